@@ -1,0 +1,42 @@
+# `make demo` and `make test` do all the set-up that they need; see CONTRIBUTING.md.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := data/demo
+
+.PHONY: setup test lint demo clean
+
+setup: $(VENV)/.linked
+	@$(BIN)/python -m wmcache.envs.check >/dev/null 2>&1 || scripts/install-gl.sh $(BIN)/python
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' --config-settings editable_mode=strict
+	@touch $@
+
+# A strict editable install links each file, so that mypy finds the package; a folder's time changes when a file is added.
+$(VENV)/.linked: $(VENV)/.installed cache envs envs/mazes pipeline pipeline/encoders planner trainer trainer/models
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable . --config-settings editable_mode=strict
+	@touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict -p wmcache
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest
+
+# The tutorial: make prints each command before it runs it. Run again, it goes on where it stopped.
+demo: export WMCACHE_HOME := $(DEMO)
+demo: export PATH := $(CURDIR)/$(BIN):$(PATH)
+demo: setup
+	wmcache collect --env wmcache/PointMaze-UMaze-v0 --episodes 200 --image-size 112
+	wmcache fit --encoder tcn
+	wmcache extract --encoder tcn
+	wmtrain --cache $(DEMO)/stores/pointmaze-umaze/tcn-64.zarr --width 128 --depth 4 --heads 4 --dropout 0 --lr 1e-3 --steps 2400
+	wmplan --run $(DEMO)/runs/pointmaze-umaze-tcn-64
+
+clean:
+	rm -rf build $(VENV) $(DEMO) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

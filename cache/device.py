@@ -1,0 +1,57 @@
+"""Where numbers are computed and in which precision: the only place that knows a device's name."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+from wmcache.cache.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device of a name; `auto` takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no device {name!r} here ({reason}); choose --device auto or cpu") from error
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute precision of a name; `auto` takes bfloat16 where the hardware has it, float32 elsewhere.
+
+    Raises:
+        UserError: unknown name.
+    """
+    if name == "auto":
+        name = "bfloat16" if has_bfloat16(device) else "float32"
+    if name not in DTYPES:
+        raise UserError(f"no dtype {name!r}; known are auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 natively, so that it is faster and not just smaller."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Run matrix products in `dtype`; nothing to do for float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)

@@ -1,0 +1,71 @@
+"""What makes two stores different: everything that could change a number in them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from wmcache.cache.errors import UserError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A store's identity. Two stores with equal identities hold equal tokens, up to the noise of the device that computed them.
+
+    Attributes:
+        encoder: name in the registry.
+        weights_source: hub id, or `file`; for people, and compared too.
+        weights_sha256: over the names, shapes and bytes of the loaded parameters, whatever file they came in.
+        layer: which features of the network, for example `norm`.
+        token_selection: which of its tokens, for example `patch`.
+        image_size: side of the square image that the network sees, in pixels.
+        resize: filter and route from the frame to that size.
+        normalisation: mean and standard deviation taken from pixels in [0, 1].
+        compute_dtype: what the network computed in, for example `bfloat16`.
+        store_dtype: what the tokens are stored in.
+        dataset_fingerprint: of the frames and steps.
+        format_version: of the store's layout.
+    """
+
+    encoder: str
+    weights_source: str
+    weights_sha256: str
+    layer: str
+    token_selection: str
+    image_size: int
+    resize: str
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]]
+    compute_dtype: str
+    store_dtype: str
+    dataset_fingerprint: str
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], where: str) -> Identity:
+        """Read what `to_json` wrote.
+
+        Raises:
+            UserError: fields are missing or unknown; `where` names the file.
+        """
+        expected = {field.name for field in fields(cls)}
+        if set(value) != expected:
+            odd = ", ".join(sorted(set(value) ^ expected))
+            raise UserError(
+                f"{where} holds no identity of format {FORMAT_VERSION} (odd fields: {odd}); extract it again"
+            )
+        mean, std = value["normalisation"]
+        return cls(**{**value, "normalisation": (tuple(mean), tuple(std))})
+
+    def differences(self, other: Identity) -> list[str]:
+        """One `field: mine != theirs` for each field that differs."""
+        return [
+            f"{field.name}: {getattr(self, field.name)} != {getattr(other, field.name)}"
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(other, field.name)
+        ]

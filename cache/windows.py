@@ -1,0 +1,127 @@
+"""Which frames make a training window, which episodes train, and in which order: all pure functions, so that any run can be repeated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from wmcache.cache.errors import UserError
+
+if TYPE_CHECKING:
+    Int = NDArray[np.int64]
+
+TRAIN_FRACTION = 0.9
+
+
+class FrameSource(Protocol):
+    """What windows read from; `TokenStore` is one."""
+
+    action: NDArray[Any]
+    state: NDArray[Any]
+
+    def gather(self, frames: NDArray[np.integer], out: NDArray[np.float16] | None = None) -> NDArray[np.float16]:
+        """Tokens of frames."""
+        ...
+
+
+class Windows:
+    """Training windows: frames s, s + f, s + 2f, … with the f env actions that follow each (DINO-WM, datasets/traj_dset.py).
+
+    Attributes:
+        starts: int64 [windows], the first frame of each.
+        length: T, frames in a window: history + predict.
+        dropped_episodes: how many episodes of the split are too short for one window.
+    """
+
+    def __init__(
+        self, source: FrameSource, starts: Int, history: int, predict: int, frameskip: int, dropped_episodes: int
+    ) -> None:
+        """Use `TokenStore.windows`."""
+        self.source, self.starts = source, starts
+        self.history, self.predict, self.frameskip = history, predict, frameskip
+        self.length = history + predict
+        self.dropped_episodes = dropped_episodes
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return len(self.starts)
+
+    def frames(self, windows: Int) -> Int:
+        """The frames of some windows, int64 [B, T]."""
+        return self.starts[windows][:, None] + self.frameskip * np.arange(self.length)
+
+    def batch(self, windows: Int, out: NDArray[np.float16] | None = None) -> dict[str, NDArray[Any]]:
+        """The data of some windows.
+
+        Args:
+            windows: [B], numbers in [0, len(self)).
+            out: float16 [B * T, N, D] to fill.
+
+        Returns:
+            tokens: float16 [B, T, N, D].
+            proprio: float32 [B, T, 4], (x, y, vx, vy).
+            action: float32 [B, T, f * 2], frame-major: the f env actions from each frame to the next.
+        """
+        frames = self.frames(windows)
+        tokens = self.source.gather(frames.ravel(), out)
+        following = frames[:, :, None] + np.arange(self.frameskip)
+        return {
+            "tokens": tokens.reshape(*frames.shape, *tokens.shape[1:]),
+            "proprio": self.source.state[frames].astype(np.float32),
+            "action": self.source.action[following].reshape(*frames.shape, -1).astype(np.float32),
+        }
+
+
+def split_episodes(episodes: int, split: str, seed: int) -> Int:
+    """The episodes of a split: 90 % train, at least one val where there are two or more. Windows never cross from one to the other.
+
+    Raises:
+        UserError: unknown split, or a split that would be empty.
+    """
+    order = np.random.default_rng(seed).permutation(episodes)
+    cut = min(round(TRAIN_FRACTION * episodes), episodes - 1)
+    parts = {"train": order[:cut], "val": order[cut:], "all": order}
+    if split not in parts:
+        raise UserError(f"no split {split!r}; known are {', '.join(parts)}")
+    if not len(parts[split]):
+        raise UserError(f"{episodes} episodes are too few for a {split} split; collect more")
+    return np.sort(parts[split])
+
+
+def window_starts(episode: NDArray[np.integer], episodes: Int, span: int) -> tuple[Int, int]:
+    """All first frames of windows of `span` consecutive frames inside the given episodes.
+
+    Args:
+        episode: [frames], non-decreasing: the episode of each frame.
+        episodes: which to use.
+        span: (history + predict) * frameskip; the actions after the last frame of a window belong to it.
+
+    Returns:
+        int64 [windows], ascending, and the number of episodes that are shorter than `span`.
+    """
+    first = np.searchsorted(episode, episodes, side="left")
+    length = np.searchsorted(episode, episodes, side="right") - first
+    long_enough = length >= span
+    runs = [
+        np.arange(start, start + size - span + 1)
+        for start, size in zip(first[long_enough], length[long_enough], strict=True)
+    ]
+    starts = np.concatenate(runs) if runs else np.empty(0, np.int64)
+    return starts.astype(np.int64), int((~long_enough).sum())
+
+
+def epoch_order(windows: int, seed: int, epoch: int) -> Int:
+    """The order of an epoch: a pure function of (windows, seed, epoch)."""
+    return np.random.default_rng((seed, epoch)).permutation(windows)
+
+
+def batch_windows(windows: int, seed: int, step: int, batch: int) -> Int:
+    """The windows of training step `step`: the orders of epochs 0, 1, … one after another, cut into batches.
+
+    So a run that is resumed at a step sees exactly what it would have seen.
+    """
+    position = np.arange(step * batch, (step + 1) * batch)
+    epochs = position // windows
+    orders = {epoch: epoch_order(windows, seed, epoch) for epoch in np.unique(epochs).tolist()}
+    return np.array([orders[epoch][i] for epoch, i in zip(epochs.tolist(), (position % windows).tolist(), strict=True)])

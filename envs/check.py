@@ -1,0 +1,26 @@
+"""`python -m wmcache.envs.check`: draws one frame, and says in one line what is missing where that fails."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+from wmcache.envs.maze import Maze
+from wmcache.envs.simulator import PointMazeSimulator, RendererError
+
+
+def main() -> int:
+    """Draw a frame; returns the exit status."""
+    try:
+        frame = PointMazeSimulator(Maze.load("UMaze"), 64).render(np.zeros(4))
+    except RendererError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    if frame.max() == frame.min():
+        sys.stderr.write("MuJoCo draws empty frames here; choose another MUJOCO_GL (egl, osmesa, glfw)\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Maze layouts: plain text grids, where the ball may be in them, and how far apart two places are.
+
+A layout is a text file of `#` (wall) and `O` or `G` (free). Row r, column c of the text covers the square
+[r - 0.7, r + 0.3] x [c - 0.7, c + 0.3] of the ball's coordinates, as in D4RL: the row runs along x, the column along y.
+Every file in `mazes/` is registered as an environment under its own name; to add one, add a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import dijkstra
+
+MAZES_DIR = Path(__file__).parent / "mazes"
+
+BALL_RADIUS = 0.1
+START_MARGIN = 0.2
+"""Starts and goals keep this distance from every wall (DINO-WM, env/pointmaze: [0.5, 1.1] in a corridor [0.3, 1.3])."""
+
+Float = NDArray[np.float64]
+
+
+class MazeError(ValueError):
+    """A layout that cannot be read or used; the message is one line that says what to mend."""
+
+
+@dataclass(frozen=True)
+class Maze:
+    """A grid of walls.
+
+    Attributes:
+        name: as in the environment id, for example `UMaze`.
+        rows: the text grid, equal lengths, closed by walls all around.
+    """
+
+    name: str
+    rows: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse a grid in which the ball could leave, or could not be placed."""
+        rows = self.rows
+        if not rows or len({len(row) for row in rows}) != 1:
+            raise MazeError(f"maze {self.name}: the lines of the grid must have equal length")
+        if unknown := set("".join(rows)) - set("#OG"):
+            raise MazeError(f"maze {self.name}: unknown characters {sorted(unknown)}; use # for walls, O or G for free")
+        border = rows[0] + rows[-1] + "".join(row[0] + row[-1] for row in rows)
+        if set(border) != {"#"}:
+            raise MazeError(f"maze {self.name}: the outermost cells must all be walls (#)")
+        if not self.free.any():
+            raise MazeError(f"maze {self.name}: there is no free cell (O)")
+
+    @classmethod
+    def load(cls, name: str | Path) -> Maze:
+        """Read a layout by its name (`UMaze`) or from a text file.
+
+        Raises:
+            MazeError: unknown name, unreadable file or bad grid.
+        """
+        path = Path(name)
+        if path.suffix != ".txt":
+            path = MAZES_DIR / f"{name}.txt"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            known = ", ".join(maze_names())
+            raise MazeError(f"no maze {str(name)!r}: known are {known}, or a path to a .txt grid ({error})") from error
+        return cls(path.stem, tuple(line.strip() for line in text.splitlines() if line.strip()))
+
+    @cached_property
+    def free(self) -> NDArray[np.bool_]:
+        """[rows, columns]; True where the ball may be."""
+        return np.array([[cell != "#" for cell in row] for row in self.rows])
+
+    @property
+    def extent(self) -> tuple[float, float, float, float]:
+        """x_min, x_max, y_min, y_max of the whole grid, walls included, in the ball's coordinates."""
+        return -0.7, len(self.rows) - 0.7, -0.7, len(self.rows[0]) - 0.7
+
+    def is_clear(self, xy: Float, margin: float = BALL_RADIUS) -> NDArray[np.bool_]:
+        """Whether each place keeps `margin` (per axis, as a square ball would) from every wall.
+
+        Args:
+            xy: [..., 2] in the ball's coordinates.
+            margin: in maze units; a cell is 1 wide.
+
+        Returns:
+            [...], True where the place is free.
+        """
+        xy = np.asarray(xy, dtype=np.float64)
+        clear = np.ones(xy.shape[:-1], dtype=bool)
+        limit = np.array(self.free.shape) - 1
+        for corner in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
+            cell = np.floor(xy + margin * np.array(corner) + 0.7).astype(int)
+            inside = ((cell >= 0) & (cell <= limit)).all(-1)
+            row, column = np.moveaxis(np.clip(cell, 0, limit), -1, 0)
+            clear &= inside & self.free[row, column]
+        return clear
+
+    def sample_xy(self, rng: np.random.Generator) -> Float:
+        """A place [2] drawn uniformly from the free region, START_MARGIN away from the walls."""
+        x_min, x_max, y_min, y_max = self.extent
+        while True:
+            xy = rng.uniform((x_min, y_min), (x_max, y_max))
+            if self.is_clear(xy, START_MARGIN):
+                return xy
+
+    @cached_property
+    def _lattice(self) -> tuple[Float, coo_array]:
+        """Free lattice points [n, 2], and the graph of straight moves between them (16 directions, 2.7 % too long at most)."""
+        x_min, x_max, y_min, y_max = self.extent
+        xs, ys = np.arange(x_min, x_max, LATTICE_STEP), np.arange(y_min, y_max, LATTICE_STEP)
+        points = np.stack(np.meshgrid(xs, ys, indexing="ij"), -1)
+        free = self.is_clear(points)
+        number = np.full(free.shape, -1)
+        number[free] = np.arange(free.sum())
+        sources, targets, lengths = [], [], []
+        for dx, dy in ((1, 0), (0, 1), (1, 1), (1, -1), (1, 2), (2, 1), (1, -2), (2, -1)):
+            low, high = max(0, -dy), free.shape[1] - max(0, dy)
+            here, there = number[: free.shape[0] - dx, low:high], number[dx:, low + dy : high + dy]
+            both = (here >= 0) & (there >= 0)
+            sources.append(here[both])
+            targets.append(there[both])
+            lengths.append(np.full(both.sum(), LATTICE_STEP * np.hypot(dx, dy)))
+        size = int(free.sum())
+        edges = (np.concatenate(lengths), (np.concatenate(sources), np.concatenate(targets)))
+        return points[free], coo_array(edges, shape=(size, size))
+
+    def geodesic(self, start: Float, ends: Float) -> Float:
+        """Length of the shortest path of the ball's centre from one place to others.
+
+        Args:
+            start: [2]. ends: [n, 2]. In the ball's coordinates.
+
+        Returns:
+            [n], in maze units; inf where there is no way.
+        """
+        points, graph = self._lattice
+        nearest = [int(np.argmin(((points - place) ** 2).sum(-1))) for place in (start, *np.asarray(ends))]
+        length: Float = dijkstra(graph, directed=False, indices=nearest[0])[nearest[1:]]
+        straight = np.linalg.norm(np.asarray(ends) - start, axis=-1)
+        # Below a few lattice steps the lattice's own error dominates, and there the straight line is the way.
+        result: Float = np.where(straight < 2 * LATTICE_STEP, straight, np.maximum(length, straight))
+        return result
+
+
+LATTICE_STEP = 0.05
+
+
+def maze_names() -> list[str]:
+    """Names of the layouts that come with wmcache."""
+    return sorted(path.stem for path in MAZES_DIR.glob("*.txt"))

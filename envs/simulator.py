@@ -1,0 +1,141 @@
+"""PointMaze's physics and camera on today's MuJoCo: one compiled model, any number of balls, one renderer.
+
+The constants are D4RL's as DINO-WM uses them (env/pointmaze/maze_model.py): time step 0.01 s, 5 of them per env step, slide joints
+with damping 1, motors of gear 100, a ball of radius 0.1 and density 1000, no gravity, velocity clipped to 5 before each env step.
+"""
+
+from __future__ import annotations
+
+import os
+
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+from wmcache.envs.maze import BALL_RADIUS, Maze
+
+PHYSICS_STEPS = 5
+MAX_SPEED = 5.0
+FPS = 20
+"""Env steps per simulated second: 5 physics steps of 0.01 s each."""
+
+Float = NDArray[np.float64]
+Frame = NDArray[np.uint8]
+
+_MARKER_RADIUS = 0.2
+_FIELD_OF_VIEW = 45.0
+_OFFSET = 1.2
+"""D4RL's ball starts at world (1.2, 1.2), and the ball's coordinates count from there."""
+
+
+class RendererError(RuntimeError):
+    """No OpenGL to draw with; the message says which MUJOCO_GL to choose and what to install."""
+
+
+def _mjcf(maze: Maze, image_size: int) -> str:
+    walls = "\n".join(
+        f'<geom type="box" pos="{row + 1} {column + 1} 0" size="0.5 0.5 0.2" rgba="0.55 0.35 0.25 1"/>'
+        for row, column in zip(*np.nonzero(~maze.free), strict=True)
+    )
+    x_min, x_max, y_min, y_max = (bound + _OFFSET for bound in maze.extent)
+    half = max(x_max - x_min, y_max - y_min) / 2
+    height = half / np.tan(np.radians(_FIELD_OF_VIEW / 2))
+    x_mid, y_mid = (x_min + x_max) / 2, (y_min + y_max) / 2
+    # Azimuth 90, elevation -90: x to the right, y upwards.
+    camera = f'<camera name="top" pos="{x_mid} {y_mid} {height}" fovy="{_FIELD_OF_VIEW}"/>'
+    return f"""
+<mujoco model="pointmaze">
+  <compiler inertiafromgeom="true"/>
+  <option timestep="0.01" gravity="0 0 0" iterations="20" integrator="Euler"/>
+  <!-- One quad for the floor and coarser spheres: twice the frames per second in software rendering, the same picture. -->
+  <visual>
+    <global offwidth="{image_size}" offheight="{image_size}"/>
+    <quality shadowsize="0" numquads="1" numslices="20" numstacks="10"/>
+    <headlight ambient="0.6 0.6 0.6" diffuse="0.4 0.4 0.4" specular="0 0 0"/>
+  </visual>
+  <default>
+    <joint damping="1" limited="false"/>
+    <geom friction=".5 .1 .1" density="1000" margin="0.002" condim="1"/>
+  </default>
+  <worldbody>
+    {camera}
+    <geom type="plane" size="{half} {half} 0.25" pos="{x_mid} {y_mid} -0.1" contype="0" conaffinity="0" rgba="0.2 0.3 0.4 1"/>
+    {walls}
+    <body name="ball" pos="{_OFFSET} {_OFFSET} 0">
+      <joint name="x" type="slide" axis="1 0 0"/>
+      <joint name="y" type="slide" axis="0 1 0"/>
+      <geom type="sphere" size="{BALL_RADIUS}" rgba="0.3 0.6 0.3 1"/>
+      <site size="{_MARKER_RADIUS}" rgba="0.3 0.8 0.3 1"/>
+    </body>
+  </worldbody>
+  <actuator>
+    <motor joint="x" ctrlrange="-1 1" ctrllimited="true" gear="100"/>
+    <motor joint="y" ctrlrange="-1 1" ctrllimited="true" gear="100"/>
+  </actuator>
+</mujoco>"""
+
+
+class PointMazeSimulator:
+    """Moves balls and draws them. A state is (x, y, vx, vy) in maze units and units per second, float64.
+
+    The simulator keeps no state between calls: whoever calls holds it. So one model and one GL context serve a whole vector env,
+    and a frame can be drawn from a stored state and come out as it did live.
+    """
+
+    def __init__(self, maze: Maze, image_size: int = 224) -> None:
+        """Compile the maze; `image_size` is the side of the square frames in pixels."""
+        if image_size < 8:
+            raise ValueError(f"image_size is {image_size}; it must be at least 8 pixels")
+        self.maze = maze
+        self.image_size = image_size
+        self._model = mujoco.MjModel.from_xml_string(_mjcf(maze, image_size))
+        self._data = mujoco.MjData(self._model)
+        self._renderer: mujoco.Renderer | None = None
+
+    def step(self, state: Float, action: NDArray[np.floating]) -> Float:
+        """One env step of 0.05 s.
+
+        Args:
+            state: [4].
+            action: [2], the force on each axis; clipped to [-1, 1].
+
+        Returns:
+            The next state [4].
+        """
+        data = self._data
+        mujoco.mj_resetData(self._model, data)
+        data.qpos[:] = state[:2]
+        data.qvel[:] = np.clip(state[2:], -MAX_SPEED, MAX_SPEED)
+        data.ctrl[:] = np.clip(action, -1.0, 1.0)
+        mujoco.mj_step(self._model, data, PHYSICS_STEPS)
+        return np.concatenate([data.qpos, data.qvel])
+
+    def render(self, state: Float) -> Frame:
+        """The frame [image_size, image_size, 3] from above, without any goal marker.
+
+        Raises:
+            RendererError: there is no working OpenGL.
+        """
+        renderer = self._open_renderer()
+        self._data.qpos[:] = state[:2]
+        mujoco.mj_forward(self._model, self._data)
+        renderer.update_scene(self._data, camera="top")
+        frame: Frame = renderer.render()
+        return frame
+
+    def _open_renderer(self) -> mujoco.Renderer:
+        if self._renderer is None:
+            try:
+                self._renderer = mujoco.Renderer(self._model, self.image_size, self.image_size)
+            except Exception as error:  # each GL backend fails in its own way, from ImportError to AttributeError
+                chosen = os.environ.get("MUJOCO_GL", "")
+                raise RendererError(
+                    f"MuJoCo cannot draw with MUJOCO_GL={chosen!r} ({type(error).__name__}: {error}); choose MUJOCO_GL=egl "
+                    "(headless; Debian: apt-get install libegl1 libgl1), osmesa (headless, software; libosmesa6) or glfw (a screen)"
+                ) from error
+        return self._renderer
+
+    def close(self) -> None:
+        """Free the GL context."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None

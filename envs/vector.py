@@ -1,0 +1,113 @@
+"""Many PointMazes at once, with one compiled model and one GL context for all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+from wmcache.envs.maze import Maze
+from wmcache.envs.pointmaze import (
+    SUCCESS_DISTANCE,
+    Observation,
+    action_space,
+    check_state,
+    observation_space,
+    sample_state,
+)
+from wmcache.envs.simulator import FPS, PointMazeSimulator
+
+Bools = NDArray[np.bool_]
+
+
+class PointMazeVectorEnv(VectorEnv[Observation, NDArray[np.floating], NDArray[Any]]):
+    """`num_envs` independent balls; observations, rewards and infos as `PointMazeEnv`'s, stacked on axis 0.
+
+    Episodes never end by themselves, so nothing is reset behind the caller's back. Drawing is far dearer than physics: `advance`
+    executes several env steps and draws once, at their end.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": FPS, "autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        maze: Maze | str | Path = "UMaze",
+        image_size: int = 224,
+        render_mode: str | None = None,
+    ) -> None:
+        """Args as `PointMazeEnv`'s, and `num_envs` the number of balls."""
+        self.num_envs = num_envs
+        self.maze = maze if isinstance(maze, Maze) else Maze.load(maze)
+        self.render_mode = render_mode
+        self.single_observation_space = observation_space(self.maze, image_size)
+        self.single_action_space = action_space()
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._simulator = PointMazeSimulator(self.maze, image_size)
+        self._states = np.zeros((num_envs, 4))
+        self._goals = np.zeros((num_envs, 4))
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start all episodes.
+
+        Args:
+            seed: one number (env i gets seed + i, as in gymnasium) or one a sub-env.
+            options: `state` and `goal`, each [num_envs, 4], instead of random ones.
+
+        Raises:
+            MazeError: a given state is not 4 finite numbers in the free region.
+        """
+        seeds = seed if isinstance(seed, list) else [None if seed is None else seed + i for i in range(self.num_envs)]
+        options = options or {}
+        for i, one in enumerate(seeds):
+            rng = np.random.default_rng(one)
+            start, goal = sample_state(self.maze, rng), sample_state(self.maze, rng)
+            self._states[i] = check_state(self.maze, options["state"][i] if "state" in options else start)
+            self._goals[i] = check_state(self.maze, options["goal"][i] if "goal" in options else goal)
+        return self.observe(), self._info()
+
+    def step(
+        self, actions: NDArray[np.floating]
+    ) -> tuple[Observation, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+        """One env step of every ball; `actions` is [num_envs, 2]."""
+        self.advance(np.asarray(actions)[:, None])
+        info, never = self._info(), np.zeros(self.num_envs, dtype=bool)
+        return self.observe(), info["success"].astype(np.float64), never, never.copy(), info
+
+    def advance(self, actions: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Execute several env steps without drawing.
+
+        Args:
+            actions: [num_envs, steps, 2].
+
+        Returns:
+            The states after each step, [num_envs, steps, 4].
+        """
+        states = np.empty((*actions.shape[:2], 4))
+        for i, sequence in enumerate(actions):
+            for t, action in enumerate(sequence):
+                self._states[i] = states[i, t] = self._simulator.step(self._states[i], action)
+        return states
+
+    def observe(self) -> Observation:
+        """The present observations, drawn now."""
+        return {"image": np.stack(self.render()), "proprio": self._states.astype(np.float32)}
+
+    def render(self) -> tuple[NDArray[np.uint8], ...]:
+        """The present frame of every ball."""
+        return tuple(self._simulator.render(state) for state in self._states)
+
+    def close_extras(self, **kwargs: object) -> None:  # noqa: ARG002 (gymnasium's signature)
+        """Free the GL context."""
+        self._simulator.close()
+
+    def _info(self) -> dict[str, Any]:
+        distance = np.linalg.norm(self._states[:, :2] - self._goals[:, :2], axis=-1)
+        success: Bools = distance < SUCCESS_DISTANCE
+        return {"state": self._states.copy(), "goal": self._goals.copy(), "distance": distance, "success": success}

@@ -1,0 +1,1 @@
+"""The write side: frames in, tokens out. Imports envs and cache."""

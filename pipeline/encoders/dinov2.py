@@ -1,0 +1,78 @@
+"""DINOv2 patch tokens (arXiv 2304.07193), as DINO-WM uses them: ViT-S/14, 196 px, the final norm's 14 x 14 patch tokens of 384.
+
+DINO-WM resizes to 224, normalises with 0.5 / 0.5 and resizes to 196 (models/visual_world_model.py); the official normalisation is
+ImageNet's, `--normalisation imagenet`. The network and its position interpolation are timm's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from wmcache.cache.errors import UserError
+from wmcache.pipeline.encoders.base import EncoderSpec, Loaded
+
+TIMM_NAME = "vit_small_patch14_dinov2.lvd142m"
+
+SPEC = EncoderSpec(
+    name="dinov2",
+    summary="DINOv2 ViT-S/14 patch tokens, DINO-WM's representation",
+    image_size=196,
+    via=(224,),
+    patch=14,
+    token_dim=384,
+    normalisation="half",
+    layer="norm",
+    token_selection="patch",
+    source=f"timm/{TIMM_NAME}",
+    licence="Apache-2.0",
+)
+
+
+class PatchTokens(nn.Module):
+    """A timm ViT reduced to its patch tokens, without class and register tokens."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        """Args: `vit` a timm VisionTransformer."""
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, N, D]."""
+        tokens: Tensor = self.vit.forward_features(images)  # type: ignore[operator]
+        prefix: int = self.vit.num_prefix_tokens  # type: ignore[assignment]
+        return tokens[:, prefix:]
+
+
+def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
+    """The network with weights from the hub, or from a safetensors file of timm's or the official names, at any image size."""
+    return Loaded(PatchTokens(load_timm(TIMM_NAME, spec, image_size, weights)), "file" if weights else spec.source)
+
+
+def load_timm(timm_name: str, spec: EncoderSpec, image_size: int, weights: Path | None) -> nn.Module:
+    """A timm model; position embeddings are interpolated to `image_size` by timm.
+
+    Raises:
+        UserError: the hub cannot be reached, or the file does not fit.
+    """
+    overlay = None if weights is None else {"file": str(weights)}
+    try:
+        model: nn.Module = timm.create_model(
+            timm_name, pretrained=True, pretrained_cfg_overlay=overlay, img_size=image_size, num_classes=0
+        )
+    except (RuntimeError, SafetensorError, KeyError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if weights is not None:
+            raise UserError(
+                f"--weights {weights} does not hold {timm_name} ({reason}); save it from timm's state_dict()"
+            ) from error
+        raise UserError(
+            f"the weights of {spec.name} ({spec.source}) cannot be downloaded ({reason}); "
+            "pass --weights FILE.safetensors, or use --encoder tcn, which needs no download"
+        ) from error
+    if any(not torch.isfinite(parameter).all() for parameter in model.parameters()):
+        raise UserError(f"the weights of {spec.name} hold values that are not finite; get the file again")
+    return model

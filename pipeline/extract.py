@@ -1,0 +1,180 @@
+"""Frame dataset x encoder -> token store: one task reads one tar shard and writes one Zarr shard.
+
+Each process has two tasks in flight and one encoder behind a lock: while one task encodes, the other reads and decodes its frames or
+writes its tokens. So reading, encoding and writing overlap, and memory holds two shards whatever the size of the dataset.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from wmcache.cache.errors import UserError
+from wmcache.cache.files import free_space, home, require_space
+from wmcache.cache.identity import Identity
+from wmcache.cache.store import StoreCard, StoreWriter
+from wmcache.pipeline import encoders
+from wmcache.pipeline.cluster import run_tasks
+from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.frames import FrameDataset, Frames
+
+TASKS_IN_FLIGHT = 2
+_encoding = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What an extraction would do.
+
+    Attributes:
+        shards, frames: still to do.
+        bytes_needed, bytes_free: at the store's place.
+        seconds: estimate from encoding one batch now.
+    """
+
+    out: Path
+    shards: int
+    frames: int
+    bytes_needed: int
+    bytes_free: int
+    seconds: float
+
+
+def default_store(dataset: FrameDataset, encoder: Encoder) -> Path:
+    """`$WMCACHE_HOME/stores/<dataset>/<encoder>-<image size>.zarr`."""
+    return home() / "stores" / dataset.card.name / f"{encoder.spec.name}-{encoder.image_size}.zarr"
+
+
+def extract(dataset: FrameDataset, encoder: Encoder, out: Path, *, batch: int = 32, workers: int = 1) -> None:
+    """Encode every frame of a dataset once; run again, it does only the shards that are not there yet.
+
+    Args:
+        dataset: the frames.
+        encoder: makes the tokens.
+        out: the store's folder.
+        batch: frames in each call of the encoder.
+        workers: processes; each loads the encoder once.
+
+    Raises:
+        UserError: a store with other settings is at `out`, too little space, or shards that failed.
+    """
+    card, identity = store_card(dataset, encoder), encoder.identity(dataset.card.fingerprint)
+    if not out.exists():
+        require_space(out, card.token_bytes, f"the store of {card.frames} frames")
+    steps = dataset.steps
+    columns: dict[str, NDArray[Any]] = {
+        "action": steps.action,
+        "state": steps.state,
+        "episode": steps.episode,
+        "step": steps.step,
+    }
+    writer = StoreWriter.create(out, card, identity, columns)
+    pending = writer.pending()
+    task = functools.partial(
+        extract_shard,
+        dataset.path,
+        json.dumps(encoder.recipe()),
+        str(encoder.device),
+        out,
+        json.dumps(identity.to_json()),
+        batch,
+    )
+    _remember_encoder(encoder)
+    total = sum(len(card.shard_frames(shard)) for shard in pending)
+    run_tasks(
+        task, pending, workers=workers, threads=TASKS_IN_FLIGHT, total=total, label=f"extract {encoder.spec.name}"
+    )
+    writer.finish()
+
+
+def extract_shard(dataset: Path, recipe: str, device: str, out: Path, identity: str, batch: int, shard: int) -> int:
+    """The task: read, encode and write one shard; returns its number of frames."""
+    frames = _open_dataset(dataset).read_shard(shard)
+    encoder = _load_encoder(recipe, device)
+    with _encoding:
+        tokens = encode_frames(encoder, frames, batch)
+    StoreWriter.resume(out, Identity.from_json(json.loads(identity), str(out))).write_shard(shard, tokens)
+    return len(frames)
+
+
+def encode_frames(encoder: Encoder, frames: Frames, batch: int) -> NDArray[np.float16]:
+    """Tokens float16 [len(frames), N, D]; on a lack of device memory the batch is halved and the work goes on."""
+    tokens = np.empty((len(frames), *encoder.frame_shape), np.float16)
+    start = 0
+    while start < len(frames):
+        try:
+            part = encoder(frames[start : start + batch])
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise UserError("the device has no memory for a single frame; choose --device cpu") from None
+            batch //= 2
+            torch.cuda.empty_cache()
+            continue
+        tokens[start : start + len(part)] = part.cpu().numpy()
+        start += len(part)
+    return tokens
+
+
+def forecast(dataset: FrameDataset, encoder: Encoder, out: Path, *, batch: int = 32, workers: int = 1) -> Forecast:
+    """What `extract` would do, with a time estimate from encoding one batch."""
+    card = store_card(dataset, encoder)
+    shards = list(range(card.num_shards))
+    if out.exists():
+        shards = StoreWriter.resume(out, encoder.identity(dataset.card.fingerprint)).pending()
+    frames = sum(len(card.shard_frames(shard)) for shard in shards)
+    sample = dataset.read_shard(0)[:batch]
+    encoder(sample)  # the first call pays for set-up
+    start = time.perf_counter()
+    encoder(sample)
+    seconds = (time.perf_counter() - start) / len(sample) * frames / workers
+    return Forecast(out, len(shards), frames, card.token_bytes * frames // card.frames, free_space(out), seconds)
+
+
+def store_card(dataset: FrameDataset, encoder: Encoder) -> StoreCard:
+    """The card of the store of these frames' tokens."""
+    card = dataset.card
+    return StoreCard(
+        encoder=encoder.recipe(),
+        dataset={
+            "name": card.name,
+            "path": str(dataset.path.absolute()),
+            "env": card.env,
+            "maze": card.maze,
+            "image_size": card.image_size,
+            "policy": card.policy,
+            "fps": card.fps,
+        },
+        token_grid=encoder.token_grid,
+        token_dim=encoder.token_dim,
+        frames=card.frames,
+        frames_per_shard=card.frames_per_shard,
+    )
+
+
+# Each process opens the dataset and loads the encoder once, whatever the number of shards it does.
+_encoders: dict[tuple[str, str], Encoder] = {}
+
+
+def _remember_encoder(encoder: Encoder) -> None:
+    _encoders.clear()
+    _encoders[json.dumps(encoder.recipe()), str(encoder.device)] = encoder
+
+
+def _load_encoder(recipe: str, device: str) -> Encoder:
+    with _encoding:
+        if (recipe, device) not in _encoders:
+            _encoders[recipe, device] = encoders.create(**json.loads(recipe), device=device)
+        return _encoders[recipe, device]
+
+
+@functools.lru_cache(maxsize=1)
+def _open_dataset(path: Path) -> FrameDataset:
+    return FrameDataset.open(path)

@@ -1,0 +1,243 @@
+"""What a person looks at: results.json, episodes.parquet, pictures, videos and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import imageio.v2 as imageio
+import jinja2
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.stats import binomtest, spearmanr
+from wmcache.cache.errors import UserError
+from wmcache.cache.files import atomic_write, write_json
+from wmcache.cache.store import TokenStore
+from wmcache.envs import FPS, Maze, PointMazeSimulator
+from wmcache.planner.evaluate import THRESHOLDS, Episodes, Setting, env_steps
+
+VIDEOS = 4
+VIDEO_SIZE = 224
+MAPPED_FRAMES = 4000
+COLOURS = ("#1b6ca8", "#d1672b", "#3a8f4d", "#8a4fa3", "#b03a48")
+
+RC: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "figure.dpi": 120,
+}
+
+
+def write_report(
+    out: Path, run: Path, setting: Setting, episodes: Episodes, results: dict[str, Any], command: str
+) -> None:
+    """Write everything that a plan leaves behind.
+
+    Args:
+        out: the plan's folder. run: the run's folder, for its training curves.
+        setting, episodes, results: what `evaluate` used and gave.
+        command: what the user typed, for the page.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    write_episodes(out / "episodes.parquet", episodes)
+    pictures = {
+        "success": draw_success(episodes),
+        "training": draw_training(run),
+        "distance": draw_distance_map(setting.store),
+        "paths": draw_paths(episodes, setting.maze),
+    }
+    for name, picture in pictures.items():
+        with atomic_write(out / "figures" / f"{name}.png") as file:
+            file.write(picture)
+    videos = write_videos(out / "videos", episodes, setting)
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        files("wmcache.planner").joinpath("report.html.jinja").read_text()
+    )
+    html = page.render(
+        results=results,
+        options=results["options"],
+        pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
+        videos=[(caption, base64.b64encode(path.read_bytes()).decode()) for caption, path in videos],
+        encoder=setting.encoder.spec.name,
+        run=run.name,
+        command=command,
+        identity=json.dumps(setting.store.identity.to_json(), indent=2),
+    )
+    with atomic_write(out / "report.html") as file:
+        file.write(html.encode())
+    # Last, so that its presence means that all of the above is there.
+    write_json(out / "results.json", results)
+
+
+def write_episodes(path: Path, episodes: Episodes) -> None:
+    """One row an episode: start, goal, the states after each env step, and env steps to each threshold (-1: never)."""
+    count = len(episodes.start)
+    columns: dict[str, Any] = {"episode": np.arange(count), "start": list(episodes.start), "goal": list(episodes.goal)}
+    for threshold in THRESHOLDS:
+        reached = (episodes.distances() < threshold).any(1)
+        columns[f"env_steps_{threshold}"] = np.where(reached, env_steps(episodes, threshold), -1)
+    columns["states"] = [states.tolist() for states in episodes.states]
+    with atomic_write(path) as file:
+        pq.write_table(pa.table(columns), file)
+
+
+def draw_success(episodes: Episodes) -> bytes:
+    """Share of episodes that have reached the goal, against env steps, with Wilson's 95 % band, for each threshold."""
+    with _figure(4.6, 3.2) as (figure, axes):
+        ends = np.concatenate([[0], episodes.chunk_ends()])
+        for threshold, colour in zip(THRESHOLDS, COLOURS, strict=False):
+            reached = np.maximum.accumulate(episodes.distances() < threshold, axis=1).sum(0)
+            counts = np.concatenate([[0], reached]).astype(int)
+            bands = [binomtest(int(k), len(episodes.start)).proportion_ci(method="wilson") for k in counts]
+            axes.step(ends, counts / len(episodes.start), where="post", color=colour, label=f"within {threshold}")
+            low, high = [band.low for band in bands], [band.high for band in bands]
+            axes.fill_between(ends, low, high, step="post", color=colour, alpha=0.15, linewidth=0)
+        axes.set(xlabel="env steps", ylabel="episodes that reached the goal", ylim=(0, 1.02), xlim=(0, ends[-1]))
+        axes.legend(loc="lower right")
+        return _png(figure)
+
+
+def draw_training(run: Path) -> bytes:
+    """Training loss, and validation skill of rollouts of 1 to 5 model steps."""
+    try:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run / 'metrics.jsonl'} cannot be read ({error}); train the model again") from error
+    with _figure(7.2, 2.8, columns=2) as (figure, (left, right)):
+        losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+        left.plot(*zip(*losses, strict=True), color=COLOURS[0])
+        left.set(xlabel="step", ylabel="training loss", yscale="log")
+        skills = [line for line in lines if "skill_1" in line]
+        for k, colour in zip(range(1, 6), COLOURS, strict=True):
+            if skills and f"skill_{k}" in skills[0]:
+                right.plot(
+                    [line["step"] for line in skills],
+                    [line[f"skill_{k}"] for line in skills],
+                    ".-",
+                    color=colour,
+                    label=f"{k} steps",
+                )
+        right.set(xlabel="step", ylabel="skill against copying\n(1: perfect, 0: useless)", ylim=(None, 1))
+        right.legend(loc="lower right", fontsize=7)
+        return _png(figure)
+
+
+def draw_distance_map(store: TokenStore) -> bytes:
+    """Cached frames at the ball's place, coloured by distance to a goal: in the latent space, and along the true shortest path."""
+    chosen = np.random.default_rng(0).choice(len(store), min(MAPPED_FRAMES, len(store)), replace=False)
+    xy = store.state[chosen, :2]
+    goal = int(np.lexsort((xy[:, 1], -xy[:, 0]))[0])
+    tokens = store.gather(chosen).astype(np.float32)
+    latent = np.square(tokens - tokens[goal]).sum((1, 2))
+    maze = Maze("cached", tuple(store.card.dataset["maze"]))
+    true = maze.geodesic(xy[goal], xy)
+    correlation = float(spearmanr(latent, true).statistic)
+    with _figure(7.2, 3.2, columns=2) as (figure, panels):
+        for axes, values, title in zip(
+            panels, (latent, true), ("latent distance", "true distance along the maze"), strict=True
+        ):
+            _draw_walls(axes, maze)
+            points = axes.scatter(xy[:, 0], xy[:, 1], c=values, s=3, cmap="viridis_r", linewidths=0)
+            axes.plot(*xy[goal], "*", color="#d1272b", markersize=12)
+            axes.set_title(title, fontsize=9)
+            figure.colorbar(points, ax=axes, shrink=0.8)
+        figure.suptitle(f"distance to the star; Spearman correlation {correlation:.2f}", fontsize=9)
+        return _png(figure)
+
+
+def draw_paths(episodes: Episodes, maze: Maze, count: int = 12) -> bytes:
+    """The ways that the ball took in some episodes, from dot to star."""
+    with _figure(3.8, 3.4) as (figure, axes):
+        _draw_walls(axes, maze)
+        palette = plt.get_cmap("tab20")
+        for i in range(min(count, len(episodes.start))):
+            path = np.concatenate([episodes.start[i : i + 1], episodes.states[i]])
+            axes.plot(path[:, 0], path[:, 1], color=palette(i % 20), linewidth=0.9)
+            axes.plot(*path[0, :2], ".", color=palette(i % 20))
+            axes.plot(*episodes.goal[i, :2], "*", color=palette(i % 20), markersize=9)
+        return _png(figure)
+
+
+def write_videos(folder: Path, episodes: Episodes, setting: Setting) -> list[tuple[str, Path]]:
+    """Videos of the episodes with the longest ways to go, the live frame beside the goal's; returns captions and files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    way = np.array(
+        [
+            setting.maze.geodesic(start[:2], goal[None, :2])[0]
+            for start, goal in zip(episodes.start, episodes.goal, strict=True)
+        ]
+    )
+    chosen = np.argsort(-np.where(np.isfinite(way), way, -1.0), kind="stable")[:VIDEOS]
+    simulator = PointMazeSimulator(setting.maze, VIDEO_SIZE)
+    written = []
+    for i in chosen.tolist():
+        goal = simulator.render(episodes.goal[i])
+        gap = np.full((VIDEO_SIZE, 16, 3), 255, np.uint8)
+        states = np.concatenate([episodes.start[i : i + 1], episodes.states[i]])
+        path = folder / f"episode-{i:03d}.mp4"
+        temporary = path.with_name(f".{path.name}")
+        frames = [np.concatenate([simulator.render(state), gap, goal], axis=1) for state in states]
+        imageio.mimwrite(temporary, frames, format="FFMPEG", fps=FPS, codec="libx264", quality=8)
+        temporary.replace(path)
+        steps = int(env_steps(episodes, THRESHOLDS[0])[i])
+        arrived = bool((episodes.distances()[i] < THRESHOLDS[0]).any())
+        outcome = f"within {THRESHOLDS[0]} after {steps} env steps" if arrived else "not reached"
+        written.append((f"episode {i}, {way[i]:.1f} from the goal: {outcome}", path))
+    simulator.close()
+    return written
+
+
+def shell_command(words: list[str]) -> str:
+    """What the user typed, quoted for a shell."""
+    return shlex.join([Path(words[0]).name, *words[1:]])
+
+
+def _draw_walls(axes: Axes, maze: Maze) -> None:
+    x_min, x_max, y_min, y_max = maze.extent
+    walls: NDArray[np.bool_] = ~maze.free
+    axes.imshow(
+        walls.T,
+        origin="lower",
+        extent=(x_min, x_max, y_min, y_max),
+        cmap="Greys",
+        vmin=0,
+        vmax=2.5,
+        interpolation="nearest",
+    )
+    axes.set(aspect="equal", xticks=[], yticks=[])
+    axes.grid(visible=False)
+
+
+@contextmanager
+def _figure(width: float, height: float, columns: int = 1) -> Iterator[tuple[Figure, Any]]:
+    with plt.rc_context(RC):
+        figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+        try:
+            yield figure, axes
+        finally:
+            plt.close(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,176 @@
+"""Runs on disk: a folder of JSON and safetensors, in which every file and every checkpoint is whole or absent.
+
+config.json                         all settings of the run, the shape of the data, the path of the store
+identity.json                       the identity and the card of that store
+metrics.jsonl                       one line a logged step
+checkpoints/step-00001200/          model.safetensors, optimizer.safetensors, state.json
+checkpoints/last                    symbolic link to the newest
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from wmcache.cache.errors import UserError
+from wmcache.cache.files import read_json, write_json
+from wmcache.trainer.models import DataShape, build
+
+KEEP = 2
+"""Checkpoints that stay: the newest, and the one before it for the case that the newest turns out bad."""
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a run needs beside the model to go on exactly: optimiser moments, random generators and the next step."""
+
+    step: int
+    tensors: dict[str, Tensor]
+
+
+def save_checkpoint(run: Path, step: int, model: nn.Module, optimiser: torch.optim.Optimizer) -> Path:
+    """Write a checkpoint to a temporary folder, rename it, then move `last`; returns its folder.
+
+    A kill at any moment leaves the previous checkpoint as it was.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder = run / "checkpoints"
+    final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(_contiguous(model.state_dict()), temporary / "model.safetensors")
+        save_file(_optimiser_tensors(model, optimiser), temporary / "optimizer.safetensors")
+        write_json(temporary / "state.json", {"step": step})
+        for file in temporary.iterdir():
+            _fsync(file)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        link = folder / ".last.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(final.name)
+        link.replace(folder / "last")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write checkpoint {final} ({error}); free space, then run the same command again"
+        ) from error
+    for old in sorted(folder.glob("step-*"))[:-KEEP]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_training_state(run: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
+    """Put the newest checkpoint into `model` and `optimiser` and restore the random generators; returns its step.
+
+    Raises:
+        UserError: there is none, or it is damaged or of another shape.
+    """
+    folder = last_checkpoint(run)
+    load_weights(folder, model)
+    tensors = _load(folder / "optimizer.safetensors")
+    named = dict(model.named_parameters())
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            name = next(key for key, value in named.items() if value is parameter)
+            state = {}
+            for moment in ("step", "exp_avg", "exp_avg_sq"):
+                value = tensors[f"{moment}.{name}"]
+                state[moment] = value if moment == "step" and not group.get("fused") else value.to(parameter.device)
+            optimiser.state[parameter] = state
+    torch.set_rng_state(tensors["rng.cpu"])
+    if torch.cuda.is_available() and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    return int(read_json(folder / "state.json", "resume from an older checkpoint")["step"])
+
+
+def load_model(run: Path, device: torch.device) -> Any:
+    """The newest model of a run, ready to imagine: an `nn.Module` that is a `WorldModel`.
+
+    Raises:
+        UserError: the folder is no run, or holds no usable checkpoint.
+    """
+    config = read_config(run)
+    folder = last_checkpoint(run)
+    weights = _load(folder / "model.safetensors")
+    statistics = {name: value for name, value in weights.items() if name.endswith(("_mean", "_std"))}
+    model = build(config["model"], DataShape(**config["shape"]), config["model_options"], statistics)
+    load_weights(folder, model)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Put a checkpoint's weights into `model`; raises UserError where they do not fit."""
+    try:
+        model.load_state_dict(_load(folder / "model.safetensors"))
+    except RuntimeError as error:
+        raise UserError(
+            f"{folder} does not fit its config.json ({' '.join(str(error).split())[:200]}); train again"
+        ) from error
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The settings of a run; raises UserError where the folder is no run."""
+    return read_json(run / "config.json", "train a model with: wmtrain --cache STORE")
+
+
+def last_checkpoint(run: Path) -> Path:
+    """The folder of the newest checkpoint; raises UserError where there is none."""
+    last = run / "checkpoints" / "last"
+    if not last.exists():
+        raise UserError(f"{run} has no checkpoint yet; run its wmtrain again")
+    return last.resolve()
+
+
+def truncate_metrics(run: Path, step: int) -> None:
+    """Drop what was logged after `step`, which a resumed run will log again."""
+    file = run / "metrics.jsonl"
+    if file.exists():
+        lines = [
+            line for line in file.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+        ]
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in lines))
+        temporary.replace(file)
+
+
+def _optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    for name, parameter in model.named_parameters():
+        for moment, value in optimiser.state[parameter].items():
+            tensors[f"{moment}.{name}"] = value
+    return _contiguous(tensors)
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().contiguous() for name, value in tensors.items()}
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{file} cannot be read ({error}); delete its folder to fall back to the checkpoint before it"
+        ) from error
+    return tensors
+
+
+def _fsync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,285 @@
+"""The training loop, top to bottom: windows of cached latents in, checkpoints and metrics out. Opens no image, knows no encoder."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from wmcache.cache.device import autocast, choose_device, choose_dtype
+from wmcache.cache.errors import UserError
+from wmcache.cache.files import read_json, write_json
+from wmcache.cache.store import TokenStore
+from wmcache.cache.windows import Windows
+from wmcache.trainer.checkpoint import (
+    load_training_state,
+    read_config,
+    save_checkpoint,
+    truncate_metrics,
+)
+from wmcache.trainer.feed import Feed
+from wmcache.trainer.models import DataShape, build
+
+ROLLOUT_STEPS = 5
+VALIDATION_WINDOWS = 256
+MAY_CHANGE_ON_RESUME = {"steps", "device", "compile", "log_every", "validate_every", "checkpoint_every"}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """All settings of a run; saved as `config.json`.
+
+    Attributes:
+        model: name in `trainer.models.MODELS`. model_options: fields of its options dataclass.
+        history: context frames. frameskip: env steps between frames.
+        steps: optimiser steps. batch: windows in each micro-batch. accumulate: micro-batches in each step.
+        learning_rate: of the constant phase. warmup, decay: shares of the steps before and after it (warmup-constant-decay).
+        weight_decay: of matrices; vectors have none. clip: of the gradient's norm.
+        dtype: `auto`, `float32` or `bfloat16`. device: `auto`, `cpu`, `cuda`, …
+        seed: of weights, dropout and order. split_seed: of the split into train and val episodes.
+        compile: use torch.compile.
+        log_every, validate_every, checkpoint_every: steps.
+    """
+
+    model: str = "dino-wm"
+    model_options: dict[str, Any] = field(default_factory=dict)
+    history: int = 3
+    frameskip: int = 5
+    steps: int = 10_000
+    batch: int = 64
+    accumulate: int = 1
+    learning_rate: float = 5e-4
+    warmup: float = 0.05
+    decay: float = 0.3
+    weight_decay: float = 1e-2
+    clip: float = 1.0
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    split_seed: int = 42
+    compile: bool = False
+    log_every: int = 20
+    validate_every: int = 500
+    checkpoint_every: int = 500
+
+
+def train(
+    cache: Path, out: Path, options: TrainOptions, *, resume: bool = False, overwrite: bool = False
+) -> dict[str, float]:
+    """Train a world model on a store; the same call again goes on where it was stopped.
+
+    Args:
+        cache: the store.
+        out: the run's folder.
+        options: see `TrainOptions`.
+        resume: insist on going on; allows other `steps`.
+        overwrite: begin anew where a run exists.
+
+    Returns:
+        The last validation's metrics.
+
+    Raises:
+        UserError: unusable store, a run with other settings, no checkpoint to resume, or a loss that is not finite.
+    """
+    store = TokenStore.open(cache)
+    windows = store.windows(options.history, 1, options.frameskip, "train", seed=options.split_seed)
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    shape = DataShape(
+        store.card.tokens_per_frame,
+        store.card.token_dim,
+        store.state.shape[1],
+        options.frameskip * store.action.shape[1],
+        options.history,
+    )
+    config = {**asdict(options), "cache": str(cache.absolute()), "shape": asdict(shape)}
+    going_on = _prepare_folder(out, config, store, resume=resume, overwrite=overwrite)
+
+    torch.manual_seed(options.seed)
+    model = build(options.model, shape, options.model_options, _statistics(store, options.frameskip)).to(device)
+    optimiser = make_optimiser(model, options)
+    first = load_training_state(out, model, optimiser) if going_on else 0
+    truncate_metrics(out, first)
+    forward = torch.compile(model.loss) if options.compile else model.loss
+    validation = _validation_windows(store, options)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    dropped = f", {windows.dropped_episodes} episodes too short" if windows.dropped_episodes else ""
+    tqdm.write(
+        f"{options.model}: {count / 1e6:.2f} M parameters, {len(windows)} windows of {windows.length} frames{dropped}, "
+        f"{device.type} {str(dtype).removeprefix('torch.')}, steps {first} to {options.steps}"
+    )
+
+    result: dict[str, float] = {}
+    start, seen = time.perf_counter(), 0
+    micro_batches = options.accumulate
+    bar = tqdm(
+        total=options.steps,
+        initial=first,
+        desc="wmtrain",
+        unit=" steps",
+        mininterval=0.1 if sys.stderr.isatty() else 10,
+    )
+    with bar, Log(out) as log, Feed(windows, options.batch, options.seed, device, first * micro_batches) as feed:
+        for step in range(first, options.steps):
+            model.train()
+            rate = learning_rate(step, options)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            for _ in range(micro_batches):
+                batch = feed.next()
+                with autocast(device, dtype):
+                    losses = forward(batch)
+                (losses["loss"] / micro_batches).backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+            if not torch.isfinite(losses["loss"] + norm):
+                raise UserError(
+                    f"the loss of step {step} is not finite; the last checkpoint in {out} is good: resume it with a lower --lr"
+                )
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            done = step + 1
+            seen += options.batch * micro_batches
+            bar.update()
+            if done % options.log_every == 0 or done == options.steps:
+                elapsed = time.perf_counter() - start
+                values = {name: value.item() for name, value in losses.items()}
+                speed = {"windows_per_second": seen / elapsed, "waiting_share": feed.waited / elapsed}
+                log.write(done, {**values, "learning_rate": rate, "gradient_norm": norm.item(), **speed})
+                bar.set_postfix_str(
+                    f"loss {values['loss']:.4f}, {speed['windows_per_second']:.0f} windows/s, waiting {speed['waiting_share']:.1%}"
+                )
+            if done % options.validate_every == 0 or done == options.steps:
+                result = validate(model, validation, device, dtype)
+                log.write(done, result)
+                tqdm.write(f"step {done}: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+            if done % options.checkpoint_every == 0 or done == options.steps:
+                save_checkpoint(out, done, model, optimiser)
+    return result
+
+
+@torch.inference_mode()
+def validate(model: Any, windows: Windows, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Open-loop rollouts from one observed frame, as a planner makes them.
+
+    Returns:
+        `skill_k` for k = 1 … 5 model steps: 1 - MSE of the rollout / MSE of copying the observed frame. 1 is perfect, 0 useless.
+    """
+    model.eval()
+    steps = windows.predict
+    error, copying = torch.zeros(steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.float64)
+    chosen = np.random.default_rng(0).permutation(len(windows))[:VALIDATION_WINDOWS]
+    for part in np.array_split(chosen, max(1, len(chosen) // 64)):
+        data = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(part).items()}
+        tokens = data["tokens"].float()
+        with autocast(device, dtype):
+            imagined, _ = model.rollout(tokens[:, :1], data["proprio"][:, :1], data["action"][:, :steps])
+        error += (imagined - tokens[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
+        copying += (tokens[:, :1] - tokens[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
+    skill = 1 - error / copying
+    return {f"skill_{k + 1}": skill[k].item() for k in range(steps)}
+
+
+def learning_rate(step: int, options: TrainOptions) -> float:
+    """Warmup-constant-decay: linear up, constant, and down to 0 as 1 - sqrt (arXiv 2405.18392)."""
+    warmup, decay = math.ceil(options.warmup * options.steps), math.ceil(options.decay * options.steps)
+    if step < warmup:
+        return options.learning_rate * (step + 1) / warmup
+    if step < options.steps - decay:
+        return options.learning_rate
+    return options.learning_rate * (1 - math.sqrt((step - (options.steps - decay)) / decay))
+
+
+def make_optimiser(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
+    """AdamW; matrices decay, vectors do not."""
+    parameters = list(model.parameters())
+    groups = [
+        {
+            "params": [parameter for parameter in parameters if parameter.ndim >= 2],
+            "weight_decay": options.weight_decay,
+        },
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+class Log:
+    """metrics.jsonl and TensorBoard."""
+
+    def __init__(self, run: Path) -> None:
+        """Args: `run` the run's folder."""
+        self._file = (run / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard"))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Log the values of a step."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def __enter__(self) -> Log:
+        """For `with`."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close both."""
+        self._file.close()
+        self._board.close()
+
+
+def _prepare_folder(out: Path, config: dict[str, Any], store: TokenStore, *, resume: bool, overwrite: bool) -> bool:
+    """Write config and identity, or compare them with those that are there; returns whether there is a checkpoint to go on from."""
+    if overwrite and (out / "config.json").exists():
+        shutil.rmtree(out)
+    if resume and not (out / "checkpoints" / "last").exists():
+        raise UserError(f"{out} has no checkpoint to resume; run without --resume")
+    if (out / "config.json").exists():
+        there = read_config(out)
+        identity = read_json(out / "identity.json", "train again with --overwrite")["identity"]
+        different = [
+            f"{name} {there.get(name)} != {config[name]}"
+            for name in config
+            if there.get(name) != config[name] and not (name in MAY_CHANGE_ON_RESUME and (resume or name != "steps"))
+        ]
+        if identity != json.loads(json.dumps(store.identity.to_json())):
+            different.append("the store's identity")
+        if different:
+            raise UserError(
+                f"{out} is a run with other settings ({'; '.join(different)}); choose another --out, or begin anew with --overwrite"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} exists and is not a run of ours; choose another --out")
+    write_json(out / "identity.json", {"identity": store.identity.to_json(), "card": asdict(store.card)})
+    write_json(out / "config.json", config)
+    return (out / "checkpoints" / "last").exists()
+
+
+def _statistics(store: TokenStore, frameskip: int) -> dict[str, Tensor]:
+    action_mean, action_std = store.action.mean(0), store.action.std(0, ddof=1)
+    values = {
+        "tokens_mean": store.mean,
+        "tokens_std": store.std,
+        "proprio_mean": store.state.mean(0),
+        "proprio_std": store.state.std(0, ddof=1),
+        "action_mean": np.tile(action_mean, frameskip),
+        "action_std": np.tile(action_std, frameskip),
+    }
+    return {name: torch.from_numpy(np.asarray(value, dtype=np.float32)) for name, value in values.items()}
+
+
+def _validation_windows(store: TokenStore, options: TrainOptions) -> Windows:
+    """Windows of one observed frame and up to 5 that follow, from the val episodes."""
+    length = int(np.bincount(store.episode).max())
+    steps = max(1, min(ROLLOUT_STEPS, length // options.frameskip - 1))
+    return store.windows(1, steps, options.frameskip, "val", seed=options.split_seed)

@@ -1,0 +1,62 @@
+"""What every world model is to the trainer and to the planner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """What a model must know of the data, beside its own options.
+
+    Attributes:
+        tokens: N, tokens of a frame.
+        token_dim: D.
+        proprio_dim: P; 4 for PointMaze (x, y, vx, vy).
+        action_dim: f * A, the f env actions of a model step; 10 at frameskip 5.
+        history: H, context frames.
+    """
+
+    tokens: int
+    token_dim: int
+    proprio_dim: int
+    action_dim: int
+    history: int
+
+
+@runtime_checkable
+class WorldModel(Protocol):
+    """An action-conditioned predictor of latents. Everything in and out is in the store's own units."""
+
+    shape: DataShape
+
+    def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Training loss.
+
+        Args:
+            batch: tokens [B, T, N, D], proprio [B, T, P], action [B, T, f * A], with T = H + 1 (see `Windows.batch`).
+
+        Returns:
+            `loss` to descend, and parts of it to log; scalars.
+        """
+        ...
+
+    def rollout(
+        self, tokens: Tensor, proprio: Tensor, actions: Tensor, context: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Imagine what actions lead to.
+
+        Args:
+            tokens: [B, n, N, D], n >= 1 observed frames.
+            proprio: [B, n, P] of those frames.
+            actions: [B, n - 1 + t, f * A]; action k leads from frame k to frame k + 1.
+            context: frames, observed or imagined, that a step sees; None means all of the model's history.
+
+        Returns:
+            Latents [B, t, N, D] and proprio [B, t, P] of the t frames after the observed ones.
+        """
+        ...
