@@ -138,7 +138,10 @@ def collect(env: str, out: Path | None, **settings: Any) -> None:
 @click.option("--encoder", "name", default="tcn", help="An encoder that can be fitted.")
 @click.option("--steps", type=click.IntRange(1), default=400, help="Optimiser steps.")
 @click.option("--batch-size", "batch", type=click.IntRange(2), default=256, help="Pairs of frames in each step.")
-@click.option("--max-lag", type=click.IntRange(1), default=8, help="Positives are 1 to this many env steps apart.")
+@click.option("--max-lag", type=click.IntRange(1), default=4, help="Positives are 1 to this many env steps apart.")
+@click.option(
+    "--spread", type=click.FloatRange(0), default=0.2, help="Weight of the term that drives all frames apart."
+)
 @click.option("--lr", "learning_rate", type=float, default=1e-3, help="Peak learning rate.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of weights and batches.")
 @click.option("--max-frames", type=click.IntRange(1), default=50_000, help="Frames held in memory.")
@@ -159,9 +162,11 @@ def fit(
     out = out or default_weights(frames, name)
     result = run(frames, name, out, FitOptions(**settings), max_frames=max_frames, device=device, overwrite=overwrite)
     click.echo(f"{result.weights}: fitted on {result.frames} frames")
+    landscape = result.landscape
     click.echo(
-        f"Spearman correlation of squared token distance and geodesic distance, held-out episodes: {result.spearman:.3f}"
+        f"Spearman correlation of squared token distance and geodesic distance, held-out episodes: {landscape.spearman:.3f}"
     )
+    click.echo(f"held-out frames from which descending that distance gets stuck: {landscape.stuck:.1%}")
 
 
 @main.command()
@@ -328,7 +333,7 @@ def wmplan(
     chosen = PlanOptions(**settings)
     setting = Setting(run, chosen, weights=weights, cache=cache)
     out = out or run / f"plan-{chosen.objective}-x{chosen.execute}-{chosen.episodes}x{chosen.budget}"
-    episodes, results = evaluate(setting, chosen)
+    episodes, results = evaluate(setting, chosen, out)
     write_report(out, run, setting, episodes, results, shell_command(sys.argv))
     if as_json:
         click.echo(json.dumps(results, indent=2))

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from tqdm import tqdm
 from wmcache.cache.errors import UserError
+from wmcache.cache.files import seconds_between_updates
 
 Item = TypeVar("Item")
 
@@ -38,7 +39,7 @@ def run_tasks(
         UserError: some items failed; the others were done.
     """
     failures: list[str] = []
-    with tqdm(total=total, desc=label, unit=f" {unit}", mininterval=_seconds_between_updates()) as bar:
+    with tqdm(total=total, desc=label, unit=f" {unit}", mininterval=seconds_between_updates()) as bar:
         for outcome in _outcomes(task, items, min(workers, len(items)), threads):
             if isinstance(outcome, UserError):
                 failures.append(str(outcome))
@@ -97,10 +98,3 @@ class _Guarded(Generic[Item]):
             return self._task(item)
         except UserError as error:
             return error
-
-
-def _seconds_between_updates() -> float:
-    # A log file gets a line every 10 seconds, a terminal a living bar.
-    import sys
-
-    return 0.1 if sys.stderr.isatty() else 10.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from wmcache.cache.device import choose_device
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import atomic_write, home
+from wmcache.cache.files import atomic_write, home, seconds_between_updates
 from wmcache.cache.windows import split_episodes
 from wmcache.envs import Maze
 from wmcache.pipeline import encoders
@@ -29,6 +28,21 @@ from wmcache.pipeline.frames import FrameDataset
 
 PROBED_FRAMES = 1000
 PROBED_GOALS = 40
+STEP_DISTANCE = 0.5
+STUCK_DISTANCE = 0.5
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """Whether a planner can descend the squared token distance to a goal.
+
+    Attributes:
+        spearman: rank correlation with the true geodesic distance, over pairs of held-out frames.
+        stuck: share of held-out frames from which moving always to the best place in sight does not lead to the goal.
+    """
+
+    spearman: float
+    stuck: float
 
 
 @dataclass(frozen=True)
@@ -38,12 +52,12 @@ class Fitted:
     Attributes:
         weights: the file.
         frames: trained on.
-        spearman: rank correlation of squared token distance and true geodesic distance, between pairs of held-out frames.
+        landscape: of held-out frames.
     """
 
     weights: Path
     frames: int
-    spearman: float
+    landscape: Landscape
 
 
 def default_weights(dataset: FrameDataset, encoder: str) -> Path:
@@ -113,9 +127,7 @@ def _train_and_save(
     images = load_images(dataset, chosen, encoders.get_spec(name).image_size)
     steps = encoders.get_fitter(name)(images, dataset.steps.episode[chosen], options, device)
     trained: torch.nn.Module | None = None
-    with tqdm(
-        total=options.steps, desc=f"fit {name}", unit=" steps", mininterval=0.1 if sys.stderr.isatty() else 10
-    ) as bar:
+    with tqdm(total=options.steps, desc=f"fit {name}", unit=" steps", mininterval=seconds_between_updates()) as bar:
         for loss, network in steps:
             if not np.isfinite(loss):
                 raise UserError(f"the loss is not finite after {bar.n} steps; try a lower --lr")
@@ -128,8 +140,8 @@ def _train_and_save(
         file.write(save(weights, metadata=metadata))
 
 
-def probe_landscape(dataset: FrameDataset, encoder: Encoder) -> float:
-    """Spearman correlation of squared token distance and geodesic distance, from held-out frames to held-out goals."""
+def probe_landscape(dataset: FrameDataset, encoder: Encoder) -> Landscape:
+    """Measure the latent distance between held-out frames; see `Landscape`."""
     episode = dataset.steps.episode
     held_out = np.flatnonzero(np.isin(episode, split_episodes(int(episode[-1]) + 1, "val", 42)))
     rng = np.random.default_rng(0)
@@ -140,10 +152,31 @@ def probe_landscape(dataset: FrameDataset, encoder: Encoder) -> float:
     ).flatten(1)
     maze, xy = Maze(dataset.card.name, tuple(dataset.card.maze)), dataset.steps.state[chosen, :2]
     goals = rng.choice(len(chosen), min(PROBED_GOALS, len(chosen)), replace=False)
-    latent = np.concatenate([(tokens - tokens[goal]).square().sum(1).numpy() for goal in goals])
-    true = np.concatenate([maze.geodesic(xy[goal], xy) for goal in goals])
+    latent = np.stack([(tokens - tokens[goal]).square().sum(1).numpy() for goal in goals])
+    true = np.stack([maze.geodesic(xy[goal], xy) for goal in goals])
     reachable = np.isfinite(true)
-    return float(spearmanr(latent[reachable], true[reachable]).statistic)
+    correlation = spearmanr(latent[reachable], true[reachable]).statistic
+    near = neighbours(maze, xy)
+    ends = [descend(values, near) for values in latent]
+    stuck = [(true[i, end] > STUCK_DISTANCE)[reachable[i]].mean() for i, end in enumerate(ends)]
+    return Landscape(float(correlation), float(np.mean(stuck)))
+
+
+def neighbours(maze: Maze, xy: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """[n, n]: which places see each other within STEP_DISTANCE."""
+    near: NDArray[np.bool_] = np.linalg.norm(xy[:, None] - xy, axis=-1) < STEP_DISTANCE
+    for share in (0.25, 0.5, 0.75):
+        near &= maze.is_clear(share * xy[:, None] + (1 - share) * xy, 0.0)
+    return near
+
+
+def descend(values: NDArray[np.floating], near: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Where each place ends that always moves to its neighbour of lowest value, [n]."""
+    step = np.where(near, values, np.inf).argmin(1)
+    place = np.arange(len(values))
+    while not (step[place] == place).all():
+        place = step[place]
+    return place
 
 
 def load_images(dataset: FrameDataset, frames: NDArray[np.int64], size: int) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+import hashlib
+import json
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 from wmcache.cache.device import choose_device, choose_dtype
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import read_json
+from wmcache.cache.files import atomic_write, read_json, seconds_between_updates, sha256_of
 from wmcache.cache.identity import Identity
 from wmcache.cache.store import StoreCard, TokenStore
 from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, find_maze, sample_state
@@ -25,7 +26,7 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.planner.cem import Cem
 from wmcache.planner.mpc import Mpc
 from wmcache.planner.objective import MODES
-from wmcache.trainer.checkpoint import load_model, read_config
+from wmcache.trainer.checkpoint import last_checkpoint, load_model, read_config
 
 THRESHOLDS = (0.5, 0.25, 0.1)
 CHECKED_FRAMES = 16
@@ -114,6 +115,7 @@ class Setting:
             UserError: not a run, options that do not fit, missing weights, or an encoder that does not match the store.
         """
         check_options(options)
+        self.run = run
         self.config = read_config(run)
         saved = read_json(run / "identity.json", "train the model again")
         self.card = StoreCard(**{**saved["card"], "token_grid": tuple(saved["card"]["token_grid"])})
@@ -145,6 +147,12 @@ class Setting:
             device=self.device,
             dtype=choose_dtype(options.dtype, self.device),
         )
+
+    def fingerprint(self, options: PlanOptions) -> str:
+        """Of everything that the episodes depend on: options, weights of the model, identity of the store."""
+        weights = sha256_of(last_checkpoint(self.run) / "model.safetensors")
+        known = json.dumps([asdict(options), weights, self.store.identity.to_json(), self.maze.rows])
+        return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
 def check_options(options: PlanOptions) -> None:
@@ -247,6 +255,20 @@ def run_episodes(
     )
 
 
+def save_episodes(file: Path, episodes: Episodes) -> None:
+    """Write a finished batch, atomically."""
+    with atomic_write(file) as stream:
+        arrays = {field.name: np.asarray(getattr(episodes, field.name)) for field in fields(episodes)}
+        np.savez(stream, allow_pickle=False, **arrays)
+
+
+def load_episodes(file: Path) -> Episodes:
+    """Read what `save_episodes` wrote."""
+    with np.load(file) as arrays:
+        values = {name: array if array.ndim else array.item() for name, array in arrays.items()}
+    return Episodes(**values)
+
+
 def join(parts: list[Episodes]) -> Episodes:
     """Several batches of episodes as one."""
     return Episodes(
@@ -288,13 +310,31 @@ def env_steps(episodes: Episodes, threshold: float) -> NDArray[np.int64]:
     return steps
 
 
-def evaluate(setting: Setting, options: PlanOptions) -> tuple[Episodes, dict[str, Any]]:
-    """All episodes, in batches, and their results (the content of `results.json`)."""
-    total = options.episodes * -(-options.budget // (options.execute * setting.mpc.frameskip))
+def evaluate(setting: Setting, options: PlanOptions, out: Path) -> tuple[Episodes, dict[str, Any]]:
+    """All episodes, in batches.
+
+    Args:
+        setting, options: what to plan with.
+        out: folder in which finished batches are kept, so that a stopped evaluation goes on when it is run again.
+
+    Returns:
+        What happened, and the content of `results.json`.
+    """
     first, last = options.seed, options.seed + options.episodes
-    with tqdm(total=total, desc="wmplan", unit=" replans", mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
-        batches = (range(begin, min(last, begin + options.batch)) for begin in range(first, last, options.batch))
-        episodes = join([run_episodes(setting, options, batch, bar) for batch in batches])
+    replans = -(-options.budget // (options.execute * setting.mpc.frameskip))
+    folder = out / f"unfinished-{setting.fingerprint(options)}"
+    parts = []
+    with tqdm(
+        total=options.episodes * replans, desc="wmplan", unit=" replans", mininterval=seconds_between_updates()
+    ) as bar:
+        for begin in range(first, last, options.batch):
+            numbers, file = range(begin, min(last, begin + options.batch)), folder / f"{begin:06d}.npz"
+            if file.exists():
+                bar.update(len(numbers) * replans)
+            else:
+                save_episodes(file, run_episodes(setting, options, numbers, bar))
+            parts.append(load_episodes(file))
+    episodes = join(parts)
     headline = judge(episodes, options.threshold)
     return episodes, {
         "episodes": options.episodes,

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import shlex
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -86,6 +87,8 @@ def write_report(
         file.write(html.encode())
     # Last, so that its presence means that all of the above is there.
     write_json(out / "results.json", results)
+    for unfinished in out.glob("unfinished-*"):
+        shutil.rmtree(unfinished)
 
 
 def write_episodes(path: Path, episodes: Episodes) -> None:
@@ -134,7 +137,7 @@ def draw_training(run: Path) -> bytes:
                     [line[f"skill_{k}"] for line in skills],
                     ".-",
                     color=colour,
-                    label=f"{k} steps",
+                    label=f"{k} step{'s' * (k > 1)}",
                 )
         right.set(xlabel="step", ylabel="skill against copying\n(1: perfect, 0: useless)", ylim=(None, 1))
         right.legend(loc="lower right", fontsize=7)
@@ -145,7 +148,7 @@ def draw_distance_map(store: TokenStore) -> bytes:
     """Cached frames at the ball's place, coloured by distance to a goal: in the latent space, and along the true shortest path."""
     chosen = np.random.default_rng(0).choice(len(store), min(MAPPED_FRAMES, len(store)), replace=False)
     xy = store.state[chosen, :2]
-    goal = int(np.lexsort((xy[:, 1], -xy[:, 0]))[0])
+    goal = int(np.argmax(xy[:, 0] - xy[:, 1]))  # the end of the U-maze's way
     tokens = store.gather(chosen).astype(np.float32)
     latent = np.square(tokens - tokens[goal]).sum((1, 2))
     maze = Maze("cached", tuple(store.card.dataset["maze"]))
@@ -225,6 +228,7 @@ def _draw_walls(axes: Axes, maze: Maze) -> None:
     )
     axes.set(aspect="equal", xticks=[], yticks=[])
     axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from wmcache.cache.device import autocast, choose_device, choose_dtype
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import read_json, write_json
+from wmcache.cache.files import read_json, seconds_between_updates, write_json
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows
 from wmcache.trainer.checkpoint import (
@@ -128,7 +127,7 @@ def train(
         initial=first,
         desc="wmtrain",
         unit=" steps",
-        mininterval=0.1 if sys.stderr.isatty() else 10,
+        mininterval=seconds_between_updates(),
     )
     with bar, Log(out) as log, Feed(windows, options.batch, options.seed, device, first * micro_batches) as feed:
         for step in range(first, options.steps):

@@ -93,13 +93,15 @@ class FitOptions:
         steps: optimiser steps.
         batch: pairs of frames in each.
         max_lag: positives are 1 to this many env steps later.
+        spread: weight of the term that drives all frames apart.
         learning_rate: peak, reached after a tenth of the steps and decayed to 0 as a cosine.
         seed: of initialisation and batches.
     """
 
-    steps: int = 600
+    steps: int = 400
     batch: int = 256
-    max_lag: int = 8
+    max_lag: int = 4
+    spread: float = 0.2
     learning_rate: float = 1e-3
     seed: int = 0
 
