@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := data/demo
+PLAN := $(DEMO)/runs/pointmaze-umaze-tcn-64/plan-all-x1-50x100
 
-.PHONY: setup test lint demo clean
+.PHONY: setup test lint demo pictures clean
 
 setup: $(VENV)/.linked
 	@$(BIN)/python -m wmcache.envs.check >/dev/null 2>&1 || scripts/install-gl.sh $(BIN)/python
@@ -37,6 +38,12 @@ demo: setup
 	wmcache extract --encoder tcn
 	wmtrain --cache $(DEMO)/stores/pointmaze-umaze/tcn-64.zarr --width 128 --depth 4 --heads 4 --dropout 0 --lr 1e-3 --steps 2400
 	wmplan --run $(DEMO)/runs/pointmaze-umaze-tcn-64
+
+# The README's pictures, from the demo's report.
+pictures: demo
+	cp $(PLAN)/figures/*.png docs/images/
+	$(BIN)/python -c "import glob, imageio.v3 as i; \
+	  i.imwrite('docs/images/episode.gif', i.imread(sorted(glob.glob('$(PLAN)/videos/*.mp4'))[0])[:41], duration=60, loop=0)"
 
 clean:
 	rm -rf build $(VENV) $(DEMO) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

@@ -59,8 +59,11 @@ class Identity:
             raise UserError(
                 f"{where} holds no identity of format {FORMAT_VERSION} (odd fields: {odd}); extract it again"
             )
-        mean, std = value["normalisation"]
-        return cls(**{**value, "normalisation": (tuple(mean), tuple(std))})
+        try:
+            mean, std = value["normalisation"]
+            return cls(**{**value, "normalisation": (tuple(mean), tuple(std))})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where} holds a damaged identity ({error}); extract it again") from error
 
     def differences(self, other: Identity) -> list[str]:
         """One `field: mine != theirs` for each field that differs."""

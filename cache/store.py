@@ -204,8 +204,7 @@ class TokenStore:
         self.mean = np.asarray(attributes.get("mean", np.zeros(depth)), dtype=np.float32)
         self.std = np.asarray(attributes.get("std", np.ones(depth)), dtype=np.float32)
         self.complete = bool(attributes.get("complete"))
-        group = zarr.open_group(path, mode="r")
-        self.action, self.state, self.episode, self.step = (np.asarray(group[name]) for name in STEP_COLUMNS)
+        self.action, self.state, self.episode, self.step = (_read_column(path, name) for name in STEP_COLUMNS)
         self._reader = ShardedReader(
             lambda shard: shard_file(path, shard),
             frames=self.card.frames,
@@ -290,13 +289,30 @@ def read_attributes(path: Path) -> dict[str, Any]:
     if attributes.get("format_version") != FORMAT_VERSION:
         found = attributes.get("format_version")
         raise UserError(f"{path} has format {found}, this wmcache reads {FORMAT_VERSION}; extract it again")
+    if not isinstance(attributes.get("identity"), dict) or not isinstance(attributes.get("card"), dict):
+        raise UserError(f"{path / 'zarr.json'} has lost the store's identity or card; extract it again")
     return dict(attributes)
 
 
 def read_card(attributes: Mapping[str, Any]) -> StoreCard:
     """The card in a store's attributes."""
     card = attributes["card"]
-    return StoreCard(**{**card, "token_grid": tuple(card["token_grid"])})
+    try:
+        return StoreCard(**{**card, "token_grid": tuple(card["token_grid"])})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the store's card is damaged ({error}); extract it again") from error
+
+
+def _read_column(path: Path, name: str) -> NDArray[Any]:
+    """A column of the step table; zarr alone would read a lost chunk as zeros."""
+    try:
+        array = zarr.open_array(path / name, mode="r")
+        if array.nchunks_initialized == array.nchunks:
+            return np.asarray(array)
+        reason = "a chunk is missing"
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160]
+    raise UserError(f"{path / name} cannot be read ({reason}); extract the store again")
 
 
 def _create_arrays(path: Path, card: StoreCard, identity: Identity, steps: Mapping[str, NDArray[Any]]) -> None:

@@ -1,17 +1,11 @@
 """The world: maze layouts, PointMaze's physics and camera, a vector env and behaviour policies. Imports nothing of ours."""
 
-import os
-import sys
-
-# MuJoCo reads this once, when it is imported, so it comes before every import below.
-if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-    os.environ.setdefault("MUJOCO_GL", "egl")
-
 import gymnasium
+from wmcache.envs.gl import RendererError
 from wmcache.envs.maze import Maze, MazeError, maze_names
 from wmcache.envs.pointmaze import PointMazeEnv, sample_state
 from wmcache.envs.policies import POLICIES, Policy
-from wmcache.envs.simulator import FPS, PointMazeSimulator, RendererError
+from wmcache.envs.simulator import FPS, PointMazeSimulator
 from wmcache.envs.vector import PointMazeVectorEnv
 
 ENV_PREFIX = "wmcache/PointMaze-"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 
-import mujoco
 import numpy as np
 from numpy.typing import NDArray
+from wmcache.envs.gl import RendererError, gl_failure, mujoco
 from wmcache.envs.maze import BALL_RADIUS, Maze
 
 PHYSICS_STEPS = 5
@@ -25,10 +25,6 @@ _MARKER_RADIUS = 0.2
 _FIELD_OF_VIEW = 45.0
 _OFFSET = 1.2
 """D4RL's ball starts at world (1.2, 1.2), and the ball's coordinates count from there."""
-
-
-class RendererError(RuntimeError):
-    """No OpenGL to draw with; the message says which MUJOCO_GL to choose and what to install."""
 
 
 def _mjcf(maze: Maze, image_size: int) -> str:
@@ -100,7 +96,16 @@ class PointMazeSimulator:
 
         Returns:
             The next state [4].
+
+        Raises:
+            ValueError: state or action is not finite, or of another shape.
         """
+        if (
+            np.shape(state) != (4,)
+            or np.shape(action) != (2,)
+            or not (np.isfinite(state).all() and np.isfinite(action).all())
+        ):
+            raise ValueError(f"a step takes 4 and 2 finite numbers, not state {state} and action {action}")
         data = self._data
         mujoco.mj_resetData(self._model, data)
         data.qpos[:] = state[:2]
@@ -125,6 +130,8 @@ class PointMazeSimulator:
     def _open_renderer(self) -> mujoco.Renderer:
         if self._renderer is None:
             try:
+                if gl_failure is not None:
+                    raise gl_failure  # noqa: TRY301 (it ends as the same RendererError)
                 self._renderer = mujoco.Renderer(self._model, self.image_size, self.image_size)
             except Exception as error:  # each GL backend fails in its own way, from ImportError to AttributeError
                 chosen = os.environ.get("MUJOCO_GL", "")

@@ -48,6 +48,7 @@ class PointMazeVectorEnv(VectorEnv[Observation, NDArray[np.floating], NDArray[An
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._simulator = PointMazeSimulator(self.maze, image_size)
+        self._rngs = [np.random.default_rng() for _ in range(num_envs)]
         self._states = np.zeros((num_envs, 4))
         self._goals = np.zeros((num_envs, 4))
 
@@ -66,7 +67,9 @@ class PointMazeVectorEnv(VectorEnv[Observation, NDArray[np.floating], NDArray[An
         seeds = seed if isinstance(seed, list) else [None if seed is None else seed + i for i in range(self.num_envs)]
         options = options or {}
         for i, one in enumerate(seeds):
-            rng = np.random.default_rng(one)
+            if one is not None:
+                self._rngs[i] = np.random.default_rng(one)
+            rng = self._rngs[i]
             start, goal = sample_state(self.maze, rng), sample_state(self.maze, rng)
             self._states[i] = check_state(self.maze, options["state"][i] if "state" in options else start)
             self._goals[i] = check_state(self.maze, options["goal"][i] if "goal" in options else goal)

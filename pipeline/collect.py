@@ -55,6 +55,7 @@ def collect(
         np.zeros(4)
     )  # fails here, before anything is written, where there is no OpenGL
     steps = simulate(maze, POLICIES[policy], episodes, length, seed)
+    _steps.cache_clear()
     card = DatasetCard(
         name=out.name,
         env=env,

@@ -97,11 +97,12 @@ def extract(dataset: FrameDataset, encoder: Encoder, out: Path, *, batch: int = 
 
 def extract_shard(dataset: Path, recipe: str, device: str, out: Path, identity: str, batch: int, shard: int) -> int:
     """The task: read, encode and write one shard; returns its number of frames."""
-    frames = _open_dataset(dataset).read_shard(shard)
+    known = Identity.from_json(json.loads(identity), str(out))
+    frames = _open_dataset(dataset, known.dataset_fingerprint).read_shard(shard)
     encoder = _load_encoder(recipe, device)
     with _encoding:
         tokens = encode_frames(encoder, frames, batch)
-    StoreWriter.resume(out, Identity.from_json(json.loads(identity), str(out))).write_shard(shard, tokens)
+    StoreWriter.resume(out, known).write_shard(shard, tokens)
     return len(frames)
 
 
@@ -176,5 +177,5 @@ def _load_encoder(recipe: str, device: str) -> Encoder:
 
 
 @functools.lru_cache(maxsize=1)
-def _open_dataset(path: Path) -> FrameDataset:
+def _open_dataset(path: Path, fingerprint: str) -> FrameDataset:  # noqa: ARG001 (a part of the cache's key)
     return FrameDataset.open(path)

@@ -137,12 +137,14 @@ class FrameDatasetWriter:
         for record, kind in ((path / "dataset.json", "finished"), (self._unfinished, "unfinished")):
             if record.exists():
                 self._compare(read_json(record, "delete the folder and collect again"), kind)
-                return
-        if path.exists() and any(path.iterdir()):
-            raise UserError(f"{path} exists and is not a dataset of ours; choose another --out")
-        write_json(self._unfinished, asdict(card))
-        with atomic_write(path / "steps.parquet") as file:
-            pq.write_table(steps.to_table(), file)
+                break
+        else:
+            if path.exists() and any(path.iterdir()):
+                raise UserError(f"{path} exists and is not a dataset of ours; choose another --out")
+            write_json(self._unfinished, asdict(card))
+        if not (path / "steps.parquet").exists():
+            with atomic_write(path / "steps.parquet") as file:
+                pq.write_table(steps.to_table(), file)
 
     def _compare(self, there: dict[str, Any], kind: str) -> None:
         for name, value in asdict(self.card).items():
@@ -162,15 +164,24 @@ class FrameDatasetWriter:
         return [shard for shard in range(count) if not (self.path / shard_name(shard)).exists()]
 
     def finish(self) -> DatasetCard:
-        """Record the shards and write `dataset.json`, unless that is done.
+        """Record the shards and write `dataset.json`; where that is done, compare the shards with their records.
 
         Raises:
-            UserError: a shard is missing.
+            UserError: a shard is missing, or differs from its record.
         """
         if missing := self.pending():
             raise UserError(
                 f"{self.path} lacks {len(missing)} shards, the first is {shard_name(missing[0])}; collect again"
             )
+        if (self.path / "dataset.json").exists():
+            dataset = FrameDataset.open(self.path)
+            for shard, record in enumerate(dataset.card.shards):
+                if sha256_of(self.path / shard_name(shard)) != record["sha256"]:
+                    raise UserError(
+                        f"{self.path / shard_name(shard)} differs from its checksum; delete it and collect again"
+                    )
+            self._unfinished.unlink(missing_ok=True)
+            return dataset.card
         shards = []
         for shard in range(-(-self.card.frames // self.card.frames_per_shard)):
             tar = self.path / shard_name(shard)
@@ -318,7 +329,7 @@ def decode_png(data: bytes, size: int, where: str) -> Frames:
                 f"{where} is {image.size} {image.mode}, not ({size}, {size}) RGB; collect the dataset again"
             )
         return np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{where} is no readable PNG ({error}); collect the dataset again") from error
 
 

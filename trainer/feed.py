@@ -32,7 +32,7 @@ class Feed:
         self._next: Future[dict[str, Tensor]] = self._pool.submit(self._read, first)
 
     def next(self) -> dict[str, Tensor]:
-        """The next batch, on the device; valid until the call after the next."""
+        """The next batch, on the device; valid until the next call, which lets its buffer be filled again."""
         start = time.perf_counter()
         batch = self._next.result()
         self.waited += time.perf_counter() - start

@@ -132,7 +132,7 @@ class Encoder:
         """Use `encoders.create`."""
         self.spec = spec
         self.weights = weights
-        self.image_size = image_size or spec.image_size
+        self.image_size = spec.image_size if image_size is None else image_size
         self.normalisation_name = normalisation or spec.normalisation
         if self.normalisation_name not in NORMALISATIONS:
             raise UserError(f"no normalisation {normalisation!r}; known are {', '.join(NORMALISATIONS)}")
@@ -142,6 +142,10 @@ class Encoder:
         self.dtype = choose_dtype(dtype or spec.dtype, self.device)
         loaded = load(spec, self.image_size, weights)
         self.source = loaded.source
+        if any(not torch.isfinite(parameter).all() for parameter in loaded.network.parameters()):
+            raise UserError(
+                f"the weights of {spec.name} ({weights or loaded.source}) hold values that are not finite; get them again"
+            )
         self.weights_sha256 = hash_parameters(loaded.network)
         # Frozen for good: dropout, batch statistics and gradients have no place here.
         self.network = loaded.network.to(self.device).eval().requires_grad_(False)

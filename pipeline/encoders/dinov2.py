@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import timm
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from wmcache.cache.errors import UserError
 from wmcache.pipeline.encoders.base import EncoderSpec, Loaded
+from wmcache.pipeline.encoders.hub import download_weights
 
 TIMM_NAME = "vit_small_patch14_dinov2.lvd142m"
 
@@ -58,21 +58,14 @@ def load_timm(timm_name: str, spec: EncoderSpec, image_size: int, weights: Path 
     Raises:
         UserError: the hub cannot be reached, or the file does not fit.
     """
-    overlay = None if weights is None else {"file": str(weights)}
+    file = weights or download_weights(spec.source, spec.name)
     try:
         model: nn.Module = timm.create_model(
-            timm_name, pretrained=True, pretrained_cfg_overlay=overlay, img_size=image_size, num_classes=0
+            timm_name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, img_size=image_size, num_classes=0
         )
     except (RuntimeError, SafetensorError, KeyError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        if weights is not None:
-            raise UserError(
-                f"--weights {weights} does not hold {timm_name} ({reason}); save it from timm's state_dict()"
-            ) from error
+        reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"the weights of {spec.name} ({spec.source}) cannot be downloaded ({reason}); "
-            "pass --weights FILE.safetensors, or use --encoder tcn, which needs no download"
+            f"{file} does not hold the weights of {timm_name} ({reason}); save them from timm's state_dict()"
         ) from error
-    if any(not torch.isfinite(parameter).all() for parameter in model.parameters()):
-        raise UserError(f"the weights of {spec.name} hold values that are not finite; get the file again")
     return model

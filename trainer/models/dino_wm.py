@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from wmcache.cache.device import attention_precision
 from wmcache.trainer.models.base import DataShape
 
 EMBEDDING = 10
@@ -148,13 +149,8 @@ class Block(nn.Module):
         """[B, L, width] -> the same; `mask` [L, L] is True where row may attend to column, None where all may."""
         q, k, v = rearrange(self.qkv(self.norm_attention(x)), "b l (three h c) -> three b h l c", three=3, h=self.heads)
         dropout = self.dropout if self.training else 0.0
-        if x.device.type == "cpu":
-            # The CPU's bfloat16 attention kernel is several times slower backwards than its float32 one.
-            with torch.autocast("cpu", enabled=False):
-                attended = F.scaled_dot_product_attention(
-                    q.float(), k.float(), v.float(), attn_mask=mask, dropout_p=dropout
-                )
-        else:
+        with attention_precision(x.device) as dtype:
+            q, k, v = (part.to(dtype or part.dtype) for part in (q, k, v))
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         x = x + F.dropout(self.out(rearrange(attended, "b h l c -> b l (h c)")), dropout)
         return torch.add(x, self.mlp(self.norm_mlp(x)))

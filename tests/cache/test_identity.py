@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from wmcache.cache import Identity, UserError
+
+FIELDS = [field.name for field in dataclasses.fields(Identity)]
+
+
+def changed(identity: Identity, field: str) -> Identity:
+    value = getattr(identity, field)
+    other = {int: -1, str: "another", tuple: ((0.0,), (1.0,))}[type(value)]
+    return dataclasses.replace(identity, **{field: other})
+
+
+def test_an_identity_survives_json(identity: Identity) -> None:
+    assert Identity.from_json(json.loads(json.dumps(identity.to_json())), "here") == identity
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_any_field_makes_a_difference_and_is_named(identity: Identity, field: str) -> None:
+    other = changed(identity, field)
+    assert identity.differences(other) == [f"{field}: {getattr(identity, field)} != {getattr(other, field)}"]
+
+
+def test_every_difference_is_named(identity: Identity) -> None:
+    other = changed(changed(identity, "layer"), "image_size")
+    assert [text.split(":")[0] for text in identity.differences(other)] == ["layer", "image_size"]
+    assert identity.differences(identity) == []
+
+
+def test_missing_and_unknown_fields_are_named(identity: Identity) -> None:
+    value = identity.to_json()
+    del value["layer"]
+    value["colour"] = "blue"
+    with pytest.raises(UserError, match=r"some\.zarr holds no identity .*colour, layer"):
+        Identity.from_json(value, "some.zarr")
+
+
+def test_a_garbled_normalisation_is_refused(identity: Identity) -> None:
+    with pytest.raises(UserError, match=r"some\.zarr"):
+        Identity.from_json(identity.to_json() | {"normalisation": [0.5]}, "some.zarr")

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from wmcache.cache import StoreWriter, TokenStore, UserError
+from wmcache.cache.windows import batch_windows, epoch_order, split_episodes, window_starts
+
+
+def test_an_episode_of_100_frames_has_dino_wms_81_windows() -> None:
+    starts, dropped = window_starts(np.repeat(np.arange(2), 100), np.arange(2), span=(3 + 1) * 5)
+    np.testing.assert_array_equal(starts, [*range(81), *range(100, 181)])
+    assert dropped == 0
+
+
+def test_a_window_holds_the_frames_and_the_actions_that_follow_each(store: TokenStore) -> None:
+    windows = store.windows(history=3, predict=1, frameskip=5)
+    assert len(windows) == 6 * (60 - 20 + 1)
+    chosen = np.array([0, 41, len(windows) - 1, 17])
+    batch = windows.batch(chosen)
+    for row, start in enumerate(windows.starts[chosen]):
+        frames = [start, start + 5, start + 10, start + 15]
+        np.testing.assert_array_equal(batch["tokens"][row], store.gather(np.array(frames)))
+        np.testing.assert_array_equal(batch["proprio"][row], store.state[frames].astype(np.float32))
+        for t, frame in enumerate(frames):
+            # Frame-major: both components of the first env step, then of the second, and so on.
+            pushes = [store.action[frame + i] for i in range(5)]
+            np.testing.assert_array_equal(batch["action"][row, t], np.concatenate(pushes))
+    assert batch["action"].dtype == batch["proprio"].dtype == np.float32
+
+
+def test_a_batch_fills_the_buffer_it_is_given(store: TokenStore) -> None:
+    windows = store.windows()
+    chosen = np.array([3, 100])
+    out = np.full((2 * windows.length, *store.gather(np.array([0])).shape[1:]), np.nan, np.float16)
+    batch = windows.batch(chosen, out)
+    assert np.shares_memory(batch["tokens"], out)
+    np.testing.assert_array_equal(batch["tokens"], windows.batch(chosen)["tokens"])
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    span=st.integers(1, 30),
+    data=st.data(),
+)
+def test_no_window_crosses_an_episode_and_none_is_forgotten(lengths: list[int], span: int, data: st.DataObject) -> None:
+    episode = np.repeat(np.arange(len(lengths)), lengths)
+    chosen = sorted(data.draw(st.sets(st.sampled_from(range(len(lengths))))))
+    starts, dropped = window_starts(episode, np.array(chosen, dtype=np.int64), span)
+    possible = [
+        start
+        for start in range(len(episode) - span + 1)
+        if episode[start] in chosen and len(set(episode[start : start + span])) == 1
+    ]
+    assert starts.tolist() == possible
+    assert dropped == sum(lengths[e] < span for e in chosen)
+
+
+@given(episodes=st.integers(2, 300), seed=st.integers(0, 2**32))
+def test_train_and_val_share_no_episode(episodes: int, seed: int) -> None:
+    train, val = (set(split_episodes(episodes, split, seed).tolist()) for split in ("train", "val"))
+    assert not train & val
+    assert train | val == set(split_episodes(episodes, "all", seed).tolist()) == set(range(episodes))
+    assert len(val) >= 1
+    assert abs(len(train) - 0.9 * episodes) <= 1
+
+
+def test_the_windows_of_train_and_val_share_no_frame(store: TokenStore) -> None:
+    def frames(split: str) -> set[int]:
+        windows = store.windows(split=split)
+        spans = windows.frames(np.arange(len(windows)))[:, :, None] + np.arange(windows.frameskip)
+        return set(spans.ravel().tolist())
+
+    assert not frames("train") & frames("val")
+    assert len(frames("train")) + len(frames("val")) == len(store)
+
+
+def test_the_split_depends_on_its_seed_alone() -> None:
+    np.testing.assert_array_equal(split_episodes(50, "val", 1), split_episodes(50, "val", 1))
+    assert split_episodes(50, "val", 1).tolist() != split_episodes(50, "val", 2).tolist()
+
+
+def test_an_unknown_split_lists_those_that_exist() -> None:
+    with pytest.raises(UserError, match=r"'test'; known are train, val, all"):
+        split_episodes(10, "test", 0)
+
+
+def test_one_episode_cannot_be_split() -> None:
+    with pytest.raises(UserError, match="too few"):
+        split_episodes(1, "train", 0)
+
+
+def test_episodes_that_are_too_short_are_counted(finished: Path) -> None:
+    # 20 and 30 frames: a span of 25 fits only the second.
+    windows = TokenStore.open(finished).windows(history=4, predict=1, frameskip=5)
+    assert windows.dropped_episodes == 1
+    assert windows.starts.tolist() == [20, 21, 22, 23, 24, 25]
+
+
+def test_no_episode_long_enough_is_an_error(finished: Path) -> None:
+    with pytest.raises(UserError, match="35 frames"):
+        TokenStore.open(finished).windows(history=6, predict=1, frameskip=5)
+
+
+@settings(deadline=None)
+@given(
+    windows=st.integers(1, 60),
+    batch=st.integers(1, 70),
+    seed=st.integers(0, 2**32),
+    step=st.integers(0, 20),
+)
+def test_a_run_resumed_at_any_step_sees_what_it_would_have_seen(windows: int, batch: int, seed: int, step: int) -> None:
+    epochs = (step + 1) * batch // windows + 1
+    order = np.concatenate([epoch_order(windows, seed, epoch) for epoch in range(epochs)])
+    np.testing.assert_array_equal(batch_windows(windows, seed, step, batch), order[step * batch : (step + 1) * batch])
+
+
+@settings(deadline=None)
+@given(windows=st.integers(1, 60), batch=st.integers(1, 70), seed=st.integers(0, 2**32))
+def test_every_epoch_shows_every_window_once(windows: int, batch: int, seed: int) -> None:
+    steps = -(-3 * windows // batch)
+    seen = np.concatenate([batch_windows(windows, seed, step, batch) for step in range(steps)])
+    for epoch in range(3):
+        part = seen[epoch * windows : (epoch + 1) * windows]
+        assert sorted(part.tolist()) == list(range(windows))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    orders = [epoch_order(100, seed, epoch).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_windows_of_an_incomplete_store_do_not_hide_the_gap(
+    tmp_path: Path, make_writer: Callable[..., StoreWriter]
+) -> None:
+    store = TokenStore.open(make_writer(tmp_path / "some.zarr").path, allow_incomplete=True)
+    with pytest.raises(UserError, match="tokens/c/0/0/0"):
+        store.windows().batch(np.array([0]))

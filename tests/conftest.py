@@ -1,0 +1,56 @@
+"""A small road from frames to tokens, made once a session by the real commands' functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from wmcache.cache import TokenStore
+from wmcache.pipeline import encoders
+from wmcache.pipeline.collect import collect
+from wmcache.pipeline.encoders import Encoder, FitOptions
+from wmcache.pipeline.extract import extract
+from wmcache.pipeline.fit import fit
+from wmcache.pipeline.frames import FrameDataset
+
+# Threads that wait for each other make these tiny networks ten times slower as soon as anything else runs beside the tests.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def dataset_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """6 episodes of 60 frames in 6 tars; read only, so copy it to change it."""
+    path = tmp_path_factory.mktemp("data") / "pointmaze-umaze"
+    # Shard and episode bounds must not coincide, and the last shard is short.
+    collect("wmcache/PointMaze-UMaze-v0", path, episodes=6, length=60, image_size=32, frames_per_shard=64, workers=1)
+    return path
+
+
+@pytest.fixture(scope="session")
+def dataset(dataset_path: Path) -> FrameDataset:
+    return FrameDataset.open(dataset_path)
+
+
+@pytest.fixture(scope="session")
+def tcn_weights(dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("encoders") / "tcn.safetensors"
+    return fit(dataset, "tcn", path, FitOptions(steps=20, batch=16), max_frames=1000, device="cpu").weights
+
+
+@pytest.fixture(scope="session")
+def encoder(tcn_weights: Path) -> Encoder:
+    return encoders.create("tcn", weights=tcn_weights, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def store_path(dataset: FrameDataset, encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read only, so copy it to change it."""
+    path = tmp_path_factory.mktemp("stores") / "tcn-64.zarr"
+    extract(dataset, encoder, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def store(store_path: Path) -> TokenStore:
+    return TokenStore.open(store_path)

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from wmcache.envs import ENV_PREFIX, MazeError, PointMazeEnv, PointMazeVectorEnv, maze_names
+
+IDS = [f"{ENV_PREFIX}{name}-v0" for name in maze_names()]
+
+
+@pytest.fixture
+def env() -> Iterator[PointMazeEnv]:
+    env = PointMazeEnv("UMaze", image_size=32)
+    yield env
+    env.close()
+
+
+def test_every_layout_is_registered() -> None:
+    assert {"UMaze", "Medium", "Large", "Open"} <= set(maze_names())
+    assert set(IDS) == {name for name in gym.registry if name.startswith(ENV_PREFIX)}
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_gymnasium_finds_nothing_to_mend(name: str) -> None:
+    env = gym.make(name, image_size=32, render_mode="rgb_array")
+    check_env(env.unwrapped)
+    env.close()
+
+
+def test_same_seed_same_episode(env: PointMazeEnv) -> None:
+    def episode(seed: int) -> list[Any]:
+        observation, info = env.reset(seed=seed)
+        images, states = [observation["image"]], [info["state"], info["goal"]]
+        rng = np.random.default_rng(0)
+        for _ in range(5):
+            observation, _, _, _, info = env.step(rng.uniform(-1, 1, 2).astype(np.float32))
+            images.append(observation["image"])
+            states.append(info["state"])
+        return [np.stack(images), np.stack(states)]
+
+    first, again, other = episode(1), episode(1), episode(2)
+    np.testing.assert_array_equal(first[0], again[0])
+    np.testing.assert_array_equal(first[1], again[1])
+    assert not np.array_equal(first[1], other[1])
+
+
+def test_reset_goes_where_it_is_told(env: PointMazeEnv) -> None:
+    state, goal = [0.8, 0.9, 1.0, -2.0], [2.8, 0.8, 0.0, 0.0]
+    observation, info = env.reset(seed=0, options={"state": state, "goal": goal})
+    np.testing.assert_array_equal(info["state"], state)
+    np.testing.assert_array_equal(info["goal"], goal)
+    np.testing.assert_array_equal(observation["proprio"], np.float32(state))
+
+
+@pytest.mark.parametrize("option", ["state", "goal"])
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [
+        ([1.8, 0.8, 0.0, 0.0], "lies in a wall"),
+        ([-5.0, 0.8, 0.0, 0.0], "lies in a wall"),
+        ([0.8, 0.8], "4 finite numbers"),
+        ([0.8, 0.8, np.nan, 0.0], "4 finite numbers"),
+    ],
+)
+def test_an_impossible_state_is_refused(env: PointMazeEnv, option: str, value: list[float], complaint: str) -> None:
+    with pytest.raises(MazeError, match=complaint):
+        env.reset(seed=0, options={option: value})
+
+
+def test_an_impossible_state_is_refused_by_the_vector_env() -> None:
+    env = PointMazeVectorEnv(2, "UMaze", image_size=32)
+    with pytest.raises(MazeError, match="lies in a wall"):
+        env.reset(options={"state": [[0.8, 0.8, 0.0, 0.0], [1.8, 0.8, 0.0, 0.0]]})
+
+
+@pytest.mark.parametrize(("x", "reached"), [(1.0, False), (0.999, True), (1.001, False), (0.5, True)])
+def test_a_goal_is_reached_below_half_a_cell(env: PointMazeEnv, x: float, reached: bool) -> None:
+    # Speed must not matter: DINO-WM judges (x, y) alone.
+    _, info = env.reset(options={"state": [0.5, 0.5, 0.0, 0.0], "goal": [x, 0.5, 5.0, 5.0]})
+    assert info["success"] == reached
+    assert info["distance"] == pytest.approx(x - 0.5)
+
+
+def test_the_reward_says_whether_the_goal_is_reached(env: PointMazeEnv) -> None:
+    env.reset(options={"state": [0.8, 0.8, 0.0, 0.0], "goal": [0.8, 1.4, 0.0, 0.0]})
+    rewards, distances = [], []
+    for _ in range(6):
+        _, reward, terminated, truncated, info = env.step(np.array([0.0, 1.0], np.float32))
+        rewards.append(reward)
+        distances.append(info["distance"])
+        assert not terminated
+        assert not truncated
+    assert rewards == [float(distance < 0.5) for distance in distances]
+    assert set(rewards) == {0.0, 1.0}
+
+
+def test_the_goal_is_never_drawn(env: PointMazeEnv) -> None:
+    state = [0.8, 0.8, 0.0, 0.0]
+    frames = [
+        env.reset(options={"state": state, "goal": goal})[0]["image"]
+        for goal in ([2.8, 0.8, 0.0, 0.0], [0.8, 2.8, 0.0, 0.0])
+    ]
+    np.testing.assert_array_equal(*frames)
+    moved = env.reset(options={"state": [0.8, 1.6, 0.0, 0.0]})[0]["image"]
+    assert (moved != frames[0]).any()
+
+
+def test_a_stored_state_draws_the_live_frame(env: PointMazeEnv) -> None:
+    other = PointMazeEnv("UMaze", image_size=32)
+    env.reset(seed=3)
+    for _ in range(4):
+        observation, _, _, _, info = env.step(np.array([1.0, -0.7], np.float32))
+        redrawn = other.reset(options={"state": info["state"]})[0]["image"]
+        np.testing.assert_array_equal(redrawn, observation["image"])
+    other.close()

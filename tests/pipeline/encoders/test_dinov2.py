@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision.transforms.functional as TF
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from wmcache.cache import UserError
+from wmcache.pipeline import encoders
+from wmcache.pipeline.encoders import Encoder
+
+NAME = "vit_small_patch14_dinov2.lvd142m"
+
+
+@pytest.fixture(scope="module")
+def vit() -> nn.Module:
+    """timm's own ViT-S/14 at DINO-WM's size; its weights are random, because tests download nothing."""
+    torch.manual_seed(0)
+    vit = timm.create_model(NAME, img_size=196, pretrained=False, num_classes=0).eval()
+    with torch.no_grad():
+        for block in vit.blocks:
+            # timm starts these at 1e-5, with which attention would hardly count.
+            block.ls1.gamma.fill_(0.1)
+            block.ls2.gamma.fill_(0.1)
+    return vit
+
+
+@pytest.fixture(scope="module")
+def weights(vit: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("dinov2") / "random.safetensors"
+    save_file(vit.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def dinov2(weights: Path) -> Encoder:
+    return encoders.create("dinov2", weights=weights, dtype="float32", device="cpu")
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+@torch.inference_mode()
+def reference_tokens(vit: nn.Module, dinov2: Encoder, frames: np.ndarray) -> Tensor:
+    return vit.forward_features(dinov2.preprocess(torch.from_numpy(frames)))[:, 1:]
+
+
+@pytest.mark.parametrize("size", [32, 112, 224, 300])
+def test_preprocessing_is_dino_wms(dinov2: Encoder, size: int) -> None:
+    # DINO-WM: to 224 and [-1, 1] in the data set, to 196 before the encoder (models/visual_world_model.py).
+    frames = torch.from_numpy(noise(2, size, size))
+    images = frames.permute(0, 3, 1, 2).float() / 255
+    reference = TF.normalize(TF.resize(images, [224, 224], antialias=True), [0.5] * 3, [0.5] * 3)
+    reference = TF.resize(reference, [196, 196], antialias=True)
+    torch.testing.assert_close(dinov2.preprocess(frames), reference, atol=1e-5, rtol=0)
+
+
+def test_imagenet_normalisation_is_timms(weights: Path) -> None:
+    encoder = encoders.create("dinov2", weights=weights, normalisation="imagenet", device="cpu")
+    config = timm.get_pretrained_cfg(NAME)
+    black, white = (torch.full((1, 64, 64, 3), value, dtype=torch.uint8) for value in (0, 255))
+    mean, std = torch.tensor(config.mean), torch.tensor(config.std)
+    torch.testing.assert_close(encoder.preprocess(black)[0, :, 7, 7], (0 - mean) / std)
+    torch.testing.assert_close(encoder.preprocess(white)[0, :, 7, 7], (1 - mean) / std)
+
+
+def test_tokens_are_timms_patch_tokens_without_the_class_token(vit: nn.Module, dinov2: Encoder) -> None:
+    frames = noise(3, 64, 64)
+    tokens = dinov2(frames)
+    assert tokens.shape == (3, 196, 384)
+    assert tokens.dtype == torch.float16
+    torch.testing.assert_close(tokens, reference_tokens(vit, dinov2, frames).half(), atol=4e-3, rtol=4e-3)
+
+
+def test_tokens_do_not_depend_on_the_batch(dinov2: Encoder) -> None:
+    frames = noise(3, 64, 64)
+    single = torch.cat([dinov2(frames[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(single, dinov2(frames), atol=4e-3, rtol=4e-3)
+
+
+def test_tokens_are_row_major_over_the_image(dinov2: Encoder) -> None:
+    cells = [(0, 0), (0, 13), (5, 2), (13, 7)]
+    frames = np.zeros((1 + len(cells), 196, 196, 3), np.uint8)
+    for i, (row, column) in enumerate(cells):
+        frames[1 + i, row * 14 : row * 14 + 14, column * 14 : column * 14 + 14] = 255
+    tokens = dinov2(frames).float()
+    changed = (tokens[1:] - tokens[0]).norm(dim=-1).argmax(1)
+    assert changed.tolist() == [row * 14 + column for row, column in cells]
+
+
+def test_official_files_with_a_mask_token_and_518_px_positions_load(
+    vit: nn.Module, weights: Path, tmp_path: Path
+) -> None:
+    grid = vit.pos_embed[:, 1:].reshape(1, 14, 14, 384).permute(0, 3, 1, 2)
+    large = torch.nn.functional.interpolate(grid, (37, 37), mode="bicubic").flatten(2).mT
+    official = load_file(weights) | {
+        "mask_token": torch.zeros(1, 384),
+        "pos_embed": torch.cat([vit.pos_embed[:, :1], large], 1).detach().contiguous(),
+    }
+    save_file(official, tmp_path / "official.safetensors")
+    encoder = encoders.create("dinov2", weights=tmp_path / "official.safetensors", dtype="float32", device="cpu")
+    tokens = encoder(noise(1, 64, 64))
+    assert tokens.shape == (1, 196, 384)
+    # Interpolated up and down again, positions are nearly what they were, and every other weight is.
+    expected = reference_tokens(vit, encoder, noise(1, 64, 64))
+    assert torch.corrcoef(torch.stack([tokens.float().flatten(), expected.flatten()]))[0, 1] > 0.98
+
+
+def test_another_image_size_has_another_grid(weights: Path) -> None:
+    encoder = encoders.create("dinov2", weights=weights, image_size=70, dtype="float32", device="cpu")
+    assert encoder.token_grid == (5, 5)
+    assert encoder(noise(1, 64, 64)).shape == (1, 25, 384)
+
+
+def test_wrong_files_are_refused(weights: Path, tcn_weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tcn\.safetensors does not hold .*vit_small_patch14_dinov2"):
+        encoders.create("dinov2", weights=tcn_weights)
+    (tmp_path / "page.safetensors").write_bytes(b"<html>404</html>")
+    with pytest.raises(UserError, match=r"page\.safetensors does not hold .*vit_small_patch14_dinov2"):
+        encoders.create("dinov2", weights=tmp_path / "page.safetensors")
+
+
+def test_weights_that_are_not_finite_are_refused(weights: Path, tmp_path: Path) -> None:
+    damaged = load_file(weights)
+    damaged["norm.weight"][0] = torch.inf
+    save_file(damaged, tmp_path / "inf.safetensors")
+    with pytest.raises(UserError, match="not finite"):
+        encoders.create("dinov2", weights=tmp_path / "inf.safetensors")
+
+
+def test_without_weights_and_network_both_ways_out_are_named(tmp_path: Path) -> None:
+    script = "from wmcache.cache import UserError; from wmcache.pipeline import encoders\n" + (
+        "try:\n    encoders.create('dinov2')\nexcept UserError as error:\n    print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert len(done.stdout.splitlines()) == 1
+    assert "--weights" in done.stdout
+    assert "--encoder tcn" in done.stdout

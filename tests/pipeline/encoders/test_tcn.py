@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from wmcache.cache import UserError
+from wmcache.pipeline import encoders
+from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.encoders.tcn import time_contrastive_loss
+from wmcache.pipeline.frames import FrameDataset
+
+
+def test_without_weights_the_command_that_makes_them_is_named() -> None:
+    with pytest.raises(UserError, match="wmcache fit --encoder tcn"):
+        encoders.create("tcn")
+
+
+def test_frames_become_the_promised_tokens(dataset: FrameDataset, encoder: Encoder) -> None:
+    tokens = encoder(dataset.read_shard(5))
+    assert tokens.shape == (40, encoder.token_grid[0] * encoder.token_grid[1], encoder.token_dim)
+    assert tokens.dtype == torch.float16
+    assert tokens.isfinite().all()
+
+
+def test_tokens_do_not_depend_on_the_batch(dataset: FrameDataset, encoder: Encoder) -> None:
+    frames = dataset.read_shard(0)[:24]
+    whole = encoder(frames)
+    for batch in (1, 7):
+        parts = torch.cat([encoder(frames[start : start + batch]) for start in range(0, 24, batch)])
+        torch.testing.assert_close(parts, whole, atol=2e-3, rtol=2e-3)
+
+
+def test_encoding_twice_gives_the_same_bits(dataset: FrameDataset, encoder: Encoder) -> None:
+    frames = dataset.read_shard(0)
+    torch.testing.assert_close(encoder(frames), encoder(torch.from_numpy(frames)), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        np.zeros((2, 32, 32, 3), np.float32),
+        np.zeros((2, 32, 40, 3), np.uint8),
+        np.zeros((32, 32, 3), np.uint8),
+        np.zeros((2, 3, 32, 32), np.uint8),
+        np.zeros((2, 32, 32, 4), np.uint8),
+    ],
+)
+def test_frames_of_another_shape_or_type_are_refused(encoder: Encoder, frames: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"uint8 \[B, S, S, 3\]"):
+        encoder(frames)
+
+
+def test_tokens_are_row_major_over_the_image(encoder: Encoder) -> None:
+    rows, columns = encoder.token_grid
+    cell = encoder.image_size // rows
+    frames = np.zeros((1 + rows * columns, encoder.image_size, encoder.image_size, 3), np.uint8)
+    for i in range(rows * columns):
+        row, column = divmod(i, columns)
+        frames[1 + i, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] = 255
+    # The stem alone: after it the mixer spreads a change over all tokens, but keeps their order.
+    features = encoder.network.stem(encoder.preprocess(torch.from_numpy(frames))).flatten(2).mT
+    changed = (features[1:] - features[0]).norm(dim=-1).argmax(1)
+    assert changed.tolist() == list(range(rows * columns))
+
+
+def test_the_network_is_frozen(encoder: Encoder) -> None:
+    assert not encoder.network.training
+    assert not any(parameter.requires_grad for parameter in encoder.network.parameters())
+
+
+def test_the_hash_is_of_the_weights_and_not_of_the_file(encoder: Encoder, tcn_weights: Path, tmp_path: Path) -> None:
+    weights = load_file(tcn_weights)
+    save_file(weights, tmp_path / "copy.safetensors", metadata={"made": "elsewhere"})
+    assert (tmp_path / "copy.safetensors").read_bytes() != tcn_weights.read_bytes()
+    copy = encoders.create("tcn", weights=tmp_path / "copy.safetensors", device="cpu")
+    assert copy.weights_sha256 == encoder.weights_sha256
+    assert copy.identity("data") == encoder.identity("data")
+
+    weights["position"][0, 0, 0] += 1e-3
+    save_file(weights, tmp_path / "other.safetensors")
+    other = encoders.create("tcn", weights=tmp_path / "other.safetensors", device="cpu")
+    assert [text.split(":")[0] for text in other.identity("data").differences(encoder.identity("data"))] == [
+        "weights_sha256"
+    ]
+
+
+def test_a_recipe_makes_the_same_encoder_again(dataset: FrameDataset, tcn_weights: Path) -> None:
+    options = {"normalisation": "imagenet", "dtype": "bfloat16", "device": "cpu"}
+    first = encoders.create("tcn", weights=tcn_weights, **options)
+    again = encoders.create(**first.recipe(), device="cpu")
+    assert again.identity("data") == first.identity("data")
+    frames = dataset.read_shard(0)[:4]
+    torch.testing.assert_close(again(frames), first(frames), atol=0, rtol=0)
+
+
+def test_options_that_change_numbers_change_the_identity(tcn_weights: Path, encoder: Encoder) -> None:
+    other = encoders.create("tcn", weights=tcn_weights, normalisation="imagenet", dtype="bfloat16", device="cpu")
+    found = {text.split(":")[0] for text in other.identity("data").differences(encoder.identity("data"))}
+    assert found == {"normalisation", "compute_dtype"}
+
+
+def test_weights_that_do_not_fit_are_refused(tcn_weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not fit tcn at 128 px"):
+        encoders.create("tcn", weights=tcn_weights, image_size=128)
+    save_file({"other": torch.zeros(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"other\.safetensors does not fit tcn"):
+        encoders.create("tcn", weights=tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"\xff" * 64])
+def test_a_file_that_only_has_the_name_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "page.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=r"page\.safetensors does not fit tcn"):
+        encoders.create("tcn", weights=tmp_path / "page.safetensors")
+
+
+def test_half_a_download_is_refused(tcn_weights: Path, tmp_path: Path) -> None:
+    data = tcn_weights.read_bytes()
+    (tmp_path / "half.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"half\.safetensors does not fit tcn"):
+        encoders.create("tcn", weights=tmp_path / "half.safetensors")
+
+
+def test_the_loss_is_lower_for_true_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(16, 8, generator=generator)
+    second = first + 0.1 * torch.randn(16, 8, generator=generator)
+    true = time_contrastive_loss(first, second)
+    assert true < time_contrastive_loss(first, second.roll(1, 0))
+    assert true < 0.1 < np.log(16)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.2])
+def test_the_loss_treats_both_sides_alike(spread: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 16, 8, generator=generator)
+    torch.testing.assert_close(
+        time_contrastive_loss(first, second, spread), time_contrastive_loss(second, first, spread)
+    )
+
+
+def test_the_loss_is_info_nce_of_squared_distances() -> None:
+    first, second = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    likelihood = torch.exp(-(torch.cdist(first, second) ** 2))
+    forwards = -torch.log(likelihood.diag() / likelihood.sum(1)).mean()
+    backwards = -torch.log(likelihood.diag() / likelihood.sum(0)).mean()
+    torch.testing.assert_close(time_contrastive_loss(first, second), (forwards + backwards) / 2)
+
+
+def test_spread_rewards_distance() -> None:
+    first, second = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
+    near = time_contrastive_loss(first, second, 0.5) - time_contrastive_loss(first, second)
+    far = time_contrastive_loss(9 * first, 9 * second, 0.5) - time_contrastive_loss(9 * first, 9 * second)
+    assert far < near < 0
+
+
+def test_equal_frames_have_a_finite_gradient() -> None:
+    tokens = torch.ones(4, 8, requires_grad=True)
+    time_contrastive_loss(tokens, tokens, 0.2).backward()
+    assert tokens.grad.isfinite().all()
+
+
+def test_the_spec_says_what_the_network_gives(encoder: Encoder) -> None:
+    assert dataclasses.asdict(encoder.spec)["token_dim"] == encoder.token_dim
+    assert encoder.frame_shape == (4, 32)

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from wmcache.cache import UserError
+from wmcache.envs import MazeError, PointMazeEnv
+from wmcache.pipeline.collect import collect
+from wmcache.pipeline.frames import DatasetCard, FrameDataset
+
+ENV = "wmcache/PointMaze-UMaze-v0"
+Snapshot = Callable[[Path], dict[str, bytes]]
+
+
+def collect_again(path: Path, **other: Any) -> DatasetCard:
+    """With the settings of the shared dataset, or some others."""
+    settings = {"env": ENV, "episodes": 6, "length": 60, "image_size": 32, "frames_per_shard": 64}
+    return collect(out=path, **{**settings, **other})
+
+
+def unfinish(path: Path, lost: list[int]) -> None:
+    """As a kill leaves a dataset: some tars, a torn temporary file, and no final record."""
+    card = json.loads((path / "dataset.json").read_bytes()) | {"shards": [], "steps_sha256": "", "fingerprint": ""}
+    (path / "unfinished.json").write_text(json.dumps(card))
+    (path / "dataset.json").unlink()
+    for shard in lost:
+        (path / f"frames-{shard:06d}.tar").unlink()
+    (path / f".frames-{lost[0]:06d}.tar.99999.tmp").write_bytes(b"half a tar")
+
+
+def test_the_number_of_processes_changes_no_byte(dataset_path: Path, tmp_path: Path, all_bytes: Snapshot) -> None:
+    path = tmp_path / dataset_path.name
+    collect_again(path, workers=2)
+    assert all_bytes(path) == all_bytes(dataset_path)
+
+
+def test_the_size_of_shards_changes_no_frame(dataset: FrameDataset, tmp_path: Path) -> None:
+    collect_again(tmp_path / "other", frames_per_shard=100)
+    other = FrameDataset.open(tmp_path / "other")
+    assert other.num_shards == 4
+    assert other.steps.sha256() == dataset.steps.sha256()
+    np.testing.assert_array_equal(other.read_frames(range(360)), dataset.read_frames(range(360)))
+
+
+def test_an_episode_depends_on_seed_and_number_alone(dataset: FrameDataset, tmp_path: Path) -> None:
+    collect_again(tmp_path / "fewer", episodes=2)
+    fewer = FrameDataset.open(tmp_path / "fewer")
+    np.testing.assert_array_equal(fewer.read_frames(range(120)), dataset.read_frames(range(120)))
+    collect_again(tmp_path / "other", episodes=2, seed=1)
+    assert FrameDataset.open(tmp_path / "other").steps.sha256() != fewer.steps.sha256()
+    assert (dataset.steps.action[:60] != dataset.steps.action[60:120]).any()
+
+
+def test_the_frames_are_those_of_a_live_episode(dataset: FrameDataset) -> None:
+    env = PointMazeEnv("UMaze", image_size=32)
+    for episode in (0, 5):
+        rows = range(episode * 60, episode * 60 + 20)
+        frames = dataset.read_frames(rows)
+        observation, _ = env.reset(options={"state": dataset.steps.state[rows[0]]})
+        for i, row in enumerate(rows):
+            np.testing.assert_array_equal(observation["image"], frames[i])
+            np.testing.assert_array_equal(observation["proprio"], dataset.steps.state[row].astype(np.float32))
+            observation, *_ = env.step(dataset.steps.action[row])
+    env.close()
+
+
+def test_a_lost_tar_is_drawn_again(copied: Path, dataset_path: Path, all_bytes: Snapshot) -> None:
+    (copied / "frames-000002.tar").unlink()
+    collect_again(copied)
+    assert all_bytes(copied) == all_bytes(dataset_path)
+
+
+def test_a_killed_collect_goes_on_where_it_stopped(copied: Path, dataset_path: Path, all_bytes: Snapshot) -> None:
+    unfinish(copied, lost=[1, 5])
+    with pytest.raises(UserError, match="unfinished"):
+        FrameDataset.open(copied)
+    kept = (copied / "frames-000000.tar").stat().st_mtime_ns
+    collect_again(copied)
+    assert (copied / "frames-000000.tar").stat().st_mtime_ns == kept
+    found = all_bytes(copied)
+    assert {name: found[name] for name in all_bytes(dataset_path)} == all_bytes(dataset_path)
+    assert not (copied / "unfinished.json").exists()
+
+
+def test_a_collect_killed_before_its_steps_goes_on_too(copied: Path, dataset_path: Path, all_bytes: Snapshot) -> None:
+    unfinish(copied, lost=list(range(6)))
+    (copied / "steps.parquet").unlink()
+    collect_again(copied)
+    assert FrameDataset.open(copied).card == FrameDataset.open(dataset_path).card
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("setting", "value", "field"),
+    [
+        ("env", "Medium", "env"),
+        ("seed", 1, "seed"),
+        ("policy", "held", "policy"),
+        ("image_size", 40, "image_size"),
+        ("episodes", 5, "episodes"),
+        ("length", 50, "frames"),
+        ("frames_per_shard", 32, "frames_per_shard"),
+    ],
+)
+def test_other_settings_are_refused_naming_the_field(
+    copied: Path, all_bytes: Snapshot, finished: bool, setting: str, value: Any, field: str
+) -> None:
+    if not finished:
+        unfinish(copied, lost=[3])
+    before = all_bytes(copied)
+    with pytest.raises(UserError, match=f"dataset with {field} "):
+        collect_again(copied, **{setting: value})
+    assert all_bytes(copied) == before
+
+
+def test_a_finished_dataset_is_left_alone(copied: Path) -> None:
+    def times() -> dict[str, int]:
+        return {file.name: file.stat().st_mtime_ns for file in copied.iterdir()}
+
+    before = times()
+    card = collect_again(copied, workers=2)
+    assert card == FrameDataset.open(copied).card
+    assert times() == before
+
+
+def test_collecting_again_does_not_bless_a_damaged_tar(copied: Path) -> None:
+    tar, record = copied / "frames-000001.tar", (copied / "dataset.json").read_bytes()
+    data = bytearray(tar.read_bytes())
+    data[len(data) // 2] ^= 1
+    tar.write_bytes(data)
+    with contextlib.suppress(UserError):
+        collect_again(copied)
+    assert (copied / "dataset.json").read_bytes() == record
+
+
+def test_a_folder_that_is_used_again_gets_frames_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "again"
+    for seed in (0, 1):
+        shutil.rmtree(path, ignore_errors=True)
+        collect(ENV, path, episodes=1, length=5, seed=seed, image_size=32, frames_per_shard=5)
+    collect(ENV, tmp_path / "fresh", episodes=1, length=5, seed=1, image_size=32, frames_per_shard=5)
+    frames = [FrameDataset.open(tmp_path / name).read_shard(0) for name in ("again", "fresh")]
+    np.testing.assert_array_equal(*frames)
+
+
+def test_somebody_elses_folder_is_left_alone(tmp_path: Path, all_bytes: Snapshot) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not a dataset of ours"):
+        collect_again(tmp_path)
+    assert all_bytes(tmp_path) == {"thesis.txt": b"years of work"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "error", "message"),
+    [
+        ("policy", "expert", UserError, "'expert'; known are random, held"),
+        ("env", "Labyrinth", MazeError, "Labyrinth"),
+        ("episodes", 10**12, UserError, "needs .* free there"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    tmp_path: Path, setting: str, value: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        collect_again(tmp_path / "new", **{setting: value})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_users_maze_is_collected_and_remembered_in_any_folder(tmp_path: Path) -> None:
+    layout, out = tmp_path / "corridor.txt", tmp_path / "données, été 1"
+    layout.write_text("####\n#OO#\n####\n")
+    card = collect(str(layout), out, episodes=2, length=5, policy="held", image_size=32, frames_per_shard=4)
+    layout.unlink()
+    again = FrameDataset.open(out)
+    assert again.card == card
+    assert again.card.maze == ["####", "#OO#", "####"]
+    assert (again.steps.state[:, 0] < 1.3).all()
+    assert again.read_frames(range(10)).any()

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from wmcache.cache import StoreWriter, TokenStore, UserError
+from wmcache.pipeline import encoders
+from wmcache.pipeline.collect import collect
+from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.extract import default_store, encode_frames, extract, forecast
+from wmcache.pipeline.frames import FrameDataset
+
+Snapshot = Callable[[Path], dict[str, bytes]]
+
+
+@pytest.fixture
+def interrupted(store_path: Path, tmp_path: Path) -> Path:
+    """A store as a kill leaves it: shard 3 is torn and has no record, and nothing is declared complete."""
+    path = Path(shutil.copytree(store_path, tmp_path / store_path.name))
+    metadata = json.loads((path / "zarr.json").read_bytes())
+    for name in ("mean", "std"):
+        del metadata["attributes"][name]
+    metadata["attributes"]["complete"] = False
+    (path / "zarr.json").write_text(json.dumps(metadata))
+    (path / "tokens/commits/000003.json").unlink()
+    (path / "tokens/c/3/0/0").write_bytes(b"torn")
+    return path
+
+
+def test_a_store_holds_the_encoders_tokens(dataset: FrameDataset, encoder: Encoder, store: TokenStore) -> None:
+    chosen = [0, 63, 64, 359]
+    live = encoder(dataset.read_frames(chosen)).numpy()
+    # Another batch size rounds differently in the last bits.
+    np.testing.assert_allclose(store.gather(np.array(chosen)), live, atol=2e-2, rtol=1e-2)
+    assert store.identity == encoder.identity(dataset.card.fingerprint)
+    np.testing.assert_array_equal(store.state, dataset.steps.state)
+    np.testing.assert_array_equal(store.action, dataset.steps.action)
+    np.testing.assert_array_equal(store.episode, dataset.steps.episode)
+    np.testing.assert_array_equal(store.step, dataset.steps.step)
+    assert store.card.dataset["maze"] == dataset.card.maze
+
+
+def test_the_number_of_processes_and_threads_changes_no_bit(
+    dataset: FrameDataset, encoder: Encoder, store_path: Path, tmp_path: Path, all_bytes: Snapshot
+) -> None:
+    extract(dataset, encoder, tmp_path / "processes.zarr", workers=2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    extract(dataset, encoder, tmp_path / "threads.zarr")
+    torch.set_num_threads(threads)
+    every, reference = np.arange(360), TokenStore.open(store_path)
+    for name in ("processes.zarr", "threads.zarr"):
+        found = TokenStore.open(tmp_path / name).gather(every)
+        np.testing.assert_array_equal(found.view(np.uint16), reference.gather(every).view(np.uint16))
+        assert all_bytes(tmp_path / name / "tokens") == all_bytes(store_path / "tokens")
+
+
+def test_an_interrupted_extraction_does_only_what_is_missing(
+    dataset: FrameDataset, encoder: Encoder, store_path: Path, interrupted: Path, all_bytes: Snapshot
+) -> None:
+    plan = forecast(dataset, encoder, interrupted)
+    assert (plan.shards, plan.frames) == (1, 64)
+    kept = (interrupted / "tokens/c/2/0/0").stat().st_mtime_ns
+    with pytest.raises(UserError, match="incomplete"):
+        TokenStore.open(interrupted)
+    extract(dataset, encoder, interrupted)
+    assert (interrupted / "tokens/c/2/0/0").stat().st_mtime_ns == kept
+    assert all_bytes(interrupted / "tokens") == all_bytes(store_path / "tokens")
+    again, reference = TokenStore.open(interrupted), TokenStore.open(store_path)
+    np.testing.assert_array_equal(again.mean, reference.mean)
+    np.testing.assert_array_equal(again.std, reference.std)
+
+
+def test_a_finished_store_is_left_alone(dataset: FrameDataset, encoder: Encoder, store_path: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in (store_path / "tokens").rglob("*") if file.is_file()}
+    extract(dataset, encoder, store_path)
+    assert before == {file: file.stat().st_mtime_ns for file in (store_path / "tokens").rglob("*") if file.is_file()}
+    plan = forecast(dataset, encoder, store_path)
+    assert (plan.shards, plan.frames, plan.bytes_needed, plan.seconds) == (0, 0, 0, 0.0)
+
+
+def test_one_bad_shard_does_not_stop_the_others(
+    copied: Path, encoder: Encoder, store: TokenStore, tmp_path: Path
+) -> None:
+    tar, out = copied / "frames-000002.tar", tmp_path / "some.zarr"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:-10000])
+    frames = FrameDataset.open(copied)
+    with pytest.raises(UserError, match=r"1 of 6 shards failed, the others are done; .*frames-000002\.tar"):
+        extract(frames, encoder, out)
+    with pytest.raises(UserError, match="incomplete"):
+        TokenStore.open(out)
+    assert StoreWriter.resume(out, encoder.identity(frames.card.fingerprint)).pending() == [2]
+    tar.write_bytes(whole)
+    extract(frames, encoder, out)
+    np.testing.assert_array_equal(TokenStore.open(out).gather(np.arange(360)), store.gather(np.arange(360)))
+
+
+def test_tokens_that_float16_cannot_hold_are_refused_with_their_frame(
+    dataset: FrameDataset, tcn_weights: Path, tmp_path: Path
+) -> None:
+    weights = load_file(tcn_weights)
+    weights["head.1.bias"][3] = 1e6
+    save_file(weights, tmp_path / "huge.safetensors")
+    huge = encoders.create("tcn", weights=tmp_path / "huge.safetensors", device="cpu")
+    with pytest.raises(UserError, match=r"6 of 6 shards failed.* float16 cannot hold for frame \d+;"):
+        extract(dataset, huge, tmp_path / "some.zarr")
+
+
+def test_another_encoder_is_refused_naming_the_field(
+    dataset: FrameDataset, tcn_weights: Path, store_path: Path, all_bytes: Snapshot
+) -> None:
+    other = encoders.create("tcn", weights=tcn_weights, normalisation="imagenet", device="cpu")
+    before = all_bytes(store_path)
+    with pytest.raises(UserError, match=r"other settings \(normalisation: "):
+        extract(dataset, other, store_path)
+    assert all_bytes(store_path) == before
+
+
+def test_another_dataset_is_refused_naming_the_field(dataset: FrameDataset, encoder: Encoder, store_path: Path) -> None:
+    card = dataclasses.replace(dataset.card, fingerprint="00" * 32)
+    with pytest.raises(UserError, match="dataset_fingerprint: "):
+        extract(FrameDataset(dataset.path, card, dataset.steps), encoder, store_path)
+
+
+def test_a_dataset_made_again_in_its_place_is_read_afresh(encoder: Encoder, tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    for seed in (0, 1):
+        fresh = tmp_path / f"seed-{seed}"
+        collect("UMaze", fresh, episodes=1, length=4, seed=seed, image_size=32, frames_per_shard=4)
+        shutil.rmtree(path, ignore_errors=True)
+        fresh.rename(path)
+        frames = FrameDataset.open(path)
+        extract(frames, encoder, tmp_path / f"{seed}.zarr")
+    live = encoder(frames.read_shard(0)).numpy()
+    np.testing.assert_allclose(TokenStore.open(tmp_path / "1.zarr").gather(np.arange(4)), live, atol=2e-2, rtol=1e-2)
+
+
+def test_a_batch_that_does_not_fit_the_device_is_halved(dataset: FrameDataset, encoder: Encoder) -> None:
+    class SmallDevice:
+        """The real encoder on a device with room for 5 frames."""
+
+        frame_shape = encoder.frame_shape
+
+        def __call__(self, frames: NDArray[np.uint8]) -> torch.Tensor:
+            if len(frames) > room:
+                raise torch.OutOfMemoryError
+            return encoder(frames)
+
+    frames, room = dataset.read_shard(0)[:19], 5
+    np.testing.assert_allclose(
+        encode_frames(SmallDevice(), frames, 16), encode_frames(encoder, frames, 16), atol=2e-2, rtol=1e-2
+    )
+    room = 0
+    with pytest.raises(UserError, match="--device cpu"):
+        encode_frames(SmallDevice(), frames, 16)
+
+
+def test_the_forecast_counts_what_is_to_do(dataset: FrameDataset, encoder: Encoder, tmp_path: Path) -> None:
+    plan = forecast(dataset, encoder, tmp_path / "new.zarr")
+    n, d = encoder.frame_shape
+    assert (plan.shards, plan.frames, plan.bytes_needed) == (6, 360, 360 * n * d * 2)
+    assert plan.seconds > 0
+    assert plan.bytes_free > plan.bytes_needed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stores_live_under_the_home(
+    dataset: FrameDataset, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WMCACHE_HOME", str(tmp_path))
+    assert default_store(dataset, encoder) == tmp_path / "stores/pointmaze-umaze/tcn-64.zarr"

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from wmcache.cache import UserError
+from wmcache.cache.windows import split_episodes
+from wmcache.envs import Maze
+from wmcache.pipeline import encoders
+from wmcache.pipeline.encoders import Encoder, FitOptions
+from wmcache.pipeline.fit import Fitted, default_weights, descend, fit, load_images, neighbours, read_metadata
+from wmcache.pipeline.frames import FrameDataset
+
+
+def fit_on_cpu(
+    dataset: FrameDataset, out: Path, options: FitOptions, *, name: str = "tcn", max_frames: int = 1000, **more: bool
+) -> Fitted:
+    return fit(dataset, name, out, options, max_frames=max_frames, device="cpu", **more)
+
+
+def test_the_same_fit_again_only_measures(dataset: FrameDataset, tcn_weights: Path) -> None:
+    before, time = tcn_weights.read_bytes(), tcn_weights.stat().st_mtime_ns
+    again = fit_on_cpu(dataset, tcn_weights, FitOptions(steps=20, batch=16))
+    assert tcn_weights.read_bytes() == before
+    assert tcn_weights.stat().st_mtime_ns == time
+    # Untrained networks have about 0 here (DESIGN, section 5): a few steps must already show.
+    assert 0.3 < again.landscape.spearman <= 1.0
+    assert 0.0 <= again.landscape.stuck < 0.6
+    assert again.frames == 5 * 60
+
+
+@pytest.mark.parametrize("options", [FitOptions(steps=19, batch=16), FitOptions(steps=20, batch=16, seed=1)])
+def test_the_weights_of_another_fit_are_kept(dataset: FrameDataset, tcn_weights: Path, options: FitOptions) -> None:
+    before = tcn_weights.read_bytes()
+    with pytest.raises(UserError, match=r"tcn\.safetensors holds the weights of another fit.*--overwrite"):
+        fit_on_cpu(dataset, tcn_weights, options)
+    assert tcn_weights.read_bytes() == before
+
+
+def test_a_file_that_is_no_fit_is_kept(dataset: FrameDataset, tmp_path: Path) -> None:
+    (tmp_path / "mine.safetensors").write_bytes(b"precious")
+    with pytest.raises(UserError, match=r"mine\.safetensors cannot be read.*--overwrite"):
+        fit_on_cpu(dataset, tmp_path / "mine.safetensors", FitOptions(steps=1, batch=4))
+    assert (tmp_path / "mine.safetensors").read_bytes() == b"precious"
+
+
+def test_a_fit_is_made_again_from_its_seed_and_overwrites_when_told(dataset: FrameDataset, tmp_path: Path) -> None:
+    def weights_hash(out: Path, seed: int, **more: bool) -> str:
+        options = FitOptions(steps=2, batch=16, seed=seed)
+        weights = fit_on_cpu(dataset, out, options, max_frames=80, **more).weights
+        return encoders.create("tcn", weights=weights, device="cpu").weights_sha256
+
+    first = weights_hash(tmp_path / "a.safetensors", 0)
+    assert weights_hash(tmp_path / "b.safetensors", 0) == first
+    assert weights_hash(tmp_path / "b.safetensors", 1, overwrite=True) != first
+    assert read_metadata(tmp_path / "b.safetensors")["seed"] == "1"
+    assert read_metadata(tmp_path / "b.safetensors")["frames"] == "80"
+
+
+def test_a_loss_that_is_not_finite_leaves_no_file(dataset: FrameDataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not finite .*--lr"):
+        fit_on_cpu(dataset, tmp_path / "new.safetensors", FitOptions(steps=20, batch=8, learning_rate=1e30))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_few_frames_are_refused(dataset: FrameDataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="300 training frames; a batch of 256 pairs"):
+        fit_on_cpu(dataset, tmp_path / "new.safetensors", FitOptions())
+
+
+def test_an_encoder_that_is_downloaded_is_not_fitted(dataset: FrameDataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"dinov2 is not fitted .* those that are: tcn"):
+        fit_on_cpu(dataset, tmp_path / "new.safetensors", FitOptions(), name="dinov2")
+
+
+def test_training_images_are_what_the_encoder_will_see(dataset: FrameDataset, encoder: Encoder) -> None:
+    train = split_episodes(6, "train", 42)
+    chosen = np.flatnonzero(np.isin(dataset.steps.episode, train))[10:150]
+    images = load_images(dataset, chosen, encoder.image_size)
+    seen = (encoder.preprocess(torch.from_numpy(dataset.read_frames(chosen))) * 0.5 + 0.5) * 255
+    assert images.shape == seen.shape
+    assert (images.float() - seen).abs().max() <= 0.5 + 1e-3
+
+
+def test_descent_is_judged_by_where_it_ends() -> None:
+    maze, rng = Maze.load("UMaze"), np.random.default_rng(0)
+    xy, goal = np.stack([maze.sample_xy(rng) for _ in range(400)]), np.array([2.8, 0.8])
+    near, way = neighbours(maze, xy), maze.geodesic(goal, xy)
+    assert not near[(xy[:, 0] < 1.2) & (xy[:, 1] < 2.0)][:, (xy[:, 0] > 2.4)].any()
+    assert way[descend(way, near)].max() < 0.5
+    # As the crow flies, the goal draws the ball against the inner wall.
+    ends = descend(np.linalg.norm(xy - goal, axis=1), near)
+    other_arm = (xy[:, 0] < 1.2) & (xy[:, 1] < 2.0)
+    assert way[ends][other_arm].min() > 3.0
+    assert way[ends][xy[:, 0] > 2.4].max() < 0.5
+
+
+def test_weights_live_under_the_home(dataset: FrameDataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WMCACHE_HOME", str(tmp_path))
+    assert default_weights(dataset, "tcn") == tmp_path / "encoders/pointmaze-umaze-tcn.safetensors"

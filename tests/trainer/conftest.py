@@ -1,0 +1,61 @@
+"""What the tests of the trainer share: tiny settings, and a store whose latents are known to be predictable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from wmcache.cache import Identity, StoreCard, StoreWriter
+from wmcache.trainer.loop import TrainOptions
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    # Models this small only wait for each other's threads, several times as long as they compute where cores are shared.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> TrainOptions:
+    return TrainOptions(
+        model_options={"width": 16, "depth": 1, "heads": 2, "dropout": 0.1},
+        steps=8,
+        batch=8,
+        dtype="float32",
+        device="cpu",
+        log_every=1,
+        validate_every=8,
+        checkpoint_every=4,
+    )
+
+
+@pytest.fixture(scope="session")
+def planted_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose latents are a linear picture of a linear system: 20 episodes of 40 frames, 2 tokens of 3 dimensions."""
+    episodes, length = 20, 40
+    rng = np.random.default_rng(0)
+    action = rng.uniform(-1, 1, (episodes, length, 2)).astype(np.float32)
+    state = np.zeros((episodes, length, 4))
+    state[:, 0] = rng.normal(size=(episodes, 4))
+    for t in range(length - 1):
+        state[:, t + 1, 2:] = 0.9 * state[:, t, 2:] + 0.3 * action[:, t]
+        state[:, t + 1, :2] = state[:, t, :2] + 0.3 * state[:, t + 1, 2:]
+    tokens = (state @ rng.normal(size=(4, 6)) + rng.normal(size=6)).reshape(-1, 2, 3).astype(np.float16)
+    identity = Identity("planted", "file", "0", "norm", "patch", 8, "none", ((0.5,), (0.5,)), "float32", "float16", "0")
+    card = StoreCard({}, {}, (1, 2), 3, frames=len(tokens), frames_per_shard=len(tokens))
+    steps = {
+        "action": action.reshape(-1, 2),
+        "state": state.reshape(-1, 4),
+        "episode": np.repeat(np.arange(episodes, dtype=np.int32), length),
+        "step": np.tile(np.arange(length, dtype=np.int32), episodes),
+    }
+    writer = StoreWriter.create(tmp_path_factory.mktemp("planted") / "planted-8.zarr", card, identity, steps)
+    writer.write_shard(0, tokens)
+    writer.finish()
+    return writer.path

@@ -1,0 +1,346 @@
+"""The loop: it learns, it repeats itself exactly, it goes on exactly, and it refuses rather than spoils."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from wmcache.cache import TokenStore, UserError
+from wmcache.trainer import loop
+from wmcache.trainer.checkpoint import last_checkpoint, load_model
+from wmcache.trainer.loop import TrainOptions, learning_rate, make_optimiser, train
+
+WMTRAIN = Path(sys.executable).with_name("wmtrain")
+
+
+def read_metrics(run: Path, key: str = "loss") -> dict[int, float]:
+    """Step -> value; a step that is logged twice fails."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [(line["step"], line[key]) for line in lines if key in line]
+    assert len(found) == len(dict(found))
+    return dict(found)
+
+
+def weights_of(run: Path) -> bytes:
+    return (last_checkpoint(run) / "model.safetensors").read_bytes()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    # TensorBoard opens a new file at every start.
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file() and "tensorboard" not in file.parts
+    }
+
+
+class StoppedAtSix(loop.Log):
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        super().write(step, values)
+        if step == 6:
+            raise KeyboardInterrupt
+
+
+def train_and_stop_at_six(cache: Path, out: Path, options: TrainOptions) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Log", StoppedAtSix)
+        with pytest.raises(KeyboardInterrupt):
+            train(cache, out, options)
+
+
+def test_it_learns_a_planted_linear_system(planted_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:
+    options = replace(
+        tiny,
+        model_options={"width": 32, "depth": 2, "heads": 2, "dropout": 0.0},
+        steps=250,
+        batch=32,
+        frameskip=2,
+        learning_rate=3e-3,
+        log_every=50,
+        validate_every=250,
+        checkpoint_every=250,
+    )
+    skills = train(planted_path, tmp_path / "run", options)
+    assert list(skills) == ["skill_1", "skill_2", "skill_3", "skill_4", "skill_5"]
+    assert min(skills.values()) > 0.8
+
+
+def test_the_same_seed_gives_the_same_losses(store_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:
+    train(store_path, tmp_path / "a", tiny)
+    train(store_path, tmp_path / "b", tiny)
+    train(store_path, tmp_path / "c", replace(tiny, seed=1))
+    assert read_metrics(tmp_path / "a") == read_metrics(tmp_path / "b")
+    assert list(read_metrics(tmp_path / "a")) == list(range(1, 9))
+    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
+    assert read_metrics(tmp_path / "a") != read_metrics(tmp_path / "c")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_stopped_run_goes_on_exactly(
+    store_path: Path, tmp_path: Path, tiny: TrainOptions, dropout: float, accumulate: int
+) -> None:
+    options = replace(tiny, model_options=tiny.model_options | {"dropout": dropout}, accumulate=accumulate)
+    train(store_path, tmp_path / "straight", options)
+    train_and_stop_at_six(store_path, tmp_path / "stopped", options)
+    assert last_checkpoint(tmp_path / "stopped").name == "step-00000004"
+    train(store_path, tmp_path / "stopped", options)
+    assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "straight")
+    for key in ("loss", "gradient_norm", "skill_5"):
+        assert read_metrics(tmp_path / "stopped", key) == read_metrics(tmp_path / "straight", key)
+
+
+def test_a_killed_run_goes_on_exactly(store_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:
+    train(store_path, tmp_path / "straight", tiny)
+    # Dies by SIGKILL after the last step, at the very moment that would make its checkpoint the newest.
+    program = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from wmcache.trainer.loop import TrainOptions, train
+torch.set_num_threads(1)
+def die(event, arguments):
+    if event == "os.rename" and str(arguments[1]).endswith("step-00000008"):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(die)
+train(Path(sys.argv[1]), Path(sys.argv[2]), TrainOptions(**json.loads(sys.argv[3])))
+"""
+    killed = tmp_path / "killed"
+    arguments = [sys.executable, "-c", program, store_path, killed, json.dumps(vars(tiny))]
+    assert subprocess.run(arguments, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert last_checkpoint(killed).name == "step-00000004"
+    assert list(read_metrics(killed)) == list(range(1, 9))
+    train(store_path, killed, tiny)
+    assert weights_of(killed) == weights_of(tmp_path / "straight")
+    assert read_metrics(killed) == read_metrics(tmp_path / "straight")
+
+
+def test_a_finished_run_is_left_as_it_is(store_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:
+    run = tmp_path / "run"
+    train(store_path, run, tiny)
+    before = files_of(run)
+    train(store_path, run, tiny)
+    assert files_of(run) == before
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"learning_rate": 1e-3},
+        {"batch": 4},
+        {"history": 2},
+        {"frameskip": 4},
+        {"seed": 1},
+        {"split_seed": 1},
+        {"model_options": {"width": 32}},
+        {"steps": 9},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_other_settings_are_refused_by_name(
+    store_path: Path, tmp_path: Path, tiny: TrainOptions, changed: dict[str, Any]
+) -> None:
+    run = tmp_path / "run"
+    train(store_path, run, tiny)
+    before = files_of(run)
+    with pytest.raises(UserError, match=next(iter(changed))):
+        train(store_path, run, replace(tiny, **changed))
+    assert files_of(run) == before
+
+
+def test_another_store_is_refused(store_path: Path, planted_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:
+    train(store_path, tmp_path / "run", tiny)
+    with pytest.raises(UserError, match="identity"):
+        train(planted_path, tmp_path / "run", tiny)
+
+
+def test_resume_goes_on_to_other_steps(store_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:
+    run = tmp_path / "run"
+    train(store_path, run, tiny)
+    train(store_path, run, replace(tiny, steps=12), resume=True)
+    assert last_checkpoint(run).name == "step-00000012"
+    assert list(read_metrics(run)) == list(range(1, 13))
+
+
+def test_resume_insists_on_a_run(store_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:
+    with pytest.raises(UserError, match="no checkpoint to resume"):
+        train(store_path, tmp_path / "run", tiny, resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_overwrite_begins_anew(store_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:
+    run, other = tmp_path / "run", replace(tiny, seed=1, steps=4)
+    train(store_path, run, tiny)
+    train(store_path, run, other, overwrite=True)
+    train(store_path, tmp_path / "fresh", other)
+    assert weights_of(run) == weights_of(tmp_path / "fresh")
+    assert list(read_metrics(run)) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("precious", ["thesis.tex", "config.json"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_no_run_is_never_touched(
+    store_path: Path, tmp_path: Path, tiny: TrainOptions, precious: str, overwrite: bool
+) -> None:
+    folder = tmp_path / "home"
+    folder.mkdir()
+    # Many a program keeps a config.json.
+    (folder / precious).write_text('{"precious": true}')
+    with pytest.raises(UserError):
+        train(store_path, folder, tiny, overwrite=overwrite)
+    assert files_of(folder) == {precious: b'{"precious": true}'}
+
+
+@pytest.mark.parametrize(
+    "impossible",
+    [
+        {"model": "dreamer"},
+        {"model_options": {"width": 16, "heads": 3}},
+        {"dtype": "float8"},
+        {"device": "abacus"},
+        {"history": 12},
+    ],
+    ids=lambda impossible: next(iter(impossible)),
+)
+def test_what_cannot_be_trained_costs_no_run(
+    store_path: Path, tmp_path: Path, tiny: TrainOptions, impossible: dict[str, Any]
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(UserError):
+        train(store_path, run, replace(tiny, **impossible))
+    assert not run.exists()
+    train(store_path, run, tiny)
+    before = files_of(run)
+    with pytest.raises(UserError):
+        train(store_path, run, replace(tiny, **impossible), overwrite=True)
+    assert files_of(run) == before
+
+
+def test_a_place_that_cannot_be_written_is_said_so(store_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file"):
+        train(store_path, tmp_path / "file" / "run", tiny)
+
+
+def train_until_it_explodes(cache: Path, out: Path, options: TrainOptions) -> None:
+    """Four sound steps, then one that throws the weights far away."""
+
+    def rate(step: int, options: TrainOptions) -> float:
+        return 1e30 if step == 4 else learning_rate(step, options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "learning_rate", rate)
+        with pytest.raises(UserError, match="not finite"):
+            train(cache, out, options)
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 2, 4])
+def test_a_loss_that_is_not_finite_leaves_a_good_checkpoint_last(
+    store_path: Path, tmp_path: Path, tiny: TrainOptions, checkpoint_every: int
+) -> None:
+    run = tmp_path / "run"
+    train_until_it_explodes(store_path, run, replace(tiny, checkpoint_every=checkpoint_every))
+    model, windows = load_model(run, torch.device("cpu")), TokenStore.open(store_path).windows(3, 1, 5, "train")
+    batch = {name: torch.from_numpy(value) for name, value in windows.batch(np.arange(8)).items()}
+    assert model.loss(batch)["loss"].isfinite()
+
+
+def test_the_advice_about_a_loss_that_is_not_finite_can_be_followed(
+    store_path: Path, tmp_path: Path, tiny: TrainOptions
+) -> None:
+    run = tmp_path / "run"
+    train_until_it_explodes(store_path, run, tiny)
+    assert last_checkpoint(run).name == "step-00000004"
+    train(store_path, run, replace(tiny, learning_rate=tiny.learning_rate / 10), resume=True)
+    assert last_checkpoint(run).name == "step-00000008"
+
+
+def test_a_run_that_ends_in_no_number_is_not_called_trained(
+    store_path: Path, tmp_path: Path, tiny: TrainOptions
+) -> None:
+    with pytest.raises(UserError, match="finite"):
+        train(store_path, tmp_path / "run", replace(tiny, steps=1, learning_rate=1e38, warmup=0, decay=0))
+
+
+def test_the_learning_rate_warms_up_stays_and_decays_towards_nothing() -> None:
+    options = TrainOptions(steps=100, learning_rate=2.0, warmup=0.1, decay=0.4)
+    rates = [learning_rate(step, options) for step in range(101)]
+    np.testing.assert_allclose(rates[:10], 2.0 * np.arange(1, 11) / 10)
+    assert rates[10:61] == [2.0] * 51
+    np.testing.assert_allclose(rates[60:], 2.0 * (1 - np.sqrt(np.arange(41) / 40)), atol=1e-12)
+
+
+@pytest.mark.parametrize(("warmup", "decay"), [(0, 0), (0, 1), (1, 0), (0.001, 0.001)])
+def test_every_step_has_some_learning_rate(warmup: float, decay: float) -> None:
+    options = TrainOptions(steps=7, learning_rate=2.0, warmup=warmup, decay=decay)
+    assert all(0 < learning_rate(step, options) <= 2.0 for step in range(7))
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    decay = {
+        parameter: group["weight_decay"]
+        for group in make_optimiser(model, TrainOptions(weight_decay=0.5)).param_groups
+        for parameter in group["params"]
+    }
+    assert {name: decay[value] for name, value in model.named_parameters()} == {
+        "0.weight": 0.5,
+        "0.bias": 0.0,
+        "1.weight": 0.0,
+        "1.bias": 0.0,
+    }
+
+
+@pytest.mark.parametrize("figure", ["gradient_norm", "loss"])
+def test_two_micro_batches_of_four_are_a_batch_of_eight(
+    store_path: Path, tmp_path: Path, tiny: TrainOptions, figure: str
+) -> None:
+    options = replace(tiny, model_options=tiny.model_options | {"dropout": 0.0}, steps=1)
+    train(store_path, tmp_path / "whole", options)
+    train(store_path, tmp_path / "halves", replace(options, batch=4, accumulate=2))
+    whole, halves = (read_metrics(tmp_path / run, figure)[1] for run in ("whole", "halves"))
+    assert halves == pytest.approx(whole, rel=1e-4)
+
+
+def test_nothing_in_a_run_can_hold_code(store_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:
+    train(store_path, tmp_path / "run", tiny)
+    kinds = {Path(name).suffix for name in files_of(tmp_path / "run")}
+    assert kinds == {".json", ".jsonl", ".safetensors"}
+
+
+def test_a_run_knows_its_store(store_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:
+    train(store_path, tmp_path / "run", tiny)
+    identity = json.loads((tmp_path / "run" / "identity.json").read_text())["identity"]
+    assert identity == json.loads(json.dumps(TokenStore.open(store_path).identity.to_json()))
+
+
+def test_training_loads_no_encoder_and_opens_no_image(store_path: Path, tmp_path: Path) -> None:
+    program = f"""
+import json, runpy, sys
+sys.argv = ["wmtrain", "--cache", {str(store_path)!r}, "--out", {str(tmp_path / "run")!r}, *sys.argv[1:]]
+try:
+    runpy.run_path({str(WMTRAIN)!r}, run_name="__main__")
+finally:
+    print(json.dumps(sorted(sys.modules)))
+"""
+    sizes = "--width 16 --depth 1 --heads 2 --batch-size 8 --steps 2 --device cpu"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *sizes.split()], env=environment, capture_output=True, text=True, check=True
+    )
+    assert (tmp_path / "run" / "checkpoints" / "last").exists()
+    loaded = json.loads(done.stdout.splitlines()[-1])
+    assert "torch" in loaded
+    forbidden = ("timm", "torchvision", "transformers", "PIL.Image", "wmcache.pipeline", "wmcache.envs", "mujoco")
+    assert [name for name in loaded if name.startswith(forbidden)] == []
