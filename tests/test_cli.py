@@ -73,16 +73,18 @@ def contents(*folders: Path) -> dict[Path, tuple[int, int]]:
 
 @pytest.fixture
 def refused(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Checks that a command line gives one line of error, exit status 1, and leaves every file and folder as it was."""
+    """Checks that a command line gives one line of error and a status, and leaves every file and folder as it was."""
     monkeypatch.chdir(tmp_path)
 
     def check(line: str, *said: str, **places: object) -> None:
         before = contents(home, tmp_path)
         result = run(line, home, tmp=tmp_path, **places)
         assert isinstance(result.exception, SystemExit), result.exception
-        assert result.exit_code == 1
         assert result.stdout == ""
-        (error,) = result.stderr.splitlines()
+        # What click itself refuses comes with a reminder of the usage, and status 2.
+        *usage, error = result.stderr.splitlines()
+        assert result.exit_code == (2 if usage else 1)
+        assert all(line == "" or line.startswith(("Usage: ", "Try ")) for line in usage)
         assert error.startswith("Error: ")
         for part in said:
             assert part.format(home=home, tmp=tmp_path, **places) in error

@@ -143,7 +143,7 @@ def test_a_finished_run_is_left_as_it_is(store_path: Path, tmp_path: Path, tiny:
         {"frameskip": 4},
         {"seed": 1},
         {"split_seed": 1},
-        {"model_options": {"width": 32}},
+        {"model_options": {"width": 32, "heads": 4}},
         {"steps": 9},
     ],
     ids=lambda changed: next(iter(changed)),
