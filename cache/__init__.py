@@ -1,8 +1,32 @@
-"""The contract between the side that writes tokens and the side that reads them. Imports nothing of ours."""
+"""The contract between the side that writes tokens and the side that reads them. Imports nothing of ours.
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.identity import Identity
-from wmcache.cache.store import StoreCard, StoreWriter, TokenStore
-from wmcache.cache.windows import Windows
+The names load when they are first used, so that a command that only needs an error's type does not pay for zarr.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wmcache.cache.errors import UserError
+    from wmcache.cache.identity import Identity
+    from wmcache.cache.store import StoreCard, StoreWriter, TokenStore
+    from wmcache.cache.windows import Windows
 
 __all__ = ["Identity", "StoreCard", "StoreWriter", "TokenStore", "UserError", "Windows"]
+
+_MODULES = {
+    "Identity": "identity",
+    "StoreCard": "store",
+    "StoreWriter": "store",
+    "TokenStore": "store",
+    "UserError": "errors",
+    "Windows": "windows",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -90,6 +90,8 @@ def fit(
         UserError: the encoder cannot be fitted, other weights are at `out`, the dataset is too small, or the loss is not finite.
     """
     encoders.get_fitter(name)  # refuses before anything is read
+    if not 0 < options.learning_rate < np.inf:
+        raise UserError(f"--lr is {options.learning_rate}; it must be above 0")
     where = choose_device(device)
     episode = dataset.steps.episode
     chosen = np.flatnonzero(np.isin(episode, split_episodes(int(episode[-1]) + 1, "train", 42)))[:max_frames]

@@ -17,16 +17,15 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 from wmcache.cache.device import choose_device, choose_dtype
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import atomic_write, read_json, seconds_between_updates, sha256_of
-from wmcache.cache.identity import Identity
-from wmcache.cache.store import StoreCard, TokenStore
+from wmcache.cache.files import atomic_write, make_folder, seconds_between_updates, sha256_of
+from wmcache.cache.store import TokenStore
 from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, find_maze, sample_state
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.planner.cem import Cem
 from wmcache.planner.mpc import Mpc
 from wmcache.planner.objective import MODES
-from wmcache.trainer.checkpoint import last_checkpoint, load_model, read_config
+from wmcache.trainer.checkpoint import last_checkpoint, load_model, read_config, read_identity
 
 THRESHOLDS = (0.5, 0.25, 0.1)
 CHECKED_FRAMES = 16
@@ -117,9 +116,7 @@ class Setting:
         check_options(options)
         self.run = run
         self.config = read_config(run)
-        saved = read_json(run / "identity.json", "train the model again")
-        self.card = StoreCard(**{**saved["card"], "token_grid": tuple(saved["card"]["token_grid"])})
-        identity = Identity.from_json(saved["identity"], str(run / "identity.json"))
+        self.card, identity = read_identity(run)
         self.device = choose_device(options.device)
         self.model = load_model(run, self.device)
         recipe = {**self.card.encoder, **({"weights": weights} if weights else {})}
@@ -170,8 +167,9 @@ def check_options(options: PlanOptions) -> None:
         "batch",
     )
     for name in positive:
-        if getattr(options, name) <= 0:
-            raise UserError(f"--{name} is {getattr(options, name)}; it must be above 0")
+        if not 0 < getattr(options, name) < np.inf:
+            flag = "batch-size" if name == "batch" else name
+            raise UserError(f"--{flag} is {getattr(options, name)}; it must be above 0")
     if options.objective not in MODES:
         raise UserError(f"no objective {options.objective!r}; known are {', '.join(MODES)}")
     if options.execute > options.horizon:
@@ -324,6 +322,7 @@ def evaluate(setting: Setting, options: PlanOptions, out: Path) -> tuple[Episode
     replans = -(-options.budget // (options.execute * setting.mpc.frameskip))
     folder = out / f"unfinished-{setting.fingerprint(options)}"
     parts = []
+    make_folder(folder)
     with tqdm(
         total=options.episodes * replans, desc="wmplan", unit=" replans", mininterval=seconds_between_updates()
     ) as bar:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import read_json, write_json
+from wmcache.cache.identity import Identity
+from wmcache.cache.store import StoreCard, read_card
 from wmcache.trainer.models import DataShape, build
 
 KEEP = 2
 """Checkpoints that stay: the newest, and the one before it for the case that the newest turns out bad."""
 
-
-@dataclass(frozen=True)
-class TrainingState:
-    """What a run needs beside the model to go on exactly: optimiser moments, random generators and the next step."""
-
-    step: int
-    tensors: dict[str, Tensor]
+FALL_BACK = "delete its folder to fall back to the checkpoint before it"
 
 
 def save_checkpoint(run: Path, step: int, model: nn.Module, optimiser: torch.optim.Optimizer) -> Path:
@@ -65,7 +60,7 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimiser: torch.opt
         raise UserError(
             f"cannot write checkpoint {final} ({error}); free space, then run the same command again"
         ) from error
-    for old in sorted(folder.glob("step-*"))[:-KEEP]:
+    for old in checkpoints(run)[:-KEEP]:
         shutil.rmtree(old)
     return final
 
@@ -85,7 +80,9 @@ def load_training_state(run: Path, model: nn.Module, optimiser: torch.optim.Opti
             name = next(key for key, value in named.items() if value is parameter)
             state = {}
             for moment in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors[f"{moment}.{name}"]
+                value = tensors.get(f"{moment}.{name}")
+                if value is None:
+                    raise UserError(f"{folder / 'optimizer.safetensors'} lacks {moment}.{name}; {FALL_BACK}")
                 state[moment] = value if moment == "step" and not group.get("fused") else value.to(parameter.device)
             optimiser.state[parameter] = state
     torch.set_rng_state(tensors["rng.cpu"])
@@ -121,15 +118,33 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 def read_config(run: Path) -> dict[str, Any]:
     """The settings of a run; raises UserError where the folder is no run."""
-    return read_json(run / "config.json", "train a model with: wmtrain --cache STORE")
+    mend = "train a model with: wmtrain --cache STORE"
+    config = read_json(run / "config.json", mend)
+    if missing := {"model", "model_options", "shape", "cache", "frameskip"} - set(config):
+        raise UserError(f"{run / 'config.json'} is not a run's (it lacks {', '.join(sorted(missing))}); {mend}")
+    return config
+
+
+def read_identity(run: Path) -> tuple[StoreCard, Identity]:
+    """The card and the identity of the store that a run was trained on; raises UserError where the folder is no run."""
+    file = run / "identity.json"
+    saved = read_json(file, "train a model with: wmtrain --cache STORE")
+    if not isinstance(saved.get("identity"), dict) or not isinstance(saved.get("card"), dict):
+        raise UserError(f"{file} is not a run's; train a model with: wmtrain --cache STORE")
+    return read_card(saved), Identity.from_json(saved["identity"], str(file))
 
 
 def last_checkpoint(run: Path) -> Path:
     """The folder of the newest checkpoint; raises UserError where there is none."""
-    last = run / "checkpoints" / "last"
-    if not last.exists():
+    if not (found := checkpoints(run)):
         raise UserError(f"{run} has no checkpoint yet; run its wmtrain again")
-    return last.resolve()
+    last = run / "checkpoints" / "last"
+    return last.resolve() if last.exists() else found[-1]
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
 
 
 def truncate_metrics(run: Path, step: int) -> None:
@@ -162,9 +177,7 @@ def _load(file: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{file} cannot be read ({error}); delete its folder to fall back to the checkpoint before it"
-        ) from error
+        raise UserError(f"{file} cannot be read ({error}); {FALL_BACK}") from error
     return tensors
 
 

@@ -18,12 +18,14 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from wmcache.cache.device import autocast, choose_device, choose_dtype
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import read_json, seconds_between_updates, write_json
+from wmcache.cache.files import seconds_between_updates, write_json
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows
 from wmcache.trainer.checkpoint import (
+    checkpoints,
     load_training_state,
     read_config,
+    read_identity,
     save_checkpoint,
     truncate_metrics,
 )
@@ -32,7 +34,9 @@ from wmcache.trainer.models import DataShape, build
 
 ROLLOUT_STEPS = 5
 VALIDATION_WINDOWS = 256
-MAY_CHANGE_ON_RESUME = {"steps", "device", "compile", "log_every", "validate_every", "checkpoint_every"}
+FLAGS = {"learning_rate": "lr", "weight_decay": "weight-decay"}
+MAY_CHANGE = {"device", "compile", "log_every", "validate_every", "checkpoint_every"}
+MAY_CHANGE_ON_RESUME = MAY_CHANGE | {"steps", "learning_rate"}
 
 
 @dataclass(frozen=True)
@@ -82,15 +86,20 @@ def train(
         cache: the store.
         out: the run's folder.
         options: see `TrainOptions`.
-        resume: insist on going on; allows other `steps`.
+        resume: insist on going on; allows other `steps` and another `learning_rate`.
         overwrite: begin anew where a run exists.
 
     Returns:
-        The last validation's metrics.
+        The last validation's metrics; none where there was nothing left to do.
 
     Raises:
         UserError: unusable store, a run with other settings, no checkpoint to resume, or a loss that is not finite.
     """
+    for name, least in (("learning_rate", 1e-12), ("clip", 1e-12), ("weight_decay", 0.0)):
+        if not least <= getattr(options, name) < math.inf:
+            raise UserError(
+                f"--{FLAGS.get(name, name)} is {getattr(options, name)}; it must be a number of at least {least:g}"
+            )
     store = TokenStore.open(cache)
     windows = store.windows(options.history, 1, options.frameskip, "train", seed=options.split_seed)
     device = choose_device(options.device)
@@ -103,15 +112,15 @@ def train(
         options.history,
     )
     config = {**asdict(options), "cache": str(cache.absolute()), "shape": asdict(shape)}
-    going_on = _prepare_folder(out, config, store, resume=resume, overwrite=overwrite)
-
     torch.manual_seed(options.seed)
     model = build(options.model, shape, options.model_options, _statistics(store, options.frameskip)).to(device)
     optimiser = make_optimiser(model, options)
+    validation = _validation_windows(store, options)
+    # Only now: an option that makes no sense must not cost a run that is there.
+    going_on = _prepare_folder(out, config, store, resume=resume, overwrite=overwrite)
     first = load_training_state(out, model, optimiser) if going_on else 0
     truncate_metrics(out, first)
     forward = torch.compile(model.loss) if options.compile else model.loss
-    validation = _validation_windows(store, options)
     count = sum(parameter.numel() for parameter in model.parameters())
     dropped = f", {windows.dropped_episodes} episodes too short" if windows.dropped_episodes else ""
     tqdm.write(
@@ -121,7 +130,6 @@ def train(
 
     result: dict[str, float] = {}
     start, seen = time.perf_counter(), 0
-    micro_batches = options.accumulate
     bar = tqdm(
         total=options.steps,
         initial=first,
@@ -129,26 +137,26 @@ def train(
         unit=" steps",
         mininterval=seconds_between_updates(),
     )
-    with bar, Log(out) as log, Feed(windows, options.batch, options.seed, device, first * micro_batches) as feed:
+    with bar, Log(out) as log, Feed(windows, options.batch, options.seed, device, first * options.accumulate) as feed:
         for step in range(first, options.steps):
             model.train()
             rate = learning_rate(step, options)
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            for _ in range(micro_batches):
+            parts: list[dict[str, Tensor]] = []
+            for _ in range(options.accumulate):
                 batch = feed.next()
                 with autocast(device, dtype):
                     losses = forward(batch)
-                (losses["loss"] / micro_batches).backward()
+                (losses["loss"] / options.accumulate).backward()
+                parts.append({name: value.detach() for name, value in losses.items()})
+            losses = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
             norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
-            if not torch.isfinite(losses["loss"] + norm):
-                raise UserError(
-                    f"the loss of step {step} is not finite; the last checkpoint in {out} is good: resume it with a lower --lr"
-                )
+            check_finite(losses["loss"] + norm, step, out)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             done = step + 1
-            seen += options.batch * micro_batches
+            seen += options.batch * options.accumulate
             bar.update()
             if done % options.log_every == 0 or done == options.steps:
                 elapsed = time.perf_counter() - start
@@ -158,13 +166,27 @@ def train(
                 bar.set_postfix_str(
                     f"loss {values['loss']:.4f}, {speed['windows_per_second']:.0f} windows/s, waiting {speed['waiting_share']:.1%}"
                 )
+            save = done % options.checkpoint_every == 0 or done == options.steps
+            if save:
+                # The step may have left weights that the next loss would show to be bad: better not to keep them.
+                with torch.no_grad(), autocast(device, dtype):
+                    check_finite(model.eval().loss(batch)["loss"], done, out)
             if done % options.validate_every == 0 or done == options.steps:
                 result = validate(model, validation, device, dtype)
                 log.write(done, result)
                 tqdm.write(f"step {done}: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
-            if done % options.checkpoint_every == 0 or done == options.steps:
+            if save:
                 save_checkpoint(out, done, model, optimiser)
     return result
+
+
+def check_finite(value: Tensor, step: int, out: Path) -> None:
+    """Stop, as a UserError, before a loss that is no number gets into a checkpoint."""
+    if not torch.isfinite(value):
+        raise UserError(
+            f"the loss of step {step} is not finite; the last checkpoint in {out}, if any, is good: "
+            "go on from it with --resume and a lower --lr"
+        )
 
 
 @torch.inference_mode()
@@ -239,29 +261,29 @@ class Log:
 
 def _prepare_folder(out: Path, config: dict[str, Any], store: TokenStore, *, resume: bool, overwrite: bool) -> bool:
     """Write config and identity, or compare them with those that are there; returns whether there is a checkpoint to go on from."""
-    if overwrite and (out / "config.json").exists():
-        shutil.rmtree(out)
-    if resume and not (out / "checkpoints" / "last").exists():
+    ours = (out / "config.json").exists() and (out / "identity.json").exists()
+    if out.exists() and any(out.iterdir()) and not ours:
+        raise UserError(f"{out} exists and is not a run of ours; choose another --out")
+    if resume and not checkpoints(out):
         raise UserError(f"{out} has no checkpoint to resume; run without --resume")
-    if (out / "config.json").exists():
-        there = read_config(out)
-        identity = read_json(out / "identity.json", "train again with --overwrite")["identity"]
+    if ours and overwrite:
+        shutil.rmtree(out)
+    elif ours:
+        there, identity = read_config(out), read_identity(out)[1]
+        free = MAY_CHANGE_ON_RESUME if resume else MAY_CHANGE
         different = [
             f"{name} {there.get(name)} != {config[name]}"
             for name in config
-            if there.get(name) != config[name] and not (name in MAY_CHANGE_ON_RESUME and (resume or name != "steps"))
+            if name not in free and there.get(name) != config[name]
         ]
-        if identity != json.loads(json.dumps(store.identity.to_json())):
-            different.append("the store's identity")
+        different += [f"the store's identity, {difference}" for difference in identity.differences(store.identity)]
         if different:
             raise UserError(
                 f"{out} is a run with other settings ({'; '.join(different)}); choose another --out, or begin anew with --overwrite"
             )
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} exists and is not a run of ours; choose another --out")
     write_json(out / "identity.json", {"identity": store.identity.to_json(), "card": asdict(store.card)})
     write_json(out / "config.json", config)
-    return (out / "checkpoints" / "last").exists()
+    return bool(checkpoints(out))
 
 
 def _statistics(store: TokenStore, frameskip: int) -> dict[str, Tensor]:
