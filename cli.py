@@ -327,12 +327,14 @@ def wmplan(
     run: Path, weights: Path | None, cache: Path | None, out: Path | None, as_json: bool, **settings: Any
 ) -> None:
     """Plan with a trained world model, judge it, and write a report."""
-    from wmcache.planner.evaluate import PlanOptions, Setting, evaluate
+    from wmcache.planner.evaluate import PlanOptions, Setting, evaluate, refuse_other_results
     from wmcache.planner.report import shell_command, write_report
 
     chosen = PlanOptions(**settings)
+    maze = f"-{Path(chosen.env).stem}" if chosen.env else ""
+    out = out or run / f"plan-{chosen.objective}-x{chosen.execute}-{chosen.episodes}x{chosen.budget}{maze}"
+    refuse_other_results(out, chosen)
     setting = Setting(run, chosen, weights=weights, cache=cache)
-    out = out or run / f"plan-{chosen.objective}-x{chosen.execute}-{chosen.episodes}x{chosen.budget}"
     episodes, results = evaluate(setting, chosen, out)
     write_report(out, run, setting, episodes, results, shell_command(sys.argv))
     if as_json:

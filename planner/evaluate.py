@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 from wmcache.cache.device import choose_device, choose_dtype
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import atomic_write, make_folder, seconds_between_updates, sha256_of
+from wmcache.cache.files import atomic_write, make_folder, read_json, seconds_between_updates, sha256_of
 from wmcache.cache.store import TokenStore
 from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, find_maze, sample_state
 from wmcache.pipeline import encoders
@@ -176,6 +176,19 @@ def check_options(options: PlanOptions) -> None:
         raise UserError(f"--execute {options.execute} is more than the --horizon of {options.horizon} model steps")
     if not 2 <= options.elites <= options.samples:
         raise UserError(f"--elites {options.elites} must lie between 2 and --samples {options.samples}")
+
+
+def refuse_other_results(out: Path, options: PlanOptions) -> None:
+    """Refuse, as a UserError, to write over the results of other settings."""
+    if not (out / "results.json").exists():
+        return
+    there = read_json(out / "results.json", "choose another --out")["options"]
+    mine = asdict(options)
+    different = [f"{name} {there.get(name)} != {mine[name]}" for name in mine if there.get(name) != mine[name]]
+    if different:
+        raise UserError(
+            f"{out} holds results of other settings ({'; '.join(different)}); choose another --out, or delete it first"
+        )
 
 
 def live_drift(store: TokenStore, encoder: Encoder) -> dict[str, float]:

@@ -18,13 +18,15 @@ class Feed:
     """Batches of steps `first`, `first` + 1, …, read by one thread while the model works on the batch before.
 
     Attributes:
+        device: where the batches are.
         waited: seconds that the training loop has waited for data so far.
     """
 
     def __init__(self, windows: Windows, batch: int, seed: int, device: torch.device, first: int = 0) -> None:
         """Args: `batch` windows each; the order is a function of `seed` and the step alone; start at step `first`."""
         self.waited = 0.0
-        self._windows, self._batch, self._seed, self._device = windows, batch, seed, device
+        self.device = device
+        self._windows, self._batch, self._seed = windows, batch, seed
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._step = first
         # Two buffers in turn: the reader fills one while the model uses the other.
@@ -44,7 +46,7 @@ class Feed:
         windows = batch_windows(len(self._windows), self._seed, step, self._batch)
         data: dict[str, NDArray[Any]] = self._windows.batch(windows, self._buffers[step % 2])
         self._buffers[step % 2] = data["tokens"].reshape(-1, *data["tokens"].shape[2:])
-        return {name: torch.from_numpy(value).to(self._device, non_blocking=True) for name, value in data.items()}
+        return {name: torch.from_numpy(value).to(self.device, non_blocking=True) for name, value in data.items()}
 
     def __enter__(self) -> Feed:
         """For `with`."""

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from wmcache.trainer.models import DataShape, build
 ROLLOUT_STEPS = 5
 VALIDATION_WINDOWS = 256
 FLAGS = {"learning_rate": "lr", "weight_decay": "weight-decay"}
-MAY_CHANGE = {"device", "compile", "log_every", "validate_every", "checkpoint_every"}
+MAY_CHANGE = {"cache", "device", "compile", "log_every", "validate_every", "checkpoint_every"}
 MAY_CHANGE_ON_RESUME = MAY_CHANGE | {"steps", "learning_rate"}
 
 
@@ -95,11 +95,7 @@ def train(
     Raises:
         UserError: unusable store, a run with other settings, no checkpoint to resume, or a loss that is not finite.
     """
-    for name, least in (("learning_rate", 1e-12), ("clip", 1e-12), ("weight_decay", 0.0)):
-        if not least <= getattr(options, name) < math.inf:
-            raise UserError(
-                f"--{FLAGS.get(name, name)} is {getattr(options, name)}; it must be a number of at least {least:g}"
-            )
+    check_options(options)
     store = TokenStore.open(cache)
     windows = store.windows(options.history, 1, options.frameskip, "train", seed=options.split_seed)
     device = choose_device(options.device)
@@ -139,22 +135,10 @@ def train(
     )
     with bar, Log(out) as log, Feed(windows, options.batch, options.seed, device, first * options.accumulate) as feed:
         for step in range(first, options.steps):
-            model.train()
             rate = learning_rate(step, options)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            parts: list[dict[str, Tensor]] = []
-            for _ in range(options.accumulate):
-                batch = feed.next()
-                with autocast(device, dtype):
-                    losses = forward(batch)
-                (losses["loss"] / options.accumulate).backward()
-                parts.append({name: value.detach() for name, value in losses.items()})
-            losses = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-            norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
-            check_finite(losses["loss"] + norm, step, out)
+            losses, batch = descend(model, forward, optimiser, feed, rate, options, dtype)
+            check_finite(losses["loss"] + losses["gradient_norm"], step, out)
             optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
             done = step + 1
             seen += options.batch * options.accumulate
             bar.update()
@@ -162,7 +146,7 @@ def train(
                 elapsed = time.perf_counter() - start
                 values = {name: value.item() for name, value in losses.items()}
                 speed = {"windows_per_second": seen / elapsed, "waiting_share": feed.waited / elapsed}
-                log.write(done, {**values, "learning_rate": rate, "gradient_norm": norm.item(), **speed})
+                log.write(done, {**values, "learning_rate": rate, **speed})
                 bar.set_postfix_str(
                     f"loss {values['loss']:.4f}, {speed['windows_per_second']:.0f} windows/s, waiting {speed['waiting_share']:.1%}"
                 )
@@ -178,6 +162,45 @@ def train(
             if save:
                 save_checkpoint(out, done, model, optimiser)
     return result
+
+
+def check_options(options: TrainOptions) -> None:
+    """Refuse, as a UserError, numbers that no run can be made of."""
+    for name, least in (("learning_rate", 1e-12), ("clip", 1e-12), ("weight_decay", 0.0)):
+        if not least <= getattr(options, name) < math.inf:
+            raise UserError(
+                f"--{FLAGS.get(name, name)} is {getattr(options, name)}; it must be a number of at least {least:g}"
+            )
+
+
+def descend(
+    model: Any,
+    forward: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+    optimiser: torch.optim.Optimizer,
+    feed: Feed,
+    rate: float,
+    options: TrainOptions,
+    dtype: torch.dtype,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients of one step, accumulated over micro-batches and clipped, ready for the optimiser.
+
+    Returns:
+        The losses, averaged over the micro-batches, with the `gradient_norm` before clipping; and the last micro-batch.
+    """
+    model.train()
+    optimiser.zero_grad(set_to_none=True)
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    parts: list[dict[str, Tensor]] = []
+    for _ in range(options.accumulate):
+        batch = feed.next()
+        with autocast(feed.device, dtype):
+            losses = forward(batch)
+        (losses["loss"] / options.accumulate).backward()  # type: ignore[no-untyped-call]
+        parts.append({name: value.detach() for name, value in losses.items()})
+    norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+    means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+    return {**means, "gradient_norm": norm}, batch
 
 
 def check_finite(value: Tensor, step: int, out: Path) -> None:
