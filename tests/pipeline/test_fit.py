@@ -25,7 +25,7 @@ def test_the_same_fit_again_only_measures(dataset: FrameDataset, tcn_weights: Pa
     again = fit_on_cpu(dataset, tcn_weights, FitOptions(steps=20, batch=16))
     assert tcn_weights.read_bytes() == before
     assert tcn_weights.stat().st_mtime_ns == time
-    # Untrained networks have about 0 here (DESIGN, section 5): a few steps must already show.
+    # Untrained networks have about 0 here: a few steps must already show.
     assert 0.3 < again.landscape.spearman <= 1.0
     assert 0.0 <= again.landscape.stuck < 0.6
     assert again.frames == 5 * 60
