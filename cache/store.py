@@ -300,9 +300,14 @@ def read_attributes(path: Path) -> dict[str, Any]:
     if attributes.get("format_version") != FORMAT_VERSION:
         found = attributes.get("format_version")
         raise UserError(f"{path} has format {found}, this wmcache reads {FORMAT_VERSION}; extract it again")
-    if not isinstance(attributes.get("identity"), dict) or not isinstance(attributes.get("card"), dict):
-        raise UserError(f"{path / 'zarr.json'} has lost the store's identity or card; extract it again")
+    require_identity(attributes, path / "zarr.json", "extract it again")
     return dict(attributes)
+
+
+def require_identity(values: Mapping[str, Any], where: Path, mend: str) -> None:
+    """Refuse, as a UserError, what has no identity and card of a store: a store's attributes, or a run's `identity.json`."""
+    if not isinstance(values.get("identity"), dict) or not isinstance(values.get("card"), dict):
+        raise UserError(f"{where} has lost the store's identity or card; {mend}")
 
 
 def read_card(attributes: Mapping[str, Any]) -> StoreCard:

@@ -93,8 +93,7 @@ def fit(
     if not 0 < options.learning_rate < np.inf:
         raise UserError(f"--lr is {options.learning_rate}; it must be above 0")
     where = choose_device(device)
-    episode = dataset.steps.episode
-    chosen = np.flatnonzero(np.isin(episode, split_episodes(int(episode[-1]) + 1, "train", 42)))[:max_frames]
+    chosen = split_frames(dataset, "train")[:max_frames]
     if len(chosen) < 2 * options.batch:
         raise UserError(
             f"{dataset.path} has {len(chosen)} training frames; a batch of {options.batch} pairs needs twice as many: collect more"
@@ -144,8 +143,7 @@ def _train_and_save(
 
 def probe_landscape(dataset: FrameDataset, encoder: Encoder) -> Landscape:
     """Measure the latent distance between held-out frames; see `Landscape`."""
-    episode = dataset.steps.episode
-    held_out = np.flatnonzero(np.isin(episode, split_episodes(int(episode[-1]) + 1, "val", 42)))
+    held_out = split_frames(dataset, "val")
     rng = np.random.default_rng(0)
     chosen = np.sort(rng.choice(held_out, min(PROBED_FRAMES, len(held_out)), replace=False))
     frames = dataset.read_frames(chosen)
@@ -162,6 +160,12 @@ def probe_landscape(dataset: FrameDataset, encoder: Encoder) -> Landscape:
     ends = [descend(values, near) for values in latent]
     stuck = [(true[i, end] > STUCK_DISTANCE)[reachable[i]].mean() for i, end in enumerate(ends)]
     return Landscape(float(correlation), float(np.mean(stuck)))
+
+
+def split_frames(dataset: FrameDataset, split: str) -> NDArray[np.int64]:
+    """The frames of a split of the episodes, ascending: the split that the trainer uses by default."""
+    episode = dataset.steps.episode
+    return np.flatnonzero(np.isin(episode, split_episodes(int(episode[-1]) + 1, split, 42)))
 
 
 def neighbours(maze: Maze, xy: NDArray[np.float64]) -> NDArray[np.bool_]:

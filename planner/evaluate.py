@@ -18,7 +18,7 @@ from tqdm import tqdm
 from wmcache.cache.device import choose_device, choose_dtype
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import atomic_write, make_folder, read_json, seconds_between_updates, sha256_of
-from wmcache.cache.store import TokenStore
+from wmcache.cache.store import StoreCard, TokenStore
 from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, find_maze, sample_state
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
@@ -131,7 +131,7 @@ class Setting:
                 f"{self.store.path} is not the store that {run} was trained on ({'; '.join(different)}); pass the right --cache"
             )
         data = self.card.dataset
-        self.maze = find_maze(options.env) if options.env else Maze(Path(data["env"]).stem, tuple(data["maze"]))
+        self.maze = find_maze(options.env) if options.env else cached_maze(self.card)
         self.image_size = int(data["image_size"])
         self.drift = live_drift(self.store, self.encoder)
         self.mpc = Mpc(
@@ -191,6 +191,11 @@ def refuse_other_results(out: Path, options: PlanOptions) -> None:
         )
 
 
+def cached_maze(card: StoreCard) -> Maze:
+    """The maze that a store's frames show."""
+    return Maze(Path(card.dataset["env"]).stem, tuple(card.dataset["maze"]))
+
+
 def live_drift(store: TokenStore, encoder: Encoder) -> dict[str, float]:
     """Draw and encode some cached frames anew and compare: the whole way that a live frame takes, from the simulator on.
 
@@ -202,7 +207,7 @@ def live_drift(store: TokenStore, encoder: Encoder) -> dict[str, float]:
     """
     data = store.card.dataset
     frames = np.linspace(0, len(store) - 1, CHECKED_FRAMES).astype(int)
-    simulator = PointMazeSimulator(Maze("cached", tuple(data["maze"])), int(data["image_size"]))
+    simulator = PointMazeSimulator(cached_maze(store.card), int(data["image_size"]))
     live = encoder(np.stack([simulator.render(state) for state in store.state[frames]])).float().cpu().flatten(1)
     simulator.close()
     cached = torch.from_numpy(store.gather(frames)).float().flatten(1)

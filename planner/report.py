@@ -27,10 +27,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import binomtest, spearmanr
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import atomic_write, write_json
+from wmcache.cache.files import atomic_write, make_folder, write_json
 from wmcache.cache.store import TokenStore
 from wmcache.envs import FPS, Maze, PointMazeSimulator
-from wmcache.planner.evaluate import THRESHOLDS, Episodes, Setting, env_steps
+from wmcache.planner.evaluate import THRESHOLDS, Episodes, Setting, cached_maze, env_steps
 
 VIDEOS = 4
 VIDEO_SIZE = 224
@@ -58,7 +58,6 @@ def write_report(
         setting, episodes, results: what `evaluate` used and gave.
         command: what the user typed, for the page.
     """
-    out.mkdir(parents=True, exist_ok=True)
     write_episodes(out / "episodes.parquet", episodes)
     pictures = {
         "success": draw_success(episodes),
@@ -151,7 +150,7 @@ def draw_distance_map(store: TokenStore) -> bytes:
     goal = int(np.argmax(xy[:, 0] - xy[:, 1]))  # the end of the U-maze's way
     tokens = store.gather(chosen).astype(np.float32)
     latent = np.square(tokens - tokens[goal]).sum((1, 2))
-    maze = Maze("cached", tuple(store.card.dataset["maze"]))
+    maze = cached_maze(store.card)
     true = maze.geodesic(xy[goal], xy)
     correlation = float(spearmanr(latent, true).statistic)
     with _figure(7.2, 3.2, columns=2) as (figure, panels):
@@ -182,7 +181,7 @@ def draw_paths(episodes: Episodes, maze: Maze, count: int = 12) -> bytes:
 
 def write_videos(folder: Path, episodes: Episodes, setting: Setting) -> list[tuple[str, Path]]:
     """Videos of the episodes with the longest ways to go, the live frame beside the goal's; returns captions and files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     way = np.array(
         [
             setting.maze.geodesic(start[:2], goal[None, :2])[0]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import read_json, write_json
 from wmcache.cache.identity import Identity
-from wmcache.cache.store import StoreCard, read_card
+from wmcache.cache.store import StoreCard, read_card, require_identity
 from wmcache.trainer.models import DataShape, build
 
 KEEP = 2
@@ -128,9 +128,9 @@ def read_config(run: Path) -> dict[str, Any]:
 def read_identity(run: Path) -> tuple[StoreCard, Identity]:
     """The card and the identity of the store that a run was trained on; raises UserError where the folder is no run."""
     file = run / "identity.json"
-    saved = read_json(file, "train a model with: wmtrain --cache STORE")
-    if not isinstance(saved.get("identity"), dict) or not isinstance(saved.get("card"), dict):
-        raise UserError(f"{file} is not a run's; train a model with: wmtrain --cache STORE")
+    mend = "train a model with: wmtrain --cache STORE"
+    saved = read_json(file, mend)
+    require_identity(saved, file, mend)
     return read_card(saved), Identity.from_json(saved["identity"], str(file))
 
 
