@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -25,6 +26,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"]}
 DEFAULT_ENV = "wmcache/PointMaze-UMaze-v0"
 INTERRUPTED = 130
+STOPPED = 75
+"""EX_TEMPFAIL: the job was told to stop, and goes on when it is run again; a batch system can requeue on it."""
 
 
 class Command(click.Command):
@@ -32,14 +35,15 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        signal.signal(signal.SIGTERM, _raise_interrupt)
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # SLURM warns of the walltime with the one that it is told
+            signal.signal(number, _stop)
         try:
             return super().invoke(ctx)
         except UserError as error:
             raise click.ClickException(str(error)) from error
-        except KeyboardInterrupt:
-            click.echo("\nstopped; run the same command again to go on", err=True)
-            sys.exit(INTERRUPTED)
+        except KeyboardInterrupt as stop:
+            click.echo(f"\nstopped; go on with: {shell_command(sys.argv)}", err=True)
+            sys.exit(STOPPED if isinstance(stop, Stopped) else INTERRUPTED)
         except OSError as error:
             raise click.ClickException(f"{error.filename or 'operating system'}: {error.strerror or error}") from error
         except (ValueError, RuntimeError) as error:
@@ -58,8 +62,17 @@ class Group(click.Group):
     group_class = type
 
 
-def _raise_interrupt(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    raise KeyboardInterrupt
+class Stopped(KeyboardInterrupt):
+    """A batch system wants the machine back."""
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    raise Stopped
+
+
+def shell_command(words: list[str]) -> str:
+    """What the user typed, quoted for a shell."""
+    return shlex.join([Path(words[0]).name, *words[1:]])
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -94,6 +107,28 @@ encoder_options = options(
         "--batch-size", "batch", type=click.IntRange(1), default=32, help="Frames in each call of the encoder."
     ),
     click.option("--workers", type=click.IntRange(1), default=1, help="Processes; each loads the encoder."),
+)
+
+
+store_argument = click.argument("store", type=PATH)
+residence_option = click.option(
+    "--residence",
+    type=click.Choice(["auto", "device", "ram", "disk"]),
+    default="auto",
+    help="Where tokens are kept while training; auto measures free memory.",
+)
+model_options = options(
+    click.option("--width", type=click.IntRange(1), default=384, help="Of the residual stream."),
+    click.option("--depth", type=click.IntRange(1), default=6, help="Transformer blocks."),
+    click.option("--heads", type=click.IntRange(1), default=6, help="Attention heads."),
+    click.option(
+        "--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.1, help="In attention, projections and MLP."
+    ),
+)
+source_options = options(
+    click.option("--dataset", type=PATH, help="Where the frames are, if they have moved."),
+    click.option("--weights", type=PATH, help="Where the encoder's weights are, if they have moved."),
+    device_option,
 )
 
 
@@ -175,23 +210,37 @@ def fit(
 @click.option(
     "--out", type=PATH, help="The store.  [default: $WMCACHE_HOME/stores/<dataset>/<encoder>-<image size>.zarr]"
 )
+@click.option(
+    "--store-dtype",
+    type=click.Choice(["float16", "int8"]),
+    default="float16",
+    help="What tokens are stored in; int8 takes half the room, with a step for each channel of each shard.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and stop.")
-def extract(dataset: Path | None, batch: int, workers: int, out: Path | None, dry_run: bool, **encoder: Any) -> None:
-    """Encode every frame of a dataset once. Run again, it does only the shards that are not there yet."""
+def extract(
+    dataset: Path | None,
+    batch: int,
+    workers: int,
+    out: Path | None,
+    store_dtype: str,
+    dry_run: bool,
+    **encoder: Any,
+) -> None:
+    """Encode every frame of a dataset once. Run again, or beside itself, it does only the shards that are not there yet."""
     from wmcache.pipeline.extract import default_store, forecast
     from wmcache.pipeline.extract import extract as run
 
     frames = _open_dataset(dataset)
     network = _create_encoder(frames, **encoder)
-    out = out or default_store(frames, network)
+    out = out or default_store(frames, network, store_dtype)
     if dry_run:
-        plan = forecast(frames, network, out, batch=batch, workers=workers)
+        plan = forecast(frames, network, out, dtype=store_dtype, batch=batch, workers=workers)
         click.echo(f"{plan.out}: {plan.shards} shards, {plan.frames} frames to do")
         click.echo(
             f"{human_bytes(plan.bytes_needed)} needed, {human_bytes(plan.bytes_free)} free, about {plan.seconds:.0f} s"
         )
         return
-    run(frames, network, out, batch=batch, workers=workers)
+    run(frames, network, out, dtype=store_dtype, batch=batch, workers=workers)
     rows, columns = network.token_grid
     click.echo(f"{out}: {frames.card.frames} frames, {rows} x {columns} tokens of {network.token_dim}")
 
@@ -215,6 +264,111 @@ def encoders(as_json: bool) -> None:
         click.echo(f"{'':10} {row['summary']}")
 
 
+@main.command("ls")
+@click.argument("folder", type=PATH, required=False)
+@json_option
+def list_(folder: Path | None, as_json: bool) -> None:
+    """List the token stores under FOLDER ($WMCACHE_HOME/stores)."""
+    from wmcache.cache.catalogue import list_stores
+
+    entries = list_stores(folder or home() / "stores")
+    if as_json:
+        click.echo(json.dumps([asdict(entry) for entry in entries], indent=2))
+        return
+    click.echo(f"{'state':>16} {'size':>9} {'frames':>8} {'tokens':>10} {'dtype':>8}  store")
+    for entry in entries:
+        shape = f"{entry.tokens} x {entry.token_dim}"
+        click.echo(
+            f"{entry.state:>16} {human_bytes(entry.bytes):>9} {entry.frames:>8} {shape:>10} {entry.dtype:>8}  {entry.path}"
+        )
+
+
+@main.command()
+@store_argument
+@json_option
+def info(store: Path, as_json: bool) -> None:
+    """Show what a token store says of itself."""
+    from wmcache.cache.catalogue import describe
+
+    values = describe(store)
+    if as_json:
+        click.echo(json.dumps(values, indent=2))
+        return
+    for group in ("identity", "card", "versions"):
+        for name, value in values.pop(group).items():
+            values[f"{group}.{name}"] = value
+    for name, value in values.items():
+        click.echo(f"{name:28} {value}")
+
+
+@main.command()
+@store_argument
+@click.option("--deep", is_flag=True, help="Also encode a sample of the frames anew, and compare.")
+@source_options
+@json_option
+def verify(store: Path, deep: bool, as_json: bool, **source: Any) -> None:
+    """Compare every byte of a token store with its records; exit status 1 where something is wrong."""
+    if deep:
+        from wmcache.pipeline.repair import verify_deep
+
+        found = verify_deep(store, **source)
+    else:
+        from wmcache.cache.verify import verify as run
+
+        found = run(store)
+    if as_json:
+        click.echo(json.dumps({**asdict(found), "sound": found.sound}, indent=2))
+    else:
+        click.echo(f"{store}: {found.shards_done} of {found.shards} shards as they were written, {found.frames} frames")
+        for fault in found.faults:
+            click.echo(f"fault: {fault.file}: {fault.reason}")
+        for file in found.leftovers:
+            click.echo(f"left over, harmless: {file}")
+        if found.drift:
+            click.echo(", ".join(f"{name} {value:.6f}" for name, value in found.drift.items()))
+    if not found.sound:
+        raise UserError(
+            f"{store} is {'damaged' if found.faults else 'incomplete'}; mend it with: wmcache repair {store}"
+        )
+
+
+@main.command()
+@store_argument
+@source_options
+def repair(store: Path, **source: Any) -> None:
+    """Make exactly those shards of a token store again that are not as they were written."""
+    from wmcache.pipeline.repair import repair as run
+
+    found = run(store, **source)
+    click.echo(f"{store}: complete; {len(found.faults)} faults mended" if found.faults else f"{store}: complete")
+
+
+@main.command()
+@store_argument
+@click.option("--dataset", type=PATH, help="Where the frames are, if they have moved.")
+@click.option("--count", type=click.IntRange(1, 64), default=8, help="Frames.")
+@click.option("--out", type=PATH, help="The PNG to write.  [default: STORE, with .png for .zarr]")
+def preview(store: Path, out: Path | None, **settings: Any) -> None:
+    """Draw frames of a store beside their tokens, the first three principal components as colours."""
+    from wmcache.pipeline.preview import preview as run
+
+    out = out or store.with_suffix(".png")
+    frames = run(store, out, **settings)
+    click.echo(f"{out}: frames {', '.join(map(str, frames))}")
+
+
+@main.command()
+@store_argument
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def rm(store: Path, yes: bool) -> None:
+    """Delete a token store."""
+    from wmcache.cache.catalogue import remove
+
+    if not yes:
+        click.confirm(f"delete {store}?", abort=True)
+    click.echo(f"{store}: deleted, {human_bytes(remove(store))} free again")
+
+
 @main.group(cls=Group)
 def bench() -> None:
     """Measure speed as a ratio to a named limit."""
@@ -230,11 +384,74 @@ def bench_extract(dataset: Path | None, batch: int, workers: int, as_json: bool,
 
     frames = _open_dataset(dataset)
     result = run(frames, _create_encoder(frames, **encoder), batch=batch, workers=workers)
+    _print_figures(result, as_json=as_json)
+
+
+@bench.command("read")
+@click.option("--frames", type=click.IntRange(100), default=8192, help="Of the store that is made for it.")
+@click.option("--tokens", type=click.IntRange(1), default=196, help="N.")
+@click.option("--dim", type=click.IntRange(1), default=384, help="D.")
+@click.option("--batch-size", "batch", type=click.IntRange(1), default=64, help="Windows of 4 frames, 5 apart.")
+@click.option("--store-dtype", "dtype", type=click.Choice(["float16", "int8"]), default="float16")
+@click.option("--keep", type=PATH, help="Folder to leave the store and the plain file in.")
+@json_option
+def bench_read(as_json: bool, **settings: Any) -> None:
+    """Windows from a store against a plain .npy file of the same bytes and against the zarr API, all in the page cache."""
+    from wmcache.cache.bench import bench_read as run
+
+    _print_figures(run(**settings), as_json=as_json)
+
+
+@bench.command("train")
+@click.option("--cache", type=PATH, required=True, help="The token store; its frames and encoder are used as well.")
+@click.option("--steps", type=click.IntRange(2), default=20, help="Training steps of each contender in each turn.")
+@click.option("--batch-size", "batch", type=click.IntRange(1), default=64, help="Windows.")
+@model_options
+@residence_option
+@source_options
+@json_option
+def bench_train(
+    cache: Path,
+    width: int,
+    depth: int,
+    heads: int,
+    dropout: float,
+    dataset: Path | None,
+    weights: Path | None,
+    device: str,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Training steps fed by the store against the same steps on one batch in memory, and against encoding in the loop."""
+    from wmcache.pipeline.repair import live_encoder
+    from wmcache.trainer.bench import bench_train as run
+
+    encode = live_encoder(cache, dataset=dataset, weights=weights, device=device)
+    model = {"width": width, "depth": depth, "heads": heads, "dropout": dropout}
+    _print_figures(run(cache, model, encode, device=device, **settings), as_json=as_json)
+
+
+@bench.command("memory")
+@click.option("--episodes", type=click.IntRange(1), default=10, help="Of 100 frames, in the smallest dataset.")
+@json_option
+def bench_memory(episodes: int, as_json: bool) -> None:
+    """Peak memory of wmcache extract and wmtrain over datasets 1, 4 and 16 times as large."""
+    from wmcache.pipeline.bench import bench_memory as run
+
+    rows = run(episodes)
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        click.echo(json.dumps(rows, indent=2))
         return
-    for name, value in result.items():
-        click.echo(f"{name:28} {value:10.3f}")
+    for row in rows:
+        click.echo("  ".join(f"{name} {value}" for name, value in row.items()))
+
+
+def _print_figures(figures: dict[str, float], *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(figures, indent=2))
+        return
+    for name, value in figures.items():
+        click.echo(f"{name:36} {value:12.3f}")
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
@@ -242,12 +459,7 @@ def bench_extract(dataset: Path | None, batch: int, workers: int, as_json: bool,
 @click.option("--cache", type=PATH, required=True, help="The token store; nothing else is read.")
 @click.option("--out", type=PATH, help="Folder of the run.  [default: $WMCACHE_HOME/runs/<dataset>-<store>]")
 @click.option("--model", default="dino-wm", help="World model.")
-@click.option("--width", type=click.IntRange(1), default=384, help="Of the residual stream.")
-@click.option("--depth", type=click.IntRange(1), default=6, help="Transformer blocks.")
-@click.option("--heads", type=click.IntRange(1), default=6, help="Attention heads.")
-@click.option(
-    "--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.1, help="In attention, projections and MLP."
-)
+@model_options
 @click.option("--history", type=click.IntRange(1), default=3, help="Context frames.")
 @click.option("--frameskip", type=click.IntRange(1), default=5, help="Env steps between frames of a window.")
 @click.option("--steps", type=click.IntRange(1), default=10_000, help="Optimiser steps.")
@@ -260,6 +472,7 @@ def bench_extract(dataset: Path | None, batch: int, workers: int, as_json: bool,
 @click.option("--clip", type=float, default=1.0, help="Of the gradient's norm.")
 @click.option("--dtype", default="auto", help="auto, float32 or bfloat16.")
 @device_option
+@residence_option
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of weights, dropout and order.")
 @click.option("--split-seed", type=click.IntRange(0), default=42, help="Of the split into train and val episodes.")
 @click.option("--compile", is_flag=True, help="Use torch.compile.")
@@ -328,7 +541,7 @@ def wmplan(
 ) -> None:
     """Plan with a trained world model, judge it, and write a report."""
     from wmcache.planner.evaluate import PlanOptions, Setting, evaluate, refuse_other_results
-    from wmcache.planner.report import shell_command, write_report
+    from wmcache.planner.report import write_report
 
     chosen = PlanOptions(**settings)
     maze = f"-{Path(chosen.env).stem}" if chosen.env else ""

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wmcache.cache.errors import UserError
     from wmcache.cache.identity import Identity
-    from wmcache.cache.store import StoreCard, StoreWriter, TokenStore
+    from wmcache.cache.layout import StoreCard
+    from wmcache.cache.store import TokenStore
     from wmcache.cache.windows import Windows
+    from wmcache.cache.writer import StoreWriter
 
 __all__ = ["Identity", "StoreCard", "StoreWriter", "TokenStore", "UserError", "Windows"]
 
 _MODULES = {
     "Identity": "identity",
-    "StoreCard": "store",
-    "StoreWriter": "store",
+    "StoreCard": "layout",
+    "StoreWriter": "writer",
     "TokenStore": "store",
     "UserError": "errors",
     "Windows": "windows",

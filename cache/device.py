@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 from wmcache.cache.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,6 +41,60 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise UserError(f"no dtype {name!r}; known are auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def release_memory(device: torch.device) -> None:
+    """Give cached blocks back to the device, so that a smaller batch may fit."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it, so that a clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+class Transfer:
+    """Copies from main memory to a device beside the work that the device does; on the CPU there is nothing to copy.
+
+    Inside `with`, whatever is queued goes to a stream of its own, and is finished when the block ends.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Args: `device` to copy to."""
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._context: AbstractContextManager[None] = contextlib.nullcontext()
+
+    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Main memory to send from, to be filled again and again; pinned where that makes copies faster."""
+        return torch.empty(shape, dtype=dtype, pin_memory=self._stream is not None)
+
+    def send(self, values: Tensor) -> Tensor:
+        """A copy on the device."""
+        return values.to(self._device, non_blocking=self._stream is not None)
+
+    def hand_over(self, batch: Mapping[str, Tensor]) -> None:
+        """Keep the memory of these tensors, made inside `with`, until the caller's own stream has done with them."""
+        if self._stream is not None:
+            for value in batch.values():
+                value.record_stream(torch.cuda.current_stream(self._device))
+
+    def __enter__(self) -> None:
+        """Switch to the stream of the copies."""
+        self._context = contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        self._context.__enter__()
+
+    def __exit__(self, *raised: object) -> None:
+        """Wait for the copies, and switch back."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._context.__exit__(None, None, None)
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+from filelock import FileLock, Timeout
 from wmcache.cache.errors import UserError
 
 
@@ -28,7 +31,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         UserError: the folder cannot be written, or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_for(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -36,6 +39,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync(path.parent)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free space or choose another place"
@@ -43,6 +47,68 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def temporary_for(path: Path) -> Path:
+    """Where to write what will be renamed to `path`; the name tells whose it is, so that `sweep` knows the dead."""
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Delete what dead processes of this machine left unfinished in a folder; whatever may still be written is left alone.
+
+    Returns:
+        The temporary files and folders that stay: those of living processes, and those of other machines.
+    """
+    staying = []
+    for path in sorted(folder.glob(".*.tmp")):
+        owner = path.name.removesuffix(".tmp").rpartition(".")
+        ours = owner[0].endswith(f".{platform.node()}") and owner[2].isdecimal()
+        if not ours or psutil.pid_exists(int(owner[2])):
+            staying.append(path)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return staying
+
+
+@contextmanager
+def exclusive(lock: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock file against all other processes; the operating system lets go of it when its holder dies, however it dies.
+
+    Args:
+        lock: the file, which is there only while somebody holds it.
+        wait: for whoever holds it now.
+
+    Yields:
+        Whether we hold it.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    held = FileLock(lock, timeout=-1 if wait else 0, thread_local=False)
+    try:
+        held.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        # Before letting go: whoever waits for this file then sees that it is gone, and makes a new one.
+        with contextlib.suppress(OSError):
+            lock.unlink(missing_ok=True)
+        held.release()
+
+
+def sync(path: Path) -> None:
+    """Make a file's contents, or a folder's entries, survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def make_folder(path: Path) -> None:
@@ -78,6 +144,22 @@ def read_json(path: Path, mend: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object; {mend}")
     return value
+
+
+def seal(value: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object with a checksum of itself, so that `require_seal` sees any changed digit."""
+    return {**value, "checksum": _checksum(value)}
+
+
+def require_seal(value: dict[str, Any], path: Path, mend: str) -> dict[str, Any]:
+    """The object that was sealed; raises UserError, naming `path`, where it is not what it was."""
+    if value.get("checksum") != _checksum({name: item for name, item in value.items() if name != "checksum"}):
+        raise UserError(f"{path} differs from its own checksum; {mend}")
+    return value
+
+
+def _checksum(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -64,6 +66,10 @@ class Identity:
             return cls(**{**value, "normalisation": (tuple(mean), tuple(std))})
         except (TypeError, ValueError) as error:
             raise UserError(f"{where} holds a damaged identity ({error}); extract it again") from error
+
+    def digest(self) -> str:
+        """A name for it: SHA-256 of its JSON."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: Identity) -> list[str]:
         """One `field: mine != theirs` for each field that differs."""

@@ -1,86 +1,243 @@
 """Reading frames out of sharded Zarr arrays at the speed of memory.
 
-A Zarr v3 shard with an uncompressed inner chunk a frame ends in an index of (offset, bytes) pairs, 16 bytes each, and a crc32c of 4.
-The reader maps the file, reads that index once, and copies frames straight out of the map, where the zarr API pays for a coroutine
-and a thread hop with every frame. `zarr.open_group(store)["tokens"]` remains the reference, and a test compares the two.
+A Zarr v3 shard with an uncompressed inner chunk a frame ends in an index of (offset, bytes) pairs, 16 bytes each, and a crc32c of 4;
+each chunk ends in a crc32c of its own. `MappedReader` maps the files, reads each index once, and copies frames straight out of the map,
+where the zarr API pays for a coroutine and a thread hop with every frame. `ZarrReader` is that API: the way for stores that are
+compressed or far away, and the reference that a test holds the mapped reader against.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import itertools
+import mmap
+import os
+import resource
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Protocol
 
 import google_crc32c
 import numpy as np
+import zarr
 from numpy.typing import NDArray
 from wmcache.cache.errors import UserError
+from wmcache.cache.layout import CRC_BYTES, FILL, INDEX_ENTRY_BYTES, StoreCard, shard_file
+from wmcache.cache.memory import address_space_left
 
-_MISSING = np.uint64(2**64 - 1)
-_CRC_BYTES = 4
+COPY_THREADS = min(4, os.cpu_count() or 1)
+BYTES_WORTH_A_THREAD = 4_000_000
+MISSING = np.uint64(2**64 - 1)
 
-Tokens = NDArray[np.float16]
+Stored = NDArray[Any]
+"""Tokens in the store's dtype, [n, N, D]."""
 
 
-class ShardedReader:
-    """Gathers frames from the shards of one array; each shard is mapped when it is first needed."""
+class Reader(Protocol):
+    """Fetches frames as they are stored."""
 
-    def __init__(
-        self, shard_file: Callable[[int], Path], *, frames: int, frames_per_shard: int, frame_shape: tuple[int, int]
-    ) -> None:
-        """Args: `shard_file` tells where a shard lies; the rest is the array's shape (N, D of `frame_shape`)."""
-        self._shard_file = shard_file
-        self._frames, self._frames_per_shard, self._frame_shape = frames, frames_per_shard, frame_shape
-        self._shards: dict[int, Tokens] = {}
+    def gather(self, frames: NDArray[np.int64], out: Stored) -> None:
+        """Fill out[i] with frame frames[i]; the numbers are known to be in range."""
+        ...
 
-    def gather(self, frames: NDArray[np.integer], out: Tokens | None = None) -> Tokens:
-        """See `TokenStore.gather`."""
-        frames = np.asarray(frames, dtype=np.int64)
-        if frames.ndim != 1:
-            raise IndexError(f"frames must be a vector, not of shape {frames.shape}")
-        if len(frames) and not (frames.min() >= 0 and frames.max() < self._frames):
-            raise IndexError(f"frames must lie in [0, {self._frames}), not in [{frames.min()}, {frames.max()}]")
-        if out is None:
-            out = np.empty((len(frames), *self._frame_shape), np.float16)
-        shards, rows = np.divmod(frames, self._frames_per_shard)
-        for i, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
-            # A plain copy for each frame: np.take would copy through a temporary, and fancy indexing walks the strides.
-            out[i] = self._shard(shard)[row]
-        return out
+    def prefetch(self, frames: NDArray[np.int64]) -> None:
+        """Hint that these frames will be wanted soon."""
+        ...
 
-    def _shard(self, shard: int) -> Tokens:
-        view = self._shards.get(shard)
-        if view is None:
-            view = self._shards[shard] = self._map(shard)
-        return view
 
-    def _map(self, shard: int) -> Tokens:
-        """The shard's frames as one strided view [frames, N, D] into the mapped file."""
-        file = self._shard_file(shard)
-        mend = "extract the store again"
+class MappedReader:
+    """Gathers frames from memory maps. Each frame's checksum is compared the first time that it is read, by this reader."""
+
+    def __init__(self, path: Path, card: StoreCard) -> None:
+        """Args: the store's folder and card."""
+        self._path, self._card = path, card
+        self._stride = card.frame_bytes + CRC_BYTES
+        self._maps: dict[int, tuple[mmap.mmap, int]] = {}
+        # Of the file descriptors and the addresses that this process may use, maps take half; the rest is for others.
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        addresses = address_space_left()
+        room = files if addresses is None else min(files, addresses // card.shard_bytes(0))
+        self._max_maps = max(1, room // 2)
+        self._checked = np.zeros(card.frames, np.bool_)
+
+    def gather(self, frames: NDArray[np.int64], out: Stored) -> None:
+        """See `Reader.gather`.
+
+        Raises:
+            UserError: a shard is missing or damaged; it names the shard, and the frame where it can.
+        """
+        order = np.argsort(frames, kind="stable")
+        shards, rows = np.divmod(frames[order], self._card.frames_per_shard)
+        bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(order)] if len(order) else [0]
+        jobs: list[tuple[Stored, int, int]] = []
+        held = 0
+        for start, stop in itertools.pairwise(bounds):
+            shard = int(shards[start])
+            if held == self._max_maps:  # what waits to be copied keeps its maps alive
+                self._copy(jobs, out)
+                jobs.clear()
+                held = 0
+            held += 1
+            data, first = self._map(shard)
+            view = self._view(shard, data, first)
+            base = shard * self._card.frames_per_shard
+            for i, row in zip(order[start:stop].tolist(), rows[start:stop].tolist(), strict=True):
+                if not self._checked[base + row]:
+                    self._check(shard, row, data, first)
+                jobs.append((view, row, i))
+        self._copy(jobs, out)
+
+    def prefetch(self, frames: NDArray[np.int64]) -> None:
+        """Ask the operating system to read the frames that are not in memory yet, while this process does something else."""
+        for shard, row in zip(*(part.tolist() for part in np.divmod(frames, self._card.frames_per_shard)), strict=True):
+            try:
+                data, first = self._map(shard)
+            except UserError:
+                return  # a hint; the read itself will say what is wrong
+            start = first + row * self._stride
+            page = start // mmap.PAGESIZE * mmap.PAGESIZE
+            data.madvise(mmap.MADV_WILLNEED, page, start + self._stride - page)
+
+    def scan(self, shard: int) -> tuple[Stored, list[int]]:
+        """All of a shard, and those of its frames that differ from their checksums; raises UserError as `gather` does."""
+        data, first = self._map(shard)
+        frames = self._card.shard_frames(shard)
+        bad = [frame for frame in frames if not self._is_whole(frame - frames.start, data, first)]
+        return self._view(shard, data, first), bad
+
+    def _copy(self, jobs: Sequence[tuple[Stored, int, int]], out: Stored) -> None:
+        parts = min(COPY_THREADS, len(jobs) * self._card.frame_bytes // BYTES_WORTH_A_THREAD)
+        if parts <= 1:
+            _copy_rows(jobs, out)
+            return
+        # numpy copies without the interpreter's lock, and one core cannot use all of a memory's bandwidth.
+        waiting = [_pool().submit(_copy_rows, jobs[part::parts], out) for part in range(1, parts)]
+        _copy_rows(jobs[::parts], out)
+        for future in waiting:
+            future.result()
+
+    def _view(self, shard: int, data: mmap.mmap, first: int) -> Stored:
+        """The shard's frames as one strided array [frames, N, D] over the map."""
+        if data.size() != len(data):
+            raise UserError(f"shard {shard_file(self._path, shard)} was cut while it was being read; {self._mend}")
+        n, d = self._card.frame_shape
+        dtype = np.dtype(self._card.dtype).newbyteorder("<")
+        shape, strides = (len(self._card.shard_frames(shard)), n, d), (self._stride, d * dtype.itemsize, dtype.itemsize)
+        return np.ndarray(shape, dtype, buffer=data, offset=first, strides=strides)
+
+    def _is_whole(self, row: int, data: mmap.mmap, first: int) -> bool:
+        start = first + row * self._stride
+        # Through numpy: the checksum's C code takes no memoryview, and a slice of the map itself would be a copy.
+        chunk = np.frombuffer(data, np.uint8, self._stride, start)
+        stored = int.from_bytes(chunk[-CRC_BYTES:].tobytes(), "little")
+        return int(google_crc32c.value(chunk[:-CRC_BYTES])) == stored
+
+    def _check(self, shard: int, row: int, data: mmap.mmap, first: int) -> None:
+        frame = shard * self._card.frames_per_shard + row
+        if not self._is_whole(row, data, first):
+            raise UserError(f"frame {frame} in {shard_file(self._path, shard)} differs from its checksum; {self._mend}")
+        self._checked[frame] = True
+
+    def _map(self, shard: int) -> tuple[mmap.mmap, int]:
+        """The shard's file and the place of its first frame.
+
+        Raises:
+            UserError: it cannot be opened, or is not a whole shard.
+        """
+        if (known := self._maps.get(shard)) is not None:
+            return known
+        if len(self._maps) >= self._max_maps:
+            for oldest in list(self._maps)[:1]:  # another thread may be here too
+                self._maps.pop(oldest, None)
+        file = shard_file(self._path, shard)
         try:
-            data = np.memmap(file, mode="r")
-        except (OSError, ValueError) as error:
-            raise UserError(f"shard {file} cannot be read ({error}); {mend}") from error
-        index_bytes = 16 * self._frames_per_shard
-        frame_bytes = 2 * self._frame_shape[0] * self._frame_shape[1]
-        if len(data) < index_bytes + _CRC_BYTES:
-            raise UserError(f"shard {file} is cut short; {mend}")
-        tail = np.asarray(data[-index_bytes - _CRC_BYTES :])
-        if google_crc32c.value(tail[:-_CRC_BYTES].tobytes()) != int(tail[-_CRC_BYTES:].view("<u4")[0]):
-            raise UserError(f"the index of shard {file} is damaged; {mend}")
-        count = min(self._frames_per_shard, self._frames - shard * self._frames_per_shard)
-        offset, size = tail[:-_CRC_BYTES].view("<u8").reshape(-1, 2)[:count].T
-        if (offset == _MISSING).any():
-            raise UserError(f"shard {file} lacks frame {int(np.argmax(offset == _MISSING))} of its {count}; {mend}")
-        stride = frame_bytes + _CRC_BYTES
-        if (size != stride).any() or (np.diff(offset.astype(np.int64)) != stride).any():
-            raise UserError(f"shard {file} is not laid out as this wmcache writes it; {mend}")
-        if int(offset[-1]) + stride > len(data) - len(tail):
-            raise UserError(f"shard {file} is cut short; {mend}")
-        return np.ndarray(
-            (count, *self._frame_shape),
-            np.dtype("<f2"),
-            buffer=data.data,
-            offset=int(offset[0]),
-            strides=(stride, 2 * self._frame_shape[1], 2),
-        )
+            with file.open("rb") as stream:
+                size = os.fstat(stream.fileno()).st_size
+                if size != self._card.shard_bytes(shard):
+                    raise UserError(
+                        f"shard {file} has {size} bytes instead of {self._card.shard_bytes(shard)}; {self._mend}"
+                    )
+                data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise UserError(f"shard {file} cannot be read ({error.strerror or error}); {self._mend}") from error
+        found = data, self._first(data, shard, file)
+        self._maps[shard] = found
+        return found
+
+    def _first(self, data: mmap.mmap, shard: int, file: Path) -> int:
+        """Where the first frame lies, once the index is known to say that all others follow at a constant stride."""
+        entries = data[-self._card.frames_per_shard * INDEX_ENTRY_BYTES - CRC_BYTES : -CRC_BYTES]
+        if google_crc32c.value(entries) != int.from_bytes(data[-CRC_BYTES:], "little"):
+            raise UserError(f"the index of shard {file} is damaged; {self._mend}")
+        count = len(self._card.shard_frames(shard))
+        offset, size = np.frombuffer(entries, "<u8").reshape(-1, 2)[:count].T
+        if (offset == MISSING).any():
+            frame = shard * self._card.frames_per_shard + int(np.argmax(offset == MISSING))
+            raise UserError(f"shard {file} lacks frame {frame}; {self._mend}")
+        expected = int(offset[0]) + self._stride * np.arange(count, dtype=np.uint64)
+        if (size != self._stride).any() or (offset != expected).any() or int(offset[-1]) + self._stride > len(data):
+            raise UserError(f"shard {file} is not laid out as this wmcache writes it; {self._mend}")
+        return int(offset[0])
+
+    @property
+    def _mend(self) -> str:
+        return f"mend it with: wmcache repair {self._path}"
+
+
+class ZarrReader:
+    """Gathers frames through the zarr API."""
+
+    def __init__(self, tokens: zarr.Array[Any], card: StoreCard, where: Path | str) -> None:
+        """Args: the array, the store's card and its place."""
+        self._tokens, self._where = tokens, where
+        self._fill = np.asarray(FILL[card.dtype], card.dtype)
+
+    def gather(self, frames: NDArray[np.int64], out: Stored) -> None:
+        """See `Reader.gather`; raises UserError where a chunk is missing or cannot be decoded."""
+        mend = f"see: wmcache verify {self._where}"
+        try:
+            # Ascending and without repetition, so that no chunk is fetched or decoded twice.
+            unique, place = np.unique(frames, return_inverse=True)
+            found = np.asarray(self._tokens.oindex[unique]) if len(unique) else np.empty_like(out)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            raise UserError(f"{self._where}/tokens cannot be read ({reason}); {mend}") from error
+        lost = np.isnan(found) if found.dtype.kind == "f" else found == self._fill
+        if lost.any():
+            frame = unique[int(np.argmax(lost.any(axis=(1, 2))))]
+            raise UserError(f"{self._where}/tokens lacks frame {frame}; {mend}")
+        np.take(found, place, axis=0, out=out, mode="clip")
+
+    def prefetch(self, frames: NDArray[np.int64]) -> None:
+        """Nothing: zarr has no such hint."""
+
+
+class MemoryReader:
+    """Gathers frames from an array that holds all of them."""
+
+    def __init__(self, tokens: Stored) -> None:
+        """Args: `tokens` [frames, N, D]."""
+        self.tokens = tokens
+
+    def gather(self, frames: NDArray[np.int64], out: Stored) -> None:
+        """See `Reader.gather`."""
+        # `clip` only because the numbers are known to be in range: without it np.take copies through a temporary.
+        np.take(self.tokens, frames, axis=0, out=out, mode="clip")
+
+    def prefetch(self, frames: NDArray[np.int64]) -> None:
+        """Nothing: they are here."""
+
+
+def _copy_rows(jobs: Iterable[tuple[Stored, int, int]], out: Stored) -> None:
+    for view, row, i in jobs:
+        out[i] = view[row]
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="gather")
+
+
+# Threads do not survive a fork: a child that read before its parent forked makes its own.
+os.register_at_fork(after_in_child=_pool.cache_clear)

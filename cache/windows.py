@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -65,9 +66,12 @@ class Windows:
         """
         frames = self.frames(windows)
         tokens = self.source.gather(frames.ravel(), out)
+        return {"tokens": tokens.reshape(*frames.shape, *tokens.shape[1:]), **self.steps(frames)}
+
+    def steps(self, frames: Int) -> dict[str, NDArray[np.float32]]:
+        """`proprio` and `action` of the frames [B, T] of some windows, as in `batch`."""
         following = frames[:, :, None] + np.arange(self.frameskip)
         return {
-            "tokens": tokens.reshape(*frames.shape, *tokens.shape[1:]),
             "proprio": self.source.state[frames].astype(np.float32),
             "action": self.source.action[following].reshape(*frames.shape, -1).astype(np.float32),
         }
@@ -111,17 +115,20 @@ def window_starts(episode: NDArray[np.integer], episodes: Int, span: int) -> tup
     return starts.astype(np.int64), int((~long_enough).sum())
 
 
+@functools.lru_cache(maxsize=2)  # the epoch that is on, and the next one
 def epoch_order(windows: int, seed: int, epoch: int) -> Int:
     """The order of an epoch: a pure function of (windows, seed, epoch)."""
     return np.random.default_rng((seed, epoch)).permutation(windows)
 
 
-def batch_windows(windows: int, seed: int, step: int, batch: int) -> Int:
-    """The windows of training step `step`: the orders of epochs 0, 1, … one after another, cut into batches.
+def batch_windows(windows: int, seed: int, step: int, batch: int, rank: int = 0, world_size: int = 1) -> Int:
+    """The windows of training step `step` on one of several processes: a pure function of its arguments.
 
-    So a run that is resumed at a step sees exactly what it would have seen.
+    The orders of epochs 0, 1, … one after another are cut into `world_size` batches a step, of which process `rank` takes its own. So a
+    run that is resumed at a step, in the middle of an epoch too, sees exactly what it would have seen; and the processes together see
+    what one process with `world_size` times the batch sees. With another batch or world size, the same step is another place.
     """
-    position = np.arange(step * batch, (step + 1) * batch)
-    epochs = position // windows
-    orders = {epoch: epoch_order(windows, seed, epoch) for epoch in np.unique(epochs).tolist()}
-    return np.array([orders[epoch][i] for epoch, i in zip(epochs.tolist(), (position % windows).tolist(), strict=True)])
+    first = (step * world_size + rank) * batch
+    epochs, places = np.divmod(np.arange(first, first + batch), windows)
+    parts = [epoch_order(windows, seed, epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
+    return np.concatenate(parts)

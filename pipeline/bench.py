@@ -1,14 +1,20 @@
-"""Speed as a ratio to a named limit, both measured in the same run."""
+"""Extraction as a share of the bare encoder's speed, measured in the same run; and what memory it and training take."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
 from wmcache.cache.device import autocast
-from wmcache.pipeline.encoders import Encoder
+from wmcache.cache.errors import UserError
+from wmcache.pipeline.encoders import Encoder, tcn
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 
@@ -62,3 +68,77 @@ def bench_extract(dataset: FrameDataset, encoder: Encoder, *, batch: int, worker
         "ratio_to_network": extraction / network,
         "ratio_to_encoder": extraction / whole,
     }
+
+
+SCALES = (1, 4, 16)
+POLL_SECONDS = 0.005
+
+
+def bench_memory(episodes: int) -> list[dict[str, Any]]:
+    """Peak memory of the commands over growing datasets, each in a process of its own.
+
+    Extraction is by `tcn` on 224 px (49 tokens of 32); training keeps the tokens on disk.
+
+    Args:
+        episodes: of 100 frames, in the smallest dataset; the others have 4 and 16 times as many.
+
+    Returns:
+        For each size: frames, bytes of tokens, and the peak of each command's own (anonymous) memory, without the pages of files
+        that the operating system may drop at any time.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="wmcache-bench-") as folder:
+        weights = None
+        for scale in tqdm(SCALES, desc="bench memory", unit=" sizes"):
+            data, store = Path(folder) / f"data-{scale}", Path(folder) / f"store-{scale}.zarr"
+            collect = ["collect", "--episodes", str(scale * episodes), "--image-size", "64", "--out", str(data)]
+            _peak("wmcache", [*collect, "--frames-per-shard", "100"])
+            if weights is None:
+                weights = Path(folder) / "tcn.safetensors"
+                _save_tcn(weights)
+            encoder = ["--encoder", "tcn", "--image-size", "224", "--weights", str(weights), "--device", "cpu"]
+            extracting = _peak("wmcache", ["extract", "--dataset", str(data), *encoder, "--out", str(store)])
+            size = ["--width", "64", "--depth", "1", "--heads", "1", "--steps", "60", "--batch-size", "16"]
+            run = ["--cache", str(store), "--out", str(Path(folder) / f"run-{scale}"), "--residence", "disk"]
+            training = _peak("wmtrain", [*run, *size, "--device", "cpu"])
+            frames = 100 * scale * episodes
+            rows.append(
+                {
+                    "frames": frames,
+                    "token_bytes": frames * 49 * 32 * 2,
+                    "extract_peak_bytes": extracting,
+                    "train_peak_bytes": training,
+                }
+            )
+    return rows
+
+
+def _save_tcn(path: Path) -> None:
+    """Weights of a network that has learnt nothing: its memory does not care."""
+    grid, _ = tcn.SPEC.token_grid(224)
+    network = tcn.TcnNetwork(grid, tcn.SPEC.patch, tcn.SPEC.token_dim)
+    save_file(network.state_dict(), path)
+
+
+def _peak(command: str, arguments: list[str]) -> int:
+    """Run a command of ours; the most anonymous memory that it had, in bytes, looked at every few milliseconds.
+
+    Raises:
+        UserError: it failed.
+    """
+    program = str(Path(sys.executable).with_name(command))
+    most = 0
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen([program, *arguments], stdout=subprocess.DEVNULL, stderr=errors)
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            try:
+                line = next(row for row in status.read_text().splitlines() if row.startswith("RssAnon"))
+                most = max(most, 1024 * int(line.split()[1]))
+            except (OSError, StopIteration):  # it has just ended
+                break
+            time.sleep(POLL_SECONDS)
+        if process.wait():
+            errors.seek(0)
+            raise UserError(f"{command} {arguments[0]} failed: {errors.read().decode().strip().splitlines()[-1]}")
+    return most

@@ -12,8 +12,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from webdataset.tariterators import tar_file_iterator
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import atomic_write, read_json, sha256_of, write_json
+from wmcache.cache.files import atomic_write, human_bytes, read_json, sha256_of, sweep, write_json
+from wmcache.cache.memory import available_ram
 
 FORMAT_VERSION = 1
 FRAMES_PER_SHARD = 512
+MAX_IMAGE_SIZE = 8192
+DECODERS = min(8, os.cpu_count() or 1)
 
 Frames = NDArray[np.uint8]
 
@@ -53,6 +58,17 @@ class Steps:
     def __len__(self) -> int:
         """Number of frames."""
         return len(self.episode)
+
+    def in_order(self) -> bool:
+        """Whether episodes and steps count up as they should, and every number is one."""
+        new = np.diff(self.episode, prepend=-1)
+        step = np.where(new == 1, 0, np.roll(self.step, 1) + 1)
+        finite = np.isfinite(self.action).all() and np.isfinite(self.state).all()
+        return bool(finite and np.isin(new, (0, 1)).all() and (self.step == step).all() and len(self) > 0)
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """As a token store holds them."""
+        return {"action": self.action, "state": self.state, "episode": self.episode, "step": self.step}
 
     def key(self, frame: int) -> str:
         """The frame's key in the tar shards."""
@@ -142,6 +158,7 @@ class FrameDatasetWriter:
             if path.exists() and any(path.iterdir()):
                 raise UserError(f"{path} exists and is not a dataset of ours; choose another --out")
             write_json(self._unfinished, asdict(card))
+        sweep(path)
         if not (path / "steps.parquet").exists():
             with atomic_write(path / "steps.parquet") as file:
                 pq.write_table(steps.to_table(), file)
@@ -188,9 +205,8 @@ class FrameDatasetWriter:
             record = {"name": tar.name, "frames": len(self.shard_frames(shard)), "bytes": tar.stat().st_size}
             shards.append({**record, "sha256": sha256_of(tar)})
         steps_sha256 = self.steps.sha256()
-        known = json.dumps([FORMAT_VERSION, steps_sha256, [record["sha256"] for record in shards]])
         values = asdict(self.card) | {"shards": shards, "steps_sha256": steps_sha256}
-        card = DatasetCard(**values | {"fingerprint": hashlib.sha256(known.encode()).hexdigest()})
+        card = DatasetCard(**values | {"fingerprint": fingerprint(steps_sha256, shards)})
         write_json(self.path / "dataset.json", asdict(card))
         self._unfinished.unlink(missing_ok=True)
         return card
@@ -223,8 +239,10 @@ class FrameDataset:
             raise UserError(
                 f"{path} has format {card.format_version}, this wmcache reads {FORMAT_VERSION}; collect it again"
             )
-        steps = read_steps(path)
-        if len(steps) != card.frames or steps.sha256() != card.steps_sha256:
+        if reason := _absurdity(card):
+            raise UserError(f"{path / 'dataset.json'} is damaged ({reason}); {mend}")
+        steps = read_steps(path, card.frames)
+        if steps.sha256() != card.steps_sha256 or not steps.in_order():
             raise UserError(f"{path / 'steps.parquet'} does not match dataset.json; {mend}")
         return cls(path, card, steps)
 
@@ -245,23 +263,40 @@ class FrameDataset:
         """
         tar = self.path / shard_name(shard)
         expected = self.shard_frames(shard)
+        size = self.card.image_size
+        needed, there = len(expected) * size * size * 3, available_ram()
+        if needed > there:
+            raise UserError(
+                f"the {len(expected)} frames of {tar} need {human_bytes(needed)} of memory, {human_bytes(there)} are free; "
+                "free some, or collect with a smaller --frames-per-shard"
+            )
         try:
             if sha256_of(tar) != self.card.shards[shard]["sha256"]:
                 raise UserError(f"{tar} differs from its checksum in dataset.json; restore it or collect again")
         except OSError as error:
             raise UserError(f"{tar} cannot be read ({error.strerror}); restore it or collect again") from error
-        size = self.card.image_size
-        frames = np.empty((len(expected), size, size, 3), np.uint8)
-        count = 0
+        members: list[tuple[str, bytes]] = []
         for name, data in _members(tar):
+            count = len(members)
             if count == len(expected) or name != f"{self.steps.key(expected[count])}.png":
                 raise UserError(
                     f"{tar}: member {name!r} is not the expected frame {count}; restore it or collect again"
                 )
-            frames[count] = decode_png(data, size, f"{tar}: {name}")
-            count += 1
-        if count != len(expected):
-            raise UserError(f"{tar} holds {count} frames instead of {len(expected)}; restore it or collect again")
+            members.append((name, data))
+        if len(members) != len(expected):
+            raise UserError(
+                f"{tar} holds {len(members)} frames instead of {len(expected)}; restore it or collect again"
+            )
+        frames = np.empty((len(expected), size, size, 3), np.uint8)
+
+        def decode(row: int) -> None:
+            name, data = members[row]
+            frames[row] = decode_png(data, size, f"{tar}: {name}")
+
+        # Pillow decodes without the interpreter's lock.
+        with ThreadPoolExecutor(DECODERS) as pool:
+            for _ in pool.map(decode, range(len(members))):
+                pass
         return frames
 
     def read_frames(self, frames: Iterable[int]) -> Frames:
@@ -276,13 +311,40 @@ class FrameDataset:
         return out
 
 
-def read_steps(path: Path) -> Steps:
+def fingerprint(steps_sha256: str, shards: list[dict[str, Any]]) -> str:
+    """Of a dataset: SHA-256 over the checksums of its parts."""
+    known = json.dumps([FORMAT_VERSION, steps_sha256, [record["sha256"] for record in shards]])
+    return hashlib.sha256(known.encode()).hexdigest()
+
+
+def _absurdity(card: DatasetCard) -> str | None:
+    """What cannot be true in a card that may be anybody's, before anything is allocated by its numbers."""
+    counts = (card.image_size, card.episodes, card.frames, card.frames_per_shard, card.fps)
+    if not all(type(count) is int and 0 < count < 2**40 for count in counts) or card.image_size > MAX_IMAGE_SIZE:
+        return "counts or sizes that no dataset has"
+    if not isinstance(card.maze, list) or not all(isinstance(row, str) for row in card.maze):
+        return "no maze"
+    if len(card.shards) != -(-card.frames // card.frames_per_shard):
+        return f"{len(card.shards)} shards for {card.frames} frames"
+    for shard, record in enumerate(card.shards):
+        frames = len(shard_range(shard, card.frames, card.frames_per_shard))
+        if not isinstance(record, dict) or (record.get("name"), record.get("frames")) != (shard_name(shard), frames):
+            return f"another record in the place of {shard_name(shard)}"
+        if not isinstance(record.get("sha256"), str):
+            return f"{shard_name(shard)} has no checksum"
+    return None if fingerprint(card.steps_sha256, card.shards) == card.fingerprint else "another fingerprint"
+
+
+def read_steps(path: Path, frames: int | None = None) -> Steps:
     """The step table of the dataset in a folder.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: it is missing or damaged, or has not as many rows as there are `frames`.
     """
     try:
+        rows = pq.read_metadata(path / "steps.parquet").num_rows
+        if frames not in (None, rows):
+            raise UserError(f"{path / 'steps.parquet'} has {rows} rows for {frames} frames; collect the dataset again")
         return Steps.from_table(pq.read_table(path / "steps.parquet"))
     except (OSError, KeyError, pa.ArrowInvalid) as error:
         reason = str(error).splitlines()[0]

@@ -18,10 +18,11 @@ from tqdm import tqdm
 from wmcache.cache.device import choose_device, choose_dtype
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import atomic_write, make_folder, read_json, seconds_between_updates, sha256_of
-from wmcache.cache.store import StoreCard, TokenStore
+from wmcache.cache.layout import StoreCard
+from wmcache.cache.store import TokenStore
 from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, find_maze, sample_state
 from wmcache.pipeline import encoders
-from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
 from wmcache.planner.cem import Cem
 from wmcache.planner.mpc import Mpc
 from wmcache.planner.objective import MODES
@@ -29,7 +30,6 @@ from wmcache.trainer.checkpoint import last_checkpoint, load_model, read_config,
 
 THRESHOLDS = (0.5, 0.25, 0.1)
 CHECKED_FRAMES = 16
-COSINE_TOLERANCE = 0.999
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Setting:
         self.model = load_model(run, self.device)
         recipe = {**self.card.encoder, **({"weights": weights} if weights else {})}
         self.encoder = encoders.create(**recipe, device=options.device)
-        if different := identity.differences(self.encoder.identity(identity.dataset_fingerprint)):
+        if different := identity.differences(self.encoder.identity(identity.dataset_fingerprint, identity.store_dtype)):
             raise UserError(
                 f"the encoder is not the one that {run} was trained on ({'; '.join(different)}); pass the right --weights"
             )
@@ -208,17 +208,15 @@ def live_drift(store: TokenStore, encoder: Encoder) -> dict[str, float]:
     data = store.card.dataset
     frames = np.linspace(0, len(store) - 1, CHECKED_FRAMES).astype(int)
     simulator = PointMazeSimulator(cached_maze(store.card), int(data["image_size"]))
-    live = encoder(np.stack([simulator.render(state) for state in store.state[frames]])).float().cpu().flatten(1)
+    live = np.stack([simulator.render(state) for state in store.state[frames]])
     simulator.close()
-    cached = torch.from_numpy(store.gather(frames)).float().flatten(1)
-    cosine = torch.cosine_similarity(live, cached, dim=1).min().item()
-    relative = ((live - cached).norm(dim=1) / cached.norm(dim=1)).max().item()
-    if not cosine > COSINE_TOLERANCE:
+    drift = encoder.drift(live, store.gather(frames))
+    if not drift["cosine"] > COSINE_TOLERANCE:
         raise UserError(
-            f"encoding cached frames live gives other tokens than {store.path} holds (smallest cosine {cosine:.4f}, allowed "
+            f"encoding cached frames live gives other tokens than {store.path} holds (smallest cosine {drift['cosine']:.4f}, allowed "
             f"{COSINE_TOLERANCE}); the renderer or the libraries have changed: extract the store again on this machine"
         )
-    return {"cosine": cosine, "relative_error": relative}
+    return drift
 
 
 def sample_episode(maze: Maze, number: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

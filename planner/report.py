@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -206,11 +205,6 @@ def write_videos(folder: Path, episodes: Episodes, setting: Setting) -> list[tup
         written.append((f"episode {i}, {way[i]:.1f} from the goal: {outcome}", path))
     simulator.close()
     return written
-
-
-def shell_command(words: list[str]) -> str:
-    """What the user typed, quoted for a shell."""
-    return shlex.join([Path(words[0]).name, *words[1:]])
 
 
 def _draw_walls(axes: Axes, maze: Maze) -> None:

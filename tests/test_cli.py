@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -433,7 +434,7 @@ class TestInterruptions:
         line = f"wmtrain --cache {{home}}/stores/pointmaze-umaze/tcn-64.zarr --out {{out}} {MODEL}"
         result = run(line, home, out=tmp_path / "run")
         assert result.exit_code == 130
-        assert result.stderr.splitlines()[-1] == "stopped; run the same command again to go on"
+        assert result.stderr.splitlines()[-1].startswith("stopped; go on with: ")
 
     @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
     def test_a_stopped_extraction_goes_on(self, home: Path, tmp_path: Path, sent: signal.Signals) -> None:
@@ -455,8 +456,9 @@ class TestInterruptions:
         with tar.open("wb"):
             process.send_signal(sent)
         _, said = process.communicate(timeout=60)
-        assert process.returncode == 130
-        assert said.splitlines()[-1] == "stopped; run the same command again to go on"
+        # What a batch system sends has a status of its own, which it can requeue on.
+        assert process.returncode == (130 if sent == signal.SIGINT else 75)
+        assert said.splitlines()[-1] == f"stopped; go on with: {shlex.join(['wmcache', *map(str, words)])}"
         assert "Traceback" not in said
         assert "incomplete" in run("wmtrain --cache {store}", home, store=store).stderr
 

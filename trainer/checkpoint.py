@@ -10,7 +10,6 @@ checkpoints/last                    symbolic link to the newest
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import read_json, write_json
+from wmcache.cache.files import read_json, sync, write_json
 from wmcache.cache.identity import Identity
-from wmcache.cache.store import StoreCard, read_card, require_identity
+from wmcache.cache.layout import StoreCard, read_card, require_identity
 from wmcache.trainer.models import DataShape, build
 
 KEEP = 2
@@ -42,13 +41,15 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimiser: torch.opt
     folder = run / "checkpoints"
     final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for unfinished in folder.glob(".step-*.tmp"):
+            shutil.rmtree(unfinished, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(_contiguous(model.state_dict()), temporary / "model.safetensors")
         save_file(_optimiser_tensors(model, optimiser), temporary / "optimizer.safetensors")
         write_json(temporary / "state.json", {"step": step})
         for file in temporary.iterdir():
-            _fsync(file)
+            sync(file)
+        sync(temporary)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
@@ -56,6 +57,7 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimiser: torch.opt
         link.unlink(missing_ok=True)
         link.symlink_to(final.name)
         link.replace(folder / "last")
+        sync(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot write checkpoint {final} ({error}); free space, then run the same command again"
@@ -179,11 +181,3 @@ def _load(file: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read ({error}); {FALL_BACK}") from error
     return tensors
-
-
-def _fsync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -29,13 +29,13 @@ from wmcache.trainer.checkpoint import (
     save_checkpoint,
     truncate_metrics,
 )
-from wmcache.trainer.feed import Feed
+from wmcache.trainer.feed import Feed, choose_residence
 from wmcache.trainer.models import DataShape, build
 
 ROLLOUT_STEPS = 5
 VALIDATION_WINDOWS = 256
 FLAGS = {"learning_rate": "lr", "weight_decay": "weight-decay"}
-MAY_CHANGE = {"cache", "device", "compile", "log_every", "validate_every", "checkpoint_every"}
+MAY_CHANGE = {"cache", "device", "residence", "compile", "log_every", "validate_every", "checkpoint_every"}
 MAY_CHANGE_ON_RESUME = MAY_CHANGE | {"steps", "learning_rate"}
 
 
@@ -50,6 +50,7 @@ class TrainOptions:
         learning_rate: of the constant phase. warmup, decay: shares of the steps before and after it (warmup-constant-decay).
         weight_decay: of matrices; vectors have none. clip: of the gradient's norm.
         dtype: `auto`, `float32` or `bfloat16`. device: `auto`, `cpu`, `cuda`, …
+        residence: where tokens are kept, `auto`, `device`, `ram` or `disk`.
         seed: of weights, dropout and order. split_seed: of the split into train and val episodes.
         compile: use torch.compile.
         log_every, validate_every, checkpoint_every: steps.
@@ -69,6 +70,7 @@ class TrainOptions:
     clip: float = 1.0
     dtype: str = "auto"
     device: str = "auto"
+    residence: str = "auto"
     seed: int = 0
     split_seed: int = 42
     compile: bool = False
@@ -100,16 +102,10 @@ def train(
     windows = store.windows(options.history, 1, options.frameskip, "train", seed=options.split_seed)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
-    shape = DataShape(
-        store.card.tokens_per_frame,
-        store.card.token_dim,
-        store.state.shape[1],
-        options.frameskip * store.action.shape[1],
-        options.history,
-    )
+    shape = data_shape(store, options)
     config = {**asdict(options), "cache": str(cache.absolute()), "shape": asdict(shape)}
     torch.manual_seed(options.seed)
-    model = build(options.model, shape, options.model_options, _statistics(store, options.frameskip)).to(device)
+    model = build(options.model, shape, options.model_options, statistics_of(store, options.frameskip)).to(device)
     optimiser = make_optimiser(model, options)
     validation = _validation_windows(store, options)
     # Only now: an option that makes no sense must not cost a run that is there.
@@ -119,10 +115,12 @@ def train(
     forward = torch.compile(model.loss) if options.compile else model.loss
     count = sum(parameter.numel() for parameter in model.parameters())
     dropped = f", {windows.dropped_episodes} episodes too short" if windows.dropped_episodes else ""
+    residence, why = choose_residence(store, device, options.residence)
     tqdm.write(
         f"{options.model}: {count / 1e6:.2f} M parameters, {len(windows)} windows of {windows.length} frames{dropped}, "
         f"{device.type} {str(dtype).removeprefix('torch.')}, steps {first} to {options.steps}"
     )
+    tqdm.write(why)
 
     result: dict[str, float] = {}
     start, seen = time.perf_counter(), 0
@@ -133,7 +131,12 @@ def train(
         unit=" steps",
         mininterval=seconds_between_updates(),
     )
-    with bar, Log(out) as log, Feed(windows, options.batch, options.seed, device, first * options.accumulate) as feed:
+    first_batch = first * options.accumulate
+    with (
+        bar,
+        Log(out) as log,
+        Feed(store, windows, options.batch, options.seed, device, first_batch, residence) as feed,
+    ):
         for step in range(first, options.steps):
             rate = learning_rate(step, options)
             losses, batch = descend(model, forward, optimiser, feed, rate, options, dtype)
@@ -309,7 +312,19 @@ def _prepare_folder(out: Path, config: dict[str, Any], store: TokenStore, *, res
     return bool(checkpoints(out))
 
 
-def _statistics(store: TokenStore, frameskip: int) -> dict[str, Tensor]:
+def data_shape(store: TokenStore, options: TrainOptions) -> DataShape:
+    """What a model must know of a store."""
+    return DataShape(
+        store.card.tokens_per_frame,
+        store.card.token_dim,
+        store.state.shape[1],
+        options.frameskip * store.action.shape[1],
+        options.history,
+    )
+
+
+def statistics_of(store: TokenStore, frameskip: int) -> dict[str, Tensor]:
+    """Mean and standard deviation of tokens, proprio and action, for a model's buffers."""
     action_mean, action_std = store.action.mean(0), store.action.std(0, ddof=1)
     values = {
         "tokens_mean": store.mean,

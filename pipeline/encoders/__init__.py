@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wmcache.cache.errors import UserError
 from wmcache.pipeline.encoders import dinov2, tcn
-from wmcache.pipeline.encoders.base import Encoder, EncoderSpec, FitOptions, Fitter, Loader
+from wmcache.pipeline.encoders.base import COSINE_TOLERANCE, Encoder, EncoderSpec, FitOptions, Fitter, Loader
 
 _REGISTRY: dict[str, tuple[EncoderSpec, Loader, Fitter | None]] = {}
 
@@ -105,4 +105,14 @@ def create(
 register(dinov2.SPEC, dinov2.load)
 register(tcn.SPEC, tcn.load, tcn.fit)
 
-__all__ = ["Encoder", "EncoderSpec", "FitOptions", "create", "get_fitter", "get_spec", "register", "specs"]
+__all__ = [
+    "COSINE_TOLERANCE",
+    "Encoder",
+    "EncoderSpec",
+    "FitOptions",
+    "create",
+    "get_fitter",
+    "get_spec",
+    "register",
+    "specs",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 """DINO-WM's normalisation, to [-1, 1]."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NORMALISATIONS = {"half": HALF, "imagenet": IMAGENET}
+
+COSINE_TOLERANCE = 0.999
+"""Tokens of the same frame that differ by more than this are another latent space than the one a model was trained in."""
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -116,6 +120,7 @@ class Encoder:
     Attributes:
         spec: what it is.
         token_grid, token_dim: N = rows * columns tokens of D values.
+        max_batch: frames that the device has memory for; learnt from the first call that it had none for.
     """
 
     def __init__(
@@ -149,6 +154,7 @@ class Encoder:
         self.weights_sha256 = hash_parameters(loaded.network)
         # Frozen for good: dropout, batch statistics and gradients have no place here.
         self.network = loaded.network.to(self.device).eval().requires_grad_(False)
+        self.max_batch = sys.maxsize
         mean, std = NORMALISATIONS[self.normalisation_name]
         self._mean = torch.tensor(mean, device=self.device).view(3, 1, 1)
         self._std = torch.tensor(std, device=self.device).view(3, 1, 1)
@@ -189,7 +195,18 @@ class Encoder:
                 images = F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
         return (images - self._mean) / self._std
 
-    def identity(self, dataset_fingerprint: str) -> Identity:
+    def drift(self, frames: NDArray[np.uint8], cached: NDArray[np.float16]) -> dict[str, float]:
+        """How far encoding frames now, uint8 [B, H, W, 3], is from their cached tokens, float16 [B, N, D].
+
+        Returns:
+            `cosine`, the smallest over the frames, and `relative_error`, the largest norm of a difference over that of the tokens.
+        """
+        live, known = self(frames).float().cpu().flatten(1), torch.from_numpy(cached).float().flatten(1)
+        cosine = torch.cosine_similarity(live, known, dim=1).min().item()
+        relative = ((live - known).norm(dim=1) / known.norm(dim=1)).max().item()
+        return {"cosine": cosine, "relative_error": relative}
+
+    def identity(self, dataset_fingerprint: str, store_dtype: str = "float16") -> Identity:
         """The identity of a store of this encoder's tokens."""
         return Identity(
             encoder=self.spec.name,
@@ -201,7 +218,7 @@ class Encoder:
             resize="bilinear antialias " + ">".join(str(size) for size in (*self.spec.via, self.image_size)),
             normalisation=NORMALISATIONS[self.normalisation_name],
             compute_dtype=str(self.dtype).removeprefix("torch."),
-            store_dtype="float16",
+            store_dtype=store_dtype,
             dataset_fingerprint=dataset_fingerprint,
         )
 

@@ -4,6 +4,7 @@ import dataclasses
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -13,9 +14,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from wmcache.cache import StoreWriter, TokenStore, UserError
+from wmcache.cache.layout import read_attributes, write_attributes
 
 Tokens = NDArray[np.float16]
 INDEX_BYTES = 16 * 16 + 4
+
+
+def edit_attributes(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    attributes = read_attributes(path)
+    edit(attributes)
+    write_attributes(path, attributes)
 
 
 @settings(deadline=None, max_examples=60)
@@ -144,7 +152,10 @@ def test_a_damaged_shard_is_named_and_the_others_are_read(
     data = bytearray(file.read_bytes())
     damage(data)
     file.write_bytes(data)
-    store = TokenStore.open(finished)
+    with pytest.raises(UserError, match="tokens/c/1/0/0"):
+        TokenStore.open(finished).gather(np.array([16]))
+    edit_attributes(finished, lambda attributes: attributes.update(complete=False))
+    store = TokenStore.open(finished, allow_incomplete=True)
     with pytest.raises(UserError, match="tokens/c/1/0/0"):
         store.gather(np.array([16]))
     np.testing.assert_array_equal(store.gather(np.array([15, 32, 49])), tokens[[15, 32, 49]])
@@ -155,14 +166,17 @@ def test_a_missing_inner_chunk_is_named(finished: Path) -> None:
     data = bytearray(file.read_bytes())
     _drop_inner_chunk(data)
     file.write_bytes(data)
-    with pytest.raises(UserError, match="lacks frame 2 of its 16"):
+    with pytest.raises(UserError, match="lacks frame 18;"):
         TokenStore.open(finished).gather(np.array([16]))
 
 
 def test_a_missing_shard_is_an_error_and_never_zeros(finished: Path) -> None:
+    store = TokenStore.open(finished)
     (finished / "tokens/c/2/0/0").unlink()
     with pytest.raises(UserError, match="tokens/c/2/0/0"):
-        TokenStore.open(finished).gather(np.array([40]))
+        store.gather(np.array([40]))
+    with pytest.raises(UserError, match=r"1 of 4 shards are missing or cut short, the first is .*tokens/c/2/0/0; mend"):
+        TokenStore.open(finished)
 
 
 def test_zarr_sees_a_flipped_bit_in_the_tokens(finished: Path) -> None:

@@ -92,7 +92,8 @@ def test_geodesic_is_a_distance(name: str, seed: int) -> None:
     a, b = maze.sample_xy(rng), maze.sample_xy(rng)
     there, back = maze.geodesic(a, b[None])[0], maze.geodesic(b, a[None])[0]
     assert there == pytest.approx(back)
-    assert np.linalg.norm(a - b) <= there < np.inf
+    # In open space both are the same sum of squares, rounded along different ways.
+    assert np.linalg.norm(a - b) <= there * (1 + 1e-12) < np.inf
 
 
 def test_separate_rooms_are_infinitely_far_apart() -> None:

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from wmcache.cache import StoreWriter, TokenStore, UserError
+from wmcache.cache.layout import read_attributes, write_attributes
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
@@ -25,11 +26,10 @@ Snapshot = Callable[[Path], dict[str, bytes]]
 def interrupted(store_path: Path, tmp_path: Path) -> Path:
     """A store as a kill leaves it: shard 3 is torn and has no record, and nothing is declared complete."""
     path = Path(shutil.copytree(store_path, tmp_path / store_path.name))
-    metadata = json.loads((path / "zarr.json").read_bytes())
+    attributes = read_attributes(path)
     for name in ("mean", "std"):
-        del metadata["attributes"][name]
-    metadata["attributes"]["complete"] = False
-    (path / "zarr.json").write_text(json.dumps(metadata))
+        del attributes[name]
+    write_attributes(path, {**attributes, "complete": False})
     (path / "tokens/commits/000003.json").unlink()
     (path / "tokens/c/3/0/0").write_bytes(b"torn")
     return path
@@ -148,7 +148,7 @@ def test_a_batch_that_does_not_fit_the_device_is_halved(dataset: FrameDataset, e
     class SmallDevice:
         """The real encoder on a device with room for 5 frames."""
 
-        frame_shape = encoder.frame_shape
+        frame_shape, device, max_batch = encoder.frame_shape, encoder.device, sys.maxsize
 
         def __call__(self, frames: NDArray[np.uint8]) -> torch.Tensor:
             if len(frames) > room:

@@ -17,7 +17,7 @@ import webdataset
 from PIL import Image
 from wmcache.cache import UserError
 from wmcache.cache.files import sha256_of
-from wmcache.pipeline.frames import FrameDataset, Steps
+from wmcache.pipeline.frames import FrameDataset, Steps, fingerprint
 
 SHARD = "frames-000001.tar"
 Members = list[tuple[str, bytes]]
@@ -32,7 +32,12 @@ def edit_card(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 def accept(path: Path) -> None:
     """Make the record agree with the file, so that only the check behind the checksum is left."""
     tar = path / SHARD
-    edit_card(path, lambda card: card["shards"][1].update(sha256=sha256_of(tar), bytes=tar.stat().st_size))
+
+    def edit(card: dict[str, Any]) -> None:
+        card["shards"][1].update(sha256=sha256_of(tar), bytes=tar.stat().st_size)
+        card["fingerprint"] = fingerprint(card["steps_sha256"], card["shards"])
+
+    edit_card(path, edit)
 
 
 def rewrite(path: Path, edit: Callable[[Members], Members]) -> None:

@@ -12,8 +12,9 @@ import imageio_ffmpeg
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from wmcache.cli import shell_command
 from wmcache.planner.evaluate import Episodes, PlanOptions, Setting, env_steps, evaluate
-from wmcache.planner.report import shell_command, write_report
+from wmcache.planner.report import write_report
 
 Plan = tuple[Path, Episodes, dict[str, Any]]
 

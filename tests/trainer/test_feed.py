@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from wmcache.cache import TokenStore, UserError
-from wmcache.cache.store import shard_file
+from wmcache.cache.layout import shard_file
 from wmcache.cache.windows import batch_windows
 from wmcache.trainer.feed import Feed
 
@@ -21,7 +21,7 @@ def test_it_gives_the_batches_of_the_order(store: TokenStore, first: int) -> Non
     windows = store.windows(3, 1, 5, "train")
     # More steps than an epoch has, so that the next epoch's order is met as well.
     steps = 2 * len(windows) // 50
-    with Feed(windows, batch=50, seed=3, device=CPU, first=first) as feed:
+    with Feed(store, windows, batch=50, seed=3, device=CPU, first=first) as feed:
         for step in range(first, first + steps):
             expected = windows.batch(batch_windows(len(windows), 3, step, 50))
             batch = feed.next()
@@ -33,7 +33,7 @@ def test_it_gives_the_batches_of_the_order(store: TokenStore, first: int) -> Non
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_a_batch_stays_as_it_is_while_the_next_one_is_read(store: TokenStore, first: int) -> None:
     windows = store.windows(3, 1, 5, "train")
-    with Feed(windows, batch=8, seed=0, device=CPU, first=first) as feed:
+    with Feed(store, windows, batch=8, seed=0, device=CPU, first=first) as feed:
         feed.next()
         batch = feed.next()
         before = batch["tokens"].clone()
@@ -43,8 +43,9 @@ def test_a_batch_stays_as_it_is_while_the_next_one_is_read(store: TokenStore, fi
 
 def test_a_damaged_store_stops_the_training_and_not_only_the_reader(store_path: Path, tmp_path: Path) -> None:
     copy = copytree(store_path, tmp_path / "store.zarr")
+    store = TokenStore.open(copy)
     for shard in range(6):
         shard_file(copy, shard).write_bytes(b"not a shard")
-    windows = TokenStore.open(copy).windows(3, 1, 5, "train")
-    with Feed(windows, batch=8, seed=0, device=CPU) as feed, pytest.raises(UserError, match="extract the store again"):
+    windows = store.windows(3, 1, 5, "train")
+    with Feed(store, windows, batch=8, seed=0, device=CPU) as feed, pytest.raises(UserError, match="wmcache repair"):
         feed.next()

@@ -1,0 +1,149 @@
+"""Reading windows: the store against a plain .npy file of the same bytes, and against the zarr API."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from tqdm import tqdm
+from wmcache.cache.files import make_folder, require_space
+from wmcache.cache.identity import Identity
+from wmcache.cache.layout import StoreCard
+from wmcache.cache.store import TokenStore
+from wmcache.cache.windows import Windows, batch_windows
+from wmcache.cache.writer import StoreWriter
+
+EPISODE = 100
+FRAMES_PER_SHARD = 512
+ROUNDS = 9
+BATCHES = 6
+"""In each round; the zarr API, so much slower, reads one."""
+
+
+def bench_read(
+    frames: int, *, tokens: int = 196, dim: int = 384, batch: int = 64, dtype: str = "float16", keep: Path | None = None
+) -> dict[str, float]:
+    """Batches of random windows of 4 frames, 5 apart, from a store of made-up tokens, all of it in the page cache.
+
+    The contenders take turns, so that a drift of the machine meets all of them; ratios are medians over the turns.
+
+    Args:
+        frames: of the store. tokens, dim, dtype: N, D and what they are stored in.
+        batch: windows.
+        keep: folder to leave the store (`bench.zarr`) and the plain file (`bench.npy`) in.
+
+    Returns:
+        Windows a second of `gather`; of `gather` on a store just opened, which maps the files and compares every checksum; of
+        `numpy.take` from the memory-mapped file into the same buffer, in its two modes; and of the zarr API, by whichever of its ways is
+        the fastest; and ratios to them.
+    """
+    folder = keep or Path(tempfile.mkdtemp(prefix="wmcache-bench-"))
+    try:
+        make_folder(folder)
+        card = StoreCard(
+            encoder={},
+            dataset={"name": "bench"},
+            token_grid=(1, tokens),
+            token_dim=dim,
+            frames=frames,
+            frames_per_shard=FRAMES_PER_SHARD,
+            dtype=dtype,
+        )
+        require_space(folder, 2 * card.token_bytes, "the benchmark")
+        store = TokenStore.open(_make_store(folder / "bench.zarr", card))
+        plain = _make_plain(folder / "bench.npy", store)
+        return {"frames": frames, "windows_per_batch": batch, **_race(store, plain, batch)}
+    finally:
+        if keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _race(store: TokenStore, plain: NDArray[np.generic], batch: int) -> dict[str, float]:
+    windows = store.windows(history=3, predict=1, frameskip=5)
+    array = zarr.open_group(store.path, mode="r")["tokens"]
+    assert isinstance(array, zarr.Array)
+    out = np.empty((batch * windows.length, *store.card.frame_shape), store.card.dtype)
+    fresh = store
+
+    def reopen() -> None:
+        nonlocal fresh
+        fresh = TokenStore.open(store.path)
+
+    contenders: dict[str, Callable[[NDArray[np.int64]], object]] = {
+        "gather": lambda frames: store.gather_stored(frames.ravel(), out),
+        "first_gather": lambda frames: fresh.gather_stored(frames.ravel(), out),
+        "memmap_take": lambda frames: np.take(plain, frames.ravel(), axis=0, out=out),
+        # Frames out of range would be clipped; without that check numpy need not copy through a temporary.
+        "memmap_take_clip": lambda frames: np.take(plain, frames.ravel(), axis=0, out=out, mode="clip"),
+        "zarr_slices": lambda frames: [array[row[0] : row[-1] + 1 : windows.frameskip] for row in frames],
+        "zarr_oindex": lambda frames: array.oindex[np.unique(frames)],
+    }
+    for part in np.array_split(np.arange(len(store)), -(-len(store) // len(out))):
+        store.gather_stored(part, out[: len(part)])  # every page mapped, every checksum compared
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    step = 0
+    for _ in tqdm(range(ROUNDS), desc="bench read", unit=" rounds"):
+        reopen()
+        for name, read in contenders.items():
+            batches = 1 if name.startswith("zarr") else BATCHES
+            chosen = [_frames(windows, step + i, batch) for i in range(batches)]
+            step += batches
+            start = time.perf_counter()
+            for frames in chosen:
+                read(frames)
+            rates[name].append(batch * batches / (time.perf_counter() - start))
+    zarr_best = [max(pair) for pair in zip(rates["zarr_slices"], rates["zarr_oindex"], strict=True)]
+    ratios = {
+        "ratio_to_memmap_take": _median_ratio(rates["gather"], rates["memmap_take"]),
+        "ratio_to_memmap_take_clip": _median_ratio(rates["gather"], rates["memmap_take_clip"]),
+        "ratio_to_zarr": _median_ratio(rates["gather"], zarr_best),
+    }
+    return {f"{name}_windows_per_second": statistics.median(values) for name, values in rates.items()} | ratios
+
+
+def _frames(windows: Windows, step: int, batch: int) -> NDArray[np.int64]:
+    return windows.frames(batch_windows(len(windows), 0, step, batch))
+
+
+def _median_ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def _make_store(path: Path, card: StoreCard) -> Path:
+    identity = Identity(
+        "bench", "none", "", "none", "patch", 0, "none", ((0.5,), (0.5,)), "float32", card.dtype, f"{card.frames}"
+    )
+    frame = np.arange(card.frames)
+    steps: dict[str, NDArray[Any]] = {
+        "action": np.zeros((card.frames, 2), np.float32),
+        "state": np.zeros((card.frames, 4)),
+        "episode": (frame // EPISODE).astype(np.int32),
+        "step": (frame % EPISODE).astype(np.int32),
+    }
+    writer = StoreWriter.create(path, card, identity, steps)
+    for shard in tqdm(writer.pending(), desc="write", unit=" shards"):
+        shape = (len(card.shard_frames(shard)), *card.frame_shape)
+        made_up = np.random.default_rng(shard).standard_normal(shape, dtype=np.float32)
+        writer.write_shard(shard, made_up.astype(np.float16))
+    writer.finish()
+    return path
+
+
+def _make_plain(path: Path, store: TokenStore) -> NDArray[np.generic]:
+    shape = (len(store), *store.card.frame_shape)
+    plain = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(store.card.dtype), shape=shape)
+    for shard in range(store.card.num_shards):
+        part = store.card.shard_frames(shard)
+        store.gather_stored(np.arange(part.start, part.stop), plain[part.start : part.stop])
+    plain.flush()
+    loaded: NDArray[np.generic] = np.load(path, mmap_mode="r")
+    np.max(loaded.view(np.uint8))  # all of it into the page cache
+    return loaded

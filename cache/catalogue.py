@@ -1,0 +1,110 @@
+"""Which stores there are, what each is, and how to be rid of one."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from wmcache.cache.errors import UserError
+from wmcache.cache.files import sweep, temporary_for
+from wmcache.cache.identity import Identity
+from wmcache.cache.layout import read_attributes, read_card, record_file
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A store at a glance.
+
+    Attributes:
+        path: its folder.
+        encoder, dataset: names.
+        frames, tokens, token_dim, dtype: the shape, [frames, tokens, token_dim], and what it is stored in.
+        bytes: on disk.
+        shards, shards_done: how many there are, and how many have a record.
+        complete: whether it can be trained on.
+        fault: why it cannot be read, or nothing.
+    """
+
+    path: str
+    encoder: str = ""
+    dataset: str = ""
+    frames: int = 0
+    tokens: int = 0
+    token_dim: int = 0
+    dtype: str = ""
+    bytes: int = 0
+    shards: int = 0
+    shards_done: int = 0
+    complete: bool = False
+    fault: str = ""
+
+    @property
+    def state(self) -> str:
+        """`complete`, how far it is, or that it is damaged."""
+        return (
+            "complete" if self.complete else "damaged" if self.fault else f"{self.shards_done} of {self.shards} shards"
+        )
+
+
+def list_stores(folder: Path) -> list[Entry]:
+    """All stores under a folder, whatever state they are in."""
+    found = (path for path in folder.rglob("*.zarr") if path.is_dir() and not path.name.startswith("."))
+    return [look_at(path) for path in sorted(found)]
+
+
+def look_at(path: Path) -> Entry:
+    """A store at a glance; its tokens are not read."""
+    try:
+        attributes = read_attributes(path)
+        card, identity = read_card(attributes), Identity.from_json(attributes["identity"], str(path))
+    except UserError as error:
+        return Entry(str(path), bytes=bytes_on_disk(path), fault=str(error))
+    return Entry(
+        str(path),
+        identity.encoder,
+        str(card.dataset.get("name", "")),
+        card.frames,
+        card.tokens_per_frame,
+        card.token_dim,
+        card.dtype,
+        bytes_on_disk(path),
+        card.num_shards,
+        sum(record_file(path, shard).exists() for shard in range(card.num_shards)),
+        bool(attributes["complete"]),
+    )
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """All that a store says of itself; raises UserError where there is none or its description is damaged."""
+    attributes = read_attributes(path)
+    glance = asdict(look_at(path))
+    return {**glance, **{name: attributes[name] for name in ("identity", "card", "versions")}}
+
+
+def remove(path: Path) -> int:
+    """Delete a store; returns the bytes that are free again.
+
+    Raises:
+        UserError: there is nothing, or something that is no store.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; list stores with: wmcache ls")
+    if not (path / "tokens" / "commits").is_dir():
+        raise UserError(f"{path} is not a token store, so it stays; list stores with: wmcache ls")
+    size = bytes_on_disk(path)
+    try:
+        # In one step, so that no reader ever sees half a store; a kill leaves what the next writer sweeps away.
+        grave = temporary_for(path)
+        path.rename(grave)
+        shutil.rmtree(grave)
+        sweep(path.parent)
+    except OSError as error:
+        raise UserError(f"cannot delete {path}: {error.strerror or error}; make its folder writable") from error
+    return size
+
+
+def bytes_on_disk(path: Path) -> int:
+    """Of all files under a folder."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

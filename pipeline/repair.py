@@ -1,0 +1,131 @@
+"""Mending a store: exactly the shards that are not as they were written are made again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from wmcache.cache.errors import UserError
+from wmcache.cache.identity import Identity
+from wmcache.cache.layout import StoreCard, read_attributes, read_card
+from wmcache.cache.store import TokenStore
+from wmcache.cache.verify import Fault, Verification, verify, whole_tokens
+from wmcache.cache.writer import StoreWriter
+from wmcache.pipeline import encoders
+from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
+from wmcache.pipeline.extract import extract
+from wmcache.pipeline.frames import FrameDataset
+
+SAMPLED_FRAMES = 64
+
+
+def repair(
+    path: Path, *, dataset: Path | None = None, weights: Path | None = None, device: str = "auto", batch: int = 32
+) -> Verification:
+    """Find what is wrong with a store, and make exactly that again.
+
+    A shard whose frames all equal their own checksums only lacks its record, which is written anew from the tokens; any other is encoded
+    again. A store whose extraction has not finished is finished.
+
+    Args:
+        path: the store.
+        dataset, weights: where the frames and the encoder's weights are now, if not where they were.
+        device, batch: of the encoder.
+
+    Returns:
+        What was found before anything was mended.
+
+    Raises:
+        UserError: the store cannot say what it is; or its frames or its encoder are not to be had any more.
+    """
+    found = verify(path)
+    if found.sound:
+        return found
+    attributes = read_attributes(path)
+    card, identity = read_card(attributes), Identity.from_json(attributes["identity"], str(path))
+    bad = sorted({fault.shard for fault in found.faults if fault.shard is not None})
+    whole = {shard: tokens for shard in bad if (tokens := whole_tokens(path, shard, card)) is not None}
+    if found.shards_done + len(whole) == found.shards and all(fault.shard is not None for fault in found.faults):
+        writer = StoreWriter.resume(path, identity)
+        source = None
+    else:
+        # Before anything is dropped: without the frames and the encoder nothing could be made again.
+        source = open_source(card, identity, dataset=dataset, weights=weights, device=device)
+        writer = StoreWriter.create(path, card, identity, source[0].steps.columns())
+    writer.reopen([shard for shard in bad if shard not in whole])
+    for shard, tokens in whole.items():
+        with writer.claim(shard, wait=True):
+            writer.record(shard, tokens)
+    if source:
+        extract(*source, path, dtype=card.dtype, batch=batch)
+    else:
+        writer.finish()
+    return found
+
+
+def open_source(
+    card: StoreCard, identity: Identity, *, dataset: Path | None, weights: Path | None, device: str
+) -> tuple[FrameDataset, Encoder]:
+    """The frames and the encoder that a store was made with.
+
+    Raises:
+        UserError: they are not where they were, or are not the same any more, naming what differs.
+    """
+    where = dataset or Path(str(card.dataset.get("path")))
+    try:
+        frames = FrameDataset.open(where)
+    except UserError as error:
+        raise UserError(f"the store's frames are needed: {error}; or say where they are with --dataset") from error
+    recipe = {**card.encoder, **({"weights": weights} if weights else {})}
+    encoder = encoders.create(**recipe, device=device)
+    if different := identity.differences(encoder.identity(frames.card.fingerprint, identity.store_dtype)):
+        raise UserError(
+            f"the store was made with other frames or another encoder ({'; '.join(different)}); pass the right --dataset or --weights"
+        )
+    return frames, encoder
+
+
+def verify_deep(
+    path: Path, *, dataset: Path | None = None, weights: Path | None = None, device: str = "auto"
+) -> Verification:
+    """As `verify`, and encode a sample of the frames anew to compare the tokens.
+
+    Raises:
+        UserError: as `verify`; or the frames or the encoder are not to be had.
+    """
+    found = verify(path)
+    if not found.sound:
+        return found
+    store = TokenStore.open(path)
+    frames, encoder = open_source(store.card, store.identity, dataset=dataset, weights=weights, device=device)
+    chosen = np.unique(np.linspace(0, len(store) - 1, SAMPLED_FRAMES).astype(int))
+    drift = encoder.drift(frames.read_frames(chosen), store.gather(chosen))
+    faults = list(found.faults)
+    if not drift["cosine"] > COSINE_TOLERANCE:
+        faults.append(
+            Fault(
+                str(path),
+                f"encoding {len(chosen)} of its frames anew gives other tokens (smallest cosine {drift['cosine']:.4f})",
+            )
+        )
+    return replace(found, faults=faults, drift=drift)
+
+
+def live_encoder(
+    path: Path, *, dataset: Path | None = None, weights: Path | None = None, device: str = "auto"
+) -> Callable[[int], Tensor]:
+    """The store's own encoder on its own frames, as a trainer without a cache uses it.
+
+    Returns:
+        n -> tokens float16 [n, N, D] of n frames that are decoded already, encoded at each call.
+
+    Raises:
+        UserError: the frames or the encoder are not to be had.
+    """
+    store = TokenStore.open(path)
+    source, encoder = open_source(store.card, store.identity, dataset=dataset, weights=weights, device=device)
+    frames = source.read_shard(0)
+    return lambda count: encoder(frames[np.arange(count) % len(frames)])

@@ -1,0 +1,100 @@
+"""Training steps fed by the store: as fast as steps on a batch that is already there, and how much faster than encoding in the loop."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+from wmcache.cache.device import autocast, choose_device, choose_dtype, synchronise
+from wmcache.cache.store import TokenStore
+from wmcache.trainer.feed import Feed, choose_residence
+from wmcache.trainer.loop import TrainOptions, data_shape, make_optimiser, statistics_of
+from wmcache.trainer.models import build
+
+ROUNDS = 5
+
+
+def bench_train(
+    cache: Path,
+    model_options: dict[str, Any],
+    encode: Callable[[int], Tensor],
+    *,
+    batch: int = 64,
+    steps: int = 20,
+    device: str = "auto",
+    residence: str = "auto",
+) -> dict[str, float]:
+    """The same training steps from three sources of batches, in turns.
+
+    Args:
+        cache: the store.
+        model_options: of the world model.
+        encode: n -> tokens [n, N, D], encoding n frames anew; what DINO-WM does with every batch.
+        batch: windows of 3 + 1 frames, 5 apart.
+        steps: in each turn; encoding in the loop takes a tenth of them.
+        device, residence: as in training.
+
+    Returns:
+        Steps a second on one batch in memory, fed by the store, and with every frame encoded in the loop; `ratio_to_memory` of the store to
+        the first and `ratio_to_encoding` of the store to the last, medians over the turns; and the share of time that the fed steps
+        waited for data.
+    """
+    where = choose_device(device)
+    options = TrainOptions(model_options=model_options, batch=batch, device=device)
+    dtype = choose_dtype(options.dtype, where)
+    store = TokenStore.open(cache)
+    windows = store.windows(options.history, 1, options.frameskip, "train")
+    model = build(options.model, data_shape(store, options), model_options, statistics_of(store, options.frameskip))
+    model = model.to(where).train()
+    optimiser = make_optimiser(model, options)
+    chosen, why = choose_residence(store, where, residence)
+    tqdm.write(why)
+
+    def rate(source: Iterator[Mapping[str, Tensor]], count: int) -> float:
+        synchronise(where)
+        start = time.perf_counter()
+        for data in itertools.islice(source, count):
+            with autocast(where, dtype):
+                loss = model.loss(data)["loss"]
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+        synchronise(where)
+        return count / (time.perf_counter() - start)
+
+    rates: dict[str, list[float]] = {"memory": [], "store": [], "encoding": []}
+    with Feed(store, windows, batch, 0, where, residence=chosen) as feed:
+        held = {name: value.clone() for name, value in feed.next().items()}
+        sources = {
+            "memory": itertools.repeat(held),
+            "store": iter(feed.next, None),
+            "encoding": _encoding(held, encode),
+        }
+        for source in sources.values():
+            rate(source, 2)
+        waited = feed.waited
+        seconds = 0.0
+        for _ in tqdm(range(ROUNDS), desc="bench train", unit=" rounds"):
+            for name, source in sources.items():
+                count = max(1, steps // 10) if name == "encoding" else steps
+                rates[name].append(rate(source, count))
+            seconds += steps / rates["store"][-1]
+    result = {f"{name}_steps_per_second": statistics.median(values) for name, values in rates.items()}
+    pairs = {"ratio_to_memory": "memory", "ratio_to_encoding": "encoding"}
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(rates["store"], rates[other], strict=True))
+        for name, other in pairs.items()
+    }
+    return {"windows_per_step": batch, **result, **ratios, "waiting_share": (feed.waited - waited) / seconds}
+
+
+def _encoding(held: Mapping[str, Tensor], encode: Callable[[int], Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    frames = held["tokens"].shape[:2]
+    while True:
+        yield {**held, "tokens": encode(frames.numel()).view(held["tokens"].shape).to(held["tokens"].device)}
