@@ -18,9 +18,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from wmcache.cache.device import autocast, choose_device, choose_dtype
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import seconds_between_updates, write_json
+from wmcache.cache.files import exclusive, make_folder, seconds_between_updates, write_json
 from wmcache.cache.store import TokenStore
-from wmcache.cache.windows import Windows
+from wmcache.cache.windows import Windows, batch_windows
 from wmcache.trainer.checkpoint import (
     checkpoints,
     load_training_state,
@@ -35,6 +35,10 @@ from wmcache.trainer.models import DataShape, build
 ROLLOUT_STEPS = 5
 VALIDATION_WINDOWS = 256
 FLAGS = {"learning_rate": "lr", "weight_decay": "weight-decay"}
+NOT_FINITE = (
+    "the loss of step {step} is not finite; the last checkpoint in {run}, if any, is good: "
+    "go on from it with --resume and a lower --lr"
+)
 MAY_CHANGE = {"cache", "device", "residence", "compile", "log_every", "validate_every", "checkpoint_every"}
 MAY_CHANGE_ON_RESUME = MAY_CHANGE | {"steps", "learning_rate"}
 
@@ -95,9 +99,18 @@ def train(
         The last validation's metrics; none where there was nothing left to do.
 
     Raises:
-        UserError: unusable store, a run with other settings, no checkpoint to resume, or a loss that is not finite.
+        UserError: unusable store, a run with other settings, no checkpoint to resume, somebody else at work on the run, or a loss that is
+            not finite; `not-finite.json` in the run's folder then says which windows gave it.
     """
     check_options(options)
+    make_folder(out.parent)
+    with exclusive(out.with_name(f".{out.name}.lock"), wait=False) as alone:
+        if not alone:
+            raise UserError(f"another wmtrain is at work on {out}; wait for it, or choose another --out")
+        return _train(cache, out, options, resume=resume, overwrite=overwrite)
+
+
+def _train(cache: Path, out: Path, options: TrainOptions, *, resume: bool, overwrite: bool) -> dict[str, float]:
     store = TokenStore.open(cache)
     windows = store.windows(options.history, 1, options.frameskip, "train", seed=options.split_seed)
     device = choose_device(options.device)
@@ -140,7 +153,9 @@ def train(
         for step in range(first, options.steps):
             rate = learning_rate(step, options)
             losses, batch = descend(model, forward, optimiser, feed, rate, options, dtype)
-            check_finite(losses["loss"] + losses["gradient_norm"], step, out)
+            if not torch.isfinite(losses["loss"] + losses["gradient_norm"]):
+                _tell_windows(out, windows, options, step)
+                raise UserError(NOT_FINITE.format(step=step, run=out))
             optimiser.step()
             done = step + 1
             seen += options.batch * options.accumulate
@@ -157,7 +172,8 @@ def train(
             if save:
                 # The step may have left weights that the next loss would show to be bad: better not to keep them.
                 with torch.no_grad(), autocast(device, dtype):
-                    check_finite(model.eval().loss(batch)["loss"], done, out)
+                    if not torch.isfinite(model.eval().loss(batch)["loss"]):
+                        raise UserError(NOT_FINITE.format(step=done, run=out))
             if done % options.validate_every == 0 or done == options.steps:
                 result = validate(model, validation, device, dtype)
                 log.write(done, result)
@@ -204,15 +220,6 @@ def descend(
     norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
     means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
     return {**means, "gradient_norm": norm}, batch
-
-
-def check_finite(value: Tensor, step: int, out: Path) -> None:
-    """Stop, as a UserError, before a loss that is no number gets into a checkpoint."""
-    if not torch.isfinite(value):
-        raise UserError(
-            f"the loss of step {step} is not finite; the last checkpoint in {out}, if any, is good: "
-            "go on from it with --resume and a lower --lr"
-        )
 
 
 @torch.inference_mode()
@@ -335,6 +342,13 @@ def statistics_of(store: TokenStore, frameskip: int) -> dict[str, Tensor]:
         "action_std": np.tile(action_std, frameskip),
     }
     return {name: torch.from_numpy(np.asarray(value, dtype=np.float32)) for name, value in values.items()}
+
+
+def _tell_windows(out: Path, windows: Windows, options: TrainOptions, step: int) -> None:
+    batches = range(step * options.accumulate, (step + 1) * options.accumulate)
+    chosen = [batch_windows(len(windows), options.seed, number, options.batch) for number in batches]
+    first_frames = windows.starts[np.concatenate(chosen)].tolist()
+    write_json(out / "not-finite.json", {"step": step, "first_frames_of_windows": first_frames})
 
 
 def _validation_windows(store: TokenStore, options: TrainOptions) -> Windows:
