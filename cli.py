@@ -44,6 +44,8 @@ class Command(click.Command):
         except KeyboardInterrupt as stop:
             click.echo(f"\nstopped; go on with: {shell_command(sys.argv)}", err=True)
             sys.exit(STOPPED if isinstance(stop, Stopped) else INTERRUPTED)
+        except MemoryError as error:
+            raise click.ClickException("there is not enough memory; lower --batch-size or --workers") from error
         except OSError as error:
             raise click.ClickException(f"{error.filename or 'operating system'}: {error.strerror or error}") from error
         except (ValueError, RuntimeError) as error:

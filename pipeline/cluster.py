@@ -56,7 +56,7 @@ def _outcomes(
     if workers > 1:
         # Imported here: it costs half a second that a run in this process need not pay.
         import dask
-        from distributed import Client, LocalCluster
+        from distributed import Client, KilledWorker, LocalCluster
         from distributed import as_completed as dask_as_completed
 
         threads_per_process = max(1, (os.cpu_count() or 1) // workers)
@@ -66,6 +66,8 @@ def _outcomes(
                 "MALLOC_TRIM_THRESHOLD_": 65536,
             },
             "distributed.worker.multiprocessing-method": "spawn",
+            # No task waits at a worker: it would be blamed, with the one that runs, for a death of that worker.
+            "distributed.scheduler.worker-saturation": 1.0,
         }
         with (
             dask.config.set(settings),
@@ -74,7 +76,10 @@ def _outcomes(
         ):
             futures = client.map(guarded, items, pure=False)
             for future in dask_as_completed(futures):
-                yield future.result()
+                try:
+                    yield future.result()
+                except KilledWorker:  # Dask has tried it on several, for a worker that dies is replaced
+                    yield UserError("its worker process was killed again and again; lower --workers or --batch-size")
     elif threads > 1:
         with ThreadPoolExecutor(threads) as pool:
             futures = [pool.submit(guarded, item) for item in items]

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
+
 import pytest
 from wmcache.cache import UserError
 from wmcache.pipeline.cluster import run_tasks
@@ -43,3 +47,16 @@ def test_an_error_of_ours_is_not_hidden(threads: int) -> None:
 
 def test_nothing_to_do_starts_no_process() -> None:
     run_tasks(len, [], workers=2, total=0, label="test")
+
+
+def test_a_worker_that_is_killed_is_replaced_and_what_kills_every_worker_fails(tmp_path: Path) -> None:
+    def task(item: int) -> int:
+        if item == 3 or (item == 1 and not (tmp_path / "tried").exists()):
+            (tmp_path / "tried").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        (tmp_path / str(item)).touch()
+        return 1
+
+    with pytest.raises(UserError, match=r"1 of 5 shards failed, .* killed again and again; lower --workers"):
+        run_tasks(task, range(5), workers=2, total=5, label="test")
+    assert {file.name for file in tmp_path.iterdir()} == {"0", "1", "2", "4", "tried"}
