@@ -329,7 +329,7 @@ def is_mappable(tokens: zarr.Array[Any], card: StoreCard) -> bool:
         and tokens.shards == (card.frames_per_shard, *card.frame_shape)
         and isinstance(plain, BytesCodec)
         and isinstance(summed, Crc32cCodec)
-        and sharding.index_location.value == "end"
+        and getattr(sharding.index_location, "value", sharding.index_location) == "end"  # an enum up to zarr 3.2
         and [type(codec) for codec in sharding.index_codecs] == [BytesCodec, Crc32cCodec]
         and tokens.metadata.encode_chunk_key((1, 0, 0)) == "c/1/0/0"
     )
