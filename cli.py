@@ -404,6 +404,17 @@ def bench_read(as_json: bool, **settings: Any) -> None:
     _print_figures(run(**settings), as_json=as_json)
 
 
+@bench.command("codecs")
+@store_argument
+@click.option("--frames", type=click.IntRange(100), default=2000, help="How many, from the first.")
+@json_option
+def bench_codecs(store: Path, frames: int, as_json: bool) -> None:
+    """Size, speed and error of STORE's own tokens as int8 and compressed."""
+    from wmcache.cache.bench import bench_codecs as run
+
+    _print_rows(run(store, frames=frames), as_json=as_json)
+
+
 @bench.command("train")
 @click.option("--cache", type=PATH, required=True, help="The token store; its frames and encoder are used as well.")
 @click.option("--steps", type=click.IntRange(2), default=20, help="Training steps of each contender in each turn.")
@@ -440,12 +451,18 @@ def bench_memory(episodes: int, as_json: bool) -> None:
     """Peak memory of wmcache extract and wmtrain over datasets 1, 4 and 16 times as large."""
     from wmcache.pipeline.bench import bench_memory as run
 
-    rows = run(episodes)
+    _print_rows(run(episodes), as_json=as_json)
+
+
+def _print_rows(rows: list[dict[str, Any]], *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
+    width = max(len(name) for row in rows for name in row) + 2
+    click.echo("".join(f"{name:>{width}}" for name in rows[0]))
     for row in rows:
-        click.echo("  ".join(f"{name} {value}" for name, value in row.items()))
+        cells = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values())
+        click.echo("".join(f"{cell:>{width}}" for cell in cells))
 
 
 def _print_figures(figures: dict[str, float], *, as_json: bool) -> None:
