@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEVELS = 127
-BLOCK = 16
+BLOCK = 2
+"""Frames at once: so few that the float32 in between stays in the processor's cache, which is ten times as fast."""
 
 
 def quantise(
@@ -34,9 +35,13 @@ def dequantise(
     out: NDArray[np.float16] | None = None,
 ) -> NDArray[np.float16]:
     """int8 [n, N, D] with scale and middle of each frame's shard, [n, D] -> float16 [n, N, D]."""
+    import torch  # not above: whoever only lists or verifies stores need not pay for it
+
     if out is None:
         out = np.empty(stored.shape, np.float16)
+    steps, result = torch.from_numpy(stored), torch.from_numpy(out)
+    scales, middles = torch.from_numpy(scale)[:, None], torch.from_numpy(middle)[:, None]
     for start in range(0, len(stored), BLOCK):
         part = slice(start, start + BLOCK)
-        out[part] = stored[part] * scale[part, None] + middle[part, None]
+        result[part] = steps[part] * scales[part] + middles[part]
     return out

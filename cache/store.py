@@ -67,6 +67,10 @@ class TokenStore:
             columns[name] for name in ("action", "state", "episode", "step")
         )
         self.scale = columns.get("scale")
+        if self.card.dtype == "int8" and self.scale is None:
+            raise UserError(
+                f"{path} can be read only when it is complete; finish it by running its wmcache extract again"
+            )
 
     @classmethod
     def open(cls, path: str | Path, *, allow_incomplete: bool = False) -> TokenStore:

@@ -91,15 +91,14 @@ class Feed:
         self._store, self._windows, self._batch, self._seed = store, windows, batch, seed
         self._transfer = Transfer(device)
         self._table: Tensor | None = None
-        if residence == "ram":
+        if residence == "ram" or (residence == "device" and device.type == "cpu"):
             store.load()
         elif residence == "device":
             self._table = load_on_device(store, device)
-        scale = None if store.scale is None else torch.from_numpy(store.scale).to(device)
-        self._scale = scale
+        self._scale = None if store.scale is None else torch.from_numpy(store.scale).to(device)
         # Two buffers in turn: the reader fills one while the other is in use.
         shape = (batch * windows.length, *store.card.frame_shape)
-        dtype = getattr(torch, store.card.dtype)
+        dtype = torch.float16 if device.type == "cpu" else getattr(torch, store.card.dtype)
         self._buffers = [] if self._table is not None else [self._transfer.buffer(shape, dtype) for _ in range(2)]
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._step = first
@@ -131,11 +130,12 @@ class Feed:
 
     def _tokens(self, frames: NDArray[np.int64], step: int) -> Tensor:
         """float16 [n, N, D] on the device."""
+        if self.device.type == "cpu":
+            tokens = self._buffers[step % 2]
+            self._store.gather(frames, tokens.numpy())
+            return tokens
         if self._table is not None:
             stored = self._table.index_select(0, torch.from_numpy(frames).to(self.device))
-        elif self.device.type == "cpu":
-            stored = self._buffers[step % 2]
-            self._store.gather_stored(frames, stored.numpy())
         else:
             # What windows share is read and sent once, and copied to its places over there.
             unique, places = np.unique(frames, return_inverse=True)
@@ -164,8 +164,6 @@ def load_on_device(store: TokenStore, device: torch.device) -> Tensor:
     Raises:
         UserError: they do not fit.
     """
-    if device.type == "cpu":
-        return torch.from_numpy(store.load())
     try:
         table = torch.empty(
             (len(store), *store.card.frame_shape), dtype=getattr(torch, store.card.dtype), device=device
