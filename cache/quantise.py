@@ -39,8 +39,8 @@ def dequantise(
 
     if out is None:
         out = np.empty(stored.shape, np.float16)
-    steps, result = torch.from_numpy(stored), torch.from_numpy(out)
-    scales, middles = torch.from_numpy(scale)[:, None], torch.from_numpy(middle)[:, None]
+    steps, result = torch.from_numpy(np.require(stored, requirements="W")), torch.from_numpy(out)
+    scales, middles = torch.tensor(scale)[:, None], torch.tensor(middle)[:, None]
     for start in range(0, len(stored), BLOCK):
         part = slice(start, start + BLOCK)
         result[part] = steps[part] * scales[part] + middles[part]

@@ -1,8 +1,15 @@
+"""Every way to read frames gives the bytes that plain zarr gives, or says which file is at fault; never anything else."""
+
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
+import resource
+import shutil
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +20,17 @@ import zarr
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from wmcache.cache import StoreWriter, TokenStore, UserError
-from wmcache.cache.layout import read_attributes, write_attributes
+from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, UserError, reader
+from wmcache.cache.layout import FILL, read_attributes, shard_file, write_attributes
+from wmcache.cache.reader import MappedReader, MemoryReader, Reader, ZarrReader
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
 Tokens = NDArray[np.float16]
+MakeWriter = Callable[..., StoreWriter]
+DTYPES = ("float16", "int8")
 INDEX_BYTES = 16 * 16 + 4
+STRIDE = 6 * 4 * 2 + 4
+"""Of a frame of the made-up store: its tokens, and their checksum."""
 
 
 def edit_attributes(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -131,20 +144,20 @@ def _rewrite_entry(data: bytearray, frame: int, offset: int, size: int) -> None:
     data[-INDEX_BYTES:] = index + struct.pack("<I", google_crc32c.value(bytes(index)))
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        _flip_in_index,
-        _flip_in_index_checksum,
-        _cut_tail,
-        _cut_middle,
-        _cut_to_stub,
-        _empty,
-        _drop_inner_chunk,
-        _move_inner_chunk,
-        _resize_inner_chunk,
-    ],
-)
+DAMAGES = [
+    _flip_in_index,
+    _flip_in_index_checksum,
+    _cut_tail,
+    _cut_middle,
+    _cut_to_stub,
+    _empty,
+    _drop_inner_chunk,
+    _move_inner_chunk,
+    _resize_inner_chunk,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_shard_is_named_and_the_others_are_read(
     finished: Path, tokens: Tokens, damage: Callable[[bytearray], None]
 ) -> None:
@@ -180,10 +193,387 @@ def test_a_missing_shard_is_an_error_and_never_zeros(finished: Path) -> None:
 
 
 def test_zarr_sees_a_flipped_bit_in_the_tokens(finished: Path) -> None:
-    # The mapped reader trades this check for speed; the checksum must be there for whoever wants to look.
+    # The checksums are zarr's own, there for whoever wants to look.
     file = finished / "tokens/c/1/0/0"
     data = bytearray(file.read_bytes())
     data[60] ^= 1
     file.write_bytes(data)
     with pytest.raises(ValueError, match="checksum"):
         zarr.open_group(finished, mode="r")["tokens"][16:32]
+
+
+def write_store(path: Path, card: StoreCard, identity: Identity, steps: dict[str, Any], tokens: Tokens) -> Path:
+    writer = StoreWriter.create(path, card, identity, steps)
+    for shard in writer.pending():
+        rows = card.shard_frames(shard)
+        writer.write_shard(shard, tokens[rows.start : rows.stop])
+    writer.finish()
+    return path
+
+
+def rewrite_tokens(path: Path, **layout: Any) -> Path:
+    """Store the same tokens in another way, as a user might to save room; the records stay as they are."""
+    group = zarr.open_group(path, mode="r+")
+    values = np.asarray(group["tokens"])
+    shutil.move(path / "tokens" / "commits", path / "commits")
+    fill = FILL[str(values.dtype)]
+    array = group.create_array(
+        "tokens", shape=values.shape, dtype=values.dtype, fill_value=fill, overwrite=True, **layout
+    )
+    array[:] = values
+    shutil.move(path / "commits", path / "tokens" / "commits")
+    return path
+
+
+def flip(file: Path, place: int) -> None:
+    """In place, so that whoever has mapped the file sees it."""
+    with file.open("r+b") as stream:
+        stream.seek(place)
+        byte = stream.read(1)[0]
+        stream.seek(place)
+        stream.write(bytes([byte ^ 1]))
+
+
+@pytest.fixture(scope="module")
+def stores(
+    tmp_path_factory: pytest.TempPathFactory, make_writer: MakeWriter, identity: Identity, tokens: Tokens
+) -> dict[str, Path]:
+    """A store for each dtype, of the same 50 frames in shards of 16, 16, 16 and 2; read only, so copy one to change it."""
+    folder = tmp_path_factory.mktemp("parity")
+    empty = TokenStore.open(make_writer(folder / "empty.zarr").path, allow_incomplete=True)
+    steps = {name: getattr(empty, name) for name in ("action", "state", "episode", "step")}
+    return {
+        dtype: write_store(
+            folder / f"{dtype}.zarr",
+            dataclasses.replace(empty.card, dtype=dtype),
+            dataclasses.replace(identity, store_dtype=dtype),
+            steps,
+            tokens,
+        )
+        for dtype in DTYPES
+    }
+
+
+def stored(path: Path) -> zarr.Array[Any]:
+    array = zarr.open_group(path, mode="r")["tokens"]
+    assert isinstance(array, zarr.Array)
+    return array
+
+
+def make_mapped(path: Path, card: StoreCard) -> Reader:
+    return MappedReader(path, card)
+
+
+def make_mapped_one_at_a_time(path: Path, card: StoreCard) -> Reader:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader, "address_space_left", lambda: 0)
+        return MappedReader(path, card)
+
+
+def make_zarr(path: Path, card: StoreCard) -> Reader:
+    return ZarrReader(stored(path), card, path)
+
+
+def make_memory(path: Path, card: StoreCard) -> Reader:
+    return MemoryReader(np.asarray(stored(path)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(deadline=None, max_examples=25)
+@given(batches=st.lists(st.lists(st.integers(0, 49), max_size=80), max_size=3), threads=st.integers(1, 5))
+@example(batches=[[49, 0, 49, 48, 16, 15, 32, 0], [], [0]], threads=1)
+@example(batches=[list(range(50)), list(reversed(range(50)))], threads=4)
+def test_every_reader_gives_zarrs_bytes(
+    stores: dict[str, Path], dtype: str, batches: list[list[int]], threads: int
+) -> None:
+    path = stores[dtype]
+    whole, card = np.asarray(stored(path)), TokenStore.open(path).card
+    for make in (make_mapped, make_mapped_one_at_a_time, make_zarr, make_memory):
+        ours = make(path, card)
+        for frames in (np.array(batch, np.int64) for batch in batches):
+            out = np.full((len(frames), 6, 4), 77, dtype)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(reader, "BYTES_WORTH_A_THREAD", 100)
+                patch.setattr(reader, "COPY_THREADS", threads)
+                ours.prefetch(frames)
+                ours.gather(frames, out)
+            assert out.tobytes() == whole[frames].tobytes(), make.__name__
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_large_batch_is_copied_by_several_threads(
+    stores: dict[str, Path], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, copy, threads = stores[dtype], reader._copy_rows, set()
+
+    def watched(jobs: Any, out: Any) -> None:
+        threads.add(threading.current_thread().name)
+        copy(jobs, out)
+
+    monkeypatch.setattr(reader, "_copy_rows", watched)
+    monkeypatch.setattr(reader, "COPY_THREADS", 3)
+    frames = np.random.default_rng(0).integers(0, 50, 400)
+    store = TokenStore.open(path)
+    expected = np.asarray(stored(path))[frames]
+    np.testing.assert_array_equal(store.gather_stored(frames), expected)
+    assert threads == {"MainThread"}
+    monkeypatch.setattr(reader, "BYTES_WORTH_A_THREAD", 1000)
+    np.testing.assert_array_equal(store.gather_stored(frames), expected)
+    assert any(name.startswith("gather") for name in threads)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # that it has threads is what is tested
+def test_a_process_forked_after_reading_reads_too(
+    stores: dict[str, Path], tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "BYTES_WORTH_A_THREAD", 100)
+    monkeypatch.setattr(reader, "COPY_THREADS", 2)
+    store, frames = TokenStore.open(stores["float16"]), np.arange(50)
+    store.gather(frames)
+
+    def read() -> None:
+        os._exit(0 if np.array_equal(store.gather(frames), tokens) else 1)
+
+    child = multiprocessing.get_context("fork").Process(target=read)
+    child.start()
+    child.join(20)
+    try:
+        assert child.exitcode == 0
+    finally:
+        child.kill()
+        child.join()
+
+
+@pytest.fixture
+def few_files() -> Iterator[int]:
+    """How many files this process may open, as few as it can live with."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = 2 * len(list(Path("/proc/self/fd").iterdir())) + 32
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
+    yield few
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_store_may_have_more_shards_than_a_process_may_open_files(
+    tmp_path: Path, stores: dict[str, Path], few_files: int
+) -> None:
+    store, frames = TokenStore.open(stores["float16"]), few_files + 20
+    card = dataclasses.replace(store.card, frames=frames, frames_per_shard=1)
+    rows = np.arange(frames) % 50
+    tokens = store.gather(rows)
+    steps = {name: getattr(store, name)[rows] for name in ("action", "state", "episode", "step")}
+    path = write_store(tmp_path / "many.zarr", card, store.identity, steps, tokens)
+    many = TokenStore.open(path)
+    for seed in range(2):
+        order = np.random.default_rng(seed).permutation(frames)
+        many.prefetch(order)
+        np.testing.assert_array_equal(many.gather(order), tokens[order])
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "zstd, same shards": {"chunks": (1, 6, 4), "shards": (16, 6, 4), "compressors": ZstdCodec(level=3)},
+    "zstd and checksum": {
+        "chunks": (1, 6, 4),
+        "shards": (16, 6, 4),
+        "compressors": (ZstdCodec(level=3), Crc32cCodec()),
+    },
+    "blosc, no shards": {"chunks": (7, 6, 4), "compressors": BloscCodec(cname="lz4")},
+    "blosc, frames in parts": {"chunks": (5, 3, 2), "shards": (10, 6, 4), "compressors": BloscCodec(cname="zstd")},
+    "gzip, one chunk": {"chunks": (50, 6, 4), "compressors": GzipCodec()},
+    "plain, two frames a chunk": {"chunks": (2, 6, 4), "shards": (16, 6, 4), "compressors": Crc32cCodec()},
+    "plain, other shards": {"chunks": (1, 6, 4), "shards": (8, 6, 4), "compressors": Crc32cCodec()},
+    "plain, no checksums": {"chunks": (1, 6, 4), "shards": (16, 6, 4), "compressors": None},
+    "plain, big-endian": {
+        "chunks": (1, 6, 4),
+        "shards": (16, 6, 4),
+        "compressors": Crc32cCodec(),
+        "serializer": BytesCodec(endian="big"),
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_store_rewritten_in_another_layout_reads_the_same(
+    tmp_path: Path, stores: dict[str, Path], dtype: str, layout: str
+) -> None:
+    copy = rewrite_tokens(Path(shutil.copytree(stores[dtype], tmp_path / "copy.zarr")), **LAYOUTS[layout])
+    store, original = TokenStore.open(copy), TokenStore.open(stores[dtype])
+    for seed in range(3):
+        frames = np.random.default_rng(seed).integers(0, 50, 30)
+        np.testing.assert_array_equal(store.gather_stored(frames), original.gather_stored(frames))
+        np.testing.assert_array_equal(store.gather(frames), original.gather(frames))
+    assert store.gather(frames[:0]).shape == (0, 6, 4)
+    np.testing.assert_array_equal(store.load(), original.load())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_lost_chunk_of_a_compressed_store_is_an_error_and_never_data(
+    tmp_path: Path, stores: dict[str, Path], dtype: str
+) -> None:
+    copy = rewrite_tokens(Path(shutil.copytree(stores[dtype], tmp_path / "copy.zarr")), **LAYOUTS["blosc, no shards"])
+    expected = TokenStore.open(stores[dtype]).gather(np.array([6, 14]))
+    shard_file(copy, 1).unlink()
+    store = TokenStore.open(copy)
+    np.testing.assert_array_equal(store.gather(np.array([6, 14])), expected)
+    with pytest.raises(UserError, match=r"lacks frame 9;") as caught:
+        store.gather(np.array([6, 13, 9, 14]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", ["zstd, same shards", "zstd and checksum", "blosc, no shards", "gzip, one chunk"])
+def test_a_garbled_chunk_of_a_compressed_store_is_one_line_of_error(
+    tmp_path: Path, stores: dict[str, Path], layout: str
+) -> None:
+    copy = rewrite_tokens(Path(shutil.copytree(stores["float16"], tmp_path / "copy.zarr")), **LAYOUTS[layout])
+    file = shard_file(copy, 0)
+    file.write_bytes(b"no chunk at all" * (file.stat().st_size // 15))
+    with pytest.raises(UserError, match=r"copy\.zarr/tokens cannot be read") as caught:
+        TokenStore.open(copy).gather(np.array([3]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_store_opened_by_its_address_reads_the_same(stores: dict[str, Path], dtype: str) -> None:
+    original, far = TokenStore.open(stores[dtype]), TokenStore.open(stores[dtype].as_uri())
+    frames = np.array([49, 0, 49, 16, 15, 31, 32])
+    far.prefetch(frames)
+    np.testing.assert_array_equal(far.gather(frames), original.gather(frames))
+    np.testing.assert_array_equal(far.gather_stored(frames), original.gather_stored(frames))
+    for name in ("mean", "std", "action", "state", "episode", "step"):
+        np.testing.assert_array_equal(getattr(far, name), getattr(original, name))
+    assert (far.card, far.identity, far.complete) == (original.card, original.identity, True)
+    with pytest.raises(IndexError, match=r"\[0, 50\)"):
+        far.gather(np.array([50]))
+    ours, theirs = far.windows(), original.windows()
+    for name, value in theirs.batch(np.arange(len(theirs))).items():
+        np.testing.assert_array_equal(ours.batch(np.arange(len(ours)))[name], value)
+    np.testing.assert_array_equal(far.load(), original.load())
+    np.testing.assert_array_equal(far.gather(frames), original.gather(frames))
+
+
+@pytest.mark.parametrize("address", ["file:///no/where.zarr", "memory://none.zarr", "abacus://none/where.zarr"])
+def test_a_wrong_address_is_one_line_of_error(address: str) -> None:
+    with pytest.raises(UserError) as caught:
+        TokenStore.open(address)
+    assert str(caught.value).startswith(f"{address} cannot be opened (")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_address_of_something_else_is_refused(tmp_path: Path, finished: Path) -> None:
+    zarr.create_group(tmp_path / "other.zarr")
+    with pytest.raises(UserError, match=r"other\.zarr is not a token store"):
+        TokenStore.open((tmp_path / "other.zarr").as_uri())
+    edit_attributes(finished, lambda attributes: attributes.update(complete=False))
+    with pytest.raises(UserError, match="is incomplete"):
+        TokenStore.open(finished.as_uri())
+
+
+def test_damage_is_noticed_at_an_address_too(finished: Path, tokens: Tokens) -> None:
+    store = TokenStore.open(finished.as_uri())
+    flip(shard_file(finished, 1), 4 * STRIDE)
+    shard_file(finished, 2).unlink()
+    np.testing.assert_array_equal(store.gather(np.array([15, 49])), tokens[[15, 49]])
+    with pytest.raises(UserError, match=r"tokens cannot be read \(.*checksum"):
+        store.gather(np.array([20]))
+    with pytest.raises(UserError, match="lacks frame 33;"):
+        store.gather(np.array([40, 33]))
+
+
+def test_checksums_are_compared_at_the_first_reading_alone(finished: Path, tokens: Tokens) -> None:
+    # What a reader has compared once it trusts: memory that is read again and again must not be summed again and again.
+    store = TokenStore.open(finished)
+    store.gather(np.array([20]))
+    for frame in (20, 21):
+        flip(shard_file(finished, 1), (frame - 16) * STRIDE)
+    found = store.gather(np.array([20]))
+    assert found[0].view(np.uint16)[0, 0] == tokens[20].view(np.uint16)[0, 0] ^ 1
+    with pytest.raises(
+        UserError, match=r"frame 21 in .*tokens/c/1/0/0 differs from its checksum; mend it with: wmcache"
+    ):
+        store.gather(np.array([20, 21]))
+    with pytest.raises(UserError, match="frame 20 "):
+        TokenStore.open(finished).gather(np.array([20]))
+    np.testing.assert_array_equal(TokenStore.open(finished).gather(np.array([19, 22])), tokens[[19, 22]])
+
+
+@pytest.mark.parametrize(
+    "place", [0, 47, 48, 51], ids=["first byte", "last byte", "first of checksum", "last of checksum"]
+)
+@pytest.mark.parametrize("frame", [0, 15, 16, 49])
+def test_a_flipped_bit_anywhere_in_a_frame_is_noticed(finished: Path, frame: int, place: int) -> None:
+    shard, row = divmod(frame, 16)
+    flip(shard_file(finished, shard), row * STRIDE + place)
+    with pytest.raises(UserError, match=f"frame {frame} in"):
+        TokenStore.open(finished).gather(np.arange(50))
+
+
+def test_a_damaged_frame_is_refused_every_time(finished: Path) -> None:
+    flip(shard_file(finished, 0), 5)
+    store = TokenStore.open(finished)
+    for _ in range(3):
+        with pytest.raises(UserError, match="frame 0 "):
+            store.gather(np.array([1, 0]))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_hint_about_a_damaged_store_is_no_error(finished: Path, damage: Callable[[bytearray], None]) -> None:
+    fresh, used = (MappedReader(finished, TokenStore.open(finished).card) for _ in range(2))
+    used.gather(np.array([17]), np.empty((1, 6, 4), np.float16))
+    data = bytearray(shard_file(finished, 1).read_bytes())
+    damage(data)
+    with shard_file(finished, 1).open("r+b") as stream:  # the same file, so that its map sees it
+        stream.write(data)
+        stream.truncate()
+    for ours in (fresh, used):
+        ours.prefetch(np.array([0, 17, 31, 49]))
+    with pytest.raises(UserError, match="tokens/c/1/0/0"):
+        fresh.gather(np.array([31]), np.empty((1, 6, 4), np.float16))
+
+
+def test_a_hint_about_a_store_that_is_gone_is_no_error(finished: Path) -> None:
+    store = TokenStore.open(finished)
+    shutil.rmtree(finished / "tokens")
+    store.prefetch(np.arange(50))
+    shutil.rmtree(finished)
+    store.prefetch(np.arange(50))
+    store.prefetch(np.array([], np.int64))
+
+
+def test_a_shard_cut_short_while_it_is_mapped_is_an_error_and_no_crash(finished: Path, tokens: Tokens) -> None:
+    store = TokenStore.open(finished)
+    store.gather(np.arange(50))
+    os.truncate(shard_file(finished, 1), 100)
+    with pytest.raises(UserError, match=r"tokens/c/1/0/0 was cut while it was being read"):
+        store.gather(np.array([31]))
+    np.testing.assert_array_equal(store.gather(np.array([15, 32])), tokens[[15, 32]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_loaded_store_reads_from_memory_and_gives_the_same(
+    tmp_path: Path, stores: dict[str, Path], dtype: str
+) -> None:
+    copy = Path(shutil.copytree(stores[dtype], tmp_path / "copy.zarr"))
+    store, frames = TokenStore.open(copy), np.array([49, 0, 16, 49, 31])
+    before, before_stored = store.gather(frames), store.gather_stored(frames)
+    loaded = store.load()
+    assert loaded.dtype == dtype
+    np.testing.assert_array_equal(loaded, np.asarray(stored(stores[dtype])))
+    shutil.rmtree(copy / "tokens")
+    assert store.load() is loaded
+    np.testing.assert_array_equal(store.gather(frames), before)
+    np.testing.assert_array_equal(store.gather_stored(frames), before_stored)
+    out = np.full_like(before, 77)
+    assert store.gather(frames, out) is out
+    np.testing.assert_array_equal(out, before)
+
+
+@pytest.mark.parametrize("frame", [0, 31, 49])
+def test_loading_notices_damage(finished: Path, tokens: Tokens, frame: int) -> None:
+    shard, row = divmod(frame, 16)
+    flip(shard_file(finished, shard), row * STRIDE + 7)
+    store = TokenStore.open(finished)
+    with pytest.raises(UserError, match=rf"frame {frame} in .*tokens/c/{shard}/0/0"):
+        store.load()
+    whole = np.setdiff1d(np.arange(50), [frame])
+    np.testing.assert_array_equal(store.gather(whole), tokens[whole])
