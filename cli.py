@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any, TypeVar
 
 import click
 from wmcache import __version__
-from wmcache.cache.errors import UserError
+from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home, human_bytes
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -74,7 +73,7 @@ def _stop(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
 
 def shell_command(words: list[str]) -> str:
     """What the user typed, quoted for a shell."""
-    return shlex.join([Path(words[0]).name, *words[1:]])
+    return command(Path(words[0]).name, *words[1:])
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -330,7 +329,7 @@ def verify(store: Path, deep: bool, as_json: bool, **source: Any) -> None:
             click.echo(", ".join(f"{name} {value:.6f}" for name, value in found.drift.items()))
     if not found.sound:
         raise UserError(
-            f"{store} is {'damaged' if found.faults else 'incomplete'}; mend it with: wmcache repair {store}"
+            f"{store} is {'damaged' if found.faults else 'incomplete'}; mend it with: {command('wmcache', 'repair', store)}"
         )
 
 
@@ -354,7 +353,7 @@ def preview(store: Path, out: Path | None, **settings: Any) -> None:
     """Draw frames of a store beside their tokens, the first three principal components as colours."""
     from wmcache.pipeline.preview import preview as run
 
-    out = out or store.with_suffix(".png")
+    out = out or store.resolve().with_suffix(".png")
     frames = run(store, out, **settings)
     click.echo(f"{out}: frames {', '.join(map(str, frames))}")
 
@@ -517,7 +516,7 @@ def wmtrain(
     out = out or home() / "runs" / f"{cache.absolute().parent.name}-{cache.stem}"
     model_options = {"width": width, "depth": depth, "heads": heads, "dropout": dropout}
     train(cache, out, TrainOptions(model_options=model_options, **settings), resume=resume, overwrite=overwrite)
-    click.echo(f"{out}: trained; plan with: wmplan --run {out}")
+    click.echo(f"{out}: trained; plan with: {command('wmplan', '--run', out)}")
 
 
 @click.command(cls=Command, context_settings=CONTEXT)

@@ -122,7 +122,17 @@ def _median_ratio(ours: list[float], theirs: list[float]) -> float:
 
 def _make_store(path: Path, card: StoreCard) -> Path:
     identity = Identity(
-        "bench", "none", "", "none", "patch", 0, "none", ((0.5,), (0.5,)), "float32", card.dtype, f"{card.frames}"
+        "bench",
+        "none",
+        "",
+        "none",
+        "patch",
+        0,
+        "none",
+        ((0.5,), (0.5,)),
+        "float32",
+        card.dtype,
+        f"{card.frames} x {card.frame_shape}",
     )
     frame = np.arange(card.frames)
     steps: dict[str, NDArray[Any]] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import sweep, temporary_for
 from wmcache.cache.identity import Identity
-from wmcache.cache.layout import read_attributes, read_card, record_file
+from wmcache.cache.layout import has_commits, read_attributes, read_card, record_file
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,10 @@ def remove(path: Path) -> int:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; list stores with: wmcache ls")
-    if not (path / "tokens" / "commits").is_dir():
+    if path.is_symlink():
+        raise UserError(f"{path} is a link, so it stays; delete the store that it leads to: {path.resolve()}")
+    path = path.resolve()
+    if not has_commits(path) and look_at(path).fault:
         raise UserError(f"{path} is not a token store, so it stays; list stores with: wmcache ls")
     size = bytes_on_disk(path)
     try:
@@ -106,5 +111,10 @@ def remove(path: Path) -> int:
 
 
 def bytes_on_disk(path: Path) -> int:
-    """Of all files under a folder."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    """Of all files under a folder; those that somebody moves or deletes meanwhile do not count."""
+    total = 0
+    for folder, _, files in os.walk(path):
+        for name in files:
+            with contextlib.suppress(OSError):
+                total += Path(folder, name).stat().st_size
+    return total

@@ -1,5 +1,14 @@
 """The one exception that commands turn into one line and an exit status."""
 
+from __future__ import annotations
+
+import shlex
+
 
 class UserError(Exception):
     """Something that the user can mend. The message is one line: what is wrong, where, and which command mends it."""
+
+
+def command(*words: object) -> str:
+    """A command line for such a message, quoted so that it can be pasted into a shell."""
+    return shlex.join(map(str, words))

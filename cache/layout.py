@@ -20,11 +20,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import read_json, require_seal, seal, write_json
+from wmcache.cache.errors import UserError, command
+from wmcache.cache.files import read_json, require_seal, seal, sha256_of, write_json
 from wmcache.cache.identity import FORMAT_VERSION, Identity
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
@@ -126,14 +127,32 @@ def read_attributes(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; {NEW}")
-    is_ours = (path / "tokens" / "commits").is_dir()
+    is_ours = has_commits(path)
     try:
-        attributes = read_json(path / "zarr.json", AGAIN if is_ours else NEW).get("attributes")
+        metadata = read_json(path / "zarr.json", AGAIN if is_ours else NEW)
     except UserError as error:
         raise (DamagedError(str(error)) if is_ours else error) from error
+    attributes = metadata.get("attributes")
     if is_ours and not (isinstance(attributes, dict) and attributes.get("format") == FORMAT):
         raise DamagedError(f"{path / 'zarr.json'} has lost its attributes; {AGAIN}")
-    return check_attributes(attributes if isinstance(attributes, dict) else {}, path)
+    attributes = check_attributes(attributes if isinstance(attributes, dict) else {}, path)
+    if (metadata.get("node_type"), metadata.get("zarr_format")) != ("group", 3):
+        raise DamagedError(f"{path / 'zarr.json'} is no longer that of a group; {AGAIN}")
+    return attributes
+
+
+def has_commits(path: Path) -> bool:
+    """Whether a folder is, or once was, a token store, whatever its description says now."""
+    return (path / "tokens" / "commits").is_dir()
+
+
+def open_group(path: Path) -> zarr.Group:
+    """The group at `path`; raises DamagedError where zarr cannot open it."""
+    try:
+        return zarr.open_group(path, mode="r")
+    except Exception as error:  # (whatever zarr makes of a description that is not its own)
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise DamagedError(f"{path / 'zarr.json'} cannot be read ({reason}); {AGAIN}") from error
 
 
 def check_attributes(attributes: dict[str, Any], path: Path | str) -> dict[str, Any]:
@@ -173,7 +192,12 @@ def read_card(attributes: Mapping[str, Any]) -> StoreCard:
     except (KeyError, TypeError) as error:
         raise UserError(f"the store's card is damaged ({error}); extract it again") from error
     plain = len(card.token_grid) == 2 and all(type(size) is int and 0 < size < 2**40 for size in sizes)
-    if not plain or card.dtype not in FILL or not isinstance(card.dataset, dict) or not isinstance(card.encoder, dict):
+    if (
+        not plain
+        or card.dtype not in tuple(FILL)
+        or not isinstance(card.dataset, dict)
+        or not isinstance(card.encoder, dict)
+    ):
         raise UserError("the store's card is damaged (sizes or dtype that no store has); extract it again")
     return card
 
@@ -211,7 +235,7 @@ def read_record(path: Path, shard: int, card: StoreCard, identity: Identity) -> 
         UserError: it is missing, damaged, or of another shard or identity.
     """
     file = record_file(path, shard)
-    mend = f"mend it with: wmcache repair {path}"
+    mend = f"mend it with: {command('wmcache', 'repair', path)}"
     values = require_seal(read_json(file, mend), file, mend)
     try:
         known = {field.name: values[field.name] for field in fields(Record)}
@@ -248,6 +272,7 @@ def create_arrays(path: Path, card: StoreCard, identity: Identity, steps: Mappin
         "identity": identity.to_json(),
         "card": asdict(card),
         "columns": {name: column_sha256(steps[name]) for name in STEP_COLUMNS},
+        "layout": sha256_of(path / "tokens" / "zarr.json"),
         "versions": _versions(),
     }
     write_attributes(path, attributes)
@@ -301,9 +326,14 @@ def column_sha256(values: NDArray[Any]) -> str:
     return digest.hexdigest()
 
 
-def open_tokens(group: zarr.Group, card: StoreCard, where: Path | str) -> zarr.Array[Any]:
-    """The array of tokens; raises DamagedError where its description does not fit the card."""
+def open_tokens(
+    group: zarr.Group, card: StoreCard, attributes: Mapping[str, Any], where: Path | str
+) -> zarr.Array[Any]:
+    """The array of tokens; raises DamagedError where its description is not what was written, or does not fit the card."""
     try:
+        # By its bytes: another codec in it could make other numbers of the same shards.
+        digest = hashlib.sha256(_read_bytes(where, "tokens/zarr.json")).hexdigest()
+        _require(digest == attributes.get("layout"), "it differs from its checksum")
         tokens = _array(group, "tokens")
         _require(tokens.shape == (card.frames, *card.frame_shape), f"its shape is {tokens.shape}")
         _require(tokens.dtype == card.dtype, f"its type is {tokens.dtype}")
@@ -327,12 +357,34 @@ def is_mappable(tokens: zarr.Array[Any], card: StoreCard) -> bool:
     return (
         tokens.chunks == (1, *card.frame_shape)
         and tokens.shards == (card.frames_per_shard, *card.frame_shape)
-        and isinstance(plain, BytesCodec)
+        and _is_little(plain)
         and isinstance(summed, Crc32cCodec)
         and getattr(sharding.index_location, "value", sharding.index_location) == "end"  # an enum up to zarr 3.2
-        and [type(codec) for codec in sharding.index_codecs] == [BytesCodec, Crc32cCodec]
+        and len(sharding.index_codecs) == 2
+        and _is_little(sharding.index_codecs[0])
+        and isinstance(sharding.index_codecs[1], Crc32cCodec)
         and tokens.metadata.encode_chunk_key((1, 0, 0)) == "c/1/0/0"
     )
+
+
+def adopt_layout(path: Path) -> None:
+    """Accept what has been made of a store's tokens with zarr, compressed, say; `TokenStore` reads it through the zarr API then.
+
+    Whoever calls this vouches for the numbers: `wmcache verify` knows the shards only as they were extracted.
+    """
+    attributes = read_attributes(path)
+    write_attributes(path, {**attributes, "layout": sha256_of(path / "tokens" / "zarr.json")})
+
+
+def _read_bytes(where: Path | str, name: str) -> bytes:
+    if isinstance(where, Path):
+        return (where / name).read_bytes()
+    with fsspec.open(f"{where}/{name}", "rb") as file:
+        return bytes(file.read())
+
+
+def _is_little(codec: object) -> bool:
+    return isinstance(codec, BytesCodec) and getattr(codec.endian, "value", codec.endian) in (None, "little")
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:

@@ -22,7 +22,7 @@ import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from wmcache.cache.errors import UserError
+from wmcache.cache.errors import UserError, command
 from wmcache.cache.layout import CRC_BYTES, FILL, INDEX_ENTRY_BYTES, StoreCard, shard_file
 from wmcache.cache.memory import address_space_left
 
@@ -182,7 +182,7 @@ class MappedReader:
 
     @property
     def _mend(self) -> str:
-        return f"mend it with: wmcache repair {self._path}"
+        return f"mend it with: {command('wmcache', 'repair', self._path)}"
 
 
 class ZarrReader:
@@ -195,7 +195,7 @@ class ZarrReader:
 
     def gather(self, frames: NDArray[np.int64], out: Stored) -> None:
         """See `Reader.gather`; raises UserError where a chunk is missing or cannot be decoded."""
-        mend = f"see: wmcache verify {self._where}"
+        mend = f"see: {command('wmcache', 'verify', self._where)}"
         try:
             # Ascending and without repetition, so that no chunk is fetched or decoded twice.
             unique, place = np.unique(frames, return_inverse=True)

@@ -16,12 +16,13 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from tqdm import tqdm
-from wmcache.cache.errors import UserError
+from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import seconds_between_updates
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import (
     check_attributes,
     is_mappable,
+    open_group,
     open_tokens,
     read_attributes,
     read_card,
@@ -54,7 +55,7 @@ class TokenStore:
         self.mean = np.asarray(attributes.get("mean", np.zeros(self.card.token_dim)), dtype=np.float32)
         self.std = np.asarray(attributes.get("std", np.ones(self.card.token_dim)), dtype=np.float32)
         self._stamp = stamp
-        tokens = open_tokens(group, self.card, path)
+        tokens = open_tokens(group, self.card, attributes, path)
         self._reader: Reader
         if isinstance(path, Path) and is_mappable(tokens, self.card):
             if self.complete:
@@ -95,12 +96,7 @@ class TokenStore:
             place = Path(path)
             stamp = _stamp(place)
             attributes = read_attributes(place)
-            try:
-                group = zarr.open_group(place, mode="r")
-            except (OSError, ValueError, KeyError) as error:
-                raise UserError(
-                    f"{place / 'zarr.json'} cannot be read ({error}); run its wmcache extract again"
-                ) from error
+            group = open_group(place)
         if not attributes["complete"] and not allow_incomplete:
             raise UserError(f"{path} is incomplete; finish it by running its wmcache extract again")
         return cls(place, group, attributes, stamp)
@@ -213,7 +209,7 @@ class TokenStore:
         if bad:
             raise UserError(
                 f"{len(bad)} of {self.card.num_shards} shards are missing or cut short, the first is {bad[0]}; "
-                f"mend it with: wmcache repair {path}"
+                f"mend it with: {command('wmcache', 'repair', path)}"
             )
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 from tqdm import tqdm
 from wmcache.cache.errors import UserError
@@ -17,6 +16,7 @@ from wmcache.cache.layout import (
     DamagedError,
     StoreCard,
     is_mappable,
+    open_group,
     open_tokens,
     read_attributes,
     read_card,
@@ -87,16 +87,17 @@ def verify(path: Path) -> Verification:
     complete = bool(attributes["complete"])
     faults, mappable = [], False
     try:
-        group = zarr.open_group(path, mode="r")
-        mappable = is_mappable(open_tokens(group, card, path), card)
+        group = open_group(path)
+        mappable = is_mappable(open_tokens(group, card, attributes, path), card)
         read_columns(group, card, attributes["columns"], path)
-    except (DamagedError, OSError, ValueError, KeyError) as error:
+    except DamagedError as error:
         faults.append(Fault(str(path), " ".join(str(error).split())))
     done = 0
     with tqdm(total=card.frames, desc="verify", unit=" frames", mininterval=seconds_between_updates()) as bar:
         for shard in range(card.num_shards):
             if complete or record_file(path, shard).exists():
-                found = check_shard(path, shard, card, identity, mappable=mappable)
+                declared = attributes["shards"][shard] if complete else None
+                found = check_shard(path, shard, card, identity, declared, mappable=mappable)
                 faults += found
                 done += not found
             bar.update(len(card.shard_frames(shard)))
@@ -105,8 +106,13 @@ def verify(path: Path) -> Verification:
     )
 
 
-def check_shard(path: Path, shard: int, card: StoreCard, identity: Identity, *, mappable: bool) -> list[Fault]:
-    """What is wrong with a shard: its record, its size, its bytes, and, if those differ, which frames."""
+def check_shard(
+    path: Path, shard: int, card: StoreCard, identity: Identity, declared: str | None = None, *, mappable: bool
+) -> list[Fault]:
+    """What is wrong with a shard: its record, its size, its bytes, and, if those differ, which frames.
+
+    `declared` is the checksum that a complete store's attributes have for it.
+    """
     file = shard_file(path, shard)
     try:
         record = read_record(path, shard, card, identity)
@@ -117,7 +123,9 @@ def check_shard(path: Path, shard: int, card: StoreCard, identity: Identity, *, 
         if size != record.bytes:
             return [Fault(str(file), f"it has {size} bytes instead of {record.bytes}", shard)]
         if sha256_of(file) == record.sha256:
-            return []
+            if declared in (None, record.sha256):
+                return []
+            return [Fault(str(file), "it is not the one that the store was declared complete with")]
     except OSError as error:
         return [Fault(str(file), f"it cannot be read ({error.strerror or error})", shard)]
     reason = "it differs from its checksum"
@@ -131,7 +139,7 @@ def check_shard(path: Path, shard: int, card: StoreCard, identity: Identity, *, 
 
 
 def whole_tokens(path: Path, shard: int, card: StoreCard) -> NDArray[np.float16] | None:
-    """The shard's tokens if every frame of it equals its own checksum, whatever became of the record; else None.
+    """The shard's tokens if every frame of it equals its own checksum, and may so be tokens of this shard; else None.
 
     None for an int8 store too: what its steps are worth stood in the record.
     """
@@ -147,11 +155,10 @@ def whole_tokens(path: Path, shard: int, card: StoreCard) -> NDArray[np.float16]
 def leftovers(path: Path, card: StoreCard) -> Iterator[Path]:
     """Files in the store that no part of it has written, or no longer needs."""
     known = {record_file(path, shard).name for shard in range(card.num_shards)}
-    for file in sorted((path / "tokens" / "commits").iterdir()):
+    for file in sorted((path / "tokens" / "commits").glob("*")):
         if file.name not in known:
             yield file
     for folder in sorted((path / "tokens" / "c").glob("*")):
-        expected = shard_file(path, int(folder.name)) if folder.name.isdecimal() else None
-        for file in sorted(part for part in folder.rglob("*") if part.is_file()):
-            if file != expected or int(folder.name) >= card.num_shards:
-                yield file
+        shard = int(folder.name) if folder.name.isdecimal() else card.num_shards
+        expected = shard_file(path, shard) if shard < card.num_shards else None
+        yield from (file for file in sorted(folder.rglob("*")) if file.is_file() and file != expected)

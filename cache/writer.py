@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from wmcache.cache.errors import UserError
+from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import exclusive, sha256_of, sweep, sync, temporary_for
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import (
@@ -23,6 +23,7 @@ from wmcache.cache.layout import (
     create_arrays,
     create_column,
     lock_file,
+    open_group,
     open_tokens,
     read_attributes,
     read_card,
@@ -46,7 +47,7 @@ class StoreWriter:
     def __init__(self, path: Path, card: StoreCard, identity: Identity) -> None:
         """Use `StoreWriter.create` or `StoreWriter.resume`."""
         self.path, self.card, self.identity = path, card, identity
-        self._tokens = open_tokens(zarr.open_group(path, mode="r+"), card, path)
+        self._tokens = zarr.open_array(path / "tokens", mode="r+")
 
     @classmethod
     def create(cls, path: Path, card: StoreCard, identity: Identity, steps: Mapping[str, NDArray[Any]]) -> StoreWriter:
@@ -103,12 +104,9 @@ class StoreWriter:
         attributes = read_attributes(path)
         if different := Identity.from_json(attributes["identity"], str(path)).differences(identity):
             raise UserError(f"{path} was extracted with other settings ({'; '.join(different)}); choose another --out")
-        card = read_card(attributes)
-        try:
-            group = zarr.open_group(path, mode="r")
-        except (OSError, ValueError) as error:
-            raise DamagedError(f"{path / 'zarr.json'} cannot be read ({error}); extract it again") from error
-        read_columns(group, card, {name: attributes["columns"].get(name) for name in STEP_COLUMNS}, path)
+        card, group = read_card(attributes), open_group(path)
+        open_tokens(group, card, attributes, path)
+        read_columns(group, card, attributes["columns"], path)
         return cls(path, card, identity)
 
     def pending(self) -> list[int]:
@@ -138,7 +136,9 @@ class StoreWriter:
             UserError: the store cannot be written.
         """
         try:
-            with exclusive(lock_file(self.path, shard), wait=wait) as held:
+            lock = lock_file(self.path, shard)
+            lock.parent.mkdir(exist_ok=True)  # a copy by file names leaves empty folders behind
+            with exclusive(lock, wait=wait) as held:
                 yield held
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}; make it writable") from error
@@ -229,7 +229,14 @@ class StoreWriter:
             columns["scale"] = column_sha256(scale)
         write_attributes(
             self.path,
-            {**attributes, "columns": columns, "mean": mean.tolist(), "std": std.tolist(), "complete": True},
+            {
+                **attributes,
+                "columns": columns,
+                "shards": [record.sha256 for record in records],
+                "mean": mean.tolist(),
+                "std": std.tolist(),
+                "complete": True,
+            },
         )
 
     def reopen(self, shards: list[int]) -> None:
@@ -266,7 +273,7 @@ def _require_ours(path: Path, card: StoreCard, identity: Identity) -> None:
                     continue
                 return
         raise UserError(
-            f"{path} is damaged, and no record in it is of these settings; delete it with: wmcache rm {path}"
+            f"{path} is damaged, and no record in it is of these settings; delete it with: {command('wmcache', 'rm', path)}"
         ) from error
     if different := Identity.from_json(attributes["identity"], str(path)).differences(identity):
         raise UserError(f"{path} was extracted with other settings ({'; '.join(different)}); choose another --out")

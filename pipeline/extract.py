@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -143,7 +144,10 @@ def encode_frames(encoder: Encoder, frames: Frames, batch: int) -> NDArray[np.fl
                 raise UserError("the device has no memory for a single frame; choose --device cpu") from None
             encoder.max_batch = size // 2
             release_memory(encoder.device)
-            tqdm.write(f"the device has no memory for {size} frames at once, going on with {encoder.max_batch}")
+            tqdm.write(
+                f"the device has no memory for {size} frames at once, going on with {encoder.max_batch}",
+                file=sys.stderr,
+            )
             continue
         tokens[start : start + len(part)] = part.cpu().numpy()
         start += len(part)

@@ -27,7 +27,7 @@ import webdataset
 from numpy.typing import NDArray
 from PIL import Image
 from webdataset.tariterators import tar_file_iterator
-from wmcache.cache.errors import UserError
+from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import atomic_write, human_bytes, read_json, sha256_of, sweep, write_json
 from wmcache.cache.memory import available_ram
 
@@ -227,7 +227,7 @@ class FrameDataset:
             UserError: it is missing, unfinished or damaged.
         """
         path = Path(path)
-        mend = "make a dataset with: wmcache collect --out " + str(path)
+        mend = "make a dataset with: " + command("wmcache", "collect", "--out", path)
         if (path / "unfinished.json").exists():
             raise UserError(f"{path} is an unfinished dataset; finish it by running its wmcache collect again")
         values = read_json(path / "dataset.json", mend)

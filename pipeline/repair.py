@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from wmcache.cache.errors import UserError
+from wmcache.cache.files import sha256_of
 from wmcache.cache.identity import Identity
-from wmcache.cache.layout import StoreCard, read_attributes, read_card
+from wmcache.cache.layout import StoreCard, read_attributes, read_card, read_record, shard_file
 from wmcache.cache.store import TokenStore
 from wmcache.cache.verify import Fault, Verification, verify, whole_tokens
 from wmcache.cache.writer import StoreWriter
@@ -27,8 +29,8 @@ def repair(
 ) -> Verification:
     """Find what is wrong with a store, and make exactly that again.
 
-    A shard whose frames all equal their own checksums only lacks its record, which is written anew from the tokens; any other is encoded
-    again. A store whose extraction has not finished is finished.
+    A shard that is what the store was declared complete with, and only lacks its record, gets it from the tokens; every other one that is
+    at fault is encoded again. A store whose extraction has not finished is finished.
 
     Args:
         path: the store.
@@ -47,7 +49,7 @@ def repair(
     attributes = read_attributes(path)
     card, identity = read_card(attributes), Identity.from_json(attributes["identity"], str(path))
     bad = sorted({fault.shard for fault in found.faults if fault.shard is not None})
-    whole = {shard: tokens for shard in bad if (tokens := whole_tokens(path, shard, card)) is not None}
+    whole = _unrecorded(path, card, identity, bad, attributes.get("shards", []))
     if found.shards_done + len(whole) == found.shards and all(fault.shard is not None for fault in found.faults):
         writer = StoreWriter.resume(path, identity)
         source = None
@@ -63,6 +65,22 @@ def repair(
         extract(*source, path, dtype=card.dtype, batch=batch)
     else:
         writer.finish()
+    return found
+
+
+def _unrecorded(
+    path: Path, card: StoreCard, identity: Identity, bad: list[int], declared: list[str]
+) -> dict[int, NDArray[np.float16]]:
+    """Tokens of those shards that are what the store was declared complete with, and only lack their records."""
+    found = {}
+    for shard in bad:
+        file = shard_file(path, shard)
+        try:
+            read_record(path, shard, card, identity)
+        except UserError:
+            if shard < len(declared) and file.is_file() and sha256_of(file) == declared[shard]:
+                tokens = whole_tokens(path, shard, card)
+                found.update({} if tokens is None else {shard: tokens})
     return found
 
 

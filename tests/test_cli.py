@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from shutil import copytree
 
@@ -18,10 +19,11 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from wmcache import __version__
-from wmcache.cache import TokenStore, files
+from wmcache.cache import StoreWriter, TokenStore, files
 from wmcache.cli import main, wmplan, wmtrain
 from wmcache.trainer import loop
 
+BENCHMARKS = ["bench extract", "bench read", "bench train", "bench memory", "bench codecs"]
 COMMANDS: dict[str, click.Command] = {"wmcache": main, "wmtrain": wmtrain, "wmplan": wmplan}
 
 MODEL = "--width 16 --depth 1 --heads 2 --batch-size 8 --device cpu --dtype float32"
@@ -69,7 +71,8 @@ def other_store(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def contents(*folders: Path) -> dict[Path, tuple[int, int]]:
     found = [file for folder in folders for file in folder.rglob("*")]
-    return {file: (file.lstat().st_mtime_ns, file.lstat().st_size) for file in found}
+    # A folder's own time tells of a lock that came and went, and of nothing that is left.
+    return {file: (0, 0) if file.is_dir() else (file.lstat().st_mtime_ns, file.lstat().st_size) for file in found}
 
 
 @pytest.fixture
@@ -148,7 +151,7 @@ class TestQuestions:
         assert run(f"{command} --version", home).stdout == f"{command}, version {__version__}\n"
 
     @pytest.mark.parametrize("flag", ["--help", "-h"])
-    @pytest.mark.parametrize("command", [*COMMANDS, *(f"wmcache {name}" for name in [*main.commands, "bench extract"])])
+    @pytest.mark.parametrize("command", [*COMMANDS, *(f"wmcache {name}" for name in [*main.commands, *BENCHMARKS])])
     def test_help(self, home: Path, command: str, flag: str) -> None:
         result = run(f"{command} {flag}", home)
         assert result.exit_code == 0
@@ -191,7 +194,16 @@ class TestRefusals:
             ("wmcache fit --dataset {tmp}/none", "wmcache collect"),
             ("wmcache extract --dataset {tmp}/none", "wmcache collect"),
             ("wmcache bench extract --dataset {tmp}/none", "wmcache collect"),
+            ("wmcache bench train --cache {tmp}/none", "wmcache extract"),
+            ("wmcache bench codecs {tmp}/none", "wmcache extract"),
+            ("wmcache info {tmp}/none", "wmcache extract"),
+            ("wmcache verify {tmp}/none", "wmcache extract"),
+            ("wmcache verify --deep {tmp}/none", "wmcache extract"),
+            ("wmcache repair {tmp}/none", "wmcache extract"),
+            ("wmcache preview {tmp}/none", "wmcache extract"),
+            ("wmcache rm --yes {tmp}/none", "wmcache ls"),
             ("wmtrain --cache {tmp}/none", "wmcache extract"),
+            ("wmtrain --cache {tmp}/none --out {tmp}/new/run", "wmcache extract"),
             ("wmplan --run {tmp}/none", "wmtrain"),
         ],
     )
@@ -204,6 +216,17 @@ class TestRefusals:
             "wmcache extract --dataset {home}/stores/pointmaze-umaze/tcn-64.zarr",
             "wmcache extract --dataset {home}/pointmaze-umaze/dataset.json",
             "wmcache extract --out {home}/pointmaze-umaze --device cpu",
+            "wmcache info {home}/pointmaze-umaze",
+            "wmcache verify {home}/pointmaze-umaze",
+            "wmcache verify --deep {home}/runs/pointmaze-umaze-tcn-64",
+            "wmcache repair {home}/pointmaze-umaze/dataset.json",
+            "wmcache preview {home}/pointmaze-umaze",
+            "wmcache preview {home}/stores/pointmaze-umaze/tcn-64.zarr --dataset {home}/stores",
+            "wmcache rm --yes {home}/pointmaze-umaze",
+            "wmcache rm --yes {home}/pointmaze-umaze/dataset.json",
+            "wmcache rm --yes {home}/stores",
+            "wmcache rm --yes {home}/runs/pointmaze-umaze-tcn-64",
+            "wmcache rm --yes {home}/stores/pointmaze-umaze/tcn-64.zarr/tokens",
             "wmtrain --cache {home}/pointmaze-umaze",
             "wmtrain --cache {home}/pointmaze-umaze/dataset.json",
             "wmtrain --cache {home}/stores/pointmaze-umaze/tcn-64.zarr/tokens",
@@ -342,6 +365,14 @@ class TestRefusals:
             "wmcache fit --steps 0",
             "wmcache extract --batch-size 0",
             "wmcache extract --workers 0",
+            "wmcache extract --store-dtype float64",
+            "wmcache preview x --count 0",
+            "wmcache preview",
+            "wmcache verify",
+            "wmcache rm",
+            "wmcache bench read --frames 10",
+            "wmcache bench train",
+            "wmtrain --cache x --residence attic",
             "wmtrain --cache x --steps 0",
             "wmtrain --cache x --dropout 1",
             "wmtrain --cache x --history 0",
@@ -421,6 +452,340 @@ class TestRefusals:
     def test_a_run_without_a_checkpoint(self, refused: Callable[..., None], home: Path, tmp_path: Path) -> None:
         copytree(home / "runs" / "pointmaze-umaze-tcn-64", tmp_path / "run", ignore=lambda *_: ["checkpoints"])
         refused("wmplan --run {tmp}/run", "no checkpoint yet")
+
+
+STORE = "{home}/stores/pointmaze-umaze/tcn-64.zarr"
+
+
+def flip(file: Path, place: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
+class TestStores:
+    @pytest.fixture
+    def store(self, home: Path, tmp_path: Path) -> Path:
+        """A store of one's own, of 4 shards, to be damaged at will."""
+        return Path(copytree(home / "stores/pointmaze-umaze/tcn-64.zarr", tmp_path / "own stores" / "tcn-64.zarr"))
+
+    @pytest.fixture
+    def damaged(self, store: Path) -> Path:
+        """Frame 66 has a flipped bit, and the last shard is gone."""
+        flip(store / "tokens/c/1/0/0", 2 * (4 * 32 * 2 + 4))
+        (store / "tokens/c/3/0/0").unlink()
+        return store
+
+    def test_stores_are_listed_for_people(self, home: Path) -> None:
+        header, *rows = run("wmcache ls", home).stdout.splitlines()
+        assert header.split() == ["state", "size", "frames", "tokens", "dtype", "store"]
+        (row,) = (row for row in rows if "tcn-64.zarr" in row)
+        assert row.split()[0] == "complete"
+        assert " 240 " in row
+        assert " 4 x 32 " in row
+        assert row.endswith(str(home / "stores/pointmaze-umaze/tcn-64.zarr"))
+
+    def test_stores_of_every_state_are_listed_for_programs(self, home: Path, store: Path) -> None:
+        folder = store.parent
+        copytree(store, folder / "b.zarr")
+        (folder / "b.zarr" / "zarr.json").write_text("{")
+        result = run("wmcache ls {folder} --json", home, folder=folder)
+        assert result.exit_code == 0
+        broken, whole = json.loads(result.stdout)
+        assert (whole["path"], whole["complete"], whole["fault"]) == (str(store), True, "")
+        assert (whole["frames"], whole["tokens"], whole["token_dim"], whole["dtype"]) == (240, 4, 32, "float16")
+        assert (whole["encoder"], whole["dataset"], whole["shards_done"]) == ("tcn", "pointmaze-umaze", 4)
+        assert (broken["path"], broken["complete"]) == (str(folder / "b.zarr"), False)
+        assert "zarr.json" in broken["fault"]
+        assert "damaged" in run("wmcache ls {folder}", home, folder=folder).stdout
+
+    def test_where_there_are_no_stores_none_are_listed(self, tmp_path: Path) -> None:
+        assert json.loads(run("wmcache ls --json", tmp_path).stdout) == []
+        assert len(run("wmcache ls", tmp_path).stdout.splitlines()) == 1
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_store_says_what_it_is(self, home: Path) -> None:
+        values = json.loads(run(f"wmcache info {STORE} --json", home).stdout)
+        store = TokenStore.open(home / "stores/pointmaze-umaze/tcn-64.zarr")
+        assert values["identity"]["weights_sha256"] == store.identity.weights_sha256
+        assert values["card"]["dataset"]["path"] == str(home / "pointmaze-umaze")
+        assert values["versions"]["torch"] == version("torch")
+        assert (values["frames"], values["complete"], values["fault"]) == (240, True, "")
+        rows = dict(
+            line.split(maxsplit=1)
+            for line in run(f"wmcache info {STORE}", home).stdout.splitlines()
+            if " " in line.strip()
+        )
+        assert rows["identity.weights_sha256"] == store.identity.weights_sha256
+        assert rows["card.token_grid"] == "[2, 2]"
+        assert rows["frames"] == "240"
+
+    def test_the_info_of_a_damaged_store_is_refused(self, refused: Callable[..., None], store: Path) -> None:
+        (store / "zarr.json").write_text("{")
+        for command in ("info", "info --json", "preview", "bench codecs"):
+            refused(f"wmcache {command} {{store}}", "{store}/zarr.json", "run its wmcache extract again", store=store)
+
+    @pytest.mark.parametrize("options", ["", "--deep --device cpu"])
+    def test_a_sound_store_is_verified(self, home: Path, options: str) -> None:
+        result = run(f"wmcache verify {STORE} {options}", home)
+        assert result.exit_code == 0
+        assert "4 of 4 shards as they were written, 240 frames" in result.stdout
+        assert "fault" not in result.stdout
+        assert ("cosine" in result.stdout) == bool(options)
+        result = run(f"wmcache verify {STORE} {options} --json", home)
+        found = json.loads(result.stdout)
+        assert (found["sound"], found["complete"], found["shards_done"], found["faults"]) == (True, True, 4, [])
+        assert (found["drift"] is not None) == bool(options)
+
+    @pytest.mark.parametrize("options", ["", "--deep --device cpu"])
+    def test_a_damaged_store_is_found_out_and_left_alone(self, home: Path, damaged: Path, options: str) -> None:
+        before = contents(damaged)
+        result = run(f"wmcache verify {{store}} {options}", home, store=damaged)
+        assert result.exit_code == 1
+        faults = [line for line in result.stdout.splitlines() if line.startswith("fault: ")]
+        assert len(faults) == 2
+        assert "tokens/c/1/0/0: it differs from its checksum, in frames 66" in faults[0]
+        assert "tokens/c/3/0/0" in faults[1]
+        said = f"Error: {damaged} is damaged; mend it with: wmcache repair {shlex.quote(str(damaged))}"
+        assert result.stderr.splitlines()[-1] == said
+        result = run(f"wmcache verify {{store}} {options} --json", home, store=damaged)
+        assert result.exit_code == 1
+        found = json.loads(result.stdout)
+        assert (found["sound"], [fault["shard"] for fault in found["faults"]]) == (False, [1, 3])
+        assert result.stderr.splitlines()[-1] == said
+        assert contents(damaged) == before
+
+    def test_wrong_tokens_are_found_by_encoding_anew(self, home: Path, store: Path) -> None:
+        known = TokenStore.open(store)
+        made_up = np.random.default_rng(0).normal(size=(64, 4, 32)).astype(np.float16)
+        writer = StoreWriter.resume(store, known.identity)
+        writer.write_shard(1, made_up)
+        assert run("wmcache verify {store}", home, store=store).exit_code == 1
+        writer.reopen([])
+        writer.finish()
+        assert run("wmcache verify {store}", home, store=store).exit_code == 0
+        result = run("wmcache verify {store} --deep --device cpu", home, store=store)
+        assert result.exit_code == 1
+        assert "gives other tokens" in result.stdout
+
+    def test_an_unfinished_store_is_called_so(self, home: Path, store: Path) -> None:
+        known = TokenStore.open(store)
+        StoreWriter.resume(store, known.identity).reopen([2])
+        result = run("wmcache verify {store}", home, store=store)
+        assert result.exit_code == 1
+        assert "3 of 4 shards" in result.stdout
+        assert result.stderr.splitlines()[-1].startswith(f"Error: {store} is incomplete; mend it with: wmcache repair")
+        assert "3 of 4 shards" in run("wmcache ls {folder}", home, folder=store.parent).stdout
+
+    def test_what_belongs_to_nobody_is_named(self, home: Path, store: Path) -> None:
+        (store / "tokens/commits/notes.txt").write_text("mine")
+        result = run("wmcache verify {store}", home, store=store)
+        assert result.exit_code == 0
+        assert f"left over, harmless: {store}/tokens/commits/notes.txt" in result.stdout
+
+    def test_a_damaged_store_is_mended_as_the_message_says(self, home: Path, damaged: Path) -> None:
+        assert (
+            run("wmtrain --cache {store} --out {out}", home, store=damaged, out=damaged.parent / "run").exit_code == 1
+        )
+        said = run("wmcache verify {store}", home, store=damaged).stderr.splitlines()[-1]
+        command = shlex.split(said.partition("mend it with: ")[2])
+        result = CliRunner().invoke(main, [*command[1:], "--device", "cpu"])
+        assert result.exit_code == 0
+        assert result.stdout == f"{damaged}: complete; 2 faults mended\n"
+        assert run("wmcache verify {store}", home, store=damaged).exit_code == 0
+        original = home / "stores/pointmaze-umaze/tcn-64.zarr"
+        for file in original.rglob("*"):
+            assert file.is_dir() or (damaged / file.relative_to(original)).read_bytes() == file.read_bytes()
+
+    def test_a_sound_store_needs_no_mending(self, home: Path) -> None:
+        before = contents(home)
+        assert run(f"wmcache repair {STORE}", home).stdout == f"{STORE.format(home=home)}: complete\n"
+        assert contents(home) == before
+
+    def test_frames_and_weights_that_have_moved_are_said(
+        self, home: Path, tmp_path: Path, refused: Callable[..., None]
+    ) -> None:
+        lines = (
+            "wmcache collect --episodes 2 --length 8 --image-size 32 --frames-per-shard 8 --workers 1 --out {tmp}/a",
+            "wmcache fit --dataset {tmp}/a --steps 1 --batch-size 4 --device cpu --out {tmp}/a.safetensors",
+            "wmcache extract --dataset {tmp}/a --weights {tmp}/a.safetensors --device cpu --out {tmp}/a.zarr",
+        )
+        assert [run(line, home, tmp=tmp_path).exit_code for line in lines] == [0, 0, 0]
+        (tmp_path / "a").rename(tmp_path / "b")
+        (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
+        (tmp_path / "a.zarr/tokens/c/1/0/0").unlink()
+        at = "--dataset {tmp}/b --weights {tmp}/b.safetensors --device cpu"
+        for line in ("wmcache repair {tmp}/a.zarr", "wmcache repair {tmp}/a.zarr --dataset {home}/pointmaze-umaze"):
+            result = run(line, home, tmp=tmp_path)
+            assert result.exit_code == 1
+            assert "--dataset" in result.stderr.splitlines()[-1] or "--weights" in result.stderr.splitlines()[-1]
+        assert run(f"wmcache repair {{tmp}}/a.zarr {at}", home, tmp=tmp_path).exit_code == 0
+        assert run(f"wmcache verify --deep {{tmp}}/a.zarr {at}", home, tmp=tmp_path).exit_code == 0
+        assert run("wmcache verify --deep {tmp}/a.zarr", home, tmp=tmp_path).exit_code == 1
+        assert run("wmcache preview {tmp}/a.zarr --dataset {tmp}/b --count 2", home, tmp=tmp_path).exit_code == 0
+
+    def test_a_picture_lies_beside_its_store(self, home: Path, store: Path) -> None:
+        result = run("wmcache preview {store} --count 3", home, store=store)
+        assert result.exit_code == 0
+        assert result.stdout == f"{store.with_suffix('.png')}: frames 0, 119, 239\n"
+        assert store.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        assert (
+            run(
+                "wmcache preview {store} --count 1 --out {out}", home, store=store, out=store.parent / "x.png"
+            ).exit_code
+            == 0
+        )
+        assert (store.parent / "x.png").exists()
+
+    @pytest.mark.parametrize("answer", ["n\n", "\n", "", "perhaps\n"])
+    def test_a_store_is_deleted_only_by_who_says_yes(self, home: Path, store: Path, answer: str) -> None:
+        before = contents(store)
+        result = CliRunner().invoke(main, ["rm", str(store)], input=answer)
+        assert result.exit_code == 1
+        assert f"delete {store}?" in result.stdout
+        assert contents(store) == before
+
+    @pytest.mark.parametrize(("options", "answer"), [([], "y\n"), (["--yes"], "")])
+    def test_a_store_is_deleted(self, store: Path, options: list[str], answer: str) -> None:
+        result = CliRunner().invoke(main, ["rm", str(store), *options], input=answer)
+        assert result.exit_code == 0
+        assert result.stdout.splitlines()[-1].startswith(f"{store}: deleted, ")
+        assert list(store.parent.iterdir()) == []
+
+    def test_a_damaged_store_can_be_deleted_too(self, home: Path, damaged: Path) -> None:
+        (damaged / "zarr.json").write_text("{")
+        assert run("wmcache rm --yes {store}", home, store=damaged).exit_code == 0
+        assert not damaged.exists()
+
+    @pytest.mark.parametrize("command", ["info", "verify", "repair", "preview --count 1", "rm --yes"])
+    def test_a_store_can_be_named_from_inside(
+        self, home: Path, store: Path, monkeypatch: pytest.MonkeyPatch, command: str
+    ) -> None:
+        monkeypatch.chdir(store)
+        result = run(f"wmcache {command} .", home)
+        # Done, or refused in one line; but no traceback.
+        assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+
+    @pytest.mark.parametrize("command", ["info", "verify", "repair", "preview --count 1"])
+    def test_a_link_to_a_store_is_as_good(self, home: Path, store: Path, tmp_path: Path, command: str) -> None:
+        link = tmp_path / "link.zarr"
+        link.symlink_to(store)
+        assert run(f"wmcache {command} {{link}}", home, link=link).exit_code == 0
+        assert {path.name for path in tmp_path.iterdir()} <= {"link.zarr", "link.png", "own stores"}
+
+
+@pytest.fixture(scope="module")
+def narrow(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of a road of its own, whose store is of int8."""
+    own = Path(copytree(home, tmp_path_factory.mktemp("int8") / "home"))
+    for line in (
+        "wmcache extract --store-dtype int8 --device cpu",
+        f"wmtrain --cache {{home}}/stores/pointmaze-umaze/tcn-64-int8.zarr --steps 4 {MODEL}",
+        f"wmplan --run {{home}}/runs/pointmaze-umaze-tcn-64-int8 {PLAN}",
+    ):
+        result = run(line, own)
+        assert result.exit_code == 0, result.output
+    return own
+
+
+class TestResidences:
+    def test_where_tokens_are_kept_changes_no_number(self, home: Path, tmp_path: Path) -> None:
+        logged = {}
+        for residence in ("device", "ram", "disk", "auto"):
+            out = tmp_path / residence
+            line = f"wmtrain --cache {STORE} --out {{out}} --steps 6 --log-every 1 --residence {residence} {MODEL}"
+            result = run(line, home, out=out)
+            assert result.exit_code == 0, result.output
+            where = "in ram" if residence == "auto" else f"{'in' if residence == 'ram' else 'on'} {residence}"
+            assert f"61.4 kB of tokens {where} (" in result.output
+            rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            logged[residence] = [
+                {k: v for k, v in row.items() if k not in ("windows_per_second", "waiting_share")} for row in rows
+            ]
+        assert len(logged["disk"]) == 7
+        assert logged["device"] == logged["ram"] == logged["disk"] == logged["auto"]
+
+    def test_a_run_goes_on_from_another_residence(self, home: Path, tmp_path: Path) -> None:
+        line = f"wmtrain --cache {STORE} --out {{out}} {MODEL} --steps"
+        assert run(f"{line} 2 --residence ram", home, out=tmp_path / "run").exit_code == 0
+        result = run(f"{line} 4 --residence disk --resume", home, out=tmp_path / "run")
+        assert result.exit_code == 0, result.output
+        assert "steps 2 to 4" in result.output
+
+
+class TestBytes:
+    def test_a_store_of_bytes_is_beside_the_other_and_half_as_large(self, narrow: Path) -> None:
+        entries = {Path(row["path"]).name: row for row in json.loads(run("wmcache ls --json", narrow).stdout)}
+        assert entries.keys() >= {"tcn-64.zarr", "tcn-64-int8.zarr"}
+        assert [entries[name]["dtype"] for name in ("tcn-64.zarr", "tcn-64-int8.zarr")] == ["float16", "int8"]
+        assert entries["tcn-64-int8.zarr"]["bytes"] < entries["tcn-64.zarr"]["bytes"]
+        wide, small = (
+            TokenStore.open(narrow / "stores/pointmaze-umaze" / name) for name in ("tcn-64.zarr", "tcn-64-int8.zarr")
+        )
+        np.testing.assert_allclose(small.gather(np.arange(240)), wide.gather(np.arange(240)), atol=0.05)
+
+    def test_it_is_trained_and_planned_on(self, narrow: Path) -> None:
+        results = json.loads((narrow / "runs/pointmaze-umaze-tcn-64-int8/plan-all-x1-2x10/results.json").read_text())
+        assert results["episodes"] == 2
+        identity = json.loads((narrow / "runs/pointmaze-umaze-tcn-64-int8/identity.json").read_text())
+        assert (identity["identity"]["store_dtype"], identity["card"]["dtype"]) == ("int8", "int8")
+
+    def test_it_is_verified_drawn_and_finished_again_like_the_other(self, narrow: Path, tmp_path: Path) -> None:
+        store = narrow / "stores/pointmaze-umaze/tcn-64-int8.zarr"
+        before = contents(store)
+        for line in (
+            "wmcache verify --deep --device cpu {store}",
+            "wmcache preview {store} --out {tmp}/x.png --count 1",
+            "wmcache extract --store-dtype int8 --device cpu",
+        ):
+            result = run(line, narrow, store=store, tmp=tmp_path)
+            assert result.exit_code == 0, result.output
+        assert contents(store) == before
+
+    def test_the_one_is_not_taken_for_the_other(self, narrow: Path) -> None:
+        result = run("wmcache extract --device cpu --out {home}/stores/pointmaze-umaze/tcn-64-int8.zarr", narrow)
+        assert "other settings (store_dtype: int8 != float16)" in result.stderr
+        run_path = "{home}/runs/pointmaze-umaze-tcn-64"
+        result = run(
+            f"wmtrain --cache {{home}}/stores/pointmaze-umaze/tcn-64-int8.zarr --out {run_path} --steps 4 {MODEL}",
+            narrow,
+        )
+        assert "store_dtype: float16 != int8" in result.stderr
+
+    def test_the_forecast_is_of_half_the_room(self, narrow: Path, tmp_path: Path) -> None:
+        line = "wmcache extract --dry-run --store-dtype int8 --device cpu --out {out}"
+        assert "30.7 kB needed" in run(line, narrow, out=tmp_path / "new.zarr").stdout
+
+
+class TestBenchmarks:
+    @pytest.mark.parametrize("dtype", ["float16", "int8"])
+    def test_reading(self, home: Path, tmp_path: Path, dtype: str) -> None:
+        line = (
+            f"wmcache bench read --frames 100 --tokens 2 --dim 4 --batch-size 2 --store-dtype {dtype} --keep {{keep}}"
+        )
+        figures = json.loads(run(f"{line} --json", home, keep=tmp_path / "kept").stdout)
+        assert figures["frames"] == 100
+        assert all(value > 0 for value in figures.values())
+        assert np.load(tmp_path / "kept/bench.npy").dtype == dtype
+        for row in run(line, home, keep=tmp_path / "kept").stdout.splitlines():
+            name, value = row.split()
+            assert name in figures
+            assert float(value) >= 0
+
+    def test_training(self, home: Path) -> None:
+        sizes = "--steps 2 --width 16 --depth 1 --heads 2 --batch-size 4 --device cpu --residence ram"
+        result = run(f"wmcache bench train --cache {STORE} {sizes} --json", home)
+        figures = json.loads(result.stdout)
+        assert figures["windows_per_step"] == 4
+        assert all(figures[name] > 0 for name in figures if name != "waiting_share")
+        assert "61.4 kB of tokens in ram" in result.output
+
+    def test_smaller_forms(self, home: Path) -> None:
+        rows = json.loads(run(f"wmcache bench codecs {STORE} --frames 100 --json", home).stdout)
+        assert [row["form"] for row in rows] == ["float16", "int8", "zstd", "blosc lz4 shuffled"]
+        header, *lines = run(f"wmcache bench codecs {STORE} --frames 100", home).stdout.splitlines()
+        assert header.split() == list(rows[0])
+        assert [line.split()[0] for line in lines] == ["float16", "int8", "zstd", "blosc"]
 
 
 class Interrupted(loop.Log):

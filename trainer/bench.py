@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -54,7 +55,7 @@ def bench_train(
     model = model.to(where).train()
     optimiser = make_optimiser(model, options)
     chosen, why = choose_residence(store, where, residence)
-    tqdm.write(why)
+    tqdm.write(why, file=sys.stderr)
 
     def rate(source: Iterator[Mapping[str, Tensor]], count: int) -> float:
         synchronise(where)

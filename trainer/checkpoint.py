@@ -10,6 +10,7 @@ checkpoints/last                    symbolic link to the newest
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import read_json, sync, write_json
+from wmcache.cache.files import read_json, require_seal, seal, sha256_of, sync, write_json
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_card, require_identity
 from wmcache.trainer.models import DataShape, build
@@ -27,6 +28,7 @@ from wmcache.trainer.models import DataShape, build
 KEEP = 2
 """Checkpoints that stay: the newest, and the one before it for the case that the newest turns out bad."""
 
+FILES = ("model.safetensors", "optimizer.safetensors")
 FALL_BACK = "delete its folder to fall back to the checkpoint before it"
 
 
@@ -46,7 +48,8 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimiser: torch.opt
         temporary.mkdir(parents=True)
         save_file(_contiguous(model.state_dict()), temporary / "model.safetensors")
         save_file(_optimiser_tensors(model, optimiser), temporary / "optimizer.safetensors")
-        write_json(temporary / "state.json", {"step": step})
+        checksums = {name: sha256_of(temporary / name) for name in FILES}
+        write_json(temporary / "state.json", seal({"step": step, "sha256": checksums}))
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)
@@ -56,7 +59,10 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimiser: torch.opt
         link = folder / ".last.tmp"
         link.unlink(missing_ok=True)
         link.symlink_to(final.name)
-        link.replace(folder / "last")
+        last = folder / "last"
+        if last.is_dir() and not last.is_symlink():  # as some programs copy a link
+            shutil.rmtree(last)
+        link.replace(last)
         sync(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -75,7 +81,7 @@ def load_training_state(run: Path, model: nn.Module, optimiser: torch.optim.Opti
     """
     folder = last_checkpoint(run)
     load_weights(folder, model)
-    tensors = _load(folder / "optimizer.safetensors")
+    tensors = _load(folder, "optimizer.safetensors")
     named = dict(model.named_parameters())
     for group in optimiser.param_groups:
         for parameter in group["params"]:
@@ -90,7 +96,7 @@ def load_training_state(run: Path, model: nn.Module, optimiser: torch.optim.Opti
     torch.set_rng_state(tensors["rng.cpu"])
     if torch.cuda.is_available() and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return int(read_json(folder / "state.json", "resume from an older checkpoint")["step"])
+    return int(read_state(folder)["step"])
 
 
 def load_model(run: Path, device: torch.device) -> Any:
@@ -101,7 +107,7 @@ def load_model(run: Path, device: torch.device) -> Any:
     """
     config = read_config(run)
     folder = last_checkpoint(run)
-    weights = _load(folder / "model.safetensors")
+    weights = _load(folder, "model.safetensors")
     statistics = {name: value for name, value in weights.items() if name.endswith(("_mean", "_std"))}
     model = build(config["model"], DataShape(**config["shape"]), config["model_options"], statistics)
     load_weights(folder, model)
@@ -111,7 +117,7 @@ def load_model(run: Path, device: torch.device) -> Any:
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Put a checkpoint's weights into `model`; raises UserError where they do not fit."""
     try:
-        model.load_state_dict(_load(folder / "model.safetensors"))
+        model.load_state_dict(_load(folder, "model.safetensors"))
     except RuntimeError as error:
         raise UserError(
             f"{folder} does not fit its config.json ({' '.join(str(error).split())[:200]}); train again"
@@ -136,12 +142,19 @@ def read_identity(run: Path) -> tuple[StoreCard, Identity]:
     return read_card(saved), Identity.from_json(saved["identity"], str(file))
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """The step of a checkpoint and the checksums of its files; raises UserError where it is not what was written."""
+    file = folder / "state.json"
+    return require_seal(read_json(file, FALL_BACK), file, FALL_BACK)
+
+
 def last_checkpoint(run: Path) -> Path:
     """The folder of the newest checkpoint; raises UserError where there is none."""
     if not (found := checkpoints(run)):
         raise UserError(f"{run} has no checkpoint yet; run its wmtrain again")
     last = run / "checkpoints" / "last"
-    return last.resolve() if last.exists() else found[-1]
+    target = last.parent / last.readlink() if last.is_symlink() else None
+    return target if target in found else found[-1]
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -153,12 +166,18 @@ def truncate_metrics(run: Path, step: int) -> None:
     """Drop what was logged after `step`, which a resumed run will log again."""
     file = run / "metrics.jsonl"
     if file.exists():
-        lines = [
-            line for line in file.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
-        ]
+        lines = [line for line in file.read_text(errors="replace").splitlines() if _step(line) <= step]
         temporary = file.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in lines))
         temporary.replace(file)
+
+
+def _step(line: str) -> float:
+    """The step of a logged line; infinite for a line that a kill or a full disk has garbled."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -175,8 +194,11 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().contiguous() for name, value in tensors.items()}
 
 
-def _load(file: Path) -> dict[str, Tensor]:
+def _load(folder: Path, name: str) -> dict[str, Tensor]:
+    file = folder / name
     try:
+        if sha256_of(file) != read_state(folder)["sha256"].get(name):
+            raise UserError(f"{file} differs from its checksum; {FALL_BACK}")
         tensors: dict[str, Tensor] = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read ({error}); {FALL_BACK}") from error

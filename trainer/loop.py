@@ -103,15 +103,17 @@ def train(
             not finite; `not-finite.json` in the run's folder then says which windows gave it.
     """
     check_options(options)
+    store = TokenStore.open(cache)
     make_folder(out.parent)
     with exclusive(out.with_name(f".{out.name}.lock"), wait=False) as alone:
         if not alone:
             raise UserError(f"another wmtrain is at work on {out}; wait for it, or choose another --out")
-        return _train(cache, out, options, resume=resume, overwrite=overwrite)
+        return _train(store, cache, out, options, resume=resume, overwrite=overwrite)
 
 
-def _train(cache: Path, out: Path, options: TrainOptions, *, resume: bool, overwrite: bool) -> dict[str, float]:
-    store = TokenStore.open(cache)
+def _train(
+    store: TokenStore, cache: Path, out: Path, options: TrainOptions, *, resume: bool, overwrite: bool
+) -> dict[str, float]:
     windows = store.windows(options.history, 1, options.frameskip, "train", seed=options.split_seed)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)

@@ -21,7 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, UserError, reader
-from wmcache.cache.layout import FILL, read_attributes, shard_file, write_attributes
+from wmcache.cache.layout import FILL, adopt_layout, read_attributes, shard_file, write_attributes
 from wmcache.cache.reader import MappedReader, MemoryReader, Reader, ZarrReader
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
@@ -222,6 +222,7 @@ def rewrite_tokens(path: Path, **layout: Any) -> Path:
     )
     array[:] = values
     shutil.move(path / "commits", path / "tokens" / "commits")
+    adopt_layout(path)
     return path
 
 

@@ -1,3 +1,5 @@
+"""Windows, splits and orders: pure functions of what they are given, so that any run can be repeated."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -128,6 +130,68 @@ def test_every_epoch_shows_every_window_once(windows: int, batch: int, seed: int
     for epoch in range(3):
         part = seen[epoch * windows : (epoch + 1) * windows]
         assert sorted(part.tolist()) == list(range(windows))
+
+
+parallel = given(
+    windows=st.integers(1, 60),
+    batch=st.integers(1, 20),
+    seed=st.integers(0, 2**32),
+    step=st.integers(0, 30),
+    world_size=st.integers(1, 6),
+)
+
+
+@settings(deadline=None)
+@parallel
+def test_processes_together_see_what_one_with_all_their_batches_sees(
+    windows: int, batch: int, seed: int, step: int, world_size: int
+) -> None:
+    parts = [batch_windows(windows, seed, step, batch, rank, world_size) for rank in range(world_size)]
+    assert [len(part) for part in parts] == [batch] * world_size
+    np.testing.assert_array_equal(np.concatenate(parts), batch_windows(windows, seed, step, world_size * batch))
+
+
+@settings(deadline=None)
+@parallel
+def test_a_process_resumed_in_the_middle_of_an_epoch_sees_what_it_would_have_seen(
+    windows: int, batch: int, seed: int, step: int, world_size: int
+) -> None:
+    rank = seed % world_size
+    straight = [batch_windows(windows, seed, each, batch, rank, world_size).tolist() for each in range(step + 3)]
+    epoch_order.cache_clear()  # another process knows no order yet
+    resumed = [batch_windows(windows, seed, each, batch, rank, world_size).tolist() for each in range(step, step + 3)]
+    assert resumed == straight[step:]
+    # Whatever was asked for before changes nothing either: the order depends on its arguments alone.
+    backwards = [batch_windows(windows, seed, each, batch, rank, world_size).tolist() for each in reversed(range(step))]
+    assert backwards == straight[:step][::-1]
+
+
+@settings(deadline=None)
+@given(windows=st.integers(1, 60), batch=st.integers(1, 20), seed=st.integers(0, 2**32), world_size=st.integers(1, 6))
+def test_the_processes_together_see_every_window_of_an_epoch_once(
+    windows: int, batch: int, seed: int, world_size: int
+) -> None:
+    steps = -(-2 * windows // (batch * world_size))
+    seen = [
+        window
+        for step in range(steps)
+        for rank in range(world_size)
+        for window in batch_windows(windows, seed, step, batch, rank, world_size).tolist()
+    ]
+    for epoch in range(2):
+        assert sorted(seen[epoch * windows : (epoch + 1) * windows]) == list(range(windows))
+
+
+def test_within_an_epoch_no_two_processes_see_the_same_window() -> None:
+    seen = [batch_windows(1000, 7, step, 10, rank, 4) for step in range(25) for rank in range(4)]
+    assert len(set(np.concatenate(seen).tolist())) == 1000
+
+
+def test_what_a_batch_holds_can_be_changed_without_changing_the_order() -> None:
+    first = batch_windows(50, 3, 0, 20)
+    expected = first.copy()
+    first[:] = -1
+    np.testing.assert_array_equal(batch_windows(50, 3, 0, 20), expected)
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:

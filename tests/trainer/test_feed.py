@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
 
 import numpy as np
 import pytest
 import torch
-from wmcache.cache import TokenStore, UserError
+from wmcache.cache import StoreWriter, TokenStore, UserError
 from wmcache.cache.layout import shard_file
 from wmcache.cache.windows import batch_windows
-from wmcache.trainer.feed import Feed
+from wmcache.trainer import feed as feeding
+from wmcache.trainer.feed import RESIDENCES, Feed, choose_residence, load_on_device
 
-CPU = torch.device("cpu")
+Has = Callable[[int, int], None]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+DEVICES = [CPU, pytest.param(CUDA, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
 @pytest.mark.parametrize("first", [0, 7])
@@ -49,3 +55,191 @@ def test_a_damaged_store_stops_the_training_and_not_only_the_reader(store_path: 
     windows = store.windows(3, 1, 5, "train")
     with Feed(store, windows, batch=8, seed=0, device=CPU) as feed, pytest.raises(UserError, match="wmcache repair"):
         feed.next()
+
+
+@pytest.fixture(scope="module")
+def paths(store: TokenStore, store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same tokens in each dtype, 360 frames in shards of 64; read only."""
+    steps = {name: getattr(store, name) for name in ("action", "state", "episode", "step")}
+    card = dataclasses.replace(store.card, dtype="int8")
+    identity = dataclasses.replace(store.identity, store_dtype="int8")
+    writer = StoreWriter.create(tmp_path_factory.mktemp("int8") / "int8.zarr", card, identity, steps)
+    for shard in writer.pending():
+        rows = card.shard_frames(shard)
+        writer.write_shard(shard, store.gather(np.arange(rows.start, rows.stop)))
+    writer.finish()
+    return {"float16": store_path, "int8": writer.path}
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("residence", RESIDENCES)
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_wherever_tokens_are_kept_the_batches_are_the_same(
+    paths: dict[str, Path], dtype: str, residence: str, device: torch.device
+) -> None:
+    store, reference = TokenStore.open(paths[dtype]), TokenStore.open(paths[dtype]).windows(3, 1, 5, "train")
+    windows = store.windows(3, 1, 5, "train")
+    with Feed(store, windows, batch=32, seed=5, device=device, first=4, residence=residence) as feed:
+        for step in range(4, 4 + 2 * len(windows) // 32):
+            expected = reference.batch(batch_windows(len(windows), 5, step, 32))
+            batch = feed.next()
+            assert batch.keys() == expected.keys()
+            for name, value in expected.items():
+                assert batch[name].device.type == device.type
+                assert batch[name].dtype == torch.from_numpy(value).dtype
+                np.testing.assert_array_equal(batch[name].cpu().numpy(), value, err_msg=f"{name} of step {step}")
+
+
+@pytest.mark.parametrize("residence", RESIDENCES)
+def test_bytes_are_fed_as_the_tokens_that_they_stand_for(
+    paths: dict[str, Path], store: TokenStore, residence: str
+) -> None:
+    narrow = TokenStore.open(paths["int8"])
+    windows = narrow.windows(3, 1, 5, "train")
+    with Feed(narrow, windows, batch=16, seed=0, device=CPU, residence=residence) as feed:
+        batch = feed.next()
+    frames = windows.frames(batch_windows(len(windows), 0, 0, 16))
+    assert batch["tokens"].dtype == torch.float16
+    np.testing.assert_array_equal(batch["tokens"].numpy(), narrow.gather(frames.ravel()).reshape(16, 4, 4, 32))
+    # And they are near what was encoded: half a step of the shard, and the rounding to float16.
+    truth = store.gather(frames.ravel()).reshape(16, 4, 4, 32).astype(np.float32)
+    assert narrow.scale is not None
+    step = narrow.scale[frames // 64, 0][:, :, None]
+    assert (np.abs(batch["tokens"].float().numpy() - truth) <= step / 2 + 2**-10 * np.abs(truth)).all()
+
+
+@pytest.mark.parametrize("residence", RESIDENCES)
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_batch_stays_as_it_is_wherever_tokens_are_kept(paths: dict[str, Path], dtype: str, residence: str) -> None:
+    store = TokenStore.open(paths[dtype])
+    windows = store.windows(3, 1, 5, "train")
+    with Feed(store, windows, batch=8, seed=0, device=CPU, residence=residence) as feed:
+        for _ in range(3):
+            batch = feed.next()
+            before = {name: value.clone() for name, value in batch.items()}
+            feed._next.result()  # the read of the batch after it
+            assert all(torch.equal(batch[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_table_on_the_device_holds_what_is_stored(paths: dict[str, Path], dtype: str, device: torch.device) -> None:
+    store = TokenStore.open(paths[dtype])
+    table = load_on_device(store, device)
+    assert (table.device.type, table.dtype) == (device.type, getattr(torch, dtype))
+    np.testing.assert_array_equal(table.cpu().numpy(), TokenStore.open(paths[dtype]).gather_stored(np.arange(360)))
+
+
+@pytest.mark.parametrize("residence", ["ram", "device"])
+def test_tokens_that_have_moved_in_are_not_read_from_disk(
+    store_path: Path, store: TokenStore, tmp_path: Path, residence: str
+) -> None:
+    copy = Path(copytree(store_path, tmp_path / "store.zarr"))
+    moved = TokenStore.open(copy)
+    windows = moved.windows(3, 1, 5, "train")
+    with Feed(moved, windows, batch=8, seed=0, device=CPU, residence=residence) as feed:
+        feed.next()
+        shutil.rmtree(copy / "tokens")
+        for step in range(1, 5):
+            expected = store.gather(windows.frames(batch_windows(len(windows), 0, step, 8)).ravel())
+            np.testing.assert_array_equal(feed.next()["tokens"].numpy(), expected.reshape(8, 4, 4, 32))
+
+
+@pytest.mark.parametrize("residence", ["ram", "device"])
+def test_damage_is_noticed_before_the_first_step_where_tokens_move_in(
+    store_path: Path, tmp_path: Path, residence: str
+) -> None:
+    copy = Path(copytree(store_path, tmp_path / "store.zarr"))
+    data = bytearray(shard_file(copy, 4).read_bytes())
+    data[3] ^= 1
+    shard_file(copy, 4).write_bytes(data)
+    store = TokenStore.open(copy)
+    with pytest.raises(UserError, match=r"frame 256 in .*wmcache repair"):
+        Feed(store, store.windows(3, 1, 5, "train"), batch=8, seed=0, device=CPU, residence=residence)
+
+
+def test_the_time_that_steps_wait_is_counted(store: TokenStore) -> None:
+    windows = store.windows(3, 1, 5, "train")
+    with Feed(store, windows, batch=8, seed=0, device=CPU) as feed:
+        assert feed.waited == 0
+        feed.next()
+        first = feed.waited
+        feed.next()
+        assert 0 < first < feed.waited
+
+
+SIZE = 360 * 4 * 32 * 2
+"""Bytes of the store's tokens."""
+
+
+@pytest.fixture
+def has(monkeypatch: pytest.MonkeyPatch) -> Has:
+    """(bytes free on the device, of main memory): a machine that has them."""
+
+    def measure(on_device: int, in_ram: int) -> None:
+        monkeypatch.setattr(feeding, "free_memory", lambda device: on_device)
+        monkeypatch.setattr(feeding, "available_ram", lambda: in_ram)
+
+    return measure
+
+
+@pytest.mark.parametrize(
+    ("device", "on_device", "in_ram", "chosen"),
+    [
+        (CUDA, 2 * SIZE, 0, "device"),
+        (CUDA, 2 * SIZE - 1, 2 * SIZE, "ram"),
+        (CUDA, 2 * SIZE - 1, 2 * SIZE - 1, "disk"),
+        (CUDA, 0, 0, "disk"),
+        (CUDA, 100 * SIZE, 100 * SIZE, "device"),
+        # The memory of the CPU is main memory: there is no device to keep anything on.
+        (CPU, 100 * SIZE, 2 * SIZE, "ram"),
+        (CPU, 100 * SIZE, 2 * SIZE - 1, "disk"),
+    ],
+)
+def test_tokens_are_kept_where_there_is_room_to_spare(
+    store: TokenStore, has: Has, device: torch.device, on_device: int, in_ram: int, chosen: str
+) -> None:
+    has(on_device, in_ram)
+    assert choose_residence(store, device)[0] == choose_residence(store, device, "auto")[0] == chosen
+
+
+def test_tokens_of_bytes_take_half_the_room(paths: dict[str, Path], has: Has) -> None:
+    has(SIZE, 0)
+    assert choose_residence(TokenStore.open(paths["float16"]), CUDA)[0] == "disk"
+    assert choose_residence(TokenStore.open(paths["int8"]), CUDA)[0] == "device"
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+@pytest.mark.parametrize("wanted", RESIDENCES)
+@pytest.mark.parametrize("free", [0, 100 * SIZE])
+def test_who_says_where_is_obeyed(store: TokenStore, has: Has, device: torch.device, wanted: str, free: int) -> None:
+    has(free, free)
+    assert choose_residence(store, device, wanted)[0] == wanted
+
+
+@pytest.mark.parametrize("wanted", ["gpu", "", "Disk", "device "])
+def test_an_unknown_residence_lists_those_that_exist(store: TokenStore, wanted: str) -> None:
+    with pytest.raises(UserError, match=rf"no residence '{wanted}'; known are auto, device, ram, disk"):
+        choose_residence(store, CPU, wanted)
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "line"),
+    [
+        (CUDA, "auto", "92.2 kB of tokens on device (3.0 GB free on cuda, 5.0 GB of main memory free)"),
+        (CUDA, "disk", "92.2 kB of tokens on disk (3.0 GB free on cuda, 5.0 GB of main memory free)"),
+        (CPU, "auto", "92.2 kB of tokens in ram (5.0 GB of main memory free)"),
+        (CPU, "disk", "92.2 kB of tokens on disk (5.0 GB of main memory free)"),
+        (CPU, "device", "92.2 kB of tokens on device (5.0 GB of main memory free)"),
+    ],
+)
+def test_the_line_says_what_was_chosen_and_what_was_measured(
+    store: TokenStore, has: Has, device: torch.device, wanted: str, line: str
+) -> None:
+    has(3 * 10**9, 5 * 10**9)
+    assert choose_residence(store, device, wanted)[1] == line
+
+
+def test_the_choice_follows_what_this_machine_has(store: TokenStore) -> None:
+    # Some kB fit anywhere, so nothing here is on disk without need.
+    assert choose_residence(store, CPU)[0] == "ram"
