@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +37,7 @@ class Command(click.Command):
         """Run the command."""
         for number in (signal.SIGTERM, signal.SIGUSR1):  # SLURM warns of the walltime with the one that it is told
             signal.signal(number, _stop)
+        threading.excepthook = _leave_to_those_who_wait
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -46,7 +48,10 @@ class Command(click.Command):
         except MemoryError as error:
             raise click.ClickException("there is not enough memory; lower --batch-size or --workers") from error
         except OSError as error:
-            raise click.ClickException(f"{error.filename or 'operating system'}: {error.strerror or error}") from error
+            where = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(
+                f"{where}{error.strerror or error}; free space or make it accessible, then run the same command again"
+            ) from error
         except (ValueError, RuntimeError) as error:
             # The envs import nothing of ours, so their errors have types of their own; whatever else it is deserves its traceback.
             from wmcache.envs import MazeError, RendererError
@@ -65,6 +70,12 @@ class Group(click.Group):
 
 class Stopped(KeyboardInterrupt):
     """A batch system wants the machine back."""
+
+
+def _leave_to_those_who_wait(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread raises what the disk refused once more in the thread that waits for it: one line is enough."""
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001

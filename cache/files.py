@@ -54,6 +54,11 @@ def temporary_for(path: Path) -> Path:
     return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a file is one that was, or will be, renamed to what it is for."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
+
+
 def sweep(folder: Path) -> list[Path]:
     """Delete what dead processes of this machine left unfinished in a folder; whatever may still be written is left alone.
 
@@ -74,25 +79,31 @@ def sweep(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def exclusive(lock: Path, *, wait: bool = True) -> Iterator[bool]:
+def exclusive(lock: Path, place: Path | None = None, *, wait: bool = True) -> Iterator[bool]:
     """Hold a lock file against all other processes; the operating system lets go of it when its holder dies, however it dies.
 
     Args:
         lock: the file, which is there only while somebody holds it.
+        place: what it guards, for the message; the lock itself by default.
         wait: for whoever holds it now.
 
     Yields:
         Whether we hold it.
 
     Raises:
-        OSError: the file cannot be made.
+        UserError: the file cannot be made.
     """
     held = FileLock(lock, timeout=-1 if wait else 0, thread_local=False)
     try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
         held.acquire()
     except Timeout:
         yield False
         return
+    except OSError as error:
+        raise UserError(
+            f"cannot write {place or lock}: {error.strerror or error}; free space, make it writable, or choose another place"
+        ) from error
     try:
         yield True
     finally:

@@ -8,6 +8,7 @@ compressed or far away, and the reference that a test holds the mapped reader ag
 
 from __future__ import annotations
 
+import errno
 import functools
 import itertools
 import mmap
@@ -28,6 +29,11 @@ from wmcache.cache.memory import address_space_left
 
 COPY_THREADS = min(4, os.cpu_count() or 1)
 BYTES_WORTH_A_THREAD = 4_000_000
+LIMITS = {
+    errno.ENOMEM: "raise the limit of addresses: ulimit -v",
+    errno.EMFILE: "raise the limit of open files: ulimit -n",
+    errno.ENFILE: "the machine has too many files open; close some",
+}
 MISSING = np.uint64(2**64 - 1)
 
 Stored = NDArray[Any]
@@ -160,7 +166,8 @@ class MappedReader:
                     )
                 data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise UserError(f"shard {file} cannot be read ({error.strerror or error}); {self._mend}") from error
+            mend = LIMITS.get(error.errno or 0, self._mend)
+            raise UserError(f"shard {file} cannot be read ({error.strerror or error}); {mend}") from error
         found = data, self._first(data, shard, file)
         self._maps[shard] = found
         return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,22 +64,17 @@ class StoreWriter:
         """
         if (there := cls._take_up(path, card, identity)) is not None:
             return there
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with exclusive(path.with_name(f".{path.name}.lock")):
-                if (there := cls._take_up(path, card, identity)) is not None:  # somebody else was faster
-                    return there
-                sweep(path.parent)
-                skeleton = temporary_for(path)
-                try:
+        with exclusive(path.with_name(f".{path.name}.lock"), path):
+            if (there := cls._take_up(path, card, identity)) is not None:  # somebody else was faster
+                return there
+            sweep(path.parent)
+            skeleton = temporary_for(path)
+            try:
+                with _writing(path):
                     create_arrays(skeleton, card, identity, steps)
                     _replace_description(path, skeleton)
-                finally:
-                    shutil.rmtree(skeleton, ignore_errors=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {path}: {error.strerror or error}; free space or choose another --out"
-            ) from error
+            finally:
+                shutil.rmtree(skeleton, ignore_errors=True)
         return cls(path, card, identity)
 
     @classmethod
@@ -121,6 +116,11 @@ class StoreWriter:
         except (UserError, OSError):
             return False
 
+    def is_claimed(self, shard: int) -> bool:
+        """Whether somebody is at it just now."""
+        with self.claim(shard) as ours:
+            return not ours
+
     @contextmanager
     def claim(self, shard: int, *, wait: bool = False) -> Iterator[bool]:
         """Hold a shard against all other writers; the operating system ends the claim of a process that dies.
@@ -135,13 +135,12 @@ class StoreWriter:
         Raises:
             UserError: the store cannot be written.
         """
-        try:
-            lock = lock_file(self.path, shard)
-            lock.parent.mkdir(exist_ok=True)  # a copy by file names leaves empty folders behind
-            with exclusive(lock, wait=wait) as held:
-                yield held
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}; make it writable") from error
+        with exclusive(lock_file(self.path, shard), self.path, wait=wait) as held:
+            yield held
+
+    def _description(self) -> AbstractContextManager[bool]:
+        """Hold the attributes and columns against all other writers."""
+        return exclusive(record_file(self.path, 0).with_name("description.lock"), self.path)
 
     def write_shard(self, shard: int, tokens: Tokens) -> None:
         """Write a whole shard, then its record.
@@ -165,7 +164,7 @@ class StoreWriter:
             )
         stored, scale, middle = quantise(tokens) if self.card.dtype == "int8" else (tokens, None, None)
         file, record = shard_file(self.path, shard), record_file(self.path, shard)
-        try:
+        with _writing(self.path):
             # Whatever stands here without a claim is torn, outdated, or a dead writer's; and the last shard reaches past the
             # array's end, so zarr would merge it with the old one.
             record.unlink(missing_ok=True)
@@ -175,10 +174,6 @@ class StoreWriter:
             sync(file)
             sync(file.parent)
             self._record(shard, total, squares, scale, middle)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {file}: {error.strerror or error}; free space, then run the same command again"
-            ) from error
 
     def record(self, shard: int, tokens: Tokens) -> None:
         """Write the record of a float16 shard that has lost it; `tokens` are those that its file holds."""
@@ -208,46 +203,59 @@ class StoreWriter:
         """Compute the statistics and declare the store complete; a complete store is left alone.
 
         Raises:
-            UserError: a shard has no record.
+            UserError: a shard has no record; or the disk is full.
         """
         if missing := self.pending():
             raise UserError(
                 f"{self.path} lacks {len(missing)} of {self.card.num_shards} shards; run the same wmcache extract again"
             )
-        attributes = read_attributes(self.path)
-        if attributes["complete"]:
+        if read_attributes(self.path)["complete"]:
             return
-        records = [read_record(self.path, shard, self.card, self.identity) for shard in range(self.card.num_shards)]
-        count = self.card.frames * self.card.tokens_per_frame
-        mean = np.sum([record.sum for record in records], axis=0) / count
-        square = np.sum([record.sum_of_squares for record in records], axis=0) / count
-        std = np.sqrt(np.maximum(square - mean**2, 0.0))
-        columns = dict(attributes["columns"])
-        if self.card.dtype == "int8":
-            scale = np.array([[record.scale, record.middle] for record in records], np.float32)
-            create_column(self.path, "scale", scale)
-            columns["scale"] = column_sha256(scale)
-        write_attributes(
-            self.path,
-            {
-                **attributes,
+        with self._description(), _writing(self.path):
+            attributes = read_attributes(self.path)
+            records = [read_record(self.path, shard, self.card, self.identity) for shard in range(self.card.num_shards)]
+            count = self.card.frames * self.card.tokens_per_frame
+            mean = np.sum([record.sum for record in records], axis=0) / count
+            square = np.sum([record.sum_of_squares for record in records], axis=0) / count
+            std = np.sqrt(np.maximum(square - mean**2, 0.0))
+            columns = dict(attributes["columns"])
+            if self.card.dtype == "int8":
+                scale = np.array([[record.scale, record.middle] for record in records], np.float32)
+                create_column(self.path, "scale", scale)
+                columns["scale"] = column_sha256(scale)
+            complete = {
                 "columns": columns,
                 "shards": [record.sha256 for record in records],
                 "mean": mean.tolist(),
                 "std": std.tolist(),
                 "complete": True,
-            },
-        )
+            }
+            write_attributes(self.path, {**attributes, **complete})
 
     def reopen(self, shards: list[int]) -> None:
         """Declare the store incomplete, then drop these shards; whoever reads the store meanwhile is told that it changed."""
-        attributes = read_attributes(self.path)
-        if attributes["complete"]:
-            write_attributes(self.path, {**attributes, "complete": False})
+        if read_attributes(self.path)["complete"]:
+            with self._description(), _writing(self.path):
+                write_attributes(self.path, {**read_attributes(self.path), "complete": False})
         for shard in shards:
             with self.claim(shard, wait=True):
                 record_file(self.path, shard).unlink(missing_ok=True)
                 shutil.rmtree(shard_file(self.path, shard).parent, ignore_errors=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Errors of the disk, and of files inside a store that no user has heard of, as one line about the store."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; free space, then run the same command again") from error
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            reason = error.__cause__.strerror or error.__cause__
+            raise UserError(f"cannot write {path}: {reason}; free space, then run the same command again") from error
+        raise
 
 
 def channel_sums(tokens: Tokens) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

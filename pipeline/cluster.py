@@ -66,6 +66,8 @@ def _outcomes(
                 "MALLOC_TRIM_THRESHOLD_": 65536,
             },
             "distributed.worker.multiprocessing-method": "spawn",
+            # Ctrl-C goes to all processes of a terminal; this one tells the others.
+            "distributed.worker.preload": ["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"],
             # No task waits at a worker: it would be blamed, with the one that runs, for a death of that worker.
             "distributed.scheduler.worker-saturation": 1.0,
         }

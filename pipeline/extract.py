@@ -33,6 +33,7 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.frames import FrameDataset, Frames
 
 TASKS_IN_FLIGHT = 2
+SECONDS_BETWEEN_LOOKS = 0.5
 _encoding = threading.Lock()
 
 
@@ -99,27 +100,24 @@ def extract(
     label = f"extract {encoder.spec.name}"
     if writer.pending():
         writer.reopen([])
-    # First what nobody is at; then, if somebody was at something, wait for them, and do what they leave.
-    for wait in (False, True):
-        if pending := writer.pending():
-            run_tasks(
-                functools.partial(task, wait),
-                pending,
-                workers=workers,
-                threads=TASKS_IN_FLIGHT,
-                total=sum(len(card.shard_frames(shard)) for shard in pending),
-                label=f"{label}, beside another" if wait else label,
-            )
+    alone = True
+    while pending := writer.pending():
+        if unclaimed := [shard for shard in pending if not writer.is_claimed(shard)]:
+            total = sum(len(card.shard_frames(shard)) for shard in unclaimed)
+            run_tasks(task, unclaimed, workers=workers, threads=TASKS_IN_FLIGHT, total=total, label=label)
+        else:
+            if alone:
+                tqdm.write(f"{out}: waiting for another extraction, which is at {len(pending)} shards", file=sys.stderr)
+            alone = False
+            time.sleep(SECONDS_BETWEEN_LOOKS)
     writer.finish()
 
 
-def extract_shard(
-    dataset: Path, recipe: str, device: str, out: Path, identity: str, batch: int, wait: bool, shard: int
-) -> int:
+def extract_shard(dataset: Path, recipe: str, device: str, out: Path, identity: str, batch: int, shard: int) -> int:
     """The task: read, encode and write one shard; returns its number of frames, 0 where somebody else is at it."""
     known = Identity.from_json(json.loads(identity), str(out))
     writer = _open_writer(out, known)
-    with writer.claim(shard, wait=wait) as ours:
+    with writer.claim(shard) as ours:
         if not ours:
             return 0
         if not writer.is_done(shard):

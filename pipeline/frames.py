@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from webdataset.tariterators import tar_file_iterator
 from wmcache.cache.errors import UserError, command
-from wmcache.cache.files import atomic_write, human_bytes, read_json, sha256_of, sweep, write_json
+from wmcache.cache.files import atomic_write, human_bytes, is_temporary, read_json, sha256_of, sweep, write_json
 from wmcache.cache.memory import available_ram
 
 FORMAT_VERSION = 1
@@ -155,7 +155,7 @@ class FrameDatasetWriter:
                 self._compare(read_json(record, "delete the folder and collect again"), kind)
                 break
         else:
-            if path.exists() and any(path.iterdir()):
+            if path.exists() and any(file for file in path.iterdir() if not is_temporary(file)):
                 raise UserError(f"{path} exists and is not a dataset of ours; choose another --out")
             write_json(self._unfinished, asdict(card))
         sweep(path)

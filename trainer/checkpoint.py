@@ -64,10 +64,12 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimiser: torch.opt
             shutil.rmtree(last)
         link.replace(last)
         sync(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UserError) as error:
         raise UserError(
-            f"cannot write checkpoint {final} ({error}); free space, then run the same command again"
+            f"cannot write checkpoint {final} ({error.__cause__ or error}); free space, then run the same command again"
         ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     for old in checkpoints(run)[:-KEEP]:
         shutil.rmtree(old)
     return final

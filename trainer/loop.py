@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from wmcache.cache.device import autocast, choose_device, choose_dtype
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import exclusive, make_folder, seconds_between_updates, write_json
+from wmcache.cache.files import exclusive, is_temporary, seconds_between_updates, write_json
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows, batch_windows
 from wmcache.trainer.checkpoint import (
@@ -104,11 +104,14 @@ def train(
     """
     check_options(options)
     store = TokenStore.open(cache)
-    make_folder(out.parent)
-    with exclusive(out.with_name(f".{out.name}.lock"), wait=False) as alone:
+    with exclusive(out.with_name(f".{out.name}.lock"), out, wait=False) as alone:
         if not alone:
             raise UserError(f"another wmtrain is at work on {out}; wait for it, or choose another --out")
-        return _train(store, cache, out, options, resume=resume, overwrite=overwrite)
+        try:
+            return _train(store, cache, out, options, resume=resume, overwrite=overwrite)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write {out}: {reason}; free space, then run the same command again") from error
 
 
 def _train(
@@ -138,20 +141,13 @@ def _train(
     tqdm.write(why)
 
     result: dict[str, float] = {}
-    start, seen = time.perf_counter(), 0
-    bar = tqdm(
-        total=options.steps,
-        initial=first,
-        desc="wmtrain",
-        unit=" steps",
-        mininterval=seconds_between_updates(),
-    )
-    first_batch = first * options.accumulate
+    update, first_batch = seconds_between_updates(), first * options.accumulate
     with (
-        bar,
         Log(out) as log,
         Feed(store, windows, options.batch, options.seed, device, first_batch, residence) as feed,
+        tqdm(total=options.steps, initial=first, desc="wmtrain", unit=" steps", mininterval=update) as bar,
     ):
+        start, seen = time.perf_counter(), 0
         for step in range(first, options.steps):
             rate = learning_rate(step, options)
             losses, batch = descend(model, forward, optimiser, feed, rate, options, dtype)
@@ -297,7 +293,8 @@ class Log:
 def _prepare_folder(out: Path, config: dict[str, Any], store: TokenStore, *, resume: bool, overwrite: bool) -> bool:
     """Write config and identity, or compare them with those that are there; returns whether there is a checkpoint to go on from."""
     ours = (out / "config.json").exists() and (out / "identity.json").exists()
-    if out.exists() and any(out.iterdir()) and not ours:
+    there_is = {file.name for file in out.iterdir() if not is_temporary(file)} if out.exists() else set()
+    if not ours and there_is - {"identity.json"}:  # which is what a run begins with
         raise UserError(f"{out} exists and is not a run of ours; choose another --out")
     if resume and not checkpoints(out):
         raise UserError(f"{out} has no checkpoint to resume; run without --resume")
