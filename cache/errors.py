@@ -8,6 +8,10 @@ import shlex
 class UserError(Exception):
     """Something that the user can mend. The message is one line: what is wrong, where, and which command mends it."""
 
+    def __init__(self, message: str) -> None:
+        """Args: `message`, in which a stranger's line breaks and terminal codes lose their power."""
+        super().__init__("".join(letter if letter.isprintable() else "?" for letter in message))
+
 
 def command(*words: object) -> str:
     """A command line for such a message, quoted so that it can be pasted into a shell."""

@@ -18,6 +18,8 @@ import psutil
 from filelock import FileLock, Timeout
 from wmcache.cache.errors import UserError
 
+MOST_JSON_BYTES = 64_000_000
+
 
 def home() -> Path:
     """Where datasets, encoders, stores and runs live: $WMCACHE_HOME, or `data/` in the working directory."""
@@ -147,11 +149,13 @@ def read_json(path: Path, mend: str) -> dict[str, Any]:
         UserError: the file is missing, or not a JSON object.
     """
     try:
+        if path.stat().st_size > MOST_JSON_BYTES:
+            raise UserError(f"{path} is larger than any of ours; {mend}")
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; {mend}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); {mend}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:160]}); {mend}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object; {mend}")
     return value

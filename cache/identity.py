@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from wmcache.cache.errors import UserError
+from wmcache.cache.schema import parse
 
 FORMAT_VERSION = 1
 
@@ -61,11 +62,7 @@ class Identity:
             raise UserError(
                 f"{where} holds no identity of format {FORMAT_VERSION} (odd fields: {odd}); extract it again"
             )
-        try:
-            mean, std = value["normalisation"]
-            return cls(**{**value, "normalisation": (tuple(mean), tuple(std))})
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{where} holds a damaged identity ({error}); extract it again") from error
+        return parse(cls, value, where, "extract it again")
 
     def digest(self) -> str:
         """A name for it: SHA-256 of its JSON."""

@@ -15,18 +15,20 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import fsspec
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from pydantic import Field
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import read_json, require_seal, seal, sha256_of, write_json
 from wmcache.cache.identity import FORMAT_VERSION, Identity
+from wmcache.cache.schema import Count, Finite, Name, Size, parse
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
 FORMAT = "wmcache-token-store"
@@ -62,11 +64,11 @@ class StoreCard:
 
     encoder: dict[str, Any]
     dataset: dict[str, Any]
-    token_grid: tuple[int, int]
-    token_dim: int
-    frames: int
-    frames_per_shard: int
-    dtype: str = "float16"
+    token_grid: tuple[Size, Size]
+    token_dim: Size
+    frames: Count
+    frames_per_shard: Count
+    dtype: Annotated[str, Field(pattern="^(float16|int8)$")] = "float16"
 
     @property
     def tokens_per_frame(self) -> int:
@@ -166,8 +168,41 @@ def check_attributes(attributes: dict[str, Any], path: Path | str) -> dict[str, 
     except UserError as error:
         raise DamagedError(str(error)) from error
     if (found := attributes.get("format_version")) != FORMAT_VERSION:
-        raise UserError(f"{path} has format {found}, this wmcache reads {FORMAT_VERSION}; extract it again")
+        raise UserError(f"{path} has format {str(found)[:20]}, this wmcache reads {FORMAT_VERSION}; extract it again")
+    try:
+        parse(StoreCard, attributes["card"], f"the card in {file}", AGAIN)
+        _require_sense(parse(_Attributes, attributes, file, AGAIN, exact=False))
+    except (UserError, ValueError) as error:
+        raise DamagedError(str(error) if isinstance(error, UserError) else f"{file}: {error}; {AGAIN}") from error
     return attributes
+
+
+@dataclass(frozen=True)
+class _Attributes:
+    """What `zarr.json` must say of a store; read by `parse`."""
+
+    complete: bool
+    identity: dict[str, Any]
+    card: StoreCard
+    columns: dict[Name, str]
+    layout: str
+    versions: dict[str, str]
+    mean: list[Finite] | None = None
+    std: list[Finite] | None = None
+    shards: list[str] | None = None
+
+
+def _require_sense(attributes: _Attributes) -> None:
+    """Raise ValueError where parts of the attributes contradict each other."""
+    card, columns = attributes.card, set(attributes.columns)
+    if not {*STEP_COLUMNS} <= columns <= {*STEP_COLUMNS, "scale"}:
+        raise ValueError(f"its columns are {', '.join(sorted(columns))[:80]}")
+    if attributes.complete:
+        lengths = {len(values or ()) for values in (attributes.mean, attributes.std)}
+        if lengths != {card.token_dim} or len(attributes.shards or ()) != card.num_shards:
+            raise ValueError("its statistics or the checksums of its shards are not all there")
+        if (card.dtype == "int8") != ("scale" in columns):
+            raise ValueError(f"its columns do not fit {card.dtype}")
 
 
 def write_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
@@ -184,22 +219,8 @@ def require_identity(values: Mapping[str, Any], where: Path, mend: str) -> None:
 
 
 def read_card(attributes: Mapping[str, Any]) -> StoreCard:
-    """The card in a store's attributes; raises UserError where its numbers are absurd."""
-    values = attributes["card"]
-    try:
-        card = StoreCard(**{**values, "token_grid": tuple(values["token_grid"])})
-        sizes = (*card.token_grid, card.token_dim, card.frames, card.frames_per_shard)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"the store's card is damaged ({error}); extract it again") from error
-    plain = len(card.token_grid) == 2 and all(type(size) is int and 0 < size < 2**40 for size in sizes)
-    if (
-        not plain
-        or card.dtype not in tuple(FILL)
-        or not isinstance(card.dataset, dict)
-        or not isinstance(card.encoder, dict)
-    ):
-        raise UserError("the store's card is damaged (sizes or dtype that no store has); extract it again")
-    return card
+    """The card in a store's attributes; raises UserError where its values are no card's."""
+    return parse(StoreCard, attributes.get("card"), "the store's card", "extract it again")
 
 
 @dataclass(frozen=True)
@@ -215,13 +236,13 @@ class Record:
     """
 
     frames: tuple[int, int]
-    bytes: int
+    bytes: Count
     sha256: str
     identity: str
-    sum: list[float]
-    sum_of_squares: list[float]
-    scale: list[float] | None = None
-    middle: list[float] | None = None
+    sum: list[Finite]
+    sum_of_squares: list[Finite]
+    scale: list[Finite] | None = None
+    middle: list[Finite] | None = None
 
     def write(self, path: Path, shard: int) -> None:
         """Write it, whole or not at all."""
@@ -237,11 +258,10 @@ def read_record(path: Path, shard: int, card: StoreCard, identity: Identity) -> 
     file = record_file(path, shard)
     mend = f"mend it with: {command('wmcache', 'repair', path)}"
     values = require_seal(read_json(file, mend), file, mend)
-    try:
-        known = {field.name: values[field.name] for field in fields(Record)}
-        record = Record(**{**known, "frames": tuple(known["frames"])})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{file} is no record of a shard ({error}); {mend}") from error
+    record = parse(Record, {name: value for name, value in values.items() if name != "checksum"}, file, mend)
+    lists = [record.sum, record.sum_of_squares] + [record.scale or [], record.middle or []] * (card.dtype == "int8")
+    if any(len(values) != card.token_dim for values in lists):
+        raise UserError(f"{file} has statistics of another length; {mend}")
     frames = card.shard_frames(shard)
     if record.identity != identity.digest() or record.frames != (frames.start, frames.stop):
         raise UserError(f"{file} is the record of another shard or store; {mend}")

@@ -35,6 +35,9 @@ from wmcache.cache.windows import Windows, split_episodes, window_starts
 
 Tokens = NDArray[np.float16]
 
+MOST_FAULTS = 1000
+"""Shards that have to be found missing before nobody looks for more."""
+
 
 class TokenStore:
     """A store, for reading.
@@ -56,14 +59,15 @@ class TokenStore:
         self.std = np.asarray(attributes.get("std", np.ones(self.card.token_dim)), dtype=np.float32)
         self._stamp = stamp
         tokens = open_tokens(group, self.card, attributes, path)
+        mappable = isinstance(path, Path) and is_mappable(tokens, self.card)
+        if isinstance(path, Path) and mappable and self.complete:
+            self._require_shards(path)
+        columns = read_columns(group, self.card, attributes["columns"], path)
         self._reader: Reader
-        if isinstance(path, Path) and is_mappable(tokens, self.card):
-            if self.complete:
-                self._require_shards(path)
+        if isinstance(path, Path) and mappable:
             self._reader = MappedReader(path, self.card)
         else:
             self._reader = ZarrReader(tokens, self.card, path)
-        columns = read_columns(group, self.card, attributes["columns"], path)
         self.action, self.state, self.episode, self.step = (
             columns[name] for name in ("action", "state", "episode", "step")
         )
@@ -206,6 +210,8 @@ class TokenStore:
                     bad.append(file)
             except OSError:
                 bad.append(file)
+            if len(bad) == MOST_FAULTS:
+                break
         if bad:
             raise UserError(
                 f"{len(bad)} of {self.card.num_shards} shards are missing or cut short, the first is {bad[0]}; "

@@ -26,6 +26,7 @@ from wmcache.cache.layout import (
     shard_file,
 )
 from wmcache.cache.reader import MappedReader
+from wmcache.cache.store import MOST_FAULTS
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,9 @@ def verify(path: Path) -> Verification:
                 declared = attributes["shards"][shard] if complete else None
                 found = check_shard(path, shard, card, identity, declared, mappable=mappable)
                 faults += found
+                if len(faults) >= MOST_FAULTS:
+                    faults.append(Fault(str(path), f"shards from {shard + 1} on were not looked at"))
+                    break
                 done += not found
             bar.update(len(card.shard_frames(shard)))
     return Verification(
@@ -125,7 +129,7 @@ def check_shard(
         if sha256_of(file) == record.sha256:
             if declared in (None, record.sha256):
                 return []
-            return [Fault(str(file), "it is not the one that the store was declared complete with")]
+            return [Fault(str(file), "it is not the one that the store was declared complete with", shard)]
     except OSError as error:
         return [Fault(str(file), f"it cannot be read ({error.strerror or error})", shard)]
     reason = "it differs from its checksum"

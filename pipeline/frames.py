@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,14 +26,15 @@ import pyarrow.parquet as pq
 import webdataset
 from numpy.typing import NDArray
 from PIL import Image
-from webdataset.tariterators import tar_file_iterator
+from pydantic import Field
+from typing_extensions import TypedDict
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import atomic_write, human_bytes, is_temporary, read_json, sha256_of, sweep, write_json
 from wmcache.cache.memory import available_ram
+from wmcache.cache.schema import Count, Name, Size, parse
 
 FORMAT_VERSION = 1
 FRAMES_PER_SHARD = 512
-MAX_IMAGE_SIZE = 8192
 DECODERS = min(8, os.cpu_count() or 1)
 
 Frames = NDArray[np.uint8]
@@ -105,6 +106,15 @@ class Steps:
         )
 
 
+class ShardRecord(TypedDict):
+    """What `dataset.json` says of a tar: its name, its frames, its size and its SHA-256."""
+
+    name: str
+    frames: int
+    bytes: int
+    sha256: str
+
+
 @dataclass(frozen=True)
 class DatasetCard:
     """What `dataset.json` says.
@@ -123,18 +133,18 @@ class DatasetCard:
         fingerprint: over shards and steps; two datasets with equal fingerprints hold equal frames.
     """
 
-    name: str
+    name: Name
     env: str
     maze: list[str]
-    image_size: int
+    image_size: Annotated[Size, Field(le=8192)]
     policy: str
     seed: int
-    episodes: int
-    frames: int
-    frames_per_shard: int
-    fps: int
+    episodes: Count
+    frames: Count
+    frames_per_shard: Count
+    fps: Count
     format_version: int = FORMAT_VERSION
-    shards: list[dict[str, Any]] = field(default_factory=list)
+    shards: list[ShardRecord] = field(default_factory=list)
     steps_sha256: str = ""
     fingerprint: str = ""
 
@@ -199,11 +209,10 @@ class FrameDatasetWriter:
                     )
             self._unfinished.unlink(missing_ok=True)
             return dataset.card
-        shards = []
+        shards: list[ShardRecord] = []
         for shard in range(-(-self.card.frames // self.card.frames_per_shard)):
-            tar = self.path / shard_name(shard)
-            record = {"name": tar.name, "frames": len(self.shard_frames(shard)), "bytes": tar.stat().st_size}
-            shards.append({**record, "sha256": sha256_of(tar)})
+            tar, frames = self.path / shard_name(shard), len(self.shard_frames(shard))
+            shards.append({"name": tar.name, "frames": frames, "bytes": tar.stat().st_size, "sha256": sha256_of(tar)})
         steps_sha256 = self.steps.sha256()
         values = asdict(self.card) | {"shards": shards, "steps_sha256": steps_sha256}
         card = DatasetCard(**values | {"fingerprint": fingerprint(steps_sha256, shards)})
@@ -231,10 +240,7 @@ class FrameDataset:
         if (path / "unfinished.json").exists():
             raise UserError(f"{path} is an unfinished dataset; finish it by running its wmcache collect again")
         values = read_json(path / "dataset.json", mend)
-        try:
-            card = DatasetCard(**values)
-        except TypeError as error:
-            raise UserError(f"{path / 'dataset.json'} is not a dataset card ({error}); {mend}") from error
+        card = parse(DatasetCard, values, path / "dataset.json", mend)
         if card.format_version != FORMAT_VERSION:
             raise UserError(
                 f"{path} has format {card.format_version}, this wmcache reads {FORMAT_VERSION}; collect it again"
@@ -270,19 +276,23 @@ class FrameDataset:
                 f"the {len(expected)} frames of {tar} need {human_bytes(needed)} of memory, {human_bytes(there)} are free; "
                 "free some, or collect with a smaller --frames-per-shard"
             )
+        most = 2 * size * size * 3 + 2**20  # PNG hardly ever grows
         try:
-            if sha256_of(tar) != self.card.shards[shard]["sha256"]:
-                raise UserError(f"{tar} differs from its checksum in dataset.json; restore it or collect again")
+            if tar.stat().st_size > len(expected) * (most + 2048) + 20480:
+                raise UserError(f"{tar} is larger than its frames can be; restore it or collect again")
+            data = tar.read_bytes()
         except OSError as error:
             raise UserError(f"{tar} cannot be read ({error.strerror}); restore it or collect again") from error
+        if hashlib.sha256(data).hexdigest() != self.card.shards[shard]["sha256"]:
+            raise UserError(f"{tar} differs from its checksum in dataset.json; restore it or collect again")
         members: list[tuple[str, bytes]] = []
-        for name, data in _members(tar):
+        for name, png in _members(tar, data, most):
             count = len(members)
             if count == len(expected) or name != f"{self.steps.key(expected[count])}.png":
                 raise UserError(
-                    f"{tar}: member {name!r} is not the expected frame {count}; restore it or collect again"
+                    f"{tar}: member {name[:80]!r} is not the expected frame {count}; restore it or collect again"
                 )
-            members.append((name, data))
+            members.append((name, png))
         if len(members) != len(expected):
             raise UserError(
                 f"{tar} holds {len(members)} frames instead of {len(expected)}; restore it or collect again"
@@ -290,8 +300,8 @@ class FrameDataset:
         frames = np.empty((len(expected), size, size, 3), np.uint8)
 
         def decode(row: int) -> None:
-            name, data = members[row]
-            frames[row] = decode_png(data, size, f"{tar}: {name}")
+            name, png = members[row]
+            frames[row] = decode_png(png, size, f"{tar}: {name}")
 
         # Pillow decodes without the interpreter's lock.
         with ThreadPoolExecutor(DECODERS) as pool:
@@ -311,7 +321,7 @@ class FrameDataset:
         return out
 
 
-def fingerprint(steps_sha256: str, shards: list[dict[str, Any]]) -> str:
+def fingerprint(steps_sha256: str, shards: list[ShardRecord]) -> str:
     """Of a dataset: SHA-256 over the checksums of its parts."""
     known = json.dumps([FORMAT_VERSION, steps_sha256, [record["sha256"] for record in shards]])
     return hashlib.sha256(known.encode()).hexdigest()
@@ -319,19 +329,14 @@ def fingerprint(steps_sha256: str, shards: list[dict[str, Any]]) -> str:
 
 def _absurdity(card: DatasetCard) -> str | None:
     """What cannot be true in a card that may be anybody's, before anything is allocated by its numbers."""
-    counts = (card.image_size, card.episodes, card.frames, card.frames_per_shard, card.fps)
-    if not all(type(count) is int and 0 < count < 2**40 for count in counts) or card.image_size > MAX_IMAGE_SIZE:
-        return "counts or sizes that no dataset has"
-    if not isinstance(card.maze, list) or not all(isinstance(row, str) for row in card.maze):
-        return "no maze"
+    if card.name in (".", ".."):
+        return "a name that leads elsewhere"
     if len(card.shards) != -(-card.frames // card.frames_per_shard):
         return f"{len(card.shards)} shards for {card.frames} frames"
     for shard, record in enumerate(card.shards):
         frames = len(shard_range(shard, card.frames, card.frames_per_shard))
-        if not isinstance(record, dict) or (record.get("name"), record.get("frames")) != (shard_name(shard), frames):
+        if (record["name"], record["frames"]) != (shard_name(shard), frames):
             return f"another record in the place of {shard_name(shard)}"
-        if not isinstance(record.get("sha256"), str):
-            return f"{shard_name(shard)} has no checksum"
     return None if fingerprint(card.steps_sha256, card.shards) == card.fingerprint else "another fingerprint"
 
 
@@ -346,8 +351,8 @@ def read_steps(path: Path, frames: int | None = None) -> Steps:
         if frames not in (None, rows):
             raise UserError(f"{path / 'steps.parquet'} has {rows} rows for {frames} frames; collect the dataset again")
         return Steps.from_table(pq.read_table(path / "steps.parquet"))
-    except (OSError, KeyError, pa.ArrowInvalid) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, MemoryError, pa.ArrowException) as error:
+        reason = " ".join(repr(str(error)[:160])[1:-1].split())
         raise UserError(f"{path / 'steps.parquet'} cannot be read ({reason}); collect the dataset again") from error
 
 
@@ -395,10 +400,15 @@ def decode_png(data: bytes, size: int, where: str) -> Frames:
         raise UserError(f"{where} is no readable PNG ({error}); collect the dataset again") from error
 
 
-def _members(tar: Path) -> Iterator[tuple[str, bytes]]:
-    with tar.open("rb") as stream:
-        try:
-            for member in tar_file_iterator(stream):
-                yield member["fname"], member["data"]
-        except (tarfile.TarError, EOFError) as error:
-            raise UserError(f"{tar} is a damaged tar file ({error}); restore it or collect again") from error
+def _members(tar: Path, data: bytes, most: int) -> Iterator[tuple[str, bytes]]:
+    """Names and bytes of a tar's members: plain files of at most so many bytes each, nothing unpacked, nothing followed."""
+    mend = "restore it or collect again"
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+            for member in archive:
+                if not member.isreg() or member.issparse() or member.size > most:
+                    raise UserError(f"{tar}: member {member.name[:80]!r} is no frame; {mend}")
+                file = archive.extractfile(member)
+                yield member.name, file.read() if file else b""
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        raise UserError(f"{tar} is a damaged tar file ({' '.join(str(error).split())[:160]}); {mend}") from error

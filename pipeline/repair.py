@@ -92,13 +92,11 @@ def open_source(
     Raises:
         UserError: they are not where they were, or are not the same any more, naming what differs.
     """
-    where = dataset or Path(str(card.dataset.get("path")))
     try:
-        frames = FrameDataset.open(where)
+        frames = FrameDataset.open(dataset or Path(str(card.dataset.get("path")).replace("\0", "?")))
     except UserError as error:
         raise UserError(f"the store's frames are needed: {error}; or say where they are with --dataset") from error
-    recipe = {**card.encoder, **({"weights": weights} if weights else {})}
-    encoder = encoders.create(**recipe, device=device)
+    encoder = encoders.create_again(card.encoder, weights=weights, device=device)
     if different := identity.differences(encoder.identity(frames.card.fingerprint, identity.store_dtype)):
         raise UserError(
             f"the store was made with other frames or another encoder ({'; '.join(different)}); pass the right --dataset or --weights"

@@ -119,8 +119,7 @@ class Setting:
         self.card, identity = read_identity(run)
         self.device = choose_device(options.device)
         self.model = load_model(run, self.device)
-        recipe = {**self.card.encoder, **({"weights": weights} if weights else {})}
-        self.encoder = encoders.create(**recipe, device=options.device)
+        self.encoder = encoders.create_again(self.card.encoder, weights=weights, device=options.device)
         if different := identity.differences(self.encoder.identity(identity.dataset_fingerprint, identity.store_dtype)):
             raise UserError(
                 f"the encoder is not the one that {run} was trained on ({'; '.join(different)}); pass the right --weights"

@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from wmcache.cache.errors import UserError
 from wmcache.cache.files import read_json, require_seal, seal, sha256_of, sync, write_json
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_card, require_identity
+from wmcache.cache.schema import Size, parse
 from wmcache.trainer.models import DataShape, build
 
 KEEP = 2
@@ -111,7 +114,18 @@ def load_model(run: Path, device: torch.device) -> Any:
     folder = last_checkpoint(run)
     weights = _load(folder, "model.safetensors")
     statistics = {name: value for name, value in weights.items() if name.endswith(("_mean", "_std"))}
-    model = build(config["model"], DataShape(**config["shape"]), config["model_options"], statistics)
+    try:
+        settings = config["model"], DataShape(**config["shape"]), config["model_options"], statistics
+        with torch.device("meta"):  # costs no memory, whatever sizes the settings name
+            sizes = {name: value.shape for name, value in build(*settings).state_dict().items()}
+        if sizes != {name: value.shape for name, value in weights.items()}:
+            raise ValueError("it has other sizes")  # noqa: TRY301
+        model = build(*settings)
+    except (UserError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder / 'model.safetensors'} does not fit its config.json ({reason}); train again"
+        ) from error
     load_weights(folder, model)
     return model.to(device).eval().requires_grad_(False)
 
@@ -132,7 +146,19 @@ def read_config(run: Path) -> dict[str, Any]:
     config = read_json(run / "config.json", mend)
     if missing := {"model", "model_options", "shape", "cache", "frameskip"} - set(config):
         raise UserError(f"{run / 'config.json'} is not a run's (it lacks {', '.join(sorted(missing))}); {mend}")
+    parse(_Config, config, run / "config.json", mend, exact=False)
     return config
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What must be true of a run's settings before a model is built by them."""
+
+    model: str
+    model_options: dict[str, Annotated[float, Field(ge=0, le=2**16)]]
+    shape: DataShape
+    cache: str
+    frameskip: Size
 
 
 def read_identity(run: Path) -> tuple[StoreCard, Identity]:
@@ -178,7 +204,7 @@ def _step(line: str) -> float:
     """The step of a logged line; infinite for a line that a kill or a full disk has garbled."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return math.inf
 
 

@@ -5,9 +5,12 @@ To add one, write a file that calls `register` (see `dinov2.py`, the shortest), 
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from wmcache.cache.errors import UserError
+from wmcache.cache.schema import Size, parse
 from wmcache.pipeline.encoders import dinov2, tcn
 from wmcache.pipeline.encoders.base import COSINE_TOLERANCE, Encoder, EncoderSpec, FitOptions, Fitter, Loader
 
@@ -102,6 +105,32 @@ def create(
     )
 
 
+@dataclass(frozen=True)
+class _Recipe:
+    """What `Encoder.recipe` gives, as a store's card holds it."""
+
+    name: str
+    weights: str | None
+    image_size: Size
+    normalisation: str
+    dtype: str
+
+
+def create_again(recipe: dict[str, Any], *, weights: Path | None = None, device: str = "auto") -> Encoder:
+    """The encoder of a store's card, which may be anybody's.
+
+    Args:
+        recipe: `card.encoder`.
+        weights: where they are now, if not where they were.
+        device: as in `create`.
+
+    Raises:
+        UserError: as `create`; or the recipe is none.
+    """
+    known = parse(_Recipe, recipe, "the recipe of the store's encoder", "extract the store again")
+    return create(**{**asdict(known), "weights": weights or known.weights}, device=device)
+
+
 register(dinov2.SPEC, dinov2.load)
 register(tcn.SPEC, tcn.load, tcn.fit)
 
@@ -111,6 +140,7 @@ __all__ = [
     "EncoderSpec",
     "FitOptions",
     "create",
+    "create_again",
     "get_fitter",
     "get_spec",
     "register",

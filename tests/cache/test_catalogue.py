@@ -82,6 +82,13 @@ def test_all_stores_under_a_folder_are_listed_in_order(tmp_path: Path, finished:
     assert found == [("a.zarr", "complete"), ("b/damaged.zarr", "damaged"), ("unfinished.zarr", "2 of 4 shards")]
 
 
+def test_the_list_is_in_order_whatever_the_file_system_says(tmp_path: Path) -> None:
+    names = [f"{number:02d}.zarr" for number in np.random.default_rng(0).permutation(20)]
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert [Path(entry.path).name for entry in list_stores(tmp_path)] == sorted(names)
+
+
 def test_where_nothing_is_nothing_is_listed(tmp_path: Path) -> None:
     assert list_stores(tmp_path) == []
     assert list_stores(tmp_path / "none") == []

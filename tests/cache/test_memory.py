@@ -175,6 +175,7 @@ def test_groups_beside_ours_do_not_count(version: tuple[Callable[[str], Path], M
     make(root / "ours", 50 * GB)
     make(root / "theirs", GB)
     make(root / "ours" / "child", GB)
+    make(root.parent, GB)  # no group, but files of these names
     assert memory.available_ram() == 50 * GB
 
 

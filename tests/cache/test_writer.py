@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from numpy.typing import NDArray
 from wmcache.cache import Identity, StoreWriter, TokenStore, UserError
-from wmcache.cache.files import read_json, write_json
+from wmcache.cache.files import exclusive, read_json, write_json
 from wmcache.cache.layout import DamagedError, lock_file, read_attributes, read_record, record_file, shard_file
 from wmcache.cache.writer import channel_sums
 
@@ -60,6 +63,12 @@ class TestClaims:
             assert (ours, theirs, another) == (True, False, True)
             with first.claim(2) as now:
                 assert not now
+            assert [writer.is_claimed(shard) for writer in (first, second) for shard in (0, 1, 2)] == [
+                False,
+                True,
+                True,
+            ] * 2
+        assert not any(first.is_claimed(shard) for shard in range(4))
         with second.claim(1) as theirs:
             assert theirs
 
@@ -104,7 +113,7 @@ class TestClaims:
         inside, most = [], []
 
         def work(writer: StoreWriter) -> None:
-            for _ in range(5):
+            for _ in range(40):
                 with writer.claim(0, wait=True) as ours:
                     assert ours
                     inside.append(writer)
@@ -114,8 +123,27 @@ class TestClaims:
         with ThreadPoolExecutor(6) as pool:
             for _ in pool.map(work, writers, timeout=60):
                 pass
-        assert most == [1] * 30
+        assert most == [1] * 240
         assert list((tmp_path / "some.zarr" / "tokens" / "commits").iterdir()) == []
+
+    def test_who_gets_a_claim_the_moment_it_ends_keeps_it(
+        self, tmp_path: Path, make_writer: MakeWriter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        writer, release = make_writer(tmp_path / "some.zarr"), FileLock.release
+        waiting = FileLock(lock_file(writer.path, 1))
+
+        def hand_over(held: FileLock, force: bool = False) -> None:
+            release(held, force)
+            monkeypatch.undo()
+            waiting.acquire(timeout=0)
+
+        monkeypatch.setattr(FileLock, "release", hand_over)
+        with writer.claim(1):
+            pass
+        # Were the file gone, a third would make another one and hold that.
+        with writer.claim(1) as ours:
+            assert not ours
+        waiting.release()
 
     def test_the_claim_of_a_killed_process_ends(
         self, tmp_path: Path, make_writer: MakeWriter, identity: Identity
@@ -207,6 +235,24 @@ class TestWhatIsDone:
         record = read_record(finished, 0, writer.card, identity)
         assert record.sum == channel_sums(tokens[16:32])[0].tolist()
         np.testing.assert_array_equal(TokenStore.open(finished).gather(np.arange(16)), tokens[16:32])
+
+    def test_a_shard_that_could_not_be_written_again_is_not_done(
+        self, finished: Path, identity: Identity, tokens: Tokens, monkeypatch: pytest.MonkeyPatch, do_the_rest: Finish
+    ) -> None:
+        before = everything(finished)
+        writer = StoreWriter.resume(finished, identity)
+
+        def full(path: Path) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("wmcache.cache.writer.sync", full)
+            with pytest.raises(UserError, match=r"cannot write .*made-up\.zarr: No space left on device; free space"):
+                writer.write_shard(1, tokens[:16])
+        # Other tokens stand in its file by now, of the size that its old record names.
+        assert writer.pending() == [1]
+        do_the_rest(writer)
+        assert everything(finished) == before
 
     def test_a_lost_record_can_be_written_from_the_tokens(
         self, finished: Path, identity: Identity, tokens: Tokens
@@ -349,6 +395,20 @@ class TestTakingUp:
         StoreWriter.resume(finished, identity)
         assert everything(finished) == before
         assert times(finished) == when
+
+    def test_who_waits_to_start_a_store_takes_up_the_one_that_is_there_by_then(
+        self, tmp_path: Path, make_writer: MakeWriter, finished: Path
+    ) -> None:
+        path = tmp_path / "late.zarr"
+        with ThreadPoolExecutor(1) as pool:
+            with exclusive(path.with_name(f".{path.name}.lock")):
+                late = pool.submit(make_writer, path)
+                time.sleep(0.2)
+                shutil.copytree(finished, path)
+                when = times(path)
+            assert late.result(timeout=10).pending() == []
+        assert everything(path) == everything(finished)
+        assert times(path) == when
 
     def test_many_who_start_the_same_store_start_one(
         self, tmp_path: Path, make_writer: MakeWriter, finished: Path, do_the_rest: Finish

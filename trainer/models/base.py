@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
+from pydantic import Field
 from torch import Tensor
+from wmcache.cache.schema import Size
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,11 @@ class DataShape:
         history: H, context frames.
     """
 
-    tokens: int
-    token_dim: int
-    proprio_dim: int
-    action_dim: int
-    history: int
+    tokens: Size
+    token_dim: Size
+    proprio_dim: Size
+    action_dim: Size
+    history: Annotated[int, Field(gt=0, le=1024)]
 
 
 @runtime_checkable
