@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import atomic_write
 from wmcache.cache.store import TokenStore
-from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.repair import open_frames
 
 FITTED_FRAMES = 256
 
@@ -31,13 +31,13 @@ def preview(path: Path, out: Path, *, dataset: Path | None = None, count: int = 
         UserError: an unusable store; frames that are missing or are not the store's.
     """
     store = TokenStore.open(path)
-    frames = FrameDataset.open(dataset or Path(str(store.card.dataset.get("path"))))
+    frames = open_frames(store.card, dataset)
     if frames.card.fingerprint != store.identity.dataset_fingerprint:
         raise UserError(f"{frames.path} does not hold the frames of {path}; pass the right --dataset")
     chosen = np.unique(np.linspace(0, len(store) - 1, count).astype(np.int64))
     images = frames.read_frames(chosen)
     colours = principal_colours(store, chosen)
-    figure = Figure(figsize=(1.7 * len(chosen), 3.9), layout="constrained", dpi=110)
+    figure = Figure(figsize=(max(8.0, 1.7 * len(chosen)), 3.9), layout="constrained", dpi=110)
     rows = figure.subplots(2, len(chosen), squeeze=False)
     for column, frame in enumerate(chosen):
         rows[0, column].imshow(images[column])
@@ -48,7 +48,9 @@ def preview(path: Path, out: Path, *, dataset: Path | None = None, count: int = 
             axes.set_yticks([])
     grid = "{} x {}".format(*store.card.token_grid)
     figure.suptitle(
-        f"{path.name}: {grid} tokens of {store.card.token_dim}, principal components as colours", fontsize=9
+        f"{path.name}: {grid} tokens of {store.card.token_dim}, principal components as colours",
+        fontsize=9,
+        parse_math=False,  # a name may hold a dollar
     )
     picture = io.BytesIO()
     figure.savefig(picture, format="png")

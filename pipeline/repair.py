@@ -84,6 +84,14 @@ def _unrecorded(
     return found
 
 
+def open_frames(card: StoreCard, dataset: Path | None) -> FrameDataset:
+    """The frames of a store, where it says, or where the user says; raises UserError where they are not there."""
+    try:
+        return FrameDataset.open(dataset or Path(str(card.dataset.get("path")).replace("\0", "?")))
+    except UserError as error:
+        raise UserError(f"the store's frames are needed: {error}; or say where they are with --dataset") from error
+
+
 def open_source(
     card: StoreCard, identity: Identity, *, dataset: Path | None, weights: Path | None, device: str
 ) -> tuple[FrameDataset, Encoder]:
@@ -92,10 +100,7 @@ def open_source(
     Raises:
         UserError: they are not where they were, or are not the same any more, naming what differs.
     """
-    try:
-        frames = FrameDataset.open(dataset or Path(str(card.dataset.get("path")).replace("\0", "?")))
-    except UserError as error:
-        raise UserError(f"the store's frames are needed: {error}; or say where they are with --dataset") from error
+    frames = open_frames(card, dataset)
     encoder = encoders.create_again(card.encoder, weights=weights, device=device)
     if different := identity.differences(encoder.identity(frames.card.fingerprint, identity.store_dtype)):
         raise UserError(
