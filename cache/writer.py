@@ -69,6 +69,7 @@ class StoreWriter:
                 return there
             sweep(path.parent)
             skeleton = temporary_for(path)
+            shutil.rmtree(skeleton, ignore_errors=True)  # of a dead process that had our number
             try:
                 with _writing(path):
                     create_arrays(skeleton, card, identity, steps)

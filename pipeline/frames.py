@@ -201,13 +201,13 @@ class FrameDatasetWriter:
                 f"{self.path} lacks {len(missing)} shards, the first is {shard_name(missing[0])}; collect again"
             )
         if (self.path / "dataset.json").exists():
+            self._unfinished.unlink(missing_ok=True)
             dataset = FrameDataset.open(self.path)
             for shard, record in enumerate(dataset.card.shards):
                 if sha256_of(self.path / shard_name(shard)) != record["sha256"]:
                     raise UserError(
                         f"{self.path / shard_name(shard)} differs from its checksum; delete it and collect again"
                     )
-            self._unfinished.unlink(missing_ok=True)
             return dataset.card
         shards: list[ShardRecord] = []
         for shard in range(-(-self.card.frames // self.card.frames_per_shard)):

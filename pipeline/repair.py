@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import sha256_of
+from wmcache.cache.files import exclusive, sha256_of
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_attributes, read_card, read_record, shard_file
 from wmcache.cache.store import TokenStore
@@ -46,6 +46,14 @@ def repair(
     found = verify(path)
     if found.sound:
         return found
+    with exclusive(path.with_name(f".{path.name}.repair.lock"), path):
+        found = verify(path)  # somebody else may have mended it meanwhile
+        if not found.sound:
+            _mend(path, found, dataset, weights, device, batch)
+        return found
+
+
+def _mend(path: Path, found: Verification, dataset: Path | None, weights: Path | None, device: str, batch: int) -> None:
     attributes = read_attributes(path)
     card, identity = read_card(attributes), Identity.from_json(attributes["identity"], str(path))
     bad = sorted({fault.shard for fault in found.faults if fault.shard is not None})
@@ -65,7 +73,6 @@ def repair(
         extract(*source, path, dtype=card.dtype, batch=batch)
     else:
         writer.finish()
-    return found
 
 
 def _unrecorded(

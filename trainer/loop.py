@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -39,6 +43,7 @@ NOT_FINITE = (
     "the loss of step {step} is not finite; the last checkpoint in {run}, if any, is good: "
     "go on from it with --resume and a lower --lr"
 )
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 MAY_CHANGE = {"cache", "device", "residence", "compile", "log_every", "validate_every", "checkpoint_every"}
 MAY_CHANGE_ON_RESUME = MAY_CHANGE | {"steps", "learning_rate"}
 
@@ -146,6 +151,7 @@ def _train(
         Log(out) as log,
         Feed(store, windows, options.batch, options.seed, device, first_batch, residence) as feed,
         tqdm(total=options.steps, initial=first, desc="wmtrain", unit=" steps", mininterval=update) as bar,
+        _signals_between_steps() as stop,
     ):
         start, seen = time.perf_counter(), 0
         for step in range(first, options.steps):
@@ -166,7 +172,7 @@ def _train(
                 bar.set_postfix_str(
                     f"loss {values['loss']:.4f}, {speed['windows_per_second']:.0f} windows/s, waiting {speed['waiting_share']:.1%}"
                 )
-            save = done % options.checkpoint_every == 0 or done == options.steps
+            save = done % options.checkpoint_every == 0 or done == options.steps or stop.wanted
             if save:
                 # The step may have left weights that the next loss would show to be bad: better not to keep them.
                 with torch.no_grad(), autocast(device, dtype):
@@ -178,7 +184,40 @@ def _train(
                 tqdm.write(f"step {done}: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
             if save:
                 save_checkpoint(out, done, model, optimiser)
+            stop.now_if_wanted()
     return result
+
+
+class _Stop:
+    """Whether a signal has asked for the end, and the handler that it was meant for."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self.handlers: dict[int, Any] = {}
+        self._number = 0
+
+    def note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.wanted, self._number = True, number
+
+    def now_if_wanted(self) -> None:
+        if self.wanted:
+            self.handlers[self._number](self._number, None)
+
+
+@contextmanager
+def _signals_between_steps() -> Iterator[_Stop]:
+    """Hold back Ctrl-C and the signals of batch systems until a step is done and saved: nothing is lost, and no lock is left held."""
+    stop = _Stop()
+    if threading.current_thread() is threading.main_thread():
+        # Whoever left a signal to the system's default, or ignores it, wants just that.
+        stop.handlers = {number: handler for number in STOPPING if callable(handler := signal.getsignal(number))}
+    for number in stop.handlers:
+        signal.signal(number, stop.note)
+    try:
+        yield stop
+    finally:
+        for number, handler in stop.handlers.items():
+            signal.signal(number, handler)
 
 
 def check_options(options: TrainOptions) -> None:
