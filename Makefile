@@ -42,6 +42,7 @@ demo: setup
 # The README's pictures, from the demo's report.
 pictures: demo
 	cp $(PLAN)/figures/*.png docs/images/
+	$(BIN)/wmcache preview $(DEMO)/stores/pointmaze-umaze/tcn-64.zarr --out docs/images/preview.png
 	$(BIN)/python -c "import glob, imageio.v3 as i; \
 	  i.imwrite('docs/images/episode.gif', i.imread(sorted(glob.glob('$(PLAN)/videos/*.mp4'))[0])[:41], duration=60, loop=0)"
 
