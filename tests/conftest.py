@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from wmcache.pipeline.extract import extract
 from wmcache.pipeline.fit import fit
 from wmcache.pipeline.frames import FrameDataset
 
+# A shell that starts the tests in the background has told them, and all that they start, to ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Threads that wait for each other make these tiny networks ten times slower as soon as anything else runs beside the tests.
 torch.set_num_threads(1)
 
