@@ -12,7 +12,7 @@ import imageio_ffmpeg
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from wmcache.cli import shell_command
+from wmcache.commands.shared import shell_command
 from wmcache.planner.evaluate import Episodes, PlanOptions, Setting, env_steps, evaluate
 from wmcache.planner.report import write_report
 

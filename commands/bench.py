@@ -1,0 +1,106 @@
+"""wmcache bench: speed as a ratio to a limit or a peer that is measured in the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from wmcache.commands.shared import (
+    PATH,
+    Group,
+    create_encoder,
+    dataset_option,
+    encoder_options,
+    json_option,
+    model_options,
+    open_dataset,
+    print_figures,
+    print_rows,
+    residence_option,
+    source_options,
+    store_argument,
+)
+
+
+@click.group(cls=Group)
+def bench() -> None:
+    """Measure speed as a ratio to a named limit."""
+
+
+@bench.command("extract")
+@dataset_option
+@encoder_options
+@json_option
+def bench_extract(dataset: Path | None, batch: int, workers: int, as_json: bool, **encoder: Any) -> None:
+    """Extraction against the bare encoder, on every frame of a dataset."""
+    from wmcache.pipeline.bench import bench_extract as run
+
+    frames = open_dataset(dataset)
+    result = run(frames, create_encoder(frames, **encoder), batch=batch, workers=workers)
+    print_figures(result, as_json=as_json)
+
+
+@bench.command("read")
+@click.option("--frames", type=click.IntRange(100), default=8192, help="Of the store that is made for it.")
+@click.option("--tokens", type=click.IntRange(1), default=196, help="N.")
+@click.option("--dim", type=click.IntRange(1), default=384, help="D.")
+@click.option("--batch-size", "batch", type=click.IntRange(1), default=64, help="Windows of 4 frames, 5 apart.")
+@click.option("--store-dtype", "dtype", type=click.Choice(["float16", "int8"]), default="float16")
+@click.option("--keep", type=PATH, help="Folder to leave the store and the plain file in.")
+@json_option
+def bench_read(as_json: bool, **settings: Any) -> None:
+    """Windows from a store against a plain .npy file of the same bytes and against the zarr API, all in the page cache."""
+    from wmcache.cache.bench import bench_read as run
+
+    print_figures(run(**settings), as_json=as_json)
+
+
+@bench.command("codecs")
+@store_argument
+@click.option("--frames", type=click.IntRange(100), default=2000, help="How many, from the first.")
+@json_option
+def bench_codecs(store: Path, frames: int, as_json: bool) -> None:
+    """Size, speed and error of STORE's own tokens as int8 and compressed."""
+    from wmcache.cache.bench import bench_codecs as run
+
+    print_rows(run(store, frames=frames), as_json=as_json)
+
+
+@bench.command("train")
+@click.option("--cache", type=PATH, required=True, help="The token store; its frames and encoder are used as well.")
+@click.option("--steps", type=click.IntRange(2), default=20, help="Training steps of each contender in each turn.")
+@click.option("--batch-size", "batch", type=click.IntRange(1), default=64, help="Windows.")
+@model_options
+@residence_option
+@source_options
+@json_option
+def bench_train(
+    cache: Path,
+    width: int,
+    depth: int,
+    heads: int,
+    dropout: float,
+    dataset: Path | None,
+    weights: Path | None,
+    device: str,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Training steps fed by the store against the same steps on one batch in memory, and against encoding in the loop."""
+    from wmcache.pipeline.repair import live_encoder
+    from wmcache.trainer.bench import bench_train as run
+
+    encode = live_encoder(cache, dataset=dataset, weights=weights, device=device)
+    model = {"width": width, "depth": depth, "heads": heads, "dropout": dropout}
+    print_figures(run(cache, model, encode, device=device, **settings), as_json=as_json)
+
+
+@bench.command("memory")
+@click.option("--episodes", type=click.IntRange(1), default=10, help="Of 100 frames, in the smallest dataset.")
+@json_option
+def bench_memory(episodes: int, as_json: bool) -> None:
+    """Peak memory of wmcache extract and wmtrain over datasets 1, 4 and 16 times as large."""
+    from wmcache.pipeline.bench import bench_memory as run
+
+    print_rows(run(episodes), as_json=as_json)

@@ -1,0 +1,178 @@
+"""What commands share: how they fail, their options, and how they print."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import click
+from wmcache.cache.errors import UserError, command
+from wmcache.cache.files import home
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"]}
+INTERRUPTED = 130
+STOPPED = 75
+"""EX_TEMPFAIL: the job was told to stop, and goes on when it is run again; a batch system can requeue on it."""
+
+
+class OneLine(click.Command):
+    """A command whose expected failures are one line and an exit status, never a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # SLURM warns of the walltime with the one that it is told
+            signal.signal(number, _stop)
+        threading.excepthook = _leave_to_those_who_wait
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt as stop:
+            click.echo(f"\nstopped; go on with: {shell_command(sys.argv)}", err=True)
+            sys.exit(STOPPED if isinstance(stop, Stopped) else INTERRUPTED)
+        except MemoryError as error:
+            raise click.ClickException("there is not enough memory; lower --batch-size or --workers") from error
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(
+                f"{where}{error.strerror or error}; free space or make it accessible, then run the same command again"
+            ) from error
+        except (ValueError, RuntimeError) as error:
+            # The envs import nothing of ours, so their errors have types of their own; whatever else it is deserves its traceback.
+            from wmcache.envs import MazeError, RendererError
+
+            if isinstance(error, MazeError | RendererError):
+                raise click.ClickException(str(error)) from error
+            raise
+
+
+class Command(OneLine):
+    """A command."""
+
+
+class Group(OneLine, click.Group):
+    """A group of commands."""
+
+    command_class = Command
+    group_class = type
+
+
+class Stopped(KeyboardInterrupt):
+    """A batch system wants the machine back."""
+
+
+def _leave_to_those_who_wait(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread raises what the disk refused once more in the thread that waits for it: one line is enough."""
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    raise Stopped
+
+
+def shell_command(words: list[str]) -> str:
+    """What the user typed, quoted for a shell."""
+    return command(Path(words[0]).name, *words[1:])
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, for those that commands share."""
+
+    def apply(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+PATH = click.Path(path_type=Path)
+dataset_option = click.option("--dataset", type=PATH, help="Frame dataset.  [default: $WMCACHE_HOME/pointmaze-umaze]")
+device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+encoder_options = options(
+    click.option("--encoder", "name", default="tcn", help="Name of the encoder; see: wmcache encoders."),
+    click.option("--weights", type=PATH, help="Weights as a .safetensors file.  [default: the encoder's own source]"),
+    click.option("--image-size", type=int, help="Side of the image that the network sees.  [default: the encoder's]"),
+    click.option(
+        "--normalisation", type=click.Choice(["half", "imagenet"]), help="half is DINO-WM's.  [default: the encoder's]"
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16"]),
+        help="Compute precision.  [default: the encoder's]",
+    ),
+    device_option,
+    click.option(
+        "--batch-size", "batch", type=click.IntRange(1), default=32, help="Frames in each call of the encoder."
+    ),
+    click.option("--workers", type=click.IntRange(1), default=1, help="Processes; each loads the encoder."),
+)
+
+
+store_argument = click.argument("store", type=PATH)
+residence_option = click.option(
+    "--residence",
+    type=click.Choice(["auto", "device", "ram", "disk"]),
+    default="auto",
+    help="Where tokens are kept while training; auto measures free memory.",
+)
+model_options = options(
+    click.option("--width", type=click.IntRange(1), default=384, help="Of the residual stream."),
+    click.option("--depth", type=click.IntRange(1), default=6, help="Transformer blocks."),
+    click.option("--heads", type=click.IntRange(1), default=6, help="Attention heads."),
+    click.option(
+        "--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.1, help="In attention, projections and MLP."
+    ),
+)
+source_options = options(
+    click.option("--dataset", type=PATH, help="Where the frames are, if they have moved."),
+    click.option("--weights", type=PATH, help="Where the encoder's weights are, if they have moved."),
+    device_option,
+)
+
+
+def print_rows(rows: list[dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    width = max(len(name) for row in rows for name in row) + 2
+    click.echo("".join(f"{name:>{width}}" for name in rows[0]))
+    for row in rows:
+        cells = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values())
+        click.echo("".join(f"{cell:>{width}}" for cell in cells))
+
+
+def print_figures(figures: dict[str, float], *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(figures, indent=2))
+        return
+    for name, value in figures.items():
+        click.echo(f"{name:36} {value:12.3f}")
+
+
+def open_dataset(path: Path | None) -> Any:
+    """The `FrameDataset` at `path`, or at its default place."""
+    from wmcache.pipeline.frames import FrameDataset
+
+    return FrameDataset.open(path or home() / "pointmaze-umaze")
+
+
+def create_encoder(dataset: Any, *, name: str, weights: Path | None, **settings: Any) -> Any:
+    """The `Encoder` that the options name, with the weights fitted on the dataset where there are such."""
+    from wmcache.pipeline import encoders
+    from wmcache.pipeline.fit import default_weights
+
+    fitted = default_weights(dataset, name)
+    if weights is None and fitted.exists():
+        weights = fitted
+    return encoders.create(name, weights=weights, **settings)

@@ -1,0 +1,118 @@
+"""wmcache ls, info, verify, repair, preview, rm: what is in a store, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from wmcache.cache.errors import UserError, command
+from wmcache.cache.files import home, human_bytes
+from wmcache.commands.shared import PATH, Command, json_option, source_options, store_argument
+
+
+@click.command("ls", cls=Command)
+@click.argument("folder", type=PATH, required=False)
+@json_option
+def list_(folder: Path | None, as_json: bool) -> None:
+    """List the token stores under FOLDER ($WMCACHE_HOME/stores)."""
+    from wmcache.cache.catalogue import list_stores
+
+    entries = list_stores(folder or home() / "stores")
+    if as_json:
+        click.echo(json.dumps([asdict(entry) for entry in entries], indent=2))
+        return
+    click.echo(f"{'state':>16} {'size':>9} {'frames':>8} {'tokens':>10} {'dtype':>8}  store")
+    for entry in entries:
+        shape = f"{entry.tokens} x {entry.token_dim}"
+        click.echo(
+            f"{entry.state:>16} {human_bytes(entry.bytes):>9} {entry.frames:>8} {shape:>10} {entry.dtype:>8}  {entry.path}"
+        )
+
+
+@click.command(cls=Command)
+@store_argument
+@json_option
+def info(store: Path, as_json: bool) -> None:
+    """Show what a token store says of itself."""
+    from wmcache.cache.catalogue import describe
+
+    values = describe(store)
+    if as_json:
+        click.echo(json.dumps(values, indent=2))
+        return
+    for group in ("identity", "card", "versions"):
+        for name, value in values.pop(group).items():
+            values[f"{group}.{name}"] = value
+    for name, value in values.items():
+        click.echo(f"{name:28} {value}")
+
+
+@click.command(cls=Command)
+@store_argument
+@click.option("--deep", is_flag=True, help="Also encode a sample of the frames anew, and compare.")
+@source_options
+@json_option
+def verify(store: Path, deep: bool, as_json: bool, **source: Any) -> None:
+    """Compare every byte of a token store with its records; exit status 1 where something is wrong."""
+    if deep:
+        from wmcache.pipeline.repair import verify_deep
+
+        found = verify_deep(store, **source)
+    else:
+        from wmcache.cache.verify import verify as run
+
+        found = run(store)
+    if as_json:
+        click.echo(json.dumps({**asdict(found), "sound": found.sound}, indent=2))
+    else:
+        click.echo(f"{store}: {found.shards_done} of {found.shards} shards as they were written, {found.frames} frames")
+        for fault in found.faults:
+            click.echo(f"fault: {fault.file}: {fault.reason}")
+        for file in found.leftovers:
+            click.echo(f"left over, harmless: {file}")
+        if found.drift:
+            click.echo(", ".join(f"{name} {value:.6f}" for name, value in found.drift.items()))
+    if not found.sound:
+        raise UserError(
+            f"{store} is {'damaged' if found.faults else 'incomplete'}; mend it with: {command('wmcache', 'repair', store)}"
+        )
+
+
+@click.command(cls=Command)
+@store_argument
+@source_options
+def repair(store: Path, **source: Any) -> None:
+    """Make exactly those shards of a token store again that are not as they were written."""
+    from wmcache.pipeline.repair import repair as run
+
+    found = run(store, **source)
+    click.echo(f"{store}: complete; {len(found.faults)} faults mended" if found.faults else f"{store}: complete")
+
+
+@click.command(cls=Command)
+@store_argument
+@click.option("--dataset", type=PATH, help="Where the frames are, if they have moved.")
+@click.option("--count", type=click.IntRange(1, 64), default=8, help="Frames.")
+@click.option("--out", type=PATH, help="The PNG to write.  [default: STORE, with .png for .zarr]")
+def preview(store: Path, out: Path | None, **settings: Any) -> None:
+    """Draw frames of a store beside their tokens, the first three principal components as colours."""
+    from wmcache.pipeline.preview import preview as run
+
+    out = out or store.resolve().with_suffix(".png")
+    frames = run(store, out, **settings)
+    click.echo(f"{out}: frames {', '.join(map(str, frames))}")
+
+
+@click.command(cls=Command)
+@store_argument
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def rm(store: Path, yes: bool) -> None:
+    """Delete a token store."""
+    from wmcache.cache.catalogue import remove
+
+    if not yes:
+        click.confirm(f"delete {store}?", abort=True)
+    click.echo(f"{store}: deleted, {human_bytes(remove(store))} free again")
