@@ -16,7 +16,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 # A strict editable install links each file, so that mypy finds the package; a folder's time changes when a file is added.
-$(VENV)/.linked: $(VENV)/.installed cache commands envs envs/mazes pipeline pipeline/encoders planner trainer trainer/models
+$(VENV)/.linked: $(VENV)/.installed cache commands envs envs/mazes pipeline pipeline/encoders pipeline/importers planner trainer trainer/models
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable . --config-settings editable_mode=strict
 	@touch $@
 

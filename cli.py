@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import click
 from wmcache import __version__
-from wmcache.commands import bench, data, stores
+from wmcache.commands import bench, data, decode, stores
 from wmcache.commands.plan import wmplan
 from wmcache.commands.shared import CONTEXT, Group
-from wmcache.commands.train import wmtrain
+from wmcache.commands.train import import_run, wmtrain
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
@@ -23,11 +23,13 @@ def main() -> None:
 
 
 for group in (
-    (data.collect, data.fit, data.extract, data.encoders),
+    (data.collect, data.import_, data.fit, data.extract, data.encoders),
     (stores.list_, stores.info, stores.verify, stores.repair, stores.preview, stores.rm),
     (bench.bench,),
+    (import_run, decode.imagine),
 ):
     for known in group:
         main.add_command(known)
+wmtrain.add_command(decode.decoder)
 
 __all__ = ["main", "wmplan", "wmtrain"]

@@ -11,6 +11,7 @@ from wmcache.commands.shared import (
     Group,
     create_encoder,
     dataset_option,
+    device_option,
     encoder_options,
     json_option,
     model_options,
@@ -20,6 +21,7 @@ from wmcache.commands.shared import (
     residence_option,
     source_options,
     store_argument,
+    take_model_options,
 )
 
 
@@ -77,10 +79,6 @@ def bench_codecs(store: Path, frames: int, as_json: bool) -> None:
 @json_option
 def bench_train(
     cache: Path,
-    width: int,
-    depth: int,
-    heads: int,
-    dropout: float,
     dataset: Path | None,
     weights: Path | None,
     device: str,
@@ -92,7 +90,7 @@ def bench_train(
     from wmcache.trainer.bench import bench_train as run
 
     encode = live_encoder(cache, dataset=dataset, weights=weights, device=device)
-    model = {"width": width, "depth": depth, "heads": heads, "dropout": dropout}
+    model = take_model_options(settings)
     print_figures(run(cache, model, encode, device=device, **settings), as_json=as_json)
 
 
@@ -104,3 +102,23 @@ def bench_memory(episodes: int, as_json: bool) -> None:
     from wmcache.pipeline.bench import bench_memory as run
 
     print_rows(run(episodes), as_json=as_json)
+
+
+@bench.command("plan")
+@click.option("--run", type=PATH, required=True, help="Folder of the run; its encoder is used as well.")
+@click.option("--samples", type=click.IntRange(2), default=300, help="Candidates an iteration, as DINO-WM's.")
+@click.option("--elites", type=click.IntRange(2), default=30, help="As DINO-WM's.")
+@click.option("--iterations", type=click.IntRange(1), default=1, help="DINO-WM has 10; each costs the same.")
+@click.option("--weights", type=PATH, help="The encoder's weights, if they have moved.")
+@click.option("--cache", type=PATH, help="The store, if it has moved.")
+@click.option("--dtype", default="auto", help="Of our way: auto, float32 or bfloat16.")
+@device_option
+@json_option
+def bench_plan(
+    run: Path, weights: Path | None, cache: Path | None, dtype: str, device: str, as_json: bool, **settings: Any
+) -> None:
+    """One plan as DINO-WM's code makes it against ours: same weights, same candidates, equal results."""
+    from wmcache.planner.evaluate import PlanOptions, Setting, bench
+
+    setting = Setting(run, PlanOptions(device=device), weights=weights, cache=cache)
+    print_figures(bench(setting, dtype=dtype, **settings), as_json=as_json)

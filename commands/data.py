@@ -1,4 +1,4 @@
-"""wmcache collect, fit, extract, encoders: from the world, or from others, to tokens."""
+"""wmcache collect, import, fit, extract, encoders: from the world, or from others, to tokens."""
 
 from __future__ import annotations
 
@@ -13,15 +13,38 @@ from wmcache.cache.files import home, human_bytes
 from wmcache.commands.shared import (
     PATH,
     Command,
+    Group,
     create_encoder,
     dataset_option,
     device_option,
     encoder_options,
     json_option,
     open_dataset,
+    options,
 )
 
 DEFAULT_ENV = "wmcache/PointMaze-UMaze-v0"
+frames_per_shard_option = click.option(
+    "--frames-per-shard",
+    type=click.IntRange(1),
+    default=512,
+    help="Frames in each tar, and in each Zarr shard made from it.",
+)
+import_options = options(
+    click.option("--out", type=PATH, required=True, help="Folder of the dataset."), frames_per_shard_option
+)
+shape_options = options(
+    click.option(
+        "--crop",
+        type=click.Choice(["none", "center"]),
+        default="none",
+        help="center: take the central square of images that are not square.",
+    ),
+    click.option(
+        "--image-size", type=click.IntRange(8, 8192), help="Resize squares to this side.  [default: as they are]"
+    ),
+    click.option("--fps", type=click.IntRange(1), default=20, help="Env steps a second, for videos made later."),
+)
 
 
 @click.command(cls=Command)
@@ -31,12 +54,7 @@ DEFAULT_ENV = "wmcache/PointMaze-UMaze-v0"
 @click.option("--policy", default="random", help="Behaviour policy: random (DINO-WM) or held.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the dataset; the same seed gives the same bytes.")
 @click.option("--image-size", type=click.IntRange(8, 2048), default=224, help="Side of the frames in pixels.")
-@click.option(
-    "--frames-per-shard",
-    type=click.IntRange(1),
-    default=512,
-    help="Frames in each tar, and in each Zarr shard made from it.",
-)
+@frames_per_shard_option
 @click.option("--workers", type=click.IntRange(1), default=os.cpu_count() or 1, help="Processes.")
 @click.option("--out", type=PATH, help="Folder of the dataset.  [default: $WMCACHE_HOME/pointmaze-<maze>]")
 def collect(env: str, out: Path | None, **settings: Any) -> None:
@@ -45,10 +63,64 @@ def collect(env: str, out: Path | None, **settings: Any) -> None:
     from wmcache.pipeline.collect import collect as run
 
     out = out or home() / f"pointmaze-{find_maze(env).name.lower()}"
-    card = run(env, out, **settings)
+    _print_card(out, run(env, out, **settings))
+
+
+def _print_card(out: Path, card: Any) -> None:
     size = sum(shard["bytes"] for shard in card.shards)
     click.echo(f"{out}: {card.episodes} episodes, {card.frames} frames, {len(card.shards)} shards, {human_bytes(size)}")
     click.echo(f"fingerprint {card.fingerprint}")
+
+
+@click.group("import", cls=Group)
+def import_() -> None:
+    """Make a dataset of other people's frames. Run again, it goes on where it stopped."""
+
+
+@import_.command("dino-wm")
+@click.argument("folder", type=PATH)
+@click.option("--maze", default="UMaze", help="Layout that the data was collected in, or a .txt grid.")
+@import_options
+def import_dino_wm(folder: Path, out: Path, **settings: Any) -> None:
+    """Import DINO-WM's PointMaze FOLDER: states.pth, actions.pth, seq_lengths.pth, obses/episode_XXX.pth."""
+    from wmcache.pipeline.importers.dino_wm import import_dino_wm as run
+
+    _print_card(out, run(folder, out, **settings))
+
+
+@import_.command("frames")
+@click.argument("folder", type=PATH)
+@click.option(
+    "--actions",
+    "table",
+    type=PATH,
+    required=True,
+    help="CSV or Parquet, a row a frame: episode, step, file or video, action_0 ..., state_0 ...",
+)
+@shape_options
+@import_options
+def import_frames(folder: Path, out: Path, crop: str, image_size: int | None, **settings: Any) -> None:
+    """Import the images or videos in FOLDER beside a table of actions and states."""
+    from wmcache.pipeline.importers import Shape
+    from wmcache.pipeline.importers.frames import import_frames as run
+
+    _print_card(out, run(folder, out=out, shape=Shape(crop, image_size), **settings))
+
+
+@import_.command("minari")
+@click.argument("dataset")
+@click.option(
+    "--image-key", help="Observation that is the image, as in pixels or agent.image.  [default: the only one]"
+)
+@click.option("--state-key", help="Observation that is the state.  [default: the only vector]")
+@shape_options
+@import_options
+def import_minari(dataset: str, out: Path, crop: str, image_size: int | None, **settings: Any) -> None:
+    """Import a local Minari DATASET, by its id or its folder."""
+    from wmcache.pipeline.importers import Shape
+    from wmcache.pipeline.importers.minari import import_minari as run
+
+    _print_card(out, run(dataset, out, shape=Shape(crop, image_size), **settings))
 
 
 @click.command(cls=Command)
@@ -80,7 +152,9 @@ def fit(
     out = out or default_weights(frames, name)
     result = run(frames, name, out, FitOptions(**settings), max_frames=max_frames, device=device, overwrite=overwrite)
     click.echo(f"{result.weights}: fitted on {result.frames} frames")
-    landscape = result.landscape
+    if (landscape := result.landscape) is None:
+        click.echo("the landscape is not measured: the frames show no maze, so their true distances are not known")
+        return
     click.echo(
         f"Spearman correlation of squared token distance and geodesic distance, held-out episodes: {landscape.spearman:.3f}"
     )

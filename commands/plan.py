@@ -9,13 +9,50 @@ from typing import Any
 
 import click
 from wmcache import __version__
-from wmcache.commands.shared import CONTEXT, PATH, Command, device_option, json_option, shell_command
+from wmcache.commands.shared import (
+    CONTEXT,
+    PATH,
+    Command,
+    device_option,
+    json_option,
+    options,
+    preset_option,
+    shell_command,
+)
+from wmcache.planner.protocols import PROTOCOLS
+
+SEARCH = {
+    "samples": ("--samples", int, "Candidates an iteration (cem, icem, mppi); DINO-WM has 300."),
+    "elites": ("--elites", int, "Of them (cem, icem, mppi); DINO-WM has 30."),
+    "iterations": ("--iterations", int, "Of the search (cem, icem, mppi); DINO-WM has 10."),
+    "sigma": ("--sigma", float, "First standard deviation of the candidates, in env units."),
+    "momentum": ("--momentum", float, "Of mean and deviation (cem, icem)."),
+    "temperature": ("--temperature", float, "Of the weights (mppi)."),
+    "beta": ("--beta", float, "Colour of the noise (icem); 0 is white."),
+    "optimiser": ("--optimiser", click.Choice(["sgd", "adam"]), "Of gradient descent (gd); DINO-WM has sgd."),
+    "steps": ("--gd-steps", int, "Of gradient descent (gd); DINO-WM has 1000."),
+    "lr": ("--gd-lr", float, "Of gradient descent (gd)."),
+    "restarts": ("--restarts", int, "First guesses that are descended side by side (gd)."),
+    "noise": ("--noise", float, "Added after each step (gd); DINO-WM has 0.003."),
+}
+"""Options of the solvers: field -> flag, type, help. What is not given is the solver's own default."""
+
+search_options = options(
+    *(click.option(flag, f"search_{name}", type=kind, help=text) for name, (flag, kind, text) in SEARCH.items())
+)
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="wmplan")
+@preset_option("--protocol", PROTOCOLS, "A known evaluation; what is given beside it wins.")
 @click.option("--run", type=PATH, required=True, help="Folder of the run.")
-@click.option("--episodes", type=int, default=50, help="How many; start and goal of each are random.")
+@click.option("--episodes", type=int, default=50, help="How many.")
+@click.option(
+    "--goals", default="random-state", help="random-state, dataset, random-action, or a Parquet file of start and goal."
+)
+@click.option(
+    "--goal-steps", type=int, help="Env steps from start to goal (dataset, random-action).  [default: the horizon's]"
+)
 @click.option("--budget", type=int, default=100, help="Env steps of each episode.")
 @click.option(
     "--threshold",
@@ -31,11 +68,18 @@ from wmcache.commands.shared import CONTEXT, PATH, Command, device_option, json_
     default="all",
     help="Score the last imagined frame (DINO-WM) or all.",
 )
-@click.option("--context", type=int, default=1, help="Frames that an imagined step sees.")
-@click.option("--samples", type=int, default=64, help="Candidates an iteration; DINO-WM has 300.")
-@click.option("--elites", type=int, default=6, help="Of them; DINO-WM has 30.")
-@click.option("--iterations", type=int, default=5, help="Of the cross-entropy method; DINO-WM has 10.")
-@click.option("--sigma", type=float, default=0.4, help="First standard deviation of the candidates, in env units.")
+@click.option(
+    "--distance",
+    type=click.Choice(["latent", "graph"]),
+    default="latent",
+    help="To the goal: of latents (DINO-WM), or along the cached frames, for goals beyond the horizon.",
+)
+@click.option("--alpha", type=float, default=0.0, help="Weight of proprio; above 0 the goal is more than an image.")
+@click.option("--proprio", type=click.Choice(["auto", "none"]), default="auto", help="none insists on a model without.")
+@click.option("--context", type=int, help="Frames that an imagined step sees.  [default: 1; without proprio all]")
+@click.option("--observed", type=int, help="Live frames that a plan starts from.  [default: 1; without proprio all]")
+@click.option("--solver", default="cem", help="cem, icem, mppi or gd.")
+@search_options
 @click.option("--batch-size", "batch", type=int, default=50, help="Episodes planned at once.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Number of the first episode.")
 @click.option("--env", help="Another maze than the data's.")
@@ -43,20 +87,24 @@ from wmcache.commands.shared import CONTEXT, PATH, Command, device_option, json_
 @click.option("--cache", type=PATH, help="The store, if it has moved.")
 @click.option("--dtype", default="auto", help="Of the model: auto, float32 or bfloat16.")
 @device_option
-@click.option(
-    "--out", type=PATH, help="Folder of the results.  [default: RUN/plan-<objective>-x<execute>-<episodes>x<budget>]"
-)
+@click.option("--out", type=PATH, help="Folder of the results.  [default: RUN/plan-<protocol or objective-execute>-…]")
 @json_option
 def wmplan(
-    run: Path, weights: Path | None, cache: Path | None, out: Path | None, as_json: bool, **settings: Any
+    run: Path,
+    protocol: str | None,
+    weights: Path | None,
+    cache: Path | None,
+    out: Path | None,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Plan with a trained world model, judge it, and write a report."""
-    from wmcache.planner.evaluate import PlanOptions, Setting, evaluate, refuse_other_results
+    from wmcache.planner.evaluate import PlanOptions, Setting, default_out, evaluate, refuse_other_results
     from wmcache.planner.report import write_report
 
-    chosen = PlanOptions(**settings)
-    maze = f"-{Path(chosen.env).stem}" if chosen.env else ""
-    out = out or run / f"plan-{chosen.objective}-x{chosen.execute}-{chosen.episodes}x{chosen.budget}{maze}"
+    search = {name: value for name in SEARCH if (value := settings.pop(f"search_{name}")) is not None}
+    chosen = PlanOptions(search=search, **settings)
+    out = out or default_out(run, protocol, chosen)
     refuse_other_results(out, chosen)
     setting = Setting(run, chosen, weights=weights, cache=cache)
     episodes, results = evaluate(setting, chosen, out)
@@ -64,12 +112,17 @@ def wmplan(
     if as_json:
         click.echo(json.dumps(results, indent=2))
         return
-    click.echo(f"{'threshold':>9} {'reached':>12} {'rate':>6} {'95 % interval':>16} {'env steps':>10} {'held':>5}")
+    click.echo(
+        f"{'threshold':>9} {'reached':>12} {'rate':>6} {'95 % interval':>16} {'env steps':>10} {'way':>5} {'held':>5} {'95 % interval':>16}"
+    )
     for row in results["by_threshold"]:
         reached = f"{row['successes']} of {results['episodes']}"
-        interval = "{:.3f} to {:.3f}".format(*row["ci95"])
+        interval, held = ("{:.3f} to {:.3f}".format(*row[name]) for name in ("ci95", "held_ci95"))
         rate, steps = f"{row['success_rate']:>6.3f}", f"{row['mean_env_steps']:>10.1f}"
-        click.echo(f"{row['threshold']:>9} {reached:>12} {rate} {interval:>16} {steps} {row['held']:>5}")
+        way = "-" if row["path_ratio"] is None else f"{row['path_ratio']:.2f}"
+        click.echo(
+            f"{row['threshold']:>9} {reached:>12} {rate} {interval:>16} {steps} {way:>5} {row['held']:>5} {held:>16}"
+        )
     click.echo(
         f"{results['budget_env_steps']} env steps an episode, {results['replans']} replans at {results['seconds_per_replan']:.3f} s, "
         f"{results['encoder_frames']} frames encoded"

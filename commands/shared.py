@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -95,6 +95,23 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
+def preset_option(flag: str, presets: Mapping[str, Mapping[str, Any]], text: str) -> Callable[[F], F]:
+    """An option that gives others their defaults: presets are name -> {option's flag without its dashes, or parameter: value}."""
+
+    def apply(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:  # noqa: ARG001 (click's signature)
+        if value is not None:
+            flags = {
+                name.lstrip("-"): known.name
+                for known in ctx.command.params
+                for name in (*known.opts, *known.secondary_opts)
+            }
+            chosen = {flags[name.replace("_", "-")]: default for name, default in presets[value].items()}
+            ctx.default_map = {**(ctx.default_map or {}), **chosen}
+        return value
+
+    return click.option(flag, type=click.Choice(list(presets)), callback=apply, is_eager=True, help=text)
+
+
 PATH = click.Path(path_type=Path)
 dataset_option = click.option("--dataset", type=PATH, help="Frame dataset.  [default: $WMCACHE_HOME/pointmaze-umaze]")
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.")
@@ -127,12 +144,50 @@ residence_option = click.option(
     help="Where tokens are kept while training; auto measures free memory.",
 )
 model_options = options(
-    click.option("--width", type=click.IntRange(1), default=384, help="Of the residual stream."),
+    click.option(
+        "--combine",
+        type=click.Choice(["features", "tokens"]),
+        default="features",
+        help="Proprio and action as more features of each token, or as more tokens.",
+    ),
+    click.option(
+        "--condition",
+        type=click.Choice(["concat", "adaln"]),
+        default="concat",
+        help="The action combined with the tokens, or scaling the blocks.",
+    ),
+    click.option(
+        "--proprio",
+        type=click.Choice(["raw", "embedding", "none"]),
+        default="raw",
+        help="Predict it, predict a learned code of it (DINO-WM), or plan from pixels alone.",
+    ),
+    click.option(
+        "--predict",
+        type=click.Choice(["change", "frame"]),
+        default="change",
+        help="The change, or the next frame (DINO-WM).",
+    ),
+    click.option(
+        "--position",
+        type=click.Choice(["learned", "rope"]),
+        default="learned",
+        help="Of a frame in the window: learned, or rotary in time.",
+    ),
+    click.option("--standardise/--as-stored", default=True, help="Tokens for each channel, or as they are (DINO-WM)."),
+    click.option("--width", type=click.IntRange(0), default=384, help="Of the residual stream; 0: no projections."),
     click.option("--depth", type=click.IntRange(1), default=6, help="Transformer blocks."),
     click.option("--heads", type=click.IntRange(1), default=6, help="Attention heads."),
+    click.option("--head-dim", type=click.IntRange(0), default=0, help="Of each; 0: width / heads."),
+    click.option("--mlp", type=click.IntRange(0), default=0, help="Hidden units; 0: 4 widths."),
     click.option(
         "--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.1, help="In attention, projections and MLP."
     ),
+    click.option("--embedding", type=click.IntRange(1), default=10, help="Dimensions of action and proprio."),
+    click.option(
+        "--rollout-loss", type=click.FloatRange(0), default=0.0, help="Weight of a second step from the first one's."
+    ),
+    click.option("--noise", type=click.FloatRange(0), default=0.0, help="Deviation of noise on the latents."),
 )
 source_options = options(
     click.option("--dataset", type=PATH, help="Where the frames are, if they have moved."),
@@ -142,6 +197,7 @@ source_options = options(
 
 
 def print_rows(rows: list[dict[str, Any]], *, as_json: bool) -> None:
+    """A table, or JSON."""
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
@@ -153,11 +209,21 @@ def print_rows(rows: list[dict[str, Any]], *, as_json: bool) -> None:
 
 
 def print_figures(figures: dict[str, float], *, as_json: bool) -> None:
+    """A line each, or JSON."""
     if as_json:
         click.echo(json.dumps(figures, indent=2))
         return
     for name, value in figures.items():
         click.echo(f"{name:36} {value:12.3f}")
+
+
+def take_model_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """The values of `model_options`, taken out of a command's settings."""
+    from dataclasses import fields
+
+    from wmcache.trainer.models.dino_wm import DinoWmOptions
+
+    return {field.name: settings.pop(field.name) for field in fields(DinoWmOptions)}
 
 
 def open_dataset(path: Path | None) -> Any:

@@ -1,4 +1,4 @@
-"""wmtrain: a world model from cached latents."""
+"""wmtrain, wmcache import-run: a world model from cached latents, or from others."""
 
 from __future__ import annotations
 
@@ -6,28 +6,45 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from wmcache import __version__
 from wmcache.cache.errors import command
 from wmcache.cache.files import home
-from wmcache.commands.shared import CONTEXT, PATH, Command, device_option, model_options, residence_option
+from wmcache.commands.shared import (
+    CONTEXT,
+    PATH,
+    Group,
+    device_option,
+    model_options,
+    preset_option,
+    residence_option,
+    take_model_options,
+)
+from wmcache.trainer.presets import PRESETS
 
 
-@click.command(cls=Command, context_settings=CONTEXT)
+@click.group(cls=Group, context_settings=CONTEXT, invoke_without_command=True)
 @click.version_option(__version__, prog_name="wmtrain")
-@click.option("--cache", type=PATH, required=True, help="The token store; nothing else is read.")
+@preset_option("--preset", PRESETS, "Known settings; what is given beside it wins.")
+@click.option("--cache", type=PATH, help="The token store; nothing else is read.  [required]")
 @click.option("--out", type=PATH, help="Folder of the run.  [default: $WMCACHE_HOME/runs/<dataset>-<store>]")
 @click.option("--model", default="dino-wm", help="World model.")
 @model_options
 @click.option("--history", type=click.IntRange(1), default=3, help="Context frames.")
 @click.option("--frameskip", type=click.IntRange(1), default=5, help="Env steps between frames of a window.")
 @click.option("--steps", type=click.IntRange(1), default=10_000, help="Optimiser steps.")
+@click.option("--epochs", type=click.IntRange(1), help="Passes over all windows, instead of --steps.")
 @click.option("--batch-size", "batch", type=click.IntRange(1), default=64, help="Windows in each micro-batch.")
 @click.option("--accumulate", type=click.IntRange(1), default=1, help="Micro-batches in each step.")
 @click.option("--lr", "learning_rate", type=float, default=5e-4, help="Learning rate of the constant phase.")
 @click.option("--warmup", type=click.FloatRange(0, 1), default=0.05, help="Share of the steps.")
 @click.option("--decay", type=click.FloatRange(0, 1), default=0.3, help="Share of the steps.")
+@click.option("--beta2", type=click.FloatRange(0, 1, max_open=True), default=0.95, help="Of AdamW.")
 @click.option("--weight-decay", type=float, default=1e-2, help="Of matrices.")
-@click.option("--clip", type=float, default=1.0, help="Of the gradient's norm.")
+@click.option("--decay-all/--decay-matrices", default=False, help="Of vectors too (DINO-WM).")
+@click.option("--clip", type=float, default=1.0, help="Of the gradient's norm; 0: none.")
+@click.option("--pool", type=click.IntRange(1), default=1, help="Average squares of the token grid, at first.")
+@click.option("--pool-until", type=click.FloatRange(0, 1), default=0.5, help="Share of the steps on that coarser grid.")
 @click.option("--dtype", default="auto", help="auto, float32 or bfloat16.")
 @device_option
 @residence_option
@@ -40,20 +57,53 @@ from wmcache.commands.shared import CONTEXT, PATH, Command, device_option, model
 @click.option("--resume", is_flag=True, help="Insist on going on; --steps may then differ.")
 @click.option("--overwrite", is_flag=True, help="Begin anew where a run exists.")
 def wmtrain(
-    cache: Path,
+    cache: Path | None,
+    preset: str | None,  # noqa: ARG001 (its values have become the others' defaults)
     out: Path | None,
-    width: int,
-    depth: int,
-    heads: int,
-    dropout: float,
     resume: bool,
     overwrite: bool,
     **settings: Any,
 ) -> None:
     """Train a world model purely on cached latents. Run again, it goes on where it stopped."""
+    ctx = click.get_current_context()
+    if ctx.invoked_subcommand:
+        return
+    if cache is None:
+        raise click.MissingParameter(ctx=ctx, param_type="option", param_hint="'--cache'")
+    typed = [name for name in ("steps", "epochs") if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if len(typed) == 2:
+        raise click.UsageError("--steps and --epochs are two ways to say how long; give one", ctx)
+    if typed == ["steps"]:
+        settings["epochs"] = None  # which a preset may have
     from wmcache.trainer.loop import TrainOptions, train
 
+    if ctx.get_parameter_source("steps") is ParameterSource.COMMANDLINE:
+        settings["epochs"] = None  # which a preset may have set
+
     out = out or home() / "runs" / f"{cache.absolute().parent.name}-{cache.stem}"
-    model_options = {"width": width, "depth": depth, "heads": heads, "dropout": dropout}
-    train(cache, out, TrainOptions(model_options=model_options, **settings), resume=resume, overwrite=overwrite)
+    chosen = TrainOptions(model_options=take_model_options(settings), **settings)
+    train(cache, out, chosen, resume=resume, overwrite=overwrite)
     click.echo(f"{out}: trained; plan with: {command('wmplan', '--run', out)}")
+
+
+@click.group("import-run", cls=Group)
+def import_run() -> None:
+    """Make a run of other people's checkpoint, for wmplan."""
+
+
+@import_run.command("dino-wm")
+@click.argument("folder", type=PATH)
+@click.option(
+    "--cache", type=PATH, required=True, help="A store of the frames it was trained on; see: wmcache import dino-wm."
+)
+@click.option("--out", type=PATH, required=True, help="Folder of the run.")
+@click.option("--checkpoint", default="latest", help="latest, or the number of an epoch.")
+@click.option("--overwrite", is_flag=True, help="Replace another run.")
+def import_run_dino_wm(folder: Path, cache: Path, out: Path, **settings: Any) -> None:
+    """Import DINO-WM's checkpoint FOLDER: hydra.yaml, checkpoints/model_*.pth. Nothing in it is run."""
+    from wmcache.trainer.import_dino_wm import import_dino_wm as run
+
+    imported = run(folder, cache, out, **settings)
+    scale = "by the store's means and deviations" if imported.standardised else "not at all, as hydra.yaml says"
+    click.echo(f"{out}: epoch {imported.epoch}, {imported.parameters / 1e6:.2f} M parameters")
+    click.echo(f"actions and proprio are standardised {scale}; plan with: {command('wmplan', '--run', out)}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
-from wmcache.cache.device import autocast
+from wmcache.cache.device import CPU, autocast
 from wmcache.cache.errors import UserError
 from wmcache.pipeline.encoders import Encoder, tcn
 from wmcache.pipeline.extract import extract
@@ -96,11 +96,11 @@ def bench_memory(episodes: int) -> list[dict[str, Any]]:
             if weights is None:
                 weights = Path(folder) / "tcn.safetensors"
                 _save_tcn(weights)
-            encoder = ["--encoder", "tcn", "--image-size", "224", "--weights", str(weights), "--device", "cpu"]
+            encoder = ["--encoder", "tcn", "--image-size", "224", "--weights", str(weights), "--device", str(CPU)]
             extracting = _peak("wmcache", ["extract", "--dataset", str(data), *encoder, "--out", str(store)])
             size = ["--width", "64", "--depth", "1", "--heads", "1", "--steps", "60", "--batch-size", "16"]
             run = ["--cache", str(store), "--out", str(Path(folder) / f"run-{scale}"), "--residence", "disk"]
-            training = _peak("wmtrain", [*run, *size, "--device", "cpu"])
+            training = _peak("wmtrain", [*run, *size, "--device", str(CPU)])
             frames = 100 * scale * episodes
             rows.append(
                 {

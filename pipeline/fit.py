@@ -52,12 +52,12 @@ class Fitted:
     Attributes:
         weights: the file.
         frames: trained on.
-        landscape: of held-out frames.
+        landscape: of held-out frames; None where the dataset shows no maze, so that no true distance is known.
     """
 
     weights: Path
     frames: int
-    landscape: Landscape
+    landscape: Landscape | None
 
 
 def default_weights(dataset: FrameDataset, encoder: str) -> Path:
@@ -104,7 +104,10 @@ def fit(
         _train_and_save(dataset, name, chosen, out, options, metadata, where)
     elif read_metadata(out) != metadata:
         raise UserError(f"{out} holds the weights of another fit; choose another --out, or replace it with --overwrite")
-    return Fitted(out, len(chosen), probe_landscape(dataset, encoders.create(name, weights=out, device=device)))
+    landscape = None
+    if dataset.card.maze and dataset.steps.state.shape[1] >= 2:
+        landscape = probe_landscape(dataset, encoders.create(name, weights=out, device=device))
+    return Fitted(out, len(chosen), landscape)
 
 
 def read_metadata(weights: Path) -> dict[str, str]:

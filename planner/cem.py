@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from wmcache.planner.base import Cost, Solver, normal, require, require_population
 
-Cost = Callable[[Tensor], Tensor]
-"""Actions [E, S, T, A] -> cost [E, S]."""
-
-
-class Solver(Protocol):
-    """Finds actions of low cost."""
-
-    def __call__(self, cost: Cost, start: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Minimise.
-
-        Args:
-            cost: what to descend.
-            start: [E, T, A], the first guess; env units.
-            generators: one for each episode, so that its result does not depend on its neighbours in the batch.
-
-        Returns:
-            Actions [E, T, A] in [-1, 1].
-        """
-        ...
+__all__ = ["Cem", "Cost", "Solver"]
 
 
 @dataclass(frozen=True)
@@ -39,24 +22,39 @@ class Cem:
         elites: the best of them, to which the next mean and deviation are fitted.
         iterations: how often.
         sigma: first standard deviation, in env units.
+        momentum: share of the last mean and deviation that the next ones keep (V-JEPA 2-AC: 0.15; DINO-WM: none).
+
+    Raises:
+        UserError: options that no search can be made of.
     """
 
-    samples: int = 300
-    elites: int = 30
-    iterations: int = 10
-    sigma: float = 0.6
+    differentiates: ClassVar[bool] = False
+
+    samples: int = 64
+    elites: int = 6
+    iterations: int = 5
+    sigma: float = 0.4
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse options that do not fit."""
+        require_population("cem", self.samples, self.elites, self.iterations, self.sigma)
+        require(0 <= self.momentum < 1, f"solver cem: momentum is {self.momentum}; it must lie in [0, 1)")
+
+    @property
+    def evaluations(self) -> int:
+        """See `Solver`."""
+        return self.samples * self.iterations
 
     def __call__(self, cost: Cost, start: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """See `Solver`."""
         mean, deviation = start, torch.full_like(start, self.sigma)
         for _ in range(self.iterations):
-            noise = torch.stack(
-                [torch.randn(self.samples, *start.shape[1:], generator=generator) for generator in generators]
-            )
-            actions = mean[:, None] + deviation[:, None] * noise.to(start.device)
+            actions = mean[:, None] + deviation[:, None] * normal(generators, self.samples, start)
             actions[:, 0] = mean
             actions = actions.clamp(-1.0, 1.0)
             best = cost(actions).topk(self.elites, dim=1, largest=False).indices
             elites = torch.take_along_dim(actions, best[:, :, None, None], dim=1)
-            mean, deviation = elites.mean(1), elites.std(1)
+            mean = elites.mean(1).lerp(mean, self.momentum)
+            deviation = elites.std(1).lerp(deviation, self.momentum)
         return mean

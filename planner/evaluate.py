@@ -6,29 +6,32 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from torch import Tensor
 from tqdm import tqdm
 from wmcache.cache.device import choose_device, choose_dtype
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import atomic_write, make_folder, read_json, seconds_between_updates, sha256_of
+from wmcache.cache.files import make_folder, read_json, seconds_between_updates, sha256_of
 from wmcache.cache.layout import StoreCard
 from wmcache.cache.store import TokenStore
-from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, find_maze, sample_state
+from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, find_maze
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
-from wmcache.planner.cem import Cem
+from wmcache.planner.bench import bench_plan
+from wmcache.planner.episodes import THRESHOLDS, Episodes, join, judge, load_episodes, save_episodes
+from wmcache.planner.goals import start_and_goal
+from wmcache.planner.graph import LatentGraph
 from wmcache.planner.mpc import Mpc
-from wmcache.planner.objective import MODES
+from wmcache.planner.objective import DISTANCES, MODES, GoalDistance
+from wmcache.planner.solvers import make_solver
 from wmcache.trainer.checkpoint import last_checkpoint, load_model, read_config, read_identity
 
-THRESHOLDS = (0.5, 0.25, 0.1)
 CHECKED_FRAMES = 16
 
 
@@ -37,65 +40,41 @@ class PlanOptions:
     """All settings of an evaluation.
 
     Attributes:
-        episodes: how many. Episode n starts and ends at states drawn with seed 99 * (seed + n) + 1 (DINO-WM, plan.py).
+        episodes: how many.
         budget: env steps of each episode. Every episode uses all of it: nobody tells the planner that it has arrived.
         threshold: distance below which the headline figures count a goal as reached.
+        goals: where starts and goals come from, see `start_and_goal`. goal_steps: env steps between them; None means the horizon's.
         horizon: model steps of a plan. execute: model steps before the next plan.
-        objective: `last` or `all`. context: frames that an imagined step sees.
-        samples, elites, iterations, sigma: of the cross-entropy method.
+        objective: `last` or `all`. distance: `latent` or `graph`. alpha: weight of proprio in it.
+        proprio: `auto`, whatever the model sees; `none` insists on a model that plans from pixels alone.
+        context: frames that an imagined step sees; None means 1, or for a model without proprio, and so without velocity, its history.
+        observed: live frames that a plan starts from, a model step apart; None means 1, or for such a model its history.
+        solver: name in SOLVERS. search: options of that solver.
         batch: episodes planned at once.
-        seed: of episodes and candidates.
+        seed: number of the first episode; episode n starts, ends and searches by seed 99 n + 1 (DINO-WM, plan.py).
         env: another maze than the data's. device, dtype: of the model and the encoder.
     """
 
     episodes: int = 50
     budget: int = 100
     threshold: float = 0.5
+    goals: str = "random-state"
+    goal_steps: int | None = None
     horizon: int = 5
     execute: int = 1
     objective: str = "all"
-    context: int = 1
-    samples: int = 64
-    elites: int = 6
-    iterations: int = 5
-    sigma: float = 0.4
+    distance: str = "latent"
+    alpha: float = 0.0
+    proprio: str = "auto"
+    context: int | None = None
+    observed: int | None = None
+    solver: str = "cem"
+    search: dict[str, Any] = field(default_factory=dict)
     batch: int = 50
     seed: int = 0
     env: str | None = None
     device: str = "auto"
     dtype: str = "auto"
-
-
-@dataclass(frozen=True)
-class Episodes:
-    """What happened, for the judge and the report.
-
-    Attributes:
-        start, goal: float64 [E, 4].
-        states: float64 [E, budget, 4], after each env step.
-        chunk: env steps between replans.
-        encoder_frames, replans: counts over all episodes.
-        seconds: spent on encoding live frames and planning.
-    """
-
-    start: NDArray[np.float64]
-    goal: NDArray[np.float64]
-    states: NDArray[np.float64]
-    chunk: int
-    encoder_frames: int
-    replans: int
-    seconds: float
-
-    def distances(self) -> NDArray[np.float64]:
-        """Distance in (x, y) to the goal at the end of every executed chunk, [E, chunks]."""
-        ends = self.chunk_ends() - 1
-        distance: NDArray[np.float64] = np.linalg.norm(self.states[:, ends, :2] - self.goal[:, None, :2], axis=-1)
-        return distance
-
-    def chunk_ends(self) -> NDArray[np.int64]:
-        """Env steps after which a chunk ended, [chunks]; the last is the budget."""
-        budget = self.states.shape[1]
-        return np.minimum(np.arange(self.chunk, budget + self.chunk, self.chunk), budget)
 
 
 class Setting:
@@ -129,19 +108,42 @@ class Setting:
             raise UserError(
                 f"{self.store.path} is not the store that {run} was trained on ({'; '.join(different)}); pass the right --cache"
             )
-        data = self.card.dataset
+        if not self.card.dataset.get("maze"):
+            raise UserError(f"{run} was trained on frames of no known maze; there is no simulator to plan in")
         self.maze = find_maze(options.env) if options.env else cached_maze(self.card)
-        self.image_size = int(data["image_size"])
+        self.image_size = int(self.card.dataset["image_size"])
+        self.frameskip = int(self.config["frameskip"])
         self.drift = live_drift(self.store, self.encoder)
-        self.mpc = Mpc(
+        blind = not self.model.proprio_code(torch.zeros(1, 1, self.model.shape.proprio_dim, device=self.device)).numel()
+        if options.proprio == "none" and not blind:
+            raise UserError(f"{run} was trained with proprio; train one without by: wmtrain --proprio none")
+        usual = self.model.shape.history if blind else 1
+        self.context = min(options.context or usual, self.model.shape.history)
+        self.observed = min(options.observed or usual, self.context)
+        # The one solver whose noise runs in env steps.
+        known = {"frameskip": self.frameskip} if options.solver == "icem" else {}
+        self.solver = make_solver(options.solver, **known, **options.search)
+        self.dtype = choose_dtype(options.dtype, self.device)
+        self.graph = (
+            LatentGraph.from_store(self.store, self.frameskip, self.device) if options.distance == "graph" else None
+        )
+
+    def make_mpc(self, options: PlanOptions, goal: Tensor, goal_proprio: NDArray[np.float32]) -> Mpc:
+        """A planner for goals [E, N, D]; their proprio [E, P] is used where `alpha` asks for it."""
+        code = None
+        if options.alpha:
+            code = self.model.proprio_code(torch.from_numpy(goal_proprio).to(self.device)[:, None])[:, 0]
+        goal = goal.float()
+        to_goal = None if self.graph is None else self.graph.to_goal(goal)
+        return Mpc(
             model=self.model,
-            solver=Cem(options.samples, options.elites, options.iterations, options.sigma),
-            objective=options.objective,
+            solver=self.solver,
+            objective=GoalDistance(goal, options.objective, options.alpha, code, self.graph, to_goal),
             horizon=options.horizon,
-            context=options.context,
-            frameskip=int(self.config["frameskip"]),
+            context=self.context,
+            frameskip=self.frameskip,
             device=self.device,
-            dtype=choose_dtype(options.dtype, self.device),
+            dtype=self.dtype,
         )
 
     def fingerprint(self, options: PlanOptions) -> str:
@@ -153,28 +155,32 @@ class Setting:
 
 def check_options(options: PlanOptions) -> None:
     """Refuse, as a UserError, what no evaluation can be made of."""
-    positive = (
-        "episodes",
-        "budget",
-        "threshold",
-        "horizon",
-        "execute",
-        "context",
-        "samples",
-        "iterations",
-        "sigma",
-        "batch",
-    )
-    for name in positive:
+    positive = ("episodes", "budget", "threshold", "horizon", "execute", "batch")
+    for name in (
+        *positive,
+        *(name for name in ("context", "observed", "goal_steps") if getattr(options, name) is not None),
+    ):
         if not 0 < getattr(options, name) < np.inf:
-            flag = "batch-size" if name == "batch" else name
+            flag = "batch-size" if name == "batch" else name.replace("_", "-")
             raise UserError(f"--{flag} is {getattr(options, name)}; it must be above 0")
-    if options.objective not in MODES:
-        raise UserError(f"no objective {options.objective!r}; known are {', '.join(MODES)}")
+    for name, known in (("objective", MODES), ("distance", DISTANCES), ("proprio", ("auto", "none"))):
+        if getattr(options, name) not in known:
+            raise UserError(f"no {name} {getattr(options, name)!r}; known are {', '.join(known)}")
+    if not 0 <= options.alpha < np.inf:
+        raise UserError(f"--alpha is {options.alpha}; it must be 0 or more")
     if options.execute > options.horizon:
         raise UserError(f"--execute {options.execute} is more than the --horizon of {options.horizon} model steps")
-    if not 2 <= options.elites <= options.samples:
-        raise UserError(f"--elites {options.elites} must lie between 2 and --samples {options.samples}")
+
+
+def default_out(run: Path, protocol: str | None, options: PlanOptions) -> Path:
+    """Where the results of an evaluation go unless told: one folder for each kind of evaluation."""
+    parts = [protocol or f"{options.objective}-x{options.execute}", options.solver * (options.solver != "cem")]
+    parts += [
+        options.distance * (options.distance != "latent"),
+        Path(options.goals).stem * (options.goals != "random-state"),
+    ]
+    parts += [f"{options.episodes}x{options.budget}", Path(options.env).stem if options.env else ""]
+    return run / "-".join(["plan", *filter(None, parts)])
 
 
 def refuse_other_results(out: Path, options: PlanOptions) -> None:
@@ -218,12 +224,6 @@ def live_drift(store: TokenStore, encoder: Encoder) -> dict[str, float]:
     return drift
 
 
-def sample_episode(maze: Maze, number: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Start and goal state [4] of episode `number`: random places and velocities, seed 99 n + 1 (DINO-WM, plan.py)."""
-    rng = np.random.default_rng(99 * number + 1)
-    return sample_state(maze, rng), sample_state(maze, rng)
-
-
 def run_episodes(
     setting: Setting, options: PlanOptions, numbers: Iterable[int], progress: tqdm[Any] | None = None
 ) -> Episodes:
@@ -233,94 +233,59 @@ def run_episodes(
         setting, options: what to plan with. numbers: which episodes. progress: told of every replan.
 
     Returns:
-        What happened. The planner was given frames and proprio, never a state, a distance or a success.
+        What happened. The planner was given frames and proprio, never a state, a distance or a success; with `alpha` above 0 the goal's
+        proprio too.
     """
     numbers = list(numbers)
-    count, mpc, encoder = len(numbers), setting.mpc, setting.encoder
-    start, goal = (np.stack(states) for states in zip(*(sample_episode(setting.maze, n) for n in numbers), strict=True))
+    count, frameskip, observed = len(numbers), setting.frameskip, setting.observed
+    apart = options.goal_steps or options.horizon * frameskip
+    split_seed = int(setting.config.get("split_seed", 42))
+    start, goal = start_and_goal(options.goals, numbers, setting.maze, setting.store, apart, split_seed)
     env = PointMazeVectorEnv(count, setting.maze, setting.image_size)
     generators = [torch.Generator().manual_seed(99 * n + 1) for n in numbers]
-    clock = 0.0
     observation, _ = env.reset(options={"state": goal, "goal": goal})
-    goal_tokens = encoder(observation["image"])
+    begun = time.perf_counter()
+    mpc = setting.make_mpc(options, setting.encoder(observation["image"]), observation["proprio"])
+    clock = time.perf_counter() - begun
     encoder_frames, replans, done = count, 0, 0
     observation, _ = env.reset(options={"state": start, "goal": goal})
+    live = [_see(setting, observation)]
+    encoder_frames += count
+    executed: list[Tensor] = []
     plan, states = None, []
     while done < options.budget:
         begun = time.perf_counter()
-        tokens = encoder(observation["image"])
-        proprio = torch.from_numpy(observation["proprio"]).to(setting.device)
-        plan = mpc.plan(tokens, proprio, goal_tokens, plan, generators)
+        live, executed = live[-observed:], executed[len(executed) - min(observed, len(live)) + 1 :]
+        tokens, proprio = (torch.stack(parts, 1) for parts in zip(*live, strict=True))
+        past = torch.stack(executed, 1) if executed else None
+        plan = mpc.plan(tokens, proprio, plan, generators, past)
         clock += time.perf_counter() - begun
-        encoder_frames += count
         replans += count
-        actions = plan[:, : options.execute].reshape(count, options.execute * mpc.frameskip, -1).cpu().numpy()
-        states.append(env.advance(actions[:, : options.budget - done]))
-        done += states[-1].shape[1]
-        if done < options.budget:
-            observation = env.observe()
+        for step in range(options.execute):
+            action = plan[:, step]
+            raw = action.reshape(count, frameskip, -1).cpu().numpy()[:, : options.budget - done]
+            states.append(env.advance(raw))
+            executed.append(action)
+            done += raw.shape[1]
+            if done >= options.budget:
+                break
+            # Frames in the middle of a chunk are looked at only where a plan will start from them.
+            if options.execute - step <= observed:
+                begun = time.perf_counter()
+                live.append(_see(setting, env.observe()))
+                clock += time.perf_counter() - begun
+                encoder_frames += count
         plan = mpc.shift(plan, options.execute)
         if progress is not None:
             progress.update(count)
     env.close()
-    return Episodes(
-        start, goal, np.concatenate(states, 1), options.execute * mpc.frameskip, encoder_frames, replans, clock
-    )
+    chunk = options.execute * frameskip
+    return Episodes(start, goal, np.concatenate(states, 1), chunk, encoder_frames, replans, clock)
 
 
-def save_episodes(file: Path, episodes: Episodes) -> None:
-    """Write a finished batch, atomically."""
-    with atomic_write(file) as stream:
-        arrays = {field.name: np.asarray(getattr(episodes, field.name)) for field in fields(episodes)}
-        np.savez(stream, allow_pickle=False, **arrays)
-
-
-def load_episodes(file: Path) -> Episodes:
-    """Read what `save_episodes` wrote."""
-    with np.load(file) as arrays:
-        values = {name: array if array.ndim else array.item() for name, array in arrays.items()}
-    return Episodes(**values)
-
-
-def join(parts: list[Episodes]) -> Episodes:
-    """Several batches of episodes as one."""
-    return Episodes(
-        start=np.concatenate([part.start for part in parts]),
-        goal=np.concatenate([part.goal for part in parts]),
-        states=np.concatenate([part.states for part in parts]),
-        chunk=parts[0].chunk,
-        encoder_frames=sum(part.encoder_frames for part in parts),
-        replans=sum(part.replans for part in parts),
-        seconds=sum(part.seconds for part in parts),
-    )
-
-
-def judge(episodes: Episodes, threshold: float) -> dict[str, Any]:
-    """Success at one threshold, from the recorded states.
-
-    Returns:
-        successes: episodes within `threshold` of the goal at the end of some executed chunk. success_rate, ci95: of those, with
-        Wilson's interval. mean_env_steps: until then; an episode that never arrives counts with its whole budget.
-        held: episodes within `threshold` at the end of the budget.
-    """
-    close = episodes.distances() < threshold
-    count, successes = len(close), int(close.any(1).sum())
-    interval = binomtest(successes, count).proportion_ci(method="wilson")
-    return {
-        "threshold": threshold,
-        "successes": successes,
-        "success_rate": successes / count,
-        "ci95": [interval.low, interval.high],
-        "mean_env_steps": float(env_steps(episodes, threshold).mean()),
-        "held": int(close[:, -1].sum()),
-    }
-
-
-def env_steps(episodes: Episodes, threshold: float) -> NDArray[np.int64]:
-    """Env steps until the end of the first chunk within `threshold`, [E]; the budget where there is none."""
-    close = episodes.distances() < threshold
-    steps: NDArray[np.int64] = np.where(close.any(1), episodes.chunk_ends()[close.argmax(1)], episodes.states.shape[1])
-    return steps
+def _see(setting: Setting, observation: dict[str, NDArray[Any]]) -> tuple[Tensor, Tensor]:
+    """Tokens [E, N, D] and proprio [E, P] of what is seen now."""
+    return setting.encoder(observation["image"]), torch.from_numpy(observation["proprio"]).to(setting.device)
 
 
 def evaluate(setting: Setting, options: PlanOptions, out: Path) -> tuple[Episodes, dict[str, Any]]:
@@ -334,7 +299,7 @@ def evaluate(setting: Setting, options: PlanOptions, out: Path) -> tuple[Episode
         What happened, and the content of `results.json`.
     """
     first, last = options.seed, options.seed + options.episodes
-    replans = -(-options.budget // (options.execute * setting.mpc.frameskip))
+    replans = -(-options.budget // (options.execute * setting.frameskip))
     folder = out / f"unfinished-{setting.fingerprint(options)}"
     parts = []
     make_folder(folder)
@@ -349,7 +314,7 @@ def evaluate(setting: Setting, options: PlanOptions, out: Path) -> tuple[Episode
                 save_episodes(file, run_episodes(setting, options, numbers, bar))
             parts.append(load_episodes(file))
     episodes = join(parts)
-    headline = judge(episodes, options.threshold)
+    headline = judge(episodes, options.threshold, setting.maze)
     return episodes, {
         "episodes": options.episodes,
         "successes": headline["successes"],
@@ -360,11 +325,25 @@ def evaluate(setting: Setting, options: PlanOptions, out: Path) -> tuple[Episode
         "mean_env_steps": headline["mean_env_steps"],
         "encoder_frames": episodes.encoder_frames,
         "replans": episodes.replans,
+        "candidates_per_replan": setting.solver.evaluations,
         "seconds_per_replan": episodes.seconds / episodes.replans,
         "by_threshold": [
-            judge(episodes, threshold) for threshold in sorted({*THRESHOLDS, options.threshold}, reverse=True)
+            judge(episodes, threshold, setting.maze)
+            for threshold in sorted({*THRESHOLDS, options.threshold}, reverse=True)
         ],
         "live_drift": setting.drift,
         "maze": setting.maze.name,
         "options": asdict(options),
     }
+
+
+def bench(setting: Setting, **settings: Any) -> dict[str, float]:
+    """`bench_plan` on a run, from one random state to another; `settings` are its options."""
+    start, goal = (states[0] for states in start_and_goal("random-state", [0], setting.maze, setting.store, 0))
+    simulator = PointMazeSimulator(setting.maze, setting.image_size)
+    frame, goal_frame = (torch.from_numpy(simulator.render(state)) for state in (start, goal))
+    simulator.close()
+    proprio = torch.from_numpy(start.astype(np.float32)).to(setting.device)
+    return bench_plan(
+        setting.model, setting.encoder, frame, goal_frame, proprio, frameskip=setting.frameskip, **settings
+    )

@@ -1,28 +1,67 @@
-"""How far imagined latents are from a goal (DINO-WM, planning/objectives.py)."""
+"""What it costs to be where a candidate leads (DINO-WM, planning/objectives.py)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 from torch import Tensor
+from wmcache.planner.graph import LatentGraph
 
 MODES = ("last", "all")
+DISTANCES = ("latent", "graph")
 
 
-def goal_distance(latents: Tensor, goal: Tensor, mode: str) -> Tensor:
-    """Mean squared difference of latents and goal, in the encoder's own units.
+class Objective(Protocol):
+    """Scores imagined futures."""
+
+    def __call__(self, latents: Tensor, code: Tensor, episodes: slice) -> Tensor:
+        """Costs.
+
+        Args:
+            latents: [e, S, T, N, D], S imagined futures of T frames for each of e episodes.
+            code: [e, S, T, Q], the proprio codes of those frames.
+            episodes: which of all that are planned for these are.
+
+        Returns:
+            [e, S].
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class GoalDistance:
+    """Distance of imagined frames from a goal frame.
 
     `last` scores the last imagined frame alone, as DINO-WM does; it is content to arrive at the very end, at every replan anew.
     `all` averages over all imagined frames, and so prefers to arrive early and to stay.
 
-    Args:
-        latents: [E, S, T, N, D], S imagined futures of T frames for each of E episodes.
+    Attributes:
         goal: [E, N, D].
         mode: one of MODES.
-
-    Returns:
-        [E, S].
+        alpha: weight of the mean squared difference of proprio codes; DINO-WM has 0 for PointMaze. Above 0 the goal is more than an image.
+        goal_code: [E, Q], needed where alpha is above 0.
+        graph: measures the distance along the cached frames; None takes the mean squared difference of latents, as DINO-WM does.
+        to_goal: [E, places] from every place of the graph, see `LatentGraph.to_goal`.
     """
-    if mode not in MODES:
-        raise ValueError(f"objective {mode!r} is none of {MODES}")
-    if mode == "last":
-        latents = latents[:, :, -1:]
-    return (latents - goal[:, None, None]).square().mean((2, 3, 4))
+
+    goal: Tensor
+    mode: str
+    alpha: float = 0.0
+    goal_code: Tensor | None = None
+    graph: LatentGraph | None = None
+    to_goal: Tensor | None = None
+
+    def __call__(self, latents: Tensor, code: Tensor, episodes: slice) -> Tensor:
+        """See `Objective`."""
+        if self.mode == "last":
+            latents, code = latents[:, :, -1:], code[:, :, -1:]
+        goal = self.goal[episodes]
+        if self.graph is None or self.to_goal is None:
+            distance = (latents - goal[:, None, None]).square().mean((3, 4))
+        else:
+            distance = self.graph.distance(latents, goal, self.to_goal[episodes])
+        if self.alpha and self.goal_code is not None:
+            difference = (code - self.goal_code[episodes][:, None, None]).square().mean(3)
+            distance = distance + self.alpha * difference
+        return distance.mean(2)

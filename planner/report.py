@@ -29,7 +29,8 @@ from wmcache.cache.errors import UserError
 from wmcache.cache.files import atomic_write, make_folder, write_json
 from wmcache.cache.store import TokenStore
 from wmcache.envs import FPS, Maze, PointMazeSimulator
-from wmcache.planner.evaluate import THRESHOLDS, Episodes, Setting, cached_maze, env_steps
+from wmcache.planner.episodes import THRESHOLDS, Episodes, env_steps, shortest_ways
+from wmcache.planner.evaluate import Setting, cached_maze
 
 VIDEOS = 4
 VIDEO_SIZE = 224
@@ -181,12 +182,7 @@ def draw_paths(episodes: Episodes, maze: Maze, count: int = 12) -> bytes:
 def write_videos(folder: Path, episodes: Episodes, setting: Setting) -> list[tuple[str, Path]]:
     """Videos of the episodes with the longest ways to go, the live frame beside the goal's; returns captions and files."""
     make_folder(folder)
-    way = np.array(
-        [
-            setting.maze.geodesic(start[:2], goal[None, :2])[0]
-            for start, goal in zip(episodes.start, episodes.goal, strict=True)
-        ]
-    )
+    way = shortest_ways(episodes, setting.maze)
     chosen = np.argsort(-np.where(np.isfinite(way), way, -1.0), kind="stable")[:VIDEOS]
     simulator = PointMazeSimulator(setting.maze, VIDEO_SIZE)
     written = []

@@ -17,7 +17,7 @@ from wmcache.pipeline.encoders.base import EncoderSpec
 BIN = Path(sys.executable).parent
 ROOT = Path(wmcache.__file__).parent
 SOURCES = sorted(ROOT.glob("*.py"))
-for folder in ("cache", "envs", "pipeline", "planner", "trainer"):
+for folder in ("cache", "commands", "envs", "pipeline", "planner", "trainer"):
     SOURCES += sorted((ROOT / folder).rglob("*.py"))
 
 
@@ -47,6 +47,11 @@ def test_help_answers_before_anything_heavy_is_loaded(command: str) -> None:
     assert loaded & {"torch", "zarr", "numpy", "mujoco", "timm", "dask", "matplotlib"} == set()
 
 
+NEVER = {"torch.load", "torch.save", "torch.hub.load", "eval", "exec"} | {
+    f"yaml.{name}" for name in ("load", "load_all", "full_load", "unsafe_load", "Loader", "UnsafeLoader")
+}
+
+
 def dangers(source: Path) -> list[str]:
     """Whatever could run code out of a data file."""
     found = []
@@ -58,7 +63,8 @@ def dangers(source: Path) -> list[str]:
             ]
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            if called in ("torch.load", "torch.save", "eval", "exec", "torch.hub.load"):
+            only_tensors = called == "torch.load" and "weights_only=True" in map(ast.unparse, node.keywords)
+            if called in NEVER and not only_tensors:
                 found.append(called)
             found += [
                 f"{called}({keyword.arg})"
@@ -71,10 +77,17 @@ def dangers(source: Path) -> list[str]:
 
 def test_the_search_for_dangers_finds_them(tmp_path: Path) -> None:
     source = tmp_path / "source.py"
-    source.write_text(
-        "import pickle\nfrom joblib import load\ntorch.load(f)\nnp.load(f, allow_pickle=True)\nnp.load(f, allow_pickle=False)\n"
+    bad = (
+        "import pickle",
+        "from joblib import load",
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "yaml.load(f)",
     )
-    assert dangers(source) == ["pickle", "joblib", "torch.load", "np.load(allow_pickle)"]
+    good = "torch.load(f, weights_only=True)", "np.load(f, allow_pickle=False)", "yaml.safe_load(f)"
+    source.write_text("\n".join((*bad, *good, "np.load(f, allow_pickle=True)")))
+    found = ["pickle", "joblib", "torch.load", "torch.load", "yaml.load", "np.load(allow_pickle)"]
+    assert dangers(source) == found
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: f"{source.parent.name}/{source.name}")

@@ -155,7 +155,7 @@ class _Config:
     """What must be true of a run's settings before a model is built by them."""
 
     model: str
-    model_options: dict[str, Annotated[float, Field(ge=0, le=2**16)]]
+    model_options: dict[str, bool | Annotated[float, Field(ge=0, le=2**16)] | Annotated[str, Field(max_length=32)]]
     shape: DataShape
     cache: str
     frameskip: Size

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from wmcache.cache.device import Transfer
+from wmcache.cache.device import Transfer, is_cpu
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import human_bytes
 from wmcache.cache.memory import available_ram, free_memory
@@ -44,13 +44,13 @@ def choose_residence(store: TokenStore, device: torch.device, wanted: str = "aut
     if wanted not in ("auto", *RESIDENCES):
         raise UserError(f"no residence {wanted!r}; known are auto, {', '.join(RESIDENCES)}")
     size = store.card.token_bytes
-    on_device = 0 if device.type == "cpu" else free_memory(device)
+    on_device = 0 if is_cpu(device) else free_memory(device)
     in_ram = available_ram()
     if wanted == "auto":
         fits = {"device": size * ROOM_TO_SPARE <= on_device, "ram": size * ROOM_TO_SPARE <= in_ram, "disk": True}
         wanted = next(residence for residence in RESIDENCES if fits[residence])
     free = f"{human_bytes(in_ram)} of main memory free"
-    if device.type != "cpu":
+    if not is_cpu(device):
         free = f"{human_bytes(on_device)} free on {device.type}, " + free
     return wanted, f"{human_bytes(size)} of tokens {'in' if wanted == 'ram' else 'on'} {wanted} ({free})"
 
@@ -91,14 +91,14 @@ class Feed:
         self._store, self._windows, self._batch, self._seed = store, windows, batch, seed
         self._transfer = Transfer(device)
         self._table: Tensor | None = None
-        if residence == "ram" or (residence == "device" and device.type == "cpu"):
+        if residence == "ram" or (residence == "device" and is_cpu(device)):
             store.load()
         elif residence == "device":
             self._table = load_on_device(store, device)
         self._scale = None if store.scale is None else torch.from_numpy(store.scale).to(device)
         # Two buffers in turn: the reader fills one while the other is in use.
         shape = (batch * windows.length, *store.card.frame_shape)
-        dtype = torch.float16 if device.type == "cpu" else getattr(torch, store.card.dtype)
+        dtype = torch.float16 if is_cpu(device) else getattr(torch, store.card.dtype)
         self._buffers = [] if self._table is not None else [self._transfer.buffer(shape, dtype) for _ in range(2)]
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._step = first
@@ -130,7 +130,7 @@ class Feed:
 
     def _tokens(self, frames: NDArray[np.int64], step: int) -> Tensor:
         """float16 [n, N, D] on the device."""
-        if self.device.type == "cpu":
+        if is_cpu(self.device):
             tokens = self._buffers[step % 2]
             self._store.gather(frames, tokens.numpy())
             return tokens

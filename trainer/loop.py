@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,6 +35,7 @@ from wmcache.trainer.checkpoint import (
 )
 from wmcache.trainer.feed import Feed, choose_residence
 from wmcache.trainer.models import DataShape, build
+from wmcache.trainer.models.dino_wm import pool_grid
 
 ROLLOUT_STEPS = 5
 VALIDATION_WINDOWS = 256
@@ -45,7 +46,7 @@ NOT_FINITE = (
 )
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 MAY_CHANGE = {"cache", "device", "residence", "compile", "log_every", "validate_every", "checkpoint_every"}
-MAY_CHANGE_ON_RESUME = MAY_CHANGE | {"steps", "learning_rate"}
+MAY_CHANGE_ON_RESUME = MAY_CHANGE | {"steps", "epochs", "learning_rate"}
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,12 @@ class TrainOptions:
     Attributes:
         model: name in `trainer.models.MODELS`. model_options: fields of its options dataclass.
         history: context frames. frameskip: env steps between frames.
-        steps: optimiser steps. batch: windows in each micro-batch. accumulate: micro-batches in each step.
+        steps: optimiser steps. epochs: passes over all windows, which `steps` is computed from where given.
+        batch: windows in each micro-batch. accumulate: micro-batches in each step.
         learning_rate: of the constant phase. warmup, decay: shares of the steps before and after it (warmup-constant-decay).
-        weight_decay: of matrices; vectors have none. clip: of the gradient's norm.
+        beta2: of AdamW. weight_decay: of matrices; of vectors too where `decay_all`. clip: of the gradient's norm; 0 is none.
+        pool, pool_until: side of the squares of the token grid that are averaged in that first share of the steps: training is cheap on the
+            coarse grid, and what was learned there carries over.
         dtype: `auto`, `float32` or `bfloat16`. device: `auto`, `cpu`, `cuda`, …
         residence: where tokens are kept, `auto`, `device`, `ram` or `disk`.
         seed: of weights, dropout and order. split_seed: of the split into train and val episodes.
@@ -70,13 +74,18 @@ class TrainOptions:
     history: int = 3
     frameskip: int = 5
     steps: int = 10_000
+    epochs: int | None = None
     batch: int = 64
     accumulate: int = 1
     learning_rate: float = 5e-4
     warmup: float = 0.05
     decay: float = 0.3
+    beta2: float = 0.95
     weight_decay: float = 1e-2
+    decay_all: bool = False
     clip: float = 1.0
+    pool: int = 1
+    pool_until: float = 0.5
     dtype: str = "auto"
     device: str = "auto"
     residence: str = "auto"
@@ -123,12 +132,15 @@ def _train(
     store: TokenStore, cache: Path, out: Path, options: TrainOptions, *, resume: bool, overwrite: bool
 ) -> dict[str, float]:
     windows = store.windows(options.history, 1, options.frameskip, "train", seed=options.split_seed)
+    if options.epochs:
+        options = replace(options, steps=max(1, options.epochs * len(windows) // (options.batch * options.accumulate)))
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     shape = data_shape(store, options)
     config = {**asdict(options), "cache": str(cache.absolute()), "shape": asdict(shape)}
     torch.manual_seed(options.seed)
     model = build(options.model, shape, options.model_options, statistics_of(store, options.frameskip)).to(device)
+    pool_grid(torch.empty(1, 1, shape.tokens, 1), shape.columns, options.pool)  # refuses squares that do not fit
     optimiser = make_optimiser(model, options)
     validation = _validation_windows(store, options)
     # Only now: an option that makes no sense must not cost a run that is there.
@@ -156,7 +168,7 @@ def _train(
         start, seen = time.perf_counter(), 0
         for step in range(first, options.steps):
             rate = learning_rate(step, options)
-            losses, batch = descend(model, forward, optimiser, feed, rate, options, dtype)
+            losses, batch = descend(model, forward, optimiser, feed, rate, options, dtype, pool_at(step, options))
             if not torch.isfinite(losses["loss"] + losses["gradient_norm"]):
                 _tell_windows(out, windows, options, step)
                 raise UserError(NOT_FINITE.format(step=step, run=out))
@@ -222,7 +234,7 @@ def _signals_between_steps() -> Iterator[_Stop]:
 
 def check_options(options: TrainOptions) -> None:
     """Refuse, as a UserError, numbers that no run can be made of."""
-    for name, least in (("learning_rate", 1e-12), ("clip", 1e-12), ("weight_decay", 0.0)):
+    for name, least in (("learning_rate", 1e-12), ("clip", 0.0), ("weight_decay", 0.0)):
         if not least <= getattr(options, name) < math.inf:
             raise UserError(
                 f"--{FLAGS.get(name, name)} is {getattr(options, name)}; it must be a number of at least {least:g}"
@@ -231,12 +243,13 @@ def check_options(options: TrainOptions) -> None:
 
 def descend(
     model: Any,
-    forward: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+    forward: Callable[[Mapping[str, Tensor], int], dict[str, Tensor]],
     optimiser: torch.optim.Optimizer,
     feed: Feed,
     rate: float,
     options: TrainOptions,
     dtype: torch.dtype,
+    pool: int = 1,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gradients of one step, accumulated over micro-batches and clipped, ready for the optimiser.
 
@@ -251,10 +264,10 @@ def descend(
     for _ in range(options.accumulate):
         batch = feed.next()
         with autocast(feed.device, dtype):
-            losses = forward(batch)
+            losses = forward(batch, pool)
         (losses["loss"] / options.accumulate).backward()  # type: ignore[no-untyped-call]
         parts.append({name: value.detach() for name, value in losses.items()})
-    norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
     means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
     return {**means, "gradient_norm": norm}, batch
 
@@ -281,6 +294,11 @@ def validate(model: Any, windows: Windows, device: torch.device, dtype: torch.dt
     return {f"skill_{k + 1}": skill[k].item() for k in range(steps)}
 
 
+def pool_at(step: int, options: TrainOptions) -> int:
+    """The side of the squares of tokens that are averaged at a step."""
+    return options.pool if step < options.pool_until * options.steps else 1
+
+
 def learning_rate(step: int, options: TrainOptions) -> float:
     """Warmup-constant-decay: linear up, constant, and down to 0 as 1 - sqrt (arXiv 2405.18392)."""
     warmup, decay = math.ceil(options.warmup * options.steps), math.ceil(options.decay * options.steps)
@@ -292,16 +310,12 @@ def learning_rate(step: int, options: TrainOptions) -> float:
 
 
 def make_optimiser(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW; matrices decay, vectors do not."""
+    """AdamW; matrices decay, vectors only where told."""
     parameters = list(model.parameters())
-    groups = [
-        {
-            "params": [parameter for parameter in parameters if parameter.ndim >= 2],
-            "weight_decay": options.weight_decay,
-        },
-        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=True)
+    decaying = [parameter for parameter in parameters if options.decay_all or parameter.ndim >= 2]
+    others = [parameter for parameter in parameters if not (options.decay_all or parameter.ndim >= 2)]
+    groups = [{"params": decaying, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, options.beta2), fused=True)
 
 
 class Log:
@@ -365,6 +379,7 @@ def data_shape(store: TokenStore, options: TrainOptions) -> DataShape:
         store.state.shape[1],
         options.frameskip * store.action.shape[1],
         options.history,
+        store.card.token_grid[1],
     )
 
 

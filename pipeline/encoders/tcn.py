@@ -38,6 +38,7 @@ SPEC = EncoderSpec(
 )
 
 WIDTH = 64
+BACKGROUND_FRAMES = 1000
 
 
 class TcnNetwork(nn.Module):
@@ -56,12 +57,22 @@ class TcnNetwork(nn.Module):
         )
         self.mixer = nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
         self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, token_dim))
+        self.register_buffer("background", torch.zeros(3, grid * patch, grid * patch))
+        self.register_buffer("contrast", torch.ones(()))
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, N, D]."""
-        features = rearrange(self.stem(images), "b c h w -> b (h w) c")
+        features = rearrange(self.stem((images - self.background) / self.contrast), "b c h w -> b (h w) c")
         tokens: Tensor = self.head(self.mixer(features + self.position))
         return tokens
+
+    def look_at(self, images: Tensor) -> None:
+        """Learn what never moves from images [n, 3, S, S]: without it a ball of a few pixels is all that is left."""
+        self.background.copy_(images.mean(0))
+        self.contrast.copy_((images - self.background).std())
+
+    background: Tensor
+    contrast: Tensor
 
 
 def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
@@ -101,6 +112,8 @@ def fit(
     rng = np.random.default_rng(options.seed)
     grid, _ = SPEC.token_grid(images.shape[-1])
     network = TcnNetwork(grid, SPEC.patch, SPEC.token_dim).to(device)
+    some = torch.from_numpy(np.sort(rng.choice(len(images), min(len(images), BACKGROUND_FRAMES), replace=False)))
+    network.look_at(images[some].to(device).float() / 127.5 - 1)
     optimiser = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, options.learning_rate, options.steps, pct_start=0.1)
     last = np.searchsorted(episode, episode, side="right") - 1

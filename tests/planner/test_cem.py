@@ -84,3 +84,23 @@ def test_the_seed_decides(target: Tensor) -> None:
     first = solve(cost, start, generators())
     assert torch.equal(first, solve(cost, start, generators()))
     assert not torch.equal(first, solve(cost, start, generators(seed=1)))
+
+
+def test_momentum_keeps_a_share_of_the_last_mean(target: Tensor) -> None:
+    cost, start = squared_distance_to(target), torch.full(SHAPE, 0.2)
+    fitted = Cem(samples=16, elites=4, iterations=1)(cost, start, generators())
+    found = Cem(samples=16, elites=4, iterations=1, momentum=0.15)(cost, start, generators())
+    torch.testing.assert_close(found, 0.15 * start + 0.85 * fitted)
+
+
+def test_momentum_keeps_a_share_of_the_last_deviation(target: Tensor) -> None:
+    spreads: dict[float, list[Tensor]] = {0.0: [], 0.5: []}
+    for momentum, spread in spreads.items():
+
+        def cost(actions: Tensor, spread: list[Tensor] = spread) -> Tensor:
+            spread.append(actions[:, 1:].std(1).mean())
+            return squared_distance_to(target)(actions)
+
+        Cem(samples=64, elites=8, iterations=4, sigma=0.3, momentum=momentum)(cost, torch.zeros(SHAPE), generators())
+    assert spreads[0.5][0] == spreads[0.0][0]
+    assert spreads[0.5][3] > 1.3 * spreads[0.0][3]

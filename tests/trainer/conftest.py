@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from wmcache.cache import Identity, StoreCard, StoreWriter
 from wmcache.trainer.loop import TrainOptions
+
+# Test modules import `model_tools` from here.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

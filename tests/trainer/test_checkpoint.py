@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from shutil import copytree, rmtree
+from typing import Any
 
 import pytest
 import torch
+from model_tools import SHAPE, SIZES, each_variant, make_batch, make_trained_model
 from safetensors.torch import save_file
 from torch import nn
 from wmcache.cache import UserError
@@ -110,6 +112,19 @@ def test_a_model_comes_back_as_it_was_saved(run: Path, store_path: Path, tiny: T
     tokens, proprio, actions = torch.rand(1, 1, 4, 32), torch.rand(1, 1, 4), torch.rand(1, 3, 10)
     assert torch.equal(once.rollout(tokens, proprio, actions)[0], again.rollout(tokens, proprio, actions)[0])
     assert not any(parameter.requires_grad for parameter in once.parameters())
+
+
+@each_variant
+def test_every_variant_comes_back_as_it_was_saved(tmp_path: Path, variant: dict[str, Any]) -> None:
+    options = {**variant, "standardise": variant["predict"] == "change"}
+    model, batch = make_trained_model(**options), make_batch()
+    save_checkpoint(tmp_path, 1, model, make_optimiser(model, TrainOptions()))
+    config = TrainOptions(model_options=SIZES | options)
+    (tmp_path / "config.json").write_text(json.dumps({**asdict(config), "cache": "x", "shape": asdict(SHAPE)}))
+    for saved, loaded in zip(
+        model.rollout(*batch.values()), load_model(tmp_path, CPU).rollout(*batch.values()), strict=True
+    ):
+        assert torch.equal(saved, loaded)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])

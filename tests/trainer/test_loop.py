@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from wmcache.cache import TokenStore, UserError
 from wmcache.trainer import loop
-from wmcache.trainer.checkpoint import last_checkpoint, load_model
-from wmcache.trainer.loop import TrainOptions, learning_rate, make_optimiser, train
+from wmcache.trainer.checkpoint import last_checkpoint, load_model, read_config
+from wmcache.trainer.loop import TrainOptions, learning_rate, make_optimiser, pool_at, train
+from wmcache.trainer.models.dino_wm import DinoWm
 
 WMTRAIN = Path(sys.executable).with_name("wmtrain")
 
@@ -210,6 +211,8 @@ def test_a_folder_that_is_no_run_is_never_touched(
         {"dtype": "float8"},
         {"device": "abacus"},
         {"history": 12},
+        {"pool": 3},
+        {"clip": -1.0},
     ],
     ids=lambda impossible: next(iter(impossible)),
 )
@@ -287,19 +290,33 @@ def test_every_step_has_some_learning_rate(warmup: float, decay: float) -> None:
     assert all(0 < learning_rate(step, options) <= 2.0 for step in range(7))
 
 
-def test_matrices_decay_and_vectors_do_not() -> None:
+@pytest.mark.parametrize(("decay_all", "of_vectors"), [(False, 0.0), (True, 0.5)])
+def test_matrices_decay_and_vectors_only_where_told(decay_all: bool, of_vectors: float) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     decay = {
         parameter: group["weight_decay"]
-        for group in make_optimiser(model, TrainOptions(weight_decay=0.5)).param_groups
+        for group in make_optimiser(model, TrainOptions(weight_decay=0.5, decay_all=decay_all)).param_groups
         for parameter in group["params"]
     }
     assert {name: decay[value] for name, value in model.named_parameters()} == {
         "0.weight": 0.5,
-        "0.bias": 0.0,
-        "1.weight": 0.0,
-        "1.bias": 0.0,
+        "0.bias": of_vectors,
+        "1.weight": of_vectors,
+        "1.bias": of_vectors,
     }
+
+
+def test_the_second_moment_decays_as_told() -> None:
+    optimiser = make_optimiser(nn.Linear(3, 4), TrainOptions(beta2=0.999))
+    assert [group["betas"] for group in optimiser.param_groups] == [(0.9, 0.999)] * 2
+
+
+def test_a_run_whose_vectors_decay_goes_on_exactly(store_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:
+    options = replace(tiny, decay_all=True, weight_decay=0.5, beta2=0.999)
+    train(store_path, tmp_path / "straight", options)
+    train_and_stop_at_six(store_path, tmp_path / "stopped", options)
+    train(store_path, tmp_path / "stopped", options)
+    assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "straight")
 
 
 @pytest.mark.parametrize("figure", ["gradient_norm", "loss"])
@@ -311,6 +328,99 @@ def test_two_micro_batches_of_four_are_a_batch_of_eight(
     train(store_path, tmp_path / "halves", replace(options, batch=4, accumulate=2))
     whole, halves = (read_metrics(tmp_path / run, figure)[1] for run in ("whole", "halves"))
     assert halves == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize(("epochs", "batch", "accumulate"), [(1, 64, 1), (2, 50, 3), (1, 500, 1)])
+def test_epochs_are_as_many_steps_as_pass_over_all_windows(
+    store_path: Path, tmp_path: Path, tiny: TrainOptions, epochs: int, batch: int, accumulate: int
+) -> None:
+    windows = TokenStore.open(store_path).windows(tiny.history, 1, tiny.frameskip, "train", seed=tiny.split_seed)
+    options = replace(tiny, steps=1000, epochs=epochs, batch=batch, accumulate=accumulate)
+    train(store_path, tmp_path / "run", options)
+    steps = max(1, epochs * len(windows) // (batch * accumulate))
+    assert last_checkpoint(tmp_path / "run").name == f"step-{steps:08d}"
+    assert read_config(tmp_path / "run")["steps"] == steps
+
+
+def test_a_run_of_epochs_goes_on_to_more_of_them(store_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:
+    options = replace(tiny, batch=64, epochs=1)
+    train(store_path, tmp_path / "run", options)
+    with pytest.raises(UserError, match="epochs 1 != 2"):
+        train(store_path, tmp_path / "run", replace(options, epochs=2))
+    train(store_path, tmp_path / "run", replace(options, epochs=2), resume=True)
+    assert list(read_metrics(tmp_path / "run")) == list(range(1, read_config(tmp_path / "run")["steps"] + 1))
+
+
+@pytest.mark.parametrize(
+    ("pool", "until", "expected"),
+    [
+        (2, 0.5, [2, 2, 2, 2, 1, 1, 1, 1]),
+        (2, 0.3, [2, 2, 2, 1, 1, 1, 1, 1]),
+        (2, 0.0, [1] * 8),
+        (2, 1.0, [2] * 8),
+        (1, 0.5, [1] * 8),
+    ],
+)
+def test_the_grid_is_coarse_in_the_first_share_of_the_steps(
+    store_path: Path,
+    tmp_path: Path,
+    tiny: TrainOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    pool: int,
+    until: float,
+    expected: list[int],
+) -> None:
+    seen, loss = [], DinoWm.loss
+
+    def watched(model: DinoWm, batch: Mapping[str, torch.Tensor], pool: int = 1) -> dict[str, torch.Tensor]:
+        seen.extend([pool] * model.training)
+        return loss(model, batch, pool)
+
+    monkeypatch.setattr(DinoWm, "loss", watched)
+    options = replace(tiny, pool=pool, pool_until=until)
+    train(store_path, tmp_path / "run", options)
+    assert seen == expected == [pool_at(step, options) for step in range(8)]
+
+
+@pytest.mark.parametrize("pool_until", [0.5, 0.6])
+def test_a_stopped_run_goes_on_exactly_where_the_grid_changes(
+    store_path: Path, tmp_path: Path, tiny: TrainOptions, pool_until: float
+) -> None:
+    # Checkpointed at step 4: at the change, and before it.
+    options = replace(tiny, pool=2, pool_until=pool_until)
+    train(store_path, tmp_path / "straight", options)
+    train_and_stop_at_six(store_path, tmp_path / "stopped", options)
+    train(store_path, tmp_path / "stopped", options)
+    assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "straight")
+    assert read_metrics(tmp_path / "stopped") == read_metrics(tmp_path / "straight")
+    train(store_path, tmp_path / "fine", tiny)
+    assert read_metrics(tmp_path / "fine")[1] != read_metrics(tmp_path / "straight")[1]
+
+
+@pytest.mark.parametrize(
+    "model_options",
+    [
+        {"condition": "adaln", "position": "rope", "rollout_loss": 1.0},
+        {"width": 0, "head_dim": 4, "proprio": "embedding", "predict": "frame", "standardise": False},
+        {"combine": "tokens", "proprio": "none", "noise": 0.1},
+    ],
+    ids=["adaln-rope-rollout", "reference", "tokens-noise"],
+)
+def test_a_stopped_run_of_another_variant_goes_on_exactly(
+    store_path: Path, tmp_path: Path, tiny: TrainOptions, model_options: dict[str, Any]
+) -> None:
+    options = replace(tiny, model_options=tiny.model_options | model_options)
+    train(store_path, tmp_path / "straight", options)
+    train_and_stop_at_six(store_path, tmp_path / "stopped", options)
+    train(store_path, tmp_path / "stopped", options)
+    assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "straight")
+
+
+def test_a_clip_of_nothing_is_none(store_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:
+    for name, clip in (("none", 0.0), ("far", 1e9), ("near", 1e-6)):
+        train(store_path, tmp_path / name, replace(tiny, clip=clip, steps=2))
+    assert weights_of(tmp_path / "none") == weights_of(tmp_path / "far")
+    assert weights_of(tmp_path / "none") != weights_of(tmp_path / "near")
 
 
 def test_nothing_in_a_run_can_hold_code(store_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:

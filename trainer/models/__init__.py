@@ -6,8 +6,10 @@ To add one, write a file with an options dataclass and an `nn.Module` that is a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from wmcache.cache.errors import UserError
 from wmcache.trainer.models.base import DataShape, WorldModel
@@ -32,12 +34,14 @@ def build(name: str, shape: DataShape, options: Mapping[str, Any], statistics: M
     if name not in MODELS:
         raise UserError(f"no world model {name!r}; known are {', '.join(MODELS)}")
     make_options, make_model = MODELS[name]
+    known = [field.name for field in fields(make_options)]
+    if unknown := [option for option in options if option not in known]:
+        raise UserError(f"world model {name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
     try:
-        chosen = make_options(**options)
-    except TypeError as error:
-        raise UserError(f"world model {name} has no such option ({error})") from error
-    if chosen.width % chosen.heads:
-        raise UserError(f"--width {chosen.width} is not a multiple of --heads {chosen.heads}")
+        chosen = TypeAdapter(make_options).validate_python(dict(options))
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise UserError(f"world model {name}, option {wrong['loc'][0]}: {wrong['msg']}") from error
     return make_model(shape, chosen, statistics)
 
 

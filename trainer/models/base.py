@@ -21,6 +21,7 @@ class DataShape:
         proprio_dim: P; 4 for PointMaze (x, y, vx, vy).
         action_dim: f * A, the f env actions of a model step; 10 at frameskip 5.
         history: H, context frames.
+        columns: of the token grid, which has N / columns rows.
     """
 
     tokens: Size
@@ -28,23 +29,29 @@ class DataShape:
     proprio_dim: Size
     action_dim: Size
     history: Annotated[int, Field(gt=0, le=1024)]
+    columns: Size = 1
 
 
 @runtime_checkable
 class WorldModel(Protocol):
-    """An action-conditioned predictor of latents. Everything in and out is in the store's own units."""
+    """An action-conditioned predictor of latents. Latents and actions in and out are in the store's own units."""
 
     shape: DataShape
 
-    def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:
         """Training loss.
 
         Args:
             batch: tokens [B, T, N, D], proprio [B, T, P], action [B, T, f * A], with T = H + 1 (see `Windows.batch`).
+            pool: side of the squares of the token grid that are averaged first; 1 leaves the tokens as they are.
 
         Returns:
             `loss` to descend, and parts of it to log; scalars.
         """
+        ...
+
+    def proprio_code(self, proprio: Tensor) -> Tensor:
+        """What the model makes of proprio, [B, T, P] -> [B, T, Q]: the terms in which `rollout` speaks of it. Q is 0 where it sees none."""
         ...
 
     def rollout(
@@ -55,10 +62,11 @@ class WorldModel(Protocol):
         Args:
             tokens: [B, n, N, D], n >= 1 observed frames.
             proprio: [B, n, P] of those frames.
-            actions: [B, n - 1 + t, f * A]; action k leads from frame k to frame k + 1.
+            actions: [B, n - 1 + t, f * A]; action k leads from frame k to frame k + 1. Or [B, S, n - 1 + t, f * A], S futures of each
+                beginning, whose first n - 1 actions, the past, are the same.
             context: frames, observed or imagined, that a step sees; None means all of the model's history.
 
         Returns:
-            Latents [B, t, N, D] and proprio [B, t, P] of the t frames after the observed ones.
+            Latents [B, t, N, D] and proprio codes [B, t, Q] of the t frames after the observed ones; [B, S, t, …] for S futures.
         """
         ...

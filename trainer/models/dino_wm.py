@@ -1,43 +1,79 @@
-"""The frame-causal transformer of DINO-WM (arXiv 2411.04983, section 3; models/vit.py), on cached latents.
+"""The frame-causal transformer of DINO-WM (arXiv 2411.04983, section 3; models/vit.py, visual_world_model.py), on cached latents.
 
-Each patch token of a frame is joined with the frame's proprio and action, and attends to all tokens of its own and earlier frames.
-The output at frame i predicts frame i + 1. Beyond the paper: linear projections in and out, so that the width does not depend on the
-encoder; latents standardised per channel; the network predicts the change from frame i, and raw proprio instead of a learned code.
+Every token of a frame attends to all tokens of its own and of earlier frames; the output at frame i predicts frame i + 1. With the
+options of the preset `dino-wm` it is the reference's model, number for number. The defaults differ in what was found to serve better: a
+width that does not depend on the encoder, latents standardised per channel, the change from frame i predicted instead of frame i + 1,
+and raw proprio instead of a learned code, which nothing keeps from shrinking.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
+from pydantic import Field
 from torch import Tensor, nn
-from wmcache.cache.device import attention_precision
+from wmcache.cache.errors import UserError
+from wmcache.cache.schema import Size
+from wmcache.trainer.models.attention import Block, KeysValues
 from wmcache.trainer.models.base import DataShape
 
-EMBEDDING = 10
-"""Dimensions of the action and of the proprio embedding (DINO-WM, conf/train.yaml)."""
+SizeOrNone = Annotated[int, Field(ge=0, le=2**16)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
 class DinoWmOptions:
-    """Sizes of the transformer.
+    """Sizes and variants of the transformer.
 
     Attributes:
-        width: of the residual stream.
-        depth: number of blocks.
-        heads: of attention.
-        mlp_ratio: hidden units of the MLP, in widths.
+        combine: `features` appends the embeddings of proprio and action to each patch token (DINO-WM's concat_dim 1); `tokens` makes them
+            tokens of the frame, after the patches (concat_dim 0).
+        condition: `concat` combines the action as above; `adaln` lets it scale, shift and gate every block (JEPA-WM, arXiv 2512.24497).
+        proprio: `raw` predicts standardised proprio; `embedding` its learned code, as DINO-WM; `none` neither sees nor predicts any.
+        predict: `change` from the frame before, or the next `frame` itself, as DINO-WM.
+        position: `learned` for each place in the window; `rope` learned in space and rotary in time, so that keys and values of a frame
+            stay valid when the window moves on.
+        standardise: tokens per channel; DINO-WM takes them as they come.
+        width: of the residual stream; 0 means no projections, so that it is the combined frame's own, as in DINO-WM.
+        depth: number of blocks. heads: of attention. head_dim: of each; 0 means width / heads.
+        mlp: hidden units; 0 means 4 widths.
         dropout: in attention, projections and MLP.
+        embedding: dimensions of the action and of the proprio embedding in `features`.
+        rollout_loss: weight of a second step from the first one's predictions, with the gradient stopped between them (JEPA-WM); 0 is none.
+        noise: standard deviation of what is added to the latents while training.
     """
 
-    width: int = 384
-    depth: int = 6
-    heads: int = 6
-    mlp_ratio: float = 4.0
-    dropout: float = 0.1
+    combine: Literal["features", "tokens"] = "features"
+    condition: Literal["concat", "adaln"] = "concat"
+    proprio: Literal["raw", "embedding", "none"] = "raw"
+    predict: Literal["change", "frame"] = "change"
+    position: Literal["learned", "rope"] = "learned"
+    standardise: bool = True
+    width: SizeOrNone = 384
+    depth: Size = 6
+    heads: Size = 6
+    head_dim: SizeOrNone = 0
+    mlp: SizeOrNone = 0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    embedding: Size = 10
+    rollout_loss: Weight = 0.0
+    noise: Weight = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what does not go together."""
+        if self.width and not self.head_dim and self.width % self.heads:
+            raise UserError(f"--width {self.width} is not a multiple of --heads {self.heads}; or give --head-dim")
+        if not self.width and not self.head_dim:
+            raise UserError("--width 0 leaves the heads without a size; give --head-dim (DINO-WM has 64)")
+        if self.head_dim % 2 or (self.width and not self.head_dim and self.width // self.heads % 2):
+            raise UserError("the size of a head must be even; change --width, --heads or --head-dim")
+        if not self.width and self.proprio == "raw":
+            raise UserError("--width 0 has no head for raw proprio; choose --proprio embedding or none, or a --width")
 
 
 class DinoWm(nn.Module):
@@ -48,68 +84,231 @@ class DinoWm(nn.Module):
 
         Args:
             shape: sizes of the data.
-            options: sizes of the network.
+            options: see `DinoWmOptions`.
             statistics: `{tokens,proprio,action}_{mean,std}` of the data, kept as buffers so that a checkpoint needs no store.
+
+        Raises:
+            UserError: there is no history for a second step.
         """
         super().__init__()
+        if options.rollout_loss and shape.history < 2:
+            raise UserError("--rollout-loss needs a --history of at least 2: one step to take after the other")
         self.shape, self.options = shape, options
         for name, value in statistics.items():
-            self.register_buffer(name, value.float().clamp_min(1e-6) if name.endswith("std") else value.float())
-        self.embed_proprio = nn.Linear(shape.proprio_dim, EMBEDDING)
-        self.embed_action = nn.Linear(shape.action_dim, EMBEDDING)
-        self.project_in = nn.Linear(shape.token_dim + 2 * EMBEDDING, options.width)
-        self.position = nn.Parameter(0.02 * torch.randn(shape.history, shape.tokens, options.width))
-        self.blocks = nn.ModuleList(Block(options) for _ in range(options.depth))
-        self.norm = nn.LayerNorm(options.width)
-        self.project_out = nn.Linear(options.width, shape.token_dim + shape.proprio_dim)
-        # Starts as "nothing changes", the baseline that every figure is compared with.
-        nn.init.zeros_(self.project_out.weight)
-        nn.init.zeros_(self.project_out.bias)
-        frame = torch.arange(shape.history * shape.tokens) // shape.tokens
-        self.register_buffer("mask", frame[:, None] >= frame[None, :], persistent=False)
+            kept = value.float().clamp_min(1e-6) if name.endswith("std") else value.float()
+            if name.startswith("tokens") and not options.standardise:
+                kept = torch.full_like(kept, float(name.endswith("std")))
+            self.register_buffer(name, kept)
+        features, has_proprio = options.combine == "features", options.proprio != "none"
+        slots = has_proprio + (options.condition == "concat")
+        joined = shape.token_dim + options.embedding * slots * features
+        self.width = width = options.width or joined
+        embedding = options.embedding if features else width
+        self.code_dim = {"raw": shape.proprio_dim, "embedding": embedding, "none": 0}[options.proprio]
+        self.tokens = shape.tokens + slots * (not features)
+        self.embed_proprio = nn.Linear(shape.proprio_dim, embedding) if has_proprio else None
+        self.embed_action = nn.Linear(shape.action_dim, width if options.condition == "adaln" else embedding)
+        self.project_in = nn.Linear(joined, width) if options.width else nn.Identity()
+        rows = (self.tokens, width) if options.position == "rope" else (shape.history, self.tokens, width)
+        self.position = nn.Parameter(torch.randn(rows) * (0.02 if options.width else 1.0))
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                options.heads,
+                options.head_dim or width // options.heads,
+                options.mlp or 4 * width,
+                options.dropout,
+                conditioned=options.condition == "adaln",
+                rotary=options.position == "rope",
+            )
+            for _ in range(options.depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.project_out = nn.Linear(width, shape.token_dim + self.code_dim * features) if options.width else None
+        self.project_code = nn.Linear(width, self.code_dim) if has_proprio and options.width and not features else None
+        if options.predict == "change":
+            # Starts as "nothing changes", the baseline that every figure is compared with.
+            for head in (self.project_out, self.project_code):
+                if head is not None:
+                    nn.init.zeros_(head.weight)
+                    nn.init.zeros_(head.bias)
 
-    def predict(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    # Frames go through the model as tokens [B, T, N, D] and a code [B, T, M, Q] of the proprio; M is 1 where all patches share it, and N
+    # where each keeps a prediction of its own.
+
+    def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:
+        """MSE of the next frame's tokens and proprio, weighed by their dimensions as in DINO-WM; the targets carry no gradient.
+
+        Args:
+            batch: see `WorldModel.loss`.
+            pool: side of the squares of the token grid that are averaged first (progressive token resolution).
+        """
+        tokens, proprio, action = self._standardise(batch["tokens"], batch["proprio"], batch["action"])
+        tokens = pool_grid(tokens, self.shape.columns, pool)
+        code = self.code(proprio)
+        target, target_code = tokens[:, 1:].detach(), code[:, 1:].detach()
+        seen = tokens[:, :-1]
+        if self.training and self.options.noise:
+            seen = seen + self.options.noise * torch.randn_like(seen)
+        predicted = self.predict(seen, code[:, :-1], action[:, :-1], pool)
+        losses = self._errors(predicted, (target, target_code))
+        if self.options.rollout_loss and target.shape[1] > 1:
+            again = self.predict(predicted[0][:, :-1].detach(), predicted[1][:, :-1].detach(), action[:, 1:-1], pool)
+            second = self._errors(again, (target[:, 1:], target_code[:, 1:]))
+            losses["rollout"] = second["loss"]
+            losses["loss"] = losses["loss"] + self.options.rollout_loss * second["loss"]
+        return losses
+
+    def _errors(self, predicted: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        token_loss = F.mse_loss(predicted[0], target[0])
+        if not self.code_dim:
+            return {"loss": token_loss, "tokens": token_loss.detach()}
+        code_loss = F.mse_loss(predicted[1], target[1].expand_as(predicted[1]))
+        # As many terms of the mean as the frame has of them: a code on every patch, or one token more.
+        of_tokens, of_code = float(self.shape.token_dim), float(self.code_dim)
+        if self.options.combine == "tokens" and self.options.proprio == "embedding":
+            of_tokens *= predicted[0].shape[2]
+        share = of_code / (of_code + of_tokens)
+        loss = (1 - share) * token_loss + share * code_loss
+        return {"loss": loss, "tokens": token_loss.detach(), "proprio": code_loss.detach()}
+
+    def code(self, proprio: Tensor) -> Tensor:
+        """Standardised proprio [B, T, P] -> its code [B, T, 1, Q]; Q is 0 for a model that sees none."""
+        if self.embed_proprio is None:
+            return proprio[:, :, None, :0]
+        return (self.embed_proprio(proprio) if self.options.proprio == "embedding" else proprio)[:, :, None]
+
+    def proprio_code(self, proprio: Tensor) -> Tensor:
+        """See `WorldModel.proprio_code`."""
+        return self.code((proprio - self.proprio_mean) / self.proprio_std)[:, :, 0].float()
+
+    def predict(self, tokens: Tensor, code: Tensor, action: Tensor, pool: int = 1) -> tuple[Tensor, Tensor]:
         """One step from each frame, everything standardised.
 
         Args:
-            tokens: [B, T, N, D], T <= history. proprio: [B, T, P]. action: [B, T, f * A].
+            tokens: [B, T, N, D], T <= history. code: [B, T, M, Q], see `code`. action: [B, T, f * A].
+            pool: as in `loss`; tokens are pooled already.
 
         Returns:
-            Tokens [B, T, N, D] and proprio [B, T, P] of the frames after each.
+            Tokens [B, T, N, D] and code [B, T, M, Q] of the frames after each.
         """
-        frames, patches = tokens.shape[1:3]
-        condition = torch.cat([self.embed_proprio(proprio), self.embed_action(action)], -1)
-        x = torch.cat([tokens, repeat(condition, "b t c -> b t n c", n=patches)], -1)
-        x = rearrange(self.project_in(x) + self.position[:frames], "b t n c -> b (t n) c")
-        mask = None if frames == 1 else self.mask[: frames * patches, : frames * patches]
+        x, condition = self._join(tokens, code, action)
+        x = x + self._position(range(tokens.shape[1]), pool)
         for block in self.blocks:
-            x = block(x, mask)
-        change = rearrange(self.project_out(self.norm(x)), "b (t n) c -> b t n c", n=patches).float()
-        token_change, proprio_change = change.split([self.shape.token_dim, self.shape.proprio_dim], -1)
-        return tokens + token_change, proprio + proprio_change.mean(2)
-
-    def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """MSE of the next frame's tokens and proprio, in units of their variance, weighed by their dimensions as in DINO-WM."""
-        tokens, proprio, action = self._standardise(batch["tokens"], batch["proprio"], batch["action"])
-        predicted, predicted_proprio = self.predict(tokens[:, :-1], proprio[:, :-1], action[:, :-1])
-        token_loss = F.mse_loss(predicted, tokens[:, 1:])
-        proprio_loss = F.mse_loss(predicted_proprio, proprio[:, 1:])
-        share = self.shape.proprio_dim / (self.shape.proprio_dim + self.shape.token_dim)
-        return {"loss": (1 - share) * token_loss + share * proprio_loss, "tokens": token_loss, "proprio": proprio_loss}
+            x, _ = block(x, condition=condition, window=self.shape.history)
+        return self._split(x, tokens, code)
 
     def rollout(
         self, tokens: Tensor, proprio: Tensor, actions: Tensor, context: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """See `WorldModel.rollout`."""
-        tokens, proprio, actions = self._standardise(tokens, proprio, actions)
+        """See `WorldModel.rollout`.
+
+        A frame that has been seen is not computed again: its keys and values are kept while its place in the window stays what it was.
+        With learned positions that is until the window is full, as every place means another vector; with rotary ones it is always.
+        """
+        many = actions.ndim == 4
+        samples = actions.shape[1] if many else 1
+        futures = actions.flatten(0, 1) if many else actions
+        tokens, proprio, futures = self._standardise(tokens, proprio, futures)
+        code, past = self.code(proprio), futures[::samples]
         observed, context = tokens.shape[1], min(context or self.shape.history, self.shape.history)
-        for end in range(observed, actions.shape[1] + 1):
+        rotary = self.options.position == "rope"
+        frames = [(tokens[:, t : t + 1], code[:, t : t + 1]) for t in range(observed)]
+        kept: list[KeysValues | None] = [None] * len(self.blocks)
+        known, copies = 0, 1  # frames whose keys and values are kept; how many futures they are there for
+        imagined: list[tuple[Tensor, Tensor]] = []
+        for end in range(observed, futures.shape[1] + 1):
             start = max(0, end - context)
-            following = self.predict(tokens[:, start:end], proprio[:, start:end], actions[:, start:end])
-            tokens = torch.cat([tokens, following[0][:, -1:]], 1)
-            proprio = torch.cat([proprio, following[1][:, -1:]], 1)
-        imagined = tokens[:, observed:] * self.tokens_std + self.tokens_mean
-        return imagined, proprio[:, observed:] * self.proprio_std + self.proprio_mean
+            if start and not rotary:
+                kept, known, copies = [None] * len(self.blocks), 0, 1
+            for t in range(max(start, known), end):
+                if t >= observed - 1 and copies != samples:  # up to here the futures share all
+                    kept = [None if one is None else one.repeat(samples) for one in kept]
+                    copies = samples
+                frame = tuple(part.repeat_interleave(copies // (len(part) // len(tokens)), 0) for part in frames[t])
+                action = (past if copies == 1 else futures)[:, t : t + 1]
+                place = range(t, t + 1) if rotary else range(t - start, t - start + 1)
+                following = self._advance(frame, action, place, kept, context, wanted=t == end - 1)
+            known = end if rotary or not start else 0
+            assert following is not None
+            frames.append(following)
+            imagined.append(following)
+        latents = torch.cat([frame[0] for frame in imagined], 1) * self.tokens_std + self.tokens_mean
+        codes = torch.cat([frame[1] for frame in imagined], 1)[:, :, 0]
+        if many:
+            return rearrange(latents, "(b s) t n d -> b s t n d", s=samples), rearrange(
+                codes, "(b s) t q -> b s t q", s=samples
+            )
+        return latents, codes
+
+    def _advance(
+        self,
+        frame: tuple[Tensor, ...],
+        action: Tensor,
+        place: range,
+        kept: list[KeysValues | None],
+        context: int,
+        *,
+        wanted: bool,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Add a frame to the keys and values that are kept; where its successor is `wanted`, return it."""
+        x, condition = self._join(frame[0], frame[1], action)
+        x = x + self._position(place)
+        for number, block in enumerate(self.blocks):
+            last = number == len(self.blocks) - 1
+            x, kept[number] = block(
+                x,
+                past=kept[number],
+                condition=condition,
+                window=context,
+                first=place.start,
+                only_keys=last and not wanted,
+            )
+        return self._split(x, *frame) if wanted else None
+
+    def _join(self, tokens: Tensor, code: Tensor, action: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The transformer's input [B, T, tokens, width], and what conditions its blocks [B, T, width]."""
+        embedded = self.embed_action(action)
+        extra = []
+        if self.embed_proprio is not None:
+            extra.append(self.embed_proprio(code) if self.options.proprio == "raw" else code)
+        if self.options.condition == "concat":
+            extra.append(embedded[:, :, None])
+        if self.options.combine == "tokens":
+            x = torch.cat([self.project_in(tokens), *(part.to(embedded.dtype) for part in extra)], 2)
+        else:
+            patches = tokens.shape[2]
+            x = self.project_in(torch.cat([tokens, *(part.expand(-1, -1, patches, -1) for part in extra)], -1))
+        return x, embedded if self.options.condition == "adaln" else None
+
+    def _split(self, x: Tensor, tokens: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and code of the next frames from the transformer's output [B, T, tokens, width] at these."""
+        x, patches, dim = self.norm(x), tokens.shape[2], self.shape.token_dim
+        if self.options.combine == "tokens":
+            new_code = x[:, :, patches : patches + 1] if self.code_dim else code
+            if self.project_code is not None:
+                new_code = self.project_code(new_code)
+            x = x[:, :, :patches]
+            new_tokens = x if self.project_out is None else self.project_out(x)
+        else:
+            out = x if self.project_out is None else self.project_out(x)
+            new_tokens, new_code = out[..., :dim], out[..., dim : dim + self.code_dim]
+            if self.options.proprio == "raw":
+                new_code = new_code.float().mean(2, keepdim=True)
+        new_tokens, new_code = new_tokens.float(), new_code.float()
+        if self.options.predict == "change":
+            return tokens + new_tokens, code + new_code
+        return new_tokens, new_code
+
+    def _position(self, places: range, pool: int = 1) -> Tensor:
+        """What is added to the tokens of frames at these places of the window, [T or 1, tokens, width]."""
+        position = self.position if self.position.ndim == 3 else self.position[None]
+        if self.position.ndim == 3:
+            position = position[places.start : places.stop]
+        if pool == 1:
+            return position
+        patches = pool_grid(position[None, :, : self.shape.tokens], self.shape.columns, pool)[0]
+        return torch.cat([patches, position[:, self.shape.tokens :]], 1)
 
     def _standardise(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (
@@ -124,33 +323,20 @@ class DinoWm(nn.Module):
     proprio_std: Tensor
     action_mean: Tensor
     action_std: Tensor
-    mask: Tensor
 
 
-class Block(nn.Module):
-    """Pre-norm attention and MLP."""
+def pool_grid(tokens: Tensor, columns: int, pool: int) -> Tensor:
+    """Average squares of a token grid: [B, T, N, D] -> [B, T, N / pool², D].
 
-    def __init__(self, options: DinoWmOptions) -> None:
-        """Args: `options` the sizes."""
-        super().__init__()
-        width, hidden = options.width, round(options.width * options.mlp_ratio)
-        self.heads, self.dropout = options.heads, options.dropout
-        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, hidden),
-            nn.GELU(),
-            nn.Dropout(options.dropout),
-            nn.Linear(hidden, width),
-            nn.Dropout(options.dropout),
+    Raises:
+        UserError: the grid is no multiple of such squares.
+    """
+    if pool == 1:
+        return tokens
+    rows = tokens.shape[2] // columns
+    if rows % pool or columns % pool:
+        raise UserError(
+            f"--pool {pool} does not divide the grid of {rows} x {columns} tokens; choose a divisor of both"
         )
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, L, width] -> the same; `mask` [L, L] is True where row may attend to column, None where all may."""
-        q, k, v = rearrange(self.qkv(self.norm_attention(x)), "b l (three h c) -> three b h l c", three=3, h=self.heads)
-        dropout = self.dropout if self.training else 0.0
-        with attention_precision(x.device) as dtype:
-            q, k, v = (part.to(dtype or part.dtype) for part in (q, k, v))
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        x = x + F.dropout(self.out(rearrange(attended, "b h l c -> b l (h c)")), dropout)
-        return torch.add(x, self.mlp(self.norm_mlp(x)))
+    grid = rearrange(tokens, "b t (r i c j) d -> b t r c i j d", i=pool, j=pool, c=columns // pool)
+    return grid.mean((4, 5)).flatten(2, 3)

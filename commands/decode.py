@@ -1,0 +1,157 @@
+"""wmtrain decoder, wmcache imagine: latents as pictures, for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from wmcache.cache.errors import UserError, command
+from wmcache.cache.files import home
+from wmcache.commands.shared import PATH, Command, device_option, json_option, options
+
+frames_option = click.option(
+    "--frames", "--dataset", "dataset", type=PATH, help="Where the store's frames are, if they have moved."
+)
+lpips_option = click.option(
+    "--lpips/--no-lpips", default=True, help="Try to compute LPIPS; its network is fetched once, 244 MB."
+)
+decoder_sizes = options(
+    click.option("--channels", type=click.IntRange(1), help="vqvae: of both stacks.  [default: 384]"),
+    click.option("--residual", type=click.IntRange(1), help="vqvae: inside a residual block.  [default: 128]"),
+    click.option("--blocks", type=click.IntRange(0, 64), help="vqvae: residual blocks of a stack.  [default: 4]"),
+    click.option("--quantize", is_flag=True, default=None, help="vqvae: round tokens to a codebook first."),
+    click.option("--codes", type=click.IntRange(1), help="vqvae: entries of the codebook.  [default: 2048]"),
+    click.option("--depth", type=click.IntRange(1), help="transposed-conv: a 32nd of the first map.  [default: 64]"),
+)
+
+
+@click.command(cls=Command)
+@click.option("--cache", type=PATH, required=True, help="The token store.")
+@frames_option
+@click.option("--out", type=PATH, help="Folder of the decoder.  [default: $WMCACHE_HOME/decoders/<dataset>-<store>]")
+@click.option(
+    "--decoder",
+    type=click.Choice(["auto", "vqvae", "transposed-conv"]),
+    default="auto",
+    help="auto takes transposed convolutions for a single token, vqvae for a grid.",
+)
+@decoder_sizes
+@click.option("--steps", type=click.IntRange(1), default=10_000, help="Optimiser steps; more than before go on.")
+@click.option("--batch-size", "batch", type=click.IntRange(1), default=32, help="Frames in each step.")
+@click.option("--lr", "learning_rate", type=float, default=3e-4, help="Learning rate.")
+@click.option("--max-frames", type=click.IntRange(1), default=20_000, help="Frames held in memory; a random sample.")
+@click.option("--dtype", default="auto", help="auto, float32 or bfloat16.")
+@device_option
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of weights, sample and order.")
+@click.option("--split-seed", type=click.IntRange(0), default=42, help="Of the split into train and val episodes.")
+@click.option("--log-every", type=click.IntRange(1), default=20, help="Steps.")
+@click.option("--checkpoint-every", type=click.IntRange(1), default=500, help="Steps.")
+@lpips_option
+@click.option("--overwrite", is_flag=True, help="Begin anew where a decoder exists.")
+@json_option
+def decoder(
+    cache: Path,
+    dataset: Path | None,
+    out: Path | None,
+    channels: int | None,
+    residual: int | None,
+    blocks: int | None,
+    quantize: bool | None,
+    codes: int | None,
+    depth: int | None,
+    overwrite: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Train a decoder from cached tokens to frames, to look at latents with. Run again, it goes on where it stopped."""
+    from wmcache.trainer.decoder import DecoderOptions, train_decoder
+
+    out = out or home() / "decoders" / f"{cache.absolute().parent.name}-{cache.stem}"
+    sizes = {
+        "channels": channels,
+        "residual": residual,
+        "blocks": blocks,
+        "quantize": quantize,
+        "codes": codes,
+        "depth": depth,
+    }
+    given = {name: value for name, value in sizes.items() if value is not None}
+    read_frames = _frames_of(cache, dataset).read_frames
+    result = train_decoder(
+        cache, read_frames, out, DecoderOptions(decoder_options=given, **settings), overwrite=overwrite
+    )
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    click.echo(f"{out}: {result['frames']} held-out frames, {_figures(result)}")
+    _tell_absence(result)
+    click.echo(
+        f"draw what a world model imagines with: {command('wmcache', 'imagine', '--run', 'RUN', '--decoder', out)}"
+    )
+
+
+@click.command(cls=Command)
+@click.option("--run", type=PATH, required=True, help="Folder of the world model's run.")
+@click.option("--decoder", type=PATH, required=True, help="Folder of a decoder of the same store.")
+@frames_option
+@click.option("--cache", type=PATH, help="The store, if it has moved.")
+@click.option("--steps", type=click.IntRange(1), default=10, help="Model steps from one observed frame.")
+@click.option("--windows", type=click.IntRange(1), default=64, help="Held-out windows that are compared.")
+@click.option("--videos", type=click.IntRange(0), default=2, help="Files of 4 windows side by side.")
+@click.option("--context", type=click.IntRange(1), help="Frames that an imagined step sees.  [default: the history]")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the sample of windows.")
+@click.option("--dtype", default="auto", help="auto, float32 or bfloat16.")
+@device_option
+@lpips_option
+@click.option("--out", type=PATH, help="Folder of the pictures.  [default: RUN/imagine]")
+@json_option
+def imagine(
+    run: Path,
+    decoder: Path,
+    dataset: Path | None,
+    cache: Path | None,
+    out: Path | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Draw what a world model imagines beside what then happened: videos, a picture, and figures for each step."""
+    from wmcache.planner.imagine import ImagineOptions
+    from wmcache.planner.imagine import imagine as draw
+    from wmcache.trainer.checkpoint import read_config
+
+    cache, out = cache or Path(read_config(run)["cache"]), out or run / "imagine"
+    read_frames = _frames_of(cache, dataset).read_frames
+    result = draw(run, decoder, read_frames, out, ImagineOptions(**settings), cache=cache)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    click.echo(f"{'step':>4}  {'imagined':34} {'its decoder at best':34} copying the observed frame")
+    for row in result["steps"]:
+        cells = (f"{_figures(row[name]):34}" for name in ("imagined", "floor", "copying"))
+        click.echo(f"{row['step']:>4}  {' '.join(cells)}".rstrip())
+    _tell_absence(result)
+    click.echo(f"pictures: {out}")
+
+
+def _frames_of(cache: Path, dataset: Path | None) -> Any:
+    """The `FrameDataset` that a store was made of."""
+    from wmcache.cache.store import TokenStore
+    from wmcache.pipeline.repair import open_frames
+
+    store = TokenStore.open(cache)
+    frames = open_frames(store.card, dataset)
+    if frames.card.fingerprint != store.identity.dataset_fingerprint:
+        raise UserError(f"{frames.path} does not hold the frames of {cache}; pass the right --frames")
+    return frames
+
+
+def _figures(result: dict[str, Any]) -> str:
+    formats = {"mse": "mse {:.6f}", "ssim": "ssim {:.4f}", "lpips": "lpips {:.4f}"}
+    return " ".join(form.format(result[name]) for name, form in formats.items() if name in result)
+
+
+def _tell_absence(result: dict[str, Any]) -> None:
+    if "lpips_absent" in result:
+        click.echo(f"no LPIPS: {result['lpips_absent']}")

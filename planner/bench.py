@@ -1,0 +1,207 @@
+"""One plan as DINO-WM's code makes it and as ours does, on the same weights and candidates, in one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from scipy.stats import spearmanr
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from wmcache.cache.device import choose_dtype, synchronise
+from wmcache.planner.base import Cost
+from wmcache.planner.cem import Cem
+from wmcache.planner.mpc import Mpc
+from wmcache.planner.objective import GoalDistance
+from wmcache.trainer.models.attention import gated, modulated, rotate
+
+REFERENCE_CHUNK = 30
+"""Candidates at once in the reference's way, whose attention weights alone take 22 MB each; how many makes no difference to its speed."""
+LIMIT_SIZE = 4096
+
+
+@dataclass
+class Stopwatch:
+    """Seconds and candidates' costs of one way to plan."""
+
+    seconds: float
+    costs: Tensor
+    plan: Tensor
+
+
+def bench_plan(
+    model: Any,
+    encode: Callable[[Tensor], Tensor],
+    frame: Tensor,
+    goal: Tensor,
+    proprio: Tensor,
+    *,
+    frameskip: int,
+    samples: int = 300,
+    elites: int = 30,
+    iterations: int = 1,
+    horizon: int = 5,
+    dtype: str = "auto",
+) -> dict[str, float]:
+    """Time one CEM plan of one episode in both ways.
+
+    The reference's way (planning/cem.py, models/visual_world_model.py): every iteration encodes as many copies of the present frame as
+    there are candidates, each predicted frame is computed from its whole window anew, attention is explicit under a mask, in float32.
+    Iterations cost the same, so a few are enough to compare.
+
+    Args:
+        model: a `DinoWm`.
+        encode: frames uint8 [n, S, S, 3] -> tokens [n, N, D].
+        frame, goal: uint8 [S, S, 3]. proprio: [P], of the present frame.
+        frameskip: env steps of a model step.
+        samples, elites, iterations, horizon: of the plan; DINO-WM has 300, 30, 10 and 5.
+        dtype: of our way, `auto`, `float32` or `bfloat16`.
+
+    Returns:
+        Seconds of each way; `ratio`; frames that each encodes; GFLOP of a candidate and the GFLOP/s that were reached and that the machine
+        reaches on a large matrix product; and how far costs and plans are from the reference's.
+    """
+    device = proprio.device
+    shape = model.shape
+    goal_tokens = encode(goal[None]).float()
+    solver = Cem(samples, elites, iterations, sigma=0.577)
+    objective = GoalDistance(goal_tokens, "last")
+
+    def reference(actions: Tensor) -> Tensor:
+        tokens = torch.cat(
+            [encode(frame.expand(len(part), *frame.shape)) for part in torch.split(actions[0], REFERENCE_CHUNK)]
+        )
+        rows = []
+        for part, seen in zip(
+            torch.split(actions[0], REFERENCE_CHUNK), torch.split(tokens, REFERENCE_CHUNK), strict=True
+        ):
+            latents = reference_rollout(model, seen[:, None].float(), proprio.expand(len(part), 1, -1), part)
+            rows.append(objective(latents[None], latents[None, :, :, :0, 0], slice(0, 1)))
+        return torch.cat(rows, 1)
+
+    def ours(precision: torch.dtype) -> Cost:
+        def plan(actions: Tensor) -> Tensor:
+            mpc = Mpc(model, solver, objective, horizon, shape.history, frameskip, device, precision)
+            return mpc.cost_of(encode(frame[None])[:, None], proprio[None, None])(actions)
+
+        return plan
+
+    def watch(cost: Cost) -> Stopwatch:
+        seen: list[Tensor] = []
+
+        def noted(actions: Tensor) -> Tensor:
+            seen.append(cost(actions))
+            bar.update(actions.shape[1])
+            return seen[-1]
+
+        generators = [torch.Generator().manual_seed(0)]
+        synchronise(device)
+        begun = time.perf_counter()
+        with torch.inference_mode():
+            plan = solver(noted, torch.zeros(1, horizon, shape.action_dim, device=device), generators)
+        synchronise(device)
+        return Stopwatch(time.perf_counter() - begun, seen[0][0].float().cpu(), plan.float().cpu())
+
+    precision = choose_dtype(dtype, device)
+    with tqdm(total=samples * iterations * 3, desc="bench plan", unit=" candidates") as bar:
+        fast, exact, slow = watch(ours(precision)), watch(ours(torch.float32)), watch(reference)
+    few = torch.zeros(1, 2, horizon, shape.action_dim, device=device)
+    with torch.inference_mode():
+        work = {
+            name: count_flops(cost, few) / 2e9 for name, cost in (("reference", reference), ("ours", ours(precision)))
+        }
+    candidates = samples * iterations
+    return {
+        "reference_seconds": slow.seconds,
+        "ours_seconds": fast.seconds,
+        "ours_float32_seconds": exact.seconds,
+        "ratio": slow.seconds / fast.seconds,
+        "ratio_float32": slow.seconds / exact.seconds,
+        "reference_encoder_frames": candidates + 1,
+        "ours_encoder_frames": 2,
+        "reference_gflop_per_candidate": work["reference"],
+        "ours_gflop_per_candidate": work["ours"],
+        "reference_gflops": work["reference"] * candidates / slow.seconds,
+        "ours_gflops": work["ours"] * candidates / fast.seconds,
+        "limit_gflops_float32": matmul_limit(device, torch.float32),
+        "limit_gflops": matmul_limit(device, precision),
+        "cost_difference_float32": relative(exact.costs, slow.costs),
+        "cost_difference": relative(fast.costs, slow.costs),
+        "cost_rank_correlation": float(spearmanr(fast.costs, slow.costs).statistic),
+        "plan_difference_float32": float((exact.plan - slow.plan).abs().max()),
+        "plan_difference": float((fast.plan - slow.plan).abs().max()),
+    }
+
+
+def reference_rollout(model: Any, tokens: Tensor, proprio: Tensor, actions: Tensor) -> Tensor:
+    """Latents [B, T, N, D] as DINO-WM's code computes them (VWorldModel.rollout): each frame from its whole window, under a mask.
+
+    Args:
+        model: a `DinoWm`. tokens: [B, 1, N, D]. proprio: [B, 1, P]. actions: [B, T, f * A].
+    """
+    tokens, proprio, actions = model._standardise(tokens, proprio, actions)
+    code, history = model.code(proprio), model.shape.history
+    for end in range(1, actions.shape[1] + 1):
+        window = slice(max(0, end - history), end)
+        following = explicit_predict(model, tokens[:, window], code[:, window], actions[:, window], window.start)
+        tokens = torch.cat([tokens, following[0][:, -1:]], 1)
+        # The observed frame has one code for all its patches, an imagined one may have one for each.
+        code = torch.cat([code.expand(-1, -1, following[1].shape[2], -1), following[1][:, -1:]], 1)
+    latents: Tensor = tokens[:, 1:] * model.tokens_std + model.tokens_mean
+    return latents
+
+
+def explicit_predict(model: Any, tokens: Tensor, code: Tensor, action: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+    """`DinoWm.predict` with attention weights written out, under a mask, as the reference has it (models/vit.py)."""
+    x, condition = model._join(tokens, code, action)
+    x = x + model._position(range(tokens.shape[1]))
+    frame = torch.arange(x.shape[1], device=x.device).repeat_interleave(x.shape[2])
+    mask = frame[:, None] >= frame[None, :]
+    for block in model.blocks:
+        x = explicit_block(block, x, mask, condition, first)
+    following: tuple[Tensor, Tensor] = model._split(x, tokens, code)
+    return following
+
+
+def explicit_block(block: Any, x: Tensor, mask: Tensor, condition: Tensor | None, first: int) -> Tensor:
+    """A `Block` by the book: all queries meet all keys, and the mask takes back what they should not have seen."""
+    frames = x.shape[1]
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block._modulation(condition)
+    normed = modulated(block.norm_attention(x), shift, scale)
+    q, k, v = rearrange(block.qkv(normed), "b t n (three h c) -> three b h (t n) c", three=3, h=block.heads)
+    if block.rotary:
+        q, k = rotate(q, first, frames), rotate(k, first, frames)
+    weights = torch.matmul(q, k.transpose(-1, -2)) * block.head_dim**-0.5
+    attended = torch.matmul(weights.masked_fill(~mask, float("-inf")).softmax(-1), v)
+    x = x + gated(block.out(rearrange(attended, "b h (t n) c -> b t n (h c)", t=frames)), gate)
+    return x + gated(block.mlp(modulated(block.norm_mlp(x), shift_mlp, scale_mlp)), gate_mlp)
+
+
+def count_flops(cost: Cost, actions: Tensor) -> float:
+    """Floating point operations of a call, the encoder's included."""
+    with FlopCounterMode(display=False) as counter:
+        cost(actions)
+    return float(counter.get_total_flops())
+
+
+def matmul_limit(device: torch.device, dtype: torch.dtype) -> float:
+    """GFLOP/s of a large square matrix product: what this machine can do."""
+    a = torch.randn(LIMIT_SIZE, LIMIT_SIZE, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(3):
+        synchronise(device)
+        begun = time.perf_counter()
+        a @ a
+        synchronise(device)
+        best = min(best, time.perf_counter() - begun)
+    return 2 * LIMIT_SIZE**3 / best / 1e9
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Largest difference over the spread of `b`: what an order of candidates can notice."""
+    return float((a - b).abs().max() / b.std())

@@ -1,0 +1,137 @@
+"""What happened in planned episodes, on disk and before the judge. Success is read from recorded states, when all is over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+from wmcache.cache.files import atomic_write
+from wmcache.envs import Maze
+
+THRESHOLDS = (0.5, 0.25, 0.1)
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """What happened, for the judge and the report.
+
+    Attributes:
+        start, goal: float64 [E, 4].
+        states: float64 [E, budget, 4], after each env step.
+        chunk: env steps between replans.
+        encoder_frames, replans: counts over all episodes.
+        seconds: spent on encoding live frames and planning.
+    """
+
+    start: NDArray[np.float64]
+    goal: NDArray[np.float64]
+    states: NDArray[np.float64]
+    chunk: int
+    encoder_frames: int
+    replans: int
+    seconds: float
+
+    def distances(self) -> NDArray[np.float64]:
+        """Distance in (x, y) to the goal at the end of every executed chunk, [E, chunks]."""
+        ends = self.chunk_ends() - 1
+        distance: NDArray[np.float64] = np.linalg.norm(self.states[:, ends, :2] - self.goal[:, None, :2], axis=-1)
+        return distance
+
+    def chunk_ends(self) -> NDArray[np.int64]:
+        """Env steps after which a chunk ended, [chunks]; the last is the budget."""
+        budget = self.states.shape[1]
+        return np.minimum(np.arange(self.chunk, budget + self.chunk, self.chunk), budget)
+
+
+def save_episodes(file: Path, episodes: Episodes) -> None:
+    """Write a finished batch, atomically."""
+    with atomic_write(file) as stream:
+        arrays = {field.name: np.asarray(getattr(episodes, field.name)) for field in fields(episodes)}
+        np.savez(stream, allow_pickle=False, **arrays)
+
+
+def load_episodes(file: Path) -> Episodes:
+    """Read what `save_episodes` wrote."""
+    with np.load(file) as arrays:
+        values = {name: array if array.ndim else array.item() for name, array in arrays.items()}
+    return Episodes(**values)
+
+
+def join(parts: list[Episodes]) -> Episodes:
+    """Several batches of episodes as one."""
+    return Episodes(
+        start=np.concatenate([part.start for part in parts]),
+        goal=np.concatenate([part.goal for part in parts]),
+        states=np.concatenate([part.states for part in parts]),
+        chunk=parts[0].chunk,
+        encoder_frames=sum(part.encoder_frames for part in parts),
+        replans=sum(part.replans for part in parts),
+        seconds=sum(part.seconds for part in parts),
+    )
+
+
+def judge(episodes: Episodes, threshold: float, maze: Maze) -> dict[str, Any]:
+    """Success at one threshold, from the recorded states.
+
+    Returns:
+        successes: episodes within `threshold` of the goal at the end of some executed chunk. success_rate, ci95: of those, with
+        Wilson's interval. mean_env_steps: until then; an episode that never arrives counts with its whole budget. held, held_ci95:
+        episodes within `threshold` at the end of the budget. path_ratio: mean over the successes of the way that the ball took over the
+        shortest way through the maze to within the threshold (None without a success); spl: success weighted by the inverse of that
+        ratio, over all episodes (arXiv 1807.06757).
+    """
+    close = episodes.distances() < threshold
+    reached = close.any(1)
+    count, successes, held = len(close), int(reached.sum()), int(close[:, -1].sum())
+    ratio = path_ratio(episodes, threshold, maze)
+    return {
+        "threshold": threshold,
+        "successes": successes,
+        "success_rate": successes / count,
+        "ci95": wilson(successes, count),
+        "mean_env_steps": float(env_steps(episodes, threshold).mean()),
+        "held": held,
+        "held_rate": held / count,
+        "held_ci95": wilson(held, count),
+        "path_ratio": float(ratio[reached].mean()) if successes else None,
+        "spl": float(np.where(reached, 1 / ratio, 0).mean()),
+    }
+
+
+def wilson(successes: int, count: int) -> list[float]:
+    """Wilson's 95 % interval of a rate."""
+    interval = binomtest(successes, count).proportion_ci(method="wilson")
+    return [interval.low, interval.high]
+
+
+def env_steps(episodes: Episodes, threshold: float) -> NDArray[np.int64]:
+    """Env steps until the end of the first chunk within `threshold`, [E]; the budget where there is none."""
+    close = episodes.distances() < threshold
+    steps: NDArray[np.int64] = np.where(close.any(1), episodes.chunk_ends()[close.argmax(1)], episodes.states.shape[1])
+    return steps
+
+
+def path_ratio(episodes: Episodes, threshold: float, maze: Maze) -> NDArray[np.float64]:
+    """Length of the way until `env_steps` over that of the shortest, both to within `threshold` of the goal, [E]; 1 at least."""
+    taken = np.empty(len(episodes.start))
+    shortest = shortest_ways(episodes, maze) - threshold
+    for i, steps in enumerate(env_steps(episodes, threshold)):
+        way = np.concatenate([episodes.start[i : i + 1, :2], episodes.states[i, :steps, :2]])
+        taken[i] = np.linalg.norm(np.diff(way, axis=0), axis=1).sum()
+    # Who starts within the threshold, or is let in early by it, has nothing to be compared with.
+    ratio: NDArray[np.float64] = np.maximum(
+        1.0, taken / np.maximum(shortest, np.maximum(taken, 1e-9) * (shortest <= 0))
+    )
+    return ratio
+
+
+def shortest_ways(episodes: Episodes, maze: Maze) -> NDArray[np.float64]:
+    """Length of the shortest way from start to goal, [E]."""
+    ways = [
+        maze.geodesic(start[:2], goal[None, :2])[0] for start, goal in zip(episodes.start, episodes.goal, strict=True)
+    ]
+    return np.array(ways)

@@ -1,0 +1,126 @@
+"""The improved cross-entropy method over action sequences (Pinneri et al. 2020, arXiv 2008.06389), batched over episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from wmcache.planner.base import Cost, normal, require, require_population
+
+
+@dataclass(frozen=True)
+class Icem:
+    """A `Solver`. Candidates are clipped to the env's bounds; the result is the best that was seen, not the mean.
+
+    Of the paper's parts, shifting elites from one plan to the next is left to the caller's first guess. It is a candidate of
+    the first iteration; the mean is one of the last, as in the paper, and in no other, where it would narrow the search.
+
+    Attributes:
+        samples: candidates of the first iteration.
+        elites: the best, to which the next mean and deviation are fitted; at most half of the samples.
+        iterations: how often.
+        sigma: first standard deviation, in env units.
+        beta: colour of the noise over time, whose power falls with frequency ** -beta: 0 is white, 1 pink, 2 brown. The
+            paper's lie between 0.25 and 4, by task.
+        frameskip: env actions in each of the T steps, [T, f * A] frame by frame; time is that of the env. Without it the
+            colour would be that of whole model steps, white within each.
+        decay: each iteration has this factor fewer candidates, but twice the elites at least.
+        keep: share of the elites that stay candidates of the next iteration. Their costs are known and not asked for again.
+        momentum: share of the last mean and deviation that the next ones keep.
+
+    Raises:
+        UserError: options that no search can be made of.
+    """
+
+    differentiates: ClassVar[bool] = False
+
+    samples: int = 300
+    elites: int = 10
+    iterations: int = 10
+    sigma: float = 0.6
+    beta: float = 2.0
+    frameskip: int = 1
+    decay: float = 1.25
+    keep: float = 0.3
+    momentum: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse options that do not fit."""
+        require_population("icem", self.samples, self.elites, self.iterations, self.sigma)
+        half = self.samples // 2
+        require(
+            self.elites <= half, f"solver icem: elites is {self.elites}; it must be at most half of samples, {half}"
+        )
+        require(0 <= self.beta < float("inf"), f"solver icem: beta is {self.beta}; it must be 0 or more")
+        require(self.frameskip >= 1, f"solver icem: frameskip is {self.frameskip}; it must be 1 or more")
+        require(1 <= self.decay < float("inf"), f"solver icem: decay is {self.decay}; it must be 1 or more")
+        require(0 <= self.keep <= 1, f"solver icem: keep is {self.keep}; it must lie in [0, 1]")
+        require(0 <= self.momentum < 1, f"solver icem: momentum is {self.momentum}; it must lie in [0, 1)")
+
+    @property
+    def populations(self) -> list[int]:
+        """Candidates of each iteration whose cost is asked for."""
+        return [max(int(self.samples * self.decay**-i), 2 * self.elites) for i in range(self.iterations)]
+
+    @property
+    def evaluations(self) -> int:
+        """See `Solver`."""
+        return sum(self.populations)
+
+    def __call__(self, cost: Cost, start: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """See `Solver`.
+
+        Raises:
+            UserError: frameskip does not divide A.
+        """
+        size = start.shape[2]
+        fits = size % self.frameskip == 0
+        require(fits, f"solver icem: frameskip is {self.frameskip}; it must divide the {size} numbers of a model step")
+        mean, deviation = start, torch.full_like(start, self.sigma)
+        best, lowest = start.clamp(-1.0, 1.0), torch.full_like(start[:, 0, 0], float("inf"))
+        kept, kept_costs = start[:, None][:, :0], start[:, :0, 0]
+        for i, samples in enumerate(self.populations):
+            white = rearrange(normal(generators, samples, start), "e s t (f a) -> e s (t f) a", f=self.frameskip)
+            noise = rearrange(coloured(white, self.beta), "e s (t f) a -> e s t (f a)", f=self.frameskip)
+            actions = mean[:, None] + deviation[:, None] * noise
+            if i in (0, self.iterations - 1):
+                actions[:, 0] = mean
+            actions = actions.clamp(-1.0, 1.0)
+            candidates = torch.cat([actions, kept], 1)
+            costs, order = torch.cat([cost(actions), kept_costs], 1).topk(self.elites, dim=1, largest=False)
+            elites = torch.take_along_dim(candidates, order[:, :, None, None], dim=1)
+            better = costs[:, 0] < lowest
+            best = torch.where(better[:, None, None], elites[:, 0], best)
+            lowest = torch.where(better, costs[:, 0], lowest)
+            share = int(self.keep * self.elites)
+            kept, kept_costs = elites[:, :share], costs[:, :share]
+            mean = elites.mean(1).lerp(mean, self.momentum)
+            deviation = elites.std(1, correction=0).lerp(deviation, self.momentum)
+        return best
+
+
+def coloured(white: Tensor, beta: float) -> Tensor:
+    """Gaussian noise of unit variance whose power falls with frequency ** -beta (Timmer and Koenig 1995).
+
+    White noise, filtered. The constant part gets the power of the lowest frequency, as in the `colorednoise` package, which
+    the paper uses; that one leaves it out of the variance, so that its noise is the louder the redder it is.
+
+    Args:
+        white: [E, S, time, A], standard normal.
+        beta: 0 returns white noise.
+
+    Returns:
+        The same shape.
+    """
+    steps = white.shape[2]
+    frequency = torch.fft.rfftfreq(steps, device=white.device)
+    frequency[0] = 1 / steps
+    filtered = torch.fft.rfft(white, dim=2) * frequency[:, None] ** (-beta / 2)
+    # A filter passes on as much variance as its answer to a single 1 has power.
+    impulse = torch.fft.irfft(frequency ** (-beta / 2), n=steps)
+    noise: Tensor = torch.fft.irfft(filtered, n=steps, dim=2) / impulse.norm()
+    return noise

@@ -1,0 +1,291 @@
+"""What a world model imagines, drawn: open-loop rollouts of held-out windows beside the real frames. For looking, never for planning."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from wmcache.cache.device import autocast, choose_device, choose_dtype
+from wmcache.cache.errors import UserError
+from wmcache.cache.files import atomic_write, make_folder, seconds_between_updates, write_json
+from wmcache.cache.store import TokenStore
+from wmcache.cache.windows import Windows
+from wmcache.envs import FPS
+from wmcache.trainer.checkpoint import load_model, read_config, read_identity
+from wmcache.trainer.decoder import ReadFrames, load_decoder, load_images, read_decoder_config, read_decoder_identity
+from wmcache.trainer.metrics import ImageMetrics, Images, to_pixels, to_unit
+from wmcache.trainer.models.decoders import Decoder
+
+SIDE_BY_SIDE = 4
+"""Windows in a video."""
+PICTURED = 3
+"""Windows, and at most so many steps of each, in the picture."""
+COLUMNS = 10
+PANEL = 224
+GAP = 8
+
+
+@dataclass(frozen=True)
+class ImagineOptions:
+    """All settings; saved in `metrics.json`.
+
+    Attributes:
+        steps: model steps that are imagined from one observed frame.
+        windows: held-out windows that the figures are means over; a random sample where there are more.
+        videos: files of 4 windows side by side.
+        context: frames that an imagined step sees; None means all of the model's history.
+        seed: of the sample.
+        device, dtype: of model and decoder.
+        lpips: try to compute it.
+    """
+
+    steps: int = 10
+    windows: int = 64
+    videos: int = 2
+    context: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    lpips: bool = True
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Frames of some windows, the observed one first, uint8 [B, 1 + steps, S, S, 3] each.
+
+    Attributes:
+        real: as the camera saw them.
+        reconstructed: drawn of their own, cached tokens: the best that this decoder can show.
+        imagined: drawn of what the world model made of the first frame and the actions; the first is a reconstruction.
+    """
+
+    real: Images
+    reconstructed: Images
+    imagined: Images
+
+
+def imagine(
+    run: Path,
+    decoder: Path,
+    read_frames: ReadFrames,
+    out: Path,
+    options: ImagineOptions,
+    *,
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """Imagine, draw, compare with the real frames, and write `metrics.json`, `rollout-*.mp4` and `rollouts.png`.
+
+    Args:
+        run: the world model's. decoder: folder of a decoder of the same store.
+        read_frames: gives the frames that the store's tokens were made of.
+        out: folder to write.
+        options: see `ImagineOptions`.
+        cache: where the store is now, if not where it was.
+
+    Returns:
+        The content of `metrics.json`. `steps` has a row for each model step: `imagined`, what is drawn of imagined latents against the
+        real frames; `floor`, what is drawn of the real latents, which no world model can be told from; `copying`, the real observed
+        frame, which is what a world model without a clue shows. Each has `mse`, `ssim` and, where it can be had, `lpips` (see
+        `ImageMetrics`); `lpips_absent` says why it cannot.
+
+    Raises:
+        UserError: no run, no decoder, of different stores or splits, or windows that are longer than episodes.
+    """
+    device = choose_device(options.device)
+    config, store = _check(run, decoder, cache)
+    windows = _windows(store, options, int(config["frameskip"]), int(config.get("split_seed", 42)))
+    model, draw = load_model(run, device), load_decoder(decoder, device)
+    metrics = ImageMetrics(draw.shape.image_size, device, lpips=options.lpips)
+    dtype = choose_dtype(options.dtype, device)
+    rng = np.random.default_rng(options.seed)
+    chosen = rng.permutation(len(windows))[: options.windows]
+    frames = np.unique(windows.frames(chosen))
+    images = load_images(read_frames, frames, store.card.frames_per_shard, draw.shape.image_size, "lower --windows")
+    shown = min(len(chosen), max(PICTURED, SIDE_BY_SIDE * options.videos))
+    kept: list[Rollouts] = []
+    parts: dict[str, dict[str, list[NDArray[np.float64]]]] = {"imagined": {}, "floor": {}, "copying": {}}
+    batches = np.array_split(chosen, math.ceil(len(chosen) / 16))
+    with tqdm(total=len(chosen), desc="imagine", unit=" windows", mininterval=seconds_between_updates()) as bar:
+        for batch in batches:
+            real = images[np.searchsorted(frames, windows.frames(batch))]
+            rollouts, drawn = _roll_out(model, draw, windows, batch, real, options.context, dtype)
+            for name, pictures in drawn.items():
+                for key, values in _compare(metrics, pictures, real).items():
+                    parts[name].setdefault(key, []).append(values)
+            if sum(len(part.real) for part in kept) < shown:
+                kept.append(rollouts)
+            bar.update(len(batch))
+    means = {
+        name: {key: np.concatenate(values).mean(0) for key, values in found.items()} for name, found in parts.items()
+    }
+    result: dict[str, Any] = {
+        "options": asdict(options),
+        "run": str(run),
+        "decoder": str(decoder),
+        "frameskip": windows.frameskip,
+        "windows": len(chosen),
+        "steps": [
+            {
+                "step": k + 1,
+                **{name: {key: float(v[k]) for key, v in found.items()} for name, found in means.items()},
+            }
+            for k in range(options.steps)
+        ],
+    }
+    if metrics.lpips_absent is not None:
+        result["lpips_absent"] = metrics.lpips_absent
+    _write(out, _join(kept, shown), windows.frameskip, options.videos)
+    write_json(out / "metrics.json", result)  # last, so that its presence means that all else is there
+    return result
+
+
+def _check(run: Path, decoder: Path, cache: Path | None) -> tuple[dict[str, Any], TokenStore]:
+    """The run's settings and its store, once run, decoder and store are known to belong together."""
+    config, identity = read_config(run), read_identity(run)[1]
+    if different := identity.differences(read_decoder_identity(decoder)):
+        raise UserError(
+            f"{decoder} was not trained on the store of {run} ({'; '.join(different)}); "
+            "train one on it with: wmtrain decoder --cache STORE"
+        )
+    split, other = config.get("split_seed", 42), read_decoder_config(decoder)["split_seed"]
+    if split != other:
+        raise UserError(
+            f"{decoder} holds out other episodes than {run} (--split-seed {other} != {split}); train the decoder with the same"
+        )
+    store = TokenStore.open(cache or config["cache"])
+    if different := identity.differences(store.identity):
+        raise UserError(
+            f"{store.path} is not the store that {run} was trained on ({'; '.join(different)}); pass the right --cache"
+        )
+    return config, store
+
+
+def _windows(store: TokenStore, options: ImagineOptions, frameskip: int, split_seed: int) -> Windows:
+    longest = int(np.bincount(store.episode).max()) // frameskip - 1
+    if options.steps > longest:
+        raise UserError(
+            f"--steps {options.steps} is more than the {longest} model steps of {frameskip} env steps that follow the first frame of the "
+            "longest episode"
+        )
+    return store.windows(1, options.steps, frameskip, "val", seed=split_seed)
+
+
+@torch.inference_mode()
+def _roll_out(
+    model: Any,
+    draw: Decoder,
+    windows: Windows,
+    batch: NDArray[np.int64],
+    real: Images,
+    context: int | None,
+    dtype: torch.dtype,
+) -> tuple[Rollouts, dict[str, Tensor]]:
+    """Draw some windows.
+
+    Args:
+        model, draw: what imagines and what draws.
+        windows, batch: which. real: uint8 [B, 1 + steps, S, S, 3] of them.
+        context, dtype: of the model.
+
+    Returns:
+        What people look at; and by name what is to be compared with the real frames after the first, [B, steps, 3, S, S] in [-1, 1].
+    """
+    device = draw.tokens_mean.device
+    data = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(batch).items()}
+    tokens = data["tokens"].float()
+    with autocast(device, dtype):
+        latents, _ = model.rollout(tokens[:, :1], data["proprio"][:, :1], data["action"][:, : windows.predict], context)
+    reconstructed, imagined = _draw(draw, tokens), _draw(draw, latents)
+    seen = torch.cat([reconstructed[:, :1], imagined], 1)
+    copying = to_unit(real[:, 0]).to(device)[:, None].expand_as(imagined)
+    pictures = (to_pixels(part.flatten(0, 1)).reshape(real.shape) for part in (reconstructed, seen))
+    return Rollouts(real, *pictures), {"imagined": imagined, "floor": reconstructed[:, 1:], "copying": copying}
+
+
+def _draw(draw: Decoder, latents: Tensor) -> Tensor:
+    """[B, T, N, D] -> [B, T, 3, S, S]; a step at a time, so that a batch's features fit into memory."""
+    return torch.stack([draw(latents[:, step].float()) for step in range(latents.shape[1])], 1)
+
+
+def _compare(metrics: ImageMetrics, drawn: Tensor, real: Images) -> dict[str, NDArray[np.float64]]:
+    """By metric [B, steps], of drawn [B, steps, 3, S, S] against real frames [B, 1 + steps, S, S, 3]."""
+    steps = [metrics(drawn[:, step], to_unit(real[:, step + 1])) for step in range(drawn.shape[1])]
+    return {name: np.stack([step[name] for step in steps], 1) for name in steps[0]}
+
+
+def _join(parts: list[Rollouts], count: int) -> Rollouts:
+    return Rollouts(
+        *(
+            np.concatenate([getattr(part, name) for part in parts])[:count]
+            for name in ("real", "reconstructed", "imagined")
+        )
+    )
+
+
+def _write(out: Path, rollouts: Rollouts, frameskip: int, videos: int) -> None:
+    make_folder(out)
+    for old in out.glob("rollout-*.mp4"):  # there may have been more
+        old.unlink()
+    (out / "metrics.json").unlink(missing_ok=True)
+    for number in range(min(videos, math.ceil(len(rollouts.real) / SIDE_BY_SIDE))):
+        chosen = slice(number * SIDE_BY_SIDE, (number + 1) * SIDE_BY_SIDE)
+        write_video(
+            out / f"rollout-{number:03d}.mp4", rollouts.real[chosen], rollouts.imagined[chosen], FPS / frameskip
+        )
+    with atomic_write(out / "rollouts.png") as file:
+        file.write(draw_rollouts(rollouts))
+
+
+def write_video(path: Path, real: Images, imagined: Images, fps: float) -> None:
+    """Windows side by side, real frames above imagined ones, uint8 [B, T, S, S, 3] each; written whole or not at all."""
+    scale = max(1, PANEL // real.shape[2])
+    frames = []
+    for step in range(real.shape[1]):
+        rows = [np.concatenate([_panel(frame, scale) for frame in part[:, step]], 1) for part in (real, imagined)]
+        frames.append(np.concatenate(rows))
+    temporary = path.with_name(f".{path.name}")
+    try:
+        # What H.264 needs are even sides; imageio would ask for multiples of 16, and stretch the picture.
+        imageio.mimwrite(temporary, frames, format="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=2)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _panel(frame: Images, scale: int) -> Images:
+    """The frame enlarged, with a white rim that makes its sides even."""
+    large = frame.repeat(scale, 0).repeat(scale, 1)
+    odd = large.shape[0] % 2
+    return np.pad(large, ((GAP // 2, GAP // 2 + odd),) * 2 + ((0, 0),), constant_values=255)
+
+
+def draw_rollouts(rollouts: Rollouts) -> bytes:
+    """A PNG: for each of the first windows its real, reconstructed and imagined frames as rows, model steps as columns."""
+    count, length = min(PICTURED, len(rollouts.real)), rollouts.real.shape[1]
+    steps = np.unique(np.linspace(0, length - 1, min(length, COLUMNS + 1)).astype(int))
+    figure = Figure(figsize=(1.15 * len(steps) + 0.4, 1.15 * 3 * count + 0.3), layout="constrained", dpi=110)
+    rows = figure.subplots(3 * count, len(steps), squeeze=False)
+    for window in range(count):
+        for kind, name in enumerate(("real", "reconstructed", "imagined")):
+            for column, step in enumerate(steps):
+                axes = rows[3 * window + kind, column]
+                axes.imshow(getattr(rollouts, name)[window, step])
+                axes.set_xticks([])
+                axes.set_yticks([])
+                if column == 0:
+                    axes.set_ylabel(name, fontsize=8)
+                if window == kind == 0:
+                    axes.set_title("observed" if step == 0 else f"step {step}", fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from wmcache.cache import UserError
+from wmcache.envs import MazeError
+from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.extract import extract
+from wmcache.pipeline.frames import FrameDataset, Frames
+from wmcache.pipeline.importers.dino_wm import import_dino_wm, require_safe_torch
+
+KINDS = ("states.pth", "actions.pth", "seq_lengths.pth", "obses/episode_002.pth")
+EPISODES, LENGTH = 6, 60
+
+
+class Evil:
+    """A pickle that makes a file when it is opened."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch '{self.canary}'",)
+
+
+@pytest.fixture
+def published(dataset: FrameDataset, everything: Frames, tmp_path: Path) -> Path:
+    """The shared dataset as DINO-WM publishes one."""
+    folder = tmp_path / "point_maze"
+    (folder / "obses").mkdir(parents=True)
+    torch.save(torch.tensor(dataset.steps.state).reshape(EPISODES, LENGTH, 4), folder / "states.pth")
+    torch.save(torch.tensor(dataset.steps.action).reshape(EPISODES, LENGTH, 2), folder / "actions.pth")
+    torch.save(torch.full((EPISODES,), LENGTH), folder / "seq_lengths.pth")
+    for episode, frames in enumerate(everything.reshape(EPISODES, LENGTH, 32, 32, 3)):
+        torch.save(torch.from_numpy(frames.copy()), folder / "obses" / f"episode_{episode:03d}.pth")
+    return folder
+
+
+def edit(path: Path, change: Callable[[Any], object]) -> None:
+    torch.save(change(torch.load(path, weights_only=True)), path)
+
+
+def import_again(folder: Path, out: Path, **other: Any) -> FrameDataset:
+    import_dino_wm(folder, out, **{"frames_per_shard": 64, **other})
+    return FrameDataset.open(out)
+
+
+def test_frames_actions_and_states_stay_the_same_to_the_bit(
+    published: Path, dataset: FrameDataset, everything: Frames, tmp_path: Path
+) -> None:
+    found = import_again(published, tmp_path / "out", frames_per_shard=50)
+    np.testing.assert_array_equal(found.read_frames(range(360)), everything)
+    for name, values in dataset.steps.columns().items():
+        np.testing.assert_array_equal(found.steps.columns()[name], values)
+        assert found.steps.columns()[name].dtype == values.dtype
+    card = found.card
+    assert (card.env, card.maze, card.fps) == (dataset.card.env, dataset.card.maze, dataset.card.fps)
+    assert card.policy == "imported from dino-wm"
+
+
+def test_an_import_has_the_fingerprint_of_what_was_collected(
+    published: Path, dataset: FrameDataset, tmp_path: Path
+) -> None:
+    assert import_again(published, tmp_path / "out").card.fingerprint == dataset.card.fingerprint
+
+
+def test_float32_states_are_kept_exactly(published: Path, tmp_path: Path) -> None:
+    edit(published / "states.pth", lambda states: states.float())
+    states = torch.load(published / "states.pth", weights_only=True).double().reshape(-1, 4)
+    np.testing.assert_array_equal(import_again(published, tmp_path / "out").steps.state, states.numpy())
+
+
+def test_an_old_file_without_a_zip_is_read_too(published: Path, dataset: FrameDataset, tmp_path: Path) -> None:
+    for kind in KINDS:
+        tensor = torch.load(published / kind, weights_only=True)
+        torch.save(tensor, published / kind, _use_new_zipfile_serialization=False)
+    assert import_again(published, tmp_path / "out").card.fingerprint == dataset.card.fingerprint
+
+
+def test_episodes_end_where_seq_lengths_says(published: Path, everything: Frames, tmp_path: Path) -> None:
+    lengths = [60, 1, 30, 60, 59, 2]
+    behind = torch.arange(LENGTH) >= torch.tensor(lengths)[:, None]
+    torch.save(torch.tensor(lengths), published / "seq_lengths.pth")
+    # Padding may be anything, or, in the images, missing.
+    for kind in ("actions.pth", "states.pth"):
+        edit(published / kind, lambda values: values.masked_fill(behind[..., None], float("nan")))
+    edit(published / "obses" / "episode_002.pth", lambda frames: frames[:30].clone())
+    found = import_again(published, tmp_path / "out")
+    assert np.bincount(found.steps.episode).tolist() == lengths
+    rows = np.concatenate([episode * LENGTH + np.arange(length) for episode, length in enumerate(lengths)])
+    np.testing.assert_array_equal(found.read_frames(range(len(rows))), everything[rows])
+
+
+@pytest.mark.parametrize("digits", [1, 5])
+def test_the_number_of_digits_in_a_name_does_not_matter(
+    published: Path, dataset: FrameDataset, tmp_path: Path, digits: int
+) -> None:
+    for file in (published / "obses").iterdir():
+        file.rename(file.with_name(f"episode_{int(file.stem[-3:]):0{digits}d}.pth"))
+    assert import_again(published, tmp_path / "out").card.fingerprint == dataset.card.fingerprint
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "old format"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_malicious_file_runs_nothing_and_is_named(
+    published: Path, tmp_path: Path, run_import: Callable[..., Any], kind: str, new: bool
+) -> None:
+    canary = tmp_path / "canary"
+    torch.save(Evil(canary), published / kind, _use_new_zipfile_serialization=new)
+    result = run_import("dino-wm", published, "--out", tmp_path / "out")
+    assert not canary.exists()
+    assert result.exit_code == 1
+    assert f"{published / kind} cannot be read (it asks for posix.system" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plain_pickle_runs_nothing_and_is_named(published: Path, tmp_path: Path, kind: str) -> None:
+    canary = tmp_path / "canary"
+    (published / kind).write_bytes(pickle.dumps(Evil(canary)))
+    with pytest.raises(UserError, match=f"{kind} cannot be read"):
+        import_again(published, tmp_path / "out")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "safe"),
+    [("2.5.1+cu121", False), ("1.13", False), ("2.6.0a0", False), ("2.6.0", True), ("2.10.1+cpu", True)],
+)
+def test_a_pytorch_that_can_be_made_to_run_code_is_refused(version: str, safe: bool) -> None:
+    if safe:
+        require_safe_torch(version)
+    else:
+        with pytest.raises(UserError, match="CVE-2025-32434"):
+            require_safe_torch(version)
+
+
+def damage(kind: str, change: Callable[[Any], object]) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / kind, change)
+
+
+def put(kind: str, place: tuple[int, ...], value: float) -> Callable[[Path], None]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[place] = value
+        return tensor
+
+    return damage(kind, change)
+
+
+def compress(folder: Path) -> None:
+    path = folder / KINDS[3]
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no states": (lambda folder: (folder / "states.pth").unlink(), r"states\.pth does not exist"),
+    "no folder of images": (
+        lambda folder: (folder / "obses").rename(folder / "images"), r"episode_000\.pth is missing"
+    ),
+    "an episode less": (lambda folder: (folder / KINDS[3]).unlink(), r"episode_002\.pth is missing"),
+    "an episode more": (
+        lambda folder: (folder / KINDS[3]).with_name("episode_006.pth").write_bytes(b""),
+        r"episode_006\.pth is an episode beyond the 6",
+    ),
+    "an episode twice": (
+        lambda folder: (folder / KINDS[3]).with_name("episode_2.pth").write_bytes(b""), "are the same episode"
+    ),
+    "fewer actions": (damage("actions.pth", lambda t: t[:5].clone()), r"actions\.pth has 5 episodes of 60 steps"),
+    "shorter actions": (damage("actions.pth", lambda t: t[:, :9].clone()), r"actions\.pth has 6 episodes of 9 steps"),
+    "wider actions": (damage("actions.pth", lambda t: t.repeat(1, 1, 2)), r"actions\.pth has the shape \(6, 60, 4\)"),
+    "flat states": (damage("states.pth", lambda t: t.flatten(0, 1)), r"states\.pth has the shape \(360, 4\)"),
+    "whole states": (damage("states.pth", lambda t: t.long()), r"states\.pth holds torch\.int64"),
+    "fewer lengths": (damage("seq_lengths.pth", lambda t: t[:5].clone()), r"seq_lengths\.pth has the shape \(5,\)"),
+    "a length too long": (put("seq_lengths.pth", (3,), 61), r"seq_lengths\.pth says that episode 3 has 61 steps"),
+    "a length of nothing": (put("seq_lengths.pth", (3,), 0), r"seq_lengths\.pth says that episode 3 has 0 steps"),
+    "half a length": (
+        damage("seq_lengths.pth", lambda t: t - 0.5), r"seq_lengths\.pth says that episode 0 has 59\.5 steps"
+    ),
+    "a dictionary": (damage("states.pth", lambda t: {"states": t}), r"states\.pth holds no plain tensor but dict"),
+    "a state that is none": (put("states.pth", (1, 5, 2), float("nan")), r"states\.pth .*at \[1, 5, 2\]"),
+    "an action without end": (put("actions.pth", (1, 5, 1), float("inf")), r"actions\.pth .*at \[1, 5, 1\]"),
+    "finer actions": (damage("actions.pth", lambda t: t.double() / 3), r"actions\.pth holds float64 that float32"),
+    "a state in a wall": (put("states.pth", (4, 7, 0), -0.5), "maze UMaze: episode 4 is inside a wall at step 7"),
+    "float images": (damage(KINDS[3], lambda t: t.float()), r"episode_002\.pth is torch\.float32"),
+    "channels first": (damage(KINDS[3], lambda t: t.permute(0, 3, 1, 2)), r"episode_002\.pth is torch\.uint8 of shape"),
+    "oblong images": (damage(KINDS[3], lambda t: t[:, :30].clone()), r"episode_002\.pth holds images of 32 x 30"),
+    "other images": (
+        damage(KINDS[3], lambda t: t[:, :30, :30].clone()), r"episode_002\.pth holds images of 30 pixels.*of 32"
+    ),
+    "fewer images": (damage(KINDS[3], lambda t: t[:59].clone()), r"episode_002\.pth holds 59 frames"),
+    "more images": (damage(KINDS[3], lambda t: t.repeat(2, 1, 1, 1)), r"episode_002\.pth holds 120 frames"),
+    "images of nothing": (
+        damage(KINDS[3], lambda t: t[:1, :1, :1, :1].expand(60, 2048, 2048, 3)), "more than the file holds"
+    ),
+    "a compressed zip": (compress, r"episode_002\.pth cannot be read \(it is a compressed zip"),
+    "a cut file": (
+        lambda folder: (folder / KINDS[3]).write_bytes((folder / KINDS[3]).read_bytes()[:5000]),
+        r"episode_002\.pth cannot be read",
+    ),
+    "an empty file": (lambda folder: (folder / "actions.pth").write_bytes(b""), r"actions\.pth cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_does_not_fit_is_refused_by_the_name_of_its_file(published: Path, tmp_path: Path, name: str) -> None:
+    change, message = BROKEN[name]
+    change(published)
+    with pytest.raises(UserError, match=message) as refused:
+        import_again(published, tmp_path / "out")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_float64_actions_that_float32_holds_are_taken(published: Path, dataset: FrameDataset, tmp_path: Path) -> None:
+    edit(published / "actions.pth", lambda actions: actions.double())
+    assert import_again(published, tmp_path / "out").card.fingerprint == dataset.card.fingerprint
+
+
+def test_the_maze_of_the_data_can_be_named(published: Path, tmp_path: Path) -> None:
+    with pytest.raises(MazeError, match="Labyrinth"):
+        import_again(published, tmp_path / "out", maze="Labyrinth")
+    with pytest.raises(UserError, match=r"does not fit maze Large: .*--maze"):
+        import_again(published, tmp_path / "out", maze="Large")
+    # A hall without inner walls, in which the ball of any maze may have been.
+    hall = tmp_path / "Hall.txt"
+    hall.write_text("\n".join(["#" * 5, *["#OOO#"] * 3, "#" * 5]))
+    card = import_again(published, tmp_path / "out", maze=str(hall)).card
+    assert (card.env, card.maze) == ("Hall", ["#####", "#OOO#", "#OOO#", "#OOO#", "#####"])
+
+
+def test_a_killed_import_goes_on_where_it_stopped(published: Path, dataset: FrameDataset, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = """
+import os, signal, sys
+from pathlib import Path
+from wmcache.pipeline import importers
+from wmcache.pipeline.importers.dino_wm import import_dino_wm
+
+write = importers.write_shard
+def mortal(path, shard, samples):
+    write(path, shard, samples)
+    if shard == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+importers.write_shard = mortal
+import_dino_wm(Path(sys.argv[1]), Path(sys.argv[2]), frames_per_shard=64)
+"""
+    died = subprocess.run([sys.executable, "-c", script, published, out], capture_output=True, check=False)
+    assert died.returncode == -9, died.stderr
+    times = {tar.name: tar.stat().st_mtime_ns for tar in out.glob("*.tar")}
+    assert sorted(times) == [f"frames-{shard:06d}.tar" for shard in range(3)]
+    with pytest.raises(UserError, match="unfinished"):
+        FrameDataset.open(out)
+    assert import_again(published, out).card.fingerprint == dataset.card.fingerprint
+    assert {name: (out / name).stat().st_mtime_ns for name in times} == times
+
+
+def test_an_import_is_extracted_like_what_was_collected(
+    published: Path, encoder: Encoder, dataset: FrameDataset, store_path: Path, tmp_path: Path
+) -> None:
+    extract(import_again(published, tmp_path / "out"), encoder, tmp_path / "store.zarr")
+    for shard in range(dataset.num_shards):
+        file = f"tokens/c/{shard}/0/0"
+        assert (tmp_path / "store.zarr" / file).read_bytes() == (store_path / file).read_bytes()
+
+
+def test_the_command_imports_and_says_what(
+    published: Path, dataset: FrameDataset, tmp_path: Path, run_import: Callable[..., Any]
+) -> None:
+    out = tmp_path / "données"
+    for _ in range(2):  # run again, it changes nothing
+        result = run_import("dino-wm", published, "--out", out, "--frames-per-shard", 64)
+        assert result.exit_code == 0, result.output
+        assert f"{out}: 6 episodes, 360 frames, 6 shards" in result.stdout
+        assert f"fingerprint {dataset.card.fingerprint}" in result.stdout
+    result = run_import("dino-wm", tmp_path / "nothing", "--out", tmp_path / "other")
+    assert f"{tmp_path / 'nothing' / 'states.pth'} does not exist" in result.stderr

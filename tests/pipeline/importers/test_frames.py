@@ -1,0 +1,364 @@
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import imageio_ffmpeg
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from wmcache.cache import TokenStore, UserError
+from wmcache.pipeline.encoders import Encoder, FitOptions
+from wmcache.pipeline.extract import extract
+from wmcache.pipeline.fit import fit
+from wmcache.pipeline.frames import FrameDataset, Frames
+from wmcache.pipeline.importers import Shape
+from wmcache.pipeline.importers.frames import import_frames
+
+LENGTHS = [5, 9, 6]
+ROWS = sum(LENGTHS)
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class Given:
+    """Somebody's folder of images, and the rows of their table."""
+
+    folder: Path
+    rows: Rows
+    frames: Frames
+    action: np.ndarray
+    state: np.ndarray
+
+    def table(self, kind: str = "csv") -> Path:
+        """The table, written as it is now."""
+        path = self.folder.parent / f"steps.{kind}"
+        if kind == "parquet":
+            pq.write_table(pa.Table.from_pylist(self.rows), path)
+        else:
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(self.rows[0]))
+                writer.writeheader()
+                writer.writerows(self.rows)
+        return path
+
+    def import_to(self, out: Path, kind: str = "csv", **settings: Any) -> FrameDataset:
+        """Import what is there now."""
+        import_frames(self.folder, self.table(kind), out, **{"frames_per_shard": 8, **settings})
+        return FrameDataset.open(out)
+
+
+@pytest.fixture
+def given(everything: Frames, tmp_path: Path) -> Given:
+    rng = np.random.default_rng(0)
+    action, state = rng.normal(size=(ROWS, 3)).astype(np.float32), rng.normal(size=(ROWS, 2))
+    rows: Rows = []
+    for episode, length in enumerate(LENGTHS):
+        for step in range(length):
+            row, name = len(rows), f"run {episode}/{step}.png"
+            path = tmp_path / "images" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(everything[row]).save(path)
+            numbers = {f"action_{i}": float(value) for i, value in enumerate(action[row])}
+            numbers |= {f"state_{i}": float(value) for i, value in enumerate(state[row])}
+            rows.append({"episode": episode, "step": step, "file": name, **numbers})
+    return Given(tmp_path / "images", rows, everything[:ROWS], action, state)
+
+
+def as_videos(given: Given, suffix: str = ".mkv", **settings: Any) -> None:
+    """The same frames as a video an episode, without loss where the codec has none."""
+    settings = settings or {"codec": "ffv1", "pixelformat": "bgr0"}
+    start = 0
+    for episode, length in enumerate(LENGTHS):
+        name = f"{episode}{suffix}"
+        frames = given.frames[start : start + length]
+        iio.imwrite(given.folder / name, frames, plugin="FFMPEG", fps=7, macro_block_size=1, **settings)
+        for row in given.rows[start : start + length]:
+            del row["file"]
+            row["video"] = name
+        start += length
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_images_actions_and_states_stay_what_they_are(given: Given, tmp_path: Path, kind: str) -> None:
+    found = given.import_to(tmp_path / "out", kind)
+    np.testing.assert_array_equal(found.read_frames(range(ROWS)), given.frames)
+    np.testing.assert_array_equal(found.steps.action, given.action)
+    np.testing.assert_array_equal(found.steps.state, given.state)
+    assert np.bincount(found.steps.episode).tolist() == LENGTHS
+    card = found.card
+    assert (card.env, card.maze, card.fps) == ("frames of images", [], 20)
+    assert card.policy == "imported from frames"
+
+
+def test_table_and_order_of_rows_change_no_byte(given: Given, tmp_path: Path) -> None:
+    first = given.import_to(tmp_path / "csv")
+    given.rows.reverse()
+    shuffled = given.import_to(tmp_path / "parquet", "parquet")
+    for row in given.rows:
+        row["action"] = [row.pop(f"action_{i}") for i in range(3)]
+        row["state"] = [row.pop(f"state_{i}") for i in range(2)]
+    lists = given.import_to(tmp_path / "lists", "parquet")
+    assert first.card.fingerprint == shuffled.card.fingerprint == lists.card.fingerprint
+
+
+def test_decimal_actions_become_the_nearest_float32(given: Given, tmp_path: Path) -> None:
+    given.rows[3]["action_1"] = 0.1
+    assert given.import_to(tmp_path / "out").steps.action[3, 1] == np.float32(0.1)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_frames_of_videos_stay_what_they_are(given: Given, tmp_path: Path, kind: str) -> None:
+    as_videos(given)
+    found = given.import_to(tmp_path / "out", kind)
+    np.testing.assert_array_equal(found.read_frames(range(ROWS)), given.frames)
+    np.testing.assert_array_equal(found.steps.action, given.action)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".avi", ".mov"])
+def test_every_kind_of_video_gives_each_frame_in_its_place(given: Given, tmp_path: Path, suffix: str) -> None:
+    # Grey steps that survive a lossy codec.
+    levels = np.arange(40, 40 + 10 * ROWS, 10, dtype=np.uint8)
+    given.frames = np.broadcast_to(levels[:, None, None, None], (ROWS, 32, 32, 3)).copy()
+    as_videos(given, suffix, codec={".webm": "libvpx", ".avi": "mpeg4"}.get(suffix, "libx264"))
+    found = given.import_to(tmp_path / "out").read_frames(range(ROWS))
+    assert np.abs(found.mean((1, 2, 3)) - levels).max() < 5
+
+
+def test_a_video_of_changing_frame_rate_loses_no_frame(given: Given, tmp_path: Path) -> None:
+    as_videos(given)
+    for episode in range(len(LENGTHS)):
+        video = given.folder / f"{episode}.mkv"
+        uneven = given.folder / f"{episode}.nut.mkv"
+        # Every third frame comes half a second late.
+        ffmpeg("-i", video, "-vf", "setpts=PTS+floor(N/3)*0.5/TB", "-fps_mode", "passthrough", "-c:v", "ffv1", uneven)
+        uneven.replace(video)
+    np.testing.assert_array_equal(given.import_to(tmp_path / "out").read_frames(range(ROWS)), given.frames)
+
+
+def ffmpeg(*words: object) -> None:
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *map(str, words)], check=True)
+
+
+def test_images_of_other_kinds_are_read(given: Given, tmp_path: Path) -> None:
+    changes: list[tuple[str, Callable[[Image.Image], Image.Image], dict[str, Any]]] = [
+        (".webp", lambda image: image, {"lossless": True}),
+        (".bmp", lambda image: image, {}),
+        (".png", lambda image: image.convert("RGBA"), {}),
+        (".png", lambda image: image.convert("P", palette=Image.Palette.ADAPTIVE, colors=256), {}),
+    ]
+    for row, (suffix, change, settings) in zip(given.rows, changes, strict=False):
+        path = given.folder / row["file"]
+        image = change(Image.open(path))
+        row["file"] = row["file"].replace(".png", suffix)
+        image.save(given.folder / row["file"], **settings)
+    jpeg = given.rows[4]["file"].replace(".png", ".JPG")
+    Image.fromarray(given.frames[4]).save(given.folder / jpeg, "JPEG", quality=95)
+    given.rows[4]["file"] = jpeg
+    found = given.import_to(tmp_path / "out").read_frames(range(5))
+    np.testing.assert_array_equal(found[:3], given.frames[:3])
+    assert np.abs(found[3:].astype(int) - given.frames[3:5]).mean() < 5
+
+
+def test_grey_images_become_colours(given: Given, tmp_path: Path) -> None:
+    grey = given.frames[2, :, :, 0]
+    Image.fromarray(grey).save(given.folder / given.rows[2]["file"])
+    np.testing.assert_array_equal(given.import_to(tmp_path / "out").read_frames([2])[0], np.stack([grey] * 3, -1))
+
+
+def test_crop_and_size_are_done_and_said(given: Given, tmp_path: Path) -> None:
+    for row, frame in zip(given.rows, given.frames, strict=True):
+        wide = np.pad(frame, ((0, 0), (4, 4), (0, 0)))
+        Image.fromarray(wide).save(given.folder / row["file"])
+    with pytest.raises(UserError, match=r"0\.png is 40 x 32 pixels, not square; pass --crop center"):
+        given.import_to(tmp_path / "refused")
+    cropped = given.import_to(tmp_path / "cropped", shape=Shape("center"))
+    np.testing.assert_array_equal(cropped.read_frames(range(ROWS)), given.frames)
+    small = given.import_to(tmp_path / "small", shape=Shape("center", 16))
+    assert small.read_frames([0]).shape == (1, 16, 16, 3)
+    assert small.card.env == "frames of images, cropped to the central square, resized to 16 px (bicubic)"
+    with pytest.raises(UserError, match="dataset with env "):
+        given.import_to(tmp_path / "cropped", shape=Shape("center", 32))
+
+
+def test_a_dataset_without_a_maze_is_fitted_and_extracted(given: Given, encoder: Encoder, tmp_path: Path) -> None:
+    frames = given.import_to(tmp_path / "out")
+    fitted = fit(frames, "tcn", tmp_path / "tcn.safetensors", FitOptions(steps=1, batch=2), max_frames=50, device="cpu")
+    assert fitted.landscape is None
+    extract(frames, encoder, tmp_path / "store.zarr")
+    store = TokenStore.open(tmp_path / "store.zarr")
+    assert store.card.dataset["maze"] == []
+    np.testing.assert_array_equal(store.action, given.action)
+    np.testing.assert_array_equal(store.state, given.state)
+
+
+def test_a_stopped_import_goes_on_after_the_file_is_mended(given: Given, tmp_path: Path) -> None:
+    path = given.folder / given.rows[10]["file"]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200])
+    with pytest.raises(UserError, match=r"1 of 3 shards failed.*run 1/5\.png is no readable image"):
+        given.import_to(tmp_path / "out")
+    assert sorted(tar.name for tar in (tmp_path / "out").glob("*.tar")) == ["frames-000000.tar", "frames-000002.tar"]
+    path.write_bytes(whole)
+    np.testing.assert_array_equal(given.import_to(tmp_path / "out").read_frames(range(ROWS)), given.frames)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_video_is_read_from_its_middle_too(given: Given, tmp_path: Path, lost: int) -> None:
+    as_videos(given)
+    whole = given.import_to(tmp_path / "out")
+    (tmp_path / "out" / f"frames-{lost:06d}.tar").unlink()
+    assert given.import_to(tmp_path / "out").card == whole.card
+    np.testing.assert_array_equal(given.import_to(tmp_path / "out").read_frames(range(ROWS)), given.frames)
+
+
+@pytest.mark.parametrize(
+    ("length", "message"), [(8, "ends after 8 frames, .* has 9 rows"), (10, "more frames than the 9")]
+)
+def test_a_video_of_another_length_than_its_rows_is_refused(
+    given: Given, tmp_path: Path, length: int, message: str
+) -> None:
+    as_videos(given)
+    frames = np.resize(given.frames, (length, 32, 32, 3))
+    iio.imwrite(given.folder / "1.mkv", frames, plugin="FFMPEG", fps=7, codec="ffv1", pixelformat="bgr0")
+    with pytest.raises(UserError, match=rf"1\.mkv.*{message}"):
+        given.import_to(tmp_path / "out")
+
+
+def test_a_playlist_that_is_called_a_video_is_not_followed(given: Given, tmp_path: Path) -> None:
+    as_videos(given)
+    # Both would read a file outside the folder.
+    secret = tmp_path / "secret.mkv"
+    (given.folder / "0.mkv").rename(secret)
+    for text in (f"#EXTM3U\n#EXTINF:1,\nfile://{secret}\n#EXT-X-ENDLIST\n", f"ffconcat version 1.0\nfile '{secret}'\n"):
+        (given.folder / "0.mkv").write_text(text)
+        with pytest.raises(UserError, match=r"0\.mkv is no readable video"):
+            given.import_to(tmp_path / "out")
+
+
+def bad_rows(**change: Any) -> Callable[[Given], None]:
+    return lambda given: given.rows[7].update(change)
+
+
+def bad_image(image: Image.Image, **settings: Any) -> Callable[[Given], None]:
+    return lambda given: image.save(given.folder / given.rows[0]["file"], "PNG", **settings)
+
+
+def without(column: str) -> Callable[[Given], None]:
+    def change(given: Given) -> None:
+        for row in given.rows:
+            del row[column]
+
+    return change
+
+
+def without_episode_1(given: Given) -> None:
+    given.rows = [row for row in given.rows if row["episode"] != 1]
+
+
+def with_column(column: str, value: Any) -> Callable[[Given], None]:
+    def change(given: Given) -> None:
+        for row in given.rows:
+            row[column] = value
+
+    return change
+
+
+BROKEN: dict[str, tuple[Callable[[Given], object], str]] = {
+    "outside": (bad_rows(file="../steps.csv.png"), r"names '\.\./steps\.csv\.png', which lies outside"),
+    "absolute": (bad_rows(file="/etc/passwd.png"), "'/etc/passwd.png', which lies outside"),
+    "no image": (bad_rows(file="run 0/0.txt"), "names 'run 0/0.txt'; known are .png"),
+    "gone": (bad_rows(file="run 0/77.png"), r"run 0/77\.png of .*steps\.csv does not exist"),
+    "a gap in steps": (bad_rows(step=20), "count up from 0 without gaps; row 8 is episode 1, step 3 where episode 1, step 2"),
+    "a gap in episodes": (without_episode_1, "row 5 is episode 2, step 0"),
+    "a row twice": (lambda given: given.rows.append(given.rows[-1]), "row 20 is episode 2, step 5"),
+    "half a step": (bad_rows(step=2.5), "no column step of whole numbers"),
+    "no step": (without("step"), "no column step of whole numbers"),
+    "no file": (without("file"), "has 0 of the columns file .images. and video"),
+    "file and video": (with_column("video", "a.mp4"), "has 2 of the columns"),
+    "no states": (lambda given: [without(f"state_{i}")(given) for i in range(2)], "needs either a column state of lists"),
+    "a gap in actions": (without("action_1"), "it has action_0, action_2"),
+    "both kinds of actions": (with_column("action", 1.0), "needs either a column action of lists"),
+    "an unknown column": (with_column("reward", 1.0), "does not keep: reward; remove them"),
+    "an empty number": (bad_rows(action_2=""), "row 7 has no action_2"),
+    "words": (bad_rows(action_2="left"), "action holds string, not numbers"),
+    "no end": (bad_rows(state_1="inf"), r"state in .*steps\.csv is not a finite number at \[7, 1\]"),
+    "too large": (bad_rows(action_0=1e40), r"action in .*steps\.csv is not a finite number at \[7, 0\]"),
+    "a late start": (lambda given: [row.update(step=row["step"] + 1) for row in given.rows], "step 1 where episode 0, step 0"),
+    "16 bits": (bad_image(Image.fromarray(np.zeros((32, 32), np.uint16))), r"0\.png is I;16 of more than 8 bits"),
+    "transparent": (bad_image(Image.new("RGBA", (32, 32))), r"0\.png is transparent"),
+    "animated": (
+        bad_image(Image.new("RGB", (32, 32)), save_all=True, append_images=[Image.new("RGB", (32, 32), "red")]),
+        r"0\.png holds several images",
+    ),
+    "oblong": (bad_image(Image.new("RGB", (32, 31))), r"0\.png is 32 x 31 pixels, not square"),
+    "a bomb": (bad_image(Image.new("1", (20000, 9000))), r"0\.png "),
+    "another kind": (
+        lambda given: Image.new("RGB", (32, 32)).save(given.folder / given.rows[0]["file"], "GIF"),
+        r"0\.png is no readable image",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_cannot_be_taken_is_refused_before_anything_is_written(given: Given, tmp_path: Path, name: str) -> None:
+    change, message = BROKEN[name]
+    change(given)
+    with pytest.raises(UserError, match=message) as refused:
+        given.import_to(tmp_path / "out")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_that_leads_outside_is_not_followed(given: Given, tmp_path: Path) -> None:
+    path = given.folder / given.rows[4]["file"]
+    path.rename(tmp_path / "elsewhere.png")
+    path.symlink_to(tmp_path / "elsewhere.png")
+    with pytest.raises(UserError, match="lies outside"):
+        given.import_to(tmp_path / "out")
+
+
+def test_16_bits_in_colour_are_not_cut_to_8(given: Given, tmp_path: Path) -> None:
+    path = given.folder / given.rows[0]["file"]
+    ffmpeg("-y", "-i", path, "-pix_fmt", "rgb48be", "-update", "1", path.with_suffix(".new.png"))
+    path.with_suffix(".new.png").replace(path)
+    with pytest.raises(UserError, match=r"0\.png is RGB of more than 8 bits"):
+        given.import_to(tmp_path / "out")
+
+
+def test_a_table_without_rows_is_refused(given: Given, tmp_path: Path) -> None:
+    table = given.table()
+    table.write_text(table.read_text().splitlines()[0] + "\n")
+    with pytest.raises(UserError, match=r"steps\.csv has no rows"):
+        import_frames(given.folder, table, tmp_path / "out", frames_per_shard=8)
+
+
+def test_uneven_lists_are_refused(given: Given, tmp_path: Path) -> None:
+    for i, row in enumerate(given.rows):
+        row["action"] = [row.pop(f"action_{j}") for j in range(3)][: 3 - (i == 9)]
+    with pytest.raises(UserError, match="lists in action have gaps or different lengths"):
+        given.import_to(tmp_path / "out", "parquet")
+
+
+def test_the_command_imports_and_fails_in_one_line(
+    given: Given, tmp_path: Path, run_import: Callable[..., Any]
+) -> None:
+    out, table = tmp_path / "out", given.table()
+    words = ("frames", given.folder, "--actions", table, "--out", out, "--frames-per-shard", 8, "--image-size", 16)
+    result = run_import(*words)
+    assert result.exit_code == 0, result.output
+    assert f"{out}: 3 episodes, 20 frames, 3 shards" in result.stdout
+    assert json.loads((out / "dataset.json").read_text())["image_size"] == 16
+    for wrong in ("steps.txt", "nothing.csv", "nothing.parquet"):
+        (tmp_path / "steps.txt").write_text("episode")
+        result = run_import("frames", given.folder, "--actions", tmp_path / wrong, "--out", tmp_path / "other")
+        assert result.exit_code == 1
+        assert str(tmp_path / wrong) in result.stderr

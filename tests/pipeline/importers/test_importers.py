@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from wmcache.cache import UserError
+from wmcache.pipeline.frames import FrameDataset, Frames
+from wmcache.pipeline.importers import Shape, Source, as_columns, write_dataset
+
+
+def source_of(dataset: FrameDataset, everything: Frames) -> Source:
+    def read(episode: int, wanted: range) -> Frames:
+        return everything[episode * 60 + wanted.start : episode * 60 + wanted.stop]
+
+    return Source("here", dataset.steps, 32, read, env="somewhere", maze=(), policy="test", fps=7)
+
+
+def test_shards_are_full_whatever_the_episode_boundaries_are(
+    dataset: FrameDataset, everything: Frames, tmp_path: Path
+) -> None:
+    asked: list[tuple[int, range]] = []
+    source = source_of(dataset, everything)
+
+    def read(episode: int, wanted: range) -> Frames:
+        asked.append((episode, wanted))
+        return np.stack([*source.read(episode, wanted)])
+
+    card = write_dataset(replace(source, read=read), tmp_path / "out", frames_per_shard=100)
+    assert [record["frames"] for record in card.shards] == [100, 100, 100, 60]
+    assert asked[1:5] == [(0, range(60)), (1, range(40)), (1, range(40, 60)), (2, range(60))]
+    again = FrameDataset.open(tmp_path / "out")
+    assert again.card == card
+    assert (again.card.maze, again.card.fps, again.card.seed) == ([], 7, 0)
+    np.testing.assert_array_equal(again.read_frames(range(360)), everything)
+
+
+def test_a_dataset_begun_with_other_values_is_not_gone_on_with(
+    dataset: FrameDataset, everything: Frames, tmp_path: Path
+) -> None:
+    source = source_of(dataset, everything)
+    write_dataset(source, tmp_path / "out", frames_per_shard=100)
+    other = replace(source, steps=replace(dataset.steps, action=dataset.steps.action / 2))
+    with pytest.raises(UserError, match="begun with other actions or states"):
+        write_dataset(other, tmp_path / "out", frames_per_shard=100)
+
+
+def test_steps_out_of_order_are_refused_before_anything_is_written(
+    dataset: FrameDataset, everything: Frames, tmp_path: Path
+) -> None:
+    source = source_of(dataset, everything)
+    steps = replace(dataset.steps, step=dataset.steps.step[::-1].copy())
+    with pytest.raises(UserError, match="out of order"):
+        write_dataset(replace(source, steps=steps), tmp_path / "out", frames_per_shard=100)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_central_square_is_what_is_kept() -> None:
+    pixels = np.zeros((8, 14, 3), np.uint8)
+    pixels[:, 3:11] = 200
+    image = Image.fromarray(pixels)
+    np.testing.assert_array_equal(Shape("center").frame(image, 8, "it"), np.full((8, 8, 3), 200))
+    np.testing.assert_array_equal(Shape("center", 4).frame(image, 4, "it"), np.full((4, 4, 3), 200))
+    with pytest.raises(UserError, match="it is 14 x 8 pixels, not square; pass --crop center"):
+        Shape().frame(image, 8, "it")
+
+
+def test_an_image_of_another_size_is_named_unless_all_are_resized() -> None:
+    image = Image.new("RGB", (10, 10))
+    with pytest.raises(UserError, match="it gives a frame of 10 pixels, the first one has 8; pass --image-size"):
+        Shape().frame(image, 8, "it")
+    assert Shape(image_size=8).frame(image, 8, "it").shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e300])
+def test_a_number_that_float32_does_not_know_is_named(bad: float) -> None:
+    action = np.zeros((3, 2))
+    action[2, 1] = bad
+    with pytest.raises(UserError, match=r"action in it is not a finite number at \[2, 1\]"):
+        as_columns(action, np.zeros((3, 4)), "it")
+
+
+def test_rows_without_a_state_are_refused() -> None:
+    with pytest.raises(UserError, match="it has 0 numbers in each state"):
+        as_columns(np.zeros((3, 2)), np.zeros((3, 0)), "it")

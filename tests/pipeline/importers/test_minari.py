@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import minari
+import numpy as np
+import pytest
+from gymnasium import spaces
+from minari.data_collector import EpisodeBuffer
+from wmcache.cache import UserError
+from wmcache.pipeline.frames import FrameDataset, Frames
+from wmcache.pipeline.importers import Shape
+from wmcache.pipeline.importers.minari import import_minari
+
+# Minari itself, of a dataset without an environment.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`eval_env` is set to None"),
+    pytest.mark.filterwarnings("ignore:env_spec is None"),
+]
+
+LENGTHS = [5, 9, 6]
+NAME = "tests/ball-v0"
+IMAGE = spaces.Box(0, 255, (32, 32, 3), np.uint8)
+STATE = spaces.Box(-np.inf, np.inf, (4,), np.float64)
+ACTION = spaces.Box(-1, 1, (2,), np.float32)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    return tmp_path / "minari"
+
+
+def save(buffers: list[EpisodeBuffer], observation: spaces.Space[Any], action: spaces.Space[Any]) -> None:
+    minari.create_dataset_from_buffers(
+        NAME,
+        buffers,
+        observation_space=observation,
+        action_space=action,
+        jpeg_encoding=False,
+        author="me",
+        author_email="me@here",
+        code_permalink="here",
+        algorithm_name="random",
+        description="a ball",
+    )
+
+
+def create(
+    frames: Frames, *, more: dict[str, spaces.Box] | None = None, action: spaces.Space[Any] = ACTION
+) -> tuple[np.ndarray, np.ndarray]:
+    """A real Minari dataset of some frames, and the actions and states in it, one row a frame."""
+    inner = {"pixels": IMAGE, "speed": spaces.Box(-1, 1, (), np.float32)}
+    space = spaces.Dict({"state": STATE, "camera": spaces.Dict(inner), **(more or {})})
+    rng = np.random.default_rng(0)
+    buffers, actions, states, start = [], [], [], 0
+    for number, length in enumerate(LENGTHS):
+        states.append(rng.normal(size=(length + 1, 4)))
+        actions.append(rng.uniform(-1, 1, (length, 2)).astype(np.float32))
+        camera = {"pixels": frames[start : start + length + 1], "speed": np.zeros(length + 1, np.float32)}
+        observed: dict[str, Any] = {"state": states[-1], "camera": camera}
+        observed |= {key: np.zeros((length + 1, *box.shape), box.dtype) for key, box in (more or {}).items()}
+        chosen = actions[-1] if isinstance(action, spaces.Box) else np.zeros(length, np.int64)
+        buffers.append(episode(number, observed, chosen))
+        start += length
+    save(buffers, space, action)
+    return np.concatenate(actions), np.concatenate([state[:-1] for state in states])
+
+
+def episode(number: int, observed: Any, actions: np.ndarray) -> EpisodeBuffer:
+    ends = [False] * (len(actions) - 1) + [True]
+    return EpisodeBuffer(
+        id=number,
+        observations=observed,
+        actions=actions,
+        rewards=[0.0] * len(actions),
+        terminations=ends,
+        truncations=ends,
+        infos={},
+    )
+
+
+@pytest.mark.parametrize("by", ["id", "folder", "data folder"])
+def test_frames_actions_and_states_stay_what_they_are(home: Path, everything: Frames, tmp_path: Path, by: str) -> None:
+    action, state = create(everything)
+    dataset = {"id": NAME, "folder": str(home / NAME), "data folder": str(home / NAME / "data")}[by]
+    card = import_minari(dataset, tmp_path / "out", frames_per_shard=8)
+    found = FrameDataset.open(tmp_path / "out")
+    np.testing.assert_array_equal(found.read_frames(range(20)), everything[:20])
+    np.testing.assert_array_equal(found.steps.action, action)
+    np.testing.assert_array_equal(found.steps.state, state)
+    assert np.bincount(found.steps.episode).tolist() == LENGTHS
+    assert (card.env, card.maze, card.policy) == (f"minari {NAME}", [], "imported from minari")
+
+
+def test_the_fingerprint_does_not_depend_on_how_often_it_was_stopped(
+    home: Path, everything: Frames, tmp_path: Path
+) -> None:
+    create(everything)
+    first = import_minari(NAME, tmp_path / "first", frames_per_shard=8)
+    shutil.copytree(tmp_path / "first", tmp_path / "second" / "first")
+    again = tmp_path / "second" / "first"
+    card = json.loads((again / "dataset.json").read_text()) | {"shards": [], "steps_sha256": "", "fingerprint": ""}
+    (again / "unfinished.json").write_text(json.dumps(card))
+    (again / "dataset.json").unlink()
+    (again / "frames-000001.tar").unlink()
+    assert import_minari(NAME, again, frames_per_shard=8) == first
+
+
+def test_the_right_keys_are_asked_for(home: Path, everything: Frames, tmp_path: Path) -> None:
+    create(everything, more={"back": IMAGE, "goal": spaces.Box(-1, 1, (2,), np.float32)})
+    with pytest.raises(UserError, match=r"has 2 among its images: pass --image-key, one of back, camera\.pixels"):
+        import_minari(NAME, tmp_path / "out", frames_per_shard=8)
+    with pytest.raises(UserError, match="has 2 among its vectors of numbers: pass --state-key, one of goal, state"):
+        import_minari(NAME, tmp_path / "out", image_key="camera.pixels", frames_per_shard=8)
+    with pytest.raises(UserError, match="no 'camera' among its images"):
+        import_minari(NAME, tmp_path / "out", image_key="camera", frames_per_shard=8)
+    card = import_minari(NAME, tmp_path / "out", image_key="camera.pixels", state_key="goal", frames_per_shard=8)
+    assert FrameDataset.open(tmp_path / "out").steps.state.shape == (card.frames, 2)
+
+
+def test_images_are_resized_where_that_is_asked_for(home: Path, everything: Frames, tmp_path: Path) -> None:
+    create(everything)
+    card = import_minari(NAME, tmp_path / "out", shape=Shape(image_size=16), frames_per_shard=8)
+    assert (card.image_size, card.env) == (16, f"minari {NAME}, resized to 16 px (bicubic)")
+
+
+def test_a_dataset_without_images_is_told_so(home: Path, tmp_path: Path, run_import: Callable[..., Any]) -> None:
+    save([episode(0, np.zeros((4, 4)), np.zeros((3, 2), np.float32))], STATE, ACTION)
+    result = run_import("minari", NAME, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert f"Minari dataset {NAME} holds no images that --image-key could name" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_actions_that_are_no_vectors_are_refused(home: Path, everything: Frames, tmp_path: Path) -> None:
+    create(everything, action=spaces.Discrete(4))
+    with pytest.raises(UserError, match=r"are Discrete\(4\); only vectors of numbers"):
+        import_minari(NAME, tmp_path / "out", frames_per_shard=8)
+
+
+def test_a_dataset_that_names_an_environment_for_its_spaces_starts_none(
+    home: Path, everything: Frames, tmp_path: Path
+) -> None:
+    create(everything)
+    file = home / NAME / "data" / "metadata.json"
+    metadata, canary = json.loads(file.read_text()), tmp_path / "canary"
+    del metadata["observation_space"]
+    kwargs = {"command": f"touch '{canary}'"}
+    metadata["env_spec"] = json.dumps({"id": "Evil-v0", "entry_point": "os:system", "kwargs": kwargs})
+    file.write_text(json.dumps(metadata))
+    with pytest.raises(UserError, match=r"cannot be opened \(metadata.json has no observation_space\)"):
+        import_minari(NAME, tmp_path / "out", frames_per_shard=8)
+    assert not canary.exists()
+
+
+def test_a_damaged_file_is_named(home: Path, everything: Frames, tmp_path: Path) -> None:
+    create(everything)
+    file = home / NAME / "data" / "main_data.hdf5"
+    file.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(UserError, match=f"episode 0 of Minari dataset {NAME} cannot be read") as refused:
+        import_minari(NAME, tmp_path / "out", frames_per_shard=8)
+    assert "\n" not in str(refused.value)
+
+
+def test_without_minari_the_command_that_installs_it_is_named() -> None:
+    script = """
+import sys
+sys.modules["minari"] = None
+from wmcache.cli import main
+main(["import", "minari", "some/data-v0", "--out", "nowhere"])
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "pip install 'wmcache[minari]'" in result.stderr
+
+
+def test_the_command_imports_and_says_what_is_missing(
+    home: Path, everything: Frames, tmp_path: Path, run_import: Callable[..., Any]
+) -> None:
+    create(everything)
+    out = tmp_path / "out"
+    result = run_import("minari", NAME, "--out", out, "--image-key", "camera.pixels", "--state-key", "state")
+    assert result.exit_code == 0, result.output
+    assert f"{out}: 3 episodes, 20 frames, 1 shards" in result.stdout
+    result = run_import("minari", "tests/other-v0", "--out", tmp_path / "other")
+    assert "minari download tests/other-v0" in result.stderr

@@ -1,0 +1,264 @@
+"""What is drawn of imagination: honest figures, pictures that show what they say, and nothing of another store."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import imageio.v3 as iio
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from wmcache.cache import TokenStore, UserError
+from wmcache.commands.decode import decoder as decoder_command
+from wmcache.commands.decode import imagine as imagine_command
+from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.extract import extract
+from wmcache.pipeline.frames import FrameDataset
+from wmcache.planner.imagine import ImagineOptions, imagine, write_video
+from wmcache.trainer.decoder import DecoderOptions, load_decoder, train_decoder
+from wmcache.trainer.metrics import to_unit
+
+OPTIONS = ImagineOptions(steps=4, windows=6, videos=2, device="cpu", dtype="float32", lpips=False)
+DECODER = DecoderOptions(
+    decoder="vqvae",
+    decoder_options={"channels": 16, "residual": 8, "blocks": 1},
+    steps=40,
+    batch=16,
+    learning_rate=3e-3,
+    dtype="float32",
+    device="cpu",
+    lpips=False,
+)
+
+
+@pytest.fixture(scope="module")
+def decoder_path(store_path: Path, dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read only, so copy it to change it."""
+    path = tmp_path_factory.mktemp("decoders") / "tiny"
+    train_decoder(store_path, dataset.read_frames, path, DECODER)
+    return path
+
+
+@pytest.fixture(scope="module")
+def imagined(
+    run_path: Path, decoder_path: Path, dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("imagined") / "imagine"
+    return out, imagine(run_path, decoder_path, dataset.read_frames, out, OPTIONS)
+
+
+def pixels(video: Path, height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    decode = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(video), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    data = subprocess.run(decode, capture_output=True, check=True).stdout
+    return np.frombuffer(data, np.uint8).reshape(-1, height, width, 3)
+
+
+def test_there_is_everything_and_nothing_else(imagined: tuple[Path, dict[str, Any]]) -> None:
+    names = {file.name for file in imagined[0].iterdir()}
+    assert names == {"metrics.json", "rollouts.png", "rollout-000.mp4", "rollout-001.mp4"}
+    assert json.loads((imagined[0] / "metrics.json").read_text()) == json.loads(json.dumps(imagined[1]))
+
+
+def test_each_step_has_its_figures(imagined: tuple[Path, dict[str, Any]]) -> None:
+    result = imagined[1]
+    assert [row["step"] for row in result["steps"]] == [1, 2, 3, 4]
+    assert result["windows"] == 6
+    for row in result["steps"]:
+        for name in ("imagined", "floor", "copying"):
+            assert set(row[name]) == {"mse", "ssim"}
+            assert row[name]["mse"] > 0
+            assert -1 <= row[name]["ssim"] <= 1
+    assert result["lpips_absent"] == "it was not asked for"
+
+
+def test_the_floor_and_copying_are_what_they_say(
+    imagined: tuple[Path, dict[str, Any]], decoder_path: Path, store: TokenStore, dataset: FrameDataset
+) -> None:
+    windows = store.windows(1, 4, 5, "val")
+    frames = windows.frames(np.random.default_rng(0).permutation(len(windows))[:6])
+    draw = load_decoder(decoder_path, torch.device("cpu"))
+    real = [to_unit(dataset.read_frames(column)) for column in frames.T]
+    for k, row in enumerate(imagined[1]["steps"], 1):
+        drawn = draw(torch.from_numpy(store.gather(frames[:, k]))).clamp(-1, 1)
+        assert row["floor"]["mse"] == pytest.approx(float((drawn - real[k]).div(2).square().mean()), rel=1e-3)
+        assert row["copying"]["mse"] == pytest.approx(float((real[0] - real[k]).div(2).square().mean()), rel=1e-3)
+
+
+def test_a_perfect_world_model_reaches_the_floor(
+    run_path: Path,
+    decoder_path: Path,
+    store: TokenStore,
+    dataset: FrameDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    windows = store.windows(1, 4, 5, "val")
+    frames = windows.frames(np.random.default_rng(0).permutation(len(windows))[:6])
+    actions = torch.from_numpy(windows.batch(np.random.default_rng(0).permutation(len(windows))[:6])["action"])
+
+    class Oracle:
+        def rollout(
+            self, tokens: torch.Tensor, proprio: torch.Tensor, action: torch.Tensor, context: int | None = None
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            torch.testing.assert_close(tokens[:, 0], torch.from_numpy(store.gather(frames[:, 0])).float())
+            torch.testing.assert_close(proprio[:, 0], torch.from_numpy(store.state[frames[:, 0]]).float())
+            torch.testing.assert_close(action, actions[:, :4])
+            true = torch.from_numpy(store.gather(frames[:, 1:].ravel())).float()
+            return true.reshape(6, 4, *true.shape[1:]), proprio
+
+    monkeypatch.setattr("wmcache.planner.imagine.load_model", lambda *_: Oracle())
+    result = imagine(run_path, decoder_path, dataset.read_frames, tmp_path / "out", OPTIONS)
+    for row in result["steps"]:
+        assert row["imagined"] == pytest.approx(row["floor"], rel=1e-5)
+
+
+def test_videos_show_the_real_frames_above_the_imagined_ones(tmp_path: Path) -> None:
+    real = np.zeros((3, 5, 30, 30, 3), np.uint8)
+    real[1, 2:, :, :, 0] = 250
+    imagined = np.full((3, 5, 30, 30, 3), 120, np.uint8)
+    write_video(tmp_path / "video.mp4", real, imagined, 4.0)
+    side = 30 * (224 // 30) + 8
+    frames = pixels(tmp_path / "video.mp4", 2 * side, 3 * side)
+    assert len(frames) == 5
+    centres = frames[:, side // 2 :: side, side // 2 :: side].astype(int)
+    assert np.abs(centres[:, 1] - 120).max() < 20
+    red = centres[:, 0, :, 0] > 200
+    np.testing.assert_array_equal(red, [[False, step >= 2, False] for step in range(5)])
+
+
+def test_a_video_of_frames_with_odd_sides_is_not_stretched(tmp_path: Path) -> None:
+    frames = np.zeros((1, 2, 225, 225, 3), np.uint8)
+    write_video(tmp_path / "video.mp4", frames, frames, 4.0)
+    assert len(pixels(tmp_path / "video.mp4", 2 * 234, 234)) == 2
+
+
+def test_the_videos_begin_with_the_observed_frame(imagined: tuple[Path, dict[str, Any]]) -> None:
+    side = 32 * 7 + 8
+    first = pixels(imagined[0] / "rollout-000.mp4", 2 * side, 4 * side)
+    assert len(first) == 5
+    assert len(pixels(imagined[0] / "rollout-001.mp4", 2 * side, 2 * side)) == 5
+    # The maze, neither black nor white, above and below.
+    assert min(first[:, :side].std(), first[:, side:].std()) > 5
+
+
+def test_the_picture_can_be_seen(imagined: tuple[Path, dict[str, Any]]) -> None:
+    picture = iio.imread(imagined[0] / "rollouts.png")
+    assert picture.shape[0] > 900
+    assert picture.std() > 10
+
+
+def test_it_can_be_run_again_with_fewer_videos(
+    run_path: Path, decoder_path: Path, dataset: FrameDataset, imagined: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    copytree(imagined[0], tmp_path / "out")
+    imagine(run_path, decoder_path, dataset.read_frames, tmp_path / "out", replace(OPTIONS, videos=1))
+    assert [file.name for file in tmp_path.rglob("*.mp4")] == ["rollout-000.mp4"]
+
+
+@pytest.fixture(scope="module")
+def other_decoder(dataset: FrameDataset, encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a store of the same frames by the same encoder, stored otherwise."""
+    folder = tmp_path_factory.mktemp("other")
+    extract(dataset, encoder, folder / "other.zarr", dtype="int8")
+    train_decoder(folder / "other.zarr", dataset.read_frames, folder / "decoder", replace(DECODER, steps=1))
+    return folder / "decoder"
+
+
+def test_a_decoder_of_another_store_is_refused(
+    run_path: Path, other_decoder: Path, dataset: FrameDataset, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="was not trained on the store of"):
+        imagine(run_path, other_decoder, dataset.read_frames, tmp_path / "out", OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_decoder_that_has_seen_the_held_out_episodes_is_refused(
+    run_path: Path, store_path: Path, dataset: FrameDataset, tmp_path: Path
+) -> None:
+    train_decoder(store_path, dataset.read_frames, tmp_path / "decoder", replace(DECODER, steps=1, split_seed=1))
+    with pytest.raises(UserError, match="holds out other episodes"):
+        imagine(run_path, tmp_path / "decoder", dataset.read_frames, tmp_path / "out", OPTIONS)
+
+
+def test_more_steps_than_an_episode_has_are_refused(
+    run_path: Path, decoder_path: Path, dataset: FrameDataset, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="--steps 12 is more than the 11 model steps"):
+        imagine(run_path, decoder_path, dataset.read_frames, tmp_path / "out", replace(OPTIONS, steps=12))
+
+
+class TestCommands:
+    @pytest.fixture
+    def run(self, tmp_path: Path) -> Callable[..., Any]:
+        def invoke(command: Any, *words: object) -> Any:
+            return CliRunner().invoke(command, list(map(str, words)), env={"WMCACHE_HOME": str(tmp_path / "home")})
+
+        return invoke
+
+    def test_from_a_store_to_pictures(
+        self, run: Callable[..., Any], store_path: Path, run_path: Path, dataset_path: Path, tmp_path: Path
+    ) -> None:
+        sizes = ("--channels", 8, "--residual", 4, "--blocks", 1)
+        settings = ("--steps", 2, "--batch-size", 8, "--device", "cpu", "--no-lpips")
+        trained = run(decoder_command, "--cache", store_path, "--frames", dataset_path, *sizes, *settings)
+        assert trained.exit_code == 0, trained.output
+        assert "held-out frames, mse 0.0" in trained.output
+        assert "no LPIPS: it was not asked for" in trained.output
+        (folder,) = (tmp_path / "home" / "decoders").glob("*-tcn-64")
+        words = ("--run", run_path, "--decoder", folder, "--steps", 2, "--windows", 2, "--device", "cpu", "--no-lpips")
+        drawn = run(imagine_command, *words, "--out", tmp_path / "out", "--json")
+        assert drawn.exit_code == 0, drawn.output
+        assert len(json.loads(drawn.stdout)["steps"]) == 2
+        assert (tmp_path / "out" / "rollout-000.mp4").exists()
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["--frames", "/nowhere"], "the store's frames are needed"),
+            (["--decoder", "vqvae", "--depth", "3"], "no such option"),
+            (["--lr", "nan"], "--lr is nan"),
+        ],
+    )
+    def test_what_cannot_be_is_one_line_and_a_status(
+        self, run: Callable[..., Any], store_path: Path, words: list[str], said: str
+    ) -> None:
+        result = run(decoder_command, "--cache", store_path, *words, "--device", "cpu")
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        assert said in result.stderr.splitlines()[-1]
+        assert result.stderr.splitlines()[-1].startswith("Error: ")
+
+    def test_frames_of_another_dataset_are_refused(
+        self, run: Callable[..., Any], store_path: Path, run_path: Path, decoder_path: Path, other_frames: Path
+    ) -> None:
+        for command, words in (
+            (decoder_command, ("--cache", store_path)),
+            (imagine_command, ("--run", run_path, "--decoder", decoder_path)),
+        ):
+            result = run(command, *words, "--frames", other_frames)
+            assert result.exit_code == 1
+            assert "does not hold the frames of" in result.stderr
+
+    def test_a_decoder_of_another_store_has_a_status(
+        self, run: Callable[..., Any], run_path: Path, other_decoder: Path
+    ) -> None:
+        result = run(imagine_command, "--run", run_path, "--decoder", other_decoder)
+        assert result.exit_code == 1
+        assert "was not trained on the store of" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def other_frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from wmcache.pipeline.collect import collect
+
+    path = tmp_path_factory.mktemp("data") / "other"
+    collect("wmcache/PointMaze-UMaze-v0", path, episodes=1, length=5, image_size=32, frames_per_shard=5, workers=1)
+    return path

@@ -1,0 +1,106 @@
+"""How far drawn images are from the real ones: MSE, SSIM and, where its weights can be had, LPIPS."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from wmcache.cache.errors import UserError
+
+SMALLEST_SSIM, SMALLEST_LPIPS = 11, 31
+"""Pixels that the window of SSIM and the layers of AlexNet need."""
+PATIENCE = 5.0
+"""Seconds that a silent network is waited for."""
+
+Images = NDArray[np.uint8]
+
+
+def to_unit(images: Images) -> Tensor:
+    """uint8 [B, S, S, 3] to float32 [B, 3, S, S] in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_pixels(images: Tensor) -> Images:
+    """Float [B, 3, S, S] in [-1, 1], what lies outside clipped, to uint8 [B, S, S, 3]."""
+    pixels: Images = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return pixels
+
+
+class ImageMetrics:
+    """Compares images.
+
+    Attributes:
+        lpips_absent: why there is no LPIPS, in words; None where there is.
+    """
+
+    def __init__(self, image_size: int, device: torch.device, *, lpips: bool = True) -> None:
+        """Look for what is needed.
+
+        Args:
+            image_size: side of the images.
+            device: to compute on.
+            lpips: try to have it; its AlexNet comes from torch hub's cache, else from the network, where it is 244 MB.
+
+        Raises:
+            UserError: the images are too small for SSIM.
+        """
+        if image_size < SMALLEST_SSIM:
+            raise UserError(
+                f"frames of {image_size} px are too small for SSIM, which needs {SMALLEST_SSIM}; collect larger ones"
+            )
+        self._device = device
+        self._lpips: Any = None
+        self.lpips_absent: str | None = None
+        if not lpips:
+            self.lpips_absent = "it was not asked for"
+        elif image_size < SMALLEST_LPIPS:
+            self.lpips_absent = f"frames of {image_size} px are too small for it, it needs {SMALLEST_LPIPS}"
+        else:
+            self._lpips, self.lpips_absent = _load_lpips(device)
+
+    @torch.no_grad()
+    def __call__(self, drawn: Tensor, real: Tensor) -> dict[str, NDArray[np.float64]]:
+        """Compare images [B, 3, S, S] in [-1, 1], what lies outside clipped, each with its own.
+
+        Returns:
+            float64 [B] each: `mse` of values in [0, 1], `ssim` (Wang et al. 2004, Gaussian window of 11 pixels; 1 is equal) and, where
+            it is to be had, `lpips` (arXiv 1801.03924, AlexNet; 0 is equal).
+        """
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
+        a, b = ((images.to(self._device, torch.float32).clamp(-1, 1) + 1) / 2 for images in (drawn, real))
+        ssim = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
+        assert isinstance(ssim, Tensor)
+        found = {"mse": (a - b).square().mean((1, 2, 3)), "ssim": ssim.reshape(-1)}
+        if self._lpips is not None:
+            found["lpips"] = self._lpips(a, b, normalize=True).reshape(-1)
+        return {name: value.double().cpu().numpy() for name, value in found.items()}
+
+
+def _load_lpips(device: torch.device) -> tuple[Any, str | None]:
+    """The network, or why it is not to be had; quick and quiet where there is no network."""
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+    from torchvision.models import AlexNet_Weights
+
+    address = AlexNet_Weights.DEFAULT.url
+    file = Path(torch.hub.get_dir()) / "checkpoints" / address.rpartition("/")[2]
+    before = socket.getdefaulttimeout()
+    if not file.exists():
+        tqdm.write(f"LPIPS: fetching {address} (244 MB)")
+    try:
+        socket.setdefaulttimeout(PATIENCE)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            torch.hub.load_state_dict_from_url(address, progress=False, check_hash=True)
+            return LearnedPerceptualImagePatchSimilarity("alex").net.to(device), None
+    except (OSError, RuntimeError) as error:
+        return None, f"{address} is not in {file.parent} and cannot be fetched ({' '.join(str(error).split())[:120]})"
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,0 +1,183 @@
+"""Transformer blocks over frames of tokens: causal from frame to frame, full inside a frame, with keys and values that can be kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from wmcache.cache.device import attends_in_cache, attention_precision
+
+ROTARY_BASE = 10_000.0
+CACHED_WEIGHTS = 2**21
+"""Attention weights that are held at once on the CPU: 4 MiB of bfloat16."""
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """Of the frames that a block has seen, each [B, heads, T * tokens, head_dim]."""
+
+    keys: Tensor
+    values: Tensor
+
+    def repeat(self, copies: int) -> KeysValues:
+        """Each sequence of the batch `copies` times in a row."""
+        return KeysValues(self.keys.repeat_interleave(copies, 0), self.values.repeat_interleave(copies, 0))
+
+    def newest(self, tokens: int) -> KeysValues:
+        """Of the last so many tokens."""
+        first = max(0, self.keys.shape[2] - tokens)
+        return self if not first else KeysValues(self.keys[:, :, first:], self.values[:, :, first:])
+
+
+class Block(nn.Module):
+    """Attention and MLP (DINO-WM, models/vit.py), with its variants."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int,
+        mlp: int,
+        dropout: float,
+        *,
+        conditioned: bool = False,
+        rotary: bool = False,
+    ) -> None:
+        """Build the block.
+
+        Args:
+            width: of the residual stream.
+            heads, head_dim: of attention; their product need not be the width.
+            mlp: hidden units.
+            dropout: in attention, projections and MLP.
+            conditioned: an adaptive layer norm (DiT, arXiv 2212.09748, adaLN-zero) takes a vector for each frame.
+            rotary: queries and keys are turned by the number of their frame (arXiv 2104.09864).
+        """
+        super().__init__()
+        self.heads, self.head_dim, self.dropout, self.rotary = heads, head_dim, dropout, rotary
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * heads * head_dim, bias=False), nn.Linear(heads * head_dim, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, mlp), nn.GELU(), nn.Dropout(dropout), nn.Linear(mlp, width), nn.Dropout(dropout)
+        )
+        self.modulate = nn.Linear(width, 6 * width) if conditioned else None
+        if self.modulate is not None:
+            nn.init.zeros_(self.modulate.weight)
+            nn.init.zeros_(self.modulate.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        window: int,
+        past: KeysValues | None = None,
+        condition: Tensor | None = None,
+        first: int = 0,
+        only_keys: bool = False,
+    ) -> tuple[Tensor, KeysValues]:
+        """Run the block on frames that follow those of `past`.
+
+        Args:
+            x: [B, T, tokens, width].
+            window: a frame attends to itself and to the window - 1 frames before it.
+            past: of the frames before, or None.
+            condition: [B, T, width], where the block is conditioned.
+            first: number of the first frame of `x`, for rotary positions.
+            only_keys: nothing but the keys and values is wanted; `x` comes back as it went in.
+
+        Returns:
+            [B, T, tokens, width], and the keys and values of the newest frames that a following frame can attend to.
+        """
+        frames, tokens = x.shape[1:3]
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self._modulation(condition)
+        normed = modulated(self.norm_attention(x), shift, scale)
+        q, k, v = rearrange(self.qkv(normed), "b t n (three h c) -> three b h (t n) c", three=3, h=self.heads)
+        if self.rotary:
+            q, k = rotate(q, first, frames), rotate(k, first, frames)
+        if past is not None:
+            k, v = torch.cat([past.keys, k], 2), torch.cat([past.values, v], 2)
+        kept = KeysValues(k, v).newest((window - 1) * tokens)
+        if only_keys:
+            return x, kept
+        attended = rearrange(
+            attend(q, k, v, tokens, window, self.dropout if self.training else 0.0),
+            "b h (t n) c -> b t n (h c)",
+            t=frames,
+        )
+        x = x + gated(F.dropout(self.out(attended), self.dropout, self.training), gate)
+        return x + gated(self.mlp(modulated(self.norm_mlp(x), shift_mlp, scale_mlp)), gate_mlp), kept
+
+    def _modulation(self, condition: Tensor | None) -> tuple[Tensor | None, ...]:
+        if self.modulate is None or condition is None:
+            return (None,) * 6
+        parts: tuple[Tensor, ...] = self.modulate(F.silu(condition))[:, :, None].chunk(6, -1)
+        return parts
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, tokens: int, window: int, dropout: float = 0.0) -> Tensor:
+    """Attention in which each frame's queries meet the keys of its own and the `window` - 1 frames before it.
+
+    One call a frame, on just the keys that it may see: no mask to build, to read, or to spend arithmetic under.
+
+    Args:
+        q: [B, heads, T * tokens, head_dim] of the newest T frames. k, v: [B, heads, K * tokens, head_dim], K >= T.
+        tokens: of a frame.
+        window: in frames.
+        dropout: of attention weights.
+
+    Returns:
+        As `q`.
+    """
+    frames, behind = q.shape[2] // tokens, (k.shape[2] - q.shape[2]) // tokens
+    with attention_precision(q.device) as dtype:
+        q, k, v = (part.to(dtype or part.dtype) for part in (q, k, v))
+        parts = []
+        for frame in range(frames):
+            stop = behind + frame + 1
+            seen = slice(max(0, stop - window) * tokens, stop * tokens)
+            own = q[:, :, frame * tokens : (frame + 1) * tokens]
+            if attends_in_cache(q):
+                parts.append(attend_in_cache(own, k[:, :, seen], v[:, :, seen]))
+            else:
+                parts.append(F.scaled_dot_product_attention(own, k[:, :, seen], v[:, :, seen], dropout_p=dropout))
+    return parts[0] if frames == 1 else torch.cat(parts, 2)
+
+
+def attend_in_cache(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention as plain products, a few sequences at a time, so that the weights stay in the processor's cache."""
+    out = torch.empty_like(q)
+    some = max(1, CACHED_WEIGHTS // (q.shape[1] * q.shape[2] * k.shape[2]))
+    with torch.autocast(q.device.type, enabled=False):
+        for first in range(0, len(q), some):
+            part = slice(first, first + some)
+            weights = torch.matmul(q[part] * q.shape[-1] ** -0.5, k[part].transpose(-1, -2)).softmax(-1)
+            out[part] = torch.matmul(weights, v[part])
+    return out
+
+
+def rotate(x: Tensor, first: int, frames: int) -> Tensor:
+    """Turn pairs of channels by angles that grow with the number of the frame (rotary positions, arXiv 2104.09864).
+
+    Args:
+        x: [B, heads, T * tokens, head_dim]. first: number of the first frame. frames: T.
+    """
+    half = x.shape[-1] // 2
+    frequency = ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = torch.arange(first, first + frames, device=x.device)[:, None] * frequency
+    angle = angle.repeat_interleave(x.shape[2] // frames, 0)
+    cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cosine - b * sine, a * sine + b * cosine], -1)
+
+
+def modulated(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    """Scaled and shifted, where there is something to do it by."""
+    return x if shift is None or scale is None else x * (1 + scale) + shift
+
+
+def gated(x: Tensor, gate: Tensor | None) -> Tensor:
+    """Times the gate, where there is one."""
+    return x if gate is None else x * gate
