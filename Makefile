@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := data/demo
+SMALL := --width 128 --depth 4 --heads 4 --dropout 0 --lr 1e-3
 PLAN := $(DEMO)/runs/pointmaze-umaze-tcn-64/plan-all-x1-50x100
 
-.PHONY: setup test lint demo pictures clean
+.PHONY: setup test lint demo mazes pictures clean
 
 setup: $(VENV)/.linked
 	@$(BIN)/python -m wmcache.envs.check >/dev/null 2>&1 || scripts/install-gl.sh $(BIN)/python
@@ -36,8 +37,23 @@ demo: setup
 	wmcache collect --env wmcache/PointMaze-UMaze-v0 --episodes 200 --image-size 112
 	wmcache fit --encoder tcn
 	wmcache extract --encoder tcn
-	wmtrain --cache $(DEMO)/stores/pointmaze-umaze/tcn-64.zarr --width 128 --depth 4 --heads 4 --dropout 0 --lr 1e-3 --steps 2400
+	wmtrain --cache $(DEMO)/stores/pointmaze-umaze/tcn-64.zarr $(SMALL) --steps 2400
 	wmplan --run $(DEMO)/runs/pointmaze-umaze-tcn-64
+
+# Goals beyond the planning horizon: the medium and the large maze, scored along the ways of the cached frames.
+mazes: export WMCACHE_HOME := $(DEMO)
+mazes: export PATH := $(CURDIR)/$(BIN):$(PATH)
+mazes: setup
+	wmcache collect --env Medium --episodes 400 --image-size 112
+	wmcache fit --dataset $(DEMO)/pointmaze-medium --encoder tcn --steps 500
+	wmcache extract --dataset $(DEMO)/pointmaze-medium --encoder tcn
+	wmtrain --cache $(DEMO)/stores/pointmaze-medium/tcn-64.zarr $(SMALL) --steps 2000
+	wmplan --run $(DEMO)/runs/pointmaze-medium-tcn-64 --distance graph --budget 300
+	wmcache collect --env Large --episodes 600 --image-size 112
+	wmcache fit --dataset $(DEMO)/pointmaze-large --encoder tcn --steps 800
+	wmcache extract --dataset $(DEMO)/pointmaze-large --encoder tcn
+	wmtrain --cache $(DEMO)/stores/pointmaze-large/tcn-64.zarr $(SMALL) --steps 2500
+	wmplan --run $(DEMO)/runs/pointmaze-large-tcn-64 --distance graph --budget 600
 
 # The README's pictures, from the demo's report.
 pictures: demo

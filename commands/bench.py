@@ -16,6 +16,7 @@ from wmcache.commands.shared import (
     json_option,
     model_options,
     open_dataset,
+    preset_option,
     print_figures,
     print_rows,
     residence_option,
@@ -23,6 +24,7 @@ from wmcache.commands.shared import (
     store_argument,
     take_model_options,
 )
+from wmcache.trainer.presets import PRESETS
 
 
 @click.group(cls=Group)
@@ -70,6 +72,7 @@ def bench_codecs(store: Path, frames: int, as_json: bool) -> None:
 
 
 @bench.command("train")
+@preset_option("--preset", PRESETS, "A known model; what is given beside it wins.")
 @click.option("--cache", type=PATH, required=True, help="The token store; its frames and encoder are used as well.")
 @click.option("--steps", type=click.IntRange(2), default=20, help="Training steps of each contender in each turn.")
 @click.option("--batch-size", "batch", type=click.IntRange(1), default=64, help="Windows.")
@@ -79,13 +82,14 @@ def bench_codecs(store: Path, frames: int, as_json: bool) -> None:
 @json_option
 def bench_train(
     cache: Path,
+    preset: str | None,  # noqa: ARG001 (its values have become the others' defaults)
     dataset: Path | None,
     weights: Path | None,
     device: str,
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Training steps fed by the store against the same steps on one batch in memory, and against encoding in the loop."""
+    """Training steps fed by the store against steps on one batch in memory, encoding in the loop, and DINO-WM's own way."""
     from wmcache.pipeline.repair import live_encoder
     from wmcache.trainer.bench import bench_train as run
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from wmcache import __version__
 from wmcache.commands.shared import (
     CONTEXT,
@@ -102,12 +103,13 @@ def wmplan(
     from wmcache.planner.evaluate import PlanOptions, Setting, default_out, evaluate, refuse_other_results
     from wmcache.planner.report import write_report
 
-    search = {name: value for name in SEARCH if (value := settings.pop(f"search_{name}")) is not None}
+    search = take_search(settings)
     chosen = PlanOptions(search=search, **settings)
     out = out or default_out(run, protocol, chosen)
     refuse_other_results(out, chosen)
     setting = Setting(run, chosen, weights=weights, cache=cache)
     episodes, results = evaluate(setting, chosen, out)
+    results = {"protocol": protocol, **results}
     write_report(out, run, setting, episodes, results, shell_command(sys.argv))
     if as_json:
         click.echo(json.dumps(results, indent=2))
@@ -128,3 +130,16 @@ def wmplan(
         f"{results['encoder_frames']} frames encoded"
     )
     click.echo(f"report: {out / 'report.html'}")
+
+
+def take_search(settings: dict[str, Any]) -> dict[str, Any]:
+    """The solver's options, taken out of the command's settings. What a protocol says of its own solver is no word on another."""
+    from dataclasses import fields
+
+    from wmcache.planner.solvers import SOLVERS
+
+    given = click.get_current_context().get_parameter_source
+    known = {field.name for field in fields(SOLVERS[settings["solver"]])} if settings["solver"] in SOLVERS else set()
+    search = {name: value for name in SEARCH if (value := settings.pop(f"search_{name}")) is not None}
+    from_protocol = {name for name in search if given(f"search_{name}") == ParameterSource.DEFAULT_MAP}
+    return {name: value for name, value in search.items() if name in known or name not in from_protocol}

@@ -96,7 +96,7 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def preset_option(flag: str, presets: Mapping[str, Mapping[str, Any]], text: str) -> Callable[[F], F]:
-    """An option that gives others their defaults: presets are name -> {option's flag without its dashes, or parameter: value}."""
+    """An option that gives others their defaults, those that the command has: presets are name -> {flag without its dashes: value}."""
 
     def apply(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:  # noqa: ARG001 (click's signature)
         if value is not None:
@@ -105,7 +105,8 @@ def preset_option(flag: str, presets: Mapping[str, Mapping[str, Any]], text: str
                 for known in ctx.command.params
                 for name in (*known.opts, *known.secondary_opts)
             }
-            chosen = {flags[name.replace("_", "-")]: default for name, default in presets[value].items()}
+            here = ((name.replace("_", "-"), default) for name, default in presets[value].items())
+            chosen = {flags[name]: default for name, default in here if name in flags}
             ctx.default_map = {**(ctx.default_map or {}), **chosen}
         return value
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +17,7 @@ from wmcache.planner.base import Cost
 from wmcache.planner.cem import Cem
 from wmcache.planner.mpc import Mpc
 from wmcache.planner.objective import GoalDistance
-from wmcache.trainer.models.attention import gated, modulated, rotate
+from wmcache.trainer.models.explicit import explicit_predict
 
 REFERENCE_CHUNK = 30
 """Candidates at once in the reference's way, whose attention weights alone take 22 MB each; how many makes no difference to its speed."""
@@ -141,45 +140,21 @@ def bench_plan(
 def reference_rollout(model: Any, tokens: Tensor, proprio: Tensor, actions: Tensor) -> Tensor:
     """Latents [B, T, N, D] as DINO-WM's code computes them (VWorldModel.rollout): each frame from its whole window, under a mask.
 
+    With rotary positions the window is all that a frame depends on: every frame so far.
+
     Args:
         model: a `DinoWm`. tokens: [B, 1, N, D]. proprio: [B, 1, P]. actions: [B, T, f * A].
     """
-    tokens, proprio, actions = model._standardise(tokens, proprio, actions)
+    tokens, proprio, actions = model.standardised(tokens, proprio, actions)
     code, history = model.code(proprio), model.shape.history
     for end in range(1, actions.shape[1] + 1):
-        window = slice(max(0, end - history), end)
-        following = explicit_predict(model, tokens[:, window], code[:, window], actions[:, window], window.start)
+        window = slice(0 if model.options.position == "rope" else max(0, end - history), end)
+        following = explicit_predict(model, tokens[:, window], code[:, window], actions[:, window])
         tokens = torch.cat([tokens, following[0][:, -1:]], 1)
         # The observed frame has one code for all its patches, an imagined one may have one for each.
         code = torch.cat([code.expand(-1, -1, following[1].shape[2], -1), following[1][:, -1:]], 1)
     latents: Tensor = tokens[:, 1:] * model.tokens_std + model.tokens_mean
     return latents
-
-
-def explicit_predict(model: Any, tokens: Tensor, code: Tensor, action: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
-    """`DinoWm.predict` with attention weights written out, under a mask, as the reference has it (models/vit.py)."""
-    x, condition = model._join(tokens, code, action)
-    x = x + model._position(range(tokens.shape[1]))
-    frame = torch.arange(x.shape[1], device=x.device).repeat_interleave(x.shape[2])
-    mask = frame[:, None] >= frame[None, :]
-    for block in model.blocks:
-        x = explicit_block(block, x, mask, condition, first)
-    following: tuple[Tensor, Tensor] = model._split(x, tokens, code)
-    return following
-
-
-def explicit_block(block: Any, x: Tensor, mask: Tensor, condition: Tensor | None, first: int) -> Tensor:
-    """A `Block` by the book: all queries meet all keys, and the mask takes back what they should not have seen."""
-    frames = x.shape[1]
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block._modulation(condition)
-    normed = modulated(block.norm_attention(x), shift, scale)
-    q, k, v = rearrange(block.qkv(normed), "b t n (three h c) -> three b h (t n) c", three=3, h=block.heads)
-    if block.rotary:
-        q, k = rotate(q, first, frames), rotate(k, first, frames)
-    weights = torch.matmul(q, k.transpose(-1, -2)) * block.head_dim**-0.5
-    attended = torch.matmul(weights.masked_fill(~mask, float("-inf")).softmax(-1), v)
-    x = x + gated(block.out(rearrange(attended, "b h (t n) c -> b t n (h c)", t=frames)), gate)
-    return x + gated(block.mlp(modulated(block.norm_mlp(x), shift_mlp, scale_mlp)), gate_mlp)
 
 
 def count_flops(cost: Cost, actions: Tensor) -> float:

@@ -80,14 +80,14 @@ def judge(episodes: Episodes, threshold: float, maze: Maze) -> dict[str, Any]:
     Returns:
         successes: episodes within `threshold` of the goal at the end of some executed chunk. success_rate, ci95: of those, with
         Wilson's interval. mean_env_steps: until then; an episode that never arrives counts with its whole budget. held, held_ci95:
-        episodes within `threshold` at the end of the budget. path_ratio: mean over the successes of the way that the ball took over the
-        shortest way through the maze to within the threshold (None without a success); spl: success weighted by the inverse of that
-        ratio, over all episodes (arXiv 1807.06757).
+        episodes within `threshold` at the end of the budget. path_ratio: length of the ways that the successes took over that of their
+        shortest (None without a success); spl: success weighted by the inverse of that ratio, episode by episode (arXiv 1807.06757).
     """
     close = episodes.distances() < threshold
     reached = close.any(1)
     count, successes, held = len(close), int(reached.sum()), int(close[:, -1].sum())
-    ratio = path_ratio(episodes, threshold, maze)
+    taken, shortest = (lengths[reached] for lengths in ways(episodes, threshold, maze))
+    inverse = np.where(shortest > 0, shortest / np.maximum(taken, np.maximum(shortest, 1e-9)), 1.0)
     return {
         "threshold": threshold,
         "successes": successes,
@@ -97,8 +97,8 @@ def judge(episodes: Episodes, threshold: float, maze: Maze) -> dict[str, Any]:
         "held": held,
         "held_rate": held / count,
         "held_ci95": wilson(held, count),
-        "path_ratio": float(ratio[reached].mean()) if successes else None,
-        "spl": float(np.where(reached, 1 / ratio, 0).mean()),
+        "path_ratio": float(taken.sum() / shortest.sum()) if shortest.any() else None,
+        "spl": float(inverse.sum()) / count,
     }
 
 
@@ -115,18 +115,13 @@ def env_steps(episodes: Episodes, threshold: float) -> NDArray[np.int64]:
     return steps
 
 
-def path_ratio(episodes: Episodes, threshold: float, maze: Maze) -> NDArray[np.float64]:
-    """Length of the way until `env_steps` over that of the shortest, both to within `threshold` of the goal, [E]; 1 at least."""
+def ways(episodes: Episodes, threshold: float, maze: Maze) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Length of the way until `env_steps`, and of the shortest to within `threshold` of the goal, [E] each; 0 for who starts there."""
     taken = np.empty(len(episodes.start))
-    shortest = shortest_ways(episodes, maze) - threshold
     for i, steps in enumerate(env_steps(episodes, threshold)):
         way = np.concatenate([episodes.start[i : i + 1, :2], episodes.states[i, :steps, :2]])
         taken[i] = np.linalg.norm(np.diff(way, axis=0), axis=1).sum()
-    # Who starts within the threshold, or is let in early by it, has nothing to be compared with.
-    ratio: NDArray[np.float64] = np.maximum(
-        1.0, taken / np.maximum(shortest, np.maximum(taken, 1e-9) * (shortest <= 0))
-    )
-    return ratio
+    return taken, np.maximum(0.0, shortest_ways(episodes, maze) - threshold)
 
 
 def shortest_ways(episodes: Episodes, maze: Maze) -> NDArray[np.float64]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
 from wmcache.planner.bench import bench_plan
 from wmcache.planner.episodes import THRESHOLDS, Episodes, join, judge, load_episodes, save_episodes
-from wmcache.planner.goals import start_and_goal
+from wmcache.planner.goals import SOURCES, start_and_goal
 from wmcache.planner.graph import LatentGraph
 from wmcache.planner.mpc import Mpc
 from wmcache.planner.objective import DISTANCES, MODES, GoalDistance
@@ -47,7 +47,8 @@ class PlanOptions:
         horizon: model steps of a plan. execute: model steps before the next plan.
         objective: `last` or `all`. distance: `latent` or `graph`. alpha: weight of proprio in it.
         proprio: `auto`, whatever the model sees; `none` insists on a model that plans from pixels alone.
-        context: frames that an imagined step sees; None means 1, or for a model without proprio, and so without velocity, its history.
+        context: frames that an imagined step sees, no more than the model's history; None means 1, or for a model without proprio, and
+            so without velocity, its history.
         observed: live frames that a plan starts from, a model step apart; None means 1, or for such a model its history.
         solver: name in SOLVERS. search: options of that solver.
         batch: episodes planned at once.
@@ -114,15 +115,23 @@ class Setting:
         self.image_size = int(self.card.dataset["image_size"])
         self.frameskip = int(self.config["frameskip"])
         self.drift = live_drift(self.store, self.encoder)
-        blind = not self.model.proprio_code(torch.zeros(1, 1, self.model.shape.proprio_dim, device=self.device)).numel()
-        if options.proprio == "none" and not blind:
+        self.blind = not self.model.proprio_code(
+            torch.zeros(1, 1, self.model.shape.proprio_dim, device=self.device)
+        ).numel()
+        if options.proprio == "none" and not self.blind:
             raise UserError(f"{run} was trained with proprio; train one without by: wmtrain --proprio none")
-        usual = self.model.shape.history if blind else 1
+        if options.alpha and self.blind:
+            raise UserError(f"{run} was trained without proprio, which --alpha {options.alpha} weighs; leave it at 0")
+        usual = self.model.shape.history if self.blind else 1
         self.context = min(options.context or usual, self.model.shape.history)
+        if (options.observed or 0) > self.context:
+            raise UserError(
+                f"--observed {options.observed} is more than the {self.context} frames that a step sees; raise --context"
+            )
         self.observed = min(options.observed or usual, self.context)
         # The one solver whose noise runs in env steps.
         known = {"frameskip": self.frameskip} if options.solver == "icem" else {}
-        self.solver = make_solver(options.solver, **known, **options.search)
+        self.solver = make_solver(options.solver, **{**known, **options.search})
         self.dtype = choose_dtype(options.dtype, self.device)
         self.graph = (
             LatentGraph.from_store(self.store, self.frameskip, self.device) if options.distance == "graph" else None
@@ -147,9 +156,10 @@ class Setting:
         )
 
     def fingerprint(self, options: PlanOptions) -> str:
-        """Of everything that the episodes depend on: options, weights of the model, identity of the store."""
+        """Of everything that the episodes depend on: options, weights of the model, goals, identity of the store."""
         weights = sha256_of(last_checkpoint(self.run) / "model.safetensors")
-        known = json.dumps([asdict(options), weights, self.store.identity.to_json(), self.maze.rows])
+        goals = "" if options.goals in SOURCES else sha256_of(Path(options.goals))
+        known = json.dumps([asdict(options), weights, goals, self.store.identity.to_json(), self.maze.rows])
         return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
@@ -187,7 +197,7 @@ def refuse_other_results(out: Path, options: PlanOptions) -> None:
     """Refuse, as a UserError, to write over the results of other settings."""
     if not (out / "results.json").exists():
         return
-    there = read_json(out / "results.json", "choose another --out")["options"]
+    there = read_json(out / "results.json", "choose another --out").get("options", {})
     mine = asdict(options)
     different = [f"{name} {there.get(name)} != {mine[name]}" for name in mine if there.get(name) != mine[name]]
     if different:
@@ -238,9 +248,7 @@ def run_episodes(
     """
     numbers = list(numbers)
     count, frameskip, observed = len(numbers), setting.frameskip, setting.observed
-    apart = options.goal_steps or options.horizon * frameskip
-    split_seed = int(setting.config.get("split_seed", 42))
-    start, goal = start_and_goal(options.goals, numbers, setting.maze, setting.store, apart, split_seed)
+    start, goal = _start_and_goal(setting, options, numbers)
     env = PointMazeVectorEnv(count, setting.maze, setting.image_size)
     generators = [torch.Generator().manual_seed(99 * n + 1) for n in numbers]
     observation, _ = env.reset(options={"state": goal, "goal": goal})
@@ -261,6 +269,7 @@ def run_episodes(
         plan = mpc.plan(tokens, proprio, plan, generators, past)
         clock += time.perf_counter() - begun
         replans += count
+        goes_on = done + options.execute * frameskip < options.budget
         for step in range(options.execute):
             action = plan[:, step]
             raw = action.reshape(count, frameskip, -1).cpu().numpy()[:, : options.budget - done]
@@ -270,7 +279,7 @@ def run_episodes(
             if done >= options.budget:
                 break
             # Frames in the middle of a chunk are looked at only where a plan will start from them.
-            if options.execute - step <= observed:
+            if goes_on and options.execute - step <= observed:
                 begun = time.perf_counter()
                 live.append(_see(setting, env.observe()))
                 clock += time.perf_counter() - begun
@@ -281,6 +290,15 @@ def run_episodes(
     env.close()
     chunk = options.execute * frameskip
     return Episodes(start, goal, np.concatenate(states, 1), chunk, encoder_frames, replans, clock)
+
+
+def _start_and_goal(
+    setting: Setting, options: PlanOptions, numbers: Sequence[int]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`start_and_goal` by an evaluation's settings."""
+    apart = options.goal_steps or options.horizon * setting.frameskip
+    split_seed = int(setting.config.get("split_seed", 42))
+    return start_and_goal(options.goals, numbers, setting.maze, setting.store, apart, split_seed)
 
 
 def _see(setting: Setting, observation: dict[str, NDArray[Any]]) -> tuple[Tensor, Tensor]:
@@ -300,6 +318,7 @@ def evaluate(setting: Setting, options: PlanOptions, out: Path) -> tuple[Episode
     """
     first, last = options.seed, options.seed + options.episodes
     replans = -(-options.budget // (options.execute * setting.frameskip))
+    _start_and_goal(setting, options, range(first, last))  # what cannot be had is said before any work
     folder = out / f"unfinished-{setting.fingerprint(options)}"
     parts = []
     make_folder(folder)

@@ -31,7 +31,7 @@ class Gd:
             standard deviation s, and costs in units of its encoder: in ours it would be s ** 2. Adam's depends on neither.
         optimiser: in OPTIMISERS; the reference's is sgd, without momentum.
         noise: standard deviation of the Gaussian noise that is added after each step.
-        restarts: guesses of each episode; the first is the given one, the others lie around it.
+        restarts: guesses of each episode (reference: 1); the first is the given one, the others lie around it.
         sigma: how far, as a standard deviation in env units.
 
     Raises:
@@ -40,11 +40,11 @@ class Gd:
 
     differentiates: ClassVar[bool] = True
 
-    steps: int = 1000
+    steps: int = 15
     lr: float | None = None
-    optimiser: str = "sgd"
+    optimiser: str = "adam"
     noise: float = 0.003
-    restarts: int = 1
+    restarts: int = 8
     sigma: float = 0.6
 
     def __post_init__(self) -> None:

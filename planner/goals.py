@@ -38,7 +38,7 @@ def start_and_goal(
         float64 [E, 4] each.
 
     Raises:
-        UserError: an unknown source, an unusable file, or episodes that are too short.
+        UserError: an unknown source, an unusable file, episodes that are too short, or places in a wall.
     """
     if source not in SOURCES:
         return read_states(Path(source), numbers, maze)
@@ -61,7 +61,12 @@ def start_and_goal(
                 goal = simulator.step(goal, action)
         starts.append(np.asarray(start, np.float64))
         goals.append(np.asarray(goal, np.float64))
-    return np.stack(starts), np.stack(goals)
+    start, goal = np.stack(starts), np.stack(goals)
+    if not maze.is_clear(np.concatenate([start, goal])[:, :2], 0.0).all():
+        raise UserError(
+            f"--goals {source}: some frames of {store.path} show places in walls of maze {maze.name}; choose another --goals"
+        )
+    return start, goal
 
 
 def read_states(file: Path, numbers: Sequence[int], maze: Maze) -> tuple[States, States]:
@@ -75,7 +80,7 @@ def read_states(file: Path, numbers: Sequence[int], maze: Maze) -> tuple[States,
             f"--goals {file} is neither {', '.join(SOURCES)} nor a readable Parquet file with columns start and goal ({reason})"
         ) from error
     for states in both:
-        if states.shape != (len(table), 4) or not np.isfinite(states).all():
+        if states.shape != (len(table), 4) or not (np.abs(states) < 1e6).all():
             raise UserError(f"--goals {file}: each start and goal must be 4 finite numbers, x, y, vx, vy")
     if max(numbers) >= len(table):
         raise UserError(f"--goals {file} has {len(table)} rows, episode {max(numbers)} has none; lower --episodes")

@@ -21,8 +21,10 @@ from wmcache.cache.errors import UserError
 from wmcache.cache.store import TokenStore
 
 PLACES = 1024
+CROWD = 8
+"""Frames a place, on average and at least: episodes meet only in places that they share."""
 FRAMES = 20_000
-"""Frames that the graph is made from; more only make it slower to build."""
+"""Model steps that the graph is made from; more only make it slower to build."""
 SKETCH = 256
 """Numbers that a frame is reduced to where it has more: random projections keep distances (Johnson and Lindenstrauss 1984)."""
 
@@ -45,7 +47,7 @@ class LatentGraph:
 
     @classmethod
     def from_store(cls, store: TokenStore, frameskip: int, device: torch.device, seed: int = 0) -> LatentGraph:
-        """Make the graph of a store, from its first FRAMES / frameskip model steps or fewer, drawn by `seed`.
+        """Make the graph of a store, from FRAMES of its model steps or as many as there are, drawn by `seed`.
 
         Raises:
             UserError: the store has no two frames a model step apart.
@@ -53,7 +55,9 @@ class LatentGraph:
         last = len(store) - frameskip
         pairs = np.flatnonzero(store.episode[:last] == store.episode[frameskip:]) if last > 0 else np.empty(0, int)
         if not len(pairs):
-            raise UserError(f"{store.path} has no two frames {frameskip} env steps apart to make a graph of")
+            raise UserError(
+                f"{store.path} has no two frames {frameskip} env steps apart to make a graph of; choose --distance latent"
+            )
         rng = np.random.default_rng(seed)
         chosen = np.sort(rng.choice(pairs, min(len(pairs), FRAMES), replace=False))
         frames = np.unique(np.concatenate([chosen, chosen + frameskip]))
@@ -63,11 +67,11 @@ class LatentGraph:
         if size > SKETCH:
             project = torch.randn(size, SKETCH, generator=generator) / SKETCH**0.5
         parts = np.array_split(frames, max(1, len(frames) * size // 2**26))
-        flat = [torch.from_numpy(store.gather(part)).flatten(1).float() for part in parts]
+        flat = (torch.from_numpy(store.gather(part)).flatten(1).float() for part in parts)
         points = torch.cat([part if project is None else part @ project for part in flat]).to(device)
         here, there = (torch.from_numpy(np.searchsorted(frames, of)) for of in (chosen, chosen + frameskip))
         reach = float((points[here] - points[there]).norm(dim=1).median())
-        places = points[farthest_points(points, min(PLACES, len(points)))]
+        places = points[farthest_points(points, max(1, min(PLACES, len(points) // CROWD)))]
         nearest = torch.cat([torch.cdist(part, places).argmin(1) for part in torch.split(points, 2048)])
         a, b = nearest[here].cpu().numpy(), nearest[there].cpu().numpy()
         return cls(places, None if project is None else project.to(device), connect(places, a, b), reach)
@@ -78,7 +82,7 @@ class LatentGraph:
         return flat if self.project is None else flat @ self.project
 
     def to_goal(self, goal: Tensor) -> Tensor:
-        """Length of the shortest way from each place to goals [E, N, D]: [E, K]; a place with no way counts as twice the farthest."""
+        """Length of the shortest way from each place to goals [E, N, D]: [E, K]; a place with no way is farther than all that have one."""
         apart = torch.cdist(self.sketch(goal), self.places)
         lengths = []
         for row in apart.cpu().numpy():
@@ -86,7 +90,7 @@ class LatentGraph:
             lengths.append((row[near][:, None] + dijkstra(self.edges, directed=False, indices=near)).min(0))
         found = np.stack(lengths)
         finite = np.where(np.isfinite(found), found, 0).max(1, keepdims=True)
-        return torch.from_numpy(np.where(np.isfinite(found), found, 2 * finite)).float().to(goal.device)
+        return torch.from_numpy(np.where(np.isfinite(found), found, 2 * (finite + self.reach))).float().to(goal.device)
 
     def distance(self, latents: Tensor, goal: Tensor, to_goal: Tensor) -> Tensor:
         """Length of the shortest way from imagined frames to goals, by way of a place within reach.

@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ from wmcache.cache.store import TokenStore
 from wmcache.envs import FPS, Maze, PointMazeSimulator
 from wmcache.planner.episodes import THRESHOLDS, Episodes, env_steps, shortest_ways
 from wmcache.planner.evaluate import Setting, cached_maze
+from wmcache.planner.graph import LatentGraph
 
 VIDEOS = 4
 VIDEO_SIZE = 224
@@ -62,7 +64,7 @@ def write_report(
     pictures = {
         "success": draw_success(episodes),
         "training": draw_training(run),
-        "distance": draw_distance_map(setting.store),
+        "distance": draw_distance_map(setting.store, setting.graph),
         "paths": draw_paths(episodes, setting.maze),
     }
     for name, picture in pictures.items():
@@ -78,6 +80,7 @@ def write_report(
         pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
         videos=[(caption, base64.b64encode(path.read_bytes()).decode()) for caption, path in videos],
         encoder=setting.encoder.spec.name,
+        blind=setting.blind,
         run=run.name,
         command=command,
         identity=json.dumps(setting.store.identity.to_json(), indent=2),
@@ -105,10 +108,11 @@ def write_episodes(path: Path, episodes: Episodes) -> None:
 def draw_success(episodes: Episodes) -> bytes:
     """Share of episodes that have reached the goal, against env steps, with Wilson's 95 % band, for each threshold."""
     with _figure(4.6, 3.2) as (figure, axes):
-        ends = np.concatenate([[0], episodes.chunk_ends()])
+        # A little beyond the budget, or who arrives at its very end would not be seen.
+        ends = np.concatenate([[0], episodes.chunk_ends(), [1.03 * episodes.states.shape[1]]])
         for threshold, colour in zip(THRESHOLDS, COLOURS, strict=False):
             reached = np.maximum.accumulate(episodes.distances() < threshold, axis=1).sum(0)
-            counts = np.concatenate([[0], reached]).astype(int)
+            counts = np.concatenate([[0], reached, reached[-1:]]).astype(int)
             bands = [binomtest(int(k), len(episodes.start)).proportion_ci(method="wilson") for k in counts]
             axes.step(ends, counts / len(episodes.start), where="post", color=colour, label=f"within {threshold}")
             low, high = [band.low for band in bands], [band.high for band in bands]
@@ -124,11 +128,13 @@ def draw_training(run: Path) -> bytes:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{run / 'metrics.jsonl'} cannot be read ({error}); train the model again") from error
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    skills = [line for line in lines if "skill_1" in line]
     with _figure(7.2, 2.8, columns=2) as (figure, (left, right)):
-        losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-        left.plot(*zip(*losses, strict=True), color=COLOURS[0])
-        left.set(xlabel="step", ylabel="training loss", yscale="log")
-        skills = [line for line in lines if "skill_1" in line]
+        if losses:
+            left.plot(*zip(*losses, strict=True), color=COLOURS[0])
+            left.set(yscale="log")
+        left.set(xlabel="step", ylabel="training loss")
         for k, colour in zip(range(1, 6), COLOURS, strict=True):
             if skills and f"skill_{k}" in skills[0]:
                 right.plot(
@@ -139,28 +145,36 @@ def draw_training(run: Path) -> bytes:
                     label=f"{k} step{'s' * (k > 1)}",
                 )
         right.set(xlabel="step", ylabel="skill against copying\n(1: perfect, 0: useless)", ylim=(None, 1))
-        right.legend(loc="lower right", fontsize=7)
+        if skills:
+            right.legend(loc="lower right", fontsize=7)
+        for axes, there in ((left, losses), (right, skills)):
+            if not there:  # an imported run was trained elsewhere
+                axes.text(0.5, 0.5, "no metrics", transform=axes.transAxes, ha="center", va="center", color="#888")
+                axes.set(xticks=[], yticks=[])
         return _png(figure)
 
 
-def draw_distance_map(store: TokenStore) -> bytes:
-    """Cached frames at the ball's place, coloured by distance to a goal: in the latent space, and along the true shortest path."""
+def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> bytes:
+    """Cached frames at the ball's place, coloured by distance to a goal: in the latent space or along `graph`, and along the maze."""
     chosen = np.random.default_rng(0).choice(len(store), min(MAPPED_FRAMES, len(store)), replace=False)
     xy = store.state[chosen, :2]
     goal = int(np.argmax(xy[:, 0] - xy[:, 1]))  # the end of the U-maze's way
     tokens = store.gather(chosen).astype(np.float32)
     latent = np.square(tokens - tokens[goal]).sum((1, 2))
+    if graph is not None:
+        latents, target = torch.from_numpy(tokens).to(graph.places.device), torch.from_numpy(tokens[goal : goal + 1])
+        target = target.to(latents.device)
+        latent = graph.distance(latents[None, :, None], target, graph.to_goal(target))[0, :, 0].cpu().numpy()
+    title = "latent distance" if graph is None else "distance along the cached frames"
     maze = cached_maze(store.card)
     true = maze.geodesic(xy[goal], xy)
     correlation = float(spearmanr(latent, true).statistic)
     with _figure(7.2, 3.2, columns=2) as (figure, panels):
-        for axes, values, title in zip(
-            panels, (latent, true), ("latent distance", "true distance along the maze"), strict=True
-        ):
+        for axes, values, name in zip(panels, (latent, true), (title, "true distance along the maze"), strict=True):
             _draw_walls(axes, maze)
             points = axes.scatter(xy[:, 0], xy[:, 1], c=values, s=3, cmap="viridis_r", linewidths=0)
             axes.plot(*xy[goal], "*", color="#d1272b", markersize=12)
-            axes.set_title(title, fontsize=9)
+            axes.set_title(name, fontsize=9)
             figure.colorbar(points, ax=axes, shrink=0.8)
         figure.suptitle(f"distance to the star; Spearman correlation {correlation:.2f}", fontsize=9)
         return _png(figure)

@@ -23,7 +23,7 @@ from wmcache.cache import StoreWriter, TokenStore, files
 from wmcache.cli import main, wmplan, wmtrain
 from wmcache.trainer import loop
 
-BENCHMARKS = ["bench extract", "bench read", "bench train", "bench memory", "bench codecs"]
+BENCHMARKS = ["bench extract", "bench read", "bench train", "bench memory", "bench codecs", "bench plan"]
 COMMANDS: dict[str, click.Command] = {"wmcache": main, "wmtrain": wmtrain, "wmplan": wmplan}
 
 MODEL = "--width 16 --depth 1 --heads 2 --batch-size 8 --device cpu --dtype float32"
@@ -205,6 +205,7 @@ class TestRefusals:
             ("wmtrain --cache {tmp}/none", "wmcache extract"),
             ("wmtrain --cache {tmp}/none --out {tmp}/new/run", "wmcache extract"),
             ("wmplan --run {tmp}/none", "wmtrain"),
+            ("wmcache bench plan --run {tmp}/none", "wmtrain"),
         ],
     )
     def test_what_is_missing(self, refused: Callable[..., None], line: str, said: str) -> None:
@@ -349,6 +350,9 @@ class TestRefusals:
             "--batch-size 0",
             "--sigma nan",
             "--dtype float8",
+            "--solver guess",
+            "--temperature 1",
+            "--proprio none",
         ],
     )
     def test_planning_options_that_make_no_sense(self, refused: Callable[..., None], options: str) -> None:
@@ -379,6 +383,8 @@ class TestRefusals:
             "wmtrain",
             "wmplan",
             "wmplan --run x --objective first",
+            "wmplan --run x --protocol dreamer",
+            "wmcache bench plan",
             "wmcache explode",
         ],
     )

@@ -86,7 +86,7 @@ def load_training_state(run: Path, model: nn.Module, optimiser: torch.optim.Opti
     """
     folder = last_checkpoint(run)
     load_weights(folder, model)
-    tensors = _load(folder, "optimizer.safetensors")
+    tensors = load_tensors(folder, "optimizer.safetensors")
     named = dict(model.named_parameters())
     for group in optimiser.param_groups:
         for parameter in group["params"]:
@@ -112,7 +112,7 @@ def load_model(run: Path, device: torch.device) -> Any:
     """
     config = read_config(run)
     folder = last_checkpoint(run)
-    weights = _load(folder, "model.safetensors")
+    weights = load_tensors(folder, "model.safetensors")
     statistics = {name: value for name, value in weights.items() if name.endswith(("_mean", "_std"))}
     try:
         settings = config["model"], DataShape(**config["shape"]), config["model_options"], statistics
@@ -133,7 +133,7 @@ def load_model(run: Path, device: torch.device) -> Any:
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Put a checkpoint's weights into `model`; raises UserError where they do not fit."""
     try:
-        model.load_state_dict(_load(folder, "model.safetensors"))
+        model.load_state_dict(load_tensors(folder, "model.safetensors"))
     except RuntimeError as error:
         raise UserError(
             f"{folder} does not fit its config.json ({' '.join(str(error).split())[:200]}); train again"
@@ -222,7 +222,8 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().contiguous() for name, value in tensors.items()}
 
 
-def _load(folder: Path, name: str) -> dict[str, Tensor]:
+def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """A file of a checkpoint; raises UserError where it is not what was written."""
     file = folder / name
     try:
         if sha256_of(file) != read_state(folder)["sha256"].get(name):

@@ -27,9 +27,9 @@ from wmcache.cache.schema import parse
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import batch_windows, split_episodes
 from wmcache.trainer.checkpoint import (
-    _load,
     checkpoints,
     last_checkpoint,
+    load_tensors,
     load_training_state,
     load_weights,
     read_identity,
@@ -37,7 +37,7 @@ from wmcache.trainer.checkpoint import (
     save_checkpoint,
     truncate_metrics,
 )
-from wmcache.trainer.loop import Log, _signals_between_steps
+from wmcache.trainer.loop import Log, signals_between_steps
 from wmcache.trainer.metrics import ImageMetrics, Images, to_unit
 from wmcache.trainer.models.decoders import DECODERS, Decoder, DecoderShape, build_decoder
 
@@ -190,7 +190,7 @@ def _descend(
             unit=" steps",
             mininterval=seconds_between_updates(),
         ) as bar,
-        _signals_between_steps() as stop,
+        signals_between_steps() as stop,
     ):
         for step in range(first, options.steps):
             chosen = batch_windows(len(frames), options.seed, step, options.batch)
@@ -227,7 +227,7 @@ def load_decoder(folder: Path, device: torch.device) -> Decoder:
     """
     config = read_decoder_config(folder)
     checkpoint = last_checkpoint(folder)
-    weights = _load(checkpoint, "model.safetensors")
+    weights = load_tensors(checkpoint, "model.safetensors")
     statistics = {name: value for name, value in weights.items() if name.endswith(("_mean", "_std"))}
     try:
         settings = config["decoder"], DecoderShape(**config["shape"]), config["decoder_options"], statistics

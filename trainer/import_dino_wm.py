@@ -309,7 +309,7 @@ class _Reader:
         weights: dict[str, Tensor] = {}
         for part, name in (("action_encoder", "embed_action"), ("proprio_encoder", "embed_proprio")):
             weights |= self._embedding(root[part], part, name)
-            embedding[part] = len(weights[f"{name}.bias"])
+            embedding[part] = weights[f"{name}.bias"].numel()
         if len(set(embedding.values())) != 1:
             both = " and ".join(f"{part} makes {size}" for part, size in embedding.items())
             raise self._refusal(f"{both} dimensions, where our model has one number for both")
@@ -368,12 +368,12 @@ class _Reader:
             raise self._refusal(f"the predictor's dropout is {shown(dropouts[0])}")
         ((count, size),) = heads
         sizes: dict[str, Any] = {"depth": len(numbers), "heads": count, "head_dim": size, "dropout": dropouts[0]}
-        return {**sizes, "mlp": len(weights["blocks.0.mlp.0.bias"])}, weights
+        return {**sizes, "mlp": weights["blocks.0.mlp.0.bias"].numel()}, weights
 
     def _heads(self, attention: dict[str, Any], qkv: Tensor, tokens: int) -> tuple[int, int]:
         """Number and size of the heads, which no weight tells; refuses another scale or another mask than ours."""
         heads = attention.get("heads")
-        if type(heads) is not int or heads < 1 or qkv.ndim != 2 or len(qkv) % (3 * heads):
+        if type(heads) is not int or heads < 1 or qkv.ndim != 2 or not len(qkv) or len(qkv) % (3 * heads):
             raise self._refusal(f"the predictor has {shown(heads)} heads, which do not divide its to_qkv")
         size = len(qkv) // (3 * heads)
         if attention.get("scale") != size**-0.5:

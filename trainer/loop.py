@@ -163,7 +163,7 @@ def _train(
         Log(out) as log,
         Feed(store, windows, options.batch, options.seed, device, first_batch, residence) as feed,
         tqdm(total=options.steps, initial=first, desc="wmtrain", unit=" steps", mininterval=update) as bar,
-        _signals_between_steps() as stop,
+        signals_between_steps() as stop,
     ):
         start, seen = time.perf_counter(), 0
         for step in range(first, options.steps):
@@ -217,7 +217,7 @@ class _Stop:
 
 
 @contextmanager
-def _signals_between_steps() -> Iterator[_Stop]:
+def signals_between_steps() -> Iterator[_Stop]:
     """Hold back Ctrl-C and the signals of batch systems until a step is done and saved: nothing is lost, and no lock is left held."""
     stop = _Stop()
     if threading.current_thread() is threading.main_thread():

@@ -24,7 +24,9 @@ def target() -> Tensor:
 
 
 def test_it_finds_the_minimum_of_a_quadratic(target: Tensor) -> None:
-    found = Cem(samples=128, elites=12, iterations=15)(squared_distance_to(target), torch.zeros(SHAPE), generators())
+    found = Cem(samples=128, elites=12, iterations=15, sigma=0.6)(
+        squared_distance_to(target), torch.zeros(SHAPE), generators()
+    )
     torch.testing.assert_close(found, target, atol=0.05, rtol=0)
 
 

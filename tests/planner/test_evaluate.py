@@ -3,126 +3,222 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 from shutil import copytree
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from wmcache.cache import StoreWriter, TokenStore, UserError
-from wmcache.envs import Maze, PointMazeVectorEnv
+from wmcache.envs import PointMazeVectorEnv
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.planner import evaluate as evaluate_module
-from wmcache.planner.evaluate import (
-    Episodes,
-    PlanOptions,
-    Setting,
-    env_steps,
-    evaluate,
-    judge,
-    live_drift,
-    run_episodes,
-    sample_episode,
-)
+from wmcache.planner.evaluate import PlanOptions, Setting, default_out, evaluate, live_drift, run_episodes
+from wmcache.planner.mpc import Mpc
+from wmcache.planner.protocols import PROTOCOLS
+from wmcache.planner.solvers import SOLVERS
 
-NEAR, FAR = 0.2, 5.0
+QUICK: dict[str, dict[str, Any]] = {
+    "cem": {"samples": 8, "elites": 3, "iterations": 2},
+    "icem": {"samples": 8, "elites": 3, "iterations": 2},
+    "mppi": {"samples": 8, "elites": 3, "iterations": 2},
+    "gd": {"steps": 2, "optimiser": "adam"},
+}
 
 
-def make_episodes(*distances: list[float], chunk: int = 5) -> Episodes:
-    """Episodes whose ball lies, after each env step, at these distances from the goal; it flies on while it is there."""
-    distance = np.array(distances)
-    goal = np.tile([1.0, 2.0, -3.0, 3.0], (len(distance), 1))
-    states = np.zeros((*distance.shape, 4))
-    states[..., :2] = goal[:, None, :2]
-    states[..., 1] += distance
-    return Episodes(goal + 1, goal, states, chunk, encoder_frames=0, replans=0, seconds=0.0)
-
-
-def arriving(*near: int, budget: int = 12) -> list[float]:
-    """Near after these env steps, far after all others."""
-    return [NEAR if step + 1 in near else FAR for step in range(budget)]
-
-
-def count_successes(successes: int, episodes: int) -> Episodes:
-    return make_episodes(*([NEAR] * 5 if i < successes else [FAR] * 5 for i in range(episodes)))
-
-
-class TestJudge:
-    def test_only_the_end_of_a_chunk_counts(self) -> None:
-        episodes = make_episodes(arriving(3, 4, 6, 9, 11), arriving(5), arriving(10), arriving(12))
-        assert env_steps(episodes, 0.5).tolist() == [12, 5, 10, 12]
-        verdict = judge(episodes, 0.5)
-        assert (verdict["successes"], verdict["success_rate"]) == (3, 0.75)
-
-    def test_the_first_arrival_counts(self) -> None:
-        assert env_steps(make_episodes(arriving(5, 10, 12)), 0.5).tolist() == [5]
-
-    def test_an_episode_that_never_arrives_counts_with_its_whole_budget(self) -> None:
-        verdict = judge(make_episodes(arriving(5), arriving(), arriving(10)), 0.5)
-        assert verdict["mean_env_steps"] == (5 + 12 + 10) / 3
-
-    def test_who_was_there_and_left_has_not_held(self) -> None:
-        assert judge(make_episodes(arriving(5), arriving(5, 12), arriving(12), arriving()), 0.5)["held"] == 2
-
-    def test_on_the_threshold_is_not_within_it(self) -> None:
-        assert judge(make_episodes([0.5] * 5), 0.5)["successes"] == 0
-
-    @pytest.mark.parametrize(
-        ("successes", "count", "low", "high"),
-        [(0, 50, 0.0, 0.0713), (50, 50, 0.9287, 1.0), (5, 10, 0.2366, 0.7634), (49, 50, 0.8950, 0.9965)],
-    )
-    def test_the_interval_is_wilsons(self, successes: int, count: int, low: float, high: float) -> None:
-        # Values of Wilson (1927) as tables and R's prop.test(correct = FALSE) have them.
-        assert judge(count_successes(successes, count), 0.5)["ci95"] == pytest.approx([low, high], abs=6e-5)
-
-    def test_a_wider_threshold_is_never_harder(self) -> None:
-        rng = np.random.default_rng(0)
-        episodes = make_episodes(*rng.uniform(0, 1.5, (40, 30)).tolist())
-        thresholds = [0.1, 0.25, 0.5, 1.0]
-        verdicts = [judge(episodes, threshold) for threshold in thresholds]
-        successes = [verdict["successes"] for verdict in verdicts]
-        assert successes == sorted(successes)
-        assert len(set(successes)) > 2
-        for narrow, wide in pairwise(thresholds):
-            assert (env_steps(episodes, wide) <= env_steps(episodes, narrow)).all()
-
-
-class CountingEncoder:
-    """The real encoder, and how many frames it was given."""
+class RecordingEncoder:
+    """The real encoder, and the frames that it was given, a call each."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self.encoder, self.frames = encoder, 0
+        self.encoder = encoder
+        self.calls: list[NDArray[np.uint8]] = []
 
     def __call__(self, frames: NDArray[np.uint8]) -> torch.Tensor:
-        self.frames += len(frames)
+        self.calls.append(frames.copy())
         return self.encoder(frames)
+
+    @property
+    def frames(self) -> int:
+        return sum(map(len, self.calls))
 
 
 @pytest.fixture
-def counted(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> CountingEncoder:
-    counting = CountingEncoder(setting.encoder)
-    monkeypatch.setattr(setting, "encoder", counting)
-    return counting
+def recorded(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> RecordingEncoder:
+    recording = RecordingEncoder(setting.encoder)
+    monkeypatch.setattr(setting, "encoder", recording)
+    return recording
 
 
-@pytest.mark.parametrize("search", [{}, {"samples": 20}, {"iterations": 4}, {"horizon": 3}, {"batch": 2}])
+def set_up(run: Path, options: PlanOptions) -> tuple[Setting, RecordingEncoder]:
+    setting: Any = Setting(run, options)
+    setting.encoder = RecordingEncoder(setting.encoder)
+    return setting, setting.encoder
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"search": {"samples": 20, "elites": 3}},
+        {"search": {"iterations": 4}},
+        {"horizon": 3},
+        {"batch": 2},
+        {"solver": "gd", "search": QUICK["gd"]},
+        {"distance": "graph"},
+        {"context": 3},
+    ],
+    ids=str,
+)
 def test_a_frame_is_encoded_once_a_goal_and_once_a_replan(
-    setting: Setting, tiny_plan: PlanOptions, counted: CountingEncoder, tmp_path: Path, search: dict[str, int]
+    run_path: Path, tiny_plan: PlanOptions, tmp_path: Path, changed: dict[str, Any]
 ) -> None:
-    episodes, results = evaluate(setting, replace(tiny_plan, **search), tmp_path)
+    options = replace(tiny_plan, **changed)
+    setting, recorded = set_up(run_path, options)
+    episodes, results = evaluate(setting, options, tmp_path)
     # 12 env steps in chunks of 5.
     assert results["replans"] == 3 * 3
-    assert results["encoder_frames"] == results["episodes"] + results["replans"] == counted.frames
+    assert results["encoder_frames"] == results["episodes"] + results["replans"] == recorded.frames
     assert episodes.states.shape == (3, 12, 4)
     assert np.isfinite(episodes.states).all()
+
+
+class TestWhichFramesAreSeen:
+    """A chunk of several model steps has frames in its middle; a plan from several frames needs the last of them."""
+
+    @pytest.mark.parametrize(
+        ("execute", "observed", "budget", "seen_after"),
+        [
+            (1, 1, 20, [5, 10, 15]),
+            (1, 3, 20, [5, 10, 15]),
+            (2, 1, 20, [10]),
+            (2, 2, 20, [5, 10]),
+            (2, 2, 30, [5, 10, 15, 20]),
+            (3, 2, 45, [10, 15, 25, 30]),
+            (3, 3, 45, [5, 10, 15, 20, 25, 30]),
+            (3, 1, 45, [15, 30]),
+            # The budget ends in the middle of a chunk, and of a model step.
+            (2, 2, 27, [5, 10, 15, 20]),
+            (3, 2, 23, [10, 15]),
+            (3, 2, 7, []),
+        ],
+    )
+    def test_only_those_that_a_plan_starts_from(
+        self,
+        run_path: Path,
+        tiny_plan: PlanOptions,
+        execute: int,
+        observed: int,
+        budget: int,
+        seen_after: list[int],
+    ) -> None:
+        options = replace(
+            tiny_plan, episodes=2, horizon=3, execute=execute, context=3, observed=observed, budget=budget
+        )
+        setting, recorded = set_up(run_path, options)
+        episodes = run_episodes(setting, options, range(2))
+        assert episodes.states.shape == (2, budget, 4)
+        assert episodes.replans == 2 * -(-budget // (5 * execute))
+        assert episodes.encoder_frames == recorded.frames == 2 * (2 + len(seen_after))
+        # Which they are: the goal, the start, and what the camera sees after so many env steps.
+        env = PointMazeVectorEnv(2, setting.maze, setting.image_size)
+        states = [episodes.goal, episodes.start, *(episodes.states[:, step - 1] for step in seen_after)]
+        for state, frames in zip(states, recorded.calls, strict=True):
+            observation, _ = env.reset(options={"state": state})
+            np.testing.assert_array_equal(frames, observation["image"])
+        env.close()
+
+    @pytest.mark.parametrize(("execute", "frames", "actions"), [(1, [1, 2, 3, 3], [0, 1, 2, 2]), (2, [1, 3], [0, 2])])
+    def test_a_plan_starts_from_as_many_as_there_are_and_knows_what_was_done_between_them(
+        self,
+        run_path: Path,
+        tiny_plan: PlanOptions,
+        monkeypatch: pytest.MonkeyPatch,
+        execute: int,
+        frames: list[int],
+        actions: list[int],
+    ) -> None:
+        options = replace(tiny_plan, episodes=2, horizon=2, execute=execute, context=3, observed=3, budget=20)
+        setting, _ = set_up(run_path, options)
+        plan, seen, plans = Mpc.plan, [], []
+
+        def watched(mpc: Mpc, tokens: Any, proprio: Any, previous: Any, generators: Any, past: Any = None) -> Any:
+            seen.append((tokens.clone(), proprio.clone(), past))
+            plans.append(plan(mpc, tokens, proprio, previous, generators, past))
+            return plans[-1]
+
+        monkeypatch.setattr(Mpc, "plan", watched)
+        episodes = run_episodes(setting, options, range(2))
+        assert [tokens.shape[1] for tokens, _, _ in seen] == frames
+        assert [0 if past is None else past.shape[1] for _, _, past in seen] == actions
+        executed = torch.cat([found[:, :execute] for found in plans], 1)
+        states = np.concatenate([episodes.start[:, None], episodes.states], 1)[:, ::5].astype(np.float32)
+        for number, (_, proprio, past) in enumerate(seen):
+            now = number * execute
+            first = now + 1 - proprio.shape[1]
+            np.testing.assert_allclose(proprio.numpy(), states[:, first : now + 1], atol=1e-6)
+            if past is not None:
+                assert torch.equal(past, executed[:, first:now])
+
+
+class TestWithoutProprio:
+    def test_it_plans_from_pixels_alone(
+        self, blind_run_path: Path, tiny_plan: PlanOptions, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        options = replace(tiny_plan, proprio="none", budget=20)
+        setting = Setting(blind_run_path, options)
+        # Without proprio one frame has no velocity.
+        assert (setting.context, setting.observed) == (3, 3)
+        straight = run_episodes(setting, options, range(3))
+
+        class Unfeeling(PointMazeVectorEnv):
+            def observe(self) -> Any:
+                seen = super().observe()
+                return {"image": seen["image"], "proprio": np.full_like(seen["proprio"], np.nan)}
+
+        monkeypatch.setattr(evaluate_module, "PointMazeVectorEnv", Unfeeling)
+        np.testing.assert_array_equal(run_episodes(setting, options, range(3)).states, straight.states)
+        assert np.ptp(straight.states[..., :2], axis=1).any()
+
+    def test_proprio_that_is_wrong_is_noticed_by_a_model_that_sees_it(
+        self, setting: Setting, tiny_plan: PlanOptions, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        straight = run_episodes(setting, tiny_plan, range(3))
+
+        class Mistaken(PointMazeVectorEnv):
+            def observe(self) -> Any:
+                seen = super().observe()
+                return {"image": seen["image"], "proprio": seen["proprio"] + 1}
+
+        monkeypatch.setattr(evaluate_module, "PointMazeVectorEnv", Mistaken)
+        assert not np.array_equal(run_episodes(setting, tiny_plan, range(3)).states, straight.states)
+
+    def test_a_run_with_proprio_is_refused_where_none_is_asked_for(
+        self, run_path: Path, tiny_plan: PlanOptions
+    ) -> None:
+        with pytest.raises(UserError, match=r"trained with proprio.*wmtrain --proprio none"):
+            Setting(run_path, replace(tiny_plan, proprio="none"))
+
+    def test_a_run_without_has_no_proprio_to_weigh(self, blind_run_path: Path, tiny_plan: PlanOptions) -> None:
+        with pytest.raises(UserError, match=r"trained without proprio.*--alpha"):
+            Setting(blind_run_path, replace(tiny_plan, alpha=0.1))
+
+
+def test_more_observed_frames_than_a_step_sees_are_refused(run_path: Path, tiny_plan: PlanOptions) -> None:
+    with pytest.raises(UserError, match=r"--observed 2 is more than the 1 frames.*--context"):
+        Setting(run_path, replace(tiny_plan, observed=2))
+
+
+def test_a_step_sees_no_more_frames_than_the_model_was_trained_with(run_path: Path, tiny_plan: PlanOptions) -> None:
+    assert Setting(run_path, replace(tiny_plan, context=12)).context == 3
 
 
 def without_times(results: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +251,7 @@ class StoppedBar(tqdm):
 
 
 def test_a_stopped_evaluation_goes_on_with_the_episodes_that_are_missing(
-    setting: Setting, tiny_plan: PlanOptions, counted: CountingEncoder, tmp_path: Path
+    setting: Setting, tiny_plan: PlanOptions, recorded: RecordingEncoder, tmp_path: Path
 ) -> None:
     options = replace(tiny_plan, batch=1, budget=10)
     straight = evaluate(setting, options, tmp_path / "straight")
@@ -164,20 +260,44 @@ def test_a_stopped_evaluation_goes_on_with_the_episodes_that_are_missing(
         patch.setattr(evaluate_module, "tqdm", StoppedBar)
         with pytest.raises(KeyboardInterrupt):
             evaluate(setting, options, tmp_path / "stopped")
-    counted.frames = 0
+    recorded.calls.clear()
     stopped = evaluate(setting, options, tmp_path / "stopped")
-    assert counted.frames == 2 * (1 + 2)
+    assert recorded.frames == 2 * (1 + 2)
     np.testing.assert_array_equal(stopped[0].states, straight[0].states)
     assert without_times(stopped[1]) == without_times(straight[1])
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(
-    setting: Setting, tiny_plan: PlanOptions, counted: CountingEncoder, tmp_path: Path
+    setting: Setting, tiny_plan: PlanOptions, recorded: RecordingEncoder, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file"):
         evaluate(setting, tiny_plan, tmp_path / "file" / "plan")
-    assert counted.frames == 0
+    assert recorded.frames == 0
+
+
+def test_goals_that_run_out_are_noticed_before_any_work(
+    setting: Setting, tiny_plan: PlanOptions, recorded: RecordingEncoder, tmp_path: Path
+) -> None:
+    states = [[1.0, 1.0, 0.0, 0.0]] * 2
+    pq.write_table(pa.table({"start": states, "goal": states}), tmp_path / "goals.parquet")
+    options = replace(tiny_plan, batch=1, goals=str(tmp_path / "goals.parquet"))
+    with pytest.raises(UserError, match="2 rows, episode 2 has none"):
+        evaluate(setting, options, tmp_path / "plan")
+    assert recorded.frames == 0
+    assert not (tmp_path / "plan").exists()
+
+
+def test_unfinished_episodes_to_other_goals_are_not_taken_up(
+    setting: Setting, tiny_plan: PlanOptions, tmp_path: Path
+) -> None:
+    options = replace(tiny_plan, goals=str(tmp_path / "goals.parquet"))
+    goals = []
+    for x in (1.0, 1.2):
+        states = [[x, 1.0, 0.0, 0.0]] * 3
+        pq.write_table(pa.table({"start": states, "goal": states}), tmp_path / "goals.parquet")
+        goals.append(evaluate(setting, options, tmp_path / "plan")[0].goal[0, 0])
+    assert goals == [1.0, 1.2]
 
 
 class LyingEnv(PointMazeVectorEnv):
@@ -202,27 +322,60 @@ class TruthfulEnv(PointMazeVectorEnv):
         return super().advance(actions)
 
 
+def options_of(protocol: str, options: PlanOptions) -> PlanOptions:
+    """A protocol's options that are not about the solver or the sizes that cost time."""
+    names = ("horizon", "execute", "objective", "distance", "context", "observed")
+    return replace(options, **{name: PROTOCOLS[protocol][name] for name in names if name in PROTOCOLS[protocol]})
+
+
+HONEST: dict[str, dict[str, Any]] = {
+    **{solver: {"solver": solver, "search": QUICK[solver]} for solver in SOLVERS},
+    "graph": {"distance": "graph"},
+    "gd on the graph": {"distance": "graph", "solver": "gd", "search": QUICK["gd"]},
+    "observed": {"context": 3, "observed": 3},
+    "alpha": {"alpha": 0.5},
+    "dataset": {"goals": "dataset"},
+    "random-action": {"goals": "random-action"},
+}
+
+
+@pytest.mark.parametrize("name", [*PROTOCOLS, *HONEST])
 def test_the_planner_is_never_told_a_state_or_a_success(
-    setting: Setting, tiny_plan: PlanOptions, monkeypatch: pytest.MonkeyPatch
+    run_path: Path, tiny_plan: PlanOptions, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    options = options_of(name, tiny_plan) if name in PROTOCOLS else replace(tiny_plan, **HONEST[name])
+    setting = Setting(run_path, replace(options, budget=12))
     received = []
     for env in (TruthfulEnv, LyingEnv):
         env.received = []
         monkeypatch.setattr(evaluate_module, "PointMazeVectorEnv", env)
-        run_episodes(setting, tiny_plan, range(3))
+        run_episodes(setting, options, range(3))
         received.append(np.concatenate(env.received, axis=1))
     assert received[0].shape == (3, 12, 2)
     assert received[0].any()
     np.testing.assert_array_equal(received[0], received[1])
 
 
-def test_episodes_are_a_function_of_their_number() -> None:
-    maze = Maze.load("UMaze")
-    pairs = [sample_episode(maze, number) for number in range(20)]
-    for number, (start, goal) in enumerate(pairs):
-        np.testing.assert_array_equal(sample_episode(maze, number), (start, goal))
-        assert maze.is_clear(np.stack([start[:2], goal[:2]])).all()
-    assert len(np.unique(np.concatenate(pairs), axis=0)) == 40
+@pytest.mark.parametrize(("alpha", "differs"), [(0.0, False), (0.5, True)])
+def test_a_goal_is_an_image_unless_alpha_says_otherwise(
+    setting: Setting, tiny_plan: PlanOptions, alpha: float, differs: bool
+) -> None:
+    options = replace(tiny_plan, alpha=alpha)
+    goal = torch.randn(2, *setting.store.card.frame_shape)
+    seen, here = torch.randn(2, 1, *setting.store.card.frame_shape), torch.zeros(2, 1, 4)
+    actions = torch.rand(2, 8, 2, 10) * 2 - 1
+    costs = [
+        setting.make_mpc(options, goal, np.full((2, 4), proprio, np.float32)).cost_of(seen, here)(actions)
+        for proprio in (0, 1)
+    ]
+    assert torch.equal(*costs) != differs
+
+
+def test_gradients_leave_nothing_on_the_model(run_path: Path, tiny_plan: PlanOptions) -> None:
+    options = replace(tiny_plan, solver="gd", search=QUICK["gd"])
+    setting = Setting(run_path, options)
+    run_episodes(setting, options, range(2))
+    assert all(parameter.grad is None for parameter in setting.model.parameters())
 
 
 @pytest.fixture(scope="module")
@@ -313,21 +466,70 @@ def test_a_folder_that_is_no_run_is_refused(
 
 def bad_options() -> Iterator[tuple[str, Any]]:
     for name, value in asdict(PlanOptions()).items():
-        if isinstance(value, int | float) and name not in ("seed",):
+        if isinstance(value, int | float) and name not in ("seed", "alpha"):
             yield name, 0
             yield name, -1
-    yield "sigma", float("nan")
+    for name in ("context", "observed", "goal_steps"):
+        yield name, 0
+        yield name, -1
+    yield "alpha", -1
+    yield "alpha", float("nan")
     yield "threshold", float("nan")
-    yield "elites", 1
-    yield "elites", 65
     yield "execute", 6
     yield "objective", "first"
+    yield "distance", "far"
+    yield "proprio", "some"
+    yield "solver", "guess"
+    for name, wrong in (("elites", 1), ("elites", 65), ("sigma", float("nan")), ("sample", 3)):
+        yield name, {name: wrong}
     yield "device", "abacus"
     yield "dtype", "float8"
 
 
 @pytest.mark.parametrize(("name", "value"), list(bad_options()))
 def test_options_that_make_no_sense_are_refused_by_name(run_path: Path, name: str, value: Any) -> None:
-    with pytest.raises(UserError, match=name) as refusal:
-        Setting(run_path, replace(PlanOptions(device="cpu"), **{name: value}))
+    changed = {"search": value} if isinstance(value, dict) else {name: value}
+    with pytest.raises(UserError, match=name.replace("_", ".")) as refusal:
+        Setting(run_path, replace(PlanOptions(device="cpu"), **changed))
+    assert "\n" not in str(refusal.value)
+
+
+class TestDefaultFolders:
+    @pytest.mark.parametrize(
+        ("protocol", "changed", "name"),
+        [
+            (None, {}, "plan-all-x1-50x100"),
+            (None, {"objective": "last", "execute": 5}, "plan-last-x5-50x100"),
+            ("dino-wm", {}, "plan-dino-wm-50x100"),
+            (None, {"solver": "gd"}, "plan-all-x1-gd-50x100"),
+            (None, {"distance": "graph"}, "plan-all-x1-graph-50x100"),
+            (None, {"goals": "dataset"}, "plan-all-x1-dataset-50x100"),
+            (None, {"goals": "some/far.parquet"}, "plan-all-x1-far-50x100"),
+            (None, {"env": "mazes/Spiral.txt"}, "plan-all-x1-50x100-Spiral"),
+            ("dino-wm", {"solver": "icem", "distance": "graph", "episodes": 8}, "plan-dino-wm-icem-graph-8x100"),
+        ],
+    )
+    def test_each_kind_of_evaluation_has_its_own(
+        self, protocol: str | None, changed: dict[str, Any], name: str
+    ) -> None:
+        assert default_out(Path("run"), protocol, replace(PlanOptions(), **changed)) == Path("run") / name
+
+
+@pytest.fixture(scope="module")
+def mazeless(store: TokenStore, train_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a store of frames of which nobody knows in what maze they were taken, as imported ones are."""
+    folder = tmp_path_factory.mktemp("mazeless")
+    card = replace(store.card, dataset={**store.card.dataset, "maze": []})
+    columns = {"action": store.action, "state": store.state, "episode": store.episode, "step": store.step}
+    writer = StoreWriter.create(folder / "store.zarr", card, store.identity, columns)
+    for shard in range(card.num_shards):
+        writer.write_shard(shard, store.gather(np.array(card.shard_frames(shard))))
+    writer.finish()
+    return train_run(folder / "store.zarr")
+
+
+@pytest.mark.parametrize("env", [None, "UMaze"])
+def test_a_run_on_frames_of_no_known_maze_is_refused(mazeless: Path, tiny_plan: PlanOptions, env: str | None) -> None:
+    with pytest.raises(UserError, match="no known maze") as refusal:
+        Setting(mazeless, replace(tiny_plan, env=env))
     assert "\n" not in str(refusal.value)

@@ -42,24 +42,26 @@ def test_a_step_is_that_of_the_reference(target: Tensor) -> None:
         torch.randn(1, *SHAPE[1:], generator=generator)
     noise = torch.stack([torch.randn(SHAPE[1:], generator=generator) for generator in random])
     expected = (actions - 0.05 * gradient + 0.003 * noise).detach()
-    found = Gd(steps=1, lr=0.05)(squared_distance_to(target), start, generators())
+    found = Gd(steps=1, lr=0.05, optimiser="sgd", restarts=1)(squared_distance_to(target), start, generators())
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
 def test_steps_end_at_the_bounds() -> None:
-    found = Gd(steps=1, lr=100.0, noise=0.0)(lambda a: a.sum((2, 3)), torch.zeros(SHAPE), generators())
+    found = Gd(steps=1, lr=100.0, optimiser="sgd", noise=0.0)(lambda a: a.sum((2, 3)), torch.zeros(SHAPE), generators())
     assert torch.equal(found, torch.full(SHAPE, -1.0))
 
 
 def test_it_leaves_the_bound_again(target: Tensor) -> None:
-    found = Gd(steps=50, lr=0.1, noise=0.0)(squared_distance_to(target), torch.ones(SHAPE), generators())
+    found = Gd(steps=50, lr=0.1, optimiser="sgd", noise=0.0, restarts=1)(
+        squared_distance_to(target), torch.ones(SHAPE), generators()
+    )
     torch.testing.assert_close(found, target, atol=0.01, rtol=0)
 
 
 def test_it_returns_the_best_that_it_saw_not_the_last(target: Tensor) -> None:
     # A step of 1 on a parabola jumps to the other side, and never arrives.
     cost, start = squared_distance_to(target), target + 0.05
-    found = Gd(steps=5, lr=1.2, noise=0.0)(cost, start, generators())
+    found = Gd(steps=5, lr=1.2, optimiser="sgd", noise=0.0, restarts=1)(cost, start, generators())
     assert torch.equal(found, start)
 
 
@@ -70,8 +72,8 @@ def test_the_best_restart_wins_in_each_episode_alone() -> None:
         return torch.where(first > 0.5, -first, 0.0 * first)
 
     start = torch.zeros(SHAPE)
-    one = Gd(steps=20, lr=0.1)(cost, start, generators())
-    many = Gd(steps=20, lr=0.1, restarts=32)(cost, start, generators())
+    one = Gd(steps=20, lr=0.1, optimiser="sgd", restarts=1)(cost, start, generators())
+    many = Gd(steps=20, lr=0.1, optimiser="sgd", restarts=32)(cost, start, generators())
     assert (one[:, 0, 0] < 0.5).all()
     assert (many[:, 0, 0] == 1).all()
 
@@ -84,7 +86,7 @@ def test_more_restarts_do_not_change_the_first(target: Tensor) -> None:
         return squared_distance_to(target)(actions)
 
     for restarts in (1, 4):
-        Gd(steps=4, lr=0.1, noise=0.0, restarts=restarts)(cost, torch.zeros(SHAPE), generators())
+        Gd(steps=4, lr=0.1, optimiser="sgd", noise=0.0, restarts=restarts)(cost, torch.zeros(SHAPE), generators())
     for alone, among in zip(asked[:5], asked[5:], strict=True):
         torch.testing.assert_close(alone[:, 0], among[:, 0])
     assert [actions.shape for actions in asked] == [(3, 1, 4, 2)] * 5 + [(3, 4, 4, 2)] * 5

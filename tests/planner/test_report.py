@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
+import imageio.v2 as imageio
 import imageio_ffmpeg
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from wmcache.cache import UserError
 from wmcache.commands.shared import shell_command
-from wmcache.planner.evaluate import Episodes, PlanOptions, Setting, env_steps, evaluate
-from wmcache.planner.report import write_report
+from wmcache.planner.episodes import Episodes, env_steps
+from wmcache.planner.evaluate import PlanOptions, Setting, evaluate
+from wmcache.planner.report import draw_distance_map, draw_success, draw_training, write_report
 
 Plan = tuple[Path, Episodes, dict[str, Any]]
 
@@ -40,7 +45,13 @@ def test_the_results_say_all_that_was_asked_for(plan: Plan, tiny_plan: PlanOptio
     assert results["replans"] == 9
     assert results["encoder_frames"] == 12
     assert results["seconds_per_replan"] > 0
+    assert results["candidates_per_replan"] == 8 * 2
     assert [row["threshold"] for row in results["by_threshold"]] == [0.5, 0.25, 0.1]
+    for row in results["by_threshold"]:
+        low, high = row["held_ci95"]
+        assert 0 <= low <= row["held_rate"] == row["held"] / 3 <= high <= 1
+        assert 0 <= row["spl"] <= row["success_rate"]
+    assert results["options"] == json.loads(json.dumps(asdict(tiny_plan)))
 
 
 def test_the_episodes_can_be_read_by_other_tools(plan: Plan) -> None:
@@ -52,6 +63,129 @@ def test_the_episodes_can_be_read_by_other_tools(plan: Plan) -> None:
         reached = (episodes.distances() < threshold).any(1)
         expected = np.where(reached, env_steps(episodes, threshold), -1)
         assert rows[f"env_steps_{threshold}"] == expected.tolist()
+
+
+class Cells(HTMLParser):
+    """The cells of the page's table, row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.inside = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.inside = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.rows[-1][-1] += data
+
+
+def test_the_table_says_who_held_and_how_direct_the_ways_were(plan: Plan) -> None:
+    cells = Cells()
+    cells.feed((plan[0] / "report.html").read_text())
+    header, *rows = cells.rows
+    assert header[4:] == ["env steps", "way / shortest", "SPL", "still there at the end", "95 % interval"]
+    for cell, row in zip(rows, plan[2]["by_threshold"], strict=True):
+        ratio = "-" if row["path_ratio"] is None else f"{row['path_ratio']:.2f}"
+        low, high = row["held_ci95"]
+        assert cell[0] == str(row["threshold"])
+        assert cell[5:] == [ratio, f"{row['spl']:.3f}", f"{row['held']} of 3", f"{low:.3f} to {high:.3f}"]
+
+
+def page_of(run: Path, options: PlanOptions, out: Path, protocol: str | None = None) -> str:
+    setting = Setting(run, options)
+    episodes, results = evaluate(setting, options, out)
+    write_report(out, run, setting, episodes, {"protocol": protocol, **results}, "wmplan")
+    return " ".join((out / "report.html").read_text().split())
+
+
+class TestWhatPlanned:
+    def test_the_page_names_protocol_solver_and_candidates(
+        self, run_path: Path, tiny_plan: PlanOptions, tmp_path: Path
+    ) -> None:
+        options = replace(tiny_plan, episodes=1, solver="gd", search={"steps": 3, "restarts": 2})
+        html = page_of(run_path, options, tmp_path, "dino-wm")
+        assert "Protocol dino-wm; solver gd, 8 candidates a replan" in html
+        assert "squared distance of their tcn tokens" in html
+        assert "camera frames and proprioception" in html
+
+    def test_without_a_protocol_none_is_named(self, plan: Plan) -> None:
+        html = (plan[0] / "report.html").read_text()
+        assert "solver cem, 16 candidates a replan" in html
+        assert "Protocol" not in html
+
+    def test_the_distance_is_the_one_that_was_descended(
+        self, run_path: Path, tiny_plan: PlanOptions, plan: Plan, tmp_path: Path
+    ) -> None:
+        options = replace(tiny_plan, episodes=1, distance="graph")
+        assert "along ways that the episodes took" in page_of(run_path, options, tmp_path)
+        picture = (tmp_path / "figures" / "distance.png").read_bytes()
+        assert picture != (plan[0] / "figures" / "distance.png").read_bytes()
+
+    def test_a_model_without_proprio_saw_camera_frames(
+        self, blind_run_path: Path, tiny_plan: PlanOptions, tmp_path: Path
+    ) -> None:
+        html = page_of(blind_run_path, replace(tiny_plan, episodes=1), tmp_path)
+        assert "The planner saw camera frames. Success" in html
+
+
+def drawn(picture: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.asarray(imageio.imread(picture))
+
+
+class TestDrawings:
+    def test_a_run_without_metrics_has_an_empty_panel(
+        self, run_path: Path, setting: Setting, tiny_plan: PlanOptions, plan: Plan, tmp_path: Path
+    ) -> None:
+        run = copytree(run_path, tmp_path / "imported", symlinks=True)
+        (run / "metrics.jsonl").write_text("")
+        write_report(tmp_path / "plan", run, setting, plan[1], plan[2], "wmplan")
+        empty = drawn((tmp_path / "plan" / "figures" / "training.png").read_bytes())
+        full = drawn((plan[0] / "figures" / "training.png").read_bytes())
+        assert empty.shape == full.shape
+        assert (empty < 250).sum() < (full < 250).sum()
+
+    def test_a_run_that_was_not_validated_yet_shows_its_loss(self, run_path: Path, tmp_path: Path) -> None:
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+        assert not np.array_equal(drawn(draw_training(tmp_path)), drawn(draw_training(run_path)))
+
+    @pytest.mark.parametrize("content", [None, "{"])
+    def test_metrics_that_cannot_be_read_are_refused(self, tmp_path: Path, content: str | None) -> None:
+        if content is not None:
+            (tmp_path / "metrics.jsonl").write_text(content)
+        with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
+            draw_training(tmp_path)
+
+    def test_the_graphs_map_is_another_than_the_latent_one(
+        self, setting: Setting, run_path: Path, tiny_plan: PlanOptions
+    ) -> None:
+        graph = Setting(run_path, replace(tiny_plan, distance="graph")).graph
+        latent, along = (drawn(draw_distance_map(setting.store, given)) for given in (None, graph))
+        assert latent.shape == along.shape
+        # The same on the right; other colours on the left.
+        half = latent.shape[1] // 2
+        different = (latent != along).any(2).mean(0)
+        assert different[:half].sum() > 5 * different[half:].sum()
+
+    def test_who_arrives_at_the_very_end_of_the_budget_is_seen(self) -> None:
+        goal = np.array([[1.0, 1.0, 0.0, 0.0]])
+        far = np.full((1, 10, 4), 3.0)
+        arrived = far.copy()
+        arrived[0, -1] = goal[0]
+        pictures = [
+            drawn(draw_success(Episodes(far[:, 0], goal, states, 10, 0, 0, 0.0))).astype(int)
+            for states in (far, arrived)
+        ]
+        columns = np.flatnonzero((pictures[0] != pictures[1]).any((0, 2)))
+        assert np.ptp(columns) > 5
 
 
 class Links(HTMLParser):

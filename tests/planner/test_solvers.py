@@ -13,7 +13,7 @@ from wmcache.planner.solvers import SOLVERS, Cost, Solver, make_solver
 SHAPE = (3, 4, 2)
 
 THOROUGH: dict[str, dict[str, Any]] = {
-    "cem": {"samples": 128, "elites": 12, "iterations": 15},
+    "cem": {"samples": 128, "elites": 12, "iterations": 15, "sigma": 0.6},
     "icem": {"samples": 128, "elites": 12, "iterations": 20, "beta": 0.5},
     "mppi": {"samples": 128, "elites": 32, "iterations": 15},
     "gd": {"optimiser": "adam", "steps": 60, "restarts": 16, "sigma": 1.0},

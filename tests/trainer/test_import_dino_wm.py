@@ -727,6 +727,8 @@ ATTENTION, MLP = "predictor.transformer.layers.0.0", "predictor.transformer.laye
         (change(f"{MLP}.net.1", nn.Linear(24, 21)), "blocks.1.mlp.0.bias is (21,)"),
         (change(f"{MLP}.net.1.weight", nn.Parameter(torch.full((20, 24), math.nan))), "not finite"),
         (change(f"{MLP}.net.1.weight", nn.Parameter(torch.zeros(20, 24).double())), "float64"),
+        (change(f"{ATTENTION}.to_qkv.weight", nn.Parameter(torch.zeros(0, 24))), "do not divide its to_qkv"),
+        (change("action_encoder.patch_embed.bias", nn.Parameter(torch.tensor(0.0))), "action_encoder makes 1"),
         (change("predictor.dropout.p", 0.1), "emb_dropout"),
         (change("action_encoder.patch_embed", nn.Conv1d(15, 6, 1)), "embed_action.weight is (6, 15)"),
         (change("action_encoder.patch_embed", nn.Conv1d(10, 6, 2)), "tubelet_size"),

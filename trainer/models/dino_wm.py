@@ -143,7 +143,7 @@ class DinoWm(nn.Module):
             batch: see `WorldModel.loss`.
             pool: side of the squares of the token grid that are averaged first (progressive token resolution).
         """
-        tokens, proprio, action = self._standardise(batch["tokens"], batch["proprio"], batch["action"])
+        tokens, proprio, action = self.standardised(batch["tokens"], batch["proprio"], batch["action"])
         tokens = pool_grid(tokens, self.shape.columns, pool)
         code = self.code(proprio)
         target, target_code = tokens[:, 1:].detach(), code[:, 1:].detach()
@@ -209,7 +209,7 @@ class DinoWm(nn.Module):
         many = actions.ndim == 4
         samples = actions.shape[1] if many else 1
         futures = actions.flatten(0, 1) if many else actions
-        tokens, proprio, futures = self._standardise(tokens, proprio, futures)
+        tokens, proprio, futures = self.standardised(tokens, proprio, futures)
         code, past = self.code(proprio), futures[::samples]
         observed, context = tokens.shape[1], min(context or self.shape.history, self.shape.history)
         rotary = self.options.position == "rope"
@@ -310,7 +310,8 @@ class DinoWm(nn.Module):
         patches = pool_grid(position[None, :, : self.shape.tokens], self.shape.columns, pool)[0]
         return torch.cat([patches, position[:, self.shape.tokens :]], 1)
 
-    def _standardise(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def standardised(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From the store's units to the model's; a model that takes tokens as they come has a mean of 0 and a deviation of 1 for them."""
         return (
             (tokens.float() - self.tokens_mean) / self.tokens_std,
             (proprio - self.proprio_mean) / self.proprio_std,
