@@ -48,12 +48,12 @@ mazes: setup
 	wmcache fit --dataset $(DEMO)/pointmaze-medium --encoder tcn --steps 500
 	wmcache extract --dataset $(DEMO)/pointmaze-medium --encoder tcn
 	wmtrain --cache $(DEMO)/stores/pointmaze-medium/tcn-64.zarr $(SMALL) --steps 2000
-	wmplan --run $(DEMO)/runs/pointmaze-medium-tcn-64 --distance graph --budget 300
+	wmplan --run $(DEMO)/runs/pointmaze-medium-tcn-64 --distance graph --budget 150
 	wmcache collect --env Large --episodes 600 --image-size 112
 	wmcache fit --dataset $(DEMO)/pointmaze-large --encoder tcn --steps 800
 	wmcache extract --dataset $(DEMO)/pointmaze-large --encoder tcn
 	wmtrain --cache $(DEMO)/stores/pointmaze-large/tcn-64.zarr $(SMALL) --steps 2500
-	wmplan --run $(DEMO)/runs/pointmaze-large-tcn-64 --distance graph --budget 600
+	wmplan --run $(DEMO)/runs/pointmaze-large-tcn-64 --distance graph --budget 200
 
 # The README's pictures, from the demo's report.
 pictures: demo

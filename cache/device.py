@@ -135,6 +135,6 @@ def attention_precision(device: torch.device) -> Iterator[torch.dtype | None]:
 def attends_in_cache(x: Tensor) -> bool:
     """Whether attention over these queries is faster as plain products that stay in the processor's cache.
 
-    True for bfloat16 on CPUs that multiply it, without gradients: PyTorch's own kernel computes in float32 there, and takes 1.7 times as long.
+    True for bfloat16 on CPUs without gradients: PyTorch's own kernel computes in float32 there, and takes 1.7 times as long.
     """
     return is_cpu(x.device) and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()

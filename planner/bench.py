@@ -84,13 +84,10 @@ def bench_plan(
         return torch.cat(rows, 1)
 
     def ours(precision: torch.dtype) -> Cost:
-        def plan(actions: Tensor) -> Tensor:
-            mpc = Mpc(model, solver, objective, horizon, shape.history, frameskip, device, precision)
-            return mpc.cost_of(encode(frame[None])[:, None], proprio[None, None])(actions)
+        mpc = Mpc(model, solver, objective, horizon, shape.history, frameskip, device, precision)
+        return mpc.cost_of(encode(frame[None])[:, None], proprio[None, None])
 
-        return plan
-
-    def watch(cost: Cost) -> Stopwatch:
+    def watch(begin: Callable[[], Cost]) -> Stopwatch:
         seen: list[Tensor] = []
 
         def noted(actions: Tensor) -> Tensor:
@@ -102,13 +99,15 @@ def bench_plan(
         synchronise(device)
         begun = time.perf_counter()
         with torch.inference_mode():
+            cost = begin()
             plan = solver(noted, torch.zeros(1, horizon, shape.action_dim, device=device), generators)
         synchronise(device)
         return Stopwatch(time.perf_counter() - begun, seen[0][0].float().cpu(), plan.float().cpu())
 
     precision = choose_dtype(dtype, device)
     with tqdm(total=samples * iterations * 3, desc="bench plan", unit=" candidates") as bar:
-        fast, exact, slow = watch(ours(precision)), watch(ours(torch.float32)), watch(reference)
+        fast, exact = watch(lambda: ours(precision)), watch(lambda: ours(torch.float32))
+        slow = watch(lambda: reference)
     few = torch.zeros(1, 2, horizon, shape.action_dim, device=device)
     with torch.inference_mode():
         work = {
