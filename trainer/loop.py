@@ -34,7 +34,7 @@ from wmcache.trainer.checkpoint import (
     truncate_metrics,
 )
 from wmcache.trainer.feed import Feed, choose_residence
-from wmcache.trainer.models import DataShape, build
+from wmcache.trainer.models import DataShape, build, read_options
 from wmcache.trainer.models.dino_wm import pool_grid
 
 ROLLOUT_STEPS = 5
@@ -132,6 +132,8 @@ def _train(
     store: TokenStore, cache: Path, out: Path, options: TrainOptions, *, resume: bool, overwrite: bool
 ) -> dict[str, float]:
     windows = store.windows(options.history, 1, options.frameskip, "train", seed=options.split_seed)
+    # All of them, so that what a run says of itself does not depend on which were typed.
+    options = replace(options, model_options=asdict(read_options(options.model, options.model_options)))
     if options.epochs:
         options = replace(options, steps=max(1, options.epochs * len(windows) // (options.batch * options.accumulate)))
     device = choose_device(options.device)

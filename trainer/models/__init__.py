@@ -5,6 +5,7 @@ To add one, write a file with an options dataclass and an `nn.Module` that is a 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -19,6 +20,25 @@ MODELS: dict[str, tuple[type[Any], Callable[..., nn.Module]]] = {"dino-wm": (Din
 """Name -> (options dataclass, module)."""
 
 
+def read_options(name: str, options: Mapping[str, Any]) -> Any:
+    """A model's options dataclass from its fields, those that are missing at their defaults.
+
+    Raises:
+        UserError: unknown model or option, or values that do not fit.
+    """
+    if name not in MODELS:
+        raise UserError(f"no world model {name!r}; known are {', '.join(MODELS)}")
+    make_options, _ = MODELS[name]
+    known = [field.name for field in fields(make_options)]
+    if unknown := [option for option in options if option not in known]:
+        raise UserError(f"world model {name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
+    try:
+        return TypeAdapter(make_options).validate_json(json.dumps(dict(options), default=str), strict=True)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise UserError(f"world model {name}, option {wrong['loc'][0]}: {wrong['msg']}") from error
+
+
 def build(name: str, shape: DataShape, options: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> Any:
     """A new model: an `nn.Module` that is also a `WorldModel`.
 
@@ -31,18 +51,8 @@ def build(name: str, shape: DataShape, options: Mapping[str, Any], statistics: M
     Raises:
         UserError: unknown name or option, or sizes that do not fit.
     """
-    if name not in MODELS:
-        raise UserError(f"no world model {name!r}; known are {', '.join(MODELS)}")
-    make_options, make_model = MODELS[name]
-    known = [field.name for field in fields(make_options)]
-    if unknown := [option for option in options if option not in known]:
-        raise UserError(f"world model {name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
-    try:
-        chosen = TypeAdapter(make_options).validate_python(dict(options))
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        raise UserError(f"world model {name}, option {wrong['loc'][0]}: {wrong['msg']}") from error
-    return make_model(shape, chosen, statistics)
+    chosen = read_options(name, options)
+    return MODELS[name][1](shape, chosen, statistics)
 
 
-__all__ = ["MODELS", "DataShape", "WorldModel", "build"]
+__all__ = ["MODELS", "DataShape", "WorldModel", "build", "read_options"]
