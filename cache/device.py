@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -119,22 +119,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype)
 
 
-@contextlib.contextmanager
-def attention_precision(device: torch.device) -> Iterator[torch.dtype | None]:
-    """The precision to cast queries, keys and values to inside this context; None leaves it to autocast.
+def attends_plainly(x: Tensor) -> bool:
+    """Whether attention over these queries is faster as plain products than in PyTorch's kernel.
 
-    The CPU's bfloat16 attention kernel is several times slower backwards than its float32 one.
+    True for bfloat16 on the CPU, where that kernel computes in float32 forwards, is several times slower backwards, and has no dropout.
     """
-    if is_cpu(device) and torch.is_grad_enabled():
-        with torch.autocast(device.type, enabled=False):
-            yield torch.float32
-    else:
-        yield None
-
-
-def attends_in_cache(x: Tensor) -> bool:
-    """Whether attention over these queries is faster as plain products that stay in the processor's cache.
-
-    True for bfloat16 on CPUs without gradients: PyTorch's own kernel computes in float32 there, and takes 1.7 times as long.
-    """
-    return is_cpu(x.device) and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+    return is_cpu(x.device) and x.dtype == torch.bfloat16

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from wmcache.cache.device import attends_in_cache, attention_precision
+from wmcache.cache.device import attends_plainly
 
 ROTARY_BASE = 10_000.0
 CACHED_WEIGHTS = 2**21
@@ -29,7 +29,11 @@ class KeysValues:
     def newest(self, tokens: int) -> KeysValues:
         """Of the last so many tokens."""
         first = max(0, self.keys.shape[2] - tokens)
-        return self if not first else KeysValues(self.keys[:, :, first:], self.values[:, :, first:])
+        return (
+            self
+            if not first
+            else KeysValues(self.keys[:, :, first:].contiguous(), self.values[:, :, first:].contiguous())
+        )
 
 
 class Block(nn.Module):
@@ -94,7 +98,10 @@ class Block(nn.Module):
         frames, tokens = x.shape[1:3]
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self._modulation(condition)
         normed = modulated(self.norm_attention(x), shift, scale)
-        q, k, v = rearrange(self.qkv(normed), "b t n (three h c) -> three b h (t n) c", three=3, h=self.heads)
+        # Contiguous, because joining and multiplying strided parts costs more than the copy.
+        q, k, v = rearrange(
+            self.qkv(normed), "b t n (three h c) -> three b h (t n) c", three=3, h=self.heads
+        ).contiguous()
         if self.rotary:
             q, k = rotate(q, first, frames), rotate(k, first, frames)
         if past is not None:
@@ -132,30 +139,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tokens: int, window: int, dropout: f
         As `q`.
     """
     frames, behind = q.shape[2] // tokens, (k.shape[2] - q.shape[2]) // tokens
-    with attention_precision(q.device) as dtype:
-        q, k, v = (part.to(dtype or part.dtype) for part in (q, k, v))
-        parts = []
-        for frame in range(frames):
-            stop = behind + frame + 1
-            seen = slice(max(0, stop - window) * tokens, stop * tokens)
-            own = q[:, :, frame * tokens : (frame + 1) * tokens]
-            if attends_in_cache(q):
-                parts.append(attend_in_cache(own, k[:, :, seen], v[:, :, seen]))
-            else:
-                parts.append(F.scaled_dot_product_attention(own, k[:, :, seen], v[:, :, seen], dropout_p=dropout))
+    one = attend_plainly if attends_plainly(q) else F.scaled_dot_product_attention
+    parts = []
+    for frame in range(frames):
+        stop = behind + frame + 1
+        seen = slice(max(0, stop - window) * tokens, stop * tokens)
+        own = q[:, :, frame * tokens : (frame + 1) * tokens]
+        parts.append(one(own, k[:, :, seen], v[:, :, seen], dropout_p=dropout))
     return parts[0] if frames == 1 else torch.cat(parts, 2)
 
 
-def attend_in_cache(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention as plain products, a few sequences at a time, so that the weights stay in the processor's cache."""
-    out = torch.empty_like(q)
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """Attention as plain products; a few sequences at a time, so that the weights stay in the processor's cache."""
     some = max(1, CACHED_WEIGHTS // (q.shape[1] * q.shape[2] * k.shape[2]))
     with torch.autocast(q.device.type, enabled=False):
-        for first in range(0, len(q), some):
-            part = slice(first, first + some)
-            weights = torch.matmul(q[part] * q.shape[-1] ** -0.5, k[part].transpose(-1, -2)).softmax(-1)
-            out[part] = torch.matmul(weights, v[part])
-    return out
+        parts = []
+        for own, keys, values in zip(*(torch.split(part, some) for part in (q, k, v)), strict=True):
+            weights = torch.matmul(own * own.shape[-1] ** -0.5, keys.transpose(-1, -2)).softmax(-1)
+            parts.append(torch.matmul(F.dropout(weights, dropout_p, training=dropout_p > 0), values))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def rotate(x: Tensor, first: int, frames: int) -> Tensor:
@@ -167,10 +169,11 @@ def rotate(x: Tensor, first: int, frames: int) -> Tensor:
     half = x.shape[-1] // 2
     frequency = ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     angle = torch.arange(first, first + frames, device=x.device)[:, None] * frequency
-    angle = angle.repeat_interleave(x.shape[2] // frames, 0)
+    angle = angle.repeat_interleave(x.shape[2] // frames, 0)[:, None]
     cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cosine - b * sine, a * sine + b * cosine], -1)
+    pairs = rearrange(x, "b h l (two c) -> b h l two c", two=2)
+    turned = pairs * cosine + pairs.flip(-2) * torch.cat([-sine, sine], 1)
+    return rearrange(turned, "b h l two c -> b h l (two c)")
 
 
 def modulated(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
