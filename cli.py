@@ -9,11 +9,11 @@ import click
 from wmcache import __version__
 from wmcache.commands import bench, data, decode, stores
 from wmcache.commands.plan import wmplan
-from wmcache.commands.shared import CONTEXT, Group
+from wmcache.commands.shared import Group
 from wmcache.commands.train import import_run, wmtrain
 
 
-@click.group(cls=Group, context_settings=CONTEXT)
+@click.group(cls=Group)
 @click.version_option(__version__, prog_name="wmcache")
 def main() -> None:
     """Encode every frame once, train world models on cached latents, re-encode only live observations.

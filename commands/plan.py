@@ -11,7 +11,6 @@ import click
 from click.core import ParameterSource
 from wmcache import __version__
 from wmcache.commands.shared import (
-    CONTEXT,
     PATH,
     Command,
     device_option,
@@ -43,7 +42,7 @@ search_options = options(
 )
 
 
-@click.command(cls=Command, context_settings=CONTEXT)
+@click.command(cls=Command)
 @click.version_option(__version__, prog_name="wmplan")
 @preset_option("--protocol", PROTOCOLS, "A known evaluation; what is given beside it wins.")
 @click.option("--run", type=PATH, required=True, help="Folder of the run.")

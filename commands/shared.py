@@ -26,6 +26,10 @@ STOPPED = 75
 class OneLine(click.Command):
     """A command whose expected failures are one line and an exit status, never a traceback."""
 
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        """As click's, with our ways of help, whether called through a group or alone."""
+        super().__init__(*args, **{"context_settings": CONTEXT, **settings})
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         for number in (signal.SIGTERM, signal.SIGUSR1):  # SLURM warns of the walltime with the one that it is told

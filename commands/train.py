@@ -11,7 +11,6 @@ from wmcache import __version__
 from wmcache.cache.errors import command
 from wmcache.cache.files import home
 from wmcache.commands.shared import (
-    CONTEXT,
     PATH,
     Group,
     device_option,
@@ -23,7 +22,7 @@ from wmcache.commands.shared import (
 from wmcache.trainer.presets import PRESETS
 
 
-@click.group(cls=Group, context_settings=CONTEXT, invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.version_option(__version__, prog_name="wmtrain")
 @preset_option("--preset", PRESETS, "Known settings; what is given beside it wins.")
 @click.option("--cache", type=PATH, help="The token store; nothing else is read.  [required]")
