@@ -48,6 +48,13 @@ def normal(generators: Sequence[torch.Generator], samples: int, start: Tensor) -
     return torch.stack(drawn).to(start.device)
 
 
+def around(mean: Tensor, deviation: Tensor, samples: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Candidates [E, samples, T, A] drawn around `mean` [E, T, A] and clipped to the env's bounds; the first is the mean."""
+    actions = mean[:, None] + deviation[:, None] * normal(generators, samples, mean)
+    actions[:, 0] = mean
+    return actions.clamp(-1.0, 1.0)
+
+
 def require(holds: bool, message: str) -> None:
     """Refuse a solver's options.
 

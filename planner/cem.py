@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from wmcache.planner.base import Cost, Solver, normal, require, require_population
+from wmcache.planner.base import Cost, Solver, around, require, require_population
 
 __all__ = ["Cem", "Cost", "Solver"]
 
@@ -50,9 +50,7 @@ class Cem:
         """See `Solver`."""
         mean, deviation = start, torch.full_like(start, self.sigma)
         for _ in range(self.iterations):
-            actions = mean[:, None] + deviation[:, None] * normal(generators, self.samples, start)
-            actions[:, 0] = mean
-            actions = actions.clamp(-1.0, 1.0)
+            actions = around(mean, deviation, self.samples, generators)
             best = cost(actions).topk(self.elites, dim=1, largest=False).indices
             elites = torch.take_along_dim(actions, best[:, :, None, None], dim=1)
             mean = elites.mean(1).lerp(mean, self.momentum)

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from wmcache.planner.base import Cost, normal, require, require_population
+from wmcache.planner.base import Cost, around, require, require_population
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ class Mppi:
         """See `Solver`."""
         mean, deviation = start, torch.full_like(start, self.sigma)
         for _ in range(self.iterations):
-            actions = mean[:, None] + deviation[:, None] * normal(generators, self.samples, start)
-            actions[:, 0] = mean
-            actions = actions.clamp(-1.0, 1.0)
+            actions = around(mean, deviation, self.samples, generators)
             costs, best = cost(actions).topk(self.elites, dim=1, largest=False)
             elites = torch.take_along_dim(actions, best[:, :, None, None], dim=1)
             excess = costs - costs[:, :1]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,22 +112,38 @@ def load_model(run: Path, device: torch.device) -> Any:
         UserError: the folder is no run, or holds no usable checkpoint.
     """
     config = read_config(run)
+
+    def make(statistics: dict[str, Tensor]) -> nn.Module:
+        model: nn.Module = build(config["model"], DataShape(**config["shape"]), config["model_options"], statistics)
+        return model
+
+    return load_network(run, make, device, "train again")
+
+
+def load_network(run: Path, make: Callable[[dict[str, Tensor]], nn.Module], device: torch.device, mend: str) -> Any:
+    """The newest network of a run, frozen.
+
+    Args:
+        run: its folder. device: where it goes.
+        make: the network by the run's settings, from the statistics (`…_mean`, `…_std`) that its checkpoint holds.
+        mend: what to do where the checkpoint does not fit those settings.
+
+    Raises:
+        UserError: there is no checkpoint, or it is damaged or does not fit.
+    """
     folder = last_checkpoint(run)
     weights = load_tensors(folder, "model.safetensors")
     statistics = {name: value for name, value in weights.items() if name.endswith(("_mean", "_std"))}
     try:
-        settings = config["model"], DataShape(**config["shape"]), config["model_options"], statistics
         with torch.device("meta"):  # costs no memory, whatever sizes the settings name
-            sizes = {name: value.shape for name, value in build(*settings).state_dict().items()}
+            sizes = {name: value.shape for name, value in make(statistics).state_dict().items()}
         if sizes != {name: value.shape for name, value in weights.items()}:
             raise ValueError("it has other sizes")  # noqa: TRY301
-        model = build(*settings)
-    except (UserError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        model = make(statistics)
+        model.load_state_dict(weights)
+    except (UserError, KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{folder / 'model.safetensors'} does not fit its config.json ({reason}); train again"
-        ) from error
-    load_weights(folder, model)
+        raise UserError(f"{folder / 'model.safetensors'} does not fit its config.json ({reason}); {mend}") from error
     return model.to(device).eval().requires_grad_(False)
 
 

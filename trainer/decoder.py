@@ -29,9 +29,8 @@ from wmcache.cache.windows import batch_windows, split_episodes
 from wmcache.trainer.checkpoint import (
     checkpoints,
     last_checkpoint,
-    load_tensors,
+    load_network,
     load_training_state,
-    load_weights,
     read_identity,
     read_state,
     save_checkpoint,
@@ -226,23 +225,12 @@ def load_decoder(folder: Path, device: torch.device) -> Decoder:
         UserError: the folder is no decoder's, or holds no usable checkpoint.
     """
     config = read_decoder_config(folder)
-    checkpoint = last_checkpoint(folder)
-    weights = load_tensors(checkpoint, "model.safetensors")
-    statistics = {name: value for name, value in weights.items() if name.endswith(("_mean", "_std"))}
-    try:
-        settings = config["decoder"], DecoderShape(**config["shape"]), config["decoder_options"], statistics
-        with torch.device("meta"):  # costs no memory, whatever sizes the settings name
-            sizes = {name: value.shape for name, value in build_decoder(*settings).state_dict().items()}
-        if sizes != {name: value.shape for name, value in weights.items()}:
-            raise ValueError("it has other sizes")  # noqa: TRY301
-        model = build_decoder(*settings)
-    except (UserError, KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{checkpoint / 'model.safetensors'} does not fit its config.json ({reason}); train the decoder again"
-        ) from error
-    load_weights(checkpoint, model)
-    return model.to(device).eval().requires_grad_(False)
+
+    def make(statistics: dict[str, Tensor]) -> Decoder:
+        return build_decoder(config["decoder"], DecoderShape(**config["shape"]), config["decoder_options"], statistics)
+
+    decoder: Decoder = load_network(folder, make, device, "train the decoder again")
+    return decoder
 
 
 def read_decoder_config(folder: Path) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,6 @@ from wmcache.trainer.loop import TrainOptions, train
 
 Told = Callable[[str], PlanOptions]
 QUICK = "--episodes 2 --budget 10 --horizon 2 --samples 6 --elites 2 --iterations 1 --device cpu"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _leave_the_process_as_it_was() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def run(line: str, **places: Path) -> Result:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,6 @@ from wmcache.trainer.presets import PRESETS
 
 TINY = "--depth 1 --heads 2 --head-dim 4 --mlp 8 --batch-size 8 --device cpu"
 Told = Callable[[str], TrainOptions]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _leave_the_process_as_it_was() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def run(line: str, **places: Path) -> Result:
