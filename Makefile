@@ -6,7 +6,7 @@ DEMO := data/demo
 SMALL := --width 128 --depth 4 --heads 4 --dropout 0 --lr 1e-3
 PLAN := $(DEMO)/runs/pointmaze-umaze-tcn-64/plan-all-x1-50x100
 
-.PHONY: setup test lint demo mazes pictures clean
+.PHONY: setup test lint demo study mazes pictures clean
 
 setup: $(VENV)/.linked
 	@$(BIN)/python -m wmcache.envs.check >/dev/null 2>&1 || scripts/install-gl.sh $(BIN)/python
@@ -17,7 +17,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 # A strict editable install links each file, so that mypy finds the package; a folder's time changes when a file is added.
-$(VENV)/.linked: $(VENV)/.installed cache commands envs envs/mazes pipeline pipeline/encoders pipeline/importers planner trainer trainer/models
+$(VENV)/.linked: $(VENV)/.installed cache commands envs envs/mazes pipeline pipeline/encoders pipeline/importers planner study trainer trainer/models
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable . --config-settings editable_mode=strict
 	@touch $@
 
@@ -39,6 +39,12 @@ demo: setup
 	wmcache extract --encoder tcn
 	wmtrain --cache $(DEMO)/stores/pointmaze-umaze/tcn-64.zarr $(SMALL) --steps 2400
 	wmplan --run $(DEMO)/runs/pointmaze-umaze-tcn-64
+
+# Which representation makes the same world model plan best, of those that need no download.
+study: export WMCACHE_HOME := $(DEMO)
+study: export PATH := $(CURDIR)/$(BIN):$(PATH)
+study: setup
+	wmcache study study/default.toml
 
 # Goals beyond the planning horizon: the medium and the large maze, scored along the ways of the cached frames.
 mazes: export WMCACHE_HOME := $(DEMO)

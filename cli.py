@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import click
 from wmcache import __version__
-from wmcache.commands import bench, data, decode, stores
+from wmcache.commands import bench, data, decode, probe, stores, weights
 from wmcache.commands.plan import wmplan
 from wmcache.commands.shared import Group
+from wmcache.commands.study import study
 from wmcache.commands.train import import_run, wmtrain
 
 
@@ -23,10 +24,10 @@ def main() -> None:
 
 
 for group in (
-    (data.collect, data.import_, data.fit, data.extract, data.encoders),
-    (stores.list_, stores.info, stores.verify, stores.repair, stores.preview, stores.rm),
+    (data.collect, data.import_, data.fit, data.extract, data.derive, data.encoders, weights.weights),
+    (stores.list_, stores.info, stores.verify, stores.repair, stores.preview, probe.probe, stores.rm),
     (bench.bench,),
-    (import_run, decode.imagine),
+    (import_run, decode.imagine, study),
 ):
     for known in group:
         main.add_command(known)

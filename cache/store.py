@@ -170,7 +170,14 @@ class TokenStore:
         return tokens
 
     def windows(
-        self, history: int = 3, predict: int = 1, frameskip: int = 5, split: str = "all", *, seed: int = 42
+        self,
+        history: int = 3,
+        predict: int = 1,
+        frameskip: int = 5,
+        split: str = "all",
+        *,
+        seed: int = 42,
+        fraction: float = 1.0,
     ) -> Windows:
         """All training windows of a split of the episodes.
 
@@ -179,11 +186,12 @@ class TokenStore:
             frameskip: env steps between the frames of a window.
             split: `train` (90 % of the episodes), `val` (the others) or `all`.
             seed: of the split (DINO-WM: 42).
+            fraction: share of the split's episodes, see `split_episodes`.
 
         Raises:
             UserError: no episode of the split is long enough.
         """
-        episodes = split_episodes(int(self.episode[-1]) + 1, split, seed)
+        episodes = split_episodes(int(self.episode[-1]) + 1, split, seed, fraction)
         starts, dropped = window_starts(self.episode, episodes, (history + predict) * frameskip)
         if not len(starts):
             raise UserError(

@@ -77,8 +77,12 @@ class Windows:
         }
 
 
-def split_episodes(episodes: int, split: str, seed: int) -> Int:
+def split_episodes(episodes: int, split: str, seed: int, fraction: float = 1.0) -> Int:
     """The episodes of a split: 90 % train, at least one val where there are two or more. Windows never cross from one to the other.
+
+    Args:
+        episodes: how many there are. split: `train`, `val` or `all`. seed: of the split.
+        fraction: share of the split's episodes, at least one; a smaller share is a part of every larger one.
 
     Raises:
         UserError: unknown split, or a split that would be empty.
@@ -90,7 +94,7 @@ def split_episodes(episodes: int, split: str, seed: int) -> Int:
         raise UserError(f"no split {split!r}; known are {', '.join(parts)}")
     if not len(parts[split]):
         raise UserError(f"{episodes} episodes are too few for a {split} split; collect more")
-    return np.sort(parts[split])
+    return np.sort(parts[split][: max(1, round(fraction * len(parts[split])))])
 
 
 def window_starts(episode: NDArray[np.integer], episodes: Int, span: int) -> tuple[Int, int]:

@@ -9,7 +9,7 @@ import click
 from wmcache.commands.shared import (
     PATH,
     Group,
-    create_encoder,
+    create_encoders,
     dataset_option,
     device_option,
     encoder_options,
@@ -37,11 +37,18 @@ def bench() -> None:
 @encoder_options
 @json_option
 def bench_extract(dataset: Path | None, batch: int, workers: int, as_json: bool, **encoder: Any) -> None:
-    """Extraction against the bare encoder, on every frame of a dataset."""
+    """Extraction against the bare encoder, on every frame of a dataset; of several encoders, one pass against one each."""
     from wmcache.pipeline.bench import bench_extract as run
+    from wmcache.pipeline.bench import bench_together
 
     frames = open_dataset(dataset)
-    result = run(frames, create_encoder(frames, **encoder), batch=batch, workers=workers)
+    networks = create_encoders(frames.card.name, **encoder)
+    together = len(networks) > 1
+    result = (
+        bench_together(frames, networks, batch=batch)
+        if together
+        else run(frames, networks[0], batch=batch, workers=workers)
+    )
     print_figures(result, as_json=as_json)
 
 

@@ -122,11 +122,23 @@ dataset_option = click.option("--dataset", type=PATH, help="Frame dataset.  [def
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 encoder_options = options(
-    click.option("--encoder", "name", default="tcn", help="Name of the encoder; see: wmcache encoders."),
-    click.option("--weights", type=PATH, help="Weights as a .safetensors file.  [default: the encoder's own source]"),
+    click.option(
+        "--encoder", "names", default="tcn", help="One, or several with commas between; see: wmcache encoders."
+    ),
+    click.option(
+        "--weights",
+        multiple=True,
+        metavar="[NAME=]PATH",
+        help="A .safetensors file or a save_pretrained folder, of all encoders that are not fitted or of one.  [default: its own source]",
+    ),
+    click.option("--base-weights", type=PATH, help="Of an adapter's base, if they have moved."),
     click.option("--image-size", type=int, help="Side of the image that the network sees.  [default: the encoder's]"),
     click.option(
         "--normalisation", type=click.Choice(["half", "imagenet"]), help="half is DINO-WM's.  [default: the encoder's]"
+    ),
+    click.option("--filter", type=click.Choice(["bilinear", "bicubic"]), help="Of resizing.  [default: the encoder's]"),
+    click.option(
+        "--lag", type=click.IntRange(1), help="Env steps between the frames of a pair, for encoders of pairs."
     ),
     click.option(
         "--dtype",
@@ -238,12 +250,33 @@ def open_dataset(path: Path | None) -> Any:
     return FrameDataset.open(path or home() / "pointmaze-umaze")
 
 
-def create_encoder(dataset: Any, *, name: str, weights: Path | None, **settings: Any) -> Any:
-    """The `Encoder` that the options name, with the weights fitted on the dataset where there are such."""
+def create_encoders(dataset: str, *, names: str, weights: tuple[str, ...], device: str, **settings: Any) -> list[Any]:
+    """The `Encoder`s that the options name, with the weights fitted on the dataset of that name where there are such."""
     from wmcache.pipeline import encoders
     from wmcache.pipeline.fit import default_weights
 
-    fitted = default_weights(dataset, name)
-    if weights is None and fitted.exists():
-        weights = fitted
-    return encoders.create(name, weights=weights, **settings)
+    wanted = [name.strip() for name in names.split(",")]
+    if len(set(wanted)) < len(wanted):
+        raise UserError(f"--encoder {names} names one twice; name each once")
+    files = _weights_by_name(weights, wanted)
+    made = []
+    for name in wanted:
+        own = encoders.get_entry(name.removesuffix("-layers"))  # a fitted family's layers have its weights
+        fitted = default_weights(dataset, own.spec.name)
+        of_all = files.get("") if len(wanted) == 1 or own.fit is None else None
+        path = files.get(name) or of_all or (fitted if fitted.exists() else None)
+        made.append(encoders.create(name, weights=path, device=device, **settings))
+    return made
+
+
+def _weights_by_name(given: tuple[str, ...], wanted: list[str]) -> dict[str, Path]:
+    """`NAME=PATH` by name, and what has no name under the empty one."""
+    files: dict[str, Path] = {}
+    for word in given:
+        name, equals, path = word.partition("=")
+        if not equals or name not in wanted:
+            name, path = "", word
+        if name in files:
+            raise UserError(f"--weights {word}: a second one for {name or 'all encoders'}; write --weights NAME=PATH")
+        files[name] = Path(path)
+    return files

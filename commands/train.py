@@ -49,6 +49,13 @@ from wmcache.trainer.presets import PRESETS
 @residence_option
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of weights, dropout and order.")
 @click.option("--split-seed", type=click.IntRange(0), default=42, help="Of the split into train and val episodes.")
+@click.option(
+    "--fraction",
+    "episodes_fraction",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    help="Share of the train episodes; smaller ones are parts of larger ones.",
+)
 @click.option("--compile", is_flag=True, help="Use torch.compile.")
 @click.option("--log-every", type=click.IntRange(1), default=20, help="Steps.")
 @click.option("--validate-every", type=click.IntRange(1), default=500, help="Steps.")

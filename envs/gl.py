@@ -5,6 +5,8 @@ MuJoCo reads MUJOCO_GL once, when it is imported, and loads that backend there a
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import sys
 
@@ -16,6 +18,10 @@ class RendererError(RuntimeError):
 # Without a screen, EGL is what works; the user's own choice stands.
 if sys.platform == "linux" and not os.environ.get("DISPLAY"):
     os.environ.setdefault("MUJOCO_GL", "egl")
+
+# Torch's Triton and Mesa each bring an LLVM, and Triton crashes the process when it comes second; torch may import it at any time.
+with contextlib.suppress(ImportError):
+    importlib.import_module("triton")
 
 gl_failure: Exception | None = None
 try:

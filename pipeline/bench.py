@@ -6,16 +6,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 from wmcache.cache.device import CPU, autocast
 from wmcache.cache.errors import UserError
 from wmcache.pipeline.encoders import Encoder, tcn
-from wmcache.pipeline.extract import extract
+from wmcache.pipeline.extract import extract, extract_together
 from wmcache.pipeline.frames import FrameDataset
 
 
@@ -31,7 +33,7 @@ def bench_extract(dataset: FrameDataset, encoder: Encoder, *, batch: int, worker
         extraction, so that a drift of the machine shows), of the encoder on frames that are already decoded, and of the extraction;
         `ratio_to_network` and `ratio_to_encoder`, the extraction's share of each.
     """
-    frames = dataset.read_shard(0)
+    frames, layers = dataset.read_shard(0), encoder.head.layers
     parts = [frames[start : start + batch] for start in range(0, len(frames), batch)]
     with torch.inference_mode():
         images = [encoder.preprocess(torch.from_numpy(part).to(encoder.device)) for part in parts]
@@ -41,7 +43,7 @@ def bench_extract(dataset: FrameDataset, encoder: Encoder, *, batch: int, worker
         start = time.perf_counter()
         for image in images:
             with autocast(encoder.device, encoder.dtype):
-                encoder.network(image).to(torch.float16).cpu()
+                encoder.backbone(image, layers)[layers[-1]].to(torch.float16).cpu()
         return len(frames) / (time.perf_counter() - start)
 
     def encoder_rate() -> float:
@@ -67,6 +69,49 @@ def bench_extract(dataset: FrameDataset, encoder: Encoder, *, batch: int, worker
         "extract_frames_per_second": extraction,
         "ratio_to_network": extraction / network,
         "ratio_to_encoder": extraction / whole,
+    }
+
+
+ROUNDS = 3
+
+
+def bench_together(dataset: FrameDataset, encoders: Sequence[Encoder], *, batch: int) -> dict[str, float]:
+    """Several encoders in one pass against the first alone and against one pass each, by turns.
+
+    Args:
+        dataset: real frames; a shard of them is encoded and written again and again, into temporary stores.
+        encoders: of which some share a backbone. batch: as in `extract`.
+
+    Returns:
+        Frames a second of the first alone, of all together and of all one after the other; `more_than_first`, what the others cost on
+        top of the first, as a share of its time; `one_after_the_other`, how many times as long as together that takes. Medians.
+    """
+    seconds: dict[str, list[float]] = {"first": [], "together": [], "apart": []}
+    passes: dict[str, list[Sequence[Encoder]]] = {
+        "first": [encoders[:1]],
+        "together": [encoders],
+        "apart": [[encoder] for encoder in encoders],
+    }
+    with tempfile.TemporaryDirectory(prefix="wmcache-bench-") as folder, tqdm(total=3 * ROUNDS, desc="bench") as bar:
+        for number in range(ROUNDS):
+            for name, groups in passes.items():
+                start = time.perf_counter()
+                for index, group in enumerate(groups):
+                    stores = [
+                        (encoder, Path(folder) / f"{number}-{name}-{index}-{encoder.spec.name}.zarr")
+                        for encoder in group
+                    ]
+                    extract_together(dataset, stores, batch=batch)
+                seconds[name].append(time.perf_counter() - start)
+                bar.update()
+    first, together, apart = (float(np.median(seconds[name])) for name in ("first", "together", "apart"))
+    return {
+        "frames": dataset.card.frames,
+        "first_frames_per_second": dataset.card.frames / first,
+        "together_frames_per_second": dataset.card.frames / together,
+        "apart_frames_per_second": dataset.card.frames / apart,
+        "more_than_first": together / first - 1,
+        "one_after_the_other": apart / together,
     }
 
 
@@ -115,7 +160,7 @@ def bench_memory(episodes: int) -> list[dict[str, Any]]:
 
 def _save_tcn(path: Path) -> None:
     """Weights of a network that has learnt nothing: its memory does not care."""
-    grid, _ = tcn.SPEC.token_grid(224)
+    grid, _ = tcn.SPEC.patch_grid(224)
     network = tcn.TcnNetwork(grid, tcn.SPEC.patch, tcn.SPEC.token_dim)
     save_file(network.state_dict(), path)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Generic, TypeVar
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 from wmcache.cache.errors import UserError
@@ -54,28 +55,10 @@ def _outcomes(
 ) -> Iterable[int | UserError]:
     guarded = _Guarded(task)
     if workers > 1:
-        # Imported here: it costs half a second that a run in this process need not pay.
-        import dask
-        from distributed import Client, KilledWorker, LocalCluster
+        from distributed import KilledWorker
         from distributed import as_completed as dask_as_completed
 
-        threads_per_process = max(1, (os.cpu_count() or 1) // workers)
-        settings = {
-            "distributed.nanny.pre-spawn-environ": {
-                "OMP_NUM_THREADS": threads_per_process,
-                "MALLOC_TRIM_THRESHOLD_": 65536,
-            },
-            "distributed.worker.multiprocessing-method": "spawn",
-            # Ctrl-C goes to all processes of a terminal; this one tells the others.
-            "distributed.worker.preload": ["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"],
-            # No task waits at a worker: it would be blamed, with the one that runs, for a death of that worker.
-            "distributed.scheduler.worker-saturation": 1.0,
-        }
-        with (
-            dask.config.set(settings),
-            LocalCluster(n_workers=workers, threads_per_worker=threads, dashboard_address=None) as cluster,
-            Client(cluster) as client,
-        ):
+        with local_client(workers, threads) as client:
             futures = client.map(guarded, items, pure=False)
             for future in dask_as_completed(futures):
                 try:
@@ -92,6 +75,33 @@ def _outcomes(
                 pool.shutdown(wait=True, cancel_futures=True)
     else:
         yield from map(guarded, items)
+
+
+@contextmanager
+def local_client(workers: int, threads: int = 1) -> Iterator[Any]:
+    """A Dask client of so many processes of this machine, with so many tasks in flight in each; they end with the block."""
+    # Imported here: it costs half a second that a run in this process need not pay.
+    import dask
+    from distributed import Client, LocalCluster
+
+    threads_per_process = max(1, (os.cpu_count() or 1) // workers)
+    settings = {
+        "distributed.nanny.pre-spawn-environ": {
+            "OMP_NUM_THREADS": threads_per_process,
+            "MALLOC_TRIM_THRESHOLD_": 65536,
+        },
+        "distributed.worker.multiprocessing-method": "spawn",
+        # Ctrl-C goes to all processes of a terminal; this one tells the others.
+        "distributed.worker.preload": ["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"],
+        # No task waits at a worker: it would be blamed, with the one that runs, for a death of that worker.
+        "distributed.scheduler.worker-saturation": 1.0,
+    }
+    with (
+        dask.config.set(settings),
+        LocalCluster(n_workers=workers, threads_per_worker=threads, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
 
 
 class _Guarded(Generic[Item]):

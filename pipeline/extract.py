@@ -1,6 +1,6 @@
-"""Frame dataset x encoder -> token store: one task reads one tar shard and writes one Zarr shard.
+"""Frame dataset x encoders -> token stores: one task reads one tar shard and writes one Zarr shard of each store.
 
-Each process has two tasks in flight and one encoder behind a lock: while one task encodes, the other reads and decodes its frames or
+Each process has two tasks in flight and its encoders behind a lock: while one task encodes, the other reads and decodes its frames or
 writes its tokens. So reading, encoding and writing overlap, and memory holds two shards whatever the size of the dataset.
 
 Several extractions may run into one store: a task claims its shard, and what somebody else has claimed is left to them, and done here
@@ -14,6 +14,8 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from wmcache.cache.layout import StoreCard
 from wmcache.cache.writer import StoreWriter
 from wmcache.pipeline import encoders
 from wmcache.pipeline.cluster import run_tasks
-from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.encoders import Encoder, encode_together
 from wmcache.pipeline.frames import FrameDataset, Frames
 
 TASKS_IN_FLIGHT = 2
@@ -61,6 +63,21 @@ def default_store(dataset: FrameDataset, encoder: Encoder, dtype: str = "float16
     return home() / "stores" / dataset.card.name / f"{encoder.spec.name}-{encoder.image_size}{suffix}.zarr"
 
 
+@dataclass(frozen=True)
+class Job:
+    """An encoder and the store of its tokens, as a task in another process needs to know them.
+
+    Attributes:
+        recipe: of the encoder, JSON.
+        identity: of the store, JSON.
+        out: its folder.
+    """
+
+    recipe: str
+    identity: str
+    out: Path
+
+
 def extract(
     dataset: FrameDataset,
     encoder: Encoder,
@@ -70,85 +87,148 @@ def extract(
     batch: int = 32,
     workers: int = 1,
 ) -> None:
+    """`extract_together` for a single encoder."""
+    extract_together(dataset, [(encoder, out)], dtype=dtype, batch=batch, workers=workers)
+
+
+def extract_together(
+    dataset: FrameDataset,
+    stores: Sequence[tuple[Encoder, Path]],
+    *,
+    dtype: str = "float16",
+    batch: int = 32,
+    workers: int = 1,
+) -> None:
     """Encode every frame of a dataset once; run again, it does only the shards that are not there yet.
 
     Args:
-        dataset: the frames.
-        encoder: makes the tokens.
-        out: the store's folder.
+        dataset: the frames; each is read and decoded once, whatever the number of encoders.
+        stores: encoders, and the folders of their stores; encoders on the same backbone share its pass.
         dtype: what tokens are stored in, `float16` or `int8`.
-        batch: frames in each call of the encoder.
-        workers: processes; each loads the encoder once.
+        batch: frames in each call of the encoders.
+        workers: processes; each loads the encoders once.
 
     Raises:
-        UserError: a store with other settings is at `out`, too little space, or shards that failed.
+        UserError: a store with other settings is there, too little space, or shards that failed.
     """
-    card, identity = store_card(dataset, encoder, dtype), encoder.identity(dataset.card.fingerprint, dtype)
-    if not out.exists():
-        require_space(out, card.token_bytes, f"the store of {card.frames} frames")
-    writer = StoreWriter.create(out, card, identity, dataset.steps.columns())
-    task = functools.partial(
-        extract_shard,
-        dataset.path,
-        json.dumps(encoder.recipe()),
-        str(encoder.device),
-        out,
-        json.dumps(identity.to_json()),
-        batch,
-    )
-    _remember_encoder(encoder)
-    label = f"extract {encoder.spec.name}"
-    if writer.pending():
-        writer.reopen([])
+    card = store_card(dataset, stores[0][0], dtype)
+    writers, jobs = [], []
+    needed = sum(store_card(dataset, encoder, dtype).token_bytes for encoder, out in stores if not out.exists())
+    if needed:
+        require_space(stores[0][1], needed, f"the stores of {card.frames} frames")
+    for encoder, out in stores:
+        identity = encoder.identity(dataset.card.fingerprint, dtype)
+        writers.append(StoreWriter.create(out, store_card(dataset, encoder, dtype), identity, dataset.steps.columns()))
+        jobs.append(Job(json.dumps(encoder.recipe()), json.dumps(identity.to_json()), out))
+    device = str(stores[0][0].device)
+    task = functools.partial(extract_shard, dataset.path, jobs, device, batch)
+    _remember_encoders([encoder for encoder, _ in stores])
+    label = f"extract {', '.join(encoder.spec.name for encoder, _ in stores)}"
+    for writer in writers:
+        if writer.pending():
+            writer.reopen([])
     alone = True
-    while pending := writer.pending():
-        if unclaimed := [shard for shard in pending if not writer.is_claimed(shard)]:
-            total = sum(len(card.shard_frames(shard)) for shard in unclaimed)
-            run_tasks(task, unclaimed, workers=workers, threads=TASKS_IN_FLIGHT, total=total, label=label)
+    while pending := [(writer, shard) for writer in writers for shard in writer.pending()]:
+        if unclaimed := [(writer, shard) for writer, shard in pending if not writer.is_claimed(shard)]:
+            total = sum(len(card.shard_frames(shard)) for _, shard in unclaimed)
+            shards = sorted({shard for _, shard in unclaimed})
+            run_tasks(task, shards, workers=workers, threads=TASKS_IN_FLIGHT, total=total, label=label)
         else:
             if alone:
-                tqdm.write(f"{out}: waiting for another extraction, which is at {len(pending)} shards", file=sys.stderr)
+                where = ", ".join(sorted({str(writer.path) for writer, _ in pending}))
+                tqdm.write(
+                    f"{where}: waiting for another extraction, which is at {len(pending)} shards", file=sys.stderr
+                )
             alone = False
             time.sleep(SECONDS_BETWEEN_LOOKS)
-    writer.finish()
+    for writer in writers:
+        writer.finish()
 
 
-def extract_shard(dataset: Path, recipe: str, device: str, out: Path, identity: str, batch: int, shard: int) -> int:
-    """The task: read, encode and write one shard; returns its number of frames, 0 where somebody else is at it."""
-    known = Identity.from_json(json.loads(identity), str(out))
-    writer = _open_writer(out, known)
-    with writer.claim(shard) as ours:
+def extract_shard(dataset: Path, jobs: Sequence[Job], device: str, batch: int, shard: int) -> int:
+    """The task: read, encode and write one shard of each store; returns the frames done in all of them, without those that others are at.
+
+    Raises:
+        UserError: a shard could not be read, encoded or written; those of the other stores were.
+    """
+    done = 0
+    with ExitStack() as claims:
+        ours: list[tuple[Job, StoreWriter]] = []
+        for job in jobs:
+            known = Identity.from_json(json.loads(job.identity), str(job.out))
+            writer = _open_writer(job.out, known)
+            if claims.enter_context(writer.claim(shard)):
+                done += len(writer.card.shard_frames(shard))
+                if not writer.is_done(shard):
+                    ours.append((job, writer))
         if not ours:
-            return 0
-        if not writer.is_done(shard):
-            frames = _open_dataset(dataset, known.dataset_fingerprint).read_shard(shard)
-            encoder = _load_encoder(recipe, device)
+            return done
+        source = _open_dataset(dataset, ours[0][1].identity.dataset_fingerprint)
+        frames = source.read_shard(shard)
+        encoders_ = _load_encoders(tuple(job.recipe for job, _ in ours), device)
+        failures: list[UserError] = []
+        for lag in dict.fromkeys(encoder.lag for encoder in encoders_):
+            chosen = [number for number, encoder in enumerate(encoders_) if encoder.lag == lag]
+            seen = with_earlier(source, frames, source.shard_frames(shard).start, lag) if lag else frames
             with _encoding:
-                tokens = encode_frames(encoder, frames, batch)
-            writer.write_shard(shard, tokens)
-    return len(writer.card.shard_frames(shard))
+                tokens = encode_frames([encoders_[number] for number in chosen], seen, batch)
+            for number, part in zip(chosen, tokens, strict=True):
+                try:
+                    ours[number][1].write_shard(shard, part)
+                except UserError as error:
+                    failures.append(error)
+        if failures:
+            raise failures[0]
+    return done
 
 
-def encode_frames(encoder: Encoder, frames: Frames, batch: int) -> NDArray[np.float16]:
-    """Tokens float16 [len(frames), N, D]; on a lack of device memory the batch is halved, for good, and the work goes on."""
-    tokens = np.empty((len(frames), *encoder.frame_shape), np.float16)
+def read_for(encoder: Encoder, dataset: FrameDataset, numbers: NDArray[np.integer]) -> Frames:
+    """Some frames as an encoder wants them: [n, S, S, 3], or with their earlier ones [n, 2, S, S, 3]."""
+    frames = dataset.read_frames(numbers)
+    if not encoder.lag:
+        return frames
+    return np.stack([dataset.read_frames(earlier_frames(dataset, numbers, encoder.lag)), frames], 1)
+
+
+def earlier_frames(dataset: FrameDataset, numbers: NDArray[np.integer], lag: int) -> NDArray[np.integer]:
+    """The frames `lag` env steps before some others; the first of its episode where that has not gone on for so long."""
+    earlier: NDArray[np.integer] = numbers - np.minimum(lag, dataset.steps.step[numbers])
+    return earlier
+
+
+def with_earlier(dataset: FrameDataset, frames: Frames, start: int, lag: int) -> Frames:
+    """Frames [n, S, S, 3], of which the first is number `start`, each with the one `lag` env steps before it, [n, 2, S, S, 3].
+
+    Reads what lies in the shards before; see `earlier_frames` for the beginnings of episodes, where a planner has seen no more either.
+    """
+    earlier = earlier_frames(dataset, np.arange(start, start + len(frames)), lag)
+    before = dataset.read_frames(earlier[earlier < start]) if (earlier < start).any() else frames[:0]
+    at_hand = frames[earlier[earlier >= start] - start]
+    return np.stack([np.concatenate([before, at_hand]), frames], 1)
+
+
+def encode_frames(encoders_: Sequence[Encoder], frames: Frames, batch: int) -> list[NDArray[np.float16]]:
+    """Each encoder's tokens, float16 [len(frames), N, D]; where the device lacks memory the batch is halved, for good."""
+    tokens = [np.empty((len(frames), *encoder.frame_shape), np.float16) for encoder in encoders_]
     start = 0
     while start < len(frames):
-        size = min(batch, encoder.max_batch)
+        size = min(batch, *(encoder.max_batch for encoder in encoders_))
         try:
-            part = encoder(frames[start : start + size])
+            parts = encode_together(encoders_, frames[start : start + size])
         except torch.OutOfMemoryError:
             if size == 1:
                 raise UserError("the device has no memory for a single frame; choose --device cpu") from None
-            encoder.max_batch = size // 2
-            release_memory(encoder.device)
+            for encoder in encoders_:
+                encoder.max_batch = size // 2
+            release_memory(encoders_[0].device)
             tqdm.write(
-                f"the device has no memory for {size} frames at once, going on with {encoder.max_batch}",
+                f"the device has no memory for {size} frames at once, going on with {size // 2}",
                 file=sys.stderr,
             )
             continue
-        tokens[start : start + len(part)] = part.cpu().numpy()
-        start += len(part)
+        for whole, part in zip(tokens, parts, strict=True):
+            whole[start : start + len(part)] = part.cpu().numpy()
+        start += len(parts[0])
     return tokens
 
 
@@ -197,23 +277,33 @@ def store_card(dataset: FrameDataset, encoder: Encoder, dtype: str) -> StoreCard
     )
 
 
-# Each process opens the dataset and loads the encoder once, whatever the number of shards it does.
+# Each process opens the dataset and the stores and loads the encoders once, whatever the number of shards it does.
 _encoders: dict[tuple[str, str], Encoder] = {}
 
 
-def _remember_encoder(encoder: Encoder) -> None:
+def _remember_encoders(loaded: Sequence[Encoder]) -> None:
     _encoders.clear()
-    _encoders[json.dumps(encoder.recipe()), str(encoder.device)] = encoder
+    for encoder in loaded:
+        _keep(json.dumps(encoder.recipe()), str(encoder.device), encoder)
 
 
-def _load_encoder(recipe: str, device: str) -> Encoder:
+def _keep(recipe: str, device: str, encoder: Encoder) -> None:
+    for other in _encoders.values():
+        if other.backbone_key == encoder.backbone_key:
+            encoder.share(other)
+            break
+    _encoders[recipe, device] = encoder
+
+
+def _load_encoders(recipes: tuple[str, ...], device: str) -> list[Encoder]:
     with _encoding:
-        if (recipe, device) not in _encoders:
-            _encoders[recipe, device] = encoders.create(**json.loads(recipe), device=device)
-        return _encoders[recipe, device]
+        for recipe in recipes:
+            if (recipe, device) not in _encoders:
+                _keep(recipe, device, encoders.create(**json.loads(recipe), device=device))
+        return [_encoders[recipe, device] for recipe in recipes]
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=64)
 def _open_writer(out: Path, identity: Identity) -> StoreWriter:
     return StoreWriter.resume(out, identity)
 

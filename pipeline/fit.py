@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,35 +17,20 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
-from wmcache.cache.device import choose_device
+from wmcache.cache.device import autocast, choose_device, choose_dtype
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import atomic_write, home, seconds_between_updates
-from wmcache.cache.windows import split_episodes
-from wmcache.envs import Maze
+from wmcache.cache.store import TokenStore
 from wmcache.pipeline import encoders
-from wmcache.pipeline.encoders import Encoder, FitOptions
+from wmcache.pipeline.encoders import FitOptions
+from wmcache.pipeline.encoders.base import Features, Preprocess, Select
+from wmcache.pipeline.encoders.fitting import FitData, Fitting
 from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.probe import Landscape, probe_landscape, split_frames
 
-PROBED_FRAMES = 1000
-PROBED_GOALS = 40
-STEP_DISTANCE = 0.5
-STUCK_DISTANCE = 0.5
-
-
-@dataclass(frozen=True)
-class Landscape:
-    """Whether a planner can descend the squared token distance to a goal.
-
-    Attributes:
-        spearman: rank correlation with the true geodesic distance, over pairs of held-out frames.
-        stuck: share of held-out frames from which moving always to the best place in sight does not lead to the goal.
-    """
-
-    spearman: float
-    stuck: float
+SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
 
 @dataclass(frozen=True)
@@ -60,9 +48,9 @@ class Fitted:
     landscape: Landscape | None
 
 
-def default_weights(dataset: FrameDataset, encoder: str) -> Path:
+def default_weights(dataset: str, encoder: str) -> Path:
     """`$WMCACHE_HOME/encoders/<dataset>-<encoder>.safetensors`."""
-    return home() / "encoders" / f"{dataset.card.name}-{encoder}.safetensors"
+    return home() / "encoders" / f"{dataset}-{encoder}.safetensors"
 
 
 def fit(
@@ -75,13 +63,13 @@ def fit(
     device: str = "auto",
     overwrite: bool = False,
 ) -> Fitted:
-    """Fit an encoder and save its weights; where the same fit has been done before, only measure it again.
+    """Fit an encoder on frames and save its weights; where the same fit has been done before, only measure it again.
 
     Args:
         dataset: frames to train on; a tenth of the episodes is held out.
         name: of an encoder that can be fitted.
         out: safetensors file to write.
-        options: how to train.
+        options: how to train, of the encoder's own kind (`encoders.fit_options`).
         max_frames: held in memory; the first episodes are taken where there are more.
         device: where to train.
         overwrite: replace the weights of another fit.
@@ -89,25 +77,107 @@ def fit(
     Raises:
         UserError: the encoder cannot be fitted, other weights are at `out`, the dataset is too small, or the loss is not finite.
     """
-    encoders.get_fitter(name)  # refuses before anything is read
+    _, make = encoders.get_fit(name)  # refuses before anything is read
+    spec = encoders.get_spec(name)
+    where = choose_device(device)
+    episode = dataset.steps.episode
+    chosen = split_frames(episode, "train")[:max_frames]
+    check_options(options, len(chosen), str(dataset.path))
+    see = Preprocess(spec.image_size, spec.via, spec.normalisation, spec.filter, spec.lag)
+
+    def start() -> Fitting:
+        return make(FitData(episode[chosen], see, where, load_images(dataset, chosen, see.image_size)), options)
+
+    header = describe_fit(name, dataset.card.fingerprint, len(chosen), options)
+    train(start, options, header, out, where, overwrite=overwrite)
+    return Fitted(out, len(chosen), measure(dataset, name, out, device))
+
+
+def fit_adapter(
+    store: TokenStore,
+    name: str,
+    out: Path,
+    options: FitOptions,
+    *,
+    dataset: FrameDataset | None = None,
+    max_frames: int,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Fitted:
+    """Fit an adapter on the cached features of a frozen backbone; as `fit` otherwise.
+
+    Args:
+        store: of the base's layers, or of its patch tokens where the adapter needs no more.
+        name, out, options, device, overwrite: see `fit`.
+        dataset: the store's frames, for decoders of pixels and to measure the landscape; None trains purely from the store.
+        max_frames: as for `fit`; the store is read as it is needed, images are held in memory.
+
+    Raises:
+        UserError: as `fit`; or the store lacks features that the adapter needs.
+    """
+    _, make = encoders.get_fit(name)
+    if encoders.get_entry(name).adapt is None:
+        raise UserError(f"encoder {name} is fitted on frames, not on a store; leave out --cache")
+    if options.needs_images and dataset is None:
+        raise UserError(f"this fit of {name} needs the frames; pass --dataset, or a --decoder that needs none")
+    if dataset is not None and dataset.card.fingerprint != store.identity.dataset_fingerprint:
+        raise UserError(f"{dataset.path} does not hold the frames of {store.path}; pass the right --dataset")
+    where = choose_device(device)
+    base = encoders.create_again(store.card.encoder, device=device)
+    if different := store.identity.differences(
+        base.identity(store.identity.dataset_fingerprint, store.identity.store_dtype)
+    ):
+        raise UserError(
+            f"{base.weights or base.source} are not the weights that {store.path} was extracted with ({'; '.join(different)})"
+        )
+    if not isinstance(base.head, Select):
+        raise UserError(f"{store.path} holds tokens of an adapter; fit {name} on a store of its base")
+    chosen = split_frames(store.episode, "train")[:max_frames]
+    check_options(options, len(chosen), str(store.path))
+    head = base.head
+
+    def gather(rows: NDArray[np.integer]) -> Features:
+        return head.restore(torch.from_numpy(store.gather(chosen[rows])).to(where).float())
+
+    def start() -> Fitting:
+        images = load_images(dataset, chosen, base.image_size) if options.needs_images and dataset else None
+        mean, std = (head.by_layer(torch.from_numpy(values).to(where)) for values in (store.mean, store.std))
+        return make(FitData(store.episode[chosen], base.preprocess, where, images, base, gather, mean, std), options)
+
+    header = {
+        **describe_fit(name, store.identity.dataset_fingerprint, len(chosen), options),
+        "base": json.dumps(base.recipe(), sort_keys=True),
+        "base_sha256": base.weights_sha256,
+    }
+    train(start, options, header, out, where, overwrite=overwrite)
+    return Fitted(out, len(chosen), None if dataset is None else measure(dataset, name, out, device))
+
+
+def describe_fit(name: str, fingerprint: str, frames: int, options: FitOptions) -> dict[str, str]:
+    """The head of a weights file: all that its content depends on."""
+    return {
+        "encoder": name,
+        "dataset": fingerprint,
+        "frames": str(frames),
+        "options": json.dumps(asdict(options), sort_keys=True),
+    }
+
+
+def check_options(options: FitOptions, frames: int, where: str) -> None:
+    """Refuse, as a UserError, what no fit can be made of."""
     if not 0 < options.learning_rate < np.inf:
         raise UserError(f"--lr is {options.learning_rate}; it must be above 0")
-    where = choose_device(device)
-    chosen = split_frames(dataset, "train")[:max_frames]
-    if len(chosen) < 2 * options.batch:
+    if frames < 2 * options.batch:
         raise UserError(
-            f"{dataset.path} has {len(chosen)} training frames; a batch of {options.batch} pairs needs twice as many: collect more"
+            f"{where} has {frames} training frames; a batch of {options.batch} needs twice as many: collect more, or lower --batch-size"
         )
-    settings = {"encoder": name, "dataset": dataset.card.fingerprint, "frames": len(chosen), **asdict(options)}
-    metadata = {key: str(value) for key, value in settings.items()}
-    if overwrite or not out.exists():
-        _train_and_save(dataset, name, chosen, out, options, metadata, where)
-    elif read_metadata(out) != metadata:
-        raise UserError(f"{out} holds the weights of another fit; choose another --out, or replace it with --overwrite")
-    landscape = None
-    if dataset.card.maze and dataset.steps.state.shape[1] >= 2:
-        landscape = probe_landscape(dataset, encoders.create(name, weights=out, device=device))
-    return Fitted(out, len(chosen), landscape)
+
+
+def measure(dataset: FrameDataset, name: str, weights: Path, device: str) -> Landscape | None:
+    """The landscape of a fitted encoder; None where the dataset shows no maze, so that no true distance is known."""
+    if not dataset.card.maze or dataset.steps.state.shape[1] < 2:
+        return None
+    return probe_landscape(dataset, encoders.create(name, weights=weights, device=device))
 
 
 def read_metadata(weights: Path) -> dict[str, str]:
@@ -119,73 +189,105 @@ def read_metadata(weights: Path) -> dict[str, str]:
         raise UserError(f"{weights} cannot be read ({error}); replace it with --overwrite") from error
 
 
-def _train_and_save(
-    dataset: FrameDataset,
-    name: str,
-    chosen: NDArray[np.int64],
-    out: Path,
+def train(
+    start: Callable[[], Fitting],
     options: FitOptions,
-    metadata: dict[str, str],
+    header: dict[str, str],
+    out: Path,
     device: torch.device,
+    *,
+    overwrite: bool,
 ) -> None:
-    images = load_images(dataset, chosen, encoders.get_spec(name).image_size)
-    steps = encoders.get_fitter(name)(images, dataset.steps.episode[chosen], options, device)
-    trained: torch.nn.Module | None = None
-    with tqdm(total=options.steps, desc=f"fit {name}", unit=" steps", mininterval=seconds_between_updates()) as bar:
-        for loss, network in steps:
-            if not np.isfinite(loss):
-                raise UserError(f"the loss is not finite after {bar.n} steps; try a lower --lr")
-            trained = network
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+    """Descend a fitting's loss and save what it keeps; run again after it was killed, it goes on from at most half a minute before.
+
+    Args:
+        start: makes the fitting, from its options' seed alone.
+        options: steps, learning rate and seed.
+        header: all that the weights depend on.
+        out: the file. overwrite: replace one of another header.
+
+    Raises:
+        UserError: another fit is at `out`, or the loss is not finite.
+    """
+    if out.exists() and not overwrite:
+        if read_metadata(out) != header:
+            raise UserError(
+                f"{out} holds the weights of another fit; choose another --out, or replace it with --overwrite"
+            )
+        return
+    torch.manual_seed(options.seed)
+    fitting = start().to(device)
+    parameters = [parameter for parameter in fitting.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=1e-4) if options.steps else None
+    partial, saved = out.with_name(f".{out.name}.partial"), time.monotonic()
+    first = _take_up(partial, fitting, optimiser, header) if optimiser else 0
+    update = seconds_between_updates()
+    with tqdm(
+        total=options.steps, initial=first, desc=f"fit {header['encoder']}", unit=" steps", mininterval=update
+    ) as bar:
+        for step in range(first, options.steps):
+            assert optimiser is not None
+            # By the step alone, so that a fit that was killed goes on as if it had not been.
+            torch.manual_seed(1_000_003 * options.seed + step)
+            rows = fitting.rows(np.random.default_rng((options.seed, step)))
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(step, options)
+            with autocast(device, choose_dtype("auto", device)):
+                losses = fitting.loss(rows)
+            if not torch.isfinite(losses["loss"]):
+                raise UserError(f"the loss is not finite after {step} steps; try a lower --lr")
+            optimiser.zero_grad(set_to_none=True)
+            losses["loss"].backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            bar.set_postfix_str(
+                ", ".join(f"{name} {value.item():.3f}" for name, value in losses.items()), refresh=False
+            )
             bar.update()
-    assert trained is not None
-    weights = {key: value.detach().cpu().contiguous() for key, value in trained.state_dict().items()}
+            if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                _save_partial(partial, fitting, optimiser, {**header, "step": str(step + 1)})
+                saved = time.monotonic()
+    weights = {key: value.detach().cpu().contiguous() for key, value in fitting.kept.state_dict().items()}
+    if not all(torch.isfinite(value).all() for value in weights.values()):
+        raise UserError(f"the weights are not finite after {options.steps} steps; try a lower --lr")
     with atomic_write(out) as file:
-        file.write(save(weights, metadata=metadata))
+        file.write(save(weights, metadata=header))
+    partial.unlink(missing_ok=True)
 
 
-def probe_landscape(dataset: FrameDataset, encoder: Encoder) -> Landscape:
-    """Measure the latent distance between held-out frames; see `Landscape`."""
-    held_out = split_frames(dataset, "val")
-    rng = np.random.default_rng(0)
-    chosen = np.sort(rng.choice(held_out, min(PROBED_FRAMES, len(held_out)), replace=False))
-    frames = dataset.read_frames(chosen)
-    tokens = torch.cat(
-        [encoder(part).float().cpu() for part in np.array_split(frames, max(1, len(frames) // 64))]
-    ).flatten(1)
-    maze, xy = Maze(dataset.card.name, tuple(dataset.card.maze)), dataset.steps.state[chosen, :2]
-    goals = rng.choice(len(chosen), min(PROBED_GOALS, len(chosen)), replace=False)
-    latent = np.stack([(tokens - tokens[goal]).square().sum(1).numpy() for goal in goals])
-    true = np.stack([maze.geodesic(xy[goal], xy) for goal in goals])
-    reachable = np.isfinite(true)
-    correlation = spearmanr(latent[reachable], true[reachable]).statistic
-    near = neighbours(maze, xy)
-    ends = [descend(values, near) for values in latent]
-    stuck = [(true[i, end] > STUCK_DISTANCE)[reachable[i]].mean() for i, end in enumerate(ends)]
-    return Landscape(float(correlation), float(np.mean(stuck)))
+def learning_rate(step: int, options: FitOptions) -> float:
+    """Linear up over the first tenth of the steps, then down to 0 as a cosine."""
+    warmup = max(1, options.steps // 10)
+    if step < warmup:
+        return options.learning_rate * (step + 1) / warmup
+    return options.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (options.steps - warmup))) / 2
 
 
-def split_frames(dataset: FrameDataset, split: str) -> NDArray[np.int64]:
-    """The frames of a split of the episodes, ascending: the split that the trainer uses by default."""
-    episode = dataset.steps.episode
-    return np.flatnonzero(np.isin(episode, split_episodes(int(episode[-1]) + 1, split, 42)))
+def _save_partial(path: Path, fitting: Fitting, optimiser: torch.optim.Optimizer, header: dict[str, str]) -> None:
+    tensors = {f"model.{name}": value for name, value in fitting.state_dict().items()}
+    for number, values in optimiser.state_dict()["state"].items():
+        tensors.update({f"optimiser.{number}.{name}": value for name, value in values.items()})
+    with atomic_write(path) as file:
+        file.write(save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata=header))
 
 
-def neighbours(maze: Maze, xy: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """[n, n]: which places see each other within STEP_DISTANCE."""
-    near: NDArray[np.bool_] = np.linalg.norm(xy[:, None] - xy, axis=-1) < STEP_DISTANCE
-    for share in (0.25, 0.5, 0.75):
-        near &= maze.is_clear(share * xy[:, None] + (1 - share) * xy, 0.0)
-    return near
-
-
-def descend(values: NDArray[np.floating], near: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Where each place ends that always moves to its neighbour of lowest value, [n]."""
-    step = np.where(near, values, np.inf).argmin(1)
-    place = np.arange(len(values))
-    while not (step[place] == place).all():
-        place = step[place]
-    return place
+def _take_up(path: Path, fitting: Fitting, optimiser: torch.optim.Optimizer, header: dict[str, str]) -> int:
+    """Load what a killed fit of the same header left, if there is such; returns its number of steps."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = dict(file.metadata() or {})
+            if {**found, "step": ""} != {**header, "step": ""}:
+                return 0
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError):
+        return 0
+    fitting.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items() if name[0] == "m"})
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimiser."):
+            _, number, field = name.split(".", 2)
+            state.setdefault(int(number), {})[field] = value
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+    return int(found["step"])
 
 
 def load_images(dataset: FrameDataset, frames: NDArray[np.int64], size: int) -> Tensor:

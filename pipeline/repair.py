@@ -18,7 +18,7 @@ from wmcache.cache.verify import Fault, Verification, verify, whole_tokens
 from wmcache.cache.writer import StoreWriter
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
-from wmcache.pipeline.extract import extract
+from wmcache.pipeline.extract import extract, read_for
 from wmcache.pipeline.frames import FrameDataset
 
 SAMPLED_FRAMES = 64
@@ -130,7 +130,7 @@ def verify_deep(
     store = TokenStore.open(path)
     frames, encoder = open_source(store.card, store.identity, dataset=dataset, weights=weights, device=device)
     chosen = np.unique(np.linspace(0, len(store) - 1, SAMPLED_FRAMES).astype(int))
-    drift = encoder.drift(frames.read_frames(chosen), store.gather(chosen))
+    drift = encoder.drift(read_for(encoder, frames, chosen), store.gather(chosen))
     faults = list(found.faults)
     if not drift["cosine"] > COSINE_TOLERANCE:
         faults.append(

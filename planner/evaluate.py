@@ -114,6 +114,11 @@ class Setting:
         self.maze = find_maze(options.env) if options.env else cached_maze(self.card)
         self.image_size = int(self.card.dataset["image_size"])
         self.frameskip = int(self.config["frameskip"])
+        if self.encoder.lag > self.frameskip:
+            raise UserError(
+                f"the encoder of {run} looks {self.encoder.lag} env steps back, beyond its frames of {self.frameskip}; "
+                "train with a --frameskip of at least that, or extract with a smaller --lag"
+            )
         self.drift = live_drift(self.store, self.encoder)
         self.blind = not self.model.proprio_code(
             torch.zeros(1, 1, self.model.shape.proprio_dim, device=self.device)
@@ -224,6 +229,9 @@ def live_drift(store: TokenStore, encoder: Encoder) -> dict[str, float]:
     frames = np.linspace(0, len(store) - 1, CHECKED_FRAMES).astype(int)
     simulator = PointMazeSimulator(cached_maze(store.card), int(data["image_size"]))
     live = np.stack([simulator.render(state) for state in store.state[frames]])
+    if encoder.lag:
+        before = store.state[frames - np.minimum(encoder.lag, store.step[frames])]
+        live = np.stack([np.stack([simulator.render(state) for state in before]), live], 1)
     simulator.close()
     drift = encoder.drift(live, store.gather(frames))
     if not drift["cosine"] > COSINE_TOLERANCE:
@@ -257,10 +265,10 @@ def run_episodes(
     clock = time.perf_counter() - begun
     encoder_frames, replans, done = count, 0, 0
     observation, _ = env.reset(options={"state": start, "goal": goal})
-    live = [_see(setting, observation)]
+    live = [_see(setting, observation, None)]
     encoder_frames += count
     executed: list[Tensor] = []
-    plan, states = None, []
+    plan, states, earlier = None, [], None
     while done < options.budget:
         begun = time.perf_counter()
         live, executed = live[-observed:], executed[len(executed) - min(observed, len(live)) + 1 :]
@@ -273,7 +281,11 @@ def run_episodes(
         for step in range(options.execute):
             action = plan[:, step]
             raw = action.reshape(count, frameskip, -1).cpu().numpy()[:, : options.budget - done]
-            states.append(env.advance(raw))
+            lag = min(setting.encoder.lag, raw.shape[1])
+            states.append(env.advance(raw[:, : raw.shape[1] - lag]))
+            if lag:
+                earlier = np.stack(env.render())
+                states.append(env.advance(raw[:, raw.shape[1] - lag :]))
             executed.append(action)
             done += raw.shape[1]
             if done >= options.budget:
@@ -281,7 +293,7 @@ def run_episodes(
             # Frames in the middle of a chunk are looked at only where a plan will start from them.
             if goes_on and options.execute - step <= observed:
                 begun = time.perf_counter()
-                live.append(_see(setting, env.observe()))
+                live.append(_see(setting, env.observe(), earlier))
                 clock += time.perf_counter() - begun
                 encoder_frames += count
         plan = mpc.shift(plan, options.execute)
@@ -301,9 +313,12 @@ def _start_and_goal(
     return start_and_goal(options.goals, numbers, setting.maze, setting.store, apart, split_seed)
 
 
-def _see(setting: Setting, observation: dict[str, NDArray[Any]]) -> tuple[Tensor, Tensor]:
-    """Tokens [E, N, D] and proprio [E, P] of what is seen now."""
-    return setting.encoder(observation["image"]), torch.from_numpy(observation["proprio"]).to(setting.device)
+def _see(
+    setting: Setting, observation: dict[str, NDArray[Any]], earlier: NDArray[np.uint8] | None
+) -> tuple[Tensor, Tensor]:
+    """Tokens [E, N, D] and proprio [E, P] of what is seen now, and for an encoder of frame pairs of what was seen before."""
+    images = observation["image"] if earlier is None else np.stack([earlier, observation["image"]], 1)
+    return setting.encoder(images), torch.from_numpy(observation["proprio"]).to(setting.device)
 
 
 def evaluate(setting: Setting, options: PlanOptions, out: Path) -> tuple[Episodes, dict[str, Any]]:

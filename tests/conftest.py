@@ -10,7 +10,8 @@ import torch
 from wmcache.cache import TokenStore
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
-from wmcache.pipeline.encoders import Encoder, FitOptions
+from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.encoders.tcn import TcnOptions
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.fit import fit
 from wmcache.pipeline.frames import FrameDataset
@@ -38,7 +39,7 @@ def dataset(dataset_path: Path) -> FrameDataset:
 @pytest.fixture(scope="session")
 def tcn_weights(dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("encoders") / "tcn.safetensors"
-    return fit(dataset, "tcn", path, FitOptions(steps=20, batch=16), max_frames=1000, device="cpu").weights
+    return fit(dataset, "tcn", path, TcnOptions(steps=20, batch=16), max_frames=1000, device="cpu").weights
 
 
 @pytest.fixture(scope="session")

@@ -296,7 +296,7 @@ class TestRefusals:
         [
             ("{home}/runs/pointmaze-umaze-tcn-64/checkpoints/last/model.safetensors", "does not fit tcn"),
             ("{tmp}/garbage.safetensors", "does not fit tcn"),
-            ("{tmp}/none.safetensors", "not an existing .safetensors file"),
+            ("{tmp}/none.safetensors", "neither an existing .safetensors file"),
             ("{tmp}/pickle.pth", "it could hold code"),
         ],
     )

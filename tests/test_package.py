@@ -17,7 +17,7 @@ from wmcache.pipeline.encoders.base import EncoderSpec
 BIN = Path(sys.executable).parent
 ROOT = Path(wmcache.__file__).parent
 SOURCES = sorted(ROOT.glob("*.py"))
-for folder in ("cache", "commands", "envs", "pipeline", "planner", "trainer"):
+for folder in ("cache", "commands", "envs", "pipeline", "planner", "study", "trainer"):
     SOURCES += sorted((ROOT / folder).rglob("*.py"))
 
 
@@ -101,5 +101,5 @@ def test_every_encoder_says_where_it_comes_from_and_what_one_may_do_with_it(spec
     assert spec.licence
     assert spec.summary
     assert "\n" not in spec.summary
-    rows, columns = spec.token_grid(spec.image_size)
+    rows, columns = spec.token_grid
     assert rows * columns > 0

@@ -65,6 +65,7 @@ class TrainOptions:
         dtype: `auto`, `float32` or `bfloat16`. device: `auto`, `cpu`, `cuda`, …
         residence: where tokens are kept, `auto`, `device`, `ram` or `disk`.
         seed: of weights, dropout and order. split_seed: of the split into train and val episodes.
+        episodes_fraction: share of the train episodes to train on; a smaller share is a part of every larger one.
         compile: use torch.compile.
         log_every, validate_every, checkpoint_every: steps.
     """
@@ -91,6 +92,7 @@ class TrainOptions:
     residence: str = "auto"
     seed: int = 0
     split_seed: int = 42
+    episodes_fraction: float = 1.0
     compile: bool = False
     log_every: int = 20
     validate_every: int = 500
@@ -131,7 +133,9 @@ def train(
 def _train(
     store: TokenStore, cache: Path, out: Path, options: TrainOptions, *, resume: bool, overwrite: bool
 ) -> dict[str, float]:
-    windows = store.windows(options.history, 1, options.frameskip, "train", seed=options.split_seed)
+    windows = store.windows(
+        options.history, 1, options.frameskip, "train", seed=options.split_seed, fraction=options.episodes_fraction
+    )
     # All of them, so that what a run says of itself does not depend on which were typed.
     options = replace(options, model_options=asdict(read_options(options.model, options.model_options)))
     if options.epochs:
@@ -144,7 +148,7 @@ def _train(
     model = build(options.model, shape, options.model_options, statistics_of(store, options.frameskip)).to(device)
     pool_grid(torch.empty(1, 1, shape.tokens, 1), shape.columns, options.pool)  # refuses squares that do not fit
     optimiser = make_optimiser(model, options)
-    validation = _validation_windows(store, options)
+    validation = validation_windows(store, options)
     # Only now: an option that makes no sense must not cost a run that is there.
     going_on = _prepare_folder(out, config, store, resume=resume, overwrite=overwrite)
     first = load_training_state(out, model, optimiser) if going_on else 0
@@ -241,6 +245,8 @@ def check_options(options: TrainOptions) -> None:
             raise UserError(
                 f"--{FLAGS.get(name, name)} is {getattr(options, name)}; it must be a number of at least {least:g}"
             )
+    if not 0 < options.episodes_fraction <= 1:
+        raise UserError(f"--fraction is {options.episodes_fraction}; it must be above 0 and at most 1")
 
 
 def descend(
@@ -274,13 +280,19 @@ def descend(
     return {**means, "gradient_norm": norm}, batch
 
 
-@torch.inference_mode()
 def validate(model: Any, windows: Windows, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Open-loop rollouts from one observed frame, as a planner makes them.
 
     Returns:
         `skill_k` for k = 1 … 5 model steps: 1 - MSE of the rollout / MSE of copying the observed frame. 1 is perfect, 0 useless.
     """
+    error, copying = rollout_errors(model, windows, device, dtype)
+    return {f"skill_{k}": value.item() for k, value in enumerate(1 - error / copying, start=1)}
+
+
+@torch.inference_mode()
+def rollout_errors(model: Any, windows: Windows, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """MSE of open-loop rollouts from one observed frame, and of copying that frame, float64 [model steps] each, in the store's units."""
     model.eval()
     steps = windows.predict
     error, copying = torch.zeros(steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.float64)
@@ -292,8 +304,7 @@ def validate(model: Any, windows: Windows, device: torch.device, dtype: torch.dt
             imagined, _ = model.rollout(tokens[:, :1], data["proprio"][:, :1], data["action"][:, :steps])
         error += (imagined - tokens[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
         copying += (tokens[:, :1] - tokens[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
-    skill = 1 - error / copying
-    return {f"skill_{k + 1}": skill[k].item() for k in range(steps)}
+    return error / len(chosen), copying / len(chosen)
 
 
 def pool_at(step: int, options: TrainOptions) -> int:
@@ -356,7 +367,8 @@ def _prepare_folder(out: Path, config: dict[str, Any], store: TokenStore, *, res
     if ours and overwrite:
         shutil.rmtree(out)
     elif ours:
-        there, identity = read_config(out), read_identity(out)[1]
+        # An option that is younger than a run had its default then.
+        there, identity = {**asdict(TrainOptions()), **read_config(out)}, read_identity(out)[1]
         free = MAY_CHANGE_ON_RESUME if resume else MAY_CHANGE
         different = [
             f"{name} {there.get(name)} != {config[name]}"
@@ -406,7 +418,7 @@ def _tell_windows(out: Path, windows: Windows, options: TrainOptions, step: int)
     write_json(out / "not-finite.json", {"step": step, "first_frames_of_windows": first_frames})
 
 
-def _validation_windows(store: TokenStore, options: TrainOptions) -> Windows:
+def validation_windows(store: TokenStore, options: TrainOptions) -> Windows:
     """Windows of one observed frame and up to 5 that follow, from the val episodes."""
     length = int(np.bincount(store.episode).max())
     steps = max(1, min(ROLLOUT_STEPS, length // options.frameskip - 1))

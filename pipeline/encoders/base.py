@@ -1,12 +1,17 @@
-"""What an encoder is: frames in, patch tokens out, and a record of everything that could change a number."""
+"""What an encoder is: a frozen backbone that makes features of frames, and a head that makes patch tokens of features.
+
+Encoders that share a backbone, say DINOv2's patch tokens, its class token and an adapter on both, run it once (`encode_together`). Heads
+see features as a store holds them, in float16, so tokens that are derived from a store equal those that are extracted from frames.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,29 +26,37 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 """DINO-WM's normalisation, to [-1, 1]."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NORMALISATIONS = {"half": HALF, "imagenet": IMAGENET}
+FILTERS = ("bilinear", "bicubic")
 
 COSINE_TOLERANCE = 0.999
 """Tokens of the same frame that differ by more than this are another latent space than the one a model was trained in."""
 
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+LAST = "last"
+"""Every backbone's name for its final features; those with more also have `EARLY` and `MIDDLE`."""
+EARLY, MIDDLE = "early", "middle"
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What is known of an encoder before its weights are loaded.
+    """What is known of an encoder before its weights are loaded; a local folder of weights may say otherwise of grid and dimension.
 
     Attributes:
         name: in the registry.
         summary: one line for people.
         image_size: default side of the image that the network sees.
-        patch: side of a patch in that image; the token grid is (image_size / patch) squared.
+        patch: side of a patch in that image; `image_size` has to be a multiple of it.
         token_dim: D.
-        via: sizes that the frame is resized to before `image_size`, for routes that others took.
         normalisation: default key of NORMALISATIONS.
-        dtype: default compute precision, `auto` or a name in `cache.device.DTYPES`.
         layer, token_selection: which features, and which tokens of them.
         source: where weights come from without `--weights`.
         licence: of those weights.
+        revision: of the source, on a hub; empty where none has been pinned.
+        accept: the page on which a gated model's licence has to be accepted; empty for open ones.
+        grid: of tokens at `image_size`, where it is not one for each patch.
+        via: sizes that the frame is resized to before `image_size`, for routes that others took.
+        filter: default of resizing, in FILTERS, always antialiased.
+        dtype: default compute precision, `auto` or a name in `cache.device.DTYPES`.
+        lag: env steps between the two frames that a token is made of; 0 for one frame.
     """
 
     name: str
@@ -56,11 +69,16 @@ class EncoderSpec:
     token_selection: str
     source: str
     licence: str
+    revision: str = ""
+    accept: str = ""
+    grid: tuple[int, int] | None = None
     via: tuple[int, ...] = ()
+    filter: str = "bilinear"
     dtype: str = "auto"
+    lag: int = 0
 
-    def token_grid(self, image_size: int) -> tuple[int, int]:
-        """Rows and columns of tokens.
+    def patch_grid(self, image_size: int) -> tuple[int, int]:
+        """Rows and columns of patches.
 
         Raises:
             UserError: the size is not a multiple of the patch.
@@ -71,47 +89,178 @@ class EncoderSpec:
             )
         return image_size // self.patch, image_size // self.patch
 
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens at the default size."""
+        return self.grid or self.patch_grid(self.image_size)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a backbone made of some frames.
+
+    Attributes:
+        layers: name -> [B, prefix + N, channels of the layer], N patches row-major over the grid.
+        prefix: tokens before the patches, the class token first.
+    """
+
+    layers: Mapping[str, Tensor]
+    prefix: int
+
+    def patches(self, layer: str) -> Tensor:
+        """[B, N, channels]."""
+        return self.layers[layer][:, self.prefix :]
+
+    def class_token(self, layer: str) -> Tensor:
+        """[B, 1, channels]."""
+        return self.layers[layer][:, :1]
+
+
+class Backbone(nn.Module):
+    """A network up to its features.
+
+    Attributes:
+        dims: layer -> channels, from the shallowest to `LAST`.
+        described: layer -> what it is in the network, for example `block 2`; enters the identity.
+        grid: rows and columns of patches.
+        prefix: tokens before the patches.
+    """
+
+    dims: dict[str, int]
+    described: dict[str, str]
+    grid: tuple[int, int]
+    prefix: int = 0
+
+    def forward(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Make features.
+
+        Args:
+            images: normalised, [B, 3, S, S], or [B, 2, 3, S, S] (the earlier frame first) for encoders with a lag.
+            layers: which are wanted.
+
+        Returns:
+            For each of these [B, prefix + N, dims[layer]].
+        """
+        raise NotImplementedError
+
+
+class Head(nn.Module):
+    """Makes tokens of features; without parameters, or fitted.
+
+    Attributes:
+        layers: what it reads.
+        prefix: whether it reads the tokens before the patches.
+        grid: rows and columns of its tokens.
+        dim: channels of its tokens.
+    """
+
+    layers: tuple[str, ...]
+    prefix: bool = False
+    grid: tuple[int, int]
+    dim: int
+
+    def forward(self, features: Features) -> Tensor:
+        """Float32 features -> [B, rows * columns, dim]."""
+        raise NotImplementedError
+
+
+SELECTIONS = {
+    "patch": "patch tokens",
+    "cls": "class token",
+    "pooled": "mean of the patch tokens",
+    "layers": "all tokens of three layers",
+}
+"""What `Select` can take; `layers` is what `wmcache derive` and adapters make all the others of."""
+
+
+class Select(Head):
+    """A selection of the backbone's own tokens."""
+
+    def __init__(self, backbone: Backbone, selection: str) -> None:
+        """Args: `backbone` whose features they are, `selection` a key of SELECTIONS."""
+        super().__init__()
+        if selection == "cls" and not backbone.prefix:
+            raise ValueError("a backbone without a class token has no such selection")
+        self.selection = selection
+        self.prefix = selection in ("cls", "layers") and backbone.prefix > 0
+        self.layers = tuple(backbone.dims) if selection == "layers" else (LAST,)
+        self.dims = {layer: backbone.dims[layer] for layer in self.layers}
+        self.dim = sum(self.dims.values())
+        tokens = backbone.prefix + backbone.grid[0] * backbone.grid[1]
+        with_prefix = (1, tokens) if backbone.prefix else backbone.grid
+        self.grid = {"patch": backbone.grid, "layers": with_prefix}.get(selection, (1, 1))
+        self._prefix_tokens = backbone.prefix
+
+    def forward(self, features: Features) -> Tensor:
+        """See `Head.forward`."""
+        match self.selection:
+            case "patch":
+                return features.patches(LAST)
+            case "cls":
+                return features.class_token(LAST)
+            case "pooled":
+                return features.patches(LAST).mean(1, keepdim=True)
+            case _:
+                return torch.cat([features.layers[layer] for layer in self.layers], -1)
+
+    def restore(self, tokens: Tensor) -> Features:
+        """The features that tokens [B, N, D] were selected from, as far as they hold them.
+
+        Raises:
+            UserError: they are neither patch tokens nor layers.
+        """
+        if self.selection not in ("patch", "layers"):
+            raise UserError(
+                f"nothing can be derived from a store of the {SELECTIONS[self.selection]} alone; take one of patch tokens or layers"
+            )
+        return Features(self.by_layer(tokens), self._prefix_tokens * (self.selection == "layers"))
+
+    def by_layer(self, channels: Tensor) -> dict[str, Tensor]:
+        """[..., D] -> for each layer its part, [..., channels of the layer]."""
+        parts = torch.split(channels, list(self.dims.values()), -1)
+        return dict(zip(self.layers, parts, strict=True))
+
 
 @dataclass(frozen=True)
 class Loaded:
-    """A network with its weights, as a family's loader returns it.
+    """What a family's loader returns.
 
     Attributes:
-        network: maps images [B, 3, S, S], normalised, to tokens [B, N, D], row-major over the grid.
-        source: hub id, or `file`.
+        backbone, head: with their weights.
+        source: where these came from: hub id and revision, or `file`.
     """
 
-    network: nn.Module
+    backbone: Backbone
+    head: Head
     source: str
 
 
-Loader = Callable[[EncoderSpec, int, Path | None], Loaded]
-"""(spec, image_size, weights file or None for the spec's source) -> network."""
-
-
 @dataclass(frozen=True)
-class FitOptions:
-    """How `fit` trains.
+class Preprocess:
+    """The way from a frame to what a backbone sees.
 
     Attributes:
-        steps: optimiser steps.
-        batch: pairs of frames in each.
-        max_lag: positives are 1 to this many env steps later.
-        spread: weight of the term that drives all frames apart.
-        learning_rate: peak, reached after a tenth of the steps and decayed to 0 as a cosine.
-        seed: of initialisation and batches.
+        image_size: side of that image.
+        via: sizes before that one.
+        normalisation: key of NORMALISATIONS.
+        filter: of resizing.
+        lag: see `EncoderSpec`.
     """
 
-    steps: int = 400
-    batch: int = 256
-    max_lag: int = 4
-    spread: float = 0.2
-    learning_rate: float = 1e-3
-    seed: int = 0
+    image_size: int
+    via: tuple[int, ...]
+    normalisation: str
+    filter: str
+    lag: int
 
-
-Fitter = Callable[[Tensor, NDArray[np.integer], FitOptions, torch.device], Iterator[tuple[float, nn.Module]]]
-"""(images uint8 [frames, 3, S, S], episode [frames], options, device) -> (loss, network) after each step."""
+    def __call__(self, frames: Tensor) -> Tensor:
+        """uint8 [..., S, S, 3] -> float32 [..., 3, image_size, image_size], resized (antialiased, as floats) and normalised."""
+        images = frames.flatten(0, -4).permute(0, 3, 1, 2).float() / 255
+        for size in (*self.via, self.image_size):
+            if images.shape[-1] != size:
+                images = F.interpolate(images, (size, size), mode=self.filter, antialias=True, align_corners=False)
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in NORMALISATIONS[self.normalisation])
+        return ((images - mean) / std).view(*frames.shape[:-3], 3, self.image_size, self.image_size)
 
 
 class Encoder:
@@ -119,84 +268,97 @@ class Encoder:
 
     Attributes:
         spec: what it is.
+        backbone, head: the networks, frozen.
         token_grid, token_dim: N = rows * columns tokens of D values.
+        image_size, lag: of what it sees.
+        weights_sha256: over all its parameters. backbone_sha256: over those of its backbone.
         max_batch: frames that the device has memory for; learnt from the first call that it had none for.
     """
 
     def __init__(
         self,
         spec: EncoderSpec,
-        load: Loader,
+        loaded: Loaded,
+        preprocess: Preprocess,
         *,
-        weights: Path | None = None,
-        image_size: int | None = None,
-        normalisation: str | None = None,
-        dtype: str | None = None,
+        weights: Path | None,
+        base_weights: Path | None = None,
+        dtype: str | None,
         device: str = "auto",
     ) -> None:
         """Use `encoders.create`."""
-        self.spec = spec
-        self.weights = weights
-        self.image_size = spec.image_size if image_size is None else image_size
-        self.normalisation_name = normalisation or spec.normalisation
-        if self.normalisation_name not in NORMALISATIONS:
-            raise UserError(f"no normalisation {normalisation!r}; known are {', '.join(NORMALISATIONS)}")
-        self.token_grid = spec.token_grid(self.image_size)
-        self.token_dim = spec.token_dim
+        self.spec, self.weights, self.base_weights, self.preprocess = spec, weights, base_weights, preprocess
+        self.image_size, self.lag = preprocess.image_size, preprocess.lag
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype or spec.dtype, self.device)
-        loaded = load(spec, self.image_size, weights)
         self.source = loaded.source
-        if any(not torch.isfinite(parameter).all() for parameter in loaded.network.parameters()):
+        networks = nn.ModuleDict({"backbone": loaded.backbone, "head": loaded.head})
+        if any(not torch.isfinite(value).all() for value in networks.state_dict().values()):
             raise UserError(
                 f"the weights of {spec.name} ({weights or loaded.source}) hold values that are not finite; get them again"
             )
-        self.weights_sha256 = hash_parameters(loaded.network)
+        self.weights_sha256 = hash_parameters(networks)
+        self.backbone_sha256 = hash_parameters(nn.ModuleDict({"backbone": loaded.backbone}))
         # Frozen for good: dropout, batch statistics and gradients have no place here.
-        self.network = loaded.network.to(self.device).eval().requires_grad_(False)
+        networks.to(self.device).eval().requires_grad_(False)
+        self.backbone, self.head = loaded.backbone, loaded.head
+        self.token_grid, self.token_dim = loaded.head.grid, loaded.head.dim
         self.max_batch = sys.maxsize
-        mean, std = NORMALISATIONS[self.normalisation_name]
-        self._mean = torch.tensor(mean, device=self.device).view(3, 1, 1)
-        self._std = torch.tensor(std, device=self.device).view(3, 1, 1)
 
     @property
     def frame_shape(self) -> tuple[int, int]:
         """(N, D) of one frame's tokens."""
         return self.token_grid[0] * self.token_grid[1], self.token_dim
 
-    @torch.inference_mode()
+    @property
+    def backbone_key(self) -> tuple[object, ...]:
+        """Equal for encoders that can share one pass of their backbones."""
+        return self.backbone_sha256, self.preprocess, self.dtype, self.device, type(self.backbone)
+
+    def share(self, other: Encoder) -> None:
+        """Use another encoder's backbone, which has to have the same `backbone_key`, so that it is in memory once."""
+        assert self.backbone_key == other.backbone_key
+        self.backbone = other.backbone
+
     def __call__(self, frames: NDArray[np.uint8] | Tensor) -> Tensor:
         """Encode frames.
 
         Args:
-            frames: uint8 [B, H, W, 3], square.
+            frames: uint8 [B, S, S, 3]; for an encoder with a lag [B, 2, S, S, 3], the earlier frame first, or one frame that is taken
+                for both.
 
         Returns:
             float16 [B, N, D] on the encoder's device: the precision of the store, so live tokens equal cached ones.
         """
+        return encode_together([self], frames)[0]
+
+    @torch.inference_mode()
+    def features(self, frames: NDArray[np.uint8] | Tensor, layers: Sequence[str]) -> Features:
+        """The backbone's features of frames (see `__call__`), float16."""
         images = torch.as_tensor(frames).to(self.device)
         if (
             images.dtype != torch.uint8
-            or images.ndim != 4
-            or images.shape[1] != images.shape[2]
-            or images.shape[3] != 3
+            or images.ndim not in ((4, 5) if self.lag else (4,))
+            or images.shape[-3] != images.shape[-2]
+            or images.shape[-1] != 3
         ):
             raise ValueError(f"frames must be uint8 [B, S, S, 3], not {images.dtype} {tuple(images.shape)}")
+        if self.lag and images.ndim == 4:
+            images = images[:, None].expand(-1, 2, -1, -1, -1)
         with autocast(self.device, self.dtype):
-            tokens: Tensor = self.network(self.preprocess(images))
+            found = self.backbone(self.preprocess(images), layers)
+        return Features({name: value.to(torch.float16) for name, value in found.items()}, self.backbone.prefix)
+
+    @torch.inference_mode()
+    def tokens(self, features: Features) -> Tensor:
+        """The head's tokens of features, float16 [B, N, D]."""
+        wide = {name: features.layers[name].float() for name in self.head.layers}
+        tokens: Tensor = self.head(replace(features, layers=wide))
         assert tokens.shape[1:] == self.frame_shape, tokens.shape
         return tokens.to(torch.float16)
 
-    def preprocess(self, frames: Tensor) -> Tensor:
-        """uint8 [B, S, S, 3] -> float32 [B, 3, image_size, image_size], resized (bilinear, antialiased) and normalised."""
-        images = frames.permute(0, 3, 1, 2).float() / 255
-        for size in (*self.spec.via, self.image_size):
-            if images.shape[-1] != size:
-                images = F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        return (images - self._mean) / self._std
-
     def drift(self, frames: NDArray[np.uint8], cached: NDArray[np.float16]) -> dict[str, float]:
-        """How far encoding frames now, uint8 [B, H, W, 3], is from their cached tokens, float16 [B, N, D].
+        """How far encoding frames now (see `__call__`) is from their cached tokens, float16 [B, N, D].
 
         Returns:
             `cosine`, the smallest over the frames, and `relative_error`, the largest norm of a difference over that of the tokens.
@@ -208,29 +370,52 @@ class Encoder:
 
     def identity(self, dataset_fingerprint: str, store_dtype: str = "float16") -> Identity:
         """The identity of a store of this encoder's tokens."""
+        pair = f", of the frame and the one {self.lag} env steps before" if self.lag else ""
         return Identity(
             encoder=self.spec.name,
             weights_source=self.source,
             weights_sha256=self.weights_sha256,
-            layer=self.spec.layer,
-            token_selection=self.spec.token_selection,
+            layer="+".join(self.backbone.described[layer] for layer in self.head.layers),
+            token_selection=self.spec.token_selection + pair,
             image_size=self.image_size,
-            resize="bilinear antialias " + ">".join(str(size) for size in (*self.spec.via, self.image_size)),
-            normalisation=NORMALISATIONS[self.normalisation_name],
+            resize=f"{self.preprocess.filter} antialias "
+            + ">".join(str(size) for size in (*self.preprocess.via, self.image_size)),
+            normalisation=NORMALISATIONS[self.preprocess.normalisation],
             compute_dtype=str(self.dtype).removeprefix("torch."),
             store_dtype=store_dtype,
             dataset_fingerprint=dataset_fingerprint,
         )
 
-    def recipe(self) -> dict[str, str | int | None]:
+    def recipe(self) -> dict[str, Any]:
         """The arguments that `encoders.create` needs to make this encoder again."""
         return {
             "name": self.spec.name,
             "weights": None if self.weights is None else str(self.weights.absolute()),
+            "base_weights": None if self.base_weights is None else str(self.base_weights.absolute()),
             "image_size": self.image_size,
-            "normalisation": self.normalisation_name,
+            "normalisation": self.preprocess.normalisation,
+            "filter": self.preprocess.filter,
+            "lag": self.lag,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+
+
+def encode_together(encoders: Sequence[Encoder], frames: NDArray[np.uint8] | Tensor) -> list[Tensor]:
+    """Tokens of the same frames from several encoders, each backbone run once.
+
+    Args:
+        encoders: any; those of equal `backbone_key` share a pass.
+        frames: as for `Encoder.__call__`; frame pairs are for encoders with a lag alone.
+
+    Returns:
+        For each encoder float16 [B, N, D].
+    """
+    shared: dict[tuple[object, ...], Features] = {}
+    for key in dict.fromkeys(encoder.backbone_key for encoder in encoders):
+        group = [encoder for encoder in encoders if encoder.backbone_key == key]
+        wanted = {layer for encoder in group for layer in encoder.head.layers}
+        shared[key] = group[0].features(frames, [layer for layer in group[0].backbone.dims if layer in wanted])
+    return [encoder.tokens(shared[encoder.backbone_key]) for encoder in encoders]
 
 
 def hash_parameters(network: nn.Module) -> str:

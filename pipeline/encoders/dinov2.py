@@ -1,25 +1,48 @@
-"""DINOv2 patch tokens (arXiv 2304.07193), as DINO-WM uses them: ViT-S/14, 196 px, the final norm's 14 x 14 patch tokens of 384.
+"""DINOv2 (arXiv 2304.07193), as DINO-WM uses it: ViT-S/14, 196 px, the final norm's 14 x 14 patch tokens of 384.
 
 DINO-WM resizes to 224, normalises with 0.5 / 0.5 and resizes to 196 (models/visual_world_model.py); the official normalisation is
-ImageNet's, `--normalisation imagenet`. The network and its position interpolation are timm's.
+ImageNet's, `--normalisation imagenet`. The network and its position interpolation are timm's, or transformers' for a folder of theirs.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import timm
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from wmcache.cache.errors import UserError
-from wmcache.pipeline.encoders.base import EncoderSpec, Loaded
-from wmcache.pipeline.encoders.hub import download_weights
+from wmcache.cache.files import read_json
+from wmcache.pipeline.encoders.base import Backbone, EncoderSpec, Loaded, Select
+from wmcache.pipeline.encoders.registry import register
+from wmcache.pipeline.encoders.vit import CONFIG, RESAVE, HfFamily, Size, TimmVit, load_hf, load_timm, variants
+from wmcache.pipeline.encoders.weights import find_weights
 
-TIMM_NAME = "vit_small_patch14_dinov2.lvd142m"
-
+SIZES = (
+    Size(
+        "",
+        "DINOv2 ViT-S/14",
+        12,
+        384,
+        "timm/vit_small_patch14_dinov2.lvd142m",
+        "4610ca143709d58a633b6397a74412c2c3842454",
+    ),
+    Size(
+        "base",
+        "DINOv2 ViT-B/14",
+        12,
+        768,
+        "timm/vit_base_patch14_dinov2.lvd142m",
+        "4685c99dabffe5affac90bd99dbffd25801ae58d",
+    ),
+    Size(
+        "large",
+        "DINOv2 ViT-L/14",
+        24,
+        1024,
+        "timm/vit_large_patch14_dinov2.lvd142m",
+        "4741e1cafbf45415e77074bb0cb42dba76c8684a",
+    ),
+)
 SPEC = EncoderSpec(
     name="dinov2",
-    summary="DINOv2 ViT-S/14 patch tokens, DINO-WM's representation",
+    summary="DINOv2 ViT-S/14, patch tokens: DINO-WM's representation",
     image_size=196,
     via=(224,),
     patch=14,
@@ -27,45 +50,25 @@ SPEC = EncoderSpec(
     normalisation="half",
     layer="norm",
     token_selection="patch",
-    source=f"timm/{TIMM_NAME}",
+    source=SIZES[0].source,
     licence="Apache-2.0",
+    revision=SIZES[0].revision,
 )
-
-
-class PatchTokens(nn.Module):
-    """A timm ViT reduced to its patch tokens, without class and register tokens."""
-
-    def __init__(self, vit: nn.Module) -> None:
-        """Args: `vit` a timm VisionTransformer."""
-        super().__init__()
-        self.vit = vit
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, N, D]."""
-        tokens: Tensor = self.vit.forward_features(images)  # type: ignore[operator]
-        prefix: int = self.vit.num_prefix_tokens  # type: ignore[assignment]
-        return tokens[:, prefix:]
+HF = HfFamily("Dinov2Model", "Dinov2Config", ("dinov2",))
 
 
 def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """The network with weights from the hub, or from a safetensors file of timm's or the official names, at any image size."""
-    return Loaded(PatchTokens(load_timm(TIMM_NAME, spec, image_size, weights)), "file" if weights else spec.source)
+    """The network with weights from the hub, from a file of timm's or the official names, or from a folder of timm's or transformers'."""
+    path, source = find_weights(spec, weights)
+    size = next(size for size in SIZES if size.source == spec.source)
+    backbone: Backbone
+    if path.is_dir() and "architecture" not in read_json(path / CONFIG, RESAVE):
+        backbone = load_hf(HF, size, spec, image_size, path)
+    else:
+        backbone = TimmVit(load_timm(size.source.removeprefix("timm/"), spec, image_size, path))
+    return Loaded(backbone, Select(backbone, spec.token_selection), source)
 
 
-def load_timm(timm_name: str, spec: EncoderSpec, image_size: int, weights: Path | None) -> nn.Module:
-    """A timm model; position embeddings are interpolated to `image_size` by timm.
-
-    Raises:
-        UserError: the hub cannot be reached, or the file does not fit.
-    """
-    file = weights or download_weights(spec.source, spec.name)
-    try:
-        model: nn.Module = timm.create_model(
-            timm_name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, img_size=image_size, num_classes=0
-        )
-    except (RuntimeError, SafetensorError, KeyError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{file} does not hold the weights of {timm_name} ({reason}); save them from timm's state_dict()"
-        ) from error
-    return model
+for _size in SIZES:
+    for _spec in variants(SPEC, _size, prefix=1):
+        register(SPEC if _spec.name == SPEC.name else _spec)(load)

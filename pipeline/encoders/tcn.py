@@ -8,7 +8,8 @@ another: what a planner that descends it needs. Pixels, untrained networks and p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from wmcache.cache.device import autocast, choose_dtype
 from wmcache.cache.errors import UserError
-from wmcache.pipeline.encoders.base import EncoderSpec, FitOptions, Loaded
+from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Backbone, EncoderSpec, Loaded, Select
+from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
+from wmcache.pipeline.encoders.registry import register, register_fit
+from wmcache.pipeline.encoders.weights import load_fitted
 
 SPEC = EncoderSpec(
     name="tcn",
@@ -35,6 +36,14 @@ SPEC = EncoderSpec(
     source="wmcache fit --encoder tcn",
     licence="yours",
     dtype="float32",
+)
+LAYERS = replace(
+    SPEC,
+    name="tcn-layers",
+    summary="tcn's stem, first block and tokens, for adapters on them",
+    token_dim=160,
+    layer="stem+block 1+head",
+    token_selection="layers",
 )
 
 WIDTH = 64
@@ -62,9 +71,16 @@ class TcnNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, N, D]."""
-        features = rearrange(self.stem((images - self.background) / self.contrast), "b c h w -> b (h w) c")
-        tokens: Tensor = self.head(self.mixer(features + self.position))
-        return tokens
+        return self.stages(images)[-1]
+
+    def stages(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, 3, S, S] -> the stem's features, those after the first block, and the tokens, each [B, N, channels]."""
+        stem = rearrange(self.stem((images - self.background) / self.contrast), "b c h w -> b (h w) c")
+        first, *others = self.mixer.layers
+        middle = mixed = first(stem + self.position)
+        for layer in others:
+            mixed = layer(mixed)
+        return stem, middle, self.head(mixed)
 
     def look_at(self, images: Tensor) -> None:
         """Learn what never moves from images [n, 3, S, S]: without it a ball of a few pixels is all that is left."""
@@ -75,6 +91,38 @@ class TcnNetwork(nn.Module):
     contrast: Tensor
 
 
+class TcnBackbone(Backbone):
+    """The network with names for its stages, so that adapters can be fitted on it: the stem's features, the first block's, the tokens."""
+
+    def __init__(self, network: TcnNetwork, grid: tuple[int, int], token_dim: int) -> None:
+        """Args: `network` with its weights, its `grid` and the channels of its tokens."""
+        super().__init__()
+        self.network = network
+        self.dims = {EARLY: WIDTH, MIDDLE: WIDTH, LAST: token_dim}
+        self.described = {EARLY: "stem", MIDDLE: "block 1", LAST: "head"}
+        self.grid = grid
+
+    def forward(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """See `Backbone.forward`."""
+        stages = dict(zip((EARLY, MIDDLE, LAST), self.network.stages(images), strict=True))
+        return {layer: stages[layer] for layer in layers}
+
+
+@dataclass(frozen=True)
+class TcnOptions(FitOptions):
+    """How it is trained.
+
+    Attributes:
+        max_lag: positives are 1 to this many env steps later.
+        spread: weight of the term that drives all frames apart.
+    """
+
+    max_lag: int = 4
+    spread: float = 0.2
+
+
+@register(SPEC)
+@register(LAYERS)
 def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
     """The network with fitted weights.
 
@@ -83,54 +131,45 @@ def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
     """
     if weights is None:
         raise UserError(
-            f"encoder {spec.name} has no fitted weights yet; make them with: wmcache fit --encoder {spec.name}"
+            f"encoder {spec.name} has no fitted weights yet; make them with: wmcache fit --encoder {SPEC.name}"
         )
-    grid, _ = spec.token_grid(image_size)
-    network = TcnNetwork(grid, SPEC.patch, spec.token_dim)
-    try:
-        network.load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"--weights {weights} does not fit {spec.name} at {image_size} px ({reason}); fit it again"
-        ) from error
-    return Loaded(network, "file")
+    grid = spec.patch_grid(image_size)
+    network = TcnNetwork(grid[0], SPEC.patch, SPEC.token_dim)
+    load_fitted(network, weights, f"{SPEC.name} at {image_size} px")
+    backbone = TcnBackbone(network, grid, SPEC.token_dim)
+    return Loaded(backbone, Select(backbone, spec.token_selection), "file")
 
 
-def fit(
-    images: Tensor, episode: NDArray[np.integer], options: FitOptions, device: torch.device
-) -> Iterator[tuple[float, nn.Module]]:
-    """Train the network, yielding (loss, network) after each step.
+@register_fit(SPEC.name, TcnOptions)
+class TcnFitting(Fitting):
+    """Pairs of frames a few env steps apart against all others."""
 
-    Args:
-        images: uint8 [frames, 3, S, S], in order of episode and step.
-        episode: [frames].
-        options: see `FitOptions`.
-        device: where to train.
-    """
-    torch.manual_seed(options.seed)
-    rng = np.random.default_rng(options.seed)
-    grid, _ = SPEC.token_grid(images.shape[-1])
-    network = TcnNetwork(grid, SPEC.patch, SPEC.token_dim).to(device)
-    some = torch.from_numpy(np.sort(rng.choice(len(images), min(len(images), BACKGROUND_FRAMES), replace=False)))
-    network.look_at(images[some].to(device).float() / 127.5 - 1)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, options.learning_rate, options.steps, pct_start=0.1)
-    last = np.searchsorted(episode, episode, side="right") - 1
-    candidates = np.flatnonzero(last > np.arange(len(last)))
-    for _ in range(options.steps):
-        first = rng.choice(candidates, options.batch)
-        lag = rng.integers(1, options.max_lag + 1, options.batch)
-        second = np.minimum(first + lag, last[first])
-        pixels = images[torch.from_numpy(np.concatenate([first, second]))].to(device)
-        with autocast(device, choose_dtype("auto", device)):
-            tokens = network(pixels.float() / 127.5 - 1).flatten(1).float()
-        loss = time_contrastive_loss(tokens[: options.batch], tokens[options.batch :], options.spread)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        schedule.step()
-        yield loss.item(), network
+    kept: TcnNetwork
+
+    def __init__(self, data: FitData, options: TcnOptions) -> None:
+        """See `Fitting`."""
+        super().__init__()
+        self.data, self.options = data, options
+        grid, _ = SPEC.patch_grid(data.preprocess.image_size)
+        self.kept = TcnNetwork(grid, SPEC.patch, SPEC.token_dim)
+        rng = np.random.default_rng(options.seed)
+        self.kept.to(data.device).look_at(
+            data.pixels(np.sort(rng.choice(len(data), min(len(data), BACKGROUND_FRAMES), replace=False)))
+        )
+        self._last = np.searchsorted(data.episode, data.episode, side="right") - 1
+        self._candidates = np.flatnonzero(self._last > np.arange(len(data)))
+
+    def rows(self, rng: np.random.Generator) -> NDArray[np.integer]:
+        """The first frames of all pairs, then the second ones."""
+        first = rng.choice(self._candidates, self.options.batch)
+        lag = rng.integers(1, self.options.max_lag + 1, self.options.batch)
+        return np.concatenate([first, np.minimum(first + lag, self._last[first])])
+
+    def loss(self, rows: NDArray[np.integer]) -> dict[str, Tensor]:
+        """See `time_contrastive_loss`."""
+        tokens = self.kept(self.data.pixels(rows)).flatten(1).float()
+        first, second = tokens.chunk(2)
+        return {"loss": time_contrastive_loss(first, second, self.options.spread)}
 
 
 def time_contrastive_loss(first: Tensor, second: Tensor, spread: float = 0.0) -> Tensor:

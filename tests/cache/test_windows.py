@@ -72,6 +72,18 @@ def test_train_and_val_share_no_episode(episodes: int, seed: int) -> None:
     assert abs(len(train) - 0.9 * episodes) <= 1
 
 
+@given(episodes=st.integers(2, 300), small=st.floats(0.01, 1), large=st.floats(0.01, 1))
+def test_a_smaller_share_of_the_episodes_is_a_part_of_every_larger_one(
+    episodes: int, small: float, large: float
+) -> None:
+    small, large = sorted((small, large))
+    whole = set(split_episodes(episodes, "train", 42).tolist())
+    fewer, more = (set(split_episodes(episodes, "train", 42, share).tolist()) for share in (small, large))
+    assert fewer
+    assert fewer <= more <= whole
+    assert abs(len(more) - large * len(whole)) <= 1
+
+
 def test_the_windows_of_train_and_val_share_no_frame(store: TokenStore) -> None:
     def frames(split: str) -> set[int]:
         windows = store.windows(split=split)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
@@ -137,14 +137,14 @@ def extract_beside(
     torch.set_num_threads(1)
     encode, numbers = extraction.encode_frames, itertools.count(1)
 
-    def noted(encoder: Encoder, frames: Frames, batch: int) -> NDArray[np.float16]:
+    def noted(loaded: Sequence[Encoder], frames: Frames, batch: int) -> list[NDArray[np.float16]]:
         if next(numbers) == dies_at:
             together.wait(PATIENCE)
             time.sleep(0.3)
             os.kill(os.getpid(), signal.SIGKILL)
         with log.open("a") as file:
             file.write(hashlib.sha256(frames).hexdigest() + "\n")
-        return encode(encoder, frames, batch)
+        return encode(loaded, frames, batch)
 
     extraction.encode_frames = noted
     dataset = FrameDataset.open(data)

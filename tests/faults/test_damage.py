@@ -850,7 +850,9 @@ def overflowing(smalls: dict[str, Small], tmp_path_factory: pytest.TempPathFacto
         agree(dataset, shard)
     encoder = encoders.create("tcn", weights=small.weights, device="cpu")
     features: list[torch.Tensor] = []
-    encoder.network.head[0].register_forward_hook(lambda module, inputs, output: features.append(output))
+    encoder.backbone.get_submodule("network.head.0").register_forward_hook(
+        lambda module, inputs, output: features.append(output)
+    )
     encoder(np.stack([image, image + 255]))
     black, white = features[0].double()
     # White's first token, less all that it has in common with black's tokens: black gives nothing in this direction.

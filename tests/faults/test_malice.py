@@ -385,7 +385,10 @@ def test_a_datasets_name_leads_nowhere(
         frames = FrameDataset.open(copied)
     except UserError:
         return
-    for place, folder in ((default_store(frames, encoder), "stores"), (default_weights(frames, "tcn"), "encoders")):
+    for place, folder in (
+        (default_store(frames, encoder), "stores"),
+        (default_weights(frames.card.name, "tcn"), "encoders"),
+    ):
         assert Path(os.path.normpath(place)).is_relative_to(tmp_path / "home" / folder)
 
 

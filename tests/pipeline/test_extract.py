@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from wmcache.cache.layout import read_attributes, write_attributes
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.encoders.base import Features
 from wmcache.pipeline.extract import default_store, encode_frames, extract, forecast
 from wmcache.pipeline.frames import FrameDataset
 
@@ -145,23 +145,24 @@ def test_a_dataset_made_again_in_its_place_is_read_afresh(encoder: Encoder, tmp_
 
 
 def test_a_batch_that_does_not_fit_the_device_is_halved(dataset: FrameDataset, encoder: Encoder) -> None:
-    class SmallDevice:
+    class SmallDevice(Encoder):
         """The real encoder on a device with room for 5 frames."""
 
-        frame_shape, device, max_batch = encoder.frame_shape, encoder.device, sys.maxsize
+        def __init__(self) -> None:
+            self.__dict__.update(encoder.__dict__)
 
-        def __call__(self, frames: NDArray[np.uint8]) -> torch.Tensor:
+        def features(self, frames: NDArray[np.uint8] | torch.Tensor, layers: Sequence[str]) -> Features:
             if len(frames) > room:
                 raise torch.OutOfMemoryError
-            return encoder(frames)
+            return encoder.features(frames, layers)
 
     frames, room = dataset.read_shard(0)[:19], 5
     np.testing.assert_allclose(
-        encode_frames(SmallDevice(), frames, 16), encode_frames(encoder, frames, 16), atol=2e-2, rtol=1e-2
+        encode_frames([SmallDevice()], frames, 16)[0], encode_frames([encoder], frames, 16)[0], atol=2e-2, rtol=1e-2
     )
     room = 0
     with pytest.raises(UserError, match="--device cpu"):
-        encode_frames(SmallDevice(), frames, 16)
+        encode_frames([SmallDevice()], frames, 16)
 
 
 def test_the_forecast_counts_what_is_to_do(dataset: FrameDataset, encoder: Encoder, tmp_path: Path) -> None:

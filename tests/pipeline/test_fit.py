@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,20 +10,22 @@ from wmcache.cache import UserError
 from wmcache.cache.windows import split_episodes
 from wmcache.envs import Maze
 from wmcache.pipeline import encoders
-from wmcache.pipeline.encoders import Encoder, FitOptions
-from wmcache.pipeline.fit import Fitted, default_weights, descend, fit, load_images, neighbours, read_metadata
+from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.encoders.tcn import TcnOptions
+from wmcache.pipeline.fit import Fitted, default_weights, fit, load_images, read_metadata
 from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.probe import descend, neighbours
 
 
 def fit_on_cpu(
-    dataset: FrameDataset, out: Path, options: FitOptions, *, name: str = "tcn", max_frames: int = 1000, **more: bool
+    dataset: FrameDataset, out: Path, options: TcnOptions, *, name: str = "tcn", max_frames: int = 1000, **more: bool
 ) -> Fitted:
     return fit(dataset, name, out, options, max_frames=max_frames, device="cpu", **more)
 
 
 def test_the_same_fit_again_only_measures(dataset: FrameDataset, tcn_weights: Path) -> None:
     before, time = tcn_weights.read_bytes(), tcn_weights.stat().st_mtime_ns
-    again = fit_on_cpu(dataset, tcn_weights, FitOptions(steps=20, batch=16))
+    again = fit_on_cpu(dataset, tcn_weights, TcnOptions(steps=20, batch=16))
     assert tcn_weights.read_bytes() == before
     assert tcn_weights.stat().st_mtime_ns == time
     # Untrained networks have about 0 here: a few steps must already show.
@@ -31,8 +34,8 @@ def test_the_same_fit_again_only_measures(dataset: FrameDataset, tcn_weights: Pa
     assert again.frames == 5 * 60
 
 
-@pytest.mark.parametrize("options", [FitOptions(steps=19, batch=16), FitOptions(steps=20, batch=16, seed=1)])
-def test_the_weights_of_another_fit_are_kept(dataset: FrameDataset, tcn_weights: Path, options: FitOptions) -> None:
+@pytest.mark.parametrize("options", [TcnOptions(steps=19, batch=16), TcnOptions(steps=20, batch=16, seed=1)])
+def test_the_weights_of_another_fit_are_kept(dataset: FrameDataset, tcn_weights: Path, options: TcnOptions) -> None:
     before = tcn_weights.read_bytes()
     with pytest.raises(UserError, match=r"tcn\.safetensors holds the weights of another fit.*--overwrite"):
         fit_on_cpu(dataset, tcn_weights, options)
@@ -42,37 +45,37 @@ def test_the_weights_of_another_fit_are_kept(dataset: FrameDataset, tcn_weights:
 def test_a_file_that_is_no_fit_is_kept(dataset: FrameDataset, tmp_path: Path) -> None:
     (tmp_path / "mine.safetensors").write_bytes(b"precious")
     with pytest.raises(UserError, match=r"mine\.safetensors cannot be read.*--overwrite"):
-        fit_on_cpu(dataset, tmp_path / "mine.safetensors", FitOptions(steps=1, batch=4))
+        fit_on_cpu(dataset, tmp_path / "mine.safetensors", TcnOptions(steps=1, batch=4))
     assert (tmp_path / "mine.safetensors").read_bytes() == b"precious"
 
 
 def test_a_fit_is_made_again_from_its_seed_and_overwrites_when_told(dataset: FrameDataset, tmp_path: Path) -> None:
     def weights_hash(out: Path, seed: int, **more: bool) -> str:
-        options = FitOptions(steps=2, batch=16, seed=seed)
+        options = TcnOptions(steps=2, batch=16, seed=seed)
         weights = fit_on_cpu(dataset, out, options, max_frames=80, **more).weights
         return encoders.create("tcn", weights=weights, device="cpu").weights_sha256
 
     first = weights_hash(tmp_path / "a.safetensors", 0)
     assert weights_hash(tmp_path / "b.safetensors", 0) == first
     assert weights_hash(tmp_path / "b.safetensors", 1, overwrite=True) != first
-    assert read_metadata(tmp_path / "b.safetensors")["seed"] == "1"
+    assert json.loads(read_metadata(tmp_path / "b.safetensors")["options"])["seed"] == 1
     assert read_metadata(tmp_path / "b.safetensors")["frames"] == "80"
 
 
 def test_a_loss_that_is_not_finite_leaves_no_file(dataset: FrameDataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not finite .*--lr"):
-        fit_on_cpu(dataset, tmp_path / "new.safetensors", FitOptions(steps=20, batch=8, learning_rate=1e30))
+        fit_on_cpu(dataset, tmp_path / "new.safetensors", TcnOptions(steps=20, batch=8, learning_rate=1e30))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_too_few_frames_are_refused(dataset: FrameDataset, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="300 training frames; a batch of 256 pairs"):
-        fit_on_cpu(dataset, tmp_path / "new.safetensors", FitOptions())
+    with pytest.raises(UserError, match="300 training frames; a batch of 256 needs"):
+        fit_on_cpu(dataset, tmp_path / "new.safetensors", TcnOptions())
 
 
 def test_an_encoder_that_is_downloaded_is_not_fitted(dataset: FrameDataset, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"dinov2 is not fitted .* those that are: tcn"):
-        fit_on_cpu(dataset, tmp_path / "new.safetensors", FitOptions(), name="dinov2")
+    with pytest.raises(UserError, match=r"dinov2 is not fitted .* those that are: .*tcn"):
+        fit_on_cpu(dataset, tmp_path / "new.safetensors", TcnOptions(), name="dinov2")
 
 
 def test_training_images_are_what_the_encoder_will_see(dataset: FrameDataset, encoder: Encoder) -> None:
@@ -99,4 +102,4 @@ def test_descent_is_judged_by_where_it_ends() -> None:
 
 def test_weights_live_under_the_home(dataset: FrameDataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WMCACHE_HOME", str(tmp_path))
-    assert default_weights(dataset, "tcn") == tmp_path / "encoders/pointmaze-umaze-tcn.safetensors"
+    assert default_weights(dataset.card.name, "tcn") == tmp_path / "encoders/pointmaze-umaze-tcn.safetensors"

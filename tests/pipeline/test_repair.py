@@ -290,7 +290,7 @@ def test_frames_and_weights_that_have_moved_are_said(road: Road, tmp_path: Path,
         repair(road.store, device="cpu")
     assert str(road.dataset) in str(caught.value)
     weights = road.weights.rename(tmp_path / "moved.safetensors")
-    with pytest.raises(UserError, match=r"--weights .*tcn\.safetensors: not an existing"):
+    with pytest.raises(UserError, match=r"--weights .*tcn\.safetensors: neither an existing"):
         repair(road.store, dataset=data, device="cpu")
     assert all_bytes(road.store) == damaged
     repair(road.store, dataset=data, weights=weights, device="cpu")

@@ -39,7 +39,7 @@ class RecordingEncoder:
     """The real encoder, and the frames that it was given, a call each."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
+        self.encoder, self.lag = encoder, encoder.lag
         self.calls: list[NDArray[np.uint8]] = []
 
     def __call__(self, frames: NDArray[np.uint8]) -> torch.Tensor:

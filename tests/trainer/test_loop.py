@@ -19,6 +19,7 @@ from torch import nn
 from wmcache.cache import TokenStore, UserError
 from wmcache.trainer import loop
 from wmcache.trainer.checkpoint import last_checkpoint, load_model, read_config
+from wmcache.trainer.feed import Feed
 from wmcache.trainer.loop import TrainOptions, learning_rate, make_optimiser, pool_at, train
 from wmcache.trainer.models.dino_wm import DinoWm
 
@@ -309,6 +310,39 @@ def test_matrices_decay_and_vectors_only_where_told(decay_all: bool, of_vectors:
 def test_the_second_moment_decays_as_told() -> None:
     optimiser = make_optimiser(nn.Linear(3, 4), TrainOptions(beta2=0.999))
     assert [group["betas"] for group in optimiser.param_groups] == [(0.9, 0.999)] * 2
+
+
+def test_a_share_of_the_episodes_is_all_that_is_seen(
+    store: TokenStore, store_path: Path, tmp_path: Path, tiny: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Watched(Feed):
+        def __init__(self, store: TokenStore, windows: Any, *others: Any) -> None:
+            seen.append(set(store.episode[windows.starts].tolist()))
+            super().__init__(store, windows, *others)
+
+    monkeypatch.setattr(loop, "Feed", Watched)
+    train(store_path, tmp_path / "all", tiny)
+    train(store_path, tmp_path / "few", replace(tiny, episodes_fraction=0.4))
+    assert (len(seen[0]), len(seen[1])) == (5, 2)
+    assert seen[1] < seen[0]
+    assert weights_of(tmp_path / "all") != weights_of(tmp_path / "few")
+
+
+@pytest.mark.parametrize("fraction", [0.0, -1.0, 1.5, float("nan")])
+def test_a_share_that_is_none_is_refused(store_path: Path, tmp_path: Path, tiny: TrainOptions, fraction: float) -> None:
+    with pytest.raises(UserError, match=r"--fraction is .*; it must be above 0 and at most 1"):
+        train(store_path, tmp_path / "run", replace(tiny, episodes_fraction=fraction))
+
+
+def test_a_run_that_is_older_than_an_option_goes_on(store_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:
+    train(store_path, tmp_path / "run", tiny)
+    file = tmp_path / "run" / "config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "episodes_fraction"}))
+    assert train(store_path, tmp_path / "run", tiny) == {}
+    with pytest.raises(UserError, match=r"episodes_fraction 1\.0 != 0\.5"):
+        train(store_path, tmp_path / "run", replace(tiny, episodes_fraction=0.5))
 
 
 def test_a_run_whose_vectors_decay_goes_on_exactly(store_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:

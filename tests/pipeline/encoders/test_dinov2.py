@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +7,15 @@ import pytest
 import timm
 import torch
 import torchvision.transforms.functional as TF
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import BitImageProcessor
+from transformers.image_utils import PILImageResampling
 from wmcache.cache import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.encoders.base import Preprocess
 
 NAME = "vit_small_patch14_dinov2.lvd142m"
 
@@ -63,6 +64,22 @@ def test_preprocessing_is_dino_wms(dinov2: Encoder, size: int) -> None:
     torch.testing.assert_close(dinov2.preprocess(frames), reference, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("size", [64, 300])
+def test_preprocessing_without_the_route_is_the_published_one(size: int) -> None:
+    frames = torch.from_numpy(noise(2, size, size))
+    processor = BitImageProcessor(
+        size={"shortest_edge": 224},
+        do_center_crop=False,
+        resample=PILImageResampling.BICUBIC,
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    )
+    images = list(frames.permute(0, 3, 1, 2).float())
+    reference = processor(images, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+    ours = Preprocess(224, (), "imagenet", "bicubic", 0)(frames)
+    torch.testing.assert_close(ours, reference, atol=1e-5, rtol=0)
+
+
 def test_imagenet_normalisation_is_timms(weights: Path) -> None:
     encoder = encoders.create("dinov2", weights=weights, normalisation="imagenet", device="cpu")
     config = timm.get_pretrained_cfg(NAME)
@@ -78,12 +95,6 @@ def test_tokens_are_timms_patch_tokens_without_the_class_token(vit: nn.Module, d
     assert tokens.shape == (3, 196, 384)
     assert tokens.dtype == torch.float16
     torch.testing.assert_close(tokens, reference_tokens(vit, dinov2, frames).half(), atol=4e-3, rtol=4e-3)
-
-
-def test_tokens_do_not_depend_on_the_batch(dinov2: Encoder) -> None:
-    frames = noise(3, 64, 64)
-    single = torch.cat([dinov2(frames[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(single, dinov2(frames), atol=4e-3, rtol=4e-3)
 
 
 def test_tokens_are_row_major_over_the_image(dinov2: Encoder) -> None:
@@ -114,18 +125,39 @@ def test_official_files_with_a_mask_token_and_518_px_positions_load(
     assert torch.corrcoef(torch.stack([tokens.float().flatten(), expected.flatten()]))[0, 1] > 0.98
 
 
+def test_the_published_file_is_as_large_as_this_network() -> None:
+    # 88 240 510 bytes, of timm/vit_small_patch14_dinov2.lvd142m: float32 and a head of names.
+    with torch.device("meta"):
+        network = timm.create_model(NAME, num_classes=0)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    assert 0 < 88_240_510 - 4 * parameters < 50_000
+
+
 def test_another_image_size_has_another_grid(weights: Path) -> None:
     encoder = encoders.create("dinov2", weights=weights, image_size=70, dtype="float32", device="cpu")
     assert encoder.token_grid == (5, 5)
     assert encoder(noise(1, 64, 64)).shape == (1, 25, 384)
 
 
-def test_wrong_files_are_refused(weights: Path, tcn_weights: Path, tmp_path: Path) -> None:
+def test_the_identity_says_how_tokens_were_made(weights: Path) -> None:
+    identity = encoders.create("dinov2-cls", weights=weights, dtype="float32", device="cpu").identity("data")
+    assert (identity.encoder, identity.layer, identity.token_selection) == ("dinov2-cls", "norm", "cls")
+    assert identity.resize == "bilinear antialias 224>196"
+    assert identity.normalisation == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
+    save_file({"stem.weight": torch.zeros(3)}, tmp_path / "tcn.safetensors")
     with pytest.raises(UserError, match=r"tcn\.safetensors does not hold .*vit_small_patch14_dinov2"):
-        encoders.create("dinov2", weights=tcn_weights)
+        encoders.create("dinov2", weights=tmp_path / "tcn.safetensors")
     (tmp_path / "page.safetensors").write_bytes(b"<html>404</html>")
     with pytest.raises(UserError, match=r"page\.safetensors does not hold .*vit_small_patch14_dinov2"):
         encoders.create("dinov2", weights=tmp_path / "page.safetensors")
+
+
+def test_a_file_of_another_size_is_refused(weights: Path) -> None:
+    with pytest.raises(UserError, match=r"random\.safetensors does not hold .*vit_base_patch14_dinov2.*size mismatch"):
+        encoders.create("dinov2-base", weights=weights)
 
 
 def test_weights_that_are_not_finite_are_refused(weights: Path, tmp_path: Path) -> None:
@@ -136,18 +168,9 @@ def test_weights_that_are_not_finite_are_refused(weights: Path, tmp_path: Path) 
         encoders.create("dinov2", weights=tmp_path / "inf.safetensors")
 
 
-def test_without_weights_and_network_both_ways_out_are_named(tmp_path: Path) -> None:
-    script = "from wmcache.cache import UserError; from wmcache.pipeline import encoders\n" + (
-        "try:\n    encoders.create('dinov2')\nexcept UserError as error:\n    print(error)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert len(done.stdout.splitlines()) == 1
-    assert "--weights" in done.stdout
-    assert "--encoder tcn" in done.stdout
+def test_without_weights_and_network_both_ways_out_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"--weights FILE\.safetensors, or use --encoder tcn") as refused:
+        encoders.create("dinov2")
+    assert "\n" not in str(refused.value)

@@ -28,7 +28,7 @@ def test_an_image_size_that_does_not_fit_is_refused(name: str, size: int, tmp_pa
 def test_only_existing_safetensors_are_read(name: str, tmp_path: Path) -> None:
     (tmp_path / "weights.pt").write_bytes(b"a pickle could hold code")
     (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(UserError, match=f"{name}: not an existing .safetensors file"):
+    with pytest.raises(UserError, match=f"{name}: neither an existing .safetensors file"):
         encoders.create("tcn", weights=tmp_path / name)
 
 
@@ -40,10 +40,11 @@ def test_an_option_that_does_not_exist_is_named(tcn_weights: Path, option: str, 
 
 def test_a_name_is_registered_once() -> None:
     with pytest.raises(ValueError, match="dinov2 is registered already"):
-        encoders.register(dinov2.SPEC, dinov2.load)
+        encoders.register(encoders.get_spec("dinov2"))(dinov2.load)
 
 
 @pytest.mark.parametrize("spec", encoders.specs(), ids=lambda spec: spec.name)
 def test_every_encoders_default_size_fits_it(spec: EncoderSpec) -> None:
-    rows, columns = spec.token_grid(spec.image_size)
+    rows, columns = spec.patch_grid(spec.image_size)
     assert rows == columns == spec.image_size // spec.patch
+    assert min(spec.token_grid) > 0

@@ -62,14 +62,14 @@ def test_tokens_are_row_major_over_the_image(encoder: Encoder) -> None:
         row, column = divmod(i, columns)
         frames[1 + i, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] = 255
     # The stem alone: after it the mixer spreads a change over all tokens, but keeps their order.
-    features = encoder.network.stem(encoder.preprocess(torch.from_numpy(frames))).flatten(2).mT
+    features = encoder.backbone.network.stem(encoder.preprocess(torch.from_numpy(frames))).flatten(2).mT
     changed = (features[1:] - features[0]).norm(dim=-1).argmax(1)
     assert changed.tolist() == list(range(rows * columns))
 
 
 def test_the_network_is_frozen(encoder: Encoder) -> None:
-    assert not encoder.network.training
-    assert not any(parameter.requires_grad for parameter in encoder.network.parameters())
+    assert not encoder.backbone.training
+    assert not any(parameter.requires_grad for parameter in encoder.backbone.parameters())
 
 
 def test_the_hash_is_of_the_weights_and_not_of_the_file(encoder: Encoder, tcn_weights: Path, tmp_path: Path) -> None:

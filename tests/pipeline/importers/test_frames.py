@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from wmcache.cache import TokenStore, UserError
-from wmcache.pipeline.encoders import Encoder, FitOptions
+from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.encoders.tcn import TcnOptions
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.fit import fit
 from wmcache.pipeline.frames import FrameDataset, Frames
@@ -191,7 +192,7 @@ def test_crop_and_size_are_done_and_said(given: Given, tmp_path: Path) -> None:
 
 def test_a_dataset_without_a_maze_is_fitted_and_extracted(given: Given, encoder: Encoder, tmp_path: Path) -> None:
     frames = given.import_to(tmp_path / "out")
-    fitted = fit(frames, "tcn", tmp_path / "tcn.safetensors", FitOptions(steps=1, batch=2), max_frames=50, device="cpu")
+    fitted = fit(frames, "tcn", tmp_path / "tcn.safetensors", TcnOptions(steps=1, batch=2), max_frames=50, device="cpu")
     assert fitted.landscape is None
     extract(frames, encoder, tmp_path / "store.zarr")
     store = TokenStore.open(tmp_path / "store.zarr")

@@ -1,0 +1,65 @@
+"""wmcache study: which representation makes the same world model plan best?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from wmcache.cache.errors import UserError
+from wmcache.cache.files import home
+from wmcache.commands.shared import PATH, Command, json_option, shell_command
+
+DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
+
+
+@click.command(cls=Command)
+@click.argument("file", type=PATH, required=False)
+@click.option(
+    "--encoder", multiple=True, help="To study, in FILE by label or name, or as it is by default; repeatable."
+)
+@click.option("--dataset", type=PATH, help="Frame dataset.  [default: FILE's, else $WMCACHE_HOME/pointmaze-<maze>]")
+@click.option("--seeds", help="Of fits and trainings, as in 0,1,2.  [default: FILE's]")
+@click.option("--fractions", help="Shares of the train episodes, as in 0.1,0.25,1.  [default: FILE's]")
+@click.option("--steps", type=click.IntRange(1), help="Of training.  [default: FILE's]")
+@click.option("--episodes", type=click.IntRange(1), help="Of each evaluation.  [default: FILE's]")
+@click.option("--device", help="auto, cpu, cuda, cuda:1, mps.  [default: FILE's, else auto]")
+@click.option("--workers", type=click.IntRange(1), help="Processes.  [default: FILE's, else 1]")
+@click.option("--out", type=PATH, help="Folder of the study.  [default: $WMCACHE_HOME/studies/<name of FILE>]")
+@json_option
+def study(file: Path | None, out: Path | None, as_json: bool, **flags: Any) -> None:
+    """Compare encoders by what the same world model plans with them, as FILE (TOML) says. Run again, it goes on.
+
+    Without FILE, those that need no download.
+    """
+    from wmcache.study.options import read_study
+    from wmcache.study.report import headline, summary, write_report
+    from wmcache.study.run import run_study, tabulate
+
+    file = file or DEFAULT
+    for name, kind in (("seeds", int), ("fractions", float)):
+        flags[name] = None if flags[name] is None else _numbers(flags[name], kind, f"--{name}")
+    flags["dataset"] = None if flags["dataset"] is None else str(flags["dataset"])
+    options = read_study(file, flags)
+    out = out or home() / "studies" / file.stem
+    branches, work, failures = run_study(options, out)
+    rows = tabulate(branches, work, failures)
+    results = write_report(out, options, rows, work, branches, shell_command(sys.argv))
+    if as_json:
+        click.echo(json.dumps({"rows": rows, **results}, indent=2))
+    else:
+        click.echo(headline(options, rows))
+        click.echo(summary(options, results))
+        click.echo(f"report: {out / 'study.html'}")
+    if failures:
+        failed = sorted({str(row["failed"]) for row in rows if row["failed"]})
+        raise click.ClickException(f"{len(failures)} cells could not be done, the others are; the first: {failed[0]}")
+
+
+def _numbers(text: str, kind: type[int] | type[float], flag: str) -> list[int] | list[float]:
+    try:
+        return [kind(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"{flag} {text}: not numbers with commas between") from None

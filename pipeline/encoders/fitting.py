@@ -1,0 +1,91 @@
+"""What an encoder's training is made of: data to draw from, options, and a loss. The loop is `pipeline/fit.py`'s."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from wmcache.pipeline.encoders.base import Encoder, Features, Preprocess
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How any encoder is trained; each has a subclass with its own defaults and more.
+
+    Attributes:
+        steps: optimiser steps; 0 for what is computed in closed form.
+        batch: frames, or pairs of frames, in each.
+        learning_rate: peak, reached after a tenth of the steps and decayed to 0 as a cosine.
+        seed: of initialisation and batches.
+    """
+
+    steps: int = 400
+    batch: int = 256
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether the training looks at frames; adapters may get by with cached features."""
+        return True
+
+
+@dataclass(frozen=True)
+class FitData:
+    """Frames of the training episodes, and of an adapter's base their cached features.
+
+    Attributes:
+        episode: [frames], ascending.
+        preprocess: of the encoder that is trained, or of the base.
+        device: where to train.
+        images: uint8 [frames, 3, S, S], resized as the encoder will; None where the training is purely from a cached store.
+        base: an adapter's base; None for others.
+        gather: rows -> the base's features, float32 on the device; None for others.
+        mean, std: layer -> [channels], of these features over all frames; empty for others.
+    """
+
+    episode: NDArray[np.integer]
+    preprocess: Preprocess
+    device: torch.device
+    images: Tensor | None = None
+    base: Encoder | None = None
+    gather: Callable[[NDArray[np.integer]], Features] | None = None
+    mean: dict[str, Tensor] | None = None
+    std: dict[str, Tensor] | None = None
+
+    def __len__(self) -> int:
+        """Number of frames."""
+        return len(self.episode)
+
+    def pixels(self, rows: NDArray[np.integer]) -> Tensor:
+        """Some images as the network sees them: normalised float32 [len(rows), 3, S, S] on the device."""
+        assert self.images is not None
+        some = self.images[torch.from_numpy(np.asarray(rows))].to(self.device).permute(0, 2, 3, 1)
+        return self.preprocess(some)
+
+    def features(self, rows: NDArray[np.integer]) -> Features:
+        """The base's features of some frames, float32 on the device."""
+        assert self.gather is not None
+        return self.gather(rows)
+
+
+class Fitting(nn.Module):
+    """What is trained: the part that is kept, and whatever it needs only meanwhile. All its parameters are descended.
+
+    Attributes:
+        kept: its state dict becomes the weights file. Registered under this name alone: checkpoints hold every tensor once.
+    """
+
+    kept: nn.Module
+
+    def rows(self, rng: np.random.Generator) -> NDArray[np.integer]:
+        """The frames of a step's batch; a pure function of the generator."""
+        raise NotImplementedError
+
+    def loss(self, rows: NDArray[np.integer]) -> dict[str, Tensor]:
+        """`loss` to descend, and what else is worth showing; scalars. May draw from torch's generator."""
+        raise NotImplementedError

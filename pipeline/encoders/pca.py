@@ -1,0 +1,146 @@
+"""The leading principal components of patch tokens: the simplest smaller representation, without a step of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from wmcache.cache.errors import UserError
+from wmcache.cache.schema import Size, parse
+from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Features, Head
+from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
+from wmcache.pipeline.encoders.registry import register_adapter, register_fit
+from wmcache.pipeline.encoders.weights import load_fitted
+
+SPEC = EncoderSpec(
+    name="pca",
+    summary="leading principal components of another encoder's patch tokens (wmcache fit)",
+    image_size=196,
+    via=(224,),
+    patch=14,
+    token_dim=32,
+    normalisation="half",
+    layer="norm",
+    token_selection="principal components of the patch tokens",
+    source="wmcache fit --encoder pca",
+    licence="yours, on the base's",
+)
+
+FRAMES_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class PcaOptions(FitOptions):
+    """How they are found; `learning_rate` and `batch` mean nothing here.
+
+    Attributes:
+        dim: how many components.
+        max_frames: whose tokens are looked at, drawn from the training frames.
+    """
+
+    steps: int = 0
+    batch: int = 1
+    dim: Size = SPEC.token_dim
+    max_frames: Size = 2000
+
+    @property
+    def needs_images(self) -> bool:
+        """It does not."""
+        return False
+
+
+class PcaHead(Head):
+    """Centred patch tokens along the axes; not scaled, so squared distances are those of the tokens but for what is left out."""
+
+    layers = (LAST,)
+
+    def __init__(self, backbone: Backbone, dim: int) -> None:
+        """Args: `backbone` whose tokens they are, `dim` how many components."""
+        super().__init__()
+        self.grid, self.dim = backbone.grid, dim
+        self.register_buffer("mean", torch.zeros(backbone.dims[LAST]))
+        self.register_buffer("axes", torch.zeros(dim, backbone.dims[LAST]))
+
+    def forward(self, features: Features) -> Tensor:
+        """See `Head.forward`."""
+        return (features.patches(LAST) - self.mean) @ self.axes.T
+
+    mean: Tensor
+    axes: Tensor
+
+
+@register_adapter(SPEC, base="dinov2")
+def adapt(backbone: Backbone, options: dict[str, Any], weights: Path) -> PcaHead:
+    """The head with its axes.
+
+    Raises:
+        UserError: the file does not fit.
+    """
+    known = parse(PcaOptions, options, f"--weights {weights}", "fit it again")
+    head = PcaHead(backbone, known.dim)
+    load_fitted(head, weights, SPEC.name)
+    return head
+
+
+@register_fit(SPEC.name, PcaOptions)
+class PcaFitting(Fitting):
+    """All done when it is made."""
+
+    kept: PcaHead
+
+    def __init__(self, data: FitData, options: PcaOptions) -> None:
+        """See `Fitting`.
+
+        Raises:
+            UserError: the steps are not 0, or there are fewer channels than components.
+        """
+        super().__init__()
+        assert data.base is not None
+        channels = data.base.backbone.dims[LAST]
+        if options.steps:
+            raise UserError(f"--steps is {options.steps}, but {SPEC.name} is found in closed form; leave it out")
+        if options.max_frames < 1:
+            raise UserError(f"--max-frames is {options.max_frames}; it must be above 0")
+        if not 0 < options.dim <= channels:
+            raise UserError(
+                f"--dim is {options.dim}; {data.base.spec.name} has {channels} channels, choose 1 to {channels}"
+            )
+        patches = (features.patches(LAST) for features in sample_features(data, options.max_frames, options.seed))
+        mean, _, axes = principal_axes(patches)
+        self.kept = PcaHead(data.base.backbone, options.dim)
+        self.kept.mean.copy_(mean)
+        self.kept.axes.copy_(axes[: options.dim])
+
+
+def sample_features(data: FitData, frames: int, seed: int) -> Iterator[Features]:
+    """The base's features of some training frames, a few frames at a time."""
+    rows: NDArray[np.integer] = np.random.default_rng(seed).choice(len(data), min(len(data), frames), replace=False)
+    for part in np.array_split(np.sort(rows), -(-len(rows) // FRAMES_AT_ONCE)):
+        yield data.features(part)
+
+
+def principal_axes(tokens: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Principal components in float64, on the CPU, whatever the number of tokens.
+
+    Args:
+        tokens: parts, each [..., D].
+
+    Returns:
+        The mean [D], the variances along the axes [D], falling, and the axes [D, D], one a row, of length 1, with the largest entry of
+        each positive.
+    """
+    count, total, products = 0, torch.zeros(()).double(), torch.zeros(()).double()
+    for part in tokens:
+        values = part.detach().cpu().double().flatten(0, -2)
+        count, total, products = count + len(values), total + values.sum(0), products + values.T @ values
+    mean = total / count
+    variances, columns = torch.linalg.eigh(products / count - mean[:, None] * mean)
+    axes = columns.T.flip(0)
+    largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
+    return mean, variances.flip(0).clamp_min(0), axes * largest.sign()

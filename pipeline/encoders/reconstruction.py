@@ -1,0 +1,112 @@
+"""What adapters that compress features are trained for: that these, or the frames, can be made again of their latents."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from wmcache.cache.errors import UserError
+from wmcache.pipeline.encoders.base import Features
+from wmcache.pipeline.encoders.decoders import PixelDecoder, TokenDecoder
+from wmcache.pipeline.encoders.fitting import FitData, FitOptions
+
+DECODERS = ("tokens", "pixels")
+BACKGROUND_FRAMES = 1000
+SMALLEST_DEVIATION = 1e-5
+
+
+@dataclass(frozen=True)
+class ReconstructionOptions(FitOptions):
+    """How they are trained.
+
+    Attributes:
+        decoder: what is made of the latents: `tokens`, the cached features, or `pixels`, the frames.
+    """
+
+    batch: int = 128
+    decoder: str = "tokens"
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what no fit can be made of."""
+        if self.decoder not in DECODERS:
+            raise UserError(f"no decoder {self.decoder!r} to fit through; choose --decoder {' or '.join(DECODERS)}")
+
+    @property
+    def needs_images(self) -> bool:
+        """Only pixels need them."""
+        return self.decoder == "pixels"
+
+
+class Standardise(nn.Module):
+    """Channels to mean 0 and deviation 1 over the tokens of a store; those that never change become 0."""
+
+    def __init__(self, dim: int) -> None:
+        """Args: `dim` channels."""
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[..., dim] -> the same."""
+        return (values - self.mean) / self.std
+
+    def look_at(self, data: FitData, layer: str) -> None:
+        """Take over what the store knows of a layer."""
+        assert data.mean is not None
+        assert data.std is not None
+        self.mean.copy_(data.mean[layer])
+        self.std.copy_(data.std[layer].clamp_min(SMALLEST_DEVIATION))
+
+    mean: Tensor
+    std: Tensor
+
+
+class Reconstruction(nn.Module):
+    """A decoder and its error: the mean absolute one of normalised pixels, or the mean squared one of standardised features."""
+
+    def __init__(self, data: FitData, options: ReconstructionOptions, dim: int, layers: Sequence[str]) -> None:
+        """Args: `data`, `options` of the fit; `dim` channels of the latents, on the grid of the base; `layers` to make again."""
+        super().__init__()
+        assert data.base is not None
+        self.data = data
+        backbone = data.base.backbone
+        rows, columns = backbone.grid
+        self.targets = nn.ModuleDict()
+        self.decoder: PixelDecoder | TokenDecoder
+        if options.needs_images:
+            self.decoder = PixelDecoder(backbone.grid, dim, data.preprocess.image_size)
+            rng = np.random.default_rng(options.seed)
+            some = rng.choice(len(data), min(len(data), BACKGROUND_FRAMES), replace=False)
+            self.decoder.look_at(data.pixels(np.sort(some)))
+        else:
+            self.decoder = TokenDecoder(rows * columns, dim, sum(backbone.dims[layer] for layer in layers))
+            for layer in layers:
+                self.targets[layer] = target = Standardise(backbone.dims[layer])
+                target.look_at(data, layer)
+
+    def forward(self, latents: Tensor, features: Features, rows: NDArray[np.integer]) -> Tensor:
+        """Scalar error of what is made of latents [B, N, dim], against their features or the frames `rows`."""
+        drawn = self.decoder(latents).float()
+        if not self.targets:
+            return F.l1_loss(drawn, self.data.pixels(rows))
+        target = torch.cat([standardise(features.patches(layer)) for layer, standardise in self.targets.items()], -1)
+        return F.mse_loss(drawn, target)
+
+
+def random_rows(data: FitData, batch: int, rng: np.random.Generator) -> NDArray[np.integer]:
+    """Frames of a batch, each at most once, ascending, as a store reads them best."""
+    return np.sort(rng.choice(len(data), batch, replace=False))
+
+
+def require_layers(known: Collection[str], layers: Sequence[str], name: str) -> None:
+    """Raises UserError where a store, or a backbone, lacks layers that the adapter of a name reads."""
+    if missing := [layer for layer in layers if layer not in known]:
+        raise UserError(
+            f"{name} reads {', '.join(layers)} features, and here are no {', '.join(missing)} ones; "
+            "extract layers of the base, for example with --encoder dinov2-layers, and fit it on those"
+        )

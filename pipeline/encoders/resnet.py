@@ -1,0 +1,112 @@
+"""ResNet-18 (arXiv 1512.03385) trained on ImageNet, torchvision's first weights: its last map, or the mean of that, one token of 512.
+
+Frames are resized whole to 224 px, where the published transform crops their margins away. The network is timm's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from wmcache.cache.errors import UserError
+from wmcache.cache.files import read_json
+from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Loaded, Select
+from wmcache.pipeline.encoders.registry import register
+from wmcache.pipeline.encoders.vit import CONFIG, RESAVE
+from wmcache.pipeline.encoders.weights import find_weights, read_tensors
+
+ARCHITECTURE = "resnet18"
+
+MAP = EncoderSpec(
+    name="resnet18-map",
+    summary="ResNet-18's last map, supervised on ImageNet",
+    image_size=224,
+    patch=32,
+    token_dim=512,
+    normalisation="imagenet",
+    layer="layer4",
+    token_selection="patch",
+    source=f"timm/{ARCHITECTURE}.tv_in1k",
+    revision="590dfdd48494d2316a8385e1ca7fbec3b9359b35",
+    licence="BSD-3-Clause",
+)
+SPEC = replace(
+    MAP,
+    name="resnet18",
+    summary="ResNet-18's pooled features, one token, supervised on ImageNet",
+    token_selection="pooled",
+    grid=(1, 1),
+)
+
+
+class ResNetBackbone(Backbone):
+    """A timm ResNet up to its last map, row-major."""
+
+    def __init__(self, resnet: Any, image_size: int) -> None:
+        """Args: `resnet` as timm makes it, `image_size` a multiple of its stride."""
+        super().__init__()
+        self.resnet = resnet
+        last = resnet.feature_info[-1]
+        self.dims = {LAST: resnet.num_features}
+        self.described = {LAST: last["module"]}
+        self.grid = (image_size // last["reduction"],) * 2
+
+    def forward(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """See `Backbone.forward`."""
+        return dict.fromkeys(layers, self.resnet.forward_features(images).flatten(2).mT)
+
+
+@register(MAP)
+@register(SPEC)
+def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
+    """The network with weights from the hub, from a file of timm's (and torchvision's) names, or from timm's folder of any ResNet.
+
+    Raises:
+        UserError: no network, or a file or folder that does not fit.
+    """
+    path, source = find_weights(spec, weights)
+    resnet = make_resnet(path)
+    load_body(resnet, read_tensors(path, spec.name, without=("fc.",)), path, spec)
+    backbone = ResNetBackbone(resnet, image_size)
+    return Loaded(backbone, Select(backbone, spec.token_selection), source)
+
+
+def make_resnet(path: Path) -> Any:
+    """A timm ResNet without its classifier and without weights: of the architecture that a timm folder names, a ResNet-18 for a file.
+
+    Raises:
+        UserError: the folder names none.
+    """
+    import timm
+    from timm.models.resnet import ResNet
+
+    if not path.is_dir():
+        return timm.create_model(ARCHITECTURE, num_classes=0)
+    architecture = read_json(path / CONFIG, RESAVE).get("architecture")
+    if not isinstance(architecture, str):
+        raise UserError(f"{path / CONFIG} names no timm architecture; save the folder with timm.models.save_for_hf")
+    try:
+        resnet = timm.create_model(f"local-dir:{path}", num_classes=0)
+    except Exception as error:  # (whatever the library makes of a stranger's config)
+        raise UserError(f"{path / CONFIG} is damaged ({' '.join(str(error).split())[:160]}); {RESAVE}") from error
+    if not isinstance(resnet, ResNet):
+        raise UserError(f"{path} holds a timm {architecture}, not a ResNet; pass weights of that kind")
+    return resnet
+
+
+def load_body(resnet: nn.Module, tensors: Mapping[str, Tensor], path: Path, spec: EncoderSpec) -> None:
+    """Load all weights of a ResNet without its classifier.
+
+    Raises:
+        UserError: some are missing, unknown, or of another shape.
+    """
+    # How many batches a statistic was taken over changes no token, and not every file says: it must not make two encoders of one.
+    kept = {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
+    try:
+        resnet.load_state_dict(kept)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not fit {spec.name} ({reason}); pass weights of {spec.source}") from error

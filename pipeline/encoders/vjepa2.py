@@ -1,0 +1,117 @@
+"""V-JEPA 2 (arXiv 2506.09985): ViT-L/16 over tubelets of two frames, 256 px, the final norm's 16 x 16 tokens of 1024.
+
+A frame is shown twice and makes one tubelet, as V-JEPA 2-AC does it; an encoder with a lag is shown an earlier frame and this one. There is
+no class token. Frames are resized whole, where the published processor crops their margins away. The network is that of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from wmcache.cache.errors import UserError
+from wmcache.cache.files import read_json
+from wmcache.pipeline.encoders.base import LAST, EncoderSpec, Loaded, Select
+from wmcache.pipeline.encoders.registry import register
+from wmcache.pipeline.encoders.vit import CONFIG, RESAVE, Size, Vit, patches_a_side, variants
+from wmcache.pipeline.encoders.weights import find_weights, read_tensors
+
+TUBELET = 2
+
+SIZE = Size(
+    "",
+    "V-JEPA 2 ViT-L/16",
+    24,
+    1024,
+    "facebook/vjepa2-vitl-fpc64-256",
+    "b3c1679b7c34d3255ef3547f27c7b226aefab26f",
+)
+SPEC = EncoderSpec(
+    name="vjepa2",
+    summary="V-JEPA 2 ViT-L/16, patch tokens",
+    image_size=256,
+    patch=16,
+    token_dim=1024,
+    normalisation="imagenet",
+    layer="norm",
+    token_selection="patch",
+    source=SIZE.source,
+    licence="MIT",
+    revision=SIZE.revision,
+)
+PAIR = replace(SPEC, name="vjepa2-pair", summary="V-JEPA 2 ViT-L/16, patch tokens of a frame and an earlier one", lag=5)
+
+
+class Vjepa2Backbone(Vit):
+    """The encoder of a VJEPA2Model."""
+
+    def __init__(self, encoder: Any, grid: int) -> None:
+        """Args: `encoder` with `grid` patches a side."""
+        super().__init__(encoder.config.num_hidden_layers, encoder.config.hidden_size, (grid, grid), prefix=0)
+        self.encoder = encoder
+
+    def forward(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """See `Backbone.forward`."""
+        clips = images if images.ndim == 5 else images[:, None].expand(-1, TUBELET, -1, -1, -1)
+        hidden: Tensor = self.encoder.embeddings(clips)
+        found = {}
+        # Block by block: the model's own output_hidden_states would keep all 24 in memory.
+        for number, block in enumerate(self.encoder.layer, 1):
+            hidden, _ = block(hidden)
+            found.update({layer: hidden for layer in layers if self.blocks.get(layer) == number})
+        return {layer: self.encoder.layernorm(hidden) if layer == LAST else found[layer] for layer in layers}
+
+
+def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
+    """The network with weights from the hub, from a file of the hub's names, or from a folder of transformers'.
+
+    Only the encoder is kept: the predictor, which a file may or may not hold, is for training.
+
+    Raises:
+        UserError: no network, or a file or folder that does not fit.
+    """
+    path, source = find_weights(spec, weights)
+    encoder, grid = make_encoder(spec, image_size, path)
+    tensors = read_tensors(path, spec.name, without=("predictor.",))
+    try:
+        encoder.load_state_dict(
+            {name.removeprefix("encoder."): value.float() for name, value in tensors.items()}, assign=True
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not fit {spec.name} ({reason}); pass weights of {spec.source}") from error
+    backbone = Vjepa2Backbone(encoder, grid)
+    return Loaded(backbone, Select(backbone, spec.token_selection), source)
+
+
+def make_encoder(spec: EncoderSpec, image_size: int, path: Path) -> tuple[Any, int]:
+    """A VJEPA2Encoder without weights, and its patches a side: as a folder's config says, or the published one for a file.
+
+    The network takes the rows and columns of its rotary positions from its crop size, whatever the image, so the two have to agree.
+
+    Raises:
+        UserError: the folder is of another model, or not for tubelets of two frames of this size.
+    """
+    from transformers import VJEPA2Config, VJEPA2Model
+
+    written: dict[str, Any] = {}
+    if path.is_dir():
+        written = read_json(path / CONFIG, RESAVE)
+        if (kind := written.get("model_type")) != VJEPA2Config.model_type:
+            raise UserError(f"{path} holds a {kind}, not a {VJEPA2Config.model_type}; pass weights of that kind")
+    if (tubelet := written.get("tubelet_size", TUBELET)) != TUBELET:
+        raise UserError(f"{path} has tubelets of {tubelet} frames, not {TUBELET}; pass weights of {spec.source}")
+    grid = patches_a_side(spec, image_size, written.get("patch_size", spec.patch), path)
+    try:
+        with torch.device("meta"):
+            return VJEPA2Model(VJEPA2Config.from_dict({**written, "crop_size": image_size})).encoder, grid
+    except Exception as error:  # (whatever the library makes of a stranger's config)
+        raise UserError(f"{path / CONFIG} is damaged ({' '.join(str(error).split())[:160]}); {RESAVE}") from error
+
+
+for _spec in (*variants(SPEC, SIZE, prefix=0), PAIR):
+    register(_spec)(load)

@@ -1,0 +1,274 @@
+"""What a study leaves for people: study.parquet, a table for the terminal, and one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from matplotlib.figure import Figure
+from wmcache.cache.files import atomic_write
+from wmcache.planner.episodes import THRESHOLDS
+from wmcache.planner.report import COLOURS, RC
+from wmcache.study.cells import Branch, Workshop
+from wmcache.study.options import StudyOptions
+from wmcache.study.run import pooled
+from wmcache.study.statistics import LEVEL, Reached, compare, rank
+from wmcache.trainer.loop import ROLLOUT_STEPS
+
+Row = dict[str, Any]
+LIBRARIES = ("wmcache", "torch", "numpy", "timm", "transformers", "mujoco", "scikit-learn")
+MARKERS = "osD^vP*X<>"
+WIDEST = 33
+
+
+def write_report(
+    out: Path, options: StudyOptions, rows: list[Row], work: Workshop, branches: Sequence[Branch], command: str
+) -> dict[str, Any]:
+    """Write study.parquet and study.html.
+
+    Args:
+        out: the study's folder. options: its settings. rows: of `tabulate`.
+        work, branches: of `run_study`, for the episodes and the probes' pictures. command: what the user typed, for the page.
+
+    Returns:
+        For each evaluation at its threshold and the largest fraction: `pairs`, the tests, and `ranking`, the groups.
+    """
+    with atomic_write(out / "study.parquet") as file:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    results: dict[str, dict[str, Any]] = {}
+    for plan in options.plan:
+        reached = _reached(options, plan.name, plan.options.threshold, work, branches)
+        pairs = compare(reached)
+        results[plan.name] = {"pairs": [pair.to_json() for pair in pairs], "ranking": rank(reached, pairs)}
+    table = summarise(options, rows)
+    pictures = {"success": draw_success(options, rows, table), "skill": draw_skill(options, rows, table)}
+    if len(options.fractions) > 1:
+        pictures["fractions"] = draw_fractions(options, rows, table)
+    drawn = {branch.choice.label: work.place(branch.probe) for branch in reversed(branches)}
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["figure"] = lambda value, digits=2: "-" if value is None else f"{value:,.{digits}f}"
+    page = environment.from_string(files("wmcache.study").joinpath("study.html.jinja").read_text())
+    html = page.render(
+        options=options,
+        settings=json.dumps(options.to_json(), indent=2),
+        rows=rows,
+        table=table,
+        evaluations={name: {**found, "matrix": _matrix(found["pairs"])} for name, found in results.items()},
+        columns=[name.removeprefix("probe_") for name in rows[0] if name.startswith(("probe_linear_", "probe_mlp_"))],
+        pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
+        drawn={
+            line["encoder"]: base64.b64encode(drawn[line["encoder"]].read_bytes()).decode()
+            for line in table
+            if drawn[line["encoder"]].exists()
+        },
+        thresholds=THRESHOLDS,
+        level=LEVEL,
+        command=command,
+        versions={name: version(name) for name in LIBRARIES},
+        machine=f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+    )
+    with atomic_write(out / "study.html") as file:
+        file.write(html.encode())
+    return results
+
+
+def _reached(
+    options: StudyOptions, protocol: str, threshold: float, work: Workshop, branches: Sequence[Branch]
+) -> Reached:
+    found: dict[str, dict[int, Any]] = {branch.choice.label: {} for branch in branches}
+    for branch in branches:
+        known = work.read(branch.plan[options.fractions[-1], protocol])
+        if known is not None:
+            found[branch.choice.label][branch.seed] = np.array(known["result"]["reached"][str(threshold)], bool)
+    return {label: seeds for label, seeds in found.items() if seeds}
+
+
+def _matrix(pairs: list[Row]) -> dict[tuple[str, str], Row]:
+    """Row and column -> their pair, from the row's side."""
+    turned = [
+        {**pair, "only_first": pair["only_second"], "only_second": pair["only_first"], "first": pair["second"]}
+        | {"second": pair["first"]}
+        for pair in pairs
+    ]
+    return {(pair["first"], pair["second"]): pair for pair in (*pairs, *turned)}
+
+
+def summarise(options: StudyOptions, rows: Sequence[Row]) -> list[Row]:
+    """A line for each encoder at the largest fraction, by success in the first evaluation, the best first; seeds are pooled.
+
+    Returns:
+        `encoder`, `failed`, `success` (evaluation -> successes, episodes and interval, or None), and means over the seeds of all else.
+    """
+    table = []
+    for choice in options.encoders:
+        mine = [row for row in rows if row["encoder"] == choice.label and row["fraction"] == options.fractions[-1]]
+        first = [row for row in mine if row["protocol"] == options.plan[0].name]
+        known = {
+            name: float(np.mean(values)) if (values := _numbers(first, name)) else None
+            for name in first[0]
+            if _numbers(first, name) or first[0][name] is None
+        }
+        table.append(
+            {
+                **known,
+                "encoder": choice.label,
+                "name": choice.name,
+                "source": first[0]["source"],
+                "failed": next((row["failed"] for row in mine if row["failed"]), None),
+                "success": {
+                    plan.name: pooled([r for r in mine if r["protocol"] == plan.name]) for plan in options.plan
+                },
+                "derived": bool(first[0]["derived"]),
+            }
+        )
+    main = options.plan[0].name
+    return sorted(table, key=lambda line: -_rate(line["success"][main]))
+
+
+def _numbers(rows: Sequence[Row], name: str) -> list[float]:
+    return [row[name] for row in rows if isinstance(row[name], int | float)]
+
+
+def _rate(success: tuple[int, int, list[float]] | None) -> float:
+    return success[0] / success[1] if success else -1.0
+
+
+def headline(options: StudyOptions, rows: Sequence[Row]) -> str:
+    """The table for a terminal of 120 columns: success, open-loop skill, a probe, and costs."""
+    others = options.plan[1:3]
+    head = f"{'encoder':{WIDEST}} {'tokens':>9} {options.plan[0].name[:11]:>11} {'95 %':>11}"
+    head += "".join(f" {plan.name[:11]:>11}" for plan in others)
+    head += f" {'skill 1':>7} {'skill 5':>7} {'xy R2':>6} {'kB':>6} {'frame/s':>7}"
+    lines = [head]
+    for line in summarise(options, rows):
+        success = line["success"][options.plan[0].name]
+        size = "-" if line["tokens"] is None else f"{line['tokens']:.0f}x{line['token_dim']:.0f}"
+        text = f"{line['encoder'][:WIDEST]:{WIDEST}} {size:>9}"
+        if success is None:
+            lines.append(f"{text} {'-':>11}  {line['failed']}"[:120])
+            continue
+        text += f" {_of(success):>11} {'{:.2f}-{:.2f}'.format(*success[2]):>11}"
+        text += "".join(f" {_of(line['success'][plan.name]):>11}" for plan in others)
+        place = [value for value in (line.get("probe_linear_x"), line.get("probe_linear_y")) if value is not None]
+        figures = (line["skill_1"], line["skill_5"], np.mean(place) if place else None)
+        text += "".join(f" {'-' if v is None else f'{v:.2f}':>{w}}" for v, w in zip(figures, (7, 7, 6), strict=True))
+        lines.append(f"{text} {line['bytes_per_frame'] / 1000:>6.1f} {line['encode_frames_per_second']:>7.0f}")
+    return "\n".join(lines)
+
+
+def _of(success: tuple[int, int, list[float]] | None) -> str:
+    return "-" if success is None else f"{success[0]} of {success[1]}"
+
+
+def summary(options: StudyOptions, results: dict[str, Any]) -> str:
+    """Which differences are real, a line for each evaluation."""
+    lines = []
+    for plan in options.plan:
+        groups = results[plan.name]["ranking"]
+        real = sum(pair["real"] for pair in results[plan.name]["pairs"])
+        ways = "; then: ".join(", ".join(group) for group in groups)
+        lines.append(
+            f"{plan.name}, within {plan.options.threshold}: {real} of {len(results[plan.name]['pairs'])} pairs differ at {LEVEL:.0%} "
+            f"(McNemar, Holm); not distinguishable from the best: {ways or '-'}"
+        )
+    return "\n".join(lines)
+
+
+def draw_success(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> bytes:
+    """Success by threshold with intervals, an encoder a line, an evaluation a panel; the largest fraction."""
+    names = [line["encoder"] for line in table]
+    with plt.rc_context(RC):
+        size = (3.0 + 2.6 * len(options.plan), 1.0 + 0.36 * len(names))
+        figure, panels = plt.subplots(
+            1, len(options.plan), figsize=size, layout="constrained", sharey=True, squeeze=False
+        )
+        for axes, plan in zip(panels[0], options.plan, strict=True):
+            for shift, at, colour in zip((-0.2, 0.0, 0.2), THRESHOLDS, COLOURS, strict=False):
+                for place, name in enumerate(names):
+                    mine = _select(rows, name, options.fractions[-1], plan.name)
+                    if (known := pooled(mine, at)) is not None:
+                        axes.plot(known[2], [place + shift] * 2, color=colour, linewidth=1.6, alpha=0.6)
+                        label = f"within {at}" if place == 0 else None
+                        axes.plot(_rate(known), place + shift, "o", color=colour, markersize=4.5, label=label)
+            axes.set(xlim=(-0.02, 1.02), xlabel="episodes that reached the goal", title=plan.name)
+            axes.set_yticks(range(len(names)), names)
+        panels[0, 0].invert_yaxis()
+        handles = panels[0, 0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper right", ncols=len(THRESHOLDS))
+        return _png(figure)
+
+
+def draw_skill(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> bytes:
+    """Open-loop rollouts by model step: skill against copying the observed frame, and error as a share of the variance of the frames."""
+    kinds = {"skill": "skill: 1 - error / error of copying", "error": "error / variance of the frames"}
+    with plt.rc_context(RC):
+        figure, panels = plt.subplots(1, 2, figsize=(9.4, 3.3), layout="constrained")
+        for axes, (kind, label) in zip(panels, kinds.items(), strict=True):
+            for number, line in enumerate(table):
+                mine = _select(rows, line["encoder"], options.fractions[-1], options.plan[0].name)
+                steps = range(1, ROLLOUT_STEPS + 1)
+                known = [(k, np.mean(values)) for k in steps if (values := _numbers(mine, f"{kind}_{k}"))]
+                if known:
+                    axes.plot(*zip(*known, strict=True), **_style(number), label=line["encoder"])
+            axes.set(xlabel="model steps ahead", ylabel=label, xticks=steps)
+        panels[1].set_ylim(bottom=0)
+        if panels[0].get_ylim()[0] < -1:
+            panels[0].set_ylim(-1, 1)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+        return _png(figure)
+
+
+def draw_fractions(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> bytes:
+    """Success against the share of the train episodes, an evaluation a panel, with intervals."""
+    with plt.rc_context(RC):
+        size = (3.0 + 3.2 * len(options.plan), 3.4)
+        figure, panels = plt.subplots(1, len(options.plan), figsize=size, layout="constrained", squeeze=False)
+        for axes, plan in zip(panels[0], options.plan, strict=True):
+            for number, line in enumerate(table):
+                points = {at: pooled(_select(rows, line["encoder"], at, plan.name)) for at in options.fractions}
+                known = {at: success for at, success in points.items() if success is not None}
+                rates = [_rate(success) for success in known.values()]
+                # A little apart, or intervals at the same share would hide each other.
+                shares = [at * 1.012 ** (number - len(table) / 2) for at in known]
+                bars = [[abs(r - s[2][side]) for r, s in zip(rates, known.values(), strict=True)] for side in (0, 1)]
+                if known:
+                    axes.errorbar(shares, rates, yerr=bars, elinewidth=0.8, **_style(number), label=line["encoder"])
+            axes.set(xscale="log", ylim=(-0.02, 1.02), title=plan.name, xlabel="share of the train episodes")
+            axes.set_xticks(options.fractions, [f"{at:.0%}" for at in options.fractions])
+            axes.minorticks_off()
+        panels[0, 0].set_ylabel("episodes that reached the goal")
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper")
+        return _png(figure)
+
+
+def _select(rows: Sequence[Row], encoder: str, fraction: float, protocol: str) -> list[Row]:
+    wanted = (encoder, fraction, protocol)
+    return [row for row in rows if (row["encoder"], row["fraction"], row["protocol"]) == wanted]
+
+
+def _style(number: int) -> dict[str, Any]:
+    colour = plt.get_cmap("tab10")(number % 10)
+    return {"color": colour, "marker": MARKERS[number % len(MARKERS)], "markersize": 4.5, "linewidth": 1.3}
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    plt.close(figure)
+    return buffer.getvalue()

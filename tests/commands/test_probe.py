@@ -1,0 +1,77 @@
+"""`wmcache probe`: a row a store that fits a terminal, JSON that says all, and a picture where there is a maze."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from wmcache.cache import StoreWriter, TokenStore
+from wmcache.cli import main
+
+
+@pytest.fixture(scope="module")
+def stores(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A store of a maze, and one of the same tokens that knows of none."""
+    folder = tmp_path_factory.mktemp("probed") / "pointmaze-umaze"
+    copy, bare = Path(shutil.copytree(store_path, folder / "tcn-64.zarr")), folder / "bare.zarr"
+    like = TokenStore.open(copy)
+    card = dataclasses.replace(like.card, dataset={"name": "somebody's"})
+    columns = {name: getattr(like, name) for name in ("action", "state", "episode", "step")}
+    writer = StoreWriter.create(bare, card, like.identity, columns)
+    for shard in writer.pending():
+        writer.write_shard(shard, like.gather(np.array(card.shard_frames(shard))))
+    writer.finish()
+    return copy, bare
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, ["probe", *map(str, words)])
+
+
+def test_a_row_for_each_store_fits_a_terminal(stores: tuple[Path, Path]) -> None:
+    result = run(*stores, "--frames", 100)
+    assert result.exit_code == 0, result.output
+    head, first, second = result.stdout.splitlines()
+    assert max(map(len, (head, first, second))) <= 120
+    assert first.endswith("  pointmaze-umaze/tcn-64.zarr")
+    assert len(first.split()) == 12
+    assert "-" not in first.split()[:-1]
+    assert second.split()[4:8] == ["-", "-", "-", "-"]
+    assert second.split()[2:4] == ["-", "-"]
+    assert stores[0].with_suffix(".probe.png").read_bytes().startswith(b"\x89PNG")
+    assert not stores[1].with_suffix(".probe.png").exists()
+    said = result.stderr.splitlines()
+    assert f"{stores[0]}: drawn: {stores[0].with_suffix('.probe.png')}" in said
+    assert f"{stores[1]}: not drawn: no maze is known, so no true distance is" in said
+
+
+def test_json_says_all(stores: tuple[Path, Path], tmp_path: Path) -> None:
+    result = run(*stores, "--frames", 100, "--out", tmp_path / "pictures", "--json")
+    assert result.exit_code == 0, result.output
+    found, bare = json.loads(result.stdout)
+    assert (found["encoder"], found["dataset"], found["frames"], found["held_out"]) == (
+        "tcn",
+        "pointmaze-umaze",
+        100,
+        60,
+    )
+    assert list(found["linear"]) == ["x", "y", "vx", "vy"] == list(found["mlp"])
+    assert found["picture"] == str(tmp_path / "pictures/pointmaze-umaze-tcn-64.probe.png")
+    assert [file.name for file in (tmp_path / "pictures").iterdir()] == ["pointmaze-umaze-tcn-64.probe.png"]
+    assert (bare["spearman"], bare["nearest"], bare["picture"]) == (None, None, None)
+    assert bare["effective_rank"] == pytest.approx(found["effective_rank"])
+
+
+def test_what_cannot_be_probed_is_one_line(stores: tuple[Path, Path], tmp_path: Path) -> None:
+    for words in ([tmp_path / "none.zarr"], [stores[0], "--frames", 5], [stores[0], stores[0]]):
+        result = run(*words)
+        assert result.exit_code == 1
+        errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+        assert len(errors) == 1
+        assert "Traceback" not in result.output
+    assert run().exit_code == 2

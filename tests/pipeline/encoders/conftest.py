@@ -1,0 +1,89 @@
+"""What the tests of adapters share: stores of layers, and fits on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from wmcache.cache import TokenStore
+from wmcache.cache.device import CPU
+from wmcache.pipeline import encoders
+from wmcache.pipeline.encoders import Encoder, FitOptions
+from wmcache.pipeline.encoders.base import Features, Select
+from wmcache.pipeline.encoders.fitting import FitData
+from wmcache.pipeline.extract import extract
+from wmcache.pipeline.fit import fit_adapter
+from wmcache.pipeline.frames import FrameDataset
+
+Fit = Callable[..., Encoder]
+
+
+@pytest.fixture(scope="session")
+def tcn_layers(dataset: FrameDataset, tcn_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    """2 x 2 tokens of 64, 64 and 32 channels, no prefix."""
+    path = tmp_path_factory.mktemp("stores") / "tcn-layers.zarr"
+    extract(dataset, encoders.create("tcn-layers", weights=tcn_weights, device="cpu"), path)
+    return TokenStore.open(path)
+
+
+@pytest.fixture(scope="session")
+def vit_layers(dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    """A class token and 4 x 4 others of three times 192 channels."""
+    path = tmp_path_factory.mktemp("stores") / "random-vit-layers.zarr"
+    extract(dataset, encoders.create("random-vit-layers", device="cpu"), path)
+    return TokenStore.open(path)
+
+
+@pytest.fixture(params=["tcn_layers", "vit_layers"])
+def layers(request: pytest.FixtureRequest) -> TokenStore:
+    """Either of these."""
+    found: TokenStore = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+def fitted(tmp_path: Path) -> Fit:
+    """(store, name, options, dataset=None) -> the adapter after its fit."""
+
+    def fit_on_cpu(
+        store: TokenStore, name: str, options: FitOptions, dataset: FrameDataset | None = None, *, out: str = "fit"
+    ) -> Encoder:
+        path = tmp_path / f"{out}.safetensors"
+        weights = fit_adapter(store, name, path, options, dataset=dataset, max_frames=1000, device="cpu").weights
+        return encoders.create(name, weights=weights, device="cpu")
+
+    return fit_on_cpu
+
+
+@pytest.fixture(scope="session")
+def restored() -> Callable[[TokenStore, int], Features]:
+    """(store, n) -> the features, float16, that it holds of the first n frames."""
+
+    def restore(store: TokenStore, frames: int) -> Features:
+        head = encoders.create_again(store.card.encoder, device="cpu").head
+        assert isinstance(head, Select)
+        return head.restore(torch.from_numpy(store.gather(np.arange(frames))))
+
+    return restore
+
+
+@pytest.fixture(scope="session")
+def fit_data() -> Callable[[TokenStore], FitData]:
+    """(store) -> all its frames as a fit sees them."""
+
+    def make(store: TokenStore) -> FitData:
+        base = encoders.create_again(store.card.encoder, device="cpu")
+        head = base.head
+        assert isinstance(head, Select)
+        mean, std = (head.by_layer(torch.tensor(values)) for values in (store.mean, store.std))
+
+        def gather(rows: NDArray[np.integer]) -> Features:
+            return head.restore(torch.from_numpy(store.gather(rows)).float())
+
+        return FitData(store.episode, base.preprocess, CPU, None, base, gather, mean, std)
+
+    return make

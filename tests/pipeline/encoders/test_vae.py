@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributions import Independent, Normal, kl_divergence
+from wmcache.cache import UserError
+from wmcache.pipeline import encoders
+from wmcache.pipeline import fit as fit_module
+from wmcache.pipeline.encoders.base import Preprocess
+from wmcache.pipeline.encoders.fitting import FitData
+from wmcache.pipeline.encoders.vae import VaeEncoder, VaeFitting, VaeOptions, divergence_from_prior, make_decoder
+from wmcache.pipeline.fit import fit
+from wmcache.pipeline.frames import FrameDataset
+
+NAMES = ("vae", "beta-vae")
+
+
+def fit_vae(dataset: FrameDataset, name: str, out: Path, **settings: object) -> Path:
+    options = encoders.fit_options(name, {"steps": 3, "batch": 4, **settings})
+    return fit(dataset, name, out, options, max_frames=40, device="cpu").weights
+
+
+def make_fitting(name: str, images: torch.Tensor, **settings: object) -> VaeFitting:
+    """On uint8 images [n, 3, 64, 64]."""
+    torch.manual_seed(0)
+    see = Preprocess(64, (), "half", "bilinear", 0)
+    data = FitData(np.zeros(len(images), np.int64), see, torch.device("cpu"), images)
+    return VaeFitting(name, data, encoders.fit_options(name, settings))  # type: ignore[arg-type]
+
+
+def noise(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.fixture(scope="module")
+def weights(dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("vae")
+    return {name: fit_vae(dataset, name, folder / f"{name}.safetensors") for name in NAMES}
+
+
+def test_world_models_v_has_the_papers_parameters() -> None:
+    # Convolutions k4 of 3-32-64-128-256 channels: 1 568 + 32 832 + 131 200 + 524 544; two maps 1024 -> 32: 65 600.
+    assert count(VaeEncoder("vae", 32)) == 690_144 + 65_600
+    # 32 -> 1024: 33 792; transposed k5, 5, 6, 6 of 1024-128-64-32-3: 3 276 928 + 204 864 + 73 760 + 3 459. The paper's table: 4 348 547.
+    assert count(VaeEncoder("vae", 32)) + count(make_decoder("vae", 32)) == 4_348_547
+
+
+def test_diswms_encoder_has_its_layers() -> None:
+    # Convolutions k4 of 3-32-32-64-64-256 channels: 1 568 + 16 416 + 32 832 + 65 600 + 262 400; two maps 256 -> 20: 10 280.
+    assert count(VaeEncoder("beta-vae", 20)) == 378_816 + 10_280
+    # Mirrored; 20 -> 256: 5 376, then 262 208 + 65 600 + 32 800 + 16 416 + 1 539.
+    assert count(make_decoder("beta-vae", 20)) == 5_376 + 378_563
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_drawn_is_as_large_as_what_is_seen(name: str) -> None:
+    mean, logvar = VaeEncoder(name, 7)(torch.zeros(2, 3, 64, 64))
+    assert mean.shape == logvar.shape == (2, 7)
+    assert make_decoder(name, 7)(mean).shape == (2, 3, 64, 64)
+
+
+def test_the_networks_see_the_papers_ranges() -> None:
+    extremes = torch.stack([torch.full((3, 64, 64), -1.0), torch.full((3, 64, 64), 1.0)])
+    for name, low, high in (("vae", 0.0, 1.0), ("beta-vae", -0.5, 0.5)):
+        seen = VaeEncoder(name, 2).see(extremes)
+        assert (seen.min(), seen.max()) == (low, high)
+
+
+def test_the_divergence_is_that_of_the_distributions() -> None:
+    mean, logvar = torch.randn(2, 5, 7, dtype=torch.float64)
+    posterior = Independent(Normal(mean, (logvar / 2).exp()), 1)
+    prior = Independent(Normal(torch.zeros_like(mean), torch.ones_like(mean)), 1)
+    torch.testing.assert_close(divergence_from_prior(mean, logvar), kl_divergence(posterior, prior))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_is_the_papers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    fitting, rows = make_fitting(name, noise(4), free_bits=0.0, beta=0.25), np.arange(4)
+    found = fitting.loss(rows)
+    target = noise(4).double() / 255 - (0.5 if name == "beta-vae" else 0.0)
+    mean, logvar = (values.double() for values in fitting.kept(target.float()))
+    drawn = fitting.decoder(mean.float()).double()
+    posterior = Independent(Normal(mean, (logvar / 2).exp()), 1)
+    divergence = kl_divergence(posterior, Independent(Normal(torch.zeros_like(mean), torch.ones_like(mean)), 1)).mean()
+    if name == "vae":
+        error = (drawn - target).square().sum() / 4
+    else:
+        # Of the density of a Gaussian of variance 1, without its constant.
+        likelihood = Independent(Normal(drawn, torch.ones_like(drawn)), 3).log_prob(target)
+        error = -(likelihood + 0.5 * np.log(2 * np.pi) * 3 * 64 * 64).mean()
+    torch.testing.assert_close(found["loss"].double(), error + 0.25 * divergence, rtol=1e-4, atol=1e-3)
+
+
+def test_free_bits_are_counted_by_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitting = make_fitting("vae", noise(4), free_bits=1.0, latent=8)
+    means = torch.zeros(4, 8)
+    means[3] = 2.0  # (16 nats)
+    monkeypatch.setattr(fitting.kept, "forward", lambda seen: (means, torch.zeros(4, 8)))
+    found = fitting.loss(np.arange(4))
+    torch.testing.assert_close(found["kl"], torch.tensor(16.0 / 4))
+    # Three frames at 8 nats and one at 16, and not the larger of 8 and the mean.
+    torch.testing.assert_close(found["loss"] - found["error"], torch.tensor((3 * 8.0 + 16.0) / 4), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_does_not_depend_on_the_size_of_the_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    fitting = make_fitting(name, noise(4))
+    whole = fitting.loss(np.arange(4))["loss"]
+    parts = torch.stack([fitting.loss(np.array([i]))["loss"] for i in range(4)])
+    torch.testing.assert_close(parts.mean(), whole, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "foreground"), [("vae", False), ("beta-vae", True)])
+def test_the_loss_falls(dataset: FrameDataset, name: str, foreground: bool) -> None:
+    images = fit_module.load_images(dataset, np.arange(0, 64, 4), 64)
+    fitting = make_fitting(name, images, foreground=foreground, free_bits=0.0, beta=0.001)
+    optimiser = torch.optim.Adam(fitting.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(15):
+        loss = fitting.loss(np.arange(0, 16, 4))["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_only_the_foreground_is_seen_when_asked_for(dataset: FrameDataset) -> None:
+    images = fit_module.load_images(dataset, np.arange(32), 64)
+    fitting = make_fitting("vae", images, foreground=True)
+    seen = fitting.kept.see(fitting.data.pixels(np.arange(32)))
+    torch.testing.assert_close(seen.mean(0), torch.zeros(3, 64, 64), rtol=0, atol=1e-3)
+    torch.testing.assert_close(seen.std(), torch.tensor(1.0), rtol=0, atol=1e-3)
+    assert not any(isinstance(layer, nn.Sigmoid) for layer in fitting.decoder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fit_is_the_same_twice_and_after_an_interruption(
+    dataset: FrameDataset, weights: dict[str, Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load_file(weights[name])
+    torch.testing.assert_close(
+        load_file(fit_vae(dataset, name, tmp_path / "again.safetensors")), expected, rtol=0, atol=0
+    )
+
+    calls, loss = [], VaeFitting.loss
+
+    def interrupted(self: VaeFitting, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return loss(self, rows)
+
+    monkeypatch.setattr(fit_module, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    monkeypatch.setattr(VaeFitting, "loss", interrupted)
+    out = tmp_path / "cut.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fit_vae(dataset, name, out)
+    assert not out.exists()
+    torch.testing.assert_close(load_file(fit_vae(dataset, name, out)), expected, rtol=0, atol=0)
+    assert len(calls) == 4  # (two steps, the one that was cut, and it again)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_encoder_of_a_file_gives_the_means(dataset: FrameDataset, weights: dict[str, Path], name: str) -> None:
+    encoder = encoders.create(name, weights=weights[name], device="cpu")
+    frames = dataset.read_shard(0)[:5]
+    tokens = encoder(frames)
+    assert tokens.shape == (5, 1, encoder.spec.token_dim)
+    assert encoder.token_grid == encoder.spec.token_grid == (1, 1)
+    network = VaeEncoder(name, encoder.token_dim)
+    network.load_state_dict(load_file(weights[name]))
+    mean, _ = network(network.see(encoder.preprocess(torch.from_numpy(frames))))
+    torch.testing.assert_close(tokens[:, 0].float(), mean, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_do_not_depend_on_the_batch(dataset: FrameDataset, weights: dict[str, Path], name: str) -> None:
+    encoder, frames = encoders.create(name, weights=weights[name], device="cpu"), dataset.read_shard(0)[:12]
+    parts = torch.cat([encoder(frames[start : start + 5]) for start in range(0, 12, 5)])
+    torch.testing.assert_close(parts, encoder(frames), atol=2e-3, rtol=2e-3)
+
+
+def test_another_size_of_latent_is_known_from_the_file(dataset: FrameDataset, tmp_path: Path) -> None:
+    path = fit_vae(dataset, "beta-vae", tmp_path / "small.safetensors", latent=3, foreground=True, steps=1)
+    encoder = encoders.create("beta-vae", weights=path, device="cpu")
+    assert encoder.frame_shape == (1, 3)
+    assert load_file(path)["contrast"] < 0.5
+
+
+def test_only_what_encodes_is_kept(weights: dict[str, Path]) -> None:
+    for name in NAMES:
+        stems = {key.split(".")[0] for key in load_file(weights[name])}
+        assert stems == {"convolutions", "mean", "logvar", "background", "contrast"}
+
+
+def test_what_cannot_be_loaded_is_refused_in_one_line(weights: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="wmcache fit --encoder beta-vae"):
+        encoders.create("beta-vae")
+    with pytest.raises(UserError, match="holds vae, not beta-vae; fit it again"):
+        encoders.create("beta-vae", weights=weights["vae"])
+    with pytest.raises(UserError, match="--image-size 128 does not fit encoder vae"):
+        encoders.create("vae", weights=weights["vae"], image_size=128)
+    (tmp_path / "page.safetensors").write_bytes(b"<html>404</html>")
+    with pytest.raises(UserError, match=r"page\.safetensors cannot be read"):
+        encoders.create("vae", weights=tmp_path / "page.safetensors")
+    header = {"encoder": "vae", "options": json.dumps(dataclasses.asdict(VaeOptions(latent=5)))}
+    save_file(load_file(weights["vae"]), tmp_path / "other.safetensors", metadata=header)
+    with pytest.raises(UserError, match=r"other\.safetensors does not fit vae") as error:
+        encoders.create("vae", weights=tmp_path / "other.safetensors")
+    assert "\n" not in str(error.value)
+    save_file(load_file(weights["vae"]), tmp_path / "bare.safetensors", metadata={"encoder": "vae"})
+    with pytest.raises(UserError, match=r"bare\.safetensors is damaged .*; fit it again"):
+        encoders.create("vae", weights=tmp_path / "bare.safetensors")
+
+
+@pytest.mark.parametrize("settings", [{"latent": 0}, {"beta": -1.0}, {"free_bits": -0.5}])
+def test_options_out_of_range_are_refused(dataset: FrameDataset, tmp_path: Path, settings: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="needs --latent above 0"):
+        fit_vae(dataset, "vae", tmp_path / "new.safetensors", **settings)

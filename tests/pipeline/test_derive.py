@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from wmcache.cache import StoreWriter, TokenStore, UserError
+from wmcache.pipeline import encoders
+from wmcache.pipeline.derive import create_for, default_derived, derive
+from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.extract import extract, extract_together
+from wmcache.pipeline.frames import FrameDataset
+
+Snapshot = Callable[[Path], dict[str, bytes]]
+
+
+@pytest.fixture(scope="module")
+def layers(dataset: FrameDataset, tcn_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    """tcn's stem, first block and tokens."""
+    path = tmp_path_factory.mktemp("layers") / "tcn-layers-64.zarr"
+    extract(dataset, encoders.create("tcn-layers", weights=tcn_weights, device="cpu"), path)
+    return TokenStore.open(path)
+
+
+def test_what_is_derived_is_what_would_have_been_extracted(
+    layers: TokenStore, encoder: Encoder, store: TokenStore, tmp_path: Path
+) -> None:
+    derive(layers, encoder, tmp_path / "tcn-64.zarr", batch=7)
+    derived = TokenStore.open(tmp_path / "tcn-64.zarr")
+    everything = np.arange(len(store))
+    np.testing.assert_array_equal(derived.gather(everything), layers.gather(everything)[:, :, -32:])
+    # Two runs of a network differ by the order in which a processor adds.
+    np.testing.assert_allclose(derived.gather(everything), store.gather(everything), atol=2e-2, rtol=1e-2)
+    assert derived.identity == store.identity
+    assert derived.card == store.card
+    for name in ("action", "state", "episode", "step"):
+        np.testing.assert_array_equal(getattr(derived, name), getattr(store, name))
+    np.testing.assert_allclose(derived.mean, store.mean, atol=1e-2)
+
+
+def test_an_unfinished_derivation_goes_on(
+    layers: TokenStore, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_bytes: Snapshot
+) -> None:
+    whole, partial = tmp_path / "whole.zarr", tmp_path / "partial.zarr"
+    derive(layers, encoder, whole)
+    write, written = StoreWriter.write_shard, []
+
+    def until_the_third(
+        self: StoreWriter, shard: int, tokens: np.ndarray[tuple[int, ...], np.dtype[np.float16]]
+    ) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(shard)
+        write(self, shard, tokens)
+
+    monkeypatch.setattr(StoreWriter, "write_shard", until_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        derive(layers, encoder, partial)
+    monkeypatch.setattr(StoreWriter, "write_shard", write)
+    done = all_bytes(partial / "tokens/c")
+    assert len(done) == 2
+    derive(layers, encoder, partial)
+    assert all_bytes(partial / "tokens") == all_bytes(whole / "tokens")
+
+
+def test_a_store_without_the_layers_is_not_enough(store: TokenStore, tcn_weights: Path, tmp_path: Path) -> None:
+    wanted = encoders.create("tcn-layers", weights=tcn_weights, device="cpu")
+    with pytest.raises(UserError, match=r"holds patch tokens alone, but tcn-layers is made of stem, block 1; extract"):
+        derive(store, wanted, tmp_path / "new.zarr")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_weights_and_other_preprocessing_are_refused(
+    layers: TokenStore, encoder: Encoder, tcn_weights: Path, tmp_path: Path
+) -> None:
+    weights = {name: value + 0.1 for name, value in encoder.backbone.get_submodule("network").state_dict().items()}
+    save_file(weights, tmp_path / "other.safetensors")
+    other = encoders.create("tcn", weights=tmp_path / "other.safetensors", device="cpu")
+    with pytest.raises(UserError, match=r"tcn cannot be derived .* is not its backbone\); extract it from the frames"):
+        derive(layers, other, tmp_path / "new.zarr")
+    other = encoders.create("tcn", weights=tcn_weights, normalisation="imagenet", device="cpu")
+    with pytest.raises(UserError, match=r"cannot be derived .*normalisation"):
+        derive(layers, other, tmp_path / "new.zarr")
+
+
+def test_rounded_tokens_are_no_source(
+    dataset: FrameDataset, encoder: Encoder, tcn_weights: Path, tmp_path: Path
+) -> None:
+    source = encoders.create("tcn-layers", weights=tcn_weights, device="cpu")
+    extract(dataset, source, tmp_path / "int8.zarr", dtype="int8")
+    with pytest.raises(UserError, match="store_dtype int8 != float16"):
+        derive(TokenStore.open(tmp_path / "int8.zarr"), encoder, tmp_path / "new.zarr")
+
+
+def test_the_encoder_is_set_up_as_the_stores(
+    layers: TokenStore, store: TokenStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WMCACHE_HOME", str(tmp_path))
+    encoder = create_for(layers, "tcn", weights=None, base_weights=None, device="cpu")
+    assert encoder.identity(store.identity.dataset_fingerprint) == store.identity
+    assert default_derived(layers, encoder) == tmp_path / "stores/pointmaze-umaze/tcn-64.zarr"
+
+
+def test_encoders_that_share_a_backbone_run_it_once(
+    dataset: FrameDataset, tcn_weights: Path, store: TokenStore, layers: TokenStore, tmp_path: Path
+) -> None:
+    both = [encoders.create(name, weights=tcn_weights, device="cpu") for name in ("tcn", "tcn-layers")]
+    seen: list[int] = []
+    for encoder in both:
+        encoder.backbone.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    extract_together(dataset, [(both[0], tmp_path / "tcn.zarr"), (both[1], tmp_path / "layers.zarr")])
+    assert sum(seen) == len(dataset.steps)
+    assert both[0].backbone is both[1].backbone
+    everything = np.arange(len(store))
+    for path, alone in (("tcn.zarr", store), ("layers.zarr", layers)):
+        together = TokenStore.open(tmp_path / path)
+        assert together.identity == alone.identity
+        np.testing.assert_allclose(together.gather(everything), alone.gather(everything), atol=2e-2, rtol=1e-2)
+
+
+def test_only_the_store_that_lacks_shards_is_worked_on(
+    dataset: FrameDataset, tcn_weights: Path, tmp_path: Path, all_bytes: Snapshot
+) -> None:
+    both = [encoders.create(name, weights=tcn_weights, device="cpu") for name in ("tcn", "tcn-layers")]
+    extract(dataset, both[0], tmp_path / "tcn.zarr")
+    before = all_bytes(tmp_path / "tcn.zarr")
+    extract_together(dataset, [(both[0], tmp_path / "tcn.zarr"), (both[1], tmp_path / "layers.zarr")])
+    assert TokenStore.open(tmp_path / "layers.zarr").complete
+    assert all_bytes(tmp_path / "tcn.zarr") == before
+
+
+def test_an_encoder_that_fails_leaves_the_others_store_whole(
+    dataset: FrameDataset, tcn_weights: Path, tmp_path: Path
+) -> None:
+    good = encoders.create("tcn", weights=tcn_weights, device="cpu")
+    bad = encoders.create("tcn", weights=tcn_weights, normalisation="imagenet", device="cpu")
+    with torch.no_grad():
+        bad.backbone.get_parameter("network.head.1.bias").fill_(1e9)
+    stores = [(bad, tmp_path / "bad.zarr"), (good, tmp_path / "good.zarr")]
+    with pytest.raises(UserError, match=r"6 of 6 shards failed.*float16 cannot hold"):
+        extract_together(dataset, stores)
+    extract(dataset, good, tmp_path / "good.zarr")
+    assert TokenStore.open(tmp_path / "good.zarr").complete

@@ -1,0 +1,293 @@
+"""Figures that must come out as what was put in: tokens that are the place, that are noise, that have a known rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import wmcache.pipeline.probe
+from numpy.typing import NDArray
+from PIL import Image
+from wmcache.cache import StoreWriter, TokenStore, UserError
+from wmcache.cache.layout import read_attributes, write_attributes
+from wmcache.envs import Maze
+from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.probe import (
+    PROBED_FRAMES,
+    choose_frames,
+    draw_probe,
+    effective_rank,
+    find_maze,
+    picture_paths,
+    principal_coordinates,
+    probe,
+    probe_landscape,
+    spread,
+    squared_distances,
+)
+
+EPISODES, LENGTH = 150, 8
+FRAMES = EPISODES * LENGTH
+Make = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _short_training(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the network's figures are not looked at."""
+    if request.function not in THOROUGH:
+        monkeypatch.setattr(wmcache.pipeline.probe, "MLP_EPOCHS", 3)
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, NDArray[Any]]:
+    """Each episode moves straight, and little, in the U-maze, so that every place is in the maze."""
+    maze, rng = Maze.load("UMaze"), np.random.default_rng(0)
+    xy = np.concatenate([np.linspace(place, place + rng.uniform(-0.1, 0.1, 2), LENGTH) for place in places(maze, rng)])
+    state = np.concatenate([xy, rng.normal(size=xy.shape)], 1)
+    return {
+        "action": np.zeros((len(xy), 2), np.float32),
+        "state": state,
+        "episode": np.repeat(np.arange(EPISODES, dtype=np.int32), LENGTH),
+        "step": np.tile(np.arange(LENGTH, dtype=np.int32), EPISODES),
+    }
+
+
+def places(maze: Maze, rng: np.random.Generator) -> list[NDArray[np.float64]]:
+    return [maze.sample_xy(rng) for _ in range(EPISODES)]
+
+
+@pytest.fixture
+def make(store: TokenStore, steps: dict[str, NDArray[Any]], tmp_path: Path) -> Make:
+    """(tokens [n, N, D], name=…, maze=…, **columns) -> a finished store of them."""
+
+    def write(tokens: NDArray[Any], name: str = "made-up.zarr", *, maze: bool = True, **columns: NDArray[Any]) -> Path:
+        dataset = store.card.dataset if maze else {**store.card.dataset, "maze": None}
+        card = dataclasses.replace(
+            store.card,
+            dataset=dataset,
+            token_grid=(1, tokens.shape[1]),
+            token_dim=tokens.shape[2],
+            frames=len(tokens),
+            frames_per_shard=300,
+        )
+        columns = {key: values[: len(tokens)] for key, values in {**steps, **columns}.items()}
+        writer = StoreWriter.create(tmp_path / name, card, store.identity, columns)
+        for shard in writer.pending():
+            rows = card.shard_frames(shard)
+            writer.write_shard(shard, tokens[rows.start : rows.stop].astype(np.float16))
+        writer.finish()
+        return writer.path
+
+    return write
+
+
+def place_tokens(steps: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
+    """Two tokens of two channels that are the place, in float16's range of best precision."""
+    return np.stack([steps["state"][:, :2], steps["state"][:, :2]], 1)
+
+
+def noise(tokens: int, dim: int, frames: int = FRAMES) -> NDArray[np.float64]:
+    return np.random.default_rng(1).normal(3, 2, (frames, tokens, dim))
+
+
+def test_tokens_that_are_the_place_tell_it_all(make: Make, steps: dict[str, NDArray[Any]]) -> None:
+    found = probe(make(place_tokens(steps)))
+    assert (found.frames, found.held_out) == (1080, 120)
+    assert list(found.linear) == ["x", "y", "vx", "vy"] == list(found.mlp)
+    assert min(found.linear["x"], found.linear["y"]) > 0.999
+    assert min(found.mlp["x"], found.mlp["y"]) > 0.98
+    # Noise, which no token shows.
+    assert max(found.linear["vx"], found.linear["vy"], found.mlp["vx"], found.mlp["vy"]) < 0.1
+    # The maze bends, so that places beside each other can be far apart.
+    assert 0.7 < found.spearman < 0.99
+    assert found.nearest < 0.1
+    assert found.nearest <= found.nearest_90 < 0.3
+    assert 1.5 < found.effective_rank <= 2.0
+    assert 1.0 <= found.channels <= 2.0
+    assert 0.0 < found.moves < 0.01
+
+
+def test_tokens_that_are_noise_tell_nothing(make: Make) -> None:
+    found = probe(make(noise(2, 20)))
+    assert max(value for values in (found.linear, found.mlp) for value in values.values()) < 0.1
+    assert abs(found.spearman) < 0.05
+    assert found.stuck > 0.5
+    assert found.nearest > 0.5
+    assert found.effective_rank > 35
+    assert found.channels > 18
+    assert found.moves == pytest.approx(2.0, abs=0.15)
+
+
+def test_what_is_in_no_straight_line_is_found_by_the_network_alone(make: Make, steps: dict[str, NDArray[Any]]) -> None:
+    hidden = np.random.default_rng(3).uniform(-2, 2, FRAMES)
+    state = np.stack([hidden**2, hidden], 1)
+    found = probe(make(hidden[:, None, None] * np.ones((1, 2, 2)), maze=False, state=state))
+    assert found.linear["state_0"] < 0.1
+    assert found.mlp["state_0"] > 0.9
+    assert found.linear["state_1"] > 0.999
+
+
+@pytest.mark.parametrize("rank", [1, 3, 10])
+@pytest.mark.parametrize("tokens", [5, 400])  # fewer and more features than frames
+def test_the_effective_rank_of_a_store_of_rank_k_is_about_k(make: Make, rank: int, tokens: int) -> None:
+    rng = np.random.default_rng(2)
+    mixing = np.linalg.qr(rng.normal(size=(tokens * 4, rank)))[0].T * np.sqrt(tokens)
+    values = (rng.normal(size=(400, rank)) @ mixing).reshape(400, tokens, 4)
+    assert probe(make(values), frames=300).effective_rank == pytest.approx(rank, rel=0.05)
+
+
+def test_the_velocity_of_a_store_of_velocities_is_found(make: Make, steps: dict[str, NDArray[Any]]) -> None:
+    found = probe(make(np.tile(steps["state"][:, None], (1, 2, 1))))
+    assert min(found.linear.values()) > 0.999
+
+
+def test_fewer_coordinates_have_the_same_distances() -> None:
+    for shape in ((50, 3, 4), (50, 30, 40), (30, 200, 64)):
+        tokens = noise(*shape[1:], shape[0]).astype(np.float16)
+        points = principal_coordinates(tokens, np.full(shape[2], 2.0, np.float32))
+        assert points.shape[1] <= min(shape[0], shape[1] * shape[2])
+        flat = tokens.reshape(shape[0], -1).astype(np.float64) / 2
+        true = np.square(flat[:, None] - flat).sum(-1)
+        np.testing.assert_allclose(squared_distances(points, points), true, rtol=1e-4, atol=1e-6 * true.max())
+        sizes = np.linalg.norm(points, axis=0)
+        assert (np.diff(sizes) <= 1e-9).all()
+        np.testing.assert_allclose(sizes, np.linalg.svd(flat - flat.mean(0), compute_uv=False)[: len(sizes)], rtol=1e-3)
+
+
+def test_the_effective_rank_is_the_exponential_of_an_entropy() -> None:
+    assert effective_rank(np.eye(7)) == pytest.approx(7)
+    assert effective_rank(np.diag([0.5, 0.25, 0.25])) == pytest.approx(2**1.5)
+
+
+def test_a_channel_that_never_changes_divides_nothing(make: Make, steps: dict[str, NDArray[Any]]) -> None:
+    tokens = np.concatenate([place_tokens(steps), np.full((FRAMES, 2, 1), 7.0)], 2)
+    assert min(probe(make(tokens)).linear[name] for name in "xy") > 0.999
+
+
+def test_the_same_store_gives_the_same_figures(store_path: Path) -> None:
+    assert probe(store_path) == probe(store_path)
+
+
+def test_the_landscape_is_that_of_the_encoder(store_path: Path, dataset: FrameDataset, encoder: Encoder) -> None:
+    live, cached = probe_landscape(dataset, encoder), probe(store_path, frames=100)
+    assert cached.spearman == pytest.approx(live.spearman, abs=1e-3)
+    assert cached.stuck == pytest.approx(live.stuck, abs=0.02)
+
+
+def test_no_held_out_episode_is_learnt_from(store: TokenStore) -> None:
+    train, val = choose_frames(store, 100)
+    assert (len(train), len(val)) == (100, min(60, PROBED_FRAMES))
+    assert not set(store.episode[train]) & set(store.episode[val])
+    np.testing.assert_array_equal(choose_frames(store, 300)[1], val)
+
+
+def test_without_a_maze_no_distance_is_made_up(make: Make, steps: dict[str, NDArray[Any]], tmp_path: Path) -> None:
+    path = make(place_tokens(steps), maze=False)
+    found = probe(path)
+    assert (found.spearman, found.stuck, found.nearest, found.nearest_90) == (None, None, None, None)
+    assert list(found.linear) == ["state_0", "state_1", "state_2", "state_3"]
+    assert found.linear["state_0"] > 0.999
+    with pytest.raises(UserError, match="shows no maze, so there is no true distance to draw"):
+        draw_probe(path, tmp_path / "picture.png")
+    assert not (tmp_path / "picture.png").exists()
+
+
+def test_the_dataset_knows_the_maze_that_the_store_does_not(
+    make: Make, steps: dict[str, NDArray[Any]], dataset: FrameDataset, dataset_path: Path
+) -> None:
+    path = make(place_tokens(steps), maze=False)
+    assert find_maze(TokenStore.open(path)) is None
+    assert find_maze(TokenStore.open(path), dataset_path).rows == tuple(dataset.card.maze)
+
+
+def test_the_frames_of_another_dataset_are_refused(store: TokenStore, make: Make, dataset_path: Path) -> None:
+    other = make(noise(1, 2))
+    attributes = read_attributes(other)
+    attributes["identity"]["dataset_fingerprint"] = "ef" * 32
+    write_attributes(other, attributes)
+    with pytest.raises(UserError, match=r"does not hold the frames of .*; pass the right --dataset"):
+        probe(other, dataset=dataset_path)
+
+
+def test_a_state_that_stands_still_has_no_score(make: Make, steps: dict[str, NDArray[Any]]) -> None:
+    state = steps["state"].copy()
+    state[:, 3] = 1.0
+    found = probe(make(place_tokens(steps), state=state))
+    assert found.linear["vy"] is None
+    assert found.mlp["vy"] is None
+
+
+def test_frames_without_a_state_are_probed_for_what_they_have(make: Make) -> None:
+    found = probe(make(noise(2, 5), maze=False, state=np.empty((FRAMES, 0))))
+    assert (found.linear, found.mlp) == ({}, {})
+    assert found.effective_rank > 9
+
+
+def test_episodes_too_short_to_move_are_not_said_to_stand(make: Make) -> None:
+    episode = np.repeat(np.arange(240, dtype=np.int32), 5)
+    assert probe(make(noise(1, 4), episode=episode, step=np.tile(np.arange(5, dtype=np.int32), 240))).moves is None
+
+
+@pytest.mark.parametrize("frames", [100, 10])
+def test_too_few_frames_are_refused(make: Make, frames: int) -> None:
+    with pytest.raises(UserError, match=r"frames are too few to probe, 20 are needed"):
+        probe(make(noise(1, 4, frames=100)), frames=frames)
+
+
+def test_tokens_that_never_change_are_refused(make: Make) -> None:
+    with pytest.raises(UserError, match="the same in all 1200 frames probed"):
+        probe(make(np.full((FRAMES, 2, 3), 3.0)))
+
+
+def test_an_incomplete_store_is_refused(store_path: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(store_path, tmp_path / "copy.zarr"))
+    write_attributes(copy, {**read_attributes(copy), "complete": False})
+    with pytest.raises(UserError, match="is incomplete; finish it"):
+        probe(copy)
+
+
+def test_the_picture_is_a_png_with_a_star_for_each_goal(store_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new folder" / "picture.png"
+    draw_probe(store_path, out, goals=2)
+    with Image.open(out) as image:
+        assert image.format == "PNG"
+        narrow = image.size
+    draw_probe(store_path, out, goals=4)
+    with Image.open(out) as image:
+        assert image.size[0] > 1.5 * narrow[0]
+        colours = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)
+    assert len(colours) > 200
+    assert [file.name for file in out.parent.iterdir()] == ["picture.png"]
+
+
+def test_goals_are_far_from_each_other() -> None:
+    maze, rng = Maze.load("UMaze"), np.random.default_rng(0)
+    xy = np.stack([maze.sample_xy(rng) for _ in range(100)])
+    chosen, ways = spread(xy, maze, 3)
+    assert len(set(chosen)) == 3
+    assert ways.shape == (3, 100)
+    np.testing.assert_array_equal(ways[1], maze.geodesic(xy[chosen[1]], xy))
+    assert min(ways[0][chosen[1]], ways[0][chosen[2]], ways[1][chosen[2]]) > 1.5
+    assert len(spread(xy[:2], maze, 5)[0]) == 2
+
+
+def test_pictures_lie_beside_their_stores_or_in_a_folder(tmp_path: Path) -> None:
+    stores = [tmp_path / "umaze/tcn-64.zarr", tmp_path / "large/tcn-64.zarr"]
+    assert picture_paths(stores) == [tmp_path / "umaze/tcn-64.probe.png", tmp_path / "large/tcn-64.probe.png"]
+    folder = Path("pictures")
+    assert picture_paths(stores, folder) == [folder / "umaze-tcn-64.probe.png", folder / "large-tcn-64.probe.png"]
+    with pytest.raises(UserError, match=r"two of the stores would be drawn at .*umaze-tcn-64\.probe\.png"):
+        picture_paths([*stores, tmp_path / "more/umaze/tcn-64.zarr"], folder)
+
+
+THOROUGH = (
+    test_tokens_that_are_the_place_tell_it_all,
+    test_tokens_that_are_noise_tell_nothing,
+    test_what_is_in_no_straight_line_is_found_by_the_network_alone,
+)
