@@ -39,7 +39,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my_package-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1\n")
     (folder / "my_package-1.dist-info/entry_points.txt").write_text(f"[{point}]\nconvnext = my_package.convnext\n")
     torch.manual_seed(0)
-    save_file(timm.create_model("convnext_atto", num_classes=0).state_dict(), folder / "weights.safetensors")
+    save_file(timm.create_model("convnext_atto").state_dict(), folder / "weights.safetensors")
     return folder
 
 

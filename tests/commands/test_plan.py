@@ -211,4 +211,4 @@ def test_planning_is_measured_against_dino_wms_way(planned: Path, monkeypatch: p
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)
     assert (figures["reference_encoder_frames"], figures["ours_encoder_frames"]) == (21, 2)
-    assert figures["cost_difference_float32"] < 1e-4
+    assert figures["cost_difference_float32"] < 1e-3

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib
 import io
 import itertools
 import os
@@ -430,6 +431,7 @@ def train_in_few_addresses(out: Path, cache: Path, options: TrainOptions, spare:
     """As `wmtrain` under `ulimit -v`; returns what it prints."""
     # Else the allocator reserves 64 MB for every thread, and uses hardly any of it.
     ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+    importlib.import_module("torch._dynamo")  # which the first optimiser imports, with libraries of some hundred MB
     limit = psutil.Process().memory_info().vms + spare
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     with contextlib.redirect_stdout(io.StringIO()) as said:
