@@ -44,7 +44,7 @@ class RecordingEncoder:
 
     def __call__(self, frames: NDArray[np.uint8]) -> torch.Tensor:
         self.calls.append(frames.copy())
-        return self.encoder(frames)
+        return self.encoder(frames if frames.ndim == 4 else frames[:, 1])
 
     @property
     def frames(self) -> int:
@@ -134,6 +134,26 @@ class TestWhichFramesAreSeen:
         for state, frames in zip(states, recorded.calls, strict=True):
             observation, _ = env.reset(options={"state": state})
             np.testing.assert_array_equal(frames, observation["image"])
+        env.close()
+
+    @pytest.mark.parametrize("lag", [1, 3, 5])
+    def test_an_encoder_of_pairs_is_given_the_frame_before_too(
+        self, run_path: Path, tiny_plan: PlanOptions, lag: int
+    ) -> None:
+        options = replace(tiny_plan, episodes=2, horizon=2, execute=2, context=2, observed=2, budget=23)
+        setting, recorded = set_up(run_path, options)
+        recorded.lag = lag
+        episodes = run_episodes(setting, options, range(2))
+        assert episodes.states.shape == (2, 23, 4)
+        env = PointMazeVectorEnv(2, setting.maze, setting.image_size)
+
+        def drawn(after: int) -> NDArray[np.uint8]:
+            state = episodes.states[:, after - 1] if after else episodes.start
+            return env.reset(options={"state": state})[0]["image"]
+
+        assert [frames.ndim for frames in recorded.calls[:2]] == [4, 4]  # of goal and start there is one
+        for after, frames in zip([5, 10, 15, 20], recorded.calls[2:], strict=True):
+            np.testing.assert_array_equal(frames, np.stack([drawn(after - lag), drawn(after)], 1))
         env.close()
 
     @pytest.mark.parametrize(("execute", "frames", "actions"), [(1, [1, 2, 3, 3], [0, 1, 2, 2]), (2, [1, 3], [0, 2])])
