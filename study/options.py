@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -108,11 +108,6 @@ class StudyOptions:
     device: str = "auto"
     workers: Positive = 1
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        known: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return known
-
 
 def read_study(file: Path, flags: Mapping[str, Any] | None = None) -> StudyOptions:
     """Read a study's file.
@@ -174,8 +169,10 @@ def _encoders(tables: list[dict[str, Any]], names: Sequence[str] | None, where: 
     known = [_table(EncoderChoice, table, f"{where}: encoder {n}") for n, table in enumerate(tables, start=1)]
     known = [replace(choice, label=choice.label or choice.name) for choice in known]
     if names:
-        found = {name: [choice for choice in known if name in (choice.label, choice.name)] for name in names}
-        known = [choice for name in names for choice in found[name] or [EncoderChoice(name, label=name)]]
+        labelled = {choice.label: [choice] for choice in known}
+        named = {name: [choice for choice in known if choice.name == name] for name in names}
+        alone = {name: [EncoderChoice(name, label=name)] for name in names}
+        known = [choice for name in names for choice in labelled.get(name) or named[name] or alone[name]]
     if not known:
         raise UserError(f"{where}: no encoder to study; add [[encoders]] with a name, or pass --encoder")
     _require_distinct([choice.label for choice in known], f"{where}: two encoders are called", "give each a label")

@@ -7,7 +7,9 @@ import io
 import json
 import os
 import platform
+import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -33,8 +35,10 @@ from wmcache.trainer.loop import ROLLOUT_STEPS
 
 Row = dict[str, Any]
 LIBRARIES = ("wmcache", "torch", "numpy", "timm", "transformers", "mujoco", "scikit-learn")
+STATE = {"x": "place", "y": "place", "vx": "velocity", "vy": "velocity"}
+"""Columns of a maze's state that are shown as one."""
 MARKERS = "osD^vP*X<>"
-WIDEST = 33
+WIDEST = 32
 
 
 def write_report(
@@ -55,22 +59,24 @@ def write_report(
     for plan in options.plan:
         reached = _reached(options, plan.name, plan.options.threshold, work, branches)
         pairs = compare(reached)
-        results[plan.name] = {"pairs": [pair.to_json() for pair in pairs], "ranking": rank(reached, pairs)}
+        results[plan.name] = {"pairs": [asdict(pair) for pair in pairs], "ranking": rank(reached, pairs)}
     table = summarise(options, rows)
     pictures = {"success": draw_success(options, rows, table), "skill": draw_skill(options, rows, table)}
     if len(options.fractions) > 1:
         pictures["fractions"] = draw_fractions(options, rows, table)
     drawn = {branch.choice.label: work.place(branch.probe) for branch in reversed(branches)}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["figure"] = lambda value, digits=2: "-" if value is None else f"{value:,.{digits}f}"
+    environment.filters["figure"] = lambda value, digits=2: (
+        "-" if value is None else f"{round(value, digits) + 0.0:,.{digits}f}"
+    )
     page = environment.from_string(files("wmcache.study").joinpath("study.html.jinja").read_text())
     html = page.render(
         options=options,
-        settings=json.dumps(options.to_json(), indent=2),
+        settings=json.dumps(asdict(options), indent=2),
         rows=rows,
         table=table,
         evaluations={name: {**found, "matrix": _matrix(found["pairs"])} for name, found in results.items()},
-        columns=[name.removeprefix("probe_") for name in rows[0] if name.startswith(("probe_linear_", "probe_mlp_"))],
+        columns=list(dict.fromkeys(column for line in table for column in line["probes"])),
         pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
         drawn={
             line["encoder"]: base64.b64encode(drawn[line["encoder"]].read_bytes()).decode()
@@ -135,10 +141,21 @@ def summarise(options: StudyOptions, rows: Sequence[Row]) -> list[Row]:
                     plan.name: pooled([r for r in mine if r["protocol"] == plan.name]) for plan in options.plan
                 },
                 "derived": bool(first[0]["derived"]),
+                "probes": _probes(known),
             }
         )
     main = options.plan[0].name
     return sorted(table, key=lambda line: -_rate(line["success"][main]))
+
+
+def _probes(known: Row) -> dict[str, float]:
+    """`linear place` and the like -> mean R^2 over the columns of the state that it stands for."""
+    found: dict[str, list[float]] = {}
+    for name, value in known.items():
+        kind, _, column = name.removeprefix("probe_").partition("_")
+        if name.startswith(("probe_linear_", "probe_mlp_")) and value is not None:
+            found.setdefault(f"{kind} {STATE.get(column, column)}", []).append(value)
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def _numbers(rows: Sequence[Row], name: str) -> list[float]:
@@ -151,9 +168,9 @@ def _rate(success: tuple[int, int, list[float]] | None) -> float:
 
 def headline(options: StudyOptions, rows: Sequence[Row]) -> str:
     """The table for a terminal of 120 columns: success, open-loop skill, a probe, and costs."""
-    others = options.plan[1:3]
+    others = options.plan[1:2]  # there is no room for more
     head = f"{'encoder':{WIDEST}} {'tokens':>9} {options.plan[0].name[:11]:>11} {'95 %':>11}"
-    head += "".join(f" {plan.name[:11]:>11}" for plan in others)
+    head += "".join(f" {plan.name[:14]:>14}" for plan in others)
     head += f" {'skill 1':>7} {'skill 5':>7} {'xy R2':>6} {'kB':>6} {'frame/s':>7}"
     lines = [head]
     for line in summarise(options, rows):
@@ -164,9 +181,8 @@ def headline(options: StudyOptions, rows: Sequence[Row]) -> str:
             lines.append(f"{text} {'-':>11}  {line['failed']}"[:120])
             continue
         text += f" {_of(success):>11} {'{:.2f}-{:.2f}'.format(*success[2]):>11}"
-        text += "".join(f" {_of(line['success'][plan.name]):>11}" for plan in others)
-        place = [value for value in (line.get("probe_linear_x"), line.get("probe_linear_y")) if value is not None]
-        figures = (line["skill_1"], line["skill_5"], np.mean(place) if place else None)
+        text += "".join(f" {_of(line['success'][plan.name]):>14}" for plan in others)
+        figures = (line["skill_1"], line["skill_5"], line["probes"].get("linear place"))
         text += "".join(f" {'-' if v is None else f'{v:.2f}':>{w}}" for v, w in zip(figures, (7, 7, 6), strict=True))
         lines.append(f"{text} {line['bytes_per_frame'] / 1000:>6.1f} {line['encode_frames_per_second']:>7.0f}")
     return "\n".join(lines)
@@ -183,10 +199,11 @@ def summary(options: StudyOptions, results: dict[str, Any]) -> str:
         groups = results[plan.name]["ranking"]
         real = sum(pair["real"] for pair in results[plan.name]["pairs"])
         ways = "; then: ".join(", ".join(group) for group in groups)
-        lines.append(
+        line = (
             f"{plan.name}, within {plan.options.threshold}: {real} of {len(results[plan.name]['pairs'])} pairs differ at {LEVEL:.0%} "
             f"(McNemar, Holm); not distinguishable from the best: {ways or '-'}"
         )
+        lines.append(textwrap.fill(line, 120, subsequent_indent="  ", break_on_hyphens=False))
     return "\n".join(lines)
 
 

@@ -68,7 +68,7 @@ def run_study(options: StudyOptions, out: Path) -> tuple[list[Branch], Workshop,
     work = Workshop(out, dataset.path, options.device, options.batch)
     branches = make_branches(options, dataset.card.fingerprint)
     make_folder(out)
-    write_json(out / "study.json", {"options": options.to_json(), "dataset": asdict(dataset.card)})
+    write_json(out / "study.json", {"options": asdict(options), "dataset": asdict(dataset.card)})
     tasks = group(pending(work, [cell for branch in branches for cell in branch.cells()]))
     failures: dict[str, str] = {}
     if tasks:
@@ -247,7 +247,8 @@ def tabulate(branches: Sequence[Branch], work: Workshop, failures: dict[str, str
                 "resumed": any(cell.get("resumed") for cell in done.values()),
             }
             found.append(row)
-    return found
+    names = dict.fromkeys(name for row in found for name in row)
+    return [{name: row.get(name) for name in names} for row in found]
 
 
 def pooled(rows: Sequence[dict[str, Any]], at: float | None = None) -> tuple[int, int, list[float]] | None:

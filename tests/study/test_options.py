@@ -22,7 +22,7 @@ def test_the_default_study_needs_no_download() -> None:
     for choice in options.encoders:
         entry = encoders.get_entry(choice.name)
         assert entry.fit or entry.spec.source.startswith(("no weights", "random")), choice.name
-    assert [plan.name for plan in options.plan] == ["mpc-100", "open-loop"]
+    assert [plan.name for plan in options.plan] == ["mpc-100", "open-loop-lite"]
 
 
 def test_a_protocol_gives_defaults_and_what_stands_beside_it_wins(tmp_path: Path) -> None:

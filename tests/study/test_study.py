@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree, rmtree
 from typing import Any
@@ -12,11 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from wmcache.cache import TokenStore
+from wmcache.cache import TokenStore, UserError
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.study import cells, run
 from wmcache.study.cells import make_branches
-from wmcache.study.options import read_study
+from wmcache.study.options import Collect, StudyOptions, read_study
 
 from .conftest import FAILING
 from .conftest import run as run_command
@@ -155,8 +156,10 @@ def test_an_encoder_that_fails_leaves_the_others_and_is_told(write_study: Write,
     weights = tmp_path / "bad.safetensors"
     weights.write_bytes(b"nonsense")
     before = cell_files(copy)
-    result = run_command(write_study(tmp_path, more=FAILING.format(weights=json.dumps(str(weights)))), copy)
-    assert result.exit_code == 1
+    file = write_study(tmp_path, more=FAILING.format(weights=json.dumps(str(weights))))
+    flags = [word for name in ("broken", "tcn", "pixels") for word in ("--encoder", name)]
+    result = run_command(file, copy, *flags, "--fractions", "1")
+    assert result.exit_code == 1, result.output
     assert cell_files(copy) == before
     assert "cells could not be done, the others are" in result.stderr
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("broken")]
@@ -165,9 +168,21 @@ def test_an_encoder_that_fails_leaves_the_others_and_is_told(write_study: Write,
     rows = pq.read_table(copy / "study.parquet").to_pylist()
     assert {row["encoder"] for row in rows if row["failed"]} == {"broken"}
     assert all(row["successes"] is None for row in rows if row["encoder"] == "broken")
+    assert all(row["probe_linear_x"] is not None for row in rows if row["encoder"] != "broken")
     page = (copy / "study.html").read_text()
     assert "<td>broken</td>" in page
     assert "does not fit" in page
+
+
+def test_frames_are_collected_once_and_others_are_refused(tmp_path: Path) -> None:
+    wanted = Collect(episodes=2, length=20, image_size=16, frames_per_shard=32)
+    options = StudyOptions((), (), dataset=str(tmp_path / "frames"), collect=wanted)
+    fingerprint = run.open_frames(options).card.fingerprint
+    written = (tmp_path / "frames" / "dataset.json").stat().st_mtime_ns
+    assert run.open_frames(options).card.fingerprint == fingerprint
+    assert (tmp_path / "frames" / "dataset.json").stat().st_mtime_ns == written
+    with pytest.raises(UserError, match=r"other settings than the study's \(length 20 != 10\); choose another dataset"):
+        run.open_frames(replace(options, collect=replace(wanted, length=10)))
 
 
 def test_weights_that_are_named_and_not_there_are_one_line(write_study: Write, tmp_path: Path) -> None:
