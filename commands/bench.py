@@ -45,7 +45,7 @@ def bench_extract(dataset: Path | None, batch: int, workers: int, as_json: bool,
     networks = create_encoders(frames.card.name, **encoder)
     together = len(networks) > 1
     result = (
-        bench_together(frames, networks, batch=batch)
+        bench_together(frames, networks, batch=batch, workers=workers)
         if together
         else run(frames, networks[0], batch=batch, workers=workers)
     )

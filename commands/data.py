@@ -187,12 +187,14 @@ def fit(
         out = out or default_weights(frames.card.name, name)
         result = run(frames, name, out, chosen, **settings)
     else:
+        if cache and base:
+            raise UserError("--cache says which store the adapter is fitted on; leave out --base")
         frames = None if cache and dataset is None and not chosen.needs_images else open_dataset(dataset)
         if cache is None:
             cache = _layers_store(frames, base or entry.base, base_weights, settings["device"])
         store = TokenStore.open(cache)
         out = out or default_weights(str(store.card.dataset["name"]), name)
-        result = fit_adapter(store, name, out, chosen, dataset=frames, **settings)
+        result = fit_adapter(store, name, out, chosen, dataset=frames, base_weights=base_weights, **settings)
     click.echo(f"{result.weights}: fitted on {result.frames} frames")
     if (landscape := result.landscape) is None:
         click.echo("the landscape is not measured: without frames of a maze their true distances are not known")
@@ -211,7 +213,7 @@ def _layers_store(frames: Any, base: str, weights: Path | None, device: str) -> 
     (encoder,) = create_encoders(
         frames.card.name, names=base, weights=(str(weights),) if weights else (), device=device
     )
-    out: Path = default_store(frames, encoder)
+    out: Path = default_store(frames.card.name, encoder)
     run(frames, encoder, out)
     return out
 
@@ -245,7 +247,7 @@ def extract(
 
     frames = open_dataset(dataset)
     networks = create_encoders(frames.card.name, **encoder)
-    places = [default_store(frames, network, store_dtype) for network in networks]
+    places = [default_store(frames.card.name, network, store_dtype) for network in networks]
     if out is not None:
         places = [out] if len(networks) == 1 else [out / place.name for place in places]
     stores = list(zip(networks, places, strict=True))
@@ -265,9 +267,7 @@ def extract(
 
 @click.command(cls=Command)
 @click.argument("store", type=PATH)
-@click.option(
-    "--encoder", "names", required=True, help="On the same backbone: dinov2-cls, dinov2-pooled, an adapter, …"
-)
+@click.option("--encoder", "name", required=True, help="On the same backbone: dinov2-cls, dinov2-pooled, an adapter, …")
 @click.option("--weights", type=PATH, help="The encoder's.  [default: the store's, or those fitted on its dataset]")
 @click.option("--base-weights", type=PATH, help="Of an adapter's base, if they have moved.")
 @click.option("--out", type=PATH, help="The new store.  [default: where extract would put it]")
@@ -275,7 +275,7 @@ def extract(
 @device_option
 def derive(
     store: Path,
-    names: str,
+    name: str,
     weights: Path | None,
     base_weights: Path | None,
     out: Path | None,
@@ -284,12 +284,13 @@ def derive(
 ) -> None:
     """Make other tokens of those in STORE, without an image: the class token, means, adapters. Run again, it goes on."""
     from wmcache.cache.store import TokenStore
-    from wmcache.pipeline.derive import create_for, default_derived
+    from wmcache.pipeline.derive import create_for
     from wmcache.pipeline.derive import derive as run
+    from wmcache.pipeline.extract import default_store
 
     source = TokenStore.open(store)
-    encoder = create_for(source, names, weights=weights, base_weights=base_weights, device=device)
-    out = out or default_derived(source, encoder, store_dtype)
+    encoder = create_for(source, name, weights=weights, base_weights=base_weights, device=device)
+    out = out or default_store(str(source.card.dataset["name"]), encoder, store_dtype)
     run(source, encoder, out, dtype=store_dtype)
     rows, columns = encoder.token_grid
     click.echo(f"{out}: {len(source)} frames, {rows} x {columns} tokens of {encoder.token_dim}, derived from {store}")

@@ -250,7 +250,15 @@ def open_dataset(path: Path | None) -> Any:
     return FrameDataset.open(path or home() / "pointmaze-umaze")
 
 
-def create_encoders(dataset: str, *, names: str, weights: tuple[str, ...], device: str, **settings: Any) -> list[Any]:
+def create_encoders(
+    dataset: str,
+    *,
+    names: str,
+    weights: tuple[str, ...],
+    device: str,
+    base_weights: Path | None = None,
+    **settings: Any,
+) -> list[Any]:
     """The `Encoder`s that the options name, with the weights fitted on the dataset of that name where there are such."""
     from wmcache.pipeline import encoders
     from wmcache.pipeline.fit import default_weights
@@ -259,14 +267,23 @@ def create_encoders(dataset: str, *, names: str, weights: tuple[str, ...], devic
     if len(set(wanted)) < len(wanted):
         raise UserError(f"--encoder {names} names one twice; name each once")
     files = _weights_by_name(weights, wanted)
-    made = []
+    paths: dict[str, Path | None] = {}
     for name in wanted:
-        own = encoders.get_entry(name.removesuffix("-layers"))  # a fitted family's layers have its weights
+        own = encoders.get_entry(encoders.family_of(name))  # a fitted family's layers have its weights
         fitted = default_weights(dataset, own.spec.name)
         of_all = files.get("") if len(wanted) == 1 or own.fit is None else None
-        path = files.get(name) or of_all or (fitted if fitted.exists() else None)
-        made.append(encoders.create(name, weights=path, device=device, **settings))
-    return made
+        paths[name] = files.get(name) or of_all or (fitted if fitted.exists() else None)
+    if "" in files and files[""] not in paths.values():
+        raise UserError(f"--weights {files['']}: of which of {', '.join(wanted)}? write --weights NAME={files['']}")
+    adapters = [name for name in wanted if encoders.get_entry(name).load is None]
+    if base_weights is not None and not adapters:
+        raise UserError(f"--base-weights {base_weights}: {', '.join(wanted)} is on no other encoder; leave it out")
+    return [
+        encoders.create(
+            name, weights=path, base_weights=base_weights if name in adapters else None, device=device, **settings
+        )
+        for name, path in paths.items()
+    ]
 
 
 def _weights_by_name(given: tuple[str, ...], wanted: list[str]) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -75,12 +76,12 @@ def bench_extract(dataset: FrameDataset, encoder: Encoder, *, batch: int, worker
 ROUNDS = 3
 
 
-def bench_together(dataset: FrameDataset, encoders: Sequence[Encoder], *, batch: int) -> dict[str, float]:
+def bench_together(dataset: FrameDataset, encoders: Sequence[Encoder], *, batch: int, workers: int) -> dict[str, float]:
     """Several encoders in one pass against the first alone and against one pass each, by turns.
 
     Args:
-        dataset: real frames; a shard of them is encoded and written again and again, into temporary stores.
-        encoders: of which some share a backbone. batch: as in `extract`.
+        dataset: real frames; all of them are extracted again and again, into temporary stores.
+        encoders: of which some share a backbone. batch, workers: as in `extract`.
 
     Returns:
         Frames a second of the first alone, of all together and of all one after the other; `more_than_first`, what the others cost on
@@ -101,8 +102,10 @@ def bench_together(dataset: FrameDataset, encoders: Sequence[Encoder], *, batch:
                         (encoder, Path(folder) / f"{number}-{name}-{index}-{encoder.spec.name}.zarr")
                         for encoder in group
                     ]
-                    extract_together(dataset, stores, batch=batch)
+                    extract_together(dataset, stores, batch=batch, workers=workers)
                 seconds[name].append(time.perf_counter() - start)
+                for store in Path(folder).iterdir():
+                    shutil.rmtree(store)
                 bar.update()
     first, together, apart = (float(np.median(seconds[name])) for name in ("first", "together", "apart"))
     return {

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import home, require_space
+from wmcache.cache.files import require_space
 from wmcache.cache.store import TokenStore
 from wmcache.cache.writer import StoreWriter
 from wmcache.pipeline import encoders
@@ -20,13 +20,6 @@ from wmcache.pipeline.cluster import run_tasks
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Select
 from wmcache.pipeline.fit import default_weights
-
-
-def default_derived(source: TokenStore, encoder: Encoder, dtype: str = "float16") -> Path:
-    """`$WMCACHE_HOME/stores/<dataset>/<encoder>-<image size>.zarr`, where extraction would put it."""
-    suffix = "" if dtype == "float16" else f"-{dtype}"
-    name = str(source.card.dataset["name"])
-    return home() / "stores" / name / f"{encoder.spec.name}-{encoder.image_size}{suffix}.zarr"
 
 
 def create_for(
@@ -41,15 +34,23 @@ def create_for(
         base_weights, device: as in `encoders.create`.
 
     Raises:
-        UserError: as `encoders.create`.
+        UserError: it is on another backbone; or as `encoders.create`.
     """
-    if encoders.get_entry(name).load is None:
+    entry, there = encoders.get_entry(name), encoders.get_entry(str(source.card.encoder.get("name")))
+    if there.load is None:
+        raise UserError(f"{source.path} holds tokens of the adapter {there.spec.name}; derive from a store of its base")
+    if entry.load not in (None, there.load):
+        raise UserError(
+            f"{name} is not on the backbone of {source.path}, which holds {there.spec.name}; extract it from the frames"
+        )
+    if entry.load is None:
         fitted = default_weights(str(source.card.dataset["name"]), name)
         return encoders.create(
             name, weights=weights or (fitted if fitted.exists() else None), base_weights=base_weights, device=device
         )
-    recipe = {**source.card.encoder, "name": name}
-    return encoders.create_again(recipe, weights=weights, device=device)
+    if base_weights is not None:
+        raise UserError(f"encoder {name} is on no other one; leave out --base-weights")
+    return encoders.create_again({**source.card.encoder, "name": name}, weights=weights, device=device)
 
 
 def derive(source: TokenStore, encoder: Encoder, out: Path, *, dtype: str = "float16", batch: int = 256) -> None:
@@ -108,8 +109,6 @@ def require_features(source: TokenStore, encoder: Encoder) -> Select:
     """
     name = str(source.card.encoder.get("name"))
     wanted, there = encoder.identity(source.identity.dataset_fingerprint), source.identity
-    if encoders.get_entry(name).load is None:
-        raise UserError(f"{source.path} holds tokens of the adapter {name}; derive from a store of its base")
     differing = [
         f"{field} {getattr(there, field)} != {getattr(wanted, field)}"
         for field in ("image_size", "resize", "normalisation", "compute_dtype", "store_dtype")

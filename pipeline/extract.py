@@ -14,7 +14,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +57,10 @@ class Forecast:
     seconds: float
 
 
-def default_store(dataset: FrameDataset, encoder: Encoder, dtype: str = "float16") -> Path:
+def default_store(dataset: str, encoder: Encoder, dtype: str = "float16") -> Path:
     """`$WMCACHE_HOME/stores/<dataset>/<encoder>-<image size>.zarr`, with `-int8` where the tokens are."""
     suffix = "" if dtype == "float16" else f"-{dtype}"
-    return home() / "stores" / dataset.card.name / f"{encoder.spec.name}-{encoder.image_size}{suffix}.zarr"
+    return home() / "stores" / dataset / f"{encoder.spec.name}-{encoder.image_size}{suffix}.zarr"
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,21 @@ def extract_together(
     for writer in writers:
         if writer.pending():
             writer.reopen([])
+    try:
+        _extract_pending(writers, task, label, workers)
+    finally:
+        # Also where another store failed.
+        for writer in writers:
+            if not writer.pending():
+                writer.finish()
+
+
+def _extract_pending(writers: Sequence[StoreWriter], task: Callable[[int], int], label: str, workers: int) -> None:
+    """Do all shards that no other extraction is at, until none is left anywhere."""
     alone = True
     while pending := [(writer, shard) for writer in writers for shard in writer.pending()]:
         if unclaimed := [(writer, shard) for writer, shard in pending if not writer.is_claimed(shard)]:
-            total = sum(len(card.shard_frames(shard)) for _, shard in unclaimed)
+            total = sum(len(writer.card.shard_frames(shard)) for writer, shard in unclaimed)
             shards = sorted({shard for _, shard in unclaimed})
             run_tasks(task, shards, workers=workers, threads=TASKS_IN_FLIGHT, total=total, label=label)
         else:
@@ -141,15 +152,13 @@ def extract_together(
                 )
             alone = False
             time.sleep(SECONDS_BETWEEN_LOOKS)
-    for writer in writers:
-        writer.finish()
 
 
 def extract_shard(dataset: Path, jobs: Sequence[Job], device: str, batch: int, shard: int) -> int:
     """The task: read, encode and write one shard of each store; returns the frames done in all of them, without those that others are at.
 
     Raises:
-        UserError: a shard could not be read, encoded or written; those of the other stores were.
+        UserError: a shard could not be read or encoded; or not written, in which case those of the other stores were.
     """
     done = 0
     with ExitStack() as claims:
@@ -157,16 +166,16 @@ def extract_shard(dataset: Path, jobs: Sequence[Job], device: str, batch: int, s
         for job in jobs:
             known = Identity.from_json(json.loads(job.identity), str(job.out))
             writer = _open_writer(job.out, known)
-            if claims.enter_context(writer.claim(shard)):
+            if not writer.is_done(shard) and claims.enter_context(writer.claim(shard)):
                 done += len(writer.card.shard_frames(shard))
-                if not writer.is_done(shard):
+                if not writer.is_done(shard):  # somebody else may have done it meanwhile
                     ours.append((job, writer))
         if not ours:
             return done
         source = _open_dataset(dataset, ours[0][1].identity.dataset_fingerprint)
         frames = source.read_shard(shard)
         encoders_ = _load_encoders(tuple(job.recipe for job, _ in ours), device)
-        failures: list[UserError] = []
+        failures: list[str] = []
         for lag in dict.fromkeys(encoder.lag for encoder in encoders_):
             chosen = [number for number, encoder in enumerate(encoders_) if encoder.lag == lag]
             seen = with_earlier(source, frames, source.shard_frames(shard).start, lag) if lag else frames
@@ -176,9 +185,9 @@ def extract_shard(dataset: Path, jobs: Sequence[Job], device: str, batch: int, s
                 try:
                     ours[number][1].write_shard(shard, part)
                 except UserError as error:
-                    failures.append(error)
+                    failures.append(f"{ours[number][0].out.name}: {error}")
         if failures:
-            raise failures[0]
+            raise UserError("; ".join(failures))
     return done
 
 

@@ -27,6 +27,7 @@ from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import FitOptions
 from wmcache.pipeline.encoders.base import Features, Preprocess, Select
 from wmcache.pipeline.encoders.fitting import FitData, Fitting
+from wmcache.pipeline.encoders.weights import read_metadata
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.probe import Landscape, probe_landscape, split_frames
 
@@ -62,6 +63,7 @@ def fit(
     max_frames: int,
     device: str = "auto",
     overwrite: bool = False,
+    measure: bool = True,
 ) -> Fitted:
     """Fit an encoder on frames and save its weights; where the same fit has been done before, only measure it again.
 
@@ -73,6 +75,7 @@ def fit(
         max_frames: held in memory; the first episodes are taken where there are more.
         device: where to train.
         overwrite: replace the weights of another fit.
+        measure: the landscape, in the end.
 
     Raises:
         UserError: the encoder cannot be fitted, other weights are at `out`, the dataset is too small, or the loss is not finite.
@@ -90,7 +93,7 @@ def fit(
 
     header = describe_fit(name, dataset.card.fingerprint, len(chosen), options)
     train(start, options, header, out, where, overwrite=overwrite)
-    return Fitted(out, len(chosen), measure(dataset, name, out, device))
+    return Fitted(out, len(chosen), measure_landscape(dataset, name, out, device) if measure else None)
 
 
 def fit_adapter(
@@ -100,16 +103,19 @@ def fit_adapter(
     options: FitOptions,
     *,
     dataset: FrameDataset | None = None,
+    base_weights: Path | None = None,
     max_frames: int,
     device: str = "auto",
     overwrite: bool = False,
+    measure: bool = True,
 ) -> Fitted:
     """Fit an adapter on the cached features of a frozen backbone; as `fit` otherwise.
 
     Args:
         store: of the base's layers, or of its patch tokens where the adapter needs no more.
-        name, out, options, device, overwrite: see `fit`.
+        name, out, options, device, overwrite, measure: see `fit`.
         dataset: the store's frames, for decoders of pixels and to measure the landscape; None trains purely from the store.
+        base_weights: where the base's are, if not where they were.
         max_frames: as for `fit`; the store is read as it is needed, images are held in memory.
 
     Raises:
@@ -123,7 +129,7 @@ def fit_adapter(
     if dataset is not None and dataset.card.fingerprint != store.identity.dataset_fingerprint:
         raise UserError(f"{dataset.path} does not hold the frames of {store.path}; pass the right --dataset")
     where = choose_device(device)
-    base = encoders.create_again(store.card.encoder, device=device)
+    base = encoders.create_again(store.card.encoder, weights=base_weights, device=device)
     if different := store.identity.differences(
         base.identity(store.identity.dataset_fingerprint, store.identity.store_dtype)
     ):
@@ -148,9 +154,11 @@ def fit_adapter(
         **describe_fit(name, store.identity.dataset_fingerprint, len(chosen), options),
         "base": json.dumps(base.recipe(), sort_keys=True),
         "base_sha256": base.weights_sha256,
+        "store_dtype": store.identity.store_dtype,
     }
     train(start, options, header, out, where, overwrite=overwrite)
-    return Fitted(out, len(chosen), None if dataset is None else measure(dataset, name, out, device))
+    known = dataset if measure else None
+    return Fitted(out, len(chosen), None if known is None else measure_landscape(known, name, out, device))
 
 
 def describe_fit(name: str, fingerprint: str, frames: int, options: FitOptions) -> dict[str, str]:
@@ -173,20 +181,25 @@ def check_options(options: FitOptions, frames: int, where: str) -> None:
         )
 
 
-def measure(dataset: FrameDataset, name: str, weights: Path, device: str) -> Landscape | None:
+def measure_landscape(dataset: FrameDataset, name: str, weights: Path, device: str) -> Landscape | None:
     """The landscape of a fitted encoder; None where the dataset shows no maze, so that no true distance is known."""
     if not dataset.card.maze or dataset.steps.state.shape[1] < 2:
         return None
     return probe_landscape(dataset, encoders.create(name, weights=weights, device=device))
 
 
-def read_metadata(weights: Path) -> dict[str, str]:
+def read_fit(weights: Path) -> dict[str, str]:
     """What a fit wrote into the head of its file; raises UserError where it cannot be read."""
     try:
-        with safe_open(weights, "np") as file:
-            return dict(file.metadata() or {})
+        return read_metadata(weights)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{weights} cannot be read ({error}); replace it with --overwrite") from error
+
+
+def without_paths(header: dict[str, str]) -> dict[str, str]:
+    """A header without where the base's weights are, which may move; their hash stays."""
+    base = {name: value for name, value in json.loads(header.get("base", "{}")).items() if not name.endswith("weights")}
+    return {**header, "base": json.dumps(base, sort_keys=True)}
 
 
 def train(
@@ -210,7 +223,7 @@ def train(
         UserError: another fit is at `out`, or the loss is not finite.
     """
     if out.exists() and not overwrite:
-        if read_metadata(out) != header:
+        if without_paths(read_fit(out)) != without_paths(header):
             raise UserError(
                 f"{out} holds the weights of another fit; choose another --out, or replace it with --overwrite"
             )
@@ -275,7 +288,7 @@ def _take_up(path: Path, fitting: Fitting, optimiser: torch.optim.Optimizer, hea
     try:
         with safe_open(path, "pt") as file:
             found = dict(file.metadata() or {})
-            if {**found, "step": ""} != {**header, "step": ""}:
+            if without_paths({**found, "step": ""}) != without_paths({**header, "step": ""}):
                 return 0
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError):

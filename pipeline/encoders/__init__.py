@@ -1,7 +1,7 @@
 """Encoders: frame -> patch tokens. One file for each family; each registers its encoders by name when it is imported here.
 
-To add one, write a file that calls `register` (see `floors.py`, the shortest), and import it below; CONTRIBUTING.md has an example, also of
-one in a package of your own.
+To add one, write a file that calls `register` (see `siglip2.py`, the shortest), and import it below; CONTRIBUTING.md has an example, also
+of one in a package of your own.
 """
 
 from wmcache.pipeline.encoders import (  # noqa: F401 (they register)
@@ -23,6 +23,7 @@ from wmcache.pipeline.encoders.fitting import FitOptions
 from wmcache.pipeline.encoders.registry import (
     create,
     create_again,
+    family_of,
     fit_options,
     get_entry,
     get_fit,
@@ -41,6 +42,7 @@ __all__ = [
     "create",
     "create_again",
     "encode_together",
+    "family_of",
     "fit_options",
     "get_entry",
     "get_fit",

@@ -182,7 +182,11 @@ def fit_options(name: str, settings: Mapping[str, Any]) -> FitOptions:
         raise UserError(
             f"the fit of {name} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))} (see: wmcache fit --help)"
         )
-    return kind(**settings)
+    usual = kind()
+    options = parse(kind, {**asdict(usual), **settings}, f"the fit of {name}", "see: wmcache fit --help")
+    if options.steps < min(1, usual.steps) or options.batch < 1 or options.seed < 0:
+        raise UserError(f"the fit of {name} needs --steps and --batch-size above 0, and a --seed that is not below it")
+    return options
 
 
 def create(
@@ -219,6 +223,8 @@ def create(
         if value is not None and value not in known:
             raise UserError(f"no {kind} {value!r}; known are {', '.join(known)}")
     path = None if weights is None else require_weights(Path(weights))
+    if base_weights is not None and entry.load is not None:
+        raise UserError(f"encoder {name} is on no other one; leave out --base-weights")
     if entry.load is None:
         asked = {"image_size": image_size, "normalisation": normalisation, "filter": filter, "lag": lag}
         return _create_adapter(entry, path, base_weights, asked, dtype, device)
@@ -264,7 +270,9 @@ def create_again(
         UserError: as `create`; or the recipe is none.
     """
     known = parse(Recipe, recipe, "the recipe of the store's encoder", "extract the store again")
-    moved = {"weights": weights or known.weights, "base_weights": base_weights or known.base_weights}
+    # Where an adapter's base is not where it was, it may be beside the adapter.
+    there = known.base_weights if known.base_weights and Path(known.base_weights).exists() else None
+    moved = {"weights": weights or known.weights, "base_weights": base_weights or there}
     return create(**{**asdict(known), **moved}, device=device)
 
 
@@ -284,7 +292,8 @@ def _create_adapter(
         )
     header = read_header(weights, spec.name)
     recipe, told = (read_json_part(header, part, weights) for part in ("base", "options"))
-    base = create_again(recipe, weights=_find_base(recipe, weights, base_weights), device=device)
+    found = _find_base(parse(Recipe, recipe, f"--weights {weights}", "fit it again"), weights, base_weights)
+    base = create_again(recipe, weights=found, device=device)
     if base.weights_sha256 != header.get("base_sha256"):
         raise UserError(
             f"{weights} was fitted on other weights of {base.spec.name} than those of {base.weights or base.source}; "
@@ -309,10 +318,21 @@ def _create_adapter(
     )
 
 
-def _find_base(recipe: Any, weights: Path, given: str | Path | None) -> Path | None:
-    """Where the base's weights are: where the user says, else where they were, else beside the adapter's own."""
-    if given is not None:
-        return Path(given)
-    there = recipe.get("weights") if isinstance(recipe, dict) else None
-    beside = weights.with_name(Path(there).name) if isinstance(there, str) else None
-    return beside if beside and not Path(str(there)).exists() and beside.exists() else None
+def _find_base(base: Recipe, weights: Path, given: str | Path | None) -> Path | None:
+    """The weights of an adapter's base: where the user says, else where they were, else beside the adapter's own; None for the hub's."""
+    if given is not None or base.weights is None:
+        return None if given is None else Path(given)
+    there = Path(base.weights)
+    beside = weights.parent / there.name
+    if not there.exists() and not beside.exists():
+        raise UserError(
+            f"{weights} was fitted on {base.name} with the weights {there}, which are not there any more; "
+            "put them beside it, or pass --base-weights"
+        )
+    return there if there.exists() else beside
+
+
+def family_of(name: str) -> str:
+    """The encoder that is fitted for one of that name: the layers of a family have its weights."""
+    family = name.removesuffix("-layers")
+    return family if family in _REGISTRY else name

@@ -386,7 +386,7 @@ def test_a_datasets_name_leads_nowhere(
     except UserError:
         return
     for place, folder in (
-        (default_store(frames, encoder), "stores"),
+        (default_store(frames.card.name, encoder), "stores"),
         (default_weights(frames.card.name, "tcn"), "encoders"),
     ):
         assert Path(os.path.normpath(place)).is_relative_to(tmp_path / "home" / folder)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from wmcache.cache import StoreWriter, TokenStore, UserError
 from wmcache.pipeline import encoders
-from wmcache.pipeline.derive import create_for, default_derived, derive
+from wmcache.pipeline.derive import create_for, derive
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract, extract_together
 from wmcache.pipeline.frames import FrameDataset
@@ -95,13 +95,9 @@ def test_rounded_tokens_are_no_source(
         derive(TokenStore.open(tmp_path / "int8.zarr"), encoder, tmp_path / "new.zarr")
 
 
-def test_the_encoder_is_set_up_as_the_stores(
-    layers: TokenStore, store: TokenStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("WMCACHE_HOME", str(tmp_path))
+def test_the_encoder_is_set_up_as_the_stores(layers: TokenStore, store: TokenStore) -> None:
     encoder = create_for(layers, "tcn", weights=None, base_weights=None, device="cpu")
     assert encoder.identity(store.identity.dataset_fingerprint) == store.identity
-    assert default_derived(layers, encoder) == tmp_path / "stores/pointmaze-umaze/tcn-64.zarr"
 
 
 def test_encoders_that_share_a_backbone_run_it_once(

@@ -178,4 +178,4 @@ def test_stores_live_under_the_home(
     dataset: FrameDataset, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("WMCACHE_HOME", str(tmp_path))
-    assert default_store(dataset, encoder) == tmp_path / "stores/pointmaze-umaze/tcn-64.zarr"
+    assert default_store(dataset.card.name, encoder) == tmp_path / "stores/pointmaze-umaze/tcn-64.zarr"

@@ -12,7 +12,7 @@ from wmcache.envs import Maze
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.tcn import TcnOptions
-from wmcache.pipeline.fit import Fitted, default_weights, fit, load_images, read_metadata
+from wmcache.pipeline.fit import Fitted, default_weights, fit, load_images, read_fit
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.probe import descend, neighbours
 
@@ -58,8 +58,8 @@ def test_a_fit_is_made_again_from_its_seed_and_overwrites_when_told(dataset: Fra
     first = weights_hash(tmp_path / "a.safetensors", 0)
     assert weights_hash(tmp_path / "b.safetensors", 0) == first
     assert weights_hash(tmp_path / "b.safetensors", 1, overwrite=True) != first
-    assert json.loads(read_metadata(tmp_path / "b.safetensors")["options"])["seed"] == 1
-    assert read_metadata(tmp_path / "b.safetensors")["frames"] == "80"
+    assert json.loads(read_fit(tmp_path / "b.safetensors")["options"])["seed"] == 1
+    assert read_fit(tmp_path / "b.safetensors")["frames"] == "80"
 
 
 def test_a_loss_that_is_not_finite_leaves_no_file(dataset: FrameDataset, tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_a_base_is_found_where_it_was_or_beside_the_adapter_and_no_other_is_take
     moved = Path(shutil.move(base, here / base.name))
     assert torch.equal(encoders.create("dino-tok", weights=out, device="cpu")(dataset.read_shard(0)[:4]), expected)
     moved.unlink()
-    with pytest.raises(UserError, match=r"tcn\.safetensors: neither an existing"):
+    with pytest.raises(UserError, match=r"tcn\.safetensors, which are not there any more; put them beside it"):
         encoders.create("dino-tok", weights=out, device="cpu")
     other = fit(
         dataset, "tcn", here / "other.safetensors", TcnOptions(steps=1, batch=16), max_frames=1000, device="cpu"

@@ -1,0 +1,121 @@
+"""wmcache extract, fit and derive with many encoders: the words that users type, and what they are told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from wmcache.cache import TokenStore
+from wmcache.cli import main
+
+
+@pytest.fixture
+def home(tmp_path: Path, dataset_path: Path, tcn_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with the frames and tcn's weights where the commands look for them."""
+    monkeypatch.setenv("WMCACHE_HOME", str(tmp_path / "home"))
+    shutil.copytree(dataset_path, tmp_path / "home/pointmaze-umaze")
+    (tmp_path / "home/encoders").mkdir()
+    shutil.copy(tcn_weights, tmp_path / "home/encoders/pointmaze-umaze-tcn.safetensors")
+    return tmp_path / "home"
+
+
+def run(line: str, **places: Path) -> Result:
+    return CliRunner().invoke(main, [word.format(**places) for word in line.split()])
+
+
+def test_several_encoders_are_extracted_in_one_go(home: Path) -> None:
+    result = run("extract --encoder tcn,pixels,tcn-layers --device cpu")
+    assert result.exit_code == 0, result.output
+    stores = home / "stores/pointmaze-umaze"
+    assert sorted(path.name for path in stores.glob("*.zarr")) == [
+        "pixels-32.zarr",
+        "tcn-64.zarr",
+        "tcn-layers-64.zarr",
+    ]
+    assert all(TokenStore.open(path).complete for path in stores.glob("*.zarr"))
+    assert f"{stores / 'pixels-32.zarr'}: 360 frames, 4 x 4 tokens of 192" in result.output
+
+
+def test_an_adapter_is_fitted_on_layers_that_are_made_if_need_be_and_its_store_derived(home: Path) -> None:
+    fitted = run("fit --encoder dino-tok --base tcn-layers --steps 2 --batch-size 8 --shallow 4 --device cpu")
+    assert fitted.exit_code == 0, fitted.output
+    layers = home / "stores/pointmaze-umaze/tcn-layers-64.zarr"
+    derived = run("derive {layers} --encoder dino-tok --device cpu", layers=layers)
+    assert derived.exit_code == 0, derived.output
+    extracted = run("extract --encoder dino-tok --device cpu --out {out}", out=home / "extracted.zarr")
+    assert extracted.exit_code == 0, extracted.output
+    by_derivation = TokenStore.open(home / "stores/pointmaze-umaze/dino-tok-64.zarr")
+    assert by_derivation.identity == TokenStore.open(home / "extracted.zarr").identity
+    assert by_derivation.card.token_dim == 36
+    # The base's weights have moved with the adapter's.
+    moved = (home / "encoders").rename(home / "elsewhere")
+    found = run(
+        "verify {store} --deep --weights {weights} --device cpu",
+        store=by_derivation.path,
+        weights=moved / "pointmaze-umaze-dino-tok.safetensors",
+    )
+    assert found.exit_code == 0, found.output
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("extract --encoder pixels,pixels", "names one twice"),
+        ("extract --encoder pixels,dinov9", "no encoder 'dinov9'"),
+        ("extract --encoder tcn,vae --weights {weights}", "of which of tcn, vae? write --weights NAME="),
+        ("extract --encoder tcn --weights tnc={weights}", "neither an existing .safetensors file nor a folder"),
+        ("extract --encoder tcn,pixels --weights tcn={weights} --weights tcn={weights}", "a second one for tcn"),
+        ("extract --encoder tcn --base-weights {weights}", "tcn is on no other encoder; leave it out"),
+        ("extract --encoder pixels,tcn --base-weights {weights}", "pixels, tcn is on no other encoder; leave it out"),
+        ("extract --encoder pixels --lag 5", "looks at one frame at a time; leave out --lag"),
+        ("extract --encoder vae", "make them with: wmcache fit --encoder vae"),
+        ("extract --encoder dino-tok", "make them with: wmcache fit --encoder dino-tok"),
+        ("extract --encoder dinov2 --image-size 200 --weights {weights}", "choose a multiple of 14"),
+        ("extract --encoder dinov2 --weights {weights}", "does not hold the weights of vit_small_patch14_dinov2"),
+        ("fit --encoder tcn --codes 5", "the fit of tcn has no option codes"),
+        ("fit --encoder tcn --cache {store}", "leave out --cache and --base"),
+        ("fit --encoder pca --cache {store} --base tcn", "leave out --base"),
+        ("fit --encoder dino-tok --cache {store}", "extract layers of the base"),
+        (
+            "fit --encoder dino-tok --cache {store} --decoder pixels --dataset {store}",
+            "make a dataset with: wmcache collect",
+        ),
+        ("fit --encoder pixels", "encoder pixels is not fitted on a dataset"),
+        ("derive {store} --encoder dinov2-cls", "not on the backbone of"),
+        ("derive {store} --encoder tcn-layers", "tcn-layers is made of stem, block 1; extract"),
+        ("derive {store} --encoder dino-tok", "make them with: wmcache fit --encoder dino-tok"),
+        ("derive {store} --encoder tcn --base-weights {weights}", "leave out --base-weights"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line_that_says_what_to_do(
+    home: Path, store_path: Path, tcn_weights: Path, line: str, told: str
+) -> None:
+    before = sorted(home.rglob("*"))
+    result = run(line, weights=tcn_weights, store=store_path)
+    assert result.exit_code == 1, result.output
+    (error,) = [words for words in result.stderr.splitlines() if words.startswith("Error: ")]
+    assert told in error
+    assert sorted(path for path in home.rglob("*") if path.name != ".lock") == before
+
+
+def test_all_encoders_are_listed(home: Path) -> None:
+    rows = {row["name"]: row for row in json.loads(run("encoders --json").stdout)}
+    assert {"dinov2", "dinov2-cls", "dinov3", "vjepa2", "siglip2", "resnet18", "r3m", "dino-tok", "vfm-vae"} <= set(
+        rows
+    )
+    assert rows["tcn"]["fitted"]
+    assert not rows["dinov2"]["fitted"]
+    for line in run("encoders").stdout.splitlines()[1:]:
+        assert line.split()[0] in rows
+
+
+def test_encoders_in_one_pass_are_measured_against_one_pass_each(home: Path) -> None:
+    result = run("bench extract --encoder tcn,tcn-layers --json --device cpu")
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert figures["frames"] == 360
+    assert figures["more_than_first"] > -1
+    assert figures["one_after_the_other"] > 0
