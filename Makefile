@@ -17,7 +17,8 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 # A strict editable install links each file, so that mypy finds the package; a folder's time changes when a file is added.
-$(VENV)/.linked: $(VENV)/.installed cache commands envs envs/mazes pipeline pipeline/encoders pipeline/importers planner study trainer trainer/models
+# (`study/.` is the folder; `study` is the target below.)
+$(VENV)/.linked: $(VENV)/.installed cache commands envs envs/mazes pipeline pipeline/encoders pipeline/importers planner study/. trainer trainer/models
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable . --config-settings editable_mode=strict
 	@touch $@
 

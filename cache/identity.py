@@ -20,7 +20,8 @@ class Identity:
     Attributes:
         encoder: name in the registry.
         weights_source: hub id, or `file`; for people, and compared too.
-        weights_sha256: over the names, shapes and bytes of the loaded parameters, whatever file they came in.
+        weights_sha256: over the names, shapes and bytes of the loaded parameters, whatever file they came in, and over what a folder's
+            config says differently of the arithmetic.
         layer: which features of the network, for example `norm`.
         token_selection: which of its tokens, for example `patch`.
         image_size: side of the square image that the network sees, in pixels.

@@ -23,7 +23,15 @@ Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^/\x00-\x1
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-def parse(kind: Callable[..., T], value: object, where: Path | str, mend: str, *, exact: bool = True) -> T:
+def parse(
+    kind: Callable[..., T],
+    value: object,
+    where: Path | str,
+    mend: str,
+    *,
+    exact: bool = True,
+    fault: str = "is damaged",
+) -> T:
     """Plain JSON values as an instance of a dataclass, nothing converted, nothing guessed.
 
     Args:
@@ -31,16 +39,17 @@ def parse(kind: Callable[..., T], value: object, where: Path | str, mend: str, *
         value: what was read.
         where, mend: the file, and what to do about it, for the error.
         exact: refuse values that the dataclass has no field for.
+        fault: what is said of `where`.
 
     Raises:
         UserError: `value` is not of that kind.
     """
     if exact and isinstance(value, dict) and (unknown := set(value) - {field.name for field in fields(kind)}):  # type: ignore[arg-type]
-        raise UserError(f"{where} is damaged (unknown parts: {', '.join(sorted(unknown))[:80]!r}); {mend}")
+        raise UserError(f"{where} {fault} (unknown parts: {', '.join(sorted(unknown))[:80]!r}); {mend}")
     try:
         parsed: T = _adapter(kind).validate_json(json.dumps(value), strict=True)
     except (ValidationError, RecursionError) as error:
-        raise UserError(f"{where} is damaged ({_first(error)}); {mend}") from error
+        raise UserError(f"{where} {fault} ({_first(error)}); {mend}") from error
     return parsed
 
 

@@ -20,14 +20,23 @@ DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
 @click.option(
     "--encoder", multiple=True, help="To study, in FILE by label or name, or as it is by default; repeatable."
 )
-@click.option("--dataset", type=PATH, help="Frame dataset.  [default: FILE's, else $WMCACHE_HOME/pointmaze-<maze>]")
+@click.option(
+    "--dataset",
+    type=PATH,
+    help="Frames that are there, whatever FILE says.  [default: FILE's, else $WMCACHE_HOME/pointmaze-<maze>]",
+)
 @click.option("--seeds", help="Of fits and trainings, as in 0,1,2.  [default: FILE's]")
 @click.option("--fractions", help="Shares of the train episodes, as in 0.1,0.25,1.  [default: FILE's]")
 @click.option("--steps", type=click.IntRange(1), help="Of training.  [default: FILE's]")
 @click.option("--episodes", type=click.IntRange(1), help="Of each evaluation.  [default: FILE's]")
 @click.option("--device", help="auto, cpu, cuda, cuda:1, mps.  [default: FILE's, else auto]")
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: FILE's, else 1]")
-@click.option("--out", type=PATH, help="Folder of the study.  [default: $WMCACHE_HOME/studies/<name of FILE>]")
+@click.option(
+    "--out",
+    type=PATH,
+    help="Folder, which studies may share: what they have in common is done once, table and page are of the last.  "
+    "[default: $WMCACHE_HOME/studies/<name of FILE>]",
+)
 @json_option
 def study(file: Path | None, out: Path | None, as_json: bool, **flags: Any) -> None:
     """Compare encoders by what the same world model plans with them, as FILE (TOML) says. Run again, it goes on.

@@ -98,7 +98,13 @@ def local_client(workers: int, threads: int = 1) -> Iterator[Any]:
     }
     with (
         dask.config.set(settings),
-        LocalCluster(n_workers=workers, threads_per_worker=threads, dashboard_address=None) as cluster,
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=threads,
+            dashboard_address=None,
+            # Even without a dashboard it serves metrics, and warns where another program has its usual port.
+            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+        ) as cluster,
         Client(cluster) as client,
     ):
         yield client

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -89,7 +88,7 @@ def fit(
     see = Preprocess(spec.image_size, spec.via, spec.normalisation, spec.filter, spec.lag)
 
     def start() -> Fitting:
-        return make(FitData(episode[chosen], see, where, load_images(dataset, chosen, see.image_size)), options)
+        return make(FitData(episode[chosen], see, where, load_images(dataset, chosen, see)), options)
 
     header = describe_fit(name, dataset.card.fingerprint, len(chosen), options)
     train(start, options, header, out, where, overwrite=overwrite)
@@ -146,9 +145,8 @@ def fit_adapter(
         return head.restore(torch.from_numpy(store.gather(chosen[rows])).to(where).float())
 
     def start() -> Fitting:
-        images = load_images(dataset, chosen, base.image_size) if options.needs_images and dataset else None
-        mean, std = (head.by_layer(torch.from_numpy(values).to(where)) for values in (store.mean, store.std))
-        return make(FitData(store.episode[chosen], base.preprocess, where, images, base, gather, mean, std), options)
+        images = load_images(dataset, chosen, base.preprocess) if options.needs_images and dataset else None
+        return make(FitData(store.episode[chosen], base.preprocess, where, images, base, gather), options)
 
     header = {
         **describe_fit(name, store.identity.dataset_fingerprint, len(chosen), options),
@@ -303,17 +301,15 @@ def _take_up(path: Path, fitting: Fitting, optimiser: torch.optim.Optimizer, hea
     return int(found["step"])
 
 
-def load_images(dataset: FrameDataset, frames: NDArray[np.int64], size: int) -> Tensor:
-    """Some frames, ascending, as uint8 [n, 3, size, size], resized as the encoder will; reads each shard once."""
-    images = torch.empty(len(frames), 3, size, size, dtype=torch.uint8)
+def load_images(dataset: FrameDataset, frames: NDArray[np.int64], preprocess: Preprocess) -> Tensor:
+    """Some frames, ascending, as uint8 [n, 3, S, S], resized as the encoder will; reads each shard once."""
+    images = torch.empty(len(frames), 3, preprocess.image_size, preprocess.image_size, dtype=torch.uint8)
     shard_of = frames // dataset.card.frames_per_shard
 
     def load(shard: int) -> int:
         rows = np.flatnonzero(shard_of == shard)
         raw = dataset.read_shard(shard)[frames[rows] - dataset.shard_frames(shard).start]
-        pixels = torch.from_numpy(raw).permute(0, 3, 1, 2).float()
-        if pixels.shape[-1] != size:
-            pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        pixels = preprocess.resize(torch.from_numpy(raw)).clamp_(0, 1) * 255
         images[torch.from_numpy(rows)] = pixels.round_().byte()
         return len(rows)
 

@@ -20,8 +20,9 @@ from wmcache.cache.errors import UserError
 from wmcache.cache.files import atomic_write
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import split_episodes
-from wmcache.envs import Maze
+from wmcache.envs import Maze, MazeError
 from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.extract import read_for
 from wmcache.pipeline.frames import FrameDataset
 
 PROBED_FRAMES = 1000
@@ -110,7 +111,8 @@ def probe(path: Path, *, dataset: Path | None = None, frames: int = 2000) -> Pro
         frames: at most so many of the training episodes train the probes; up to PROBED_FRAMES of the held-out ones score them.
 
     Raises:
-        UserError: an unusable store, another dataset, too few frames, or tokens that are the same in all frames.
+        UserError: an unusable store, another dataset, a maze or states that are none, too few frames, or tokens that are the same in all
+            frames.
     """
     store = TokenStore.open(path)
     maze = find_maze(store, dataset)
@@ -164,7 +166,26 @@ def find_maze(store: TokenStore, dataset: Path | None = None) -> Maze | None:
         if frames.card.fingerprint != store.identity.dataset_fingerprint:
             raise UserError(f"{dataset} does not hold the frames of {store.path}; pass the right --dataset")
         rows = rows or frames.card.maze
-    return Maze(str(name), tuple(rows)) if rows and store.state.shape[1] >= 2 else None
+    require_finite(store.state, store.path)
+    return make_maze(str(name), rows, store.path) if rows and store.state.shape[1] >= 2 else None
+
+
+def make_maze(name: str, rows: Any, where: Path | str) -> Maze:
+    """The maze of a card, which may be anybody's; raises UserError where it is none."""
+    if not isinstance(rows, list) or not all(isinstance(row, str) for row in rows):
+        raise UserError(f"the maze in the card of {where} is no list of lines of text; extract or import it again")
+    try:
+        return Maze(name, tuple(rows))
+    except MazeError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def require_finite(state: NDArray[np.floating], where: Path | str) -> None:
+    """Raises UserError where a state, which nothing can be measured against, is not finite."""
+    if (broken := np.flatnonzero(~np.isfinite(state).all(1))).size:
+        raise UserError(
+            f"{where}: the state of {broken.size} frames, the first of them number {broken[0]}, is not finite; extract or import it again"
+        )
 
 
 def split_frames(episode: NDArray[np.integer], split: str) -> NDArray[np.int64]:
@@ -399,14 +420,20 @@ def spread(xy: Float, maze: Maze, count: int) -> tuple[list[int], Float]:
 
 
 def probe_landscape(dataset: FrameDataset, encoder: Encoder) -> Landscape:
-    """Measure the latent distance between held-out frames of a dataset that shows a maze; see `Landscape`."""
+    """Measure the latent distance between held-out frames of a dataset that shows a maze; see `Landscape`.
+
+    Raises:
+        UserError: the maze or the states are none.
+    """
     held_out = split_frames(dataset.steps.episode, "val")
     chosen = np.sort(np.random.default_rng(0).choice(held_out, min(PROBED_FRAMES, len(held_out)), replace=False))
-    frames = dataset.read_frames(chosen)
+    frames = read_for(encoder, dataset, chosen)
     tokens = torch.cat(
         [encoder(part).float().cpu() for part in np.array_split(frames, max(1, len(frames) // 64))]
     ).flatten(1)
-    maze, xy = Maze(dataset.card.name, tuple(dataset.card.maze)), dataset.steps.state[chosen, :2]
+    maze = make_maze(dataset.card.name, dataset.card.maze, dataset.path)
+    require_finite(dataset.steps.state, dataset.path)
+    xy = dataset.steps.state[chosen, :2]
     return measure_landscape(squared_distances(tokens.double().numpy(), tokens.double().numpy()), xy, maze)
 
 

@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 from wmcache.cache.device import choose_device, choose_dtype
+from wmcache.cache.errors import UserError
 from wmcache.cache.files import make_folder, read_json, sha256_of, write_json
 from wmcache.cache.store import TokenStore
+from wmcache.envs import find_maze
 from wmcache.pipeline import encoders
 from wmcache.pipeline.derive import derive
 from wmcache.pipeline.encoders import Encoder
@@ -32,8 +34,9 @@ from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.probe import draw_probe, probe
 from wmcache.planner.episodes import THRESHOLDS
 from wmcache.planner.evaluate import PlanOptions, Setting, evaluate
+from wmcache.planner.goals import SOURCES
 from wmcache.planner.report import write_episodes
-from wmcache.study.options import EncoderChoice, StudyOptions, family_of
+from wmcache.study.options import EncoderChoice, StudyOptions
 from wmcache.trainer.checkpoint import load_model
 from wmcache.trainer.loop import TrainOptions, rollout_errors, train, validation_windows
 
@@ -62,8 +65,9 @@ class Cell:
         stage: in PLACES.
         name: of the encoder, a part of file names.
         label: for people; not a part of the key.
-        settings: plain JSON values.
+        settings: plain JSON values; of files the SHA-256 of what is in them.
         inputs: role -> the cell whose result it takes.
+        files: setting -> where the file is; not a part of the key, so files may move.
     """
 
     stage: str
@@ -71,6 +75,7 @@ class Cell:
     label: str
     settings: dict[str, Any]
     inputs: Mapping[str, Cell] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def key(self) -> str:
@@ -149,7 +154,7 @@ def make_branches(options: StudyOptions, fingerprint: str) -> list[Branch]:
     """The cells of a study of the dataset of that fingerprint.
 
     Raises:
-        UserError: weights that are named are not there.
+        UserError: weights, goals or a maze that are named are not there.
     """
     branches = []
     for choice in options.encoders:
@@ -162,12 +167,9 @@ def make_branches(options: StudyOptions, fingerprint: str) -> list[Branch]:
                 label = f"{what}, {fraction:.0%} of the episodes"
                 trains[fraction] = Cell("train", choice.name, f"train {label}", settings, {"extract": extract})
                 for plan in options.plan:
+                    inputs = {"train": trains[fraction], "extract": extract}
                     plans[fraction, plan.name] = Cell(
-                        "plan",
-                        choice.name,
-                        f"{plan.name} {label}",
-                        asdict(plan.options),
-                        {"train": trains[fraction], "extract": extract},
+                        "plan", choice.name, f"{plan.name} {label}", *_plan_settings(plan.options, inputs)
                     )
             probing = Cell(
                 "probe", choice.name, f"probe {what}", {"frames": options.probe_frames}, {"extract": extract}
@@ -182,7 +184,7 @@ def _extract_cell(choice: EncoderChoice, seed: int, options: StudyOptions, finge
     inputs: dict[str, Cell] = {}
     if choice.weights is None and entry.load is None:
         inputs["base"] = _extract_cell(_base_of(choice, entry.base, options), seed, options, fingerprint)
-    family = family_of(choice.name)
+    family = encoders.family_of(choice.name)
     if choice.weights is None and encoders.get_entry(family).fit:
         fitting = {
             "name": family,
@@ -191,22 +193,39 @@ def _extract_cell(choice: EncoderChoice, seed: int, options: StudyOptions, finge
             "dataset": fingerprint,
         }
         inputs["fit"] = Cell("fit", family, f"fit {choice.label}, seed {seed}", fitting, dict(inputs))
+    files = {"weights": choice.weights, "base_weights": choice.base_weights}
     settings = {
         "name": choice.name,
-        "weights": [choice.weights, _digest(choice.weights)],
-        "base_weights": [choice.base_weights, _digest(choice.base_weights)],
+        **{name: path and _digest(weights_file(require_weights(Path(path)))) for name, path in files.items()},
         **{name: getattr(choice, name) for name in AS_CREATED},
         "store_dtype": choice.store_dtype,
         "dataset": fingerprint,
     }
-    return Cell("extract", choice.name, f"extract {choice.label}", settings, inputs)
+    known = {name: path for name, path in files.items() if path}
+    return Cell("extract", choice.name, f"extract {choice.label}", settings, inputs, known)
+
+
+def _plan_settings(
+    options: PlanOptions, inputs: dict[str, Cell]
+) -> tuple[dict[str, Any], dict[str, Cell], dict[str, str]]:
+    """Settings, inputs and files of an evaluation."""
+    settings, files = asdict(options), {}
+    if options.env:
+        files["env"] = options.env
+        settings["env"] = list(find_maze(options.env).rows)
+    if options.goals not in SOURCES:
+        files["goals"] = options.goals
+        if not Path(options.goals).is_file():
+            raise UserError(f"goals {options.goals} are neither {', '.join(SOURCES)} nor a file; mend the study's file")
+        settings["goals"] = sha256_of(Path(options.goals))
+    return settings, inputs, files
 
 
 def _base_of(choice: EncoderChoice, usual: str, options: StudyOptions) -> EncoderChoice:
     """The base that an adapter is fitted on, as the study's own encoder of that family is where there is one."""
     name = choice.base or usual
-    family = family_of(name)
-    of_study = [other for other in options.encoders if other.name == family]
+    family = encoders.family_of(name)
+    of_study = [other for other in (*options.encoders, *options.others) if other.name == family]
     known = of_study[0] if of_study else EncoderChoice(family)
     return EncoderChoice(
         name,
@@ -219,34 +238,47 @@ def _base_of(choice: EncoderChoice, usual: str, options: StudyOptions) -> Encode
 
 
 @functools.lru_cache
-def _digest(weights: str | None) -> str | None:
-    return None if weights is None else sha256_of(weights_file(require_weights(Path(weights))))
+def _digest(file: Path) -> str:
+    return sha256_of(file)
 
 
 def do_fit(work: Workshop, cell: Cell) -> dict[str, Any]:
     """Fit an encoder, or an adapter on its base's store."""
     settings, out = cell.settings, work.place(cell)
     options = encoders.fit_options(settings["name"], settings["options"])
-    shared = {"max_frames": settings["max_frames"], "device": work.device}
+    shared = {"max_frames": settings["max_frames"], "device": work.device, "measure": False}
     dataset = FrameDataset.open(work.dataset)
-    if "base" in cell.inputs:
-        base = TokenStore.open(work.place(cell.inputs["base"]))
-        fitted = fit_adapter(base, settings["name"], out, options, dataset=dataset, **shared)
-    else:
+    if (base := cell.inputs.get("base")) is None:
         fitted = fit(dataset, settings["name"], out, options, **shared)
+    else:
+        fitted = fit_adapter(
+            TokenStore.open(work.place(base)),
+            settings["name"],
+            out,
+            options,
+            dataset=dataset,
+            base_weights=weights_of(work, base),
+            # Only a kill between file and result leaves a file; it says where its base's was, which may have moved since.
+            overwrite=True,
+            **shared,
+        )
     return {"frames": fitted.frames}
+
+
+def weights_of(work: Workshop, cell: Cell) -> Path | None:
+    """The weights of the encoder whose tokens a cell extracts, where they are now; None for those that have no file of their own."""
+    if "fit" in cell.inputs:
+        return work.place(cell.inputs["fit"])
+    return Path(cell.files["weights"]) if "weights" in cell.files else None
 
 
 def create_encoder(work: Workshop, cell: Cell) -> Encoder:
     """The encoder whose tokens a cell extracts."""
-    settings, inputs = cell.settings, cell.inputs
-    weights, base_weights = settings["weights"][0], settings["base_weights"][0]
-    if "fit" in inputs:
-        weights = work.place(inputs["fit"])
+    settings, base = cell.settings, cell.inputs.get("base")
     return encoders.create(
         settings["name"],
-        weights=weights,
-        base_weights=None if "base" in inputs else base_weights,
+        weights=weights_of(work, cell),
+        base_weights=cell.files.get("base_weights") if base is None else weights_of(work, base),
         device=work.device,
         **{name: settings[name] for name in AS_CREATED},
     )
@@ -321,8 +353,11 @@ def token_variance(store: TokenStore) -> float:
 
 def do_plan(work: Workshop, cell: Cell) -> dict[str, Any]:
     """Plan with a run, and keep which episodes reached their goals."""
-    out, options = work.place(cell), PlanOptions(**cell.settings)
-    setting = Setting(work.place(cell.inputs["train"]), options)
+    out, options = work.place(cell), PlanOptions(**{**cell.settings, **cell.files})
+    extracted = cell.inputs["extract"]
+    # The run knows where both were when it was trained; the study may have moved since.
+    there = {"weights": weights_of(work, extracted), "cache": work.place(extracted)}
+    setting = Setting(work.place(cell.inputs["train"]), options, **there)
     episodes, results = evaluate(setting, options, out)
     write_episodes(out / "episodes.parquet", episodes)
     for unfinished in out.glob("unfinished-*"):

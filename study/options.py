@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 from wmcache.cache.errors import UserError
@@ -21,6 +21,12 @@ from wmcache.trainer.models import read_options as read_model_options
 
 T = TypeVar("T")
 Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+COUNTS = (
+    *("history", "frameskip", "steps", "epochs", "batch", "accumulate", "pool"),
+    *("log_every", "validate_every", "checkpoint_every"),
+)
+"""Of TrainOptions."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Collect:
     episodes: Positive = 200
     length: Positive = 100
     policy: str = "random"
-    seed: int = 0
+    seed: Natural = 0
     image_size: Positive = 112
     frames_per_shard: Positive = 512
 
@@ -59,12 +65,12 @@ class EncoderChoice:
     base_weights: str | None = None
     fit: dict[str, Any] = field(default_factory=dict)
     max_frames: Positive = 50_000
-    image_size: int | None = None
-    normalisation: str | None = None
-    filter: str | None = None
-    lag: int | None = None
-    dtype: str | None = None
-    store_dtype: str = "float16"
+    image_size: Positive | None = None
+    normalisation: Literal["half", "imagenet"] | None = None
+    filter: Literal["bilinear", "bicubic"] | None = None
+    lag: Positive | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    store_dtype: Literal["float16", "int8"] = "float16"
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ class StudyOptions:
         seeds: each of them fits, trains and is planned with anew.
         fractions: shares of the train episodes to train world models on; the largest gives the headline.
         probe_frames: that train the probes.
+        others: encoders that the file has and that are not studied; an adapter's base is fitted as they say.
         batch: frames in each call of an encoder while extracting.
         device: of everything. workers: processes; the cells of one process are done one after another.
     """
@@ -101,12 +108,13 @@ class StudyOptions:
     train: TrainOptions = field(default_factory=TrainOptions)
     dataset: str | None = None
     collect: Collect | None = None
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0,)
     fractions: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (1.0,)
     probe_frames: Positive = 2000
     batch: Positive = 32
     device: str = "auto"
     workers: Positive = 1
+    others: tuple[EncoderChoice, ...] = ()
 
 
 def read_study(file: Path, flags: Mapping[str, Any] | None = None) -> StudyOptions:
@@ -114,8 +122,8 @@ def read_study(file: Path, flags: Mapping[str, Any] | None = None) -> StudyOptio
 
     Args:
         file: TOML.
-        flags: what wins over it: values of its top level; `encoder`, names or labels of the encoders to take, from the file or as they are
-            by default; `steps` of training and `episodes` of each evaluation.
+        flags: what wins over it: values of its top level; a `dataset` wins over `collect` too, so it has to be there; `encoder`, names or
+            labels of the encoders to take, from the file or as they are by default; `steps` of training and `episodes` of each evaluation.
 
     Raises:
         UserError: the file is missing, no TOML, or has a setting that is unknown or does not fit.
@@ -131,7 +139,9 @@ def read_study(file: Path, flags: Mapping[str, Any] | None = None) -> StudyOptio
     values.update(given)
     where = str(file)
     parts = {name: values.pop(name, None) for name in ("encoders", "plan", "train", "collect")}
-    wanted = _encoders(_list(parts["encoders"], f"{where}: encoders"), names, where)
+    wanted, others = _encoders(_list(parts["encoders"], f"{where}: encoders"), names, where)
+    if "dataset" in given:
+        parts["collect"] = None
     if not isinstance(parts["train"] or {}, dict):
         raise UserError(f"{where}: train is not a table")
     train = {**(parts["train"] or {}), **({"steps": steps, "epochs": None} if steps else {})}
@@ -141,16 +151,20 @@ def read_study(file: Path, flags: Mapping[str, Any] | None = None) -> StudyOptio
     ]
     _require_distinct([plan.name for plan in plans], f"{where}: two plans are called", "give each a name")
     device = str(values.get("device", "auto"))
-    options = _table(StudyOptions, {**values, "encoders": [], "plan": []}, where)
+    options = _table(StudyOptions, {**values, "encoders": [], "plan": []}, where, without=("others",))
     trained = _table(TrainOptions, {"device": device, **train}, f"{where}: train")
     for name, why in {"seed": "seeds", "episodes_fraction": "fractions"}.items():
         if name in train:
             raise UserError(f"{where}: train: {name} is the study's own; say {why} instead")
+    for name in COUNTS:
+        if (count := getattr(trained, name)) is not None and count < 1:
+            raise UserError(f"{where}: train: {name} is {count}; it must be above 0")
     check_train_options(trained)
     read_model_options(trained.model, trained.model_options)
     return replace(
         options,
         encoders=tuple(wanted),
+        others=tuple(others),
         plan=tuple(replace(plan, options=replace(plan.options, device=device)) for plan in plans),
         train=trained,
         collect=None if parts["collect"] is None else _table(Collect, parts["collect"], f"{where}: collect"),
@@ -159,41 +173,45 @@ def read_study(file: Path, flags: Mapping[str, Any] | None = None) -> StudyOptio
     )
 
 
-def family_of(name: str) -> str:
-    """The encoder that is fitted for one of that name: the layers of a family have its weights."""
-    family = name.removesuffix("-layers")
-    return family if any(spec.name == family for spec in encoders.specs()) else name
-
-
-def _encoders(tables: list[dict[str, Any]], names: Sequence[str] | None, where: str) -> list[EncoderChoice]:
+def _encoders(
+    tables: list[dict[str, Any]], names: Sequence[str] | None, where: str
+) -> tuple[list[EncoderChoice], list[EncoderChoice]]:
+    """The encoders to study, and the file's others."""
     known = [_table(EncoderChoice, table, f"{where}: encoder {n}") for n, table in enumerate(tables, start=1)]
     known = [replace(choice, label=choice.label or choice.name) for choice in known]
+    wanted = known
     if names:
         labelled = {choice.label: [choice] for choice in known}
         named = {name: [choice for choice in known if choice.name == name] for name in names}
         alone = {name: [EncoderChoice(name, label=name)] for name in names}
-        known = [choice for name in names for choice in labelled.get(name) or named[name] or alone[name]]
-    if not known:
+        wanted = [choice for name in names for choice in labelled.get(name) or named[name] or alone[name]]
+    if not wanted:
         raise UserError(f"{where}: no encoder to study; add [[encoders]] with a name, or pass --encoder")
-    _require_distinct([choice.label for choice in known], f"{where}: two encoders are called", "give each a label")
-    for choice in known:
+    for choices in (known, wanted):
+        labels = [choice.label for choice in choices]
+        _require_distinct(labels, f"{where}: two encoders are called", "give each a label")
+    others = [choice for choice in known if choice not in wanted]
+    for choice in (*wanted, *others):
         entry = encoders.get_entry(choice.name)
-        family = family_of(choice.name)
+        family = encoders.family_of(choice.name)
         if "seed" in choice.fit:
             raise UserError(f"{where}: {choice.label}: the fit's seed is the study's own; say seeds instead")
         if choice.fit:
             encoders.fit_options(family, choice.fit)
         if choice.weights and choice.fit:
             raise UserError(f"{where}: {choice.label} has both weights and fit; leave out one")
+        if (choice.base or choice.base_weights) and entry.load is not None:
+            raise UserError(f"{where}: {choice.label} is no adapter; leave out its base")
         if choice.base:
-            if entry.load is not None:
-                raise UserError(f"{where}: {choice.label} is no adapter; leave out its base")
             encoders.get_entry(choice.base)
-    return known
+    return wanted, others
 
 
 def _evaluation(table: dict[str, Any], where: str) -> Evaluation:
     """`protocol`, `name`, and whatever is to differ from the protocol: fields of PlanOptions, and of the solver."""
+    for key in ("protocol", "name", "solver"):
+        if not isinstance(table.get(key, ""), str):
+            raise UserError(f"{where}: {key} is {table[key]!r}; it must be a word")
     protocol, name = table.pop("protocol", None), table.pop("name", None)
     if protocol is not None and protocol not in PROTOCOLS:
         raise UserError(f"{where}: no protocol {protocol!r}; known are {', '.join(PROTOCOLS)}")
@@ -209,8 +227,10 @@ def _evaluation(table: dict[str, Any], where: str) -> Evaluation:
     search = {key: value for key, value in flat.items() if key not in own and key in of_solver}
     options = _table(PlanOptions, {**{key: flat[key] for key in own & set(flat)}, "search": search}, where)
     check_options(options)
-    SOLVERS[solver](**search)
-    return Evaluation(str(name or protocol or "plan"), options)
+    if options.seed < 0:
+        raise UserError(f"{where}: seed is {options.seed}; it must be 0 or more")
+    _table(SOLVERS[solver], search, where)
+    return Evaluation(name or protocol or "plan", options)
 
 
 def _list(value: Any, where: str) -> list[dict[str, Any]]:
@@ -219,18 +239,20 @@ def _list(value: Any, where: str) -> list[dict[str, Any]]:
     return [dict(table) for table in value or []]
 
 
-def _table(kind: type[T], values: Any, where: str) -> T:
-    """A table as an instance of a dataclass, nothing converted, nothing guessed."""
-    known = {item.name for item in fields(kind)}  # type: ignore[arg-type]
+def _table(kind: type[T], values: Any, where: str, without: tuple[str, ...] = ()) -> T:
+    """A table as an instance of a dataclass, nothing converted, nothing guessed; `without` are fields that are not for users."""
+    known = {item.name for item in fields(kind)} - set(without)  # type: ignore[arg-type]
     if not isinstance(values, dict):
         raise UserError(f"{where} is not a table")
     if unknown := sorted(set(values) - known):
         raise UserError(f"{where}: no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     try:
-        parsed: T = TypeAdapter(kind).validate_json(json.dumps(values, default=str), strict=True)
+        parsed: T = TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg'][:160]}") from error
+    except TypeError as error:  # of json: TOML has dates
+        raise UserError(f"{where} has a date, which no setting is; write it as a string") from error
     return parsed
 
 

@@ -1,4 +1,8 @@
-"""Doing a study: cells that are not done yet, in this process one after another, or in several under Dask as their inputs are done."""
+"""Doing a study: cells that are not done yet, in this process one after another, or in several under Dask as their inputs are done.
+
+Fits on frames come first, then one pass over the frames for each seed, in which encoders on one backbone share it, then all that is made
+of stores alone.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,11 @@ from typing import Any
 
 from tqdm import tqdm
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import home, make_folder, seconds_between_updates, write_json
+from wmcache.cache.files import exclusive, home, make_folder, seconds_between_updates, write_json
 from wmcache.envs import find_maze
 from wmcache.pipeline.cluster import local_client
 from wmcache.pipeline.collect import collect
+from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.planner.episodes import THRESHOLDS, wilson
@@ -25,7 +30,7 @@ from wmcache.study.options import StudyOptions
 from wmcache.trainer.loop import ROLLOUT_STEPS
 
 Task = tuple[Cell, ...]
-"""Cells that are done in one go: one, or all extractions that need nothing but the frames, which are then decoded once."""
+"""Cells that are done in one go: one, or a seed's extractions from frames, which are then decoded once."""
 
 
 def open_frames(options: StudyOptions) -> FrameDataset:
@@ -43,9 +48,10 @@ def open_frames(options: StudyOptions) -> FrameDataset:
     dataset = FrameDataset.open(path)
     if wanted is not None:
         there = {**asdict(dataset.card), "length": dataset.card.frames // dataset.card.episodes}
-        if different := [
-            f"{key} {there[key]} != {value}" for key, value in asdict(wanted).items() if there[key] != value
-        ]:
+        settings = asdict(wanted)
+        if list(find_maze(settings["env"]).rows) == list(dataset.card.maze or ()):
+            del settings["env"]  # a maze has several names
+        if different := [f"{key} {there[key]} != {value}" for key, value in settings.items() if there[key] != value]:
             raise UserError(
                 f"{path} holds frames of other settings than the study's ({'; '.join(different)}); choose another dataset"
             )
@@ -56,18 +62,26 @@ def run_study(options: StudyOptions, out: Path) -> tuple[list[Branch], Workshop,
     """Do what is not done yet of a study; run again, it goes on.
 
     Args:
-        options: what to do. out: its folder.
+        options: what to do.
+        out: its folder, for one run at a time. Studies of different options may share it, and with it the cells that they have in
+            common; study.json is of the last.
 
     Returns:
         The cells, where their results are, and key -> reason for those that could not be done.
 
     Raises:
-        UserError: the frames cannot be had, or weights that are named are not there.
+        UserError: the frames cannot be had, weights that are named are not there, or somebody else is at work in the folder.
     """
+    with exclusive(out / ".lock", out, wait=False) as alone:
+        if not alone:
+            raise UserError(f"another wmcache study is at work in {out}; wait for it, or choose another --out")
+        return _run(options, out)
+
+
+def _run(options: StudyOptions, out: Path) -> tuple[list[Branch], Workshop, dict[str, str]]:
     dataset = open_frames(options)
     work = Workshop(out, dataset.path, options.device, options.batch)
     branches = make_branches(options, dataset.card.fingerprint)
-    make_folder(out)
     write_json(out / "study.json", {"options": asdict(options), "dataset": asdict(dataset.card)})
     tasks = group(pending(work, [cell for branch in branches for cell in branch.cells()]))
     failures: dict[str, str] = {}
@@ -101,22 +115,33 @@ def pending(work: Workshop, cells: Sequence[Cell]) -> list[Cell]:
 
 
 def group(cells: Sequence[Cell]) -> list[Task]:
-    """Tasks, each after those that it needs; extractions that wait for nothing are one, the first."""
-    together = tuple(cell for cell in cells if cell.stage == "extract" and not cell.inputs)
-    return [*([together] if together else []), *((cell,) for cell in cells if cell not in together)]
+    """Tasks, each after those that it needs: fits on frames, one pass over the frames for each seed, then the rest.
+
+    What needs no seed goes with the first.
+    """
+    fits = [cell for cell in cells if cell.stage == "fit" and "base" not in cell.inputs]
+    passes: dict[int, list[Cell]] = {}
+    unseeded: list[Cell] = []
+    for cell in cells:
+        if cell.stage == "extract" and "base" not in cell.inputs:
+            fit = cell.inputs.get("fit")
+            (unseeded if fit is None else passes.setdefault(fit.settings["options"]["seed"], [])).append(cell)
+    first, *others = passes.values() or [[]]
+    together = [tuple(part) for part in ([*first, *unseeded], *others) if part]
+    early = {cell.key for cell in fits} | {cell.key for part in together for cell in part}
+    return [*((cell,) for cell in fits), *together, *((cell,) for cell in cells if cell.key not in early)]
 
 
-def run_task(work: Workshop, task: Task, *before: dict[str, str]) -> dict[str, str]:
+def run_task(work: Workshop, task: Task, known: dict[str, str]) -> dict[str, str]:
     """Do a task's cells, as far as their inputs could be done.
 
     Args:
         work, task: what to do, and where.
-        before: what the tasks that it needs returned.
+        known: key -> reason, for those that could not be done before.
 
     Returns:
         Key -> reason, for those of its cells that could not be done.
     """
-    known = {key: reason for failed in before for key, reason in failed.items()}
     failures: dict[str, str] = {}
     ready = []
     for cell in task:
@@ -126,6 +151,8 @@ def run_task(work: Workshop, task: Task, *before: dict[str, str]) -> dict[str, s
             ready.append(cell)
     begun = {cell.key for cell in ready if work.is_begun(cell)}
     shared = _extract_at_once(work, ready) if len(ready) > 1 else {}
+    # What a pass that failed left is gone on with below, so that is not timed as a whole either.
+    begun |= {cell.key for cell in ready if cell.key not in shared and work.is_begun(cell)}
     for cell in ready:
         with _log(work, cell) as log:
             try:
@@ -140,19 +167,31 @@ def run_task(work: Workshop, task: Task, *before: dict[str, str]) -> dict[str, s
 
 
 def _extract_at_once(work: Workshop, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
-    """Extract several stores in one pass over the frames; whatever fails here fails again where each store is finished by itself."""
+    """Extract several stores in one pass over the frames; whatever fails here fails again where each store is finished by itself.
+
+    Returns:
+        Key -> what was measured, for those of a pass that did not fail.
+    """
+    found: dict[str, dict[str, Any]] = {}
     with _log(work, cells[0]):
-        made = {}
+        made: dict[str, dict[Cell, Encoder]] = {}
         for cell in cells:
             with suppress(Exception):
-                made[cell.key] = create_encoder(work, cell), work.place(cell), cell.settings["store_dtype"]
-        begun = time.perf_counter()
-        for dtype in {dtype for *_, dtype in made.values()}:
-            stores = [(encoder, place) for encoder, place, kind in made.values() if kind == dtype]
-            with suppress(Exception):
+                made.setdefault(cell.settings["store_dtype"], {})[cell] = create_encoder(work, cell)
+        for dtype, encoders in made.items():
+            begun = time.perf_counter()
+            stores = [(encoder, work.place(cell)) for cell, encoder in encoders.items()]
+            try:
                 extract_together(FrameDataset.open(work.dataset), stores, dtype=dtype, batch=work.batch)
-    seconds = (time.perf_counter() - begun) / max(1, len(made))
-    return {key: {"extract_seconds": seconds, "extracted_together": len(made)} for key in made}
+            except Exception:  # noqa: BLE001 (whatever it is, each store's own attempt will tell)
+                traceback.print_exc()
+                continue
+            measured = {
+                "extract_seconds": (time.perf_counter() - begun) / len(stores),
+                "extracted_together": len(stores),
+            }
+            found |= {cell.key: measured for cell in encoders}
+    return found
 
 
 @contextmanager
@@ -174,26 +213,39 @@ def _here(work: Workshop, tasks: Sequence[Task], bar: Any) -> Iterator[tuple[Tas
 
 
 def _in_processes(work: Workshop, tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, dict[str, str]]]:
-    """The same as a graph of Dask futures."""
+    """The same in Dask's processes, each task as soon as those that it needs are done, or have failed."""
     from distributed import KilledWorker, as_completed
 
+    waiting, ahead = list(tasks), {cell.key for task in tasks for cell in task}
+    failures: dict[str, str] = {}
+    running: dict[Any, Task] = {}
     with local_client(workers) as client:
-        of_cell: dict[str, Any] = {}
-        of_future: dict[Any, Task] = {}
-        for task in tasks:
-            inputs = {
-                other.key: of_cell[other.key] for cell in task for other in cell.inputs.values() if other.key in of_cell
-            }
-            future = client.submit(run_task, work, task, *dict.fromkeys(inputs.values()), pure=False)
-            of_cell.update({cell.key: future for cell in task})
-            of_future[future] = task
-        for future in as_completed(list(of_future)):
-            task = of_future[future]
+        completed = as_completed()
+
+        def submit() -> None:
+            for task in list(waiting):
+                needed = {other.key for cell in task for other in cell.inputs.values()}
+                if not needed & ahead:
+                    waiting.remove(task)
+                    known = {key: reason for key, reason in failures.items() if key in needed}
+                    # Not as a graph of futures: one whose process is killed would take with it all that comes after.
+                    future = client.submit(run_task, work, task, known, pure=False)
+                    running[future] = task
+                    completed.add(future)
+
+        submit()
+        for future in completed:
+            task = running.pop(future)
             try:
-                yield task, future.result()
+                failed = future.result()
             except KilledWorker:
-                reason = "its worker process was killed again and again; lower --workers"
-                yield task, {cell.key: reason for cell in task}
+                failed = dict.fromkeys(
+                    (cell.key for cell in task), "its worker process was killed again and again; lower --workers"
+                )
+            failures.update(failed)
+            ahead.difference_update(cell.key for cell in task)
+            yield task, failed
+            submit()
 
 
 STORE = (

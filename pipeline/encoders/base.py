@@ -6,6 +6,7 @@ see features as a store holds them, in float16, so tokens that are derived from 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -124,12 +125,20 @@ class Backbone(nn.Module):
         described: layer -> what it is in the network, for example `block 2`; enters the identity.
         grid: rows and columns of patches.
         prefix: tokens before the patches.
+        config: what a folder's config says of the arithmetic, where that is not the family's own: JSON, keys sorted; empty otherwise.
     """
 
     dims: dict[str, int]
     described: dict[str, str]
     grid: tuple[int, int]
     prefix: int = 0
+    config: str = ""
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Over its parameters and its config; taken once, as encoders freeze it."""
+        parameters = hash_parameters(nn.ModuleDict({"backbone": self}))
+        return hashlib.sha256(f"{parameters}{self.config}".encode()).hexdigest() if self.config else parameters
 
     def forward(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         """Make features.
@@ -254,13 +263,21 @@ class Preprocess:
     lag: int
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """uint8 [..., S, S, 3] -> float32 [..., 3, image_size, image_size], resized (antialiased, as floats) and normalised."""
+        """uint8 [..., S, S, 3] -> float32 [..., 3, image_size, image_size], resized and normalised."""
+        return self.normalise(self.resize(frames))
+
+    def resize(self, frames: Tensor) -> Tensor:
+        """uint8 [..., S, S, 3] -> float32 [..., 3, image_size, image_size], 0 to 1 (bicubic ones a little beyond), antialiased."""
         images = frames.flatten(0, -4).permute(0, 3, 1, 2).float() / 255
         for size in (*self.via, self.image_size):
             if images.shape[-1] != size:
                 images = F.interpolate(images, (size, size), mode=self.filter, antialias=True, align_corners=False)
+        return images.view(*frames.shape[:-3], 3, self.image_size, self.image_size)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """What `resize` gives -> the same shape, normalised."""
         mean, std = (images.new_tensor(values).view(3, 1, 1) for values in NORMALISATIONS[self.normalisation])
-        return ((images - mean) / std).view(*frames.shape[:-3], 3, self.image_size, self.image_size)
+        return (images - mean) / std
 
 
 class Encoder:
@@ -271,7 +288,7 @@ class Encoder:
         backbone, head: the networks, frozen.
         token_grid, token_dim: N = rows * columns tokens of D values.
         image_size, lag: of what it sees.
-        weights_sha256: over all its parameters. backbone_sha256: over those of its backbone.
+        backbone_sha256: of its backbone. weights_sha256: of all its parameters; the same where the head has none.
         max_batch: frames that the device has memory for; learnt from the first call that it had none for.
     """
 
@@ -297,8 +314,10 @@ class Encoder:
             raise UserError(
                 f"the weights of {spec.name} ({weights or loaded.source}) hold values that are not finite; get them again"
             )
-        self.weights_sha256 = hash_parameters(networks)
-        self.backbone_sha256 = hash_parameters(nn.ModuleDict({"backbone": loaded.backbone}))
+        self.backbone_sha256 = self.weights_sha256 = loaded.backbone.sha256
+        if loaded.head.state_dict():
+            both = self.backbone_sha256 + hash_parameters(loaded.head)
+            self.weights_sha256 = hashlib.sha256(both.encode()).hexdigest()
         # Frozen for good: dropout, batch statistics and gradients have no place here.
         networks.to(self.device).eval().requires_grad_(False)
         self.backbone, self.head = loaded.backbone, loaded.head

@@ -25,11 +25,13 @@ from wmcache.cache.errors import UserError
 from wmcache.cache.schema import Size, parse
 from wmcache.pipeline.encoders.base import EARLY, LAST, Backbone, EncoderSpec, Features, Head
 from wmcache.pipeline.encoders.fitting import FitData, Fitting
-from wmcache.pipeline.encoders.pca import principal_axes, sample_features
+from wmcache.pipeline.encoders.pca import principal_axes
 from wmcache.pipeline.encoders.reconstruction import (
+    SAMPLED_FRAMES,
     Reconstruction,
     ReconstructionOptions,
     Standardise,
+    patch_moments,
     random_rows,
     require_layers,
 )
@@ -56,7 +58,6 @@ VQ_SPEC = replace(
     source="wmcache fit --encoder dino-tok-vq",
 )
 
-SAMPLED_FRAMES = 500
 MEND = "fit it again"
 COMMITMENT = 0.25
 DECAY = 0.95
@@ -229,11 +230,12 @@ class DinoTokFitting(Fitting):
         """
         super().__init__()
         assert data.base is not None
-        require_layers(data.mean or (), DinoTokHead.layers, SPEC.name)
+        require_layers(data.base.head.layers, DinoTokHead.layers, SPEC.name)
         self.data, self.options = data, options
         self.kept = DinoTokHead(data.base.backbone, options).to(data.device)
+        moments = patch_moments(data, DinoTokHead.layers, options.seed)
         for branch in self.kept.branches:
-            branch.standardise.look_at(data, branch.layer)
+            branch.standardise.look_at(moments[branch.layer])
         self.reconstruction = Reconstruction(data, options, self.kept.dim, DinoTokHead.layers)
         self.clusters = nn.ModuleDict()
         if isinstance(options, DinoTokVqOptions):
@@ -244,7 +246,7 @@ class DinoTokFitting(Fitting):
     def _start_codes(self, branch: Branch, options: DinoTokVqOptions) -> Clusters:
         assert branch.subspace
         assert branch.book
-        some = functools.partial(sample_features, self.data, SAMPLED_FRAMES, options.seed)
+        some = functools.partial(self.data.sample_features, SAMPLED_FRAMES, options.seed)
         _, variances, axes = principal_axes(branch.standardise(found.patches(branch.layer)) for found in some())
         branch.subspace.look_at(variances, axes, options.variance)
         branch.book.codes.copy_(draw(torch.cat([branch(found) for found in some()]).flatten(0, 1), options.codes))

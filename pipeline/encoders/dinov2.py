@@ -11,11 +11,11 @@ from pathlib import Path
 from wmcache.cache.files import read_json
 from wmcache.pipeline.encoders.base import Backbone, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.registry import register
-from wmcache.pipeline.encoders.vit import CONFIG, RESAVE, HfFamily, Size, TimmVit, load_hf, load_timm, variants
+from wmcache.pipeline.encoders.vit import CONFIG, RESAVE, HfFamily, ModelSize, load_hf, load_timm, variants
 from wmcache.pipeline.encoders.weights import find_weights
 
 SIZES = (
-    Size(
+    ModelSize(
         "",
         "DINOv2 ViT-S/14",
         12,
@@ -23,7 +23,7 @@ SIZES = (
         "timm/vit_small_patch14_dinov2.lvd142m",
         "4610ca143709d58a633b6397a74412c2c3842454",
     ),
-    Size(
+    ModelSize(
         "base",
         "DINOv2 ViT-B/14",
         12,
@@ -31,7 +31,7 @@ SIZES = (
         "timm/vit_base_patch14_dinov2.lvd142m",
         "4685c99dabffe5affac90bd99dbffd25801ae58d",
     ),
-    Size(
+    ModelSize(
         "large",
         "DINOv2 ViT-L/14",
         24,
@@ -65,7 +65,7 @@ def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
     if path.is_dir() and "architecture" not in read_json(path / CONFIG, RESAVE):
         backbone = load_hf(HF, size, spec, image_size, path)
     else:
-        backbone = TimmVit(load_timm(size.source.removeprefix("timm/"), spec, image_size, path))
+        backbone = load_timm(size.source.removeprefix("timm/"), spec, image_size, path)
     return Loaded(backbone, Select(backbone, spec.token_selection), source)
 
 

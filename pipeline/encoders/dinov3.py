@@ -10,13 +10,13 @@ from pathlib import Path
 
 from wmcache.pipeline.encoders.base import EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.registry import register
-from wmcache.pipeline.encoders.vit import HfFamily, Size, load_hf, variants
+from wmcache.pipeline.encoders.vit import HfFamily, ModelSize, load_hf, variants
 from wmcache.pipeline.encoders.weights import find_weights
 
 REGISTERS = 4
 
 
-def _size(suffix: str, letter: str, revision: str, *, depth: int, dim: int, heads: int) -> Size:
+def _size(suffix: str, letter: str, revision: str, *, depth: int, dim: int, heads: int) -> ModelSize:
     settings = {
         "num_hidden_layers": depth,
         "hidden_size": dim,
@@ -25,7 +25,7 @@ def _size(suffix: str, letter: str, revision: str, *, depth: int, dim: int, head
         "num_register_tokens": REGISTERS,
     }
     source = f"facebook/dinov3-vit{letter}16-pretrain-lvd1689m"
-    return Size(suffix, f"DINOv3 ViT-{letter.upper()}/16", depth, dim, source, revision, settings)
+    return ModelSize(suffix, f"DINOv3 ViT-{letter.upper()}/16", depth, dim, source, revision, settings)
 
 
 SIZES = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from wmcache.pipeline.encoders.base import Encoder, Features, Preprocess
+
+FRAMES_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,9 @@ class FitData:
         episode: [frames], ascending.
         preprocess: of the encoder that is trained, or of the base.
         device: where to train.
-        images: uint8 [frames, 3, S, S], resized as the encoder will; None where the training is purely from a cached store.
+        images: uint8 [frames, 3, S, S], resized by `preprocess`; None where the training is purely from a cached store.
         base: an adapter's base; None for others.
         gather: rows -> the base's features, float32 on the device; None for others.
-        mean, std: layer -> [channels], of these features over all frames; empty for others.
     """
 
     episode: NDArray[np.integer]
@@ -54,8 +55,6 @@ class FitData:
     images: Tensor | None = None
     base: Encoder | None = None
     gather: Callable[[NDArray[np.integer]], Features] | None = None
-    mean: dict[str, Tensor] | None = None
-    std: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
         """Number of frames."""
@@ -64,13 +63,19 @@ class FitData:
     def pixels(self, rows: NDArray[np.integer]) -> Tensor:
         """Some images as the network sees them: normalised float32 [len(rows), 3, S, S] on the device."""
         assert self.images is not None
-        some = self.images[torch.from_numpy(np.asarray(rows))].to(self.device).permute(0, 2, 3, 1)
-        return self.preprocess(some)
+        some = self.images[torch.from_numpy(np.asarray(rows))].to(self.device)
+        return self.preprocess.normalise(some.float() / 255)
 
     def features(self, rows: NDArray[np.integer]) -> Features:
         """The base's features of some frames, float32 on the device."""
         assert self.gather is not None
         return self.gather(rows)
+
+    def sample_features(self, frames: int, seed: int) -> Iterator[Features]:
+        """The base's features of at most so many frames, drawn from all, a few frames at a time."""
+        rows: NDArray[np.integer] = np.random.default_rng(seed).choice(len(self), min(len(self), frames), replace=False)
+        for part in np.array_split(np.sort(rows), -(-len(rows) // FRAMES_AT_ONCE)):
+            yield self.features(part)
 
 
 class Fitting(nn.Module):

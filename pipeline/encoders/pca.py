@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from wmcache.cache.errors import UserError
 from wmcache.cache.schema import Size, parse
@@ -32,8 +30,6 @@ SPEC = EncoderSpec(
     licence="yours, on the base's",
 )
 
-FRAMES_AT_ONCE = 32
-
 
 @dataclass(frozen=True)
 class PcaOptions(FitOptions):
@@ -41,13 +37,13 @@ class PcaOptions(FitOptions):
 
     Attributes:
         dim: how many components.
-        max_frames: whose tokens are looked at, drawn from the training frames.
+        sampled_frames: whose tokens are looked at, drawn from the training frames.
     """
 
     steps: int = 0
     batch: int = 1
     dim: Size = SPEC.token_dim
-    max_frames: Size = 2000
+    sampled_frames: Size = 2000
 
     @property
     def needs_images(self) -> bool:
@@ -105,24 +101,17 @@ class PcaFitting(Fitting):
         channels = data.base.backbone.dims[LAST]
         if options.steps:
             raise UserError(f"--steps is {options.steps}, but {SPEC.name} is found in closed form; leave it out")
-        if options.max_frames < 1:
-            raise UserError(f"--max-frames is {options.max_frames}; it must be above 0")
+        if options.sampled_frames < 1:
+            raise UserError(f"--sampled-frames is {options.sampled_frames}; it must be above 0")
         if not 0 < options.dim <= channels:
             raise UserError(
                 f"--dim is {options.dim}; {data.base.spec.name} has {channels} channels, choose 1 to {channels}"
             )
-        patches = (features.patches(LAST) for features in sample_features(data, options.max_frames, options.seed))
+        patches = (features.patches(LAST) for features in data.sample_features(options.sampled_frames, options.seed))
         mean, _, axes = principal_axes(patches)
         self.kept = PcaHead(data.base.backbone, options.dim)
         self.kept.mean.copy_(mean)
         self.kept.axes.copy_(axes[: options.dim])
-
-
-def sample_features(data: FitData, frames: int, seed: int) -> Iterator[Features]:
-    """The base's features of some training frames, a few frames at a time."""
-    rows: NDArray[np.integer] = np.random.default_rng(seed).choice(len(data), min(len(data), frames), replace=False)
-    for part in np.array_split(np.sort(rows), -(-len(rows) // FRAMES_AT_ONCE)):
-        yield data.features(part)
 
 
 def principal_axes(tokens: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

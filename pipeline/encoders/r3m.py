@@ -13,6 +13,7 @@ from wmcache.cache.errors import UserError
 from wmcache.pipeline.encoders import resnet
 from wmcache.pipeline.encoders.base import EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.registry import register
+from wmcache.pipeline.encoders.vit import timm_settings
 from wmcache.pipeline.encoders.weights import read_tensors
 
 HEADS = ("module.lang_enc.", "module.lang_rew.", "lang_enc.", "lang_rew.")
@@ -59,4 +60,5 @@ def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
     body = {name.removeprefix("module.").removeprefix("convnet."): value for name, value in tensors.items()}
     resnet.load_body(network, body, weights, spec)
     backbone = resnet.ResNetBackbone(network, image_size)
+    backbone.config = timm_settings(weights, resnet.ARCHITECTURE)
     return Loaded(backbone, Select(backbone, spec.token_selection), "file")

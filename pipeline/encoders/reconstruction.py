@@ -17,6 +17,7 @@ from wmcache.pipeline.encoders.fitting import FitData, FitOptions
 
 DECODERS = ("tokens", "pixels")
 BACKGROUND_FRAMES = 1000
+SAMPLED_FRAMES = 500
 SMALLEST_DEVIATION = 1e-5
 
 
@@ -43,7 +44,7 @@ class ReconstructionOptions(FitOptions):
 
 
 class Standardise(nn.Module):
-    """Channels to mean 0 and deviation 1 over the tokens of a store; those that never change become 0."""
+    """Channels to mean 0 and deviation 1 over the patches of the training frames; those that never change become 0."""
 
     def __init__(self, dim: int) -> None:
         """Args: `dim` channels."""
@@ -55,15 +56,29 @@ class Standardise(nn.Module):
         """[..., dim] -> the same."""
         return (values - self.mean) / self.std
 
-    def look_at(self, data: FitData, layer: str) -> None:
-        """Take over what the store knows of a layer."""
-        assert data.mean is not None
-        assert data.std is not None
-        self.mean.copy_(data.mean[layer])
-        self.std.copy_(data.std[layer].clamp_min(SMALLEST_DEVIATION))
+    def look_at(self, moments: tuple[Tensor, Tensor]) -> None:
+        """Take over a layer's mean and deviation, each [dim]."""
+        mean, std = moments
+        self.mean.copy_(mean)
+        self.std.copy_(std.clamp_min(SMALLEST_DEVIATION))
 
     mean: Tensor
     std: Tensor
+
+
+def patch_moments(data: FitData, layers: Sequence[str], seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> mean and deviation, each [channels], of the patches of a sample of frames.
+
+    A store's own statistics are over all its tokens: class and register tokens, which may be many times as large, would be among them.
+    """
+    count, totals, squares = 0, dict.fromkeys(layers, torch.zeros(())), dict.fromkeys(layers, torch.zeros(()))
+    for features in data.sample_features(SAMPLED_FRAMES, seed):
+        for layer in layers:
+            values = features.patches(layer).cpu().double().flatten(0, 1)
+            totals[layer], squares[layer] = totals[layer] + values.sum(0), squares[layer] + values.square().sum(0)
+        count += len(values)
+    means = {layer: total / count for layer, total in totals.items()}
+    return {layer: (means[layer], (squares[layer] / count - means[layer] ** 2).clamp_min(0).sqrt()) for layer in layers}
 
 
 class Reconstruction(nn.Module):
@@ -85,9 +100,9 @@ class Reconstruction(nn.Module):
             self.decoder.look_at(data.pixels(np.sort(some)))
         else:
             self.decoder = TokenDecoder(rows * columns, dim, sum(backbone.dims[layer] for layer in layers))
-            for layer in layers:
+            for layer, moments in patch_moments(data, layers, options.seed).items():
                 self.targets[layer] = target = Standardise(backbone.dims[layer])
-                target.look_at(data, layer)
+                target.look_at(moments)
 
     def forward(self, latents: Tensor, features: Features, rows: NDArray[np.integer]) -> Tensor:
         """Scalar error of what is made of latents [B, N, dim], against their features or the frames `rows`."""

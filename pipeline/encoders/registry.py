@@ -183,7 +183,9 @@ def fit_options(name: str, settings: Mapping[str, Any]) -> FitOptions:
             f"the fit of {name} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))} (see: wmcache fit --help)"
         )
     usual = kind()
-    options = parse(kind, {**asdict(usual), **settings}, f"the fit of {name}", "see: wmcache fit --help")
+    options = parse(
+        kind, {**asdict(usual), **settings}, f"the fit of {name}", "see: wmcache fit --help", fault="makes no sense"
+    )
     if options.steps < min(1, usual.steps) or options.batch < 1 or options.seed < 0:
         raise UserError(f"the fit of {name} needs --steps and --batch-size above 0, and a --seed that is not below it")
     return options

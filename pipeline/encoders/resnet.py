@@ -15,7 +15,7 @@ from wmcache.cache.errors import UserError
 from wmcache.cache.files import read_json
 from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.registry import register
-from wmcache.pipeline.encoders.vit import CONFIG, RESAVE
+from wmcache.pipeline.encoders.vit import CONFIG, RESAVE, timm_settings
 from wmcache.pipeline.encoders.weights import find_weights, read_tensors
 
 ARCHITECTURE = "resnet18"
@@ -71,6 +71,7 @@ def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
     resnet = make_resnet(path)
     load_body(resnet, read_tensors(path, spec.name, without=("fc.",)), path, spec)
     backbone = ResNetBackbone(resnet, image_size)
+    backbone.config = timm_settings(path, ARCHITECTURE)
     return Loaded(backbone, Select(backbone, spec.token_selection), source)
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from wmcache.pipeline.encoders.base import EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.registry import register
-from wmcache.pipeline.encoders.vit import HfFamily, Size, load_hf, variants
+from wmcache.pipeline.encoders.vit import HfFamily, ModelSize, load_hf, variants
 from wmcache.pipeline.encoders.weights import find_weights
 
-SIZE = Size(
+SIZE = ModelSize(
     "",
     "SigLIP 2 ViT-B/16",
     12,

@@ -147,17 +147,23 @@ class TcnFitting(Fitting):
     kept: TcnNetwork
 
     def __init__(self, data: FitData, options: TcnOptions) -> None:
-        """See `Fitting`."""
+        """See `Fitting`.
+
+        Raises:
+            UserError: no two frames are of one episode.
+        """
         super().__init__()
         self.data, self.options = data, options
+        self._last = np.searchsorted(data.episode, data.episode, side="right") - 1
+        self._candidates = np.flatnonzero(self._last > np.arange(len(data)))
+        if not len(self._candidates):
+            raise UserError(f"no episode has two frames, which the fit of {SPEC.name} needs; collect longer episodes")
         grid, _ = SPEC.patch_grid(data.preprocess.image_size)
         self.kept = TcnNetwork(grid, SPEC.patch, SPEC.token_dim)
         rng = np.random.default_rng(options.seed)
         self.kept.to(data.device).look_at(
             data.pixels(np.sort(rng.choice(len(data), min(len(data), BACKGROUND_FRAMES), replace=False)))
         )
-        self._last = np.searchsorted(data.episode, data.episode, side="right") - 1
-        self._candidates = np.flatnonzero(self._last > np.arange(len(data)))
 
     def rows(self, rng: np.random.Generator) -> NDArray[np.integer]:
         """The first frames of all pairs, then the second ones."""

@@ -126,7 +126,7 @@ class VfmVaeFitting(Fitting):
         super().__init__()
         assert data.base is not None
         backbone = data.base.backbone
-        require_layers(data.mean or (), VfmVaeHead.layers, SPEC.name)
+        require_layers(data.base.head.layers, VfmVaeHead.layers, SPEC.name)
         self.data, self.options = data, options
         self.kept = VfmVaeHead(backbone, options)
         self.kept.standardise.momentum = min(1.0, max(SLOWEST, COUNTED_STEPS / max(1, options.steps)))

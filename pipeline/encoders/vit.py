@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import read_json
@@ -18,6 +18,11 @@ from wmcache.pipeline.encoders.weights import read_tensors, weights_file
 
 CONFIG = "config.json"
 RESAVE = "save the folder again with save_pretrained, or pass the .safetensors file itself"
+NOT_ARITHMETIC = {
+    *("image_size", "initializer_range", "vision_use_head"),
+    *("stage_names", "out_features", "out_indices", "apply_layernorm", "reshape_hidden_states"),
+}
+"""Settings of transformers that change no token; an image's size is of the table of positions, which is a weight, or is set."""
 
 
 def early_block(depth: int) -> int:
@@ -98,7 +103,7 @@ def join_prefix(patches: Tensor, prefix: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Size:
+class ModelSize:
     """One size of a family.
 
     Attributes:
@@ -118,7 +123,7 @@ class Size:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def variants(family: EncoderSpec, size: Size, prefix: int) -> list[EncoderSpec]:
+def variants(family: EncoderSpec, size: ModelSize, prefix: int) -> list[EncoderSpec]:
     """The encoders of one size, one for each selection of its tokens.
 
     Args:
@@ -169,7 +174,42 @@ def patches_a_side(spec: EncoderSpec, image_size: int, patch: object, where: Pat
     return replace(spec, patch=patch).patch_grid(image_size)[0]
 
 
-def load_timm(timm_name: str, spec: EncoderSpec, image_size: int, path: Path) -> nn.Module:
+def hf_settings(config: Any, usual: Any) -> str:
+    """What of a network's arithmetic a config of transformers says differently from the usual one: canonical JSON, or nothing.
+
+    Tensors do not tell heads, activations or epsilons, so that encoders of equal weights would pass for each other.
+    """
+    from transformers import PretrainedConfig
+
+    theirs, known, of_all = config.to_dict(), usual.to_dict(), PretrainedConfig().to_dict()
+    different = {
+        name: theirs.get(name)
+        for name, value in known.items()
+        if theirs.get(name) != value
+        and name not in {*of_all, *NOT_ARITHMETIC}
+        and not name.startswith("pred_")
+        and "drop" not in name
+    }
+    return json.dumps(different, sort_keys=True, default=str) if different else ""
+
+
+def timm_settings(path: Path, usual: str) -> str:
+    """As `hf_settings`, of a folder as timm saves it, whose config tells an architecture and its arguments; nothing for a file."""
+    if not path.is_dir():
+        return ""
+    written = read_json(path / CONFIG, RESAVE)
+    architecture = str(written.get("architecture")).partition(".")[0]
+    arguments = {
+        name: value
+        for name, value in (written.get("model_args") or {}).items()
+        if name not in ("img_size", "num_classes") and "drop" not in name
+    }
+    if architecture == usual.partition(".")[0] and not arguments:
+        return ""
+    return json.dumps({"architecture": architecture, "model_args": arguments}, sort_keys=True)
+
+
+def load_timm(timm_name: str, spec: EncoderSpec, image_size: int, path: Path) -> TimmVit:
     """A timm model with weights of timm's or the official names; position embeddings are interpolated to `image_size` by timm.
 
     Args:
@@ -195,13 +235,15 @@ def load_timm(timm_name: str, spec: EncoderSpec, image_size: int, path: Path) ->
         model: nn.Module = timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay=exact, img_size=image_size, num_classes=0
         )
-    except (RuntimeError, SafetensorError, KeyError, OSError, ValueError, TypeError, AssertionError) as error:
+    except Exception as error:  # (whatever the library makes of a stranger's config)
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"{file} does not hold the weights of {timm_name} ({reason}); save them from timm's state_dict()"
         ) from error
     patches_a_side(spec, image_size, model.patch_embed.patch_size[0], path)  # type: ignore[union-attr, index]
-    return model
+    backbone = TimmVit(model)
+    backbone.config = timm_settings(path, timm_name)
+    return backbone
 
 
 @dataclass(frozen=True)
@@ -226,7 +268,7 @@ class HfFamily:
     unused: tuple[str, ...] = ()
 
 
-def load_hf(family: HfFamily, size: Size, spec: EncoderSpec, image_size: int, path: Path) -> HfVit:
+def load_hf(family: HfFamily, size: ModelSize, spec: EncoderSpec, image_size: int, path: Path) -> HfVit:
     """A model of transformers.
 
     Args:
@@ -241,7 +283,9 @@ def load_hf(family: HfFamily, size: Size, spec: EncoderSpec, image_size: int, pa
     import transformers
 
     with quiet():
-        config = read_config(family, path) if path.is_dir() else getattr(transformers, family.config)(**size.settings)
+        usual = getattr(transformers, family.config)(**size.settings)
+        config = read_config(family, path) if path.is_dir() else usual
+        settings = hf_settings(config, usual)
         for name, value in {"return_dict": True, **family.overrides}.items():
             setattr(config, name, value)
         grid = patches_a_side(spec, image_size, config.patch_size, path)
@@ -269,7 +313,9 @@ def load_hf(family: HfFamily, size: Size, spec: EncoderSpec, image_size: int, pa
     }
     if faults := [f"{kind}: {first_few(names)}" for kind, names in kinds.items() if names]:
         raise UserError(f"{path} does not fit {spec.name} ({'; '.join(faults)}); pass weights of {spec.source}")
-    return HfVit(network, grid, class_token=family.class_token, arguments=family.arguments)
+    backbone = HfVit(network, grid, class_token=family.class_token, arguments=family.arguments)
+    backbone.config = settings
+    return backbone
 
 
 def read_config(family: HfFamily, folder: Path) -> Any:

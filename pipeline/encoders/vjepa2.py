@@ -17,12 +17,12 @@ from wmcache.cache.errors import UserError
 from wmcache.cache.files import read_json
 from wmcache.pipeline.encoders.base import LAST, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.registry import register
-from wmcache.pipeline.encoders.vit import CONFIG, RESAVE, Size, Vit, patches_a_side, variants
+from wmcache.pipeline.encoders.vit import CONFIG, RESAVE, ModelSize, Vit, hf_settings, patches_a_side, variants
 from wmcache.pipeline.encoders.weights import find_weights, read_tensors
 
 TUBELET = 2
 
-SIZE = Size(
+SIZE = ModelSize(
     "",
     "V-JEPA 2 ViT-L/16",
     24,
@@ -85,6 +85,7 @@ def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not fit {spec.name} ({reason}); pass weights of {spec.source}") from error
     backbone = Vjepa2Backbone(encoder, grid)
+    backbone.config = hf_settings(encoder.config, type(encoder.config)(crop_size=image_size))
     return Loaded(backbone, Select(backbone, spec.token_selection), source)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from tqdm import tqdm
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import exclusive, home, human_bytes, read_json, sha256_of, write_json
 from wmcache.cache.schema import Count, parse
@@ -234,10 +236,17 @@ def download_weights(repository: str, encoder: str, *, revision: str = "", accep
             f"{digest[:12]}..., not {known[:12]}...; delete that file, and run the same command again"
         )
     if pin is None:
-        with exclusive(pins_file().with_name(".pins.lock")):
-            new = Pin(path.parent.name, digest, path.stat().st_size)
-            write_json(pins_file(), {name: asdict(value) for name, value in {**read_pins(), repository: new}.items()})
+        _pin(repository, Pin(path.parent.name, digest, path.stat().st_size))
     return path
+
+
+def _pin(repository: str, new: Pin) -> None:
+    try:
+        with exclusive(pins_file().with_name(".pins.lock")):
+            write_json(pins_file(), {name: asdict(value) for name, value in {**read_pins(), repository: new}.items()})
+    except UserError as error:
+        # A home that can only be read is no reason to refuse weights that are there: the next run checks them as this one did.
+        tqdm.write(f"{repository} is not pinned: {error}", file=sys.stderr)
 
 
 def _download(repository: str, encoder: str, revision: str, accept: str) -> tuple[Path, str]:

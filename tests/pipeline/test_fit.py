@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 from wmcache.cache import UserError
+from wmcache.cache.device import CPU
 from wmcache.cache.windows import split_episodes
 from wmcache.envs import Maze
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.encoders.base import Preprocess
+from wmcache.pipeline.encoders.fitting import FitData
 from wmcache.pipeline.encoders.tcn import TcnOptions
 from wmcache.pipeline.fit import Fitted, default_weights, fit, load_images, read_fit
 from wmcache.pipeline.frames import FrameDataset
@@ -81,10 +84,18 @@ def test_an_encoder_that_is_downloaded_is_not_fitted(dataset: FrameDataset, tmp_
 def test_training_images_are_what_the_encoder_will_see(dataset: FrameDataset, encoder: Encoder) -> None:
     train = split_episodes(6, "train", 42)
     chosen = np.flatnonzero(np.isin(dataset.steps.episode, train))[10:150]
-    images = load_images(dataset, chosen, encoder.image_size)
+    images = load_images(dataset, chosen, encoder.preprocess)
     seen = (encoder.preprocess(torch.from_numpy(dataset.read_frames(chosen))) * 0.5 + 0.5) * 255
     assert images.shape == seen.shape
     assert (images.float() - seen).abs().max() <= 0.5 + 1e-3
+
+
+def test_images_of_a_fit_take_the_encoders_way_once(dataset: FrameDataset) -> None:
+    chosen, see = np.arange(8), Preprocess(56, (72,), "imagenet", "bicubic", 0)
+    data = FitData(np.zeros(8, np.int64), see, CPU, load_images(dataset, chosen, see))
+    # Rounding to whole values, and what bicubic overshoots at the edges of black, are all that may differ.
+    seen = see.normalise(see.resize(torch.from_numpy(dataset.read_frames(chosen))).clamp(0, 1))
+    torch.testing.assert_close(data.pixels(chosen), seen, atol=0.51 / 255 / 0.224, rtol=0)
 
 
 def test_descent_is_judged_by_where_it_ends() -> None:

@@ -10,13 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import wmcache.pipeline.probe
 from numpy.typing import NDArray
 from PIL import Image
+from transformers import VJEPA2Config, VJEPA2Model
 from wmcache.cache import StoreWriter, TokenStore, UserError
 from wmcache.cache.layout import read_attributes, write_attributes
 from wmcache.envs import Maze
+from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.probe import (
     PROBED_FRAMES,
@@ -180,6 +184,21 @@ def test_the_landscape_is_that_of_the_encoder(store_path: Path, dataset: FrameDa
     assert cached.stuck == pytest.approx(live.stuck, abs=0.02)
 
 
+def test_an_encoder_of_pairs_is_shown_the_earlier_frames(dataset: FrameDataset, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    size = {"hidden_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2, "crop_size": 64, "frames_per_clip": 4}
+    predictor = {"pred_hidden_size": 24, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1}
+    VJEPA2Model(VJEPA2Config(**size, **predictor, initializer_range=0.2)).save_pretrained(tmp_path / "tiny")
+    pair, alone = (
+        encoders.create(name, weights=tmp_path / "tiny", image_size=64, device="cpu")
+        for name in ("vjepa2-pair", "vjepa2")
+    )
+    extract(dataset, pair, tmp_path / "pair.zarr")
+    live, cached = probe_landscape(dataset, pair), probe(tmp_path / "pair.zarr", frames=100)
+    assert cached.spearman == pytest.approx(live.spearman, abs=1e-3)
+    assert live.spearman != pytest.approx(probe_landscape(dataset, alone).spearman, abs=1e-2)
+
+
 def test_no_held_out_episode_is_learnt_from(store: TokenStore) -> None:
     train, val = choose_frames(store, 100)
     assert (len(train), len(val)) == (100, min(60, PROBED_FRAMES))
@@ -213,6 +232,35 @@ def test_the_frames_of_another_dataset_are_refused(store: TokenStore, make: Make
     write_attributes(other, attributes)
     with pytest.raises(UserError, match=r"does not hold the frames of .*; pass the right --dataset"):
         probe(other, dataset=dataset_path)
+
+
+@pytest.mark.parametrize("maze", ["#####", [["#"]], 7, {"rows": 3}, ["###", "#O#", "###", "#"], ["OOO"]])
+def test_a_card_whose_maze_is_none_is_refused(make: Make, steps: dict[str, NDArray[Any]], maze: object) -> None:
+    path = make(place_tokens(steps))
+    attributes = read_attributes(path)
+    attributes["card"]["dataset"]["maze"] = maze
+    write_attributes(path, attributes)
+    with pytest.raises(UserError, match=r"maze") as refused:
+        probe(path)
+    assert "made-up.zarr" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_states_that_are_not_finite_are_refused(
+    make: Make, steps: dict[str, NDArray[Any]], dataset: FrameDataset, encoder: Encoder
+) -> None:
+    state = steps["state"].copy()
+    state[[5, 9], 1] = np.nan
+    path = make(place_tokens(steps), state=state)
+    message = r": the state of 2 frames, the first of them number 5, is not finite"
+    for measure in (probe, lambda path: draw_probe(path, path.with_suffix(".png"))):
+        with pytest.raises(UserError, match=message):
+            measure(path)
+    broken = dataset.steps.state.copy()
+    broken[[5, 9], 1] = np.inf
+    spoilt = FrameDataset(dataset.path, dataset.card, dataclasses.replace(dataset.steps, state=broken))
+    with pytest.raises(UserError, match=message):
+        probe_landscape(spoilt, encoder)
 
 
 def test_a_state_that_stands_still_has_no_score(make: Make, steps: dict[str, NDArray[Any]]) -> None:

@@ -46,6 +46,12 @@ name = "tcn"
 label = "broken"
 weights = {weights}
 """
+ADAPTER = """
+[[encoders]]
+name = "pca"
+base = "tcn-layers"
+fit = { dim = 8 }
+"""
 
 Study = Callable[..., Result]
 

@@ -39,6 +39,19 @@ def test_what_a_protocol_says_of_its_solver_is_no_word_on_another(tmp_path: Path
     }  # gradient descent has candidates too, but neither elites nor samples
 
 
+def test_a_dataset_that_is_named_is_not_collected(tmp_path: Path) -> None:
+    text = "dataset = 'here'\n" + TCN + "[collect]\nepisodes = 3\n"
+    assert read(tmp_path, text).collect is not None
+    options = read(tmp_path, text, dataset="there")
+    assert (options.dataset, options.collect) == ("there", None)
+
+
+def test_encoders_of_the_file_that_are_not_studied_are_still_known(tmp_path: Path) -> None:
+    options = read(tmp_path, TCN + "fit = {steps = 7}\n", encoder=("pca",))
+    assert [choice.name for choice in options.encoders] == ["pca"]
+    assert [choice.fit for choice in options.others] == [{"steps": 7}]
+
+
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     text = "seeds = [0]\n[[encoders]]\nname = 'tcn'\nlabel = 'mine'\nfit = {steps = 7}\n[[plan]]\nepisodes = 9\n"
     options = read(tmp_path, text, encoder=("mine", "pixels"), seeds=[3, 4], steps=5, episodes=2)
@@ -74,6 +87,22 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         (TCN + "[[plan]]\nsampels = 3\n", "plan 1: no setting sampels; there are"),
         (TCN + "[[plan]]\nsolver = 'cme'\n", "plan 1: no solver 'cme'"),
         (TCN + "[[plan]]\nexecute = 9\n", "--execute 9 is more than the --horizon"),
+        (TCN + "[[plan]]\nsamples = '100'\n", "plan 1: samples: Input should be a valid integer"),
+        (TCN + "[[plan]]\nsamples = 0\n", "samples"),
+        (TCN + "[[plan]]\nprotocol = []\n", r"plan 1: protocol is \[\]; it must be a word"),
+        (TCN + "[[plan]]\nsolver = {}\n", r"plan 1: solver is \{\}; it must be a word"),
+        (TCN + "[[plan]]\nname = 3\n", "plan 1: name is 3; it must be a word"),
+        (TCN + "[[plan]]\nseed = -1\n", "plan 1: seed is -1; it must be 0 or more"),
+        (TCN + "fit = {steps = '400'}\n", "the fit of tcn"),
+        (TCN + "fit = {steps = 0}\n", "the fit of tcn"),
+        (TCN + "label = 1979-05-27\n", "encoder 1 has a date, which no setting is"),
+        (TCN + "[train]\nframeskip = -5\n", "train: frameskip is -5; it must be above 0"),
+        (TCN + "lag = -3\n", "encoder 1: lag: Input should be greater than 0"),
+        (TCN + "image_size = 0\n", "encoder 1: image_size: Input should be greater than 0"),
+        (TCN + "store_dtype = 'int4'\n", "encoder 1: store_dtype: Input should be 'float16' or 'int8'"),
+        (TCN + "base_weights = 'a'\n", "tcn is no adapter; leave out its base"),
+        ("others = []\n" + TCN, "no setting others"),
+        (TCN + "[collect]\nseed = -1\n", "collect: seed: Input should be greater than or equal to 0"),
         (TCN + "[[plan]]\n[[plan]]\n", "two plans are called 'plan'; give each a name"),
     ],
 )

@@ -14,12 +14,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from wmcache.cache import TokenStore, UserError
+from wmcache.cache.files import exclusive
+from wmcache.envs import find_maze
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.study import cells, run
 from wmcache.study.cells import make_branches
 from wmcache.study.options import Collect, StudyOptions, read_study
 
-from .conftest import FAILING
+from .conftest import ADAPTER, FAILING
 from .conftest import run as run_command
 
 Write = Callable[..., Path]
@@ -183,6 +185,17 @@ def test_frames_are_collected_once_and_others_are_refused(tmp_path: Path) -> Non
     assert (tmp_path / "frames" / "dataset.json").stat().st_mtime_ns == written
     with pytest.raises(UserError, match=r"other settings than the study's \(length 20 != 10\); choose another dataset"):
         run.open_frames(replace(options, collect=replace(wanted, length=10)))
+    assert run.open_frames(replace(options, collect=replace(wanted, env="UMaze"))).card.fingerprint == fingerprint
+    with pytest.raises(UserError, match=r"\(env wmcache/PointMaze-UMaze-v0 != Medium\)"):
+        run.open_frames(replace(options, collect=replace(wanted, env="Medium")))
+
+
+def test_a_dataset_that_is_mistyped_is_not_collected(write_study: Write, tmp_path: Path) -> None:
+    file = write_study(tmp_path, more="[collect]\nepisodes = 2\n")
+    result = run_command(file, tmp_path / "out", "--dataset", str(tmp_path / "pointmaze-umazee"))
+    assert result.exit_code == 1
+    assert "pointmaze-umazee" in result.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "pointmaze-umazee").exists()
 
 
 def test_weights_that_are_named_and_not_there_are_one_line(write_study: Write, tmp_path: Path) -> None:
@@ -219,3 +232,99 @@ def test_processes_do_the_same_as_one_and_go_on_past_a_failure(write_study: Writ
     assert result.exit_code == 1, result.output
     assert {file: json.loads(file.read_text())["result"]["reached"] for file in before} == before
     assert "extract broken" in result.output
+
+
+def test_fits_come_first_then_one_pass_for_each_seed(write_study: Write, dataset: FrameDataset, tmp_path: Path) -> None:
+    file = write_study(tmp_path, more=ADAPTER)
+    branches = make_branches(read_study(file), dataset.card.fingerprint)
+    work = cells.Workshop(tmp_path / "out", dataset.path, "cpu", 32)
+    tasks = run.group(run.pending(work, [cell for branch in branches for cell in branch.cells()]))
+    told = [[(cell.stage, cell.name) for cell in task] for task in tasks]
+    assert told[:2] == [[("fit", "tcn")]] * 2
+    assert told[2] == [("extract", "tcn"), ("extract", "tcn-layers"), ("extract", "pixels")]
+    assert told[3] == [("extract", "tcn"), ("extract", "tcn-layers")]
+    done: set[str] = set()
+    for task in tasks:
+        assert {other.key for cell in task for other in cell.inputs.values()} <= done
+        done.update(cell.key for cell in task)
+
+
+def test_a_pass_that_fails_is_not_timed_and_fails_its_own_encoder_alone(
+    write_study: Write, dataset: FrameDataset, tmp_path: Path
+) -> None:
+    options = read_study(write_study(tmp_path), {"encoder": ("pixels", "random-vit", "tcn"), "seeds": [0]})
+    work = cells.Workshop(tmp_path / "out", dataset.path, "cpu", 32)
+    pixels, vit, tcn = (branch.extract for branch in make_branches(options, dataset.card.fingerprint))
+    work.place(vit).mkdir(parents=True)
+    (work.place(vit) / "notes.txt").write_text("no store")
+    failures = run.run_task(work, (pixels, vit, tcn), {tcn.inputs["fit"].key: "its fit failed"})
+    assert failures.keys() == {vit.key, tcn.key}
+    assert failures[tcn.key] == "its fit failed"
+    found = work.read(pixels)
+    assert found is not None
+    assert "extracted_together" not in found["result"]
+    assert found["result"]["extract_seconds"] > 0
+    assert found["resumed"]  # which the page says of its times
+
+
+def test_a_folder_that_moves_goes_on_with_what_is_done_and_what_is_not(
+    write_study: Write, copy: Path, tmp_path: Path
+) -> None:
+    file = write_study(tmp_path, more=ADAPTER)
+    flags = ["--encoder", "pca", "--seeds", "0", "--fractions", "1"]
+    before = cell_files(copy)
+    result = run_command(file, copy, *flags)
+    assert result.exit_code == 0, result.output
+    new = sorted(name.split("-")[0] for name in cell_files(copy).keys() - before.keys())
+    # Its base is fitted as the file's tcn is, which has been done, though tcn is not studied here.
+    assert new == ["extract", "extract", "fit", "plan", "probe", "train"]
+    moved = copy.rename(tmp_path / "moved")
+    assert run_command(file, moved, *flags).exit_code == 0
+    done = cell_files(moved)
+    lost = [name for name in done.keys() - before.keys() if name.startswith(("fit", "plan"))]
+    for name in lost:
+        (moved / "cells" / name).unlink()
+    result = run_command(file, moved, *flags)
+    assert result.exit_code == 0, result.output
+    after = cell_files(moved)
+    assert {name for name in after if after[name] != done.get(name)} == set(lost)
+    for name in lost:
+        if name.startswith("plan"):
+            reached = [json.loads(content[name][1])["result"]["reached"] for content in (done, after)]
+            assert reached[0] == reached[1]
+
+
+def test_goals_and_mazes_count_by_what_is_in_their_files(
+    write_study: Write, dataset: FrameDataset, tmp_path: Path
+) -> None:
+    options = read_study(write_study(tmp_path))
+    goals, grid = tmp_path / "goals.parquet", tmp_path / "grid.txt"
+
+    def key(**settings: Any) -> str:
+        (plan,) = options.plan
+        mine = replace(options, plan=(replace(plan, options=replace(plan.options, **settings)),))
+        return next(iter(make_branches(mine, dataset.card.fingerprint)[0].plan.values())).key
+
+    with pytest.raises(UserError, match=r"goals .*goals\.parquet are neither random-state"):
+        key(goals=str(goals))
+    goals.write_bytes(b"some")
+    first = key(goals=str(goals))
+    moved = goals.with_name("others.parquet")
+    moved.write_bytes(b"some")
+    assert key(goals=str(moved)) == first != key()
+    moved.write_bytes(b"others")
+    assert key(goals=str(moved)) != first
+    grid.write_text("\n".join(find_maze("UMaze").rows))
+    assert key(env=str(grid)) == key(env="UMaze") == key(env="wmcache/PointMaze-UMaze-v0")
+    grid.write_text("\n".join(find_maze("Medium").rows))
+    assert key(env=str(grid)) != key(env="UMaze")
+
+
+def test_two_runs_in_one_folder_are_one_too_many(write_study: Write, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with exclusive(out / ".lock", out) as ours:
+        assert ours
+        result = run_command(write_study(tmp_path), out)
+    assert result.exit_code == 1
+    assert "another wmcache study is at work in" in result.stderr.strip().splitlines()[-1]
+    assert not (out / "cells").exists()

@@ -79,11 +79,10 @@ def fit_data() -> Callable[[TokenStore], FitData]:
         base = encoders.create_again(store.card.encoder, device="cpu")
         head = base.head
         assert isinstance(head, Select)
-        mean, std = (head.by_layer(torch.tensor(values)) for values in (store.mean, store.std))
 
         def gather(rows: NDArray[np.integer]) -> Features:
             return head.restore(torch.from_numpy(store.gather(rows)).float())
 
-        return FitData(store.episode, base.preprocess, CPU, None, base, gather, mean, std)
+        return FitData(store.episode, base.preprocess, CPU, None, base, gather)
 
     return make

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from wmcache.cache import TokenStore, UserError
+from wmcache.cache.windows import split_episodes
 from wmcache.pipeline import encoders
 from wmcache.pipeline import fit as fits
-from wmcache.pipeline.encoders import Encoder, FitOptions
-from wmcache.pipeline.encoders.base import LAST, Features
+from wmcache.pipeline.encoders import Encoder, FitOptions, base
+from wmcache.pipeline.encoders.base import LAST, Features, hash_parameters
 from wmcache.pipeline.encoders.dino_tok import (
     Clusters,
     Codebook,
@@ -41,9 +43,11 @@ BOTH = pytest.mark.parametrize(("name", "options"), [("dino-tok", TINY), ("dino-
 def test_meaning_is_the_bases_tokens_standardised(layers: TokenStore, fitted: Fit, restored: Restore) -> None:
     encoder, features = fitted(layers, "dino-tok", TINY), restored(layers, 32)
     patches, channels = features.patches(LAST).float(), features.layers[LAST].shape[2]
-    mean, std = (torch.from_numpy(values[-channels:]) for values in (layers.mean, layers.std))
+    train = np.flatnonzero(np.isin(layers.episode, split_episodes(6, "train", 42)))
+    known = torch.from_numpy(layers.gather(train)[:, features.prefix :, -channels:]).double().flatten(0, 1)
+    expected = (patches - known.mean(0)) / known.std(0, correction=0)
     tokens = encoder.tokens(features)
-    torch.testing.assert_close(tokens[..., :channels], ((patches - mean) / std).half(), atol=0, rtol=0)
+    torch.testing.assert_close(tokens[..., :channels].double(), expected, atol=1e-3, rtol=1e-3)
     assert tokens.shape[2] == channels + 6
 
 
@@ -208,20 +212,36 @@ def test_the_identity_names_both_layers_and_changes_with_the_fit(tcn_layers: Tok
     assert [line.split(":")[0].split(" ")[0] for line in first.differences(other)] == ["weights_sha256"]
 
 
+def test_an_adapters_backbone_is_hashed_once(
+    tcn_layers: TokenStore, fitted: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, hashed = fitted(tcn_layers, "dino-tok", TINY), []
+
+    def noted(network: nn.Module) -> str:
+        hashed.append(network)
+        return hash_parameters(network)
+
+    monkeypatch.setattr(base, "hash_parameters", noted)
+    again = encoders.create_again(encoder.recipe(), device="cpu")
+    assert hashed == [hashed[0], again.head]
+    assert hashed[0]["backbone"] is again.backbone
+    assert again.weights_sha256 == encoder.weights_sha256 != again.backbone_sha256
+
+
 def test_a_base_is_found_where_it_was_or_beside_the_adapter_and_no_other_is_taken(
     dataset: FrameDataset, tcn_weights: Path, tmp_path: Path
 ) -> None:
     there, here = tmp_path / "there", tmp_path / "here"
     there.mkdir()
     here.mkdir()
-    base = there / "tcn.safetensors"
-    shutil.copy(tcn_weights, base)
+    old = there / "tcn.safetensors"
+    shutil.copy(tcn_weights, old)
     store = there / "layers.zarr"
-    extract(dataset, encoders.create("tcn-layers", weights=base, device="cpu"), store)
+    extract(dataset, encoders.create("tcn-layers", weights=old, device="cpu"), store)
     out = here / "dino-tok.safetensors"
     fit_adapter(TokenStore.open(store), "dino-tok", out, TINY, max_frames=1000, device="cpu")
     expected = encoders.create("dino-tok", weights=out, device="cpu")(dataset.read_shard(0)[:4])
-    moved = Path(shutil.move(base, here / base.name))
+    moved = Path(shutil.move(old, here / old.name))
     assert torch.equal(encoders.create("dino-tok", weights=out, device="cpu")(dataset.read_shard(0)[:4]), expected)
     moved.unlink()
     with pytest.raises(UserError, match=r"tcn\.safetensors, which are not there any more; put them beside it"):

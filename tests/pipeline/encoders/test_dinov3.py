@@ -13,7 +13,7 @@ from wmcache.cache import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.dinov3 import SIZES
-from wmcache.pipeline.encoders.vit import Size
+from wmcache.pipeline.encoders.vit import ModelSize
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_a_file_of_the_hubs_names_loads_into_the_published_config(
     [(SIZES[0], 86_406_384 / 4), (SIZES[1], 85_660_416)],
     ids=["small, by its file's size", "base, by its card"],
 )
-def test_configs_have_as_many_parameters_as_the_published_weights(size: Size, published_parameters: float) -> None:
+def test_configs_have_as_many_parameters_as_the_published_weights(size: ModelSize, published_parameters: float) -> None:
     with torch.device("meta"):
         network = DINOv3ViTModel(DINOv3ViTConfig(**size.settings))
     parameters = sum(parameter.numel() for parameter in network.parameters())

@@ -69,7 +69,8 @@ def test_a_prefix_is_left_out(vit_layers: TokenStore, fitted: Fit) -> None:
 
 def test_a_sample_of_frames_is_enough(store: TokenStore, fitted: Fit) -> None:
     few, all_frames = (
-        fitted(store, "pca", PcaOptions(dim=2, max_frames=frames), out=str(frames)).head.axes for frames in (100, 300)
+        fitted(store, "pca", PcaOptions(dim=2, sampled_frames=frames), out=str(frames)).head.axes
+        for frames in (100, 300)
     )
     assert not torch.equal(few, all_frames)
     assert ((few * all_frames).sum(1) > 0.95).all()
@@ -80,7 +81,7 @@ def test_a_sample_of_frames_is_enough(store: TokenStore, fitted: Fit) -> None:
     [
         (PcaOptions(dim=33), "--dim is 33; tcn has 32 channels, choose 1 to 32"),
         (PcaOptions(dim=0), "--dim is 0; tcn has"),
-        (PcaOptions(max_frames=0), "--max-frames is 0; "),
+        (PcaOptions(sampled_frames=0), "--sampled-frames is 0; "),
         (PcaOptions(steps=10), "--steps is 10, but pca is found in closed form"),
     ],
 )

@@ -5,10 +5,18 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from wmcache.cache import TokenStore
-from wmcache.pipeline.encoders.base import EARLY, LAST
+from wmcache.pipeline.encoders.base import EARLY, LAST, Features
 from wmcache.pipeline.encoders.fitting import FitData
-from wmcache.pipeline.encoders.reconstruction import Reconstruction, ReconstructionOptions, Standardise, random_rows
+from wmcache.pipeline.encoders.reconstruction import (
+    SAMPLED_FRAMES,
+    Reconstruction,
+    ReconstructionOptions,
+    Standardise,
+    patch_moments,
+    random_rows,
+)
 from wmcache.pipeline.fit import load_images
 from wmcache.pipeline.frames import FrameDataset
 
@@ -18,16 +26,32 @@ MakeData = Callable[[TokenStore], FitData]
 def test_channels_are_standardised_and_those_that_never_change_are_0(
     vit_layers: TokenStore, fit_data: MakeData
 ) -> None:
-    data = fit_data(vit_layers)
-    data.mean[LAST][3], data.std[LAST][3] = 7.0, 0.0
-    standardise = Standardise(192)
-    standardise.look_at(data, LAST)
-    tokens = data.features(np.arange(len(data))).layers[LAST]
+    tokens = fit_data(vit_layers).features(np.arange(360)).patches(LAST)
     tokens[..., 3] = 7.0
+    standardise = Standardise(192)
+    standardise.look_at((tokens.mean((0, 1)), tokens.flatten(0, 1).std(0)))
     seen = standardise(tokens).flatten(0, 1)
     usual = torch.arange(192) != 3
     torch.testing.assert_close(seen.mean(0), torch.zeros(192), atol=1e-2, rtol=0)
     torch.testing.assert_close(seen.std(0), usual.float(), atol=1e-2, rtol=0)
+
+
+def test_statistics_are_of_patches_however_large_class_and_register_tokens_are(
+    vit_layers: TokenStore, fit_data: MakeData
+) -> None:
+    data = fit_data(vit_layers)
+    assert len(data) < SAMPLED_FRAMES
+    patches = data.features(np.arange(len(data))).patches(EARLY).flatten(0, 1).double()
+
+    def gather(rows: NDArray[np.integer]) -> Features:
+        features = data.features(rows)
+        layers = {name: values.clone() for name, values in features.layers.items()}
+        layers[EARLY][:, : features.prefix] = 1e4
+        return replace(features, layers=layers)
+
+    mean, std = patch_moments(replace(data, gather=gather), (EARLY,), 0)[EARLY]
+    torch.testing.assert_close(mean, patches.mean(0))
+    torch.testing.assert_close(std, patches.std(0, correction=0))
 
 
 def test_features_are_judged_standardised_and_without_their_prefix(vit_layers: TokenStore, fit_data: MakeData) -> None:
@@ -37,17 +61,19 @@ def test_features_are_judged_standardised_and_without_their_prefix(vit_layers: T
     torch.nn.init.zeros_(reconstruction.decoder.leave[1].bias)
     rows = np.arange(32)
     features = data.features(rows)
-    parts = [(features.layers[layer][:, 1:] - data.mean[layer]) / data.std[layer] for layer in (EARLY, LAST)]
+    moments = patch_moments(data, (EARLY, LAST), 0)
+    parts = [(features.layers[layer][:, 1:] - mean) / std for layer, (mean, std) in moments.items()]
     torch.testing.assert_close(
-        reconstruction(torch.randn(32, 16, 5), features, rows), torch.cat(parts, -1).square().mean()
+        reconstruction(torch.randn(32, 16, 5), features, rows), torch.cat(parts, -1).square().mean().float()
     )
 
 
 def test_pixels_are_judged_by_what_differs_from_the_mean_frame(
     tcn_layers: TokenStore, dataset: FrameDataset, fit_data: MakeData
 ) -> None:
-    images = load_images(dataset, np.arange(len(dataset.steps.episode)), 64)
-    data = replace(fit_data(tcn_layers), images=images)
+    data = fit_data(tcn_layers)
+    images = load_images(dataset, np.arange(len(dataset.steps.episode)), data.preprocess)
+    data = replace(data, images=images)
     reconstruction = Reconstruction(data, ReconstructionOptions(decoder="pixels"), 5, (EARLY, LAST))
     torch.nn.init.zeros_(reconstruction.decoder.last.weight)
     torch.nn.init.zeros_(reconstruction.decoder.last.bias)

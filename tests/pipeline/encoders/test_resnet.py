@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,20 @@ def test_a_timm_folder_says_which_resnet_it_holds(folder: Path) -> None:
     expected = reference.forward_features(encoder.preprocess(torch.from_numpy(frames)))
     assert (encoder.token_grid, encoder.token_dim) == ((2, 2), reference.num_features)
     torch.testing.assert_close(encoder(frames), expected.flatten(2).mT.half(), atol=2e-3, rtol=2e-3)
+
+
+def test_a_folders_architecture_and_its_arguments_are_part_of_the_identity(
+    weights: Path, resnet: Encoder, tmp_path: Path
+) -> None:
+    bare = {name: value for name, value in load_file(weights).items() if not name.startswith("fc.")}
+    save_file(bare, tmp_path / "model.safetensors")
+    for arguments, same in (({}, True), ({"act_layer": "gelu"}, False)):
+        (tmp_path / "config.json").write_text(
+            json.dumps({"architecture": "resnet18", "pretrained_cfg": {}, "model_args": arguments})
+        )
+        for name in ("resnet18", "r3m"):
+            expected = resnet if name == "resnet18" else create(name, tmp_path / "model.safetensors")
+            assert (create(name, tmp_path).weights_sha256 == expected.weights_sha256) == same
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from wmcache.cache import UserError
+from wmcache.cache.device import CPU
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
-from wmcache.pipeline.encoders.tcn import time_contrastive_loss
+from wmcache.pipeline.encoders.fitting import FitData
+from wmcache.pipeline.encoders.tcn import TcnFitting, TcnOptions, time_contrastive_loss
 from wmcache.pipeline.frames import FrameDataset
 
 
@@ -77,7 +79,7 @@ def test_the_hash_is_of_the_weights_and_not_of_the_file(encoder: Encoder, tcn_we
     save_file(weights, tmp_path / "copy.safetensors", metadata={"made": "elsewhere"})
     assert (tmp_path / "copy.safetensors").read_bytes() != tcn_weights.read_bytes()
     copy = encoders.create("tcn", weights=tmp_path / "copy.safetensors", device="cpu")
-    assert copy.weights_sha256 == encoder.weights_sha256
+    assert copy.weights_sha256 == encoder.weights_sha256 == encoder.backbone_sha256
     assert copy.identity("data") == encoder.identity("data")
 
     weights["position"][0, 0, 0] += 1e-3
@@ -123,6 +125,12 @@ def test_half_a_download_is_refused(tcn_weights: Path, tmp_path: Path) -> None:
     (tmp_path / "half.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=r"half\.safetensors does not fit tcn"):
         encoders.create("tcn", weights=tmp_path / "half.safetensors")
+
+
+def test_episodes_of_one_frame_hold_no_pairs(encoder: Encoder) -> None:
+    data = FitData(np.arange(40), encoder.preprocess, CPU, torch.zeros(40, 3, 64, 64, dtype=torch.uint8))
+    with pytest.raises(UserError, match="no episode has two frames"):
+        TcnFitting(data, TcnOptions(batch=4))
 
 
 def test_the_loss_is_lower_for_true_pairs() -> None:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,9 @@ from transformers import (
 )
 from wmcache.cache import UserError
 from wmcache.pipeline import encoders
-from wmcache.pipeline.encoders import Encoder, EncoderSpec, encode_together
+from wmcache.pipeline.encoders import Encoder, EncoderSpec, dinov3, encode_together, siglip2
 from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE
-from wmcache.pipeline.encoders.vit import early_block, middle_block
+from wmcache.pipeline.encoders.vit import ModelSize, early_block, load_hf, middle_block, timm_settings
 
 DIM, DEPTH, SIDE = 32, 6, 4
 TINY = {"hidden_size": DIM, "num_hidden_layers": DEPTH, "num_attention_heads": 2}
@@ -250,6 +251,64 @@ def test_selections_share_one_pass_of_one_backbone(kind: Kind) -> None:
         assert torch.equal(tokens, encoder(frames))
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("dinov2", {"layer_norm_eps": 1e-2}),
+        ("dinov2", {"num_attention_heads": 4}),
+        ("dinov3", {"rope_theta": 10.0}),
+        ("siglip2", {"hidden_act": "relu"}),
+        ("timm", {"model_args": {"embed_dim": DIM, "depth": DEPTH, "num_heads": 4, "img_size": 56}}),
+    ],
+)
+def test_the_same_tensors_with_another_arithmetic_are_another_encoder(
+    kinds: dict[str, Kind], tmp_path: Path, name: str, settings: dict[str, Any]
+) -> None:
+    folder = Path(shutil.copytree(kinds[name].folder, tmp_path / "folder"))
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**written, **settings}))
+    one, other = kinds[name].create(), replace(kinds[name], folder=folder).create()
+    assert not torch.equal(one(noise(1)), other(noise(1)))
+    assert one.backbone_key != other.backbone_key
+    assert [line.split(":")[0] for line in one.identity("x").differences(other.identity("x"))] == ["weights_sha256"]
+
+
+@pytest.mark.parametrize("family", [dinov3, siglip2])
+def test_a_folder_of_the_usual_settings_is_the_same_encoder_as_its_file(
+    kinds: dict[str, Kind], family: ModuleType, tmp_path: Path
+) -> None:
+    kind = kinds[family.SPEC.name]
+    settings = {**TINY, "intermediate_size": 64, "image_size": 64} | (
+        {"num_register_tokens": 4} if family is dinov3 else {}
+    )
+    size = ModelSize("", "tiny", DEPTH, DIM, "nowhere", settings=settings)
+    file, folder = (
+        load_hf(family.HF, size, family.SPEC, 64, path) for path in (kind.folder / "model.safetensors", kind.folder)
+    )
+    assert file.config == folder.config == ""
+    assert file.sha256 == folder.sha256
+
+
+@pytest.mark.parametrize(
+    ("written", "same"),
+    [
+        ({"architecture": "vit_small_patch14_dinov2"}, True),
+        (
+            {"architecture": "vit_small_patch14_dinov2.other_tag", "model_args": {"img_size": 56, "drop_rate": 0.1}},
+            True,
+        ),
+        ({"architecture": "vit_small_patch14_dinov2", "model_args": {"num_heads": 3}}, False),
+        ({"architecture": "vit_base_patch14_dinov2"}, False),
+    ],
+)
+def test_a_timm_folder_of_the_usual_settings_is_the_same_encoder_as_its_file(
+    tmp_path: Path, written: dict[str, Any], same: bool
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert (timm_settings(tmp_path, "vit_small_patch14_dinov2.lvd142m") == "") == same
+    assert timm_settings(tmp_path / "model.safetensors", "vit_small_patch14_dinov2.lvd142m") == ""
+
+
 def test_tokens_do_not_depend_on_the_batch(kind: Kind) -> None:
     encoder, frames = kind.create(), noise(5)
     whole = encoder(frames)
@@ -313,6 +372,18 @@ def damage(kind: Kind, place: Path, change: Callable[[dict[str, Tensor]], object
     return folder
 
 
+@pytest.mark.parametrize("arguments", [["img_size"], {"embed_dim": "many"}])
+def test_damaged_arguments_of_a_timm_folder_are_an_error(
+    kinds: dict[str, Kind], tmp_path: Path, arguments: object
+) -> None:
+    folder = Path(shutil.copytree(kinds["timm"].folder, tmp_path / "folder"))
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**written, "model_args": arguments}))
+    with pytest.raises(UserError, match="does not hold the weights of") as refused:
+        replace(kinds["timm"], folder=folder).create()
+    assert "\n" not in str(refused.value)
+
+
 def test_a_missing_weight_is_an_error(kind: Kind, tmp_path: Path) -> None:
     gone: list[str] = []
 
@@ -370,8 +441,9 @@ def test_settings_that_are_not_of_the_network_change_nothing(
     folder = Path(shutil.copytree(kinds["dinov3"].folder, tmp_path / "folder"))
     written = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**written, **surplus}))
-    tokens = replace(kinds["dinov3"], folder=folder).create("layers")(noise(1))
-    assert torch.equal(tokens, kinds["dinov3"].create("layers")(noise(1)))
+    found, expected = (kind.create("layers") for kind in (replace(kinds["dinov3"], folder=folder), kinds["dinov3"]))
+    assert torch.equal(found(noise(1)), expected(noise(1)))
+    assert found.backbone_key == expected.backbone_key
 
 
 def test_quantised_weights_are_refused(kinds: dict[str, Kind], tmp_path: Path) -> None:

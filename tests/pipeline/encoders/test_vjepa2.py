@@ -270,3 +270,10 @@ def test_a_folder_without_a_configuration_is_refused(copied: Path, text: str | N
 def test_an_image_size_that_does_not_fit_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="--image-size 72 does not fit encoder vjepa2; choose a multiple of 16"):
         create("vjepa2", folder, image_size=72)
+
+
+def test_settings_that_no_tensor_tells_are_part_of_the_identity(vjepa2: Encoder, copied: Path) -> None:
+    written = json.loads((copied / "config.json").read_text())
+    for settings, same in (({"pred_num_attention_heads": 1}, True), ({"num_attention_heads": 4}, False)):
+        (copied / "config.json").write_text(json.dumps({**written, **settings}))
+        assert (create("vjepa2", copied).backbone_key == vjepa2.backbone_key) == same

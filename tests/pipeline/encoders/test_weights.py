@@ -122,6 +122,18 @@ def test_what_is_in_the_cache_is_not_asked_for_again(hub: Hub) -> None:
     assert hub.asked == []
 
 
+def test_weights_are_used_where_they_cannot_be_pinned(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "home").write_text("a file, where no folder can be made")
+    path = download_weights(REPOSITORY, "dinov9")
+    assert download_weights(REPOSITORY, "dinov9") == path
+    assert path.read_bytes() == DATA
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert all(line.startswith(f"{REPOSITORY} is not pinned: cannot write ") for line in said)
+
+
 def test_a_pinned_commit_is_asked_for_when_the_hub_has_moved_on(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
