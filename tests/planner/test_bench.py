@@ -30,7 +30,7 @@ def test_both_ways_cost_and_plan_the_same(
     monkeypatch.setattr(bench_module, "LIMIT_SIZE", 64)
     setting = Setting(train_run(store_path, **VARIANTS[variant]), tiny_plan)
     figures = bench(setting, samples=40, elites=8, dtype="float32")
-    assert figures["cost_difference_float32"] == figures["cost_difference"] < 1e-4
+    assert figures["cost_difference_float32"] == figures["cost_difference"] < 1e-3
     assert figures["plan_difference_float32"] < 1e-4
     assert figures["cost_rank_correlation"] > 0.999
     assert all(np.isfinite(value) for value in figures.values())

@@ -170,10 +170,10 @@ class TestDrawings:
         graph = Setting(run_path, replace(tiny_plan, distance="graph")).graph
         latent, along = (drawn(draw_distance_map(setting.store, given)) for given in (None, graph))
         assert latent.shape == along.shape
-        # The same on the right; other colours on the left.
+        # Nearly the same on the right, where only labels of another width move things; other colours on the left.
         half = latent.shape[1] // 2
         different = (latent != along).any(2).mean(0)
-        assert different[:half].sum() > 5 * different[half:].sum()
+        assert different[:half].sum() > 2 * different[half:].sum()
 
     def test_who_arrives_at_the_very_end_of_the_budget_is_seen(self) -> None:
         goal = np.array([[1.0, 1.0, 0.0, 0.0]])
