@@ -28,8 +28,9 @@ lint: setup
 	$(BIN)/mypy --strict -p wmcache
 	$(BIN)/lint-imports
 
+# Two processes, a file of tests in one of them: many wait for programs that they have started.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # The tutorial: make prints each command before it runs it. Run again, it goes on where it stopped.
 demo: export WMCACHE_HOME := $(DEMO)
