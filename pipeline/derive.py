@@ -48,9 +48,8 @@ def create_for(
         return encoders.create(
             name, weights=weights or (fitted if fitted.exists() else None), base_weights=base_weights, device=device
         )
-    if base_weights is not None:
-        raise UserError(f"encoder {name} is on no other one; leave out --base-weights")
-    return encoders.create_again({**source.card.encoder, "name": name}, weights=weights, device=device)
+    recipe = {**source.card.encoder, "name": name}
+    return encoders.create_again(recipe, weights=weights, base_weights=base_weights, device=device)
 
 
 def derive(source: TokenStore, encoder: Encoder, out: Path, *, dtype: str = "float16", batch: int = 256) -> None:

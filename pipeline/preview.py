@@ -52,11 +52,16 @@ def preview(path: Path, out: Path, *, dataset: Path | None = None, count: int = 
         fontsize=9,
         parse_math=False,  # a name may hold a dollar
     )
+    write_png(figure, out)
+    return chosen
+
+
+def write_png(figure: Figure, out: Path) -> None:
+    """A figure as a PNG file, whole or not at all."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     with atomic_write(out) as file:
         file.write(picture.getvalue())
-    return chosen
 
 
 def principal_colours(store: TokenStore, chosen: NDArray[np.int64]) -> NDArray[np.float32]:

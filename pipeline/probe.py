@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,12 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import atomic_write
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import split_episodes
 from wmcache.envs import Maze, MazeError
@@ -331,6 +327,11 @@ def draw_probe(path: Path, out: Path, *, dataset: Path | None = None, goals: int
     Raises:
         UserError: an unusable store, another dataset, too few frames, or frames that show no maze.
     """
+    # Here, since all that fits or extracts imports this module, and few draw.
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from wmcache.pipeline.preview import write_png
+
     store = TokenStore.open(path)
     maze = find_maze(store, dataset)
     if maze is None:
@@ -384,10 +385,7 @@ def draw_probe(path: Path, out: Path, *, dataset: Path | None = None, goals: int
         fontsize=9,
         parse_math=False,  # a name may hold a dollar
     )
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    with atomic_write(out) as file:
-        file.write(picture.getvalue())
+    write_png(figure, out)
 
 
 def picture_paths(stores: Sequence[Path], out: Path | None = None) -> list[Path]:
