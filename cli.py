@@ -9,6 +9,8 @@ import click
 from wmcache import __version__
 from wmcache.commands import bench, data, decode, probe, stores, weights
 from wmcache.commands.plan import wmplan
+from wmcache.commands.plan_job import plan_job
+from wmcache.commands.sbatch import sbatch
 from wmcache.commands.shared import Group
 from wmcache.commands.study import study
 from wmcache.commands.train import import_run, wmtrain
@@ -25,9 +27,9 @@ def main() -> None:
 
 for group in (
     (data.collect, data.import_, data.fit, data.extract, data.derive, data.encoders, weights.weights),
-    (stores.list_, stores.info, stores.verify, stores.repair, stores.preview, probe.probe, stores.rm),
+    (stores.list_, stores.info, stores.verify, stores.finalize, stores.repair, stores.preview, probe.probe, stores.rm),
     (bench.bench,),
-    (import_run, decode.imagine, study),
+    (import_run, decode.imagine, study, sbatch, plan_job),
 ):
     for known in group:
         main.add_command(known)

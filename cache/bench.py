@@ -18,6 +18,7 @@ from tqdm import tqdm
 from wmcache.cache.files import make_folder, require_space
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import STEP_COLUMNS, StoreCard
+from wmcache.cache.places import Place
 from wmcache.cache.reader import ZarrReader
 from wmcache.cache.store import Tokens, TokenStore
 from wmcache.cache.windows import Windows, batch_windows
@@ -165,7 +166,7 @@ def _make_plain(path: Path, store: TokenStore) -> NDArray[np.generic]:
     return loaded
 
 
-def bench_codecs(path: Path, *, frames: int = 2000, batch: int = 64) -> list[dict[str, Any]]:
+def bench_codecs(path: Place, *, frames: int = 2000, batch: int = 64) -> list[dict[str, Any]]:
     """What a store's own tokens would take, and how fast they would be read, in smaller forms.
 
     Args:
@@ -204,7 +205,7 @@ def bench_codecs(path: Path, *, frames: int = 2000, batch: int = 64) -> list[dic
             )
             array[:] = tokens
             sizes[name] = array.nbytes_stored()
-            readers[name] = ZarrReader(array, card, name).gather
+            readers[name] = ZarrReader(array, card, Path(folder) / name).gather
         windows = stores["float16"].windows(history=3, predict=1, frameskip=5)
         out = np.empty((batch * windows.length, *card.frame_shape), np.float16)
         speeds: dict[str, list[float]] = {name: [] for name in readers}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from typing import Any
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import sweep, temporary_for
 from wmcache.cache.identity import Identity
-from wmcache.cache.layout import has_commits, read_attributes, read_card, record_file
+from wmcache.cache.layout import has_commits, read_attributes, read_card
+from wmcache.cache.places import Place, as_os_errors, exists, mend_reading
+from wmcache.cache.places import remove as remove_all
+from wmcache.cache.records import Records
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,31 @@ class Entry:
         )
 
 
-def list_stores(folder: Path) -> list[Entry]:
-    """All stores under a folder, whatever state they are in."""
-    found = (path for path in folder.rglob("*.zarr") if path.is_dir() and not path.name.startswith("."))
-    return [look_at(path) for path in sorted(found)]
+def list_stores(folder: Place) -> list[Entry]:
+    """All stores under a folder, whatever state they are in; raises UserError where it cannot be reached."""
+    try:
+        return [look_at(path) for path in sorted(_find(folder), key=str)]
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror or error}); {mend_reading(folder)}") from error
 
 
-def look_at(path: Path) -> Entry:
+def _find(folder: Place) -> Iterator[Place]:
+    """Folders named as stores, and nothing inside of them."""
+    if isinstance(folder, Path):
+        for root, names, _ in os.walk(folder):
+            for name in [name for name in names if name.endswith(".zarr")]:
+                names.remove(name)
+                if not name.startswith("."):
+                    yield Path(root, name)
+        return
+    with as_os_errors(folder):
+        for root, below, _ in folder.fs.walk(folder.path, detail=True):
+            for name in [name for name in below if name.endswith(".zarr")]:
+                del below[name]
+                yield folder / root.removeprefix(folder.path).strip("/") / name
+
+
+def look_at(path: Place) -> Entry:
     """A store at a glance; its tokens are not read."""
     try:
         attributes = read_attributes(path)
@@ -73,45 +95,52 @@ def look_at(path: Path) -> Entry:
         card.dtype,
         bytes_on_disk(path),
         card.num_shards,
-        len(list(record_file(path, 0).parent.glob("*.json"))),
+        Records(path, card, identity).count(),
         bool(attributes["complete"]),
     )
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Place) -> dict[str, Any]:
     """All that a store says of itself; raises UserError where there is none or its description is damaged."""
     attributes = read_attributes(path)
     glance = asdict(look_at(path))
     return {**glance, **{name: attributes[name] for name in ("identity", "card", "versions")}}
 
 
-def remove(path: Path) -> int:
+def remove(path: Place) -> int:
     """Delete a store; returns the bytes that are free again.
 
     Raises:
         UserError: there is nothing, or something that is no store.
     """
-    if not path.exists():
-        raise UserError(f"{path} does not exist; list stores with: wmcache ls")
-    if path.is_symlink():
+    if isinstance(path, Path) and path.is_symlink():
         raise UserError(f"{path} is a link, so it stays; delete the store that it leads to: {path.resolve()}")
-    path = path.resolve()
-    if not has_commits(path) and look_at(path).fault:
-        raise UserError(f"{path} is not a token store, so it stays; list stores with: wmcache ls")
-    size = bytes_on_disk(path)
     try:
-        # In one step, so that no reader ever sees half a store; a kill leaves what the next writer sweeps away.
-        grave = temporary_for(path)
-        path.rename(grave)
-        shutil.rmtree(grave)
-        sweep(path.parent)
+        if not exists(path):
+            raise UserError(f"{path} does not exist; list stores with: wmcache ls")
+        path = path.resolve() if isinstance(path, Path) else path
+        if not has_commits(path) and look_at(path).fault:
+            raise UserError(f"{path} is not a token store, so it stays; list stores with: wmcache ls")
+        size = bytes_on_disk(path)
+        if isinstance(path, Path):
+            # In one step, so that no reader ever sees half a store; a kill leaves what the next writer sweeps away.
+            grave = temporary_for(path)
+            path.rename(grave)
+            shutil.rmtree(grave)
+            sweep(path.parent)
+        else:
+            remove_all(path / "zarr.json")  # without which there is no store
+            remove_all(path)
     except OSError as error:
         raise UserError(f"cannot delete {path}: {error.strerror or error}; make its folder writable") from error
     return size
 
 
-def bytes_on_disk(path: Path) -> int:
-    """Of all files under a folder; those that somebody moves or deletes meanwhile do not count."""
+def bytes_on_disk(path: Place) -> int:
+    """Of all files under a folder; those that somebody moves or deletes meanwhile do not count. Raises OSError."""
+    if not isinstance(path, Path):
+        with as_os_errors(path):
+            return int(path.fs.du(path.path)) if path.fs.exists(path.path) else 0
     total = 0
     for folder, _, files in os.walk(path):
         for name in files:

@@ -13,6 +13,10 @@ class UserError(Exception):
         super().__init__("".join(letter if letter.isprintable() else "?" for letter in message))
 
 
+class MissingError(UserError):
+    """A file that is not there."""
+
+
 def command(*words: object) -> str:
     """A command line for such a message, quoted so that it can be pasted into a shell."""
     return shlex.join(map(str, words))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import platform
@@ -16,39 +17,65 @@ from typing import IO, Any
 
 import psutil
 from filelock import FileLock, Timeout
-from wmcache.cache.errors import UserError
+from wmcache.cache.errors import MissingError, UserError
+from wmcache.cache.places import Place, open_to_read, put, read_bytes
 
 MOST_JSON_BYTES = 64_000_000
 
 
 def home() -> Path:
-    """Where datasets, encoders, stores and runs live: $WMCACHE_HOME, or `data/` in the working directory."""
-    return Path(os.environ.get("WMCACHE_HOME", "data"))
+    """Where datasets, encoders, stores and runs live: $WMCACHE_HOME, or `data/` in the working directory.
+
+    Raises:
+        UserError: it is a URL.
+    """
+    folder = os.environ.get("WMCACHE_HOME", "data")
+    if "://" in folder:
+        raise UserError(f"WMCACHE_HOME is {folder}; it must be a local folder, URLs go to --dataset, --out and --cache")
+    return Path(folder)
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Write a file so that it appears whole or not at all: temporary file beside it, fsync, rename.
+def atomic_write(path: Place) -> Iterator[IO[bytes]]:
+    """Write a file so that it appears whole or not at all: temporary file beside it, fsync, rename; or in memory, then one object.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full.
     """
+    if not isinstance(path, Path):
+        with cannot_write(path), io.BytesIO() as memory:
+            yield memory
+            put(path, memory.getvalue())
+        return
     temporary = temporary_for(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another place"
-        ) from error
+        with cannot_write(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def cannot_write(path: Place) -> Iterator[None]:
+    """An OSError of writing there as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {mend_writing(path)}") from error
+
+
+def mend_writing(path: Place) -> str:
+    """What a user can do about a place that cannot be written, as the end of an error."""
+    if isinstance(path, Path):
+        return "free space or choose another place"
+    return "check address, credentials and network, then run the same command again"
 
 
 def temporary_for(path: Path) -> Path:
@@ -56,7 +83,7 @@ def temporary_for(path: Path) -> Path:
     return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
-def is_temporary(path: Path) -> bool:
+def is_temporary(path: Place) -> bool:
     """Whether a file is one that was, or will be, renamed to what it is for."""
     return path.name.startswith(".") and path.suffix == ".tmp"
 
@@ -81,11 +108,11 @@ def sweep(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def exclusive(lock: Path, place: Path | None = None, *, wait: bool = True) -> Iterator[bool]:
+def exclusive(lock: Place, place: Place | None = None, *, wait: bool = True) -> Iterator[bool]:
     """Hold a lock file against all other processes; the operating system lets go of it when its holder dies, however it dies.
 
     Args:
-        lock: the file, which is there only while somebody holds it.
+        lock: the file, which is there only while somebody holds it. Object stores have no locks: there everybody goes on.
         place: what it guards, for the message; the lock itself by default.
         wait: for whoever holds it now.
 
@@ -95,6 +122,9 @@ def exclusive(lock: Path, place: Path | None = None, *, wait: bool = True) -> It
     Raises:
         UserError: the file cannot be made.
     """
+    if not isinstance(lock, Path):
+        yield True
+        return
     held = FileLock(lock, timeout=-1 if wait else 0, thread_local=False)
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -132,13 +162,13 @@ def make_folder(path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Place, value: Any) -> None:
     """Write JSON atomically, readable by people."""
     with atomic_write(path) as file:
         file.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path, mend: str) -> dict[str, Any]:
+def read_json(path: Place, mend: str) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
@@ -146,14 +176,17 @@ def read_json(path: Path, mend: str) -> dict[str, Any]:
         mend: what to do about a missing or damaged file, for the error's end.
 
     Raises:
-        UserError: the file is missing, or not a JSON object.
+        MissingError: there is no file.
+        UserError: it is not a JSON object.
     """
     try:
-        if path.stat().st_size > MOST_JSON_BYTES:
+        # Asking an object store for the size first costs as much as the object.
+        too_large = isinstance(path, Path) and path.stat().st_size > MOST_JSON_BYTES
+        if too_large or len(data := read_bytes(path)) > MOST_JSON_BYTES:
             raise UserError(f"{path} is larger than any of ours; {mend}")
-        value = json.loads(path.read_bytes())
+        value = json.loads(data)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; {mend}") from None
+        raise MissingError(f"{path} does not exist; {mend}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:160]}); {mend}") from error
     if not isinstance(value, dict):
@@ -166,7 +199,7 @@ def seal(value: dict[str, Any]) -> dict[str, Any]:
     return {**value, "checksum": _checksum(value)}
 
 
-def require_seal(value: dict[str, Any], path: Path, mend: str) -> dict[str, Any]:
+def require_seal(value: dict[str, Any], path: Place, mend: str) -> dict[str, Any]:
     """The object that was sealed; raises UserError, naming `path`, where it is not what it was."""
     if value.get("checksum") != _checksum({name: item for name, item in value.items() if name != "checksum"}):
         raise UserError(f"{path} differs from its own checksum; {mend}")
@@ -177,13 +210,13 @@ def _checksum(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Place) -> str:
     """The file's SHA-256, as hexadecimal digits."""
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def require_space(path: Path, needed: int, what: str) -> None:
+def require_space(path: Place, needed: int, what: str) -> None:
     """Refuse work that cannot fit, before it starts.
 
     Args:
@@ -195,14 +228,16 @@ def require_space(path: Path, needed: int, what: str) -> None:
         UserError: fewer than `needed` bytes are free there.
     """
     free = free_space(path)
-    if free < needed:
+    if free is not None and free < needed:
         raise UserError(
             f"{what} needs {human_bytes(needed)} at {path}, but {human_bytes(free)} are free there; choose another --out"
         )
 
 
-def free_space(path: Path) -> int:
-    """Free bytes on the file system that `path` is, or would be, on."""
+def free_space(path: Place) -> int | None:
+    """Free bytes on the file system that `path` is, or would be, on; None for an object store, which has no end."""
+    if not isinstance(path, Path):
+        return None
     existing = path.absolute()
     while not existing.exists():
         existing = existing.parent

@@ -10,7 +10,7 @@ from typing import Any
 from wmcache.cache.errors import UserError
 from wmcache.cache.schema import parse
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)

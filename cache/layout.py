@@ -1,10 +1,10 @@
 """A store on disk: where everything lies, what its records say, and how one tells that something is wrong with them.
 
     zarr.json                       attributes: identity, card, checksums of the columns, completeness, mean and std; sealed
-    tokens/c/S/0/0                  shard S: the tokens of the frames of tar S, one inner chunk a frame, crc32c on each
-    tokens/commits/000012.json      the record of a shard: frames, bytes, sha256, sums; written after the shard itself; sealed
-    tokens/commits/000012.lock      while somebody works on that shard
+    tokens/c.S.0.0                  shard S: the tokens of the frames of tar S, one inner chunk a frame, crc32c on each
+    tokens/commits/                 which shards are done: frames, bytes, sha256, sums; see records.py
     action state episode step       the step table again, so that a store is all that training needs
+    sha256                          complete stores: of each shard's file
     scale                           int8 stores: what a step of each channel is worth in each shard, and its middle
 
 A sealed JSON object holds a checksum of itself, so nothing in a store can change a digit without being seen.
@@ -14,29 +14,37 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
-import fsspec
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from pydantic import Field
-from wmcache.cache.errors import UserError, command
+from wmcache.cache.errors import UserError
 from wmcache.cache.files import read_json, require_seal, seal, sha256_of, write_json
 from wmcache.cache.identity import FORMAT_VERSION, Identity
+from wmcache.cache.places import Place, exists, files_in, mend_reading, read_bytes, zarr_store
 from wmcache.cache.schema import Count, Finite, Name, Size, parse
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
 FORMAT = "wmcache-token-store"
 STEP_COLUMNS = ("action", "state", "episode", "step")
+SHARD_COLUMNS = ("sha256", "scale")
+"""With a row for each shard instead of each frame."""
+ROWS_IN_A_CHUNK = 2**20
+SMALL = 2**22
+"""Rows of a column that is read whenever a store is opened, so that damage is said before any work; a longer one is when it is wanted."""
 RECORDED_PACKAGES = ("torch", "timm", "transformers", "numpy", "zarr", "pillow")
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16
 MAX_COLUMN_WIDTH = 4096
+MOST_SHARDS = 2**26
+"""Of a store; what is said to have more is damaged, and would take more memory than there is before anybody noticed."""
 
 FILL: dict[str, float] = {"float16": float("nan"), "int8": -128}
 """Store dtypes, each with a value that no token has: a lost chunk reads as it, and is never mistaken for data."""
@@ -105,31 +113,43 @@ class StoreCard:
         return chunks + self.frames_per_shard * INDEX_ENTRY_BYTES + CRC_BYTES
 
 
-def shard_file(path: Path, shard: int) -> Path:
+def shard_file(path: Place, shard: int) -> Place:
     """Where Zarr keeps a shard of the tokens."""
-    return path / "tokens" / "c" / str(shard) / "0" / "0"
+    return path / "tokens" / f"c.{shard}.0.0"
 
 
-def record_file(path: Path, shard: int) -> Path:
-    """Where the record of a shard is."""
-    return path / "tokens" / "commits" / f"{shard:06d}.json"
+def shard_sizes(path: Place, shards: int) -> tuple[NDArray[np.int64], dict[int, str]]:
+    """What is there of a store's shards, from one listing.
+
+    Returns:
+        Bytes of each shard's file, int64 [shards], -1 where there is none; and shard -> tag, where an object store has one.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    sizes, tags = np.full(shards, -1, np.int64), {}
+    for name, found in files_in(path / "tokens", "c."):
+        number = name.split(".")[1]
+        if number.isdecimal() and name == f"c.{int(number)}.0.0" and int(number) < shards:
+            sizes[int(number)] = found.bytes
+            if found.tag:
+                tags[int(number)] = found.tag
+    return sizes, tags
 
 
-def lock_file(path: Path, shard: int) -> Path:
-    """The lock of whoever works on a shard."""
-    return record_file(path, shard).with_suffix(".lock")
-
-
-def read_attributes(path: Path) -> dict[str, Any]:
+def read_attributes(path: Place) -> dict[str, Any]:
     """The attributes of the store at `path`.
 
     Raises:
         DamagedError: they are missing or are not what was written.
         UserError: there is nothing, or no store, or one of another format.
     """
-    if not path.exists():
-        raise UserError(f"{path} does not exist; {NEW}")
-    is_ours = has_commits(path)
+    try:
+        is_ours = has_commits(path)
+        if not is_ours and not exists(path):
+            raise UserError(f"{path} does not exist; {NEW}")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); {mend_reading(path)}") from error
     try:
         metadata = read_json(path / "zarr.json", AGAIN if is_ours else NEW)
     except UserError as error:
@@ -143,23 +163,23 @@ def read_attributes(path: Path) -> dict[str, Any]:
     return attributes
 
 
-def has_commits(path: Path) -> bool:
-    """Whether a folder is, or once was, a token store, whatever its description says now."""
-    return (path / "tokens" / "commits").is_dir()
+def has_commits(path: Place) -> bool:
+    """Whether a folder is, or once was, a token store, whatever its description says now; raises OSError."""
+    return exists(path / "tokens" / "commits") if isinstance(path, Path) else exists(path / "tokens" / "zarr.json")
 
 
-def open_group(path: Path) -> zarr.Group:
+def open_group(path: Place) -> zarr.Group:
     """The group at `path`; raises DamagedError where zarr cannot open it."""
     try:
-        return zarr.open_group(path, mode="r")
+        return zarr.open_group(zarr_store(path), mode="r")
     except Exception as error:  # (whatever zarr makes of a description that is not its own)
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise DamagedError(f"{path / 'zarr.json'} cannot be read ({reason}); {AGAIN}") from error
 
 
-def check_attributes(attributes: dict[str, Any], path: Path | str) -> dict[str, Any]:
+def check_attributes(attributes: dict[str, Any], path: Place) -> dict[str, Any]:
     """The attributes, if they are a store's and whole; raises UserError as `read_attributes` does."""
-    file = Path(path) / "zarr.json"
+    file = path / "zarr.json"
     if attributes.get("format") != FORMAT:
         raise UserError(f"{path} is not a token store; {NEW}")
     try:
@@ -189,30 +209,31 @@ class _Attributes:
     versions: dict[str, str]
     mean: list[Finite] | None = None
     std: list[Finite] | None = None
-    shards: list[str] | None = None
 
 
 def _require_sense(attributes: _Attributes) -> None:
     """Raise ValueError where parts of the attributes contradict each other."""
     card, columns = attributes.card, set(attributes.columns)
-    if not {*STEP_COLUMNS} <= columns <= {*STEP_COLUMNS, "scale"}:
+    if not {*STEP_COLUMNS} <= columns <= {*STEP_COLUMNS, *SHARD_COLUMNS}:
         raise ValueError(f"its columns are {', '.join(sorted(columns))[:80]}")
+    if card.num_shards > MOST_SHARDS:
+        raise ValueError(f"it has {card.num_shards} shards")
     if attributes.complete:
         lengths = {len(values or ()) for values in (attributes.mean, attributes.std)}
-        if lengths != {card.token_dim} or len(attributes.shards or ()) != card.num_shards:
+        if lengths != {card.token_dim} or "sha256" not in columns:
             raise ValueError("its statistics or the checksums of its shards are not all there")
         if (card.dtype == "int8") != ("scale" in columns):
             raise ValueError(f"its columns do not fit {card.dtype}")
 
 
-def write_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
+def write_attributes(path: Place, attributes: Mapping[str, Any]) -> None:
     """Replace the attributes of the group at `path`, sealed, in one rename."""
     metadata = read_json(path / "zarr.json", AGAIN)
     known = {name: value for name, value in attributes.items() if name != "checksum"}
     write_json(path / "zarr.json", {**metadata, "attributes": seal(known)})
 
 
-def require_identity(values: Mapping[str, Any], where: Path, mend: str) -> None:
+def require_identity(values: Mapping[str, Any], where: Place, mend: str) -> None:
     """Refuse, as a UserError, what has no identity and card of a store: a store's attributes, or a run's `identity.json`."""
     if not isinstance(values.get("identity"), dict) or not isinstance(values.get("card"), dict):
         raise UserError(f"{where} has lost the store's identity or card; {mend}")
@@ -221,51 +242,6 @@ def require_identity(values: Mapping[str, Any], where: Path, mend: str) -> None:
 def read_card(attributes: Mapping[str, Any]) -> StoreCard:
     """The card in a store's attributes; raises UserError where its values are no card's."""
     return parse(StoreCard, attributes.get("card"), "the store's card", "extract it again")
-
-
-@dataclass(frozen=True)
-class Record:
-    """That a shard is done, written after the shard itself.
-
-    Attributes:
-        frames: the first, and the one after the last.
-        bytes, sha256: of the shard's file.
-        identity: digest of the identity that it was made with.
-        sum, sum_of_squares: of each channel over the shard's tokens, for the statistics.
-        scale, middle: int8 stores: token = scale * stored + middle, for each channel.
-    """
-
-    frames: tuple[int, int]
-    bytes: Count
-    sha256: str
-    identity: str
-    sum: list[Finite]
-    sum_of_squares: list[Finite]
-    scale: list[Finite] | None = None
-    middle: list[Finite] | None = None
-
-    def write(self, path: Path, shard: int) -> None:
-        """Write it, whole or not at all."""
-        write_json(record_file(path, shard), seal(asdict(self)))
-
-
-def read_record(path: Path, shard: int, card: StoreCard, identity: Identity) -> Record:
-    """The record of a shard.
-
-    Raises:
-        UserError: it is missing, damaged, or of another shard or identity.
-    """
-    file = record_file(path, shard)
-    mend = f"mend it with: {command('wmcache', 'repair', path)}"
-    values = require_seal(read_json(file, mend), file, mend)
-    record = parse(Record, {name: value for name, value in values.items() if name != "checksum"}, file, mend)
-    lists = [record.sum, record.sum_of_squares] + [record.scale or [], record.middle or []] * (card.dtype == "int8")
-    if any(len(values) != card.token_dim for values in lists):
-        raise UserError(f"{file} has statistics of another length; {mend}")
-    frames = card.shard_frames(shard)
-    if record.identity != identity.digest() or record.frames != (frames.start, frames.stop):
-        raise UserError(f"{file} is the record of another shard or store; {mend}")
-    return record
 
 
 def create_arrays(path: Path, card: StoreCard, identity: Identity, steps: Mapping[str, NDArray[Any]]) -> None:
@@ -279,11 +255,13 @@ def create_arrays(path: Path, card: StoreCard, identity: Identity, steps: Mappin
         shards=(card.frames_per_shard, *card.frame_shape),
         dtype=card.dtype,
         compressors=Crc32cCodec(),
+        # One file a shard, instead of one and two folders.
+        chunk_key_encoding={"name": "default", "separator": "."},
         fill_value=FILL[card.dtype],
         config={"write_empty_chunks": True},
     )
     for name in STEP_COLUMNS:
-        create_column(path, name, np.asarray(steps[name]))
+        create_column(path, name, steps[name])
     (path / "tokens" / "commits").mkdir()
     attributes = {
         "format": FORMAT,
@@ -298,64 +276,88 @@ def create_arrays(path: Path, card: StoreCard, identity: Identity, steps: Mappin
     write_attributes(path, attributes)
 
 
-def create_column(path: Path, name: str, values: NDArray[Any]) -> None:
-    """Write a small array in one chunk, over what may be there."""
-    group = zarr.open_group(path, mode="r+")
+def create_column(path: Place, name: str, values: NDArray[Any]) -> None:
+    """Write a column, over what may be there, a chunk at a time."""
+    group = zarr.open_group(zarr_store(path), mode="r+")
     # zarr skips chunks that equal its fill value, and an all-zero column would look like a lost one.
-    group.create_array(
+    column = group.create_array(
         name,
-        data=np.ascontiguousarray(values),
-        chunks=values.shape,
+        shape=values.shape,
+        dtype=values.dtype,
+        chunks=(min(len(values), ROWS_IN_A_CHUNK), *values.shape[1:]),
         config={"write_empty_chunks": True},
         overwrite=True,
     )
+    for start in range(0, len(values), ROWS_IN_A_CHUNK):
+        column[start : start + ROWS_IN_A_CHUNK] = values[start : start + ROWS_IN_A_CHUNK]
 
 
-def read_columns(
-    group: zarr.Group, card: StoreCard, columns: Mapping[str, Any], where: Path | str
-) -> dict[str, NDArray[Any]]:
-    """The small arrays, compared with their checksums; zarr alone would read a lost chunk as zeros.
+def read_column(
+    group: zarr.Group, card: StoreCard, name: str, columns: Mapping[str, Any], where: Place
+) -> NDArray[Any]:
+    """A column, compared with its checksum in `columns`; zarr alone would read a lost chunk as zeros.
 
     Raises:
-        DamagedError: one is missing, or is not what was written.
+        DamagedError: it is missing, or is not what was written.
     """
-    found = {}
-    for name, expected in columns.items():
-        try:
-            array = _array(group, name)
-            rows = card.num_shards if name == "scale" else card.frames
-            width = array.size // max(1, array.shape[0])
-            # Before anything is allocated: the description may be anybody's.
-            _require(array.shape[0] == rows, f"it has {array.shape[0]} rows for {rows}")
-            _require(width <= MAX_COLUMN_WIDTH or name == "scale", f"it has {width} values a row")
-            _require(array.nchunks == array.nchunks_initialized, "a chunk is missing")
-            found[name] = np.asarray(array)
-            _require(column_sha256(found[name]) == expected, "it differs from its checksum")
-        except Exception as error:
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            raise DamagedError(f"{where}/{name} cannot be relied on ({reason}); {AGAIN}") from error
-    if missing := set(STEP_COLUMNS) - set(found):
+    with _relying_on(where, name):
+        values = np.asarray(_column(group, card, name))
+        _require(column_sha256(values) == columns.get(name), "it differs from its checksum")
+    return values
+
+
+def check_columns(
+    group: zarr.Group, card: StoreCard, columns: Mapping[str, Any], where: Place, *, thoroughly: bool = False
+) -> None:
+    """Raise DamagedError unless all columns are there as they were written; long ones are read for that only if told so."""
+    if missing := set(STEP_COLUMNS) - set(columns):
         raise DamagedError(f"{where} lists no {', '.join(sorted(missing))}; {AGAIN}")
-    return found
+    for name, expected in columns.items():
+        with _relying_on(where, name):
+            column = _column(group, card, name)
+            if thoroughly or column.shape[0] <= SMALL:
+                _require(column_sha256(column) == expected, "it differs from its checksum")
 
 
-def column_sha256(values: NDArray[Any]) -> str:
+def _column(group: zarr.Group, card: StoreCard, name: str) -> zarr.Array[Any]:
+    array = _array(group, name)
+    rows = card.num_shards if name in SHARD_COLUMNS else card.frames
+    width = array.size // max(1, array.shape[0])
+    # Before anything is allocated: the description may be anybody's.
+    _require(array.shape[0] == rows, f"it has {array.shape[0]} rows for {rows}")
+    _require(width <= MAX_COLUMN_WIDTH or name == "scale", f"it has {width} values a row")
+    _require(array.nchunks == array.nchunks_initialized, "a chunk is missing")
+    return array
+
+
+@contextmanager
+def _relying_on(where: Place, name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise DamagedError(f"{where}/{name} cannot be relied on ({reason}); {AGAIN}") from error
+
+
+def column_sha256(values: NDArray[Any] | zarr.Array[Any]) -> str:
     """Over type, shape and values."""
     digest = hashlib.sha256(f"{values.dtype.str}{values.shape}".encode())
-    digest.update(np.ascontiguousarray(values).tobytes())
+    for start in range(0, values.shape[0], ROWS_IN_A_CHUNK):
+        digest.update(np.ascontiguousarray(values[start : start + ROWS_IN_A_CHUNK]).tobytes())
     return digest.hexdigest()
 
 
-def open_tokens(
-    group: zarr.Group, card: StoreCard, attributes: Mapping[str, Any], where: Path | str
-) -> zarr.Array[Any]:
+def open_tokens(group: zarr.Group, card: StoreCard, attributes: Mapping[str, Any], where: Place) -> zarr.Array[Any]:
     """The array of tokens; raises DamagedError where its description is not what was written, or does not fit the card."""
     try:
         # By its bytes: another codec in it could make other numbers of the same shards.
-        digest = hashlib.sha256(_read_bytes(where, "tokens/zarr.json")).hexdigest()
+        digest = hashlib.sha256(read_bytes(where / "tokens" / "zarr.json")).hexdigest()
         _require(digest == attributes.get("layout"), "it differs from its checksum")
         tokens = _array(group, "tokens")
         _require(tokens.shape == (card.frames, *card.frame_shape), f"its shape is {tokens.shape}")
+        if "sha256" in attributes["columns"]:
+            rows = _array(group, "sha256").shape[0]
+            _require(rows == card.num_shards, f"there are checksums of {rows} shards for {card.num_shards}")
         _require(tokens.dtype == card.dtype, f"its type is {tokens.dtype}")
         fill = np.asarray(FILL[card.dtype], card.dtype)
         _require(
@@ -383,7 +385,7 @@ def is_mappable(tokens: zarr.Array[Any], card: StoreCard) -> bool:
         and len(sharding.index_codecs) == 2
         and _is_little(sharding.index_codecs[0])
         and isinstance(sharding.index_codecs[1], Crc32cCodec)
-        and tokens.metadata.encode_chunk_key((1, 0, 0)) == "c/1/0/0"
+        and tokens.metadata.encode_chunk_key((1, 0, 0)) == "c.1.0.0"
     )
 
 
@@ -394,13 +396,6 @@ def adopt_layout(path: Path) -> None:
     """
     attributes = read_attributes(path)
     write_attributes(path, {**attributes, "layout": sha256_of(path / "tokens" / "zarr.json")})
-
-
-def _read_bytes(where: Path | str, name: str) -> bytes:
-    if isinstance(where, Path):
-        return (where / name).read_bytes()
-    with fsspec.open(f"{where}/{name}", "rb") as file:
-        return bytes(file.read())
 
 
 def _is_little(codec: object) -> bool:

@@ -17,7 +17,7 @@ import resource
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import google_crc32c
 import numpy as np
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.layout import CRC_BYTES, FILL, INDEX_ENTRY_BYTES, StoreCard, shard_file
 from wmcache.cache.memory import address_space_left
+from wmcache.cache.places import Place
 
 COPY_THREADS = min(4, os.cpu_count() or 1)
 BYTES_WORTH_A_THREAD = 4_000_000
@@ -55,7 +56,7 @@ class Reader(Protocol):
 class MappedReader:
     """Gathers frames from memory maps. Each frame's checksum is compared the first time that it is read, by this reader."""
 
-    def __init__(self, path: Path, card: StoreCard) -> None:
+    def __init__(self, path: Place, card: StoreCard) -> None:
         """Args: the store's folder and card."""
         self._path, self._card = path, card
         self._stride = card.frame_bytes + CRC_BYTES
@@ -126,7 +127,7 @@ class MappedReader:
     def _view(self, shard: int, data: mmap.mmap, first: int) -> Stored:
         """The shard's frames as one strided array [frames, N, D] over the map."""
         if data.size() != len(data):
-            raise UserError(f"shard {shard_file(self._path, shard)} was cut while it was being read; {self._mend}")
+            raise UserError(f"shard {self._file(shard)} was cut while it was being read; {self._mend}")
         n, d = self._card.frame_shape
         dtype = np.dtype(self._card.dtype).newbyteorder("<")
         shape, strides = (len(self._card.shard_frames(shard)), n, d), (self._stride, d * dtype.itemsize, dtype.itemsize)
@@ -142,7 +143,7 @@ class MappedReader:
     def _check(self, shard: int, row: int, data: mmap.mmap, first: int) -> None:
         frame = shard * self._card.frames_per_shard + row
         if not self._is_whole(row, data, first):
-            raise UserError(f"frame {frame} in {shard_file(self._path, shard)} differs from its checksum; {self._mend}")
+            raise UserError(f"frame {frame} in {self._file(shard)} differs from its checksum; {self._mend}")
         self._checked[frame] = True
 
     def _map(self, shard: int) -> tuple[mmap.mmap, int]:
@@ -156,9 +157,9 @@ class MappedReader:
         if len(self._maps) >= self._max_maps:
             for oldest in list(self._maps)[:1]:  # another thread may be here too
                 self._maps.pop(oldest, None)
-        file = shard_file(self._path, shard)
+        file = self._file(shard)
         try:
-            with file.open("rb") as stream:
+            with self._open(shard) as stream:
                 size = os.fstat(stream.fileno()).st_size
                 if size != self._card.shard_bytes(shard):
                     raise UserError(
@@ -172,7 +173,7 @@ class MappedReader:
         self._maps[shard] = found
         return found
 
-    def _first(self, data: mmap.mmap, shard: int, file: Path) -> int:
+    def _first(self, data: mmap.mmap, shard: int, file: Place) -> int:
         """Where the first frame lies, once the index is known to say that all others follow at a constant stride."""
         entries = data[-self._card.frames_per_shard * INDEX_ENTRY_BYTES - CRC_BYTES : -CRC_BYTES]
         if google_crc32c.value(entries) != int.from_bytes(data[-CRC_BYTES:], "little"):
@@ -188,6 +189,14 @@ class MappedReader:
             raise UserError(f"shard {file} is not laid out as this wmcache writes it; {self._mend}")
         return first
 
+    def _file(self, shard: int) -> Place:
+        """Where a shard is."""
+        return shard_file(self._path, shard)
+
+    def _open(self, shard: int) -> IO[bytes]:
+        """A shard's file, to be mapped; raises OSError."""
+        return Path(str(self._file(shard))).open("rb")
+
     @property
     def _mend(self) -> str:
         return f"mend it with: {command('wmcache', 'repair', self._path)}"
@@ -196,7 +205,7 @@ class MappedReader:
 class ZarrReader:
     """Gathers frames through the zarr API."""
 
-    def __init__(self, tokens: zarr.Array[Any], card: StoreCard, where: Path | str) -> None:
+    def __init__(self, tokens: zarr.Array[Any], card: StoreCard, where: Place) -> None:
         """Args: the array, the store's card and its place."""
         self._tokens, self._where = tokens, where
         self._fill = np.asarray(FILL[card.dtype], card.dtype)

@@ -6,11 +6,11 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 from wmcache.cache.errors import UserError
+from wmcache.cache.places import Place
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 def parse(
     kind: Callable[..., T],
     value: object,
-    where: Path | str,
+    where: Place | str,
     mend: str,
     *,
     exact: bool = True,

@@ -7,8 +7,8 @@ what lies where, `writer.py` for how it comes to be.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,19 @@ from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import seconds_between_updates
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import (
-    check_attributes,
+    SMALL,
+    STEP_COLUMNS,
     is_mappable,
     open_group,
     open_tokens,
     read_attributes,
     read_card,
-    read_columns,
+    read_column,
     shard_file,
+    shard_sizes,
 )
+from wmcache.cache.mirror import MirroredReader
+from wmcache.cache.places import Place, mend_reading, place, stamp
 from wmcache.cache.quantise import dequantise
 from wmcache.cache.reader import MappedReader, MemoryReader, Reader, Stored, ZarrReader
 from wmcache.cache.windows import Windows, split_episodes, window_starts
@@ -46,10 +50,11 @@ class TokenStore:
         path, card, identity: where and what it is.
         complete: whether every shard is done; only then may it be trained on.
         mean, std: float32 [D], per channel over all frames and tokens.
-        action, state, episode, step: the step table, one row a frame.
     """
 
-    def __init__(self, path: Path | str, group: zarr.Group, attributes: dict[str, Any], stamp: object) -> None:
+    def __init__(
+        self, path: Place, group: zarr.Group, attributes: dict[str, Any], changes: object, *, mirrored: bool
+    ) -> None:
         """Use `TokenStore.open`."""
         self.path = path
         self.card = read_card(attributes)
@@ -57,53 +62,70 @@ class TokenStore:
         self.complete = bool(attributes["complete"])
         self.mean = np.asarray(attributes.get("mean", np.zeros(self.card.token_dim)), dtype=np.float32)
         self.std = np.asarray(attributes.get("std", np.ones(self.card.token_dim)), dtype=np.float32)
-        self._stamp = stamp
+        self._group, self._columns, self._changes = group, attributes["columns"], changes
         tokens = open_tokens(group, self.card, attributes, path)
-        mappable = isinstance(path, Path) and is_mappable(tokens, self.card)
-        if isinstance(path, Path) and mappable and self.complete:
-            self._require_shards(path)
-        columns = read_columns(group, self.card, attributes["columns"], path)
+        mappable = is_mappable(tokens, self.card)
+        if mappable and self.complete:
+            self._require_shards()
         self._reader: Reader
-        if isinstance(path, Path) and mappable:
+        if mappable and isinstance(path, Path):
             self._reader = MappedReader(path, self.card)
+        elif mappable and mirrored and self.complete:
+            self._reader = MirroredReader(path, self.card, self._column("sha256"))
         else:
             self._reader = ZarrReader(tokens, self.card, path)
-        self.action, self.state, self.episode, self.step = (
-            columns[name] for name in ("action", "state", "episode", "step")
-        )
-        self.scale = columns.get("scale")
+        if self.card.frames <= SMALL:
+            for name in STEP_COLUMNS:
+                getattr(self, name)
+        self.scale = self._column("scale") if "scale" in self._columns else None
         if self.card.dtype == "int8" and self.scale is None:
             raise UserError(
                 f"{path} can be read only when it is complete; finish it by running its wmcache extract again"
             )
 
     @classmethod
-    def open(cls, path: str | Path, *, allow_incomplete: bool = False) -> TokenStore:
+    def open(cls, path: str | Place, *, allow_incomplete: bool = False, mirrored: bool = False) -> TokenStore:
         """Open a store.
 
         Args:
-            path: its folder, or the address of one that fsspec can read (`s3://…`), which goes through the zarr API.
+            path: its folder, or its URL (`s3://…`).
             allow_incomplete: read what is there of a store whose extraction has not finished.
+            mirrored: of a store far away, keep whole shards in local files (`MirroredReader`): for who reads all of it again and again.
+                Without, frames are fetched one by one through the zarr API.
 
         Raises:
             UserError: it is missing, damaged, not a store, or incomplete (unless allowed).
         """
-        if isinstance(path, str) and "://" in path:
-            try:
-                group = zarr.open_group(path, mode="r")
-            except Exception as error:  # (whatever the file system of that address raises)
-                reason = " ".join(str(error).split())[:160] or type(error).__name__
-                raise UserError(f"{path} cannot be opened ({reason}); check the address and the network") from error
-            attributes, stamp = check_attributes(dict(group.attrs), path), None
-            place: Path | str = path
-        else:
-            place = Path(path)
-            stamp = _stamp(place)
-            attributes = read_attributes(place)
-            group = open_group(place)
+        where = place(path)
+        changes = _changes(where)
+        attributes = read_attributes(where)
+        group = open_group(where)
         if not attributes["complete"] and not allow_incomplete:
             raise UserError(f"{path} is incomplete; finish it by running its wmcache extract again")
-        return cls(place, group, attributes, stamp)
+        return cls(where, group, attributes, changes, mirrored=mirrored)
+
+    @cached_property
+    def action(self) -> NDArray[Any]:
+        """float32 [frames, 2]: taken at that frame."""
+        return self._column("action")
+
+    @cached_property
+    def state(self) -> NDArray[Any]:
+        """float64 [frames, 4]: of that frame."""
+        return self._column("state")
+
+    @cached_property
+    def episode(self) -> NDArray[Any]:
+        """int32 [frames], ascending."""
+        return self._column("episode")
+
+    @cached_property
+    def step(self) -> NDArray[Any]:
+        """int32 [frames], from 0 in each episode."""
+        return self._column("step")
+
+    def _column(self, name: str) -> NDArray[Any]:
+        return read_column(self._group, self.card, name, self._columns, self.path)
 
     def __len__(self) -> int:
         """Number of frames."""
@@ -147,8 +169,11 @@ class TokenStore:
         """Hint that these frames will be wanted soon, so that the disk can be read meanwhile."""
         self._reader.prefetch(np.asarray(frames, dtype=np.int64))
 
-    def load(self) -> Stored:
+    def load(self, *, quiet: bool = False) -> Stored:
         """Read all tokens into memory, in the store's own dtype, [frames, N, D]; `gather` then reads them there.
+
+        Args:
+            quiet: show no progress.
 
         Raises:
             UserError: as `gather`; or there is not so much memory.
@@ -161,7 +186,8 @@ class TokenStore:
             raise UserError(
                 f"there is no memory for all tokens of {self.path}; choose a --residence of disk"
             ) from error
-        with tqdm(total=len(self), desc="load", unit=" frames", mininterval=seconds_between_updates()) as bar:
+        update = seconds_between_updates()
+        with tqdm(total=len(self), desc="load", unit=" frames", mininterval=update, disable=quiet) as bar:
             for shard in range(self.card.num_shards):
                 part = self.card.shard_frames(shard)
                 self.gather_stored(np.arange(part.start, part.stop), tokens[part.start : part.stop])
@@ -202,35 +228,34 @@ class TokenStore:
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
-        """Whatever is read inside was the store that was opened: writers change the attributes before anything else."""
+        """Whatever is read inside was the store that was opened: writers change the attributes before anything else.
+
+        Of a store far away each shard, or each frame, is compared with what the attributes said when it was opened.
+        """
         try:
             yield
         finally:
-            if isinstance(self.path, Path) and _stamp(self.path) != self._stamp:
+            if isinstance(self.path, Path) and _changes(self.path) != self._changes:
                 raise UserError(f"{self.path} was replaced or changed while it was being read; start again")
 
-    def _require_shards(self, path: Path) -> None:
-        bad = []
-        for shard in range(self.card.num_shards):
-            file = shard_file(path, shard)
-            try:
-                if file.stat().st_size != self.card.shard_bytes(shard):
-                    bad.append(file)
-            except OSError:
-                bad.append(file)
-            if len(bad) == MOST_FAULTS:
-                break
-        if bad:
+    def _require_shards(self) -> None:
+        try:
+            sizes, _ = shard_sizes(self.path, self.card.num_shards)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{self.path} cannot be read ({reason}); {mend_reading(self.path)}") from error
+        expected = np.full(self.card.num_shards, self.card.shard_bytes(0))
+        expected[-1] = self.card.shard_bytes(self.card.num_shards - 1)
+        if len(bad := np.flatnonzero(sizes != expected)):
             raise UserError(
-                f"{len(bad)} of {self.card.num_shards} shards are missing or cut short, the first is {bad[0]}; "
-                f"mend it with: {command('wmcache', 'repair', path)}"
+                f"{len(bad)} of {self.card.num_shards} shards are missing or cut short, the first is "
+                f"{shard_file(self.path, int(bad[0]))}; mend it with: {command('wmcache', 'repair', self.path)}"
             )
 
 
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    """Changes whenever the store's attributes are written, or another store takes its place."""
+def _changes(path: Place) -> object:
+    """Differs whenever the store's attributes have been written, or another store has taken its place."""
     try:
-        found = os.stat(path / "zarr.json")  # noqa: PTH116 (half the time of Path.stat, and it is called for every batch)
+        return stamp(path / "zarr.json")
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size

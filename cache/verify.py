@@ -15,17 +15,18 @@ from wmcache.cache.identity import Identity
 from wmcache.cache.layout import (
     DamagedError,
     StoreCard,
+    check_columns,
     is_mappable,
     open_group,
     open_tokens,
     read_attributes,
     read_card,
-    read_columns,
-    read_record,
-    record_file,
+    read_column,
     shard_file,
 )
+from wmcache.cache.places import Place, mend_reading, names_in, size_of
 from wmcache.cache.reader import MappedReader
+from wmcache.cache.records import IN_A_BLOCK, Records, commits, record_file
 from wmcache.cache.store import MOST_FAULTS
 
 
@@ -72,14 +73,21 @@ class Verification:
         return self.complete and not self.faults
 
 
-def verify(path: Path) -> Verification:
+def verify(path: Place) -> Verification:
     """Compare the whole store with its records: description, columns, counts, sizes, and every byte of every shard.
 
     A shard that is not done in a store that is not complete is no fault.
 
     Raises:
-        UserError: there is no store at `path`.
+        UserError: there is no store at `path`, or it cannot be reached.
     """
+    try:
+        return _verify(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); {mend_reading(path)}") from error
+
+
+def _verify(path: Place) -> Verification:
     try:
         attributes = read_attributes(path)
         card, identity = read_card(attributes), Identity.from_json(attributes["identity"], str(path))
@@ -90,15 +98,17 @@ def verify(path: Path) -> Verification:
     try:
         group = open_group(path)
         mappable = is_mappable(open_tokens(group, card, attributes, path), card)
-        read_columns(group, card, attributes["columns"], path)
+        check_columns(group, card, attributes["columns"], path, thoroughly=True)
     except DamagedError as error:
         faults.append(Fault(str(path), " ".join(str(error).split())))
-    done = 0
+    done, declared = 0, declared_shards(path)
+    records = Records(path, card, identity)
+    recorded = records.recorded() >= 0
     with tqdm(total=card.frames, desc="verify", unit=" frames", mininterval=seconds_between_updates()) as bar:
         for shard in range(card.num_shards):
-            if complete or record_file(path, shard).exists():
-                declared = attributes["shards"][shard] if complete else None
-                found = check_shard(path, shard, card, identity, declared, mappable=mappable)
+            if complete or recorded[shard]:
+                expected = None if declared is None else declared[shard].tobytes().hex()
+                found = check_shard(records, shard, card, expected, mappable=mappable)
                 faults += found
                 if len(faults) >= MOST_FAULTS:
                     faults.append(Fault(str(path), f"shards from {shard + 1} on were not looked at"))
@@ -110,20 +120,32 @@ def verify(path: Path) -> Verification:
     )
 
 
+def declared_shards(path: Place) -> NDArray[np.uint8] | None:
+    """The checksums, uint8 [shards, 32], that a store was declared complete with; None where it is not, or has lost them."""
+    try:
+        attributes = read_attributes(path)
+        if attributes["complete"]:
+            return read_column(open_group(path), read_card(attributes), "sha256", attributes["columns"], path)
+    except DamagedError:
+        pass
+    return None
+
+
 def check_shard(
-    path: Path, shard: int, card: StoreCard, identity: Identity, declared: str | None = None, *, mappable: bool
+    records: Records, shard: int, card: StoreCard, declared: str | None = None, *, mappable: bool
 ) -> list[Fault]:
     """What is wrong with a shard: its record, its size, its bytes, and, if those differ, which frames.
 
-    `declared` is the checksum that a complete store's attributes have for it.
+    `declared` is the checksum that a complete store has for it.
     """
+    path = records.path
     file = shard_file(path, shard)
     try:
-        record = read_record(path, shard, card, identity)
+        record = records.read(shard)
     except UserError as error:
         return [Fault(str(record_file(path, shard)), str(error), shard)]
     try:
-        size = file.stat().st_size
+        size = size_of(file)
         if size != record.bytes:
             return [Fault(str(file), f"it has {size} bytes instead of {record.bytes}", shard)]
         if sha256_of(file) == record.sha256:
@@ -131,9 +153,11 @@ def check_shard(
                 return []
             return [Fault(str(file), "it is not the one that the store was declared complete with", shard)]
     except OSError as error:
+        if not isinstance(path, Path) and not isinstance(error, FileNotFoundError):
+            raise  # nothing is known of the shard
         return [Fault(str(file), f"it cannot be read ({error.strerror or error})", shard)]
     reason = "it differs from its checksum"
-    if mappable:
+    if mappable and isinstance(path, Path):
         try:
             bad = MappedReader(path, card).scan(shard)[1]
             reason += f", in frames {', '.join(map(str, bad))}" if bad else ", though every frame is whole"
@@ -142,12 +166,12 @@ def check_shard(
     return [Fault(str(file), reason, shard)]
 
 
-def whole_tokens(path: Path, shard: int, card: StoreCard) -> NDArray[np.float16] | None:
+def whole_tokens(path: Place, shard: int, card: StoreCard) -> NDArray[np.float16] | None:
     """The shard's tokens if every frame of it equals its own checksum, and may so be tokens of this shard; else None.
 
-    None for an int8 store too: what its steps are worth stood in the record.
+    None for an int8 store too: what its steps are worth stood in the record. And for a store far away, whose files cannot be mapped.
     """
-    if card.dtype != "float16":
+    if card.dtype != "float16" or not isinstance(path, Path):
         return None
     try:
         tokens, bad = MappedReader(path, card).scan(shard)
@@ -156,13 +180,16 @@ def whole_tokens(path: Path, shard: int, card: StoreCard) -> NDArray[np.float16]
     return None if bad or not np.isfinite(tokens).all() else tokens
 
 
-def leftovers(path: Path, card: StoreCard) -> Iterator[Path]:
+def leftovers(path: Place, card: StoreCard) -> Iterator[Place]:
     """Files in the store that no part of it has written, or no longer needs."""
-    known = {record_file(path, shard).name for shard in range(card.num_shards)}
-    for file in sorted((path / "tokens" / "commits").glob("*")):
-        if file.name not in known:
-            yield file
-    for folder in sorted((path / "tokens" / "c").glob("*")):
-        shard = int(folder.name) if folder.name.isdecimal() else card.num_shards
-        expected = shard_file(path, shard) if shard < card.num_shards else None
-        yield from (file for file in sorted(folder.rglob("*")) if file.is_file() and file != expected)
+    blocks = card.num_shards // IN_A_BLOCK
+    for name in names_in(commits(path)):
+        number, dot, suffix = name.removeprefix("block-").partition(".")
+        expected = (f"{number}.json", card.num_shards) if suffix == "json" else (f"block-{number}.safetensors", blocks)
+        if not dot or not number.isdecimal() or name != expected[0] or int(number) >= expected[1]:
+            yield commits(path) / name
+    for name in names_in(path / "tokens"):
+        number = name.removeprefix("c.").removesuffix(".0.0")
+        ours = number.isdecimal() and name == f"c.{int(number)}.0.0" and int(number) < card.num_shards
+        if name not in ("zarr.json", "commits") and not ours:
+            yield path / "tokens" / name

@@ -18,8 +18,15 @@ TRAIN_FRACTION = 0.9
 class FrameSource(Protocol):
     """What windows read from; `TokenStore` is one."""
 
-    action: NDArray[Any]
-    state: NDArray[Any]
+    @property
+    def action(self) -> NDArray[Any]:
+        """A row a frame."""
+        ...
+
+    @property
+    def state(self) -> NDArray[Any]:
+        """A row a frame."""
+        ...
 
     def gather(self, frames: NDArray[np.integer], out: NDArray[np.float16] | None = None) -> NDArray[np.float16]:
         """Tokens of frames."""
@@ -126,13 +133,16 @@ def epoch_order(windows: int, seed: int, epoch: int) -> Int:
 
 
 def batch_windows(windows: int, seed: int, step: int, batch: int, rank: int = 0, world_size: int = 1) -> Int:
-    """The windows of training step `step` on one of several processes: a pure function of its arguments.
+    """The windows of training step `step`, or those of them that are for one of several processes: a pure function of its arguments.
 
-    The orders of epochs 0, 1, … one after another are cut into `world_size` batches a step, of which process `rank` takes its own. So a
-    run that is resumed at a step, in the middle of an epoch too, sees exactly what it would have seen; and the processes together see
-    what one process with `world_size` times the batch sees. With another batch or world size, the same step is another place.
+    The orders of epochs 0, 1, … one after another are cut into batches, and each batch into `world_size` equal slices, of which process
+    `rank` takes its own. So a run that is resumed at a step, in the middle of an epoch too, sees exactly what it would have seen, with
+    any number of processes. With another batch, the same step is another place.
     """
-    first = (step * world_size + rank) * batch
-    epochs, places = np.divmod(np.arange(first, first + batch), windows)
+    if batch % world_size:
+        raise ValueError(f"a batch of {batch} cannot be cut into {world_size} equal slices")
+    size = batch // world_size
+    first = step * batch + rank * size
+    epochs, places = np.divmod(np.arange(first, first + size), windows)
     parts = [epoch_order(windows, seed, epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
     return np.concatenate(parts)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -12,28 +14,29 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from wmcache.cache.errors import UserError, command
-from wmcache.cache.files import exclusive, sha256_of, sweep, sync, temporary_for
+from wmcache.cache.files import atomic_write, exclusive, mend_writing, sha256_of, sweep, sync, temporary_for
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import (
     STEP_COLUMNS,
     DamagedError,
-    Record,
     StoreCard,
+    check_columns,
     column_sha256,
     create_arrays,
     create_column,
-    lock_file,
     open_group,
     open_tokens,
     read_attributes,
     read_card,
-    read_columns,
-    read_record,
-    record_file,
     shard_file,
+    shard_sizes,
     write_attributes,
 )
+from wmcache.cache.places import Place, exists, is_local, put, read_bytes, remove, size_of, upload
 from wmcache.cache.quantise import quantise
+from wmcache.cache.records import Record, Records, commits, lock_file
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
 
 BLOCK = 16
 """Frames converted at once, so that no shard is ever held in a wider type as a whole."""
@@ -42,19 +45,23 @@ Tokens = NDArray[np.float16]
 
 
 class StoreWriter:
-    """Writes a store. Writers in several processes work beside each other: whoever claims a shard does it, the others wait or pass on."""
+    """Writes a store. Writers in several processes work beside each other: whoever claims a shard does it, the others wait or pass on.
 
-    def __init__(self, path: Path, card: StoreCard, identity: Identity) -> None:
+    An object store has no locks, so no claims: two writers may do a shard twice there, and `finish` finds it where that has mixed them up.
+    """
+
+    def __init__(self, path: Place, card: StoreCard, identity: Identity) -> None:
         """Use `StoreWriter.create` or `StoreWriter.resume`."""
         self.path, self.card, self.identity = path, card, identity
-        self._tokens = zarr.open_array(path / "tokens", mode="r+")
+        self._records = Records(path, card, identity)
+        self._layout = read_bytes(path / "tokens" / "zarr.json")
 
     @classmethod
-    def create(cls, path: Path, card: StoreCard, identity: Identity, steps: Mapping[str, NDArray[Any]]) -> StoreWriter:
+    def create(cls, path: Place, card: StoreCard, identity: Identity, steps: Mapping[str, NDArray[Any]]) -> StoreWriter:
         """Start a store, or take up again the one with the same identity, mending its description where that is damaged.
 
         Args:
-            path: the group's folder, ending in `.zarr`.
+            path: the group's place, ending in `.zarr`.
             card: what it is.
             identity: what could change a number in it.
             steps: the step table: action [frames, 2], state [frames, 4], episode [frames], step [frames].
@@ -67,30 +74,27 @@ class StoreWriter:
         with exclusive(path.with_name(f".{path.name}.lock"), path):
             if (there := cls._take_up(path, card, identity)) is not None:  # somebody else was faster
                 return there
-            sweep(path.parent)
-            skeleton = temporary_for(path)
-            shutil.rmtree(skeleton, ignore_errors=True)  # of a dead process that had our number
-            try:
-                with _writing(path):
-                    create_arrays(skeleton, card, identity, steps)
-                    _replace_description(path, skeleton)
-            finally:
-                shutil.rmtree(skeleton, ignore_errors=True)
+            with _writing(path), _skeleton(path) as skeleton:
+                create_arrays(skeleton, card, identity, steps)
+                _replace_description(path, skeleton)
         return cls(path, card, identity)
 
     @classmethod
-    def _take_up(cls, path: Path, card: StoreCard, identity: Identity) -> StoreWriter | None:
+    def _take_up(cls, path: Place, card: StoreCard, identity: Identity) -> StoreWriter | None:
         """The store of this identity that is there; None where there is nothing, or one whose description has to be mended."""
-        if not path.exists():
-            return None
+        with _writing(path):
+            if not exists(path / "zarr.json") and not (is_local(path) and exists(path)):
+                return None
         try:
-            return cls.resume(path, identity)
+            there = cls.resume(path, identity)
         except DamagedError:
             _require_ours(path, card, identity)
             return None
+        shapes = {(it.frames, it.frames_per_shard, it.token_grid, it.token_dim, it.dtype) for it in (there.card, card)}
+        return there if len(shapes) == 1 else None
 
     @classmethod
-    def resume(cls, path: Path, identity: Identity) -> StoreWriter:
+    def resume(cls, path: Place, identity: Identity) -> StoreWriter:
         """Take up the store at `path`.
 
         Raises:
@@ -102,20 +106,27 @@ class StoreWriter:
             raise UserError(f"{path} was extracted with other settings ({'; '.join(different)}); choose another --out")
         card, group = read_card(attributes), open_group(path)
         open_tokens(group, card, attributes, path)
-        read_columns(group, card, attributes["columns"], path)
+        check_columns(group, card, attributes["columns"], path)
         return cls(path, card, identity)
 
     def pending(self) -> list[int]:
         """The shards that are not done: without a sound record, or without a file of the right size."""
-        return [shard for shard in range(self.card.num_shards) if not self.is_done(shard)]
+        with _writing(self.path):
+            sizes, _ = shard_sizes(self.path, self.card.num_shards)
+            recorded = self._records.recorded()
+        missing: list[int] = np.flatnonzero((recorded < 0) | (recorded != sizes)).tolist()
+        return missing
 
     def is_done(self, shard: int) -> bool:
         """Whether a shard has its record and its file."""
         try:
-            record = read_record(self.path, shard, self.card, self.identity)
-            return shard_file(self.path, shard).stat().st_size == record.bytes
+            return size_of(shard_file(self.path, shard)) == self._records.read(shard).bytes
         except (UserError, OSError):
             return False
+
+    def claimed(self) -> set[int]:
+        """The shards that somebody is at just now."""
+        return {shard for shard in self._records.claimed() if self.is_claimed(shard)}
 
     def is_claimed(self, shard: int) -> bool:
         """Whether somebody is at it just now."""
@@ -141,7 +152,7 @@ class StoreWriter:
 
     def _description(self) -> AbstractContextManager[bool]:
         """Hold the attributes and columns against all other writers."""
-        return exclusive(record_file(self.path, 0).with_name("description.lock"), self.path)
+        return exclusive(commits(self.path) / "description.lock", self.path)
 
     def write_shard(self, shard: int, tokens: Tokens) -> None:
         """Write a whole shard, then its record.
@@ -164,73 +175,98 @@ class StoreWriter:
                 f"the encoder gave a value that float16 cannot hold for frame {frame}; check its weights, or try --dtype float32"
             )
         stored, scale, middle = quantise(tokens) if self.card.dtype == "int8" else (tokens, None, None)
-        file, record = shard_file(self.path, shard), record_file(self.path, shard)
         with _writing(self.path):
-            # Whatever stands here without a claim is torn, outdated, or a dead writer's; and the last shard reaches past the
-            # array's end, so zarr would merge it with the old one.
-            record.unlink(missing_ok=True)
-            shutil.rmtree(file.parent, ignore_errors=True)
-            sweep(record.parent)
-            self._tokens[frames.start : frames.stop] = stored
-            sync(file)
-            sync(file.parent)
-            self._record(shard, total, squares, scale, middle)
+            # Whatever stands here without a claim is torn, outdated, or a dead writer's.
+            self._records.drop(shard)
+            for folder in (self.path / "tokens", commits(self.path)):
+                if isinstance(folder, Path):
+                    sweep(folder)
+            data, place, tag = self._encode(shard, stored), shard_file(self.path, shard), None
+            if isinstance(place, Path):
+                with atomic_write(place) as file:
+                    file.write(data)
+            else:
+                tag = put(place, data)
+            self._record(
+                shard, len(data), hashlib.sha256(data).hexdigest(), total, squares, scale=scale, middle=middle, tag=tag
+            )
+
+    def _encode(self, shard: int, stored: NDArray[Any]) -> bytes:
+        """A shard's file, as zarr writes it."""
+        files = {"zarr.json": default_buffer_prototype().buffer.from_bytes(self._layout)}
+        frames = self.card.shard_frames(shard)
+        zarr.open_array(MemoryStore(files), mode="r+")[frames.start : frames.stop] = stored
+        return files[shard_file(self.path, shard).name].to_bytes()
 
     def record(self, shard: int, tokens: Tokens) -> None:
         """Write the record of a float16 shard that has lost it; `tokens` are those that its file holds."""
-        self._record(shard, *channel_sums(tokens), None, None)
+        file = shard_file(self.path, shard)
+        with _writing(self.path):
+            self._record(shard, size_of(file), sha256_of(file), *channel_sums(tokens))
 
     def _record(
         self,
         shard: int,
+        size: int,
+        sha256: str,
         total: NDArray[np.float64],
         squares: NDArray[np.float64],
-        scale: NDArray[np.float32] | None,
-        middle: NDArray[np.float32] | None,
+        *,
+        scale: NDArray[np.float32] | None = None,
+        middle: NDArray[np.float32] | None = None,
+        tag: str | None = None,
     ) -> None:
-        frames, file = self.card.shard_frames(shard), shard_file(self.path, shard)
-        Record(
+        frames = self.card.shard_frames(shard)
+        record = Record(
             frames=(frames.start, frames.stop),
-            bytes=file.stat().st_size,
-            sha256=sha256_of(file),
+            bytes=size,
+            sha256=sha256,
             identity=self.identity.digest(),
             sum=total.tolist(),
             sum_of_squares=squares.tolist(),
             scale=None if scale is None else scale.tolist(),
             middle=None if middle is None else middle.tolist(),
-        ).write(self.path, shard)
+            tag=tag,
+        )
+        self._records.write(shard, record)
 
     def finish(self) -> None:
         """Compute the statistics and declare the store complete; a complete store is left alone.
 
         Raises:
-            UserError: a shard has no record; or the disk is full.
+            UserError: a shard has no record, or two writers have done it at once and left a mixture; or the disk is full.
         """
+        again = "run the same wmcache extract again"
         if missing := self.pending():
-            raise UserError(
-                f"{self.path} lacks {len(missing)} of {self.card.num_shards} shards; run the same wmcache extract again"
-            )
+            first = ", ".join(map(str, missing[:5])) + ", …" * (len(missing) > 5)
+            raise UserError(f"{self.path} lacks {len(missing)} of {self.card.num_shards} shards ({first}); {again}")
         if read_attributes(self.path)["complete"]:
             return
         with self._description(), _writing(self.path):
             attributes = read_attributes(self.path)
-            records = [read_record(self.path, shard, self.card, self.identity) for shard in range(self.card.num_shards)]
+            _, tags = shard_sizes(self.path, self.card.num_shards)
+            total, squares = np.zeros(self.card.token_dim), np.zeros(self.card.token_dim)
+            sha256, scales = [], []
+            for block in self._records.thousands():
+                for shard, tag in zip(block.shard.tolist() if tags else (), block.tag, strict=False):
+                    if tag.any() and tags.get(shard) not in (None, tag.tobytes().hex()):
+                        self._records.drop(shard)
+                        raise UserError(f"shard {shard} of {self.path} was written by two at once; {again}")
+                total += block.sum.sum(0)
+                squares += block.sum_of_squares.sum(0)
+                sha256.append(block.sha256)
+                scales.append(np.stack([block.scale, block.middle], 1))
             count = self.card.frames * self.card.tokens_per_frame
-            mean = np.sum([record.sum for record in records], axis=0) / count
-            square = np.sum([record.sum_of_squares for record in records], axis=0) / count
-            std = np.sqrt(np.maximum(square - mean**2, 0.0))
-            columns = dict(attributes["columns"])
+            mean = total / count
+            std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+            columns = {"sha256": np.concatenate(sha256)}
             if self.card.dtype == "int8":
-                scale = np.array([[record.scale, record.middle] for record in records], np.float32)
-                create_column(self.path, "scale", scale)
-                columns["scale"] = column_sha256(scale)
-            complete = {
-                "columns": columns,
-                "shards": [record.sha256 for record in records],
-                "mean": mean.tolist(),
-                "std": std.tolist(),
-                "complete": True,
-            }
+                columns["scale"] = np.concatenate(scales)
+            known = dict(attributes["columns"])
+            for name, values in columns.items():
+                create_column(self.path, name, values)
+                known[name] = column_sha256(values)
+            complete = {"columns": known, "mean": mean.tolist(), "std": std.tolist(), "complete": True}
             write_attributes(self.path, {**attributes, **complete})
 
     def reopen(self, shards: list[int]) -> None:
@@ -239,24 +275,40 @@ class StoreWriter:
             with self._description(), _writing(self.path):
                 write_attributes(self.path, {**read_attributes(self.path), "complete": False})
         for shard in shards:
-            with self.claim(shard, wait=True):
-                record_file(self.path, shard).unlink(missing_ok=True)
-                shutil.rmtree(shard_file(self.path, shard).parent, ignore_errors=True)
+            with self.claim(shard, wait=True), _writing(self.path):
+                self._records.drop(shard)
+                remove(shard_file(self.path, shard))
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Place) -> Iterator[None]:
     """Errors of the disk, and of files inside a store that no user has heard of, as one line about the store."""
+    again = "free space, then run the same command again" if is_local(path) else mend_writing(path)
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write {path}: {reason}; free space, then run the same command again") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {again}") from error
     except UserError as error:
         if isinstance(error.__cause__, OSError):
             reason = error.__cause__.strerror or error.__cause__
-            raise UserError(f"cannot write {path}: {reason}; free space, then run the same command again") from error
+            raise UserError(f"cannot write {path}: {reason}; {again}") from error
         raise
+
+
+@contextmanager
+def _skeleton(path: Place) -> Iterator[Path]:
+    """A folder for a store without tokens, beside its place where that can be renamed; gone at the end."""
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory(prefix="wmcache-") as folder:
+            yield Path(folder) / path.name
+        return
+    sweep(path.parent)
+    skeleton = temporary_for(path)
+    shutil.rmtree(skeleton, ignore_errors=True)  # of a dead process that had our number
+    try:
+        yield skeleton
+    finally:
+        shutil.rmtree(skeleton, ignore_errors=True)
 
 
 def channel_sums(tokens: Tokens) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -269,17 +321,13 @@ def channel_sums(tokens: Tokens) -> tuple[NDArray[np.float64], NDArray[np.float6
     return total, squares
 
 
-def _require_ours(path: Path, card: StoreCard, identity: Identity) -> None:
+def _require_ours(path: Place, card: StoreCard, identity: Identity) -> None:
     """Raise UserError unless a shard's record, or what is left of the attributes, says that the damaged store has this identity."""
     try:
         attributes = read_attributes(path)
     except DamagedError as error:
-        for shard in range(card.num_shards):
-            if record_file(path, shard).exists():
-                try:
-                    read_record(path, shard, card, identity)
-                except UserError:
-                    continue
+        with _writing(path):
+            if (Records(path, card, identity).recorded() >= 0).any():
                 return
         raise UserError(
             f"{path} is damaged, and no record in it is of these settings; delete it with: {command('wmcache', 'rm', path)}"
@@ -288,8 +336,13 @@ def _require_ours(path: Path, card: StoreCard, identity: Identity) -> None:
         raise UserError(f"{path} was extracted with other settings ({'; '.join(different)}); choose another --out")
 
 
-def _replace_description(path: Path, skeleton: Path) -> None:
+def _replace_description(path: Place, skeleton: Path) -> None:
     """Move a store without tokens into place: as the new store, or over the description of the one that is there."""
+    if not isinstance(path, Path):
+        if exists(path / "zarr.json"):
+            remove(path / "zarr.json")  # damaged, or this would not have been called
+        upload(skeleton, path, last="zarr.json")
+        return
     if not path.exists():
         skeleton.rename(path)
         sync(path.parent)

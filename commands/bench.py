@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+from wmcache.cache.errors import UserError
+from wmcache.cache.places import Place
 from wmcache.commands.shared import (
+    NUMBER,
     PATH,
+    PLACE,
     Group,
     create_encoders,
     dataset_option,
@@ -36,7 +41,7 @@ def bench() -> None:
 @dataset_option
 @encoder_options
 @json_option
-def bench_extract(dataset: Path | None, batch: int, workers: int, as_json: bool, **encoder: Any) -> None:
+def bench_extract(dataset: Place | None, batch: int, cluster: str, as_json: bool, **encoder: Any) -> None:
     """Extraction against the bare encoder, on every frame of a dataset; of several encoders, one pass against one each."""
     from wmcache.pipeline.bench import bench_extract as run
     from wmcache.pipeline.bench import bench_together
@@ -45,11 +50,27 @@ def bench_extract(dataset: Path | None, batch: int, workers: int, as_json: bool,
     networks = create_encoders(frames.card.name, **encoder)
     together = len(networks) > 1
     result = (
-        bench_together(frames, networks, batch=batch, workers=workers)
+        bench_together(frames, networks, batch=batch, cluster=cluster)
         if together
-        else run(frames, networks[0], batch=batch, workers=workers)
+        else run(frames, networks[0], batch=batch, cluster=cluster)
     )
     print_figures(result, as_json=as_json)
+
+
+@bench.command("cluster")
+@dataset_option
+@encoder_options
+@click.option("--rounds", type=click.IntRange(1), default=3, help="By turns; each contender counts with its fastest.")
+@json_option
+def bench_cluster(dataset: Place | None, batch: int, cluster: str, rounds: int, as_json: bool, **encoder: Any) -> None:
+    """Extraction by N Dask workers (--cluster local:N) against one, a plain loop, and N plain processes; a thread each."""
+    from wmcache.pipeline.bench import bench_cluster as run
+
+    frames = open_dataset(dataset)
+    networks = create_encoders(frames.card.name, **encoder)
+    if len(networks) > 1:
+        raise UserError("bench cluster measures one encoder; name one with --encoder")
+    print_figures(run(frames, networks[0], batch=batch, cluster=cluster, rounds=rounds), as_json=as_json)
 
 
 @bench.command("read")
@@ -71,16 +92,30 @@ def bench_read(as_json: bool, **settings: Any) -> None:
 @store_argument
 @click.option("--frames", type=click.IntRange(100), default=2000, help="How many, from the first.")
 @json_option
-def bench_codecs(store: Path, frames: int, as_json: bool) -> None:
+def bench_codecs(store: Place, frames: int, as_json: bool) -> None:
     """Size, speed and error of STORE's own tokens as int8 and compressed."""
     from wmcache.cache.bench import bench_codecs as run
 
     print_rows(run(store, frames=frames), as_json=as_json)
 
 
+@bench.command("shards")
+@click.option(
+    "--shards", multiple=True, type=NUMBER, default=(1000, 10_000, 100_000), help="How many, as 1e6; repeatable."
+)
+@click.option("--frames-per-shard", type=click.IntRange(1), default=512, help="Of the store.")
+@click.option("--keep", type=PATH, help="Folder to make the stores in, and to leave them in.")
+@json_option
+def bench_shards(shards: tuple[int, ...], as_json: bool, **settings: Any) -> None:
+    """What planning, claiming, finishing and opening a store of so many shards cost, without any data in them."""
+    from wmcache.cache.scale import measure_scale
+
+    print_rows([asdict(measure_scale(count, **settings)) for count in shards], as_json=as_json)
+
+
 @bench.command("train")
 @preset_option("--preset", PRESETS, "A known model; what is given beside it wins.")
-@click.option("--cache", type=PATH, required=True, help="The token store; its frames and encoder are used as well.")
+@click.option("--cache", type=PLACE, required=True, help="The token store; its frames and encoder are used as well.")
 @click.option("--steps", type=click.IntRange(2), default=20, help="Training steps of each contender in each turn.")
 @click.option("--batch-size", "batch", type=click.IntRange(1), default=64, help="Windows.")
 @model_options
@@ -88,9 +123,9 @@ def bench_codecs(store: Path, frames: int, as_json: bool) -> None:
 @source_options
 @json_option
 def bench_train(
-    cache: Path,
+    cache: Place,
     preset: str | None,  # noqa: ARG001 (its values have become the others' defaults)
-    dataset: Path | None,
+    dataset: Place | None,
     weights: Path | None,
     device: str,
     as_json: bool,
@@ -121,12 +156,12 @@ def bench_memory(episodes: int, as_json: bool) -> None:
 @click.option("--elites", type=click.IntRange(2), default=30, help="As DINO-WM's.")
 @click.option("--iterations", type=click.IntRange(1), default=1, help="DINO-WM has 10; each costs the same.")
 @click.option("--weights", type=PATH, help="The encoder's weights, if they have moved.")
-@click.option("--cache", type=PATH, help="The store, if it has moved.")
+@click.option("--cache", type=PLACE, help="The store, if it has moved.")
 @click.option("--dtype", default="auto", help="Of our way: auto, float32 or bfloat16.")
 @device_option
 @json_option
 def bench_plan(
-    run: Path, weights: Path | None, cache: Path | None, dtype: str, device: str, as_json: bool, **settings: Any
+    run: Path, weights: Path | None, cache: Place | None, dtype: str, device: str, as_json: bool, **settings: Any
 ) -> None:
     """One plan as DINO-WM's code makes it against ours: same weights, same candidates, equal results."""
     from wmcache.planner.evaluate import PlanOptions, Setting, bench

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-from wmcache.cache.errors import UserError
+from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home, human_bytes
+from wmcache.cache.places import Place, absolute
 from wmcache.commands.shared import (
     PATH,
+    PLACE,
     Command,
     Group,
+    cluster_option,
     create_encoders,
     dataset_option,
     device_option,
@@ -24,6 +28,21 @@ from wmcache.commands.shared import (
     options,
 )
 
+
+def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:  # noqa: ARG001 (click's signature)
+    """`I/N` -> (I, N), the I-th (from 0) of N slices."""
+    found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", value)
+    if found is None:
+        raise click.ClickException(f"--shard-slice {value!r} is no slice; write I/N, as in 0/8 for the first of 8")
+    number, count = map(int, found.groups())
+    if number >= count:
+        raise click.ClickException(
+            f"--shard-slice {value}: the slices of {count} are numbered from 0 to {count - 1}; a job array has to begin at 0, "
+            f"as in sbatch --array=0-{max(0, count - 1)}"
+        )
+    return number, count
+
+
 DEFAULT_ENV = "wmcache/PointMaze-UMaze-v0"
 frames_per_shard_option = click.option(
     "--frames-per-shard",
@@ -32,7 +51,7 @@ frames_per_shard_option = click.option(
     help="Frames in each tar, and in each Zarr shard made from it.",
 )
 import_options = options(
-    click.option("--out", type=PATH, required=True, help="Folder of the dataset."), frames_per_shard_option
+    click.option("--out", type=PLACE, required=True, help="Folder of the dataset."), frames_per_shard_option
 )
 shape_options = options(
     click.option(
@@ -56,9 +75,9 @@ shape_options = options(
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the dataset; the same seed gives the same bytes.")
 @click.option("--image-size", type=click.IntRange(8, 2048), default=224, help="Side of the frames in pixels.")
 @frames_per_shard_option
-@click.option("--workers", type=click.IntRange(1), default=os.cpu_count() or 1, help="Processes.")
-@click.option("--out", type=PATH, help="Folder of the dataset.  [default: $WMCACHE_HOME/pointmaze-<maze>]")
-def collect(env: str, out: Path | None, **settings: Any) -> None:
+@cluster_option("local")
+@click.option("--out", type=PLACE, help="Folder of the dataset.  [default: $WMCACHE_HOME/pointmaze-<maze>]")
+def collect(env: str, out: Place | None, **settings: Any) -> None:
     """Collect a dataset of frames. Run again, it goes on where it stopped."""
     from wmcache.envs import find_maze
     from wmcache.pipeline.collect import collect as run
@@ -67,7 +86,7 @@ def collect(env: str, out: Path | None, **settings: Any) -> None:
     _print_card(out, run(env, out, **settings))
 
 
-def _print_card(out: Path, card: Any) -> None:
+def _print_card(out: Place, card: Any) -> None:
     size = sum(shard["bytes"] for shard in card.shards)
     click.echo(f"{out}: {card.episodes} episodes, {card.frames} frames, {len(card.shards)} shards, {human_bytes(size)}")
     click.echo(f"fingerprint {card.fingerprint}")
@@ -82,7 +101,7 @@ def import_() -> None:
 @click.argument("folder", type=PATH)
 @click.option("--maze", default="UMaze", help="Layout that the data was collected in, or a .txt grid.")
 @import_options
-def import_dino_wm(folder: Path, out: Path, **settings: Any) -> None:
+def import_dino_wm(folder: Path, out: Place, **settings: Any) -> None:
     """Import DINO-WM's PointMaze FOLDER: states.pth, actions.pth, seq_lengths.pth, obses/episode_XXX.pth."""
     from wmcache.pipeline.importers.dino_wm import import_dino_wm as run
 
@@ -100,7 +119,7 @@ def import_dino_wm(folder: Path, out: Path, **settings: Any) -> None:
 )
 @shape_options
 @import_options
-def import_frames(folder: Path, out: Path, crop: str, image_size: int | None, **settings: Any) -> None:
+def import_frames(folder: Path, out: Place, crop: str, image_size: int | None, **settings: Any) -> None:
     """Import the images or videos in FOLDER beside a table of actions and states."""
     from wmcache.pipeline.importers import Shape
     from wmcache.pipeline.importers.frames import import_frames as run
@@ -116,7 +135,7 @@ def import_frames(folder: Path, out: Path, crop: str, image_size: int | None, **
 @click.option("--state-key", help="Observation that is the state.  [default: the only vector]")
 @shape_options
 @import_options
-def import_minari(dataset: str, out: Path, crop: str, image_size: int | None, **settings: Any) -> None:
+def import_minari(dataset: str, out: Place, crop: str, image_size: int | None, **settings: Any) -> None:
     """Import a local Minari DATASET, by its id or its folder."""
     from wmcache.pipeline.importers import Shape
     from wmcache.pipeline.importers.minari import import_minari as run
@@ -154,29 +173,31 @@ fit_flags = options(
 @dataset_option
 @click.option("--encoder", "name", default="tcn", help="An encoder that can be fitted.")
 @fit_flags
-@click.option("--cache", type=PATH, help="For an adapter: the store of its base's layers.  [default: made if need be]")
+@click.option("--cache", type=PLACE, help="For an adapter: the store of its base's layers.  [default: made if need be]")
 @click.option("--base", help="For an adapter: the encoder of that store.  [default: the adapter's own]")
 @click.option("--base-weights", type=PATH, help="For an adapter: the base's weights.  [default: as extract finds them]")
 @click.option("--max-frames", type=click.IntRange(1), default=50_000, help="Frames to train on.")
 @click.option("--overwrite", is_flag=True, help="Replace the weights of another fit.")
 @device_option
+@cluster_option()
 @click.option(
     "--out", type=PATH, help="File to write.  [default: $WMCACHE_HOME/encoders/<dataset>-<encoder>.safetensors]"
 )
 def fit(
-    dataset: Path | None,
+    dataset: Place | None,
     name: str,
-    cache: Path | None,
+    cache: Place | None,
     base: str | None,
     base_weights: Path | None,
     out: Path | None,
+    cluster: str,
     **settings: Any,
 ) -> None:
     """Fit an encoder on the dataset's own frames, or an adapter on a store, and measure its latent landscape."""
     from wmcache.cache.store import TokenStore
     from wmcache.pipeline import encoders
-    from wmcache.pipeline.fit import default_weights, fit_adapter
-    from wmcache.pipeline.fit import fit as run
+    from wmcache.pipeline.cluster import run_alone
+    from wmcache.pipeline.fit import default_weights
 
     given = {field: value for field in FIT if (value := settings.pop(f"fit_{field}")) is not None}
     chosen, entry = encoders.fit_options(name, given), encoders.get_entry(name)
@@ -185,16 +206,19 @@ def fit(
             raise UserError(f"encoder {name} is fitted on frames, not on a store; leave out --cache and --base")
         frames = open_dataset(dataset)
         out = out or default_weights(frames.card.name, name)
-        result = run(frames, name, out, chosen, **settings)
+        store = None
     else:
         if cache and base:
             raise UserError("--cache says which store the adapter is fitted on; leave out --base")
         frames = None if cache and dataset is None and not chosen.needs_images else open_dataset(dataset)
         if cache is None:
-            cache = _layers_store(frames, base or entry.base, base_weights, settings["device"])
+            cache = _layers_store(frames, base or entry.base, base_weights, settings["device"], cluster)
         store = TokenStore.open(cache)
         out = out or default_weights(str(store.card.dataset["name"]), name)
-        result = fit_adapter(store, name, out, chosen, dataset=frames, base_weights=base_weights, **settings)
+        settings["base_weights"] = base_weights and base_weights.absolute()
+    places = [None if found is None else absolute(found.path) for found in (frames, store)]
+    task = partial(_fit, *places, name=name, out=out.absolute(), options=chosen, **settings)
+    result = replace(run_alone(task, cluster=cluster, label=f"fit {name}"), weights=out)
     click.echo(f"{result.weights}: fitted on {result.frames} frames")
     if (landscape := result.landscape) is None:
         click.echo("the landscape is not measured: without frames of a maze their true distances are not known")
@@ -205,16 +229,30 @@ def fit(
     click.echo(f"held-out frames from which descending that distance gets stuck: {landscape.stuck:.1%}")
 
 
-def _layers_store(frames: Any, base: str, weights: Path | None, device: str) -> Path:
+def _fit(dataset: str | None, store: str | None, *, name: str, out: Path, options: Any, **settings: Any) -> Any:
+    """The task of a fit: on the frames, or where there is a store on that."""
+    from wmcache.cache.places import place
+    from wmcache.cache.store import TokenStore
+    from wmcache.pipeline.fit import fit as run
+    from wmcache.pipeline.fit import fit_adapter
+    from wmcache.pipeline.frames import FrameDataset
+
+    frames: Any = None if dataset is None else FrameDataset.open(place(dataset))
+    if store is None:
+        return run(frames, name, out, options, **settings)
+    return fit_adapter(TokenStore.open(place(store)), name, out, options, dataset=frames, **settings)
+
+
+def _layers_store(frames: Any, base: str, weights: Path | None, device: str, cluster: str) -> Place:
     """The store of an adapter's base at its usual place, extracted where it is not there yet."""
     from wmcache.pipeline.extract import default_store
-    from wmcache.pipeline.extract import extract as run
+    from wmcache.pipeline.extract import extract_together as run
 
     (encoder,) = create_encoders(
         frames.card.name, names=base, weights=(str(weights),) if weights else (), device=device
     )
-    out: Path = default_store(frames.card.name, encoder)
-    run(frames, encoder, out)
+    out: Place = default_store(frames.card.name, encoder)
+    run(frames, [(encoder, out)], cluster=cluster, device=device)
     return out
 
 
@@ -223,7 +261,7 @@ def _layers_store(frames: Any, base: str, weights: Path | None, device: str) -> 
 @encoder_options
 @click.option(
     "--out",
-    type=PATH,
+    type=PLACE,
     help="The store, or of several the folder.  [default: $WMCACHE_HOME/stores/<dataset>/<encoder>-<image size>.zarr]",
 )
 @click.option(
@@ -232,13 +270,22 @@ def _layers_store(frames: Any, base: str, weights: Path | None, device: str) -> 
     default="float16",
     help="What tokens are stored in; int8 takes half the room, with a step for each channel of each shard.",
 )
+@click.option(
+    "--shard-slice",
+    "part",
+    callback=_read_slice,
+    default="0/1",
+    metavar="I/N",
+    help="Do the I-th (from 0) of N slices of the shards, for batch arrays; wmcache finalize, or whoever is last, completes the store.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and stop.")
 def extract(
-    dataset: Path | None,
+    dataset: Place | None,
     batch: int,
-    workers: int,
-    out: Path | None,
+    cluster: str,
+    out: Place | None,
     store_dtype: str,
+    part: tuple[int, int],
     dry_run: bool,
     **encoder: Any,
 ) -> None:
@@ -247,40 +294,51 @@ def extract(
 
     frames = open_dataset(dataset)
     networks = create_encoders(frames.card.name, **encoder)
-    places = [default_store(frames.card.name, network, store_dtype) for network in networks]
+    places: list[Place] = [default_store(frames.card.name, network, store_dtype) for network in networks]
     if out is not None:
         places = [out] if len(networks) == 1 else [out / place.name for place in places]
     stores = list(zip(networks, places, strict=True))
     if dry_run:
         for network, place in stores:
-            plan = forecast(frames, network, place, dtype=store_dtype, batch=batch, workers=workers)
+            plan = forecast(frames, network, place, dtype=store_dtype, batch=batch, cluster=cluster, part=part)
             click.echo(f"{plan.out}: {plan.shards} shards, {plan.frames} frames to do")
-            click.echo(
-                f"{human_bytes(plan.bytes_needed)} needed, {human_bytes(plan.bytes_free)} free, about {plan.seconds:.0f} s"
-            )
+            free = "" if plan.bytes_free is None else f"{human_bytes(plan.bytes_free)} free, "
+            click.echo(f"{human_bytes(plan.bytes_needed)} needed, {free}about {plan.seconds:.0f} s")
         return
-    extract_together(frames, stores, dtype=store_dtype, batch=batch, workers=workers)
-    for network, place in stores:
+    device = encoder["device"]
+    lacking = extract_together(
+        frames, stores, dtype=store_dtype, batch=batch, cluster=cluster, device=device, part=part
+    )
+    for (network, place), shards in zip(stores, lacking, strict=True):
         rows, columns = network.token_grid
-        click.echo(f"{place}: {frames.card.frames} frames, {rows} x {columns} tokens of {network.token_dim}")
+        if shards:
+            count = -(-frames.card.frames // frames.card.frames_per_shard)
+            click.echo(
+                f"{place}: slice {part[0]} of {part[1]} is done, {len(shards)} of {count} shards are other slices' and not done yet; "
+                f"whoever is last completes the store, or: {command('wmcache', 'finalize', place)}"
+            )
+        else:
+            click.echo(f"{place}: {frames.card.frames} frames, {rows} x {columns} tokens of {network.token_dim}")
 
 
 @click.command(cls=Command)
-@click.argument("store", type=PATH)
+@click.argument("store", type=PLACE)
 @click.option("--encoder", "name", required=True, help="On the same backbone: dinov2-cls, dinov2-pooled, an adapter, …")
 @click.option("--weights", type=PATH, help="The encoder's.  [default: the store's, or those fitted on its dataset]")
 @click.option("--base-weights", type=PATH, help="Of an adapter's base, if they have moved.")
-@click.option("--out", type=PATH, help="The new store.  [default: where extract would put it]")
+@click.option("--out", type=PLACE, help="The new store.  [default: where extract would put it]")
 @click.option("--store-dtype", type=click.Choice(["float16", "int8"]), default="float16", help="As for extract.")
 @device_option
+@cluster_option()
 def derive(
-    store: Path,
+    store: Place,
     name: str,
     weights: Path | None,
     base_weights: Path | None,
-    out: Path | None,
+    out: Place | None,
     store_dtype: str,
     device: str,
+    cluster: str,
 ) -> None:
     """Make other tokens of those in STORE, without an image: the class token, means, adapters. Run again, it goes on."""
     from wmcache.cache.store import TokenStore
@@ -291,7 +349,7 @@ def derive(
     source = TokenStore.open(store)
     encoder = create_for(source, name, weights=weights, base_weights=base_weights, device=device)
     out = out or default_store(str(source.card.dataset["name"]), encoder, store_dtype)
-    run(source, encoder, out, dtype=store_dtype)
+    run(source, encoder, out, dtype=store_dtype, cluster=cluster, device=device)
     rows, columns = encoder.token_grid
     click.echo(f"{out}: {len(source)} frames, {rows} x {columns} tokens of {encoder.token_dim}, derived from {store}")
 

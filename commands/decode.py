@@ -9,7 +9,8 @@ from typing import Any
 import click
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home
-from wmcache.commands.shared import PATH, Command, device_option, json_option, options
+from wmcache.cache.places import Place
+from wmcache.commands.shared import PATH, PLACE, Command, device_option, json_option, options
 
 frames_option = click.option(
     "--frames", "--dataset", "dataset", type=PATH, help="Where the store's frames are, if they have moved."
@@ -28,7 +29,7 @@ decoder_sizes = options(
 
 
 @click.command(cls=Command)
-@click.option("--cache", type=PATH, required=True, help="The token store.")
+@click.option("--cache", type=PLACE, required=True, help="The token store.")
 @frames_option
 @click.option("--out", type=PATH, help="Folder of the decoder.  [default: $WMCACHE_HOME/decoders/<dataset>-<store>]")
 @click.option(
@@ -52,8 +53,8 @@ decoder_sizes = options(
 @click.option("--overwrite", is_flag=True, help="Begin anew where a decoder exists.")
 @json_option
 def decoder(
-    cache: Path,
-    dataset: Path | None,
+    cache: Place,
+    dataset: Place | None,
     out: Path | None,
     channels: int | None,
     residual: int | None,
@@ -96,7 +97,7 @@ def decoder(
 @click.option("--run", type=PATH, required=True, help="Folder of the world model's run.")
 @click.option("--decoder", type=PATH, required=True, help="Folder of a decoder of the same store.")
 @frames_option
-@click.option("--cache", type=PATH, help="The store, if it has moved.")
+@click.option("--cache", type=PLACE, help="The store, if it has moved.")
 @click.option("--steps", type=click.IntRange(1), default=10, help="Model steps from one observed frame.")
 @click.option("--windows", type=click.IntRange(1), default=64, help="Held-out windows that are compared.")
 @click.option("--videos", type=click.IntRange(0), default=2, help="Files of 4 windows side by side.")
@@ -110,8 +111,8 @@ def decoder(
 def imagine(
     run: Path,
     decoder: Path,
-    dataset: Path | None,
-    cache: Path | None,
+    dataset: Place | None,
+    cache: Place | None,
     out: Path | None,
     as_json: bool,
     **settings: Any,
@@ -135,7 +136,7 @@ def imagine(
     click.echo(f"pictures: {out}")
 
 
-def _frames_of(cache: Path, dataset: Path | None) -> Any:
+def _frames_of(cache: Place, dataset: Place | None) -> Any:
     """The `FrameDataset` that a store was made of."""
     from wmcache.cache.store import TokenStore
     from wmcache.pipeline.repair import open_frames

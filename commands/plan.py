@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 from wmcache import __version__
+from wmcache.cache.places import Place
 from wmcache.commands.shared import (
     PATH,
+    PLACE,
     Command,
+    cluster_option,
     device_option,
     json_option,
     options,
@@ -20,6 +24,9 @@ from wmcache.commands.shared import (
     shell_command,
 )
 from wmcache.planner.protocols import PROTOCOLS
+
+if TYPE_CHECKING:
+    from wmcache.planner.evaluate import Spread
 
 SEARCH = {
     "samples": ("--samples", int, "Candidates an iteration (cem, icem, mppi); DINO-WM has 300."),
@@ -84,17 +91,19 @@ search_options = options(
 @click.option("--seed", type=click.IntRange(0), default=0, help="Number of the first episode.")
 @click.option("--env", help="Another maze than the data's.")
 @click.option("--weights", type=PATH, help="The encoder's weights, if they have moved.")
-@click.option("--cache", type=PATH, help="The store, if it has moved.")
+@click.option("--cache", type=PLACE, help="The store, if it has moved.")
 @click.option("--dtype", default="auto", help="Of the model: auto, float32 or bfloat16.")
 @device_option
 @click.option("--out", type=PATH, help="Folder of the results.  [default: RUN/plan-<protocol or objective-execute>-…]")
+@cluster_option(also="  Batches are the tasks; results are the same wherever they are planned.")
 @json_option
 def wmplan(
     run: Path,
     protocol: str | None,
     weights: Path | None,
-    cache: Path | None,
+    cache: Place | None,
     out: Path | None,
+    cluster: str,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -107,7 +116,7 @@ def wmplan(
     out = out or default_out(run, protocol, chosen)
     refuse_other_results(out, chosen)
     setting = Setting(run, chosen, weights=weights, cache=cache)
-    episodes, results = evaluate(setting, chosen, out)
+    episodes, results = evaluate(setting, chosen, out, None if cluster == "local:1" else _spread(cluster))
     results = {"protocol": protocol, **results}
     write_report(out, run, setting, episodes, results, shell_command(sys.argv))
     if as_json:
@@ -129,6 +138,19 @@ def wmplan(
         f"{results['encoder_frames']} frames encoded"
     )
     click.echo(f"report: {out / 'report.html'}")
+
+
+def _spread(cluster: str) -> Spread:
+    """What plans batches on a cluster."""
+    from wmcache.pipeline.cluster import run_tasks
+
+    def spread(task: Callable[[int], int], begins: Sequence[int], replans: int) -> None:
+        more = "a smaller --batch-size makes more of them"
+        run_tasks(
+            task, begins, cluster=cluster, total=replans, label="wmplan", unit="replans", what="batches", more=more
+        )
+
+    return spread
 
 
 def take_search(settings: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from wmcache.commands.shared import PATH, Command, json_option
+from wmcache.cache.places import Place
+from wmcache.commands.shared import PATH, PLACE, Command, json_option
 
 if TYPE_CHECKING:
     from wmcache.pipeline.probe import Probe
@@ -22,8 +23,8 @@ COLUMNS = {
 
 
 @click.command("probe", cls=Command)
-@click.argument("stores", metavar="STORE...", type=PATH, nargs=-1, required=True)
-@click.option("--dataset", type=PATH, help="The frames, to take the maze from where the store does not tell it.")
+@click.argument("stores", metavar="STORE...", type=PLACE, nargs=-1, required=True)
+@click.option("--dataset", type=PLACE, help="The frames, to take the maze from where the store does not tell it.")
 @click.option(
     "--frames", type=click.IntRange(1), default=2000, help="Training frames that the probes learn from, at most."
 )
@@ -31,7 +32,7 @@ COLUMNS = {
     "--out", type=PATH, help="Folder for the pictures.  [default: beside each STORE, with .probe.png for .zarr]"
 )
 @json_option
-def probe(stores: tuple[Path, ...], dataset: Path | None, frames: int, out: Path | None, as_json: bool) -> None:
+def probe(stores: tuple[Place, ...], dataset: Place | None, frames: int, out: Path | None, as_json: bool) -> None:
     """Measure what a planner can read out of token stores; figures of held-out episodes, and a picture of each.
 
     xy, v: R^2 of positions and velocities by ridge regression and by a small network; of the whole state where there is no maze. Spearman,

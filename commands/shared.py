@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import click
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home
+from wmcache.cache.places import Place, place
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,7 +44,9 @@ class OneLine(click.Command):
             click.echo(f"\nstopped; go on with: {shell_command(sys.argv)}", err=True)
             sys.exit(STOPPED if isinstance(stop, Stopped) else INTERRUPTED)
         except MemoryError as error:
-            raise click.ClickException("there is not enough memory; lower --batch-size or --workers") from error
+            raise click.ClickException(
+                "there is not enough memory; lower --batch-size, or the N of --cluster local:N"
+            ) from error
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             raise click.ClickException(
@@ -80,6 +83,9 @@ def _leave_to_those_who_wait(args: threading.ExceptHookArgs) -> None:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    # SLURM tells every process of a job, and the job's script tells this one once more.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     raise Stopped
 
 
@@ -117,8 +123,62 @@ def preset_option(flag: str, presets: Mapping[str, Mapping[str, Any]], text: str
     return click.option(flag, type=click.Choice(list(presets)), callback=apply, is_eager=True, help=text)
 
 
+def _read_cluster(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:  # noqa: ARG001 (click's signature)
+    """The text itself; a bad word, or a bad profile, is said before any work."""
+    from wmcache.pipeline.cluster import parse_cluster
+
+    try:
+        return None if value is None else parse_cluster(value).text
+    except UserError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def cluster_option(default: str | None = "local:1", also: str = "") -> Callable[[F], F]:
+    """`--cluster`, which means the same everywhere."""
+    return click.option(
+        "--cluster",
+        callback=_read_cluster,
+        default=default,
+        metavar="local[:N]|tcp://HOST:PORT|slurm[:PROFILE]",
+        help="Where tasks run: in N processes of this machine (local: as many as cores; local:1: this one), at a Dask scheduler that is "
+        f"running, or in SLURM jobs as $WMCACHE_HOME/profiles/PROFILE.toml says.{also}",
+    )
+
+
+class PlaceType(click.ParamType[Place]):
+    """A folder by its path, or by its URL."""
+
+    name = "place"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Place:  # noqa: ARG002
+        """See `cache.places.place`."""
+        try:
+            return place(value)
+        except UserError as error:
+            raise click.ClickException(str(error)) from error
+
+
+class NumberType(click.ParamType[int]):
+    """A whole number of at least 1, also as 1e9."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Fails as click's own do."""
+        try:
+            number = float(value)
+            whole = number >= 1 and number == int(number)
+        except (ValueError, OverflowError):
+            whole = False
+        if not whole:
+            self.fail(f"{value!r} is not a whole number of at least 1, as 1000000 or 1e6", param, ctx)
+        return int(number)
+
+
 PATH = click.Path(path_type=Path)
-dataset_option = click.option("--dataset", type=PATH, help="Frame dataset.  [default: $WMCACHE_HOME/pointmaze-umaze]")
+PLACE = PlaceType()
+NUMBER = NumberType()
+dataset_option = click.option("--dataset", type=PLACE, help="Frame dataset.  [default: $WMCACHE_HOME/pointmaze-umaze]")
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 encoder_options = options(
@@ -149,11 +209,11 @@ encoder_options = options(
     click.option(
         "--batch-size", "batch", type=click.IntRange(1), default=32, help="Frames in each call of the encoder."
     ),
-    click.option("--workers", type=click.IntRange(1), default=1, help="Processes; each loads the encoder."),
+    cluster_option(),
 )
 
 
-store_argument = click.argument("store", type=PATH)
+store_argument = click.argument("store", type=PLACE)
 residence_option = click.option(
     "--residence",
     type=click.Choice(["auto", "device", "ram", "disk"]),
@@ -207,7 +267,7 @@ model_options = options(
     click.option("--noise", type=click.FloatRange(0), default=0.0, help="Deviation of noise on the latents."),
 )
 source_options = options(
-    click.option("--dataset", type=PATH, help="Where the frames are, if they have moved."),
+    click.option("--dataset", type=PLACE, help="Where the frames are, if they have moved."),
     click.option("--weights", type=PATH, help="Where the encoder's weights are, if they have moved."),
     device_option,
 )
@@ -243,7 +303,7 @@ def take_model_options(settings: dict[str, Any]) -> dict[str, Any]:
     return {field.name: settings.pop(field.name) for field in fields(DinoWmOptions)}
 
 
-def open_dataset(path: Path | None) -> Any:
+def open_dataset(path: Place | None) -> Any:
     """The `FrameDataset` at `path`, or at its default place."""
     from wmcache.pipeline.frames import FrameDataset
 

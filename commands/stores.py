@@ -1,4 +1,4 @@
-"""wmcache ls, info, verify, repair, preview, rm: what is in a store, and whether it is whole."""
+"""wmcache ls, info, verify, finalize, repair, preview, rm: what is in a store, and whether it is whole."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 import click
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home, human_bytes
-from wmcache.commands.shared import PATH, Command, json_option, source_options, store_argument
+from wmcache.cache.places import Place, beside
+from wmcache.commands.shared import PATH, PLACE, Command, json_option, source_options, store_argument
 
 
 @click.command("ls", cls=Command)
-@click.argument("folder", type=PATH, required=False)
+@click.argument("folder", type=PLACE, required=False)
 @json_option
-def list_(folder: Path | None, as_json: bool) -> None:
+def list_(folder: Place | None, as_json: bool) -> None:
     """List the token stores under FOLDER ($WMCACHE_HOME/stores)."""
     from wmcache.cache.catalogue import list_stores
 
@@ -35,7 +36,7 @@ def list_(folder: Path | None, as_json: bool) -> None:
 @click.command(cls=Command)
 @store_argument
 @json_option
-def info(store: Path, as_json: bool) -> None:
+def info(store: Place, as_json: bool) -> None:
     """Show what a token store says of itself."""
     from wmcache.cache.catalogue import describe
 
@@ -55,7 +56,7 @@ def info(store: Path, as_json: bool) -> None:
 @click.option("--deep", is_flag=True, help="Also encode a sample of the frames anew, and compare.")
 @source_options
 @json_option
-def verify(store: Path, deep: bool, as_json: bool, **source: Any) -> None:
+def verify(store: Place, deep: bool, as_json: bool, **source: Any) -> None:
     """Compare every byte of a token store with its records; exit status 1 where something is wrong."""
     if deep:
         from wmcache.pipeline.repair import verify_deep
@@ -83,8 +84,18 @@ def verify(store: Path, deep: bool, as_json: bool, **source: Any) -> None:
 
 @click.command(cls=Command)
 @store_argument
+def finalize(store: Place) -> None:
+    """Declare a token store complete, once all slices of its shards are done; exit status 1 where shards are missing."""
+    from wmcache.pipeline.extract import finalize as run
+
+    card = run(store)
+    click.echo(f"{store}: complete, {card.frames} frames in {card.num_shards} shards")
+
+
+@click.command(cls=Command)
+@store_argument
 @source_options
-def repair(store: Path, **source: Any) -> None:
+def repair(store: Place, **source: Any) -> None:
     """Make exactly those shards of a token store again that are not as they were written."""
     from wmcache.pipeline.repair import repair as run
 
@@ -94,14 +105,14 @@ def repair(store: Path, **source: Any) -> None:
 
 @click.command(cls=Command)
 @store_argument
-@click.option("--dataset", type=PATH, help="Where the frames are, if they have moved.")
+@click.option("--dataset", type=PLACE, help="Where the frames are, if they have moved.")
 @click.option("--count", type=click.IntRange(1, 64), default=8, help="Frames.")
 @click.option("--out", type=PATH, help="The PNG to write.  [default: STORE, with .png for .zarr]")
-def preview(store: Path, out: Path | None, **settings: Any) -> None:
+def preview(store: Place, out: Path | None, **settings: Any) -> None:
     """Draw frames of a store beside their tokens, the first three principal components as colours."""
     from wmcache.pipeline.preview import preview as run
 
-    out = out or store.resolve().with_suffix(".png")
+    out = out or beside(store, ".png")
     frames = run(store, out, **settings)
     click.echo(f"{out}: frames {', '.join(map(str, frames))}")
 
@@ -109,7 +120,7 @@ def preview(store: Path, out: Path | None, **settings: Any) -> None:
 @click.command(cls=Command)
 @store_argument
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def rm(store: Path, yes: bool) -> None:
+def rm(store: Place, yes: bool) -> None:
     """Delete a token store."""
     from wmcache.cache.catalogue import remove
 

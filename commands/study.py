@@ -10,7 +10,7 @@ from typing import Any
 import click
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import home
-from wmcache.commands.shared import PATH, Command, json_option, shell_command
+from wmcache.commands.shared import PATH, Command, cluster_option, json_option, shell_command
 
 DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
 
@@ -30,7 +30,7 @@ DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
 @click.option("--steps", type=click.IntRange(1), help="Of training.  [default: FILE's]")
 @click.option("--episodes", type=click.IntRange(1), help="Of each evaluation.  [default: FILE's]")
 @click.option("--device", help="auto, cpu, cuda, cuda:1, mps.  [default: FILE's, else auto]")
-@click.option("--workers", type=click.IntRange(1), help="Processes.  [default: FILE's, else 1]")
+@cluster_option(default=None, also="  [default: FILE's, else local:1]")
 @click.option(
     "--out",
     type=PATH,

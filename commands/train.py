@@ -8,11 +8,16 @@ from typing import Any
 import click
 from click.core import ParameterSource
 from wmcache import __version__
-from wmcache.cache.errors import command
+from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home
+from wmcache.cache.places import Place
 from wmcache.commands.shared import (
+    INTERRUPTED,
     PATH,
+    PLACE,
+    STOPPED,
     Group,
+    Stopped,
     device_option,
     model_options,
     preset_option,
@@ -25,7 +30,7 @@ from wmcache.trainer.presets import PRESETS
 @click.group(cls=Group, invoke_without_command=True)
 @click.version_option(__version__, prog_name="wmtrain")
 @preset_option("--preset", PRESETS, "Known settings; what is given beside it wins.")
-@click.option("--cache", type=PATH, help="The token store; nothing else is read.  [required]")
+@click.option("--cache", type=PLACE, help="The token store; nothing else is read.  [required]")
 @click.option("--out", type=PATH, help="Folder of the run.  [default: $WMCACHE_HOME/runs/<dataset>-<store>]")
 @click.option("--model", default="dino-wm", help="World model.")
 @model_options
@@ -33,7 +38,13 @@ from wmcache.trainer.presets import PRESETS
 @click.option("--frameskip", type=click.IntRange(1), default=5, help="Env steps between frames of a window.")
 @click.option("--steps", type=click.IntRange(1), default=10_000, help="Optimiser steps.")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over all windows, instead of --steps.")
-@click.option("--batch-size", "batch", type=click.IntRange(1), default=64, help="Windows in each micro-batch.")
+@click.option(
+    "--batch-size",
+    "batch",
+    type=click.IntRange(1),
+    default=64,
+    help="Windows in each micro-batch, of all devices together.",
+)
 @click.option("--accumulate", type=click.IntRange(1), default=1, help="Micro-batches in each step.")
 @click.option("--lr", "learning_rate", type=float, default=5e-4, help="Learning rate of the constant phase.")
 @click.option("--warmup", type=click.FloatRange(0, 1), default=0.05, help="Share of the steps.")
@@ -46,6 +57,12 @@ from wmcache.trainer.presets import PRESETS
 @click.option("--pool-until", type=click.FloatRange(0, 1), default=0.5, help="Share of the steps on that coarser grid.")
 @click.option("--dtype", default="auto", help="auto, float32 or bfloat16.")
 @device_option
+@click.option(
+    "--devices",
+    type=click.IntRange(1),
+    help="Train on so many of this machine, by torchrun: the same batches, cut into slices. A run goes on with any number; what dropout "
+    "and --noise draw differs with it.  [default: 1, or as torchrun says]",
+)
 @residence_option
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of weights, dropout and order.")
 @click.option("--split-seed", type=click.IntRange(0), default=42, help="Of the split into train and val episodes.")
@@ -63,9 +80,10 @@ from wmcache.trainer.presets import PRESETS
 @click.option("--resume", is_flag=True, help="Insist on going on; --steps may then differ.")
 @click.option("--overwrite", is_flag=True, help="Begin anew where a run exists.")
 def wmtrain(
-    cache: Path | None,
+    cache: Place | None,
     preset: str | None,  # noqa: ARG001 (its values have become the others' defaults)
     out: Path | None,
+    devices: int | None,
     resume: bool,
     overwrite: bool,
     **settings: Any,
@@ -81,15 +99,31 @@ def wmtrain(
         raise click.UsageError("--steps and --epochs are two ways to say how long; give one", ctx)
     if typed == ["steps"]:
         settings["epochs"] = None  # which a preset may have
-    from wmcache.trainer.loop import TrainOptions, train
+    from wmcache.trainer.loop import TrainOptions, check_slices, train
+    from wmcache.trainer.ranks import Spoken, joined, together
 
     if ctx.get_parameter_source("steps") is ParameterSource.COMMANDLINE:
         settings["epochs"] = None  # which a preset may have set
 
     out = out or home() / "runs" / f"{cache.absolute().parent.name}-{cache.stem}"
     chosen = TrainOptions(model_options=take_model_options(settings), **settings)
-    train(cache, out, chosen, resume=resume, overwrite=overwrite)
-    click.echo(f"{out}: trained; plan with: {command('wmplan', '--run', out)}")
+    if devices and devices > 1 and not together():
+        from wmcache.commands.launch import launch
+
+        check_slices(chosen.batch, devices)
+        launch("wmtrain", devices)
+    try:
+        with joined(chosen.device) as ranks:
+            if devices and devices != ranks.local_world:
+                raise UserError(
+                    f"--devices {devices}, but torchrun has started {ranks.local_world}; leave out --devices"
+                )
+            train(cache, out, chosen, resume=resume, overwrite=overwrite, ranks=ranks)
+    except Spoken as silent:
+        stopped = isinstance(silent.__cause__, KeyboardInterrupt)
+        ctx.exit((STOPPED if isinstance(silent.__cause__, Stopped) else INTERRUPTED) if stopped else 1)
+    if ranks.leads:
+        click.echo(f"{out}: trained; plan with: {command('wmplan', '--run', out)}")
 
 
 @click.group("import-run", cls=Group)
@@ -100,12 +134,12 @@ def import_run() -> None:
 @import_run.command("dino-wm")
 @click.argument("folder", type=PATH)
 @click.option(
-    "--cache", type=PATH, required=True, help="A store of the frames it was trained on; see: wmcache import dino-wm."
+    "--cache", type=PLACE, required=True, help="A store of the frames it was trained on; see: wmcache import dino-wm."
 )
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")
 @click.option("--checkpoint", default="latest", help="latest, or the number of an epoch.")
 @click.option("--overwrite", is_flag=True, help="Replace another run.")
-def import_run_dino_wm(folder: Path, cache: Path, out: Path, **settings: Any) -> None:
+def import_run_dino_wm(folder: Path, cache: Place, out: Path, **settings: Any) -> None:
     """Import DINO-WM's checkpoint FOLDER: hydra.yaml, checkpoints/model_*.pth. Nothing in it is run."""
     from wmcache.trainer.import_dino_wm import import_dino_wm as run
 

@@ -7,11 +7,12 @@ table: the tasks, one a tar shard, share nothing, and their number and order can
 from __future__ import annotations
 
 import functools
-from pathlib import Path
+import threading
 
 import numpy as np
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import require_space
+from wmcache.cache.places import Place, absolute, place
 from wmcache.envs import FPS, POLICIES, Maze, PointMazeSimulator, Policy, find_maze, sample_state
 from wmcache.pipeline.cluster import run_tasks
 from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, Steps, read_steps, shard_range, write_shard
@@ -19,7 +20,7 @@ from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, Steps, read
 
 def collect(
     env: str,
-    out: Path,
+    out: Place,
     *,
     episodes: int = 2000,
     length: int = 100,
@@ -27,7 +28,7 @@ def collect(
     seed: int = 0,
     image_size: int = 224,
     frames_per_shard: int,
-    workers: int = 1,
+    cluster: str = "local:1",
 ) -> DatasetCard:
     """Collect a dataset; run again, it goes on where it was stopped.
 
@@ -39,7 +40,7 @@ def collect(
         seed: of the dataset. Episode e depends on (seed, e) alone.
         image_size: side of the frames in pixels.
         frames_per_shard: frames in each tar, and in each Zarr shard of the stores made from it.
-        workers: processes.
+        cluster: where, see `cluster.parse_cluster`.
 
     Raises:
         UserError: unknown policy, unusable folder, too little space, or shards that failed.
@@ -55,7 +56,6 @@ def collect(
         np.zeros(4)
     )  # fails here, before anything is written, where there is no OpenGL
     steps = simulate(maze, POLICIES[policy], episodes, length, seed)
-    _steps.cache_clear()
     card = DatasetCard(
         name=out.name,
         env=env,
@@ -70,9 +70,10 @@ def collect(
     )
     writer = FrameDatasetWriter(out, card, steps)
     pending = writer.pending()
-    task = functools.partial(_draw_shard, out, maze, image_size, frames_per_shard)
+    # Workers have working directories of their own, and may live longer than one collection.
+    task = functools.partial(_draw_shard, absolute(out), steps.sha256(), maze, image_size, frames_per_shard)
     total = sum(len(writer.shard_frames(shard)) for shard in pending)
-    run_tasks(task, pending, workers=workers, total=total, label="collect")
+    run_tasks(task, pending, cluster=cluster, total=total, label="collect")
     return writer.finish()
 
 
@@ -95,20 +96,31 @@ def simulate(maze: Maze, policy: Policy, episodes: int, length: int, seed: int) 
     )
 
 
-def _draw_shard(out: Path, maze: Maze, image_size: int, frames_per_shard: int, shard: int) -> int:
-    simulator, steps = _simulator(maze, image_size), _steps(out)
+def _draw_shard(out: str, table: str, maze: Maze, image_size: int, frames_per_shard: int, shard: int) -> int:
+    simulator, steps = _simulator(maze, image_size), _steps(out, table)
     frames = shard_range(shard, len(steps), frames_per_shard)
-    write_shard(out, shard, ((steps.key(frame), simulator.render(steps.state[frame])) for frame in frames))
+    write_shard(place(out), shard, ((steps.key(frame), simulator.render(steps.state[frame])) for frame in frames))
     return len(frames)
 
 
-@functools.lru_cache(maxsize=1)
+class _Drawing(threading.local):
+    """One GL context a thread, for it is bound to that, whatever the number of shards it draws."""
+
+    known: tuple[Maze, int] | None = None
+    simulator: PointMazeSimulator
+
+
+_drawing = _Drawing()
+
+
 def _simulator(maze: Maze, image_size: int) -> PointMazeSimulator:
-    # One GL context a process, whatever the number of shards it draws.
-    return PointMazeSimulator(maze, image_size)
+    if _drawing.known != (maze, image_size):
+        _drawing.simulator = PointMazeSimulator(maze, image_size)
+        _drawing.known = maze, image_size
+    return _drawing.simulator
 
 
 @functools.lru_cache(maxsize=1)
-def _steps(out: Path) -> Steps:
+def _steps(out: str, table: str) -> Steps:  # noqa: ARG001 (a part of the cache's key)
     # Read from disk once a process: cheaper than sending the table along with every task.
-    return read_steps(out)
+    return read_steps(place(out))

@@ -6,6 +6,9 @@ extraction from the frames would have given, and has the same identity.
 
 from __future__ import annotations
 
+import functools
+import json
+import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +16,14 @@ import numpy as np
 import torch
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import require_space
+from wmcache.cache.places import Place, absolute, exists, place
 from wmcache.cache.store import TokenStore
 from wmcache.cache.writer import StoreWriter
 from wmcache.pipeline import encoders
 from wmcache.pipeline.cluster import run_tasks
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Select
+from wmcache.pipeline.extract import Job, load_encoders, open_writer, remember_encoders
 from wmcache.pipeline.fit import default_weights
 
 
@@ -52,7 +57,16 @@ def create_for(
     return encoders.create_again(recipe, weights=weights, base_weights=base_weights, device=device)
 
 
-def derive(source: TokenStore, encoder: Encoder, out: Path, *, dtype: str = "float16", batch: int = 256) -> None:
+def derive(
+    source: TokenStore,
+    encoder: Encoder,
+    out: Place,
+    *,
+    dtype: str = "float16",
+    batch: int = 256,
+    cluster: str = "local:1",
+    device: str | None = None,
+) -> None:
     """Make an encoder's store of the features that another store holds; run again, it does only the shards that are not there yet.
 
     Args:
@@ -61,11 +75,12 @@ def derive(source: TokenStore, encoder: Encoder, out: Path, *, dtype: str = "flo
         out: the new store's folder.
         dtype: what tokens are stored in, `float16` or `int8`.
         batch: frames in each call of the head.
+        cluster, device: as for `extract_together`.
 
     Raises:
         UserError: the source is of another backbone or preprocessing, or lacks what the head reads; or as `extract`.
     """
-    select = require_features(source, encoder)
+    require_features(source, encoder)
     card = replace(
         source.card,
         encoder=encoder.recipe(),
@@ -73,31 +88,50 @@ def derive(source: TokenStore, encoder: Encoder, out: Path, *, dtype: str = "flo
         token_dim=encoder.token_dim,
         dtype=dtype,
     )
-    if not out.exists():
+    if not exists(out):
         require_space(out, card.token_bytes, f"the store of {card.frames} frames")
     steps = {name: getattr(source, name) for name in ("action", "state", "episode", "step")}
     identity = encoder.identity(source.identity.dataset_fingerprint, dtype)
     writer = StoreWriter.create(out, card, identity, steps)
 
-    def derive_shard(shard: int) -> int:
-        frames = card.shard_frames(shard)
-        with writer.claim(shard, wait=True):
-            if not writer.is_done(shard):
-                tokens = np.empty((len(frames), *encoder.frame_shape), np.float16)
-                for start in range(0, len(frames), batch):
-                    part = source.gather(
-                        np.arange(frames.start + start, min(frames.start + start + batch, frames.stop))
-                    )
-                    features = select.restore(torch.from_numpy(part).to(encoder.device))
-                    tokens[start : start + len(part)] = encoder.tokens(features).cpu().numpy()
-                writer.write_shard(shard, tokens)
-        return len(frames)
-
     if pending := writer.pending():
         writer.reopen([])
         total = sum(len(card.shard_frames(shard)) for shard in pending)
-        run_tasks(derive_shard, pending, workers=1, total=total, label=f"derive {encoder.spec.name}")
+        job = Job(json.dumps(encoder.recipe()), json.dumps(identity.to_json()), absolute(out), uuid.uuid4().hex)
+        device = device or str(encoder.device)
+        task = functools.partial(derive_shard, absolute(source.path), source.identity.digest(), job, device, batch)
+        remember_encoders([encoder])
+        run_tasks(task, pending, cluster=cluster, total=total, label=f"derive {encoder.spec.name}")
     writer.finish()
+
+
+def derive_shard(source: str, identity: str, job: Job, device: str, batch: int, shard: int) -> int:
+    """The task: make and write one shard, unless that is done; returns its frames.
+
+    Raises:
+        UserError: the source is not the one of that identity any more, or the shard could not be read or written.
+    """
+    writer = open_writer(job)
+    frames = writer.card.shard_frames(shard)
+    with writer.claim(shard, wait=True):
+        if not writer.is_done(shard):
+            store, (encoder,) = _open_source(source, identity, job.run), load_encoders([job], [job], device)
+            select = require_features(store, encoder)
+            tokens = np.empty((len(frames), *encoder.frame_shape), np.float16)
+            for start in range(0, len(frames), batch):
+                part = store.gather(np.arange(frames.start + start, min(frames.start + start + batch, frames.stop)))
+                features = select.restore(torch.from_numpy(part).to(encoder.device))
+                tokens[start : start + len(part)] = encoder.tokens(features).cpu().numpy()
+            writer.write_shard(shard, tokens)
+    return len(frames)
+
+
+@functools.lru_cache(maxsize=1)
+def _open_source(path: str, identity: str, run: str) -> TokenStore:  # noqa: ARG001 (a part of the cache's key)
+    store = TokenStore.open(place(path))
+    if store.identity.digest() != identity:
+        raise UserError(f"{path} has become another store; run the same command again")
+    return store
 
 
 def require_features(source: TokenStore, encoder: Encoder) -> Select:

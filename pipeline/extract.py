@@ -4,7 +4,7 @@ Each process has two tasks in flight and its encoders behind a lock: while one t
 writes its tokens. So reading, encoding and writing overlap, and memory holds two shards whatever the size of the dataset.
 
 Several extractions may run into one store: a task claims its shard, and what somebody else has claimed is left to them, and done here
-only if they die.
+only if they die. Or each is told its slice of the shards; then whoever finds the store whole at its end declares it complete.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,14 +24,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
-from wmcache.cache.device import release_memory
-from wmcache.cache.errors import UserError
+from wmcache.cache.device import choose_device, release_memory
+from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import free_space, home, require_space
 from wmcache.cache.identity import Identity
-from wmcache.cache.layout import StoreCard
+from wmcache.cache.layout import StoreCard, read_attributes
+from wmcache.cache.places import Place, absolute, exists, place
 from wmcache.cache.writer import StoreWriter
 from wmcache.pipeline import encoders
-from wmcache.pipeline.cluster import run_tasks
+from wmcache.pipeline.cluster import Pool, open_pool, parse_cluster, run_tasks
 from wmcache.pipeline.encoders import Encoder, encode_together
 from wmcache.pipeline.frames import FrameDataset, Frames
 
@@ -45,15 +47,15 @@ class Forecast:
 
     Attributes:
         shards, frames: still to do.
-        bytes_needed, bytes_free: at the store's place.
+        bytes_needed, bytes_free: at the store's place; an object store has no end, None.
         seconds: estimate from encoding one batch now.
     """
 
-    out: Path
+    out: Place
     shards: int
     frames: int
     bytes_needed: int
-    bytes_free: int
+    bytes_free: int | None
     seconds: float
 
 
@@ -70,35 +72,39 @@ class Job:
     Attributes:
         recipe: of the encoder, JSON.
         identity: of the store, JSON.
-        out: its folder.
+        out: its place, absolute: workers have working directories of their own.
+        run: another one for each extraction: a process opens a store once in it.
     """
 
     recipe: str
     identity: str
-    out: Path
+    out: str
+    run: str
 
 
 def extract(
     dataset: FrameDataset,
     encoder: Encoder,
-    out: Path,
+    out: Place,
     *,
     dtype: str = "float16",
     batch: int = 32,
-    workers: int = 1,
+    cluster: str = "local:1",
 ) -> None:
     """`extract_together` for a single encoder."""
-    extract_together(dataset, [(encoder, out)], dtype=dtype, batch=batch, workers=workers)
+    extract_together(dataset, [(encoder, out)], dtype=dtype, batch=batch, cluster=cluster)
 
 
 def extract_together(
     dataset: FrameDataset,
-    stores: Sequence[tuple[Encoder, Path]],
+    stores: Sequence[tuple[Encoder, Place]],
     *,
     dtype: str = "float16",
     batch: int = 32,
-    workers: int = 1,
-) -> None:
+    cluster: str = "local:1",
+    device: str | None = None,
+    part: tuple[int, int] = (0, 1),
+) -> list[list[int]]:
     """Encode every frame of a dataset once; run again, it does only the shards that are not there yet.
 
     Args:
@@ -106,55 +112,109 @@ def extract_together(
         stores: encoders, and the folders of their stores; encoders on the same backbone share its pass.
         dtype: what tokens are stored in, `float16` or `int8`.
         batch: frames in each call of the encoders.
-        workers: processes; each loads the encoders once.
+        cluster: where, see `cluster.parse_cluster`; each process loads the encoders once.
+        device: of the encoders, by a name that is looked up where a task runs; None takes that of the first.
+        part: (i, n) does the i-th of n slices of the shards; any number of processes may be at any of them.
+
+    Returns:
+        For each store the shards that it lacks still: of other slices, so none where the slice is the whole.
 
     Raises:
         UserError: a store with other settings is there, too little space, or shards that failed.
     """
     card = store_card(dataset, stores[0][0], dtype)
-    writers, jobs = [], []
-    needed = sum(store_card(dataset, encoder, dtype).token_bytes for encoder, out in stores if not out.exists())
+    writers, jobs, run = [], [], uuid.uuid4().hex
+    needed = sum(store_card(dataset, encoder, dtype).token_bytes for encoder, out in stores if not exists(out))
     if needed:
         require_space(stores[0][1], needed, f"the stores of {card.frames} frames")
     for encoder, out in stores:
         identity = encoder.identity(dataset.card.fingerprint, dtype)
         writers.append(StoreWriter.create(out, store_card(dataset, encoder, dtype), identity, dataset.steps.columns()))
-        jobs.append(Job(json.dumps(encoder.recipe()), json.dumps(identity.to_json()), out))
-    device = str(stores[0][0].device)
-    task = functools.partial(extract_shard, dataset.path, jobs, device, batch)
-    _remember_encoders([encoder for encoder, _ in stores])
+        jobs.append(Job(json.dumps(encoder.recipe()), json.dumps(identity.to_json()), absolute(out), run))
+    device = device or str(stores[0][0].device)
+    task = functools.partial(extract_shard, absolute(dataset.path), jobs, device, batch)
+    remember_encoders([encoder for encoder, _ in stores])
     label = f"extract {', '.join(encoder.spec.name for encoder, _ in stores)}"
     for writer in writers:
         if writer.pending():
             writer.reopen([])
+    lacking: list[list[int]] = []
     try:
-        _extract_pending(writers, task, label, workers)
+        _extract_pending(writers, task, label, cluster, slice_of(card.num_shards, part))
     finally:
         # Also where another store failed.
         for writer in writers:
-            if not writer.pending():
+            lacking.append(writer.pending())
+            if not lacking[-1]:
                 writer.finish()
+    return lacking
 
 
-def _extract_pending(writers: Sequence[StoreWriter], task: Callable[[int], int], label: str, workers: int) -> None:
-    """Do all shards that no other extraction is at, until none is left anywhere."""
+def finalize(path: Place) -> StoreCard:
+    """Declare a store complete that has all its shards; one that is complete is left alone.
+
+    Raises:
+        UserError: shards are missing, naming the command that makes them; or there is no store.
+    """
+    identity = Identity.from_json(read_attributes(path)["identity"], str(path))
+    writer = StoreWriter.resume(path, identity)
+    if missing := writer.pending():
+        first = ", ".join(map(str, missing[:5])) + ", …" * (len(missing) > 5)
+        raise UserError(
+            f"{path} lacks {len(missing)} of {writer.card.num_shards} shards ({first}); make them with: {_command_for(writer)}"
+        )
+    writer.finish()
+    return writer.card
+
+
+def _command_for(writer: StoreWriter) -> str:
+    """What extracts a store, whoever had begun it."""
+    recipe, name = writer.card.encoder, str(writer.card.encoder["name"])
+    words = ["wmcache", "extract", "--dataset", writer.card.dataset["path"], "--encoder", name]
+    # An adapter sees what its base does.
+    seen = ("image_size", "normalisation", "filter", "lag") if encoders.get_entry(name).load else ()
+    usual = encoders.get_spec(name)
+    for setting in ("weights", "base_weights", *seen, "dtype"):
+        if recipe.get(setting) not in (None, getattr(usual, setting, None)):
+            words += [f"--{setting.replace('_', '-')}", recipe[setting]]
+    if writer.card.dtype != "float16":
+        words += ["--store-dtype", writer.card.dtype]
+    return command(*words, "--out", writer.path)
+
+
+def slice_of(shards: int, part: tuple[int, int]) -> range:
+    """The i-th of n contiguous slices of so many shards, for `part` (i, n); the slices together are all of them."""
+    number, count = part
+    return range(number * shards // count, (number + 1) * shards // count)
+
+
+def _extract_pending(
+    writers: Sequence[StoreWriter], task: Callable[[int], int], label: str, cluster: str, wanted: range
+) -> None:
+    """Do all wanted shards that no other extraction is at, until none is left anywhere."""
     alone = True
-    while pending := [(writer, shard) for writer in writers for shard in writer.pending()]:
-        if unclaimed := [(writer, shard) for writer, shard in pending if not writer.is_claimed(shard)]:
-            total = sum(len(writer.card.shard_frames(shard)) for writer, shard in unclaimed)
-            shards = sorted({shard for _, shard in unclaimed})
-            run_tasks(task, shards, workers=workers, threads=TASKS_IN_FLIGHT, total=total, label=label)
-        else:
-            if alone:
-                where = ", ".join(sorted({str(writer.path) for writer, _ in pending}))
-                tqdm.write(
-                    f"{where}: waiting for another extraction, which is at {len(pending)} shards", file=sys.stderr
-                )
-            alone = False
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+    with ExitStack() as stack:
+        pool: Pool | None = None
+        while pending := [(writer, shard) for writer in writers for shard in writer.pending() if shard in wanted]:
+            claimed = {writer.path: writer.claimed() for writer in writers}
+            if unclaimed := [(writer, shard) for writer, shard in pending if shard not in claimed[writer.path]]:
+                total = sum(len(writer.card.shard_frames(shard)) for writer, shard in unclaimed)
+                shards = sorted({shard for _, shard in unclaimed})
+                if pool is None:
+                    threads, most = TASKS_IN_FLIGHT, len(shards)
+                    pool = stack.enter_context(open_pool(cluster, threads=threads, most=most, label=label))
+                run_tasks(task, shards, cluster=pool, total=total, label=label)
+            else:
+                if alone:
+                    where = ", ".join(sorted({str(writer.path) for writer, _ in pending}))
+                    tqdm.write(
+                        f"{where}: waiting for another extraction, which is at {len(pending)} shards", file=sys.stderr
+                    )
+                alone = False
+                time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def extract_shard(dataset: Path, jobs: Sequence[Job], device: str, batch: int, shard: int) -> int:
+def extract_shard(dataset: str, jobs: Sequence[Job], device: str, batch: int, shard: int) -> int:
     """The task: read, encode and write one shard of each store; returns the frames done in all of them, without those that others are at.
 
     Raises:
@@ -164,8 +224,7 @@ def extract_shard(dataset: Path, jobs: Sequence[Job], device: str, batch: int, s
     with ExitStack() as claims:
         ours: list[tuple[Job, StoreWriter]] = []
         for job in jobs:
-            known = Identity.from_json(json.loads(job.identity), str(job.out))
-            writer = _open_writer(job.out, known)
+            writer = open_writer(job)
             if not writer.is_done(shard) and claims.enter_context(writer.claim(shard)):
                 done += len(writer.card.shard_frames(shard))
                 if not writer.is_done(shard):  # somebody else may have done it meanwhile
@@ -174,7 +233,7 @@ def extract_shard(dataset: Path, jobs: Sequence[Job], device: str, batch: int, s
             return done
         source = _open_dataset(dataset, ours[0][1].identity.dataset_fingerprint)
         frames = source.read_shard(shard)
-        encoders_ = _load_encoders(tuple(job.recipe for job, _ in ours), device)
+        encoders_ = load_encoders([job for job, _ in ours], jobs, device)
         failures: list[str] = []
         for lag in dict.fromkeys(encoder.lag for encoder in encoders_):
             chosen = [number for number, encoder in enumerate(encoders_) if encoder.lag == lag]
@@ -185,7 +244,7 @@ def extract_shard(dataset: Path, jobs: Sequence[Job], device: str, batch: int, s
                 try:
                     ours[number][1].write_shard(shard, part)
                 except UserError as error:
-                    failures.append(f"{ours[number][0].out.name}: {error}")
+                    failures.append(f"{ours[number][1].path.name}: {error}")
         if failures:
             raise UserError("; ".join(failures))
     return done
@@ -244,23 +303,26 @@ def encode_frames(encoders_: Sequence[Encoder], frames: Frames, batch: int) -> l
 def forecast(
     dataset: FrameDataset,
     encoder: Encoder,
-    out: Path,
+    out: Place,
     *,
     dtype: str = "float16",
     batch: int = 32,
-    workers: int = 1,
+    cluster: str = "local:1",
+    part: tuple[int, int] = (0, 1),
 ) -> Forecast:
-    """What `extract` would do, with a time estimate from encoding one batch."""
+    """What `extract_together` would do for one store, with a time estimate from encoding one batch here."""
     card = store_card(dataset, encoder, dtype)
     shards = list(range(card.num_shards))
-    if out.exists():
+    if exists(out):
         shards = StoreWriter.resume(out, encoder.identity(dataset.card.fingerprint, dtype)).pending()
+    wanted = slice_of(card.num_shards, part)
+    shards = [shard for shard in shards if shard in wanted]
     frames = sum(len(card.shard_frames(shard)) for shard in shards)
     sample = dataset.read_shard(0)[:batch]
     encoder(sample)  # the first call pays for set-up
     start = time.perf_counter()
     encoder(sample)
-    seconds = (time.perf_counter() - start) / len(sample) * frames / workers
+    seconds = (time.perf_counter() - start) / len(sample) * frames / max(1, parse_cluster(cluster).workers)
     return Forecast(out, len(shards), frames, card.token_bytes * frames // card.frames, free_space(out), seconds)
 
 
@@ -271,7 +333,7 @@ def store_card(dataset: FrameDataset, encoder: Encoder, dtype: str) -> StoreCard
         encoder=encoder.recipe(),
         dataset={
             "name": card.name,
-            "path": str(dataset.path.absolute()),
+            "path": absolute(dataset.path),
             "env": card.env,
             "maze": card.maze,
             "image_size": card.image_size,
@@ -290,7 +352,8 @@ def store_card(dataset: FrameDataset, encoder: Encoder, dtype: str) -> StoreCard
 _encoders: dict[tuple[str, str], Encoder] = {}
 
 
-def _remember_encoders(loaded: Sequence[Encoder]) -> None:
+def remember_encoders(loaded: Sequence[Encoder]) -> None:
+    """Have tasks in this process use these instead of loading them anew."""
     _encoders.clear()
     for encoder in loaded:
         _keep(json.dumps(encoder.recipe()), str(encoder.device), encoder)
@@ -304,19 +367,39 @@ def _keep(recipe: str, device: str, encoder: Encoder) -> None:
     _encoders[recipe, device] = encoder
 
 
-def _load_encoders(recipes: tuple[str, ...], device: str) -> list[Encoder]:
+def load_encoders(wanted: Sequence[Job], jobs: Sequence[Job], device: str) -> list[Encoder]:
+    """The encoders of some of the jobs, loaded once in this process.
+
+    Raises:
+        UserError: one cannot be made here, or is another one here.
+    """
+    device = str(choose_device(device))
+    found = []
     with _encoding:
-        for recipe in recipes:
-            if (recipe, device) not in _encoders:
-                _keep(recipe, device, encoders.create(**json.loads(recipe), device=device))
-        return [_encoders[recipe, device] for recipe in recipes]
+        for job in wanted:
+            known = Identity.from_json(json.loads(job.identity), job.out)
+            key = (job.recipe, device)
+            if key not in _encoders or _encoders[key].weights_sha256 != known.weights_sha256:
+                # A worker may live longer than one extraction, and a file of weights be fitted again meanwhile.
+                for other in set(_encoders) - {(other.recipe, device) for other in jobs} | {key}:
+                    _encoders.pop(other, None)
+                encoder = encoders.create(**json.loads(job.recipe), device=device)
+                if different := known.differences(encoder.identity(known.dataset_fingerprint, known.store_dtype)):
+                    raise UserError(
+                        f"{encoder.spec.name} is another one where this task runs ({'; '.join(different)}); "
+                        "see to it that all workers have the same files and packages"
+                    )
+                _keep(job.recipe, device, encoder)
+            found.append(_encoders[key])
+    return found
 
 
 @functools.lru_cache(maxsize=64)
-def _open_writer(out: Path, identity: Identity) -> StoreWriter:
-    return StoreWriter.resume(out, identity)
+def open_writer(job: Job) -> StoreWriter:
+    """The writer of a job's store, opened once in this process."""
+    return StoreWriter.resume(place(job.out), Identity.from_json(json.loads(job.identity), job.out))
 
 
 @functools.lru_cache(maxsize=1)
-def _open_dataset(path: Path, fingerprint: str) -> FrameDataset:  # noqa: ARG001 (a part of the cache's key)
-    return FrameDataset.open(path)
+def _open_dataset(path: str, fingerprint: str) -> FrameDataset:  # noqa: ARG001 (a part of the cache's key)
+    return FrameDataset.open(place(path))

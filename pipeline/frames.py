@@ -29,8 +29,18 @@ from PIL import Image
 from pydantic import Field
 from typing_extensions import TypedDict
 from wmcache.cache.errors import UserError, command
-from wmcache.cache.files import atomic_write, human_bytes, is_temporary, read_json, sha256_of, sweep, write_json
+from wmcache.cache.files import (
+    atomic_write,
+    cannot_write,
+    human_bytes,
+    is_temporary,
+    read_json,
+    sha256_of,
+    sweep,
+    write_json,
+)
 from wmcache.cache.memory import available_ram
+from wmcache.cache.places import Place, exists, mend_reading, names_in, open_to_read, place, read_bytes, remove, size_of
 from wmcache.cache.schema import Count, Name, Size, parse
 
 FORMAT_VERSION = 1
@@ -152,7 +162,7 @@ class DatasetCard:
 class FrameDatasetWriter:
     """Writes a dataset shard by shard, from any number of processes: each shard and each table is whole or absent."""
 
-    def __init__(self, path: Path, card: DatasetCard, steps: Steps) -> None:
+    def __init__(self, path: Place, card: DatasetCard, steps: Steps) -> None:
         """Start, or take up again, the dataset at `path`.
 
         Raises:
@@ -160,18 +170,21 @@ class FrameDatasetWriter:
         """
         self.path, self.card, self.steps = path, card, steps
         self._unfinished = path / "unfinished.json"
-        for record, kind in ((path / "dataset.json", "finished"), (self._unfinished, "unfinished")):
-            if record.exists():
-                self._compare(read_json(record, "delete the folder and collect again"), kind)
-                break
-        else:
-            if path.exists() and any(file for file in path.iterdir() if not is_temporary(file)):
-                raise UserError(f"{path} exists and is not a dataset of ours; choose another --out")
-            write_json(self._unfinished, asdict(card))
-        sweep(path)
-        if not (path / "steps.parquet").exists():
-            with atomic_write(path / "steps.parquet") as file:
-                pq.write_table(steps.to_table(), file)
+        with cannot_write(path):
+            there = set(names_in(path))
+            for name, kind in (("dataset.json", "finished"), ("unfinished.json", "unfinished")):
+                if name in there:
+                    self._compare(read_json(path / name, "delete the folder and collect again"), kind)
+                    break
+            else:
+                if any(not is_temporary(path / name) for name in there):
+                    raise UserError(f"{path} exists and is not a dataset of ours; choose another --out")
+                write_json(self._unfinished, asdict(card))
+            if isinstance(path, Path):
+                sweep(path)
+            if "steps.parquet" not in there:
+                with atomic_write(path / "steps.parquet") as file:
+                    pq.write_table(steps.to_table(), file)
 
     def _compare(self, there: dict[str, Any], kind: str) -> None:
         for name, value in asdict(self.card).items():
@@ -188,7 +201,9 @@ class FrameDatasetWriter:
     def pending(self) -> list[int]:
         """The shards that are not yet written."""
         count = -(-self.card.frames // self.card.frames_per_shard)
-        return [shard for shard in range(count) if not (self.path / shard_name(shard)).exists()]
+        with cannot_write(self.path):
+            there = set(names_in(self.path, "frames-"))
+        return [shard for shard in range(count) if shard_name(shard) not in there]
 
     def finish(self) -> DatasetCard:
         """Record the shards and write `dataset.json`; where that is done, compare the shards with their records.
@@ -200,8 +215,12 @@ class FrameDatasetWriter:
             raise UserError(
                 f"{self.path} lacks {len(missing)} shards, the first is {shard_name(missing[0])}; collect again"
             )
-        if (self.path / "dataset.json").exists():
-            self._unfinished.unlink(missing_ok=True)
+        with cannot_write(self.path):
+            return self._finish()
+
+    def _finish(self) -> DatasetCard:
+        if exists(self.path / "dataset.json"):
+            remove(self._unfinished)
             dataset = FrameDataset.open(self.path)
             for shard, record in enumerate(dataset.card.shards):
                 if sha256_of(self.path / shard_name(shard)) != record["sha256"]:
@@ -212,33 +231,36 @@ class FrameDatasetWriter:
         shards: list[ShardRecord] = []
         for shard in range(-(-self.card.frames // self.card.frames_per_shard)):
             tar, frames = self.path / shard_name(shard), len(self.shard_frames(shard))
-            shards.append({"name": tar.name, "frames": frames, "bytes": tar.stat().st_size, "sha256": sha256_of(tar)})
+            shards.append({"name": tar.name, "frames": frames, "bytes": size_of(tar), "sha256": sha256_of(tar)})
         steps_sha256 = self.steps.sha256()
         values = asdict(self.card) | {"shards": shards, "steps_sha256": steps_sha256}
         card = DatasetCard(**values | {"fingerprint": fingerprint(steps_sha256, shards)})
         write_json(self.path / "dataset.json", asdict(card))
-        self._unfinished.unlink(missing_ok=True)
+        remove(self._unfinished)
         return card
 
 
 class FrameDataset:
     """A finished frame dataset, read defensively: counts, keys, sizes and checksums are compared with `dataset.json`."""
 
-    def __init__(self, path: Path, card: DatasetCard, steps: Steps) -> None:
+    def __init__(self, path: Place, card: DatasetCard, steps: Steps) -> None:
         """Use `FrameDataset.open`."""
         self.path, self.card, self.steps = path, card, steps
 
     @classmethod
-    def open(cls, path: str | Path) -> FrameDataset:
-        """Open the dataset in a folder.
+    def open(cls, path: str | Place) -> FrameDataset:
+        """Open the dataset in a folder, or at a URL.
 
         Raises:
             UserError: it is missing, unfinished or damaged.
         """
-        path = Path(path)
+        path = place(path)
         mend = "make a dataset with: " + command("wmcache", "collect", "--out", path)
-        if (path / "unfinished.json").exists():
-            raise UserError(f"{path} is an unfinished dataset; finish it by running its wmcache collect again")
+        try:
+            if exists(path / "unfinished.json"):
+                raise UserError(f"{path} is an unfinished dataset; finish it by running its wmcache collect again")
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror or error}); {mend_reading(path)}") from error
         values = read_json(path / "dataset.json", mend)
         card = parse(DatasetCard, values, path / "dataset.json", mend)
         if card.format_version != FORMAT_VERSION:
@@ -278,11 +300,12 @@ class FrameDataset:
             )
         most = 2 * size * size * 3 + 2**20  # PNG hardly ever grows
         try:
-            if tar.stat().st_size > len(expected) * (most + 2048) + 20480:
+            if size_of(tar) > len(expected) * (most + 2048) + 20480:
                 raise UserError(f"{tar} is larger than its frames can be; restore it or collect again")
-            data = tar.read_bytes()
+            data = read_bytes(tar)
         except OSError as error:
-            raise UserError(f"{tar} cannot be read ({error.strerror}); restore it or collect again") from error
+            mend = "restore it or collect again" if isinstance(tar, Path) else mend_reading(tar)
+            raise UserError(f"{tar} cannot be read ({error.strerror or error}); {mend}") from error
         if hashlib.sha256(data).hexdigest() != self.card.shards[shard]["sha256"]:
             raise UserError(f"{tar} differs from its checksum in dataset.json; restore it or collect again")
         members: list[tuple[str, bytes]] = []
@@ -340,17 +363,20 @@ def _absurdity(card: DatasetCard) -> str | None:
     return None if fingerprint(card.steps_sha256, card.shards) == card.fingerprint else "another fingerprint"
 
 
-def read_steps(path: Path, frames: int | None = None) -> Steps:
+def read_steps(path: Place, frames: int | None = None) -> Steps:
     """The step table of the dataset in a folder.
 
     Raises:
         UserError: it is missing or damaged, or has not as many rows as there are `frames`.
     """
     try:
-        rows = pq.read_metadata(path / "steps.parquet").num_rows
-        if frames not in (None, rows):
-            raise UserError(f"{path / 'steps.parquet'} has {rows} rows for {frames} frames; collect the dataset again")
-        return Steps.from_table(pq.read_table(path / "steps.parquet"))
+        with open_to_read(path / "steps.parquet") as file:
+            table = pq.ParquetFile(file)
+            if frames not in (None, rows := table.metadata.num_rows):
+                raise UserError(
+                    f"{path / 'steps.parquet'} has {rows} rows for {frames} frames; collect the dataset again"
+                )
+            return Steps.from_table(table.read())
     except (OSError, KeyError, ValueError, TypeError, AttributeError, MemoryError, pa.ArrowException) as error:
         reason = " ".join(repr(str(error)[:160])[1:-1].split())
         raise UserError(f"{path / 'steps.parquet'} cannot be read ({reason}); collect the dataset again") from error
@@ -366,7 +392,7 @@ def shard_range(shard: int, frames: int, frames_per_shard: int) -> range:
     return range(shard * frames_per_shard, min(frames, (shard + 1) * frames_per_shard))
 
 
-def write_shard(path: Path, shard: int, samples: Iterable[tuple[str, Frames]]) -> None:
+def write_shard(path: Place, shard: int, samples: Iterable[tuple[str, Frames]]) -> None:
     """Write one tar shard atomically; the same samples give the same bytes."""
     with (
         atomic_write(path / shard_name(shard)) as file,
@@ -400,7 +426,7 @@ def decode_png(data: bytes, size: int, where: str) -> Frames:
         raise UserError(f"{where} is no readable PNG ({error}); collect the dataset again") from error
 
 
-def _members(tar: Path, data: bytes, most: int) -> Iterator[tuple[str, bytes]]:
+def _members(tar: Place, data: bytes, most: int) -> Iterator[tuple[str, bytes]]:
     """Names and bytes of a tar's members: plain files of at most so many bytes each, nothing unpacked, nothing followed."""
     mend = "restore it or collect again"
     try:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from wmcache.cache.errors import UserError
+from wmcache.cache.places import Place, beside
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import split_episodes
 from wmcache.envs import Maze, MazeError
@@ -98,7 +99,7 @@ class Probe:
         return asdict(self)
 
 
-def probe(path: Path, *, dataset: Path | None = None, frames: int = 2000) -> Probe:
+def probe(path: Place, *, dataset: Place | None = None, frames: int = 2000) -> Probe:
     """Probe a store; no frame and no encoder is loaded, and the same store gives the same figures.
 
     Args:
@@ -154,7 +155,7 @@ def probe(path: Path, *, dataset: Path | None = None, frames: int = 2000) -> Pro
     )
 
 
-def find_maze(store: TokenStore, dataset: Path | None = None) -> Maze | None:
+def find_maze(store: TokenStore, dataset: Place | None = None) -> Maze | None:
     """The maze that a store's frames show, by what the store says or else by its dataset; None where they show none."""
     name, rows = store.card.dataset.get("name", ""), store.card.dataset.get("maze")
     if dataset is not None:
@@ -166,7 +167,7 @@ def find_maze(store: TokenStore, dataset: Path | None = None) -> Maze | None:
     return make_maze(str(name), rows, store.path) if rows and store.state.shape[1] >= 2 else None
 
 
-def make_maze(name: str, rows: Any, where: Path | str) -> Maze:
+def make_maze(name: str, rows: Any, where: Place | str) -> Maze:
     """The maze of a card, which may be anybody's; raises UserError where it is none."""
     if not isinstance(rows, list) or not all(isinstance(row, str) for row in rows):
         raise UserError(f"the maze in the card of {where} is no list of lines of text; extract or import it again")
@@ -176,7 +177,7 @@ def make_maze(name: str, rows: Any, where: Path | str) -> Maze:
         raise UserError(f"{where}: {error}") from error
 
 
-def require_finite(state: NDArray[np.floating], where: Path | str) -> None:
+def require_finite(state: NDArray[np.floating], where: Place | str) -> None:
     """Raises UserError where a state, which nothing can be measured against, is not finite."""
     if (broken := np.flatnonzero(~np.isfinite(state).all(1))).size:
         raise UserError(
@@ -314,7 +315,7 @@ def measure_moves(store: TokenStore, frames: NDArray[np.int64], variance: float)
     return total / len(pairs) / variance
 
 
-def draw_probe(path: Path, out: Path, *, dataset: Path | None = None, goals: int = DRAWN_GOALS) -> None:
+def draw_probe(path: Place, out: Path, *, dataset: Place | None = None, goals: int = DRAWN_GOALS) -> None:
     """Draw held-out frames at the ball's places, coloured by their distance to some goals: of tokens above, along the maze below.
 
     A red point marks the places from which descending the token distance ends away from the goal.
@@ -388,15 +389,12 @@ def draw_probe(path: Path, out: Path, *, dataset: Path | None = None, goals: int
     write_png(figure, out)
 
 
-def picture_paths(stores: Sequence[Path], out: Path | None = None) -> list[Path]:
+def picture_paths(stores: Sequence[Place], out: Path | None = None) -> list[Path]:
     """Where to draw each store: beside it, or in `out` by the names of its folder and itself; raises UserError if two agree."""
+    resolved = [store.resolve() if isinstance(store, Path) else store for store in stores]
     paths = [
-        (
-            store.resolve().with_suffix(".probe.png")
-            if out is None
-            else out / f"{store.resolve().parent.name}-{store.resolve().stem}.probe.png"
-        )
-        for store in stores
+        beside(store, ".probe.png") if out is None else out / f"{store.parent.name}-{store.stem}.probe.png"
+        for store in resolved
     ]
     for i, path in enumerate(paths):
         if path in paths[:i]:

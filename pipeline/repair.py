@@ -12,9 +12,11 @@ from torch import Tensor
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import exclusive, sha256_of
 from wmcache.cache.identity import Identity
-from wmcache.cache.layout import StoreCard, read_attributes, read_card, read_record, shard_file
+from wmcache.cache.layout import AGAIN, DamagedError, StoreCard, read_attributes, read_card, shard_file
+from wmcache.cache.places import Place, exists, place
+from wmcache.cache.records import Records
 from wmcache.cache.store import TokenStore
-from wmcache.cache.verify import Fault, Verification, verify, whole_tokens
+from wmcache.cache.verify import Fault, Verification, declared_shards, verify, whole_tokens
 from wmcache.cache.writer import StoreWriter
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
@@ -25,7 +27,7 @@ SAMPLED_FRAMES = 64
 
 
 def repair(
-    path: Path, *, dataset: Path | None = None, weights: Path | None = None, device: str = "auto", batch: int = 32
+    path: Place, *, dataset: Place | None = None, weights: Path | None = None, device: str = "auto", batch: int = 32
 ) -> Verification:
     """Find what is wrong with a store, and make exactly that again.
 
@@ -53,17 +55,21 @@ def repair(
         return found
 
 
-def _mend(path: Path, found: Verification, dataset: Path | None, weights: Path | None, device: str, batch: int) -> None:
+def _mend(
+    path: Place, found: Verification, dataset: Place | None, weights: Path | None, device: str, batch: int
+) -> None:
     attributes = read_attributes(path)
     card, identity = read_card(attributes), Identity.from_json(attributes["identity"], str(path))
     bad = sorted({fault.shard for fault in found.faults if fault.shard is not None})
-    whole = _unrecorded(path, card, identity, bad, attributes.get("shards", []))
+    whole = _unrecorded(Records(path, card, identity), card, bad)
     if found.shards_done + len(whole) == found.shards and all(fault.shard is not None for fault in found.faults):
         writer = StoreWriter.resume(path, identity)
         source = None
     else:
         # Before anything is dropped: without the frames and the encoder nothing could be made again.
         source = open_source(card, identity, dataset=dataset, weights=weights, device=device)
+        if (source[0].card.frames, source[0].card.frames_per_shard) != (card.frames, card.frames_per_shard):
+            raise DamagedError(f"{path / 'zarr.json'} does not fit its frames; {AGAIN}")
         writer = StoreWriter.create(path, card, identity, source[0].steps.columns())
     writer.reopen([shard for shard in bad if shard not in whole])
     for shard, tokens in whole.items():
@@ -75,32 +81,33 @@ def _mend(path: Path, found: Verification, dataset: Path | None, weights: Path |
         writer.finish()
 
 
-def _unrecorded(
-    path: Path, card: StoreCard, identity: Identity, bad: list[int], declared: list[str]
-) -> dict[int, NDArray[np.float16]]:
+def _unrecorded(records: Records, card: StoreCard, bad: list[int]) -> dict[int, NDArray[np.float16]]:
     """Tokens of those shards that are what the store was declared complete with, and only lack their records."""
-    found = {}
+    found: dict[int, NDArray[np.float16]] = {}
+    declared = declared_shards(records.path)
+    if declared is None:
+        return found
     for shard in bad:
-        file = shard_file(path, shard)
+        file = shard_file(records.path, shard)
         try:
-            read_record(path, shard, card, identity)
+            records.read(shard)
         except UserError:
-            if shard < len(declared) and file.is_file() and sha256_of(file) == declared[shard]:
-                tokens = whole_tokens(path, shard, card)
+            if exists(file) and sha256_of(file) == declared[shard].tobytes().hex():
+                tokens = whole_tokens(records.path, shard, card)
                 found.update({} if tokens is None else {shard: tokens})
     return found
 
 
-def open_frames(card: StoreCard, dataset: Path | None) -> FrameDataset:
+def open_frames(card: StoreCard, dataset: Place | None) -> FrameDataset:
     """The frames of a store, where it says, or where the user says; raises UserError where they are not there."""
     try:
-        return FrameDataset.open(dataset or Path(str(card.dataset.get("path")).replace("\0", "?")))
+        return FrameDataset.open(dataset or place(str(card.dataset.get("path")).replace("\0", "?")))
     except UserError as error:
         raise UserError(f"the store's frames are needed: {error}; or say where they are with --dataset") from error
 
 
 def open_source(
-    card: StoreCard, identity: Identity, *, dataset: Path | None, weights: Path | None, device: str
+    card: StoreCard, identity: Identity, *, dataset: Place | None, weights: Path | None, device: str
 ) -> tuple[FrameDataset, Encoder]:
     """The frames and the encoder that a store was made with.
 
@@ -117,7 +124,7 @@ def open_source(
 
 
 def verify_deep(
-    path: Path, *, dataset: Path | None = None, weights: Path | None = None, device: str = "auto"
+    path: Place, *, dataset: Place | None = None, weights: Path | None = None, device: str = "auto"
 ) -> Verification:
     """As `verify`, and encode a sample of the frames anew to compare the tokens.
 
@@ -143,7 +150,7 @@ def verify_deep(
 
 
 def live_encoder(
-    path: Path, *, dataset: Path | None = None, weights: Path | None = None, device: str = "auto"
+    path: Place, *, dataset: Place | None = None, weights: Path | None = None, device: str = "auto"
 ) -> Callable[[int], Tensor]:
     """The store's own encoder on its own frames, as a trainer without a cache uses it.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from wmcache.cache.device import choose_device, choose_dtype
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import make_folder, read_json, seconds_between_updates, sha256_of
 from wmcache.cache.layout import StoreCard
+from wmcache.cache.places import Place, absolute, place
 from wmcache.cache.store import TokenStore
 from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, find_maze
 from wmcache.pipeline import encoders
@@ -82,7 +83,7 @@ class Setting:
     """A run, brought to life: its model, its encoder, its maze and its store."""
 
     def __init__(
-        self, run: Path, options: PlanOptions, *, weights: Path | None = None, cache: Path | None = None
+        self, run: Path, options: PlanOptions, *, weights: Path | None = None, cache: Place | None = None
     ) -> None:
         """Load everything and check that live encoding reproduces the store.
 
@@ -94,7 +95,7 @@ class Setting:
             UserError: not a run, options that do not fit, missing weights, or an encoder that does not match the store.
         """
         check_options(options)
-        self.run = run
+        self.run, self.weights = run, weights
         self.config = read_config(run)
         self.card, identity = read_identity(run)
         self.device = choose_device(options.device)
@@ -321,12 +322,69 @@ def _see(
     return setting.encoder(images), torch.from_numpy(observation["proprio"]).to(setting.device)
 
 
-def evaluate(setting: Setting, options: PlanOptions, out: Path) -> tuple[Episodes, dict[str, Any]]:
+Spread = Callable[[Callable[[int], int], Sequence[int], int], None]
+"""(task, items, units in all of them) -> None when it is done: runs a picklable task, which returns its units, on every item."""
+
+
+@dataclass(frozen=True)
+class PlanTask:
+    """Plans a batch of episodes wherever it is called, and keeps it in a file.
+
+    Attributes:
+        run, options, weights, cache: as of `Setting`; paths are absolute.
+        fingerprint: of the setting. folder: of the files.
+    """
+
+    run: Path
+    options: PlanOptions
+    weights: Path | None
+    cache: str
+    fingerprint: str
+    folder: Path
+
+    def __call__(self, begin: int) -> int:
+        """Plan the batch that begins with this episode; returns its replans.
+
+        Raises:
+            UserError: the run, its encoder or its store are not the same here.
+        """
+        if _kept.fingerprint != self.fingerprint:
+            _kept.setting = Setting(self.run, self.options, weights=self.weights, cache=place(self.cache))
+            _kept.fingerprint = self.fingerprint
+        numbers = batch_of(self.options, begin)
+        episodes = run_episodes(_kept.setting, self.options, numbers)
+        save_episodes(_batch_file(self.folder, begin), episodes)
+        return episodes.replans
+
+
+class _Kept:
+    """The setting of the tasks in this process, brought to life once."""
+
+    fingerprint = ""
+    setting: Setting
+
+
+_kept = _Kept()
+
+
+def batch_of(options: PlanOptions, begin: int) -> range:
+    """The episodes of the batch that begins with that one; what is planned at once never depends on where."""
+    return range(begin, min(options.seed + options.episodes, begin + options.batch))
+
+
+def _batch_file(folder: Path, begin: int) -> Path:
+    return folder / f"{begin:06d}.npz"
+
+
+def evaluate(
+    setting: Setting, options: PlanOptions, out: Path, spread: Spread | None = None
+) -> tuple[Episodes, dict[str, Any]]:
     """All episodes, in batches.
 
     Args:
         setting, options: what to plan with.
         out: folder in which finished batches are kept, so that a stopped evaluation goes on when it is run again.
+        spread: what runs the batches elsewhere; None plans them here.
 
     Returns:
         What happened, and the content of `results.json`.
@@ -335,18 +393,20 @@ def evaluate(setting: Setting, options: PlanOptions, out: Path) -> tuple[Episode
     replans = -(-options.budget // (options.execute * setting.frameskip))
     _start_and_goal(setting, options, range(first, last))  # what cannot be had is said before any work
     folder = out / f"unfinished-{setting.fingerprint(options)}"
-    parts = []
     make_folder(folder)
-    with tqdm(
-        total=options.episodes * replans, desc="wmplan", unit=" replans", mininterval=seconds_between_updates()
-    ) as bar:
-        for begin in range(first, last, options.batch):
-            numbers, file = range(begin, min(last, begin + options.batch)), folder / f"{begin:06d}.npz"
-            if file.exists():
-                bar.update(len(numbers) * replans)
-            else:
-                save_episodes(file, run_episodes(setting, options, numbers, bar))
-            parts.append(load_episodes(file))
+    begins = range(first, last, options.batch)
+    pending = [begin for begin in begins if not _batch_file(folder, begin).exists()]
+    if spread is not None and pending:
+        task = _task(setting, options, folder)
+        spread(task, pending, sum(len(batch_of(options, begin)) for begin in pending) * replans)
+    else:
+        total, update = options.episodes * replans, seconds_between_updates()
+        with tqdm(total=total, desc="wmplan", unit=" replans", mininterval=update) as bar:
+            bar.update(total - sum(len(batch_of(options, begin)) for begin in pending) * replans)
+            for begin in pending:
+                done = run_episodes(setting, options, batch_of(options, begin), bar)
+                save_episodes(_batch_file(folder, begin), done)
+    parts = [load_episodes(_batch_file(folder, begin)) for begin in begins]
     episodes = join(parts)
     headline = judge(episodes, options.threshold, setting.maze)
     return episodes, {
@@ -369,6 +429,23 @@ def evaluate(setting: Setting, options: PlanOptions, out: Path) -> tuple[Episode
         "maze": setting.maze.name,
         "options": asdict(options),
     }
+
+
+def _task(setting: Setting, options: PlanOptions, folder: Path) -> PlanTask:
+    """The task of a setting that is alive here: in its precision, and by paths that hold in any working directory."""
+    known = replace(options, dtype=str(setting.dtype).removeprefix("torch."))
+    if options.goals not in SOURCES:
+        known = replace(known, goals=str(Path(options.goals).absolute()))
+    if options.env and Path(options.env).exists():
+        known = replace(known, env=str(Path(options.env).absolute()))
+    return PlanTask(
+        run=setting.run.absolute(),
+        options=known,
+        weights=setting.weights and setting.weights.absolute(),
+        cache=absolute(setting.store.path),
+        fingerprint=setting.fingerprint(options),
+        folder=folder.absolute(),
+    )
 
 
 def bench(setting: Setting, **settings: Any) -> dict[str, float]:

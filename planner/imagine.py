@@ -18,6 +18,7 @@ from tqdm import tqdm
 from wmcache.cache.device import autocast, choose_device, choose_dtype
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import atomic_write, make_folder, seconds_between_updates, write_json
+from wmcache.cache.places import Place
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows
 from wmcache.envs import FPS
@@ -81,7 +82,7 @@ def imagine(
     out: Path,
     options: ImagineOptions,
     *,
-    cache: Path | None = None,
+    cache: Place | None = None,
 ) -> dict[str, Any]:
     """Imagine, draw, compare with the real frames, and write `metrics.json`, `rollout-*.mp4` and `rollouts.png`.
 
@@ -149,7 +150,7 @@ def imagine(
     return result
 
 
-def _check(run: Path, decoder: Path, cache: Path | None) -> tuple[dict[str, Any], TokenStore]:
+def _check(run: Path, decoder: Path, cache: Place | None) -> tuple[dict[str, Any], TokenStore]:
     """The run's settings and its store, once run, decoder and store are known to belong together."""
     config, identity = read_config(run), read_identity(run)[1]
     if different := identity.differences(read_decoder_identity(decoder)):

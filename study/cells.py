@@ -22,6 +22,7 @@ from torch import nn
 from wmcache.cache.device import choose_device, choose_dtype
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import make_folder, read_json, sha256_of, write_json
+from wmcache.cache.places import Place
 from wmcache.cache.store import TokenStore
 from wmcache.envs import find_maze
 from wmcache.pipeline import encoders
@@ -100,7 +101,7 @@ class Workshop:
     """
 
     out: Path
-    dataset: Path
+    dataset: Place
     device: str
     batch: int
 
@@ -201,7 +202,7 @@ def _extract_cell(choice: EncoderChoice, seed: int, options: StudyOptions, finge
         "store_dtype": choice.store_dtype,
         "dataset": fingerprint,
     }
-    known = {name: path for name, path in files.items() if path}
+    known = {name: _anywhere(path) for name, path in files.items() if path}
     return Cell("extract", choice.name, f"extract {choice.label}", settings, inputs, known)
 
 
@@ -211,14 +212,19 @@ def _plan_settings(
     """Settings, inputs and files of an evaluation."""
     settings, files = asdict(options), {}
     if options.env:
-        files["env"] = options.env
+        files["env"] = _anywhere(options.env)
         settings["env"] = list(find_maze(options.env).rows)
     if options.goals not in SOURCES:
-        files["goals"] = options.goals
+        files["goals"] = _anywhere(options.goals)
         if not Path(options.goals).is_file():
             raise UserError(f"goals {options.goals} are neither {', '.join(SOURCES)} nor a file; mend the study's file")
         settings["goals"] = sha256_of(Path(options.goals))
     return settings, inputs, files
+
+
+def _anywhere(file: str) -> str:
+    """A file's path in any working directory; a name that is no file stays as it is."""
+    return str(Path(file).absolute()) if Path(file).exists() else file
 
 
 def _base_of(choice: EncoderChoice, usual: str, options: StudyOptions) -> EncoderChoice:

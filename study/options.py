@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 from wmcache.cache.errors import UserError
 from wmcache.pipeline import encoders
+from wmcache.pipeline.cluster import parse_cluster
 from wmcache.planner.evaluate import PlanOptions, check_options
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import SOLVERS
@@ -100,7 +101,7 @@ class StudyOptions:
         probe_frames: that train the probes.
         others: encoders that the file has and that are not studied; an adapter's base is fitted as they say.
         batch: frames in each call of an encoder while extracting.
-        device: of everything. workers: processes; the cells of one process are done one after another.
+        device: of everything. cluster: where cells are done, see `pipeline.cluster.parse_cluster`; in one process, one after another.
     """
 
     encoders: tuple[EncoderChoice, ...]
@@ -113,7 +114,7 @@ class StudyOptions:
     probe_frames: Positive = 2000
     batch: Positive = 32
     device: str = "auto"
-    workers: Positive = 1
+    cluster: str = "local:1"
     others: tuple[EncoderChoice, ...] = ()
 
 
@@ -153,6 +154,10 @@ def read_study(file: Path, flags: Mapping[str, Any] | None = None) -> StudyOptio
     device = str(values.get("device", "auto"))
     options = _table(StudyOptions, {**values, "encoders": [], "plan": []}, where, without=("others",))
     trained = _table(TrainOptions, {"device": device, **train}, f"{where}: train")
+    try:
+        parse_cluster(options.cluster)
+    except UserError as error:
+        raise UserError(f"{where}: cluster: {error}") from error
     for name, why in {"seed": "seeds", "episodes_fraction": "fractions"}.items():
         if name in train:
             raise UserError(f"{where}: train: {name} is the study's own; say {why} instead")

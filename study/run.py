@@ -1,4 +1,4 @@
-"""Doing a study: cells that are not done yet, in this process one after another, or in several under Dask as their inputs are done.
+"""Doing a study: cells that are not done yet, in this process one after another, or on a cluster as their inputs are done.
 
 Fits on frames come first, then one pass over the frames for each seed, in which encoders on one backbone share it, then all that is made
 of stores alone.
@@ -6,11 +6,12 @@ of stores alone.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from typing import Any
 from tqdm import tqdm
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import exclusive, home, make_folder, seconds_between_updates, write_json
+from wmcache.cache.places import absolute, place
 from wmcache.envs import find_maze
-from wmcache.pipeline.cluster import local_client
+from wmcache.pipeline.cluster import Pool, open_pool
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract_together
@@ -44,7 +46,7 @@ def open_frames(options: StudyOptions) -> FrameDataset:
     path = Path(options.dataset) if options.dataset else home() / f"pointmaze-{name}"
     if wanted is not None and not (path / "dataset.json").exists():
         settings = asdict(wanted)
-        collect(settings.pop("env"), path, **settings)
+        collect(settings.pop("env"), path, cluster=options.cluster, **settings)
     dataset = FrameDataset.open(path)
     if wanted is not None:
         there = {**asdict(dataset.card), "length": dataset.card.frames // dataset.card.episodes}
@@ -80,18 +82,23 @@ def run_study(options: StudyOptions, out: Path) -> tuple[list[Branch], Workshop,
 
 def _run(options: StudyOptions, out: Path) -> tuple[list[Branch], Workshop, dict[str, str]]:
     dataset = open_frames(options)
-    work = Workshop(out, dataset.path, options.device, options.batch)
+    # Workers have working directories of their own.
+    work = Workshop(out.absolute(), place(absolute(dataset.path)), options.device, options.batch)
     branches = make_branches(options, dataset.card.fingerprint)
     write_json(out / "study.json", {"options": asdict(options), "dataset": asdict(dataset.card)})
     tasks = group(pending(work, [cell for branch in branches for cell in branch.cells()]))
     failures: dict[str, str] = {}
     if tasks:
         total, update = sum(map(len, tasks)), seconds_between_updates()
-        with tqdm(total=total, desc="study", unit=" cells", mininterval=update) as bar:
-            outcomes = _here(work, tasks, bar) if options.workers == 1 else _in_processes(work, tasks, options.workers)
+        with ExitStack() as stack:
+            here = options.cluster == "local:1"
+            if not here:
+                pool = stack.enter_context(open_pool(options.cluster, most=len(tasks), label="study"))
+            bar = stack.enter_context(tqdm(total=total, desc="study", unit=" cells", mininterval=update))
+            outcomes = _here(work, tasks, bar) if here else _on_cluster(work, tasks, pool)
             for task, failed in outcomes:
                 failures.update(failed)
-                if options.workers > 1:
+                if not here:
                     bar.set_postfix_str(f"done: {task[-1].label}", refresh=False)
                 bar.update(len(task))
                 for cell in task:
@@ -212,40 +219,26 @@ def _here(work: Workshop, tasks: Sequence[Task], bar: Any) -> Iterator[tuple[Tas
         yield task, failed
 
 
-def _in_processes(work: Workshop, tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, dict[str, str]]]:
-    """The same in Dask's processes, each task as soon as those that it needs are done, or have failed."""
-    from distributed import KilledWorker, as_completed
-
+def _on_cluster(work: Workshop, tasks: Sequence[Task], pool: Pool) -> Iterator[tuple[Task, dict[str, str]]]:
+    """The same in other processes, each task as soon as those that it needs are done, or have failed."""
     waiting, ahead = list(tasks), {cell.key for task in tasks for cell in task}
     failures: dict[str, str] = {}
-    running: dict[Any, Task] = {}
-    with local_client(workers) as client:
-        completed = as_completed()
-
-        def submit() -> None:
-            for task in list(waiting):
-                needed = {other.key for cell in task for other in cell.inputs.values()}
-                if not needed & ahead:
-                    waiting.remove(task)
-                    known = {key: reason for key, reason in failures.items() if key in needed}
-                    # Not as a graph of futures: one whose process is killed would take with it all that comes after.
-                    future = client.submit(run_task, work, task, known, pure=False)
-                    running[future] = task
-                    completed.add(future)
-
-        submit()
-        for future in completed:
-            task = running.pop(future)
-            try:
-                failed = future.result()
-            except KilledWorker:
-                failed = dict.fromkeys(
-                    (cell.key for cell in task), "its worker process was killed again and again; lower --workers"
-                )
+    while waiting or pool.running:
+        ready = []
+        for task in list(waiting):
+            needed = {other.key for cell in task for other in cell.inputs.values()}
+            if not needed & ahead:
+                waiting.remove(task)
+                known = {key: reason for key, reason in failures.items() if key in needed}
+                # Not as a graph of Dask's: one whose process is killed would take with it all that comes after.
+                ready.append((task, functools.partial(run_task, work, task, known)))
+        pool.submit(ready)
+        for task, outcome in pool.finished():
+            # A task that fails says so itself, so this is of one whose worker was killed.
+            failed = dict.fromkeys((c.key for c in task), str(outcome)) if isinstance(outcome, UserError) else outcome
             failures.update(failed)
             ahead.difference_update(cell.key for cell in task)
             yield task, failed
-            submit()
 
 
 STORE = (

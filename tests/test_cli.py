@@ -51,7 +51,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the whole road leaves behind; read only, so copy it to change it."""
     home = tmp_path_factory.mktemp("home") / "Läufe mit Leerzeichen"
     for line in (
-        "wmcache collect --episodes 6 --length 40 --image-size 32 --frames-per-shard 64 --workers 1",
+        "wmcache collect --episodes 6 --length 40 --image-size 32 --frames-per-shard 64 --cluster local:1",
         "wmcache fit --steps 5 --batch-size 16 --device cpu",
         "wmcache extract --device cpu",
         f"wmtrain --cache {{home}}/stores/pointmaze-umaze/tcn-64.zarr --steps 4 {MODEL}",
@@ -113,7 +113,7 @@ class TestTheRoad:
     @pytest.mark.parametrize(
         "line",
         [
-            "wmcache collect --episodes 6 --length 40 --image-size 32 --frames-per-shard 64 --workers 1",
+            "wmcache collect --episodes 6 --length 40 --image-size 32 --frames-per-shard 64 --cluster local:1",
             "wmcache fit --steps 5 --batch-size 16 --device cpu",
             "wmcache extract --device cpu",
         ],
@@ -368,7 +368,6 @@ class TestRefusals:
             "wmcache collect --frames-per-shard 0",
             "wmcache fit --steps 0",
             "wmcache extract --batch-size 0",
-            "wmcache extract --workers 0",
             "wmcache extract --store-dtype float64",
             "wmcache preview x --count 0",
             "wmcache preview",
@@ -397,7 +396,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "line",
         [
-            "wmcache collect --episodes 2 --length 4 --image-size 32 --workers 1 --out {out}",
+            "wmcache collect --episodes 2 --length 4 --image-size 32 --cluster local:1 --out {out}",
             "wmcache fit --steps 1 --batch-size 16 --device cpu --out {out}",
             "wmcache extract --device cpu --out {out}",
             f"wmtrain --cache {{home}}/stores/pointmaze-umaze/tcn-64.zarr --steps 1 {MODEL} --out {{out}}",
@@ -431,7 +430,7 @@ class TestRefusals:
 
     def test_one_episode_is_none_to_train_on(self, home: Path, tmp_path: Path) -> None:
         lines = (
-            "wmcache collect --episodes 1 --length 40 --image-size 32 --workers 1 --out {tmp}/one",
+            "wmcache collect --episodes 1 --length 40 --image-size 32 --cluster local:1 --out {tmp}/one",
             "wmcache extract --dataset {tmp}/one --weights {weights} --device cpu --out {tmp}/one.zarr",
             "wmtrain --cache {tmp}/one.zarr --out {tmp}/run",
         )
@@ -441,7 +440,7 @@ class TestRefusals:
         assert not (tmp_path / "run").exists()
 
     def test_a_dataset_with_other_settings(self, refused: Callable[..., None]) -> None:
-        line = "wmcache collect --length 40 --image-size 32 --frames-per-shard 64 --workers 1 --episodes 7"
+        line = "wmcache collect --length 40 --image-size 32 --frames-per-shard 64 --cluster local:1 --episodes 7"
         refused(line, "episodes 6, not 7")
 
     def test_a_store_with_other_settings(self, refused: Callable[..., None]) -> None:
@@ -478,8 +477,8 @@ class TestStores:
     @pytest.fixture
     def damaged(self, store: Path) -> Path:
         """Frame 66 has a flipped bit, and the last shard is gone."""
-        flip(store / "tokens/c/1/0/0", 2 * (4 * 32 * 2 + 4))
-        (store / "tokens/c/3/0/0").unlink()
+        flip(store / "tokens/c.1.0.0", 2 * (4 * 32 * 2 + 4))
+        (store / "tokens/c.3.0.0").unlink()
         return store
 
     def test_stores_are_listed_for_people(self, home: Path) -> None:
@@ -550,8 +549,8 @@ class TestStores:
         assert result.exit_code == 1
         faults = [line for line in result.stdout.splitlines() if line.startswith("fault: ")]
         assert len(faults) == 2
-        assert "tokens/c/1/0/0: it differs from its checksum, in frames 66" in faults[0]
-        assert "tokens/c/3/0/0" in faults[1]
+        assert "tokens/c.1.0.0: it differs from its checksum, in frames 66" in faults[0]
+        assert "tokens/c.3.0.0" in faults[1]
         said = f"Error: {damaged} is damaged; mend it with: wmcache repair {shlex.quote(str(damaged))}"
         assert result.stderr.splitlines()[-1] == said
         result = run(f"wmcache verify {{store}} {options} --json", home, store=damaged)
@@ -612,14 +611,14 @@ class TestStores:
         self, home: Path, tmp_path: Path, refused: Callable[..., None]
     ) -> None:
         lines = (
-            "wmcache collect --episodes 2 --length 8 --image-size 32 --frames-per-shard 8 --workers 1 --out {tmp}/a",
+            "wmcache collect --episodes 2 --length 8 --image-size 32 --frames-per-shard 8 --cluster local:1 --out {tmp}/a",
             "wmcache fit --dataset {tmp}/a --steps 1 --batch-size 4 --device cpu --out {tmp}/a.safetensors",
             "wmcache extract --dataset {tmp}/a --weights {tmp}/a.safetensors --device cpu --out {tmp}/a.zarr",
         )
         assert [run(line, home, tmp=tmp_path).exit_code for line in lines] == [0, 0, 0]
         (tmp_path / "a").rename(tmp_path / "b")
         (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
-        (tmp_path / "a.zarr/tokens/c/1/0/0").unlink()
+        (tmp_path / "a.zarr/tokens/c.1.0.0").unlink()
         at = "--dataset {tmp}/b --weights {tmp}/b.safetensors --device cpu"
         for line in ("wmcache repair {tmp}/a.zarr", "wmcache repair {tmp}/a.zarr --dataset {home}/pointmaze-umaze"):
             result = run(line, home, tmp=tmp_path)

@@ -9,13 +9,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from wmcache.cache.device import autocast, choose_device, choose_dtype, synchronise
+from wmcache.cache.places import Place
 from wmcache.cache.store import TokenStore
 from wmcache.trainer.feed import Feed, choose_residence
 from wmcache.trainer.loop import TrainOptions, data_shape, make_optimiser, statistics_of
@@ -26,7 +26,7 @@ ROUNDS = 5
 
 
 def bench_train(
-    cache: Path,
+    cache: Place,
     model_options: dict[str, Any],
     encode: Callable[[int], Tensor],
     *,

@@ -23,6 +23,7 @@ from wmcache.cache.errors import UserError
 from wmcache.cache.files import exclusive, human_bytes, is_temporary, read_json, seconds_between_updates, write_json
 from wmcache.cache.identity import Identity
 from wmcache.cache.memory import available_ram
+from wmcache.cache.places import Place, absolute
 from wmcache.cache.schema import parse
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import batch_windows, split_episodes
@@ -90,7 +91,7 @@ class _Config:
 
 
 def train_decoder(
-    cache: Path, read_frames: ReadFrames, out: Path, options: DecoderOptions, *, overwrite: bool = False
+    cache: Place, read_frames: ReadFrames, out: Path, options: DecoderOptions, *, overwrite: bool = False
 ) -> dict[str, Any]:
     """Train a decoder on a store's tokens and their frames; the same call again goes on where it was stopped.
 
@@ -110,7 +111,7 @@ def train_decoder(
         UserError: unusable store, a decoder with other settings, images that do not fit into memory, or a loss that is not finite.
     """
     check_options(options)
-    store = TokenStore.open(cache)
+    store = TokenStore.open(cache, mirrored=True)
     with exclusive(out.with_name(f".{out.name}.lock"), out, wait=False) as alone:
         if not alone:
             raise UserError(f"another wmtrain decoder is at work on {out}; wait for it, or choose another --out")
@@ -122,7 +123,7 @@ def train_decoder(
 
 
 def _train(
-    store: TokenStore, cache: Path, read_frames: ReadFrames, out: Path, options: DecoderOptions, *, overwrite: bool
+    store: TokenStore, cache: Place, read_frames: ReadFrames, out: Path, options: DecoderOptions, *, overwrite: bool
 ) -> dict[str, Any]:
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
@@ -132,7 +133,7 @@ def _train(
     name = options.decoder
     if name == "auto":
         name = "transposed-conv" if store.card.tokens_per_frame == 1 else "vqvae"
-    config = {**asdict(options), "decoder": name, "cache": str(cache.absolute()), "shape": asdict(shape)}
+    config = {**asdict(options), "decoder": name, "cache": absolute(cache), "shape": asdict(shape)}
     ours = _compare(out, config, store, overwrite=overwrite)
     if ours and not overwrite and (done := _finished(out, options)):
         return done

@@ -27,13 +27,16 @@ ROOM_TO_SPARE = 2.0
 STEPS_AHEAD = 2
 
 
-def choose_residence(store: TokenStore, device: torch.device, wanted: str = "auto") -> tuple[str, str]:
+def choose_residence(
+    store: TokenStore, device: torch.device, wanted: str = "auto", sharing: int = 1
+) -> tuple[str, str]:
     """Where to keep a store's tokens while training.
 
     Args:
         store: whose tokens.
         device: that trains.
         wanted: `auto`, or the answer.
+        sharing: processes of this machine that keep tokens for themselves: each has a device of its own, main memory is for all.
 
     Returns:
         `device`, `ram` or `disk`; and a line for people that says why.
@@ -45,11 +48,11 @@ def choose_residence(store: TokenStore, device: torch.device, wanted: str = "aut
         raise UserError(f"no residence {wanted!r}; known are auto, {', '.join(RESIDENCES)}")
     size = store.card.token_bytes
     on_device = 0 if is_cpu(device) else free_memory(device)
-    in_ram = available_ram()
+    in_ram = available_ram() // sharing
     if wanted == "auto":
         fits = {"device": size * ROOM_TO_SPARE <= on_device, "ram": size * ROOM_TO_SPARE <= in_ram, "disk": True}
         wanted = next(residence for residence in RESIDENCES if fits[residence])
-    free = f"{human_bytes(in_ram)} of main memory free"
+    free = f"{human_bytes(in_ram)} of main memory free{' for each process' if sharing > 1 else ''}"
     if not is_cpu(device):
         free = f"{human_bytes(on_device)} free on {device.type}, " + free
     return wanted, f"{human_bytes(size)} of tokens {'in' if wanted == 'ram' else 'on'} {wanted} ({free})"
@@ -72,16 +75,19 @@ class Feed:
         device: torch.device,
         first: int = 0,
         residence: str = "disk",
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         """Start reading.
 
         Args:
             store: the tokens. windows: of that store.
-            batch: windows in each batch.
+            batch: windows in each batch of all processes together.
             seed: of the order, which depends on it and the step alone.
             device: where batches go.
             first: number of the first step.
             residence: as `choose_residence` answers.
+            rank, world_size: which slice of each batch is ours, see `batch_windows`.
 
         Raises:
             UserError: the tokens do not fit where they shall be.
@@ -89,15 +95,16 @@ class Feed:
         self.waited = 0.0
         self.device = device
         self._store, self._windows, self._batch, self._seed = store, windows, batch, seed
+        self._rank, self._world_size = rank, world_size
         self._transfer = Transfer(device)
         self._table: Tensor | None = None
         if residence == "ram" or (residence == "device" and is_cpu(device)):
-            store.load()
+            store.load(quiet=rank > 0)
         elif residence == "device":
             self._table = load_on_device(store, device)
         self._scale = None if store.scale is None else torch.from_numpy(store.scale).to(device)
         # Two buffers in turn: the reader fills one while the other is in use.
-        shape = (batch * windows.length, *store.card.frame_shape)
+        shape = (batch // world_size * windows.length, *store.card.frame_shape)
         dtype = torch.float16 if is_cpu(device) else getattr(torch, store.card.dtype)
         self._buffers = [] if self._table is not None else [self._transfer.buffer(shape, dtype) for _ in range(2)]
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
@@ -115,7 +122,9 @@ class Feed:
         return batch
 
     def _frames(self, step: int) -> NDArray[np.int64]:
-        return self._windows.frames(batch_windows(len(self._windows), self._seed, step, self._batch))
+        return self._windows.frames(
+            batch_windows(len(self._windows), self._seed, step, self._batch, self._rank, self._world_size)
+        )
 
     def _read(self, step: int) -> dict[str, Tensor]:
         frames = self._frames(step)

@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import exclusive, sha256_of, temporary_for, write_json
+from wmcache.cache.places import Place, absolute
 from wmcache.cache.store import TokenStore
 from wmcache.trainer.checkpoint import checkpoints, read_config, save_checkpoint
 from wmcache.trainer.loop import TrainOptions, data_shape, make_optimiser, statistics_of
@@ -166,7 +167,7 @@ class _Settings:
 
 
 def import_dino_wm(
-    folder: Path, cache: Path, out: Path, *, checkpoint: str = "latest", overwrite: bool = False
+    folder: Path, cache: Place, out: Path, *, checkpoint: str = "latest", overwrite: bool = False
 ) -> Imported:
     """Make a run of a DINO-WM checkpoint, as wmtrain would have left it; wmplan and wmtrain --resume take it from there.
 
@@ -209,7 +210,7 @@ def import_dino_wm(
                 value.fill_(float(name.endswith("std")))
     model = _make_model(file, cache, shape, asdict(options), statistics, weights)
     source = {"format": "dino-wm", "file": str(file.absolute()), "sha256": sha256_of(file), "epoch": epoch}
-    config = {**asdict(training), "cache": str(cache.absolute()), "shape": asdict(shape), "imported": source}
+    config = {**asdict(training), "cache": absolute(cache), "shape": asdict(shape), "imported": source}
     _write(out, config, store, model, training, overwrite=overwrite)
     return Imported(epoch, sum(value.numel() for value in model.parameters()), settings.standardised)
 
@@ -257,7 +258,7 @@ def _read_settings(file: Path) -> _Settings:
     )
 
 
-def _check_store(store: TokenStore, cache: Path, settings: _Settings, file: Path) -> None:
+def _check_store(store: TokenStore, cache: Place, settings: _Settings, file: Path) -> None:
     """Refuse tokens that are not what the reference's encoder gives (models/visual_world_model.py)."""
     side = settings.image_size // 16
     identity = store.identity
@@ -461,7 +462,7 @@ class _Reader:
 
 def _make_model(
     file: Path,
-    cache: Path,
+    cache: Place,
     shape: DataShape,
     options: Mapping[str, Any],
     statistics: Mapping[str, Tensor],

@@ -8,8 +8,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from wmcache.cache.device import autocast, choose_device, choose_dtype
+from wmcache.cache.device import autocast, choose_dtype
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import exclusive, is_temporary, seconds_between_updates, write_json
+from wmcache.cache.places import Place, absolute
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows, batch_windows
 from wmcache.trainer.checkpoint import (
@@ -36,6 +37,7 @@ from wmcache.trainer.checkpoint import (
 from wmcache.trainer.feed import Feed, choose_residence
 from wmcache.trainer.models import DataShape, build, read_options
 from wmcache.trainer.models.dino_wm import pool_grid
+from wmcache.trainer.ranks import ALONE, STOPPING, Loss, Ranks, without_reduction
 
 ROLLOUT_STEPS = 5
 VALIDATION_WINDOWS = 256
@@ -44,7 +46,6 @@ NOT_FINITE = (
     "the loss of step {step} is not finite; the last checkpoint in {run}, if any, is good: "
     "go on from it with --resume and a lower --lr"
 )
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 MAY_CHANGE = {"cache", "device", "residence", "compile", "log_every", "validate_every", "checkpoint_every"}
 MAY_CHANGE_ON_RESUME = MAY_CHANGE | {"steps", "epochs", "learning_rate"}
 
@@ -57,7 +58,7 @@ class TrainOptions:
         model: name in `trainer.models.MODELS`. model_options: fields of its options dataclass.
         history: context frames. frameskip: env steps between frames.
         steps: optimiser steps. epochs: passes over all windows, which `steps` is computed from where given.
-        batch: windows in each micro-batch. accumulate: micro-batches in each step.
+        batch: windows in each micro-batch, of all processes together. accumulate: micro-batches in each step.
         learning_rate: of the constant phase. warmup, decay: shares of the steps before and after it (warmup-constant-decay).
         beta2: of AdamW. weight_decay: of matrices; of vectors too where `decay_all`. clip: of the gradient's norm; 0 is none.
         pool, pool_until: side of the squares of the token grid that are averaged in that first share of the steps: training is cheap on the
@@ -100,9 +101,20 @@ class TrainOptions:
 
 
 def train(
-    cache: Path, out: Path, options: TrainOptions, *, resume: bool = False, overwrite: bool = False
+    cache: Place,
+    out: Path,
+    options: TrainOptions,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Train a world model on a store; the same call again goes on where it was stopped.
+
+    Several ranks cut each micro-batch into equal slices and average their gradients, so that they train what one process would, up to
+    the order of sums, and a run goes on with any number of them: batches are the same. What dropout and noise draw is not: a process alone
+    goes on with the generator that the checkpoint holds, ranks draw by seed, rank and step. So a resumed run is exact with the same number
+    of ranks, and with another one where nothing is drawn. All ranks read the store and the run's folder, rank 0 alone writes.
 
     Args:
         cache: the store.
@@ -110,28 +122,31 @@ def train(
         options: see `TrainOptions`.
         resume: insist on going on; allows other `steps` and another `learning_rate`.
         overwrite: begin anew where a run exists.
+        ranks: the processes that train together, which must all come here, see `trainer.ranks.joined`.
 
     Returns:
-        The last validation's metrics; none where there was nothing left to do.
+        The last validation's metrics; none where there was nothing left to do, and none but on rank 0.
 
     Raises:
-        UserError: unusable store, a run with other settings, no checkpoint to resume, somebody else at work on the run, or a loss that is
-            not finite; `not-finite.json` in the run's folder then says which windows gave it.
+        UserError: unusable store, a run with other settings, no checkpoint to resume, somebody else at work on the run, a batch that the
+            ranks cannot share, or a loss that is not finite; `not-finite.json` in the run's folder then says which windows gave it.
     """
     check_options(options)
-    store = TokenStore.open(cache)
-    with exclusive(out.with_name(f".{out.name}.lock"), out, wait=False) as alone:
+    check_slices(options.batch, ranks.world)
+    store = TokenStore.open(cache, mirrored=True)
+    lock = out.with_name(f".{out.name}.lock")
+    with exclusive(lock, out, wait=False) if ranks.leads else nullcontext(True) as alone:
         if not alone:
             raise UserError(f"another wmtrain is at work on {out}; wait for it, or choose another --out")
         try:
-            return _train(store, cache, out, options, resume=resume, overwrite=overwrite)
+            return _train(store, cache, out, options, ranks, resume=resume, overwrite=overwrite)
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"cannot write {out}: {reason}; free space, then run the same command again") from error
 
 
 def _train(
-    store: TokenStore, cache: Path, out: Path, options: TrainOptions, *, resume: bool, overwrite: bool
+    store: TokenStore, cache: Place, out: Path, options: TrainOptions, ranks: Ranks, *, resume: bool, overwrite: bool
 ) -> dict[str, float]:
     windows = store.windows(
         options.history, 1, options.frameskip, "train", seed=options.split_seed, fraction=options.episodes_fraction
@@ -140,49 +155,66 @@ def _train(
     options = replace(options, model_options=asdict(read_options(options.model, options.model_options)))
     if options.epochs:
         options = replace(options, steps=max(1, options.epochs * len(windows) // (options.batch * options.accumulate)))
-    device = choose_device(options.device)
+    device = ranks.device(options.device)
     dtype = choose_dtype(options.dtype, device)
     shape = data_shape(store, options)
-    config = {**asdict(options), "cache": str(cache.absolute()), "shape": asdict(shape)}
+    config = {**asdict(options), "cache": absolute(cache), "shape": asdict(shape)}
     torch.manual_seed(options.seed)
     model = build(options.model, shape, options.model_options, statistics_of(store, options.frameskip)).to(device)
     pool_grid(torch.empty(1, 1, shape.tokens, 1), shape.columns, options.pool)  # refuses squares that do not fit
     optimiser = make_optimiser(model, options)
     validation = validation_windows(store, options)
     # Only now: an option that makes no sense must not cost a run that is there.
-    going_on = _prepare_folder(out, config, store, resume=resume, overwrite=overwrite)
-    first = load_training_state(out, model, optimiser) if going_on else 0
-    truncate_metrics(out, first)
-    forward = torch.compile(model.loss) if options.compile else model.loss
+    going_on = ranks.leads and _prepare_folder(out, config, store, resume=resume, overwrite=overwrite)
+    first = load_training_state(out, model, optimiser) if ranks.heard(going_on) else 0
+    if ranks.leads:
+        truncate_metrics(out, first)
+    forward = ranks.share(model, torch.compile(model.loss) if options.compile else model.loss)
     count = sum(parameter.numel() for parameter in model.parameters())
     dropped = f", {windows.dropped_episodes} episodes too short" if windows.dropped_episodes else ""
-    residence, why = choose_residence(store, device, options.residence)
-    tqdm.write(
+    residence, why = choose_residence(store, device, options.residence, ranks.local_world)
+    ranks.wait()  # until all have measured, for the next thing is to fill that memory
+    ranks.say(
         f"{options.model}: {count / 1e6:.2f} M parameters, {len(windows)} windows of {windows.length} frames{dropped}, "
-        f"{device.type} {str(dtype).removeprefix('torch.')}, steps {first} to {options.steps}"
+        f"{f'{ranks.world} x ' if ranks.world > 1 else ''}{device.type} {str(dtype).removeprefix('torch.')}, "
+        f"steps {first} to {options.steps}"
     )
-    tqdm.write(why)
+    ranks.say(why)
 
     result: dict[str, float] = {}
     update, first_batch = seconds_between_updates(), first * options.accumulate
     with (
-        Log(out) as log,
-        Feed(store, windows, options.batch, options.seed, device, first_batch, residence) as feed,
-        tqdm(total=options.steps, initial=first, desc="wmtrain", unit=" steps", mininterval=update) as bar,
+        Log(out) if ranks.leads else nullcontext() as log,
+        Feed(
+            store, windows, options.batch, options.seed, device, first_batch, residence, ranks.rank, ranks.world
+        ) as feed,
+        tqdm(
+            total=options.steps,
+            initial=first,
+            desc="wmtrain",
+            unit=" steps",
+            mininterval=update,
+            disable=not ranks.leads,
+        ) as bar,
         signals_between_steps() as stop,
     ):
         start, seen = time.perf_counter(), 0
         for step in range(first, options.steps):
             rate = learning_rate(step, options)
+            ranks.seed(options.seed, step)
             losses, batch = descend(model, forward, optimiser, feed, rate, options, dtype, pool_at(step, options))
+            # What ranks decide, they decide by the same values: none is left waiting for another that has ended.
+            losses, stopping = ranks.agree(losses, signal.SIGTERM if ranks.orphaned else stop.number)
             if not torch.isfinite(losses["loss"] + losses["gradient_norm"]):
-                _tell_windows(out, windows, options, step)
+                if ranks.leads:
+                    _tell_windows(out, windows, options, step)
+                ranks.wait()
                 raise UserError(NOT_FINITE.format(step=step, run=out))
             optimiser.step()
             done = step + 1
             seen += options.batch * options.accumulate
             bar.update()
-            if done % options.log_every == 0 or done == options.steps:
+            if log and (done % options.log_every == 0 or done == options.steps):
                 elapsed = time.perf_counter() - start
                 values = {name: value.item() for name, value in losses.items()}
                 speed = {"windows_per_second": seen / elapsed, "waiting_share": feed.waited / elapsed}
@@ -190,36 +222,44 @@ def _train(
                 bar.set_postfix_str(
                     f"loss {values['loss']:.4f}, {speed['windows_per_second']:.0f} windows/s, waiting {speed['waiting_share']:.1%}"
                 )
-            save = done % options.checkpoint_every == 0 or done == options.steps or stop.wanted
+            save = done % options.checkpoint_every == 0 or done == options.steps or bool(stopping)
             if save:
                 # The step may have left weights that the next loss would show to be bad: better not to keep them.
                 with torch.no_grad(), autocast(device, dtype):
-                    if not torch.isfinite(model.eval().loss(batch)["loss"]):
+                    if not torch.isfinite(ranks.mean(model.eval().loss(batch))["loss"]):
                         raise UserError(NOT_FINITE.format(step=done, run=out))
-            if done % options.validate_every == 0 or done == options.steps:
+            if log and (done % options.validate_every == 0 or done == options.steps):
                 result = validate(model, validation, device, dtype)
                 log.write(done, result)
-                tqdm.write(f"step {done}: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
-            if save:
+                ranks.say(f"step {done}: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+            if save and ranks.leads:
                 save_checkpoint(out, done, model, optimiser)
-            stop.now_if_wanted()
+            stop.now_if(stopping)
+        ranks.wait()
+        stop.now_if_wanted()  # by a signal that came while the last step was saved
     return result
 
 
 class _Stop:
-    """Whether a signal has asked for the end, and the handler that it was meant for."""
+    """The signal that has asked for the end, 0 before one has, and the handlers that such are meant for."""
 
     def __init__(self) -> None:
-        self.wanted = False
+        self.number = 0
         self.handlers: dict[int, Any] = {}
-        self._number = 0
+
+    @property
+    def wanted(self) -> bool:
+        return self.number != 0
 
     def note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        self.wanted, self._number = True, number
+        self.number = number
 
     def now_if_wanted(self) -> None:
-        if self.wanted:
-            self.handlers[self._number](self._number, None)
+        self.now_if(self.number)
+
+    def now_if(self, number: int) -> None:
+        if number:
+            self.handlers.get(number, signal.default_int_handler)(number, None)
 
 
 @contextmanager
@@ -249,9 +289,17 @@ def check_options(options: TrainOptions) -> None:
         raise UserError(f"--fraction is {options.episodes_fraction}; it must be above 0 and at most 1")
 
 
+def check_slices(batch: int, world: int) -> None:
+    """Refuse, as a UserError, a batch that cannot be cut into equal slices for that many ranks."""
+    if batch % world:
+        raise UserError(
+            f"--batch-size {batch} is cut into equal slices for {world} devices; choose a multiple of {world}"
+        )
+
+
 def descend(
     model: Any,
-    forward: Callable[[Mapping[str, Tensor], int], dict[str, Tensor]],
+    forward: Loss,
     optimiser: torch.optim.Optimizer,
     feed: Feed,
     rate: float,
@@ -262,18 +310,20 @@ def descend(
     """Gradients of one step, accumulated over micro-batches and clipped, ready for the optimiser.
 
     Returns:
-        The losses, averaged over the micro-batches, with the `gradient_norm` before clipping; and the last micro-batch.
+        The losses, averaged over the micro-batches, with the `gradient_norm` before clipping; and the last micro-batch. With several ranks
+        the losses are those of this one's slices, the gradients already those of all.
     """
     model.train()
     optimiser.zero_grad(set_to_none=True)
     for group in optimiser.param_groups:
         group["lr"] = rate
     parts: list[dict[str, Tensor]] = []
-    for _ in range(options.accumulate):
+    for left in reversed(range(options.accumulate)):
         batch = feed.next()
-        with autocast(feed.device, dtype):
-            losses = forward(batch, pool)
-        (losses["loss"] / options.accumulate).backward()  # type: ignore[no-untyped-call]
+        with without_reduction(forward) if left else nullcontext():
+            with autocast(feed.device, dtype):
+                losses = forward(batch, pool)
+            (losses["loss"] / options.accumulate).backward()  # type: ignore[no-untyped-call]
         parts.append({name: value.detach() for name, value in losses.items()})
     norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
     means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from PIL import Image
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import require_space
 from wmcache.cache.layout import MAX_COLUMN_WIDTH
+from wmcache.cache.places import Place, exists
 from wmcache.pipeline.cluster import run_tasks
 from wmcache.pipeline.frames import (
     DatasetCard,
@@ -48,7 +48,7 @@ class Source:
         env, maze, policy, fps: as in `DatasetCard`.
     """
 
-    origin: Path | str
+    origin: Place | str
     steps: Steps
     image_size: int
     read: Read
@@ -58,7 +58,7 @@ class Source:
     fps: int
 
 
-def write_dataset(source: Source, out: Path, *, frames_per_shard: int) -> DatasetCard:
+def write_dataset(source: Source, out: Place, *, frames_per_shard: int) -> DatasetCard:
     """Write a source's frames and steps as a frame dataset; run again, it goes on where it was stopped.
 
     Args:
@@ -86,7 +86,7 @@ def write_dataset(source: Source, out: Path, *, frames_per_shard: int) -> Datase
         frames_per_shard=frames_per_shard,
         fps=source.fps,
     )
-    if not out.exists():
+    if not exists(out):
         require_space(out, len(first) * len(steps) // 2, f"a dataset of {len(steps)} frames")
     writer = FrameDatasetWriter(out, card, steps)
     if read_steps(out, len(steps)).sha256() != steps.sha256():
@@ -95,7 +95,7 @@ def write_dataset(source: Source, out: Path, *, frames_per_shard: int) -> Datase
         )
     pending = writer.pending()
     total = sum(len(writer.shard_frames(shard)) for shard in pending)
-    run_tasks(functools.partial(_write, writer, source), pending, workers=1, total=total, label="import")
+    run_tasks(functools.partial(_write, writer, source), pending, total=total, label="import")
     return writer.finish()
 
 
@@ -133,7 +133,7 @@ class Shape:
         resized = f", resized to {self.image_size} px (bicubic)" if self.image_size else ""
         return (", cropped to the central square" if self.crop == "center" else "") + resized
 
-    def side(self, width: int, height: int, where: Path | str) -> int:
+    def side(self, width: int, height: int, where: Place | str) -> int:
         """Side of the frame that an image of this size becomes.
 
         Raises:
@@ -146,7 +146,7 @@ class Shape:
             raise UserError(f"{where} would become a frame of {side} pixels, beyond 8192; pass --image-size")
         return side
 
-    def frame(self, image: Image.Image, size: int, where: Path | str) -> Frames:
+    def frame(self, image: Image.Image, size: int, where: Place | str) -> Frames:
         """An RGB image as a frame, uint8 [size, size, 3]; raises UserError where it does not become one of that size."""
         width, height = image.size
         if (found := self.side(width, height, where)) != size:
@@ -163,7 +163,7 @@ class Shape:
 
 
 def as_columns(
-    action: NDArray[Any], state: NDArray[Any], where: Path | str
+    action: NDArray[Any], state: NDArray[Any], where: Place | str
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Actions [frames, A] and states [frames, P] as `Steps` holds them; actions are rounded to float32.
 

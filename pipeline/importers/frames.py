@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from wmcache.cache.errors import UserError
+from wmcache.cache.places import Place
 from wmcache.pipeline.frames import DatasetCard, Frames, Steps
 from wmcache.pipeline.importers import MOST_PIXELS, Shape, Source, as_columns, write_dataset
 
@@ -42,7 +43,7 @@ MOST_BYTES = 4 * MOST_PIXELS
 def import_frames(
     folder: Path,
     table: Path,
-    out: Path,
+    out: Place,
     *,
     shape: Shape | None = None,
     fps: int = 20,

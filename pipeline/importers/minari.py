@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import seconds_between_updates
+from wmcache.cache.places import Place
 from wmcache.pipeline.frames import DatasetCard, Frames, Steps
 from wmcache.pipeline.importers import Shape, Source, as_columns, write_dataset
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def import_minari(
     dataset: str,
-    out: Path,
+    out: Place,
     *,
     image_key: str | None = None,
     state_key: str | None = None,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from upath import UPath
 from wmcache.cache import Identity, StoreCard, StoreWriter
+from wmcache.cache.places import place, remove, upload
 
 IDENTITY = Identity(
     encoder="made-up",
@@ -76,3 +78,20 @@ def finished(tmp_path: Path, make_writer: MakeWriter, tokens: NDArray[np.float16
         writer.write_shard(shard, tokens[frames.start : frames.stop])
     writer.finish()
     return writer.path
+
+
+@pytest.fixture
+def bucket() -> Iterator[UPath]:
+    """Of an object store in this process; empty, and gone at the end."""
+    there = place("memory://bucket")
+    assert isinstance(there, UPath)
+    remove(there)
+    yield there
+    remove(there)
+
+
+@pytest.fixture
+def far(bucket: UPath, finished: Path) -> UPath:
+    """The finished store, as objects."""
+    assert upload(finished, bucket / "made-up.zarr", last="zarr.json")
+    return bucket / "made-up.zarr"

@@ -21,17 +21,16 @@ from wmcache.cache.files import read_json, require_seal, seal, write_json
 from wmcache.cache.layout import (
     FILL,
     DamagedError,
-    Record,
+    check_columns,
     column_sha256,
     is_mappable,
     read_attributes,
     read_card,
-    read_columns,
-    read_record,
-    record_file,
+    read_column,
     shard_file,
     write_attributes,
 )
+from wmcache.cache.records import Records
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, TransposeCodec, ZstdCodec
 
 Tokens = NDArray[np.float16]
@@ -220,80 +219,8 @@ def test_a_shards_file_has_the_bytes_that_are_expected(
         writer.write_shard(shard, tokens[rows.start : rows.stop])
         size = shard_file(writer.path, shard).stat().st_size
         assert size == some.shard_bytes(shard)
-        assert read_record(writer.path, shard, some, identity).bytes == size
+        assert Records(writer.path, some, identity).read(shard).bytes == size
     assert sum(len(some.shard_frames(shard)) for shard in range(some.num_shards)) * some.frame_bytes == some.token_bytes
-
-
-numbers = st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=4, max_size=4)
-
-
-@settings(deadline=None)
-@given(total=numbers, squares=numbers, scale=st.none() | numbers, size=st.integers(1, 2**40 - 1))
-def test_a_record_is_read_as_it_was_written(
-    tmp_path_factory: pytest.TempPathFactory,
-    card: StoreCard,
-    identity: Identity,
-    total: list[float],
-    squares: list[float],
-    scale: list[float] | None,
-    size: int,
-) -> None:
-    path = tmp_path_factory.mktemp("record")
-    record = Record((48, 50), size, "ab" * 32, identity.digest(), total, squares, scale, scale)
-    record.write(path, 3)
-    assert read_record(path, 3, card, identity) == record
-    assert [file.name for file in record_file(path, 3).parent.iterdir()] == ["000003.json"]
-
-
-@pytest.fixture
-def recorded(tmp_path: Path, identity: Identity) -> Path:
-    """A folder with the record of shard 1."""
-    Record((16, 32), 1000, "ab" * 32, identity.digest(), [1.5] * 4, [2.5] * 4).write(tmp_path, 1)
-    return tmp_path
-
-
-def test_a_record_of_another_shard_or_identity_is_refused(recorded: Path, card: StoreCard, identity: Identity) -> None:
-    said = r"000001\.json is the record of another shard or store; mend it with: wmcache repair"
-    with pytest.raises(UserError, match=said):
-        read_record(recorded, 1, card, dataclasses.replace(identity, image_size=96))
-    with pytest.raises(UserError, match=said):
-        read_record(recorded, 1, dataclasses.replace(card, frames_per_shard=17), identity)
-    record_file(recorded, 1).rename(record_file(recorded, 2))
-    with pytest.raises(UserError, match=r"000002\.json is the record of another shard or store"):
-        read_record(recorded, 2, card, identity)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"frames": [16, 32]}', "\x00"])
-def test_a_garbled_record_is_refused_naming_its_file(
-    recorded: Path, card: StoreCard, identity: Identity, text: str
-) -> None:
-    record_file(recorded, 1).write_text(text)
-    with pytest.raises(UserError, match=r"000001\.json .*; mend it with: wmcache repair") as caught:
-        read_record(recorded, 1, card, identity)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_record_that_is_not_there_is_refused_naming_its_file(
-    recorded: Path, card: StoreCard, identity: Identity
-) -> None:
-    with pytest.raises(UserError, match=r"000000\.json does not exist; mend it with: wmcache repair"):
-        read_record(recorded, 0, card, identity)
-
-
-@pytest.mark.parametrize("field", ["frames", "bytes", "sha256", "identity", "sum", "sum_of_squares"])
-def test_every_number_of_a_record_is_under_its_seal(
-    recorded: Path, card: StoreCard, identity: Identity, field: str
-) -> None:
-    file = record_file(recorded, 1)
-    values = read_json(file, "")
-    write_json(file, {**values, field: "another"})
-    with pytest.raises(UserError, match=r"000001\.json differs from its own checksum"):
-        read_record(recorded, 1, card, identity)
-    # Even who seals it again cannot leave anything out.
-    del values["checksum"], values[field]
-    write_json(file, seal(values))
-    with pytest.raises(UserError, match=rf"000001\.json is damaged \('{field}': Field required"):
-        read_record(recorded, 1, card, identity)
 
 
 def make_array(path: Path, card: StoreCard, **layout: Any) -> zarr.Array[Any]:
@@ -304,6 +231,7 @@ def make_array(path: Path, card: StoreCard, **layout: Any) -> zarr.Array[Any]:
         "dtype": card.dtype,
         "compressors": Crc32cCodec(),
         "fill_value": FILL[card.dtype],
+        "chunk_key_encoding": {"name": "default", "separator": "."},
     }
     return zarr.create_array(path / "some.zarr", **{**usual, **layout})
 
@@ -348,8 +276,8 @@ def test_what_a_writer_writes_can_be_mapped(tmp_path: Path, card: StoreCard, dty
         {"shards": None},
         {"shards": {"shape": (16, 6, 4), "index_location": "start"}},
         {"chunk_key_encoding": {"name": "v2", "separator": "/"}},
-        {"chunk_key_encoding": {"name": "default", "separator": "."}},
-        {"zarr_format": 2, "shards": None, "compressors": None},
+        {"chunk_key_encoding": {"name": "default", "separator": "/"}},
+        {"zarr_format": 2, "shards": None, "compressors": None, "chunk_key_encoding": None},
         index_without_checksum,
         index_in_big_endian,
     ],
@@ -442,10 +370,14 @@ def test_a_column_that_is_not_what_was_written_is_refused_by_name(
     finished: Path, card: StoreCard, damage: Callable[[Path], None], said: str
 ) -> None:
     attributes, group = read_attributes(finished), zarr.open_group(finished, mode="r")
-    assert read_columns(group, card, attributes["columns"], finished).keys() == {"action", "state", "episode", "step"}
+    assert attributes["columns"].keys() == {"action", "state", "episode", "step", "sha256"}
+    for name in attributes["columns"]:
+        array = np.asarray(group[name])
+        np.testing.assert_array_equal(read_column(group, card, name, attributes["columns"], finished), array)
+    check_columns(group, card, attributes["columns"], finished)
     damage(finished)
     with pytest.raises(DamagedError, match=re.escape(f"{finished}/{said}")) as caught:
-        read_columns(zarr.open_group(finished, mode="r"), card, attributes["columns"], finished)
+        check_columns(zarr.open_group(finished, mode="r"), card, attributes["columns"], finished)
     assert str(caught.value).endswith("; run its wmcache extract again")
     assert "\n" not in str(caught.value)
 
@@ -454,7 +386,7 @@ def test_a_column_must_be_listed(finished: Path, card: StoreCard) -> None:
     columns = read_attributes(finished)["columns"]
     del columns["step"]
     with pytest.raises(DamagedError, match="lists no step"):
-        read_columns(zarr.open_group(finished, mode="r"), card, columns, finished)
+        check_columns(zarr.open_group(finished, mode="r"), card, columns, finished)
 
 
 def test_a_columns_checksum_is_over_type_shape_and_values() -> None:

@@ -61,7 +61,7 @@ def test_plain_zarr_opens_a_store(finished: Path, tokens: Tokens) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "['action', 'episode', 'state', 'step', 'tokens']"
+    assert done.stdout.strip() == "['action', 'episode', 'sha256', 'state', 'step', 'tokens']"
     np.testing.assert_array_equal(np.load(copy), tokens)
 
 
@@ -81,7 +81,7 @@ def test_an_incomplete_store_is_refused(tmp_path: Path, make_writer: MakeWriter,
     store = TokenStore.open(writer.path, allow_incomplete=True)
     assert not store.complete
     np.testing.assert_array_equal(store.gather(np.array([32, 47])), tokens[[32, 47]])
-    with pytest.raises(UserError, match="tokens/c/0/0/0"):
+    with pytest.raises(UserError, match=r"tokens/c\.0\.0\.0"):
         store.gather(np.array([32, 3]))
 
 
@@ -93,19 +93,17 @@ def test_a_resumed_store_has_the_bytes_of_an_uninterrupted_one(
     for shard in (2, 0):
         writer.write_shard(shard, tokens[SHARDS[shard]])
     # Two shards torn by a kill: their files are there, their records are not.
-    whole = (finished / "tokens/c/3/0/0").read_bytes()
+    whole = (finished / "tokens/c.3.0.0").read_bytes()
     for shard, torn in ((1, whole[:100]), (3, whole[:-50])):
-        file = path / f"tokens/c/{shard}/0/0"
-        file.parent.mkdir(parents=True)
-        file.write_bytes(torn)
-    untouched = (path / "tokens/c/0/0/0").stat().st_mtime_ns
+        (path / f"tokens/c.{shard}.0.0").write_bytes(torn)
+    untouched = (path / "tokens/c.0.0.0").stat().st_mtime_ns
 
     again = make_writer(path)
     assert again.pending() == [1, 3]
     for shard in again.pending():
         again.write_shard(shard, tokens[SHARDS[shard]])
     again.finish()
-    assert (path / "tokens/c/0/0/0").stat().st_mtime_ns == untouched
+    assert (path / "tokens/c.0.0.0").stat().st_mtime_ns == untouched
     assert all_bytes(path) == all_bytes(finished)
 
 
@@ -176,7 +174,7 @@ def test_another_groups_attributes_are_refused(tmp_path: Path) -> None:
 
 def test_another_format_version_is_refused(finished: Path) -> None:
     edit_attributes(finished, lambda attributes: attributes.update(format_version=99))
-    with pytest.raises(UserError, match="format 99, this wmcache reads 1"):
+    with pytest.raises(UserError, match="format 99, this wmcache reads 2"):
         TokenStore.open(finished)
 
 

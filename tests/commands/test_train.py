@@ -160,6 +160,10 @@ class TestRefusals:
             ("--preset jepa-wm --history 1", "--rollout-loss needs a --history of at least 2"),
             ("--pool 3", "--pool 3 does not divide the grid of 2 x 2 tokens"),
             ("--noise inf", "option noise"),
+            (
+                "--devices 3 --batch-size 8",
+                "--batch-size 8 is cut into equal slices for 3 devices; choose a multiple of 3",
+            ),
         ],
     )
     def test_what_does_not_go_together_is_one_line(

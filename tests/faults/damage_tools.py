@@ -135,6 +135,16 @@ def stamps(*folders: Path) -> dict[Path, tuple[int, int]]:
     return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
 
 
+def work_stamps(path: Path) -> dict[Path, tuple[int, int]]:
+    """Of a store's shards and their records."""
+    return shard_stamps(path) | stamps(path / "tokens" / "commits")
+
+
+def shard_stamps(path: Path) -> dict[Path, tuple[int, int]]:
+    """Of a store's shards."""
+    return {file: stamp for file, stamp in stamps(path / "tokens").items() if file.name.startswith("c.")}
+
+
 def zarr_reader(path: Path) -> ZarrReader:
     """The reader for stores that are far away, on one that is here."""
     return ZarrReader(zarr.open_group(path, mode="r")["tokens"], read_card(read_attributes(path)), path)
@@ -273,5 +283,5 @@ def gather_around_a_cut(path: Path, shard: int, size: int) -> None:
     store = TokenStore.open(path)
     everything = np.arange(len(store))
     store.gather(everything)
-    os.truncate(path / "tokens" / "c" / str(shard) / "0" / "0", size)
+    os.truncate(path / "tokens" / f"c.{shard}.0.0", size)
     store.gather(everything)

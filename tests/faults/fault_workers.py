@@ -40,7 +40,7 @@ from wmcache.pipeline import encoders
 from wmcache.pipeline import extract as extraction
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
-from wmcache.pipeline.extract import extract
+from wmcache.pipeline.extract import extract, extract_together
 from wmcache.pipeline.frames import FrameDataset, Frames
 from wmcache.pipeline.repair import repair
 from wmcache.trainer.checkpoint import last_checkpoint, save_checkpoint
@@ -129,6 +129,15 @@ def extract_store(out: Path, data: Path, weights: Path, dtype: str = "float16") 
     """As `wmcache extract`."""
     torch.set_num_threads(1)
     extract(FrameDataset.open(data), encoders.create("tcn", weights=weights, device="cpu"), out, dtype=dtype)
+
+
+def extract_slice(out: Path, data: Path, weights: Path, part: tuple[int, int], dies: bool = False) -> None:
+    """As `wmcache extract --shard-slice`; or dies with a shard encoded that is not written yet."""
+    torch.set_num_threads(1)
+    if dies:
+        StoreWriter.write_shard = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment]
+    encoder = encoders.create("tcn", weights=weights, device="cpu")
+    extract_together(FrameDataset.open(data), [(encoder, out)], part=part)
 
 
 def extract_beside(
@@ -448,7 +457,7 @@ def train_in_little_memory(out: Path, cache: Path, options: TrainOptions, group:
         (group / "cgroup.procs").write_text(str(os.getpid()))
     except OSError as error:
         raise NotAllowedError(f"no memory control group here: {error}") from error
-    for shard in (cache / "tokens" / "c").glob("*/0/0"):  # whoever reads a page first has it on its account
+    for shard in (cache / "tokens").glob("c.*"):  # whoever reads a page first has it on its account
         with shard.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     with contextlib.redirect_stdout(io.StringIO()) as said:

@@ -42,7 +42,7 @@ def wait_for(condition: Callable[[], object], patience: float = 60.0) -> None:
 
 
 def spoil(store: Path, shard: int) -> None:
-    file = store / "tokens" / "c" / str(shard) / "0" / "0"
+    file = store / "tokens" / f"c.{shard}.0.0"
     values = bytearray(file.read_bytes())
     values[500] ^= 1
     file.write_bytes(values)

@@ -81,7 +81,7 @@ def die_everywhere(start: Start, tmp_path: Path) -> Callable[..., Deaths]:
 def done(store: Path) -> dict[str, tuple[int, int]]:
     """For each record and its shard, which file it is and when it was written."""
     records = sorted((store / "tokens" / "commits").glob("[0-9]*.json"))
-    files = [*records, *(store / "tokens" / "c" / str(int(record.stem)) / "0" / "0" for record in records)]
+    files = [*records, *(store / "tokens" / f"c.{int(record.stem)}.0.0" for record in records)]
     return {str(file): (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
 
 
@@ -216,16 +216,16 @@ def test_a_repair_killed_at_any_change_of_a_file_is_done_by_the_next(
         elif damage == "description":
             (path / "tokens" / "zarr.json").write_text("{}")
         else:
-            shard = path / "tokens" / "c" / "0" / "0" / "0"
+            shard = path / "tokens" / "c.0.0.0"
             values = bytearray(shard.read_bytes())
             values[500] ^= 1
             shard.write_bytes(values)
             (path / "tokens" / "commits" / "000001.json").unlink()
 
-    sound = few_stores["float16"] / "tokens" / "c" / "2" / "0" / "0"
+    sound = few_stores["float16"] / "tokens" / "c.2.0.0"
     for moment, path in die_everywhere(repair_store, prepare=spoil):
         assert reads_right_or_not_at_all(path, few_stores["float16"]), f"change {moment}"
-        kept = path / "tokens" / "c" / "2" / "0" / "0"
+        kept = path / "tokens" / "c.2.0.0"
         before = kept.stat().st_mtime_ns
         repair(path, device="cpu")
         assert content(path) == undisturbed, f"change {moment}"
@@ -351,19 +351,22 @@ def test_what_the_dead_leave_behind_is_swept_or_does_no_harm(
     path = Path(shutil.copytree(few_stores["float16"], tmp_path / "few.zarr"))
     (path / "tokens" / "commits" / "000001.json").unlink()
     write_attributes(path, {**read_attributes(path), "complete": False})
-    commits, shard, other = (
-        path / "tokens" / "commits",
-        path / "tokens" / "c" / "1" / "0",
-        path / "tokens" / "c" / "0" / "0",
-    )
+    commits, tokens = path / "tokens" / "commits", path / "tokens"
     host = platform.node()
-    swept = [commits / f".000001.json.{host}.{dead}.tmp", shard / "0.0123456789abcdef.partial", commits / "000001.lock"]
+    swept = [
+        commits / f".000001.json.{host}.{dead}.tmp",
+        tokens / f".c.0.0.0.{host}.{dead}.tmp",
+        tokens / f".c.1.0.0.{host}.{dead}.tmp",
+        commits / "000001.lock",
+    ]
     staying = [
         commits / f".000001.json.{host}.{os.getppid()}.tmp",  # of one who lives
         commits / f".000001.json.another-{host}.{dead}.tmp",  # of who knows whom
         commits / f".000001.json.{dead}.tmp",
         commits / "000002.lock",
-        other / "0.0123456789abcdef.partial",  # beside a shard that nobody needs to write again
+        tokens / f".c.1.0.0.{host}.{os.getppid()}.tmp",
+        tokens / f".c.1.0.0.another-{host}.{dead}.tmp",
+        tokens / "c.1.0.0.partial",
     ]
     for file in swept + staying:
         file.write_bytes(b"half of it")

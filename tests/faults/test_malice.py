@@ -54,7 +54,8 @@ from PIL import Image
 from wmcache.cache import TokenStore, UserError
 from wmcache.cache.catalogue import list_stores
 from wmcache.cache.files import sha256_of
-from wmcache.cache.layout import record_file, shard_file
+from wmcache.cache.layout import shard_file
+from wmcache.cache.records import record_file
 from wmcache.cache.verify import verify
 from wmcache.pipeline.extract import default_store
 from wmcache.pipeline.fit import default_weights
@@ -541,10 +542,9 @@ ATTRIBUTES: dict[str, Edit] = {
     "std of infinity": lambda it: it.update(std=[float("inf")] * 32),
     "complete without a mean": lambda it: it.pop("mean"),
     "format a list": lambda it: it.update(format_version=[1]),
-    "no checksums of shards": lambda it: it.pop("shards"),
-    "checksums of shards a text": lambda it: it.update(shards="0" * 64),
-    "checksums of shards numbers": lambda it: it.update(shards=[0] * SHARDS),
-    "a checksum of a shard too few": lambda it: it["shards"].pop(),
+    "no checksums of shards": lambda it: it["columns"].pop("sha256"),
+    "checksums of shards a number": lambda it: it["columns"].update(sha256=5),
+    "a scale of tokens that are none": lambda it: it["columns"].update(scale="0"),
     "no layout": lambda it: it.pop("layout"),
     "layout a list": lambda it: it.update(layout=[]),
 }

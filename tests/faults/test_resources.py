@@ -168,7 +168,7 @@ def spoilt(few_stores: dict[str, Path], store_path: Path, tmp_path: Path) -> dic
     """Stores, whole and not, and a run, to be copied to where nothing can be written."""
     folder = tmp_path / "spoilt"
     copies = {name: Path(shutil.copytree(few_stores["float16"], folder / name)) for name in ("whole", "bad", "part")}
-    file = copies["bad"] / "tokens" / "c" / "1" / "0" / "0"
+    file = copies["bad"] / "tokens" / "c.1.0.0"
     values = bytearray(file.read_bytes())
     values[500] ^= 1
     file.write_bytes(values)

@@ -20,7 +20,7 @@ import pytest
 from fault_workers import Child, extract_store, train_run
 from wmcache.cache import TokenStore, UserError
 from wmcache.cache.files import exclusive
-from wmcache.cache.layout import lock_file
+from wmcache.cache.records import lock_file
 from wmcache.trainer.checkpoint import last_checkpoint
 from wmcache.trainer.loop import TrainOptions
 
@@ -128,7 +128,7 @@ def stopped(
         # A tar that does not answer: whatever the machine, the signal comes in the middle.
         (data / "frames-000001.tar").unlink()
         os.mkfifo(data / "frames-000001.tar")
-        words = ["--dataset", data, "--weights", tcn_weights, "--out", out, "--device", "cpu", "--workers", workers]
+        words = ["--dataset", data, "--weights", tcn_weights, "--out", out, "--device", "cpu", "--cluster", f"local:{workers}"]
         cases[name] = Stopped(Command("wmcache", "extract", *words, said=folder / "stderr"), data, out, {})
     try:
         for name, case in cases.items():

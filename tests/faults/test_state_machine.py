@@ -29,7 +29,8 @@ from hypothesis.stateful import (
 from numpy.typing import NDArray
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, UserError
 from wmcache.cache.catalogue import remove
-from wmcache.cache.layout import record_file, shard_file
+from wmcache.cache.layout import shard_file
+from wmcache.cache.records import record_file
 from wmcache.cache.verify import verify
 from wmcache.pipeline import encoders
 from wmcache.pipeline.extract import store_card

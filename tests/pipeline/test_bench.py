@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from wmcache.cache import UserError
 from wmcache.pipeline import bench, encoders
-from wmcache.pipeline.bench import _peak, _save_tcn, bench_extract
+from wmcache.pipeline.bench import _peak, _save_tcn, bench_cluster, bench_extract
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.frames import FrameDataset
 
@@ -28,8 +28,20 @@ KEYS = [
 MB = 10**6
 
 
+def test_dask_is_measured_against_plain_processes(dataset: FrameDataset, encoder: Encoder) -> None:
+    found = bench_cluster(dataset, encoder, batch=16, cluster="local:2", rounds=1)
+    loop, worker, workers, loops = (
+        found[f"{name}_frames_per_second"] for name in ("loop", "one_worker", "workers", "loops")
+    )
+    assert (found["frames"], found["processes"]) == (360, 2)
+    assert found["dask_overhead"] == pytest.approx(loop / worker - 1)
+    assert found["scaling"] == pytest.approx(workers / worker / 2)
+    assert found["machine_scaling"] == pytest.approx(loops / loop / 2)
+    assert found["ratio_to_machine"] == pytest.approx(workers / loops)
+
+
 def test_ratios_follow_from_the_rates(dataset: FrameDataset, encoder: Encoder) -> None:
-    found = bench_extract(dataset, encoder, batch=16, workers=1)
+    found = bench_extract(dataset, encoder, batch=16, cluster="local:1")
     assert list(found) == KEYS
     assert found["frames"] == 360
     assert all(value > 0 for value in found.values())
@@ -45,7 +57,7 @@ def test_rates_count_the_frames_of_each_part(
     # Whatever is timed takes one second: the network and the encoder do a shard in it, the extraction everything.
     ticks = itertools.count()
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-    found = bench_extract(dataset, encoder, batch=50, workers=1)
+    found = bench_extract(dataset, encoder, batch=50, cluster="local:1")
     assert [found[name] for name in KEYS] == [360, 64, 64, 64, 64, 360, 360 / 64, 360 / 64]
 
 
@@ -53,7 +65,7 @@ def test_extraction_is_measured_in_a_place_that_is_left_empty(
     dataset: FrameDataset, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    bench_extract(dataset, encoder, batch=64, workers=1)
+    bench_extract(dataset, encoder, batch=64, cluster="local:1")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -36,7 +36,7 @@ def unfinish(path: Path, lost: list[int]) -> None:
 
 def test_the_number_of_processes_changes_no_byte(dataset_path: Path, tmp_path: Path, all_bytes: Snapshot) -> None:
     path = tmp_path / dataset_path.name
-    collect_again(path, workers=2)
+    collect_again(path, cluster="local:2")
     assert all_bytes(path) == all_bytes(dataset_path)
 
 
@@ -124,7 +124,7 @@ def test_a_finished_dataset_is_left_alone(copied: Path) -> None:
         return {file.name: file.stat().st_mtime_ns for file in copied.iterdir()}
 
     before = times()
-    card = collect_again(copied, workers=2)
+    card = collect_again(copied, cluster="local:2")
     assert card == FrameDataset.open(copied).card
     assert times() == before
 

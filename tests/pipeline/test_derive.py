@@ -60,8 +60,7 @@ def test_an_unfinished_derivation_goes_on(
     with pytest.raises(KeyboardInterrupt):
         derive(layers, encoder, partial)
     monkeypatch.setattr(StoreWriter, "write_shard", write)
-    done = all_bytes(partial / "tokens/c")
-    assert len(done) == 2
+    assert len([name for name in all_bytes(partial / "tokens") if name.startswith("c.")]) == 2
     derive(layers, encoder, partial)
     assert all_bytes(partial / "tokens") == all_bytes(whole / "tokens")
 

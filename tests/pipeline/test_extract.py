@@ -31,7 +31,7 @@ def interrupted(store_path: Path, tmp_path: Path) -> Path:
         del attributes[name]
     write_attributes(path, {**attributes, "complete": False})
     (path / "tokens/commits/000003.json").unlink()
-    (path / "tokens/c/3/0/0").write_bytes(b"torn")
+    (path / "tokens/c.3.0.0").write_bytes(b"torn")
     return path
 
 
@@ -51,7 +51,7 @@ def test_a_store_holds_the_encoders_tokens(dataset: FrameDataset, encoder: Encod
 def test_the_number_of_processes_and_threads_changes_no_bit(
     dataset: FrameDataset, encoder: Encoder, store_path: Path, tmp_path: Path, all_bytes: Snapshot
 ) -> None:
-    extract(dataset, encoder, tmp_path / "processes.zarr", workers=2)
+    extract(dataset, encoder, tmp_path / "processes.zarr", cluster="local:2")
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     extract(dataset, encoder, tmp_path / "threads.zarr")
@@ -68,11 +68,11 @@ def test_an_interrupted_extraction_does_only_what_is_missing(
 ) -> None:
     plan = forecast(dataset, encoder, interrupted)
     assert (plan.shards, plan.frames) == (1, 64)
-    kept = (interrupted / "tokens/c/2/0/0").stat().st_mtime_ns
+    kept = (interrupted / "tokens/c.2.0.0").stat().st_mtime_ns
     with pytest.raises(UserError, match="incomplete"):
         TokenStore.open(interrupted)
     extract(dataset, encoder, interrupted)
-    assert (interrupted / "tokens/c/2/0/0").stat().st_mtime_ns == kept
+    assert (interrupted / "tokens/c.2.0.0").stat().st_mtime_ns == kept
     assert all_bytes(interrupted / "tokens") == all_bytes(store_path / "tokens")
     again, reference = TokenStore.open(interrupted), TokenStore.open(store_path)
     np.testing.assert_array_equal(again.mean, reference.mean)

@@ -102,7 +102,7 @@ def test_the_frames_are_those_of_the_dataset(
 
 def test_more_frames_than_there_are_is_every_frame_once(store_path: Path, dataset_path: Path, tmp_path: Path) -> None:
     short = tmp_path / "short"
-    collect("UMaze", short, episodes=1, length=3, image_size=32, frames_per_shard=4, workers=1)
+    collect("UMaze", short, episodes=1, length=3, image_size=32, frames_per_shard=4, cluster="local:1")
     frames, like = FrameDataset.open(short), TokenStore.open(store_path)
     card = dataclasses.replace(like.card, frames=3, frames_per_shard=4, dataset={"path": str(short)})
     identity = dataclasses.replace(like.identity, dataset_fingerprint=frames.card.fingerprint)
@@ -180,7 +180,7 @@ def test_tokens_lie_where_their_patches_lie(make: Make) -> None:
 
 def test_other_frames_are_refused_and_nothing_is_drawn(store_path: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    collect("UMaze", other, episodes=1, length=4, image_size=32, frames_per_shard=4, workers=1)
+    collect("UMaze", other, episodes=1, length=4, image_size=32, frames_per_shard=4, cluster="local:1")
     out = tmp_path / "picture.png"
     with pytest.raises(UserError, match=r"other does not hold the frames of .*tcn-64\.zarr; pass the right --dataset"):
         preview(store_path, out, dataset=other)

@@ -39,7 +39,7 @@ ADAPTERS = {"dino-tok-vq": {"codes": 8}, "dino-tok": {}, "vfm-vae": {}, "pca": {
 def frames(tmp_path_factory: pytest.TempPathFactory) -> FrameDataset:
     """4 episodes of 26 frames; with fewer, no window of two frames 5 apart would be held out."""
     path = tmp_path_factory.mktemp("few") / "pointmaze-umaze"
-    collect("UMaze", path, episodes=4, length=26, image_size=32, frames_per_shard=40, workers=1)
+    collect("UMaze", path, episodes=4, length=26, image_size=32, frames_per_shard=40, cluster="local:1")
     return FrameDataset.open(path)
 
 

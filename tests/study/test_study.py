@@ -228,7 +228,7 @@ def test_processes_do_the_same_as_one_and_go_on_past_a_failure(write_study: Writ
     for file in before:
         file.unlink()
     file = write_study(tmp_path, more=FAILING.format(weights=json.dumps(str(weights))))
-    result = run_command(file, copy, "--workers", "2")
+    result = run_command(file, copy, "--cluster", "local:2")
     assert result.exit_code == 1, result.output
     assert {file: json.loads(file.read_text())["result"]["reached"] for file in before} == before
     assert "extract broken" in result.output

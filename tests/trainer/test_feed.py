@@ -36,6 +36,18 @@ def test_it_gives_the_batches_of_the_order(store: TokenStore, first: int) -> Non
                 np.testing.assert_array_equal(batch[name].numpy(), value)
 
 
+def test_several_processes_get_a_slice_of_each_batch(store: TokenStore) -> None:
+    windows = store.windows(3, 1, 5, "train")
+    parts = []
+    for rank in range(3):
+        with Feed(store, windows, 12, 3, CPU, first=5, rank=rank, world_size=3) as feed:
+            parts.append(feed.next()["tokens"].clone())
+    assert [len(part) for part in parts] == [4, 4, 4]
+    np.testing.assert_array_equal(
+        torch.cat(parts).numpy(), windows.batch(batch_windows(len(windows), 3, 5, 12))["tokens"]
+    )
+
+
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_a_batch_stays_as_it_is_while_the_next_one_is_read(store: TokenStore, first: int) -> None:
     windows = store.windows(3, 1, 5, "train")
@@ -201,6 +213,17 @@ def test_tokens_are_kept_where_there_is_room_to_spare(
 ) -> None:
     has(on_device, in_ram)
     assert choose_residence(store, device)[0] == choose_residence(store, device, "auto")[0] == chosen
+
+
+@pytest.mark.parametrize(("device", "chosen"), [(CUDA, "device"), (CPU, "disk")])
+def test_processes_share_main_memory_and_have_a_device_each(
+    store: TokenStore, has: Has, device: torch.device, chosen: str
+) -> None:
+    has(2 * SIZE, 2 * SIZE)
+    assert choose_residence(store, device, sharing=2)[0] == chosen
+    has(2 * SIZE, 4 * SIZE)
+    assert choose_residence(store, CPU, sharing=2)[0] == "ram"
+    assert "of main memory free for each process" in choose_residence(store, device, sharing=2)[1]
 
 
 def test_tokens_of_bytes_take_half_the_room(paths: dict[str, Path], has: Has) -> None:

@@ -863,7 +863,7 @@ def dinov2_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         length=12,
         image_size=64,
         frames_per_shard=24,
-        workers=1,
+        cluster="local:1",
     )
     torch.manual_seed(0)
     network = timm.create_model("vit_small_patch14_dinov2.lvd142m", img_size=196, pretrained=False, num_classes=0)

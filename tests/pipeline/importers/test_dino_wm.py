@@ -274,7 +274,7 @@ def test_an_import_is_extracted_like_what_was_collected(
 ) -> None:
     extract(import_again(published, tmp_path / "out"), encoder, tmp_path / "store.zarr")
     for shard in range(dataset.num_shards):
-        file = f"tokens/c/{shard}/0/0"
+        file = f"tokens/c.{shard}.0.0"
         assert (tmp_path / "store.zarr" / file).read_bytes() == (store_path / file).read_bytes()
 
 

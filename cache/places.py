@@ -1,0 +1,264 @@
+"""Folders and files by path or by URL, and the few things that are done with them.
+
+A path is a `Path`; any other address that fsspec knows (`s3://bucket/key`, `memory://name`, …) is a `UPath`. Whatever a file system far
+away raises becomes an `OSError` here, so that callers handle a broken disk and a broken network alike.
+
+An object appears whole or not at all when it is written, but nothing can be renamed and nobody can hold a lock. So what is done there
+must be right when it is done twice at once: an object first, then the record that it is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from wmcache.cache.errors import UserError
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+Place: TypeAlias = "Path | UPath"
+
+EXTRAS = {"s3": "s3", "s3a": "s3"}
+"""Protocols whose file system is an extra of ours."""
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {
+        # s3fs tries five times what times out, and botocore each of these as often as is said here.
+        "config_kwargs": {
+            "connect_timeout": 5,
+            "read_timeout": 20,
+            "retries": {"total_max_attempts": 3, "mode": "standard"},
+        }
+    },
+}
+
+PUT: dict[str, dict[str, Any]] = {"s3": {"chunksize": 5 * 2**30}}
+"""How objects are sent: in one request, up to S3's limit for one, so that their tag is one too."""
+PATIENCE = 60.0
+SLOWEST = 1e6
+"""Seconds, and bytes a second, that a server may take to receive an object."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file in a listing.
+
+    Attributes:
+        bytes: of it.
+        tag: what an object store says of its content: 32 hexadecimal digits, another for another write; None where it says nothing.
+    """
+
+    bytes: int
+    tag: str | None = None
+
+
+def place(text: str | Place) -> Place:
+    """What a path or a URL names.
+
+    Raises:
+        UserError: no file system is known for the URL, or its package is not installed.
+    """
+    if not isinstance(text, str):
+        return text
+    protocol, separator, rest = text.partition("://")
+    if not separator:
+        return Path(text)
+    if protocol == "file":
+        return Path(rest)
+    if not rest.strip("/"):
+        raise UserError(f"{text} names no place; write {protocol}://bucket/folder")
+    from upath import UPath  # costs what a command without URLs need not pay
+
+    try:
+        # Others write there too: a listing that was true a minute ago is no help.
+        found: UPath = UPath(text, use_listings_cache=False, **OPTIONS.get(protocol, {}))
+        found.fs  # noqa: B018 (the file system's package is imported here)
+    except ImportError as error:
+        extra = EXTRAS.get(protocol)
+        mend = f"pip install 'wmcache[{extra}]'" if extra else "pip install the file system that fsspec names for it"
+        raise UserError(f"{text}: there is no file system for {protocol}:// here ({_reason(error)}); {mend}") from error
+    except Exception as error:  # (whatever the file system makes of its settings)
+        raise UserError(f"{text} cannot be used ({_reason(error)}); check the address and its settings") from error
+    return found
+
+
+def is_local(at: Place) -> bool:
+    """Whether it is a path, where files can be renamed, locked and mapped."""
+    return isinstance(at, Path)
+
+
+def mend_reading(at: Place) -> str:
+    """What a user can do about a place that cannot be read, as the end of an error."""
+    return "make it readable" if isinstance(at, Path) else "check address, credentials and network, then run it again"
+
+
+def beside(at: Place, suffix: str) -> Path:
+    """Where a file about a place goes: beside it, or for a URL in the working directory."""
+    return at.resolve().with_suffix(suffix) if isinstance(at, Path) else Path(at.name).with_suffix(suffix)
+
+
+def absolute(at: Place) -> str:
+    """As text that means the same in another process on another machine."""
+    return str(at.absolute()) if isinstance(at, Path) else str(at)
+
+
+@contextmanager
+def as_os_errors(at: Place) -> Iterator[None]:
+    """Whatever a file system far away raises about a place, as an OSError with that place and a reason for people."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except FileNotFoundError as error:
+        reason = _reason(error)  # which may be no more than the key
+        raise FileNotFoundError(errno.ENOENT, reason if " " in reason else "it does not exist", str(at)) from error
+    except Exception as error:
+        raise OSError(errno.EIO, _reason(error), str(at)) from error
+
+
+def exists(at: Place) -> bool:
+    """Whether there is a file or a folder; raises OSError where that cannot be told."""
+    if isinstance(at, Path):
+        return at.exists()
+    with as_os_errors(at):
+        return bool(at.fs.exists(at.path))
+
+
+def read_bytes(at: Place) -> bytes:
+    """A file's content; raises OSError."""
+    if isinstance(at, Path):
+        return at.read_bytes()
+    with as_os_errors(at):
+        return bytes(at.fs.cat_file(at.path))
+
+
+def put(at: UPath, data: bytes, *, new: bool = False) -> str | None:
+    """Write an object, whole or not at all.
+
+    Args:
+        at, data: where and what.
+        new: only where there is none yet.
+
+    Returns:
+        Its tag, see `Found`.
+
+    Raises:
+        FileExistsError: there was one, and `new` was asked for.
+        OSError: it cannot be written.
+    """
+    settings = {"mode": "create" if new else "overwrite", **PUT.get(at.protocol, {})}
+    from fsspec.asyn import sync
+
+    with as_os_errors(at):
+        try:
+            if not at.fs.async_impl:
+                at.fs.pipe_file(at.path, data, **settings)
+                return None
+            # With a time limit of our own: a server that has gone silent is waited for without end.
+            limit = PATIENCE + len(data) / SLOWEST
+            return _tag(sync(at.fs.loop, at.fs._pipe_file, at.path, data, **settings, timeout=limit))
+        except OSError as error:
+            if new and at.fs.exists(at.path):  # some say that a precondition did not hold
+                raise FileExistsError(str(at)) from error
+            raise
+
+
+def size_of(at: Place) -> int:
+    """Bytes of a file; raises OSError."""
+    if isinstance(at, Path):
+        return at.stat().st_size
+    with as_os_errors(at):
+        return int(at.fs.info(at.path)["size"])
+
+
+def stamp(at: Place) -> object:
+    """Something that changes whenever a file is written anew; raises OSError."""
+    if isinstance(at, Path):
+        found = os.stat(at)  # noqa: PTH116 (half the time of Path.stat, and it is called for every batch)
+        return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+    with as_os_errors(at):
+        info = at.fs.info(at.path)
+        return info.get("ETag"), str(info.get("LastModified") or info.get("created")), info["size"]
+
+
+def names_in(folder: Place, prefix: str = "") -> list[str]:
+    """Names of what is in a folder, sorted; none where there is no folder. Raises OSError."""
+    if isinstance(folder, Path):
+        return sorted(at.name for at in folder.glob(f"{prefix}*"))
+    return sorted(name for name, _ in files_in(folder, prefix))
+
+
+def files_in(folder: Place, prefix: str = "") -> Iterator[tuple[str, Found]]:
+    """Names, sizes and checksums of the files in a folder whose names begin so; none where there is no folder. Raises OSError."""
+    if isinstance(folder, Path):
+        if folder.is_dir():
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith(prefix) and entry.is_file():
+                        yield entry.name, Found(entry.stat().st_size)
+        return
+    with as_os_errors(folder):
+        listing = folder.fs.find(folder.path, detail=True, prefix=prefix)
+    for key, info in listing.items():
+        name = key.removeprefix(folder.path.rstrip("/") + "/")
+        if name.startswith(prefix) and "/" not in name:  # some file systems know no prefixes
+            yield name, Found(int(info["size"]), _tag(info))
+
+
+def remove(at: Place) -> None:
+    """Delete a file, or a folder with all that is in it; nothing where there is none. Raises OSError."""
+    if not isinstance(at, Path):
+        with as_os_errors(at):
+            if at.fs.exists(at.path):
+                at.fs.rm(at.path, recursive=True)
+    elif at.is_dir() and not at.is_symlink():
+        shutil.rmtree(at)
+    else:
+        at.unlink(missing_ok=True)
+
+
+def upload(folder: Path, to: UPath, *, last: str) -> bool:
+    """Copy a folder's files, `last` of all the one without which the copy does not count; False where that one is there already."""
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    for name in files:
+        if name != last:
+            put(to / name, (folder / name).read_bytes())
+    try:
+        put(to / last, (folder / last).read_bytes(), new=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+def open_to_read(at: Place) -> io.BufferedIOBase:
+    """A file to read from, in any order."""
+    if isinstance(at, Path):
+        return at.open("rb")
+    return io.BytesIO(read_bytes(at))
+
+
+def zarr_store(at: Place) -> Any:
+    """What zarr takes for a store there."""
+    if isinstance(at, Path):
+        return at
+    from zarr.storage import FsspecStore  # most who name a place have no need of zarr
+
+    return FsspecStore.from_url(str(at), storage_options=dict(at.storage_options))
+
+
+def _tag(answer: Any) -> str | None:
+    """The tag in what an object store has answered."""
+    tag = str(answer.get("ETag") or "").strip('"').lower() if isinstance(answer, dict) else ""
+    return tag if len(tag) == 32 and set(tag) <= set("0123456789abcdef") else None
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__

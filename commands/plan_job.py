@@ -1,0 +1,68 @@
+"""wmcache plan-job: what a large extraction would take."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from wmcache.cache.errors import UserError
+from wmcache.cache.files import human_bytes
+from wmcache.commands.shared import NUMBER, PATH, Command, device_option, json_option
+
+
+@click.command("plan-job", cls=Command)
+@click.option("--frames", type=NUMBER, required=True, help="To encode, as 1e9.")
+@click.option("--encoder", default="dinov2", help="See: wmcache encoders.")
+@click.option("--workers", type=NUMBER, default=1, help="Processes at once, each with a device.")
+@click.option(
+    "--frames-per-second", type=click.FloatRange(0, min_open=True), help="Of a worker.  [default: measured here]"
+)
+@click.option("--frames-per-shard", type=NUMBER, help="Of the dataset.  [default: 512, or more for a huge one]")
+@click.option("--frame-size", "image_size", type=click.IntRange(1), default=224, help="Side of the dataset's frames.")
+@click.option("--store-dtype", "dtype", type=click.Choice(["float16", "int8"]), default="float16", help="As extract's.")
+@click.option("--weights", type=PATH, help="Of the encoder, to measure it with.")
+@device_option
+@json_option
+def plan_job(
+    encoder: str,
+    frames_per_second: float | None,
+    weights: Path | None,
+    device: str,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Print bytes, objects, hours, and what records and scheduler cost, of an extraction that is too large to try."""
+    from wmcache.pipeline import encoders
+    from wmcache.pipeline.plan_job import measure_encoder
+    from wmcache.pipeline.plan_job import plan_job as run
+
+    spec = encoders.get_spec(encoder)
+    if frames_per_second is None:
+        try:
+            frames_per_second = measure_encoder(encoders.create(encoder, weights=weights, device=device))
+        except UserError as error:
+            raise UserError(f"{error}; or say what a worker does with --frames-per-second") from error
+    plan = run(token_grid=spec.token_grid, token_dim=spec.token_dim, frames_per_second=frames_per_second, **settings)
+    if as_json:
+        click.echo(json.dumps(asdict(plan), indent=2))
+        return
+    load = plan.tasks_per_second / plan.scheduler_tasks_per_second
+    for name, value in {
+        "shards": f"{plan.shards} of {plan.frames_per_shard} frames, {human_bytes(plan.shard_bytes)} each",
+        "tokens": human_bytes(plan.token_bytes),
+        "objects": f"{plan.objects}, of which {plan.shards} shards",
+        "records": human_bytes(plan.record_bytes),
+        "workers": f"{plan.worker_hours:.1f} hours at {plan.frames_per_second:.0f} frames/s; {plan.hours:.2f} hours with "
+        f"{settings['workers']} at once",
+        "memory of a worker": f"{human_bytes(plan.worker_memory)}, of which {human_bytes(plan.step_bytes)} step table",
+        "claim and record": f"{plan.commit_share:.2%} of a shard's time",
+        "create, plan": f"{plan.create:.1f} s, {plan.plan:.1f} s",
+        "finalize, open": f"{plan.finish:.1f} s, {plan.open:.1f} s",
+        "scheduler": f"{plan.tasks_per_second:.1f} of {plan.scheduler_tasks_per_second:.0f} tasks/s, {load:.1%}",
+    }.items():
+        click.echo(f"{name:20} {value}")
+    for note in plan.notes:
+        click.echo(f"note: {note}")

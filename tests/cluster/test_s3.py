@@ -1,0 +1,380 @@
+"""The commands against an object store that really speaks S3, and that is killed in the middle of their work."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3_server import S3Server
+from wmcache.pipeline import encoders
+from wmcache.pipeline.collect import collect
+from wmcache.pipeline.extract import extract
+from wmcache.pipeline.frames import FrameDataset
+
+COLLECT = ["wmcache", "collect", "--env", "UMaze", "--episodes", "12", "--length", "60", "--image-size", "32"]
+COLLECT += ["--frames-per-shard", "16", "--cluster", "local:1"]
+EXTRACT = ["wmcache", "extract", "--encoder", "pixels", "--image-size", "16", "--device", "cpu"]
+TRAIN = [
+    "wmtrain",
+    "--width",
+    "16",
+    "--depth",
+    "1",
+    "--heads",
+    "2",
+    "--dropout",
+    "0.1",
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+]
+TRAIN += [
+    "--residence",
+    "disk",
+    "--batch-size",
+    "2",
+    "--log-every",
+    "1",
+    "--validate-every",
+    "24",
+    "--checkpoint-every",
+    "4",
+]
+STEPS = 24
+SHARDS = 45
+PATIENCE = 120.0
+
+Start = Callable[..., "subprocess.Popen[str]"]
+Run = Callable[..., "Done"]
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended: its status, and what it said apart from its progress bars."""
+
+    status: int
+    lines: list[str]
+
+    def well(self) -> list[str]:
+        """Insist on a good end; returns the lines."""
+        assert self.status == 0, self
+        return self.lines
+
+    def error(self) -> str:
+        """The one line that it ended with."""
+        assert self.status == 1, self
+        said = [line.startswith("Error: ") for line in self.lines]
+        assert said == [False] * (len(said) - 1) + [True], self
+        assert not any("Traceback" in line for line in self.lines), self
+        return self.lines[-1]
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory: pytest.TempPathFactory) -> FrameDataset:
+    """720 frames in 45 tars, on the local disk."""
+    path = tmp_path_factory.mktemp("data") / "frames"
+    collect("UMaze", path, episodes=12, length=60, image_size=32, frames_per_shard=16, cluster="local:1")
+    return FrameDataset.open(path)
+
+
+@pytest.fixture(scope="module")
+def local(frames: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Their store, made and lying on the local disk."""
+    path = tmp_path_factory.mktemp("stores") / "pixels.zarr"
+    extract(frames, encoders.create("pixels", image_size=16, device="cpu"), path)
+    return path
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """$WMCACHE_HOME of the commands that a test runs."""
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def start(s3: S3Server, home: Path) -> Start:
+    """(words, identity=…, **environment) -> the command, running; None takes a variable away."""
+
+    def begin(words: list[str], *, identity: str = "full", **variables: str | None) -> subprocess.Popen[str]:
+        known = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "WMCACHE_"))}
+        # Nothing of whoever runs the tests, and no looking for the metadata of a cloud's machine.
+        alone = {
+            "HOME": str(home),
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "WMCACHE_HOME": str(home),
+            "OMP_NUM_THREADS": "1",
+        }
+        wanted = {**known, **alone, **s3.environment(identity), **variables}
+        return subprocess.Popen(
+            [Path(sys.executable).with_name(words[0]), *words[1:]],
+            env={name: value for name, value in wanted.items() if value is not None},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return begin
+
+
+def wait(process: subprocess.Popen[str]) -> Done:
+    """Wait for a command's end."""
+    try:
+        said, _ = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(f"it hangs, and said: {process.communicate()[0]}") from None
+    lines = [line.strip() for line in re.split(r"[\r\n]", said)]
+    return Done(
+        process.returncode, [line for line in lines if line and not re.search(r"\d+%\||\d+/\d+ \[|B/s\]$", line)]
+    )
+
+
+@pytest.fixture
+def run(start: Start) -> Run:
+    """As `start`, and wait for its end."""
+    return lambda *words, **settings: wait(start(*words, **settings))
+
+
+def train(cache: str | Path, out: Path) -> list[str]:
+    """The words of a training."""
+    return [*TRAIN, "--steps", str(STEPS), "--cache", str(cache), "--out", str(out)]
+
+
+def losses(out: Path) -> dict[int, float]:
+    """Step -> loss of a run."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def shards_in(store: Path) -> dict[str, bytes]:
+    """Name -> content of a local store's shards."""
+    return {f"tokens/{path.name}": path.read_bytes() for path in (store / "tokens").glob("c.*")}
+
+
+def upload(s3: S3Server, folder: Path, name: str) -> str:
+    """Copy a folder to the bucket; returns its URL."""
+    with s3.client() as client:
+        for path in sorted(found for found in folder.rglob("*") if found.is_file()):
+            client.put_object(Bucket="bucket", Key=f"{name}/{path.relative_to(folder)}", Body=path.read_bytes())
+    return f"s3://bucket/{name}"
+
+
+def download(s3: S3Server, url: str, prefix: str = "") -> dict[str, bytes]:
+    """Key below a URL -> content."""
+    bucket, _, folder = url.removeprefix("s3://").partition("/")
+    names = [name for name in s3.objects(url) if name.startswith(prefix)]
+    with s3.client() as client:
+        return {name: client.get_object(Bucket=bucket, Key=f"{folder}/{name}")["Body"].read() for name in names}
+
+
+def kill_after(s3: S3Server, happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Kill the server as soon as that has happened, while the command runs."""
+    end = time.monotonic() + PATIENCE
+    while not happened():
+        assert process.poll() is None, f"it ended too early, and said: {process.communicate()[0]}"
+        assert time.monotonic() < end, "it gets nowhere"
+        time.sleep(0.002)
+    s3.kill()
+    assert process.poll() is None, "it ended before the server was killed: give it more to do"
+
+
+@pytest.fixture(scope="module")
+def curve(local: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of a training on the local store."""
+    out = tmp_path_factory.mktemp("runs") / "local"
+    words = train(local, out)
+    done = subprocess.run(
+        [Path(sys.executable).with_name(words[0]), *words[1:]], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done
+    found = losses(out)
+    assert len(found) == STEPS
+    return found
+
+
+def test_a_collected_dataset_is_the_same_on_the_server_and_on_disk(
+    s3: S3Server, run: Run, frames: FrameDataset
+) -> None:
+    run([*COLLECT, "--out", "s3://bucket/collected"]).well()
+    on_disk = {path.name: path.read_bytes() for path in frames.path.iterdir() if path.suffix in (".tar", ".parquet")}
+    assert len(on_disk) == SHARDS + 1
+    on_server = download(s3, "s3://bucket/collected")
+    assert on_disk.items() <= on_server.items()
+    assert set(on_server) == {*on_disk, "dataset.json"}
+
+
+def test_an_extraction_goes_on_after_the_server_was_killed(
+    s3: S3Server, start: Start, run: Run, frames: FrameDataset, local: Path
+) -> None:
+    dataset, store = upload(s3, frames.path, "frames"), "s3://bucket/killed.zarr"
+    words = [*EXTRACT, "--dataset", dataset, "--out", store]
+    with s3.client() as client:
+
+        def some_are_done() -> bool:
+            listed = client.list_objects_v2(Bucket="bucket", Prefix="killed.zarr/tokens/commits/0")
+            return int(listed["KeyCount"]) >= 5
+
+        extraction = start(words)
+        kill_after(s3, some_are_done, extraction)
+    assert "s3://bucket/" in wait(extraction).error()
+    s3.start()
+    done = len([name for name in s3.objects(store) if name.startswith("tokens/commits/0")])
+    assert 5 <= done < SHARDS
+    run(words).well()
+    assert download(s3, store, "tokens/c.") == shards_in(local)
+    sound = f"{store}: {SHARDS} of {SHARDS} shards as they were written, 720 frames"
+    assert run(["wmcache", "verify", store]).well() == [sound]
+    described = run(["wmcache", "info", store]).well()
+    assert any(re.fullmatch(r"complete +True", line) for line in described), described
+
+
+def test_two_extractions_into_one_store_both_end_well(
+    s3: S3Server, start: Start, run: Run, frames: FrameDataset, local: Path
+) -> None:
+    store = "s3://bucket/shared.zarr"
+    both = [start([*EXTRACT, "--dataset", str(frames.path), "--out", store]) for _ in range(2)]
+    for process in both:
+        wait(process).well()
+    assert download(s3, store, "tokens/c.") == shards_in(local)
+    run(["wmcache", "verify", store]).well()
+
+
+def test_a_damaged_shard_on_the_server_is_found_and_made_again(
+    s3: S3Server, run: Run, frames: FrameDataset, local: Path
+) -> None:
+    store, name = upload(s3, local, "damaged.zarr"), "tokens/c.7.0.0"
+    whole = shards_in(local)[name]
+    with s3.client() as client:
+        client.put_object(
+            Bucket="bucket", Key=f"damaged.zarr/{name}", Body=whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]
+        )
+    found = run(["wmcache", "verify", store])
+    assert any("c.7.0.0" in line or "shard 7" in line for line in found.lines), found
+    run(["wmcache", "repair", store, "--dataset", str(frames.path), "--device", "cpu"]).well()
+    assert download(s3, store, name) == {name: whole}
+    run(["wmcache", "verify", store]).well()
+
+
+def test_a_training_goes_on_after_the_server_was_killed(
+    s3: S3Server, start: Start, run: Run, home: Path, local: Path, curve: dict[int, float]
+) -> None:
+    store, out = upload(s3, local, "trained.zarr"), home / "run"
+    training = start(train(store, out))
+    kill_after(
+        s3,
+        lambda: len(list((home / "mirror").glob("*.shard"))) >= 20 and len(list(out.glob("checkpoints/step-*"))) > 0,
+        training,
+    )
+    assert "s3://bucket/trained.zarr" in wait(training).error()
+    reached = max(losses(out))
+    assert 0 < reached < STEPS
+    assert len(list((home / "mirror").glob("*.shard"))) < SHARDS
+    s3.start()
+    run(train(store, out)).well()
+    assert losses(out) == pytest.approx(curve)
+
+
+def test_a_training_fetches_only_what_its_mirror_has_not_or_has_damaged(
+    s3: S3Server, start: Start, run: Run, home: Path, local: Path, curve: dict[int, float]
+) -> None:
+    store = upload(s3, local, "mirrored.zarr")
+    load = "import sys; from wmcache.cache import TokenStore; TokenStore.open(sys.argv[1], mirrored=True).load()"
+    run(["python", "-c", load, store]).well()
+    mirror = {path: path.read_bytes() for path in (home / "mirror").iterdir()}
+    shards = shards_in(local)
+    assert sorted(mirror.values()) == sorted(shards.values())
+    # On the server there is nothing any more but the shard that is damaged in the mirror.
+    damaged, whole = next((path, content) for path, content in mirror.items() if content == shards["tokens/c.20.0.0"])
+    damaged.write_bytes(whole[:50] + bytes([whole[50] ^ 1]) + whole[51:])
+    with s3.client() as client:
+        for name, content in shards.items():
+            if content != whole:
+                client.put_object(Bucket="bucket", Key=f"mirrored.zarr/{name}", Body=bytes(len(content)))
+    before = s3.requests("bucket")["GET"]
+    run(train(store, home / "run")).well()
+    assert s3.requests("bucket")["GET"] - before < SHARDS
+    assert losses(home / "run") == pytest.approx(curve)
+    assert damaged.read_bytes() == whole
+
+
+def test_two_trainings_share_a_mirror(
+    s3: S3Server, start: Start, home: Path, local: Path, curve: dict[int, float]
+) -> None:
+    store = upload(s3, local, "shared-mirror.zarr")
+    before = s3.requests("bucket").get("GET", 0)
+    both = [start(train(store, home / name)) for name in ("one", "other")]
+    for process in both:
+        wait(process).well()
+    for name in ("one", "other"):
+        assert losses(home / name) == pytest.approx(curve)
+    # Each shard once (which takes two requests), and what describes the store for each of them.
+    assert s3.requests("bucket")["GET"] - before < 4 * SHARDS
+    assert all(path.suffix == ".shard" for path in (home / "mirror").iterdir())
+
+
+def test_a_mirror_keeps_its_bound(s3: S3Server, start: Start, home: Path, local: Path, curve: dict[int, float]) -> None:
+    store = upload(s3, local, "bounded.zarr")
+    bound = 10 * max(map(len, shards_in(local).values()))
+    training = start(train(store, home / "run"), WMCACHE_MIRROR_BYTES=str(bound))
+    most = 0
+    while training.poll() is None:
+        held = 0
+        for path in (home / "mirror").glob("*.shard"):
+            with suppress(FileNotFoundError):  # pushed out just now
+                held += path.stat().st_size
+        most = max(most, held)
+        time.sleep(0.001)
+    done = wait(training)
+    assert any("WMCACHE_MIRROR_BYTES" in line for line in done.well()), done
+    assert 0 < most <= bound
+    assert losses(home / "run") == pytest.approx(curve)
+
+
+EXTRACT_THERE = [*EXTRACT, "--dataset", "DATASET", "--out", "s3://bucket/refused.zarr"]
+COLLECT_THERE = ["wmcache", "collect", "--episodes", "1", "--image-size", "32", "--cluster", "local:1", "--out"]
+NOBODY = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
+REFUSED: dict[str, tuple[list[str], dict[str, Any], str]] = {
+    "extract without credentials": (EXTRACT_THERE, NOBODY, "credentials"),
+    "extract as one who may only read": (EXTRACT_THERE, {"identity": "reader"}, "Access Denied"),
+    "collect with a wrong secret": (
+        [*COLLECT_THERE, "s3://bucket/refused"],
+        {"AWS_SECRET_ACCESS_KEY": "wrong"},
+        "Forbidden|signature",
+    ),
+    "collect into a bucket that is not there": ([*COLLECT_THERE, "s3://no-such/refused"], {}, "bucket does not exist"),
+    "train on a server that is not there": (
+        ["wmtrain", "--cache", "s3://bucket/x.zarr"],
+        {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
+        "Could not connect",
+    ),
+    "verify without credentials": (["wmcache", "verify", "s3://bucket/x.zarr"], NOBODY, "credentials"),
+    "info as nobody": (["wmcache", "info", "s3://bucket/x.zarr"], {"AWS_ACCESS_KEY_ID": "nobody"}, "Forbidden"),
+    "info of nothing": (["wmcache", "info", "s3://bucket/x.zarr"], {}, "make a store with: wmcache extract"),
+}
+
+
+def test_what_the_server_refuses_is_one_line_that_names_place_and_mend(
+    s3: S3Server, start: Start, frames: FrameDataset
+) -> None:
+    # All at once: most of the time they load their libraries.
+    running = {
+        name: start([str(frames.path) if word == "DATASET" else word for word in words], **settings)
+        for name, (words, settings, _) in REFUSED.items()
+    }
+    ends = {name: wait(process) for name, process in running.items()}
+    for name, (_, _, reason) in REFUSED.items():
+        error = ends[name].error()
+        assert ends[name].lines == [error], name
+        assert re.search(rf"s3://.*{reason}.*; |s3://.*; {reason}", error), f"{name}: {error}"
+        assert "free space" not in error, f"{name}: {error}"

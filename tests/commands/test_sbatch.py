@@ -1,0 +1,274 @@
+"""`wmcache sbatch`: what the script asks for, that nothing in it becomes shell, and what it does with signals and statuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from wmcache.cli import main
+from wmcache.commands.shared import STOPPED, Command
+
+PROFILE = """
+partition = "gpu"
+account = "lab"
+gpus = 2
+cores = 8
+memory = "32GB"
+walltime = "01:00:00"
+modules = ["cuda/12.4"]
+setup = ["export FROM_SETUP=$((1 + 1))"]
+jobs = 16
+extra = ["--qos=long"]
+"""
+STAND_IN = """#!/bin/bash
+printf '%s\\0' "$@" > "$SEEN/words"
+env -0 > "$SEEN/environment"
+pwd > "$SEEN/folder"
+case $MODE in
+    die) ;;
+    slow) trap 'trap "exit 75" TERM; touch "$SEEN/told"' TERM ;;
+    *) trap 'exit 75' TERM ;;
+esac
+touch "$SEEN/ready"
+case $MODE in
+    die) exec sleep 60 ;;
+    wait | slow) while :; do sleep 0.02; done ;;
+    *) exit "$MODE" ;;
+esac
+"""
+HOSTILE = """a b'"; touch x; $(touch x) `touch x` $HOME \\ *"""
+
+
+class Site:
+    """A cluster's login node: programs of which one is a stand-in, profiles, and a `scontrol` that writes down what it is told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.home, self.programs = folder, folder / "ho me", folder / "bin"
+        self.programs.mkdir()
+        (self.home / "profiles").mkdir(parents=True)
+        (self.home / "profiles" / "big.toml").write_text(PROFILE)
+        (self.home / "profiles" / "slurm.toml").write_text('cores = 1\nmemory = "1GB"')
+        for name in ("wmcache", "wmtrain"):
+            self.add_program(name, STAND_IN)
+        self.add_program("scontrol", '#!/bin/bash\nprintf "%s\\n" "$*" >> "$SEEN/requeued"\n')
+        self.add_program("module", "#!/bin/bash\n")
+
+    def add_program(self, name: str, text: str) -> None:
+        (self.programs / name).write_text(text)
+        (self.programs / name).chmod(0o755)
+
+    def write(self, *words: str) -> Path:
+        result = sbatch(*words)
+        assert result.exit_code == 0, result.output
+        (line,) = result.stdout.splitlines()
+        assert line.startswith("sbatch ")
+        return self.home / "jobs" / ("wmtrain.sh" if "wmtrain" in words else "extract.sh")
+
+    def start(self, script: Path, mode: str | int = 0) -> subprocess.Popen[bytes]:
+        settings = {
+            "MODE": str(mode),
+            "SEEN": str(self.folder),
+            "PATH": f"{self.programs}:{os.environ['PATH']}",
+            **{"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"},
+        }
+        (self.folder / "ready").unlink(missing_ok=True)
+        return subprocess.Popen(["/bin/bash", script], env={**os.environ, **settings}, cwd="/")
+
+    def start_and_tell(self, script: Path, mode: str, *signals: signal.Signals) -> int:
+        """Send signals, each when the one before has come to the program, and wait for the end."""
+        process = self.start(script, mode)
+        for sent, file in zip(signals, ("ready", "told"), strict=False):
+            end = time.monotonic() + 10
+            while not (self.folder / file).exists():
+                assert time.monotonic() < end, f"the program is not {file}"
+                time.sleep(0.01)
+            process.send_signal(sent)
+        return process.wait(10)
+
+    @property
+    def seen(self) -> list[str]:
+        return (self.folder / "words").read_text().split("\0")[:-1]
+
+    @property
+    def requeued(self) -> str:
+        file = self.folder / "requeued"
+        return file.read_text() if file.exists() else ""
+
+
+def sbatch(*words: str) -> Result:
+    return CliRunner().invoke(main, ["sbatch", *words])
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    site = Site(tmp_path)
+    monkeypatch.setenv("WMCACHE_HOME", str(site.home))
+    monkeypatch.setattr(sys, "argv", [str(site.programs / "wmcache")])
+    monkeypatch.chdir(tmp_path)
+    return site
+
+
+class TestScript:
+    def test_an_extraction_is_an_array_that_has_what_the_profile_says(self, site: Site) -> None:
+        text = site.write("--profile", "big", "extract", "--encoder", "pixels").read_text()
+        asked = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+        assert asked == [
+            "--job-name=wmcache-extract",
+            f'--output="{site.home}/logs/%x-%A_%a.log"',
+            "--open-mode=append",
+            "--partition=gpu",
+            "--account=lab",
+            "--nodes=1",
+            "--ntasks=1",
+            "--gpus=1",
+            "--cpus-per-task=8",
+            "--mem=32G",
+            "--time=01:00:00",
+            "--array=0-15",
+            "--signal=B:USR1@180",
+            "--requeue",
+            "--qos=long",
+        ]
+        assert text.startswith("#!/bin/bash\n#SBATCH")
+        assert (site.home / "logs").is_dir()
+
+    def test_a_training_is_one_job_on_all_its_devices(self, site: Site) -> None:
+        text = site.write("--profile", "big", "wmtrain", "--cache", "s.zarr").read_text()
+        assert "--array" not in text
+        assert '--shard-slice "' not in text
+        assert '/logs/%x-%j.log"\n' in text
+        assert "#SBATCH --gpus=2\n" in text
+        assert f"{site.programs}/wmtrain --cache s.zarr --devices 2 &\n" in text
+        assert "--devices" not in site.write("wmtrain", "--cache", "s.zarr").read_text()
+
+    def test_jobs_and_a_short_walltime(self, site: Site) -> None:
+        (site.home / "profiles" / "short.toml").write_text('walltime = "00:02:00"')
+        text = site.write("--profile", "short", "--jobs", "3", "extract", "--encoder", "pixels").read_text()
+        assert "#SBATCH --array=0-2\n" in text
+        assert "#SBATCH --signal=B:USR1@60\n" in text
+        assert '--shard-slice "$SLURM_ARRAY_TASK_ID/3" &' in text
+
+    def test_the_line_to_type_is_all_of_stdout_and_quoted(self, site: Site) -> None:
+        out = site.folder / "it's mine.sh"
+        result = sbatch("--out", str(out), "extract", "--encoder", "pixels")
+        assert (
+            subprocess.check_output(["bash", "-c", f"printf '%s\\n' {result.stdout}"], text=True) == f"sbatch\n{out}\n"
+        )
+        assert out.exists()
+
+    def test_slurm_reads_a_folder_of_any_name_as_one_word(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WMCACHE_HOME", str(site.folder / """100% "o'k" $(touch x)"""))
+        result = sbatch("--out", "script.sh", "extract", "--encoder", "pixels")
+        assert result.exit_code == 0, result.output
+        # As slurm-wlm 22.05 takes it; tests/cluster/slurm.sh asks it.
+        assert (
+            f"""--output="{site.folder}/100%% \\"o'k\\" $(touch x)/logs/%x-%A_%a.log"\n"""
+            in Path("script.sh").read_text()
+        )
+
+    @pytest.mark.parametrize("name", ["line\nbreak", "back\\slash"])
+    def test_a_folder_that_slurm_cannot_be_told_of_is_refused(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        monkeypatch.setenv("WMCACHE_HOME", str(site.folder / name))
+        result = sbatch("--out", "script.sh", "extract", "--encoder", "pixels")
+        assert (result.exit_code, Path("script.sh").exists()) == (1, False)
+        assert "SLURM cannot write its logs there" in result.stderr
+
+
+class TestRun:
+    def test_words_arrive_as_they_were_typed_and_none_becomes_shell(self, site: Site) -> None:
+        folder = site.folder / HOSTILE
+        folder.mkdir()
+        os.chdir(folder)
+        words = ["extract", "--encoder", "pixels", "--dataset", HOSTILE, "--out", "line\nbreak"]
+        script = site.write("--profile", "big", *words)
+        subprocess.run(["bash", "-n", script], check=True)
+        assert site.start(script).wait(10) == 0
+        assert site.seen[: len(words)] == words
+        assert site.seen[-2:] == ["--shard-slice", "2/16"]
+        assert Path((site.folder / "folder").read_text().removesuffix("\n")) == folder
+        environment = (site.folder / "environment").read_text().split("\0")
+        assert {f"WMCACHE_HOME={site.home}", "OMP_NUM_THREADS=8", "FROM_SETUP=2"} <= set(environment)
+        assert not [*Path("/").glob("x"), *site.folder.rglob("x")]
+
+    @pytest.mark.parametrize("status", [0, 1, 130])
+    def test_a_status_is_passed_on(self, site: Site, status: int) -> None:
+        assert site.start(site.write("extract", "--encoder", "pixels"), status).wait(10) == status
+        assert site.requeued == ""
+
+    def test_a_program_that_says_it_was_stopped_goes_back_into_the_queue(self, site: Site) -> None:
+        assert site.start(site.write("extract", "--encoder", "pixels"), 75).wait(10) == 75
+        assert site.requeued == "requeue 7_2\n"
+
+    @pytest.mark.parametrize(("mode", "times"), [("wait", 1), ("die", 1), ("slow", 2)])
+    def test_the_walltimes_signal_stops_the_program_and_requeues_the_job(
+        self, site: Site, mode: str, times: int
+    ) -> None:
+        script = site.write("wmtrain", "--cache", "s.zarr")
+        assert site.start_and_tell(script, mode, *[signal.SIGUSR1] * times) == 75
+        assert site.requeued == "requeue 9\n"
+
+    def test_a_cancelled_job_is_stopped_and_stays_cancelled(self, site: Site) -> None:
+        script = site.write("extract", "--encoder", "pixels")
+        assert site.start_and_tell(script, "wait", signal.SIGTERM) == 75
+        assert site.start_and_tell(script, "slow", signal.SIGUSR1, signal.SIGTERM) == 75
+        assert site.requeued == ""
+
+    def test_a_module_that_is_not_there_ends_the_job(self, site: Site) -> None:
+        site.add_program("module", "#!/bin/bash\nexit 3\n")
+        assert site.start(site.write("--profile", "big", "extract", "--encoder", "pixels")).wait(10) == 3
+        assert not (site.folder / "words").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("extract --encode pixels", "No such option '--encode'"),
+        ("extract --encoder pixel", "no encoder 'pixel'"),
+        ("extract --store-dtype int4", "'int4' is not one of"),
+        ("extract --encoder pixels --dry-run", "--dry-run: it needs no cluster; leave it out"),
+        ("extract --shard-slice 0/2", "--shard-slice: the script gives each job its own; leave it out"),
+        ("extract --cluster slurm", "--cluster slurm: each job of the array works alone; leave it out"),
+        ("--profile big wmtrain --cache s.zarr --batch-size 3", "--batch-size 3"),
+        ("wmtrain", "Missing option '--cache'"),
+        ("wmtrain --cache s.zarr --steps many", "'many' is not a valid integer"),
+        ("wmtrain --seed 1 decoder --cache s.zarr", "wmtrain decoder has no batch script"),
+        ("wmtrain --cache s.zarr foo", "No such command 'foo'"),
+        ("--jobs 2 wmtrain --cache s.zarr", "--jobs is of an extraction"),
+        ("--jobs 0 extract", "0 is not in the range"),
+        ("train", "comes extract or wmtrain"),
+        ("", "comes extract or wmtrain"),
+        ("--profile gpu extract", "gpu.toml does not exist; write it, or take one of those in"),
+    ],
+)
+def test_what_would_fail_in_the_queue_is_said_now(site: Site, line: str, said: str) -> None:
+    result = sbatch(*line.split())
+    assert result.exit_code in (1, 2)
+    assert said in result.stderr.splitlines()[-1]
+    assert not (site.home / "jobs").exists()
+
+
+def test_a_second_signal_does_not_disturb_what_is_ending() -> None:
+    ended = []
+
+    @click.command(cls=Command)
+    def job() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.05)
+            ended.append(True)
+
+    assert CliRunner().invoke(job).exit_code == STOPPED
+    assert ended == [True]
