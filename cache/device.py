@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
@@ -34,6 +35,12 @@ def choose_device(name: str = "auto") -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"no device {name!r} here ({reason}); choose --device auto or cpu") from error
     return device
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs that this process sees."""
+    count, names = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names.split(",")[:count] if names else [str(number) for number in range(count)]
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

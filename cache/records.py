@@ -10,7 +10,8 @@ a thousand files. A record beside a block is younger than it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 
@@ -24,11 +25,13 @@ from wmcache.cache.errors import MissingError, UserError, command
 from wmcache.cache.files import atomic_write, exclusive, read_json, require_seal, seal, write_json
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard
-from wmcache.cache.places import Place, names_in, read_bytes, remove, stamp
+from wmcache.cache.places import Place, is_local, names_in, read_bytes, remove, stamp
 from wmcache.cache.schema import Count, Finite, parse
 
 IN_A_BLOCK = 1000
 """Shards: those whose numbers differ in the last three digits only."""
+FETCHES = 16
+"""Records that are asked of an object store at once."""
 
 
 @dataclass(frozen=True)
@@ -219,12 +222,24 @@ class Records:
         alone = self._alone()
         for block in self._blocks():
             found[block.shard] = block.bytes
-        for shard in alone:
-            try:
-                found[shard] = self.read(shard).bytes  # where it is by now: it may have been folded meanwhile
-            except UserError:
-                found[shard] = -1
+        for shard, record in self._read_all(alone):
+            found[shard] = -1 if isinstance(record, UserError) else record.bytes
         return found
+
+    def _read_all(self, shards: Iterable[int]) -> Iterator[tuple[int, Record | UserError]]:
+        """As `read`, wherever they are by now, for they may be folded meanwhile; from an object store several at once."""
+
+        def read(shard: int) -> tuple[int, Record | UserError]:
+            try:
+                return shard, self.read(shard)
+            except UserError as error:
+                return shard, error
+
+        if is_local(self.path):
+            yield from map(read, shards)
+        else:
+            with ThreadPoolExecutor(FETCHES, thread_name_prefix="records") as pool:
+                yield from pool.map(read, shards)
 
     def count(self) -> int:
         """How many shards have a record, by the names of the files; what was dropped from a block counts until it is done again."""
@@ -241,7 +256,11 @@ class Records:
             self.fold(first)
             block = self._block_or_none(first)
             if block is None or len(block.shard) < len(wanted):
-                block = Block.of({shard: self.read(shard) for shard in wanted})
+                found = dict(self._read_all(wanted))
+                for record in found.values():
+                    if isinstance(record, UserError):
+                        raise record
+                block = Block.of({shard: record for shard, record in found.items() if isinstance(record, Record)})
             yield block
 
     def claimed(self) -> list[int]:

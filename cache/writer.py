@@ -273,7 +273,10 @@ class StoreWriter:
         """Declare the store incomplete, then drop these shards; whoever reads the store meanwhile is told that it changed."""
         if read_attributes(self.path)["complete"]:
             with self._description(), _writing(self.path):
-                write_attributes(self.path, {**read_attributes(self.path), "complete": False})
+                attributes = read_attributes(self.path)
+                # Without the columns that `finish` writes: whoever dies there leaves them half written.
+                columns = {name: attributes["columns"][name] for name in STEP_COLUMNS}
+                write_attributes(self.path, {**attributes, "columns": columns, "complete": False})
         for shard in shards:
             with self.claim(shard, wait=True), _writing(self.path):
                 self._records.drop(shard)

@@ -35,6 +35,12 @@ T = TypeVar("T")
 Calls = Iterable[tuple[Hashable, Callable[[], Any]]]
 """Tasks, each with what is to come back beside its result."""
 
+OWN_GPU = """
+def dask_setup(worker):
+    import os
+    gpus = {gpus}
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker.name) % len(gpus)]
+"""
 GIVE_UP = 8
 """Failures one after another that are enough, where there are no more than half as many threads."""
 AHEAD = 3
@@ -395,7 +401,7 @@ def _local(workers: int, threads: int) -> Iterator[Any]:
         },
         "distributed.worker.multiprocessing-method": "spawn",
         # Ctrl-C goes to all processes of a terminal; this one tells the others.
-        "distributed.worker.preload": ["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"],
+        "distributed.worker.preload": ["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)", *_own_gpus()],
         **KEEP_BACK,
     }
     with (
@@ -404,6 +410,15 @@ def _local(workers: int, threads: int) -> Iterator[Any]:
         Client(cluster, set_as_default=False) as client,
     ):
         yield client
+
+
+def _own_gpus() -> list[str]:
+    """What gives each process its own of several GPUs, before it loads torch."""
+    if "torch" not in sys.modules:
+        return []  # whoever has not loaded it does not compute with it
+    from wmcache.cache.device import visible_gpus
+
+    return [OWN_GPU.format(gpus=gpus)] if len(gpus := visible_gpus()) > 1 else []
 
 
 @contextmanager

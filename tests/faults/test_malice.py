@@ -692,7 +692,7 @@ def test_pickles_in_a_column_are_refused(
         for name in names:
             array = zarr.open_array(small.store / name, mode="r")
             shutil.copy(store / name / "zarr.json", store / name / "other.json")
-            shutil.rmtree(store / name / "c")
+            shutil.rmtree(store / name / "c", ignore_errors=True)  # the tokens have none
             zarr.create_array(store / name, data=array[:], fill_value=array.fill_value, zarr_format=2, overwrite=True)
             shutil.copy(small.store / name / "zarr.json", store / name / "zarr.json")
         (store / "state" / ".zarray").write_text(json.dumps(OBJECTS[objects]))

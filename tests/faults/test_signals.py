@@ -128,7 +128,8 @@ def stopped(
         # A tar that does not answer: whatever the machine, the signal comes in the middle.
         (data / "frames-000001.tar").unlink()
         os.mkfifo(data / "frames-000001.tar")
-        words = ["--dataset", data, "--weights", tcn_weights, "--out", out, "--device", "cpu", "--cluster", f"local:{workers}"]
+        words = ["--dataset", data, "--weights", tcn_weights, "--out", out, "--device", "cpu"]
+        words += ["--cluster", f"local:{workers}"]
         cases[name] = Stopped(Command("wmcache", "extract", *words, said=folder / "stderr"), data, out, {})
     try:
         for name, case in cases.items():

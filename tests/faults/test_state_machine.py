@@ -174,6 +174,8 @@ class StoreMachine(RuleBasedStateMachine):
         if self.described:
             found = self.world.content(self.path)
             for name in {*found, *self.world.good} - set(PERISHABLE):
+                if name.startswith("sha256/") and not self.complete:
+                    continue  # it is what comes last
                 assert found.get(name) == self.world.good.get(name), name
 
     # What is done to it.

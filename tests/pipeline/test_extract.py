@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,17 @@ from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Features
-from wmcache.pipeline.extract import default_store, encode_frames, extract, forecast
+from wmcache.pipeline.encoders.weights import read_metadata
+from wmcache.pipeline.extract import (
+    Job,
+    default_store,
+    encode_frames,
+    extract,
+    forecast,
+    load_encoders,
+    remember_encoders,
+    slice_of,
+)
 from wmcache.pipeline.frames import FrameDataset
 
 Snapshot = Callable[[Path], dict[str, bytes]]
@@ -179,3 +190,25 @@ def test_stores_live_under_the_home(
 ) -> None:
     monkeypatch.setenv("WMCACHE_HOME", str(tmp_path))
     assert default_store(dataset.card.name, encoder) == tmp_path / "stores/pointmaze-umaze/tcn-64.zarr"
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 6, 9])
+def test_slices_are_contiguous_and_together_all_shards(count: int) -> None:
+    parts = [slice_of(6, (number, count)) for number in range(count)]
+    assert [shard for part in parts for shard in part] == list(range(6))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_weights_that_are_others_where_a_task_runs_are_refused(
+    dataset: FrameDataset, tcn_weights: Path, tmp_path: Path
+) -> None:
+    mine = Path(shutil.copy(tcn_weights, tmp_path / "mine.safetensors"))
+    ours = encoders.create("tcn", weights=mine, device="cpu")
+    identity = ours.identity(dataset.card.fingerprint)
+    job = Job(json.dumps(ours.recipe()), json.dumps(identity.to_json()), str(tmp_path / "x.zarr"), "one")
+    (loaded,) = load_encoders([job], [job], "auto")
+    assert load_encoders([job], [job], "auto") == [loaded]
+    save_file({name: value + 0.1 for name, value in load_file(mine).items()}, mine, {**read_metadata(mine)})
+    remember_encoders([])
+    with pytest.raises(UserError, match=r"tcn is another one where this task runs \(weights_sha256"):
+        load_encoders([job], [job], "auto")

@@ -1,0 +1,323 @@
+"""Frames and tokens in a bucket: the same bytes as in a folder, made by the same functions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from upath import UPath
+from wmcache.cache import TokenStore, UserError
+from wmcache.cache.catalogue import list_stores
+from wmcache.cache.layout import shard_file
+from wmcache.cache.mirror import MirroredReader
+from wmcache.cache.places import files_in, place, put, read_bytes, remove, upload
+from wmcache.cache.records import record_file
+from wmcache.cache.verify import verify
+from wmcache.cli import main
+from wmcache.pipeline.collect import collect
+from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.extract import extract
+from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.repair import repair, verify_deep
+
+Snapshot = Callable[[Path], dict[str, bytes]]
+EVERY = np.arange(360)
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UPath]:
+    """Of an object store in this process; empty, and gone at the end."""
+    monkeypatch.setenv("WMCACHE_HOME", str(tmp_path / "home"))
+    there = place("memory://road")
+    assert isinstance(there, UPath)
+    remove(there)
+    yield there
+    remove(there)
+
+
+@pytest.fixture
+def far(bucket: UPath, store_path: Path) -> UPath:
+    """The store, as objects."""
+    upload(store_path, bucket / store_path.name, last="zarr.json")
+    return bucket / store_path.name
+
+
+def objects(at: UPath) -> dict[str, bytes]:
+    """Every object under a place."""
+    keys = at.fs.find(at.path)
+    return {key.removeprefix(at.path).lstrip("/"): at.fs.cat_file(key) for key in keys}
+
+
+def flip(at: UPath) -> None:
+    data = bytearray(read_bytes(at))
+    data[len(data) // 2] ^= 1
+    put(at, bytes(data))
+
+
+def collect_again(out: UPath) -> None:
+    """As the session's dataset."""
+    settings: dict[str, Any] = {"episodes": 6, "length": 60, "image_size": 32, "frames_per_shard": 64}
+    collect("wmcache/PointMaze-UMaze-v0", out, **settings, cluster="local:1")
+
+
+def test_frames_are_collected_into_a_bucket_as_into_a_folder(
+    bucket: UPath, dataset_path: Path, dataset: FrameDataset, all_bytes: Snapshot
+) -> None:
+    collect_again(bucket / dataset_path.name)
+    assert objects(bucket / dataset_path.name) == all_bytes(dataset_path)
+    found = FrameDataset.open(f"memory://road/{dataset_path.name}")
+    assert found.card == dataset.card
+    np.testing.assert_array_equal(found.steps.state, dataset.steps.state)
+    chosen = [359, 0, 63, 64]
+    np.testing.assert_array_equal(found.read_frames(chosen), dataset.read_frames(chosen))
+
+
+def test_a_collection_into_a_bucket_goes_on_where_it_was_stopped(
+    bucket: UPath, dataset_path: Path, all_bytes: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, written, failed = bucket / dataset_path.name, list[str](), list[str]()
+    pipe_file = type(bucket.fs).pipe_file
+
+    def deny(self: Any, path: str, *arguments: Any, **settings: Any) -> Any:
+        written.append(path.rpartition("/")[2])
+        if written[-1] == "frames-000003.tar" and not failed:
+            failed.append(path)
+            raise OSError("AccessDenied")
+        return pipe_file(self, path, *arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(bucket.fs), "pipe_file", deny)
+        with pytest.raises(UserError, match=r"cannot write memory://road/.*AccessDenied; check address") as caught:
+            collect_again(out)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(UserError, match="unfinished dataset"):
+            FrameDataset.open(out)
+        whole = set(written) - {"frames-000003.tar"}
+        written.clear()
+        collect_again(out)
+        assert not {name for name in whole if name.endswith(".tar")} & set(written)
+    assert objects(out) == all_bytes(dataset_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("frames-000002.tar", r"frames-000002\.tar differs from its checksum"),
+        ("steps.parquet", r"steps\.parquet"),
+        ("dataset.json", r"dataset\.json is damaged|dataset\.json cannot be read|fingerprint|does not match"),
+    ],
+)
+def test_damaged_frames_in_a_bucket_are_refused_in_one_line(
+    bucket: UPath, dataset_path: Path, name: str, said: str
+) -> None:
+    path = bucket / dataset_path.name
+    upload(dataset_path, path, last="dataset.json")
+    flip(path / name)
+    with pytest.raises(UserError, match=said) as caught:
+        FrameDataset.open(path).read_frames([64, 128, 200])
+    assert "\n" not in str(caught.value)
+
+
+def test_frames_that_are_not_there_say_where_they_should_be(bucket: UPath, dataset_path: Path) -> None:
+    with pytest.raises(UserError, match=r"memory://road/none/dataset\.json does not exist; make a dataset with"):
+        FrameDataset.open(bucket / "none")
+    path = bucket / dataset_path.name
+    upload(dataset_path, path, last="dataset.json")
+    remove(path / "frames-000001.tar")
+    with pytest.raises(UserError, match=r"frames-000001\.tar cannot be read \(it does not exist\); check address"):
+        FrameDataset.open(path).read_shard(1)
+
+
+def test_tokens_are_extracted_into_a_bucket_as_into_a_folder(
+    bucket: UPath, dataset: FrameDataset, encoder: Encoder, store_path: Path, all_bytes: Snapshot
+) -> None:
+    extract(dataset, encoder, bucket / "tcn-64.zarr")
+    assert objects(bucket / "tcn-64.zarr") == all_bytes(store_path)
+    assert verify(bucket / "tcn-64.zarr").sound
+
+
+def test_the_whole_road_lies_in_a_bucket(
+    bucket: UPath, dataset_path: Path, encoder: Encoder, store: TokenStore
+) -> None:
+    upload(dataset_path, bucket / "frames", last="dataset.json")
+    path = bucket / "stores" / "tcn-64.zarr"
+    extract(FrameDataset.open(bucket / "frames"), encoder, path)
+    far = TokenStore.open(str(path), mirrored=True)
+    assert isinstance(far._reader, MirroredReader)
+    assert far.card.dataset["path"] == "memory://road/frames"
+    ours, theirs = (it.windows(frameskip=3, split="train") for it in (far, store))
+    assert len(ours) == len(theirs)
+    for numbers in np.array_split(np.random.default_rng(0).permutation(len(ours)), 5):
+        expected = theirs.batch(numbers)
+        for name, value in ours.batch(numbers).items():
+            np.testing.assert_array_equal(value, expected[name])
+    # What it says of itself is enough to encode some of it anew.
+    assert verify_deep(path, device="cpu").sound
+
+
+def test_an_extraction_into_a_bucket_goes_on_where_it_was_stopped(
+    bucket: UPath,
+    dataset: FrameDataset,
+    encoder: Encoder,
+    store_path: Path,
+    all_bytes: Snapshot,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, written, failed = bucket / "tcn-64.zarr", list[str](), list[str]()
+    pipe_file = type(bucket.fs).pipe_file
+
+    def fail(self: Any, at: str, *arguments: Any, **settings: Any) -> Any:
+        written.append(at.rpartition("/")[2])
+        if written[-1] == "c.3.0.0" and not failed:
+            failed.append(at)
+            raise TimeoutError("Connect timeout on endpoint URL")
+        return pipe_file(self, at, *arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(bucket.fs), "pipe_file", fail)
+        with pytest.raises(UserError, match=r"cannot write memory://road/tcn-64\.zarr.*timeout.*; check") as caught:
+            extract(dataset, encoder, path)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(UserError, match="is incomplete"):
+            TokenStore.open(path)
+        whole = {name for name in written if name.startswith("c.")} - {"c.3.0.0"}
+        assert whole
+        found = verify(path)
+        assert (found.complete, found.faults) == (False, [])
+        written.clear()
+        extract(dataset, encoder, path)
+        assert not whole & set(written)
+    assert objects(path) == all_bytes(store_path)
+
+
+def test_a_shard_without_its_record_is_done_again(
+    bucket: UPath, far: UPath, dataset: FrameDataset, encoder: Encoder, store_path: Path, all_bytes: Snapshot
+) -> None:
+    # As a kill between the two leaves it: the object, and not yet its record.
+    remove(record_file(far, 2))
+    attributes = json.loads(read_bytes(far / "zarr.json"))["attributes"]
+    assert attributes["complete"]
+    assert [fault.shard for fault in verify(far).faults] == [2]
+    repair(far, device="cpu")
+    assert objects(far) == all_bytes(store_path)
+
+
+def test_extractions_beside_each_other_end_in_one_sound_store(
+    bucket: UPath, dataset: FrameDataset, encoder: Encoder, store: TokenStore
+) -> None:
+    path = bucket / "tcn-64.zarr"
+    with ThreadPoolExecutor(3) as pool:
+        for _ in pool.map(lambda _: extract(dataset, encoder, path), range(3)):
+            pass
+    assert verify(path).sound
+    np.testing.assert_array_equal(TokenStore.open(path).gather(EVERY), store.gather(EVERY))
+
+
+DAMAGE: dict[str, Callable[[UPath], object]] = {
+    "shard flipped": lambda path: flip(shard_file(path, 2)),  # type: ignore[arg-type]
+    "shard lost": lambda path: remove(shard_file(path, 2)),
+    "shard cut": lambda path: put(path / "tokens" / "c.2.0.0", read_bytes(shard_file(path, 2))[:-5]),
+    "record lost": lambda path: remove(record_file(path, 2)),
+    "record garbled": lambda path: put(path / "tokens" / "commits" / "000002.json", b"{"),
+    "column lost": lambda path: remove(path / "state"),
+    "checksums lost": lambda path: remove(path / "sha256"),
+    "array garbled": lambda path: put(path / "tokens" / "zarr.json", b"{"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_store_in_a_bucket_is_found_and_mended(
+    far: UPath, store_path: Path, all_bytes: Snapshot, damage: str
+) -> None:
+    assert verify(far).sound
+    DAMAGE[damage](far)
+    found = verify(far)
+    assert not found.sound
+    assert {fault.shard for fault in found.faults} == ({2} if "shard" in damage or "record" in damage else {None})
+    repair(far, device="cpu")
+    assert objects(far) == all_bytes(store_path)
+    assert verify(far).sound
+
+
+def test_a_description_that_is_lost_is_written_anew(
+    far: UPath, dataset: FrameDataset, encoder: Encoder, store_path: Path, all_bytes: Snapshot
+) -> None:
+    shards = dict(files_in(far / "tokens", "c."))
+    put(far / "zarr.json", b"{")
+    with pytest.raises(UserError, match=r"zarr\.json cannot be read .*; run its wmcache extract again"):
+        TokenStore.open(far)
+    extract(dataset, encoder, far)
+    assert objects(far) == all_bytes(store_path)
+    assert dict(files_in(far / "tokens", "c.")) == shards
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(main, words, prog_name="wmcache")
+
+
+class TestCommands:
+    def test_stores_are_listed(self, bucket: UPath, far: UPath, store_path: Path) -> None:
+        upload(store_path, bucket / "more" / "deeper" / "b.zarr", last="zarr.json")
+        put(bucket / "more" / "damaged.zarr" / "zarr.json", b"{")
+        result = run("ls", "memory://road", "--json")
+        assert result.exit_code == 0, result.output
+        found = {entry["path"]: entry for entry in json.loads(result.stdout)}
+        assert list(found) == [
+            "memory://road/more/damaged.zarr",
+            "memory://road/more/deeper/b.zarr",
+            "memory://road/tcn-64.zarr",
+        ]
+        assert [entry["complete"] for entry in found.values()] == [False, True, True]
+        (here,) = list_stores(store_path.parent)
+        assert found["memory://road/tcn-64.zarr"] == {**here.__dict__, "path": "memory://road/tcn-64.zarr"}
+        assert "memory://road/tcn-64.zarr" in run("ls", "memory://road").stdout
+
+    def test_a_store_says_what_it_is(self, far: UPath) -> None:
+        result = run("info", str(far), "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["path"] == str(far)
+
+    def test_a_store_is_verified_and_repaired(self, far: UPath) -> None:
+        result = run("verify", str(far))
+        assert (result.exit_code, result.stdout) == (0, f"{far}: 6 of 6 shards as they were written, 360 frames\n")
+        flip(shard_file(far, 1))  # type: ignore[arg-type]
+        result = run("verify", str(far))
+        assert result.exit_code == 1
+        assert f"fault: {far}/tokens/c.1.0.0: it differs from its checksum" in result.stdout
+        assert f"mend it with: wmcache repair {far}" in result.stderr
+        assert run("repair", str(far), "--device", "cpu").exit_code == 0
+        assert run("verify", str(far)).exit_code == 0
+
+    def test_a_store_is_deleted_and_its_neighbours_stay(self, bucket: UPath, far: UPath, store_path: Path) -> None:
+        put(bucket / "thesis.txt", b"years of work")
+        upload(store_path, bucket / "tcn-64.zarr.old", last="zarr.json")
+        neighbours = len(objects(bucket / "tcn-64.zarr.old"))
+        result = run("rm", "--yes", str(far))
+        assert result.exit_code == 0, result.output
+        assert result.stdout.startswith(f"{far}: deleted, ")
+        assert len(objects(bucket)) == neighbours + 1
+        result = run("rm", "--yes", str(far))
+        assert result.exit_code == 1
+        assert "does not exist" in result.stderr
+
+    def test_what_is_no_store_is_not_deleted(self, bucket: UPath, dataset_path: Path) -> None:
+        upload(dataset_path, bucket / "frames", last="dataset.json")
+        before = objects(bucket)
+        for name in ("memory://road/frames", "memory://road/frames/dataset.json"):
+            result = run("rm", "--yes", name)
+            assert result.exit_code == 1
+            assert "is not a token store, so it stays" in result.stderr
+        assert objects(bucket) == before
+
+    @pytest.mark.parametrize("command", ["info", "verify", "repair", "finalize", "preview"])
+    def test_a_store_that_is_not_there_is_one_line(self, bucket: UPath, command: str) -> None:
+        result = run(command, "memory://road/none.zarr")
+        assert result.exit_code == 1
+        assert result.stderr.startswith("Error: memory://road/none.zarr does not exist; ")
+        assert result.stderr.count("\n") == 1
