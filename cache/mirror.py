@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from dask.utils import parse_bytes
 from numpy.typing import NDArray
 from tqdm import tqdm
 from wmcache.cache.errors import UserError
@@ -136,6 +135,8 @@ def files_of(folder: Path) -> list[tuple[Path, os.stat_result]]:
 def most_bytes(folder: Path) -> int:
     """What a mirror may hold; raises UserError where the setting is no number of bytes."""
     if setting := os.environ.get("WMCACHE_MIRROR_BYTES"):
+        from dask.utils import parse_bytes  # costs what a reader of local stores need not pay
+
         try:
             return int(parse_bytes(setting))
         except ValueError:

@@ -31,7 +31,7 @@ EXTRAS = {"s3": "s3", "s3a": "s3"}
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {
-        # s3fs tries five times what times out, and botocore each of these as often as is said here.
+        # For whoever waits: a server that is silent is given up after a minute.
         "config_kwargs": {
             "connect_timeout": 5,
             "read_timeout": 20,
@@ -80,7 +80,9 @@ def place(text: str | Place) -> Place:
     try:
         # Others write there too: a listing that was true a minute ago is no help.
         found: UPath = UPath(text, use_listings_cache=False, **OPTIONS.get(protocol, {}))
-        found.fs  # noqa: B018 (the file system's package is imported here)
+        system = type(found.fs)  # whose package is imported here
+        if protocol in EXTRAS:
+            system.retries = 1  # s3fs would begin botocore's tries anew, five times
     except ImportError as error:
         extra = EXTRAS.get(protocol)
         mend = f"pip install 'wmcache[{extra}]'" if extra else "pip install the file system that fsspec names for it"

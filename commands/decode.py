@@ -13,7 +13,7 @@ from wmcache.cache.places import Place
 from wmcache.commands.shared import PATH, PLACE, Command, device_option, json_option, options
 
 frames_option = click.option(
-    "--frames", "--dataset", "dataset", type=PATH, help="Where the store's frames are, if they have moved."
+    "--frames", "--dataset", "dataset", type=PLACE, help="Where the store's frames are, if they have moved."
 )
 lpips_option = click.option(
     "--lpips/--no-lpips", default=True, help="Try to compute LPIPS; its network is fetched once, 244 MB."

@@ -49,8 +49,10 @@ class OneLine(click.Command):
             ) from error
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
+            far = "://" in str(error.filename)
+            mend = "check address, credentials and network" if far else "free space or make it accessible"
             raise click.ClickException(
-                f"{where}{error.strerror or error}; free space or make it accessible, then run the same command again"
+                f"{where}{error.strerror or error}; {mend}, then run the same command again"
             ) from error
         except (ValueError, RuntimeError) as error:
             # The envs import nothing of ours, so their errors have types of their own; whatever else it is deserves its traceback.
@@ -175,7 +177,17 @@ class NumberType(click.ParamType[int]):
         return int(number)
 
 
-PATH = click.Path(path_type=Path)
+class LocalType(click.Path):
+    """A path of this machine."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Fails where it is a URL, which would be a folder of that name."""
+        if "://" in str(value):
+            self.fail(f"{value} is a URL; this takes a path of this machine", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = LocalType(path_type=Path)
 PLACE = PlaceType()
 NUMBER = NumberType()
 dataset_option = click.option("--dataset", type=PLACE, help="Frame dataset.  [default: $WMCACHE_HOME/pointmaze-umaze]")

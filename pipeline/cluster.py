@@ -35,6 +35,12 @@ T = TypeVar("T")
 Calls = Iterable[tuple[Hashable, Callable[[], Any]]]
 """Tasks, each with what is to come back beside its result."""
 
+# Ctrl-C goes to all processes of a terminal, and this one tells the others; of tasks that are cancelled then nobody need read.
+SILENT = """
+import logging, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+logging.getLogger("distributed.worker.state_machine").setLevel(logging.ERROR)
+"""
 OWN_GPU = """
 def dask_setup(worker):
     import os
@@ -400,8 +406,7 @@ def _local(workers: int, threads: int) -> Iterator[Any]:
             "MALLOC_TRIM_THRESHOLD_": 65536,
         },
         "distributed.worker.multiprocessing-method": "spawn",
-        # Ctrl-C goes to all processes of a terminal; this one tells the others.
-        "distributed.worker.preload": ["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)", *_own_gpus()],
+        "distributed.worker.preload": [SILENT, *_own_gpus()],
         **KEEP_BACK,
     }
     with (

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from upath import UPath
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, UserError
-from wmcache.cache import records as records_module
 from wmcache.cache.catalogue import look_at
 from wmcache.cache.files import read_json, seal, write_json
 from wmcache.cache.places import Place, names_in

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from wmcache.cache import StoreWriter, TokenStore, UserError
 from wmcache.cache.files import read_json, write_json
 from wmcache.cache.layout import read_attributes, shard_file, write_attributes
-from wmcache.cache.records import record_file
+from wmcache.cache.records import block_file, record_file
 from wmcache.cache.verify import verify
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
@@ -431,3 +431,46 @@ class TestLiveEncoder:
             live_encoder(path, dataset=other_dataset, device="cpu")
         with pytest.raises(UserError, match="weights_sha256: "):
             live_encoder(path, weights=other_weights, device="cpu")
+
+
+class TestBlocks:
+    """Records of four shards in one file, and two alone."""
+
+    @pytest.fixture(params=["float16", "int8"])
+    def folded(
+        self,
+        request: pytest.FixtureRequest,
+        dataset: FrameDataset,
+        encoder: Encoder,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> Path:
+        monkeypatch.setattr("wmcache.cache.records.IN_A_BLOCK", 4)
+        monkeypatch.setattr("wmcache.cache.verify.IN_A_BLOCK", 4)
+        path = tmp_path / "folded.zarr"
+        extract(dataset, encoder, path, dtype=request.param)
+        names = sorted(file.name for file in (path / "tokens" / "commits").iterdir())
+        assert names == ["000004.json", "000005.json", "block-000000.safetensors"]
+        return path
+
+    def test_a_shard_is_encoded_again_and_its_block_made_whole(self, folded: Path, all_bytes: Snapshot) -> None:
+        before, when = all_bytes(folded), times(folded)
+        flip(shard_file(folded, 2), 400)
+        assert [fault.shard for fault in repair(folded, device="cpu").faults] == [2]
+        assert all_bytes(folded) == before
+        for shard in (0, 1, 3, 4, 5):
+            assert times(folded)[shard_file(folded, shard)] == when[shard_file(folded, shard)]
+
+    @pytest.mark.parametrize("damage", ["lost", "flipped"])
+    def test_a_block_is_written_again(self, folded: Path, all_bytes: Snapshot, damage: str) -> None:
+        before, when = all_bytes(folded), times(folded)
+        if damage == "lost":
+            block_file(folded, 0).unlink()
+        else:
+            flip(block_file(folded, 0), -3)
+        assert [fault.shard for fault in repair(folded, device="cpu").faults] == [0, 1, 2, 3]
+        assert all_bytes(folded) == before
+        assert verify(folded).sound
+        if read_attributes(folded)["card"]["dtype"] == "float16":  # from the tokens that are there
+            for shard in range(4):
+                assert times(folded)[shard_file(folded, shard)] == when[shard_file(folded, shard)]
