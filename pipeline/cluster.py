@@ -355,9 +355,10 @@ class _Dask:
         try:
             return future.result()
         except KilledWorker:  # Dask has tried it on several
-            return UserError(
-                "its worker process was killed again and again; lower --batch-size, or the N of --cluster local:N"
-            )
+            more = "the N of --cluster local:N" if not self._where.elsewhere else "give workers more memory"
+            if self._where.profile is not None:
+                more = "raise memory in the profile"
+            return UserError(f"its worker process was killed again and again; lower --batch-size, or {more}")
         except CancelledError:
             raise _gone(self._where) from None
         except OSError as error:

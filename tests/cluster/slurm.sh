@@ -33,6 +33,10 @@ leave() {
     trap - EXIT
     [[ $status -eq 0 ]] || tail -n 15 "$work"/slurm*.log "$work"/*/logs/*.log >&2 || true
     scancel --user=root 2>/dev/null || true
+    for ((i = 0; i < 60; i++)); do # a job outlives its slurmd
+        [[ -n $(squeue --noheader 2>/dev/null) ]] || break
+        sleep 0.5
+    done
     for ((i = ${#daemons[@]} - 1; i >= 0; i--)); do
         { kill "${daemons[i]}" && wait "${daemons[i]}"; } 2>/dev/null || true
     done
