@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,11 +71,14 @@ def place(text: str | Place) -> Place:
         return text
     protocol, separator, rest = text.partition("://")
     if not separator:
+        if re.match(r"[a-z][a-z0-9]+:/", text):
+            raise UserError(f"{text} is neither a path nor a URL; write ://, or ./ before a folder of that name")
         return Path(text)
-    if protocol == "file":
+    if protocol == "file" and rest.startswith("/"):
         return Path(rest)
-    if not rest.strip("/"):
-        raise UserError(f"{text} names no place; write {protocol}://bucket/folder")
+    if protocol == "file" or not rest.strip("/"):
+        example = "/folder" if protocol == "file" else "bucket/folder"
+        raise UserError(f"{text} names no place; write {protocol}://{example}")
     from upath import UPath  # costs what a command without URLs need not pay
 
     try:

@@ -338,8 +338,11 @@ class Records:
             scales = width if self._card.dtype == "int8" else 0
             shapes = [(count,), (count,), (count, 32), (count, 16), *[(count, width)] * 2, *[(count, scales)] * 2]
             _require([getattr(block, field.name).shape for field in fields(block)] == shapes, "its shapes are others")
+            kinds = [np.int64, np.int64, np.uint8, np.uint8, np.float64, np.float64, np.float32, np.float32]
+            _require([getattr(block, field.name).dtype for field in fields(block)] == kinds, "its types are others")
             in_order = (np.diff(block.shard) > 0).all()
-            within = count == 0 or (block.shard[0] >= first and block.shard[-1] < first + IN_A_BLOCK)
+            last = min(first + IN_A_BLOCK, self._card.num_shards)
+            within = count == 0 or (block.shard[0] >= first and block.shard[-1] < last)
             _require(bool(in_order and within), "its shards are others")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{file} is damaged ({' '.join(str(error).split())[:160]}); {self._mend}") from error

@@ -31,7 +31,7 @@ from wmcache.commands.shared import (
 
 def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:  # noqa: ARG001 (click's signature)
     """`I/N` -> (I, N), the I-th (from 0) of N slices."""
-    found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", value)
+    found = re.fullmatch("([0-9]{1,9})/([1-9][0-9]{0,8})", value)
     if found is None:
         raise click.ClickException(f"--shard-slice {value!r} is no slice; write I/N, as in 0/8 for the first of 8")
     number, count = map(int, found.groups())

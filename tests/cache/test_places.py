@@ -40,8 +40,14 @@ def somewhere(request: pytest.FixtureRequest, tmp_path: Path, bucket: UPath) -> 
     return tmp_path if request.param == "folder" else bucket / "folder"
 
 
+@pytest.mark.parametrize("text", ["s3:/one/slash", "file://relative/folder", "s3://", "file://"])
+def test_what_is_nearly_a_url_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=re.escape(text)):
+        place(text)
+
+
 def test_a_path_is_a_path(tmp_path: Path) -> None:
-    for text in ("data/stores", "/data/some store.zarr", "s3:/one/slash", "C:data", ""):
+    for text in ("data/stores", "/data/some store.zarr", "./s3:/one/slash", "C:data", ""):
         assert place(text) == Path(text)
     assert place(f"file://{tmp_path}/x.zarr") == tmp_path / "x.zarr"
     assert place(tmp_path) is tmp_path
