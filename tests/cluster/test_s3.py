@@ -237,7 +237,7 @@ def test_an_extraction_goes_on_after_the_server_was_killed(
             listed = client.list_objects_v2(Bucket="bucket", Prefix="killed.zarr/tokens/commits/0")
             return int(listed["KeyCount"]) >= 5
 
-        extraction = start(words)
+        extraction = start(words, AWS_MAX_ATTEMPTS="1")
         kill_after(s3, some_are_done, extraction)
     assert "s3://bucket/" in wait(extraction).error()
     s3.start()
@@ -247,8 +247,6 @@ def test_an_extraction_goes_on_after_the_server_was_killed(
     assert download(s3, store, "tokens/c.") == shards_in(local)
     sound = f"{store}: {SHARDS} of {SHARDS} shards as they were written, 480 frames"
     assert run(["wmcache", "verify", store]).well() == [sound]
-    described = run(["wmcache", "info", store]).well()
-    assert any(re.fullmatch(r"complete +True", line) for line in described), described
 
 
 def test_two_extractions_into_one_store_both_end_well(
@@ -352,24 +350,17 @@ def test_a_mirror_keeps_its_bound(s3: S3Server, start: Start, home: Path, local:
 
 EXTRACT_THERE = [*EXTRACT, "--dataset", "DATASET", "--out", "s3://bucket/refused.zarr"]
 COLLECT_THERE = ["wmcache", "collect", "--episodes", "1", "--image-size", "32", "--cluster", "local:1", "--out"]
+INFO = ["wmcache", "info", "s3://bucket/x.zarr"]
 NOBODY = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
 REFUSED: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "extract without credentials": (EXTRACT_THERE, NOBODY, "credentials"),
     "extract as one who may only read": (EXTRACT_THERE, {"identity": "reader"}, "Access Denied"),
-    "collect with a wrong secret": (
-        [*COLLECT_THERE, "s3://bucket/refused"],
-        {"AWS_SECRET_ACCESS_KEY": "wrong"},
-        "Forbidden|signature",
-    ),
     "collect into a bucket that is not there": ([*COLLECT_THERE, "s3://no-such/refused"], {}, "bucket does not exist"),
-    "train on a server that is not there": (
-        ["wmtrain", "--cache", "s3://bucket/x.zarr"],
-        {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
-        "Could not connect",
-    ),
-    "verify without credentials": (["wmcache", "verify", "s3://bucket/x.zarr"], NOBODY, "credentials"),
-    "info as nobody": (["wmcache", "info", "s3://bucket/x.zarr"], {"AWS_ACCESS_KEY_ID": "nobody"}, "Forbidden"),
-    "info of nothing": (["wmcache", "info", "s3://bucket/x.zarr"], {}, "make a store with: wmcache extract"),
+    "train without credentials": (["wmtrain", "--cache", "s3://bucket/x.zarr"], NOBODY, "credentials"),
+    "info with a wrong secret": (INFO, {"AWS_SECRET_ACCESS_KEY": "wrong"}, "Forbidden"),
+    "info as nobody": (INFO, {"AWS_ACCESS_KEY_ID": "nobody"}, "Forbidden"),
+    "info of a server that is not there": (INFO, {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "Could not connect"),
+    "info of nothing": (INFO, {}, "make a store with: wmcache extract"),
 }
 
 
