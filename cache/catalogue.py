@@ -75,7 +75,7 @@ def _find(folder: Place) -> Iterator[Place]:
         for root, below, _ in folder.fs.walk(folder.path, detail=True):
             for name in [name for name in below if name.endswith(".zarr")]:
                 del below[name]
-                yield folder / root.removeprefix(folder.path).strip("/") / name
+                yield folder / root.removeprefix(folder.path.rstrip("/")).strip("/") / name
 
 
 def look_at(path: Place) -> Entry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -125,7 +126,8 @@ def exclusive(lock: Place, place: Place | None = None, *, wait: bool = True) -> 
     if not isinstance(lock, Path):
         yield True
         return
-    held = FileLock(lock, timeout=-1 if wait else 0, thread_local=False)
+    # A lock that is no more than a file would stay when its holder dies.
+    held = FileLock(lock, timeout=-1 if wait else 0, thread_local=False, fallback_to_soft=False)
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         held.acquire()
@@ -133,9 +135,10 @@ def exclusive(lock: Place, place: Place | None = None, *, wait: bool = True) -> 
         yield False
         return
     except OSError as error:
-        raise UserError(
-            f"cannot write {place or lock}: {error.strerror or error}; free space, make it writable, or choose another place"
-        ) from error
+        mend = "free space, make it writable, or choose another place"
+        if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            mend = "its file system has no locks: mount it with flock, or choose another place"
+        raise UserError(f"cannot write {place or lock}: {error.strerror or error}; {mend}") from error
     try:
         yield True
     finally:

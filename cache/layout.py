@@ -292,6 +292,14 @@ def create_column(path: Place, name: str, values: NDArray[Any]) -> None:
         column[start : start + ROWS_IN_A_CHUNK] = values[start : start + ROWS_IN_A_CHUNK]
 
 
+def has_column(path: Place, name: str, sha256: str) -> bool:
+    """Whether a column is there with just these values."""
+    try:
+        return column_sha256(_array(zarr.open_group(zarr_store(path), mode="r"), name)) == sha256
+    except Exception:  # noqa: BLE001 (whatever zarr makes of what is not there, or is broken)
+        return False
+
+
 def read_column(
     group: zarr.Group, card: StoreCard, name: str, columns: Mapping[str, Any], where: Place
 ) -> NDArray[Any]:

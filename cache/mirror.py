@@ -139,7 +139,7 @@ def most_bytes(folder: Path) -> int:
 
         try:
             return int(parse_bytes(setting))
-        except ValueError:
+        except (ValueError, OverflowError):
             raise UserError(f"WMCACHE_MIRROR_BYTES is {setting!r}; write a number of bytes, as in 200GB") from None
     held = sum(found.st_size for _, found in files_of(folder)) if folder.exists() else 0
     return int(SHARE_OF_FREE * ((free_space(folder) or 0) + held))

@@ -14,7 +14,7 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,6 +229,37 @@ def remove(at: Place) -> None:
         shutil.rmtree(at)
     else:
         at.unlink(missing_ok=True)
+
+
+def remove_files(files: Sequence[Place]) -> None:
+    """Delete files of one place, those that are there; from an object store many with a request. Raises OSError."""
+    far = [at for at in files if not isinstance(at, Path)]
+    for at in files:
+        if isinstance(at, Path):
+            remove(at)
+    if far:
+        system, folder = far[0].fs, far[0].parent
+        with as_os_errors(folder):
+            there = set(system.find(folder.path))
+            if wanted := [at.path for at in far if at.path in there]:
+                system.rm(wanted)
+
+
+def top_names(folder: Place) -> set[str]:
+    """Names of all that is directly in a folder, folders too; none where there is no folder. Raises OSError."""
+    if isinstance(folder, Path):
+        return {at.name for at in folder.iterdir()} if folder.is_dir() else set()
+    with as_os_errors(folder):
+        try:
+            return {key.rstrip("/").rpartition("/")[2] for key in folder.fs.ls(folder.path, detail=False)}
+        except FileNotFoundError:
+            return set()
+
+
+def require_name(at: Place) -> None:
+    """Refuse, as a UserError, to write into a bucket itself."""
+    if not at.name:
+        raise UserError(f"{at} is no folder; name one in it, as {str(at).rstrip('/')}/NAME")
 
 
 def upload(folder: Path, to: UPath, *, last: str) -> bool:

@@ -25,7 +25,7 @@ from wmcache.cache.errors import MissingError, UserError, command
 from wmcache.cache.files import atomic_write, exclusive, read_json, require_seal, seal, write_json
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard
-from wmcache.cache.places import Place, is_local, names_in, read_bytes, remove, stamp
+from wmcache.cache.places import Place, is_local, names_in, read_bytes, remove, remove_files, stamp
 from wmcache.cache.schema import Count, Finite, parse
 
 IN_A_BLOCK = 1000
@@ -192,13 +192,11 @@ class Records:
         with self._folding(shard):
             if not self._can_fold(wanted):
                 return  # somebody else was faster
-            try:
-                rows = {number: self.read(number) for number in wanted}
-            except UserError:
+            rows = {number: record for number, record in self._read_all(wanted) if isinstance(record, Record)}
+            if len(rows) < IN_A_BLOCK:
                 return  # one is unsound: whoever does that shard again folds them
             self.write_block(Block.of(rows))
-            for number in wanted:
-                remove(record_file(self.path, number))
+            remove_files([record_file(self.path, number) for number in wanted])
 
     def _can_fold(self, wanted: range) -> bool:
         """Whether there are records beside the block, and with those in it they are all."""

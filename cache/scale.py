@@ -7,6 +7,7 @@ the size that they would have, and the records of all but the first thousands ar
 from __future__ import annotations
 
 import json
+import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -150,7 +151,9 @@ def _measure(path: Path, shards: int, frames_per_shard: int, tokens: int, token_
 
 
 def _peak_memory() -> int:
-    """Bytes; what getrusage says begins with the parent's."""
+    """Bytes; what getrusage says on Linux begins with the parent's."""
+    if not Path("/proc/self/status").exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 

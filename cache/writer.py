@@ -24,6 +24,7 @@ from wmcache.cache.layout import (
     column_sha256,
     create_arrays,
     create_column,
+    has_column,
     open_group,
     open_tokens,
     read_attributes,
@@ -32,7 +33,18 @@ from wmcache.cache.layout import (
     shard_sizes,
     write_attributes,
 )
-from wmcache.cache.places import Place, exists, is_local, put, read_bytes, remove, size_of, upload
+from wmcache.cache.places import (
+    Place,
+    exists,
+    is_local,
+    put,
+    read_bytes,
+    remove,
+    require_name,
+    size_of,
+    top_names,
+    upload,
+)
 from wmcache.cache.quantise import quantise
 from wmcache.cache.records import Record, Records, commits, lock_file
 from zarr.core.buffer import default_buffer_prototype
@@ -69,6 +81,7 @@ class StoreWriter:
         Raises:
             UserError: a store of another identity is there, naming the fields that differ; or the folder is not a store.
         """
+        require_name(path)
         if (there := cls._take_up(path, card, identity)) is not None:
             return there
         with exclusive(path.with_name(f".{path.name}.lock"), path):
@@ -83,7 +96,15 @@ class StoreWriter:
     def _take_up(cls, path: Place, card: StoreCard, identity: Identity) -> StoreWriter | None:
         """The store of this identity that is there; None where there is nothing, or one whose description has to be mended."""
         with _writing(path):
-            if not exists(path / "zarr.json") and not (is_local(path) and exists(path)):
+            if isinstance(path, Path):
+                if not path.exists():
+                    return None
+            elif not exists(path / "zarr.json"):
+                # Of a creator that died there may be parts; a store is deleted with all that is below it.
+                if strange := top_names(path) - {"tokens", *STEP_COLUMNS}:
+                    raise UserError(
+                        f"{path} is not a token store, and has {sorted(strange)[0]!r} in it; choose another --out"
+                    )
                 return None
         try:
             there = cls.resume(path, identity)
@@ -244,6 +265,8 @@ class StoreWriter:
             return
         with self._description(), _writing(self.path):
             attributes = read_attributes(self.path)
+            if attributes["complete"]:  # somebody else was faster
+                return
             _, tags = shard_sizes(self.path, self.card.num_shards)
             total, squares = np.zeros(self.card.token_dim), np.zeros(self.card.token_dim)
             sha256, scales = [], []
@@ -264,8 +287,11 @@ class StoreWriter:
                 columns["scale"] = np.concatenate(scales)
             known = dict(attributes["columns"])
             for name, values in columns.items():
-                create_column(self.path, name, values)
                 known[name] = column_sha256(values)
+                if not has_column(
+                    self.path, name, known[name]
+                ):  # of whoever finishes it at the same time, without locks
+                    create_column(self.path, name, values)
             complete = {"columns": known, "mean": mean.tolist(), "std": std.tolist(), "complete": True}
             write_attributes(self.path, {**attributes, **complete})
 

@@ -10,7 +10,7 @@ import click
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home
 from wmcache.cache.places import Place
-from wmcache.commands.shared import PATH, PLACE, Command, device_option, json_option, options
+from wmcache.commands.shared import PATH, PLACE, Command, device_option, json_option, name_of, options
 
 frames_option = click.option(
     "--frames", "--dataset", "dataset", type=PLACE, help="Where the store's frames are, if they have moved."
@@ -69,7 +69,7 @@ def decoder(
     """Train a decoder from cached tokens to frames, to look at latents with. Run again, it goes on where it stopped."""
     from wmcache.trainer.decoder import DecoderOptions, train_decoder
 
-    out = out or home() / "decoders" / f"{cache.absolute().parent.name}-{cache.stem}"
+    out = out or home() / "decoders" / name_of(cache)
     sizes = {
         "channels": channels,
         "residual": residual,

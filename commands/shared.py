@@ -160,6 +160,9 @@ class PlaceType(click.ParamType[Place]):
             raise click.ClickException(str(error)) from error
 
 
+MOST = 10**15
+
+
 class NumberType(click.ParamType[int]):
     """A whole number of at least 1, also as 1e9."""
 
@@ -169,11 +172,11 @@ class NumberType(click.ParamType[int]):
         """Fails as click's own do."""
         try:
             number = float(value)
-            whole = number >= 1 and number == int(number)
+            whole = 1 <= number <= MOST and number == int(number)
         except (ValueError, OverflowError):
             whole = False
         if not whole:
-            self.fail(f"{value!r} is not a whole number of at least 1, as 1000000 or 1e6", param, ctx)
+            self.fail(f"{value!r} is not a whole number from 1 to 1e15, as 1000000 or 1e6", param, ctx)
         return int(number)
 
 
@@ -223,6 +226,11 @@ encoder_options = options(
     ),
     cluster_option(),
 )
+
+
+def name_of(store: Place) -> str:
+    """What is made of a store is named by the store and the folder that it is in, usually its dataset's name."""
+    return f"{store.absolute().parent.name}-{store.stem}".lstrip("-")
 
 
 store_argument = click.argument("store", type=PLACE)

@@ -20,6 +20,7 @@ from wmcache.commands.shared import (
     Stopped,
     device_option,
     model_options,
+    name_of,
     preset_option,
     residence_option,
     take_model_options,
@@ -105,7 +106,7 @@ def wmtrain(
     if ctx.get_parameter_source("steps") is ParameterSource.COMMANDLINE:
         settings["epochs"] = None  # which a preset may have set
 
-    out = out or home() / "runs" / f"{cache.absolute().parent.name}-{cache.stem}"
+    out = out or home() / "runs" / name_of(cache)
     chosen = TrainOptions(model_options=take_model_options(settings), **settings)
     if devices and devices > 1 and not together():
         from wmcache.commands.launch import launch

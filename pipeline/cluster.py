@@ -246,7 +246,7 @@ def open_pool(
             client, tend = stack.enter_context(_slurm(where, workers, threads))
         else:
             client, tend = stack.enter_context(_local(workers, threads)), _nothing
-        if importlib.util.find_spec("bokeh"):
+        if importlib.util.find_spec("bokeh") and not always_dask:
             with suppress(KeyError):  # a scheduler may have none
                 _say(f"dashboard: {client.dashboard_link}")
         if where.elsewhere:

@@ -40,7 +40,18 @@ from wmcache.cache.files import (
     write_json,
 )
 from wmcache.cache.memory import available_ram
-from wmcache.cache.places import Place, exists, mend_reading, names_in, open_to_read, place, read_bytes, remove, size_of
+from wmcache.cache.places import (
+    Place,
+    exists,
+    mend_reading,
+    names_in,
+    open_to_read,
+    place,
+    read_bytes,
+    remove,
+    require_name,
+    size_of,
+)
 from wmcache.cache.schema import Count, Name, Size, parse
 
 FORMAT_VERSION = 1
@@ -169,6 +180,7 @@ class FrameDatasetWriter:
             UserError: there is a dataset with other settings, or something else.
         """
         self.path, self.card, self.steps = path, card, steps
+        require_name(path)
         self._unfinished = path / "unfinished.json"
         with cannot_write(path):
             there = set(names_in(path))
