@@ -36,7 +36,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "config_kwargs": {
             "connect_timeout": 5,
             "read_timeout": 20,
-            "retries": {"total_max_attempts": 3, "mode": "standard"},
+            # Unless somebody has said how often.
+            **({} if "AWS_MAX_ATTEMPTS" in os.environ else {"retries": {"total_max_attempts": 3, "mode": "standard"}}),
         }
     },
 }

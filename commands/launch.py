@@ -8,13 +8,12 @@ import os
 import signal
 import sys
 import threading
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 import psutil
 from wmcache.cache.errors import UserError
-from wmcache.commands.shared import Stopped
+from wmcache.commands.shared import Stopped, program_path
 
 SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Stopped, signal.SIGUSR1: Stopped, signal.SIGHUP: Stopped}
 
@@ -44,7 +43,7 @@ def launch(program: str, devices: int) -> NoReturn:
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     words = ["--no-python", "--standalone", "--nproc-per-node", str(devices)]
-    words += [str(Path(sys.executable).with_name(program)), *sys.argv[1:]]
+    words += [program_path(program), *sys.argv[1:]]
     failed: list[BaseException] = []
 
     def start() -> None:

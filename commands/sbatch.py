@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +11,7 @@ from click.core import ParameterSource
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import atomic_write, home
 from wmcache.commands.data import extract
-from wmcache.commands.shared import CONTEXT, PATH, Command
+from wmcache.commands.shared import CONTEXT, PATH, Command, program_path
 from wmcache.commands.train import wmtrain
 
 if TYPE_CHECKING:
@@ -78,11 +76,11 @@ def sbatch(profile: str, jobs: int | None, out: Path | None, words: tuple[str, .
     match words:
         case ("extract", *rest):
             jobs = jobs or asked.jobs
-            program = [_program("wmcache"), "extract", *_checked_extract(rest)]
+            program = [program_path("wmcache"), "extract", *_checked_extract(rest)]
         case ("wmtrain", *rest):
             if jobs is not None:
                 raise UserError("--jobs is of an extraction; a training is one job, on as many GPUs as its profile has")
-            program = [_program("wmtrain"), *_checked_wmtrain(rest, asked.gpus)]
+            program = [program_path("wmtrain"), *_checked_wmtrain(rest, asked.gpus)]
         case _:
             raise click.UsageError("after the options comes extract or wmtrain, and what is typed after it")
     out = out or home() / "jobs" / f"{words[0]}.sh"
@@ -180,11 +178,3 @@ def _checked_wmtrain(words: list[str], gpus: int) -> list[str]:
         check_slices(context.params["batch"], gpus)
         return [*words, "--devices", str(gpus)]
     return words
-
-
-def _program(name: str) -> str:
-    """The program beside the one that runs, as the queue's machines may have another PATH."""
-    found = shutil.which(name, path=Path(sys.argv[0]).absolute().parent) or shutil.which(name)
-    if found is None:
-        raise UserError(f"{name} is not on the PATH; install wmcache there with: {command('pip', 'install', '.')}")
-    return str(Path(found).absolute())

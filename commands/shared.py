@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 import threading
@@ -94,6 +95,14 @@ def _stop(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
 def shell_command(words: list[str]) -> str:
     """What the user typed, quoted for a shell."""
     return command(Path(words[0]).name, *words[1:])
+
+
+def program_path(name: str) -> str:
+    """The program beside the one that runs, as the queue's machines may have another PATH."""
+    found = shutil.which(name, path=Path(sys.argv[0]).absolute().parent) or shutil.which(name)
+    if found is None:
+        raise UserError(f"{name} is not on the PATH; install wmcache there with: {command('pip', 'install', '.')}")
+    return str(Path(found).absolute())
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:

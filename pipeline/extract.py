@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,15 +138,23 @@ def extract_together(
     for writer in writers:
         if writer.pending():
             writer.reopen([])
-    lacking: list[list[int]] = []
     try:
         _extract_pending(writers, task, label, cluster, slice_of(card.num_shards, part))
-    finally:
-        # Also where another store failed.
-        for writer in writers:
-            lacking.append(writer.pending())
-            if not lacking[-1]:
-                writer.finish()
+    except UserError:
+        # The stores that are whole are so although another has failed; what has failed is the thing to say.
+        with suppress(UserError):
+            _finish_whole(writers)
+        raise
+    return _finish_whole(writers)
+
+
+def _finish_whole(writers: Sequence[StoreWriter]) -> list[list[int]]:
+    """Declare the stores complete that are; returns what each lacks."""
+    lacking = []
+    for writer in writers:
+        lacking.append(writer.pending())
+        if not lacking[-1]:
+            writer.finish()
     return lacking
 
 
@@ -169,8 +177,10 @@ def finalize(path: Place) -> StoreCard:
 
 def _command_for(writer: StoreWriter) -> str:
     """What extracts a store, whoever had begun it."""
-    recipe, name = writer.card.encoder, str(writer.card.encoder["name"])
-    words = ["wmcache", "extract", "--dataset", writer.card.dataset["path"], "--encoder", name]
+    recipe, name, dataset = writer.card.encoder, writer.card.encoder.get("name"), writer.card.dataset.get("path")
+    if not name or not dataset:
+        return "the wmcache extract that began it"
+    words = ["wmcache", "extract", "--dataset", dataset, "--encoder", name]
     # An adapter sees what its base does.
     seen = ("image_size", "normalisation", "filter", "lag") if encoders.get_entry(name).load else ()
     usual = encoders.get_spec(name)

@@ -27,7 +27,9 @@ def dataset_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """6 episodes of 60 frames in 6 tars; read only, so copy it to change it."""
     path = tmp_path_factory.mktemp("data") / "pointmaze-umaze"
     # Shard and episode bounds must not coincide, and the last shard is short.
-    collect("wmcache/PointMaze-UMaze-v0", path, episodes=6, length=60, image_size=32, frames_per_shard=64, cluster="local:1")
+    collect(
+        "wmcache/PointMaze-UMaze-v0", path, episodes=6, length=60, image_size=32, frames_per_shard=64, cluster="local:1"
+    )
     return path
 
 

@@ -260,5 +260,7 @@ def other_frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from wmcache.pipeline.collect import collect
 
     path = tmp_path_factory.mktemp("data") / "other"
-    collect("wmcache/PointMaze-UMaze-v0", path, episodes=1, length=5, image_size=32, frames_per_shard=5, cluster="local:1")
+    collect(
+        "wmcache/PointMaze-UMaze-v0", path, episodes=1, length=5, image_size=32, frames_per_shard=5, cluster="local:1"
+    )
     return path
