@@ -138,8 +138,11 @@ def most_bytes(folder: Path) -> int:
         from dask.utils import parse_bytes  # costs what a reader of local stores need not pay
 
         try:
-            return int(parse_bytes(setting))
+            most = int(parse_bytes(setting))
         except (ValueError, OverflowError):
-            raise UserError(f"WMCACHE_MIRROR_BYTES is {setting!r}; write a number of bytes, as in 200GB") from None
+            most = 0
+        if most < 1:
+            raise UserError(f"WMCACHE_MIRROR_BYTES is {setting!r}; write a number of bytes, as in 200GB")
+        return most
     held = sum(found.st_size for _, found in files_of(folder)) if folder.exists() else 0
     return int(SHARE_OF_FREE * ((free_space(folder) or 0) + held))

@@ -17,6 +17,7 @@ from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import atomic_write, exclusive, mend_writing, sha256_of, sweep, sync, temporary_for
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import (
+    SHARD_COLUMNS,
     STEP_COLUMNS,
     DamagedError,
     StoreCard,
@@ -85,11 +86,13 @@ class StoreWriter:
         if (there := cls._take_up(path, card, identity)) is not None:
             return there
         with exclusive(path.with_name(f".{path.name}.lock"), path):
+            with _writing(path):
+                described = exists(path / "zarr.json")
             if (there := cls._take_up(path, card, identity)) is not None:  # somebody else was faster
                 return there
             with _writing(path), _skeleton(path) as skeleton:
                 create_arrays(skeleton, card, identity, steps)
-                _replace_description(path, skeleton)
+                _replace_description(path, skeleton, damaged=described)
         return cls(path, card, identity)
 
     @classmethod
@@ -101,7 +104,7 @@ class StoreWriter:
                     return None
             elif not exists(path / "zarr.json"):
                 # Of a creator that died there may be parts; a store is deleted with all that is below it.
-                if strange := top_names(path) - {"tokens", *STEP_COLUMNS}:
+                if strange := top_names(path) - {"tokens", *STEP_COLUMNS, *SHARD_COLUMNS}:
                     raise UserError(
                         f"{path} is not a token store, and has {sorted(strange)[0]!r} in it; choose another --out"
                     )
@@ -365,11 +368,12 @@ def _require_ours(path: Place, card: StoreCard, identity: Identity) -> None:
         raise UserError(f"{path} was extracted with other settings ({'; '.join(different)}); choose another --out")
 
 
-def _replace_description(path: Place, skeleton: Path) -> None:
+def _replace_description(path: Place, skeleton: Path, *, damaged: bool) -> None:
     """Move a store without tokens into place: as the new store, or over the description of the one that is there."""
     if not isinstance(path, Path):
-        if exists(path / "zarr.json"):
-            remove(path / "zarr.json")  # damaged, or this would not have been called
+        # Where there was none, there may be one by now, of somebody who was faster.
+        if damaged:
+            remove(path / "zarr.json")
         upload(skeleton, path, last="zarr.json")
         return
     if not path.exists():

@@ -290,6 +290,7 @@ def extract(
     **encoder: Any,
 ) -> None:
     """Encode every frame of a dataset once, several encoders in one pass. Run again, or beside itself, it does what is missing."""
+    from wmcache.pipeline.cluster import parse_cluster
     from wmcache.pipeline.extract import default_store, extract_together, forecast
 
     frames = open_dataset(dataset)
@@ -303,7 +304,9 @@ def extract(
             plan = forecast(frames, network, place, dtype=store_dtype, batch=batch, cluster=cluster, part=part)
             click.echo(f"{plan.out}: {plan.shards} shards, {plan.frames} frames to do")
             free = "" if plan.bytes_free is None else f"{human_bytes(plan.bytes_free)} free, "
-            click.echo(f"{human_bytes(plan.bytes_needed)} needed, {free}about {plan.seconds:.0f} s")
+            workers = parse_cluster(cluster).workers
+            whose = "" if workers == 1 else f" of {workers or 'a single'} workers like this process"
+            click.echo(f"{human_bytes(plan.bytes_needed)} needed, {free}about {plan.seconds:.0f} s{whose}")
         return
     device = encoder["device"]
     lacking = extract_together(

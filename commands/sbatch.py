@@ -172,7 +172,10 @@ def _checked_wmtrain(words: list[str], gpus: int) -> list[str]:
         raise UserError(f"wmtrain {rest[0]} has no batch script; write one that runs: {command('wmtrain', *words)}")
     if context.params["cache"] is None:
         raise click.MissingParameter(ctx=context, param_type="option", param_hint="'--cache'")
-    if gpus > 1 and context.params["devices"] is None:
+    devices = context.params["devices"]
+    if devices is not None and devices > max(1, gpus) and context.params["device"] != "cpu":
+        raise UserError(f"--devices {devices} is more than the {gpus} GPUs of the profile; leave it out, or raise gpus")
+    if gpus > 1 and devices is None:
         from wmcache.trainer.loop import check_slices
 
         check_slices(context.params["batch"], gpus)

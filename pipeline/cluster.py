@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -56,6 +57,8 @@ SECONDS_BETWEEN_COUNTS = 5.0
 SECONDS_BETWEEN_SUBMISSIONS = 30.0
 KEEP_BACK = {"distributed.scheduler.worker-saturation": 1.0}
 """A scheduler of ours hands out no task that no thread is free for: it would be blamed for that worker's death."""
+BARREN = 2
+"""Looks, so long apart, at which there is neither a worker nor a job that could become one."""
 MUST_MATCH = ("python", "dask", "distributed", "wmcache")
 
 _alone = threading.Lock()
@@ -250,7 +253,7 @@ def open_pool(
             with suppress(KeyError):  # a scheduler may have none
                 _say(f"dashboard: {client.dashboard_link}")
         if where.elsewhere:
-            _wait_for_workers(client, where)
+            _wait_for_workers(client, where, tend)
         yield stack.enter_context(_Dask(client, where, label, threads, tend))
 
 
@@ -473,16 +476,32 @@ def _slurm(where: Cluster, jobs: int, threads: int) -> Iterator[tuple[Any, Calla
         Client(cluster, set_as_default=False) as client,
     ):
         _try_submission(cluster.job_script(), where)
-        submitted = time.monotonic()
+        submitted, barren = time.monotonic(), 0
         cluster.scale(jobs=jobs)
 
         def tend() -> None:
-            nonlocal submitted
+            nonlocal submitted, barren
             if time.monotonic() > submitted + SECONDS_BETWEEN_SUBMISSIONS:
                 submitted = time.monotonic()
+                known = [str(job.job_id) for job in list(cluster.workers.values()) if getattr(job, "job_id", None)]
+                barren = 0 if client.nthreads() or _queued(known) else barren + 1
+                if barren == BARREN:
+                    raise UserError(
+                        f"the jobs of {where.text} end before their workers are there; see their logs in {home().absolute() / 'logs'}, "
+                        "mend the profile, and run the same command again"
+                    )
                 cluster.scale(jobs=jobs)
 
         yield client, tend
+
+
+def _queued(jobs: Sequence[str]) -> bool:
+    """Whether any of these jobs waits or runs; True where SLURM does not say."""
+    found = subprocess.run(
+        ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(jobs)}"], capture_output=True, text=True, check=False
+    )
+    known = found.returncode == 0 or "Invalid job id" in found.stderr
+    return bool(found.stdout.strip()) if known and jobs else True
 
 
 def slurm_options(profile: Profile, threads: int) -> dict[str, Any]:
@@ -534,7 +553,7 @@ def _try_submission(script: str, where: Cluster) -> None:
         raise UserError(f"--cluster {where.text}: SLURM takes no such job ({reason}); mend the profile, or see: sinfo")
 
 
-def _wait_for_workers(client: Any, where: Cluster) -> None:
+def _wait_for_workers(client: Any, where: Cluster, tend: Callable[[], None]) -> None:
     """Wait for the first, and compare versions.
 
     Raises:
@@ -546,6 +565,7 @@ def _wait_for_workers(client: Any, where: Cluster) -> None:
             what = f"start some with: {hint}" if where.address else "its jobs are queued (see: squeue --me)"
             _say(f"{where.text}: no workers yet; {what}")
             while not client.nthreads():
+                tend()
                 time.sleep(0.5)
         found = client.get_versions(packages=["wmcache"])
     _require_same(found, where)

@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 from s3_server import S3Server
 from wmcache.cache import TokenStore
-from wmcache.cli import wmtrain
+from wmcache.cli import main, wmtrain
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.extract import extract
@@ -65,7 +65,7 @@ SHARDS = 30
 PATIENCE = 120.0
 
 Start = Callable[..., "subprocess.Popen[str]"]
-Run = Callable[..., "Done"]
+Run = Callable[[list[str]], "Done"]
 
 
 @dataclass(frozen=True)
@@ -149,16 +149,28 @@ def wait(process: subprocess.Popen[str]) -> Done:
     except subprocess.TimeoutExpired:
         process.kill()
         raise AssertionError(f"it hangs, and said: {process.communicate()[0]}") from None
+    return Done(process.returncode, lines_of(said))
+
+
+def lines_of(said: str) -> list[str]:
+    """What is no progress bar."""
     lines = [line.strip() for line in re.split(r"[\r\n]", said)]
-    return Done(
-        process.returncode, [line for line in lines if line and not re.search(r"\d+%\||\d+/\d+ \[|B/s\]$", line)]
-    )
+    return [line for line in lines if line and not re.search(r"\d+%\||\d+/\d+ \[|B/s\]$", line)]
 
 
 @pytest.fixture
-def run(start: Start) -> Run:
-    """As `start`, and wait for its end."""
-    return lambda *words, **settings: wait(start(*words, **settings))
+def run(s3: S3Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """(words) -> the command, run in this process, which has loaded its libraries already."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "WMCACHE_"))]:
+        monkeypatch.delenv(name)
+    for name, value in {**s3.environment("full"), "WMCACHE_HOME": str(home)}.items():
+        monkeypatch.setenv(name, value)
+
+    def invoke(words: list[str]) -> Done:
+        result = CliRunner().invoke({"wmcache": main, "wmtrain": wmtrain}[words[0]], words[1:])
+        return Done(result.exit_code, lines_of(result.stdout) + lines_of(result.stderr))
+
+    return invoke
 
 
 def train(cache: str | Path, out: Path) -> list[str]:
@@ -299,7 +311,7 @@ def test_a_training_fetches_only_what_its_mirror_has_not_or_has_damaged(
     s3: S3Server, run: Run, home: Path, local: Path, curve: dict[int, float]
 ) -> None:
     store = upload(s3, local, "mirrored.zarr")
-    run(["python", "-c", LOAD, store]).well()
+    TokenStore.open(store, mirrored=True).load()
     mirror = {path: path.read_bytes() for path in (home / "mirror").iterdir()}
     shards = shards_in(local)
     assert sorted(mirror.values()) == sorted(shards.values())

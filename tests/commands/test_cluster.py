@@ -119,7 +119,7 @@ def test_plans_are_the_same_wherever_they_are_made(
         ("extract --shard-slice 4/4", "numbered from 0 to 3; a job array has to begin at 0, as in sbatch --array=0-3"),
         ("extract --shard-slice 1", "write I/N, as in 0/8"),
         ("extract --shard-slice -1/4", "write I/N, as in 0/8"),
-        ("extract --shard-slice 0/0", "a job array has to begin at 0"),
+        ("extract --shard-slice 0/0", "write I/N, as in 0/8"),
         ("extract --cluster local:0", "no cluster 'local:0'; write local, local:N, tcp://HOST:PORT"),
         ("collect --cluster lokal", "no cluster 'lokal'; write local"),
         ("extract --cluster slurm:nowhere", "nowhere.toml does not exist"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from upath import UPath
-from wmcache.cache import TokenStore, UserError
+from wmcache.cache import StoreWriter, TokenStore, UserError
+from wmcache.cache import writer as writer_module
 from wmcache.cache.catalogue import list_stores
 from wmcache.cache.layout import shard_file
 from wmcache.cache.mirror import MirroredReader
@@ -321,3 +323,28 @@ class TestCommands:
         assert result.exit_code == 1
         assert result.stderr.startswith("Error: memory://road/none.zarr does not exist; ")
         assert result.stderr.count("\n") == 1
+
+
+def test_two_who_create_a_store_at_the_same_moment_both_have_it(
+    bucket: UPath, store: TokenStore, dataset: FrameDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both_have_looked, real = threading.Barrier(2), writer_module.create_arrays
+
+    def create_arrays(*arguments: Any) -> None:
+        both_have_looked.wait(60)
+        real(*arguments)
+
+    monkeypatch.setattr(writer_module, "create_arrays", create_arrays)
+    with ThreadPoolExecutor(2) as pool:
+        settings = (bucket / "some.zarr", store.card, store.identity, dataset.steps.columns())
+        first, second = (future.result() for future in [pool.submit(StoreWriter.create, *settings) for _ in range(2)])
+    assert first.pending() == second.pending() == list(range(store.card.num_shards))
+
+
+def test_a_store_does_not_begin_among_other_files(bucket: UPath, encoder: Encoder, dataset: FrameDataset) -> None:
+    put(bucket / "mine" / "thesis.txt", b"all of it")
+    with pytest.raises(UserError, match=r"is not a token store, and has 'thesis\.txt' in it; choose another --out"):
+        extract(dataset, encoder, bucket / "mine")
+    with pytest.raises(UserError, match=r"memory://road/? is no folder; name one in it|is not a token store"):
+        extract(dataset, encoder, bucket)
+    assert objects(bucket / "mine") == {"thesis.txt": b"all of it"}

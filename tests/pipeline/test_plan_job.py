@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import pytest
 from click.testing import CliRunner
+from wmcache.cache.scale import measure_scale
 from wmcache.cli import main
+from wmcache.pipeline import plan_job as plan_job_module
 from wmcache.pipeline.plan_job import JobPlan, plan_job
 
 
+@pytest.fixture(scope="module", autouse=True)
+def measured_once() -> Iterator[None]:
+    """Rates are measured for real, but for the smallest of stores, and once."""
+    scale = measure_scale(plan_job_module.MEASURED_SHARDS, tokens=196, token_dim=384)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_job_module, "measure_scale", lambda *_, **__: scale)
+        patch.setattr(plan_job_module, "MEASURED_TASKS", 200)
+        yield
+
+
 @pytest.fixture(scope="module")
-def small() -> JobPlan:
+def small(measured_once: None) -> JobPlan:
     return plan_job(100_000, token_grid=(14, 14), token_dim=384, image_size=224, workers=10, frames_per_second=100.0)
 
 
