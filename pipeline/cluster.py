@@ -407,7 +407,6 @@ def _local(workers: int, threads: int) -> Iterator[Any]:
     settings = {
         "distributed.nanny.pre-spawn-environ": {
             "OMP_NUM_THREADS": threads_per_process,
-            "MALLOC_TRIM_THRESHOLD_": 65536,
         },
         "distributed.worker.multiprocessing-method": "spawn",
         "distributed.worker.preload": [SILENT, *_own_gpus()],
