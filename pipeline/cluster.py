@@ -48,6 +48,8 @@ def dask_setup(worker):
     gpus = {gpus}
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker.name) % len(gpus)]
 """
+KEEP_MEMORY = "MALLOC_TRIM_THRESHOLD_=268435456 MALLOC_MMAP_THRESHOLD_=33554432"
+"""What the allocator comes to by itself; a Dask nanny would have it give freed memory back at once, which halves an encoder's speed."""
 GIVE_UP = 8
 """Failures one after another that are enough, where there are no more than half as many threads."""
 AHEAD = 3
@@ -406,7 +408,7 @@ def _local(workers: int, threads: int) -> Iterator[Any]:
     threads_per_process = max(1, (os.cpu_count() or 1) // workers)
     settings = {
         "distributed.nanny.pre-spawn-environ": {
-            "OMP_NUM_THREADS": threads_per_process,
+            "OMP_NUM_THREADS": threads_per_process,  # and not Dask's MALLOC_TRIM_THRESHOLD_, see KEEP_MEMORY
         },
         "distributed.worker.multiprocessing-method": "spawn",
         "distributed.worker.preload": [SILENT, *_own_gpus()],
@@ -532,7 +534,7 @@ def slurm_options(profile: Profile, threads: int) -> dict[str, Any]:
         "job_script_prologue": [
             *(f"module load {shlex.quote(module)} || exit" for module in profile.modules),
             *profile.setup,
-            f"export WMCACHE_HOME={shlex.quote(str(home().absolute()))} {computing}",
+            f"export WMCACHE_HOME={shlex.quote(str(home().absolute()))} {computing} {KEEP_MEMORY}",
         ],
         "worker_extra_args": [
             *("--nthreads", str(threads)),
@@ -560,7 +562,7 @@ def _wait_for_workers(client: Any, where: Cluster, tend: Callable[[], None]) -> 
     """
     with _talking_to(where):
         if not client.nthreads():
-            hint = command("dask", "worker", where.address, "--nthreads", 2)
+            hint = f"{KEEP_MEMORY} {command('dask', 'worker', where.address, '--nthreads', 2)}"
             what = f"start some with: {hint}" if where.address else "its jobs are queued (see: squeue --me)"
             _say(f"{where.text}: no workers yet; {what}")
             while not client.nthreads():
