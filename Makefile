@@ -6,7 +6,7 @@ DEMO := data/demo
 SMALL := --width 128 --depth 4 --heads 4 --dropout 0 --lr 1e-3
 PLAN := $(DEMO)/runs/pointmaze-umaze-tcn-64/plan-all-x1-50x100
 
-.PHONY: setup test lint demo study mazes pictures clean
+.PHONY: setup test test-cluster lint demo study mazes pictures clean
 
 setup: $(VENV)/.linked
 	@$(BIN)/python -m wmcache.envs.check >/dev/null 2>&1 || scripts/install-gl.sh $(BIN)/python
@@ -30,7 +30,11 @@ lint: setup
 
 # Two processes, a file of tests in one of them: many wait for programs that they have started.
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile -m "not cluster"
+
+# What takes five minutes more: real servers, schedulers and ranks, killed in the middle of their work.
+test-cluster: setup
+	$(BIN)/pytest -m cluster
 
 # The tutorial: make prints each command before it runs it. Run again, it goes on where it stopped.
 demo: export WMCACHE_HOME := $(DEMO)

@@ -18,6 +18,8 @@ from wmcache.pipeline.collect import collect
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 
+pytestmark = pytest.mark.cluster
+
 PATIENCE = 120.0
 SHARDS = 40
 

@@ -64,6 +64,8 @@ print(hashlib.sha256(TokenStore.open(sys.argv[1], mirrored=True).load().tobytes(
 SHARDS = 30
 PATIENCE = 120.0
 
+pytestmark = pytest.mark.cluster
+
 Start = Callable[..., "subprocess.Popen[str]"]
 Run = Callable[[list[str]], "Done"]
 

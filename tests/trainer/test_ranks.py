@@ -130,6 +130,7 @@ def story(planted_path: Path, tmp_path_factory: pytest.TempPathFactory, options:
     return Story(run, stopped, stopped_at, killed, killed_at)
 
 
+@pytest.mark.cluster
 class TestStory:
     def test_a_signal_to_the_launcher_ends_all_in_one_line(self, story: Story) -> None:
         assert story.stopped.status == 75
@@ -159,6 +160,7 @@ class TestStory:
         assert curve(story.run, key) == pytest.approx(curve(straight, key), abs=1e-4)
 
 
+@pytest.mark.cluster
 def test_torchrun_itself_does_and_a_signal_to_one_rank_ends_all(
     planted_path: Path, tmp_path: Path, straight: Path
 ) -> None:
@@ -210,6 +212,7 @@ def test_what_rank_0_refuses_is_one_line(accumulated: tuple[list[object], Path, 
     assert checkpoints(run) == before
 
 
+@pytest.mark.cluster
 def test_what_happens_to_another_rank_alone_is_one_line(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
