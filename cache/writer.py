@@ -57,6 +57,10 @@ BLOCK = 16
 Tokens = NDArray[np.float16]
 
 
+class LackingError(UserError):
+    """A store that was to be finished lacks shards, or holds some that two writers have mixed up."""
+
+
 class StoreWriter:
     """Writes a store. Writers in several processes work beside each other: whoever claims a shard does it, the others wait or pass on.
 
@@ -200,6 +204,8 @@ class StoreWriter:
             )
         stored, scale, middle = quantise(tokens) if self.card.dtype == "int8" else (tokens, None, None)
         with _writing(self.path):
+            if not is_local(self.path) and self.is_done(shard):
+                return  # by somebody who, without locks, was at it as well
             # Whatever stands here without a claim is torn, outdated, or a dead writer's.
             self._records.drop(shard)
             for folder in (self.path / "tokens", commits(self.path)):
@@ -258,12 +264,13 @@ class StoreWriter:
         """Compute the statistics and declare the store complete; a complete store is left alone.
 
         Raises:
-            UserError: a shard has no record, or two writers have done it at once and left a mixture; or the disk is full.
+            LackingError: a shard has no record, or two writers have done it at once and left a mixture.
+            UserError: the disk is full.
         """
         again = "run the same wmcache extract again"
         if missing := self.pending():
             first = ", ".join(map(str, missing[:5])) + ", …" * (len(missing) > 5)
-            raise UserError(f"{self.path} lacks {len(missing)} of {self.card.num_shards} shards ({first}); {again}")
+            raise LackingError(f"{self.path} lacks {len(missing)} of {self.card.num_shards} shards ({first}); {again}")
         if read_attributes(self.path)["complete"]:
             return
         with self._description(), _writing(self.path):
@@ -277,7 +284,7 @@ class StoreWriter:
                 for shard, tag in zip(block.shard.tolist() if tags else (), block.tag, strict=False):
                     if tag.any() and tags.get(shard) not in (None, tag.tobytes().hex()):
                         self._records.drop(shard)
-                        raise UserError(f"shard {shard} of {self.path} was written by two at once; {again}")
+                        raise LackingError(f"shard {shard} of {self.path} was written by two at once; {again}")
                 total += block.sum.sum(0)
                 squares += block.sum_of_squares.sum(0)
                 sha256.append(block.sha256)

@@ -419,7 +419,12 @@ def _local(workers: int, threads: int) -> Iterator[Any]:
         LocalCluster(n_workers=workers, threads_per_worker=threads, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
-        yield client
+        try:
+            yield client
+        except KeyboardInterrupt:
+            # All processes of a terminal are told: those that end sooner leave callbacks that miss them.
+            logging.getLogger("tornado.application").setLevel(logging.CRITICAL)
+            raise
 
 
 def _own_gpus() -> list[str]:

@@ -30,7 +30,7 @@ from wmcache.cache.files import free_space, home, require_space
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_attributes
 from wmcache.cache.places import Place, absolute, exists, place
-from wmcache.cache.writer import StoreWriter
+from wmcache.cache.writer import LackingError, StoreWriter
 from wmcache.pipeline import encoders
 from wmcache.pipeline.cluster import Pool, open_pool, parse_cluster, run_tasks
 from wmcache.pipeline.encoders import Encoder, encode_together
@@ -38,6 +38,8 @@ from wmcache.pipeline.frames import FrameDataset, Frames
 
 TASKS_IN_FLIGHT = 2
 SECONDS_BETWEEN_LOOKS = 0.5
+MOST_MIXTURES = 5
+"""Times that what two writers have mixed up is done again; more are no accident."""
 _encoding = threading.Lock()
 
 
@@ -138,14 +140,25 @@ def extract_together(
     for writer in writers:
         if writer.pending():
             writer.reopen([])
-    try:
-        _extract_pending(writers, task, label, cluster, slice_of(card.num_shards, part))
-    except UserError:
-        # The stores that are whole are so although another has failed; what has failed is the thing to say.
-        with suppress(UserError):
-            _finish_whole(writers)
-        raise
-    return _finish_whole(writers)
+    wanted, mixtures = slice_of(card.num_shards, part), 0
+    while True:
+        try:
+            _extract_pending(writers, task, label, cluster, wanted)
+        except UserError:
+            # The stores that are whole are so although another has failed; what has failed is the thing to say.
+            with suppress(UserError):
+                _finish_whole(writers)
+            raise
+        # Without locks, somebody may have begun anew what was done when we looked.
+        try:
+            lacking = _finish_whole(writers)
+        except LackingError:
+            mixtures += 1
+            if mixtures == MOST_MIXTURES:
+                raise
+        else:
+            if not any(shard in wanted for shards in lacking for shard in shards):
+                return lacking
 
 
 def _finish_whole(writers: Sequence[StoreWriter]) -> list[list[int]]:

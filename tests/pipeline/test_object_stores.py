@@ -221,6 +221,40 @@ def test_extractions_beside_each_other_end_in_one_sound_store(
     np.testing.assert_array_equal(TokenStore.open(path).gather(EVERY), store.gather(EVERY))
 
 
+def test_a_shard_that_somebody_begins_anew_as_the_store_is_finished_is_waited_for(
+    bucket: UPath,
+    dataset: FrameDataset,
+    encoder: Encoder,
+    store_path: Path,
+    all_bytes: Snapshot,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, finish, begun = bucket / "tcn-64.zarr", StoreWriter.finish, list[int]()
+
+    def finish_beside_another(self: StoreWriter) -> None:
+        if not begun:
+            begun.append(4)
+            remove(record_file(path, 4))
+        finish(self)
+
+    monkeypatch.setattr(StoreWriter, "finish", finish_beside_another)
+    extract(dataset, encoder, path)
+    assert begun
+    assert objects(path) == all_bytes(store_path)
+
+
+def test_a_shard_that_somebody_else_has_done_meanwhile_stays_as_it_is(
+    far: UPath, store: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, writer = objects(far), StoreWriter.resume(far, store.identity)
+    frames = store.card.shard_frames(2)
+    with monkeypatch.context() as patch:
+        for change in ("pipe_file", "rm_file", "rm"):
+            patch.setattr(type(far.fs), change, None)
+        writer.write_shard(2, store.gather(np.arange(frames.start, frames.stop)))
+    assert objects(far) == before
+
+
 DAMAGE: dict[str, Callable[[UPath], object]] = {
     "shard flipped": lambda path: flip(shard_file(path, 2)),  # type: ignore[arg-type]
     "shard lost": lambda path: remove(shard_file(path, 2)),
