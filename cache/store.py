@@ -53,7 +53,7 @@ class TokenStore:
     """
 
     def __init__(
-        self, path: Place, group: zarr.Group, attributes: dict[str, Any], changes: object, *, mirrored: bool
+        self, path: Place, group: zarr.Group, attributes: dict[str, Any], stamped: object, *, mirrored: bool
     ) -> None:
         """Use `TokenStore.open`."""
         self.path = path
@@ -62,7 +62,7 @@ class TokenStore:
         self.complete = bool(attributes["complete"])
         self.mean = np.asarray(attributes.get("mean", np.zeros(self.card.token_dim)), dtype=np.float32)
         self.std = np.asarray(attributes.get("std", np.ones(self.card.token_dim)), dtype=np.float32)
-        self._group, self._columns, self._changes = group, attributes["columns"], changes
+        self._group, self._columns, self._stamp = group, attributes["columns"], stamped
         tokens = open_tokens(group, self.card, attributes, path)
         mappable = is_mappable(tokens, self.card)
         if mappable and self.complete:
@@ -97,12 +97,12 @@ class TokenStore:
             UserError: it is missing, damaged, not a store, or incomplete (unless allowed).
         """
         where = place(path)
-        changes = _changes(where)
+        stamped = _stamp(where)
         attributes = read_attributes(where)
         group = open_group(where)
         if not attributes["complete"] and not allow_incomplete:
             raise UserError(f"{path} is incomplete; finish it by running its wmcache extract again")
-        return cls(where, group, attributes, changes, mirrored=mirrored)
+        return cls(where, group, attributes, stamped, mirrored=mirrored)
 
     @cached_property
     def action(self) -> NDArray[Any]:
@@ -226,6 +226,26 @@ class TokenStore:
             )
         return Windows(self, starts, history, predict, frameskip, dropped)
 
+    def changes(self, frameskip: int) -> TokenStore:
+        """The change maps beside the store: of each frame, what has changed since the one `frameskip` env steps before, [N, 4] cells.
+
+        Raises:
+            UserError: there are none, or those of other frames or of another grid.
+        """
+        where = changes_beside(self.path, frameskip)
+        make = command("wmcache", "derive", "change-maps", self.path, "--frameskip", frameskip)
+        try:
+            found = TokenStore.open(where, mirrored=True)
+        except UserError as error:
+            raise UserError(f"there are no change maps beside {self.path} ({error}); make them with: {make}") from error
+        mine, theirs = self.identity.dataset_fingerprint, found.identity.dataset_fingerprint
+        if (mine, self.card.token_grid, 4) != (theirs, found.card.token_grid, found.card.token_dim):
+            raise UserError(
+                f"{where} is not of the frames or of the grid of {self.path}; delete it with: {command('wmcache', 'rm', where)}; "
+                f"then make it again with: {make}"
+            )
+        return found
+
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
         """Whatever is read inside was the store that was opened: writers change the attributes before anything else.
@@ -235,9 +255,9 @@ class TokenStore:
         try:
             yield
         finally:
-            now = self._changes if isinstance(self._reader, MirroredReader) else _changes(self.path)
+            now = self._stamp if isinstance(self._reader, MirroredReader) else _stamp(self.path)
             # A server that does not answer has said so to the read itself.
-            if now != self._changes and (now is not None or isinstance(self.path, Path)):
+            if now != self._stamp and (now is not None or isinstance(self.path, Path)):
                 raise UserError(f"{self.path} was replaced or changed while it was being read; start again")
 
     def _require_shards(self) -> None:
@@ -255,7 +275,12 @@ class TokenStore:
             )
 
 
-def _changes(path: Place) -> object:
+def changes_beside(store: Place, frameskip: int) -> Place:
+    """Where the change maps of a store are, of frames so many env steps apart."""
+    return store.with_name(f"{store.stem}.changes-{frameskip}.zarr")
+
+
+def _stamp(path: Place) -> object:
     """Differs whenever the store's attributes have been written, or another store has taken its place."""
     try:
         return stamp(path / "zarr.json")

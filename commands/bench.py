@@ -31,6 +31,8 @@ from wmcache.commands.shared import (
 )
 from wmcache.trainer.presets import PRESETS
 
+DENSE = {name: preset for name, preset in PRESETS.items() if preset["model"] == "dino-wm"}
+
 
 @click.group(cls=Group)
 def bench() -> None:
@@ -114,7 +116,7 @@ def bench_shards(shards: tuple[int, ...], as_json: bool, **settings: Any) -> Non
 
 
 @bench.command("train")
-@preset_option("--preset", PRESETS, "A known model; what is given beside it wins.")
+@preset_option("--preset", DENSE, "A known model; what is given beside it wins.")
 @click.option("--cache", type=PLACE, required=True, help="The token store; its frames and encoder are used as well.")
 @click.option("--steps", type=click.IntRange(2), default=20, help="Training steps of each contender in each turn.")
 @click.option("--batch-size", "batch", type=click.IntRange(1), default=64, help="Windows.")

@@ -278,6 +278,14 @@ def _layers_store(frames: Any, base: str, weights: Path | None, device: str, clu
     metavar="I/N",
     help="Do the I-th (from 0) of N slices of the shards, for batch arrays; wmcache finalize, or whoever is last, completes the store.",
 )
+@click.option(
+    "--change-maps",
+    type=click.IntRange(1),
+    is_flag=False,
+    flag_value=5,
+    metavar="[FRAMESKIP]",
+    help="Also what has changed since so many env steps before (5), which ddp-wm learns from; or later: wmcache derive change-maps.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and stop.")
 def extract(
     dataset: Place | None,
@@ -286,6 +294,7 @@ def extract(
     out: Place | None,
     store_dtype: str,
     part: tuple[int, int],
+    change_maps: int | None,
     dry_run: bool,
     **encoder: Any,
 ) -> None:
@@ -309,6 +318,14 @@ def extract(
             click.echo(f"{human_bytes(plan.bytes_needed)} needed, {free}about {plan.seconds:.0f} s{whose}")
         return
     device = encoder["device"]
+    if change_maps:
+        from wmcache.cache.store import changes_beside
+        from wmcache.pipeline.encoders.changes import changes_for
+
+        stores += [
+            (changes_for(network.token_grid, change_maps, device="cpu"), changes_beside(place, change_maps))
+            for network, place in stores
+        ]
     lacking = extract_together(
         frames, stores, dtype=store_dtype, batch=batch, cluster=cluster, device=device, part=part
     )
@@ -324,7 +341,39 @@ def extract(
             click.echo(f"{place}: {frames.card.frames} frames, {rows} x {columns} tokens of {network.token_dim}")
 
 
-@click.command(cls=Command)
+class _Derive(Group):
+    """A group whose first word may be left out: `wmcache derive STORE …` makes tokens."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["tokens", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Derive)
+def derive() -> None:
+    """Make other stores of STORE; `wmcache derive STORE …` is short for `wmcache derive tokens STORE …`."""
+
+
+@derive.command("change-maps")
+@click.argument("store", type=PLACE)
+@click.option(
+    "--frameskip", type=click.IntRange(1), default=5, help="Env steps between the frames compared, as wmtrain's."
+)
+@click.option("--dataset", type=PLACE, help="Where the frames are, if they have moved.")
+@cluster_option()
+def derive_change_maps(store: Place, frameskip: int, dataset: Place | None, cluster: str) -> None:
+    """Make what has changed from frame to frame, 2 x 2 cells a patch, which ddp-wm learns from. Run again, it goes on."""
+    from wmcache.cache.store import TokenStore
+    from wmcache.pipeline.change_maps import derive_change_maps as run
+
+    source = TokenStore.open(store)
+    out = run(source, frameskip, dataset=dataset, cluster=cluster)
+    rows, columns = source.card.token_grid
+    click.echo(f"{out}: {len(source)} frames, {2 * rows} x {2 * columns} cells, since {frameskip} env steps before")
+
+
+@derive.command("tokens")
 @click.argument("store", type=PLACE)
 @click.option("--encoder", "name", required=True, help="On the same backbone: dinov2-cls, dinov2-pooled, an adapter, …")
 @click.option("--weights", type=PATH, help="The encoder's.  [default: the store's, or those fitted on its dataset]")
@@ -333,7 +382,7 @@ def extract(
 @click.option("--store-dtype", type=click.Choice(["float16", "int8"]), default="float16", help="As for extract.")
 @device_option
 @cluster_option()
-def derive(
+def derive_tokens(
     store: Place,
     name: str,
     weights: Path | None,

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home
 from wmcache.cache.places import Place, place
@@ -291,6 +292,27 @@ model_options = options(
     ),
     click.option("--embedding", type=click.IntRange(1), default=10, help="Dimensions of action and proprio."),
     click.option(
+        "--foreground",
+        type=click.IntRange(0),
+        default=0,
+        help="Tokens of a frame that are computed, ddp-wm; 0: as many as change in 99 % of the steps.",
+    ),
+    click.option(
+        "--labels",
+        type=click.Choice(["pixels", "features"]),
+        default="pixels",
+        help="By what something has changed, ddp-wm: change maps, or tokens.",
+    ),
+    click.option(
+        "--threshold", type=click.FloatRange(0), default=0.0, help="Of a change, ddp-wm.  [0: 0.1, or 0.5 of features]"
+    ),
+    click.option("--locator-width", type=click.IntRange(1), default=96, help="Of ddp-wm's localiser."),
+    click.option("--locator-depth", type=click.IntRange(1), default=3, help="Its blocks."),
+    click.option("--locator-heads", type=click.IntRange(1), default=3, help="Its heads."),
+    click.option("--locator-mlp", type=click.IntRange(1), default=384, help="Its hidden units."),
+    click.option("--fusion-heads", type=click.IntRange(1), default=4, help="That ask frames before, ddp-wm."),
+    click.option("--correction-heads", type=click.IntRange(1), default=4, help="That ask what changes, ddp-wm."),
+    click.option(
         "--rollout-loss", type=click.FloatRange(0), default=0.0, help="Weight of a second step from the first one's."
     ),
     click.option("--noise", type=click.FloatRange(0), default=0.0, help="Deviation of noise on the latents."),
@@ -323,13 +345,24 @@ def print_figures(figures: dict[str, float], *, as_json: bool) -> None:
         click.echo(f"{name:36} {value:12.3f}")
 
 
-def take_model_options(settings: dict[str, Any]) -> dict[str, Any]:
-    """The values of `model_options`, taken out of a command's settings."""
+def take_model_options(settings: dict[str, Any], model: str = "dino-wm") -> dict[str, Any]:
+    """The values of `model_options`, taken out of a command's settings: those that the model has.
+
+    Raises:
+        UserError: an unknown model; or an option was typed that it does not have.
+    """
     from dataclasses import fields
 
-    from wmcache.trainer.models.dino_wm import DinoWmOptions
+    from wmcache.trainer.models import MODELS, get_options
 
-    return {field.name: settings.pop(field.name) for field in fields(DinoWmOptions)}
+    known = {field.name for field in fields(get_options(model))}
+    given = click.get_current_context().get_parameter_source
+    every = {field.name for kind, _ in MODELS.values() for field in fields(kind)}
+    values = {name: settings.pop(name) for name in sorted(every)}
+    if typed := sorted(name for name in every - known if given(name) is ParameterSource.COMMANDLINE):
+        flags = ", ".join("--" + name.replace("_", "-") for name in typed)
+        raise UserError(f"world model {model} has no option {flags}; leave that out")
+    return {name: value for name, value in values.items() if name in known}
 
 
 def open_dataset(path: Place | None) -> Any:

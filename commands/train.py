@@ -33,7 +33,16 @@ from wmcache.trainer.presets import PRESETS
 @preset_option("--preset", PRESETS, "Known settings; what is given beside it wins.")
 @click.option("--cache", type=PLACE, help="The token store; nothing else is read.  [required]")
 @click.option("--out", type=PATH, help="Folder of the run.  [default: $WMCACHE_HOME/runs/<dataset>-<store>]")
-@click.option("--model", default="dino-wm", help="World model.")
+@click.option("--model", default="dino-wm", help="World model: dino-wm, ddp-wm.")
+@click.option(
+    "--stage",
+    type=click.Choice(["localization", "primary", "lrm", "all"]),
+    default="all",
+    help="Of ddp-wm, which is trained in three, each on what the one before has left, for --steps each.",
+)
+@click.option(
+    "--from", "start", type=PATH, help="A run whose finished stage the first one goes on from.  [default: --out]"
+)
 @model_options
 @click.option("--history", type=click.IntRange(1), default=3, help="Context frames.")
 @click.option("--frameskip", type=click.IntRange(1), default=5, help="Env steps between frames of a window.")
@@ -84,6 +93,7 @@ def wmtrain(
     cache: Place | None,
     preset: str | None,  # noqa: ARG001 (its values have become the others' defaults)
     out: Path | None,
+    start: Path | None,
     devices: int | None,
     resume: bool,
     overwrite: bool,
@@ -107,7 +117,11 @@ def wmtrain(
         settings["epochs"] = None  # which a preset may have set
 
     out = out or home() / "runs" / name_of(cache)
-    chosen = TrainOptions(model_options=take_model_options(settings), **settings)
+    chosen = TrainOptions(
+        model_options=take_model_options(settings, settings["model"]),
+        start=None if start is None else str(start.absolute()),
+        **settings,
+    )
     if devices and devices > 1 and not together():
         from wmcache.commands.launch import launch
 

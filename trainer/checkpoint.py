@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,10 +36,37 @@ FILES = ("model.safetensors", "optimizer.safetensors")
 FALL_BACK = "delete its folder to fall back to the checkpoint before it"
 
 
-def save_checkpoint(run: Path, step: int, model: nn.Module, optimiser: torch.optim.Optimizer) -> Path:
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: of all stages together.
+        stage: that is or was trained last; empty before the first, and for models without stages.
+        begun: the step that it began at.
+        finished: whether it has had all of its steps.
+    """
+
+    step: int = 0
+    stage: str = ""
+    begun: int = 0
+    finished: bool = False
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    *,
+    stage: str = "",
+    begun: int = 0,
+    finished: bool = False,
+) -> Path:
     """Write a checkpoint to a temporary folder, rename it, then move `last`; returns its folder.
 
-    A kill at any moment leaves the previous checkpoint as it was.
+    A kill at any moment leaves the previous checkpoint as it was. The end of a stage is kept for good; for `stage`, `begun` and
+    `finished` see `Progress`.
 
     Raises:
         UserError: it cannot be written.
@@ -53,7 +80,9 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimiser: torch.opt
         save_file(_contiguous(model.state_dict()), temporary / "model.safetensors")
         save_file(_optimiser_tensors(model, optimiser), temporary / "optimizer.safetensors")
         checksums = {name: sha256_of(temporary / name) for name in FILES}
-        write_json(temporary / "state.json", seal({"step": step, "sha256": checksums}))
+        write_json(
+            temporary / "state.json", seal({**asdict(Progress(step, stage, begun, finished)), "sha256": checksums})
+        )
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)
@@ -75,8 +104,35 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimiser: torch.opt
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in checkpoints(run)[:-KEEP]:
-        shutil.rmtree(old)
+        if not _ends_a_stage(old):
+            shutil.rmtree(old)
     return final
+
+
+def _ends_a_stage(folder: Path) -> bool:
+    try:
+        progress = read_progress(folder)
+    except UserError:
+        return False
+    return bool(progress.stage) and progress.finished
+
+
+def finished_stage(run: Path, stage: str) -> Path:
+    """The newest checkpoint of a run that ends this stage.
+
+    Raises:
+        UserError: it has none.
+    """
+    read_config(run)
+    for folder in reversed(checkpoints(run)):
+        progress = read_progress(folder)
+        if progress.finished and progress.stage == stage != "":
+            return folder
+    raise UserError(
+        f"{run} has no finished stage {stage}"
+        if stage
+        else f"the first stage goes on from no other run; leave out --from {run}"
+    )
 
 
 def load_training_state(run: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
@@ -102,7 +158,7 @@ def load_training_state(run: Path, model: nn.Module, optimiser: torch.optim.Opti
     torch.set_rng_state(tensors["rng.cpu"])
     if torch.cuda.is_available() and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return int(read_state(folder)["step"])
+    return read_progress(folder).step
 
 
 def load_model(run: Path, device: torch.device) -> Any:
@@ -191,6 +247,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The step of a checkpoint and the checksums of its files; raises UserError where it is not what was written."""
     file = folder / "state.json"
     return require_seal(read_json(file, FALL_BACK), file, FALL_BACK)
+
+
+def read_progress(folder: Path) -> Progress:
+    """How far a checkpoint is; raises UserError where it is not what was written."""
+    file = folder / "state.json"
+    known = {
+        name: value for name, value in read_state(folder).items() if name in {"step", "stage", "begun", "finished"}
+    }
+    return parse(Progress, known, file, FALL_BACK)
 
 
 def last_checkpoint(run: Path) -> Path:

@@ -77,6 +77,7 @@ class Feed:
         residence: str = "disk",
         rank: int = 0,
         world_size: int = 1,
+        changes: TokenStore | None = None,
     ) -> None:
         """Start reading.
 
@@ -88,6 +89,7 @@ class Feed:
             first: number of the first step.
             residence: as `choose_residence` answers.
             rank, world_size: which slice of each batch is ours, see `batch_windows`.
+            changes: the change maps of the store, where batches shall have them.
 
         Raises:
             UserError: the tokens do not fit where they shall be.
@@ -95,7 +97,7 @@ class Feed:
         self.waited = 0.0
         self.device = device
         self._store, self._windows, self._batch, self._seed = store, windows, batch, seed
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size, self._changes = rank, world_size, changes
         self._transfer = Transfer(device)
         self._table: Tensor | None = None
         if residence == "ram" or (residence == "device" and is_cpu(device)):
@@ -134,6 +136,8 @@ class Feed:
             data = {
                 name: torch.from_numpy(value).to(self.device) for name, value in self._windows.steps(frames).items()
             }
+            if self._changes is not None:
+                data["changes"] = torch.from_numpy(gather_changes(self._changes, frames)).to(self.device)
             tokens = self._tokens(frames.ravel(), step)
             return {"tokens": tokens.view(*frames.shape, *tokens.shape[1:]), **data}
 
@@ -165,6 +169,11 @@ class Feed:
     ) -> None:
         """Stop the reader."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def gather_changes(changes: TokenStore, frames: NDArray[np.int64]) -> NDArray[np.float16]:
+    """Change maps of the frames [B, T] of some windows, [B, T, N, 4]."""
+    return changes.gather(frames.ravel()).reshape(*frames.shape, *changes.card.frame_shape)
 
 
 def load_on_device(store: TokenStore, device: torch.device) -> Tensor:

@@ -27,14 +27,20 @@ from wmcache.cache.places import Place, absolute
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows, batch_windows
 from wmcache.trainer.checkpoint import (
+    Progress,
     checkpoints,
+    finished_stage,
+    last_checkpoint,
     load_training_state,
+    load_weights,
     read_config,
     read_identity,
+    read_progress,
     save_checkpoint,
     truncate_metrics,
 )
 from wmcache.trainer.feed import Feed, choose_residence
+from wmcache.trainer.localisation import localisation, settle
 from wmcache.trainer.models import DataShape, build, read_options
 from wmcache.trainer.models.dino_wm import pool_grid
 from wmcache.trainer.ranks import ALONE, STOPPING, Loss, Ranks, without_reduction
@@ -46,7 +52,10 @@ NOT_FINITE = (
     "the loss of step {step} is not finite; the last checkpoint in {run}, if any, is good: "
     "go on from it with --resume and a lower --lr"
 )
-MAY_CHANGE = {"cache", "device", "residence", "compile", "log_every", "validate_every", "checkpoint_every"}
+MAY_CHANGE = {
+    *("cache", "device", "residence", "compile", "log_every", "validate_every", "checkpoint_every"),
+    *("stage", "start"),
+}
 MAY_CHANGE_ON_RESUME = MAY_CHANGE | {"steps", "epochs", "learning_rate"}
 
 
@@ -56,6 +65,8 @@ class TrainOptions:
 
     Attributes:
         model: name in `trainer.models.MODELS`. model_options: fields of its options dataclass.
+        stage: of a model that is trained in stages, or `all` of them one after another; each has `steps` and a schedule of its own.
+        start: a run whose finished stage the first one goes on from, where it is not the run itself.
         history: context frames. frameskip: env steps between frames.
         steps: optimiser steps. epochs: passes over all windows, which `steps` is computed from where given.
         batch: windows in each micro-batch, of all processes together. accumulate: micro-batches in each step.
@@ -73,6 +84,8 @@ class TrainOptions:
 
     model: str = "dino-wm"
     model_options: dict[str, Any] = field(default_factory=dict)
+    stage: str = "all"
+    start: str | None = None
     history: int = 3
     frameskip: int = 5
     steps: int = 10_000
@@ -145,6 +158,21 @@ def train(
             raise UserError(f"cannot write {out}: {reason}; free space, then run the same command again") from error
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A training that is set up: what every stage of it uses."""
+
+    store: TokenStore
+    windows: Windows
+    changes: TokenStore | None
+    out: Path
+    options: TrainOptions
+    ranks: Ranks
+    model: Any
+    device: torch.device
+    dtype: torch.dtype
+
+
 def _train(
     store: TokenStore, cache: Place, out: Path, options: TrainOptions, ranks: Ranks, *, resume: bool, overwrite: bool
 ) -> dict[str, float]:
@@ -152,7 +180,8 @@ def _train(
         options.history, 1, options.frameskip, "train", seed=options.split_seed, fraction=options.episodes_fraction
     )
     # All of them, so that what a run says of itself does not depend on which were typed.
-    options = replace(options, model_options=asdict(read_options(options.model, options.model_options)))
+    changes, chosen = settle(store, windows, options.model, read_options(options.model, options.model_options))
+    options = replace(options, model_options=asdict(chosen))
     if options.epochs:
         options = replace(options, steps=max(1, options.epochs * len(windows) // (options.batch * options.accumulate)))
     device = ranks.device(options.device)
@@ -162,36 +191,71 @@ def _train(
     torch.manual_seed(options.seed)
     model = build(options.model, shape, options.model_options, statistics_of(store, options.frameskip)).to(device)
     pool_grid(torch.empty(1, 1, shape.tokens, 1), shape.columns, options.pool)  # refuses squares that do not fit
-    optimiser = make_optimiser(model, options)
-    validation = validation_windows(store, options)
+    stages = stages_of(model.stages, options)
     # Only now: an option that makes no sense must not cost a run that is there.
-    going_on = ranks.leads and _prepare_folder(out, config, store, resume=resume, overwrite=overwrite)
-    first = load_training_state(out, model, optimiser) if ranks.heard(going_on) else 0
+    going_on = ranks.heard(
+        ranks.leads and _prepare_folder(out, config, store, stages[0], resume=resume, overwrite=overwrite)
+    )
+    progress = _take_up(out, bool(going_on), model, options, stages)
+    job = _Job(store, windows, changes, out, options, ranks, model, device, dtype)
+    result: dict[str, float] = {}
+    for stage in stages:
+        if model.stages and progress.stage and model.stages.index(stage) < model.stages.index(progress.stage):
+            ranks.say(f"stage {stage} is done")
+            continue
+        result = _train_stage(job, stage, progress) or result
+        begun = progress.begun if progress.stage == stage else progress.step
+        progress = Progress(begun + options.steps, stage, begun, finished=True)
+    return result
+
+
+def _train_stage(job: _Job, stage: str, progress: Progress) -> dict[str, float]:
+    """Train one stage of a model, or all of a model without stages, from where it is; returns the last validation's metrics."""
+    out, options, ranks, model, device, dtype = job.out, job.options, job.ranks, job.model, job.device, job.dtype
+    goes_on = progress.stage == stage and progress.step > progress.begun
+    begun, first = (progress.begun if goes_on else progress.step), progress.step
+    if stage:
+        model.begin(stage)
+    optimiser = make_optimiser(model, options)
+    if goes_on:
+        load_training_state(out, model, optimiser)
+    elif stage:  # whatever has been drawn until now, in this process or in one before it
+        torch.manual_seed(options.seed + model.stages.index(stage))
     if ranks.leads:
         truncate_metrics(out, first)
     forward = ranks.share(model, torch.compile(model.loss) if options.compile else model.loss)
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    windows, last = job.windows, begun + options.steps
     dropped = f", {windows.dropped_episodes} episodes too short" if windows.dropped_episodes else ""
-    residence, why = choose_residence(store, device, options.residence, ranks.local_world)
+    residence, why = choose_residence(job.store, device, options.residence, ranks.local_world)
     ranks.wait()  # until all have measured, for the next thing is to fill that memory
     ranks.say(
-        f"{options.model}: {count / 1e6:.2f} M parameters, {len(windows)} windows of {windows.length} frames{dropped}, "
-        f"{f'{ranks.world} x ' if ranks.world > 1 else ''}{device.type} {str(dtype).removeprefix('torch.')}, "
-        f"steps {first} to {options.steps}"
+        f"{options.model}{stage and f', {stage}'}: {count / 1e6:.2f} M parameters, {len(windows)} windows of {windows.length} frames"
+        f"{dropped}, {f'{ranks.world} x ' if ranks.world > 1 else ''}{device.type} {str(dtype).removeprefix('torch.')}, "
+        f"steps {first} to {last}"
     )
     ranks.say(why)
-
+    validation = validation_windows(job.store, options)
     result: dict[str, float] = {}
     update, first_batch = seconds_between_updates(), first * options.accumulate
     with (
         Log(out) if ranks.leads else nullcontext() as log,
         Feed(
-            store, windows, options.batch, options.seed, device, first_batch, residence, ranks.rank, ranks.world
+            job.store,
+            windows,
+            options.batch,
+            options.seed,
+            device,
+            first_batch,
+            residence,
+            ranks.rank,
+            ranks.world,
+            job.changes,
         ) as feed,
         tqdm(
             total=options.steps,
-            initial=first,
-            desc="wmtrain",
+            initial=first - begun,
+            desc=" ".join(filter(None, ("wmtrain", stage))),
             unit=" steps",
             mininterval=update,
             disable=not ranks.leads,
@@ -199,10 +263,12 @@ def _train(
         signals_between_steps() as stop,
     ):
         start, seen = time.perf_counter(), 0
-        for step in range(first, options.steps):
-            rate = learning_rate(step, options)
+        for step in range(first, last):
+            rate = learning_rate(step - begun, options)
             ranks.seed(options.seed, step)
-            losses, batch = descend(model, forward, optimiser, feed, rate, options, dtype, pool_at(step, options))
+            losses, batch = descend(
+                model, forward, optimiser, feed, rate, options, dtype, pool_at(step - begun, options)
+            )
             # What ranks decide, they decide by the same values: none is left waiting for another that has ended.
             losses, stopping = ranks.agree(losses, signal.SIGTERM if ranks.orphaned else stop.number)
             if not torch.isfinite(losses["loss"] + losses["gradient_norm"]):
@@ -214,7 +280,7 @@ def _train(
             done = step + 1
             seen += options.batch * options.accumulate
             bar.update()
-            if log and (done % options.log_every == 0 or done == options.steps):
+            if log and (done % options.log_every == 0 or done == last):
                 elapsed = time.perf_counter() - start
                 values = {name: value.item() for name, value in losses.items()}
                 speed = {"windows_per_second": seen / elapsed, "waiting_share": feed.waited / elapsed}
@@ -222,22 +288,63 @@ def _train(
                 bar.set_postfix_str(
                     f"loss {values['loss']:.4f}, {speed['windows_per_second']:.0f} windows/s, waiting {speed['waiting_share']:.1%}"
                 )
-            save = done % options.checkpoint_every == 0 or done == options.steps or bool(stopping)
+            save = done % options.checkpoint_every == 0 or done == last or bool(stopping)
             if save:
                 # The step may have left weights that the next loss would show to be bad: better not to keep them.
                 with torch.no_grad(), autocast(device, dtype):
                     if not torch.isfinite(ranks.mean(model.eval().loss(batch))["loss"]):
                         raise UserError(NOT_FINITE.format(step=done, run=out))
-            if log and (done % options.validate_every == 0 or done == options.steps):
-                result = validate(model, validation, device, dtype)
+            if log and (done % options.validate_every == 0 or done == last):
+                result = validate(model, validation, device, dtype, stage, job.changes)
                 log.write(done, result)
                 ranks.say(f"step {done}: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
             if save and ranks.leads:
-                save_checkpoint(out, done, model, optimiser)
+                save_checkpoint(out, done, model, optimiser, stage=stage, begun=begun, finished=done == last)
             stop.now_if(stopping)
         ranks.wait()
         stop.now_if_wanted()  # by a signal that came while the last step was saved
     return result
+
+
+def stages_of(known: tuple[str, ...], options: TrainOptions) -> tuple[str, ...]:
+    """The stages that are to be trained, in their order; a single nameless one for a model without stages.
+
+    Raises:
+        UserError: an unknown stage.
+    """
+    if options.stage != "all" and options.stage not in known:
+        there = f"known are {', '.join(known)} and all" if known else f"{options.model} is trained in one go"
+        raise UserError(f"no stage {options.stage!r}; {there}")
+    return (options.stage,) if options.stage != "all" else known or ("",)
+
+
+def _take_up(out: Path, going_on: bool, model: Any, options: TrainOptions, stages: tuple[str, ...]) -> Progress:
+    """Put what the run, or the one of `--from`, has so far into the model; returns how far that is.
+
+    Raises:
+        UserError: the stage that comes before is not there, or not finished.
+    """
+    known: tuple[str, ...] = model.stages
+    source = out if going_on else None if options.start is None else Path(options.start)
+    progress, folder = Progress(), None
+    if source is not None:
+        before = known.index(stages[0]) - 1 if stages[0] else -1
+        folder = last_checkpoint(source) if going_on else finished_stage(source, known[before] if before >= 0 else "")
+        progress = read_progress(folder)
+        if not going_on:
+            progress = Progress(0, progress.stage, 0, finished=True)
+    if known and (index := known.index(stages[0])):
+        there = known.index(progress.stage) if progress.stage else -1
+        if there < index - 1 or (there == index - 1 and not progress.finished):
+            raise UserError(
+                f"stage {stages[0]} goes on from a finished {known[index - 1]}, which {out} does not have; "
+                f"train that with --stage {known[index - 1]}, or name a run that has it with --from"
+            )
+    if known and progress.stage and not progress.finished and progress.stage not in stages:
+        raise UserError(f"stage {progress.stage} of {out} is not finished; train it with --stage {progress.stage}")
+    if folder is not None:
+        load_weights(folder, model)
+    return progress
 
 
 class _Stop:
@@ -330,12 +437,22 @@ def descend(
     return {**means, "gradient_norm": norm}, batch
 
 
-def validate(model: Any, windows: Windows, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def validate(
+    model: Any,
+    windows: Windows,
+    device: torch.device,
+    dtype: torch.dtype,
+    stage: str = "",
+    changes: TokenStore | None = None,
+) -> dict[str, float]:
     """Open-loop rollouts from one observed frame, as a planner makes them.
 
     Returns:
-        `skill_k` for k = 1 … 5 model steps: 1 - MSE of the rollout / MSE of copying the observed frame. 1 is perfect, 0 useless.
+        `skill_k` for k = 1 … 5 model steps: 1 - MSE of the rollout / MSE of copying the observed frame. 1 is perfect, 0 useless. After a
+        stage that teaches where something changes, how well that is known instead, see `localisation`.
     """
+    if stage == "localization":
+        return localisation(model, windows, changes, device, dtype)
     error, copying = rollout_errors(model, windows, device, dtype)
     return {f"skill_{k}": value.item() for k, value in enumerate(1 - error / copying, start=1)}
 
@@ -374,7 +491,7 @@ def learning_rate(step: int, options: TrainOptions) -> float:
 
 def make_optimiser(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
     """AdamW; matrices decay, vectors only where told."""
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decaying = [parameter for parameter in parameters if options.decay_all or parameter.ndim >= 2]
     others = [parameter for parameter in parameters if not (options.decay_all or parameter.ndim >= 2)]
     groups = [{"params": decaying, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -406,8 +523,13 @@ class Log:
         self._board.close()
 
 
-def _prepare_folder(out: Path, config: dict[str, Any], store: TokenStore, *, resume: bool, overwrite: bool) -> bool:
-    """Write config and identity, or compare them with those that are there; returns whether there is a checkpoint to go on from."""
+def _prepare_folder(
+    out: Path, config: dict[str, Any], store: TokenStore, stage: str, *, resume: bool, overwrite: bool
+) -> bool:
+    """Write config and identity, or compare them with those that are there; returns whether there is a checkpoint to go on from.
+
+    What a resumed run may change, a run that begins another `stage` may as well.
+    """
     ours = (out / "config.json").exists() and (out / "identity.json").exists()
     there_is = {file.name for file in out.iterdir() if not is_temporary(file)} if out.exists() else set()
     if not ours and there_is - {"identity.json"}:  # which is what a run begins with
@@ -419,7 +541,8 @@ def _prepare_folder(out: Path, config: dict[str, Any], store: TokenStore, *, res
     elif ours:
         # An option that is younger than a run had its default then.
         there, identity = {**asdict(TrainOptions()), **read_config(out)}, read_identity(out)[1]
-        free = MAY_CHANGE_ON_RESUME if resume else MAY_CHANGE
+        begins = checkpoints(out) and stage not in ("", read_progress(last_checkpoint(out)).stage)
+        free = MAY_CHANGE_ON_RESUME if resume or begins else MAY_CHANGE
         different = [
             f"{name} {there.get(name)} != {config[name]}"
             for name in config

@@ -5,6 +5,7 @@ of one in a package of your own.
 """
 
 from wmcache.pipeline.encoders import (  # noqa: F401 (they register)
+    changes,
     dino_tok,
     dinov2,
     dinov3,

@@ -383,8 +383,11 @@ class Encoder:
             `cosine`, the smallest over the frames, and `relative_error`, the largest norm of a difference over that of the tokens.
         """
         live, known = self(frames).float().cpu().flatten(1), torch.from_numpy(cached).float().flatten(1)
-        cosine = torch.cosine_similarity(live, known, dim=1).min().item()
-        relative = ((live - known).norm(dim=1) / known.norm(dim=1)).max().item()
+        cosines = torch.cosine_similarity(live, known, dim=1)
+        cosine = (
+            torch.where((live == known).all(1), 1.0, cosines).min().item()
+        )  # which nothing but zeros have no cosine of
+        relative = ((live - known).norm(dim=1) / known.norm(dim=1).clamp_min(1e-6)).max().item()
         return {"cosine": cosine, "relative_error": relative}
 
     def identity(self, dataset_fingerprint: str, store_dtype: str = "float16") -> Identity:

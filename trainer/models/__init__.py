@@ -14,10 +14,21 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from wmcache.cache.errors import UserError
 from wmcache.trainer.models.base import DataShape, WorldModel
+from wmcache.trainer.models.ddp_wm import DdpWm, DdpWmOptions
 from wmcache.trainer.models.dino_wm import DinoWm, DinoWmOptions
 
-MODELS: dict[str, tuple[type[Any], Callable[..., nn.Module]]] = {"dino-wm": (DinoWmOptions, DinoWm)}
+MODELS: dict[str, tuple[type[Any], Callable[..., nn.Module]]] = {
+    "dino-wm": (DinoWmOptions, DinoWm),
+    "ddp-wm": (DdpWmOptions, DdpWm),
+}
 """Name -> (options dataclass, module)."""
+
+
+def get_options(name: str) -> type[Any]:
+    """The options dataclass of a model; raises UserError where there is none of that name."""
+    if name not in MODELS:
+        raise UserError(f"no world model {name!r}; known are {', '.join(MODELS)}")
+    return MODELS[name][0]
 
 
 def read_options(name: str, options: Mapping[str, Any]) -> Any:
@@ -26,9 +37,7 @@ def read_options(name: str, options: Mapping[str, Any]) -> Any:
     Raises:
         UserError: unknown model or option, or values that do not fit.
     """
-    if name not in MODELS:
-        raise UserError(f"no world model {name!r}; known are {', '.join(MODELS)}")
-    make_options, _ = MODELS[name]
+    make_options = get_options(name)
     known = [field.name for field in fields(make_options)]
     if unknown := [option for option in options if option not in known]:
         raise UserError(f"world model {name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
@@ -55,4 +64,4 @@ def build(name: str, shape: DataShape, options: Mapping[str, Any], statistics: M
     return MODELS[name][1](shape, chosen, statistics)
 
 
-__all__ = ["MODELS", "DataShape", "WorldModel", "build", "read_options"]
+__all__ = ["MODELS", "DataShape", "WorldModel", "build", "get_options", "read_options"]

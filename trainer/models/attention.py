@@ -184,3 +184,31 @@ def modulated(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
 def gated(x: Tensor, gate: Tensor | None) -> Tensor:
     """Times the gate, where there is one."""
     return x if gate is None else x * gate
+
+
+class CrossAttention(nn.Module):
+    """Queries of some tokens meet keys and values of others; what they find is added to the tokens, and the sum normed (post-norm)."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        """Args: `width` of all tokens, which `heads` need not divide; `dropout` of attention weights."""
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        inner = heads * -(-width // heads)
+        self.q, self.k, self.v = (nn.Linear(width, inner) for _ in range(3))
+        self.out, self.norm = nn.Linear(inner, width), nn.LayerNorm(width)
+
+    def keys_values(self, keys: Tensor, values: Tensor) -> KeysValues:
+        """Of tokens [B, n, width]."""
+        return KeysValues(self.apart(self.k(keys)), self.apart(self.v(values)))
+
+    def forward(self, x: Tensor, queries: Tensor, seen: KeysValues) -> Tensor:
+        """Tokens `x` and `queries` [B, n, width] -> [B, n, width]."""
+        q = self.apart(self.q(queries))
+        one = attend_plainly if attends_plainly(q) else F.scaled_dot_product_attention
+        found = one(q, seen.keys, seen.values, dropout_p=self.dropout if self.training else 0.0)
+        added: Tensor = self.norm(x + self.out(rearrange(found, "b h n c -> b n (h c)")))
+        return added
+
+    def apart(self, x: Tensor) -> Tensor:
+        """[B, n, heads * c] -> [B, heads, n, c]."""
+        return rearrange(x, "b n (h c) -> b h n c", h=self.heads).contiguous()

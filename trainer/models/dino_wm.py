@@ -10,57 +10,47 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from pydantic import Field
 from torch import Tensor, nn
 from wmcache.cache.errors import UserError
 from wmcache.cache.schema import Size
 from wmcache.trainer.models.attention import Block, KeysValues
 from wmcache.trainer.models.base import DataShape
-
-SizeOrNone = Annotated[int, Field(ge=0, le=2**16)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from wmcache.trainer.models.latent import LatentModel, LatentOptions, Share, SizeOrNone, Weight, append
 
 
 @dataclass(frozen=True)
-class DinoWmOptions:
+class DinoWmOptions(LatentOptions):
     """Sizes and variants of the transformer.
 
     Attributes:
         combine: `features` appends the embeddings of proprio and action to each patch token (DINO-WM's concat_dim 1); `tokens` makes them
             tokens of the frame, after the patches (concat_dim 0).
         condition: `concat` combines the action as above; `adaln` lets it scale, shift and gate every block (JEPA-WM, arXiv 2512.24497).
-        proprio: `raw` predicts standardised proprio; `embedding` its learned code, as DINO-WM; `none` neither sees nor predicts any.
-        predict: `change` from the frame before, or the next `frame` itself, as DINO-WM.
         position: `learned` for each place in the window; `rope` learned in space and rotary in time, so that keys and values of a frame
             stay valid when the window moves on.
-        standardise: tokens per channel; DINO-WM takes them as they come.
         width: of the residual stream; 0 means no projections, so that it is the combined frame's own, as in DINO-WM.
         depth: number of blocks. heads: of attention. head_dim: of each; 0 means width / heads.
         mlp: hidden units; 0 means 4 widths.
         dropout: in attention, projections and MLP.
-        embedding: dimensions of the action and of the proprio embedding in `features`.
+        embedding: counts in `features` alone; tokens of their own are as wide as the stream.
         rollout_loss: weight of a second step from the first one's predictions, with the gradient stopped between them (JEPA-WM); 0 is none.
         noise: standard deviation of what is added to the latents while training.
     """
 
     combine: Literal["features", "tokens"] = "features"
     condition: Literal["concat", "adaln"] = "concat"
-    proprio: Literal["raw", "embedding", "none"] = "raw"
-    predict: Literal["change", "frame"] = "change"
     position: Literal["learned", "rope"] = "learned"
-    standardise: bool = True
     width: SizeOrNone = 384
     depth: Size = 6
     heads: Size = 6
     head_dim: SizeOrNone = 0
     mlp: SizeOrNone = 0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    embedding: Size = 10
+    dropout: Share = 0.1
     rollout_loss: Weight = 0.0
     noise: Weight = 0.0
 
@@ -76,7 +66,7 @@ class DinoWmOptions:
             raise UserError("--width 0 has no head for raw proprio; choose --proprio embedding or none, or a --width")
 
 
-class DinoWm(nn.Module):
+class DinoWm(LatentModel):
     """A `WorldModel`; see the module's docstring."""
 
     def __init__(self, shape: DataShape, options: DinoWmOptions, statistics: Mapping[str, Tensor]) -> None:
@@ -90,24 +80,16 @@ class DinoWm(nn.Module):
         Raises:
             UserError: there is no history for a second step.
         """
-        super().__init__()
         if options.rollout_loss and shape.history < 2:
             raise UserError("--rollout-loss needs a --history of at least 2: one step to take after the other")
-        self.shape, self.options = shape, options
-        for name, value in statistics.items():
-            kept = value.float().clamp_min(1e-6) if name.endswith("std") else value.float()
-            if name.startswith("tokens") and not options.standardise:
-                kept = torch.full_like(kept, float(name.endswith("std")))
-            self.register_buffer(name, kept)
         features, has_proprio = options.combine == "features", options.proprio != "none"
         slots = has_proprio + (options.condition == "concat")
         joined = shape.token_dim + options.embedding * slots * features
-        self.width = width = options.width or joined
+        width = options.width or joined
         embedding = options.embedding if features else width
-        self.code_dim = {"raw": shape.proprio_dim, "embedding": embedding, "none": 0}[options.proprio]
-        self.tokens = shape.tokens + slots * (not features)
-        self.embed_proprio = nn.Linear(shape.proprio_dim, embedding) if has_proprio else None
-        self.embed_action = nn.Linear(shape.action_dim, width if options.condition == "adaln" else embedding)
+        of_action = width if options.condition == "adaln" else embedding
+        super().__init__(shape, options, statistics, embedding=embedding, action_embedding=of_action)
+        self.width, self.tokens = width, shape.tokens + slots * (not features)
         self.project_in = nn.Linear(joined, width) if options.width else nn.Identity()
         rows = (self.tokens, width) if options.position == "rope" else (shape.history, self.tokens, width)
         self.position = nn.Parameter(torch.randn(rows) * (0.02 if options.width else 1.0))
@@ -132,9 +114,6 @@ class DinoWm(nn.Module):
                 if head is not None:
                     nn.init.zeros_(head.weight)
                     nn.init.zeros_(head.bias)
-
-    # Frames go through the model as tokens [B, T, N, D] and a code [B, T, M, Q] of the proprio; M is 1 where all patches share it, and N
-    # where each keeps a prediction of its own.
 
     def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:
         """MSE of the next frame's tokens and proprio, weighed by their dimensions as in DINO-WM; the targets carry no gradient.
@@ -162,25 +141,10 @@ class DinoWm(nn.Module):
     def _errors(self, predicted: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         token_loss = F.mse_loss(predicted[0], target[0])
         if not self.code_dim:
-            return {"loss": token_loss, "tokens": token_loss.detach()}
+            return self.weighted(token_loss, None)
         code_loss = F.mse_loss(predicted[1], target[1].expand_as(predicted[1]))
-        # As many terms of the mean as the frame has of them: a code on every patch, or one token more.
-        of_tokens, of_code = float(self.shape.token_dim), float(self.code_dim)
-        if self.options.combine == "tokens" and self.options.proprio == "embedding":
-            of_tokens *= predicted[0].shape[2]
-        share = of_code / (of_code + of_tokens)
-        loss = (1 - share) * token_loss + share * code_loss
-        return {"loss": loss, "tokens": token_loss.detach(), "proprio": code_loss.detach()}
-
-    def code(self, proprio: Tensor) -> Tensor:
-        """Standardised proprio [B, T, P] -> its code [B, T, 1, Q]; Q is 0 for a model that sees none."""
-        if self.embed_proprio is None:
-            return proprio[:, :, None, :0]
-        return (self.embed_proprio(proprio) if self.options.proprio == "embedding" else proprio)[:, :, None]
-
-    def proprio_code(self, proprio: Tensor) -> Tensor:
-        """See `WorldModel.proprio_code`."""
-        return self.code((proprio - self.proprio_mean) / self.proprio_std)[:, :, 0].float()
+        one_token_more = self.options.combine == "tokens" and self.options.proprio == "embedding"
+        return self.weighted(token_loss, code_loss, predicted[0].shape[2] if one_token_more else 1)
 
     def predict(self, tokens: Tensor, code: Tensor, action: Tensor, pool: int = 1) -> tuple[Tensor, Tensor]:
         """One step from each frame, everything standardised.
@@ -269,16 +233,13 @@ class DinoWm(nn.Module):
     def _join(self, tokens: Tensor, code: Tensor, action: Tensor) -> tuple[Tensor, Tensor | None]:
         """The transformer's input [B, T, tokens, width], and what conditions its blocks [B, T, width]."""
         embedded = self.embed_action(action)
-        extra = []
-        if self.embed_proprio is not None:
-            extra.append(self.embed_proprio(code) if self.options.proprio == "raw" else code)
+        extra = self.embedded_code(code)
         if self.options.condition == "concat":
             extra.append(embedded[:, :, None])
         if self.options.combine == "tokens":
             x = torch.cat([self.project_in(tokens), *(part.to(embedded.dtype) for part in extra)], 2)
         else:
-            patches = tokens.shape[2]
-            x = self.project_in(torch.cat([tokens, *(part.expand(-1, -1, patches, -1) for part in extra)], -1))
+            x = self.project_in(append(tokens, extra))
         return x, embedded if self.options.condition == "adaln" else None
 
     def _split(self, x: Tensor, tokens: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
@@ -309,21 +270,6 @@ class DinoWm(nn.Module):
             return position
         patches = pool_grid(position[None, :, : self.shape.tokens], self.shape.columns, pool)[0]
         return torch.cat([patches, position[:, self.shape.tokens :]], 1)
-
-    def standardised(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From the store's units to the model's; a model that takes tokens as they come has a mean of 0 and a deviation of 1 for them."""
-        return (
-            (tokens.float() - self.tokens_mean) / self.tokens_std,
-            (proprio - self.proprio_mean) / self.proprio_std,
-            (action - self.action_mean) / self.action_std,
-        )
-
-    tokens_mean: Tensor
-    tokens_std: Tensor
-    proprio_mean: Tensor
-    proprio_std: Tensor
-    action_mean: Tensor
-    action_std: Tensor
 
 
 def pool_grid(tokens: Tensor, columns: int, pool: int) -> Tensor:

@@ -1,0 +1,78 @@
+"""What has changed between two frames, patch by patch: labels for world models that compute only that (DDP-WM, arXiv 2602.01780).
+
+A change map has 2 x 2 cells for each patch of a token grid. The maps of a dataset are a store of their own beside the token store
+(`TokenStore.changes`), so they are made, resumed, checked and mended as every store is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from wmcache.cache.errors import UserError
+from wmcache.pipeline.encoders.base import LAST, Backbone, Encoder, EncoderSpec, Loaded, Select
+from wmcache.pipeline.encoders.floors import refuse_weights
+from wmcache.pipeline.encoders.registry import create, register
+
+PATCH = 14
+"""Pixels of a patch that a change is measured on; DDP-WM's, which has 14 x 14 patches of 14 pixels."""
+
+SPEC = EncoderSpec(
+    name="changes",
+    summary="what has changed since an earlier frame, 2 x 2 cells a patch; no representation, but labels for ddp-wm",
+    image_size=14 * PATCH,
+    patch=PATCH,
+    token_dim=4,
+    normalisation="half",
+    layer="pixels",
+    token_selection="patch",
+    source="no weights",
+    licence="-",
+    dtype="float32",
+    lag=5,
+)
+
+
+class ChangeBackbone(Backbone):
+    """Norm of the difference of two images, over the channels and in the mean over each cell (DDP-WM, LabelGenerator).
+
+    The reference takes the cells of a map row by row, four to a patch; here they are those that lie in the patch.
+    """
+
+    def __init__(self, grid: tuple[int, int]) -> None:
+        """Args: `grid` of patches."""
+        super().__init__()
+        self.dims, self.described, self.grid = {LAST: 4}, {LAST: "pixels"}, grid
+
+    def forward(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """See `Backbone.forward`; each patch has its cells row by row."""
+        squares = (images[:, 1] - images[:, 0]).square().sum(1, keepdim=True)
+        cells = F.adaptive_avg_pool2d(squares, (2 * self.grid[0], 2 * self.grid[1])).sqrt()
+        return dict.fromkeys(layers, rearrange(cells, "b 1 (r i) (c j) -> b (r c) (i j)", i=2, j=2))
+
+
+@register(SPEC)
+def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
+    """No network at all.
+
+    Raises:
+        UserError: weights are given.
+    """
+    refuse_weights(spec, weights)
+    backbone = ChangeBackbone(spec.patch_grid(image_size))
+    return Loaded(backbone, Select(backbone, spec.token_selection), spec.source)
+
+
+def changes_for(token_grid: tuple[int, int], frameskip: int, device: str = "auto") -> Encoder:
+    """What makes change maps for a token grid, of frames `frameskip` env steps apart.
+
+    Raises:
+        UserError: the tokens are not a square of patches.
+    """
+    rows, columns = token_grid
+    if rows != columns:
+        raise UserError(f"tokens of {rows} x {columns} are no square of patches, so there are no change maps for them")
+    return create(SPEC.name, image_size=rows * PATCH, lag=frameskip, device=device)
