@@ -23,6 +23,7 @@ from wmcache.commands.shared import (
     open_dataset,
     preset_option,
     print_figures,
+    print_figures_of,
     print_rows,
     residence_option,
     source_options,
@@ -153,20 +154,43 @@ def bench_memory(episodes: int, as_json: bool) -> None:
 
 
 @bench.command("plan")
-@click.option("--run", type=PATH, required=True, help="Folder of the run; its encoder is used as well.")
+@click.option("--run", type=PATH, help="One run, against DINO-WM's own way; its encoder is used as well.")
+@click.option("--model", "runs", type=PATH, multiple=True, help="A run, to be compared with others; repeatable.")
 @click.option("--samples", type=click.IntRange(2), default=300, help="Candidates an iteration, as DINO-WM's.")
 @click.option("--elites", type=click.IntRange(2), default=30, help="As DINO-WM's.")
 @click.option("--iterations", type=click.IntRange(1), default=1, help="DINO-WM has 10; each costs the same.")
+@click.option("--episodes", type=click.IntRange(0), default=200, help="Of mpc-100, for each --model.")
+@click.option("--context", type=click.IntRange(1), help="Of each --model.  [default: as wmplan's]")
+@click.option("--landscape", type=PATH, help="PNG of what each --model descends, around its plan.")
 @click.option("--weights", type=PATH, help="The encoder's weights, if they have moved.")
 @click.option("--cache", type=PLACE, help="The store, if it has moved.")
 @click.option("--dtype", default="auto", help="Of our way: auto, float32 or bfloat16.")
 @device_option
 @json_option
 def bench_plan(
-    run: Path, weights: Path | None, cache: Place | None, dtype: str, device: str, as_json: bool, **settings: Any
+    run: Path | None,
+    runs: tuple[Path, ...],
+    episodes: int,
+    context: int | None,
+    landscape: Path | None,
+    weights: Path | None,
+    cache: Place | None,
+    dtype: str,
+    device: str,
+    as_json: bool,
+    **search: int,
 ) -> None:
-    """One plan as DINO-WM's code makes it against ours: same weights, same candidates, equal results."""
+    """One plan as DINO-WM's code makes it against ours, or several --model against each other: speed, success, landscape."""
     from wmcache.planner.evaluate import PlanOptions, Setting, bench
 
-    setting = Setting(run, PlanOptions(device=device), weights=weights, cache=cache)
-    print_figures(bench(setting, dtype=dtype, **settings), as_json=as_json)
+    if (run is None) == (not runs):
+        raise UserError("give one --run, to measure it against DINO-WM's own way, or one --model or more")
+    if run is not None:
+        setting = Setting(run, PlanOptions(device=device), weights=weights, cache=cache)
+        print_figures(bench(setting, dtype=dtype, **search), as_json=as_json)
+        return
+    from wmcache.planner.compare import compare_runs
+
+    options = PlanOptions(search=dict(search), context=context, dtype=dtype, device=device)
+    rows = compare_runs(runs, options, episodes, landscape, weights=weights, cache=cache)
+    print_figures_of(rows, as_json=as_json)

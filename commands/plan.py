@@ -82,6 +82,9 @@ search_options = options(
     help="To the goal: of latents (DINO-WM), or along the cached frames, for goals beyond the horizon.",
 )
 @click.option("--alpha", type=float, default=0.0, help="Weight of proprio; above 0 the goal is more than an image.")
+@click.option(
+    "--mask", is_flag=True, help="Score only tokens in which the present frame and the goal's differ (DDP-WM)."
+)
 @click.option("--proprio", type=click.Choice(["auto", "none"]), default="auto", help="none insists on a model without.")
 @click.option("--context", type=int, help="Frames that an imagined step sees.  [default: 1; without proprio all]")
 @click.option("--observed", type=int, help="Live frames that a plan starts from.  [default: 1; without proprio all]")

@@ -345,6 +345,19 @@ def print_figures(figures: dict[str, float], *, as_json: bool) -> None:
         click.echo(f"{name:36} {value:12.3f}")
 
 
+def print_figures_of(rows: list[dict[str, Any]], *, as_json: bool) -> None:
+    """A column for each row, named by its first value, and a line for each of the others; or JSON."""
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    first, *names = rows[0]
+    width = max(14, *(len(str(row[first])) + 2 for row in rows))
+    click.echo(f"{first:24}" + "".join(f"{row[first]!s:>{width}}" for row in rows))
+    for name in names:
+        cells = (f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for row in rows)
+        click.echo(f"{name:24}" + "".join(f"{cell:>{width}}" for cell in cells))
+
+
 def take_model_options(settings: dict[str, Any], model: str = "dino-wm") -> dict[str, Any]:
     """The values of `model_options`, taken out of a command's settings: those that the model has.
 

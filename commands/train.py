@@ -137,7 +137,10 @@ def wmtrain(
     except Spoken as silent:
         stopped = isinstance(silent.__cause__, KeyboardInterrupt)
         ctx.exit((STOPPED if isinstance(silent.__cause__, Stopped) else INTERRUPTED) if stopped else 1)
-    if ranks.leads:
+    if ranks.leads and chosen.stage == "localization":
+        further = command("wmtrain", "--model", chosen.model, "--cache", cache, "--out", out, "--stage", "primary")
+        click.echo(f"{out}: knows where something changes; go on with: {further}")
+    elif ranks.leads:
         click.echo(f"{out}: trained; plan with: {command('wmplan', '--run', out)}")
 
 

@@ -24,6 +24,7 @@ from wmcache.cache.store import TokenStore
 from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, find_maze
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
+from wmcache.pipeline.encoders.changes import LEAST_CHANGE, changes_for
 from wmcache.planner.bench import bench_plan
 from wmcache.planner.episodes import THRESHOLDS, Episodes, join, judge, load_episodes, save_episodes
 from wmcache.planner.goals import SOURCES, start_and_goal
@@ -47,6 +48,7 @@ class PlanOptions:
         goals: where starts and goals come from, see `start_and_goal`. goal_steps: env steps between them; None means the horizon's.
         horizon: model steps of a plan. execute: model steps before the next plan.
         objective: `last` or `all`. distance: `latent` or `graph`. alpha: weight of proprio in it.
+        mask: score only the tokens in which the present frame and the goal's differ.
         proprio: `auto`, whatever the model sees; `none` insists on a model that plans from pixels alone.
         context: frames that an imagined step sees, no more than the model's history; None means 1, or for a model without proprio, and
             so without velocity, its history.
@@ -67,6 +69,7 @@ class PlanOptions:
     objective: str = "all"
     distance: str = "latent"
     alpha: float = 0.0
+    mask: bool = False
     proprio: str = "auto"
     context: int | None = None
     observed: int | None = None
@@ -100,6 +103,10 @@ class Setting:
         self.card, identity = read_identity(run)
         self.device = choose_device(options.device)
         self.model = load_model(run, self.device)
+        if self.model.stages and int(self.model.stage) < 2:
+            raise UserError(
+                f"{run} knows where something changes, but not yet what; go on with: wmtrain --stage primary"
+            )
         self.encoder = encoders.create_again(self.card.encoder, weights=weights, device=options.device)
         if different := identity.differences(self.encoder.identity(identity.dataset_fingerprint, identity.store_dtype)):
             raise UserError(
@@ -139,6 +146,7 @@ class Setting:
         known = {"frameskip": self.frameskip} if options.solver == "icem" else {}
         self.solver = make_solver(options.solver, **{**known, **options.search})
         self.dtype = choose_dtype(options.dtype, self.device)
+        self.differs = changes_for(self.card.token_grid, self.frameskip, options.device) if options.mask else None
         self.graph = (
             LatentGraph.from_store(self.store, self.frameskip, self.device) if options.distance == "graph" else None
         )
@@ -161,6 +169,12 @@ class Setting:
             dtype=self.dtype,
         )
 
+    def mask(self, images: NDArray[np.uint8], goal_images: NDArray[np.uint8]) -> Tensor:
+        """Where two frames [E, S, S, 3] differ, bool [E, N]; everywhere, where they differ nowhere."""
+        assert self.differs is not None
+        differs = (self.differs(np.stack([images, goal_images], 1)) > LEAST_CHANGE).any(-1)
+        return differs | ~differs.any(1, keepdim=True)
+
     def fingerprint(self, options: PlanOptions) -> str:
         """Of everything that the episodes depend on: options, weights of the model, goals, identity of the store."""
         weights = sha256_of(last_checkpoint(self.run) / "model.safetensors")
@@ -182,6 +196,8 @@ def check_options(options: PlanOptions) -> None:
     for name, known in (("objective", MODES), ("distance", DISTANCES), ("proprio", ("auto", "none"))):
         if getattr(options, name) not in known:
             raise UserError(f"no {name} {getattr(options, name)!r}; known are {', '.join(known)}")
+    if options.mask and options.distance != "latent":
+        raise UserError(f"--mask weighs tokens, and --distance {options.distance} has none; leave one of them out")
     if not 0 <= options.alpha < np.inf:
         raise UserError(f"--alpha is {options.alpha}; it must be 0 or more")
     if options.execute > options.horizon:
@@ -192,6 +208,7 @@ def default_out(run: Path, protocol: str | None, options: PlanOptions) -> Path:
     """Where the results of an evaluation go unless told: one folder for each kind of evaluation."""
     parts = [protocol or f"{options.objective}-x{options.execute}", options.solver * (options.solver != "cem")]
     parts += [
+        "mask" * options.mask,
         options.distance * (options.distance != "latent"),
         Path(options.goals).stem * (options.goals != "random-state"),
     ]
@@ -262,7 +279,8 @@ def run_episodes(
     generators = [torch.Generator().manual_seed(99 * n + 1) for n in numbers]
     observation, _ = env.reset(options={"state": goal, "goal": goal})
     begun = time.perf_counter()
-    mpc = setting.make_mpc(options, setting.encoder(observation["image"]), observation["proprio"])
+    goal_images = observation["image"]
+    mpc = setting.make_mpc(options, setting.encoder(goal_images), observation["proprio"])
     clock = time.perf_counter() - begun
     encoder_frames, replans, done = count, 0, 0
     observation, _ = env.reset(options={"state": start, "goal": goal})
@@ -275,6 +293,9 @@ def run_episodes(
         live, executed = live[-observed:], executed[len(executed) - min(observed, len(live)) + 1 :]
         tokens, proprio = (torch.stack(parts, 1) for parts in zip(*live, strict=True))
         past = torch.stack(executed, 1) if executed else None
+        if options.mask:
+            assert isinstance(mpc.objective, GoalDistance)
+            mpc.objective = replace(mpc.objective, mask=setting.mask(observation["image"], goal_images))
         plan = mpc.plan(tokens, proprio, plan, generators, past)
         clock += time.perf_counter() - begun
         replans += count
@@ -294,7 +315,8 @@ def run_episodes(
             # Frames in the middle of a chunk are looked at only where a plan will start from them.
             if goes_on and options.execute - step <= observed:
                 begun = time.perf_counter()
-                live.append(_see(setting, env.observe(), earlier))
+                observation = env.observe()
+                live.append(_see(setting, observation, earlier))
                 clock += time.perf_counter() - begun
                 encoder_frames += count
         plan = mpc.shift(plan, options.execute)

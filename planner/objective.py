@@ -43,6 +43,8 @@ class GoalDistance:
         goal_code: [E, Q], needed where alpha is above 0.
         graph: measures the distance along the cached frames; None takes the mean squared difference of latents, as DINO-WM does.
         to_goal: [E, places] from every place of the graph, see `LatentGraph.to_goal`.
+        mask: bool [E, N], the tokens whose difference counts (DDP-WM: those in which the present frame differs from the goal's); None
+            means all.
     """
 
     goal: Tensor
@@ -51,13 +53,17 @@ class GoalDistance:
     goal_code: Tensor | None = None
     graph: LatentGraph | None = None
     to_goal: Tensor | None = None
+    mask: Tensor | None = None
 
     def __call__(self, latents: Tensor, code: Tensor, episodes: slice) -> Tensor:
         """See `Objective`."""
         if self.mode == "last":
             latents, code = latents[:, :, -1:], code[:, :, -1:]
         goal = self.goal[episodes]
-        if self.graph is None or self.to_goal is None:
+        if self.mask is not None:
+            counts = self.mask[episodes, None, None].to(latents.dtype)
+            distance = ((latents - goal[:, None, None]).square().mean(4) * counts).sum(3) / counts.sum(3)
+        elif self.graph is None or self.to_goal is None:
             distance = (latents - goal[:, None, None]).square().mean((3, 4))
         else:
             distance = self.graph.distance(latents, goal, self.to_goal[episodes])

@@ -33,6 +33,7 @@ from wmcache.envs import FPS, Maze, PointMazeSimulator
 from wmcache.planner.episodes import THRESHOLDS, Episodes, env_steps, shortest_ways
 from wmcache.planner.evaluate import Setting, cached_maze
 from wmcache.planner.graph import LatentGraph
+from wmcache.planner.localisation import draw_localisation
 
 VIDEOS = 4
 VIDEO_SIZE = 224
@@ -67,6 +68,8 @@ def write_report(
         "distance": draw_distance_map(setting.store, setting.graph),
         "paths": draw_paths(episodes, setting.maze),
     }
+    if hasattr(setting.model, "locate"):
+        pictures["localisation"] = draw_localisation(setting)
     for name, picture in pictures.items():
         with atomic_write(out / "figures" / f"{name}.png") as file:
             file.write(picture)

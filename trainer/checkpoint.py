@@ -118,21 +118,13 @@ def _ends_a_stage(folder: Path) -> bool:
 
 
 def finished_stage(run: Path, stage: str) -> Path:
-    """The newest checkpoint of a run that ends this stage.
-
-    Raises:
-        UserError: it has none.
-    """
+    """The newest checkpoint of a run that ends this stage; raises UserError where the folder is no run, or has none."""
     read_config(run)
     for folder in reversed(checkpoints(run)):
         progress = read_progress(folder)
-        if progress.finished and progress.stage == stage != "":
+        if progress.stage == stage and progress.finished:
             return folder
-    raise UserError(
-        f"{run} has no finished stage {stage}"
-        if stage
-        else f"the first stage goes on from no other run; leave out --from {run}"
-    )
+    raise UserError(f"{run} has no finished stage {stage}; train it there with --stage {stage}, or name another --from")
 
 
 def load_training_state(run: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:

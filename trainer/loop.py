@@ -29,10 +29,8 @@ from wmcache.cache.windows import Windows, batch_windows
 from wmcache.trainer.checkpoint import (
     Progress,
     checkpoints,
-    finished_stage,
     last_checkpoint,
     load_training_state,
-    load_weights,
     read_config,
     read_identity,
     read_progress,
@@ -44,6 +42,7 @@ from wmcache.trainer.localisation import localisation, settle
 from wmcache.trainer.models import DataShape, build, read_options
 from wmcache.trainer.models.dino_wm import pool_grid
 from wmcache.trainer.ranks import ALONE, STOPPING, Loss, Ranks, without_reduction
+from wmcache.trainer.stages import stages_of, take_up
 
 ROLLOUT_STEPS = 5
 VALIDATION_WINDOWS = 256
@@ -191,12 +190,13 @@ def _train(
     torch.manual_seed(options.seed)
     model = build(options.model, shape, options.model_options, statistics_of(store, options.frameskip)).to(device)
     pool_grid(torch.empty(1, 1, shape.tokens, 1), shape.columns, options.pool)  # refuses squares that do not fit
-    stages = stages_of(model.stages, options)
+    stages = stages_of(model.stages, options.stage)
     # Only now: an option that makes no sense must not cost a run that is there.
     going_on = ranks.heard(
         ranks.leads and _prepare_folder(out, config, store, stages[0], resume=resume, overwrite=overwrite)
     )
-    progress = _take_up(out, bool(going_on), model, options, stages)
+    start = None if options.start is None else Path(options.start)
+    progress = take_up(out, model, stages, going_on=bool(going_on), start=start)
     job = _Job(store, windows, changes, out, options, ranks, model, device, dtype)
     result: dict[str, float] = {}
     for stage in stages:
@@ -304,47 +304,6 @@ def _train_stage(job: _Job, stage: str, progress: Progress) -> dict[str, float]:
         ranks.wait()
         stop.now_if_wanted()  # by a signal that came while the last step was saved
     return result
-
-
-def stages_of(known: tuple[str, ...], options: TrainOptions) -> tuple[str, ...]:
-    """The stages that are to be trained, in their order; a single nameless one for a model without stages.
-
-    Raises:
-        UserError: an unknown stage.
-    """
-    if options.stage != "all" and options.stage not in known:
-        there = f"known are {', '.join(known)} and all" if known else f"{options.model} is trained in one go"
-        raise UserError(f"no stage {options.stage!r}; {there}")
-    return (options.stage,) if options.stage != "all" else known or ("",)
-
-
-def _take_up(out: Path, going_on: bool, model: Any, options: TrainOptions, stages: tuple[str, ...]) -> Progress:
-    """Put what the run, or the one of `--from`, has so far into the model; returns how far that is.
-
-    Raises:
-        UserError: the stage that comes before is not there, or not finished.
-    """
-    known: tuple[str, ...] = model.stages
-    source = out if going_on else None if options.start is None else Path(options.start)
-    progress, folder = Progress(), None
-    if source is not None:
-        before = known.index(stages[0]) - 1 if stages[0] else -1
-        folder = last_checkpoint(source) if going_on else finished_stage(source, known[before] if before >= 0 else "")
-        progress = read_progress(folder)
-        if not going_on:
-            progress = Progress(0, progress.stage, 0, finished=True)
-    if known and (index := known.index(stages[0])):
-        there = known.index(progress.stage) if progress.stage else -1
-        if there < index - 1 or (there == index - 1 and not progress.finished):
-            raise UserError(
-                f"stage {stages[0]} goes on from a finished {known[index - 1]}, which {out} does not have; "
-                f"train that with --stage {known[index - 1]}, or name a run that has it with --from"
-            )
-    if known and progress.stage and not progress.finished and progress.stage not in stages:
-        raise UserError(f"stage {progress.stage} of {out} is not finished; train it with --stage {progress.stage}")
-    if folder is not None:
-        load_weights(folder, model)
-    return progress
 
 
 class _Stop:

@@ -20,6 +20,9 @@ from wmcache.pipeline.encoders.registry import create, register
 PATCH = 14
 """Pixels of a patch that a change is measured on; DDP-WM's, which has 14 x 14 patches of 14 pixels."""
 
+LEAST_CHANGE = 0.1
+"""Norm of a difference that is seen as one; DDP-WM's threshold."""
+
 SPEC = EncoderSpec(
     name="changes",
     summary="what has changed since an earlier frame, 2 x 2 cells a patch; no representation, but labels for ddp-wm",
