@@ -6,7 +6,7 @@ DEMO := data/demo
 SMALL := --width 128 --depth 4 --heads 4 --dropout 0 --lr 1e-3
 PLAN := $(DEMO)/runs/pointmaze-umaze-tcn-64/plan-all-x1-50x100
 
-.PHONY: setup test test-cluster lint demo study mazes pictures clean
+.PHONY: setup test test-long lint demo study mazes pictures clean
 
 setup: $(VENV)/.linked
 	@$(BIN)/python -m wmcache.envs.check >/dev/null 2>&1 || scripts/install-gl.sh $(BIN)/python
@@ -28,13 +28,17 @@ lint: setup
 	$(BIN)/mypy --strict -p wmcache
 	$(BIN)/lint-imports
 
-# Two processes, a file of tests in one of them: many wait for programs that they have started.
+# Two processes, a file of tests in one of them: many wait for programs that they have started. All have one thread each: more would
+# wait for each other.
+test: export OMP_NUM_THREADS := 1
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile -m "not cluster"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not cluster and not sweep"
 
-# What takes five minutes more: real servers, schedulers and ranks, killed in the middle of their work.
-test-cluster: setup
-	$(BIN)/pytest -m cluster
+# What takes six minutes more: real servers, schedulers and ranks, killed in the middle of their work; and sweeps over more of the
+# moments to be killed at than `make test` tries.
+test-long: export OMP_NUM_THREADS := 1
+test-long: setup
+	$(BIN)/pytest -m "cluster or sweep"
 
 # The tutorial: make prints each command before it runs it. Run again, it goes on where it stopped.
 demo: export WMCACHE_HOME := $(DEMO)

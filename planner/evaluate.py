@@ -33,6 +33,7 @@ from wmcache.planner.mpc import Mpc
 from wmcache.planner.objective import DISTANCES, MODES, GoalDistance
 from wmcache.planner.solvers import make_solver
 from wmcache.trainer.checkpoint import last_checkpoint, load_model, read_config, read_identity
+from wmcache.trainer.models.dino_wm import DinoWm
 
 CHECKED_FRAMES = 16
 
@@ -471,7 +472,13 @@ def _task(setting: Setting, options: PlanOptions, folder: Path) -> PlanTask:
 
 
 def bench(setting: Setting, **settings: Any) -> dict[str, float]:
-    """`bench_plan` on a run, from one random state to another; `settings` are its options."""
+    """`bench_plan` on a run, from one random state to another; `settings` are its options.
+
+    Raises:
+        UserError: the run's model is not DINO-WM's.
+    """
+    if not isinstance(setting.model, DinoWm):
+        raise UserError(f"{setting.run} is no model of DINO-WM's; compare runs with --model")
     start, goal = (states[0] for states in start_and_goal("random-state", [0], setting.maze, setting.store, 0))
     simulator = PointMazeSimulator(setting.maze, setting.image_size)
     frame, goal_frame = (torch.from_numpy(simulator.render(state)) for state in (start, goal))

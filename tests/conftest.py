@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
 from wmcache.cache import TokenStore
 from wmcache.pipeline import encoders
+from wmcache.pipeline.change_maps import derive_change_maps
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.tcn import TcnOptions
@@ -60,3 +62,11 @@ def store_path(dataset: FrameDataset, encoder: Encoder, tmp_path_factory: pytest
 @pytest.fixture(scope="session")
 def store(store_path: Path) -> TokenStore:
     return TokenStore.open(store_path)
+
+
+@pytest.fixture(scope="session")
+def ddp_store_path(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same store with change maps beside it, of frames 5 env steps apart; read only as well."""
+    path = copytree(store_path, tmp_path_factory.mktemp("ddp-stores") / store_path.name)
+    derive_change_maps(TokenStore.open(path), 5)
+    return path

@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 USE = """
 import numpy as np
+from wmcache.cli import main
 from wmcache.pipeline import encoders
 
+main(["encoders"], standalone_mode=False)
 encoder = encoders.create("convnext", weights="weights.safetensors", dtype="float32", device="cpu")
 frames = np.zeros((2, 224, 224, 3), np.uint8)
 frames[1, 96:128, 160:192] = 255
@@ -54,10 +56,10 @@ def test_the_example_of_an_encoder_is_a_short_one() -> None:
 
 
 def test_an_encoder_of_another_package_is_listed_and_encodes(stranger: Path) -> None:
-    listed = run(stranger, "-c", "from wmcache.cli import main; main(['encoders'])")
-    assert "convnext " in listed.stdout, listed.stderr
     used = run(stranger, "-c", USE)
-    assert used.stdout.strip() == "26 (7, 7) (49, 320)", used.stderr
+    *listed, found = used.stdout.splitlines() or [used.stderr]
+    assert any(line.startswith("convnext ") for line in listed), used.stderr
+    assert found == "26 (7, 7) (49, 320)", used.stderr
 
 
 def test_a_package_that_cannot_be_imported_is_one_line(stranger: Path) -> None:

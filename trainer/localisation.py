@@ -32,6 +32,7 @@ def settle(store: TokenStore, windows: Windows, name: str, options: Any) -> tupl
     choose = getattr(MODELS[name][1], "settle", None)
     if choose is None:
         return None, options
+    MODELS[name][1].require(store.card.tokens_per_frame)  # type: ignore[attr-defined]  # (it settles, so it is DdpWm)
     changes = store.changes(windows.frameskip) if options.labels == "pixels" else None
     return changes, choose(options, store.card.tokens_per_frame, _changed(store, windows, changes, options))
 

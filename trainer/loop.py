@@ -31,9 +31,9 @@ from wmcache.trainer.checkpoint import (
     checkpoints,
     last_checkpoint,
     load_training_state,
+    load_weights,
     read_config,
     read_identity,
-    read_progress,
     save_checkpoint,
     truncate_metrics,
 )
@@ -42,7 +42,7 @@ from wmcache.trainer.localisation import localisation, settle
 from wmcache.trainer.models import DataShape, build, read_options
 from wmcache.trainer.models.dino_wm import pool_grid
 from wmcache.trainer.ranks import ALONE, STOPPING, Loss, Ranks, without_reduction
-from wmcache.trainer.stages import stages_of, take_up
+from wmcache.trainer.stages import place_of, stages_of, take_up
 
 ROLLOUT_STEPS = 5
 VALIDATION_WINDOWS = 256
@@ -189,18 +189,21 @@ def _train(
     config = {**asdict(options), "cache": absolute(cache), "shape": asdict(shape)}
     torch.manual_seed(options.seed)
     model = build(options.model, shape, options.model_options, statistics_of(store, options.frameskip)).to(device)
+    if options.pool > 1 and not model.pools:
+        raise UserError(f"{options.model} has no coarser grid of tokens; leave out --pool")
     pool_grid(torch.empty(1, 1, shape.tokens, 1), shape.columns, options.pool)  # refuses squares that do not fit
     stages = stages_of(model.stages, options.stage)
-    # Only now: an option that makes no sense must not cost a run that is there.
-    going_on = ranks.heard(
-        ranks.leads and _prepare_folder(out, config, store, stages[0], resume=resume, overwrite=overwrite)
-    )
     start = None if options.start is None else Path(options.start)
-    progress = take_up(out, model, stages, going_on=bool(going_on), start=start)
+    progress = take_up(out, model, stages, start=start, overwrite=overwrite)
+    # Only now: an option that makes no sense must not cost a run that is there.
+    begins = options.stage != "all" and place_of(options.stage, model) > place_of(progress.stage, model) >= 0
+    free = MAY_CHANGE_ON_RESUME if resume or begins else MAY_CHANGE
+    if ranks.heard(ranks.leads and _prepare_folder(out, config, store, free, resume=resume, overwrite=overwrite)):
+        load_weights(last_checkpoint(out), model)
     job = _Job(store, windows, changes, out, options, ranks, model, device, dtype)
     result: dict[str, float] = {}
     for stage in stages:
-        if model.stages and progress.stage and model.stages.index(stage) < model.stages.index(progress.stage):
+        if place_of(stage, model) < place_of(progress.stage, model):
             ranks.say(f"stage {stage} is done")
             continue
         result = _train_stage(job, stage, progress) or result
@@ -483,11 +486,12 @@ class Log:
 
 
 def _prepare_folder(
-    out: Path, config: dict[str, Any], store: TokenStore, stage: str, *, resume: bool, overwrite: bool
+    out: Path, config: dict[str, Any], store: TokenStore, free: set[str], *, resume: bool, overwrite: bool
 ) -> bool:
-    """Write config and identity, or compare them with those that are there; returns whether there is a checkpoint to go on from.
+    """Write config and identity, or compare them with those that are there, but for what is `free` to change.
 
-    What a resumed run may change, a run that begins another `stage` may as well.
+    Returns:
+        Whether there is a checkpoint to go on from.
     """
     ours = (out / "config.json").exists() and (out / "identity.json").exists()
     there_is = {file.name for file in out.iterdir() if not is_temporary(file)} if out.exists() else set()
@@ -500,8 +504,6 @@ def _prepare_folder(
     elif ours:
         # An option that is younger than a run had its default then.
         there, identity = {**asdict(TrainOptions()), **read_config(out)}, read_identity(out)[1]
-        begins = checkpoints(out) and stage not in ("", read_progress(last_checkpoint(out)).stage)
-        free = MAY_CHANGE_ON_RESUME if resume or begins else MAY_CHANGE
         different = [
             f"{name} {there.get(name)} != {config[name]}"
             for name in config

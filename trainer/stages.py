@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from wmcache.cache.errors import UserError
-from wmcache.trainer.checkpoint import Progress, finished_stage, last_checkpoint, load_weights, read_progress
+from wmcache.trainer.checkpoint import (
+    Progress,
+    checkpoints,
+    finished_stage,
+    last_checkpoint,
+    load_weights,
+    read_progress,
+)
 
 
 def stages_of(known: tuple[str, ...], wanted: str) -> tuple[str, ...]:
@@ -28,38 +35,36 @@ def stages_of(known: tuple[str, ...], wanted: str) -> tuple[str, ...]:
     return (wanted,) if wanted != "all" else known or ("",)
 
 
-def take_up(out: Path, model: Any, stages: tuple[str, ...], *, going_on: bool, start: Path | None) -> Progress:
-    """Put what a run, or another one that it starts from, has so far into the model.
+def place_of(stage: str, model: Any) -> int:
+    """Of a stage among those of a model; -1 for none."""
+    return model.stages.index(stage) if stage in model.stages else -1
+
+
+def take_up(out: Path, model: Any, stages: tuple[str, ...], *, start: Path | None, overwrite: bool) -> Progress:
+    """How far a run is, before anything is written; what another one that it starts from has goes into the model.
 
     Args:
         out: the run. model: as built.
         stages: that are to be trained.
-        going_on: whether the run has a checkpoint.
-        start: where it has none, a run that has finished the stage before the first.
-
-    Returns:
-        How far that is.
+        start: where it has no checkpoint, a run that has finished the stage before the first.
+        overwrite: whether the run begins anew.
 
     Raises:
         UserError: the stage that comes before is not there, or not finished.
     """
     known, progress = model.stages, Progress()
     first = known.index(stages[0]) if known else 0
-    folder = None
-    if going_on:
-        folder = last_checkpoint(out)
-        progress = read_progress(folder)
+    if not overwrite and checkpoints(out):
+        progress = read_progress(last_checkpoint(out))
     elif start is not None:
         if not first:
             raise UserError(f"--stage {stages[0] or 'all'} goes on from no other run; leave out --from {start}")
-        folder = finished_stage(start, known[first - 1])
+        load_weights(finished_stage(start, known[first - 1]), model)
         progress = Progress(0, known[first - 1], 0, finished=True)
-    there = known.index(progress.stage) if progress.stage else -1
+    there = place_of(progress.stage, model)
     if there < first - 1 or (there == first - 1 and first and not progress.finished):
         raise UserError(
             f"stage {stages[0]} goes on from a finished {known[first - 1]}, which {out} does not have; "
             f"train that with --stage {known[first - 1]}, or name a run that has it with --from"
         )
-    if folder is not None:
-        load_weights(folder, model)
     return progress

@@ -10,6 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 from wmcache.cache import TokenStore
 from wmcache.cli import main
+from wmcache.pipeline import bench
+from wmcache.pipeline.collect import collect
 
 
 @pytest.fixture
@@ -20,6 +22,13 @@ def home(tmp_path: Path, dataset_path: Path, tcn_weights: Path, monkeypatch: pyt
     (tmp_path / "home/encoders").mkdir()
     shutil.copy(tcn_weights, tmp_path / "home/encoders/pointmaze-umaze-tcn.safetensors")
     return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def other_frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("others") / "pointmaze-umaze"
+    collect("UMaze", path, episodes=2, length=12, image_size=32, frames_per_shard=24, cluster="local:1")
+    return path
 
 
 def run(line: str, **places: Path) -> Result:
@@ -60,6 +69,74 @@ def test_an_adapter_is_fitted_on_layers_that_are_made_if_need_be_and_its_store_d
     assert found.exit_code == 0, found.output
 
 
+def test_change_maps_come_with_the_tokens_or_later_and_are_the_same(home: Path) -> None:
+    stores = home / "stores/pointmaze-umaze"
+    result = run("extract --encoder tcn,pixels --change-maps --device cpu")
+    assert result.exit_code == 0, result.output
+    names = ["pixels-32.changes-5.zarr", "pixels-32.zarr", "tcn-64.changes-5.zarr", "tcn-64.zarr"]
+    assert sorted(path.name for path in stores.glob("*.zarr")) == names
+    assert f"{stores / 'pixels-32.changes-5.zarr'}: 360 frames, 4 x 4 tokens of 4" in result.stdout
+    together = TokenStore.open(stores / "pixels-32.zarr").changes(5)
+    extracted = {file.name: file.read_bytes() for file in together.path.glob("tokens/c.*")}
+    assert run("rm {store} --yes", store=together.path).exit_code == 0
+    result = run("derive change-maps {store}", store=stores / "pixels-32.zarr")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{together.path}: 360 frames, 8 x 8 cells, since 5 env steps before\n"
+    later = TokenStore.open(stores / "pixels-32.zarr").changes(5)
+    assert later.identity == together.identity
+    assert {file.name: file.read_bytes() for file in later.path.glob("tokens/c.*")} == extracted
+
+
+def test_change_maps_are_made_where_they_are_missing_and_nowhere_else(home: Path) -> None:
+    stores = home / "stores/pointmaze-umaze"
+    assert run("extract --encoder tcn --device cpu").exit_code == 0
+    assert run("extract --encoder tcn --change-maps 3 --shard-slice 0/2 --device cpu").exit_code == 0
+    files = [*(stores / "tcn-64.zarr").rglob("c.*"), *(stores / "tcn-64.changes-3.zarr").rglob("c.*")]
+    before = {file: file.stat().st_mtime_ns for file in files}
+    assert len(before) == 6 + 3
+    result = run("derive change-maps {store} --frameskip 3", store=stores / "tcn-64.zarr")
+    assert result.exit_code == 0, result.output
+    assert TokenStore.open(stores / "tcn-64.zarr").changes(3).complete
+    assert {file: file.stat().st_mtime_ns for file in files} == before
+
+
+def test_change_maps_are_verified_and_mended_as_every_store(home: Path) -> None:
+    assert run("extract --encoder tcn --change-maps --device cpu").exit_code == 0
+    maps = home / "stores/pointmaze-umaze/tcn-64.changes-5.zarr"
+    result = run("verify {maps} --deep --device cpu", maps=maps)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [
+        f"{maps}: 6 of 6 shards as they were written, 360 frames",
+        "cosine 1.000000, relative_error 0.000000",
+    ]
+    (maps / "tokens/c.3.0.0").write_bytes(b"nonsense")
+    assert run("verify {maps}", maps=maps).exit_code == 1
+    assert run("repair {maps} --device cpu", maps=maps).exit_code == 0
+    assert run("verify {maps} --deep --device cpu", maps=maps).exit_code == 0
+
+
+@pytest.mark.parametrize("words", ["derive", "derive tokens"])
+def test_the_first_word_of_derive_may_be_left_out(home: Path, store_path: Path, words: str) -> None:
+    for line in ("{store} --encoder tcn", "--encoder tcn {store}"):
+        out = home / "again.zarr"
+        result = run(f"{words} {line} --device cpu --out {{out}}", store=store_path, out=out)
+        assert result.exit_code == 0, result.output
+        assert f"{out}: 360 frames, 2 x 2 tokens of 32, derived from {store_path}" in result.stdout
+        assert TokenStore.open(out).identity == TokenStore.open(store_path).identity
+        shutil.rmtree(out)
+
+
+def test_help_of_derive_names_both(home: Path) -> None:
+    for line, words in (
+        ("derive --help", ("change-maps", "tokens", "wmcache derive STORE")),
+        ("derive some.zarr --help", ("--encoder", "--base-weights")),
+        ("derive change-maps --help", ("--frameskip", "--dataset")),
+    ):
+        result = run(line)
+        assert result.exit_code == 0
+        assert all(word in result.stdout for word in words), result.stdout
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
@@ -88,13 +165,19 @@ def test_an_adapter_is_fitted_on_layers_that_are_made_if_need_be_and_its_store_d
         ("derive {store} --encoder tcn-layers", "tcn-layers is made of stem, block 1; extract"),
         ("derive {store} --encoder dino-tok", "make them with: wmcache fit --encoder dino-tok"),
         ("derive {store} --encoder tcn --base-weights {weights}", "leave out --base-weights"),
+        ("derive nowhere.zarr --encoder tcn", "nowhere.zarr does not exist"),
+        ("derive change-maps nowhere.zarr", "nowhere.zarr does not exist"),
+        ("derive change-maps {store} --dataset nowhere", "or say where they are with --dataset"),
+        ("derive change-maps {store} --dataset {others}", "does not hold the frames of"),
+        ("extract --encoder random-vit-layers --change-maps", "tokens of 1 x 17 are no square of patches"),
+        ("extract --encoder tcn,random-vit-layers --change-maps 1", "tokens of 1 x 17 are no square of patches"),
     ],
 )
 def test_what_makes_no_sense_is_one_line_that_says_what_to_do(
-    home: Path, store_path: Path, tcn_weights: Path, line: str, told: str
+    home: Path, store_path: Path, tcn_weights: Path, other_frames: Path, line: str, told: str
 ) -> None:
     before = sorted(home.rglob("*"))
-    result = run(line, weights=tcn_weights, store=store_path)
+    result = run(line, weights=tcn_weights, store=store_path, others=other_frames)
     assert result.exit_code == 1, result.output
     (error,) = [words for words in result.stderr.splitlines() if words.startswith("Error: ")]
     assert told in error
@@ -112,7 +195,9 @@ def test_all_encoders_are_listed(home: Path) -> None:
         assert line.split()[0] in rows
 
 
-def test_encoders_in_one_pass_are_measured_against_one_pass_each(home: Path) -> None:
+@pytest.mark.usefixtures("home")
+def test_encoders_in_one_pass_are_measured_against_one_pass_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "ROUNDS", 1)
     result = run("bench extract --encoder tcn,tcn-layers --json --device cpu")
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)

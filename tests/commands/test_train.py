@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch import nn
 from wmcache.cache import TokenStore
 from wmcache.cli import wmtrain
 from wmcache.trainer import loop
-from wmcache.trainer.checkpoint import load_model, read_config
+from wmcache.trainer.checkpoint import Progress, last_checkpoint, load_model, read_config, read_progress
 from wmcache.trainer.loop import TrainOptions, data_shape, learning_rate, make_optimiser, statistics_of
-from wmcache.trainer.models import build
+from wmcache.trainer.models import MODELS, build, read_options
 from wmcache.trainer.presets import PRESETS
 
 TINY = "--depth 1 --heads 2 --head-dim 4 --mlp 8 --batch-size 8 --device cpu"
@@ -71,11 +71,21 @@ class TestPresets:
         chosen = told("--preset jepa-wm").model_options
         assert (chosen["condition"], chosen["position"], chosen["rollout_loss"]) == ("adaln", "rope", 1.0)
 
+    def test_ddp_wm_is_trained_and_built_as_the_reference(self, told: Told) -> None:
+        options = told("--preset ddp-wm")
+        assert (options.history, options.frameskip, options.batch, options.epochs) == (3, 5, 64, 10)
+        assert (options.stage, options.clip, options.dtype) == ("all", 0.0, "float32")
+        assert {learning_rate(step, options) for step in range(0, options.steps, 100)} == {7e-4}
+        chosen = options.model_options
+        assert (chosen["width"], chosen["locator_width"], chosen["foreground"]) == (0, 192, 32)
+        assert (chosen["proprio"], chosen["predict"], chosen["standardise"]) == ("embedding", "frame", False)
+
     @pytest.mark.parametrize("preset", PRESETS)
     def test_each_of_its_values_arrives_and_nothing_else_changes(self, told: Told, preset: str) -> None:
         names = {"batch-size": "batch", "lr": "learning_rate"}
         values = {names.get(flag, flag.replace("-", "_")): value for flag, value in PRESETS[preset].items()}
-        assert flat(told(f"--preset {preset}")) == flat(told("")) | values
+        plain = flat(told(f"--model {PRESETS[preset]['model']}"))
+        assert flat(told(f"--preset {preset}")) == plain | values
 
     @pytest.mark.parametrize(
         ("given", "name", "value"),
@@ -97,22 +107,59 @@ class TestPresets:
         assert options["epochs"] == {"steps": None, "epochs": 3}.get(name, 100)
 
     @pytest.mark.parametrize("preset", PRESETS)
-    def test_a_model_is_trained_with_it(self, store_path: Path, tmp_path: Path, preset: str) -> None:
+    def test_a_model_is_trained_with_it(self, ddp_store_path: Path, tmp_path: Path, preset: str) -> None:
         line = f"--preset {preset} --cache {{store}} --out {{out}} {TINY} --steps 2"
+        if preset == "ddp-wm":  # whose 32 of 196 tokens are too many for a store of four
+            line += " --foreground 2"
         for _ in range(2):  # run again, it finds a run with its own settings
-            result = run(line, store=store_path, out=tmp_path / "run")
+            result = run(line, store=ddp_store_path, out=tmp_path / "run")
             assert result.exit_code == 0, result.output
         config = read_config(tmp_path / "run")
-        assert config["model_options"]["position"] == PRESETS[preset]["position"]
+        assert config["model"] == PRESETS[preset]["model"]
+        assert config["model_options"]["embedding"] == PRESETS[preset]["embedding"]
         model = load_model(tmp_path / "run", torch.device("cpu"))
         tokens, code = model.rollout(torch.rand(1, 1, 4, 32), torch.rand(1, 1, 4), torch.rand(1, 5, 10))
         assert tokens.shape == (1, 5, 4, 32)
         assert code.isfinite().all()
 
+    def test_its_values_are_no_words_that_another_model_could_refuse(self, told: Told) -> None:
+        assert told("--preset jepa-wm --model ddp-wm").model_options["mlp"] == 2048
+
     def test_help_names_them(self) -> None:
         result = run("--help")
         assert result.exit_code == 0
         assert f"--preset [{'|'.join(PRESETS)}]" in result.stdout
+
+
+class TestModels:
+    @pytest.mark.parametrize("model", MODELS)
+    def test_each_is_told_its_own_options_and_no_others(self, told: Told, model: str) -> None:
+        chosen = told(f"--model {model} --dropout 0.25").model_options
+        assert read_options(model, chosen) == replace(read_options(model, {}), dropout=0.25)
+        assert chosen.keys() == {field.name for field in fields(MODELS[model][0])}
+
+    @pytest.mark.parametrize("stage", ["localization", "primary", "lrm", "all"])
+    def test_a_stage_and_where_it_starts_from_arrive(self, told: Told, tmp_path: Path, stage: str) -> None:
+        options = told(f"--model ddp-wm --stage {stage}")
+        assert (options.stage, options.start) == (stage, None)
+        assert told(f"--model ddp-wm --stage {stage} --from {tmp_path}").start == str(tmp_path)
+
+    def test_where_it_starts_from_is_kept_as_it_is_from_everywhere(
+        self, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert told("--model ddp-wm --stage lrm --from runs/a").start == str(tmp_path / "runs" / "a")
+
+    def test_three_stages_are_trained_one_by_one_from_run_to_run(self, ddp_store_path: Path, tmp_path: Path) -> None:
+        places = {"store": ddp_store_path, "one": tmp_path / "one", "two": tmp_path / "two"}
+        line = f"--model ddp-wm --cache {{store}} {TINY} --width 12 --steps 1"
+        for words in ("--out {one} --stage localization", "--out {two} --stage primary --from {one}"):
+            result = run(f"{line} {words}", **places)
+            assert result.exit_code == 0, result.output
+        result = run(f"{line.replace('--steps 1', '--steps 2')} --out {{two}} --stage lrm", **places)
+        assert result.exit_code == 0, result.output
+        assert read_progress(last_checkpoint(tmp_path / "two")) == Progress(3, "lrm", 1, finished=True)
+        assert int(load_model(tmp_path / "two", torch.device("cpu")).stage) == 3
 
 
 class TestRefusals:
@@ -122,6 +169,7 @@ class TestRefusals:
             ("", "Missing option '--cache'"),
             ("--preset dino-wm", "Missing option '--cache'"),
             ("--preset dreamer", "'dreamer' is not one of 'dino-wm', 'jepa-wm'"),
+            ("--cache x --stage dreams", "'dreams' is not one of 'localization', 'primary', 'lrm', 'all'"),
             ("--cache x --steps 3 --epochs 2", "--steps and --epochs"),
             ("explode", "No such command 'explode'"),
             *(
@@ -142,6 +190,15 @@ class TestRefusals:
                     "--beta2 1",
                     "--pool 0",
                     "--pool-until 2",
+                    "--foreground -1",
+                    "--labels words",
+                    "--threshold -1",
+                    "--locator-width 0",
+                    "--locator-depth 0",
+                    "--locator-heads 0",
+                    "--locator-mlp 0",
+                    "--fusion-heads 0",
+                    "--correction-heads 0",
                 )
             ),
         ],
@@ -160,6 +217,19 @@ class TestRefusals:
             ("--preset jepa-wm --history 1", "--rollout-loss needs a --history of at least 2"),
             ("--pool 3", "--pool 3 does not divide the grid of 2 x 2 tokens"),
             ("--noise inf", "option noise"),
+            ("--model dreamer", "no world model 'dreamer'; known are dino-wm, ddp-wm"),
+            ("--model ddp-wm --combine tokens", "world model ddp-wm has no option --combine; leave that out"),
+            ("--model ddp-wm --noise 0 --rollout-loss 1", "ddp-wm has no option --noise, --rollout-loss"),
+            ("--model ddp-wm --position learned", "ddp-wm has no option --position"),
+            ("--foreground 2 --locator-width 8", "dino-wm has no option --foreground, --locator-width"),
+            ("--preset ddp-wm --model dino-wm --labels pixels", "dino-wm has no option --labels"),
+            ("--stage primary", "no stage 'primary'; this model is trained in one go, so leave out --stage"),
+            ("--from elsewhere", "goes on from no other run; leave out --from"),
+            ("--model ddp-wm", "make them with: wmcache derive change-maps"),
+            ("--preset ddp-wm --labels features", "--foreground 32 leaves none of 4 tokens"),
+            ("--model ddp-wm --labels features --stage lrm", "stage lrm goes on from a finished primary"),
+            ("--model ddp-wm --labels features --stage lrm --from elsewhere", "elsewhere"),
+            ("--model ddp-wm --labels features --pool 2", "leave out --pool"),
             (
                 "--devices 3 --batch-size 8",
                 "--batch-size 8 is cut into equal slices for 3 devices; choose a multiple of 3",

@@ -32,6 +32,12 @@ PRELOADED = [
     "wmcache.pipeline.repair",
     "wmcache.trainer.loop",
     "wmcache.cli",
+    # What these import at the first call.
+    "einops._torch_specific",
+    "pyarrow.compute",
+    "pydantic.dataclasses",
+    "torch._dynamo",
+    "wmcache.pipeline.fit",
 ]
 
 Content = Callable[[Path], dict[str, bytes]]

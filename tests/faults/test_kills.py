@@ -46,6 +46,7 @@ KILLED = ("died", -signal.SIGKILL)
 SEED = 7
 EVERY = 5
 """Of the changes that a run makes to its files, one in so many is a moment to die at."""
+SOME_OR_MORE = pytest.mark.parametrize("every", [3 * EVERY, pytest.param(EVERY, marks=pytest.mark.sweep)])
 
 
 @pytest.fixture
@@ -100,6 +101,7 @@ def reads_right_or_not_at_all(path: Path, undisturbed: Path) -> bool:
     return np.array_equal(found, TokenStore.open(undisturbed).gather(every))
 
 
+@SOME_OR_MORE
 def test_an_extraction_killed_at_any_change_of_a_file_does_only_the_shards_that_are_not_done(
     die_everywhere: Callable[..., Deaths],
     content: Content,
@@ -108,10 +110,11 @@ def test_an_extraction_killed_at_any_change_of_a_file_does_only_the_shards_that_
     few_stores: dict[str, Path],
     tcn_weights: Path,
     encoder: Encoder,
+    every: int,
 ) -> None:
     undisturbed = content(few_stores["float16"])
     shards_done = set()
-    for moment, path in die_everywhere(extract_store, few_path, tcn_weights):
+    for moment, path in die_everywhere(extract_store, few_path, tcn_weights, every=every):
         before = done(path)
         shards_done.add(len(before))
         assert reads_right_or_not_at_all(path, few_stores["float16"]), f"change {moment}"
@@ -202,9 +205,10 @@ def test_an_extraction_killed_at_thirty_random_moments_ends_like_one_that_was_no
     raise AssertionError(f"only {kills} kills")
 
 
+@SOME_OR_MORE
 @pytest.mark.parametrize("damage", ["shards", "columns", "description"])
 def test_a_repair_killed_at_any_change_of_a_file_is_done_by_the_next(
-    die_everywhere: Callable[..., Deaths], content: Content, few_path: Path, few_stores: dict[str, Path], damage: str
+    die_everywhere: Callable[..., Deaths], content: Content, few_stores: dict[str, Path], damage: str, every: int
 ) -> None:
     undisturbed = content(few_stores["float16"])
 
@@ -223,7 +227,7 @@ def test_a_repair_killed_at_any_change_of_a_file_is_done_by_the_next(
             (path / "tokens" / "commits" / "000001.json").unlink()
 
     sound = few_stores["float16"] / "tokens" / "c.2.0.0"
-    for moment, path in die_everywhere(repair_store, prepare=spoil):
+    for moment, path in die_everywhere(repair_store, prepare=spoil, every=every):
         assert reads_right_or_not_at_all(path, few_stores["float16"]), f"change {moment}"
         kept = path / "tokens" / "c.2.0.0"
         before = kept.stat().st_mtime_ns

@@ -408,12 +408,13 @@ class StoreMachine(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
 
-def test_whatever_happens_to_a_store_no_number_is_wrong_and_all_can_be_mended(world: World) -> None:
+@pytest.mark.parametrize("histories", [12, pytest.param(40, marks=pytest.mark.sweep)])
+def test_whatever_happens_to_a_store_no_number_is_wrong_and_all_can_be_mended(world: World, histories: int) -> None:
     machine = type("Machine", (StoreMachine,), {"world": world})
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=40,
+            max_examples=histories,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,

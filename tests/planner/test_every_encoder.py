@@ -29,7 +29,8 @@ from wmcache.pipeline.frames import FrameDataset
 from wmcache.planner.evaluate import PlanOptions, Setting, evaluate
 from wmcache.trainer.loop import TrainOptions, train
 
-NAMES = [spec.name for spec in encoders.specs()]
+# Change maps are labels, and no representation: whoever plans sees a single frame, in which nothing has changed.
+NAMES = [spec.name for spec in encoders.specs() if spec.name != "changes"]
 TRANSFORMER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 SIZES = {"dinov2": 28, "dinov3": 32, "siglip2": 32, "vjepa2": 32, "resnet18": 64, "r3m": 64}
 ADAPTERS = {"dino-tok-vq": {"codes": 8}, "dino-tok": {}, "vfm-vae": {}, "pca": {"dim": 4}}

@@ -31,6 +31,16 @@ def tiny() -> TrainOptions:
 @pytest.fixture(scope="session")
 def planted_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store whose latents are a linear picture of a linear system: 20 episodes of 40 frames, 2 tokens of 3 dimensions."""
+    return plant(tmp_path_factory.mktemp("planted") / "planted-8.zarr", tokens=2)
+
+
+@pytest.fixture(scope="session")
+def lone_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with 1 token of 6 dimensions."""
+    return plant(tmp_path_factory.mktemp("lone") / "lone-8.zarr", tokens=1)
+
+
+def plant(path: Path, tokens: int) -> Path:
     episodes, length = 20, 40
     rng = np.random.default_rng(0)
     action = rng.uniform(-1, 1, (episodes, length, 2)).astype(np.float32)
@@ -39,16 +49,16 @@ def planted_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for t in range(length - 1):
         state[:, t + 1, 2:] = 0.9 * state[:, t, 2:] + 0.3 * action[:, t]
         state[:, t + 1, :2] = state[:, t, :2] + 0.3 * state[:, t + 1, 2:]
-    tokens = (state @ rng.normal(size=(4, 6)) + rng.normal(size=6)).reshape(-1, 2, 3).astype(np.float16)
+    latents = (state @ rng.normal(size=(4, 6)) + rng.normal(size=6)).reshape(-1, tokens, 6 // tokens).astype(np.float16)
     identity = Identity("planted", "file", "0", "norm", "patch", 8, "none", ((0.5,), (0.5,)), "float32", "float16", "0")
-    card = StoreCard({}, {}, (1, 2), 3, frames=len(tokens), frames_per_shard=len(tokens))
+    card = StoreCard({}, {}, (1, tokens), 6 // tokens, frames=len(latents), frames_per_shard=len(latents))
     steps = {
         "action": action.reshape(-1, 2),
         "state": state.reshape(-1, 4),
         "episode": np.repeat(np.arange(episodes, dtype=np.int32), length),
         "step": np.tile(np.arange(length, dtype=np.int32), episodes),
     }
-    writer = StoreWriter.create(tmp_path_factory.mktemp("planted") / "planted-8.zarr", card, identity, steps)
-    writer.write_shard(0, tokens)
+    writer = StoreWriter.create(path, card, identity, steps)
+    writer.write_shard(0, latents)
     writer.finish()
     return writer.path

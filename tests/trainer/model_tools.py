@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from wmcache.trainer.models import DataShape, build
 
 SHAPE = DataShape(tokens=8, token_dim=5, proprio_dim=4, action_dim=10, history=3, columns=4)
+IMAGINED = 4
+FUTURES = 3
 SIZES: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "head_dim": 4, "mlp": 12, "dropout": 0.0}
 
 _CHOICES = {
@@ -68,6 +70,19 @@ def make_batch(batch: int = 2, frames: int = 3) -> dict[str, Tensor]:
         "proprio": torch.randn(batch, frames, SHAPE.proprio_dim, generator=generator),
         "action": torch.rand(batch, frames, SHAPE.action_dim, generator=generator) * 2 - 1,
     }
+
+
+def make_beginning(observed: int, imagined: int = IMAGINED) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens and proprio of the observed frames, and actions."""
+    batch = make_batch(frames=observed + imagined)
+    return batch["tokens"][:, :observed], batch["proprio"][:, :observed], batch["action"][:, : observed - 1 + imagined]
+
+
+def make_futures(actions: Tensor, past: int) -> Tensor:
+    """[B, S, …] of [B, …]: other actions from `past` on."""
+    noise = torch.randn(FUTURES, *actions.shape[1:], generator=torch.Generator().manual_seed(3))
+    noise[:, :past] = 0
+    return actions[:, None] + noise
 
 
 def standardised(model: Any, tokens: Tensor, proprio: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:

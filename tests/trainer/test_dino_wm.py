@@ -309,7 +309,7 @@ class TestBuilding:
         ("name", "options", "said"),
         [
             ("dreamer", {}, "no world model 'dreamer'; known are dino-wm"),
-            ("dino-wm", {"layers": 3}, "has no option layers; it has combine, "),
+            ("dino-wm", {"layers": 3}, "has no option layers; it has proprio, "),
             ("dino-wm", {"combine": "patches"}, "option combine: Input should be 'features' or 'tokens'"),
             ("dino-wm", {"condition": None}, "option condition"),
             ("dino-wm", {"position": "Learned"}, "option position"),

@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 import torch
 from model_tools import (
+    FUTURES,
+    IMAGINED,
     SHAPE,
     each_variant,
     make_batch,
+    make_beginning,
+    make_futures,
     make_statistics,
     make_trained_model,
     name_of,
@@ -18,24 +22,9 @@ from model_tools import (
 )
 from torch import Tensor
 
-IMAGINED = 4
-FUTURES = 3
 TRANSFORMERS = some_variants(proprio="embedding", predict="change", width=0)
 """All that decides which keys and values are kept, and how."""
 each_transformer = pytest.mark.parametrize("variant", TRANSFORMERS, ids=name_of)
-
-
-def make_beginning(observed: int, imagined: int = IMAGINED) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens and proprio of the observed frames, and actions."""
-    batch = make_batch(frames=observed + imagined)
-    return batch["tokens"][:, :observed], batch["proprio"][:, :observed], batch["action"][:, : observed - 1 + imagined]
-
-
-def make_futures(actions: Tensor, past: int) -> Tensor:
-    """[B, S, …] of [B, …]: other actions from `past` on."""
-    noise = torch.randn(FUTURES, *actions.shape[1:], generator=torch.Generator().manual_seed(3))
-    noise[:, :past] = 0
-    return actions[:, None] + noise
 
 
 def pass_over(model: Any, tokens: Tensor, code: Tensor, actions: Tensor, window: int) -> tuple[Tensor, Tensor]:

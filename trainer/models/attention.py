@@ -187,7 +187,7 @@ def gated(x: Tensor, gate: Tensor | None) -> Tensor:
 
 
 class CrossAttention(nn.Module):
-    """Queries of some tokens meet keys and values of others; what they find is added to the tokens, and the sum normed (post-norm)."""
+    """Queries of some tokens meet keys and values of others."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         """Args: `width` of all tokens, which `heads` need not divide; `dropout` of attention weights."""
@@ -195,19 +195,19 @@ class CrossAttention(nn.Module):
         self.heads, self.dropout = heads, dropout
         inner = heads * -(-width // heads)
         self.q, self.k, self.v = (nn.Linear(width, inner) for _ in range(3))
-        self.out, self.norm = nn.Linear(inner, width), nn.LayerNorm(width)
+        self.out = nn.Linear(inner, width)
 
     def keys_values(self, keys: Tensor, values: Tensor) -> KeysValues:
         """Of tokens [B, n, width]."""
         return KeysValues(self.apart(self.k(keys)), self.apart(self.v(values)))
 
-    def forward(self, x: Tensor, queries: Tensor, seen: KeysValues) -> Tensor:
-        """Tokens `x` and `queries` [B, n, width] -> [B, n, width]."""
+    def forward(self, queries: Tensor, seen: KeysValues) -> Tensor:
+        """What queries [B, n, width] find, [B, n, width]."""
         q = self.apart(self.q(queries))
         one = attend_plainly if attends_plainly(q) else F.scaled_dot_product_attention
         found = one(q, seen.keys, seen.values, dropout_p=self.dropout if self.training else 0.0)
-        added: Tensor = self.norm(x + self.out(rearrange(found, "b h n c -> b n (h c)")))
-        return added
+        joined: Tensor = self.out(rearrange(found, "b h n c -> b n (h c)"))
+        return joined
 
     def apart(self, x: Tensor) -> Tensor:
         """[B, n, heads * c] -> [B, heads, n, c]."""

@@ -41,10 +41,12 @@ class Fusion(nn.Module):
     def __init__(self, tokens: int, width: int, history: int, heads: int, dropout: float, deviation: float) -> None:
         """Args: as of `Vit` and `CrossAttention`; `history` frames at most, the newest included."""
         super().__init__()
-        self.attention = CrossAttention(width, heads, dropout)
-        self.query_position = nn.Parameter(torch.randn(tokens, width) * deviation)
-        self.position = nn.Parameter(torch.randn(tokens, width) * deviation)
-        self.age = nn.Parameter(torch.zeros(history - 1, width))
+        self.norm = nn.LayerNorm(width)
+        if history > 1:
+            self.attention = CrossAttention(width, heads, dropout)
+            self.query_position = nn.Parameter(torch.randn(tokens, width) * deviation)
+            self.position = nn.Parameter(torch.randn(tokens, width) * deviation)
+            self.age = nn.Parameter(torch.zeros(history - 1, width))
 
     def remember(self, frame: Tensor) -> KeysValues:
         """What later frames ask of this one [B, N, width]; the same whatever its age."""
@@ -53,13 +55,13 @@ class Fusion(nn.Module):
     def forward(self, frame: Tensor, past: Sequence[KeysValues]) -> Tensor:
         """[B, N, width], and the frames before it as they are remembered, the oldest first -> [B, N, width]."""
         if not past:
-            alone: Tensor = self.attention.norm(frame)
+            alone: Tensor = self.norm(frame)
             return alone
         # Keys are linear in what tells their age, so that is added to those that are remembered.
         aged = self.attention.apart(F.linear(self.age, self.attention.k.weight)[:, None])
         keys = [one.keys + aged[age] for age, one in zip(reversed(range(len(past))), past, strict=True)]
         seen = KeysValues(torch.cat(keys, 2), torch.cat([one.values for one in past], 2))
-        fused: Tensor = self.attention(frame, frame + self.query_position, seen)
+        fused: Tensor = self.norm(frame + self.attention(frame + self.query_position, seen))
         return fused
 
 
@@ -103,14 +105,14 @@ class Correction(nn.Module):
         """Args: `width` of the combined frame, `of_primary` of the primary predictor; the others as of `Vit`."""
         super().__init__()
         self.project = nn.Linear(of_primary, width) if of_primary != width else nn.Identity()
-        self.attention = CrossAttention(width, heads, 0.0)
+        self.attention, self.norm = CrossAttention(width, heads, 0.0), nn.LayerNorm(width)
         self.position = nn.Parameter(torch.randn(tokens, width) * deviation)
 
     def forward(self, fused: Tensor, predicted: Tensor, places: Tensor) -> Tensor:
         """A fused frame [B, N, width], and the primary's output [B, K, of_primary] at places [B, K] -> [B, N, width]."""
         predicted = self.project(predicted)
         seen = self.attention.keys_values(predicted + self.position[places], predicted)
-        corrected: Tensor = self.attention(fused, fused + self.position, seen)
+        corrected: Tensor = self.norm(fused + self.attention(fused + self.position, seen))
         return corrected
 
 

@@ -30,7 +30,7 @@ from wmcache.cache.schema import Size
 from wmcache.trainer.models.attention import KeysValues
 from wmcache.trainer.models.base import DataShape
 from wmcache.trainer.models.ddp_parts import CELLS, Correction, Fusion, Localiser, Vit, put, take
-from wmcache.trainer.models.latent import LatentModel, LatentOptions, Share, SizeOrNone, append
+from wmcache.trainer.models.latent import LatentModel, LatentOptions, SizeOrNone, append, say_nothing_changes
 
 POSITIVE_WEIGHT = 10.0
 """Of cells that change, in the localiser's loss; few do."""
@@ -44,8 +44,7 @@ class DdpWmOptions(LatentOptions):
     """Sizes and variants.
 
     Attributes:
-        width: of the primary predictor; 0 means no projections, so that it is that of the combined frame, as in DDP-WM.
-        depth: its blocks. heads, head_dim, mlp: as of DINO-WM's. dropout: in its and the localiser's blocks and in fusion.
+        width, depth, heads, head_dim, mlp: of the primary predictor. dropout: in it, in the localiser and in fusion.
         foreground: K; 0 takes what the data needs, a power of two, at most half of the tokens. DDP-WM has at least 32 of 196.
         locator_width: of the localiser, beside the embeddings. locator_depth, locator_heads, locator_mlp: of its blocks.
         fusion_heads, correction_heads: of the two cross-attentions.
@@ -54,12 +53,6 @@ class DdpWmOptions(LatentOptions):
             (standardised) tokens; 0 means 0.1 and 0.5.
     """
 
-    width: SizeOrNone = 384
-    depth: Size = 6
-    heads: Size = 6
-    head_dim: SizeOrNone = 0
-    mlp: SizeOrNone = 0
-    dropout: Share = 0.1
     foreground: SizeOrNone = 0
     locator_width: Size = 96
     locator_depth: Size = 3
@@ -72,12 +65,7 @@ class DdpWmOptions(LatentOptions):
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
-        if self.width and not self.head_dim and self.width % self.heads:
-            raise UserError(f"--width {self.width} is not a multiple of --heads {self.heads}; or give --head-dim")
-        if not self.width and not self.head_dim:
-            raise UserError("--width 0 leaves the heads without a size; give --head-dim (DDP-WM has 64)")
-        if not self.width and self.proprio == "raw":
-            raise UserError("--width 0 has no head for raw proprio; choose --proprio embedding or none, or a --width")
+        super().__post_init__()
         if self.locator_width % self.locator_heads:
             raise UserError(
                 f"--locator-width {self.locator_width} is not a multiple of --locator-heads {self.locator_heads}"
@@ -93,6 +81,7 @@ class DdpWm(LatentModel):
     """A `WorldModel`; see the module's docstring."""
 
     stages = ("localization", "primary", "lrm")
+    pools = False
 
     def __init__(self, shape: DataShape, options: DdpWmOptions, statistics: Mapping[str, Tensor]) -> None:
         """Build the model; arguments as of `DinoWm`.
@@ -100,8 +89,7 @@ class DdpWm(LatentModel):
         Raises:
             UserError: nothing would be left to stay as it is.
         """
-        if shape.tokens < 2:
-            raise UserError("ddp-wm tells tokens of a frame apart, and this store has one; choose --model dino-wm")
+        self.require(shape.tokens)
         if options.foreground >= shape.tokens:
             raise UserError(f"--foreground {options.foreground} leaves none of {shape.tokens} tokens; choose fewer")
         width = options.embedding
@@ -125,15 +113,12 @@ class DdpWm(LatentModel):
         sizes = (width, options.depth, options.heads, options.head_dim or width // options.heads)
         self.primary = Vit(shape.tokens, *sizes, options.mlp or 4 * width, options.dropout, deviation)
         self.correction = Correction(shape.tokens, joined, width, options.correction_heads, deviation)
-        with_code = shape.token_dim + self.code_dim
-        self.primary_out = nn.Linear(width, with_code) if options.width else None
+        self.primary_out = nn.Linear(width, shape.token_dim + self.code_dim) if options.width else None
         # Raw proprio is the whole frame's, which the primary predictor says alone.
-        self.correction_out = nn.Linear(joined, shape.token_dim) if options.width else None
+        beside = self.code_dim if options.proprio == "embedding" else 0
+        self.correction_out = nn.Linear(joined, shape.token_dim + beside) if options.width else None
         if options.predict == "change":
-            for head in (self.primary_out, self.correction_out):
-                if head is not None:
-                    nn.init.zeros_(head.weight)
-                    nn.init.zeros_(head.bias)
+            say_nothing_changes(self.primary_out, self.correction_out)
         self.register_buffer("stage", torch.zeros((), dtype=torch.int64))
 
     stage: Tensor
@@ -152,6 +137,7 @@ class DdpWm(LatentModel):
     def begin(self, stage: str) -> None:
         """Train one stage's parts from now on, and freeze the others."""
         self.stage.fill_(self.stages.index(stage) + 1)
+        self.zero_grad(set_to_none=True)  # of what was trained before, or it would count when gradients are clipped
         for name, parts in self.parts.items():
             for part in parts:
                 part.requires_grad_(name == stage)
@@ -164,10 +150,11 @@ class DdpWm(LatentModel):
                 part.train(mode and any(parameter.requires_grad for parameter in part.parameters()))
         return self
 
-    @property
-    def wants_changes(self) -> bool:
-        """Whether the loss of the present stage needs change maps beside the tokens."""
-        return self.options.labels == "pixels" and int(self.stage) == 1
+    @staticmethod
+    def require(tokens: int) -> None:
+        """Refuse, as a UserError, frames of a single token."""
+        if tokens < 2:
+            raise UserError("ddp-wm tells tokens of a frame apart, and this store has one; choose --model dino-wm")
 
     @staticmethod
     def settle(options: DdpWmOptions, tokens: int, changed: NDArray[np.bool_]) -> DdpWmOptions:
@@ -182,18 +169,13 @@ class DdpWm(LatentModel):
         wanted = float(np.quantile(changed.sum(1), COVERED)) if len(changed) else 1.0
         return replace(options, foreground=max(1, min(2 ** int(np.ceil(np.log2(max(1.0, wanted)))), tokens // 2)))
 
-    def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:
+    def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:  # noqa: ARG002 (see `pools`)
         """The loss of the present stage, over histories of every length in the batch at once.
 
         Args:
             batch: see `WorldModel.loss`; for labels of pixels also changes [B, T, N, 4], of each frame since the one before it.
-            pool: 1.
-
-        Raises:
-            UserError: the tokens shall be pooled.
+            pool: 1, see `pools`.
         """
-        if pool != 1:
-            raise UserError("ddp-wm has no coarser grid of tokens; leave out --pool")
         tokens, proprio, action = self.standardised(batch["tokens"], batch["proprio"], batch["action"])
         code = self.code(proprio)
         match self.stages[max(0, int(self.stage) - 1)]:
@@ -235,7 +217,8 @@ class DdpWm(LatentModel):
             for step in range(tokens.shape[1] - 1):
                 joined = self._join(seen[-1], code[:, step], action[:, step])
                 fused.append(self.fusion(joined, past))
-                past.append(self.fusion.remember(joined))
+                if step + 2 < tokens.shape[1]:
+                    past.append(self.fusion.remember(joined))
                 places.append(self.select(self.localiser(fused[-1])))
                 seen.append(put(seen[-1], places[-1], take(tokens[:, step + 1], places[-1])))
         chosen, (predicted, new_code, _) = (
@@ -283,7 +266,7 @@ class DdpWm(LatentModel):
         """Each frame but the last, with those before it: [B, T - 1, N, width of the combined frame]."""
         frames = range(tokens.shape[1] - 1)
         joined = [self._join(tokens[:, t], code[:, t], action[:, t]) for t in frames]
-        past = [self.fusion.remember(frame) for frame in joined[:-1]]
+        past = [self.fusion.remember(frame) for frame in joined[:-1]] if self.shape.history > 1 else []
         return torch.stack([self.fusion(joined[t], past[max(0, t + 1 - self.shape.history) : t]) for t in frames], 1)
 
     def _join(self, tokens: Tensor, code: Tensor, action: Tensor) -> Tensor:
@@ -316,27 +299,18 @@ class DdpWm(LatentModel):
         dim = self.shape.token_dim
         new_tokens = out[..., :dim]
         new_code = out[..., dim : dim + self.code_dim] if self.options.proprio == "embedding" else None
-        if new_code is not None and self.correction_out is not None:
-            new_code = code.expand(-1, tokens.shape[1], -1)
-        elif new_code is not None and self.options.predict == "change":
-            new_code = code + new_code
         if self.options.predict == "change":
-            new_tokens = tokens + new_tokens
+            new_tokens, new_code = tokens + new_tokens, None if new_code is None else code + new_code
         return new_tokens, new_code
 
-    def rollout(
-        self, tokens: Tensor, proprio: Tensor, actions: Tensor, context: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """See `WorldModel.rollout`. Keys and values of earlier frames are computed once, of observed ones for all futures together.
+    def imagine(
+        self, tokens: Tensor, code: Tensor, futures: Tensor, samples: int, context: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """See `LatentModel.imagine`. Keys and values of earlier frames are computed once, of observed ones for all futures together.
 
         Until the last stage has begun, what does not change most surely is copied.
         """
-        many = actions.ndim == 4
-        samples = actions.shape[1] if many else 1
-        futures = actions.flatten(0, 1) if many else actions
-        tokens, proprio, futures = self.standardised(tokens, proprio, futures)
-        code, shared = self.code(proprio), futures[::samples]
-        observed, context = tokens.shape[1], min(context or self.shape.history, self.shape.history)
+        observed, shared = tokens.shape[1], futures[::samples]
         corrects = int(self.stage) == len(self.stages)
         past = [
             self.fusion.remember(self._join(tokens[:, t], code[:, t], shared[:, t])).repeat(samples)
@@ -350,14 +324,8 @@ class DdpWm(LatentModel):
             if context > 1 and t + 1 < futures.shape[1]:
                 past = [*past, self.fusion.remember(joined)][1 - context :]
             frame, known = self._advance(fused, frame, known, corrects=corrects)
-            imagined.append((frame, known))
-        latents = torch.stack([part[0] for part in imagined], 1) * self.tokens_std + self.tokens_mean
-        codes = torch.stack([part[1][:, 0] for part in imagined], 1)
-        if many:
-            return rearrange(latents, "(b s) t n d -> b s t n d", s=samples), rearrange(
-                codes, "(b s) t q -> b s t q", s=samples
-            )
-        return latents, codes
+            imagined.append((frame[:, None], known[:, None]))
+        return imagined
 
     def _advance(self, fused: Tensor, tokens: Tensor, code: Tensor, *, corrects: bool) -> tuple[Tensor, Tensor]:
         """The next frame's tokens [B, N, D] and code [B, M, Q]."""
@@ -365,6 +333,7 @@ class DdpWm(LatentModel):
         changed, new_code, hidden = self._predict_foreground(fused, tokens, code, places)
         stays, its_code = self._correct(fused, tokens, code, hidden, places) if corrects else (tokens, None)
         if self.code_dim and self.options.proprio == "embedding":
-            of_all = code.expand(-1, tokens.shape[1], -1) if its_code is None else its_code
-            new_code = put(of_all, places, new_code)
+            if its_code is None:  # proprio is the whole frame's, even where tokens are copied
+                its_code = new_code.mean(1, keepdim=True).expand(-1, tokens.shape[1], -1)
+            new_code = put(its_code, places, new_code)
         return put(stays, places, changed), new_code

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from wmcache.cache.errors import UserError
-from wmcache.cache.schema import Size
 from wmcache.trainer.models.attention import Block, KeysValues
 from wmcache.trainer.models.base import DataShape
-from wmcache.trainer.models.latent import LatentModel, LatentOptions, Share, SizeOrNone, Weight, append
+from wmcache.trainer.models.latent import LatentModel, LatentOptions, Weight, append, say_nothing_changes
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,6 @@ class DinoWmOptions(LatentOptions):
         condition: `concat` combines the action as above; `adaln` lets it scale, shift and gate every block (JEPA-WM, arXiv 2512.24497).
         position: `learned` for each place in the window; `rope` learned in space and rotary in time, so that keys and values of a frame
             stay valid when the window moves on.
-        width: of the residual stream; 0 means no projections, so that it is the combined frame's own, as in DINO-WM.
-        depth: number of blocks. heads: of attention. head_dim: of each; 0 means width / heads.
-        mlp: hidden units; 0 means 4 widths.
-        dropout: in attention, projections and MLP.
         embedding: counts in `features` alone; tokens of their own are as wide as the stream.
         rollout_loss: weight of a second step from the first one's predictions, with the gradient stopped between them (JEPA-WM); 0 is none.
         noise: standard deviation of what is added to the latents while training.
@@ -45,25 +40,14 @@ class DinoWmOptions(LatentOptions):
     combine: Literal["features", "tokens"] = "features"
     condition: Literal["concat", "adaln"] = "concat"
     position: Literal["learned", "rope"] = "learned"
-    width: SizeOrNone = 384
-    depth: Size = 6
-    heads: Size = 6
-    head_dim: SizeOrNone = 0
-    mlp: SizeOrNone = 0
-    dropout: Share = 0.1
     rollout_loss: Weight = 0.0
     noise: Weight = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
-        if self.width and not self.head_dim and self.width % self.heads:
-            raise UserError(f"--width {self.width} is not a multiple of --heads {self.heads}; or give --head-dim")
-        if not self.width and not self.head_dim:
-            raise UserError("--width 0 leaves the heads without a size; give --head-dim (DINO-WM has 64)")
+        super().__post_init__()
         if self.head_dim % 2 or (self.width and not self.head_dim and self.width // self.heads % 2):
             raise UserError("the size of a head must be even; change --width, --heads or --head-dim")
-        if not self.width and self.proprio == "raw":
-            raise UserError("--width 0 has no head for raw proprio; choose --proprio embedding or none, or a --width")
 
 
 class DinoWm(LatentModel):
@@ -109,11 +93,7 @@ class DinoWm(LatentModel):
         self.project_out = nn.Linear(width, shape.token_dim + self.code_dim * features) if options.width else None
         self.project_code = nn.Linear(width, self.code_dim) if has_proprio and options.width and not features else None
         if options.predict == "change":
-            # Starts as "nothing changes", the baseline that every figure is compared with.
-            for head in (self.project_out, self.project_code):
-                if head is not None:
-                    nn.init.zeros_(head.weight)
-                    nn.init.zeros_(head.bias)
+            say_nothing_changes(self.project_out, self.project_code)
 
     def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:
         """MSE of the next frame's tokens and proprio, weighed by their dimensions as in DINO-WM; the targets carry no gradient.
@@ -162,20 +142,16 @@ class DinoWm(LatentModel):
             x, _ = block(x, condition=condition, window=self.shape.history)
         return self._split(x, tokens, code)
 
-    def rollout(
-        self, tokens: Tensor, proprio: Tensor, actions: Tensor, context: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """See `WorldModel.rollout`.
+    def imagine(
+        self, tokens: Tensor, code: Tensor, futures: Tensor, samples: int, context: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """See `LatentModel.imagine`.
 
         A frame that has been seen is not computed again: its keys and values are kept while its place in the window stays what it was.
         With learned positions that is until the window is full, as every place means another vector; with rotary ones it is always.
         """
-        many = actions.ndim == 4
-        samples = actions.shape[1] if many else 1
-        futures = actions.flatten(0, 1) if many else actions
-        tokens, proprio, futures = self.standardised(tokens, proprio, futures)
-        code, past = self.code(proprio), futures[::samples]
-        observed, context = tokens.shape[1], min(context or self.shape.history, self.shape.history)
+        past = futures[::samples]
+        observed = tokens.shape[1]
         rotary = self.options.position == "rope"
         frames = [(tokens[:, t : t + 1], code[:, t : t + 1]) for t in range(observed)]
         kept: list[KeysValues | None] = [None] * len(self.blocks)
@@ -197,13 +173,7 @@ class DinoWm(LatentModel):
             assert following is not None
             frames.append(following)
             imagined.append(following)
-        latents = torch.cat([frame[0] for frame in imagined], 1) * self.tokens_std + self.tokens_mean
-        codes = torch.cat([frame[1] for frame in imagined], 1)[:, :, 0]
-        if many:
-            return rearrange(latents, "(b s) t n d -> b s t n d", s=samples), rearrange(
-                codes, "(b s) t q -> b s t q", s=samples
-            )
-        return latents, codes
+        return imagined
 
     def _advance(
         self,

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
+from wmcache.cache.errors import UserError
 from wmcache.cache.schema import Size
 from wmcache.trainer.models.base import DataShape
 
@@ -26,12 +28,31 @@ class LatentOptions:
         predict: `change` from the frame before, or the next `frame` itself, as DINO-WM.
         standardise: tokens per channel; DINO-WM takes them as they come.
         embedding: dimensions of the action and of the proprio embedding.
+        width: of the transformer's residual stream; 0 means no projections, so that it is the combined frame's own, as in DINO-WM.
+        depth: number of blocks. heads: of attention. head_dim: of each; 0 means width / heads.
+        mlp: hidden units; 0 means 4 widths.
+        dropout: in attention, projections and MLP.
     """
 
     proprio: Literal["raw", "embedding", "none"] = "raw"
     predict: Literal["change", "frame"] = "change"
     standardise: bool = True
     embedding: Size = 10
+    width: SizeOrNone = 384
+    depth: Size = 6
+    heads: Size = 6
+    head_dim: SizeOrNone = 0
+    mlp: SizeOrNone = 0
+    dropout: Share = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse what does not go together."""
+        if self.width and not self.head_dim and self.width % self.heads:
+            raise UserError(f"--width {self.width} is not a multiple of --heads {self.heads}; or give --head-dim")
+        if not self.width and not self.head_dim:
+            raise UserError("--width 0 leaves the heads without a size; give --head-dim (DINO-WM has 64)")
+        if not self.width and self.proprio == "raw":
+            raise UserError("--width 0 has no head for raw proprio; choose --proprio embedding or none, or a --width")
 
 
 class LatentModel(nn.Module):
@@ -40,10 +61,12 @@ class LatentModel(nn.Module):
 
     Attributes:
         stages: what is trained one after another, each on what the one before has left; none where all is trained at once.
+        pools: whether it can be trained on a coarser grid of tokens first.
         code_dim: Q; 0 for a model that sees no proprio.
     """
 
     stages: tuple[str, ...] = ()
+    pools: bool = True
 
     def __init__(
         self,
@@ -99,12 +122,53 @@ class LatentModel(nn.Module):
         loss = (1 - share) * token_loss + share * code_loss
         return {"loss": loss, "tokens": token_loss.detach(), "proprio": code_loss.detach()}
 
+    def rollout(
+        self, tokens: Tensor, proprio: Tensor, actions: Tensor, context: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `WorldModel.rollout`."""
+        many = actions.ndim == 4
+        samples = actions.shape[1] if many else 1
+        futures = actions.flatten(0, 1) if many else actions
+        tokens, proprio, futures = self.standardised(tokens, proprio, futures)
+        context = min(context or self.shape.history, self.shape.history)
+        imagined = self.imagine(tokens, self.code(proprio), futures, samples, context)
+        latents = torch.cat([frame[0] for frame in imagined], 1) * self.tokens_std + self.tokens_mean
+        codes = torch.cat([frame[1] for frame in imagined], 1)[:, :, 0]
+        if many:
+            return rearrange(latents, "(b s) t n d -> b s t n d", s=samples), rearrange(
+                codes, "(b s) t q -> b s t q", s=samples
+            )
+        return latents, codes
+
+    def imagine(
+        self, tokens: Tensor, code: Tensor, futures: Tensor, samples: int, context: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """A rollout, everything standardised.
+
+        Args:
+            tokens: [B, n, N, D] observed. code: [B, n, M, Q] of them.
+            futures: [B * samples, n - 1 + t, f * A], of which those of one beginning follow each other.
+            samples: futures of each beginning. context: frames that a step sees.
+
+        Returns:
+            Tokens [B * samples, 1, N, D] and code [B * samples, 1, M, Q] of each of the t frames after the observed ones.
+        """
+        raise NotImplementedError
+
     tokens_mean: Tensor
     tokens_std: Tensor
     proprio_mean: Tensor
     proprio_std: Tensor
     action_mean: Tensor
     action_std: Tensor
+
+
+def say_nothing_changes(*heads: nn.Linear | None) -> None:
+    """Have the last layers of a model that predicts changes start with none, the baseline that every figure is compared with."""
+    for head in heads:
+        if head is not None:
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
 
 
 def append(tokens: Tensor, parts: list[Tensor]) -> Tensor:
