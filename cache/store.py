@@ -238,10 +238,12 @@ class TokenStore:
             found = TokenStore.open(where, mirrored=True)
         except UserError as error:
             raise UserError(f"there are no change maps beside {self.path} ({error}); make them with: {make}") from error
-        mine, theirs = self.identity.dataset_fingerprint, found.identity.dataset_fingerprint
-        if (mine, self.card.token_grid, 4) != (theirs, found.card.token_grid, found.card.token_dim):
+        wanted = (self.identity.dataset_fingerprint, self.card.token_grid, "changes", frameskip)
+        card, fingerprint = found.card, found.identity.dataset_fingerprint
+        if wanted != (fingerprint, card.token_grid, found.identity.encoder, card.encoder.get("lag")):
+            remove = command("wmcache", "rm", where)
             raise UserError(
-                f"{where} is not of the frames or of the grid of {self.path}; delete it with: {command('wmcache', 'rm', where)}; "
+                f"{where} is not of the frames or of the grid of {self.path}, or is something else; delete it with: {remove}; "
                 f"then make it again with: {make}"
             )
         return found

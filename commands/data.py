@@ -308,6 +308,14 @@ def extract(
     if out is not None:
         places = [out] if len(networks) == 1 else [out / place.name for place in places]
     stores = list(zip(networks, places, strict=True))
+    if change_maps:
+        from wmcache.cache.store import changes_beside
+        from wmcache.pipeline.encoders.changes import changes_for
+
+        stores += [
+            (changes_for(network.token_grid, change_maps, device="cpu"), changes_beside(place, change_maps))
+            for network, place in stores
+        ]
     if dry_run:
         for network, place in stores:
             plan = forecast(frames, network, place, dtype=store_dtype, batch=batch, cluster=cluster, part=part)
@@ -318,14 +326,6 @@ def extract(
             click.echo(f"{human_bytes(plan.bytes_needed)} needed, {free}about {plan.seconds:.0f} s{whose}")
         return
     device = encoder["device"]
-    if change_maps:
-        from wmcache.cache.store import changes_beside
-        from wmcache.pipeline.encoders.changes import changes_for
-
-        stores += [
-            (changes_for(network.token_grid, change_maps, device="cpu"), changes_beside(place, change_maps))
-            for network, place in stores
-        ]
     lacking = extract_together(
         frames, stores, dtype=store_dtype, batch=batch, cluster=cluster, device=device, part=part
     )

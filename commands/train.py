@@ -113,9 +113,6 @@ def wmtrain(
     from wmcache.trainer.loop import TrainOptions, check_slices, train
     from wmcache.trainer.ranks import Spoken, joined, together
 
-    if ctx.get_parameter_source("steps") is ParameterSource.COMMANDLINE:
-        settings["epochs"] = None  # which a preset may have set
-
     out = out or home() / "runs" / name_of(cache)
     chosen = TrainOptions(
         model_options=take_model_options(settings, settings["model"]),

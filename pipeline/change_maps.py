@@ -31,5 +31,6 @@ def derive_change_maps(
     if frames.card.fingerprint != store.identity.dataset_fingerprint:
         raise UserError(f"{frames.path} does not hold the frames of {store.path}; pass the right --dataset")
     out = changes_beside(store.path, frameskip)
-    extract(frames, changes_for(store.card.token_grid, frameskip, device="cpu"), out, cluster=cluster)
+    maps = changes_for(store.card.token_grid, frameskip, device="cpu")
+    extract(frames, maps, out, dtype=store.card.dtype, cluster=cluster)
     return out

@@ -194,9 +194,9 @@ def _train(
     pool_grid(torch.empty(1, 1, shape.tokens, 1), shape.columns, options.pool)  # refuses squares that do not fit
     stages = stages_of(model.stages, options.stage)
     start = None if options.start is None else Path(options.start)
-    progress = take_up(out, model, stages, start=start, overwrite=overwrite)
+    progress = take_up(out, model, stages, store.identity, start=start, overwrite=overwrite)
     # Only now: an option that makes no sense must not cost a run that is there.
-    begins = options.stage != "all" and place_of(options.stage, model) > place_of(progress.stage, model) >= 0
+    begins = place_of(options.stage, model) > place_of(progress.stage, model) >= 0
     free = MAY_CHANGE_ON_RESUME if resume or begins else MAY_CHANGE
     if ranks.heard(ranks.leads and _prepare_folder(out, config, store, free, resume=resume, overwrite=overwrite)):
         load_weights(last_checkpoint(out), model)

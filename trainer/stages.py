@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from wmcache.cache.errors import UserError
+from wmcache.cache.identity import Identity
 from wmcache.trainer.checkpoint import (
     Progress,
     checkpoints,
     finished_stage,
     last_checkpoint,
     load_weights,
+    read_identity,
     read_progress,
 )
 
@@ -40,17 +42,19 @@ def place_of(stage: str, model: Any) -> int:
     return model.stages.index(stage) if stage in model.stages else -1
 
 
-def take_up(out: Path, model: Any, stages: tuple[str, ...], *, start: Path | None, overwrite: bool) -> Progress:
+def take_up(
+    out: Path, model: Any, stages: tuple[str, ...], identity: Identity, *, start: Path | None, overwrite: bool
+) -> Progress:
     """How far a run is, before anything is written; what another one that it starts from has goes into the model.
 
     Args:
         out: the run. model: as built.
-        stages: that are to be trained.
+        stages: that are to be trained. identity: of the store.
         start: where it has no checkpoint, a run that has finished the stage before the first.
         overwrite: whether the run begins anew.
 
     Raises:
-        UserError: the stage that comes before is not there, or not finished.
+        UserError: the stage that comes before is not there, not finished, or of another store.
     """
     known, progress = model.stages, Progress()
     first = known.index(stages[0]) if known else 0
@@ -59,7 +63,10 @@ def take_up(out: Path, model: Any, stages: tuple[str, ...], *, start: Path | Non
     elif start is not None:
         if not first:
             raise UserError(f"--stage {stages[0] or 'all'} goes on from no other run; leave out --from {start}")
-        load_weights(finished_stage(start, known[first - 1]), model)
+        folder = finished_stage(start, known[first - 1])
+        if different := read_identity(start)[1].differences(identity):
+            raise UserError(f"{start} was trained on another store ({'; '.join(different)}); name another --from")
+        load_weights(folder, model)
         progress = Progress(0, known[first - 1], 0, finished=True)
     there = place_of(progress.stage, model)
     if there < first - 1 or (there == first - 1 and first and not progress.finished):

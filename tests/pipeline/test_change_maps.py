@@ -146,7 +146,8 @@ def test_maps_that_are_not_of_the_store_are_refused(
         extract(dataset, encoder, place)
     else:
         frames = FrameDataset.open(other_frames) if others == "frames" else dataset
-        extract(frames, changes_for((4, 4) if others == "grid" else (2, 2), 5, "cpu"), place)
+        lag, grid = (3 if others == "lag" else 5), ((4, 4) if others == "grid" else (2, 2))
+        extract(frames, changes_for(grid, lag, "cpu"), place)
     with pytest.raises(UserError, match="is not of the frames or of the grid of") as raised:
         own.changes(5)
     assert f"delete it with: wmcache rm {place}; " in str(raised.value)
@@ -160,6 +161,16 @@ def test_other_frames_are_refused_before_anything_is_made(own: TokenStore, other
     ):
         derive_change_maps(own, dataset=other_frames)
     assert list(own.path.parent.iterdir()) == [own.path]
+
+
+def test_maps_of_a_store_of_bytes_are_those_extracted_with_it(
+    dataset: FrameDataset, encoder: Encoder, tmp_path: Path
+) -> None:
+    path = tmp_path / "tcn-64-int8.zarr"
+    maps = changes_for((2, 2), 5, "cpu")
+    extract_together(dataset, [(encoder, path), (maps, changes_beside(path, 5))], dtype="int8")
+    store = TokenStore.open(path)
+    assert derive_change_maps(store) == store.changes(5).path
 
 
 def test_frames_that_have_moved_are_said(copied: Path, encoder: Encoder, tmp_path: Path) -> None:

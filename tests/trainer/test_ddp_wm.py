@@ -216,6 +216,16 @@ class TestRollout:
         torch.testing.assert_close(tokens, expected_tokens, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(code, expected_code, rtol=1e-4, atol=1e-4)
 
+    @each_of_two
+    def test_a_model_without_history_sees_the_newest_frame_alone(self, variant: dict[str, Any]) -> None:
+        model = make_model(shape=replace(SHAPE, history=1), **variant)
+        tokens, proprio, actions = make_beginning(observed=3)
+        imagined, code = model.rollout(tokens, proprio, actions)
+        expected_tokens, expected_code = roll_out_naively(model, tokens, proprio, actions, 1)
+        torch.testing.assert_close(imagined, expected_tokens, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(code, expected_code, rtol=1e-4, atol=1e-4)
+        assert torch.equal(model.rollout(tokens[:, 2:], proprio[:, 2:], actions[:, 2:])[0], imagined)
+
     @pytest.mark.parametrize("context", [1, 3])
     @pytest.mark.parametrize("observed", [1, 3])
     @each_of_two
@@ -439,11 +449,27 @@ class TestStages:
         optimiser.step()
         assert own == {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
 
+    @each_stage
+    def test_without_history_no_parameter_is_left_without_a_gradient(self, stage: str) -> None:
+        # Processes that train together would wait for it.
+        model = make_model(stage, shape=replace(SHAPE, history=1))
+        model.loss(make_ddp_batch(frames=2))["loss"].backward()
+        assert all((value.grad is not None) == value.requires_grad for value in model.parameters())
+
     def test_together_they_train_everything_once(self) -> None:
         model = make_model()
         parts = [value for stage in STAGES for part in model.parts[stage] for value in part.parameters()]
         assert len(parts) == len(set(parts))
         assert set(parts) == set(model.parameters())
+
+    @each_stage
+    def test_one_that_begins_leaves_no_gradient_of_the_one_before(self, stage: str) -> None:
+        # It would count when gradients are clipped.
+        model = make_model(stage)
+        model.loss(make_ddp_batch())["loss"].backward()
+        for following in STAGES:
+            model.begin(following)
+            assert all(value.grad is None for value in model.parameters())
 
     @each_stage
     def test_what_is_frozen_does_without_dropout(self, stage: str) -> None:

@@ -374,6 +374,17 @@ class TestStartingFromAnotherRun:
         options = replace(staged, stage=stage, start=str(located.with_name(start)))
         check_refusal(ddp_store_path, tmp_path, options, located, said)
 
+    def test_a_run_on_another_store_is_not_started_from(
+        self, ddp_store_path: Path, tmp_path: Path, staged: TrainOptions, located: Path
+    ) -> None:
+        other = copytree(located, tmp_path / "other", symlinks=True)
+        text = (other / "identity.json").read_text()
+        (other / "identity.json").write_text(text.replace('"image_size": 64', '"image_size": 96'))
+        options = replace(staged, stage="primary", start=str(other))
+        check_refusal(
+            ddp_store_path, tmp_path, options, located, "other was trained on another store .image_size: 96 != 64"
+        )
+
     def test_a_run_that_is_still_in_that_stage_is_not_started_from(
         self, ddp_store_path: Path, tmp_path: Path, staged: TrainOptions
     ) -> None:

@@ -166,7 +166,7 @@ class DdpWm(LatentModel):
         """
         if options.foreground:
             return options
-        wanted = float(np.quantile(changed.sum(1), COVERED)) if len(changed) else 1.0
+        wanted = float(np.quantile(changed.sum(1), COVERED, method="higher")) if len(changed) else 1.0
         return replace(options, foreground=max(1, min(2 ** int(np.ceil(np.log2(max(1.0, wanted)))), tokens // 2)))
 
     def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:  # noqa: ARG002 (see `pools`)
