@@ -32,7 +32,7 @@ from wmcache.cache.layout import (
     shard_sizes,
 )
 from wmcache.cache.mirror import MirroredReader
-from wmcache.cache.places import Place, mend_reading, place, stamp
+from wmcache.cache.places import Place, exists, mend_reading, place, stamp
 from wmcache.cache.quantise import dequantise
 from wmcache.cache.reader import MappedReader, MemoryReader, Reader, Stored, ZarrReader
 from wmcache.cache.windows import Windows, split_episodes, window_starts
@@ -234,10 +234,15 @@ class TokenStore:
         """
         where = changes_beside(self.path, frameskip)
         make = command("wmcache", "derive", "change-maps", self.path, "--frameskip", frameskip)
+        with contextlib.suppress(OSError):  # which opening them says better
+            if not exists(where):
+                raise UserError(f"there are no change maps {where}; make them with: {make}")
         try:
             found = TokenStore.open(where, mirrored=True)
         except UserError as error:
-            raise UserError(f"there are no change maps beside {self.path} ({error}); make them with: {make}") from error
+            raise UserError(
+                f"the change maps of {self.path} cannot be used ({error}); make them with: {make}"
+            ) from error
         wanted = (self.identity.dataset_fingerprint, self.card.token_grid, "changes", frameskip)
         card, fingerprint = found.card, found.identity.dataset_fingerprint
         if wanted != (fingerprint, card.token_grid, found.identity.encoder, card.encoder.get("lag")):
