@@ -295,7 +295,7 @@ model_options = options(
         "--foreground",
         type=click.IntRange(0),
         default=0,
-        help="Tokens of a frame that are computed, ddp-wm; 0: as many as change in 99 % of the steps.",
+        help="Tokens of a frame that are computed, ddp-wm; 0: more than change in 99 % of the steps.",
     ),
     click.option(
         "--labels",

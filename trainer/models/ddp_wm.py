@@ -34,8 +34,8 @@ from wmcache.trainer.models.latent import LatentModel, LatentOptions, SizeOrNone
 
 POSITIVE_WEIGHT = 10.0
 """Of cells that change, in the localiser's loss; few do."""
-COVERED = 0.99
-"""Share of the steps of which K, where it is not given, holds all patches that change."""
+COVERED, SPARE = 0.99, 1.5
+"""K, where it is not given, holds so many times the patches that change in that share of the steps: localisation errs."""
 USUAL_THRESHOLD = {"pixels": 0.1, "features": 0.5}
 
 
@@ -45,7 +45,7 @@ class DdpWmOptions(LatentOptions):
 
     Attributes:
         width, depth, heads, head_dim, mlp: of the primary predictor. dropout: in it, in the localiser and in fusion.
-        foreground: K; 0 takes what the data needs, a power of two, at most half of the tokens. DDP-WM has at least 32 of 196.
+        foreground: K; 0 takes what the data needs (`settle`). DDP-WM has at least 32 of 196.
         locator_width: of the localiser, beside the embeddings. locator_depth, locator_heads, locator_mlp: of its blocks.
         fusion_heads, correction_heads: of the two cross-attentions.
         labels: what has changed, by `pixels` (change maps beside the store) or by `features` (the tokens themselves).
@@ -158,7 +158,8 @@ class DdpWm(LatentModel):
 
     @staticmethod
     def settle(options: DdpWmOptions, tokens: int, changed: NDArray[np.bool_]) -> DdpWmOptions:
-        """Choose K, where it is not given: the least power of two that holds what changes in 99 % of the steps, at most half of a frame.
+        """Choose K, where it is not given: the least power of two that holds what changes in 99 % of the steps and half as many again; at
+        most half of a frame.
 
         Args:
             options: as given. tokens: N.
@@ -167,7 +168,8 @@ class DdpWm(LatentModel):
         if options.foreground:
             return options
         wanted = float(np.quantile(changed.sum(1), COVERED, method="higher")) if len(changed) else 1.0
-        return replace(options, foreground=max(1, min(2 ** int(np.ceil(np.log2(max(1.0, wanted)))), tokens // 2)))
+        bucket = 2 ** int(np.ceil(np.log2(max(1.0, SPARE * wanted))))
+        return replace(options, foreground=max(1, min(bucket, tokens // 2)))
 
     def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:  # noqa: ARG002 (see `pools`)
         """The loss of the present stage, over histories of every length in the batch at once.
