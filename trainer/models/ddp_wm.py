@@ -167,7 +167,7 @@ class DdpWm(LatentModel):
         """
         if options.foreground:
             return options
-        wanted = float(np.quantile(changed.sum(1), COVERED, method="higher")) if len(changed) else 1.0
+        wanted = float(np.quantile(changed.sum(1), COVERED, method="higher")) if len(changed) else 0.0
         bucket = 2 ** int(np.ceil(np.log2(max(1.0, SPARE * wanted))))
         return replace(options, foreground=max(1, min(bucket, tokens // 2)))
 
