@@ -350,12 +350,13 @@ def print_figures_of(rows: list[dict[str, Any]], *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    first, *names = rows[0]
-    width = max(14, *(len(str(row[first])) + 2 for row in rows))
-    click.echo(f"{first:24}" + "".join(f"{row[first]!s:>{width}}" for row in rows))
-    for name in names:
-        cells = (f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for row in rows)
-        click.echo(f"{name:24}" + "".join(f"{cell:>{width}}" for cell in cells))
+    cells = [
+        [f"{value:.4g}" if isinstance(value, float) else str(value) for value in (row[name] for row in rows)]
+        for name in rows[0]
+    ]
+    width = max(len(cell) for line in cells for cell in line) + 2
+    for name, line in zip(rows[0], cells, strict=True):
+        click.echo(f"{name:24}" + "".join(f"{cell:>{width}}" for cell in line))
 
 
 def take_model_options(settings: dict[str, Any], model: str = "dino-wm") -> dict[str, Any]:
