@@ -56,6 +56,9 @@ MAY_CHANGE = {
     *("stage", "start"),
 }
 MAY_CHANGE_ON_RESUME = MAY_CHANGE | {"steps", "epochs", "learning_rate"}
+MAY_CHANGE_WITH_THE_STAGE = MAY_CHANGE_ON_RESUME | {
+    *("batch", "accumulate", "warmup", "decay", "beta2", "weight_decay", "decay_all", "clip"),
+}
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,7 @@ def _train(
     progress = take_up(out, model, stages, store.identity, start=start, overwrite=overwrite)
     # Only now: an option that makes no sense must not cost a run that is there.
     begins = place_of(options.stage, model) > place_of(progress.stage, model) >= 0
-    free = MAY_CHANGE_ON_RESUME if resume or begins else MAY_CHANGE
+    free = MAY_CHANGE_WITH_THE_STAGE if begins else MAY_CHANGE_ON_RESUME if resume else MAY_CHANGE
     if ranks.heard(ranks.leads and _prepare_folder(out, config, store, free, resume=resume, overwrite=overwrite)):
         load_weights(last_checkpoint(out), model)
     job = _Job(store, windows, changes, out, options, ranks, model, device, dtype)

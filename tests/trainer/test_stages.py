@@ -274,18 +274,18 @@ class TestGoingOn:
         train(ddp_store_path, tmp_path / "run", options)
         assert_same(tmp_path / "run", tmp_path / "straight")
 
-    def test_a_stage_may_have_other_steps_and_another_rate_than_the_one_before(
+    def test_a_stage_may_have_other_steps_batches_and_another_rate_than_the_one_before(
         self, ddp_store_path: Path, tmp_path: Path, staged: TrainOptions
     ) -> None:
         run = tmp_path / "run"
         train(ddp_store_path, run, replace(staged, stage="localization", steps=2))
-        train(ddp_store_path, run, replace(staged, stage="primary", steps=3, learning_rate=1e-3))
+        train(ddp_store_path, run, replace(staged, stage="primary", steps=3, batch=4, learning_rate=1e-3))
         train(ddp_store_path, run, replace(staged, stage="lrm", steps=1))
         assert [finished_stage(run, stage).name for stage in STAGES] == [step_name(step) for step in (2, 5, 6)]
         assert read_config(run)["steps"] == 1
 
     @pytest.mark.parametrize(
-        "changed", [{"batch": 4}, {"seed": 1}, {"history": 2}], ids=lambda changed: next(iter(changed))
+        "changed", [{"split_seed": 4}, {"seed": 1}, {"history": 2}], ids=lambda changed: next(iter(changed))
     )
     def test_but_no_other_settings(
         self, ddp_store_path: Path, tmp_path: Path, staged: TrainOptions, located: Path, changed: dict[str, int]
