@@ -98,9 +98,7 @@ class MirroredReader(MappedReader):
         """Make sure that a shard's file is there and sound."""
         file = self._file(shard)
         with exclusive(file.with_suffix(".lock"), self._folder):
-            if file.exists() and (shard in self._sound or sha256_of(file) == self._digest(shard)):
-                os.utime(file)  # used just now
-            else:
+            if not self._is_there(shard, file):
                 there = shard_file(self._path, shard)
                 try:
                     data = read_bytes(there)
@@ -111,6 +109,16 @@ class MirroredReader(MappedReader):
                     raise UserError(f"{there} differs from its checksum; {self._mend}")
                 self._keep(file, data)
             self._sound.add(shard)
+
+    def _is_there(self, shard: int, file: Path) -> bool:
+        """Whether its file is there and sound, which then was used just now; others may delete it at any moment."""
+        try:
+            if shard in self._sound or sha256_of(file) == self._digest(shard):
+                os.utime(file)
+                return True
+        except FileNotFoundError:
+            self._sound.discard(shard)
+        return False
 
     def _keep(self, file: Path, data: bytes) -> None:
         with exclusive(self._folder / "room.lock", self._folder):

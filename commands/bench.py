@@ -184,7 +184,7 @@ def bench_plan(
     from wmcache.planner.evaluate import PlanOptions, Setting, bench
 
     if (run is None) == (not runs):
-        raise UserError("give one --run, to measure it against DINO-WM's own way, or one --model or more")
+        raise click.UsageError("give one --run, to measure it against DINO-WM's own way, or one --model or more")
     if run is not None:
         setting = Setting(run, PlanOptions(device=device), weights=weights, cache=cache)
         print_figures(bench(setting, dtype=dtype, **search), as_json=as_json)

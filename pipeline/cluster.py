@@ -6,6 +6,7 @@ a few tasks for each of its threads at a time, and of more as these finish, so i
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import logging
@@ -13,6 +14,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -457,18 +459,28 @@ def _running_scheduler(address: str) -> Iterator[Any]:
             yield client
 
 
+def import_slurm() -> Any:
+    """The module `dask_jobqueue.slurm`, which leaves Ctrl-C to something that ends with status 0 as soon as it is imported."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        return importlib.import_module("dask_jobqueue.slurm")
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def _slurm(where: Cluster, jobs: int, threads: int) -> Iterator[tuple[Any, Callable[[], None]]]:
     """A client of workers in SLURM jobs, one in each, and what sees to it that jobs which have ended are submitted again."""
+    import dask
+    from distributed import Client
+
     try:
-        from dask_jobqueue.slurm import SLURMCluster
+        slurm = import_slurm()
     except ImportError:
         raise UserError(
             f"--cluster {where.text} needs dask-jobqueue; install it with: pip install 'wmcache[cluster]'"
         ) from None
-    import dask
-    from distributed import Client
-
     if shutil.which("sbatch") is None:
         raise UserError(
             f"--cluster {where.text}: there is no sbatch on this machine; run on one that submits to SLURM, or choose --cluster local"
@@ -478,7 +490,7 @@ def _slurm(where: Cluster, jobs: int, threads: int) -> Iterator[tuple[Any, Calla
     (home() / "logs").mkdir(parents=True, exist_ok=True)  # SLURM makes none
     with (
         dask.config.set(KEEP_BACK),
-        SLURMCluster(**options) as cluster,
+        slurm.SLURMCluster(**options) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         _try_submission(cluster.job_script(), where)

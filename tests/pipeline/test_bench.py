@@ -28,6 +28,7 @@ KEYS = [
 MB = 10**6
 
 
+@pytest.mark.cluster
 def test_dask_is_measured_against_plain_processes(dataset: FrameDataset, encoder: Encoder) -> None:
     found = bench_cluster(dataset, encoder, batch=16, cluster="local:2", rounds=1)
     loop, worker, workers, loops = (

@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dask_jobqueue.slurm import SLURMJob
 from wmcache.cache import UserError
 from wmcache.pipeline import cluster
-from wmcache.pipeline.cluster import open_pool, parse_cluster, run_alone, run_tasks, slurm_options
+from wmcache.pipeline.cluster import import_slurm, open_pool, parse_cluster, run_alone, run_tasks, slurm_options
 from wmcache.pipeline.profiles import Profile
 
 
@@ -130,6 +131,18 @@ def test_a_machine_without_slurm_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
         run_tasks(len, ["a"], cluster="slurm", total=1, label="test")
 
 
+def test_ctrl_c_stays_what_it_was_though_dask_jobqueue_would_end_with_status_0() -> None:
+    program = """
+import os, signal
+from wmcache.pipeline.cluster import import_slurm
+import_slurm()
+os.kill(os.getpid(), signal.SIGINT)
+"""
+    found = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, check=False)
+    assert found.returncode == -signal.SIGINT
+    assert found.stderr.splitlines()[-1] == "KeyboardInterrupt"
+
+
 def test_slurm_is_asked_for_what_the_profile_says_and_workers_end_before_the_walltime(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -140,7 +153,7 @@ def test_slurm_is_asked_for_what_the_profile_says_and_workers_end_before_the_wal
     )  # fmt: skip
     options = slurm_options(profile, threads=2)
     del options["scheduler_options"]  # of the other side
-    script = SLURMJob("tcp://1.2.3.4:5", name="one", **options).job_script().splitlines()
+    script = import_slurm().SLURMJob("tcp://1.2.3.4:5", name="one", **options).job_script().splitlines()
     for line in (
         *("#SBATCH -p gpu", "#SBATCH -A lab", "#SBATCH --cpus-per-task=8", "#SBATCH -t 02:00:00", "#SBATCH --gpus=1"),
         *("#SBATCH --requeue", "#SBATCH --constraint=a100", "module load cuda/12 || exit", "source env/bin/activate"),

@@ -220,6 +220,7 @@ def test_a_store_that_was_deleted_is_made_again_only_where_it_is_needed(
     assert pending == [pixels.extract.key, pixels.train[0.5].key]
 
 
+@pytest.mark.cluster
 def test_processes_do_the_same_as_one_and_go_on_past_a_failure(write_study: Write, copy: Path, tmp_path: Path) -> None:
     weights = tmp_path / "bad.safetensors"
     weights.write_bytes(b"nonsense")

@@ -83,6 +83,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return copytree(finished, tmp_path / "run", symlinks=True)
 
 
+@pytest.mark.sweep  # in `make test` it is killed at any change of a file, see tests/faults/test_kills.py
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", DYING_WRITER, tmp_path], check=True)
     runs = sorted(tmp_path.iterdir(), key=lambda folder: int(folder.name))
