@@ -38,11 +38,13 @@ T = TypeVar("T")
 Calls = Iterable[tuple[Hashable, Callable[[], Any]]]
 """Tasks, each with what is to come back beside its result."""
 
-# Ctrl-C goes to all processes of a terminal, and this one tells the others; of tasks that are cancelled then nobody need read.
+# Ctrl-C goes to all processes of a terminal, and this one tells the others; of tasks that are cancelled then nobody need read, nor of a
+# scheduler that has gone a moment before its workers.
 SILENT = """
 import logging, signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 logging.getLogger("distributed.worker.state_machine").setLevel(logging.ERROR)
+logging.getLogger("distributed.worker").addFilter(lambda record: "heartbeat" not in record.getMessage())
 """
 OWN_GPU = """
 def dask_setup(worker):
