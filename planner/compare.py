@@ -21,11 +21,9 @@ from wmcache.cache.device import synchronise
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import atomic_write, make_folder
 from wmcache.cache.places import Place
-from wmcache.envs import PointMazeSimulator
 from wmcache.planner.base import Cost
 from wmcache.planner.bench import count_flops
-from wmcache.planner.evaluate import PlanOptions, Setting, evaluate
-from wmcache.planner.goals import start_and_goal
+from wmcache.planner.evaluate import PlanOptions, Setting, evaluate, random_episode
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import make_solver
 
@@ -154,16 +152,11 @@ def _roughness(plane: NDArray[np.float64]) -> dict[str, float]:
 
 def _cost(setting: Setting, options: PlanOptions, number: int) -> Cost:
     """What a planner descends at the beginning of an episode."""
-    start, goal = start_and_goal(
-        "random-state", [number], setting.maze, setting.store, options.horizon * setting.frameskip
-    )
-    simulator = PointMazeSimulator(setting.maze, setting.image_size)
-    images = [simulator.render(states[0]) for states in (start, goal)]
-    simulator.close()
-    tokens = [setting.encoder(image[None]) for image in images]
-    mpc = setting.make_mpc(options, tokens[1], goal.astype(np.float32))
+    (start, goal), frames = random_episode(setting, number)
+    tokens, goal_tokens = (setting.encoder(frame[None]) for frame in frames)
+    mpc = setting.make_mpc(options, goal_tokens, goal[None].astype(np.float32))
     proprio = torch.from_numpy(start.astype(np.float32)).to(setting.device)
-    return mpc.cost_of(tokens[0][:, None], proprio[:, None])
+    return mpc.cost_of(tokens[:, None], proprio[None, None])
 
 
 def _timed(setting: Setting, call: Any) -> float:

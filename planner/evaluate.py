@@ -471,6 +471,17 @@ def _task(setting: Setting, options: PlanOptions, folder: Path) -> PlanTask:
     )
 
 
+def random_episode(
+    setting: Setting, number: int
+) -> tuple[tuple[NDArray[np.float64], NDArray[np.float64]], list[NDArray[np.uint8]]]:
+    """States [4] of the random start and goal of an episode, and frames [S, S, 3] of them."""
+    start, goal = (states[0] for states in start_and_goal("random-state", [number], setting.maze, setting.store, 0))
+    simulator = PointMazeSimulator(setting.maze, setting.image_size)
+    frames = [simulator.render(state) for state in (start, goal)]
+    simulator.close()
+    return (start, goal), frames
+
+
 def bench(setting: Setting, **settings: Any) -> dict[str, float]:
     """`bench_plan` on a run, from one random state to another; `settings` are its options.
 
@@ -479,10 +490,8 @@ def bench(setting: Setting, **settings: Any) -> dict[str, float]:
     """
     if not isinstance(setting.model, DinoWm):
         raise UserError(f"{setting.run} is no model of DINO-WM's; compare runs with --model")
-    start, goal = (states[0] for states in start_and_goal("random-state", [0], setting.maze, setting.store, 0))
-    simulator = PointMazeSimulator(setting.maze, setting.image_size)
-    frame, goal_frame = (torch.from_numpy(simulator.render(state)) for state in (start, goal))
-    simulator.close()
+    (start, _), frames = random_episode(setting, 0)
+    frame, goal_frame = map(torch.from_numpy, frames)
     proprio = torch.from_numpy(start.astype(np.float32)).to(setting.device)
     return bench_plan(
         setting.model, setting.encoder, frame, goal_frame, proprio, frameskip=setting.frameskip, **settings

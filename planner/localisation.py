@@ -35,15 +35,13 @@ def draw_localisation(setting: Setting) -> bytes:
     data = {name: torch.from_numpy(value).to(setting.device) for name, value in windows.batch(np.zeros(1, int)).items()}
     with torch.inference_mode(), autocast(setting.device, setting.dtype):
         logits = setting.model.locate(data["tokens"], data["proprio"], data["action"])[0]
-    computed = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
-    computed.scatter_(1, setting.model.select(logits), value=True)
     simulator = PointMazeSimulator(cached_maze(setting.card), SIDE)
     images = np.stack([simulator.render(state) for state in store.state[windows.frames(np.zeros(1, int))[0]]])
     simulator.close()
     changes = changes_for(setting.card.token_grid, frameskip, "cpu")(np.stack([images[:-1], images[1:]], 1))
     masks = {
         "changes": (changes > LEAST_CHANGE).any(-1).numpy(),
-        "computed": computed.cpu().numpy(),
+        "computed": setting.model.computed(logits).cpu().numpy(),
         "likely to change": (logits > 0).any(-1).cpu().numpy(),
     }
     return _draw(images, masks, setting.card.token_grid, frameskip)

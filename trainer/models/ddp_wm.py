@@ -264,6 +264,11 @@ class DdpWm(LatentModel):
         """The K patches [B, K] of which a cell changes most surely by logits [B, N, 4], in the order of the frame."""
         return logits.amax(-1).topk(self.foreground, -1).indices.sort(-1).values
 
+    def computed(self, logits: Tensor) -> Tensor:
+        """Which patches `select` takes by logits [..., N, 4], bool [..., N]."""
+        nowhere = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+        return nowhere.scatter(-1, self.select(logits), value=True)
+
     def _fuse_all(self, tokens: Tensor, code: Tensor, action: Tensor) -> Tensor:
         """Each frame but the last, with those before it: [B, T - 1, N, width of the combined frame]."""
         frames = range(tokens.shape[1] - 1)
