@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# pip does the same in five times as long. Certificates are the system's, as they are for git.
+INSTALL = $(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python --config-settings editable_mode=strict
 DEMO := data/demo
 SMALL := --width 128 --depth 4 --heads 4 --dropout 0 --lr 1e-3
 PLAN := $(DEMO)/runs/pointmaze-umaze-tcn-64/plan-all-x1-50x100
@@ -13,13 +15,14 @@ setup: $(VENV)/.linked
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' --config-settings editable_mode=strict
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 # A strict editable install links each file, so that mypy finds the package; a folder's time changes when a file is added.
 # (`study/.` is the folder; `study` is the target below.)
 $(VENV)/.linked: $(VENV)/.installed cache commands envs envs/mazes pipeline pipeline/encoders pipeline/importers planner study/. trainer trainer/models
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable . --config-settings editable_mode=strict
+	$(INSTALL) --no-deps --reinstall-package wmcache --editable .
 	@touch $@
 
 lint: setup

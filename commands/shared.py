@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -43,7 +44,8 @@ class OneLine(click.Command):
         except UserError as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt as stop:
-            click.echo(f"\nstopped; go on with: {shell_command(sys.argv)}", err=True)
+            if _speaks():
+                click.echo(f"\nstopped; go on with: {shell_command(sys.argv)}", err=True)
             sys.exit(STOPPED if isinstance(stop, Stopped) else INTERRUPTED)
         except MemoryError as error:
             raise click.ClickException(
@@ -78,6 +80,11 @@ class Group(OneLine, click.Group):
 
 class Stopped(KeyboardInterrupt):
     """A batch system wants the machine back."""
+
+
+def _speaks() -> bool:
+    """Whether a stop is this process's to tell of: of those that torchrun has started, and ends when one of them fails, rank 0's."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
 
 
 def _leave_to_those_who_wait(args: threading.ExceptHookArgs) -> None:

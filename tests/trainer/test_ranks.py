@@ -13,10 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import click
 import psutil
 import pytest
 import torch
+from click.testing import CliRunner
 from wmcache.cache import UserError
+from wmcache.commands.shared import Command, Stopped
 from wmcache.trainer.checkpoint import checkpoints, last_checkpoint
 from wmcache.trainer.loop import TrainOptions, train
 from wmcache.trainer.ranks import ALONE, Ranks
@@ -210,6 +213,28 @@ def test_what_rank_0_refuses_is_one_line(accumulated: tuple[list[object], Path, 
         f"Error: {run} is a run with other settings (seed 0 != 3)"
     ]
     assert checkpoints(run) == before
+
+
+@pytest.mark.parametrize(
+    ("rank", "line"), [({}, "stopped; go on"), ({"RANK": "0"}, "stopped; go on"), ({"RANK": "1"}, "")]
+)
+def test_of_ranks_that_are_told_to_stop_the_first_speaks_for_all(
+    rank: dict[str, str], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the others are: torchrun tells them when one has failed, maybe before they have joined."""
+
+    @click.command(cls=Command)
+    def command() -> None:
+        raise Stopped
+
+    for name, value in rank.items():
+        monkeypatch.setenv(name, value)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    ended = CliRunner().invoke(command)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert (ended.exit_code, ended.output.strip().split(" with")[0]) == (75, line)
 
 
 @pytest.mark.cluster
