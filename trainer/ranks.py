@@ -215,10 +215,11 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
 def _is_first_to_speak(store: Store, rank: int, *, stopped: bool) -> bool:
     """Whether no other rank has; of those that are told to stop, rank 0 leaves first, for the end of any of them ends all."""
     try:
-        if stopped and rank == 0:
-            store.set("left", "")
-        elif stopped:
-            store.wait(["left"], LEAVING)
-        return bool(store.compare_set("speaker", "", str(rank)) == str(rank).encode())
+        if stopped and rank > 0:
+            store.wait(["spoken"], LEAVING)
+        first = bool(store.compare_set("speaker", "", str(rank)) == str(rank).encode())
+        if first:
+            store.set("spoken", "")
+        return first
     except RuntimeError:  # its host has gone: better twice than never
         return True
