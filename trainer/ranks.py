@@ -220,6 +220,6 @@ def _is_first_to_speak(store: Store, rank: int, *, stopped: bool) -> bool:
         first = bool(store.compare_set("speaker", "", str(rank)) == str(rank).encode())
         if first:
             store.set("spoken", "")
-        return first
     except RuntimeError:  # its host has gone: better twice than never
         return True
+    return first
