@@ -40,11 +40,11 @@ test: export OMP_NUM_THREADS := 1
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile -m "not cluster and not sweep"
 
-# What takes six minutes more: real servers, schedulers and ranks, killed in the middle of their work; and sweeps over more of the
-# moments to be killed at than `make test` tries.
+# What takes longer than CI has: real servers, schedulers and ranks, killed in the middle of their work; sweeps over more of the moments to
+# be killed at than `make test` tries; and properties on examples that are drawn anew.
 test-long: export OMP_NUM_THREADS := 1
 test-long: setup
-	$(BIN)/pytest -m "cluster or sweep"
+	$(BIN)/pytest --hypothesis-profile search -m "cluster or sweep or hypothesis"
 
 # The tutorial: make prints each command before it runs it. Run again, it goes on where it stopped.
 demo: export WMCACHE_HOME := $(DEMO)

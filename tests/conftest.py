@@ -8,6 +8,7 @@ from shutil import copytree
 
 import pytest
 import torch
+from hypothesis import settings
 from wmcache.cache import TokenStore
 from wmcache.pipeline import encoders
 from wmcache.pipeline.change_maps import derive_change_maps
@@ -18,6 +19,10 @@ from wmcache.pipeline.extract import extract
 from wmcache.pipeline.fit import fit
 from wmcache.pipeline.frames import FrameDataset
 
+# `make test` tries the same examples every time; `make test-long` looks for others.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("search", max_examples=1000, deadline=None)
+settings.load_profile("repeatable")
 # A shell that starts the tests in the background has told them, and all that they start, to ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Threads that wait for each other make these tiny networks ten times slower as soon as anything else runs beside the tests.

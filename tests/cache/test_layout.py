@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, UserError
@@ -55,7 +55,6 @@ def card(make_writer: MakeWriter, tmp_path_factory: pytest.TempPathFactory) -> S
     return make_writer(tmp_path_factory.mktemp("card") / "some.zarr").card
 
 
-@settings(deadline=None)
 @given(value=json_objects)
 @example(value={"tuple": (1, 2), "exact": 0.1, "small": -0.0, "name": "Läufe"})
 def test_what_is_sealed_stays_whole_through_a_file(value: dict[str, Any]) -> None:
@@ -64,7 +63,6 @@ def test_what_is_sealed_stays_whole_through_a_file(value: dict[str, Any]) -> Non
     assert {name: item for name, item in sealed.items() if name != "checksum"} == json.loads(json.dumps(value))
 
 
-@settings(deadline=None)
 @given(value=json_objects, name=st.text(), other=json_values)
 @example(value={"bytes": 100, "sum": [0.5, 1.0]}, name="bytes", other=101)
 @example(value={"frames": [0, 16]}, name="frames", other=[0, 17])

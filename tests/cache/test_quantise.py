@@ -36,12 +36,13 @@ def per_frame(values: NDArray[np.float32], frames: int) -> NDArray[np.float32]:
     return np.broadcast_to(values, (frames, len(values)))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(tokens=any_tokens)
 @example(tokens=column(LARGEST, -LARGEST, 0, 1, -SMALLEST))
 @example(tokens=column(LARGEST, SMALLEST))
 @example(tokens=column(LARGEST, LARGEST - 32, LARGEST - 64))
 @example(tokens=column(SMALLEST, 0, 2 * SMALLEST))
+@example(tokens=column(0, -0.01563, 0.03125))
 @example(tokens=column(*np.linspace(-1, 1, 255)))
 def test_every_value_comes_back_within_half_a_step(tokens: Tokens) -> None:
     stored, scale, middle = quantise(tokens)
@@ -56,13 +57,12 @@ def test_every_value_comes_back_within_half_a_step(tokens: Tokens) -> None:
     found = dequantise(stored, per_frame(scale, len(tokens)), per_frame(middle, len(tokens)))
     assert (found.dtype, found.shape) == (np.float16, tokens.shape)
     # float16 is itself a grid: where it is the coarser one, rounding to it gives back the very value.
-    grid = np.exp2(np.maximum(np.frexp(truth)[1] - 11, -24))
+    grid = np.exp2(np.where(truth == 0, -24, np.maximum(np.frexp(truth)[1] - 11, -24)))
     error = np.abs(found.astype(np.float64) - truth)
     assert (error <= scale / 2 * ROUNDING + grid / 2).all()
     assert (error[np.broadcast_to(scale, tokens.shape) < grid / 2] == 0).all()
 
 
-@settings(deadline=None)
 @given(value=st.floats(width=16, allow_nan=False, allow_infinity=False), frames=st.integers(1, 40))
 @example(value=0.0, frames=17)
 @example(value=LARGEST, frames=1)

@@ -41,7 +41,7 @@ def edit_attributes(path: Path, edit: Callable[[dict[str, Any]], object]) -> Non
     write_attributes(path, attributes)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(frames=st.lists(st.integers(0, 359), max_size=40))
 @example(frames=[])
 @example(frames=[359, 0, 359, 320, 319, 64, 63])
@@ -52,7 +52,7 @@ def test_gather_reads_what_zarr_reads(store: TokenStore, store_path: Path, frame
     assert found.dtype == np.float16
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     frames=st.integers(1, 40), frames_per_shard=st.integers(1, 12), zeros=st.sets(st.integers(0, 39)), data=st.data()
 )
@@ -283,7 +283,7 @@ def make_memory(path: Path, card: StoreCard) -> Reader:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(batches=st.lists(st.lists(st.integers(0, 49), max_size=80), max_size=3), threads=st.integers(1, 5))
 @example(batches=[[49, 0, 49, 48, 16, 15, 32, 0], [], [0]], threads=1)
 @example(batches=[list(range(50)), list(reversed(range(50)))], threads=4)

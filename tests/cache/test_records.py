@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
@@ -45,7 +45,6 @@ def card(make_writer: MakeWriter, tmp_path_factory: pytest.TempPathFactory) -> S
 numbers = st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=4, max_size=4)
 
 
-@settings(deadline=None)
 @given(total=numbers, squares=numbers, scale=st.none() | numbers, size=st.integers(1, 2**40 - 1))
 def test_a_record_is_read_as_it_was_written(
     tmp_path_factory: pytest.TempPathFactory,

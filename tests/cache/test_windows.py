@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from wmcache.cache import StoreWriter, TokenStore, UserError
 from wmcache.cache.windows import batch_windows, epoch_order, split_episodes, window_starts
@@ -44,7 +44,6 @@ def test_a_batch_fills_the_buffer_it_is_given(store: TokenStore) -> None:
     np.testing.assert_array_equal(batch["tokens"], windows.batch(chosen)["tokens"])
 
 
-@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
     span=st.integers(1, 30),
@@ -121,7 +120,6 @@ def test_no_episode_long_enough_is_an_error(finished: Path) -> None:
         TokenStore.open(finished).windows(history=6, predict=1, frameskip=5)
 
 
-@settings(deadline=None)
 @given(
     windows=st.integers(1, 60),
     batch=st.integers(1, 70),
@@ -134,7 +132,6 @@ def test_a_run_resumed_at_any_step_sees_what_it_would_have_seen(windows: int, ba
     np.testing.assert_array_equal(batch_windows(windows, seed, step, batch), order[step * batch : (step + 1) * batch])
 
 
-@settings(deadline=None)
 @given(windows=st.integers(1, 60), batch=st.integers(1, 70), seed=st.integers(0, 2**32))
 def test_every_epoch_shows_every_window_once(windows: int, batch: int, seed: int) -> None:
     steps = -(-3 * windows // batch)
@@ -153,7 +150,6 @@ parallel = given(
 )
 
 
-@settings(deadline=None)
 @parallel
 def test_processes_together_see_what_one_alone_sees(
     windows: int, size: int, seed: int, step: int, world_size: int
@@ -169,7 +165,6 @@ def test_a_batch_is_not_cut_into_unequal_slices() -> None:
         batch_windows(50, 0, 0, 8, 0, 3)
 
 
-@settings(deadline=None)
 @parallel
 def test_a_process_resumed_in_the_middle_of_an_epoch_sees_what_it_would_have_seen(
     windows: int, size: int, seed: int, step: int, world_size: int
@@ -184,7 +179,6 @@ def test_a_process_resumed_in_the_middle_of_an_epoch_sees_what_it_would_have_see
     assert backwards == straight[:step][::-1]
 
 
-@settings(deadline=None)
 @given(windows=st.integers(1, 60), size=st.integers(1, 20), seed=st.integers(0, 2**32), world_size=st.integers(1, 6))
 def test_the_processes_together_see_every_window_of_an_epoch_once(
     windows: int, size: int, seed: int, world_size: int

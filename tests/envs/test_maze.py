@@ -85,7 +85,7 @@ def test_geodesic_goes_around_the_inner_wall(
     assert found == pytest.approx([length], rel=0.03)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(name=st.sampled_from(maze_names()), seed=st.integers(0, 2**32 - 1))
 def test_geodesic_is_a_distance(name: str, seed: int) -> None:
     maze, rng = Maze.load(name), np.random.default_rng(seed)

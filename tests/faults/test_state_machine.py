@@ -416,8 +416,6 @@ def test_whatever_happens_to_a_store_no_number_is_wrong_and_all_can_be_mended(wo
         settings=settings(
             max_examples=histories,
             stateful_step_count=30,
-            deadline=None,
-            derandomize=True,
             # A step takes milliseconds, so shrinking would take minutes; the steps that failed are printed as they were.
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
