@@ -226,6 +226,11 @@ class TokenStore:
             )
         return Windows(self, starts, history, predict, frameskip, dropped)
 
+    def longest_episode(self, split: str = "all", *, seed: int = 42) -> int:
+        """Frames of the longest episode of a split, for which see `windows`."""
+        lengths = np.bincount(self.episode)
+        return int(lengths[split_episodes(len(lengths), split, seed)].max())
+
     def changes(self, frameskip: int) -> TokenStore:
         """The change maps beside the store: of each frame, what has changed since the one `frameskip` env steps before, [N, 4] cells.
 

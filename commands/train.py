@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from wmcache.commands.shared import (
     name_of,
     preset_option,
     residence_option,
+    shell_command,
     take_model_options,
 )
 from wmcache.trainer.presets import PRESETS
@@ -135,7 +137,8 @@ def wmtrain(
         stopped = isinstance(silent.__cause__, KeyboardInterrupt)
         ctx.exit((STOPPED if isinstance(silent.__cause__, Stopped) else INTERRUPTED) if stopped else 1)
     if ranks.leads and chosen.stage == "localization":
-        further = command("wmtrain", "--model", chosen.model, "--cache", cache, "--out", out, "--stage", "primary")
+        following = {"localization": "primary", "--stage=localization": "--stage=primary"}
+        further = shell_command([following.get(word, word) for word in sys.argv])
         click.echo(f"{out}: knows where something changes; go on with: {further}")
     elif ranks.leads:
         click.echo(f"{out}: trained; plan with: {command('wmplan', '--run', out)}")

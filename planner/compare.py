@@ -146,7 +146,8 @@ def _roughness(plane: NDArray[np.float64]) -> dict[str, float]:
     return {
         "minima": float((plane == lowest).sum()),
         "stuck": float((ends != plane.argmin()).mean()),
-        "curvature": math.sqrt(sum(float(np.square(part).mean()) for part in second) / 2) / float(plane.std()),
+        "curvature": math.sqrt(sum(float(np.square(part).mean()) for part in second) / 2)
+        / max(float(plane.std()), 1e-12),
     }
 
 

@@ -106,7 +106,7 @@ class Setting:
         self.model = load_model(run, self.device)
         if self.model.stages and int(self.model.stage) < 2:
             raise UserError(
-                f"{run} knows where something changes, but not yet what; go on with: wmtrain --stage primary"
+                f"{run} knows where something changes, but not yet what; train it on with the same options and --stage primary"
             )
         self.encoder = encoders.create_again(self.card.encoder, weights=weights, device=options.device)
         if different := identity.differences(self.encoder.identity(identity.dataset_fingerprint, identity.store_dtype)):

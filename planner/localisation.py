@@ -13,7 +13,7 @@ from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 from wmcache.cache.device import autocast
 from wmcache.envs import PointMazeSimulator
-from wmcache.pipeline.encoders.changes import LEAST_CHANGE, changes_for
+from wmcache.pipeline.encoders.changes import changes_for
 from wmcache.planner.evaluate import Setting, cached_maze
 
 PICTURED = 8
@@ -29,19 +29,23 @@ def draw_localisation(setting: Setting) -> bytes:
         setting: a run whose model can `locate`.
     """
     store, frameskip = setting.store, setting.frameskip
-    seed, length = int(setting.config.get("split_seed", 42)), int(np.bincount(store.episode).max())
-    steps = max(1, min(MOST_STEPS, length // frameskip - 1))
+    seed = int(setting.config.get("split_seed", 42))
+    steps = max(1, min(MOST_STEPS, store.longest_episode("val", seed=seed) // frameskip - 1))
     windows = store.windows(1, steps, frameskip, "val", seed=seed)
     data = {name: torch.from_numpy(value).to(setting.device) for name, value in windows.batch(np.zeros(1, int)).items()}
-    with torch.inference_mode(), autocast(setting.device, setting.dtype):
-        logits = setting.model.locate(data["tokens"], data["proprio"], data["action"])[0]
+    inputs, model = (data["tokens"], data["proprio"], data["action"]), setting.model
     simulator = PointMazeSimulator(cached_maze(setting.card), SIDE)
     images = np.stack([simulator.render(state) for state in store.state[windows.frames(np.zeros(1, int))[0]]])
     simulator.close()
-    changes = changes_for(setting.card.token_grid, frameskip, "cpu")(np.stack([images[:-1], images[1:]], 1))
+    if model.options.labels == "pixels":  # of no first frame, as in a store's change maps
+        changes = changes_for(setting.card.token_grid, frameskip, "cpu")(np.stack([images[:-1], images[1:]], 1))
+        data["changes"] = torch.cat([torch.zeros_like(changes[:1]), changes])[None].to(setting.device)
+    with torch.inference_mode(), autocast(setting.device, setting.dtype):
+        logits = model.locate(*inputs)[0]
+        labels = model.labels(model.standardised(*inputs)[0], data)[0]
     masks = {
-        "changes": (changes > LEAST_CHANGE).any(-1).numpy(),
-        "computed": setting.model.computed(logits).cpu().numpy(),
+        "changes": labels.any(-1).cpu().numpy(),
+        "computed": model.computed(logits).cpu().numpy(),
         "likely to change": (logits > 0).any(-1).cpu().numpy(),
     }
     return _draw(images, masks, setting.card.token_grid, frameskip)

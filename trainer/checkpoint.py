@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +27,7 @@ from wmcache.cache.files import read_json, require_seal, seal, sha256_of, sync, 
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_card, require_identity
 from wmcache.cache.schema import Size, parse
-from wmcache.trainer.models import DataShape, build
+from wmcache.trainer.models import DataShape, build, read_options
 
 KEEP = 2
 """Checkpoints that stay: the newest, and the one before it for the case that the newest turns out bad."""
@@ -213,6 +213,12 @@ def read_config(run: Path) -> dict[str, Any]:
         raise UserError(f"{run / 'config.json'} is not a run's (it lacks {', '.join(sorted(missing))}); {mend}")
     parse(_Config, config, run / "config.json", mend, exact=False)
     return config
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings, each option of its model for itself; one that is younger than the run has its default, which it had then."""
+    chosen = asdict(read_options(config["model"], config["model_options"]))
+    return {**{name: value for name, value in config.items() if name != "model_options"}, **chosen}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows
 from wmcache.trainer.feed import gather_changes
 from wmcache.trainer.models import MODELS
+from wmcache.trainer.models.latent import LEAST_DEVIATION
 
 SAMPLED_WINDOWS = 2048
 WINDOWS_AT_ONCE = 64
@@ -46,7 +47,9 @@ def _changed(store: TokenStore, windows: Windows, changes: TokenStore | None, op
             cells = gather_changes(changes, windows.frames(part)[:, 1:])
             changed = (cells > options.least_change).any(-1)
         else:
-            tokens = windows.batch(part)["tokens"].astype(np.float32) / (store.std if options.standardise else 1.0)
+            tokens = windows.batch(part)["tokens"].astype(np.float32)
+            if options.standardise:
+                tokens /= np.maximum(store.std, LEAST_DEVIATION)
             changed = np.sqrt(np.square(np.diff(tokens, axis=1)).mean(-1)) > options.least_change
         parts.append(changed.reshape(-1, changed.shape[-1]))
     return np.concatenate(parts)

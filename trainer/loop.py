@@ -35,6 +35,7 @@ from wmcache.trainer.checkpoint import (
     read_config,
     read_identity,
     save_checkpoint,
+    settings_of,
     truncate_metrics,
 )
 from wmcache.trainer.feed import Feed, choose_residence
@@ -197,7 +198,11 @@ def _train(
     pool_grid(torch.empty(1, 1, shape.tokens, 1), shape.columns, options.pool)  # refuses squares that do not fit
     stages = stages_of(model.stages, options.stage)
     start = None if options.start is None else Path(options.start)
-    progress = take_up(out, model, stages, store.identity, start=start, overwrite=overwrite)
+    progress = take_up(out, model, stages, store.identity, config, start=start, overwrite=overwrite)
+    if progress.stage in stages and not progress.finished and progress.step >= progress.begun + options.steps:
+        raise UserError(
+            f"stage {progress.stage} of {out} has had {progress.step - progress.begun} steps and is not finished; --steps must be more"
+        )
     # Only now: an option that makes no sense must not cost a run that is there.
     begins = place_of(options.stage, model) > place_of(progress.stage, model) >= 0
     free = MAY_CHANGE_WITH_THE_STAGE if begins else MAY_CHANGE_ON_RESUME if resume else MAY_CHANGE
@@ -211,7 +216,8 @@ def _train(
             continue
         result = _train_stage(job, stage, progress) or result
         begun = progress.begun if progress.stage == stage else progress.step
-        progress = Progress(begun + options.steps, stage, begun, finished=True)
+        # A stage that had more steps than are asked for now has had them.
+        progress = Progress(max(progress.step, begun + options.steps), stage, begun, finished=True)
     return result
 
 
@@ -507,11 +513,17 @@ def _prepare_folder(
     elif ours:
         # An option that is younger than a run had its default then.
         there, identity = {**asdict(TrainOptions()), **read_config(out)}, read_identity(out)[1]
-        different = [
-            f"{name} {there.get(name)} != {config[name]}"
-            for name in config
-            if name not in free and there.get(name) != config[name]
-        ]
+        if there["model"] != config["model"]:  # whose options are others
+            different = [f"model {there['model']} != {config['model']}"]
+        else:
+            before, now = settings_of(there), settings_of(config)
+            different = [
+                f"{name} {before.get(name)} != {now[name]}"
+                for name in now
+                if name not in free and before.get(name) != now[name]
+            ]
+        # What a run has started from stays known.
+        config = {**config, "start": config["start"] or there["start"]}
         different += [f"the store's identity, {difference}" for difference in identity.differences(store.identity)]
         if different:
             raise UserError(
@@ -557,6 +569,6 @@ def _tell_windows(out: Path, windows: Windows, options: TrainOptions, step: int)
 
 def validation_windows(store: TokenStore, options: TrainOptions) -> Windows:
     """Windows of one observed frame and up to 5 that follow, from the val episodes."""
-    length = int(np.bincount(store.episode).max())
-    steps = max(1, min(ROLLOUT_STEPS, length // options.frameskip - 1))
+    longest = store.longest_episode("val", seed=options.split_seed)
+    steps = max(1, min(ROLLOUT_STEPS, longest // options.frameskip - 1))
     return store.windows(1, steps, options.frameskip, "val", seed=options.split_seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from wmcache.trainer.checkpoint import (
     finished_stage,
     last_checkpoint,
     load_weights,
+    read_config,
     read_identity,
     read_progress,
+    settings_of,
 )
 
 
@@ -43,29 +46,48 @@ def place_of(stage: str, model: Any) -> int:
 
 
 def take_up(
-    out: Path, model: Any, stages: tuple[str, ...], identity: Identity, *, start: Path | None, overwrite: bool
+    out: Path,
+    model: Any,
+    stages: tuple[str, ...],
+    identity: Identity,
+    config: Mapping[str, Any],
+    *,
+    start: Path | None,
+    overwrite: bool,
 ) -> Progress:
     """How far a run is, before anything is written; what another one that it starts from has goes into the model.
 
     Args:
         out: the run. model: as built.
-        stages: that are to be trained. identity: of the store.
-        start: where it has no checkpoint, a run that has finished the stage before the first.
+        stages: that are to be trained. identity: of the store. config: of the run, as it would be written.
+        start: a run that has finished the stage before the first.
         overwrite: whether the run begins anew.
 
     Raises:
-        UserError: the stage that comes before is not there, not finished, or of another store.
+        UserError: the stage that comes before is not there, not finished, or of another store or model; or the run has stages of its own.
     """
     known, progress = model.stages, Progress()
     first = known.index(stages[0]) if known else 0
+    if start is not None and not first:
+        raise UserError(f"--stage {stages[0] or 'all'} goes on from no other run; leave out --from {start}")
     if not overwrite and checkpoints(out):
         progress = read_progress(last_checkpoint(out))
+        if start is not None and (
+            place_of(progress.stage, model) < first or read_config(out).get("start") != str(start)
+        ):
+            raise UserError(
+                f"{out} has stages of its own, so it does not go on from {start}; leave out --from, or choose another --out"
+            )
     elif start is not None:
-        if not first:
-            raise UserError(f"--stage {stages[0] or 'all'} goes on from no other run; leave out --from {start}")
+        if overwrite and start.resolve() == out.resolve():
+            raise UserError(f"--overwrite would delete {start}, which --from goes on from; choose another --out")
         folder = finished_stage(start, known[first - 1])
         if different := read_identity(start)[1].differences(identity):
             raise UserError(f"{start} was trained on another store ({'; '.join(different)}); name another --from")
+        if different := _differences(read_config(start), config, known[first - 1]):
+            raise UserError(
+                f"{start} is of another model ({'; '.join(different)}); choose the same options, or name another --from"
+            )
         load_weights(folder, model)
         progress = Progress(0, known[first - 1], 0, finished=True)
     there = place_of(progress.stage, model)
@@ -75,3 +97,16 @@ def take_up(
             f"train that with --stage {known[first - 1]}, or name a run that has it with --from"
         )
     return progress
+
+
+def _differences(there: Mapping[str, Any], config: Mapping[str, Any], finished: str) -> list[str]:
+    """Between what the parts that a run has trained hang on, and what a run that goes on from them would be."""
+    if there["model"] != config["model"]:
+        return [f"model {there['model']} != {config['model']}"]
+    names = {"history", "frameskip", "split_seed", "episodes_fraction", *config["model_options"]}
+    if finished == "localization":  # which says where something changes, whatever is made of it
+        names -= {"foreground"}
+    before, now = settings_of(there), settings_of(config)
+    return [
+        f"{name} {before.get(name)} != {now[name]}" for name in now if name in names and before.get(name) != now[name]
+    ]

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from PIL import Image
 from wmcache.cache import UserError
 from wmcache.cli import main
-from wmcache.planner import compare
+from wmcache.planner import compare, localisation
 from wmcache.planner.compare import GRID, compare_runs, landscape, roughness
 from wmcache.planner.evaluate import PlanOptions, Setting, evaluate, run_episodes
 from wmcache.planner.localisation import draw_localisation
@@ -93,7 +93,9 @@ def test_an_episode_does_not_depend_on_those_planned_beside_it(ddp_setting: Sett
 
 def test_a_run_that_only_knows_where_is_not_planned_with(ddp_run: Path, tmp_path: Path, tiny_plan: PlanOptions) -> None:
     first = run_until(ddp_run, tmp_path / "first", 1)
-    with pytest.raises(UserError, match=r"knows where something changes, .* go on with: wmtrain --stage primary"):
+    with pytest.raises(
+        UserError, match=r"knows where something changes, .* train it on with the same options and --stage primary"
+    ):
         Setting(first, tiny_plan)
 
 
@@ -119,6 +121,27 @@ def test_the_picture_follows_the_localiser(ddp_run: Path, tiny_plan: PlanOptions
         pictures.append(np.asarray(Image.open(io.BytesIO(draw_localisation(setting)))))
     assert pictures[0].shape == pictures[1].shape
     assert (pictures[0] != pictures[1]).any()
+
+
+def test_the_picture_of_a_model_that_learned_from_tokens_outlines_what_changes_in_them(
+    ddp_store_path: Path, tmp_path: Path, tiny_plan: PlanOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"labels": "features", "threshold": 100.0, "foreground": 1}  # which nothing comes near
+    settings = TrainOptions(
+        model="ddp-wm", model_options=MODEL | options, steps=1, batch=8, dtype="float32", device="cpu"
+    )
+    train(ddp_store_path, tmp_path / "run", settings)
+    drawn: list[dict[str, Any]] = []
+
+    def watched(images: Any, masks: dict[str, Any], *rest: Any) -> bytes:
+        drawn.append(masks)
+        return draw(images, masks, *rest)
+
+    draw = localisation._draw
+    monkeypatch.setattr(localisation, "_draw", watched)
+    draw_localisation(Setting(tmp_path / "run", tiny_plan))
+    assert not drawn[0]["changes"].any()
+    assert (drawn[0]["computed"].sum(-1) == 1).all()
 
 
 class TestMasks:
@@ -171,6 +194,9 @@ class TestLandscapes:
         assert rough["minima"] > 20
         assert rough["stuck"] > 0.5
         assert rough["curvature"] > 5 * found["curvature"]
+
+    def test_a_plain_has_no_curvature(self) -> None:
+        assert roughness(np.ones((1, GRID, GRID)))["curvature"] == 0
 
     def test_half_of_two_equal_bowls_ends_in_the_other_one(self) -> None:
         x = np.linspace(-2, 2, 41)

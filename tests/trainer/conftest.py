@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from wmcache.cache import Identity, StoreCard, StoreWriter
+from wmcache.cache.windows import split_episodes
 from wmcache.trainer.loop import TrainOptions
 
 # Test modules import `model_tools` from here.
@@ -40,7 +42,16 @@ def lone_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return plant(tmp_path_factory.mktemp("lone") / "lone-8.zarr", tokens=1)
 
 
-def plant(path: Path, tokens: int) -> Path:
+@pytest.fixture(scope="session")
+def uneven_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same frames cut into a train episode of 420 frames and 19 of 20."""
+    lengths = [20] * 20
+    lengths[int(split_episodes(20, "train", TrainOptions().split_seed)[0])] = 420
+    return plant(tmp_path_factory.mktemp("uneven") / "uneven-8.zarr", 2, lengths)
+
+
+def plant(path: Path, tokens: int, lengths: Sequence[int] = (40,) * 20) -> Path:
+    """Lengths other than those cut the same frames elsewhere, so that dynamics jump within episodes."""
     episodes, length = 20, 40
     rng = np.random.default_rng(0)
     action = rng.uniform(-1, 1, (episodes, length, 2)).astype(np.float32)
@@ -55,8 +66,8 @@ def plant(path: Path, tokens: int) -> Path:
     steps = {
         "action": action.reshape(-1, 2),
         "state": state.reshape(-1, 4),
-        "episode": np.repeat(np.arange(episodes, dtype=np.int32), length),
-        "step": np.tile(np.arange(length, dtype=np.int32), episodes),
+        "episode": np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+        "step": np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
     }
     writer = StoreWriter.create(path, card, identity, steps)
     writer.write_shard(0, latents)

@@ -309,6 +309,28 @@ class TestGoingOn:
         train(ddp_store_path, run, more, resume=True)
         assert read_progress(last_checkpoint(run)) == Progress(3 * STEPS + 2, "lrm", 2 * STEPS, finished=True)
 
+    def test_fewer_steps_than_a_stage_has_had_cost_it_nothing(
+        self, ddp_store_path: Path, tmp_path: Path, staged: TrainOptions, located: Path
+    ) -> None:
+        run, fewer = copytree(located, tmp_path / "run", symlinks=True), replace(staged, steps=2)
+        end, logged = weights_of(finished_stage(run, "localization")), read_metrics(run)
+        train(ddp_store_path, run, fewer, resume=True)
+        assert weights_of(finished_stage(run, "localization")) == end
+        assert read_metrics(run)[: len(logged)] == logged
+        assert [finished_stage(run, stage).name for stage in STAGES] == [step_name(step) for step in (4, 6, 8)]
+
+    def test_a_stage_that_is_not_finished_has_steps_to_come(
+        self, ddp_store_path: Path, tmp_path: Path, staged: TrainOptions
+    ) -> None:
+        run = tmp_path / "run"
+        train_and_stop_at(7, ddp_store_path, run, staged)
+        before = files_of(run)
+        with pytest.raises(
+            UserError, match=r"stage primary of .* has had 2 steps and is not finished; --steps must be more"
+        ):
+            train(ddp_store_path, run, replace(staged, steps=2), resume=True)
+        assert files_of(run) == before
+
     def test_a_checkpoint_from_before_there_were_stages_is_that_of_a_model_without(
         self, store_path: Path, tmp_path: Path, tiny: TrainOptions
     ) -> None:
@@ -384,6 +406,67 @@ class TestStartingFromAnotherRun:
         check_refusal(
             ddp_store_path, tmp_path, options, located, "other was trained on another store .image_size: 96 != 64"
         )
+
+    @pytest.mark.parametrize(
+        ("changed", "said"),
+        [
+            (
+                {"model_options": {"fusion_heads": 1, "labels": "features"}},
+                "fusion_heads 2 != 1; labels pixels != features",
+            ),
+            ({"model_options": {"standardise": False}}, "standardise True != False"),
+            ({"split_seed": 7}, "split_seed 42 != 7"),
+        ],
+        ids=["options", "as-stored", "split"],
+    )
+    def test_a_run_of_another_model_is_not_started_from(
+        self,
+        ddp_store_path: Path,
+        tmp_path: Path,
+        staged: TrainOptions,
+        located: Path,
+        changed: dict[str, Any],
+        said: str,
+    ) -> None:
+        changed = changed | {"model_options": staged.model_options | changed.get("model_options", {})}
+        options = replace(staged, stage="primary", start=str(located), **changed)
+        check_refusal(ddp_store_path, tmp_path, options, located, f"located is of another model .{said}.")
+
+    def test_how_many_tokens_are_computed_is_no_matter_of_who_says_where(
+        self, ddp_store_path: Path, tmp_path: Path, staged: TrainOptions, located: Path
+    ) -> None:
+        fewer = staged.model_options | {"foreground": 1}
+        options = replace(staged, stage="primary", start=str(located), model_options=fewer)
+        train(ddp_store_path, tmp_path / "run", options)
+        assert load_model(tmp_path / "run", CPU).foreground == 1
+        with pytest.raises(UserError, match="foreground 1 != 2"):
+            train(ddp_store_path, tmp_path / "lrm", replace(staged, stage="lrm", start=str(tmp_path / "run")))
+
+    def test_a_run_with_stages_of_its_own_does_not_go_on_from_another(
+        self, ddp_store_path: Path, tmp_path: Path, staged: TrainOptions, located: Path, straight: Path
+    ) -> None:
+        run = copytree(located, tmp_path / "run", symlinks=True)
+        before = files_of(run)
+        options = replace(staged, stage="primary", start=str(straight))
+        with pytest.raises(
+            UserError, match=r"run has stages of its own, so it does not go on from .*straight; leave out"
+        ):
+            train(ddp_store_path, run, options)
+        assert files_of(run) == before
+        train(ddp_store_path, tmp_path / "new", options)
+        train(ddp_store_path, tmp_path / "new", replace(options, start=None))
+        assert read_config(tmp_path / "new")["start"] == str(straight)
+        with pytest.raises(UserError, match=r"does not go on from .*located; leave out"):
+            train(ddp_store_path, tmp_path / "new", replace(options, start=str(located)))
+
+    def test_what_is_started_from_is_not_overwritten(
+        self, ddp_store_path: Path, tmp_path: Path, staged: TrainOptions, located: Path
+    ) -> None:
+        run = copytree(located, tmp_path / "run", symlinks=True)
+        before = files_of(run)
+        with pytest.raises(UserError, match=r"--overwrite would delete .*run, which --from goes on from"):
+            train(ddp_store_path, run, replace(staged, stage="primary", start=str(run)), overwrite=True)
+        assert files_of(run) == before
 
     def test_a_run_that_is_still_in_that_stage_is_not_started_from(
         self, ddp_store_path: Path, tmp_path: Path, staged: TrainOptions
@@ -513,6 +596,20 @@ class TestData:
         # A threshold that nothing comes near leaves the least.
         still = read_options("ddp-wm", {"labels": labels, "threshold": 100.0})
         assert settle(store, windows, "ddp-wm", still)[1].foreground == 1
+
+    def test_a_channel_that_never_changes_hides_nothing(self, ddp_store_path: Path) -> None:
+        store, by_features = TokenStore.open(ddp_store_path), read_options("ddp-wm", {"labels": "features"})
+        expected = settle(store, store.windows(3, 1, 5, "train"), "ddp-wm", by_features)
+        store.std[0] = 0
+        gather = store.gather
+
+        def still(*args: Any) -> NDArray[np.float16]:
+            tokens = gather(*args)
+            tokens[..., 0] = 0
+            return tokens
+
+        store.gather = still  # type: ignore[method-assign]
+        assert settle(store, store.windows(3, 1, 5, "train"), "ddp-wm", by_features) == expected
 
     def test_a_model_that_leaves_nothing_open_stays_as_it_is_told(self, store: TokenStore) -> None:
         options = read_options("dino-wm", {"width": 12})

@@ -94,7 +94,10 @@ class Localiser(nn.Module):
         """[B, N, width of the combined frame] -> logits [B, N, 4]."""
         reduced = self.reduce(fused[..., : self.token_dim])
         x = torch.cat([reduced, fused[..., self.token_dim :].to(reduced.dtype)], -1)
-        logits: Tensor = self.head(self.vit(x)).float()
+        x = self.head[:-1](self.vit(x))
+        # In bfloat16 many logits would be equal, and which of them are the largest a matter of the device.
+        with torch.autocast(x.device.type, enabled=False):
+            logits: Tensor = self.head[-1](x.float())
         return logits
 
 

@@ -18,6 +18,9 @@ SizeOrNone = Annotated[int, Field(ge=0, le=2**16)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
+LEAST_DEVIATION = 1e-6
+"""Of a channel that never changes."""
+
 
 @dataclass(frozen=True)
 class LatentOptions:
@@ -81,7 +84,7 @@ class LatentModel(nn.Module):
         super().__init__()
         self.shape, self.options = shape, options
         for name, value in statistics.items():
-            kept = value.float().clamp_min(1e-6) if name.endswith("std") else value.float()
+            kept = value.float().clamp_min(LEAST_DEVIATION) if name.endswith("std") else value.float()
             if name.startswith("tokens") and not options.standardise:
                 kept = torch.full_like(kept, float(name.endswith("std")))
             self.register_buffer(name, kept)
