@@ -348,7 +348,7 @@ def on_small_disks(place: Path, resource: str, every: int, last: int, words: lis
     # More than stays: temporary files need room too.
     most = used() + 6
     attempts = []
-    for limit in range(most - last if last else 3, most + 1, every):
+    for limit in range(most, (most - last if last else 3) - 1, -every):
         folder = place / str(limit)
         folder.mkdir()
         value = limit if resource == "nr_inodes" else limit * page

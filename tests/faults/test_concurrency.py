@@ -48,7 +48,7 @@ def spoil(store: Path, shard: int) -> None:
     file.write_bytes(values)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("int8", marks=pytest.mark.sweep)])
 def test_two_extractions_at_once_encode_each_shard_once(
     start: Start,
     processes: ForkServerContext,
@@ -95,7 +95,8 @@ def test_the_claims_of_a_killed_extraction_are_taken_over_by_those_that_wait_for
 
 
 @pytest.mark.parametrize(
-    ("field", "ours", "theirs"), [("normalisation", "half", "imagenet"), ("store_dtype", "float16", "int8")]
+    ("field", "ours", "theirs"),
+    [("normalisation", "half", "imagenet"), pytest.param("store_dtype", "float16", "int8", marks=pytest.mark.sweep)],
 )
 def test_of_two_extractions_with_different_settings_one_wins_and_the_other_is_refused(
     start: Start,
@@ -133,7 +134,7 @@ def test_an_int8_store_can_be_finished_by_two_at_once(
         assert content(path) == content(few_stores["int8"])
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("int8", marks=pytest.mark.sweep)])
 def test_two_repairs_at_once_both_end_with_a_whole_store(
     start: Start,
     processes: ForkServerContext,

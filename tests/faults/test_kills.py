@@ -46,7 +46,7 @@ KILLED = ("died", -signal.SIGKILL)
 SEED = 7
 EVERY = 5
 """Of the changes that a run makes to its files, one in so many is a moment to die at."""
-SOME_OR_MORE = pytest.mark.parametrize("every", [3 * EVERY, pytest.param(EVERY, marks=pytest.mark.sweep)])
+SOME_OR_MORE = pytest.mark.parametrize("every", [4 * EVERY, pytest.param(EVERY, marks=pytest.mark.sweep)])
 
 
 @pytest.fixture
@@ -126,6 +126,7 @@ def test_an_extraction_killed_at_any_change_of_a_file_does_only_the_shards_that_
     assert len(shards_done) > 2
 
 
+@pytest.mark.parametrize("every", [6, pytest.param(2, marks=pytest.mark.sweep)])
 def test_an_int8_store_killed_while_it_is_finished_is_finished_again(
     die_everywhere: Callable[..., Deaths],
     content: Content,
@@ -134,6 +135,7 @@ def test_an_int8_store_killed_while_it_is_finished_is_finished_again(
     few_stores: dict[str, Path],
     tcn_weights: Path,
     encoder: Encoder,
+    every: int,
 ) -> None:
     def unfinish(path: Path) -> None:
         shutil.copytree(few_stores["int8"], path)
@@ -141,14 +143,16 @@ def test_an_int8_store_killed_while_it_is_finished_is_finished_again(
         del attributes["mean"], attributes["std"], attributes["columns"]["scale"]
         write_attributes(path, {**attributes, "complete": False})
 
-    for moment, path in die_everywhere(extract_store, few_path, tcn_weights, "int8", prepare=unfinish, every=2):
+    for moment, path in die_everywhere(extract_store, few_path, tcn_weights, "int8", prepare=unfinish, every=every):
         before = done(path)
         extract(few, encoder, path, dtype="int8")
         assert content(path) == content(few_stores["int8"]), f"change {moment}"
         assert done(path) == before
 
 
-@pytest.mark.parametrize("size", [300, 1000, 1500, 2000, 2700, 3500])
+@pytest.mark.parametrize(
+    "size", [1000, 2700, *(pytest.param(n, marks=pytest.mark.sweep) for n in (300, 1500, 2000, 3500))]
+)
 def test_an_extraction_killed_in_the_middle_of_a_write_believes_no_torn_file(
     start: Start,
     content: Content,
@@ -173,7 +177,8 @@ def test_an_extraction_killed_in_the_middle_of_a_write_believes_no_torn_file(
     assert content(path) == content(few_stores["float16"])
 
 
-def test_an_extraction_killed_at_thirty_random_moments_ends_like_one_that_was_not(
+@pytest.mark.parametrize("enough", [6, pytest.param(30, marks=pytest.mark.sweep)])
+def test_an_extraction_killed_at_random_moments_ends_like_one_that_was_not(
     start: Start,
     content: Content,
     few_path: Path,
@@ -182,6 +187,7 @@ def test_an_extraction_killed_at_thirty_random_moments_ends_like_one_that_was_no
     tcn_weights: Path,
     encoder: Encoder,
     tmp_path: Path,
+    enough: int,
 ) -> None:
     rng = random.Random(SEED)
     undisturbed = content(few_stores["float16"])
@@ -200,7 +206,7 @@ def test_an_extraction_killed_at_thirty_random_moments_ends_like_one_that_was_no
             kills += 1
         extract(few, encoder, path)
         assert content(path) == undisturbed, f"seed {SEED}, kill {kills}"
-        if kills >= 30:
+        if kills >= enough:
             return
     raise AssertionError(f"only {kills} kills")
 
@@ -237,10 +243,11 @@ def test_a_repair_killed_at_any_change_of_a_file_is_done_by_the_next(
         assert kept.stat().st_mtime_ns == before == sound.stat().st_mtime_ns, f"change {moment}"
 
 
+@pytest.mark.parametrize("every", [7, pytest.param(2, marks=pytest.mark.sweep)])
 def test_a_collection_killed_at_any_change_of_a_file_goes_on(
-    die_everywhere: Callable[..., Deaths], content: Content, few_path: Path
+    die_everywhere: Callable[..., Deaths], content: Content, few_path: Path, every: int
 ) -> None:
-    for moment, path in die_everywhere(collect_few, every=2):
+    for moment, path in die_everywhere(collect_few, every=every):
         whole = {file: file.stat().st_mtime_ns for file in path.glob("*.tar")} if path.exists() else {}
         with pytest.raises(UserError, match="collect"):
             FrameDataset.open(path)

@@ -408,7 +408,7 @@ class StoreMachine(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
 
-@pytest.mark.parametrize("histories", [12, pytest.param(40, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("histories", [6, pytest.param(40, marks=pytest.mark.sweep)])
 def test_whatever_happens_to_a_store_no_number_is_wrong_and_all_can_be_mended(world: World, histories: int) -> None:
     machine = type("Machine", (StoreMachine,), {"world": world})
     run_state_machine_as_test(
