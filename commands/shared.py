@@ -159,8 +159,8 @@ def cluster_option(default: str | None = "local:1", also: str = "") -> Callable[
         callback=_read_cluster,
         default=default,
         metavar="local[:N]|tcp://HOST:PORT|slurm[:PROFILE]",
-        help="Where tasks run: in N processes of this machine (local: as many as cores; local:1: this one), at a Dask scheduler that is "
-        f"running, or in SLURM jobs as $WMCACHE_HOME/profiles/PROFILE.toml says.{also}",
+        help="Where tasks run: in N processes of this machine (local: one for each available CPU; local:1: this process), at a Dask "
+        f"scheduler that is running, or in SLURM jobs as $WMCACHE_HOME/profiles/PROFILE.toml says.{also}",
     )
 
 

@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import itertools
 import logging
-import os
 import re
 import shlex
 import shutil
@@ -29,6 +28,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
+from wmcache.cache.cpus import available_cpus
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home, seconds_between_updates
 from wmcache.pipeline.profiles import Profile, log_pattern, read_profile
@@ -92,14 +92,16 @@ class Cluster:
 
 
 def parse_cluster(text: str) -> Cluster:
-    """Read `local[:N]` (processes of this machine, as many as cores; `local:1` is this one), `tcp://HOST:PORT` or `slurm[:PROFILE]`.
+    """Read `local[:N]`, `tcp://HOST:PORT` or `slurm[:PROFILE]`.
+
+    `local:N` is N processes of this machine, `local` one for each available CPU, and `local:1` this process.
 
     Raises:
         UserError: it is none of these, or the profile cannot be used.
     """
     kind, colon, rest = text.partition(":")
     if kind == "local" and (not colon or re.fullmatch("[1-9][0-9]{0,3}", rest)):
-        return Cluster(text, int(rest) if colon else os.cpu_count() or 1)
+        return Cluster(text, int(rest) if colon else available_cpus())
     if re.fullmatch(r"tcp://(\[[0-9a-fA-F:.]+\]|[^\s/:\[\]]+):[0-9]{1,5}", text):
         return Cluster(text, 0, address=text)
     if kind == "slurm" and (rest or not colon):
@@ -409,7 +411,7 @@ def _local(workers: int, threads: int) -> Iterator[Any]:
     import dask
     from distributed import Client, LocalCluster
 
-    threads_per_process = max(1, (os.cpu_count() or 1) // workers)
+    threads_per_process = max(1, available_cpus() // workers)
     settings = {
         "distributed.nanny.pre-spawn-environ": {
             "OMP_NUM_THREADS": threads_per_process,  # and not Dask's MALLOC_TRIM_THRESHOLD_, see KEEP_MEMORY
