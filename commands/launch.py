@@ -12,7 +12,7 @@ from types import FrameType
 from typing import NoReturn
 
 import psutil
-from wmcache.cache.cpus import available_cpus
+from wmcache.cache.cpus import limit_threads
 from wmcache.cache.errors import UserError
 from wmcache.commands.shared import Stopped, program_path
 
@@ -36,7 +36,7 @@ def launch(program: str, devices: int) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # torchrun's own choice is 1 thread, and a page about it.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // devices)))
+    limit_threads(devices)
     # After a rank has failed; those that are told to stop take their time.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")
     # It tells of peers that have gone by pages, before we have a word.

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
+from wmcache.cache.cpus import limit_threads
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home
 from wmcache.cache.places import Place, place
@@ -33,6 +34,11 @@ class OneLine(click.Command):
     def __init__(self, *args: Any, **settings: Any) -> None:
         """As click's, with our ways of help, whether called through a group or alone."""
         super().__init__(*args, **{"context_settings": CONTEXT, **settings})
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """As click's."""
+        limit_threads()
+        return super().main(*args, **settings)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""

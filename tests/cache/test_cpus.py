@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from wmcache.cache import cgroups
-from wmcache.cache.cpus import available_cpus
+from click.testing import CliRunner
+from wmcache.cache import cgroups, cpus
+from wmcache.cache.cpus import available_cpus, limit_threads
+from wmcache.cli import main
 
 SetLimits = Callable[[Path, str], None]
 
@@ -100,3 +102,46 @@ def test_slurm(monkeypatch: pytest.MonkeyPatch, value: str, expected: int) -> No
 def test_broken_files_are_no_limit(enter: Callable[[str], Path]) -> None:
     set_v2(enter("0::/job\n") / "job", "nonsense")
     assert available_cpus() == 64
+
+
+@pytest.fixture
+def environment(many: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The variables of a process on 64 CPUs that has set none itself."""
+    variables: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", variables)
+    monkeypatch.setattr(cpus, "_set_here", {})
+    return variables
+
+
+def test_a_program_alone_leaves_the_number_of_threads_to_torch(environment: dict[str, str]) -> None:
+    CliRunner().invoke(main, ["--version"])
+    assert environment == cpus.SPINS
+
+
+def test_threads_are_limited_by_what_torch_does_not_know(environment: dict[str, str]) -> None:
+    environment["SLURM_CPUS_PER_TASK"] = "6"
+    CliRunner().invoke(main, ["--version"])
+    assert environment["OMP_NUM_THREADS"] == "6"
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(1, "6"), (2, "3"), (4, "1"), (7, "1")])
+def test_processes_share_the_cpus_of_the_program_that_starts_them(
+    environment: dict[str, str], processes: int, threads: str
+) -> None:
+    environment["SLURM_CPUS_PER_TASK"] = "6"
+    limit_threads()
+    limit_threads(processes)
+    assert environment["OMP_NUM_THREADS"] == threads
+    limit_threads(2)
+    assert environment["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"OMP_NUM_THREADS": "5", "GOMP_SPINCOUNT": "7"}, {"OMP_NUM_THREADS": "9", "OMP_WAIT_POLICY": "ACTIVE"}],
+)
+def test_variables_of_the_user_stay(environment: dict[str, str], variables: dict[str, str]) -> None:
+    environment |= variables
+    limit_threads(4)
+    limit_threads(2)
+    assert environment == variables
