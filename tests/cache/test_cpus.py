@@ -115,7 +115,8 @@ def environment(many: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def test_a_program_alone_leaves_the_number_of_threads_to_torch(environment: dict[str, str]) -> None:
     CliRunner().invoke(main, ["--version"])
-    assert environment == cpus.SPINS
+    assert "OMP_NUM_THREADS" not in environment
+    assert environment.items() >= cpus.SPINS.items()
 
 
 def test_threads_are_limited_by_what_torch_does_not_know(environment: dict[str, str]) -> None:
@@ -144,4 +145,4 @@ def test_variables_of_the_user_stay(environment: dict[str, str], variables: dict
     environment |= variables
     limit_threads(4)
     limit_threads(2)
-    assert environment == variables
+    assert {name: value for name, value in environment.items() if name.startswith(("OMP", "GOMP"))} == variables
