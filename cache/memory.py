@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+from wmcache.cache.cgroups import control_groups
 
 if TYPE_CHECKING:
     import torch
-
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 def free_memory(device: torch.device) -> int:
@@ -41,25 +40,13 @@ def address_space_left() -> int | None:
 
 def _control_group() -> int | None:
     """What a batch system or a container leaves of its limit; pages of files do not count as used, they make room."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return None
     found = []
-    for line in lines:
-        _, controllers, name = line.split(":", 2)
-        if controllers == "memory":
-            root, limit, used, cached = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-        elif not controllers:
-            root, limit, used, cached = CGROUPS, "memory.max", "memory.current", ""
+    for version, folder in control_groups("memory"):
+        if version == 1:
+            limit, used, cached = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
         else:
-            continue
-        # A limit of any group above holds too; inside a container the path may be one that only the host knows.
-        place = root / name.lstrip("/")
-        for folder in (place, *place.parents):
-            if not folder.is_relative_to(root):
-                break
-            found += _left(folder, limit, used, f"{cached}inactive_file", f"{cached}active_file")
+            limit, used, cached = "memory.max", "memory.current", ""
+        found += _left(folder, limit, used, f"{cached}inactive_file", f"{cached}active_file")
     return min(found, default=None)
 
 

@@ -23,12 +23,13 @@ import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from wmcache.cache.cpus import available_cpus
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.layout import CRC_BYTES, FILL, INDEX_ENTRY_BYTES, StoreCard, shard_file
 from wmcache.cache.memory import address_space_left
 from wmcache.cache.places import Place
 
-COPY_THREADS = min(4, os.cpu_count() or 1)
+COPY_THREADS = min(4, available_cpus())
 BYTES_WORTH_A_THREAD = 4_000_000
 LIMITS = {
     errno.ENOMEM: "raise the limit of addresses: ulimit -v",

@@ -1,88 +1,132 @@
-"""Several processes of this program, one for each device: torchrun in this process, with our signals and one line for a failure."""
+"""Several processes of this program, one for each device, with this process's signals and one line for a failure."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import signal
+import subprocess
 import sys
-import threading
+import time
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import NoReturn
 
-import psutil
+from wmcache.cache.cpus import limit_threads
 from wmcache.cache.errors import UserError
-from wmcache.commands.shared import Stopped, program_path
+from wmcache.commands.shared import INTERRUPTED, STOPPED, Stopped, program_path
 
 SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Stopped, signal.SIGUSR1: Stopped, signal.SIGHUP: Stopped}
+HOST = "127.0.0.1"
+"""An address and not a name: the name of a machine, and even `localhost`, may not resolve."""
+SECONDS_TO_END = 10.0
+"""For the other ranks, after one has ended before its work was done."""
+SECONDS_BETWEEN_LOOKS = 0.1
+
+Rank = subprocess.Popen[bytes]
 
 
 def launch(program: str, devices: int) -> NoReturn:
-    """Start `devices` ranks of a program with our own words, wait for them, and exit as they did; they know of each other by torchrun.
+    """Start `devices` ranks of a program with the words of this command, wait for them, and exit as they did.
 
-    SIGINT, SIGTERM, SIGUSR1 and SIGHUP go to all ranks, which then finish their step and save it, however long that takes.
+    Ranks find each other as torchrun's do. Its agent is not used: it resolves the machine's name, and while it does, it cannot be stopped.
+
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP go to all ranks, which finish their step and save it, however long that takes. A second SIGINT
+    kills them.
 
     Args:
-        program: that stands beside this interpreter.
-        devices: how many.
+        program: its name, beside this interpreter.
+        devices: how many ranks.
 
     Raises:
         UserError: a rank was killed.
-        KeyboardInterrupt: a signal came before the ranks could act on it.
+        KeyboardInterrupt: a signal came before rank 0 could act on it.
     """
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed import TCPStore
 
-    # torchrun's own choice is 1 thread, and a page about it.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
-    # After a rank has failed; those that are told to stop take their time.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")
-    # It tells of peers that have gone by pages, before we have a word.
+    limit_threads(devices)
+    # PyTorch reports peers that have gone in pages, before our line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch")]:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    words = ["--no-python", "--standalone", "--nproc-per-node", str(devices)]
-    words += [program_path(program), *sys.argv[1:]]
-    failed: list[BaseException] = []
-
-    def start() -> None:
-        try:
-            run.run(run.parse_args(words))  # type: ignore[no-untyped-call]
-        except BaseException as error:  # noqa: BLE001 (raised again, in the main thread)
-            failed.append(error)
-
-    wanted: list[int] = []
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    words = [program_path(program), *sys.argv[1:]]
+    received: list[signal.Signals] = []
 
     def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        wanted.append(number)
+        received.append(signal.Signals(number))
 
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, note)
-    # Beside the main thread, where torchrun leaves signals to us: it would end ranks that take half a minute to save.
-    agent = threading.Thread(target=start, daemon=True)
-    agent.start()
-    told: set[int] = set()
-    while agent.is_alive():
-        agent.join(0.2)
-        for rank in psutil.Process().children() if wanted else ():
-            if rank.pid not in told:
-                told.add(rank.pid)
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    rank.send_signal(signal.SIGTERM if wanted[0] == signal.SIGHUP else wanted[0])
+    ranks: list[Rank] = []
+    try:
+        for rank in range(devices):
+            environment = {**os.environ, **_rank_variables(rank, devices, store.port)}
+            # A group of its own: Ctrl-C then comes from here alone, in a form that also ends a rank which still imports.
+            ranks.append(subprocess.Popen(words, env=environment, process_group=0))
+        ended = _wait(ranks, received)
+    finally:
+        for process in ranks:
+            process.kill()
+    _exit_as(ended, received)
+
+
+def _rank_variables(rank: int, devices: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank."""
+    return {
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(devices),
+        "LOCAL_WORLD_SIZE": str(devices),
+        "TORCHELASTIC_RUN_ID": "wmcache",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # this process has it
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+
+
+def _wait(ranks: Sequence[Rank], received: Sequence[signal.Signals]) -> dict[int, int]:
+    """Wait for all ranks. Pass signals on; once a rank has failed, end the others.
+
+    Returns:
+        rank -> its status, in the order in which they ended.
+    """
+    ended: dict[int, int] = {}
+    passed_on = False
+    deadline: float | None = None
+    while True:
+        ended |= {number: code for number, rank in enumerate(ranks) if (code := rank.poll()) is not None}
+        running = [rank for number, rank in enumerate(ranks) if number not in ended]
+        if not running:
+            return ended
+        if received and not passed_on:
+            passed_on = True
+            # Python makes a traceback of a SIGINT that comes during its imports. SIGTERM just ends it then.
+            number = signal.SIGUSR1 if received[0] == signal.SIGUSR1 else signal.SIGTERM
+            for rank in running:
+                rank.send_signal(number)
+        if deadline is None and any(ended.values()):
+            deadline = time.monotonic() + SECONDS_TO_END
+            for rank in running:
+                rank.terminate()
+        if (deadline is not None and time.monotonic() > deadline) or list(received).count(signal.SIGINT) > 1:
+            for rank in running:
+                rank.kill()
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _exit_as(ended: Mapping[int, int], received: Sequence[signal.Signals]) -> NoReturn:
+    failed = {rank: code for rank, code in ended.items() if code}
     if not failed:
         sys.exit(0)
-    if not isinstance(failed[0], ChildFailedError):
-        raise failed[0]
-    failures = sorted(failed[0].failures.items(), key=lambda item: item[1].timestamp)
-    for _, failure in failures:
-        if failure.exitcode > 0:  # it has said why
-            sys.exit(failure.exitcode)
-    if wanted:
-        raise SIGNALS[signal.Signals(wanted[0])]
-    killed, first = failures[0]
+    if received and failed.get(0, 0) < 0:  # before it could print that it stops
+        raise SIGNALS[received[0]]
+    for code in failed.values():
+        if code > 0:  # that rank has printed why
+            sys.exit(INTERRUPTED if received and received[0] == signal.SIGINT and code == STOPPED else code)
+    if received:
+        raise SIGNALS[received[0]]
+    killed, code = next(iter(failed.items()))
     raise UserError(
-        f"process {killed} of {devices} was ended by {signal.Signals(-first.exitcode).name}; "
-        "run the same command again, it goes on from the last checkpoint"
+        f"process {killed} of {len(ended)} was ended by {signal.Signals(-code).name}; "
+        "run the same command again to resume from the last checkpoint"
     )

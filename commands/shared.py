@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
+from wmcache.cache.cpus import limit_threads
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home
 from wmcache.cache.places import Place, place
@@ -33,6 +34,11 @@ class OneLine(click.Command):
     def __init__(self, *args: Any, **settings: Any) -> None:
         """As click's, with our ways of help, whether called through a group or alone."""
         super().__init__(*args, **{"context_settings": CONTEXT, **settings})
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """As click's."""
+        limit_threads()
+        return super().main(*args, **settings)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -159,8 +165,8 @@ def cluster_option(default: str | None = "local:1", also: str = "") -> Callable[
         callback=_read_cluster,
         default=default,
         metavar="local[:N]|tcp://HOST:PORT|slurm[:PROFILE]",
-        help="Where tasks run: in N processes of this machine (local: as many as cores; local:1: this one), at a Dask scheduler that is "
-        f"running, or in SLURM jobs as $WMCACHE_HOME/profiles/PROFILE.toml says.{also}",
+        help="Where tasks run: in N processes of this machine (local: one for each available CPU; local:1: this process), at a Dask "
+        f"scheduler that is running, or in SLURM jobs as $WMCACHE_HOME/profiles/PROFILE.toml says.{also}",
     )
 
 

@@ -72,7 +72,7 @@ from wmcache.trainer.presets import PRESETS
 @click.option(
     "--devices",
     type=click.IntRange(1),
-    help="Train on so many of this machine, by torchrun: the same batches, cut into slices. A run goes on with any number; what dropout "
+    help="Devices of this machine, each with a process: the same batches, cut into slices. A run goes on with any number; what dropout "
     "and --noise draw differs with it.  [default: 1, or as torchrun says]",
 )
 @residence_option

@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import itertools
 import logging
-import os
 import re
 import shlex
 import shutil
@@ -29,6 +28,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
+from wmcache.cache.cpus import SPINS, available_cpus, limit_threads
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home, seconds_between_updates
 from wmcache.pipeline.profiles import Profile, log_pattern, read_profile
@@ -54,6 +54,8 @@ def dask_setup(worker):
 """
 KEEP_MEMORY = "MALLOC_TRIM_THRESHOLD_=268435456 MALLOC_MMAP_THRESHOLD_=33554432"
 """What the allocator comes to by itself; a Dask nanny would have it give freed memory back at once, which halves an encoder's speed."""
+WORKER_VARIABLES = " ".join([KEEP_MEMORY, *(f"{name}={value}" for name, value in SPINS.items())])
+"""What a worker that is not a child of ours gets."""
 GIVE_UP = 8
 """Failures one after another that are enough, where there are no more than half as many threads."""
 AHEAD = 3
@@ -92,14 +94,16 @@ class Cluster:
 
 
 def parse_cluster(text: str) -> Cluster:
-    """Read `local[:N]` (processes of this machine, as many as cores; `local:1` is this one), `tcp://HOST:PORT` or `slurm[:PROFILE]`.
+    """Read `local[:N]`, `tcp://HOST:PORT` or `slurm[:PROFILE]`.
+
+    `local:N` is N processes of this machine, `local` one for each available CPU, and `local:1` this process.
 
     Raises:
         UserError: it is none of these, or the profile cannot be used.
     """
     kind, colon, rest = text.partition(":")
     if kind == "local" and (not colon or re.fullmatch("[1-9][0-9]{0,3}", rest)):
-        return Cluster(text, int(rest) if colon else os.cpu_count() or 1)
+        return Cluster(text, int(rest) if colon else available_cpus())
     if re.fullmatch(r"tcp://(\[[0-9a-fA-F:.]+\]|[^\s/:\[\]]+):[0-9]{1,5}", text):
         return Cluster(text, 0, address=text)
     if kind == "slurm" and (rest or not colon):
@@ -409,11 +413,9 @@ def _local(workers: int, threads: int) -> Iterator[Any]:
     import dask
     from distributed import Client, LocalCluster
 
-    threads_per_process = max(1, (os.cpu_count() or 1) // workers)
-    settings = {
-        "distributed.nanny.pre-spawn-environ": {
-            "OMP_NUM_THREADS": threads_per_process,  # and not Dask's MALLOC_TRIM_THRESHOLD_, see KEEP_MEMORY
-        },
+    limit_threads(workers)
+    settings: dict[str, Any] = {
+        "distributed.nanny.pre-spawn-environ": {},  # without Dask's MALLOC_TRIM_THRESHOLD_, see KEEP_MEMORY
         "distributed.worker.multiprocessing-method": "spawn",
         "distributed.worker.preload": [SILENT, *_own_gpus()],
         **KEEP_BACK,
@@ -553,7 +555,7 @@ def slurm_options(profile: Profile, threads: int) -> dict[str, Any]:
         "job_script_prologue": [
             *(f"module load {shlex.quote(module)} || exit" for module in profile.modules),
             *profile.setup,
-            f"export WMCACHE_HOME={shlex.quote(str(home().absolute()))} {computing} {KEEP_MEMORY}",
+            f"export WMCACHE_HOME={shlex.quote(str(home().absolute()))} {computing} {WORKER_VARIABLES}",
         ],
         "worker_extra_args": [
             *("--nthreads", str(threads)),
@@ -581,7 +583,7 @@ def _wait_for_workers(client: Any, where: Cluster, tend: Callable[[], None]) -> 
     """
     with _talking_to(where):
         if not client.nthreads():
-            hint = f"{KEEP_MEMORY} {command('dask', 'worker', where.address, '--nthreads', 2)}"
+            hint = f"{WORKER_VARIABLES} {command('dask', 'worker', where.address, '--nthreads', 2)}"
             what = f"start some with: {hint}" if where.address else "its jobs are queued (see: squeue --me)"
             _say(f"{where.text}: no workers yet; {what}")
             while not client.nthreads():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
+from wmcache.cache.cpus import available_cpus
 from wmcache.cache.device import autocast, choose_device, choose_dtype
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import atomic_write, home, seconds_between_updates
@@ -314,7 +314,10 @@ def load_images(dataset: FrameDataset, frames: NDArray[np.int64], preprocess: Pr
         return len(rows)
 
     shards: Sequence[int] = np.unique(shard_of).tolist()
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(frames), desc="read frames", unit=" frames") as bar:
+    with (
+        ThreadPoolExecutor(available_cpus()) as pool,
+        tqdm(total=len(frames), desc="read frames", unit=" frames") as bar,
+    ):
         for count in pool.map(load, shards):
             bar.update(count)
     return images

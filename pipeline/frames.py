@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 from typing_extensions import TypedDict
+from wmcache.cache.cpus import available_cpus
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import (
     atomic_write,
@@ -56,7 +56,7 @@ from wmcache.cache.schema import Count, Name, Size, parse
 
 FORMAT_VERSION = 1
 FRAMES_PER_SHARD = 512
-DECODERS = min(8, os.cpu_count() or 1)
+DECODERS = min(8, available_cpus())
 
 Frames = NDArray[np.uint8]
 

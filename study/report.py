@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import platform
 import textwrap
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
+from wmcache.cache.cpus import available_cpus
 from wmcache.cache.files import atomic_write
 from wmcache.planner.episodes import THRESHOLDS
 from wmcache.planner.report import COLOURS, RC
@@ -87,7 +87,7 @@ def write_report(
         level=LEVEL,
         command=command,
         versions={name: version(name) for name in LIBRARIES},
-        machine=f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        machine=f"{platform.platform()}, {available_cpus()} CPUs, Python {platform.python_version()}",
     )
     with atomic_write(out / "study.html") as file:
         file.write(html.encode())

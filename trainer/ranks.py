@@ -1,4 +1,4 @@
-"""The processes that train one run together, as torchrun starts them: which this one is, and what they tell each other.
+"""The processes that train one run together, as torchrun or `--devices` starts them: which this one is, and what they exchange.
 
 Rank 0 leads: it alone writes and prints. For a process alone nothing here costs anything.
 """
@@ -157,7 +157,7 @@ def without_reduction(loss: Loss) -> AbstractContextManager[Any]:
 
 
 def together() -> bool:
-    """Whether torchrun has started this process, beside others."""
+    """Whether torchrun or `--devices` has started this process, beside others."""
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -186,12 +186,13 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     store: Store | None = None
     try:
         try:
-            store = PrefixStore("wmtrain", next(rendezvous("env://"))[0])
-            ranks = Ranks(rank, world, local_rank, local_world, os.getppid(), store)
-            if (place := ranks.device(device)).type == "cuda":
-                torch.cuda.set_device(place)
-            backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+            with _ended_by_signals():
+                store = PrefixStore("wmtrain", next(rendezvous("env://"))[0])
+                ranks = Ranks(rank, world, local_rank, local_world, os.getppid(), store)
+                if (place := ranks.device(device)).type == "cuda":
+                    torch.cuda.set_device(place)
+                backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
             yield ranks
         except RuntimeError as error:
             if not any(network in str(error) for network in NETWORKS):
@@ -210,6 +211,20 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
         if store and not _is_first_to_speak(store, rank, stopped=isinstance(error, KeyboardInterrupt)):
             raise Spoken from error
         raise
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let signals end this process at once: while it waits for the others in PyTorch, a handler in Python does not run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _is_first_to_speak(store: Store, rank: int, *, stopped: bool) -> bool:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from wmcache.cache import memory
+from wmcache.cache import cgroups, memory
 
 GB = 10**9
 MakeGroup = Callable[..., None]
@@ -82,8 +82,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
         proc.write_text(text)
         return root
 
-    monkeypatch.setattr(memory, "Path", place)
-    monkeypatch.setattr(memory, "CGROUPS", root)
+    monkeypatch.setattr(cgroups, "Path", place)
+    monkeypatch.setattr(cgroups, "ROOT", root)
     # Only what the groups say is looked at.
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * GB))
     monkeypatch.setattr(memory, "address_space_left", lambda: None)

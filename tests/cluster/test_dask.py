@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from wmcache.cache import TokenStore
 from wmcache.pipeline import encoders
-from wmcache.pipeline.cluster import KEEP_MEMORY
+from wmcache.pipeline.cluster import WORKER_VARIABLES
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
@@ -138,7 +138,7 @@ def test_a_scheduler_that_dies_is_one_line_and_another_one_goes_on(site: Site, f
     command = site.start(*words(frames, address), cwd=folder)
     # So that it can be seen to wait.
     site.wait_for(lambda: any("no workers yet" in line for line in site.said(command)), alive=command)
-    assert f"start some with: {KEEP_MEMORY} dask worker {address} --nthreads 2" in "\n".join(site.said(command))
+    assert f"start some with: {WORKER_VARIABLES} dask worker {address} --nthreads 2" in "\n".join(site.said(command))
     site.worker(address)
     site.wait_for(lambda: done(store) >= 4, alive=command)
     scheduler.send_signal(signal.SIGKILL)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from wmcache.cache import UserError
+from wmcache.cache.cpus import available_cpus
 from wmcache.pipeline import cluster
 from wmcache.pipeline.cluster import import_slurm, open_pool, parse_cluster, run_alone, run_tasks, slurm_options
 from wmcache.pipeline.profiles import Profile
@@ -78,7 +79,7 @@ def test_a_cluster_is_written_in_one_word(text: str, workers: int, elsewhere: bo
 
 
 def test_local_is_as_many_processes_as_cores() -> None:
-    assert parse_cluster("local").workers == os.cpu_count()
+    assert parse_cluster("local").workers == available_cpus()
 
 
 def test_slurm_has_the_jobs_of_its_profile(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -213,6 +214,106 @@ def test_what_rank_0_refuses_is_one_line(accumulated: tuple[list[object], Path, 
         f"Error: {run} is a run with other settings (seed 0 != 3)"
     ]
     assert checkpoints(run) == before
+
+
+@contextmanager
+def start(store: Path, run: Path) -> Iterator[psutil.Popen]:
+    """A training of two ranks that takes longer than the test; whatever still runs at the end is killed."""
+    words = [BIN / "wmtrain", "--devices", "2", "--cache", store, "--out", run, *WORDS, "--steps", "100000"]
+    with psutil.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True) as job:
+        children: list[psutil.Process] = []
+        try:
+            yield job
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                children = job.children()
+            for process in (job, *children):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+def children_of(job: psutil.Process) -> list[psutil.Process]:
+    """Ranks, also those that have not started Python yet."""
+    return [child for child in job.children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def reach_imports(job: psutil.Process) -> None:
+    """The launcher imports torch."""
+    time.sleep(1.5)
+
+
+def reach_start(job: psutil.Process) -> None:
+    """Ranks have just been started."""
+    wait_until(lambda: len(children_of(job)) == 2)
+
+
+def reach_rendezvous(job: psutil.Process) -> None:
+    """One rank waits for the other, which is stopped."""
+    reach_start(job)
+    waiting, stopped = children_of(job)
+    stopped.suspend()
+    wait_until(lambda: len(waiting.net_connections("tcp")) > 0)
+
+
+def reach_work(job: psutil.Process) -> None:
+    """Both ranks have joined."""
+    reach_start(job)
+    wait_until(lambda: all(len(rank.net_connections("tcp")) > 1 for rank in children_of(job)))
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("moment", [reach_imports, reach_start, reach_rendezvous, reach_work])
+def test_a_launcher_ends_when_it_gets_a_signal_and_so_do_its_ranks(
+    planted_path: Path,
+    tmp_path: Path,
+    moment: Callable[[psutil.Process], None],
+    number: signal.Signals,
+    status: int,
+) -> None:
+    with start(planted_path, tmp_path / "run") as job:
+        moment(job)
+        ranks = children_of(job)
+        begin = time.monotonic()
+        job.send_signal(number)
+        _, stderr = job.communicate(timeout=60)
+    assert job.returncode == status
+    assert time.monotonic() - begin < 30
+    assert not any(rank.is_running() for rank in ranks)
+    assert said(stderr)[-1].startswith("stopped; go on with: wmtrain")
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.cluster
+def test_a_second_ctrl_c_kills_ranks_that_do_not_end(planted_path: Path, tmp_path: Path) -> None:
+    with start(planted_path, tmp_path / "run") as job:
+        reach_start(job)
+        ranks = children_of(job)
+        for rank in ranks:
+            rank.suspend()
+        job.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert job.poll() is None
+        job.send_signal(signal.SIGINT)
+        job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert not any(rank.is_running() for rank in ranks)
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may change the host's name, in a namespace")
+def test_the_name_of_the_machine_need_not_resolve(planted_path: Path, tmp_path: Path) -> None:
+    program = 'hostname no-such-host-x; exec "$@"'
+    words = [BIN / "wmtrain", "--devices", "2", "--cache", planted_path, "--out", tmp_path / "run", *WORDS]
+    ended = work(["unshare", "-u", "sh", "-c", program, "sh", *words, "--steps", "5"])
+    assert ended.status == 0, ended.stderr
 
 
 @pytest.mark.parametrize(
