@@ -19,7 +19,7 @@ from typing import IO, Any
 import psutil
 from filelock import FileLock, Timeout
 from wmcache.cache.errors import MissingError, UserError
-from wmcache.cache.places import Place, open_to_read, put, read_bytes
+from wmcache.cache.places import WRITING, Place, cause_outside, open_to_read, put, read_bytes, unreadable
 
 MOST_JSON_BYTES = 64_000_000
 
@@ -69,14 +69,21 @@ def cannot_write(path: Place) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; {mend_writing(path)}") from error
+        raise not_written(path, error, "free space or choose another place") from error
 
 
-def mend_writing(path: Place) -> str:
-    """What a user can do about a place that cannot be written, as the end of an error."""
-    if isinstance(path, Path):
-        return "free space or choose another place"
-    return "check address, credentials and network, then run the same command again"
+def not_written(path: Place, error: OSError, full: str = "free space, then run the same command again") -> UserError:
+    """The error of a place that cannot be written, with the reason and what a user can do about it.
+
+    Args:
+        path: the place, as the user knows it.
+        error: what the system said.
+        full: what to do about a local place that is full, or refuses for another reason.
+    """
+    hint = WRITING.get(error.errno or 0, full)
+    if not isinstance(path, Path):
+        hint = "check address, credentials and network, then run the same command again"
+    return UserError(f"cannot write {path}: {error.strerror or error}; {hint}")
 
 
 def temporary_for(path: Path) -> Path:
@@ -162,7 +169,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+        raise not_written(path, error, "choose another place") from error
 
 
 def write_json(path: Place, value: Any) -> None:
@@ -180,6 +187,7 @@ def read_json(path: Place, mend: str) -> dict[str, Any]:
 
     Raises:
         MissingError: there is no file.
+        UnreadableError: the system cannot read it.
         UserError: it is not a JSON object.
     """
     try:
@@ -191,6 +199,8 @@ def read_json(path: Place, mend: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise MissingError(f"{path} does not exist; {mend}") from None
     except (OSError, ValueError, RecursionError) as error:
+        if outside := cause_outside(error):
+            raise unreadable(path, outside) from error
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:160]}); {mend}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object; {mend}")

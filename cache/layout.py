@@ -25,10 +25,10 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from pydantic import Field
-from wmcache.cache.errors import UserError
+from wmcache.cache.errors import UnreadableError, UserError
 from wmcache.cache.files import read_json, require_seal, seal, sha256_of, write_json
 from wmcache.cache.identity import FORMAT_VERSION, Identity
-from wmcache.cache.places import Place, exists, files_in, mend_reading, read_bytes, zarr_store
+from wmcache.cache.places import Place, cause_outside, exists, files_in, read_bytes, unreadable, zarr_store
 from wmcache.cache.schema import Count, Finite, Name, Size, parse
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
@@ -149,9 +149,11 @@ def read_attributes(path: Place) -> dict[str, Any]:
         if not is_ours and not exists(path):
             raise UserError(f"{path} does not exist; {NEW}")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}); {mend_reading(path)}") from error
+        raise unreadable(path, error) from error
     try:
         metadata = read_json(path / "zarr.json", AGAIN if is_ours else NEW)
+    except UnreadableError:
+        raise
     except UserError as error:
         raise (DamagedError(str(error)) if is_ours else error) from error
     attributes = metadata.get("attributes")
@@ -161,6 +163,20 @@ def read_attributes(path: Place) -> dict[str, Any]:
     if (metadata.get("node_type"), metadata.get("zarr_format")) != ("group", 3):
         raise DamagedError(f"{path / 'zarr.json'} is no longer that of a group; {AGAIN}")
     return attributes
+
+
+def damaged(what: str, where: Place, error: Exception) -> UserError:
+    """The error of a part of a store that reading has failed with: damaged, unless the system could not read it.
+
+    Args:
+        what: says what is wrong, where.
+        where: the file or folder that was read.
+        error: what came of reading it.
+    """
+    if outside := cause_outside(error):
+        return unreadable(where, outside)
+    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    return DamagedError(f"{what} ({reason}); {AGAIN}")
 
 
 def has_commits(path: Place) -> bool:
@@ -173,8 +189,7 @@ def open_group(path: Place) -> zarr.Group:
     try:
         return zarr.open_group(zarr_store(path), mode="r")
     except Exception as error:  # (whatever zarr makes of a description that is not its own)
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise DamagedError(f"{path / 'zarr.json'} cannot be read ({reason}); {AGAIN}") from error
+        raise damaged(f"{path / 'zarr.json'} cannot be read", path, error) from error
 
 
 def check_attributes(attributes: dict[str, Any], path: Place) -> dict[str, Any]:
@@ -343,8 +358,7 @@ def _relying_on(where: Place, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise DamagedError(f"{where}/{name} cannot be relied on ({reason}); {AGAIN}") from error
+        raise damaged(f"{where}/{name} cannot be relied on", where / name, error) from error
 
 
 def column_sha256(values: NDArray[Any] | zarr.Array[Any]) -> str:
@@ -372,8 +386,8 @@ def open_tokens(group: zarr.Group, card: StoreCard, attributes: Mapping[str, Any
             np.array_equal(tokens.fill_value, fill, equal_nan=card.dtype == "float16"), "its fill value is another"
         )
     except Exception as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise DamagedError(f"{where}/tokens/zarr.json does not fit the store ({reason}); {AGAIN}") from error
+        file = where / "tokens" / "zarr.json"
+        raise damaged(f"{file} does not fit the store", file, error) from error
     return tokens
 
 

@@ -41,9 +41,10 @@ from wmcache.cache.files import (
 )
 from wmcache.cache.memory import available_ram
 from wmcache.cache.places import (
+    MISSING,
     Place,
+    cause_outside,
     exists,
-    mend_reading,
     names_in,
     open_to_read,
     place,
@@ -51,6 +52,7 @@ from wmcache.cache.places import (
     remove,
     require_name,
     size_of,
+    unreadable,
 )
 from wmcache.cache.schema import Count, Name, Size, parse
 
@@ -272,7 +274,7 @@ class FrameDataset:
             if exists(path / "unfinished.json"):
                 raise UserError(f"{path} is an unfinished dataset; finish it by running its wmcache collect again")
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror or error}); {mend_reading(path)}") from error
+            raise unreadable(path, error) from error
         values = read_json(path / "dataset.json", mend)
         card = parse(DatasetCard, values, path / "dataset.json", mend)
         if card.format_version != FORMAT_VERSION:
@@ -316,8 +318,9 @@ class FrameDataset:
                 raise UserError(f"{tar} is larger than its frames can be; restore it or collect again")
             data = read_bytes(tar)
         except OSError as error:
-            mend = "restore it or collect again" if isinstance(tar, Path) else mend_reading(tar)
-            raise UserError(f"{tar} cannot be read ({error.strerror or error}); {mend}") from error
+            if isinstance(tar, Path) and error.errno in MISSING:
+                raise UserError(f"{tar} does not exist; restore it or collect again") from error
+            raise unreadable(tar, error) from error
         if hashlib.sha256(data).hexdigest() != self.card.shards[shard]["sha256"]:
             raise UserError(f"{tar} differs from its checksum in dataset.json; restore it or collect again")
         members: list[tuple[str, bytes]] = []
@@ -390,6 +393,8 @@ def read_steps(path: Place, frames: int | None = None) -> Steps:
                 )
             return Steps.from_table(table.read())
     except (OSError, KeyError, ValueError, TypeError, AttributeError, MemoryError, pa.ArrowException) as error:
+        if outside := cause_outside(error):
+            raise unreadable(path / "steps.parquet", outside) from error
         reason = " ".join(repr(str(error)[:160])[1:-1].split())
         raise UserError(f"{path / 'steps.parquet'} cannot be read ({reason}); collect the dataset again") from error
 

@@ -15,13 +15,14 @@ from typing import Any
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import exclusive, home, human_bytes, read_json, sha256_of, write_json
+from wmcache.cache.places import cause_outside, unreadable
 from wmcache.cache.schema import Count, parse
+from wmcache.cache.tensors import load_tensors, open_tensors
 from wmcache.pipeline.encoders.base import EncoderSpec
 
 FILE = "model.safetensors"
@@ -51,7 +52,7 @@ def weights_file(path: Path) -> Path:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The head of a safetensors file; raises OSError or SafetensorError where it cannot be read."""
-    with safe_open(weights_file(path), "np") as file:
+    with open_tensors(weights_file(path)) as file:
         return dict(file.metadata() or {})
 
 
@@ -64,6 +65,8 @@ def read_header(path: Path, encoder: str) -> dict[str, str]:
     try:
         header = read_metadata(path)
     except (OSError, SafetensorError) as error:
+        if outside := cause_outside(error):
+            raise unreadable(path, outside) from error
         raise UserError(f"--weights {path} cannot be read ({error}); fit it again") from error
     if header.get("encoder") != encoder:
         raise UserError(
@@ -91,8 +94,10 @@ def load_fitted(network: nn.Module, path: Path, encoder: str) -> None:
         UserError: the file cannot be read, or does not fit.
     """
     try:
-        network.load_state_dict(load_file(weights_file(path)))
+        network.load_state_dict(load_tensors(weights_file(path)))
     except (SafetensorError, RuntimeError, OSError) as error:
+        if outside := cause_outside(error):
+            raise unreadable(path, outside) from error
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--weights {path} does not fit {encoder} ({reason}); fit it again") from error
 
@@ -110,9 +115,11 @@ def read_tensors(path: Path, encoder: str, without: tuple[str, ...] = ()) -> dic
     """
     file = weights_file(path)
     try:
-        with safe_open(file, "pt") as tensors:
+        with open_tensors(file) as tensors:
             return {name: tensors.get_tensor(name) for name in tensors.keys() if not name.startswith(without)}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
+        if outside := cause_outside(error):
+            raise unreadable(file, outside) from error
         raise UserError(f"{file} does not hold the weights of {encoder} ({error}); get it again") from error
 
 
