@@ -22,6 +22,8 @@ from wmcache.cache.errors import MissingError, UserError
 from wmcache.cache.places import WRITING, Place, cause_outside, open_to_read, put, read_bytes, unreadable
 
 MOST_JSON_BYTES = 64_000_000
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""What file systems answer that have no file locks."""
 
 
 def home() -> Path:
@@ -142,10 +144,12 @@ def exclusive(lock: Place, place: Place | None = None, *, wait: bool = True) -> 
         yield False
         return
     except OSError as error:
-        mend = "free space, make it writable, or choose another place"
-        if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            mend = "its file system has no locks: mount it with flock, or choose another place"
-        raise UserError(f"cannot write {place or lock}: {error.strerror or error}; {mend}") from error
+        hint = "free space, make it writable, or choose another place"
+        if error.errno in NO_LOCKS:
+            with contextlib.suppress(OSError):  # nobody can hold it
+                lock.unlink(missing_ok=True)
+            hint = "its file system has no file locks: choose one that has (a local disk), or have it mounted with them"
+        raise not_written(place or lock, error, hint) from error
     try:
         yield True
     finally:
@@ -209,17 +213,18 @@ def read_json(path: Place, mend: str) -> dict[str, Any]:
 
 def seal(value: dict[str, Any]) -> dict[str, Any]:
     """The JSON object with a checksum of itself, so that `require_seal` sees any changed digit."""
-    return {**value, "checksum": _checksum(value)}
+    return {**value, "checksum": json_digest(value)}
 
 
 def require_seal(value: dict[str, Any], path: Place, mend: str) -> dict[str, Any]:
     """The object that was sealed; raises UserError, naming `path`, where it is not what it was."""
-    if value.get("checksum") != _checksum({name: item for name, item in value.items() if name != "checksum"}):
+    if value.get("checksum") != json_digest({name: item for name, item in value.items() if name != "checksum"}):
         raise UserError(f"{path} differs from its own checksum; {mend}")
     return value
 
 
-def _checksum(value: dict[str, Any]) -> str:
+def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

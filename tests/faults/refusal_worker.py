@@ -125,6 +125,28 @@ def tensors(folder: Path) -> dict[str, Any]:
     return {"same": same and loaded.keys() == values.keys(), "metadata": metadata, "failed": failed, "stale": stale}
 
 
+def without_locks(folder: Path, store: Path, dataset: Path, weights: Path, number: int) -> dict[str, Any]:
+    """Writing and reading where there are no file locks."""
+    place = folder / f"no-locks-{number}"
+    place.mkdir()
+    encoder = ["--encoder", "tcn", "--weights", weights, "--device", "cpu"]
+    with refused("flock", number, place):
+        extracted = command("extract", "--dataset", dataset, *encoder, "--out", place / "new.zarr")
+        left = sorted(path.name for path in place.iterdir())
+        copy = Path(shutil.copytree(store, place / "tcn.zarr"))
+        verified = command("verify", copy)
+        finished = command("extract", "--dataset", dataset, *encoder, "--out", copy)
+        read = len(TokenStore.open(copy).gather(np.arange(9)))
+    return {
+        "place": str(place / "new.zarr"),
+        "extract": extracted,
+        "left": left,
+        "verify": verified,
+        "finished": finished,
+        "read": read,
+    }
+
+
 def work() -> None:
     """Args: a folder to work in, a store, its dataset, its encoder's weights."""
     folder, store, dataset, weights = (Path(word) for word in sys.argv[1:])
@@ -132,6 +154,9 @@ def work() -> None:
         "maps": {number: without_maps(store, number) for number in (errno.ENODEV, errno.EACCES, errno.EINVAL)},
         "unreadable": {number: unreadable(store, dataset, weights, number) for number in (errno.EIO, errno.ESTALE)},
         "tensors": tensors(folder),
+        "locks": {
+            number: without_locks(folder, store, dataset, weights, number) for number in (errno.ENOLCK, errno.ENOSYS)
+        },
     }
     sys.stdout.write(json.dumps(results))
 

@@ -103,6 +103,19 @@ def test_a_checkpoint_that_the_system_cannot_read_is_not_to_be_deleted(refusals:
     assert "delete" not in message
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_without_file_locks_stores_are_read_and_none_is_written(refusals: dict[str, Any], number: int) -> None:
+    found = refusals["locks"][str(number)]
+    status, output = found["extract"]
+    assert status == 1
+    assert found["place"] in output
+    assert "locks" in output.splitlines()[-1]
+    assert found["left"] == []
+    assert found["verify"][0] == 0
+    assert found["finished"][0] == 0  # nothing is to be written
+    assert found["read"] == 9
+
+
 @contextmanager
 def as_another_user() -> Iterator[None]:
     """Without the rights of root; nothing to do for an ordinary user, who may not read a file of mode 0."""
