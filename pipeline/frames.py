@@ -359,6 +359,16 @@ class FrameDataset:
         return out
 
 
+def is_complete(path: Place) -> bool:
+    """Whether a dataset is finished, with all its shards: there is nothing to collect or import into it."""
+    try:
+        there = set(names_in(path))
+        card = FrameDataset.open(path).card
+    except (UserError, OSError):
+        return False
+    return {record["name"] for record in card.shards} <= there
+
+
 def fingerprint(steps_sha256: str, shards: list[ShardRecord]) -> str:
     """Of a dataset: SHA-256 over the checksums of its parts."""
     known = json.dumps([FORMAT_VERSION, steps_sha256, [record["sha256"] for record in shards]])

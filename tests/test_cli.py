@@ -123,7 +123,9 @@ class TestTheRoad:
             return {file: file.read_bytes() for file in home.rglob("*") if file.is_file() and "runs" not in file.parts}
 
         before = data()
-        assert run(line, home).exit_code == 0
+        result = run(line, home)
+        assert result.exit_code == 0
+        assert "already complete" in result.stdout
         assert data() == before
 
     def test_planning_prints_json_and_nothing_else(self, home: Path, tmp_path: Path) -> None:
