@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import io
@@ -36,6 +37,38 @@ def home() -> Path:
     if "://" in folder:
         raise UserError(f"WMCACHE_HOME is {folder}; it must be a local folder, URLs go to --dataset, --out and --cache")
     return Path(folder)
+
+
+KINDS = {
+    "store": ("zarr.json", ("*.zarr", "stores/*.zarr", "stores/*/*.zarr")),
+    "dataset": ("dataset.json", ("*",)),
+    "run": ("config.json", ("runs/*",)),
+}
+"""Kind of folder -> the file that it has, and where it usually is in `home`."""
+
+
+def did_you_mean(missing: Place, kind: str, otherwise: str) -> str:
+    """A hint at a folder that is there, for the error about one that is missing: of the same path under `home`, or of a similar name.
+
+    Args:
+        missing: what was asked for.
+        kind: of `KINDS`.
+        otherwise: the hint where there is none like it.
+    """
+    if not isinstance(missing, Path):
+        return otherwise
+    marker, usual = KINDS[kind]
+    there: dict[str, Path] = {}
+    with contextlib.suppress(OSError, UserError, ValueError):
+        parts = missing.parts[missing.is_absolute() :]
+        same = (home().joinpath(*parts[start:]) for start in range(len(parts)))
+        if found := next((path for path in same if (path / marker).is_file()), None):
+            return f"did you mean {found}?"
+        near = [*missing.parent.glob("*"), *(path for pattern in usual for path in home().glob(pattern))]
+        there = {path.name: path for path in near if (path / marker).is_file()}
+    if close := difflib.get_close_matches(missing.name, there, n=1):
+        return f"did you mean {there[close[0]]}?"
+    return otherwise
 
 
 @contextmanager

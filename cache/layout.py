@@ -26,8 +26,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from pydantic import Field
-from wmcache.cache.errors import UnreadableError, UserError
-from wmcache.cache.files import json_digest, read_json, require_seal, seal, sha256_of, write_json
+from wmcache.cache.errors import MissingError, UnreadableError, UserError
+from wmcache.cache.files import did_you_mean, json_digest, read_json, require_seal, seal, sha256_of, write_json
 from wmcache.cache.identity import FORMAT_VERSION, Identity
 from wmcache.cache.places import Place, cause_outside, exists, files_in, read_bytes, unreadable, zarr_store
 from wmcache.cache.schema import Count, Finite, Name, Size, parse
@@ -158,7 +158,7 @@ def read_attributes(path: Place) -> dict[str, Any]:
     try:
         is_ours = has_commits(path)
         if not is_ours and not exists(path):
-            raise UserError(f"{path} does not exist; {NEW}")
+            raise MissingError(f"{path} does not exist; {did_you_mean(path, 'store', NEW)}")
     except OSError as error:
         raise unreadable(path, error) from error
     try:

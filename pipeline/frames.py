@@ -28,10 +28,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 from typing_extensions import TypedDict
-from wmcache.cache.errors import UserError, command
+from wmcache.cache.errors import MissingError, UserError, command
 from wmcache.cache.files import (
     atomic_write,
     cannot_write,
+    did_you_mean,
     human_bytes,
     is_temporary,
     read_json,
@@ -275,7 +276,10 @@ class FrameDataset:
                 raise UserError(f"{path} is an unfinished dataset; finish it by running its wmcache collect again")
         except OSError as error:
             raise unreadable(path, error) from error
-        values = read_json(path / "dataset.json", mend)
+        try:
+            values = read_json(path / "dataset.json", mend)
+        except MissingError:
+            raise no_dataset(path) from None
         card = parse(DatasetCard, values, path / "dataset.json", mend)
         if card.format_version != FORMAT_VERSION:
             raise UserError(
@@ -357,6 +361,12 @@ class FrameDataset:
             here = np.flatnonzero(shard_of == shard)
             out[here] = self.read_shard(int(shard))[wanted[here] - self.shard_frames(int(shard)).start]
         return out
+
+
+def no_dataset(path: Place) -> MissingError:
+    """The error of a dataset that is missing."""
+    make = "make a dataset with: " + command("wmcache", "collect", "--out", path)
+    return MissingError(f"{path / 'dataset.json'} does not exist; {did_you_mean(path, 'dataset', make)}")
 
 
 def is_complete(path: Place) -> bool:

@@ -22,8 +22,8 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from wmcache.cache.errors import UnreadableError, UserError
-from wmcache.cache.files import read_json, require_seal, seal, sha256_of, sync, write_json
+from wmcache.cache.errors import MissingError, UnreadableError, UserError
+from wmcache.cache.files import did_you_mean, read_json, require_seal, seal, sha256_of, sync, write_json
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_card, require_identity
 from wmcache.cache.places import cause_outside, unreadable
@@ -212,7 +212,10 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 def read_config(run: Path) -> dict[str, Any]:
     """The settings of a run; raises UserError where the folder is no run."""
     mend = "train a model with: wmtrain --cache STORE"
-    config = read_json(run / "config.json", mend)
+    try:
+        config = read_json(run / "config.json", mend)
+    except MissingError:
+        raise MissingError(f"{run / 'config.json'} does not exist; {did_you_mean(run, 'run', mend)}") from None
     if missing := {"model", "model_options", "shape", "cache", "frameskip"} - set(config):
         raise UserError(f"{run / 'config.json'} is not a run's (it lacks {', '.join(sorted(missing))}); {mend}")
     parse(_Config, config, run / "config.json", mend, exact=False)
