@@ -6,6 +6,7 @@ what was downloaded first, which is asked for, and compared with, ever after. $H
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import sys
@@ -13,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -188,12 +190,25 @@ def look_up(repository: str, revision: str = "") -> Cached | None:
         UserError: as `read_pins`.
     """
     pin = pin_of(repository, revision)
-    path = try_to_load_from_cache(repository, FILE, revision=revision or (pin.revision if pin else None))
-    if not isinstance(path, str):
+    path = _in_cache(repository, revision or (pin.revision if pin else ""))
+    if path is None:
         return None
-    size = Path(path).stat().st_size
+    size = path.stat().st_size
     fault = f"{human_bytes(pin.bytes)} were downloaded" if pin and size != pin.bytes else ""
-    return Cached(Path(path), Path(path).parent.name, size, fault)
+    return Cached(path, path.parent.name, size, fault)
+
+
+def _in_cache(repository: str, revision: str) -> Path | None:
+    """The file of a repository in the hub's cache at a commit; without one, of the newest that there is."""
+    found = try_to_load_from_cache(repository, FILE, revision=revision or None)
+    if isinstance(found, str):
+        return Path(found)
+    if revision:
+        return None
+    # What was downloaded by its commit, as here, is not the cache's `main`; another user of that cache has no pin of it.
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "snapshots"
+    there = [path for path in folder.glob(f"*/{FILE}") if path.is_file()]
+    return max(there, key=lambda path: path.lstat().st_mtime, default=None)
 
 
 def find_weights(spec: EncoderSpec, weights: Path | None) -> tuple[Path, str]:
@@ -228,14 +243,17 @@ def download_weights(repository: str, encoder: str, *, revision: str = "", accep
     """
     pin = pin_of(repository, revision)
     asked = revision or (pin.revision if pin else "")
-    cached = try_to_load_from_cache(repository, FILE, revision=asked or None)
-    if isinstance(cached, str):
-        path = Path(cached)
+    cached = _in_cache(repository, asked)
+    if cached is not None:
+        path = cached
         # The cache names a large file by its checksum.
         published = path.resolve().name
     else:
         path, published = _download(repository, encoder, asked, accept)
-    digest = sha256_of(path)
+    try:
+        digest = sha256_of(path)
+    except OSError as error:
+        raise unreadable(path.resolve(), error) from error
     known = pin.sha256 if pin else published if SHA256.fullmatch(published) else digest
     if digest != known:
         raise UserError(
@@ -272,6 +290,12 @@ def _download(repository: str, encoder: str, revision: str, accept: str) -> tupl
                 "log in with: hf auth login, and run the same command again (or pass --weights)"
             ) from error
         reason = " ".join(str(error).split())[:160]
+        outside = cause_outside(error)
+        if outside is not None and outside.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
+            raise UserError(
+                f"the weights of {encoder} ({repository}) are not in the hub's cache, and {constants.HF_HUB_CACHE} cannot be written "
+                f"({outside.strerror}); set HF_HOME to a folder that can, or pass --weights"
+            ) from error
         raise UserError(
             f"the weights of {encoder} ({repository}) cannot be downloaded ({reason}); "
             "pass --weights FILE.safetensors, or use --encoder tcn, which needs no download"

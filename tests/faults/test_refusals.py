@@ -8,9 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from wmcache.cache.errors import UnreadableError
 from wmcache.cache.layout import DamagedError
 from wmcache.cache.verify import verify
 from wmcache.cli import main
+from wmcache.pipeline import repair  # noqa: F401 (another user may not be able to import it)
 
 HERE = Path(__file__).parent
 DESTROYS = ("repair", "again with", "wmcache extract", "collect", "fit it again", "delete", "--overwrite", "damaged")
@@ -116,33 +116,21 @@ def test_without_file_locks_stores_are_read_and_none_is_written(refusals: dict[s
     assert found["read"] == 9
 
 
-@contextmanager
-def as_another_user() -> Iterator[None]:
-    """Without the rights of root; nothing to do for an ordinary user, who may not read a file of mode 0."""
-    if os.geteuid():
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
+AnotherUser = Callable[[], AbstractContextManager[None]]
 
 
 @pytest.fixture
-def copied(store_path: Path) -> Iterator[Path]:
+def copied(store_path: Path, open_folder: Path) -> Path:
     """A store where any user may look."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        yield shutil.copytree(store_path, Path(folder) / "tcn.zarr")
+    return shutil.copytree(store_path, open_folder / "tcn.zarr")
 
 
 @pytest.mark.parametrize(
     "name", ["tokens/c.1.0.0", "zarr.json", "tokens/zarr.json", "action", "action/c/0/0", "tokens/commits/000001.json"]
 )
-def test_a_file_that_this_user_may_not_read(copied: Path, name: str) -> None:
+def test_a_file_that_this_user_may_not_read(copied: Path, another_user: AnotherUser, name: str) -> None:
     (copied / name).chmod(0)
-    with as_another_user():
+    with another_user():
         with pytest.raises(UnreadableError) as refused:
             verify(copied)
         read = CliRunner().invoke(main, ["repair", str(copied)])
@@ -155,19 +143,19 @@ def test_a_file_that_this_user_may_not_read(copied: Path, name: str) -> None:
     assert verify(copied).sound
 
 
-def test_reading_a_shard_that_this_user_may_not_read(copied: Path) -> None:
+def test_reading_a_shard_that_this_user_may_not_read(copied: Path, another_user: AnotherUser) -> None:
     (copied / "tokens" / "c.1.0.0").chmod(0)
     store = TokenStore.open(copied)
     first = store.card.frames_per_shard
-    with as_another_user():
+    with another_user():
         assert len(store.gather(np.arange(first))) == first
         with pytest.raises(UnreadableError, match=r"c\.1\.0\.0"):
             store.gather(np.array([first]))
 
 
-def test_a_store_that_this_user_may_not_read_is_not_listed_as_damaged(copied: Path) -> None:
+def test_a_store_that_this_user_may_not_read_is_not_listed_as_damaged(copied: Path, another_user: AnotherUser) -> None:
     (copied / "zarr.json").chmod(0)
-    with as_another_user():
+    with another_user():
         found = look_at(copied)
         with pytest.raises(UserError) as refused:
             TokenStore.open(copied)
