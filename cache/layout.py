@@ -333,7 +333,8 @@ def has_column(path: Place, name: str, sha256: str) -> bool:
     try:
         group = zarr.open_group(zarr_store(path), mode="r", use_consolidated=False)
         column = _array(group, name)
-        return column.metadata.dimension_names == DIMENSIONS[name] and column_sha256(column) == sha256
+        names = getattr(column.metadata, "dimension_names", None)
+        return names == DIMENSIONS[name] and column_sha256(column) == sha256
     except Exception:  # noqa: BLE001 (whatever zarr makes of what is not there, or is broken)
         return False
 

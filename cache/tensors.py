@@ -33,7 +33,7 @@ class Tensors(Protocol):
 
 class _InMemory:
     def __init__(self, data: bytes) -> None:
-        self._tensors = load(data)
+        self._tensors: dict[str, Tensor] = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         self._metadata: dict[str, str] | None = header.get("__metadata__")
 

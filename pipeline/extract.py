@@ -28,7 +28,7 @@ from wmcache.cache.device import choose_device, release_memory
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import free_space, home, require_space
 from wmcache.cache.identity import Identity
-from wmcache.cache.layout import StoreCard, read_attributes
+from wmcache.cache.layout import StoreCard, read_attributes, read_card
 from wmcache.cache.places import Place, absolute, exists, place
 from wmcache.cache.writer import LackingError, StoreWriter
 from wmcache.pipeline import encoders
@@ -175,9 +175,9 @@ def is_complete(path: Place) -> bool:
     """Whether a store is complete, with all its shards: there is nothing to extract into it."""
     try:
         attributes = read_attributes(path)
-        writer = StoreWriter.resume(path, Identity.from_json(attributes["identity"], str(path)))
-        return bool(attributes["complete"]) and not writer.pending()
-    except UserError:
+        identity = Identity.from_json(attributes["identity"], str(path))
+        return bool(attributes["complete"]) and not StoreWriter(path, read_card(attributes), identity).pending()
+    except (UserError, OSError):  # which the extraction meets again, and reports
         return False
 
 
