@@ -90,12 +90,13 @@ def unreadable(store: Path, dataset: Path, weights: Path, number: int) -> dict[s
     for name in ("tokens/c.1.0.0", "zarr.json", "tokens/zarr.json", "action/c", "tokens/commits/000001.json"):
         with refused("open", number, store / name):
             found[f"verify {name}"] = command("verify", store)
-            found[f"repair {name}"] = command("repair", store)
-            found[f"extract {name}"] = command(*again)
+            if number == errno.EIO:
+                found[f"repair {name}"] = command("repair", store)
+                found[f"extract {name}"] = command(*again)
             if name == "tokens/c.1.0.0":
                 found["gather"] = [1, said(lambda: TokenStore.open(store).load(quiet=True))[1]]
     found["changed"] = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} != before
-    for name in ("dataset.json", "steps.parquet", "frames-000001.tar"):
+    for name in ("dataset.json", "steps.parquet", "frames-000001.tar") if number == errno.EIO else ():
         with refused("open", number, dataset / name):
             other = store.with_name("other.zarr")
             found[f"extract {name}"] = command(*again[:-1], other)
@@ -151,7 +152,7 @@ def work() -> None:
     """Args: a folder to work in, a store, its dataset, its encoder's weights."""
     folder, store, dataset, weights = (Path(word) for word in sys.argv[1:])
     results = {
-        "maps": {number: without_maps(store, number) for number in (errno.ENODEV, errno.EACCES, errno.EINVAL)},
+        "maps": {number: without_maps(store, number) for number in (errno.ENODEV, errno.EACCES)},
         "unreadable": {number: unreadable(store, dataset, weights, number) for number in (errno.EIO, errno.ESTALE)},
         "tensors": tensors(folder),
         "locks": {
