@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wmcache.cache.errors import UserError
+from wmcache.cache.errors import UnreadableError, UserError
 from wmcache.cache.files import sweep, temporary_for
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import has_commits, read_attributes, read_card
-from wmcache.cache.places import Place, as_os_errors, exists, mend_reading
+from wmcache.cache.places import Place, as_os_errors, exists, unreadable
 from wmcache.cache.places import remove as remove_all
 from wmcache.cache.records import Records
 
@@ -31,6 +31,7 @@ class Entry:
         shards, shards_done: how many there are, and how many have a record.
         complete: whether it can be trained on.
         fault: why it cannot be read, or nothing.
+        damaged: whether that is damage, and not a permission, the disk or the network.
     """
 
     path: str
@@ -45,13 +46,14 @@ class Entry:
     shards_done: int = 0
     complete: bool = False
     fault: str = ""
+    damaged: bool = False
 
     @property
     def state(self) -> str:
-        """`complete`, how far it is, or that it is damaged."""
-        return (
-            "complete" if self.complete else "damaged" if self.fault else f"{self.shards_done} of {self.shards} shards"
-        )
+        """`complete`, how far it is, or that it is damaged or unreadable."""
+        if self.fault:
+            return "damaged" if self.damaged else "unreadable"
+        return "complete" if self.complete else f"{self.shards_done} of {self.shards} shards"
 
 
 def list_stores(folder: Place) -> list[Entry]:
@@ -59,7 +61,7 @@ def list_stores(folder: Place) -> list[Entry]:
     try:
         return [look_at(path) for path in sorted(_find(folder), key=str)]
     except OSError as error:
-        raise UserError(f"{folder} cannot be read ({error.strerror or error}); {mend_reading(folder)}") from error
+        raise unreadable(folder, error) from error
 
 
 def _find(folder: Place) -> Iterator[Place]:
@@ -84,7 +86,8 @@ def look_at(path: Place) -> Entry:
         attributes = read_attributes(path)
         card, identity = read_card(attributes), Identity.from_json(attributes["identity"], str(path))
     except UserError as error:
-        return Entry(str(path), bytes=bytes_on_disk(path), fault=str(error))
+        damaged = not isinstance(error, UnreadableError)
+        return Entry(str(path), bytes=bytes_on_disk(path), fault=str(error), damaged=damaged)
     return Entry(
         str(path),
         identity.encoder,

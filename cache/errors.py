@@ -17,6 +17,10 @@ class MissingError(UserError):
     """A file that is not there."""
 
 
+class UnreadableError(UserError):
+    """A file that exists and cannot be read: permissions, disk or network. It is not damaged, and is not missing."""
+
+
 def command(*words: object) -> str:
     """A command line for such a message, quoted so that it can be pasted into a shell."""
     return shlex.join(map(str, words))

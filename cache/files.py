@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import io
@@ -19,9 +20,11 @@ from typing import IO, Any
 import psutil
 from filelock import FileLock, Timeout
 from wmcache.cache.errors import MissingError, UserError
-from wmcache.cache.places import Place, open_to_read, put, read_bytes
+from wmcache.cache.places import WRITING, Place, cause_outside, open_to_read, put, read_bytes, unreadable
 
 MOST_JSON_BYTES = 64_000_000
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""What file systems answer that have no file locks."""
 
 
 def home() -> Path:
@@ -34,6 +37,38 @@ def home() -> Path:
     if "://" in folder:
         raise UserError(f"WMCACHE_HOME is {folder}; it must be a local folder, URLs go to --dataset, --out and --cache")
     return Path(folder)
+
+
+KINDS = {
+    "store": ("zarr.json", ("*.zarr", "stores/*.zarr", "stores/*/*.zarr")),
+    "dataset": ("dataset.json", ("*",)),
+    "run": ("config.json", ("runs/*",)),
+}
+"""Kind of folder -> the file that it has, and where it usually is in `home`."""
+
+
+def did_you_mean(missing: Place, kind: str, otherwise: str) -> str:
+    """A hint at a folder that is there, for the error about one that is missing: of the same path under `home`, or of a similar name.
+
+    Args:
+        missing: what was asked for.
+        kind: of `KINDS`.
+        otherwise: the hint where there is none like it.
+    """
+    if not isinstance(missing, Path):
+        return otherwise
+    marker, usual = KINDS[kind]
+    there: dict[str, Path] = {}
+    with contextlib.suppress(OSError, UserError, ValueError):
+        parts = missing.parts[missing.is_absolute() :]
+        same = (home().joinpath(*parts[start:]) for start in range(len(parts)))
+        if found := next((path for path in same if (path / marker).is_file()), None):
+            return f"did you mean {found}?"
+        near = [*missing.parent.glob("*"), *(path for pattern in usual for path in home().glob(pattern))]
+        there = {path.name: path for path in near if (path / marker).is_file()}
+    if close := difflib.get_close_matches(missing.name, there, n=1):
+        return f"did you mean {there[close[0]]}?"
+    return otherwise
 
 
 @contextmanager
@@ -69,14 +104,21 @@ def cannot_write(path: Place) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; {mend_writing(path)}") from error
+        raise not_written(path, error, "free space or choose another place") from error
 
 
-def mend_writing(path: Place) -> str:
-    """What a user can do about a place that cannot be written, as the end of an error."""
-    if isinstance(path, Path):
-        return "free space or choose another place"
-    return "check address, credentials and network, then run the same command again"
+def not_written(path: Place, error: OSError, full: str = "free space, then run the same command again") -> UserError:
+    """The error of a place that cannot be written, with the reason and what a user can do about it.
+
+    Args:
+        path: the place, as the user knows it.
+        error: what the system said.
+        full: what to do about a local place that is full, or refuses for another reason.
+    """
+    hint = WRITING.get(error.errno or 0, full)
+    if not isinstance(path, Path):
+        hint = "check address, credentials and network, then run the same command again"
+    return UserError(f"cannot write {path}: {error.strerror or error}; {hint}")
 
 
 def temporary_for(path: Path) -> Path:
@@ -135,10 +177,12 @@ def exclusive(lock: Place, place: Place | None = None, *, wait: bool = True) -> 
         yield False
         return
     except OSError as error:
-        mend = "free space, make it writable, or choose another place"
-        if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            mend = "its file system has no locks: mount it with flock, or choose another place"
-        raise UserError(f"cannot write {place or lock}: {error.strerror or error}; {mend}") from error
+        hint = "free space, make it writable, or choose another place"
+        if error.errno in NO_LOCKS:
+            with contextlib.suppress(OSError):  # nobody can hold it
+                lock.unlink(missing_ok=True)
+            hint = "its file system has no file locks: choose one that has (a local disk), or have it mounted with them"
+        raise not_written(place or lock, error, hint) from error
     try:
         yield True
     finally:
@@ -162,7 +206,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+        raise not_written(path, error, "choose another place") from error
 
 
 def write_json(path: Place, value: Any) -> None:
@@ -180,6 +224,7 @@ def read_json(path: Place, mend: str) -> dict[str, Any]:
 
     Raises:
         MissingError: there is no file.
+        UnreadableError: the system cannot read it.
         UserError: it is not a JSON object.
     """
     try:
@@ -191,6 +236,8 @@ def read_json(path: Place, mend: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise MissingError(f"{path} does not exist; {mend}") from None
     except (OSError, ValueError, RecursionError) as error:
+        if outside := cause_outside(error):
+            raise unreadable(path, outside) from error
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:160]}); {mend}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object; {mend}")
@@ -199,17 +246,18 @@ def read_json(path: Place, mend: str) -> dict[str, Any]:
 
 def seal(value: dict[str, Any]) -> dict[str, Any]:
     """The JSON object with a checksum of itself, so that `require_seal` sees any changed digit."""
-    return {**value, "checksum": _checksum(value)}
+    return {**value, "checksum": json_digest(value)}
 
 
 def require_seal(value: dict[str, Any], path: Place, mend: str) -> dict[str, Any]:
     """The object that was sealed; raises UserError, naming `path`, where it is not what it was."""
-    if value.get("checksum") != _checksum({name: item for name, item in value.items() if name != "checksum"}):
+    if value.get("checksum") != json_digest({name: item for name, item in value.items() if name != "checksum"}):
         raise UserError(f"{path} differs from its own checksum; {mend}")
     return value
 
 
-def _checksum(value: dict[str, Any]) -> str:
+def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,6 +1,7 @@
 """A store on disk: where everything lies, what its records say, and how one tells that something is wrong with them.
 
-    zarr.json                       attributes: identity, card, checksums of the columns, completeness, mean and std; sealed
+    zarr.json                       attributes: identity, card, checksums of the columns, completeness, mean and std; sealed.
+                                    Also consolidated metadata: copies of the arrays' own, for other readers (xarray); not read here
     tokens/c.S.0.0                  shard S: the tokens of the frames of tar S, one inner chunk a frame, crc32c on each
     tokens/commits/                 which shards are done: frames, bytes, sha256, sums; see records.py
     action state episode step       the step table again, so that a store is all that training needs
@@ -25,10 +26,10 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from pydantic import Field
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import read_json, require_seal, seal, sha256_of, write_json
+from wmcache.cache.errors import MissingError, UnreadableError, UserError
+from wmcache.cache.files import did_you_mean, json_digest, read_json, require_seal, seal, sha256_of, write_json
 from wmcache.cache.identity import FORMAT_VERSION, Identity
-from wmcache.cache.places import Place, exists, files_in, mend_reading, read_bytes, zarr_store
+from wmcache.cache.places import Place, cause_outside, exists, files_in, read_bytes, unreadable, zarr_store
 from wmcache.cache.schema import Count, Finite, Name, Size, parse
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
@@ -36,6 +37,16 @@ FORMAT = "wmcache-token-store"
 STEP_COLUMNS = ("action", "state", "episode", "step")
 SHARD_COLUMNS = ("sha256", "scale")
 """With a row for each shard instead of each frame."""
+DIMENSIONS: dict[str, tuple[str, ...]] = {
+    "tokens": ("frame", "token", "channel"),
+    "action": ("frame", "action_dim"),
+    "state": ("frame", "state_dim"),
+    "episode": ("frame",),
+    "step": ("frame",),
+    "sha256": ("shard", "byte"),
+    "scale": ("shard", "scale_and_middle", "channel"),
+}
+"""Names of the arrays' dimensions, for xarray; stores made before 2026-10 have none."""
 ROWS_IN_A_CHUNK = 2**20
 SMALL = 2**22
 """Rows of a column that is read whenever a store is opened, so that damage is said before any work; a longer one is when it is wanted."""
@@ -147,11 +158,13 @@ def read_attributes(path: Place) -> dict[str, Any]:
     try:
         is_ours = has_commits(path)
         if not is_ours and not exists(path):
-            raise UserError(f"{path} does not exist; {NEW}")
+            raise MissingError(f"{path} does not exist; {did_you_mean(path, 'store', NEW)}")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}); {mend_reading(path)}") from error
+        raise unreadable(path, error) from error
     try:
         metadata = read_json(path / "zarr.json", AGAIN if is_ours else NEW)
+    except UnreadableError:
+        raise
     except UserError as error:
         raise (DamagedError(str(error)) if is_ours else error) from error
     attributes = metadata.get("attributes")
@@ -160,7 +173,24 @@ def read_attributes(path: Place) -> dict[str, Any]:
     attributes = check_attributes(attributes if isinstance(attributes, dict) else {}, path)
     if (metadata.get("node_type"), metadata.get("zarr_format")) != ("group", 3):
         raise DamagedError(f"{path / 'zarr.json'} is no longer that of a group; {AGAIN}")
+    # A store made before it had copies of the arrays' metadata may have been given some by zarr.
+    if attributes.get("consolidated") not in (None, json_digest(metadata.get("consolidated_metadata"))):
+        raise DamagedError(f"the consolidated metadata in {path / 'zarr.json'} differ from their checksum; {AGAIN}")
     return attributes
+
+
+def damaged(what: str, where: Place, error: Exception) -> UserError:
+    """The error of a part of a store that reading has failed with: damaged, unless the system could not read it.
+
+    Args:
+        what: says what is wrong, where.
+        where: the file or folder that was read.
+        error: what came of reading it.
+    """
+    if outside := cause_outside(error):
+        return unreadable(where, outside)
+    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    return DamagedError(f"{what} ({reason}); {AGAIN}")
 
 
 def has_commits(path: Place) -> bool:
@@ -171,10 +201,9 @@ def has_commits(path: Place) -> bool:
 def open_group(path: Place) -> zarr.Group:
     """The group at `path`; raises DamagedError where zarr cannot open it."""
     try:
-        return zarr.open_group(zarr_store(path), mode="r")
+        return zarr.open_group(zarr_store(path), mode="r", use_consolidated=False)
     except Exception as error:  # (whatever zarr makes of a description that is not its own)
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise DamagedError(f"{path / 'zarr.json'} cannot be read ({reason}); {AGAIN}") from error
+        raise damaged(f"{path / 'zarr.json'} cannot be read", path, error) from error
 
 
 def check_attributes(attributes: dict[str, Any], path: Place) -> dict[str, Any]:
@@ -209,6 +238,7 @@ class _Attributes:
     versions: dict[str, str]
     mean: list[Finite] | None = None
     std: list[Finite] | None = None
+    consolidated: str | None = None
 
 
 def _require_sense(attributes: _Attributes) -> None:
@@ -227,10 +257,13 @@ def _require_sense(attributes: _Attributes) -> None:
 
 
 def write_attributes(path: Place, attributes: Mapping[str, Any]) -> None:
-    """Replace the attributes of the group at `path`, sealed, in one rename."""
+    """Replace the attributes of the group at `path`, sealed, and its copies of the arrays' metadata, in one rename."""
     metadata = read_json(path / "zarr.json", AGAIN)
+    arrays = {name: read_json(path / name / "zarr.json", AGAIN) for name in sorted(("tokens", *attributes["columns"]))}
+    consolidated = {"kind": "inline", "must_understand": False, "metadata": arrays}
     known = {name: value for name, value in attributes.items() if name != "checksum"}
-    write_json(path / "zarr.json", {**metadata, "attributes": seal(known)})
+    known["consolidated"] = json_digest(consolidated)
+    write_json(path / "zarr.json", {**metadata, "consolidated_metadata": consolidated, "attributes": seal(known)})
 
 
 def require_identity(values: Mapping[str, Any], where: Place, mend: str) -> None:
@@ -259,6 +292,8 @@ def create_arrays(path: Path, card: StoreCard, identity: Identity, steps: Mappin
         chunk_key_encoding={"name": "default", "separator": "."},
         fill_value=FILL[card.dtype],
         config={"write_empty_chunks": True},
+        dimension_names=DIMENSIONS["tokens"],
+        attributes={"coordinates": "episode step"},  # what xarray takes for coordinates (CF conventions)
     )
     for name in STEP_COLUMNS:
         create_column(path, name, steps[name])
@@ -278,7 +313,7 @@ def create_arrays(path: Path, card: StoreCard, identity: Identity, steps: Mappin
 
 def create_column(path: Place, name: str, values: NDArray[Any]) -> None:
     """Write a column, over what may be there, a chunk at a time."""
-    group = zarr.open_group(zarr_store(path), mode="r+")
+    group = zarr.open_group(zarr_store(path), mode="r+", use_consolidated=False)
     # zarr skips chunks that equal its fill value, and an all-zero column would look like a lost one.
     column = group.create_array(
         name,
@@ -286,6 +321,7 @@ def create_column(path: Place, name: str, values: NDArray[Any]) -> None:
         dtype=values.dtype,
         chunks=(min(len(values), ROWS_IN_A_CHUNK), *values.shape[1:]),
         config={"write_empty_chunks": True},
+        dimension_names=DIMENSIONS[name],
         overwrite=True,
     )
     for start in range(0, len(values), ROWS_IN_A_CHUNK):
@@ -293,9 +329,12 @@ def create_column(path: Place, name: str, values: NDArray[Any]) -> None:
 
 
 def has_column(path: Place, name: str, sha256: str) -> bool:
-    """Whether a column is there with just these values."""
+    """Whether a column is there with just these values, and names of its dimensions."""
     try:
-        return column_sha256(_array(zarr.open_group(zarr_store(path), mode="r"), name)) == sha256
+        group = zarr.open_group(zarr_store(path), mode="r", use_consolidated=False)
+        column = _array(group, name)
+        names = getattr(column.metadata, "dimension_names", None)
+        return names == DIMENSIONS[name] and column_sha256(column) == sha256
     except Exception:  # noqa: BLE001 (whatever zarr makes of what is not there, or is broken)
         return False
 
@@ -343,8 +382,7 @@ def _relying_on(where: Place, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise DamagedError(f"{where}/{name} cannot be relied on ({reason}); {AGAIN}") from error
+        raise damaged(f"{where}/{name} cannot be relied on", where / name, error) from error
 
 
 def column_sha256(values: NDArray[Any] | zarr.Array[Any]) -> str:
@@ -372,8 +410,8 @@ def open_tokens(group: zarr.Group, card: StoreCard, attributes: Mapping[str, Any
             np.array_equal(tokens.fill_value, fill, equal_nan=card.dtype == "float16"), "its fill value is another"
         )
     except Exception as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise DamagedError(f"{where}/tokens/zarr.json does not fit the store ({reason}); {AGAIN}") from error
+        file = where / "tokens" / "zarr.json"
+        raise damaged(f"{file} does not fit the store", file, error) from error
     return tokens
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import atomic_write, exclusive, free_space, home, human_bytes, sha256_of, sweep
 from wmcache.cache.layout import StoreCard, shard_file
-from wmcache.cache.places import Place, mend_reading, read_bytes
+from wmcache.cache.places import Place, read_bytes, unreadable
 from wmcache.cache.reader import MappedReader, Stored
 
 SHARE_OF_FREE = 0.8
@@ -103,8 +103,7 @@ class MirroredReader(MappedReader):
                 try:
                     data = read_bytes(there)
                 except OSError as error:
-                    reason = error.strerror or error
-                    raise UserError(f"{there} cannot be read ({reason}); {mend_reading(self._path)}") from error
+                    raise unreadable(there, error) from error
                 if hashlib.sha256(data).hexdigest() != self._digest(shard):
                     raise UserError(f"{there} differs from its checksum; {self._mend}")
                 self._keep(file, data)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from wmcache.cache.errors import UserError
+from wmcache.cache.errors import UnreadableError, UserError
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -41,6 +41,31 @@ OPTIONS: dict[str, dict[str, Any]] = {
         }
     },
 }
+
+_NETWORK = "check the network and the mount of its file system, then run the same command again"
+_DISK = "check the disk and the mount of its file system (dmesg), then run the same command again"
+READING: dict[int, str] = {
+    errno.ENOMEM: "raise the limit of addresses: ulimit -v",
+    errno.EMFILE: "raise the limit of open files: ulimit -n",
+    errno.ENFILE: "the machine has too many files open; close some",
+    errno.EIO: _DISK,
+    errno.EUCLEAN: _DISK,
+    **dict.fromkeys(
+        (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO), _NETWORK
+    ),
+}
+"""What a user can do about an error of reading a local file; about all others: make it readable."""
+WRITING: dict[int, str] = {
+    **READING,
+    errno.EACCES: "make it writable, or choose another place",
+    errno.EPERM: "make it writable, or choose another place",
+    errno.EROFS: "choose a place that can be written",
+    errno.EFBIG: "raise the limit of the size of files (ulimit -f), or choose another place",
+}
+"""The same about writing; about all others: free space."""
+
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+"""A file is not there, or a folder is in its place."""
 
 PUT: dict[str, dict[str, Any]] = {"s3": {"chunksize": 5 * 2**30}}
 """How objects are sent: in one request, up to S3's limit for one, so that their tag is one too."""
@@ -102,9 +127,28 @@ def is_local(at: Place) -> bool:
     return isinstance(at, Path)
 
 
-def mend_reading(at: Place) -> str:
+def mend_reading(at: Place, error: OSError | None = None) -> str:
     """What a user can do about a place that cannot be read, as the end of an error."""
-    return "make it readable" if isinstance(at, Path) else "check address, credentials and network, then run it again"
+    if not isinstance(at, Path):
+        return "check address, credentials and network, then run it again"
+    return READING.get(error.errno or 0 if error else 0, "make it readable")
+
+
+def unreadable(at: Place, error: OSError) -> UnreadableError:
+    """The error of a place that exists and cannot be read, with the reason and what a user can do about it."""
+    return UnreadableError(f"{at} cannot be read ({error.strerror or error}); {mend_reading(at, error)}")
+
+
+def cause_outside(error: BaseException | None) -> OSError | None:
+    """The error of the system that led to another one; None where there is none, or it says that a file is missing.
+
+    A library that fails to decode a file raises an `OSError` without a number: that is damage.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None and error.errno not in MISSING:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def beside(at: Place, suffix: str) -> Path:

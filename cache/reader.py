@@ -14,6 +14,7 @@ import itertools
 import mmap
 import os
 import resource
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,20 +24,19 @@ import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from tqdm import tqdm
 from wmcache.cache.cpus import available_cpus
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.layout import CRC_BYTES, FILL, INDEX_ENTRY_BYTES, StoreCard, shard_file
 from wmcache.cache.memory import address_space_left
-from wmcache.cache.places import Place
+from wmcache.cache.places import MISSING, Place, cause_outside, unreadable
 
 COPY_THREADS = min(4, available_cpus())
 BYTES_WORTH_A_THREAD = 4_000_000
-LIMITS = {
-    errno.ENOMEM: "raise the limit of addresses: ulimit -v",
-    errno.EMFILE: "raise the limit of open files: ulimit -n",
-    errno.ENFILE: "the machine has too many files open; close some",
-}
-MISSING = np.uint64(2**64 - 1)
+NO_MAPS = (errno.ENODEV, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems answer that open a file and do not map it."""
+ABSENT = np.uint64(2**64 - 1)
+"""The offset, in a shard's index, of a chunk that was not written."""
 
 Stored = NDArray[Any]
 """Tokens in the store's dtype, [n, N, D]."""
@@ -54,20 +54,83 @@ class Reader(Protocol):
         ...
 
 
+class _Rows(Protocol):
+    """Frames of a shard, by their row in it."""
+
+    def __getitem__(self, row: int, /) -> Any:
+        """The frame [N, D]."""
+        ...
+
+
+class _PlainShard:
+    """A shard on a file system without memory maps: each frame is read, and compared with its checksum, whenever it is wanted."""
+
+    def __init__(self, descriptor: int, file: Place, card: StoreCard, shard: int, first: int, mend: str) -> None:
+        """Use an open file.
+
+        Args:
+            descriptor: of the file; closed at the end.
+            file: where it is, for errors.
+            card: of the store.
+            shard: its number.
+            first: offset of the first frame.
+            mend: the hint for a damaged shard.
+        """
+        self._descriptor, self._file, self._card, self._first, self._mend = descriptor, file, card, first, mend
+        self._base = shard * card.frames_per_shard
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def __getitem__(self, row: int) -> Stored:
+        """A frame [N, D]; raises UserError where it differs from its checksum or cannot be read."""
+        chunk = self.chunk(row)
+        if not _is_whole(chunk):
+            raise UserError(f"frame {self._base + row} in {self._file} differs from its checksum; {self._mend}")
+        return self.frame(chunk)
+
+    def chunk(self, row: int) -> NDArray[np.uint8]:
+        """A frame and its checksum, as they are in the file."""
+        found = np.empty(self._card.frame_bytes + CRC_BYTES, np.uint8)
+        filled, start = 0, self._first + row * len(found)
+        while filled < len(found):
+            try:
+                count = os.preadv(self._descriptor, [found[filled:].data], start + filled)
+            except OSError as error:
+                raise unreadable(self._file, error) from error
+            if not count:
+                raise UserError(f"shard {self._file} was cut while it was being read; {self._mend}")
+            filled += count
+        return found
+
+    def frame(self, chunk: NDArray[np.uint8]) -> Stored:
+        """The frame [N, D] in a chunk."""
+        return chunk[:-CRC_BYTES].view(np.dtype(self._card.dtype).newbyteorder("<")).reshape(self._card.frame_shape)
+
+    def read_ahead(self, row: int) -> None:
+        """Ask the operating system to read a frame while this process does something else."""
+        stride = self._card.frame_bytes + CRC_BYTES
+        os.posix_fadvise(self._descriptor, self._first + row * stride, stride, os.POSIX_FADV_WILLNEED)
+
+
 class MappedReader:
-    """Gathers frames from memory maps. Each frame's checksum is compared the first time that it is read, by this reader."""
+    """Gathers frames from memory maps. Each frame's checksum is compared the first time that it is read, by this reader.
+
+    Where the file system refuses maps, each frame is read from the file instead.
+    """
 
     def __init__(self, path: Place, card: StoreCard) -> None:
         """Args: the store's folder and card."""
         self._path, self._card = path, card
         self._stride = card.frame_bytes + CRC_BYTES
-        self._maps: dict[int, tuple[mmap.mmap, int]] = {}
+        self._maps: dict[int, tuple[mmap.mmap | _PlainShard, int]] = {}
         # Of the file descriptors and the addresses that this process may use, maps take half; the rest is for others.
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         addresses = address_space_left()
         room = files if addresses is None else min(files, addresses // card.shard_bytes(0))
         self._max_maps = max(1, room // 2)
         self._checked = np.zeros(card.frames, np.bool_)
+        self._plain = False
 
     def gather(self, frames: NDArray[np.int64], out: Stored) -> None:
         """See `Reader.gather`.
@@ -78,7 +141,7 @@ class MappedReader:
         order = np.argsort(frames, kind="stable")
         shards, rows = np.divmod(frames[order], self._card.frames_per_shard)
         bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(order)] if len(order) else [0]
-        jobs: list[tuple[Stored, int, int]] = []
+        jobs: list[tuple[_Rows, int, int]] = []
         held = 0
         for start, stop in itertools.pairwise(bounds):
             shard = int(shards[start])
@@ -88,6 +151,10 @@ class MappedReader:
                 held = 0
             held += 1
             data, first = self._map(shard)
+            if isinstance(data, _PlainShard):
+                wanted = zip(rows[start:stop].tolist(), order[start:stop].tolist(), strict=True)
+                jobs += [(data, row, i) for row, i in wanted]
+                continue
             view = self._view(shard, data, first)
             base = shard * self._card.frames_per_shard
             for i, row in zip(order[start:stop].tolist(), rows[start:stop].tolist(), strict=True):
@@ -103,6 +170,9 @@ class MappedReader:
                 data, first = self._map(shard)
             except UserError:
                 return  # a hint; the read itself will say what is wrong
+            if isinstance(data, _PlainShard):
+                data.read_ahead(row)
+                continue
             start = first + row * self._stride
             page = start // mmap.PAGESIZE * mmap.PAGESIZE
             data.madvise(mmap.MADV_WILLNEED, page, start + self._stride - page)
@@ -111,10 +181,14 @@ class MappedReader:
         """All of a shard, and those of its frames that differ from their checksums; raises UserError as `gather` does."""
         data, first = self._map(shard)
         frames = self._card.shard_frames(shard)
-        bad = [frame for frame in frames if not self._is_whole(frame - frames.start, data, first)]
+        if isinstance(data, _PlainShard):
+            chunks = [data.chunk(row) for row in range(len(frames))]
+            bad = [frame for frame, chunk in zip(frames, chunks, strict=True) if not _is_whole(chunk)]
+            return np.stack([data.frame(chunk) for chunk in chunks]), bad
+        bad = [frame for frame in frames if not _is_whole(self._chunk(frame - frames.start, data, first))]
         return self._view(shard, data, first), bad
 
-    def _copy(self, jobs: Sequence[tuple[Stored, int, int]], out: Stored) -> None:
+    def _copy(self, jobs: Sequence[tuple[_Rows, int, int]], out: Stored) -> None:
         parts = min(COPY_THREADS, len(jobs) * self._card.frame_bytes // BYTES_WORTH_A_THREAD)
         if parts <= 1:
             _copy_rows(jobs, out)
@@ -134,24 +208,23 @@ class MappedReader:
         shape, strides = (len(self._card.shard_frames(shard)), n, d), (self._stride, d * dtype.itemsize, dtype.itemsize)
         return np.ndarray(shape, dtype, buffer=data, offset=first, strides=strides)
 
-    def _is_whole(self, row: int, data: mmap.mmap, first: int) -> bool:
-        start = first + row * self._stride
+    def _chunk(self, row: int, data: mmap.mmap, first: int) -> NDArray[np.uint8]:
+        """A frame and its checksum."""
         # Through numpy: the checksum's C code takes no memoryview, and a slice of the map itself would be a copy.
-        chunk = np.frombuffer(data, np.uint8, self._stride, start)
-        stored = int.from_bytes(chunk[-CRC_BYTES:].tobytes(), "little")
-        return int(google_crc32c.value(chunk[:-CRC_BYTES])) == stored
+        return np.frombuffer(data, np.uint8, self._stride, first + row * self._stride)
 
     def _check(self, shard: int, row: int, data: mmap.mmap, first: int) -> None:
         frame = shard * self._card.frames_per_shard + row
-        if not self._is_whole(row, data, first):
+        if not _is_whole(self._chunk(row, data, first)):
             raise UserError(f"frame {frame} in {self._file(shard)} differs from its checksum; {self._mend}")
         self._checked[frame] = True
 
-    def _map(self, shard: int) -> tuple[mmap.mmap, int]:
-        """The shard's file and the place of its first frame.
+    def _map(self, shard: int) -> tuple[mmap.mmap | _PlainShard, int]:
+        """The shard's file, mapped where its file system does that, and the offset of its first frame.
 
         Raises:
-            UserError: it cannot be opened, or is not a whole shard.
+            UnreadableError: the system cannot read it.
+            UserError: it is missing, or is not a whole shard.
         """
         if (known := self._maps.get(shard)) is not None:
             return known
@@ -166,27 +239,50 @@ class MappedReader:
                     raise UserError(
                         f"shard {file} has {size} bytes instead of {self._card.shard_bytes(shard)}; {self._mend}"
                     )
-                data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+                index = self._card.frames_per_shard * INDEX_ENTRY_BYTES + CRC_BYTES
+                stream.seek(size - index)
+                first = self._first(stream.read(index), size, shard, file)
+                data: mmap.mmap | _PlainShard
+                try:
+                    data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+                except OSError as error:
+                    if error.errno not in NO_MAPS:
+                        raise
+                    if not self._plain:
+                        tqdm.write(
+                            f"{self._path} is on a file system without memory maps ({error.strerror}): frames are read one by one; "
+                            "a copy on a local disk is read faster",
+                            file=sys.stderr,
+                        )
+                    self._plain = True
+                    data = _PlainShard(os.dup(stream.fileno()), file, self._card, shard, first, self._mend)
         except OSError as error:
-            mend = LIMITS.get(error.errno or 0, self._mend)
-            raise UserError(f"shard {file} cannot be read ({error.strerror or error}); {mend}") from error
-        found = data, self._first(data, shard, file)
+            if error.errno in MISSING:
+                raise UserError(f"shard {file} does not exist; {self._mend}") from error
+            raise unreadable(file, error) from error
+        found = data, first
         self._maps[shard] = found
         return found
 
-    def _first(self, data: mmap.mmap, shard: int, file: Place) -> int:
-        """Where the first frame lies, once the index is known to say that all others follow at a constant stride."""
-        entries = data[-self._card.frames_per_shard * INDEX_ENTRY_BYTES - CRC_BYTES : -CRC_BYTES]
-        if google_crc32c.value(entries) != int.from_bytes(data[-CRC_BYTES:], "little"):
+    def _first(self, index: bytes, size: int, shard: int, file: Place) -> int:
+        """The offset of the first frame, once the index says that all others follow at a constant stride.
+
+        Args:
+            index: the end of the file, with its checksum.
+            size: of the file.
+            shard, file: for the errors.
+        """
+        entries = index[:-CRC_BYTES]
+        if google_crc32c.value(entries) != int.from_bytes(index[-CRC_BYTES:], "little"):
             raise UserError(f"the index of shard {file} is damaged; {self._mend}")
         count = len(self._card.shard_frames(shard))
-        offset, size = np.frombuffer(entries, "<u8").reshape(-1, 2)[:count].T
-        if (offset == MISSING).any():
-            frame = shard * self._card.frames_per_shard + int(np.argmax(offset == MISSING))
+        offset, sizes = np.frombuffer(entries, "<u8").reshape(-1, 2)[:count].T
+        if (offset == ABSENT).any():
+            frame = shard * self._card.frames_per_shard + int(np.argmax(offset == ABSENT))
             raise UserError(f"shard {file} lacks frame {frame}; {self._mend}")
         first = int(offset[0])
-        within = first + count * self._stride <= len(data)
-        if not within or (size != self._stride).any() or (np.diff(offset.astype(np.int64)) != self._stride).any():
+        within = first + count * self._stride <= size
+        if not within or (sizes != self._stride).any() or (np.diff(offset.astype(np.int64)) != self._stride).any():
             raise UserError(f"shard {file} is not laid out as this wmcache writes it; {self._mend}")
         return first
 
@@ -219,6 +315,8 @@ class ZarrReader:
             unique, place = np.unique(frames, return_inverse=True)
             found = np.asarray(self._tokens.oindex[unique]) if len(unique) else np.empty_like(out)
         except Exception as error:
+            if outside := cause_outside(error):
+                raise unreadable(self._where / "tokens", outside) from error
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             raise UserError(f"{self._where}/tokens cannot be read ({reason}); {mend}") from error
         lost = np.isnan(found) if found.dtype.kind == "f" else found == self._fill
@@ -247,7 +345,13 @@ class MemoryReader:
         """Nothing: they are here."""
 
 
-def _copy_rows(jobs: Iterable[tuple[Stored, int, int]], out: Stored) -> None:
+def _is_whole(chunk: NDArray[np.uint8]) -> bool:
+    """Whether a frame's bytes equal the checksum that follows them."""
+    stored = int.from_bytes(chunk[-CRC_BYTES:].tobytes(), "little")
+    return int(google_crc32c.value(chunk[:-CRC_BYTES])) == stored
+
+
+def _copy_rows(jobs: Iterable[tuple[_Rows, int, int]], out: Stored) -> None:
     for view, row, i in jobs:
         out[i] = view[row]
 

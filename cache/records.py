@@ -21,11 +21,21 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
-from wmcache.cache.errors import MissingError, UserError, command
+from wmcache.cache.errors import MissingError, UnreadableError, UserError, command
 from wmcache.cache.files import atomic_write, exclusive, read_json, require_seal, seal, write_json
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard
-from wmcache.cache.places import Place, is_local, names_in, read_bytes, remove, remove_files, stamp
+from wmcache.cache.places import (
+    MISSING,
+    Place,
+    is_local,
+    names_in,
+    read_bytes,
+    remove,
+    remove_files,
+    stamp,
+    unreadable,
+)
 from wmcache.cache.schema import Count, Finite, parse
 
 IN_A_BLOCK = 1000
@@ -230,6 +240,8 @@ class Records:
         def read(shard: int) -> tuple[int, Record | UserError]:
             try:
                 return shard, self.read(shard)
+            except UnreadableError:
+                raise  # a record that cannot be read is not one that is missing
             except UserError as error:
                 return shard, error
 
@@ -310,6 +322,8 @@ class Records:
     def _block_or_none(self, shard: int) -> Block | None:
         try:
             return self._read_block(shard)
+        except UnreadableError:
+            raise
         except (FileNotFoundError, UserError):
             return None
 
@@ -321,10 +335,10 @@ class Records:
             if self._last is not None and self._last[:2] == (file.name, now):
                 return self._last[2]
             data = read_bytes(file)
-        except FileNotFoundError:
-            raise
         except OSError as error:
-            raise UserError(f"{file} cannot be read ({error.strerror or error}); {self._mend}") from error
+            if error.errno in MISSING:
+                raise FileNotFoundError(str(file)) from error
+            raise unreadable(file, error) from error
         try:
             tensors = load_tensors(data)
             checksum, identity = tensors.pop("checksum"), tensors.pop("identity")

@@ -16,7 +16,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from tqdm import tqdm
-from wmcache.cache.errors import UserError, command
+from wmcache.cache.errors import UnreadableError, UserError, command
 from wmcache.cache.files import seconds_between_updates
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import (
@@ -32,7 +32,7 @@ from wmcache.cache.layout import (
     shard_sizes,
 )
 from wmcache.cache.mirror import MirroredReader
-from wmcache.cache.places import Place, exists, mend_reading, place, stamp
+from wmcache.cache.places import MISSING, Place, exists, place, stamp, unreadable
 from wmcache.cache.quantise import dequantise
 from wmcache.cache.reader import MappedReader, MemoryReader, Reader, Stored, ZarrReader
 from wmcache.cache.windows import Windows, split_episodes, window_starts
@@ -244,6 +244,8 @@ class TokenStore:
                 raise UserError(f"there are no change maps {where}; make them with: {make}")
         try:
             found = TokenStore.open(where, mirrored=True)
+        except UnreadableError:
+            raise
         except UserError as error:
             raise UserError(
                 f"the change maps of {self.path} cannot be used ({error}); make them with: {make}"
@@ -276,8 +278,7 @@ class TokenStore:
         try:
             sizes, _ = shard_sizes(self.path, self.card.num_shards)
         except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"{self.path} cannot be read ({reason}); {mend_reading(self.path)}") from error
+            raise unreadable(self.path, error) from error
         expected = np.full(self.card.num_shards, self.card.shard_bytes(0))
         expected[-1] = self.card.shard_bytes(self.card.num_shards - 1)
         if len(bad := np.flatnonzero(sizes != expected)):
@@ -294,7 +295,10 @@ def changes_beside(store: Place, frameskip: int) -> Place:
 
 def _stamp(path: Place) -> object:
     """Differs whenever the store's attributes have been written, or another store has taken its place."""
+    file = path / "zarr.json"
     try:
-        return stamp(path / "zarr.json")
-    except OSError:
+        return stamp(file)
+    except OSError as error:
+        if isinstance(path, Path) and error.errno not in MISSING:
+            raise unreadable(file, error) from error
         return None

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
-from wmcache.cache.errors import UserError
+from wmcache.cache.errors import UnreadableError, UserError
 from wmcache.cache.files import seconds_between_updates, sha256_of
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import (
@@ -24,7 +24,7 @@ from wmcache.cache.layout import (
     read_column,
     shard_file,
 )
-from wmcache.cache.places import Place, mend_reading, names_in, size_of
+from wmcache.cache.places import MISSING, Place, names_in, size_of, unreadable
 from wmcache.cache.reader import MappedReader
 from wmcache.cache.records import IN_A_BLOCK, Records, commits, record_file
 from wmcache.cache.store import MOST_FAULTS
@@ -79,12 +79,13 @@ def verify(path: Place) -> Verification:
     A shard that is not done in a store that is not complete is no fault.
 
     Raises:
-        UserError: there is no store at `path`, or it cannot be reached.
+        UnreadableError: the system cannot read a file of it, so nothing is known of that file.
+        UserError: there is no store at `path`.
     """
     try:
         return _verify(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}); {mend_reading(path)}") from error
+        raise unreadable(path, error) from error
 
 
 def _verify(path: Place) -> Verification:
@@ -142,6 +143,8 @@ def check_shard(
     file = shard_file(path, shard)
     try:
         record = records.read(shard)
+    except UnreadableError:
+        raise  # nothing is known of the shard
     except UserError as error:
         return [Fault(str(record_file(path, shard)), str(error), shard)]
     try:
@@ -153,14 +156,16 @@ def check_shard(
                 return []
             return [Fault(str(file), "it is not the one that the store was declared complete with", shard)]
     except OSError as error:
-        if not isinstance(path, Path) and not isinstance(error, FileNotFoundError):
-            raise  # nothing is known of the shard
-        return [Fault(str(file), f"it cannot be read ({error.strerror or error})", shard)]
+        if error.errno not in MISSING:
+            raise unreadable(file, error) from error
+        return [Fault(str(file), "it does not exist", shard)]
     reason = "it differs from its checksum"
     if mappable and isinstance(path, Path):
         try:
             bad = MappedReader(path, card).scan(shard)[1]
             reason += f", in frames {', '.join(map(str, bad))}" if bad else ", though every frame is whole"
+        except UnreadableError:
+            raise
         except UserError as error:
             reason = str(error)
     return [Fault(str(file), reason, shard)]
@@ -175,6 +180,8 @@ def whole_tokens(path: Place, shard: int, card: StoreCard) -> NDArray[np.float16
         return None
     try:
         tokens, bad = MappedReader(path, card).scan(shard)
+    except UnreadableError:
+        raise
     except UserError:
         return None
     return None if bad or not np.isfinite(tokens).all() else tokens

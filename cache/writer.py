@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from wmcache.cache.errors import UserError, command
-from wmcache.cache.files import atomic_write, exclusive, mend_writing, sha256_of, sweep, sync, temporary_for
+from wmcache.cache.errors import UnreadableError, UserError, command
+from wmcache.cache.files import atomic_write, exclusive, not_written, sha256_of, sweep, sync, temporary_for
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import (
     SHARD_COLUMNS,
@@ -35,6 +35,7 @@ from wmcache.cache.layout import (
     write_attributes,
 )
 from wmcache.cache.places import (
+    MISSING,
     Place,
     exists,
     is_local,
@@ -44,6 +45,7 @@ from wmcache.cache.places import (
     require_name,
     size_of,
     top_names,
+    unreadable,
     upload,
 )
 from wmcache.cache.quantise import quantise
@@ -146,11 +148,18 @@ class StoreWriter:
         return missing
 
     def is_done(self, shard: int) -> bool:
-        """Whether a shard has its record and its file."""
+        """Whether a shard has its record and its file; raises UserError where they cannot be read."""
+        file = shard_file(self.path, shard)
         try:
-            return size_of(shard_file(self.path, shard)) == self._records.read(shard).bytes
-        except (UserError, OSError):
+            return size_of(file) == self._records.read(shard).bytes
+        except UnreadableError:
+            raise
+        except UserError:
             return False
+        except OSError as error:
+            if error.errno in MISSING:
+                return False
+            raise unreadable(file, error) from error
 
     def claimed(self) -> set[int]:
         """The shards that somebody is at just now."""
@@ -322,15 +331,15 @@ class StoreWriter:
 @contextmanager
 def _writing(path: Place) -> Iterator[None]:
     """Errors of the disk, and of files inside a store that no user has heard of, as one line about the store."""
-    again = "free space, then run the same command again" if is_local(path) else mend_writing(path)
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; {again}") from error
+        raise not_written(path, error) from error
+    except UnreadableError:
+        raise
     except UserError as error:
         if isinstance(error.__cause__, OSError):
-            reason = error.__cause__.strerror or error.__cause__
-            raise UserError(f"cannot write {path}: {reason}; {again}") from error
+            raise not_written(path, error.__cause__) from error
         raise
 
 

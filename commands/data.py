@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> t
     return number, count
 
 
+ALREADY = "already complete: "
 DEFAULT_ENV = "wmcache/PointMaze-UMaze-v0"
 frames_per_shard_option = click.option(
     "--frames-per-shard",
@@ -83,12 +85,20 @@ def collect(env: str, out: Place | None, **settings: Any) -> None:
     from wmcache.pipeline.collect import collect as run
 
     out = out or home() / f"pointmaze-{find_maze(env).name.lower()}"
-    _print_card(out, run(env, out, **settings))
+    _make_dataset(out, partial(run, env, out, **settings))
 
 
-def _print_card(out: Place, card: Any) -> None:
+def _make_dataset(out: Place, make: Callable[[], Any]) -> None:
+    """Make a dataset, or finish it, and print what it is."""
+    from wmcache.pipeline.frames import is_complete
+
+    already = is_complete(out)
+    card = make()
     size = sum(shard["bytes"] for shard in card.shards)
-    click.echo(f"{out}: {card.episodes} episodes, {card.frames} frames, {len(card.shards)} shards, {human_bytes(size)}")
+    state = ALREADY if already else ""
+    click.echo(
+        f"{out}: {state}{card.episodes} episodes, {card.frames} frames, {len(card.shards)} shards, {human_bytes(size)}"
+    )
     click.echo(f"fingerprint {card.fingerprint}")
 
 
@@ -105,7 +115,7 @@ def import_dino_wm(folder: Path, out: Place, **settings: Any) -> None:
     """Import DINO-WM's PointMaze FOLDER: states.pth, actions.pth, seq_lengths.pth, obses/episode_XXX.pth."""
     from wmcache.pipeline.importers.dino_wm import import_dino_wm as run
 
-    _print_card(out, run(folder, out, **settings))
+    _make_dataset(out, partial(run, folder, out, **settings))
 
 
 @import_.command("frames")
@@ -124,7 +134,7 @@ def import_frames(folder: Path, out: Place, crop: str, image_size: int | None, *
     from wmcache.pipeline.importers import Shape
     from wmcache.pipeline.importers.frames import import_frames as run
 
-    _print_card(out, run(folder, out=out, shape=Shape(crop, image_size), **settings))
+    _make_dataset(out, partial(run, folder, out=out, shape=Shape(crop, image_size), **settings))
 
 
 @import_.command("minari")
@@ -140,7 +150,7 @@ def import_minari(dataset: str, out: Place, crop: str, image_size: int | None, *
     from wmcache.pipeline.importers import Shape
     from wmcache.pipeline.importers.minari import import_minari as run
 
-    _print_card(out, run(dataset, out, shape=Shape(crop, image_size), **settings))
+    _make_dataset(out, partial(run, dataset, out, shape=Shape(crop, image_size), **settings))
 
 
 FIT = {
@@ -214,19 +224,35 @@ def fit(
         if cache is None:
             cache = _layers_store(frames, base or entry.base, base_weights, settings["device"], cluster)
         store = TokenStore.open(cache)
+        frames = frames or _frames_of(store)
         out = out or default_weights(str(store.card.dataset["name"]), name)
         settings["base_weights"] = base_weights and base_weights.absolute()
     places = [None if found is None else absolute(found.path) for found in (frames, store)]
     task = partial(_fit, *places, name=name, out=out.absolute(), options=chosen, **settings)
+    already = out.exists() and not settings["overwrite"]
     result = replace(run_alone(task, cluster=cluster, label=f"fit {name}"), weights=out)
-    click.echo(f"{result.weights}: fitted on {result.frames} frames")
+    click.echo(f"{result.weights}: {ALREADY if already else ''}fitted on {result.frames} frames")
     if (landscape := result.landscape) is None:
-        click.echo("the landscape is not measured: without frames of a maze their true distances are not known")
+        reason = f"{frames.path} shows no maze, so the true distances are not known" if frames is not None else ""
+        if store is not None and frames is None:
+            reason = f"the frames of {store.path} are not at {store.card.dataset.get('path')}; name their place with --dataset"
+        click.echo(f"the landscape is not measured: {reason}")
         return
     click.echo(
         f"Spearman correlation of squared token distance and geodesic distance, held-out episodes: {landscape.spearman:.3f}"
     )
     click.echo(f"held-out frames from which descending that distance gets stuck: {landscape.stuck:.1%}")
+
+
+def _frames_of(store: Any) -> Any:
+    """The frames of a store, on which a fit is measured; None where they are not where the store says."""
+    from wmcache.pipeline.repair import open_frames
+
+    try:
+        frames = open_frames(store.card, None)
+    except UserError:
+        return None
+    return frames if frames.card.fingerprint == store.identity.dataset_fingerprint else None
 
 
 def _fit(dataset: str | None, store: str | None, *, name: str, out: Path, options: Any, **settings: Any) -> Any:
@@ -300,7 +326,7 @@ def extract(
 ) -> None:
     """Encode every frame of a dataset once, several encoders in one pass. Run again, or beside itself, it does what is missing."""
     from wmcache.pipeline.cluster import parse_cluster
-    from wmcache.pipeline.extract import default_store, extract_together, forecast
+    from wmcache.pipeline.extract import default_store, extract_together, forecast, is_complete
 
     frames = open_dataset(dataset)
     networks = create_encoders(frames.card.name, **encoder)
@@ -326,10 +352,11 @@ def extract(
             click.echo(f"{human_bytes(plan.bytes_needed)} needed, {free}about {plan.seconds:.0f} s{whose}")
         return
     device = encoder["device"]
+    complete = [is_complete(place) for _, place in stores]
     lacking = extract_together(
         frames, stores, dtype=store_dtype, batch=batch, cluster=cluster, device=device, part=part
     )
-    for (network, place), shards in zip(stores, lacking, strict=True):
+    for (network, place), shards, already in zip(stores, lacking, complete, strict=True):
         rows, columns = network.token_grid
         if shards:
             count = -(-frames.card.frames // frames.card.frames_per_shard)
@@ -338,7 +365,8 @@ def extract(
                 f"whoever is last completes the store, or: {command('wmcache', 'finalize', place)}"
             )
         else:
-            click.echo(f"{place}: {frames.card.frames} frames, {rows} x {columns} tokens of {network.token_dim}")
+            state = ALREADY if already else ""
+            click.echo(f"{place}: {state}{frames.card.frames} frames, {rows} x {columns} tokens of {network.token_dim}")
 
 
 class _Derive(Group):
@@ -364,13 +392,17 @@ def derive() -> None:
 @cluster_option()
 def derive_change_maps(store: Place, frameskip: int, dataset: Place | None, cluster: str) -> None:
     """Make what has changed from frame to frame, 2 x 2 cells a patch, which ddp-wm learns from. Run again, it goes on."""
-    from wmcache.cache.store import TokenStore
+    from wmcache.cache.store import TokenStore, changes_beside
     from wmcache.pipeline.change_maps import derive_change_maps as run
+    from wmcache.pipeline.extract import is_complete
 
     source = TokenStore.open(store)
+    state = ALREADY if is_complete(changes_beside(source.path, frameskip)) else ""
     out = run(source, frameskip, dataset=dataset, cluster=cluster)
     rows, columns = source.card.token_grid
-    click.echo(f"{out}: {len(source)} frames, {2 * rows} x {2 * columns} cells, since {frameskip} env steps before")
+    click.echo(
+        f"{out}: {state}{len(source)} frames, {2 * rows} x {2 * columns} cells, since {frameskip} env steps before"
+    )
 
 
 @derive.command("tokens")
@@ -396,14 +428,17 @@ def derive_tokens(
     from wmcache.cache.store import TokenStore
     from wmcache.pipeline.derive import create_for
     from wmcache.pipeline.derive import derive as run
-    from wmcache.pipeline.extract import default_store
+    from wmcache.pipeline.extract import default_store, is_complete
 
     source = TokenStore.open(store)
     encoder = create_for(source, name, weights=weights, base_weights=base_weights, device=device)
     out = out or default_store(str(source.card.dataset["name"]), encoder, store_dtype)
+    state = ALREADY if is_complete(out) else ""
     run(source, encoder, out, dtype=store_dtype, cluster=cluster, device=device)
     rows, columns = encoder.token_grid
-    click.echo(f"{out}: {len(source)} frames, {rows} x {columns} tokens of {encoder.token_dim}, derived from {store}")
+    click.echo(
+        f"{out}: {state}{len(source)} frames, {rows} x {columns} tokens of {encoder.token_dim}, derived from {store}"
+    )
 
 
 @click.command(cls=Command)

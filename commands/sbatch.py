@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,7 @@ import click
 from click.core import ParameterSource
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import atomic_write, home
+from wmcache.cache.places import exists, unreadable
 from wmcache.commands.data import extract
 from wmcache.commands.shared import CONTEXT, PATH, Command, program_path
 from wmcache.commands.train import wmtrain
@@ -63,7 +66,11 @@ exit "$status"
     "--profile", default="slurm", help="A name in $WMCACHE_HOME/profiles, or a .toml file: what each job is given."
 )
 @click.option("--jobs", type=click.IntRange(1), help="Of an extraction, which they share.  [default: the profile's]")
-@click.option("--out", type=PATH, help="The script to write.  [default: $WMCACHE_HOME/jobs/<program>.sh]")
+@click.option(
+    "--out",
+    type=PATH,
+    help="The script to write.  [default: $WMCACHE_HOME/jobs/<program>.sh, with a number where that is another script]",
+)
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="extract|wmtrain [OPTIONS]...")
 def sbatch(profile: str, jobs: int | None, out: Path | None, words: tuple[str, ...]) -> None:
     """Write the batch script of `wmcache extract` (an array that shares the shards) or of `wmtrain` (one job).
@@ -83,16 +90,31 @@ def sbatch(profile: str, jobs: int | None, out: Path | None, words: tuple[str, .
             program = [program_path("wmtrain"), *_checked_wmtrain(rest, asked.gpus)]
         case _:
             raise click.UsageError("after the options comes extract or wmtrain, and what is typed after it")
-    out = out or home() / "jobs" / f"{words[0]}.sh"
     logs = home().absolute() / "logs"
-    text = script(asked, program, jobs=jobs, name=f"wmcache-{words[0]}", logs=logs)
+    text = script(asked, program, jobs=jobs, name=f"wmcache-{words[0]}", logs=logs).encode()
+    if out is None:
+        out = next(file for file in _names(home() / "jobs", words[0]) if not _is_other(file, text))
+    elif _is_other(out, text):
+        raise UserError(f"{out} exists and is another script; delete it, or choose another --out")
     logs.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as file:
-        file.write(text.encode())
+        file.write(text)
     click.echo(
         f"{out}: {'one job' if jobs is None else f'an array of {jobs}'}, logs in {logs}; submit it with:", err=True
     )
     click.echo(command("sbatch", out))
+
+
+def _names(folder: Path, program: str) -> Iterator[Path]:
+    """`extract.sh`, `extract-2.sh`, ..."""
+    yield folder / f"{program}.sh"
+    for number in itertools.count(2):
+        yield folder / f"{program}-{number}.sh"
+
+
+def _is_other(file: Path, text: bytes) -> bool:
+    """Whether a file is there that does not hold this text."""
+    return file.exists() and file.read_bytes() != text
 
 
 def script(profile: Profile, program: list[str], *, jobs: int | None, name: str, logs: Path) -> str:
@@ -151,6 +173,7 @@ def script(profile: Profile, program: list[str], *, jobs: int | None, name: str,
 def _checked_extract(words: list[str]) -> list[str]:
     """The words of an extraction that works on a slice; a typo is said here and not in the queue."""
     from wmcache.pipeline.encoders import get_entry
+    from wmcache.pipeline.frames import no_dataset
 
     context = extract.make_context("wmcache extract", list(words))
     for option in extract.params:
@@ -161,6 +184,15 @@ def _checked_extract(words: list[str]) -> list[str]:
         raise UserError(f"--cluster {cluster}: each job of the array works alone; leave it out")
     for name in context.params["names"].split(","):
         get_entry(name.strip())
+    dataset = context.params["dataset"] or home() / "pointmaze-umaze"
+    try:
+        unfinished = exists(dataset / "unfinished.json")
+        if not unfinished and not exists(dataset / "dataset.json"):
+            raise no_dataset(dataset)
+    except OSError as error:
+        raise unreadable(dataset, error) from error
+    if unfinished:
+        click.echo(f"{dataset} is not finished yet: let the jobs wait for that, as with sbatch --dependency", err=True)
     return words
 
 
@@ -172,6 +204,14 @@ def _checked_wmtrain(words: list[str], gpus: int) -> list[str]:
         raise UserError(f"wmtrain {rest[0]} has no batch script; write one that runs: {command('wmtrain', *words)}")
     if context.params["cache"] is None:
         raise click.MissingParameter(ctx=context, param_type="option", param_hint="'--cache'")
+    from wmcache.cache.layout import read_attributes
+
+    attributes = read_attributes(context.params["cache"])
+    if not attributes["complete"]:
+        click.echo(
+            f"{context.params['cache']} is not complete yet: let the job wait for that, as with sbatch --dependency",
+            err=True,
+        )
     devices = context.params["devices"]
     if devices is not None and devices > max(1, gpus) and context.params["device"] != "cpu":
         raise UserError(f"--devices {devices} is more than the {gpus} GPUs of the profile; leave it out, or raise gpus")

@@ -70,6 +70,10 @@ BARREN = 2
 MUST_MATCH = ("python", "dask", "distributed", "wmcache")
 
 _alone = threading.Lock()
+_counting = threading.Lock()
+_reported = threading.local()
+_bar: Any = None
+"""The progress bar of the tasks that run in this process."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,20 @@ def parse_cluster(text: str) -> Cluster:
         profile = read_profile(rest or "slurm")
         return Cluster(text, profile.jobs, profile=profile)
     raise UserError(f"no cluster {text!r}; write local, local:N, tcp://HOST:PORT, slurm or slurm:PROFILE")
+
+
+def report(units: int) -> None:
+    """Count units of a task that runs before it ends, on the bar of this process if the task runs here."""
+    if _bar is not None:
+        with _counting:
+            _reported.units = getattr(_reported, "units", 0) + units
+            _bar.update(units)
+
+
+def _reporting(task: Callable[[Item], int], item: Item) -> tuple[int, int]:
+    """The units that a task did, and how many of them it has reported on this process's bar."""
+    _reported.units = 0
+    return task(item), _reported.units
 
 
 class Pool(Protocol):
@@ -154,7 +172,7 @@ def run_tasks(
     """Run `task` on every item, showing a rate and an ETA.
 
     Args:
-        task: picklable; returns how many units it did. A `UserError` in it fails that item only.
+        task: picklable; returns how many units it did, and may `report` them as it does them. A `UserError` in it fails that item only.
         items: one for each task.
         cluster: where, see `parse_cluster`; or a pool that is open.
         threads: tasks in flight in each process, so that one reads or writes while another computes; in 1, a task has the process to
@@ -178,7 +196,8 @@ def run_tasks(
         if not isinstance(cluster, str)
         else open_pool(cluster, threads=threads, most=len(items), label=label) as pool,
         tqdm(total=total, desc=label, unit=f" {unit}", mininterval=seconds_between_updates(), leave=leave) as bar,
-        closing(_outcomes(task, items, pool)) as outcomes,
+        _showing(bar),
+        closing(_outcomes(partial(_reporting, task), items, pool)) as outcomes,
     ):
         wanted = parse_cluster(cluster).workers if isinstance(cluster, str) else 0
         if more and len(items) < max(wanted, pool.workers):
@@ -191,7 +210,8 @@ def run_tasks(
                 if in_a_row >= max(GIVE_UP, 2 * threads * pool.workers):
                     break
             else:
-                bar.update(outcome)
+                with _counting:
+                    bar.update(outcome[0] - outcome[1])
                 in_a_row = 0
     if done < len(items):
         raise UserError(
@@ -201,7 +221,18 @@ def run_tasks(
         raise UserError(f"{len(failures)} of {len(items)} {what} failed, the others are done; the first: {failures[0]}")
 
 
-def _outcomes(task: Callable[[Item], int], items: Sequence[Item], pool: Pool) -> Generator[int | UserError]:
+@contextmanager
+def _showing(bar: Any) -> Iterator[None]:
+    """Let tasks in this process report on this bar."""
+    global _bar
+    before, _bar = _bar, bar
+    try:
+        yield
+    finally:
+        _bar = before
+
+
+def _outcomes(task: Callable[[Item], T], items: Sequence[Item], pool: Pool) -> Generator[T | UserError]:
     waiting = iter(items)
     while True:
         pool.submit((None, partial(task, item)) for item in itertools.islice(waiting, pool.room))

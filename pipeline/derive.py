@@ -20,7 +20,7 @@ from wmcache.cache.places import Place, absolute, exists, place
 from wmcache.cache.store import TokenStore
 from wmcache.cache.writer import StoreWriter
 from wmcache.pipeline import encoders
-from wmcache.pipeline.cluster import run_tasks
+from wmcache.pipeline.cluster import report, run_tasks
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Select
 from wmcache.pipeline.extract import Job, load_encoders, open_writer, remember_encoders
@@ -122,6 +122,7 @@ def derive_shard(source: str, identity: str, job: Job, device: str, batch: int, 
                 part = store.gather(np.arange(frames.start + start, min(frames.start + start + batch, frames.stop)))
                 features = select.restore(torch.from_numpy(part).to(encoder.device))
                 tokens[start : start + len(part)] = encoder.tokens(features).cpu().numpy()
+                report(len(part))
             writer.write_shard(shard, tokens)
     return len(frames)
 

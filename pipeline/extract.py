@@ -28,11 +28,11 @@ from wmcache.cache.device import choose_device, release_memory
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import free_space, home, require_space
 from wmcache.cache.identity import Identity
-from wmcache.cache.layout import StoreCard, read_attributes
+from wmcache.cache.layout import StoreCard, read_attributes, read_card
 from wmcache.cache.places import Place, absolute, exists, place
 from wmcache.cache.writer import LackingError, StoreWriter
 from wmcache.pipeline import encoders
-from wmcache.pipeline.cluster import Pool, open_pool, parse_cluster, run_tasks
+from wmcache.pipeline.cluster import Pool, open_pool, parse_cluster, report, run_tasks
 from wmcache.pipeline.encoders import Encoder, encode_together
 from wmcache.pipeline.frames import FrameDataset, Frames
 
@@ -169,6 +169,16 @@ def _finish_whole(writers: Sequence[StoreWriter]) -> list[list[int]]:
         if not lacking[-1]:
             writer.finish()
     return lacking
+
+
+def is_complete(path: Place) -> bool:
+    """Whether a store is complete, with all its shards: there is nothing to extract into it."""
+    try:
+        attributes = read_attributes(path)
+        identity = Identity.from_json(attributes["identity"], str(path))
+        return bool(attributes["complete"]) and not StoreWriter(path, read_card(attributes), identity).pending()
+    except (UserError, OSError):  # which the extraction meets again, and reports
+        return False
 
 
 def finalize(path: Place) -> StoreCard:
@@ -320,6 +330,7 @@ def encode_frames(encoders_: Sequence[Encoder], frames: Frames, batch: int) -> l
         for whole, part in zip(tokens, parts, strict=True):
             whole[start : start + len(part)] = part.cpu().numpy()
         start += len(parts[0])
+        report(len(parts[0]) * len(encoders_))
     return tokens
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
@@ -21,7 +21,9 @@ from wmcache.cache.cpus import available_cpus
 from wmcache.cache.device import autocast, choose_device, choose_dtype
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import atomic_write, home, seconds_between_updates
+from wmcache.cache.places import cause_outside, unreadable
 from wmcache.cache.store import TokenStore
+from wmcache.cache.tensors import open_tensors
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import FitOptions
 from wmcache.pipeline.encoders.base import Features, Preprocess, Select
@@ -191,6 +193,8 @@ def read_fit(weights: Path) -> dict[str, str]:
     try:
         return read_metadata(weights)
     except (OSError, SafetensorError) as error:
+        if outside := cause_outside(error):
+            raise unreadable(weights, outside) from error
         raise UserError(f"{weights} cannot be read ({error}); replace it with --overwrite") from error
 
 
@@ -284,12 +288,14 @@ def _save_partial(path: Path, fitting: Fitting, optimiser: torch.optim.Optimizer
 def _take_up(path: Path, fitting: Fitting, optimiser: torch.optim.Optimizer, header: dict[str, str]) -> int:
     """Load what a killed fit of the same header left, if there is such; returns its number of steps."""
     try:
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             found = dict(file.metadata() or {})
             if without_paths({**found, "step": ""}) != without_paths({**header, "step": ""}):
                 return 0
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError) as error:
+        if outside := cause_outside(error):
+            raise unreadable(path, outside) from error
         return 0
     fitting.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items() if name[0] == "m"})
     state: dict[int, dict[str, Tensor]] = {}

@@ -28,10 +28,11 @@ from PIL import Image
 from pydantic import Field
 from typing_extensions import TypedDict
 from wmcache.cache.cpus import available_cpus
-from wmcache.cache.errors import UserError, command
+from wmcache.cache.errors import MissingError, UserError, command
 from wmcache.cache.files import (
     atomic_write,
     cannot_write,
+    did_you_mean,
     human_bytes,
     is_temporary,
     read_json,
@@ -41,9 +42,10 @@ from wmcache.cache.files import (
 )
 from wmcache.cache.memory import available_ram
 from wmcache.cache.places import (
+    MISSING,
     Place,
+    cause_outside,
     exists,
-    mend_reading,
     names_in,
     open_to_read,
     place,
@@ -51,6 +53,7 @@ from wmcache.cache.places import (
     remove,
     require_name,
     size_of,
+    unreadable,
 )
 from wmcache.cache.schema import Count, Name, Size, parse
 
@@ -272,8 +275,11 @@ class FrameDataset:
             if exists(path / "unfinished.json"):
                 raise UserError(f"{path} is an unfinished dataset; finish it by running its wmcache collect again")
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror or error}); {mend_reading(path)}") from error
-        values = read_json(path / "dataset.json", mend)
+            raise unreadable(path, error) from error
+        try:
+            values = read_json(path / "dataset.json", mend)
+        except MissingError:
+            raise no_dataset(path) from None
         card = parse(DatasetCard, values, path / "dataset.json", mend)
         if card.format_version != FORMAT_VERSION:
             raise UserError(
@@ -316,8 +322,9 @@ class FrameDataset:
                 raise UserError(f"{tar} is larger than its frames can be; restore it or collect again")
             data = read_bytes(tar)
         except OSError as error:
-            mend = "restore it or collect again" if isinstance(tar, Path) else mend_reading(tar)
-            raise UserError(f"{tar} cannot be read ({error.strerror or error}); {mend}") from error
+            if isinstance(tar, Path) and error.errno in MISSING:
+                raise UserError(f"{tar} does not exist; restore it or collect again") from error
+            raise unreadable(tar, error) from error
         if hashlib.sha256(data).hexdigest() != self.card.shards[shard]["sha256"]:
             raise UserError(f"{tar} differs from its checksum in dataset.json; restore it or collect again")
         members: list[tuple[str, bytes]] = []
@@ -356,6 +363,22 @@ class FrameDataset:
         return out
 
 
+def no_dataset(path: Place) -> MissingError:
+    """The error of a dataset that is missing."""
+    make = "make a dataset with: " + command("wmcache", "collect", "--out", path)
+    return MissingError(f"{path / 'dataset.json'} does not exist; {did_you_mean(path, 'dataset', make)}")
+
+
+def is_complete(path: Place) -> bool:
+    """Whether a dataset is finished, with all its shards: there is nothing to collect or import into it."""
+    try:
+        there = set(names_in(path))
+        card = FrameDataset.open(path).card
+    except (UserError, OSError):
+        return False
+    return {record["name"] for record in card.shards} <= there
+
+
 def fingerprint(steps_sha256: str, shards: list[ShardRecord]) -> str:
     """Of a dataset: SHA-256 over the checksums of its parts."""
     known = json.dumps([FORMAT_VERSION, steps_sha256, [record["sha256"] for record in shards]])
@@ -390,6 +413,8 @@ def read_steps(path: Place, frames: int | None = None) -> Steps:
                 )
             return Steps.from_table(table.read())
     except (OSError, KeyError, ValueError, TypeError, AttributeError, MemoryError, pa.ArrowException) as error:
+        if outside := cause_outside(error):
+            raise unreadable(path / "steps.parquet", outside) from error
         reason = " ".join(repr(str(error)[:160])[1:-1].split())
         raise UserError(f"{path / 'steps.parquet'} cannot be read ({reason}); collect the dataset again") from error
 

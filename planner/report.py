@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest, spearmanr
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import atomic_write, make_folder, write_json
+from wmcache.cache.places import cause_outside, unreadable
 from wmcache.cache.store import TokenStore
 from wmcache.envs import FPS, Maze, PointMazeSimulator
 from wmcache.planner.episodes import THRESHOLDS, Episodes, env_steps, shortest_ways
@@ -130,6 +131,8 @@ def draw_training(run: Path) -> bytes:
     try:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError) as error:
+        if outside := cause_outside(error):
+            raise unreadable(run / "metrics.jsonl", outside) from error
         raise UserError(f"{run / 'metrics.jsonl'} cannot be read ({error}); train the model again") from error
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     skills = [line for line in lines if "skill_1" in line]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from shutil import copytree
 
@@ -27,6 +31,37 @@ settings.load_profile("repeatable")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Threads that wait for each other make these tiny networks ten times slower as soon as anything else runs beside the tests.
 torch.set_num_threads(1)
+NOBODY = 65534
+
+
+@contextmanager
+def _as_another_user() -> Iterator[None]:
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def another_user() -> Callable[[], AbstractContextManager[None]]:
+    """() -> a block in which this process has no rights of root; an ordinary user has none anyway."""
+    return _as_another_user
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """An empty folder in which any user may look; `tmp_path` is this user's alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        path.chmod(0o755)
+        yield path
+        for inside in (path, *path.rglob("*")):
+            if inside.is_dir() and not inside.is_symlink():
+                inside.chmod(0o755)
 
 
 @pytest.fixture(scope="session")

@@ -123,7 +123,9 @@ class TestTheRoad:
             return {file: file.read_bytes() for file in home.rglob("*") if file.is_file() and "runs" not in file.parts}
 
         before = data()
-        assert run(line, home).exit_code == 0
+        result = run(line, home)
+        assert result.exit_code == 0
+        assert "already complete" in result.stdout
         assert data() == before
 
     def test_planning_prints_json_and_nothing_else(self, home: Path, tmp_path: Path) -> None:
@@ -143,6 +145,56 @@ class TestTheRoad:
         line = f"wmtrain --cache {{home}}/stores/pointmaze-umaze/tcn-64.zarr --steps 1 --out {{out}} {MODEL}"
         result = run(line, home, out=tmp_path / "run")
         assert result.stdout.splitlines()[-1].endswith(f"wmplan --run {tmp_path / 'run'}")
+
+
+class TestWhatIsNotThere:
+    """A store, a dataset or a run that is missing where the README has it, and is there under the user's own $WMCACHE_HOME."""
+
+    @pytest.mark.parametrize(
+        ("line", "there"),
+        [
+            ("wmcache info data/demo/{}", "stores/pointmaze-umaze/tcn-64.zarr"),
+            ("wmcache verify {}", "stores/pointmaze-umaze/tcn-64.zarr"),
+            ("wmtrain --cache /no/where/{}", "stores/pointmaze-umaze/tcn-64.zarr"),
+            ("wmcache extract --dataset data/demo/{}", "pointmaze-umaze"),
+            ("wmplan --run data/demo/{}", "runs/pointmaze-umaze-tcn-64"),
+        ],
+    )
+    def test_the_same_place_under_home_is_named(
+        self, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, there: str
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        result = run(line.format(there), home)
+        assert result.exit_code == 1
+        assert f"did you mean {home / there}?" in result.stderr
+
+    @pytest.mark.parametrize(
+        ("line", "there"),
+        [
+            ("wmcache info {home}/stores/pointmaze-umaze/tcn-46.zarr", "stores/pointmaze-umaze/tcn-64.zarr"),
+            ("wmcache extract --dataset {home}/pointmaze-umase", "pointmaze-umaze"),
+            ("wmplan --run {home}/runs/pointmaze-umaze-tcn", "runs/pointmaze-umaze-tcn-64"),
+        ],
+    )
+    def test_the_nearest_name_is_named(self, home: Path, line: str, there: str) -> None:
+        assert f"did you mean {home / there}?" in run(line, home).stderr
+
+    @pytest.mark.parametrize(
+        ("line", "said"),
+        [
+            ("wmcache info nothing-like-it", "wmcache extract"),
+            ("wmcache extract --dataset nothing-like-it", "wmcache collect"),
+            ("wmplan --run nothing-like-it", "wmtrain"),
+        ],
+    )
+    def test_where_there_is_nothing_like_it_the_command_that_makes_one_is_named(
+        self, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, said: str
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        result = run(line, home)
+        assert "nothing-like-it" in result.stderr
+        assert said in result.stderr
+        assert "did you mean" not in result.stderr
 
 
 class TestQuestions:

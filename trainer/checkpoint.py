@@ -20,13 +20,15 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import read_json, require_seal, seal, sha256_of, sync, write_json
+from wmcache.cache.errors import MissingError, UnreadableError, UserError
+from wmcache.cache.files import did_you_mean, read_json, require_seal, seal, sha256_of, sync, write_json
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_card, require_identity
+from wmcache.cache.places import cause_outside, unreadable
 from wmcache.cache.schema import Size, parse
+from wmcache.cache.tensors import load_tensors as open_all
 from wmcache.trainer.models import DataShape, build, read_options
 
 KEEP = 2
@@ -112,6 +114,8 @@ def save_checkpoint(
 def _ends_a_stage(folder: Path) -> bool:
     try:
         progress = read_progress(folder)
+    except UnreadableError:
+        return True  # what cannot be read just now is kept
     except UserError:
         return False
     return bool(progress.stage) and progress.finished
@@ -208,7 +212,10 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 def read_config(run: Path) -> dict[str, Any]:
     """The settings of a run; raises UserError where the folder is no run."""
     mend = "train a model with: wmtrain --cache STORE"
-    config = read_json(run / "config.json", mend)
+    try:
+        config = read_json(run / "config.json", mend)
+    except MissingError:
+        raise MissingError(f"{run / 'config.json'} does not exist; {did_you_mean(run, 'run', mend)}") from None
     if missing := {"model", "model_options", "shape", "cache", "frameskip"} - set(config):
         raise UserError(f"{run / 'config.json'} is not a run's (it lacks {', '.join(sorted(missing))}); {mend}")
     parse(_Config, config, run / "config.json", mend, exact=False)
@@ -308,7 +315,8 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     try:
         if sha256_of(file) != read_state(folder)["sha256"].get(name):
             raise UserError(f"{file} differs from its checksum; {FALL_BACK}")
-        tensors: dict[str, Tensor] = load_file(file)
+        return open_all(file)
     except (OSError, SafetensorError) as error:
+        if outside := cause_outside(error):
+            raise unreadable(file, outside) from error
         raise UserError(f"{file} cannot be read ({error}); {FALL_BACK}") from error
-    return tensors

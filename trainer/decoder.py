@@ -20,7 +20,15 @@ from torch import Tensor
 from tqdm import tqdm
 from wmcache.cache.device import autocast, choose_device, choose_dtype
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import exclusive, human_bytes, is_temporary, read_json, seconds_between_updates, write_json
+from wmcache.cache.files import (
+    exclusive,
+    human_bytes,
+    is_temporary,
+    not_written,
+    read_json,
+    seconds_between_updates,
+    write_json,
+)
 from wmcache.cache.identity import Identity
 from wmcache.cache.memory import available_ram
 from wmcache.cache.places import Place, absolute
@@ -118,8 +126,7 @@ def train_decoder(
         try:
             return _train(store, cache, read_frames, out, options, overwrite=overwrite)
         except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"cannot write {out}: {reason}; free space, then run the same command again") from error
+            raise not_written(out, error) from error
 
 
 def _train(

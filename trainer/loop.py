@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from wmcache.cache.device import autocast, choose_dtype
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import exclusive, is_temporary, seconds_between_updates, write_json
+from wmcache.cache.files import exclusive, is_temporary, not_written, seconds_between_updates, write_json
 from wmcache.cache.places import Place, absolute
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows, batch_windows
@@ -157,8 +157,7 @@ def train(
         try:
             return _train(store, cache, out, options, ranks, resume=resume, overwrite=overwrite)
         except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"cannot write {out}: {reason}; free space, then run the same command again") from error
+            raise not_written(out, error) from error
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from wmcache.cache.errors import UserError
+from wmcache.cache.places import cause_outside, unreadable
 
 AGAIN = "get the checkpoint again from where you trust it to come from"
 RESAVE = "get it again; a file of PyTorch before 1.6 has to be saved again by a newer one"
@@ -99,6 +100,8 @@ class Archive:
         except FileNotFoundError:
             raise UserError(f"{path} does not exist; name the folder that holds hydra.yaml and checkpoints/") from None
         except (zipfile.BadZipFile, ValueError, OSError) as error:
+            if outside := cause_outside(error):
+                raise unreadable(path, outside) from error
             raise UserError(f"{path} is not a whole file of torch.save ({_reason(error)}); {RESAVE}") from error
         members = self._zip.infolist()
         self._sizes = {member.filename: member.file_size for member in members}
@@ -152,6 +155,8 @@ class Archive:
         try:
             found = self._zip.read(self._folder + name)
         except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+            if outside := cause_outside(error):
+                raise unreadable(self.path, outside) from error
             raise UserError(f"{self.path} is damaged ({_reason(error)}); {AGAIN}") from error
         if len(found) != self._sizes[self._folder + name]:
             raise UserError(f"{self.path} is damaged ({name} is cut off); {AGAIN}")

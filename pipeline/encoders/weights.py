@@ -6,6 +6,7 @@ what was downloaded first, which is asked for, and compared with, ever after. $H
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import sys
@@ -13,15 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from huggingface_hub.file_download import repo_folder_name
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import exclusive, home, human_bytes, read_json, sha256_of, write_json
+from wmcache.cache.places import cause_outside, unreadable
 from wmcache.cache.schema import Count, parse
+from wmcache.cache.tensors import load_tensors, open_tensors
 from wmcache.pipeline.encoders.base import EncoderSpec
 
 FILE = "model.safetensors"
@@ -51,7 +54,7 @@ def weights_file(path: Path) -> Path:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The head of a safetensors file; raises OSError or SafetensorError where it cannot be read."""
-    with safe_open(weights_file(path), "np") as file:
+    with open_tensors(weights_file(path)) as file:
         return dict(file.metadata() or {})
 
 
@@ -64,6 +67,8 @@ def read_header(path: Path, encoder: str) -> dict[str, str]:
     try:
         header = read_metadata(path)
     except (OSError, SafetensorError) as error:
+        if outside := cause_outside(error):
+            raise unreadable(path, outside) from error
         raise UserError(f"--weights {path} cannot be read ({error}); fit it again") from error
     if header.get("encoder") != encoder:
         raise UserError(
@@ -91,8 +96,10 @@ def load_fitted(network: nn.Module, path: Path, encoder: str) -> None:
         UserError: the file cannot be read, or does not fit.
     """
     try:
-        network.load_state_dict(load_file(weights_file(path)))
+        network.load_state_dict(load_tensors(weights_file(path)))
     except (SafetensorError, RuntimeError, OSError) as error:
+        if outside := cause_outside(error):
+            raise unreadable(path, outside) from error
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--weights {path} does not fit {encoder} ({reason}); fit it again") from error
 
@@ -110,9 +117,11 @@ def read_tensors(path: Path, encoder: str, without: tuple[str, ...] = ()) -> dic
     """
     file = weights_file(path)
     try:
-        with safe_open(file, "pt") as tensors:
+        with open_tensors(file) as tensors:
             return {name: tensors.get_tensor(name) for name in tensors.keys() if not name.startswith(without)}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
+        if outside := cause_outside(error):
+            raise unreadable(file, outside) from error
         raise UserError(f"{file} does not hold the weights of {encoder} ({error}); get it again") from error
 
 
@@ -181,12 +190,25 @@ def look_up(repository: str, revision: str = "") -> Cached | None:
         UserError: as `read_pins`.
     """
     pin = pin_of(repository, revision)
-    path = try_to_load_from_cache(repository, FILE, revision=revision or (pin.revision if pin else None))
-    if not isinstance(path, str):
+    path = _in_cache(repository, revision or (pin.revision if pin else ""))
+    if path is None:
         return None
-    size = Path(path).stat().st_size
+    size = path.stat().st_size
     fault = f"{human_bytes(pin.bytes)} were downloaded" if pin and size != pin.bytes else ""
-    return Cached(Path(path), Path(path).parent.name, size, fault)
+    return Cached(path, path.parent.name, size, fault)
+
+
+def _in_cache(repository: str, revision: str) -> Path | None:
+    """The file of a repository in the hub's cache at a commit; without one, of the newest that there is."""
+    found = try_to_load_from_cache(repository, FILE, revision=revision or None)
+    if isinstance(found, str):
+        return Path(found)
+    if revision:
+        return None
+    # What was downloaded by its commit, as here, is not the cache's `main`; another user of that cache has no pin of it.
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "snapshots"
+    there = [path for path in folder.glob(f"*/{FILE}") if path.is_file()]
+    return max(there, key=lambda path: path.lstat().st_mtime, default=None)
 
 
 def find_weights(spec: EncoderSpec, weights: Path | None) -> tuple[Path, str]:
@@ -221,14 +243,17 @@ def download_weights(repository: str, encoder: str, *, revision: str = "", accep
     """
     pin = pin_of(repository, revision)
     asked = revision or (pin.revision if pin else "")
-    cached = try_to_load_from_cache(repository, FILE, revision=asked or None)
-    if isinstance(cached, str):
-        path = Path(cached)
+    cached = _in_cache(repository, asked)
+    if cached is not None:
+        path = cached
         # The cache names a large file by its checksum.
         published = path.resolve().name
     else:
         path, published = _download(repository, encoder, asked, accept)
-    digest = sha256_of(path)
+    try:
+        digest = sha256_of(path)
+    except OSError as error:
+        raise unreadable(path.resolve(), error) from error
     known = pin.sha256 if pin else published if SHA256.fullmatch(published) else digest
     if digest != known:
         raise UserError(
@@ -265,6 +290,12 @@ def _download(repository: str, encoder: str, revision: str, accept: str) -> tupl
                 "log in with: hf auth login, and run the same command again (or pass --weights)"
             ) from error
         reason = " ".join(str(error).split())[:160]
+        outside = cause_outside(error)
+        if outside is not None and outside.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
+            raise UserError(
+                f"the weights of {encoder} ({repository}) are not in the hub's cache, and {constants.HF_HUB_CACHE} cannot be written "
+                f"({outside.strerror}); set HF_HOME to a folder that can, or pass --weights"
+            ) from error
         raise UserError(
             f"the weights of {encoder} ({repository}) cannot be downloaded ({reason}); "
             "pass --weights FILE.safetensors, or use --encoder tcn, which needs no download"

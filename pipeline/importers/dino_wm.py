@@ -25,7 +25,8 @@ from tqdm import tqdm
 from wmcache.cache.device import CPU
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import seconds_between_updates
-from wmcache.cache.places import Place
+from wmcache.cache.places import Place, cause_outside, unreadable
+from wmcache.cache.tensors import can_map
 from wmcache.envs import ENV_PREFIX, FPS, Maze, find_maze, maze_names
 from wmcache.pipeline.frames import DatasetCard, Frames, Steps
 from wmcache.pipeline.importers import Source, require_finite, write_dataset
@@ -95,13 +96,15 @@ def load_tensor(path: Path) -> torch.Tensor:
         is_zip = _is_plain_zip(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice to those who wrote the file; what matters comes as an error
-            tensor = torch.load(path, weights_only=True, map_location=CPU, mmap=is_zip)
+            tensor = torch.load(path, weights_only=True, map_location=CPU, mmap=is_zip and can_map(path))
         size = path.stat().st_size
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; get the published folder again") from None
     except MemoryError:
         raise
     except Exception as error:  # (whatever torch makes of a file that may be anything)
+        if outside := cause_outside(error):
+            raise unreadable(path, outside) from error
         raise UserError(f"{path} cannot be read ({_reason(error)}); {AGAIN}") from error
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
         raise UserError(f"{path} holds no plain tensor but {type(tensor).__name__}; {AGAIN}")

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from wmcache.cache.errors import UserError
-from wmcache.cache.places import Place
+from wmcache.cache.places import Place, cause_outside, unreadable
 from wmcache.pipeline.frames import DatasetCard, Frames, Steps
 from wmcache.pipeline.importers import MOST_PIXELS, Shape, Source, as_columns, write_dataset
 
@@ -241,6 +241,8 @@ def _open(path: Path) -> Image.Image:
         Image.DecompressionBombError,
         Image.DecompressionBombWarning,
     ) as error:
+        if outside := cause_outside(error):
+            raise unreadable(path, outside) from error
         raise UserError(f"{path} is no readable image ({' '.join(str(error).split())[:160]})") from error
 
 

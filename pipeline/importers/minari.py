@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import seconds_between_updates
-from wmcache.cache.places import Place
+from wmcache.cache.places import Place, cause_outside, unreadable
 from wmcache.pipeline.frames import DatasetCard, Frames, Steps
 from wmcache.pipeline.importers import Shape, Source, as_columns, write_dataset
 
@@ -99,6 +99,8 @@ def _open(dataset: str) -> MinariStorage:
         _require_spaces(MinariStorage.read_raw_metadata(folder))
         return MinariStorage.read(folder)
     except Exception as error:  # (whatever Minari makes of files that may be anybody's)
+        if outside := cause_outside(error):
+            raise unreadable(folder, outside) from error
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         mend = "" if Path(dataset).is_dir() else "; get it with: " + command("minari", "download", dataset)
         raise UserError(f"Minari dataset {dataset} cannot be opened ({reason}){mend}") from error
@@ -151,6 +153,8 @@ def _load(
         images, state = (_at(found["observations"], key) for key in (image_key, state_key))
         action = np.asarray(found["actions"])
     except Exception as error:  # (whatever Minari and HDF5 make of a damaged file)
+        if outside := cause_outside(error):
+            raise unreadable(Path(dataset), outside) from error
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(
             f"episode {episode} of Minari dataset {dataset} cannot be read ({reason}); get it again"

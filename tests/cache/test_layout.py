@@ -24,6 +24,7 @@ from wmcache.cache.layout import (
     check_columns,
     column_sha256,
     is_mappable,
+    open_group,
     read_attributes,
     read_card,
     read_column,
@@ -367,7 +368,7 @@ def _a_group(path: Path) -> None:
 def test_a_column_that_is_not_what_was_written_is_refused_by_name(
     finished: Path, card: StoreCard, damage: Callable[[Path], None], said: str
 ) -> None:
-    attributes, group = read_attributes(finished), zarr.open_group(finished, mode="r")
+    attributes, group = read_attributes(finished), open_group(finished)
     assert attributes["columns"].keys() == {"action", "state", "episode", "step", "sha256"}
     for name in attributes["columns"]:
         array = np.asarray(group[name])
@@ -375,7 +376,7 @@ def test_a_column_that_is_not_what_was_written_is_refused_by_name(
     check_columns(group, card, attributes["columns"], finished)
     damage(finished)
     with pytest.raises(DamagedError, match=re.escape(f"{finished}/{said}")) as caught:
-        check_columns(zarr.open_group(finished, mode="r"), card, attributes["columns"], finished)
+        check_columns(open_group(finished), card, attributes["columns"], finished)
     assert str(caught.value).endswith("; run its wmcache extract again")
     assert "\n" not in str(caught.value)
 

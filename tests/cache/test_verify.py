@@ -143,7 +143,7 @@ RECORDS = {
     _another_stores_record: r"is the record of another shard or store",
 }
 SHARDS = {
-    _no_shard: r"^it cannot be read \(No such file or directory\)$",
+    _no_shard: r"^it does not exist$",
     _a_folder_in_its_place: r"^it ",
     _cut: r"^it has 1085 bytes instead of 1092$",
     _longer: r"^it has 1093 bytes instead of 1092$",

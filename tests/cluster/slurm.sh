@@ -227,7 +227,10 @@ require_equal "$serial" "$home/dask.zarr"
 
 step "A job that cannot do its work, of a user whose home has every letter that a shell or SLURM reads otherwise"
 odd="$work/100% \"o'k\" \$(touch x) #1"
+mkdir -p "$odd/pointmaze-umaze"
+touch "$odd/pointmaze-umaze/dataset.json" # sbatch refuses a dataset that is not there; this one is gone when the job starts
 line=$(WMCACHE_HOME=$odd wmcache sbatch --jobs 1 --profile "$home/profiles/array.toml" extract --encoder pixels 2>/dev/null)
+rm -r "$odd/pointmaze-umaze"
 lost=$(submit "$line")
 until_true 120 "job $lost ends" gone "$lost"
 [[ $(field "${lost}_0" JobState),$(field "${lost}_0" ExitCode) == FAILED,1:0 ]] || fail "job $lost is $(field "${lost}_0" JobState)"

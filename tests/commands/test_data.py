@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 from click.testing import CliRunner, Result
 from wmcache.cache import TokenStore
 from wmcache.cli import main
-from wmcache.pipeline import bench
+from wmcache.pipeline import bench, cluster, encoders
 from wmcache.pipeline.collect import collect
+from wmcache.pipeline.extract import extract_together
+from wmcache.pipeline.frames import FrameDataset
 
 
 @pytest.fixture
@@ -48,6 +51,39 @@ def test_several_encoders_are_extracted_in_one_go(home: Path) -> None:
     assert f"{stores / 'pixels-32.zarr'}: 360 frames, 4 x 4 tokens of 192" in result.output
 
 
+def test_a_finished_extraction_says_so_and_one_that_lost_a_shard_does_not(home: Path) -> None:
+    assert "already complete" not in run("extract --device cpu --change-maps").output
+    store = home / "stores/pointmaze-umaze/tcn-64.zarr"
+    again = run("extract --device cpu --change-maps").output
+    assert again.count("already complete") == 2
+    assert "already complete" in run("derive change-maps {store}", store=store).output
+    (store / "tokens/c.1.0.0").unlink()
+    again = run("extract --device cpu --change-maps").output
+    assert again.count("already complete") == 1
+
+
+def test_the_landscape_is_not_measured_without_the_frames(home: Path, tmp_path: Path) -> None:
+    assert run("extract --encoder tcn-layers --device cpu").exit_code == 0
+    (home / "pointmaze-umaze").rename(home / "moved")
+    line = "fit --encoder dino-tok --cache {layers} --steps 1 --batch-size 8 --shallow 4 --device cpu --out {out}"
+    result = run(line, layers=home / "stores/pointmaze-umaze/tcn-layers-64.zarr", out=tmp_path / "a.safetensors")
+    assert result.exit_code == 0, result.output
+    assert "--dataset" in result.output
+    assert str(home / "pointmaze-umaze") in result.output
+
+
+def test_the_bar_moves_with_every_batch_of_a_shard(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "seconds_between_updates", lambda: 0.0)
+    frames = FrameDataset.open(home / "pointmaze-umaze")
+    extract_together(frames, [(encoders.create("pixels", device="cpu"), home / "pixels.zarr")], batch=16)
+    counts = [int(count) for count in re.findall(r"(\d+)/360", capfd.readouterr().err)]
+    assert {16, 32, 48} <= set(counts)  # a shard has 64 frames
+    assert counts == sorted(counts)
+    assert counts[-1] == 360
+
+
 def test_an_adapter_is_fitted_on_layers_that_are_made_if_need_be_and_its_store_derived(home: Path) -> None:
     fitted = run("fit --encoder dino-tok --base tcn-layers --steps 2 --batch-size 8 --shallow 4 --device cpu")
     assert fitted.exit_code == 0, fitted.output
@@ -56,6 +92,16 @@ def test_an_adapter_is_fitted_on_layers_that_are_made_if_need_be_and_its_store_d
     assert derived.exit_code == 0, derived.output
     extracted = run("extract --encoder dino-tok --device cpu --out {out}", out=home / "extracted.zarr")
     assert extracted.exit_code == 0, extracted.output
+    assert "already complete" not in fitted.output + derived.output + extracted.output
+    # From the store alone: the store says where its frames are, so the landscape is measured.
+    again = run(
+        "fit --encoder dino-tok --cache {layers} --steps 2 --batch-size 8 --shallow 4 --device cpu", layers=layers
+    )
+    assert again.exit_code == 0, again.output
+    assert "already complete" in again.output
+    assert "Spearman" in again.output
+    again = run("derive {layers} --encoder dino-tok --device cpu", layers=layers)
+    assert "already complete" in again.output
     by_derivation = TokenStore.open(home / "stores/pointmaze-umaze/dino-tok-64.zarr")
     assert by_derivation.identity == TokenStore.open(home / "extracted.zarr").identity
     assert by_derivation.card.token_dim == 36

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
+from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cli import main
 from wmcache.commands.shared import STOPPED, Command
 
@@ -69,7 +72,9 @@ class Site:
         assert result.exit_code == 0, result.output
         (line,) = result.stdout.splitlines()
         assert line.startswith("sbatch ")
-        return self.home / "jobs" / ("wmtrain.sh" if "wmtrain" in words else "extract.sh")
+        script = Path(shlex.split(line)[1])
+        assert script.parent == self.home / "jobs"
+        return script
 
     def start(self, script: Path, mode: str | int = 0) -> subprocess.Popen[bytes]:
         settings = {
@@ -107,8 +112,10 @@ def sbatch(*words: str) -> Result:
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset_path: Path, store_path: Path) -> Site:
     site = Site(tmp_path)
+    (site.home / "pointmaze-umaze").symlink_to(dataset_path)
+    (tmp_path / "s.zarr").symlink_to(store_path)
     monkeypatch.setenv("WMCACHE_HOME", str(site.home))
     monkeypatch.setattr(sys, "argv", [str(site.programs / "wmcache")])
     monkeypatch.chdir(tmp_path)
@@ -165,7 +172,8 @@ class TestScript:
 
     def test_slurm_reads_a_folder_of_any_name_as_one_word(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WMCACHE_HOME", str(site.folder / """100% "o'k" $(touch x)"""))
-        result = sbatch("--out", "script.sh", "extract", "--encoder", "pixels")
+        frames = str(site.home / "pointmaze-umaze")
+        result = sbatch("--out", "script.sh", "extract", "--encoder", "pixels", "--dataset", frames)
         assert result.exit_code == 0, result.output
         # As slurm-wlm 22.05 takes it; tests/cluster/slurm.sh asks it.
         assert (
@@ -178,9 +186,38 @@ class TestScript:
         self, site: Site, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
         monkeypatch.setenv("WMCACHE_HOME", str(site.folder / name))
-        result = sbatch("--out", "script.sh", "extract", "--encoder", "pixels")
+        frames = str(site.home / "pointmaze-umaze")
+        result = sbatch("--out", "script.sh", "extract", "--encoder", "pixels", "--dataset", frames)
         assert (result.exit_code, Path("script.sh").exists()) == (1, False)
         assert "SLURM cannot write its logs there" in result.stderr
+
+    def test_no_other_script_is_overwritten(self, site: Site) -> None:
+        first = site.write("wmtrain", "--cache", "s.zarr")
+        text = first.read_text()
+        second = site.write("wmtrain", "--cache", "s.zarr", "--seed", "1")
+        assert (first.name, second.name) == ("wmtrain.sh", "wmtrain-2.sh")
+        assert first.read_text() == text
+        assert "--seed 1" in second.read_text()
+        assert site.write("wmtrain", "--cache", "s.zarr") == first
+        assert site.write("wmtrain", "--cache", "s.zarr", "--seed", "1") == second
+        mine = site.folder / "mine.sh"
+        mine.write_text("# an hour of work")
+        result = sbatch("--out", str(mine), "wmtrain", "--cache", "s.zarr")
+        assert result.exit_code == 1
+        assert str(mine) in result.stderr
+        assert mine.read_text() == "# an hour of work"
+
+    def test_what_is_not_complete_yet_is_noted(self, site: Site, store_path: Path) -> None:
+        half = shutil.copytree(store_path, site.folder / "half.zarr")
+        StoreWriter.resume(half, TokenStore.open(half).identity).reopen([1])
+        result = sbatch("wmtrain", "--cache", str(half))
+        assert result.exit_code == 0
+        assert f"{half} is not complete yet" in result.stderr
+        (site.folder / "frames").mkdir()
+        (site.folder / "frames" / "unfinished.json").touch()
+        result = sbatch("extract", "--encoder", "pixels", "--dataset", "frames")
+        assert result.exit_code == 0
+        assert "frames is not finished yet" in result.stderr
 
 
 class TestRun:
@@ -188,6 +225,7 @@ class TestRun:
         folder = site.folder / HOSTILE
         folder.mkdir()
         os.chdir(folder)
+        Path(HOSTILE).symlink_to(site.home / "pointmaze-umaze")
         words = ["extract", "--encoder", "pixels", "--dataset", HOSTILE, "--out", "line\nbreak"]
         script = site.write("--profile", "big", *words)
         subprocess.run(["bash", "-n", script], check=True)
@@ -239,6 +277,8 @@ class TestRun:
         ("extract --cluster slurm", "--cluster slurm: each job of the array works alone; leave it out"),
         ("--profile big wmtrain --cache s.zarr --batch-size 3", "--batch-size 3"),
         ("wmtrain", "Missing option '--cache'"),
+        ("wmtrain --cache t.zarr", "t.zarr does not exist; did you mean s.zarr?"),
+        ("extract --encoder pixels --dataset none", "none/dataset.json does not exist"),
         ("wmtrain --cache s.zarr --steps many", "'many' is not a valid integer"),
         ("wmtrain --seed 1 decoder --cache s.zarr", "wmtrain decoder has no batch script"),
         ("wmtrain --cache s.zarr foo", "No such command 'foo'"),

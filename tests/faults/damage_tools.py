@@ -25,7 +25,7 @@ from fault_workers import extract_store
 from wmcache.cache import StoreCard, TokenStore, UserError
 from wmcache.cache.files import seal, sha256_of
 from wmcache.cache.layout import read_attributes, read_card
-from wmcache.cache.reader import MISSING, ZarrReader
+from wmcache.cache.reader import ABSENT, ZarrReader
 from wmcache.cli import main
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
@@ -126,7 +126,7 @@ def rewrite_index(file: Path, card: StoreCard, entries: dict[int, tuple[int, int
 
 def lose_chunk(file: Path, card: StoreCard, row: int) -> None:
     """Make a shard say that it never had one of its frames."""
-    rewrite_index(file, card, {row: (int(MISSING), int(MISSING))})
+    rewrite_index(file, card, {row: (int(ABSENT), int(ABSENT))})
 
 
 def stamps(*folders: Path) -> dict[Path, tuple[int, int]]:

@@ -116,7 +116,7 @@ def test_a_flipped_byte_is_noticed(copied: Path) -> None:
 
 def test_a_missing_tar_is_named(copied: Path) -> None:
     (copied / SHARD).unlink()
-    with pytest.raises(UserError, match=f"{SHARD} cannot be read"):
+    with pytest.raises(UserError, match=f"{SHARD} does not exist"):
         FrameDataset.open(copied).read_shard(1)
 
 

@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save, save_file
 from wmcache.cache import UserError
+from wmcache.cache.errors import UnreadableError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import dinov3
 from wmcache.pipeline.encoders.weights import (
@@ -32,6 +34,7 @@ from wmcache.pipeline.encoders.weights import (
     require_weights,
 )
 
+AnotherUser = Callable[[], AbstractContextManager[None]]
 REPOSITORY = "somebody/weights"
 FIRST, SECOND = "1" * 40, "2" * 40
 DATA = save({"weight": torch.arange(100.0)})
@@ -250,6 +253,72 @@ def test_the_environment_says_where_the_cache_is_and_that_there_is_no_network(hu
     assert Path(found).read_bytes() == DATA
     assert "--weights" in refused
     assert "--encoder tcn" in refused
+
+
+def make_read_only(folder: Path) -> None:
+    """For all that have not the rights of root."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if not path.is_symlink():
+            path.chmod(0o555 if path.is_dir() else 0o444)
+    folder.chmod(0o555)
+
+
+@pytest.fixture
+def shared(hub: Hub, open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with the weights and a home with nothing; read-only, of another user's."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(open_folder / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(open_folder / "token"))
+    monkeypatch.setenv("WMCACHE_HOME", str(open_folder / "first"))
+    download_weights(REPOSITORY, "dinov9")
+    monkeypatch.setenv("WMCACHE_HOME", str(open_folder / "home"))
+    (open_folder / "home").mkdir(mode=0o777)
+    (open_folder / "home").chmod(0o777)
+    make_read_only(open_folder / "hub")
+    hub.asked.clear()
+    return open_folder
+
+
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize("home_is_writable", [True, False])
+def test_weights_in_a_read_only_cache_are_used(
+    hub: Hub,
+    shared: Path,
+    another_user: AnotherUser,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    offline: bool,
+    home_is_writable: bool,
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    if not home_is_writable:
+        make_read_only(shared / "home")
+    with another_user():
+        first = download_weights(REPOSITORY, "dinov9")
+        assert download_weights(REPOSITORY, "dinov9") == first
+        assert read_tensors(first, "dinov9")["weight"].tolist() == list(range(100))
+    assert hub.asked == []
+    said = capsys.readouterr().err
+    assert ("is not pinned" in said) == (not home_is_writable)
+    assert (shared / "home/encoders/pins.json").exists() == home_is_writable
+
+
+def test_a_read_only_cache_without_the_weights_is_said_to_be_so(
+    hub: Hub, shared: Path, another_user: AnotherUser
+) -> None:
+    with another_user(), pytest.raises(UserError, match="HF_HOME") as refused:
+        download_weights("somebody/others", "dinov9")
+    assert str(shared / "hub") in str(refused.value)
+
+
+def test_weights_in_a_cache_that_this_user_may_not_read_are_not_called_damaged(
+    hub: Hub, shared: Path, another_user: AnotherUser
+) -> None:
+    (blob,) = (shared / "hub").glob("*/blobs/*")
+    blob.chmod(0)
+    with another_user(), pytest.raises(UnreadableError, match="make it readable") as refused:
+        download_weights(REPOSITORY, "dinov9")
+    assert "delete" not in str(refused.value)
+    assert str(shared / "hub") in str(refused.value)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a/b": {"revision": 3}}', '{"a/b": {"sha256": "", "bytes": -1}}'])

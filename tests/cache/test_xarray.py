@@ -1,0 +1,128 @@
+"""Stores opened by xarray, and stores that were made before they had names of dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from numpy.typing import NDArray
+from wmcache.cache import Identity, StoreWriter, TokenStore
+from wmcache.cache.files import read_json, seal, sha256_of, write_json
+from wmcache.cache.layout import DamagedError, read_attributes
+from wmcache.cache.verify import verify
+
+MakeWriter = Callable[..., StoreWriter]
+EVERY = np.arange(50)
+
+
+def age(path: Path) -> None:
+    """Make a store as one from before dimensions had names: the same arrays without names, attributes and copies."""
+    group = read_json(path / "zarr.json", "")
+    for file in path.glob("*/zarr.json"):
+        values = {name: value for name, value in read_json(file, "").items() if name != "dimension_names"}
+        write_json(file, {**values, "attributes": {}})
+    attributes = {
+        name: value for name, value in group["attributes"].items() if name not in ("consolidated", "checksum")
+    }
+    attributes["layout"] = sha256_of(path / "tokens" / "zarr.json")
+    del group["consolidated_metadata"]
+    write_json(path / "zarr.json", {**group, "attributes": seal(attributes)})
+
+
+@pytest.mark.parametrize("open_", [xr.open_zarr, lambda path: xr.open_dataset(path, engine="zarr")])
+def test_xarray_opens_a_store(finished: Path, open_: Callable[[Path], xr.Dataset]) -> None:
+    store, found = TokenStore.open(finished), open_(finished)  # any warning fails a test
+    assert found.tokens.dims == ("frame", "token", "channel")
+    assert set(found.coords) == {"episode", "step"}
+    assert found.tokens.dtype == np.float16
+    for frame in (0, 7, 31, 49):
+        np.testing.assert_array_equal(found.tokens[frame].values, store.gather(np.array([frame]))[0])
+    np.testing.assert_array_equal(found.action.values, store.action)
+    np.testing.assert_array_equal(found.state.values, store.state)
+    np.testing.assert_array_equal(found.step.values, store.step)
+    assert found.tokens.isel(frame=found.episode.values == 1).shape == (30, 6, 4)
+
+
+def test_xarray_opens_a_store_that_is_not_finished(
+    tmp_path: Path, make_writer: MakeWriter, tokens: NDArray[np.float16]
+) -> None:
+    writer = make_writer(tmp_path / "part.zarr")
+    writer.write_shard(0, tokens[:16])
+    found = xr.open_zarr(writer.path)
+    np.testing.assert_array_equal(found.tokens[:16].values, tokens[:16])
+    assert np.isnan(found.tokens[16:].values).all()
+
+
+def test_xarray_sees_the_steps_of_an_int8_store(
+    tmp_path: Path, make_writer: MakeWriter, tokens: NDArray[np.float16], identity: Identity
+) -> None:
+    made = make_writer(tmp_path / "made-up.zarr")
+    steps = {
+        name: np.asarray(zarr.open_group(made.path, mode="r")[name]) for name in ("action", "state", "episode", "step")
+    }
+    identity = replace(identity, store_dtype="int8")
+    writer = StoreWriter.create(tmp_path / "int8.zarr", replace(made.card, dtype="int8"), identity, steps)
+    for shard in writer.pending():
+        frames = made.card.shard_frames(shard)
+        writer.write_shard(shard, tokens[frames.start : frames.stop])
+    writer.finish()
+    found = xr.open_zarr(writer.path)
+    assert found.tokens.dtype == np.int8
+    np.testing.assert_array_equal(found.tokens.values, TokenStore.open(writer.path).gather_stored(EVERY))
+    assert found.scale.dims == ("shard", "scale_and_middle", "channel")
+
+
+def test_the_copies_of_metadata_are_watched(finished: Path) -> None:
+    group = read_json(finished / "zarr.json", "")
+    group["consolidated_metadata"]["metadata"]["tokens"]["fill_value"] = 0.0
+    write_json(finished / "zarr.json", group)
+    with pytest.raises(DamagedError, match=r"made-up\.zarr/zarr\.json"):
+        TokenStore.open(finished)
+
+
+def test_consolidating_again_with_zarr_is_no_damage(finished: Path) -> None:
+    with pytest.warns(UserWarning, match="[Cc]onsolidated"):
+        zarr.consolidate_metadata(finished)
+    assert verify(finished).sound
+
+
+def test_a_store_without_names_is_read_and_verified(finished: Path, tokens: NDArray[np.float16]) -> None:
+    age(finished)
+    assert verify(finished).sound
+    np.testing.assert_array_equal(TokenStore.open(finished).gather(EVERY), tokens)
+
+
+def test_a_store_without_names_is_resumed_and_finished(
+    finished: Path, tmp_path: Path, make_writer: MakeWriter, tokens: NDArray[np.float16], identity: Identity
+) -> None:
+    half = make_writer(tmp_path / "half.zarr")
+    half.write_shard(0, tokens[:16])
+    age(half.path)
+    first, second = make_writer(half.path), StoreWriter.resume(half.path, identity)
+    for writer, shards in ((first, (1, 3)), (second, (2,))):
+        for shard in shards:
+            frames = writer.card.shard_frames(shard)
+            writer.write_shard(shard, tokens[frames.start : frames.stop])
+    first.finish()
+    assert verify(half.path).sound
+    np.testing.assert_array_equal(TokenStore.open(half.path).gather(EVERY), tokens)
+    # The same frames give the same shards, whether dimensions have names or not.
+    assert sha256_of(half.path / "tokens" / "c.1.0.0") == sha256_of(finished / "tokens" / "c.1.0.0")
+
+
+def test_a_store_without_names_gets_them_when_its_description_is_written_again(
+    finished: Path, make_writer: MakeWriter
+) -> None:
+    age(finished)
+    layout = read_attributes(finished)["layout"]
+    (finished / "zarr.json").write_text("{")
+    writer = make_writer(finished)
+    assert writer.pending() == []
+    writer.finish()
+    assert read_attributes(finished)["layout"] != layout
+    assert xr.open_zarr(finished).tokens.dims == ("frame", "token", "channel")
