@@ -68,7 +68,9 @@ class Maze:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             known = ", ".join(maze_names())
-            raise MazeError(f"no maze {str(name)!r}: known are {known}, or a path to a .txt grid ({error})") from error
+            # The path of a layout of ours says nothing to a user who wrote a name.
+            reason = f" ({getattr(error, 'strerror', None) or error})" if path == Path(name) else ""
+            raise MazeError(f"no maze {str(name)!r}{reason}: known are {known}, or a path to a .txt grid") from error
         return cls(path.stem, tuple(line.strip() for line in text.splitlines() if line.strip()))
 
     @cached_property
