@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import imageio.v2 as imageio
 import imageio_ffmpeg
@@ -69,8 +70,8 @@ def write_mp4(path: Path, frames: Sequence[NDArray[np.uint8]], fps: float) -> No
     try:
         with cannot_write(path):
             # By default imageio stretches frames to multiples of 16.
-            settings = {"codec": "libx264", "quality": 8, "macro_block_size": 2}
-            imageio.mimwrite(temporary, frames, format="FFMPEG", fps=fps, **settings)
+            settings: dict[str, Any] = {"codec": "libx264", "quality": 8, "macro_block_size": 2}
+            imageio.mimwrite(temporary, [*frames], format="FFMPEG", fps=fps, **settings)
             temporary.replace(path)
     except UserError as error:
         cause = error.__cause__

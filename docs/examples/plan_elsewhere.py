@@ -33,7 +33,8 @@ def plan_elsewhere(run: Path, simulator: Any, goal_image: np.ndarray, env_steps:
         device=torch.device(device),
         dtype=torch.float32,
     )
-    generators, plan, taken = [torch.Generator().manual_seed(0)], None, []
+    generators, plan = [torch.Generator().manual_seed(0)], None
+    taken: list[Any] = []
     while len(taken) < env_steps:
         image, state = simulator.observe()
         proprio = torch.tensor(np.asarray(state), dtype=torch.float32, device=device)

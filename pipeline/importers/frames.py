@@ -241,9 +241,10 @@ def _steps(rows: pa.Table, table: Path) -> tuple[NDArray[np.int64], Steps, NDArr
             f"{missing.sum()} of {last.sum()} episodes of {table} have no action in their last row; "
             "the frame of that row, after which nothing was done, is not imported"
         )
-    order, episode, step, action, state = (array[~missing] for array in (order, episode, step, action, state))
-    action, state = as_columns(action, state, table, lambda frame: _row(table, int(order[frame])))
-    return order, Steps(episode.astype(np.int32), step.astype(np.int32), action, state), missing[last]
+    kept = ~missing
+    order = order[kept]
+    actions, states = as_columns(action[kept], state[kept], table, lambda frame: _row(table, int(order[frame])))
+    return order, Steps(episode[kept].astype(np.int32), step[kept].astype(np.int32), actions, states), missing[last]
 
 
 def _matrix(rows: pa.Table, name: str, table: Path) -> NDArray[np.float64]:
