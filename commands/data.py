@@ -81,10 +81,14 @@ shape_options = options(
 @click.option("--out", type=PLACE, help="Folder of the dataset.  [default: $WMCACHE_HOME/pointmaze-<maze>]")
 def collect(env: str, out: Place | None, **settings: Any) -> None:
     """Collect a dataset of frames. Run again, it goes on where it stopped."""
-    from wmcache.envs import find_maze
+    from wmcache.envs import MazeError, find_maze
     from wmcache.pipeline.collect import collect as run
 
-    out = out or home() / f"pointmaze-{find_maze(env).name.lower()}"
+    try:
+        maze = find_maze(env)
+    except MazeError as error:
+        raise UserError(f"--env {env!r}: {error}; for frames of other environments: wmcache import frames") from error
+    out = out or home() / f"pointmaze-{maze.name.lower()}"
     _make_dataset(out, partial(run, env, out, **settings))
 
 

@@ -111,9 +111,11 @@ def wmplan(
     **settings: Any,
 ) -> None:
     """Plan with a trained world model, judge it, and write a report."""
+    from wmcache.pipeline.video import ffmpeg
     from wmcache.planner.evaluate import PlanOptions, Setting, default_out, evaluate, refuse_other_results
     from wmcache.planner.report import write_report
 
+    ffmpeg()  # the report has videos; a missing one is reported before any work
     search = take_search(settings)
     chosen = PlanOptions(search=search, **settings)
     out = out or default_out(run, protocol, chosen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from wmcache.cache.places import Place
@@ -13,13 +13,20 @@ from wmcache.commands.shared import PATH, PLACE, Command, json_option
 if TYPE_CHECKING:
     from wmcache.pipeline.probe import Probe
 
-COLUMNS = {
-    name: max(7, len(name) + 2)
-    for name in (
-        *("xy lin", "xy MLP", "v lin", "v MLP", "Spearman", "stuck"),
-        *("nearest", "90 %", "rank", "channels", "moves"),
-    )
+LEGEND = {
+    "xy lin": "R^2 of the position by ridge regression, mean of x and y: 1 is perfect, 0 no better than the mean",
+    "xy MLP": "the same by a network with one hidden layer",
+    "v lin": "R^2 of the velocity by ridge regression, mean of vx and vy; a single frame does not show it",
+    "v MLP": "the same by a network with one hidden layer",
+    "Spearman": "rank correlation of token distance and distance along the maze: 1 is perfect",
+    "stuck": "share of frames from which descending the token distance does not reach the goal",
+    "nearest": "distance in the maze to the frame with the nearest tokens, median",
+    "90 %": "the same, 90 % quantile",
+    "rank": "effective rank: how many dimensions the frames take up",
+    "channels": "participation ratio: how many channels single tokens use",
+    "moves": "what changes in 5 env steps, as a share of the variance of the frames",
 }
+"""Header -> what it means; docs/encoders.md has the same list."""
 
 
 @click.command("probe", cls=Command)
@@ -35,10 +42,7 @@ COLUMNS = {
 def probe(stores: tuple[Place, ...], dataset: Place | None, frames: int, out: Path | None, as_json: bool) -> None:
     """Measure what a planner can read out of token stores; figures of held-out episodes, and a picture of each.
 
-    xy, v: R^2 of positions and velocities by ridge regression and by a small network; of the whole state where there is no maze. Spearman,
-    stuck: how well token distance ranks true distance, and where descending it does not arrive. nearest: distance in the maze to the frame
-    with the nearest tokens, median and 90 % quantile. rank, channels: how many dimensions frames and single tokens take up. moves: what
-    changes in 5 env steps, as a share of the variance.
+    A row per store, and for states that are not of a maze the R^2 of each state column. The output ends with what each header means.
     """
     from wmcache.pipeline.probe import draw_probe, picture_paths
     from wmcache.pipeline.probe import probe as run
@@ -46,7 +50,7 @@ def probe(stores: tuple[Place, ...], dataset: Place | None, frames: int, out: Pa
     pictures = picture_paths(stores, out)
     found = []
     if not as_json:
-        click.echo(row(list(COLUMNS), "store"))
+        click.echo(row(list(LEGEND), "store"))
     for store, picture in zip(stores, pictures, strict=True):
         result = run(store, dataset=dataset, frames=frames)
         if drawn := result.nearest is not None:
@@ -58,6 +62,10 @@ def probe(stores: tuple[Place, ...], dataset: Place | None, frames: int, out: Pa
         click.echo(json.dumps(found, indent=2))
         return
     for values in found:
+        if "x" not in values["linear"] and values["linear"]:
+            click.echo("\n".join(["", *state_table(values)]))
+    click.echo("\n".join(["", *(f"{name:8}  {meaning}" for name, meaning in LEGEND.items()), "-         not known"]))
+    for values in found:
         said = (
             f"drawn: {values['picture']}"
             if values["picture"]
@@ -67,19 +75,30 @@ def probe(stores: tuple[Place, ...], dataset: Place | None, frames: int, out: Pa
 
 
 def row(values: list[str], store: str) -> str:
-    """A line of the table."""
-    return "".join(f"{value:>{width}}" for value, width in zip(values, COLUMNS.values(), strict=True)) + f"  {store}"
+    """A line of the table; a value that is wider than its column moves the others."""
+    return " ".join(f"{value:>{max(7, len(name))}}" for value, name in zip(values, LEGEND, strict=True)) + f"  {store}"
+
+
+def state_table(values: dict[str, Any]) -> list[str]:
+    """The R^2 of each state column of a store, a line each; the names of the columns are the import's."""
+    width = max(map(len, ("column", *values["linear"])))
+    lines = [f"R^2 of each state column: {values['store']}", f"{'column':{width}} {'lin':>8} {'MLP':>8}"]
+    for name, linear in values["linear"].items():
+        lines.append(f"{name:{width}} {rounded(linear):>8} {rounded(values['mlp'][name]):>8}")
+    return lines
+
+
+def rounded(value: float | None) -> str:
+    """A figure of the tables."""
+    return "-" if value is None else f"{value:.3f}"
 
 
 def cells(found: Probe) -> list[str]:
-    """The row of a table, `-` for what is not known; each R^2 is a mean over columns of the state."""
-    velocities = [name for name in found.linear if name in ("vx", "vy")]
-    others = [name for name in found.linear if name not in velocities]
+    """The row of a table, `-` for what is not known; each R^2 is a mean over two columns of the state."""
     values: list[float | None] = []
-    for names in (others, velocities):
+    for names in (("x", "y"), ("vx", "vy")):
         for scores in (found.linear, found.mlp):
-            known = [value for name in names if (value := scores[name]) is not None]
+            known = [value for name in names if (value := scores.get(name)) is not None]
             values.append(sum(known) / len(known) if known else None)
     values += [found.spearman, found.stuck, found.nearest, found.nearest_90]
-    rounded = ["-" if value is None else f"{value:.3f}" for value in (*values, found.moves)]
-    return [*rounded[:-1], f"{found.effective_rank:.1f}", f"{found.channels:.1f}", rounded[-1]]
+    return [*map(rounded, values), f"{found.effective_rank:.1f}", f"{found.channels:.1f}", rounded(found.moves)]

@@ -141,7 +141,19 @@ def wmtrain(
         further = shell_command([following.get(word, word) for word in sys.argv])
         click.echo(f"{out}: knows where something changes; go on with: {further}")
     elif ranks.leads:
-        click.echo(f"{out}: trained; plan with: {command('wmplan', '--run', out)}")
+        click.echo(f"{out}: trained; {_next_step(out, cache)}")
+
+
+def _next_step(run: Path, cache: Place) -> str:
+    """What can be done with a trained run: its frames may be of no simulator that wmplan knows."""
+    from wmcache.trainer.checkpoint import read_identity
+
+    if read_identity(run)[0].dataset.get("maze"):
+        return f"plan with: {command('wmplan', '--run', run)}"
+    return (
+        "wmplan has no simulator of its frames; to plan in your own see docs/import.md; to see what it imagines, train a decoder with: "
+        f"{command('wmtrain', 'decoder', '--cache', cache)}, then: {command('wmcache', 'imagine', '--run', run, '--decoder', 'DECODER')}"
+    )
 
 
 @click.group("import-run", cls=Group)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
+from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import dijkstra
+from scipy.spatial import KDTree
 
 MAZES_DIR = Path(__file__).parent / "mazes"
 
@@ -68,7 +69,9 @@ class Maze:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             known = ", ".join(maze_names())
-            raise MazeError(f"no maze {str(name)!r}: known are {known}, or a path to a .txt grid ({error})") from error
+            # The path of a layout of ours says nothing to a user who wrote a name.
+            reason = f" ({getattr(error, 'strerror', None) or error})" if path == Path(name) else ""
+            raise MazeError(f"no maze {str(name)!r}{reason}: known are {known}, or a path to a .txt grid") from error
         return cls(path.stem, tuple(line.strip() for line in text.splitlines() if line.strip()))
 
     @cached_property
@@ -110,8 +113,8 @@ class Maze:
                 return xy
 
     @cached_property
-    def _lattice(self) -> tuple[Float, coo_array]:
-        """Free lattice points [n, 2], and the graph of straight moves between them (16 directions, 2.7 % too long at most)."""
+    def _lattice(self) -> tuple[KDTree, csr_array]:
+        """Free lattice points [n, 2], and the symmetric graph of straight moves between them (16 directions, 2.7 % too long at most)."""
         x_min, x_max, y_min, y_max = self.extent
         xs, ys = np.arange(x_min, x_max, LATTICE_STEP), np.arange(y_min, y_max, LATTICE_STEP)
         points = np.stack(np.meshgrid(xs, ys, indexing="ij"), -1)
@@ -128,7 +131,8 @@ class Maze:
             lengths.append(np.full(both.sum(), LATTICE_STEP * np.hypot(dx, dy)))
         size = int(free.sum())
         edges = (np.concatenate(lengths), (np.concatenate(sources), np.concatenate(targets)))
-        return points[free], coo_array(edges, shape=(size, size))
+        graph = coo_array(edges, shape=(size, size)).tocsr()
+        return KDTree(points[free]), (graph + graph.T).tocsr()
 
     def geodesic(self, start: Float, ends: Float) -> Float:
         """Length of the shortest path of the ball's centre from one place to others.
@@ -140,8 +144,8 @@ class Maze:
             [n], in maze units; inf where there is no way.
         """
         points, graph = self._lattice
-        nearest = [int(np.argmin(((points - place) ** 2).sum(-1))) for place in (start, *np.asarray(ends))]
-        length: Float = dijkstra(graph, directed=False, indices=nearest[0])[nearest[1:]]
+        nearest = points.query(np.concatenate([np.asarray(start)[None], ends]))[1]
+        length: Float = dijkstra(graph, indices=nearest[0])[nearest[1:]]
         straight = np.linalg.norm(np.asarray(ends) - start, axis=-1)
         # Below a few lattice steps the lattice's own error dominates, and there the straight line is the way.
         result: Float = np.where(straight < 2 * LATTICE_STEP, straight, np.maximum(length, straight))

@@ -87,6 +87,10 @@ class PointMazeSimulator:
         self._data = mujoco.MjData(self._model)
         self._renderer: mujoco.Renderer | None = None
 
+    def __reduce__(self) -> tuple[type[PointMazeSimulator], tuple[Maze, int]]:
+        """Copy or pickle what it is made of: a GL context belongs to its process, and a copy opens its own when it draws."""
+        return type(self), (self.maze, self.image_size)
+
     def step(self, state: Float, action: NDArray[np.floating]) -> Float:
         """One env step of 0.05 s.
 

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
+from tqdm import tqdm
 from wmcache.cache.errors import UserError
+from wmcache.cache.files import seconds_between_updates
 from wmcache.cache.places import Place, beside
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import split_episodes
@@ -437,7 +439,10 @@ def measure_landscape(distances: NDArray[np.floating], xy: Float, maze: Maze) ->
     """The landscape of squared token distances [n, n] between frames at the places xy [n, 2] of a maze."""
     goals = np.random.default_rng(0).choice(len(xy), min(PROBED_GOALS, len(xy)), replace=False)
     latent = distances[goals]
-    true = np.stack([maze.geodesic(xy[goal], xy) for goal in goals])
+    with tqdm(
+        goals, desc="distances", unit=" goals", delay=2, leave=False, mininterval=seconds_between_updates()
+    ) as bar:
+        true = np.stack([maze.geodesic(xy[goal], xy) for goal in bar])
     reachable = np.isfinite(true)
     correlation = spearmanr(latent[reachable], true[reachable]).statistic
     near = neighbours(maze, xy)

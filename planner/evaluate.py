@@ -119,7 +119,10 @@ class Setting:
                 f"{self.store.path} is not the store that {run} was trained on ({'; '.join(different)}); pass the right --cache"
             )
         if not self.card.dataset.get("maze"):
-            raise UserError(f"{run} was trained on frames of no known maze; there is no simulator to plan in")
+            raise UserError(
+                f"{run} was trained on frames of no known maze, so there is no simulator to plan in; "
+                "docs/import.md has a script that plans in your own"
+            )
         self.maze = find_maze(options.env) if options.env else cached_maze(self.card)
         self.image_size = int(self.card.dataset["image_size"])
         self.frameskip = int(self.config["frameskip"])

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import imageio.v2 as imageio
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -22,6 +21,7 @@ from wmcache.cache.places import Place
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows
 from wmcache.envs import FPS
+from wmcache.pipeline.video import ffmpeg, write_mp4
 from wmcache.trainer.checkpoint import load_model, read_config, read_identity
 from wmcache.trainer.decoder import ReadFrames, load_decoder, load_images, read_decoder_config, read_decoder_identity
 from wmcache.trainer.metrics import ImageMetrics, Images, to_pixels, to_unit
@@ -102,6 +102,8 @@ def imagine(
     Raises:
         UserError: no run, no decoder, of different stores or splits, or windows that are longer than episodes.
     """
+    if options.videos:
+        ffmpeg()  # before any work
     device = choose_device(options.device)
     config, store = _check(run, decoder, cache)
     windows = _windows(store, options, int(config["frameskip"]), int(config.get("split_seed", 42)))
@@ -254,13 +256,7 @@ def write_video(path: Path, real: Images, imagined: Images, fps: float) -> None:
     for step in range(real.shape[1]):
         rows = [np.concatenate([_panel(frame, scale) for frame in part[:, step]], 1) for part in (real, imagined)]
         frames.append(np.concatenate(rows))
-    temporary = path.with_name(f".{path.name}")
-    try:
-        # What H.264 needs are even sides; imageio would ask for multiples of 16, and stretch the picture.
-        imageio.mimwrite(temporary, frames, format="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=2)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_mp4(path, frames, fps)
 
 
 def _panel(frame: Images, scale: int) -> Images:

@@ -12,7 +12,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import imageio.v2 as imageio
 import jinja2
 import matplotlib
 
@@ -31,6 +30,7 @@ from wmcache.cache.files import atomic_write, make_folder, write_json
 from wmcache.cache.places import cause_outside, unreadable
 from wmcache.cache.store import TokenStore
 from wmcache.envs import FPS, Maze, PointMazeSimulator
+from wmcache.pipeline.video import write_mp4
 from wmcache.planner.episodes import THRESHOLDS, Episodes, env_steps, shortest_ways
 from wmcache.planner.evaluate import Setting, cached_maze
 from wmcache.planner.graph import LatentGraph
@@ -211,10 +211,8 @@ def write_videos(folder: Path, episodes: Episodes, setting: Setting) -> list[tup
         gap = np.full((VIDEO_SIZE, 16, 3), 255, np.uint8)
         states = np.concatenate([episodes.start[i : i + 1], episodes.states[i]])
         path = folder / f"episode-{i:03d}.mp4"
-        temporary = path.with_name(f".{path.name}")
         frames = [np.concatenate([simulator.render(state), gap, goal], axis=1) for state in states]
-        imageio.mimwrite(temporary, frames, format="FFMPEG", fps=FPS, codec="libx264", quality=8)
-        temporary.replace(path)
+        write_mp4(path, frames, FPS)
         steps = int(env_steps(episodes, THRESHOLDS[0])[i])
         arrived = bool((episodes.distances()[i] < THRESHOLDS[0]).any())
         outcome = f"within {THRESHOLDS[0]} after {steps} env steps" if arrived else "not reached"

@@ -11,7 +11,16 @@ from pathlib import Path
 from wmcache.cache.files import read_json
 from wmcache.pipeline.encoders.base import Backbone, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.registry import register
-from wmcache.pipeline.encoders.vit import CONFIG, RESAVE, HfFamily, ModelSize, load_hf, load_timm, variants
+from wmcache.pipeline.encoders.vit import (
+    CONFIG,
+    RESAVE,
+    HfFamily,
+    ModelSize,
+    load_hf,
+    load_timm,
+    refuse_registers,
+    variants,
+)
 from wmcache.pipeline.encoders.weights import find_weights
 
 SIZES = (
@@ -62,7 +71,11 @@ def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
     path, source = find_weights(spec, weights)
     size = next(size for size in SIZES if size.source == spec.source)
     backbone: Backbone
-    if path.is_dir() and "architecture" not in read_json(path / CONFIG, RESAVE):
+    written = read_json(path / CONFIG, RESAVE) if path.is_dir() else {}
+    # A folder of timm's names its architecture, which says how many registers there are.
+    if "architecture" not in written and written.get("model_type") in (None, "dinov2_with_registers"):
+        refuse_registers(spec, path)
+    if path.is_dir() and "architecture" not in written:
         backbone = load_hf(HF, size, spec, image_size, path)
     else:
         backbone = load_timm(size.source.removeprefix("timm/"), spec, image_size, path)

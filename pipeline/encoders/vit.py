@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import read_json
 from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, SELECTIONS, Backbone, EncoderSpec
-from wmcache.pipeline.encoders.weights import read_tensors, weights_file
+from wmcache.pipeline.encoders.weights import read_tensors, tensor_names, weights_file
 
 CONFIG = "config.json"
 RESAVE = "save the folder again with save_pretrained, or pass the .safetensors file itself"
@@ -305,17 +305,33 @@ def load_hf(family: HfFamily, size: ModelSize, spec: EncoderSpec, image_size: in
         except Exception as error:  # (whatever the library makes of a stranger's config)
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"{path} does not fit {spec.name} ({reason}); pass weights of {spec.source}") from error
-    kinds = {
-        "missing": report["missing_keys"],
-        "unknown": report["unexpected_keys"],
-        "of another shape": {key for key, *_ in report["mismatched_keys"]},
-        "unread": set(report["error_msgs"]),
-    }
-    if faults := [f"{kind}: {first_few(names)}" for kind, names in kinds.items() if names]:
-        raise UserError(f"{path} does not fit {spec.name} ({'; '.join(faults)}); pass weights of {spec.source}")
+    require_fit(
+        spec,
+        path,
+        missing=set(report["missing_keys"]),
+        unknown=set(report["unexpected_keys"]),
+        of_another_shape={key for key, *_ in report["mismatched_keys"]},
+        unread=set(report["error_msgs"]),
+    )
     backbone = HfVit(network, grid, class_token=family.class_token, arguments=family.arguments)
     backbone.config = settings
     return backbone
+
+
+def require_fit(spec: EncoderSpec, path: Path, **faults: set[str]) -> None:
+    """Refuse, as a UserError that names them, weights that are missing, unknown, of another shape or unread."""
+    if named := [f"{kind.replace('_', ' ')}: {first_few(names)}" for kind, names in faults.items() if names]:
+        raise UserError(f"{path} does not fit {spec.name} ({'; '.join(named)}); pass weights of {spec.source}")
+
+
+def refuse_registers(spec: EncoderSpec, path: Path) -> None:
+    """Raise UserError where weights hold register tokens, of a family that has a release without and one with them."""
+    last = {name.rpartition(".")[2]: name for name in tensor_names(path, spec.name)}
+    if found := last.get("reg_token") or last.get("register_tokens"):
+        raise UserError(
+            f"{path} holds register tokens ({found}), and {spec.name} is the network without them; "
+            f"pass weights of {spec.source}"
+        )
 
 
 def read_config(family: HfFamily, folder: Path) -> Any:

@@ -17,10 +17,21 @@ from wmcache.cache.errors import UserError
 from wmcache.cache.files import read_json
 from wmcache.pipeline.encoders.base import LAST, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.registry import register
-from wmcache.pipeline.encoders.vit import CONFIG, RESAVE, ModelSize, Vit, hf_settings, patches_a_side, variants
+from wmcache.pipeline.encoders.vit import (
+    CONFIG,
+    RESAVE,
+    ModelSize,
+    Vit,
+    hf_settings,
+    patches_a_side,
+    require_fit,
+    variants,
+)
 from wmcache.pipeline.encoders.weights import find_weights, read_tensors
 
 TUBELET = 2
+CLASSIFIER = ("vjepa2.predictor.", "pooler.", "classifier.")
+"""What a VJEPA2ForVideoClassification has beside the encoder."""
 
 SIZE = ModelSize(
     "",
@@ -69,21 +80,25 @@ class Vjepa2Backbone(Vit):
 def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
     """The network with weights from the hub, from a file of the hub's names, or from a folder of transformers'.
 
-    Only the encoder is kept: the predictor, which a file may or may not hold, is for training.
+    Only the encoder is kept: a predictor is for training, and a classifier for other tasks.
 
     Raises:
         UserError: no network, or a file or folder that does not fit.
     """
     path, source = find_weights(spec, weights)
     encoder, grid = make_encoder(spec, image_size, path)
-    tensors = read_tensors(path, spec.name, without=("predictor.",))
-    try:
-        encoder.load_state_dict(
-            {name.removeprefix("encoder."): value.float() for name, value in tensors.items()}, assign=True
-        )
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} does not fit {spec.name} ({reason}); pass weights of {spec.source}") from error
+    tensors = read_tensors(path, spec.name, without=("predictor.", *CLASSIFIER))
+    # A model for classification has the whole network under this name.
+    given = {name.removeprefix("vjepa2.").removeprefix("encoder."): value.float() for name, value in tensors.items()}
+    wanted = encoder.state_dict()
+    require_fit(
+        spec,
+        path,
+        missing=set(wanted) - set(given),
+        unknown=set(given) - set(wanted),
+        of_another_shape={name for name in set(wanted) & set(given) if wanted[name].shape != given[name].shape},
+    )
+    encoder.load_state_dict(given, assign=True)
     backbone = Vjepa2Backbone(encoder, grid)
     backbone.config = hf_settings(encoder.config, type(encoder.config)(crop_size=image_size))
     return Loaded(backbone, Select(backbone, spec.token_selection), source)

@@ -10,6 +10,8 @@ import errno
 import json
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,32 +26,64 @@ from wmcache.cache.errors import UserError
 from wmcache.cache.files import exclusive, home, human_bytes, read_json, sha256_of, write_json
 from wmcache.cache.places import cause_outside, unreadable
 from wmcache.cache.schema import Count, parse
-from wmcache.cache.tensors import load_tensors, open_tensors
+from wmcache.cache.tensors import Tensors, load_tensors, open_tensors
 from wmcache.pipeline.encoders.base import EncoderSpec
 
 FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+"""Which file holds which tensor, where `save_pretrained` has written several (shards)."""
 SHA256 = re.compile("[0-9a-f]{64}")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def require_weights(path: Path) -> Path:
-    """The path of a safetensors file, or of a folder that holds one as `save_pretrained` writes it.
+    """The path of a safetensors file, or of a folder that holds one or several as `save_pretrained` writes them.
 
     Raises:
         UserError: it is neither.
     """
-    if path.is_dir() and (path / FILE).is_file():
+    if path.is_dir() and any((path / name).is_file() for name in (FILE, INDEX)):
         return path
     if path.suffix != ".safetensors" or not path.is_file():
         raise UserError(
-            f"--weights {path}: neither an existing .safetensors file nor a folder with {FILE} (nothing else is read: it could hold code)"
+            f"--weights {path}: neither an existing .safetensors file nor a folder with {FILE} or {INDEX} "
+            "(nothing else is read: it could hold code)"
         )
     return path
 
 
 def weights_file(path: Path) -> Path:
-    """The file itself, of what `require_weights` allows."""
-    return path / FILE if path.is_dir() else path
+    """The file itself, of what `require_weights` allows.
+
+    Raises:
+        UserError: there are several.
+    """
+    if not path.is_dir():
+        return path
+    if not (path / FILE).is_file():
+        raise UserError(f"{path} holds its weights in several files ({INDEX}), and this encoder takes one: {FILE}")
+    return path / FILE
+
+
+def weights_files(path: Path) -> list[Path]:
+    """All files, of what `require_weights` allows.
+
+    Raises:
+        UserError: a folder's index is damaged, or names a file that is missing or is not in the folder.
+    """
+    if not path.is_dir() or (path / FILE).is_file():
+        return [weights_file(path)]
+    again = "get the folder again"
+    parts = read_json(path / INDEX, again).get("weight_map")
+    if not isinstance(parts, dict) or not parts:
+        raise UserError(f"{path / INDEX} is damaged (no weight_map); {again}")
+    names = sorted({str(name) for name in parts.values()})
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{path / INDEX} names {name[:80]!r}, which is no safetensors file of the folder; {again}")
+        if not (path / name).is_file():
+            raise UserError(f"{path / name} is missing, one of {len(names)} files of {INDEX}; {again}")
+    return [path / name for name in names]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -115,10 +149,28 @@ def read_tensors(path: Path, encoder: str, without: tuple[str, ...] = ()) -> dic
     Raises:
         UserError: it cannot be read, or is cut short.
     """
-    file = weights_file(path)
+    found: dict[str, Tensor] = {}
+    for file in weights_files(path):
+        with _opened(file, encoder) as tensors:
+            found |= {name: tensors.get_tensor(name) for name in tensors.keys() if not name.startswith(without)}  # noqa: SIM118 (no mapping)
+    return found
+
+
+def tensor_names(path: Path, encoder: str) -> set[str]:
+    """The names of the tensors that `read_tensors` reads; raises as it does."""
+    names: set[str] = set()
+    for file in weights_files(path):
+        with _opened(file, encoder) as tensors:
+            names |= set(tensors.keys())
+    return names
+
+
+@contextmanager
+def _opened(file: Path, encoder: str) -> Iterator[Tensors]:
+    """An open file of weights; what fails in the block is raised as a UserError that names the file."""
     try:
         with open_tensors(file) as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys() if not name.startswith(without)}  # noqa: SIM118 (no mapping)
+            yield tensors
     except (SafetensorError, OSError) as error:
         if outside := cause_outside(error):
             raise unreadable(file, outside) from error

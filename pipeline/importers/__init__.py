@@ -7,13 +7,17 @@ holds of one episode, and an import that was stopped goes on with the shards tha
 from __future__ import annotations
 
 import functools
+import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm import tqdm
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import require_space
 from wmcache.cache.layout import MAX_COLUMN_WIDTH
@@ -31,6 +35,12 @@ from wmcache.pipeline.frames import (
 
 MOST_PIXELS = 8192 * 8192
 """Of an image before it is cropped and resized; beyond, it is taken for a decompression bomb."""
+
+NO_LEROBOT = (
+    "which wmcache cannot import yet: it reads neither videos of several episodes, nor images inside a table, nor LeRobot's columns "
+    "(episode_index, frame_index, observation.state); save each episode as images or as one video, with a table as in docs/import.md"
+)
+"""Why a LeRobot dataset is refused."""
 
 Read = Callable[[int, range], Iterable[Frames]]
 """(episode, steps) -> the frames of those steps, uint8 [image_size, image_size, 3] each."""
@@ -163,12 +173,17 @@ class Shape:
 
 
 def as_columns(
-    action: NDArray[Any], state: NDArray[Any], where: Place | str
+    action: NDArray[Any], state: NDArray[Any], where: Place | str, row: Callable[[int], str] = "row {}".format
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Actions [frames, A] and states [frames, P] as `Steps` holds them; actions are rounded to float32.
 
+    Args:
+        action, state: the numbers.
+        where: the file, for errors.
+        row: names a row of the arrays as the file counts it.
+
     Raises:
-        UserError: a number is not finite, or too large, or there are too many in a row.
+        UserError: a number is missing, not finite or too large for its type, or a row has too many.
     """
     for name, values in (("action", action), ("state", state)):
         if not 0 < values.shape[1] <= MAX_COLUMN_WIDTH:
@@ -177,13 +192,40 @@ def as_columns(
             )
     with np.errstate(over="ignore"):
         actions, states = np.ascontiguousarray(action, np.float32), np.ascontiguousarray(state, np.float64)
-    require_finite(actions, f"action in {where}")
-    require_finite(states, f"state in {where}")
+    for name, values, kept in (("action", action, actions), ("state", state, states)):
+        if len(wrong := np.argwhere(~np.isfinite(kept))):
+            at, column = wrong[0].tolist()
+            value = values[at, column]
+            reason = "empty or NaN" if np.isnan(value) else f"{value:g}, beyond float32"
+            raise UserError(
+                f"{name}_{column} is not a finite number ({reason}): {where}, {row(at)}; correct it, or end the episode before it "
+                "(only in the last row of an episode may the action be missing)"
+            )
     return actions, states
 
 
+def is_action_missing(action: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether nothing was recorded as the action of a row, bool [rows]: recorders write NaN for the last frame of an episode."""
+    return np.asarray(np.isnan(np.asarray(action, np.float64)).all(axis=1))
+
+
+def note(text: str) -> None:
+    """Print, on stderr, what an import leaves out."""
+    tqdm.write(f"note: {UserError(text)}", file=sys.stderr)
+
+
+def refuse_lerobot(folder: Path) -> None:
+    """Raise UserError where a folder is a LeRobot dataset."""
+    try:
+        info = json.loads((folder / "meta/info.json").read_bytes())
+        version = info["codebase_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    raise UserError(f"{folder} is a LeRobot dataset (codebase_version {str(version)[:20]}), {NO_LEROBOT}")
+
+
 def require_finite(values: NDArray[Any], what: str) -> None:
-    """Refuse, as a UserError that names the first place, values that are NaN or infinite."""
+    """Refuse, as a UserError that names the first one, values that are NaN or infinite."""
     if len(wrong := np.argwhere(~np.isfinite(values))):
         place = ", ".join(map(str, wrong[0].tolist()))
-        raise UserError(f"the {what} is not a finite number at [{place}]; nothing can be learnt from it: mend the file")
+        raise UserError(f"the {what} is not a finite number at [{place}]; correct the file")

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cli import main
+from wmcache.commands.probe import LEGEND, row
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +37,42 @@ def run(*words: object) -> Result:
 def test_a_row_for_each_store_fits_a_terminal(stores: tuple[Path, Path]) -> None:
     result = run(*stores, "--frames", 100)
     assert result.exit_code == 0, result.output
-    head, first, second = result.stdout.splitlines()
+    head, first, second = result.stdout.splitlines()[:3]
     assert max(map(len, (head, first, second))) <= 120
     assert first.endswith("  pointmaze-umaze/tcn-64.zarr")
     assert len(first.split()) == 12
     assert "-" not in first.split()[:-1]
-    assert second.split()[4:8] == ["-", "-", "-", "-"]
-    assert second.split()[2:4] == ["-", "-"]
+    assert second.split()[:8] == ["-"] * 8
     assert stores[0].with_suffix(".probe.png").read_bytes().startswith(b"\x89PNG")
     assert not stores[1].with_suffix(".probe.png").exists()
     said = result.stderr.splitlines()
     assert f"{stores[0]}: drawn: {stores[0].with_suffix('.probe.png')}" in said
     assert f"{stores[1]}: not drawn: no maze is known, so no true distance is" in said
+
+
+def test_states_that_are_no_positions_have_a_figure_each(stores: tuple[Path, Path]) -> None:
+    result = run(*stores, "--frames", 100)
+    found = {store["store"]: store for store in json.loads(run(*stores, "--frames", 100, "--json").stdout)}
+    assert str(stores[0]) not in result.stdout
+    start = result.stdout.splitlines().index(f"R^2 of each state column: {stores[1]}") + 2
+    table = [line.split() for line in result.stdout.splitlines()[start : start + 4]]
+    for number, (name, *figures) in enumerate(table):
+        assert name == f"state_{number}"
+        assert figures == [f"{found[str(stores[1])][kind][name]:.3f}" for kind in ("linear", "mlp")]
+
+
+def test_every_header_is_explained_in_the_output_and_in_the_docs(stores: tuple[Path, Path]) -> None:
+    lines = run(stores[0], "--frames", 100).stdout.splitlines()
+    docs = (Path(__file__).parents[2] / "docs/encoders.md").read_text()
+    assert lines[0].split() == [*" ".join(LEGEND).split(), "store"]
+    for name, meaning in LEGEND.items():
+        assert f"{name:8}  {meaning}" in lines
+        assert f"| `{name}` | {meaning} |" in docs
+
+
+@pytest.mark.parametrize("value", ["-12345.678", "12345.678"])
+def test_columns_never_run_together(value: str) -> None:
+    assert row([value] * len(LEGEND), "a/b.zarr").split() == [value] * len(LEGEND) + ["a/b.zarr"]
 
 
 def test_json_says_all(stores: tuple[Path, Path], tmp_path: Path) -> None:

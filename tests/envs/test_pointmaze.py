@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import copy
+import gc
+import multiprocessing
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -117,3 +121,48 @@ def test_a_stored_state_draws_the_live_frame(env: PointMazeEnv) -> None:
         redrawn = other.reset(options={"state": info["state"]})[0]["image"]
         np.testing.assert_array_equal(redrawn, observation["image"])
     other.close()
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda env: pickle.loads(pickle.dumps(env))}
+
+
+@pytest.mark.parametrize("by", COPIES)
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_copy_goes_on_as_the_original(env: PointMazeEnv, by: str, drawn: bool) -> None:
+    env.reset(seed=3)
+    if drawn:
+        env.render()
+    other, action = COPIES[by](env), np.array([1.0, -0.7], np.float32)
+    for _ in range(3):
+        ours, theirs = env.step(action), other.step(action)
+        np.testing.assert_array_equal(ours[0]["image"], theirs[0]["image"])
+        np.testing.assert_array_equal(ours[4]["state"], theirs[4]["state"])
+    other.close()
+    again = COPIES[by](env)
+    np.testing.assert_array_equal(env.reset()[1]["state"], again.reset()[1]["state"])
+    again.close()
+
+
+@pytest.mark.parametrize("by", COPIES)
+def test_a_copy_of_a_vector_env_and_of_a_wrapped_one_goes_on_as_the_original(
+    by: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for env in (
+        gym.make_vec(f"{ENV_PREFIX}UMaze-v0", num_envs=2, image_size=32),
+        gym.make(f"{ENV_PREFIX}UMaze-v0", image_size=32),
+    ):
+        env.reset(seed=0)
+        other = COPIES[by](env)
+        action = env.action_space.sample()
+        np.testing.assert_array_equal(env.step(action)[0]["image"], other.step(action)[0]["image"])
+        env.close()
+        other.close()
+    gc.collect()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.sweep
+def test_an_env_is_sent_to_another_process(env: PointMazeEnv) -> None:
+    env.reset(seed=0)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        np.testing.assert_array_equal(pool.apply(PointMazeEnv.render, (env,)), env.render())

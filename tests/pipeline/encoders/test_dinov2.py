@@ -9,8 +9,9 @@ import torch
 import torchvision.transforms.functional as TF
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 from torch import Tensor, nn
-from transformers import BitImageProcessor
+from transformers import BitImageProcessor, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 from transformers.image_utils import PILImageResampling
 from wmcache.cache import UserError
 from wmcache.pipeline import encoders
@@ -151,13 +152,39 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tcn\.safetensors does not hold .*vit_small_patch14_dinov2"):
         encoders.create("dinov2", weights=tmp_path / "tcn.safetensors")
     (tmp_path / "page.safetensors").write_bytes(b"<html>404</html>")
-    with pytest.raises(UserError, match=r"page\.safetensors does not hold .*vit_small_patch14_dinov2"):
+    with pytest.raises(UserError, match=r"page\.safetensors does not hold the weights of dinov2"):
         encoders.create("dinov2", weights=tmp_path / "page.safetensors")
 
 
 def test_a_file_of_another_size_is_refused(weights: Path) -> None:
     with pytest.raises(UserError, match=r"random\.safetensors does not hold .*vit_base_patch14_dinov2.*size mismatch"):
         encoders.create("dinov2-base", weights=weights)
+
+
+@pytest.mark.parametrize("of", ["timm", "official", "transformers", "transformers folder"])
+def test_weights_with_register_tokens_are_called_so(tmp_path: Path, of: str) -> None:
+    path, tiny = tmp_path / "model.safetensors", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if of.startswith("transformers"):
+        Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**tiny, image_size=56)).save_pretrained(tmp_path)
+    else:
+        vit = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=56, num_classes=0, embed_dim=36, depth=1)
+        weights = vit.state_dict()
+        if of == "official":
+            weights["register_tokens"] = weights.pop("reg_token")
+        save_file(weights, path)
+    with pytest.raises(UserError, match=r"register tokens \((reg_token|.*register_tokens)\)"):
+        encoders.create("dinov2", weights=tmp_path if of == "transformers folder" else path, device="cpu")
+
+
+def test_a_timm_folder_with_register_tokens_says_how_many_there_are(tmp_path: Path) -> None:
+    size = {"embed_dim": 36, "depth": 2, "num_heads": 2}
+    vit = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=56, num_classes=0, **size)
+    save_for_hf(vit, tmp_path, model_args={**size, "img_size": 56}, safe_serialization=True)
+    frames = noise(2, 56, 56)
+    encoder = encoders.create("dinov2", weights=tmp_path, image_size=56, dtype="float32", device="cpu")
+    with torch.inference_mode():
+        expected = vit.eval().forward_features(encoder.preprocess(torch.from_numpy(frames)))[:, 5:]
+    torch.testing.assert_close(encoder(frames), expected.half(), atol=4e-3, rtol=4e-3)
 
 
 def test_weights_that_are_not_finite_are_refused(weights: Path, tmp_path: Path) -> None:

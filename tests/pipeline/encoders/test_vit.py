@@ -412,6 +412,47 @@ def test_a_weight_of_another_shape_is_an_error(kind: Kind, tmp_path: Path) -> No
         replace(kind, folder=damage(kind, tmp_path, change)).create()
 
 
+def shard(folder: Path) -> None:
+    """Split a folder's file as `save_pretrained` does with a small `max_shard_size`."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({name: value for name, value in tensors.items() if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def test_a_folder_of_several_files_is_read_or_refused_by_name(kind: Kind, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(kind.folder, tmp_path / "folder"))
+    shard(folder)
+    if kind.folder.name == "timm":  # which writes one file, whatever its size
+        with pytest.raises(UserError, match=r"several files \(model\.safetensors\.index\.json\)"):
+            replace(kind, folder=folder).create()
+    else:
+        assert replace(kind, folder=folder).create().weights_sha256 == kind.create().weights_sha256
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda parts: parts.update(x="../model.safetensors"), r"index\.json names '\.\./model\.safetensors'"),
+        (lambda parts: parts.update(x="code.bin"), r"index\.json names 'code\.bin'"),
+        (lambda parts: parts.update(x="model-3.safetensors"), r"model-3\.safetensors is missing"),
+        (lambda parts: parts.clear(), r"index\.json is damaged"),
+    ],
+)
+def test_a_damaged_index_is_an_error(
+    kinds: dict[str, Kind], tmp_path: Path, change: Callable[[dict[str, str]], object], named: str
+) -> None:
+    folder = Path(shutil.copytree(kinds["dinov3"].folder, tmp_path / "folder"))
+    shard(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    change(index["weight_map"])
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=named):
+        encoders.create("dinov3", weights=folder, device="cpu")
+
+
 def test_a_file_that_is_cut_short_is_an_error(kind: Kind, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(kind.folder, tmp_path / "short"))
     data = (folder / "model.safetensors").read_bytes()

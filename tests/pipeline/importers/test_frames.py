@@ -23,6 +23,7 @@ from wmcache.pipeline.fit import fit
 from wmcache.pipeline.frames import FrameDataset, Frames
 from wmcache.pipeline.importers import Shape
 from wmcache.pipeline.importers.frames import import_frames
+from wmcache.pipeline.video import require_ffmpeg, write_mp4
 
 LENGTHS = [5, 9, 6]
 ROWS = sum(LENGTHS)
@@ -222,7 +223,7 @@ def test_a_video_is_read_from_its_middle_too(given: Given, tmp_path: Path, lost:
 
 
 @pytest.mark.parametrize(
-    ("length", "message"), [(8, "ends after 8 frames, .* has 9 rows"), (10, "more frames than the 9")]
+    ("length", "message"), [(8, "ends after 8 frames, .* has 9 rows"), (11, "more frames than the 9")]
 )
 def test_a_video_of_another_length_than_its_rows_is_refused(
     given: Given, tmp_path: Path, length: int, message: str
@@ -278,9 +279,9 @@ BROKEN: dict[str, tuple[Callable[[Given], object], str]] = {
     "absolute": (bad_rows(file="/etc/passwd.png"), "'/etc/passwd.png', which lies outside"),
     "no image": (bad_rows(file="run 0/0.txt"), "names 'run 0/0.txt'; known are .png"),
     "gone": (bad_rows(file="run 0/77.png"), r"run 0/77\.png of .*steps\.csv does not exist"),
-    "a gap in steps": (bad_rows(step=20), "count up from 0 without gaps; row 8 is episode 1, step 3 where episode 1, step 2"),
-    "a gap in episodes": (without_episode_1, "row 5 is episode 2, step 0"),
-    "a row twice": (lambda given: given.rows.append(given.rows[-1]), "row 20 is episode 2, step 5"),
+    "a gap in steps": (bad_rows(step=20), "count up from 0 without gaps; line 10 is episode 1, step 3 where episode 1, step 2"),
+    "a gap in episodes": (without_episode_1, "line 7 is episode 2, step 0"),
+    "a row twice": (lambda given: given.rows.append(given.rows[-1]), "line 22 is episode 2, step 5"),
     "half a step": (bad_rows(step=2.5), "no column step of whole numbers"),
     "no step": (without("step"), "no column step of whole numbers"),
     "no file": (without("file"), "has 0 of the columns file .images. and video"),
@@ -289,10 +290,10 @@ BROKEN: dict[str, tuple[Callable[[Given], object], str]] = {
     "a gap in actions": (without("action_1"), "it has action_0, action_2"),
     "both kinds of actions": (with_column("action", 1.0), "needs either a column action of lists"),
     "an unknown column": (with_column("reward", 1.0), "does not keep: reward; remove them"),
-    "an empty number": (bad_rows(action_2=""), "row 7 has no action_2"),
+    "an empty number": (bad_rows(action_2=""), r"action_2 .*steps\.csv, line 9;"),
     "words": (bad_rows(action_2="left"), "action holds string, not numbers"),
-    "no end": (bad_rows(state_1="inf"), r"state in .*steps\.csv is not a finite number at \[7, 1\]"),
-    "too large": (bad_rows(action_0=1e40), r"action in .*steps\.csv is not a finite number at \[7, 0\]"),
+    "no end": (bad_rows(state_1="inf"), r"^state_1 .*steps\.csv, line 9;"),
+    "too large": (bad_rows(action_0=1e40), r"^action_0 .*1e\+40.*steps\.csv, line 9;"),
     "a late start": (lambda given: [row.update(step=row["step"] + 1) for row in given.rows], "step 1 where episode 0, step 0"),
     "16 bits": (bad_image(Image.fromarray(np.zeros((32, 32), np.uint16))), r"0\.png is I;16 of more than 8 bits"),
     "transparent": (bad_image(Image.new("RGBA", (32, 32))), r"0\.png is transparent"),
@@ -345,8 +346,185 @@ def test_a_table_without_rows_is_refused(given: Given, tmp_path: Path) -> None:
 def test_uneven_lists_are_refused(given: Given, tmp_path: Path) -> None:
     for i, row in enumerate(given.rows):
         row["action"] = [row.pop(f"action_{j}") for j in range(3)][: 3 - (i == 9)]
-    with pytest.raises(UserError, match="lists in action have gaps or different lengths"):
+    with pytest.raises(UserError, match=r"list in action .*steps\.parquet, row 9 "):
         given.import_to(tmp_path / "out", "parquet")
+
+
+INDEXES: dict[str, tuple[str, Callable[[int], Any]]] = {
+    "without a name": ("", lambda row: row),
+    "without a name, of a filtered table": ("", lambda row: 2 * row),
+    "written twice": ("Unnamed: 0", lambda row: row),
+    "in Parquet": ("__index_level_0__", lambda row: 3 * row),
+    "after reset_index": ("index", lambda row: row % 5),
+    "a count of rows": ("number", lambda row: row),
+}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("name", INDEXES)
+def test_an_index_column_is_ignored_and_named(
+    given: Given, tmp_path: Path, kind: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = given.import_to(tmp_path / "plain")
+    column, value = INDEXES[name]
+    given.rows = [{column: value(number), **row} for number, row in enumerate(given.rows)]
+    capsys.readouterr()
+    assert given.import_to(tmp_path / "out", kind).card.fingerprint == plain.card.fingerprint
+    assert f": {column or 'without a name'}\n" in capsys.readouterr().err
+
+
+def test_an_index_that_pandas_notes_is_ignored_unless_it_is_a_column_of_ours(given: Given, tmp_path: Path) -> None:
+    plain = given.import_to(tmp_path / "plain")
+    given.rows = [{"stamp": number / 7, **row} for number, row in enumerate(given.rows)]
+    table = pq.read_table(given.table("parquet"))
+    index = ["stamp", "episode", "step", {"kind": "range", "start": 0, "stop": ROWS, "step": 1}]
+    table = table.replace_schema_metadata({"pandas": json.dumps({"index_columns": index})})
+    pq.write_table(table, tmp_path / "noted.parquet")
+    card = import_frames(given.folder, tmp_path / "noted.parquet", tmp_path / "out", frames_per_shard=8)
+    assert card.fingerprint == plain.card.fingerprint
+    with pytest.raises(UserError, match="does not keep: stamp;"):
+        given.import_to(tmp_path / "other", "parquet")
+
+
+def missing_last(given: Given, value: Any, episodes: tuple[int, ...] = (0, 1, 2)) -> None:
+    for episode in episodes:
+        row = sum(LENGTHS[: episode + 1]) - 1
+        for name in ("action_0", "action_1", "action_2"):
+            given.rows[row][name] = value
+
+
+@pytest.mark.parametrize("written", ["empty", "NaN", "Parquet null", "Parquet NaN", "null list", "empty list", "list"])
+def test_the_last_action_of_an_episode_may_be_missing(
+    given: Given, tmp_path: Path, written: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = [row for row in range(ROWS) if row not in (4, 19)]
+    missing_last(given, {"empty": "", "NaN": "NaN", "Parquet null": None}.get(written, float("nan")), (0, 2))
+    if "list" in written:
+        for row in given.rows:
+            row["action"] = [row.pop(f"action_{i}") for i in range(3)]
+        for row in (4, 19):
+            given.rows[row]["action"] = {"null list": None, "empty list": []}.get(written, [None, float("nan"), None])
+    given.rows[4]["file"] = "gone.png"  # not needed either
+    found = given.import_to(tmp_path / "out", "csv" if written in ("empty", "NaN") else "parquet")
+    assert "2 of 3 episodes" in capsys.readouterr().err
+    np.testing.assert_array_equal(found.read_frames(range(18)), given.frames[kept])
+    np.testing.assert_array_equal(found.steps.action, given.action[kept])
+    np.testing.assert_array_equal(found.steps.state, given.state[kept])
+
+
+@pytest.mark.parametrize("longer", ["table", "video"])
+def test_a_video_may_have_a_last_frame_without_an_action(
+    given: Given, tmp_path: Path, longer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = [row for row in range(ROWS) if row not in (4, 13, 19)]
+    as_videos(given)
+    missing_last(given, "")
+    if longer == "video":
+        given.rows = [given.rows[row] for row in kept]
+    found = given.import_to(tmp_path / "out")
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1
+    np.testing.assert_array_equal(found.read_frames(range(17)), given.frames[kept])
+    np.testing.assert_array_equal(found.steps.action, given.action[kept])
+
+
+def test_an_episode_of_one_frame_without_an_action_is_refused(given: Given, tmp_path: Path) -> None:
+    given.rows = given.rows[:6]
+    missing_last(given, "", (0,))
+    given.rows[5].update(action_0="", action_1="", action_2="")
+    with pytest.raises(UserError, match=r"episode 1 .*steps\.csv, line 7;"):
+        given.import_to(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("kind", "place"), [("csv", "line 13;"), ("parquet", r"row 7 \(counted from 0\);")])
+@pytest.mark.parametrize("columns", ["all", "one of the last row", "a state of the last row"])
+def test_a_number_missing_elsewhere_is_named_as_the_file_counts_it(
+    given: Given, tmp_path: Path, kind: str, place: str, columns: str
+) -> None:
+    # The rows are in another order than the frames; empty lines and a line break inside a cell shift the lines of CSV.
+    given.rows = [*given.rows[14:], *given.rows[:14]]
+    step, names = {"all": (1, ("action_0", "action_1", "action_2")), "one of the last row": (4, ("action_1",))}.get(
+        columns, (4, ("state_0",))
+    )
+    given.rows[6 + step], given.rows[7] = given.rows[7], given.rows[6 + step]
+    for name in names:
+        given.rows[7][name] = None if kind == "parquet" else ""
+    table = given.table(kind)
+    if kind == "csv":
+        lines = table.read_text().splitlines(keepends=True)
+        table.write_text(
+            "".join([*lines[:3], "\n\n", *lines[3:5], "\n", lines[5].replace("run 2", '"run\n2"'), *lines[6:]])
+        )
+    with pytest.raises(UserError, match=rf"^{names[0]} .*steps\.{kind}, {place}"):
+        import_frames(given.folder, table, tmp_path / "out", frames_per_shard=8)
+
+
+def test_a_lerobot_dataset_is_called_so(given: Given, tmp_path: Path) -> None:
+    row = {
+        "observation.state": [0.0],
+        "action": [0.0],
+        "episode_index": 0,
+        "frame_index": 0,
+        "timestamp": 0.0,
+        "index": 0,
+    }
+    (tmp_path / "data/chunk-000").mkdir(parents=True)
+    table = tmp_path / "data/chunk-000/file-000.parquet"
+    pq.write_table(pa.Table.from_pylist([row | {"task_index": 0}]), table)
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta/info.json").write_text('{"codebase_version": "v3.0"}')
+    for path in (table, tmp_path):
+        with pytest.raises(UserError, match=r"LeRobot dataset.* cannot import yet") as refused:
+            import_frames(given.folder, path, tmp_path / "out", frames_per_shard=8)
+        assert "remove" not in str(refused.value)
+
+
+def test_the_first_picture_of_an_mpo_photo_is_read(given: Given, tmp_path: Path) -> None:
+    row = given.rows[0]
+    row["file"] = row["file"].replace(".png", ".jpg")
+    first, second = (Image.fromarray(frame) for frame in (given.frames[0], 255 - given.frames[0]))
+    first.save(given.folder / row["file"], "MPO", save_all=True, append_images=[second], quality=95)
+    found = given.import_to(tmp_path / "out").read_frames([0])[0]
+    assert np.abs(found.astype(int) - given.frames[0]).mean() < 5
+
+
+def fake_ffmpeg(path: Path, version: str) -> Path:
+    path.write_text(f"#!/bin/sh\necho 'ffmpeg version {version} Copyright (c)'\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("version", ["4.2.2-static", "4.4.2-0ubuntu0.22.04.1", "n5.0"])
+def test_an_old_ffmpeg_is_named(given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    as_videos(given)
+    program = fake_ffmpeg(tmp_path / f"ffmpeg {version}", version)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    with pytest.raises(UserError, match=r"5\.1") as refused:
+        given.import_to(tmp_path / "out")
+    assert all(word in str(refused.value) for word in (version, str(program), "IMAGEIO_FFMPEG_EXE"))
+    assert ".mkv" not in str(refused.value)
+
+
+@pytest.mark.parametrize("version", ["5.1", "n9.0.2-17-g2a571b6068", "N-110000-g1234567"])
+def test_a_newer_ffmpeg_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(fake_ffmpeg(tmp_path / "ffmpeg", version)))
+    require_ffmpeg()
+
+
+@pytest.mark.parametrize("broken", ["gone", "not executable"])
+def test_an_ffmpeg_that_cannot_be_started_is_named(
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    as_videos(given)
+    program = tmp_path / "ffmpeg"
+    if broken == "not executable":
+        fake_ffmpeg(program, "7.0").chmod(0o644)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    for work in (lambda: given.import_to(tmp_path / "out"), lambda: write_mp4(tmp_path / "a.mp4", [*given.frames], 7)):
+        with pytest.raises(UserError, match="ffmpeg cannot be started") as refused:
+            work()
+        assert str(program) in str(refused.value)
+        assert "space" not in str(refused.value)
 
 
 def test_the_command_imports_and_fails_in_one_line(

@@ -78,7 +78,7 @@ def test_an_image_of_another_size_is_named_unless_all_are_resized() -> None:
 def test_a_number_that_float32_does_not_know_is_named(bad: float) -> None:
     action = np.zeros((3, 2))
     action[2, 1] = bad
-    with pytest.raises(UserError, match=r"action in it is not a finite number at \[2, 1\]"):
+    with pytest.raises(UserError, match=r"^action_1 is not a finite number .*: it, row 2;"):
         as_columns(action, np.zeros((3, 4)), "it")
 
 

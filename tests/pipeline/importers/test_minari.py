@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import minari
 import numpy as np
 import pytest
@@ -53,10 +54,14 @@ def save(buffers: list[EpisodeBuffer], observation: spaces.Space[Any], action: s
 
 
 def create(
-    frames: Frames, *, more: dict[str, spaces.Box] | None = None, action: spaces.Space[Any] = ACTION
+    frames: Frames,
+    *,
+    more: dict[str, spaces.Box] | None = None,
+    action: spaces.Space[Any] = ACTION,
+    image: spaces.Box = IMAGE,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A real Minari dataset of some frames, and the actions and states in it, one row a frame."""
-    inner = {"pixels": IMAGE, "speed": spaces.Box(-1, 1, (), np.float32)}
+    inner = {"pixels": image, "speed": spaces.Box(-1, 1, (), np.float32)}
     space = spaces.Dict({"state": STATE, "camera": spaces.Dict(inner), **(more or {})})
     rng = np.random.default_rng(0)
     buffers, actions, states, start = [], [], [], 0
@@ -131,11 +136,101 @@ def test_images_are_resized_where_that_is_asked_for(home: Path, everything: Fram
     assert (card.image_size, card.env) == (16, f"minari {NAME}, resized to 16 px (bicubic)")
 
 
+def box(*shape: int, dtype: type = np.uint8) -> spaces.Box:
+    return spaces.Box(0, 255 if dtype == np.uint8 else 1, shape, dtype)
+
+
+@pytest.mark.parametrize("layout", ["channels first", "grey", "grey with a channel", "grey with the channel first"])
+def test_other_layouts_of_images_become_rgb(home: Path, everything: Frames, tmp_path: Path, layout: str) -> None:
+    grey = everything[..., :1]
+    images, image, wanted = {
+        "channels first": (everything.transpose(0, 3, 1, 2), box(3, 32, 32), everything),
+        "grey": (grey[..., 0], box(32, 32), grey),
+        "grey with a channel": (grey, box(32, 32, 1), grey),
+        "grey with the channel first": (grey[:, None, :, :, 0], box(1, 32, 32), grey),
+    }[layout]
+    create(images, image=image)
+    import_minari(NAME, tmp_path / "out", frames_per_shard=8)
+    found = FrameDataset.open(tmp_path / "out").read_frames(range(20))
+    np.testing.assert_array_equal(found, np.broadcast_to(wanted[:20], found.shape))
+
+
+@pytest.mark.parametrize("key", [None, "camera.pixels"])
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        (box(32, 32, 6), "camera.pixels is 32x32x6 uint8"),
+        (box(4, 32, 32), "camera.pixels is 4x32x32 uint8"),
+        (box(32, 32, 3, dtype=np.float32), "camera.pixels is 32x32x3 float32"),
+    ],
+)
+def test_shape_and_type_of_other_images_are_named(
+    home: Path, tmp_path: Path, image: spaces.Box, found: str, key: str | None
+) -> None:
+    create(np.zeros((21, *image.shape), image.dtype), image=image)
+    with pytest.raises(UserError, match=found):
+        import_minari(NAME, tmp_path / "out", image_key=key, frames_per_shard=8)
+
+
+def test_a_colour_image_is_chosen_before_grey_ones(home: Path, everything: Frames, tmp_path: Path) -> None:
+    create(everything, more={"depth": box(32, 32)})
+    import_minari(NAME, tmp_path / "out", frames_per_shard=8)
+    np.testing.assert_array_equal(FrameDataset.open(tmp_path / "out").read_frames(range(5)), everything[:5])
+
+
+def edit(home: Path, key: str, change: Callable[[np.ndarray], np.ndarray], episode: int = 1) -> None:
+    """Replace a column of an episode."""
+    with h5py.File(home / NAME / "data/main_data.hdf5", "a") as file:
+        values = change(file[f"episode_{episode}/{key}"][()])
+        del file[f"episode_{episode}/{key}"]
+        file[f"episode_{episode}/{key}"] = values
+
+
+def test_the_final_observation_is_not_needed(home: Path, everything: Frames, tmp_path: Path) -> None:
+    create(everything)
+    whole = import_minari(NAME, tmp_path / "whole", frames_per_shard=8)
+    for key in ("observations/state", "observations/camera/pixels"):
+        edit(home, key, lambda values: values[:-1])
+    assert import_minari(NAME, tmp_path / "out", frames_per_shard=8).fingerprint == whole.fingerprint
+    edit(home, "observations/state", lambda values: values[:-1])
+    with pytest.raises(UserError, match=rf"episode 1 of Minari dataset {NAME} .*\(8, 4\)"):
+        import_minari(NAME, tmp_path / "out", frames_per_shard=8)
+
+
+def test_an_action_may_be_missing_at_the_end_of_an_episode_only(
+    home: Path, everything: Frames, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    action, _ = create(everything)
+
+    def without(row: int) -> Callable[[np.ndarray], np.ndarray]:
+        def change(values: np.ndarray) -> np.ndarray:
+            values[row] = np.nan
+            return values
+
+        return change
+
+    edit(home, "actions", without(-1))
+    card = import_minari(NAME, tmp_path / "out", frames_per_shard=8)
+    assert "1 of 3 episodes" in capsys.readouterr().err
+    assert card.frames == 19
+    np.testing.assert_array_equal(FrameDataset.open(tmp_path / "out").steps.action, np.delete(action, 13, 0))
+    edit(home, "actions", without(2))
+    with pytest.raises(UserError, match=r"action_0 .*episode 1, step 2;"):
+        import_minari(NAME, tmp_path / "other", frames_per_shard=8)
+
+
+def test_a_lerobot_folder_is_called_so(tmp_path: Path, run_import: Callable[..., Any]) -> None:
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta/info.json").write_text('{"codebase_version": "v3.0"}')
+    result = run_import("minari", tmp_path, "--out", tmp_path / "out")
+    assert "LeRobot dataset (codebase_version v3.0)" in result.stderr
+
+
 def test_a_dataset_without_images_is_told_so(home: Path, tmp_path: Path, run_import: Callable[..., Any]) -> None:
     save([episode(0, np.zeros((4, 4)), np.zeros((3, 2), np.float32))], STATE, ACTION)
     result = run_import("minari", NAME, "--out", tmp_path / "out")
     assert result.exit_code == 1
-    assert f"Minari dataset {NAME} holds no images that --image-key could name" in result.stderr
+    assert f"Minari dataset {NAME} has no image that can be imported: the observation is 4 float64" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,106 @@
+"""docs/examples/plan_elsewhere.py: from a simulator that wmcache does not know to a plan in it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from wmcache.cli import main, wmplan, wmtrain
+from wmcache.pipeline.encoders import create
+from wmcache.pipeline.extract import extract
+from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.importers.frames import import_frames
+
+EXAMPLE = Path(__file__).parents[2] / "docs/examples/plan_elsewhere.py"
+TINY = "--model dino-wm --width 32 --depth 1 --heads 2 --batch-size 16 --frameskip 2 --device cpu"
+
+
+class Point:
+    """A blob on a square; an action moves it."""
+
+    def __init__(self, place: np.ndarray) -> None:
+        self.place = np.asarray(place, np.float64)
+
+    def observe(self) -> tuple[np.ndarray, np.ndarray]:
+        y, x = np.mgrid[:32, :32] / 31
+        glow = np.exp(-((x - self.place[0]) ** 2 + (y - self.place[1]) ** 2) / 0.02)
+        return np.repeat((255 * glow).astype(np.uint8)[:, :, None], 3, axis=2), self.place.copy()
+
+    def step(self, action: np.ndarray) -> None:
+        self.place = np.clip(self.place + 0.05 * np.clip(action, -1, 1), 0, 1)
+
+
+def record(folder: Path, episodes: int, length: int) -> Path:
+    """Frames of random actions and their table, as a user's recorder would write them."""
+    rng, rows = np.random.default_rng(0), []
+    folder.mkdir(parents=True)
+    for episode in range(episodes):
+        point = Point(rng.uniform(size=2))
+        for step in range(length):
+            image, state = point.observe()
+            action = rng.uniform(-1, 1, 2)
+            name = f"{episode}-{step}.png"
+            Image.fromarray(image).save(folder / name)
+            rows.append({"episode": episode, "step": step, "file": name, "action": action, "state": state})
+            point.step(action)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "steps.parquet")
+    return folder / "steps.parquet"
+
+
+@pytest.fixture(scope="module")
+def store_of_points(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("points")
+    import_frames(folder / "images", record(folder / "images", 6, 20), folder / "points", frames_per_shard=60)
+    extract(FrameDataset.open(folder / "points"), create("pixels", device="cpu"), folder / "pixels.zarr")
+    return folder / "pixels.zarr"
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("plan_elsewhere", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run_of_imported_frames_plans_in_the_user_s_simulator(
+    store_of_points: Path, example: ModuleType, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    trained = CliRunner().invoke(
+        wmtrain, [*TINY.split(), *map(str, ("--cache", store_of_points, "--out", run, "--steps", 10))]
+    )
+    assert trained.exit_code == 0, trained.output
+    # wmplan has no simulator of these frames, so it is not advised.
+    assert "wmplan --run" not in trained.output
+    assert "docs/import.md" in trained.output
+    assert f"wmtrain decoder --cache {store_of_points}" in trained.output
+    refused = CliRunner().invoke(wmplan, ["--run", str(run), "--device", "cpu"])
+    assert refused.exit_code == 1
+    assert "docs/import.md" in refused.output
+    point = Point(np.array([0.2, 0.3]))
+    taken = example.plan_elsewhere(run, point, Point(np.array([0.7, 0.6])).observe()[0], 5)
+    assert np.shape(taken) == (6, 2)
+    assert np.abs(taken).max() <= 1
+    moved = Point(np.array([0.2, 0.3]))
+    for action in taken:
+        moved.step(action)
+    np.testing.assert_array_equal(moved.place, point.place)
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "wmcache/PointMaze-Nowhere-v0", "nowhere.txt"])
+def test_collect_says_which_environments_there_are(tmp_path: Path, env: str) -> None:
+    result = CliRunner().invoke(main, ["collect", "--env", env, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert all(word in result.stderr for word in ("--env", "UMaze", ".txt", "wmcache import frames"))
+    assert "mazes/" not in result.stderr
