@@ -60,6 +60,11 @@ search_options = options(
 @click.option(
     "--goal-steps", type=int, help="Env steps from start to goal (dataset, random-action).  [default: the horizon's]"
 )
+@click.option(
+    "--strict/--no-strict",
+    default=True,
+    help="Draw start and goal at least the largest reported threshold and one model step apart, or anywhere (DINO-WM).",
+)
 @click.option("--budget", type=int, default=100, help="Env steps of each episode.")
 @click.option(
     "--threshold",
@@ -125,22 +130,29 @@ def wmplan(
     if as_json:
         click.echo(json.dumps(results, indent=2))
         return
-    click.echo(
-        f"{'threshold':>9} {'reached':>12} {'rate':>6} {'95 % interval':>16} {'env steps':>10} {'way':>5} {'held':>5} {'95 % interval':>16}"
-    )
-    for row in results["by_threshold"]:
-        reached = f"{row['successes']} of {results['episodes']}"
-        interval, held = ("{:.3f} to {:.3f}".format(*row[name]) for name in ("ci95", "held_ci95"))
-        rate, steps = f"{row['success_rate']:>6.3f}", f"{row['mean_env_steps']:>10.1f}"
-        way = "-" if row["path_ratio"] is None else f"{row['path_ratio']:.2f}"
-        click.echo(
-            f"{row['threshold']:>9} {reached:>12} {rate} {interval:>16} {steps} {way:>5} {row['held']:>5} {held:>16}"
-        )
+    _print_table(results)
     click.echo(
         f"{results['budget_env_steps']} env steps an episode, {results['replans']} replans at {results['seconds_per_replan']:.3f} s, "
         f"{results['encoder_frames']} frames encoded"
     )
     click.echo(f"report: {out / 'report.html'}")
+
+
+def _print_table(results: dict[str, Any]) -> None:
+    """What was reached and held within each threshold, by the planner and by the baselines; a line each."""
+    actors = {"planner": results["by_threshold"], **results["baselines"]}
+    head = f"{'within':>6} {'actions':9} {'reached':>12} {'95 % interval':>15} {'held at the end':>15} {'95 % interval':>15}"
+    click.echo(f"{head} {'env steps':>9} {'path':>5}")
+    for judged in zip(*actors.values(), strict=True):
+        for name, row in zip(actors, judged, strict=True):
+            counts = (f"{row[count]} of {results['episodes']}" for count in ("successes", "held"))
+            intervals = ("{:.3f} - {:.3f}".format(*row[interval]) for interval in ("ci95", "held_ci95"))
+            reached, held, interval, held_interval = *counts, *intervals
+            path = "-" if row["path_ratio"] is None else f"{row['path_ratio']:.2f}"
+            line = f"{row['threshold']:>6} {name:9} {reached:>12} {interval:>15} {held:>15} {held_interval:>15}"
+            click.echo(f"{line} {row['mean_env_steps']:>9.1f} {path:>5}")
+    began = ", ".join(f"{count} within {threshold}" for threshold, count in results["began_at_goal"].items())
+    click.echo(f"began at the goal: {began}, of {results['episodes']} episodes")
 
 
 def _spread(cluster: str) -> Spread:

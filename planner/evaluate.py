@@ -21,13 +21,23 @@ from wmcache.cache.files import make_folder, read_json, seconds_between_updates,
 from wmcache.cache.layout import StoreCard
 from wmcache.cache.places import Place, absolute, place
 from wmcache.cache.store import TokenStore
-from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, find_maze
+from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, find_maze, longest_move
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
 from wmcache.pipeline.encoders.changes import LEAST_CHANGE, changes_for
+from wmcache.planner.baselines import BASELINES, run_baseline
 from wmcache.planner.bench import bench_plan
-from wmcache.planner.episodes import THRESHOLDS, Episodes, join, judge, load_episodes, save_episodes
-from wmcache.planner.goals import SOURCES, start_and_goal
+from wmcache.planner.episodes import (
+    Episodes,
+    began_at_goal,
+    join,
+    judge,
+    load_episodes,
+    save_episodes,
+    shortest_ways,
+    thresholds_of,
+)
+from wmcache.planner.goals import ANY, SOURCES, Apart, start_and_goal
 from wmcache.planner.graph import LatentGraph
 from wmcache.planner.mpc import Mpc
 from wmcache.planner.objective import DISTANCES, MODES, GoalDistance
@@ -47,6 +57,8 @@ class PlanOptions:
         budget: env steps of each episode. Every episode uses all of it: nobody tells the planner that it has arrived.
         threshold: distance below which the headline figures count a goal as reached.
         goals: where starts and goals come from, see `start_and_goal`. goal_steps: env steps between them; None means the horizon's.
+        strict: start and goal are at least the largest reported threshold and one model step apart, see `Apart`; a file's are taken
+            as they are.
         horizon: model steps of a plan. execute: model steps before the next plan.
         objective: `last` or `all`. distance: `latent` or `graph`. alpha: weight of proprio in it.
         mask: score only the tokens in which the present frame and the goal's differ.
@@ -65,6 +77,7 @@ class PlanOptions:
     threshold: float = 0.5
     goals: str = "random-state"
     goal_steps: int | None = None
+    strict: bool = True
     horizon: int = 5
     execute: int = 1
     objective: str = "all"
@@ -180,8 +193,16 @@ class Setting:
         """Of everything that the episodes depend on: options, weights of the model, goals, identity of the store."""
         weights = sha256_of(last_checkpoint(self.run) / "model.safetensors")
         goals = "" if options.goals in SOURCES else sha256_of(Path(options.goals))
-        known = json.dumps([asdict(options), weights, goals, self.store.identity.to_json(), self.maze.rows])
+        known = json.dumps([recorded(options), weights, goals, self.store.identity.to_json(), self.maze.rows])
         return hashlib.sha256(known.encode()).hexdigest()[:16]
+
+
+def recorded(options: PlanOptions) -> dict[str, Any]:
+    """The settings by which an evaluation is known; `strict` only where it changes the episodes, so that older ones are still known."""
+    known = asdict(options)
+    if not options.strict or options.goals not in SOURCES:
+        del known["strict"]
+    return known
 
 
 def check_options(options: PlanOptions) -> None:
@@ -222,11 +243,14 @@ def refuse_other_results(out: Path, options: PlanOptions) -> None:
     if not (out / "results.json").exists():
         return
     there = read_json(out / "results.json", "choose another --out").get("options", {})
-    mine = asdict(options)
+    mine = recorded(options)
+    there, mine = ({"strict": False, **known} for known in (there, mine))  # what evaluations did before it existed
+    if options.goals not in SOURCES:
+        there["strict"] = False
     different = [f"{name} {there.get(name)} != {mine[name]}" for name in mine if there.get(name) != mine[name]]
     if different:
         raise UserError(
-            f"{out} holds results of other settings ({'; '.join(different)}); choose another --out, or delete it first"
+            f"{out} has results of other settings ({'; '.join(different)}); write these beside them: --out {out}-2"
         )
 
 
@@ -332,9 +356,12 @@ def _start_and_goal(
     setting: Setting, options: PlanOptions, numbers: Sequence[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """`start_and_goal` by an evaluation's settings."""
-    apart = options.goal_steps or options.horizon * setting.frameskip
+    steps = options.goal_steps or options.horizon * setting.frameskip
     split_seed = int(setting.config.get("split_seed", 42))
-    return start_and_goal(options.goals, numbers, setting.maze, setting.store, apart, split_seed)
+    apart = ANY
+    if options.strict:
+        apart = Apart(thresholds_of(options.threshold)[0], longest_move(setting.frameskip))
+    return start_and_goal(options.goals, numbers, setting.maze, setting.store, steps, split_seed, apart)
 
 
 def _see(
@@ -431,12 +458,29 @@ def evaluate(
                 save_episodes(_batch_file(folder, begin), done)
     parts = [load_episodes(_batch_file(folder, begin)) for begin in begins]
     episodes = join(parts)
-    headline = judge(episodes, options.threshold, setting.maze)
+    shortest = shortest_ways(episodes, setting.maze)
+    thresholds = thresholds_of(options.threshold)
+
+    def judged(done: Episodes) -> list[dict[str, Any]]:
+        return [judge(done, threshold, setting.maze, shortest) for threshold in thresholds]
+
+    by_threshold = judged(episodes)
+    headline = by_threshold[thresholds.index(options.threshold)]
+    acted = {
+        name: run_baseline(
+            name, setting.maze, episodes.start, episodes.goal, range(first, last), options.budget, episodes.chunk
+        )
+        for name in BASELINES
+    }
     return episodes, {
         "episodes": options.episodes,
         "successes": headline["successes"],
         "success_rate": headline["success_rate"],
         "ci95": headline["ci95"],
+        "held": headline["held"],
+        "held_rate": headline["held_rate"],
+        "held_ci95": headline["held_ci95"],
+        "began_at_goal": {str(threshold): began_at_goal(episodes, threshold) for threshold in thresholds},
         "threshold": options.threshold,
         "budget_env_steps": options.budget,
         "mean_env_steps": headline["mean_env_steps"],
@@ -444,10 +488,8 @@ def evaluate(
         "replans": episodes.replans,
         "candidates_per_replan": setting.solver.evaluations,
         "seconds_per_replan": episodes.seconds / episodes.replans,
-        "by_threshold": [
-            judge(episodes, threshold, setting.maze)
-            for threshold in sorted({*THRESHOLDS, options.threshold}, reverse=True)
-        ],
+        "by_threshold": by_threshold,
+        "baselines": {name: judged(done) for name, done in acted.items()},
         "live_drift": setting.drift,
         "maze": setting.maze.name,
         "options": asdict(options),

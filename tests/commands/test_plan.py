@@ -134,10 +134,13 @@ def planned(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestResults:
-    def test_they_say_all_that_they_came_from(self, planned: Path) -> None:
-        result = run(f"--run {{run}} --protocol mpc-100 --goals random-action --goal-steps 6 {QUICK}", run=planned)
+    def test_they_say_all_that_they_came_from(self, planned: Path, tmp_path: Path) -> None:
+        line = (
+            f"--run {{run}} --protocol mpc-100 --goals random-action --goal-steps 6 --no-strict {QUICK} --out {{out}}"
+        )
+        result = run(line, run=planned, out=tmp_path / "plan")
         assert result.exit_code == 0, result.output
-        written = json.loads((planned / "plan-mpc-100-random-action-2x10" / "results.json").read_text())
+        written = json.loads((tmp_path / "plan" / "results.json").read_text())
         assert written["protocol"] == "mpc-100"
         expected = PlanOptions(
             episodes=2,
@@ -145,6 +148,7 @@ class TestResults:
             horizon=2,
             goals="random-action",
             goal_steps=6,
+            strict=False,
             search={"samples": 6, "elites": 2, "iterations": 1},
             device="cpu",
         )
@@ -154,9 +158,13 @@ class TestResults:
     def test_the_table_has_a_line_for_each_threshold(self, planned: Path, tmp_path: Path) -> None:
         result = run(f"--run {{run}} --out {{out}} {QUICK}", run=planned, out=tmp_path / "plan")
         header, *rows = result.stdout.splitlines()
-        assert " ".join(header.split()) == "threshold reached rate 95 % interval env steps way held 95 % interval"
-        assert [row.split()[0] for row in rows[:3]] == ["0.5", "0.25", "0.1"]
-        assert "4 replans" in rows[3]
+        assert [row.split()[:2] for row in rows[:9]] == [
+            [within, name] for within in ("0.5", "0.25", "0.1") for name in ("planner", "random", "zero")
+        ]
+        assert "began at the goal: 0 within 0.5" in rows[9]
+        assert "4 replans" in rows[10]
+        # Reached and held stand side by side, each with its interval.
+        assert header.index("reached") < header.index("95 %") < header.index("held") < header.rindex("95 %")
 
     def test_its_own_episodes_can_be_planned_again(self, planned: Path, tmp_path: Path) -> None:
         line = f"--run {{run}} {QUICK} --json --out {{out}}"
@@ -183,6 +191,8 @@ class TestResults:
         [
             ("--goals random-stat", "neither random-state, dataset, random-action"),
             ("--goals dataset --goal-steps 60", "lower --goal-steps"),
+            ("--goals dataset --goal-steps 5", "raise --goal-steps, or take pairs of any distance with --no-strict"),
+            ("--threshold 9", "--no-strict"),
             ("--proprio none", "wmtrain --proprio none"),
             ("--observed 2", "raise --context"),
             ("--solver guess", "no solver 'guess'; known are cem, icem, mppi, gd"),
