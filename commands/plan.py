@@ -102,7 +102,7 @@ search_options = options(
 @click.option("--cache", type=PLACE, help="The store, if it has moved.")
 @click.option("--dtype", default="auto", help="Of the model: auto, float32 or bfloat16.")
 @device_option
-@click.option("--out", type=PATH, help="Folder of the results.  [default: RUN/plan-<protocol or objective-execute>-…]")
+@click.option("--out", type=PATH, help="Folder of the results.  [default: RUN/plan-…, named by the settings]")
 @cluster_option(also="  Batches are the tasks; results are the same wherever they are planned.")
 @json_option
 def wmplan(
@@ -126,7 +126,7 @@ def wmplan(
     setting = Setting(run, chosen, weights=weights, cache=cache)
     episodes, results = evaluate(setting, chosen, out, None if cluster == "local:1" else _spread(cluster))
     results = {"protocol": protocol, **results}
-    write_report(out, run, setting, episodes, results, shell_command(sys.argv))
+    results = write_report(out, run, setting, episodes, results, shell_command(sys.argv))
     if as_json:
         click.echo(json.dumps(results, indent=2))
         return

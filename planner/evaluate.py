@@ -41,11 +41,13 @@ from wmcache.planner.goals import ANY, SOURCES, Apart, start_and_goal
 from wmcache.planner.graph import LatentGraph
 from wmcache.planner.mpc import Mpc
 from wmcache.planner.objective import DISTANCES, MODES, GoalDistance
+from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import make_solver
 from wmcache.trainer.checkpoint import last_checkpoint, load_model, read_config, read_identity
 from wmcache.trainer.models.dino_wm import DinoWm
 
 CHECKED_FRAMES = 16
+LONGEST_NAME = 120
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,29 @@ class Setting:
         differs = (self.differs(np.stack([images, goal_images], 1)) > LEAST_CHANGE).any(-1)
         return differs | ~differs.any(1, keepdim=True)
 
+    def resolved(self, options: PlanOptions) -> dict[str, Any]:
+        """The settings as they were used: with the values that `None` and `auto` stood for."""
+        used = {
+            **asdict(options),
+            "context": self.context,
+            "observed": self.observed,
+            "search": asdict(self.solver),  # type: ignore[call-overload]
+            "env": self.maze.name,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        if options.goals in ("dataset", "random-action"):
+            used["goal_steps"] = self.goal_steps(options)
+        else:
+            del used["goal_steps"]
+        if options.goals not in SOURCES:
+            del used["strict"]
+        return used
+
+    def goal_steps(self, options: PlanOptions) -> int:
+        """Env steps from start to goal, for goals that lie so far apart."""
+        return options.goal_steps or options.horizon * self.frameskip
+
     def fingerprint(self, options: PlanOptions) -> str:
         """Of everything that the episodes depend on: options, weights of the model, goals, identity of the store."""
         weights = sha256_of(last_checkpoint(self.run) / "model.safetensors")
@@ -227,15 +252,43 @@ def check_options(options: PlanOptions) -> None:
 
 
 def default_out(run: Path, protocol: str | None, options: PlanOptions) -> Path:
-    """Where the results of an evaluation go unless told: one folder for each kind of evaluation."""
-    parts = [protocol or f"{options.objective}-x{options.execute}", options.solver * (options.solver != "cem")]
-    parts += [
-        "mask" * options.mask,
-        options.distance * (options.distance != "latent"),
-        Path(options.goals).stem * (options.goals != "random-state"),
-    ]
-    parts += [f"{options.episodes}x{options.budget}", Path(options.env).stem if options.env else ""]
-    return run / "-".join(["plan", *filter(None, parts)])
+    """The folder of an evaluation's results: named by its protocol, its sizes and every setting that differs from the protocol's.
+
+    Args:
+        run: the run's folder, in which it is. protocol: of `PROTOCOLS`, or None. options: the settings.
+    """
+    usual: dict[str, Any] = {**asdict(PlanOptions()), **PROTOCOLS.get(protocol or "", {})}
+    known = {**asdict(options), **options.search}
+    # These are in every name.
+    named = {"search", "episodes", "budget", "env", *(() if protocol else ("objective", "execute"))}
+    differ = {name: value for name, value in known.items() if name not in named and value != usual.get(name)}
+    # Those that were always named come first, as they always did.
+    first = [name for name in ("solver", "mask", "distance", "goals") if name in differ]
+    parts = [protocol or f"{options.objective}-x{options.execute}"]
+    parts += [_named(name, differ[name]) for name in dict.fromkeys([*first, *differ])]
+    parts += [f"{options.episodes}x{options.budget}", _named("env", options.env) if options.env else ""]
+    name = "-".join(["plan", *filter(None, parts)])
+    if len(name) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME]}-{_digest(name)}"
+    return run / name
+
+
+def _named(name: str, value: Any) -> str:
+    """A setting as a part of a folder's name."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return flag if value else f"no-{flag}"
+    if (name == "goals" and value not in SOURCES) or (name == "env" and Path(value).suffix):
+        return f"{Path(value).stem}-{_digest(value)}"  # a file; another folder may have one of the same name
+    if name in ("solver", "distance", "objective", "goals", "env"):
+        return Path(value).name
+    if name == "execute":
+        return f"x{value}"
+    return f"{flag}-{value.replace(':', '')}" if isinstance(value, str) else f"{flag}{value}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def refuse_other_results(out: Path, options: PlanOptions) -> None:
@@ -356,12 +409,13 @@ def _start_and_goal(
     setting: Setting, options: PlanOptions, numbers: Sequence[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """`start_and_goal` by an evaluation's settings."""
-    steps = options.goal_steps or options.horizon * setting.frameskip
     split_seed = int(setting.config.get("split_seed", 42))
     apart = ANY
     if options.strict:
         apart = Apart(thresholds_of(options.threshold)[0], longest_move(setting.frameskip))
-    return start_and_goal(options.goals, numbers, setting.maze, setting.store, steps, split_seed, apart)
+    return start_and_goal(
+        options.goals, numbers, setting.maze, setting.store, setting.goal_steps(options), split_seed, apart
+    )
 
 
 def _see(
@@ -493,6 +547,7 @@ def evaluate(
         "live_drift": setting.drift,
         "maze": setting.maze.name,
         "options": asdict(options),
+        "resolved": setting.resolved(options),
     }
 
 

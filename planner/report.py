@@ -5,9 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,12 +30,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import binomtest, spearmanr
+from wmcache import __version__
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import atomic_write, make_folder, write_json
 from wmcache.cache.store import TokenStore
 from wmcache.envs import FPS, Maze, PointMazeSimulator
 from wmcache.planner.episodes import THRESHOLDS, Episodes, env_steps, shortest_ways
 from wmcache.planner.evaluate import Setting, cached_maze
+from wmcache.planner.goals import SOURCES
 from wmcache.planner.graph import LatentGraph
 from wmcache.planner.localisation import draw_localisation
 
@@ -53,14 +59,19 @@ RC: dict[Any, Any] = {
 
 def write_report(
     out: Path, run: Path, setting: Setting, episodes: Episodes, results: dict[str, Any], command: str
-) -> None:
+) -> dict[str, Any]:
     """Write everything that a plan leaves behind.
 
     Args:
         out: the plan's folder. run: the run's folder, for its training curves.
         setting, episodes, results: what `evaluate` used and gave.
         command: what the user typed, for the page.
+
+    Returns:
+        What results.json has: `results`, and when and where they were made.
     """
+    results = {**results, "made": describe_making(setting.device)}
+    actors = {"planner": results["by_threshold"], **results["baselines"]}
     write_episodes(out / "episodes.parquet", episodes)
     pictures = {
         "success": draw_success(episodes),
@@ -80,6 +91,11 @@ def write_report(
     html = page.render(
         results=results,
         options=results["options"],
+        table=[dict(zip(actors, judged, strict=True)) for judged in zip(*actors.values(), strict=True)],
+        actors=actors,
+        pairs=("strict" if results["options"]["strict"] else "any")
+        if results["options"]["goals"] in SOURCES
+        else "file",
         pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
         videos=[(caption, base64.b64encode(path.read_bytes()).decode()) for caption, path in videos],
         encoder=setting.encoder.spec.name,
@@ -94,6 +110,28 @@ def write_report(
     write_json(out / "results.json", results)
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
+    return results
+
+
+def describe_making(device: torch.device) -> dict[str, str]:
+    """When and where results are made: `date` (UTC), `wmcache` (its version), `machine`."""
+    return {
+        "wmcache": __version__,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": describe_machine(device),
+    }
+
+
+def describe_machine(device: torch.device) -> str:
+    """The processor, its cores, the accelerator where one is used, the system, and the versions of Python and torch."""
+    try:
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    parts = [f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"]
+    if device.type == "cuda":
+        parts.append(torch.cuda.get_device_name(device))
+    return ", ".join([*parts, platform.platform(), f"Python {platform.python_version()}", f"torch {torch.__version__}"])
 
 
 def write_episodes(path: Path, episodes: Episodes) -> None:
@@ -130,7 +168,9 @@ def draw_training(run: Path) -> bytes:
     try:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{run / 'metrics.jsonl'} cannot be read ({error}); train the model again") from error
+        raise UserError(
+            f"{run / 'metrics.jsonl'} cannot be read ({error}); restore it, or put an empty file there to go without training curves"
+        ) from error
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     skills = [line for line in lines if "skill_1" in line]
     with _figure(7.2, 2.8, columns=2) as (figure, (left, right)):

@@ -184,7 +184,26 @@ class TestResults:
             assert result.exit_code == 1
             assert said in result.stderr
             assert len(result.stderr.splitlines()) == 1
+            assert f"--out {tmp_path / 'plan'}-2" in result.stderr
+            assert "delete" not in result.stderr
         assert (tmp_path / "plan" / "results.json").read_bytes() == before
+
+    def test_results_from_before_strict_are_those_of_pairs_of_any_distance(self, tmp_path: Path) -> None:
+        options = asdict(PlanOptions())
+        del options["strict"]
+        (tmp_path / "results.json").write_text(json.dumps({"options": options}))
+        evaluate.refuse_other_results(tmp_path, PlanOptions(strict=False))
+        with pytest.raises(UserError, match="strict False != True"):
+            evaluate.refuse_other_results(tmp_path, PlanOptions())
+        # The pairs of a file are the same either way.
+        (tmp_path / "results.json").write_text(json.dumps({"options": {**options, "goals": "some.parquet"}}))
+        evaluate.refuse_other_results(tmp_path, PlanOptions(goals="some.parquet"))
+
+    def test_a_sweep_writes_a_folder_for_each_setting(self, planned: Path) -> None:
+        line = f"--run {{run}} {QUICK}"
+        for flags in ("", "--samples 5", "--no-strict", "--seed 3"):
+            assert run(f"{line} {flags}", run=planned).exit_code == 0
+        assert len(list(planned.glob("plan-all-x1-*/results.json"))) == 4
 
     @pytest.mark.parametrize(
         ("flags", "said"),
