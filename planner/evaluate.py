@@ -43,7 +43,7 @@ from wmcache.planner.mpc import Mpc
 from wmcache.planner.objective import DISTANCES, MODES, GoalDistance
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import make_solver
-from wmcache.trainer.checkpoint import last_checkpoint, load_model, read_config, read_identity
+from wmcache.trainer.checkpoint import last_checkpoint, load_model, open_store, read_config, read_identity
 from wmcache.trainer.models.dino_wm import DinoWm
 
 CHECKED_FRAMES = 16
@@ -121,18 +121,19 @@ class Setting:
         self.model = load_model(run, self.device)
         if self.model.stages and int(self.model.stage) < 2:
             raise UserError(
-                f"{run} knows where something changes, but not yet what; train it on with the same options and --stage primary"
+                f"{run} knows where something changes, but not yet what; train it further with the same options and --stage primary"
+            )
+        there = self.card.encoder.get("weights")
+        if weights is None and there and not Path(there).exists():
+            raise UserError(
+                f"{there}, the weights of the encoder of {run}, does not exist; if it has moved, pass its path now with --weights"
             )
         self.encoder = encoders.create_again(self.card.encoder, weights=weights, device=options.device)
         if different := identity.differences(self.encoder.identity(identity.dataset_fingerprint, identity.store_dtype)):
             raise UserError(
                 f"the encoder is not the one that {run} was trained on ({'; '.join(different)}); pass the right --weights"
             )
-        self.store = TokenStore.open(cache or self.config["cache"])
-        if different := identity.differences(self.store.identity):
-            raise UserError(
-                f"{self.store.path} is not the store that {run} was trained on ({'; '.join(different)}); pass the right --cache"
-            )
+        self.store = open_store(run, cache)
         if not self.card.dataset.get("maze"):
             raise UserError(f"{run} was trained on frames of no known maze; there is no simulator to plan in")
         self.maze = find_maze(options.env) if options.env else cached_maze(self.card)
@@ -148,7 +149,9 @@ class Setting:
             torch.zeros(1, 1, self.model.shape.proprio_dim, device=self.device)
         ).numel()
         if options.proprio == "none" and not self.blind:
-            raise UserError(f"{run} was trained with proprio; train one without by: wmtrain --proprio none")
+            raise UserError(
+                f"{run} was trained with proprio; train another run without: wmtrain --proprio none --out RUN"
+            )
         if options.alpha and self.blind:
             raise UserError(f"{run} was trained without proprio, which --alpha {options.alpha} weighs; leave it at 0")
         usual = self.model.shape.history if self.blind else 1
@@ -333,7 +336,8 @@ def live_drift(store: TokenStore, encoder: Encoder) -> dict[str, float]:
     if not drift["cosine"] > COSINE_TOLERANCE:
         raise UserError(
             f"encoding cached frames live gives other tokens than {store.path} holds (smallest cosine {drift['cosine']:.4f}, allowed "
-            f"{COSINE_TOLERANCE}); the renderer or the libraries have changed: extract the store again on this machine"
+            f"{COSINE_TOLERANCE}); the renderer or the libraries are others: use the versions in {store.path / 'zarr.json'}, "
+            "or extract another store with --out on this machine and train on that"
         )
     return drift
 

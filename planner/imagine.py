@@ -22,7 +22,7 @@ from wmcache.cache.places import Place
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows
 from wmcache.envs import FPS
-from wmcache.trainer.checkpoint import load_model, read_config, read_identity
+from wmcache.trainer.checkpoint import load_model, open_store, read_config, read_identity
 from wmcache.trainer.decoder import ReadFrames, load_decoder, load_images, read_decoder_config, read_decoder_identity
 from wmcache.trainer.metrics import ImageMetrics, Images, to_pixels, to_unit
 from wmcache.trainer.models.decoders import Decoder
@@ -156,19 +156,15 @@ def _check(run: Path, decoder: Path, cache: Place | None) -> tuple[dict[str, Any
     if different := identity.differences(read_decoder_identity(decoder)):
         raise UserError(
             f"{decoder} was not trained on the store of {run} ({'; '.join(different)}); "
-            "train one on it with: wmtrain decoder --cache STORE"
+            "name its own --decoder, or train one: wmtrain decoder --cache STORE --out DECODER"
         )
     split, other = config.get("split_seed", 42), read_decoder_config(decoder)["split_seed"]
     if split != other:
         raise UserError(
-            f"{decoder} holds out other episodes than {run} (--split-seed {other} != {split}); train the decoder with the same"
+            f"{decoder} holds out other episodes than {run} (--split-seed {other} != {split}); "
+            f"name another --decoder, or train one: wmtrain decoder --split-seed {split} --out DECODER"
         )
-    store = TokenStore.open(cache or config["cache"])
-    if different := identity.differences(store.identity):
-        raise UserError(
-            f"{store.path} is not the store that {run} was trained on ({'; '.join(different)}); pass the right --cache"
-        )
-    return config, store
+    return config, open_store(run, cache)
 
 
 def _windows(store: TokenStore, options: ImagineOptions, frameskip: int, split_seed: int) -> Windows:

@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,14 +27,18 @@ from wmcache.cache.errors import UserError
 from wmcache.cache.files import read_json, require_seal, seal, sha256_of, sync, write_json
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_card, require_identity
+from wmcache.cache.places import Place, exists, place
 from wmcache.cache.schema import Size, parse
-from wmcache.trainer.models import DataShape, build, read_options
+from wmcache.cache.store import TokenStore
+from wmcache.trainer.models import DataShape, build, get_options, read_options
 
 KEEP = 2
 """Checkpoints that stay: the newest, and the one before it for the case that the newest turns out bad."""
 
 FILES = ("model.safetensors", "optimizer.safetensors")
-FALL_BACK = "delete its folder to fall back to the checkpoint before it"
+FALL_BACK = "move its folder out of checkpoints/ to go on from the one before it"
+RESTORE = "restore the run's folder from a copy, or use the version of wmcache that wrote it"
+NO_RUN = "name the folder of a run, restore the file from a copy, or train a model with: wmtrain --cache STORE"
 
 
 @dataclass(frozen=True)
@@ -160,21 +165,51 @@ def load_model(run: Path, device: torch.device) -> Any:
         UserError: the folder is no run, or holds no usable checkpoint.
     """
     config = read_config(run)
+    try:
+        get_options(config["model"])
+    except UserError as error:
+        raise UserError(f"{run} cannot be loaded: {error}; register that model in trainer/models first") from error
 
     def make(statistics: dict[str, Tensor]) -> nn.Module:
         model: nn.Module = build(config["model"], DataShape(**config["shape"]), config["model_options"], statistics)
         return model
 
-    return load_network(run, make, device, "train again")
+    return load_network(run, make, device, RESTORE)
 
 
-def load_network(run: Path, make: Callable[[dict[str, Tensor]], nn.Module], device: torch.device, mend: str) -> Any:
+def open_store(run: Path, cache: Place | None = None) -> TokenStore:
+    """The store that a run was trained on.
+
+    Args:
+        run: its folder. cache: where the store is now, if it has moved.
+
+    Raises:
+        UserError: it is not there, or `cache` is another one.
+    """
+    identity, path = read_identity(run)[1], place(cache or read_config(run)["cache"])
+    try:
+        store = TokenStore.open(path)
+    except UserError as error:
+        with suppress(OSError):
+            if not exists(path):
+                raise UserError(
+                    f"{path}, the store of {run}, does not exist; if it has moved, pass its path now with --cache"
+                ) from error
+        raise
+    if different := identity.differences(store.identity):
+        raise UserError(
+            f"{store.path} is not the store that {run} was trained on ({'; '.join(different)}); pass the right --cache"
+        )
+    return store
+
+
+def load_network(run: Path, make: Callable[[dict[str, Tensor]], nn.Module], device: torch.device, hint: str) -> Any:
     """The newest network of a run, frozen.
 
     Args:
         run: its folder. device: where it goes.
         make: the network by the run's settings, from the statistics (`…_mean`, `…_std`) that its checkpoint holds.
-        mend: what to do where the checkpoint does not fit those settings.
+        hint: what to do where the checkpoint does not fit those settings.
 
     Raises:
         UserError: there is no checkpoint, or it is damaged or does not fit.
@@ -191,7 +226,7 @@ def load_network(run: Path, make: Callable[[dict[str, Tensor]], nn.Module], devi
         model.load_state_dict(weights)
     except (UserError, KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder / 'model.safetensors'} does not fit its config.json ({reason}); {mend}") from error
+        raise UserError(f"{folder / 'model.safetensors'} does not fit its config.json ({reason}); {hint}") from error
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -201,17 +236,16 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         model.load_state_dict(load_tensors(folder, "model.safetensors"))
     except RuntimeError as error:
         raise UserError(
-            f"{folder} does not fit its config.json ({' '.join(str(error).split())[:200]}); train again"
+            f"{folder} does not fit its config.json ({' '.join(str(error).split())[:200]}); {RESTORE}"
         ) from error
 
 
 def read_config(run: Path) -> dict[str, Any]:
     """The settings of a run; raises UserError where the folder is no run."""
-    mend = "train a model with: wmtrain --cache STORE"
-    config = read_json(run / "config.json", mend)
+    config = read_json(run / "config.json", NO_RUN)
     if missing := {"model", "model_options", "shape", "cache", "frameskip"} - set(config):
-        raise UserError(f"{run / 'config.json'} is not a run's (it lacks {', '.join(sorted(missing))}); {mend}")
-    parse(_Config, config, run / "config.json", mend, exact=False)
+        raise UserError(f"{run / 'config.json'} is not a run's (it lacks {', '.join(sorted(missing))}); {NO_RUN}")
+    parse(_Config, config, run / "config.json", NO_RUN, exact=False)
     return config
 
 
@@ -235,9 +269,8 @@ class _Config:
 def read_identity(run: Path) -> tuple[StoreCard, Identity]:
     """The card and the identity of the store that a run was trained on; raises UserError where the folder is no run."""
     file = run / "identity.json"
-    mend = "train a model with: wmtrain --cache STORE"
-    saved = read_json(file, mend)
-    require_identity(saved, file, mend)
+    saved = read_json(file, NO_RUN)
+    require_identity(saved, file, NO_RUN)
     return read_card(saved), Identity.from_json(saved["identity"], str(file))
 
 

@@ -28,6 +28,7 @@ from wmcache.cache.schema import parse
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import batch_windows, split_episodes
 from wmcache.trainer.checkpoint import (
+    RESTORE,
     checkpoints,
     last_checkpoint,
     load_network,
@@ -230,7 +231,7 @@ def load_decoder(folder: Path, device: torch.device) -> Decoder:
     def make(statistics: dict[str, Tensor]) -> Decoder:
         return build_decoder(config["decoder"], DecoderShape(**config["shape"]), config["decoder_options"], statistics)
 
-    decoder: Decoder = load_network(folder, make, device, "train the decoder again")
+    decoder: Decoder = load_network(folder, make, device, RESTORE)
     return decoder
 
 
@@ -354,9 +355,7 @@ def _compare(out: Path, config: dict[str, Any], store: TokenStore, *, overwrite:
     ]
     different += [f"the store's identity, {item}" for item in read_identity(out)[1].differences(store.identity)]
     if different and not overwrite:
-        raise UserError(
-            f"{out} is a decoder with other settings ({'; '.join(different)}); choose another --out, or begin anew with --overwrite"
-        )
+        raise UserError(f"{out} is a decoder with other settings ({'; '.join(different)}); choose another --out")
     return True
 
 
@@ -373,5 +372,5 @@ def _finished(out: Path, options: DecoderOptions) -> dict[str, Any] | None:
 def _not_finite(step: int, out: Path) -> str:
     return (
         f"the loss of step {step} is not finite; the last checkpoint in {out}, if any, is good: "
-        "begin anew with a lower --lr and --overwrite"
+        "train with a lower --lr and another --out"
     )

@@ -454,8 +454,30 @@ def rewritten(run: Path, to: Path, **changed: Any) -> Path:
 
 def test_a_store_that_is_gone_is_named(run_path: Path, tiny_plan: PlanOptions, tmp_path: Path) -> None:
     run = rewritten(run_path, tmp_path / "run", cache=str(tmp_path / "gone.zarr"))
-    with pytest.raises(UserError, match=r"gone\.zarr does not exist"):
+    with pytest.raises(UserError, match=r"gone\.zarr, the store of .*--cache") as refusal:
         Setting(run, tiny_plan)
+    assert "extract" not in str(refusal.value)
+    with pytest.raises(UserError, match=r"lost\.zarr, the store of .*--cache"):
+        Setting(run, tiny_plan, cache=tmp_path / "lost.zarr")
+
+
+def test_weights_that_are_gone_are_named(run_path: Path, tiny_plan: PlanOptions, tmp_path: Path) -> None:
+    run = copytree(run_path, tmp_path / "run", symlinks=True)
+    saved = json.loads((run / "identity.json").read_text())
+    saved["card"]["encoder"]["weights"] = str(tmp_path / "gone.safetensors")
+    (run / "identity.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"gone\.safetensors.*--weights") as refusal:
+        Setting(run, tiny_plan)
+    assert "fit" not in str(refusal.value)
+
+
+def test_a_run_of_a_model_that_is_not_registered_is_not_to_be_trained_again(
+    run_path: Path, tiny_plan: PlanOptions, tmp_path: Path
+) -> None:
+    run = rewritten(run_path, tmp_path / "run", model="my-own")
+    with pytest.raises(UserError, match=r"my-own.*register") as refusal:
+        Setting(run, tiny_plan)
+    assert "train again" not in str(refusal.value)
 
 
 def test_the_store_of_another_run_is_refused_by_name(

@@ -176,6 +176,21 @@ def test_resume_goes_on_to_other_steps(store_path: Path, tmp_path: Path, tiny: T
     assert list(read_metrics(run)) == list(range(1, 13))
 
 
+def test_a_finished_run_that_is_to_have_more_steps_names_resume(
+    store_path: Path, tmp_path: Path, tiny: TrainOptions
+) -> None:
+    run = tmp_path / "run"
+    train(store_path, run, tiny)
+    with pytest.raises(UserError, match=r"steps .*--resume") as refusal:
+        train(store_path, run, replace(tiny, steps=12))
+    assert "--overwrite" not in str(refusal.value)
+    # A width is not what a run can go on with.
+    with pytest.raises(UserError, match="another --out") as refusal:
+        train(store_path, run, replace(tiny, steps=12, model_options={**tiny.model_options, "width": 32}))
+    assert "--resume" not in str(refusal.value)
+    assert "--overwrite" not in str(refusal.value)
+
+
 def test_resume_insists_on_a_run(store_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:
     with pytest.raises(UserError, match="no checkpoint to resume"):
         train(store_path, tmp_path / "run", tiny, resume=True)
