@@ -97,6 +97,9 @@ search_options = options(
 @search_options
 @click.option("--batch-size", "batch", type=int, default=50, help="Episodes planned at once.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Number of the first episode.")
+@click.option(
+    "--untrained", is_flag=True, help="Evaluate the model with random weights too, as a baseline; takes as long again."
+)
 @click.option("--env", help="Another maze than the data's.")
 @click.option("--weights", type=PATH, help="The encoder's weights, if they have moved.")
 @click.option("--cache", type=PLACE, help="The store, if it has moved.")
@@ -111,6 +114,7 @@ def wmplan(
     weights: Path | None,
     cache: Place | None,
     out: Path | None,
+    untrained: bool,
     cluster: str,
     as_json: bool,
     **settings: Any,
@@ -124,7 +128,11 @@ def wmplan(
     out = out or default_out(run, protocol, chosen)
     refuse_other_results(out, chosen)
     setting = Setting(run, chosen, weights=weights, cache=cache)
-    episodes, results = evaluate(setting, chosen, out, None if cluster == "local:1" else _spread(cluster))
+    spread = None if cluster == "local:1" else _spread(cluster)
+    episodes, results = evaluate(setting, chosen, out, spread)
+    if untrained:
+        random_model = Setting(run, chosen, weights=weights, cache=cache, untrained=True)
+        results["baselines"]["untrained"] = evaluate(random_model, chosen, out, spread)[1]["by_threshold"]
     results = {"protocol": protocol, **results}
     results = write_report(out, run, setting, episodes, results, shell_command(sys.argv))
     if as_json:

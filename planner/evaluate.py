@@ -102,23 +102,30 @@ class Setting:
     """A run, brought to life: its model, its encoder, its maze and its store."""
 
     def __init__(
-        self, run: Path, options: PlanOptions, *, weights: Path | None = None, cache: Place | None = None
+        self,
+        run: Path,
+        options: PlanOptions,
+        *,
+        weights: Path | None = None,
+        cache: Place | None = None,
+        untrained: bool = False,
     ) -> None:
         """Load everything and check that live encoding reproduces the store.
 
         Args:
             run: the run's folder. options: see `PlanOptions`.
             weights, cache: where the encoder's weights and the store are now, if not where they were.
+            untrained: plan with random weights in place of the run's, as a baseline.
 
         Raises:
             UserError: not a run, options that do not fit, missing weights, or an encoder that does not match the store.
         """
         check_options(options)
-        self.run, self.weights = run, weights
+        self.run, self.weights, self.untrained = run, weights, untrained
         self.config = read_config(run)
         self.card, identity = read_identity(run)
         self.device = choose_device(options.device)
-        self.model = load_model(run, self.device)
+        self.model = load_model(run, self.device, untrained=untrained)
         if self.model.stages and int(self.model.stage) < 2:
             raise UserError(
                 f"{run} knows where something changes, but not yet what; train it further with the same options and --stage primary"
@@ -221,7 +228,8 @@ class Setting:
         """Of everything that the episodes depend on: options, weights of the model, goals, identity of the store."""
         weights = sha256_of(last_checkpoint(self.run) / "model.safetensors")
         goals = "" if options.goals in SOURCES else sha256_of(Path(options.goals))
-        known = json.dumps([recorded(options), weights, goals, self.store.identity.to_json(), self.maze.rows])
+        parts = [recorded(options), weights, goals, self.store.identity.to_json(), self.maze.rows]
+        known = json.dumps([*parts, "untrained"] if self.untrained else parts)
         return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
@@ -439,7 +447,7 @@ class PlanTask:
     """Plans a batch of episodes wherever it is called, and keeps it in a file.
 
     Attributes:
-        run, options, weights, cache: as of `Setting`; paths are absolute.
+        run, options, weights, cache, untrained: as of `Setting`; paths are absolute.
         fingerprint: of the setting. folder: of the files.
     """
 
@@ -447,6 +455,7 @@ class PlanTask:
     options: PlanOptions
     weights: Path | None
     cache: str
+    untrained: bool
     fingerprint: str
     folder: Path
 
@@ -457,7 +466,9 @@ class PlanTask:
             UserError: the run, its encoder or its store are not the same here.
         """
         if _kept.fingerprint != self.fingerprint:
-            _kept.setting = Setting(self.run, self.options, weights=self.weights, cache=place(self.cache))
+            _kept.setting = Setting(
+                self.run, self.options, weights=self.weights, cache=place(self.cache), untrained=self.untrained
+            )
             _kept.fingerprint = self.fingerprint
         numbers = batch_of(self.options, begin)
         episodes = run_episodes(_kept.setting, self.options, numbers)
@@ -567,6 +578,7 @@ def _task(setting: Setting, options: PlanOptions, folder: Path) -> PlanTask:
         options=known,
         weights=setting.weights and setting.weights.absolute(),
         cache=absolute(setting.store.path),
+        untrained=setting.untrained,
         fingerprint=setting.fingerprint(options),
         folder=folder.absolute(),
     )

@@ -158,8 +158,12 @@ def load_training_state(run: Path, model: nn.Module, optimiser: torch.optim.Opti
     return read_progress(folder).step
 
 
-def load_model(run: Path, device: torch.device) -> Any:
+def load_model(run: Path, device: torch.device, *, untrained: bool = False) -> Any:
     """The newest model of a run, ready to imagine: an `nn.Module` that is a `WorldModel`.
+
+    Args:
+        run: its folder. device: where the model goes.
+        untrained: random weights instead of the trained ones; sizes, statistics of the data and whatever else is not trained stay.
 
     Raises:
         UserError: the folder is no run, or holds no usable checkpoint.
@@ -174,7 +178,15 @@ def load_model(run: Path, device: torch.device) -> Any:
         model: nn.Module = build(config["model"], DataShape(**config["shape"]), config["model_options"], statistics)
         return model
 
-    return load_network(run, make, device, RESTORE)
+    model = load_network(run, make, device, RESTORE)
+    if untrained:
+        known = dict(model.named_buffers())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(config.get("seed", 0)))
+            model = make({name: value.cpu() for name, value in known.items() if name.endswith(("_mean", "_std"))})
+        model.load_state_dict({**model.state_dict(), **known})
+        model.to(device).eval().requires_grad_(False)
+    return model
 
 
 def open_store(run: Path, cache: Place | None = None) -> TokenStore:

@@ -166,6 +166,15 @@ class TestResults:
         # Reached and held stand side by side, each with its interval.
         assert header.index("reached") < header.index("95 %") < header.index("held") < header.rindex("95 %")
 
+    def test_the_untrained_model_is_a_baseline_when_asked_for(self, planned: Path, tmp_path: Path) -> None:
+        result = run(f"--run {{run}} --out {{out}} --untrained {QUICK}", run=planned, out=tmp_path / "plan")
+        assert result.exit_code == 0, result.output
+        assert [row.split()[1] for row in result.stdout.splitlines()[1:5]] == ["planner", "random", "zero", "untrained"]
+        written = json.loads((tmp_path / "plan" / "results.json").read_text())
+        assert [row["threshold"] for row in written["baselines"]["untrained"]] == [0.5, 0.25, 0.1]
+        assert "untrained" in (tmp_path / "plan" / "report.html").read_text()
+        assert not list((tmp_path / "plan").glob("unfinished-*"))
+
     def test_its_own_episodes_can_be_planned_again(self, planned: Path, tmp_path: Path) -> None:
         line = f"--run {{run}} {QUICK} --json --out {{out}}"
         assert run(line, run=planned, out=tmp_path / "one").exit_code == 0

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 from wmcache.cache import TokenStore
 from wmcache.envs import Maze, PointMazeVectorEnv
 from wmcache.planner.baselines import BASELINES, run_baseline
 from wmcache.planner.episodes import began_at_goal, judge
 from wmcache.planner.evaluate import PlanOptions, Setting, evaluate
 from wmcache.planner.goals import start_and_goal
+from wmcache.trainer.checkpoint import load_model
 
 UMAZE = Maze.load("UMaze")
 
@@ -54,3 +56,24 @@ def test_an_evaluation_has_them_on_its_own_episodes(setting: Setting, tiny_plan:
         done = run_baseline(name, setting.maze, episodes.start, episodes.goal, range(3), 12, episodes.chunk)
         assert rows == [judge(done, threshold, setting.maze) for threshold in (0.5, 0.25, 0.1)]
         assert [row["threshold"] for row in rows] == [row["threshold"] for row in results["by_threshold"]]
+
+
+def test_an_untrained_model_has_other_weights_and_the_same_sizes_and_statistics(run_path: Path) -> None:
+    trained, other, again = (load_model(run_path, torch.device("cpu"), untrained=flag) for flag in (False, True, True))
+    buffers = {name for name, _ in trained.named_buffers()}
+    states = [model.state_dict() for model in (trained, other, again)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in buffers)
+    parameters = [name for name, value in trained.named_parameters() if value.ndim > 1]
+    assert not any(torch.equal(states[0][name], states[1][name]) for name in parameters)
+    assert all(torch.equal(states[1][name], states[2][name]) for name in states[0])
+    assert not any(value.requires_grad for value in other.parameters())
+
+
+def test_what_an_untrained_model_has_planned_is_not_taken_for_the_runs(
+    run_path: Path, setting: Setting, tiny_plan: PlanOptions, tmp_path: Path
+) -> None:
+    untrained = Setting(run_path, tiny_plan, untrained=True)
+    assert untrained.fingerprint(tiny_plan) != setting.fingerprint(tiny_plan)
+    episodes = [evaluate(one, tiny_plan, tmp_path)[0] for one in (setting, untrained, setting)]
+    np.testing.assert_array_equal(episodes[0].states, episodes[2].states)
+    assert not np.array_equal(episodes[0].states, episodes[1].states)
