@@ -24,6 +24,8 @@ import pyarrow.parquet as pq
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle
 from numpy.typing import NDArray
 from scipy.stats import binomtest, spearmanr
 from wmcache.cache.errors import UserError
@@ -66,7 +68,7 @@ def write_report(
         "success": draw_success(episodes),
         "training": draw_training(run),
         "distance": draw_distance_map(setting.store, setting.graph),
-        "paths": draw_paths(episodes, setting.maze),
+        "paths": draw_paths(episodes, setting.maze, results["threshold"]),
     }
     if hasattr(setting.model, "locate"):
         pictures["localisation"] = draw_localisation(setting)
@@ -183,9 +185,9 @@ def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> by
         return _png(figure)
 
 
-def draw_paths(episodes: Episodes, maze: Maze, count: int = 12) -> bytes:
-    """The ways that the ball took in some episodes, from dot to star."""
-    with _figure(3.8, 3.4) as (figure, axes):
+def draw_paths(episodes: Episodes, maze: Maze, threshold: float, count: int = 12) -> bytes:
+    """Paths of the ball in some episodes, each from its start to its goal; a circle shows the threshold around the goal."""
+    with _figure(3.8, 3.9) as (figure, axes):
         _draw_walls(axes, maze)
         palette = plt.get_cmap("tab20")
         for i in range(min(count, len(episodes.start))):
@@ -193,6 +195,14 @@ def draw_paths(episodes: Episodes, maze: Maze, count: int = 12) -> bytes:
             axes.plot(path[:, 0], path[:, 1], color=palette(i % 20), linewidth=0.9)
             axes.plot(*path[0, :2], ".", color=palette(i % 20))
             axes.plot(*episodes.goal[i, :2], "*", color=palette(i % 20), markersize=9)
+            axes.add_patch(Circle(episodes.goal[i, :2], threshold, fill=False, color=palette(i % 20), linewidth=0.6))
+        signs = {"start": ".", "goal": "*", f"within {threshold}": "$\\bigcirc$"}
+        handles = [Line2D([], [], color="#555", linewidth=0.9, label="path")]
+        handles += [
+            Line2D([], [], color="#555", marker=sign, linestyle="", markersize=9, label=name)
+            for name, sign in signs.items()
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, handletextpad=0.3)
         return _png(figure)
 
 
