@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import click
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home
 from wmcache.cache.places import Place
-from wmcache.commands.shared import PATH, PLACE, Command, device_option, json_option, name_of, options
+from wmcache.commands.shared import PATH, PLACE, Command, device_option, json_option, name_of, options, print_json
 
 frames_option = click.option(
     "--frames", "--dataset", "dataset", type=PLACE, help="Where the store's frames are, if they have moved."
@@ -87,7 +86,7 @@ def decoder(
         cache, read_frames, out, DecoderOptions(decoder_options=given, **settings), overwrite=overwrite
     )
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        print_json(result)
         return
     click.echo(f"{out}: {result['frames']} held-out frames, {_figures(result)}")
     if "mean_frame" in result:  # a decoder of an earlier version has no such figures
@@ -132,7 +131,7 @@ def imagine(
     read_frames = _frames_of(cache, dataset).read_frames
     result = draw(run, decoder, read_frames, out, ImagineOptions(**settings), cache=cache)
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        print_json(result)
         return
     _print_steps(result["steps"])
     _tell_absence(result)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from wmcache.commands.shared import (
     json_option,
     options,
     preset_option,
+    print_json,
     shell_command,
 )
 from wmcache.planner.protocols import PROTOCOLS
@@ -123,7 +123,7 @@ def wmplan(
     results = {"protocol": protocol, **results}
     write_report(out, run, setting, episodes, results, shell_command(sys.argv))
     if as_json:
-        click.echo(json.dumps(results, indent=2))
+        print_json(results)
         return
     click.echo(
         f"{'threshold':>9} {'reached':>12} {'rate':>6} {'95 % interval':>16} {'env steps':>10} {'way':>5} {'held':>5} {'95 % interval':>16}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,8 +134,11 @@ def draw_training(run: Path) -> bytes:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{run / 'metrics.jsonl'} cannot be read ({error}); train the model again") from error
+    # A figure that is not defined is null, in files of earlier versions NaN.
+    lines = [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     skills = [line for line in lines if "skill_1" in line]
+    known = any(math.isfinite(line["skill_1"]) for line in skills)
     with _figure(7.2, 2.8, columns=2) as (figure, (left, right)):
         if losses:
             left.plot(*zip(*losses, strict=True), color=COLOURS[0])
@@ -150,11 +154,12 @@ def draw_training(run: Path) -> bytes:
                     label=f"{k} step{'s' * (k > 1)}",
                 )
         right.set(xlabel="step", ylabel="skill against copying\n(1: perfect, 0: useless)", ylim=(None, 1))
-        if skills:
+        if known:
             right.legend(loc="lower right", fontsize=7)
-        for axes, there in ((left, losses), (right, skills)):
-            if not there:  # an imported run was trained elsewhere
-                axes.text(0.5, 0.5, "no metrics", transform=axes.transAxes, ha="center", va="center", color="#888")
+        why = "no skill: the frames do not change" if skills else "no metrics"  # an imported run was trained elsewhere
+        for axes, there, text in ((left, losses, "no metrics"), (right, known, why)):
+            if not there:
+                axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="#888")
                 axes.set(xticks=[], yticks=[])
         return _png(figure)
 
@@ -173,7 +178,8 @@ def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> by
     title = "latent distance" if graph is None else "distance along the cached frames"
     maze = cached_maze(store.card)
     true = maze.geodesic(xy[goal], xy)
-    correlation = float(spearmanr(latent, true).statistic)
+    constant = not (np.ptp(latent) and np.ptp(true))
+    correlation = "none" if constant else f"{spearmanr(latent, true).statistic:.2f}"
     with _figure(7.2, 3.2, columns=2) as (figure, panels):
         for axes, values, name in zip(panels, (latent, true), (title, "true distance along the maze"), strict=True):
             _draw_walls(axes, maze)
@@ -181,7 +187,7 @@ def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> by
             axes.plot(*xy[goal], "*", color="#d1272b", markersize=12)
             axes.set_title(name, fontsize=9)
             figure.colorbar(points, ax=axes, shrink=0.8)
-        figure.suptitle(f"distance to the star; Spearman correlation {correlation:.2f}", fontsize=9)
+        figure.suptitle(f"distance to the star; Spearman correlation {correlation}", fontsize=9)
         return _png(figure)
 
 

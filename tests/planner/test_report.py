@@ -177,6 +177,13 @@ class TestDrawings:
         (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
         assert not np.array_equal(drawn(draw_training(tmp_path)), drawn(draw_training(run_path)))
 
+    @pytest.mark.parametrize("skill", ["null", "NaN"])  # as it is written, and as earlier versions wrote it
+    def test_a_skill_that_is_not_defined_is_no_fault(self, run_path: Path, tmp_path: Path, skill: str) -> None:
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 0.5}}\n{{"step": 1, "skill_1": {skill}}}\n')
+        picture = drawn(draw_training(tmp_path))
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+        assert not np.array_equal(picture, drawn(draw_training(tmp_path)))  # which says something else of the skill
+
     @pytest.mark.parametrize("content", [None, "{"])
     def test_metrics_that_cannot_be_read_are_refused(self, tmp_path: Path, content: str | None) -> None:
         if content is not None:

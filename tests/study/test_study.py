@@ -130,6 +130,18 @@ def test_the_page_marks_what_is_evidence_and_nothing_else(
     assert (found["best"], found["below"]) == (("tcn", ["pixels"]) if marks else (None, []))
 
 
+def test_a_skill_that_is_not_defined_leaves_the_rest(write_study: Write, copy: Path, tmp_path: Path) -> None:
+    for file in (copy / "cells").glob("train-*.json"):
+        cell = json.loads(file.read_text())
+        cell["result"] |= {name: [None] * 5 for name in ("skill", "error", "copying")}
+        file.write_text(json.dumps(cell))
+    result = run_command(write_study(tmp_path), copy, "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert {row["skill_1"] for row in rows} == {None}
+    assert all(row["successes"] is not None for row in rows)
+
+
 def test_run_again_it_does_nothing(study_path: Path, write_study: Write, copy: Path, tmp_path: Path) -> None:
     before = cell_files(copy)
     result = run_command(write_study(tmp_path), copy, "--json")
