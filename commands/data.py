@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, replace
 from functools import partial
@@ -26,6 +25,7 @@ from wmcache.commands.shared import (
     json_option,
     open_dataset,
     options,
+    print_json,
 )
 
 
@@ -223,9 +223,8 @@ def fit(
     if (landscape := result.landscape) is None:
         click.echo("the landscape is not measured: without frames of a maze their true distances are not known")
         return
-    click.echo(
-        f"Spearman correlation of squared token distance and geodesic distance, held-out episodes: {landscape.spearman:.3f}"
-    )
+    rank = "none, all distances are equal" if landscape.spearman is None else f"{landscape.spearman:.3f}"
+    click.echo(f"Spearman correlation of squared token distance and geodesic distance, held-out episodes: {rank}")
     click.echo(f"held-out frames from which descending that distance gets stuck: {landscape.stuck:.1%}")
 
 
@@ -417,7 +416,7 @@ def encoders(as_json: bool) -> None:
         for spec in specs()
     ]
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        print_json(rows)
         return
     click.echo(f"{'name':22} {'tokens':>8} {'dim':>5} {'input':>7}  summary; source; licence")
     for row in rows:

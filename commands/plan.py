@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from wmcache.commands.shared import (
     json_option,
     options,
     preset_option,
+    print_json,
     shell_command,
 )
 from wmcache.planner.protocols import PROTOCOLS
@@ -136,7 +136,7 @@ def wmplan(
     results = {"protocol": protocol, **results}
     results = write_report(out, run, setting, episodes, results, shell_command(sys.argv))
     if as_json:
-        click.echo(json.dumps(results, indent=2))
+        print_json(results)
         return
     _print_table(results)
     click.echo(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -28,6 +29,8 @@ import pyarrow.parquet as pq
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle
 from numpy.typing import NDArray
 from scipy.stats import binomtest, spearmanr
 from wmcache import __version__
@@ -77,7 +80,7 @@ def write_report(
         "success": draw_success(episodes),
         "training": draw_training(run),
         "distance": draw_distance_map(setting.store, setting.graph),
-        "paths": draw_paths(episodes, setting.maze),
+        "paths": draw_paths(episodes, setting.maze, results["threshold"]),
     }
     if hasattr(setting.model, "locate"):
         pictures["localisation"] = draw_localisation(setting)
@@ -171,8 +174,11 @@ def draw_training(run: Path) -> bytes:
         raise UserError(
             f"{run / 'metrics.jsonl'} cannot be read ({error}); restore it, or put an empty file there to go without training curves"
         ) from error
+    # A figure that is not defined is null, in files of earlier versions NaN.
+    lines = [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     skills = [line for line in lines if "skill_1" in line]
+    known = any(math.isfinite(line["skill_1"]) for line in skills)
     with _figure(7.2, 2.8, columns=2) as (figure, (left, right)):
         if losses:
             left.plot(*zip(*losses, strict=True), color=COLOURS[0])
@@ -188,11 +194,12 @@ def draw_training(run: Path) -> bytes:
                     label=f"{k} step{'s' * (k > 1)}",
                 )
         right.set(xlabel="step", ylabel="skill against copying\n(1: perfect, 0: useless)", ylim=(None, 1))
-        if skills:
+        if known:
             right.legend(loc="lower right", fontsize=7)
-        for axes, there in ((left, losses), (right, skills)):
-            if not there:  # an imported run was trained elsewhere
-                axes.text(0.5, 0.5, "no metrics", transform=axes.transAxes, ha="center", va="center", color="#888")
+        why = "no skill: the frames do not change" if skills else "no metrics"  # an imported run was trained elsewhere
+        for axes, there, text in ((left, losses, "no metrics"), (right, known, why)):
+            if not there:
+                axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="#888")
                 axes.set(xticks=[], yticks=[])
         return _png(figure)
 
@@ -211,7 +218,8 @@ def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> by
     title = "latent distance" if graph is None else "distance along the cached frames"
     maze = cached_maze(store.card)
     true = maze.geodesic(xy[goal], xy)
-    correlation = float(spearmanr(latent, true).statistic)
+    constant = not (np.ptp(latent) and np.ptp(true))
+    correlation = "none" if constant else f"{spearmanr(latent, true).statistic:.2f}"
     with _figure(7.2, 3.2, columns=2) as (figure, panels):
         for axes, values, name in zip(panels, (latent, true), (title, "true distance along the maze"), strict=True):
             _draw_walls(axes, maze)
@@ -219,13 +227,13 @@ def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> by
             axes.plot(*xy[goal], "*", color="#d1272b", markersize=12)
             axes.set_title(name, fontsize=9)
             figure.colorbar(points, ax=axes, shrink=0.8)
-        figure.suptitle(f"distance to the star; Spearman correlation {correlation:.2f}", fontsize=9)
+        figure.suptitle(f"distance to the star; Spearman correlation {correlation}", fontsize=9)
         return _png(figure)
 
 
-def draw_paths(episodes: Episodes, maze: Maze, count: int = 12) -> bytes:
-    """The ways that the ball took in some episodes, from dot to star."""
-    with _figure(3.8, 3.4) as (figure, axes):
+def draw_paths(episodes: Episodes, maze: Maze, threshold: float, count: int = 12) -> bytes:
+    """Paths of the ball in some episodes, each from its start to its goal; a circle shows the threshold around the goal."""
+    with _figure(3.8, 3.9) as (figure, axes):
         _draw_walls(axes, maze)
         palette = plt.get_cmap("tab20")
         for i in range(min(count, len(episodes.start))):
@@ -233,6 +241,14 @@ def draw_paths(episodes: Episodes, maze: Maze, count: int = 12) -> bytes:
             axes.plot(path[:, 0], path[:, 1], color=palette(i % 20), linewidth=0.9)
             axes.plot(*path[0, :2], ".", color=palette(i % 20))
             axes.plot(*episodes.goal[i, :2], "*", color=palette(i % 20), markersize=9)
+            axes.add_patch(Circle(episodes.goal[i, :2], threshold, fill=False, color=palette(i % 20), linewidth=0.6))
+        signs = {"start": ".", "goal": "*", f"within {threshold}": "$\\bigcirc$"}
+        handles = [Line2D([], [], color="#555", linewidth=0.9, label="path")]
+        handles += [
+            Line2D([], [], color="#555", marker=sign, linestyle="", markersize=9, label=name)
+            for name, sign in signs.items()
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, handletextpad=0.3)
         return _png(figure)
 
 

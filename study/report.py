@@ -30,7 +30,7 @@ from wmcache.planner.report import COLOURS, RC
 from wmcache.study.cells import Branch, Workshop
 from wmcache.study.options import StudyOptions
 from wmcache.study.run import pooled
-from wmcache.study.statistics import LEVEL, Reached, compare, rank
+from wmcache.study.statistics import LEVEL, Reached, compare, episodes_needed, rank, separated, smallest_p
 from wmcache.trainer.loop import ROLLOUT_STEPS
 
 Row = dict[str, Any]
@@ -51,7 +51,9 @@ def write_report(
         work, branches: of `run_study`, for the episodes and the probes' pictures. command: what the user typed, for the page.
 
     Returns:
-        For each evaluation at its threshold and the largest fraction: `pairs`, the tests, and `ranking`, the groups.
+        For each evaluation at its threshold and the largest fraction: `pairs`, the tests; `ranking`, the groups; `best`, the encoder
+        that differs from every other; `below`, those that differ from the one of the highest success; `smallest_p`, that any data could
+        give; and `episodes_needed` for a difference to show.
     """
     with atomic_write(out / "study.parquet") as file:
         pq.write_table(pa.Table.from_pylist(rows), file)
@@ -59,7 +61,15 @@ def write_report(
     for plan in options.plan:
         reached = _reached(options, plan.name, plan.options.threshold, work, branches)
         pairs = compare(reached)
-        results[plan.name] = {"pairs": [asdict(pair) for pair in pairs], "ranking": rank(reached, pairs)}
+        best, below = separated(reached, pairs)
+        results[plan.name] = {
+            "pairs": [asdict(pair) for pair in pairs],
+            "ranking": rank(reached, pairs),
+            "best": best,
+            "below": below,
+            "smallest_p": smallest_p(pairs),
+            "episodes_needed": episodes_needed(pairs),
+        }
     table = summarise(options, rows)
     pictures = {"success": draw_success(options, rows, table), "skill": draw_skill(options, rows, table)}
     if len(options.fractions) > 1:
@@ -75,7 +85,14 @@ def write_report(
         settings=json.dumps(asdict(options), indent=2),
         rows=rows,
         table=table,
-        evaluations={name: {**found, "matrix": _matrix(found["pairs"])} for name, found in results.items()},
+        evaluations={
+            name: {
+                **found,
+                "matrix": _matrix(found["pairs"]),
+                "names": [line["encoder"] for line in table if line["success"][name]],
+            }
+            for name, found in results.items()
+        },
         columns=list(dict.fromkeys(column for line in table for column in line["probes"])),
         pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
         drawn={
@@ -108,7 +125,7 @@ def _reached(
 def _matrix(pairs: list[Row]) -> dict[tuple[str, str], Row]:
     """Row and column -> their pair, from the row's side."""
     turned = [
-        {**pair, "only_first": pair["only_second"], "only_second": pair["only_first"], "first": pair["second"]}
+        {**pair, "first_ahead": pair["second_ahead"], "second_ahead": pair["first_ahead"], "first": pair["second"]}
         | {"second": pair["first"]}
         for pair in pairs
     ]
@@ -116,7 +133,7 @@ def _matrix(pairs: list[Row]) -> dict[tuple[str, str], Row]:
 
 
 def summarise(options: StudyOptions, rows: Sequence[Row]) -> list[Row]:
-    """A line for each encoder at the largest fraction, by success in the first evaluation, the best first; seeds are pooled.
+    """A line for each encoder at the largest fraction, by success in the first evaluation, the best first; seeds are summed.
 
     Returns:
         `encoder`, `failed`, `success` (evaluation -> successes, episodes and interval, or None), and means over the seeds of all else.
@@ -196,13 +213,20 @@ def summary(options: StudyOptions, results: dict[str, Any]) -> str:
     """Which differences are real, a line for each evaluation."""
     lines = []
     for plan in options.plan:
-        groups = results[plan.name]["ranking"]
-        real = sum(pair["real"] for pair in results[plan.name]["pairs"])
-        ways = "; then: ".join(", ".join(group) for group in groups)
-        line = (
-            f"{plan.name}, within {plan.options.threshold}: {real} of {len(results[plan.name]['pairs'])} pairs differ at {LEVEL:.0%} "
-            f"(McNemar, Holm); not distinguishable from the best: {ways or '-'}"
-        )
+        found = results[plan.name]
+        pairs = found["pairs"]
+        real = sum(pair["real"] for pair in pairs)
+        line = f"{plan.name}, within {plan.options.threshold}: "
+        if not pairs:
+            line += "nothing to compare"
+        elif found["smallest_p"] >= LEVEL:
+            line += (
+                f"{pairs[0]['episodes']} episodes are too few for any of {len(pairs)} pairs to differ at {LEVEL:.0%}; "
+                f"it takes {found['episodes_needed']} or more"
+            )
+        else:
+            line += f"{real} of {len(pairs)} pairs differ at {LEVEL:.0%} (sign-flip test by episode, Holm); "
+            line += f"below the best: {', '.join(found['below']) or '-'}"
         lines.append(textwrap.fill(line, 120, subsequent_indent="  ", break_on_hyphens=False))
     return "\n".join(lines)
 

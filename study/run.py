@@ -26,9 +26,10 @@ from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.planner.episodes import THRESHOLDS, wilson
+from wmcache.planner.episodes import THRESHOLDS
 from wmcache.study.cells import Branch, Cell, Workshop, create_encoder, do_cell, make_branches
 from wmcache.study.options import StudyOptions
+from wmcache.study.statistics import interval
 from wmcache.trainer.loop import ROLLOUT_STEPS
 
 Task = tuple[Cell, ...]
@@ -297,10 +298,13 @@ def tabulate(branches: Sequence[Branch], work: Workshop, failures: dict[str, str
 
 
 def pooled(rows: Sequence[dict[str, Any]], at: float | None = None) -> tuple[int, int, list[float]] | None:
-    """Successes, episodes and Wilson's interval over the rows of an encoder's seeds, by the evaluation's threshold or another one."""
+    """Successes and trials over the rows of an encoder's seeds, by the evaluation's threshold or another one, and the rate's 95 % interval.
+
+    All seeds are tried on the same episodes, so the interval is that of so many episodes, not of so many trials.
+    """
     name = "successes" if at is None else f"successes_{at}"
     known = [row for row in rows if row[name] is not None]
     if not known:
         return None
-    successes, episodes = sum(row[name] for row in known), sum(row["episodes"] for row in known)
-    return successes, episodes, wilson(successes, episodes)
+    successes, trials = sum(row[name] for row in known), sum(row["episodes"] for row in known)
+    return successes, trials, interval(successes / trials, known[0]["episodes"])

@@ -17,12 +17,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
 from wmcache import __version__
 from wmcache.cache import UserError
 from wmcache.commands.shared import shell_command
+from wmcache.planner.compare import draw_landscapes
 from wmcache.planner.episodes import Episodes, env_steps
 from wmcache.planner.evaluate import PlanOptions, Setting, evaluate
-from wmcache.planner.report import draw_distance_map, draw_success, draw_training, write_report
+from wmcache.planner.report import draw_distance_map, draw_paths, draw_success, draw_training, write_report
 
 Plan = tuple[Path, Episodes, dict[str, Any]]
 
@@ -73,6 +76,23 @@ def test_the_episodes_can_be_read_by_other_tools(plan: Plan) -> None:
         reached = (episodes.distances() < threshold).any(1)
         expected = np.where(reached, env_steps(episodes, threshold), -1)
         assert rows[f"env_steps_{threshold}"] == expected.tolist()
+
+
+def test_pictures_name_their_signs_axes_and_colours(
+    plan: Plan, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    draw_paths(plan[1], setting.maze, 0.5)
+    (legend,) = drawn[0].legends
+    assert {text.get_text() for text in legend.get_texts()} == {"path", "start", "goal", "within 0.5"}
+    (circle, *_) = drawn[0].axes[0].patches
+    assert isinstance(circle, Circle)
+    assert circle.radius == 0.5
+    np.testing.assert_array_equal(circle.center, plan[1].goal[0, :2])
+    draw_landscapes({"one": np.random.default_rng(0).random((1, 5, 5)), "flat": np.zeros((1, 5, 5))})
+    first, second, bar = drawn[1].axes
+    assert all((first.get_xlabel(), first.get_ylabel(), second.get_xlabel(), bar.get_ylabel(), drawn[1].legends))
 
 
 class Cells(HTMLParser):
@@ -172,6 +192,13 @@ class TestDrawings:
     def test_a_run_that_was_not_validated_yet_shows_its_loss(self, run_path: Path, tmp_path: Path) -> None:
         (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
         assert not np.array_equal(drawn(draw_training(tmp_path)), drawn(draw_training(run_path)))
+
+    @pytest.mark.parametrize("skill", ["null", "NaN"])  # as it is written, and as earlier versions wrote it
+    def test_a_skill_that_is_not_defined_is_no_fault(self, run_path: Path, tmp_path: Path, skill: str) -> None:
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 0.5}}\n{{"step": 1, "skill_1": {skill}}}\n')
+        picture = drawn(draw_training(tmp_path))
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+        assert not np.array_equal(picture, drawn(draw_training(tmp_path)))  # which says something else of the skill
 
     @pytest.mark.parametrize("content", [None, "{"])
     def test_metrics_that_cannot_be_read_are_refused(self, tmp_path: Path, content: str | None) -> None:

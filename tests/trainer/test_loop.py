@@ -293,6 +293,24 @@ def test_a_run_that_ends_in_no_number_is_not_called_trained(
         train(store_path, tmp_path / "run", replace(tiny, steps=1, learning_rate=1e38, warmup=0, decay=0))
 
 
+def strict(line: str) -> Any:
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def test_frames_that_do_not_change_have_no_skill_and_that_is_said_once(
+    still_path: Path, tmp_path: Path, tiny: TrainOptions, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = train(still_path, tmp_path / "run", replace(tiny, validate_every=2))
+    assert set(found.values()) == {None}
+    assert "".join(capfd.readouterr()).count("no skill") == 1
+    lines = [strict(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    skills = {line["step"]: line["skill_1"] for line in lines if "skill_1" in line}
+    assert skills == dict.fromkeys((2, 4, 6, 8))
+
+
 def test_the_learning_rate_warms_up_stays_and_decays_towards_nothing() -> None:
     options = TrainOptions(steps=100, learning_rate=2.0, warmup=0.1, decay=0.4)
     rates = [learning_rate(step, options) for step in range(101)]
