@@ -34,7 +34,7 @@ from wmcache.pipeline.fit import fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.probe import draw_probe, probe
 from wmcache.planner.episodes import THRESHOLDS
-from wmcache.planner.evaluate import PlanOptions, Setting, evaluate
+from wmcache.planner.evaluate import PlanOptions, Setting, evaluate, recorded
 from wmcache.planner.goals import SOURCES
 from wmcache.planner.report import write_episodes
 from wmcache.study.options import EncoderChoice, StudyOptions
@@ -210,7 +210,7 @@ def _plan_settings(
     options: PlanOptions, inputs: dict[str, Cell]
 ) -> tuple[dict[str, Any], dict[str, Cell], dict[str, str]]:
     """Settings, inputs and files of an evaluation."""
-    settings, files = asdict(options), {}
+    settings, files = recorded(options), {}
     if options.env:
         files["env"] = _anywhere(options.env)
         settings["env"] = list(find_maze(options.env).rows)
@@ -359,7 +359,7 @@ def token_variance(store: TokenStore) -> float:
 
 def do_plan(work: Workshop, cell: Cell) -> dict[str, Any]:
     """Plan with a run, and keep which episodes reached their goals."""
-    out, options = work.place(cell), PlanOptions(**{**cell.settings, **cell.files})
+    out, options = work.place(cell), PlanOptions(**{"strict": False, **cell.settings, **cell.files})
     extracted = cell.inputs["extract"]
     # The run knows where both were when it was trained; the study may have moved since.
     there = {"weights": weights_of(work, extracted), "cache": work.place(extracted)}

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from wmcache.cache.files import atomic_write
+from wmcache.planner.baselines import BASELINES
 from wmcache.planner.episodes import THRESHOLDS
 from wmcache.planner.report import COLOURS, RC
 from wmcache.study.cells import Branch, Workshop
@@ -71,7 +72,8 @@ def write_report(
             "episodes_needed": episodes_needed(pairs),
         }
     table = summarise(options, rows)
-    pictures = {"success": draw_success(options, rows, table), "skill": draw_skill(options, rows, table)}
+    lines = with_baselines(options, rows, table)
+    pictures = {"success": draw_success(options, rows, lines), "skill": draw_skill(options, rows, table)}
     if len(options.fractions) > 1:
         pictures["fractions"] = draw_fractions(options, rows, table)
     drawn = {branch.choice.label: work.place(branch.probe) for branch in reversed(branches)}
@@ -85,6 +87,8 @@ def write_report(
         settings=json.dumps(asdict(options), indent=2),
         rows=rows,
         table=table,
+        lines=lines,
+        began={plan.name: _began(rows, plan.name) for plan in options.plan},
         evaluations={
             name: {
                 **found,
@@ -136,7 +140,8 @@ def summarise(options: StudyOptions, rows: Sequence[Row]) -> list[Row]:
     """A line for each encoder at the largest fraction, by success in the first evaluation, the best first; seeds are summed.
 
     Returns:
-        `encoder`, `failed`, `success` (evaluation -> successes, episodes and interval, or None), and means over the seeds of all else.
+        `encoder`, `failed`, `success` and `held` (evaluation -> successes, episodes and interval, or None), and means over the seeds
+        of all else.
     """
     table = []
     for choice in options.encoders:
@@ -157,12 +162,57 @@ def summarise(options: StudyOptions, rows: Sequence[Row]) -> list[Row]:
                 "success": {
                     plan.name: pooled([r for r in mine if r["protocol"] == plan.name]) for plan in options.plan
                 },
+                "held": {
+                    plan.name: pooled([r for r in mine if r["protocol"] == plan.name], what="held")
+                    for plan in options.plan
+                },
                 "derived": bool(first[0]["derived"]),
                 "probes": _probes(known),
             }
         )
     main = options.plan[0].name
     return sorted(table, key=lambda line: -_rate(line["success"][main]))
+
+
+def with_baselines(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> list[Row]:
+    """The lines of `summarise`, and among them by success those of the baselines, the same for all encoders.
+
+    Returns:
+        For a baseline `encoder`, `actions` (in BASELINES; None for an encoder), `success` and `held`; for an encoder its line, and
+        `below_random`: the evaluations in which it reached no more than random actions.
+    """
+    lines: list[Row] = []
+    for actions in BASELINES:
+        line: Row = {"encoder": f"{actions} actions", "actions": actions, "failed": None, "below_random": []}
+        for key, what in {"success": "successes", "held": "held"}.items():
+            line[key] = {
+                plan.name: pooled(_of_baseline(rows, actions, plan.name), what=f"{actions}_{what}")
+                for plan in options.plan
+            }
+        if any(line["success"].values()):
+            lines.append(line)
+    floors = next((line["success"] for line in lines if line["actions"] == "random"), {})
+    for line in table:
+        below = [
+            name
+            for name, success in line["success"].items()
+            if success is not None and _rate(floors.get(name)) >= _rate(success)
+        ]
+        lines.append({**line, "actions": None, "below_random": below})
+    main = options.plan[0].name
+    # Of equal ones the baseline first: who reaches no more is seen below it.
+    return sorted(lines, key=lambda line: (-_rate(line["success"][main]), line["actions"] is None))
+
+
+def _of_baseline(rows: Sequence[Row], actions: str, protocol: str) -> list[Row]:
+    """A row that has this baseline: all rows of an evaluation have the same episodes, and so the same baselines."""
+    return [row for row in rows if row["protocol"] == protocol and row[f"{actions}_successes"] is not None][:1]
+
+
+def _began(rows: Sequence[Row], protocol: str) -> dict[float, int]:
+    """Threshold -> how many episodes of an evaluation began within it; empty where that is not known."""
+    known = [row for row in rows if row["protocol"] == protocol and row[f"began_{THRESHOLDS[0]}"] is not None]
+    return {at: known[0][f"began_{at}"] for at in THRESHOLDS} if known else {}
 
 
 def _probes(known: Row) -> dict[str, float]:
@@ -184,24 +234,24 @@ def _rate(success: tuple[int, int, list[float]] | None) -> float:
 
 
 def headline(options: StudyOptions, rows: Sequence[Row]) -> str:
-    """The table for a terminal of 120 columns: success, open-loop skill, a probe, and costs."""
-    others = options.plan[1:2]  # there is no room for more
-    head = f"{'encoder':{WIDEST}} {'tokens':>9} {options.plan[0].name[:11]:>11} {'95 %':>11}"
-    head += "".join(f" {plan.name[:14]:>14}" for plan in others)
-    head += f" {'skill 1':>7} {'skill 5':>7} {'xy R2':>6} {'kB':>6} {'frame/s':>7}"
-    lines = [head]
-    for line in summarise(options, rows):
-        success = line["success"][options.plan[0].name]
-        size = "-" if line["tokens"] is None else f"{line['tokens']:.0f}x{line['token_dim']:.0f}"
-        text = f"{line['encoder'][:WIDEST]:{WIDEST}} {size:>9}"
-        if success is None:
-            lines.append(f"{text} {'-':>11}  {line['failed']}"[:120])
+    """The table for a terminal of 120 columns: goals reached and held, by the encoders and the baselines, open-loop skill and a probe."""
+    main, others = options.plan[0].name, options.plan[1:2]  # there is no room for more
+    lines = [f"{'encoder':{WIDEST}} {'tokens':>7} {main[:10]:>10} {'95 %':>9} {'held':>10} {'95 %':>9}"]
+    lines[0] += "".join(f" {plan.name[:14]:>14}" for plan in others) + f" {'skill 1':>7} {'skill 5':>7} {'xy R2':>6}"
+    for line in with_baselines(options, rows, summarise(options, rows)):
+        size = "-" if line.get("tokens") is None else f"{line['tokens']:.0f}x{line['token_dim']:.0f}"
+        text = f"{line['encoder'][:WIDEST]:{WIDEST}} {size:>7}"
+        if line["success"][main] is None:
+            lines.append(f"{text} {'-':>10}  {line['failed']}"[:120])
             continue
-        text += f" {_of(success):>11} {'{:.2f}-{:.2f}'.format(*success[2]):>11}"
+        for counted in (line["success"][main], line["held"][main]):
+            between = "-" if counted is None else "{:.2f}-{:.2f}".format(*counted[2])
+            text += f" {_of(counted):>10} {between:>9}"
         text += "".join(f" {_of(line['success'][plan.name]):>14}" for plan in others)
-        figures = (line["skill_1"], line["skill_5"], line["probes"].get("linear place"))
-        text += "".join(f" {'-' if v is None else f'{v:.2f}':>{w}}" for v, w in zip(figures, (7, 7, 6), strict=True))
-        lines.append(f"{text} {line['bytes_per_frame'] / 1000:>6.1f} {line['encode_frames_per_second']:>7.0f}")
+        figures = (line.get("skill_1"), line.get("skill_5"), line.get("probes", {}).get("linear place"))
+        lines.append(
+            text + "".join(f" {'-' if v is None else f'{v:.2f}':>{w}}" for v, w in zip(figures, (7, 7, 6), strict=True))
+        )
     return "\n".join(lines)
 
 
@@ -232,7 +282,7 @@ def summary(options: StudyOptions, results: dict[str, Any]) -> str:
 
 
 def draw_success(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> bytes:
-    """Success by threshold with intervals, an encoder a line, an evaluation a panel; the largest fraction."""
+    """Success by threshold with intervals, an encoder or a baseline a line, an evaluation a panel; the largest fraction."""
     names = [line["encoder"] for line in table]
     with plt.rc_context(RC):
         size = (3.0 + 2.6 * len(options.plan), 1.0 + 0.36 * len(names))
@@ -241,9 +291,12 @@ def draw_success(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row
         )
         for axes, plan in zip(panels[0], options.plan, strict=True):
             for shift, at, colour in zip((-0.2, 0.0, 0.2), THRESHOLDS, COLOURS, strict=False):
-                for place, name in enumerate(names):
-                    mine = _select(rows, name, options.fractions[-1], plan.name)
-                    if (known := pooled(mine, at)) is not None:
+                for place, line in enumerate(table):
+                    if (actions := line["actions"]) is None:
+                        known = pooled(_select(rows, line["encoder"], options.fractions[-1], plan.name), at)
+                    else:
+                        known = pooled(_of_baseline(rows, actions, plan.name), at, f"{actions}_successes")
+                    if known is not None:
                         axes.plot(known[2], [place + shift] * 2, color=colour, linewidth=1.6, alpha=0.6)
                         label = f"within {at}" if place == 0 else None
                         axes.plot(_rate(known), place + shift, "o", color=colour, markersize=4.5, label=label)
