@@ -238,12 +238,13 @@ def _success(setting: Setting, options: PlanOptions) -> dict[str, Any]:
         for word, name in (("within", "successes"), ("held", "held"))
         for row in results["by_threshold"]
     }
-    low, high = results["ci95"]
-    return {
-        "episodes": told.episodes,
-        **reached,
-        f"ci95_{told.threshold}": f"{low:.3f} to {high:.3f}",
+    intervals = {
+        f"{name}_{told.threshold}": "{:.3f} to {:.3f}".format(*results[name]) for name in ("ci95", "held_ci95")
     }
+    at = [row["threshold"] for row in results["by_threshold"]].index(told.threshold)
+    random = results["baselines"]["random"][at]
+    baseline = {f"random_within_{told.threshold}": random["successes"], f"random_held_{told.threshold}": random["held"]}
+    return {"episodes": told.episodes, **reached, **intervals, **baseline}
 
 
 def _name(run: Path, runs: Sequence[Path]) -> str:

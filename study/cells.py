@@ -362,8 +362,8 @@ def do_plan(work: Workshop, cell: Cell) -> dict[str, Any]:
     out, options = work.place(cell), PlanOptions(**{"strict": False, **cell.settings, **cell.files})
     extracted = cell.inputs["extract"]
     # The run knows where both were when it was trained; the study may have moved since.
-    there = {"weights": weights_of(work, extracted), "cache": work.place(extracted)}
-    setting = Setting(work.place(cell.inputs["train"]), options, **there)
+    weights, cache = weights_of(work, extracted), work.place(extracted)
+    setting = Setting(work.place(cell.inputs["train"]), options, weights=weights, cache=cache)
     episodes, results = evaluate(setting, options, out)
     write_episodes(out / "episodes.parquet", episodes)
     for unfinished in out.glob("unfinished-*"):

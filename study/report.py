@@ -191,12 +191,12 @@ def with_baselines(options: StudyOptions, rows: Sequence[Row], table: Sequence[R
             }
         if any(line["success"].values()):
             lines.append(line)
-    floors = next((line["success"] for line in lines if line["actions"] == "random"), {})
+    random: Row = next((line["success"] for line in lines if line["actions"] == "random"), {})
     for line in table:
         below = [
             name
             for name, success in line["success"].items()
-            if success is not None and _rate(floors.get(name)) >= _rate(success)
+            if success is not None and _rate(random.get(name)) >= _rate(success)
         ]
         lines.append({**line, "actions": None, "below_random": below})
     main = options.plan[0].name
