@@ -8,6 +8,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import shutil
@@ -210,9 +211,46 @@ def make_folder(path: Path) -> None:
 
 
 def write_json(path: Place, value: Any) -> None:
-    """Write JSON atomically, readable by people."""
+    """Write JSON atomically, readable by people; raises UserError where a number is not finite."""
+    try:
+        text = dump_json(value, indent=2)
+    except UserError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
     with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+        file.write((text + "\n").encode())
+
+
+def dump_json(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
+    """Strict JSON, which every parser reads; raises UserError, naming the place, where a number is not finite."""
+    try:
+        return json.dumps(value, indent=indent, sort_keys=sort_keys, allow_nan=False)
+    except ValueError as error:
+        if (found := _not_finite(value)) is None:
+            raise
+        raise UserError(f"{found[0]} is {found[1]}; it must be a finite number") from error
+
+
+def nulls(value: Any) -> Any:
+    """The JSON value with null in place of every number that is not finite: of figures that need not exist, never of settings."""
+    if isinstance(value, dict):
+        return {name: nulls(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [nulls(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _not_finite(value: Any, name: str = "the value") -> tuple[str, float] | None:
+    """The first number of a JSON value that is not finite: its key and itself."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else (name, value)
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else ((name, item) for item in value)
+        if isinstance(value, list | tuple)
+        else ()
+    )
+    return next((found for key, item in items if (found := _not_finite(item, str(key)))), None)
 
 
 def read_json(path: Place, mend: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ the size that they would have, and the records of all but the first thousands ar
 
 from __future__ import annotations
 
-import json
 import resource
 import tempfile
 import time
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import require_space, seal
+from wmcache.cache.files import dump_json, require_space, seal
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, shard_file
 from wmcache.cache.records import IN_A_BLOCK, Block, Record, Records, record_file
@@ -125,7 +124,7 @@ def _measure(path: Path, shards: int, frames_per_shard: int, tokens: int, token_
     _, commits = _timed(commit)
     for shard in [*range(len(tried), min(whole, IN_A_BLOCK)), *range(max(whole, len(tried)), shards)]:
         # Not synced to the disk one by one, which is what takes long.
-        Path(str(record_file(path, shard))).write_text(json.dumps(seal(asdict(record_of(shard)))))
+        Path(str(record_file(path, shard))).write_text(dump_json(seal(asdict(record_of(shard)))))
     _, folding = _timed(lambda: records.fold(0))
     for first in range(IN_A_BLOCK, whole, IN_A_BLOCK):
         records.write_block(Block.of(dict.fromkeys(range(first, first + IN_A_BLOCK), record)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -27,6 +26,7 @@ from wmcache.commands.shared import (
     json_option,
     open_dataset,
     options,
+    print_json,
 )
 
 
@@ -242,9 +242,8 @@ def fit(
             reason = f"the frames of {store.path} are not at {store.card.dataset.get('path')}; name their place with --dataset"
         click.echo(f"the landscape is not measured: {reason}")
         return
-    click.echo(
-        f"Spearman correlation of squared token distance and geodesic distance, held-out episodes: {landscape.spearman:.3f}"
-    )
+    rank = "none, all distances are equal" if landscape.spearman is None else f"{landscape.spearman:.3f}"
+    click.echo(f"Spearman correlation of squared token distance and geodesic distance, held-out episodes: {rank}")
     click.echo(f"held-out frames from which descending that distance gets stuck: {landscape.stuck:.1%}")
 
 
@@ -456,7 +455,7 @@ def encoders(as_json: bool) -> None:
         for spec in specs()
     ]
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        print_json(rows)
         return
     click.echo(f"{'name':22} {'tokens':>8} {'dim':>5} {'input':>7}  summary; source; licence")
     for row in rows:

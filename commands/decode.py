@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import click
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home
 from wmcache.cache.places import Place
-from wmcache.commands.shared import PATH, PLACE, Command, device_option, json_option, name_of, options
+from wmcache.commands.shared import PATH, PLACE, Command, device_option, json_option, name_of, options, print_json
 
 frames_option = click.option(
     "--frames", "--dataset", "dataset", type=PLACE, help="Where the store's frames are, if they have moved."
@@ -26,6 +25,9 @@ decoder_sizes = options(
     click.option("--codes", type=click.IntRange(1), help="vqvae: entries of the codebook.  [default: 2048]"),
     click.option("--depth", type=click.IntRange(1), help="transposed-conv: a 32nd of the first map.  [default: 64]"),
 )
+
+
+METRICS = {"mse": "mse", "moving_mse": "mse, moving pixels", "ssim": "ssim", "lpips": "lpips"}
 
 
 @click.command(cls=Command)
@@ -84,9 +86,12 @@ def decoder(
         cache, read_frames, out, DecoderOptions(decoder_options=given, **settings), overwrite=overwrite
     )
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        print_json(result)
         return
     click.echo(f"{out}: {result['frames']} held-out frames, {_figures(result)}")
+    if "mean_frame" in result:  # a decoder of an earlier version has no such figures
+        click.echo(f"the mean frame, for comparison: {_figures(result['mean_frame'])}")
+        click.echo(_explain_moving(result["moving"]))
     _tell_absence(result)
     click.echo(
         f"draw what a world model imagines with: {command('wmcache', 'imagine', '--run', 'RUN', '--decoder', out)}"
@@ -126,12 +131,9 @@ def imagine(
     read_frames = _frames_of(cache, dataset).read_frames
     result = draw(run, decoder, read_frames, out, ImagineOptions(**settings), cache=cache)
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        print_json(result)
         return
-    click.echo(f"{'step':>4}  {'imagined':34} {'its decoder at best':34} copying the observed frame")
-    for row in result["steps"]:
-        cells = (f"{_figures(row[name]):34}" for name in ("imagined", "floor", "copying"))
-        click.echo(f"{row['step']:>4}  {' '.join(cells)}".rstrip())
+    _print_steps(result["steps"])
     _tell_absence(result)
     click.echo(f"pictures: {out}")
 
@@ -149,8 +151,32 @@ def _frames_of(cache: Place, dataset: Place | None) -> Any:
 
 
 def _figures(result: dict[str, Any]) -> str:
-    formats = {"mse": "mse {:.6f}", "ssim": "ssim {:.4f}", "lpips": "lpips {:.4f}"}
-    return " ".join(form.format(result[name]) for name, form in formats.items() if name in result)
+    return ", ".join(f"{title} {_figure(name, result[name])}" for name, title in METRICS.items() if name in result)
+
+
+def _figure(name: str, value: float | None) -> str:
+    return "-" if value is None else f"{value:.6f}" if name.endswith("mse") else f"{value:.4f}"
+
+
+def _print_steps(rows: list[dict[str, Any]]) -> None:
+    """A block for each metric: pictures as lines, up to 10 model steps as columns."""
+    from wmcache.planner.imagine import PICTURES
+
+    count = min(len(rows), 10)
+    shown = [rows[k * (len(rows) - 1) // max(count - 1, 1)] for k in range(count)]
+    for name, title in METRICS.items():
+        if name in shown[0]["imagined"]:
+            click.echo(f"{title:21}" + "".join(f" {'step ' + str(row['step']):>8}" for row in shown))
+            for picture, label in PICTURES.items():
+                click.echo(f"  {label:19}" + "".join(f" {_figure(name, row[picture][name]):>8}" for row in shown))
+    click.echo(_explain_moving(sum(row["imagined"]["moving"] for row in rows) / len(rows)))
+
+
+def _explain_moving(share: float) -> str:
+    from wmcache.trainer.metrics import MOVING
+
+    rule = f"where the real frame differs from the mean train frame by more than {MOVING}"
+    return f"moving: {share:.2%} of the pixels, {rule}" if share else f"moving: no pixel; a pixel moves {rule}"
 
 
 def _tell_absence(result: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from wmcache.commands.shared import (
     json_option,
     options,
     preset_option,
+    print_json,
     shell_command,
 )
 from wmcache.planner.protocols import PROTOCOLS
@@ -60,6 +60,11 @@ search_options = options(
 @click.option(
     "--goal-steps", type=int, help="Env steps from start to goal (dataset, random-action).  [default: the horizon's]"
 )
+@click.option(
+    "--strict/--no-strict",
+    default=True,
+    help="Draw start and goal at least the largest reported threshold and one model step apart, or anywhere (DINO-WM).",
+)
 @click.option("--budget", type=int, default=100, help="Env steps of each episode.")
 @click.option(
     "--threshold",
@@ -92,12 +97,15 @@ search_options = options(
 @search_options
 @click.option("--batch-size", "batch", type=int, default=50, help="Episodes planned at once.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Number of the first episode.")
+@click.option(
+    "--untrained", is_flag=True, help="Evaluate the model with random weights too, as a baseline; takes as long again."
+)
 @click.option("--env", help="Another maze than the data's.")
 @click.option("--weights", type=PATH, help="The encoder's weights, if they have moved.")
 @click.option("--cache", type=PLACE, help="The store, if it has moved.")
 @click.option("--dtype", default="auto", help="Of the model: auto, float32 or bfloat16.")
 @device_option
-@click.option("--out", type=PATH, help="Folder of the results.  [default: RUN/plan-<protocol or objective-execute>-…]")
+@click.option("--out", type=PATH, help="Folder of the results.  [default: RUN/plan-…, named by the settings]")
 @cluster_option(also="  Batches are the tasks; results are the same wherever they are planned.")
 @json_option
 def wmplan(
@@ -106,6 +114,7 @@ def wmplan(
     weights: Path | None,
     cache: Place | None,
     out: Path | None,
+    untrained: bool,
     cluster: str,
     as_json: bool,
     **settings: Any,
@@ -121,28 +130,39 @@ def wmplan(
     out = out or default_out(run, protocol, chosen)
     refuse_other_results(out, chosen)
     setting = Setting(run, chosen, weights=weights, cache=cache)
-    episodes, results = evaluate(setting, chosen, out, None if cluster == "local:1" else _spread(cluster))
+    spread = None if cluster == "local:1" else _spread(cluster)
+    episodes, results = evaluate(setting, chosen, out, spread)
+    if untrained:
+        random_model = Setting(run, chosen, weights=weights, cache=cache, untrained=True)
+        results["baselines"]["untrained"] = evaluate(random_model, chosen, out, spread)[1]["by_threshold"]
     results = {"protocol": protocol, **results}
-    write_report(out, run, setting, episodes, results, shell_command(sys.argv))
+    results = write_report(out, run, setting, episodes, results, shell_command(sys.argv))
     if as_json:
-        click.echo(json.dumps(results, indent=2))
+        print_json(results)
         return
-    click.echo(
-        f"{'threshold':>9} {'reached':>12} {'rate':>6} {'95 % interval':>16} {'env steps':>10} {'way':>5} {'held':>5} {'95 % interval':>16}"
-    )
-    for row in results["by_threshold"]:
-        reached = f"{row['successes']} of {results['episodes']}"
-        interval, held = ("{:.3f} to {:.3f}".format(*row[name]) for name in ("ci95", "held_ci95"))
-        rate, steps = f"{row['success_rate']:>6.3f}", f"{row['mean_env_steps']:>10.1f}"
-        way = "-" if row["path_ratio"] is None else f"{row['path_ratio']:.2f}"
-        click.echo(
-            f"{row['threshold']:>9} {reached:>12} {rate} {interval:>16} {steps} {way:>5} {row['held']:>5} {held:>16}"
-        )
+    _print_table(results)
     click.echo(
         f"{results['budget_env_steps']} env steps an episode, {results['replans']} replans at {results['seconds_per_replan']:.3f} s, "
         f"{results['encoder_frames']} frames encoded"
     )
     click.echo(f"report: {out / 'report.html'}")
+
+
+def _print_table(results: dict[str, Any]) -> None:
+    """What was reached and held within each threshold, by the planner and by the baselines; a line each."""
+    actors = {"planner": results["by_threshold"], **results["baselines"]}
+    head = f"{'within':>6} {'actions':9} {'reached':>12} {'95 % interval':>15} {'held at the end':>15} {'95 % interval':>15}"
+    click.echo(f"{head} {'env steps':>9} {'path':>5}")
+    for judged in zip(*actors.values(), strict=True):
+        for name, row in zip(actors, judged, strict=True):
+            counts = (f"{row[count]} of {results['episodes']}" for count in ("successes", "held"))
+            intervals = ("{:.3f} - {:.3f}".format(*row[interval]) for interval in ("ci95", "held_ci95"))
+            reached, held, interval, held_interval = *counts, *intervals
+            path = "-" if row["path_ratio"] is None else f"{row['path_ratio']:.2f}"
+            line = f"{row['threshold']:>6} {name:9} {reached:>12} {interval:>15} {held:>15} {held_interval:>15}"
+            click.echo(f"{line} {row['mean_env_steps']:>9.1f} {path:>5}")
+    began = ", ".join(f"{count} within {threshold}" for threshold, count in results["began_at_goal"].items())
+    click.echo(f"began at the goal: {began}, of {results['episodes']} episodes")
 
 
 def _spread(cluster: str) -> Spread:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import click
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import human_bytes
-from wmcache.commands.shared import NUMBER, PATH, Command, device_option, json_option
+from wmcache.commands.shared import NUMBER, PATH, Command, device_option, json_option, print_json
 
 
 @click.command("plan-job", cls=Command)
@@ -47,7 +46,7 @@ def plan_job(
             raise UserError(f"{error}; or say what a worker does with --frames-per-second") from error
     plan = run(token_grid=spec.token_grid, token_dim=spec.token_dim, frames_per_second=frames_per_second, **settings)
     if as_json:
-        click.echo(json.dumps(asdict(plan), indent=2))
+        print_json(asdict(plan))
         return
     load = plan.tasks_per_second / plan.scheduler_tasks_per_second
     for name, value in {

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from wmcache.cache.places import Place
-from wmcache.commands.shared import PATH, PLACE, Command, json_option
+from wmcache.commands.shared import PATH, PLACE, Command, json_option, print_json
 
 if TYPE_CHECKING:
     from wmcache.pipeline.probe import Probe
@@ -59,7 +58,7 @@ def probe(stores: tuple[Place, ...], dataset: Place | None, frames: int, out: Pa
         if not as_json:
             click.echo(row(cells(result), "/".join(store.parts[-2:])))
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        print_json(found)
         return
     for values in found:
         if "x" not in values["linear"] and values["linear"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -17,7 +16,7 @@ import click
 from click.core import ParameterSource
 from wmcache.cache.cpus import limit_threads
 from wmcache.cache.errors import UserError, command
-from wmcache.cache.files import home
+from wmcache.cache.files import dump_json, home, nulls
 from wmcache.cache.places import Place, place
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -337,10 +336,15 @@ source_options = options(
 )
 
 
+def print_json(value: Any) -> None:
+    """Print strict JSON; a figure that is not a finite number is null."""
+    click.echo(dump_json(nulls(value), indent=2))
+
+
 def print_rows(rows: list[dict[str, Any]], *, as_json: bool) -> None:
     """A table, or JSON."""
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        print_json(rows)
         return
     width = max(len(name) for row in rows for name in row) + 2
     click.echo("".join(f"{name:>{width}}" for name in rows[0]))
@@ -352,7 +356,7 @@ def print_rows(rows: list[dict[str, Any]], *, as_json: bool) -> None:
 def print_figures(figures: dict[str, float], *, as_json: bool) -> None:
     """A line each, or JSON."""
     if as_json:
-        click.echo(json.dumps(figures, indent=2))
+        print_json(figures)
         return
     for name, value in figures.items():
         click.echo(f"{name:36} {value:12.3f}")
@@ -361,7 +365,7 @@ def print_figures(figures: dict[str, float], *, as_json: bool) -> None:
 def print_figures_of(rows: list[dict[str, Any]], *, as_json: bool) -> None:
     """A column for each row, named by its first value, and a line for each of the others; or JSON."""
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        print_json(rows)
         return
     cells = [
         [f"{value:.4g}" if isinstance(value, float) else str(value) for value in (row[name] for row in rows)]

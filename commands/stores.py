@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import click
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home, human_bytes
 from wmcache.cache.places import Place, beside
-from wmcache.commands.shared import PATH, PLACE, Command, json_option, source_options, store_argument
+from wmcache.commands.shared import PATH, PLACE, Command, json_option, print_json, source_options, store_argument
 
 
 @click.command("ls", cls=Command)
@@ -23,7 +22,7 @@ def list_(folder: Place | None, as_json: bool) -> None:
 
     entries = list_stores(folder or home() / "stores")
     if as_json:
-        click.echo(json.dumps([asdict(entry) for entry in entries], indent=2))
+        print_json([asdict(entry) for entry in entries])
         return
     click.echo(f"{'state':>16} {'size':>9} {'frames':>8} {'tokens':>10} {'dtype':>8}  store")
     for entry in entries:
@@ -42,7 +41,7 @@ def info(store: Place, as_json: bool) -> None:
 
     values = describe(store)
     if as_json:
-        click.echo(json.dumps(values, indent=2))
+        print_json(values)
         return
     for group in ("identity", "card", "versions"):
         for name, value in values.pop(group).items():
@@ -67,7 +66,7 @@ def verify(store: Place, deep: bool, as_json: bool, **source: Any) -> None:
 
         found = run(store)
     if as_json:
-        click.echo(json.dumps({**asdict(found), "sound": found.sound}, indent=2))
+        print_json({**asdict(found), "sound": found.sound})
     else:
         click.echo(f"{store}: {found.shards_done} of {found.shards} shards as they were written, {found.frames} frames")
         for fault in found.faults:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import click
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import home
-from wmcache.commands.shared import PATH, Command, cluster_option, json_option, shell_command
+from wmcache.commands.shared import PATH, Command, cluster_option, json_option, print_json, shell_command
 
 DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
 
@@ -57,7 +56,7 @@ def study(file: Path | None, out: Path | None, as_json: bool, **flags: Any) -> N
     rows = tabulate(branches, work, failures)
     results = write_report(out, options, rows, work, branches, shell_command(sys.argv))
     if as_json:
-        click.echo(json.dumps({"rows": rows, **results}, indent=2))
+        print_json({"rows": rows, **results})
     else:
         click.echo(headline(options, rows))
         click.echo(summary(options, results))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Any
 
 import click
 from wmcache.cache.files import home, human_bytes
-from wmcache.commands.shared import Command, json_option
+from wmcache.commands.shared import Command, json_option, print_json
 
 
 @click.command(cls=Command)
@@ -17,7 +16,7 @@ def weights(as_json: bool) -> None:
     """List the weights that encoders come from, and those that were fitted here ($WMCACHE_HOME/encoders)."""
     sources, fitted = _sources(), _fitted()
     if as_json:
-        click.echo(json.dumps({"sources": sources, "fitted": fitted}, indent=2))
+        print_json({"sources": sources, "fitted": fitted})
         return
     click.echo(f"{'state':>8} {'size':>9} {'revision':12}  source")
     for row in sources:

@@ -5,7 +5,7 @@ from wmcache.envs.gl import RendererError
 from wmcache.envs.maze import Maze, MazeError, maze_names
 from wmcache.envs.pointmaze import PointMazeEnv, sample_state
 from wmcache.envs.policies import POLICIES, Policy
-from wmcache.envs.simulator import FPS, PointMazeSimulator
+from wmcache.envs.simulator import FPS, PointMazeSimulator, longest_move
 from wmcache.envs.vector import PointMazeVectorEnv
 
 ENV_PREFIX = "wmcache/PointMaze-"
@@ -41,6 +41,7 @@ __all__ = [
     "Policy",
     "RendererError",
     "find_maze",
+    "longest_move",
     "maze_names",
     "sample_state",
 ]

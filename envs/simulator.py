@@ -6,6 +6,7 @@ with damping 1, motors of gear 100, a ball of radius 0.1 and density 1000, no gr
 
 from __future__ import annotations
 
+import functools
 import os
 
 import numpy as np
@@ -150,3 +151,19 @@ class PointMazeSimulator:
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
+
+
+def longest_move(env_steps: int) -> float:
+    """The largest distance that the ball can cover in some env steps, in maze units, whatever its velocity and the actions.
+
+    Each env step begins with the velocity clipped to MAX_SPEED on each axis and adds at most full force on both, so the largest
+    displacement is the same in every step: about 0.401.
+    """
+    return env_steps * _longest_step()
+
+
+@functools.cache
+def _longest_step() -> float:
+    simulator = PointMazeSimulator(Maze("Hall", ("#####", "#OOO#", "#OOO#", "#OOO#", "#####")))
+    start = np.array([1.0, 1.0, MAX_SPEED, MAX_SPEED])
+    return float(np.linalg.norm(simulator.step(start, np.ones(2))[:2] - start[:2]))

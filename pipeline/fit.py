@@ -20,7 +20,7 @@ from tqdm import tqdm
 from wmcache.cache.cpus import available_cpus
 from wmcache.cache.device import autocast, choose_device, choose_dtype
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import atomic_write, home, seconds_between_updates
+from wmcache.cache.files import atomic_write, dump_json, home, seconds_between_updates
 from wmcache.cache.places import cause_outside, unreadable
 from wmcache.cache.store import TokenStore
 from wmcache.cache.tensors import open_tensors
@@ -167,7 +167,7 @@ def describe_fit(name: str, fingerprint: str, frames: int, options: FitOptions) 
         "encoder": name,
         "dataset": fingerprint,
         "frames": str(frames),
-        "options": json.dumps(asdict(options), sort_keys=True),
+        "options": dump_json(asdict(options), sort_keys=True),
     }
 
 

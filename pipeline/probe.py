@@ -52,11 +52,11 @@ class Landscape:
     """Whether a planner can descend the squared token distance to a goal.
 
     Attributes:
-        spearman: rank correlation with the true geodesic distance, over pairs of held-out frames.
+        spearman: rank correlation with the true geodesic distance, over pairs of held-out frames; None where all distances are equal.
         stuck: share of held-out frames from which moving always to the best place in sight does not lead to the goal.
     """
 
-    spearman: float
+    spearman: float | None
     stuck: float
 
 
@@ -380,8 +380,9 @@ def draw_probe(path: Place, out: Path, *, dataset: Place | None = None, goals: i
         reachable = np.isfinite(true[i])
         lost = reachable & (true[i][descend(latent[i], near)] > STUCK_DISTANCE)
         axes.plot(*xy[lost].T, "o", color="#ff4a30", markersize=1.6, markeredgewidth=0)
-        rank = spearmanr(latent[i][reachable], true[i][reachable]).statistic
-        axes.set_title(f"Spearman {rank:.2f}, stuck {lost.sum() / reachable.sum():.0%}", fontsize=8)
+        rank = rank_correlation(latent[i][reachable], true[i][reachable])
+        shown = "-" if rank is None else f"{rank:.2f}"
+        axes.set_title(f"Spearman {shown}, stuck {lost.sum() / reachable.sum():.0%}", fontsize=8)
     figure.suptitle(
         f"{path.resolve().parent.name}/{path.name}: {len(val)} held-out frames by their distance to the star, "
         "a red point where descending it gets stuck",
@@ -444,11 +445,17 @@ def measure_landscape(distances: NDArray[np.floating], xy: Float, maze: Maze) ->
     ) as bar:
         true = np.stack([maze.geodesic(xy[goal], xy) for goal in bar])
     reachable = np.isfinite(true)
-    correlation = spearmanr(latent[reachable], true[reachable]).statistic
     near = neighbours(maze, xy)
     ends = [descend(values, near) for values in latent]
     stuck = [(true[i, end] > STUCK_DISTANCE)[reachable[i]].mean() for i, end in enumerate(ends)]
-    return Landscape(float(correlation), float(np.mean(stuck)))
+    return Landscape(rank_correlation(latent[reachable], true[reachable]), float(np.mean(stuck)))
+
+
+def rank_correlation(values: NDArray[np.floating], others: NDArray[np.floating]) -> float | None:
+    """Spearman's rank correlation of [n] and [n]; None where one of them is constant."""
+    if not (np.ptp(values) and np.ptp(others)):
+        return None
+    return float(spearmanr(values, others).statistic)
 
 
 def neighbours(maze: Maze, xy: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -113,17 +113,24 @@ def roughness(planes: NDArray[np.float64]) -> dict[str, float]:
 
 
 def draw_landscapes(planes: Mapping[str, NDArray[np.float64]], episode: int = 0) -> bytes:
-    """A PNG: the landscape of one episode for each run, in shares of its own range, a white dot where its plan is."""
-    figure = Figure(figsize=(2.6 * len(planes), 2.9), layout="constrained", dpi=120)
-    for axes, (name, costs) in zip(figure.subplots(1, len(planes), squeeze=False)[0], planes.items(), strict=True):
+    """A PNG: the landscape of one episode for each run, in shares of its own range, a dot where its plan is."""
+    figure = Figure(figsize=(2.7 * len(planes) + 0.9, 3.2), layout="constrained", dpi=120)
+    panels = figure.subplots(1, len(planes), squeeze=False)[0]
+    for axes, (name, costs) in zip(panels, planes.items(), strict=True):
         plane = costs[episode]
         scaled = (plane - plane.min()) / max(float(np.ptp(plane)), 1e-12)
-        axes.imshow(scaled, origin="lower", extent=(-REACH, REACH, -REACH, REACH), cmap="viridis")
-        axes.contour(scaled, extent=(-REACH, REACH, -REACH, REACH), levels=12, colors="white", linewidths=0.4)
-        axes.plot(0, 0, "o", color="white", markersize=4)
+        image = axes.imshow(scaled, origin="lower", extent=(-REACH, REACH, -REACH, REACH), cmap="viridis")
+        if scaled.any():  # a flat landscape has no contours
+            axes.contour(scaled, extent=(-REACH, REACH, -REACH, REACH), levels=12, colors="white", linewidths=0.4)
+        axes.plot(0, 0, "o", color="white", markeredgecolor="black", markersize=5, label="the solver's plan")
         axes.set_title(name, fontsize=8)
+        axes.set_xlabel("change along one random direction (RMS, env units)", fontsize=6)
         axes.tick_params(labelsize=6)
-    figure.supxlabel("change of the plan along two random directions, root mean square in env units", fontsize=7)
+    panels[0].set_ylabel("change along another one (RMS, env units)", fontsize=6)
+    bar = figure.colorbar(image, ax=list(panels), shrink=0.8)
+    bar.set_label("cost (0: lowest, 1: highest of the panel)", fontsize=7)
+    bar.ax.tick_params(labelsize=6)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", fontsize=7, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -231,12 +238,13 @@ def _success(setting: Setting, options: PlanOptions) -> dict[str, Any]:
         for word, name in (("within", "successes"), ("held", "held"))
         for row in results["by_threshold"]
     }
-    low, high = results["ci95"]
-    return {
-        "episodes": told.episodes,
-        **reached,
-        f"ci95_{told.threshold}": f"{low:.3f} to {high:.3f}",
+    intervals = {
+        f"{name}_{told.threshold}": "{:.3f} to {:.3f}".format(*results[name]) for name in ("ci95", "held_ci95")
     }
+    at = [row["threshold"] for row in results["by_threshold"]].index(told.threshold)
+    random = results["baselines"]["random"][at]
+    baseline = {f"random_within_{told.threshold}": random["successes"], f"random_held_{told.threshold}": random["held"]}
+    return {"episodes": told.episodes, **reached, **intervals, **baseline}
 
 
 def _name(run: Path, runs: Sequence[Path]) -> str:

@@ -74,8 +74,24 @@ def join(parts: list[Episodes]) -> Episodes:
     )
 
 
-def judge(episodes: Episodes, threshold: float, maze: Maze) -> dict[str, Any]:
+def began_at_goal(episodes: Episodes, threshold: float) -> int:
+    """How many episodes started within `threshold` of their goal."""
+    return int((np.linalg.norm(episodes.start[:, :2] - episodes.goal[:, :2], axis=1) < threshold).sum())
+
+
+def thresholds_of(threshold: float) -> list[float]:
+    """The thresholds that are reported beside an evaluation's own, the largest first."""
+    return sorted({*THRESHOLDS, threshold}, reverse=True)
+
+
+def judge(
+    episodes: Episodes, threshold: float, maze: Maze, shortest: NDArray[np.float64] | None = None
+) -> dict[str, Any]:
     """Success at one threshold, from the recorded states.
+
+    Args:
+        episodes: what happened. threshold: distance to the goal. maze: where.
+        shortest: of `shortest_ways`, where that is known already.
 
     Returns:
         successes: episodes within `threshold` of the goal at the end of some executed chunk. success_rate, ci95: of those, with
@@ -86,7 +102,7 @@ def judge(episodes: Episodes, threshold: float, maze: Maze) -> dict[str, Any]:
     close = episodes.distances() < threshold
     reached = close.any(1)
     count, successes, held = len(close), int(reached.sum()), int(close[:, -1].sum())
-    taken, shortest = (lengths[reached] for lengths in ways(episodes, threshold, maze))
+    taken, shortest = (lengths[reached] for lengths in ways(episodes, threshold, maze, shortest))
     inverse = np.where(shortest > 0, shortest / np.maximum(taken, np.maximum(shortest, 1e-9)), 1.0)
     return {
         "threshold": threshold,
@@ -115,13 +131,16 @@ def env_steps(episodes: Episodes, threshold: float) -> NDArray[np.int64]:
     return steps
 
 
-def ways(episodes: Episodes, threshold: float, maze: Maze) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def ways(
+    episodes: Episodes, threshold: float, maze: Maze, shortest: NDArray[np.float64] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Length of the way until `env_steps`, and of the shortest to within `threshold` of the goal, [E] each; 0 for who starts there."""
     taken = np.empty(len(episodes.start))
     for i, steps in enumerate(env_steps(episodes, threshold)):
         way = np.concatenate([episodes.start[i : i + 1, :2], episodes.states[i, :steps, :2]])
         taken[i] = np.linalg.norm(np.diff(way, axis=0), axis=1).sum()
-    return taken, np.maximum(0.0, shortest_ways(episodes, maze) - threshold)
+    shortest = shortest_ways(episodes, maze) if shortest is None else shortest
+    return taken, np.maximum(0.0, shortest - threshold)
 
 
 def shortest_ways(episodes: Episodes, maze: Maze) -> NDArray[np.float64]:

@@ -21,21 +21,33 @@ from wmcache.cache.files import make_folder, read_json, seconds_between_updates,
 from wmcache.cache.layout import StoreCard
 from wmcache.cache.places import Place, absolute, place
 from wmcache.cache.store import TokenStore
-from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, find_maze
+from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, find_maze, longest_move
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
 from wmcache.pipeline.encoders.changes import LEAST_CHANGE, changes_for
+from wmcache.planner.baselines import BASELINES, run_baseline
 from wmcache.planner.bench import bench_plan
-from wmcache.planner.episodes import THRESHOLDS, Episodes, join, judge, load_episodes, save_episodes
-from wmcache.planner.goals import SOURCES, start_and_goal
+from wmcache.planner.episodes import (
+    Episodes,
+    began_at_goal,
+    join,
+    judge,
+    load_episodes,
+    save_episodes,
+    shortest_ways,
+    thresholds_of,
+)
+from wmcache.planner.goals import ANY, SOURCES, Apart, start_and_goal
 from wmcache.planner.graph import LatentGraph
 from wmcache.planner.mpc import Mpc
 from wmcache.planner.objective import DISTANCES, MODES, GoalDistance
+from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import make_solver
-from wmcache.trainer.checkpoint import last_checkpoint, load_model, read_config, read_identity
+from wmcache.trainer.checkpoint import last_checkpoint, load_model, open_store, read_config, read_identity
 from wmcache.trainer.models.dino_wm import DinoWm
 
 CHECKED_FRAMES = 16
+LONGEST_NAME = 120
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,8 @@ class PlanOptions:
         budget: env steps of each episode. Every episode uses all of it: nobody tells the planner that it has arrived.
         threshold: distance below which the headline figures count a goal as reached.
         goals: where starts and goals come from, see `start_and_goal`. goal_steps: env steps between them; None means the horizon's.
+        strict: start and goal are at least the largest reported threshold and one model step apart, see `Apart`; a file's are taken
+            as they are.
         horizon: model steps of a plan. execute: model steps before the next plan.
         objective: `last` or `all`. distance: `latent` or `graph`. alpha: weight of proprio in it.
         mask: score only the tokens in which the present frame and the goal's differ.
@@ -65,6 +79,7 @@ class PlanOptions:
     threshold: float = 0.5
     goals: str = "random-state"
     goal_steps: int | None = None
+    strict: bool = True
     horizon: int = 5
     execute: int = 1
     objective: str = "all"
@@ -87,37 +102,45 @@ class Setting:
     """A run, brought to life: its model, its encoder, its maze and its store."""
 
     def __init__(
-        self, run: Path, options: PlanOptions, *, weights: Path | None = None, cache: Place | None = None
+        self,
+        run: Path,
+        options: PlanOptions,
+        *,
+        weights: Path | None = None,
+        cache: Place | None = None,
+        untrained: bool = False,
     ) -> None:
         """Load everything and check that live encoding reproduces the store.
 
         Args:
             run: the run's folder. options: see `PlanOptions`.
             weights, cache: where the encoder's weights and the store are now, if not where they were.
+            untrained: plan with random weights in place of the run's, as a baseline.
 
         Raises:
             UserError: not a run, options that do not fit, missing weights, or an encoder that does not match the store.
         """
         check_options(options)
-        self.run, self.weights = run, weights
+        self.run, self.weights, self.untrained = run, weights, untrained
         self.config = read_config(run)
         self.card, identity = read_identity(run)
         self.device = choose_device(options.device)
-        self.model = load_model(run, self.device)
+        self.model = load_model(run, self.device, untrained=untrained)
         if self.model.stages and int(self.model.stage) < 2:
             raise UserError(
-                f"{run} knows where something changes, but not yet what; train it on with the same options and --stage primary"
+                f"{run} knows where something changes, but not yet what; train it further with the same options and --stage primary"
+            )
+        there = self.card.encoder.get("weights")
+        if weights is None and there and not Path(there).exists():
+            raise UserError(
+                f"{there}, the weights of the encoder of {run}, does not exist; if it has moved, pass its path now with --weights"
             )
         self.encoder = encoders.create_again(self.card.encoder, weights=weights, device=options.device)
         if different := identity.differences(self.encoder.identity(identity.dataset_fingerprint, identity.store_dtype)):
             raise UserError(
                 f"the encoder is not the one that {run} was trained on ({'; '.join(different)}); pass the right --weights"
             )
-        self.store = TokenStore.open(cache or self.config["cache"])
-        if different := identity.differences(self.store.identity):
-            raise UserError(
-                f"{self.store.path} is not the store that {run} was trained on ({'; '.join(different)}); pass the right --cache"
-            )
+        self.store = open_store(run, cache)
         if not self.card.dataset.get("maze"):
             raise UserError(
                 f"{run} was trained on frames of no known maze, so there is no simulator to plan in; "
@@ -136,7 +159,9 @@ class Setting:
             torch.zeros(1, 1, self.model.shape.proprio_dim, device=self.device)
         ).numel()
         if options.proprio == "none" and not self.blind:
-            raise UserError(f"{run} was trained with proprio; train one without by: wmtrain --proprio none")
+            raise UserError(
+                f"{run} was trained with proprio; train another run without: wmtrain --proprio none --out RUN"
+            )
         if options.alpha and self.blind:
             raise UserError(f"{run} was trained without proprio, which --alpha {options.alpha} weighs; leave it at 0")
         usual = self.model.shape.history if self.blind else 1
@@ -179,12 +204,44 @@ class Setting:
         differs = (self.differs(np.stack([images, goal_images], 1)) > LEAST_CHANGE).any(-1)
         return differs | ~differs.any(1, keepdim=True)
 
+    def resolved(self, options: PlanOptions) -> dict[str, Any]:
+        """The settings as they were used: with the values that `None` and `auto` stood for."""
+        used = {
+            **asdict(options),
+            "context": self.context,
+            "observed": self.observed,
+            "search": asdict(self.solver),  # type: ignore[call-overload]
+            "env": self.maze.name,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        if options.goals in ("dataset", "random-action"):
+            used["goal_steps"] = self.goal_steps(options)
+        else:
+            del used["goal_steps"]
+        if options.goals not in SOURCES:
+            del used["strict"]
+        return used
+
+    def goal_steps(self, options: PlanOptions) -> int:
+        """Env steps from start to goal, for goals that lie so far apart."""
+        return options.goal_steps or options.horizon * self.frameskip
+
     def fingerprint(self, options: PlanOptions) -> str:
         """Of everything that the episodes depend on: options, weights of the model, goals, identity of the store."""
         weights = sha256_of(last_checkpoint(self.run) / "model.safetensors")
         goals = "" if options.goals in SOURCES else sha256_of(Path(options.goals))
-        known = json.dumps([asdict(options), weights, goals, self.store.identity.to_json(), self.maze.rows])
+        parts = [recorded(options), weights, goals, self.store.identity.to_json(), self.maze.rows]
+        known = json.dumps([*parts, "untrained"] if self.untrained else parts)
         return hashlib.sha256(known.encode()).hexdigest()[:16]
+
+
+def recorded(options: PlanOptions) -> dict[str, Any]:
+    """The settings by which an evaluation is known; `strict` only where it changes the episodes, so that older ones are still known."""
+    known = asdict(options)
+    if not options.strict or options.goals not in SOURCES:
+        del known["strict"]
+    return known
 
 
 def check_options(options: PlanOptions) -> None:
@@ -209,15 +266,43 @@ def check_options(options: PlanOptions) -> None:
 
 
 def default_out(run: Path, protocol: str | None, options: PlanOptions) -> Path:
-    """Where the results of an evaluation go unless told: one folder for each kind of evaluation."""
-    parts = [protocol or f"{options.objective}-x{options.execute}", options.solver * (options.solver != "cem")]
-    parts += [
-        "mask" * options.mask,
-        options.distance * (options.distance != "latent"),
-        Path(options.goals).stem * (options.goals != "random-state"),
-    ]
-    parts += [f"{options.episodes}x{options.budget}", Path(options.env).stem if options.env else ""]
-    return run / "-".join(["plan", *filter(None, parts)])
+    """The folder of an evaluation's results: named by its protocol, its sizes and every setting that differs from the protocol's.
+
+    Args:
+        run: the run's folder, in which it is. protocol: of `PROTOCOLS`, or None. options: the settings.
+    """
+    usual: dict[str, Any] = {**asdict(PlanOptions()), **PROTOCOLS.get(protocol or "", {})}
+    known = {**asdict(options), **options.search}
+    # These are in every name.
+    named = {"search", "episodes", "budget", "env", *(() if protocol else ("objective", "execute"))}
+    differ = {name: value for name, value in known.items() if name not in named and value != usual.get(name)}
+    # Those that were always named come first, as they always did.
+    first = [name for name in ("solver", "mask", "distance", "goals") if name in differ]
+    parts = [protocol or f"{options.objective}-x{options.execute}"]
+    parts += [_named(name, differ[name]) for name in dict.fromkeys([*first, *differ])]
+    parts += [f"{options.episodes}x{options.budget}", _named("env", options.env) if options.env else ""]
+    name = "-".join(["plan", *filter(None, parts)])
+    if len(name) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME]}-{_digest(name)}"
+    return run / name
+
+
+def _named(name: str, value: Any) -> str:
+    """A setting as a part of a folder's name."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return flag if value else f"no-{flag}"
+    if (name == "goals" and value not in SOURCES) or (name == "env" and Path(value).suffix):
+        return f"{Path(value).stem}-{_digest(value)}"  # a file; another folder may have one of the same name
+    if name in ("solver", "distance", "objective", "goals", "env"):
+        return Path(value).name
+    if name == "execute":
+        return f"x{value}"
+    return f"{flag}-{value.replace(':', '')}" if isinstance(value, str) else f"{flag}{value}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def refuse_other_results(out: Path, options: PlanOptions) -> None:
@@ -225,11 +310,14 @@ def refuse_other_results(out: Path, options: PlanOptions) -> None:
     if not (out / "results.json").exists():
         return
     there = read_json(out / "results.json", "choose another --out").get("options", {})
-    mine = asdict(options)
+    mine = recorded(options)
+    there, mine = ({"strict": False, **known} for known in (there, mine))  # what evaluations did before it existed
+    if options.goals not in SOURCES:
+        there["strict"] = False
     different = [f"{name} {there.get(name)} != {mine[name]}" for name in mine if there.get(name) != mine[name]]
     if different:
         raise UserError(
-            f"{out} holds results of other settings ({'; '.join(different)}); choose another --out, or delete it first"
+            f"{out} has results of other settings ({'; '.join(different)}); write these beside them: --out {out}-2"
         )
 
 
@@ -259,7 +347,8 @@ def live_drift(store: TokenStore, encoder: Encoder) -> dict[str, float]:
     if not drift["cosine"] > COSINE_TOLERANCE:
         raise UserError(
             f"encoding cached frames live gives other tokens than {store.path} holds (smallest cosine {drift['cosine']:.4f}, allowed "
-            f"{COSINE_TOLERANCE}); the renderer or the libraries have changed: extract the store again on this machine"
+            f"{COSINE_TOLERANCE}); the renderer or the libraries are others: use the versions in {store.path / 'zarr.json'}, "
+            "or extract another store with --out on this machine and train on that"
         )
     return drift
 
@@ -335,9 +424,13 @@ def _start_and_goal(
     setting: Setting, options: PlanOptions, numbers: Sequence[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """`start_and_goal` by an evaluation's settings."""
-    apart = options.goal_steps or options.horizon * setting.frameskip
     split_seed = int(setting.config.get("split_seed", 42))
-    return start_and_goal(options.goals, numbers, setting.maze, setting.store, apart, split_seed)
+    apart = ANY
+    if options.strict:
+        apart = Apart(thresholds_of(options.threshold)[0], longest_move(setting.frameskip))
+    return start_and_goal(
+        options.goals, numbers, setting.maze, setting.store, setting.goal_steps(options), split_seed, apart
+    )
 
 
 def _see(
@@ -357,7 +450,7 @@ class PlanTask:
     """Plans a batch of episodes wherever it is called, and keeps it in a file.
 
     Attributes:
-        run, options, weights, cache: as of `Setting`; paths are absolute.
+        run, options, weights, cache, untrained: as of `Setting`; paths are absolute.
         fingerprint: of the setting. folder: of the files.
     """
 
@@ -365,6 +458,7 @@ class PlanTask:
     options: PlanOptions
     weights: Path | None
     cache: str
+    untrained: bool
     fingerprint: str
     folder: Path
 
@@ -375,7 +469,9 @@ class PlanTask:
             UserError: the run, its encoder or its store are not the same here.
         """
         if _kept.fingerprint != self.fingerprint:
-            _kept.setting = Setting(self.run, self.options, weights=self.weights, cache=place(self.cache))
+            _kept.setting = Setting(
+                self.run, self.options, weights=self.weights, cache=place(self.cache), untrained=self.untrained
+            )
             _kept.fingerprint = self.fingerprint
         numbers = batch_of(self.options, begin)
         episodes = run_episodes(_kept.setting, self.options, numbers)
@@ -434,12 +530,29 @@ def evaluate(
                 save_episodes(_batch_file(folder, begin), done)
     parts = [load_episodes(_batch_file(folder, begin)) for begin in begins]
     episodes = join(parts)
-    headline = judge(episodes, options.threshold, setting.maze)
+    shortest = shortest_ways(episodes, setting.maze)
+    thresholds = thresholds_of(options.threshold)
+
+    def judged(done: Episodes) -> list[dict[str, Any]]:
+        return [judge(done, threshold, setting.maze, shortest) for threshold in thresholds]
+
+    by_threshold = judged(episodes)
+    headline = by_threshold[thresholds.index(options.threshold)]
+    acted = {
+        name: run_baseline(
+            name, setting.maze, episodes.start, episodes.goal, range(first, last), options.budget, episodes.chunk
+        )
+        for name in BASELINES
+    }
     return episodes, {
         "episodes": options.episodes,
         "successes": headline["successes"],
         "success_rate": headline["success_rate"],
         "ci95": headline["ci95"],
+        "held": headline["held"],
+        "held_rate": headline["held_rate"],
+        "held_ci95": headline["held_ci95"],
+        "began_at_goal": {str(threshold): began_at_goal(episodes, threshold) for threshold in thresholds},
         "threshold": options.threshold,
         "budget_env_steps": options.budget,
         "mean_env_steps": headline["mean_env_steps"],
@@ -447,13 +560,12 @@ def evaluate(
         "replans": episodes.replans,
         "candidates_per_replan": setting.solver.evaluations,
         "seconds_per_replan": episodes.seconds / episodes.replans,
-        "by_threshold": [
-            judge(episodes, threshold, setting.maze)
-            for threshold in sorted({*THRESHOLDS, options.threshold}, reverse=True)
-        ],
+        "by_threshold": by_threshold,
+        "baselines": {name: judged(done) for name, done in acted.items()},
         "live_drift": setting.drift,
         "maze": setting.maze.name,
         "options": asdict(options),
+        "resolved": setting.resolved(options),
     }
 
 
@@ -469,6 +581,7 @@ def _task(setting: Setting, options: PlanOptions, folder: Path) -> PlanTask:
         options=known,
         weights=setting.weights and setting.weights.absolute(),
         cache=absolute(setting.store.path),
+        untrained=setting.untrained,
         fingerprint=setting.fingerprint(options),
         folder=folder.absolute(),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows
 from wmcache.envs import FPS
 from wmcache.pipeline.video import ffmpeg, write_mp4
-from wmcache.trainer.checkpoint import load_model, read_config, read_identity
+from wmcache.trainer.checkpoint import load_model, open_store, read_config, read_identity
 from wmcache.trainer.decoder import ReadFrames, load_decoder, load_images, read_decoder_config, read_decoder_identity
-from wmcache.trainer.metrics import ImageMetrics, Images, to_pixels, to_unit
+from wmcache.trainer.metrics import MOVING, ImageMetrics, Images, summarise, to_pixels, to_unit
 from wmcache.trainer.models.decoders import Decoder
 
 SIDE_BY_SIDE = 4
@@ -32,6 +33,13 @@ SIDE_BY_SIDE = 4
 PICTURED = 3
 """Windows, and at most so many steps of each, in the picture."""
 COLUMNS = 10
+PICTURES = {
+    "imagined": "imagined",
+    "floor": "decoder's best",
+    "copying": "observed frame",
+    "mean_frame": "mean frame",
+}
+"""What is compared with the real frames, and what people read."""
 PANEL = 224
 GAP = 8
 
@@ -84,7 +92,7 @@ def imagine(
     *,
     cache: Place | None = None,
 ) -> dict[str, Any]:
-    """Imagine, draw, compare with the real frames, and write `metrics.json`, `rollout-*.mp4` and `rollouts.png`.
+    """Imagine, draw, compare with the real frames, and write `metrics.json`, `errors.png`, `rollout-*.mp4` and `rollouts.png`.
 
     Args:
         run: the world model's. decoder: folder of a decoder of the same store.
@@ -94,10 +102,11 @@ def imagine(
         cache: where the store is now, if not where it was.
 
     Returns:
-        The content of `metrics.json`. `steps` has a row for each model step: `imagined`, what is drawn of imagined latents against the
-        real frames; `floor`, what is drawn of the real latents, which no world model can be told from; `copying`, the real observed
-        frame, which is what a world model without a clue shows. Each has `mse`, `ssim` and, where it can be had, `lpips` (see
-        `ImageMetrics`); `lpips_absent` says why it cannot.
+        The content of `metrics.json`. `steps` has a row for each model step. Four pictures are compared with the real frame: `imagined`,
+        decoded from the imagined latent; `floor`, decoded from the real latent, the best that a world model can reach; `copying`, the
+        real observed frame, as if nothing moved; `mean_frame`, the mean of the frames that the decoder was trained on, which shows
+        nothing that moves. Each has `mse`, `ssim`, `moving`, `moving_mse` and, where it is available, `lpips` (see `summarise`);
+        `lpips_absent` says why it is not.
 
     Raises:
         UserError: no run, no decoder, of different stores or splits, or windows that are longer than episodes.
@@ -116,21 +125,19 @@ def imagine(
     images = load_images(read_frames, frames, store.card.frames_per_shard, draw.shape.image_size, "lower --windows")
     shown = min(len(chosen), max(PICTURED, SIDE_BY_SIDE * options.videos))
     kept: list[Rollouts] = []
-    parts: dict[str, dict[str, list[NDArray[np.float64]]]] = {"imagined": {}, "floor": {}, "copying": {}}
+    parts: dict[str, dict[str, list[NDArray[np.float64]]]] = {name: {} for name in PICTURES}
     batches = np.array_split(chosen, math.ceil(len(chosen) / 16))
     with tqdm(total=len(chosen), desc="imagine", unit=" windows", mininterval=seconds_between_updates()) as bar:
         for batch in batches:
             real = images[np.searchsorted(frames, windows.frames(batch))]
             rollouts, drawn = _roll_out(model, draw, windows, batch, real, options.context, dtype)
             for name, pictures in drawn.items():
-                for key, values in _compare(metrics, pictures, real).items():
+                for key, values in _compare(metrics, pictures, real, draw.images_mean).items():
                     parts[name].setdefault(key, []).append(values)
             if sum(len(part.real) for part in kept) < shown:
                 kept.append(rollouts)
             bar.update(len(batch))
-    means = {
-        name: {key: np.concatenate(values).mean(0) for key, values in found.items()} for name, found in parts.items()
-    }
+    whole = {name: {key: np.concatenate(values) for key, values in found.items()} for name, found in parts.items()}
     result: dict[str, Any] = {
         "options": asdict(options),
         "run": str(run),
@@ -140,7 +147,7 @@ def imagine(
         "steps": [
             {
                 "step": k + 1,
-                **{name: {key: float(v[k]) for key, v in found.items()} for name, found in means.items()},
+                **{name: summarise({key: v[:, k] for key, v in found.items()}) for name, found in whole.items()},
             }
             for k in range(options.steps)
         ],
@@ -148,6 +155,8 @@ def imagine(
     if metrics.lpips_absent is not None:
         result["lpips_absent"] = metrics.lpips_absent
     _write(out, _join(kept, shown), windows.frameskip, options.videos)
+    with atomic_write(out / "errors.png") as file:
+        file.write(draw_errors(result["steps"]))
     write_json(out / "metrics.json", result)  # last, so that its presence means that all else is there
     return result
 
@@ -158,19 +167,15 @@ def _check(run: Path, decoder: Path, cache: Place | None) -> tuple[dict[str, Any
     if different := identity.differences(read_decoder_identity(decoder)):
         raise UserError(
             f"{decoder} was not trained on the store of {run} ({'; '.join(different)}); "
-            "train one on it with: wmtrain decoder --cache STORE"
+            "name its own --decoder, or train one: wmtrain decoder --cache STORE --out DECODER"
         )
     split, other = config.get("split_seed", 42), read_decoder_config(decoder)["split_seed"]
     if split != other:
         raise UserError(
-            f"{decoder} holds out other episodes than {run} (--split-seed {other} != {split}); train the decoder with the same"
+            f"{decoder} holds out other episodes than {run} (--split-seed {other} != {split}); "
+            f"name another --decoder, or train one: wmtrain decoder --split-seed {split} --out DECODER"
         )
-    store = TokenStore.open(cache or config["cache"])
-    if different := identity.differences(store.identity):
-        raise UserError(
-            f"{store.path} is not the store that {run} was trained on ({'; '.join(different)}); pass the right --cache"
-        )
-    return config, store
+    return config, open_store(run, cache)
 
 
 def _windows(store: TokenStore, options: ImagineOptions, frameskip: int, split_seed: int) -> Windows:
@@ -212,7 +217,9 @@ def _roll_out(
     seen = torch.cat([reconstructed[:, :1], imagined], 1)
     copying = to_unit(real[:, 0]).to(device)[:, None].expand_as(imagined)
     pictures = (to_pixels(part.flatten(0, 1)).reshape(real.shape) for part in (reconstructed, seen))
-    return Rollouts(real, *pictures), {"imagined": imagined, "floor": reconstructed[:, 1:], "copying": copying}
+    mean_frame = draw.images_mean.expand_as(imagined)
+    drawn = (imagined, reconstructed[:, 1:], copying, mean_frame)
+    return Rollouts(real, *pictures), dict(zip(PICTURES, drawn, strict=True))
 
 
 def _draw(draw: Decoder, latents: Tensor) -> Tensor:
@@ -220,9 +227,9 @@ def _draw(draw: Decoder, latents: Tensor) -> Tensor:
     return torch.stack([draw(latents[:, step].float()) for step in range(latents.shape[1])], 1)
 
 
-def _compare(metrics: ImageMetrics, drawn: Tensor, real: Images) -> dict[str, NDArray[np.float64]]:
+def _compare(metrics: ImageMetrics, drawn: Tensor, real: Images, mean: Tensor) -> dict[str, NDArray[np.float64]]:
     """By metric [B, steps], of drawn [B, steps, 3, S, S] against real frames [B, 1 + steps, S, S, 3]."""
-    steps = [metrics(drawn[:, step], to_unit(real[:, step + 1])) for step in range(drawn.shape[1])]
+    steps = [metrics(drawn[:, step], to_unit(real[:, step + 1]), mean) for step in range(drawn.shape[1])]
     return {name: np.stack([step[name] for step in steps], 1) for name in steps[0]}
 
 
@@ -264,6 +271,31 @@ def _panel(frame: Images, scale: int) -> Images:
     large = frame.repeat(scale, 0).repeat(scale, 1)
     odd = large.shape[0] % 2
     return np.pad(large, ((GAP // 2, GAP // 2 + odd),) * 2 + ((0, 0),), constant_values=255)
+
+
+def draw_errors(steps: Sequence[Mapping[str, Any]]) -> bytes:
+    """A PNG: the error of each picture by model step, over all pixels and over those that move."""
+    figure = Figure(figsize=(8.6, 3.2), layout="constrained", dpi=120)
+    panels = figure.subplots(1, 2)
+    share = float(np.mean([row["imagined"]["moving"] for row in steps]))
+    titles = {"mse": "all pixels", "moving_mse": f"pixels that move: {share:.2%}"}
+    numbers = [row["step"] for row in steps]
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+        for (name, label), line in zip(PICTURES.items(), ("-", "--", ":", "-."), strict=True):
+            values = [math.nan if row[name][key] is None else row[name][key] for row in steps]
+            axes.plot(numbers, values, line, marker=".", label=label)
+        axes.set(ylim=(0, None))
+        axes.set_xlabel("model step", fontsize=8)
+        axes.set_ylabel("mean squared error of values in [0, 1]", fontsize=8)
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(labelsize=7)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
+    )
+    figure.suptitle(f"a pixel moves where the real frame differs from the mean frame by more than {MOVING}", fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
 
 
 def draw_rollouts(rollouts: Rollouts) -> bytes:

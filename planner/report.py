@@ -5,9 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
+import os
+import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,8 +28,11 @@ import pyarrow.parquet as pq
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle
 from numpy.typing import NDArray
 from scipy.stats import binomtest, spearmanr
+from wmcache import __version__
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import atomic_write, make_folder, write_json
 from wmcache.cache.places import cause_outside, unreadable
@@ -33,6 +41,7 @@ from wmcache.envs import FPS, Maze, PointMazeSimulator
 from wmcache.pipeline.video import write_mp4
 from wmcache.planner.episodes import THRESHOLDS, Episodes, env_steps, shortest_ways
 from wmcache.planner.evaluate import Setting, cached_maze
+from wmcache.planner.goals import SOURCES
 from wmcache.planner.graph import LatentGraph
 from wmcache.planner.localisation import draw_localisation
 
@@ -54,20 +63,25 @@ RC: dict[Any, Any] = {
 
 def write_report(
     out: Path, run: Path, setting: Setting, episodes: Episodes, results: dict[str, Any], command: str
-) -> None:
+) -> dict[str, Any]:
     """Write everything that a plan leaves behind.
 
     Args:
         out: the plan's folder. run: the run's folder, for its training curves.
         setting, episodes, results: what `evaluate` used and gave.
         command: what the user typed, for the page.
+
+    Returns:
+        What results.json has: `results`, and when and where they were made.
     """
+    results = {**results, "made": describe_making(setting.device)}
+    actors = {"planner": results["by_threshold"], **results["baselines"]}
     write_episodes(out / "episodes.parquet", episodes)
     pictures = {
         "success": draw_success(episodes),
         "training": draw_training(run),
         "distance": draw_distance_map(setting.store, setting.graph),
-        "paths": draw_paths(episodes, setting.maze),
+        "paths": draw_paths(episodes, setting.maze, results["threshold"]),
     }
     if hasattr(setting.model, "locate"):
         pictures["localisation"] = draw_localisation(setting)
@@ -81,6 +95,11 @@ def write_report(
     html = page.render(
         results=results,
         options=results["options"],
+        table=[dict(zip(actors, judged, strict=True)) for judged in zip(*actors.values(), strict=True)],
+        actors=actors,
+        pairs=("strict" if results["options"]["strict"] else "any")
+        if results["options"]["goals"] in SOURCES
+        else "file",
         pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
         videos=[(caption, base64.b64encode(path.read_bytes()).decode()) for caption, path in videos],
         encoder=setting.encoder.spec.name,
@@ -95,6 +114,28 @@ def write_report(
     write_json(out / "results.json", results)
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
+    return results
+
+
+def describe_making(device: torch.device) -> dict[str, str]:
+    """When and where results are made: `date` (UTC), `wmcache` (its version), `machine`."""
+    return {
+        "wmcache": __version__,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": describe_machine(device),
+    }
+
+
+def describe_machine(device: torch.device) -> str:
+    """The processor, its cores, the accelerator where one is used, the system, and the versions of Python and torch."""
+    try:
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    parts = [f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"]
+    if device.type == "cuda":
+        parts.append(torch.cuda.get_device_name(device))
+    return ", ".join([*parts, platform.platform(), f"Python {platform.python_version()}", f"torch {torch.__version__}"])
 
 
 def write_episodes(path: Path, episodes: Episodes) -> None:
@@ -133,9 +174,14 @@ def draw_training(run: Path) -> bytes:
     except (OSError, ValueError) as error:
         if outside := cause_outside(error):
             raise unreadable(run / "metrics.jsonl", outside) from error
-        raise UserError(f"{run / 'metrics.jsonl'} cannot be read ({error}); train the model again") from error
+        raise UserError(
+            f"{run / 'metrics.jsonl'} cannot be read ({error}); restore it, or put an empty file there to go without training curves"
+        ) from error
+    # A figure that is not defined is null, in files of earlier versions NaN.
+    lines = [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     skills = [line for line in lines if "skill_1" in line]
+    known = any(math.isfinite(line["skill_1"]) for line in skills)
     with _figure(7.2, 2.8, columns=2) as (figure, (left, right)):
         if losses:
             left.plot(*zip(*losses, strict=True), color=COLOURS[0])
@@ -151,11 +197,12 @@ def draw_training(run: Path) -> bytes:
                     label=f"{k} step{'s' * (k > 1)}",
                 )
         right.set(xlabel="step", ylabel="skill against copying\n(1: perfect, 0: useless)", ylim=(None, 1))
-        if skills:
+        if known:
             right.legend(loc="lower right", fontsize=7)
-        for axes, there in ((left, losses), (right, skills)):
-            if not there:  # an imported run was trained elsewhere
-                axes.text(0.5, 0.5, "no metrics", transform=axes.transAxes, ha="center", va="center", color="#888")
+        why = "no skill: the frames do not change" if skills else "no metrics"  # an imported run was trained elsewhere
+        for axes, there, text in ((left, losses, "no metrics"), (right, known, why)):
+            if not there:
+                axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="#888")
                 axes.set(xticks=[], yticks=[])
         return _png(figure)
 
@@ -174,7 +221,8 @@ def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> by
     title = "latent distance" if graph is None else "distance along the cached frames"
     maze = cached_maze(store.card)
     true = maze.geodesic(xy[goal], xy)
-    correlation = float(spearmanr(latent, true).statistic)
+    constant = not (np.ptp(latent) and np.ptp(true))
+    correlation = "none" if constant else f"{spearmanr(latent, true).statistic:.2f}"
     with _figure(7.2, 3.2, columns=2) as (figure, panels):
         for axes, values, name in zip(panels, (latent, true), (title, "true distance along the maze"), strict=True):
             _draw_walls(axes, maze)
@@ -182,13 +230,13 @@ def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> by
             axes.plot(*xy[goal], "*", color="#d1272b", markersize=12)
             axes.set_title(name, fontsize=9)
             figure.colorbar(points, ax=axes, shrink=0.8)
-        figure.suptitle(f"distance to the star; Spearman correlation {correlation:.2f}", fontsize=9)
+        figure.suptitle(f"distance to the star; Spearman correlation {correlation}", fontsize=9)
         return _png(figure)
 
 
-def draw_paths(episodes: Episodes, maze: Maze, count: int = 12) -> bytes:
-    """The ways that the ball took in some episodes, from dot to star."""
-    with _figure(3.8, 3.4) as (figure, axes):
+def draw_paths(episodes: Episodes, maze: Maze, threshold: float, count: int = 12) -> bytes:
+    """Paths of the ball in some episodes, each from its start to its goal; a circle shows the threshold around the goal."""
+    with _figure(3.8, 3.9) as (figure, axes):
         _draw_walls(axes, maze)
         palette = plt.get_cmap("tab20")
         for i in range(min(count, len(episodes.start))):
@@ -196,6 +244,14 @@ def draw_paths(episodes: Episodes, maze: Maze, count: int = 12) -> bytes:
             axes.plot(path[:, 0], path[:, 1], color=palette(i % 20), linewidth=0.9)
             axes.plot(*path[0, :2], ".", color=palette(i % 20))
             axes.plot(*episodes.goal[i, :2], "*", color=palette(i % 20), markersize=9)
+            axes.add_patch(Circle(episodes.goal[i, :2], threshold, fill=False, color=palette(i % 20), linewidth=0.6))
+        signs = {"start": ".", "goal": "*", f"within {threshold}": "$\\bigcirc$"}
+        handles = [Line2D([], [], color="#555", linewidth=0.9, label="path")]
+        handles += [
+            Line2D([], [], color="#555", marker=sign, linestyle="", markersize=9, label=name)
+            for name, sign in signs.items()
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, handletextpad=0.3)
         return _png(figure)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from torch import nn
 from wmcache.cache.device import choose_device, choose_dtype
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import make_folder, read_json, sha256_of, write_json
+from wmcache.cache.files import make_folder, nulls, read_json, sha256_of, write_json
 from wmcache.cache.places import Place
 from wmcache.cache.store import TokenStore
 from wmcache.envs import find_maze
@@ -34,12 +34,12 @@ from wmcache.pipeline.fit import fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.probe import draw_probe, probe
 from wmcache.planner.episodes import THRESHOLDS
-from wmcache.planner.evaluate import PlanOptions, Setting, evaluate
+from wmcache.planner.evaluate import PlanOptions, Setting, evaluate, recorded
 from wmcache.planner.goals import SOURCES
 from wmcache.planner.report import write_episodes
 from wmcache.study.options import EncoderChoice, StudyOptions
 from wmcache.trainer.checkpoint import load_model
-from wmcache.trainer.loop import TrainOptions, rollout_errors, train, validation_windows
+from wmcache.trainer.loop import TrainOptions, rollout_errors, skills, train, validation_windows
 
 FORMAT = 1
 """Of results; raised when a cell's work, and with it what its numbers mean, changes."""
@@ -210,7 +210,7 @@ def _plan_settings(
     options: PlanOptions, inputs: dict[str, Cell]
 ) -> tuple[dict[str, Any], dict[str, Cell], dict[str, str]]:
     """Settings, inputs and files of an evaluation."""
-    settings, files = asdict(options), {}
+    settings, files = recorded(options), {}
     if options.env:
         files["env"] = _anywhere(options.env)
         settings["env"] = list(find_maze(options.env).rows)
@@ -326,7 +326,7 @@ def do_probe(work: Workshop, cell: Cell) -> dict[str, Any]:
     """Probe a store, and draw its distances where its frames show a maze."""
     store = work.place(cell.inputs["extract"])
     found = probe(store, dataset=work.dataset, frames=cell.settings["frames"])
-    if found.spearman is not None:
+    if found.nearest is not None:
         make_folder(work.place(cell).parent)
         draw_probe(store, work.place(cell), dataset=work.dataset)
     return found.to_json()
@@ -345,9 +345,9 @@ def do_train(work: Workshop, cell: Cell) -> dict[str, Any]:
     variance = token_variance(store)
     return {
         "parameters": _count(model),
-        "skill": [_finite(value) for value in (1 - error / copying).tolist()],
-        "error": [_finite(value / variance) for value in error.tolist()],
-        "copying": [_finite(value / variance) for value in copying.tolist()],
+        "skill": skills(error, copying),
+        "error": nulls((error / variance).tolist()),
+        "copying": nulls((copying / variance).tolist()),
     }
 
 
@@ -359,11 +359,11 @@ def token_variance(store: TokenStore) -> float:
 
 def do_plan(work: Workshop, cell: Cell) -> dict[str, Any]:
     """Plan with a run, and keep which episodes reached their goals."""
-    out, options = work.place(cell), PlanOptions(**{**cell.settings, **cell.files})
+    out, options = work.place(cell), PlanOptions(**{"strict": False, **cell.settings, **cell.files})
     extracted = cell.inputs["extract"]
     # The run knows where both were when it was trained; the study may have moved since.
-    there = {"weights": weights_of(work, extracted), "cache": work.place(extracted)}
-    setting = Setting(work.place(cell.inputs["train"]), options, **there)
+    weights, cache = weights_of(work, extracted), work.place(extracted)
+    setting = Setting(work.place(cell.inputs["train"]), options, weights=weights, cache=cache)
     episodes, results = evaluate(setting, options, out)
     write_episodes(out / "episodes.parquet", episodes)
     for unfinished in out.glob("unfinished-*"):
@@ -396,7 +396,3 @@ def do_cell(work: Workshop, cell: Cell, *, resumed: bool, shared: Mapping[str, A
 
 def _count(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None

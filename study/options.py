@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 from wmcache.cache.errors import UserError
+from wmcache.cache.files import dump_json
 from wmcache.pipeline import encoders
 from wmcache.pipeline.cluster import parse_cluster
 from wmcache.planner.evaluate import PlanOptions, check_options
@@ -252,7 +252,9 @@ def _table(kind: type[T], values: Any, where: str, without: tuple[str, ...] = ()
     if unknown := sorted(set(values) - known):
         raise UserError(f"{where}: no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     try:
-        parsed: T = TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+        parsed: T = TypeAdapter(kind).validate_json(dump_json(values), strict=True)
+    except UserError as error:  # TOML has nan and inf
+        raise UserError(f"{where}: {error}") from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg'][:160]}") from error

@@ -25,12 +25,13 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from wmcache.cache.cpus import available_cpus
 from wmcache.cache.files import atomic_write
+from wmcache.planner.baselines import BASELINES
 from wmcache.planner.episodes import THRESHOLDS
 from wmcache.planner.report import COLOURS, RC
 from wmcache.study.cells import Branch, Workshop
 from wmcache.study.options import StudyOptions
 from wmcache.study.run import pooled
-from wmcache.study.statistics import LEVEL, Reached, compare, rank
+from wmcache.study.statistics import LEVEL, Reached, compare, episodes_needed, rank, separated, smallest_p
 from wmcache.trainer.loop import ROLLOUT_STEPS
 
 Row = dict[str, Any]
@@ -51,7 +52,9 @@ def write_report(
         work, branches: of `run_study`, for the episodes and the probes' pictures. command: what the user typed, for the page.
 
     Returns:
-        For each evaluation at its threshold and the largest fraction: `pairs`, the tests, and `ranking`, the groups.
+        For each evaluation at its threshold and the largest fraction: `pairs`, the tests; `ranking`, the groups; `best`, the encoder
+        that differs from every other; `below`, those that differ from the one of the highest success; `smallest_p`, that any data could
+        give; and `episodes_needed` for a difference to show.
     """
     with atomic_write(out / "study.parquet") as file:
         pq.write_table(pa.Table.from_pylist(rows), file)
@@ -59,9 +62,18 @@ def write_report(
     for plan in options.plan:
         reached = _reached(options, plan.name, plan.options.threshold, work, branches)
         pairs = compare(reached)
-        results[plan.name] = {"pairs": [asdict(pair) for pair in pairs], "ranking": rank(reached, pairs)}
+        best, below = separated(reached, pairs)
+        results[plan.name] = {
+            "pairs": [asdict(pair) for pair in pairs],
+            "ranking": rank(reached, pairs),
+            "best": best,
+            "below": below,
+            "smallest_p": smallest_p(pairs),
+            "episodes_needed": episodes_needed(pairs),
+        }
     table = summarise(options, rows)
-    pictures = {"success": draw_success(options, rows, table), "skill": draw_skill(options, rows, table)}
+    lines = with_baselines(options, rows, table)
+    pictures = {"success": draw_success(options, rows, lines), "skill": draw_skill(options, rows, table)}
     if len(options.fractions) > 1:
         pictures["fractions"] = draw_fractions(options, rows, table)
     drawn = {branch.choice.label: work.place(branch.probe) for branch in reversed(branches)}
@@ -75,7 +87,16 @@ def write_report(
         settings=json.dumps(asdict(options), indent=2),
         rows=rows,
         table=table,
-        evaluations={name: {**found, "matrix": _matrix(found["pairs"])} for name, found in results.items()},
+        lines=lines,
+        began={plan.name: _began(rows, plan.name) for plan in options.plan},
+        evaluations={
+            name: {
+                **found,
+                "matrix": _matrix(found["pairs"]),
+                "names": [line["encoder"] for line in table if line["success"][name]],
+            }
+            for name, found in results.items()
+        },
         columns=list(dict.fromkeys(column for line in table for column in line["probes"])),
         pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
         drawn={
@@ -108,7 +129,7 @@ def _reached(
 def _matrix(pairs: list[Row]) -> dict[tuple[str, str], Row]:
     """Row and column -> their pair, from the row's side."""
     turned = [
-        {**pair, "only_first": pair["only_second"], "only_second": pair["only_first"], "first": pair["second"]}
+        {**pair, "first_ahead": pair["second_ahead"], "second_ahead": pair["first_ahead"], "first": pair["second"]}
         | {"second": pair["first"]}
         for pair in pairs
     ]
@@ -116,10 +137,11 @@ def _matrix(pairs: list[Row]) -> dict[tuple[str, str], Row]:
 
 
 def summarise(options: StudyOptions, rows: Sequence[Row]) -> list[Row]:
-    """A line for each encoder at the largest fraction, by success in the first evaluation, the best first; seeds are pooled.
+    """A line for each encoder at the largest fraction, by success in the first evaluation, the best first; seeds are summed.
 
     Returns:
-        `encoder`, `failed`, `success` (evaluation -> successes, episodes and interval, or None), and means over the seeds of all else.
+        `encoder`, `failed`, `success` and `held` (evaluation -> successes, episodes and interval, or None), and means over the seeds
+        of all else.
     """
     table = []
     for choice in options.encoders:
@@ -140,12 +162,57 @@ def summarise(options: StudyOptions, rows: Sequence[Row]) -> list[Row]:
                 "success": {
                     plan.name: pooled([r for r in mine if r["protocol"] == plan.name]) for plan in options.plan
                 },
+                "held": {
+                    plan.name: pooled([r for r in mine if r["protocol"] == plan.name], what="held")
+                    for plan in options.plan
+                },
                 "derived": bool(first[0]["derived"]),
                 "probes": _probes(known),
             }
         )
     main = options.plan[0].name
     return sorted(table, key=lambda line: -_rate(line["success"][main]))
+
+
+def with_baselines(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> list[Row]:
+    """The lines of `summarise`, and among them by success those of the baselines, the same for all encoders.
+
+    Returns:
+        For a baseline `encoder`, `actions` (in BASELINES; None for an encoder), `success` and `held`; for an encoder its line, and
+        `below_random`: the evaluations in which it reached no more than random actions.
+    """
+    lines: list[Row] = []
+    for actions in BASELINES:
+        line: Row = {"encoder": f"{actions} actions", "actions": actions, "failed": None, "below_random": []}
+        for key, what in {"success": "successes", "held": "held"}.items():
+            line[key] = {
+                plan.name: pooled(_of_baseline(rows, actions, plan.name), what=f"{actions}_{what}")
+                for plan in options.plan
+            }
+        if any(line["success"].values()):
+            lines.append(line)
+    random: Row = next((line["success"] for line in lines if line["actions"] == "random"), {})
+    for line in table:
+        below = [
+            name
+            for name, success in line["success"].items()
+            if success is not None and _rate(random.get(name)) >= _rate(success)
+        ]
+        lines.append({**line, "actions": None, "below_random": below})
+    main = options.plan[0].name
+    # Of equal ones the baseline first: who reaches no more is seen below it.
+    return sorted(lines, key=lambda line: (-_rate(line["success"][main]), line["actions"] is None))
+
+
+def _of_baseline(rows: Sequence[Row], actions: str, protocol: str) -> list[Row]:
+    """A row that has this baseline: all rows of an evaluation have the same episodes, and so the same baselines."""
+    return [row for row in rows if row["protocol"] == protocol and row[f"{actions}_successes"] is not None][:1]
+
+
+def _began(rows: Sequence[Row], protocol: str) -> dict[float, int]:
+    """Threshold -> how many episodes of an evaluation began within it; empty where that is not known."""
+    known = [row for row in rows if row["protocol"] == protocol and row[f"began_{THRESHOLDS[0]}"] is not None]
+    return {at: known[0][f"began_{at}"] for at in THRESHOLDS} if known else {}
 
 
 def _probes(known: Row) -> dict[str, float]:
@@ -167,24 +234,24 @@ def _rate(success: tuple[int, int, list[float]] | None) -> float:
 
 
 def headline(options: StudyOptions, rows: Sequence[Row]) -> str:
-    """The table for a terminal of 120 columns: success, open-loop skill, a probe, and costs."""
-    others = options.plan[1:2]  # there is no room for more
-    head = f"{'encoder':{WIDEST}} {'tokens':>9} {options.plan[0].name[:11]:>11} {'95 %':>11}"
-    head += "".join(f" {plan.name[:14]:>14}" for plan in others)
-    head += f" {'skill 1':>7} {'skill 5':>7} {'xy R2':>6} {'kB':>6} {'frame/s':>7}"
-    lines = [head]
-    for line in summarise(options, rows):
-        success = line["success"][options.plan[0].name]
-        size = "-" if line["tokens"] is None else f"{line['tokens']:.0f}x{line['token_dim']:.0f}"
-        text = f"{line['encoder'][:WIDEST]:{WIDEST}} {size:>9}"
-        if success is None:
-            lines.append(f"{text} {'-':>11}  {line['failed']}"[:120])
+    """The table for a terminal of 120 columns: goals reached and held, by the encoders and the baselines, open-loop skill and a probe."""
+    main, others = options.plan[0].name, options.plan[1:2]  # there is no room for more
+    lines = [f"{'encoder':{WIDEST}} {'tokens':>7} {main[:10]:>10} {'95 %':>9} {'held':>10} {'95 %':>9}"]
+    lines[0] += "".join(f" {plan.name[:14]:>14}" for plan in others) + f" {'skill 1':>7} {'skill 5':>7} {'xy R2':>6}"
+    for line in with_baselines(options, rows, summarise(options, rows)):
+        size = "-" if line.get("tokens") is None else f"{line['tokens']:.0f}x{line['token_dim']:.0f}"
+        text = f"{line['encoder'][:WIDEST]:{WIDEST}} {size:>7}"
+        if line["success"][main] is None:
+            lines.append(f"{text} {'-':>10}  {line['failed']}"[:120])
             continue
-        text += f" {_of(success):>11} {'{:.2f}-{:.2f}'.format(*success[2]):>11}"
+        for counted in (line["success"][main], line["held"][main]):
+            between = "-" if counted is None else "{:.2f}-{:.2f}".format(*counted[2])
+            text += f" {_of(counted):>10} {between:>9}"
         text += "".join(f" {_of(line['success'][plan.name]):>14}" for plan in others)
-        figures = (line["skill_1"], line["skill_5"], line["probes"].get("linear place"))
-        text += "".join(f" {'-' if v is None else f'{v:.2f}':>{w}}" for v, w in zip(figures, (7, 7, 6), strict=True))
-        lines.append(f"{text} {line['bytes_per_frame'] / 1000:>6.1f} {line['encode_frames_per_second']:>7.0f}")
+        figures = (line.get("skill_1"), line.get("skill_5"), line.get("probes", {}).get("linear place"))
+        lines.append(
+            text + "".join(f" {'-' if v is None else f'{v:.2f}':>{w}}" for v, w in zip(figures, (7, 7, 6), strict=True))
+        )
     return "\n".join(lines)
 
 
@@ -196,19 +263,26 @@ def summary(options: StudyOptions, results: dict[str, Any]) -> str:
     """Which differences are real, a line for each evaluation."""
     lines = []
     for plan in options.plan:
-        groups = results[plan.name]["ranking"]
-        real = sum(pair["real"] for pair in results[plan.name]["pairs"])
-        ways = "; then: ".join(", ".join(group) for group in groups)
-        line = (
-            f"{plan.name}, within {plan.options.threshold}: {real} of {len(results[plan.name]['pairs'])} pairs differ at {LEVEL:.0%} "
-            f"(McNemar, Holm); not distinguishable from the best: {ways or '-'}"
-        )
+        found = results[plan.name]
+        pairs = found["pairs"]
+        real = sum(pair["real"] for pair in pairs)
+        line = f"{plan.name}, within {plan.options.threshold}: "
+        if not pairs:
+            line += "nothing to compare"
+        elif found["smallest_p"] >= LEVEL:
+            line += (
+                f"{pairs[0]['episodes']} episodes are too few for any of {len(pairs)} pairs to differ at {LEVEL:.0%}; "
+                f"it takes {found['episodes_needed']} or more"
+            )
+        else:
+            line += f"{real} of {len(pairs)} pairs differ at {LEVEL:.0%} (sign-flip test by episode, Holm); "
+            line += f"below the best: {', '.join(found['below']) or '-'}"
         lines.append(textwrap.fill(line, 120, subsequent_indent="  ", break_on_hyphens=False))
     return "\n".join(lines)
 
 
 def draw_success(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> bytes:
-    """Success by threshold with intervals, an encoder a line, an evaluation a panel; the largest fraction."""
+    """Success by threshold with intervals, an encoder or a baseline a line, an evaluation a panel; the largest fraction."""
     names = [line["encoder"] for line in table]
     with plt.rc_context(RC):
         size = (3.0 + 2.6 * len(options.plan), 1.0 + 0.36 * len(names))
@@ -217,9 +291,12 @@ def draw_success(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row
         )
         for axes, plan in zip(panels[0], options.plan, strict=True):
             for shift, at, colour in zip((-0.2, 0.0, 0.2), THRESHOLDS, COLOURS, strict=False):
-                for place, name in enumerate(names):
-                    mine = _select(rows, name, options.fractions[-1], plan.name)
-                    if (known := pooled(mine, at)) is not None:
+                for place, line in enumerate(table):
+                    if (actions := line["actions"]) is None:
+                        known = pooled(_select(rows, line["encoder"], options.fractions[-1], plan.name), at)
+                    else:
+                        known = pooled(_of_baseline(rows, actions, plan.name), at, f"{actions}_successes")
+                    if known is not None:
                         axes.plot(known[2], [place + shift] * 2, color=colour, linewidth=1.6, alpha=0.6)
                         label = f"within {at}" if place == 0 else None
                         axes.plot(_rate(known), place + shift, "o", color=colour, markersize=4.5, label=label)

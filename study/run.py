@@ -26,9 +26,11 @@ from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.planner.episodes import THRESHOLDS, wilson
+from wmcache.planner.baselines import BASELINES
+from wmcache.planner.episodes import THRESHOLDS
 from wmcache.study.cells import Branch, Cell, Workshop, create_encoder, do_cell, make_branches
 from wmcache.study.options import StudyOptions
+from wmcache.study.statistics import interval
 from wmcache.trainer.loop import ROLLOUT_STEPS
 
 Task = tuple[Cell, ...]
@@ -277,7 +279,17 @@ def tabulate(branches: Sequence[Branch], work: Workshop, failures: dict[str, str
             for at in THRESHOLDS:
                 for name in ("successes", "held"):
                     row[f"{name}_{at}"] = judged.get(at, {}).get(name)
+                row[f"began_{at}"] = episodes.get("began_at_goal", {}).get(str(at))
                 row[f"low_{at}"], row[f"high_{at}"] = judged.get(at, {}).get("ci95", (None, None))
+            row["held"] = judged.get(row["threshold"], {}).get("held")
+            # Evaluations of earlier versions have no baselines.
+            for actions in BASELINES:
+                known = {
+                    judgement["threshold"]: judgement for judgement in episodes.get("baselines", {}).get(actions, [])
+                }
+                for name in ("successes", "held"):
+                    row[f"{actions}_{name}"] = known.get(row["threshold"], {}).get(name)
+                    row |= {f"{actions}_{name}_{at}": known.get(at, {}).get(name) for at in THRESHOLDS}
             for kind in ("skill", "error", "copying"):
                 values = dict(enumerate(run.get(kind, []), start=1))
                 row |= {f"{kind}_{k}": values.get(k) for k in range(1, ROLLOUT_STEPS + 1)}
@@ -296,11 +308,19 @@ def tabulate(branches: Sequence[Branch], work: Workshop, failures: dict[str, str
     return [{name: row.get(name) for name in names} for row in found]
 
 
-def pooled(rows: Sequence[dict[str, Any]], at: float | None = None) -> tuple[int, int, list[float]] | None:
-    """Successes, episodes and Wilson's interval over the rows of an encoder's seeds, by the evaluation's threshold or another one."""
-    name = "successes" if at is None else f"successes_{at}"
+def pooled(
+    rows: Sequence[dict[str, Any]], at: float | None = None, what: str = "successes"
+) -> tuple[int, int, list[float]] | None:
+    """Successes and trials over the rows of an encoder's seeds, and the rate's 95 % interval.
+
+    All seeds are tried on the same episodes, so the interval is that of so many episodes, not of so many trials.
+
+    Args:
+        rows: of `tabulate`. at: a threshold; the evaluation's own by default. what: `successes`, or another count of episodes, as `held`.
+    """
+    name = what if at is None else f"{what}_{at}"
     known = [row for row in rows if row[name] is not None]
     if not known:
         return None
-    successes, episodes = sum(row[name] for row in known), sum(row["episodes"] for row in known)
-    return successes, episodes, wilson(successes, episodes)
+    successes, trials = sum(row[name] for row in known), sum(row["episodes"] for row in known)
+    return successes, trials, interval(successes / trials, known[0]["episodes"])

@@ -1,9 +1,10 @@
 """Which differences between encoders are real: paired tests over the same planning episodes.
 
-What is assumed: the unit is the episode. Episode n has the same start, goal and search noise for every encoder, so two encoders are
-compared by the episodes that one solved and the other did not (McNemar 1947, exact). Seeds of fit and training are pooled: with several,
-episode n of each seed counts as an episode of its own, which takes the seeds' common starts and goals for independent. With one seed the
-tests speak of the world models that were trained, and say nothing about what training again would have given.
+The unit is the episode. Episode n has the same start, goal and search noise for every encoder and every seed of fit and training, so the
+results of the seeds on one episode are not independent: they count as one. Two encoders are compared by the difference of their successes
+on each episode, summed over the seeds, with an exact sign-flip test: if the encoders are alike, each difference is as likely to have the
+opposite sign. With one seed this is the exact McNemar test (McNemar 1947). The tests hold for the world models that were trained; they do
+not say what other seeds would give.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.stats import norm
 
 LEVEL = 0.05
 
@@ -28,26 +29,34 @@ class Pair:
 
     Attributes:
         first, second: their labels.
-        episodes: that both were tried on.
-        only_first, only_second: solved by one of them alone.
-        p: of the exact McNemar test. adjusted: by Holm, over all pairs.
+        episodes: that both were tried on. seeds: that both have.
+        first_ahead, second_ahead: episodes on which one has more successes over the seeds than the other.
+        p: of the sign-flip test. adjusted: by Holm, over all pairs.
         real: whether they differ at the level of 5 %.
     """
 
     first: str
     second: str
     episodes: int
-    only_first: int
-    only_second: int
+    seeds: int
+    first_ahead: int
+    second_ahead: int
     p: float
     adjusted: float
     real: bool
 
 
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact McNemar test: the two-sided p of that many discordant episodes under a fair coin; 1 where there are none."""
-    discordant = only_first + only_second
-    return float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
+def sign_flip(differences: NDArray[np.int64]) -> float:
+    """Exact two-sided p of the sum of integer differences [episodes], if each could as well have the opposite sign."""
+    sizes = np.abs(differences[differences != 0])
+    chances = np.ones(1)
+    for size in sizes.tolist():
+        # Adds plus or minus `size` to the sum; place k of `chances` is the sum k - (len(chances) - 1) / 2.
+        step = np.zeros(2 * size + 1)
+        step[[0, -1]] = 0.5
+        chances = np.convolve(chances, step)
+    sums = np.arange(len(chances)) - len(chances) // 2
+    return min(1.0, float(chances[np.abs(sums) >= abs(int(differences.sum()))].sum()))
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -64,23 +73,68 @@ def compare(reached: Reached) -> list[Pair]:
     found = []
     for first, second in itertools.combinations(reached, 2):
         if seeds := [seed for seed in reached[first] if seed in reached[second]]:
-            a, b = (np.concatenate([reached[name][seed] for seed in seeds]) for name in (first, second))
-            found.append((first, second, len(a), int((a & ~b).sum()), int((b & ~a).sum())))
-    values = [mcnemar(only_first, only_second) for *_, only_first, only_second in found]
-    adjusted = holm(values)
-    return [
-        Pair(*pair, p, p_adjusted, p_adjusted < LEVEL)
-        for pair, p, p_adjusted in zip(found, values, adjusted, strict=True)
-    ]
+            a, b = (np.sum([reached[name][seed] for seed in seeds], 0, dtype=np.int64) for name in (first, second))
+            counts = (len(a), len(seeds), int((a > b).sum()), int((b > a).sum()))
+            found.append((first, second, *counts, sign_flip(a - b)))
+    adjusted = holm([p for *_, p in found])
+    return [Pair(*pair, value, value < LEVEL) for pair, value in zip(found, adjusted, strict=True)]
+
+
+def smallest_p(pairs: Sequence[Pair]) -> float:
+    """The smallest adjusted p that any data could give: one encoder ahead on every episode, and all signs alike."""
+    episodes = max((pair.episodes for pair in pairs), default=0)
+    return min(1.0, len(pairs) * 2.0 ** (1 - episodes))
+
+
+def episodes_needed(pairs: Sequence[Pair]) -> int:
+    """Episodes on which one encoder has to be ahead, and the other on none, for one of the pairs to differ."""
+    return next(count for count in itertools.count(1) if max(1, len(pairs)) * 2.0 ** (1 - count) < LEVEL)
 
 
 def rank(reached: Reached, pairs: Sequence[Pair]) -> list[list[str]]:
-    """Groups, the best first: the encoder of the highest success among those left, and all that do not differ from it for certain."""
-    differ = {frozenset((pair.first, pair.second)) for pair in pairs if pair.real}
-    rates = {name: np.concatenate(list(seeds.values())).mean() for name, seeds in reached.items() if seeds}
+    """Groups, the best first: the encoder of the highest success among those left, and all that the tests do not separate from it.
+
+    Encoders without any success are a group of their own. There are no groups where no data could separate two encoders.
+    """
+    differ = _different(pairs)
+    rates = {name: float(np.mean(list(seeds.values()))) for name, seeds in reached.items() if seeds}
+    if len(rates) > 1 and smallest_p(pairs) >= LEVEL:
+        return []
     left = sorted(rates, key=lambda name: -rates[name])
     groups = []
     while left:
-        groups.append([name for name in left if frozenset((left[0], name)) not in differ])
-        left = [name for name in left if name not in groups[-1]]
+        best = left[0]
+        alike = [name for name in left if frozenset((best, name)) not in differ and (rates[name] or not rates[best])]
+        groups.append(alike)
+        left = [name for name in left if name not in alike]
     return groups
+
+
+def separated(reached: Reached, pairs: Sequence[Pair]) -> tuple[str | None, list[str]]:
+    """What the tests show of the encoder of the highest success.
+
+    Returns:
+        It, where it differs from every other; and the encoders that differ from it.
+    """
+    differ = _different(pairs)
+    rates = {name: float(np.mean(list(seeds.values()))) for name, seeds in reached.items() if seeds}
+    if not rates:
+        return None, []
+    best = max(rates, key=rates.__getitem__)
+    below = [name for name in rates if frozenset((best, name)) in differ]
+    return (best if below and len(below) == len(rates) - 1 else None), below
+
+
+def interval(rate: float, episodes: int) -> list[float]:
+    """Wilson's 95 % interval of a rate over independent episodes; the rate may be a mean over seeds on the same episodes.
+
+    Further seeds do not make it narrower, which is safe whatever the seeds have in common.
+    """
+    z = float(norm.ppf(0.975))
+    centre = (rate + z**2 / (2 * episodes)) / (1 + z**2 / episodes)
+    half = z / (1 + z**2 / episodes) * float(np.sqrt(rate * (1 - rate) / episodes + (z / (2 * episodes)) ** 2))
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def _different(pairs: Sequence[Pair]) -> set[frozenset[str]]:
+    return {frozenset((pair.first, pair.second)) for pair in pairs if pair.real}

@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,16 +27,19 @@ from wmcache.cache.errors import MissingError, UnreadableError, UserError
 from wmcache.cache.files import did_you_mean, read_json, require_seal, seal, sha256_of, sync, write_json
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_card, require_identity
-from wmcache.cache.places import cause_outside, unreadable
+from wmcache.cache.places import Place, cause_outside, exists, place, unreadable
 from wmcache.cache.schema import Size, parse
+from wmcache.cache.store import TokenStore
 from wmcache.cache.tensors import load_tensors as open_all
-from wmcache.trainer.models import DataShape, build, read_options
+from wmcache.trainer.models import DataShape, build, get_options, read_options
 
 KEEP = 2
 """Checkpoints that stay: the newest, and the one before it for the case that the newest turns out bad."""
 
 FILES = ("model.safetensors", "optimizer.safetensors")
-FALL_BACK = "delete its folder to fall back to the checkpoint before it"
+FALL_BACK = "move its folder out of checkpoints/ to go on from the one before it"
+RESTORE = "restore the run's folder from a copy, or use the version of wmcache that wrote it"
+NO_RUN = "name the folder of a run, restore the file from a copy, or train a model with: wmtrain --cache STORE"
 
 
 @dataclass(frozen=True)
@@ -157,28 +161,70 @@ def load_training_state(run: Path, model: nn.Module, optimiser: torch.optim.Opti
     return read_progress(folder).step
 
 
-def load_model(run: Path, device: torch.device) -> Any:
+def load_model(run: Path, device: torch.device, *, untrained: bool = False) -> Any:
     """The newest model of a run, ready to imagine: an `nn.Module` that is a `WorldModel`.
+
+    Args:
+        run: its folder. device: where the model goes.
+        untrained: random weights instead of the trained ones; sizes, statistics of the data and whatever else is not trained stay.
 
     Raises:
         UserError: the folder is no run, or holds no usable checkpoint.
     """
     config = read_config(run)
+    try:
+        get_options(config["model"])
+    except UserError as error:
+        raise UserError(f"{run} cannot be loaded: {error}; register that model in trainer/models first") from error
 
     def make(statistics: dict[str, Tensor]) -> nn.Module:
         model: nn.Module = build(config["model"], DataShape(**config["shape"]), config["model_options"], statistics)
         return model
 
-    return load_network(run, make, device, "train again")
+    model = load_network(run, make, device, RESTORE)
+    if untrained:
+        known = dict(model.named_buffers())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(config.get("seed", 0)))
+            model = make({name: value.cpu() for name, value in known.items() if name.endswith(("_mean", "_std"))})
+        model.load_state_dict({**model.state_dict(), **known})
+        model.to(device).eval().requires_grad_(False)
+    return model
 
 
-def load_network(run: Path, make: Callable[[dict[str, Tensor]], nn.Module], device: torch.device, mend: str) -> Any:
+def open_store(run: Path, cache: Place | None = None) -> TokenStore:
+    """The store that a run was trained on.
+
+    Args:
+        run: its folder. cache: where the store is now, if it has moved.
+
+    Raises:
+        UserError: it is not there, or `cache` is another one.
+    """
+    identity, path = read_identity(run)[1], place(cache or read_config(run)["cache"])
+    try:
+        store = TokenStore.open(path)
+    except UserError as error:
+        with suppress(OSError):
+            if not exists(path):
+                raise UserError(
+                    f"{path}, the store of {run}, does not exist; if it has moved, pass its path now with --cache"
+                ) from error
+        raise
+    if different := identity.differences(store.identity):
+        raise UserError(
+            f"{store.path} is not the store that {run} was trained on ({'; '.join(different)}); pass the right --cache"
+        )
+    return store
+
+
+def load_network(run: Path, make: Callable[[dict[str, Tensor]], nn.Module], device: torch.device, hint: str) -> Any:
     """The newest network of a run, frozen.
 
     Args:
         run: its folder. device: where it goes.
         make: the network by the run's settings, from the statistics (`…_mean`, `…_std`) that its checkpoint holds.
-        mend: what to do where the checkpoint does not fit those settings.
+        hint: what to do where the checkpoint does not fit those settings.
 
     Raises:
         UserError: there is no checkpoint, or it is damaged or does not fit.
@@ -195,7 +241,7 @@ def load_network(run: Path, make: Callable[[dict[str, Tensor]], nn.Module], devi
         model.load_state_dict(weights)
     except (UserError, KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder / 'model.safetensors'} does not fit its config.json ({reason}); {mend}") from error
+        raise UserError(f"{folder / 'model.safetensors'} does not fit its config.json ({reason}); {hint}") from error
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -205,20 +251,19 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         model.load_state_dict(load_tensors(folder, "model.safetensors"))
     except RuntimeError as error:
         raise UserError(
-            f"{folder} does not fit its config.json ({' '.join(str(error).split())[:200]}); train again"
+            f"{folder} does not fit its config.json ({' '.join(str(error).split())[:200]}); {RESTORE}"
         ) from error
 
 
 def read_config(run: Path) -> dict[str, Any]:
     """The settings of a run; raises UserError where the folder is no run."""
-    mend = "train a model with: wmtrain --cache STORE"
     try:
-        config = read_json(run / "config.json", mend)
+        config = read_json(run / "config.json", NO_RUN)
     except MissingError:
-        raise MissingError(f"{run / 'config.json'} does not exist; {did_you_mean(run, 'run', mend)}") from None
+        raise MissingError(f"{run / 'config.json'} does not exist; {did_you_mean(run, 'run', NO_RUN)}") from None
     if missing := {"model", "model_options", "shape", "cache", "frameskip"} - set(config):
-        raise UserError(f"{run / 'config.json'} is not a run's (it lacks {', '.join(sorted(missing))}); {mend}")
-    parse(_Config, config, run / "config.json", mend, exact=False)
+        raise UserError(f"{run / 'config.json'} is not a run's (it lacks {', '.join(sorted(missing))}); {NO_RUN}")
+    parse(_Config, config, run / "config.json", NO_RUN, exact=False)
     return config
 
 
@@ -242,9 +287,8 @@ class _Config:
 def read_identity(run: Path) -> tuple[StoreCard, Identity]:
     """The card and the identity of the store that a run was trained on; raises UserError where the folder is no run."""
     file = run / "identity.json"
-    mend = "train a model with: wmtrain --cache STORE"
-    saved = read_json(file, mend)
-    require_identity(saved, file, mend)
+    saved = read_json(file, NO_RUN)
+    require_identity(saved, file, NO_RUN)
     return read_card(saved), Identity.from_json(saved["identity"], str(file))
 
 

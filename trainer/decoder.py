@@ -36,6 +36,7 @@ from wmcache.cache.schema import parse
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import batch_windows, split_episodes
 from wmcache.trainer.checkpoint import (
+    RESTORE,
     checkpoints,
     last_checkpoint,
     load_network,
@@ -46,7 +47,7 @@ from wmcache.trainer.checkpoint import (
     truncate_metrics,
 )
 from wmcache.trainer.loop import Log, signals_between_steps
-from wmcache.trainer.metrics import ImageMetrics, Images, to_unit
+from wmcache.trainer.metrics import ImageMetrics, Images, summarise, to_unit
 from wmcache.trainer.models.decoders import DECODERS, Decoder, DecoderShape, build_decoder
 
 VALIDATION_FRAMES = 512
@@ -113,7 +114,7 @@ def train_decoder(
         overwrite: begin anew where a decoder exists.
 
     Returns:
-        The content of `validation.json`: over held-out frames, `mse` and `ssim` and either `lpips` or `lpips_absent`, why there is none.
+        The content of `validation.json`: over held-out frames what `validate_decoder` gives.
 
     Raises:
         UserError: unusable store, a decoder with other settings, images that do not fit into memory, or a loss that is not finite.
@@ -237,7 +238,7 @@ def load_decoder(folder: Path, device: torch.device) -> Decoder:
     def make(statistics: dict[str, Tensor]) -> Decoder:
         return build_decoder(config["decoder"], DecoderShape(**config["shape"]), config["decoder_options"], statistics)
 
-    decoder: Decoder = load_network(folder, make, device, "train the decoder again")
+    decoder: Decoder = load_network(folder, make, device, RESTORE)
     return decoder
 
 
@@ -333,15 +334,18 @@ def validate_decoder(
         metrics: what to compare by.
 
     Returns:
-        The means over all frames, and `lpips_absent` where there is no LPIPS.
+        What `summarise` gives of all frames; the same of the mean train frame in place of what is drawn, as `mean_frame`; and
+        `lpips_absent`, the reason where there is no LPIPS.
     """
     model.eval()
-    parts: dict[str, list[NDArray[np.float64]]] = {}
+    parts: dict[str, dict[str, list[NDArray[np.float64]]]] = {"drawn": {}, "mean_frame": {}}
     for rows in np.array_split(np.arange(len(frames)), max(1, math.ceil(len(frames) / 32))):
-        tokens = torch.from_numpy(store.gather(frames[rows])).to(model.tokens_mean.device)
-        for name, values in metrics(model(tokens), to_unit(images[rows])).items():
-            parts.setdefault(name, []).append(values)
-    result: dict[str, Any] = {name: float(np.concatenate(values).mean()) for name, values in parts.items()}
+        tokens, real = torch.from_numpy(store.gather(frames[rows])).to(model.tokens_mean.device), to_unit(images[rows])
+        for kind, drawn in (("drawn", model(tokens)), ("mean_frame", model.images_mean.expand(*real.shape))):
+            for name, values in metrics(drawn, real, model.images_mean).items():
+                parts[kind].setdefault(name, []).append(values)
+    means = {kind: summarise({n: np.concatenate(v) for n, v in found.items()}) for kind, found in parts.items()}
+    result: dict[str, Any] = {**means["drawn"], "mean_frame": means["mean_frame"]}
     return result if metrics.lpips_absent is None else {**result, "lpips_absent": metrics.lpips_absent}
 
 
@@ -361,9 +365,7 @@ def _compare(out: Path, config: dict[str, Any], store: TokenStore, *, overwrite:
     ]
     different += [f"the store's identity, {item}" for item in read_identity(out)[1].differences(store.identity)]
     if different and not overwrite:
-        raise UserError(
-            f"{out} is a decoder with other settings ({'; '.join(different)}); choose another --out, or begin anew with --overwrite"
-        )
+        raise UserError(f"{out} is a decoder with other settings ({'; '.join(different)}); choose another --out")
     return True
 
 
@@ -380,5 +382,5 @@ def _finished(out: Path, options: DecoderOptions) -> dict[str, Any] | None:
 def _not_finite(step: int, out: Path) -> str:
     return (
         f"the loss of step {step} is not finite; the last checkpoint in {out}, if any, is good: "
-        "begin anew with a lower --lr and --overwrite"
+        "train with a lower --lr and another --out"
     )

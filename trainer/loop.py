@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import signal
@@ -22,7 +21,15 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from wmcache.cache.device import autocast, choose_dtype
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import exclusive, is_temporary, not_written, seconds_between_updates, write_json
+from wmcache.cache.files import (
+    dump_json,
+    exclusive,
+    is_temporary,
+    not_written,
+    nulls,
+    seconds_between_updates,
+    write_json,
+)
 from wmcache.cache.places import Place, absolute
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows, batch_windows
@@ -51,6 +58,10 @@ FLAGS = {"learning_rate": "lr", "weight_decay": "weight-decay"}
 NOT_FINITE = (
     "the loss of step {step} is not finite; the last checkpoint in {run}, if any, is good: "
     "go on from it with --resume and a lower --lr"
+)
+NO_SKILL = (
+    "no skill (null in metrics.jsonl): the tokens of the held-out windows do not change, so copying the observed "
+    "frame has no error to compare with, or the rollout is not finite"
 )
 MAY_CHANGE = {
     *("cache", "device", "residence", "compile", "log_every", "validate_every", "checkpoint_every"),
@@ -124,7 +135,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     ranks: Ranks = ALONE,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Train a world model on a store; the same call again goes on where it was stopped.
 
     Several ranks cut each micro-batch into equal slices and average their gradients, so that they train what one process would, up to
@@ -177,7 +188,7 @@ class _Job:
 
 def _train(
     store: TokenStore, cache: Place, out: Path, options: TrainOptions, ranks: Ranks, *, resume: bool, overwrite: bool
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     windows = store.windows(
         options.history, 1, options.frameskip, "train", seed=options.split_seed, fraction=options.episodes_fraction
     )
@@ -208,7 +219,7 @@ def _train(
     if ranks.heard(ranks.leads and _prepare_folder(out, config, store, free, resume=resume, overwrite=overwrite)):
         load_weights(last_checkpoint(out), model)
     job = _Job(store, windows, changes, out, options, ranks, model, device, dtype)
-    result: dict[str, float] = {}
+    result: dict[str, float | None] = {}
     for stage in stages:
         if place_of(stage, model) < place_of(progress.stage, model):
             ranks.say(f"stage {stage} is done")
@@ -220,7 +231,7 @@ def _train(
     return result
 
 
-def _train_stage(job: _Job, stage: str, progress: Progress) -> dict[str, float]:
+def _train_stage(job: _Job, stage: str, progress: Progress) -> dict[str, float | None]:
     """Train one stage of a model, or all of a model without stages, from where it is; returns the last validation's metrics."""
     out, options, ranks, model, device, dtype = job.out, job.options, job.ranks, job.model, job.device, job.dtype
     goes_on = progress.stage == stage and progress.step > progress.begun
@@ -247,7 +258,7 @@ def _train_stage(job: _Job, stage: str, progress: Progress) -> dict[str, float]:
     )
     ranks.say(why)
     validation = validation_windows(job.store, options)
-    result: dict[str, float] = {}
+    result: dict[str, float | None] = {}
     update, first_batch = seconds_between_updates(), first * options.accumulate
     with (
         Log(out) if ranks.leads else nullcontext() as log,
@@ -306,9 +317,11 @@ def _train_stage(job: _Job, stage: str, progress: Progress) -> dict[str, float]:
                     if not torch.isfinite(ranks.mean(model.eval().loss(batch))["loss"]):
                         raise UserError(NOT_FINITE.format(step=done, run=out))
             if log and (done % options.validate_every == 0 or done == last):
-                result = validate(model, validation, device, dtype, stage, job.changes)
+                before, result = result, validate(model, validation, device, dtype, stage, job.changes)
                 log.write(done, result)
-                ranks.say(f"step {done}: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+                ranks.say(f"step {done}: " + ", ".join(f"{name} {_shown(value)}" for name, value in result.items()))
+                if None in result.values() and None not in before.values():
+                    ranks.say(NO_SKILL)
             if save and ranks.leads:
                 save_checkpoint(out, done, model, optimiser, stage=stage, begun=begun, finished=done == last)
             stop.now_if(stopping)
@@ -414,17 +427,30 @@ def validate(
     dtype: torch.dtype,
     stage: str = "",
     changes: TokenStore | None = None,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Open-loop rollouts from one observed frame, as a planner makes them.
 
     Returns:
-        `skill_k` for k = 1 … 5 model steps: 1 - MSE of the rollout / MSE of copying the observed frame. 1 is perfect, 0 useless. After a
-        stage that teaches where something changes, how well that is known instead, see `localisation`.
+        `skill_k` for k = 1 … 5 model steps, see `skills`. After a stage that teaches where something changes, how well that is known
+        instead, see `localisation`.
     """
     if stage == "localization":
-        return localisation(model, windows, changes, device, dtype)
-    error, copying = rollout_errors(model, windows, device, dtype)
-    return {f"skill_{k}": value.item() for k, value in enumerate(1 - error / copying, start=1)}
+        return {**localisation(model, windows, changes, device, dtype)}
+    found = skills(*rollout_errors(model, windows, device, dtype))
+    return {f"skill_{k}": value for k, value in enumerate(found, start=1)}
+
+
+def skills(error: Tensor, copying: Tensor) -> list[float | None]:
+    """1 - MSE of the rollout / MSE of copying the observed frame, by model step: 1 is perfect, 0 useless.
+
+    None where that is not defined: the frames do not change, or the rollout is not finite.
+    """
+    values = (1 - error / copying).tolist()
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 @torch.inference_mode()
@@ -476,12 +502,14 @@ class Log:
         self._file = (run / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"))
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log the values of a step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Log the values of a step; what is not finite is null."""
+        known = nulls(dict(values))
+        self._file.write(dump_json({"step": step, **known}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        for name, value in known.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
 
     def __enter__(self) -> Log:
         """For `with`."""
@@ -513,21 +541,22 @@ def _prepare_folder(
         # An option that is younger than a run had its default then.
         there, identity = {**asdict(TrainOptions()), **read_config(out)}, read_identity(out)[1]
         if there["model"] != config["model"]:  # whose options are others
-            different = [f"model {there['model']} != {config['model']}"]
+            before, now = {"model": there["model"]}, {"model": config["model"]}
         else:
             before, now = settings_of(there), settings_of(config)
-            different = [
-                f"{name} {before.get(name)} != {now[name]}"
-                for name in now
-                if name not in free and before.get(name) != now[name]
-            ]
+        names = [name for name in now if name not in free and before.get(name) != now[name]]
+        different = [f"{name} {before.get(name)} != {now[name]}" for name in names]
         # What a run has started from stays known.
         config = {**config, "start": config["start"] or there["start"]}
-        different += [f"the store's identity, {difference}" for difference in identity.differences(store.identity)]
-        if different:
-            raise UserError(
-                f"{out} is a run with other settings ({'; '.join(different)}); choose another --out, or begin anew with --overwrite"
+        strange = [f"the store's identity, {difference}" for difference in identity.differences(store.identity)]
+        if different or strange:
+            goes_on = checkpoints(out) and not strange and set(names) <= MAY_CHANGE_ON_RESUME
+            hint = (
+                "go on from its last checkpoint with --resume, or choose another --out"
+                if goes_on
+                else "choose another --out"
             )
+            raise UserError(f"{out} is a run with other settings ({'; '.join(different + strange)}); {hint}")
     write_json(out / "identity.json", {"identity": store.identity.to_json(), "card": asdict(store.card)})
     write_json(out / "config.json", config)
     return bool(checkpoints(out))

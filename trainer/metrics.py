@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ SMALLEST_SSIM, SMALLEST_LPIPS = 11, 31
 """Pixels that the window of SSIM and the layers of AlexNet need."""
 PATIENCE = 5.0
 """Seconds that a silent network is waited for."""
+
+MOVING = 0.1
+"""A pixel moves where a channel of it differs from the mean frame by more than this share of the full range."""
 
 Images = NDArray[np.uint8]
 
@@ -67,22 +71,47 @@ class ImageMetrics:
             self._lpips, self.lpips_absent = _load_lpips(device)
 
     @torch.no_grad()
-    def __call__(self, drawn: Tensor, real: Tensor) -> dict[str, NDArray[np.float64]]:
+    def __call__(self, drawn: Tensor, real: Tensor, mean_frame: Tensor) -> dict[str, NDArray[np.float64]]:
         """Compare images [B, 3, S, S] in [-1, 1], what lies outside clipped, each with its own.
+
+        Args:
+            drawn, real: the images.
+            mean_frame: [3, S, S] in [-1, 1], of the frames that a decoder was trained on; it says which pixels move.
 
         Returns:
             float64 [B] each: `mse` of values in [0, 1], `ssim` (Wang et al. 2004, Gaussian window of 11 pixels; 1 is equal) and, where
-            it is to be had, `lpips` (arXiv 1801.03924, AlexNet; 0 is equal).
+            it is available, `lpips` (arXiv 1801.03924, AlexNet; 0 is equal). `moving` is the share of pixels at which the real image
+            differs from the mean frame by more than MOVING, and `moving_error` the part of `mse` that is at these pixels.
         """
         from torchmetrics.functional.image import structural_similarity_index_measure
 
         a, b = ((images.to(self._device, torch.float32).clamp(-1, 1) + 1) / 2 for images in (drawn, real))
         ssim = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
         assert isinstance(ssim, Tensor)
-        found = {"mse": (a - b).square().mean((1, 2, 3)), "ssim": ssim.reshape(-1)}
+        errors = (a - b).square().mean(1)
+        still = (mean_frame.to(self._device, torch.float32).clamp(-1, 1) + 1) / 2
+        moving = (b - still).abs().amax(1) > MOVING
+        found = {
+            "mse": errors.mean((1, 2)),
+            "moving": moving.double().mean((1, 2)),
+            "moving_error": (errors * moving).mean((1, 2)),
+            "ssim": ssim.reshape(-1),
+        }
         if self._lpips is not None:
             found["lpips"] = self._lpips(a, b, normalize=True).reshape(-1)
         return {name: value.double().cpu().numpy() for name, value in found.items()}
+
+
+def summarise(found: Mapping[str, NDArray[np.float64]]) -> dict[str, float | None]:
+    """Means of what `ImageMetrics` gives, [B] each.
+
+    Returns:
+        `mse`, `ssim` and `lpips`; `moving`, the share of pixels that move; and `moving_mse` over all of these together, None where none
+        moves.
+    """
+    means = {name: float(values.mean()) for name, values in found.items()}
+    error, moving = means.pop("moving_error"), means["moving"]
+    return {**means, "moving_mse": error / moving if moving else None}
 
 
 def _load_lpips(device: torch.device) -> tuple[Any, str | None]:

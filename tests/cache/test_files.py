@@ -1,11 +1,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from wmcache.cache import UserError
-from wmcache.cache.files import atomic_write, home, human_bytes, read_json, require_space, sha256_of, write_json
+from wmcache.cache.files import (
+    atomic_write,
+    dump_json,
+    home,
+    human_bytes,
+    nulls,
+    read_json,
+    require_space,
+    sha256_of,
+    write_json,
+)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -46,12 +59,6 @@ def test_json_comes_back(tmp_path: Path) -> None:
     assert read_json(tmp_path / "value.json", "mend it") == value
 
 
-def test_json_never_holds_nan(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(tmp_path / "value.json", {"loss": float("nan")})
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("text", [None, b"", b"{", b"[1]", b"\xff\xfe"])
 def test_unreadable_json_says_which_and_how_to_mend_it(tmp_path: Path, text: bytes | None) -> None:
     if text is not None:
@@ -85,3 +92,24 @@ def test_home_is_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     assert home() == Path("/some where")
     monkeypatch.delenv("WMCACHE_HOME")
     assert home() == Path("data")
+
+
+class TestStrictJson:
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float64("nan")])
+    def test_what_is_not_finite_is_refused_by_its_name_and_costs_no_file(self, tmp_path: Path, value: float) -> None:
+        write_json(tmp_path / "known.json", {"a": 1})
+        with pytest.raises(UserError, match=r"known\.json: rate is (nan|inf|-inf)"):
+            write_json(tmp_path / "known.json", {"steps": [{"step": 1, "rate": 0.5}, {"step": 2, "rate": value}]})
+        assert read_json(tmp_path / "known.json", "") == {"a": 1}
+
+    def test_figures_that_do_not_exist_are_null(self) -> None:
+        value = {"a": math.nan, "b": [1, math.inf, (np.float64("nan"), "NaN")], "c": {"d": -math.inf, "e": 0.5}}
+        assert json.loads(dump_json(nulls(value))) == {
+            "a": None,
+            "b": [1, None, [None, "NaN"]],
+            "c": {"d": None, "e": 0.5},
+        }
+
+    def test_files_of_earlier_versions_are_still_read(self, tmp_path: Path) -> None:
+        (tmp_path / "old.json").write_text('{"skill": NaN}')
+        assert math.isnan(read_json(tmp_path / "old.json", "")["skill"])

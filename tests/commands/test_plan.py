@@ -134,10 +134,13 @@ def planned(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestResults:
-    def test_they_say_all_that_they_came_from(self, planned: Path) -> None:
-        result = run(f"--run {{run}} --protocol mpc-100 --goals random-action --goal-steps 6 {QUICK}", run=planned)
+    def test_they_say_all_that_they_came_from(self, planned: Path, tmp_path: Path) -> None:
+        line = (
+            f"--run {{run}} --protocol mpc-100 --goals random-action --goal-steps 6 --no-strict {QUICK} --out {{out}}"
+        )
+        result = run(line, run=planned, out=tmp_path / "plan")
         assert result.exit_code == 0, result.output
-        written = json.loads((planned / "plan-mpc-100-random-action-2x10" / "results.json").read_text())
+        written = json.loads((tmp_path / "plan" / "results.json").read_text())
         assert written["protocol"] == "mpc-100"
         expected = PlanOptions(
             episodes=2,
@@ -145,6 +148,7 @@ class TestResults:
             horizon=2,
             goals="random-action",
             goal_steps=6,
+            strict=False,
             search={"samples": 6, "elites": 2, "iterations": 1},
             device="cpu",
         )
@@ -154,9 +158,22 @@ class TestResults:
     def test_the_table_has_a_line_for_each_threshold(self, planned: Path, tmp_path: Path) -> None:
         result = run(f"--run {{run}} --out {{out}} {QUICK}", run=planned, out=tmp_path / "plan")
         header, *rows = result.stdout.splitlines()
-        assert " ".join(header.split()) == "threshold reached rate 95 % interval env steps way held 95 % interval"
-        assert [row.split()[0] for row in rows[:3]] == ["0.5", "0.25", "0.1"]
-        assert "4 replans" in rows[3]
+        assert [row.split()[:2] for row in rows[:9]] == [
+            [within, name] for within in ("0.5", "0.25", "0.1") for name in ("planner", "random", "zero")
+        ]
+        assert "began at the goal: 0 within 0.5" in rows[9]
+        assert "4 replans" in rows[10]
+        # Reached and held stand side by side, each with its interval.
+        assert header.index("reached") < header.index("95 %") < header.index("held") < header.rindex("95 %")
+
+    def test_the_untrained_model_is_a_baseline_when_asked_for(self, planned: Path, tmp_path: Path) -> None:
+        result = run(f"--run {{run}} --out {{out}} --untrained {QUICK}", run=planned, out=tmp_path / "plan")
+        assert result.exit_code == 0, result.output
+        assert [row.split()[1] for row in result.stdout.splitlines()[1:5]] == ["planner", "random", "zero", "untrained"]
+        written = json.loads((tmp_path / "plan" / "results.json").read_text())
+        assert [row["threshold"] for row in written["baselines"]["untrained"]] == [0.5, 0.25, 0.1]
+        assert "untrained" in (tmp_path / "plan" / "report.html").read_text()
+        assert not list((tmp_path / "plan").glob("unfinished-*"))
 
     def test_its_own_episodes_can_be_planned_again(self, planned: Path, tmp_path: Path) -> None:
         line = f"--run {{run}} {QUICK} --json --out {{out}}"
@@ -176,13 +193,34 @@ class TestResults:
             assert result.exit_code == 1
             assert said in result.stderr
             assert len(result.stderr.splitlines()) == 1
+            assert f"--out {tmp_path / 'plan'}-2" in result.stderr
+            assert "delete" not in result.stderr
         assert (tmp_path / "plan" / "results.json").read_bytes() == before
+
+    def test_results_from_before_strict_are_those_of_pairs_of_any_distance(self, tmp_path: Path) -> None:
+        options = asdict(PlanOptions())
+        del options["strict"]
+        (tmp_path / "results.json").write_text(json.dumps({"options": options}))
+        evaluate.refuse_other_results(tmp_path, PlanOptions(strict=False))
+        with pytest.raises(UserError, match="strict False != True"):
+            evaluate.refuse_other_results(tmp_path, PlanOptions())
+        # The pairs of a file are the same either way.
+        (tmp_path / "results.json").write_text(json.dumps({"options": {**options, "goals": "some.parquet"}}))
+        evaluate.refuse_other_results(tmp_path, PlanOptions(goals="some.parquet"))
+
+    def test_a_sweep_writes_a_folder_for_each_setting(self, planned: Path) -> None:
+        line = f"--run {{run}} {QUICK}"
+        for flags in ("", "--samples 5", "--no-strict", "--seed 3"):
+            assert run(f"{line} {flags}", run=planned).exit_code == 0
+        assert len(list(planned.glob("plan-all-x1-*/results.json"))) == 4
 
     @pytest.mark.parametrize(
         ("flags", "said"),
         [
             ("--goals random-stat", "neither random-state, dataset, random-action"),
             ("--goals dataset --goal-steps 60", "lower --goal-steps"),
+            ("--goals dataset --goal-steps 5", "raise --goal-steps, or take pairs of any distance with --no-strict"),
+            ("--threshold 9", "--no-strict"),
             ("--proprio none", "wmtrain --proprio none"),
             ("--observed 2", "raise --context"),
             ("--solver guess", "no solver 'guess'; known are cem, icem, mppi, gd"),

@@ -15,6 +15,7 @@ import wmcache.pipeline.probe
 from numpy.typing import NDArray
 from PIL import Image
 from transformers import VJEPA2Config, VJEPA2Model
+from wmcache import envs
 from wmcache.cache import StoreWriter, TokenStore, UserError
 from wmcache.cache.layout import read_attributes, write_attributes
 from wmcache.envs import Maze
@@ -28,6 +29,7 @@ from wmcache.pipeline.probe import (
     draw_probe,
     effective_rank,
     find_maze,
+    measure_landscape,
     picture_paths,
     principal_coordinates,
     probe,
@@ -149,6 +151,13 @@ def test_the_effective_rank_of_a_store_of_rank_k_is_about_k(make: Make, rank: in
 def test_the_velocity_of_a_store_of_velocities_is_found(make: Make, steps: dict[str, NDArray[Any]]) -> None:
     found = probe(make(np.tile(steps["state"][:, None], (1, 2, 1))))
     assert min(found.linear.values()) > 0.999
+
+
+def test_distances_that_are_all_equal_have_no_rank() -> None:
+    xy = np.random.default_rng(0).uniform(-1.4, -0.6, (20, 2))
+    found = measure_landscape(np.zeros((20, 20)), xy, envs.find_maze("UMaze"))
+    assert found.spearman is None
+    assert 0 <= found.stuck <= 1
 
 
 def test_fewer_coordinates_have_the_same_distances() -> None:

@@ -354,8 +354,8 @@ HONEST: dict[str, dict[str, Any]] = {
     "gd on the graph": {"distance": "graph", "solver": "gd", "search": QUICK["gd"]},
     "observed": {"context": 3, "observed": 3},
     "alpha": {"alpha": 0.5},
-    "dataset": {"goals": "dataset"},
-    "random-action": {"goals": "random-action"},
+    "dataset": {"goals": "dataset", "strict": False},
+    "random-action": {"goals": "random-action", "strict": False},
 }
 
 
@@ -454,8 +454,30 @@ def rewritten(run: Path, to: Path, **changed: Any) -> Path:
 
 def test_a_store_that_is_gone_is_named(run_path: Path, tiny_plan: PlanOptions, tmp_path: Path) -> None:
     run = rewritten(run_path, tmp_path / "run", cache=str(tmp_path / "gone.zarr"))
-    with pytest.raises(UserError, match=r"gone\.zarr does not exist"):
+    with pytest.raises(UserError, match=r"gone\.zarr, the store of .*--cache") as refusal:
         Setting(run, tiny_plan)
+    assert "extract" not in str(refusal.value)
+    with pytest.raises(UserError, match=r"lost\.zarr, the store of .*--cache"):
+        Setting(run, tiny_plan, cache=tmp_path / "lost.zarr")
+
+
+def test_weights_that_are_gone_are_named(run_path: Path, tiny_plan: PlanOptions, tmp_path: Path) -> None:
+    run = copytree(run_path, tmp_path / "run", symlinks=True)
+    saved = json.loads((run / "identity.json").read_text())
+    saved["card"]["encoder"]["weights"] = str(tmp_path / "gone.safetensors")
+    (run / "identity.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"gone\.safetensors.*--weights") as refusal:
+        Setting(run, tiny_plan)
+    assert "fit" not in str(refusal.value)
+
+
+def test_a_run_of_a_model_that_is_not_registered_is_not_to_be_trained_again(
+    run_path: Path, tiny_plan: PlanOptions, tmp_path: Path
+) -> None:
+    run = rewritten(run_path, tmp_path / "run", model="my-own")
+    with pytest.raises(UserError, match=r"my-own.*register") as refusal:
+        Setting(run, tiny_plan)
+    assert "train again" not in str(refusal.value)
 
 
 def test_the_store_of_another_run_is_refused_by_name(
@@ -486,7 +508,7 @@ def test_a_folder_that_is_no_run_is_refused(
 
 def bad_options() -> Iterator[tuple[str, Any]]:
     for name, value in asdict(PlanOptions()).items():
-        if isinstance(value, int | float) and name not in ("seed", "alpha", "mask"):
+        if isinstance(value, int | float) and name not in ("seed", "alpha", "mask", "strict"):
             yield name, 0
             yield name, -1
     for name in ("context", "observed", "goal_steps"):
@@ -514,6 +536,44 @@ def test_options_that_make_no_sense_are_refused_by_name(run_path: Path, name: st
     assert "\n" not in str(refusal.value)
 
 
+OTHER_VALUES: dict[str, list[Any]] = {
+    "episodes": [5, 500],
+    "budget": [5, 1000],
+    "threshold": [0.3, 0.31],
+    "goals": ["dataset", "random-action"],
+    "goal_steps": [3, 30],
+    "strict": [True, False],
+    "horizon": [7, 70],
+    "execute": [2, 3],
+    "objective": ["last", "all"],
+    "distance": ["graph"],
+    "alpha": [0.1, 1.0],
+    "mask": [True],
+    "proprio": ["none"],
+    "context": [2, 4],
+    "observed": [2, 3],
+    "solver": ["gd", "icem", "mppi"],
+    "batch": [1, 10],
+    "seed": [1, 10],
+    "env": ["Medium", "Large", "wmcache/PointMaze-Large-v0"],
+    "device": ["cpu", "cuda", "cuda:1"],
+    "dtype": ["float32", "bfloat16"],
+}
+
+
+def options_by(protocol: str | None, changed: dict[str, Any]) -> PlanOptions:
+    """The settings of a protocol, and what is given beside it."""
+    known = PROTOCOLS.get(protocol or "", {})
+    own = {name: value for name, value in known.items() if name in asdict(PlanOptions())}
+    search = {name: value for name, value in known.items() if name not in own}
+    options = replace(PlanOptions(), **{**own, "search": search})
+    return replace(options, **{**changed, "search": {**search, **changed.get("search", {})}})
+
+
+def test_every_setting_is_tried() -> None:
+    assert set(OTHER_VALUES) == set(asdict(PlanOptions())) - {"search"}
+
+
 class TestDefaultFolders:
     @pytest.mark.parametrize(
         ("protocol", "changed", "name"),
@@ -524,15 +584,53 @@ class TestDefaultFolders:
             (None, {"solver": "gd"}, "plan-all-x1-gd-50x100"),
             (None, {"distance": "graph"}, "plan-all-x1-graph-50x100"),
             (None, {"goals": "dataset"}, "plan-all-x1-dataset-50x100"),
-            (None, {"goals": "some/far.parquet"}, "plan-all-x1-far-50x100"),
-            (None, {"env": "mazes/Spiral.txt"}, "plan-all-x1-50x100-Spiral"),
+            (None, {"env": "Medium"}, "plan-all-x1-50x100-Medium"),
+            (None, {"env": "wmcache/PointMaze-Medium-v0"}, "plan-all-x1-50x100-PointMaze-Medium-v0"),
             ("dino-wm", {"solver": "icem", "distance": "graph", "episodes": 8}, "plan-dino-wm-icem-graph-8x100"),
+            (None, {"search": {"samples": 32}}, "plan-all-x1-samples32-50x100"),
+            (None, {"search": {"samples": 32, "optimiser": "adam"}}, "plan-all-x1-samples32-optimiser-adam-50x100"),
+            (None, {"strict": False}, "plan-all-x1-no-strict-50x100"),
+            ("dino-wm", {"strict": True}, "plan-dino-wm-strict-50x100"),
+            ("dino-wm", {"execute": 2, "objective": "all"}, "plan-dino-wm-x2-all-50x100"),
+            ("mpc-100", {}, "plan-mpc-100-50x100"),
+            (None, {"horizon": 6, "seed": 50, "threshold": 1.0}, "plan-all-x1-threshold1.0-horizon6-seed50-50x100"),
+            (None, {"device": "cuda:1"}, "plan-all-x1-device-cuda1-50x100"),
         ],
     )
     def test_each_kind_of_evaluation_has_its_own(
         self, protocol: str | None, changed: dict[str, Any], name: str
     ) -> None:
-        assert default_out(Path("run"), protocol, replace(PlanOptions(), **changed)) == Path("run") / name
+        assert default_out(Path("run"), protocol, options_by(protocol, changed)) == Path("run") / name
+
+    def test_no_two_evaluations_share_one(self) -> None:
+        changes: list[dict[str, Any]] = [
+            {},
+            *({name: value} for name, values in OTHER_VALUES.items() for value in values),
+            *(
+                {"search": {name: value}}
+                for name, value in (("samples", 32), ("samples", 320), ("steps", 7), ("lr", 0.7))
+            ),
+            {"goals": "a/far.parquet"},
+            {"goals": "b/far.parquet"},
+            {"goals": "far"},
+            {"env": "a/Spiral.txt"},
+            {"env": "b/Spiral.txt"},
+            {"horizon": 7, "seed": 5},
+            {"horizon": 75},
+        ]
+        for protocol in (None, *PROTOCOLS):
+            usual = options_by(protocol, {})
+            different = [options for change in changes if (options := options_by(protocol, change)) != usual]
+            names = {default_out(Path("run"), protocol, options).name for options in (usual, *different)}
+            assert len(names) == 1 + len(different)
+            assert max(map(len, names)) < 100
+
+    def test_a_name_of_very_many_settings_stays_a_name(self) -> None:
+        options = replace(PlanOptions(), **{name: values[0] for name, values in OTHER_VALUES.items()})
+        other = replace(options, env="Large")
+        names = [default_out(Path("run"), None, known).name for known in (options, other)]
+        assert len(set(names)) == 2
+        assert max(map(len, names)) < 150
 
 
 @pytest.fixture(scope="module")

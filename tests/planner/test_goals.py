@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from wmcache.cache import TokenStore, UserError
 from wmcache.cache.windows import split_episodes
-from wmcache.envs import Maze, PointMazeSimulator, sample_state
+from wmcache.envs import Maze, PointMazeSimulator, longest_move, sample_state
 from wmcache.planner.evaluate import PlanOptions, Setting, run_episodes
-from wmcache.planner.goals import SOURCES, start_and_goal
+from wmcache.planner.goals import SOURCES, Apart, start_and_goal
 from wmcache.planner.report import write_episodes
 
 MakeStore = Callable[..., TokenStore]
@@ -94,6 +94,77 @@ def test_random_actions_lead_from_the_start_to_the_goal(store: TokenStore) -> No
         for action in rng.normal(size=(25, 2)):
             state = simulator.step(state, action)
         np.testing.assert_array_equal(goal[number], state)
+
+
+class TestApart:
+    """Strict pairs: beyond every reported threshold, and beyond what one model step can cover."""
+
+    APART = Apart(0.5, longest_move(5))
+
+    @pytest.mark.parametrize("source", SOURCES)
+    def test_every_source_draws_pairs_that_far(self, store: TokenStore, source: str) -> None:
+        # The one episode that was held out does not go far.
+        apart = Apart(0.2, longest_move(1)) if source == "dataset" else self.APART
+        start, goal = start_and_goal(source, range(12), UMAZE, store, 40, apart=apart)
+        straight = np.linalg.norm(start[:, :2] - goal[:, :2], axis=1)
+        paths = [UMAZE.geodesic(one[:2], other[None, :2])[0] for one, other in zip(start, goal, strict=True)]
+        assert straight.min() >= apart.threshold
+        assert min(paths) >= apart.threshold + apart.step
+        # An episode still depends on its number alone.
+        again = start_and_goal(source, [9, 4], UMAZE, store, 40, apart=apart)
+        np.testing.assert_array_equal(again[0], start[[9, 4]])
+        np.testing.assert_array_equal(again[1], goal[[9, 4]])
+
+    def test_a_pair_that_is_far_enough_at_once_is_the_one_without_it(self, store: TokenStore) -> None:
+        strict, loose = (
+            start_and_goal("random-state", range(60), UMAZE, store, 0, apart=apart) for apart in (self.APART, Apart())
+        )
+        same = (strict[0] == loose[0]).all(1)
+        far = [self.APART.holds(UMAZE, *pair) for pair in zip(*loose, strict=True)]
+        assert same.tolist() == far
+        assert 5 < same.sum() < 55
+
+    def test_the_path_counts_and_not_the_straight_line(self) -> None:
+        # On both sides of the U-maze's wall.
+        start, goal = np.array([1.0, 1.0, 0, 0]), np.array([3.0, 1.0, 0, 0])
+        assert self.APART.holds(UMAZE, start, goal)
+        assert not Apart(2.1, 1.0).holds(UMAZE, start, goal)
+        assert not self.APART.holds(UMAZE, start, np.array([1.0, 3.0, 0, 0]))
+
+    def test_no_ball_gets_within_the_threshold_in_its_first_model_step(self, store: TokenStore) -> None:
+        simulator = PointMazeSimulator(UMAZE)
+        for state, goal in zip(
+            *start_and_goal("random-state", range(40), UMAZE, store, 0, apart=self.APART), strict=True
+        ):
+            for _ in range(5):
+                # Full force towards the goal.
+                state = simulator.step(state, 100 * (goal - state)[:2])
+                assert np.linalg.norm(state[:2] - goal[:2]) >= 0.5
+
+    @pytest.mark.parametrize(("source", "steps"), [("random-state", 0), ("dataset", 3), ("random-action", 3)])
+    def test_where_there_is_none_one_line_says_so(self, store: TokenStore, source: str, steps: int) -> None:
+        apart = Apart(0.5, longest_move(20)) if source == "random-state" else self.APART
+        with pytest.raises(UserError, match="--no-strict") as refusal:
+            start_and_goal(source, [0], UMAZE, store, steps, apart=apart)
+        assert "\n" not in str(refusal.value)
+        assert ("--goal-steps" in str(refusal.value)) == (source != "random-state")
+
+    def test_a_files_pairs_are_taken_as_they_are(self, store: TokenStore, tmp_path: Path) -> None:
+        file = write(tmp_path / "near.parquet", {"start": [IN], "goal": [IN]})
+        start, goal = start_and_goal(str(file), [0], UMAZE, store, 10, apart=self.APART)
+        assert start.tolist() == goal.tolist() == [IN]
+
+    @pytest.mark.parametrize("steps", [1, 5])
+    def test_the_longest_move_is_never_exceeded(self, steps: int) -> None:
+        simulator, rng = PointMazeSimulator(Maze.load("Open")), np.random.default_rng(0)
+        longest = 0.0
+        for _ in range(200):
+            start = state = sample_state(simulator.maze, rng)
+            heading = np.sign(state[2:])
+            for _ in range(steps):
+                state = simulator.step(state, heading)
+            longest = max(longest, float(np.linalg.norm((state - start)[:2])))
+        assert 0.8 * longest_move(steps) < longest <= longest_move(steps) + 1e-9
 
 
 def write(path: Path, columns: dict[str, Any]) -> Path:

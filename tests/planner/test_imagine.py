@@ -63,7 +63,7 @@ def pixels(video: Path, height: int, width: int) -> np.ndarray[Any, np.dtype[np.
 
 def test_there_is_everything_and_nothing_else(imagined: tuple[Path, dict[str, Any]]) -> None:
     names = {file.name for file in imagined[0].iterdir()}
-    assert names == {"metrics.json", "rollouts.png", "rollout-000.mp4", "rollout-001.mp4"}
+    assert names == {"metrics.json", "errors.png", "rollouts.png", "rollout-000.mp4", "rollout-001.mp4"}
     assert json.loads((imagined[0] / "metrics.json").read_text()) == json.loads(json.dumps(imagined[1]))
 
 
@@ -72,9 +72,10 @@ def test_each_step_has_its_figures(imagined: tuple[Path, dict[str, Any]]) -> Non
     assert [row["step"] for row in result["steps"]] == [1, 2, 3, 4]
     assert result["windows"] == 6
     for row in result["steps"]:
-        for name in ("imagined", "floor", "copying"):
-            assert set(row[name]) == {"mse", "ssim"}
-            assert row[name]["mse"] > 0
+        for name in ("imagined", "floor", "copying", "mean_frame"):
+            assert set(row[name]) == {"mse", "moving", "moving_mse", "ssim"}
+            assert row[name]["moving_mse"] > row[name]["mse"] > 0
+            assert row[name]["moving"] == row["imagined"]["moving"]
             assert -1 <= row[name]["ssim"] <= 1
     assert result["lpips_absent"] == "it was not asked for"
 
@@ -90,6 +91,23 @@ def test_the_floor_and_copying_are_what_they_say(
         drawn = draw(torch.from_numpy(store.gather(frames[:, k]))).clamp(-1, 1)
         assert row["floor"]["mse"] == pytest.approx(float((drawn - real[k]).div(2).square().mean()), rel=1e-3)
         assert row["copying"]["mse"] == pytest.approx(float((real[0] - real[k]).div(2).square().mean()), rel=1e-3)
+        mean = draw.images_mean.expand_as(real[k])
+        moving = ((real[k] - mean).abs() / 2 > 0.1).any(1)
+        for name, shown in (("floor", drawn), ("mean_frame", mean)):
+            errors = (shown - real[k]).div(2).square().mean(1)
+            assert row[name]["moving_mse"] == pytest.approx(float(errors[moving].mean()), rel=1e-3)
+
+
+def test_a_decoder_that_draws_nothing_that_moves_is_no_better_than_the_mean_frame(
+    run_path: Path, decoder_path: Path, dataset: FrameDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blank = load_decoder(decoder_path, torch.device("cpu"))
+    monkeypatch.setattr(blank, "draw", lambda tokens: (torch.zeros(len(tokens), 3, 32, 32), torch.zeros(())))
+    monkeypatch.setattr("wmcache.planner.imagine.load_decoder", lambda *_: blank)
+    result = imagine(run_path, decoder_path, dataset.read_frames, tmp_path / "out", OPTIONS)
+    for row in result["steps"]:
+        assert row["imagined"] == pytest.approx(row["mean_frame"])
+        assert row["imagined"]["mse"] < 0.01 < row["imagined"]["moving_mse"]
 
 
 def test_a_perfect_world_model_reaches_the_floor(
@@ -211,6 +229,7 @@ class TestCommands:
         trained = run(decoder_command, "--cache", store_path, "--frames", dataset_path, *sizes, *settings)
         assert trained.exit_code == 0, trained.output
         assert "held-out frames, mse 0.0" in trained.output
+        assert "mean frame" in trained.output
         assert "no LPIPS: it was not asked for" in trained.output
         (folder,) = (tmp_path / "home" / "decoders").glob("*-tcn-64")
         words = ("--run", run_path, "--decoder", folder, "--steps", 2, "--windows", 2, "--device", "cpu", "--no-lpips")
@@ -218,6 +237,9 @@ class TestCommands:
         assert drawn.exit_code == 0, drawn.output
         assert len(json.loads(drawn.stdout)["steps"]) == 2
         assert (tmp_path / "out" / "rollout-000.mp4").exists()
+        printed = run(imagine_command, *words, "--out", tmp_path / "out").stdout
+        assert max(map(len, printed.splitlines()[:-1])) <= 120
+        assert printed.count("mean frame") == 3  # of each metric
 
     @pytest.mark.parametrize(
         ("words", "said"),

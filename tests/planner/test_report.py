@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from shutil import copytree
@@ -15,11 +16,16 @@ import imageio_ffmpeg
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+from wmcache import __version__
 from wmcache.cache import UserError
 from wmcache.commands.shared import shell_command
+from wmcache.planner.compare import draw_landscapes
 from wmcache.planner.episodes import Episodes, env_steps
 from wmcache.planner.evaluate import PlanOptions, Setting, evaluate
-from wmcache.planner.report import draw_distance_map, draw_success, draw_training, write_report
+from wmcache.planner.report import draw_distance_map, draw_paths, draw_success, draw_training, write_report
 
 Plan = tuple[Path, Episodes, dict[str, Any]]
 
@@ -34,7 +40,14 @@ def plan(setting: Setting, run_path: Path, tiny_plan: PlanOptions, tmp_path_fact
 
 def test_the_results_say_all_that_was_asked_for(plan: Plan, tiny_plan: PlanOptions) -> None:
     results = json.loads((plan[0] / "results.json").read_text())
+    made = results.pop("made")
     assert results == json.loads(json.dumps(plan[2]))
+    assert made["wmcache"] == __version__
+    assert abs(
+        datetime.now(UTC) - datetime.strptime(made["date"], "%Y-%m-%d %H:%M UTC").replace(tzinfo=UTC)
+    ) < timedelta(1)
+    assert f"torch {torch.__version__}" in made["machine"]
+    assert {"held", "held_rate", "held_ci95", "began_at_goal"} <= results.keys()
     assert results["episodes"] == 3
     assert results["threshold"] == 0.5
     assert results["budget_env_steps"] == 12
@@ -65,6 +78,23 @@ def test_the_episodes_can_be_read_by_other_tools(plan: Plan) -> None:
         assert rows[f"env_steps_{threshold}"] == expected.tolist()
 
 
+def test_pictures_name_their_signs_axes_and_colours(
+    plan: Plan, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    draw_paths(plan[1], setting.maze, 0.5)
+    (legend,) = drawn[0].legends
+    assert {text.get_text() for text in legend.get_texts()} == {"path", "start", "goal", "within 0.5"}
+    (circle, *_) = drawn[0].axes[0].patches
+    assert isinstance(circle, Circle)
+    assert circle.radius == 0.5
+    np.testing.assert_array_equal(circle.center, plan[1].goal[0, :2])
+    draw_landscapes({"one": np.random.default_rng(0).random((1, 5, 5)), "flat": np.zeros((1, 5, 5))})
+    first, second, bar = drawn[1].axes
+    assert all((first.get_xlabel(), first.get_ylabel(), second.get_xlabel(), bar.get_ylabel(), drawn[1].legends))
+
+
 class Cells(HTMLParser):
     """The cells of the page's table, row by row."""
 
@@ -92,12 +122,18 @@ def test_the_table_says_who_held_and_how_direct_the_ways_were(plan: Plan) -> Non
     cells = Cells()
     cells.feed((plan[0] / "report.html").read_text())
     header, *rows = cells.rows
-    assert header[4:] == ["env steps", "way / shortest", "SPL", "still there at the end", "95 % interval"]
-    for cell, row in zip(rows, plan[2]["by_threshold"], strict=True):
+    assert header == ["within", "actions", "reached", "held at the end", "env steps", "path / shortest", "SPL"]
+    actors = {"planner": plan[2]["by_threshold"], **plan[2]["baselines"]}
+    expected = [
+        (name, row) for judged in zip(*actors.values(), strict=True) for name, row in zip(actors, judged, strict=True)
+    ]
+    assert [name for name, _ in expected] == ["planner", "random", "zero"] * 3
+    for cell, (name, row) in zip(rows, expected, strict=True):
         ratio = "-" if row["path_ratio"] is None else f"{row['path_ratio']:.2f}"
-        low, high = row["held_ci95"]
-        assert cell[0] == str(row["threshold"])
-        assert cell[5:] == [ratio, f"{row['spl']:.3f}", f"{row['held']} of 3", f"{low:.3f} to {high:.3f}"]
+        assert cell[:2] == [str(row["threshold"]) if name == "planner" else "", name]
+        for shown, count, interval in ((cell[2], "successes", "ci95"), (cell[3], "held", "held_ci95")):
+            assert shown == "{} of 3{:.3f} to {:.3f}".format(row[count], *row[interval])
+        assert cell[5:] == [ratio, f"{row['spl']:.3f}"]
 
 
 def page_of(run: Path, options: PlanOptions, out: Path, protocol: str | None = None) -> str:
@@ -119,7 +155,7 @@ class TestWhatPlanned:
 
     def test_without_a_protocol_none_is_named(self, plan: Plan) -> None:
         html = (plan[0] / "report.html").read_text()
-        assert "solver cem, 16 candidates a replan" in html
+        assert "Solver cem, 16 candidates a replan" in html
         assert "Protocol" not in html
 
     def test_the_distance_is_the_one_that_was_descended(
@@ -156,6 +192,13 @@ class TestDrawings:
     def test_a_run_that_was_not_validated_yet_shows_its_loss(self, run_path: Path, tmp_path: Path) -> None:
         (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
         assert not np.array_equal(drawn(draw_training(tmp_path)), drawn(draw_training(run_path)))
+
+    @pytest.mark.parametrize("skill", ["null", "NaN"])  # as it is written, and as earlier versions wrote it
+    def test_a_skill_that_is_not_defined_is_no_fault(self, run_path: Path, tmp_path: Path, skill: str) -> None:
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 0.5}}\n{{"step": 1, "skill_1": {skill}}}\n')
+        picture = drawn(draw_training(tmp_path))
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+        assert not np.array_equal(picture, drawn(draw_training(tmp_path)))  # which says something else of the skill
 
     @pytest.mark.parametrize("content", [None, "{"])
     def test_metrics_that_cannot_be_read_are_refused(self, tmp_path: Path, content: str | None) -> None:
@@ -211,6 +254,12 @@ def test_the_page_needs_no_other_file(plan: Plan) -> None:
     assert {"script", "link", "iframe"}.isdisjoint(links.tags)
 
 
+def test_a_table_scrolls_where_the_screen_is_narrow(plan: Plan) -> None:
+    html = (plan[0] / "report.html").read_text()
+    assert html.count("<table") == html.count('<div class="scroll"><table') > 0
+    assert ".scroll { overflow-x: auto; }" in html
+
+
 def test_the_page_shows_what_was_typed_and_does_not_obey_it(plan: Plan) -> None:
     html = (plan[0] / "report.html").read_text()
     assert "<b>runs" not in html
@@ -219,6 +268,32 @@ def test_the_page_shows_what_was_typed_and_does_not_obey_it(plan: Plan) -> None:
 
 def test_the_page_says_how_many_goals_were_reached(plan: Plan) -> None:
     assert f"{plan[2]['successes']} of 3 goals reached" in (plan[0] / "report.html").read_text()
+
+
+def test_the_page_says_how_many_were_held_and_began_at_the_goal(plan: Plan) -> None:
+    html = " ".join((plan[0] / "report.html").read_text().split())
+    assert f"<h1>{plan[2]['successes']} of 3 goals reached, {plan[2]['held']} held</h1>" in html
+    assert "began at the goal: 0 within 0.5, 0 within 0.25, 0 within 0.1" in html
+
+
+def test_the_page_shows_the_settings_as_they_were_used(run_path: Path, tiny_plan: PlanOptions, tmp_path: Path) -> None:
+    options = replace(tiny_plan, episodes=1, device="auto", dtype="auto", goals="random-action", strict=False)
+    html = page_of(run_path, options, tmp_path)
+    settings = html[html.rindex("<pre>") : html.rindex("</pre>")]
+    assert "None" not in settings
+    assert "auto" not in settings.replace("proprio = auto", "")
+    for line in ("context = 1", "observed = 1", "goal_steps = 10", "env = ", "dtype = ", "device = "):
+        assert line in settings
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["made"]["date"] in html
+    assert written["made"]["machine"].split(",")[0] in html
+
+
+def test_the_page_says_how_starts_and_goals_were_drawn(
+    run_path: Path, tiny_plan: PlanOptions, tmp_path: Path, plan: Plan
+) -> None:
+    assert "--no-strict" not in (plan[0] / "report.html").read_text()
+    assert "--no-strict" in page_of(run_path, replace(tiny_plan, episodes=1, strict=False), tmp_path)
 
 
 def test_a_video_shows_the_start_and_every_env_step(plan: Plan) -> None:

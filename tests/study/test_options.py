@@ -103,6 +103,8 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         (TCN + "base_weights = 'a'\n", "tcn is no adapter; leave out its base"),
         ("others = []\n" + TCN, "no setting others"),
         (TCN + "[collect]\nseed = -1\n", "collect: seed: Input should be greater than or equal to 0"),
+        (TCN + "[train]\nlearning_rate = nan\n", "train: learning_rate is nan; it must be a finite number"),
+        (TCN + "[[plan]]\nprotocol = 'mpc-100'\nthreshold = inf\n", "plan 1: threshold is inf; it must be a finite"),
         (TCN + "[[plan]]\n[[plan]]\n", "two plans are called 'plan'; give each a name"),
     ],
 )

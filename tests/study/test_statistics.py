@@ -2,20 +2,38 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from wmcache.study.statistics import compare, holm, mcnemar, rank
+from scipy.stats import binomtest, permutation_test
+from wmcache.planner.episodes import wilson
+from wmcache.study.statistics import (
+    compare,
+    episodes_needed,
+    holm,
+    interval,
+    rank,
+    separated,
+    sign_flip,
+    smallest_p,
+)
 
 
 def solved(*episodes: int) -> dict[int, np.ndarray]:
     return {0: np.array(episodes, bool)}
 
 
-def test_mcnemar_is_a_fair_coin_on_the_episodes_that_one_alone_solved() -> None:
-    # 1 of 8 heads or rarer, on both sides: 2 * (1 + 8) / 256
-    assert mcnemar(1, 7) == pytest.approx(18 / 256)
-    assert mcnemar(7, 1) == mcnemar(1, 7)
-    assert mcnemar(0, 10) == pytest.approx(2 / 1024)
-    assert mcnemar(3, 3) == 1.0
-    assert mcnemar(0, 0) == 1.0
+@pytest.mark.parametrize(("first", "second"), [(1, 7), (7, 1), (0, 10), (3, 3), (0, 0)])
+def test_with_one_seed_the_sign_flip_is_the_exact_mcnemar_test(first: int, second: int) -> None:
+    differences = np.array([1] * first + [-1] * second + [0] * 5)
+    discordant = first + second
+    assert sign_flip(differences) == pytest.approx(binomtest(first, discordant).pvalue if discordant else 1.0)
+
+
+def test_the_sign_flip_agrees_with_all_signs_tried() -> None:
+    differences = np.array([3, -1, 2, 0, 2, 1, -1, 3])
+    zeros = np.zeros_like(differences)
+    tried = permutation_test(
+        (differences, zeros), lambda a, b: (a - b).sum(), permutation_type="samples", n_resamples=np.inf
+    )
+    assert sign_flip(differences) == pytest.approx(tried.pvalue)
 
 
 def test_holm_multiplies_the_smallest_by_their_number_and_never_falls() -> None:
@@ -24,12 +42,20 @@ def test_holm_multiplies_the_smallest_by_their_number_and_never_falls() -> None:
     assert holm([]) == []
 
 
-def test_encoders_are_compared_over_the_same_episodes_of_all_their_seeds() -> None:
+def test_encoders_are_compared_over_the_same_episodes_of_the_seeds_that_both_have() -> None:
     a = {0: np.array([1, 1, 0], bool), 1: np.array([1, 0, 1], bool), 2: np.ones(3, bool)}
     b = {0: np.array([0, 1, 1], bool), 1: np.array([0, 0, 0], bool)}
     (pair,) = compare({"a": a, "b": b})
-    assert (pair.episodes, pair.only_first, pair.only_second) == (6, 3, 1)
-    assert pair.p == mcnemar(3, 1)
+    assert (pair.episodes, pair.seeds, pair.first_ahead, pair.second_ahead) == (3, 2, 1, 0)
+    assert pair.p == 1.0
+
+
+def test_seeds_that_repeat_each_other_are_no_more_evidence() -> None:
+    a, b = np.array([1] * 5 + [0] * 15, bool), np.zeros(20, bool)
+    once = compare({"a": {0: a}, "b": {0: b}})[0]
+    often = compare({"a": dict.fromkeys(range(5), a), "b": dict.fromkeys(range(5), b)})[0]
+    assert often.p == once.p == pytest.approx(2 / 2**5)
+    assert not often.real
 
 
 def test_only_differences_that_survive_the_correction_are_real() -> None:
@@ -44,4 +70,36 @@ def test_only_differences_that_survive_the_correction_are_real() -> None:
 
 def test_a_group_holds_what_cannot_be_told_from_its_best() -> None:
     reached = {"bad": solved(*[0] * 20), "good": solved(*[1] * 20), "fair": solved(*[1] * 19, 0)}
-    assert rank(reached, compare(reached)) == [["good", "fair"], ["bad"]]
+    pairs = compare(reached)
+    assert rank(reached, pairs) == [["good", "fair"], ["bad"]]
+    assert separated(reached, pairs) == (None, ["bad"])
+    del reached["fair"]
+    assert separated(reached, compare(reached)) == ("good", ["bad"])
+
+
+@pytest.mark.parametrize(
+    ("encoders", "episodes", "enough"), [(2, 5, False), (2, 6, True), (8, 10, False), (8, 11, True)]
+)
+def test_too_few_episodes_separate_nothing_whatever_they_show(encoders: int, episodes: int, enough: bool) -> None:
+    # The largest difference that there can be.
+    reached = {f"good {n}": solved(*[1] * episodes) for n in range(encoders - 1)} | {"none": solved(*[0] * episodes)}
+    pairs = compare(reached)
+    assert min(pair.adjusted for pair in pairs) == pytest.approx(smallest_p(pairs))
+    assert (smallest_p(pairs) < 0.05) is enough
+    assert (episodes >= episodes_needed(pairs)) is enough
+    assert any(pair.real for pair in pairs) is enough
+    assert bool(rank(reached, pairs)) is enough
+    assert separated(reached, pairs)[1] == (["none"] if enough else [])
+
+
+def test_without_a_success_none_is_in_the_group_of_the_best() -> None:
+    reached = {"none": solved(*[0] * 20), "some": solved(*[1] * 3, *[0] * 17)}
+    pairs = compare(reached)
+    assert not pairs[0].real
+    assert rank(reached, pairs) == [["some"], ["none"]]
+    assert separated(reached, pairs) == (None, [])
+
+
+@pytest.mark.parametrize(("successes", "episodes"), [(0, 8), (8, 8), (19, 50), (1, 2)])
+def test_an_interval_over_seeds_is_that_of_so_many_episodes(successes: int, episodes: int) -> None:
+    assert interval(successes / episodes, episodes) == pytest.approx(wilson(successes, episodes), abs=1e-12)

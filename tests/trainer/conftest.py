@@ -50,7 +50,13 @@ def uneven_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return plant(tmp_path_factory.mktemp("uneven") / "uneven-8.zarr", 2, lengths)
 
 
-def plant(path: Path, tokens: int, lengths: Sequence[int] = (40,) * 20) -> Path:
+@pytest.fixture(scope="session")
+def still_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same actions and states; the latents of all frames are equal."""
+    return plant(tmp_path_factory.mktemp("still") / "still-8.zarr", tokens=2, still=True)
+
+
+def plant(path: Path, tokens: int, lengths: Sequence[int] = (40,) * 20, *, still: bool = False) -> Path:
     """Lengths other than those cut the same frames elsewhere, so that dynamics jump within episodes."""
     episodes, length = 20, 40
     rng = np.random.default_rng(0)
@@ -61,6 +67,8 @@ def plant(path: Path, tokens: int, lengths: Sequence[int] = (40,) * 20) -> Path:
         state[:, t + 1, 2:] = 0.9 * state[:, t, 2:] + 0.3 * action[:, t]
         state[:, t + 1, :2] = state[:, t, :2] + 0.3 * state[:, t + 1, 2:]
     latents = (state @ rng.normal(size=(4, 6)) + rng.normal(size=6)).reshape(-1, tokens, 6 // tokens).astype(np.float16)
+    if still:
+        latents[:] = latents[0]
     identity = Identity("planted", "file", "0", "norm", "patch", 8, "none", ((0.5,), (0.5,)), "float32", "float16", "0")
     card = StoreCard({}, {}, (1, tokens), 6 // tokens, frames=len(latents), frames_per_shard=len(latents))
     steps = {

@@ -23,7 +23,7 @@ from wmcache.trainer import decoder, metrics
 from wmcache.trainer.checkpoint import last_checkpoint
 from wmcache.trainer.decoder import DecoderOptions, choose_frames, load_decoder, load_images, train_decoder
 from wmcache.trainer.loop import Log
-from wmcache.trainer.metrics import ImageMetrics, to_pixels, to_unit
+from wmcache.trainer.metrics import ImageMetrics, summarise, to_pixels, to_unit
 from wmcache.trainer.models.decoders import TransposedConvDecoder, VqVaeDecoder
 
 CPU = torch.device("cpu")
@@ -215,6 +215,10 @@ def test_what_is_loaded_draws_what_was_measured(
     drawn = model(torch.from_numpy(store.gather(held_out)))
     real = to_unit(dataset.read_frames(held_out))
     assert float((drawn.clamp(-1, 1) - real).div(2).square().mean()) == pytest.approx(result["mse"], rel=1e-4)
+    mean = model.images_mean.expand_as(real)
+    assert float((mean - real).div(2).square().mean()) == pytest.approx(result["mean_frame"]["mse"], rel=1e-4)
+    assert 0 < result["moving"] < 0.1  # the ball
+    assert result["mean_frame"]["moving_mse"] > 10 * result["mean_frame"]["mse"]
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert result["frames"] == len(held_out)
 
@@ -324,20 +328,34 @@ def test_a_flipped_bit_is_noticed(trained: Path, tmp_path: Path) -> None:
 class TestImageMetrics:
     def test_equal_images_have_no_error_and_full_similarity(self) -> None:
         images = torch.rand(3, 3, 32, 32) * 2 - 1
-        found = ImageMetrics(32, CPU, lpips=False)(images, images)
+        found = ImageMetrics(32, CPU, lpips=False)(images, images, images[0])
         np.testing.assert_array_equal(found["mse"], np.zeros(3))
         np.testing.assert_allclose(found["ssim"], np.ones(3), atol=1e-6)
 
     def test_the_error_is_that_of_pixels_between_nothing_and_one(self) -> None:
         black, white = -torch.ones(1, 3, 32, 32), torch.ones(1, 3, 32, 32)
-        found = ImageMetrics(32, CPU, lpips=False)(black, 7 * white)
+        found = ImageMetrics(32, CPU, lpips=False)(black, 7 * white, black[0])
         assert found["mse"].tolist() == [1.0]
         assert found["ssim"][0] < 0.01
 
     def test_each_image_is_compared_with_its_own(self) -> None:
         real = torch.zeros(2, 3, 32, 32)
         drawn = torch.stack([real[0], real[0] + 0.5])
-        np.testing.assert_allclose(ImageMetrics(32, CPU, lpips=False)(drawn, real)["mse"], [0, 0.0625])
+        found = ImageMetrics(32, CPU, lpips=False)(drawn, real, real[0])
+        np.testing.assert_allclose(found["mse"], [0, 0.0625])
+
+    def test_only_pixels_unlike_the_mean_frame_move(self) -> None:
+        mean, real = torch.zeros(3, 32, 32), torch.zeros(2, 3, 32, 32)
+        real[0, 1, :4, :4] = 0.5  # a quarter of the range, in one channel
+        real[1, :, 8:, 8:] = 0.1  # too little to count
+        metrics = ImageMetrics(32, CPU, lpips=False)
+        nothing = metrics(mean.expand(2, -1, -1, -1), real, mean)
+        np.testing.assert_allclose(nothing["moving"], [16 / 1024, 0])
+        whole = summarise(nothing)
+        assert whole["moving"] == pytest.approx(8 / 1024)
+        assert whole["moving_mse"] == pytest.approx(0.25**2 / 3)
+        assert summarise(metrics(real, real, mean))["moving_mse"] == 0
+        assert summarise(metrics(real[1:], real[1:], mean))["moving_mse"] is None
 
     def test_without_the_network_the_absence_is_said_in_words(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -347,7 +365,7 @@ class TestImageMetrics:
         found = ImageMetrics(32, CPU)
         assert found.lpips_absent is not None
         assert "cannot be fetched" in found.lpips_absent
-        assert "lpips" not in found(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32))
+        assert "lpips" not in found(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32), torch.zeros(3, 32, 32))
         assert "Downloading" not in "".join(capfd.readouterr())
 
     def test_with_the_network_it_is_a_number(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,8 +379,8 @@ class TestImageMetrics:
         found = ImageMetrics(32, CPU)
         images = torch.rand(2, 3, 32, 32) * 2 - 1
         assert found.lpips_absent is None
-        np.testing.assert_allclose(found(images, images)["lpips"], [0, 0], atol=1e-6)
-        assert (found(images, -images)["lpips"] > 0.01).all()
+        np.testing.assert_allclose(found(images, images, images[0])["lpips"], [0, 0], atol=1e-6)
+        assert (found(images, -images, images[0])["lpips"] > 0.01).all()
 
     @pytest.mark.parametrize("lpips", [True, False])
     def test_what_was_not_computed_has_a_reason(self, lpips: bool) -> None:

@@ -176,6 +176,21 @@ def test_resume_goes_on_to_other_steps(store_path: Path, tmp_path: Path, tiny: T
     assert list(read_metrics(run)) == list(range(1, 13))
 
 
+def test_a_finished_run_that_is_to_have_more_steps_names_resume(
+    store_path: Path, tmp_path: Path, tiny: TrainOptions
+) -> None:
+    run = tmp_path / "run"
+    train(store_path, run, tiny)
+    with pytest.raises(UserError, match=r"steps .*--resume") as refusal:
+        train(store_path, run, replace(tiny, steps=12))
+    assert "--overwrite" not in str(refusal.value)
+    # A width is not what a run can go on with.
+    with pytest.raises(UserError, match="another --out") as refusal:
+        train(store_path, run, replace(tiny, steps=12, model_options={**tiny.model_options, "width": 32}))
+    assert "--resume" not in str(refusal.value)
+    assert "--overwrite" not in str(refusal.value)
+
+
 def test_resume_insists_on_a_run(store_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:
     with pytest.raises(UserError, match="no checkpoint to resume"):
         train(store_path, tmp_path / "run", tiny, resume=True)
@@ -276,6 +291,24 @@ def test_a_run_that_ends_in_no_number_is_not_called_trained(
 ) -> None:
     with pytest.raises(UserError, match="finite"):
         train(store_path, tmp_path / "run", replace(tiny, steps=1, learning_rate=1e38, warmup=0, decay=0))
+
+
+def strict(line: str) -> Any:
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def test_frames_that_do_not_change_have_no_skill_and_that_is_said_once(
+    still_path: Path, tmp_path: Path, tiny: TrainOptions, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = train(still_path, tmp_path / "run", replace(tiny, validate_every=2))
+    assert set(found.values()) == {None}
+    assert "".join(capfd.readouterr()).count("no skill") == 1
+    lines = [strict(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    skills = {line["step"]: line["skill_1"] for line in lines if "skill_1" in line}
+    assert skills == dict.fromkeys((2, 4, 6, 8))
 
 
 def test_the_learning_rate_warms_up_stays_and_decays_towards_nothing() -> None:
