@@ -59,10 +59,10 @@ class OneLine(click.Command):
                 f"{where}{error.strerror or error}; {mend}, then run the same command again"
             ) from error
         except (ValueError, RuntimeError) as error:
-            # The envs import nothing of ours, so their errors have types of their own; whatever else it is deserves its traceback.
-            from wmcache.envs import MazeError, RendererError
-
-            if isinstance(error, MazeError | RendererError):
+            # Errors of envs are not UserErrors, because envs import nothing of ours. Not imported here: click's Exit is a RuntimeError, and
+            # every help would load the simulator.
+            envs = sys.modules.get("wmcache.envs")
+            if envs is not None and isinstance(error, envs.MazeError | envs.RendererError):
                 raise click.ClickException(str(error)) from error
             raise
 
