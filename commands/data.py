@@ -26,6 +26,7 @@ from wmcache.commands.shared import (
     json_option,
     open_dataset,
     options,
+    say,
 )
 
 
@@ -88,7 +89,7 @@ def collect(env: str, out: Place | None, **settings: Any) -> None:
 
 def _print_card(out: Place, card: Any) -> None:
     size = sum(shard["bytes"] for shard in card.shards)
-    click.echo(f"{out}: {card.episodes} episodes, {card.frames} frames, {len(card.shards)} shards, {human_bytes(size)}")
+    say(f"{out}: {card.episodes} episodes, {card.frames} frames, {len(card.shards)} shards, {human_bytes(size)}")
     click.echo(f"fingerprint {card.fingerprint}")
 
 
@@ -219,7 +220,7 @@ def fit(
     places = [None if found is None else absolute(found.path) for found in (frames, store)]
     task = partial(_fit, *places, name=name, out=out.absolute(), options=chosen, **settings)
     result = replace(run_alone(task, cluster=cluster, label=f"fit {name}"), weights=out)
-    click.echo(f"{result.weights}: fitted on {result.frames} frames")
+    say(f"{result.weights}: fitted on {result.frames} frames")
     if (landscape := result.landscape) is None:
         click.echo("the landscape is not measured: without frames of a maze their true distances are not known")
         return
@@ -319,7 +320,7 @@ def extract(
     if dry_run:
         for network, place in stores:
             plan = forecast(frames, network, place, dtype=store_dtype, batch=batch, cluster=cluster, part=part)
-            click.echo(f"{plan.out}: {plan.shards} shards, {plan.frames} frames to do")
+            say(f"{plan.out}: {plan.shards} shards, {plan.frames} frames to do")
             free = "" if plan.bytes_free is None else f"{human_bytes(plan.bytes_free)} free, "
             workers = parse_cluster(cluster).workers
             whose = "" if workers == 1 else f" of {workers or 'a single'} workers like this process"
@@ -333,12 +334,12 @@ def extract(
         rows, columns = network.token_grid
         if shards:
             count = -(-frames.card.frames // frames.card.frames_per_shard)
-            click.echo(
+            say(
                 f"{place}: slice {part[0]} of {part[1]} is done, {len(shards)} of {count} shards are other slices' and not done yet; "
                 f"whoever is last completes the store, or: {command('wmcache', 'finalize', place)}"
             )
         else:
-            click.echo(f"{place}: {frames.card.frames} frames, {rows} x {columns} tokens of {network.token_dim}")
+            say(f"{place}: {frames.card.frames} frames, {rows} x {columns} tokens of {network.token_dim}")
 
 
 class _Derive(Group):
@@ -370,7 +371,7 @@ def derive_change_maps(store: Place, frameskip: int, dataset: Place | None, clus
     source = TokenStore.open(store)
     out = run(source, frameskip, dataset=dataset, cluster=cluster)
     rows, columns = source.card.token_grid
-    click.echo(f"{out}: {len(source)} frames, {2 * rows} x {2 * columns} cells, since {frameskip} env steps before")
+    say(f"{out}: {len(source)} frames, {2 * rows} x {2 * columns} cells, since {frameskip} env steps before")
 
 
 @derive.command("tokens")
@@ -403,7 +404,7 @@ def derive_tokens(
     out = out or default_store(str(source.card.dataset["name"]), encoder, store_dtype)
     run(source, encoder, out, dtype=store_dtype, cluster=cluster, device=device)
     rows, columns = encoder.token_grid
-    click.echo(f"{out}: {len(source)} frames, {rows} x {columns} tokens of {encoder.token_dim}, derived from {store}")
+    say(f"{out}: {len(source)} frames, {rows} x {columns} tokens of {encoder.token_dim}, derived from {store}")
 
 
 @click.command(cls=Command)

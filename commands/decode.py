@@ -10,7 +10,7 @@ import click
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home
 from wmcache.cache.places import Place
-from wmcache.commands.shared import PATH, PLACE, Command, device_option, json_option, name_of, options
+from wmcache.commands.shared import PATH, PLACE, Command, device_option, json_option, name_of, options, say
 
 frames_option = click.option(
     "--frames", "--dataset", "dataset", type=PLACE, help="Where the store's frames are, if they have moved."
@@ -86,11 +86,9 @@ def decoder(
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
-    click.echo(f"{out}: {result['frames']} held-out frames, {_figures(result)}")
+    say(f"{out}: {result['frames']} held-out frames, {_figures(result)}")
     _tell_absence(result)
-    click.echo(
-        f"draw what a world model imagines with: {command('wmcache', 'imagine', '--run', 'RUN', '--decoder', out)}"
-    )
+    say(f"draw what a world model imagines with: {command('wmcache', 'imagine', '--run', 'RUN', '--decoder', out)}")
 
 
 @click.command(cls=Command)
@@ -133,7 +131,7 @@ def imagine(
         cells = (f"{_figures(row[name]):34}" for name in ("imagined", "floor", "copying"))
         click.echo(f"{row['step']:>4}  {' '.join(cells)}".rstrip())
     _tell_absence(result)
-    click.echo(f"pictures: {out}")
+    say(f"pictures: {out}")
 
 
 def _frames_of(cache: Place, dataset: Place | None) -> Any:

@@ -21,6 +21,7 @@ from wmcache.commands.shared import (
     json_option,
     options,
     preset_option,
+    say,
     shell_command,
 )
 from wmcache.planner.protocols import PROTOCOLS
@@ -140,7 +141,7 @@ def wmplan(
         f"{results['budget_env_steps']} env steps an episode, {results['replans']} replans at {results['seconds_per_replan']:.3f} s, "
         f"{results['encoder_frames']} frames encoded"
     )
-    click.echo(f"report: {out / 'report.html'}")
+    say(f"report: {out / 'report.html'}")
 
 
 def _spread(cluster: str) -> Spread:

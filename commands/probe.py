@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 from wmcache.cache.places import Place
-from wmcache.commands.shared import PATH, PLACE, Command, json_option
+from wmcache.commands.shared import PATH, PLACE, Command, json_option, say
 
 if TYPE_CHECKING:
     from wmcache.pipeline.probe import Probe
@@ -53,7 +53,7 @@ def probe(stores: tuple[Place, ...], dataset: Place | None, frames: int, out: Pa
             draw_probe(store, picture, dataset=dataset)
         found.append({**result.to_json(), "picture": str(picture) if drawn else None})
         if not as_json:
-            click.echo(row(cells(result), "/".join(store.parts[-2:])))
+            say(row(cells(result), "/".join(store.parts[-2:])))
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
@@ -63,7 +63,7 @@ def probe(stores: tuple[Place, ...], dataset: Place | None, frames: int, out: Pa
             if values["picture"]
             else "not drawn: no maze is known, so no true distance is"
         )
-        click.echo(f"{values['store']}: {said}", err=True)
+        say(f"{values['store']}: {said}", err=True)
 
 
 def row(values: list[str], store: str) -> str:

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import atomic_write, home
 from wmcache.commands.data import extract
-from wmcache.commands.shared import CONTEXT, PATH, Command, program_path
+from wmcache.commands.shared import CONTEXT, PATH, Command, program_path, say
 from wmcache.commands.train import wmtrain
 
 if TYPE_CHECKING:
@@ -89,10 +89,8 @@ def sbatch(profile: str, jobs: int | None, out: Path | None, words: tuple[str, .
     logs.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as file:
         file.write(text.encode())
-    click.echo(
-        f"{out}: {'one job' if jobs is None else f'an array of {jobs}'}, logs in {logs}; submit it with:", err=True
-    )
-    click.echo(command("sbatch", out))
+    say(f"{out}: {'one job' if jobs is None else f'an array of {jobs}'}, logs in {logs}; submit it with:", err=True)
+    say(command("sbatch", out))
 
 
 def script(profile: Profile, program: list[str], *, jobs: int | None, name: str, logs: Path) -> str:

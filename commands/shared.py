@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
-from wmcache.cache.errors import UserError, command
+from wmcache.cache.errors import UserError, command, one_line
 from wmcache.cache.files import home
 from wmcache.cache.places import Place, place
+from wmcache.commands.streams import ended_by_reader, prepare_streams
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,18 +35,31 @@ class OneLine(click.Command):
         """As click's, with our ways of help, whether called through a group or alone."""
         super().__init__(*args, **{"context_settings": CONTEXT, **settings})
 
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """Run the program."""
+        prepare_streams()
+        with ended_by_reader():
+            return super().main(*args, **settings)
+
+    def make_context(self, *args: Any, **settings: Any) -> click.Context:
+        """As click's, which prints helps and versions here."""
+        with ended_by_reader():
+            return super().make_context(*args, **settings)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         for number in (signal.SIGTERM, signal.SIGUSR1):  # SLURM warns of the walltime with the one that it is told
             signal.signal(number, _stop)
         threading.excepthook = _leave_to_those_who_wait
         try:
-            return super().invoke(ctx)
+            with ended_by_reader():
+                return super().invoke(ctx)
         except UserError as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt as stop:
             if _speaks():
-                click.echo(f"\nstopped; go on with: {shell_command(sys.argv)}", err=True)
+                click.echo(err=True)
+                say(f"stopped; go on with: {shell_command(sys.argv)}", err=True)
             sys.exit(STOPPED if isinstance(stop, Stopped) else INTERRUPTED)
         except MemoryError as error:
             raise click.ClickException(
@@ -56,7 +70,7 @@ class OneLine(click.Command):
             far = "://" in str(error.filename)
             mend = "check address, credentials and network" if far else "free space or make it accessible"
             raise click.ClickException(
-                f"{where}{error.strerror or error}; {mend}, then run the same command again"
+                one_line(f"{where}{error.strerror or error}; {mend}, then run the same command again")
             ) from error
         except (ValueError, RuntimeError) as error:
             # Errors of envs are not UserErrors, because envs import nothing of ours. Not imported here: click's Exit is a RuntimeError, and
@@ -329,6 +343,11 @@ source_options = options(
     click.option("--weights", type=PATH, help="Where the encoder's weights are, if they have moved."),
     device_option,
 )
+
+
+def say(line: str, *, err: bool = False) -> None:
+    """Print one line; line breaks and control characters of names in it are escaped."""
+    click.echo(one_line(line), err=err)
 
 
 def print_rows(rows: list[dict[str, Any]], *, as_json: bool) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from wmcache.cache.errors import UserError, command
+from wmcache.cache.errors import UserError, command, one_line
 from wmcache.cache.files import home, human_bytes
 from wmcache.cache.places import Place, beside
-from wmcache.commands.shared import PATH, PLACE, Command, json_option, source_options, store_argument
+from wmcache.commands.shared import PATH, PLACE, Command, json_option, say, source_options, store_argument
 
 
 @click.command("ls", cls=Command)
@@ -28,7 +28,7 @@ def list_(folder: Place | None, as_json: bool) -> None:
     click.echo(f"{'state':>16} {'size':>9} {'frames':>8} {'tokens':>10} {'dtype':>8}  store")
     for entry in entries:
         shape = f"{entry.tokens} x {entry.token_dim}"
-        click.echo(
+        say(
             f"{entry.state:>16} {human_bytes(entry.bytes):>9} {entry.frames:>8} {shape:>10} {entry.dtype:>8}  {entry.path}"
         )
 
@@ -48,7 +48,7 @@ def info(store: Place, as_json: bool) -> None:
         for name, value in values.pop(group).items():
             values[f"{group}.{name}"] = value
     for name, value in values.items():
-        click.echo(f"{name:28} {value}")
+        say(f"{name:28} {value}")
 
 
 @click.command(cls=Command)
@@ -69,11 +69,11 @@ def verify(store: Place, deep: bool, as_json: bool, **source: Any) -> None:
     if as_json:
         click.echo(json.dumps({**asdict(found), "sound": found.sound}, indent=2))
     else:
-        click.echo(f"{store}: {found.shards_done} of {found.shards} shards as they were written, {found.frames} frames")
+        say(f"{store}: {found.shards_done} of {found.shards} shards as they were written, {found.frames} frames")
         for fault in found.faults:
-            click.echo(f"fault: {fault.file}: {fault.reason}")
+            say(f"fault: {fault.file}: {fault.reason}")
         for file in found.leftovers:
-            click.echo(f"left over, harmless: {file}")
+            say(f"left over, harmless: {file}")
         if found.drift:
             click.echo(", ".join(f"{name} {value:.6f}" for name, value in found.drift.items()))
     if not found.sound:
@@ -89,7 +89,7 @@ def finalize(store: Place) -> None:
     from wmcache.pipeline.extract import finalize as run
 
     card = run(store)
-    click.echo(f"{store}: complete, {card.frames} frames in {card.num_shards} shards")
+    say(f"{store}: complete, {card.frames} frames in {card.num_shards} shards")
 
 
 @click.command(cls=Command)
@@ -100,7 +100,7 @@ def repair(store: Place, **source: Any) -> None:
     from wmcache.pipeline.repair import repair as run
 
     found = run(store, **source)
-    click.echo(f"{store}: complete; {len(found.faults)} faults mended" if found.faults else f"{store}: complete")
+    say(f"{store}: complete; {len(found.faults)} faults mended" if found.faults else f"{store}: complete")
 
 
 @click.command(cls=Command)
@@ -114,7 +114,7 @@ def preview(store: Place, out: Path | None, **settings: Any) -> None:
 
     out = out or beside(store, ".png")
     frames = run(store, out, **settings)
-    click.echo(f"{out}: frames {', '.join(map(str, frames))}")
+    say(f"{out}: frames {', '.join(map(str, frames))}")
 
 
 @click.command(cls=Command)
@@ -125,5 +125,5 @@ def rm(store: Place, yes: bool) -> None:
     from wmcache.cache.catalogue import remove
 
     if not yes:
-        click.confirm(f"delete {store}?", abort=True)
-    click.echo(f"{store}: deleted, {human_bytes(remove(store))} free again")
+        click.confirm(one_line(f"delete {store}?"), abort=True)
+    say(f"{store}: deleted, {human_bytes(remove(store))} free again")

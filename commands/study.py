@@ -10,7 +10,7 @@ from typing import Any
 import click
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import home
-from wmcache.commands.shared import PATH, Command, cluster_option, json_option, shell_command
+from wmcache.commands.shared import PATH, Command, cluster_option, json_option, say, shell_command
 
 DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
 
@@ -61,7 +61,7 @@ def study(file: Path | None, out: Path | None, as_json: bool, **flags: Any) -> N
     else:
         click.echo(headline(options, rows))
         click.echo(summary(options, results))
-        click.echo(f"report: {out / 'study.html'}")
+        say(f"report: {out / 'study.html'}")
     if failures:
         failed = sorted({str(row["failed"]) for row in rows if row["failed"]})
         raise click.ClickException(f"{len(failures)} cells could not be done, the others are; the first: {failed[0]}")

@@ -24,6 +24,7 @@ from wmcache.commands.shared import (
     name_of,
     preset_option,
     residence_option,
+    say,
     shell_command,
     take_model_options,
 )
@@ -139,9 +140,9 @@ def wmtrain(
     if ranks.leads and chosen.stage == "localization":
         following = {"localization": "primary", "--stage=localization": "--stage=primary"}
         further = shell_command([following.get(word, word) for word in sys.argv])
-        click.echo(f"{out}: knows where something changes; go on with: {further}")
+        say(f"{out}: knows where something changes; go on with: {further}")
     elif ranks.leads:
-        click.echo(f"{out}: trained; plan with: {command('wmplan', '--run', out)}")
+        say(f"{out}: trained; plan with: {command('wmplan', '--run', out)}")
 
 
 @click.group("import-run", cls=Group)
@@ -163,5 +164,5 @@ def import_run_dino_wm(folder: Path, cache: Place, out: Path, **settings: Any) -
 
     imported = run(folder, cache, out, **settings)
     scale = "by the store's means and deviations" if imported.standardised else "not at all, as hydra.yaml says"
-    click.echo(f"{out}: epoch {imported.epoch}, {imported.parameters / 1e6:.2f} M parameters")
-    click.echo(f"actions and proprio are standardised {scale}; plan with: {command('wmplan', '--run', out)}")
+    say(f"{out}: epoch {imported.epoch}, {imported.parameters / 1e6:.2f} M parameters")
+    say(f"actions and proprio are standardised {scale}; plan with: {command('wmplan', '--run', out)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -152,7 +153,8 @@ def _train(
     count = sum(parameter.numel() for parameter in model.parameters())
     tqdm.write(
         f"{name}: {count / 1e6:.2f} M parameters, {len(frames)} of {np.isin(store.episode, _episodes(store, options)).sum()} train "
-        f"frames of {image_size} px, {device.type} {str(dtype).removeprefix('torch.')}, steps {first} to {max(first, options.steps)}"
+        f"frames of {image_size} px, {device.type} {str(dtype).removeprefix('torch.')}, steps {first} to {max(first, options.steps)}",
+        file=sys.stderr,
     )
     if first < options.steps:
         _descend(store, frames, images, model, optimiser, first, out, options, dtype)
