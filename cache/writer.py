@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from wmcache.cache.errors import UserError, command
+from wmcache.cache.errors import UserError
 from wmcache.cache.files import atomic_write, exclusive, mend_writing, sha256_of, sweep, sync, temporary_for
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import (
@@ -368,9 +368,7 @@ def _require_ours(path: Place, card: StoreCard, identity: Identity) -> None:
         with _writing(path):
             if (Records(path, card, identity).recorded() >= 0).any():
                 return
-        raise UserError(
-            f"{path} is damaged, and no record in it is of these settings; delete it with: {command('wmcache', 'rm', path)}"
-        ) from error
+        raise UserError(f"{path} is damaged, and no record in it is of these settings; choose another --out") from error
     if different := Identity.from_json(attributes["identity"], str(path)).differences(identity):
         raise UserError(f"{path} was extracted with other settings ({'; '.join(different)}); choose another --out")
 

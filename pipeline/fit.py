@@ -191,7 +191,7 @@ def read_fit(weights: Path) -> dict[str, str]:
     try:
         return read_metadata(weights)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{weights} cannot be read ({error}); replace it with --overwrite") from error
+        raise UserError(f"{weights} cannot be read ({error}); make it readable, or choose another --out") from error
 
 
 def without_paths(header: dict[str, str]) -> dict[str, str]:
@@ -222,9 +222,7 @@ def train(
     """
     if out.exists() and not overwrite:
         if without_paths(read_fit(out)) != without_paths(header):
-            raise UserError(
-                f"{out} holds the weights of another fit; choose another --out, or replace it with --overwrite"
-            )
+            raise UserError(f"{out} holds the weights of another fit; choose another --out")
         return
     torch.manual_seed(options.seed)
     fitting = start().to(device)

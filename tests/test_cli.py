@@ -447,7 +447,7 @@ class TestRefusals:
         refused("wmcache extract --normalisation imagenet --device cpu", "normalisation: ")
 
     def test_the_weights_of_another_fit(self, refused: Callable[..., None]) -> None:
-        refused("wmcache fit --steps 6 --batch-size 16 --device cpu", "--overwrite")
+        refused("wmcache fit --steps 6 --batch-size 16 --device cpu", "--out")
 
     def test_the_run_of_another_store(self, refused: Callable[..., None], other_store: Path) -> None:
         run = "{home}/runs/pointmaze-umaze-tcn-64"

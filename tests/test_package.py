@@ -76,6 +76,20 @@ def test_no_help_loads_what_takes_long_to_import() -> None:
     assert HEAVY & set(modules) == set()
 
 
+# `wmcache rm` deletes what it is asked to delete, and a --from that --overwrite would delete is refused.
+ASKED_TO_DELETE = {"cache/catalogue.py", "planner/evaluate.py", "trainer/stages.py"}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(ROOT)))
+def test_no_refusal_advises_to_destroy_work(source: Path) -> None:
+    raised = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Raise)]
+    words = [part.value for node in raised for part in ast.walk(node) if isinstance(part, ast.Constant)]
+    advice = " ".join(word for word in words if isinstance(word, str))
+    if str(source.relative_to(ROOT)) not in ASKED_TO_DELETE:
+        assert "delete" not in advice
+        assert "--overwrite" not in advice
+
+
 NEVER = {"torch.load", "torch.save", "torch.hub.load", "eval", "exec"} | {
     f"yaml.{name}" for name in ("load", "load_all", "full_load", "unsafe_load", "Loader", "UnsafeLoader")
 }

@@ -27,13 +27,15 @@ from wmcache.cache.files import read_json, require_seal, seal, sha256_of, sync, 
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_card, require_identity
 from wmcache.cache.schema import Size, parse
-from wmcache.trainer.models import DataShape, build, read_options
+from wmcache.trainer.models import DataShape, build, get_options, read_options
 
 KEEP = 2
 """Checkpoints that stay: the newest, and the one before it for the case that the newest turns out bad."""
 
 FILES = ("model.safetensors", "optimizer.safetensors")
-FALL_BACK = "delete its folder to fall back to the checkpoint before it"
+FALL_BACK = "move its folder out of checkpoints to continue from the checkpoint before it"
+
+REFIT = "restore its config.json, or train into another --out"
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ def load_model(run: Path, device: torch.device) -> Any:
         model: nn.Module = build(config["model"], DataShape(**config["shape"]), config["model_options"], statistics)
         return model
 
-    return load_network(run, make, device, "train again")
+    get_options(config["model"])  # an unknown model is reported as such
+    return load_network(run, make, device, REFIT)
 
 
 def load_network(run: Path, make: Callable[[dict[str, Tensor]], nn.Module], device: torch.device, mend: str) -> Any:
@@ -201,7 +204,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         model.load_state_dict(load_tensors(folder, "model.safetensors"))
     except RuntimeError as error:
         raise UserError(
-            f"{folder} does not fit its config.json ({' '.join(str(error).split())[:200]}); train again"
+            f"{folder} does not fit its config.json ({' '.join(str(error).split())[:200]}); {REFIT}"
         ) from error
 
 

@@ -232,7 +232,9 @@ def load_decoder(folder: Path, device: torch.device) -> Decoder:
     def make(statistics: dict[str, Tensor]) -> Decoder:
         return build_decoder(config["decoder"], DecoderShape(**config["shape"]), config["decoder_options"], statistics)
 
-    decoder: Decoder = load_network(folder, make, device, "train the decoder again")
+    decoder: Decoder = load_network(
+        folder, make, device, "restore its config.json, or train another decoder into another --out"
+    )
     return decoder
 
 
@@ -356,9 +358,7 @@ def _compare(out: Path, config: dict[str, Any], store: TokenStore, *, overwrite:
     ]
     different += [f"the store's identity, {item}" for item in read_identity(out)[1].differences(store.identity)]
     if different and not overwrite:
-        raise UserError(
-            f"{out} is a decoder with other settings ({'; '.join(different)}); choose another --out, or begin anew with --overwrite"
-        )
+        raise UserError(f"{out} is a decoder with other settings ({'; '.join(different)}); choose another --out")
     return True
 
 
@@ -367,7 +367,7 @@ def _finished(out: Path, options: DecoderOptions) -> dict[str, Any] | None:
     if not checkpoints(out) or not (out / "validation.json").exists():
         return None
     step = int(read_state(last_checkpoint(out))["step"])
-    done = read_json(out / "validation.json", "delete it, then run the same command again")
+    done = read_json(out / "validation.json", "move it away, then run the same command again")
     whole = done.get("step") == step >= options.steps and ("lpips" in done or not options.lpips)
     return done if whole else None
 
@@ -375,5 +375,5 @@ def _finished(out: Path, options: DecoderOptions) -> dict[str, Any] | None:
 def _not_finite(step: int, out: Path) -> str:
     return (
         f"the loss of step {step} is not finite; the last checkpoint in {out}, if any, is good: "
-        "begin anew with a lower --lr and --overwrite"
+        "train with a lower --lr into another --out"
     )

@@ -498,7 +498,7 @@ def _write(
             if not overwrite and checkpoints(out) and read_config(out) == json.loads(json.dumps(config)):
                 return
             if not overwrite:
-                raise UserError(f"{out} is another run; choose another --out, or replace it with --overwrite")
+                raise UserError(f"{out} is another run; choose another --out")
         optimiser = make_optimiser(model, training)
         for parameter in model.parameters():
             # As if it had not stepped yet, so that wmtrain --resume begins with the weights and nothing else.

@@ -271,7 +271,7 @@ def create_again(
     Raises:
         UserError: as `create`; or the recipe is none.
     """
-    known = parse(Recipe, recipe, "the recipe of the store's encoder", "extract the store again")
+    known = parse(Recipe, recipe, "the recipe of the store's encoder", "restore it, or extract into another --out")
     # Where an adapter's base is not where it was, it may be beside the adapter.
     there = known.base_weights if known.base_weights and Path(known.base_weights).exists() else None
     moved = {"weights": weights or known.weights, "base_weights": base_weights or there}

@@ -499,7 +499,7 @@ def test_a_damaged_description_without_any_record_is_left_alone(small: Small, pa
     before = content(path)
     with pytest.raises(UserError) as refusal:
         small.extract(path)
-    assert is_refusal(refusal.value, path, "wmcache rm")
+    assert is_refusal(refusal.value, path, "choose another --out")
     assert content(path) == before
     remove(path)
     small.extract(path)
@@ -993,7 +993,7 @@ def test_a_damaged_checkpoint_is_named_with_a_remedy_that_works(
     with pytest.raises(UserError) as refusal:
         train(store_path, run, with_other(options, steps=12), resume=True)
     file = {"model": "model.safetensors", "optimizer": "optimizer.safetensors", "state": "state.json"}
-    assert is_refusal(refusal.value, newest / file[damage.partition(":")[0]], "delete its folder")
+    assert is_refusal(refusal.value, newest / file[damage.partition(":")[0]], "move its folder")
     shutil.rmtree(newest)
     resume_from(run, store_path, options, 4)
 
