@@ -398,7 +398,8 @@ def take_model_options(settings: dict[str, Any], model: str = "dino-wm") -> dict
     known = {field.name for field in fields(get_options(model))}
     given = click.get_current_context().get_parameter_source
     every = {field.name for kind, _ in MODELS.values() for field in fields(kind)}
-    values = {name: settings.pop(name) for name in sorted(every)}
+    # An option without a flag is not among the settings, and keeps its default.
+    values = {name: settings.pop(name) for name in sorted(every & settings.keys())}
     if typed := sorted(name for name in every - known if given(name) is ParameterSource.COMMANDLINE):
         flags = ", ".join("--" + name.replace("_", "-") for name in typed)
         raise UserError(f"world model {model} has no option {flags}; leave that out")
