@@ -64,16 +64,20 @@ shape_options = options(
     click.option(
         "--image-size", type=click.IntRange(8, 8192), help="Resize squares to this side.  [default: as they are]"
     ),
-    click.option("--fps", type=click.IntRange(1), default=20, help="Env steps a second, for videos made later."),
+    click.option(
+        "--fps", type=click.IntRange(1), default=20, help="Env steps per second, for videos that are made later."
+    ),
 )
 
 
 @click.command(cls=Command)
 @click.option("--env", default=DEFAULT_ENV, help="Environment id, layout name (UMaze), or a .txt grid.")
-@click.option("--episodes", type=click.IntRange(1), default=2000, help="Episodes; DINO-WM has 2000.")
+@click.option("--episodes", type=click.IntRange(1), default=2000, help="Episodes to collect; DINO-WM has 2000.")
 @click.option("--length", type=click.IntRange(1), default=100, help="Frames in each episode.")
 @click.option("--policy", default="random", help="Behaviour policy: random (DINO-WM) or held.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of the dataset; the same seed gives the same bytes.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, help="Seed of the dataset; the same seed gives the same bytes."
+)
 @click.option("--image-size", type=click.IntRange(8, 2048), default=224, help="Side of the frames in pixels.")
 @frames_per_shard_option
 @cluster_option("local")
@@ -148,20 +152,24 @@ FIT = {
     "steps": ("--steps", click.IntRange(1), "Optimiser steps."),
     "batch": ("--batch-size", click.IntRange(2), "Frames, or pairs of frames, in each step."),
     "learning_rate": ("--lr", float, "Peak learning rate."),
-    "seed": ("--seed", click.IntRange(0), "Of weights and batches."),
+    "seed": ("--seed", click.IntRange(0), "Seed of weights and batches."),
     "max_lag": ("--max-lag", click.IntRange(1), "Positives are 1 to this many env steps apart (tcn)."),
     "spread": ("--spread", click.FloatRange(0), "Weight of the term that drives all frames apart (tcn)."),
     "latent": ("--latent", click.IntRange(1), "Channels of the latent (vae, beta-vae, vfm-vae)."),
     "beta": ("--beta", click.FloatRange(0), "Weight of the KL divergence (vae, beta-vae)."),
-    "free_bits": ("--free-bits", click.FloatRange(0), "Of the KL divergence, for each latent channel (vae)."),
+    "free_bits": ("--free-bits", click.FloatRange(0), "Free bits of the KL divergence for each latent channel (vae)."),
     "foreground": ("--foreground/--whole-image", bool, "Subtract the mean frame first (vae, beta-vae)."),
     "decoder": ("--decoder", click.Choice(["tokens", "pixels"]), "What is reconstructed (dino-tok, vfm-vae)."),
     "shallow": ("--shallow", click.IntRange(1), "Channels of the shallow branch (dino-tok)."),
     "codes": ("--codes", click.IntRange(2), "Entries of each codebook (dino-tok-vq)."),
-    "variance": ("--variance", click.FloatRange(0, 1), "That the kept components explain (dino-tok-vq)."),
+    "variance": (
+        "--variance",
+        click.FloatRange(0, 1),
+        "Share of the variance that the kept components explain (dino-tok-vq).",
+    ),
     "kl": ("--kl", click.FloatRange(0), "Weight of the KL divergence (vfm-vae)."),
     "align": ("--align", click.FloatRange(0), "Weight of the alignment with the last layer (vfm-vae)."),
-    "dim": ("--dim", click.IntRange(1), "Components (pca)."),
+    "dim": ("--dim", click.IntRange(1), "Principal components to keep (pca)."),
 }
 """Options of the fits: field -> flag, type, help. What is not given is the encoder's own default; what it does not have is refused."""
 
@@ -172,7 +180,7 @@ fit_flags = options(
 
 @click.command(cls=Command)
 @dataset_option
-@click.option("--encoder", "name", default="tcn", help="An encoder that can be fitted.")
+@click.option("--encoder", "name", default="tcn", help="Encoder to fit; see: wmcache encoders.")
 @fit_flags
 @click.option("--cache", type=PLACE, help="For an adapter: the store of its base's layers.  [default: made if need be]")
 @click.option("--base", help="For an adapter: the encoder of that store.  [default: the adapter's own]")
@@ -263,13 +271,13 @@ def _layers_store(frames: Any, base: str, weights: Path | None, device: str, clu
 @click.option(
     "--out",
     type=PLACE,
-    help="The store, or of several the folder.  [default: $WMCACHE_HOME/stores/<dataset>/<encoder>-<image size>.zarr]",
+    help="The store, or the folder of several stores.  [default: $WMCACHE_HOME/stores/<dataset>/<encoder>-<image size>.zarr]",
 )
 @click.option(
     "--store-dtype",
     type=click.Choice(["float16", "int8"]),
     default="float16",
-    help="What tokens are stored in; int8 takes half the room, with a step for each channel of each shard.",
+    help="What tokens are stored in; int8 takes half the space, with one scale for each channel of each shard.",
 )
 @click.option(
     "--shard-slice",
@@ -359,7 +367,10 @@ def derive() -> None:
 @derive.command("change-maps")
 @click.argument("store", type=PLACE)
 @click.option(
-    "--frameskip", type=click.IntRange(1), default=5, help="Env steps between the frames compared, as wmtrain's."
+    "--frameskip",
+    type=click.IntRange(1),
+    default=5,
+    help="Env steps between the frames that are compared; the same as wmtrain's --frameskip.",
 )
 @click.option("--dataset", type=PLACE, help="Where the frames are, if they have moved.")
 @cluster_option()
@@ -376,11 +387,20 @@ def derive_change_maps(store: Place, frameskip: int, dataset: Place | None, clus
 
 @derive.command("tokens")
 @click.argument("store", type=PLACE)
-@click.option("--encoder", "name", required=True, help="On the same backbone: dinov2-cls, dinov2-pooled, an adapter, …")
-@click.option("--weights", type=PATH, help="The encoder's.  [default: the store's, or those fitted on its dataset]")
-@click.option("--base-weights", type=PATH, help="Of an adapter's base, if they have moved.")
+@click.option(
+    "--encoder", "name", required=True, help="Encoder on the same backbone: dinov2-cls, dinov2-pooled, an adapter, …"
+)
+@click.option(
+    "--weights", type=PATH, help="Weights of the encoder.  [default: the store's, or those fitted on its dataset]"
+)
+@click.option("--base-weights", type=PATH, help="Weights of an adapter's base encoder, if they have moved.")
 @click.option("--out", type=PLACE, help="The new store.  [default: where extract would put it]")
-@click.option("--store-dtype", type=click.Choice(["float16", "int8"]), default="float16", help="As for extract.")
+@click.option(
+    "--store-dtype",
+    type=click.Choice(["float16", "int8"]),
+    default="float16",
+    help="What tokens are stored in; int8 takes half the space.",
+)
 @device_option
 @cluster_option()
 def derive_tokens(

@@ -60,9 +60,9 @@ exit "$status"
 
 @click.command(cls=Command, context_settings={**CONTEXT, "allow_interspersed_args": False})
 @click.option(
-    "--profile", default="slurm", help="A name in $WMCACHE_HOME/profiles, or a .toml file: what each job is given."
+    "--profile", default="slurm", help="Resources of each job: a name in $WMCACHE_HOME/profiles, or a .toml file."
 )
-@click.option("--jobs", type=click.IntRange(1), help="Of an extraction, which they share.  [default: the profile's]")
+@click.option("--jobs", type=click.IntRange(1), help="Jobs that share an extraction.  [default: the profile's]")
 @click.option("--out", type=PATH, help="The script to write.  [default: $WMCACHE_HOME/jobs/<program>.sh]")
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="extract|wmtrain [OPTIONS]...")
 def sbatch(profile: str, jobs: int | None, out: Path | None, words: tuple[str, ...]) -> None:

@@ -53,7 +53,7 @@ def info(store: Place, as_json: bool) -> None:
 
 @click.command(cls=Command)
 @store_argument
-@click.option("--deep", is_flag=True, help="Also encode a sample of the frames anew, and compare.")
+@click.option("--deep", is_flag=True, help="Also encode a sample of the frames again, and compare.")
 @source_options
 @json_option
 def verify(store: Place, deep: bool, as_json: bool, **source: Any) -> None:
@@ -106,7 +106,7 @@ def repair(store: Place, **source: Any) -> None:
 @click.command(cls=Command)
 @store_argument
 @click.option("--dataset", type=PLACE, help="Where the frames are, if they have moved.")
-@click.option("--count", type=click.IntRange(1, 64), default=8, help="Frames.")
+@click.option("--count", type=click.IntRange(1, 64), default=8, help="Frames to draw.")
 @click.option("--out", type=PATH, help="The PNG to write.  [default: STORE, with .png for .zarr]")
 def preview(store: Place, out: Path | None, **settings: Any) -> None:
     """Draw frames of a store beside their tokens, the first three principal components as colours."""
@@ -119,7 +119,7 @@ def preview(store: Place, out: Path | None, **settings: Any) -> None:
 
 @click.command(cls=Command)
 @store_argument
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Delete without asking.")
 def rm(store: Place, yes: bool) -> None:
     """Delete a token store."""
     from wmcache.cache.catalogue import remove

@@ -6,11 +6,14 @@ import ast
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import entry_points, metadata
 from pathlib import Path
 
+import click
 import pytest
 import wmcache
+from wmcache.cli import main, wmplan, wmtrain
 from wmcache.pipeline.encoders import specs
 from wmcache.pipeline.encoders.base import EncoderSpec
 
@@ -31,6 +34,8 @@ def test_the_version_is_the_one_that_is_installed() -> None:
     assert metadata("wmcache")["Version"] == wmcache.__version__
 
 
+FRAGMENTS = {"As", "By", "In", "Its", "Of", "On", "That", "To"}
+"""Words that continue a sentence which the reader of a help does not see."""
 HEAVY = {
     *(
         "dask",
@@ -74,6 +79,20 @@ def test_no_help_loads_what_takes_long_to_import() -> None:
     assert len(statuses) > 30
     assert set(statuses.values()) == {0}
     assert HEAVY & set(modules) == set()
+
+
+def helps(words: str, known: click.Command) -> Iterator[tuple[str, str]]:
+    """Each option of a command and of those under it, with its help."""
+    yield from ((f"{words} {option.opts[0]}", getattr(option, "help", None) or "") for option in known.params)
+    for name, inner in getattr(known, "commands", {}).items():
+        yield from helps(f"{words} {name}", inner)
+
+
+@pytest.mark.parametrize("program", [main, wmtrain, wmplan], ids=lambda program: program.name)
+def test_the_help_of_an_option_reads_on_its_own(program: click.Command) -> None:
+    found = [(flag, text) for flag, text in helps(str(program.name), program) if text]
+    assert found
+    assert [flag for flag, text in found if len(text.split()) < 2 or text.split()[0] in FRAGMENTS] == []
 
 
 # `wmcache rm` deletes what it is asked to delete, and a --from that --overwrite would delete is refused.
