@@ -22,6 +22,9 @@ from wmcache.cache.errors import MissingError, UserError
 from wmcache.cache.places import Place, open_to_read, put, read_bytes
 
 MOST_JSON_BYTES = 64_000_000
+MARKERS = {"zarr.json": "a token store", "dataset.json": "a frame dataset", "identity.json": "a run or a decoder"}
+KINDS = {**MARKERS, "config.json": MARKERS["identity.json"]}
+"""File in a folder of wmcache -> what the folder is. Other programs have a config.json too, so that is no marker."""
 
 
 def home() -> Path:
@@ -171,6 +174,17 @@ def write_json(path: Place, value: Any) -> None:
         file.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+def _other_kind(path: Place) -> str | None:
+    """What the folder of a missing file is instead; None where that is not known."""
+    if path.name not in KINDS or not isinstance(path, Path):
+        return None
+    if path.parent.is_file():
+        return "a file"
+    return next(
+        (kind for name, kind in MARKERS.items() if kind != KINDS[path.name] and (path.parent / name).is_file()), None
+    )
+
+
 def read_json(path: Place, mend: str) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -188,10 +202,13 @@ def read_json(path: Place, mend: str) -> dict[str, Any]:
         if too_large or len(data := read_bytes(path)) > MOST_JSON_BYTES:
             raise UserError(f"{path} is larger than any of ours; {mend}")
         value = json.loads(data)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        if found := _other_kind(path):
+            raise MissingError(f"{path.parent} is {found}, not {KINDS[path.name]}; pass another path") from None
         raise MissingError(f"{path} does not exist; {mend}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:160]}); {mend}") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:160]
+        raise UserError(f"{path} cannot be read ({reason}); {mend}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object; {mend}")
     return value

@@ -68,7 +68,9 @@ class OneLine(click.Command):
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             far = "://" in str(error.filename)
-            mend = "check address, credentials and network" if far else "free space or make it accessible"
+            wrong = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+            here = "check the path" if wrong else "free space or make it accessible"
+            mend = "check address, credentials and network" if far else here
             raise click.ClickException(
                 one_line(f"{where}{error.strerror or error}; {mend}, then run the same command again")
             ) from error

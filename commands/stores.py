@@ -21,6 +21,8 @@ def list_(folder: Place | None, as_json: bool) -> None:
     """List the token stores under FOLDER ($WMCACHE_HOME/stores)."""
     from wmcache.cache.catalogue import list_stores
 
+    if isinstance(folder, Path) and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; pass one that has stores in it")
     entries = list_stores(folder or home() / "stores")
     if as_json:
         click.echo(json.dumps([asdict(entry) for entry in entries], indent=2))

@@ -7,6 +7,7 @@ that registers encoders when it is imported.
 
 from __future__ import annotations
 
+import difflib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -146,7 +147,9 @@ def get_entry(name: str) -> Entry:
     """
     _discover()
     if name not in _REGISTRY:
-        raise UserError(f"no encoder {name!r}; known are {', '.join(sorted(_REGISTRY))} (see: wmcache encoders)")
+        near = difflib.get_close_matches(name, _REGISTRY)
+        known = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(_REGISTRY))}"
+        raise UserError(f"no encoder {name!r}; {known} (see: wmcache encoders)")
     return _REGISTRY[name]
 
 
