@@ -1,16 +1,20 @@
-"""The one exception that commands turn into one line and an exit status."""
+"""The one exception that commands turn into one line and an exit status, and how names are printed."""
 
 from __future__ import annotations
 
 import shlex
+import unicodedata
+
+UNPRINTED = {"Cc", "Cf", "Zl", "Zp"}
+"""Unicode categories: control characters, direction marks, line and paragraph separators."""
 
 
 class UserError(Exception):
     """Something that the user can mend. The message is one line: what is wrong, where, and which command mends it."""
 
     def __init__(self, message: str) -> None:
-        """Args: `message`, in which a stranger's line breaks and terminal codes lose their power."""
-        super().__init__("".join(letter if letter.isprintable() else "?" for letter in message))
+        """Args: `message`, printed as `one_line`."""
+        super().__init__(one_line(message))
 
 
 class MissingError(UserError):
@@ -21,6 +25,22 @@ class UnreadableError(UserError):
     """A file that exists and cannot be read: permissions, disk or network. It is not damaged, and is not missing."""
 
 
+def one_line(text: str) -> str:
+    r"""Text with line breaks and control characters escaped, as `\n`: names of files may contain them."""
+    return "".join(_escaped(letter) if unicodedata.category(letter) in UNPRINTED else letter for letter in text)
+
+
 def command(*words: object) -> str:
     """A command line for such a message, quoted so that it can be pasted into a shell."""
-    return shlex.join(map(str, words))
+    return " ".join(_quoted(str(word)) for word in words)
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape").decode()
+
+
+def _quoted(word: str) -> str:
+    if one_line(word) == word:
+        return shlex.quote(word)
+    # Bash and zsh read $'…' with escapes.
+    return "$'" + one_line(word.replace("\\", r"\\").replace("'", r"\'")) + "'"

@@ -26,6 +26,9 @@ from wmcache.cache.places import WRITING, Place, cause_outside, open_to_read, pu
 MOST_JSON_BYTES = 64_000_000
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 """What file systems answer that have no file locks."""
+MARKERS = {"zarr.json": "a token store", "dataset.json": "a frame dataset", "identity.json": "a run or a decoder"}
+KINDS = {**MARKERS, "config.json": MARKERS["identity.json"]}
+"""File in a folder of wmcache -> what the folder is. Other programs have a config.json too, so that is no marker."""
 
 
 def home() -> Path:
@@ -253,6 +256,17 @@ def _not_finite(value: Any, name: str = "the value") -> tuple[str, float] | None
     return next((found for key, item in items if (found := _not_finite(item, str(key)))), None)
 
 
+def _other_kind(path: Place) -> str | None:
+    """What the folder of a missing file is instead; None where that is not known."""
+    if path.name not in KINDS or not isinstance(path, Path):
+        return None
+    if path.parent.is_file():
+        return "a file"
+    return next(
+        (kind for name, kind in MARKERS.items() if kind != KINDS[path.name] and (path.parent / name).is_file()), None
+    )
+
+
 def read_json(path: Place, mend: str) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -271,7 +285,9 @@ def read_json(path: Place, mend: str) -> dict[str, Any]:
         if too_large or len(data := read_bytes(path)) > MOST_JSON_BYTES:
             raise UserError(f"{path} is larger than any of ours; {mend}")
         value = json.loads(data)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        if found := _other_kind(path):
+            raise MissingError(f"{path.parent} is {found}, not {KINDS[path.name]}; pass another path") from None
         raise MissingError(f"{path} does not exist; {mend}") from None
     except (OSError, ValueError, RecursionError) as error:
         if outside := cause_outside(error):

@@ -11,6 +11,7 @@ from wmcache.cache.errors import UserError
 from wmcache.cache.schema import parse
 
 FORMAT_VERSION = 2
+RESTORE = "restore it from a copy, or run its wmcache extract again"
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,8 @@ class Identity:
         expected = {field.name for field in fields(cls)}
         if set(value) != expected:
             odd = ", ".join(sorted(set(value) ^ expected))
-            raise UserError(
-                f"{where} holds no identity of format {FORMAT_VERSION} (odd fields: {odd}); extract it again"
-            )
-        return parse(cls, value, where, "extract it again")
+            raise UserError(f"{where} holds no identity of format {FORMAT_VERSION} (odd fields: {odd}); {RESTORE}")
+        return parse(cls, value, where, RESTORE)
 
     def digest(self) -> str:
         """A name for it: SHA-256 of its JSON."""

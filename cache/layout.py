@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from wmcache.cache.errors import MissingError, UnreadableError, UserError
 from wmcache.cache.files import did_you_mean, json_digest, read_json, require_seal, seal, sha256_of, write_json
-from wmcache.cache.identity import FORMAT_VERSION, Identity
+from wmcache.cache.identity import FORMAT_VERSION, Identity, RESTORE
 from wmcache.cache.places import Place, cause_outside, exists, files_in, read_bytes, unreadable, zarr_store
 from wmcache.cache.schema import Count, Finite, Name, Size, parse
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
@@ -217,7 +217,9 @@ def check_attributes(attributes: dict[str, Any], path: Place) -> dict[str, Any]:
     except UserError as error:
         raise DamagedError(str(error)) from error
     if (found := attributes.get("format_version")) != FORMAT_VERSION:
-        raise UserError(f"{path} has format {str(found)[:20]}, this wmcache reads {FORMAT_VERSION}; extract it again")
+        raise UserError(
+            f"{path} has format {str(found)[:20]}, this wmcache reads {FORMAT_VERSION}; extract into another --out"
+        )
     try:
         parse(StoreCard, attributes["card"], f"the card in {file}", AGAIN)
         _require_sense(parse(_Attributes, attributes, file, AGAIN, exact=False))
@@ -274,7 +276,7 @@ def require_identity(values: Mapping[str, Any], where: Place, mend: str) -> None
 
 def read_card(attributes: Mapping[str, Any]) -> StoreCard:
     """The card in a store's attributes; raises UserError where its values are no card's."""
-    return parse(StoreCard, attributes.get("card"), "the store's card", "extract it again")
+    return parse(StoreCard, attributes.get("card"), "the store's card", RESTORE)
 
 
 def create_arrays(path: Path, card: StoreCard, identity: Identity, steps: Mapping[str, NDArray[Any]]) -> None:

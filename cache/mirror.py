@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
-from wmcache.cache.errors import UserError
+from wmcache.cache.errors import UserError, one_line
 from wmcache.cache.files import atomic_write, exclusive, free_space, home, human_bytes, sha256_of, sweep
 from wmcache.cache.layout import StoreCard, shard_file
 from wmcache.cache.places import Place, read_bytes, unreadable
@@ -50,8 +51,11 @@ class MirroredReader(MappedReader):
             )
         if self._most < card.num_shards * card.shard_bytes(0):
             tqdm.write(
-                f"{self._folder} may hold {human_bytes(self._most)} of the {human_bytes(card.token_bytes)} of {store}: shards will be "
-                "fetched again and again; free space there, or raise WMCACHE_MIRROR_BYTES"
+                one_line(
+                    f"{self._folder} may hold {human_bytes(self._most)} of the {human_bytes(card.token_bytes)} of {store}: shards will be "
+                    "fetched again and again; free space there, or raise WMCACHE_MIRROR_BYTES"
+                ),
+                file=sys.stderr,
             )
             # Files that are pushed out while they are mapped still take room.
             self._max_maps = max(1, min(self._max_maps, self._most // card.shard_bytes(0) // 2))

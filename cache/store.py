@@ -253,9 +253,8 @@ class TokenStore:
         wanted = (self.identity.dataset_fingerprint, self.card.token_grid, "changes", frameskip)
         card, fingerprint = found.card, found.identity.dataset_fingerprint
         if wanted != (fingerprint, card.token_grid, found.identity.encoder, card.encoder.get("lag")):
-            remove = command("wmcache", "rm", where)
             raise UserError(
-                f"{where} is not of the frames or of the grid of {self.path}, or is something else; delete it with: {remove}; "
+                f"{where} is not of the frames or of the grid of {self.path}, or is something else; move it away, "
                 f"then make it again with: {make}"
             )
         return found

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from wmcache.cache.errors import UnreadableError, UserError, command
+from wmcache.cache.errors import UnreadableError, UserError
 from wmcache.cache.files import atomic_write, exclusive, not_written, sha256_of, sweep, sync, temporary_for
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import (
@@ -377,9 +377,7 @@ def _require_ours(path: Place, card: StoreCard, identity: Identity) -> None:
         with _writing(path):
             if (Records(path, card, identity).recorded() >= 0).any():
                 return
-        raise UserError(
-            f"{path} is damaged, and no record in it is of these settings; delete it with: {command('wmcache', 'rm', path)}"
-        ) from error
+        raise UserError(f"{path} is damaged, and no record in it is of these settings; choose another --out") from error
     if different := Identity.from_json(attributes["identity"], str(path)).differences(identity):
         raise UserError(f"{path} was extracted with other settings ({'; '.join(different)}); choose another --out")
 

@@ -63,7 +63,12 @@ def bench_extract(dataset: Place | None, batch: int, cluster: str, as_json: bool
 @bench.command("cluster")
 @dataset_option
 @encoder_options
-@click.option("--rounds", type=click.IntRange(1), default=3, help="By turns; each contender counts with its fastest.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=3,
+    help="Rounds, in which the contenders take turns; the fastest of each counts.",
+)
 @json_option
 def bench_cluster(dataset: Place | None, batch: int, cluster: str, rounds: int, as_json: bool, **encoder: Any) -> None:
     """Extraction by N Dask workers (--cluster local:N) against one, a plain loop, and N plain processes; a thread each."""
@@ -77,10 +82,18 @@ def bench_cluster(dataset: Place | None, batch: int, cluster: str, rounds: int, 
 
 
 @bench.command("read")
-@click.option("--frames", type=click.IntRange(100), default=8192, help="Of the store that is made for it.")
-@click.option("--tokens", type=click.IntRange(1), default=196, help="N.")
-@click.option("--dim", type=click.IntRange(1), default=384, help="D.")
-@click.option("--batch-size", "batch", type=click.IntRange(1), default=64, help="Windows of 4 frames, 5 apart.")
+@click.option(
+    "--frames", type=click.IntRange(100), default=8192, help="Frames of the store that is made for the measurement."
+)
+@click.option("--tokens", type=click.IntRange(1), default=196, help="Tokens of each frame.")
+@click.option("--dim", type=click.IntRange(1), default=384, help="Dimensions of each token.")
+@click.option(
+    "--batch-size",
+    "batch",
+    type=click.IntRange(1),
+    default=64,
+    help="Windows in each batch, each of 4 frames, 5 apart.",
+)
 @click.option("--store-dtype", "dtype", type=click.Choice(["float16", "int8"]), default="float16")
 @click.option("--keep", type=PATH, help="Folder to leave the store and the plain file in.")
 @json_option
@@ -93,7 +106,7 @@ def bench_read(as_json: bool, **settings: Any) -> None:
 
 @bench.command("codecs")
 @store_argument
-@click.option("--frames", type=click.IntRange(100), default=2000, help="How many, from the first.")
+@click.option("--frames", type=click.IntRange(100), default=2000, help="Frames to measure, from the first.")
 @json_option
 def bench_codecs(store: Place, frames: int, as_json: bool) -> None:
     """Size, speed and error of STORE's own tokens as int8 and compressed."""
@@ -104,9 +117,13 @@ def bench_codecs(store: Place, frames: int, as_json: bool) -> None:
 
 @bench.command("shards")
 @click.option(
-    "--shards", multiple=True, type=NUMBER, default=(1000, 10_000, 100_000), help="How many, as 1e6; repeatable."
+    "--shards",
+    multiple=True,
+    type=NUMBER,
+    default=(1000, 10_000, 100_000),
+    help="Shards of a store, as 1e6; repeatable.",
 )
-@click.option("--frames-per-shard", type=click.IntRange(1), default=512, help="Of the store.")
+@click.option("--frames-per-shard", type=click.IntRange(1), default=512, help="Frames in each shard.")
 @click.option("--keep", type=PATH, help="Folder to make the stores in, and to leave them in.")
 @json_option
 def bench_shards(shards: tuple[int, ...], as_json: bool, **settings: Any) -> None:
@@ -120,7 +137,7 @@ def bench_shards(shards: tuple[int, ...], as_json: bool, **settings: Any) -> Non
 @preset_option("--preset", DENSE, "A known model; what is given beside it wins.")
 @click.option("--cache", type=PLACE, required=True, help="The token store; its frames and encoder are used as well.")
 @click.option("--steps", type=click.IntRange(2), default=20, help="Training steps of each contender in each turn.")
-@click.option("--batch-size", "batch", type=click.IntRange(1), default=64, help="Windows.")
+@click.option("--batch-size", "batch", type=click.IntRange(1), default=64, help="Windows in each batch.")
 @model_options
 @residence_option
 @source_options
@@ -144,7 +161,7 @@ def bench_train(
 
 
 @bench.command("memory")
-@click.option("--episodes", type=click.IntRange(1), default=10, help="Of 100 frames, in the smallest dataset.")
+@click.option("--episodes", type=click.IntRange(1), default=10, help="Episodes of 100 frames in the smallest dataset.")
 @json_option
 def bench_memory(episodes: int, as_json: bool) -> None:
     """Peak memory of wmcache extract and wmtrain over datasets 1, 4 and 16 times as large."""
@@ -154,17 +171,28 @@ def bench_memory(episodes: int, as_json: bool) -> None:
 
 
 @bench.command("plan")
-@click.option("--run", type=PATH, help="One run, against DINO-WM's own way; its encoder is used as well.")
-@click.option("--model", "runs", type=PATH, multiple=True, help="A run, to be compared with others; repeatable.")
-@click.option("--samples", type=click.IntRange(2), default=300, help="Candidates an iteration, as DINO-WM's.")
-@click.option("--elites", type=click.IntRange(2), default=30, help="As DINO-WM's.")
-@click.option("--iterations", type=click.IntRange(1), default=1, help="DINO-WM has 10; each costs the same.")
-@click.option("--episodes", type=click.IntRange(0), default=200, help="Of mpc-100, for each --model.")
-@click.option("--context", type=click.IntRange(1), help="Of each --model.  [default: as wmplan's]")
+@click.option(
+    "--run", type=PATH, help="Run to compare with DINO-WM's own way of planning; its encoder is used as well."
+)
+@click.option("--model", "runs", type=PATH, multiple=True, help="Run to compare with others; repeatable.")
+@click.option("--samples", type=click.IntRange(2), default=300, help="Candidates in each iteration; DINO-WM has 300.")
+@click.option("--elites", type=click.IntRange(2), default=30, help="Best candidates of each iteration; DINO-WM has 30.")
+@click.option(
+    "--iterations",
+    type=click.IntRange(1),
+    default=1,
+    help="Iterations of the search; DINO-WM has 10, and each costs the same.",
+)
+@click.option("--episodes", type=click.IntRange(0), default=200, help="Episodes of mpc-100 for each --model.")
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    help="Frames that an imagined step of each --model sees.  [default: as wmplan's]",
+)
 @click.option("--landscape", type=PATH, help="PNG of what each --model descends, around its plan.")
 @click.option("--weights", type=PATH, help="The encoder's weights, if they have moved.")
 @click.option("--cache", type=PLACE, help="The store, if it has moved.")
-@click.option("--dtype", default="auto", help="Of our way: auto, float32 or bfloat16.")
+@click.option("--dtype", default="auto", help="Precision of this implementation: auto, float32 or bfloat16.")
 @device_option
 @json_option
 def bench_plan(

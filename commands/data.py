@@ -27,6 +27,7 @@ from wmcache.commands.shared import (
     open_dataset,
     options,
     print_json,
+    say,
 )
 
 
@@ -65,16 +66,20 @@ shape_options = options(
     click.option(
         "--image-size", type=click.IntRange(8, 8192), help="Resize squares to this side.  [default: as they are]"
     ),
-    click.option("--fps", type=click.IntRange(1), default=20, help="Env steps a second, for videos made later."),
+    click.option(
+        "--fps", type=click.IntRange(1), default=20, help="Env steps per second, for videos that are made later."
+    ),
 )
 
 
 @click.command(cls=Command)
 @click.option("--env", default=DEFAULT_ENV, help="Environment id, layout name (UMaze), or a .txt grid.")
-@click.option("--episodes", type=click.IntRange(1), default=2000, help="Episodes; DINO-WM has 2000.")
+@click.option("--episodes", type=click.IntRange(1), default=2000, help="Episodes to collect; DINO-WM has 2000.")
 @click.option("--length", type=click.IntRange(1), default=100, help="Frames in each episode.")
 @click.option("--policy", default="random", help="Behaviour policy: random (DINO-WM) or held.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of the dataset; the same seed gives the same bytes.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, help="Seed of the dataset; the same seed gives the same bytes."
+)
 @click.option("--image-size", type=click.IntRange(8, 2048), default=224, help="Side of the frames in pixels.")
 @frames_per_shard_option
 @cluster_option("local")
@@ -100,9 +105,7 @@ def _make_dataset(out: Place, make: Callable[[], Any]) -> None:
     card = make()
     size = sum(shard["bytes"] for shard in card.shards)
     state = ALREADY if already else ""
-    click.echo(
-        f"{out}: {state}{card.episodes} episodes, {card.frames} frames, {len(card.shards)} shards, {human_bytes(size)}"
-    )
+    say(f"{out}: {state}{card.episodes} episodes, {card.frames} frames, {len(card.shards)} shards, {human_bytes(size)}")
     click.echo(f"fingerprint {card.fingerprint}")
 
 
@@ -161,20 +164,24 @@ FIT = {
     "steps": ("--steps", click.IntRange(1), "Optimiser steps."),
     "batch": ("--batch-size", click.IntRange(2), "Frames, or pairs of frames, in each step."),
     "learning_rate": ("--lr", float, "Peak learning rate."),
-    "seed": ("--seed", click.IntRange(0), "Of weights and batches."),
+    "seed": ("--seed", click.IntRange(0), "Seed of weights and batches."),
     "max_lag": ("--max-lag", click.IntRange(1), "Positives are 1 to this many env steps apart (tcn)."),
     "spread": ("--spread", click.FloatRange(0), "Weight of the term that drives all frames apart (tcn)."),
     "latent": ("--latent", click.IntRange(1), "Channels of the latent (vae, beta-vae, vfm-vae)."),
     "beta": ("--beta", click.FloatRange(0), "Weight of the KL divergence (vae, beta-vae)."),
-    "free_bits": ("--free-bits", click.FloatRange(0), "Of the KL divergence, for each latent channel (vae)."),
+    "free_bits": ("--free-bits", click.FloatRange(0), "Free bits of the KL divergence for each latent channel (vae)."),
     "foreground": ("--foreground/--whole-image", bool, "Subtract the mean frame first (vae, beta-vae)."),
     "decoder": ("--decoder", click.Choice(["tokens", "pixels"]), "What is reconstructed (dino-tok, vfm-vae)."),
     "shallow": ("--shallow", click.IntRange(1), "Channels of the shallow branch (dino-tok)."),
     "codes": ("--codes", click.IntRange(2), "Entries of each codebook (dino-tok-vq)."),
-    "variance": ("--variance", click.FloatRange(0, 1), "That the kept components explain (dino-tok-vq)."),
+    "variance": (
+        "--variance",
+        click.FloatRange(0, 1),
+        "Share of the variance that the kept components explain (dino-tok-vq).",
+    ),
     "kl": ("--kl", click.FloatRange(0), "Weight of the KL divergence (vfm-vae)."),
     "align": ("--align", click.FloatRange(0), "Weight of the alignment with the last layer (vfm-vae)."),
-    "dim": ("--dim", click.IntRange(1), "Components (pca)."),
+    "dim": ("--dim", click.IntRange(1), "Principal components to keep (pca)."),
 }
 """Options of the fits: field -> flag, type, help. What is not given is the encoder's own default; what it does not have is refused."""
 
@@ -185,7 +192,7 @@ fit_flags = options(
 
 @click.command(cls=Command)
 @dataset_option
-@click.option("--encoder", "name", default="tcn", help="An encoder that can be fitted.")
+@click.option("--encoder", "name", default="tcn", help="Encoder to fit; see: wmcache encoders.")
 @fit_flags
 @click.option("--cache", type=PLACE, help="For an adapter: the store of its base's layers.  [default: made if need be]")
 @click.option("--base", help="For an adapter: the encoder of that store.  [default: the adapter's own]")
@@ -235,7 +242,7 @@ def fit(
     task = partial(_fit, *places, name=name, out=out.absolute(), options=chosen, **settings)
     already = out.exists() and not settings["overwrite"]
     result = replace(run_alone(task, cluster=cluster, label=f"fit {name}"), weights=out)
-    click.echo(f"{result.weights}: {ALREADY if already else ''}fitted on {result.frames} frames")
+    say(f"{result.weights}: {ALREADY if already else ''}fitted on {result.frames} frames")
     if (landscape := result.landscape) is None:
         reason = f"{frames.path} shows no maze, so the true distances are not known" if frames is not None else ""
         if store is not None and frames is None:
@@ -291,13 +298,13 @@ def _layers_store(frames: Any, base: str, weights: Path | None, device: str, clu
 @click.option(
     "--out",
     type=PLACE,
-    help="The store, or of several the folder.  [default: $WMCACHE_HOME/stores/<dataset>/<encoder>-<image size>.zarr]",
+    help="The store, or the folder of several stores.  [default: $WMCACHE_HOME/stores/<dataset>/<encoder>-<image size>.zarr]",
 )
 @click.option(
     "--store-dtype",
     type=click.Choice(["float16", "int8"]),
     default="float16",
-    help="What tokens are stored in; int8 takes half the room, with a step for each channel of each shard.",
+    help="What tokens are stored in; int8 takes half the space, with one scale for each channel of each shard.",
 )
 @click.option(
     "--shard-slice",
@@ -348,7 +355,7 @@ def extract(
     if dry_run:
         for network, place in stores:
             plan = forecast(frames, network, place, dtype=store_dtype, batch=batch, cluster=cluster, part=part)
-            click.echo(f"{plan.out}: {plan.shards} shards, {plan.frames} frames to do")
+            say(f"{plan.out}: {plan.shards} shards, {plan.frames} frames to do")
             free = "" if plan.bytes_free is None else f"{human_bytes(plan.bytes_free)} free, "
             workers = parse_cluster(cluster).workers
             whose = "" if workers == 1 else f" of {workers or 'a single'} workers like this process"
@@ -363,13 +370,13 @@ def extract(
         rows, columns = network.token_grid
         if shards:
             count = -(-frames.card.frames // frames.card.frames_per_shard)
-            click.echo(
+            say(
                 f"{place}: slice {part[0]} of {part[1]} is done, {len(shards)} of {count} shards are other slices' and not done yet; "
                 f"whoever is last completes the store, or: {command('wmcache', 'finalize', place)}"
             )
         else:
             state = ALREADY if already else ""
-            click.echo(f"{place}: {state}{frames.card.frames} frames, {rows} x {columns} tokens of {network.token_dim}")
+            say(f"{place}: {state}{frames.card.frames} frames, {rows} x {columns} tokens of {network.token_dim}")
 
 
 class _Derive(Group):
@@ -389,7 +396,10 @@ def derive() -> None:
 @derive.command("change-maps")
 @click.argument("store", type=PLACE)
 @click.option(
-    "--frameskip", type=click.IntRange(1), default=5, help="Env steps between the frames compared, as wmtrain's."
+    "--frameskip",
+    type=click.IntRange(1),
+    default=5,
+    help="Env steps between the frames that are compared; the same as wmtrain's --frameskip.",
 )
 @click.option("--dataset", type=PLACE, help="Where the frames are, if they have moved.")
 @cluster_option()
@@ -403,18 +413,25 @@ def derive_change_maps(store: Place, frameskip: int, dataset: Place | None, clus
     state = ALREADY if is_complete(changes_beside(source.path, frameskip)) else ""
     out = run(source, frameskip, dataset=dataset, cluster=cluster)
     rows, columns = source.card.token_grid
-    click.echo(
-        f"{out}: {state}{len(source)} frames, {2 * rows} x {2 * columns} cells, since {frameskip} env steps before"
-    )
+    say(f"{out}: {state}{len(source)} frames, {2 * rows} x {2 * columns} cells, since {frameskip} env steps before")
 
 
 @derive.command("tokens")
 @click.argument("store", type=PLACE)
-@click.option("--encoder", "name", required=True, help="On the same backbone: dinov2-cls, dinov2-pooled, an adapter, …")
-@click.option("--weights", type=PATH, help="The encoder's.  [default: the store's, or those fitted on its dataset]")
-@click.option("--base-weights", type=PATH, help="Of an adapter's base, if they have moved.")
+@click.option(
+    "--encoder", "name", required=True, help="Encoder on the same backbone: dinov2-cls, dinov2-pooled, an adapter, …"
+)
+@click.option(
+    "--weights", type=PATH, help="Weights of the encoder.  [default: the store's, or those fitted on its dataset]"
+)
+@click.option("--base-weights", type=PATH, help="Weights of an adapter's base encoder, if they have moved.")
 @click.option("--out", type=PLACE, help="The new store.  [default: where extract would put it]")
-@click.option("--store-dtype", type=click.Choice(["float16", "int8"]), default="float16", help="As for extract.")
+@click.option(
+    "--store-dtype",
+    type=click.Choice(["float16", "int8"]),
+    default="float16",
+    help="What tokens are stored in; int8 takes half the space.",
+)
 @device_option
 @cluster_option()
 def derive_tokens(
@@ -439,9 +456,7 @@ def derive_tokens(
     state = ALREADY if is_complete(out) else ""
     run(source, encoder, out, dtype=store_dtype, cluster=cluster, device=device)
     rows, columns = encoder.token_grid
-    click.echo(
-        f"{out}: {state}{len(source)} frames, {rows} x {columns} tokens of {encoder.token_dim}, derived from {store}"
-    )
+    say(f"{out}: {state}{len(source)} frames, {rows} x {columns} tokens of {encoder.token_dim}, derived from {store}")
 
 
 @click.command(cls=Command)

@@ -9,7 +9,7 @@ import click
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home
 from wmcache.cache.places import Place
-from wmcache.commands.shared import PATH, PLACE, Command, device_option, json_option, name_of, options, print_json
+from wmcache.commands.shared import PATH, PLACE, Command, device_option, json_option, name_of, options, print_json, say
 
 frames_option = click.option(
     "--frames", "--dataset", "dataset", type=PLACE, help="Where the store's frames are, if they have moved."
@@ -18,12 +18,14 @@ lpips_option = click.option(
     "--lpips/--no-lpips", default=True, help="Try to compute LPIPS; its network is fetched once, 244 MB."
 )
 decoder_sizes = options(
-    click.option("--channels", type=click.IntRange(1), help="vqvae: of both stacks.  [default: 384]"),
-    click.option("--residual", type=click.IntRange(1), help="vqvae: inside a residual block.  [default: 128]"),
+    click.option("--channels", type=click.IntRange(1), help="vqvae: channels of both stacks.  [default: 384]"),
+    click.option("--residual", type=click.IntRange(1), help="vqvae: channels inside a residual block.  [default: 128]"),
     click.option("--blocks", type=click.IntRange(0, 64), help="vqvae: residual blocks of a stack.  [default: 4]"),
     click.option("--quantize", is_flag=True, default=None, help="vqvae: round tokens to a codebook first."),
     click.option("--codes", type=click.IntRange(1), help="vqvae: entries of the codebook.  [default: 2048]"),
-    click.option("--depth", type=click.IntRange(1), help="transposed-conv: a 32nd of the first map.  [default: 64]"),
+    click.option(
+        "--depth", type=click.IntRange(1), help="transposed-conv: 1/32 of the channels of the first map.  [default: 64]"
+    ),
 )
 
 
@@ -38,21 +40,31 @@ METRICS = {"mse": "mse", "moving_mse": "mse, moving pixels", "ssim": "ssim", "lp
     "--decoder",
     type=click.Choice(["auto", "vqvae", "transposed-conv"]),
     default="auto",
-    help="auto takes transposed convolutions for a single token, vqvae for a grid.",
+    help="Network; auto takes transposed-conv for a single token, and vqvae for a grid.",
 )
 @decoder_sizes
-@click.option("--steps", type=click.IntRange(1), default=10_000, help="Optimiser steps; more than before go on.")
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    default=10_000,
+    help="Optimiser steps; a higher number continues a finished decoder.",
+)
 @click.option("--batch-size", "batch", type=click.IntRange(1), default=32, help="Frames in each step.")
 @click.option("--lr", "learning_rate", type=float, default=3e-4, help="Learning rate.")
-@click.option("--max-frames", type=click.IntRange(1), default=20_000, help="Frames held in memory; a random sample.")
-@click.option("--dtype", default="auto", help="auto, float32 or bfloat16.")
+@click.option(
+    "--max-frames",
+    type=click.IntRange(1),
+    default=20_000,
+    help="Frames to train on, a random sample that is held in memory.",
+)
+@click.option("--dtype", default="auto", help="Compute precision: auto, float32 or bfloat16.")
 @device_option
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of weights, sample and order.")
-@click.option("--split-seed", type=click.IntRange(0), default=42, help="Of the split into train and val episodes.")
-@click.option("--log-every", type=click.IntRange(1), default=20, help="Steps.")
-@click.option("--checkpoint-every", type=click.IntRange(1), default=500, help="Steps.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of weights, sample and order.")
+@click.option("--split-seed", type=click.IntRange(0), default=42, help="Seed of the split into train and val episodes.")
+@click.option("--log-every", type=click.IntRange(1), default=20, help="Steps between two lines of the log.")
+@click.option("--checkpoint-every", type=click.IntRange(1), default=500, help="Steps between two checkpoints.")
 @lpips_option
-@click.option("--overwrite", is_flag=True, help="Begin anew where a decoder exists.")
+@click.option("--overwrite", is_flag=True, help="Delete the decoder in --out and start from scratch.")
 @json_option
 def decoder(
     cache: Place,
@@ -88,14 +100,12 @@ def decoder(
     if as_json:
         print_json(result)
         return
-    click.echo(f"{out}: {result['frames']} held-out frames, {_figures(result)}")
+    say(f"{out}: {result['frames']} held-out frames, {_figures(result)}")
     if "mean_frame" in result:  # a decoder of an earlier version has no such figures
-        click.echo(f"the mean frame, for comparison: {_figures(result['mean_frame'])}")
-        click.echo(_explain_moving(result["moving"]))
+        say(f"the mean frame, for comparison: {_figures(result['mean_frame'])}")
+        say(_explain_moving(result["moving"]))
     _tell_absence(result)
-    click.echo(
-        f"draw what a world model imagines with: {command('wmcache', 'imagine', '--run', 'RUN', '--decoder', out)}"
-    )
+    say(f"draw what a world model imagines with: {command('wmcache', 'imagine', '--run', 'RUN', '--decoder', out)}")
 
 
 @click.command(cls=Command)
@@ -105,10 +115,10 @@ def decoder(
 @click.option("--cache", type=PLACE, help="The store, if it has moved.")
 @click.option("--steps", type=click.IntRange(1), default=10, help="Model steps from one observed frame.")
 @click.option("--windows", type=click.IntRange(1), default=64, help="Held-out windows that are compared.")
-@click.option("--videos", type=click.IntRange(0), default=2, help="Files of 4 windows side by side.")
+@click.option("--videos", type=click.IntRange(0), default=2, help="Videos to write, each of 4 windows side by side.")
 @click.option("--context", type=click.IntRange(1), help="Frames that an imagined step sees.  [default: the history]")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of the sample of windows.")
-@click.option("--dtype", default="auto", help="auto, float32 or bfloat16.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the sample of windows.")
+@click.option("--dtype", default="auto", help="Compute precision: auto, float32 or bfloat16.")
 @device_option
 @lpips_option
 @click.option("--out", type=PATH, help="Folder of the pictures.  [default: RUN/imagine]")
@@ -135,7 +145,7 @@ def imagine(
         return
     _print_steps(result["steps"])
     _tell_absence(result)
-    click.echo(f"pictures: {out}")
+    say(f"pictures: {out}")
 
 
 def _frames_of(cache: Place, dataset: Place | None) -> Any:

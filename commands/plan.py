@@ -21,6 +21,7 @@ from wmcache.commands.shared import (
     options,
     preset_option,
     print_json,
+    say,
     shell_command,
 )
 from wmcache.planner.protocols import PROTOCOLS
@@ -29,18 +30,18 @@ if TYPE_CHECKING:
     from wmcache.planner.evaluate import Spread
 
 SEARCH = {
-    "samples": ("--samples", int, "Candidates an iteration (cem, icem, mppi); DINO-WM has 300."),
-    "elites": ("--elites", int, "Of them (cem, icem, mppi); DINO-WM has 30."),
-    "iterations": ("--iterations", int, "Of the search (cem, icem, mppi); DINO-WM has 10."),
+    "samples": ("--samples", int, "Candidates in each iteration (cem, icem, mppi); DINO-WM has 300."),
+    "elites": ("--elites", int, "Best candidates of each iteration (cem, icem, mppi); DINO-WM has 30."),
+    "iterations": ("--iterations", int, "Iterations of the search (cem, icem, mppi); DINO-WM has 10."),
     "sigma": ("--sigma", float, "First standard deviation of the candidates, in env units."),
-    "momentum": ("--momentum", float, "Of mean and deviation (cem, icem)."),
-    "temperature": ("--temperature", float, "Of the weights (mppi)."),
+    "momentum": ("--momentum", float, "Momentum of mean and deviation (cem, icem)."),
+    "temperature": ("--temperature", float, "Temperature of the candidates' weights (mppi)."),
     "beta": ("--beta", float, "Colour of the noise (icem); 0 is white."),
-    "optimiser": ("--optimiser", click.Choice(["sgd", "adam"]), "Of gradient descent (gd); DINO-WM has sgd."),
-    "steps": ("--gd-steps", int, "Of gradient descent (gd); DINO-WM has 1000."),
-    "lr": ("--gd-lr", float, "Of gradient descent (gd)."),
-    "restarts": ("--restarts", int, "First guesses that are descended side by side (gd)."),
-    "noise": ("--noise", float, "Added after each step (gd); DINO-WM has 0.003."),
+    "optimiser": ("--optimiser", click.Choice(["sgd", "adam"]), "Optimiser of gradient descent (gd); DINO-WM has sgd."),
+    "steps": ("--gd-steps", int, "Steps of gradient descent (gd); DINO-WM has 1000."),
+    "lr": ("--gd-lr", float, "Learning rate of gradient descent (gd)."),
+    "restarts": ("--restarts", int, "First guesses that are optimised side by side (gd)."),
+    "noise": ("--noise", float, "Noise added after each step (gd); DINO-WM has 0.003."),
 }
 """Options of the solvers: field -> flag, type, help. What is not given is the solver's own default."""
 
@@ -53,9 +54,9 @@ search_options = options(
 @click.version_option(__version__, prog_name="wmplan")
 @preset_option("--protocol", PROTOCOLS, "A known evaluation; what is given beside it wins.")
 @click.option("--run", type=PATH, required=True, help="Folder of the run.")
-@click.option("--episodes", type=int, default=50, help="How many.")
+@click.option("--episodes", type=int, default=50, help="Episodes to plan.")
 @click.option(
-    "--goals", default="random-state", help="random-state, dataset, random-action, or a Parquet file of start and goal."
+    "--goals", default="random-state", help="Starts and goals: random-state, dataset, random-action, or a Parquet file."
 )
 @click.option(
     "--goal-steps", type=int, help="Env steps from start to goal (dataset, random-action).  [default: the horizon's]"
@@ -84,26 +85,28 @@ search_options = options(
     "--distance",
     type=click.Choice(["latent", "graph"]),
     default="latent",
-    help="To the goal: of latents (DINO-WM), or along the cached frames, for goals beyond the horizon.",
+    help="Distance to the goal: between latents (DINO-WM), or along the cached frames, for goals beyond the horizon.",
 )
 @click.option("--alpha", type=float, default=0.0, help="Weight of proprio; above 0 the goal is more than an image.")
 @click.option(
     "--mask", is_flag=True, help="Score only tokens in which the present frame and the goal's differ (DDP-WM)."
 )
-@click.option("--proprio", type=click.Choice(["auto", "none"]), default="auto", help="none insists on a model without.")
+@click.option(
+    "--proprio", type=click.Choice(["auto", "none"]), default="auto", help="none: refuse a model that sees proprio."
+)
 @click.option("--context", type=int, help="Frames that an imagined step sees.  [default: 1; without proprio all]")
 @click.option("--observed", type=int, help="Live frames that a plan starts from.  [default: 1; without proprio all]")
-@click.option("--solver", default="cem", help="cem, icem, mppi or gd.")
+@click.option("--solver", default="cem", help="Solver: cem, icem, mppi or gd.")
 @search_options
 @click.option("--batch-size", "batch", type=int, default=50, help="Episodes planned at once.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Number of the first episode.")
 @click.option(
     "--untrained", is_flag=True, help="Evaluate the model with random weights too, as a baseline; takes as long again."
 )
-@click.option("--env", help="Another maze than the data's.")
+@click.option("--env", help="Maze to plan in, instead of the data's.")
 @click.option("--weights", type=PATH, help="The encoder's weights, if they have moved.")
 @click.option("--cache", type=PLACE, help="The store, if it has moved.")
-@click.option("--dtype", default="auto", help="Of the model: auto, float32 or bfloat16.")
+@click.option("--dtype", default="auto", help="Precision of the model: auto, float32 or bfloat16.")
 @device_option
 @click.option("--out", type=PATH, help="Folder of the results.  [default: RUN/plan-…, named by the settings]")
 @cluster_option(also="  Batches are the tasks; results are the same wherever they are planned.")
@@ -145,7 +148,7 @@ def wmplan(
         f"{results['budget_env_steps']} env steps an episode, {results['replans']} replans at {results['seconds_per_replan']:.3f} s, "
         f"{results['encoder_frames']} frames encoded"
     )
-    click.echo(f"report: {out / 'report.html'}")
+    say(f"report: {out / 'report.html'}")
 
 
 def _print_table(results: dict[str, Any]) -> None:

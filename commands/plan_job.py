@@ -13,16 +13,28 @@ from wmcache.commands.shared import NUMBER, PATH, Command, device_option, json_o
 
 
 @click.command("plan-job", cls=Command)
-@click.option("--frames", type=NUMBER, required=True, help="To encode, as 1e9.")
-@click.option("--encoder", default="dinov2", help="See: wmcache encoders.")
-@click.option("--workers", type=NUMBER, default=1, help="Processes at once, each with a device.")
+@click.option("--frames", type=NUMBER, required=True, help="Frames to encode, as 1e9.")
+@click.option("--encoder", default="dinov2", help="Encoder; see: wmcache encoders.")
+@click.option("--workers", type=NUMBER, default=1, help="Processes that run at the same time, each with a device.")
 @click.option(
-    "--frames-per-second", type=click.FloatRange(0, min_open=True), help="Of a worker.  [default: measured here]"
+    "--frames-per-second",
+    type=click.FloatRange(0, min_open=True),
+    help="Frames that a worker encodes per second.  [default: measured here]",
 )
-@click.option("--frames-per-shard", type=NUMBER, help="Of the dataset.  [default: 512, or more for a huge one]")
+@click.option(
+    "--frames-per-shard",
+    type=NUMBER,
+    help="Frames in each shard of the dataset.  [default: 512, or more for a huge one]",
+)
 @click.option("--frame-size", "image_size", type=click.IntRange(1), default=224, help="Side of the dataset's frames.")
-@click.option("--store-dtype", "dtype", type=click.Choice(["float16", "int8"]), default="float16", help="As extract's.")
-@click.option("--weights", type=PATH, help="Of the encoder, to measure it with.")
+@click.option(
+    "--store-dtype",
+    "dtype",
+    type=click.Choice(["float16", "int8"]),
+    default="float16",
+    help="What tokens are stored in.",
+)
+@click.option("--weights", type=PATH, help="Weights of the encoder that is measured.")
 @device_option
 @json_option
 def plan_job(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from wmcache.cache.places import Place
-from wmcache.commands.shared import PATH, PLACE, Command, json_option, print_json
+from wmcache.commands.shared import PATH, PLACE, Command, json_option, print_json, say
 
 if TYPE_CHECKING:
     from wmcache.pipeline.probe import Probe
@@ -56,7 +56,7 @@ def probe(stores: tuple[Place, ...], dataset: Place | None, frames: int, out: Pa
             draw_probe(store, picture, dataset=dataset)
         found.append({**result.to_json(), "picture": str(picture) if drawn else None})
         if not as_json:
-            click.echo(row(cells(result), "/".join(store.parts[-2:])))
+            say(row(cells(result), "/".join(store.parts[-2:])))
     if as_json:
         print_json(found)
         return
@@ -70,7 +70,7 @@ def probe(stores: tuple[Place, ...], dataset: Place | None, frames: int, out: Pa
             if values["picture"]
             else "not drawn: no maze is known, so no true distance is"
         )
-        click.echo(f"{values['store']}: {said}", err=True)
+        say(f"{values['store']}: {said}", err=True)
 
 
 def row(values: list[str], store: str) -> str:

@@ -14,7 +14,7 @@ from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import atomic_write, home
 from wmcache.cache.places import exists, unreadable
 from wmcache.commands.data import extract
-from wmcache.commands.shared import CONTEXT, PATH, Command, program_path
+from wmcache.commands.shared import CONTEXT, PATH, Command, program_path, say
 from wmcache.commands.train import wmtrain
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ exit "$status"
 
 @click.command(cls=Command, context_settings={**CONTEXT, "allow_interspersed_args": False})
 @click.option(
-    "--profile", default="slurm", help="A name in $WMCACHE_HOME/profiles, or a .toml file: what each job is given."
+    "--profile", default="slurm", help="Resources of each job: a name in $WMCACHE_HOME/profiles, or a .toml file."
 )
-@click.option("--jobs", type=click.IntRange(1), help="Of an extraction, which they share.  [default: the profile's]")
+@click.option("--jobs", type=click.IntRange(1), help="Jobs that share an extraction.  [default: the profile's]")
 @click.option(
     "--out",
     type=PATH,
@@ -99,10 +99,8 @@ def sbatch(profile: str, jobs: int | None, out: Path | None, words: tuple[str, .
     logs.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as file:
         file.write(text)
-    click.echo(
-        f"{out}: {'one job' if jobs is None else f'an array of {jobs}'}, logs in {logs}; submit it with:", err=True
-    )
-    click.echo(command("sbatch", out))
+    say(f"{out}: {'one job' if jobs is None else f'an array of {jobs}'}, logs in {logs}; submit it with:", err=True)
+    say(command("sbatch", out))
 
 
 def _names(folder: Path, program: str) -> Iterator[Path]:

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 from wmcache.cache.cpus import limit_threads
-from wmcache.cache.errors import UserError, command
+from wmcache.cache.errors import UserError, command, one_line
 from wmcache.cache.files import dump_json, home, nulls
 from wmcache.cache.places import Place, place
+from wmcache.commands.streams import ended_by_reader, prepare_streams
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,9 +36,16 @@ class OneLine(click.Command):
         super().__init__(*args, **{"context_settings": CONTEXT, **settings})
 
     def main(self, *args: Any, **settings: Any) -> Any:
-        """As click's."""
+        """Run the program."""
+        prepare_streams()
         limit_threads()
-        return super().main(*args, **settings)
+        with ended_by_reader():
+            return super().main(*args, **settings)
+
+    def make_context(self, *args: Any, **settings: Any) -> click.Context:
+        """As click's, which prints helps and versions here."""
+        with ended_by_reader():
+            return super().make_context(*args, **settings)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -45,12 +53,14 @@ class OneLine(click.Command):
             signal.signal(number, _stop)
         threading.excepthook = _leave_to_those_who_wait
         try:
-            return super().invoke(ctx)
+            with ended_by_reader():
+                return super().invoke(ctx)
         except UserError as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt as stop:
             if _speaks():
-                click.echo(f"\nstopped; go on with: {shell_command(sys.argv)}", err=True)
+                click.echo(err=True)
+                say(f"stopped; go on with: {shell_command(sys.argv)}", err=True)
             sys.exit(STOPPED if isinstance(stop, Stopped) else INTERRUPTED)
         except MemoryError as error:
             raise click.ClickException(
@@ -59,15 +69,17 @@ class OneLine(click.Command):
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             far = "://" in str(error.filename)
-            mend = "check address, credentials and network" if far else "free space or make it accessible"
+            wrong = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+            here = "check the path" if wrong else "free space or make it accessible"
+            mend = "check address, credentials and network" if far else here
             raise click.ClickException(
-                f"{where}{error.strerror or error}; {mend}, then run the same command again"
+                one_line(f"{where}{error.strerror or error}; {mend}, then run the same command again")
             ) from error
         except (ValueError, RuntimeError) as error:
-            # The envs import nothing of ours, so their errors have types of their own; whatever else it is deserves its traceback.
-            from wmcache.envs import MazeError, RendererError
-
-            if isinstance(error, MazeError | RendererError):
+            # Errors of envs are not UserErrors, because envs import nothing of ours. Not imported here: click's Exit is a RuntimeError, and
+            # every help would load the simulator.
+            envs = sys.modules.get("wmcache.envs")
+            if envs is not None and isinstance(error, envs.MazeError | envs.RendererError):
                 raise click.ClickException(str(error)) from error
             raise
 
@@ -216,11 +228,11 @@ PATH = LocalType(path_type=Path)
 PLACE = PlaceType()
 NUMBER = NumberType()
 dataset_option = click.option("--dataset", type=PLACE, help="Frame dataset.  [default: $WMCACHE_HOME/pointmaze-umaze]")
-device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.")
+device_option = click.option("--device", default="auto", help="Device: auto, cpu, cuda, cuda:1, mps.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 encoder_options = options(
     click.option(
-        "--encoder", "names", default="tcn", help="One, or several with commas between; see: wmcache encoders."
+        "--encoder", "names", default="tcn", help="Encoder, or several separated by commas; see: wmcache encoders."
     ),
     click.option(
         "--weights",
@@ -228,12 +240,18 @@ encoder_options = options(
         metavar="[NAME=]PATH",
         help="A .safetensors file or a save_pretrained folder, of all encoders that are not fitted or of one.  [default: its own source]",
     ),
-    click.option("--base-weights", type=PATH, help="Of an adapter's base, if they have moved."),
+    click.option("--base-weights", type=PATH, help="Weights of an adapter's base encoder, if they have moved."),
     click.option("--image-size", type=int, help="Side of the image that the network sees.  [default: the encoder's]"),
     click.option(
-        "--normalisation", type=click.Choice(["half", "imagenet"]), help="half is DINO-WM's.  [default: the encoder's]"
+        "--normalisation",
+        type=click.Choice(["half", "imagenet"]),
+        help="Normalisation of pixels; half is DINO-WM's.  [default: the encoder's]",
     ),
-    click.option("--filter", type=click.Choice(["bilinear", "bicubic"]), help="Of resizing.  [default: the encoder's]"),
+    click.option(
+        "--filter",
+        type=click.Choice(["bilinear", "bicubic"]),
+        help="Filter for resizing frames.  [default: the encoder's]",
+    ),
     click.option(
         "--lag", type=click.IntRange(1), help="Env steps between the frames of a pair, for encoders of pairs."
     ),
@@ -267,67 +285,121 @@ model_options = options(
         "--combine",
         type=click.Choice(["features", "tokens"]),
         default="features",
-        help="Proprio and action as more features of each token, or as more tokens.",
+        help="Add proprio and action as features of each token, or as tokens of their own.",
     ),
     click.option(
         "--condition",
         type=click.Choice(["concat", "adaln"]),
         default="concat",
-        help="The action combined with the tokens, or scaling the blocks.",
+        help="Combine the action with the tokens, or let it scale the blocks.",
     ),
     click.option(
         "--proprio",
         type=click.Choice(["raw", "embedding", "none"]),
         default="raw",
-        help="Predict it, predict a learned code of it (DINO-WM), or plan from pixels alone.",
+        help="Predict raw proprio, predict a learned embedding of it (DINO-WM), or use pixels alone.",
     ),
     click.option(
         "--predict",
         type=click.Choice(["change", "frame"]),
         default="change",
-        help="The change, or the next frame (DINO-WM).",
+        help="Predict the change, or the next frame (DINO-WM).",
     ),
     click.option(
         "--position",
         type=click.Choice(["learned", "rope"]),
         default="learned",
-        help="Of a frame in the window: learned, or rotary in time.",
+        help="Position embedding of a frame in the window: learned, or rotary in time.",
     ),
-    click.option("--standardise/--as-stored", default=True, help="Tokens for each channel, or as they are (DINO-WM)."),
-    click.option("--width", type=click.IntRange(0), default=384, help="Of the residual stream; 0: no projections."),
+    click.option(
+        "--standardise/--as-stored",
+        default=True,
+        help="Standardise each channel of the tokens, or take them as they are (DINO-WM).",
+    ),
+    click.option(
+        "--width",
+        type=click.IntRange(0),
+        default=384,
+        help="Width of the transformer; 0: that of the tokens, without projections (DINO-WM).",
+    ),
     click.option("--depth", type=click.IntRange(1), default=6, help="Transformer blocks."),
     click.option("--heads", type=click.IntRange(1), default=6, help="Attention heads."),
-    click.option("--head-dim", type=click.IntRange(0), default=0, help="Of each; 0: width / heads."),
-    click.option("--mlp", type=click.IntRange(0), default=0, help="Hidden units; 0: 4 widths."),
     click.option(
-        "--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.1, help="In attention, projections and MLP."
+        "--head-dim", type=click.IntRange(0), default=0, help="Dimensions of each attention head; 0: width / heads."
     ),
-    click.option("--embedding", type=click.IntRange(1), default=10, help="Dimensions of action and proprio."),
+    click.option("--mlp", type=click.IntRange(0), default=0, help="Hidden units of each MLP; 0: 4 x width."),
+    click.option(
+        "--dropout",
+        type=click.FloatRange(0, 1, max_open=True),
+        default=0.1,
+        help="Dropout in attention, projections and MLP.",
+    ),
+    click.option(
+        "--embedding", type=click.IntRange(1), default=10, help="Dimensions of the action and proprio embeddings."
+    ),
     click.option(
         "--foreground",
         type=click.IntRange(0),
         default=0,
-        help="Tokens of a frame that are computed, ddp-wm; 0: more than change in 99 % of the steps.",
+        help="Tokens of a frame that are predicted (ddp-wm); 0: enough for 99 % of the steps.",
     ),
     click.option(
         "--labels",
         type=click.Choice(["pixels", "features"]),
         default="pixels",
-        help="By what something has changed, ddp-wm: change maps, or tokens.",
+        help="What shows that a token has changed (ddp-wm): pixels (change maps), or its features.",
     ),
     click.option(
-        "--threshold", type=click.FloatRange(0), default=0.0, help="Of a change, ddp-wm.  [0: 0.1, or 0.5 of features]"
+        "--threshold",
+        type=click.FloatRange(0),
+        default=0.0,
+        help="Smallest change that counts (ddp-wm); 0: 0.1 for pixels, 0.5 for features.",
     ),
-    click.option("--locator-width", type=click.IntRange(1), default=96, help="Of ddp-wm's localiser."),
-    click.option("--locator-depth", type=click.IntRange(1), default=3, help="Its blocks."),
-    click.option("--locator-heads", type=click.IntRange(1), default=3, help="Its heads."),
-    click.option("--locator-mlp", type=click.IntRange(1), default=384, help="Its hidden units."),
-    click.option("--fusion-heads", type=click.IntRange(1), default=4, help="That ask frames before, ddp-wm."),
-    click.option("--correction-heads", type=click.IntRange(1), default=4, help="That ask what changes, ddp-wm."),
     click.option(
-        "--rollout-loss", type=click.FloatRange(0), default=0.0, help="Weight of a second step from the first one's."
+        "--locator-width", type=click.IntRange(1), default=96, help="Width of the localization network (ddp-wm)."
     ),
-    click.option("--noise", type=click.FloatRange(0), default=0.0, help="Deviation of noise on the latents."),
+    click.option(
+        "--locator-depth",
+        type=click.IntRange(1),
+        default=3,
+        help="Transformer blocks of the localization network (ddp-wm).",
+    ),
+    click.option(
+        "--locator-heads",
+        type=click.IntRange(1),
+        default=3,
+        help="Attention heads of the localization network (ddp-wm).",
+    ),
+    click.option(
+        "--locator-mlp",
+        type=click.IntRange(1),
+        default=384,
+        help="Hidden units of each MLP of the localization network (ddp-wm).",
+    ),
+    click.option(
+        "--fusion-heads",
+        type=click.IntRange(1),
+        default=4,
+        help="Attention heads of the temporal fusion block (ddp-wm).",
+    ),
+    click.option(
+        "--correction-heads",
+        type=click.IntRange(1),
+        default=4,
+        help="Attention heads of the correction of unchanged tokens (ddp-wm).",
+    ),
+    click.option(
+        "--rollout-loss",
+        type=click.FloatRange(0),
+        default=0.0,
+        help="Weight of the loss of a second step, predicted from the first one's output.",
+    ),
+    click.option(
+        "--noise",
+        type=click.FloatRange(0),
+        default=0.0,
+        help="Standard deviation of the noise that is added to the latents.",
+    ),
 )
 source_options = options(
     click.option("--dataset", type=PLACE, help="Where the frames are, if they have moved."),
@@ -339,6 +411,11 @@ source_options = options(
 def print_json(value: Any) -> None:
     """Print strict JSON; a figure that is not a finite number is null."""
     click.echo(dump_json(nulls(value), indent=2))
+
+
+def say(line: str, *, err: bool = False) -> None:
+    """Print one line; line breaks and control characters of names in it are escaped."""
+    click.echo(one_line(line), err=err)
 
 
 def print_rows(rows: list[dict[str, Any]], *, as_json: bool) -> None:
@@ -389,7 +466,8 @@ def take_model_options(settings: dict[str, Any], model: str = "dino-wm") -> dict
     known = {field.name for field in fields(get_options(model))}
     given = click.get_current_context().get_parameter_source
     every = {field.name for kind, _ in MODELS.values() for field in fields(kind)}
-    values = {name: settings.pop(name) for name in sorted(every)}
+    # An option without a flag is not among the settings, and keeps its default.
+    values = {name: settings.pop(name) for name in sorted(every & settings.keys())}
     if typed := sorted(name for name in every - known if given(name) is ParameterSource.COMMANDLINE):
         flags = ", ".join("--" + name.replace("_", "-") for name in typed)
         raise UserError(f"world model {model} has no option {flags}; leave that out")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from wmcache.cache.errors import UserError, command
+from wmcache.cache.errors import UserError, command, one_line
 from wmcache.cache.files import home, human_bytes
 from wmcache.cache.places import Place, beside
-from wmcache.commands.shared import PATH, PLACE, Command, json_option, print_json, source_options, store_argument
+from wmcache.commands.shared import PATH, PLACE, Command, json_option, print_json, source_options, store_argument, say
 
 
 @click.command("ls", cls=Command)
@@ -20,6 +20,8 @@ def list_(folder: Place | None, as_json: bool) -> None:
     """List the token stores under FOLDER ($WMCACHE_HOME/stores)."""
     from wmcache.cache.catalogue import list_stores
 
+    if isinstance(folder, Path) and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; pass one that has stores in it")
     entries = list_stores(folder or home() / "stores")
     if as_json:
         print_json([asdict(entry) for entry in entries])
@@ -27,7 +29,7 @@ def list_(folder: Place | None, as_json: bool) -> None:
     click.echo(f"{'state':>16} {'size':>9} {'frames':>8} {'tokens':>10} {'dtype':>8}  store")
     for entry in entries:
         shape = f"{entry.tokens} x {entry.token_dim}"
-        click.echo(
+        say(
             f"{entry.state:>16} {human_bytes(entry.bytes):>9} {entry.frames:>8} {shape:>10} {entry.dtype:>8}  {entry.path}"
         )
 
@@ -47,12 +49,12 @@ def info(store: Place, as_json: bool) -> None:
         for name, value in values.pop(group).items():
             values[f"{group}.{name}"] = value
     for name, value in values.items():
-        click.echo(f"{name:28} {value}")
+        say(f"{name:28} {value}")
 
 
 @click.command(cls=Command)
 @store_argument
-@click.option("--deep", is_flag=True, help="Also encode a sample of the frames anew, and compare.")
+@click.option("--deep", is_flag=True, help="Also encode a sample of the frames again, and compare.")
 @source_options
 @json_option
 def verify(store: Place, deep: bool, as_json: bool, **source: Any) -> None:
@@ -68,11 +70,11 @@ def verify(store: Place, deep: bool, as_json: bool, **source: Any) -> None:
     if as_json:
         print_json({**asdict(found), "sound": found.sound})
     else:
-        click.echo(f"{store}: {found.shards_done} of {found.shards} shards as they were written, {found.frames} frames")
+        say(f"{store}: {found.shards_done} of {found.shards} shards as they were written, {found.frames} frames")
         for fault in found.faults:
-            click.echo(f"fault: {fault.file}: {fault.reason}")
+            say(f"fault: {fault.file}: {fault.reason}")
         for file in found.leftovers:
-            click.echo(f"left over, harmless: {file}")
+            say(f"left over, harmless: {file}")
         if found.drift:
             click.echo(", ".join(f"{name} {value:.6f}" for name, value in found.drift.items()))
     if not found.sound:
@@ -88,7 +90,7 @@ def finalize(store: Place) -> None:
     from wmcache.pipeline.extract import finalize as run
 
     card = run(store)
-    click.echo(f"{store}: complete, {card.frames} frames in {card.num_shards} shards")
+    say(f"{store}: complete, {card.frames} frames in {card.num_shards} shards")
 
 
 @click.command(cls=Command)
@@ -99,13 +101,13 @@ def repair(store: Place, **source: Any) -> None:
     from wmcache.pipeline.repair import repair as run
 
     found = run(store, **source)
-    click.echo(f"{store}: complete; {len(found.faults)} faults mended" if found.faults else f"{store}: complete")
+    say(f"{store}: complete; {len(found.faults)} faults mended" if found.faults else f"{store}: complete")
 
 
 @click.command(cls=Command)
 @store_argument
 @click.option("--dataset", type=PLACE, help="Where the frames are, if they have moved.")
-@click.option("--count", type=click.IntRange(1, 64), default=8, help="Frames.")
+@click.option("--count", type=click.IntRange(1, 64), default=8, help="Frames to draw.")
 @click.option("--out", type=PATH, help="The PNG to write.  [default: STORE, with .png for .zarr]")
 def preview(store: Place, out: Path | None, **settings: Any) -> None:
     """Draw frames of a store beside their tokens, the first three principal components as colours."""
@@ -113,16 +115,16 @@ def preview(store: Place, out: Path | None, **settings: Any) -> None:
 
     out = out or beside(store, ".png")
     frames = run(store, out, **settings)
-    click.echo(f"{out}: frames {', '.join(map(str, frames))}")
+    say(f"{out}: frames {', '.join(map(str, frames))}")
 
 
 @click.command(cls=Command)
 @store_argument
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Delete without asking.")
 def rm(store: Place, yes: bool) -> None:
     """Delete a token store."""
     from wmcache.cache.catalogue import remove
 
     if not yes:
-        click.confirm(f"delete {store}?", abort=True)
-    click.echo(f"{store}: deleted, {human_bytes(remove(store))} free again")
+        click.confirm(one_line(f"delete {store}?"), abort=True)
+    say(f"{store}: deleted, {human_bytes(remove(store))} free again")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import home
-from wmcache.commands.shared import PATH, Command, cluster_option, json_option, print_json, shell_command
+from wmcache.commands.shared import PATH, Command, cluster_option, json_option, print_json, shell_command, say
 
 DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
 
@@ -17,18 +17,20 @@ DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
 @click.command(cls=Command)
 @click.argument("file", type=PATH, required=False)
 @click.option(
-    "--encoder", multiple=True, help="To study, in FILE by label or name, or as it is by default; repeatable."
+    "--encoder",
+    multiple=True,
+    help="Encoder to study: one of FILE by label or name, or another with its defaults; repeatable.",
 )
 @click.option(
     "--dataset",
     type=PATH,
-    help="Frames that are there, whatever FILE says.  [default: FILE's, else $WMCACHE_HOME/pointmaze-<maze>]",
+    help="Existing frame dataset, instead of FILE's.  [default: FILE's, else $WMCACHE_HOME/pointmaze-<maze>]",
 )
-@click.option("--seeds", help="Of fits and trainings, as in 0,1,2.  [default: FILE's]")
+@click.option("--seeds", help="Seeds of fits and trainings, as in 0,1,2.  [default: FILE's]")
 @click.option("--fractions", help="Shares of the train episodes, as in 0.1,0.25,1.  [default: FILE's]")
-@click.option("--steps", type=click.IntRange(1), help="Of training.  [default: FILE's]")
-@click.option("--episodes", type=click.IntRange(1), help="Of each evaluation.  [default: FILE's]")
-@click.option("--device", help="auto, cpu, cuda, cuda:1, mps.  [default: FILE's, else auto]")
+@click.option("--steps", type=click.IntRange(1), help="Training steps.  [default: FILE's]")
+@click.option("--episodes", type=click.IntRange(1), help="Episodes of each evaluation.  [default: FILE's]")
+@click.option("--device", help="Device: auto, cpu, cuda, cuda:1, mps.  [default: FILE's, else auto]")
 @cluster_option(default=None, also="  [default: FILE's, else local:1]")
 @click.option(
     "--out",
@@ -60,7 +62,7 @@ def study(file: Path | None, out: Path | None, as_json: bool, **flags: Any) -> N
     else:
         click.echo(headline(options, rows))
         click.echo(summary(options, results))
-        click.echo(f"report: {out / 'study.html'}")
+        say(f"report: {out / 'study.html'}")
     if failures:
         failed = sorted({str(row["failed"]) for row in rows if row["failed"]})
         raise click.ClickException(f"{len(failures)} cells could not be done, the others are; the first: {failed[0]}")

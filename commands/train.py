@@ -24,6 +24,7 @@ from wmcache.commands.shared import (
     name_of,
     preset_option,
     residence_option,
+    say,
     shell_command,
     take_model_options,
 )
@@ -40,11 +41,9 @@ from wmcache.trainer.presets import PRESETS
     "--stage",
     type=click.Choice(["localization", "primary", "lrm", "all"]),
     default="all",
-    help="Of ddp-wm, which is trained in three, each on what the one before has left, for --steps each.",
+    help="Stage to train (ddp-wm has three, each continues the one before, and each has --steps).",
 )
-@click.option(
-    "--from", "start", type=PATH, help="A run whose finished stage the first one goes on from.  [default: --out]"
-)
+@click.option("--from", "start", type=PATH, help="Run whose last finished stage is continued.  [default: --out]")
 @model_options
 @click.option("--history", type=click.IntRange(1), default=3, help="Context frames.")
 @click.option("--frameskip", type=click.IntRange(1), default=5, help="Env steps between frames of a window.")
@@ -59,15 +58,31 @@ from wmcache.trainer.presets import PRESETS
 )
 @click.option("--accumulate", type=click.IntRange(1), default=1, help="Micro-batches in each step.")
 @click.option("--lr", "learning_rate", type=float, default=5e-4, help="Learning rate of the constant phase.")
-@click.option("--warmup", type=click.FloatRange(0, 1), default=0.05, help="Share of the steps.")
-@click.option("--decay", type=click.FloatRange(0, 1), default=0.3, help="Share of the steps.")
-@click.option("--beta2", type=click.FloatRange(0, 1, max_open=True), default=0.95, help="Of AdamW.")
-@click.option("--weight-decay", type=float, default=1e-2, help="Of matrices.")
-@click.option("--decay-all/--decay-matrices", default=False, help="Of vectors too (DINO-WM).")
-@click.option("--clip", type=float, default=1.0, help="Of the gradient's norm; 0: none.")
-@click.option("--pool", type=click.IntRange(1), default=1, help="Average squares of the token grid, at first.")
+@click.option(
+    "--warmup", type=click.FloatRange(0, 1), default=0.05, help="Share of the steps in which the learning rate rises."
+)
+@click.option(
+    "--decay",
+    type=click.FloatRange(0, 1),
+    default=0.3,
+    help="Share of the steps in which the learning rate falls to 0.",
+)
+@click.option("--beta2", type=click.FloatRange(0, 1, max_open=True), default=0.95, help="Second beta of AdamW.")
+@click.option("--weight-decay", type=float, default=1e-2, help="Weight decay of matrices.")
+@click.option(
+    "--decay-all/--decay-matrices",
+    default=False,
+    help="Apply weight decay to vectors too (DINO-WM), or to matrices only.",
+)
+@click.option("--clip", type=float, default=1.0, help="Largest norm of the gradient; 0: no clipping.")
+@click.option(
+    "--pool",
+    type=click.IntRange(1),
+    default=1,
+    help="Side of the squares of the token grid that are averaged at first; 1: none.",
+)
 @click.option("--pool-until", type=click.FloatRange(0, 1), default=0.5, help="Share of the steps on that coarser grid.")
-@click.option("--dtype", default="auto", help="auto, float32 or bfloat16.")
+@click.option("--dtype", default="auto", help="Compute precision: auto, float32 or bfloat16.")
 @device_option
 @click.option(
     "--devices",
@@ -76,8 +91,8 @@ from wmcache.trainer.presets import PRESETS
     "and --noise draw differs with it.  [default: 1, or as torchrun says]",
 )
 @residence_option
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of weights, dropout and order.")
-@click.option("--split-seed", type=click.IntRange(0), default=42, help="Of the split into train and val episodes.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of weights, dropout and order.")
+@click.option("--split-seed", type=click.IntRange(0), default=42, help="Seed of the split into train and val episodes.")
 @click.option(
     "--fraction",
     "episodes_fraction",
@@ -86,11 +101,11 @@ from wmcache.trainer.presets import PRESETS
     help="Share of the train episodes; smaller ones are parts of larger ones.",
 )
 @click.option("--compile", is_flag=True, help="Use torch.compile.")
-@click.option("--log-every", type=click.IntRange(1), default=20, help="Steps.")
-@click.option("--validate-every", type=click.IntRange(1), default=500, help="Steps.")
-@click.option("--checkpoint-every", type=click.IntRange(1), default=500, help="Steps.")
-@click.option("--resume", is_flag=True, help="Insist on going on; --steps may then differ.")
-@click.option("--overwrite", is_flag=True, help="Begin anew where a run exists.")
+@click.option("--log-every", type=click.IntRange(1), default=20, help="Steps between two lines of the log.")
+@click.option("--validate-every", type=click.IntRange(1), default=500, help="Steps between two validations.")
+@click.option("--checkpoint-every", type=click.IntRange(1), default=500, help="Steps between two checkpoints.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out; --steps, --epochs and --lr may then differ.")
+@click.option("--overwrite", is_flag=True, help="Delete the run in --out and start from scratch.")
 def wmtrain(
     cache: Place | None,
     preset: str | None,  # noqa: ARG001 (its values have become the others' defaults)
@@ -139,9 +154,9 @@ def wmtrain(
     if ranks.leads and chosen.stage == "localization":
         following = {"localization": "primary", "--stage=localization": "--stage=primary"}
         further = shell_command([following.get(word, word) for word in sys.argv])
-        click.echo(f"{out}: knows where something changes; go on with: {further}")
+        say(f"{out}: knows where something changes; go on with: {further}")
     elif ranks.leads:
-        click.echo(f"{out}: trained; {_next_step(out, cache)}")
+        say(f"{out}: trained; {_next_step(out, cache)}")
 
 
 def _next_step(run: Path, cache: Place) -> str:
@@ -167,7 +182,7 @@ def import_run() -> None:
     "--cache", type=PLACE, required=True, help="A store of the frames it was trained on; see: wmcache import dino-wm."
 )
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")
-@click.option("--checkpoint", default="latest", help="latest, or the number of an epoch.")
+@click.option("--checkpoint", default="latest", help="Checkpoint to import: latest, or the number of an epoch.")
 @click.option("--overwrite", is_flag=True, help="Replace another run.")
 def import_run_dino_wm(folder: Path, cache: Place, out: Path, **settings: Any) -> None:
     """Import DINO-WM's checkpoint FOLDER: hydra.yaml, checkpoints/model_*.pth. Nothing in it is run."""
@@ -175,5 +190,5 @@ def import_run_dino_wm(folder: Path, cache: Place, out: Path, **settings: Any) -
 
     imported = run(folder, cache, out, **settings)
     scale = "by the store's means and deviations" if imported.standardised else "not at all, as hydra.yaml says"
-    click.echo(f"{out}: epoch {imported.epoch}, {imported.parameters / 1e6:.2f} M parameters")
-    click.echo(f"actions and proprio are standardised {scale}; plan with: {command('wmplan', '--run', out)}")
+    say(f"{out}: epoch {imported.epoch}, {imported.parameters / 1e6:.2f} M parameters")
+    say(f"actions and proprio are standardised {scale}; plan with: {command('wmplan', '--run', out)}")

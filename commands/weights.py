@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 from wmcache.cache.files import home, human_bytes
-from wmcache.commands.shared import Command, json_option, print_json
+from wmcache.commands.shared import Command, json_option, print_json, say
 
 
 @click.command(cls=Command)
@@ -21,17 +21,17 @@ def weights(as_json: bool) -> None:
     click.echo(f"{'state':>8} {'size':>9} {'revision':12}  source")
     for row in sources:
         size = human_bytes(row["bytes"]) if row["bytes"] else "-"
-        click.echo(f"{row['state']:>8} {size:>9} {row['revision'][:12] or '-':12}  {row['source']}")
+        say(f"{row['state']:>8} {size:>9} {row['revision'][:12] or '-':12}  {row['source']}")
         click.echo(f"{'':33}{', '.join(row['encoders'])}")
         if row["path"]:
-            click.echo(f"{'':33}{row['path']}{row['fault'] and ': '}{row['fault']}")
+            say(f"{'':33}{row['path']}{row['fault'] and ': '}{row['fault']}")
     click.echo(f"\n{'encoder':>20} {'size':>9} {'dataset':12}  fitted here")
     for row in fitted:
         size = human_bytes(row["bytes"])
-        click.echo(f"{row['encoder'] or 'unknown':>20} {size:>9} {row['dataset'][:12] or '-':12}  {row['path']}")
+        say(f"{row['encoder'] or 'unknown':>20} {size:>9} {row['dataset'][:12] or '-':12}  {row['path']}")
         if row["base"] or row["fault"]:
             where = f" ({row['base_weights']})" if row["base_weights"] else ""
-            click.echo(f"{'':45}{row['fault'] or 'on ' + row['base'] + where}")
+            say(f"{'':45}{row['fault'] or 'on ' + row['base'] + where}")
 
 
 def _sources() -> list[dict[str, Any]]:

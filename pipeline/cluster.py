@@ -29,7 +29,7 @@ from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 from wmcache.cache.cpus import SPINS, available_cpus, limit_threads
-from wmcache.cache.errors import UserError, command
+from wmcache.cache.errors import UserError, command, one_line
 from wmcache.cache.files import home, seconds_between_updates
 from wmcache.pipeline.profiles import Profile, log_pattern, read_profile
 
@@ -682,7 +682,7 @@ def _matters(record: logging.LogRecord) -> bool:
 
 
 def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(one_line(line), file=sys.stderr)
 
 
 def _nothing() -> None:

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 from wmcache.cache.device import choose_device, release_memory
-from wmcache.cache.errors import UserError, command
+from wmcache.cache.errors import UserError, command, one_line
 from wmcache.cache.files import free_space, home, require_space
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_attributes, read_card
@@ -241,7 +241,8 @@ def _extract_pending(
                 if alone:
                     where = ", ".join(sorted({str(writer.path) for writer, _ in pending}))
                     tqdm.write(
-                        f"{where}: waiting for another extraction, which is at {len(pending)} shards", file=sys.stderr
+                        one_line(f"{where}: waiting for another extraction, which is at {len(pending)} shards"),
+                        file=sys.stderr,
                     )
                 alone = False
                 time.sleep(SECONDS_BETWEEN_LOOKS)

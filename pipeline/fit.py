@@ -195,7 +195,7 @@ def read_fit(weights: Path) -> dict[str, str]:
     except (OSError, SafetensorError) as error:
         if outside := cause_outside(error):
             raise unreadable(weights, outside) from error
-        raise UserError(f"{weights} cannot be read ({error}); replace it with --overwrite") from error
+        raise UserError(f"{weights} cannot be read ({error}); make it readable, or choose another --out") from error
 
 
 def without_paths(header: dict[str, str]) -> dict[str, str]:
@@ -226,9 +226,7 @@ def train(
     """
     if out.exists() and not overwrite:
         if without_paths(read_fit(out)) != without_paths(header):
-            raise UserError(
-                f"{out} holds the weights of another fit; choose another --out, or replace it with --overwrite"
-            )
+            raise UserError(f"{out} holds the weights of another fit; choose another --out")
         return
     torch.manual_seed(options.seed)
     fitting = start().to(device)

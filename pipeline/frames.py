@@ -189,7 +189,7 @@ class FrameDatasetWriter:
             there = set(names_in(path))
             for name, kind in (("dataset.json", "finished"), ("unfinished.json", "unfinished")):
                 if name in there:
-                    self._compare(read_json(path / name, "delete the folder and collect again"), kind)
+                    self._compare(read_json(path / name, "restore it, or choose another --out"), kind)
                     break
             else:
                 if any(not is_temporary(path / name) for name in there):
@@ -206,7 +206,7 @@ class FrameDatasetWriter:
             if value not in ([], "") and there.get(name) != value:
                 raise UserError(
                     f"{self.path} is a {kind} dataset with {name} {there.get(name)!r}, not {value!r}; "
-                    "collect with the same settings, choose another --out, or delete it first"
+                    "use the same settings, or choose another --out"
                 )
 
     def shard_frames(self, shard: int) -> range:
@@ -240,7 +240,7 @@ class FrameDatasetWriter:
             for shard, record in enumerate(dataset.card.shards):
                 if sha256_of(self.path / shard_name(shard)) != record["sha256"]:
                     raise UserError(
-                        f"{self.path / shard_name(shard)} differs from its checksum; delete it and collect again"
+                        f"{self.path / shard_name(shard)} differs from its checksum; move it away, then run the same command again"
                     )
             return dataset.card
         shards: list[ShardRecord] = []
@@ -283,7 +283,7 @@ class FrameDataset:
         card = parse(DatasetCard, values, path / "dataset.json", mend)
         if card.format_version != FORMAT_VERSION:
             raise UserError(
-                f"{path} has format {card.format_version}, this wmcache reads {FORMAT_VERSION}; collect it again"
+                f"{path} has format {card.format_version}, this wmcache reads {FORMAT_VERSION}; collect into another --out"
             )
         if reason := _absurdity(card):
             raise UserError(f"{path / 'dataset.json'} is damaged ({reason}); {mend}")
@@ -409,14 +409,16 @@ def read_steps(path: Place, frames: int | None = None) -> Steps:
             table = pq.ParquetFile(file)
             if frames not in (None, rows := table.metadata.num_rows):
                 raise UserError(
-                    f"{path / 'steps.parquet'} has {rows} rows for {frames} frames; collect the dataset again"
+                    f"{path / 'steps.parquet'} has {rows} rows for {frames} frames; restore it, or make the dataset under another --out"
                 )
             return Steps.from_table(table.read())
     except (OSError, KeyError, ValueError, TypeError, AttributeError, MemoryError, pa.ArrowException) as error:
         if outside := cause_outside(error):
             raise unreadable(path / "steps.parquet", outside) from error
         reason = " ".join(repr(str(error)[:160])[1:-1].split())
-        raise UserError(f"{path / 'steps.parquet'} cannot be read ({reason}); collect the dataset again") from error
+        raise UserError(
+            f"{path / 'steps.parquet'} cannot be read ({reason}); restore it, or make the dataset under another --out"
+        ) from error
 
 
 def shard_name(shard: int) -> str:
@@ -456,11 +458,13 @@ def decode_png(data: bytes, size: int, where: str) -> Frames:
         image = Image.open(io.BytesIO(data), formats=["PNG"])
         if image.size != (size, size) or image.mode != "RGB":
             raise UserError(
-                f"{where} is {image.size} {image.mode}, not ({size}, {size}) RGB; collect the dataset again"
+                f"{where} is {image.size} {image.mode}, not ({size}, {size}) RGB; restore it, or make the dataset under another --out"
             )
         return np.asarray(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where} is no readable PNG ({error}); collect the dataset again") from error
+        raise UserError(
+            f"{where} is no readable PNG ({error}); restore it, or make the dataset under another --out"
+        ) from error
 
 
 def _members(tar: Place, data: bytes, most: int) -> Iterator[tuple[str, bytes]]:

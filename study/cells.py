@@ -126,7 +126,7 @@ class Workshop:
     def read(self, cell: Cell) -> dict[str, Any] | None:
         """A cell's result; None where it is not done."""
         file = self.file(cell)
-        return read_json(file, "delete it, and run the study again") if file.exists() else None
+        return read_json(file, "move it away, and run the study again") if file.exists() else None
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,8 @@ def read_study(file: Path, flags: Mapping[str, Any] | None = None) -> StudyOptio
     except FileNotFoundError:
         raise UserError(f"{file} does not exist; write it, or leave it out to take the default study") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())[:160]}); mend it") from error
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:160]
+        raise UserError(f"{file} cannot be read ({reason}); pass a TOML file") from error
     given = {name: value for name, value in (flags or {}).items() if value not in (None, ())}
     names, steps, episodes = (given.pop(name, None) for name in ("encoder", "steps", "episodes"))
     values.update(given)

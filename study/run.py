@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from wmcache.cache.errors import UserError
+from wmcache.cache.errors import UserError, one_line
 from wmcache.cache.files import exclusive, home, make_folder, seconds_between_updates, write_json
 from wmcache.cache.places import absolute, place
 from wmcache.envs import find_maze
@@ -105,7 +105,7 @@ def _run(options: StudyOptions, out: Path) -> tuple[list[Branch], Workshop, dict
                 bar.update(len(task))
                 for cell in task:
                     if (reason := failures.get(cell.key)) and not any(i.key in failures for i in cell.inputs.values()):
-                        bar.write(f"{cell.label}: {reason}", file=sys.stderr)
+                        bar.write(one_line(f"{cell.label}: {reason}"), file=sys.stderr)
     return branches, work, failures
 
 

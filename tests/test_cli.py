@@ -290,6 +290,28 @@ class TestRefusals:
     def test_a_folder_of_another_kind(self, refused: Callable[..., None], line: str) -> None:
         refused(line, "{home}")
 
+    @pytest.mark.parametrize(
+        ("line", "kind"),
+        [
+            ("wmtrain --cache {home}/pointmaze-umaze", "a frame dataset, not a token store"),
+            (
+                "wmcache extract --dataset {home}/stores/pointmaze-umaze/tcn-64.zarr",
+                "a token store, not a frame dataset",
+            ),
+            ("wmcache info {home}/runs/pointmaze-umaze-tcn-64", "a run or a decoder, not a token store"),
+            ("wmplan --run {home}/stores/pointmaze-umaze/tcn-64.zarr", "a token store, not a run"),
+            ("wmplan --run {home}/pointmaze-umaze/dataset.json", "a file, not a run"),
+        ],
+    )
+    def test_a_folder_of_another_kind_is_named(self, refused: Callable[..., None], line: str, kind: str) -> None:
+        refused(line, kind)
+
+    def test_an_encoder_that_is_almost_spelt_right(self, refused: Callable[..., None]) -> None:
+        refused("wmcache extract --encoder dinov22", "did you mean", "dinov2")
+
+    def test_a_listing_of_no_folder(self, refused: Callable[..., None]) -> None:
+        refused("wmcache ls {tmp}/none", "{tmp}/none")
+
     @pytest.mark.parametrize("name", ["dataset", "store", "run"])
     def test_somebody_elses_json(self, refused: Callable[..., None], tmp_path: Path, name: str) -> None:
         folder, file, line = {
@@ -499,7 +521,7 @@ class TestRefusals:
         refused("wmcache extract --normalisation imagenet --device cpu", "normalisation: ")
 
     def test_the_weights_of_another_fit(self, refused: Callable[..., None]) -> None:
-        refused("wmcache fit --steps 6 --batch-size 16 --device cpu", "--overwrite")
+        refused("wmcache fit --steps 6 --batch-size 16 --device cpu", "--out")
 
     def test_the_run_of_another_store(self, refused: Callable[..., None], other_store: Path) -> None:
         run = "{home}/runs/pointmaze-umaze-tcn-64"

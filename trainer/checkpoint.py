@@ -37,7 +37,7 @@ KEEP = 2
 """Checkpoints that stay: the newest, and the one before it for the case that the newest turns out bad."""
 
 FILES = ("model.safetensors", "optimizer.safetensors")
-FALL_BACK = "move its folder out of checkpoints/ to go on from the one before it"
+FALL_BACK = "move its folder out of checkpoints to continue from the checkpoint before it"
 RESTORE = "restore the run's folder from a copy, or use the version of wmcache that wrote it"
 NO_RUN = "name the folder of a run, restore the file from a copy, or train a model with: wmtrain --cache STORE"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -160,7 +161,8 @@ def _train(
     count = sum(parameter.numel() for parameter in model.parameters())
     tqdm.write(
         f"{name}: {count / 1e6:.2f} M parameters, {len(frames)} of {np.isin(store.episode, _episodes(store, options)).sum()} train "
-        f"frames of {image_size} px, {device.type} {str(dtype).removeprefix('torch.')}, steps {first} to {max(first, options.steps)}"
+        f"frames of {image_size} px, {device.type} {str(dtype).removeprefix('torch.')}, steps {first} to {max(first, options.steps)}",
+        file=sys.stderr,
     )
     if first < options.steps:
         _descend(store, frames, images, model, optimiser, first, out, options, dtype)
@@ -374,7 +376,7 @@ def _finished(out: Path, options: DecoderOptions) -> dict[str, Any] | None:
     if not checkpoints(out) or not (out / "validation.json").exists():
         return None
     step = int(read_state(last_checkpoint(out))["step"])
-    done = read_json(out / "validation.json", "delete it, then run the same command again")
+    done = read_json(out / "validation.json", "move it away, then run the same command again")
     whole = done.get("step") == step >= options.steps and ("lpips" in done or not options.lpips)
     return done if whole else None
 
@@ -382,5 +384,5 @@ def _finished(out: Path, options: DecoderOptions) -> dict[str, Any] | None:
 def _not_finite(step: int, out: Path) -> str:
     return (
         f"the loss of step {step} is not finite; the last checkpoint in {out}, if any, is good: "
-        "train with a lower --lr and another --out"
+        "train with a lower --lr into another --out"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import socket
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def _load_lpips(device: torch.device) -> tuple[Any, str | None]:
     file = Path(torch.hub.get_dir()) / "checkpoints" / address.rpartition("/")[2]
     before = socket.getdefaulttimeout()
     if not file.exists():
-        tqdm.write(f"LPIPS: fetching {address} (244 MB)")
+        tqdm.write(f"LPIPS: fetching {address} (244 MB)", file=sys.stderr)
     try:
         socket.setdefaulttimeout(PATIENCE)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from wmcache.cache.device import choose_device
-from wmcache.cache.errors import UserError
+from wmcache.cache.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -69,7 +69,7 @@ class Ranks:
     def say(self, line: str) -> None:
         """Print a line, once for all."""
         if self.leads:
-            tqdm.write(line)
+            tqdm.write(one_line(line))
 
     def device(self, name: str) -> torch.device:
         """The device of a name, of which each rank has one of its own, but for the CPU.

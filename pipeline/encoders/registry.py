@@ -7,6 +7,7 @@ that registers encoders when it is imported.
 
 from __future__ import annotations
 
+import difflib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -146,7 +147,9 @@ def get_entry(name: str) -> Entry:
     """
     _discover()
     if name not in _REGISTRY:
-        raise UserError(f"no encoder {name!r}; known are {', '.join(sorted(_REGISTRY))} (see: wmcache encoders)")
+        near = difflib.get_close_matches(name, _REGISTRY)
+        known = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(_REGISTRY))}"
+        raise UserError(f"no encoder {name!r}; {known} (see: wmcache encoders)")
     return _REGISTRY[name]
 
 
@@ -271,7 +274,7 @@ def create_again(
     Raises:
         UserError: as `create`; or the recipe is none.
     """
-    known = parse(Recipe, recipe, "the recipe of the store's encoder", "extract the store again")
+    known = parse(Recipe, recipe, "the recipe of the store's encoder", "restore it, or extract into another --out")
     # Where an adapter's base is not where it was, it may be beside the adapter.
     there = known.base_weights if known.base_weights and Path(known.base_weights).exists() else None
     moved = {"weights": weights or known.weights, "base_weights": base_weights or there}

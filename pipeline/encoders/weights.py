@@ -106,7 +106,7 @@ def read_header(path: Path, encoder: str) -> dict[str, str]:
         raise UserError(f"--weights {path} cannot be read ({error}); fit it again") from error
     if header.get("encoder") != encoder:
         raise UserError(
-            f"--weights {path} holds {header.get('encoder', 'something else')}, not {encoder}; fit it again"
+            f"--weights {path} holds {header.get('encoder', 'something else')}, not {encoder}; pass a file of {encoder}, or fit one"
         )
     return header
 
@@ -202,7 +202,7 @@ def read_pins() -> dict[str, Pin]:
     Raises:
         UserError: the file is damaged.
     """
-    file, mend = pins_file(), "delete it, and what is downloaded next is pinned again"
+    file, mend = pins_file(), "restore it, or move it away: what is downloaded next is pinned again"
     if not file.exists():
         return {}
     return {repository: parse(Pin, pin, file, mend) for repository, pin in read_json(file, mend).items()}
@@ -310,7 +310,7 @@ def download_weights(repository: str, encoder: str, *, revision: str = "", accep
     if digest != known:
         raise UserError(
             f"{path.resolve()} ({human_bytes(path.stat().st_size)}) is cut short or changed: its SHA-256 is "
-            f"{digest[:12]}..., not {known[:12]}...; delete that file, and run the same command again"
+            f"{digest[:12]}..., not {known[:12]}...; move that file away, and run the same command again"
         )
     if pin is None:
         _pin(repository, Pin(path.parent.name, digest, path.stat().st_size))

@@ -101,7 +101,7 @@ def write_dataset(source: Source, out: Place, *, frames_per_shard: int) -> Datas
     writer = FrameDatasetWriter(out, card, steps)
     if read_steps(out, len(steps)).sha256() != steps.sha256():
         raise UserError(
-            f"{out} was begun with other actions or states than {source.origin} holds; choose another --out, or delete it first"
+            f"{out} was begun with other actions or states than {source.origin} holds; choose another --out"
         )
     pending = writer.pending()
     total = sum(len(writer.shard_frames(shard)) for shard in pending)

@@ -182,7 +182,7 @@ def _episode_files(folder: Path, episodes: int) -> list[Path]:
         if number := re.fullmatch(r"episode_(\d{1,12})", file.stem):
             other = found.setdefault(int(number[1]), file)
             if other != file:
-                raise UserError(f"{other} and {file} are the same episode; delete one of them")
+                raise UserError(f"{other} and {file} are the same episode; move one of them away")
     for episode in range(episodes):
         if episode not in found:
             raise UserError(f"{folder / f'episode_{episode:03d}.pth'} is missing; get the published folder again")

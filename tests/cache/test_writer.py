@@ -509,9 +509,7 @@ class TestMending:
     ) -> None:
         DESCRIPTIONS[damage](finished)
         before, when = everything(finished), times(finished)
-        with pytest.raises(
-            UserError, match=r"other settings \(image_size|no record in it is of these settings; delete it"
-        ):
+        with pytest.raises(UserError, match=r"other settings \(image_size|no record in it is of these settings"):
             make_writer(finished, dataclasses.replace(identity, image_size=96))
         assert everything(finished) == before
         assert times(finished) == when
@@ -531,9 +529,7 @@ class TestMending:
         for shard in range(4):
             record_file(finished, shard).unlink()
         before = everything(finished)
-        with pytest.raises(
-            UserError, match=r"made-up\.zarr is damaged, .*; delete it with: wmcache rm .*made-up\.zarr"
-        ):
+        with pytest.raises(UserError, match=r"made-up\.zarr is damaged, .*--out"):
             make_writer(finished)
         assert everything(finished) == before
 

@@ -500,7 +500,7 @@ def test_a_damaged_description_without_any_record_is_left_alone(small: Small, pa
     before = content(path)
     with pytest.raises(UserError) as refusal:
         small.extract(path)
-    assert is_refusal(refusal.value, path, "wmcache rm")
+    assert is_refusal(refusal.value, path, "choose another --out")
     assert content(path) == before
     remove(path)
     small.extract(path)

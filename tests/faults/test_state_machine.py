@@ -207,7 +207,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.world.small.extract(self.path)
             self.extracted()
         else:
-            with pytest.raises(UserError, match="wmcache rm"):
+            with pytest.raises(UserError, match="choose another --out"):
                 self.world.small.extract(self.path)
 
     def moment(self, chance: Random, shards: list[int]) -> int:

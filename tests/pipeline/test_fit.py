@@ -40,14 +40,14 @@ def test_the_same_fit_again_only_measures(dataset: FrameDataset, tcn_weights: Pa
 @pytest.mark.parametrize("options", [TcnOptions(steps=19, batch=16), TcnOptions(steps=20, batch=16, seed=1)])
 def test_the_weights_of_another_fit_are_kept(dataset: FrameDataset, tcn_weights: Path, options: TcnOptions) -> None:
     before = tcn_weights.read_bytes()
-    with pytest.raises(UserError, match=r"tcn\.safetensors holds the weights of another fit.*--overwrite"):
+    with pytest.raises(UserError, match=r"tcn\.safetensors holds the weights of another fit.*--out"):
         fit_on_cpu(dataset, tcn_weights, options)
     assert tcn_weights.read_bytes() == before
 
 
 def test_a_file_that_is_no_fit_is_kept(dataset: FrameDataset, tmp_path: Path) -> None:
     (tmp_path / "mine.safetensors").write_bytes(b"precious")
-    with pytest.raises(UserError, match=r"mine\.safetensors cannot be read.*--overwrite"):
+    with pytest.raises(UserError, match=r"mine\.safetensors cannot be read.*--out"):
         fit_on_cpu(dataset, tmp_path / "mine.safetensors", TcnOptions(steps=1, batch=4))
     assert (tmp_path / "mine.safetensors").read_bytes() == b"precious"
 

@@ -22,12 +22,17 @@ MODELS: dict[str, tuple[type[Any], Callable[..., nn.Module]]] = {
     "ddp-wm": (DdpWmOptions, DdpWm),
 }
 """Name -> (options dataclass, module)."""
+DEFAULTS = {"stages": (), "pools": False}
+"""Attributes of a model that does not define them; see `LatentModel`."""
 
 
 def get_options(name: str) -> type[Any]:
     """The options dataclass of a model; raises UserError where there is none of that name."""
     if name not in MODELS:
-        raise UserError(f"no world model {name!r}; known are {', '.join(MODELS)}")
+        raise UserError(
+            f"no world model {name!r}; known are {', '.join(MODELS)}; a model of your own must be registered first "
+            "(CONTRIBUTING.md, Add a world model)"
+        )
     return MODELS[name][0]
 
 
@@ -60,8 +65,11 @@ def build(name: str, shape: DataShape, options: Mapping[str, Any], statistics: M
     Raises:
         UserError: unknown name or option, or sizes that do not fit.
     """
-    chosen = read_options(name, options)
-    return MODELS[name][1](shape, chosen, statistics)
+    model = MODELS[name][1](shape, read_options(name, options), statistics)
+    for attribute, default in DEFAULTS.items():
+        if not hasattr(model, attribute):
+            setattr(model, attribute, default)
+    return model
 
 
 __all__ = ["MODELS", "DataShape", "WorldModel", "build", "get_options", "read_options"]

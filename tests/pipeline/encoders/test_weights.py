@@ -179,7 +179,7 @@ def test_a_damaged_file_in_the_cache_is_named_and_downloaded_again_when_it_is_de
     if not pinned:
         (tmp_path / "home" / "encoders" / "pins.json").unlink()
     blob.write_bytes(data)
-    with pytest.raises(UserError, match=r"is cut short or changed: .*; delete that file, and run") as refused:
+    with pytest.raises(UserError, match=r"is cut short or changed: .*; move that file away") as refused:
         download_weights(REPOSITORY, "dinov9")
     assert str(refused.value).startswith(str(blob))
     assert "\n" not in str(refused.value)
@@ -189,7 +189,7 @@ def test_a_damaged_file_in_the_cache_is_named_and_downloaded_again_when_it_is_de
 
 def test_bytes_that_are_not_the_published_ones_are_refused(hub: Hub) -> None:
     hub.sent = b"x" * len(DATA)
-    with pytest.raises(UserError, match=r"is cut short or changed: .*; delete that file"):
+    with pytest.raises(UserError, match=r"is cut short or changed: .*; move that file away"):
         download_weights(REPOSITORY, "dinov9")
     assert read_pins() == {}
 
@@ -326,7 +326,7 @@ def test_damaged_pins_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("WMCACHE_HOME", str(tmp_path))
     (tmp_path / "encoders").mkdir()
     (tmp_path / "encoders" / "pins.json").write_text(text)
-    with pytest.raises(UserError, match=r"pins\.json .*; delete it, and what is downloaded next is pinned again"):
+    with pytest.raises(UserError, match=r"pins\.json .*; restore it, or move it away"):
         read_pins()
 
 
@@ -375,7 +375,7 @@ def test_only_safetensors_and_folders_with_them_are_weights(tmp_path: Path) -> N
 def test_a_header_of_another_encoder_is_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "a.safetensors", {"encoder": "tcn"})
     assert read_header(tmp_path / "a.safetensors", "tcn") == {"encoder": "tcn"}
-    with pytest.raises(UserError, match=r"a\.safetensors holds tcn, not dino-tok; fit it again"):
+    with pytest.raises(UserError, match=r"a\.safetensors holds tcn, not dino-tok"):
         read_header(tmp_path / "a.safetensors", "dino-tok")
 
 
