@@ -28,7 +28,6 @@ from wmcache.cache.schema import parse
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import batch_windows, split_episodes
 from wmcache.trainer.checkpoint import (
-    RESTORE,
     checkpoints,
     last_checkpoint,
     load_network,
@@ -231,7 +230,9 @@ def load_decoder(folder: Path, device: torch.device) -> Decoder:
     def make(statistics: dict[str, Tensor]) -> Decoder:
         return build_decoder(config["decoder"], DecoderShape(**config["shape"]), config["decoder_options"], statistics)
 
-    decoder: Decoder = load_network(folder, make, device, RESTORE)
+    decoder: Decoder = load_network(
+        folder, make, device, "restore its config.json, or train another decoder into another --out"
+    )
     return decoder
 
 
@@ -367,7 +368,7 @@ def _finished(out: Path, options: DecoderOptions) -> dict[str, Any] | None:
     if not checkpoints(out) or not (out / "validation.json").exists():
         return None
     step = int(read_state(last_checkpoint(out))["step"])
-    done = read_json(out / "validation.json", "delete it, then run the same command again")
+    done = read_json(out / "validation.json", "move it away, then run the same command again")
     whole = done.get("step") == step >= options.steps and ("lpips" in done or not options.lpips)
     return done if whole else None
 
@@ -375,5 +376,5 @@ def _finished(out: Path, options: DecoderOptions) -> dict[str, Any] | None:
 def _not_finite(step: int, out: Path) -> str:
     return (
         f"the loss of step {step} is not finite; the last checkpoint in {out}, if any, is good: "
-        "train with a lower --lr and another --out"
+        "train with a lower --lr into another --out"
     )

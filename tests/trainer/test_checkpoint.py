@@ -136,7 +136,7 @@ def test_a_cut_checkpoint_can_be_deleted_to_fall_back_to_the_one_before(
     whole = (newest / name).read_bytes()
     (newest / name).write_bytes(whole[: len(whole) // 2])
     longer = replace(tiny, steps=12)
-    with pytest.raises(UserError, match=f"{newest / name} differs from its checksum; move its folder out"):
+    with pytest.raises(UserError, match=f"{newest / name} differs from its checksum; move its folder"):
         train(store_path, run, longer, resume=True)
     rmtree(newest)
     before = (run / "metrics.jsonl").read_text().splitlines()
