@@ -38,7 +38,7 @@ KEEP = 2
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 FALL_BACK = "move its folder out of checkpoints to continue from the checkpoint before it"
-RESTORE = "restore the run's folder from a copy, or use the version of wmcache that wrote it"
+REFIT = "restore its config.json, or train into another --out"
 NO_RUN = "name the folder of a run, restore the file from a copy, or train a model with: wmtrain --cache STORE"
 
 
@@ -172,16 +172,13 @@ def load_model(run: Path, device: torch.device, *, untrained: bool = False) -> A
         UserError: the folder is no run, or holds no usable checkpoint.
     """
     config = read_config(run)
-    try:
-        get_options(config["model"])
-    except UserError as error:
-        raise UserError(f"{run} cannot be loaded: {error}; register that model in trainer/models first") from error
 
     def make(statistics: dict[str, Tensor]) -> nn.Module:
         model: nn.Module = build(config["model"], DataShape(**config["shape"]), config["model_options"], statistics)
         return model
 
-    model = load_network(run, make, device, RESTORE)
+    get_options(config["model"])  # an unknown model is reported as such
+    model = load_network(run, make, device, REFIT)
     if untrained:
         known = dict(model.named_buffers())
         with torch.random.fork_rng(devices=[]):
@@ -251,7 +248,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         model.load_state_dict(load_tensors(folder, "model.safetensors"))
     except RuntimeError as error:
         raise UserError(
-            f"{folder} does not fit its config.json ({' '.join(str(error).split())[:200]}); {RESTORE}"
+            f"{folder} does not fit its config.json ({' '.join(str(error).split())[:200]}); {REFIT}"
         ) from error
 
 

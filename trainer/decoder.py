@@ -37,7 +37,6 @@ from wmcache.cache.schema import parse
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import batch_windows, split_episodes
 from wmcache.trainer.checkpoint import (
-    RESTORE,
     checkpoints,
     last_checkpoint,
     load_network,
@@ -240,7 +239,9 @@ def load_decoder(folder: Path, device: torch.device) -> Decoder:
     def make(statistics: dict[str, Tensor]) -> Decoder:
         return build_decoder(config["decoder"], DecoderShape(**config["shape"]), config["decoder_options"], statistics)
 
-    decoder: Decoder = load_network(folder, make, device, RESTORE)
+    decoder: Decoder = load_network(
+        folder, make, device, "restore its config.json, or train another decoder into another --out"
+    )
     return decoder
 
 

@@ -475,7 +475,7 @@ def test_a_run_of_a_model_that_is_not_registered_is_not_to_be_trained_again(
     run_path: Path, tiny_plan: PlanOptions, tmp_path: Path
 ) -> None:
     run = rewritten(run_path, tmp_path / "run", model="my-own")
-    with pytest.raises(UserError, match=r"my-own.*register") as refusal:
+    with pytest.raises(UserError, match=r"no world model .my-own.") as refusal:
         Setting(run, tiny_plan)
     assert "train again" not in str(refusal.value)
 
