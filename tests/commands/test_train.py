@@ -34,7 +34,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
     def settings_of(line: str) -> TrainOptions:
         taken: list[TrainOptions] = []
         monkeypatch.setattr(loop, "train", lambda cache, out, options, **_: taken.append(options))
-        monkeypatch.setattr("wmcache.commands.train._next_step", lambda run, cache: "no run")  # there is none to look at
+        monkeypatch.setattr(
+            "wmcache.commands.train._next_step", lambda run, cache: "no run"
+        )  # there is none to look at
         result = run(f"--cache x.zarr {line}")
         assert result.exit_code == 0, result.output
         return taken[0]
