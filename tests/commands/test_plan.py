@@ -250,3 +250,17 @@ def test_planning_is_measured_against_dino_wms_way(planned: Path, monkeypatch: p
     figures = json.loads(result.stdout)
     assert (figures["reference_encoder_frames"], figures["ours_encoder_frames"]) == (21, 2)
     assert figures["cost_difference_float32"] < 1e-3
+
+
+@pytest.mark.parametrize(
+    "line", ["--run nowhere", "imagine --run nowhere --decoder nowhere --cache nowhere.zarr"], ids=["wmplan", "imagine"]
+)
+def test_a_missing_ffmpeg_is_named_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store_path: Path, line: str
+) -> None:
+    program = tmp_path / "no ffmpeg"
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    words = line.replace("nowhere.zarr", str(store_path)).split()
+    result = CliRunner().invoke(main if words[0] == "imagine" else wmplan, words)
+    assert result.exit_code == 1
+    assert f"ffmpeg cannot be started (No such file or directory): {program}" in result.stderr
