@@ -45,7 +45,7 @@ def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> t
     return number, count
 
 
-ALREADY = "already complete: "
+ALREADY = " (already complete)"
 DEFAULT_ENV = "wmcache/PointMaze-UMaze-v0"
 frames_per_shard_option = click.option(
     "--frames-per-shard",
@@ -105,7 +105,7 @@ def _make_dataset(out: Place, make: Callable[[], Any]) -> None:
     card = make()
     size = sum(shard["bytes"] for shard in card.shards)
     state = ALREADY if already else ""
-    say(f"{out}: {state}{card.episodes} episodes, {card.frames} frames, {len(card.shards)} shards, {human_bytes(size)}")
+    say(f"{out}: {card.episodes} episodes, {card.frames} frames, {len(card.shards)} shards, {human_bytes(size)}{state}")
     click.echo(f"fingerprint {card.fingerprint}")
 
 
@@ -242,7 +242,7 @@ def fit(
     task = partial(_fit, *places, name=name, out=out.absolute(), options=chosen, **settings)
     already = out.exists() and not settings["overwrite"]
     result = replace(run_alone(task, cluster=cluster, label=f"fit {name}"), weights=out)
-    say(f"{result.weights}: {ALREADY if already else ''}fitted on {result.frames} frames")
+    say(f"{result.weights}: fitted on {result.frames} frames{ALREADY if already else ''}")
     if (landscape := result.landscape) is None:
         reason = f"{frames.path} shows no maze, so the true distances are not known" if frames is not None else ""
         if store is not None and frames is None:
@@ -376,7 +376,7 @@ def extract(
             )
         else:
             state = ALREADY if already else ""
-            say(f"{place}: {state}{frames.card.frames} frames, {rows} x {columns} tokens of {network.token_dim}")
+            say(f"{place}: {frames.card.frames} frames, {rows} x {columns} tokens of {network.token_dim}{state}")
 
 
 class _Derive(Group):
@@ -413,7 +413,7 @@ def derive_change_maps(store: Place, frameskip: int, dataset: Place | None, clus
     state = ALREADY if is_complete(changes_beside(source.path, frameskip)) else ""
     out = run(source, frameskip, dataset=dataset, cluster=cluster)
     rows, columns = source.card.token_grid
-    say(f"{out}: {state}{len(source)} frames, {2 * rows} x {2 * columns} cells, since {frameskip} env steps before")
+    say(f"{out}: {len(source)} frames, {2 * rows} x {2 * columns} cells, since {frameskip} env steps before{state}")
 
 
 @derive.command("tokens")
@@ -456,7 +456,7 @@ def derive_tokens(
     state = ALREADY if is_complete(out) else ""
     run(source, encoder, out, dtype=store_dtype, cluster=cluster, device=device)
     rows, columns = encoder.token_grid
-    say(f"{out}: {state}{len(source)} frames, {rows} x {columns} tokens of {encoder.token_dim}, derived from {store}")
+    say(f"{out}: {len(source)} frames, {rows} x {columns} tokens of {encoder.token_dim}, derived from {store}{state}")
 
 
 @click.command(cls=Command)
