@@ -27,10 +27,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+import psutil
 from tqdm import tqdm
 from wmcache.cache.cpus import SPINS, available_cpus, limit_threads
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home, seconds_between_updates
+from wmcache.cache.memory import available_ram
 from wmcache.pipeline.profiles import Profile, log_pattern, read_profile
 
 Item = TypeVar("Item")
@@ -46,6 +48,13 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 logging.getLogger("distributed.worker.state_machine").setLevel(logging.ERROR)
 logging.getLogger("distributed.worker").addFilter(lambda record: "heartbeat" not in record.getMessage())
 """
+FIRST_TO_GO = """
+from contextlib import suppress
+from pathlib import Path
+with suppress(OSError):
+    Path("/proc/self/oom_score_adj").write_text("500")
+"""
+"""Where memory runs out the kernel then kills a worker, which costs a few tasks, and not the command."""
 OWN_GPU = """
 def dask_setup(worker):
     import os
@@ -246,6 +255,8 @@ def open_pool(
     """
     where = parse_cluster(cluster)
     workers = where.workers if most is None else min(where.workers, most)
+    if not where.elsewhere:
+        workers = _fitting(workers, label)
     if workers == 1 and not where.elsewhere and not always_dask:
         with _Here(threads) as here:
             yield here
@@ -265,6 +276,23 @@ def open_pool(
         if where.elsewhere:
             _wait_for_workers(client, where, tend)
         yield stack.enter_context(_Dask(client, where, label, threads, tend))
+
+
+def _fitting(workers: int, label: str) -> int:
+    """As many workers of those asked for as memory has room for, with a line where it is fewer; at least 1.
+
+    A worker loads what this process has loaded, so it takes about as much.
+    """
+    if workers == 1:
+        return 1
+    free, each = available_ram(), psutil.Process().memory_info().rss
+    fitting = max(1, min(workers, free // each))
+    if fitting < workers:
+        _say(
+            f"{label}: {fitting} of {workers} workers; {free / 1e9:.1f} GB of memory are available, "
+            f"and each takes about {each / 1e9:.1f} GB"
+        )
+    return fitting
 
 
 class _Here:
@@ -368,10 +396,16 @@ class _Dask:
         try:
             return future.result()
         except KilledWorker:  # Dask has tried it on several
-            more = "the N of --cluster local:N" if not self._where.elsewhere else "give workers more memory"
             if self._where.profile is not None:
                 more = "raise memory in the profile"
-            return UserError(f"its worker process was killed again and again; lower --batch-size, or {more}")
+            elif self._where.elsewhere:
+                more = "give workers more memory"
+            else:
+                more = f"the N of --cluster local:N ({available_ram() / 1e9:.1f} GB of memory are available)"
+            return UserError(
+                "every worker process that tried it was killed, most likely because memory ran out; "
+                f"lower --batch-size, or {more}"
+            )
         except CancelledError:
             raise _gone(self._where) from None
         except OSError as error:
@@ -417,7 +451,7 @@ def _local(workers: int, threads: int) -> Iterator[Any]:
     settings: dict[str, Any] = {
         "distributed.nanny.pre-spawn-environ": {},  # without Dask's MALLOC_TRIM_THRESHOLD_, see KEEP_MEMORY
         "distributed.worker.multiprocessing-method": "spawn",
-        "distributed.worker.preload": [SILENT, *_own_gpus()],
+        "distributed.worker.preload": [SILENT, FIRST_TO_GO, *_own_gpus()],
         **KEEP_BACK,
     }
     with (
@@ -635,19 +669,30 @@ def _quiet() -> Iterator[None]:
     """Dask's own words about a connection that is lost go nowhere: ours is one line."""
     import distributed  # noqa: F401 (it sets the levels when it is imported)
 
-    client, nanny = (logging.getLogger(f"distributed.{name}") for name in ("client", "nanny"))
+    client, nanny, scheduler = (logging.getLogger(f"distributed.{name}") for name in ("client", "nanny", "scheduler"))
     before = client.level
     client.setLevel(logging.CRITICAL)
     nanny.addFilter(_matters)
+    scheduler.addFilter(_matters)
     try:
         yield
     finally:
         client.setLevel(before)
         nanny.removeFilter(_matters)
+        scheduler.removeFilter(_matters)
 
 
 def _matters(record: logging.LogRecord) -> bool:
-    return "still alive after" not in record.getMessage()  # a process that takes its time to end is ended
+    """Whether Dask's message is shown. Where a worker is killed, a line about memory replaces it."""
+    message = record.getMessage()
+    if message.startswith("Restarting worker"):
+        _say(
+            "a worker process was killed and is started again, most likely because memory ran out "
+            f"({available_ram() / 1e9:.1f} GB are available); if it happens often, lower the N of --cluster local:N"
+        )
+        return False
+    # A process that takes its time to end is ended. A task that is given up is reported by this program.
+    return not any(words in message for words in ("still alive after", "marked as failed because"))
 
 
 def _say(line: str) -> None:

@@ -56,7 +56,24 @@ def test_nothing_to_do_starts_no_process() -> None:
     run_tasks(len, [], cluster="local:2", total=0, label="test")
 
 
-def test_a_worker_that_is_killed_is_replaced_and_what_kills_every_worker_fails(tmp_path: Path) -> None:
+def test_no_more_workers_are_started_than_memory_has_room_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "available_ram", lambda: 300_000_000)
+    processes: list[int] = []
+
+    def task(item: int) -> int:
+        processes.append(os.getpid())
+        return 1
+
+    run_tasks(task, range(4), cluster="local:4", total=4, label="test")
+    assert set(processes) == {os.getpid()}
+    assert "1 of 4 workers; 0.3 GB of memory" in capsys.readouterr().err
+
+
+def test_a_worker_that_is_killed_is_replaced_and_what_kills_every_worker_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def task(item: int) -> int:
         if item == 3 or (item == 1 and not (tmp_path / "tried").exists()):
             (tmp_path / "tried").touch()
@@ -64,9 +81,10 @@ def test_a_worker_that_is_killed_is_replaced_and_what_kills_every_worker_fails(t
         (tmp_path / str(item)).touch()
         return 1
 
-    with pytest.raises(UserError, match=r"1 of 5 shards failed, .* killed again and again; lower --batch-size"):
+    with pytest.raises(UserError, match=r"1 of 5 shards failed, .* was killed, .*memory.*; lower --batch-size"):
         run_tasks(task, range(5), cluster="local:2", total=5, label="test")
     assert {file.name for file in tmp_path.iterdir()} == {"0", "1", "2", "4", "tried"}
+    assert "memory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
