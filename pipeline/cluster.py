@@ -72,6 +72,12 @@ AHEAD = 3
 SECONDS_TO_CONNECT = 10
 SECONDS_BETWEEN_COUNTS = 5.0
 SECONDS_BETWEEN_SUBMISSIONS = 30.0
+LOCAL_SETTINGS = {
+    "distributed.comm.require-encryption": False,
+    "distributed.scheduler.idle-timeout": None,
+    "distributed.worker.lifetime.duration": None,
+}
+"""A user's own settings of Dask are for other clusters; with these a pool of this machine would not start, or would end by itself."""
 KEEP_BACK = {"distributed.scheduler.worker-saturation": 1.0}
 """A scheduler of ours hands out no task that no thread is free for: it would be blamed for that worker's death."""
 BARREN = 2
@@ -262,6 +268,9 @@ def open_pool(
             yield here
         return
     with ExitStack() as stack:
+        with _dask_errors(where.text):
+            # Imported here: it costs half a second that a run in this process need not pay.
+            importlib.import_module("distributed")
         stack.enter_context(_quiet())
         if where.address is not None:
             client = stack.enter_context(_running_scheduler(where.address))
@@ -443,7 +452,6 @@ def _unpacked(packed: bytes, *, alone: bool) -> Any:
 @contextmanager
 def _local(workers: int, threads: int) -> Iterator[Any]:
     """A client of so many processes of this machine, with so many tasks in flight in each."""
-    # Imported here: it costs half a second that a run in this process need not pay.
     import dask
     from distributed import Client, LocalCluster
 
@@ -452,19 +460,36 @@ def _local(workers: int, threads: int) -> Iterator[Any]:
         "distributed.nanny.pre-spawn-environ": {},  # without Dask's MALLOC_TRIM_THRESHOLD_, see KEEP_MEMORY
         "distributed.worker.multiprocessing-method": "spawn",
         "distributed.worker.preload": [SILENT, FIRST_TO_GO, *_own_gpus()],
+        **LOCAL_SETTINGS,
         **KEEP_BACK,
     }
-    with (
-        dask.config.set(settings),
-        LocalCluster(n_workers=workers, threads_per_worker=threads, dashboard_address="127.0.0.1:0") as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
+    with ExitStack() as stack:
+        with _dask_errors(f"local:{workers}"):
+            stack.enter_context(dask.config.set(settings))
+            cluster = LocalCluster(
+                n_workers=workers, threads_per_worker=threads, protocol="tcp://", dashboard_address="127.0.0.1:0"
+            )
+            stack.enter_context(cluster)
+            client = stack.enter_context(Client(cluster, set_as_default=False))
         try:
             yield client
         except KeyboardInterrupt:
             # All processes of a terminal are told: those that end sooner leave callbacks that miss them.
             logging.getLogger("tornado.application").setLevel(logging.CRITICAL)
             raise
+
+
+@contextmanager
+def _dask_errors(text: str) -> Iterator[None]:
+    """Errors of Dask while it starts as one line; a user's own settings cause them."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, ImportError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"--cluster {text}: Dask cannot start ({reason}); check your settings of Dask: "
+            "the folder $DASK_CONFIG, else ~/.config/dask, and DASK_* variables"
+        ) from error
 
 
 def _own_gpus() -> list[str]:
@@ -526,11 +551,11 @@ def _slurm(where: Cluster, jobs: int, threads: int) -> Iterator[tuple[Any, Calla
     assert where.profile is not None
     options = slurm_options(where.profile, threads)
     (home() / "logs").mkdir(parents=True, exist_ok=True)  # SLURM makes none
-    with (
-        dask.config.set(KEEP_BACK),
-        slurm.SLURMCluster(**options) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
+    with ExitStack() as stack:
+        with _dask_errors(where.text):
+            stack.enter_context(dask.config.set(KEEP_BACK))
+            cluster = stack.enter_context(slurm.SLURMCluster(**options))
+            client = stack.enter_context(Client(cluster, set_as_default=False))
         _try_submission(cluster.job_script(), where)
         submitted, barren = time.monotonic(), 0
         cluster.scale(jobs=jobs)
@@ -667,8 +692,6 @@ def _gone(where: Cluster) -> UserError:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Dask's own words about a connection that is lost go nowhere: ours is one line."""
-    import distributed  # noqa: F401 (it sets the levels when it is imported)
-
     client, nanny, scheduler = (logging.getLogger(f"distributed.{name}") for name in ("client", "nanny", "scheduler"))
     before = client.level
     client.setLevel(logging.CRITICAL)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import dask
 import pytest
 from wmcache.cache import UserError
 from wmcache.cache.cpus import available_cpus
@@ -263,3 +264,45 @@ def test_each_process_of_this_machine_has_its_own_of_several_gpus(
     monkeypatch.setattr("wmcache.cache.device.visible_gpus", lambda: ["4", "GPU-6"])
     run_tasks(write_gpu, range(8), total=8, label="try", cluster="local:2")
     assert {file.read_text() for file in tmp_path.glob("*.gpu")} == {"4", "GPU-6"}
+
+
+def test_settings_of_dask_for_other_clusters_do_not_concern_this_machine() -> None:
+    theirs = {
+        "distributed.comm.default-scheme": "tls",
+        "distributed.comm.require-encryption": True,
+        "distributed.nanny.pre-spawn-environ": ["nonsense"],
+        "distributed.scheduler.idle-timeout": "1ms",
+        "distributed.worker.lifetime.duration": "1ms",
+    }
+    with dask.config.set(theirs):
+        run_tasks(len, ["a", "b"], cluster="local:2", total=2, label="test")
+
+
+def test_settings_of_dask_that_do_not_work_are_one_line() -> None:
+    with (
+        dask.config.set({"temporary-directory": "/proc/no/such"}),
+        pytest.raises(UserError, match=r"local:2: .*/proc/no/such.*settings of Dask"),
+    ):
+        run_tasks(len, ["a", "b"], cluster="local:2", total=2, label="test")
+
+
+def test_a_malformed_file_of_settings_of_dask_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("distributed: {worker: [\n")
+    program = """
+from wmcache.cache import UserError
+from wmcache.pipeline.cluster import run_tasks
+run_tasks(len, ["a"], cluster="local:1", total=1, label="test")
+try:
+    run_tasks(len, ["a", "b"], cluster="local:2", total=2, label="test")
+except UserError as error:
+    print(error)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "DASK_CONFIG": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    (line,) = found.stdout.splitlines()
+    assert str(tmp_path / "mine.yaml") in line
