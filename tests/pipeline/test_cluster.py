@@ -280,8 +280,8 @@ def test_settings_of_dask_for_other_clusters_do_not_concern_this_machine() -> No
 
 def test_settings_of_dask_that_do_not_work_are_one_line() -> None:
     with (
-        dask.config.set({"temporary-directory": "/proc/no/such"}),
-        pytest.raises(UserError, match=r"local:2: .*/proc/no/such.*settings of Dask"),
+        dask.config.set({"temporary-directory": "/proc/nowhere"}),
+        pytest.raises(UserError, match=r"local:2: .*/proc/nowhere.*settings of Dask"),
     ):
         run_tasks(len, ["a", "b"], cluster="local:2", total=2, label="test")
 
