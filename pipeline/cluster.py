@@ -27,10 +27,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+import psutil
 from tqdm import tqdm
 from wmcache.cache.cpus import SPINS, available_cpus, limit_threads
 from wmcache.cache.errors import UserError, command, one_line
 from wmcache.cache.files import home, seconds_between_updates
+from wmcache.cache.memory import available_ram
 from wmcache.pipeline.profiles import Profile, log_pattern, read_profile
 
 Item = TypeVar("Item")
@@ -46,6 +48,13 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 logging.getLogger("distributed.worker.state_machine").setLevel(logging.ERROR)
 logging.getLogger("distributed.worker").addFilter(lambda record: "heartbeat" not in record.getMessage())
 """
+FIRST_TO_GO = """
+from contextlib import suppress
+from pathlib import Path
+with suppress(OSError):
+    Path("/proc/self/oom_score_adj").write_text("500")
+"""
+"""Where memory runs out the kernel then kills a worker, which costs a few tasks, and not the command."""
 OWN_GPU = """
 def dask_setup(worker):
     import os
@@ -63,6 +72,12 @@ AHEAD = 3
 SECONDS_TO_CONNECT = 10
 SECONDS_BETWEEN_COUNTS = 5.0
 SECONDS_BETWEEN_SUBMISSIONS = 30.0
+LOCAL_SETTINGS = {
+    "distributed.comm.require-encryption": False,
+    "distributed.scheduler.idle-timeout": None,
+    "distributed.worker.lifetime.duration": None,
+}
+"""A user's own settings of Dask are for other clusters; with these a pool of this machine would not start, or would end by itself."""
 KEEP_BACK = {"distributed.scheduler.worker-saturation": 1.0}
 """A scheduler of ours hands out no task that no thread is free for: it would be blamed for that worker's death."""
 BARREN = 2
@@ -277,11 +292,16 @@ def open_pool(
     """
     where = parse_cluster(cluster)
     workers = where.workers if most is None else min(where.workers, most)
+    if not where.elsewhere:
+        workers = _fitting(workers, label)
     if workers == 1 and not where.elsewhere and not always_dask:
         with _Here(threads) as here:
             yield here
         return
     with ExitStack() as stack:
+        with _dask_errors(where.text):
+            # Imported here: it costs half a second that a run in this process need not pay.
+            importlib.import_module("distributed")
         stack.enter_context(_quiet())
         if where.address is not None:
             client = stack.enter_context(_running_scheduler(where.address))
@@ -296,6 +316,23 @@ def open_pool(
         if where.elsewhere:
             _wait_for_workers(client, where, tend)
         yield stack.enter_context(_Dask(client, where, label, threads, tend))
+
+
+def _fitting(workers: int, label: str) -> int:
+    """As many workers of those asked for as memory has room for, with a line where it is fewer; at least 1.
+
+    A worker loads what this process has loaded, so it takes about as much.
+    """
+    if workers == 1:
+        return 1
+    free, each = available_ram(), psutil.Process().memory_info().rss
+    fitting = max(1, min(workers, free // each))
+    if fitting < workers:
+        _say(
+            f"{label}: {fitting} of {workers} workers; {free / 1e9:.1f} GB of memory are available, "
+            f"and each takes about {each / 1e9:.1f} GB"
+        )
+    return fitting
 
 
 class _Here:
@@ -399,10 +436,16 @@ class _Dask:
         try:
             return future.result()
         except KilledWorker:  # Dask has tried it on several
-            more = "the N of --cluster local:N" if not self._where.elsewhere else "give workers more memory"
             if self._where.profile is not None:
                 more = "raise memory in the profile"
-            return UserError(f"its worker process was killed again and again; lower --batch-size, or {more}")
+            elif self._where.elsewhere:
+                more = "give workers more memory"
+            else:
+                more = f"the N of --cluster local:N ({available_ram() / 1e9:.1f} GB of memory are available)"
+            return UserError(
+                "every worker process that tried it was killed, most likely because memory ran out; "
+                f"lower --batch-size, or {more}"
+            )
         except CancelledError:
             raise _gone(self._where) from None
         except OSError as error:
@@ -440,7 +483,6 @@ def _unpacked(packed: bytes, *, alone: bool) -> Any:
 @contextmanager
 def _local(workers: int, threads: int) -> Iterator[Any]:
     """A client of so many processes of this machine, with so many tasks in flight in each."""
-    # Imported here: it costs half a second that a run in this process need not pay.
     import dask
     from distributed import Client, LocalCluster
 
@@ -448,20 +490,37 @@ def _local(workers: int, threads: int) -> Iterator[Any]:
     settings: dict[str, Any] = {
         "distributed.nanny.pre-spawn-environ": {},  # without Dask's MALLOC_TRIM_THRESHOLD_, see KEEP_MEMORY
         "distributed.worker.multiprocessing-method": "spawn",
-        "distributed.worker.preload": [SILENT, *_own_gpus()],
+        "distributed.worker.preload": [SILENT, FIRST_TO_GO, *_own_gpus()],
+        **LOCAL_SETTINGS,
         **KEEP_BACK,
     }
-    with (
-        dask.config.set(settings),
-        LocalCluster(n_workers=workers, threads_per_worker=threads, dashboard_address="127.0.0.1:0") as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
+    with ExitStack() as stack:
+        with _dask_errors(f"local:{workers}"):
+            stack.enter_context(dask.config.set(settings))
+            cluster = LocalCluster(
+                n_workers=workers, threads_per_worker=threads, protocol="tcp://", dashboard_address="127.0.0.1:0"
+            )
+            stack.enter_context(cluster)
+            client = stack.enter_context(Client(cluster, set_as_default=False))
         try:
             yield client
         except KeyboardInterrupt:
             # All processes of a terminal are told: those that end sooner leave callbacks that miss them.
             logging.getLogger("tornado.application").setLevel(logging.CRITICAL)
             raise
+
+
+@contextmanager
+def _dask_errors(text: str) -> Iterator[None]:
+    """Errors of Dask while it starts as one line; a user's own settings cause them."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, ImportError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"--cluster {text}: Dask cannot start ({reason}); check your settings of Dask: "
+            "the folder $DASK_CONFIG, else ~/.config/dask, and DASK_* variables"
+        ) from error
 
 
 def _own_gpus() -> list[str]:
@@ -523,11 +582,11 @@ def _slurm(where: Cluster, jobs: int, threads: int) -> Iterator[tuple[Any, Calla
     assert where.profile is not None
     options = slurm_options(where.profile, threads)
     (home() / "logs").mkdir(parents=True, exist_ok=True)  # SLURM makes none
-    with (
-        dask.config.set(KEEP_BACK),
-        slurm.SLURMCluster(**options) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
+    with ExitStack() as stack:
+        with _dask_errors(where.text):
+            stack.enter_context(dask.config.set(KEEP_BACK))
+            cluster = stack.enter_context(slurm.SLURMCluster(**options))
+            client = stack.enter_context(Client(cluster, set_as_default=False))
         _try_submission(cluster.job_script(), where)
         submitted, barren = time.monotonic(), 0
         cluster.scale(jobs=jobs)
@@ -664,21 +723,30 @@ def _gone(where: Cluster) -> UserError:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Dask's own words about a connection that is lost go nowhere: ours is one line."""
-    import distributed  # noqa: F401 (it sets the levels when it is imported)
-
-    client, nanny = (logging.getLogger(f"distributed.{name}") for name in ("client", "nanny"))
+    client, nanny, scheduler = (logging.getLogger(f"distributed.{name}") for name in ("client", "nanny", "scheduler"))
     before = client.level
     client.setLevel(logging.CRITICAL)
     nanny.addFilter(_matters)
+    scheduler.addFilter(_matters)
     try:
         yield
     finally:
         client.setLevel(before)
         nanny.removeFilter(_matters)
+        scheduler.removeFilter(_matters)
 
 
 def _matters(record: logging.LogRecord) -> bool:
-    return "still alive after" not in record.getMessage()  # a process that takes its time to end is ended
+    """Whether Dask's message is shown. Where a worker is killed, a line about memory replaces it."""
+    message = record.getMessage()
+    if message.startswith("Restarting worker"):
+        _say(
+            "a worker process was killed and is started again, most likely because memory ran out "
+            f"({available_ram() / 1e9:.1f} GB are available); if it happens often, lower the N of --cluster local:N"
+        )
+        return False
+    # A process that takes its time to end is ended. A task that is given up is reported by this program.
+    return not any(words in message for words in ("still alive after", "marked as failed because"))
 
 
 def _say(line: str) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import dask
 import pytest
 from wmcache.cache import UserError
 from wmcache.cache.cpus import available_cpus
@@ -56,7 +57,24 @@ def test_nothing_to_do_starts_no_process() -> None:
     run_tasks(len, [], cluster="local:2", total=0, label="test")
 
 
-def test_a_worker_that_is_killed_is_replaced_and_what_kills_every_worker_fails(tmp_path: Path) -> None:
+def test_no_more_workers_are_started_than_memory_has_room_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "available_ram", lambda: 300_000_000)
+    processes: list[int] = []
+
+    def task(item: int) -> int:
+        processes.append(os.getpid())
+        return 1
+
+    run_tasks(task, range(4), cluster="local:4", total=4, label="test")
+    assert set(processes) == {os.getpid()}
+    assert "1 of 4 workers; 0.3 GB of memory" in capsys.readouterr().err
+
+
+def test_a_worker_that_is_killed_is_replaced_and_what_kills_every_worker_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def task(item: int) -> int:
         if item == 3 or (item == 1 and not (tmp_path / "tried").exists()):
             (tmp_path / "tried").touch()
@@ -64,9 +82,10 @@ def test_a_worker_that_is_killed_is_replaced_and_what_kills_every_worker_fails(t
         (tmp_path / str(item)).touch()
         return 1
 
-    with pytest.raises(UserError, match=r"1 of 5 shards failed, .* killed again and again; lower --batch-size"):
+    with pytest.raises(UserError, match=r"1 of 5 shards failed, .* was killed, .*memory.*; lower --batch-size"):
         run_tasks(task, range(5), cluster="local:2", total=5, label="test")
     assert {file.name for file in tmp_path.iterdir()} == {"0", "1", "2", "4", "tried"}
+    assert "memory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -245,3 +264,45 @@ def test_each_process_of_this_machine_has_its_own_of_several_gpus(
     monkeypatch.setattr("wmcache.cache.device.visible_gpus", lambda: ["4", "GPU-6"])
     run_tasks(write_gpu, range(8), total=8, label="try", cluster="local:2")
     assert {file.read_text() for file in tmp_path.glob("*.gpu")} == {"4", "GPU-6"}
+
+
+def test_settings_of_dask_for_other_clusters_do_not_concern_this_machine() -> None:
+    theirs = {
+        "distributed.comm.default-scheme": "tls",
+        "distributed.comm.require-encryption": True,
+        "distributed.nanny.pre-spawn-environ": ["nonsense"],
+        "distributed.scheduler.idle-timeout": "1ms",
+        "distributed.worker.lifetime.duration": "1ms",
+    }
+    with dask.config.set(theirs):
+        run_tasks(len, ["a", "b"], cluster="local:2", total=2, label="test")
+
+
+def test_settings_of_dask_that_do_not_work_are_one_line() -> None:
+    with (
+        dask.config.set({"temporary-directory": "/proc/nowhere"}),
+        pytest.raises(UserError, match=r"local:2: .*/proc/nowhere.*settings of Dask"),
+    ):
+        run_tasks(len, ["a", "b"], cluster="local:2", total=2, label="test")
+
+
+def test_a_malformed_file_of_settings_of_dask_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("distributed: {worker: [\n")
+    program = """
+from wmcache.cache import UserError
+from wmcache.pipeline.cluster import run_tasks
+run_tasks(len, ["a"], cluster="local:1", total=1, label="test")
+try:
+    run_tasks(len, ["a", "b"], cluster="local:2", total=2, label="test")
+except UserError as error:
+    print(error)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "DASK_CONFIG": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    (line,) = found.stdout.splitlines()
+    assert str(tmp_path / "mine.yaml") in line
