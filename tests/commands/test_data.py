@@ -204,7 +204,7 @@ def test_help_of_derive_names_both(home: Path) -> None:
         ("fit --encoder dino-tok --cache {store}", "extract layers of the base"),
         (
             "fit --encoder dino-tok --cache {store} --decoder pixels --dataset {store}",
-            "make a dataset with: wmcache collect",
+            "not a frame dataset",
         ),
         ("fit --encoder pixels", "encoder pixels is not fitted on a dataset"),
         ("derive {store} --encoder dinov2-cls", "not on the backbone of"),

@@ -82,7 +82,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         (TCN + "fit = {steps = 3}\nweights = 'a'\n", "tcn has both weights and fit"),
         (TCN + "base = 'dinov2'\n", "tcn is no adapter; leave out its base"),
         (TCN + TCN, "two encoders are called 'tcn'; give each a label"),
-        ("[[encoders]]\nname = 'tnc'\n", "no encoder 'tnc'; known are"),
+        ("[[encoders]]\nname = 'tnc'\n", "no encoder 'tnc'; did you mean tcn"),
         (TCN + "[[plan]]\nprotocol = 'mpc'\n", "plan 1: no protocol 'mpc'; known are dino-wm"),
         (TCN + "[[plan]]\nsampels = 3\n", "plan 1: no setting sampels; there are"),
         (TCN + "[[plan]]\nsolver = 'cme'\n", "plan 1: no solver 'cme'"),
