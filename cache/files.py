@@ -43,7 +43,7 @@ def home() -> Path:
     return Path(folder)
 
 
-KINDS = {
+USUAL = {
     "store": ("zarr.json", ("*.zarr", "stores/*.zarr", "stores/*/*.zarr")),
     "dataset": ("dataset.json", ("*",)),
     "run": ("config.json", ("runs/*",)),
@@ -56,12 +56,12 @@ def did_you_mean(missing: Place, kind: str, otherwise: str) -> str:
 
     Args:
         missing: what was asked for.
-        kind: of `KINDS`.
+        kind: of `USUAL`.
         otherwise: the hint where there is none like it.
     """
     if not isinstance(missing, Path):
         return otherwise
-    marker, usual = KINDS[kind]
+    marker, usual = USUAL[kind]
     there: dict[str, Path] = {}
     with contextlib.suppress(OSError, UserError, ValueError):
         parts = missing.parts[missing.is_absolute() :]

@@ -475,5 +475,5 @@ def descend(values: NDArray[np.floating], near: NDArray[np.bool_]) -> NDArray[np
     return place
 
 
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _known(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

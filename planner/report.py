@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import math
-import os
 import platform
 import re
 import shutil
@@ -33,6 +32,7 @@ from matplotlib.patches import Circle
 from numpy.typing import NDArray
 from scipy.stats import binomtest, spearmanr
 from wmcache import __version__
+from wmcache.cache.cpus import available_cpus
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import atomic_write, make_folder, write_json
 from wmcache.cache.places import cause_outside, unreadable
@@ -132,7 +132,7 @@ def describe_machine(device: torch.device) -> str:
         names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         names = []
-    parts = [f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"]
+    parts = [f"{names[0] if names else platform.processor() or platform.machine()}, {available_cpus()} CPUs"]
     if device.type == "cuda":
         parts.append(torch.cuda.get_device_name(device))
     return ", ".join([*parts, platform.platform(), f"Python {platform.python_version()}", f"torch {torch.__version__}"])
@@ -243,8 +243,9 @@ def draw_paths(episodes: Episodes, maze: Maze, threshold: float, count: int = 12
             path = np.concatenate([episodes.start[i : i + 1], episodes.states[i]])
             axes.plot(path[:, 0], path[:, 1], color=palette(i % 20), linewidth=0.9)
             axes.plot(*path[0, :2], ".", color=palette(i % 20))
-            axes.plot(*episodes.goal[i, :2], "*", color=palette(i % 20), markersize=9)
-            axes.add_patch(Circle(episodes.goal[i, :2], threshold, fill=False, color=palette(i % 20), linewidth=0.6))
+            x, y = episodes.goal[i, :2].tolist()
+            axes.plot(x, y, "*", color=palette(i % 20), markersize=9)
+            axes.add_patch(Circle((x, y), threshold, fill=False, color=palette(i % 20), linewidth=0.6))
         signs = {"start": ".", "goal": "*", f"within {threshold}": "$\\bigcirc$"}
         handles = [Line2D([], [], color="#555", linewidth=0.9, label="path")]
         handles += [
