@@ -6,6 +6,7 @@ Commands import what they call when they are called, so that `--help` is quick a
 from __future__ import annotations
 
 import click
+
 from wmcache import __version__
 from wmcache.commands import bench, data, decode, probe, stores, weights
 from wmcache.commands.plan import wmplan

@@ -15,6 +15,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from tqdm import tqdm
+from zarr.codecs import BloscCodec, ZstdCodec
+
 from wmcache.cache.files import make_folder, require_space
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import STEP_COLUMNS, StoreCard
@@ -23,7 +25,6 @@ from wmcache.cache.reader import ZarrReader
 from wmcache.cache.store import Tokens, TokenStore
 from wmcache.cache.windows import Windows, batch_windows
 from wmcache.cache.writer import StoreWriter
-from zarr.codecs import BloscCodec, ZstdCodec
 
 EPISODE = 100
 FRAMES_PER_SHARD = 512

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+
 from wmcache.cache.errors import UserError
 
 CPU = torch.device("cpu")

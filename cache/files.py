@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import psutil
 from filelock import FileLock, Timeout
+
 from wmcache.cache.errors import MissingError, UserError
 from wmcache.cache.places import WRITING, Place, cause_outside, open_to_read, put, read_bytes, unreadable
 

@@ -26,12 +26,13 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from pydantic import Field
+from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
+
 from wmcache.cache.errors import MissingError, UnreadableError, UserError
 from wmcache.cache.files import did_you_mean, json_digest, read_json, require_seal, seal, sha256_of, write_json
-from wmcache.cache.identity import FORMAT_VERSION, Identity, RESTORE
+from wmcache.cache.identity import FORMAT_VERSION, RESTORE, Identity
 from wmcache.cache.places import Place, cause_outside, exists, files_in, read_bytes, unreadable, zarr_store
 from wmcache.cache.schema import Count, Finite, Name, Size, parse
-from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
 FORMAT = "wmcache-token-store"
 STEP_COLUMNS = ("action", "state", "episode", "step")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+
 from wmcache.cache.cgroups import control_groups
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
+
 from wmcache.cache.errors import UserError, one_line
 from wmcache.cache.files import atomic_write, exclusive, free_space, home, human_bytes, sha256_of, sweep
 from wmcache.cache.layout import StoreCard, shard_file

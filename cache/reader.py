@@ -25,6 +25,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from tqdm import tqdm
+
 from wmcache.cache.cpus import available_cpus
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.layout import CRC_BYTES, FILL, INDEX_ENTRY_BYTES, StoreCard, shard_file

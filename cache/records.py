@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
+
 from wmcache.cache.errors import MissingError, UnreadableError, UserError, command
 from wmcache.cache.files import atomic_write, exclusive, read_json, require_seal, seal, write_json
 from wmcache.cache.identity import Identity

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import dump_json, require_space, seal
 from wmcache.cache.identity import Identity

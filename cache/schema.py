@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.places import Place
 

@@ -16,6 +16,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from tqdm import tqdm
+
 from wmcache.cache.errors import UnreadableError, UserError, command
 from wmcache.cache.files import seconds_between_updates
 from wmcache.cache.identity import Identity

@@ -12,6 +12,7 @@ from typing import Protocol, cast
 from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
+
 from wmcache.cache.reader import NO_MAPS
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
+
 from wmcache.cache.errors import UnreadableError, UserError
 from wmcache.cache.files import seconds_between_updates, sha256_of
 from wmcache.cache.identity import Identity

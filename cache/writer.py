@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
+
 from wmcache.cache.errors import UnreadableError, UserError
 from wmcache.cache.files import atomic_write, exclusive, not_written, sha256_of, sweep, sync, temporary_for
 from wmcache.cache.identity import Identity
@@ -50,8 +53,6 @@ from wmcache.cache.places import (
 )
 from wmcache.cache.quantise import quantise
 from wmcache.cache.records import Record, Records, commits, lock_file
-from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import MemoryStore
 
 BLOCK = 16
 """Frames converted at once, so that no shard is ever held in a wider type as a whole."""

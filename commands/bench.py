@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.places import Place
 from wmcache.commands.shared import (

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home, human_bytes
 from wmcache.cache.places import Place, absolute

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home
 from wmcache.cache.places import Place

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
+
 from wmcache import __version__
 from wmcache.cache.places import Place
 from wmcache.commands.shared import (

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import human_bytes
 from wmcache.commands.shared import NUMBER, PATH, Command, device_option, json_option, print_json

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from wmcache.cache.places import Place
 from wmcache.commands.shared import PATH, PLACE, Command, json_option, print_json, say
 

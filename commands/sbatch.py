@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
+
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import atomic_write, home
 from wmcache.cache.places import exists, unreadable

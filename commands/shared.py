@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
+
 from wmcache.cache.cpus import limit_threads
 from wmcache.cache.errors import UserError, command, one_line
 from wmcache.cache.files import dump_json, home, nulls

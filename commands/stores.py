@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from wmcache.cache.errors import UserError, command, one_line
 from wmcache.cache.files import home, human_bytes
 from wmcache.cache.places import Place, beside
-from wmcache.commands.shared import PATH, PLACE, Command, json_option, print_json, source_options, store_argument, say
+from wmcache.commands.shared import PATH, PLACE, Command, json_option, print_json, say, source_options, store_argument
 
 
 @click.command("ls", cls=Command)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import home
-from wmcache.commands.shared import PATH, Command, cluster_option, json_option, print_json, shell_command, say
+from wmcache.commands.shared import PATH, Command, cluster_option, json_option, print_json, say, shell_command
 
 DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
+
 from wmcache import __version__
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import home

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import click
+
 from wmcache.cache.files import home, human_bytes
 from wmcache.commands.shared import Command, json_option, print_json, say
 

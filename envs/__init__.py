@@ -1,6 +1,7 @@
 """The world: maze layouts, PointMaze's physics and camera, a vector env and behaviour policies. Imports nothing of ours."""
 
 import gymnasium
+
 from wmcache.envs.gl import RendererError
 from wmcache.envs.maze import Maze, MazeError, maze_names
 from wmcache.envs.pointmaze import PointMazeEnv, sample_state

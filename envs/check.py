@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import numpy as np
+
 from wmcache.envs.gl import RendererError
 from wmcache.envs.maze import Maze
 from wmcache.envs.simulator import PointMazeSimulator

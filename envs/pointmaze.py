@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
+
 from wmcache.envs.maze import Maze, MazeError
 from wmcache.envs.simulator import FPS, Float, Frame, PointMazeSimulator
 

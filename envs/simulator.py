@@ -11,6 +11,7 @@ import os
 
 import numpy as np
 from numpy.typing import NDArray
+
 from wmcache.envs.gl import RendererError, gl_failure, mujoco
 from wmcache.envs.maze import BALL_RADIUS, Maze
 

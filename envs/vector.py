@@ -9,6 +9,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
+
 from wmcache.envs.maze import Maze
 from wmcache.envs.pointmaze import (
     SUCCESS_DISTANCE,

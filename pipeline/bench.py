@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
+
 from wmcache.cache.device import CPU, autocast
 from wmcache.cache.errors import UserError
 from wmcache.cache.places import absolute

@@ -29,6 +29,7 @@ from typing import Any, Protocol, TypeVar
 
 import psutil
 from tqdm import tqdm
+
 from wmcache.cache.cpus import SPINS, available_cpus, limit_threads
 from wmcache.cache.errors import UserError, command, one_line
 from wmcache.cache.files import home, seconds_between_updates

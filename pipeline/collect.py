@@ -10,6 +10,7 @@ import functools
 import threading
 
 import numpy as np
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import require_space
 from wmcache.cache.places import Place, absolute, place

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import require_space
 from wmcache.cache.places import Place, absolute, exists, place

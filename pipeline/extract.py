@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
+
 from wmcache.cache.device import choose_device, release_memory
 from wmcache.cache.errors import UserError, command, one_line
 from wmcache.cache.files import free_space, home, require_space

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
+
 from wmcache.cache.cpus import available_cpus
 from wmcache.cache.device import autocast, choose_device, choose_dtype
 from wmcache.cache.errors import UserError

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 from typing_extensions import TypedDict
+
 from wmcache.cache.cpus import available_cpus
 from wmcache.cache.errors import MissingError, UserError, command
 from wmcache.cache.files import (

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+
 from wmcache.cache.files import MOST_JSON_BYTES
 from wmcache.cache.layout import ROWS_IN_A_CHUNK, STEP_COLUMNS, StoreCard
 from wmcache.cache.records import IN_A_BLOCK

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import atomic_write
 from wmcache.cache.places import Place

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from tqdm import tqdm
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import seconds_between_updates
 from wmcache.cache.places import Place, beside
@@ -333,6 +334,7 @@ def draw_probe(path: Place, out: Path, *, dataset: Place | None = None, goals: i
     # Here, since all that fits or extracts imports this module, and few draw.
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     from wmcache.pipeline.preview import write_png
 
     store = TokenStore.open(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import home
 from wmcache.cache.schema import Size, parse

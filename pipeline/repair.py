@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import exclusive, sha256_of
 from wmcache.cache.identity import Identity

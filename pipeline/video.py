@@ -14,6 +14,7 @@ import imageio.v2 as imageio
 import imageio_ffmpeg
 import numpy as np
 from numpy.typing import NDArray
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import cannot_write
 

@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
 from wmcache.cache.errors import UserError
 
 Cost = Callable[[Tensor], Tensor]

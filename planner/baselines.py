@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
 from wmcache.envs import Maze, PointMazeSimulator
 from wmcache.planner.episodes import Episodes
 

@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+
 from wmcache.cache.device import choose_dtype, synchronise
 from wmcache.planner.base import Cost
 from wmcache.planner.cem import Cem

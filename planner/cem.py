@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+
 from wmcache.planner.base import Cost, Solver, around, require, require_population
 
 __all__ = ["Cem", "Cost", "Solver"]

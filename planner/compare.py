@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.ndimage import minimum_filter
 from tqdm import tqdm
+
 from wmcache.cache.device import synchronise
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import atomic_write, make_folder

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
+
 from wmcache.cache.files import atomic_write
 from wmcache.envs import Maze
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
+
 from wmcache.cache.device import choose_device, choose_dtype
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import make_folder, read_json, seconds_between_updates, sha256_of

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+
 from wmcache.planner.base import Cost, normal, require
 
 OPTIMISERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], float]] = {

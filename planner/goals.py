@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import split_episodes, window_starts

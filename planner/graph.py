@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import dijkstra
 from torch import Tensor
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.store import TokenStore
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from einops import rearrange
 from torch import Tensor
+
 from wmcache.planner.base import Cost, normal, require, require_population
 
 

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
+
 from wmcache.cache.device import autocast
 from wmcache.envs import PointMazeSimulator
 from wmcache.pipeline.encoders.changes import changes_for

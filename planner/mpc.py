@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
 from wmcache.cache.device import autocast
 from wmcache.planner.base import Cost, Solver
 from wmcache.planner.objective import Objective

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+
 from wmcache.planner.base import Cost, around, require, require_population
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
 from wmcache.planner.graph import LatentGraph
 
 MODES = ("last", "all")

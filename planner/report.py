@@ -31,6 +31,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
 from numpy.typing import NDArray
 from scipy.stats import binomtest, spearmanr
+
 from wmcache import __version__
 from wmcache.cache.cpus import available_cpus
 from wmcache.cache.errors import UserError

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+
 from wmcache.cache.device import choose_device, choose_dtype
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import make_folder, nulls, read_json, sha256_of, write_json

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import dump_json
 from wmcache.pipeline import encoders

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
+
 from wmcache.cache.cpus import available_cpus
 from wmcache.cache.files import atomic_write
 from wmcache.planner.baselines import BASELINES

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
 from wmcache.cache.errors import UserError, one_line
 from wmcache.cache.files import exclusive, home, make_folder, seconds_between_updates, write_json
 from wmcache.cache.places import absolute, place

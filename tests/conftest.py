@@ -13,6 +13,7 @@ from shutil import copytree
 import pytest
 import torch
 from hypothesis import settings
+
 from wmcache.cache import TokenStore
 from wmcache.pipeline import encoders
 from wmcache.pipeline.change_maps import derive_change_maps

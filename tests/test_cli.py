@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+
 from wmcache import __version__
 from wmcache.cache import StoreWriter, TokenStore, files
 from wmcache.cli import main, wmplan, wmtrain

@@ -15,6 +15,7 @@ import timm
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
+
 from wmcache.cli import main, wmplan, wmtrain
 from wmcache.envs import policies
 from wmcache.planner.solvers import SOLVERS

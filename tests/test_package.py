@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import click
 import pytest
+
 import wmcache
 from wmcache.cli import main, wmplan, wmtrain
 from wmcache.pipeline.encoders import specs
@@ -28,6 +30,20 @@ def test_the_commands_are_installed() -> None:
     ours = {point.name for point in entry_points(group="console_scripts") if point.value.startswith("wmcache.")}
     assert ours == {"wmcache", "wmtrain", "wmplan"}
     assert all((BIN / name).exists() for name in ours)
+
+
+@pytest.mark.parametrize("folder", ["wmcache", "wm-src", "x y"])
+def test_the_linter_passes_in_a_folder_of_any_name(folder: str, tmp_path: Path) -> None:
+    repository = Path(__file__).parents[1]
+    sources = [repository / source.relative_to(ROOT) for source in SOURCES]
+    for file in (repository / "pyproject.toml", *sources, *sorted((repository / "tests").rglob("*.py"))):
+        copied = tmp_path / folder / file.relative_to(repository)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copied)
+    done = subprocess.run(
+        [BIN / "ruff", "check", "--no-cache", "."], cwd=tmp_path / folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_version_is_the_one_that_is_installed() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
 from wmcache.cache.device import autocast, choose_device, choose_dtype, synchronise
 from wmcache.cache.places import Place
 from wmcache.cache.store import TokenStore

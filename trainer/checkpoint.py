@@ -23,6 +23,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
 from wmcache.cache.errors import MissingError, UnreadableError, UserError
 from wmcache.cache.files import did_you_mean, read_json, require_seal, seal, sha256_of, sync, write_json
 from wmcache.cache.identity import Identity

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
 from wmcache.cache.device import Transfer, is_cpu
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import human_bytes

@@ -20,6 +20,7 @@ import torch
 import yaml
 from einops import rearrange
 from torch import Tensor, nn
+
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import exclusive, sha256_of, temporary_for, write_json
 from wmcache.cache.places import Place, absolute

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
 from wmcache.cache.device import autocast
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
 from wmcache.cache.device import autocast, choose_dtype
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import (

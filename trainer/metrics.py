@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
+
 from wmcache.cache.errors import UserError
 
 SMALLEST_SSIM, SMALLEST_LPIPS = 11, 31

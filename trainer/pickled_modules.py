@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.places import cause_outside, unreadable
 

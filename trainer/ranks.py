@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
 from wmcache.cache.device import choose_device
 from wmcache.cache.errors import UserError, one_line
 

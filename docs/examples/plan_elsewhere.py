@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from wmcache.pipeline.encoders import create_again
 from wmcache.planner.mpc import Mpc
 from wmcache.planner.objective import GoalDistance

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
 from wmcache.cache.errors import UserError
 from wmcache.pipeline.encoders.base import LAST, Backbone, Encoder, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.floors import refuse_weights

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.schema import Size, parse
 from wmcache.pipeline.encoders.base import EARLY, LAST, Backbone, EncoderSpec, Features, Head

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
 from wmcache.pipeline.encoders.base import Encoder, Features, Preprocess
 
 FRAMES_AT_ONCE = 32

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+
 from wmcache.cache.errors import UserError
 from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.registry import register

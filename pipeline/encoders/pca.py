@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.schema import Size, parse
 from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Features, Head

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import read_json
 from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Loaded, Select

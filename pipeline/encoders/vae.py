@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.schema import Size, parse
 from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Loaded, Select

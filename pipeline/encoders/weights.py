@@ -22,6 +22,7 @@ from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import exclusive, home, human_bytes, read_json, sha256_of, write_json
 from wmcache.cache.places import cause_outside, unreadable

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import require_space
 from wmcache.cache.layout import MAX_COLUMN_WIDTH

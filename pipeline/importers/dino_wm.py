@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch.torch_version import TorchVersion
 from tqdm import tqdm
+
 from wmcache.cache.device import CPU
 from wmcache.cache.errors import UserError
 from wmcache.cache.files import seconds_between_updates

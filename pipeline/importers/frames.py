@@ -30,6 +30,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.places import Place, cause_outside, unreadable
 from wmcache.pipeline.frames import DatasetCard, Frames, Steps

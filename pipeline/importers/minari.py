@@ -17,6 +17,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
+
 from wmcache.cache.errors import UserError, command
 from wmcache.cache.files import seconds_between_updates
 from wmcache.cache.places import Place, cause_outside, unreadable

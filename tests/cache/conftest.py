@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from upath import UPath
+
 from wmcache.cache import Identity, StoreCard, StoreWriter
 from wmcache.cache.places import place, remove, upload
 

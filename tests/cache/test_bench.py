@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
 from wmcache.cache import Identity, StoreWriter, TokenStore, UserError, bench
 from wmcache.cache.bench import bench_codecs, bench_read
 from wmcache.cache.verify import verify

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import zarr
 from numpy.typing import NDArray
+
 from wmcache.cache import Identity, StoreWriter, TokenStore, UserError
 from wmcache.cache.catalogue import Entry, bytes_on_disk, describe, list_stores, look_at, remove
 from wmcache.cache.records import record_file

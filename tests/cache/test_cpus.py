@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from wmcache.cache import cgroups, cpus
 from wmcache.cache.cpus import available_cpus, limit_threads
 from wmcache.cli import main

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from wmcache.cache import UserError
 from wmcache.cache.device import autocast, choose_device, choose_dtype, has_bfloat16
 

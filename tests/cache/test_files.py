@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from wmcache.cache import UserError
 from wmcache.cache.files import (
     atomic_write,

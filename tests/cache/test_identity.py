@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+
 from wmcache.cache import Identity, UserError
 
 FIELDS = [field.name for field in dataclasses.fields(Identity)]

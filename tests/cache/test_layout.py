@@ -16,6 +16,8 @@ import zarr
 from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, TransposeCodec, ZstdCodec
+
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, UserError
 from wmcache.cache.files import read_json, require_seal, seal, write_json
 from wmcache.cache.layout import (
@@ -32,7 +34,6 @@ from wmcache.cache.layout import (
     write_attributes,
 )
 from wmcache.cache.records import Records
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, TransposeCodec, ZstdCodec
 
 Tokens = NDArray[np.float16]
 MakeWriter = Callable[..., StoreWriter]

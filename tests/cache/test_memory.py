@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+
 from wmcache.cache import cgroups, memory
 
 GB = 10**9

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from upath import UPath
+
 from wmcache.cache import Identity, StoreWriter, TokenStore, UserError
 from wmcache.cache.layout import shard_file
 from wmcache.cache.mirror import MirroredReader, most_bytes

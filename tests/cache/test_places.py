@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from upath import UPath
+
 from wmcache.cache import UserError
 from wmcache.cache.files import atomic_write, free_space, read_json, require_space, sha256_of, write_json
 from wmcache.cache.places import (

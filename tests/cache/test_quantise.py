@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
+
 from wmcache.cache import Identity, StoreWriter, TokenStore, UserError
 from wmcache.cache.quantise import LEVELS, dequantise, quantise
 

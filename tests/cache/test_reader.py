@@ -21,11 +21,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from upath import UPath
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ZstdCodec
+
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, UserError, reader
 from wmcache.cache.layout import FILL, adopt_layout, read_attributes, shard_file, write_attributes
 from wmcache.cache.places import put, read_bytes, remove, upload
 from wmcache.cache.reader import MappedReader, MemoryReader, Reader, ZarrReader
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
 Tokens = NDArray[np.float16]
 MakeWriter = Callable[..., StoreWriter]

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from upath import UPath
+
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, UserError
 from wmcache.cache.catalogue import look_at
 from wmcache.cache.files import read_json, seal, write_json

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from wmcache.cache import TokenStore
 from wmcache.cache.errors import UserError
 from wmcache.cache.records import IN_A_BLOCK, commits

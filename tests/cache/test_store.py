@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import zarr
 from numpy.typing import NDArray
+
 from wmcache.cache import Identity, StoreWriter, TokenStore, UserError
 from wmcache.cache.files import seal
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import ZstdCodec
+
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, UserError
 from wmcache.cache.files import read_json, seal, write_json
 from wmcache.cache.layout import (
@@ -23,7 +25,6 @@ from wmcache.cache.layout import (
 )
 from wmcache.cache.records import Records, record_file
 from wmcache.cache.verify import check_shard, leftovers, verify, whole_tokens
-from zarr.codecs import ZstdCodec
 
 Tokens = NDArray[np.float16]
 MakeWriter = Callable[..., StoreWriter]

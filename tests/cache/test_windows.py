@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from wmcache.cache import StoreWriter, TokenStore, UserError
 from wmcache.cache.windows import batch_windows, epoch_order, split_episodes, window_starts
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from numpy.typing import NDArray
+
 from wmcache.cache import Identity, StoreWriter, TokenStore, UserError
 from wmcache.cache.files import exclusive, read_json, write_json
 from wmcache.cache.layout import DamagedError, read_attributes, shard_file

@@ -11,6 +11,7 @@ import pytest
 import xarray as xr
 import zarr
 from numpy.typing import NDArray
+
 from wmcache.cache import Identity, StoreWriter, TokenStore
 from wmcache.cache.files import read_json, seal, sha256_of, write_json
 from wmcache.cache.layout import DamagedError, read_attributes

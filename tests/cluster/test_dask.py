@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from wmcache.cache import TokenStore
 from wmcache.pipeline import encoders
 from wmcache.pipeline.cluster import WORKER_VARIABLES

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from s3_server import S3Server
+
 from wmcache.cache import TokenStore
 from wmcache.cli import main, wmtrain
 from wmcache.pipeline import encoders

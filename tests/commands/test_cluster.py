@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from distributed import LocalCluster
+
 from wmcache.cache import TokenStore
 from wmcache.cli import main
 from wmcache.commands import plan

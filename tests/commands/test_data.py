@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+
 from wmcache.cache import TokenStore
 from wmcache.cli import main
 from wmcache.pipeline import bench, cluster, encoders

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+
 from wmcache.cache import UserError
 from wmcache.cli import main, wmplan
 from wmcache.commands.plan import SEARCH

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+
 from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cli import main
 from wmcache.commands.probe import LEGEND, row

@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
+
 from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cli import main
 from wmcache.commands.shared import STOPPED, Command

@@ -11,6 +11,7 @@ from shutil import copytree
 
 import pytest
 from click.testing import CliRunner
+
 from wmcache.cache import TokenStore
 from wmcache.cache.errors import command
 from wmcache.cache.verify import verify

@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from torch import nn
+
 from wmcache.cache import TokenStore
 from wmcache.cli import wmtrain
 from wmcache.trainer import loop

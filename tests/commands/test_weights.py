@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from huggingface_hub import constants
 from safetensors.torch import save_file
+
 from wmcache.cli import main
 from wmcache.pipeline import encoders
 

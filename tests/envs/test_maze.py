@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from wmcache.envs import Maze, MazeError, PointMazeEnv, find_maze, maze_names, sample_state
 
 

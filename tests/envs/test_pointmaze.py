@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+
 from wmcache.envs import ENV_PREFIX, MazeError, PointMazeEnv, PointMazeVectorEnv, maze_names
 
 IDS = [f"{ENV_PREFIX}{name}-v0" for name in maze_names()]

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from wmcache.envs import POLICIES, Maze, PointMazeSimulator, maze_names, sample_state
 
 MASS = 1000 * 4 / 3 * np.pi * 0.1**3

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import gymnasium as gym
 import numpy as np
 import pytest
+
 from wmcache.envs import Maze, PointMazeEnv, PointMazeVectorEnv, sample_state
 
 COUNT = 3

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import fault_workers
 from fault_workers import Child, collect_few, extract_store
+
 from wmcache.cache import Identity, StoreCard, StoreWriter
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.trainer.loop import TrainOptions

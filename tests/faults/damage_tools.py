@@ -22,6 +22,7 @@ import torch
 import zarr
 from click.testing import CliRunner
 from fault_workers import extract_store
+
 from wmcache.cache import StoreCard, TokenStore, UserError
 from wmcache.cache.files import seal, sha256_of
 from wmcache.cache.layout import read_attributes, read_card

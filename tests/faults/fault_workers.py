@@ -31,6 +31,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
+
 from wmcache.cache import Identity, StoreWriter, TokenStore, UserError
 from wmcache.cache.files import exclusive
 from wmcache.cache.layout import read_attributes

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
+
 from wmcache.cache import TokenStore, UserError
 from wmcache.cache.files import seal, sha256_of, write_json
 from wmcache.cache.layout import shard_file

@@ -24,6 +24,7 @@ from fault_workers import (
     repair_beside,
     train_run,
 )
+
 from wmcache.cache.layout import read_attributes, write_attributes
 from wmcache.cache.verify import verify
 from wmcache.pipeline.repair import repair

@@ -41,6 +41,7 @@ from fault_workers import Child
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from upath import UPath
+
 from wmcache.cache import TokenStore, UserError
 from wmcache.cache.catalogue import remove
 from wmcache.cache.layout import STEP_COLUMNS, read_attributes, shard_file, write_attributes

@@ -16,6 +16,7 @@ import pytest
 from damage_tools import EVERY, PER_SHARD, SHARDS, Small, agree, command, is_refusal, make_small, replace
 from fault_workers import Child
 from PIL import Image
+
 from wmcache.cache import TokenStore, UserError
 from wmcache.cache.layout import shard_file
 from wmcache.cache.records import record_file

@@ -28,6 +28,7 @@ from fault_workers import (
     small_model,
     train_run,
 )
+
 from wmcache.cache import TokenStore, UserError
 from wmcache.cache.layout import read_attributes, write_attributes
 from wmcache.cache.verify import verify

@@ -51,6 +51,7 @@ from damage_tools import (
 )
 from fault_workers import Child
 from PIL import Image
+
 from wmcache.cache import TokenStore, UserError
 from wmcache.cache.catalogue import list_stores
 from wmcache.cache.files import sha256_of

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+
 from wmcache.cache import TokenStore, UserError
 from wmcache.cache.catalogue import look_at
 from wmcache.cache.errors import UnreadableError

@@ -26,6 +26,7 @@ from fault_workers import (
     train_run,
     with_small_files,
 )
+
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
 from wmcache.cache.layout import read_attributes
 from wmcache.trainer.checkpoint import last_checkpoint

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from fault_workers import Child, extract_store, train_run
+
 from wmcache.cache import TokenStore, UserError
 from wmcache.cache.files import exclusive
 from wmcache.cache.records import lock_file

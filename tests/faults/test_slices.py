@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fault_workers import Child, extract_slice
+
 from wmcache.cache import TokenStore, UserError
 from wmcache.pipeline.extract import finalize
 

@@ -27,6 +27,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from numpy.typing import NDArray
+
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, UserError
 from wmcache.cache.catalogue import remove
 from wmcache.cache.layout import shard_file

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
+
 from wmcache.cache import UserError
 from wmcache.pipeline import bench, encoders
 from wmcache.pipeline.bench import _peak, _save_tcn, bench_cluster, bench_extract

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from wmcache.cache import StoreWriter, TokenStore, UserError
 from wmcache.cache.store import changes_beside
 from wmcache.cache.verify import verify

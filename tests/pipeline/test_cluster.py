@@ -10,6 +10,7 @@ from pathlib import Path
 
 import dask
 import pytest
+
 from wmcache.cache import UserError
 from wmcache.cache.cpus import available_cpus
 from wmcache.pipeline import cluster

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from wmcache.cache import StoreWriter, TokenStore, UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.derive import create_for, derive

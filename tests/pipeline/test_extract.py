@@ -11,6 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+
 from wmcache.cache import StoreWriter, TokenStore, UserError
 from wmcache.cache.layout import read_attributes, write_attributes
 from wmcache.pipeline import encoders

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from wmcache.cache import UserError
 from wmcache.cache.device import CPU
 from wmcache.cache.windows import split_episodes

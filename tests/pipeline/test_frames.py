@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 from PIL import Image
+
 from wmcache.cache import UserError
 from wmcache.cache.files import sha256_of
 from wmcache.pipeline.frames import FrameDataset, Steps, fingerprint

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from upath import UPath
+
 from wmcache.cache import StoreWriter, TokenStore, UserError
 from wmcache.cache import writer as writer_module
 from wmcache.cache.catalogue import list_stores

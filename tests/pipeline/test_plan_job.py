@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import pytest
 from click.testing import CliRunner
+
 from wmcache.cache.scale import measure_scale
 from wmcache.cli import main
 from wmcache.pipeline import plan_job as plan_job_module

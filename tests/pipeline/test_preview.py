@@ -13,6 +13,7 @@ import pytest
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from PIL import Image
+
 from wmcache.cache import StoreWriter, TokenStore, UserError
 from wmcache.cache.layout import read_attributes, shard_file, write_attributes
 from wmcache.pipeline.collect import collect

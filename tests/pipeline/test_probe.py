@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import wmcache.pipeline.probe
 from numpy.typing import NDArray
 from PIL import Image
 from transformers import VJEPA2Config, VJEPA2Model
+
+import wmcache.pipeline.probe
 from wmcache import envs
 from wmcache.cache import StoreWriter, TokenStore, UserError
 from wmcache.cache.layout import read_attributes, write_attributes

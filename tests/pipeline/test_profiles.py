@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from wmcache.cache.errors import UserError
 from wmcache.pipeline.profiles import Profile, read_profile
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+
 from wmcache.cache import StoreWriter, TokenStore, UserError
 from wmcache.cache.files import read_json, write_json
 from wmcache.cache.layout import read_attributes, shard_file, write_attributes

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
 from wmcache.planner.evaluate import PlanOptions, Setting
 from wmcache.trainer.loop import TrainOptions, train

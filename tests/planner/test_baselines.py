@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from wmcache.cache import TokenStore
 from wmcache.envs import Maze, PointMazeVectorEnv
 from wmcache.planner.baselines import BASELINES, run_baseline

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from wmcache.planner import bench as bench_module
 from wmcache.planner.evaluate import PlanOptions, Setting, bench
 

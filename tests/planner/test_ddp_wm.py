@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+
 from wmcache.cache import UserError
 from wmcache.cli import main
 from wmcache.planner import compare, localisation

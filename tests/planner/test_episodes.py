@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from wmcache.envs import Maze
 from wmcache.planner.episodes import Episodes, env_steps, join, judge, load_episodes, save_episodes, ways
 

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+
 from wmcache.cache import StoreWriter, TokenStore, UserError
 from wmcache.envs import PointMazeVectorEnv
 from wmcache.pipeline import encoders

@@ -19,6 +19,7 @@ from transformers import (
     VJEPA2Config,
     VJEPA2Model,
 )
+
 from wmcache.cache import TokenStore
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect

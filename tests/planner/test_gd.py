@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+
 from wmcache.planner.base import Cost
 from wmcache.planner.gd import Gd
 

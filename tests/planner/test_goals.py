@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from wmcache.cache import TokenStore, UserError
 from wmcache.cache.windows import split_episodes
 from wmcache.envs import Maze, PointMazeSimulator, longest_move, sample_state

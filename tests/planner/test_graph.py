@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor
+
 from wmcache.cache import TokenStore, UserError
 from wmcache.planner import graph as graph_module
 from wmcache.planner.graph import LatentGraph, connect, farthest_points

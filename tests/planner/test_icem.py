@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+
 from wmcache.cache.errors import UserError
 from wmcache.planner.base import Cost
 from wmcache.planner.icem import Icem, coloured

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+
 from wmcache.cache import TokenStore, UserError
 from wmcache.commands.decode import decoder as decoder_command
 from wmcache.commands.decode import imagine as imagine_command

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+
 from wmcache.planner import mpc as mpc_module
 from wmcache.planner.cem import Cem, Cost
 from wmcache.planner.mpc import Mpc

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+
 from wmcache.planner.base import Cost
 from wmcache.planner.mppi import Mppi
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
 from wmcache.planner.objective import MODES, GoalDistance
 
 ALL = slice(None)

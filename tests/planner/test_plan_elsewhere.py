@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+
 from wmcache.cli import main, wmplan, wmtrain
 from wmcache.pipeline.encoders import create
 from wmcache.pipeline.extract import extract

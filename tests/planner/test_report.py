@@ -19,6 +19,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
+
 from wmcache import __version__
 from wmcache.cache import UserError
 from wmcache.commands.shared import shell_command

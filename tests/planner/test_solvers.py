@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
 from wmcache.cache.errors import UserError
 from wmcache.planner.solvers import SOLVERS, Cost, Solver, make_solver
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from wmcache.cache import UserError
 from wmcache.commands.study import DEFAULT
 from wmcache.pipeline import encoders

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy.stats import binomtest, permutation_test
+
 from wmcache.planner.episodes import wilson
 from wmcache.study.statistics import (
     compare,

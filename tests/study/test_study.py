@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+
 from wmcache.cache import TokenStore, UserError
 from wmcache.cache.files import exclusive
 from wmcache.envs import find_maze

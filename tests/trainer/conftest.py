@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from wmcache.cache import Identity, StoreCard, StoreWriter
 from wmcache.cache.windows import split_episodes
 from wmcache.trainer.loop import TrainOptions

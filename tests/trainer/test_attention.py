@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from wmcache.trainer.models.attention import Block, attend, rotate
 
 TOKENS, HEADS, HEAD_DIM, WIDTH = 3, 2, 4, 10

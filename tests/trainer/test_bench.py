@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
 from wmcache.cache import UserError
 from wmcache.trainer import bench
 from wmcache.trainer.bench import ROUNDS, bench_train

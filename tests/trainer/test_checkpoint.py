@@ -15,6 +15,7 @@ import torch
 from model_tools import SHAPE, SIZES, each_variant, make_batch, make_trained_model
 from safetensors.torch import save_file
 from torch import nn
+
 from wmcache.cache import UserError
 from wmcache.trainer.checkpoint import (
     KEEP,

@@ -22,6 +22,7 @@ from model_tools import (
     standardised,
 )
 from torch import Tensor, nn
+
 from wmcache.cache import UserError
 from wmcache.cache.device import autocast
 from wmcache.trainer.loop import TrainOptions, make_optimiser

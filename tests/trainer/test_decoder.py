@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, UserError
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.trainer import decoder, metrics

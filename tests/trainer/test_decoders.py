@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+
 from wmcache.cache import UserError
 from wmcache.trainer.models.decoders import Codebook, Decoder, DecoderShape, VqVaeDecoder, build_decoder
 

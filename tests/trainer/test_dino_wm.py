@@ -22,6 +22,7 @@ from model_tools import (
     standardised,
 )
 from torch import Tensor
+
 from wmcache.cache import UserError
 from wmcache.cache.device import autocast
 from wmcache.trainer.models import MODELS, DataShape, WorldModel, build

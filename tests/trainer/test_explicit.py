@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from model_tools import each_variant, make_batch, make_trained_model, standardised
+
 from wmcache.trainer.models.explicit import explicit_predict
 
 

@@ -11,6 +11,7 @@ from shutil import copytree
 import numpy as np
 import pytest
 import torch
+
 from wmcache.cache import StoreWriter, TokenStore, UserError
 from wmcache.cache.layout import shard_file
 from wmcache.cache.windows import batch_windows

@@ -31,6 +31,7 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, UserError
 from wmcache.cli import main, wmplan, wmtrain
 from wmcache.pipeline import encoders

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+
 from wmcache.cache import TokenStore, UserError
 from wmcache.trainer import loop
 from wmcache.trainer.checkpoint import last_checkpoint, load_model, read_config

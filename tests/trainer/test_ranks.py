@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 from click.testing import CliRunner
+
 from wmcache.cache import UserError
 from wmcache.commands.shared import Command, Stopped
 from wmcache.trainer.checkpoint import checkpoints, last_checkpoint

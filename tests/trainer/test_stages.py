@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
+
 from wmcache.cache import TokenStore, UserError
 from wmcache.cache.files import read_json, seal, write_json
 from wmcache.cache.windows import batch_windows

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
 from wmcache.cache.device import attends_plainly
 
 ROTARY_BASE = 10_000.0

@@ -8,6 +8,7 @@ from typing import Annotated, Protocol, runtime_checkable
 
 from pydantic import Field
 from torch import Tensor
+
 from wmcache.cache.schema import Size
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from wmcache.trainer.models.attention import Block, CrossAttention, KeysValues
 from wmcache.trainer.models.base import DataShape
 

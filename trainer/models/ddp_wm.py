@@ -25,6 +25,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.schema import Size
 from wmcache.trainer.models.attention import KeysValues

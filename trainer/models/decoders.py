@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.schema import Size
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
 from wmcache.cache.errors import UserError
 from wmcache.trainer.models.attention import Block, KeysValues
 from wmcache.trainer.models.base import DataShape

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
+
 from wmcache.trainer.models.attention import gated, modulated, rotate
 
 

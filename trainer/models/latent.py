@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
+
 from wmcache.cache.errors import UserError
 from wmcache.cache.schema import Size
 from wmcache.trainer.models.base import DataShape

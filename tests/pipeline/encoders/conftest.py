@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+
 from wmcache.cache import TokenStore
 from wmcache.cache.device import CPU
 from wmcache.pipeline import encoders

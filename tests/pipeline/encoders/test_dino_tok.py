@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+
 from wmcache.cache import TokenStore, UserError
 from wmcache.cache.windows import split_episodes
 from wmcache.pipeline import encoders

@@ -13,6 +13,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from transformers import BitImageProcessor, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 from transformers.image_utils import PILImageResampling
+
 from wmcache.cache import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder

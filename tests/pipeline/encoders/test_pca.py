@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+
 from wmcache.cache import TokenStore, UserError
 from wmcache.cache.windows import split_episodes
 from wmcache.pipeline.encoders import Encoder, FitOptions

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
+
 from wmcache.cache import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
 from wmcache.cache import TokenStore
 from wmcache.pipeline.encoders.base import EARLY, LAST, Features
 from wmcache.pipeline.encoders.fitting import FitData

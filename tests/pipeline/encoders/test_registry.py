@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from wmcache.cache import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import EncoderSpec, dinov2

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipVisionConfig
 from transformers.image_utils import PILImageResampling
+
 from wmcache.cache import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import siglip2

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from wmcache.cache import UserError
 from wmcache.cache.device import CPU
 from wmcache.pipeline import encoders

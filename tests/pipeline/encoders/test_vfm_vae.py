@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
+
 from wmcache.cache import TokenStore, UserError
 from wmcache.cache.windows import split_episodes
 from wmcache.pipeline.encoders import Encoder

@@ -27,6 +27,7 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+
 from wmcache.cache import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder, EncoderSpec, dinov3, encode_together, siglip2

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import VJEPA2Config, VJEPA2ForVideoClassification, VJEPA2Model, VJEPA2VideoProcessor
+
 from wmcache.cache import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder

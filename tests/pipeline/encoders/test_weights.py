@@ -18,6 +18,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save, save_file
+
 from wmcache.cache import UserError
 from wmcache.cache.errors import UnreadableError
 from wmcache.pipeline import encoders

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from click.testing import CliRunner, Result
+
 from wmcache.cli import main
 from wmcache.pipeline.frames import FrameDataset, Frames
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from wmcache.cache import UserError
 from wmcache.envs import MazeError
 from wmcache.pipeline.encoders import Encoder

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+
 from wmcache.cache import TokenStore, UserError
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.tcn import TcnOptions

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
+
 from wmcache.cache import UserError
 from wmcache.pipeline.frames import FrameDataset, Frames
 from wmcache.pipeline.importers import Shape
