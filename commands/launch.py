@@ -41,7 +41,7 @@ def launch(program: str, devices: int) -> NoReturn:
         UserError: a rank was killed.
         KeyboardInterrupt: a signal came before rank 0 could act on it.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     limit_threads(devices)
     # PyTorch reports peers that have gone in pages, before our line.

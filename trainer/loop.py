@@ -158,7 +158,8 @@ def train(
             return _train(store, cache, out, options, ranks, resume=resume, overwrite=overwrite)
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"cannot write {out}: {reason}; free space, then run the same command again") from error
+            where = error.filename or out
+            raise UserError(f"cannot write {where}: {reason}; free space, then run the same command again") from error
 
 
 @dataclass(frozen=True)
