@@ -169,7 +169,9 @@ def train(
         try:
             return _train(store, cache, out, options, ranks, resume=resume, overwrite=overwrite)
         except OSError as error:
-            raise not_written(out, error) from error
+            # Of the run's own files a user knows the folder; others, as torch's cache of compiled code, are named.
+            file = Path(str(error.filename or out))
+            raise not_written(out if file.is_relative_to(out) else file, error) from error
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,9 @@ def _train_stage(job: _Job, stage: str, progress: Progress) -> dict[str, float |
         torch.manual_seed(options.seed + model.stages.index(stage))
     if ranks.leads:
         truncate_metrics(out, first)
-    forward = ranks.share(model, torch.compile(model.loss) if options.compile else model.loss)
+    compiling = _compile_errors if options.compile else nullcontext
+    with compiling():
+        forward = ranks.share(model, torch.compile(model.loss) if options.compile else model.loss)
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     windows, last = job.windows, begun + options.steps
     dropped = f", {windows.dropped_episodes} episodes too short" if windows.dropped_episodes else ""
@@ -289,9 +293,10 @@ def _train_stage(job: _Job, stage: str, progress: Progress) -> dict[str, float |
         for step in range(first, last):
             rate = learning_rate(step - begun, options)
             ranks.seed(options.seed, step)
-            losses, batch = descend(
-                model, forward, optimiser, feed, rate, options, dtype, pool_at(step - begun, options)
-            )
+            with compiling():
+                losses, batch = descend(
+                    model, forward, optimiser, feed, rate, options, dtype, pool_at(step - begun, options)
+                )
             # What ranks decide, they decide by the same values: none is left waiting for another that has ended.
             losses, stopping = ranks.agree(losses, signal.SIGTERM if ranks.orphaned else stop.number)
             if not torch.isfinite(losses["loss"] + losses["gradient_norm"]):
@@ -329,6 +334,21 @@ def _train_stage(job: _Job, stage: str, progress: Progress) -> dict[str, float |
         ranks.wait()
         stop.now_if_wanted()  # by a signal that came while the last step was saved
     return result
+
+
+@contextmanager
+def _compile_errors() -> Iterator[None]:
+    """Errors of torch.compile, which compiles in the first step, as one line."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except (TorchDynamoException, OSError) as error:
+        reason = " ".join(str(error).split("\n\n")[0].split())[:240]
+        raise UserError(
+            f"--compile does not work on this machine ({reason}); install a C++ compiler (g++, or the variable CXX) or set "
+            "TORCHINDUCTOR_CACHE_DIR to a folder that programs may write to and run from, or run the same command without --compile"
+        ) from error
 
 
 class _Stop:

@@ -532,3 +532,20 @@ finally:
     assert "torch" in loaded
     forbidden = ("timm", "torchvision", "transformers", "PIL.Image", "wmcache.pipeline", "wmcache.envs", "mujoco")
     assert [name for name in loaded if name.startswith(forbidden)] == []
+
+
+@pytest.mark.sweep
+def test_compile_without_a_compiler_is_one_line_and_the_run_resumes_without_it(
+    planted_path: Path, tmp_path: Path
+) -> None:
+    words = ["--cache", planted_path, "--out", tmp_path / "run", "--width", 16, "--depth", 1, "--heads", 2]
+    words += ["--batch-size", 8, "--steps", 4, "--device", "cpu"]
+    program = [str(Path(sys.executable).with_name("wmtrain")), *map(str, words)]
+    environment = {**os.environ, "CXX": "no-such-c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    failed = subprocess.run([*program, "--compile"], env=environment, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    (line,) = [line for line in failed.stderr.splitlines() if line.startswith("Error: ")]
+    assert "--compile" in line
+    assert "no-such-c++" in line
+    assert "Traceback" not in failed.stderr
+    subprocess.run(program, env=environment, capture_output=True, check=True)
