@@ -201,7 +201,9 @@ def draw_paths(episodes: Episodes, maze: Maze, threshold: float, count: int = 12
             axes.plot(path[:, 0], path[:, 1], color=palette(i % 20), linewidth=0.9)
             axes.plot(*path[0, :2], ".", color=palette(i % 20))
             axes.plot(*episodes.goal[i, :2], "*", color=palette(i % 20), markersize=9)
-            axes.add_patch(Circle(episodes.goal[i, :2], threshold, fill=False, color=palette(i % 20), linewidth=0.6))
+            axes.add_patch(
+                Circle(tuple(episodes.goal[i, :2]), threshold, fill=False, color=palette(i % 20), linewidth=0.6)
+            )
         signs = {"start": ".", "goal": "*", f"within {threshold}": "$\\bigcirc$"}
         handles = [Line2D([], [], color="#555", linewidth=0.9, label="path")]
         handles += [

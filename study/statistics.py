@@ -73,7 +73,9 @@ def compare(reached: Reached) -> list[Pair]:
     found = []
     for first, second in itertools.combinations(reached, 2):
         if seeds := [seed for seed in reached[first] if seed in reached[second]]:
-            a, b = (np.sum([reached[name][seed] for seed in seeds], 0, dtype=np.int64) for name in (first, second))
+            a, b = (
+                np.stack([reached[name][seed] for seed in seeds]).astype(np.int64).sum(0) for name in (first, second)
+            )
             counts = (len(a), len(seeds), int((a > b).sum()), int((b > a).sum()))
             found.append((first, second, *counts, sign_flip(a - b)))
     adjusted = holm([p for *_, p in found])
