@@ -148,7 +148,7 @@ def probe(path: Place, *, dataset: Place | None = None, frames: int = 2000) -> P
         held_out=len(val),
         linear=linear,
         mlp=mlp,
-        spearman=None if landscape is None else _known(landscape.spearman),
+        spearman=None if landscape is None else landscape.spearman,
         stuck=None if landscape is None else _known(landscape.stuck),
         nearest=None if near is None else float(np.median(near)),
         nearest_90=None if near is None else float(np.quantile(near, 0.9)),
