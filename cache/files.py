@@ -278,7 +278,7 @@ def read_json(path: Place, mend: str) -> dict[str, Any]:
     Raises:
         MissingError: there is no file.
         UnreadableError: the system cannot read it.
-        UserError: it is not a JSON object.
+        UserError: it is not a JSON object, or its folder is of another kind.
     """
     try:
         # Asking an object store for the size first costs as much as the object.
@@ -288,7 +288,7 @@ def read_json(path: Place, mend: str) -> dict[str, Any]:
         value = json.loads(data)
     except (FileNotFoundError, NotADirectoryError):
         if found := _other_kind(path):
-            raise MissingError(f"{path.parent} is {found}, not {KINDS[path.name]}; pass another path") from None
+            raise UserError(f"{path.parent} is {found}, not {KINDS[path.name]}; pass another path") from None
         raise MissingError(f"{path} does not exist; {mend}") from None
     except (OSError, ValueError, RecursionError) as error:
         if outside := cause_outside(error):

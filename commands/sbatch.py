@@ -96,7 +96,7 @@ def sbatch(profile: str, jobs: int | None, out: Path | None, words: tuple[str, .
     if out is None:
         out = next(file for file in _names(home() / "jobs", words[0]) if not _is_other(file, text))
     elif _is_other(out, text):
-        raise UserError(f"{out} exists and is another script; delete it, or choose another --out")
+        raise UserError(f"{out} exists and is another script; choose another --out")
     logs.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as file:
         file.write(text)

@@ -29,6 +29,7 @@ COMMANDS: dict[str, click.Command] = {"wmcache": main, "wmtrain": wmtrain, "wmpl
 
 MODEL = "--width 16 --depth 1 --heads 2 --batch-size 8 --device cpu --dtype float32"
 PLAN = "--episodes 2 --budget 10 --samples 8 --elites 3 --iterations 2 --horizon 2 --device cpu"
+PLAN_FOLDER = "plan-all-x1-horizon2-device-cpu-samples8-elites3-iterations2-2x10"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,8 +106,8 @@ class TestTheRoad:
             "encoders/pointmaze-umaze-tcn.safetensors",
             "stores/pointmaze-umaze/tcn-64.zarr/zarr.json",
             "runs/pointmaze-umaze-tcn-64/checkpoints/last/model.safetensors",
-            "runs/pointmaze-umaze-tcn-64/plan-all-x1-2x10/results.json",
-            "runs/pointmaze-umaze-tcn-64/plan-all-x1-2x10/report.html",
+            f"runs/pointmaze-umaze-tcn-64/{PLAN_FOLDER}/results.json",
+            f"runs/pointmaze-umaze-tcn-64/{PLAN_FOLDER}/report.html",
         ):
             assert (home / place).exists()
         assert not list(home.rglob("*.tmp"))
@@ -805,7 +806,7 @@ class TestBytes:
         np.testing.assert_allclose(small.gather(np.arange(240)), wide.gather(np.arange(240)), atol=0.05)
 
     def test_it_is_trained_and_planned_on(self, narrow: Path) -> None:
-        results = json.loads((narrow / "runs/pointmaze-umaze-tcn-64-int8/plan-all-x1-2x10/results.json").read_text())
+        results = json.loads((narrow / "runs/pointmaze-umaze-tcn-64-int8" / PLAN_FOLDER / "results.json").read_text())
         assert results["episodes"] == 2
         identity = json.loads((narrow / "runs/pointmaze-umaze-tcn-64-int8/identity.json").read_text())
         assert (identity["identity"]["store_dtype"], identity["card"]["dtype"]) == ("int8", "int8")

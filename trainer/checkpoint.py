@@ -178,7 +178,10 @@ def load_model(run: Path, device: torch.device, *, untrained: bool = False) -> A
         model: nn.Module = build(config["model"], DataShape(**config["shape"]), config["model_options"], statistics)
         return model
 
-    get_options(config["model"])  # an unknown model is reported as such
+    try:
+        get_options(config["model"])
+    except UserError as error:
+        raise UserError(f"{run} cannot be loaded: {error}") from error
     model = load_network(run, make, device, REFIT)
     if untrained:
         known = dict(model.named_buffers())

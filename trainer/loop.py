@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import signal
 import threading
@@ -170,7 +171,7 @@ def train(
             return _train(store, cache, out, options, ranks, resume=resume, overwrite=overwrite)
         except OSError as error:
             # Of the run's own files a user knows the folder; others, as torch's cache of compiled code, are named.
-            file = Path(str(error.filename or out))
+            file = Path(os.fsdecode(error.filename or out))
             raise not_written(out if file.is_relative_to(out) else file, error) from error
 
 

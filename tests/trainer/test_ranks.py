@@ -201,7 +201,7 @@ def test_gradients_accumulate_as_in_one_process(
 
 def test_rank_0_alone_writes_and_prints(accumulated: tuple[list[object], Path, Ended]) -> None:
     _, run, ended = accumulated
-    assert ended.stdout.count("trained; plan with") == ended.stdout.count("2 x cpu float32") == 1
+    assert ended.stdout.count(": trained; ") == ended.stdout.count("2 x cpu float32") == 1
     assert said(ended.stderr) == []
     assert len(list((run / "tensorboard").iterdir())) == 1
 

@@ -66,7 +66,8 @@ def build(name: str, shape: DataShape, options: Mapping[str, Any], statistics: M
     Raises:
         UserError: unknown name or option, or sizes that do not fit.
     """
-    model = MODELS[name][1](shape, read_options(name, options), statistics)
+    chosen = read_options(name, options)
+    model = MODELS[name][1](shape, chosen, statistics)
     for attribute, default in DEFAULTS.items():
         if not hasattr(model, attribute):
             setattr(model, attribute, default)

@@ -13,7 +13,9 @@ from wmcache.pipeline.encoders import EncoderSpec, dinov2
 def test_an_unknown_name_lists_those_that_exist() -> None:
     names = [spec.name for spec in encoders.specs()]
     assert {"dinov2", "tcn"} <= set(names)
-    with pytest.raises(UserError, match=re.escape(f"'dinov9'; known are {', '.join(names)}")):
+    with pytest.raises(UserError, match=re.escape(f"'nothing-like-it'; known are {', '.join(names)}")):
+        encoders.create("nothing-like-it")
+    with pytest.raises(UserError, match=r"did you mean .*dinov2"):
         encoders.create("dinov9")
 
 
