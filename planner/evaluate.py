@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from wmcache.cache.device import choose_device, choose_dtype
 from wmcache.cache.errors import UserError
-from wmcache.cache.files import make_folder, read_json, seconds_between_updates, sha256_of
+from wmcache.cache.files import dump_json, make_folder, read_json, seconds_between_updates, sha256_of
 from wmcache.cache.layout import StoreCard
 from wmcache.cache.places import Place, absolute, place
 from wmcache.cache.store import TokenStore
@@ -233,7 +232,7 @@ class Setting:
         weights = sha256_of(last_checkpoint(self.run) / "model.safetensors")
         goals = "" if options.goals in SOURCES else sha256_of(Path(options.goals))
         parts = [recorded(options), weights, goals, self.store.identity.to_json(), self.maze.rows]
-        known = json.dumps([*parts, "untrained"] if self.untrained else parts)
+        known = dump_json([*parts, "untrained"] if self.untrained else parts)
         return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
