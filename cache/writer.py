@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from wmcache.cache.errors import UnreadableError, UserError
+from wmcache.cache.errors import MissingError, UnreadableError, UserError
 from wmcache.cache.files import atomic_write, exclusive, not_written, sha256_of, sweep, sync, temporary_for
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import (
@@ -313,7 +313,10 @@ class StoreWriter:
                 ):  # of whoever finishes it at the same time, without locks
                     create_column(self.path, name, values)
             complete = {"columns": known, "mean": mean.tolist(), "std": std.tolist(), "complete": True}
-            write_attributes(self.path, {**attributes, **complete})
+            try:
+                write_attributes(self.path, {**attributes, **complete})
+            except MissingError as error:  # without locks, another process that finishes it replaces a column
+                raise LackingError(f"{error}") from error
 
     def reopen(self, shards: list[int]) -> None:
         """Declare the store incomplete, then drop these shards; whoever reads the store meanwhile is told that it changed."""
