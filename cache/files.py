@@ -70,8 +70,9 @@ def did_you_mean(missing: Place, kind: str, otherwise: str) -> str:
         if found := next((path for path in same if (path / marker).is_file()), None):
             return f"did you mean {found}?"
         near = [*missing.parent.glob("*"), *(path for pattern in usual for path in home().glob(pattern))]
-        there = {path.name: path for path in near if (path / marker).is_file()}
-    if close := difflib.get_close_matches(missing.name, there, n=1):
+        # By their stems, or every store would be like every other for the suffix alone.
+        there = {path.stem: path for path in near if (path / marker).is_file()}
+    if close := difflib.get_close_matches(missing.stem, there, n=1):
         return f"did you mean {there[close[0]]}?"
     return otherwise
 

@@ -249,7 +249,8 @@ def train(
             with autocast(device, choose_dtype("auto", device)):
                 losses = fitting.loss(rows)
             if not torch.isfinite(losses["loss"]):
-                raise UserError(f"the loss is not finite after {step} steps; try a lower --lr")
+                hint = "try a lower --lr" if step else "all frames or tokens may be equal; choose another --dataset"
+                raise UserError(f"the loss is not finite after {step} steps; {hint}")
             optimiser.zero_grad(set_to_none=True)
             losses["loss"].backward()  # type: ignore[no-untyped-call]
             optimiser.step()

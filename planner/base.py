@@ -74,6 +74,7 @@ def require_population(solver: str, samples: int, elites: int, iterations: int, 
     """
     require(iterations >= 1, f"solver {solver}: iterations is {iterations}; it must be 1 or more")
     require(
-        2 <= elites <= samples, f"solver {solver}: elites is {elites}; it must lie between 2 and samples, {samples}"
+        2 <= elites <= samples,
+        f"solver {solver}: elites is {elites}; it must lie between 2 and samples, {samples}; choose other elites",
     )
     require(0 < sigma < float("inf"), f"solver {solver}: sigma is {sigma}; it must be above 0")

@@ -336,9 +336,8 @@ class TestRefusals:
         result = run(
             "wmcache extract --dataset {data} --out {out}", tmp_path, data=home / "pointmaze-umaze", out=tmp_path
         )
-        assert result.stderr.splitlines() == [
-            "Error: encoder tcn has no fitted weights yet; make them with: wmcache fit --encoder tcn"
-        ]
+        assert len(result.stderr.splitlines()) == 1
+        assert all(word in result.stderr for word in ("Error: ", "--weights", "wmcache fit --encoder tcn", "--dataset"))
 
     def test_an_unknown_policy(self, refused: Callable[..., None]) -> None:
         refused("wmcache collect --policy clever --out {tmp}/new", "'clever'", "random", "held")

@@ -563,18 +563,21 @@ def _prepare_folder(
         # An option that is younger than a run had its default then.
         there, identity = {**asdict(TrainOptions()), **read_config(out)}, read_identity(out)[1]
         if there["model"] != config["model"]:  # whose options are others
-            different, resumable = [f"model {there['model']} != {config['model']}"], False
+            different, resumable, extends = [f"model {there['model']} != {config['model']}"], False, False
         else:
             before, now = settings_of(there), settings_of(config)
             names = [name for name in now if name not in free and before.get(name) != now[name]]
             different = [f"{name} {before.get(name)} != {now[name]}" for name in names]
             resumable = set(names) <= MAY_CHANGE_ON_RESUME and bool(checkpoints(out))
+            extends = bool(set(names) & MAY_CHANGE_ON_RESUME) and bool(checkpoints(out))
         # What a run has started from stays known.
         config = {**config, "start": config["start"] or there["start"]}
         if differences := identity.differences(store.identity):
             different, resumable = [*different, *(f"the store's identity, {item}" for item in differences)], False
         if different:
             hint = "continue it with --resume, or choose another --out" if resumable else "choose another --out"
+            if extends and not resumable and not differences:
+                hint = "to continue it, repeat its other options and add --resume; or choose another --out"
             raise UserError(f"{out} is a run with other settings ({'; '.join(different)}); {hint}")
     write_json(out / "identity.json", {"identity": store.identity.to_json(), "card": asdict(store.card)})
     write_json(out / "config.json", config)

@@ -28,7 +28,7 @@ from wmcache.pipeline.encoders.base import (
     Preprocess,
 )
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
-from wmcache.pipeline.encoders.weights import read_header, read_json_part, require_weights
+from wmcache.pipeline.encoders.weights import not_fitted, read_header, read_json_part, require_weights
 
 Loader = Callable[[EncoderSpec, int, Path | None], Loaded]
 """(spec, image size, weights file or folder, None for the spec's source) -> networks."""
@@ -292,9 +292,7 @@ def _create_adapter(
     """An adapter on the base that its file names; what is `asked` of its preprocessing has to be the base's."""
     spec = entry.spec
     if weights is None:
-        raise UserError(
-            f"encoder {spec.name} has no fitted weights yet; make them with: wmcache fit --encoder {spec.name}"
-        )
+        raise not_fitted(spec.name, spec.name)
     header = read_header(weights, spec.name)
     recipe, told = (read_json_part(header, part, weights) for part in ("base", "options"))
     found = _find_base(parse(Recipe, recipe, f"--weights {weights}", "fit it again"), weights, base_weights)

@@ -23,7 +23,7 @@ from wmcache.cache.errors import UserError
 from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Backbone, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
 from wmcache.pipeline.encoders.registry import register, register_fit
-from wmcache.pipeline.encoders.weights import load_fitted
+from wmcache.pipeline.encoders.weights import load_fitted, not_fitted
 
 SPEC = EncoderSpec(
     name="tcn",
@@ -131,9 +131,7 @@ def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
         UserError: no file, or one that does not fit.
     """
     if weights is None:
-        raise UserError(
-            f"encoder {spec.name} has no fitted weights yet; make them with: wmcache fit --encoder {SPEC.name}"
-        )
+        raise not_fitted(spec.name, SPEC.name)
     grid = spec.patch_grid(image_size)
     network = TcnNetwork(grid[0], SPEC.patch, SPEC.token_dim)
     load_fitted(network, weights, f"{SPEC.name} at {image_size} px")

@@ -21,7 +21,7 @@ from wmcache.cache.schema import Size, parse
 from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
 from wmcache.pipeline.encoders.registry import register, register_fit
-from wmcache.pipeline.encoders.weights import load_fitted, read_header, read_json_part
+from wmcache.pipeline.encoders.weights import load_fitted, not_fitted, read_header, read_json_part
 
 SPEC = EncoderSpec(
     name="vae",
@@ -171,9 +171,7 @@ def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
             f"--image-size {image_size} does not fit encoder {spec.name}; it sees {SIDE} px, leave that out"
         )
     if weights is None:
-        raise UserError(
-            f"encoder {spec.name} has no fitted weights yet; make them with: wmcache fit --encoder {spec.name}"
-        )
+        raise not_fitted(spec.name, spec.name)
     header = read_header(weights, spec.name)
     kind = VaeOptions if spec.name == SPEC.name else BetaVaeOptions
     options = parse(kind, read_json_part(header, "options", weights), f"--weights {weights}", "fit it again")

@@ -139,6 +139,14 @@ def load_fitted(network: nn.Module, path: Path, encoder: str) -> None:
         raise UserError(f"--weights {path} does not fit {encoder} ({reason}); fit it again") from error
 
 
+def not_fitted(encoder: str, fitted_as: str) -> UserError:
+    """The error of fitted weights that were not given and are not at their default path."""
+    return UserError(
+        f"encoder {encoder} has no fitted weights here; pass --weights, or make them with: "
+        f"wmcache fit --encoder {fitted_as}, on the same --dataset"
+    )
+
+
 def read_tensors(path: Path, encoder: str, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """The tensors of a file, or of a folder's.
 

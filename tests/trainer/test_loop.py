@@ -186,11 +186,14 @@ def test_a_finished_run_that_is_to_have_more_steps_names_resume(
     with pytest.raises(UserError, match=r"steps .*--resume") as refusal:
         train(store_path, run, replace(tiny, steps=12))
     assert "--overwrite" not in str(refusal.value)
-    # A width is not what a run can go on with.
-    with pytest.raises(UserError, match="another --out") as refusal:
-        train(store_path, run, replace(tiny, steps=12, model_options={**tiny.model_options, "width": 32}))
-    assert "--resume" not in str(refusal.value)
+    # A run cannot go on with another width: its own has to be repeated.
+    wider = {**tiny.model_options, "width": 32}
+    with pytest.raises(UserError, match=r"width .*repeat .*--resume.*another --out") as refusal:
+        train(store_path, run, replace(tiny, steps=12, model_options=wider))
     assert "--overwrite" not in str(refusal.value)
+    with pytest.raises(UserError, match="another --out") as refusal:
+        train(store_path, run, replace(tiny, model_options=wider))
+    assert "--resume" not in str(refusal.value)
 
 
 def test_resume_insists_on_a_run(store_path: Path, tmp_path: Path, tiny: TrainOptions) -> None:
