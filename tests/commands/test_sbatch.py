@@ -278,7 +278,7 @@ class TestRun:
         ("extract --cluster slurm", "--cluster slurm: each job of the array works alone; leave it out"),
         ("--profile big wmtrain --cache s.zarr --batch-size 3", "--batch-size 3"),
         ("wmtrain", "Missing option '--cache'"),
-        ("wmtrain --cache t.zarr", "t.zarr does not exist; did you mean s.zarr?"),
+        ("wmtrain --cache ss.zarr", "ss.zarr does not exist; did you mean s.zarr?"),
         ("extract --encoder pixels --dataset none", "none/dataset.json does not exist"),
         ("wmtrain --cache s.zarr --steps many", "'many' is not a valid integer"),
         ("wmtrain --seed 1 decoder --cache s.zarr", "wmtrain decoder has no batch script"),
