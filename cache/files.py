@@ -185,7 +185,7 @@ def exclusive(lock: Place, place: Place | None = None, *, wait: bool = True) -> 
     except OSError as error:
         hint = "free space, make it writable, or choose another place"
         if error.errno in NO_LOCKS:
-            with contextlib.suppress(OSError):  # nobody can hold it
+            with contextlib.suppress(OSError):  # no process can hold it
                 lock.unlink(missing_ok=True)
             hint = "its file system has no file locks: choose one that has (a local disk), or have it mounted with them"
         raise not_written(place or lock, error, hint) from error

@@ -66,7 +66,7 @@ class _Rows(Protocol):
 class _PlainShard:
     """A shard on a file system without memory maps: each frame is read, and compared with its checksum, whenever it is wanted."""
 
-    def __init__(self, descriptor: int, file: Place, card: StoreCard, shard: int, first: int, mend: str) -> None:
+    def __init__(self, descriptor: int, file: Place, card: StoreCard, shard: int, first: int, hint: str) -> None:
         """Use an open file.
 
         Args:
@@ -75,9 +75,9 @@ class _PlainShard:
             card: of the store.
             shard: its number.
             first: offset of the first frame.
-            mend: the hint for a damaged shard.
+            hint: what to do about a damaged shard.
         """
-        self._descriptor, self._file, self._card, self._first, self._mend = descriptor, file, card, first, mend
+        self._descriptor, self._file, self._card, self._first, self._hint = descriptor, file, card, first, hint
         self._base = shard * card.frames_per_shard
 
     def __del__(self) -> None:
@@ -87,7 +87,7 @@ class _PlainShard:
         """A frame [N, D]; raises UserError where it differs from its checksum or cannot be read."""
         chunk = self.chunk(row)
         if not _is_whole(chunk):
-            raise UserError(f"frame {self._base + row} in {self._file} differs from its checksum; {self._mend}")
+            raise UserError(f"frame {self._base + row} in {self._file} differs from its checksum; {self._hint}")
         return self.frame(chunk)
 
     def chunk(self, row: int) -> NDArray[np.uint8]:
@@ -100,7 +100,7 @@ class _PlainShard:
             except OSError as error:
                 raise unreadable(self._file, error) from error
             if not count:
-                raise UserError(f"shard {self._file} was cut while it was being read; {self._mend}")
+                raise UserError(f"shard {self._file} was cut while it was being read; {self._hint}")
             filled += count
         return found
 

@@ -72,9 +72,9 @@ class OneLine(click.Command):
             far = "://" in str(error.filename)
             wrong = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
             here = "check the path" if wrong else "free space or make it accessible"
-            mend = "check address, credentials and network" if far else here
+            hint = "check address, credentials and network" if far else here
             raise click.ClickException(
-                one_line(f"{where}{error.strerror or error}; {mend}, then run the same command again")
+                one_line(f"{where}{error.strerror or error}; {hint}, then run the same command again")
             ) from error
         except (ValueError, RuntimeError) as error:
             # Errors of envs are not UserErrors, because envs import nothing of ours. Not imported here: click's Exit is a RuntimeError, and

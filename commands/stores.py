@@ -102,7 +102,7 @@ def repair(store: Place, **source: Any) -> None:
     from wmcache.pipeline.repair import repair as run
 
     found = run(store, **source)
-    say(f"{store}: complete; {len(found.faults)} faults mended" if found.faults else f"{store}: complete")
+    say(f"{store}: complete; {len(found.faults)} faults repaired" if found.faults else f"{store}: complete")
 
 
 @click.command(cls=Command)

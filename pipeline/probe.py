@@ -149,7 +149,7 @@ def probe(path: Place, *, dataset: Place | None = None, frames: int = 2000) -> P
         linear=linear,
         mlp=mlp,
         spearman=None if landscape is None else landscape.spearman,
-        stuck=None if landscape is None else _known(landscape.stuck),
+        stuck=None if landscape is None or not math.isfinite(landscape.stuck) else landscape.stuck,
         nearest=None if near is None else float(np.median(near)),
         nearest_90=None if near is None else float(np.quantile(near, 0.9)),
         effective_rank=effective_rank(plain),
@@ -475,7 +475,3 @@ def descend(values: NDArray[np.floating], near: NDArray[np.bool_]) -> NDArray[np
     while not (step[place] == place).all():
         place = step[place]
     return place
-
-
-def _known(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -671,7 +671,7 @@ class TestStores:
         command = shlex.split(said.partition("mend it with: ")[2])
         result = CliRunner().invoke(main, [*command[1:], "--device", "cpu"])
         assert result.exit_code == 0
-        assert result.stdout == f"{damaged}: complete; 2 faults mended\n"
+        assert result.stdout == f"{damaged}: complete; 2 faults repaired\n"
         assert run("wmcache verify {store}", home, store=damaged).exit_code == 0
         original = home / "stores/pointmaze-umaze/tcn-64.zarr"
         for file in original.rglob("*"):
