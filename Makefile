@@ -24,7 +24,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 
 # A strict editable install links each file, so that mypy finds the package; a folder's time changes when a file is added.
 # (`study/.` is the folder; `study` is the target below.)
-$(VENV)/.linked: $(VENV)/.installed cache commands envs envs/mazes pipeline pipeline/encoders pipeline/importers planner study/. trainer trainer/models
+$(VENV)/.linked: $(VENV)/.installed bench cache cluster commands common engine envs envs/mazes pipeline pipeline/encoders pipeline/importers planner study/. trainer trainer/models
 	$(INSTALL) --no-deps --reinstall-package wmcache --editable .
 	@touch $@
 

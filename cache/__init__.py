@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wmcache.cache.errors import UserError
     from wmcache.cache.identity import Identity
     from wmcache.cache.layout import StoreCard
     from wmcache.cache.store import TokenStore
     from wmcache.cache.windows import Windows
     from wmcache.cache.writer import StoreWriter
+    from wmcache.common.errors import UserError
 
 __all__ = ["Identity", "StoreCard", "StoreWriter", "TokenStore", "UserError", "Windows"]
 
@@ -23,7 +23,6 @@ _MODULES = {
     "StoreCard": "layout",
     "StoreWriter": "writer",
     "TokenStore": "store",
-    "UserError": "errors",
     "Windows": "windows",
 }
 

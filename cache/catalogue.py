@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wmcache.cache.errors import UnreadableError, UserError
-from wmcache.cache.files import sweep, temporary_for
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import has_commits, read_attributes, read_card
-from wmcache.cache.places import Place, as_os_errors, exists, unreadable
-from wmcache.cache.places import remove as remove_all
 from wmcache.cache.records import Records
+from wmcache.common.errors import UnreadableError, UserError
+from wmcache.common.files import sweep, temporary_for
+from wmcache.common.paths import AnyPath, as_os_errors, exists, unreadable
+from wmcache.common.paths import remove as remove_all
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Entry:
         return "complete" if self.complete else f"{self.shards_done} of {self.shards} shards"
 
 
-def list_stores(folder: Place) -> list[Entry]:
+def list_stores(folder: AnyPath) -> list[Entry]:
     """All stores under a folder, whatever state they are in; raises UserError where it cannot be reached."""
     try:
         return [look_at(path) for path in sorted(_find(folder), key=str)]
@@ -64,7 +64,7 @@ def list_stores(folder: Place) -> list[Entry]:
         raise unreadable(folder, error) from error
 
 
-def _find(folder: Place) -> Iterator[Place]:
+def _find(folder: AnyPath) -> Iterator[AnyPath]:
     """Folders named as stores, and nothing inside of them."""
     if isinstance(folder, Path):
         for root, names, _ in os.walk(folder):
@@ -80,7 +80,7 @@ def _find(folder: Place) -> Iterator[Place]:
                 yield folder / root.removeprefix(folder.path.rstrip("/")).strip("/") / name
 
 
-def look_at(path: Place) -> Entry:
+def look_at(path: AnyPath) -> Entry:
     """A store at a glance; its tokens are not read."""
     try:
         attributes = read_attributes(path)
@@ -103,14 +103,14 @@ def look_at(path: Place) -> Entry:
     )
 
 
-def describe(path: Place) -> dict[str, Any]:
+def describe(path: AnyPath) -> dict[str, Any]:
     """All that a store says of itself; raises UserError where there is none or its description is damaged."""
     attributes = read_attributes(path)
     glance = asdict(look_at(path))
     return {**glance, **{name: attributes[name] for name in ("identity", "card", "versions")}}
 
 
-def remove(path: Place) -> int:
+def remove(path: AnyPath) -> int:
     """Delete a store; returns the bytes that are free again.
 
     Raises:
@@ -139,7 +139,7 @@ def remove(path: Place) -> int:
     return size
 
 
-def bytes_on_disk(path: Place) -> int:
+def bytes_on_disk(path: AnyPath) -> int:
     """Of all files under a folder; those that somebody moves or deletes meanwhile do not count. Raises OSError."""
     if not isinstance(path, Path):
         with as_os_errors(path):

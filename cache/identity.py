@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.schema import parse
+from wmcache.common.errors import UserError
+from wmcache.common.schema import parse
 
 FORMAT_VERSION = 2
 RESTORE = "restore it from a copy, or run its wmcache extract again"

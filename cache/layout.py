@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
-from wmcache.cache.errors import MissingError, UnreadableError, UserError
-from wmcache.cache.files import did_you_mean, json_digest, read_json, require_seal, seal, sha256_of, write_json
 from wmcache.cache.identity import FORMAT_VERSION, RESTORE, Identity
-from wmcache.cache.places import Place, cause_outside, exists, files_in, read_bytes, unreadable, zarr_store
-from wmcache.cache.schema import Count, Finite, Name, Size, parse
+from wmcache.common.errors import MissingError, UnreadableError, UserError
+from wmcache.common.files import did_you_mean, json_digest, read_json, require_seal, seal, sha256_of, write_json
+from wmcache.common.paths import AnyPath, cause_outside, exists, files_in, read_bytes, unreadable, zarr_store
+from wmcache.common.schema import Count, Finite, Name, Size, parse
 
 FORMAT = "wmcache-token-store"
 STEP_COLUMNS = ("action", "state", "episode", "step")
@@ -125,12 +125,12 @@ class StoreCard:
         return chunks + self.frames_per_shard * INDEX_ENTRY_BYTES + CRC_BYTES
 
 
-def shard_file(path: Place, shard: int) -> Place:
+def shard_file(path: AnyPath, shard: int) -> AnyPath:
     """Where Zarr keeps a shard of the tokens."""
     return path / "tokens" / f"c.{shard}.0.0"
 
 
-def shard_sizes(path: Place, shards: int) -> tuple[NDArray[np.int64], dict[int, str]]:
+def shard_sizes(path: AnyPath, shards: int) -> tuple[NDArray[np.int64], dict[int, str]]:
     """What is there of a store's shards, from one listing.
 
     Returns:
@@ -149,7 +149,7 @@ def shard_sizes(path: Place, shards: int) -> tuple[NDArray[np.int64], dict[int, 
     return sizes, tags
 
 
-def read_attributes(path: Place) -> dict[str, Any]:
+def read_attributes(path: AnyPath) -> dict[str, Any]:
     """The attributes of the store at `path`.
 
     Raises:
@@ -180,7 +180,7 @@ def read_attributes(path: Place) -> dict[str, Any]:
     return attributes
 
 
-def damaged(what: str, where: Place, error: Exception) -> UserError:
+def damaged(what: str, where: AnyPath, error: Exception) -> UserError:
     """The error of a part of a store that reading has failed with: damaged, unless the system could not read it.
 
     Args:
@@ -194,12 +194,12 @@ def damaged(what: str, where: Place, error: Exception) -> UserError:
     return DamagedError(f"{what} ({reason}); {AGAIN}")
 
 
-def has_commits(path: Place) -> bool:
+def has_commits(path: AnyPath) -> bool:
     """Whether a folder is, or once was, a token store, whatever its description says now; raises OSError."""
     return exists(path / "tokens" / "commits") if isinstance(path, Path) else exists(path / "tokens" / "zarr.json")
 
 
-def open_group(path: Place) -> zarr.Group:
+def open_group(path: AnyPath) -> zarr.Group:
     """The group at `path`; raises DamagedError where zarr cannot open it."""
     try:
         return zarr.open_group(zarr_store(path), mode="r", use_consolidated=False)
@@ -207,7 +207,7 @@ def open_group(path: Place) -> zarr.Group:
         raise damaged(f"{path / 'zarr.json'} cannot be read", path, error) from error
 
 
-def check_attributes(attributes: dict[str, Any], path: Place) -> dict[str, Any]:
+def check_attributes(attributes: dict[str, Any], path: AnyPath) -> dict[str, Any]:
     """The attributes, if they are a store's and whole; raises UserError as `read_attributes` does."""
     file = path / "zarr.json"
     if attributes.get("format") != FORMAT:
@@ -259,7 +259,7 @@ def _require_sense(attributes: _Attributes) -> None:
             raise ValueError(f"its columns do not fit {card.dtype}")
 
 
-def write_attributes(path: Place, attributes: Mapping[str, Any]) -> None:
+def write_attributes(path: AnyPath, attributes: Mapping[str, Any]) -> None:
     """Replace the attributes of the group at `path`, sealed, and its copies of the arrays' metadata, in one rename."""
     metadata = read_json(path / "zarr.json", AGAIN)
     arrays = {name: read_json(path / name / "zarr.json", AGAIN) for name in sorted(("tokens", *attributes["columns"]))}
@@ -269,10 +269,10 @@ def write_attributes(path: Place, attributes: Mapping[str, Any]) -> None:
     write_json(path / "zarr.json", {**metadata, "consolidated_metadata": consolidated, "attributes": seal(known)})
 
 
-def require_identity(values: Mapping[str, Any], where: Place, mend: str) -> None:
+def require_identity(values: Mapping[str, Any], where: AnyPath, hint: str) -> None:
     """Refuse, as a UserError, what has no identity and card of a store: a store's attributes, or a run's `identity.json`."""
     if not isinstance(values.get("identity"), dict) or not isinstance(values.get("card"), dict):
-        raise UserError(f"{where} has lost the store's identity or card; {mend}")
+        raise UserError(f"{where} has lost the store's identity or card; {hint}")
 
 
 def read_card(attributes: Mapping[str, Any]) -> StoreCard:
@@ -314,7 +314,7 @@ def create_arrays(path: Path, card: StoreCard, identity: Identity, steps: Mappin
     write_attributes(path, attributes)
 
 
-def create_column(path: Place, name: str, values: NDArray[Any]) -> None:
+def create_column(path: AnyPath, name: str, values: NDArray[Any]) -> None:
     """Write a column, over what may be there, a chunk at a time."""
     group = zarr.open_group(zarr_store(path), mode="r+", use_consolidated=False)
     # zarr skips chunks that equal its fill value, and an all-zero column would look like a lost one.
@@ -331,7 +331,7 @@ def create_column(path: Place, name: str, values: NDArray[Any]) -> None:
         column[start : start + ROWS_IN_A_CHUNK] = values[start : start + ROWS_IN_A_CHUNK]
 
 
-def has_column(path: Place, name: str, sha256: str) -> bool:
+def has_column(path: AnyPath, name: str, sha256: str) -> bool:
     """Whether a column is there with just these values, and names of its dimensions."""
     try:
         group = zarr.open_group(zarr_store(path), mode="r", use_consolidated=False)
@@ -343,7 +343,7 @@ def has_column(path: Place, name: str, sha256: str) -> bool:
 
 
 def read_column(
-    group: zarr.Group, card: StoreCard, name: str, columns: Mapping[str, Any], where: Place
+    group: zarr.Group, card: StoreCard, name: str, columns: Mapping[str, Any], where: AnyPath
 ) -> NDArray[Any]:
     """A column, compared with its checksum in `columns`; zarr alone would read a lost chunk as zeros.
 
@@ -357,7 +357,7 @@ def read_column(
 
 
 def check_columns(
-    group: zarr.Group, card: StoreCard, columns: Mapping[str, Any], where: Place, *, thoroughly: bool = False
+    group: zarr.Group, card: StoreCard, columns: Mapping[str, Any], where: AnyPath, *, thoroughly: bool = False
 ) -> None:
     """Raise DamagedError unless all columns are there as they were written; long ones are read for that only if told so."""
     if missing := set(STEP_COLUMNS) - set(columns):
@@ -381,7 +381,7 @@ def _column(group: zarr.Group, card: StoreCard, name: str) -> zarr.Array[Any]:
 
 
 @contextmanager
-def _relying_on(where: Place, name: str) -> Iterator[None]:
+def _relying_on(where: AnyPath, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -396,7 +396,7 @@ def column_sha256(values: NDArray[Any] | zarr.Array[Any]) -> str:
     return digest.hexdigest()
 
 
-def open_tokens(group: zarr.Group, card: StoreCard, attributes: Mapping[str, Any], where: Place) -> zarr.Array[Any]:
+def open_tokens(group: zarr.Group, card: StoreCard, attributes: Mapping[str, Any], where: AnyPath) -> zarr.Array[Any]:
     """The array of tokens; raises DamagedError where its description is not what was written, or does not fit the card."""
     try:
         # By its bytes: another codec in it could make other numbers of the same shards.

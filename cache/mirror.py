@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from wmcache.cache.errors import UserError, one_line
-from wmcache.cache.files import atomic_write, exclusive, free_space, home, human_bytes, sha256_of, sweep
 from wmcache.cache.layout import StoreCard, shard_file
-from wmcache.cache.places import Place, read_bytes, unreadable
 from wmcache.cache.reader import MappedReader, Stored
+from wmcache.common.errors import UserError, one_line
+from wmcache.common.files import atomic_write, exclusive, free_space, home, human_bytes, sha256_of, sweep
+from wmcache.common.paths import AnyPath, read_bytes, unreadable
 
 SHARE_OF_FREE = 0.8
 FETCHES = 4
@@ -35,7 +35,7 @@ ATTEMPTS = 10
 class MirroredReader(MappedReader):
     """Gathers frames from memory maps of local copies, each compared with its checksum when it comes, and when a process first uses it."""
 
-    def __init__(self, store: Place, card: StoreCard, sha256: NDArray[np.uint8]) -> None:
+    def __init__(self, store: AnyPath, card: StoreCard, sha256: NDArray[np.uint8]) -> None:
         """Args: the store and its card; `sha256` uint8 [shards, 32] of its shards.
 
         Raises:

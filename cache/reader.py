@@ -8,7 +8,6 @@ compressed or far away, and the reference that a test holds the mapped reader ag
 
 from __future__ import annotations
 
-import errno
 import functools
 import itertools
 import mmap
@@ -26,16 +25,14 @@ import zarr
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from wmcache.cache.cpus import available_cpus
-from wmcache.cache.errors import UserError, command
 from wmcache.cache.layout import CRC_BYTES, FILL, INDEX_ENTRY_BYTES, StoreCard, shard_file
-from wmcache.cache.memory import address_space_left
-from wmcache.cache.places import MISSING, Place, cause_outside, unreadable
+from wmcache.common.cpus import available_cpus
+from wmcache.common.errors import UserError, command
+from wmcache.common.memory import address_space_left
+from wmcache.common.paths import MISSING, NO_MAPS, AnyPath, cause_outside, unreadable
 
 COPY_THREADS = min(4, available_cpus())
 BYTES_WORTH_A_THREAD = 4_000_000
-NO_MAPS = (errno.ENODEV, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What file systems answer that open a file and do not map it."""
 ABSENT = np.uint64(2**64 - 1)
 """The offset, in a shard's index, of a chunk that was not written."""
 
@@ -66,7 +63,7 @@ class _Rows(Protocol):
 class _PlainShard:
     """A shard on a file system without memory maps: each frame is read, and compared with its checksum, whenever it is wanted."""
 
-    def __init__(self, descriptor: int, file: Place, card: StoreCard, shard: int, first: int, hint: str) -> None:
+    def __init__(self, descriptor: int, file: AnyPath, card: StoreCard, shard: int, first: int, hint: str) -> None:
         """Use an open file.
 
         Args:
@@ -120,7 +117,7 @@ class MappedReader:
     Where the file system refuses maps, each frame is read from the file instead.
     """
 
-    def __init__(self, path: Place, card: StoreCard) -> None:
+    def __init__(self, path: AnyPath, card: StoreCard) -> None:
         """Args: the store's folder and card."""
         self._path, self._card = path, card
         self._stride = card.frame_bytes + CRC_BYTES
@@ -265,7 +262,7 @@ class MappedReader:
         self._maps[shard] = found
         return found
 
-    def _first(self, index: bytes, size: int, shard: int, file: Place) -> int:
+    def _first(self, index: bytes, size: int, shard: int, file: AnyPath) -> int:
         """The offset of the first frame, once the index says that all others follow at a constant stride.
 
         Args:
@@ -287,7 +284,7 @@ class MappedReader:
             raise UserError(f"shard {file} is not laid out as this wmcache writes it; {self._mend}")
         return first
 
-    def _file(self, shard: int) -> Place:
+    def _file(self, shard: int) -> AnyPath:
         """Where a shard is."""
         return shard_file(self._path, shard)
 
@@ -297,20 +294,20 @@ class MappedReader:
 
     @property
     def _mend(self) -> str:
-        return f"mend it with: {command('wmcache', 'repair', self._path)}"
+        return f"hint it with: {command('wmcache', 'repair', self._path)}"
 
 
 class ZarrReader:
     """Gathers frames through the zarr API."""
 
-    def __init__(self, tokens: zarr.Array[Any], card: StoreCard, where: Place) -> None:
+    def __init__(self, tokens: zarr.Array[Any], card: StoreCard, where: AnyPath) -> None:
         """Args: the array, the store's card and its place."""
         self._tokens, self._where = tokens, where
         self._fill = np.asarray(FILL[card.dtype], card.dtype)
 
     def gather(self, frames: NDArray[np.int64], out: Stored) -> None:
         """See `Reader.gather`; raises UserError where a chunk is missing or cannot be decoded."""
-        mend = f"see: {command('wmcache', 'verify', self._where)}"
+        hint = f"see: {command('wmcache', 'verify', self._where)}"
         try:
             # Ascending and without repetition, so that no chunk is fetched or decoded twice.
             unique, place = np.unique(frames, return_inverse=True)
@@ -319,11 +316,11 @@ class ZarrReader:
             if outside := cause_outside(error):
                 raise unreadable(self._where / "tokens", outside) from error
             reason = " ".join(str(error).split())[:160] or type(error).__name__
-            raise UserError(f"{self._where}/tokens cannot be read ({reason}); {mend}") from error
+            raise UserError(f"{self._where}/tokens cannot be read ({reason}); {hint}") from error
         lost = np.isnan(found) if found.dtype.kind == "f" else found == self._fill
         if lost.any():
             frame = unique[int(np.argmax(lost.any(axis=(1, 2))))]
-            raise UserError(f"{self._where}/tokens lacks frame {frame}; {mend}")
+            raise UserError(f"{self._where}/tokens lacks frame {frame}; {hint}")
         np.take(found, place, axis=0, out=out, mode="clip")
 
     def prefetch(self, frames: NDArray[np.int64]) -> None:

@@ -22,13 +22,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from wmcache.cache.errors import MissingError, UnreadableError, UserError, command
-from wmcache.cache.files import atomic_write, exclusive, read_json, require_seal, seal, write_json
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard
-from wmcache.cache.places import (
+from wmcache.common.errors import MissingError, UnreadableError, UserError, command
+from wmcache.common.files import atomic_write, exclusive, read_json, require_seal, seal, write_json
+from wmcache.common.paths import (
     MISSING,
-    Place,
+    AnyPath,
     is_local,
     names_in,
     read_bytes,
@@ -37,7 +37,7 @@ from wmcache.cache.places import (
     stamp,
     unreadable,
 )
-from wmcache.cache.schema import Count, Finite, parse
+from wmcache.common.schema import Count, Finite, parse
 
 IN_A_BLOCK = 1000
 """Shards: those whose numbers differ in the last three digits only."""
@@ -128,22 +128,22 @@ class Block:
         return Block(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
-def commits(path: Place) -> Place:
+def commits(path: AnyPath) -> AnyPath:
     """The folder of a store's records and locks."""
     return path / "tokens" / "commits"
 
 
-def record_file(path: Place, shard: int) -> Place:
+def record_file(path: AnyPath, shard: int) -> AnyPath:
     """Where the record of a shard is, until it is folded into a block."""
     return commits(path) / f"{shard:06d}.json"
 
 
-def lock_file(path: Place, shard: int) -> Place:
+def lock_file(path: AnyPath, shard: int) -> AnyPath:
     """The lock of whoever works on a shard."""
     return record_file(path, shard).with_suffix(".lock")
 
 
-def block_file(path: Place, shard: int) -> Place:
+def block_file(path: AnyPath, shard: int) -> AnyPath:
     """Where the record of a shard is once it is folded."""
     return commits(path) / f"block-{shard // IN_A_BLOCK:06d}.safetensors"
 
@@ -151,10 +151,10 @@ def block_file(path: Place, shard: int) -> Place:
 class Records:
     """The records of a store."""
 
-    def __init__(self, path: Place, card: StoreCard, identity: Identity) -> None:
+    def __init__(self, path: AnyPath, card: StoreCard, identity: Identity) -> None:
         """Args: the store's folder, card and identity."""
         self.path, self._card, self._identity = path, card, identity
-        self._mend = f"mend it with: {command('wmcache', 'repair', path)}"
+        self._mend = f"hint it with: {command('wmcache', 'repair', path)}"
         self._last: tuple[str, object, Block] | None = None
 
     def read(self, shard: int) -> Record:

@@ -17,8 +17,6 @@ import zarr
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from wmcache.cache.errors import UnreadableError, UserError, command
-from wmcache.cache.files import seconds_between_updates
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import (
     SMALL,
@@ -33,10 +31,12 @@ from wmcache.cache.layout import (
     shard_sizes,
 )
 from wmcache.cache.mirror import MirroredReader
-from wmcache.cache.places import MISSING, Place, exists, place, stamp, unreadable
 from wmcache.cache.quantise import dequantise
 from wmcache.cache.reader import MappedReader, MemoryReader, Reader, Stored, ZarrReader
 from wmcache.cache.windows import Windows, split_episodes, window_starts
+from wmcache.common.errors import UnreadableError, UserError, command
+from wmcache.common.files import seconds_between_updates
+from wmcache.common.paths import MISSING, AnyPath, as_path, exists, stamp, unreadable
 
 Tokens = NDArray[np.float16]
 
@@ -54,7 +54,7 @@ class TokenStore:
     """
 
     def __init__(
-        self, path: Place, group: zarr.Group, attributes: dict[str, Any], stamped: object, *, mirrored: bool
+        self, path: AnyPath, group: zarr.Group, attributes: dict[str, Any], stamped: object, *, mirrored: bool
     ) -> None:
         """Use `TokenStore.open`."""
         self.path = path
@@ -85,7 +85,7 @@ class TokenStore:
             )
 
     @classmethod
-    def open(cls, path: str | Place, *, allow_incomplete: bool = False, mirrored: bool = False) -> TokenStore:
+    def open(cls, path: str | AnyPath, *, allow_incomplete: bool = False, mirrored: bool = False) -> TokenStore:
         """Open a store.
 
         Args:
@@ -97,7 +97,7 @@ class TokenStore:
         Raises:
             UserError: it is missing, damaged, not a store, or incomplete (unless allowed).
         """
-        where = place(path)
+        where = as_path(path)
         stamped = _stamp(where)
         attributes = read_attributes(where)
         group = open_group(where)
@@ -284,16 +284,16 @@ class TokenStore:
         if len(bad := np.flatnonzero(sizes != expected)):
             raise UserError(
                 f"{len(bad)} of {self.card.num_shards} shards are missing or cut short, the first is "
-                f"{shard_file(self.path, int(bad[0]))}; mend it with: {command('wmcache', 'repair', self.path)}"
+                f"{shard_file(self.path, int(bad[0]))}; hint it with: {command('wmcache', 'repair', self.path)}"
             )
 
 
-def changes_beside(store: Place, frameskip: int) -> Place:
+def changes_beside(store: AnyPath, frameskip: int) -> AnyPath:
     """Where the change maps of a store are, of frames so many env steps apart."""
     return store.with_name(f"{store.stem}.changes-{frameskip}.zarr")
 
 
-def _stamp(path: Place) -> object:
+def _stamp(path: AnyPath) -> object:
     """Differs whenever the store's attributes have been written, or another store has taken its place."""
     file = path / "zarr.json"
     try:

@@ -10,8 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from wmcache.cache.errors import UnreadableError, UserError
-from wmcache.cache.files import seconds_between_updates, sha256_of
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import (
     DamagedError,
@@ -25,10 +23,12 @@ from wmcache.cache.layout import (
     read_column,
     shard_file,
 )
-from wmcache.cache.places import MISSING, Place, names_in, size_of, unreadable
 from wmcache.cache.reader import MappedReader
 from wmcache.cache.records import IN_A_BLOCK, Records, commits, record_file
 from wmcache.cache.store import MOST_FAULTS
+from wmcache.common.errors import UnreadableError, UserError
+from wmcache.common.files import seconds_between_updates, sha256_of
+from wmcache.common.paths import MISSING, AnyPath, names_in, size_of, unreadable
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Verification:
         path: the store.
         complete: whether it is declared so.
         shards, shards_done, frames: how many there are, and how many of the shards have a sound record.
-        faults: what has to be mended.
+        faults: what has to be repaired.
         leftovers: files that belong to nobody: of writers that died, or of other tools. They do no harm.
         drift: how far the tokens are from encoding a sample of frames anew; None where that was not asked for.
     """
@@ -74,7 +74,7 @@ class Verification:
         return self.complete and not self.faults
 
 
-def verify(path: Place) -> Verification:
+def verify(path: AnyPath) -> Verification:
     """Compare the whole store with its records: description, columns, counts, sizes, and every byte of every shard.
 
     A shard that is not done in a store that is not complete is no fault.
@@ -89,7 +89,7 @@ def verify(path: Place) -> Verification:
         raise unreadable(path, error) from error
 
 
-def _verify(path: Place) -> Verification:
+def _verify(path: AnyPath) -> Verification:
     try:
         attributes = read_attributes(path)
         card, identity = read_card(attributes), Identity.from_json(attributes["identity"], str(path))
@@ -122,7 +122,7 @@ def _verify(path: Place) -> Verification:
     )
 
 
-def declared_shards(path: Place) -> NDArray[np.uint8] | None:
+def declared_shards(path: AnyPath) -> NDArray[np.uint8] | None:
     """The checksums, uint8 [shards, 32], that a store was declared complete with; None where it is not, or has lost them."""
     try:
         attributes = read_attributes(path)
@@ -172,7 +172,7 @@ def check_shard(
     return [Fault(str(file), reason, shard)]
 
 
-def whole_tokens(path: Place, shard: int, card: StoreCard) -> NDArray[np.float16] | None:
+def whole_tokens(path: AnyPath, shard: int, card: StoreCard) -> NDArray[np.float16] | None:
     """The shard's tokens if every frame of it equals its own checksum, and may so be tokens of this shard; else None.
 
     None for an int8 store too: what its steps are worth stood in the record. And for a store far away, whose files cannot be mapped.
@@ -188,7 +188,7 @@ def whole_tokens(path: Place, shard: int, card: StoreCard) -> NDArray[np.float16
     return None if bad or not np.isfinite(tokens).all() else tokens
 
 
-def leftovers(path: Place, card: StoreCard) -> Iterator[Place]:
+def leftovers(path: AnyPath, card: StoreCard) -> Iterator[AnyPath]:
     """Files in the store that no part of it has written, or no longer needs."""
     blocks = card.num_shards // IN_A_BLOCK
     for name in names_in(commits(path)):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from wmcache.cache.errors import UserError
+from wmcache.common.errors import UserError
 
 if TYPE_CHECKING:
     Int = NDArray[np.int64]

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from wmcache.cache.errors import MissingError, UnreadableError, UserError
-from wmcache.cache.files import atomic_write, exclusive, not_written, sha256_of, sweep, sync, temporary_for
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import (
     SHARD_COLUMNS,
@@ -37,9 +35,13 @@ from wmcache.cache.layout import (
     shard_sizes,
     write_attributes,
 )
-from wmcache.cache.places import (
+from wmcache.cache.quantise import quantise
+from wmcache.cache.records import Record, Records, commits, lock_file
+from wmcache.common.errors import MissingError, UnreadableError, UserError
+from wmcache.common.files import atomic_write, exclusive, not_written, sha256_of, sweep, sync, temporary_for
+from wmcache.common.paths import (
     MISSING,
-    Place,
+    AnyPath,
     exists,
     is_local,
     put,
@@ -51,8 +53,6 @@ from wmcache.cache.places import (
     unreadable,
     upload,
 )
-from wmcache.cache.quantise import quantise
-from wmcache.cache.records import Record, Records, commits, lock_file
 
 BLOCK = 16
 """Frames converted at once, so that no shard is ever held in a wider type as a whole."""
@@ -70,15 +70,17 @@ class StoreWriter:
     An object store has no locks, so no claims: two writers may do a shard twice there, and `finish` finds it where that has mixed them up.
     """
 
-    def __init__(self, path: Place, card: StoreCard, identity: Identity) -> None:
+    def __init__(self, path: AnyPath, card: StoreCard, identity: Identity) -> None:
         """Use `StoreWriter.create` or `StoreWriter.resume`."""
         self.path, self.card, self.identity = path, card, identity
         self._records = Records(path, card, identity)
         self._layout = read_bytes(path / "tokens" / "zarr.json")
 
     @classmethod
-    def create(cls, path: Place, card: StoreCard, identity: Identity, steps: Mapping[str, NDArray[Any]]) -> StoreWriter:
-        """Start a store, or take up again the one with the same identity, mending its description where that is damaged.
+    def create(
+        cls, path: AnyPath, card: StoreCard, identity: Identity, steps: Mapping[str, NDArray[Any]]
+    ) -> StoreWriter:
+        """Start a store, or take up again the one with the same identity, repair its description where that is damaged.
 
         Args:
             path: the group's place, ending in `.zarr`.
@@ -103,8 +105,8 @@ class StoreWriter:
         return cls(path, card, identity)
 
     @classmethod
-    def _take_up(cls, path: Place, card: StoreCard, identity: Identity) -> StoreWriter | None:
-        """The store of this identity that is there; None where there is nothing, or one whose description has to be mended."""
+    def _take_up(cls, path: AnyPath, card: StoreCard, identity: Identity) -> StoreWriter | None:
+        """The store of this identity that is there; None where there is nothing, or one whose description has to be repaired."""
         with _writing(path):
             if isinstance(path, Path):
                 if not path.exists():
@@ -125,7 +127,7 @@ class StoreWriter:
         return there if len(shapes) == 1 else None
 
     @classmethod
-    def resume(cls, path: Place, identity: Identity) -> StoreWriter:
+    def resume(cls, path: AnyPath, identity: Identity) -> StoreWriter:
         """Take up the store at `path`.
 
         Raises:
@@ -333,7 +335,7 @@ class StoreWriter:
 
 
 @contextmanager
-def _writing(path: Place) -> Iterator[None]:
+def _writing(path: AnyPath) -> Iterator[None]:
     """Errors of the disk, and of files inside a store that no user has heard of, as one line about the store."""
     try:
         yield
@@ -348,7 +350,7 @@ def _writing(path: Place) -> Iterator[None]:
 
 
 @contextmanager
-def _skeleton(path: Place) -> Iterator[Path]:
+def _skeleton(path: AnyPath) -> Iterator[Path]:
     """A folder for a store without tokens, beside its place where that can be renamed; gone at the end."""
     if not isinstance(path, Path):
         with tempfile.TemporaryDirectory(prefix="wmcache-") as folder:
@@ -373,7 +375,7 @@ def channel_sums(tokens: Tokens) -> tuple[NDArray[np.float64], NDArray[np.float6
     return total, squares
 
 
-def _require_ours(path: Place, card: StoreCard, identity: Identity) -> None:
+def _require_ours(path: AnyPath, card: StoreCard, identity: Identity) -> None:
     """Raise UserError unless a shard's record, or what is left of the attributes, says that the damaged store has this identity."""
     try:
         attributes = read_attributes(path)
@@ -386,7 +388,7 @@ def _require_ours(path: Place, card: StoreCard, identity: Identity) -> None:
         raise UserError(f"{path} was extracted with other settings ({'; '.join(different)}); choose another --out")
 
 
-def _replace_description(path: Place, skeleton: Path, *, damaged: bool) -> None:
+def _replace_description(path: AnyPath, skeleton: Path, *, damaged: bool) -> None:
     """Move a store without tokens into place: as the new store, or over the description of the one that is there."""
     if not isinstance(path, Path):
         # Where there was none, there may be one by now, of somebody who was faster.

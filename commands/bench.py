@@ -8,12 +8,10 @@ from typing import Any
 
 import click
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.places import Place
 from wmcache.commands.shared import (
+    ANY_PATH,
     NUMBER,
     PATH,
-    PLACE,
     Group,
     create_encoders,
     dataset_option,
@@ -31,6 +29,8 @@ from wmcache.commands.shared import (
     store_argument,
     take_model_options,
 )
+from wmcache.common.errors import UserError
+from wmcache.common.paths import AnyPath
 from wmcache.trainer.presets import PRESETS
 
 DENSE = {name: preset for name, preset in PRESETS.items() if preset["model"] == "dino-wm"}
@@ -45,10 +45,10 @@ def bench() -> None:
 @dataset_option
 @encoder_options
 @json_option
-def bench_extract(dataset: Place | None, batch: int, cluster: str, as_json: bool, **encoder: Any) -> None:
+def bench_extract(dataset: AnyPath | None, batch: int, cluster: str, as_json: bool, **encoder: Any) -> None:
     """Extraction against the bare encoder, on every frame of a dataset; of several encoders, one pass against one each."""
-    from wmcache.pipeline.bench import bench_extract as run
-    from wmcache.pipeline.bench import bench_together
+    from wmcache.bench.extract import bench_extract as run
+    from wmcache.bench.extract import bench_together
 
     frames = open_dataset(dataset)
     networks = create_encoders(frames.card.name, **encoder)
@@ -71,9 +71,11 @@ def bench_extract(dataset: Place | None, batch: int, cluster: str, as_json: bool
     help="Rounds, in which the contenders take turns; the fastest of each counts.",
 )
 @json_option
-def bench_cluster(dataset: Place | None, batch: int, cluster: str, rounds: int, as_json: bool, **encoder: Any) -> None:
+def bench_cluster(
+    dataset: AnyPath | None, batch: int, cluster: str, rounds: int, as_json: bool, **encoder: Any
+) -> None:
     """Extraction by N Dask workers (--cluster local:N) against one, a plain loop, and N plain processes; a thread each."""
-    from wmcache.pipeline.bench import bench_cluster as run
+    from wmcache.bench.extract import bench_cluster as run
 
     frames = open_dataset(dataset)
     networks = create_encoders(frames.card.name, **encoder)
@@ -100,7 +102,7 @@ def bench_cluster(dataset: Place | None, batch: int, cluster: str, rounds: int, 
 @json_option
 def bench_read(as_json: bool, **settings: Any) -> None:
     """Windows from a store against a plain .npy file of the same bytes and against the zarr API, all in the page cache."""
-    from wmcache.cache.bench import bench_read as run
+    from wmcache.bench.read import bench_read as run
 
     print_figures(run(**settings), as_json=as_json)
 
@@ -109,9 +111,9 @@ def bench_read(as_json: bool, **settings: Any) -> None:
 @store_argument
 @click.option("--frames", type=click.IntRange(100), default=2000, help="Frames to measure, from the first.")
 @json_option
-def bench_codecs(store: Place, frames: int, as_json: bool) -> None:
+def bench_codecs(store: AnyPath, frames: int, as_json: bool) -> None:
     """Size, speed and error of STORE's own tokens as int8 and compressed."""
-    from wmcache.cache.bench import bench_codecs as run
+    from wmcache.bench.read import bench_codecs as run
 
     print_rows(run(store, frames=frames), as_json=as_json)
 
@@ -129,14 +131,14 @@ def bench_codecs(store: Place, frames: int, as_json: bool) -> None:
 @json_option
 def bench_shards(shards: tuple[int, ...], as_json: bool, **settings: Any) -> None:
     """What planning, claiming, finishing and opening a store of so many shards cost, without any data in them."""
-    from wmcache.cache.scale import measure_scale
+    from wmcache.bench.scale import measure_scale
 
     print_rows([asdict(measure_scale(count, **settings)) for count in shards], as_json=as_json)
 
 
 @bench.command("train")
 @preset_option("--preset", DENSE, "A known model; what is given beside it wins.")
-@click.option("--cache", type=PLACE, required=True, help="The token store; its frames and encoder are used as well.")
+@click.option("--cache", type=ANY_PATH, required=True, help="The token store; its frames and encoder are used as well.")
 @click.option("--steps", type=click.IntRange(2), default=20, help="Training steps of each contender in each turn.")
 @click.option("--batch-size", "batch", type=click.IntRange(1), default=64, help="Windows in each batch.")
 @model_options
@@ -144,17 +146,17 @@ def bench_shards(shards: tuple[int, ...], as_json: bool, **settings: Any) -> Non
 @source_options
 @json_option
 def bench_train(
-    cache: Place,
+    cache: AnyPath,
     preset: str | None,  # noqa: ARG001 (its values have become the others' defaults)
-    dataset: Place | None,
+    dataset: AnyPath | None,
     weights: Path | None,
     device: str,
     as_json: bool,
     **settings: Any,
 ) -> None:
     """Training steps fed by the store against steps on one batch in memory, encoding in the loop, and DINO-WM's own way."""
+    from wmcache.bench.train import bench_train as run
     from wmcache.pipeline.repair import live_encoder
-    from wmcache.trainer.bench import bench_train as run
 
     encode = live_encoder(cache, dataset=dataset, weights=weights, device=device)
     model = take_model_options(settings)
@@ -166,7 +168,7 @@ def bench_train(
 @json_option
 def bench_memory(episodes: int, as_json: bool) -> None:
     """Peak memory of wmcache extract and wmtrain over datasets 1, 4 and 16 times as large."""
-    from wmcache.pipeline.bench import bench_memory as run
+    from wmcache.bench.extract import bench_memory as run
 
     print_rows(run(episodes), as_json=as_json)
 
@@ -192,7 +194,7 @@ def bench_memory(episodes: int, as_json: bool) -> None:
 )
 @click.option("--landscape", type=PATH, help="PNG of what each --model descends, around its plan.")
 @click.option("--weights", type=PATH, help="The encoder's weights, if they have moved.")
-@click.option("--cache", type=PLACE, help="The store, if it has moved.")
+@click.option("--cache", type=ANY_PATH, help="The store, if it has moved.")
 @click.option("--dtype", default="auto", help="Precision of this implementation: auto, float32 or bfloat16.")
 @device_option
 @json_option
@@ -203,22 +205,24 @@ def bench_plan(
     context: int | None,
     landscape: Path | None,
     weights: Path | None,
-    cache: Place | None,
+    cache: AnyPath | None,
     dtype: str,
     device: str,
     as_json: bool,
     **search: int,
 ) -> None:
     """One plan as DINO-WM's code makes it against ours, or several --model against each other: speed, success, landscape."""
-    from wmcache.planner.evaluate import PlanOptions, Setting, bench
+    from wmcache.bench.plan import bench_run
+    from wmcache.planner.evaluate import EvalContext
+    from wmcache.planner.options import PlanOptions
 
     if (run is None) == (not runs):
         raise click.UsageError("give one --run, to measure it against DINO-WM's own way, or one --model or more")
     if run is not None:
-        setting = Setting(run, PlanOptions(device=device), weights=weights, cache=cache)
-        print_figures(bench(setting, dtype=dtype, **search), as_json=as_json)
+        setting = EvalContext(run, PlanOptions(device=device), weights=weights, cache=cache)
+        print_figures(bench_run(setting, dtype=dtype, **search), as_json=as_json)
         return
-    from wmcache.planner.compare import compare_runs
+    from wmcache.bench.compare import compare_runs
 
     options = PlanOptions(search=dict(search), context=context, dtype=dtype, device=device)
     rows = compare_runs(runs, options, episodes, landscape, weights=weights, cache=cache)

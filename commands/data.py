@@ -11,12 +11,9 @@ from typing import Any
 
 import click
 
-from wmcache.cache.errors import UserError, command
-from wmcache.cache.files import home, human_bytes
-from wmcache.cache.places import Place, absolute
 from wmcache.commands.shared import (
+    ANY_PATH,
     PATH,
-    PLACE,
     Command,
     Group,
     cluster_option,
@@ -30,6 +27,9 @@ from wmcache.commands.shared import (
     print_json,
     say,
 )
+from wmcache.common.errors import UserError, command
+from wmcache.common.files import home, human_bytes
+from wmcache.common.paths import AnyPath, absolute
 
 
 def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:  # noqa: ARG001 (click's signature)
@@ -55,7 +55,7 @@ frames_per_shard_option = click.option(
     help="Frames in each tar, and in each Zarr shard made from it.",
 )
 import_options = options(
-    click.option("--out", type=PLACE, required=True, help="Folder of the dataset."), frames_per_shard_option
+    click.option("--out", type=ANY_PATH, required=True, help="Folder of the dataset."), frames_per_shard_option
 )
 shape_options = options(
     click.option(
@@ -84,8 +84,8 @@ shape_options = options(
 @click.option("--image-size", type=click.IntRange(8, 2048), default=224, help="Side of the frames in pixels.")
 @frames_per_shard_option
 @cluster_option("local")
-@click.option("--out", type=PLACE, help="Folder of the dataset.  [default: $WMCACHE_HOME/pointmaze-<maze>]")
-def collect(env: str, out: Place | None, **settings: Any) -> None:
+@click.option("--out", type=ANY_PATH, help="Folder of the dataset.  [default: $WMCACHE_HOME/pointmaze-<maze>]")
+def collect(env: str, out: AnyPath | None, **settings: Any) -> None:
     """Collect a dataset of frames. Run again, it goes on where it stopped."""
     from wmcache.envs import MazeError, find_maze
     from wmcache.pipeline.collect import collect as run
@@ -98,7 +98,7 @@ def collect(env: str, out: Place | None, **settings: Any) -> None:
     _make_dataset(out, partial(run, env, out, **settings))
 
 
-def _make_dataset(out: Place, make: Callable[[], Any]) -> None:
+def _make_dataset(out: AnyPath, make: Callable[[], Any]) -> None:
     """Make a dataset, or finish it, and print what it is."""
     from wmcache.pipeline.frames import is_complete
 
@@ -119,7 +119,7 @@ def import_() -> None:
 @click.argument("folder", type=PATH)
 @click.option("--maze", default="UMaze", help="Layout that the data was collected in, or a .txt grid.")
 @import_options
-def import_dino_wm(folder: Path, out: Place, **settings: Any) -> None:
+def import_dino_wm(folder: Path, out: AnyPath, **settings: Any) -> None:
     """Import DINO-WM's PointMaze FOLDER: states.pth, actions.pth, seq_lengths.pth, obses/episode_XXX.pth."""
     from wmcache.pipeline.importers.dino_wm import import_dino_wm as run
 
@@ -137,7 +137,7 @@ def import_dino_wm(folder: Path, out: Place, **settings: Any) -> None:
 )
 @shape_options
 @import_options
-def import_frames(folder: Path, out: Place, crop: str, image_size: int | None, **settings: Any) -> None:
+def import_frames(folder: Path, out: AnyPath, crop: str, image_size: int | None, **settings: Any) -> None:
     """Import the images or videos in FOLDER beside a table of actions and states."""
     from wmcache.pipeline.importers import Shape
     from wmcache.pipeline.importers.frames import import_frames as run
@@ -153,7 +153,7 @@ def import_frames(folder: Path, out: Place, crop: str, image_size: int | None, *
 @click.option("--state-key", help="Observation that is the state.  [default: the only vector]")
 @shape_options
 @import_options
-def import_minari(dataset: str, out: Place, crop: str, image_size: int | None, **settings: Any) -> None:
+def import_minari(dataset: str, out: AnyPath, crop: str, image_size: int | None, **settings: Any) -> None:
     """Import a local Minari DATASET, by its id or its folder."""
     from wmcache.pipeline.importers import Shape
     from wmcache.pipeline.importers.minari import import_minari as run
@@ -195,7 +195,9 @@ fit_flags = options(
 @dataset_option
 @click.option("--encoder", "name", default="tcn", help="Encoder to fit; see: wmcache encoders.")
 @fit_flags
-@click.option("--cache", type=PLACE, help="For an adapter: the store of its base's layers.  [default: made if need be]")
+@click.option(
+    "--cache", type=ANY_PATH, help="For an adapter: the store of its base's layers.  [default: made if need be]"
+)
 @click.option("--base", help="For an adapter: the encoder of that store.  [default: the adapter's own]")
 @click.option("--base-weights", type=PATH, help="For an adapter: the base's weights.  [default: as extract finds them]")
 @click.option("--max-frames", type=click.IntRange(1), default=50_000, help="Frames to train on.")
@@ -206,9 +208,9 @@ fit_flags = options(
     "--out", type=PATH, help="File to write.  [default: $WMCACHE_HOME/encoders/<dataset>-<encoder>.safetensors]"
 )
 def fit(
-    dataset: Place | None,
+    dataset: AnyPath | None,
     name: str,
-    cache: Place | None,
+    cache: AnyPath | None,
     base: str | None,
     base_weights: Path | None,
     out: Path | None,
@@ -217,8 +219,8 @@ def fit(
 ) -> None:
     """Fit an encoder on the dataset's own frames, or an adapter on a store, and measure its latent landscape."""
     from wmcache.cache.store import TokenStore
+    from wmcache.cluster.tasks import run_alone
     from wmcache.pipeline import encoders
-    from wmcache.pipeline.cluster import run_alone
     from wmcache.pipeline.fit import default_weights
 
     given = {field: value for field in FIT if (value := settings.pop(f"fit_{field}")) is not None}
@@ -268,19 +270,19 @@ def _frames_of(store: Any) -> Any:
 
 def _fit(dataset: str | None, store: str | None, *, name: str, out: Path, options: Any, **settings: Any) -> Any:
     """The task of a fit: on the frames, or where there is a store on that."""
-    from wmcache.cache.places import place
     from wmcache.cache.store import TokenStore
+    from wmcache.common.paths import as_path
     from wmcache.pipeline.fit import fit as run
     from wmcache.pipeline.fit import fit_adapter
     from wmcache.pipeline.frames import FrameDataset
 
-    frames: Any = None if dataset is None else FrameDataset.open(place(dataset))
+    frames: Any = None if dataset is None else FrameDataset.open(as_path(dataset))
     if store is None:
         return run(frames, name, out, options, **settings)
-    return fit_adapter(TokenStore.open(place(store)), name, out, options, dataset=frames, **settings)
+    return fit_adapter(TokenStore.open(as_path(store)), name, out, options, dataset=frames, **settings)
 
 
-def _layers_store(frames: Any, base: str, weights: Path | None, device: str, cluster: str) -> Place:
+def _layers_store(frames: Any, base: str, weights: Path | None, device: str, cluster: str) -> AnyPath:
     """The store of an adapter's base at its usual place, extracted where it is not there yet."""
     from wmcache.pipeline.extract import default_store
     from wmcache.pipeline.extract import extract_together as run
@@ -288,7 +290,7 @@ def _layers_store(frames: Any, base: str, weights: Path | None, device: str, clu
     (encoder,) = create_encoders(
         frames.card.name, names=base, weights=(str(weights),) if weights else (), device=device
     )
-    out: Place = default_store(frames.card.name, encoder)
+    out: AnyPath = default_store(frames.card.name, encoder)
     run(frames, [(encoder, out)], cluster=cluster, device=device)
     return out
 
@@ -298,7 +300,7 @@ def _layers_store(frames: Any, base: str, weights: Path | None, device: str, clu
 @encoder_options
 @click.option(
     "--out",
-    type=PLACE,
+    type=ANY_PATH,
     help="The store, or the folder of several stores.  [default: $WMCACHE_HOME/stores/<dataset>/<encoder>-<image size>.zarr]",
 )
 @click.option(
@@ -325,10 +327,10 @@ def _layers_store(frames: Any, base: str, weights: Path | None, device: str, clu
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and stop.")
 def extract(
-    dataset: Place | None,
+    dataset: AnyPath | None,
     batch: int,
     cluster: str,
-    out: Place | None,
+    out: AnyPath | None,
     store_dtype: str,
     part: tuple[int, int],
     change_maps: int | None,
@@ -336,12 +338,12 @@ def extract(
     **encoder: Any,
 ) -> None:
     """Encode every frame of a dataset once, several encoders in one pass. Run again, or beside itself, it does what is missing."""
-    from wmcache.pipeline.cluster import parse_cluster
+    from wmcache.cluster.tasks import parse_cluster
     from wmcache.pipeline.extract import default_store, extract_together, forecast, is_complete
 
     frames = open_dataset(dataset)
     networks = create_encoders(frames.card.name, **encoder)
-    places: list[Place] = [default_store(frames.card.name, network, store_dtype) for network in networks]
+    places: list[AnyPath] = [default_store(frames.card.name, network, store_dtype) for network in networks]
     if out is not None:
         places = [out] if len(networks) == 1 else [out / place.name for place in places]
     stores = list(zip(networks, places, strict=True))
@@ -395,16 +397,16 @@ def derive() -> None:
 
 
 @derive.command("change-maps")
-@click.argument("store", type=PLACE)
+@click.argument("store", type=ANY_PATH)
 @click.option(
     "--frameskip",
     type=click.IntRange(1),
     default=5,
     help="Env steps between the frames that are compared; the same as wmtrain's --frameskip.",
 )
-@click.option("--dataset", type=PLACE, help="Where the frames are, if they have moved.")
+@click.option("--dataset", type=ANY_PATH, help="Where the frames are, if they have moved.")
 @cluster_option()
-def derive_change_maps(store: Place, frameskip: int, dataset: Place | None, cluster: str) -> None:
+def derive_change_maps(store: AnyPath, frameskip: int, dataset: AnyPath | None, cluster: str) -> None:
     """Make what has changed from frame to frame, 2 x 2 cells a patch, which ddp-wm learns from. Run again, it goes on."""
     from wmcache.cache.store import TokenStore, changes_beside
     from wmcache.pipeline.change_maps import derive_change_maps as run
@@ -418,7 +420,7 @@ def derive_change_maps(store: Place, frameskip: int, dataset: Place | None, clus
 
 
 @derive.command("tokens")
-@click.argument("store", type=PLACE)
+@click.argument("store", type=ANY_PATH)
 @click.option(
     "--encoder", "name", required=True, help="Encoder on the same backbone: dinov2-cls, dinov2-pooled, an adapter, …"
 )
@@ -426,7 +428,7 @@ def derive_change_maps(store: Place, frameskip: int, dataset: Place | None, clus
     "--weights", type=PATH, help="Weights of the encoder.  [default: the store's, or those fitted on its dataset]"
 )
 @click.option("--base-weights", type=PATH, help="Weights of an adapter's base encoder, if they have moved.")
-@click.option("--out", type=PLACE, help="The new store.  [default: where extract would put it]")
+@click.option("--out", type=ANY_PATH, help="The new store.  [default: where extract would put it]")
 @click.option(
     "--store-dtype",
     type=click.Choice(["float16", "int8"]),
@@ -436,11 +438,11 @@ def derive_change_maps(store: Place, frameskip: int, dataset: Place | None, clus
 @device_option
 @cluster_option()
 def derive_tokens(
-    store: Place,
+    store: AnyPath,
     name: str,
     weights: Path | None,
     base_weights: Path | None,
-    out: Place | None,
+    out: AnyPath | None,
     store_dtype: str,
     device: str,
     cluster: str,

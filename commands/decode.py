@@ -7,13 +7,23 @@ from typing import Any
 
 import click
 
-from wmcache.cache.errors import UserError, command
-from wmcache.cache.files import home
-from wmcache.cache.places import Place
-from wmcache.commands.shared import PATH, PLACE, Command, device_option, json_option, name_of, options, print_json, say
+from wmcache.commands.shared import (
+    ANY_PATH,
+    PATH,
+    Command,
+    device_option,
+    json_option,
+    name_of,
+    options,
+    print_json,
+    say,
+)
+from wmcache.common.errors import UserError, command
+from wmcache.common.files import home
+from wmcache.common.paths import AnyPath
 
 frames_option = click.option(
-    "--frames", "--dataset", "dataset", type=PLACE, help="Where the store's frames are, if they have moved."
+    "--frames", "--dataset", "dataset", type=ANY_PATH, help="Where the store's frames are, if they have moved."
 )
 lpips_option = click.option(
     "--lpips/--no-lpips", default=True, help="Try to compute LPIPS; its network is fetched once, 244 MB."
@@ -34,7 +44,7 @@ METRICS = {"mse": "mse", "moving_mse": "mse, moving pixels", "ssim": "ssim", "lp
 
 
 @click.command(cls=Command)
-@click.option("--cache", type=PLACE, required=True, help="The token store.")
+@click.option("--cache", type=ANY_PATH, required=True, help="The token store.")
 @frames_option
 @click.option("--out", type=PATH, help="Folder of the decoder.  [default: $WMCACHE_HOME/decoders/<dataset>-<store>]")
 @click.option(
@@ -68,8 +78,8 @@ METRICS = {"mse": "mse", "moving_mse": "mse, moving pixels", "ssim": "ssim", "lp
 @click.option("--overwrite", is_flag=True, help="Delete the decoder in --out and start from scratch.")
 @json_option
 def decoder(
-    cache: Place,
-    dataset: Place | None,
+    cache: AnyPath,
+    dataset: AnyPath | None,
     out: Path | None,
     channels: int | None,
     residual: int | None,
@@ -113,7 +123,7 @@ def decoder(
 @click.option("--run", type=PATH, required=True, help="Folder of the world model's run.")
 @click.option("--decoder", type=PATH, required=True, help="Folder of a decoder of the same store.")
 @frames_option
-@click.option("--cache", type=PLACE, help="The store, if it has moved.")
+@click.option("--cache", type=ANY_PATH, help="The store, if it has moved.")
 @click.option("--steps", type=click.IntRange(1), default=10, help="Model steps from one observed frame.")
 @click.option("--windows", type=click.IntRange(1), default=64, help="Held-out windows that are compared.")
 @click.option("--videos", type=click.IntRange(0), default=2, help="Videos to write, each of 4 windows side by side.")
@@ -127,8 +137,8 @@ def decoder(
 def imagine(
     run: Path,
     decoder: Path,
-    dataset: Place | None,
-    cache: Place | None,
+    dataset: AnyPath | None,
+    cache: AnyPath | None,
     out: Path | None,
     as_json: bool,
     **settings: Any,
@@ -149,7 +159,7 @@ def imagine(
     say(f"pictures: {out}")
 
 
-def _frames_of(cache: Place, dataset: Place | None) -> Any:
+def _frames_of(cache: AnyPath, dataset: AnyPath | None) -> Any:
     """The `FrameDataset` that a store was made of."""
     from wmcache.cache.store import TokenStore
     from wmcache.pipeline.repair import open_frames

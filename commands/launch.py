@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import NoReturn
 
-from wmcache.cache.cpus import limit_threads
-from wmcache.cache.errors import UserError
 from wmcache.commands.shared import INTERRUPTED, STOPPED, Stopped, program_path
+from wmcache.common.cpus import limit_threads
+from wmcache.common.errors import UserError
 
 SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Stopped, signal.SIGUSR1: Stopped, signal.SIGHUP: Stopped}
 HOST = "127.0.0.1"

@@ -11,10 +11,9 @@ import click
 from click.core import ParameterSource
 
 from wmcache import __version__
-from wmcache.cache.places import Place
 from wmcache.commands.shared import (
+    ANY_PATH,
     PATH,
-    PLACE,
     Command,
     cluster_option,
     device_option,
@@ -25,6 +24,7 @@ from wmcache.commands.shared import (
     say,
     shell_command,
 )
+from wmcache.common.paths import AnyPath
 from wmcache.planner.protocols import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ search_options = options(
 )
 @click.option("--env", help="Maze to plan in, instead of the data's.")
 @click.option("--weights", type=PATH, help="The encoder's weights, if they have moved.")
-@click.option("--cache", type=PLACE, help="The store, if it has moved.")
+@click.option("--cache", type=ANY_PATH, help="The store, if it has moved.")
 @click.option("--dtype", default="auto", help="Precision of the model: auto, float32 or bfloat16.")
 @device_option
 @click.option("--out", type=PATH, help="Folder of the results.  [default: RUN/plan-…, named by the settings]")
@@ -116,7 +116,7 @@ def wmplan(
     run: Path,
     protocol: str | None,
     weights: Path | None,
-    cache: Place | None,
+    cache: AnyPath | None,
     out: Path | None,
     untrained: bool,
     cluster: str,
@@ -124,8 +124,9 @@ def wmplan(
     **settings: Any,
 ) -> None:
     """Plan with a trained world model, judge it, and write a report."""
-    from wmcache.pipeline.video import ffmpeg
-    from wmcache.planner.evaluate import PlanOptions, Setting, default_out, evaluate, refuse_other_results
+    from wmcache.common.video import ffmpeg
+    from wmcache.planner.evaluate import EvalContext, default_out, evaluate, refuse_other_results
+    from wmcache.planner.options import PlanOptions
     from wmcache.planner.report import write_report
 
     ffmpeg()  # the report has videos; a missing one is reported before any work
@@ -133,11 +134,11 @@ def wmplan(
     chosen = PlanOptions(search=search, **settings)
     out = out or default_out(run, protocol, chosen)
     refuse_other_results(out, chosen)
-    setting = Setting(run, chosen, weights=weights, cache=cache)
+    setting = EvalContext(run, chosen, weights=weights, cache=cache)
     spread = None if cluster == "local:1" else _spread(cluster)
     episodes, results = evaluate(setting, chosen, out, spread)
     if untrained:
-        random_model = Setting(run, chosen, weights=weights, cache=cache, untrained=True)
+        random_model = EvalContext(run, chosen, weights=weights, cache=cache, untrained=True)
         results["baselines"]["untrained"] = evaluate(random_model, chosen, out, spread)[1]["by_threshold"]
     results = {"protocol": protocol, **results}
     results = write_report(out, run, setting, episodes, results, shell_command(sys.argv))
@@ -171,7 +172,7 @@ def _print_table(results: dict[str, Any]) -> None:
 
 def _spread(cluster: str) -> Spread:
     """What plans batches on a cluster."""
-    from wmcache.pipeline.cluster import run_tasks
+    from wmcache.cluster.tasks import run_tasks
 
     def spread(task: Callable[[int], int], begins: Sequence[int], replans: int) -> None:
         more = "a smaller --batch-size makes more of them"

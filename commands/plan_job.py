@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import human_bytes
 from wmcache.commands.shared import NUMBER, PATH, Command, device_option, json_option, print_json
+from wmcache.common.errors import UserError
+from wmcache.common.files import human_bytes
 
 
 @click.command("plan-job", cls=Command)
@@ -47,9 +47,9 @@ def plan_job(
     **settings: Any,
 ) -> None:
     """Print bytes, objects, hours, and what records and scheduler cost, of an extraction that is too large to try."""
+    from wmcache.bench.plan_job import measure_encoder
+    from wmcache.bench.plan_job import plan_job as run
     from wmcache.pipeline import encoders
-    from wmcache.pipeline.plan_job import measure_encoder
-    from wmcache.pipeline.plan_job import plan_job as run
 
     spec = encoders.get_spec(encoder)
     if frames_per_second is None:

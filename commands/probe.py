@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from wmcache.cache.places import Place
-from wmcache.commands.shared import PATH, PLACE, Command, json_option, print_json, say
+from wmcache.commands.shared import ANY_PATH, PATH, Command, json_option, print_json, say
+from wmcache.common.paths import AnyPath
 
 if TYPE_CHECKING:
     from wmcache.pipeline.probe import Probe
@@ -30,8 +30,8 @@ LEGEND = {
 
 
 @click.command("probe", cls=Command)
-@click.argument("stores", metavar="STORE...", type=PLACE, nargs=-1, required=True)
-@click.option("--dataset", type=PLACE, help="The frames, to take the maze from where the store does not tell it.")
+@click.argument("stores", metavar="STORE...", type=ANY_PATH, nargs=-1, required=True)
+@click.option("--dataset", type=ANY_PATH, help="The frames, to take the maze from where the store does not tell it.")
 @click.option(
     "--frames", type=click.IntRange(1), default=2000, help="Training frames that the probes learn from, at most."
 )
@@ -39,7 +39,7 @@ LEGEND = {
     "--out", type=PATH, help="Folder for the pictures.  [default: beside each STORE, with .probe.png for .zarr]"
 )
 @json_option
-def probe(stores: tuple[Place, ...], dataset: Place | None, frames: int, out: Path | None, as_json: bool) -> None:
+def probe(stores: tuple[AnyPath, ...], dataset: AnyPath | None, frames: int, out: Path | None, as_json: bool) -> None:
     """Measure what a planner can read out of token stores; figures of held-out episodes, and a picture of each.
 
     A row per store, and for states that are not of a maze the R^2 of each state column. The output ends with what each header means.

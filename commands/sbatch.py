@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from wmcache.cache.errors import UserError, command
-from wmcache.cache.files import atomic_write, home
-from wmcache.cache.places import exists, unreadable
 from wmcache.commands.data import extract
 from wmcache.commands.shared import CONTEXT, PATH, Command, program_path, say
 from wmcache.commands.train import wmtrain
+from wmcache.common.errors import UserError, command
+from wmcache.common.files import atomic_write, home
+from wmcache.common.paths import exists, unreadable
 
 if TYPE_CHECKING:
-    from wmcache.pipeline.profiles import Profile
+    from wmcache.cluster.profiles import Profile
 
 WARNING = 180
 """Seconds before the walltime: SLURM may be a minute late, and a shard or a checkpoint has to end."""
@@ -78,7 +78,7 @@ def sbatch(profile: str, jobs: int | None, out: Path | None, words: tuple[str, .
 
     What follows is as it would be typed here. Jobs that reach their walltime go back into the queue and go on from there.
     """
-    from wmcache.pipeline.profiles import read_profile
+    from wmcache.cluster.profiles import read_profile
 
     asked = read_profile(profile)
     match words:
@@ -128,7 +128,7 @@ def script(profile: Profile, program: list[str], *, jobs: int | None, name: str,
     Raises:
         UserError: SLURM cannot be told of that folder.
     """
-    from wmcache.pipeline.profiles import log_pattern
+    from wmcache.cluster.profiles import log_pattern
 
     array = jobs is not None
     gpus = min(profile.gpus, 1) if array else profile.gpus  # an encoder is on one

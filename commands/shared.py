@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from wmcache.cache.cpus import limit_threads
-from wmcache.cache.errors import UserError, command, one_line
-from wmcache.cache.files import dump_json, home, nulls
-from wmcache.cache.places import Place, place
 from wmcache.commands.streams import ended_by_reader, prepare_streams
+from wmcache.common.cpus import limit_threads
+from wmcache.common.errors import UserError, command, one_line
+from wmcache.common.files import dump_json, home, nulls
+from wmcache.common.paths import AnyPath, as_path
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -162,7 +162,7 @@ def preset_option(flag: str, presets: Mapping[str, Mapping[str, Any]], text: str
 
 def _read_cluster(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:  # noqa: ARG001 (click's signature)
     """The text itself; a bad word, or a bad profile, is said before any work."""
-    from wmcache.pipeline.cluster import parse_cluster
+    from wmcache.cluster.tasks import parse_cluster
 
     try:
         return None if value is None else parse_cluster(value).text
@@ -182,15 +182,15 @@ def cluster_option(default: str | None = "local:1", also: str = "") -> Callable[
     )
 
 
-class PlaceType(click.ParamType[Place]):
+class PathType(click.ParamType[AnyPath]):
     """A folder by its path, or by its URL."""
 
     name = "place"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Place:  # noqa: ARG002
-        """See `cache.places.place`."""
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> AnyPath:  # noqa: ARG002
+        """See `common.paths.place`."""
         try:
-            return place(value)
+            return as_path(value)
         except UserError as error:
             raise click.ClickException(str(error)) from error
 
@@ -226,9 +226,11 @@ class LocalType(click.Path):
 
 
 PATH = LocalType(path_type=Path)
-PLACE = PlaceType()
+ANY_PATH = PathType()
 NUMBER = NumberType()
-dataset_option = click.option("--dataset", type=PLACE, help="Frame dataset.  [default: $WMCACHE_HOME/pointmaze-umaze]")
+dataset_option = click.option(
+    "--dataset", type=ANY_PATH, help="Frame dataset.  [default: $WMCACHE_HOME/pointmaze-umaze]"
+)
 device_option = click.option("--device", default="auto", help="Device: auto, cpu, cuda, cuda:1, mps.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 encoder_options = options(
@@ -269,12 +271,12 @@ encoder_options = options(
 )
 
 
-def name_of(store: Place) -> str:
+def name_of(store: AnyPath) -> str:
     """What is made of a store is named by the store and the folder that it is in, usually its dataset's name."""
     return f"{store.absolute().parent.name}-{store.stem}".lstrip("-")
 
 
-store_argument = click.argument("store", type=PLACE)
+store_argument = click.argument("store", type=ANY_PATH)
 residence_option = click.option(
     "--residence",
     type=click.Choice(["auto", "device", "ram", "disk"]),
@@ -403,7 +405,7 @@ model_options = options(
     ),
 )
 source_options = options(
-    click.option("--dataset", type=PLACE, help="Where the frames are, if they have moved."),
+    click.option("--dataset", type=ANY_PATH, help="Where the frames are, if they have moved."),
     click.option("--weights", type=PATH, help="Where the encoder's weights are, if they have moved."),
     device_option,
 )
@@ -475,7 +477,7 @@ def take_model_options(settings: dict[str, Any], model: str = "dino-wm") -> dict
     return {name: value for name, value in values.items() if name in known}
 
 
-def open_dataset(path: Place | None) -> Any:
+def open_dataset(path: AnyPath | None) -> Any:
     """The `FrameDataset` at `path`, or at its default place."""
     from wmcache.pipeline.frames import FrameDataset
 

@@ -8,16 +8,25 @@ from typing import Any
 
 import click
 
-from wmcache.cache.errors import UserError, command, one_line
-from wmcache.cache.files import home, human_bytes
-from wmcache.cache.places import Place, beside
-from wmcache.commands.shared import PATH, PLACE, Command, json_option, print_json, say, source_options, store_argument
+from wmcache.commands.shared import (
+    ANY_PATH,
+    PATH,
+    Command,
+    json_option,
+    print_json,
+    say,
+    source_options,
+    store_argument,
+)
+from wmcache.common.errors import UserError, command, one_line
+from wmcache.common.files import home, human_bytes
+from wmcache.common.paths import AnyPath, beside
 
 
 @click.command("ls", cls=Command)
-@click.argument("folder", type=PLACE, required=False)
+@click.argument("folder", type=ANY_PATH, required=False)
 @json_option
-def list_(folder: Place | None, as_json: bool) -> None:
+def list_(folder: AnyPath | None, as_json: bool) -> None:
     """List the token stores under FOLDER ($WMCACHE_HOME/stores)."""
     from wmcache.cache.catalogue import list_stores
 
@@ -38,7 +47,7 @@ def list_(folder: Place | None, as_json: bool) -> None:
 @click.command(cls=Command)
 @store_argument
 @json_option
-def info(store: Place, as_json: bool) -> None:
+def info(store: AnyPath, as_json: bool) -> None:
     """Show what a token store says of itself."""
     from wmcache.cache.catalogue import describe
 
@@ -58,7 +67,7 @@ def info(store: Place, as_json: bool) -> None:
 @click.option("--deep", is_flag=True, help="Also encode a sample of the frames again, and compare.")
 @source_options
 @json_option
-def verify(store: Place, deep: bool, as_json: bool, **source: Any) -> None:
+def verify(store: AnyPath, deep: bool, as_json: bool, **source: Any) -> None:
     """Compare every byte of a token store with its records; exit status 1 where something is wrong."""
     if deep:
         from wmcache.pipeline.repair import verify_deep
@@ -80,13 +89,13 @@ def verify(store: Place, deep: bool, as_json: bool, **source: Any) -> None:
             click.echo(", ".join(f"{name} {value:.6f}" for name, value in found.drift.items()))
     if not found.sound:
         raise UserError(
-            f"{store} is {'damaged' if found.faults else 'incomplete'}; mend it with: {command('wmcache', 'repair', store)}"
+            f"{store} is {'damaged' if found.faults else 'incomplete'}; hint it with: {command('wmcache', 'repair', store)}"
         )
 
 
 @click.command(cls=Command)
 @store_argument
-def finalize(store: Place) -> None:
+def finalize(store: AnyPath) -> None:
     """Declare a token store complete, once all slices of its shards are done; exit status 1 where shards are missing."""
     from wmcache.pipeline.extract import finalize as run
 
@@ -97,7 +106,7 @@ def finalize(store: Place) -> None:
 @click.command(cls=Command)
 @store_argument
 @source_options
-def repair(store: Place, **source: Any) -> None:
+def repair(store: AnyPath, **source: Any) -> None:
     """Make exactly those shards of a token store again that are not as they were written."""
     from wmcache.pipeline.repair import repair as run
 
@@ -107,10 +116,10 @@ def repair(store: Place, **source: Any) -> None:
 
 @click.command(cls=Command)
 @store_argument
-@click.option("--dataset", type=PLACE, help="Where the frames are, if they have moved.")
+@click.option("--dataset", type=ANY_PATH, help="Where the frames are, if they have moved.")
 @click.option("--count", type=click.IntRange(1, 64), default=8, help="Frames to draw.")
 @click.option("--out", type=PATH, help="The PNG to write.  [default: STORE, with .png for .zarr]")
-def preview(store: Place, out: Path | None, **settings: Any) -> None:
+def preview(store: AnyPath, out: Path | None, **settings: Any) -> None:
     """Draw frames of a store beside their tokens, the first three principal components as colours."""
     from wmcache.pipeline.preview import preview as run
 
@@ -122,7 +131,7 @@ def preview(store: Place, out: Path | None, **settings: Any) -> None:
 @click.command(cls=Command)
 @store_argument
 @click.option("--yes", is_flag=True, help="Delete without asking.")
-def rm(store: Place, yes: bool) -> None:
+def rm(store: AnyPath, yes: bool) -> None:
     """Delete a token store."""
     from wmcache.cache.catalogue import remove
 

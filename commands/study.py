@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import home
 from wmcache.commands.shared import PATH, Command, cluster_option, json_option, print_json, say, shell_command
+from wmcache.common.errors import UserError
+from wmcache.common.files import home
 
 DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
 

@@ -10,13 +10,10 @@ import click
 from click.core import ParameterSource
 
 from wmcache import __version__
-from wmcache.cache.errors import UserError, command
-from wmcache.cache.files import home
-from wmcache.cache.places import Place
 from wmcache.commands.shared import (
+    ANY_PATH,
     INTERRUPTED,
     PATH,
-    PLACE,
     STOPPED,
     Group,
     Stopped,
@@ -29,13 +26,16 @@ from wmcache.commands.shared import (
     shell_command,
     take_model_options,
 )
+from wmcache.common.errors import UserError, command
+from wmcache.common.files import home
+from wmcache.common.paths import AnyPath
 from wmcache.trainer.presets import PRESETS
 
 
 @click.group(cls=Group, invoke_without_command=True)
 @click.version_option(__version__, prog_name="wmtrain")
 @preset_option("--preset", PRESETS, "Known settings; what is given beside it wins.")
-@click.option("--cache", type=PLACE, help="The token store; nothing else is read.  [required]")
+@click.option("--cache", type=ANY_PATH, help="The token store; nothing else is read.  [required]")
 @click.option("--out", type=PATH, help="Folder of the run.  [default: $WMCACHE_HOME/runs/<dataset>-<store>]")
 @click.option("--model", default="dino-wm", help="World model: dino-wm, ddp-wm.")
 @click.option(
@@ -108,7 +108,7 @@ from wmcache.trainer.presets import PRESETS
 @click.option("--resume", is_flag=True, help="Continue the run in --out; --steps, --epochs and --lr may then differ.")
 @click.option("--overwrite", is_flag=True, help="Delete the run in --out and start from scratch.")
 def wmtrain(
-    cache: Place | None,
+    cache: AnyPath | None,
     preset: str | None,  # noqa: ARG001 (its values have become the others' defaults)
     out: Path | None,
     start: Path | None,
@@ -128,8 +128,9 @@ def wmtrain(
         raise click.UsageError("--steps and --epochs are two ways to say how long; give one", ctx)
     if typed == ["steps"]:
         settings["epochs"] = None  # which a preset may have
-    from wmcache.trainer.loop import TrainOptions, check_slices, train
-    from wmcache.trainer.ranks import Spoken, joined, together
+    from wmcache.engine.ranks import Spoken, joined, together
+    from wmcache.trainer.loop import check_slices, train
+    from wmcache.trainer.options import TrainOptions
 
     out = out or home() / "runs" / name_of(cache)
     chosen = TrainOptions(
@@ -160,7 +161,7 @@ def wmtrain(
         say(f"{out}: trained; {_next_step(out, cache)}")
 
 
-def _next_step(run: Path, cache: Place) -> str:
+def _next_step(run: Path, cache: AnyPath) -> str:
     """What can be done with a trained run: its frames may be of no simulator that wmplan knows."""
     from wmcache.trainer.checkpoint import read_identity
 
@@ -180,12 +181,15 @@ def import_run() -> None:
 @import_run.command("dino-wm")
 @click.argument("folder", type=PATH)
 @click.option(
-    "--cache", type=PLACE, required=True, help="A store of the frames it was trained on; see: wmcache import dino-wm."
+    "--cache",
+    type=ANY_PATH,
+    required=True,
+    help="A store of the frames it was trained on; see: wmcache import dino-wm.",
 )
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")
 @click.option("--checkpoint", default="latest", help="Checkpoint to import: latest, or the number of an epoch.")
 @click.option("--overwrite", is_flag=True, help="Replace another run.")
-def import_run_dino_wm(folder: Path, cache: Place, out: Path, **settings: Any) -> None:
+def import_run_dino_wm(folder: Path, cache: AnyPath, out: Path, **settings: Any) -> None:
     """Import DINO-WM's checkpoint FOLDER: hydra.yaml, checkpoints/model_*.pth. Nothing in it is run."""
     from wmcache.trainer.import_dino_wm import import_dino_wm as run
 

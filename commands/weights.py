@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from wmcache.cache.files import home, human_bytes
 from wmcache.commands.shared import Command, json_option, print_json, say
+from wmcache.common.files import home, human_bytes
 
 
 @click.command(cls=Command)

@@ -27,7 +27,7 @@ Float = NDArray[np.float64]
 
 
 class MazeError(ValueError):
-    """A layout that cannot be read or used; the message is one line that says what to mend."""
+    """A layout that cannot be read or used; the message is one line that says what to fix."""
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.places import Place
 from wmcache.cache.store import TokenStore, changes_beside
+from wmcache.common.errors import UserError
+from wmcache.common.paths import AnyPath
 from wmcache.pipeline.encoders.changes import changes_for
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.repair import open_frames
 
 
 def derive_change_maps(
-    store: TokenStore, frameskip: int = 5, *, dataset: Place | None = None, cluster: str = "local:1"
-) -> Place:
+    store: TokenStore, frameskip: int = 5, *, dataset: AnyPath | None = None, cluster: str = "local:1"
+) -> AnyPath:
     """Make the change maps of a store; run again, it does what is missing.
 
     Args:

@@ -11,17 +11,17 @@ import threading
 
 import numpy as np
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import require_space
-from wmcache.cache.places import Place, absolute, place
+from wmcache.cluster.tasks import run_tasks
+from wmcache.common.errors import UserError
+from wmcache.common.files import require_space
+from wmcache.common.paths import AnyPath, absolute, as_path
 from wmcache.envs import FPS, POLICIES, Maze, PointMazeSimulator, Policy, find_maze, sample_state
-from wmcache.pipeline.cluster import run_tasks
 from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, Steps, read_steps, shard_range, write_shard
 
 
 def collect(
     env: str,
-    out: Place,
+    out: AnyPath,
     *,
     episodes: int = 2000,
     length: int = 100,
@@ -100,7 +100,7 @@ def simulate(maze: Maze, policy: Policy, episodes: int, length: int, seed: int) 
 def _draw_shard(out: str, table: str, maze: Maze, image_size: int, frames_per_shard: int, shard: int) -> int:
     simulator, steps = _simulator(maze, image_size), _steps(out, table)
     frames = shard_range(shard, len(steps), frames_per_shard)
-    write_shard(place(out), shard, ((steps.key(frame), simulator.render(steps.state[frame])) for frame in frames))
+    write_shard(as_path(out), shard, ((steps.key(frame), simulator.render(steps.state[frame])) for frame in frames))
     return len(frames)
 
 
@@ -124,4 +124,4 @@ def _simulator(maze: Maze, image_size: int) -> PointMazeSimulator:
 @functools.lru_cache(maxsize=1)
 def _steps(out: str, table: str) -> Steps:  # noqa: ARG001 (a part of the cache's key)
     # Read from disk once a process: cheaper than sending the table along with every task.
-    return read_steps(place(out))
+    return read_steps(as_path(out))

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import require_space
-from wmcache.cache.places import Place, absolute, exists, place
 from wmcache.cache.store import TokenStore
 from wmcache.cache.writer import StoreWriter
+from wmcache.cluster.tasks import report, run_tasks
+from wmcache.common.errors import UserError
+from wmcache.common.files import require_space
+from wmcache.common.paths import AnyPath, absolute, as_path, exists
 from wmcache.pipeline import encoders
-from wmcache.pipeline.cluster import report, run_tasks
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Select
 from wmcache.pipeline.extract import Job, load_encoders, open_writer, remember_encoders
@@ -61,7 +61,7 @@ def create_for(
 def derive(
     source: TokenStore,
     encoder: Encoder,
-    out: Place,
+    out: AnyPath,
     *,
     dtype: str = "float16",
     batch: int = 256,
@@ -130,7 +130,7 @@ def derive_shard(source: str, identity: str, job: Job, device: str, batch: int, 
 
 @functools.lru_cache(maxsize=1)
 def _open_source(path: str, identity: str, run: str) -> TokenStore:  # noqa: ARG001 (a part of the cache's key)
-    store = TokenStore.open(place(path))
+    store = TokenStore.open(as_path(path))
     if store.identity.digest() != identity:
         raise UserError(f"{path} has become another store; run the same command again")
     return store

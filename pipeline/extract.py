@@ -25,15 +25,15 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from wmcache.cache.device import choose_device, release_memory
-from wmcache.cache.errors import UserError, command, one_line
-from wmcache.cache.files import free_space, home, require_space
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_attributes, read_card
-from wmcache.cache.places import Place, absolute, exists, place
 from wmcache.cache.writer import LackingError, StoreWriter
+from wmcache.cluster.tasks import Pool, open_pool, parse_cluster, report, run_tasks
+from wmcache.common.device import choose_device, release_memory
+from wmcache.common.errors import UserError, command, one_line
+from wmcache.common.files import free_space, home, require_space
+from wmcache.common.paths import AnyPath, absolute, as_path, exists
 from wmcache.pipeline import encoders
-from wmcache.pipeline.cluster import Pool, open_pool, parse_cluster, report, run_tasks
 from wmcache.pipeline.encoders import Encoder, encode_together
 from wmcache.pipeline.frames import FrameDataset, Frames
 
@@ -54,7 +54,7 @@ class Forecast:
         seconds: estimate from encoding one batch now.
     """
 
-    out: Place
+    out: AnyPath
     shards: int
     frames: int
     bytes_needed: int
@@ -88,7 +88,7 @@ class Job:
 def extract(
     dataset: FrameDataset,
     encoder: Encoder,
-    out: Place,
+    out: AnyPath,
     *,
     dtype: str = "float16",
     batch: int = 32,
@@ -100,7 +100,7 @@ def extract(
 
 def extract_together(
     dataset: FrameDataset,
-    stores: Sequence[tuple[Encoder, Place]],
+    stores: Sequence[tuple[Encoder, AnyPath]],
     *,
     dtype: str = "float16",
     batch: int = 32,
@@ -172,7 +172,7 @@ def _finish_whole(writers: Sequence[StoreWriter]) -> list[list[int]]:
     return lacking
 
 
-def is_complete(path: Place) -> bool:
+def is_complete(path: AnyPath) -> bool:
     """Whether a store is complete, with all its shards: there is nothing to extract into it."""
     try:
         attributes = read_attributes(path)
@@ -182,7 +182,7 @@ def is_complete(path: Place) -> bool:
         return False
 
 
-def finalize(path: Place) -> StoreCard:
+def finalize(path: AnyPath) -> StoreCard:
     """Declare a store complete that has all its shards; one that is complete is left alone.
 
     Raises:
@@ -339,7 +339,7 @@ def encode_frames(encoders_: Sequence[Encoder], frames: Frames, batch: int) -> l
 def forecast(
     dataset: FrameDataset,
     encoder: Encoder,
-    out: Place,
+    out: AnyPath,
     *,
     dtype: str = "float16",
     batch: int = 32,
@@ -433,9 +433,9 @@ def load_encoders(wanted: Sequence[Job], jobs: Sequence[Job], device: str) -> li
 @functools.lru_cache(maxsize=64)
 def open_writer(job: Job) -> StoreWriter:
     """The writer of a job's store, opened once in this process."""
-    return StoreWriter.resume(place(job.out), Identity.from_json(json.loads(job.identity), job.out))
+    return StoreWriter.resume(as_path(job.out), Identity.from_json(json.loads(job.identity), job.out))
 
 
 @functools.lru_cache(maxsize=1)
 def _open_dataset(path: str, fingerprint: str) -> FrameDataset:  # noqa: ARG001 (a part of the cache's key)
-    return FrameDataset.open(place(path))
+    return FrameDataset.open(as_path(path))

@@ -18,13 +18,13 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from wmcache.cache.cpus import available_cpus
-from wmcache.cache.device import autocast, choose_device, choose_dtype
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import atomic_write, dump_json, home, seconds_between_updates
-from wmcache.cache.places import cause_outside, unreadable
 from wmcache.cache.store import TokenStore
-from wmcache.cache.tensors import open_tensors
+from wmcache.common.cpus import available_cpus
+from wmcache.common.device import autocast, choose_device, choose_dtype
+from wmcache.common.errors import UserError
+from wmcache.common.files import atomic_write, dump_json, home, seconds_between_updates
+from wmcache.common.paths import cause_outside, unreadable
+from wmcache.common.tensors import open_tensors
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import FitOptions
 from wmcache.pipeline.encoders.base import Features, Preprocess, Select

@@ -28,9 +28,9 @@ from PIL import Image
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from wmcache.cache.cpus import available_cpus
-from wmcache.cache.errors import MissingError, UserError, command
-from wmcache.cache.files import (
+from wmcache.common.cpus import available_cpus
+from wmcache.common.errors import MissingError, UserError, command
+from wmcache.common.files import (
     atomic_write,
     cannot_write,
     did_you_mean,
@@ -41,22 +41,22 @@ from wmcache.cache.files import (
     sweep,
     write_json,
 )
-from wmcache.cache.memory import available_ram
-from wmcache.cache.places import (
+from wmcache.common.memory import available_ram
+from wmcache.common.paths import (
     MISSING,
-    Place,
+    AnyPath,
+    as_path,
     cause_outside,
     exists,
     names_in,
     open_to_read,
-    place,
     read_bytes,
     remove,
     require_name,
     size_of,
     unreadable,
 )
-from wmcache.cache.schema import Count, Name, Size, parse
+from wmcache.common.schema import Count, Name, Size, parse
 
 FORMAT_VERSION = 1
 FRAMES_PER_SHARD = 512
@@ -177,7 +177,7 @@ class DatasetCard:
 class FrameDatasetWriter:
     """Writes a dataset shard by shard, from any number of processes: each shard and each table is whole or absent."""
 
-    def __init__(self, path: Place, card: DatasetCard, steps: Steps) -> None:
+    def __init__(self, path: AnyPath, card: DatasetCard, steps: Steps) -> None:
         """Start, or take up again, the dataset at `path`.
 
         Raises:
@@ -259,38 +259,38 @@ class FrameDatasetWriter:
 class FrameDataset:
     """A finished frame dataset, read defensively: counts, keys, sizes and checksums are compared with `dataset.json`."""
 
-    def __init__(self, path: Place, card: DatasetCard, steps: Steps) -> None:
+    def __init__(self, path: AnyPath, card: DatasetCard, steps: Steps) -> None:
         """Use `FrameDataset.open`."""
         self.path, self.card, self.steps = path, card, steps
 
     @classmethod
-    def open(cls, path: str | Place) -> FrameDataset:
+    def open(cls, path: str | AnyPath) -> FrameDataset:
         """Open the dataset in a folder, or at a URL.
 
         Raises:
             UserError: it is missing, unfinished or damaged.
         """
-        path = place(path)
-        mend = "make a dataset with: " + command("wmcache", "collect", "--out", path)
+        path = as_path(path)
+        hint = "make a dataset with: " + command("wmcache", "collect", "--out", path)
         try:
             if exists(path / "unfinished.json"):
                 raise UserError(f"{path} is an unfinished dataset; finish it by running its wmcache collect again")
         except OSError as error:
             raise unreadable(path, error) from error
         try:
-            values = read_json(path / "dataset.json", mend)
+            values = read_json(path / "dataset.json", hint)
         except MissingError:
             raise no_dataset(path) from None
-        card = parse(DatasetCard, values, path / "dataset.json", mend)
+        card = parse(DatasetCard, values, path / "dataset.json", hint)
         if card.format_version != FORMAT_VERSION:
             raise UserError(
                 f"{path} has format {card.format_version}, this wmcache reads {FORMAT_VERSION}; collect into another --out"
             )
         if reason := _absurdity(card):
-            raise UserError(f"{path / 'dataset.json'} is damaged ({reason}); {mend}")
+            raise UserError(f"{path / 'dataset.json'} is damaged ({reason}); {hint}")
         steps = read_steps(path, card.frames)
         if steps.sha256() != card.steps_sha256 or not steps.in_order():
-            raise UserError(f"{path / 'steps.parquet'} does not match dataset.json; {mend}")
+            raise UserError(f"{path / 'steps.parquet'} does not match dataset.json; {hint}")
         return cls(path, card, steps)
 
     @property
@@ -364,13 +364,13 @@ class FrameDataset:
         return out
 
 
-def no_dataset(path: Place) -> MissingError:
+def no_dataset(path: AnyPath) -> MissingError:
     """The error of a dataset that is missing."""
     make = "make a dataset with: " + command("wmcache", "collect", "--out", path)
     return MissingError(f"{path / 'dataset.json'} does not exist; {did_you_mean(path, 'dataset', make)}")
 
 
-def is_complete(path: Place) -> bool:
+def is_complete(path: AnyPath) -> bool:
     """Whether a dataset is finished, with all its shards: there is nothing to collect or import into it."""
     try:
         there = set(names_in(path))
@@ -399,7 +399,7 @@ def _absurdity(card: DatasetCard) -> str | None:
     return None if fingerprint(card.steps_sha256, card.shards) == card.fingerprint else "another fingerprint"
 
 
-def read_steps(path: Place, frames: int | None = None) -> Steps:
+def read_steps(path: AnyPath, frames: int | None = None) -> Steps:
     """The step table of the dataset in a folder.
 
     Raises:
@@ -432,7 +432,7 @@ def shard_range(shard: int, frames: int, frames_per_shard: int) -> range:
     return range(shard * frames_per_shard, min(frames, (shard + 1) * frames_per_shard))
 
 
-def write_shard(path: Place, shard: int, samples: Iterable[tuple[str, Frames]]) -> None:
+def write_shard(path: AnyPath, shard: int, samples: Iterable[tuple[str, Frames]]) -> None:
     """Write one tar shard atomically; the same samples give the same bytes."""
     with (
         atomic_write(path / shard_name(shard)) as file,
@@ -468,15 +468,15 @@ def decode_png(data: bytes, size: int, where: str) -> Frames:
         ) from error
 
 
-def _members(tar: Place, data: bytes, most: int) -> Iterator[tuple[str, bytes]]:
+def _members(tar: AnyPath, data: bytes, most: int) -> Iterator[tuple[str, bytes]]:
     """Names and bytes of a tar's members: plain files of at most so many bytes each, nothing unpacked, nothing followed."""
-    mend = "restore it or collect again"
+    hint = "restore it or collect again"
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
             for member in archive:
                 if not member.isreg() or member.issparse() or member.size > most:
-                    raise UserError(f"{tar}: member {member.name[:80]!r} is no frame; {mend}")
+                    raise UserError(f"{tar}: member {member.name[:80]!r} is no frame; {hint}")
                 file = archive.extractfile(member)
                 yield member.name, file.read() if file else b""
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        raise UserError(f"{tar} is a damaged tar file ({' '.join(str(error).split())[:160]}); {mend}") from error
+        raise UserError(f"{tar} is a damaged tar file ({' '.join(str(error).split())[:160]}); {hint}") from error

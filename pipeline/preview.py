@@ -9,16 +9,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import atomic_write
-from wmcache.cache.places import Place
 from wmcache.cache.store import TokenStore
+from wmcache.common.errors import UserError
+from wmcache.common.files import atomic_write
+from wmcache.common.paths import AnyPath
 from wmcache.pipeline.repair import open_frames
 
 FITTED_FRAMES = 256
 
 
-def preview(path: Place, out: Path, *, dataset: Place | None = None, count: int = 8) -> NDArray[np.int64]:
+def preview(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, count: int = 8) -> NDArray[np.int64]:
     """Draw frames of a store, and under each its tokens: red, green and blue are their first three principal components.
 
     Args:

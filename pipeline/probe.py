@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import seconds_between_updates
-from wmcache.cache.places import Place, beside
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import split_episodes
+from wmcache.common.errors import UserError
+from wmcache.common.files import seconds_between_updates
+from wmcache.common.paths import AnyPath, beside
 from wmcache.envs import Maze, MazeError
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import read_for
@@ -102,7 +102,7 @@ class Probe:
         return asdict(self)
 
 
-def probe(path: Place, *, dataset: Place | None = None, frames: int = 2000) -> Probe:
+def probe(path: AnyPath, *, dataset: AnyPath | None = None, frames: int = 2000) -> Probe:
     """Probe a store; no frame and no encoder is loaded, and the same store gives the same figures.
 
     Args:
@@ -158,7 +158,7 @@ def probe(path: Place, *, dataset: Place | None = None, frames: int = 2000) -> P
     )
 
 
-def find_maze(store: TokenStore, dataset: Place | None = None) -> Maze | None:
+def find_maze(store: TokenStore, dataset: AnyPath | None = None) -> Maze | None:
     """The maze that a store's frames show, by what the store says or else by its dataset; None where they show none."""
     name, rows = store.card.dataset.get("name", ""), store.card.dataset.get("maze")
     if dataset is not None:
@@ -170,7 +170,7 @@ def find_maze(store: TokenStore, dataset: Place | None = None) -> Maze | None:
     return make_maze(str(name), rows, store.path) if rows and store.state.shape[1] >= 2 else None
 
 
-def make_maze(name: str, rows: Any, where: Place | str) -> Maze:
+def make_maze(name: str, rows: Any, where: AnyPath | str) -> Maze:
     """The maze of a card, which may be anybody's; raises UserError where it is none."""
     if not isinstance(rows, list) or not all(isinstance(row, str) for row in rows):
         raise UserError(f"the maze in the card of {where} is no list of lines of text; extract or import it again")
@@ -180,7 +180,7 @@ def make_maze(name: str, rows: Any, where: Place | str) -> Maze:
         raise UserError(f"{where}: {error}") from error
 
 
-def require_finite(state: NDArray[np.floating], where: Place | str) -> None:
+def require_finite(state: NDArray[np.floating], where: AnyPath | str) -> None:
     """Raises UserError where a state, which nothing can be measured against, is not finite."""
     if (broken := np.flatnonzero(~np.isfinite(state).all(1))).size:
         raise UserError(
@@ -318,7 +318,7 @@ def measure_moves(store: TokenStore, frames: NDArray[np.int64], variance: float)
     return total / len(pairs) / variance
 
 
-def draw_probe(path: Place, out: Path, *, dataset: Place | None = None, goals: int = DRAWN_GOALS) -> None:
+def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goals: int = DRAWN_GOALS) -> None:
     """Draw held-out frames at the ball's places, coloured by their distance to some goals: of tokens above, along the maze below.
 
     A red point marks the places from which descending the token distance ends away from the goal.
@@ -394,7 +394,7 @@ def draw_probe(path: Place, out: Path, *, dataset: Place | None = None, goals: i
     write_png(figure, out)
 
 
-def picture_paths(stores: Sequence[Place], out: Path | None = None) -> list[Path]:
+def picture_paths(stores: Sequence[AnyPath], out: Path | None = None) -> list[Path]:
     """Where to draw each store: beside it, or in `out` by the names of its folder and itself; raises UserError if two agree."""
     resolved = [store.resolve() if isinstance(store, Path) else store for store in stores]
     paths = [

@@ -1,4 +1,4 @@
-"""Mending a store: exactly the shards that are not as they were written are made again."""
+"""Repair a store: exactly the shards that are not as they were written are made again."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import exclusive, sha256_of
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import AGAIN, DamagedError, StoreCard, read_attributes, read_card, shard_file
-from wmcache.cache.places import Place, exists, place
 from wmcache.cache.records import Records
 from wmcache.cache.store import TokenStore
 from wmcache.cache.verify import Fault, Verification, declared_shards, verify, whole_tokens
 from wmcache.cache.writer import StoreWriter
+from wmcache.common.errors import UserError
+from wmcache.common.files import exclusive, sha256_of
+from wmcache.common.paths import AnyPath, as_path, exists
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
 from wmcache.pipeline.extract import extract, read_for
@@ -28,7 +28,7 @@ SAMPLED_FRAMES = 64
 
 
 def repair(
-    path: Place, *, dataset: Place | None = None, weights: Path | None = None, device: str = "auto", batch: int = 32
+    path: AnyPath, *, dataset: AnyPath | None = None, weights: Path | None = None, device: str = "auto", batch: int = 32
 ) -> Verification:
     """Find what is wrong with a store, and make exactly that again.
 
@@ -41,7 +41,7 @@ def repair(
         device, batch: of the encoder.
 
     Returns:
-        What was found before anything was mended.
+        What was found before anything was repaired.
 
     Raises:
         UserError: the store cannot say what it is; or its frames or its encoder are not to be had any more.
@@ -50,14 +50,14 @@ def repair(
     if found.sound:
         return found
     with exclusive(path.with_name(f".{path.name}.repair.lock"), path):
-        found = verify(path)  # somebody else may have mended it meanwhile
+        found = verify(path)  # somebody else may have repaired it meanwhile
         if not found.sound:
             _mend(path, found, dataset, weights, device, batch)
         return found
 
 
 def _mend(
-    path: Place, found: Verification, dataset: Place | None, weights: Path | None, device: str, batch: int
+    path: AnyPath, found: Verification, dataset: AnyPath | None, weights: Path | None, device: str, batch: int
 ) -> None:
     attributes = read_attributes(path)
     card, identity = read_card(attributes), Identity.from_json(attributes["identity"], str(path))
@@ -99,16 +99,16 @@ def _unrecorded(records: Records, card: StoreCard, bad: list[int]) -> dict[int, 
     return found
 
 
-def open_frames(card: StoreCard, dataset: Place | None) -> FrameDataset:
+def open_frames(card: StoreCard, dataset: AnyPath | None) -> FrameDataset:
     """The frames of a store, where it says, or where the user says; raises UserError where they are not there."""
     try:
-        return FrameDataset.open(dataset or place(str(card.dataset.get("path")).replace("\0", "?")))
+        return FrameDataset.open(dataset or as_path(str(card.dataset.get("path")).replace("\0", "?")))
     except UserError as error:
         raise UserError(f"the store's frames are needed: {error}; or say where they are with --dataset") from error
 
 
 def open_source(
-    card: StoreCard, identity: Identity, *, dataset: Place | None, weights: Path | None, device: str
+    card: StoreCard, identity: Identity, *, dataset: AnyPath | None, weights: Path | None, device: str
 ) -> tuple[FrameDataset, Encoder]:
     """The frames and the encoder that a store was made with.
 
@@ -125,7 +125,7 @@ def open_source(
 
 
 def verify_deep(
-    path: Place, *, dataset: Place | None = None, weights: Path | None = None, device: str = "auto"
+    path: AnyPath, *, dataset: AnyPath | None = None, weights: Path | None = None, device: str = "auto"
 ) -> Verification:
     """As `verify`, and encode a sample of the frames anew to compare the tokens.
 
@@ -151,7 +151,7 @@ def verify_deep(
 
 
 def live_encoder(
-    path: Place, *, dataset: Place | None = None, weights: Path | None = None, device: str = "auto"
+    path: AnyPath, *, dataset: AnyPath | None = None, weights: Path | None = None, device: str = "auto"
 ) -> Callable[[int], Tensor]:
     """The store's own encoder on its own frames, as a trainer without a cache uses it.
 

@@ -1,1 +1,1 @@
-"""Planning with a trained model, its judgement and its report. Imports envs, pipeline.encoders, trainer and cache."""
+"""Policies, solvers and objectives: runs episodes, judges them and reports."""

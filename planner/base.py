@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from wmcache.cache.errors import UserError
+from wmcache.common.errors import UserError
 
 Cost = Callable[[Tensor], Tensor]
 """Actions [E, S, T, A] -> cost [E, S]."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from wmcache.cache.files import atomic_write
+from wmcache.common.files import atomic_write
 from wmcache.envs import Maze
 
 THRESHOLDS = (0.5, 0.25, 0.1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from wmcache.cache.device import choose_device, choose_dtype
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import dump_json, make_folder, read_json, seconds_between_updates, sha256_of
 from wmcache.cache.layout import StoreCard
-from wmcache.cache.places import Place, absolute, place
 from wmcache.cache.store import TokenStore
+from wmcache.common.device import choose_device, choose_dtype
+from wmcache.common.errors import UserError
+from wmcache.common.files import dump_json, make_folder, read_json, seconds_between_updates, sha256_of
+from wmcache.common.paths import AnyPath, absolute, as_path
 from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, find_maze, longest_move
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
 from wmcache.pipeline.encoders.changes import LEAST_CHANGE, changes_for
 from wmcache.planner.baselines import BASELINES, run_baseline
-from wmcache.planner.bench import bench_plan
 from wmcache.planner.episodes import (
     Episodes,
     began_at_goal,
@@ -40,65 +39,17 @@ from wmcache.planner.episodes import (
 from wmcache.planner.goals import ANY, SOURCES, Apart, start_and_goal
 from wmcache.planner.graph import LatentGraph
 from wmcache.planner.mpc import Mpc
-from wmcache.planner.objective import DISTANCES, MODES, GoalDistance
+from wmcache.planner.objective import GoalDistance
+from wmcache.planner.options import PlanOptions, check_options
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import make_solver
 from wmcache.trainer.checkpoint import last_checkpoint, load_model, open_store, read_config, read_identity
-from wmcache.trainer.models.dino_wm import DinoWm
 
 CHECKED_FRAMES = 16
 LONGEST_NAME = 120
 
 
-@dataclass(frozen=True)
-class PlanOptions:
-    """All settings of an evaluation.
-
-    Attributes:
-        episodes: how many.
-        budget: env steps of each episode. Every episode uses all of it: nobody tells the planner that it has arrived.
-        threshold: distance below which the headline figures count a goal as reached.
-        goals: where starts and goals come from, see `start_and_goal`. goal_steps: env steps between them; None means the horizon's.
-        strict: start and goal are at least the largest reported threshold and one model step apart, see `Apart`; a file's are taken
-            as they are.
-        horizon: model steps of a plan. execute: model steps before the next plan.
-        objective: `last` or `all`. distance: `latent` or `graph`. alpha: weight of proprio in it.
-        mask: score only the tokens in which the present frame and the goal's differ.
-        proprio: `auto`, whatever the model sees; `none` insists on a model that plans from pixels alone.
-        context: frames that an imagined step sees, no more than the model's history; None means 1, or for a model without proprio, and
-            so without velocity, its history.
-        observed: live frames that a plan starts from, a model step apart; None means 1, or for such a model its history.
-        solver: name in SOLVERS. search: options of that solver.
-        batch: episodes planned at once.
-        seed: number of the first episode; episode n starts, ends and searches by seed 99 n + 1 (DINO-WM, plan.py).
-        env: another maze than the data's. device, dtype: of the model and the encoder.
-    """
-
-    episodes: int = 50
-    budget: int = 100
-    threshold: float = 0.5
-    goals: str = "random-state"
-    goal_steps: int | None = None
-    strict: bool = True
-    horizon: int = 5
-    execute: int = 1
-    objective: str = "all"
-    distance: str = "latent"
-    alpha: float = 0.0
-    mask: bool = False
-    proprio: str = "auto"
-    context: int | None = None
-    observed: int | None = None
-    solver: str = "cem"
-    search: dict[str, Any] = field(default_factory=dict)
-    batch: int = 50
-    seed: int = 0
-    env: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-
-
-class Setting:
+class EvalContext:
     """A run, brought to life: its model, its encoder, its maze and its store."""
 
     def __init__(
@@ -107,7 +58,7 @@ class Setting:
         options: PlanOptions,
         *,
         weights: Path | None = None,
-        cache: Place | None = None,
+        cache: AnyPath | None = None,
         untrained: bool = False,
     ) -> None:
         """Load everything and check that live encoding reproduces the store.
@@ -244,27 +195,6 @@ def recorded(options: PlanOptions) -> dict[str, Any]:
     return known
 
 
-def check_options(options: PlanOptions) -> None:
-    """Refuse, as a UserError, what no evaluation can be made of."""
-    positive = ("episodes", "budget", "threshold", "horizon", "execute", "batch")
-    for name in (
-        *positive,
-        *(name for name in ("context", "observed", "goal_steps") if getattr(options, name) is not None),
-    ):
-        if not 0 < getattr(options, name) < np.inf:
-            flag = "batch-size" if name == "batch" else name.replace("_", "-")
-            raise UserError(f"--{flag} is {getattr(options, name)}; it must be above 0")
-    for name, known in (("objective", MODES), ("distance", DISTANCES), ("proprio", ("auto", "none"))):
-        if getattr(options, name) not in known:
-            raise UserError(f"no {name} {getattr(options, name)!r}; known are {', '.join(known)}")
-    if options.mask and options.distance != "latent":
-        raise UserError(f"--mask weighs tokens, and --distance {options.distance} has none; leave one of them out")
-    if not 0 <= options.alpha < np.inf:
-        raise UserError(f"--alpha is {options.alpha}; it must be 0 or more")
-    if options.execute > options.horizon:
-        raise UserError(f"--execute {options.execute} is more than the --horizon of {options.horizon} model steps")
-
-
 def default_out(run: Path, protocol: str | None, options: PlanOptions) -> Path:
     """The folder of an evaluation's results: named by its protocol, its sizes and every setting that differs from the protocol's.
 
@@ -354,7 +284,7 @@ def live_drift(store: TokenStore, encoder: Encoder) -> dict[str, float]:
 
 
 def run_episodes(
-    setting: Setting, options: PlanOptions, numbers: Iterable[int], progress: tqdm[Any] | None = None
+    setting: EvalContext, options: PlanOptions, numbers: Iterable[int], progress: tqdm[Any] | None = None
 ) -> Episodes:
     """Plan and act in some episodes at once.
 
@@ -421,7 +351,7 @@ def run_episodes(
 
 
 def _start_and_goal(
-    setting: Setting, options: PlanOptions, numbers: Sequence[int]
+    setting: EvalContext, options: PlanOptions, numbers: Sequence[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """`start_and_goal` by an evaluation's settings."""
     split_seed = int(setting.config.get("split_seed", 42))
@@ -434,7 +364,7 @@ def _start_and_goal(
 
 
 def _see(
-    setting: Setting, observation: dict[str, NDArray[Any]], earlier: NDArray[np.uint8] | None
+    setting: EvalContext, observation: dict[str, NDArray[Any]], earlier: NDArray[np.uint8] | None
 ) -> tuple[Tensor, Tensor]:
     """Tokens [E, N, D] and proprio [E, P] of what is seen now, and for an encoder of frame pairs of what was seen before."""
     images = observation["image"] if earlier is None else np.stack([earlier, observation["image"]], 1)
@@ -450,7 +380,7 @@ class PlanTask:
     """Plans a batch of episodes wherever it is called, and keeps it in a file.
 
     Attributes:
-        run, options, weights, cache, untrained: as of `Setting`; paths are absolute.
+        run, options, weights, cache, untrained: as of `EvalContext`; paths are absolute.
         fingerprint: of the setting. folder: of the files.
     """
 
@@ -469,8 +399,8 @@ class PlanTask:
             UserError: the run, its encoder or its store are not the same here.
         """
         if _kept.fingerprint != self.fingerprint:
-            _kept.setting = Setting(
-                self.run, self.options, weights=self.weights, cache=place(self.cache), untrained=self.untrained
+            _kept.setting = EvalContext(
+                self.run, self.options, weights=self.weights, cache=as_path(self.cache), untrained=self.untrained
             )
             _kept.fingerprint = self.fingerprint
         numbers = batch_of(self.options, begin)
@@ -483,7 +413,7 @@ class _Kept:
     """The setting of the tasks in this process, brought to life once."""
 
     fingerprint = ""
-    setting: Setting
+    setting: EvalContext
 
 
 _kept = _Kept()
@@ -499,7 +429,7 @@ def _batch_file(folder: Path, begin: int) -> Path:
 
 
 def evaluate(
-    setting: Setting, options: PlanOptions, out: Path, spread: Spread | None = None
+    setting: EvalContext, options: PlanOptions, out: Path, spread: Spread | None = None
 ) -> tuple[Episodes, dict[str, Any]]:
     """All episodes, in batches.
 
@@ -569,7 +499,7 @@ def evaluate(
     }
 
 
-def _task(setting: Setting, options: PlanOptions, folder: Path) -> PlanTask:
+def _task(setting: EvalContext, options: PlanOptions, folder: Path) -> PlanTask:
     """The task of a setting that is alive here: in its precision, and by paths that hold in any working directory."""
     known = replace(options, dtype=str(setting.dtype).removeprefix("torch."))
     if options.goals not in SOURCES:
@@ -588,7 +518,7 @@ def _task(setting: Setting, options: PlanOptions, folder: Path) -> PlanTask:
 
 
 def random_episode(
-    setting: Setting, number: int
+    setting: EvalContext, number: int
 ) -> tuple[tuple[NDArray[np.float64], NDArray[np.float64]], list[NDArray[np.uint8]]]:
     """States [4] of the random start and goal of an episode, and frames [S, S, 3] of them."""
     start, goal = (states[0] for states in start_and_goal("random-state", [number], setting.maze, setting.store, 0))
@@ -596,19 +526,3 @@ def random_episode(
     frames = [simulator.render(state) for state in (start, goal)]
     simulator.close()
     return (start, goal), frames
-
-
-def bench(setting: Setting, **settings: Any) -> dict[str, float]:
-    """`bench_plan` on a run, from one random state to another; `settings` are its options.
-
-    Raises:
-        UserError: the run's model is not DINO-WM's.
-    """
-    if not isinstance(setting.model, DinoWm):
-        raise UserError(f"{setting.run} is no model of DINO-WM's; compare runs with --model")
-    (start, _), frames = random_episode(setting, 0)
-    frame, goal_frame = map(torch.from_numpy, frames)
-    proprio = torch.from_numpy(start.astype(np.float32)).to(setting.device)
-    return bench_plan(
-        setting.model, setting.encoder, frame, goal_frame, proprio, frameskip=setting.frameskip, **settings
-    )

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from wmcache.cache.errors import UserError
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import split_episodes, window_starts
+from wmcache.common.errors import UserError
 from wmcache.envs import Maze, PointMazeSimulator, sample_state
 
 SOURCES = ("random-state", "dataset", "random-action")

@@ -18,8 +18,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import dijkstra
 from torch import Tensor
 
-from wmcache.cache.errors import UserError
 from wmcache.cache.store import TokenStore
+from wmcache.common.errors import UserError
 
 PLACES = 1024
 CROWD = 8

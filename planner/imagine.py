@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from wmcache.cache.device import autocast, choose_device, choose_dtype
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import atomic_write, make_folder, seconds_between_updates, write_json
-from wmcache.cache.places import Place
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows
+from wmcache.common.device import autocast, choose_device, choose_dtype
+from wmcache.common.errors import UserError
+from wmcache.common.files import atomic_write, make_folder, seconds_between_updates, write_json
+from wmcache.common.paths import AnyPath
+from wmcache.common.video import ffmpeg, write_mp4
 from wmcache.envs import FPS
-from wmcache.pipeline.video import ffmpeg, write_mp4
 from wmcache.trainer.checkpoint import load_model, open_store, read_config, read_identity
 from wmcache.trainer.decoder import ReadFrames, load_decoder, load_images, read_decoder_config, read_decoder_identity
 from wmcache.trainer.metrics import MOVING, ImageMetrics, Images, summarise, to_pixels, to_unit
@@ -91,7 +91,7 @@ def imagine(
     out: Path,
     options: ImagineOptions,
     *,
-    cache: Place | None = None,
+    cache: AnyPath | None = None,
 ) -> dict[str, Any]:
     """Imagine, draw, compare with the real frames, and write `metrics.json`, `errors.png`, `rollout-*.mp4` and `rollouts.png`.
 
@@ -162,7 +162,7 @@ def imagine(
     return result
 
 
-def _check(run: Path, decoder: Path, cache: Place | None) -> tuple[dict[str, Any], TokenStore]:
+def _check(run: Path, decoder: Path, cache: AnyPath | None) -> tuple[dict[str, Any], TokenStore]:
     """The run's settings and its store, once run, decoder and store are known to belong together."""
     config, identity = read_config(run), read_identity(run)[1]
     if different := identity.differences(read_decoder_identity(decoder)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from wmcache.cache.device import autocast
+from wmcache.common.device import autocast
 from wmcache.planner.base import Cost, Solver
 from wmcache.planner.objective import Objective
 from wmcache.trainer.models import WorldModel

@@ -33,18 +33,18 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest, spearmanr
 
 from wmcache import __version__
-from wmcache.cache.cpus import available_cpus
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import atomic_write, make_folder, write_json
-from wmcache.cache.places import cause_outside, unreadable
 from wmcache.cache.store import TokenStore
+from wmcache.common.cpus import available_cpus
+from wmcache.common.errors import UserError
+from wmcache.common.files import atomic_write, make_folder, write_json
+from wmcache.common.paths import cause_outside, unreadable
+from wmcache.common.video import write_mp4
 from wmcache.envs import FPS, Maze, PointMazeSimulator
-from wmcache.pipeline.video import write_mp4
 from wmcache.planner.episodes import THRESHOLDS, Episodes, env_steps, shortest_ways
-from wmcache.planner.evaluate import Setting, cached_maze
+from wmcache.planner.evaluate import EvalContext, cached_maze
 from wmcache.planner.goals import SOURCES
 from wmcache.planner.graph import LatentGraph
-from wmcache.planner.localisation import draw_localisation
+from wmcache.planner.localization import draw_localization
 
 VIDEOS = 4
 VIDEO_SIZE = 224
@@ -63,7 +63,7 @@ RC: dict[Any, Any] = {
 
 
 def write_report(
-    out: Path, run: Path, setting: Setting, episodes: Episodes, results: dict[str, Any], command: str
+    out: Path, run: Path, setting: EvalContext, episodes: Episodes, results: dict[str, Any], command: str
 ) -> dict[str, Any]:
     """Write everything that a plan leaves behind.
 
@@ -85,7 +85,7 @@ def write_report(
         "paths": draw_paths(episodes, setting.maze, results["threshold"]),
     }
     if hasattr(setting.model, "locate"):
-        pictures["localisation"] = draw_localisation(setting)
+        pictures["localization"] = draw_localization(setting)
     for name, picture in pictures.items():
         with atomic_write(out / "figures" / f"{name}.png") as file:
             file.write(picture)
@@ -257,7 +257,7 @@ def draw_paths(episodes: Episodes, maze: Maze, threshold: float, count: int = 12
         return _png(figure)
 
 
-def write_videos(folder: Path, episodes: Episodes, setting: Setting) -> list[tuple[str, Path]]:
+def write_videos(folder: Path, episodes: Episodes, setting: EvalContext) -> list[tuple[str, Path]]:
     """Videos of the episodes with the longest ways to go, the live frame beside the goal's; returns captions and files."""
     make_folder(folder)
     way = shortest_ways(episodes, setting.maze)

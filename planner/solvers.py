@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from wmcache.cache.errors import UserError
+from wmcache.common.errors import UserError
 from wmcache.planner.base import Cost, Solver
 from wmcache.planner.cem import Cem
 from wmcache.planner.gd import Gd

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from wmcache.cache.device import choose_device, choose_dtype
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import make_folder, nulls, read_json, sha256_of, write_json
-from wmcache.cache.places import Place
 from wmcache.cache.store import TokenStore
+from wmcache.common.device import choose_device, choose_dtype
+from wmcache.common.errors import UserError
+from wmcache.common.files import make_folder, nulls, read_json, sha256_of, write_json
+from wmcache.common.paths import AnyPath
 from wmcache.envs import find_maze
 from wmcache.pipeline import encoders
 from wmcache.pipeline.derive import derive
@@ -35,12 +35,14 @@ from wmcache.pipeline.fit import fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.probe import draw_probe, probe
 from wmcache.planner.episodes import THRESHOLDS
-from wmcache.planner.evaluate import PlanOptions, Setting, evaluate, recorded
+from wmcache.planner.evaluate import EvalContext, evaluate, recorded
 from wmcache.planner.goals import SOURCES
+from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_episodes
 from wmcache.study.options import EncoderChoice, StudyOptions
 from wmcache.trainer.checkpoint import load_model
-from wmcache.trainer.loop import TrainOptions, rollout_errors, skills, train, validation_windows
+from wmcache.trainer.loop import rollout_errors, skills, train, validation_windows
+from wmcache.trainer.options import TrainOptions
 
 FORMAT = 1
 """Of results; raised when a cell's work, and with it what its numbers mean, changes."""
@@ -102,7 +104,7 @@ class Workshop:
     """
 
     out: Path
-    dataset: Place
+    dataset: AnyPath
     device: str
     batch: int
 
@@ -218,7 +220,7 @@ def _plan_settings(
     if options.goals not in SOURCES:
         files["goals"] = _anywhere(options.goals)
         if not Path(options.goals).is_file():
-            raise UserError(f"goals {options.goals} are neither {', '.join(SOURCES)} nor a file; mend the study's file")
+            raise UserError(f"goals {options.goals} are neither {', '.join(SOURCES)} nor a file; hint the study's file")
         settings["goals"] = sha256_of(Path(options.goals))
     return settings, inputs, files
 
@@ -364,7 +366,7 @@ def do_plan(work: Workshop, cell: Cell) -> dict[str, Any]:
     extracted = cell.inputs["extract"]
     # The run knows where both were when it was trained; the study may have moved since.
     weights, cache = weights_of(work, extracted), work.place(extracted)
-    setting = Setting(work.place(cell.inputs["train"]), options, weights=weights, cache=cache)
+    setting = EvalContext(work.place(cell.inputs["train"]), options, weights=weights, cache=cache)
     episodes, results = evaluate(setting, options, out)
     write_episodes(out / "episodes.parquet", episodes)
     for unfinished in out.glob("unfinished-*"):

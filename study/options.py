@@ -10,16 +10,16 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import dump_json
+from wmcache.cluster.tasks import parse_cluster
+from wmcache.common.errors import UserError
+from wmcache.common.files import dump_json
 from wmcache.pipeline import encoders
-from wmcache.pipeline.cluster import parse_cluster
-from wmcache.planner.evaluate import PlanOptions, check_options
+from wmcache.planner.options import PlanOptions, check_options
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import SOLVERS
-from wmcache.trainer.loop import TrainOptions
-from wmcache.trainer.loop import check_options as check_train_options
 from wmcache.trainer.models import read_options as read_model_options
+from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.options import check_options as check_train_options
 
 T = TypeVar("T")
 Positive = Annotated[int, Field(gt=0)]
@@ -102,7 +102,7 @@ class StudyOptions:
         probe_frames: that train the probes.
         others: encoders that the file has and that are not studied; an adapter's base is fitted as they say.
         batch: frames in each call of an encoder while extracting.
-        device: of everything. cluster: where cells are done, see `pipeline.cluster.parse_cluster`; in one process, one after another.
+        device: of everything. cluster: where cells are done, see `cluster.tasks.parse_cluster`; in one process, one after another.
     """
 
     encoders: tuple[EncoderChoice, ...]
@@ -265,7 +265,7 @@ def _table(kind: type[T], values: Any, where: str, without: tuple[str, ...] = ()
     return parsed
 
 
-def _require_distinct(names: list[str], what: str, mend: str) -> None:
+def _require_distinct(names: list[str], what: str, hint: str) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{what} {name!r}; {mend}")
+            raise UserError(f"{what} {name!r}; {hint}")

@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from wmcache.cache.cpus import available_cpus
-from wmcache.cache.files import atomic_write
+from wmcache.common.cpus import available_cpus
+from wmcache.common.files import atomic_write
 from wmcache.planner.baselines import BASELINES
 from wmcache.planner.episodes import THRESHOLDS
 from wmcache.planner.report import COLOURS, RC

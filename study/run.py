@@ -18,11 +18,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from wmcache.cache.errors import UserError, one_line
-from wmcache.cache.files import exclusive, home, make_folder, seconds_between_updates, write_json
-from wmcache.cache.places import absolute, place
+from wmcache.cluster.tasks import Pool, open_pool
+from wmcache.common.errors import UserError, one_line
+from wmcache.common.files import exclusive, home, make_folder, seconds_between_updates, write_json
+from wmcache.common.paths import absolute, as_path
 from wmcache.envs import find_maze
-from wmcache.pipeline.cluster import Pool, open_pool
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract_together
@@ -86,7 +86,7 @@ def run_study(options: StudyOptions, out: Path) -> tuple[list[Branch], Workshop,
 def _run(options: StudyOptions, out: Path) -> tuple[list[Branch], Workshop, dict[str, str]]:
     dataset = open_frames(options)
     # Workers have working directories of their own.
-    work = Workshop(out.absolute(), place(absolute(dataset.path)), options.device, options.batch)
+    work = Workshop(out.absolute(), as_path(absolute(dataset.path)), options.device, options.batch)
     branches = make_branches(options, dataset.card.fingerprint)
     write_json(out / "study.json", {"options": asdict(options), "dataset": asdict(dataset.card)})
     tasks = group(pending(work, [cell for branch in branches for cell in branch.cells()]))

@@ -20,8 +20,9 @@ import torch
 from click.testing import CliRunner, Result
 
 from wmcache import __version__
-from wmcache.cache import StoreWriter, TokenStore, files
+from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cli import main, wmplan, wmtrain
+from wmcache.common import files
 from wmcache.trainer import loop
 
 BENCHMARKS = ["bench extract", "bench read", "bench train", "bench memory", "bench codecs", "bench plan"]
@@ -626,7 +627,7 @@ class TestStores:
         assert len(faults) == 2
         assert "tokens/c.1.0.0: it differs from its checksum, in frames 66" in faults[0]
         assert "tokens/c.3.0.0" in faults[1]
-        said = f"Error: {damaged} is damaged; mend it with: wmcache repair {shlex.quote(str(damaged))}"
+        said = f"Error: {damaged} is damaged; hint it with: wmcache repair {shlex.quote(str(damaged))}"
         assert result.stderr.splitlines()[-1] == said
         result = run(f"wmcache verify {{store}} {options} --json", home, store=damaged)
         assert result.exit_code == 1
@@ -654,7 +655,7 @@ class TestStores:
         result = run("wmcache verify {store}", home, store=store)
         assert result.exit_code == 1
         assert "3 of 4 shards" in result.stdout
-        assert result.stderr.splitlines()[-1].startswith(f"Error: {store} is incomplete; mend it with: wmcache repair")
+        assert result.stderr.splitlines()[-1].startswith(f"Error: {store} is incomplete; hint it with: wmcache repair")
         assert "3 of 4 shards" in run("wmcache ls {folder}", home, folder=store.parent).stdout
 
     def test_what_belongs_to_nobody_is_named(self, home: Path, store: Path) -> None:
@@ -668,7 +669,7 @@ class TestStores:
             run("wmtrain --cache {store} --out {out}", home, store=damaged, out=damaged.parent / "run").exit_code == 1
         )
         said = run("wmcache verify {store}", home, store=damaged).stderr.splitlines()[-1]
-        command = shlex.split(said.partition("mend it with: ")[2])
+        command = shlex.split(said.partition("hint it with: ")[2])
         result = CliRunner().invoke(main, [*command[1:], "--device", "cpu"])
         assert result.exit_code == 0
         assert result.stdout == f"{damaged}: complete; 2 faults repaired\n"

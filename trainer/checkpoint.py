@@ -24,14 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wmcache.cache.errors import MissingError, UnreadableError, UserError
-from wmcache.cache.files import did_you_mean, read_json, require_seal, seal, sha256_of, sync, write_json
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_card, require_identity
-from wmcache.cache.places import Place, cause_outside, exists, place, unreadable
-from wmcache.cache.schema import Size, parse
 from wmcache.cache.store import TokenStore
-from wmcache.cache.tensors import load_tensors as open_all
+from wmcache.common.errors import MissingError, UnreadableError, UserError
+from wmcache.common.files import did_you_mean, read_json, require_seal, seal, sha256_of, sync, write_json
+from wmcache.common.paths import AnyPath, as_path, cause_outside, exists, unreadable
+from wmcache.common.schema import Size, parse
+from wmcache.common.tensors import load_tensors as open_all
 from wmcache.trainer.models import DataShape, build, get_options, read_options
 
 KEEP = 2
@@ -193,7 +193,7 @@ def load_model(run: Path, device: torch.device, *, untrained: bool = False) -> A
     return model
 
 
-def open_store(run: Path, cache: Place | None = None) -> TokenStore:
+def open_store(run: Path, cache: AnyPath | None = None) -> TokenStore:
     """The store that a run was trained on.
 
     Args:
@@ -202,7 +202,7 @@ def open_store(run: Path, cache: Place | None = None) -> TokenStore:
     Raises:
         UserError: it is not there, or `cache` is another one.
     """
-    identity, path = read_identity(run)[1], place(cache or read_config(run)["cache"])
+    identity, path = read_identity(run)[1], as_path(cache or read_config(run)["cache"])
     try:
         store = TokenStore.open(path)
     except UserError as error:

@@ -20,9 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from wmcache.cache.device import autocast, choose_device, choose_dtype
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import (
+from wmcache.cache.identity import Identity
+from wmcache.cache.store import TokenStore
+from wmcache.cache.windows import batch_windows, split_episodes
+from wmcache.common.device import autocast, choose_device, choose_dtype
+from wmcache.common.errors import UserError
+from wmcache.common.files import (
     exclusive,
     human_bytes,
     is_temporary,
@@ -31,12 +34,9 @@ from wmcache.cache.files import (
     seconds_between_updates,
     write_json,
 )
-from wmcache.cache.identity import Identity
-from wmcache.cache.memory import available_ram
-from wmcache.cache.places import Place, absolute
-from wmcache.cache.schema import parse
-from wmcache.cache.store import TokenStore
-from wmcache.cache.windows import batch_windows, split_episodes
+from wmcache.common.memory import available_ram
+from wmcache.common.paths import AnyPath, absolute
+from wmcache.common.schema import parse
 from wmcache.trainer.checkpoint import (
     checkpoints,
     last_checkpoint,
@@ -52,7 +52,7 @@ from wmcache.trainer.metrics import ImageMetrics, Images, summarise, to_unit
 from wmcache.trainer.models.decoders import DECODERS, Decoder, DecoderShape, build_decoder
 
 VALIDATION_FRAMES = 512
-MEND = "train a decoder with: wmtrain decoder --cache STORE"
+HINT = "train a decoder with: wmtrain decoder --cache STORE"
 MAY_CHANGE = {"cache", "device", "steps", "log_every", "checkpoint_every", "lpips"}
 
 ReadFrames = Callable[[NDArray[np.int64]], Images]
@@ -101,7 +101,7 @@ class _Config:
 
 
 def train_decoder(
-    cache: Place, read_frames: ReadFrames, out: Path, options: DecoderOptions, *, overwrite: bool = False
+    cache: AnyPath, read_frames: ReadFrames, out: Path, options: DecoderOptions, *, overwrite: bool = False
 ) -> dict[str, Any]:
     """Train a decoder on a store's tokens and their frames; the same call again goes on where it was stopped.
 
@@ -132,7 +132,7 @@ def train_decoder(
 
 
 def _train(
-    store: TokenStore, cache: Place, read_frames: ReadFrames, out: Path, options: DecoderOptions, *, overwrite: bool
+    store: TokenStore, cache: AnyPath, read_frames: ReadFrames, out: Path, options: DecoderOptions, *, overwrite: bool
 ) -> dict[str, Any]:
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
@@ -249,13 +249,13 @@ def load_decoder(folder: Path, device: torch.device) -> Decoder:
 def read_decoder_config(folder: Path) -> dict[str, Any]:
     """The settings of a decoder; raises UserError where the folder is no decoder's."""
     file = folder / "config.json"
-    config = read_json(file, MEND)
+    config = read_json(file, HINT)
     if missing := {"decoder", "decoder_options", "shape", "cache", "split_seed"} - set(config):
-        raise UserError(f"{file} is not a decoder's (it lacks {', '.join(sorted(missing))}); {MEND}")
-    parse(_Config, config, file, MEND, exact=False)
+        raise UserError(f"{file} is not a decoder's (it lacks {', '.join(sorted(missing))}); {HINT}")
+    parse(_Config, config, file, HINT, exact=False)
     if config["decoder"] not in DECODERS:
-        raise UserError(f"{file} names an unknown decoder {config['decoder'][:80]!r}; {MEND}")
-    parse(DECODERS[config["decoder"]][0], config["decoder_options"], file, MEND)
+        raise UserError(f"{file} names an unknown decoder {config['decoder'][:80]!r}; {HINT}")
+    parse(DECODERS[config["decoder"]][0], config["decoder_options"], file, HINT)
     return config
 
 
@@ -303,17 +303,17 @@ def load_images(
     frames: NDArray[np.int64],
     frames_per_shard: int,
     image_size: int,
-    mend: str = "lower --max-frames",
+    hint: str = "lower --max-frames",
 ) -> Images:
     """Some frames, ascending, uint8 [len(frames), S, S, 3]; each shard is read once.
 
     Raises:
-        UserError: there is not so much memory; `mend` ends the message.
+        UserError: there is not so much memory; `hint` ends the message.
     """
     needed, free = len(frames) * image_size**2 * 3, available_ram()
     if needed > free:
         raise UserError(
-            f"{len(frames)} frames of {image_size} px need {human_bytes(needed)} of memory, {human_bytes(free)} are free; {mend}"
+            f"{len(frames)} frames of {image_size} px need {human_bytes(needed)} of memory, {human_bytes(free)} are free; {hint}"
         )
     images = np.empty((len(frames), image_size, image_size, 3), np.uint8)
     shard_of = frames // frames_per_shard

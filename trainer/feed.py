@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wmcache.cache.device import Transfer, is_cpu
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import human_bytes
-from wmcache.cache.memory import available_ram, free_memory
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows, batch_windows
+from wmcache.common.device import Transfer, is_cpu
+from wmcache.common.errors import UserError
+from wmcache.common.files import human_bytes
+from wmcache.common.memory import available_ram, free_memory
 
 RESIDENCES = ("device", "ram", "disk")
 ROOM_TO_SPARE = 2.0

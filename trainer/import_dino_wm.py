@@ -21,14 +21,15 @@ import yaml
 from einops import rearrange
 from torch import Tensor, nn
 
-from wmcache.cache.errors import UserError, command
-from wmcache.cache.files import exclusive, sha256_of, temporary_for, write_json
-from wmcache.cache.places import Place, absolute
 from wmcache.cache.store import TokenStore
+from wmcache.common.errors import UserError, command
+from wmcache.common.files import exclusive, sha256_of, temporary_for, write_json
+from wmcache.common.paths import AnyPath, absolute
 from wmcache.trainer.checkpoint import checkpoints, read_config, save_checkpoint
-from wmcache.trainer.loop import TrainOptions, data_shape, make_optimiser, statistics_of
+from wmcache.trainer.loop import data_shape, make_optimiser, statistics_of
 from wmcache.trainer.models import DataShape, build
 from wmcache.trainer.models.dino_wm import DinoWmOptions
+from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.pickled_modules import AGAIN, Archive, Record, StoredTensor, shown
 
 LINEAR, NORM = "torch.nn.modules.linear.Linear", "torch.nn.modules.normalization.LayerNorm"
@@ -168,7 +169,7 @@ class _Settings:
 
 
 def import_dino_wm(
-    folder: Path, cache: Place, out: Path, *, checkpoint: str = "latest", overwrite: bool = False
+    folder: Path, cache: AnyPath, out: Path, *, checkpoint: str = "latest", overwrite: bool = False
 ) -> Imported:
     """Make a run of a DINO-WM checkpoint, as wmtrain would have left it; wmplan and wmtrain --resume take it from there.
 
@@ -221,15 +222,15 @@ def _is_known(name: str) -> bool:
 
 
 def _read_settings(file: Path) -> _Settings:
-    mend = "it is what train.py of DINO-WM writes beside checkpoints/"
+    hint = "it is what train.py of DINO-WM writes beside checkpoints/"
     try:
         if file.stat().st_size > MOST_YAML_BYTES:
-            raise UserError(f"{file} is too large to be settings; {mend}")
+            raise UserError(f"{file} is too large to be settings; {hint}")
         config = yaml.safe_load(file.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{file} does not exist; {mend}") from None
+        raise UserError(f"{file} does not exist; {hint}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())[:160]}); {mend}") from error
+        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())[:160]}); {hint}") from error
 
     def get(name: str, default: Any = None) -> Any:
         value = config
@@ -240,7 +241,7 @@ def _read_settings(file: Path) -> _Settings:
     def number(name: str, least: int, most: int, default: int | None = None) -> int:
         value = get(name, default)
         if type(value) is not int or not least <= value <= most:
-            raise UserError(f"{file}: {name} is {shown(value)}, not a whole number from {least} to {most}; {mend}")
+            raise UserError(f"{file}: {name} is {shown(value)}, not a whole number from {least} to {most}; {hint}")
         return value
 
     for name, needed in REQUIRED.items():
@@ -248,7 +249,7 @@ def _read_settings(file: Path) -> _Settings:
             raise UserError(f"{file}: {name} is {shown(value)}; only checkpoints with {needed!r} can be imported")
     standardised = get("env.dataset.normalize_action", get("normalize_action"))
     if type(standardised) is not bool:
-        raise UserError(f"{file}: normalize_action is {shown(standardised)}, not true or false; {mend}")
+        raise UserError(f"{file}: normalize_action is {shown(standardised)}, not true or false; {hint}")
     return _Settings(
         history=number("num_hist", 1, 1024),
         frameskip=number("frameskip", 1, 1024),
@@ -259,7 +260,7 @@ def _read_settings(file: Path) -> _Settings:
     )
 
 
-def _check_store(store: TokenStore, cache: Place, settings: _Settings, file: Path) -> None:
+def _check_store(store: TokenStore, cache: AnyPath, settings: _Settings, file: Path) -> None:
     """Refuse tokens that are not what the reference's encoder gives (models/visual_world_model.py)."""
     side = settings.image_size // 16
     identity = store.identity
@@ -279,10 +280,10 @@ def _check_store(store: TokenStore, cache: Place, settings: _Settings, file: Pat
     if store.card.token_grid != (side, side):
         different.append(f"a grid of {store.card.token_grid} tokens, not {(side, side)}")
     if different:
-        mend = "only checkpoints with img_size 224 see what our encoder sees"
+        hint = "only checkpoints with img_size 224 see what our encoder sees"
         if settings.image_size == ROUTE:
-            mend = f"make a store as the checkpoint's with: {command('wmcache', 'extract', '--encoder', 'dinov2')}"
-        raise UserError(f"{cache} has {'; '.join(different)}; {mend}")
+            hint = f"make a store as the checkpoint's with: {command('wmcache', 'extract', '--encoder', 'dinov2')}"
+        raise UserError(f"{cache} has {'; '.join(different)}; {hint}")
     episodes = int(store.episode.max()) + 1
     if settings.standardised and settings.rollouts not in (None, episodes):
         raise UserError(
@@ -463,7 +464,7 @@ class _Reader:
 
 def _make_model(
     file: Path,
-    cache: Place,
+    cache: AnyPath,
     shape: DataShape,
     options: Mapping[str, Any],
     statistics: Mapping[str, Tensor],

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from wmcache.cache.device import autocast, choose_dtype
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import (
+from wmcache.cache.store import TokenStore
+from wmcache.cache.windows import Windows, batch_windows
+from wmcache.common.device import autocast, choose_dtype
+from wmcache.common.errors import UserError
+from wmcache.common.files import (
     dump_json,
     exclusive,
     is_temporary,
@@ -32,9 +34,8 @@ from wmcache.cache.files import (
     seconds_between_updates,
     write_json,
 )
-from wmcache.cache.places import Place, absolute
-from wmcache.cache.store import TokenStore
-from wmcache.cache.windows import Windows, batch_windows
+from wmcache.common.paths import AnyPath, absolute
+from wmcache.engine.ranks import ALONE, STOPPING, Loss, Ranks, without_reduction
 from wmcache.trainer.checkpoint import (
     Progress,
     checkpoints,
@@ -48,15 +49,14 @@ from wmcache.trainer.checkpoint import (
     truncate_metrics,
 )
 from wmcache.trainer.feed import Feed, choose_residence
-from wmcache.trainer.localisation import localisation, settle
+from wmcache.trainer.localization import localization, settle
 from wmcache.trainer.models import DataShape, build, read_options
 from wmcache.trainer.models.dino_wm import pool_grid
-from wmcache.trainer.ranks import ALONE, STOPPING, Loss, Ranks, without_reduction
+from wmcache.trainer.options import TrainOptions, check_options
 from wmcache.trainer.stages import place_of, stages_of, take_up
 
 ROLLOUT_STEPS = 5
 VALIDATION_WINDOWS = 256
-FLAGS = {"learning_rate": "lr", "weight_decay": "weight-decay"}
 NOT_FINITE = (
     "the loss of step {step} is not finite; the last checkpoint in {run}, if any, is good: "
     "go on from it with --resume and a lower --lr"
@@ -75,62 +75,8 @@ MAY_CHANGE_WITH_THE_STAGE = MAY_CHANGE_ON_RESUME | {
 }
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """All settings of a run; saved as `config.json`.
-
-    Attributes:
-        model: name in `trainer.models.MODELS`. model_options: fields of its options dataclass.
-        stage: of a model that is trained in stages, or `all` of them one after another; each has `steps` and a schedule of its own.
-        start: a run whose finished stage the first one goes on from, where it is not the run itself.
-        history: context frames. frameskip: env steps between frames.
-        steps: optimiser steps. epochs: passes over all windows, which `steps` is computed from where given.
-        batch: windows in each micro-batch, of all processes together. accumulate: micro-batches in each step.
-        learning_rate: of the constant phase. warmup, decay: shares of the steps before and after it (warmup-constant-decay).
-        beta2: of AdamW. weight_decay: of matrices; of vectors too where `decay_all`. clip: of the gradient's norm; 0 is none.
-        pool, pool_until: side of the squares of the token grid that are averaged in that first share of the steps: training is cheap on the
-            coarse grid, and what was learned there carries over.
-        dtype: `auto`, `float32` or `bfloat16`. device: `auto`, `cpu`, `cuda`, …
-        residence: where tokens are kept, `auto`, `device`, `ram` or `disk`.
-        seed: of weights, dropout and order. split_seed: of the split into train and val episodes.
-        episodes_fraction: share of the train episodes to train on; a smaller share is a part of every larger one.
-        compile: use torch.compile.
-        log_every, validate_every, checkpoint_every: steps.
-    """
-
-    model: str = "dino-wm"
-    model_options: dict[str, Any] = field(default_factory=dict)
-    stage: str = "all"
-    start: str | None = None
-    history: int = 3
-    frameskip: int = 5
-    steps: int = 10_000
-    epochs: int | None = None
-    batch: int = 64
-    accumulate: int = 1
-    learning_rate: float = 5e-4
-    warmup: float = 0.05
-    decay: float = 0.3
-    beta2: float = 0.95
-    weight_decay: float = 1e-2
-    decay_all: bool = False
-    clip: float = 1.0
-    pool: int = 1
-    pool_until: float = 0.5
-    dtype: str = "auto"
-    device: str = "auto"
-    residence: str = "auto"
-    seed: int = 0
-    split_seed: int = 42
-    episodes_fraction: float = 1.0
-    compile: bool = False
-    log_every: int = 20
-    validate_every: int = 500
-    checkpoint_every: int = 500
-
-
 def train(
-    cache: Place,
+    cache: AnyPath,
     out: Path,
     options: TrainOptions,
     *,
@@ -151,7 +97,7 @@ def train(
         options: see `TrainOptions`.
         resume: insist on going on; allows other `steps` and another `learning_rate`.
         overwrite: begin anew where a run exists.
-        ranks: the processes that train together, which must all come here, see `trainer.ranks.joined`.
+        ranks: the processes that train together, which must all come here, see `engine.ranks.joined`.
 
     Returns:
         The last validation's metrics; none where there was nothing left to do, and none but on rank 0.
@@ -191,7 +137,7 @@ class _Job:
 
 
 def _train(
-    store: TokenStore, cache: Place, out: Path, options: TrainOptions, ranks: Ranks, *, resume: bool, overwrite: bool
+    store: TokenStore, cache: AnyPath, out: Path, options: TrainOptions, ranks: Ranks, *, resume: bool, overwrite: bool
 ) -> dict[str, float | None]:
     windows = store.windows(
         options.history, 1, options.frameskip, "train", seed=options.split_seed, fraction=options.episodes_fraction
@@ -390,17 +336,6 @@ def signals_between_steps() -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
-def check_options(options: TrainOptions) -> None:
-    """Refuse, as a UserError, numbers that no run can be made of."""
-    for name, least in (("learning_rate", 1e-12), ("clip", 0.0), ("weight_decay", 0.0)):
-        if not least <= getattr(options, name) < math.inf:
-            raise UserError(
-                f"--{FLAGS.get(name, name)} is {getattr(options, name)}; it must be a number of at least {least:g}"
-            )
-    if not 0 < options.episodes_fraction <= 1:
-        raise UserError(f"--fraction is {options.episodes_fraction}; it must be above 0 and at most 1")
-
-
 def check_slices(batch: int, world: int) -> None:
     """Refuse, as a UserError, a batch that cannot be cut into equal slices for that many ranks."""
     if batch % world:
@@ -454,10 +389,10 @@ def validate(
 
     Returns:
         `skill_k` for k = 1 … 5 model steps, see `skills`. After a stage that teaches where something changes, how well that is known
-        instead, see `localisation`.
+        instead, see `localization`.
     """
     if stage == "localization":
-        return {**localisation(model, windows, changes, device, dtype)}
+        return {**localization(model, windows, changes, device, dtype)}
     found = skills(*rollout_errors(model, windows, device, dtype))
     return {f"skill_{k}": value for k, value in enumerate(found, start=1)}
 

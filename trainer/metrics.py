@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from wmcache.cache.errors import UserError
+from wmcache.common.errors import UserError
 
 SMALLEST_SSIM, SMALLEST_LPIPS = 11, 31
 """Pixels that the window of SSIM and the layers of AlexNet need."""

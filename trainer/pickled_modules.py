@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.places import cause_outside, unreadable
+from wmcache.common.errors import UserError
+from wmcache.common.paths import cause_outside, unreadable
 
 AGAIN = "get the checkpoint again from where you trust it to come from"
 RESAVE = "get it again; a file of PyTorch before 1.6 has to be saved again by a newer one"

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wmcache.cache.errors import UserError
 from wmcache.cache.identity import Identity
+from wmcache.common.errors import UserError
 from wmcache.trainer.checkpoint import (
     Progress,
     checkpoints,

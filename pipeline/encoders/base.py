@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wmcache.cache.device import autocast, choose_device, choose_dtype
-from wmcache.cache.errors import UserError
 from wmcache.cache.identity import Identity
+from wmcache.common.device import autocast, choose_device, choose_dtype
+from wmcache.common.errors import UserError
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 """DINO-WM's normalisation, to [-1, 1]."""
@@ -57,7 +57,7 @@ class EncoderSpec:
         grid: of tokens at `image_size`, where it is not one for each patch.
         via: sizes that the frame is resized to before `image_size`, for routes that others took.
         filter: default of resizing, in FILTERS, always antialiased.
-        dtype: default compute precision, `auto` or a name in `cache.device.DTYPES`.
+        dtype: default compute precision, `auto` or a name in `common.device.DTYPES`.
         lag: env steps between the two frames that a token is made of; 0 for one frame.
     """
 

@@ -1,7 +1,7 @@
 """What has changed between two frames, patch by patch: labels for world models that compute only that (DDP-WM, arXiv 2602.01780).
 
 A change map has 2 x 2 cells for each patch of a token grid. The maps of a dataset are a store of their own beside the token store
-(`TokenStore.changes`), so they are made, resumed, checked and mended as every store is.
+(`TokenStore.changes`), so they are made, resumed, checked and repaired as every store is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from wmcache.cache.errors import UserError
+from wmcache.common.errors import UserError
 from wmcache.pipeline.encoders.base import LAST, Backbone, Encoder, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.floors import refuse_weights
 from wmcache.pipeline.encoders.registry import create, register

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.schema import Size, parse
+from wmcache.common.errors import UserError
+from wmcache.common.schema import Size, parse
 from wmcache.pipeline.encoders.base import EARLY, LAST, Backbone, EncoderSpec, Features, Head
 from wmcache.pipeline.encoders.fitting import FitData, Fitting
 from wmcache.pipeline.encoders.pca import principal_axes
@@ -59,7 +59,7 @@ VQ_SPEC = replace(
     source="wmcache fit --encoder dino-tok-vq",
 )
 
-MEND = "fit it again"
+HINT = "fit it again"
 COMMITMENT = 0.25
 DECAY = 0.95
 RARE = 0.05
@@ -199,13 +199,13 @@ def adapt(backbone: Backbone, options: dict[str, Any], weights: Path) -> DinoTok
     Raises:
         UserError: the file does not fit.
     """
-    return load_head(backbone, parse(DinoTokOptions, options, f"--weights {weights}", MEND), weights, SPEC.name)
+    return load_head(backbone, parse(DinoTokOptions, options, f"--weights {weights}", HINT), weights, SPEC.name)
 
 
 @register_adapter(VQ_SPEC, base="dinov2-layers")
 def adapt_vq(backbone: Backbone, options: dict[str, Any], weights: Path) -> DinoTokHead:
     """The head with its codes; raises as `adapt`."""
-    return load_head(backbone, parse(DinoTokVqOptions, options, f"--weights {weights}", MEND), weights, VQ_SPEC.name)
+    return load_head(backbone, parse(DinoTokVqOptions, options, f"--weights {weights}", HINT), weights, VQ_SPEC.name)
 
 
 def load_head(backbone: Backbone, options: DinoTokOptions, weights: Path, name: str) -> DinoTokHead:

@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from wmcache.cache.errors import UserError
+from wmcache.common.errors import UserError
 from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.registry import register
 from wmcache.pipeline.encoders.vit import TimmVit

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.schema import Size, parse
+from wmcache.common.errors import UserError
+from wmcache.common.schema import Size, parse
 from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Features, Head
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
 from wmcache.pipeline.encoders.registry import register_adapter, register_fit

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from wmcache.cache.errors import UserError
+from wmcache.common.errors import UserError
 from wmcache.pipeline.encoders import resnet
 from wmcache.pipeline.encoders.base import EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.registry import register

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wmcache.cache.errors import UserError
+from wmcache.common.errors import UserError
 from wmcache.pipeline.encoders.base import Features
 from wmcache.pipeline.encoders.decoders import PixelDecoder, TokenDecoder
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions

@@ -15,8 +15,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.schema import Size, parse
+from wmcache.common.errors import UserError
+from wmcache.common.schema import Size, parse
 from wmcache.pipeline.encoders.base import (
     FILTERS,
     NORMALISATIONS,
@@ -129,7 +129,7 @@ def _discover() -> None:
             point.load()
         except Exception as error:  # (whatever a stranger's module raises)
             raise UserError(
-                f"the encoders of {point.value} cannot be imported ({error}); mend or uninstall that package"
+                f"the encoders of {point.value} cannot be imported ({error}); hint or uninstall that package"
             ) from error
 
 

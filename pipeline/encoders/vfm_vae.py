@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.schema import Size, parse
+from wmcache.common.errors import UserError
+from wmcache.common.schema import Size, parse
 from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Backbone, EncoderSpec, Features, Head
 from wmcache.pipeline.encoders.fitting import FitData, Fitting
 from wmcache.pipeline.encoders.reconstruction import Reconstruction, ReconstructionOptions, random_rows, require_layers

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import read_json
+from wmcache.common.errors import UserError
+from wmcache.common.files import read_json
 from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, SELECTIONS, Backbone, EncoderSpec
 from wmcache.pipeline.encoders.weights import read_tensors, tensor_names, weights_file
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import read_json
+from wmcache.common.errors import UserError
+from wmcache.common.files import read_json
 from wmcache.pipeline.encoders.base import LAST, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.registry import register
 from wmcache.pipeline.encoders.vit import (

@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import exclusive, home, human_bytes, read_json, sha256_of, write_json
-from wmcache.cache.places import cause_outside, unreadable
-from wmcache.cache.schema import Count, parse
-from wmcache.cache.tensors import Tensors, load_tensors, open_tensors
+from wmcache.common.errors import UserError
+from wmcache.common.files import exclusive, home, human_bytes, read_json, sha256_of, write_json
+from wmcache.common.paths import cause_outside, unreadable
+from wmcache.common.schema import Count, parse
+from wmcache.common.tensors import Tensors, load_tensors, open_tensors
 from wmcache.pipeline.encoders.base import EncoderSpec
 
 FILE = "model.safetensors"
@@ -211,10 +211,10 @@ def read_pins() -> dict[str, Pin]:
     Raises:
         UserError: the file is damaged.
     """
-    file, mend = pins_file(), "restore it, or move it away: what is downloaded next is pinned again"
+    file, hint = pins_file(), "restore it, or move it away: what is downloaded next is pinned again"
     if not file.exists():
         return {}
-    return {repository: parse(Pin, pin, file, mend) for repository, pin in read_json(file, mend).items()}
+    return {repository: parse(Pin, pin, file, hint) for repository, pin in read_json(file, hint).items()}
 
 
 def pin_of(repository: str, revision: str) -> Pin | None:

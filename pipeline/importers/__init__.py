@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import require_space
 from wmcache.cache.layout import MAX_COLUMN_WIDTH
-from wmcache.cache.places import Place, exists
-from wmcache.pipeline.cluster import run_tasks
+from wmcache.cluster.tasks import run_tasks
+from wmcache.common.errors import UserError
+from wmcache.common.files import require_space
+from wmcache.common.paths import AnyPath, exists
 from wmcache.pipeline.frames import (
     DatasetCard,
     FrameDatasetWriter,
@@ -59,7 +59,7 @@ class Source:
         env, maze, policy, fps: as in `DatasetCard`.
     """
 
-    origin: Place | str
+    origin: AnyPath | str
     steps: Steps
     image_size: int
     read: Read
@@ -69,7 +69,7 @@ class Source:
     fps: int
 
 
-def write_dataset(source: Source, out: Place, *, frames_per_shard: int) -> DatasetCard:
+def write_dataset(source: Source, out: AnyPath, *, frames_per_shard: int) -> DatasetCard:
     """Write a source's frames and steps as a frame dataset; run again, it goes on where it was stopped.
 
     Args:
@@ -144,7 +144,7 @@ class Shape:
         resized = f", resized to {self.image_size} px (bicubic)" if self.image_size else ""
         return (", cropped to the central square" if self.crop == "center" else "") + resized
 
-    def side(self, width: int, height: int, where: Place | str) -> int:
+    def side(self, width: int, height: int, where: AnyPath | str) -> int:
         """Side of the frame that an image of this size becomes.
 
         Raises:
@@ -157,7 +157,7 @@ class Shape:
             raise UserError(f"{where} would become a frame of {side} pixels, beyond 8192; pass --image-size")
         return side
 
-    def frame(self, image: Image.Image, size: int, where: Place | str) -> Frames:
+    def frame(self, image: Image.Image, size: int, where: AnyPath | str) -> Frames:
         """An RGB image as a frame, uint8 [size, size, 3]; raises UserError where it does not become one of that size."""
         width, height = image.size
         if (found := self.side(width, height, where)) != size:
@@ -174,7 +174,7 @@ class Shape:
 
 
 def as_columns(
-    action: NDArray[Any], state: NDArray[Any], where: Place | str, row: Callable[[int], str] = "row {}".format
+    action: NDArray[Any], state: NDArray[Any], where: AnyPath | str, row: Callable[[int], str] = "row {}".format
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Actions [frames, A] and states [frames, P] as `Steps` holds them; actions are rounded to float32.
 

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from torch.torch_version import TorchVersion
 from tqdm import tqdm
 
-from wmcache.cache.device import CPU
-from wmcache.cache.errors import UserError
-from wmcache.cache.files import seconds_between_updates
-from wmcache.cache.places import Place, cause_outside, unreadable
-from wmcache.cache.tensors import can_map
+from wmcache.common.device import CPU
+from wmcache.common.errors import UserError
+from wmcache.common.files import seconds_between_updates
+from wmcache.common.paths import AnyPath, cause_outside, unreadable
+from wmcache.common.tensors import can_map
 from wmcache.envs import ENV_PREFIX, FPS, Maze, find_maze, maze_names
 from wmcache.pipeline.frames import DatasetCard, Frames, Steps
 from wmcache.pipeline.importers import Source, require_finite, write_dataset
@@ -35,7 +35,7 @@ from wmcache.pipeline.importers import Source, require_finite, write_dataset
 AGAIN = "save it again as one plain tensor with torch.save, or get the published file again"
 
 
-def import_dino_wm(folder: Path, out: Place, *, maze: str = "UMaze", frames_per_shard: int) -> DatasetCard:
+def import_dino_wm(folder: Path, out: AnyPath, *, maze: str = "UMaze", frames_per_shard: int) -> DatasetCard:
     """Import a folder in DINO-WM's format; every frame, action and state stays the same to the bit.
 
     Args:

@@ -31,8 +31,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.places import Place, cause_outside, unreadable
+from wmcache.common.errors import UserError
+from wmcache.common.paths import AnyPath, cause_outside, unreadable
+from wmcache.common.video import ffmpeg, require_ffmpeg
 from wmcache.pipeline.frames import DatasetCard, Frames, Steps
 from wmcache.pipeline.importers import (
     MOST_PIXELS,
@@ -45,7 +46,6 @@ from wmcache.pipeline.importers import (
     refuse_lerobot,
     write_dataset,
 )
-from wmcache.pipeline.video import ffmpeg, require_ffmpeg
 
 IMAGES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -61,7 +61,7 @@ MOST_BYTES = 4 * MOST_PIXELS
 def import_frames(
     folder: Path,
     table: Path,
-    out: Place,
+    out: AnyPath,
     *,
     shape: Shape | None = None,
     fps: int = 20,

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from wmcache.cache.errors import UserError, command
-from wmcache.cache.files import seconds_between_updates
-from wmcache.cache.places import Place, cause_outside, unreadable
+from wmcache.common.errors import UserError, command
+from wmcache.common.files import seconds_between_updates
+from wmcache.common.paths import AnyPath, cause_outside, unreadable
 from wmcache.pipeline.frames import DatasetCard, Frames, Steps
 from wmcache.pipeline.importers import (
     Shape,
@@ -53,7 +53,7 @@ class _Episode:
 
 def import_minari(
     dataset: str,
-    out: Place,
+    out: AnyPath,
     *,
     image_key: str | None = None,
     state_key: str | None = None,
@@ -140,8 +140,8 @@ def _open(dataset: str) -> MinariStorage:
         if outside := cause_outside(error):
             raise unreadable(folder, outside) from error
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        mend = "" if Path(dataset).is_dir() else "; get it with: " + command("minari", "download", dataset)
-        raise UserError(f"Minari dataset {dataset} cannot be opened ({reason}){mend}") from error
+        hint = "" if Path(dataset).is_dir() else "; get it with: " + command("minari", "download", dataset)
+        raise UserError(f"Minari dataset {dataset} cannot be opened ({reason}){hint}") from error
 
 
 def _require_spaces(metadata: dict[str, Any]) -> None:

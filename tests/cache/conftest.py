@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from wmcache.cache import Identity, StoreCard, StoreWriter
-from wmcache.cache.places import place, remove, upload
+from wmcache.common.paths import as_path, remove, upload
 
 IDENTITY = Identity(
     encoder="made-up",
@@ -84,7 +84,7 @@ def finished(tmp_path: Path, make_writer: MakeWriter, tokens: NDArray[np.float16
 @pytest.fixture
 def bucket() -> Iterator[UPath]:
     """Of an object store in this process; empty, and gone at the end."""
-    there = place("memory://bucket")
+    there = as_path("memory://bucket")
     assert isinstance(there, UPath)
     remove(there)
     yield there

@@ -16,9 +16,10 @@ import pytest
 import zarr
 from numpy.typing import NDArray
 
-from wmcache.cache import Identity, StoreWriter, TokenStore, UserError
+from wmcache.cache import Identity, StoreWriter, TokenStore
 from wmcache.cache.catalogue import Entry, bytes_on_disk, describe, list_stores, look_at, remove
 from wmcache.cache.records import record_file
+from wmcache.common.errors import UserError
 
 Tokens = NDArray[np.float16]
 MakeWriter = Callable[..., StoreWriter]

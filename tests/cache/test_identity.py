@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from wmcache.cache import Identity, UserError
+from wmcache.cache import Identity
+from wmcache.common.errors import UserError
 
 FIELDS = [field.name for field in dataclasses.fields(Identity)]
 

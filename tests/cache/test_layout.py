@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, TransposeCodec, ZstdCodec
 
-from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, UserError
-from wmcache.cache.files import read_json, require_seal, seal, write_json
+from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
 from wmcache.cache.layout import (
     FILL,
     DamagedError,
@@ -34,6 +33,8 @@ from wmcache.cache.layout import (
     write_attributes,
 )
 from wmcache.cache.records import Records
+from wmcache.common.errors import UserError
+from wmcache.common.files import read_json, require_seal, seal, write_json
 
 Tokens = NDArray[np.float16]
 MakeWriter = Callable[..., StoreWriter]
@@ -61,7 +62,7 @@ def card(make_writer: MakeWriter, tmp_path_factory: pytest.TempPathFactory) -> S
 @example(value={"tuple": (1, 2), "exact": 0.1, "small": -0.0, "name": "Läufe"})
 def test_what_is_sealed_stays_whole_through_a_file(value: dict[str, Any]) -> None:
     sealed = json.loads(json.dumps(seal(value), indent=2))
-    assert require_seal(sealed, WHERE, "mend it") is sealed
+    assert require_seal(sealed, WHERE, "hint it") is sealed
     assert {name: item for name, item in sealed.items() if name != "checksum"} == json.loads(json.dumps(value))
 
 
@@ -73,8 +74,8 @@ def test_no_value_can_be_changed_or_added_unseen(value: dict[str, Any], name: st
     sealed = seal(value)
     if name in sealed and json.dumps(sealed[name]) == json.dumps(other):
         return
-    with pytest.raises(UserError, match=r"some/file\.json differs from its own checksum; mend it") as caught:
-        require_seal({**sealed, name: other}, WHERE, "mend it")
+    with pytest.raises(UserError, match=r"some/file\.json differs from its own checksum; hint it") as caught:
+        require_seal({**sealed, name: other}, WHERE, "hint it")
     assert "\n" not in str(caught.value)
 
 
@@ -83,7 +84,7 @@ def test_no_value_can_be_lost_unseen(lost: str) -> None:
     sealed = seal({"frames": [0, 16], "sum": [0.5, 1.0]})
     del sealed[lost]
     with pytest.raises(UserError, match="checksum"):
-        require_seal(sealed, WHERE, "mend it")
+        require_seal(sealed, WHERE, "hint it")
 
 
 def test_every_byte_of_the_attributes_is_under_the_seal(finished: Path) -> None:

@@ -15,11 +15,12 @@ import pytest
 from numpy.typing import NDArray
 from upath import UPath
 
-from wmcache.cache import Identity, StoreWriter, TokenStore, UserError
+from wmcache.cache import Identity, StoreWriter, TokenStore
 from wmcache.cache.layout import shard_file
 from wmcache.cache.mirror import MirroredReader, most_bytes
-from wmcache.cache.places import Place, put, read_bytes, remove, upload
 from wmcache.cache.reader import MappedReader, ZarrReader
+from wmcache.common.errors import UserError
+from wmcache.common.paths import AnyPath, put, read_bytes, remove, upload
 
 Tokens = NDArray[np.float16]
 EVERY = np.arange(50)
@@ -39,7 +40,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each shard has come."""
     counts: Counter[str] = Counter()
 
-    def note(at: Place) -> bytes:
+    def note(at: AnyPath) -> bytes:
         counts[at.name] += 1
         return read_bytes(at)
 
@@ -155,7 +156,7 @@ def test_a_damaged_object_is_refused_in_one_line_and_not_kept(far: UPath, folder
     damage(shard_file(far, 2))
     with pytest.raises(
         UserError,
-        match=r"^memory://bucket/made-up\.zarr/tokens/c\.2\.0\.0 differs from its checksum; mend it with: wmcache repair",
+        match=r"^memory://bucket/made-up\.zarr/tokens/c\.2\.0\.0 differs from its checksum; hint it with: wmcache repair",
     ) as caught:
         store.gather(EVERY)
     assert "\n" not in str(caught.value)
@@ -169,7 +170,7 @@ def test_a_server_that_fails_is_one_line_and_reading_goes_on_after_it(
 ) -> None:
     store = TokenStore.open(far, mirrored=True)
 
-    def fail(at: Place) -> bytes:
+    def fail(at: AnyPath) -> bytes:
         raise OSError("Could not connect to the endpoint")
 
     with monkeypatch.context() as patch:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from wmcache.cache import Identity, StoreWriter, TokenStore, UserError
+from wmcache.cache import Identity, StoreWriter, TokenStore
 from wmcache.cache.quantise import LEVELS, dequantise, quantise
+from wmcache.common.errors import UserError
 
 Tokens = NDArray[np.float16]
 

@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from upath import UPath
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
-from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, UserError, reader
+from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, reader
 from wmcache.cache.layout import FILL, adopt_layout, read_attributes, shard_file, write_attributes
-from wmcache.cache.places import put, read_bytes, remove, upload
 from wmcache.cache.reader import MappedReader, MemoryReader, Reader, ZarrReader
+from wmcache.common.errors import UserError
+from wmcache.common.paths import put, read_bytes, remove, upload
 
 Tokens = NDArray[np.float16]
 MakeWriter = Callable[..., StoreWriter]
@@ -191,7 +192,7 @@ def test_a_missing_shard_is_an_error_and_never_zeros(finished: Path) -> None:
     (finished / "tokens/c.2.0.0").unlink()
     with pytest.raises(UserError, match=r"tokens/c\.2\.0\.0"):
         store.gather(np.array([40]))
-    with pytest.raises(UserError, match=r"1 of 4 shards are missing or cut short, the first is .*tokens/c.2.0.0; mend"):
+    with pytest.raises(UserError, match=r"1 of 4 shards are missing or cut short, the first is .*tokens/c.2.0.0; hint"):
         TokenStore.open(finished)
 
 
@@ -507,7 +508,7 @@ def test_checksums_are_compared_at_the_first_reading_alone(finished: Path, token
     found = store.gather(np.array([20]))
     assert found[0].view(np.uint16)[0, 0] == tokens[20].view(np.uint16)[0, 0] ^ 1
     with pytest.raises(
-        UserError, match=r"frame 21 in .*tokens/c.1.0.0 differs from its checksum; mend it with: wmcache"
+        UserError, match=r"frame 21 in .*tokens/c.1.0.0 differs from its checksum; hint it with: wmcache"
     ):
         store.gather(np.array([20, 21]))
     with pytest.raises(UserError, match="frame 20 "):

@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from upath import UPath
 
-from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, UserError
+from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
 from wmcache.cache.catalogue import look_at
-from wmcache.cache.files import read_json, seal, write_json
-from wmcache.cache.places import Place, names_in
 from wmcache.cache.records import Record, Records, block_file, commits, record_file
 from wmcache.cache.verify import verify
 from wmcache.cache.writer import channel_sums
+from wmcache.common.errors import UserError
+from wmcache.common.files import read_json, seal, write_json
+from wmcache.common.paths import AnyPath, names_in
 
 Tokens = NDArray[np.float16]
 MakeWriter = Callable[..., StoreWriter]
@@ -72,7 +73,7 @@ def recorded(tmp_path: Path, card: StoreCard, identity: Identity) -> Path:
 
 
 def test_a_record_of_another_shard_or_identity_is_refused(recorded: Path, card: StoreCard, identity: Identity) -> None:
-    said = r"000001\.json is the record of another shard or store; mend it with: wmcache repair"
+    said = r"000001\.json is the record of another shard or store; hint it with: wmcache repair"
     with pytest.raises(UserError, match=said):
         Records(recorded, card, dataclasses.replace(identity, image_size=96)).read(1)
     with pytest.raises(UserError, match=said):
@@ -87,7 +88,7 @@ def test_a_garbled_record_is_refused_naming_its_file(
     recorded: Path, card: StoreCard, identity: Identity, text: str
 ) -> None:
     record_file(recorded, 1).write_text(text)
-    with pytest.raises(UserError, match=r"000001\.json .*; mend it with: wmcache repair") as caught:
+    with pytest.raises(UserError, match=r"000001\.json .*; hint it with: wmcache repair") as caught:
         Records(recorded, card, identity).read(1)
     assert "\n" not in str(caught.value)
 
@@ -95,7 +96,7 @@ def test_a_garbled_record_is_refused_naming_its_file(
 def test_a_record_that_is_not_there_is_refused_naming_its_file(
     recorded: Path, card: StoreCard, identity: Identity
 ) -> None:
-    with pytest.raises(UserError, match=r"000000\.json does not exist; mend it with: wmcache repair"):
+    with pytest.raises(UserError, match=r"000000\.json does not exist; hint it with: wmcache repair"):
         Records(recorded, card, identity).read(0)
 
 
@@ -131,7 +132,7 @@ def make_folding(make_writer: MakeWriter, tmp_path_factory: pytest.TempPathFacto
     steps = {name: getattr(TokenStore.open(like.path, allow_incomplete=True), name) for name in ("action", "state")}
     steps |= {name: getattr(TokenStore.open(like.path, allow_incomplete=True), name) for name in ("episode", "step")}
 
-    def make(path: Place, dtype: str = "float16") -> StoreWriter:
+    def make(path: AnyPath, dtype: str = "float16") -> StoreWriter:
         card = dataclasses.replace(like.card, frames_per_shard=2, dtype=dtype)
         return StoreWriter.create(path, card, dataclasses.replace(like.identity, store_dtype=dtype), steps)
 
@@ -221,7 +222,7 @@ class TestFolding:
         assert writer.pending() == sorted(set(range(SHARDS)) - done)
         assert all(writer.is_done(shard) == (shard in done) for shard in range(SHARDS))
         assert records.count() == look_at(writer.path).shards_done == len(done)
-        with pytest.raises(UserError, match=r"000011\.json does not exist; mend it with: wmcache repair"):
+        with pytest.raises(UserError, match=r"000011\.json does not exist; hint it with: wmcache repair"):
             records.read(11)
         with pytest.raises(UserError, match=r"0000\d\d\.json does not exist"):
             list(records.thousands())
@@ -337,7 +338,7 @@ class TestDamage:
         before, file = content(folded.path), block_file(folded.path, 10)
         DAMAGE[damage](file)
         records = records_of(folded)
-        with pytest.raises(UserError, match=r"block-000001\.safetensors .*; mend it with: wmcache repair") as caught:
+        with pytest.raises(UserError, match=r"block-000001\.safetensors .*; hint it with: wmcache repair") as caught:
             records.read(13)
         assert "\n" not in str(caught.value)
         with pytest.raises(UserError):
@@ -399,7 +400,8 @@ import os, signal, sys, time
 from pathlib import Path
 import numpy as np
 from wmcache.cache import StoreWriter, TokenStore, Identity
-from wmcache.cache import places, records
+from wmcache.cache import records
+from wmcache.common import paths as places
 from wmcache.cache.layout import read_attributes
 
 records.IN_A_BLOCK = 10

@@ -13,8 +13,9 @@ import pytest
 import zarr
 from numpy.typing import NDArray
 
-from wmcache.cache import Identity, StoreWriter, TokenStore, UserError
-from wmcache.cache.files import seal
+from wmcache.cache import Identity, StoreWriter, TokenStore
+from wmcache.common.errors import UserError
+from wmcache.common.files import seal
 
 Tokens = NDArray[np.float16]
 MakeWriter = Callable[..., StoreWriter]

@@ -14,8 +14,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
-from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, UserError
-from wmcache.cache.files import read_json, seal, write_json
+from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
 from wmcache.cache.layout import (
     FILL,
     adopt_layout,
@@ -25,6 +24,8 @@ from wmcache.cache.layout import (
 )
 from wmcache.cache.records import Records, record_file
 from wmcache.cache.verify import check_shard, leftovers, verify, whole_tokens
+from wmcache.common.errors import UserError
+from wmcache.common.files import read_json, seal, write_json
 
 Tokens = NDArray[np.float16]
 MakeWriter = Callable[..., StoreWriter]
@@ -137,7 +138,7 @@ def _another_shards_tokens(path: Path) -> None:
 
 
 RECORDS = {
-    _no_record: r"does not exist; mend it with: wmcache repair",
+    _no_record: r"does not exist; hint it with: wmcache repair",
     _garbled_record: r"cannot be read",
     _changed_record: r"differs from its own checksum",
     _another_shards_record: r"is the record of another shard or store",

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wmcache.cache import StoreWriter, TokenStore, UserError
+from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cache.windows import batch_windows, epoch_order, split_episodes, window_starts
+from wmcache.common.errors import UserError
 
 
 def test_an_episode_of_100_frames_has_dino_wms_81_windows() -> None:

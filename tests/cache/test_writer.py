@@ -21,11 +21,12 @@ import pytest
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from wmcache.cache import Identity, StoreWriter, TokenStore, UserError
-from wmcache.cache.files import exclusive, read_json, write_json
+from wmcache.cache import Identity, StoreWriter, TokenStore
 from wmcache.cache.layout import DamagedError, read_attributes, shard_file
 from wmcache.cache.records import Records, lock_file, record_file
 from wmcache.cache.writer import channel_sums
+from wmcache.common.errors import UserError
+from wmcache.common.files import exclusive, read_json, write_json
 
 Tokens = NDArray[np.float16]
 MakeWriter = Callable[..., StoreWriter]
@@ -158,7 +159,7 @@ class TestClaims:
     ) -> None:
         writer = make_writer(tmp_path / "some.zarr")
         script = (
-            "import sys, time; from pathlib import Path; from wmcache.cache.files import exclusive\n"
+            "import sys, time; from pathlib import Path; from wmcache.common.files import exclusive\n"
             "with exclusive(Path(sys.argv[1])) as ours: print(ours, flush=True); time.sleep(60)"
         )
         words = [sys.executable, "-c", script, str(lock_file(writer.path, 1))]
@@ -254,7 +255,7 @@ class TestWhatIsDone:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr("wmcache.cache.files.sync", full)
+            patch.setattr("wmcache.common.files.sync", full)
             with pytest.raises(UserError, match=r"cannot write .*made-up\.zarr: No space left on device; free space"):
                 writer.write_shard(1, tokens[:16])
         # Other tokens stand in its file by now, of the size that its old record names.

@@ -13,9 +13,9 @@ import zarr
 from numpy.typing import NDArray
 
 from wmcache.cache import Identity, StoreWriter, TokenStore
-from wmcache.cache.files import read_json, seal, sha256_of, write_json
 from wmcache.cache.layout import DamagedError, read_attributes
 from wmcache.cache.verify import verify
+from wmcache.common.files import read_json, seal, sha256_of, write_json
 
 MakeWriter = Callable[..., StoreWriter]
 EVERY = np.arange(50)

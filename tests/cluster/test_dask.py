@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from wmcache.cache import TokenStore
+from wmcache.cluster.tasks import WORKER_VARIABLES
 from wmcache.pipeline import encoders
-from wmcache.pipeline.cluster import WORKER_VARIABLES
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset

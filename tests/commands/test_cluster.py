@@ -14,8 +14,10 @@ from distributed import LocalCluster
 from wmcache.cache import TokenStore
 from wmcache.cli import main
 from wmcache.commands import plan
-from wmcache.planner.evaluate import PlanOptions, Setting, evaluate
-from wmcache.trainer.loop import TrainOptions, train
+from wmcache.planner.evaluate import EvalContext, evaluate
+from wmcache.planner.options import PlanOptions
+from wmcache.trainer.loop import train
+from wmcache.trainer.options import TrainOptions
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def test_plans_are_the_same_wherever_they_are_made(
     train(store_path, Path("run"), TrainOptions(model_options=sizes, steps=4, batch=8, dtype="float32", device="cpu"))
     search = {"samples": 6, "elites": 2, "iterations": 1}
     options = PlanOptions(episodes=5, batch=2, budget=10, horizon=2, search=search, device="cpu")
-    setting = Setting(Path("run"), options)
+    setting = EvalContext(Path("run"), options)
     here, results = evaluate(setting, options, Path("here"))
     for name in ("local:2", scheduler):
         out = Path(name.replace("/", ""))

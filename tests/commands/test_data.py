@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from wmcache.bench import extract as bench
 from wmcache.cache import TokenStore
 from wmcache.cli import main
-from wmcache.pipeline import bench, cluster, encoders
+from wmcache.cluster import tasks as cluster
+from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.frames import FrameDataset

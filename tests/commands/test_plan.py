@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from wmcache.cache import UserError
+from wmcache.bench import plan as bench
 from wmcache.cli import main, wmplan
 from wmcache.commands.plan import SEARCH
-from wmcache.planner import bench, evaluate
-from wmcache.planner.evaluate import PlanOptions
+from wmcache.common.errors import UserError
+from wmcache.planner import evaluate
+from wmcache.planner.options import PlanOptions
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import SOLVERS
-from wmcache.trainer.loop import TrainOptions, train
+from wmcache.trainer.loop import train
+from wmcache.trainer.options import TrainOptions
 
 Told = Callable[[str], PlanOptions]
 QUICK = "--episodes 2 --budget 10 --horizon 2 --samples 6 --elites 2 --iterations 1 --device cpu"
@@ -39,7 +41,7 @@ def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Told:
             taken.append(options)
             raise UserError("enough")
 
-        monkeypatch.setattr(evaluate, "Setting", take)
+        monkeypatch.setattr(evaluate, "EvalContext", take)
         result = run(f"--run {{run}} {line}", run=tmp_path)
         assert result.output.splitlines() == ["Error: enough"], result.output
         return taken[0]

@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from wmcache.cache import TokenStore
-from wmcache.cache.errors import command
 from wmcache.cache.verify import verify
 from wmcache.cli import main
+from wmcache.common.errors import command
 from wmcache.pipeline.frames import FrameDataset
 
 BIN = Path(sys.executable).parent

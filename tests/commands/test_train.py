@@ -16,8 +16,9 @@ from wmcache.cache import TokenStore
 from wmcache.cli import wmtrain
 from wmcache.trainer import loop
 from wmcache.trainer.checkpoint import Progress, last_checkpoint, load_model, read_config, read_progress
-from wmcache.trainer.loop import TrainOptions, data_shape, learning_rate, make_optimiser, statistics_of
+from wmcache.trainer.loop import data_shape, learning_rate, make_optimiser, statistics_of
 from wmcache.trainer.models import MODELS, build, read_options
+from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
 
 TINY = "--depth 1 --heads 2 --head-dim 4 --mlp 8 --batch-size 8 --device cpu"

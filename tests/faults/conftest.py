@@ -21,7 +21,7 @@ from fault_workers import Child, collect_few, extract_store
 
 from wmcache.cache import Identity, StoreCard, StoreWriter
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.trainer.loop import TrainOptions
+from wmcache.trainer.options import TrainOptions
 
 PRELOADED = [
     "pytest",

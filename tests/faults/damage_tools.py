@@ -23,16 +23,18 @@ import zarr
 from click.testing import CliRunner
 from fault_workers import extract_store
 
-from wmcache.cache import StoreCard, TokenStore, UserError
-from wmcache.cache.files import seal, sha256_of
+from wmcache.cache import StoreCard, TokenStore
 from wmcache.cache.layout import read_attributes, read_card
 from wmcache.cache.reader import ABSENT, ZarrReader
 from wmcache.cli import main
+from wmcache.common.errors import UserError
+from wmcache.common.files import seal, sha256_of
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.frames import FrameDataset, fingerprint
 from wmcache.trainer.checkpoint import load_model
-from wmcache.trainer.loop import TrainOptions, train
+from wmcache.trainer.loop import train
+from wmcache.trainer.options import TrainOptions
 
 FRAMES, PER_SHARD, SHARDS = 22, 4, 6
 EVERY = np.arange(FRAMES)

@@ -32,11 +32,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from wmcache.cache import Identity, StoreWriter, TokenStore, UserError
-from wmcache.cache.files import exclusive
+from wmcache.cache import Identity, StoreWriter, TokenStore
 from wmcache.cache.layout import read_attributes
 from wmcache.cache.verify import verify
 from wmcache.cache.windows import Windows, batch_windows
+from wmcache.common.errors import UserError
+from wmcache.common.files import exclusive
 from wmcache.pipeline import encoders
 from wmcache.pipeline import extract as extraction
 from wmcache.pipeline.collect import collect
@@ -45,7 +46,8 @@ from wmcache.pipeline.extract import extract, extract_together
 from wmcache.pipeline.frames import FrameDataset, Frames
 from wmcache.pipeline.repair import repair
 from wmcache.trainer.checkpoint import last_checkpoint, save_checkpoint
-from wmcache.trainer.loop import TrainOptions, train
+from wmcache.trainer.loop import train
+from wmcache.trainer.options import TrainOptions
 
 M_ARENA_MAX = -8
 NOT_DATA = (".lock", ".tmp", ".partial")

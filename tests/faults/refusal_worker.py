@@ -17,11 +17,12 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from wmcache.cache import TokenStore, UserError
-from wmcache.cache.files import seal, sha256_of, write_json
+from wmcache.cache import TokenStore
 from wmcache.cache.layout import shard_file
-from wmcache.cache.tensors import load_tensors, open_tensors
 from wmcache.cli import main
+from wmcache.common.errors import UserError
+from wmcache.common.files import seal, sha256_of, write_json
+from wmcache.common.tensors import load_tensors, open_tensors
 from wmcache.trainer import checkpoint
 
 

@@ -29,7 +29,7 @@ from wmcache.cache.layout import read_attributes, write_attributes
 from wmcache.cache.verify import verify
 from wmcache.pipeline.repair import repair
 from wmcache.trainer.checkpoint import last_checkpoint
-from wmcache.trainer.loop import TrainOptions
+from wmcache.trainer.options import TrainOptions
 
 Content = Callable[[Path], dict[str, bytes]]
 Start = Callable[..., Child]

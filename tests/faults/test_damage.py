@@ -1,4 +1,4 @@
-"""Something on the disk is not as it was written: it is noticed, named, and mended, and whatever is not damaged stays as it is."""
+"""Something on the disk is not as it was written: it is noticed, named, and repaired, and whatever is not damaged stays as it is."""
 
 from __future__ import annotations
 
@@ -42,21 +42,23 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from upath import UPath
 
-from wmcache.cache import TokenStore, UserError
+from wmcache.cache import TokenStore
 from wmcache.cache.catalogue import remove
 from wmcache.cache.layout import STEP_COLUMNS, read_attributes, shard_file, write_attributes
-from wmcache.cache.places import place, upload
-from wmcache.cache.places import remove as remove_all
 from wmcache.cache.records import record_file
 from wmcache.cache.verify import verify
 from wmcache.cache.writer import StoreWriter
+from wmcache.common.errors import UserError
+from wmcache.common.paths import as_path, upload
+from wmcache.common.paths import remove as remove_all
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset, write_shard
 from wmcache.pipeline.repair import repair
 from wmcache.trainer.checkpoint import last_checkpoint
-from wmcache.trainer.loop import TrainOptions, train
+from wmcache.trainer.loop import train
+from wmcache.trainer.options import TrainOptions
 
 Content = Callable[[Path], dict[str, bytes]]
 Start = Callable[..., Child]
@@ -139,7 +141,7 @@ PLACES: dict[str, Callable[[int, int], tuple[int, int]]] = {
 
 
 def check_flip(small: Small, path: Path, tokens: Tokens, content: Content, shard: int, offset: int, mask: int) -> None:
-    """Flip bits, and follow the user from the first error to the mended store."""
+    """Flip bits, and follow the user from the first error to the repaired store."""
     card, file = TokenStore.open(path).card, shard_file(path, shard)
     row = offset // (card.frame_bytes + 4)
     frame = card.shard_frames(shard)[row] if row < len(card.shard_frames(shard)) else None
@@ -441,7 +443,7 @@ DESCRIPTIONS: dict[str, Damage] = {
 
 
 def check_description(small: Small, path: Path, content: Content, dtype: str, file: Path) -> None:
-    """A description that is damaged: refused with the command that mends it, which encodes nothing."""
+    """A description that is damaged: refused with the command that fixes it, which encodes nothing."""
     with pytest.raises(UserError) as refusal:
         TokenStore.open(path)
     named = file if file.name == "zarr.json" and file.parent.name != "state" else file.parent
@@ -596,12 +598,12 @@ def test_a_damaged_column_is_refused_and_written_anew_by_the_same_extraction(
 
 @pytest.mark.parametrize("dtype", ["int8"])
 @pytest.mark.parametrize("damage", [damage for damage in COLUMNS if damage != "another column"])
-@pytest.mark.parametrize("mend", ["extract", "repair"])
+@pytest.mark.parametrize("hint", ["extract", "repair"])
 def test_a_damaged_scale_is_refused_and_written_anew(
-    small: Small, path: Path, content: Content, tokens: Tokens, dtype: str, damage: str, mend: str
+    small: Small, path: Path, content: Content, tokens: Tokens, dtype: str, damage: str, hint: str
 ) -> None:
     COLUMNS[damage](path / "scale")
-    if mend == "extract":
+    if hint == "extract":
         check_description(small, path, content, dtype, path / "scale" / "any")
         return
     with pytest.raises(UserError, match="scale"):
@@ -684,7 +686,7 @@ def test_a_missing_frame_is_an_error_and_never_zeros(
         stored = TokenStore.open(small.store).gather_stored(whole)
         np.testing.assert_array_equal(out[: len(whole)], stored)
     else:
-        far = place("memory://damaged/copy.zarr")
+        far = as_path("memory://damaged/copy.zarr")
         assert isinstance(far, UPath)
         remove_all(far)
         upload(path, far, last="zarr.json")
@@ -839,7 +841,7 @@ def test_the_command_in_a_message_can_be_pasted_into_a_shell(
     shard_file(path, 2).unlink()
     with pytest.raises(UserError) as refusal:
         TokenStore.open(path)
-    words = shlex.split(str(refusal.value).partition("mend it with: ")[2])
+    words = shlex.split(str(refusal.value).partition("hint it with: ")[2])
     assert words[0] == "wmcache"
     status, output, escaped = start(command, *words[1:], "--device", "cpu").returned()
     assert (status, escaped) == (0, ""), output

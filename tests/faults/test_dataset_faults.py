@@ -17,10 +17,11 @@ from damage_tools import EVERY, PER_SHARD, SHARDS, Small, agree, command, is_ref
 from fault_workers import Child
 from PIL import Image
 
-from wmcache.cache import TokenStore, UserError
+from wmcache.cache import TokenStore
 from wmcache.cache.layout import shard_file
 from wmcache.cache.records import record_file
 from wmcache.cache.verify import verify
+from wmcache.common.errors import UserError
 from wmcache.pipeline.repair import repair
 
 Content = Callable[[Path], dict[str, bytes]]

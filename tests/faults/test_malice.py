@@ -52,18 +52,20 @@ from damage_tools import (
 from fault_workers import Child
 from PIL import Image
 
-from wmcache.cache import TokenStore, UserError
+from wmcache.cache import TokenStore
 from wmcache.cache.catalogue import list_stores
-from wmcache.cache.files import sha256_of
 from wmcache.cache.layout import shard_file
 from wmcache.cache.records import record_file
 from wmcache.cache.verify import verify
+from wmcache.common.errors import UserError
+from wmcache.common.files import sha256_of
 from wmcache.pipeline.extract import default_store
 from wmcache.pipeline.fit import default_weights
 from wmcache.pipeline.frames import FrameDataset, Steps, fingerprint
 from wmcache.pipeline.repair import repair
 from wmcache.trainer.checkpoint import last_checkpoint, truncate_metrics
-from wmcache.trainer.loop import TrainOptions, train
+from wmcache.trainer.loop import train
+from wmcache.trainer.options import TrainOptions
 
 Start = Callable[..., Child]
 Edit = Callable[[dict[str, Any]], object]

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from wmcache.cache import TokenStore, UserError
+from wmcache.cache import TokenStore
 from wmcache.cache.catalogue import look_at
-from wmcache.cache.errors import UnreadableError
 from wmcache.cache.layout import DamagedError
 from wmcache.cache.verify import verify
 from wmcache.cli import main
+from wmcache.common.errors import UnreadableError, UserError
 from wmcache.pipeline import repair  # noqa: F401 (another user may not be able to import it)
 
 HERE = Path(__file__).parent

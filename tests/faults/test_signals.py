@@ -19,11 +19,12 @@ import psutil
 import pytest
 from fault_workers import Child, extract_store, train_run
 
-from wmcache.cache import TokenStore, UserError
-from wmcache.cache.files import exclusive
+from wmcache.cache import TokenStore
 from wmcache.cache.records import lock_file
+from wmcache.common.errors import UserError
+from wmcache.common.files import exclusive
 from wmcache.trainer.checkpoint import last_checkpoint
-from wmcache.trainer.loop import TrainOptions
+from wmcache.trainer.options import TrainOptions
 
 Content = Callable[[Path], dict[str, bytes]]
 Start = Callable[..., Child]

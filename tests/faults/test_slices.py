@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from fault_workers import Child, extract_slice
 
-from wmcache.cache import TokenStore, UserError
+from wmcache.cache import TokenStore
+from wmcache.common.errors import UserError
 from wmcache.pipeline.extract import finalize
 
 Content = Callable[[Path], dict[str, bytes]]

@@ -28,11 +28,12 @@ from hypothesis.stateful import (
 )
 from numpy.typing import NDArray
 
-from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, UserError
+from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
 from wmcache.cache.catalogue import remove
 from wmcache.cache.layout import shard_file
 from wmcache.cache.records import record_file
 from wmcache.cache.verify import verify
+from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.extract import store_card
 from wmcache.pipeline.frames import FrameDataset

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wmcache.cache import StoreWriter, TokenStore, UserError
+from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cache.store import changes_beside
 from wmcache.cache.verify import verify
+from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.change_maps import derive_change_maps
 from wmcache.pipeline.collect import collect

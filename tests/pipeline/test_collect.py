@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from wmcache.cache import UserError
+from wmcache.common.errors import UserError
 from wmcache.envs import MazeError, PointMazeEnv
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.frames import DatasetCard, FrameDataset

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wmcache.cache import StoreWriter, TokenStore, UserError
+from wmcache.cache import StoreWriter, TokenStore
+from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.derive import create_for, derive
 from wmcache.pipeline.encoders import Encoder

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from wmcache.cache import StoreWriter, TokenStore, UserError
+from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cache.layout import read_attributes, write_attributes
+from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from wmcache.cache import UserError
-from wmcache.cache.device import CPU
 from wmcache.cache.windows import split_episodes
+from wmcache.common.device import CPU
+from wmcache.common.errors import UserError
 from wmcache.envs import Maze
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder

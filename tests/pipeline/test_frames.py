@@ -16,8 +16,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from wmcache.cache import UserError
-from wmcache.cache.files import sha256_of
+from wmcache.common.errors import UserError
+from wmcache.common.files import sha256_of
 from wmcache.pipeline.frames import FrameDataset, Steps, fingerprint
 
 SHARD = "frames-000001.tar"

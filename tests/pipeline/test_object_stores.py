@@ -14,15 +14,16 @@ import pytest
 from click.testing import CliRunner, Result
 from upath import UPath
 
-from wmcache.cache import StoreWriter, TokenStore, UserError
+from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cache import writer as writer_module
 from wmcache.cache.catalogue import list_stores
 from wmcache.cache.layout import shard_file
 from wmcache.cache.mirror import MirroredReader
-from wmcache.cache.places import files_in, place, put, read_bytes, remove, upload
 from wmcache.cache.records import record_file
 from wmcache.cache.verify import verify
 from wmcache.cli import main
+from wmcache.common.errors import UserError
+from wmcache.common.paths import as_path, files_in, put, read_bytes, remove, upload
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract
@@ -37,7 +38,7 @@ EVERY = np.arange(360)
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UPath]:
     """Of an object store in this process; empty, and gone at the end."""
     monkeypatch.setenv("WMCACHE_HOME", str(tmp_path / "home"))
-    there = place("memory://road")
+    there = as_path("memory://road")
     assert isinstance(there, UPath)
     remove(there)
     yield there
@@ -327,7 +328,7 @@ class TestCommands:
         result = run("verify", str(far))
         assert result.exit_code == 1
         assert f"fault: {far}/tokens/c.1.0.0: it differs from its checksum" in result.stdout
-        assert f"mend it with: wmcache repair {far}" in result.stderr
+        assert f"hint it with: wmcache repair {far}" in result.stderr
         assert run("repair", str(far), "--device", "cpu").exit_code == 0
         assert run("verify", str(far)).exit_code == 0
 

@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from PIL import Image
 
-from wmcache.cache import StoreWriter, TokenStore, UserError
+from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cache.layout import read_attributes, shard_file, write_attributes
+from wmcache.common.errors import UserError
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.preview import preview, principal_colours
@@ -206,7 +207,7 @@ def test_a_damaged_or_unfinished_store_is_refused(store_path: Path, tmp_path: Pa
     data = bytearray(shard_file(path, 0).read_bytes())
     data[0] ^= 1
     shard_file(path, 0).write_bytes(data)
-    with pytest.raises(UserError, match=r"frame 0 in .* mend it with: wmcache repair"):
+    with pytest.raises(UserError, match=r"frame 0 in .* hint it with: wmcache repair"):
         preview(path, out)
     write_attributes(path, {**read_attributes(path), "complete": False})
     with pytest.raises(UserError, match="incomplete"):

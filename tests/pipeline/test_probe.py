@@ -17,8 +17,9 @@ from transformers import VJEPA2Config, VJEPA2Model
 
 import wmcache.pipeline.probe
 from wmcache import envs
-from wmcache.cache import StoreWriter, TokenStore, UserError
+from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cache.layout import read_attributes, write_attributes
+from wmcache.common.errors import UserError
 from wmcache.envs import Maze
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder

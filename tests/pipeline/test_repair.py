@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from wmcache.cache import StoreWriter, TokenStore, UserError
-from wmcache.cache.files import read_json, write_json
+from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cache.layout import read_attributes, shard_file, write_attributes
 from wmcache.cache.records import block_file, record_file
 from wmcache.cache.verify import verify
+from wmcache.common.errors import UserError
+from wmcache.common.files import read_json, write_json
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
 from wmcache.pipeline.extract import extract
@@ -133,7 +134,7 @@ def test_exactly_the_shard_that_is_damaged_is_encoded_again(
     SHARDS[damage](path)
     when = times(path)
     found = repair(path, device="cpu")
-    # What was found before anything was mended.
+    # What was found before anything was repaired.
     assert (found.complete, found.shards, found.shards_done) == (True, 6, 5)
     assert {fault.shard for fault in found.faults} == {2}
     assert all_bytes(path) == all_bytes(store_path)

@@ -11,8 +11,10 @@ import pytest
 from numpy.typing import NDArray
 
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
-from wmcache.planner.evaluate import PlanOptions, Setting
-from wmcache.trainer.loop import TrainOptions, train
+from wmcache.planner.evaluate import EvalContext
+from wmcache.planner.options import PlanOptions
+from wmcache.trainer.loop import train
+from wmcache.trainer.options import TrainOptions
 
 MakeStore = Callable[..., TokenStore]
 TrainRun = Callable[..., Path]
@@ -54,8 +56,8 @@ def tiny_plan() -> PlanOptions:
 
 
 @pytest.fixture(scope="session")
-def setting(run_path: Path, tiny_plan: PlanOptions) -> Setting:
-    return Setting(run_path, tiny_plan)
+def setting(run_path: Path, tiny_plan: PlanOptions) -> EvalContext:
+    return EvalContext(run_path, tiny_plan)
 
 
 @pytest.fixture(scope="session")

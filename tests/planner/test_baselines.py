@@ -11,8 +11,9 @@ from wmcache.cache import TokenStore
 from wmcache.envs import Maze, PointMazeVectorEnv
 from wmcache.planner.baselines import BASELINES, run_baseline
 from wmcache.planner.episodes import began_at_goal, judge
-from wmcache.planner.evaluate import PlanOptions, Setting, evaluate
+from wmcache.planner.evaluate import EvalContext, evaluate
 from wmcache.planner.goals import start_and_goal
+from wmcache.planner.options import PlanOptions
 from wmcache.trainer.checkpoint import load_model
 
 UMAZE = Maze.load("UMaze")
@@ -49,7 +50,9 @@ def test_pairs_of_any_distance_flatter_actions_that_look_at_nothing(store: Token
     assert random["held"] < random["successes"] / 4
 
 
-def test_an_evaluation_has_them_on_its_own_episodes(setting: Setting, tiny_plan: PlanOptions, tmp_path: Path) -> None:
+def test_an_evaluation_has_them_on_its_own_episodes(
+    setting: EvalContext, tiny_plan: PlanOptions, tmp_path: Path
+) -> None:
     episodes, results = evaluate(setting, tiny_plan, tmp_path)
     assert results["began_at_goal"] == {"0.5": 0, "0.25": 0, "0.1": 0}
     assert list(results["baselines"]) == ["random", "zero"]
@@ -71,9 +74,9 @@ def test_an_untrained_model_has_other_weights_and_the_same_sizes_and_statistics(
 
 
 def test_what_an_untrained_model_has_planned_is_not_taken_for_the_runs(
-    run_path: Path, setting: Setting, tiny_plan: PlanOptions, tmp_path: Path
+    run_path: Path, setting: EvalContext, tiny_plan: PlanOptions, tmp_path: Path
 ) -> None:
-    untrained = Setting(run_path, tiny_plan, untrained=True)
+    untrained = EvalContext(run_path, tiny_plan, untrained=True)
     assert untrained.fingerprint(tiny_plan) != setting.fingerprint(tiny_plan)
     episodes = [evaluate(one, tiny_plan, tmp_path)[0] for one in (setting, untrained, setting)]
     np.testing.assert_array_equal(episodes[0].states, episodes[2].states)

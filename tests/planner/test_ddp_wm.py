@@ -15,15 +15,18 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from wmcache.cache import UserError
+from wmcache.bench import compare
+from wmcache.bench.compare import GRID, compare_runs, landscape, roughness
 from wmcache.cli import main
-from wmcache.planner import compare, localisation
-from wmcache.planner.compare import GRID, compare_runs, landscape, roughness
-from wmcache.planner.evaluate import PlanOptions, Setting, evaluate, run_episodes
-from wmcache.planner.localisation import draw_localisation
+from wmcache.common.errors import UserError
+from wmcache.planner import localization as localization
+from wmcache.planner.evaluate import EvalContext, evaluate, run_episodes
+from wmcache.planner.localization import draw_localization
 from wmcache.planner.objective import GoalDistance
+from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_report
-from wmcache.trainer.loop import TrainOptions, train
+from wmcache.trainer.loop import train
+from wmcache.trainer.options import TrainOptions
 
 SEARCHES: dict[str, dict[str, Any]] = {
     "cem": {"samples": 8, "elites": 3, "iterations": 2},
@@ -75,19 +78,21 @@ def sparse_run(ddp_run: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ddp_setting(ddp_run: Path, tiny_plan: PlanOptions) -> Setting:
-    return Setting(ddp_run, tiny_plan)
+def ddp_setting(ddp_run: Path, tiny_plan: PlanOptions) -> EvalContext:
+    return EvalContext(ddp_run, tiny_plan)
 
 
 @pytest.mark.parametrize("solver", SEARCHES)
 def test_every_solver_plans_with_it(ddp_run: Path, tiny_plan: PlanOptions, solver: str) -> None:
     options = replace(tiny_plan, solver=solver, search=SEARCHES[solver])
-    episodes = run_episodes(Setting(ddp_run, options), options, range(2))
+    episodes = run_episodes(EvalContext(ddp_run, options), options, range(2))
     assert episodes.states.shape == (2, options.budget, 4)
     assert np.isfinite(episodes.states).all()
 
 
-def test_an_episode_does_not_depend_on_those_planned_beside_it(ddp_setting: Setting, tiny_plan: PlanOptions) -> None:
+def test_an_episode_does_not_depend_on_those_planned_beside_it(
+    ddp_setting: EvalContext, tiny_plan: PlanOptions
+) -> None:
     together, alone = (run_episodes(ddp_setting, tiny_plan, numbers) for numbers in (range(3), [2]))
     np.testing.assert_allclose(together.states[2], alone.states[0], atol=1e-4)
 
@@ -95,29 +100,29 @@ def test_an_episode_does_not_depend_on_those_planned_beside_it(ddp_setting: Sett
 def test_a_run_that_only_knows_where_is_not_planned_with(ddp_run: Path, tmp_path: Path, tiny_plan: PlanOptions) -> None:
     first = run_until(ddp_run, tmp_path / "first", 1)
     with pytest.raises(UserError, match=r"knows where something changes, .*same options and --stage primary"):
-        Setting(first, tiny_plan)
+        EvalContext(first, tiny_plan)
 
 
-def test_the_report_shows_where_it_computes(ddp_setting: Setting, tiny_plan: PlanOptions, tmp_path: Path) -> None:
+def test_the_report_shows_where_it_computes(ddp_setting: EvalContext, tiny_plan: PlanOptions, tmp_path: Path) -> None:
     episodes, results = evaluate(ddp_setting, tiny_plan, tmp_path / "plan")
     write_report(tmp_path / "plan", ddp_setting.run, ddp_setting, episodes, results, "wmplan")
     assert "Where the model computes" in (tmp_path / "plan" / "report.html").read_text()
-    with Image.open(tmp_path / "plan" / "figures" / "localisation.png") as picture:
+    with Image.open(tmp_path / "plan" / "figures" / "localization.png") as picture:
         assert picture.width > picture.height
 
 
-def test_the_report_of_another_model_does_not(setting: Setting, tiny_plan: PlanOptions, tmp_path: Path) -> None:
+def test_the_report_of_another_model_does_not(setting: EvalContext, tiny_plan: PlanOptions, tmp_path: Path) -> None:
     episodes, results = evaluate(setting, tiny_plan, tmp_path / "plan")
     write_report(tmp_path / "plan", setting.run, setting, episodes, results, "wmplan")
     assert "Where the model computes" not in (tmp_path / "plan" / "report.html").read_text()
 
 
 def test_the_picture_follows_the_localiser(ddp_run: Path, tiny_plan: PlanOptions) -> None:
-    setting = Setting(ddp_run, tiny_plan)
+    setting = EvalContext(ddp_run, tiny_plan)
     pictures = []
     for bias in (-100, 100):
         setting.model.localiser.head[-1].bias.data.fill_(bias)
-        pictures.append(np.asarray(Image.open(io.BytesIO(draw_localisation(setting)))))
+        pictures.append(np.asarray(Image.open(io.BytesIO(draw_localization(setting)))))
     assert pictures[0].shape == pictures[1].shape
     assert (pictures[0] != pictures[1]).any()
 
@@ -136,9 +141,9 @@ def test_the_picture_of_a_model_that_learned_from_tokens_outlines_what_changes_i
         drawn.append(masks)
         return draw(images, masks, *rest)
 
-    draw = localisation._draw
-    monkeypatch.setattr(localisation, "_draw", watched)
-    draw_localisation(Setting(tmp_path / "run", tiny_plan))
+    draw = localization._draw
+    monkeypatch.setattr(localization, "_draw", watched)
+    draw_localization(EvalContext(tmp_path / "run", tiny_plan))
     assert not drawn[0]["changes"].any()
     assert (drawn[0]["computed"].sum(-1) == 1).all()
 
@@ -163,7 +168,7 @@ class TestMasks:
         assert cost.tolist() == [[1.0] * 3, [4.0] * 3]
 
     def test_frames_differ_where_one_has_something_else(self, ddp_run: Path, tiny_plan: PlanOptions) -> None:
-        setting = Setting(ddp_run, replace(tiny_plan, mask=True))
+        setting = EvalContext(ddp_run, replace(tiny_plan, mask=True))
         frames = np.zeros((2, 32, 32, 3), np.uint8)
         frames[1, 18:30, 2:14] = 255
         assert setting.mask(frames[:1], frames[1:]).tolist() == [[False, False, True, False]]
@@ -172,14 +177,14 @@ class TestMasks:
 
     def test_what_is_planned_with_one_is_another_plan(self, ddp_run: Path, tiny_plan: PlanOptions) -> None:
         plans = [
-            run_episodes(Setting(ddp_run, options), options, range(2)).states
+            run_episodes(EvalContext(ddp_run, options), options, range(2)).states
             for options in (tiny_plan, replace(tiny_plan, mask=True))
         ]
         assert (plans[0] != plans[1]).any()
 
     def test_a_graph_has_no_tokens_to_weigh(self, ddp_run: Path, tiny_plan: PlanOptions) -> None:
         with pytest.raises(UserError, match="--mask weighs tokens, and --distance graph has none"):
-            Setting(ddp_run, replace(tiny_plan, mask=True, distance="graph"))
+            EvalContext(ddp_run, replace(tiny_plan, mask=True, distance="graph"))
 
 
 class TestLandscapes:
@@ -205,7 +210,7 @@ class TestLandscapes:
         assert roughness(two[None])["stuck"] == pytest.approx(0.5, abs=0.03)
 
     def test_its_middle_is_the_plan(
-        self, ddp_setting: Setting, tiny_plan: PlanOptions, monkeypatch: pytest.MonkeyPatch
+        self, ddp_setting: EvalContext, tiny_plan: PlanOptions, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(compare, "GRID", 5)
         planes = landscape(ddp_setting, tiny_plan, episodes=2)

@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from wmcache.cache import StoreWriter, TokenStore, UserError
+from wmcache.cache import StoreWriter, TokenStore
+from wmcache.common.errors import UserError
 from wmcache.envs import PointMazeVectorEnv
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.planner import evaluate as evaluate_module
-from wmcache.planner.evaluate import PlanOptions, Setting, default_out, evaluate, live_drift, run_episodes
+from wmcache.planner.evaluate import EvalContext, default_out, evaluate, live_drift, run_episodes
 from wmcache.planner.mpc import Mpc
+from wmcache.planner.options import PlanOptions
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import SOLVERS
 
@@ -53,14 +55,14 @@ class RecordingEncoder:
 
 
 @pytest.fixture
-def recorded(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> RecordingEncoder:
+def recorded(setting: EvalContext, monkeypatch: pytest.MonkeyPatch) -> RecordingEncoder:
     recording = RecordingEncoder(setting.encoder)
     monkeypatch.setattr(setting, "encoder", recording)
     return recording
 
 
-def set_up(run: Path, options: PlanOptions) -> tuple[Setting, RecordingEncoder]:
-    setting: Any = Setting(run, options)
+def set_up(run: Path, options: PlanOptions) -> tuple[EvalContext, RecordingEncoder]:
+    setting: Any = EvalContext(run, options)
     setting.encoder = RecordingEncoder(setting.encoder)
     return setting, setting.encoder
 
@@ -195,7 +197,7 @@ class TestWithoutProprio:
         self, blind_run_path: Path, tiny_plan: PlanOptions, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         options = replace(tiny_plan, proprio="none", budget=20)
-        setting = Setting(blind_run_path, options)
+        setting = EvalContext(blind_run_path, options)
         # Without proprio one frame has no velocity.
         assert (setting.context, setting.observed) == (3, 3)
         straight = run_episodes(setting, options, range(3))
@@ -210,7 +212,7 @@ class TestWithoutProprio:
         assert np.ptp(straight.states[..., :2], axis=1).any()
 
     def test_proprio_that_is_wrong_is_noticed_by_a_model_that_sees_it(
-        self, setting: Setting, tiny_plan: PlanOptions, monkeypatch: pytest.MonkeyPatch
+        self, setting: EvalContext, tiny_plan: PlanOptions, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         straight = run_episodes(setting, tiny_plan, range(3))
 
@@ -226,27 +228,27 @@ class TestWithoutProprio:
         self, run_path: Path, tiny_plan: PlanOptions
     ) -> None:
         with pytest.raises(UserError, match=r"trained with proprio.*wmtrain --proprio none"):
-            Setting(run_path, replace(tiny_plan, proprio="none"))
+            EvalContext(run_path, replace(tiny_plan, proprio="none"))
 
     def test_a_run_without_has_no_proprio_to_weigh(self, blind_run_path: Path, tiny_plan: PlanOptions) -> None:
         with pytest.raises(UserError, match=r"trained without proprio.*--alpha"):
-            Setting(blind_run_path, replace(tiny_plan, alpha=0.1))
+            EvalContext(blind_run_path, replace(tiny_plan, alpha=0.1))
 
 
 def test_more_observed_frames_than_a_step_sees_are_refused(run_path: Path, tiny_plan: PlanOptions) -> None:
     with pytest.raises(UserError, match=r"--observed 2 is more than the 1 frames.*--context"):
-        Setting(run_path, replace(tiny_plan, observed=2))
+        EvalContext(run_path, replace(tiny_plan, observed=2))
 
 
 def test_a_step_sees_no_more_frames_than_the_model_was_trained_with(run_path: Path, tiny_plan: PlanOptions) -> None:
-    assert Setting(run_path, replace(tiny_plan, context=12)).context == 3
+    assert EvalContext(run_path, replace(tiny_plan, context=12)).context == 3
 
 
 def without_times(results: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in results.items() if name not in ("seconds_per_replan", "options")}
 
 
-def test_the_same_seed_gives_the_same_episodes(setting: Setting, tiny_plan: PlanOptions, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_episodes(setting: EvalContext, tiny_plan: PlanOptions, tmp_path: Path) -> None:
     first = evaluate(setting, tiny_plan, tmp_path / "a")
     again = evaluate(setting, tiny_plan, tmp_path / "b")
     np.testing.assert_array_equal(first[0].states, again[0].states)
@@ -254,7 +256,7 @@ def test_the_same_seed_gives_the_same_episodes(setting: Setting, tiny_plan: Plan
 
 
 def test_an_episode_does_not_depend_on_the_batch_or_on_the_first_number(
-    setting: Setting, tiny_plan: PlanOptions, tmp_path: Path
+    setting: EvalContext, tiny_plan: PlanOptions, tmp_path: Path
 ) -> None:
     together, _ = evaluate(setting, tiny_plan, tmp_path / "a")
     alone, _ = evaluate(setting, replace(tiny_plan, batch=1), tmp_path / "b")
@@ -272,7 +274,7 @@ class StoppedBar(tqdm):
 
 
 def test_a_stopped_evaluation_goes_on_with_the_episodes_that_are_missing(
-    setting: Setting, tiny_plan: PlanOptions, recorded: RecordingEncoder, tmp_path: Path
+    setting: EvalContext, tiny_plan: PlanOptions, recorded: RecordingEncoder, tmp_path: Path
 ) -> None:
     options = replace(tiny_plan, batch=1, budget=10)
     straight = evaluate(setting, options, tmp_path / "straight")
@@ -289,7 +291,7 @@ def test_a_stopped_evaluation_goes_on_with_the_episodes_that_are_missing(
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(
-    setting: Setting, tiny_plan: PlanOptions, recorded: RecordingEncoder, tmp_path: Path
+    setting: EvalContext, tiny_plan: PlanOptions, recorded: RecordingEncoder, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file"):
@@ -298,7 +300,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
 
 
 def test_goals_that_run_out_are_noticed_before_any_work(
-    setting: Setting, tiny_plan: PlanOptions, recorded: RecordingEncoder, tmp_path: Path
+    setting: EvalContext, tiny_plan: PlanOptions, recorded: RecordingEncoder, tmp_path: Path
 ) -> None:
     states = [[1.0, 1.0, 0.0, 0.0]] * 2
     pq.write_table(pa.table({"start": states, "goal": states}), tmp_path / "goals.parquet")
@@ -310,7 +312,7 @@ def test_goals_that_run_out_are_noticed_before_any_work(
 
 
 def test_unfinished_episodes_to_other_goals_are_not_taken_up(
-    setting: Setting, tiny_plan: PlanOptions, tmp_path: Path
+    setting: EvalContext, tiny_plan: PlanOptions, tmp_path: Path
 ) -> None:
     options = replace(tiny_plan, goals=str(tmp_path / "goals.parquet"))
     goals = []
@@ -365,7 +367,7 @@ def test_the_planner_is_never_told_a_state_or_a_success(
     run_path: Path, tiny_plan: PlanOptions, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     options = options_of(name, tiny_plan) if name in PROTOCOLS else replace(tiny_plan, **HONEST[name])
-    setting = Setting(run_path, replace(options, budget=12))
+    setting = EvalContext(run_path, replace(options, budget=12))
     received = []
     for env in (TruthfulEnv, LyingEnv):
         env.received = []
@@ -379,7 +381,7 @@ def test_the_planner_is_never_told_a_state_or_a_success(
 
 @pytest.mark.parametrize(("alpha", "differs"), [(0.0, False), (0.5, True)])
 def test_a_goal_is_an_image_unless_alpha_says_otherwise(
-    setting: Setting, tiny_plan: PlanOptions, alpha: float, differs: bool
+    setting: EvalContext, tiny_plan: PlanOptions, alpha: float, differs: bool
 ) -> None:
     options = replace(tiny_plan, alpha=alpha)
     goal = torch.randn(2, *setting.store.card.frame_shape)
@@ -394,7 +396,7 @@ def test_a_goal_is_an_image_unless_alpha_says_otherwise(
 
 def test_gradients_leave_nothing_on_the_model(run_path: Path, tiny_plan: PlanOptions) -> None:
     options = replace(tiny_plan, solver="gd", search=QUICK["gd"])
-    setting = Setting(run_path, options)
+    setting = EvalContext(run_path, options)
     run_episodes(setting, options, range(2))
     assert all(parameter.grad is None for parameter in setting.model.parameters())
 
@@ -432,7 +434,7 @@ def test_a_store_with_other_tokens_is_noticed_by_what_it_holds(
 
 def test_other_weights_are_refused_by_name(run_path: Path, tiny_plan: PlanOptions, other_weights: Path) -> None:
     with pytest.raises(UserError, match=r"weights_sha256.*pass the right --weights"):
-        Setting(run_path, tiny_plan, weights=other_weights)
+        EvalContext(run_path, tiny_plan, weights=other_weights)
 
 
 def test_weights_and_store_may_have_moved(
@@ -441,7 +443,7 @@ def test_weights_and_store_may_have_moved(
     weights = tmp_path / "moved.safetensors"
     weights.write_bytes(tcn_weights.read_bytes())
     cache = copytree(store_path, tmp_path / "moved.zarr")
-    setting = Setting(run_path, tiny_plan, weights=weights, cache=cache)
+    setting = EvalContext(run_path, tiny_plan, weights=weights, cache=cache)
     assert setting.store.path == cache
     assert setting.drift["cosine"] > 0.999
 
@@ -456,10 +458,10 @@ def rewritten(run: Path, to: Path, **changed: Any) -> Path:
 def test_a_store_that_is_gone_is_named(run_path: Path, tiny_plan: PlanOptions, tmp_path: Path) -> None:
     run = rewritten(run_path, tmp_path / "run", cache=str(tmp_path / "gone.zarr"))
     with pytest.raises(UserError, match=r"gone\.zarr, the store of .*--cache") as refusal:
-        Setting(run, tiny_plan)
+        EvalContext(run, tiny_plan)
     assert "extract" not in str(refusal.value)
     with pytest.raises(UserError, match=r"lost\.zarr, the store of .*--cache"):
-        Setting(run, tiny_plan, cache=tmp_path / "lost.zarr")
+        EvalContext(run, tiny_plan, cache=tmp_path / "lost.zarr")
 
 
 def test_weights_that_are_gone_are_named(run_path: Path, tiny_plan: PlanOptions, tmp_path: Path) -> None:
@@ -468,7 +470,7 @@ def test_weights_that_are_gone_are_named(run_path: Path, tiny_plan: PlanOptions,
     saved["card"]["encoder"]["weights"] = str(tmp_path / "gone.safetensors")
     (run / "identity.json").write_text(json.dumps(saved))
     with pytest.raises(UserError, match=r"gone\.safetensors.*--weights") as refusal:
-        Setting(run, tiny_plan)
+        EvalContext(run, tiny_plan)
     assert "fit" not in str(refusal.value)
 
 
@@ -477,7 +479,7 @@ def test_a_run_of_a_model_that_is_not_registered_is_not_to_be_trained_again(
 ) -> None:
     run = rewritten(run_path, tmp_path / "run", model="my-own")
     with pytest.raises(UserError, match=r"no world model .my-own.") as refusal:
-        Setting(run, tiny_plan)
+        EvalContext(run, tiny_plan)
     assert "train again" not in str(refusal.value)
 
 
@@ -491,7 +493,7 @@ def test_the_store_of_another_run_is_refused_by_name(
         writer.write_shard(shard, store.gather(np.array(store.card.shard_frames(shard))))
     writer.finish()
     with pytest.raises(UserError, match=r"dataset_fingerprint.*pass the right --cache"):
-        Setting(run_path, tiny_plan, cache=writer.path)
+        EvalContext(run_path, tiny_plan, cache=writer.path)
 
 
 @pytest.mark.parametrize("file", ["config.json", "identity.json"])
@@ -504,7 +506,7 @@ def test_a_folder_that_is_no_run_is_refused(
     if content is not None:
         (run / file).write_text(content)
     with pytest.raises(UserError, match=file.replace(".", r"\.")):
-        Setting(run, tiny_plan)
+        EvalContext(run, tiny_plan)
 
 
 def bad_options() -> Iterator[tuple[str, Any]]:
@@ -533,7 +535,7 @@ def bad_options() -> Iterator[tuple[str, Any]]:
 def test_options_that_make_no_sense_are_refused_by_name(run_path: Path, name: str, value: Any) -> None:
     changed = {"search": value} if isinstance(value, dict) else {name: value}
     with pytest.raises(UserError, match=name.replace("_", ".")) as refusal:
-        Setting(run_path, replace(PlanOptions(device="cpu"), **changed))
+        EvalContext(run_path, replace(PlanOptions(device="cpu"), **changed))
     assert "\n" not in str(refusal.value)
 
 
@@ -650,5 +652,5 @@ def mazeless(store: TokenStore, train_run: Callable[..., Path], tmp_path_factory
 @pytest.mark.parametrize("env", [None, "UMaze"])
 def test_a_run_on_frames_of_no_known_maze_is_refused(mazeless: Path, tiny_plan: PlanOptions, env: str | None) -> None:
     with pytest.raises(UserError, match="no known maze") as refusal:
-        Setting(mazeless, replace(tiny_plan, env=env))
+        EvalContext(mazeless, replace(tiny_plan, env=env))
     assert "\n" not in str(refusal.value)

@@ -27,8 +27,10 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract, extract_together, read_for
 from wmcache.pipeline.fit import fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.planner.evaluate import PlanOptions, Setting, evaluate
-from wmcache.trainer.loop import TrainOptions, train
+from wmcache.planner.evaluate import EvalContext, evaluate
+from wmcache.planner.options import PlanOptions
+from wmcache.trainer.loop import train
+from wmcache.trainer.options import TrainOptions
 
 # Change maps are labels, and no representation: whoever plans sees a single frame, in which nothing has changed.
 NAMES = [spec.name for spec in encoders.specs() if spec.name != "changes"]
@@ -153,7 +155,7 @@ def test_the_road_ends_in_a_plan(stores: dict[str, Path], tmp_path: Path, name: 
     train(stores[name], tmp_path / "run", options)
     search = {"samples": 8, "elites": 3, "iterations": 2}
     plan = PlanOptions(episodes=2, budget=12, horizon=2, search=search, device="cpu", dtype="float32")
-    setting = Setting(tmp_path / "run", plan)
+    setting = EvalContext(tmp_path / "run", plan)
     _, results = evaluate(setting, plan, tmp_path / "plan")
     assert results["live_drift"]["cosine"] > 0.999
     assert results["encoder_frames"] == 2 * (1 + 3)

@@ -11,11 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from wmcache.cache import TokenStore, UserError
+from wmcache.cache import TokenStore
 from wmcache.cache.windows import split_episodes
+from wmcache.common.errors import UserError
 from wmcache.envs import Maze, PointMazeSimulator, longest_move, sample_state
-from wmcache.planner.evaluate import PlanOptions, Setting, run_episodes
+from wmcache.planner.evaluate import EvalContext, run_episodes
 from wmcache.planner.goals import SOURCES, Apart, start_and_goal
+from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_episodes
 
 MakeStore = Callable[..., TokenStore]
@@ -175,7 +177,7 @@ def write(path: Path, columns: dict[str, Any]) -> Path:
 
 class TestFiles:
     def test_an_evaluation_can_be_planned_again_from_its_own_episodes(
-        self, run_path: Path, setting: Setting, tiny_plan: PlanOptions, tmp_path: Path
+        self, run_path: Path, setting: EvalContext, tiny_plan: PlanOptions, tmp_path: Path
     ) -> None:
         episodes = run_episodes(setting, tiny_plan, range(3))
         write_episodes(tmp_path / "episodes.parquet", episodes)

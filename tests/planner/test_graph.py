@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from wmcache.cache import TokenStore, UserError
+from wmcache.cache import TokenStore
+from wmcache.common.errors import UserError
 from wmcache.planner import graph as graph_module
 from wmcache.planner.graph import LatentGraph, connect, farthest_points
 

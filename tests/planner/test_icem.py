@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wmcache.cache.errors import UserError
+from wmcache.common.errors import UserError
 from wmcache.planner.base import Cost
 from wmcache.planner.icem import Icem, coloured
 

@@ -17,9 +17,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from wmcache.cache import TokenStore, UserError
+from wmcache.cache import TokenStore
 from wmcache.commands.decode import decoder as decoder_command
 from wmcache.commands.decode import imagine as imagine_command
+from wmcache.common.errors import UserError
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset

@@ -21,18 +21,21 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
 from wmcache import __version__
-from wmcache.cache import UserError
+from wmcache.bench.compare import draw_landscapes
 from wmcache.commands.shared import shell_command
-from wmcache.planner.compare import draw_landscapes
+from wmcache.common.errors import UserError
 from wmcache.planner.episodes import Episodes, env_steps
-from wmcache.planner.evaluate import PlanOptions, Setting, evaluate
+from wmcache.planner.evaluate import EvalContext, evaluate
+from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import draw_distance_map, draw_paths, draw_success, draw_training, write_report
 
 Plan = tuple[Path, Episodes, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def plan(setting: Setting, run_path: Path, tiny_plan: PlanOptions, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+def plan(
+    setting: EvalContext, run_path: Path, tiny_plan: PlanOptions, tmp_path_factory: pytest.TempPathFactory
+) -> Plan:
     out = tmp_path_factory.mktemp("reports") / "plan"
     episodes, results = evaluate(setting, tiny_plan, out)
     write_report(out, run_path, setting, episodes, results, "wmplan --run '<b>runs</b>'")
@@ -80,7 +83,7 @@ def test_the_episodes_can_be_read_by_other_tools(plan: Plan) -> None:
 
 
 def test_pictures_name_their_signs_axes_and_colours(
-    plan: Plan, setting: Setting, monkeypatch: pytest.MonkeyPatch
+    plan: Plan, setting: EvalContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
@@ -138,7 +141,7 @@ def test_the_table_says_who_held_and_how_direct_the_ways_were(plan: Plan) -> Non
 
 
 def page_of(run: Path, options: PlanOptions, out: Path, protocol: str | None = None) -> str:
-    setting = Setting(run, options)
+    setting = EvalContext(run, options)
     episodes, results = evaluate(setting, options, out)
     write_report(out, run, setting, episodes, {"protocol": protocol, **results}, "wmplan")
     return " ".join((out / "report.html").read_text().split())
@@ -180,7 +183,7 @@ def drawn(picture: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 class TestDrawings:
     def test_a_run_without_metrics_has_an_empty_panel(
-        self, run_path: Path, setting: Setting, tiny_plan: PlanOptions, plan: Plan, tmp_path: Path
+        self, run_path: Path, setting: EvalContext, tiny_plan: PlanOptions, plan: Plan, tmp_path: Path
     ) -> None:
         run = copytree(run_path, tmp_path / "imported", symlinks=True)
         (run / "metrics.jsonl").write_text("")
@@ -209,9 +212,9 @@ class TestDrawings:
             draw_training(tmp_path)
 
     def test_the_graphs_map_is_another_than_the_latent_one(
-        self, setting: Setting, run_path: Path, tiny_plan: PlanOptions
+        self, setting: EvalContext, run_path: Path, tiny_plan: PlanOptions
     ) -> None:
-        graph = Setting(run_path, replace(tiny_plan, distance="graph")).graph
+        graph = EvalContext(run_path, replace(tiny_plan, distance="graph")).graph
         latent, along = (drawn(draw_distance_map(setting.store, given)) for given in (None, graph))
         assert latent.shape == along.shape
         # Nearly the same on the right, where only labels of another width move things; other colours on the left.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wmcache.cache.errors import UserError
+from wmcache.common.errors import UserError
 from wmcache.planner.solvers import SOLVERS, Cost, Solver, make_solver
 
 SHAPE = (3, 4, 2)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from wmcache.cache import UserError
 from wmcache.commands.study import DEFAULT
+from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.study.options import StudyOptions, read_study
 

@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from wmcache.cache import TokenStore, UserError
-from wmcache.cache.files import exclusive
+from wmcache.cache import TokenStore
+from wmcache.common.errors import UserError
+from wmcache.common.files import exclusive
 from wmcache.envs import find_maze
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.study import cells, run

@@ -11,7 +11,7 @@ import pytest
 
 from wmcache.cache import Identity, StoreCard, StoreWriter
 from wmcache.cache.windows import split_episodes
-from wmcache.trainer.loop import TrainOptions
+from wmcache.trainer.options import TrainOptions
 
 # Test modules import `model_tools` from here.
 sys.path.insert(0, str(Path(__file__).parent))

@@ -16,7 +16,7 @@ from model_tools import SHAPE, SIZES, each_variant, make_batch, make_trained_mod
 from safetensors.torch import save_file
 from torch import nn
 
-from wmcache.cache import UserError
+from wmcache.common.errors import UserError
 from wmcache.trainer.checkpoint import (
     KEEP,
     last_checkpoint,
@@ -24,7 +24,8 @@ from wmcache.trainer.checkpoint import (
     load_training_state,
     save_checkpoint,
 )
-from wmcache.trainer.loop import TrainOptions, make_optimiser, train
+from wmcache.trainer.loop import make_optimiser, train
+from wmcache.trainer.options import TrainOptions
 
 CPU = torch.device("cpu")
 
@@ -35,7 +36,8 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from wmcache.trainer.checkpoint import save_checkpoint
-from wmcache.trainer.loop import TrainOptions, make_optimiser
+from wmcache.trainer.loop import make_optimiser
+from wmcache.trainer.options import TrainOptions
 
 torch.set_num_threads(1)
 model = torch.nn.Linear(2, 2)

@@ -23,11 +23,12 @@ from model_tools import (
 )
 from torch import Tensor, nn
 
-from wmcache.cache import UserError
-from wmcache.cache.device import autocast
-from wmcache.trainer.loop import TrainOptions, make_optimiser
+from wmcache.common.device import autocast
+from wmcache.common.errors import UserError
+from wmcache.trainer.loop import make_optimiser
 from wmcache.trainer.models import DataShape, build
 from wmcache.trainer.models.ddp_wm import DdpWm, DdpWmOptions
+from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
 
 K = 3

@@ -18,7 +18,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, UserError
+from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
+from wmcache.common.errors import UserError
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.trainer import decoder, metrics
 from wmcache.trainer.checkpoint import last_checkpoint

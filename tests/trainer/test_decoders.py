@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wmcache.cache import UserError
+from wmcache.common.errors import UserError
 from wmcache.trainer.models.decoders import Codebook, Decoder, DecoderShape, VqVaeDecoder, build_decoder
 
 SMALL: dict[str, dict[str, Any]] = {

@@ -23,8 +23,8 @@ from model_tools import (
 )
 from torch import Tensor
 
-from wmcache.cache import UserError
-from wmcache.cache.device import autocast
+from wmcache.common.device import autocast
+from wmcache.common.errors import UserError
 from wmcache.trainer.models import MODELS, DataShape, WorldModel, build
 from wmcache.trainer.models.dino_wm import DinoWm, DinoWmOptions, pool_grid
 from wmcache.trainer.presets import PRESETS

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from wmcache.cache import StoreWriter, TokenStore, UserError
+from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cache.layout import shard_file
 from wmcache.cache.windows import batch_windows
+from wmcache.common.errors import UserError
 from wmcache.trainer import feed as feeding
 from wmcache.trainer.feed import RESIDENCES, Feed, choose_residence, load_on_device
 

@@ -32,15 +32,16 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, UserError
+from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
 from wmcache.cli import main, wmplan, wmtrain
+from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.trainer.checkpoint import load_model, read_config
 from wmcache.trainer.import_dino_wm import import_dino_wm
-from wmcache.trainer.loop import TrainOptions
+from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.pickled_modules import MOST_PROGRAM_BYTES, Archive
 
 HISTORY, FRAMESKIP, HEADS, DEPTH = 3, 5, 2, 2
@@ -536,7 +537,7 @@ def test_no_part_of_the_file_is_exempt(cache: Path, tmp_path: Path, place: str) 
         (Wish(vars(sys.modules["copyreg"])["_reconstructor"], OrderedDict, dict, {}), "_reconstructor"),
         (os.path.join, "posixpath.join"),
         (Path("x"), "PosixPath"),
-        (TrainOptions(), "wmcache.trainer.loop.TrainOptions"),
+        (TrainOptions(), "wmcache.trainer.options.TrainOptions"),
         (torch.zeros(2).to_sparse(), "_rebuild_sparse_tensor"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

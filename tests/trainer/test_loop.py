@@ -17,12 +17,14 @@ import pytest
 import torch
 from torch import nn
 
-from wmcache.cache import TokenStore, UserError
+from wmcache.cache import TokenStore
+from wmcache.common.errors import UserError
 from wmcache.trainer import loop
 from wmcache.trainer.checkpoint import last_checkpoint, load_model, read_config
 from wmcache.trainer.feed import Feed
-from wmcache.trainer.loop import TrainOptions, learning_rate, make_optimiser, pool_at, train
+from wmcache.trainer.loop import learning_rate, make_optimiser, pool_at, train
 from wmcache.trainer.models.dino_wm import DinoWm
+from wmcache.trainer.options import TrainOptions
 
 WMTRAIN = Path(sys.executable).with_name("wmtrain")
 
@@ -111,7 +113,8 @@ def test_a_killed_run_goes_on_exactly(store_path: Path, tmp_path: Path, tiny: Tr
 import json, os, signal, sys
 from pathlib import Path
 import torch
-from wmcache.trainer.loop import TrainOptions, train
+from wmcache.trainer.loop import train
+from wmcache.trainer.options import TrainOptions
 torch.set_num_threads(1)
 def die(event, arguments):
     if event == "os.rename" and str(arguments[1]).endswith("step-00000008"):

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wmcache.cache import TokenStore, UserError
-from wmcache.cache.files import read_json, seal, write_json
+from wmcache.cache import TokenStore
 from wmcache.cache.windows import batch_windows
+from wmcache.common.errors import UserError
+from wmcache.common.files import read_json, seal, write_json
 from wmcache.trainer import loop
 from wmcache.trainer.checkpoint import (
     Progress,
@@ -32,10 +33,11 @@ from wmcache.trainer.checkpoint import (
     read_progress,
 )
 from wmcache.trainer.feed import Feed
-from wmcache.trainer.localisation import localisation, settle
-from wmcache.trainer.loop import TrainOptions, data_shape, statistics_of, train
+from wmcache.trainer.localization import localization, settle
+from wmcache.trainer.loop import data_shape, statistics_of, train
 from wmcache.trainer.models import build, read_options
 from wmcache.trainer.models.ddp_wm import DdpWm
+from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.stages import stages_of
 
 CPU = torch.device("cpu")
@@ -625,7 +627,7 @@ class TestData:
         assert load_model(tmp_path / "run", CPU).foreground == 2
 
 
-class TestLocalisation:
+class TestLocalization:
     """By models whose answers are known."""
 
     @staticmethod
@@ -636,7 +638,7 @@ class TestLocalisation:
         model.locate = answers
         windows = store.windows(1, 5, 5, "all")
         changes = store.changes(5) if model.options.labels == "pixels" else None
-        return localisation(model, windows, changes, CPU, torch.float32), windows
+        return localization(model, windows, changes, CPU, torch.float32), windows
 
     def test_one_that_always_names_the_same_patches_is_right_as_often_as_they_change(
         self, ddp_store_path: Path

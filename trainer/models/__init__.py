@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from wmcache.cache.errors import UserError
+from wmcache.common.errors import UserError
 from wmcache.trainer.models.base import DataShape, WorldModel
 from wmcache.trainer.models.ddp_wm import DdpWm, DdpWmOptions
 from wmcache.trainer.models.dino_wm import DinoWm, DinoWmOptions

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from wmcache.cache.device import attends_plainly
+from wmcache.common.device import attends_plainly
 
 ROTARY_BASE = 10_000.0
 CACHED_WEIGHTS = 2**21

@@ -9,7 +9,7 @@ from typing import Annotated, Protocol, runtime_checkable
 from pydantic import Field
 from torch import Tensor
 
-from wmcache.cache.schema import Size
+from wmcache.common.schema import Size
 
 
 @dataclass(frozen=True)

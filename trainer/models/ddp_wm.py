@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.schema import Size
+from wmcache.common.errors import UserError
+from wmcache.common.schema import Size
 from wmcache.trainer.models.attention import KeysValues
 from wmcache.trainer.models.base import DataShape
 from wmcache.trainer.models.ddp_parts import CELLS, Correction, Fusion, Localiser, Vit, put, take
@@ -36,7 +36,7 @@ from wmcache.trainer.models.latent import LatentModel, LatentOptions, SizeOrNone
 POSITIVE_WEIGHT = 10.0
 """Of cells that change, in the localiser's loss; few do."""
 COVERED, SPARE = 0.99, 1.5
-"""K, where it is not given, holds so many times the patches that change in that share of the steps: localisation errs."""
+"""K, where it is not given, holds so many times the patches that change in that share of the steps: localization errs."""
 USUAL_THRESHOLD = {"pixels": 0.1, "features": 0.5}
 
 
@@ -183,13 +183,13 @@ class DdpWm(LatentModel):
         code = self.code(proprio)
         match self.stages[max(0, int(self.stage) - 1)]:
             case "localization":
-                return self._localisation_loss(tokens, code, action, batch)
+                return self._localization_loss(tokens, code, action, batch)
             case "primary":
                 return self._primary_loss(tokens, code, action)
             case _:
                 return self._correction_loss(tokens, code, action)
 
-    def _localisation_loss(
+    def _localization_loss(
         self, tokens: Tensor, code: Tensor, action: Tensor, batch: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         logits = self.localiser(self._fuse_all(tokens, code, action).flatten(0, 1))

@@ -18,8 +18,8 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.schema import Size
+from wmcache.common.errors import UserError
+from wmcache.common.schema import Size
 
 DEAD = 0.01
 """Of its equal share of the tokens, what an entry of a codebook has to be nearest to."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from wmcache.cache.errors import UserError
+from wmcache.common.errors import UserError
 from wmcache.trainer.models.attention import Block, KeysValues
 from wmcache.trainer.models.base import DataShape
 from wmcache.trainer.models.latent import LatentModel, LatentOptions, Weight, append, say_nothing_changes

@@ -11,8 +11,8 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from wmcache.cache.errors import UserError
-from wmcache.cache.schema import Size
+from wmcache.common.errors import UserError
+from wmcache.common.schema import Size
 from wmcache.trainer.models.base import DataShape
 
 SizeOrNone = Annotated[int, Field(ge=0, le=2**16)]

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from wmcache.cache import TokenStore
-from wmcache.cache.device import CPU
+from wmcache.common.device import CPU
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder, FitOptions
 from wmcache.pipeline.encoders.base import Features, Select

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from wmcache.cache import UserError
+from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.changes import LEAST_CHANGE, PATCH, changes_for

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from wmcache.cache import TokenStore, UserError
+from wmcache.cache import TokenStore
 from wmcache.cache.windows import split_episodes
+from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline import fit as fits
 from wmcache.pipeline.encoders import Encoder, FitOptions, base

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BitImageProcessor, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 from transformers.image_utils import PILImageResampling
 
-from wmcache.cache import UserError
+from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Preprocess

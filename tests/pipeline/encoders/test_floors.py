@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wmcache.cache import UserError
+from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 

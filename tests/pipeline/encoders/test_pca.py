@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from wmcache.cache import TokenStore, UserError
+from wmcache.cache import TokenStore
 from wmcache.cache.windows import split_episodes
+from wmcache.common.errors import UserError
 from wmcache.pipeline.encoders import Encoder, FitOptions
 from wmcache.pipeline.encoders.base import LAST, Features
 from wmcache.pipeline.encoders.pca import PcaOptions, principal_axes

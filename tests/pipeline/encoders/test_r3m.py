@@ -11,7 +11,7 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from wmcache.cache import UserError
+from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 

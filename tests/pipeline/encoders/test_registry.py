@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from wmcache.cache import UserError
+from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import EncoderSpec, dinov2
 

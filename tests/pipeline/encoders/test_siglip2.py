@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipVisionConfig
 from transformers.image_utils import PILImageResampling
 
-from wmcache.cache import UserError
+from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import siglip2
 from wmcache.pipeline.encoders.base import Preprocess

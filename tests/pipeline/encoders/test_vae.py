@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
-from wmcache.cache import UserError
+from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline import fit as fit_module
 from wmcache.pipeline.encoders.base import Preprocess

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from wmcache.cache import TokenStore, UserError
+from wmcache.cache import TokenStore
 from wmcache.cache.windows import split_episodes
+from wmcache.common.errors import UserError
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Features
 from wmcache.pipeline.encoders.fitting import FitData

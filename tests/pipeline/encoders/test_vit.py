@@ -28,7 +28,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from wmcache.cache import UserError
+from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder, EncoderSpec, dinov3, encode_together, siglip2
 from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE

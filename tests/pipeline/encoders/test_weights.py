@@ -19,8 +19,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save, save_file
 
-from wmcache.cache import UserError
-from wmcache.cache.errors import UnreadableError
+from wmcache.common.errors import UnreadableError, UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import dinov3
 from wmcache.pipeline.encoders.weights import (
@@ -236,7 +235,7 @@ def test_offline_the_cache_is_enough(hub: Hub, monkeypatch: pytest.MonkeyPatch) 
 def test_the_environment_says_where_the_cache_is_and_that_there_is_no_network(hub: Hub, tmp_path: Path) -> None:
     download_weights(REPOSITORY, "dinov9")
     script = (
-        "from wmcache.cache import UserError\n"
+        "from wmcache.common.errors import UserError\n"
         "from wmcache.pipeline.encoders.weights import download_weights\n"
         f"print(download_weights({REPOSITORY!r}, 'dinov9'))\n"
         "try:\n    download_weights('somebody/else', 'dinov9')\nexcept UserError as error:\n    print(error)"

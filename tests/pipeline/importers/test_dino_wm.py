@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from wmcache.cache import UserError
+from wmcache.common.errors import UserError
 from wmcache.envs import MazeError
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract

@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from wmcache.cache import TokenStore, UserError
+from wmcache.cache import TokenStore
+from wmcache.common.errors import UserError
+from wmcache.common.video import require_ffmpeg, write_mp4
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.tcn import TcnOptions
 from wmcache.pipeline.extract import extract
@@ -24,7 +26,6 @@ from wmcache.pipeline.fit import fit
 from wmcache.pipeline.frames import FrameDataset, Frames
 from wmcache.pipeline.importers import Shape
 from wmcache.pipeline.importers.frames import import_frames
-from wmcache.pipeline.video import require_ffmpeg, write_mp4
 
 LENGTHS = [5, 9, 6]
 ROWS = sum(LENGTHS)

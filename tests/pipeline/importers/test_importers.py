@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wmcache.cache import UserError
+from wmcache.common.errors import UserError
 from wmcache.pipeline.frames import FrameDataset, Frames
 from wmcache.pipeline.importers import Shape, Source, as_columns, write_dataset
 

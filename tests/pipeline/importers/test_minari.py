@@ -15,7 +15,7 @@ import pytest
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
-from wmcache.cache import UserError
+from wmcache.common.errors import UserError
 from wmcache.pipeline.frames import FrameDataset, Frames
 from wmcache.pipeline.importers import Shape
 from wmcache.pipeline.importers.minari import import_minari

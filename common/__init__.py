@@ -1,0 +1,1 @@
+"""Errors, paths and URLs, atomic files, schemas, memory and devices: what every room may use."""

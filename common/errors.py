@@ -1,0 +1,52 @@
+"""The one exception that commands turn into one line and an exit status, and how names are printed."""
+
+from __future__ import annotations
+
+import shlex
+import unicodedata
+
+UNPRINTED = {"Cc", "Cf", "Zl", "Zp"}
+"""Unicode categories: control characters, direction marks, line and paragraph separators."""
+
+
+class UserError(Exception):
+    """Something that the user can fix. The message is one line: what is wrong, where, and which command fixes it."""
+
+    def __init__(self, message: str) -> None:
+        """Args: `message`, printed as `one_line`."""
+        super().__init__(one_line(message))
+
+
+class MissingError(UserError):
+    """A file that is not there."""
+
+
+class UnreadableError(UserError):
+    """A file that exists and cannot be read: permissions, disk or network. It is not damaged, and is not missing."""
+
+
+def reason(error: BaseException, most: int = 160) -> str:
+    """What an error says, in one line of at most `most` characters: the system's words where it has some."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:most] or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    r"""Text with line breaks and control characters escaped, as `\n`: names of files may contain them."""
+    return "".join(_escaped(letter) if unicodedata.category(letter) in UNPRINTED else letter for letter in text)
+
+
+def command(*words: object) -> str:
+    """A command line for such a message, quoted so that it can be pasted into a shell."""
+    return " ".join(_quoted(str(word)) for word in words)
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape").decode()
+
+
+def _quoted(word: str) -> str:
+    if one_line(word) == word:
+        return shlex.quote(word)
+    # Bash and zsh read $'…' with escapes.
+    return "$'" + one_line(word.replace("\\", r"\\").replace("'", r"\'")) + "'"

@@ -1,0 +1,16 @@
+"""Figures as bytes."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def png_bytes(figure: Figure, **settings: float) -> bytes:
+    """The figure as a PNG file; `settings` are those of `Figure.savefig`, such as `dpi`."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", **settings)
+    return buffer.getvalue()

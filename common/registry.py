@@ -1,0 +1,92 @@
+"""Registries: what has a name (encoders, world models, solvers, …) and may come from this package or from another one."""
+
+from __future__ import annotations
+
+import difflib
+import pkgutil
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from wmcache.common.errors import UserError, reason
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names and what they stand for.
+
+    Entries come from the modules of one package of wmcache, which are imported on first use, and from entry points of other installed
+    packages: each names a module that registers its entries when it is imported.
+
+        SOLVERS: Registry[type[Solver]] = Registry("solver", package="wmcache.planner.solvers", group="wmcache.solvers")
+
+        @SOLVERS.register("cem")
+        class Cem: ...
+    """
+
+    def __init__(self, kind: str, *, package: str, group: str) -> None:
+        """Nothing is imported yet.
+
+        Args:
+            kind: what an entry is called in errors, such as `solver`.
+            package: whose modules register the entries of wmcache.
+            group: of the entry points of other packages.
+        """
+        self.kind, self.package, self.group = kind, package, group
+        self._entries: dict[str, T] = {}
+        self._complete = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorate what has this name.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+
+        def add(entry: T) -> T:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} {name} is registered already")
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def get(self, name: str) -> T:
+        """The entry of a name.
+
+        Raises:
+            UserError: unknown name, or a package's entry point cannot be imported.
+        """
+        self._load()
+        if name not in self._entries:
+            close = difflib.get_close_matches(name, self._entries, n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(self)}"
+            raise UserError(f"no {self.kind} {name!r}; {hint}, or install the package that has it")
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, sorted."""
+        self._load()
+        return iter(sorted(self._entries))
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the name is registered."""
+        self._load()
+        return name in self._entries
+
+    def _load(self) -> None:
+        if self._complete:
+            return
+        self._complete = True  # first, because modules may ask for each other's entries while they are imported
+        for module in pkgutil.iter_modules(import_module(self.package).__path__, f"{self.package}."):
+            import_module(module.name)
+        for point in entry_points(group=self.group):
+            try:
+                point.load()
+            except Exception as error:  # whatever another package raises
+                raise UserError(
+                    f"{point.value} (entry point {point.name} of {self.group}) cannot be imported ({reason(error)}); "
+                    "repair or uninstall that package"
+                ) from error

@@ -1,0 +1,66 @@
+"""JSON that may be anybody's: every value is looked at before it is used."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from wmcache.common.errors import UserError
+from wmcache.common.paths import AnyPath
+
+T = TypeVar("T")
+
+Count = Annotated[int, Field(gt=0, lt=2**40)]
+"""Frames, shards, bytes: beyond what a disk holds is beyond belief."""
+Size = Annotated[int, Field(gt=0, le=2**16)]
+"""Tokens, channels, pixels: what a single frame has."""
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^/\x00-\x1f]+$")]
+"""Of something that may become a part of a path."""
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def parse(
+    kind: Callable[..., T],
+    value: object,
+    where: AnyPath | str,
+    hint: str,
+    *,
+    exact: bool = True,
+    fault: str = "is damaged",
+) -> T:
+    """Plain JSON values as an instance of a dataclass, nothing converted, nothing guessed.
+
+    Args:
+        kind: the dataclass.
+        value: what was read.
+        where, hint: the file, and what to do about it, for the error.
+        exact: refuse values that the dataclass has no field for.
+        fault: what is said of `where`.
+
+    Raises:
+        UserError: `value` is not of that kind.
+    """
+    if exact and isinstance(value, dict) and (unknown := set(value) - {field.name for field in fields(kind)}):  # type: ignore[arg-type]
+        raise UserError(f"{where} {fault} (unknown parts: {', '.join(sorted(unknown))[:80]!r}); {hint}")
+    try:
+        parsed: T = _adapter(kind).validate_json(json.dumps(value), strict=True)
+    except (ValidationError, RecursionError) as error:
+        raise UserError(f"{where} {fault} ({_first(error)}); {hint}") from error
+    return parsed
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _first(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return "nested too deeply"
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))[:80]!r}: {first['msg'][:120]}"

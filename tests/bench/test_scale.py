@@ -1,0 +1,49 @@
+"""A store of many shards without data: the figures are of real work, and of that alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from wmcache.bench.scale import measure_scale
+from wmcache.cache import TokenStore
+from wmcache.cache.records import IN_A_BLOCK, commits
+from wmcache.common.errors import UserError
+
+SHARDS = 2 * IN_A_BLOCK + 3
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, object]:
+    folder = tmp_path_factory.mktemp("scale")
+    return folder / f"{SHARDS}.zarr", measure_scale(SHARDS, frames_per_shard=4, tokens=4, token_dim=8, keep=folder)
+
+
+def test_the_store_that_is_measured_is_complete_and_has_all_its_shards(measured: tuple[Path, object]) -> None:
+    store = TokenStore.open(measured[0])
+    assert store.complete
+    assert store.card.num_shards == SHARDS
+    assert len(store) == 4 * SHARDS
+
+
+def test_full_thousands_are_blocks_and_the_rest_are_single_records(measured: tuple[Path, object]) -> None:
+    names = sorted(file.name for file in commits(measured[0]).iterdir())
+    assert names == [
+        *(f"{2 * IN_A_BLOCK + i:06d}.json" for i in range(3)),
+        "block-000000.safetensors",
+        "block-000001.safetensors",
+    ]
+
+
+def test_every_figure_is_measured(measured: tuple[Path, object]) -> None:
+    figures = vars(measured[1])
+    assert figures["shards"] == SHARDS
+    assert figures["frames"] == 4 * SHARDS
+    assert all(value > 0 for value in figures.values())
+    assert 2**20 < figures["peak_memory"] < 2**30
+
+
+def test_a_folder_with_a_store_in_it_is_refused(measured: tuple[Path, object]) -> None:
+    with pytest.raises(UserError, match=r"is not empty; choose another folder"):
+        measure_scale(SHARDS, frames_per_shard=4, tokens=4, token_dim=8, keep=measured[0].parent)

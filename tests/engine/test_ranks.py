@@ -1,0 +1,390 @@
+"""Several processes train what one does, under torchrun and by --devices; they end together, with one line, and any number goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner
+
+from wmcache.commands.shared import Command, Stopped
+from wmcache.common.errors import UserError
+from wmcache.engine.ranks import ALONE, Ranks
+from wmcache.trainer.checkpoint import checkpoints, last_checkpoint
+from wmcache.trainer.loop import train
+from wmcache.trainer.options import TrainOptions
+
+BIN = Path(sys.executable).parent
+TORCHRUN = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"]
+TOLD = """--width 16 --depth 1 --heads 2 --dropout 0 --batch-size 8 --steps 200 --dtype float32 --device cpu
+    --log-every 1 --validate-every 200 --checkpoint-every 40"""
+WORDS = TOLD.split()
+
+
+@pytest.fixture(scope="module")
+def options() -> TrainOptions:
+    """What they say."""
+    return TrainOptions(
+        model_options={"width": 16, "depth": 1, "heads": 2, "dropout": 0.0},
+        batch=8,
+        steps=200,
+        dtype="float32",
+        device="cpu",
+        log_every=1,
+        validate_every=200,
+        checkpoint_every=40,
+    )
+
+
+@dataclass
+class Ended:
+    """A job that has come to its end."""
+
+    status: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+def curve(run: Path, key: str = "loss") -> list[float]:
+    """Values of the steps 1, 2, …; a step that is missing or logged twice fails."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [(line["step"], line[key]) for line in lines if key in line]
+    assert [step for step, _ in found] == list(range(1, len(found) + 1))
+    return [value for _, value in found]
+
+
+def steps_done(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def newest(run: Path) -> int:
+    return int(last_checkpoint(run).name.removeprefix("step-"))
+
+
+def ranks_of(job: psutil.Process) -> dict[int, psutil.Process]:
+    return {int(child.environ()["RANK"]): child for child in job.children()}
+
+
+def work(
+    command: list[object], send: Callable[[psutil.Process], None] | None = None, after: Path | None = None
+) -> Ended:
+    """Run a job to its end; `send` meets it when 35 more steps of the run `after` are logged."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = steps_done(after) if after else 0
+    words = list(map(str, command))
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        start = time.monotonic()
+        if send and after:
+            while steps_done(after) < first + 35:
+                assert job.poll() is None, job.communicate()
+                assert time.monotonic() < start + 120
+                time.sleep(0.02)
+            start = time.monotonic()
+            send(psutil.Process(job.pid))
+        stdout, stderr = job.communicate(timeout=120)
+        return Ended(job.returncode, stdout, stderr, time.monotonic() - start)
+
+
+def said(stderr: str) -> list[str]:
+    """Lines without progress bars."""
+    return [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not re.match(r"(wmtrain|load): ", line)]
+
+
+@pytest.fixture(scope="module")
+def straight(planted_path: Path, tmp_path_factory: pytest.TempPathFactory, options: TrainOptions) -> Path:
+    """The run of one process."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    train(planted_path, run, options)
+    return run
+
+
+@dataclass
+class Story:
+    """A run of two ranks that was told to stop, went on, lost a rank, and was finished by one process."""
+
+    run: Path
+    stopped: Ended
+    stopped_at: int
+    killed: Ended
+    killed_at: int
+
+
+@pytest.fixture(scope="module")
+def story(planted_path: Path, tmp_path_factory: pytest.TempPathFactory, options: TrainOptions) -> Story:
+    run = tmp_path_factory.mktemp("story") / "run"
+    command = [BIN / "wmtrain", "--devices", "2", "--cache", planted_path, "--out", run, *WORDS]
+    stopped = work(command, lambda job: job.send_signal(signal.SIGUSR1), run)
+    stopped_at = newest(run)
+    killed = work(command, lambda job: ranks_of(job)[1].kill(), run)
+    killed_at = newest(run)
+    train(planted_path, run, options)
+    return Story(run, stopped, stopped_at, killed, killed_at)
+
+
+@pytest.mark.cluster
+class TestStory:
+    def test_a_signal_to_the_launcher_ends_all_in_one_line(self, story: Story) -> None:
+        assert story.stopped.status == 75
+        assert [line[:30] for line in said(story.stopped.stderr)] == ["stopped; go on with: wmtrain -"]
+
+    def test_the_step_of_the_signal_is_saved(self, story: Story) -> None:
+        assert story.stopped_at >= 35
+        assert story.stopped_at % 40
+
+    def test_a_killed_rank_ends_all_in_seconds(self, story: Story) -> None:
+        assert story.killed.status == 1
+        assert story.killed.seconds < 20
+        assert story.killed_at in (story.stopped_at, 40, 80)
+
+    def test_a_killed_rank_is_one_line(self, story: Story) -> None:
+        assert [line.split(" (")[0] for line in said(story.killed.stderr)] == [
+            "Error: a process of this training has died, or cannot be reached"
+        ]
+
+    def test_one_process_finishes_it(self, story: Story, straight: Path) -> None:
+        assert newest(story.run) == 200
+        assert json.loads((story.run / "config.json").read_text()) == json.loads((straight / "config.json").read_text())
+
+    @pytest.mark.parametrize("key", ["loss", "gradient_norm"])
+    def test_its_curve_is_that_of_one_process(self, story: Story, straight: Path, key: str) -> None:
+        assert len(curve(story.run, key)) == 200
+        assert curve(story.run, key) == pytest.approx(curve(straight, key), abs=1e-4)
+
+
+@pytest.mark.cluster
+def test_torchrun_itself_does_and_a_signal_to_one_rank_ends_all(
+    planted_path: Path, tmp_path: Path, straight: Path
+) -> None:
+    run = tmp_path / "run"
+    command = [*TORCHRUN, BIN / "wmtrain", "--cache", planted_path, "--out", run, *WORDS]
+    ended = work(command, lambda job: ranks_of(job)[1].terminate(), run)
+    assert ended.status == 1  # torchrun's own for whatever a rank ends with
+    assert ended.stderr.count("stopped; go on with") == 1
+    losses = curve(run)
+    assert len(losses) == newest(run) >= 35
+    assert losses == pytest.approx(curve(straight)[: len(losses)], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def accumulated(planted_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], Path, Ended]:
+    """The words, the folder and the end of a finished run that accumulates gradients."""
+    run = tmp_path_factory.mktemp("accumulated") / "run"
+    words = [*WORDS, "--steps", "30", "--accumulate", "3"]
+    command = [BIN / "wmtrain", "--devices", "2", "--cache", planted_path, "--out", run, *words]
+    return command, run, work(command)
+
+
+def test_gradients_accumulate_as_in_one_process(
+    planted_path: Path, tmp_path: Path, options: TrainOptions, accumulated: tuple[list[object], Path, Ended]
+) -> None:
+    _, run, ended = accumulated
+    assert ended.status == 0, ended.stderr
+    train(planted_path, tmp_path / "run", replace(options, steps=30, accumulate=3))
+    for key in ("loss", "gradient_norm"):
+        assert len(curve(run, key)) == 30
+        assert curve(run, key) == pytest.approx(curve(tmp_path / "run", key), abs=1e-4)
+
+
+def test_rank_0_alone_writes_and_prints(accumulated: tuple[list[object], Path, Ended]) -> None:
+    _, run, ended = accumulated
+    assert ended.stdout.count(": trained; ") == ended.stdout.count("2 x cpu float32") == 1
+    assert said(ended.stderr) == []
+    assert len(list((run / "tensorboard").iterdir())) == 1
+
+
+def test_what_rank_0_refuses_is_one_line(accumulated: tuple[list[object], Path, Ended]) -> None:
+    command, run, _ = accumulated
+    before = checkpoints(run)
+    ended = work([*command, "--seed", "3"])
+    assert ended.status == 1
+    assert [line.split(";")[0] for line in ended.stderr.splitlines()] == [
+        f"Error: {run} is a run with other settings (seed 0 != 3)"
+    ]
+    assert checkpoints(run) == before
+
+
+@contextmanager
+def start(store: Path, run: Path) -> Iterator[psutil.Popen]:
+    """A training of two ranks that takes longer than the test; whatever still runs at the end is killed."""
+    words = [BIN / "wmtrain", "--devices", "2", "--cache", store, "--out", run, *WORDS, "--steps", "100000"]
+    with psutil.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True) as job:
+        children: list[psutil.Process] = []
+        try:
+            yield job
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                children = job.children()
+            for process in (job, *children):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+def children_of(job: psutil.Process) -> list[psutil.Process]:
+    """Ranks, also those that have not started Python yet."""
+    return [child for child in job.children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def reach_imports(job: psutil.Process) -> None:
+    """The launcher imports torch."""
+    time.sleep(1.5)
+
+
+def reach_start(job: psutil.Process) -> None:
+    """Ranks have just been started."""
+    wait_until(lambda: len(children_of(job)) == 2)
+
+
+def reach_rendezvous(job: psutil.Process) -> None:
+    """One rank waits for the other, which is stopped."""
+    reach_start(job)
+    waiting, stopped = children_of(job)
+    stopped.suspend()
+    wait_until(lambda: len(waiting.net_connections("tcp")) > 0)
+
+
+def reach_work(job: psutil.Process) -> None:
+    """Both ranks have joined."""
+    reach_start(job)
+    wait_until(lambda: all(len(rank.net_connections("tcp")) > 1 for rank in children_of(job)))
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("moment", [reach_imports, reach_start, reach_rendezvous, reach_work])
+def test_a_launcher_ends_when_it_gets_a_signal_and_so_do_its_ranks(
+    planted_path: Path,
+    tmp_path: Path,
+    moment: Callable[[psutil.Process], None],
+    number: signal.Signals,
+    status: int,
+) -> None:
+    with start(planted_path, tmp_path / "run") as job:
+        moment(job)
+        ranks = children_of(job)
+        begin = time.monotonic()
+        job.send_signal(number)
+        _, stderr = job.communicate(timeout=60)
+    assert job.returncode == status
+    assert time.monotonic() - begin < 30
+    assert not any(rank.is_running() for rank in ranks)
+    assert said(stderr)[-1].startswith("stopped; go on with: wmtrain")
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.cluster
+def test_a_second_ctrl_c_kills_ranks_that_do_not_end(planted_path: Path, tmp_path: Path) -> None:
+    with start(planted_path, tmp_path / "run") as job:
+        reach_start(job)
+        ranks = children_of(job)
+        for rank in ranks:
+            rank.suspend()
+        job.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert job.poll() is None
+        job.send_signal(signal.SIGINT)
+        job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert not any(rank.is_running() for rank in ranks)
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may change the host's name, in a namespace")
+def test_the_name_of_the_machine_need_not_resolve(planted_path: Path, tmp_path: Path) -> None:
+    program = 'hostname no-such-host-x; exec "$@"'
+    words = [BIN / "wmtrain", "--devices", "2", "--cache", planted_path, "--out", tmp_path / "run", *WORDS]
+    ended = work(["unshare", "-u", "sh", "-c", program, "sh", *words, "--steps", "5"])
+    assert ended.status == 0, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("rank", "line"), [({}, "stopped; go on"), ({"RANK": "0"}, "stopped; go on"), ({"RANK": "1"}, "")]
+)
+def test_of_ranks_that_are_told_to_stop_the_first_speaks_for_all(
+    rank: dict[str, str], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the others are: torchrun tells them when one has failed, maybe before they have joined."""
+
+    @click.command(cls=Command)
+    def command() -> None:
+        raise Stopped
+
+    for name, value in rank.items():
+        monkeypatch.setenv(name, value)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    ended = CliRunner().invoke(command)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert (ended.exit_code, ended.output.strip().split(" with")[0]) == (75, line)
+
+
+@pytest.mark.cluster
+def test_what_happens_to_another_rank_alone_is_one_line(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import sys
+from wmcache.common.errors import UserError
+from wmcache.engine.ranks import Spoken, joined
+try:
+    with joined("cpu") as ranks:
+        ranks.wait()
+        if ranks.rank == 1:
+            raise UserError("a damaged shard")
+        ranks.wait()
+except (UserError, Spoken) as error:
+    print(f"{type(error).__name__} on {ranks.rank}: {error}")
+    sys.exit(1)
+"""
+    )
+    ended = work([*TORCHRUN, sys.executable, program])
+    assert sorted(ended.stdout.splitlines()) == ["Spoken on 0: ", "UserError on 1: a damaged shard"]
+
+
+def test_what_is_drawn_belongs_to_seed_rank_and_step() -> None:
+    def draw(rank: int, seed: int, step: int) -> float:
+        Ranks(rank, 2).seed(seed, step)
+        return torch.rand(()).item()
+
+    with torch.random.fork_rng():
+        assert draw(1, 0, 7) == draw(1, 0, 7)
+        assert len({draw(rank, seed, step) for rank in range(2) for seed in range(2) for step in range(2)}) == 8
+        torch.manual_seed(0)
+        expected = torch.rand(()).item()
+        torch.manual_seed(0)
+        ALONE.seed(5, 5)
+        assert torch.rand(()).item() == expected
+
+
+@pytest.mark.parametrize("name", ["cuda:1", "mps"])
+def test_one_device_is_not_for_several_processes(name: str) -> None:
+    with pytest.raises(UserError, match=f"--device {name} is one device"):
+        Ranks(0, 2).device(name)
+
+
+def test_a_process_without_a_device_of_its_own_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="2 processes want a CUDA device each, but this machine has 1"):
+        Ranks(0, 2, 0, 2).device("cuda")
