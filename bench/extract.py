@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import multiprocessing
 import os
 import shutil
@@ -26,10 +25,10 @@ from wmcache.cache.writer import StoreWriter
 from wmcache.cluster.tasks import open_pool, parse_cluster, run_tasks
 from wmcache.common.device import CPU, autocast
 from wmcache.common.errors import UserError
-from wmcache.common.paths import absolute
 from wmcache.pipeline.encoders import Encoder, tcn
-from wmcache.pipeline.extract import Job, extract, extract_shard, extract_together, slice_of, store_card
+from wmcache.pipeline.extract import ExtractShard, extract, extract_together, extraction_task, slice_of
 from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.stores import store_card
 
 
 def bench_extract(dataset: FrameDataset, encoder: Encoder, *, batch: int, cluster: str = "local:1") -> dict[str, float]:
@@ -237,7 +236,7 @@ def bench_cluster(
     ):
         for number in range(rounds):
             for name, count in counts.items():
-                task = functools.partial(_begin, dataset, encoder, batch, Path(folder) / f"{number}-{name}")
+                task = functools.partial(_start, dataset, encoder, batch, Path(folder) / f"{number}-{name}.zarr")
                 measure = _in_workers if name.startswith("worker") else _in_processes
                 seconds[name].append(measure(task, dataset, count))
                 for store in Path(folder).iterdir():
@@ -258,32 +257,31 @@ def bench_cluster(
     }
 
 
-Task = Callable[[int], int]
+Start = Callable[[], tuple[ExtractShard, StoreWriter]]
 
 
-def _begin(dataset: FrameDataset, encoder: Encoder, batch: int, place: Path, name: str) -> Task:
-    """A new store, and the task that writes a shard of it."""
-    out = place.with_name(f"{place.name}-{name}.zarr")
+def _start(dataset: FrameDataset, encoder: Encoder, batch: int, out: Path) -> tuple[ExtractShard, StoreWriter]:
+    """Create a store; returns the task that writes one of its shards."""
     identity = encoder.identity(dataset.card.fingerprint)
-    StoreWriter.create(out, store_card(dataset, encoder, "float16"), identity, dataset.steps.columns())
-    job = Job(json.dumps(encoder.recipe()), json.dumps(identity.to_json()), str(out), out.name)
-    return functools.partial(extract_shard, absolute(dataset.path), [job], str(encoder.device), batch)
+    writer = StoreWriter.create(out, store_card(dataset, encoder, "float16"), identity, dataset.steps.columns())
+    return extraction_task(dataset, [(encoder, writer)], device=str(encoder.device), batch=batch), writer
 
 
-def _in_workers(begin: Callable[[str], Task], dataset: FrameDataset, count: int) -> float:
-    """Seconds that so many Dask workers take for all shards, after they have done them once."""
+def _in_workers(start: Start, dataset: FrameDataset, count: int) -> float:
+    """Seconds of so many Dask workers for all shards, after they have done them once."""
     shards = range(len(dataset.card.shards))
+    task, writer = start()
     with open_pool(f"local:{count}", label="bench", always_dask=True) as pool:
-        for name in ("first", "timed"):
-            task = begin(name)
-            start = time.perf_counter()
-            run_tasks(task, shards, cluster=pool, total=dataset.card.frames, label=name, leave=False)
-            seconds = time.perf_counter() - start
+        for label in ("first", "timed"):
+            writer.reopen(list(shards))
+            began = time.perf_counter()
+            run_tasks(task, shards, cluster=pool, total=dataset.card.frames, label=label, leave=False)
+            seconds = time.perf_counter() - began
     return seconds
 
 
-def _in_processes(begin: Callable[[str], Task], dataset: FrameDataset, count: int) -> float:
-    """Seconds that so many processes take, each for its slice of the shards in a loop, after each has done it once.
+def _in_processes(start: Start, dataset: FrameDataset, count: int) -> float:
+    """Seconds of so many processes, each for its slice of the shards in a loop, after each has done it once.
 
     Raises:
         UserError: one of them failed.
@@ -291,15 +289,17 @@ def _in_processes(begin: Callable[[str], Task], dataset: FrameDataset, count: in
     context = multiprocessing.get_context("spawn")
     shards, ready = len(dataset.card.shards), context.Barrier(count + 1)
     parts = [slice_of(shards, (number, count)) for number in range(count)]
-    first, timed = begin("first"), begin("timed")
-    processes = [context.Process(target=_loop, args=(first, timed, part, ready)) for part in parts]
+    task, writer = start()
+    processes = [context.Process(target=_loop, args=(task, part, ready)) for part in parts]
     for process in processes:
         process.start()
     try:
         ready.wait()
-        start = time.perf_counter()
+        writer.reopen(list(range(shards)))
         ready.wait()
-        seconds = time.perf_counter() - start
+        began = time.perf_counter()
+        ready.wait()
+        seconds = time.perf_counter() - began
     except threading.BrokenBarrierError:
         raise UserError("a process of the benchmark failed; see above") from None
     finally:
@@ -309,13 +309,14 @@ def _in_processes(begin: Callable[[str], Task], dataset: FrameDataset, count: in
     return seconds
 
 
-def _loop(first: Task, timed: Task, shards: Sequence[int], ready: Barrier) -> None:
+def _loop(task: ExtractShard, shards: Sequence[int], ready: Barrier) -> None:
     try:
         for shard in shards:
-            first(shard)
+            task(shard)
         ready.wait()
+        ready.wait()  # until the store is empty again
         for shard in shards:
-            timed(shard)
+            task(shard)
         ready.wait()
     except BaseException:
         ready.abort()
