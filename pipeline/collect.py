@@ -16,7 +16,8 @@ from wmcache.common.errors import UserError
 from wmcache.common.files import require_space
 from wmcache.common.paths import AnyPath, absolute, as_path
 from wmcache.envs import FPS, POLICIES, Maze, PointMazeSimulator, Policy, find_maze, sample_state
-from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, Steps, read_steps, shard_range, write_shard
+from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, shard_range, write_shard
+from wmcache.pipeline.steps import Steps, read_steps
 
 
 def collect(

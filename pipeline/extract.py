@@ -28,8 +28,9 @@ from wmcache.common.errors import UserError
 from wmcache.common.files import free_space, require_space
 from wmcache.common.paths import AnyPath, absolute, exists
 from wmcache.pipeline.encoders import Encoder, encode_together
-from wmcache.pipeline.frames import FrameDataset, Frames
+from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.stores import StoreRecipe, has_work, store_card
+from wmcache.pipeline.tars import Frames
 
 TASKS_IN_FLIGHT = 2
 SECONDS_BETWEEN_CHECKS = 0.5
