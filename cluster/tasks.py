@@ -20,12 +20,14 @@ import threading
 import time
 import uuid
 import warnings
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 import psutil
 from tqdm import tqdm
@@ -37,6 +39,7 @@ from wmcache.common.files import home, seconds_between_updates
 from wmcache.common.memory import available_ram
 
 Item = TypeVar("Item")
+State = TypeVar("State")
 T = TypeVar("T")
 Calls = Iterable[tuple[Hashable, Callable[[], Any]]]
 """Tasks, each with what is to come back beside its result."""
@@ -86,6 +89,8 @@ BARREN = 2
 MUST_MATCH = ("python", "dask", "distributed", "wmcache")
 
 _alone = threading.Lock()
+_setup_lock = threading.RLock()
+_states: deque[tuple[WorkerTask[Any, Any], Any]] = deque(maxlen=2)
 _counting = threading.Lock()
 _reported = threading.local()
 _bar: Any = None
@@ -144,6 +149,60 @@ def _reporting(task: Callable[[Item], int], item: Item) -> tuple[int, int]:
     """The units that a task did, and how many of them it has reported on this process's bar."""
     _reported.units = 0
     return task(item), _reported.units
+
+
+class WorkerTask(ABC, Generic[Item, State]):
+    """A picklable task whose state, such as a loaded network, is set up once per process.
+
+    A subclass is a frozen dataclass of plain values. The values identify the state: where its files may change under the same path, one
+    of them is a checksum.
+
+        @dataclass(frozen=True)
+        class EncodeShard(WorkerTask[int, Encoder]):
+            recipe: dict[str, Any]
+
+            def setup(self) -> Encoder: ...
+            def run(self, state: Encoder, item: int) -> int: ...
+
+        run_tasks(EncodeShard(recipe).with_state(encoder), shards, cluster="local:4", total=frames, label="encode")
+    """
+
+    @abstractmethod
+    def setup(self) -> State:
+        """Load what `run` needs.
+
+        Raises:
+            UserError: it cannot be loaded in this process; the item that was to be run fails.
+        """
+
+    @abstractmethod
+    def run(self, state: State, item: Item) -> int:
+        """Do one item, in any thread of the process; returns its units."""
+
+    def with_state(self, state: State) -> Self:
+        """Use a state that is already loaded, in this process only: it is not pickled."""
+        vars(self)["_state"] = state
+        return self
+
+    def __call__(self, item: Item) -> int:
+        """Do one item."""
+        state: State = vars(self)["_state"] if "_state" in vars(self) else _kept_state(self)
+        return self.run(state, item)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the state."""
+        return {name: value for name, value in vars(self).items() if name != "_state"}
+
+
+def _kept_state(task: WorkerTask[Any, State]) -> State:
+    """The state of a task in this process. The latest two are kept, since two commands may share a worker."""
+    with _setup_lock:
+        for known, state in _states:
+            if known == task:
+                return cast(State, state)
+        loaded = task.setup()
+        _states.append((task, loaded))
+        return loaded
 
 
 class Pool(Protocol):

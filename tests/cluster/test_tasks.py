@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import dask
@@ -13,7 +15,15 @@ import pytest
 
 from wmcache.cluster import tasks as cluster
 from wmcache.cluster.profiles import Profile
-from wmcache.cluster.tasks import import_slurm, open_pool, parse_cluster, run_alone, run_tasks, slurm_options
+from wmcache.cluster.tasks import (
+    WorkerTask,
+    import_slurm,
+    open_pool,
+    parse_cluster,
+    run_alone,
+    run_tasks,
+    slurm_options,
+)
 from wmcache.common.cpus import available_cpus
 from wmcache.common.errors import UserError
 
@@ -304,3 +314,44 @@ except UserError as error:
     )
     (line,) = found.stdout.splitlines()
     assert named.format(folder=tmp_path) in line
+
+
+def note_process(folder: Path) -> WorkerTask[int, str]:
+    """A task that notes its set-ups and its items as files."""
+
+    # Workers cannot import a test module; a local class is pickled with its code.
+    @dataclass(frozen=True)
+    class NoteProcess(WorkerTask[int, str]):
+        folder: Path
+
+        def setup(self) -> str:
+            time.sleep(0.2)  # long enough for a second thread to ask for it too
+            (self.folder / f"{uuid.uuid4().hex}.setup").touch()
+            return f"{os.getpid()}"
+
+        def run(self, state: str, item: int) -> int:
+            (self.folder / f"{item}.item").write_text(state)
+            return 1
+
+    return NoteProcess(folder)
+
+
+@pytest.mark.parametrize(("cluster", "threads"), [("local:1", 2), ("local:2", 2)])
+def test_a_task_is_set_up_once_per_process(tmp_path: Path, cluster: str, threads: int) -> None:
+    run_tasks(note_process(tmp_path), range(12), cluster=cluster, threads=threads, total=12, label="test")
+    processes = {file.read_text() for file in tmp_path.glob("*.item")}
+    assert len(list(tmp_path.glob("*.item"))) == 12
+    assert len(list(tmp_path.glob("*.setup"))) == len(processes)
+
+
+@pytest.mark.parametrize(("cluster", "given"), [("local:1", True), ("local:2", False)])
+def test_a_loaded_state_is_used_in_this_process_only(tmp_path: Path, cluster: str, given: bool) -> None:
+    run_tasks(note_process(tmp_path).with_state("loaded"), range(4), cluster=cluster, total=4, label="test")
+    assert {file.read_text() == "loaded" for file in tmp_path.glob("*.item")} == {given}
+
+
+def test_tasks_of_other_values_have_other_states(tmp_path: Path) -> None:
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        run_tasks(note_process(folder), range(2), total=2, label="test")
+        assert len(list(folder.glob("*.setup"))) == 1
