@@ -24,7 +24,8 @@ from wmcache.common.errors import UserError
 from wmcache.common.files import atomic_write, make_folder
 from wmcache.common.paths import AnyPath
 from wmcache.planner.base import Cost
-from wmcache.planner.evaluate import EvalContext, evaluate, random_episode
+from wmcache.planner.context import EvalContext, random_episode
+from wmcache.planner.evaluate import evaluate
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import make_solver
@@ -214,7 +215,7 @@ def compare_runs(
     for name, setting in settings.items():
         model = setting.config["model"]
         stage = f", {setting.model.stages[int(setting.model.stage) - 1]}" if setting.model.stages else ""
-        rows.append({"run": name, "model": f"{model}{stage}", "context": setting.context, **speed[name]})
+        rows.append({"run": name, "model": f"{model}{stage}", "context": setting.context_frames, **speed[name]})
         first = rows[0]
         rows[-1]["fewer_flop"] = first["gflop_per_step"] / rows[-1]["gflop_per_step"]
         rows[-1]["faster"] = rows[-1]["rollouts_per_second"] / first["rollouts_per_second"]
@@ -233,7 +234,7 @@ def compare_runs(
 
 def _success(setting: EvalContext, options: PlanOptions) -> dict[str, Any]:
     """Under the protocol `mpc-100`: episodes within each threshold, still so at the end, and the 95 % interval of the headline."""
-    told = replace(options, **PROTOCOLS["mpc-100"])
+    told = replace(options, **PROTOCOLS.get("mpc-100"))
     out = setting.run / f"bench-mpc-100-{told.episodes}"
     make_folder(out)
     _, results = evaluate(setting, told, out)

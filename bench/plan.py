@@ -18,10 +18,10 @@ from wmcache.bench.explicit import explicit_predict
 from wmcache.common.device import choose_dtype, synchronise
 from wmcache.common.errors import UserError
 from wmcache.planner.base import Cost
-from wmcache.planner.cem import Cem
-from wmcache.planner.evaluate import EvalContext, random_episode
+from wmcache.planner.context import EvalContext, random_episode
 from wmcache.planner.mpc import Mpc
 from wmcache.planner.objective import GoalDistance
+from wmcache.planner.solvers.cem import Cem
 from wmcache.trainer.models.dino_wm import DinoWm
 
 REFERENCE_CHUNK = 30

@@ -169,7 +169,7 @@ class EvalContext:
             **asdict(options),
             "context": self.context_frames,
             "observed": self.observed,
-            "search": asdict(self.solver),  # type: ignore[call-overload]
+            "search": asdict(self.solver),
             "env": self.maze.name,
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from wmcache.cluster.tasks import run_tasks
-from wmcache.common.files import make_folder, seconds_between_updates
+from wmcache.cluster.tasks import WorkerTask, report, run_tasks
+from wmcache.common.files import make_folder
 from wmcache.common.paths import absolute, as_path
 from wmcache.envs import PointMazeVectorEnv, longest_move
 from wmcache.planner.baselines import BASELINES, run_baseline
@@ -25,18 +24,10 @@ from wmcache.planner.options import PlanOptions
 from wmcache.planner.policy import MpcPolicy, Observation
 
 
-def run_episodes(
-    context: EvalContext, options: PlanOptions, numbers: Iterable[int], progress: tqdm[Any] | None = None
-) -> Episodes:
-    """Plan and act in some episodes at once.
+def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[int]) -> Episodes:
+    """Plan and act in the episodes of these numbers, all at once.
 
     The policy receives frames and proprio, never a state, a distance or a success; with `alpha` above 0 also the goal's proprio.
-
-    Args:
-        context: a loaded run.
-        options: of the evaluation.
-        numbers: of the episodes.
-        progress: counts replans.
     """
     numbers = list(numbers)
     frameskip = context.frameskip
@@ -62,8 +53,7 @@ def run_episodes(
             # Of the frames within a chunk only those are encoded that the next plan starts from.
             if replans_again and options.execute - step <= context.observed:
                 policy.observe(Observation(**env.observe(), earlier=earlier))
-        if progress is not None:
-            progress.update(len(numbers))
+        report(len(numbers))
     env.close()
     chunk = options.execute * frameskip
     return Episodes(
@@ -95,41 +85,124 @@ def _start_and_goal(
 
 
 @dataclass(frozen=True)
-class PlanTask:
+class PlanBatch(WorkerTask[int, EvalContext]):
     """Plans a batch of episodes on any worker, and saves it in a file.
 
     Attributes:
-        run, options, weights, cache, untrained: arguments of `EvalContext`; paths are absolute.
+        run_path, options, weights, cache, untrained: arguments of `EvalContext`; paths are absolute.
+        fingerprint: of the evaluation, since files may change under the same path.
         folder: of the files.
     """
 
-    run: Path
+    run_path: Path
     options: PlanOptions
     weights: Path | None
     cache: str
     untrained: bool
+    fingerprint: str
     folder: Path
 
     @classmethod
-    def of(cls, context: EvalContext, options: PlanOptions, folder: Path) -> PlanTask:
-        """Describe a loaded run by absolute paths, and in the precision that was chosen here."""
-        options = replace(options, dtype=str(context.dtype).removeprefix("torch."))
+    def of(cls, context: EvalContext, options: PlanOptions, folder: Path) -> PlanBatch:
+        """Describe a loaded run by absolute paths, in the precision that was chosen here."""
+        known = replace(options, dtype=str(context.dtype).removeprefix("torch."))
         if options.goals not in SOURCES:
-            options = replace(options, goals=str(Path(options.goals).absolute()))
+            known = replace(known, goals=str(Path(options.goals).absolute()))
         if options.env and Path(options.env).exists():
-            options = replace(options, env=str(Path(options.env).absolute()))
-        weights = context.weights and context.weights.absolute()
-        cache = absolute(context.store.path)
-        return cls(context.run.absolute(), options, weights, cache, context.untrained, folder.absolute())
-
-    def setup(self) -> EvalContext:
-        """Load the run, once per process."""
-        return EvalContext(
-            self.run, self.options, weights=self.weights, cache=as_path(self.cache), untrained=self.untrained
+            known = replace(known, env=str(Path(options.env).absolute()))
+        return cls(
+            run_path=context.run.absolute(),
+            options=known,
+            weights=context.weights and context.weights.absolute(),
+            cache=absolute(context.store.path),
+            untrained=context.untrained,
+            fingerprint=context.fingerprint(options),
+            folder=folder.absolute(),
         )
 
-    def __call__(self, first: int) -> int:
+    def setup(self) -> EvalContext:
+        """Load the run."""
+        cache = as_path(self.cache)
+        return EvalContext(self.run_path, self.options, weights=self.weights, cache=cache, untrained=self.untrained)
+
+    def run(self, state: EvalContext, item: int) -> int:
         """Plan the batch that begins with this episode; returns its replans."""
-        episodes = run_episodes(_loaded(self), self.options, batch_of(self.options, first))
-        save_episodes(_batch_file(self.folder, first), episodes)
+        episodes = run_episodes(state, self.options, batch_of(self.options, item))
+        save_episodes(_batch_file(self.folder, item), episodes)
         return episodes.replans
+
+
+def batch_of(options: PlanOptions, first: int) -> range:
+    """Return the episodes of the batch that begins with this one; a batch does not depend on where it is planned."""
+    return range(first, min(options.seed + options.episodes, first + options.batch))
+
+
+def _batch_file(folder: Path, first: int) -> Path:
+    return folder / f"{first:06d}.npz"
+
+
+def evaluate(
+    context: EvalContext, options: PlanOptions, out: Path, cluster: str = "local:1"
+) -> tuple[Episodes, dict[str, Any]]:
+    """Plan all episodes in batches, then judge them.
+
+    Args:
+        context: a loaded run.
+        options: of the evaluation.
+        out: folder that keeps finished batches, so that a stopped evaluation resumes.
+        cluster: that plans the batches, see `parse_cluster`.
+
+    Returns:
+        The episodes, and the content of `results.json`.
+    """
+    numbers = range(options.seed, options.seed + options.episodes)
+    _start_and_goal(context, options, numbers)  # unusable goals are reported before any work
+    folder = out / f"unfinished-{context.fingerprint(options)}"
+    make_folder(folder)
+    firsts = numbers[:: options.batch]
+    pending = [first for first in firsts if not _batch_file(folder, first).exists()]
+    replans = -(-options.budget // (options.execute * context.frameskip))
+    run_tasks(
+        PlanBatch.of(context, options, folder).with_state(context),
+        pending,
+        cluster=cluster,
+        total=sum(len(batch_of(options, first)) for first in pending) * replans,
+        label="wmplan",
+        unit="replans",
+        what="batches",
+        more="a smaller --batch-size makes more of them",
+    )
+    episodes = join([load_episodes(_batch_file(folder, first)) for first in firsts])
+    return episodes, summarise(context, options, episodes)
+
+
+def summarise(context: EvalContext, options: PlanOptions, episodes: Episodes) -> dict[str, Any]:
+    """Judge all episodes of an evaluation, and the baselines on the same starts and goals; returns the content of `results.json`."""
+    thresholds = reported_thresholds(options.threshold)
+    shortest = shortest_path_lengths(episodes, context.maze)
+    numbers = range(options.seed, options.seed + options.episodes)
+
+    def judge_all(done: Episodes) -> list[dict[str, Any]]:
+        return [judge(done, threshold, context.maze, shortest) for threshold in thresholds]
+
+    by_threshold = judge_all(episodes)
+    headline = by_threshold[thresholds.index(options.threshold)]
+    names = ("successes", "success_rate", "ci95", "held", "held_rate", "held_ci95")
+    return {
+        "episodes": options.episodes,
+        **{name: headline[name] for name in names},
+        "began_at_goal": {str(threshold): count_at_goal(episodes, threshold) for threshold in thresholds},
+        "threshold": options.threshold,
+        "budget_env_steps": options.budget,
+        "mean_env_steps": headline["mean_env_steps"],
+        "encoder_frames": episodes.encoder_frames,
+        "replans": episodes.replans,
+        "candidates_per_replan": context.solver.evaluations,
+        "seconds_per_replan": episodes.seconds / episodes.replans,
+        "by_threshold": by_threshold,
+        "baselines": {name: judge_all(run_baseline(name, context.maze, episodes, numbers)) for name in BASELINES},
+        "live_drift": context.drift,
+        "maze": context.maze.name,
+        "options": asdict(options),
+        "resolved": context.resolved(options),
+    }

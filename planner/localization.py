@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from wmcache.common.device import autocast
 from wmcache.envs import PointMazeSimulator
 from wmcache.pipeline.encoders.changes import changes_for
-from wmcache.planner.evaluate import EvalContext, cached_maze
+from wmcache.planner.context import EvalContext, cached_maze
 
 PICTURED = 8
 SIDE = 224

@@ -40,10 +40,11 @@ from wmcache.common.files import atomic_write, make_folder, write_json
 from wmcache.common.paths import cause_outside, unreadable
 from wmcache.common.video import write_mp4
 from wmcache.envs import FPS, Maze, PointMazeSimulator
-from wmcache.planner.episodes import THRESHOLDS, Episodes, env_steps, shortest_ways
-from wmcache.planner.evaluate import EvalContext, cached_maze
+from wmcache.planner.context import EvalContext, cached_maze
+from wmcache.planner.episodes import Episodes
 from wmcache.planner.goals import SOURCES
 from wmcache.planner.graph import LatentGraph
+from wmcache.planner.judge import THRESHOLDS, env_steps, shortest_path_lengths
 from wmcache.planner.localization import draw_localization
 
 VIDEOS = 4
@@ -260,7 +261,7 @@ def draw_paths(episodes: Episodes, maze: Maze, threshold: float, count: int = 12
 def write_videos(folder: Path, episodes: Episodes, setting: EvalContext) -> list[tuple[str, Path]]:
     """Videos of the episodes with the longest ways to go, the live frame beside the goal's; returns captions and files."""
     make_folder(folder)
-    way = shortest_ways(episodes, setting.maze)
+    way = shortest_path_lengths(episodes, setting.maze)
     chosen = np.argsort(-np.where(np.isfinite(way), way, -1.0), kind="stable")[:VIDEOS]
     simulator = PointMazeSimulator(setting.maze, VIDEO_SIZE)
     written = []

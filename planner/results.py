@@ -72,4 +72,6 @@ def refuse_other_results(out: Path, options: PlanOptions) -> None:
         kept["strict"] = False
     different = [f"{name} {kept.get(name)} != {wanted[name]}" for name in wanted if kept.get(name) != wanted[name]]
     if different:
-        raise UserError(f"{out} has results of other options: {'; '.join(different)}; write to another folder: --out {out}-2")
+        raise UserError(
+            f"{out} has results of other options: {'; '.join(different)}; write to another folder: --out {out}-2"
+        )

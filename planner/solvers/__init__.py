@@ -15,7 +15,7 @@ SOLVERS: Registry[type[Solver]] = Registry("solver", package="wmcache.planner.so
 
 def option_names(solver: str) -> list[str]:
     """List the options of a solver; raises UserError for an unknown solver."""
-    return [field.name for field in fields(SOLVERS.get(solver))]  # type: ignore[arg-type]  # (a Solver is a dataclass)
+    return [field.name for field in fields(SOLVERS.get(solver))]
 
 
 def make_solver(name: str, **options: Any) -> Solver:

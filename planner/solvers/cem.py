@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from wmcache.planner.base import Cost, Solver, around, require, require_population
+from wmcache.planner.base import Cost, around, require, require_population
+from wmcache.planner.solvers import SOLVERS
 
-__all__ = ["Cem", "Cost", "Solver"]
 
-
+@SOLVERS.register("cem")
 @dataclass(frozen=True)
 class Cem:
     """A `Solver`. Candidates are clipped to the env's bounds, so that what is scored is what the env will do.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wmcache.planner.base import Cost, normal, require
+from wmcache.planner.solvers import SOLVERS
 
 OPTIMISERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], float]] = {
     "sgd": (torch.optim.SGD, 1.0),
@@ -18,6 +19,7 @@ OPTIMISERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], float]] = {
 """Name -> (optimiser, its learning rate unless told). Both work on each number alone, so candidates do not meet in them."""
 
 
+@SOLVERS.register("gd")
 @dataclass(frozen=True)
 class Gd:
     """A `Solver`. Descends several guesses of each episode side by side, and returns the best actions that it has seen.

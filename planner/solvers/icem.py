@@ -11,8 +11,10 @@ from einops import rearrange
 from torch import Tensor
 
 from wmcache.planner.base import Cost, normal, require, require_population
+from wmcache.planner.solvers import SOLVERS
 
 
+@SOLVERS.register("icem")
 @dataclass(frozen=True)
 class Icem:
     """A `Solver`. Candidates are clipped to the env's bounds; the result is the best that was seen, not the mean.

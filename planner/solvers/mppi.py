@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from wmcache.planner.base import Cost, around, require, require_population
+from wmcache.planner.solvers import SOLVERS
 
 
+@SOLVERS.register("mppi")
 @dataclass(frozen=True)
 class Mppi:
     """A `Solver`. Candidates are clipped to the env's bounds; the result is the last mean.
