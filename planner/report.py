@@ -217,7 +217,7 @@ def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> by
     tokens = store.gather(chosen).astype(np.float32)
     latent = np.square(tokens - tokens[goal]).sum((1, 2))
     if graph is not None:
-        latents, target = torch.from_numpy(tokens).to(graph.places.device), torch.from_numpy(tokens[goal : goal + 1])
+        latents, target = torch.from_numpy(tokens).to(graph.nodes.device), torch.from_numpy(tokens[goal : goal + 1])
         target = target.to(latents.device)
         latent = graph.distance(latents[None, :, None], target, graph.to_goal(target))[0, :, 0].cpu().numpy()
     title = "latent distance" if graph is None else "distance along the cached frames"
