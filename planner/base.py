@@ -64,13 +64,3 @@ def require(condition: bool, message: str) -> None:
     """Raise UserError unless the condition is true."""
     if not condition:
         raise UserError(message)
-
-
-def require_population(solver: str, samples: int, elites: int, iterations: int, sigma: float) -> None:
-    """Raise UserError unless these are options of a population that can be fitted."""
-    require(iterations >= 1, f"solver {solver}: iterations is {iterations}; it must be 1 or more")
-    require(
-        2 <= elites <= samples,
-        f"solver {solver}: elites is {elites}; it must be between 2 and samples, {samples}",
-    )
-    require(0 < sigma < float("inf"), f"solver {solver}: sigma is {sigma}; it must be above 0")

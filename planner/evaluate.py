@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from wmcache.planner.context import EvalContext
 from wmcache.planner.episodes import Episodes, join, load_episodes, save_episodes
 from wmcache.planner.goals import SOURCES, Separation, start_and_goal
 from wmcache.planner.judge import count_at_goal, judge, reported_thresholds, shortest_path_lengths
-from wmcache.planner.options import PlanOptions
+from wmcache.planner.options import PlanOptions, Precision
 from wmcache.planner.policy import MpcPolicy, Observation
 
 
@@ -105,7 +105,7 @@ class PlanBatch(WorkerTask[int, EvalContext]):
     @classmethod
     def of(cls, context: EvalContext, options: PlanOptions, folder: Path) -> PlanBatch:
         """Describe a loaded run by absolute paths, in the precision that was chosen here."""
-        known = replace(options, dtype=str(context.dtype).removeprefix("torch."))
+        known = replace(options, dtype=cast(Precision, str(context.dtype).removeprefix("torch.")))
         if options.goals not in SOURCES:
             known = replace(known, goals=str(Path(options.goals).absolute()))
         if options.env and Path(options.env).exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from wmcache.common.errors import UserError
+from wmcache.common.options import parse_options
 from wmcache.common.registry import Registry
 from wmcache.planner.base import Cost, Solver
 
@@ -24,10 +24,7 @@ def make_solver(name: str, **options: Any) -> Solver:
     Raises:
         UserError: unknown name or option, or invalid values.
     """
-    known = option_names(name)
-    if unknown := [option for option in options if option not in known]:
-        raise UserError(f"solver {name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
-    return SOLVERS.get(name)(**options)
+    return parse_options(SOLVERS.get(name), options, f"solver {name}")
 
 
 __all__ = ["SOLVERS", "Cost", "Solver", "make_solver", "option_names"]

@@ -4,69 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge, Gt
 from einops import rearrange
 from torch import Tensor
 
-from wmcache.planner.base import Cost, normal, require, require_population
+from wmcache.common.options import Positive, Share, ShareBelowOne, Weight, option
+from wmcache.planner.base import Cost, normal, require
 from wmcache.planner.solvers import SOLVERS
 
 
 @SOLVERS.register("icem")
 @dataclass(frozen=True)
 class Icem:
-    """A `Solver`. Candidates are clipped to the env's bounds; the result is the best that was seen, not the mean.
+    """A `Solver`. Candidates are clipped to the env's bounds; the result is the best evaluated candidate, not the mean.
 
-    Of the paper's parts, shifting elites from one plan to the next is left to the caller's first guess. It is a candidate of
-    the first iteration; the mean is one of the last, as in the paper, and in no other, where it would narrow the search.
-
-    Attributes:
-        samples: candidates of the first iteration.
-        elites: the best, to which the next mean and deviation are fitted; at most half of the samples.
-        iterations: how often.
-        sigma: first standard deviation, in env units.
-        beta: colour of the noise over time, whose power falls with frequency ** -beta: 0 is white, 1 pink, 2 brown. The
-            paper's lie between 0.25 and 4, by task.
-        frameskip: env actions in each of the T steps, [T, f * A] frame by frame; time is that of the env. Without it the
-            colour would be that of whole model steps, white within each.
-        decay: each iteration has this factor fewer candidates, but twice the elites at least.
-        keep: share of the elites that stay candidates of the next iteration. Their costs are known and not asked for again.
-        momentum: share of the last mean and deviation that the next ones keep.
-
-    Raises:
-        UserError: options that no search can be made of.
+    The paper shifts elites from one plan to the next; here the caller's first guess does so. It is a candidate of the first iteration. The
+    mean is one of the last iteration, as in the paper, and of no other, where it would narrow the search. Kept elites are not evaluated
+    again. Noise is coloured over env steps: `frameskip` is the number of env actions in each of the T steps [T, f * A].
     """
 
     differentiates: ClassVar[bool] = False
 
-    samples: int = 300
-    elites: int = 10
-    iterations: int = 10
-    sigma: float = 0.6
-    beta: float = 2.0
-    frameskip: int = 1
-    decay: float = 1.25
-    keep: float = 0.3
-    momentum: float = 0.1
+    samples: Positive = option(300, "Candidates in each iteration; DINO-WM has 300.", group="Solver")
+    elites: Annotated[int, Ge(2)] = option(10, "Best candidates of each iteration; DINO-WM has 30.")
+    iterations: Positive = option(10, "Iterations of the search; DINO-WM has 10.")
+    sigma: Annotated[float, Gt(0)] = option(0.6, "First standard deviation of the candidates, in env units.")
+    beta: Weight = option(2.0, "Colour of the noise over time: 0 is white, 1 pink, 2 brown; the paper has 0.25 to 4.")
+    frameskip: Positive = option(1, flag="")
+    decay: Annotated[float, Ge(1)] = option(1.25, "Factor by which each iteration has fewer candidates.")
+    keep: Share = option(0.3, "Share of the elites that stay candidates of the next iteration.")
+    momentum: ShareBelowOne = option(0.1, "Share of the last mean and deviation that the next ones keep.")
 
     def __post_init__(self) -> None:
-        """Refuse options that do not fit."""
-        require_population("icem", self.samples, self.elites, self.iterations, self.sigma)
+        """Raise UserError for more elites than half of the samples."""
         half = self.samples // 2
-        require(
-            self.elites <= half, f"solver icem: elites is {self.elites}; it must be at most half of samples, {half}"
-        )
-        require(0 <= self.beta < float("inf"), f"solver icem: beta is {self.beta}; it must be 0 or more")
-        require(self.frameskip >= 1, f"solver icem: frameskip is {self.frameskip}; it must be 1 or more")
-        require(1 <= self.decay < float("inf"), f"solver icem: decay is {self.decay}; it must be 1 or more")
-        require(0 <= self.keep <= 1, f"solver icem: keep is {self.keep}; it must lie in [0, 1]")
-        require(0 <= self.momentum < 1, f"solver icem: momentum is {self.momentum}; it must lie in [0, 1)")
+        within = self.elites <= half
+        require(within, f"solver icem: elites is {self.elites}; it must be at most half of samples, {half}")
 
     @property
     def populations(self) -> list[int]:
-        """Candidates of each iteration whose cost is asked for."""
+        """Count the candidates that each iteration evaluates."""
         return [max(int(self.samples * self.decay**-i), 2 * self.elites) for i in range(self.iterations)]
 
     @property
@@ -81,8 +61,10 @@ class Icem:
             UserError: frameskip does not divide A.
         """
         size = start.shape[2]
-        fits = size % self.frameskip == 0
-        require(fits, f"solver icem: frameskip is {self.frameskip}; it must divide the {size} numbers of a model step")
+        divides = size % self.frameskip == 0
+        require(
+            divides, f"solver icem: frameskip is {self.frameskip}; it must divide the {size} numbers of a model step"
+        )
         mean, deviation = start, torch.full_like(start, self.sigma)
         best, lowest = start.clamp(-1.0, 1.0), torch.full_like(start[:, 0, 0], float("inf"))
         kept, kept_costs = start[:, None][:, :0], start[:, :0, 0]
@@ -107,23 +89,23 @@ class Icem:
 
 
 def coloured(white: Tensor, beta: float) -> Tensor:
-    """Gaussian noise of unit variance whose power falls with frequency ** -beta (Timmer and Koenig 1995).
+    """Filter white noise to unit variance and a power that falls with frequency ** -beta (Timmer and Koenig 1995).
 
-    White noise, filtered. The constant part gets the power of the lowest frequency, as in the `colorednoise` package, which
-    the paper uses; that one leaves it out of the variance, so that its noise is the louder the redder it is.
+    The constant part has the power of the lowest frequency, as in the `colorednoise` package, which the paper uses. That package leaves it
+    out of the variance, so that its noise is louder the larger beta is.
 
     Args:
         white: [E, S, time, A], standard normal.
         beta: 0 returns white noise.
 
     Returns:
-        The same shape.
+        [E, S, time, A].
     """
     steps = white.shape[2]
     frequency = torch.fft.rfftfreq(steps, device=white.device)
     frequency[0] = 1 / steps
     filtered = torch.fft.rfft(white, dim=2) * frequency[:, None] ** (-beta / 2)
-    # A filter passes on as much variance as its answer to a single 1 has power.
+    # The variance that a filter leaves of white noise is the power of its impulse response.
     impulse = torch.fft.irfft(frequency ** (-beta / 2), n=steps)
     noise: Tensor = torch.fft.irfft(filtered, n=steps, dim=2) / impulse.norm()
     return noise
