@@ -26,8 +26,8 @@ from wmcache.common.video import ffmpeg, write_mp4
 from wmcache.envs import FPS
 from wmcache.trainer.checkpoint import load_model, open_store, read_config, read_identity
 from wmcache.trainer.decoder import ReadFrames, load_decoder, load_images, read_decoder_config, read_decoder_identity
+from wmcache.trainer.decoders import Decoder
 from wmcache.trainer.metrics import MOVING, ImageMetrics, Images, summarise, to_pixels, to_unit
-from wmcache.trainer.models.decoders import Decoder
 
 SIDE_BY_SIDE = 4
 """Windows in a video."""
