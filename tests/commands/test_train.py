@@ -137,11 +137,11 @@ class TestPresets:
 
 
 class TestModels:
-    @pytest.mark.parametrize("model", MODELS)
+    @pytest.mark.parametrize("model", list(MODELS))
     def test_each_is_told_its_own_options_and_no_others(self, told: Told, model: str) -> None:
         chosen = told(f"--model {model} --dropout 0.25").model_options
         assert read_options(model, chosen) == replace(read_options(model, {}), dropout=0.25)
-        assert chosen.keys() == {field.name for field in fields(MODELS[model][0])}
+        assert chosen.keys() == {field.name for field in fields(MODELS.get(model).Options)}
 
     @pytest.mark.parametrize("stage", ["localization", "primary", "lrm", "all"])
     def test_a_stage_and_where_it_starts_from_arrive(self, told: Told, tmp_path: Path, stage: str) -> None:

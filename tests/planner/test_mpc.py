@@ -29,7 +29,7 @@ class DoubleIntegrator:
     def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def proprio_code(self, proprio: Tensor) -> Tensor:
+    def encode_proprio(self, proprio: Tensor) -> Tensor:
         return proprio
 
     def rollout(
