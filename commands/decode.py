@@ -146,7 +146,7 @@ def imagine(
     """Draw what a world model imagines beside what then happened: videos, a picture, and figures for each step."""
     from wmcache.planner.imagine import ImagineOptions
     from wmcache.planner.imagine import imagine as draw
-    from wmcache.trainer.checkpoint import read_config
+    from wmcache.trainer.runs import read_config
 
     cache, out = cache or Path(read_config(run)["cache"]), out or run / "imagine"
     read_frames = _frames_of(cache, dataset).read_frames

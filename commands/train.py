@@ -163,7 +163,7 @@ def wmtrain(
 
 def _next_step(run: Path, cache: AnyPath) -> str:
     """What can be done with a trained run: its frames may be of no simulator that wmplan knows."""
-    from wmcache.trainer.checkpoint import read_identity
+    from wmcache.trainer.runs import read_identity
 
     if read_identity(run)[0].dataset.get("maze"):
         return f"plan with: {command('wmplan', '--run', run)}"

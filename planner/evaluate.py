@@ -43,7 +43,7 @@ from wmcache.planner.objective import GoalDistance
 from wmcache.planner.options import PlanOptions, check_options
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import make_solver
-from wmcache.trainer.checkpoint import last_checkpoint, load_model, open_store, read_config, read_identity
+from wmcache.trainer.runs import last_checkpoint, load_model, open_store, read_config, read_identity
 
 CHECKED_FRAMES = 16
 LONGEST_NAME = 120

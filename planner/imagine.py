@@ -24,7 +24,7 @@ from wmcache.common.files import atomic_write, make_folder, seconds_between_upda
 from wmcache.common.paths import AnyPath
 from wmcache.common.video import ffmpeg, write_mp4
 from wmcache.envs import FPS
-from wmcache.trainer.checkpoint import load_model, open_store, read_config, read_identity
+from wmcache.trainer.runs import load_model, open_store, read_config, read_identity
 from wmcache.trainer.decoder import ReadFrames, load_decoder, load_images, read_decoder_config, read_decoder_identity
 from wmcache.trainer.metrics import MOVING, ImageMetrics, Images, summarise, to_pixels, to_unit
 from wmcache.trainer.models.decoders import Decoder

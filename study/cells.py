@@ -40,7 +40,7 @@ from wmcache.planner.goals import SOURCES
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_episodes
 from wmcache.study.options import EncoderChoice, StudyOptions
-from wmcache.trainer.checkpoint import load_model
+from wmcache.trainer.runs import load_model
 from wmcache.trainer.loop import rollout_errors, skills, train, validation_windows
 from wmcache.trainer.options import TrainOptions
 

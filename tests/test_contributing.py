@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from wmcache.cli import main, wmplan, wmtrain
 from wmcache.envs import policies
 from wmcache.planner.solvers import SOLVERS
-from wmcache.trainer.checkpoint import read_config
+from wmcache.trainer.runs import read_config
 from wmcache.trainer.models import MODELS
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()

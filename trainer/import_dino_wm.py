@@ -25,7 +25,7 @@ from wmcache.cache.store import TokenStore
 from wmcache.common.errors import UserError, command
 from wmcache.common.files import exclusive, sha256_of, temporary_for, write_json
 from wmcache.common.paths import AnyPath, absolute
-from wmcache.trainer.checkpoint import checkpoints, read_config, save_checkpoint
+from wmcache.trainer.runs import checkpoints, read_config, save_checkpoint
 from wmcache.trainer.loop import data_shape, make_optimiser, statistics_of
 from wmcache.trainer.models import DataShape, build
 from wmcache.trainer.models.dino_wm import DinoWmOptions

@@ -15,7 +15,7 @@ from torch import nn
 from wmcache.cache import TokenStore
 from wmcache.cli import wmtrain
 from wmcache.trainer import loop
-from wmcache.trainer.checkpoint import Progress, last_checkpoint, load_model, read_config, read_progress
+from wmcache.trainer.runs import Progress, last_checkpoint, load_model, read_config, read_progress
 from wmcache.trainer.loop import data_shape, learning_rate, make_optimiser, statistics_of
 from wmcache.trainer.models import MODELS, build, read_options
 from wmcache.trainer.options import TrainOptions

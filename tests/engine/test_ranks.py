@@ -23,7 +23,7 @@ from click.testing import CliRunner
 from wmcache.commands.shared import Command, Stopped
 from wmcache.common.errors import UserError
 from wmcache.engine.ranks import ALONE, Ranks
-from wmcache.trainer.checkpoint import checkpoints, last_checkpoint
+from wmcache.trainer.runs import checkpoints, last_checkpoint
 from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
 

@@ -32,7 +32,7 @@ from wmcache.common.files import seal, sha256_of
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.frames import FrameDataset, fingerprint
-from wmcache.trainer.checkpoint import load_model
+from wmcache.trainer.runs import load_model
 from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
 

@@ -45,7 +45,7 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract, extract_together
 from wmcache.pipeline.frames import FrameDataset, Frames
 from wmcache.pipeline.repair import repair
-from wmcache.trainer.checkpoint import last_checkpoint, save_checkpoint
+from wmcache.trainer.runs import last_checkpoint, save_checkpoint
 from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
 

@@ -56,7 +56,7 @@ from wmcache.pipeline.collect import collect
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset, write_shard
 from wmcache.pipeline.repair import repair
-from wmcache.trainer.checkpoint import last_checkpoint
+from wmcache.trainer.runs import last_checkpoint
 from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
 

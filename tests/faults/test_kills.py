@@ -37,7 +37,7 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.repair import repair
-from wmcache.trainer.checkpoint import checkpoints, last_checkpoint, load_training_state
+from wmcache.trainer.runs import checkpoints, last_checkpoint, load_training_state
 from wmcache.trainer.options import TrainOptions
 
 Content = Callable[[Path], dict[str, bytes]]

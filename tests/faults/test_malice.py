@@ -63,7 +63,7 @@ from wmcache.pipeline.extract import default_store
 from wmcache.pipeline.fit import default_weights
 from wmcache.pipeline.frames import FrameDataset, Steps, fingerprint
 from wmcache.pipeline.repair import repair
-from wmcache.trainer.checkpoint import last_checkpoint, truncate_metrics
+from wmcache.trainer.runs import last_checkpoint, truncate_metrics
 from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
 

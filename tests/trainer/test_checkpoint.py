@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from wmcache.common.errors import UserError
-from wmcache.trainer.checkpoint import (
+from wmcache.trainer.runs import (
     KEEP,
     last_checkpoint,
     load_model,
@@ -35,7 +35,7 @@ DYING_WRITER = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from wmcache.trainer.checkpoint import save_checkpoint
+from wmcache.trainer.runs import save_checkpoint
 from wmcache.trainer.loop import make_optimiser
 from wmcache.trainer.options import TrainOptions
 

@@ -22,7 +22,7 @@ from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
 from wmcache.common.errors import UserError
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.trainer import decoder, metrics
-from wmcache.trainer.checkpoint import last_checkpoint
+from wmcache.trainer.runs import last_checkpoint
 from wmcache.trainer.decoder import DecoderOptions, choose_frames, load_decoder, load_images, train_decoder
 from wmcache.trainer.loop import Log
 from wmcache.trainer.metrics import ImageMetrics, summarise, to_pixels, to_unit

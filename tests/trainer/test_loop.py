@@ -20,7 +20,7 @@ from torch import nn
 from wmcache.cache import TokenStore
 from wmcache.common.errors import UserError
 from wmcache.trainer import loop
-from wmcache.trainer.checkpoint import last_checkpoint, load_model, read_config
+from wmcache.trainer.runs import last_checkpoint, load_model, read_config
 from wmcache.trainer.feed import Feed
 from wmcache.trainer.loop import learning_rate, make_optimiser, pool_at, train
 from wmcache.trainer.models.dino_wm import DinoWm

@@ -23,7 +23,7 @@ from wmcache.cache.windows import batch_windows
 from wmcache.common.errors import UserError
 from wmcache.common.files import read_json, seal, write_json
 from wmcache.trainer import loop
-from wmcache.trainer.checkpoint import (
+from wmcache.trainer.runs import (
     Progress,
     checkpoints,
     finished_stage,
