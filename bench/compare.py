@@ -213,7 +213,7 @@ def compare_runs(
     rows: list[dict[str, Any]] = []
     for name, setting in settings.items():
         model = setting.config["model"]
-        stage = f", {setting.model.stages[int(setting.model.stage) - 1]}" if setting.model.stages else ""
+        stage = f", {setting.model.stage_name}" if setting.model.stages else ""
         rows.append({"run": name, "model": f"{model}{stage}", "context": setting.context, **speed[name]})
         first = rows[0]
         rows[-1]["fewer_flop"] = first["gflop_per_step"] / rows[-1]["gflop_per_step"]

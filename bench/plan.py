@@ -39,7 +39,7 @@ class Stopwatch:
 
 
 def bench_plan(
-    model: Any,
+    model: DinoWm,
     encode: Callable[[Tensor], Tensor],
     frame: Tensor,
     goal: Tensor,
@@ -141,7 +141,7 @@ def bench_plan(
     }
 
 
-def reference_rollout(model: Any, tokens: Tensor, proprio: Tensor, actions: Tensor) -> Tensor:
+def reference_rollout(model: DinoWm, tokens: Tensor, proprio: Tensor, actions: Tensor) -> Tensor:
     """Latents [B, T, N, D] as DINO-WM's code computes them (VWorldModel.rollout): each frame from its whole window, under a mask.
 
     With rotary positions the window is all that a frame depends on: every frame so far.
@@ -149,8 +149,8 @@ def reference_rollout(model: Any, tokens: Tensor, proprio: Tensor, actions: Tens
     Args:
         model: a `DinoWm`. tokens: [B, 1, N, D]. proprio: [B, 1, P]. actions: [B, T, f * A].
     """
-    tokens, proprio, actions = model.standardised(tokens, proprio, actions)
-    code, history = model.code(proprio), model.shape.history
+    tokens, proprio, actions = model.standardise(tokens, proprio, actions)
+    code, history = model.embed(proprio), model.shape.history
     for end in range(1, actions.shape[1] + 1):
         window = slice(0 if model.options.position == "rope" else max(0, end - history), end)
         following = explicit_predict(model, tokens[:, window], code[:, window], actions[:, window])

@@ -151,7 +151,7 @@ def load_weights(folder: Path, network: nn.Module) -> None:
         network.load_state_dict(load_tensors(folder, FILES[0]))
     except RuntimeError as error:
         raise UserError(
-            f"{folder / FILES[0]} does not fit the network of its run ({reason(error, 200)}); restore config.json, or train into another --out"
+            f"{folder / FILES[0]} does not fit its config.json ({reason(error, 200)}); restore that, or train into another --out"
         ) from error
 
 

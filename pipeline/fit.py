@@ -154,9 +154,7 @@ def fit_adapter(
     return Fitted(out, len(chosen), None if known is None else measure_landscape(known, name, out, device))
 
 
-def _open_base(
-    store: TokenStore, name: str, weights: Path | None, device: str
-) -> tuple[encoders.Encoder, Select]:
+def _open_base(store: TokenStore, name: str, weights: Path | None, device: str) -> tuple[encoders.Encoder, Select]:
     """Load the encoder of a store, and its head; raises UserError where its weights or its tokens are not what an adapter needs."""
     base = encoders.create_again(store.card.encoder, weights=weights, device=device)
     identity = base.identity(store.identity.dataset_fingerprint, store.identity.store_dtype)
@@ -178,7 +176,7 @@ def _training_frames(
     chosen = split_frames(episode, "train")[:max_frames]
     if len(chosen) < 2 * options.batch:
         raise UserError(
-            f"{where} has {len(chosen)} training frames, a batch of {options.batch} needs twice as many: collect more, or lower --batch-size"
+            f"{where} has {len(chosen)} train frames, a batch of {options.batch} needs twice as many; collect more, or lower --batch-size"
         )
     return chosen
 
@@ -207,7 +205,9 @@ def read_fit(weights: Path) -> dict[str, str]:
     except (OSError, SafetensorError) as error:
         if outside := cause_outside(error):
             raise unreadable(weights, outside) from error
-        raise UserError(f"{weights} cannot be read ({reason(error)}); make it readable, or choose another --out") from error
+        raise UserError(
+            f"{weights} cannot be read ({reason(error)}); make it readable, or choose another --out"
+        ) from error
 
 
 def without_paths(header: dict[str, str]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError
 from wmcache.common.files import dump_json, make_folder, read_json, seconds_between_updates, sha256_of
 from wmcache.common.paths import AnyPath, absolute, as_path
+from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, find_maze, longest_move
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
@@ -43,7 +44,7 @@ from wmcache.planner.objective import GoalDistance
 from wmcache.planner.options import PlanOptions, check_options
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import make_solver
-from wmcache.trainer.runs import last_checkpoint, load_model, open_store, read_config, read_identity
+from wmcache.trainer.runs import load_model, open_store, read_config, read_identity
 
 CHECKED_FRAMES = 16
 LONGEST_NAME = 120
@@ -77,9 +78,9 @@ class EvalContext:
         self.card, identity = read_identity(run)
         self.device = choose_device(options.device)
         self.model = load_model(run, self.device, untrained=untrained)
-        if self.model.stages and int(self.model.stage) < 2:
+        if missing := self.model.stage_before_planning(self.model.stage_name):
             raise UserError(
-                f"{run} knows where something changes, but not yet what; train it further with the same options and --stage primary"
+                f"{run} cannot be planned with yet; train it further with the same options and --stage {missing}"
             )
         there = self.card.encoder.get("weights")
         if weights is None and there and not Path(there).exists():
@@ -106,7 +107,7 @@ class EvalContext:
                 "train with a --frameskip of at least that, or extract with a smaller --lag"
             )
         self.drift = live_drift(self.store, self.encoder)
-        self.blind = not self.model.proprio_code(
+        self.blind = not self.model.encode_proprio(
             torch.zeros(1, 1, self.model.shape.proprio_dim, device=self.device)
         ).numel()
         if options.proprio == "none" and not self.blind:
@@ -135,7 +136,7 @@ class EvalContext:
         """A planner for goals [E, N, D]; their proprio [E, P] is used where `alpha` asks for it."""
         code = None
         if options.alpha:
-            code = self.model.proprio_code(torch.from_numpy(goal_proprio).to(self.device)[:, None])[:, 0]
+            code = self.model.encode_proprio(torch.from_numpy(goal_proprio).to(self.device)[:, None])[:, 0]
         goal = goal.float()
         to_goal = None if self.graph is None else self.graph.to_goal(goal)
         return Mpc(

@@ -16,6 +16,7 @@ from wmcache.common.device import autocast
 from wmcache.envs import PointMazeSimulator
 from wmcache.pipeline.encoders.changes import changes_for
 from wmcache.planner.evaluate import EvalContext, cached_maze
+from wmcache.trainer.models import Localizes
 
 PICTURED = 8
 SIDE = 224
@@ -34,21 +35,16 @@ def draw_localization(setting: EvalContext) -> bytes:
     steps = max(1, min(MOST_STEPS, store.longest_episode("val", seed=seed) // frameskip - 1))
     windows = store.windows(1, steps, frameskip, "val", seed=seed)
     data = {name: torch.from_numpy(value).to(setting.device) for name, value in windows.batch(np.zeros(1, int)).items()}
-    inputs, model = (data["tokens"], data["proprio"], data["action"]), setting.model
+    model = setting.model
+    assert isinstance(model, Localizes)
     simulator = PointMazeSimulator(cached_maze(setting.card), SIDE)
     images = np.stack([simulator.render(state) for state in store.state[windows.frames(np.zeros(1, int))[0]]])
     simulator.close()
-    if model.options.labels == "pixels":  # of no first frame, as in a store's change maps
+    if model.labels_from_pixels:  # of no first frame, as in a store's change maps
         changes = changes_for(setting.card.token_grid, frameskip, "cpu")(np.stack([images[:-1], images[1:]], 1))
         data["changes"] = torch.cat([torch.zeros_like(changes[:1]), changes])[None].to(setting.device)
     with torch.inference_mode(), autocast(setting.device, setting.dtype):
-        logits = model.locate(*inputs)[0]
-        labels = model.labels(model.standardised(*inputs)[0], data)[0]
-    masks = {
-        "changes": labels.any(-1).cpu().numpy(),
-        "computed": model.computed(logits).cpu().numpy(),
-        "likely to change": (logits > 0).any(-1).cpu().numpy(),
-    }
+        masks = {name: mask[0].cpu().numpy() for name, mask in model.change_masks(data).items()}
     return _draw(images, masks, setting.card.token_grid, frameskip)
 
 

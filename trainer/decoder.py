@@ -33,8 +33,8 @@ from wmcache.common.paths import AnyPath, absolute
 from wmcache.common.schema import parse
 from wmcache.engine import loop
 from wmcache.engine.checkpoint import Progress, checkpoints, last_checkpoint, read_progress
+from wmcache.trainer.decoders import DECODERS, Decoder, DecoderShape, build_decoder
 from wmcache.trainer.metrics import ImageMetrics, Images, summarise, to_unit
-from wmcache.trainer.models.decoders import DECODERS, Decoder, DecoderShape, build_decoder
 from wmcache.trainer.runs import differences, is_run, load_network, lock_run, read_identity, write_settings
 
 VALIDATION_FRAMES = 512
@@ -50,7 +50,7 @@ class DecoderOptions:
     """All settings of a decoder; saved as `config.json`.
 
     Attributes:
-        decoder: name in `trainer.models.decoders.DECODERS`; `auto` takes transposed convolutions for a
+        decoder: name in `trainer.decoders.DECODERS`; `auto` takes transposed convolutions for a
             single token, as the reference.
         decoder_options: fields of its options dataclass.
         steps: optimiser steps. batch: frames in each. learning_rate: of Adam, constant (DINO-WM, conf/train.yaml).
@@ -230,7 +230,7 @@ def read_decoder_config(folder: Path) -> dict[str, Any]:
     parse(_Config, config, file, HINT, exact=False)
     if config["decoder"] not in DECODERS:
         raise UserError(f"{file} names an unknown decoder {config['decoder'][:80]!r}; {HINT}")
-    parse(DECODERS[config["decoder"]][0], config["decoder_options"], file, HINT)
+    parse(DECODERS.get(config["decoder"]).Options, config["decoder_options"], file, HINT)
     return config
 
 
@@ -287,7 +287,10 @@ def validate_decoder(
     decoder.eval()
     parts: dict[str, dict[str, list[NDArray[np.float64]]]] = {"drawn": {}, "mean_frame": {}}
     for rows in np.array_split(np.arange(len(frames)), max(1, math.ceil(len(frames) / 32))):
-        tokens, real = torch.from_numpy(store.gather(frames[rows])).to(decoder.tokens_mean.device), to_unit(images[rows])
+        tokens, real = (
+            torch.from_numpy(store.gather(frames[rows])).to(decoder.tokens_mean.device),
+            to_unit(images[rows]),
+        )
         for kind, drawn in (("drawn", decoder(tokens)), ("mean_frame", decoder.images_mean.expand(*real.shape))):
             for name, values in metrics(drawn, real, decoder.images_mean).items():
                 parts[kind].setdefault(name, []).append(values)

@@ -109,9 +109,7 @@ def stages_left(model: WorldModel, stages: Sequence[str], progress: Progress, st
     return left
 
 
-def _load_start(
-    start: Path, model: WorldModel, stage: str, identity: Identity, config: Mapping[str, Any]
-) -> None:
+def _load_start(start: Path, model: WorldModel, stage: str, identity: Identity, config: Mapping[str, Any]) -> None:
     """Load the weights at the end of another run's stage."""
     folder = finished_stage(start, stage)
     if different := read_identity(start)[1].differences(identity):

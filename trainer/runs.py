@@ -26,7 +26,7 @@ from wmcache.common.files import did_you_mean, exclusive, is_temporary, read_jso
 from wmcache.common.paths import AnyPath, as_path, exists
 from wmcache.common.schema import Size, parse
 from wmcache.engine.checkpoint import last_checkpoint, load_tensors
-from wmcache.trainer.models import DataShape, WorldModel, build, get_options, read_options
+from wmcache.trainer.models import MODELS, DataShape, WorldModel, build, read_options
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -149,7 +149,7 @@ def load_model(run: Path, device: torch.device, *, untrained: bool = False) -> W
         return build(config["model"], DataShape(**config["shape"]), config["model_options"], statistics)
 
     try:
-        get_options(config["model"])
+        MODELS.get(config["model"])
     except UserError as error:
         raise UserError(f"{run} cannot be loaded: {error}") from error
     model = load_network(run, make, device)

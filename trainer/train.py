@@ -261,7 +261,7 @@ class WorldModelTask(loop.Task[Batch]):
         losses: dict[str, Tensor] = self._compiled(batch, self.options.pool if coarse else 1)
         return losses
 
-    def after_step(self, step: int) -> None:  # noqa: ARG002
+    def after_step(self) -> None:
         """Update what no gradient moves."""
         self.network.after_step()
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
 from wmcache.planner.evaluate import EvalContext
 from wmcache.planner.options import PlanOptions
-from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
 MakeStore = Callable[..., TokenStore]
 TrainRun = Callable[..., Path]

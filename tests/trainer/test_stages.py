@@ -22,23 +22,16 @@ from wmcache.cache import TokenStore
 from wmcache.cache.windows import batch_windows
 from wmcache.common.errors import UserError
 from wmcache.common.files import read_json, seal, write_json
+from wmcache.engine.checkpoint import Progress, checkpoints, last_checkpoint, read_progress
 from wmcache.trainer import loop
-from wmcache.trainer.runs import (
-    Progress,
-    checkpoints,
-    finished_stage,
-    last_checkpoint,
-    load_model,
-    read_config,
-    read_progress,
-)
 from wmcache.trainer.feed import Feed
 from wmcache.trainer.localization import localization, settle
-from wmcache.trainer.loop import data_shape, statistics_of, train
 from wmcache.trainer.models import build, read_options
 from wmcache.trainer.models.ddp_wm import DdpWm
 from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.stages import stages_of
+from wmcache.trainer.resume import finished_stage, stages_of
+from wmcache.trainer.runs import load_model, read_config
+from wmcache.trainer.train import data_shape, statistics_of, train
 
 CPU = torch.device("cpu")
 STAGES = DdpWm.stages

@@ -1,0 +1,39 @@
+"""Decoders from cached tokens to images, found through one registry. They show latents; no model plans or learns dynamics through them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from wmcache.common.errors import UserError
+from wmcache.common.registry import Registry
+from wmcache.trainer.decoders.base import Decoder, DecoderShape
+
+DECODERS: Registry[type[Decoder]] = Registry("decoder", package=__name__, group="wmcache.decoders")
+
+
+def build_decoder(
+    name: str, shape: DecoderShape, options: Mapping[str, Any], statistics: Mapping[str, Tensor]
+) -> Decoder:
+    """Make a new decoder.
+
+    Args:
+        name: in DECODERS.
+        shape: sizes of the data.
+        options: fields of the decoder's options dataclass.
+        statistics: see `Decoder`.
+
+    Raises:
+        UserError: unknown name or option.
+    """
+    kind = DECODERS.get(name)
+    try:
+        chosen = kind.Options(**options)
+    except TypeError as error:
+        raise UserError(f"decoder {name} has no such option ({error})") from error
+    return kind(shape, chosen, statistics)
+
+
+__all__ = ["DECODERS", "Decoder", "DecoderShape", "build_decoder"]
