@@ -303,7 +303,7 @@ def _exists(out: Path, config: dict[str, Any], store: TokenStore, *, overwrite: 
     """Whether there is a decoder at `out`; raises UserError where it has other settings, or there is something else."""
     if not is_run(out):
         return False
-    different = differences(read_decoder_config(out), config, set(config) - MAY_CHANGE)
+    different = differences(read_decoder_config(out), config, config.keys() - MAY_CHANGE)
     different += [f"the store's identity, {item}" for item in read_identity(out)[1].differences(store.identity)]
     if different and not overwrite:
         raise UserError(f"{out} is a decoder with other settings ({'; '.join(different)}); choose another --out")

@@ -26,7 +26,7 @@ from wmcache.common.files import did_you_mean, exclusive, is_temporary, read_jso
 from wmcache.common.paths import AnyPath, as_path, exists
 from wmcache.common.schema import Size, parse
 from wmcache.engine.checkpoint import last_checkpoint, load_tensors
-from wmcache.trainer.models import MODELS, DataShape, WorldModel, build, read_options
+from wmcache.trainer.models import MODELS, DataShape, WorldModel, build
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -80,12 +80,6 @@ def read_config(run: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not a run's (it lacks {', '.join(sorted(missing))}); {NO_RUN}")
     parse(_Config, config, file, NO_RUN, exact=False)
     return config
-
-
-def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten settings: each option of the model by itself, at its default where it is newer than the run."""
-    chosen = asdict(read_options(config["model"], config["model_options"]))
-    return {**{name: value for name, value in config.items() if name != "model_options"}, **chosen}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Collection[str]) -> list[str]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from wmcache.common.errors import UserError
 from wmcache.common.files import not_written, write_json
 from wmcache.common.paths import AnyPath, absolute
 from wmcache.engine import loop
-from wmcache.engine.checkpoint import Progress, checkpoints, last_checkpoint, load_weights
+from wmcache.engine.checkpoint import Progress, last_checkpoint, load_weights
 from wmcache.engine.optimisers import decay_groups
 from wmcache.engine.ranks import SINGLE, Ranks
 from wmcache.engine.schedules import warmup_constant_decay
@@ -33,13 +32,13 @@ from wmcache.trainer.resume import (
     MAY_CHANGE,
     MAY_CHANGE_ON_RESUME,
     MAY_CHANGE_WITH_THE_STAGE,
-    check_settings,
     find_progress,
+    prepare_run,
     stage_index,
     stages_left,
     stages_of,
 )
-from wmcache.trainer.runs import is_run, lock_run, read_config, write_settings
+from wmcache.trainer.runs import lock_run
 
 ROLLOUT_STEPS = 5
 UNDEFINED = (
@@ -82,8 +81,12 @@ def train(
     check_options(options)
     check_slices(options.batch, ranks.world)
     store = TokenStore.open(cache, mirrored=True)
-    with lock_run(out) if ranks.is_main else nullcontext(), _readable_errors(out, compiled=options.compile):
-        return _train(store, cache, out, options, ranks, resume=resume, overwrite=overwrite)
+    with lock_run(out) if ranks.is_main else nullcontext():
+        try:
+            return _train(store, cache, out, options, ranks, resume=resume, overwrite=overwrite)
+        except OSError as error:
+            file = Path(os.fsdecode(error.filename or out))  # one of the run's own, or for example one of the store
+            raise not_written(out if file.is_relative_to(out) else file, error) from error
 
 
 def _train(
@@ -105,68 +108,42 @@ def _train(
     model.check_pool(options.pool)
     config = {**asdict(options), "cache": absolute(cache), "shape": asdict(shape)}
     stages = stages_of(model.stages, options.stage)
-    start = None if options.start is None else Path(options.start)
-    progress = find_progress(out, model, stages, store.identity, config, start=start, overwrite=overwrite)
-    if progress.stage in stages and not progress.finished and progress.step >= progress.begun + options.steps:
-        raise UserError(
-            f"stage {progress.stage} of {out} has had {progress.step - progress.begun} steps and is not finished; --steps must be more"
-        )
+    progress = find_progress(out, model, stages, store.identity, config, overwrite=overwrite)
     left = stages_left(model, stages, progress, options.steps)
     begins = stage_index(options.stage, model) > stage_index(progress.stage, model) >= 0
     free = MAY_CHANGE_WITH_THE_STAGE if begins else MAY_CHANGE_ON_RESUME if resume else MAY_CHANGE
     # Written only now: an option that is refused must not cost a run.
-    if ranks.is_main:
-        _write_settings(out, config, store, free, resume=resume, overwrite=overwrite, finished=not left)
-    ranks.wait()
-    if checkpoints(out):
+    resumes = ranks.is_main and prepare_run(
+        out, config, store, free, resume=resume, overwrite=overwrite, finished=not left
+    )
+    if ranks.broadcast(resumes):
         load_weights(last_checkpoint(out), model)
-    windows, held_out = windows.with_extras(extras), validation_windows(store, options).with_extras(extras)
-    result: dict[str, float | None] = {}
-    for part in left:
-        task = WorldModelTask(model, store, windows, held_out, out, options, ranks, device, dtype, part)
-        result = task.train() or result
     if not left:
-        ranks.log(f"{out}: all of its steps are done")
+        ranks.log(f"{out}: all steps are done")
+        return {}
+    held_out = validation_windows(store, options).with_extras(extras)
+    how = loop.LoopOptions(
+        options.steps,
+        options.batch,
+        device,
+        dtype,
+        accumulate=options.accumulate,
+        clip=options.clip or math.inf,
+        log_every=options.log_every,
+        validate_every=options.validate_every,
+        checkpoint_every=options.checkpoint_every,
+    )
+    result: dict[str, float | None] = {}
+    for begin in left:
+        task = WorldModelTask(model, store, windows.with_extras(extras), held_out, out, options, how, ranks, begin)
+        with _compile_errors() if options.compile else nullcontext():
+            result = task.train()
     return result
-
-
-def _write_settings(
-    out: Path,
-    config: dict[str, Any],
-    store: TokenStore,
-    free: Collection[str],
-    *,
-    resume: bool,
-    overwrite: bool,
-    finished: bool,
-) -> None:
-    """Start a run, from scratch where it is overwritten, or check that it may continue with these settings."""
-    exists = is_run(out)
-    if resume and not checkpoints(out):
-        raise UserError(f"{out} has no checkpoint to resume; run without --resume")
-    if exists and overwrite:
-        shutil.rmtree(out)
-    elif exists:
-        check_settings(out, config, store, free)
-        before = read_config(out)
-        config = {**config, "start": config["start"] or before.get("start")}
-        if finished:  # with the steps that it has had
-            config |= {name: before[name] for name in ("steps", "epochs", "learning_rate") if name in before}
-    write_settings(out, config, store)
 
 
 @dataclass
 class WorldModelTask(loop.Task[Batch]):
-    """A stage of a world model, or all of a model without stages, for the training loop.
-
-    Attributes:
-        network: the model.
-        store: its tokens.
-        windows, held_out: of that store, to train on and to validate on.
-        out, options, ranks: see `train`.
-        device, dtype: of computation.
-        progress: where this stage begins, or continues.
-    """
+    """A stage of a world model, or all of a model without stages, for the training loop; `begin` is where it begins or continues."""
 
     network: WorldModel
     store: TokenStore
@@ -174,91 +151,63 @@ class WorldModelTask(loop.Task[Batch]):
     held_out: Windows
     out: Path
     options: TrainOptions
+    how: loop.LoopOptions
     ranks: Ranks
-    device: torch.device
-    dtype: torch.dtype
-    progress: Progress
+    begin: Progress
     unit: str = "windows"
     hint: str = "the last checkpoint, if any, is good: continue from it with --resume and a lower --lr"
-    title: str = field(init=False)
-    residence: str = field(init=False)
-    _warned: bool = field(init=False, default=False)
+    residence: str = "disk"
+    warned: bool = False
 
     def __post_init__(self) -> None:
-        """Choose where tokens are kept, which all ranks do before one of them fills memory."""
-        self.title = " ".join(filter(None, ("wmtrain", self.progress.stage)))
-        self._compiled: Any = torch.compile(self.network.loss) if self.options.compile else self.network.loss
+        """Compile the loss where that is asked for."""
+        self.title = " ".join(filter(None, ("wmtrain", self.begin.stage)))
+        self._loss: Any = torch.compile(self.network.loss) if self.options.compile else self.network.loss
 
     def train(self) -> dict[str, float | None]:
         """Train the stage; returns the last validation's figures."""
-        options, stage, first = self.options, self.progress.stage, self.progress.step
+        options, model, windows, ranks, stage = self.options, self.network, self.windows, self.ranks, self.begin.stage
         if stage:
-            self.network.begin(stage)
-            if first == self.progress.begun:  # independent of what was drawn before
-                torch.manual_seed(options.seed + self.network.stages.index(stage))
-        self.residence, why = choose_residence(self.store, self.device, options.residence, self.ranks.local_world)
-        self.ranks.wait()  # until all have measured free memory, which the next step fills
-        self._describe(self.progress.begun + options.steps)
-        self.ranks.log(why)
-        how = loop.LoopOptions(
-            options.steps,
-            options.batch,
-            self.device,
-            self.dtype,
-            accumulate=options.accumulate,
-            clip=options.clip or math.inf,
-            log_every=options.log_every,
-            validate_every=options.validate_every,
-            checkpoint_every=options.checkpoint_every,
+            model.begin(stage)
+            if self.begin.step == self.begin.begun:  # draw independently of what was drawn before
+                torch.manual_seed(options.seed + model.stages.index(stage))
+        self.residence, why = choose_residence(self.store, self.how.device, options.residence, ranks.local_world)
+        ranks.wait()  # until all have measured free memory, which the next step fills
+        count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        dropped = f", {windows.dropped_episodes} episodes too short" if windows.dropped_episodes else ""
+        world = f"{ranks.world} x " if ranks.world > 1 else ""
+        ranks.log(
+            f"{options.model}{stage and f', {stage}'}: {count / 1e6:.2f} M parameters, {len(windows)} windows of {windows.length} frames"
+            f"{dropped}, {world}{self.how.device.type} {str(self.how.dtype).removeprefix('torch.')}, "
+            f"steps {self.begin.step} to {self.begin.begun + options.steps}"
         )
-        return loop.run(self, how, self.out, self.progress, self.ranks)
-
-    def _describe(self, last: int) -> None:
-        count = sum(parameter.numel() for parameter in self.network.parameters() if parameter.requires_grad)
-        short = self.windows.dropped_episodes
-        world = f"{self.ranks.world} x " if self.ranks.world > 1 else ""
-        self.ranks.log(
-            f"{self.options.model}{self.progress.stage and f', {self.progress.stage}'}: {count / 1e6:.2f} M parameters, "
-            f"{len(self.windows)} windows of {self.windows.length} frames{f', {short} episodes too short' if short else ''}, "
-            f"{world}{self.device.type} {str(self.dtype).removeprefix('torch.')}, steps {self.progress.step} to {last}"
-        )
+        ranks.log(why)
+        return loop.run(self, self.how, self.out, self.begin, ranks)
 
     def optimiser(self) -> torch.optim.Optimizer:
         """Return AdamW."""
         return make_optimiser(self.network, self.options)
 
     def learning_rate(self, step: int) -> float:
-        """Return the rate of warmup-constant-decay, from where the stage began."""
-        options = self.options
-        return warmup_constant_decay(
-            step - self.progress.begun, options.steps, options.learning_rate, options.warmup, options.decay
-        )
+        """Return the rate of warmup-constant-decay, which starts again with each stage."""
+        options, step = self.options, step - self.begin.begun
+        return warmup_constant_decay(step, options.steps, options.learning_rate, options.warmup, options.decay)
 
     @contextmanager
     def batches(self, first: int) -> Iterator[Iterator[Batch]]:
         """Read windows of cached latents ahead of the training."""
-        ranks, options = self.ranks, self.options
-        with Feed(
-            self.store,
-            self.windows,
-            options.batch,
-            options.seed,
-            self.device,
-            first,
-            self.residence,
-            ranks.rank,
-            ranks.world,
-        ) as feed:
+        batch, seed, rank, world = self.options.batch, self.options.seed, self.ranks.rank, self.ranks.world
+        with Feed(self.store, self.windows, batch, seed, self.how.device, first, self.residence, rank, world) as feed:
             yield iter(feed.next, None)
 
     def before_step(self, step: int) -> None:
-        """Seed what the ranks draw."""
+        """Seed what ranks draw."""
         self.ranks.seed(self.options.seed, step)
 
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Return the model's loss, on averaged tokens in the first share `pool_until` of the steps."""
-        coarse = step - self.progress.begun < self.options.pool_until * self.options.steps
-        losses: dict[str, Tensor] = self._compiled(batch, self.options.pool if coarse else 1)
+        """Return the model's loss, on a coarser grid of tokens in the first share `pool_until` of the steps."""
+        coarse = step - self.begin.begun < self.options.pool_until * self.options.steps
+        losses: dict[str, Tensor] = self._loss(batch, self.options.pool if coarse else 1)
         return losses
 
     def after_step(self) -> None:
@@ -271,11 +220,11 @@ class WorldModelTask(loop.Task[Batch]):
 
     def validate(self) -> dict[str, float | None]:
         """Measure the model on held-out windows."""
-        figures = self.network.validate(self.held_out, self.device, self.dtype)
+        figures = self.network.validate(self.held_out, self.how.device, self.how.dtype)
         undefined = None in figures.values()
-        if undefined and not self._warned:
+        if undefined and not self.warned:
             self.ranks.log(UNDEFINED)
-        self._warned = undefined
+        self.warned = undefined
         return figures
 
     def on_not_finite(self, step: int) -> None:
@@ -288,30 +237,18 @@ class WorldModelTask(loop.Task[Batch]):
 
 
 @contextmanager
-def _readable_errors(out: Path, *, compiled: bool) -> Iterator[None]:
-    """Turn errors of the system and of torch.compile, which compiles in the first step, into one line."""
+def _compile_errors() -> Iterator[None]:
+    """Turn errors of torch.compile, which compiles in the first step, into one line."""
+    from torch._dynamo.exc import TorchDynamoException
+
     try:
         yield
-    except OSError as error:
-        # The user knows the run's folder; other files, such as torch's cache of compiled code, are named.
-        file = Path(os.fsdecode(error.filename or out))
-        if file.is_relative_to(out):
-            raise not_written(out, error) from error
-        raise (_compile_error(error) if compiled else not_written(file, error)) from error
-    except RuntimeError as error:
-        from torch._dynamo.exc import TorchDynamoException  # slow to import
-
-        if not compiled or not isinstance(error, TorchDynamoException):
-            raise
-        raise _compile_error(error) from error
-
-
-def _compile_error(error: Exception) -> UserError:
-    return UserError(
-        f"--compile does not work on this machine ({' '.join(str(error).split(chr(10) * 2)[0].split())[:240]}); install a C++ compiler "
-        "(g++, or the variable CXX) or set TORCHINDUCTOR_CACHE_DIR to a folder that programs may write to and run from, or run the same "
-        "command without --compile"
-    )
+    except (TorchDynamoException, OSError) as error:
+        first = " ".join(str(error).split("\n\n")[0].split())[:240]
+        raise UserError(
+            f"--compile does not work on this machine ({first}); install a C++ compiler (g++, or the variable CXX) or set "
+            "TORCHINDUCTOR_CACHE_DIR to a folder that programs may write to and run from, or run the same command without --compile"
+        ) from error
 
 
 def check_slices(batch: int, world: int) -> None:
