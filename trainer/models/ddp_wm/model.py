@@ -199,7 +199,7 @@ class DdpWm(LatentModel):
         self, tokens: Tensor, embedding: Tensor, action: Tensor, batch: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         logits = self.localiser(self._fuse_all(tokens, embedding, action).flatten(0, 1))
-        labels = self._labels(tokens, batch).flatten(0, 1)
+        labels = self.labels(tokens, batch).flatten(0, 1)
         weight = logits.new_tensor(POSITIVE_WEIGHT)
         loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), pos_weight=weight)
         found, there = (logits > 0).any(-1), labels.any(-1)
@@ -210,7 +210,7 @@ class DdpWm(LatentModel):
             "precision": hits / found.sum().clamp_min(1),
         }
 
-    def _labels(self, tokens: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def labels(self, tokens: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Mark the cells that change from each frame of a batch to the next, bool [B, T - 1, N, 4]; `tokens` are standardised."""
         if self.labels_from_pixels:
             cells: Tensor = batch["changes"][:, 1:] > self.options.least_change
@@ -228,7 +228,7 @@ class DdpWm(LatentModel):
                 fused.append(self.fusion(joined, past))
                 if step + 2 < tokens.shape[1]:
                     past.append(self.fusion.remember(joined))
-                chosen.append(self._select(self.localiser(fused[-1])))
+                chosen.append(self.select(self.localiser(fused[-1])))
                 seen.append(put(seen[-1], chosen[-1], take(tokens[:, step + 1], chosen[-1])))
         # Batches of all steps one after another.
         before, following = (_step_major(part) for part in (embedding[:, :-1], tokens[:, 1:]))
@@ -244,7 +244,7 @@ class DdpWm(LatentModel):
         """Compute the MSE of the tokens that stay, with the true frames before."""
         with torch.no_grad():
             fused = self._fuse_all(tokens, embedding, action).flatten(0, 1)
-            indices = self._select(self.localiser(fused))
+            indices = self.select(self.localiser(fused))
             frames, embeddings = tokens[:, :-1].flatten(0, 1), embedding[:, :-1].flatten(0, 1)
             _, _, hidden = self._predict_foreground(fused, frames, embeddings, indices)
         corrected, new_embedding = self._correct(fused, frames, embeddings, hidden, indices)
@@ -265,17 +265,22 @@ class DdpWm(LatentModel):
 
     def change_masks(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Localizes`."""
-        tokens, proprio, action = self.standardise(batch["tokens"], batch["proprio"], batch["action"])
-        logits = self.localiser(self._fuse_all(tokens, self.embed(proprio), action).flatten(0, 1))
-        logits = rearrange(logits, "(b t) n c -> b t n c", b=len(tokens))
-        computed = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+        inputs = batch["tokens"], batch["proprio"], batch["action"]
+        logits = self.locate(*inputs)
+        nothing = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device)
         return {
-            "changes": self._labels(tokens, batch).any(-1),
-            "computed": computed.scatter(-1, self._select(logits), value=True),
+            "changes": self.labels(self.standardise(*inputs)[0], batch).any(-1),
+            "computed": nothing.scatter(-1, self.select(logits), value=True),
             "likely to change": (logits > 0).any(-1),
         }
 
-    def _select(self, logits: Tensor) -> Tensor:
+    def locate(self, tokens: Tensor, proprio: Tensor, actions: Tensor) -> Tensor:
+        """Predict logits of change from each of T frames to the next, [B, T - 1, N, 4]; arguments as in the batch of `loss`."""
+        tokens, proprio, actions = self.standardise(tokens, proprio, actions)
+        logits: Tensor = self.localiser(self._fuse_all(tokens, self.embed(proprio), actions).flatten(0, 1))
+        return rearrange(logits, "(b t) n c -> b t n c", b=len(tokens))
+
+    def select(self, logits: Tensor) -> Tensor:
         """Return the K patches [..., K] with the largest logits [..., N, 4], in the order of the frame."""
         return logits.amax(-1).topk(self.foreground, -1).indices.sort(-1).values
 
@@ -349,7 +354,7 @@ class DdpWm(LatentModel):
 
     def _advance(self, fused: Tensor, tokens: Tensor, embedding: Tensor, *, corrects: bool) -> tuple[Tensor, Tensor]:
         """Return the next frame's tokens [B, N, D] and embedding [B, M, Q]."""
-        indices = self._select(self.localiser(fused))
+        indices = self.select(self.localiser(fused))
         changed, new_embedding, hidden = self._predict_foreground(fused, tokens, embedding, indices)
         stays, its_embedding = self._correct(fused, tokens, embedding, hidden, indices) if corrects else (tokens, None)
         if self.options.proprio == "embedding":
