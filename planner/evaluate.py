@@ -21,6 +21,7 @@ from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError
 from wmcache.common.files import dump_json, make_folder, read_json, seconds_between_updates, sha256_of
 from wmcache.common.paths import AnyPath, absolute, as_path
+from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, find_maze, longest_move
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
@@ -43,7 +44,7 @@ from wmcache.planner.objective import GoalDistance
 from wmcache.planner.options import PlanOptions, Precision, check_options
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import make_solver
-from wmcache.trainer.checkpoint import last_checkpoint, load_model, open_store, read_config, read_identity
+from wmcache.trainer.runs import load_model, open_store, read_config, read_identity
 
 CHECKED_FRAMES = 16
 LONGEST_NAME = 120

@@ -21,14 +21,15 @@ from wmcache.cache.windows import Windows
 from wmcache.common.device import autocast, choose_device, choose_dtype
 from wmcache.common.errors import UserError
 from wmcache.common.files import atomic_write, make_folder, seconds_between_updates, write_json
+from wmcache.common.frames import Frames, load_frames
 from wmcache.common.paths import AnyPath
 from wmcache.common.video import ffmpeg, write_mp4
 from wmcache.envs import FPS
 from wmcache.planner.options import ImagineOptions
-from wmcache.trainer.checkpoint import load_model, open_store, read_config, read_identity
-from wmcache.trainer.decoder import ReadFrames, load_decoder, load_images, read_decoder_config, read_decoder_identity
+from wmcache.trainer.decoder import load_decoder, read_decoder_config, read_decoder_identity
 from wmcache.trainer.decoders import Decoder
 from wmcache.trainer.metrics import MOVING, ImageMetrics, Images, summarise, to_pixels, to_unit
+from wmcache.trainer.runs import load_model, open_store, read_config, read_identity
 
 SIDE_BY_SIDE = 4
 """Windows in a video."""
@@ -64,7 +65,7 @@ class Rollouts:
 def imagine(
     run: Path,
     decoder: Path,
-    read_frames: ReadFrames,
+    source: Frames,
     out: Path,
     options: ImagineOptions,
     *,
@@ -74,7 +75,7 @@ def imagine(
 
     Args:
         run: the world model's. decoder: folder of a decoder of the same store.
-        read_frames: gives the frames that the store's tokens were made of.
+        source: the frames that the store's tokens were made of.
         out: folder to write.
         options: see `ImagineOptions`.
         cache: where the store is now, if not where it was.
@@ -100,7 +101,7 @@ def imagine(
     rng = np.random.default_rng(options.seed)
     chosen = rng.permutation(len(windows))[: options.windows]
     frames = np.unique(windows.frames(chosen))
-    images = load_images(read_frames, frames, store.card.frames_per_shard, draw.shape.image_size, "lower --windows")
+    images = load_frames(source, frames, store.card.frames_per_shard, draw.shape.image_size, "lower --windows")
     shown = min(len(chosen), max(PICTURED, SIDE_BY_SIDE * options.videos))
     kept: list[Rollouts] = []
     parts: dict[str, dict[str, list[NDArray[np.float64]]]] = {name: {} for name in PICTURES}

@@ -40,9 +40,9 @@ from wmcache.planner.goals import SOURCES
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_episodes
 from wmcache.study.options import EncoderChoice, StudyOptions
-from wmcache.trainer.checkpoint import load_model
-from wmcache.trainer.loop import train, validation_windows
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.runs import load_model
+from wmcache.trainer.train import train, validation_windows
 from wmcache.trainer.validation import rollout_errors, skills
 
 FORMAT = 1

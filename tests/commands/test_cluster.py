@@ -16,8 +16,8 @@ from wmcache.cli import main
 from wmcache.commands import plan
 from wmcache.planner.evaluate import EvalContext, evaluate
 from wmcache.planner.options import PlanOptions
-from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
 
 @pytest.fixture(scope="module")

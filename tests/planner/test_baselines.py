@@ -14,7 +14,7 @@ from wmcache.planner.episodes import began_at_goal, judge
 from wmcache.planner.evaluate import EvalContext, evaluate
 from wmcache.planner.goals import start_and_goal
 from wmcache.planner.options import PlanOptions
-from wmcache.trainer.checkpoint import load_model
+from wmcache.trainer.runs import load_model
 
 UMAZE = Maze.load("UMaze")
 

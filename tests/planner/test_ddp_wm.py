@@ -25,8 +25,8 @@ from wmcache.planner.localization import draw_localization
 from wmcache.planner.objective import GoalDistance
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_report
-from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
 SEARCHES: dict[str, dict[str, Any]] = {
     "cem": {"samples": 8, "elites": 3, "iterations": 2},

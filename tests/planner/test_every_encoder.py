@@ -29,8 +29,8 @@ from wmcache.pipeline.fit import fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.planner.evaluate import EvalContext, evaluate
 from wmcache.planner.options import PlanOptions
-from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
 # Change maps are labels, and no representation: whoever plans sees a single frame, in which nothing has changed.
 NAMES = [spec.name for spec in encoders.specs() if spec.name != "changes"]

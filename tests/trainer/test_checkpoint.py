@@ -17,15 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from wmcache.common.errors import UserError
-from wmcache.trainer.checkpoint import (
-    KEEP,
-    last_checkpoint,
-    load_model,
-    load_training_state,
-    save_checkpoint,
-)
-from wmcache.trainer.loop import make_optimiser, train
+from wmcache.engine.checkpoint import KEEP, last_checkpoint, load_training_state, save_checkpoint
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.runs import load_model
+from wmcache.trainer.train import make_optimiser, train
 
 CPU = torch.device("cpu")
 
@@ -35,8 +30,8 @@ DYING_WRITER = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from wmcache.trainer.checkpoint import save_checkpoint
-from wmcache.trainer.loop import make_optimiser
+from wmcache.engine.checkpoint import save_checkpoint
+from wmcache.trainer.train import make_optimiser
 from wmcache.trainer.options import TrainOptions
 
 torch.set_num_threads(1)

@@ -19,12 +19,13 @@ from torch import nn
 
 from wmcache.cache import TokenStore
 from wmcache.common.errors import UserError
+from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.trainer import loop
-from wmcache.trainer.checkpoint import last_checkpoint, load_model, read_config
 from wmcache.trainer.feed import Feed
-from wmcache.trainer.loop import learning_rate, make_optimiser, pool_at, train
 from wmcache.trainer.models.dino_wm import DinoWm
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.runs import load_model, read_config
+from wmcache.trainer.train import learning_rate, make_optimiser, pool_at, train
 
 WMTRAIN = Path(sys.executable).with_name("wmtrain")
 
@@ -113,7 +114,7 @@ def test_a_killed_run_goes_on_exactly(store_path: Path, tmp_path: Path, tiny: Tr
 import json, os, signal, sys
 from pathlib import Path
 import torch
-from wmcache.trainer.loop import train
+from wmcache.trainer.train import train
 from wmcache.trainer.options import TrainOptions
 torch.set_num_threads(1)
 def die(event, arguments):

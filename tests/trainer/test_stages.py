@@ -18,20 +18,13 @@ from torch import Tensor
 
 from wmcache.common.errors import UserError
 from wmcache.common.files import read_json, seal, write_json
+from wmcache.engine.checkpoint import Progress, checkpoints, last_checkpoint, read_progress
 from wmcache.trainer import loop
-from wmcache.trainer.checkpoint import (
-    Progress,
-    checkpoints,
-    finished_stage,
-    last_checkpoint,
-    load_model,
-    read_config,
-    read_progress,
-)
-from wmcache.trainer.loop import train
 from wmcache.trainer.models.ddp_wm import DdpWm
 from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.stages import stages_of
+from wmcache.trainer.resume import finished_stage, stages_of
+from wmcache.trainer.runs import load_model, read_config
+from wmcache.trainer.train import train
 
 CPU = torch.device("cpu")
 STAGES = DdpWm.stages
