@@ -25,6 +25,7 @@ from wmcache.common.cpus import available_cpus
 from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError, reason
 from wmcache.common.files import atomic_write, dump_json, home, json_digest
+from wmcache.common.options import check_options
 from wmcache.common.paths import AnyPath, cause_outside, unreadable
 from wmcache.engine.checkpoint import Progress, checkpoints, last_checkpoint, read_progress
 from wmcache.engine.loop import LoopOptions, Task, require_finite, run
