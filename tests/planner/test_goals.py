@@ -15,7 +15,7 @@ from wmcache.cache import TokenStore
 from wmcache.cache.windows import split_episodes
 from wmcache.common.errors import UserError
 from wmcache.envs import Maze, PointMazeSimulator, longest_move, sample_state
-from wmcache.planner.evaluate import EvalContext, run_episodes
+from wmcache.planner.context import EvalContext, run_episodes
 from wmcache.planner.goals import SOURCES, Apart, start_and_goal
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_episodes
