@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import multiprocessing
 import os
 import subprocess
@@ -26,10 +24,10 @@ from wmcache.cache.writer import StoreWriter
 from wmcache.cluster.tasks import open_pool, parse_cluster, run_tasks
 from wmcache.common.device import CPU, autocast
 from wmcache.common.errors import UserError
-from wmcache.common.paths import absolute
 from wmcache.pipeline.encoders import Encoder, tcn
-from wmcache.pipeline.extract import Job, extract, extract_shard, extract_together, slice_of, store_card
+from wmcache.pipeline.extract import ExtractShard, extract, extract_together, extraction_task, slice_of
 from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.stores import store_card
 
 ROUNDS = 3
 SCALES = (1, 4, 16)
@@ -237,8 +235,8 @@ def bench_cluster(
     counts = {"loop": 1, "worker": 1, "workers": where.workers, "loops": where.workers}
 
     def measure(name: str, folder: Path) -> float:
-        begin = functools.partial(_begin, dataset, encoder, batch, folder)
-        return (_in_workers if name.startswith("worker") else _in_processes)(begin, dataset, counts[name])
+        task, writer = _create_store(dataset, encoder, batch, folder / f"{name}.zarr")
+        return (_in_workers if name.startswith("worker") else _in_processes)(task, writer, counts[name])
 
     with _one_thread():
         seconds = _fastest(counts, measure, rounds, "bench cluster")
@@ -257,45 +255,40 @@ def bench_cluster(
     }
 
 
-Task = Callable[[int], int]
-
-
-def _begin(dataset: FrameDataset, encoder: Encoder, batch: int, folder: Path, name: str) -> Task:
-    """Create a store, and return the task that writes a shard of it."""
-    out = folder / f"{name}.zarr"
+def _create_store(dataset: FrameDataset, encoder: Encoder, batch: int, out: Path) -> tuple[ExtractShard, StoreWriter]:
+    """Create a store; returns the task that writes one of its shards."""
     identity = encoder.identity(dataset.card.fingerprint)
-    StoreWriter.create(out, store_card(dataset, encoder, "float16"), identity, dataset.steps.columns())
-    job = Job(json.dumps(encoder.recipe()), json.dumps(identity.to_json()), str(out), out.name)
-    return functools.partial(extract_shard, absolute(dataset.path), [job], str(encoder.device), batch)
+    writer = StoreWriter.create(out, store_card(dataset, encoder, "float16"), identity, dataset.steps.columns())
+    return extraction_task(dataset, [(encoder, writer)], device=str(encoder.device), batch=batch), writer
 
 
-def _in_workers(begin: Callable[[str], Task], dataset: FrameDataset, count: int) -> float:
+def _in_workers(task: ExtractShard, writer: StoreWriter, count: int) -> float:
     """Return the seconds of Dask workers for all shards, after they have done them once."""
-    shards = range(len(dataset.card.shards))
+    shards, frames = range(writer.card.num_shards), writer.card.frames
     with open_pool(f"local:{count}", label="bench", always_dask=True) as pool:
-        for name in ("first", "timed"):
-            task = begin(name)
-            start = time.perf_counter()
-            run_tasks(task, shards, cluster=pool, total=dataset.card.frames, label=name, leave=False)
-            seconds = time.perf_counter() - start
-    return seconds
+        run_tasks(task, shards, cluster=pool, total=frames, label="first", leave=False)
+        writer.reopen(list(shards))
+        start = time.perf_counter()
+        run_tasks(task, shards, cluster=pool, total=frames, label="timed", leave=False)
+        return time.perf_counter() - start
 
 
-def _in_processes(begin: Callable[[str], Task], dataset: FrameDataset, count: int) -> float:
+def _in_processes(task: ExtractShard, writer: StoreWriter, count: int) -> float:
     """Return the seconds of processes, each of which loops over its slice of the shards, after each has done it once.
 
     Raises:
         UserError: one of them failed.
     """
     context = multiprocessing.get_context("spawn")
-    shards, ready = len(dataset.card.shards), context.Barrier(count + 1)
-    tasks = (begin("first"), begin("timed"))
+    shards, ready = writer.card.num_shards, context.Barrier(count + 1)
     processes = [
-        context.Process(target=_loop, args=(tasks, slice_of(shards, (number, count)), ready)) for number in range(count)
+        context.Process(target=_loop, args=(task, slice_of(shards, (number, count)), ready)) for number in range(count)
     ]
     for process in processes:
         process.start()
     try:
+        ready.wait()
+        writer.reopen(list(range(shards)))
         ready.wait()
         start = time.perf_counter()
         ready.wait()
@@ -308,12 +301,15 @@ def _in_processes(begin: Callable[[str], Task], dataset: FrameDataset, count: in
             process.join()
 
 
-def _loop(tasks: Sequence[Task], shards: Sequence[int], ready: Barrier) -> None:
+def _loop(task: ExtractShard, shards: Sequence[int], ready: Barrier) -> None:
     try:
-        for task in tasks:
-            for shard in shards:
-                task(shard)
-            ready.wait()
+        for shard in shards:
+            task(shard)
+        ready.wait()
+        ready.wait()  # until the store is empty again
+        for shard in shards:
+            task(shard)
+        ready.wait()
     except BaseException:
         ready.abort()
         raise

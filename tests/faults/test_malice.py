@@ -59,10 +59,10 @@ from wmcache.cache.records import record_file
 from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
 from wmcache.common.files import sha256_of
-from wmcache.pipeline.extract import default_store
 from wmcache.pipeline.fit import default_weights
 from wmcache.pipeline.frames import FrameDataset, Steps, fingerprint
 from wmcache.pipeline.repair import repair
+from wmcache.pipeline.stores import default_store
 from wmcache.trainer.checkpoint import last_checkpoint, truncate_metrics
 from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
