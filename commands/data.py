@@ -349,11 +349,11 @@ def extract(
         places = [out] if len(networks) == 1 else [out / place.name for place in places]
     stores = list(zip(networks, places, strict=True))
     if change_maps:
-        from wmcache.cache.store import changes_beside
+        from wmcache.cache.change_maps import change_maps_path
         from wmcache.pipeline.encoders.changes import changes_for
 
         stores += [
-            (changes_for(network.token_grid, change_maps, device="cpu"), changes_beside(place, change_maps))
+            (changes_for(network.token_grid, change_maps, device="cpu"), change_maps_path(place, change_maps))
             for network, place in stores
         ]
     if dry_run:
@@ -406,12 +406,13 @@ def derive() -> None:
 @cluster_option()
 def derive_change_maps(store: AnyPath, frameskip: int, dataset: AnyPath | None, cluster: str) -> None:
     """Make what has changed from frame to frame, 2 x 2 cells a patch, which ddp-wm learns from. Run again, it goes on."""
-    from wmcache.cache.store import TokenStore, changes_beside
+    from wmcache.cache.change_maps import change_maps_path
+    from wmcache.cache.store import TokenStore
     from wmcache.pipeline.change_maps import derive_change_maps as run
     from wmcache.pipeline.stores import is_complete
 
     source = TokenStore.open(store)
-    state = ALREADY if is_complete(changes_beside(source.path, frameskip)) else ""
+    state = ALREADY if is_complete(change_maps_path(source.path, frameskip)) else ""
     out = run(source, frameskip, dataset=dataset, cluster=cluster)
     rows, columns = source.card.token_grid
     say(f"{out}: {len(source)} frames, {2 * rows} x {2 * columns} cells, since {frameskip} env steps before{state}")

@@ -77,9 +77,9 @@ class EvalContext:
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(options.dtype, self.device)
         self.model = load_model(run, self.device, untrained=untrained)
-        if self.model.stages and int(self.model.stage) < 2:
+        if missing := self.model.stage_before_planning(self.model.stage_name):
             raise UserError(
-                f"{run} knows where something changes, but not yet what; train it further with the same options and --stage primary"
+                f"not ready for planning: {run}; train it further with the same options and --stage {missing}"
             )
         self.frameskip = int(self.config["frameskip"])
         self.encoder = self._load_encoder(identity, options.device)
@@ -92,7 +92,7 @@ class EvalContext:
         self.image_size = int(self.card.dataset["image_size"])
         self.drift = live_drift(self.store, self.encoder)
         no_proprio = torch.zeros(1, 1, self.model.shape.proprio_dim, device=self.device)
-        self.blind = not self.model.proprio_code(no_proprio).numel()
+        self.blind = not self.model.encode_proprio(no_proprio).numel()
         self.context_frames, self.observed = self._count_frames(options)
         own = {"frameskip": self.frameskip} if "frameskip" in option_names(options.solver) else {}
         self.solver = make_solver(options.solver, **{**own, **options.search})
@@ -139,7 +139,7 @@ class EvalContext:
         """Create a planner to goals [E, N, D]; their proprio [E, P] is used only where `alpha` is above 0."""
         proprio = None
         if options.alpha:
-            proprio = self.model.proprio_code(torch.from_numpy(goal_proprio).to(self.device)[:, None])[:, 0]
+            proprio = self.model.encode_proprio(torch.from_numpy(goal_proprio).to(self.device)[:, None])[:, 0]
         goal = goal.float()
         to_goal = None if self.graph is None else self.graph.to_goal(goal)
         return Mpc(

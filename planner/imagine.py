@@ -27,9 +27,9 @@ from wmcache.envs import FPS
 from wmcache.planner.options import ImagineOptions
 from wmcache.trainer.checkpoint import load_model, open_store, read_config, read_identity
 from wmcache.trainer.decoder import ReadFrames, load_decoder, load_images, read_decoder_config, read_decoder_identity
+from wmcache.trainer.decoders import Decoder
 from wmcache.trainer.metrics import MOVING, ImageMetrics, Images, summarise, to_pixels, to_unit
 from wmcache.trainer.models import WorldModel
-from wmcache.trainer.models.decoders import Decoder
 
 BATCH = 16
 SIDE_BY_SIDE = 4

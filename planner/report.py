@@ -45,6 +45,7 @@ from wmcache.planner.goals import SOURCES
 from wmcache.planner.graph import LatentGraph
 from wmcache.planner.judge import THRESHOLDS, env_steps, shortest_path_lengths, wilson
 from wmcache.planner.localization import draw_localization
+from wmcache.trainer.models import Localizes
 
 VIDEOS = 4
 VIDEO_SIZE = 224
@@ -87,7 +88,7 @@ def write_report(
         "distance": draw_distance_map(context.store, context.graph),
         "paths": draw_paths(episodes, context.maze, results["threshold"]),
     }
-    if hasattr(context.model, "locate"):
+    if isinstance(context.model, Localizes):
         pictures["localization"] = draw_localization(context)
     for name, picture in pictures.items():
         with atomic_write(out / "figures" / f"{name}.png") as file:

@@ -43,8 +43,9 @@ from wmcache.planner.report import write_episodes
 from wmcache.planner.results import recorded
 from wmcache.study.options import EncoderChoice, StudyOptions
 from wmcache.trainer.checkpoint import load_model
-from wmcache.trainer.loop import rollout_errors, skills, train, validation_windows
+from wmcache.trainer.loop import train, validation_windows
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.validation import rollout_errors, skills
 
 FORMAT = 1
 """Of results; raised when a cell's work, and with it what its numbers mean, changes."""

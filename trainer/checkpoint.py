@@ -32,7 +32,7 @@ from wmcache.common.files import did_you_mean, read_json, require_seal, seal, sh
 from wmcache.common.paths import AnyPath, as_path, cause_outside, exists, unreadable
 from wmcache.common.schema import Size, parse
 from wmcache.common.tensors import load_tensors as open_all
-from wmcache.trainer.models import DataShape, build, get_options, read_options
+from wmcache.trainer.models import MODELS, DataShape, WorldModel, build, read_options
 
 KEEP = 2
 """Checkpoints that stay: the newest, and the one before it for the case that the newest turns out bad."""
@@ -162,7 +162,7 @@ def load_training_state(run: Path, model: nn.Module, optimiser: torch.optim.Opti
     return read_progress(folder).step
 
 
-def load_model(run: Path, device: torch.device, *, untrained: bool = False) -> Any:
+def load_model(run: Path, device: torch.device, *, untrained: bool = False) -> WorldModel:
     """The newest model of a run, ready to imagine: an `nn.Module` that is a `WorldModel`.
 
     Args:
@@ -174,15 +174,14 @@ def load_model(run: Path, device: torch.device, *, untrained: bool = False) -> A
     """
     config = read_config(run)
 
-    def make(statistics: dict[str, Tensor]) -> nn.Module:
-        model: nn.Module = build(config["model"], DataShape(**config["shape"]), config["model_options"], statistics)
-        return model
+    def make(statistics: dict[str, Tensor]) -> WorldModel:
+        return build(config["model"], DataShape(**config["shape"]), config["model_options"], statistics)
 
     try:
-        get_options(config["model"])
+        MODELS.get(config["model"])
     except UserError as error:
         raise UserError(f"{run} cannot be loaded: {error}") from error
-    model = load_network(run, make, device, REFIT)
+    model: WorldModel = load_network(run, make, device, REFIT)
     if untrained:
         known = dict(model.named_buffers())
         with torch.random.fork_rng(devices=[]):

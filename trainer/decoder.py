@@ -47,9 +47,9 @@ from wmcache.trainer.checkpoint import (
     save_checkpoint,
     truncate_metrics,
 )
+from wmcache.trainer.decoders import DECODERS, Decoder, DecoderShape, build_decoder
 from wmcache.trainer.loop import Log, signals_between_steps
 from wmcache.trainer.metrics import ImageMetrics, Images, summarise, to_unit
-from wmcache.trainer.models.decoders import DECODERS, Decoder, DecoderShape, build_decoder
 from wmcache.trainer.options import DecoderOptions, check_options
 
 VALIDATION_FRAMES = 512
@@ -225,7 +225,7 @@ def read_decoder_config(folder: Path) -> dict[str, Any]:
     parse(_Config, config, file, HINT, exact=False)
     if config["decoder"] not in DECODERS:
         raise UserError(f"{file} names an unknown decoder {config['decoder'][:80]!r}; {HINT}")
-    parse(DECODERS[config["decoder"]][0], config["decoder_options"], file, HINT)
+    parse(DECODERS.get(config["decoder"]).Options, config["decoder_options"], file, HINT)
     return config
 
 

@@ -49,14 +49,11 @@ from wmcache.trainer.checkpoint import (
     truncate_metrics,
 )
 from wmcache.trainer.feed import Feed, choose_residence
-from wmcache.trainer.localization import localization, settle
-from wmcache.trainer.models import DataShape, build, read_options
-from wmcache.trainer.models.dino_wm import pool_grid
+from wmcache.trainer.models import MODELS, DataShape, WorldModel, build, read_options
 from wmcache.trainer.options import TrainOptions, check_options
 from wmcache.trainer.stages import place_of, stages_of, take_up
 
 ROLLOUT_STEPS = 5
-VALIDATION_WINDOWS = 256
 NOT_FINITE = (
     "the loss of step {step} is not finite; the last checkpoint in {run}, if any, is good: "
     "go on from it with --resume and a lower --lr"
@@ -127,11 +124,10 @@ class _Job:
 
     store: TokenStore
     windows: Windows
-    changes: TokenStore | None
     out: Path
     options: TrainOptions
     ranks: Ranks
-    model: Any
+    model: WorldModel
     device: torch.device
     dtype: torch.dtype
 
@@ -143,7 +139,9 @@ def _train(
         options.history, 1, options.frameskip, "train", seed=options.split_seed, fraction=options.episodes_fraction
     )
     # All of them, so that what a run says of itself does not depend on which were typed.
-    changes, chosen = settle(store, windows, options.model, read_options(options.model, options.model_options))
+    kind = MODELS.get(options.model)
+    chosen = kind.configure(store, windows, read_options(options.model, options.model_options))
+    windows = windows.with_extras(kind.extras(store, windows, chosen))
     options = replace(options, model_options=asdict(chosen))
     if options.epochs:
         options = replace(options, steps=max(1, options.epochs * len(windows) // (options.batch * options.accumulate)))
@@ -153,9 +151,7 @@ def _train(
     config = {**asdict(options), "cache": absolute(cache), "shape": asdict(shape)}
     torch.manual_seed(options.seed)
     model = build(options.model, shape, options.model_options, statistics_of(store, options.frameskip)).to(device)
-    if options.pool > 1 and not model.pools:
-        raise UserError(f"{options.model} has no coarser grid of tokens; leave out --pool")
-    pool_grid(torch.empty(1, 1, shape.tokens, 1), shape.columns, options.pool)  # refuses squares that do not fit
+    model.check_pool(options.pool)
     stages = stages_of(model.stages, options.stage)
     start = None if options.start is None else Path(options.start)
     progress = take_up(out, model, stages, store.identity, config, start=start, overwrite=overwrite)
@@ -168,7 +164,7 @@ def _train(
     free = MAY_CHANGE_WITH_THE_STAGE if begins else MAY_CHANGE_ON_RESUME if resume else MAY_CHANGE
     if ranks.heard(ranks.leads and _prepare_folder(out, config, store, free, resume=resume, overwrite=overwrite)):
         load_weights(last_checkpoint(out), model)
-    job = _Job(store, windows, changes, out, options, ranks, model, device, dtype)
+    job = _Job(store, windows, out, options, ranks, model, device, dtype)
     result: dict[str, float | None] = {}
     for stage in stages:
         if place_of(stage, model) < place_of(progress.stage, model):
@@ -209,7 +205,7 @@ def _train_stage(job: _Job, stage: str, progress: Progress) -> dict[str, float |
         f"steps {first} to {last}"
     )
     ranks.say(why)
-    validation = validation_windows(job.store, options)
+    validation = validation_windows(job.store, options).with_extras(windows.extras)
     result: dict[str, float | None] = {}
     update, first_batch = seconds_between_updates(), first * options.accumulate
     with (
@@ -224,7 +220,6 @@ def _train_stage(job: _Job, stage: str, progress: Progress) -> dict[str, float |
             residence,
             ranks.rank,
             ranks.world,
-            job.changes,
         ) as feed,
         tqdm(
             total=options.steps,
@@ -270,7 +265,7 @@ def _train_stage(job: _Job, stage: str, progress: Progress) -> dict[str, float |
                     if not torch.isfinite(ranks.mean(model.eval().loss(batch))["loss"]):
                         raise UserError(NOT_FINITE.format(step=done, run=out))
             if log and (done % options.validate_every == 0 or done == last):
-                before, result = result, validate(model, validation, device, dtype, stage, job.changes)
+                before, result = result, model.validate(validation, device, dtype)
                 log.write(done, result)
                 ranks.say(f"step {done}: " + ", ".join(f"{name} {_shown(value)}" for name, value in result.items()))
                 if None in result.values() and None not in before.values():
@@ -345,7 +340,7 @@ def check_slices(batch: int, world: int) -> None:
 
 
 def descend(
-    model: Any,
+    model: WorldModel,
     forward: Loss,
     optimiser: torch.optim.Optimizer,
     feed: Feed,
@@ -377,54 +372,8 @@ def descend(
     return {**means, "gradient_norm": norm}, batch
 
 
-def validate(
-    model: Any,
-    windows: Windows,
-    device: torch.device,
-    dtype: torch.dtype,
-    stage: str = "",
-    changes: TokenStore | None = None,
-) -> dict[str, float | None]:
-    """Open-loop rollouts from one observed frame, as a planner makes them.
-
-    Returns:
-        `skill_k` for k = 1 … 5 model steps, see `skills`. After a stage that teaches where something changes, how well that is known
-        instead, see `localization`.
-    """
-    if stage == "localization":
-        return {**localization(model, windows, changes, device, dtype)}
-    found = skills(*rollout_errors(model, windows, device, dtype))
-    return {f"skill_{k}": value for k, value in enumerate(found, start=1)}
-
-
-def skills(error: Tensor, copying: Tensor) -> list[float | None]:
-    """1 - MSE of the rollout / MSE of copying the observed frame, by model step: 1 is perfect, 0 useless.
-
-    None where that is not defined: the frames do not change, or the rollout is not finite.
-    """
-    values = (1 - error / copying).tolist()
-    return [value if math.isfinite(value) else None for value in values]
-
-
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-@torch.inference_mode()
-def rollout_errors(model: Any, windows: Windows, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """MSE of open-loop rollouts from one observed frame, and of copying that frame, float64 [model steps] each, in the store's units."""
-    model.eval()
-    steps = windows.predict
-    error, copying = torch.zeros(steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.float64)
-    chosen = np.random.default_rng(0).permutation(len(windows))[:VALIDATION_WINDOWS]
-    for part in np.array_split(chosen, max(1, len(chosen) // 64)):
-        data = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(part).items()}
-        tokens = data["tokens"].float()
-        with autocast(device, dtype):
-            imagined, _ = model.rollout(tokens[:, :1], data["proprio"][:, :1], data["action"][:, :steps])
-        error += (imagined - tokens[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
-        copying += (tokens[:, :1] - tokens[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
-    return error / len(chosen), copying / len(chosen)
 
 
 def pool_at(step: int, options: TrainOptions) -> int:

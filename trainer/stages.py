@@ -19,6 +19,7 @@ from wmcache.trainer.checkpoint import (
     read_progress,
     settings_of,
 )
+from wmcache.trainer.models import MODELS, WorldModel
 
 
 def stages_of(known: tuple[str, ...], wanted: str) -> tuple[str, ...]:
@@ -40,14 +41,14 @@ def stages_of(known: tuple[str, ...], wanted: str) -> tuple[str, ...]:
     return (wanted,) if wanted != "all" else known or ("",)
 
 
-def place_of(stage: str, model: Any) -> int:
+def place_of(stage: str, model: WorldModel) -> int:
     """Of a stage among those of a model; -1 for none."""
     return model.stages.index(stage) if stage in model.stages else -1
 
 
 def take_up(
     out: Path,
-    model: Any,
+    model: WorldModel,
     stages: tuple[str, ...],
     identity: Identity,
     config: Mapping[str, Any],
@@ -104,8 +105,7 @@ def _differences(there: Mapping[str, Any], config: Mapping[str, Any], finished: 
     if there["model"] != config["model"]:
         return [f"model {there['model']} != {config['model']}"]
     names = {"history", "frameskip", "split_seed", "episodes_fraction", *config["model_options"]}
-    if finished == "localization":  # which says where something changes, whatever is made of it
-        names -= {"foreground"}
+    names -= MODELS.get(config["model"]).may_change_after(finished)
     before, now = settings_of(there), settings_of(config)
     return [
         f"{name} {before.get(name)} != {now[name]}" for name in now if name in names and before.get(name) != now[name]

@@ -99,7 +99,7 @@ def test_an_episode_does_not_depend_on_those_planned_beside_it(
 
 def test_a_run_that_only_knows_where_is_not_planned_with(ddp_run: Path, tmp_path: Path, tiny_plan: PlanOptions) -> None:
     first = run_until(ddp_run, tmp_path / "first", 1)
-    with pytest.raises(UserError, match=r"knows where something changes, .*same options and --stage primary"):
+    with pytest.raises(UserError, match="--stage primary"):
         EvalContext(first, tiny_plan)
 
 

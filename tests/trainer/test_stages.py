@@ -11,15 +11,11 @@ from pathlib import Path
 from shutil import copytree
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wmcache.cache import TokenStore
-from wmcache.cache.windows import batch_windows
 from wmcache.common.errors import UserError
 from wmcache.common.files import read_json, seal, write_json
 from wmcache.trainer import loop
@@ -32,10 +28,7 @@ from wmcache.trainer.checkpoint import (
     read_config,
     read_progress,
 )
-from wmcache.trainer.feed import Feed
-from wmcache.trainer.localization import localization, settle
-from wmcache.trainer.loop import data_shape, statistics_of, train
-from wmcache.trainer.models import build, read_options
+from wmcache.trainer.loop import train
 from wmcache.trainer.models.ddp_wm import DdpWm
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.stages import stages_of
@@ -554,70 +547,6 @@ class TestRefusals:
             train(lone_path, tmp_path / "run", replace(staged, model_options={"labels": labels}))
         assert not (tmp_path / "run").exists()
 
-
-class TestData:
-    @pytest.mark.parametrize("rank", [0, 1])
-    def test_batches_have_the_change_maps_of_their_frames(self, ddp_store_path: Path, rank: int) -> None:
-        store = TokenStore.open(ddp_store_path)
-        windows, changes = store.windows(3, 1, 5, "train"), store.changes(5)
-        with Feed(store, windows, 8, 3, CPU, first=2, rank=rank, world_size=2, changes=changes) as feed:
-            for step in (2, 3):
-                chosen = batch_windows(len(windows), 3, step, 8, rank, 2)
-                batch = feed.next()
-                expected = np.stack([changes.gather(frames) for frames in windows.frames(chosen)])
-                assert expected.shape == (4, 4, 4, 4)
-                np.testing.assert_array_equal(batch["changes"].numpy(), expected)
-                np.testing.assert_array_equal(batch["tokens"].numpy(), windows.batch(chosen)["tokens"])
-
-    @pytest.mark.parametrize("labels", ["pixels", "features"])
-    def test_what_is_left_open_is_taken_from_what_changes_in_the_steps_of_the_windows(
-        self, ddp_store_path: Path, labels: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        store, choose, seen = TokenStore.open(ddp_store_path), DdpWm.settle, []
-
-        def watched(options: Any, tokens: int, changed: NDArray[np.bool_]) -> Any:
-            seen.append((tokens, changed))
-            return choose(options, tokens, changed)
-
-        monkeypatch.setattr(DdpWm, "settle", staticmethod(watched))
-        windows = store.windows(3, 1, 5, "train")
-        changes, chosen = settle(store, windows, "ddp-wm", read_options("ddp-wm", {"labels": labels}))
-        frames = windows.frames(np.arange(len(windows)))
-        if labels == "pixels":
-            assert changes is not None
-            expected = (changes.gather(frames[:, 1:].ravel()) > 0.1).any(-1)
-        else:
-            assert changes is None
-            apart = np.diff(store.gather(frames.ravel()).reshape(*frames.shape, 4, 32) / store.std, axis=1)
-            expected = (np.sqrt((apart**2).mean(-1)) > 0.5).reshape(-1, 4)
-        ((tokens, changed),) = seen
-        assert tokens == 4
-        assert sorted(changed.tolist()) == sorted(expected.tolist())
-        # Of 2 x 2 tokens at most two are computed, and one would not do.
-        assert np.quantile(expected.sum(-1), 0.99) >= 2
-        assert chosen.foreground == 2
-        # A threshold that nothing comes near leaves the least.
-        still = read_options("ddp-wm", {"labels": labels, "threshold": 100.0})
-        assert settle(store, windows, "ddp-wm", still)[1].foreground == 1
-
-    def test_a_channel_that_never_changes_hides_nothing(self, ddp_store_path: Path) -> None:
-        store, by_features = TokenStore.open(ddp_store_path), read_options("ddp-wm", {"labels": "features"})
-        expected = settle(store, store.windows(3, 1, 5, "train"), "ddp-wm", by_features)
-        store.std[0] = 0
-        gather = store.gather
-
-        def still(*args: Any) -> NDArray[np.float16]:
-            tokens = gather(*args)
-            tokens[..., 0] = 0
-            return tokens
-
-        store.gather = still  # type: ignore[method-assign]
-        assert settle(store, store.windows(3, 1, 5, "train"), "ddp-wm", by_features) == expected
-
-    def test_a_model_that_leaves_nothing_open_stays_as_it_is_told(self, store: TokenStore) -> None:
-        options = read_options("dino-wm", {"width": 12})
-        assert settle(store, store.windows(3, 1, 5, "train"), "dino-wm", options) == (None, options)
-
     def test_what_was_settled_is_written_down(self, ddp_store_path: Path, tmp_path: Path, staged: TrainOptions) -> None:
         options = replace(staged, stage="localization", steps=1)
         options = replace(options, model_options=options.model_options | {"foreground": 0})
@@ -625,67 +554,3 @@ class TestData:
             train(ddp_store_path, tmp_path / "run", options)
         assert read_config(tmp_path / "run")["model_options"]["foreground"] == 2
         assert load_model(tmp_path / "run", CPU).foreground == 2
-
-
-class TestLocalization:
-    """By models whose answers are known."""
-
-    @staticmethod
-    def figures_of(store: TokenStore, answers: Any, **chosen: Any) -> tuple[dict[str, float], Any]:
-        """Of a model that locates by `answers`, in all windows of one observed frame and five that follow."""
-        options = TrainOptions(model="ddp-wm", model_options={"foreground": 1, "width": 12, **chosen})
-        model = build("ddp-wm", data_shape(store, options), options.model_options, statistics_of(store, 5))
-        model.locate = answers
-        windows = store.windows(1, 5, 5, "all")
-        changes = store.changes(5) if model.options.labels == "pixels" else None
-        return localization(model, windows, changes, CPU, torch.float32), windows
-
-    def test_one_that_always_names_the_same_patches_is_right_as_often_as_they_change(
-        self, ddp_store_path: Path
-    ) -> None:
-        store = TokenStore.open(ddp_store_path)
-
-        def answers(tokens: Tensor, proprio: Tensor, action: Tensor) -> Tensor:
-            logits = torch.full((len(tokens), tokens.shape[1] - 1, 4, 4), -1.0)
-            logits[:, :, 1, 2], logits[:, :, 2, 0] = 1.0, 2.0
-            return logits
-
-        figures, windows = self.figures_of(store, answers)
-        frames = windows.frames(np.arange(len(windows)))[:, 1:]
-        # Each since the frame before it.
-        changed = (store.changes(5).gather(frames.ravel()) > 0.1).any(-1)
-        there = changed.sum()
-        assert 0 < changed[:, 2].sum() < changed[:, [1, 2]].sum() < there
-        assert figures == pytest.approx(
-            {
-                "recall": changed[:, 2].sum() / there,
-                "precision": changed[:, 2].mean(),
-                "recall_likely": changed[:, [1, 2]].sum() / there,
-                "precision_likely": changed[:, [1, 2]].mean(),
-                "changed": changed.mean(),
-            }
-        )
-
-    @pytest.mark.parametrize("threshold", [0.5, 1.0])
-    def test_one_that_knows_finds_all_of_them_but_for_what_k_leaves_out(
-        self, store: TokenStore, threshold: float
-    ) -> None:
-        def answers(tokens: Tensor, proprio: Tensor, action: Tensor) -> Tensor:
-            apart = tokens.float().diff(dim=1) / torch.from_numpy(store.std)
-            return (apart.square().mean(-1).sqrt() - threshold)[..., None].expand(-1, -1, -1, 4)
-
-        figures, windows = self.figures_of(store, answers, labels="features", threshold=threshold)
-        apart = np.diff(windows.batch(np.arange(len(windows)))["tokens"].astype(np.float32) / store.std, axis=1)
-        changed = np.sqrt((apart**2).mean(-1)) > threshold
-        assert (figures["recall_likely"], figures["precision_likely"]) == (1, 1)
-        assert figures["changed"] == pytest.approx(changed.mean())
-        # One patch is computed in each step: the right one, wherever there is one.
-        assert figures["recall"] == pytest.approx(changed.any(-1).sum() / changed.sum())
-        assert figures["precision"] == pytest.approx(changed.any(-1).mean())
-
-    def test_where_nothing_changes_there_is_nothing_to_find(self, store: TokenStore) -> None:
-        def answers(tokens: Tensor, proprio: Tensor, action: Tensor) -> Tensor:
-            return torch.full((len(tokens), tokens.shape[1] - 1, 4, 4), -1.0)
-
-        figures, _ = self.figures_of(store, answers, labels="features", threshold=1e3)
-        assert set(figures.values()) == {0.0}
