@@ -1,7 +1,7 @@
 """Model predictive path integral control over action sequences, batched over episodes.
 
-Williams et al., Information theoretic MPC for model-based reinforcement learning, ICRA 2017, in the form of TD-MPC2
-(tdmpc2.py, `_plan`; arXiv 2310.16828): only the elites are weighed, and the deviation is fitted too.
+Williams et al., Information theoretic MPC for model-based reinforcement learning, ICRA 2017, in the form of TD-MPC2 (tdmpc2.py, `_plan`;
+arXiv 2310.16828): only the elites are weighted, and the deviation is fitted too.
 """
 
 from __future__ import annotations
@@ -15,21 +15,18 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from wmcache.common.options import Positive, Weight, option
-from wmcache.planner.base import Cost, around, require, require_population
+from wmcache.planner.base import Cost, around, require
+from wmcache.planner.solvers import SOLVERS
 
 
+@SOLVERS.register("mppi")
 @dataclass(frozen=True)
 class Mppi:
-    """A `Solver`. Candidates are clipped to the env's bounds; the result is the last mean.
+    """A `Solver`. Candidates are clipped to the env's bounds; the first is the present mean, and the result is the last mean.
 
-    Costs are in the encoder's units, which the temperature should not depend on. So what an elite costs more than the best
-    is divided by what the episode's elites cost more on average, in each iteration anew.
-
-    Elites are weighted by softmax(-temperature * scaled cost), and the next mean and deviation are fitted to them with these weights. It is
-    an inverse temperature; the name is TD-MPC2's. The first candidate is the present mean.
-
-    Raises:
-        UserError: options that no search can be made of.
+    Elites are weighted by softmax(-temperature * scaled cost), and the next mean and deviation are fitted to them with these weights. The
+    temperature is an inverse one; the name is TD-MPC2's. So that it does not depend on the encoder's units, each elite's excess over the
+    best cost is divided by the mean excess of the episode's elites, in every iteration.
     """
 
     differentiates: ClassVar[bool] = False
@@ -44,12 +41,11 @@ class Mppi:
     min_sigma: Weight = option(0.05, "Smallest standard deviation of the candidates, in env units.")
 
     def __post_init__(self) -> None:
-        """Refuse options that do not fit."""
-        require_population("mppi", self.samples, self.elites, self.iterations, self.sigma)
-        fits = 0 <= self.temperature < float("inf")
-        require(fits, f"solver mppi: temperature is {self.temperature}; it must be 0 or more")
-        fits = 0 <= self.min_sigma <= self.sigma
-        require(fits, f"solver mppi: min_sigma is {self.min_sigma}; it must lie between 0 and sigma, {self.sigma}")
+        """Raise UserError for more elites than samples, or deviations out of order."""
+        within = self.elites <= self.samples
+        require(within, f"solver mppi: elites is {self.elites}; it must be at most samples, {self.samples}")
+        in_order = self.min_sigma <= self.sigma
+        require(in_order, f"solver mppi: min_sigma is {self.min_sigma}; it must be at most sigma, {self.sigma}")
 
     @property
     def evaluations(self) -> int:

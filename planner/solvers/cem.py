@@ -11,19 +11,16 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from wmcache.common.options import Positive, ShareBelowOne, option
-from wmcache.planner.base import Cost, Solver, around, require, require_population
+from wmcache.planner.base import Cost, around, require
+from wmcache.planner.solvers import SOLVERS
 
-__all__ = ["Cem", "Cost", "Solver"]
 
-
+@SOLVERS.register("cem")
 @dataclass(frozen=True)
 class Cem:
-    """A `Solver`. Candidates are clipped to the env's bounds, so that what is scored is what the env will do.
+    """A `Solver`. Candidates are clipped to the env's bounds before they are scored.
 
     The first candidate is the present mean. V-JEPA 2-AC has a momentum of 0.15, DINO-WM none.
-
-    Raises:
-        UserError: options that no search can be made of.
     """
 
     differentiates: ClassVar[bool] = False
@@ -35,9 +32,9 @@ class Cem:
     momentum: ShareBelowOne = option(0.0, "Share of the last mean and deviation that the next ones keep.")
 
     def __post_init__(self) -> None:
-        """Refuse options that do not fit."""
-        require_population("cem", self.samples, self.elites, self.iterations, self.sigma)
-        require(0 <= self.momentum < 1, f"solver cem: momentum is {self.momentum}; it must lie in [0, 1)")
+        """Raise UserError for more elites than samples."""
+        within = self.elites <= self.samples
+        require(within, f"solver cem: elites is {self.elites}; it must be at most samples, {self.samples}")
 
     @property
     def evaluations(self) -> int:

@@ -12,20 +12,18 @@ from einops import rearrange
 from torch import Tensor
 
 from wmcache.common.options import Positive, Share, ShareBelowOne, Weight, option
-from wmcache.planner.base import Cost, normal, require, require_population
+from wmcache.planner.base import Cost, normal, require
+from wmcache.planner.solvers import SOLVERS
 
 
+@SOLVERS.register("icem")
 @dataclass(frozen=True)
 class Icem:
-    """A `Solver`. Candidates are clipped to the env's bounds; the result is the best that was seen, not the mean.
+    """A `Solver`. Candidates are clipped to the env's bounds; the result is the best evaluated candidate, not the mean.
 
-    Of the paper's parts, shifting elites from one plan to the next is left to the caller's first guess. It is a candidate of
-    the first iteration; the mean is one of the last, as in the paper, and in no other, where it would narrow the search.
-
-    `frameskip` is the number of env actions in each of the T steps, [T, f * A] frame by frame: noise is coloured over env steps.
-
-    Raises:
-        UserError: options that no search can be made of.
+    The paper shifts elites from one plan to the next; here the caller's first guess does so. It is a candidate of the first iteration. The
+    mean is one of the last iteration, as in the paper, and of no other, where it would narrow the search. Kept elites are not evaluated
+    again. Noise is coloured over env steps: `frameskip` is the number of env actions in each of the T steps [T, f * A].
     """
 
     differentiates: ClassVar[bool] = False
@@ -41,21 +39,14 @@ class Icem:
     momentum: ShareBelowOne = option(0.1, "Share of the last mean and deviation that the next ones keep.")
 
     def __post_init__(self) -> None:
-        """Refuse options that do not fit."""
-        require_population("icem", self.samples, self.elites, self.iterations, self.sigma)
+        """Raise UserError for more elites than half of the samples."""
         half = self.samples // 2
-        require(
-            self.elites <= half, f"solver icem: elites is {self.elites}; it must be at most half of samples, {half}"
-        )
-        require(0 <= self.beta < float("inf"), f"solver icem: beta is {self.beta}; it must be 0 or more")
-        require(self.frameskip >= 1, f"solver icem: frameskip is {self.frameskip}; it must be 1 or more")
-        require(1 <= self.decay < float("inf"), f"solver icem: decay is {self.decay}; it must be 1 or more")
-        require(0 <= self.keep <= 1, f"solver icem: keep is {self.keep}; it must lie in [0, 1]")
-        require(0 <= self.momentum < 1, f"solver icem: momentum is {self.momentum}; it must lie in [0, 1)")
+        within = self.elites <= half
+        require(within, f"solver icem: elites is {self.elites}; it must be at most half of samples, {half}")
 
     @property
     def populations(self) -> list[int]:
-        """Candidates of each iteration whose cost is asked for."""
+        """Count the candidates that each iteration evaluates."""
         return [max(int(self.samples * self.decay**-i), 2 * self.elites) for i in range(self.iterations)]
 
     @property
@@ -70,8 +61,10 @@ class Icem:
             UserError: frameskip does not divide A.
         """
         size = start.shape[2]
-        fits = size % self.frameskip == 0
-        require(fits, f"solver icem: frameskip is {self.frameskip}; it must divide the {size} numbers of a model step")
+        divides = size % self.frameskip == 0
+        require(
+            divides, f"solver icem: frameskip is {self.frameskip}; it must divide the {size} numbers of a model step"
+        )
         mean, deviation = start, torch.full_like(start, self.sigma)
         best, lowest = start.clamp(-1.0, 1.0), torch.full_like(start[:, 0, 0], float("inf"))
         kept, kept_costs = start[:, None][:, :0], start[:, :0, 0]
@@ -96,23 +89,23 @@ class Icem:
 
 
 def coloured(white: Tensor, beta: float) -> Tensor:
-    """Gaussian noise of unit variance whose power falls with frequency ** -beta (Timmer and Koenig 1995).
+    """Filter white noise to unit variance and a power that falls with frequency ** -beta (Timmer and Koenig 1995).
 
-    White noise, filtered. The constant part gets the power of the lowest frequency, as in the `colorednoise` package, which
-    the paper uses; that one leaves it out of the variance, so that its noise is the louder the redder it is.
+    The constant part has the power of the lowest frequency, as in the `colorednoise` package, which the paper uses. That package leaves it
+    out of the variance, so that its noise is louder the larger beta is.
 
     Args:
         white: [E, S, time, A], standard normal.
         beta: 0 returns white noise.
 
     Returns:
-        The same shape.
+        [E, S, time, A].
     """
     steps = white.shape[2]
     frequency = torch.fft.rfftfreq(steps, device=white.device)
     frequency[0] = 1 / steps
     filtered = torch.fft.rfft(white, dim=2) * frequency[:, None] ** (-beta / 2)
-    # A filter passes on as much variance as its answer to a single 1 has power.
+    # The variance that a filter leaves of white noise is the power of its impulse response.
     impulse = torch.fft.irfft(frequency ** (-beta / 2), n=steps)
     noise: Tensor = torch.fft.irfft(filtered, n=steps, dim=2) / impulse.norm()
     return noise

@@ -11,28 +11,27 @@ from annotated_types import Gt
 from torch import Tensor
 
 from wmcache.common.options import Positive, Weight, option
-from wmcache.planner.base import Cost, normal, require
+from wmcache.planner.base import Cost, normal
+from wmcache.planner.solvers import SOLVERS
 
 OPTIMISERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], float]] = {
     "sgd": (torch.optim.SGD, 1.0),
     "adam": (torch.optim.Adam, 0.1),
 }
-"""Name -> (optimiser, its learning rate unless told). Both work on each number alone, so candidates do not meet in them."""
+"""Name -> (optimiser, its default learning rate). Both are elementwise, so candidates do not affect each other."""
 
 
+@SOLVERS.register("gd")
 @dataclass(frozen=True)
 class Gd:
-    """A `Solver`. Descends several guesses of each episode side by side, and returns the best actions that it has seen.
+    """A `Solver`. Optimises several guesses of each episode side by side, and returns the best actions that it has evaluated.
 
-    The gradient is that of the sum of all costs, as in the reference, so each candidate's is its own, whatever the batch.
-    After each step actions are clamped to the env's bounds. A tanh in front of them came out no better in trials on an exact
-    model, and a first guess that pushes with full force, as good ones do, would have no finite preimage.
+    The first guess of each episode is the given one. Gradients are those of the sum of all costs, as in the reference, so a candidate's
+    gradient does not depend on the batch. After each step actions are clipped to the env's bounds. A tanh in front of them was no better in
+    trials on an exact model, and an action at the bounds has no finite preimage.
 
-    The reference's learning rate of 1.0 is for actions divided by their standard deviation s, and costs in units of its encoder: here it
-    would be s ** 2. Adam's depends on neither. The first guess of each episode is the given one.
-
-    Raises:
-        UserError: options that no descent can be made of.
+    The reference's learning rate of 1.0 is for actions divided by their standard deviation s, and for costs in units of its encoder; here
+    it corresponds to s ** 2. Adam's depends on neither.
     """
 
     differentiates: ClassVar[bool] = True
@@ -46,20 +45,9 @@ class Gd:
     restarts: Positive = option(8, "First guesses that are optimised side by side; DINO-WM has 1.")
     sigma: Weight = option(0.6, "Standard deviation of the first guesses, in env units.")
 
-    def __post_init__(self) -> None:
-        """Refuse options that do not fit."""
-        known = self.optimiser in OPTIMISERS
-        require(known, f"solver gd: no optimiser {self.optimiser!r}; known are {', '.join(OPTIMISERS)}")
-        for name in ("steps", "restarts"):
-            require(getattr(self, name) >= 1, f"solver gd: {name} is {getattr(self, name)}; it must be 1 or more")
-        require(self.lr is None or 0 < self.lr < float("inf"), f"solver gd: lr is {self.lr}; it must be above 0")
-        for name in ("noise", "sigma"):
-            fits = 0 <= getattr(self, name) < float("inf")
-            require(fits, f"solver gd: {name} is {getattr(self, name)}; it must be 0 or more")
-
     @property
     def evaluations(self) -> int:
-        """See `Solver`. All but `restarts` of them are differentiated too."""
+        """See `Solver`; all but `restarts` of them are differentiated too."""
         return self.restarts * (self.steps + 1)
 
     def __call__(self, cost: Cost, start: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
