@@ -65,7 +65,6 @@ from wmcache.pipeline.fit import default_weights
 from wmcache.pipeline.frames import FrameDataset, Steps, fingerprint
 from wmcache.pipeline.repair import repair
 from wmcache.pipeline.stores import default_store
-from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.train import train
 
