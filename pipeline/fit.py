@@ -36,7 +36,7 @@ from wmcache.pipeline.encoders.base import Features, Preprocess, Select
 from wmcache.pipeline.encoders.fitting import FitData, Fitting
 from wmcache.pipeline.encoders.weights import read_metadata
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.probe import Landscape, probe_landscape, split_frames
+from wmcache.pipeline.landscape import Landscape, probe_landscape, split_frames
 
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
