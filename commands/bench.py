@@ -206,14 +206,14 @@ def bench_plan(
     landscape: Path | None,
     weights: Path | None,
     cache: AnyPath | None,
-    dtype: str,
+    dtype: Any,
     device: str,
     as_json: bool,
     **search: int,
 ) -> None:
     """One plan as DINO-WM's code makes it against ours, or several --model against each other: speed, success, landscape."""
     from wmcache.bench.plan import bench_run
-    from wmcache.planner.evaluate import EvalContext
+    from wmcache.planner.context import EvalContext
     from wmcache.planner.options import PlanOptions
 
     if (run is None) == (not runs):

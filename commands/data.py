@@ -284,8 +284,8 @@ def _fit(dataset: str | None, store: str | None, *, name: str, out: Path, option
 
 def _layers_store(frames: Any, base: str, weights: Path | None, device: str, cluster: str) -> AnyPath:
     """The store of an adapter's base at its usual place, extracted where it is not there yet."""
-    from wmcache.pipeline.extract import default_store
     from wmcache.pipeline.extract import extract_together as run
+    from wmcache.pipeline.stores import default_store
 
     (encoder,) = create_encoders(
         frames.card.name, names=base, weights=(str(weights),) if weights else (), device=device
@@ -339,7 +339,8 @@ def extract(
 ) -> None:
     """Encode every frame of a dataset once, several encoders in one pass. Run again, or beside itself, it does what is missing."""
     from wmcache.cluster.tasks import parse_cluster
-    from wmcache.pipeline.extract import default_store, extract_together, forecast, is_complete
+    from wmcache.pipeline.extract import extract_together, forecast
+    from wmcache.pipeline.stores import default_store
 
     frames = open_dataset(dataset)
     networks = create_encoders(frames.card.name, **encoder)
@@ -365,11 +366,8 @@ def extract(
             click.echo(f"{human_bytes(plan.bytes_needed)} needed, {free}about {plan.seconds:.0f} s{whose}")
         return
     device = encoder["device"]
-    complete = [is_complete(place) for _, place in stores]
-    lacking = extract_together(
-        frames, stores, dtype=store_dtype, batch=batch, cluster=cluster, device=device, part=part
-    )
-    for (network, place), shards, already in zip(stores, lacking, complete, strict=True):
+    done = extract_together(frames, stores, dtype=store_dtype, batch=batch, cluster=cluster, device=device, part=part)
+    for (network, place), (worked, shards) in zip(stores, done, strict=True):
         rows, columns = network.token_grid
         if shards:
             count = -(-frames.card.frames // frames.card.frames_per_shard)
@@ -378,7 +376,7 @@ def extract(
                 f"whoever is last completes the store, or: {command('wmcache', 'finalize', place)}"
             )
         else:
-            state = ALREADY if already else ""
+            state = "" if worked else ALREADY
             say(f"{place}: {frames.card.frames} frames, {rows} x {columns} tokens of {network.token_dim}{state}")
 
 
@@ -411,7 +409,7 @@ def derive_change_maps(store: AnyPath, frameskip: int, dataset: AnyPath | None, 
     from wmcache.cache.change_maps import change_maps_path
     from wmcache.cache.store import TokenStore
     from wmcache.pipeline.change_maps import derive_change_maps as run
-    from wmcache.pipeline.extract import is_complete
+    from wmcache.pipeline.stores import is_complete
 
     source = TokenStore.open(store)
     state = ALREADY if is_complete(change_maps_path(source.path, frameskip)) else ""
@@ -452,13 +450,12 @@ def derive_tokens(
     from wmcache.cache.store import TokenStore
     from wmcache.pipeline.derive import create_for
     from wmcache.pipeline.derive import derive as run
-    from wmcache.pipeline.extract import default_store, is_complete
+    from wmcache.pipeline.stores import default_store
 
     source = TokenStore.open(store)
     encoder = create_for(source, name, weights=weights, base_weights=base_weights, device=device)
     out = out or default_store(str(source.card.dataset["name"]), encoder, store_dtype)
-    state = ALREADY if is_complete(out) else ""
-    run(source, encoder, out, dtype=store_dtype, cluster=cluster, device=device)
+    state = "" if run(source, encoder, out, dtype=store_dtype, cluster=cluster, device=device) else ALREADY
     rows, columns = encoder.token_grid
     say(f"{out}: {len(source)} frames, {rows} x {columns} tokens of {encoder.token_dim}, derived from {store}{state}")
 

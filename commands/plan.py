@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -26,9 +25,6 @@ from wmcache.commands.shared import (
 )
 from wmcache.common.paths import AnyPath
 from wmcache.planner.protocols import PROTOCOLS
-
-if TYPE_CHECKING:
-    from wmcache.planner.evaluate import Spread
 
 SEARCH = {
     "samples": ("--samples", int, "Candidates in each iteration (cem, icem, mppi); DINO-WM has 300."),
@@ -53,7 +49,9 @@ search_options = options(
 
 @click.command(cls=Command)
 @click.version_option(__version__, prog_name="wmplan")
-@preset_option("--protocol", PROTOCOLS, "A known evaluation; what is given beside it wins.")
+@preset_option(
+    "--protocol", {name: PROTOCOLS.get(name) for name in PROTOCOLS}, "A known evaluation; what is given beside it wins."
+)
 @click.option("--run", type=PATH, required=True, help="Folder of the run.")
 @click.option("--episodes", type=int, default=50, help="Episodes to plan.")
 @click.option(
@@ -125,9 +123,11 @@ def wmplan(
 ) -> None:
     """Plan with a trained world model, judge it, and write a report."""
     from wmcache.common.video import ffmpeg
-    from wmcache.planner.evaluate import EvalContext, default_out, evaluate, refuse_other_results
+    from wmcache.planner.context import EvalContext
+    from wmcache.planner.evaluate import evaluate
     from wmcache.planner.options import PlanOptions
     from wmcache.planner.report import write_report
+    from wmcache.planner.results import default_out, refuse_other_results
 
     ffmpeg()  # the report has videos; a missing one is reported before any work
     search = take_search(settings)
@@ -135,11 +135,10 @@ def wmplan(
     out = out or default_out(run, protocol, chosen)
     refuse_other_results(out, chosen)
     setting = EvalContext(run, chosen, weights=weights, cache=cache)
-    spread = None if cluster == "local:1" else _spread(cluster)
-    episodes, results = evaluate(setting, chosen, out, spread)
+    episodes, results = evaluate(setting, chosen, out, cluster)
     if untrained:
         random_model = EvalContext(run, chosen, weights=weights, cache=cache, untrained=True)
-        results["baselines"]["untrained"] = evaluate(random_model, chosen, out, spread)[1]["by_threshold"]
+        results["baselines"]["untrained"] = evaluate(random_model, chosen, out, cluster)[1]["by_threshold"]
     results = {"protocol": protocol, **results}
     results = write_report(out, run, setting, episodes, results, shell_command(sys.argv))
     if as_json:
@@ -170,19 +169,6 @@ def _print_table(results: dict[str, Any]) -> None:
     click.echo(f"began at the goal: {began}, of {results['episodes']} episodes")
 
 
-def _spread(cluster: str) -> Spread:
-    """What plans batches on a cluster."""
-    from wmcache.cluster.tasks import run_tasks
-
-    def spread(task: Callable[[int], int], begins: Sequence[int], replans: int) -> None:
-        more = "a smaller --batch-size makes more of them"
-        run_tasks(
-            task, begins, cluster=cluster, total=replans, label="wmplan", unit="replans", what="batches", more=more
-        )
-
-    return spread
-
-
 def take_search(settings: dict[str, Any]) -> dict[str, Any]:
     """The solver's options, taken out of the command's settings. What a protocol says of its own solver is no word on another."""
     from dataclasses import fields
@@ -190,7 +176,9 @@ def take_search(settings: dict[str, Any]) -> dict[str, Any]:
     from wmcache.planner.solvers import SOLVERS
 
     given = click.get_current_context().get_parameter_source
-    known = {field.name for field in fields(SOLVERS[settings["solver"]])} if settings["solver"] in SOLVERS else set()
+    known = (
+        {field.name for field in fields(SOLVERS.get(settings["solver"]))} if settings["solver"] in SOLVERS else set()
+    )
     search = {name: value for name in SEARCH if (value := settings.pop(f"search_{name}")) is not None}
     from_protocol = {name for name in search if given(f"search_{name}") == ParameterSource.DEFAULT_MAP}
     return {name: value for name, value in search.items() if name in known or name not in from_protocol}

@@ -97,7 +97,7 @@ def verify(store: AnyPath, deep: bool, as_json: bool, **source: Any) -> None:
 @store_argument
 def finalize(store: AnyPath) -> None:
     """Declare a token store complete, once all slices of its shards are done; exit status 1 where shards are missing."""
-    from wmcache.pipeline.extract import finalize as run
+    from wmcache.pipeline.stores import finalize as run
 
     card = run(store)
     say(f"{store}: complete, {card.frames} frames in {card.num_shards} shards")

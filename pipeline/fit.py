@@ -25,6 +25,7 @@ from wmcache.common.cpus import available_cpus
 from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError, reason
 from wmcache.common.files import atomic_write, dump_json, home, json_digest
+from wmcache.common.options import check_options
 from wmcache.common.paths import AnyPath, cause_outside, unreadable
 from wmcache.engine.checkpoint import Progress, checkpoints, last_checkpoint, read_progress
 from wmcache.engine.loop import LoopOptions, Task, require_finite, run
@@ -171,8 +172,7 @@ def _training_frames(
     episode: NDArray[np.integer], options: FitOptions, max_frames: int, where: AnyPath
 ) -> NDArray[np.int64]:
     """Choose the frames to train on; raises UserError for options that no fit can be made with."""
-    if not 0 < options.learning_rate < np.inf:
-        raise UserError(f"--lr is {options.learning_rate}; it must be above 0")
+    check_options(options)
     chosen = split_frames(episode, "train")[:max_frames]
     if len(chosen) < 2 * options.batch:
         raise UserError(

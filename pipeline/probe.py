@@ -19,7 +19,9 @@ from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import split_episodes
 from wmcache.common.errors import UserError
 from wmcache.common.files import seconds_between_updates
+from wmcache.common.landscapes import descend
 from wmcache.common.paths import AnyPath, beside
+from wmcache.common.sampling import farthest_points
 from wmcache.envs import Maze, MazeError
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import read_for
@@ -408,16 +410,15 @@ def picture_paths(stores: Sequence[AnyPath], out: Path | None = None) -> list[Pa
 
 
 def spread(xy: Float, maze: Maze, count: int) -> tuple[list[int], Float]:
-    """Places far from each other: at most `count` of xy [n, 2], the farthest from those before first; and their ways to all, [count, n]."""
-    ways: list[Float] = [maze.geodesic(xy[0], xy)]
-    chosen: list[int] = []
-    nearest = np.where(np.isfinite(ways[0]), ways[0], -1.0)
-    for _ in range(min(count, len(xy))):
-        chosen.append(int(nearest.argmax()))
-        way = maze.geodesic(xy[chosen[-1]], xy)
-        nearest = np.minimum(nearest, way) if len(chosen) > 1 else np.where(np.isfinite(way), way, -1.0)
-        ways.append(way)
-    return chosen, np.stack(ways[1:])
+    """Choose at most `count` positions far from each other of xy [n, 2]; returns them and their path lengths to all, [count, n]."""
+    lengths: dict[int, Float] = {}
+
+    def distances(index: int) -> torch.Tensor:
+        lengths[index] = maze.geodesic(xy[index], xy)
+        return torch.from_numpy(np.where(np.isfinite(lengths[index]), lengths[index], -1.0))
+
+    chosen = farthest_points(distances, min(count, len(xy)), first=int(distances(0).argmax()))
+    return chosen, np.stack([lengths[index] for index in chosen])
 
 
 def probe_landscape(dataset: FrameDataset, encoder: Encoder) -> Landscape:
@@ -466,12 +467,3 @@ def neighbours(maze: Maze, xy: NDArray[np.float64]) -> NDArray[np.bool_]:
     for share in (0.25, 0.5, 0.75):
         near &= maze.is_clear(share * xy[:, None] + (1 - share) * xy, 0.0)
     return near
-
-
-def descend(values: NDArray[np.floating], near: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Where each place ends that always moves to its neighbour of lowest value, [n]."""
-    step = np.where(near, values, np.inf).argmin(1)
-    place = np.arange(len(values))
-    while not (step[place] == place).all():
-        place = step[place]
-    return place

@@ -34,11 +34,13 @@ from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.fit import fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.probe import draw_probe, probe
-from wmcache.planner.episodes import THRESHOLDS
-from wmcache.planner.evaluate import EvalContext, evaluate, recorded
+from wmcache.planner.context import EvalContext
+from wmcache.planner.evaluate import evaluate
 from wmcache.planner.goals import SOURCES
+from wmcache.planner.judge import THRESHOLDS
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_episodes
+from wmcache.planner.results import recorded
 from wmcache.study.options import EncoderChoice, StudyOptions
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.runs import load_model

@@ -29,10 +29,10 @@ from wmcache.pipeline.encoders.tcn import TcnOptions
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.fit import fit
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.planner.evaluate import EvalContext
+from wmcache.planner.context import EvalContext
 from wmcache.planner.options import PlanOptions
-from wmcache.trainer.train import train
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
 # `make test` tries the same examples every time; `make test-long` looks for others.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -309,5 +309,5 @@ def tiny_plan() -> PlanOptions:
 
 
 @pytest.fixture(scope="session")
-def setting(run_path: Path, tiny_plan: PlanOptions) -> EvalContext:
+def context(run_path: Path, tiny_plan: PlanOptions) -> EvalContext:
     return EvalContext(run_path, tiny_plan)

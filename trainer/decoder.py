@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from wmcache.engine import loop
 from wmcache.engine.checkpoint import Progress, checkpoints, last_checkpoint, read_progress
 from wmcache.trainer.decoders import DECODERS, Decoder, DecoderShape, build_decoder
 from wmcache.trainer.metrics import ImageMetrics, Images, summarise, to_unit
+from wmcache.trainer.options import DecoderOptions, check_options
 from wmcache.trainer.runs import differences, is_run, load_network, lock_run, read_identity, write_settings
 
 VALIDATION_FRAMES = 512
@@ -43,37 +44,6 @@ MAY_CHANGE = {"cache", "device", "steps", "log_every", "checkpoint_every", "lpip
 
 Batch = tuple[Tensor, Tensor]
 """Tokens [B, N, D] and images [B, 3, S, S] in [-1, 1]."""
-
-
-@dataclass(frozen=True)
-class DecoderOptions:
-    """All settings of a decoder; saved as `config.json`.
-
-    Attributes:
-        decoder: name in `trainer.decoders.DECODERS`; `auto` takes transposed convolutions for a
-            single token, as the reference.
-        decoder_options: fields of its options dataclass.
-        steps: optimiser steps. batch: frames in each. learning_rate: of Adam, constant (DINO-WM, conf/train.yaml).
-        max_frames: train frames that are held in memory as images; a random sample where there are more.
-        dtype: `auto`, `float32` or `bfloat16`. device: `auto`, `cpu`, `cuda`, …
-        seed: of weights, sample and order. split_seed: of the split into train and val episodes, as of a world model.
-        log_every, checkpoint_every: steps.
-        lpips: try to compute it at the end.
-    """
-
-    decoder: str = "auto"
-    decoder_options: dict[str, Any] = field(default_factory=dict)
-    steps: int = 10_000
-    batch: int = 32
-    learning_rate: float = 3e-4
-    max_frames: int = 20_000
-    dtype: str = "auto"
-    device: str = "auto"
-    seed: int = 0
-    split_seed: int = 42
-    log_every: int = 20
-    checkpoint_every: int = 500
-    lpips: bool = True
 
 
 @dataclass(frozen=True)
@@ -238,14 +208,6 @@ def read_decoder_identity(folder: Path) -> Identity:
     """Read the identity of a decoder's store; raises UserError where the folder is not a decoder's."""
     read_decoder_config(folder)
     return read_identity(folder)[1]
-
-
-def check_options(options: DecoderOptions) -> None:
-    """Raise UserError for numbers that no decoder can be trained with."""
-    if not 1e-12 <= options.learning_rate < math.inf:
-        raise UserError(f"--lr is {options.learning_rate}; it must be a number of at least 1e-12")
-    if options.max_frames < 1:
-        raise UserError(f"--max-frames is {options.max_frames}; it must be above 0")
 
 
 def statistics_of(store: TokenStore, images: Images) -> dict[str, Tensor]:

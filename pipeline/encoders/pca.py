@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wmcache.common.errors import UserError
+from wmcache.common.options import Natural, Positive, option
 from wmcache.common.schema import Size, parse
 from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Features, Head
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
@@ -34,17 +35,12 @@ SPEC = EncoderSpec(
 
 @dataclass(frozen=True)
 class PcaOptions(FitOptions):
-    """How they are found; `learning_rate` and `batch` mean nothing here.
+    """How they are found, in closed form: batch and learning rate have no effect."""
 
-    Attributes:
-        dim: how many components.
-        sampled_frames: whose tokens are looked at, drawn from the training frames.
-    """
-
-    steps: int = 0
-    batch: int = 1
-    dim: Size = SPEC.token_dim
-    sampled_frames: Size = 2000
+    steps: Natural = option(0, flag="")
+    batch: Positive = option(1)
+    dim: Size = option(SPEC.token_dim, "Principal components to keep.")
+    sampled_frames: Size = option(2000, "Training frames whose tokens are used.")
 
     @property
     def needs_images(self) -> bool:

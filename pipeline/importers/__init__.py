@@ -24,15 +24,9 @@ from wmcache.cluster.tasks import run_tasks
 from wmcache.common.errors import UserError
 from wmcache.common.files import require_space
 from wmcache.common.paths import AnyPath, exists
-from wmcache.pipeline.frames import (
-    DatasetCard,
-    FrameDatasetWriter,
-    Frames,
-    Steps,
-    encode_png,
-    read_steps,
-    write_shard,
-)
+from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, write_shard
+from wmcache.pipeline.steps import Steps, read_steps
+from wmcache.pipeline.tars import Frames, encode_png
 
 MOST_PIXELS = 8192 * 8192
 """Of an image before it is cropped and resized; beyond, it is taken for a decompression bomb."""

@@ -29,8 +29,10 @@ from wmcache.common.files import seconds_between_updates
 from wmcache.common.paths import AnyPath, cause_outside, unreadable
 from wmcache.common.tensors import can_map
 from wmcache.envs import ENV_PREFIX, FPS, Maze, find_maze, maze_names
-from wmcache.pipeline.frames import DatasetCard, Frames, Steps
+from wmcache.pipeline.frames import DatasetCard
 from wmcache.pipeline.importers import Source, require_finite, write_dataset
+from wmcache.pipeline.steps import Steps
+from wmcache.pipeline.tars import Frames
 
 AGAIN = "save it again as one plain tensor with torch.save, or get the published file again"
 

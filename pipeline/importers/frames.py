@@ -34,7 +34,7 @@ from PIL import Image, ImageOps
 from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath, cause_outside, unreadable
 from wmcache.common.video import ffmpeg, require_ffmpeg
-from wmcache.pipeline.frames import DatasetCard, Frames, Steps
+from wmcache.pipeline.frames import DatasetCard
 from wmcache.pipeline.importers import (
     MOST_PIXELS,
     NO_LEROBOT,
@@ -46,6 +46,8 @@ from wmcache.pipeline.importers import (
     refuse_lerobot,
     write_dataset,
 )
+from wmcache.pipeline.steps import Steps
+from wmcache.pipeline.tars import Frames
 
 IMAGES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")

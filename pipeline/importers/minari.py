@@ -21,7 +21,7 @@ from tqdm import tqdm
 from wmcache.common.errors import UserError, command
 from wmcache.common.files import seconds_between_updates
 from wmcache.common.paths import AnyPath, cause_outside, unreadable
-from wmcache.pipeline.frames import DatasetCard, Frames, Steps
+from wmcache.pipeline.frames import DatasetCard
 from wmcache.pipeline.importers import (
     Shape,
     Source,
@@ -31,6 +31,8 @@ from wmcache.pipeline.importers import (
     refuse_lerobot,
     write_dataset,
 )
+from wmcache.pipeline.steps import Steps
+from wmcache.pipeline.tars import Frames
 
 if TYPE_CHECKING:
     from minari.dataset.minari_storage import MinariStorage

@@ -61,10 +61,10 @@ from wmcache.common.errors import UserError
 from wmcache.common.files import sha256_of
 from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.engine.log import truncate_metrics
-from wmcache.pipeline.extract import default_store
 from wmcache.pipeline.fit import default_weights
 from wmcache.pipeline.frames import FrameDataset, Steps, fingerprint
 from wmcache.pipeline.repair import repair
+from wmcache.pipeline.stores import default_store
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.train import train
 

@@ -11,7 +11,7 @@ from fault_workers import Child, extract_slice
 
 from wmcache.cache import TokenStore
 from wmcache.common.errors import UserError
-from wmcache.pipeline.extract import finalize
+from wmcache.pipeline.stores import finalize
 
 Content = Callable[[Path], dict[str, bytes]]
 Start = Callable[..., Child]

@@ -35,9 +35,9 @@ from wmcache.cache.records import record_file
 from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
-from wmcache.pipeline.extract import store_card
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.repair import repair
+from wmcache.pipeline.stores import store_card
 
 Content = Callable[[Path], dict[str, bytes]]
 

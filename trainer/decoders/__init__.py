@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from wmcache.common.errors import UserError
+from wmcache.common.options import parse_options
 from wmcache.common.registry import Registry
 from wmcache.trainer.decoders.base import Decoder, DecoderShape
 
@@ -29,11 +29,7 @@ def build_decoder(
         UserError: unknown name or option.
     """
     kind = DECODERS.get(name)
-    try:
-        chosen = kind.Options(**options)
-    except TypeError as error:
-        raise UserError(f"decoder {name} has no such option ({error})") from error
-    return kind(shape, chosen, statistics)
+    return kind(shape, parse_options(kind.Options, dict(options), f"decoder {name}"), statistics)
 
 
 __all__ = ["DECODERS", "Decoder", "DecoderShape", "build_decoder"]

@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor, nn
 
+from wmcache.common.options import option
 from wmcache.trainer.decoders import DECODERS
 from wmcache.trainer.decoders.base import Decoder, DecoderShape
 
@@ -18,11 +19,12 @@ from wmcache.trainer.decoders.base import Decoder, DecoderShape
 class TransposedConvOptions:
     """Sizes of the decoder from few tokens; the default is the reference's.
 
-    Attributes:
-        depth: the first map has 32 times as many channels, the five layers 8, 4, 2, 1 times as many and 3.
+    The first map has 32 * depth channels, the five layers 8, 4, 2 and 1 times depth, and 3.
     """
 
-    depth: Annotated[int, Field(gt=0, le=1024)] = 64
+    depth: Annotated[int, Field(gt=0, le=1024)] = option(
+        64, "Channels of the first map, divided by 32.", group="Decoder"
+    )
 
 
 @DECODERS.register("transposed-conv")

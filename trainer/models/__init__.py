@@ -5,15 +5,12 @@ To add one, write a `WorldModel` with its options dataclass and register it: `@M
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from wmcache.common.errors import UserError
+from wmcache.common.options import parse_options
 from wmcache.common.registry import Registry
 from wmcache.trainer.models.base import DataShape, Localizes, WorldModel
 
@@ -26,15 +23,7 @@ def read_options(name: str, options: Mapping[str, Any]) -> Any:
     Raises:
         UserError: unknown model or option, or values that do not fit.
     """
-    kind = MODELS.get(name).Options
-    known = [field.name for field in fields(kind)]
-    if unknown := [option for option in options if option not in known]:
-        raise UserError(f"world model {name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
-    try:
-        return TypeAdapter(kind).validate_json(json.dumps(dict(options), default=str), strict=True)
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        raise UserError(f"world model {name}, option {wrong['loc'][0]}: {wrong['msg']}") from error
+    return parse_options(MODELS.get(name).Options, dict(options), f"world model {name}")
 
 
 def build(name: str, shape: DataShape, options: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> WorldModel:
