@@ -13,8 +13,8 @@ import numpy as np
 
 from wmcache.cluster.tasks import WorkerTask, run_tasks
 from wmcache.common.errors import UserError
-from wmcache.common.files import require_space
 from wmcache.common.paths import AnyPath, absolute, as_path
+from wmcache.common.space import require_space
 from wmcache.envs import FPS, POLICIES, Maze, PointMazeSimulator, Policy, find_maze, sample_state
 from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, shard_range, write_shard
 from wmcache.pipeline.steps import Steps, read_steps

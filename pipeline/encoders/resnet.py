@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
-from wmcache.common.files import read_json
+from wmcache.common.jsonfiles import read_json
 from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.registry import register
 from wmcache.pipeline.encoders.vit import CONFIG, RESAVE, timm_settings

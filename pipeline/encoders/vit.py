@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
-from wmcache.common.files import read_json
+from wmcache.common.jsonfiles import read_json
 from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, SELECTIONS, Backbone, EncoderSpec
 from wmcache.pipeline.encoders.weights import read_tensors, tensor_names, weights_file
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from wmcache.common.errors import UserError
-from wmcache.common.files import read_json
+from wmcache.common.jsonfiles import read_json
 from wmcache.pipeline.encoders.base import LAST, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.registry import register
 from wmcache.pipeline.encoders.vit import (

@@ -24,9 +24,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from wmcache.common.errors import UserError
-from wmcache.common.files import exclusive, home, human_bytes, read_json, sha256_of, write_json
+from wmcache.common.files import sha256_of
+from wmcache.common.folders import home
+from wmcache.common.jsonfiles import read_json, write_json
+from wmcache.common.locks import exclusive
 from wmcache.common.paths import cause_outside, unreadable
 from wmcache.common.schema import Count, parse
+from wmcache.common.space import human_bytes
 from wmcache.common.tensors import Tensors, load_tensors, open_tensors
 from wmcache.pipeline.encoders.base import EncoderSpec
 

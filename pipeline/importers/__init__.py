@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from wmcache.cache.layout import MAX_COLUMN_WIDTH
+from wmcache.cache.arrays import MAX_COLUMN_WIDTH
 from wmcache.cluster.tasks import run_tasks
 from wmcache.common.errors import UserError
-from wmcache.common.files import require_space
 from wmcache.common.paths import AnyPath, exists
+from wmcache.common.space import require_space
 from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, write_shard
 from wmcache.pipeline.steps import Steps, read_steps
 from wmcache.pipeline.tars import Frames, encode_png

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from wmcache.common.device import CPU
 from wmcache.common.errors import UserError
-from wmcache.common.files import seconds_between_updates
 from wmcache.common.paths import AnyPath, cause_outside, unreadable
+from wmcache.common.progress import seconds_between_updates
 from wmcache.common.tensors import can_map
 from wmcache.envs import ENV_PREFIX, FPS, Maze, find_maze, maze_names
 from wmcache.pipeline.frames import DatasetCard

@@ -19,8 +19,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from wmcache.common.errors import UserError, command
-from wmcache.common.files import seconds_between_updates
 from wmcache.common.paths import AnyPath, cause_outside, unreadable
+from wmcache.common.progress import seconds_between_updates
 from wmcache.pipeline.frames import DatasetCard
 from wmcache.pipeline.importers import (
     Shape,
