@@ -16,10 +16,11 @@ import pytest
 # Child processes import what they run from here; they inherit this path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from damage_tools import FRAMES, PER_SHARD
+from damage_tools import EVERY, FRAMES, PER_SHARD
 from fault_workers import Child, Sample, collect_few, extract_store
+from numpy.typing import NDArray
 
-from wmcache.cache import Identity, StoreCard, StoreWriter
+from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
 from wmcache.pipeline.collect import collect
 from wmcache.trainer.options import TrainOptions
 
@@ -124,3 +125,38 @@ def big_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     writer.finish()
     yield writer.path
     shutil.rmtree(writer.path)
+
+
+@pytest.fixture
+def dtype() -> str:
+    """The dtype of the store that a test damages, unless the test is parametrised."""
+    return "float16"
+
+
+@pytest.fixture
+def whole(small: Sample, dtype: str) -> Path:
+    """The undisturbed store; read only."""
+    return small.stores[dtype]
+
+
+@pytest.fixture
+def tokens(whole: Path) -> NDArray[np.float16]:
+    return TokenStore.open(whole).gather(EVERY)
+
+
+@pytest.fixture
+def path(whole: Path, tmp_path: Path) -> Path:
+    """A copy of the store, to be damaged."""
+    return Path(shutil.copytree(whole, tmp_path / "copy.zarr"))
+
+
+@pytest.fixture(scope="session")
+def orphan(small: Sample, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose frames and weights are deleted, so that nothing of it can be encoded again; read only."""
+    root = tmp_path_factory.mktemp("orphan")
+    dataset = Path(shutil.copytree(small.dataset, root / "small"))
+    weights = Path(shutil.copy(small.weights, root / "tcn.safetensors"))
+    Sample(dataset, weights, {}).extract(root / "orphan.zarr")
+    shutil.rmtree(dataset)
+    weights.unlink()
+    return root / "orphan.zarr"

@@ -18,14 +18,18 @@ import numpy as np
 import psutil
 import torch
 import zarr
+from fault_workers import content
 
 from wmcache.cache import StoreCard, TokenStore
-from wmcache.cache.layout import read_attributes, read_card
+from wmcache.cache.layout import read_attributes, read_card, shard_file
 from wmcache.cache.reader import ABSENT, ZarrReader
+from wmcache.cache.records import record_file
+from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
 from wmcache.common.files import seal, sha256_of
 from wmcache.pipeline import encoders
 from wmcache.pipeline.frames import FrameDataset, fingerprint
+from wmcache.pipeline.repair import repair
 from wmcache.trainer.checkpoint import load_model
 from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
@@ -119,6 +123,24 @@ def work_stamps(path: Path) -> dict[Path, tuple[int, int]]:
 def shard_stamps(path: Path) -> dict[Path, tuple[int, int]]:
     """Return `stamps` of a store's shards."""
     return {file: stamp for file, stamp in stamps(path / "tokens").items() if file.name.startswith("c.")}
+
+
+def other_stamps(path: Path, shard: int | None = None) -> dict[Path, tuple[int, int]]:
+    """Return `work_stamps` of all shards but one."""
+    mine = () if shard is None else (shard_file(path, shard), record_file(path, shard))
+    return {file: stamp for file, stamp in work_stamps(path).items() if file not in mine}
+
+
+def check_repaired(path: Path, undisturbed: Path, shard: int) -> None:
+    """Verification finds one damaged shard, and repair makes that shard again and no other."""
+    found = verify(path)
+    assert [(fault.shard, fault.file) for fault in found.faults] == [(shard, str(shard_file(path, shard)))]
+    assert (found.sound, found.shards_done) == (False, SHARDS - 1)
+    others = other_stamps(path, shard)
+    repair(path, device="cpu")
+    assert other_stamps(path, shard) == others
+    assert content(path) == content(undisturbed)
+    assert verify(path).sound
 
 
 def zarr_reader(path: Path) -> ZarrReader:
