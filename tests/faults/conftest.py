@@ -16,7 +16,7 @@ import pytest
 # Child processes import what they run from here; they inherit this path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from damage_tools import EVERY, FRAMES, PER_SHARD
+from damage_tools import AT_ONCE, EVERY, FRAMES, PER_SHARD, ROOM, Warden, is_refusal, open_and_gather, read_shard
 from fault_workers import Child, Sample, collect_few, extract_store
 from numpy.typing import NDArray
 
@@ -160,3 +160,51 @@ def orphan(small: Sample, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.rmtree(dataset)
     weights.unlink()
     return root / "orphan.zarr"
+
+
+# Hostile files are read by a child process with limited memory and time.
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Iterator[Path]:
+    """A folder that hostile code would make; the test fails if it exists at the end."""
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists()
+
+
+@pytest.fixture(scope="module")
+def warden(processes: ForkServerContext, small: Sample) -> Iterator[Warden]:
+    warden = Warden(processes)
+    # Libraries reserve memory for themselves at the first call.
+    for function, arguments in ((read_shard, (small.dataset, 1)), (open_and_gather, (small.store,))):
+        assert warden.ask(10 * ROOM, AT_ONCE, function, *arguments) == ("returned", "")
+    yield warden
+    warden.close()
+
+
+@pytest.fixture
+def outcome(warden: Warden, tmp_path: Path) -> Callable[..., tuple[str, str]]:
+    """(function, *arguments) -> outcome and error of the call, which takes bounded memory and time and makes no file."""
+
+    def call(function: Callable[..., Any], *arguments: Any, room: int = ROOM) -> tuple[str, str]:
+        before = sorted(tmp_path.rglob("*"))
+        kind, line = warden.ask(room, AT_ONCE, function, *arguments)
+        assert kind in ("returned", "refused"), f"{kind}: {line}"
+        assert sorted(tmp_path.rglob("*")) == before
+        assert kind == "returned" or is_refusal(line), line
+        return kind, line
+
+    return call
+
+
+@pytest.fixture
+def refused(outcome: Callable[..., tuple[str, str]]) -> Callable[..., str]:
+    """(function, *arguments) -> the one line of the call's error."""
+
+    def call(function: Callable[..., Any], *arguments: Any, room: int = ROOM) -> str:
+        kind, line = outcome(function, *arguments, room=room)
+        assert kind == "refused"
+        return line
+
+    return call

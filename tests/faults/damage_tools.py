@@ -36,6 +36,10 @@ from wmcache.trainer.options import TrainOptions
 
 FRAMES, PER_SHARD, SHARDS = 22, 4, 6
 EVERY = np.arange(FRAMES)
+ROOM = 1_000_000_000
+"""Bytes of memory that reading a hostile file of a few kilobytes may take, with plenty to spare."""
+AT_ONCE = 10.0
+"""Seconds in which a busy machine still answers."""
 
 
 def replace(file: Path, data: bytes) -> None:
