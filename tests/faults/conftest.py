@@ -16,11 +16,10 @@ import pytest
 # Child processes import what they run from here; they inherit this path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from damage_tools import AT_ONCE, EVERY, FRAMES, PER_SHARD, ROOM, Warden, is_refusal, open_and_gather, read_shard
+from damage_tools import AT_ONCE, FRAMES, PER_SHARD, ROOM, Copy, Warden, is_refusal, open_and_gather, read_shard
 from fault_workers import Child, Sample, collect_few, extract_store
-from numpy.typing import NDArray
 
-from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
+from wmcache.cache import Identity, StoreCard, StoreWriter
 from wmcache.pipeline.collect import collect
 from wmcache.trainer.options import TrainOptions
 
@@ -134,25 +133,15 @@ def dtype() -> str:
 
 
 @pytest.fixture
-def whole(small: Sample, dtype: str) -> Path:
-    """The undisturbed store; read only."""
-    return small.stores[dtype]
-
-
-@pytest.fixture
-def tokens(whole: Path) -> NDArray[np.float16]:
-    return TokenStore.open(whole).gather(EVERY)
-
-
-@pytest.fixture
-def path(whole: Path, tmp_path: Path) -> Path:
-    """A copy of the store, to be damaged."""
-    return Path(shutil.copytree(whole, tmp_path / "copy.zarr"))
+def copy(small: Sample, dtype: str, tmp_path: Path) -> Copy:
+    """A copy of the small store, to be damaged."""
+    path = Path(shutil.copytree(small.stores[dtype], tmp_path / "in" / "copy.zarr"))
+    return Copy(small, small.stores[dtype], path, dtype)
 
 
 @pytest.fixture(scope="session")
-def orphan(small: Sample, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store whose frames and weights are deleted, so that nothing of it can be encoded again; read only."""
+def orphaned(small: Sample, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose frames and weights are deleted; read only."""
     root = tmp_path_factory.mktemp("orphan")
     dataset = Path(shutil.copytree(small.dataset, root / "small"))
     weights = Path(shutil.copy(small.weights, root / "tcn.safetensors"))
@@ -160,6 +149,12 @@ def orphan(small: Sample, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.rmtree(dataset)
     weights.unlink()
     return root / "orphan.zarr"
+
+
+@pytest.fixture
+def orphan(small: Sample, orphaned: Path, tmp_path: Path) -> Copy:
+    """A copy of a store of which nothing can be encoded again."""
+    return Copy(small, orphaned, Path(shutil.copytree(orphaned, tmp_path / "orphan.zarr")))
 
 
 # Hostile files are read by a child process with limited memory and time.

@@ -8,6 +8,7 @@ import resource
 import struct
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -18,7 +19,8 @@ import numpy as np
 import psutil
 import torch
 import zarr
-from fault_workers import content
+from fault_workers import Sample, content
+from numpy.typing import NDArray
 
 from wmcache.cache import StoreCard, TokenStore
 from wmcache.cache.layout import read_attributes, read_card, shard_file
@@ -40,6 +42,8 @@ ROOM = 1_000_000_000
 """Bytes of memory that reading a hostile file of a few kilobytes may take, with plenty to spare."""
 AT_ONCE = 10.0
 """Seconds in which a busy machine still answers."""
+DESTROYS = ("repair", "again with", "wmcache extract", "collect", "fit it again", "delete", "--overwrite", "damaged")
+"""Words that no hint about a healthy file may contain."""
 
 
 def replace(file: Path, data: bytes) -> None:
@@ -113,38 +117,70 @@ def lose_chunk(file: Path, card: StoreCard, row: int) -> None:
     rewrite_index(file, card, {row: (int(ABSENT), int(ABSENT))})
 
 
-def stamps(*folders: Path) -> dict[Path, tuple[int, int]]:
+def stamps(folder: Path) -> dict[Path, tuple[int, int]]:
     """Return inode and time of every file: they change when a file is written again."""
-    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    files = [file for file in folder.rglob("*") if file.is_file()]
     return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
 
 
-def work_stamps(path: Path) -> dict[Path, tuple[int, int]]:
-    """Return `stamps` of a store's shards and records."""
-    return shard_stamps(path) | stamps(path / "tokens" / "commits")
+@dataclass(frozen=True)
+class Copy:
+    """A copy of an undisturbed store, to be damaged.
 
+    Attributes:
+        sample: frames and weights; without them nothing can be encoded again.
+        whole: the undisturbed store.
+        path: the copy.
+    """
 
-def shard_stamps(path: Path) -> dict[Path, tuple[int, int]]:
-    """Return `stamps` of a store's shards."""
-    return {file: stamp for file, stamp in stamps(path / "tokens").items() if file.name.startswith("c.")}
+    sample: Sample
+    whole: Path
+    path: Path
+    dtype: str = "float16"
 
+    @property
+    def tokens(self) -> NDArray[np.float16]:
+        """The undisturbed tokens of every frame."""
+        return TokenStore.open(self.whole).gather(EVERY)
 
-def other_stamps(path: Path, shard: int | None = None) -> dict[Path, tuple[int, int]]:
-    """Return `work_stamps` of all shards but one."""
-    mine = () if shard is None else (shard_file(path, shard), record_file(path, shard))
-    return {file: stamp for file, stamp in work_stamps(path).items() if file not in mine}
+    @property
+    def restored(self) -> bool:
+        """Whether the copy has the bytes of the undisturbed store again."""
+        return content(self.path) == content(self.whole) and verify(self.path).sound
 
+    def shard(self, number: int) -> Path:
+        """Return the path of a shard's file."""
+        return Path(str(shard_file(self.path, number)))
 
-def check_repaired(path: Path, undisturbed: Path, shard: int) -> None:
-    """Verification finds one damaged shard, and repair makes that shard again and no other."""
-    found = verify(path)
-    assert [(fault.shard, fault.file) for fault in found.faults] == [(shard, str(shard_file(path, shard)))]
-    assert (found.sound, found.shards_done) == (False, SHARDS - 1)
-    others = other_stamps(path, shard)
-    repair(path, device="cpu")
-    assert other_stamps(path, shard) == others
-    assert content(path) == content(undisturbed)
-    assert verify(path).sound
+    def record(self, number: int) -> Path:
+        """Return the path of a shard's record."""
+        return Path(str(record_file(self.path, number)))
+
+    def extract(self) -> None:
+        """Run the extraction that made the store."""
+        self.sample.extract(self.path, self.dtype)
+
+    def repair(self) -> None:
+        """Run `wmcache repair`."""
+        repair(self.path, device="cpu")
+
+    def stamps(self, *, records: bool = True, without: int = -1) -> dict[Path, tuple[int, int]]:
+        """Return `stamps` of shards and records, without those of one shard."""
+        skipped = (self.shard(without), self.record(without)) if without >= 0 else ()
+        return {
+            file: stamp
+            for file, stamp in stamps(self.path / "tokens").items()
+            if file not in skipped and (file.name.startswith("c.") or (records and file.parent.name == "commits"))
+        }
+
+    def check_repair(self, shard: int) -> None:
+        """Verification finds one damaged shard, and repair makes that shard again and no other."""
+        found, others = verify(self.path), self.stamps(without=shard)
+        assert [(fault.shard, fault.file) for fault in found.faults] == [(shard, str(self.shard(shard)))]
+        assert (found.sound, found.shards_done) == (False, SHARDS - 1)
+        self.repair()
+        assert self.stamps(without=shard) == others
+        assert self.restored
 
 
 def zarr_reader(path: Path) -> ZarrReader:
@@ -170,9 +206,7 @@ def vouch_for(checkpoint: Path) -> None:
 def is_refusal(error: UserError | str, *words: object) -> bool:
     """Return whether an error is one printable line that contains these paths, flags or names."""
     line = str(error)
-    return (
-        line.isprintable() and "Traceback" not in line and len(line) < 1200 and all(str(word) in line for word in words)
-    )
+    return line.isprintable() and len(line) < 1200 and all(str(word) in line for word in words)
 
 
 # Run by child processes.
@@ -272,10 +306,10 @@ def load_model_on_cpu(run: Path) -> None:
     load_model(run, torch.device("cpu"))
 
 
-def gather_around_a_cut(path: Path, shard: int, size: int) -> None:
+def gather_around_a_cut(path: Path, shard: Path, size: int) -> None:
     """Read everything, cut a mapped file, and read everything again."""
     store = TokenStore.open(path)
     everything = np.arange(len(store))
     store.gather(everything)
-    os.truncate(path / "tokens" / f"c.{shard}.0.0", size)
+    os.truncate(shard, size)
     store.gather(everything)

@@ -11,37 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from damage_tools import (
-    EVERY,
-    FRAMES,
-    SHARDS,
-    edit_json,
-    flip,
-    forge_record,
-    is_refusal,
-    other_stamps,
-    replace,
-    shard_stamps,
-    work_stamps,
-)
-from fault_workers import Sample, content
-from numpy.typing import NDArray
+from damage_tools import EVERY, FRAMES, SHARDS, Copy, edit_json, flip, forge_record, is_refusal, replace
+from fault_workers import content
 
 from wmcache.cache import TokenStore
 from wmcache.cache.catalogue import remove
-from wmcache.cache.layout import STEP_COLUMNS, read_attributes, shard_file, write_attributes
-from wmcache.cache.records import record_file
+from wmcache.cache.layout import STEP_COLUMNS, read_attributes, write_attributes
 from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
-from wmcache.pipeline.repair import repair
 
 Damage = Callable[[Path], object]
-Tokens = NDArray[np.float16]
 
-DTYPES = ("float16", "int8")
-
-
-# The record of a shard.
+BOTH = pytest.mark.parametrize("dtype", ["float16", "int8"])
 
 RECORDS: dict[str, Damage] = {
     "missing": lambda file: file.unlink(),
@@ -57,37 +38,34 @@ RECORDS: dict[str, Damage] = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@BOTH
 @pytest.mark.parametrize("damage", RECORDS)
-def test_a_lost_record_is_written_again(small: Sample, orphan: Path, tmp_path: Path, damage: str, dtype: str) -> None:
+def test_a_lost_record_is_written_again(copy: Copy, orphan: Copy, damage: str, dtype: str) -> None:
     # From the tokens alone in float16; in int8 the shard is made again.
-    whole = orphan if dtype == "float16" else small.stores[dtype]
-    path = Path(shutil.copytree(whole, tmp_path / "lost.zarr"))
-    RECORDS[damage](record_file(path, 2))
-    np.testing.assert_array_equal(TokenStore.open(path).gather(EVERY), TokenStore.open(whole).gather(EVERY))
-    [fault] = verify(path).faults
-    assert (fault.shard, fault.file) == (2, str(record_file(path, 2)))
-    assert is_refusal(fault.reason, record_file(path, 2))
-    others, shards = other_stamps(path, 2), shard_stamps(path)
-    repair(path, device="cpu")
-    assert other_stamps(path, 2) == others
-    assert dtype == "int8" or shard_stamps(path) == shards
-    assert content(path) == content(whole)
-    assert verify(path).sound
+    lost = orphan if dtype == "float16" else copy
+    RECORDS[damage](lost.record(2))
+    np.testing.assert_array_equal(TokenStore.open(lost.path).gather(EVERY), lost.tokens)
+    [fault] = verify(lost.path).faults
+    assert (fault.shard, fault.file) == (2, str(lost.record(2)))
+    assert is_refusal(fault.reason, lost.record(2))
+    others, shards = lost.stamps(without=2), lost.stamps(records=False)
+    lost.repair()
+    assert lost.stamps(without=2) == others
+    assert dtype == "int8" or lost.stamps(records=False) == shards
+    assert lost.restored
 
 
 @pytest.mark.parametrize("folder_too", [False, True], ids=["files", "folder"])
-def test_all_lost_records_are_written_again_without_encoding(orphan: Path, tmp_path: Path, folder_too: bool) -> None:
-    path = Path(shutil.copytree(orphan, tmp_path / "lost.zarr"))
+def test_all_lost_records_are_written_again_without_encoding(orphan: Copy, folder_too: bool) -> None:
     for shard in range(SHARDS):
-        record_file(path, shard).unlink()
+        orphan.record(shard).unlink()
     if folder_too:  # tools that copy files by name make no empty folders
-        (path / "tokens" / "commits").rmdir()
-    shards = shard_stamps(path)
-    assert [fault.shard for fault in verify(path).faults] == [*range(SHARDS)]
-    repair(path, device="cpu")
-    assert shard_stamps(path) == shards
-    assert content(path) == content(orphan)
+        (orphan.path / "tokens" / "commits").rmdir()
+    shards = orphan.stamps(records=False)
+    assert [fault.shard for fault in verify(orphan.path).faults] == [*range(SHARDS)]
+    orphan.repair()
+    assert orphan.stamps(records=False) == shards
+    assert orphan.restored
 
 
 # The description of a store.
@@ -120,77 +98,71 @@ DESCRIPTIONS: dict[str, Damage] = {
 }
 
 
-def check_description(small: Sample, whole: Path, path: Path, dtype: str, named: Path) -> None:
+def check_description(copy: Copy, named: Path) -> None:
     """A damaged description is refused with the command that fixes it, and that command encodes nothing."""
     with pytest.raises(UserError) as refusal:
-        TokenStore.open(path)
+        TokenStore.open(copy.path)
     assert is_refusal(refusal.value, named, "wmcache extract")
-    found = verify(path)
+    found, before = verify(copy.path), copy.stamps()
     assert [fault.shard for fault in found.faults] == [None]
     assert not found.sound
-    before = work_stamps(path)
-    small.extract(path, dtype)
-    assert work_stamps(path) == before
-    assert content(path) == content(whole)
-    assert verify(path).sound
+    copy.extract()
+    assert copy.stamps() == before
+    assert copy.restored
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@BOTH
 @pytest.mark.parametrize("damage", DESCRIPTIONS)
-def test_a_damaged_zarr_json_is_refused_and_written_again_by_the_same_extraction(
-    small: Sample, whole: Path, path: Path, dtype: str, damage: str
-) -> None:
-    DESCRIPTIONS[damage](path / "zarr.json")
+def test_a_damaged_zarr_json_is_refused_and_written_again_by_the_same_extraction(copy: Copy, damage: str) -> None:
+    DESCRIPTIONS[damage](copy.path / "zarr.json")
     with pytest.raises(UserError, match="wmcache extract"):
-        repair(path, device="cpu")
-    check_description(small, whole, path, dtype, path / "zarr.json")
+        copy.repair()
+    check_description(copy, copy.path / "zarr.json")
 
 
-def make_incomplete(path: Path, lost: int) -> None:
+def make_incomplete(copy: Copy, lost: int) -> None:
     """Leave a store as a kill does before it is complete, without one shard."""
-    attributes = read_attributes(path)
+    attributes = read_attributes(copy.path)
     kept = {name: value for name, value in attributes.items() if name not in ("mean", "std")}
     columns = {name: kept["columns"][name] for name in STEP_COLUMNS}
-    write_attributes(path, {**kept, "columns": columns, "complete": False})
-    record_file(path, lost).unlink()
-    shard_file(path, lost).unlink()
+    write_attributes(copy.path, {**kept, "columns": columns, "complete": False})
+    copy.record(lost).unlink()
+    copy.shard(lost).unlink()
 
 
-def test_a_store_that_was_declared_complete_by_hand_is_refused_and_finished(
-    small: Sample, whole: Path, path: Path
-) -> None:
-    make_incomplete(path, 3)
-    file = path / "zarr.json"
+def test_a_store_that_was_declared_complete_by_hand_is_refused_and_finished(copy: Copy) -> None:
+    make_incomplete(copy, 3)
+    file = copy.path / "zarr.json"
     replace(file, file.read_bytes().replace(b'"complete": false', b'"complete": true'))
     with pytest.raises(UserError) as refusal:
-        TokenStore.open(path)
+        TokenStore.open(copy.path)
     assert is_refusal(refusal.value, file, "wmcache extract")
-    others = other_stamps(path, 3)
-    small.extract(path)
-    assert other_stamps(path, 3) == others
-    assert content(path) == content(whole)
+    others = copy.stamps(without=3)
+    copy.extract()
+    assert copy.stamps(without=3) == others
+    assert copy.restored
 
 
 @pytest.mark.parametrize("dtype", ["int8"])
-def test_an_unfinished_int8_store_gives_no_quantised_values_for_tokens(path: Path) -> None:
-    make_incomplete(path, 3)
+def test_an_unfinished_int8_store_gives_no_quantised_values_for_tokens(copy: Copy) -> None:
+    make_incomplete(copy, 3)
     with pytest.raises(UserError):
-        TokenStore.open(path, allow_incomplete=True).gather(np.array([0]))
+        TokenStore.open(copy.path, allow_incomplete=True).gather(np.array([0]))
 
 
-def test_a_damaged_description_without_any_record_is_left_alone(small: Sample, whole: Path, path: Path) -> None:
+def test_a_damaged_description_without_any_record_is_left_alone(copy: Copy) -> None:
     # Nothing identifies these tokens any more.
-    (path / "zarr.json").write_text("{")
+    (copy.path / "zarr.json").write_text("{")
     for shard in range(SHARDS):
-        record_file(path, shard).unlink()
-    before = content(path)
+        copy.record(shard).unlink()
+    before = content(copy.path)
     with pytest.raises(UserError) as refusal:
-        small.extract(path)
-    assert is_refusal(refusal.value, path, "--out")
-    assert content(path) == before
-    remove(path)
-    small.extract(path)
-    assert content(path) == content(whole)
+        copy.extract()
+    assert is_refusal(refusal.value, copy.path, "--out")
+    assert content(copy.path) == before
+    remove(copy.path)
+    copy.extract()
+    assert copy.restored
 
 
 # The descriptions of the arrays.
@@ -223,17 +195,15 @@ ARRAYS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "garbled", *ARRAYS])
-def test_a_damaged_description_of_the_tokens_is_refused_and_written_again(
-    small: Sample, whole: Path, path: Path, tokens: Tokens, dtype: str, damage: str
-) -> None:
-    file = path / "tokens" / "zarr.json"
+def test_a_damaged_description_of_the_tokens_is_refused_and_written_again(copy: Copy, damage: str) -> None:
+    file = copy.path / "tokens" / "zarr.json"
     if damage in ARRAYS:
         edit_json(file, ARRAYS[damage])
         with contextlib.suppress(UserError):  # by URL too, other numbers are never returned
-            np.testing.assert_array_equal(TokenStore.open(f"file://{path}").gather(EVERY), tokens)
+            np.testing.assert_array_equal(TokenStore.open(f"file://{copy.path}").gather(EVERY), copy.tokens)
     else:
         DESCRIPTIONS[damage](file)
-    check_description(small, whole, path, dtype, file)
+    check_description(copy, file)
 
 
 def chunk_of(column: Path) -> Path:
@@ -264,21 +234,20 @@ COLUMNS: dict[str, Damage] = {
 @pytest.mark.parametrize("damage", COLUMNS)
 @pytest.mark.parametrize(("column", "dtype"), [*((column, "float16") for column in STEP_COLUMNS), ("scale", "int8")])
 def test_a_damaged_column_is_refused_and_written_again_by_the_same_extraction(
-    small: Sample, whole: Path, path: Path, dtype: str, column: str, damage: str
+    copy: Copy, column: str, damage: str
 ) -> None:
-    COLUMNS[damage](path / column)
-    check_description(small, whole, path, dtype, path / column)
+    COLUMNS[damage](copy.path / column)
+    check_description(copy, copy.path / column)
 
 
 @pytest.mark.parametrize("dtype", ["int8"])
 @pytest.mark.parametrize("damage", ["missing", "byte flipped", "zarr.json garbled"])
-def test_a_damaged_scale_is_written_again_by_a_repair(whole: Path, path: Path, tokens: Tokens, damage: str) -> None:
-    COLUMNS[damage](path / "scale")
-    before = work_stamps(path)
-    repair(path, device="cpu")
-    assert work_stamps(path) == before
-    assert content(path) == content(whole)
-    np.testing.assert_array_equal(TokenStore.open(path).gather(EVERY), tokens)
+def test_a_damaged_scale_is_written_again_by_a_repair(copy: Copy, damage: str) -> None:
+    COLUMNS[damage](copy.path / "scale")
+    before = copy.stamps()
+    copy.repair()
+    assert copy.stamps() == before
+    assert copy.restored
 
 
 FILES = [
@@ -290,29 +259,26 @@ FILES = [
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_a_flipped_bit_anywhere_in_the_descriptions_gives_the_right_numbers_or_one_line(
-    small: Sample, whole: Path, path: Path, tokens: Tokens, seed: int
-) -> None:
-    rng = np.random.default_rng(seed)
-    file = path / FILES[seed % len(FILES)]
+def test_a_flipped_bit_anywhere_in_the_descriptions_gives_the_right_numbers_or_one_line(copy: Copy, seed: int) -> None:
+    rng, file = np.random.default_rng(seed), copy.path / FILES[seed % len(FILES)]
     # The seal of the group's zarr.json covers all but its last 100 bytes, so half of the flips are there.
     size = file.stat().st_size
-    first = size - 100 if seed % 2 and file.parent == path else 0
+    first = size - 100 if seed % 2 and file.parent == copy.path else 0
     flip(file, int(rng.integers(first, size)), 1 << int(rng.integers(8)))
-    found, refusal = verify(path), None
+    found, refusal = verify(copy.path), None
     try:
-        store = TokenStore.open(path)
-        np.testing.assert_array_equal(store.gather(EVERY), tokens)
-        np.testing.assert_array_equal(store.state, TokenStore.open(whole).state)
+        store = TokenStore.open(copy.path)
+        np.testing.assert_array_equal(store.gather(EVERY), copy.tokens)
+        np.testing.assert_array_equal(store.state, TokenStore.open(copy.whole).state)
     except UserError as error:
         refusal = error
     if refusal:
         assert is_refusal(refusal, "wmcache extract")
         assert not found.sound
-        small.extract(path)
+        copy.extract()
     elif not found.sound:
         assert [fault.shard for fault in found.faults] == [2]
-        repair(path, device="cpu")
+        copy.repair()
     else:
         return
-    assert content(path) == content(whole)
+    assert copy.restored
