@@ -30,7 +30,6 @@ from wmcache.cache import Identity, StoreWriter, TokenStore
 from wmcache.cache.layout import read_attributes
 from wmcache.cache.windows import Windows, batch_windows
 from wmcache.common.errors import UserError
-from wmcache.common.files import exclusive
 from wmcache.pipeline import encoders
 from wmcache.pipeline import extract as extraction
 from wmcache.pipeline.collect import collect
@@ -200,17 +199,6 @@ def repair_beside(path: Path, together: Barrier, later: float) -> None:
     together.wait(PATIENCE)
     time.sleep(later)
     repair_store(path)
-
-
-def count_up(number: Path, lock: Path, rounds: int, together: Barrier) -> None:
-    """Add 1 to the number in a file; some additions are lost if two processes do it at once."""
-    together.wait(PATIENCE)
-    for _ in range(rounds):
-        with exclusive(lock):
-            value = int(number.read_text())
-            number.write_text("being written")
-            time.sleep(0.001)
-            number.write_text(str(value + 1))
 
 
 def repair_store(path: Path) -> None:

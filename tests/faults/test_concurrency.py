@@ -18,7 +18,6 @@ from fault_workers import (
     Child,
     Sample,
     content,
-    count_up,
     extract_beside,
     extract_slice,
     finish_beside,
@@ -165,15 +164,6 @@ def test_a_second_wmtrain_on_a_run_is_refused_until_the_first_is_dead(
     for out in (run, straight):
         start(train_run, out, store_path, options).returned()
     assert content(last_checkpoint(run)) == content(last_checkpoint(straight))
-
-
-def test_a_lock_is_held_by_one_at_a_time(start: Start, processes: ForkServerContext, tmp_path: Path) -> None:
-    number, lock, together = tmp_path / "number", tmp_path / "number.lock", processes.Barrier(3)
-    number.write_text("0")
-    for child in [start(count_up, number, lock, 30, together) for _ in range(3)]:
-        child.returned()
-    assert number.read_text() == "90"
-    assert not lock.exists()
 
 
 def test_forked_workers_of_a_data_loader_read_the_same(start: Start, store_path: Path) -> None:

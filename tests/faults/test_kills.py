@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from damage_tools import flip
+from damage_tools import flip, stamps
 from fault_workers import (
     Child,
     Sample,
@@ -37,8 +37,7 @@ from wmcache.cache import TokenStore
 from wmcache.cache.layout import read_attributes, write_attributes
 from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
-from wmcache.pipeline.encoders import Encoder
-from wmcache.pipeline.extract import extract, finalize
+from wmcache.pipeline.extract import finalize
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.repair import repair
 from wmcache.trainer.checkpoint import checkpoints, last_checkpoint, load_training_state
@@ -83,11 +82,11 @@ def die_everywhere(start: Start, tmp_path: Path) -> DieEverywhere:
     return sweep
 
 
-def finished_shards(store: Path) -> dict[str, tuple[int, int]]:
+def finished_shards(store: Path) -> dict[Path, tuple[int, int]]:
     """Return inode and time of each record and of its shard."""
-    records = sorted((store / "tokens" / "commits").glob("[0-9]*.json"))
-    files = [*records, *(store / "tokens" / f"c.{int(record.stem)}.0.0" for record in records)]
-    return {str(file): (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
+    done = {int(file.stem) for file in (store / "tokens" / "commits").glob("[0-9]*.json")}
+    names = {f"{shard:06d}.json" for shard in done} | {f"c.{shard}.0.0" for shard in done}
+    return {file: stamp for file, stamp in stamps(store / "tokens").items() if file.name in names}
 
 
 def seconds_of(child: Child) -> float:
@@ -107,14 +106,14 @@ def check_readable_or_refused(path: Path, undisturbed: Path) -> None:
 
 @SOME_OR_MORE
 def test_an_extraction_killed_at_any_change_of_a_file_does_only_what_is_missing(
-    die_everywhere: DieEverywhere, few: Sample, encoder: Encoder, every: int
+    die_everywhere: DieEverywhere, few: Sample, every: int
 ) -> None:
     counts = set()
     for moment, path in die_everywhere(extract_store, few.dataset, few.weights, every=every):
         before = finished_shards(path)
         counts.add(len(before))
         check_readable_or_refused(path, few.store)
-        extract(few.frames, encoder, path)
+        few.extract(path)
         assert content(path) == content(few.store), f"change {moment}"
         assert {**finished_shards(path), **before} == finished_shards(path), f"change {moment}"
         assert verify(path).sound, f"change {moment}"
@@ -124,7 +123,7 @@ def test_an_extraction_killed_at_any_change_of_a_file_does_only_what_is_missing(
 
 @pytest.mark.parametrize("every", [6, pytest.param(2, marks=pytest.mark.sweep)])
 def test_an_int8_store_killed_while_it_is_finished_is_finished_again(
-    die_everywhere: DieEverywhere, few: Sample, encoder: Encoder, every: int
+    die_everywhere: DieEverywhere, few: Sample, every: int
 ) -> None:
     def unfinish(path: Path) -> None:
         shutil.copytree(few.stores["int8"], path)
@@ -134,7 +133,7 @@ def test_an_int8_store_killed_while_it_is_finished_is_finished_again(
 
     for moment, path in die_everywhere(extract_store, few.dataset, few.weights, "int8", every=every, prepare=unfinish):
         before = finished_shards(path)
-        extract(few.frames, encoder, path, dtype="int8")
+        few.extract(path, "int8")
         assert content(path) == content(few.stores["int8"]), f"change {moment}"
         assert finished_shards(path) == before
 
@@ -142,7 +141,7 @@ def test_an_int8_store_killed_while_it_is_finished_is_finished_again(
 @pytest.mark.parametrize(
     "size", [1000, 2700, *(pytest.param(size, marks=pytest.mark.sweep) for size in (300, 1500, 2000, 3500))]
 )
-def test_a_torn_file_is_never_used(start: Start, few: Sample, encoder: Encoder, tmp_path: Path, size: int) -> None:
+def test_a_torn_file_is_never_used(start: Start, few: Sample, tmp_path: Path, size: int) -> None:
     # The sizes are below those of metadata, records, shards and the finished description, so each is torn first once.
     path = tmp_path / "few.zarr"
     assert start(die_writing, size, few.extract, path).outcome() == ("died", -signal.SIGXFSZ)
@@ -150,13 +149,13 @@ def test_a_torn_file_is_never_used(start: Start, few: Sample, encoder: Encoder, 
     assert torn
     inside = {str(file.relative_to(path)) for file in torn if path in file.parents}
     assert inside.isdisjoint(content(few.store))
-    extract(few.frames, encoder, path)
+    few.extract(path)
     assert content(path) == content(few.store)
 
 
 @pytest.mark.parametrize("enough", [6, pytest.param(30, marks=pytest.mark.sweep)])
 def test_an_extraction_killed_at_random_moments_ends_like_an_undisturbed_one(
-    start: Start, few: Sample, encoder: Encoder, tmp_path: Path, enough: int
+    start: Start, few: Sample, tmp_path: Path, enough: int
 ) -> None:
     rng = random.Random(SEED)
     seconds = seconds_of(start(few.extract, tmp_path / "whole.zarr"))
@@ -172,7 +171,7 @@ def test_an_extraction_killed_at_random_moments_ends_like_an_undisturbed_one(
             if child.process.exitcode == 0:
                 break
             kills += 1
-        extract(few.frames, encoder, path)
+        few.extract(path)
         assert content(path) == content(few.store), f"seed {SEED}, kill {kills}"
         if kills >= enough:
             return
@@ -331,9 +330,7 @@ def dead(start: Start) -> int:
 HOST = platform.node()
 
 
-def test_leftovers_are_swept_by_the_next_writer_or_do_no_harm(
-    few: Sample, encoder: Encoder, dead: int, tmp_path: Path
-) -> None:
+def test_leftovers_are_swept_by_the_next_writer_or_do_no_harm(few: Sample, dead: int, tmp_path: Path) -> None:
     path = Path(shutil.copytree(few.store, tmp_path / "few.zarr"))
     (path / "tokens" / "commits" / "000001.json").unlink()
     write_attributes(path, {**read_attributes(path), "complete": False})
@@ -356,7 +353,7 @@ def test_leftovers_are_swept_by_the_next_writer_or_do_no_harm(
     assert before.faults == []
     assert set(before.leftovers) == {str(file) for file in swept + staying}
 
-    extract(few.frames, encoder, path)
+    few.extract(path)
     assert content(path) == content(few.store)
     assert [file for file in swept if file.exists()] == []
     after = verify(path)
@@ -364,7 +361,7 @@ def test_leftovers_are_swept_by_the_next_writer_or_do_no_harm(
     assert set(after.leftovers) == {str(file) for file in staying}
 
 
-def test_a_new_store_sweeps_leftovers_beside_it(few: Sample, encoder: Encoder, dead: int, tmp_path: Path) -> None:
+def test_a_new_store_sweeps_leftovers_beside_it(few: Sample, dead: int, tmp_path: Path) -> None:
     path = tmp_path / "few.zarr"
     # In a container every start counts its processes from 1, so a leftover may have this process's own id.
     swept = [tmp_path / f".few.zarr.{HOST}.{pid}.tmp" for pid in (dead, os.getpid())]
@@ -377,6 +374,6 @@ def test_a_new_store_sweeps_leftovers_beside_it(few: Sample, encoder: Encoder, d
     for folder in (*swept, *staying):
         shutil.copytree(few.stores["int8"], folder)
     (tmp_path / ".few.zarr.lock").touch()
-    extract(few.frames, encoder, path)
+    few.extract(path)
     assert content(path) == content(few.store)
     assert sorted(tmp_path.iterdir()) == sorted([path, *staying])

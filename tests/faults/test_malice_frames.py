@@ -69,7 +69,6 @@ def write_tar(copied: Path, entries: list[tuple[tarfile.TarInfo, bytes]], shard:
 
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "library": ("x.pyd", {}),
-    "pickle": ("x.pkl", {}),
     "torch": ("x.pth", {}),
     "pickle of the frame": ("000000-00004.pkl", {}),
     "outside": ("../../escape.png", {}),
@@ -77,9 +76,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "command": ("pipe:touch {root}/canary", {}),
     "symbolic link": ("000000-00004.png", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}),
     "hard link": ("000000-00004.png", {"type": tarfile.LNKTYPE, "linkname": "/etc/passwd"}),
-    "device": ("000000-00004.png", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 5}),
     "pipe": ("000000-00004.png", {"type": tarfile.FIFOTYPE}),
-    "folder": ("000000-00004.png", {"type": tarfile.DIRTYPE}),
     "line break": ("a\nb.png", {}),
     "no text": ("\udcff.png", {}),
     "no name": ("", {}),
@@ -143,19 +140,6 @@ def test_a_compressed_tar_does_not_unpack_to_more_than_its_frames(copied: Path, 
     assert memory < 2**27
 
 
-@pytest.mark.parametrize("record", ["GNU.sparse.map=a", "GNU.sparse.size=x", "size=-5", "size=x", "hdrcharset=x"])
-def test_an_invalid_header_is_refused_or_ignored(copied: Path, outcome: Outcome, record: str) -> None:
-    length = len(record) + 4
-    line = f"{length} {record}\n".encode()
-    assert len(line) == length
-    info, _ = entry("x", type=tarfile.XHDTYPE, size=len(line))
-    tar = copied / "frames-000001.tar"
-    replace(tar, info.tobuf() + line.ljust(512, b"\0") + tar.read_bytes())
-    agree(copied, 1)
-    kind, line = outcome(read_shard, copied, 1)
-    assert kind == "returned" or is_refusal(line, tar)
-
-
 # Images.
 
 
@@ -178,11 +162,8 @@ def as_file(image: Image.Image, kind: str = "PNG") -> bytes:
 ROWS = bytes(16 * (1 + 3 * 16))
 IMAGES: dict[str, Callable[[], bytes]] = {
     "60000 pixels a side": lambda: png_by_hand(60000, 60000, bytes(10)),
-    "no pixels": lambda: png_by_hand(0, 0, b""),
     "a row of 16 times 10**9": lambda: png_by_hand(16, 10**9, bytes(10)),
-    "cut": lambda: png_by_hand(16, 16, ROWS)[:-40],
     "fewer rows than it says": lambda: png_by_hand(16, 16, ROWS[:300]),
-    "no rows": lambda: png_by_hand(16, 16, b""),
     "text that unpacks to 256 megabytes": lambda: png_by_hand(
         16, 16, ROWS, extra=png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**28), 1))
     ),
@@ -282,13 +263,9 @@ def column(name: str, values: Any) -> Callable[[pa.Table], pa.Table]:
 TABLES: dict[str, Callable[[pa.Table], pa.Table]] = {
     "a row fewer": lambda table: table.slice(1),
     "no rows": lambda table: table.slice(0, 0),
-    "twice the rows": lambda table: pa.concat_tables([table, table]),
-    "no columns": lambda table: table.select([]),
-    "episodes of text": column("episode", ["x"] * FRAMES),
     "episodes of lists": column("episode", [[0]] * FRAMES),
     "no episodes": column("episode", pa.nulls(FRAMES)),
     "steps beyond 32 bits": column("step", [10**12] * FRAMES),
-    "states of numbers": column("state", [1.0] * FRAMES),
     "states of all lengths": column("state", [[1.0] * (i % 3) for i in range(FRAMES)]),
     "states of lists of text": column("state", [["x"]] * FRAMES),
     "states of objects": column("state", [{"a": 1}] * FRAMES),

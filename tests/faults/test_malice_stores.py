@@ -23,12 +23,12 @@ from damage_tools import (
     FRAMES,
     PER_SHARD,
     ROOM,
+    Copy,
     create_encoder,
     edit_json,
     flip,
     forge,
     forge_record,
-    index_bytes,
     is_refusal,
     load_model_on_cpu,
     open_and_gather,
@@ -43,8 +43,6 @@ from fault_workers import Child, Sample, command
 
 from wmcache.cache import TokenStore
 from wmcache.cache.catalogue import list_stores
-from wmcache.cache.layout import shard_file
-from wmcache.cache.records import record_file
 from wmcache.cache.verify import verify
 from wmcache.common.files import sha256_of
 from wmcache.pipeline.repair import repair
@@ -56,23 +54,6 @@ Start = Callable[..., Child]
 Edit = Callable[[dict[str, Any]], object]
 Outcome = Callable[..., tuple[str, str]]
 Refused = Callable[..., str]
-
-
-@pytest.fixture
-def store(small: Sample, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(small.store, tmp_path / "in" / "small.zarr"))
-
-
-@pytest.fixture(scope="module")
-def trained(store_path: Path, tmp_path_factory: pytest.TempPathFactory, tiny: TrainOptions) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "run"
-    train(store_path, run, tiny)
-    return run
-
-
-@pytest.fixture
-def run(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "in" / "run", symlinks=True))
 
 
 class Hostile:
@@ -96,117 +77,94 @@ def test_a_hostile_pickle_runs_when_it_is_loaded(tmp_path: Path) -> None:
 CARDS: dict[str, Edit] = {
     f"{key} {value!r}": lambda it, key=key, value=value: it["card"].update({key: value})
     for key, values in {
-        "frames": [10**15, 2**39, 0, -22, 22.0, "22", True, None],
-        "frames_per_shard": [0, -4, 10**12, 1, 4.0, None],
-        "token_dim": [-32, 0, 2**39, 2**70, "32", None],
-        "token_grid": [["2", "2"], 4, [2], [2, 2, 1], [2**39, 2**39], [-2, -2], [[2], [2]], None, {}],
-        "dtype": ["object", "float64", [], {}, None],
-        "dataset": [None, "x"],
+        "frames": [10**15, 2**39, 0, -22, 22.0, "22", None],
+        "frames_per_shard": [0, -4, 10**12, 1, None],
+        "token_dim": [-32, 2**39, 2**70, "32"],
+        "token_grid": [["2", "2"], 4, [2], [2**39, 2**39], [-2, -2], [[2], [2]], None],
+        "dtype": ["object", "float64", [], None],
         "encoder": [None, "x"],
         "_target_": ["os.system"],
     }.items()
     for value in values
 }
 ATTRIBUTES: dict[str, Edit] = {
+    **CARDS,
     "no card": lambda it: it.pop("card"),
     "card a list": lambda it: it.update(card=[]),
-    "identity a list": lambda it: it.update(identity=[]),
     "identity with another field": lambda it: it["identity"].update(_target_="os.system"),
     "identity without a field": lambda it: it["identity"].pop("layer"),
     "normalisation of numbers": lambda it: it["identity"].update(normalisation=[5, 5]),
-    "no columns": lambda it: it.pop("columns"),
     "columns a list": lambda it: it.update(columns=["state"]),
     "columns none": lambda it: it.update(columns=None),
     "a column outside": lambda it: it["columns"].update({"../../etc": "0"}),
-    "a column at the root": lambda it: it["columns"].update({"/etc/passwd": "0"}),
     "the tokens a column": lambda it: it["columns"].update(tokens="0"),
     "a column's checksum a number": lambda it: it["columns"].update(state=5),
     "no state": lambda it: it["columns"].pop("state"),
     "complete missing": lambda it: it.pop("complete"),
     "mean a text": lambda it: it.update(mean="x"),
     "mean too short": lambda it: it.update(mean=[0.0]),
-    "mean nested": lambda it: it.update(mean=[[0.0]] * 32),
     "mean of NaN": lambda it: it.update(mean=[float("nan")] * 32),
     "std of infinity": lambda it: it.update(std=[float("inf")] * 32),
     "format a list": lambda it: it.update(format_version=[1]),
     "no checksums of shards": lambda it: it["columns"].pop("sha256"),
-    "a scale of float16 tokens": lambda it: it["columns"].update(scale="0"),
     "no layout": lambda it: it.pop("layout"),
 }
 
 
-@pytest.mark.parametrize("edit", [*CARDS, *ATTRIBUTES])
-def test_absurd_attributes_with_a_matching_seal_are_refused(store: Path, refused: Refused, edit: str) -> None:
-    forge(store, {**CARDS, **ATTRIBUTES}[edit])
-    assert is_refusal(refused(open_and_gather, store), store)
+@pytest.mark.parametrize("edit", ATTRIBUTES)
+def test_absurd_attributes_with_a_matching_seal_are_refused(copy: Copy, refused: Refused, edit: str) -> None:
+    forge(copy.path, ATTRIBUTES[edit])
+    assert is_refusal(refused(open_and_gather, copy.path), copy.path)
 
 
-@pytest.mark.parametrize(
-    "edit", ["frames 1000000000000000", "frames_per_shard 1", "columns none", "dtype []", "mean a text"]
-)
+@pytest.mark.parametrize("edit", ["frames 1000000000000000", "frames_per_shard 1", "columns none", "dtype []"])
 @pytest.mark.parametrize("function", [verify, list_stores, repair])
 def test_absurd_attributes_stop_no_other_command(
-    store: Path, outcome: Outcome, function: Callable[..., Any], edit: str
+    copy: Copy, outcome: Outcome, function: Callable[..., Any], edit: str
 ) -> None:
     # `wmcache ls` of a folder with such a store still lists the others.
-    forge(store, {**CARDS, **ATTRIBUTES}[edit])
-    kind, _ = outcome(function, store.parent if function is list_stores else store)
+    forge(copy.path, ATTRIBUTES[edit])
+    kind, _ = outcome(function, copy.path.parent if function is list_stores else copy.path)
     assert kind == "returned" or function is not list_stores
-
-
-@pytest.mark.parametrize("attributes", [[], None, 5, "x", [{}], {}, {"format": "wmcache-token-store"}])
-def test_other_values_than_attributes_are_refused(store: Path, refused: Refused, attributes: Any) -> None:
-    edit_json(store / "zarr.json", lambda it: it.update(attributes=attributes))
-    assert is_refusal(refused(open_and_gather, store), store)
 
 
 @pytest.mark.parametrize("huge", [False, True], ids=["nested", "huge"])
 @pytest.mark.parametrize("where", ["zarr.json", "tokens/zarr.json", "tokens/commits/000002.json"])
-def test_a_nested_or_huge_json_file_is_refused(store: Path, refused: Refused, where: str, huge: bool) -> None:
-    replace(store / where, b'{"attributes": ' + b"[" * 10**6 + b"]" * 10**6 + b"}")
+def test_a_nested_or_huge_json_file_is_refused(copy: Copy, refused: Refused, where: str, huge: bool) -> None:
+    replace(copy.path / where, b'{"attributes": ' + b"[" * 10**6 + b"]" * 10**6 + b"}")
     if huge:
-        os.truncate(store / where, 10**10)  # sparse: takes no room on the disk
+        os.truncate(copy.path / where, 10**10)  # sparse: takes no room on the disk
     if where.startswith("tokens/commits"):
-        assert [fault.shard for fault in verify(store).faults] == [2]
+        assert [fault.shard for fault in verify(copy.path).faults] == [2]
     else:
-        assert is_refusal(refused(open_and_gather, store), store)
+        assert is_refusal(refused(open_and_gather, copy.path), copy.path)
 
 
 @pytest.mark.parametrize("frames", [10**9, 2**39])
 def test_an_absurd_number_of_frames_is_refused_though_all_descriptions_agree(
-    store: Path, refused: Refused, frames: int
+    copy: Copy, refused: Refused, frames: int
 ) -> None:
-    forge(store, lambda it: it["card"].update(frames=frames, frames_per_shard=1))
+    forge(copy.path, lambda it: it["card"].update(frames=frames, frames_per_shard=1))
 
     def lengthen(metadata: dict[str, Any], chunk: int) -> None:
         metadata["shape"][0] = frames
         metadata["chunk_grid"]["configuration"]["chunk_shape"][0] = chunk
 
-    edit_json(store / "tokens" / "zarr.json", lambda it: lengthen(it, 1))
+    edit_json(copy.path / "tokens" / "zarr.json", lambda it: lengthen(it, 1))
     for name in ("action", "state", "episode", "step"):
-        edit_json(store / name / "zarr.json", lambda it: lengthen(it, frames))
-    vouch(store)
+        edit_json(copy.path / name / "zarr.json", lambda it: lengthen(it, frames))
+    vouch(copy.path)
     for function in (open_and_gather, repair):
-        assert is_refusal(refused(function, store), store)
+        assert is_refusal(refused(function, copy.path), copy.path)
 
 
 ARRAYS: dict[str, Edit] = {
     "10**15 rows": lambda it: it["shape"].__setitem__(0, 10**15),
-    "10**12 rows, a chunk each": lambda it: (
-        it["shape"].__setitem__(0, 10**12),
-        it["chunk_grid"]["configuration"]["chunk_shape"].__setitem__(0, 1),
-    ),
-    "rows of 10**12": lambda it: (
-        it.update(shape=[FRAMES, 10**12]),
-        it["chunk_grid"]["configuration"].update(chunk_shape=[FRAMES, 10**12]),
-    ),
     "rows of rows of rows": lambda it: it.update(shape=[FRAMES] + [2**20] * 40),
     "negative rows": lambda it: it["shape"].__setitem__(0, -FRAMES),
     "codecs by the thousand": lambda it: it.update(codecs=it["codecs"] + [{"name": "crc32c"}] * 5000),
     "an import path for a codec": lambda it: it.update(codecs=[{"name": "os.system", "configuration": {"command": "x"}}]),
     "a pickle for a codec": lambda it: it["codecs"].append({"name": "numcodecs.pickle", "configuration": {}}),
-    "an unknown type": lambda it: it.update(data_type="object"),
-    "a type by its structure": lambda it: it.update(data_type={"name": "struct", "configuration": {"fields": []}}),
     "chunks of nothing": lambda it: it["chunk_grid"]["configuration"].update(chunk_shape=[0] * len(it["shape"])),
     "chunks of 10**15": lambda it: it["chunk_grid"]["configuration"].update(chunk_shape=[10**15] * len(it["shape"])),
     "chunks elsewhere": lambda it: it.update(chunk_key_encoding={"name": "default", "configuration": {"separator": "/../"}}),
@@ -215,24 +173,19 @@ ARRAYS: dict[str, Edit] = {
 
 @pytest.mark.parametrize("edit", ARRAYS)
 @pytest.mark.parametrize("name", ["tokens", "state"])
-def test_an_absurd_array_is_refused(store: Path, refused: Refused, name: str, edit: str) -> None:
-    edit_json(store / name / "zarr.json", ARRAYS[edit])
-    vouch(store)
-    assert is_refusal(refused(open_and_gather, store), store)
+def test_an_absurd_array_is_refused(copy: Copy, refused: Refused, name: str, edit: str) -> None:
+    edit_json(copy.path / name / "zarr.json", ARRAYS[edit])
+    vouch(copy.path)
+    assert is_refusal(refused(open_and_gather, copy.path), copy.path)
 
 
-def test_a_column_does_not_unpack_to_more_than_its_values(store: Path, start: Start) -> None:
+def test_a_column_does_not_unpack_to_more_than_its_values(copy: Copy, start: Start) -> None:
     # 20 kilobytes that unpack to half a gigabyte; the column has 700 bytes.
-    [chunk] = [file for file in (store / "state" / "c").rglob("*") if file.is_file()]
-    packed = io.BytesIO()
-    with pa.CompressedOutputStream(packed, "zstd") as stream:
-        for _ in range(2**9):
-            stream.write(bytes(2**20))
-        stream.flush()
-        data = packed.getvalue()
-    assert len(data) < 10**5
-    replace(chunk, data)
-    line, memory = start(peak, open_and_gather, store).returned(AT_ONCE)
+    [chunk] = [file for file in (copy.path / "state" / "c").rglob("*") if file.is_file()]
+    packed = pa.compress(bytes(2**29), "zstd").to_pybytes()
+    assert len(packed) < 10**5
+    replace(chunk, packed)
+    line, memory = start(peak, open_and_gather, copy.path).returned(AT_ONCE)
     assert is_refusal(line, "state")
     assert memory < 2**27
 
@@ -249,18 +202,14 @@ OBJECTS = {
     "a filter": version_2(filters=[PICKLE]),
     "a compressor": version_2(compressor=PICKLE),
     "objects": version_2(dtype="|O", fill_value=0, filters=[PICKLE]),
-    "objects, compressed": version_2(dtype="|O", fill_value=0, compressor=PICKLE),
     "behind another filter": version_2(dtype="|O", fill_value="", filters=[TEXT, PICKLE]),
-    "behind a filter, compressed": version_2(dtype="|O", fill_value="", filters=[TEXT], compressor=PICKLE),
 }
 
 
 @pytest.mark.parametrize("where", ["consolidated", "beside", "by URL"])
 @pytest.mark.parametrize("objects", OBJECTS)
-def test_pickles_in_a_column_are_refused(
-    store: Path, small: Sample, refused: Refused, canary: Path, objects: str, where: str
-) -> None:
-    names = ("tokens", "action", "episode", "step")
+def test_pickles_in_a_column_are_refused(copy: Copy, refused: Refused, canary: Path, objects: str, where: str) -> None:
+    store, names = copy.path, ("tokens", "action", "episode", "step")
     (store / "state" / "0.0").write_bytes(pickle.dumps(Hostile(canary)))
     if where == "consolidated":
         arrays = {name: json.loads((store / name / "zarr.json").read_bytes()) for name in names}
@@ -276,101 +225,107 @@ def test_pickles_in_a_column_are_refused(
         (store / ".zgroup").write_text('{"zarr_format": 2}')
         (store / ".zattrs").write_text(json.dumps(attributes))
         for name in names:
-            array = zarr.open_array(small.store / name, mode="r")
+            array = zarr.open_array(copy.whole / name, mode="r")
             shutil.rmtree(store / name)
             zarr.create_array(store / name, data=array[:], fill_value=array.fill_value, zarr_format=2)
     assert is_refusal(refused(open_and_gather, f"file://{store}" if where == "by URL" else store))
-    assert not canary.exists()
+
+
+# Shards, records, and what a repair reads.
 
 
 @pytest.mark.parametrize("first", [2**64 - 2, 2**63, 2**63 - 1, 2**32])
 @pytest.mark.parametrize("length", [1, 0, 2**62 + 1])
-def test_an_index_that_points_beyond_its_file_is_refused(
-    store: Path, refused: Refused, first: int, length: int
-) -> None:
+def test_an_index_that_points_beyond_its_file_is_refused(copy: Copy, refused: Refused, first: int, length: int) -> None:
     # From 2**64 - 2 on, the next offsets at the right distance overflow to small numbers.
-    card = TokenStore.open(store).card
+    card = TokenStore.open(copy.path).card
     stride = card.frame_bytes + 4
     entries = {row: ((first + stride * row) % 2**64, stride * length % 2**64) for row in range(PER_SHARD)}
-    rewrite_index(shard_file(store, 2), card, entries)
-    assert is_refusal(refused(open_and_gather, store), shard_file(store, 2))
-    assert [fault.shard for fault in verify(store).faults] == [2]
+    rewrite_index(copy.shard(2), card, entries)
+    assert is_refusal(refused(open_and_gather, copy.path), copy.shard(2))
+    copy.check_repair(2)
 
 
-def test_nan_with_a_matching_checksum_is_found_by_verification(store: Path) -> None:
+def test_nan_with_a_matching_checksum_is_found_by_verification(copy: Copy) -> None:
     # No extraction writes NaN, because missing frames are read as NaN.
-    card, file = TokenStore.open(store).card, shard_file(store, 2)
-    data = bytearray(file.read_bytes())
-    data[: card.frame_bytes] = np.full(card.frame_bytes // 2, np.nan, np.float16).tobytes()
-    data[card.frame_bytes : card.frame_bytes + 4] = struct.pack(
-        "<I", google_crc32c.value(bytes(data[: card.frame_bytes]))
-    )
-    assert len(data) - index_bytes(card) == PER_SHARD * (card.frame_bytes + 4)
-    replace(file, bytes(data))
-    assert [fault.shard for fault in verify(store).faults] == [2]
-    repair(store, device="cpu")
-    assert verify(store).sound
+    size, file = TokenStore.open(copy.path).card.frame_bytes, copy.shard(2)
+    frame = np.full(size // 2, np.nan, np.float16).tobytes()
+    replace(file, frame + struct.pack("<I", google_crc32c.value(frame)) + file.read_bytes()[size + 4 :])
+    copy.check_repair(2)
 
 
-def test_a_record_that_matches_another_shards_bytes_is_found(small: Sample, store: Path) -> None:
-    replace(shard_file(store, 2), shard_file(store, 1).read_bytes())
-    forge_record(record_file(store, 2), lambda it: it.update(sha256=sha256_of(shard_file(store, 2))))
-    assert [fault.shard for fault in verify(store).faults] == [2]
-    repair(store, device="cpu")
-    assert shard_file(store, 2).read_bytes() == shard_file(small.store, 2).read_bytes()
-    assert record_file(store, 2).read_bytes() == record_file(small.store, 2).read_bytes()
+def test_a_record_that_matches_another_shards_bytes_is_found(copy: Copy) -> None:
+    replace(copy.shard(2), copy.shard(1).read_bytes())
+    forge_record(copy.record(2), lambda it: it.update(sha256=sha256_of(copy.shard(2))))
+    assert [fault.shard for fault in verify(copy.path).faults] == [2]
+    copy.repair()
+    assert copy.restored
 
 
 RECORDS: dict[str, Edit] = {
     "frames a number": lambda it: it.update(frames=5),
-    "frames of text": lambda it: it.update(frames=["8", "12"]),
     "bytes absurd": lambda it: it.update(bytes=10**18),
     "sum a text": lambda it: it.update(sum="x"),
     "sum too short": lambda it: it.update(sum=[0.0]),
     "sum of NaN": lambda it: it.update(sum=[float("nan")] * 32),
     "sha256 a number": lambda it: it.update(sha256=5),
-    "identity a list": lambda it: it.update(identity=[]),
 }
 
 
 @pytest.mark.parametrize("edit", RECORDS)
-def test_an_absurd_record_is_found_and_written_again(small: Sample, store: Path, outcome: Outcome, edit: str) -> None:
-    forge_record(record_file(store, 2), RECORDS[edit])
-    assert [fault.shard for fault in verify(store).faults] == [2]
-    assert outcome(repair, store) == ("returned", "")
-    assert record_file(store, 2).read_bytes() == record_file(small.store, 2).read_bytes()
-    assert (store / "zarr.json").read_bytes() == (small.store / "zarr.json").read_bytes()
+def test_an_absurd_record_is_found_and_written_again(copy: Copy, outcome: Outcome, edit: str) -> None:
+    forge_record(copy.record(2), RECORDS[edit])
+    assert [fault.shard for fault in verify(copy.path).faults] == [2]
+    assert outcome(repair, copy.path) == ("returned", "")
+    assert copy.restored
 
 
 RECIPES: dict[str, dict[str, Any]] = {
     "unknown name": {"name": "os.system"},
     "no name": {"name": None},
-    "another argument": {"name": "tcn", "_target_": "os.system"},
-    "device": {"name": "tcn", "device": "cpu"},
-    "weights a number": {"name": "tcn", "weights": 5},
-    "image size a text": {"name": "tcn", "image_size": "64"},
-    "image size absurd": {"name": "tcn", "image_size": 32 * 10**6},
-    "dtype": {"name": "tcn", "dtype": "object"},
-    "normalisation a list": {"name": "tcn", "normalisation": []},
+    "another argument": {"_target_": "os.system"},
+    "weights a number": {"weights": 5},
+    "image size absurd": {"image_size": 32 * 10**6},
+    "dtype": {"dtype": "object"},
+    "normalisation a list": {"normalisation": []},
 }
+PATHS = (None, 5, "", "/dev/null", "a\0b", "pipe:touch canary", "http://localhost:1/")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_an_absurd_recipe_of_an_encoder_is_refused(store: Path, small: Sample, refused: Refused, recipe: str) -> None:
-    weights = {"weights": str(small.weights), **RECIPES[recipe]}
-    forge(store, lambda it: it["card"].update(encoder=weights))
-    flip(shard_file(store, 2), 300)
-    assert is_refusal(refused(repair, store))
+def test_an_absurd_recipe_of_an_encoder_is_refused(copy: Copy, refused: Refused, recipe: str) -> None:
+    encoder = {"name": "tcn", "weights": str(copy.sample.weights), **RECIPES[recipe]}
+    forge(copy.path, lambda it: it["card"].update(encoder=encoder))
+    flip(copy.shard(2), 300)
+    assert is_refusal(refused(repair, copy.path))
 
 
-@pytest.mark.parametrize("path", [None, 5, [], "", "/dev/null", "a\0b", "pipe:touch canary", "http://localhost:1/"])
-def test_an_absurd_path_of_the_frames_is_refused(store: Path, refused: Refused, path: Any) -> None:
-    forge(store, lambda it: it["card"]["dataset"].update(path=path))
-    flip(shard_file(store, 2), 300)
-    assert is_refusal(refused(repair, store), "--dataset")
+@pytest.mark.parametrize("path", PATHS)
+def test_an_absurd_path_of_the_frames_is_refused(copy: Copy, refused: Refused, path: Any) -> None:
+    forge(copy.path, lambda it: it["card"]["dataset"].update(path=path))
+    flip(copy.shard(2), 300)
+    assert is_refusal(refused(repair, copy.path), "--dataset")
+
+
+def test_hostile_names_stay_on_one_line(copy: Copy, refused: Refused) -> None:
+    # A terminal would execute these characters.
+    forge(copy.path, lambda it: it["identity"].update(layer="head\n\x1b[2JAll is well."))
+    assert is_refusal(refused(copy.sample.extract, copy.path), copy.path, "layer")
 
 
 # Weights, checkpoints and settings of runs.
+
+
+@pytest.fixture(scope="module")
+def trained(store_path: Path, tmp_path_factory: pytest.TempPathFactory, tiny: TrainOptions) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "run"
+    train(store_path, run, tiny)
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "in" / "run", symlinks=True))
 
 
 def pickled(canary: Path) -> bytes:
@@ -425,10 +380,9 @@ def test_hostile_weights_are_one_line_on_the_command_line(
     file.write_bytes(pickled(canary))
     words = Sample(small.dataset, file, {}).words
     status, output = start(command, "wmcache", "extract", *words, "--out", out).returned(AT_ONCE)
-    assert status == 1
+    assert (status, out.exists()) == (1, False)
     assert output.splitlines()[-1].startswith("Error: ")
     assert str(file) in output
-    assert not out.exists()
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -446,23 +400,18 @@ def test_another_file_than_a_checkpoint_is_refused(
 
 SETTINGS: dict[str, Edit] = {
     "a class for a model": lambda it: it.update(model="os.system"),
-    "a list for a model": lambda it: it.update(model=["dino-wm"]),
     "a class in the options": lambda it: it["model_options"].update(_target_="os.system"),
     "options a list": lambda it: it.update(model_options=[]),
     "width 10**9": lambda it: it["model_options"].update(width=10**9),
-    "width 10**30": lambda it: it["model_options"].update(width=10**30),
     "width 0": lambda it: it["model_options"].update(width=0),
     "width a text": lambda it: it["model_options"].update(width="16"),
     "no heads": lambda it: it["model_options"].update(heads=0),
     "depth 10**8": lambda it: it["model_options"].update(depth=10**8),
-    "dropout 2": lambda it: it["model_options"].update(dropout=2.0),
     "mlp of 10**12": lambda it: it["model_options"].update(mlp_ratio=1e12),
-    "shape a list": lambda it: it.update(shape=[4, 32]),
     "shape with another field": lambda it: it["shape"].update(_target_="os.system"),
     "shape without a field": lambda it: it["shape"].pop("history"),
     "10**9 tokens": lambda it: it["shape"].update(tokens=10**9),
     "10**6 frames of history": lambda it: it["shape"].update(history=10**6),
-    "negative actions": lambda it: it["shape"].update(action_dim=-10),
     "dimensions in text": lambda it: it["shape"].update(token_dim="32"),
 }
 
@@ -471,9 +420,3 @@ SETTINGS: dict[str, Edit] = {
 def test_absurd_settings_of_a_run_are_refused(run: Path, refused: Refused, edit: str) -> None:
     edit_json(run / "config.json", SETTINGS[edit])
     assert is_refusal(refused(load_model_on_cpu, run, room=2 * ROOM), run)
-
-
-def test_hostile_names_stay_on_one_line(store: Path, small: Sample, refused: Refused) -> None:
-    # A terminal would execute these characters.
-    forge(store, lambda it: it["identity"].update(layer="head\n\x1b[2JAll is well."))
-    assert is_refusal(refused(small.extract, store), store, "layer")
