@@ -12,19 +12,10 @@ from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+import fault_workers as workers
 import pytest
 from damage_tools import flip, is_refusal
-from fault_workers import (
-    Child,
-    Sample,
-    content,
-    extract_beside,
-    extract_slice,
-    finish_beside,
-    load_in_forks,
-    repair_beside,
-    train_run,
-)
+from fault_workers import Child, Sample, content
 
 from wmcache.cache import TokenStore
 from wmcache.cache.layout import read_attributes, write_attributes
@@ -51,7 +42,7 @@ def test_two_extractions_at_once_encode_each_shard_once(
     for number in range(2):
         together, out, log = processes.Barrier(2), tmp_path / f"{number}.zarr", tmp_path / f"{number}.log"
         arguments = (out, few.dataset, few.weights, together, log, {"store_dtype": dtype})
-        for child in [start(extract_beside, *arguments) for _ in range(2)]:
+        for child in [start(workers.extract_beside, *arguments) for _ in range(2)]:
             child.returned()
         encoded = log.read_text().splitlines()
         assert len(encoded) == len(set(encoded)) == 3
@@ -69,8 +60,8 @@ def test_the_claims_of_a_killed_extraction_are_taken_over(
 ) -> None:
     together, out, log = processes.Barrier(3), tmp_path / "some.zarr", tmp_path / "log"
     arguments = (out, dataset_path, tcn_weights, together, log, {})
-    killed = start(extract_beside, *arguments, 2)
-    others = [start(extract_beside, *arguments) for _ in range(2)]
+    killed = start(workers.extract_beside, *arguments, 2)
+    others = [start(workers.extract_beside, *arguments) for _ in range(2)]
     assert killed.outcome() == ("died", -signal.SIGKILL)
     for child in others:
         child.returned(20)
@@ -84,7 +75,7 @@ def test_the_claims_of_a_killed_extraction_are_taken_over(
 def test_jobs_of_an_array_that_start_together_make_one_store(start: Start, few: Sample, tmp_path: Path) -> None:
     out = tmp_path / "store.zarr"
     # More slices than shards, and one slice twice.
-    jobs = [start(extract_slice, out, few.dataset, few.weights, (number, 5)) for number in (4, 0, 3, 1, 1, 2)]
+    jobs = [start(workers.extract_slice, out, few.dataset, few.weights, (number, 5)) for number in (4, 0, 3, 1, 1, 2)]
     for job in jobs:
         job.returned()
     assert TokenStore.open(out).complete
@@ -101,7 +92,7 @@ def test_of_two_extractions_with_different_settings_one_is_refused(
     for number in range(3):
         together, out, log = processes.Barrier(2), tmp_path / f"{number}.zarr", tmp_path / f"{number}.log"
         arguments = (out, few.dataset, few.weights, together, log)
-        children = [start(extract_beside, *arguments, {field: value}) for value in (one, other)]
+        children = [start(workers.extract_beside, *arguments, {field: value}) for value in (one, other)]
         outcomes = dict([child.outcome() for child in children])
         assert set(outcomes) == {"returned", "refused"}
         assert is_refusal(outcomes["refused"], out, field)
@@ -116,7 +107,7 @@ def test_an_int8_store_can_be_finished_by_two_at_once(
     for path in stores:
         write_attributes(path, {**read_attributes(path), "complete": False})
     together = processes.Barrier(2)
-    for child in [start(finish_beside, stores, together) for _ in range(2)]:
+    for child in [start(workers.finish_beside, stores, together) for _ in range(2)]:
         child.returned()
     for path in stores:
         assert content(path) == content(few.stores["int8"])
@@ -132,7 +123,7 @@ def test_two_repairs_at_once_both_end_with_a_whole_store(
         flip(path / "tokens" / "c.0.0.0", 500)
         (path / "tokens" / "commits" / "000001.json").unlink()
         together = processes.Barrier(2)
-        for child in [start(repair_beside, path, together, later) for later in (0.0, 0.02 * number)]:
+        for child in [start(workers.repair_beside, path, together, later) for later in (0.0, 0.02 * number)]:
             child.returned()
         assert content(path) == content(few.stores[dtype])
 
@@ -141,7 +132,7 @@ def test_a_training_notices_that_its_store_is_repaired(
     start: Start, store_path: Path, tiny: TrainOptions, tmp_path: Path
 ) -> None:
     path, run = Path(shutil.copytree(store_path, tmp_path / "some.zarr")), tmp_path / "run"
-    child = start(train_run, run, path, replace(tiny, steps=100_000, checkpoint_every=1000, residence="disk"))
+    child = start(workers.train_run, run, path, replace(tiny, steps=100_000, checkpoint_every=1000, residence="disk"))
     wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size)
     (path / "tokens" / "commits" / "000005.json").unlink()
     repair(path)
@@ -153,18 +144,18 @@ def test_a_second_wmtrain_on_a_run_is_refused_until_the_first_is_dead(
 ) -> None:
     options = replace(tiny, steps=200, validate_every=100, checkpoint_every=20)
     run, straight = tmp_path / "run", tmp_path / "straight"
-    first = start(train_run, run, store_path, options)
+    first = start(workers.train_run, run, store_path, options)
     wait_for(lambda: list((run / "checkpoints").glob("step-*")))
     os.kill(first.pid, signal.SIGSTOP)
     before = content(run)
-    assert is_refusal(start(train_run, run, store_path, options).refused(), run)
+    assert is_refusal(start(workers.train_run, run, store_path, options).refused(), run)
     assert content(run) == before
     first.kill()
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] < 200
     for out in (run, straight):
-        start(train_run, out, store_path, options).returned()
+        start(workers.train_run, out, store_path, options).returned()
     assert content(last_checkpoint(run)) == content(last_checkpoint(straight))
 
 
 def test_forked_workers_of_a_data_loader_read_the_same(start: Start, store_path: Path) -> None:
-    assert start(load_in_forks, store_path).returned() == 12
+    assert start(workers.load_in_forks, store_path).returned() == 12

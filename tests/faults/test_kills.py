@@ -15,23 +15,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import fault_workers as workers
 import numpy as np
 import pytest
 from damage_tools import flip, stamps
-from fault_workers import (
-    Child,
-    Sample,
-    collect_few,
-    content,
-    die_changing,
-    die_writing,
-    extract_slice,
-    extract_store,
-    repair_store,
-    save_step,
-    small_model,
-    train_run,
-)
+from fault_workers import Child, Sample, content
 
 from wmcache.cache import TokenStore
 from wmcache.cache.layout import read_attributes, write_attributes
@@ -66,7 +54,7 @@ def die_everywhere(start: Start, tmp_path: Path) -> DieEverywhere:
         def begin(moment: int) -> tuple[int, Path, Child]:
             path = tmp_path / str(moment) / "few"
             prepare(path)
-            return moment, path, start(die_changing, moment, path.parent, function, path, *arguments)
+            return moment, path, start(workers.die_changing, moment, path.parent, function, path, *arguments)
 
         changes = begin(0)[2].returned()
         assert changes > 5
@@ -109,7 +97,7 @@ def test_an_extraction_killed_at_any_change_of_a_file_does_only_what_is_missing(
     die_everywhere: DieEverywhere, few: Sample, every: int
 ) -> None:
     counts = set()
-    for moment, path in die_everywhere(extract_store, few.dataset, few.weights, every=every):
+    for moment, path in die_everywhere(workers.extract_store, few.dataset, few.weights, every=every):
         before = finished_shards(path)
         counts.add(len(before))
         check_readable_or_refused(path, few.store)
@@ -131,7 +119,9 @@ def test_an_int8_store_killed_while_it_is_finished_is_finished_again(
         del attributes["mean"], attributes["std"], attributes["columns"]["scale"]
         write_attributes(path, {**attributes, "complete": False})
 
-    for moment, path in die_everywhere(extract_store, few.dataset, few.weights, "int8", every=every, prepare=unfinish):
+    for moment, path in die_everywhere(
+        workers.extract_store, few.dataset, few.weights, "int8", every=every, prepare=unfinish
+    ):
         before = finished_shards(path)
         few.extract(path, "int8")
         assert content(path) == content(few.stores["int8"]), f"change {moment}"
@@ -144,7 +134,7 @@ def test_an_int8_store_killed_while_it_is_finished_is_finished_again(
 def test_a_torn_file_is_never_used(start: Start, few: Sample, tmp_path: Path, size: int) -> None:
     # The sizes are below those of metadata, records, shards and the finished description, so each is torn first once.
     path = tmp_path / "few.zarr"
-    assert start(die_writing, size, few.extract, path).outcome() == ("died", -signal.SIGXFSZ)
+    assert start(workers.die_writing, size, few.extract, path).outcome() == ("died", -signal.SIGXFSZ)
     torn = [file for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size == size]
     assert torn
     inside = {str(file.relative_to(path)) for file in torn if path in file.parents}
@@ -195,7 +185,7 @@ def test_a_repair_killed_at_any_change_of_a_file_is_done_by_the_next(
             (path / "tokens" / "commits" / "000001.json").unlink()
 
     sound = "tokens/c.2.0.0"
-    for moment, path in die_everywhere(repair_store, prepare=spoil, every=every):
+    for moment, path in die_everywhere(workers.repair_store, prepare=spoil, every=every):
         check_readable_or_refused(path, few.store)
         repair(path, device="cpu")
         assert content(path) == content(few.store), f"change {moment}"
@@ -207,11 +197,11 @@ def test_a_repair_killed_at_any_change_of_a_file_is_done_by_the_next(
 def test_a_collection_killed_at_any_change_of_a_file_continues(
     die_everywhere: DieEverywhere, few: Sample, every: int
 ) -> None:
-    for moment, path in die_everywhere(collect_few, every=every):
+    for moment, path in die_everywhere(workers.collect_few, every=every):
         done = {file: file.stat().st_mtime_ns for file in path.glob("*.tar")} if path.exists() else {}
         with pytest.raises(UserError):
             FrameDataset.open(path)
-        collect_few(path)
+        workers.collect_few(path)
         assert content(path) == content(few.dataset), f"change {moment}"
         assert all(file.stat().st_mtime_ns == stamp for file, stamp in done.items()), f"change {moment}"
 
@@ -226,22 +216,22 @@ def test_a_checkpoint_killed_at_any_change_of_a_file_leaves_a_whole_one(
 ) -> None:
     expected = {}
     for number in (1, 2, 3):
-        save_step(tmp_path / f"undisturbed-{number}", number)
+        workers.save_step(tmp_path / f"undisturbed-{number}", number)
         expected[number] = content(last_checkpoint(tmp_path / f"undisturbed-{number}"))
 
     def save_before(run: Path) -> None:
         for number in saved:
-            save_step(run, number)
+            workers.save_step(run, number)
         last = run / "checkpoints" / "last"
         last.unlink()
         last.symlink_to(f"step-{saved[-1]:08d}")
 
-    for moment, run in die_everywhere(save_step, step, prepare=save_before, every=1):
-        found = load_training_state(run, *small_model())
+    for moment, run in die_everywhere(workers.save_step, step, prepare=save_before, every=1):
+        found = load_training_state(run, *workers.small_model())
         assert found in (saved[-1], step), f"change {moment}"
         assert last_checkpoint(run).name == f"step-{found:08d}"
         assert content(last_checkpoint(run)) == expected[found], f"change {moment}"
-        save_step(run, 3)
+        workers.save_step(run, 3)
         assert content(last_checkpoint(run)) == expected[3], f"change {moment}"
         assert (run / "checkpoints" / "last").readlink().name == "step-00000003"
         names = [folder.name for folder in checkpoints(run)]
@@ -263,7 +253,7 @@ def longer(tiny: TrainOptions) -> TrainOptions:
 @pytest.fixture(scope="module")
 def undisturbed_run(store_path: Path, longer: TrainOptions, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    train_run(run, store_path, longer)
+    workers.train_run(run, store_path, longer)
     return run
 
 
@@ -276,19 +266,19 @@ def test_a_training_run_killed_at_random_moments_ends_with_the_same_weights(
     start: Start, store_path: Path, undisturbed_run: Path, longer: TrainOptions, tmp_path: Path
 ) -> None:
     rng = random.Random(SEED)
-    seconds = seconds_of(start(train_run, tmp_path / "whole", store_path, longer))
+    seconds = seconds_of(start(workers.train_run, tmp_path / "whole", store_path, longer))
     kills, after_a_checkpoint = 0, 0
     for number in range(50):
         run = tmp_path / str(number)
         for _ in range(4):
-            child = start(train_run, run, store_path, longer)
+            child = start(workers.train_run, run, store_path, longer)
             time.sleep(rng.uniform(0, seconds))
             child.kill()
             if child.process.exitcode == 0:
                 break
             kills += 1
             after_a_checkpoint += bool(checkpoints(run))
-        train_run(run, store_path, longer)
+        workers.train_run(run, store_path, longer)
         check_run(run, undisturbed_run, f"seed {SEED}, kill {kills}")
         if kills >= 8 and after_a_checkpoint >= 2:
             return
@@ -298,20 +288,20 @@ def test_a_training_run_killed_at_random_moments_ends_with_the_same_weights(
 def test_a_training_run_killed_at_any_change_of_a_file_continues(
     die_everywhere: DieEverywhere, store_path: Path, undisturbed_run: Path, longer: TrainOptions
 ) -> None:
-    for moment, run in die_everywhere(train_run, store_path, longer, every=20):
-        train_run(run, store_path, longer)
+    for moment, run in die_everywhere(workers.train_run, store_path, longer, every=20):
+        workers.train_run(run, store_path, longer)
         check_run(run, undisturbed_run, f"change {moment}")
 
 
 def test_a_killed_job_of_an_array_is_done_by_its_second_try(start: Start, few: Sample, tmp_path: Path) -> None:
     out, sample = tmp_path / "store.zarr", (few.dataset, few.weights)
-    start(extract_slice, out, *sample, (0, 2)).returned()
+    start(workers.extract_slice, out, *sample, (0, 2)).returned()
     with pytest.raises(UserError, match=r"2 of 3 shards \(1, 2\).*--dataset"):
         finalize(out)
-    assert start(extract_slice, out, *sample, (1, 2), True).outcome() == KILLED
+    assert start(workers.extract_slice, out, *sample, (1, 2), True).outcome() == KILLED
     with pytest.raises(UserError):
         TokenStore.open(out)
-    start(extract_slice, out, *sample, (1, 2)).returned()
+    start(workers.extract_slice, out, *sample, (1, 2)).returned()
     finalize(out)  # already complete
     assert content(out / "tokens") == content(few.store / "tokens")
 

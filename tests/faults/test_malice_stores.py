@@ -74,39 +74,29 @@ def test_a_hostile_pickle_runs_when_it_is_loaded(tmp_path: Path) -> None:
 # Metadata of token stores.
 
 
-CARDS: dict[str, Edit] = {
-    f"{key} {value!r}": lambda it, key=key, value=value: it["card"].update({key: value})
-    for key, values in {
-        "frames": [10**15, 2**39, 0, -22, 22.0, "22", None],
-        "frames_per_shard": [0, -4, 10**12, 1, None],
-        "token_dim": [-32, 2**39, 2**70, "32"],
-        "token_grid": [["2", "2"], 4, [2], [2**39, 2**39], [-2, -2], [[2], [2]], None],
-        "dtype": ["object", "float64", [], None],
-        "encoder": [None, "x"],
-        "_target_": ["os.system"],
-    }.items()
-    for value in values
-}
 ATTRIBUTES: dict[str, Edit] = {
-    **CARDS,
+    **{
+        f"{key} {value!r}": lambda it, key=key, value=value: it["card"].update({key: value})
+        for key, values in {
+            "frames": [10**15, 2**39, 0, -22, "22", None],
+            "frames_per_shard": [0, 10**12, 1],
+            "token_dim": [-32, 2**70],
+            "token_grid": [["2", "2"], 4, [2**39, 2**39], [[2], [2]]],
+            "dtype": ["object", []],
+            "_target_": ["os.system"],
+        }.items()
+        for value in values
+    },
     "no card": lambda it: it.pop("card"),
-    "card a list": lambda it: it.update(card=[]),
     "identity with another field": lambda it: it["identity"].update(_target_="os.system"),
-    "identity without a field": lambda it: it["identity"].pop("layer"),
-    "normalisation of numbers": lambda it: it["identity"].update(normalisation=[5, 5]),
     "columns a list": lambda it: it.update(columns=["state"]),
     "columns none": lambda it: it.update(columns=None),
     "a column outside": lambda it: it["columns"].update({"../../etc": "0"}),
     "the tokens a column": lambda it: it["columns"].update(tokens="0"),
-    "a column's checksum a number": lambda it: it["columns"].update(state=5),
     "no state": lambda it: it["columns"].pop("state"),
     "complete missing": lambda it: it.pop("complete"),
-    "mean a text": lambda it: it.update(mean="x"),
     "mean too short": lambda it: it.update(mean=[0.0]),
-    "mean of NaN": lambda it: it.update(mean=[float("nan")] * 32),
     "std of infinity": lambda it: it.update(std=[float("inf")] * 32),
-    "format a list": lambda it: it.update(format_version=[1]),
-    "no checksums of shards": lambda it: it["columns"].pop("sha256"),
     "no layout": lambda it: it.pop("layout"),
 }
 
@@ -161,11 +151,9 @@ def test_an_absurd_number_of_frames_is_refused_though_all_descriptions_agree(
 ARRAYS: dict[str, Edit] = {
     "10**15 rows": lambda it: it["shape"].__setitem__(0, 10**15),
     "rows of rows of rows": lambda it: it.update(shape=[FRAMES] + [2**20] * 40),
-    "negative rows": lambda it: it["shape"].__setitem__(0, -FRAMES),
     "codecs by the thousand": lambda it: it.update(codecs=it["codecs"] + [{"name": "crc32c"}] * 5000),
     "an import path for a codec": lambda it: it.update(codecs=[{"name": "os.system", "configuration": {"command": "x"}}]),
     "a pickle for a codec": lambda it: it["codecs"].append({"name": "numcodecs.pickle", "configuration": {}}),
-    "chunks of nothing": lambda it: it["chunk_grid"]["configuration"].update(chunk_shape=[0] * len(it["shape"])),
     "chunks of 10**15": lambda it: it["chunk_grid"]["configuration"].update(chunk_shape=[10**15] * len(it["shape"])),
     "chunks elsewhere": lambda it: it.update(chunk_key_encoding={"name": "default", "configuration": {"separator": "/../"}}),
 }  # fmt: skip
@@ -182,9 +170,14 @@ def test_an_absurd_array_is_refused(copy: Copy, refused: Refused, name: str, edi
 def test_a_column_does_not_unpack_to_more_than_its_values(copy: Copy, start: Start) -> None:
     # 20 kilobytes that unpack to half a gigabyte; the column has 700 bytes.
     [chunk] = [file for file in (copy.path / "state" / "c").rglob("*") if file.is_file()]
-    packed = pa.compress(bytes(2**29), "zstd").to_pybytes()
-    assert len(packed) < 10**5
-    replace(chunk, packed)
+    packed = io.BytesIO()
+    with pa.CompressedOutputStream(packed, "zstd") as stream:
+        for _ in range(2**9):
+            stream.write(bytes(2**20))
+        stream.flush()
+        data = packed.getvalue()
+    assert len(data) < 10**5
+    replace(chunk, data)
     line, memory = start(peak, open_and_gather, copy.path).returned(AT_ONCE)
     assert is_refusal(line, "state")
     assert memory < 2**27
@@ -263,10 +256,8 @@ def test_a_record_that_matches_another_shards_bytes_is_found(copy: Copy) -> None
 
 
 RECORDS: dict[str, Edit] = {
-    "frames a number": lambda it: it.update(frames=5),
     "bytes absurd": lambda it: it.update(bytes=10**18),
     "sum a text": lambda it: it.update(sum="x"),
-    "sum too short": lambda it: it.update(sum=[0.0]),
     "sum of NaN": lambda it: it.update(sum=[float("nan")] * 32),
     "sha256 a number": lambda it: it.update(sha256=5),
 }
@@ -282,14 +273,11 @@ def test_an_absurd_record_is_found_and_written_again(copy: Copy, outcome: Outcom
 
 RECIPES: dict[str, dict[str, Any]] = {
     "unknown name": {"name": "os.system"},
-    "no name": {"name": None},
     "another argument": {"_target_": "os.system"},
-    "weights a number": {"weights": 5},
     "image size absurd": {"image_size": 32 * 10**6},
     "dtype": {"dtype": "object"},
-    "normalisation a list": {"normalisation": []},
 }
-PATHS = (None, 5, "", "/dev/null", "a\0b", "pipe:touch canary", "http://localhost:1/")
+PATHS = (None, "", "/dev/null", "a\0b", "pipe:touch canary", "http://localhost:1/")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -349,11 +337,8 @@ WEIGHTS: dict[str, Callable[[Path], bytes]] = {
     "saved by torch": saved_by_torch,
     "a page": lambda canary: b"<html>404</html>",
     "a header of 2**62 bytes": lambda canary: struct.pack("<Q", 2**62) + b"{}",
-    "a header of 10**8 bytes": lambda canary: struct.pack("<Q", 10**8) + b"{}",
-    "no header": lambda canary: struct.pack("<Q", 0),
     "a nested header": header(b"[" * 10**5 + b"]" * 10**5),
     "an absurd shape": header({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}, b"abcd"),
-    "a negative shape": header({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"abcd"),
     "data elsewhere": header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [10**12, 10**12 + 4]}}, b"abcd"),
     "an unknown type": header({"a": {"dtype": "O", "shape": [1], "data_offsets": [0, 4]}}, b"abcd"),
     "no tensors": header({}),
@@ -401,17 +386,13 @@ def test_another_file_than_a_checkpoint_is_refused(
 SETTINGS: dict[str, Edit] = {
     "a class for a model": lambda it: it.update(model="os.system"),
     "a class in the options": lambda it: it["model_options"].update(_target_="os.system"),
-    "options a list": lambda it: it.update(model_options=[]),
     "width 10**9": lambda it: it["model_options"].update(width=10**9),
-    "width 0": lambda it: it["model_options"].update(width=0),
     "width a text": lambda it: it["model_options"].update(width="16"),
     "no heads": lambda it: it["model_options"].update(heads=0),
     "depth 10**8": lambda it: it["model_options"].update(depth=10**8),
     "mlp of 10**12": lambda it: it["model_options"].update(mlp_ratio=1e12),
     "shape with another field": lambda it: it["shape"].update(_target_="os.system"),
-    "shape without a field": lambda it: it["shape"].pop("history"),
     "10**9 tokens": lambda it: it["shape"].update(tokens=10**9),
-    "10**6 frames of history": lambda it: it["shape"].update(history=10**6),
     "dimensions in text": lambda it: it["shape"].update(token_dim="32"),
 }
 

@@ -9,19 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import scarce_workers as limited
 from damage_tools import flip, is_refusal
 from fault_workers import Child, Sample, content, save_step, train_run
-from scarce_workers import (
-    Attempt,
-    gather_at_the_limit,
-    new_control_group,
-    on_read_only,
-    on_small_disks,
-    save_on_small_disks,
-    train_in_few_addresses,
-    train_in_little_memory,
-    with_small_files,
-)
+from scarce_workers import Attempt
 
 from wmcache.cache import Identity, StoreWriter
 from wmcache.cache.layout import read_attributes
@@ -74,7 +65,7 @@ def test_an_extraction_onto_a_full_disk_continues_when_there_is_room(
     start: Start, few: Sample, tmp_path: Path, dtype: str, scarce: str, every: int, last: int
 ) -> None:
     words = ["wmcache", "extract", *few.words, "--store-dtype", dtype, "--out", "{out}"]
-    attempts = start(on_small_disks, tmp_path, scarce, every, last, words).returned()
+    attempts = start(limited.on_small_disks, tmp_path, scarce, every, last, words).returned()
     check_attempts(attempts, tmp_path, content(few.stores[dtype]))
 
 
@@ -88,7 +79,7 @@ def test_an_extraction_with_a_limit_on_the_size_of_files_continues_without_it(
     words = ["wmcache", "extract", *few.words, "--store-dtype", dtype, "--out", "{out}"]
     # Below the sizes of the columns, the description, the records, the shards and the finished description.
     sizes = [100, 400, 700, 1000, 1500, 1700, 2000, 2700, 3500][::every]
-    attempts = start(with_small_files, tmp_path / "some", sizes, words).returned()
+    attempts = start(limited.with_small_files, tmp_path / "some", sizes, words).returned()
     check_attempts(attempts, tmp_path, content(few.stores[dtype]))
 
 
@@ -97,7 +88,9 @@ def test_a_run_on_a_full_disk_continues_when_there_is_room(
     start: Start, store_path: Path, tmp_path: Path, scarce: str, every: int
 ) -> None:
     words = ["--steps", 4, "--batch-size", 4, "--checkpoint-every", 2, "--log-every", 1, *MODEL, "--cache", store_path]
-    attempts = start(on_small_disks, tmp_path, scarce, every, 0, ["wmtrain", *words, "--out", "{out}"]).returned()
+    attempts = start(
+        limited.on_small_disks, tmp_path, scarce, every, 0, ["wmtrain", *words, "--out", "{out}"]
+    ).returned()
     straight = attempts[0]
     assert straight.status == 0
     weights = "checkpoints/step-00000004/model.safetensors"
@@ -119,7 +112,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(start: Start, tmp_
         expected[number] = content(last_checkpoint(tmp_path / str(number)))
     disks = tmp_path / "disks"
     disks.mkdir()
-    found = start(save_on_small_disks, disks, scarce).returned()
+    found = start(limited.save_on_small_disks, disks, scarce).returned()
     for refusal, step, before, after in found:
         assert before == expected[step]
         assert step == (1 if refusal else 2)
@@ -168,7 +161,7 @@ def test_writing_to_a_read_only_folder_names_it(
         [*wmtrain, "--out", mounted / "runs/run"],
         [*wmtrain, "--out", mounted / "begun"],
     ]
-    found = start(on_read_only, mounted, {**spoilt, "begun": tmp_path / "begun"}, commands).returned()
+    found = start(limited.on_read_only, mounted, {**spoilt, "begun": tmp_path / "begun"}, commands).returned()
     for words, (status, output) in zip(commands, found, strict=True):
         assert status == 1, words
         check_error(output, mounted, str(words))
@@ -187,7 +180,9 @@ def test_a_finished_store_in_a_read_only_folder_can_be_used(
         ["wmcache", "extract", *few.words, "--out", whole],
         ["wmtrain", "--cache", mounted / "long", "--out", tmp_path / "run", "--steps", 2, "--batch-size", 8, *MODEL],
     ]
-    for words, (status, output) in zip(lines, start(on_read_only, mounted, spoilt, lines).returned(), strict=True):
+    for words, (status, output) in zip(
+        lines, start(limited.on_read_only, mounted, spoilt, lines).returned(), strict=True
+    ):
         assert status == 0, f"{words}: {output}"
 
 
@@ -201,10 +196,10 @@ def test_a_store_larger_than_the_address_space_is_trained_on_from_disk(
     start: Start, big_store: Path, thrifty: TrainOptions, tmp_path: Path
 ) -> None:
     run, spare = tmp_path / "run", 200_000_000
-    assert "on disk" in start(train_in_few_addresses, run, big_store, thrifty, spare).returned()
+    assert "on disk" in start(limited.train_in_few_addresses, run, big_store, thrifty, spare).returned()
     assert last_checkpoint(run).name == "step-00000010"
     forced = replace(thrifty, residence="ram")
-    refusal = start(train_in_few_addresses, tmp_path / "forced", big_store, forced, spare).refused()
+    refusal = start(limited.train_in_few_addresses, tmp_path / "forced", big_store, forced, spare).refused()
     assert is_refusal(refusal, "--residence")
 
 
@@ -212,8 +207,8 @@ def test_a_store_larger_than_the_memory_of_its_control_group_is_trained_on_from_
     start: Start, big_store: Path, thrifty: TrainOptions, tmp_path: Path
 ) -> None:
     options = replace(thrifty, steps=40, batch=16)
-    group, limit = new_control_group(), 300_000_000
-    child = start(train_in_little_memory, tmp_path / "run", big_store, options, group, limit)
+    group, limit = limited.new_control_group(), 300_000_000
+    child = start(limited.train_in_little_memory, tmp_path / "run", big_store, options, group, limit)
     try:
         output, peak = child.returned()
     finally:
@@ -227,4 +222,4 @@ def test_a_store_larger_than_the_memory_of_its_control_group_is_trained_on_from_
 
 @pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_NOFILE"])
 def test_a_lack_of_resources_is_not_reported_as_damage(start: Start, big_store: Path, limit: str) -> None:
-    assert "repair" not in start(gather_at_the_limit, big_store, limit).refused()
+    assert "repair" not in start(limited.gather_at_the_limit, big_store, limit).refused()
