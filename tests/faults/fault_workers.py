@@ -249,10 +249,10 @@ def die_changing(moment: int, folder: Path, function: Callable[..., Any], *argum
     def hook(event: str, details: tuple[Any, ...]) -> None:
         change = event in CHANGES or (event == "open" and isinstance(details[2], int) and details[2] & TO_WRITE)
         # shutil.rmtree names files relative to the folder that it has open.
-        ours = change and any(
+        inside = change and any(
             isinstance(word, str) and (word.startswith(str(folder)) or "/" not in word) for word in map(_name, details)
         )
-        if ours and next(changes) == moment:
+        if inside and next(changes) == moment:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)

@@ -245,52 +245,28 @@ def metrics(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
-@pytest.fixture(scope="module")
-def longer(tiny: TrainOptions) -> TrainOptions:
-    return replace(tiny, steps=24, checkpoint_every=4, validate_every=12)
-
-
-@pytest.fixture(scope="module")
-def undisturbed_run(store_path: Path, longer: TrainOptions, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    workers.train_run(run, store_path, longer)
-    return run
-
-
-def check_run(run: Path, undisturbed: Path, when: str) -> None:
-    assert content(last_checkpoint(run)) == content(last_checkpoint(undisturbed)), when
-    assert metrics(run) == metrics(undisturbed), when
-
-
 def test_a_training_run_killed_at_random_moments_ends_with_the_same_weights(
-    start: Start, store_path: Path, undisturbed_run: Path, longer: TrainOptions, tmp_path: Path
+    start: Start, store_path: Path, tiny: TrainOptions, tmp_path: Path
 ) -> None:
-    rng = random.Random(SEED)
-    seconds = seconds_of(start(workers.train_run, tmp_path / "whole", store_path, longer))
+    options, undisturbed = replace(tiny, steps=24, checkpoint_every=4, validate_every=12), tmp_path / "undisturbed"
+    rng, seconds = random.Random(SEED), seconds_of(start(workers.train_run, undisturbed, store_path, options))
     kills, after_a_checkpoint = 0, 0
     for number in range(50):
         run = tmp_path / str(number)
         for _ in range(4):
-            child = start(workers.train_run, run, store_path, longer)
+            child = start(workers.train_run, run, store_path, options)
             time.sleep(rng.uniform(0, seconds))
             child.kill()
             if child.process.exitcode == 0:
                 break
             kills += 1
             after_a_checkpoint += bool(checkpoints(run))
-        workers.train_run(run, store_path, longer)
-        check_run(run, undisturbed_run, f"seed {SEED}, kill {kills}")
+        workers.train_run(run, store_path, options)
+        assert content(last_checkpoint(run)) == content(last_checkpoint(undisturbed)), f"seed {SEED}, kill {kills}"
+        assert metrics(run) == metrics(undisturbed), f"seed {SEED}, kill {kills}"
         if kills >= 8 and after_a_checkpoint >= 2:
             return
     raise AssertionError(f"only {kills} kills, {after_a_checkpoint} of them after a checkpoint")
-
-
-def test_a_training_run_killed_at_any_change_of_a_file_continues(
-    die_everywhere: DieEverywhere, store_path: Path, undisturbed_run: Path, longer: TrainOptions
-) -> None:
-    for moment, run in die_everywhere(workers.train_run, store_path, longer, every=20):
-        workers.train_run(run, store_path, longer)
-        check_run(run, undisturbed_run, f"change {moment}")
 
 
 def test_a_killed_job_of_an_array_is_done_by_its_second_try(start: Start, few: Sample, tmp_path: Path) -> None:

@@ -279,24 +279,6 @@ def test_a_step_table_of_nan_is_refused_though_its_checksum_matches(copied: Path
     assert is_refusal(refused(FrameDataset.open, copied), file)
 
 
-FILES: dict[str, Callable[[bytes], bytes]] = {
-    "a page": lambda data: b"<html>404</html>",
-    "empty": lambda data: b"",
-    "cut in the footer": lambda data: data[:-200],
-    "cut in the data": lambda data: data[:300],
-    "a footer that claims 2**31 bytes": lambda data: data[:-8] + struct.pack("<I", 2**31 - 1) + data[-4:],
-    "a footer of no bytes": lambda data: data[:-8] + struct.pack("<I", 0) + data[-4:],
-    "encrypted": lambda data: b"PARE" + data[4:-4] + b"PARE",
-}
-
-
-@pytest.mark.parametrize("damage", FILES)
-def test_another_file_than_a_step_table_is_refused(copied: Path, refused: Refused, damage: str) -> None:
-    file = copied / "steps.parquet"
-    replace(file, FILES[damage](file.read_bytes()))
-    assert is_refusal(refused(FrameDataset.open, copied), file)
-
-
 def test_a_garbled_step_table_is_the_same_table_or_refused(copied: Path) -> None:
     file, steps = copied / "steps.parquet", FrameDataset.open(copied).steps
     whole = file.read_bytes()

@@ -89,13 +89,7 @@ class Command:
 
 @dataclass
 class Stopped:
-    """An extraction that received a signal while it waited for the frames of shard 1.
-
-    Attributes:
-        command: the command.
-        data, out: the frames and the store.
-        done: the bytes of the shards that were done.
-    """
+    """An extraction that received a signal while it waited for a tar: command, frames, store, and bytes of the finished shards."""
 
     command: Command
     data: Path

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from damage_tools import EVERY, SHARDS, index_bytes, replace
 from fault_workers import Child, Sample, content, die_changing, extract_store, repair_store
-from hypothesis import HealthCheck, Phase, event, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -209,7 +209,6 @@ class StoreMachine(RuleBasedStateMachine):
         most = int(self.world.changes * (len(shards) + 1) / (SHARDS + 1)) + 1
         words = (chance.randint(1, most), self.folder, function, self.path, *arguments)
         kind, value = Child(self.world.processes, die_changing, words).outcome()
-        event(f"{getattr(function, '__name__', '')} {kind}")
         assert kind != "died" or value == -9
         assert kind != "crashed", value
         return kind
@@ -276,7 +275,6 @@ class StoreMachine(RuleBasedStateMachine):
         kind, names = chance.choice([*[("shard", SHARD)] * 4, *[("record", RECORD)] * 2, ("zarr.json", [DESCRIPTION])])
         how, name = chance.choice(["flip", "flip", "cut", "delete"]), chance.choice(names)
         if data := self.files.get(name):
-            event(f"{how} {kind}")
             if how == "flip":
                 self.put(name, flipped(chance, data, in_json=kind != "shard"))
             else:
@@ -335,7 +333,6 @@ class StoreMachine(RuleBasedStateMachine):
             return
         store, bad = TokenStore.open(self.path, allow_incomplete=allow_incomplete), self.bad_frames()
         if bad.intersection(EVERY if loaded else frames):
-            event("a damaged frame is requested")
             with pytest.raises(UserError, match="wmcache repair"):
                 store.load() if loaded else store.gather(np.array(frames, dtype=np.int64))
             return
@@ -364,7 +361,6 @@ class StoreMachine(RuleBasedStateMachine):
         try:
             found = self.held.gather(np.array(frames, dtype=np.int64))
         except UserError:
-            event("a reader is refused")
             return
         assert self.files is not None, "the store is gone"
         np.testing.assert_array_equal(found, self.world.tokens[frames])
