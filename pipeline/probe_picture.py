@@ -94,7 +94,9 @@ def _draw_distances(axes: Axes, maze: Maze, xy: Float, goal: int, values: NDArra
     walls = np.where(maze.free, np.nan, 1.0).T
     axes.imshow(walls, origin="lower", extent=maze.extent, cmap="Greys", vmin=0, vmax=3, interpolation="nearest")
     order = np.argsort(-values)  # points near the goal on top
-    dots = axes.scatter(*xy[order].T, c=values[order], s=11, cmap="viridis_r", vmin=0, vmax=most, linewidths=0)
+    dots = axes.scatter(
+        xy[order, 0], xy[order, 1], c=values[order], s=11, cmap="viridis_r", vmin=0, vmax=most, linewidths=0
+    )
     axes.plot(*xy[goal], "*", color="#111111", markersize=13, markeredgecolor="white", markeredgewidth=0.8)
     axes.set(aspect="equal", xticks=[], yticks=[], xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     axes.spines[:].set_visible(False)
