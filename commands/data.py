@@ -125,7 +125,8 @@ class _Imports(Group):
 def _field_option(known: Declared, *, local: bool) -> click.Option:
     kind: Any = PATH if local else click.Choice(known.choices) if known.choices else known.kind
     if kind is int:
-        kind = click.IntRange(*(bound if bound is None else int(bound) for bound in (known.least, known.most)))
+        bounds: dict[str, Any] = {"min": known.least, "max": known.most}
+        kind = click.IntRange(**bounds)
     default: dict[str, Any] = {"required": True} if known.default is MISSING else {"default": known.default}
     return click.Option([known.flag, known.name], type=kind, help=known.help, **default)
 

@@ -366,7 +366,7 @@ def test_only_safetensors_and_folders_with_them_are_weights(tmp_path: Path) -> N
     (tmp_path / "weights.pt").write_bytes(b"a pickle could hold code")
     (tmp_path / "empty").mkdir()
     for name in ("weights.pt", "empty", "nowhere.safetensors"):
-        with pytest.raises(UserError, match=f"--weights .*{name}: neither an existing"):
+        with pytest.raises(UserError, match=rf"--weights .*{name}: neither an existing"):
             require_weights(tmp_path / name)
     save_file({"weight": torch.zeros(3)}, tmp_path / "empty" / "model.safetensors")
     assert require_weights(tmp_path / "empty") == tmp_path / "empty"
