@@ -206,7 +206,7 @@ def bench_plan(
     landscape: Path | None,
     weights: Path | None,
     cache: AnyPath | None,
-    dtype: str,
+    dtype: Any,
     device: str,
     as_json: bool,
     **search: int,

@@ -92,7 +92,8 @@ def decoder(
     **settings: Any,
 ) -> None:
     """Train a decoder from cached tokens to frames, to look at latents with. Run again, it goes on where it stopped."""
-    from wmcache.trainer.decoder import DecoderOptions, train_decoder
+    from wmcache.trainer.decoder import train_decoder
+    from wmcache.trainer.options import DecoderOptions
 
     out = out or home() / "decoders" / name_of(cache)
     sizes = {
@@ -144,8 +145,8 @@ def imagine(
     **settings: Any,
 ) -> None:
     """Draw what a world model imagines beside what then happened: videos, a picture, and figures for each step."""
-    from wmcache.planner.imagine import ImagineOptions
     from wmcache.planner.imagine import imagine as draw
+    from wmcache.planner.options import ImagineOptions
     from wmcache.trainer.checkpoint import read_config
 
     cache, out = cache or Path(read_config(run)["cache"]), out or run / "imagine"

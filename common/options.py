@@ -134,7 +134,7 @@ def _validate(kind: type[T], values: Mapping[str, Any], labels: Mapping[str, str
         name, *inner = map(str, first["loc"] or (where,))
         label = ".".join([labels.get(name, name), *inner])
         wrong = first["msg"].replace("Input should", "it must")[:160]
-        raise UserError(f"{label} is {str(first['input'])[:80]!r}; {wrong}") from error
+        raise UserError(f"{label} is {repr(first['input'])[:80]}; {wrong}") from error
     except TypeError as error:  # TOML has dates
         raise UserError(f"{where} has a date; no option is one, write it as a string") from error
     return parsed

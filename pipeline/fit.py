@@ -23,6 +23,7 @@ from wmcache.common.cpus import available_cpus
 from wmcache.common.device import autocast, choose_device, choose_dtype
 from wmcache.common.errors import UserError
 from wmcache.common.files import atomic_write, dump_json, home, seconds_between_updates
+from wmcache.common.options import check_options as validate_options
 from wmcache.common.paths import cause_outside, unreadable
 from wmcache.common.tensors import open_tensors
 from wmcache.pipeline import encoders
@@ -174,8 +175,7 @@ def describe_fit(name: str, fingerprint: str, frames: int, options: FitOptions) 
 
 def check_options(options: FitOptions, frames: int, where: str) -> None:
     """Refuse, as a UserError, what no fit can be made of."""
-    if not 0 < options.learning_rate < np.inf:
-        raise UserError(f"--lr is {options.learning_rate}; it must be above 0")
+    validate_options(options)
     if frames < 2 * options.batch:
         raise UserError(
             f"{where} has {frames} training frames; a batch of {options.batch} needs twice as many: collect more, or lower --batch-size"

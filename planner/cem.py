@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
+from wmcache.common.options import Positive, ShareBelowOne, option
 from wmcache.planner.base import Cost, Solver, around, require, require_population
 
 __all__ = ["Cem", "Cost", "Solver"]
@@ -18,12 +20,7 @@ __all__ = ["Cem", "Cost", "Solver"]
 class Cem:
     """A `Solver`. Candidates are clipped to the env's bounds, so that what is scored is what the env will do.
 
-    Attributes:
-        samples: candidates an iteration; the first is the present mean.
-        elites: the best of them, to which the next mean and deviation are fitted.
-        iterations: how often.
-        sigma: first standard deviation, in env units.
-        momentum: share of the last mean and deviation that the next ones keep (V-JEPA 2-AC: 0.15; DINO-WM: none).
+    The first candidate is the present mean. V-JEPA 2-AC has a momentum of 0.15, DINO-WM none.
 
     Raises:
         UserError: options that no search can be made of.
@@ -31,11 +28,11 @@ class Cem:
 
     differentiates: ClassVar[bool] = False
 
-    samples: int = 64
-    elites: int = 6
-    iterations: int = 5
-    sigma: float = 0.4
-    momentum: float = 0.0
+    samples: Positive = option(64, "Candidates in each iteration; DINO-WM has 300.", group="Solver")
+    elites: Annotated[int, Ge(2)] = option(6, "Best candidates of each iteration; DINO-WM has 30.")
+    iterations: Positive = option(5, "Iterations of the search; DINO-WM has 10.")
+    sigma: Annotated[float, Gt(0)] = option(0.4, "First standard deviation of the candidates, in env units.")
+    momentum: ShareBelowOne = option(0.0, "Share of the last mean and deviation that the next ones keep.")
 
     def __post_init__(self) -> None:
         """Refuse options that do not fit."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from wmcache.planner.goals import ANY, SOURCES, Apart, start_and_goal
 from wmcache.planner.graph import LatentGraph
 from wmcache.planner.mpc import Mpc
 from wmcache.planner.objective import GoalDistance
-from wmcache.planner.options import PlanOptions, check_options
+from wmcache.planner.options import PlanOptions, Precision, check_options
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import make_solver
 from wmcache.trainer.checkpoint import last_checkpoint, load_model, open_store, read_config, read_identity
@@ -501,7 +501,7 @@ def evaluate(
 
 def _task(setting: EvalContext, options: PlanOptions, folder: Path) -> PlanTask:
     """The task of a setting that is alive here: in its precision, and by paths that hold in any working directory."""
-    known = replace(options, dtype=str(setting.dtype).removeprefix("torch."))
+    known = replace(options, dtype=cast(Precision, str(setting.dtype).removeprefix("torch.")))
     if options.goals not in SOURCES:
         known = replace(known, goals=str(Path(options.goals).absolute()))
     if options.env and Path(options.env).exists():

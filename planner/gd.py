@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Gt
 from torch import Tensor
 
+from wmcache.common.options import Positive, Weight, option
 from wmcache.planner.base import Cost, normal, require
 
 OPTIMISERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], float]] = {
@@ -26,14 +28,8 @@ class Gd:
     After each step actions are clamped to the env's bounds. A tanh in front of them came out no better in trials on an exact
     model, and a first guess that pushes with full force, as good ones do, would have no finite preimage.
 
-    Attributes:
-        steps: how often to descend (reference: 1000).
-        lr: length of a step in env units; by default that of OPTIMISERS. The reference's 1.0 is for actions divided by their
-            standard deviation s, and costs in units of its encoder: in ours it would be s ** 2. Adam's depends on neither.
-        optimiser: in OPTIMISERS; the reference's is sgd, without momentum.
-        noise: standard deviation of the Gaussian noise that is added after each step.
-        restarts: guesses of each episode (reference: 1); the first is the given one, the others lie around it.
-        sigma: how far, as a standard deviation in env units.
+    The reference's learning rate of 1.0 is for actions divided by their standard deviation s, and costs in units of its encoder: here it
+    would be s ** 2. Adam's depends on neither. The first guess of each episode is the given one.
 
     Raises:
         UserError: options that no descent can be made of.
@@ -41,12 +37,14 @@ class Gd:
 
     differentiates: ClassVar[bool] = True
 
-    steps: int = 15
-    lr: float | None = None
-    optimiser: str = "adam"
-    noise: float = 0.003
-    restarts: int = 8
-    sigma: float = 0.6
+    steps: Positive = option(15, "Steps of gradient descent; DINO-WM has 1000.", flag="--gd-steps", group="Solver")
+    lr: Annotated[float, Gt(0)] | None = option(
+        None, "Learning rate of gradient descent, in env units.  [default: the optimiser's]", flag="--gd-lr"
+    )
+    optimiser: Literal["sgd", "adam"] = option("adam", "Optimiser of gradient descent; DINO-WM has sgd.")
+    noise: Weight = option(0.003, "Standard deviation of the noise added after each step; DINO-WM has 0.003.")
+    restarts: Positive = option(8, "First guesses that are optimised side by side; DINO-WM has 1.")
+    sigma: Weight = option(0.6, "Standard deviation of the first guesses, in env units.")
 
     def __post_init__(self) -> None:
         """Refuse options that do not fit."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge, Gt
 from einops import rearrange
 from torch import Tensor
 
+from wmcache.common.options import Positive, Share, ShareBelowOne, Weight, option
 from wmcache.planner.base import Cost, normal, require, require_population
 
 
@@ -20,18 +22,7 @@ class Icem:
     Of the paper's parts, shifting elites from one plan to the next is left to the caller's first guess. It is a candidate of
     the first iteration; the mean is one of the last, as in the paper, and in no other, where it would narrow the search.
 
-    Attributes:
-        samples: candidates of the first iteration.
-        elites: the best, to which the next mean and deviation are fitted; at most half of the samples.
-        iterations: how often.
-        sigma: first standard deviation, in env units.
-        beta: colour of the noise over time, whose power falls with frequency ** -beta: 0 is white, 1 pink, 2 brown. The
-            paper's lie between 0.25 and 4, by task.
-        frameskip: env actions in each of the T steps, [T, f * A] frame by frame; time is that of the env. Without it the
-            colour would be that of whole model steps, white within each.
-        decay: each iteration has this factor fewer candidates, but twice the elites at least.
-        keep: share of the elites that stay candidates of the next iteration. Their costs are known and not asked for again.
-        momentum: share of the last mean and deviation that the next ones keep.
+    `frameskip` is the number of env actions in each of the T steps, [T, f * A] frame by frame: noise is coloured over env steps.
 
     Raises:
         UserError: options that no search can be made of.
@@ -39,15 +30,15 @@ class Icem:
 
     differentiates: ClassVar[bool] = False
 
-    samples: int = 300
-    elites: int = 10
-    iterations: int = 10
-    sigma: float = 0.6
-    beta: float = 2.0
-    frameskip: int = 1
-    decay: float = 1.25
-    keep: float = 0.3
-    momentum: float = 0.1
+    samples: Positive = option(300, "Candidates in each iteration; DINO-WM has 300.", group="Solver")
+    elites: Annotated[int, Ge(2)] = option(10, "Best candidates of each iteration; DINO-WM has 30.")
+    iterations: Positive = option(10, "Iterations of the search; DINO-WM has 10.")
+    sigma: Annotated[float, Gt(0)] = option(0.6, "First standard deviation of the candidates, in env units.")
+    beta: Weight = option(2.0, "Colour of the noise over time: 0 is white, 1 pink, 2 brown; the paper has 0.25 to 4.")
+    frameskip: Positive = option(1, flag="")
+    decay: Annotated[float, Ge(1)] = option(1.25, "Factor by which each iteration has fewer candidates.")
+    keep: Share = option(0.3, "Share of the elites that stay candidates of the next iteration.")
+    momentum: ShareBelowOne = option(0.1, "Share of the last mean and deviation that the next ones keep.")
 
     def __post_init__(self) -> None:
         """Refuse options that do not fit."""

@@ -24,6 +24,7 @@ from wmcache.common.files import atomic_write, make_folder, seconds_between_upda
 from wmcache.common.paths import AnyPath
 from wmcache.common.video import ffmpeg, write_mp4
 from wmcache.envs import FPS
+from wmcache.planner.options import ImagineOptions
 from wmcache.trainer.checkpoint import load_model, open_store, read_config, read_identity
 from wmcache.trainer.decoder import ReadFrames, load_decoder, load_images, read_decoder_config, read_decoder_identity
 from wmcache.trainer.metrics import MOVING, ImageMetrics, Images, summarise, to_pixels, to_unit
@@ -43,30 +44,6 @@ PICTURES = {
 """What is compared with the real frames, and what people read."""
 PANEL = 224
 GAP = 8
-
-
-@dataclass(frozen=True)
-class ImagineOptions:
-    """All settings; saved in `metrics.json`.
-
-    Attributes:
-        steps: model steps that are imagined from one observed frame.
-        windows: held-out windows that the figures are means over; a random sample where there are more.
-        videos: files of 4 windows side by side.
-        context: frames that an imagined step sees; None means all of the model's history.
-        seed: of the sample.
-        device, dtype: of model and decoder.
-        lpips: try to compute it.
-    """
-
-    steps: int = 10
-    windows: int = 64
-    videos: int = 2
-    context: int | None = None
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    lpips: bool = True
 
 
 @dataclass(frozen=True)

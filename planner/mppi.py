@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
+from wmcache.common.options import Positive, Weight, option
 from wmcache.planner.base import Cost, around, require, require_population
 
 
@@ -23,15 +25,8 @@ class Mppi:
     Costs are in the encoder's units, which the temperature should not depend on. So what an elite costs more than the best
     is divided by what the episode's elites cost more on average, in each iteration anew.
 
-    Attributes:
-        samples: candidates an iteration; the first is the present mean.
-        elites: the best of them. They are weighed by softmax(-temperature * scaled cost), and the next mean and deviation
-            are fitted to them with these weights.
-        iterations: how often.
-        temperature: 0 weighs all elites alike, as the cross-entropy method does; the greater, the more the best counts.
-            (It is an inverse temperature; the name is TD-MPC2's.)
-        sigma: first and largest standard deviation, in env units.
-        min_sigma: smallest one.
+    Elites are weighted by softmax(-temperature * scaled cost), and the next mean and deviation are fitted to them with these weights. It is
+    an inverse temperature; the name is TD-MPC2's. The first candidate is the present mean.
 
     Raises:
         UserError: options that no search can be made of.
@@ -39,12 +34,14 @@ class Mppi:
 
     differentiates: ClassVar[bool] = False
 
-    samples: int = 512
-    elites: int = 64
-    iterations: int = 6
-    temperature: float = 4.0
-    sigma: float = 0.6
-    min_sigma: float = 0.05
+    samples: Positive = option(512, "Candidates in each iteration; DINO-WM has 300.", group="Solver")
+    elites: Annotated[int, Ge(2)] = option(64, "Best candidates of each iteration; DINO-WM has 30.")
+    iterations: Positive = option(6, "Iterations of the search; DINO-WM has 10.")
+    temperature: Weight = option(4.0, "Inverse temperature of the candidates' weights; 0 weights all elites alike.")
+    sigma: Annotated[float, Gt(0)] = option(
+        0.6, "First and largest standard deviation of the candidates, in env units."
+    )
+    min_sigma: Weight = option(0.05, "Smallest standard deviation of the candidates, in env units.")
 
     def __post_init__(self) -> None:
         """Refuse options that do not fit."""

@@ -10,7 +10,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ from wmcache.trainer.checkpoint import (
 from wmcache.trainer.loop import Log, signals_between_steps
 from wmcache.trainer.metrics import ImageMetrics, Images, summarise, to_unit
 from wmcache.trainer.models.decoders import DECODERS, Decoder, DecoderShape, build_decoder
+from wmcache.trainer.options import DecoderOptions, check_options
 
 VALIDATION_FRAMES = 512
 HINT = "train a decoder with: wmtrain decoder --cache STORE"
@@ -57,37 +58,6 @@ MAY_CHANGE = {"cache", "device", "steps", "log_every", "checkpoint_every", "lpip
 
 ReadFrames = Callable[[NDArray[np.int64]], Images]
 """Numbers of frames [B], ascending, to their images uint8 [B, S, S, 3]."""
-
-
-@dataclass(frozen=True)
-class DecoderOptions:
-    """All settings of a decoder; saved as `config.json`.
-
-    Attributes:
-        decoder: name in `trainer.models.decoders.DECODERS`; `auto` takes transposed convolutions for a
-            single token, as the reference.
-        decoder_options: fields of its options dataclass.
-        steps: optimiser steps. batch: frames in each. learning_rate: of Adam, constant (DINO-WM, conf/train.yaml).
-        max_frames: train frames that are held in memory as images; a random sample where there are more.
-        dtype: `auto`, `float32` or `bfloat16`. device: `auto`, `cpu`, `cuda`, …
-        seed: of weights, sample and order. split_seed: of the split into train and val episodes, as of a world model.
-        log_every, checkpoint_every: steps.
-        lpips: try to compute it at the end.
-    """
-
-    decoder: str = "auto"
-    decoder_options: dict[str, Any] = field(default_factory=dict)
-    steps: int = 10_000
-    batch: int = 32
-    learning_rate: float = 3e-4
-    max_frames: int = 20_000
-    dtype: str = "auto"
-    device: str = "auto"
-    seed: int = 0
-    split_seed: int = 42
-    log_every: int = 20
-    checkpoint_every: int = 500
-    lpips: bool = True
 
 
 @dataclass(frozen=True)
@@ -263,14 +233,6 @@ def read_decoder_identity(folder: Path) -> Identity:
     """The identity of the store that a decoder was trained on; raises UserError where the folder is no decoder's."""
     read_decoder_config(folder)
     return read_identity(folder)[1]
-
-
-def check_options(options: DecoderOptions) -> None:
-    """Refuse, as a UserError, numbers that no decoder can be made of."""
-    if not 1e-12 <= options.learning_rate < math.inf:
-        raise UserError(f"--lr is {options.learning_rate}; it must be a number of at least 1e-12")
-    if options.max_frames < 1:
-        raise UserError(f"--max-frames is {options.max_frames}; it must be above 0")
 
 
 def statistics_of(store: TokenStore, images: Images) -> dict[str, Tensor]:

@@ -58,4 +58,27 @@ class TrainOptions:
     checkpoint_every: Positive = option(500, "Steps between two checkpoints.")
 
 
-__all__ = ["Precision", "TrainOptions", "check_options"]
+@dataclass(frozen=True)
+class DecoderOptions:
+    """All settings of a decoder; saved as `config.json`. The learning rate is Adam's, constant (DINO-WM, conf/train.yaml)."""
+
+    decoder: str = option(
+        "auto",
+        "Network: auto, which takes one that suits the token grid, {names}.",
+        group="Decoder",
+    )
+    decoder_options: dict[str, Any] = field(default_factory=dict)
+    steps: Positive = option(10_000, "Optimiser steps; a higher number continues a finished decoder.", group="Training")
+    batch: Positive = option(32, "Frames in each step.", flag="--batch-size")
+    learning_rate: Rate = option(3e-4, "Learning rate.", flag="--lr")
+    max_frames: Positive = option(20_000, "Frames to train on, a random sample that is held in memory.")
+    dtype: Precision = option("auto", "Compute precision.")
+    device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.")
+    seed: Natural = option(0, "Seed of weights, sample and order.")
+    split_seed: Natural = option(42, "Seed of the split into train and val episodes.")
+    log_every: Positive = option(20, "Steps between two lines of the log.")
+    checkpoint_every: Positive = option(500, "Steps between two checkpoints.")
+    lpips: bool = option(True, "Try to compute LPIPS; its network is fetched once, 244 MB.")
+
+
+__all__ = ["DecoderOptions", "Precision", "TrainOptions", "check_options"]

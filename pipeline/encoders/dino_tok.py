@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wmcache.common.errors import UserError
-from wmcache.common.schema import Size
+from wmcache.common.options import option
 from wmcache.pipeline.encoders.base import EARLY, LAST, Backbone, EncoderSpec, Features, Head, require_layers
 from wmcache.pipeline.encoders.fitting import FitData, Fitting
 from wmcache.pipeline.encoders.pca import principal_axes
@@ -62,40 +63,17 @@ RARE = 0.05
 
 @dataclass(frozen=True)
 class DinoTokOptions(ReconstructionOptions):
-    """How it is trained.
+    """How it is trained; normalised texture needs 2 channels."""
 
-    Attributes:
-        shallow: channels of texture.
-    """
-
-    shallow: Size = 64
-
-    def __post_init__(self) -> None:
-        """Raise UserError for an option out of its range."""
-        super().__post_init__()
-        if self.shallow < 2:
-            raise UserError(f"--shallow is {self.shallow}; normalised texture needs at least 2 channels")
+    shallow: Annotated[int, Ge(2), Le(2**16)] = option(64, "Channels of the shallow branch.")
 
 
 @dataclass(frozen=True)
 class DinoTokVqOptions(DinoTokOptions):
-    """How the quantised variant is trained.
+    """How the quantised variant is trained."""
 
-    Attributes:
-        codes: in each of the two codebooks.
-        variance: share of the variance that the kept principal components of each layer explain.
-    """
-
-    codes: Size = 512
-    variance: float = 0.95
-
-    def __post_init__(self) -> None:
-        """Raise UserError for an option out of its range."""
-        super().__post_init__()
-        if self.codes < 1 or not 0 < self.variance <= 1:
-            raise UserError(
-                f"--codes is {self.codes} and --variance {self.variance}; both must be above 0, and --variance at most 1"
-            )
+    codes: Annotated[int, Ge(2), Le(2**16)] = option(512, "Entries of each codebook.")
+    variance: Annotated[float, Gt(0), Le(1)] = option(0.95, "Share of the variance that the kept components explain.")
 
 
 class DominantSubspace(nn.Module):

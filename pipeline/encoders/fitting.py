@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from wmcache.common.options import Natural, Positive, option
 from wmcache.pipeline.encoders.base import Features, Preprocess
 from wmcache.pipeline.encoders.encoder import Encoder
 
@@ -19,23 +22,19 @@ BACKGROUND_FRAMES = 1000
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How any encoder is trained; each has a subclass with its own defaults and more.
+    """How any encoder is trained; subclasses have other defaults and more options.
 
-    Attributes:
-        steps: optimiser steps; 0 for what is computed in closed form.
-        batch: frames, or pairs of frames, in each.
-        learning_rate: peak, reached after a tenth of the steps and decayed to 0 as a cosine.
-        seed: of initialisation and batches.
+    The learning rate reaches its peak after a tenth of the steps and decays to 0 as a cosine.
     """
 
-    steps: int = 400
-    batch: int = 256
-    learning_rate: float = 1e-3
-    seed: int = 0
+    steps: Positive = option(400, "Optimiser steps.", group="Fit")
+    batch: Annotated[int, Ge(2)] = option(256, "Frames, or pairs of frames, in each step.", flag="--batch-size")
+    learning_rate: Annotated[float, Gt(0)] = option(1e-3, "Peak learning rate.", flag="--lr")
+    seed: Natural = option(0, "Seed of weights and batches.")
 
     @property
     def needs_images(self) -> bool:
-        """Whether the training reads frames; adapters may need only cached features."""
+        """Whether the training looks at frames; adapters may get by with cached features."""
         return True
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wmcache.common.errors import UserError
+from wmcache.common.options import Natural, Positive, option
 from wmcache.common.schema import Size
 from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Features, Head
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
@@ -31,21 +32,16 @@ SPEC = EncoderSpec(
 
 @dataclass(frozen=True)
 class PcaOptions(FitOptions):
-    """How they are computed; `learning_rate` and `batch` are not used.
+    """How they are found, in closed form: batch and learning rate have no effect."""
 
-    Attributes:
-        dim: how many components.
-        sampled_frames: whose tokens are looked at, drawn from the training frames.
-    """
-
-    steps: int = 0
-    batch: int = 1
-    dim: Size = SPEC.token_dim
-    sampled_frames: Size = 2000
+    steps: Natural = option(0, flag="")
+    batch: Positive = option(1)
+    dim: Size = option(SPEC.token_dim, "Principal components to keep.")
+    sampled_frames: Size = option(2000, "Training frames whose tokens are used.")
 
     @property
     def needs_images(self) -> bool:
-        """No."""
+        """It does not."""
         return False
 
 
@@ -87,9 +83,7 @@ class PcaFitting(Fitting):
         channels = data.base.backbone.dims[LAST]
         if options.steps:
             raise UserError(f"--steps is {options.steps}, but {SPEC.name} is computed in closed form; leave it out")
-        if options.sampled_frames < 1:
-            raise UserError(f"--sampled-frames is {options.sampled_frames}; it must be above 0")
-        if not 0 < options.dim <= channels:
+        if options.dim > channels:
             raise UserError(
                 f"--dim is {options.dim}; {data.base.spec.name} has {channels} channels, choose 1 to {channels}"
             )

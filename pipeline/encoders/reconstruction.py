@@ -4,42 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wmcache.common.errors import UserError
+from wmcache.common.options import option
 from wmcache.pipeline.encoders.base import Features
 from wmcache.pipeline.encoders.decoders import PixelDecoder, TokenDecoder
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions
 
-DECODERS = ("tokens", "pixels")
 SAMPLED_FRAMES = 500
 SMALLEST_DEVIATION = 1e-5
 
 
 @dataclass(frozen=True)
 class ReconstructionOptions(FitOptions):
-    """How they are trained.
+    """How they are trained."""
 
-    Attributes:
-        decoder: what is reconstructed: `tokens`, the cached features, or `pixels`, the frames.
-    """
-
-    batch: int = 128
-    decoder: str = "tokens"
-
-    def __post_init__(self) -> None:
-        """Raise UserError for an unknown decoder."""
-        if self.decoder not in DECODERS:
-            raise UserError(f"unknown --decoder {self.decoder!r}; choose {' or '.join(DECODERS)}")
+    batch: Annotated[int, Ge(2)] = option(128)
+    decoder: Literal["tokens", "pixels"] = option(
+        "tokens", "What is reconstructed: tokens, the cached features, or pixels, the frames."
+    )
 
     @property
     def needs_images(self) -> bool:
-        """True for a decoder of pixels."""
+        """Only pixels need them."""
         return self.decoder == "pixels"
 
 

@@ -7,11 +7,12 @@ be fitted on a dataset (`register_fit`). Other packages add theirs with an entry
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from wmcache.common.errors import UserError
+from wmcache.common.options import parse_options
 from wmcache.common.registry import Registry
 from wmcache.common.schema import Size, parse
 from wmcache.pipeline.encoders.base import FILTERS, NORMALISATIONS, Backbone, EncoderSpec, Head, Loaded, Preprocess
@@ -130,19 +131,7 @@ def fit_options(name: str, settings: Mapping[str, Any]) -> FitOptions:
         UserError: the encoder is not fitted, or has no such option or value.
     """
     kind, _ = get_fit(name)
-    known = {field.name for field in fields(kind)}
-    if unknown := sorted(set(settings) - known):
-        raise UserError(
-            f"the fit of {name} has no option {', '.join(unknown)}; "
-            f"it has {', '.join(sorted(known))} (see: wmcache fit --help)"
-        )
-    usual = kind()
-    options = parse(
-        kind, {**asdict(usual), **settings}, f"the fit of {name}", "see: wmcache fit --help", fault="makes no sense"
-    )
-    if options.steps < min(1, usual.steps) or options.batch < 1 or options.seed < 0:
-        raise UserError(f"the fit of {name} needs --steps and --batch-size above 0, and a --seed of at least 0")
-    return options
+    return parse_options(kind, dict(settings), f"the fit of {name}")
 
 
 def create(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
+from wmcache.common.options import Positive, Weight, option
 from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Backbone, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
 from wmcache.pipeline.encoders.registry import register, register_fit
@@ -110,15 +111,10 @@ class TcnBackbone(Backbone):
 
 @dataclass(frozen=True)
 class TcnOptions(FitOptions):
-    """How it is trained.
+    """How it is trained."""
 
-    Attributes:
-        max_lag: positives are 1 to this many env steps later.
-        spread: weight of the term that drives all frames apart.
-    """
-
-    max_lag: int = 4
-    spread: float = 0.2
+    max_lag: Positive = option(4, "Largest distance of a pair of frames that are positives, in env steps.")
+    spread: Weight = option(0.2, "Weight of the term that drives all frames apart.")
 
 
 @register(SPEC)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wmcache.common.errors import UserError
+from wmcache.common.options import Weight, option
 from wmcache.common.schema import Size
 from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Backbone, EncoderSpec, Features, Head, require_layers
 from wmcache.pipeline.encoders.fitting import FitData, Fitting
@@ -46,23 +46,11 @@ COUNTED_STEPS, SLOWEST = 20, 0.02
 
 @dataclass(frozen=True)
 class VfmVaeOptions(ReconstructionOptions):
-    """How it is trained.
+    """How it is trained."""
 
-    Attributes:
-        latent: channels.
-        kl: weight of the divergence from the prior, in nats a frame.
-        align: weight of the alignment with the final features.
-    """
-
-    latent: Size = SPEC.token_dim
-    kl: float = 1e-6
-    align: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Raise UserError for an option out of its range."""
-        super().__post_init__()
-        if self.latent < 1 or self.kl < 0 or self.align < 0:
-            raise UserError(f"the fit of {SPEC.name} needs --latent above 0, and --kl and --align of at least 0")
+    latent: Size = option(SPEC.token_dim, "Channels of the latent.")
+    kl: Weight = option(1e-6, "Weight of the KL divergence from the prior, in nats a frame.")
+    align: Weight = option(1.0, "Weight of the alignment with the last layer.")
 
 
 @register_adapter(SPEC, base="dinov2-layers")

@@ -647,13 +647,13 @@ class TestBuilding:
         [
             ({"tokens": 1, "columns": 1}, {}, "this store has one; choose --model dino-wm"),
             ({}, {"foreground": 8}, "--foreground 8 leaves none of 8 tokens"),
-            ({}, {"foreground": -1}, "option foreground"),
+            ({}, {"foreground": -1}, "foreground"),
             ({}, {"width": 15}, "--width 15 is not a multiple of --heads 2; or give --head-dim"),
             ({}, {"width": 0, "proprio": "none"}, "--width 0 leaves the heads without a size"),
             ({}, {"width": 0, "head_dim": 4}, "--width 0 has no head for raw proprio"),
             ({}, {"locator_width": 7}, "--locator-width 7 is not a multiple of --locator-heads 2"),
-            ({}, {"labels": "words"}, "option labels"),
-            ({}, {"threshold": -1.0}, "option threshold"),
+            ({}, {"labels": "words"}, "labels"),
+            ({}, {"threshold": -1.0}, "threshold"),
             ({}, {"combine": "features"}, "world model ddp-wm has no option combine"),
         ],
     )

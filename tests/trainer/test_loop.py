@@ -382,7 +382,7 @@ def test_what_is_long_among_those_that_train_is_not_asked_of_those_that_validate
 
 @pytest.mark.parametrize("fraction", [0.0, -1.0, 1.5, float("nan")])
 def test_a_share_that_is_none_is_refused(store_path: Path, tmp_path: Path, tiny: TrainOptions, fraction: float) -> None:
-    with pytest.raises(UserError, match=r"--fraction is .*; it must be above 0 and at most 1"):
+    with pytest.raises(UserError, match="--fraction"):
         train(store_path, tmp_path / "run", replace(tiny, episodes_fraction=fraction))
 
 

@@ -5,15 +5,13 @@ To add one, write a file with an options dataclass and an `nn.Module` that is a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
+from wmcache.common.options import parse_options
 from wmcache.trainer.models.base import DataShape, WorldModel
 from wmcache.trainer.models.ddp_wm import DdpWm, DdpWmOptions
 from wmcache.trainer.models.dino_wm import DinoWm, DinoWmOptions
@@ -43,15 +41,7 @@ def read_options(name: str, options: Mapping[str, Any]) -> Any:
     Raises:
         UserError: unknown model or option, or values that do not fit.
     """
-    make_options = get_options(name)
-    known = [field.name for field in fields(make_options)]
-    if unknown := [option for option in options if option not in known]:
-        raise UserError(f"world model {name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
-    try:
-        return TypeAdapter(make_options).validate_json(json.dumps(dict(options), default=str), strict=True)
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        raise UserError(f"world model {name}, option {wrong['loc'][0]}: {wrong['msg']}") from error
+    return parse_options(get_options(name), dict(options), f"world model {name}")
 
 
 def build(name: str, shape: DataShape, options: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> Any:

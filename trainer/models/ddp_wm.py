@@ -16,17 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
+from wmcache.common.options import Weight, option
 from wmcache.common.schema import Size
 from wmcache.trainer.models.attention import KeysValues
 from wmcache.trainer.models.base import DataShape
@@ -42,27 +42,19 @@ USUAL_THRESHOLD = {"pixels": 0.1, "features": 0.5}
 
 @dataclass(frozen=True)
 class DdpWmOptions(LatentOptions):
-    """Sizes and variants.
+    """Sizes and variants; width, depth, heads, head_dim and mlp are those of the primary predictor."""
 
-    Attributes:
-        width, depth, heads, head_dim, mlp: of the primary predictor. dropout: in it, in the localiser and in fusion.
-        foreground: K; 0 takes what the data needs (`settle`). DDP-WM has at least 32 of 196.
-        locator_width: of the localiser, beside the embeddings. locator_depth, locator_heads, locator_mlp: of its blocks.
-        fusion_heads, correction_heads: of the two cross-attentions.
-        labels: what has changed, by `pixels` (change maps beside the store) or by `features` (the tokens themselves).
-        threshold: above which a cell has changed: the norm of the pixels' difference, in [-1, 1], or the root mean square of that of
-            (standardised) tokens; 0 means 0.1 and 0.5.
-    """
-
-    foreground: SizeOrNone = 0
-    locator_width: Size = 96
-    locator_depth: Size = 3
-    locator_heads: Size = 3
-    locator_mlp: Size = 384
-    fusion_heads: Size = 4
-    correction_heads: Size = 4
-    labels: Literal["pixels", "features"] = "pixels"
-    threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    foreground: SizeOrNone = option(0, "Tokens of a frame that are predicted; 0: enough for 99 % of the steps.")
+    locator_width: Size = option(96, "Width of the localization network.")
+    locator_depth: Size = option(3, "Transformer blocks of the localization network.")
+    locator_heads: Size = option(3, "Attention heads of the localization network.")
+    locator_mlp: Size = option(384, "Hidden units of each MLP of the localization network.")
+    fusion_heads: Size = option(4, "Attention heads of the temporal fusion block.")
+    correction_heads: Size = option(4, "Attention heads of the correction of unchanged tokens.")
+    labels: Literal["pixels", "features"] = option(
+        "pixels", "What shows that a token has changed: pixels (change maps), or its features."
+    )
+    threshold: Weight = option(0.0, "Smallest change that counts; 0: 0.1 for pixels, 0.5 for features.")
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""

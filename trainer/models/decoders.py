@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
+from wmcache.common.options import option
 from wmcache.common.schema import Size
 
 DEAD = 0.01
@@ -45,32 +46,29 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class VqVaeOptions:
-    """Sizes of the patch decoder; the defaults are the reference's.
+    """Sizes of the patch decoder; the defaults are the reference's."""
 
-    Attributes:
-        channels: of both stacks. residual: hidden channels of a residual block. blocks: of these in each stack.
-        quantize: round each token to the nearest entry of a codebook first.
-        codes: entries. decay: of the moving averages that they are. commitment: weight of the distance to them in the loss.
-    """
-
-    channels: Channels = 384
-    residual: Channels = 128
-    blocks: Annotated[int, Field(ge=0, le=64)] = 4
-    quantize: bool = False
-    codes: Size = 2048
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    commitment: Annotated[float, Field(ge=0, le=100)] = 0.25
+    channels: Channels = option(384, "Channels of both stacks.", group="Decoder")
+    residual: Channels = option(128, "Channels inside a residual block.")
+    blocks: Annotated[int, Field(ge=0, le=64)] = option(4, "Residual blocks of a stack.")
+    quantize: bool = option(False, "Round tokens to a codebook first.", flag="--quantize")
+    codes: Size = option(2048, "Entries of the codebook.")
+    decay: Annotated[float, Field(ge=0, lt=1)] = option(0.99, "Decay of the moving averages of the entries.")
+    commitment: Annotated[float, Field(ge=0, le=100)] = option(
+        0.25, "Weight of the distance between tokens and entries in the loss."
+    )
 
 
 @dataclass(frozen=True)
 class TransposedConvOptions:
     """Sizes of the decoder from few tokens; the default is the reference's.
 
-    Attributes:
-        depth: the first map has 32 times as many channels, the five layers 8, 4, 2, 1 times as many and 3.
+    The first map has 32 * depth channels, the five layers 8, 4, 2 and 1 times depth, and 3.
     """
 
-    depth: Annotated[int, Field(gt=0, le=1024)] = 64
+    depth: Annotated[int, Field(gt=0, le=1024)] = option(
+        64, "Channels of the first map, divided by 32.", group="Decoder"
+    )
 
 
 class Decoder(nn.Module):

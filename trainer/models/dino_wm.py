@@ -18,31 +18,32 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
+from wmcache.common.options import Weight, option
 from wmcache.trainer.models.attention import Block, KeysValues
 from wmcache.trainer.models.base import DataShape
-from wmcache.trainer.models.latent import LatentModel, LatentOptions, Weight, append, say_nothing_changes
+from wmcache.trainer.models.latent import LatentModel, LatentOptions, append, say_nothing_changes
 
 
 @dataclass(frozen=True)
 class DinoWmOptions(LatentOptions):
     """Sizes and variants of the transformer.
 
-    Attributes:
-        combine: `features` appends the embeddings of proprio and action to each patch token (DINO-WM's concat_dim 1); `tokens` makes them
-            tokens of the frame, after the patches (concat_dim 0).
-        condition: `concat` combines the action as above; `adaln` lets it scale, shift and gate every block (JEPA-WM, arXiv 2512.24497).
-        position: `learned` for each place in the window; `rope` learned in space and rotary in time, so that keys and values of a frame
-            stay valid when the window moves on.
-        embedding: counts in `features` alone; tokens of their own are as wide as the stream.
-        rollout_loss: weight of a second step from the first one's predictions, with the gradient stopped between them (JEPA-WM); 0 is none.
-        noise: standard deviation of what is added to the latents while training.
+    `combine`: `features` is DINO-WM's concat_dim 1, `tokens` its concat_dim 0. `condition`: `adaln` scales, shifts and gates every block
+    (JEPA-WM, arXiv 2512.24497). `position`: with `rope`, learned in space and rotary in time, keys and values of a frame stay valid when
+    the window moves on. `rollout_loss`: JEPA-WM's, with the gradient stopped between the steps.
     """
 
-    combine: Literal["features", "tokens"] = "features"
-    condition: Literal["concat", "adaln"] = "concat"
-    position: Literal["learned", "rope"] = "learned"
-    rollout_loss: Weight = 0.0
-    noise: Weight = 0.0
+    combine: Literal["features", "tokens"] = option(
+        "features", "Add proprio and action as features of each token, or as tokens of their own."
+    )
+    condition: Literal["concat", "adaln"] = option(
+        "concat", "Combine the action with the tokens, or let it scale the blocks."
+    )
+    position: Literal["learned", "rope"] = option(
+        "learned", "Position embedding of a frame in the window: learned, or rotary in time."
+    )
+    rollout_loss: Weight = option(0.0, "Weight of the loss of a second step, predicted from the first one's output.")
+    noise: Weight = option(0.0, "Standard deviation of the noise that is added to the latents.")
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""

@@ -12,12 +12,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
+from wmcache.common.options import ShareBelowOne, option
 from wmcache.common.schema import Size
 from wmcache.trainer.models.base import DataShape
 
 SizeOrNone = Annotated[int, Field(ge=0, le=2**16)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 LEAST_DEVIATION = 1e-6
 """Of a channel that never changes."""
@@ -25,29 +24,24 @@ LEAST_DEVIATION = 1e-6
 
 @dataclass(frozen=True)
 class LatentOptions:
-    """What every such model can be told.
+    """Options of every such model."""
 
-    Attributes:
-        proprio: `raw` predicts standardised proprio; `embedding` its learned code, as DINO-WM; `none` neither sees nor predicts any.
-        predict: `change` from the frame before, or the next `frame` itself, as DINO-WM.
-        standardise: tokens per channel; DINO-WM takes them as they come.
-        embedding: dimensions of the action and of the proprio embedding.
-        width: of the transformer's residual stream; 0 means no projections, so that it is the combined frame's own, as in DINO-WM.
-        depth: number of blocks. heads: of attention. head_dim: of each; 0 means width / heads.
-        mlp: hidden units; 0 means 4 widths.
-        dropout: in attention, projections and MLP.
-    """
-
-    proprio: Literal["raw", "embedding", "none"] = "raw"
-    predict: Literal["change", "frame"] = "change"
-    standardise: bool = True
-    embedding: Size = 10
-    width: SizeOrNone = 384
-    depth: Size = 6
-    heads: Size = 6
-    head_dim: SizeOrNone = 0
-    mlp: SizeOrNone = 0
-    dropout: Share = 0.1
+    proprio: Literal["raw", "embedding", "none"] = option(
+        "raw", "Predict raw proprio, predict a learned embedding of it (DINO-WM), or use pixels alone.", group="Model"
+    )
+    predict: Literal["change", "frame"] = option("change", "Predict the change, or the next frame (DINO-WM).")
+    standardise: bool = option(
+        True,
+        "Standardise each channel of the tokens, or take them as they are (DINO-WM).",
+        flag="--standardise/--as-stored",
+    )
+    embedding: Size = option(10, "Dimensions of the action and proprio embeddings.")
+    width: SizeOrNone = option(384, "Width of the transformer; 0: that of the tokens, without projections (DINO-WM).")
+    depth: Size = option(6, "Transformer blocks.")
+    heads: Size = option(6, "Attention heads.")
+    head_dim: SizeOrNone = option(0, "Dimensions of each attention head; 0: width / heads.")
+    mlp: SizeOrNone = option(0, "Hidden units of each MLP; 0: 4 x width.")
+    dropout: ShareBelowOne = option(0.1, "Dropout in attention, projections and MLP.")
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""

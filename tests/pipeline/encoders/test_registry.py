@@ -20,7 +20,7 @@ def test_an_unknown_name_lists_those_that_exist() -> None:
 
 
 def test_an_encoder_that_is_not_fitted_lists_those_that_are() -> None:
-    with pytest.raises(UserError, match="dinov2 .*tcn, vae"):
+    with pytest.raises(UserError, match=r"dinov2 .*tcn, vae"):
         encoders.fit_options("dinov2", {})
 
 
