@@ -33,8 +33,9 @@ from tqdm import tqdm
 from wmcache.cluster.profiles import Profile, log_pattern, read_profile
 from wmcache.common.cpus import SPINS, available_cpus, limit_threads
 from wmcache.common.errors import UserError, command, one_line
-from wmcache.common.files import home, seconds_between_updates
+from wmcache.common.folders import home
 from wmcache.common.memory import available_ram
+from wmcache.common.progress import seconds_between_updates
 
 Item = TypeVar("Item")
 T = TypeVar("T")

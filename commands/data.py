@@ -28,9 +28,10 @@ from wmcache.commands.shared import (
     say,
 )
 from wmcache.common.errors import UserError, command
-from wmcache.common.files import home, human_bytes
+from wmcache.common.folders import home
 from wmcache.common.options import Declared, declared
 from wmcache.common.paths import AnyPath, absolute
+from wmcache.common.space import human_bytes
 
 
 def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:  # noqa: ARG001 (click's signature)

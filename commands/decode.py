@@ -19,7 +19,7 @@ from wmcache.commands.shared import (
     say,
 )
 from wmcache.common.errors import UserError, command
-from wmcache.common.files import home
+from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath
 
 frames_option = click.option(

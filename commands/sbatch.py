@@ -15,7 +15,8 @@ from wmcache.commands.data import extract
 from wmcache.commands.shared import CONTEXT, PATH, Command, program_path, say
 from wmcache.commands.train import wmtrain
 from wmcache.common.errors import UserError, command
-from wmcache.common.files import atomic_write, home
+from wmcache.common.files import atomic_write
+from wmcache.common.folders import home
 from wmcache.common.paths import exists, unreadable
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from click.core import ParameterSource
 from wmcache.commands.streams import ended_by_reader, prepare_streams
 from wmcache.common.cpus import limit_threads
 from wmcache.common.errors import UserError, command, one_line
-from wmcache.common.files import dump_json, home, nulls
+from wmcache.common.folders import home
+from wmcache.common.jsonfiles import dump_json, nulls
 from wmcache.common.paths import AnyPath, as_path
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -27,7 +27,7 @@ from wmcache.commands.shared import (
     take_model_options,
 )
 from wmcache.common.errors import UserError, command
-from wmcache.common.files import home
+from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath
 from wmcache.trainer.presets import PRESETS
 

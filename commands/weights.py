@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from wmcache.commands.shared import Command, json_option, print_json, say
-from wmcache.common.files import home, human_bytes
+from wmcache.common.folders import home
+from wmcache.common.space import human_bytes
 
 
 @click.command(cls=Command)

@@ -12,8 +12,8 @@ import threading
 import numpy as np
 
 from wmcache.cluster.tasks import run_tasks
-from wmcache.common.files import require_space
 from wmcache.common.paths import AnyPath, absolute, as_path
+from wmcache.common.space import require_space
 from wmcache.envs import FPS, POLICIES, Maze, PointMazeSimulator, Policy, find_maze, sample_state
 from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, Steps, read_steps, shard_range, write_shard
 

@@ -31,8 +31,9 @@ from wmcache.cache.writer import LackingError, StoreWriter
 from wmcache.cluster.tasks import Pool, open_pool, parse_cluster, report, run_tasks
 from wmcache.common.device import choose_device, release_memory
 from wmcache.common.errors import UserError, command, one_line
-from wmcache.common.files import free_space, home, require_space
-from wmcache.common.paths import AnyPath, absolute, as_path, exists
+from wmcache.common.folders import home
+from wmcache.common.paths import AnyPath, absolute, as_path, exists, free_space
+from wmcache.common.space import require_space
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder, encode_together
 from wmcache.pipeline.frames import FrameDataset, Frames

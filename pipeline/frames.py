@@ -16,7 +16,6 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -30,17 +29,9 @@ from typing_extensions import TypedDict
 
 from wmcache.common.cpus import available_cpus
 from wmcache.common.errors import MissingError, UserError, command
-from wmcache.common.files import (
-    atomic_write,
-    cannot_write,
-    did_you_mean,
-    human_bytes,
-    is_temporary,
-    read_json,
-    sha256_of,
-    sweep,
-    write_json,
-)
+from wmcache.common.files import atomic_write, cannot_write, is_temporary, sha256_of, sweep
+from wmcache.common.folders import did_you_mean
+from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.memory import available_ram
 from wmcache.common.paths import (
     MISSING,
@@ -48,6 +39,7 @@ from wmcache.common.paths import (
     as_path,
     cause_outside,
     exists,
+    is_local,
     names_in,
     open_to_read,
     read_bytes,
@@ -57,6 +49,7 @@ from wmcache.common.paths import (
     unreadable,
 )
 from wmcache.common.schema import Count, Name, Size, parse
+from wmcache.common.space import human_bytes
 
 FORMAT_VERSION = 1
 FRAMES_PER_SHARD = 512
@@ -196,8 +189,7 @@ class FrameDatasetWriter:
                 if any(not is_temporary(path / name) for name in there):
                     raise UserError(f"{path} exists and is not a dataset of ours; choose another --out")
                 write_json(self._unfinished, asdict(card))
-            if isinstance(path, Path):
-                sweep(path)
+            sweep(path)
             if "steps.parquet" not in there:
                 with atomic_write(path / "steps.parquet") as file:
                     pq.write_table(steps.to_table(), file)
@@ -323,7 +315,7 @@ class FrameDataset:
                 raise UserError(f"{tar} is larger than its frames can be; restore it or collect again")
             data = read_bytes(tar)
         except OSError as error:
-            if isinstance(tar, Path) and error.errno in MISSING:
+            if is_local(tar) and error.errno in MISSING:
                 raise UserError(f"{tar} does not exist; restore it or collect again") from error
             raise unreadable(tar, error) from error
         if hashlib.sha256(data).hexdigest() != self.card.shards[shard]["sha256"]:

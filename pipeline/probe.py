@@ -18,8 +18,8 @@ from tqdm import tqdm
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import split_episodes
 from wmcache.common.errors import UserError
-from wmcache.common.files import seconds_between_updates
-from wmcache.common.paths import AnyPath, beside
+from wmcache.common.paths import AnyPath, beside, resolve
+from wmcache.common.progress import seconds_between_updates
 from wmcache.envs import Maze, MazeError
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import read_for
@@ -189,7 +189,7 @@ def require_finite(state: NDArray[np.floating], where: AnyPath | str) -> None:
 
 
 def split_frames(episode: NDArray[np.integer], split: str) -> NDArray[np.int64]:
-    """The frames of a split of the episodes, ascending: the split that the trainer uses by default."""
+    """Return the frames of the split that the trainer uses by default, ascending."""
     return np.flatnonzero(np.isin(episode, split_episodes(int(episode[-1]) + 1, split, 42)))
 
 
@@ -396,7 +396,7 @@ def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goal
 
 def picture_paths(stores: Sequence[AnyPath], out: Path | None = None) -> list[Path]:
     """Where to draw each store: beside it, or in `out` by the names of its folder and itself; raises UserError if two agree."""
-    resolved = [store.resolve() if isinstance(store, Path) else store for store in stores]
+    resolved = [resolve(store) for store in stores]
     paths = [
         beside(store, ".probe.png") if out is None else out / f"{store.parent.name}-{store.stem}.probe.png"
         for store in resolved

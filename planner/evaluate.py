@@ -19,8 +19,10 @@ from wmcache.cache.layout import StoreCard
 from wmcache.cache.store import TokenStore
 from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError
-from wmcache.common.files import dump_json, make_folder, read_json, seconds_between_updates, sha256_of
+from wmcache.common.files import make_folder, sha256_of
+from wmcache.common.jsonfiles import dump_json, read_json
 from wmcache.common.paths import AnyPath, absolute, as_path
+from wmcache.common.progress import seconds_between_updates
 from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, find_maze, longest_move
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from shutil import copytree
@@ -20,7 +21,7 @@ from upath import UPath
 
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
 from wmcache.cache.windows import split_episodes
-from wmcache.common.paths import as_path, remove, upload
+from wmcache.common.paths import AnyPath, as_path, is_local, remove, upload
 from wmcache.pipeline import encoders
 from wmcache.pipeline.change_maps import derive_change_maps
 from wmcache.pipeline.collect import collect
@@ -158,8 +159,14 @@ def identity() -> Identity:
 
 
 @pytest.fixture(scope="session")
+def card() -> StoreCard:
+    """50 frames of [6, 4] in shards of 16."""
+    return CARD
+
+
+@pytest.fixture(scope="session")
 def tokens() -> NDArray[np.float16]:
-    """50 frames; zarr skips chunks that equal its fill value, so frames of zeros and a whole shard of them are among these."""
+    """50 frames [6, 4]. Some frames and one shard are zeros, which zarr would not write by default."""
     tokens = np.random.default_rng(0).normal(3, 2, (CARD.frames, 6, 4)).astype(np.float16)
     tokens[[0, 7, 49]] = 0
     tokens[32:48] = 0
@@ -167,47 +174,77 @@ def tokens() -> NDArray[np.float16]:
 
 
 @pytest.fixture(scope="session")
-def make_writer() -> MakeWriter:
-    """(path, identity=…) -> writer of a store of 2 episodes, 20 and 30 frames long, in 4 shards."""
+def steps() -> dict[str, NDArray[Any]]:
+    """Two episodes, 20 and 30 frames long."""
+    rng = np.random.default_rng(1)
+    lengths = (20, 30)
+    return {
+        "action": rng.uniform(-1, 1, (CARD.frames, 2)).astype(np.float32),
+        "state": rng.normal(size=(CARD.frames, 4)),
+        "episode": np.repeat(np.arange(2, dtype=np.int32), lengths),
+        "step": np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+    }
 
-    def make(path: Path, identity: Identity = IDENTITY) -> StoreWriter:
-        rng = np.random.default_rng(1)
-        lengths = (20, 30)
-        steps = {
-            "action": rng.uniform(-1, 1, (CARD.frames, 2)).astype(np.float32),
-            "state": rng.normal(size=(CARD.frames, 4)),
-            "episode": np.repeat(np.arange(2, dtype=np.int32), lengths),
-            "step": np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
-        }
-        return StoreWriter.create(path, CARD, identity, steps)
+
+@pytest.fixture(scope="session")
+def make_writer(steps: dict[str, NDArray[Any]]) -> MakeWriter:
+    """(path, identity, **changes of the card): a writer of a store of 4 shards."""
+
+    def make(path: AnyPath, identity: Identity = IDENTITY, **changes: Any) -> StoreWriter:
+        card = dataclasses.replace(CARD, **changes)
+        identity = dataclasses.replace(identity, store_dtype=card.dtype)
+        return StoreWriter.create(path, card, identity, steps)
 
     return make
 
 
+@pytest.fixture(scope="session")
+def write(tokens: NDArray[np.float16]) -> Callable[..., None]:
+    """(writer, shards): write these shards; (writer): write those that are pending, and finish the store."""
+
+    def write(writer: StoreWriter, shards: Iterable[int] | None = None) -> None:
+        for shard in writer.pending() if shards is None else shards:
+            rows = writer.card.shard_frames(shard)
+            with writer.claim(shard) as claimed:
+                assert claimed
+                writer.write_shard(shard, tokens[rows.start : rows.stop])
+        if shards is None:
+            writer.finish()
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, bytes]]:
+    """(path): the files in a folder, with their content."""
+
+    def contents(path: Path) -> dict[str, bytes]:
+        return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+    return contents
+
+
 @pytest.fixture
-def finished(tmp_path: Path, make_writer: MakeWriter, tokens: NDArray[np.float16]) -> Path:
-    """A finished store of one's own, to be damaged at will."""
+def finished(tmp_path: Path, make_writer: MakeWriter, write: Callable[..., None]) -> Path:
+    """A finished store that the test may damage."""
     writer = make_writer(tmp_path / "made-up.zarr")
-    for shard in writer.pending():
-        frames = CARD.shard_frames(shard)
-        writer.write_shard(shard, tokens[frames.start : frames.stop])
-    writer.finish()
-    return writer.path
+    write(writer)
+    return tmp_path / "made-up.zarr"
 
 
 @pytest.fixture
 def bucket() -> Iterator[UPath]:
-    """Of an object store in this process; empty, and gone at the end."""
-    there = as_path("memory://bucket")
-    assert isinstance(there, UPath)
-    remove(there)
-    yield there
-    remove(there)
+    """An empty bucket of an object store in this process."""
+    found = as_path("memory://bucket")
+    assert not is_local(found)
+    remove(found)
+    yield found
+    remove(found)
 
 
 @pytest.fixture
 def far(bucket: UPath, finished: Path) -> UPath:
-    """The finished store, as objects."""
+    """The finished store as objects."""
     assert upload(finished, bucket / "made-up.zarr", last="zarr.json")
     return bucket / "made-up.zarr"
 

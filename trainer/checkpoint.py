@@ -28,7 +28,9 @@ from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_card, require_identity
 from wmcache.cache.store import TokenStore
 from wmcache.common.errors import MissingError, UnreadableError, UserError
-from wmcache.common.files import did_you_mean, read_json, require_seal, seal, sha256_of, sync, write_json
+from wmcache.common.files import sha256_of, sync
+from wmcache.common.folders import did_you_mean
+from wmcache.common.jsonfiles import read_json, require_seal, seal, write_json
 from wmcache.common.paths import AnyPath, as_path, cause_outside, exists, unreadable
 from wmcache.common.schema import Size, parse
 from wmcache.common.tensors import load_tensors as open_all

@@ -25,18 +25,14 @@ from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import batch_windows, split_episodes
 from wmcache.common.device import autocast, choose_device, choose_dtype
 from wmcache.common.errors import UserError
-from wmcache.common.files import (
-    exclusive,
-    human_bytes,
-    is_temporary,
-    not_written,
-    read_json,
-    seconds_between_updates,
-    write_json,
-)
+from wmcache.common.files import is_temporary, not_written
+from wmcache.common.jsonfiles import read_json, write_json
+from wmcache.common.locks import exclusive
 from wmcache.common.memory import available_ram
 from wmcache.common.paths import AnyPath, absolute
+from wmcache.common.progress import seconds_between_updates
 from wmcache.common.schema import parse
+from wmcache.common.space import human_bytes
 from wmcache.trainer.checkpoint import (
     checkpoints,
     last_checkpoint,

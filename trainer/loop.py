@@ -25,16 +25,11 @@ from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows, batch_windows
 from wmcache.common.device import autocast, choose_dtype
 from wmcache.common.errors import UserError
-from wmcache.common.files import (
-    dump_json,
-    exclusive,
-    is_temporary,
-    not_written,
-    nulls,
-    seconds_between_updates,
-    write_json,
-)
+from wmcache.common.files import is_temporary, not_written
+from wmcache.common.jsonfiles import dump_json, nulls, write_json
+from wmcache.common.locks import exclusive
 from wmcache.common.paths import AnyPath, absolute
+from wmcache.common.progress import seconds_between_updates
 from wmcache.engine.ranks import ALONE, STOPPING, Loss, Ranks, without_reduction
 from wmcache.trainer.checkpoint import (
     Progress,

@@ -11,9 +11,9 @@ import numpy as np
 
 from wmcache.cluster.tasks import run_tasks
 from wmcache.common.errors import UserError
-from wmcache.common.files import require_space
 from wmcache.common.paths import AnyPath, exists
 from wmcache.common.registry import Registry
+from wmcache.common.space import require_space
 from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, Frames, Steps, encode_png, read_steps, write_shard
 
 Read = Callable[[int, range], Iterable[Frames]]

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from wmcache.common.device import CPU
 from wmcache.common.errors import UserError, reason
-from wmcache.common.files import seconds_between_updates
 from wmcache.common.options import option
 from wmcache.common.paths import cause_outside, unreadable
+from wmcache.common.progress import seconds_between_updates
 from wmcache.common.tensors import can_map
 from wmcache.envs import FPS, Maze, env_id, find_maze
 from wmcache.pipeline.frames import Frames, Steps

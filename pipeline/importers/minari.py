@@ -19,8 +19,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from wmcache.common.errors import UserError, command
-from wmcache.common.files import seconds_between_updates
 from wmcache.common.options import option
+from wmcache.common.progress import seconds_between_updates
 from wmcache.common.reading import reading
 from wmcache.pipeline.frames import Frames, Steps
 from wmcache.pipeline.importers.base import IMPORTERS, Source

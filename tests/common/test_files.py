@@ -9,17 +9,10 @@ import numpy as np
 import pytest
 
 from wmcache.common.errors import UserError
-from wmcache.common.files import (
-    atomic_write,
-    dump_json,
-    home,
-    human_bytes,
-    nulls,
-    read_json,
-    require_space,
-    sha256_of,
-    write_json,
-)
+from wmcache.common.files import atomic_write, sha256_of
+from wmcache.common.folders import home
+from wmcache.common.jsonfiles import dump_json, nulls, read_json, write_json
+from wmcache.common.space import human_bytes, require_space
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

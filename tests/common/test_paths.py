@@ -14,15 +14,16 @@ import pytest
 from upath import UPath
 
 from wmcache.common.errors import UserError
-from wmcache.common.files import atomic_write, free_space, read_json, require_space, sha256_of, write_json
+from wmcache.common.files import atomic_write, sha256_of
+from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.paths import (
     AnyPath,
     Found,
     absolute,
-    as_os_errors,
     as_path,
     exists,
     files_in,
+    free_space,
     is_local,
     names_in,
     open_to_read,
@@ -34,6 +35,8 @@ from wmcache.common.paths import (
     stamp,
     upload,
 )
+from wmcache.common.space import require_space
+from wmcache.common.storage import as_os_errors
 
 
 @pytest.fixture(params=["folder", "bucket"])

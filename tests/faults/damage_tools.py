@@ -28,7 +28,8 @@ from wmcache.cache.layout import read_attributes, read_card
 from wmcache.cache.reader import ABSENT, ZarrReader
 from wmcache.cli import main
 from wmcache.common.errors import UserError
-from wmcache.common.files import seal, sha256_of
+from wmcache.common.files import sha256_of
+from wmcache.common.jsonfiles import seal
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.frames import FrameDataset, fingerprint

@@ -37,7 +37,7 @@ from wmcache.cache.layout import read_attributes
 from wmcache.cache.verify import verify
 from wmcache.cache.windows import Windows, batch_windows
 from wmcache.common.errors import UserError
-from wmcache.common.files import exclusive
+from wmcache.common.locks import exclusive
 from wmcache.pipeline import encoders
 from wmcache.pipeline import extract as extraction
 from wmcache.pipeline.collect import collect

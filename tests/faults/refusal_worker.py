@@ -21,7 +21,8 @@ from wmcache.cache import TokenStore
 from wmcache.cache.layout import shard_file
 from wmcache.cli import main
 from wmcache.common.errors import UserError
-from wmcache.common.files import seal, sha256_of, write_json
+from wmcache.common.files import sha256_of
+from wmcache.common.jsonfiles import seal, write_json
 from wmcache.common.tensors import load_tensors, open_tensors
 from wmcache.trainer import checkpoint
 

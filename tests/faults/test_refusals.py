@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from wmcache.cache import TokenStore
-from wmcache.cache.catalogue import look_at
+from wmcache.cache.catalogue import summarise
 from wmcache.cache.layout import DamagedError
 from wmcache.cache.verify import verify
 from wmcache.cli import main
@@ -157,7 +157,7 @@ def test_reading_a_shard_that_this_user_may_not_read(copied: Path, another_user:
 def test_a_store_that_this_user_may_not_read_is_not_listed_as_damaged(copied: Path, another_user: AnotherUser) -> None:
     (copied / "zarr.json").chmod(0)
     with another_user():
-        found = look_at(copied)
+        found = summarise(copied)
         with pytest.raises(UserError) as refused:
             TokenStore.open(copied)
     assert (found.state, found.damaged) == ("unreadable", False)

@@ -22,7 +22,7 @@ from fault_workers import Child, extract_store, train_run
 from wmcache.cache import TokenStore
 from wmcache.cache.records import lock_file
 from wmcache.common.errors import UserError
-from wmcache.common.files import exclusive
+from wmcache.common.locks import exclusive
 from wmcache.trainer.checkpoint import last_checkpoint
 from wmcache.trainer.options import TrainOptions
 

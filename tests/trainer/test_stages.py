@@ -21,7 +21,7 @@ from torch import Tensor
 from wmcache.cache import TokenStore
 from wmcache.cache.windows import batch_windows
 from wmcache.common.errors import UserError
-from wmcache.common.files import read_json, seal, write_json
+from wmcache.common.jsonfiles import read_json, seal, write_json
 from wmcache.trainer import loop
 from wmcache.trainer.checkpoint import (
     Progress,
