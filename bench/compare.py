@@ -76,9 +76,9 @@ def compare_runs(
     rows: list[dict[str, Any]] = []
     planes: dict[str, NDArray[np.float64]] = {}
     for name, context in contexts.items():
-        stages, own = context.model.stages, speed[name]
-        stage = f", {stages[int(context.model.stage) - 1]}" if stages else ""
-        row = {"run": name, "model": f"{context.config['model']}{stage}", "context": context.context_frames, **own}
+        own = speed[name]
+        model = ", ".join(filter(None, [context.config["model"], context.model.stage_name]))
+        row = {"run": name, "model": model, "context": context.context_frames, **own}
         row["fewer_flop"] = first["gflop_per_step"] / own["gflop_per_step"]
         row["faster"] = own["rollouts_per_second"] / first["rollouts_per_second"]
         if picture is not None:

@@ -154,14 +154,14 @@ def reference_rollout(model: DinoWm, tokens: Tensor, proprio: Tensor, actions: T
         proprio: [B, 1, P].
         actions: [B, T, f * A].
     """
-    tokens, proprio, actions = model.standardised(tokens, proprio, actions)
-    code, history = model.code(proprio), model.shape.history
+    tokens, proprio, actions = model.standardise(tokens, proprio, actions)
+    embedding, history = model.embed(proprio), model.shape.history
     for end in range(1, actions.shape[1] + 1):
         window = slice(0 if model.options.position == "rope" else max(0, end - history), end)
-        following = explicit_predict(model, tokens[:, window], code[:, window], actions[:, window])
+        following = explicit_predict(model, tokens[:, window], embedding[:, window], actions[:, window])
         tokens = torch.cat([tokens, following[0][:, -1:]], 1)
         # The observed frame has one embedding for all its patches, an imagined one may have one for each.
-        code = torch.cat([code.expand(-1, -1, following[1].shape[2], -1), following[1][:, -1:]], 1)
+        embedding = torch.cat([embedding.expand(-1, -1, following[1].shape[2], -1), following[1][:, -1:]], 1)
     latents: Tensor = tokens[:, 1:] * model.tokens_std + model.tokens_mean
     return latents
 

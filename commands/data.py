@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from wmcache.commands.shared import (
     say,
 )
 from wmcache.common.errors import UserError, command
-from wmcache.common.files import home, human_bytes
+from wmcache.common.folders import home
+from wmcache.common.options import Declared, declared
 from wmcache.common.paths import AnyPath, absolute
+from wmcache.common.space import human_bytes
 
 
 def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:  # noqa: ARG001 (click's signature)
@@ -53,23 +55,6 @@ frames_per_shard_option = click.option(
     type=click.IntRange(1),
     default=512,
     help="Frames in each tar, and in each Zarr shard made from it.",
-)
-import_options = options(
-    click.option("--out", type=ANY_PATH, required=True, help="Folder of the dataset."), frames_per_shard_option
-)
-shape_options = options(
-    click.option(
-        "--crop",
-        type=click.Choice(["none", "center"]),
-        default="none",
-        help="center: take the central square of images that are not square.",
-    ),
-    click.option(
-        "--image-size", type=click.IntRange(8, 8192), help="Resize squares to this side.  [default: as they are]"
-    ),
-    click.option(
-        "--fps", type=click.IntRange(1), default=20, help="Env steps per second, for videos that are made later."
-    ),
 )
 
 
@@ -110,55 +95,54 @@ def _make_dataset(out: AnyPath, make: Callable[[], Any]) -> None:
     click.echo(f"fingerprint {card.fingerprint}")
 
 
-@click.group("import", cls=Group)
+class _Imports(Group):
+    """A command for each registered import format, made when it is needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click's signature)
+        from wmcache.pipeline.importers import IMPORTERS
+
+        return list(IMPORTERS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
+        from wmcache.pipeline.importers import IMPORTERS
+
+        try:
+            kind: Any = IMPORTERS.get(cmd_name)
+        except UserError as error:
+            ctx.fail(str(error))
+        params: list[click.Parameter] = [
+            click.Argument(["source"], metavar=kind.metavar, type=PATH if "source" in kind.local else str),
+            *(
+                _field_option(known, local=known.name in kind.local)
+                for known in declared(kind)
+                if known.name != "source"
+            ),
+            click.Option(["--out"], type=ANY_PATH, required=True, help="Folder of the dataset."),
+        ]
+        command = Command(cmd_name, callback=partial(_import, kind), params=params, help=kind.__doc__)
+        return frames_per_shard_option(command)
+
+
+def _field_option(known: Declared, *, local: bool) -> click.Option:
+    kind: Any = PATH if local else click.Choice(known.choices) if known.choices else known.kind
+    if kind is int:
+        bounds: dict[str, Any] = {"min": known.least, "max": known.most}
+        kind = click.IntRange(**bounds)
+    default: dict[str, Any] = {"required": True} if known.default is MISSING else {"default": known.default}
+    return click.Option([known.flag, known.name], type=kind, help=known.help, **default)
+
+
+def _import(kind: Any, source: str | Path, out: AnyPath, frames_per_shard: int, **settings: Any) -> None:
+    from wmcache.pipeline.importers import write_dataset
+
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    importer = kind(str(source), **settings)
+    _make_dataset(out, lambda: write_dataset(importer.open(), out, frames_per_shard=frames_per_shard))
+
+
+@click.group("import", cls=_Imports)
 def import_() -> None:
-    """Make a dataset of other people's frames. Run again, it goes on where it stopped."""
-
-
-@import_.command("dino-wm")
-@click.argument("folder", type=PATH)
-@click.option("--maze", default="UMaze", help="Layout that the data was collected in, or a .txt grid.")
-@import_options
-def import_dino_wm(folder: Path, out: AnyPath, **settings: Any) -> None:
-    """Import DINO-WM's PointMaze FOLDER: states.pth, actions.pth, seq_lengths.pth, obses/episode_XXX.pth."""
-    from wmcache.pipeline.importers.dino_wm import import_dino_wm as run
-
-    _make_dataset(out, partial(run, folder, out, **settings))
-
-
-@import_.command("frames")
-@click.argument("folder", type=PATH)
-@click.option(
-    "--actions",
-    "table",
-    type=PATH,
-    required=True,
-    help="CSV or Parquet, a row a frame: episode, step, file or video, action_0 ..., state_0 ...",
-)
-@shape_options
-@import_options
-def import_frames(folder: Path, out: AnyPath, crop: str, image_size: int | None, **settings: Any) -> None:
-    """Import the images or videos in FOLDER beside a table of actions and states."""
-    from wmcache.pipeline.importers import Shape
-    from wmcache.pipeline.importers.frames import import_frames as run
-
-    _make_dataset(out, partial(run, folder, out=out, shape=Shape(crop, image_size), **settings))
-
-
-@import_.command("minari")
-@click.argument("dataset")
-@click.option(
-    "--image-key", help="Observation that is the image, as in pixels or agent.image.  [default: the only one]"
-)
-@click.option("--state-key", help="Observation that is the state.  [default: the only vector]")
-@shape_options
-@import_options
-def import_minari(dataset: str, out: AnyPath, crop: str, image_size: int | None, **settings: Any) -> None:
-    """Import a local Minari DATASET, by its id or its folder."""
-    from wmcache.pipeline.importers import Shape
-    from wmcache.pipeline.importers.minari import import_minari as run
-
-    _make_dataset(out, partial(run, dataset, out, shape=Shape(crop, image_size), **settings))
+    """Make a dataset of other people's frames. Run again, it continues where it stopped."""
 
 
 FIT = {
@@ -349,11 +333,11 @@ def extract(
         places = [out] if len(networks) == 1 else [out / place.name for place in places]
     stores = list(zip(networks, places, strict=True))
     if change_maps:
-        from wmcache.cache.store import changes_beside
+        from wmcache.cache.change_maps import change_maps_path
         from wmcache.pipeline.encoders.changes import changes_for
 
         stores += [
-            (changes_for(network.token_grid, change_maps, device="cpu"), changes_beside(place, change_maps))
+            (changes_for(network.token_grid, change_maps, device="cpu"), change_maps_path(place, change_maps))
             for network, place in stores
         ]
     if dry_run:
@@ -406,12 +390,13 @@ def derive() -> None:
 @cluster_option()
 def derive_change_maps(store: AnyPath, frameskip: int, dataset: AnyPath | None, cluster: str) -> None:
     """Make what has changed from frame to frame, 2 x 2 cells a patch, which ddp-wm learns from. Run again, it goes on."""
-    from wmcache.cache.store import TokenStore, changes_beside
+    from wmcache.cache.change_maps import change_maps_path
+    from wmcache.cache.store import TokenStore
     from wmcache.pipeline.change_maps import derive_change_maps as run
     from wmcache.pipeline.stores import is_complete
 
     source = TokenStore.open(store)
-    state = ALREADY if is_complete(changes_beside(source.path, frameskip)) else ""
+    state = ALREADY if is_complete(change_maps_path(source.path, frameskip)) else ""
     out = run(source, frameskip, dataset=dataset, cluster=cluster)
     rows, columns = source.card.token_grid
     say(f"{out}: {len(source)} frames, {2 * rows} x {2 * columns} cells, since {frameskip} env steps before{state}")

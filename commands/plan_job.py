@@ -10,7 +10,7 @@ import click
 
 from wmcache.commands.shared import NUMBER, PATH, Command, device_option, json_option, print_json
 from wmcache.common.errors import UserError
-from wmcache.common.files import human_bytes
+from wmcache.common.space import human_bytes
 
 
 @click.command("plan-job", cls=Command)

@@ -11,7 +11,7 @@ from wmcache.commands.data import extract
 from wmcache.commands.shared import CONTEXT, PATH, Command, program_path, say
 from wmcache.commands.train import wmtrain
 from wmcache.common.errors import UserError, command
-from wmcache.common.files import home
+from wmcache.common.folders import home
 from wmcache.common.paths import exists, unreadable
 
 NOT_IN_AN_ARRAY = {"--shard-slice": "the script gives each job its own", "--dry-run": "it needs no cluster"}
@@ -97,7 +97,7 @@ def _checked_wmtrain(words: list[str], gpus: int) -> list[str]:
     if devices is not None and devices > max(1, gpus) and context.params["device"] != "cpu":
         raise UserError(f"--devices {devices} is more than the {gpus} GPUs of the profile; leave it out, or raise gpus")
     if gpus > 1 and devices is None:
-        from wmcache.trainer.loop import check_slices
+        from wmcache.trainer.train import check_slices
 
         check_slices(context.params["batch"], gpus)
         return [*words, "--devices", str(gpus)]

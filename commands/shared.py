@@ -18,7 +18,8 @@ from click.core import ParameterSource
 from wmcache.commands.streams import ended_by_reader, prepare_streams
 from wmcache.common.cpus import limit_threads
 from wmcache.common.errors import UserError, command, one_line
-from wmcache.common.files import dump_json, home, nulls
+from wmcache.common.folders import home
+from wmcache.common.jsonfiles import dump_json, nulls
 from wmcache.common.paths import AnyPath, as_path
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -464,11 +465,11 @@ def take_model_options(settings: dict[str, Any], model: str = "dino-wm") -> dict
     """
     from dataclasses import fields
 
-    from wmcache.trainer.models import MODELS, get_options
+    from wmcache.trainer.models import MODELS
 
-    known = {field.name for field in fields(get_options(model))}
+    known = {field.name for field in fields(MODELS.get(model).Options)}
     given = click.get_current_context().get_parameter_source
-    every = {field.name for kind, _ in MODELS.values() for field in fields(kind)}
+    every = {field.name for name in MODELS for field in fields(MODELS.get(name).Options)}
     # An option without a flag is not among the settings, and keeps its default.
     values = {name: settings.pop(name) for name in sorted(every & settings.keys())}
     if typed := sorted(name for name in every - known if given(name) is ParameterSource.COMMANDLINE):

@@ -10,7 +10,7 @@ import click
 
 from wmcache.commands.shared import PATH, Command, cluster_option, json_option, print_json, say, shell_command
 from wmcache.common.errors import UserError
-from wmcache.common.files import home
+from wmcache.common.folders import home
 
 DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
 

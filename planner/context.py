@@ -17,8 +17,10 @@ from wmcache.cache.layout import StoreCard
 from wmcache.cache.store import TokenStore
 from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError
-from wmcache.common.files import dump_json, sha256_of
+from wmcache.common.files import sha256_of
+from wmcache.common.jsonfiles import dump_json
 from wmcache.common.paths import AnyPath
+from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.envs import Maze, PointMazeSimulator, find_maze
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
@@ -30,7 +32,7 @@ from wmcache.planner.objective import GoalDistance
 from wmcache.planner.options import PlanOptions, check_options
 from wmcache.planner.results import recorded
 from wmcache.planner.solvers import make_solver, option_names
-from wmcache.trainer.checkpoint import last_checkpoint, load_model, open_store, read_config, read_identity
+from wmcache.trainer.runs import load_model, open_store, read_config, read_identity
 
 CHECKED_FRAMES = 16
 
@@ -77,9 +79,9 @@ class EvalContext:
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(options.dtype, self.device)
         self.model = load_model(run, self.device, untrained=untrained)
-        if self.model.stages and int(self.model.stage) < 2:
+        if missing := self.model.stage_before_planning(self.model.stage_name):
             raise UserError(
-                f"{run} knows where something changes, but not yet what; train it further with the same options and --stage primary"
+                f"not ready for planning: {run}; train it further with the same options and --stage {missing}"
             )
         self.frameskip = int(self.config["frameskip"])
         self.encoder = self._load_encoder(identity, options.device)
@@ -92,7 +94,7 @@ class EvalContext:
         self.image_size = int(self.card.dataset["image_size"])
         self.drift = live_drift(self.store, self.encoder)
         no_proprio = torch.zeros(1, 1, self.model.shape.proprio_dim, device=self.device)
-        self.blind = not self.model.proprio_code(no_proprio).numel()
+        self.blind = not self.model.encode_proprio(no_proprio).numel()
         self.context_frames, self.observed = self._count_frames(options)
         own = {"frameskip": self.frameskip} if "frameskip" in option_names(options.solver) else {}
         self.solver = make_solver(options.solver, **{**own, **options.search})
@@ -139,7 +141,7 @@ class EvalContext:
         """Create a planner to goals [E, N, D]; their proprio [E, P] is used only where `alpha` is above 0."""
         proprio = None
         if options.alpha:
-            proprio = self.model.proprio_code(torch.from_numpy(goal_proprio).to(self.device)[:, None])[:, 0]
+            proprio = self.model.encode_proprio(torch.from_numpy(goal_proprio).to(self.device)[:, None])[:, 0]
         goal = goal.float()
         to_goal = None if self.graph is None else self.graph.to_goal(goal)
         return Mpc(

@@ -16,6 +16,7 @@ from wmcache.common.figures import png_bytes
 from wmcache.envs import PointMazeSimulator
 from wmcache.pipeline.encoders.changes import changes_for
 from wmcache.planner.context import EvalContext, cached_maze
+from wmcache.trainer.models import Localizes
 
 PICTURED = 8
 SIDE = 224
@@ -54,25 +55,19 @@ def draw_localization(context: EvalContext) -> bytes:
 def locate(context: EvalContext) -> tuple[NDArray[np.uint8], dict[str, Mask]]:
     """Mark the patches of a held-out episode; returns frames [T, S, S, 3], and masks [T - 1, N] by the names of COLOURS."""
     store, frameskip, model = context.store, context.frameskip, context.model
+    assert isinstance(model, Localizes)
     seed = int(context.config.get("split_seed", 42))
     steps = max(1, min(MOST_STEPS, store.longest_episode("val", seed=seed) // frameskip - 1))
     windows, first = store.windows(1, steps, frameskip, "val", seed=seed), np.zeros(1, int)
     batch = {name: torch.from_numpy(value).to(context.device) for name, value in windows.batch(first).items()}
-    inputs = (batch["tokens"], batch["proprio"], batch["action"])
     simulator = PointMazeSimulator(cached_maze(context.card), SIDE)
     images = np.stack([simulator.render(state) for state in store.state[windows.frames(first)[0]]])
     simulator.close()
-    if model.options.labels == "pixels":  # a first frame has no changes, as in a store of change maps
+    if model.labels_from_pixels:  # a first frame has no changes, as in a store of change maps
         changes = changes_for(context.card.token_grid, frameskip, "cpu")(np.stack([images[:-1], images[1:]], 1))
         batch["changes"] = torch.cat([torch.zeros_like(changes[:1]), changes])[None].to(context.device)
     with torch.inference_mode(), autocast(context.device, context.dtype):
-        logits = model.locate(*inputs)[0]
-        labels = model.labels(model.standardised(*inputs)[0], batch)[0]
-    return images, {
-        "changes": labels.any(-1).cpu().numpy(),
-        "computed": model.computed(logits).cpu().numpy(),
-        "likely to change": (logits > 0).any(-1).cpu().numpy(),
-    }
+        return images, {name: mask[0].cpu().numpy() for name, mask in model.change_masks(batch).items()}
 
 
 def _fill(axes: Axes, mask: Mask, colour: str) -> None:

@@ -35,7 +35,8 @@ from wmcache.cache.store import TokenStore
 from wmcache.common.cpus import available_cpus
 from wmcache.common.errors import UserError, reason
 from wmcache.common.figures import png_bytes
-from wmcache.common.files import atomic_write, make_folder, write_json
+from wmcache.common.files import atomic_write, make_folder
+from wmcache.common.jsonfiles import write_json
 from wmcache.common.paths import cause_outside, unreadable
 from wmcache.common.video import write_mp4
 from wmcache.envs import FPS, Maze, PointMazeSimulator
@@ -45,6 +46,7 @@ from wmcache.planner.goals import SOURCES
 from wmcache.planner.graph import LatentGraph
 from wmcache.planner.judge import THRESHOLDS, env_steps, shortest_path_lengths, wilson
 from wmcache.planner.localization import draw_localization
+from wmcache.trainer.models import Localizes
 
 VIDEOS = 4
 VIDEO_SIZE = 224
@@ -87,7 +89,7 @@ def write_report(
         "distance": draw_distance_map(context.store, context.graph),
         "paths": draw_paths(episodes, context.maze, results["threshold"]),
     }
-    if hasattr(context.model, "locate"):
+    if isinstance(context.model, Localizes):
         pictures["localization"] = draw_localization(context)
     for name, picture in pictures.items():
         with atomic_write(out / "figures" / f"{name}.png") as file:

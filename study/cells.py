@@ -23,7 +23,8 @@ from torch import nn
 from wmcache.cache.store import TokenStore
 from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError
-from wmcache.common.files import make_folder, nulls, read_json, sha256_of, write_json
+from wmcache.common.files import make_folder, sha256_of
+from wmcache.common.jsonfiles import nulls, read_json, write_json
 from wmcache.common.paths import AnyPath
 from wmcache.envs import find_maze
 from wmcache.pipeline import encoders
@@ -43,9 +44,10 @@ from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_episodes
 from wmcache.planner.results import recorded
 from wmcache.study.options import EncoderChoice, StudyOptions
-from wmcache.trainer.checkpoint import load_model
-from wmcache.trainer.loop import rollout_errors, skills, train, validation_windows
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.runs import load_model
+from wmcache.trainer.train import train, validation_windows
+from wmcache.trainer.validation import rollout_errors, skills
 
 FORMAT = 1
 """Of results; raised when a cell's work, and with it what its numbers mean, changes."""

@@ -20,8 +20,12 @@ from tqdm import tqdm
 
 from wmcache.cluster.tasks import Pool, open_pool
 from wmcache.common.errors import UserError, one_line
-from wmcache.common.files import exclusive, home, make_folder, seconds_between_updates, write_json
+from wmcache.common.files import make_folder
+from wmcache.common.folders import home
+from wmcache.common.jsonfiles import write_json
+from wmcache.common.locks import exclusive
 from wmcache.common.paths import absolute, as_path
+from wmcache.common.progress import seconds_between_updates
 from wmcache.envs import find_maze
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
@@ -32,7 +36,7 @@ from wmcache.planner.judge import THRESHOLDS
 from wmcache.study.cells import Branch, Cell, Workshop, create_encoder, do_cell, make_branches
 from wmcache.study.options import StudyOptions
 from wmcache.study.statistics import interval
-from wmcache.trainer.loop import ROLLOUT_STEPS
+from wmcache.trainer.train import ROLLOUT_STEPS
 
 Task = tuple[Cell, ...]
 """Cells that are done in one go: one, or a seed's extractions from frames, which are then decoded once."""
