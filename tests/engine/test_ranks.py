@@ -20,8 +20,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from wmcache.commands.shared import Command, Stopped
-from wmcache.common.errors import UserError
+from wmcache.commands.command import Command
+from wmcache.common.errors import Stopped, UserError
 from wmcache.engine.ranks import ALONE, Ranks
 from wmcache.trainer.checkpoint import checkpoints, last_checkpoint
 from wmcache.trainer.loop import train
