@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from shutil import copytree
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from numpy.typing import NDArray
+from upath import UPath
 
-from wmcache.cache import TokenStore
+from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
+from wmcache.cache.windows import split_episodes
+from wmcache.common.paths import as_path, remove, upload
 from wmcache.pipeline import encoders
 from wmcache.pipeline.change_maps import derive_change_maps
 from wmcache.pipeline.collect import collect
@@ -23,6 +29,10 @@ from wmcache.pipeline.encoders.tcn import TcnOptions
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.fit import fit
 from wmcache.pipeline.frames import FrameDataset
+from wmcache.planner.evaluate import EvalContext
+from wmcache.planner.options import PlanOptions
+from wmcache.trainer.loop import train
+from wmcache.trainer.options import TrainOptions
 
 # `make test` tries the same examples every time; `make test-long` looks for others.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -111,3 +121,193 @@ def ddp_store_path(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -
     path = copytree(store_path, tmp_path_factory.mktemp("ddp-stores") / store_path.name)
     derive_change_maps(TokenStore.open(path), 5)
     return path
+
+
+MakeWriter = Callable[..., StoreWriter]
+
+
+TrainRun = Callable[..., Path]
+
+
+IDENTITY = Identity(
+    encoder="made-up",
+    weights_source="file",
+    weights_sha256="ab" * 32,
+    layer="norm",
+    token_selection="patch",
+    image_size=64,
+    resize="bilinear antialias 64",
+    normalisation=((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    compute_dtype="float32",
+    store_dtype="float16",
+    dataset_fingerprint="cd" * 32,
+)
+CARD = StoreCard(
+    encoder={"name": "made-up"},
+    dataset={"name": "made-up"},
+    token_grid=(2, 3),
+    token_dim=4,
+    frames=50,
+    frames_per_shard=16,
+)
+
+
+@pytest.fixture(scope="session")
+def identity() -> Identity:
+    return IDENTITY
+
+
+@pytest.fixture(scope="session")
+def tokens() -> NDArray[np.float16]:
+    """50 frames; zarr skips chunks that equal its fill value, so frames of zeros and a whole shard of them are among these."""
+    tokens = np.random.default_rng(0).normal(3, 2, (CARD.frames, 6, 4)).astype(np.float16)
+    tokens[[0, 7, 49]] = 0
+    tokens[32:48] = 0
+    return tokens
+
+
+@pytest.fixture(scope="session")
+def make_writer() -> MakeWriter:
+    """(path, identity=…) -> writer of a store of 2 episodes, 20 and 30 frames long, in 4 shards."""
+
+    def make(path: Path, identity: Identity = IDENTITY) -> StoreWriter:
+        rng = np.random.default_rng(1)
+        lengths = (20, 30)
+        steps = {
+            "action": rng.uniform(-1, 1, (CARD.frames, 2)).astype(np.float32),
+            "state": rng.normal(size=(CARD.frames, 4)),
+            "episode": np.repeat(np.arange(2, dtype=np.int32), lengths),
+            "step": np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+        }
+        return StoreWriter.create(path, CARD, identity, steps)
+
+    return make
+
+
+@pytest.fixture
+def finished(tmp_path: Path, make_writer: MakeWriter, tokens: NDArray[np.float16]) -> Path:
+    """A finished store of one's own, to be damaged at will."""
+    writer = make_writer(tmp_path / "made-up.zarr")
+    for shard in writer.pending():
+        frames = CARD.shard_frames(shard)
+        writer.write_shard(shard, tokens[frames.start : frames.stop])
+    writer.finish()
+    return writer.path
+
+
+@pytest.fixture
+def bucket() -> Iterator[UPath]:
+    """Of an object store in this process; empty, and gone at the end."""
+    there = as_path("memory://bucket")
+    assert isinstance(there, UPath)
+    remove(there)
+    yield there
+    remove(there)
+
+
+@pytest.fixture
+def far(bucket: UPath, finished: Path) -> UPath:
+    """The finished store, as objects."""
+    assert upload(finished, bucket / "made-up.zarr", last="zarr.json")
+    return bucket / "made-up.zarr"
+
+
+@pytest.fixture(scope="session")
+def tiny() -> TrainOptions:
+    return TrainOptions(
+        model_options={"width": 16, "depth": 1, "heads": 2, "dropout": 0.1},
+        steps=8,
+        batch=8,
+        dtype="float32",
+        device="cpu",
+        log_every=1,
+        validate_every=8,
+        checkpoint_every=4,
+    )
+
+
+@pytest.fixture(scope="session")
+def planted_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose latents are a linear picture of a linear system: 20 episodes of 40 frames, 2 tokens of 3 dimensions."""
+    return plant(tmp_path_factory.mktemp("planted") / "planted-8.zarr", tokens=2)
+
+
+@pytest.fixture(scope="session")
+def lone_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with 1 token of 6 dimensions."""
+    return plant(tmp_path_factory.mktemp("lone") / "lone-8.zarr", tokens=1)
+
+
+@pytest.fixture(scope="session")
+def uneven_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same frames cut into a train episode of 420 frames and 19 of 20."""
+    lengths = [20] * 20
+    lengths[int(split_episodes(20, "train", TrainOptions().split_seed)[0])] = 420
+    return plant(tmp_path_factory.mktemp("uneven") / "uneven-8.zarr", 2, lengths)
+
+
+@pytest.fixture(scope="session")
+def still_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same actions and states; the latents of all frames are equal."""
+    return plant(tmp_path_factory.mktemp("still") / "still-8.zarr", tokens=2, still=True)
+
+
+def plant(path: Path, tokens: int, lengths: Sequence[int] = (40,) * 20, *, still: bool = False) -> Path:
+    """Lengths other than those cut the same frames elsewhere, so that dynamics jump within episodes."""
+    episodes, length = 20, 40
+    rng = np.random.default_rng(0)
+    action = rng.uniform(-1, 1, (episodes, length, 2)).astype(np.float32)
+    state = np.zeros((episodes, length, 4))
+    state[:, 0] = rng.normal(size=(episodes, 4))
+    for t in range(length - 1):
+        state[:, t + 1, 2:] = 0.9 * state[:, t, 2:] + 0.3 * action[:, t]
+        state[:, t + 1, :2] = state[:, t, :2] + 0.3 * state[:, t + 1, 2:]
+    latents = (state @ rng.normal(size=(4, 6)) + rng.normal(size=6)).reshape(-1, tokens, 6 // tokens).astype(np.float16)
+    if still:
+        latents[:] = latents[0]
+    identity = Identity("planted", "file", "0", "norm", "patch", 8, "none", ((0.5,), (0.5,)), "float32", "float16", "0")
+    card = StoreCard({}, {}, (1, tokens), 6 // tokens, frames=len(latents), frames_per_shard=len(latents))
+    steps = {
+        "action": action.reshape(-1, 2),
+        "state": state.reshape(-1, 4),
+        "episode": np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+        "step": np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+    }
+    writer = StoreWriter.create(path, card, identity, steps)
+    writer.write_shard(0, latents)
+    writer.finish()
+    return writer.path
+
+
+@pytest.fixture(scope="session")
+def train_run(tmp_path_factory: pytest.TempPathFactory) -> TrainRun:
+    """(store, options of the model) -> a run."""
+
+    def train_tiny(store: Path, **model: Any) -> Path:
+        sizes = {"width": 16, "depth": 1, "heads": 2, "dropout": 0.0, **model}
+        options = TrainOptions(
+            model_options=sizes, steps=30, batch=8, learning_rate=3e-3, dtype="float32", device="cpu", log_every=5
+        )
+        path = tmp_path_factory.mktemp("runs") / "umaze-tcn"
+        train(store, path, options)
+        return path
+
+    return train_tiny
+
+
+@pytest.fixture(scope="session")
+def run_path(store_path: Path, train_run: TrainRun) -> Path:
+    """Read only, so copy it to change it."""
+    return train_run(store_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_plan() -> PlanOptions:
+    # The budget is no multiple of a chunk of 5 env steps.
+    search = {"samples": 8, "elites": 3, "iterations": 2}
+    return PlanOptions(episodes=3, budget=12, horizon=2, search=search, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def setting(run_path: Path, tiny_plan: PlanOptions) -> EvalContext:
+    return EvalContext(run_path, tiny_plan)

@@ -11,53 +11,15 @@ import pytest
 from numpy.typing import NDArray
 
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
-from wmcache.planner.evaluate import EvalContext
-from wmcache.planner.options import PlanOptions
-from wmcache.trainer.loop import train
-from wmcache.trainer.options import TrainOptions
 
 MakeStore = Callable[..., TokenStore]
 TrainRun = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def train_run(tmp_path_factory: pytest.TempPathFactory) -> TrainRun:
-    """(store, options of the model) -> a run."""
-
-    def train_tiny(store: Path, **model: Any) -> Path:
-        sizes = {"width": 16, "depth": 1, "heads": 2, "dropout": 0.0, **model}
-        options = TrainOptions(
-            model_options=sizes, steps=30, batch=8, learning_rate=3e-3, dtype="float32", device="cpu", log_every=5
-        )
-        path = tmp_path_factory.mktemp("runs") / "umaze-tcn"
-        train(store, path, options)
-        return path
-
-    return train_tiny
-
-
-@pytest.fixture(scope="session")
-def run_path(store_path: Path, train_run: TrainRun) -> Path:
-    """Read only, so copy it to change it."""
-    return train_run(store_path)
-
-
-@pytest.fixture(scope="session")
 def blind_run_path(store_path: Path, train_run: TrainRun) -> Path:
     """A run without proprio; read only."""
     return train_run(store_path, proprio="none")
-
-
-@pytest.fixture(scope="session")
-def tiny_plan() -> PlanOptions:
-    # The budget is no multiple of a chunk of 5 env steps.
-    search = {"samples": 8, "elites": 3, "iterations": 2}
-    return PlanOptions(episodes=3, budget=12, horizon=2, search=search, device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="session")
-def setting(run_path: Path, tiny_plan: PlanOptions) -> EvalContext:
-    return EvalContext(run_path, tiny_plan)
 
 
 @pytest.fixture(scope="session")
