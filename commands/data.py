@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from wmcache.commands.command import Command, Group, take_chosen
-from wmcache.commands.options import ByName, Option, options_of
+from wmcache.commands.options import ByName, Option, make_options, options_of
 from wmcache.commands.output import print_json, say
 from wmcache.commands.shared import (
     ANY_PATH,
@@ -24,7 +24,6 @@ from wmcache.commands.shared import (
     encoder_options,
     json_option,
     moved_dataset_option,
-    options,
     store_argument,
     store_dtype_option,
 )
@@ -48,26 +47,6 @@ def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> t
             f"as in sbatch --array=0-{max(0, count - 1)}"
         )
     return number, count
-
-
-frames_per_shard_option = options_of(CollectOptions, only=("frames_per_shard",))
-import_options = options(
-    click.option("--out", type=ANY_PATH, required=True, help="Folder of the dataset."), frames_per_shard_option
-)
-shape_options = options(
-    click.option(
-        "--crop",
-        type=click.Choice(["none", "center"]),
-        default="none",
-        help="center: take the central square of images that are not square.",
-    ),
-    click.option(
-        "--image-size", type=click.IntRange(8, 8192), help="Resize squares to this side.  [default: as they are]"
-    ),
-    click.option(
-        "--fps", type=click.IntRange(1), default=20, help="Env steps per second, for videos that are made later."
-    ),
-)
 
 
 @click.command(cls=Command)
@@ -99,55 +78,42 @@ def _make_dataset(out: AnyPath, make: Callable[[], Any]) -> None:
     click.echo(f"fingerprint {card.fingerprint}")
 
 
-@click.group("import", cls=Group)
+class _Imports(Group):
+    """A command for each registered import format, made when it is needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click's signature)
+        from wmcache.pipeline.importers import IMPORTERS
+
+        return list(IMPORTERS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
+        from wmcache.pipeline.importers import IMPORTERS
+
+        try:
+            kind: Any = IMPORTERS.get(cmd_name)
+        except UserError as error:
+            ctx.fail(str(error))
+        paths = {name: {"type": PATH} for name in kind.local}
+        params: list[click.Parameter] = [
+            click.Argument(["source"], metavar=kind.metavar, type=PATH if "source" in kind.local else str),
+            *make_options(kind, without=("source",), **paths),
+            click.Option(["--out"], type=ANY_PATH, required=True, help="Folder of the dataset."),
+            *make_options(CollectOptions, only=("frames_per_shard",)),
+        ]
+        return Command(cmd_name, callback=partial(_import, kind), params=params, help=kind.__doc__)
+
+
+def _import(kind: Any, source: str | Path, out: AnyPath, frames_per_shard: int, **settings: Any) -> None:
+    from wmcache.pipeline.importers import write_dataset
+
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    importer = kind(str(source), **settings)
+    _make_dataset(out, lambda: write_dataset(importer.open(), out, frames_per_shard=frames_per_shard))
+
+
+@click.group("import", cls=_Imports)
 def import_() -> None:
-    """Make a dataset of other people's frames. Run again, it goes on where it stopped."""
-
-
-@import_.command("dino-wm")
-@click.argument("folder", type=PATH)
-@click.option("--maze", default="UMaze", help="Layout that the data was collected in, or a .txt grid.")
-@import_options
-def import_dino_wm(folder: Path, out: AnyPath, **settings: Any) -> None:
-    """Import DINO-WM's PointMaze FOLDER: states.pth, actions.pth, seq_lengths.pth, obses/episode_XXX.pth."""
-    from wmcache.pipeline.importers.dino_wm import import_dino_wm as run
-
-    _make_dataset(out, partial(run, folder, out, **settings))
-
-
-@import_.command("frames")
-@click.argument("folder", type=PATH)
-@click.option(
-    "--actions",
-    "table",
-    type=PATH,
-    required=True,
-    help="CSV or Parquet, a row a frame: episode, step, file or video, action_0 ..., state_0 ...",
-)
-@shape_options
-@import_options
-def import_frames(folder: Path, out: AnyPath, crop: str, image_size: int | None, **settings: Any) -> None:
-    """Import the images or videos in FOLDER beside a table of actions and states."""
-    from wmcache.pipeline.importers import Shape
-    from wmcache.pipeline.importers.frames import import_frames as run
-
-    _make_dataset(out, partial(run, folder, out=out, shape=Shape(crop, image_size), **settings))
-
-
-@import_.command("minari")
-@click.argument("dataset")
-@click.option(
-    "--image-key", help="Observation that is the image, as in pixels or agent.image.  [default: the only one]"
-)
-@click.option("--state-key", help="Observation that is the state.  [default: the only vector]")
-@shape_options
-@import_options
-def import_minari(dataset: str, out: AnyPath, crop: str, image_size: int | None, **settings: Any) -> None:
-    """Import a local Minari DATASET, by its id or its folder."""
-    from wmcache.pipeline.importers import Shape
-    from wmcache.pipeline.importers.minari import import_minari as run
-
-    _make_dataset(out, partial(run, dataset, out, shape=Shape(crop, image_size), **settings))
+    """Make a dataset of other people's frames. Run again, it continues where it stopped."""
 
 
 def _fits() -> Iterable[str]:

@@ -176,25 +176,26 @@ def to_option(known: Declared, *, prefix: str = "", **changes: Any) -> Option:
     return Option([known.flag, prefix + known.name], **(settings | changes))
 
 
-def options_of(
+def make_options(
     kind: type, *, only: Collection[str] | None = None, without: Collection[str] = (), **changes: Mapping[str, Any]
-) -> Callable[[F], F]:
-    """Decorate a command with the options of a dataclass.
+) -> list[Option]:
+    """The options that a dataclass declares.
 
     Args:
         kind: the dataclass.
         only, without: fields that are options of this command, or are not.
         changes: field -> arguments of `Option` that win over its declaration.
     """
+    wanted = [known for known in declared(kind) if known.name not in without and (only is None or known.name in only)]
+    return [to_option(known, **changes.get(known.name, {})) for known in wanted]
+
+
+def options_of(kind: type, **settings: Any) -> Callable[[F], F]:
+    """Decorate a command with the options of a dataclass; `settings` are those of `make_options`."""
 
     def apply(function: F) -> F:
-        wanted = [
-            known for known in declared(kind) if known.name not in without and (only is None or known.name in only)
-        ]
-        for known in reversed(wanted):
-            option = to_option(known, **changes.get(known.name, {}))
-            params: list[click.Parameter] = function.__dict__.setdefault("__click_params__", [])
-            params.append(option)
+        params: list[click.Parameter] = function.__dict__.setdefault("__click_params__", [])
+        params += reversed(make_options(kind, **settings))
         return function
 
     return apply

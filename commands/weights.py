@@ -40,7 +40,7 @@ def weights(as_json: bool) -> None:
 def _sources() -> list[dict[str, Any]]:
     """One row for each source that encoders share; those that are made here have none."""
     from wmcache.pipeline.encoders import get_entry, specs
-    from wmcache.pipeline.encoders.weights import REPOSITORY, look_up
+    from wmcache.pipeline.encoders.hub import REPOSITORY, look_up
 
     groups: dict[tuple[str, str], list[str]] = {}
     for spec in specs():

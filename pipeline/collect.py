@@ -12,7 +12,6 @@ import threading
 import numpy as np
 
 from wmcache.cluster.tasks import run_tasks
-from wmcache.common.errors import UserError
 from wmcache.common.files import require_space
 from wmcache.common.paths import AnyPath, absolute, as_path
 from wmcache.envs import FPS, POLICIES, Maze, PointMazeSimulator, Policy, find_maze, sample_state
@@ -48,15 +47,13 @@ def collect(
         MazeError: unknown maze.
         RendererError: no OpenGL.
     """
-    if policy not in POLICIES:
-        raise UserError(f"no policy {policy!r}; known are {', '.join(POLICIES)}")
-    maze = find_maze(env)
+    behaviour, maze = POLICIES.get(policy), find_maze(env)
     # A frame of a maze is about 2 kB at 112 px as PNG; twice the pixels, twice the edges.
     require_space(out, 30 * image_size * episodes * length, f"a dataset of {episodes * length} frames")
     PointMazeSimulator(maze, image_size).render(
         np.zeros(4)
     )  # fails here, before anything is written, where there is no OpenGL
-    steps = simulate(maze, POLICIES[policy], episodes, length, seed)
+    steps = simulate(maze, behaviour, episodes, length, seed)
     card = DatasetCard(
         name=out.name,
         env=env,
