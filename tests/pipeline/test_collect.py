@@ -161,7 +161,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path, all_bytes: Snapsho
 @pytest.mark.parametrize(
     ("setting", "value", "error", "message"),
     [
-        ("policy", "expert", UserError, "expert.* random, held"),
+        ("policy", "expert", UserError, "'expert'.* held, random"),
         ("env", "Labyrinth", MazeError, "Labyrinth"),
         ("episodes", 10**12, UserError, "new"),
     ],
