@@ -18,7 +18,7 @@ from tqdm import tqdm
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import split_episodes
 from wmcache.common.errors import UserError
-from wmcache.common.paths import AnyPath, beside, resolve
+from wmcache.common.paths import AnyPath, beside
 from wmcache.common.progress import seconds_between_updates
 from wmcache.envs import Maze, MazeError
 from wmcache.pipeline.encoders import Encoder
@@ -396,7 +396,7 @@ def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goal
 
 def picture_paths(stores: Sequence[AnyPath], out: Path | None = None) -> list[Path]:
     """Where to draw each store: beside it, or in `out` by the names of its folder and itself; raises UserError if two agree."""
-    resolved = [resolve(store) for store in stores]
+    resolved = [store.resolve() for store in stores]
     paths = [
         beside(store, ".probe.png") if out is None else out / f"{store.parent.name}-{store.stem}.probe.png"
         for store in resolved
