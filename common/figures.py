@@ -1,4 +1,4 @@
-"""Figures as bytes."""
+"""Figures as PNG files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def png_bytes(figure: Figure, **settings: Any) -> bytes:
-    """The figure as a PNG file; `settings` are those of `Figure.savefig`, such as `dpi`."""
+    """Return the figure as a PNG file; `settings` are those of `Figure.savefig`, such as `dpi`."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", **settings)
     return buffer.getvalue()
