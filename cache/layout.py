@@ -168,6 +168,7 @@ def read_attributes(path: AnyPath) -> dict[str, Any]:
     try:
         require_seal(attributes, file, AGAIN)
         if known:
+            parse(StoreCard, attributes.get("card"), f"the card in {file}", AGAIN)
             parse(_Attributes, attributes, file, AGAIN, exact=False)
     except UserError as error:
         raise DamagedError(str(error)) from error

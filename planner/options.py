@@ -1,79 +1,81 @@
-"""All settings of an evaluation."""
+"""All settings of an evaluation, and of drawing what a model imagines."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt
 
 from wmcache.common.errors import UserError
-from wmcache.planner.objective import DISTANCES, MODES
+from wmcache.common.options import Natural, Positive, Weight, option
+from wmcache.common.options import check_options as validate_options
+
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
 class PlanOptions:
     """All settings of an evaluation.
 
-    Attributes:
-        episodes: how many.
-        budget: env steps of each episode. Every episode uses all of it: nobody tells the planner that it has arrived.
-        threshold: distance below which the headline figures count a goal as reached.
-        goals: where starts and goals come from, see `start_and_goal`. goal_steps: env steps between them; None means the horizon's.
-        strict: start and goal are at least the largest reported threshold and one model step apart, see `Apart`; a file's are taken
-            as they are.
-        horizon: model steps of a plan. execute: model steps before the next plan.
-        objective: `last` or `all`. distance: `latent` or `graph`. alpha: weight of proprio in it.
-        mask: score only the tokens in which the present frame and the goal's differ.
-        proprio: `auto`, whatever the model sees; `none` insists on a model that plans from pixels alone.
-        context: frames that an imagined step sees, no more than the model's history; None means 1, or for a model without proprio, and
-            so without velocity, its history.
-        observed: live frames that a plan starts from, a model step apart; None means 1, or for such a model its history.
-        solver: name in SOLVERS. search: options of that solver.
-        batch: episodes planned at once.
-        seed: number of the first episode; episode n starts, ends and searches by seed 99 n + 1 (DINO-WM, plan.py).
-        env: another maze than the data's. device, dtype: of the model and the encoder.
+    Every episode uses all of its budget: the planner does not learn whether it has arrived. Episode n starts, ends and searches by seed
+    99 n + 1 (DINO-WM, plan.py). `context` and `observed` are 1, or for a model without proprio, and so without velocity, its history.
     """
 
-    episodes: int = 50
-    budget: int = 100
-    threshold: float = 0.5
-    goals: str = "random-state"
-    goal_steps: int | None = None
-    strict: bool = True
-    horizon: int = 5
-    execute: int = 1
-    objective: str = "all"
-    distance: str = "latent"
-    alpha: float = 0.0
-    mask: bool = False
-    proprio: str = "auto"
-    context: int | None = None
-    observed: int | None = None
-    solver: str = "cem"
+    episodes: Positive = option(50, "Episodes to plan.", group="Evaluation")
+    budget: Positive = option(100, "Env steps of each episode.")
+    threshold: Annotated[float, Gt(0)] = option(
+        0.5, "Distance below which a goal is reached; 0.5, 0.25 and 0.1 are always reported."
+    )
+    goals: str = option("random-state", "Starts and goals: random-state, dataset, random-action, or a Parquet file.")
+    goal_steps: Positive | None = option(
+        None, "Env steps from start to goal (dataset, random-action).  [default: the horizon's]"
+    )
+    strict: bool = option(
+        True,
+        "Draw start and goal at least the largest reported threshold and one model step apart, or anywhere (DINO-WM).",
+    )
+    horizon: Positive = option(5, "Model steps of a plan.", group="Planning")
+    execute: Positive = option(1, "Model steps before the next plan.")
+    objective: Literal["last", "all"] = option("all", "Score the last imagined frame (DINO-WM) or all.")
+    distance: Literal["latent", "graph"] = option(
+        "latent",
+        "Distance to the goal: between latents (DINO-WM), or along the cached frames, for goals beyond the horizon.",
+    )
+    alpha: Weight = option(0.0, "Weight of proprio; above 0 the goal is more than an image.")
+    mask: bool = option(
+        False, "Score only tokens in which the present frame and the goal's differ (DDP-WM).", flag="--mask"
+    )
+    proprio: Literal["auto", "none"] = option("auto", "none: refuse a model that sees proprio.")
+    context: Positive | None = option(None, "Frames that an imagined step sees.  [default: 1; without proprio all]")
+    observed: Positive | None = option(None, "Live frames that a plan starts from.  [default: 1; without proprio all]")
+    solver: str = option("cem", "Solver: {names}.", group="Solver")
     search: dict[str, Any] = field(default_factory=dict)
-    batch: int = 50
-    seed: int = 0
-    env: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
+    batch: Positive = option(50, "Episodes planned at once.", flag="--batch-size", group="Run")
+    seed: Natural = option(0, "Number of the first episode.", group="Evaluation")
+    env: str | None = option(None, "Environment to plan in, instead of the data's.")
+    device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.", group="Run")
+    dtype: Precision = option("auto", "Precision of the model.")
 
 
 def check_options(options: PlanOptions) -> None:
     """Refuse, as a UserError, what no evaluation can be made of."""
-    positive = ("episodes", "budget", "threshold", "horizon", "execute", "batch")
-    for name in (
-        *positive,
-        *(name for name in ("context", "observed", "goal_steps") if getattr(options, name) is not None),
-    ):
-        if not 0 < getattr(options, name) < math.inf:
-            flag = "batch-size" if name == "batch" else name.replace("_", "-")
-            raise UserError(f"--{flag} is {getattr(options, name)}; it must be above 0")
-    for name, known in (("objective", MODES), ("distance", DISTANCES), ("proprio", ("auto", "none"))):
-        if getattr(options, name) not in known:
-            raise UserError(f"no {name} {getattr(options, name)!r}; known are {', '.join(known)}")
+    validate_options(options)
     if options.mask and options.distance != "latent":
         raise UserError(f"--mask weighs tokens, and --distance {options.distance} has none; leave one of them out")
-    if not 0 <= options.alpha < math.inf:
-        raise UserError(f"--alpha is {options.alpha}; it must be 0 or more")
     if options.execute > options.horizon:
         raise UserError(f"--execute {options.execute} is more than the --horizon of {options.horizon} model steps")
+
+
+@dataclass(frozen=True)
+class ImagineOptions:
+    """All settings of open-loop rollouts beside the real frames; saved in `metrics.json`."""
+
+    steps: Positive = option(10, "Model steps from one observed frame.")
+    windows: Positive = option(64, "Held-out windows that are compared.")
+    videos: Natural = option(2, "Videos to write, each of 4 windows side by side.")
+    context: Positive | None = option(None, "Frames that an imagined step sees.  [default: the history]")
+    seed: Natural = option(0, "Seed of the sample of windows.")
+    device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.")
+    dtype: Precision = option("auto", "Compute precision.")
+    lpips: bool = option(True, "Try to compute LPIPS; its network is fetched once, 244 MB.")

@@ -1,76 +1,82 @@
-"""All settings of a training run."""
+"""All settings of a training run, and of the training of a decoder."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from wmcache.common.errors import UserError
+from annotated_types import Ge, Gt, Le
 
-FLAGS = {"learning_rate": "lr", "weight_decay": "weight-decay"}
+from wmcache.common.options import Natural, Positive, Share, ShareBelowOne, Weight, check_options, option
+
+Precision = Literal["auto", "float32", "bfloat16"]
+Rate = Annotated[float, Ge(1e-12)]
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """All settings of a run; saved as `config.json`.
+    """All settings of a run; saved as `config.json`."""
 
-    Attributes:
-        model: name in `trainer.models.MODELS`. model_options: fields of its options dataclass.
-        stage: of a model that is trained in stages, or `all` of them one after another; each has `steps` and a schedule of its own.
-        start: a run whose finished stage the first one goes on from, where it is not the run itself.
-        history: context frames. frameskip: env steps between frames.
-        steps: optimiser steps. epochs: passes over all windows, which `steps` is computed from where given.
-        batch: windows in each micro-batch, of all processes together. accumulate: micro-batches in each step.
-        learning_rate: of the constant phase. warmup, decay: shares of the steps before and after it (warmup-constant-decay).
-        beta2: of AdamW. weight_decay: of matrices; of vectors too where `decay_all`. clip: of the gradient's norm; 0 is none.
-        pool, pool_until: side of the squares of the token grid that are averaged in that first share of the steps: training is cheap on the
-            coarse grid, and what was learned there carries over.
-        dtype: `auto`, `float32` or `bfloat16`. device: `auto`, `cpu`, `cuda`, …
-        residence: where tokens are kept, `auto`, `device`, `ram` or `disk`.
-        seed: of weights, dropout and order. split_seed: of the split into train and val episodes.
-        episodes_fraction: share of the train episodes to train on; a smaller share is a part of every larger one.
-        compile: use torch.compile.
-        log_every, validate_every, checkpoint_every: steps.
-    """
-
-    model: str = "dino-wm"
+    model: str = option("dino-wm", "World model: {names}.", group="Run")
     model_options: dict[str, Any] = field(default_factory=dict)
-    stage: str = "all"
-    start: str | None = None
-    history: int = 3
-    frameskip: int = 5
-    steps: int = 10_000
-    epochs: int | None = None
-    batch: int = 64
-    accumulate: int = 1
-    learning_rate: float = 5e-4
-    warmup: float = 0.05
-    decay: float = 0.3
-    beta2: float = 0.95
-    weight_decay: float = 1e-2
-    decay_all: bool = False
-    clip: float = 1.0
-    pool: int = 1
-    pool_until: float = 0.5
-    dtype: str = "auto"
-    device: str = "auto"
-    residence: str = "auto"
-    seed: int = 0
-    split_seed: int = 42
-    episodes_fraction: float = 1.0
-    compile: bool = False
-    log_every: int = 20
-    validate_every: int = 500
-    checkpoint_every: int = 500
+    stage: str = option("all", "Stage to train, of a model that has several; each has --steps: all, {names}.")
+    start: str | None = option(None, "Run whose last finished stage is continued.  [default: --out]", flag="--from")
+    history: Positive = option(3, "Context frames.", group="Data")
+    frameskip: Positive = option(5, "Env steps between frames of a window.")
+    steps: Positive = option(10_000, "Optimiser steps.", group="Training")
+    epochs: Positive | None = option(None, "Passes over all windows, instead of --steps.")
+    batch: Positive = option(64, "Windows in each micro-batch, of all devices together.", flag="--batch-size")
+    accumulate: Positive = option(1, "Micro-batches in each step.")
+    learning_rate: Rate = option(5e-4, "Learning rate of the constant phase.", flag="--lr")
+    warmup: Share = option(0.05, "Share of the steps in which the learning rate rises.")
+    decay: Share = option(0.3, "Share of the steps in which the learning rate falls to 0.")
+    beta2: ShareBelowOne = option(0.95, "Second beta of AdamW.")
+    weight_decay: Weight = option(1e-2, "Weight decay of matrices.")
+    decay_all: bool = option(
+        False,
+        "Apply weight decay to vectors too (DINO-WM), or to matrices only.",
+        flag="--decay-all/--decay-matrices",
+    )
+    clip: Weight = option(1.0, "Largest norm of the gradient; 0: no clipping.")
+    pool: Positive = option(1, "Side of the squares of the token grid that are averaged at first; 1: none.")
+    pool_until: Share = option(0.5, "Share of the steps on that coarser grid.")
+    dtype: Precision = option("auto", "Compute precision.", group="Devices")
+    device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.")
+    residence: Literal["auto", "device", "ram", "disk"] = option(
+        "auto", "Where tokens are kept while training; auto measures free memory."
+    )
+    seed: Natural = option(0, "Seed of weights, dropout and order.", group="Training")
+    split_seed: Natural = option(42, "Seed of the split into train and val episodes.", group="Data")
+    episodes_fraction: Annotated[float, Gt(0), Le(1)] = option(
+        1.0, "Share of the train episodes; smaller ones are parts of larger ones.", flag="--fraction"
+    )
+    compile: bool = option(False, "Use torch.compile.", flag="--compile", group="Devices")
+    log_every: Positive = option(20, "Steps between two lines of the log.", group="Logging")
+    validate_every: Positive = option(500, "Steps between two validations.")
+    checkpoint_every: Positive = option(500, "Steps between two checkpoints.")
 
 
-def check_options(options: TrainOptions) -> None:
-    """Refuse, as a UserError, numbers that no run can be made of."""
-    for name, least in (("learning_rate", 1e-12), ("clip", 0.0), ("weight_decay", 0.0)):
-        if not least <= getattr(options, name) < math.inf:
-            raise UserError(
-                f"--{FLAGS.get(name, name)} is {getattr(options, name)}; it must be a number of at least {least:g}"
-            )
-    if not 0 < options.episodes_fraction <= 1:
-        raise UserError(f"--fraction is {options.episodes_fraction}; it must be above 0 and at most 1")
+@dataclass(frozen=True)
+class DecoderOptions:
+    """All settings of a decoder; saved as `config.json`. The learning rate is Adam's, constant (DINO-WM, conf/train.yaml)."""
+
+    decoder: str = option(
+        "auto",
+        "Network: auto, which takes one that suits the token grid, {names}.",
+        group="Decoder",
+    )
+    decoder_options: dict[str, Any] = field(default_factory=dict)
+    steps: Positive = option(10_000, "Optimiser steps; a higher number continues a finished decoder.", group="Training")
+    batch: Positive = option(32, "Frames in each step.", flag="--batch-size")
+    learning_rate: Rate = option(3e-4, "Learning rate.", flag="--lr")
+    max_frames: Positive = option(20_000, "Frames to train on, a random sample that is held in memory.")
+    dtype: Precision = option("auto", "Compute precision.")
+    device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.")
+    seed: Natural = option(0, "Seed of weights, sample and order.")
+    split_seed: Natural = option(42, "Seed of the split into train and val episodes.")
+    log_every: Positive = option(20, "Steps between two lines of the log.")
+    checkpoint_every: Positive = option(500, "Steps between two checkpoints.")
+    lpips: bool = option(True, "Try to compute LPIPS; its network is fetched once, 244 MB.")
+
+
+__all__ = ["DecoderOptions", "Precision", "TrainOptions", "check_options"]

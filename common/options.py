@@ -1,0 +1,180 @@
+"""Options: a field of a dataclass is the only declaration of an option.
+
+    depth: Annotated[int, Ge(1)] = option(6, "Transformer blocks.")
+
+The field has the type, the range, the default and the help. The command line (`commands.options`), study files, presets, saved configs and
+their validation read it. A `Literal` is a choice, a bool a pair of flags, `T | None` an option without a default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Le, Lt
+
+from wmcache.common.errors import UserError
+from wmcache.common.jsonfiles import dump_json
+
+T = TypeVar("T")
+
+Natural = Annotated[int, Ge(0)]
+Positive = Annotated[int, Ge(1)]
+Weight = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
+
+
+def option(default: T, help: str | None = None, *, flag: str | None = None, group: str | None = None) -> T:
+    """Declare an option as a field of a dataclass.
+
+    Args:
+        default: of the option and of the field.
+        help: a sentence that reads on its own. Without it, help, flag and group are those of the base class.
+        flag: `--lr`, or a pair as `--decay-all/--decay-matrices`; by default the field's name. A bool with a single flag has no opposite.
+            An empty text keeps the field off the command line.
+        group: heading in the command's help; by default that of the field before.
+    """
+    return field(default=default, metadata={"help": help, "flag": flag, "group": group})
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a field declares.
+
+    Attributes:
+        name: of the field. flag: on the command line.
+        kind: int, float, bool or str. choices: of a `Literal`.
+        group: heading in a command's help.
+        least, most: the range; it excludes them where `above` and `below` are set.
+    """
+
+    name: str
+    flag: str
+    kind: type
+    choices: tuple[str, ...]
+    default: Any
+    help: str
+    group: str
+    least: float | None = None
+    most: float | None = None
+    above: bool = False
+    below: bool = False
+
+
+@functools.cache
+def declared(kind: type) -> tuple[Declared, ...]:
+    """The options of a dataclass, in order; fields that are not numbers, bools, texts or choices are no options."""
+    hints = get_type_hints(kind, include_extras=True)
+    found: list[Declared] = []
+    group = ""
+    for item in fields(kind):
+        base, choices, bounds = _unwrap(hints[item.name])
+        known = _metadata(kind, item.name)
+        group = known.get("group", group)
+        flag = known.get("flag", _usual_flag(item.name, base))
+        if base in (int, float, bool, str) and flag:
+            found.append(Declared(item.name, flag, base, choices, item.default, known.get("help", ""), group, **bounds))
+    return tuple(found)
+
+
+def _usual_flag(name: str, kind: type) -> str:
+    word = name.replace("_", "-")
+    return f"--{word}/--no-{word}" if kind is bool else f"--{word}"
+
+
+def parse_options(kind: type[T], values: object, where: str, *, without: Collection[str] = ()) -> T:
+    """Plain values by field name as an options dataclass, without conversions; fields that are missing have their defaults.
+
+    Args:
+        kind: the dataclass.
+        values: a table of TOML or JSON.
+        where: the file or option that they are from, for errors.
+        without: fields that may not be given.
+
+    Raises:
+        UserError: a key is unknown, or a value does not fit its declaration.
+    """
+    known = [item.name for item in fields(kind) if item.name not in without]  # type: ignore[arg-type]
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is not a table")
+    if unknown := [name for name in values if name not in known]:
+        close = difflib.get_close_matches(str(unknown[0]), known)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
+        raise UserError(f"{where} has no option {', '.join(map(str, unknown))}; {hint}")
+    return _validate(kind, values, {name: f"{where}: {name}" for name in known}, where)
+
+
+def check_options(options: Any) -> None:
+    """Validate an options dataclass that was made in Python.
+
+    Raises:
+        UserError: a value does not fit its declaration; the flag is named.
+    """
+    kind: Any = type(options)
+    flags = {known.name: known.flag.partition("/")[0] for known in declared(kind)}
+    _validate(kind, asdict(options), flags, kind.__name__)
+
+
+def _validate(kind: type[T], values: Mapping[str, Any], labels: Mapping[str, str], where: str) -> T:
+    from pydantic import TypeAdapter, ValidationError  # here, because every command imports this module
+
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{labels.get(name, name)} is {value}; it must be a finite number")
+    try:
+        parsed: T = _adapter(TypeAdapter, cast(Any, kind)).validate_json(dump_json(values), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name, *inner = map(str, first["loc"] or (where,))
+        label = ".".join([labels.get(name, name), *inner])
+        wrong = first["msg"].replace("Input should", "it must")[:160]
+        raise UserError(f"{label} is {repr(first['input'])[:80]}; {wrong}") from error
+    except TypeError as error:  # TOML has dates
+        raise UserError(f"{where} has a date; no option is one, write it as a string") from error
+    return parsed
+
+
+@functools.cache
+def _adapter(adapter: Any, kind: type) -> Any:
+    return adapter(kind)
+
+
+def _metadata(kind: type, name: str) -> dict[str, Any]:
+    """What `option` was given for a field, by the class and its bases."""
+    found: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        if name in (known := getattr(base, "__dataclass_fields__", {})):
+            found |= {key: value for key, value in known[name].metadata.items() if value is not None}
+    return found
+
+
+def _unwrap(hint: Any) -> tuple[Any, tuple[str, ...], dict[str, Any]]:
+    """Type, choices and bounds of an annotation."""
+    bounds: dict[str, Any] = {}
+    while (origin := get_origin(hint)) is not None:
+        args = get_args(hint)
+        if origin is Literal:
+            return str, args, bounds
+        if origin is Annotated:
+            hint = args[0]
+            bounds |= {name: value for marker in args[1:] for name, value in _bounds(marker)}
+        elif origin in (Union, UnionType) and len(args) == 2 and NoneType in args:
+            hint = args[args[0] is NoneType]
+        else:
+            break
+    return hint, (), bounds
+
+
+def _bounds(marker: Any) -> Iterator[tuple[str, Any]]:
+    for part in getattr(marker, "metadata", [marker]):  # pydantic's Field has several
+        for attribute, bound in {"ge": "least", "gt": "least", "le": "most", "lt": "most"}.items():
+            if (value := getattr(part, attribute, None)) is not None:
+                yield bound, value
+                if attribute in ("gt", "lt"):
+                    yield {"gt": "above", "lt": "below"}[attribute], True
