@@ -21,10 +21,10 @@ from wmcache.common.device import autocast, choose_device, choose_dtype, synchro
 from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath
 from wmcache.trainer.feed import Feed, choose_residence
-from wmcache.trainer.loop import data_shape, make_optimiser, statistics_of
 from wmcache.trainer.models import build
 from wmcache.trainer.models.dino_wm import DinoWm
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import data_shape, make_optimiser, statistics_of
 
 ROUNDS = 5
 

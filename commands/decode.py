@@ -105,10 +105,8 @@ def decoder(
         "depth": depth,
     }
     given = {name: value for name, value in sizes.items() if value is not None}
-    read_frames = _frames_of(cache, dataset).read_frames
-    result = train_decoder(
-        cache, read_frames, out, DecoderOptions(decoder_options=given, **settings), overwrite=overwrite
-    )
+    frames = _frames_of(cache, dataset)
+    result = train_decoder(cache, frames, out, DecoderOptions(decoder_options=given, **settings), overwrite=overwrite)
     if as_json:
         print_json(result)
         return
@@ -147,11 +145,11 @@ def imagine(
     """Draw what a world model imagines beside what then happened: videos, a picture, and figures for each step."""
     from wmcache.planner.imagine import imagine as draw
     from wmcache.planner.options import ImagineOptions
-    from wmcache.trainer.checkpoint import read_config
+    from wmcache.trainer.runs import read_config
 
     cache, out = cache or Path(read_config(run)["cache"]), out or run / "imagine"
-    read_frames = _frames_of(cache, dataset).read_frames
-    result = draw(run, decoder, read_frames, out, ImagineOptions(**settings), cache=cache)
+    frames = _frames_of(cache, dataset)
+    result = draw(run, decoder, frames, out, ImagineOptions(**settings), cache=cache)
     if as_json:
         print_json(result)
         return

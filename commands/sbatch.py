@@ -97,7 +97,7 @@ def _checked_wmtrain(words: list[str], gpus: int) -> list[str]:
     if devices is not None and devices > max(1, gpus) and context.params["device"] != "cpu":
         raise UserError(f"--devices {devices} is more than the {gpus} GPUs of the profile; leave it out, or raise gpus")
     if gpus > 1 and devices is None:
-        from wmcache.trainer.loop import check_slices
+        from wmcache.trainer.train import check_slices
 
         check_slices(context.params["batch"], gpus)
         return [*words, "--devices", str(gpus)]

@@ -128,9 +128,9 @@ def wmtrain(
         raise click.UsageError("--steps and --epochs are two ways to say how long; give one", ctx)
     if typed == ["steps"]:
         settings["epochs"] = None  # which a preset may have
-    from wmcache.engine.ranks import Spoken, joined, together
-    from wmcache.trainer.loop import check_slices, train
+    from wmcache.engine.ranks import ReportedError, is_distributed, joined
     from wmcache.trainer.options import TrainOptions
+    from wmcache.trainer.train import check_slices, train
 
     out = out or home() / "runs" / name_of(cache)
     chosen = TrainOptions(
@@ -138,7 +138,7 @@ def wmtrain(
         start=None if start is None else str(start.absolute()),
         **settings,
     )
-    if devices and devices > 1 and not together():
+    if devices and devices > 1 and not is_distributed():
         from wmcache.commands.launch import launch
 
         check_slices(chosen.batch, devices)
@@ -150,20 +150,20 @@ def wmtrain(
                     f"--devices {devices}, but torchrun has started {ranks.local_world}; leave out --devices"
                 )
             train(cache, out, chosen, resume=resume, overwrite=overwrite, ranks=ranks)
-    except Spoken as silent:
-        stopped = isinstance(silent.__cause__, KeyboardInterrupt)
-        ctx.exit((STOPPED if isinstance(silent.__cause__, Stopped) else INTERRUPTED) if stopped else 1)
-    if ranks.leads and chosen.stage == "localization":
+    except ReportedError as reported:
+        stopped = isinstance(reported.__cause__, KeyboardInterrupt)
+        ctx.exit((STOPPED if isinstance(reported.__cause__, Stopped) else INTERRUPTED) if stopped else 1)
+    if ranks.is_main and chosen.stage == "localization":
         following = {"localization": "primary", "--stage=localization": "--stage=primary"}
         further = shell_command([following.get(word, word) for word in sys.argv])
         say(f"{out}: knows where something changes; go on with: {further}")
-    elif ranks.leads:
+    elif ranks.is_main:
         say(f"{out}: trained; {_next_step(out, cache)}")
 
 
 def _next_step(run: Path, cache: AnyPath) -> str:
     """What can be done with a trained run: its frames may be of no simulator that wmplan knows."""
-    from wmcache.trainer.checkpoint import read_identity
+    from wmcache.trainer.runs import read_identity
 
     if read_identity(run)[0].dataset.get("maze"):
         return f"plan with: {command('wmplan', '--run', run)}"

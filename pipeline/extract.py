@@ -211,11 +211,7 @@ class ExtractShard(WorkerTask[int, Extraction]):
         return Extraction(dataset, networks, writers)
 
     def run(self, state: Extraction, item: int) -> int:
-        """Extract a shard; returns the frames done in all stores, without shards that other processes have claimed.
-
-        Raises:
-            UserError: the shard was not read, encoded or written. If only one store failed, the others have their shard.
-        """
+        """Extract a shard; returns the frames done in all stores, without shards that other processes have claimed."""
         done, mine = 0, []
         with ExitStack() as claims:
             for number, writer in enumerate(state.writers):

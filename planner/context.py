@@ -19,6 +19,7 @@ from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError
 from wmcache.common.files import dump_json, sha256_of
 from wmcache.common.paths import AnyPath
+from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.envs import Maze, PointMazeSimulator, find_maze
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
@@ -30,7 +31,7 @@ from wmcache.planner.objective import GoalDistance
 from wmcache.planner.options import PlanOptions, check_options
 from wmcache.planner.results import recorded
 from wmcache.planner.solvers import make_solver, option_names
-from wmcache.trainer.checkpoint import last_checkpoint, load_model, open_store, read_config, read_identity
+from wmcache.trainer.runs import load_model, open_store, read_config, read_identity
 
 CHECKED_FRAMES = 16
 

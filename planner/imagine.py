@@ -21,15 +21,16 @@ from wmcache.common.device import autocast, choose_device, choose_dtype
 from wmcache.common.errors import UserError
 from wmcache.common.figures import png_bytes
 from wmcache.common.files import atomic_write, make_folder, seconds_between_updates, write_json
+from wmcache.common.frames import Frames, load_frames
 from wmcache.common.paths import AnyPath
 from wmcache.common.video import ffmpeg, write_mp4
 from wmcache.envs import FPS
 from wmcache.planner.options import ImagineOptions
-from wmcache.trainer.checkpoint import load_model, open_store, read_config, read_identity
-from wmcache.trainer.decoder import ReadFrames, load_decoder, load_images, read_decoder_config, read_decoder_identity
+from wmcache.trainer.decoder import load_decoder, read_decoder_config, read_decoder_identity
 from wmcache.trainer.decoders import Decoder
 from wmcache.trainer.metrics import MOVING, ImageMetrics, Images, summarise, to_pixels, to_unit
 from wmcache.trainer.models import WorldModel
+from wmcache.trainer.runs import load_model, open_store, read_config, read_identity
 
 BATCH = 16
 SIDE_BY_SIDE = 4
@@ -67,7 +68,7 @@ class Rollouts:
 def imagine(
     run: Path,
     decoder: Path,
-    read_frames: ReadFrames,
+    source: Frames,
     out: Path,
     options: ImagineOptions,
     *,
@@ -76,6 +77,8 @@ def imagine(
     """Compare imagined frames with real ones, and write `metrics.json`, `errors.png`, `rollout-*.mp4` and `rollouts.png`.
 
     Args:
+        run: the world model's. decoder: folder of a decoder of the same store.
+        source: the frames that the store's tokens were made of.
         run: the world model's folder.
         decoder: folder of a decoder of the same store.
         read_frames: reads the frames that the store's tokens were made of.
@@ -102,7 +105,7 @@ def imagine(
     dtype = choose_dtype(options.dtype, device)
     chosen = np.random.default_rng(options.seed).permutation(len(windows))[: options.windows]
     frames = np.unique(windows.frames(chosen))
-    images = load_images(read_frames, frames, store.card.frames_per_shard, draw.shape.image_size, "lower --windows")
+    images = load_frames(source, frames, store.card.frames_per_shard, draw.shape.image_size, "lower --windows")
     shown = min(len(chosen), max(PICTURED, SIDE_BY_SIDE * options.videos))
     kept: list[Rollouts] = []
     parts: dict[str, dict[str, list[NDArray[np.float64]]]] = {name: {} for name in PICTURES}

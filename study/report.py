@@ -33,7 +33,7 @@ from wmcache.study.cells import Branch, Workshop
 from wmcache.study.options import StudyOptions
 from wmcache.study.run import pooled
 from wmcache.study.statistics import LEVEL, Reached, compare, episodes_needed, rank, separated, smallest_p
-from wmcache.trainer.loop import ROLLOUT_STEPS
+from wmcache.trainer.train import ROLLOUT_STEPS
 
 Row = dict[str, Any]
 LIBRARIES = ("wmcache", "torch", "numpy", "timm", "transformers", "mujoco", "scikit-learn")

@@ -31,8 +31,8 @@ from wmcache.pipeline.fit import fit
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.planner.context import EvalContext
 from wmcache.planner.options import PlanOptions
-from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
 # `make test` tries the same examples every time; `make test-long` looks for others.
 settings.register_profile("repeatable", derandomize=True, deadline=None)

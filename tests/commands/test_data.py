@@ -217,7 +217,7 @@ def test_help_of_derive_names_both(home: Path) -> None:
         ("derive {store} --encoder tcn --base-weights {weights}", "leave out --base-weights"),
         ("derive nowhere.zarr --encoder tcn", "nowhere.zarr does not exist"),
         ("derive change-maps nowhere.zarr", "nowhere.zarr does not exist"),
-        ("derive change-maps {store} --dataset nowhere", "or say where they are with --dataset"),
+        ("derive change-maps {store} --dataset nowhere", "--dataset"),
         ("derive change-maps {store} --dataset {others}", "does not hold the frames of"),
         ("extract --encoder random-vit-layers --change-maps", "tokens of 1 x 17 are no square of patches"),
         ("extract --encoder tcn,random-vit-layers --change-maps 1", "tokens of 1 x 17 are no square of patches"),

@@ -14,12 +14,13 @@ from torch import nn
 
 from wmcache.cache import TokenStore
 from wmcache.cli import wmtrain
+from wmcache.engine.checkpoint import Progress, last_checkpoint, read_progress
 from wmcache.trainer import loop
-from wmcache.trainer.checkpoint import Progress, last_checkpoint, load_model, read_config, read_progress
-from wmcache.trainer.loop import data_shape, learning_rate, make_optimiser, statistics_of
 from wmcache.trainer.models import MODELS, build, read_options
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
+from wmcache.trainer.runs import load_model, read_config
+from wmcache.trainer.train import data_shape, learning_rate, make_optimiser, statistics_of
 
 TINY = "--depth 1 --heads 2 --head-dim 4 --mlp 8 --batch-size 8 --device cpu"
 Told = Callable[[str], TrainOptions]

@@ -31,7 +31,7 @@ PRELOADED = [
     "wmcache.pipeline.collect",
     "wmcache.pipeline.extract",
     "wmcache.pipeline.repair",
-    "wmcache.trainer.loop",
+    "wmcache.trainer.train",
     "wmcache.cli",
     # What these import at the first call.
     "einops._torch_specific",

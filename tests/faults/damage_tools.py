@@ -32,9 +32,9 @@ from wmcache.common.files import seal, sha256_of
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.frames import FrameDataset, fingerprint
-from wmcache.trainer.checkpoint import load_model
-from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.runs import load_model
+from wmcache.trainer.train import train
 
 FRAMES, PER_SHARD, SHARDS = 22, 4, 6
 EVERY = np.arange(FRAMES)

@@ -38,6 +38,7 @@ from wmcache.cache.verify import verify
 from wmcache.cache.windows import Windows, batch_windows
 from wmcache.common.errors import UserError
 from wmcache.common.files import exclusive
+from wmcache.engine.checkpoint import last_checkpoint, save_checkpoint
 from wmcache.pipeline import encoders
 from wmcache.pipeline import extract as extraction
 from wmcache.pipeline.collect import collect
@@ -45,9 +46,8 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract, extract_together
 from wmcache.pipeline.frames import FrameDataset, Frames
 from wmcache.pipeline.repair import repair
-from wmcache.trainer.checkpoint import last_checkpoint, save_checkpoint
-from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
 M_ARENA_MAX = -8
 NOT_DATA = (".lock", ".tmp", ".partial")

@@ -27,8 +27,8 @@ from fault_workers import (
 
 from wmcache.cache.layout import read_attributes, write_attributes
 from wmcache.cache.verify import verify
+from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.pipeline.repair import repair
-from wmcache.trainer.checkpoint import last_checkpoint
 from wmcache.trainer.options import TrainOptions
 
 Content = Callable[[Path], dict[str, bytes]]

@@ -51,14 +51,14 @@ from wmcache.cache.writer import StoreWriter
 from wmcache.common.errors import UserError
 from wmcache.common.paths import as_path, upload
 from wmcache.common.paths import remove as remove_all
+from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset, write_shard
 from wmcache.pipeline.repair import repair
-from wmcache.trainer.checkpoint import last_checkpoint
-from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
 Content = Callable[[Path], dict[str, bytes]]
 Start = Callable[..., Child]

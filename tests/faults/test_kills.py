@@ -33,11 +33,11 @@ from wmcache.cache import TokenStore
 from wmcache.cache.layout import read_attributes, write_attributes
 from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
+from wmcache.engine.checkpoint import checkpoints, last_checkpoint, load_training_state
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.repair import repair
-from wmcache.trainer.checkpoint import checkpoints, last_checkpoint, load_training_state
 from wmcache.trainer.options import TrainOptions
 
 Content = Callable[[Path], dict[str, bytes]]

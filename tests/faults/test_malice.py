@@ -59,13 +59,14 @@ from wmcache.cache.records import record_file
 from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
 from wmcache.common.files import sha256_of
+from wmcache.engine.checkpoint import last_checkpoint
+from wmcache.engine.log import truncate_metrics
 from wmcache.pipeline.fit import default_weights
 from wmcache.pipeline.frames import FrameDataset, Steps, fingerprint
 from wmcache.pipeline.repair import repair
 from wmcache.pipeline.stores import default_store
-from wmcache.trainer.checkpoint import last_checkpoint, truncate_metrics
-from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
 Start = Callable[..., Child]
 Edit = Callable[[dict[str, Any]], object]

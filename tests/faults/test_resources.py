@@ -29,7 +29,7 @@ from fault_workers import (
 
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
 from wmcache.cache.layout import read_attributes
-from wmcache.trainer.checkpoint import last_checkpoint
+from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.trainer.options import TrainOptions
 
 Content = Callable[[Path], dict[str, bytes]]

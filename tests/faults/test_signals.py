@@ -23,7 +23,7 @@ from wmcache.cache import TokenStore
 from wmcache.cache.records import lock_file
 from wmcache.common.errors import UserError
 from wmcache.common.files import exclusive
-from wmcache.trainer.checkpoint import last_checkpoint
+from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.trainer.options import TrainOptions
 
 Content = Callable[[Path], dict[str, bytes]]

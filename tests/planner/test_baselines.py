@@ -16,7 +16,7 @@ from wmcache.planner.evaluate import evaluate
 from wmcache.planner.goals import start_and_goal
 from wmcache.planner.judge import count_at_goal, judge
 from wmcache.planner.options import PlanOptions
-from wmcache.trainer.checkpoint import load_model
+from wmcache.trainer.runs import load_model
 
 UMAZE = Maze.load("UMaze")
 

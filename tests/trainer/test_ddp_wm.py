@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from wmcache.common.device import autocast
 from wmcache.common.errors import UserError
-from wmcache.trainer.loop import make_optimiser
 from wmcache.trainer.models import DataShape, build
 from wmcache.trainer.models.ddp_wm import DdpWm, DdpWmOptions
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
+from wmcache.trainer.train import make_optimiser
 
 K = 3
 SIZES: dict[str, Any] = {

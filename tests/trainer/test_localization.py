@@ -14,11 +14,11 @@ from torch import Tensor
 from wmcache.cache import TokenStore
 from wmcache.cache.change_maps import open_change_maps
 from wmcache.cache.windows import Windows
-from wmcache.trainer.loop import data_shape, statistics_of
 from wmcache.trainer.models import MODELS, build, read_options
 from wmcache.trainer.models.ddp_wm import DdpWm
 from wmcache.trainer.models.ddp_wm.localization import foreground_size, localization
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import data_shape, statistics_of
 
 CPU = torch.device("cpu")
 
