@@ -9,7 +9,8 @@ from pathlib import Path
 from wmcache.cluster.profiles import Profile
 from wmcache.cluster.slurm import log_pattern, prologue
 from wmcache.common.errors import UserError
-from wmcache.common.files import atomic_write, home
+from wmcache.common.files import atomic_write
+from wmcache.common.folders import home
 
 SECONDS_OF_WARNING = 180
 """Seconds from SLURM's signal to the walltime: SLURM may be a minute late, and a shard or a checkpoint has to end."""

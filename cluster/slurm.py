@@ -19,7 +19,7 @@ from wmcache.cluster.dask import QUEUE_AT_SCHEDULER, WORKER_VARIABLES, dask_erro
 from wmcache.cluster.profiles import Profile
 from wmcache.cluster.tasks import Cluster
 from wmcache.common.errors import UserError
-from wmcache.common.files import home
+from wmcache.common.folders import home
 
 SECONDS_BETWEEN_SUBMISSIONS = 30.0
 MOST_CHECKS_WITHOUT_JOBS = 2

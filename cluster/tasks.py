@@ -24,8 +24,8 @@ from tqdm import tqdm
 from wmcache.cluster.profiles import Profile, read_profile
 from wmcache.common.cpus import available_cpus
 from wmcache.common.errors import UserError, one_line
-from wmcache.common.files import seconds_between_updates
 from wmcache.common.memory import available_ram
+from wmcache.common.progress import seconds_between_updates
 
 Item = TypeVar("Item")
 State = TypeVar("State")

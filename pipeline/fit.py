@@ -24,7 +24,9 @@ from wmcache.cache.store import TokenStore
 from wmcache.common.cpus import available_cpus
 from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError, reason
-from wmcache.common.files import atomic_write, dump_json, home, json_digest
+from wmcache.common.files import atomic_write
+from wmcache.common.folders import home
+from wmcache.common.jsonfiles import dump_json, json_digest
 from wmcache.common.options import check_options
 from wmcache.common.paths import AnyPath, cause_outside, unreadable
 from wmcache.engine.checkpoint import Progress, checkpoints, last_checkpoint, read_progress

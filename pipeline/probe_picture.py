@@ -15,7 +15,7 @@ from wmcache.common.errors import UserError
 from wmcache.common.figures import png_bytes
 from wmcache.common.files import atomic_write
 from wmcache.common.landscapes import descend
-from wmcache.common.paths import AnyPath, beside
+from wmcache.common.paths import AnyPath, beside, resolve
 from wmcache.common.sampling import farthest_points
 from wmcache.envs import Maze
 from wmcache.pipeline.landscape import STUCK_DISTANCE, Float, find_maze, neighbours, rank_correlation
@@ -94,7 +94,9 @@ def _draw_distances(axes: Axes, maze: Maze, xy: Float, goal: int, values: NDArra
     walls = np.where(maze.free, np.nan, 1.0).T
     axes.imshow(walls, origin="lower", extent=maze.extent, cmap="Greys", vmin=0, vmax=3, interpolation="nearest")
     order = np.argsort(-values)  # points near the goal on top
-    dots = axes.scatter(*xy[order].T, c=values[order], s=11, cmap="viridis_r", vmin=0, vmax=most, linewidths=0)
+    dots = axes.scatter(
+        xy[order, 0], xy[order, 1], c=values[order], s=11, cmap="viridis_r", vmin=0, vmax=most, linewidths=0
+    )
     axes.plot(*xy[goal], "*", color="#111111", markersize=13, markeredgecolor="white", markeredgewidth=0.8)
     axes.set(aspect="equal", xticks=[], yticks=[], xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     axes.spines[:].set_visible(False)
@@ -113,7 +115,7 @@ def _mark_stuck(axes: Axes, xy: Float, true: Float, ends: NDArray[np.int64], lat
 
 def picture_paths(stores: Sequence[AnyPath], out: Path | None = None) -> list[Path]:
     """The picture of each store: beside it, or in `out` as `<folder>-<store>.probe.png`; raises UserError for equal paths."""
-    resolved = [store.resolve() if isinstance(store, Path) else store for store in stores]
+    resolved = [resolve(store) for store in stores]
     paths = [
         beside(store, ".probe.png") if out is None else out / f"{store.parent.name}-{store.stem}.probe.png"
         for store in resolved

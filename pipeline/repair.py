@@ -17,7 +17,8 @@ from wmcache.cache.store import TokenStore
 from wmcache.cache.verify import Fault, Verification, declared_shards, verify, whole_tokens
 from wmcache.cache.writer import StoreWriter
 from wmcache.common.errors import UserError
-from wmcache.common.files import exclusive, sha256_of
+from wmcache.common.files import sha256_of
+from wmcache.common.locks import exclusive
 from wmcache.common.paths import AnyPath, as_path, exists
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
