@@ -48,7 +48,7 @@ DECODER = DecoderOptions(
 def decoder_path(store_path: Path, dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read only, so copy it to change it."""
     path = tmp_path_factory.mktemp("decoders") / "tiny"
-    train_decoder(store_path, dataset.read_frames, path, DECODER)
+    train_decoder(store_path, dataset, path, DECODER)
     return path
 
 
@@ -57,7 +57,7 @@ def imagined(
     run_path: Path, decoder_path: Path, dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("imagined") / "imagine"
-    return out, imagine(run_path, decoder_path, dataset.read_frames, out, OPTIONS)
+    return out, imagine(run_path, decoder_path, dataset, out, OPTIONS)
 
 
 def pixels(video: Path, height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -109,7 +109,7 @@ def test_a_decoder_that_draws_nothing_that_moves_is_no_better_than_the_mean_fram
     blank = load_decoder(decoder_path, torch.device("cpu"))
     monkeypatch.setattr(blank, "draw", lambda tokens: (torch.zeros(len(tokens), 3, 32, 32), torch.zeros(())))
     monkeypatch.setattr("wmcache.planner.imagine.load_decoder", lambda *_: blank)
-    result = imagine(run_path, decoder_path, dataset.read_frames, tmp_path / "out", OPTIONS)
+    result = imagine(run_path, decoder_path, dataset, tmp_path / "out", OPTIONS)
     for row in result["steps"]:
         assert row["imagined"] == pytest.approx(row["mean_frame"])
         assert row["imagined"]["mse"] < 0.01 < row["imagined"]["moving_mse"]
@@ -138,7 +138,7 @@ def test_a_perfect_world_model_reaches_the_floor(
             return true.reshape(6, 4, *true.shape[1:]), proprio
 
     monkeypatch.setattr("wmcache.planner.imagine.load_model", lambda *_: Oracle())
-    result = imagine(run_path, decoder_path, dataset.read_frames, tmp_path / "out", OPTIONS)
+    result = imagine(run_path, decoder_path, dataset, tmp_path / "out", OPTIONS)
     for row in result["steps"]:
         assert row["imagined"] == pytest.approx(row["floor"], rel=1e-5)
 
@@ -173,7 +173,7 @@ def test_videos_show_windows_side_by_side_and_old_ones_are_replaced(
     # They begin with the maze, which is neither black nor white.
     assert min(first[:, :side].std(), first[:, side:].std()) > 5
     copytree(imagined[0], tmp_path / "out")
-    imagine(run_path, decoder_path, dataset.read_frames, tmp_path / "out", replace(OPTIONS, videos=1))
+    imagine(run_path, decoder_path, dataset, tmp_path / "out", replace(OPTIONS, videos=1))
     assert [file.name for file in tmp_path.rglob("*.mp4")] == ["rollout-000.mp4"]
 
 
@@ -182,17 +182,17 @@ def other_decoder(dataset: FrameDataset, encoder: Encoder, tmp_path_factory: pyt
     """A decoder of a store of the same frames by the same encoder, in another type."""
     folder = tmp_path_factory.mktemp("other")
     extract(dataset, encoder, folder / "other.zarr", dtype="int8")
-    train_decoder(folder / "other.zarr", dataset.read_frames, folder / "decoder", replace(DECODER, steps=1))
+    train_decoder(folder / "other.zarr", dataset, folder / "decoder", replace(DECODER, steps=1))
     return folder / "decoder"
 
 
 def test_a_decoder_of_another_store_or_split_is_refused(
     run_path: Path, store_path: Path, other_decoder: Path, dataset: FrameDataset, tmp_path: Path
 ) -> None:
-    train_decoder(store_path, dataset.read_frames, tmp_path / "decoder", replace(DECODER, steps=1, split_seed=1))
+    train_decoder(store_path, dataset, tmp_path / "decoder", replace(DECODER, steps=1, split_seed=1))
     for decoder, named in ((other_decoder, r"store_dtype.*--decoder"), (tmp_path / "decoder", "--split-seed 1 != 42")):
         with pytest.raises(UserError, match=named):
-            imagine(run_path, decoder, dataset.read_frames, tmp_path / "out", OPTIONS)
+            imagine(run_path, decoder, dataset, tmp_path / "out", OPTIONS)
     assert not (tmp_path / "out").exists()
 
 
@@ -200,7 +200,7 @@ def test_more_steps_than_an_episode_has_are_refused(
     run_path: Path, decoder_path: Path, dataset: FrameDataset, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"--steps 12 .* 11 "):
-        imagine(run_path, decoder_path, dataset.read_frames, tmp_path / "out", replace(OPTIONS, steps=12))
+        imagine(run_path, decoder_path, dataset, tmp_path / "out", replace(OPTIONS, steps=12))
 
 
 Run = Callable[..., Result]
