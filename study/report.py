@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from wmcache.common.cpus import available_cpus
 from wmcache.common.files import atomic_write
 from wmcache.planner.baselines import BASELINES
-from wmcache.planner.episodes import THRESHOLDS
+from wmcache.planner.judge import THRESHOLDS
 from wmcache.planner.report import COLOURS, RC
 from wmcache.study.cells import Branch, Workshop
 from wmcache.study.options import StudyOptions
