@@ -31,8 +31,7 @@ from wmcache.planner.objective import GoalDistance
 from wmcache.planner.options import PlanOptions, check_options
 from wmcache.planner.results import recorded
 from wmcache.planner.solvers import make_solver, option_names
-from wmcache.trainer.checkpoint import read_config
-from wmcache.trainer.runs import load_model, open_store, read_identity
+from wmcache.trainer.runs import load_model, open_store, read_config, read_identity
 
 CHECKED_FRAMES = 16
 

@@ -20,7 +20,9 @@ from wmcache.common.errors import UserError
 from wmcache.engine.checkpoint import Progress, checkpoints, last_checkpoint, load_weights, read_progress
 from wmcache.engine.loop import LoopOptions, Task, run
 
-OPTIONS = LoopOptions(8, 16, torch.device("cpu"), torch.float32, clip=1.0, log_every=1, validate_every=4, checkpoint_every=3)
+OPTIONS = LoopOptions(
+    8, 16, torch.device("cpu"), torch.float32, clip=1.0, log_every=1, validate_every=4, checkpoint_every=3
+)
 BIG = 1e30
 
 
@@ -103,7 +105,10 @@ def read_log(out: Path) -> list[dict[str, Any]]:
         raise AssertionError(word)
 
     lines = [json.loads(line, parse_constant=refuse) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("rows_per_second", "waiting_share")} for line in lines]
+    return [
+        {name: value for name, value in line.items() if name not in ("rows_per_second", "waiting_share")}
+        for line in lines
+    ]
 
 
 @pytest.fixture

@@ -212,9 +212,7 @@ class TestResume:
         assert files_of(run) == before
 
     @pytest.mark.parametrize("stage", ["all", "lrm"])
-    def test_where_no_stage_begins_other_steps_need_resume(
-        self, go: Go, run: Path, straight: Path, stage: str
-    ) -> None:
+    def test_where_no_stage_begins_other_steps_need_resume(self, go: Go, run: Path, straight: Path, stage: str) -> None:
         copytree(straight, run, symlinks=True)
         before = files_of(run)
         with pytest.raises(UserError, match=f"steps {STEPS} != {STEPS + 2}"):

@@ -1,4 +1,4 @@
-"""Training a world model: it learns, repeats and resumes exactly, and never spoils another run. The loop's own tests are in tests/engine."""
+"""Training a world model: it learns, repeats and resumes exactly, and never spoils another run. For the loop itself see tests/engine."""
 
 from __future__ import annotations
 
@@ -283,9 +283,7 @@ def test_epochs_are_passes_over_all_windows(
     assert list(read_curve(run)) == list(range(1, read_config(run)["steps"] + 1))
 
 
-@pytest.mark.parametrize(
-    ("pool", "until", "coarse"), [(2, 0.5, 4), (2, 0.3, 3), (2, 0.0, 0), (2, 1.0, 8), (1, 0.5, 0)]
-)
+@pytest.mark.parametrize(("pool", "until", "coarse"), [(2, 0.5, 4), (2, 0.3, 3), (2, 0.0, 0), (2, 1.0, 8), (1, 0.5, 0)])
 def test_the_grid_is_coarse_in_the_first_share_of_the_steps(
     go: Go, run: Path, monkeypatch: pytest.MonkeyPatch, pool: int, until: float, coarse: int
 ) -> None:
