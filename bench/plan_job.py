@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from wmcache.bench.scale import measure_scale
-from wmcache.cache.layout import ROWS_IN_A_CHUNK, STEP_COLUMNS, StoreCard
+from wmcache.cache.arrays import ROWS_IN_A_CHUNK
+from wmcache.cache.layout import STEP_COLUMNS, StoreCard
 from wmcache.cache.records import IN_A_BLOCK
 from wmcache.cluster.tasks import open_pool
-from wmcache.common.files import MOST_JSON_BYTES
+from wmcache.common.jsonfiles import MOST_JSON_BYTES
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import TASKS_IN_FLIGHT
 from wmcache.pipeline.frames import FRAMES_PER_SHARD

@@ -23,8 +23,9 @@ from wmcache.cache.reader import ZarrReader
 from wmcache.cache.store import Tokens, TokenStore
 from wmcache.cache.windows import Windows, batch_windows
 from wmcache.cache.writer import StoreWriter
-from wmcache.common.files import make_folder, require_space
+from wmcache.common.files import make_folder
 from wmcache.common.paths import AnyPath
+from wmcache.common.space import require_space
 
 EPISODE = 100
 FRAMES_PER_SHARD = 512

@@ -26,7 +26,8 @@ from wmcache.cache.records import IN_A_BLOCK, Block, Record, Records, record_fil
 from wmcache.cache.store import TokenStore
 from wmcache.cache.writer import StoreWriter
 from wmcache.common.errors import UserError
-from wmcache.common.files import dump_json, require_space, seal
+from wmcache.common.jsonfiles import dump_json, seal
+from wmcache.common.space import require_space
 
 Result = TypeVar("Result")
 

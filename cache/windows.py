@@ -170,3 +170,8 @@ def batch_windows(windows: int, seed: int, step: int, batch: int, rank: int = 0,
     epochs, places = np.divmod(np.arange(first, first + size), windows)
     parts = [epoch_order(windows, seed, epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
     return np.concatenate(parts)
+
+
+def split_frames(episode: NDArray[np.integer], split: str, seed: int) -> Int:
+    """Return the frames of a split, ascending; `episode` [frames] is the episode of each frame. See `split_episodes`."""
+    return np.flatnonzero(np.isin(episode, split_episodes(int(episode[-1]) + 1, split, seed)))

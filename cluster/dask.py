@@ -62,12 +62,8 @@ _alone = threading.Lock()
 
 
 @contextmanager
-def open_dask_pool(where: Cluster, workers: int, threads: int, label: str, *, dashboard: bool) -> Iterator[DaskPool]:
-    """Open a pool of Dask workers; arguments as in `open_pool`.
-
-    Raises:
-        UserError: Dask or the workers cannot start, no scheduler answers, or versions differ.
-    """
+def open_dask_pool(where: Cluster, workers: int, threads: int, label: str, *, dashboard: bool) -> Iterator[_DaskPool]:
+    """Open a pool of Dask workers; arguments and errors as in `open_pool`."""
     with ExitStack() as stack:
         with dask_errors(where.text):
             importlib.import_module("distributed")
@@ -86,14 +82,13 @@ def open_dask_pool(where: Cluster, workers: int, threads: int, label: str, *, da
                 log(f"dashboard: {client.dashboard_link}")
         if where.elsewhere:
             _wait_for_workers(client, where, keep_workers)
-        yield stack.enter_context(DaskPool(client, where, label, threads, keep_workers))
+        yield stack.enter_context(_DaskPool(client, where, label, threads, keep_workers))
 
 
-class DaskPool:
-    """A pool of the workers of a Dask client."""
+class _DaskPool:
+    """A pool of the workers of a Dask client. `keep_workers` is called repeatedly while the pool waits."""
 
     def __init__(self, client: Any, where: Cluster, label: str, threads: int, keep_workers: Callable[[], None]) -> None:
-        """Use `open_dask_pool`. `keep_workers` is called repeatedly while the pool waits."""
         from distributed import as_completed
 
         self._client, self._where, self._keep_workers = client, where, keep_workers
@@ -107,17 +102,14 @@ class DaskPool:
 
     @property
     def workers(self) -> int:
-        """Number of workers, counted every few seconds."""
         return len(self._count_threads())
 
     @property
     def running(self) -> int:
-        """Number of tasks whose result has not been returned yet."""
         return len(self._running)
 
     @property
     def room(self) -> int:
-        """Number of tasks to submit now, so that no thread is idle."""
         return max(0, AHEAD * max(1, sum(self._count_threads().values())) - self.running)
 
     def _count_threads(self) -> dict[str, int]:
@@ -128,7 +120,6 @@ class DaskPool:
         return self._threads
 
     def submit(self, calls: Calls) -> None:
-        """Take picklable tasks."""
         from distributed.protocol.pickle import dumps
 
         # As bytes, so that the scheduler does not import what only workers need.
@@ -142,7 +133,6 @@ class DaskPool:
             self._completed.update(futures)
 
     def finished(self) -> list[tuple[Any, Any]]:
-        """Wait for some running tasks; returns their keys and results."""
         while not self._completed.has_ready():
             self._keep_workers()
             with self._completed.thread_condition:
@@ -173,11 +163,9 @@ class DaskPool:
             raise _lost_scheduler(self._where) from error
 
     def __enter__(self) -> Self:
-        """Nothing to start."""
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """Cancel the tasks that are left."""
         if self._running and self._client.status == "running":
             with suppress(Exception):  # the error that ended the block matters more
                 self._client.cancel(list(self._running))
@@ -265,11 +253,7 @@ def dask_errors(text: str) -> Iterator[None]:
 
 
 def _wait_for_workers(client: Any, where: Cluster, keep_workers: Callable[[], None]) -> None:
-    """Wait for the first worker, and compare versions.
-
-    Raises:
-        UserError: the connection was lost, or versions differ.
-    """
+    """Wait for the first worker, and compare versions."""
     with _connection_errors(where):
         if not client.nthreads():
             start = f"{WORKER_VARIABLES} {command('dask', 'worker', where.address, '--nthreads', 2)}"
@@ -283,11 +267,7 @@ def _wait_for_workers(client: Any, where: Cluster, keep_workers: Callable[[], No
 
 
 def require_same_versions(versions: dict[str, Any], where: Cluster) -> None:
-    """Compare the packages in `MUST_MATCH`; `versions` is the result of `Client.get_versions`.
-
-    Raises:
-        UserError: the scheduler or a worker has another version than this process.
-    """
+    """Raise a UserError if the scheduler or a worker has another version of `MUST_MATCH`; `versions` is `Client.get_versions()`."""
     others = {"the scheduler": versions["scheduler"]}
     others |= {f"worker {name}": found for name, found in versions["workers"].items()}
     for name in MUST_MATCH:

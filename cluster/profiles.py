@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field
 
 from wmcache.common.errors import UserError, reason
-from wmcache.common.files import home
+from wmcache.common.folders import home
 from wmcache.common.schema import Size, parse
 
 DEFAULT = "slurm"

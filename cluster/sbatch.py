@@ -9,7 +9,8 @@ from pathlib import Path
 from wmcache.cluster.profiles import Profile
 from wmcache.cluster.slurm import log_pattern, prologue
 from wmcache.common.errors import UserError
-from wmcache.common.files import atomic_write, home
+from wmcache.common.files import atomic_write
+from wmcache.common.folders import home
 
 SECONDS_OF_WARNING = 180
 """Seconds from SLURM's signal to the walltime: SLURM may be a minute late, and a shard or a checkpoint has to end."""
@@ -59,14 +60,11 @@ def write_script(profile: Profile, program: list[str], *, name: str, jobs: int |
         jobs: size of an array whose jobs each do one slice of the shards; None for one job.
         out: the script; None for the first of `$WMCACHE_HOME/jobs/<name>.sh`, `<name>-2.sh`, ... that is free or is this script.
 
-    Returns:
-        The script.
-
     Raises:
         UserError: `out` is another script, or SLURM cannot write its logs to that folder.
     """
     logs = home().absolute() / "logs"
-    text = script(profile, program, name=f"wmcache-{name}", jobs=jobs, logs=logs).encode()
+    text = _script(profile, program, name, jobs, logs).encode()
     if out is None:
         numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
         files = (home() / "jobs" / f"{name}{number}.sh" for number in numbers)
@@ -83,8 +81,7 @@ def _is_other(file: Path, text: bytes) -> bool:
     return file.exists() and file.read_bytes() != text
 
 
-def script(profile: Profile, program: list[str], *, name: str, jobs: int | None, logs: Path) -> str:
-    """The text of a batch script; arguments as in `write_script`, and an absolute folder for the logs."""
+def _script(profile: Profile, program: list[str], name: str, jobs: int | None, logs: Path) -> str:
     array = jobs is not None
     gpus = min(profile.gpus, 1) if array else profile.gpus  # an encoder uses one
     line, job = shlex.join(program), '"$SLURM_JOB_ID"'
@@ -94,7 +91,7 @@ def script(profile: Profile, program: list[str], *, name: str, jobs: int | None,
         # SLURM_JOB_ID of an array's last task is also the id of the array, so all tasks would be requeued.
         job = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"'
     directives = {
-        "job-name": name,
+        "job-name": f"wmcache-{name}",
         "output": log_pattern(logs, "%x-%A_%a.log" if array else "%x-%j.log"),
         "open-mode": "append",
         "partition": profile.partition,

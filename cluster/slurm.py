@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from wmcache.cluster.dask import QUEUE_AT_SCHEDULER, WORKER_VARIABLES, dask_erro
 from wmcache.cluster.profiles import Profile
 from wmcache.cluster.tasks import Cluster
 from wmcache.common.errors import UserError
-from wmcache.common.files import home
+from wmcache.common.folders import home
 
 SECONDS_BETWEEN_SUBMISSIONS = 30.0
 MOST_CHECKS_WITHOUT_JOBS = 2
@@ -27,7 +27,9 @@ MOST_CHECKS_WITHOUT_JOBS = 2
 
 
 @contextmanager
-def submit_workers(where: Cluster, profile: Profile, jobs: int, threads: int) -> Iterator[tuple[Any, KeepJobs]]:
+def submit_workers(
+    where: Cluster, profile: Profile, jobs: int, threads: int
+) -> Iterator[tuple[Any, Callable[[], None]]]:
     """Submit jobs with one worker each; yields a client, and what submits ended jobs again.
 
     Raises:
@@ -54,14 +56,13 @@ def submit_workers(where: Cluster, profile: Profile, jobs: int, threads: int) ->
             cluster = stack.enter_context(slurm.SLURMCluster(**slurm_options(profile, threads)))
             client = stack.enter_context(Client(cluster, set_as_default=False))
         _try_submission(cluster.job_script(), where)
-        yield client, KeepJobs(client, cluster, where, jobs)
+        yield client, _KeepJobs(client, cluster, where, jobs)
 
 
-class KeepJobs:
-    """Submits jobs again that have ended, such as at their walltime."""
+class _KeepJobs:
+    """Submits jobs, and when it is called those again that have ended, such as at their walltime."""
 
     def __init__(self, client: Any, cluster: Any, where: Cluster, jobs: int) -> None:
-        """Submit them."""
         self._client, self._cluster, self._where, self._jobs = client, cluster, where, jobs
         self._checks_without_jobs = 0
         self._submit()
@@ -71,11 +72,6 @@ class KeepJobs:
         self._submitted = time.monotonic()
 
     def __call__(self) -> None:
-        """Submit missing jobs, if the last time is long enough ago.
-
-        Raises:
-            UserError: jobs end before their workers connect.
-        """
         if time.monotonic() <= self._submitted + SECONDS_BETWEEN_SUBMISSIONS:
             return
         known = [str(job.job_id) for job in list(self._cluster.workers.values()) if getattr(job, "job_id", None)]
@@ -136,11 +132,7 @@ def prologue(profile: Profile) -> list[str]:
 
 
 def log_pattern(folder: Path, pattern: str) -> str:
-    """The value of `#SBATCH --output=`, which SLURM parses, not a shell.
-
-    Raises:
-        UserError: SLURM cannot write to a folder of that name.
-    """
+    """The value of `#SBATCH --output=`, which SLURM parses, not a shell; raises UserError for a folder that SLURM cannot write to."""
     text = str(folder)
     if not text.isprintable() or "\\" in text:
         raise UserError(f"{text}: SLURM cannot write its logs there; set WMCACHE_HOME to another folder")

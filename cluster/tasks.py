@@ -24,8 +24,8 @@ from tqdm import tqdm
 from wmcache.cluster.profiles import Profile, read_profile
 from wmcache.common.cpus import available_cpus
 from wmcache.common.errors import UserError, one_line
-from wmcache.common.files import seconds_between_updates
 from wmcache.common.memory import available_ram
+from wmcache.common.progress import seconds_between_updates
 
 Item = TypeVar("Item")
 State = TypeVar("State")
@@ -89,26 +89,13 @@ def parse_cluster(text: str) -> Cluster:
 class WorkerTask(ABC, Generic[Item, State]):
     """A picklable task whose state, such as a loaded network, is set up once per process.
 
-    A subclass is a frozen dataclass of plain values. The values identify the state: where files may change under the same path, one of
-    the values is a checksum.
-
-        @dataclass(frozen=True)
-        class EncodeShard(WorkerTask[int, Encoder]):
-            recipe: dict[str, Any]
-
-            def setup(self) -> Encoder: ...
-            def run(self, state: Encoder, item: int) -> int: ...
-
-        run_tasks(EncodeShard(recipe).with_state(encoder), shards, cluster="local:4", total=frames, label="encode")
+    A subclass is a frozen dataclass of plain values, which identify the state: where files may change under the same path, one of them is
+    a checksum. See `pipeline.collect.DrawShard` for a short one.
     """
 
     @abstractmethod
     def setup(self) -> State:
-        """Load what `run` needs.
-
-        Raises:
-            UserError: it cannot be loaded in this process; the item that was to be run fails.
-        """
+        """Load what `run` needs; a UserError fails the item that was to be run."""
 
     @abstractmethod
     def run(self, state: State, item: Item) -> int:
@@ -159,11 +146,7 @@ class Pool(Protocol):
         """Take picklable tasks."""
 
     def finished(self) -> list[tuple[Any, Any]]:
-        """Wait for some running tasks; returns their keys and results.
-
-        Raises:
-            UserError: the connection to the scheduler was lost.
-        """
+        """Wait for some running tasks; returns their keys and results, or raises UserError if the scheduler has gone."""
 
 
 def run_tasks(
@@ -266,11 +249,7 @@ def _outcomes(task: Callable[[Item], T], items: Sequence[Item], pool: Pool) -> G
 
 
 def run_alone(call: Callable[[], T], *, cluster: str, label: str) -> T:
-    """Run a single task: on a worker if the cluster has other machines, else in this process.
-
-    Raises:
-        UserError: that of the task; or the cluster is not available or was lost.
-    """
+    """Run a single task: on a worker if the cluster has other machines, else in this process."""
     if not parse_cluster(cluster).elsewhere:
         return call()
     with open_pool(cluster, most=1, label=label) as pool:

@@ -8,19 +8,13 @@ from typing import Any
 
 import click
 
-from wmcache.commands.shared import (
-    ANY_PATH,
-    PATH,
-    Command,
-    json_option,
-    print_json,
-    say,
-    source_options,
-    store_argument,
-)
+from wmcache.commands.command import Command
+from wmcache.commands.output import print_json, say
+from wmcache.commands.shared import ANY_PATH, PATH, json_option, source_options, store_argument
 from wmcache.common.errors import UserError, command, one_line
-from wmcache.common.files import home, human_bytes
-from wmcache.common.paths import AnyPath, beside
+from wmcache.common.folders import home
+from wmcache.common.paths import AnyPath, beside, is_local
+from wmcache.common.space import human_bytes
 
 
 @click.command("ls", cls=Command)
@@ -30,7 +24,7 @@ def list_(folder: AnyPath | None, as_json: bool) -> None:
     """List the token stores under FOLDER ($WMCACHE_HOME/stores)."""
     from wmcache.cache.catalogue import list_stores
 
-    if isinstance(folder, Path) and not folder.is_dir():
+    if folder and is_local(folder) and not folder.is_dir():
         raise UserError(f"{folder} is not a folder; pass one that has stores in it")
     entries = list_stores(folder or home() / "stores")
     if as_json:

@@ -7,8 +7,11 @@ from typing import Any
 
 import click
 
-from wmcache.commands.shared import Command, json_option, print_json, say
-from wmcache.common.files import home, human_bytes
+from wmcache.commands.command import Command
+from wmcache.commands.output import print_json, say
+from wmcache.commands.shared import json_option
+from wmcache.common.folders import home
+from wmcache.common.space import human_bytes
 
 
 @click.command(cls=Command)
@@ -38,7 +41,7 @@ def weights(as_json: bool) -> None:
 def _sources() -> list[dict[str, Any]]:
     """One row for each source that encoders share; those that are made here have none."""
     from wmcache.pipeline.encoders import get_entry, specs
-    from wmcache.pipeline.encoders.weights import REPOSITORY, look_up
+    from wmcache.pipeline.encoders.hub import REPOSITORY, look_up
 
     groups: dict[tuple[str, str], list[str]] = {}
     for spec in specs():

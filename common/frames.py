@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from wmcache.common.errors import UserError
-from wmcache.common.files import human_bytes, seconds_between_updates
 from wmcache.common.memory import available_ram
+from wmcache.common.progress import seconds_between_updates
+from wmcache.common.space import human_bytes
 
 
 class Frames(Protocol):

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wmcache.common.errors import UnreadableError, UserError, reason
-from wmcache.common.files import read_json, require_seal, seal, sha256_of, sync, write_json
+from wmcache.common.files import sha256_of, sync
+from wmcache.common.jsonfiles import read_json, require_seal, seal, write_json
 from wmcache.common.paths import cause_outside, unreadable
 from wmcache.common.schema import parse
 from wmcache.common.tensors import load_tensors as load_file

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from wmcache.common.files import dump_json, nulls, seconds_between_updates
+from wmcache.common.jsonfiles import dump_json, nulls
+from wmcache.common.progress import seconds_between_updates
 
 B = TypeVar("B")
 

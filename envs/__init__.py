@@ -1,27 +1,13 @@
-"""The world: maze layouts, PointMaze's physics and camera, a vector env and behaviour policies. Imports nothing of ours."""
+"""The world: maze layouts, PointMaze's physics and camera, gymnasium environments and behaviour policies."""
 
 import gymnasium
 
 from wmcache.envs.gl import RendererError
-from wmcache.envs.maze import Maze, MazeError, maze_names
+from wmcache.envs.maze import ENV_PREFIX, Maze, MazeError, env_id, find_maze, maze_names
 from wmcache.envs.pointmaze import PointMazeEnv, sample_state
 from wmcache.envs.policies import POLICIES, Policy
 from wmcache.envs.simulator import FPS, PointMazeSimulator, longest_move
 from wmcache.envs.vector import PointMazeVectorEnv
-
-ENV_PREFIX = "wmcache/PointMaze-"
-
-
-def find_maze(env: str) -> Maze:
-    """The maze of an environment id (`wmcache/PointMaze-UMaze-v0`), of a layout's name (`UMaze`) or of a text file.
-
-    Raises:
-        MazeError: there is no such maze.
-    """
-    if env.startswith(ENV_PREFIX):
-        env = env.removeprefix(ENV_PREFIX).removesuffix("-v0")
-    return Maze.load(env)
-
 
 for _name in maze_names():
     gymnasium.register(
@@ -32,6 +18,7 @@ for _name in maze_names():
     )
 
 __all__ = [
+    "ENV_PREFIX",
     "FPS",
     "POLICIES",
     "Maze",
@@ -41,6 +28,7 @@ __all__ = [
     "PointMazeVectorEnv",
     "Policy",
     "RendererError",
+    "env_id",
     "find_maze",
     "longest_move",
     "maze_names",

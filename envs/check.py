@@ -1,4 +1,4 @@
-"""`python -m wmcache.envs.check`: draws one frame, and says in one line what is missing where that fails."""
+"""`python -m wmcache.envs.check`: draw one frame, or report in one line what is missing."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from wmcache.envs.simulator import PointMazeSimulator
 
 
 def main() -> int:
-    """Draw a frame; returns the exit status."""
+    """Draw a frame; return the exit status."""
     try:
         frame = PointMazeSimulator(Maze.load("UMaze"), 64).render(np.zeros(4))
     except RendererError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     if frame.max() == frame.min():
-        sys.stderr.write("MuJoCo draws empty frames here; choose another MUJOCO_GL (egl, osmesa, glfw)\n")
+        sys.stderr.write("MuJoCo draws empty frames; choose another MUJOCO_GL (egl, osmesa, glfw)\n")
         return 1
     return 0
 

@@ -1,6 +1,6 @@
-"""MuJoCo, imported so that a missing OpenGL library is an error when something is drawn, and not before.
+"""MuJoCo, imported so that a missing OpenGL library is an error only when something is drawn.
 
-MuJoCo reads MUJOCO_GL once, when it is imported, and loads that backend there and then.
+MuJoCo reads MUJOCO_GL once, at import, and loads that backend at once.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ import importlib
 import os
 import sys
 
-
-class RendererError(RuntimeError):
-    """No OpenGL to draw with; the message says which MUJOCO_GL to choose and what to install."""
+from wmcache.common.errors import UserError
 
 
-# Without a screen, EGL is what works; the user's own choice stands.
+class RendererError(UserError):
+    """OpenGL is not available; the message names the MUJOCO_GL to choose and what to install."""
+
+
+# Without a screen, EGL works; the user's own choice is kept.
 if sys.platform == "linux" and not os.environ.get("DISPLAY"):
     os.environ.setdefault("MUJOCO_GL", "egl")
 
-# Torch's Triton and Mesa each bring an LLVM, and Triton crashes the process when it comes second; torch may import it at any time.
+# Triton, which torch may import at any time, and Mesa each bring an LLVM; Triton crashes the process if it is loaded second.
 with contextlib.suppress(ImportError):
     importlib.import_module("triton")
 

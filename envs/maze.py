@@ -1,8 +1,8 @@
-"""Maze layouts: plain text grids, where the ball may be in them, and how far apart two places are.
+"""Maze layouts: text grids, their free region, and shortest path lengths.
 
 A layout is a text file of `#` (wall) and `O` or `G` (free). Row r, column c of the text covers the square
 [r - 0.7, r + 0.3] x [c - 0.7, c + 0.3] of the ball's coordinates, as in D4RL: the row runs along x, the column along y.
-Every file in `mazes/` is registered as an environment under its own name; to add one, add a file.
+Every file in `mazes/` is registered as an environment of its name.
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import dijkstra
 from scipy.spatial import KDTree
 
+from wmcache.common.errors import UserError, reason
+
+ENV_PREFIX = "wmcache/PointMaze-"
 MAZES_DIR = Path(__file__).parent / "mazes"
 
 BALL_RADIUS = 0.1
 START_MARGIN = 0.2
-"""Starts and goals keep this distance from every wall (DINO-WM, env/pointmaze: [0.5, 1.1] in a corridor [0.3, 1.3])."""
+"""Distance of starts and goals from every wall (DINO-WM, env/pointmaze: [0.5, 1.1] in a corridor [0.3, 1.3])."""
+LATTICE_STEP = 0.05
 
 Float = NDArray[np.float64]
 
 
-class MazeError(ValueError):
-    """A layout that cannot be read or used; the message is one line that says what to fix."""
+class MazeError(UserError):
+    """A layout or a state in it that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Maze:
     rows: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Refuse a grid in which the ball could leave, or could not be placed."""
+        """Raise MazeError for a grid without free cells, or that the ball could leave."""
         rows = self.rows
         if not rows or len({len(row) for row in rows}) != 1:
             raise MazeError(f"maze {self.name}: the lines of the grid must have equal length")
@@ -57,11 +61,7 @@ class Maze:
 
     @classmethod
     def load(cls, name: str | Path) -> Maze:
-        """Read a layout by its name (`UMaze`) or from a text file.
-
-        Raises:
-            MazeError: unknown name, unreadable file or bad grid.
-        """
+        """Read a layout by its name (`UMaze`) or from a text file; raises MazeError."""
         path = Path(name)
         if path.suffix != ".txt":
             path = MAZES_DIR / f"{name}.txt"
@@ -69,9 +69,8 @@ class Maze:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             known = ", ".join(maze_names())
-            # The path of a layout of ours says nothing to a user who wrote a name.
-            reason = f" ({getattr(error, 'strerror', None) or error})" if path == Path(name) else ""
-            raise MazeError(f"no maze {str(name)!r}{reason}: known are {known}, or a path to a .txt grid") from error
+            why = f" ({reason(error)})" if path == Path(name) else ""
+            raise MazeError(f"no maze {str(name)!r}{why}: known are {known}, or a path to a .txt grid") from error
         return cls(path.stem, tuple(line.strip() for line in text.splitlines() if line.strip()))
 
     @cached_property
@@ -85,14 +84,14 @@ class Maze:
         return -0.7, len(self.rows) - 0.7, -0.7, len(self.rows[0]) - 0.7
 
     def is_clear(self, xy: Float, margin: float = BALL_RADIUS) -> NDArray[np.bool_]:
-        """Whether each place keeps `margin` (per axis, as a square ball would) from every wall.
+        """Whether each position keeps `margin` (per axis, as a square ball would) from every wall.
 
         Args:
             xy: [..., 2] in the ball's coordinates.
             margin: in maze units; a cell is 1 wide.
 
         Returns:
-            [...], True where the place is free.
+            [...], True for a free position.
         """
         xy = np.asarray(xy, dtype=np.float64)
         clear = np.ones(xy.shape[:-1], dtype=bool)
@@ -105,7 +104,7 @@ class Maze:
         return clear
 
     def sample_xy(self, rng: np.random.Generator) -> Float:
-        """A place [2] drawn uniformly from the free region, START_MARGIN away from the walls."""
+        """Draw a position [2] uniformly from the free region, START_MARGIN away from the walls."""
         x_min, x_max, y_min, y_max = self.extent
         while True:
             xy = rng.uniform((x_min, y_min), (x_max, y_max))
@@ -114,7 +113,7 @@ class Maze:
 
     @cached_property
     def _lattice(self) -> tuple[KDTree, csr_array]:
-        """Free lattice points [n, 2], and the symmetric graph of straight moves between them (16 directions, 2.7 % too long at most)."""
+        """Free lattice points [n, 2], and the symmetric graph of straight moves between them (16 directions, at most 2.7 % too long)."""
         x_min, x_max, y_min, y_max = self.extent
         xs, ys = np.arange(x_min, x_max, LATTICE_STEP), np.arange(y_min, y_max, LATTICE_STEP)
         points = np.stack(np.meshgrid(xs, ys, indexing="ij"), -1)
@@ -135,26 +134,36 @@ class Maze:
         return KDTree(points[free]), (graph + graph.T).tocsr()
 
     def geodesic(self, start: Float, ends: Float) -> Float:
-        """Length of the shortest path of the ball's centre from one place to others.
+        """Compute the shortest path lengths of the ball's centre, [n] in maze units; inf for unreachable ends.
 
         Args:
-            start: [2]. ends: [n, 2]. In the ball's coordinates.
-
-        Returns:
-            [n], in maze units; inf where there is no way.
+            start: [2] in the ball's coordinates.
+            ends: [n, 2].
         """
         points, graph = self._lattice
         nearest = points.query(np.concatenate([np.asarray(start)[None], ends]))[1]
         length: Float = dijkstra(graph, indices=nearest[0])[nearest[1:]]
         straight = np.linalg.norm(np.asarray(ends) - start, axis=-1)
-        # Below a few lattice steps the lattice's own error dominates, and there the straight line is the way.
+        # Within a few lattice steps the lattice's own error dominates, and the path is straight.
         result: Float = np.where(straight < 2 * LATTICE_STEP, straight, np.maximum(length, straight))
         return result
 
 
-LATTICE_STEP = 0.05
-
-
 def maze_names() -> list[str]:
-    """Names of the layouts that come with wmcache."""
+    """Return the names of the layouts that come with wmcache."""
     return sorted(path.stem for path in MAZES_DIR.glob("*.txt"))
+
+
+def find_maze(env: str) -> Maze:
+    """Return the maze of an environment id (`wmcache/PointMaze-UMaze-v0`), of a layout's name (`UMaze`) or of a text file.
+
+    Raises:
+        MazeError: unknown maze.
+    """
+    return Maze.load(env.removeprefix(ENV_PREFIX).removesuffix("-v0") if env.startswith(ENV_PREFIX) else env)
+
+
+def env_id(maze: Maze) -> str:
+    """Return the environment id of a maze that comes with wmcache; the name of any other."""
+    is_known = maze.name in maze_names() and find_maze(maze.name) == maze
+    return f"{ENV_PREFIX}{maze.name}-v0" if is_known else maze.name

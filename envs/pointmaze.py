@@ -1,4 +1,4 @@
-"""PointMaze as a gymnasium environment: push a ball through a maze, seen from above."""
+"""PointMaze as a gymnasium environment: push a ball through a maze under a camera from above."""
 
 from __future__ import annotations
 
@@ -13,33 +13,29 @@ from wmcache.envs.maze import Maze, MazeError
 from wmcache.envs.simulator import FPS, Float, Frame, PointMazeSimulator
 
 SUCCESS_DISTANCE = 0.5
-"""A goal counts as reached below this distance in (x, y); velocity does not matter (DINO-WM, pointmaze eval)."""
+"""A goal is reached below this distance in (x, y); velocity does not matter (DINO-WM, pointmaze eval)."""
 
 MAX_START_SPEED = 5.226
 """Starts have each velocity component uniform in +- this (DINO-WM, random_state)."""
 
-# Velocity is clipped before a step; one step of full force adds at most 1.2.
+# Velocity is clipped to 5 before a step; a step of full force adds at most 1.2.
 _SPEED_BOUND = 10.0
 
 Observation = dict[str, NDArray[Any]]
 
 
 def sample_state(maze: Maze, rng: np.random.Generator) -> Float:
-    """A random state [4]: a place uniform in the free region, velocities uniform in +-5.226 (DINO-WM, random_state)."""
+    """Draw a state [4]: a position uniform in the free region, velocities uniform in +-5.226 (DINO-WM, random_state)."""
     return np.concatenate([maze.sample_xy(rng), rng.uniform(-MAX_START_SPEED, MAX_START_SPEED, 2)])
 
 
 def check_state(maze: Maze, state: object) -> Float:
-    """The state as float64 [4].
-
-    Raises:
-        MazeError: it has another shape, is not finite, or lies in a wall.
-    """
+    """Return the state as float64 [4]; raises MazeError if it has another shape, is not finite, or is inside a wall."""
     array = np.asarray(state, dtype=np.float64)
     if array.shape != (4,) or not np.isfinite(array).all():
         raise MazeError(f"a state is 4 finite numbers (x, y, vx, vy), not {state!r}")
     if not maze.is_clear(array[:2], 0.0):
-        raise MazeError(f"the state {array.round(3).tolist()} lies in a wall of maze {maze.name}")
+        raise MazeError(f"the state {array.round(3).tolist()} is inside a wall of maze {maze.name}")
     return array
 
 
@@ -57,11 +53,17 @@ def action_space() -> gym.spaces.Box:
     return gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
 
 
+def describe(state: Float, goal: Float) -> dict[str, Any]:
+    """Return the `info` of states and goals, each [..., 4]: themselves, their distance in (x, y), and success."""
+    distance = np.linalg.norm(state[..., :2] - goal[..., :2], axis=-1)
+    return {"state": state.copy(), "goal": goal.copy(), "distance": distance, "success": distance < SUCCESS_DISTANCE}
+
+
 class PointMazeEnv(gym.Env[Observation, NDArray[np.float32]]):
     """One ball in one maze; dynamics and success rule as DINO-WM's (see `simulator.py`).
 
     The observation is a frame from above and the proprioception (x, y, vx, vy). The goal is never drawn. The reward is 1 while the
-    ball is within 0.5 of the goal and 0 otherwise; an episode never ends by itself. `info` holds `state`, `goal`, `distance` and
+    ball is within 0.5 of the goal and 0 otherwise; an episode never ends by itself. `info` has `state`, `goal`, `distance` and
     `success`, for judges and not for planners.
 
     Example:
@@ -76,7 +78,7 @@ class PointMazeEnv(gym.Env[Observation, NDArray[np.float32]]):
     def __init__(
         self, maze: Maze | str | Path = "UMaze", image_size: int = 224, render_mode: str | None = None
     ) -> None:
-        """Args: `maze` a layout, its name or a text file; `image_size` the side of the frames in pixels."""
+        """Make one ball in `maze` (a layout, its name or a text file) with frames of `image_size` pixels a side."""
         self.maze = maze if isinstance(maze, Maze) else Maze.load(maze)
         self.render_mode = render_mode
         self.observation_space: gym.Space[Any] = observation_space(self.maze, image_size)
@@ -91,11 +93,11 @@ class PointMazeEnv(gym.Env[Observation, NDArray[np.float32]]):
         """Start an episode.
 
         Args:
-            seed: makes start and goal reproducible.
+            seed: of start and goal.
             options: `state` and `goal`, each (x, y, vx, vy), instead of random ones.
 
         Raises:
-            MazeError: a given state is not 4 finite numbers in the free region.
+            MazeError: a given state is not usable.
         """
         super().reset(seed=seed)
         options = options or {}
@@ -111,7 +113,7 @@ class PointMazeEnv(gym.Env[Observation, NDArray[np.float32]]):
         return self._observe(), float(info["success"]), False, False, info
 
     def render(self) -> Frame:
-        """The current frame, uint8 [image_size, image_size, 3]."""
+        """Return the current frame, uint8 [image_size, image_size, 3]."""
         return self._simulator.render(self._state)
 
     def close(self) -> None:
@@ -122,9 +124,5 @@ class PointMazeEnv(gym.Env[Observation, NDArray[np.float32]]):
         return {"image": self.render(), "proprio": self._state.astype(np.float32)}
 
     def _info(self) -> dict[str, Any]:
-        distance = float(np.linalg.norm(self._state[:2] - self._goal[:2]))
-        success = distance < SUCCESS_DISTANCE
-        return {"state": self._state.copy(), "goal": self._goal.copy(), "distance": distance, "success": success}
-
-
-__all__ = ["MazeError", "PointMazeEnv", "check_state", "sample_state"]
+        info = describe(self._state, self._goal)
+        return {**info, "distance": float(info["distance"]), "success": bool(info["success"])}

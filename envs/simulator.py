@@ -26,7 +26,7 @@ Frame = NDArray[np.uint8]
 _MARKER_RADIUS = 0.2
 _FIELD_OF_VIEW = 45.0
 _OFFSET = 1.2
-"""D4RL's ball starts at world (1.2, 1.2), and the ball's coordinates count from there."""
+"""D4RL's ball starts at world (1.2, 1.2), the origin of the ball's coordinates."""
 
 
 def _mjcf(maze: Maze, image_size: int) -> str:
@@ -75,8 +75,8 @@ def _mjcf(maze: Maze, image_size: int) -> str:
 class PointMazeSimulator:
     """Moves balls and draws them. A state is (x, y, vx, vy) in maze units and units per second, float64.
 
-    The simulator keeps no state between calls: whoever calls holds it. So one model and one GL context serve a whole vector env,
-    and a frame can be drawn from a stored state and come out as it did live.
+    The simulator keeps no state between calls. So one model and one GL context serve a whole vector env, and a frame drawn from a stored
+    state equals the live one.
     """
 
     def __init__(self, maze: Maze, image_size: int = 224) -> None:
@@ -90,21 +90,14 @@ class PointMazeSimulator:
         self._renderer: mujoco.Renderer | None = None
 
     def __reduce__(self) -> tuple[type[PointMazeSimulator], tuple[Maze, int]]:
-        """Copy or pickle what it is made of: a GL context belongs to its process, and a copy opens its own when it draws."""
+        """Pickle the arguments: a GL context belongs to its process, and a copy opens its own when it draws."""
         return type(self), (self.maze, self.image_size)
 
     def step(self, state: Float, action: NDArray[np.floating]) -> Float:
-        """One env step of 0.05 s.
-
-        Args:
-            state: [4].
-            action: [2], the force on each axis; clipped to [-1, 1].
-
-        Returns:
-            The next state [4].
+        """Advance a state [4] by one env step of 0.05 s under a force [2], which is clipped to [-1, 1].
 
         Raises:
-            ValueError: state or action is not finite, or of another shape.
+            ValueError: state or action is not finite, or has another shape.
         """
         if (
             np.shape(state) != (4,)
@@ -121,11 +114,7 @@ class PointMazeSimulator:
         return np.concatenate([data.qpos, data.qvel])
 
     def render(self, state: Float) -> Frame:
-        """The frame [image_size, image_size, 3] from above, without any goal marker.
-
-        Raises:
-            RendererError: there is no working OpenGL.
-        """
+        """Draw the frame [image_size, image_size, 3] from above, without a goal marker; raises RendererError without OpenGL."""
         renderer = self._open_renderer()
         self._data.qpos[:] = state[:2]
         mujoco.mj_forward(self._model, self._data)
@@ -139,7 +128,7 @@ class PointMazeSimulator:
                 if gl_failure is not None:
                     raise gl_failure  # noqa: TRY301 (it ends as the same RendererError)
                 self._renderer = mujoco.Renderer(self._model, self.image_size, self.image_size)
-            except Exception as error:  # each GL backend fails in its own way, from ImportError to AttributeError
+            except Exception as error:  # from ImportError to AttributeError, depending on the backend
                 chosen = os.environ.get("MUJOCO_GL", "")
                 raise RendererError(
                     f"MuJoCo cannot draw with MUJOCO_GL={chosen!r} ({type(error).__name__}: {error}); choose MUJOCO_GL=egl "
@@ -155,9 +144,9 @@ class PointMazeSimulator:
 
 
 def longest_move(env_steps: int) -> float:
-    """The largest distance that the ball can cover in some env steps, in maze units, whatever its velocity and the actions.
+    """Return the largest distance that the ball can cover in some env steps, in maze units.
 
-    Each env step begins with the velocity clipped to MAX_SPEED on each axis and adds at most full force on both, so the largest
+    Each env step starts with the velocity clipped to MAX_SPEED on each axis and adds at most full force on both, so the largest
     displacement is the same in every step: about 0.401.
     """
     return env_steps * _longest_step()

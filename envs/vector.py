@@ -12,23 +12,21 @@ from numpy.typing import NDArray
 
 from wmcache.envs.maze import Maze
 from wmcache.envs.pointmaze import (
-    SUCCESS_DISTANCE,
     Observation,
     action_space,
     check_state,
+    describe,
     observation_space,
     sample_state,
 )
 from wmcache.envs.simulator import FPS, PointMazeSimulator
 
-Bools = NDArray[np.bool_]
-
 
 class PointMazeVectorEnv(VectorEnv[Observation, NDArray[np.floating], NDArray[Any]]):
-    """`num_envs` independent balls; observations, rewards and infos as `PointMazeEnv`'s, stacked on axis 0.
+    """`num_envs` independent balls; observations, rewards and infos as those of `PointMazeEnv`, stacked on axis 0.
 
-    Episodes never end by themselves, so nothing is reset behind the caller's back. Drawing is far dearer than physics: `advance`
-    executes several env steps and draws once, at their end.
+    Episodes never end by themselves, so there is no automatic reset. Drawing takes much longer than physics: `advance` executes several
+    env steps without drawing.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": FPS, "autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
@@ -40,7 +38,7 @@ class PointMazeVectorEnv(VectorEnv[Observation, NDArray[np.floating], NDArray[An
         image_size: int = 224,
         render_mode: str | None = None,
     ) -> None:
-        """Args as `PointMazeEnv`'s, and `num_envs` the number of balls."""
+        """Make `num_envs` balls; other arguments as for `PointMazeEnv`."""
         self.num_envs = num_envs
         self.maze = maze if isinstance(maze, Maze) else Maze.load(maze)
         self.render_mode = render_mode
@@ -63,7 +61,7 @@ class PointMazeVectorEnv(VectorEnv[Observation, NDArray[np.floating], NDArray[An
             options: `state` and `goal`, each [num_envs, 4], instead of random ones.
 
         Raises:
-            MazeError: a given state is not 4 finite numbers in the free region.
+            MazeError: a given state is not usable.
         """
         seeds = seed if isinstance(seed, list) else [None if seed is None else seed + i for i in range(self.num_envs)]
         options = options or {}
@@ -79,20 +77,13 @@ class PointMazeVectorEnv(VectorEnv[Observation, NDArray[np.floating], NDArray[An
     def step(
         self, actions: NDArray[np.floating]
     ) -> tuple[Observation, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
-        """One env step of every ball; `actions` is [num_envs, 2]."""
+        """Advance every ball by one env step; `actions` is [num_envs, 2]."""
         self.advance(np.asarray(actions)[:, None])
         info, never = self._info(), np.zeros(self.num_envs, dtype=bool)
         return self.observe(), info["success"].astype(np.float64), never, never.copy(), info
 
     def advance(self, actions: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Execute several env steps without drawing.
-
-        Args:
-            actions: [num_envs, steps, 2].
-
-        Returns:
-            The states after each step, [num_envs, steps, 4].
-        """
+        """Execute actions [num_envs, steps, 2] without drawing; return the states after each step, [num_envs, steps, 4]."""
         states = np.empty((*actions.shape[:2], 4))
         for i, sequence in enumerate(actions):
             for t, action in enumerate(sequence):
@@ -100,11 +91,11 @@ class PointMazeVectorEnv(VectorEnv[Observation, NDArray[np.floating], NDArray[An
         return states
 
     def observe(self) -> Observation:
-        """The present observations, drawn now."""
+        """Draw and return the current observations."""
         return {"image": np.stack(self.render()), "proprio": self._states.astype(np.float32)}
 
     def render(self) -> tuple[NDArray[np.uint8], ...]:
-        """The present frame of every ball."""
+        """Return the current frame of every ball."""
         return tuple(self._simulator.render(state) for state in self._states)
 
     def close_extras(self, **kwargs: object) -> None:  # noqa: ARG002 (gymnasium's signature)
@@ -112,6 +103,4 @@ class PointMazeVectorEnv(VectorEnv[Observation, NDArray[np.floating], NDArray[An
         self._simulator.close()
 
     def _info(self) -> dict[str, Any]:
-        distance = np.linalg.norm(self._states[:, :2] - self._goals[:, :2], axis=-1)
-        success: Bools = distance < SUCCESS_DISTANCE
-        return {"state": self._states.copy(), "goal": self._goals.copy(), "distance": distance, "success": success}
+        return describe(self._states, self._goals)

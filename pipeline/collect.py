@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from wmcache.cluster.tasks import WorkerTask, run_tasks
-from wmcache.common.errors import UserError
-from wmcache.common.files import require_space
 from wmcache.common.paths import AnyPath, absolute, as_path
+from wmcache.common.space import require_space
 from wmcache.envs import FPS, POLICIES, Maze, PointMazeSimulator, Policy, find_maze, sample_state
 from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, shard_range, write_shard
 from wmcache.pipeline.steps import Steps, read_steps
@@ -50,13 +49,13 @@ def collect(
         MazeError: unknown maze.
         RendererError: OpenGL is not available.
     """
-    if policy not in POLICIES:
-        raise UserError(f"no policy {policy!r}; known are {', '.join(POLICIES)}")
-    maze = find_maze(env)
-    # A frame of a maze is about 2 kB at 112 px as PNG; with twice the pixels it has twice the edges.
+    behaviour, maze = POLICIES.get(policy), find_maze(env)
+    # A frame of a maze is about 2 kB at 112 px as PNG; twice the pixels, twice the edges.
     require_space(out, 30 * image_size * episodes * length, f"a dataset of {episodes * length} frames")
-    PointMazeSimulator(maze, image_size).render(np.zeros(4))  # fails without OpenGL, before anything is written
-    steps = simulate(maze, POLICIES[policy], episodes, length, seed)
+    PointMazeSimulator(maze, image_size).render(
+        np.zeros(4)
+    )  # fails here, before anything is written, where there is no OpenGL
+    steps = simulate(maze, behaviour, episodes, length, seed)
     card = DatasetCard(
         name=out.name,
         env=env,

@@ -20,8 +20,8 @@ from wmcache.cache.store import TokenStore
 from wmcache.cache.writer import StoreWriter
 from wmcache.cluster.tasks import WorkerTask, report, run_tasks
 from wmcache.common.errors import UserError
-from wmcache.common.files import require_space
 from wmcache.common.paths import AnyPath, absolute, as_path, exists
+from wmcache.common.space import require_space
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Select

@@ -25,8 +25,8 @@ from wmcache.cache.writer import LackingError, StoreWriter
 from wmcache.cluster.tasks import Pool, WorkerTask, log, open_pool, parse_cluster, report, run_tasks
 from wmcache.common.device import release_memory
 from wmcache.common.errors import UserError
-from wmcache.common.files import free_space, require_space
-from wmcache.common.paths import AnyPath, absolute, exists
+from wmcache.common.paths import AnyPath, absolute, exists, free_space
+from wmcache.common.space import require_space
 from wmcache.pipeline.encoders import Encoder, encode_together
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.stores import StoreRecipe, has_work, store_card
@@ -211,11 +211,7 @@ class ExtractShard(WorkerTask[int, Extraction]):
         return Extraction(dataset, networks, writers)
 
     def run(self, state: Extraction, item: int) -> int:
-        """Extract a shard; returns the frames done in all stores, without shards that other processes have claimed.
-
-        Raises:
-            UserError: the shard was not read, encoded or written. If only one store failed, the others have their shard.
-        """
+        """Extract a shard; returns the frames done in all stores, without shards that other processes have claimed."""
         done, mine = 0, []
         with ExitStack() as claims:
             for number, writer in enumerate(state.writers):

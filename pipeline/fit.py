@@ -24,7 +24,9 @@ from wmcache.cache.store import TokenStore
 from wmcache.common.cpus import available_cpus
 from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError, reason
-from wmcache.common.files import atomic_write, dump_json, home, json_digest
+from wmcache.common.files import atomic_write
+from wmcache.common.folders import home
+from wmcache.common.jsonfiles import dump_json, json_digest
 from wmcache.common.options import check_options
 from wmcache.common.paths import AnyPath, cause_outside, unreadable
 from wmcache.engine.checkpoint import Progress, checkpoints, last_checkpoint, read_progress
@@ -36,7 +38,7 @@ from wmcache.pipeline.encoders.base import Features, Preprocess, Select
 from wmcache.pipeline.encoders.fitting import FitData, Fitting
 from wmcache.pipeline.encoders.weights import read_metadata
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.probe import Landscape, probe_landscape, split_frames
+from wmcache.pipeline.landscape import Landscape, probe_landscape, split_frames
 
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 

@@ -13,7 +13,6 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -23,17 +22,9 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from wmcache.common.errors import MissingError, UserError, command
-from wmcache.common.files import (
-    atomic_write,
-    cannot_write,
-    did_you_mean,
-    human_bytes,
-    is_temporary,
-    read_json,
-    sha256_of,
-    sweep,
-    write_json,
-)
+from wmcache.common.files import atomic_write, cannot_write, is_temporary, sha256_of, sweep
+from wmcache.common.folders import did_you_mean
+from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.memory import available_ram
 from wmcache.common.paths import (
     MISSING,
@@ -48,6 +39,8 @@ from wmcache.common.paths import (
     unreadable,
 )
 from wmcache.common.schema import Count, Name, Size, parse
+from wmcache.common.space import human_bytes
+from wmcache.common.storage import is_local
 from wmcache.pipeline.steps import Steps, read_steps
 from wmcache.pipeline.tars import AGAIN, Frames, decode_tar, encode_png, largest_png
 
@@ -126,7 +119,7 @@ class FrameDatasetWriter:
                 if any(not is_temporary(path / name) for name in names):
                     raise UserError(f"{path} exists and is not a wmcache dataset; choose another --out")
                 write_json(self._unfinished, asdict(card))
-            if isinstance(path, Path):
+            if is_local(path):
                 sweep(path)
             if "steps.parquet" not in names:
                 with atomic_write(path / "steps.parquet") as file:
@@ -249,7 +242,7 @@ class FrameDataset:
                 raise UserError(f"{tar} is larger than its frames can be; {AGAIN}")
             data = read_bytes(tar)
         except OSError as error:
-            if isinstance(tar, Path) and error.errno in MISSING:
+            if is_local(tar) and error.errno in MISSING:
                 raise UserError(f"{tar} does not exist; {AGAIN}") from error
             raise unreadable(tar, error) from error
         if hashlib.sha256(data).hexdigest() != self.card.shards[shard]["sha256"]:

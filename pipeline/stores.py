@@ -10,7 +10,7 @@ from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_attributes, read_card
 from wmcache.cache.writer import StoreWriter
 from wmcache.common.errors import UserError, command
-from wmcache.common.files import home
+from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath, absolute, as_path
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder

@@ -17,7 +17,8 @@ from wmcache.cache.layout import StoreCard
 from wmcache.cache.store import TokenStore
 from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError
-from wmcache.common.files import dump_json, sha256_of
+from wmcache.common.files import sha256_of
+from wmcache.common.jsonfiles import dump_json
 from wmcache.common.paths import AnyPath
 from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.envs import Maze, PointMazeSimulator, find_maze

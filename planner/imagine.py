@@ -20,9 +20,11 @@ from wmcache.cache.windows import Windows
 from wmcache.common.device import autocast, choose_device, choose_dtype
 from wmcache.common.errors import UserError
 from wmcache.common.figures import png_bytes
-from wmcache.common.files import atomic_write, make_folder, seconds_between_updates, write_json
+from wmcache.common.files import atomic_write, make_folder
 from wmcache.common.frames import Frames, load_frames
+from wmcache.common.jsonfiles import write_json
 from wmcache.common.paths import AnyPath
+from wmcache.common.progress import seconds_between_updates
 from wmcache.common.video import ffmpeg, write_mp4
 from wmcache.envs import FPS
 from wmcache.planner.options import ImagineOptions

@@ -35,7 +35,8 @@ from wmcache.cache.store import TokenStore
 from wmcache.common.cpus import available_cpus
 from wmcache.common.errors import UserError, reason
 from wmcache.common.figures import png_bytes
-from wmcache.common.files import atomic_write, make_folder, write_json
+from wmcache.common.files import atomic_write, make_folder
+from wmcache.common.jsonfiles import write_json
 from wmcache.common.paths import cause_outside, unreadable
 from wmcache.common.video import write_mp4
 from wmcache.envs import FPS, Maze, PointMazeSimulator

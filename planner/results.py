@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wmcache.common.errors import UserError
-from wmcache.common.files import read_json
+from wmcache.common.jsonfiles import read_json
 from wmcache.planner.goals import SOURCES
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.protocols import PROTOCOLS

@@ -23,7 +23,8 @@ from torch import nn
 from wmcache.cache.store import TokenStore
 from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError
-from wmcache.common.files import make_folder, nulls, read_json, sha256_of, write_json
+from wmcache.common.files import make_folder, sha256_of
+from wmcache.common.jsonfiles import nulls, read_json, write_json
 from wmcache.common.paths import AnyPath
 from wmcache.envs import find_maze
 from wmcache.pipeline import encoders
@@ -33,7 +34,8 @@ from wmcache.pipeline.encoders.weights import require_weights, weights_file
 from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.fit import fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.probe import draw_probe, probe
+from wmcache.pipeline.probe import probe
+from wmcache.pipeline.probe_picture import draw_probe
 from wmcache.planner.context import EvalContext
 from wmcache.planner.evaluate import evaluate
 from wmcache.planner.goals import SOURCES

@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from wmcache.cluster.tasks import parse_cluster
 from wmcache.common.errors import UserError
-from wmcache.common.files import dump_json
+from wmcache.common.jsonfiles import dump_json
 from wmcache.pipeline import encoders
 from wmcache.planner.options import PlanOptions, check_options
 from wmcache.planner.protocols import PROTOCOLS

@@ -27,8 +27,9 @@ from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import batch_windows, split_episodes
 from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError
-from wmcache.common.files import not_written, read_json, write_json
+from wmcache.common.files import not_written
 from wmcache.common.frames import Frames, load_frames
+from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.paths import AnyPath, absolute
 from wmcache.common.schema import parse
 from wmcache.engine import loop

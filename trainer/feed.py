@@ -20,8 +20,8 @@ from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows, batch_windows
 from wmcache.common.device import Transfer, is_cpu
 from wmcache.common.errors import UserError
-from wmcache.common.files import human_bytes
 from wmcache.common.memory import available_ram, free_memory
+from wmcache.common.space import human_bytes
 
 RESIDENCES = ("device", "ram", "disk")
 ROOM_TO_SPARE = 2.0

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from wmcache.cache.store import TokenStore
 from wmcache.common.errors import UserError, command
-from wmcache.common.files import exclusive, sha256_of, temporary_for, write_json
+from wmcache.common.files import sha256_of, temporary_for
+from wmcache.common.jsonfiles import write_json
+from wmcache.common.locks import exclusive
 from wmcache.common.paths import AnyPath, absolute
 from wmcache.engine.checkpoint import Progress, checkpoints, save_checkpoint
 from wmcache.trainer.models import DataShape, WorldModel, build

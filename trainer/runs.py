@@ -22,7 +22,10 @@ from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_card, require_identity
 from wmcache.cache.store import TokenStore
 from wmcache.common.errors import MissingError, UserError, reason
-from wmcache.common.files import did_you_mean, exclusive, is_temporary, read_json, write_json
+from wmcache.common.files import is_temporary
+from wmcache.common.folders import did_you_mean
+from wmcache.common.jsonfiles import read_json, write_json
+from wmcache.common.locks import exclusive
 from wmcache.common.paths import AnyPath, as_path, exists
 from wmcache.common.schema import Size, parse
 from wmcache.engine.checkpoint import last_checkpoint, load_tensors

@@ -18,7 +18,8 @@ from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows, batch_windows
 from wmcache.common.device import choose_dtype
 from wmcache.common.errors import UserError
-from wmcache.common.files import not_written, write_json
+from wmcache.common.files import not_written
+from wmcache.common.jsonfiles import write_json
 from wmcache.common.paths import AnyPath, absolute
 from wmcache.engine import loop
 from wmcache.engine.checkpoint import Progress, last_checkpoint, load_weights

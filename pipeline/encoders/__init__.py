@@ -1,27 +1,10 @@
-"""Encoders: frame -> patch tokens. One file for each family; each registers its encoders by name when it is imported here.
+"""Encoders: frame -> patch tokens. A new encoder is a file in this folder that calls `register`; CONTRIBUTING.md has an example."""
 
-To add one, write a file that calls `register` (see `siglip2.py`, the shortest), and import it below; CONTRIBUTING.md has an example, also
-of one in a package of your own.
-"""
-
-from wmcache.pipeline.encoders import (  # noqa: F401 (they register)
-    changes,
-    dino_tok,
-    dinov2,
-    dinov3,
-    floors,
-    pca,
-    r3m,
-    resnet,
-    siglip2,
-    tcn,
-    vae,
-    vfm_vae,
-    vjepa2,
-)
-from wmcache.pipeline.encoders.base import COSINE_TOLERANCE, Encoder, EncoderSpec, encode_together
+from wmcache.pipeline.encoders.base import EncoderSpec
+from wmcache.pipeline.encoders.encoder import COSINE_TOLERANCE, Encoder, encode_together
 from wmcache.pipeline.encoders.fitting import FitOptions
 from wmcache.pipeline.encoders.registry import (
+    ENCODERS,
     create,
     create_again,
     family_of,
@@ -37,6 +20,7 @@ from wmcache.pipeline.encoders.registry import (
 
 __all__ = [
     "COSINE_TOLERANCE",
+    "ENCODERS",
     "Encoder",
     "EncoderSpec",
     "FitOptions",

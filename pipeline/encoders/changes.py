@@ -1,4 +1,4 @@
-"""What has changed between two frames, patch by patch: labels for world models that compute only that (DDP-WM, arXiv 2602.01780).
+"""Change maps: what differs between two frames, patch by patch. Labels for DDP-WM (arXiv 2602.01780).
 
 A change map has 2 x 2 cells for each patch of a token grid. The maps of a dataset are a store of their own beside the token store
 (`wmcache.cache.change_maps`), so they are made, resumed, checked and repaired as every store is.
@@ -14,15 +14,16 @@ from einops import rearrange
 from torch import Tensor
 
 from wmcache.common.errors import UserError
-from wmcache.pipeline.encoders.base import LAST, Backbone, Encoder, EncoderSpec, Loaded, Select
-from wmcache.pipeline.encoders.floors import refuse_weights
+from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Loaded, Select
+from wmcache.pipeline.encoders.encoder import Encoder
 from wmcache.pipeline.encoders.registry import create, register
+from wmcache.pipeline.encoders.weights import refuse_weights
 
 PATCH = 14
 """Pixels of a patch that a change is measured on; DDP-WM's, which has 14 x 14 patches of 14 pixels."""
 
 LEAST_CHANGE = 0.1
-"""Norm of a difference that is seen as one; DDP-WM's threshold."""
+"""Threshold on the norm of a difference; DDP-WM's."""
 
 SPEC = EncoderSpec(
     name="changes",
@@ -43,11 +44,11 @@ SPEC = EncoderSpec(
 class ChangeBackbone(Backbone):
     """Norm of the difference of two images, over the channels and in the mean over each cell (DDP-WM, LabelGenerator).
 
-    The reference takes the cells of a map row by row, four to a patch; here they are those that lie in the patch.
+    The reference assigns the cells of a map row by row, four to a patch; here a patch has the cells inside it.
     """
 
     def __init__(self, grid: tuple[int, int]) -> None:
-        """Args: `grid` of patches."""
+        """Set the grid of patches."""
         super().__init__()
         self.dims, self.described, self.grid = {LAST: 4}, {LAST: "pixels"}, grid
 
@@ -60,23 +61,19 @@ class ChangeBackbone(Backbone):
 
 @register(SPEC)
 def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """No network at all.
-
-    Raises:
-        UserError: weights are given.
-    """
+    """Make the backbone; raises UserError if weights are given."""
     refuse_weights(spec, weights)
     backbone = ChangeBackbone(spec.patch_grid(image_size))
     return Loaded(backbone, Select(backbone, spec.token_selection), spec.source)
 
 
 def changes_for(token_grid: tuple[int, int], frameskip: int, device: str = "auto") -> Encoder:
-    """What makes change maps for a token grid, of frames `frameskip` env steps apart.
+    """Make the encoder of change maps for a token grid, of frames `frameskip` env steps apart.
 
     Raises:
-        UserError: the tokens are not a square of patches.
+        UserError: the grid is not a square of patches.
     """
     rows, columns = token_grid
     if rows != columns:
-        raise UserError(f"tokens of {rows} x {columns} are no square of patches, so there are no change maps for them")
+        raise UserError(f"change maps need a square grid of patches, not {rows} x {columns} tokens")
     return create(SPEC.name, image_size=rows * PATCH, lag=frameskip, device=device)

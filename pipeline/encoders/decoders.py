@@ -1,4 +1,4 @@
-"""Decoders that adapters are trained through: from latents to images, or to the features that they compress. No fit keeps them."""
+"""Decoders for training adapters: from latents to images, or to the features that they compress. They are not saved."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ NARROWEST = 16
 class PixelDecoder(nn.Module):
     """Token grid [B, N, D], row-major, to normalised images [B, 3, S, S].
 
-    Each scale doubles the grid and halves the channels. The network draws what differs from the mean frame, so that a ball of a few pixels
-    is not outweighed by walls.
+    Each scale doubles the grid and halves the channels. The network predicts the difference from the mean frame, so that a ball of a few
+    pixels is not outweighed by walls.
     """
 
     def __init__(self, grid: tuple[int, int], dim: int, image_size: int, width: int = 64) -> None:
-        """Args: `grid` rows and columns of tokens, `dim` their channels, `image_size` S, `width` channels of the coarsest scale."""
+        """Build the scales; `dim` is D, `image_size` is S, `width` the channels of the coarsest scale."""
         super().__init__()
         self.grid, self.image_size = grid, image_size
         self.stem = nn.Sequential(nn.Conv2d(dim, width, 3, padding=1), Residual(width))
@@ -25,7 +25,7 @@ class PixelDecoder(nn.Module):
         side = min(grid)
         while 2 * side < image_size:
             narrower = max(NARROWEST, width // 2)
-            # Convolve and then shuffle: the convolution runs on a quarter of the places.
+            # Convolve, then shuffle: the convolution runs at a quarter of the positions.
             self.scales.append(
                 nn.Sequential(nn.Conv2d(width, 4 * narrower, 3, padding=1), nn.PixelShuffle(2), Residual(narrower))
             )
@@ -41,7 +41,7 @@ class PixelDecoder(nn.Module):
         drawn: Tensor = self.background + self.last(self.resize(maps))
         return drawn
 
-    def look_at(self, images: Tensor) -> None:
+    def fit_statistics(self, images: Tensor) -> None:
         """Set the background to the mean of images [n, 3, S, S]."""
         self.background.copy_(images.mean(0))
 
@@ -52,7 +52,7 @@ class Residual(nn.Module):
     """Two 3 x 3 convolutions beside the identity, [B, C, h, w] -> the same."""
 
     def __init__(self, channels: int) -> None:
-        """Args: `channels` C."""
+        """Keep the number of channels C."""
         super().__init__()
         self.block = nn.Sequential(
             nn.GroupNorm(1, channels),
@@ -74,7 +74,7 @@ class TokenDecoder(nn.Module):
     def __init__(
         self, tokens: int, dim: int, feature_dim: int, width: int = 128, depth: int = 2, heads: int = 4
     ) -> None:
-        """Args: `tokens` N, `dim` d, `feature_dim` D; `width` of the `depth` layers, each of `heads` heads."""
+        """Build a transformer of `depth` layers for N `tokens`, from `dim` d to `feature_dim` D."""
         super().__init__()
         self.enter = nn.Linear(dim, width)
         self.position = nn.Parameter(0.02 * torch.randn(1, tokens, width))

@@ -1,20 +1,18 @@
-"""DINO-Tok (arXiv 2511.20565): final features for meaning beside a few channels of early ones for texture, or codes of both.
+"""DINO-Tok (arXiv 2511.20565): final features for meaning beside a few channels of early features for texture; optionally quantised.
 
-There is neither code nor weights of the authors, so this is the paper's idea at a small size: the final tokens are untouched but
-standardised, an adapter makes `shallow` channels of an early block's, and a decoder has to make the features, or the frames, of both.
-Left out are LPIPS, which needs weights that cannot be assumed, and the discriminator. With `--decoder tokens` the fit needs nothing but
-the store.
+The authors have released neither code nor weights, so this is the paper's idea at a small size: the final tokens are only standardised, an
+adapter reduces those of an early block to `shallow` channels, and a decoder reconstructs the features, or the frames, from both. LPIPS,
+which needs other weights, and the discriminator are left out. With `--decoder tokens` the fit needs only the store.
 
-Planners add squared differences up over channels, so texture must not drown meaning: a token's texture is normalised, which leaves its
-weight to the number of its channels.
+Planners sum squared differences over channels, so texture must not outweigh meaning: a token's texture is normalised, and its weight is
+the number of its channels.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, cast
 
 import numpy as np
 import torch
@@ -24,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wmcache.common.options import option
-from wmcache.common.schema import parse
-from wmcache.pipeline.encoders.base import EARLY, LAST, Backbone, EncoderSpec, Features, Head
+from wmcache.engine.codebook import MovingMeans, nearest
+from wmcache.pipeline.encoders.base import EARLY, LAST, Backbone, EncoderSpec, Features, Head, require_layers
 from wmcache.pipeline.encoders.fitting import FitData, Fitting
 from wmcache.pipeline.encoders.pca import principal_axes
 from wmcache.pipeline.encoders.reconstruction import (
@@ -35,10 +33,8 @@ from wmcache.pipeline.encoders.reconstruction import (
     Standardise,
     patch_moments,
     random_rows,
-    require_layers,
 )
 from wmcache.pipeline.encoders.registry import register_adapter, register_fit
-from wmcache.pipeline.encoders.weights import load_fitted
 
 SPEC = EncoderSpec(
     name="dino-tok",
@@ -60,11 +56,10 @@ VQ_SPEC = replace(
     source="wmcache fit --encoder dino-tok-vq",
 )
 
-HINT = "fit it again"
 COMMITMENT = 0.25
 DECAY = 0.95
 RARE = 0.05
-"""Codes that are used less than this share of the mean are put elsewhere."""
+"""Codes used less than this share of the mean are replaced."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +78,10 @@ class DinoTokVqOptions(DinoTokOptions):
 
 
 class DominantSubspace(nn.Module):
-    """Tokens without all but their leading principal components; the axes stay, so distances are those between the components."""
+    """Projects tokens on their leading principal components; the axes stay, so distances are those between the components."""
 
     def __init__(self, dim: int) -> None:
-        """Args: `dim` channels."""
+        """Start with the identity of `dim` channels."""
         super().__init__()
         self.register_buffer("projection", torch.eye(dim))
 
@@ -94,47 +89,43 @@ class DominantSubspace(nn.Module):
         """[..., dim] -> the same."""
         return tokens @ self.projection
 
-    def look_at(self, variances: Tensor, axes: Tensor, share: float) -> None:
-        """Keep as few axes, one a row, as hold a share of the variances, which fall."""
-        held = variances.cumsum(0) / variances.sum().clamp_min(torch.finfo(variances.dtype).tiny)
-        kept = axes[: int((held < share).sum()) + 1]
+    def fit_statistics(self, variances: Tensor, axes: Tensor, share: float) -> None:
+        """Keep the fewest axes, one a row, that explain a share of the variances, which are descending."""
+        explained = variances.cumsum(0) / variances.sum().clamp_min(torch.finfo(variances.dtype).tiny)
+        kept = axes[: int((explained < share).sum()) + 1]
         self.projection.copy_(kept.T @ kept)
 
     projection: Tensor
 
 
-class Codebook(nn.Module):
-    """Tokens to the nearest code."""
+class Quantiser(nn.Module):
+    """Replaces tokens by their nearest code."""
 
     def __init__(self, codes: int, dim: int) -> None:
-        """Args: `codes` how many, `dim` channels of each."""
+        """Make `codes` codes of `dim` channels."""
         super().__init__()
         self.register_buffer("codes", torch.zeros(codes, dim))
 
-    def nearest(self, tokens: Tensor) -> Tensor:
-        """[..., dim] -> numbers of codes, [...]."""
-        return torch.cdist(tokens.flatten(0, -2), self.codes).argmin(1).view(tokens.shape[:-1])
-
     def forward(self, tokens: Tensor) -> Tensor:
-        """[..., dim] -> codes, the same."""
-        return self.codes[self.nearest(tokens)]
+        """[..., dim] -> codes, the same shape."""
+        return self.codes[nearest(tokens, self.codes)]
 
     codes: Tensor
 
 
 class Branch(nn.Module):
-    """One layer's way into the tokens: standardised, adapted, and where there are codes reduced before and quantised after that."""
+    """One layer's part of the tokens: standardised, adapted; with codes projected before and quantised after the adapter."""
 
     def __init__(self, layer: str, dim: int, adapter: nn.Module, out: int, codes: int) -> None:
-        """Args: `layer` and its channels `dim`, `adapter` to `out` channels, how many `codes` for these, 0 for none."""
+        """Make the branch of a layer of `dim` channels, whose adapter returns `out`; 0 `codes` for no quantisation."""
         super().__init__()
         self.layer, self.adapter = layer, adapter
         self.standardise = Standardise(dim)
         self.subspace = DominantSubspace(dim) if codes else None
-        self.book = Codebook(codes, out) if codes else None
+        self.book = Quantiser(codes, out) if codes else None
 
     def forward(self, features: Features) -> Tensor:
-        """[B, N, out], before any code is looked up."""
+        """[B, N, out], before quantisation."""
         tokens: Tensor = self.standardise(features.patches(self.layer))
         if self.subspace:
             tokens = self.subspace(tokens)
@@ -142,13 +133,15 @@ class Branch(nn.Module):
         return adapted
 
 
+@register_adapter(SPEC, base="dinov2-layers")
+@register_adapter(VQ_SPEC, base="dinov2-layers")
 class DinoTokHead(Head):
-    """Standardised final features, then normalised texture; of each the nearest code where there are codes."""
+    """Standardised final features, then normalised texture; with codes the nearest code of each."""
 
     layers = (EARLY, LAST)
 
     def __init__(self, backbone: Backbone, options: DinoTokOptions) -> None:
-        """Args: `backbone` whose features these are, `options` of the fit."""
+        """Make the branches for a backbone's features."""
         super().__init__()
         early, last, shallow = backbone.dims[EARLY], backbone.dims[LAST], options.shallow
         codes = options.codes if isinstance(options, DinoTokVqOptions) else 0
@@ -170,43 +163,15 @@ class DinoTokHead(Head):
         return torch.cat([branch.book(part) if branch.book else part for branch, part in parts], -1)
 
 
-@register_adapter(SPEC, base="dinov2-layers")
-def adapt(backbone: Backbone, options: dict[str, Any], weights: Path) -> DinoTokHead:
-    """The head with its weights.
-
-    Raises:
-        UserError: the file does not fit.
-    """
-    return load_head(backbone, parse(DinoTokOptions, options, f"--weights {weights}", HINT), weights, SPEC.name)
-
-
-@register_adapter(VQ_SPEC, base="dinov2-layers")
-def adapt_vq(backbone: Backbone, options: dict[str, Any], weights: Path) -> DinoTokHead:
-    """The head with its codes; raises as `adapt`."""
-    return load_head(backbone, parse(DinoTokVqOptions, options, f"--weights {weights}", HINT), weights, VQ_SPEC.name)
-
-
-def load_head(backbone: Backbone, options: DinoTokOptions, weights: Path, name: str) -> DinoTokHead:
-    """A head with the weights of a file; raises UserError where these do not fit."""
-    require_layers(backbone.dims, DinoTokHead.layers, name)
-    head = DinoTokHead(backbone, options)
-    load_fitted(head, weights, name)
-    return head
-
-
 @register_fit(SPEC.name, DinoTokOptions)
 @register_fit(VQ_SPEC.name, DinoTokVqOptions)
 class DinoTokFitting(Fitting):
-    """Frames or features made again of tokens, or of codes: then these follow the tokens' moving means (arXiv 1711.00937, appendix A)."""
+    """Frames or features reconstructed from tokens or codes. Codes follow moving means of tokens (arXiv 1711.00937, appendix A)."""
 
     kept: DinoTokHead
 
     def __init__(self, data: FitData, options: DinoTokOptions) -> None:
-        """See `Fitting`.
-
-        Raises:
-            UserError: the base's store lacks a layer.
-        """
+        """Standardise the layers and make the decoder; raises UserError if the base's store lacks a layer."""
         super().__init__()
         assert data.base is not None
         require_layers(data.base.head.layers, DinoTokHead.layers, SPEC.name)
@@ -214,7 +179,7 @@ class DinoTokFitting(Fitting):
         self.kept = DinoTokHead(data.base.backbone, options).to(data.device)
         moments = patch_moments(data, DinoTokHead.layers, options.seed)
         for branch in self.kept.branches:
-            branch.standardise.look_at(moments[branch.layer])
+            branch.standardise.fit_statistics(moments[branch.layer])
         self.reconstruction = Reconstruction(data, options, self.kept.dim, DinoTokHead.layers)
         self.clusters = nn.ModuleDict()
         if isinstance(options, DinoTokVqOptions):
@@ -222,65 +187,48 @@ class DinoTokFitting(Fitting):
                 self.clusters[branch.layer] = self._start_codes(branch, options)
 
     @torch.no_grad()
-    def _start_codes(self, branch: Branch, options: DinoTokVqOptions) -> Clusters:
+    def _start_codes(self, branch: Branch, options: DinoTokVqOptions) -> MovingMeans:
         assert branch.subspace
         assert branch.book
         some = functools.partial(self.data.sample_features, SAMPLED_FRAMES, options.seed)
         _, variances, axes = principal_axes(branch.standardise(found.patches(branch.layer)) for found in some())
-        branch.subspace.look_at(variances, axes, options.variance)
+        branch.subspace.fit_statistics(variances, axes, options.variance)
         branch.book.codes.copy_(draw(torch.cat([branch(found) for found in some()]).flatten(0, 1), options.codes))
-        return Clusters(branch.book)
+        return MovingMeans(torch.ones(options.codes), branch.book.codes.clone(), DECAY)
 
     def rows(self, rng: np.random.Generator) -> NDArray[np.integer]:
-        """Any frames."""
+        """Draw any frames."""
         return random_rows(self.data, self.options.batch, rng)
 
     def loss(self, rows: NDArray[np.integer]) -> dict[str, Tensor]:
-        """The decoder's error, and of codes how far texture is from its own; meaning has no parameters that could come nearer."""
+        """Compute the decoder's error, and the commitment of texture to its codes; meaning has no parameters to commit."""
         features = self.data.features(rows)
         latents, commitment = [], torch.zeros((), device=self.data.device)
-        with torch.autocast(self.data.device.type, enabled=False):  # as heads will run
+        with torch.autocast(self.data.device.type, enabled=False):  # as heads run later
             for branch in self.kept.branches:
                 tokens = branch(features)
                 if branch.book:
                     codes = branch.book(tokens)
                     commitment = commitment + F.mse_loss(tokens, codes)
-                    self.clusters[branch.layer](branch.book, tokens.detach().flatten(0, 1))
-                    tokens = tokens + (codes - tokens).detach()  # gradients pass as if there were no codes
+                    means = cast(MovingMeans, self.clusters[branch.layer])
+                    move_codes(branch.book, means, tokens.detach().flatten(0, 1))
+                    tokens = tokens + (codes - tokens).detach()  # straight-through gradient
                 latents.append(tokens)
         error = self.reconstruction(torch.cat(latents, -1), features, rows)
         losses = {"loss": error + COMMITMENT * commitment, "error": error}
         return {**losses, "commitment": commitment} if self.clusters else losses
 
 
-class Clusters(nn.Module):
-    """The moving means that codes are; codes that nearly nothing is near are put where tokens are.
-
-    Attributes:
-        use: [codes], tokens near each, over their mean number. total: [codes, dim], the sum of these tokens, over the same.
-    """
-
-    def __init__(self, book: Codebook) -> None:
-        """Args: `book` as it starts."""
-        super().__init__()
-        self.register_buffer("use", torch.ones(len(book.codes)))
-        self.register_buffer("total", book.codes.clone())
-
-    @torch.no_grad()
-    def forward(self, book: Codebook, tokens: Tensor) -> None:
-        """Move a codebook towards tokens [n, dim]."""
-        near, usual = book.nearest(tokens), len(tokens) / len(self.use)
-        self.use.lerp_(torch.bincount(near, minlength=len(self.use)) / usual, 1 - DECAY)
-        self.total.lerp_(torch.zeros_like(self.total).index_add_(0, near, tokens) / usual, 1 - DECAY)
-        rare = self.use < RARE
-        self.use[rare], self.total[rare] = 1.0, draw(tokens, int(rare.sum()))
-        book.codes.copy_(self.total / self.use[:, None])
-
-    use: Tensor
-    total: Tensor
+@torch.no_grad()
+def move_codes(book: Quantiser, means: MovingMeans, tokens: Tensor) -> None:
+    """Move the codes to the moving means of tokens [n, dim]; replace rare codes by tokens."""
+    means.update(tokens, nearest(tokens, book.codes), unit=len(tokens) / len(means.count))
+    rare = means.count < RARE
+    means.restart(rare, draw(tokens, int(rare.sum())))
+    book.codes.copy_(means.means())
 
 
 def draw(tokens: Tensor, count: int) -> Tensor:
-    """Some of tokens [n, dim], none twice unless there are fewer: [count, dim]."""
+    """Draw [count, dim] of tokens [n, dim], without repetition if n suffices."""
     order = torch.randperm(len(tokens), device=tokens.device)
     return tokens[order[torch.arange(count, device=tokens.device) % len(tokens)]]

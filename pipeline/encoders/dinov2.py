@@ -1,53 +1,27 @@
 """DINOv2 (arXiv 2304.07193), as DINO-WM uses it: ViT-S/14, 196 px, the final norm's 14 x 14 patch tokens of 384.
 
-DINO-WM resizes to 224, normalises with 0.5 / 0.5 and resizes to 196 (models/visual_world_model.py); the official normalisation is
-ImageNet's, `--normalisation imagenet`. The network and its position interpolation are timm's, or transformers' for a folder of theirs.
+DINO-WM resizes to 224, normalises with 0.5 / 0.5 and resizes to 196 (models/visual_world_model.py). The official normalisation is
+ImageNet's: `--normalisation imagenet`. The network and its position interpolation are timm's, or for a folder those of transformers.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from wmcache.common.files import read_json
-from wmcache.pipeline.encoders.base import Backbone, EncoderSpec, Loaded, Select
-from wmcache.pipeline.encoders.registry import register
-from wmcache.pipeline.encoders.vit import (
-    CONFIG,
-    RESAVE,
-    HfFamily,
-    ModelSize,
-    load_hf,
-    load_timm,
-    refuse_registers,
-    variants,
-)
-from wmcache.pipeline.encoders.weights import find_weights
+from wmcache.common.jsonfiles import read_json
+from wmcache.pipeline.encoders.base import Backbone, EncoderSpec
+from wmcache.pipeline.encoders.libraries import CONFIG, RESAVE, HfFamily, load_timm, refuse_registers
+from wmcache.pipeline.encoders.vit import ModelSize, register_family
 
-SIZES = (
+SIZES = tuple(
     ModelSize(
-        "",
-        "DINOv2 ViT-S/14",
-        12,
-        384,
-        "timm/vit_small_patch14_dinov2.lvd142m",
-        "4610ca143709d58a633b6397a74412c2c3842454",
-    ),
-    ModelSize(
-        "base",
-        "DINOv2 ViT-B/14",
-        12,
-        768,
-        "timm/vit_base_patch14_dinov2.lvd142m",
-        "4685c99dabffe5affac90bd99dbffd25801ae58d",
-    ),
-    ModelSize(
-        "large",
-        "DINOv2 ViT-L/14",
-        24,
-        1024,
-        "timm/vit_large_patch14_dinov2.lvd142m",
-        "4741e1cafbf45415e77074bb0cb42dba76c8684a",
-    ),
+        suffix, f"DINOv2 ViT-{name[0].upper()}/14", depth, dim, f"timm/vit_{name}_patch14_dinov2.lvd142m", revision
+    )
+    for suffix, name, depth, dim, revision in (
+        ("", "small", 12, 384, "4610ca143709d58a633b6397a74412c2c3842454"),
+        ("base", "base", 12, 768, "4685c99dabffe5affac90bd99dbffd25801ae58d"),
+        ("large", "large", 24, 1024, "4741e1cafbf45415e77074bb0cb42dba76c8684a"),
+    )
 )
 SPEC = EncoderSpec(
     name="dinov2",
@@ -66,22 +40,15 @@ SPEC = EncoderSpec(
 HF = HfFamily("Dinov2Model", "Dinov2Config", ("dinov2",))
 
 
-def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """The network with weights from the hub, from a file of timm's or the official names, or from a folder of timm's or transformers'."""
-    path, source = find_weights(spec, weights)
-    size = next(size for size in SIZES if size.source == spec.source)
-    backbone: Backbone
+def load(spec: EncoderSpec, size: ModelSize, image_size: int, path: Path) -> Backbone:
+    """Load the network from a file of timm's or the official names, or from a folder of timm or transformers."""
     written = read_json(path / CONFIG, RESAVE) if path.is_dir() else {}
-    # A folder of timm's names its architecture, which says how many registers there are.
+    # The architecture in a timm folder determines the number of registers.
     if "architecture" not in written and written.get("model_type") in (None, "dinov2_with_registers"):
         refuse_registers(spec, path)
     if path.is_dir() and "architecture" not in written:
-        backbone = load_hf(HF, size, spec, image_size, path)
-    else:
-        backbone = load_timm(size.source.removeprefix("timm/"), spec, image_size, path)
-    return Loaded(backbone, Select(backbone, spec.token_selection), source)
+        return HF.load(spec, size, image_size, path)
+    return load_timm(size.source.removeprefix("timm/"), spec, image_size, path)
 
 
-for _size in SIZES:
-    for _spec in variants(SPEC, _size, prefix=1):
-        register(SPEC if _spec.name == SPEC.name else _spec)(load)
+register_family(SPEC, SIZES, prefix=1, load=load)

@@ -1,17 +1,14 @@
-"""DINOv3 (arXiv 2508.10104): ViT-S/16, -B/16 and -L/16, 224 px, the final norm's 14 x 14 patch tokens, without class and register tokens.
+"""DINOv3 (arXiv 2508.10104): ViT-S/16, -B/16 and -L/16, 224 px, the final norm's 14 x 14 patch tokens.
 
 Preprocessing is the published one: resized as floats, bilinear with antialiasing, ImageNet's normalisation. Positions are rotary, so any
-multiple of 16 px will do. The network is transformers'; its weights are gated.
+multiple of 16 px works. The network is that of transformers; its weights are gated.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from wmcache.pipeline.encoders.base import EncoderSpec, Loaded, Select
-from wmcache.pipeline.encoders.registry import register
-from wmcache.pipeline.encoders.vit import HfFamily, ModelSize, load_hf, variants
-from wmcache.pipeline.encoders.weights import find_weights
+from wmcache.pipeline.encoders.base import EncoderSpec
+from wmcache.pipeline.encoders.libraries import HfFamily
+from wmcache.pipeline.encoders.vit import ModelSize, register_family
 
 REGISTERS = 4
 
@@ -48,16 +45,4 @@ SPEC = EncoderSpec(
     accept=f"https://huggingface.co/{SIZES[0].source}",
 )
 HF = HfFamily("DINOv3ViTModel", "DINOv3ViTConfig", ("dinov3_vit",))
-
-
-def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """The network with weights from the hub, from a file of the hub's names, or from a folder of transformers'."""
-    path, source = find_weights(spec, weights)
-    size = next(size for size in SIZES if size.source == spec.source)
-    backbone = load_hf(HF, size, spec, image_size, path)
-    return Loaded(backbone, Select(backbone, spec.token_selection), source)
-
-
-for _known in SIZES:
-    for _spec in variants(SPEC, _known, prefix=1 + REGISTERS):
-        register(_spec)(load)
+register_family(SPEC, SIZES, prefix=1 + REGISTERS, load=HF.load)

@@ -1,4 +1,4 @@
-"""What an encoder's training is made of: data to draw from, options, and a loss. The loop is `pipeline/fit.py`'s."""
+"""Training of an encoder: data to draw batches from, options, and a loss. The loop is the engine's."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wmcache.common.options import Natural, Positive, option
-from wmcache.pipeline.encoders.base import Encoder, Features, Preprocess
+from wmcache.pipeline.encoders.base import Features, Preprocess
+from wmcache.pipeline.encoders.encoder import Encoder
 
 FRAMES_AT_ONCE = 32
+BACKGROUND_FRAMES = 1000
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,13 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class FitData:
-    """Frames of the training episodes, and of an adapter's base their cached features.
+    """Frames of the training episodes; for an adapter also the cached features of its base.
 
     Attributes:
         episode: [frames], ascending.
         preprocess: of the encoder that is trained, or of the base.
         device: where to train.
-        images: uint8 [frames, 3, S, S], resized by `preprocess`; None where the training is purely from a cached store.
+        images: uint8 [frames, 3, S, S], resized by `preprocess`; None if the training reads only a store.
         base: an adapter's base; None for others.
         gather: rows -> the base's features, float32 on the device; None for others.
     """
@@ -61,36 +63,43 @@ class FitData:
         return len(self.episode)
 
     def pixels(self, rows: NDArray[np.integer]) -> Tensor:
-        """Some images as the network sees them: normalised float32 [len(rows), 3, S, S] on the device."""
+        """Return images as the network receives them: normalised float32 [len(rows), 3, S, S] on the device."""
         assert self.images is not None
         some = self.images[torch.from_numpy(np.asarray(rows))].to(self.device)
         return self.preprocess.normalise(some.float() / 255)
 
+    def sample_pixels(self, seed: int) -> Tensor:
+        """Return `pixels` of at most BACKGROUND_FRAMES frames, drawn from all."""
+        return self.pixels(self._sample(BACKGROUND_FRAMES, seed))
+
     def features(self, rows: NDArray[np.integer]) -> Features:
-        """The base's features of some frames, float32 on the device."""
+        """Return the base's features of some frames, float32 on the device."""
         assert self.gather is not None
         return self.gather(rows)
 
     def sample_features(self, frames: int, seed: int) -> Iterator[Features]:
-        """The base's features of at most so many frames, drawn from all, a few frames at a time."""
-        rows: NDArray[np.integer] = np.random.default_rng(seed).choice(len(self), min(len(self), frames), replace=False)
-        for part in np.array_split(np.sort(rows), -(-len(rows) // FRAMES_AT_ONCE)):
+        """Yield the base's features of at most `frames` frames, drawn from all, a few frames at a time."""
+        rows = self._sample(frames, seed)
+        for part in np.array_split(rows, -(-len(rows) // FRAMES_AT_ONCE)):
             yield self.features(part)
+
+    def _sample(self, frames: int, seed: int) -> NDArray[np.integer]:
+        return np.sort(np.random.default_rng(seed).choice(len(self), min(len(self), frames), replace=False))
 
 
 class Fitting(nn.Module):
-    """What is trained: the part that is kept, and whatever it needs only meanwhile. All its parameters are descended.
+    """A network in training: the part that is kept, and what only the training needs.
 
     Attributes:
-        kept: its state dict becomes the weights file. Registered under this name alone: checkpoints hold every tensor once.
+        kept: its state dict becomes the weights file. Register it under this name only: checkpoints contain every tensor once.
     """
 
     kept: nn.Module
 
     def rows(self, rng: np.random.Generator) -> NDArray[np.integer]:
-        """The frames of a step's batch; a pure function of the generator."""
+        """Draw the frames of a batch; a pure function of the generator."""
         raise NotImplementedError
 
     def loss(self, rows: NDArray[np.integer]) -> dict[str, Tensor]:
-        """`loss` to descend, and what else is worth showing; scalars. May draw from torch's generator."""
+        """Compute `loss`, which is minimised, and scalars to log. May draw from torch's generator."""
         raise NotImplementedError

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from wmcache.common.errors import UserError
 from wmcache.common.options import Natural, Positive, option
-from wmcache.common.schema import Size, parse
+from wmcache.common.schema import Size
 from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Features, Head
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
 from wmcache.pipeline.encoders.registry import register_adapter, register_fit
-from wmcache.pipeline.encoders.weights import load_fitted
 
 SPEC = EncoderSpec(
     name="pca",
@@ -48,17 +45,18 @@ class PcaOptions(FitOptions):
         return False
 
 
+@register_adapter(SPEC, base="dinov2")
 class PcaHead(Head):
-    """Centred patch tokens along the axes; not scaled, so squared distances are those of the tokens but for what is left out."""
+    """Centred patch tokens along the axes; not scaled, so squared distances are those of the tokens without the other components."""
 
     layers = (LAST,)
 
-    def __init__(self, backbone: Backbone, dim: int) -> None:
-        """Args: `backbone` whose tokens they are, `dim` how many components."""
+    def __init__(self, backbone: Backbone, options: PcaOptions) -> None:
+        """Make room for the mean and the axes."""
         super().__init__()
-        self.grid, self.dim = backbone.grid, dim
+        self.grid, self.dim = backbone.grid, options.dim
         self.register_buffer("mean", torch.zeros(backbone.dims[LAST]))
-        self.register_buffer("axes", torch.zeros(dim, backbone.dims[LAST]))
+        self.register_buffer("axes", torch.zeros(options.dim, backbone.dims[LAST]))
 
     def forward(self, features: Features) -> Tensor:
         """See `Head.forward`."""
@@ -68,27 +66,14 @@ class PcaHead(Head):
     axes: Tensor
 
 
-@register_adapter(SPEC, base="dinov2")
-def adapt(backbone: Backbone, options: dict[str, Any], weights: Path) -> PcaHead:
-    """The head with its axes.
-
-    Raises:
-        UserError: the file does not fit.
-    """
-    known = parse(PcaOptions, options, f"--weights {weights}", "fit it again")
-    head = PcaHead(backbone, known.dim)
-    load_fitted(head, weights, SPEC.name)
-    return head
-
-
 @register_fit(SPEC.name, PcaOptions)
 class PcaFitting(Fitting):
-    """All done when it is made."""
+    """The components, computed when it is made: there are no steps."""
 
     kept: PcaHead
 
     def __init__(self, data: FitData, options: PcaOptions) -> None:
-        """See `Fitting`.
+        """Compute the components of a sample of frames.
 
         Raises:
             UserError: the steps are not 0, or there are fewer channels than components.
@@ -97,29 +82,27 @@ class PcaFitting(Fitting):
         assert data.base is not None
         channels = data.base.backbone.dims[LAST]
         if options.steps:
-            raise UserError(f"--steps is {options.steps}, but {SPEC.name} is found in closed form; leave it out")
-        if options.sampled_frames < 1:
-            raise UserError(f"--sampled-frames is {options.sampled_frames}; it must be above 0")
-        if not 0 < options.dim <= channels:
+            raise UserError(f"--steps is {options.steps}, but {SPEC.name} is computed in closed form; leave it out")
+        if options.dim > channels:
             raise UserError(
                 f"--dim is {options.dim}; {data.base.spec.name} has {channels} channels, choose 1 to {channels}"
             )
         patches = (features.patches(LAST) for features in data.sample_features(options.sampled_frames, options.seed))
         mean, _, axes = principal_axes(patches)
-        self.kept = PcaHead(data.base.backbone, options.dim)
+        self.kept = PcaHead(data.base.backbone, options)
         self.kept.mean.copy_(mean)
         self.kept.axes.copy_(axes[: options.dim])
 
 
 def principal_axes(tokens: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Principal components in float64, on the CPU, whatever the number of tokens.
+    """Compute principal components in float64 on the CPU, in constant memory.
 
     Args:
         tokens: parts, each [..., D].
 
     Returns:
-        The mean [D], the variances along the axes [D], falling, and the axes [D, D], one a row, of length 1, with the largest entry of
-        each positive.
+        The mean [D], the variances along the axes [D], descending, and the axes [D, D], one a row, of length 1, the largest entry of each
+        positive.
     """
     count, total, products = 0, torch.zeros(()).double(), torch.zeros(()).double()
     for part in tokens:

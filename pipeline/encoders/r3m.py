@@ -1,7 +1,7 @@
 """R3M (arXiv 2203.12601): a ResNet-18 trained on videos of people at work, time-contrastively and with language; one token of 512.
 
-The published network takes pixels from 0 to 255 and divides them itself; here they are in [0, 1] before ImageNet's normalisation, which is
-the same. Frames are resized whole to 224 px, where the published code crops the margins of other sizes away.
+The published network divides pixels by 255 itself; here they are in [0, 1] before ImageNet's normalisation, which is the same. Frames are
+resized whole to 224 px; the published code crops the margins of other sizes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from wmcache.common.errors import UserError
 from wmcache.pipeline.encoders import resnet
 from wmcache.pipeline.encoders.base import EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.registry import register
-from wmcache.pipeline.encoders.vit import timm_settings
 from wmcache.pipeline.encoders.weights import read_tensors
 
 HEADS = ("module.lang_enc.", "module.lang_rew.", "lang_enc.", "lang_rew.")
@@ -22,7 +21,7 @@ CONVERT = (
     "import torch; from safetensors.torch import save_file; state = torch.load('model.pt', map_location='cpu', weights_only=True)['r3m']; "
     "save_file({k.removeprefix('module.convnet.'): v for k, v in state.items() if 'convnet.' in k}, 'r3m.safetensors')"
 )
-"""Turns the published file, a pickle, into one that can be read without running anything."""
+"""Converts the published file, a pickle, into one that can be read without running code."""
 
 SPEC = replace(
     resnet.SPEC,
@@ -45,20 +44,17 @@ MAP = replace(
 @register(SPEC)
 @register(MAP)
 def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """The network with weights from a safetensors file of the published names, with or without their prefixes; language heads are ignored.
+    """Load the network from a safetensors file of the published names, with or without prefixes; language heads are ignored.
 
     Raises:
         UserError: no file, or one that does not fit.
     """
     if weights is None:
         raise UserError(
-            f"encoder {spec.name} is published as a pickle alone, which could hold code; convert its model.pt once and pass "
+            f"encoder {spec.name} is published only as a pickle, which may contain code; convert its model.pt once and pass "
             f'--weights r3m.safetensors: python -c "{CONVERT}"'
         )
-    network = resnet.make_resnet(weights)
     tensors = read_tensors(weights, spec.name, without=HEADS)
     body = {name.removeprefix("module.").removeprefix("convnet."): value for name, value in tensors.items()}
-    resnet.load_body(network, body, weights, spec)
-    backbone = resnet.ResNetBackbone(network, image_size)
-    backbone.config = timm_settings(weights, resnet.ARCHITECTURE)
+    backbone = resnet.load_backbone(spec, image_size, weights, body)
     return Loaded(backbone, Select(backbone, spec.token_selection), "file")

@@ -1,8 +1,8 @@
-"""What adapters that compress features are trained for: that these, or the frames, can be made again of their latents."""
+"""The loss of adapters that compress features: the features, or the frames, are reconstructed from their latents."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -13,13 +13,11 @@ from annotated_types import Ge
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wmcache.common.errors import UserError
 from wmcache.common.options import option
 from wmcache.pipeline.encoders.base import Features
 from wmcache.pipeline.encoders.decoders import PixelDecoder, TokenDecoder
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions
 
-BACKGROUND_FRAMES = 1000
 SAMPLED_FRAMES = 500
 SMALLEST_DEVIATION = 1e-5
 
@@ -40,10 +38,10 @@ class ReconstructionOptions(FitOptions):
 
 
 class Standardise(nn.Module):
-    """Channels to mean 0 and deviation 1 over the patches of the training frames; those that never change become 0."""
+    """Scales channels to mean 0 and deviation 1 over the patches of the training frames; constant channels become 0."""
 
     def __init__(self, dim: int) -> None:
-        """Args: `dim` channels."""
+        """Set the number of channels."""
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
@@ -52,8 +50,8 @@ class Standardise(nn.Module):
         """[..., dim] -> the same."""
         return (values - self.mean) / self.std
 
-    def look_at(self, moments: tuple[Tensor, Tensor]) -> None:
-        """Take over a layer's mean and deviation, each [dim]."""
+    def fit_statistics(self, moments: tuple[Tensor, Tensor]) -> None:
+        """Set a layer's mean and deviation, each [dim]."""
         mean, std = moments
         self.mean.copy_(mean)
         self.std.copy_(std.clamp_min(SMALLEST_DEVIATION))
@@ -63,9 +61,9 @@ class Standardise(nn.Module):
 
 
 def patch_moments(data: FitData, layers: Sequence[str], seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer -> mean and deviation, each [channels], of the patches of a sample of frames.
+    """Compute for each layer the mean and deviation, each [channels], of the patches of a sample of frames.
 
-    A store's own statistics are over all its tokens: class and register tokens, which may be many times as large, would be among them.
+    A store's own statistics include class and register tokens, which may be many times as large.
     """
     count, totals, squares = 0, dict.fromkeys(layers, torch.zeros(())), dict.fromkeys(layers, torch.zeros(()))
     for features in data.sample_features(SAMPLED_FRAMES, seed):
@@ -78,10 +76,10 @@ def patch_moments(data: FitData, layers: Sequence[str], seed: int) -> dict[str, 
 
 
 class Reconstruction(nn.Module):
-    """A decoder and its error: the mean absolute one of normalised pixels, or the mean squared one of standardised features."""
+    """A decoder and its error: L1 of normalised pixels, or MSE of standardised features."""
 
     def __init__(self, data: FitData, options: ReconstructionOptions, dim: int, layers: Sequence[str]) -> None:
-        """Args: `data`, `options` of the fit; `dim` channels of the latents, on the grid of the base; `layers` to make again."""
+        """Make the decoder of latents of `dim` channels on the base's grid; `layers` are the features to reconstruct."""
         super().__init__()
         assert data.base is not None
         self.data = data
@@ -91,17 +89,15 @@ class Reconstruction(nn.Module):
         self.decoder: PixelDecoder | TokenDecoder
         if options.needs_images:
             self.decoder = PixelDecoder(backbone.grid, dim, data.preprocess.image_size)
-            rng = np.random.default_rng(options.seed)
-            some = rng.choice(len(data), min(len(data), BACKGROUND_FRAMES), replace=False)
-            self.decoder.look_at(data.pixels(np.sort(some)))
+            self.decoder.fit_statistics(data.sample_pixels(options.seed))
         else:
             self.decoder = TokenDecoder(rows * columns, dim, sum(backbone.dims[layer] for layer in layers))
             for layer, moments in patch_moments(data, layers, options.seed).items():
                 self.targets[layer] = target = Standardise(backbone.dims[layer])
-                target.look_at(moments)
+                target.fit_statistics(moments)
 
     def forward(self, latents: Tensor, features: Features, rows: NDArray[np.integer]) -> Tensor:
-        """Scalar error of what is made of latents [B, N, dim], against their features or the frames `rows`."""
+        """Return the error of decoded latents [B, N, dim] against their features or the frames `rows`; a scalar."""
         drawn = self.decoder(latents).float()
         if not self.targets:
             return F.l1_loss(drawn, self.data.pixels(rows))
@@ -110,14 +106,5 @@ class Reconstruction(nn.Module):
 
 
 def random_rows(data: FitData, batch: int, rng: np.random.Generator) -> NDArray[np.integer]:
-    """Frames of a batch, each at most once, ascending, as a store reads them best."""
+    """Draw the frames of a batch, each at most once, ascending: the order in which a store reads fastest."""
     return np.sort(rng.choice(len(data), batch, replace=False))
-
-
-def require_layers(known: Collection[str], layers: Sequence[str], name: str) -> None:
-    """Raises UserError where a store, or a backbone, lacks layers that the adapter of a name reads."""
-    if missing := [layer for layer in layers if layer not in known]:
-        raise UserError(
-            f"{name} reads {', '.join(layers)} features, and here are no {', '.join(missing)} ones; "
-            "extract layers of the base, for example with --encoder dinov2-layers, and fit it on those"
-        )

@@ -1,43 +1,31 @@
-"""Which encoders there are: a name, what is known of it, and how it is made.
+"""The registry of encoders, and `create`, which makes one with its weights.
 
-An encoder is a family's own (`register`), or an adapter on the features of another one (`register_adapter`); both may be fitted on a
-dataset (`register_fit`). Other packages add theirs through entry points of the group `wmcache.encoders`, each of which names a module
-that registers encoders when it is imported.
+An encoder comes from a family's loader (`register`), or is an adapter on the features of another encoder (`register_adapter`). Both may
+be fitted on a dataset (`register_fit`). Other packages add theirs with an entry point of the group `wmcache.encoders`.
 """
 
 from __future__ import annotations
 
-import difflib
-import functools
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import entry_points
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from wmcache.common.errors import UserError
 from wmcache.common.options import parse_options
+from wmcache.common.registry import Registry
 from wmcache.common.schema import Size, parse
-from wmcache.pipeline.encoders.base import (
-    FILTERS,
-    NORMALISATIONS,
-    Backbone,
-    Encoder,
-    EncoderSpec,
-    Head,
-    Loaded,
-    Preprocess,
-)
+from wmcache.pipeline.encoders.base import FILTERS, NORMALISATIONS, Backbone, EncoderSpec, Head, Loaded, Preprocess
+from wmcache.pipeline.encoders.encoder import Encoder
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
-from wmcache.pipeline.encoders.weights import not_fitted, read_header, read_json_part, require_weights
+from wmcache.pipeline.encoders.weights import REFIT, load_fitted, not_fitted, read_header, require_weights
 
 Loader = Callable[[EncoderSpec, int, Path | None], Loaded]
 """(spec, image size, weights file or folder, None for the spec's source) -> networks."""
-Adapter = Callable[[Backbone, dict[str, Any], Path], Head]
-"""(backbone of the base, what its fit was told, weights file) -> head with these weights."""
+Adapter = Callable[[Backbone, Any], Head]
+"""(backbone of the base, options of the fit) -> head without its weights."""
 MakeFitting = Callable[[FitData, Any], Fitting]
-"""(data, options) -> what is to be trained."""
-GROUP = "wmcache.encoders"
+"""(data, options) -> the network to train."""
 
 L = TypeVar("L", bound=Loader)
 A = TypeVar("A", bound=Adapter)
@@ -46,139 +34,101 @@ M = TypeVar("M", bound=MakeFitting)
 
 @dataclass(frozen=True)
 class Entry:
-    """What is registered of an encoder.
+    """A registered encoder.
 
     Attributes:
-        spec: what it is.
-        load: makes it; None for an adapter.
+        load: loads it; None for an adapter.
         adapt: makes an adapter's head; None for others.
-        base: the encoder whose store an adapter is fitted on unless told; empty for others.
-        options, fit: how it is trained; None where it is not.
+        base: default encoder of the store that an adapter is fitted on; empty for others.
     """
 
     spec: EncoderSpec
     load: Loader | None = None
     adapt: Adapter | None = None
     base: str = ""
-    options: type[FitOptions] | None = None
-    fit: MakeFitting | None = None
+
+    @property
+    def fit(self) -> MakeFitting | None:
+        """Makes its training; None if it is not fitted on a dataset."""
+        return FITS.get(self.spec.name)[1] if self.spec.name in FITS else None
 
 
-_REGISTRY: dict[str, Entry] = {}
+ENCODERS: Registry[Entry] = Registry("encoder", package="wmcache.pipeline.encoders", group="wmcache.encoders")
+FITS: Registry[tuple[type[FitOptions], MakeFitting]] = Registry(
+    "fit of an encoder", package=ENCODERS.package, group=ENCODERS.group
+)
 
 
 def register(spec: EncoderSpec) -> Callable[[L], L]:
-    """Make an encoder known: decorates the function that loads it.
-
-    Args:
-        spec: what is known of it before its weights are loaded.
-
-    Raises:
-        ValueError: the name is taken.
-    """
+    """Register an encoder: decorates the function that loads it. Raises ValueError if the name is taken."""
 
     def add(load: L) -> L:
-        _add(Entry(spec, load=load))
+        ENCODERS.register(spec.name)(Entry(spec, load=load))
         return load
 
     return add
 
 
 def register_adapter(spec: EncoderSpec, base: str) -> Callable[[A], A]:
-    """Make an adapter known: decorates the function that makes its head.
+    """Register an adapter: decorates the head, or a function that makes it.
 
     Args:
-        spec: what is known of it; what it sees of a frame is its base's.
-        base: the encoder that it is fitted on unless told; a fitted adapter's file names its own.
+        spec: the preprocessing in it is the base's.
+        base: default encoder to fit on; the weights file names the one that was used.
 
     Raises:
         ValueError: the name is taken.
     """
 
     def add(adapt: A) -> A:
-        _add(Entry(spec, adapt=adapt, base=base))
+        ENCODERS.register(spec.name)(Entry(spec, adapt=adapt, base=base))
         return adapt
 
     return add
 
 
 def register_fit(name: str, options: type[FitOptions]) -> Callable[[M], M]:
-    """Make a registered encoder one that `wmcache fit` trains: decorates the function that sets its training up."""
+    """Let `wmcache fit` train a registered encoder: decorates the `Fitting`, or a function that makes it."""
 
     def add(fit: M) -> M:
-        _REGISTRY[name] = replace(_REGISTRY[name], options=options, fit=fit)
+        FITS.register(name)((options, fit))
         return fit
 
     return add
 
 
-def _add(entry: Entry) -> None:
-    if entry.spec.name in _REGISTRY:
-        raise ValueError(f"encoder {entry.spec.name} is registered already")
-    _REGISTRY[entry.spec.name] = entry
-
-
-@functools.cache
-def _discover() -> None:
-    """Import what other packages bring.
-
-    Raises:
-        UserError: one of them cannot be imported.
-    """
-    for point in entry_points(group=GROUP):
-        try:
-            point.load()
-        except Exception as error:  # (whatever a stranger's module raises)
-            raise UserError(
-                f"the encoders of {point.value} cannot be imported ({error}); hint or uninstall that package"
-            ) from error
-
-
 def specs() -> list[EncoderSpec]:
-    """All known encoders, by name."""
-    _discover()
-    return [_REGISTRY[name].spec for name in sorted(_REGISTRY)]
+    """Return all known encoders, sorted by name."""
+    return [ENCODERS.get(name).spec for name in ENCODERS]
 
 
 def get_entry(name: str) -> Entry:
-    """What is registered of an encoder.
-
-    Raises:
-        UserError: unknown name; the message lists those that exist.
-    """
-    _discover()
-    if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, _REGISTRY)
-        known = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(_REGISTRY))}"
-        raise UserError(f"no encoder {name!r}; {known} (see: wmcache encoders)")
-    return _REGISTRY[name]
+    """Return a registered encoder; raises UserError for an unknown name."""
+    return ENCODERS.get(name)
 
 
 def get_spec(name: str) -> EncoderSpec:
-    """What is known of an encoder; raises as `get_entry`."""
-    return get_entry(name).spec
+    """Return an encoder's spec; raises UserError for an unknown name."""
+    return ENCODERS.get(name).spec
 
 
 def get_fit(name: str) -> tuple[type[FitOptions], MakeFitting]:
-    """The options of an encoder's training, and what sets it up.
+    """Return the options of an encoder's training, and what makes it.
 
     Raises:
         UserError: the encoder is unknown or is not fitted.
     """
-    entry = get_entry(name)
-    if entry.fit is None or entry.options is None:
-        fittable = ", ".join(known for known, other in sorted(_REGISTRY.items()) if other.fit)
-        raise UserError(
-            f"encoder {name} is not fitted on a dataset, it comes from {entry.spec.source}; those that are: {fittable}"
-        )
-    return entry.options, entry.fit
+    source = get_spec(name).source
+    if name not in FITS:
+        raise UserError(f"encoder {name} is not fitted on a dataset: its source is {source}; fit {', '.join(FITS)}")
+    return FITS.get(name)
 
 
 def fit_options(name: str, settings: Mapping[str, Any]) -> FitOptions:
-    """Options of an encoder's training, the encoder's defaults where nothing is said.
+    """Return the options of an encoder's training; those not in `settings` have the encoder's defaults.
 
     Raises:
-        UserError: the encoder is not fitted, or has no such option.
+        UserError: the encoder is not fitted, or has no such option or value.
     """
     kind, _ = get_fit(name)
     return parse_options(kind, dict(settings), f"the fit of {name}")
@@ -196,50 +146,50 @@ def create(
     dtype: str | None = None,
     device: str = "auto",
 ) -> Encoder:
-    """An encoder with its weights, ready to call.
+    """Make an encoder with its weights. None takes the encoder's default.
 
     Args:
         name: in the registry.
-        weights: a safetensors file, or a folder as `save_pretrained` writes it; None takes the encoder's own source (a hub, for most).
-        base_weights: for an adapter, where its base's weights are now, if not where they were nor beside its own.
-        image_size: side of the image that the network sees; None takes the encoder's default.
-        normalisation: `half` (DINO-WM) or `imagenet` (official); None takes the encoder's default.
-        filter: `bilinear` or `bicubic`; None takes the encoder's default.
-        lag: env steps between the frames of an encoder of frame pairs; None takes its default.
-        dtype: `float32`, `bfloat16` or `auto`; None takes the encoder's default.
+        weights: a safetensors file, or a folder written by `save_pretrained`; by default the encoder's own source, mostly a hub.
+        base_weights: for an adapter, its base's weights; by default at their recorded path, or beside the adapter's own.
+        image_size: side of the image that the network receives, in pixels.
+        normalisation: `half` (DINO-WM) or `imagenet` (official).
+        filter: `bilinear` or `bicubic`.
+        lag: env steps between the frames of an encoder of frame pairs.
+        dtype: `float32`, `bfloat16` or `auto`.
         device: `auto`, `cpu`, `cuda`, …
 
     Raises:
         UserError: unknown name, missing or unfitting weights, no network, or an option that does not fit.
     """
-    entry = get_entry(name)
+    entry = ENCODERS.get(name)
     spec = entry.spec
     for value, known, kind in ((normalisation, tuple(NORMALISATIONS), "normalisation"), (filter, FILTERS, "filter")):
         if value is not None and value not in known:
-            raise UserError(f"no {kind} {value!r}; known are {', '.join(known)}")
+            raise UserError(f"unknown {kind}: {value!r}; choose from {', '.join(known)}")
     path = None if weights is None else require_weights(Path(weights))
     if base_weights is not None and entry.load is not None:
-        raise UserError(f"encoder {name} is on no other one; leave out --base-weights")
+        raise UserError(f"encoder {name} has no base encoder; leave out --base-weights")
     if entry.load is None:
         asked = {"image_size": image_size, "normalisation": normalisation, "filter": filter, "lag": lag}
         return _create_adapter(entry, path, base_weights, asked, dtype, device)
     if lag and not spec.lag:
-        raise UserError(f"encoder {name} looks at one frame at a time; leave out --lag")
-    chosen = Preprocess(
+        raise UserError(f"encoder {name} encodes one frame at a time; leave out --lag")
+    preprocess = Preprocess(
         spec.image_size if image_size is None else image_size,
         spec.via,
         normalisation or spec.normalisation,
         filter or spec.filter,
         spec.lag if lag is None else lag,
     )
-    spec.patch_grid(chosen.image_size)
-    loaded = entry.load(spec, chosen.image_size, path)
-    return Encoder(spec, loaded, chosen, weights=path, dtype=dtype, device=device)
+    spec.patch_grid(preprocess.image_size)
+    loaded = entry.load(spec, preprocess.image_size, path)
+    return Encoder(spec, loaded, preprocess, weights=path, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `Encoder.recipe` gives, as a store's card or an adapter's file holds it."""
+    """What `Encoder.recipe` returns, as a store's card or an adapter's weights file contains it."""
 
     name: str
     weights: str | None
@@ -254,18 +204,18 @@ class Recipe:
 def create_again(
     recipe: dict[str, Any], *, weights: Path | None = None, base_weights: Path | None = None, device: str = "auto"
 ) -> Encoder:
-    """The encoder of a store's card, which may be anybody's.
+    """Make the encoder of `Encoder.recipe`: of a store's card, or in another process.
 
     Args:
-        recipe: `card.encoder`.
-        weights, base_weights: where they are now, if not where they were.
+        recipe: plain JSON values.
+        weights, base_weights: their paths now, if they have moved.
         device: as in `create`.
 
     Raises:
-        UserError: as `create`; or the recipe is none.
+        UserError: as `create`; or the recipe is damaged.
     """
     known = parse(Recipe, recipe, "the recipe of the store's encoder", "restore it, or extract into another --out")
-    # Where an adapter's base is not where it was, it may be beside the adapter.
+    # A base that has moved may be beside the adapter, where `create` looks.
     there = known.base_weights if known.base_weights and Path(known.base_weights).exists() else None
     moved = {"weights": weights or known.weights, "base_weights": base_weights or there}
     return create(**{**asdict(known), **moved}, device=device)
@@ -279,30 +229,31 @@ def _create_adapter(
     dtype: str | None,
     device: str,
 ) -> Encoder:
-    """An adapter on the base that its file names; what is `asked` of its preprocessing has to be the base's."""
-    spec = entry.spec
+    """Make an adapter on the base that its file names; `asked` preprocessing must equal the base's."""
+    name, where = entry.spec.name, f"--weights {weights}"
     if weights is None:
-        raise not_fitted(spec.name, spec.name)
-    header = read_header(weights, spec.name)
-    recipe, told = (read_json_part(header, part, weights) for part in ("base", "options"))
-    found = _find_base(parse(Recipe, recipe, f"--weights {weights}", "fit it again"), weights, base_weights)
-    base = create_again(recipe, weights=found, device=device)
+        raise not_fitted(name, name)
+    header = read_header(weights, name)
+    recipe = parse(Recipe, header.get("base"), where, REFIT)
+    options = parse(get_fit(name)[0], header.get("options"), where, REFIT)
+    base = create_again(asdict(recipe), weights=_find_base(recipe, weights, base_weights), device=device)
     if base.weights_sha256 != header.get("base_sha256"):
         raise UserError(
             f"{weights} was fitted on other weights of {base.spec.name} than those of {base.weights or base.source}; "
             "pass those as --base-weights, or fit it again"
         )
-    for name, value in asked.items():
-        if value not in (None, there := getattr(base.preprocess, name)):
+    for setting, value in asked.items():
+        if value not in (None, there := getattr(base.preprocess, setting)):
             raise UserError(
-                f"{weights} was fitted on {base.spec.name} with {name} {there}, not {value}; leave that out, or fit it again"
+                f"{weights} was fitted on {base.spec.name} with {setting} {there}, not {value}; "
+                "leave the option out, or fit it again"
             )
     assert entry.adapt is not None
-    head = entry.adapt(base.backbone, told, weights)
-    loaded = Loaded(base.backbone, head, f"file, on {base.spec.name} from {base.source}")
+    head = entry.adapt(base.backbone, options)
+    load_fitted(head, weights, name)
     return Encoder(
-        spec,
-        loaded,
+        entry.spec,
+        Loaded(base.backbone, head, f"file, on {base.spec.name} from {base.source}"),
         base.preprocess,
         weights=weights,
         base_weights=base.weights,
@@ -312,20 +263,20 @@ def _create_adapter(
 
 
 def _find_base(base: Recipe, weights: Path, given: str | Path | None) -> Path | None:
-    """The weights of an adapter's base: where the user says, else where they were, else beside the adapter's own; None for the hub's."""
+    """Find the weights of an adapter's base: as given, at the recorded path, or beside the adapter's own; None for the hub's."""
     if given is not None or base.weights is None:
         return None if given is None else Path(given)
     there = Path(base.weights)
     beside = weights.parent / there.name
     if not there.exists() and not beside.exists():
         raise UserError(
-            f"{weights} was fitted on {base.name} with the weights {there}, which are not there any more; "
+            f"{weights} was fitted on {base.name} with weights that no longer exist: {there}; "
             "put them beside it, or pass --base-weights"
         )
     return there if there.exists() else beside
 
 
 def family_of(name: str) -> str:
-    """The encoder that is fitted for one of that name: the layers of a family have its weights."""
+    """Return the encoder whose fit provides the weights of `name`: the layers of a family share its weights."""
     family = name.removesuffix("-layers")
-    return family if family in _REGISTRY else name
+    return family if family in ENCODERS else name

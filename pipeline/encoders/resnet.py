@@ -1,6 +1,6 @@
 """ResNet-18 (arXiv 1512.03385) trained on ImageNet, torchvision's first weights: its last map, or the mean of that, one token of 512.
 
-Frames are resized whole to 224 px, where the published transform crops their margins away. The network is timm's.
+Frames are resized whole to 224 px; the published transform crops their margins. The network is timm's.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from wmcache.common.errors import UserError
-from wmcache.common.files import read_json
+from wmcache.common.errors import UserError, reason
+from wmcache.common.jsonfiles import read_json
+from wmcache.common.reading import reading
 from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Loaded, Select
+from wmcache.pipeline.encoders.hub import find_weights
+from wmcache.pipeline.encoders.libraries import CONFIG, RESAVE, timm_settings
 from wmcache.pipeline.encoders.registry import register
-from wmcache.pipeline.encoders.vit import CONFIG, RESAVE, timm_settings
-from wmcache.pipeline.encoders.weights import find_weights, read_tensors
+from wmcache.pipeline.encoders.weights import read_tensors
 
 ARCHITECTURE = "resnet18"
 
@@ -47,7 +49,7 @@ class ResNetBackbone(Backbone):
     """A timm ResNet up to its last map, row-major."""
 
     def __init__(self, resnet: Any, image_size: int) -> None:
-        """Args: `resnet` as timm makes it, `image_size` a multiple of its stride."""
+        """Wrap a model of `timm.create_model`; `image_size` is a multiple of its stride."""
         super().__init__()
         self.resnet = resnet
         last = resnet.feature_info[-1]
@@ -63,24 +65,37 @@ class ResNetBackbone(Backbone):
 @register(MAP)
 @register(SPEC)
 def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """The network with weights from the hub, from a file of timm's (and torchvision's) names, or from timm's folder of any ResNet.
+    """Load the network from the hub, from a file of timm's (and torchvision's) names, or from timm's folder of any ResNet.
 
     Raises:
         UserError: no network, or a file or folder that does not fit.
     """
     path, source = find_weights(spec, weights)
-    resnet = make_resnet(path)
-    load_body(resnet, read_tensors(path, spec.name, without=("fc.",)), path, spec)
-    backbone = ResNetBackbone(resnet, image_size)
-    backbone.config = timm_settings(path, ARCHITECTURE)
+    backbone = load_backbone(spec, image_size, path, read_tensors(path, spec.name, without=("fc.",)))
     return Loaded(backbone, Select(backbone, spec.token_selection), source)
 
 
+def load_backbone(spec: EncoderSpec, image_size: int, path: Path, tensors: Mapping[str, Tensor]) -> ResNetBackbone:
+    """Make a ResNet with all of its weights but the classifier's; raises UserError if they do not fit."""
+    resnet = make_resnet(path)
+    # The number of batches behind a statistic changes no token and not every file contains it: it is no part of the identity.
+    kept = {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
+    try:
+        resnet.load_state_dict(kept)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} does not fit {spec.name} ({reason(error, 200)}); pass weights of {spec.source}"
+        ) from error
+    backbone = ResNetBackbone(resnet, image_size)
+    backbone.config = timm_settings(path, ARCHITECTURE)
+    return backbone
+
+
 def make_resnet(path: Path) -> Any:
-    """A timm ResNet without its classifier and without weights: of the architecture that a timm folder names, a ResNet-18 for a file.
+    """Make a timm ResNet without classifier and weights: of the architecture in a timm folder, a ResNet-18 for a file.
 
     Raises:
-        UserError: the folder names none.
+        UserError: the folder is of another network.
     """
     import timm
     from timm.models.resnet import ResNet
@@ -90,25 +105,8 @@ def make_resnet(path: Path) -> Any:
     architecture = read_json(path / CONFIG, RESAVE).get("architecture")
     if not isinstance(architecture, str):
         raise UserError(f"{path / CONFIG} names no timm architecture; save the folder with timm.models.save_for_hf")
-    try:
+    with reading(path / CONFIG, f"{path / CONFIG} is damaged", RESAVE):
         resnet = timm.create_model(f"local-dir:{path}", num_classes=0)
-    except Exception as error:  # (whatever the library makes of a stranger's config)
-        raise UserError(f"{path / CONFIG} is damaged ({' '.join(str(error).split())[:160]}); {RESAVE}") from error
     if not isinstance(resnet, ResNet):
-        raise UserError(f"{path} holds a timm {architecture}, not a ResNet; pass weights of that kind")
+        raise UserError(f"{path} contains a timm {architecture}, not a ResNet; pass weights of that kind")
     return resnet
-
-
-def load_body(resnet: nn.Module, tensors: Mapping[str, Tensor], path: Path, spec: EncoderSpec) -> None:
-    """Load all weights of a ResNet without its classifier.
-
-    Raises:
-        UserError: some are missing, unknown, or of another shape.
-    """
-    # How many batches a statistic was taken over changes no token, and not every file says: it must not make two encoders of one.
-    kept = {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
-    try:
-        resnet.load_state_dict(kept)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} does not fit {spec.name} ({reason}); pass weights of {spec.source}") from error

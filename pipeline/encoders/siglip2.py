@@ -1,17 +1,14 @@
 """SigLIP 2 (arXiv 2502.14786): the vision tower of ViT-B/16, 224 px, the final norm's 14 x 14 patch tokens of 768.
 
-There is no class token: the tower pools by attention, which is left out. Preprocessing is the published one: bilinear, 0.5 / 0.5. The
-network is transformers' SiglipVisionModel, which interpolates its positions for other sizes.
+The tower has no class token: it pools by attention, which is left out. Preprocessing is the published one: bilinear, 0.5 / 0.5. The
+network is the SiglipVisionModel of transformers, which interpolates its positions for other sizes.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from wmcache.pipeline.encoders.base import EncoderSpec, Loaded, Select
-from wmcache.pipeline.encoders.registry import register
-from wmcache.pipeline.encoders.vit import HfFamily, ModelSize, load_hf, variants
-from wmcache.pipeline.encoders.weights import find_weights
+from wmcache.pipeline.encoders.base import EncoderSpec
+from wmcache.pipeline.encoders.libraries import HfFamily
+from wmcache.pipeline.encoders.vit import ModelSize, register_family
 
 SIZE = ModelSize(
     "",
@@ -41,17 +38,7 @@ HF = HfFamily(
     class_token=False,
     arguments={"interpolate_pos_encoding": True},
     overrides={"vision_use_head": False},
-    # The published file holds the text tower too.
+    # The published file includes the text tower.
     unused=("text_model.", "logit_", "vision_model.head.", "head."),
 )
-
-
-def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """The network with weights from the hub, from a file of the hub's names, or from a folder of transformers'."""
-    path, source = find_weights(spec, weights)
-    backbone = load_hf(HF, SIZE, spec, image_size, path)
-    return Loaded(backbone, Select(backbone, spec.token_selection), source)
-
-
-for _spec in variants(SPEC, SIZE, prefix=0):
-    register(_spec)(load)
+register_family(SPEC, (SIZE,), prefix=0, load=HF.load)

@@ -1,8 +1,8 @@
 """Time-contrastive patch tokens: a small network trained on the dataset's own frames, so that no download is needed.
 
 Frames a few steps apart are positives, all others negatives (TCN, arXiv 1704.06888; InfoNCE, arXiv 1807.03748), with logits equal
-to minus the squared distance of all tokens. So the latent distance grows with the time that it takes to get from one frame to
-another: what a planner that descends it needs. Pixels, untrained networks and plain autoencoders do not have that property here.
+to minus the squared distance of all tokens. So the latent distance grows with the time between two frames, as a planner that minimises it
+needs. Pixels, untrained networks and plain autoencoders do not have this property.
 """
 
 from __future__ import annotations
@@ -49,14 +49,13 @@ LAYERS = replace(
 )
 
 WIDTH = 64
-BACKGROUND_FRAMES = 1000
 
 
 class TcnNetwork(nn.Module):
     """Three strided convolutions to one feature for each 16 x 16 patch, two transformer layers, a linear head."""
 
     def __init__(self, grid: int, patch: int, token_dim: int) -> None:
-        """Args: `grid` the side of the token grid, `patch` a power of two from 8, `token_dim` the channels of each token."""
+        """Build the layers for `grid` tokens a side; `patch` is a power of two from 8."""
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, WIDTH // 2, 8, stride=4, padding=2)]
         for channels in (WIDTH // 2, *(WIDTH,) * (int(math.log2(patch)) - 3)):
@@ -76,7 +75,7 @@ class TcnNetwork(nn.Module):
         return self.stages(images)[-1]
 
     def stages(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, 3, S, S] -> the stem's features, those after the first block, and the tokens, each [B, N, channels]."""
+        """[B, 3, S, S] -> features of the stem and of the first block, and the tokens, each [B, N, channels]."""
         stem = rearrange(self.stem((images - self.background) / self.contrast), "b c h w -> b (h w) c")
         first, *others = self.mixer.layers
         middle = mixed = first(stem + self.position)
@@ -84,8 +83,8 @@ class TcnNetwork(nn.Module):
             mixed = layer(mixed)
         return stem, middle, self.head(mixed)
 
-    def look_at(self, images: Tensor) -> None:
-        """Learn what never moves from images [n, 3, S, S]: without it a ball of a few pixels is all that is left."""
+    def fit_statistics(self, images: Tensor) -> None:
+        """Set the mean frame of images [n, 3, S, S] as the background: without it a ball of a few pixels remains."""
         self.background.copy_(images.mean(0))
         self.contrast.copy_((images - self.background).std())
 
@@ -94,10 +93,10 @@ class TcnNetwork(nn.Module):
 
 
 class TcnBackbone(Backbone):
-    """The network with names for its stages, so that adapters can be fitted on it: the stem's features, the first block's, the tokens."""
+    """The network with names for its stages, so that adapters can be fitted on them."""
 
     def __init__(self, network: TcnNetwork, grid: tuple[int, int], token_dim: int) -> None:
-        """Args: `network` with its weights, its `grid` and the channels of its tokens."""
+        """Wrap a network with its weights."""
         super().__init__()
         self.network = network
         self.dims = {EARLY: WIDTH, MIDDLE: WIDTH, LAST: token_dim}
@@ -121,11 +120,7 @@ class TcnOptions(FitOptions):
 @register(SPEC)
 @register(LAYERS)
 def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """The network with fitted weights.
-
-    Raises:
-        UserError: no file, or one that does not fit.
-    """
+    """Load the fitted network; raises UserError without a file, or for one that does not fit."""
     if weights is None:
         raise not_fitted(spec.name, SPEC.name)
     grid = spec.patch_grid(image_size)
@@ -142,11 +137,7 @@ class TcnFitting(Fitting):
     kept: TcnNetwork
 
     def __init__(self, data: FitData, options: TcnOptions) -> None:
-        """See `Fitting`.
-
-        Raises:
-            UserError: no two frames are of one episode.
-        """
+        """Find the pairs; raises UserError if every episode has one frame."""
         super().__init__()
         self.data, self.options = data, options
         self._last = np.searchsorted(data.episode, data.episode, side="right") - 1
@@ -155,33 +146,30 @@ class TcnFitting(Fitting):
             raise UserError(f"no episode has two frames, which the fit of {SPEC.name} needs; collect longer episodes")
         grid, _ = SPEC.patch_grid(data.preprocess.image_size)
         self.kept = TcnNetwork(grid, SPEC.patch, SPEC.token_dim)
-        rng = np.random.default_rng(options.seed)
-        self.kept.to(data.device).look_at(
-            data.pixels(np.sort(rng.choice(len(data), min(len(data), BACKGROUND_FRAMES), replace=False)))
-        )
+        self.kept.to(data.device).fit_statistics(data.sample_pixels(options.seed))
 
     def rows(self, rng: np.random.Generator) -> NDArray[np.integer]:
-        """The first frames of all pairs, then the second ones."""
+        """Draw pairs: the first frames of all pairs, then the second ones."""
         first = rng.choice(self._candidates, self.options.batch)
         lag = rng.integers(1, self.options.max_lag + 1, self.options.batch)
         return np.concatenate([first, np.minimum(first + lag, self._last[first])])
 
     def loss(self, rows: NDArray[np.integer]) -> dict[str, Tensor]:
-        """See `time_contrastive_loss`."""
+        """Compute `time_contrastive_loss`."""
         tokens = self.kept(self.data.pixels(rows)).flatten(1).float()
         first, second = tokens.chunk(2)
         return {"loss": time_contrastive_loss(first, second, self.options.spread)}
 
 
 def time_contrastive_loss(first: Tensor, second: Tensor, spread: float = 0.0) -> Tensor:
-    """Symmetric InfoNCE with logits equal to minus the squared distance, and a reward for distance between all frames.
+    """Compute symmetric InfoNCE with logits equal to minus the squared distance, minus a reward for distance between all frames.
 
-    InfoNCE alone is content once far frames are far enough, so latent distances saturate and the landscape has dead ends: of the
-    U-maze's held-out frames, descent from 20 % got stuck. The second term unfolds what the first holds together locally (compare
-    maximum variance unfolding, Weinberger and Saul 2006): 0 % got stuck.
+    InfoNCE alone saturates once far frames are far enough, so the landscape has dead ends: descent from 20 % of the U-maze's held-out
+    frames got stuck. The second term unfolds what the first keeps together locally (compare maximum variance unfolding, Weinberger and
+    Saul 2006): 0 % got stuck.
 
     Args:
-        first, second: [B, N * D]; row i of one is the positive of row i of the other, all other rows are its negatives.
+        first, second: [B, N * D]; row i of both is a positive pair, all other rows are negatives.
         spread: weight of the mean distance.
     """
     # Not torch.cdist(…)²: the gradient of its square root is infinite where two rows are equal.

@@ -1,8 +1,8 @@
 """Variational autoencoders, fitted on the dataset's own frames: the V of World Models (arXiv 1803.10122) and DisWM's (arXiv 2503.08751).
 
-Both make one token of a frame, the mean of its latents; only what encodes is kept. The networks and losses are the papers', of which
-DisWM's is the part that concerns single frames: it also predicts videos through its latents, which is a world model's part here. Both
-papers use Adam at a constant rate (1e-4, 3e-4); here it is AdamW with one cycle, as for all that is fitted (`pipeline/fit.py`).
+Both encode a frame as one token, the mean of its latents; only the encoder is kept. Networks and losses are the papers'; of DisWM's, the
+part for single frames (its video prediction is a world model's job here). Both papers use Adam at a constant rate (1e-4, 3e-4); here it
+is AdamW with one cycle, as for every fit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from wmcache.common.schema import Size, parse
 from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
 from wmcache.pipeline.encoders.registry import register, register_fit
-from wmcache.pipeline.encoders.weights import load_fitted, not_fitted, read_header, read_json_part
+from wmcache.pipeline.encoders.weights import REFIT, load_fitted, not_fitted, read_header
 
 SPEC = EncoderSpec(
     name="vae",
@@ -48,7 +48,6 @@ BETA_SPEC = replace(
 )
 
 SIDE = 64
-BACKGROUND_FRAMES = 1000
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,14 @@ class BetaVaeOptions(VaeOptions):
 
 
 class VaeEncoder(nn.Module):
-    """Convolutions to one place, then two linear maps.
+    """Convolutions to one position, then two linear maps.
 
     Attributes:
-        background, contrast: [3, 64, 64] and a scalar, what is subtracted from an image and what the rest is divided by.
+        background, contrast: [3, 64, 64] and a scalar: subtracted from an image, and the divisor of the difference.
     """
 
     def __init__(self, name: str, latent: int) -> None:
-        """Args: `name` of the encoder, `latent` the size of what it gives."""
+        """Build the layers of the encoder `name`, with `latent` channels."""
         super().__init__()
         if name == SPEC.name:
             layers: list[nn.Module] = []
@@ -106,16 +105,16 @@ class VaeEncoder(nn.Module):
         self.register_buffer("contrast", torch.ones(()))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What `see` gives -> mean and logarithm of the variance of the latents, each float32 [B, latent]."""
+        """Images of `scale` -> mean and logarithm of the variance of the latents, each float32 [B, latent]."""
         features = self.convolutions(images)
         return self.mean(features).float(), self.logvar(features).float()
 
-    def see(self, images: Tensor) -> Tensor:
-        """Images [B, 3, 64, 64] in [-1, 1] as the network takes them: in the paper's range, or what differs from the mean frame."""
+    def scale(self, images: Tensor) -> Tensor:
+        """Images [B, 3, 64, 64] in [-1, 1] -> in the paper's range, or their scaled difference from the mean frame."""
         return (images / 2 + 0.5 - self.background) / self.contrast
 
-    def look_at(self, images: Tensor) -> None:
-        """Learn what never moves from images [n, 3, 64, 64] in [-1, 1]: without it a ball of a few pixels is all that is left."""
+    def fit_statistics(self, images: Tensor) -> None:
+        """Set the mean frame of images [n, 3, 64, 64] in [-1, 1] as the background: without it a ball of a few pixels remains."""
         self.background.copy_(images.mean(0) / 2 + 0.5)
         self.contrast.copy_((images / 2 + 0.5 - self.background).std())
 
@@ -124,7 +123,7 @@ class VaeEncoder(nn.Module):
 
 
 def make_decoder(name: str, latent: int) -> nn.Sequential:
-    """Latents [B, latent] -> what `VaeEncoder.see` gives, [B, 3, 64, 64], before any sigmoid."""
+    """Make the decoder: latents [B, latent] -> images of `VaeEncoder.scale`, [B, 3, 64, 64], before any sigmoid."""
     if name == SPEC.name:
         layers: list[nn.Module] = [nn.Linear(latent, 1024), nn.Unflatten(1, (1024, 1, 1))]
         for before, after, kernel in ((1024, 128, 5), (128, 64, 5), (64, 32, 6), (32, 3, 6)):
@@ -146,7 +145,7 @@ class VaeBackbone(Backbone):
     """The mean of the latents."""
 
     def __init__(self, encoder: VaeEncoder) -> None:
-        """Args: `encoder` with its weights."""
+        """Wrap an encoder with its weights."""
         super().__init__()
         self.encoder = encoder
         self.dims = {LAST: encoder.mean.out_features}
@@ -155,87 +154,66 @@ class VaeBackbone(Backbone):
 
     def forward(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         """See `Backbone.forward`."""
-        mean, _ = self.encoder(self.encoder.see(images))
+        mean, _ = self.encoder(self.encoder.scale(images))
         return dict.fromkeys(layers, mean[:, None])
 
 
 @register(SPEC)
 @register(BETA_SPEC)
 def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """The encoding part with fitted weights.
-
-    Raises:
-        UserError: no file, one that does not fit, or another image size.
-    """
+    """Load the fitted encoder; raises UserError without a file, for one that does not fit, and for another image size."""
     if image_size != SIDE:
         raise UserError(
-            f"--image-size {image_size} does not fit encoder {spec.name}; it sees {SIDE} px, leave that out"
+            f"--image-size {image_size} does not fit encoder {spec.name}, which has {SIDE} px; leave it out"
         )
     if weights is None:
         raise not_fitted(spec.name, spec.name)
-    header = read_header(weights, spec.name)
     kind = VaeOptions if spec.name == SPEC.name else BetaVaeOptions
-    options = parse(kind, read_json_part(header, "options", weights), f"--weights {weights}", "fit it again")
+    options = parse(kind, read_header(weights, spec.name).get("options"), f"--weights {weights}", REFIT)
     encoder = VaeEncoder(spec.name, options.latent)
     load_fitted(encoder, weights, spec.name)
     backbone = VaeBackbone(encoder)
     return Loaded(backbone, Select(backbone, spec.token_selection), "file")
 
 
+@register_fit(SPEC.name, VaeOptions)
+@register_fit(BETA_SPEC.name, BetaVaeOptions)
 class VaeFitting(Fitting):
-    """Frames drawn again from a sample of their latents."""
+    """Frames reconstructed from a sample of their latents; the options' class decides between the two papers."""
 
     kept: VaeEncoder
 
-    def __init__(self, name: str, data: FitData, options: VaeOptions) -> None:
-        """Args: `name` of the encoder; for the others see `Fitting`.
-
-        Raises:
-            UserError: an option is out of its range.
-        """
+    def __init__(self, data: FitData, options: VaeOptions) -> None:
+        """Make encoder and decoder."""
         super().__init__()
-        if options.latent < 1 or options.beta < 0 or options.free_bits < 0:
-            raise UserError(f"the fit of {name} needs --latent above 0, and --beta and --free-bits not below it")
-        self.name, self.data, self.options = name, data, options
+        self.is_beta = isinstance(options, BetaVaeOptions)
+        name = BETA_SPEC.name if self.is_beta else SPEC.name
+        self.data, self.options = data, options
         self.kept = VaeEncoder(name, options.latent)
         self.decoder = make_decoder(name, options.latent)
-        if name == SPEC.name and not options.foreground:
+        if not self.is_beta and not options.foreground:
             self.decoder.append(nn.Sigmoid())
         if options.foreground:
-            rng = np.random.default_rng(options.seed)
-            some = rng.choice(len(data), min(len(data), BACKGROUND_FRAMES), replace=False)
-            self.kept.to(data.device).look_at(data.pixels(np.sort(some)))
+            self.kept.to(data.device).fit_statistics(data.sample_pixels(options.seed))
 
     def rows(self, rng: np.random.Generator) -> NDArray[np.integer]:
-        """Any frames."""
+        """Draw any frames."""
         return rng.integers(len(self.data), size=self.options.batch)
 
     def loss(self, rows: NDArray[np.integer]) -> dict[str, Tensor]:
-        """The papers' losses: the mean over the batch of sums over a frame's pixels and latents."""
-        seen = self.kept.see(self.data.pixels(rows))
-        mean, logvar = self.kept(seen)
-        drawn = self.decoder(mean + (logvar / 2).exp() * torch.randn_like(mean)).float()
+        """Compute the papers' losses: the mean over the batch of sums over a frame's pixels and latents."""
+        images = self.kept.scale(self.data.pixels(rows))
+        mean, logvar = self.kept(images)
+        decoded = self.decoder(mean + (logvar / 2).exp() * torch.randn_like(mean)).float()
         # World Models has the squared error itself, DisWM the likelihood under a Gaussian of variance 1.
-        # Both in units of pixels, so that beta weighs the same with the foreground alone.
-        weight = (1.0 if self.name == SPEC.name else 0.5) * self.kept.contrast.square()
-        error = weight * (drawn - seen).square().sum((1, 2, 3)).mean()
+        # Both in units of pixels, so that beta has the same weight with the foreground alone.
+        weight = (0.5 if self.is_beta else 1.0) * self.kept.contrast.square()
+        error = weight * (decoded - images).square().sum((1, 2, 3)).mean()
         divergence = divergence_from_prior(mean, logvar)
         charged = divergence.clamp_min(self.options.free_bits * self.options.latent).mean()
         return {"loss": error + self.options.beta * charged, "error": error, "kl": divergence.mean()}
 
 
-@register_fit(SPEC.name, VaeOptions)
-def make_vae(data: FitData, options: VaeOptions) -> VaeFitting:
-    """World Models' V."""
-    return VaeFitting(SPEC.name, data, options)
-
-
-@register_fit(BETA_SPEC.name, BetaVaeOptions)
-def make_beta_vae(data: FitData, options: BetaVaeOptions) -> VaeFitting:
-    """DisWM's."""
-    return VaeFitting(BETA_SPEC.name, data, options)
-
-
 def divergence_from_prior(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL divergence of Gaussians from the standard one, in nats: [B, latent], [B, latent] -> [B]."""
+    """KL divergence of Gaussians from the standard normal, in nats: [B, latent], [B, latent] -> [B]."""
     return (mean.square() + logvar.exp() - 1 - logvar).sum(1) / 2

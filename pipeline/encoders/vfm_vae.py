@@ -1,16 +1,14 @@
 """VFM-VAE (arXiv 2510.18457): three layers of a frozen network compressed into a few Gaussian channels that keep its geometry.
 
-A small version of the published one: for each layer a projection, attention over all of them, mean and variance on the base's own grid.
-Left out are the multi-scale generator with its discriminator, LPIPS, which needs weights that cannot be assumed, the terms of
-equivariance, the adaptive weight of the alignment and VA-VAE's margins in it (arXiv 2501.01423). With `--decoder tokens` the fit needs
-nothing but the store. Tokens are the means, standardised: the weight of the divergence leaves their scale open.
+A small version of the published model: a projection of each layer, attention over all, mean and variance on the base's grid. Left out are
+the multi-scale generator with its discriminator, LPIPS, which needs other weights, the equivariance terms, the adaptive weight of the
+alignment and VA-VAE's margins (arXiv 2501.01423). With `--decoder tokens` the fit needs only the store. Tokens are the standardised
+means, because the divergence has too little weight to fix their scale.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wmcache.common.options import Weight, option
-from wmcache.common.schema import Size, parse
-from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Backbone, EncoderSpec, Features, Head
+from wmcache.common.schema import Size
+from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Backbone, EncoderSpec, Features, Head, require_layers
 from wmcache.pipeline.encoders.fitting import FitData, Fitting
-from wmcache.pipeline.encoders.reconstruction import Reconstruction, ReconstructionOptions, random_rows, require_layers
+from wmcache.pipeline.encoders.reconstruction import Reconstruction, ReconstructionOptions, random_rows
 from wmcache.pipeline.encoders.registry import register_adapter, register_fit
 from wmcache.pipeline.encoders.vae import divergence_from_prior
-from wmcache.pipeline.encoders.weights import load_fitted
 
 SPEC = EncoderSpec(
     name="vfm-vae",
@@ -44,7 +41,7 @@ SPEC = EncoderSpec(
 LEVEL = 32
 LOGVAR = (-30.0, 20.0)
 COUNTED_STEPS, SLOWEST = 20, 0.02
-"""Statistics of the latents are of the last steps, when these hardly change any more; a step counts for this share at least."""
+"""Latent statistics cover the last steps; the weight of a step in the moving mean is at least this share."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +53,14 @@ class VfmVaeOptions(ReconstructionOptions):
     align: Weight = option(1.0, "Weight of the alignment with the last layer.")
 
 
+@register_adapter(SPEC, base="dinov2-layers")
 class VfmVaeHead(Head):
     """The means of the latents, standardised."""
 
     layers = (EARLY, MIDDLE, LAST)
 
     def __init__(self, backbone: Backbone, options: VfmVaeOptions) -> None:
-        """Args: `backbone` whose features these are, `options` of the fit."""
+        """Make projections, mixer and moments for a backbone's features."""
         super().__init__()
         self.grid, self.dim = backbone.grid, options.latent
         dims = [backbone.dims[layer] for layer in self.layers]
@@ -75,7 +73,7 @@ class VfmVaeHead(Head):
         self.standardise = nn.BatchNorm1d(options.latent, affine=False)
 
     def encode(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Mean and logarithm of the variance of the latents, each float32 [B, N, latent]."""
+        """Compute mean and logarithm of the variance of the latents, each float32 [B, N, latent]."""
         levels = [level(features.patches(layer)) for layer, level in zip(self.layers, self.levels, strict=True)]
         mean, logvar = self.moments(self.mixer(torch.cat(levels, -1))).float().chunk(2, -1)
         return mean, logvar.clamp(*LOGVAR)
@@ -87,31 +85,14 @@ class VfmVaeHead(Head):
         return tokens
 
 
-@register_adapter(SPEC, base="dinov2-layers")
-def adapt(backbone: Backbone, options: dict[str, Any], weights: Path) -> VfmVaeHead:
-    """The head with its weights.
-
-    Raises:
-        UserError: the file does not fit.
-    """
-    require_layers(backbone.dims, VfmVaeHead.layers, SPEC.name)
-    head = VfmVaeHead(backbone, parse(VfmVaeOptions, options, f"--weights {weights}", "fit it again"))
-    load_fitted(head, weights, SPEC.name)
-    return head
-
-
 @register_fit(SPEC.name, VfmVaeOptions)
 class VfmVaeFitting(Fitting):
-    """Features or frames made again of a sample of the latents, which keep to the prior a little and to the final features' geometry."""
+    """Features or frames reconstructed from a sample of the latents, with a weak prior and the final features' geometry."""
 
     kept: VfmVaeHead
 
     def __init__(self, data: FitData, options: VfmVaeOptions) -> None:
-        """See `Fitting`.
-
-        Raises:
-            UserError: the base's store lacks a layer.
-        """
+        """Make head and decoder; raises UserError if the base's store lacks a layer."""
         super().__init__()
         assert data.base is not None
         backbone = data.base.backbone
@@ -123,15 +104,15 @@ class VfmVaeFitting(Fitting):
         self.project = nn.Linear(options.latent, backbone.dims[LAST])
 
     def rows(self, rng: np.random.Generator) -> NDArray[np.integer]:
-        """Any frames."""
+        """Draw any frames."""
         return random_rows(self.data, self.options.batch, rng)
 
     def loss(self, rows: NDArray[np.integer]) -> dict[str, Tensor]:
-        """The decoder's error, the divergence from the prior, and `alignment_loss`."""
+        """Compute the decoder's error, the divergence from the prior, and `alignment_loss`."""
         features = self.data.features(rows)
         mean, logvar = self.kept.encode(features)
         with torch.no_grad():
-            self.kept.standardise(mean.flatten(0, 1))  # whose statistics follow
+            self.kept.standardise(mean.flatten(0, 1))  # updates its statistics
         latents = mean + (logvar / 2).exp() * torch.randn_like(mean)
         error = self.reconstruction(latents, features, rows)
         kl = divergence_from_prior(mean.flatten(1), logvar.flatten(1)).mean()
@@ -145,13 +126,13 @@ class VfmVaeFitting(Fitting):
 
 
 def alignment_loss(latents: Tensor, projected: Tensor, features: Tensor) -> Tensor:
-    """How far latents are from a frozen network's features: 0 if both have the same angles.
+    """Compute the distance of latents from a frozen network's features: 0 if both have the same angles.
 
     Args:
-        latents: [B, N, d]; the angles between a frame's tokens are to be those between its features.
-        projected: [B, N, D], of the latents; the angle of each with its feature is to be 0.
+        latents: [B, N, d]; compared by the angles between a frame's tokens.
+        projected: [B, N, D], projections of the latents; compared by their angle with the features.
         features: [B, N, D].
     """
-    ours, theirs = (F.normalize(values, dim=-1) for values in (latents, features))
-    between = (ours @ ours.mT - theirs @ theirs.mT).abs().mean()
+    own, target = (F.normalize(values, dim=-1) for values in (latents, features))
+    between = (own @ own.mT - target @ target.mT).abs().mean()
     return between + (1 - F.cosine_similarity(projected, features, dim=-1)).mean()

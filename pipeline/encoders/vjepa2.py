@@ -1,11 +1,12 @@
 """V-JEPA 2 (arXiv 2506.09985): ViT-L/16 over tubelets of two frames, 256 px, the final norm's 16 x 16 tokens of 1024.
 
-A frame is shown twice and makes one tubelet, as V-JEPA 2-AC does it; an encoder with a lag is shown an earlier frame and this one. There is
-no class token. Frames are resized whole, where the published processor crops their margins away. The network is that of transformers.
+A single frame is repeated to fill a tubelet, as in V-JEPA 2-AC; an encoder with a lag receives an earlier frame and this one. There is no
+class token. Frames are resized whole; the published processor crops their margins. The network is that of transformers.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,24 +16,17 @@ import torch
 from torch import Tensor
 
 from wmcache.common.errors import UserError
-from wmcache.common.files import read_json
-from wmcache.pipeline.encoders.base import LAST, EncoderSpec, Loaded, Select
+from wmcache.common.jsonfiles import read_json
+from wmcache.common.reading import reading
+from wmcache.pipeline.encoders.base import LAST, EncoderSpec
+from wmcache.pipeline.encoders.libraries import CONFIG, RESAVE, hf_settings, patches_a_side, require_same
 from wmcache.pipeline.encoders.registry import register
-from wmcache.pipeline.encoders.vit import (
-    CONFIG,
-    RESAVE,
-    ModelSize,
-    Vit,
-    hf_settings,
-    patches_a_side,
-    require_fit,
-    variants,
-)
-from wmcache.pipeline.encoders.weights import find_weights, read_tensors
+from wmcache.pipeline.encoders.vit import ModelSize, Vit, load_variant, register_family
+from wmcache.pipeline.encoders.weights import read_tensors
 
 TUBELET = 2
-CLASSIFIER = ("vjepa2.predictor.", "pooler.", "classifier.")
-"""What a VJEPA2ForVideoClassification has beside the encoder."""
+UNUSED = ("predictor.", "vjepa2.predictor.", "pooler.", "classifier.")
+"""Prefixes of weights beside the encoder; the last three are those of a VJEPA2ForVideoClassification."""
 
 SIZE = ModelSize(
     "",
@@ -62,7 +56,7 @@ class Vjepa2Backbone(Vit):
     """The encoder of a VJEPA2Model."""
 
     def __init__(self, encoder: Any, grid: int) -> None:
-        """Args: `encoder` with `grid` patches a side."""
+        """Wrap an encoder of `grid` patches a side."""
         super().__init__(encoder.config.num_hidden_layers, encoder.config.hidden_size, (grid, grid), prefix=0)
         self.encoder = encoder
 
@@ -78,37 +72,26 @@ class Vjepa2Backbone(Vit):
         return {layer: self.encoder.layernorm(hidden) if layer == LAST else found[layer] for layer in layers}
 
 
-def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """The network with weights from the hub, from a file of the hub's names, or from a folder of transformers'.
-
-    Only the encoder is kept: a predictor is for training, and a classifier for other tasks.
+def load(spec: EncoderSpec, size: ModelSize, image_size: int, path: Path) -> Vjepa2Backbone:  # noqa: ARG001 (`LoadBackbone`)
+    """Load the encoder from a file of the hub's names, or from a folder of transformers; predictor and classifier are left out.
 
     Raises:
-        UserError: no network, or a file or folder that does not fit.
+        UserError: the file or folder does not fit.
     """
-    path, source = find_weights(spec, weights)
     encoder, grid = make_encoder(spec, image_size, path)
-    tensors = read_tensors(path, spec.name, without=("predictor.", *CLASSIFIER))
-    # A model for classification has the whole network under this name.
+    tensors = read_tensors(path, spec.name, without=UNUSED)
     given = {name.removeprefix("vjepa2.").removeprefix("encoder."): value.float() for name, value in tensors.items()}
-    wanted = encoder.state_dict()
-    require_fit(
-        spec,
-        path,
-        missing=set(wanted) - set(given),
-        unknown=set(given) - set(wanted),
-        of_another_shape={name for name in set(wanted) & set(given) if wanted[name].shape != given[name].shape},
-    )
+    require_same(spec, path, given, encoder.state_dict())
     encoder.load_state_dict(given, assign=True)
     backbone = Vjepa2Backbone(encoder, grid)
     backbone.config = hf_settings(encoder.config, type(encoder.config)(crop_size=image_size))
-    return Loaded(backbone, Select(backbone, spec.token_selection), source)
+    return backbone
 
 
 def make_encoder(spec: EncoderSpec, image_size: int, path: Path) -> tuple[Any, int]:
-    """A VJEPA2Encoder without weights, and its patches a side: as a folder's config says, or the published one for a file.
+    """Make a VJEPA2Encoder without weights, of a folder's config or the published one, and its patches a side.
 
-    The network takes the rows and columns of its rotary positions from its crop size, whatever the image, so the two have to agree.
+    The network derives its rotary positions from the config's crop size, so this must equal the image size.
 
     Raises:
         UserError: the folder is of another model, or not for tubelets of two frames of this size.
@@ -119,16 +102,13 @@ def make_encoder(spec: EncoderSpec, image_size: int, path: Path) -> tuple[Any, i
     if path.is_dir():
         written = read_json(path / CONFIG, RESAVE)
         if (kind := written.get("model_type")) != VJEPA2Config.model_type:
-            raise UserError(f"{path} holds a {kind}, not a {VJEPA2Config.model_type}; pass weights of that kind")
+            raise UserError(f"{path} contains a {kind}, not a {VJEPA2Config.model_type}; pass weights of that kind")
     if (tubelet := written.get("tubelet_size", TUBELET)) != TUBELET:
         raise UserError(f"{path} has tubelets of {tubelet} frames, not {TUBELET}; pass weights of {spec.source}")
     grid = patches_a_side(spec, image_size, written.get("patch_size", spec.patch), path)
-    try:
-        with torch.device("meta"):
-            return VJEPA2Model(VJEPA2Config.from_dict({**written, "crop_size": image_size})).encoder, grid
-    except Exception as error:  # (whatever the library makes of a stranger's config)
-        raise UserError(f"{path / CONFIG} is damaged ({' '.join(str(error).split())[:160]}); {RESAVE}") from error
+    with reading(path / CONFIG, f"{path / CONFIG} is damaged", RESAVE), torch.device("meta"):
+        return VJEPA2Model(VJEPA2Config.from_dict({**written, "crop_size": image_size})).encoder, grid
 
 
-for _spec in (*variants(SPEC, SIZE, prefix=0), PAIR):
-    register(_spec)(load)
+register_family(SPEC, (SIZE,), prefix=0, load=load)
+register(PAIR)(functools.partial(load_variant, SIZE, load))

@@ -14,7 +14,8 @@ from distributed import LocalCluster
 from wmcache.cache import TokenStore
 from wmcache.cli import main
 from wmcache.commands import plan
-from wmcache.planner.context import EvalContext, evaluate
+from wmcache.planner.context import EvalContext
+from wmcache.planner.evaluate import evaluate
 from wmcache.planner.options import PlanOptions
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.train import train

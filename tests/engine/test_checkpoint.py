@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
-from wmcache.common.files import read_json, seal, write_json
+from wmcache.common.jsonfiles import read_json, seal, write_json
 from wmcache.engine.checkpoint import (
     FILES,
     Progress,

@@ -20,8 +20,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from wmcache.commands.shared import Command, Stopped
-from wmcache.common.errors import UserError
+from wmcache.commands.command import Command
+from wmcache.common.errors import Stopped, UserError
 from wmcache.engine.checkpoint import checkpoints, last_checkpoint
 from wmcache.engine.ranks import SINGLE, Ranks
 from wmcache.trainer.options import TrainOptions
@@ -350,7 +350,7 @@ def test_an_error_of_another_rank_is_reported_once(tmp_path: Path) -> None:
         """
 import sys
 from wmcache.common.errors import UserError
-from wmcache.engine.ranks import ReportedError, joined
+from wmcache.engine.ranks import Spoken, joined
 try:
     with joined("cpu") as ranks:
         ranks.wait()

@@ -20,7 +20,8 @@ from wmcache.bench.compare import GRID, compare_runs, landscape, roughness
 from wmcache.cli import main
 from wmcache.common.errors import UserError
 from wmcache.planner import localization as localization
-from wmcache.planner.context import EvalContext, evaluate, run_episodes
+from wmcache.planner.context import EvalContext
+from wmcache.planner.evaluate import evaluate, run_episodes
 from wmcache.planner.localization import draw_localization
 from wmcache.planner.objective import GoalDistance
 from wmcache.planner.options import PlanOptions

@@ -27,7 +27,8 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract, extract_together, read_for
 from wmcache.pipeline.fit import fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.planner.context import EvalContext, evaluate
+from wmcache.planner.context import EvalContext
+from wmcache.planner.evaluate import evaluate
 from wmcache.planner.options import PlanOptions
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.train import train

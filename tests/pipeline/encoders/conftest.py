@@ -1,4 +1,4 @@
-"""What the tests of adapters share: stores of layers, and fits on them."""
+"""Shared by the tests of encoders: frames, stores of layers, and fits on them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,33 @@ from wmcache.pipeline.fit import fit_adapter
 from wmcache.pipeline.frames import FrameDataset
 
 Fit = Callable[..., Encoder]
+Frames = NDArray[np.uint8]
+
+
+@pytest.fixture(scope="session")
+def noise() -> Callable[..., Frames]:
+    """(*shape, seed=0) -> random frames [*shape, 3]."""
+    return lambda *shape, seed=0: np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def white_cells() -> Callable[[int, int], Frames]:
+    """(side, cell) -> a black frame, then one with a single white cell for each of side x side, row by row."""
+
+    def make(side: int, cell: int) -> Frames:
+        frames = np.zeros((1 + side * side, side * cell, side * cell, 3), np.uint8)
+        for i in range(side * side):
+            row, column = divmod(i, side)
+            frames[1 + i, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] = 255
+        return frames
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def most_changed() -> Callable[[torch.Tensor], list[int]]:
+    """Tokens [1 + n, N, D] -> for each of the last n frames the token that differs most from the first frame's."""
+    return lambda tokens: (tokens[1:].float() - tokens[0].float()).norm(dim=-1).argmax(1).tolist()
 
 
 @pytest.fixture(scope="session")
@@ -41,14 +68,14 @@ def vit_layers(dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(params=["tcn_layers", "vit_layers"])
 def layers(request: pytest.FixtureRequest) -> TokenStore:
-    """Either of these."""
+    """Both stores in turn."""
     found: TokenStore = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
 def fitted(tmp_path: Path) -> Fit:
-    """(store, name, options, dataset=None) -> the adapter after its fit."""
+    """(store, name, options, dataset=None) -> the fitted adapter."""
 
     def fit_on_cpu(
         store: TokenStore, name: str, options: FitOptions, dataset: FrameDataset | None = None, *, out: str = "fit"
@@ -62,7 +89,7 @@ def fitted(tmp_path: Path) -> Fit:
 
 @pytest.fixture(scope="session")
 def restored() -> Callable[[TokenStore, int], Features]:
-    """(store, n) -> the features, float16, that it holds of the first n frames."""
+    """(store, n) -> the float16 features of its first n frames."""
 
     def restore(store: TokenStore, frames: int) -> Features:
         head = encoders.create_again(store.card.encoder, device="cpu").head
@@ -74,7 +101,7 @@ def restored() -> Callable[[TokenStore, int], Features]:
 
 @pytest.fixture(scope="session")
 def fit_data() -> Callable[[TokenStore], FitData]:
-    """(store) -> all its frames as a fit sees them."""
+    """(store) -> all its frames as a fit receives them."""
 
     def make(store: TokenStore) -> FitData:
         base = encoders.create_again(store.card.encoder, device="cpu")

@@ -1,4 +1,4 @@
-"""Weights from a hub: pinned, checked, explained. The hub is a real one for its real client, if a small one: on this machine."""
+"""Weights from a hub: a small server on this machine for the real client."""
 
 from __future__ import annotations
 
@@ -21,21 +21,11 @@ from safetensors.torch import save, save_file
 
 from wmcache.common.errors import UnreadableError, UserError
 from wmcache.pipeline import encoders
-from wmcache.pipeline.encoders import dinov3
-from wmcache.pipeline.encoders.weights import (
-    Pin,
-    download_weights,
-    find_weights,
-    list_fitted,
-    look_up,
-    read_header,
-    read_pins,
-    read_tensors,
-    require_weights,
-)
+from wmcache.pipeline.encoders.hub import Pin, download_weights, find_weights, look_up, read_pins
+from wmcache.pipeline.encoders.weights import list_fitted, read_header, read_tensors, require_weights
 
 AnotherUser = Callable[[], AbstractContextManager[None]]
-REPOSITORY = "somebody/weights"
+REPOSITORY = "some/weights"
 FIRST, SECOND = "1" * 40, "2" * 40
 DATA = save({"weight": torch.arange(100.0)})
 OTHER = save({"weight": torch.arange(100.0).flip(0)})
@@ -47,7 +37,7 @@ def digest(data: bytes) -> str:
 
 @dataclass
 class Hub:
-    """One repository: `commits` its files, the last of them the newest; `sent`, if not None, goes over the wire instead."""
+    """One repository: the last of `commits` is the newest; `sent`, if not None, is sent instead of the file."""
 
     commits: dict[str, bytes] = field(default_factory=lambda: {FIRST: DATA})
     sent: bytes | None = None
@@ -116,28 +106,30 @@ def test_the_first_download_pins_its_commit_and_its_bytes(hub: Hub) -> None:
     assert read_pins() == {REPOSITORY: Pin(FIRST, digest(DATA), len(DATA))}
     assert hub.asked[0] == "HEAD main"
     assert f"GET {FIRST}" in hub.asked
+    download_weights("some/other", "dinov9")
+    assert set(read_pins()) == {REPOSITORY, "some/other"}
 
 
-def test_what_is_in_the_cache_is_not_asked_for_again(hub: Hub) -> None:
+@pytest.mark.parametrize("offline", [False, True])
+def test_cached_weights_need_no_request(hub: Hub, monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
     first = download_weights(REPOSITORY, "dinov9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     hub.asked.clear()
     assert download_weights(REPOSITORY, "dinov9") == first
     assert hub.asked == []
 
 
-def test_weights_are_used_where_they_cannot_be_pinned(
+def test_weights_are_used_if_they_cannot_be_pinned(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "home").write_text("a file, where no folder can be made")
+    (tmp_path / "home").write_text("a file instead of a folder")
     path = download_weights(REPOSITORY, "dinov9")
     assert download_weights(REPOSITORY, "dinov9") == path
     assert path.read_bytes() == DATA
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2
-    assert all(line.startswith(f"{REPOSITORY} is not pinned: cannot write ") for line in said)
+    assert [line.startswith(REPOSITORY) for line in capsys.readouterr().err.splitlines()] == [True, True]
 
 
-def test_a_pinned_commit_is_asked_for_when_the_hub_has_moved_on(
+def test_a_pinned_commit_is_requested_after_the_hub_has_changed(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     download_weights(REPOSITORY, "dinov9")
@@ -148,38 +140,28 @@ def test_a_pinned_commit_is_asked_for_when_the_hub_has_moved_on(
     assert {asked.split()[1] for asked in hub.asked} == {FIRST}
 
 
-def test_a_specs_commit_is_asked_for_whatever_was_pinned(hub: Hub) -> None:
-    hub.commits = {FIRST: DATA, SECOND: OTHER}
+def test_the_commit_of_a_spec_overrides_the_pin(hub: Hub, tmp_path: Path) -> None:
+    spec = encoders.get_spec("dinov3")
+    hub.commits = {FIRST: DATA, spec.revision: DATA, SECOND: OTHER}
     assert download_weights(REPOSITORY, "dinov9").read_bytes() == OTHER
     assert download_weights(REPOSITORY, "dinov9", revision=FIRST).read_bytes() == DATA
     assert read_pins()[REPOSITORY].revision == FIRST
-
-
-def test_a_source_is_named_with_its_commit(hub: Hub, tmp_path: Path) -> None:
-    spec = encoders.get_spec("dinov3")
-    hub.commits = {FIRST: OTHER, spec.revision: DATA, SECOND: OTHER}
     path, source = find_weights(spec, None)
     assert path.read_bytes() == DATA
     assert source == f"facebook/dinov3-vits16-pretrain-lvd1689m@{spec.revision}"
     assert find_weights(spec, tmp_path) == (tmp_path, "file")
 
 
-def test_pins_of_several_repositories_are_kept(hub: Hub) -> None:
-    download_weights(REPOSITORY, "dinov9")
-    download_weights("somebody/else", "dinov9")
-    assert set(read_pins()) == {REPOSITORY, "somebody/else"}
-
-
 @pytest.mark.parametrize("pinned", [True, False])
 @pytest.mark.parametrize("data", [DATA[:-9], b"x" + DATA[1:]], ids=["cut short", "changed"])
-def test_a_damaged_file_in_the_cache_is_named_and_downloaded_again_when_it_is_deleted(
+def test_a_damaged_file_in_the_cache_is_named_and_downloaded_again_after_it_is_deleted(
     hub: Hub, tmp_path: Path, data: bytes, pinned: bool
 ) -> None:
     blob = download_weights(REPOSITORY, "dinov9").resolve()
     if not pinned:
         (tmp_path / "home" / "encoders" / "pins.json").unlink()
     blob.write_bytes(data)
-    with pytest.raises(UserError, match=r"is cut short or changed: .*; move that file away") as refused:
+    with pytest.raises(UserError, match=digest(data)[:12]) as refused:
         download_weights(REPOSITORY, "dinov9")
     assert str(refused.value).startswith(str(blob))
     assert "\n" not in str(refused.value)
@@ -187,58 +169,49 @@ def test_a_damaged_file_in_the_cache_is_named_and_downloaded_again_when_it_is_de
     assert download_weights(REPOSITORY, "dinov9").read_bytes() == DATA
 
 
-def test_bytes_that_are_not_the_published_ones_are_refused(hub: Hub) -> None:
-    hub.sent = b"x" * len(DATA)
-    with pytest.raises(UserError, match=r"is cut short or changed: .*; move that file away"):
-        download_weights(REPOSITORY, "dinov9")
-    assert read_pins() == {}
-
-
-def test_a_commit_that_became_another_file_is_refused(
+def test_bytes_that_are_not_the_published_or_pinned_ones_are_refused(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    hub.sent = b"x" * len(DATA)
+    with pytest.raises(UserError, match=digest(hub.sent)[:12]):
+        download_weights(REPOSITORY, "dinov9")
+    assert read_pins() == {}
+    hub.sent = None
+    empty_cache(tmp_path, monkeypatch)
     download_weights(REPOSITORY, "dinov9")
     hub.commits[FIRST] = OTHER
-    empty_cache(tmp_path, monkeypatch)
-    with pytest.raises(UserError, match=rf"its SHA-256 is {digest(OTHER)[:12]}\.\.\., not {digest(DATA)[:12]}"):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "third-hub"))
+    with pytest.raises(UserError, match=digest(OTHER)[:12]):
         download_weights(REPOSITORY, "dinov9")
 
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_gated_weights_name_the_licence_and_the_login(hub: Hub, status: int) -> None:
     hub.refusal = status
-    with pytest.raises(UserError, match=r"gated: accept their licence at .*, log in with: hf auth login") as refused:
+    with pytest.raises(UserError, match=r"hf auth login.*--weights") as refused:
         encoders.create("dinov3-base-cls", device="cpu")
     assert "https://huggingface.co/facebook/dinov3-vitb16-pretrain-lvd1689m" in str(refused.value)
-    assert "--weights" in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_a_hub_without_that_commit_gives_both_ways_out(hub: Hub) -> None:
-    with pytest.raises(
-        UserError, match=r"cannot be downloaded .*--weights FILE\.safetensors.*--encoder tcn"
-    ) as refused:
+def test_without_that_commit_or_network_two_alternatives_are_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"dinov9.*--weights.*--encoder tcn") as refused:
         download_weights(REPOSITORY, "dinov9", revision=SECOND)
     assert "\n" not in str(refused.value)
-
-
-def test_offline_the_cache_is_enough(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = download_weights(REPOSITORY, "dinov9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.asked.clear()
-    assert download_weights(REPOSITORY, "dinov9") == first
-    with pytest.raises(UserError, match=r"the weights of dinov9 .* cannot be downloaded"):
-        download_weights("somebody/else", "dinov9")
+    with pytest.raises(UserError, match=r"dinov9.*--weights.*--encoder tcn"):
+        download_weights("some/other", "dinov9")
     assert hub.asked == []
 
 
-def test_the_environment_says_where_the_cache_is_and_that_there_is_no_network(hub: Hub, tmp_path: Path) -> None:
+def test_the_environment_gives_the_cache_and_forbids_the_network(hub: Hub, tmp_path: Path) -> None:
     download_weights(REPOSITORY, "dinov9")
     script = (
         "from wmcache.common.errors import UserError\n"
-        "from wmcache.pipeline.encoders.weights import download_weights\n"
+        "from wmcache.pipeline.encoders.hub import download_weights\n"
         f"print(download_weights({REPOSITORY!r}, 'dinov9'))\n"
-        "try:\n    download_weights('somebody/else', 'dinov9')\nexcept UserError as error:\n    print(error)"
+        "try:\n    download_weights('some/other', 'dinov9')\nexcept UserError as error:\n    print(error)"
     )
     # $HF_HOME/hub is the cache that was filled above.
     done = subprocess.run(
@@ -252,11 +225,10 @@ def test_the_environment_says_where_the_cache_is_and_that_there_is_no_network(hu
     found, refused = done.stdout.splitlines()
     assert Path(found).read_bytes() == DATA
     assert "--weights" in refused
-    assert "--encoder tcn" in refused
 
 
 def make_read_only(folder: Path) -> None:
-    """For all that have not the rights of root."""
+    """For any user but root."""
     for path in sorted(folder.rglob("*"), reverse=True):
         if not path.is_symlink():
             path.chmod(0o555 if path.is_dir() else 0o444)
@@ -265,7 +237,7 @@ def make_read_only(folder: Path) -> None:
 
 @pytest.fixture
 def shared(hub: Hub, open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache with the weights and a home with nothing; read-only, of another user's."""
+    """A read-only cache of another user with the weights, and an empty home."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(open_folder / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(open_folder / "token"))
     monkeypatch.setenv("WMCACHE_HOME", str(open_folder / "first"))
@@ -297,28 +269,17 @@ def test_weights_in_a_read_only_cache_are_used(
         assert download_weights(REPOSITORY, "dinov9") == first
         assert read_tensors(first, "dinov9")["weight"].tolist() == list(range(100))
     assert hub.asked == []
-    said = capsys.readouterr().err
-    assert ("is not pinned" in said) == (not home_is_writable)
+    assert (REPOSITORY in capsys.readouterr().err) == (not home_is_writable)
     assert (shared / "home/encoders/pins.json").exists() == home_is_writable
 
 
-def test_a_read_only_cache_without_the_weights_is_said_to_be_so(
-    hub: Hub, shared: Path, another_user: AnotherUser
-) -> None:
-    with another_user(), pytest.raises(UserError, match="HF_HOME") as refused:
-        download_weights("somebody/others", "dinov9")
-    assert str(shared / "hub") in str(refused.value)
-
-
-def test_weights_in_a_cache_that_this_user_may_not_read_are_not_called_damaged(
-    hub: Hub, shared: Path, another_user: AnotherUser
-) -> None:
+def test_a_cache_that_cannot_be_written_or_read_is_named(hub: Hub, shared: Path, another_user: AnotherUser) -> None:
+    with another_user(), pytest.raises(UserError, match=rf"{shared / 'hub'}.*HF_HOME"):
+        download_weights("some/other", "dinov9")
     (blob,) = (shared / "hub").glob("*/blobs/*")
     blob.chmod(0)
-    with another_user(), pytest.raises(UnreadableError, match="make it readable") as refused:
+    with another_user(), pytest.raises(UnreadableError, match=str(shared / "hub")):
         download_weights(REPOSITORY, "dinov9")
-    assert "delete" not in str(refused.value)
-    assert str(shared / "hub") in str(refused.value)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a/b": {"revision": 3}}', '{"a/b": {"sha256": "", "bytes": -1}}'])
@@ -326,11 +287,11 @@ def test_damaged_pins_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("WMCACHE_HOME", str(tmp_path))
     (tmp_path / "encoders").mkdir()
     (tmp_path / "encoders" / "pins.json").write_text(text)
-    with pytest.raises(UserError, match=r"pins\.json .*; restore it, or move it away"):
+    with pytest.raises(UserError, match=r"pins\.json"):
         read_pins()
 
 
-def test_a_look_into_the_cache_says_where_and_how_large(hub: Hub) -> None:
+def test_a_lookup_in_the_cache_gives_path_and_size(hub: Hub) -> None:
     assert look_up(REPOSITORY) is None
     path = download_weights(REPOSITORY, "dinov9")
     found = look_up(REPOSITORY)
@@ -339,35 +300,39 @@ def test_a_look_into_the_cache_says_where_and_how_large(hub: Hub) -> None:
     assert look_up(REPOSITORY, FIRST) == found
     assert look_up(REPOSITORY, SECOND) is None
     path.resolve().write_bytes(DATA[:10])
-    assert "were downloaded" in getattr(look_up(REPOSITORY), "fault", "")
+    assert getattr(look_up(REPOSITORY), "fault", "")
 
 
-def test_fitted_files_say_what_they_are(tmp_path: Path) -> None:
+def test_fitted_files_are_listed_with_their_headers(tmp_path: Path) -> None:
     tensors = {"weight": torch.zeros(3)}
-    save_file(tensors, tmp_path / "a.safetensors", {"encoder": "tcn", "dataset": "f00d"})
     recipe = json.dumps({"name": "dinov2-layers", "weights": "/somewhere/w.safetensors"})
-    save_file(tensors, tmp_path / "b.safetensors", {"encoder": "dino-tok", "dataset": "f00d", "base": recipe})
-    save_file(tensors, tmp_path / "c.safetensors")
+    headers = {
+        "a": {"encoder": "tcn", "dataset": "f00d"},
+        "b": {"encoder": "dino-tok", "dataset": "f00d", "base": recipe},
+        "c": None,
+        "e": {"encoder": "tcn", "base": "{"},
+        "f": {"encoder": "tcn", "base": "3"},
+    }
+    for name, header in headers.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors", header)
     (tmp_path / "d.safetensors").write_bytes(b"<html>")
-    save_file(tensors, tmp_path / "e.safetensors", {"encoder": "tcn", "base": "{"})
-    save_file(tensors, tmp_path / "f.safetensors", {"encoder": "tcn", "base": "3"})
     (tmp_path / "pins.json").write_text("{}")
     fitted = {file.path.stem: asdict(file) for file in list_fitted(tmp_path)}
     assert set(fitted) == set("abcdef")
     assert (fitted["a"]["encoder"], fitted["a"]["dataset"], fitted["a"]["base"]) == ("tcn", "f00d", "")
     assert fitted["a"]["bytes"] == (tmp_path / "a.safetensors").stat().st_size
     assert (fitted["b"]["base"], fitted["b"]["base_weights"]) == ("dinov2-layers", "/somewhere/w.safetensors")
-    assert fitted["c"]["fault"] == "not written by wmcache fit"
-    assert all(fitted[name]["fault"].startswith("cannot be read") for name in "def")
+    assert {name for name in fitted if fitted[name]["fault"]} == set("cdef")
     assert list_fitted(tmp_path / "nowhere") == []
 
 
 def test_only_safetensors_and_folders_with_them_are_weights(tmp_path: Path) -> None:
-    (tmp_path / "weights.pt").write_bytes(b"a pickle could hold code")
+    (tmp_path / "weights.pt").write_bytes(b"a pickle may contain code")
+    (tmp_path / "folder.safetensors").mkdir()
     (tmp_path / "empty").mkdir()
-    for name in ("weights.pt", "empty", "nowhere.safetensors"):
-        with pytest.raises(UserError, match=f"--weights .*{name}: neither an existing"):
-            require_weights(tmp_path / name)
+    for name in ("weights.pt", "empty", "nowhere.safetensors", "folder.safetensors"):
+        with pytest.raises(UserError, match=f"--weights .*{name}"):
+            encoders.create("tcn", weights=tmp_path / name)
     save_file({"weight": torch.zeros(3)}, tmp_path / "empty" / "model.safetensors")
     assert require_weights(tmp_path / "empty") == tmp_path / "empty"
 
@@ -375,18 +340,11 @@ def test_only_safetensors_and_folders_with_them_are_weights(tmp_path: Path) -> N
 def test_a_header_of_another_encoder_is_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "a.safetensors", {"encoder": "tcn"})
     assert read_header(tmp_path / "a.safetensors", "tcn") == {"encoder": "tcn"}
-    with pytest.raises(UserError, match=r"a\.safetensors holds tcn, not dino-tok"):
+    with pytest.raises(UserError, match=r"a\.safetensors .*tcn.*dino-tok"):
         read_header(tmp_path / "a.safetensors", "dino-tok")
 
 
-def test_tensors_that_nobody_wants_are_not_read(tmp_path: Path) -> None:
+def test_unused_tensors_are_not_read(tmp_path: Path) -> None:
     save_file({"text.a": torch.zeros(3), "image.a": torch.ones(3)}, tmp_path / "a.safetensors")
     assert set(read_tensors(tmp_path / "a.safetensors", "clip", ("text.",))) == {"image.a"}
     assert set(read_tensors(tmp_path / "a.safetensors", "clip")) == {"text.a", "image.a"}
-
-
-def test_a_licence_is_accepted_on_the_page_of_its_own_size() -> None:
-    pages = {
-        size.source: encoders.get_spec("-".join(filter(None, ["dinov3", size.suffix]))).accept for size in dinov3.SIZES
-    }
-    assert all(page == f"https://huggingface.co/{source}" for source, page in pages.items())

@@ -1,4 +1,4 @@
-"""What a representation has to beat: the pixels themselves, and a transformer that was never trained. Neither needs weights."""
+"""Baselines without weights: the pixels themselves, and a transformer that was never trained."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from wmcache.common.errors import UserError
 from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.registry import register
 from wmcache.pipeline.encoders.vit import TimmVit
+from wmcache.pipeline.encoders.weights import refuse_weights
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 
 PIXELS = EncoderSpec(
     name="pixels",
-    summary="the pixels of a small frame, a floor",
+    summary="the pixels of a small frame, a baseline",
     image_size=32,
     patch=8,
     token_dim=192,
@@ -33,7 +33,7 @@ PIXELS = EncoderSpec(
 )
 RANDOM = EncoderSpec(
     name="random-vit",
-    summary="a ViT-Ti/16 that was never trained, a floor",
+    summary="a ViT-Ti/16 that was never trained, a baseline",
     image_size=64,
     patch=16,
     token_dim=192,
@@ -58,7 +58,7 @@ class PixelBackbone(Backbone):
     """Patches as they are, each [patch, patch, 3] in this order."""
 
     def __init__(self, patch: int, grid: tuple[int, int]) -> None:
-        """Args: `patch` its side in pixels, `grid` of patches."""
+        """Set the patch's side in pixels and the grid of patches."""
         super().__init__()
         self.patch = patch
         self.dims, self.described, self.grid = {LAST: 3 * patch**2}, {LAST: "pixels"}, grid
@@ -71,11 +71,7 @@ class PixelBackbone(Backbone):
 
 @register(PIXELS)
 def load_pixels(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """No network at all.
-
-    Raises:
-        UserError: weights are given.
-    """
+    """Make the backbone; raises UserError if weights are given."""
     refuse_weights(spec, weights)
     backbone = PixelBackbone(spec.patch, spec.patch_grid(image_size))
     return Loaded(backbone, Select(backbone, spec.token_selection), spec.source)
@@ -84,11 +80,7 @@ def load_pixels(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loa
 @register(RANDOM)
 @register(RANDOM_LAYERS)
 def load_random(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """The same network on every machine.
-
-    Raises:
-        UserError: weights are given.
-    """
+    """Make the network, the same on every machine; raises UserError if weights are given."""
     import timm
 
     refuse_weights(spec, weights)
@@ -99,17 +91,11 @@ def load_random(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loa
     return Loaded(backbone, Select(backbone, spec.token_selection), spec.source)
 
 
-def refuse_weights(spec: EncoderSpec, weights: Path | None) -> None:
-    """Raises UserError if weights are given."""
-    if weights is not None:
-        raise UserError(f"encoder {spec.name} has no weights ({weights} given); leave out --weights")
-
-
 def initialise(vit: nn.Module) -> None:
-    """Draw all weights from seed 0: matrices keep the variance of what they are given, positions have timm's deviation of 0.02.
+    """Draw all weights from seed 0: matrices keep the variance of their input, positions have timm's deviation of 0.02.
 
-    Uniform draws are multiples of 2^-24, and are multiplied once, so they are the same bits on every machine. Normal ones go through
-    functions that processors round differently, and the hash of the weights would say that these are other encoders.
+    Uniform draws are multiples of 2^-24 and are multiplied once, so they have the same bits on every machine. Normal draws use functions
+    that processors round differently, which would change the hash of the weights.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

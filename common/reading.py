@@ -1,0 +1,32 @@
+"""Reading files from outside with libraries that raise whatever they raise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from wmcache.common.errors import UserError, reason
+from wmcache.common.paths import AnyPath, cause_outside, unreadable
+
+
+@contextmanager
+def reading(path: AnyPath, fault: str, hint: str) -> Iterator[None]:
+    """Turn any error of the block into one line.
+
+    Args:
+        path: the file, for errors of the system.
+        fault: what is wrong and where; the reason is appended.
+        hint: how to fix it.
+
+    Raises:
+        UnreadableError: permissions, disk or network: the file is not damaged.
+        UserError: any other error.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if outside := cause_outside(error):
+            raise unreadable(path, outside) from error
+        raise UserError(f"{fault} ({reason(error)}); {hint}") from error

@@ -1,0 +1,15 @@
+"""Behaviour policies, which generate the actions of a frame dataset. A new one is a file in this folder, or of another package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmcache.common.registry import Registry
+
+Policy = Callable[[np.random.Generator, int], NDArray[np.float32]]
+"""(rng, length) -> actions [length, 2] in [-1, 1]."""
+
+POLICIES: Registry[Policy] = Registry("policy", package="wmcache.envs.policies", group="wmcache.policies")

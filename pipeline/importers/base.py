@@ -1,0 +1,134 @@
+"""The interface of an import format, and what turns its data into a frame dataset."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from wmcache.cluster.tasks import run_tasks
+from wmcache.common.errors import UserError
+from wmcache.common.paths import AnyPath, exists
+from wmcache.common.registry import Registry
+from wmcache.common.space import require_space
+from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, write_shard
+from wmcache.pipeline.steps import Steps, read_steps
+from wmcache.pipeline.tars import Frames, encode_png
+
+Read = Callable[[int, range], Iterable[Frames]]
+"""(episode, steps) -> the frames of those steps, uint8 [image_size, image_size, 3] each."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Data to import: all steps in memory, the frames on disk.
+
+    Frames are read shard by shard, so memory contains at most an episode, and a stopped import continues with the missing shards.
+
+    Attributes:
+        origin: the files, for errors.
+        steps: the step table of all frames.
+        image_size: side of the frames in pixels.
+        read: returns frames; raises UserError, naming the file, for one that cannot be read.
+        env, maze, policy, fps: as in `DatasetCard`.
+    """
+
+    origin: AnyPath | str
+    steps: Steps
+    image_size: int
+    read: Read
+    env: str
+    maze: tuple[str, ...]
+    policy: str
+    fps: int
+
+
+@dataclass(frozen=True)
+class Importer:
+    """One import of `wmcache import NAME SOURCE`. A subclass is a frozen dataclass.
+
+    The fields of a subclass are the command's options (`common.options.option`), its docstring is the command's help.
+
+    Attributes:
+        metavar: of SOURCE in the help.
+        local: fields that are paths of this machine.
+        source: path or id of the data.
+    """
+
+    metavar: ClassVar[str] = "FOLDER"
+    local: ClassVar[frozenset[str]] = frozenset({"source"})
+    source: str
+
+    def open(self) -> Source:
+        """Check the data and return it; execute nothing from outside.
+
+        Raises:
+            UserError: the data does not fit the format; the file is named.
+        """
+        raise NotImplementedError
+
+
+IMPORTERS: Registry[type[Importer]] = Registry(
+    "import format", package="wmcache.pipeline.importers", group="wmcache.importers"
+)
+
+
+def write_dataset(source: Source, out: AnyPath, *, frames_per_shard: int) -> DatasetCard:
+    """Write a source as a frame dataset; a repeated call continues where the last one stopped.
+
+    Args:
+        source: the data.
+        out: the dataset's folder.
+        frames_per_shard: frames in each tar, and in each Zarr shard of its stores.
+
+    Raises:
+        UserError: unusable folder, settings or data other than those of the stopped import, too little space, or unreadable frames.
+    """
+    steps = source.steps
+    if not steps.in_order():
+        raise UserError(f"{source.origin} has no frames, or its steps are out of order")
+    # Read the first frame before anything is written: it shows most faults, and the size of a frame.
+    first = encode_png(next(iter(source.read(0, range(1)))))
+    card = DatasetCard(
+        name=out.absolute().name,
+        env=source.env,
+        maze=list(source.maze),
+        image_size=source.image_size,
+        policy=source.policy,
+        seed=0,
+        episodes=int(steps.episode[-1]) + 1,
+        frames=len(steps),
+        frames_per_shard=frames_per_shard,
+        fps=source.fps,
+    )
+    if not exists(out):
+        require_space(out, len(first) * len(steps) // 2, f"a dataset of {len(steps)} frames")
+    writer = FrameDatasetWriter(out, card, steps)
+    if read_steps(out, len(steps)).sha256() != steps.sha256():
+        raise UserError(
+            f"{out} was started with other actions or states than those of {source.origin}; choose another --out"
+        )
+    pending = writer.pending()
+    total = sum(len(writer.shard_frames(shard)) for shard in pending)
+    run_tasks(functools.partial(_write, writer, source), pending, total=total, label="import")
+    return writer.finish()
+
+
+def _write(writer: FrameDatasetWriter, source: Source, shard: int) -> int:
+    frames = writer.shard_frames(shard)
+    write_shard(writer.path, shard, _samples(source, frames))
+    return len(frames)
+
+
+def _samples(source: Source, frames: range) -> Iterator[tuple[str, Frames]]:
+    steps, start = source.steps, frames.start
+    while start < frames.stop:
+        episode = steps.episode[start]
+        stop = min(frames.stop, int(np.searchsorted(steps.episode, episode, side="right")))
+        wanted = range(int(steps.step[start]), int(steps.step[stop - 1]) + 1)
+        for frame, image in zip(range(start, stop), source.read(int(episode), wanted), strict=True):
+            yield steps.key(frame), image
+        start = stop

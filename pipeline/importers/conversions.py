@@ -1,0 +1,138 @@
+"""What import formats share: images to square frames, numbers to columns, and data that no format reads."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from annotated_types import Ge, Le
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from wmcache.cache.arrays import MAX_COLUMN_WIDTH
+from wmcache.common.errors import UserError
+from wmcache.common.options import Positive, option
+from wmcache.common.paths import AnyPath
+from wmcache.pipeline.importers.base import Importer
+from wmcache.pipeline.tars import Frames
+
+NO_LEROBOT = (
+    "which wmcache cannot import yet: videos of several episodes, images inside a table and LeRobot's columns "
+    "(episode_index, frame_index, observation.state) are not supported; "
+    "save each episode as images or as one video, with a table as in docs/import.md"
+)
+"""Why a LeRobot dataset is refused."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Turns images into square frames of one size.
+
+    Attributes:
+        crop: `none` refuses images that are not square; `center` takes their central square.
+        image_size: side to which squares are resized, bicubic with antialiasing; None requires all to have one size.
+    """
+
+    crop: str = "none"
+    image_size: int | None = None
+
+    def __str__(self) -> str:
+        """Describe the changes, for the card."""
+        resized = f", resized to {self.image_size} px (bicubic)" if self.image_size else ""
+        return (", cropped to the central square" if self.crop == "center" else "") + resized
+
+    def side(self, width: int, height: int, where: AnyPath | str) -> int:
+        """Return the side of the frame of an image; raises UserError for one that is not square or too large."""
+        if width != height and self.crop == "none":
+            raise UserError(f"{where} is {width} x {height} pixels, not square; pass --crop center")
+        side = self.image_size or min(width, height)
+        if not 0 < side <= 8192:
+            raise UserError(f"{where} gives a frame of {side} pixels, more than 8192; pass --image-size")
+        return side
+
+    def frame(self, image: Image.Image, size: int, where: AnyPath | str) -> Frames:
+        """Turn an RGB image into a frame, uint8 [size, size, 3]; raises UserError if it does not have that size."""
+        width, height = image.size
+        if (found := self.side(width, height, where)) != size:
+            raise UserError(
+                f"{where} gives a frame of {found} pixels, the first one has {size}; pass --image-size to resize all"
+            )
+        square = min(width, height)
+        left, top = (width - square) // 2, (height - square) // 2
+        if width != height:
+            image = image.crop((left, top, left + square, top + square))
+        if square != size:
+            image = image.resize((size, size), Image.Resampling.BICUBIC)
+        return np.asarray(image)
+
+
+@dataclass(frozen=True)
+class ImageImporter(Importer):
+    """A format whose images may have to be cropped and resized."""
+
+    crop: Literal["none", "center"] = option("none", "center: take the central square of images that are not square.")
+    image_size: Annotated[int, Ge(8), Le(8192)] | None = option(
+        None, "Resize squares to this side.  [default: as they are]"
+    )
+    fps: Positive = option(20, "Env steps per second, for videos that are made later.")
+
+    @property
+    def shape(self) -> Shape:
+        """How images become frames."""
+        return Shape(self.crop, self.image_size)
+
+
+def as_columns(
+    action: NDArray[Any], state: NDArray[Any], where: AnyPath | str, row: Callable[[int], str] = "row {}".format
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Convert actions [frames, A] and states [frames, P] to the types of `Steps`; actions are rounded to float32.
+
+    Args:
+        action, state: the numbers.
+        where: the file, for errors.
+        row: names a row of the arrays as the file counts it.
+
+    Raises:
+        UserError: a number is missing, not finite or too large for its type, or a row has too many.
+    """
+    for name, values in (("action", action), ("state", state)):
+        if not 0 < values.shape[1] <= MAX_COLUMN_WIDTH:
+            raise UserError(f"{where} has {values.shape[1]} numbers in each {name}; use 1 to {MAX_COLUMN_WIDTH}")
+    with np.errstate(over="ignore"):
+        actions, states = np.ascontiguousarray(action, np.float32), np.ascontiguousarray(state, np.float64)
+    for name, values, kept in (("action", action, actions), ("state", state, states)):
+        if len(wrong := np.argwhere(~np.isfinite(kept))):
+            at, column = wrong[0].tolist()
+            value = values[at, column]
+            why = "empty or NaN" if np.isnan(value) else f"{value:g}, beyond float32"
+            raise UserError(
+                f"{name}_{column} is not a finite number ({why}): {where}, {row(at)}; correct it, or end the episode before it "
+                "(only in the last row of an episode may the action be missing)"
+            )
+    return actions, states
+
+
+def is_action_missing(action: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether each row has no action, bool [rows]: recorders write NaN for the last frame of an episode."""
+    return np.asarray(np.isnan(np.asarray(action, np.float64)).all(axis=1))
+
+
+def note(text: str) -> None:
+    """Print, on stderr, what an import leaves out."""
+    tqdm.write(f"note: {UserError(text)}", file=sys.stderr)
+
+
+def refuse_lerobot(folder: Path) -> None:
+    """Raise UserError if a folder is a LeRobot dataset."""
+    try:
+        info = json.loads((folder / "meta/info.json").read_bytes())
+        version = info["codebase_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    raise UserError(f"{folder} is a LeRobot dataset (codebase_version {str(version)[:20]}), {NO_LEROBOT}")

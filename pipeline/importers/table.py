@@ -1,0 +1,202 @@
+"""Tables of steps from outside, CSV or Parquet, one row a frame."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from wmcache.common.errors import UserError
+from wmcache.common.reading import reading
+from wmcache.pipeline.importers.conversions import NO_LEROBOT, as_columns, is_action_missing, note, refuse_lerobot
+from wmcache.pipeline.steps import Steps
+
+COLUMNS = r"episode|step|file|video|(action|state)(_\d+)?"
+PANDAS_INDEX = r"Unnamed: \d+(\.\d+)*|__index_level_\d+__|index|level_\d+"
+"""Names that pandas gives to an index without a name."""
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """The frames of a table, sorted by episode and step.
+
+    Attributes:
+        kind: `file`, images; or `video`.
+        names: [frames], files as the table names them.
+        steps: the step table.
+        dropped: [episodes], whether the last row of an episode, without an action, was left out.
+    """
+
+    kind: str
+    names: NDArray[Any]
+    steps: Steps
+    dropped: NDArray[np.bool_]
+
+
+def read_table(path: Path) -> StepTable:
+    """Read a CSV or Parquet table.
+
+    Raises:
+        UserError: a column or a number is missing, unknown or not usable; the row is named as the file counts it.
+    """
+    rows = _read_rows(path)
+    episode, step, order = _in_order(rows, path)
+    new = step == 0
+    action, state = _matrix(rows, "action", path)[order], _matrix(rows, "state", path)[order]
+    last = np.append(new[1:], True)
+    missing = last & is_action_missing(action)
+    if len(alone := np.flatnonzero(missing & new)):
+        raise UserError(
+            f"episode {episode[alone[0]]} has one frame and no action: {path}, {_row(path, int(order[alone[0]]))}; "
+            "remove it, and renumber the episodes after it"
+        )
+    if missing.any():
+        note(
+            f"{missing.sum()} of {last.sum()} episodes of {path} have no action in their last row; "
+            "the frame of that row is not imported"
+        )
+    kept = ~missing
+    order = order[kept]
+    actions, states = as_columns(action[kept], state[kept], path, lambda frame: _row(path, int(order[frame])))
+    steps = Steps(episode[kept].astype(np.int32), step[kept].astype(np.int32), actions, states)
+    kind = _kind(rows, path)
+    return StepTable(kind, rows[kind].to_numpy(zero_copy_only=False)[order], steps, missing[last])
+
+
+def _read_rows(path: Path) -> pa.Table:
+    refuse_lerobot(path)
+    with reading(path, f"{path} cannot be read", "check the file"):
+        if path.suffix.lower() == ".parquet":
+            rows = pq.read_table(path)
+            named = (rows.schema.pandas_metadata or {}).get("index_columns", [])
+        elif path.suffix.lower() == ".csv":
+            as_text = pyarrow.csv.ConvertOptions(column_types={"file": pa.string(), "video": pa.string()})
+            rows, named = pyarrow.csv.read_csv(path, convert_options=as_text), []
+        else:
+            raise UserError(f"{path} is neither .csv nor .parquet")
+    if not len(rows):
+        raise UserError(f"{path} has no rows")
+    if {"episode_index", "frame_index"} <= set(rows.column_names):
+        raise UserError(f"{path} is a table of a LeRobot dataset, {NO_LEROBOT}")
+    rows = _without_index(rows, path, named)
+    names = rows.column_names
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"{path} has several columns {sorted(twice)[0]!r}")
+    if unknown := [name for name in names if not re.fullmatch(COLUMNS, name)]:
+        listed = ", ".join(name or f"column {names.index(name) + 1}, which has no name" for name in unknown)
+        raise UserError(f"{path} has columns that a frame dataset does not keep: {listed}; remove them from a copy")
+    for name in names:
+        if rows[name].null_count and not name.startswith(("action", "state")):
+            row = int(pc.index(pc.is_null(rows[name]), True).as_py())
+            raise UserError(f"{name} is empty: {path}, {_row(path, row)}; fill it in, or remove the row")
+    return rows
+
+
+def _without_index(rows: pa.Table, path: Path, named: list[Any]) -> pa.Table:
+    """Drop columns that are an index: those that pandas marks as one, and those that count the rows."""
+    ignored, first = [], 0
+    for number, name in enumerate(rows.column_names):
+        if re.fullmatch(COLUMNS, name):
+            continue
+        unnamed = not name and number == first
+        first += unnamed  # a MultiIndex has several columns
+        if unnamed or name in named or re.fullmatch(PANDAS_INDEX, name) or _counts_rows(rows[number]):
+            ignored.append(number)
+    if ignored:
+        listed = ", ".join(rows.column_names[number] or "without a name" for number in ignored)
+        note(f"ignored the index column of {path}: {listed}")
+    return rows.select([number for number in range(rows.num_columns) if number not in ignored])
+
+
+def _counts_rows(column: pa.ChunkedArray) -> bool:
+    """Whether a column is 0, 1, 2, ..."""
+    if not pa.types.is_integer(column.type) or column.null_count or len(column) < 2:
+        return False
+    return bool((column.to_numpy() == np.arange(len(column))).all())
+
+
+def _row(table: Path, row: int) -> str:
+    """Name a row as its file counts it: the line of a CSV file, header included; the row of a Parquet file, from 0."""
+    if table.suffix.lower() != ".csv":
+        return f"row {row} (counted from 0)"
+    with table.open(newline="", encoding="utf-8", errors="replace") as file:
+        reader = csv.reader(file)
+        filled = (reader.line_num for words in reader if words)  # empty lines are no rows
+        line = next(itertools.islice(filled, row + 1, None), None)
+    return f"row {row}" if line is None else f"line {line}"
+
+
+def _kind(rows: pa.Table, table: Path) -> str:
+    found = [name for name in ("file", "video") if name in rows.column_names]
+    if len(found) != 1:
+        raise UserError(f"{table} has {len(found)} of the columns file (images) and video; it needs one of them")
+    if not pa.types.is_string(rows[found[0]].type) and not pa.types.is_large_string(rows[found[0]].type):
+        raise UserError(f"{table}: the column {found[0]} has type {rows[found[0]].type}, not text")
+    return found[0]
+
+
+def _in_order(rows: pa.Table, table: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Sort rows: episode, step and row of each frame; raise UserError if they do not count up from 0 without gaps."""
+    numbers = {}
+    for name in ("episode", "step"):
+        if name not in rows.column_names or not pa.types.is_integer(rows[name].type):
+            raise UserError(f"{table} has no column {name} of whole numbers")
+        numbers[name] = rows[name].to_numpy().astype(np.int64)
+    order = np.lexsort((numbers["step"], numbers["episode"]))
+    episode, step = numbers["episode"][order], numbers["step"][order]
+    new = np.diff(episode, prepend=episode[0] - 1) != 0
+    should_be = np.where(new, 0, np.roll(step, 1) + 1)
+    if len(wrong := np.flatnonzero((step != should_be) | (episode != np.cumsum(new) - 1))):
+        row = wrong[0]
+        raise UserError(
+            f"{table}: episodes and their steps must count up from 0 without gaps; {_row(table, int(order[row]))} is "
+            f"episode {episode[row]}, step {step[row]} instead of episode {np.cumsum(new)[row] - 1}, step {should_be[row]}"
+        )
+    return episode, step, order
+
+
+def _matrix(rows: pa.Table, name: str, table: Path) -> NDArray[np.float64]:
+    """Read the numbers of `name_0`, `name_1`, ..., or of the lists in `name`, [rows, n]; NaN for empty cells."""
+    parts = [column for column in rows.column_names if column.startswith(f"{name}_")]
+    if name in rows.column_names and not parts:
+        return _lists(rows[name].combine_chunks(), name, table)
+    expected = [f"{name}_{number}" for number in range(len(parts))]
+    if name in rows.column_names or set(parts) != set(expected) or not parts:
+        raise UserError(
+            f"{table} needs either a column {name} of lists or {name}_0, {name}_1, ... without gaps; "
+            f"it has {', '.join(column for column in rows.column_names if column.startswith(name)) or 'neither'}"
+        )
+    return np.stack([_numbers(rows[column].combine_chunks(), name, table) for column in expected], 1)
+
+
+def _lists(lists: pa.Array, name: str, table: Path) -> NDArray[np.float64]:
+    types = pa.types
+    if not (types.is_list(lists.type) or types.is_large_list(lists.type) or types.is_fixed_size_list(lists.type)):
+        raise UserError(f"{table}: the column {name} has type {lists.type}, not lists; call numbers {name}_0, ...")
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+    filled = np.flatnonzero(lengths)
+    width = int(lengths[filled[0]]) if len(filled) else 0
+    if len(wrong := filled[lengths[filled] != width]):
+        raise UserError(
+            f"the list in {name} has {lengths[wrong[0]]} numbers, the first one has {width}: "
+            f"{table}, {_row(table, int(wrong[0]))}; make them equally long"
+        )
+    matrix = np.full((len(lists), width), np.nan)
+    matrix[filled] = _numbers(lists.flatten(), name, table).reshape(-1, width)
+    return matrix
+
+
+def _numbers(values: pa.Array, name: str, table: Path) -> NDArray[np.float64]:
+    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+        raise UserError(f"{table}: {name} has type {values.type}, not numbers")
+    return np.asarray(values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))

@@ -1,0 +1,489 @@
+"""Vision transformers of all families, compared with tiny configurations of the libraries' own classes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+from torch import Tensor, nn
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    VJEPA2Config,
+    VJEPA2Model,
+)
+
+from wmcache.common.errors import UserError
+from wmcache.pipeline import encoders
+from wmcache.pipeline.encoders import Encoder, EncoderSpec, dinov3, encode_together, siglip2
+from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE
+from wmcache.pipeline.encoders.libraries import timm_settings
+from wmcache.pipeline.encoders.vit import ModelSize
+
+Noise = Callable[..., np.ndarray]
+DIM, DEPTH, SIDE = 32, 6, 4
+TINY = {"hidden_size": DIM, "num_hidden_layers": DEPTH, "num_attention_heads": 2}
+TINY_VJEPA2 = {**TINY, "mlp_ratio": 2.0, "pred_hidden_size": 24, "pred_num_attention_heads": 2}
+KINDS = ["dinov2", "dinov3", "siglip2", "timm", "vjepa2"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A family and the format of its weights: `at` loads the network for a size, `call` runs it to its last, normed tokens."""
+
+    encoder: str
+    patch: int
+    prefix: int
+    folder: Path
+    at: Callable[[int], nn.Module]
+    blocks: Callable[[Any], nn.ModuleList]
+    call: Callable[[Any, Tensor], Tensor] = lambda network, images: network(pixel_values=images).last_hidden_state
+
+    def create(self, selection: str = "", side: int = SIDE, dtype: str = "float32") -> Encoder:
+        name = f"{self.encoder}{selection and '-'}{selection}"
+        return encoders.create(name, weights=self.folder, image_size=side * self.patch, dtype=dtype, device="cpu")
+
+    @torch.inference_mode()
+    def reference(self, encoder: Encoder, frames: np.ndarray) -> Tensor:
+        images = encoder.preprocess(torch.from_numpy(frames))
+        return self.call(self.at(encoder.image_size).eval(), images)
+
+    def edited(self, to: Path, config: dict[str, Any] | None = None) -> Kind:
+        """A copy of the folder, with some settings of its config replaced."""
+        folder = Path(shutil.copytree(self.folder, to / "folder"))
+        written = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**written, **(config or {})}))
+        return replace(self, folder=folder)
+
+
+def stir(network: nn.Module) -> nn.Module:
+    """Weights as large as trained ones, so that blocks and positions count."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return network.eval()
+
+
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
+    root = tmp_path_factory.mktemp("vits")
+    torch.manual_seed(0)
+    models = {
+        "dinov2": stir(Dinov2Model(Dinov2Config(**TINY, image_size=56))),
+        "dinov3": stir(
+            DINOv3ViTModel(DINOv3ViTConfig(**TINY, intermediate_size=64, image_size=64, num_register_tokens=4))
+        ),
+        "siglip2": stir(SiglipVisionModel(SiglipVisionConfig(**TINY, intermediate_size=64, image_size=64))),
+        "vjepa2": VJEPA2Model(
+            VJEPA2Config(**TINY_VJEPA2, pred_num_hidden_layers=1, crop_size=64, initializer_range=0.2)
+        ),
+    }
+    with torch.no_grad():
+        for layer in models["siglip2"].encoder.layers:
+            # Untrained blocks mix all tokens so much that no token would still be its own patch's.
+            layer.self_attn.out_proj.weight.mul_(0.3)
+            layer.mlp.fc2.weight.mul_(0.3)
+        for layer in models["vjepa2"].encoder.layer:
+            layer.attention.proj.weight.mul_(0.3)
+            layer.mlp.fc2.weight.mul_(0.3)
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+    size = {"embed_dim": DIM, "depth": DEPTH, "num_heads": 2}
+    vit = stir(timm.create_model("vit_small_patch14_dinov2", img_size=56, num_classes=0, **size))
+    save_for_hf(vit, root / "timm", model_args={**size, "img_size": 56}, safe_serialization=True)
+
+    def timm_at(size: int) -> nn.Module:
+        return timm.create_model(f"local-dir:{root / 'timm'}", pretrained=True, img_size=size, num_classes=0)
+
+    def vjepa2_at(size: int) -> nn.Module:
+        return VJEPA2Model.from_pretrained(root / "vjepa2", crop_size=size)
+
+    return {
+        "dinov2": Kind("dinov2", 14, 1, root / "dinov2", lambda _: models["dinov2"], lambda net: net.encoder.layer),
+        "dinov3": Kind("dinov3", 16, 5, root / "dinov3", lambda _: models["dinov3"], lambda net: net.model.layer),
+        "siglip2": Kind(
+            "siglip2",
+            16,
+            0,
+            root / "siglip2",
+            lambda _: models["siglip2"],
+            lambda net: net.encoder.layers,
+            lambda net, images: net(images, interpolate_pos_encoding=True).last_hidden_state,
+        ),
+        "timm": Kind(
+            "dinov2",
+            14,
+            1,
+            root / "timm",
+            timm_at,
+            lambda net: net.blocks,
+            lambda net, images: net.forward_features(images),
+        ),
+        "vjepa2": Kind(
+            "vjepa2",
+            16,
+            0,
+            root / "vjepa2",
+            vjepa2_at,
+            lambda net: net.encoder.layer,
+            lambda net, images: net(pixel_values_videos=images[:, None], skip_predictor=True).last_hidden_state,
+        ),
+    }
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest, kinds: dict[str, Kind]) -> Kind:
+    return kinds[request.param]
+
+
+def assert_close(tokens: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(tokens.float(), expected.float(), atol=4e-3, rtol=4e-3)
+
+
+# The larger size needs interpolated (or rotary) positions.
+@pytest.mark.parametrize("side", [SIDE, 6])
+def test_tokens_are_the_librarys_without_those_before_the_patches(kind: Kind, noise: Noise, side: int) -> None:
+    encoder, frames = kind.create(side=side), noise(3, 64, 64)
+    expected = kind.reference(encoder, frames)
+    tokens = encoder(frames)
+    assert (encoder.token_grid, encoder.token_dim, encoder.source) == ((side, side), DIM, "file")
+    assert expected.shape[1] == kind.prefix + side * side
+    assert tokens.dtype == torch.float16
+    assert_close(tokens, expected[:, kind.prefix :])
+
+
+def test_the_class_token_is_the_first_and_pooled_the_mean_patch(kind: Kind, noise: Noise) -> None:
+    pooled, frames = kind.create("pooled"), noise(2, 64, 64)
+    expected = kind.reference(pooled, frames)
+    assert pooled.token_grid == (1, 1)
+    assert_close(pooled(frames), expected[:, kind.prefix :].mean(1, keepdim=True))
+    if kind.prefix:
+        assert kind.create("cls").token_grid == (1, 1)
+        assert_close(kind.create("cls")(frames), expected[:, :1])
+
+
+@pytest.mark.parametrize("side", [SIDE, 5])
+def test_tokens_are_row_major_over_the_image(
+    kind: Kind, white_cells: Callable[[int, int], np.ndarray], most_changed: Callable[[Tensor], list[int]], side: int
+) -> None:
+    encoder = kind.create(side=side)
+    images = torch.from_numpy(white_cells(side, kind.patch)).permute(0, 3, 1, 2) / 255
+    # Without the preprocessing, which may blur a patch into its neighbours.
+    with torch.inference_mode():
+        found = encoder.backbone(images, [LAST])[LAST]
+    assert most_changed(found[:, encoder.backbone.prefix :]) == list(range(side * side))
+
+
+def test_preprocessing_keeps_rows_and_columns(
+    kind: Kind, white_cells: Callable[[int, int], np.ndarray], most_changed: Callable[[Tensor], list[int]]
+) -> None:
+    cells = [3, 6, 13, 8]
+    frames = white_cells(SIDE, kind.patch)[[0, *(1 + cell for cell in cells)]]
+    assert most_changed(kind.create()(frames)) == cells
+
+
+def test_layers_are_outputs_of_blocks_and_the_norm(kind: Kind, noise: Noise) -> None:
+    encoder, frames = kind.create("layers"), noise(2, 64, 64)
+    outputs: list[Tensor] = []
+    network = kind.at(encoder.image_size)
+    handles = [
+        block.register_forward_hook(lambda module, args, out: outputs.append(out[0] if isinstance(out, tuple) else out))
+        for block in kind.blocks(network)
+    ]
+    expected = replace(kind, at=lambda _: network).reference(encoder, frames)
+    for handle in handles:
+        handle.remove()
+    assert len(outputs) == DEPTH
+    parts = encoder.head.by_layer(encoder(frames))
+    assert list(parts) == [EARLY, MIDDLE, LAST]
+    for part, output in ((EARLY, outputs[0]), (MIDDLE, outputs[2]), (LAST, expected)):
+        assert_close(parts[part], output)
+    assert encoder.identity("data").layer == "block 1+block 3+norm"
+
+
+def test_layers_restore_exactly_what_the_selections_give(kind: Kind, noise: Noise) -> None:
+    frames, layers = noise(3, 64, 64), kind.create("layers")
+    assert layers.token_grid == ((1, kind.prefix + SIDE * SIDE) if kind.prefix else (SIDE, SIDE))
+    assert layers.token_dim == 3 * DIM
+    restored = layers.head.restore(layers(frames))
+    for selection in ["", "pooled"] + ["cls"] * bool(kind.prefix):
+        encoder = kind.create(selection)
+        assert torch.equal(encoder.tokens(restored), encoder(frames))
+
+
+def test_selections_share_one_pass_of_one_backbone(kind: Kind, noise: Noise) -> None:
+    selections = ["", "pooled", "layers"] + ["cls"] * bool(kind.prefix)
+    several, frames = [kind.create(selection) for selection in selections], noise(2, 64, 64)
+    assert len({encoder.backbone_key for encoder in several}) == 1
+    for encoder, tokens in zip(several, encode_together(several, frames), strict=True):
+        assert torch.equal(tokens, encoder(frames))
+
+
+def test_tokens_depend_neither_on_the_batch_nor_much_on_the_precision(kind: Kind, noise: Noise) -> None:
+    encoder, frames = kind.create(), noise(5, 64, 64)
+    whole = encoder(frames)
+    assert torch.equal(kind.create()(frames), whole)
+    for batch in (1, 2):
+        assert_close(torch.cat([encoder(frames[start : start + batch]) for start in range(0, 5, batch)]), whole)
+    rough = kind.create(dtype="bfloat16")(frames)
+    assert not torch.equal(whole, rough)
+    assert torch.cosine_similarity(whole.float(), rough.float(), dim=-1).min() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "is_same"),
+    [
+        ("dinov2", {"layer_norm_eps": 1e-2}, False),
+        ("dinov2", {"num_attention_heads": 4}, False),
+        ("dinov3", {"rope_theta": 10.0}, False),
+        ("siglip2", {"hidden_act": "relu"}, False),
+        ("timm", {"model_args": {"embed_dim": DIM, "depth": DEPTH, "num_heads": 4, "img_size": 56}}, False),
+        ("vjepa2", {"num_attention_heads": 4}, False),
+        ("vjepa2", {"pred_num_attention_heads": 1}, True),
+        ("dinov3", {"return_dict": False}, True),
+        ("dinov3", {"output_attentions": False}, True),
+        ("dinov3", {"attn_implementation": "some/kernel"}, True),
+    ],
+)
+def test_settings_that_change_tokens_are_part_of_the_identity(
+    kinds: dict[str, Kind], noise: Noise, tmp_path: Path, name: str, settings: dict[str, Any], is_same: bool
+) -> None:
+    one, other = (kind.create("layers") for kind in (kinds[name], kinds[name].edited(tmp_path, settings)))
+    assert torch.equal(one(noise(1, 64, 64)), other(noise(1, 64, 64))) == is_same
+    assert (one.backbone_key == other.backbone_key) == is_same
+    differences = [line.split(":")[0] for line in one.identity("x").differences(other.identity("x"))]
+    assert differences == ([] if is_same else ["weights_sha256"])
+
+
+@pytest.mark.parametrize("family", [dinov3, siglip2])
+def test_a_folder_of_the_usual_settings_is_the_same_encoder_as_its_file(
+    kinds: dict[str, Kind], family: ModuleType
+) -> None:
+    kind = kinds[family.SPEC.name]
+    settings = {**TINY, "intermediate_size": 64, "image_size": 64}
+    settings |= {"num_register_tokens": 4} if family is dinov3 else {}
+    size = ModelSize("", "tiny", DEPTH, DIM, "nowhere", settings=settings)
+    file, folder = (
+        family.HF.load(family.SPEC, size, 64, path) for path in (kind.folder / "model.safetensors", kind.folder)
+    )
+    assert file.config == folder.config == ""
+    assert file.sha256 == folder.sha256
+
+
+@pytest.mark.parametrize(
+    ("written", "is_same"),
+    [
+        ({"architecture": "vit_small_patch14_dinov2"}, True),
+        ({"architecture": "vit_small_patch14_dinov2.tag", "model_args": {"img_size": 56, "drop_rate": 0.1}}, True),
+        ({"architecture": "vit_small_patch14_dinov2", "model_args": {"num_heads": 3}}, False),
+        ({"architecture": "vit_base_patch14_dinov2"}, False),
+    ],
+)
+def test_a_timm_folder_of_the_usual_settings_is_the_same_encoder_as_its_file(
+    tmp_path: Path, written: dict[str, Any], is_same: bool
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert (timm_settings(tmp_path, "vit_small_patch14_dinov2.lvd142m") == "") == is_same
+    assert timm_settings(tmp_path / "model.safetensors", "vit_small_patch14_dinov2.lvd142m") == ""
+
+
+def test_half_precision_files_are_computed_in_single_precision(kind: Kind, noise: Noise, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(kind.folder, tmp_path / "half"))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: value.half() for name, value in tensors.items()}, folder / "model.safetensors")
+    encoder = replace(kind, folder=folder).create()
+    assert {value.dtype for value in encoder.backbone.state_dict().values()} == {torch.float32}
+    torch.testing.assert_close(encoder(noise(1, 64, 64)), kind.create()(noise(1, 64, 64)), atol=2e-2, rtol=2e-2)
+
+
+def refused(kind: Kind, *named: str, **settings: Any) -> None:
+    with pytest.raises(UserError) as error:
+        kind.create(**settings)
+    assert all(part in str(error.value) for part in named), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_an_image_size_must_be_a_multiple_of_the_configs_patch(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    DINOv3ViTModel(DINOv3ViTConfig(**TINY, intermediate_size=64, patch_size=32)).save_pretrained(tmp_path)
+    refused(replace(kinds["dinov3"], folder=tmp_path), "--image-size 48", "32", side=3)
+    for kind in kinds.values():
+        with pytest.raises(UserError, match=rf"--image-size 65 .*{kind.patch}"):
+            encoders.create(kind.encoder, weights=kind.folder, image_size=65, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "folder"),
+    [
+        ("dinov2", "dinov3"),
+        ("dinov2", "siglip2"),
+        ("dinov3", "dinov2"),
+        ("dinov3", "timm"),
+        ("siglip2", "dinov3"),
+        ("siglip2", "timm"),
+        ("vjepa2", "dinov2"),
+    ],
+)
+def test_a_folder_of_another_family_is_refused(kinds: dict[str, Kind], encoder: str, folder: str) -> None:
+    refused(replace(kinds[encoder], folder=kinds[folder].folder), f"{folder} ", encoder[:6])
+
+
+def test_a_timm_folder_of_another_family_is_refused(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    save_for_hf(timm.create_model("resnet10t", num_classes=0), tmp_path / "resnet", safe_serialization=True)
+    refused(replace(kinds["timm"], folder=tmp_path / "resnet"), "resnet10t", "dinov2", "timm/vit_small")
+
+
+def less(tensors: dict[str, Tensor]) -> str:
+    name = sorted(name for name in tensors if "norm" in name and "predictor" not in name)[0]
+    del tensors[name]
+    return "norm"
+
+
+def more(tensors: dict[str, Tensor]) -> str:
+    tensors["surplus"] = torch.zeros(1)
+    return "surplus"
+
+
+def narrower(tensors: dict[str, Tensor]) -> str:
+    name = next(
+        name for name in sorted(tensors) if "mlp" in name and name.endswith("weight") and "predictor" not in name
+    )
+    tensors[name] = tensors[name][:, 1:].contiguous()
+    return "mlp"
+
+
+@pytest.mark.parametrize("change", [less, more, narrower])
+def test_weights_that_are_not_the_networks_are_named(
+    kind: Kind, tmp_path: Path, change: Callable[[dict[str, Tensor]], str]
+) -> None:
+    damaged = kind.edited(tmp_path)
+    tensors = load_file(damaged.folder / "model.safetensors")
+    named = change(tensors)
+    save_file(tensors, damaged.folder / "model.safetensors")
+    refused(damaged, str(damaged.folder), named)
+
+
+def test_a_file_that_is_cut_short_is_named(kind: Kind, tmp_path: Path) -> None:
+    damaged = kind.edited(tmp_path)
+    file = damaged.folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    refused(damaged, str(file))
+
+
+def shard(folder: Path) -> None:
+    """Split a folder's file as `save_pretrained` does with a small `max_shard_size`."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({name: value for name, value in tensors.items() if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def test_a_folder_of_several_files_is_read_or_refused(kind: Kind, tmp_path: Path) -> None:
+    several = kind.edited(tmp_path)
+    shard(several.folder)
+    if kind.folder.name == "timm":  # timm writes one file, whatever its size
+        refused(several, "model.safetensors.index.json")
+    else:
+        assert several.create().weights_sha256 == kind.create().weights_sha256
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda parts: parts.update(x="../model.safetensors"), "../model.safetensors"),
+        (lambda parts: parts.update(x="code.bin"), "code.bin"),
+        (lambda parts: parts.update(x="model-3.safetensors"), "model-3.safetensors"),
+        (lambda parts: parts.clear(), "index.json"),
+    ],
+)
+def test_a_damaged_index_is_refused(
+    kinds: dict[str, Kind], tmp_path: Path, change: Callable[[dict[str, str]], object], named: str
+) -> None:
+    damaged = kinds["dinov3"].edited(tmp_path)
+    shard(damaged.folder)
+    index = json.loads((damaged.folder / "model.safetensors.index.json").read_text())
+    change(index["weight_map"])
+    (damaged.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(damaged, str(damaged.folder), named)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("dinov3", text) for text in ("", "[]", "{", '{"model_type": "dinov3_vit", "hidden_size": "many"}')),
+        *(("vjepa2", text) for text in ("<html>404</html>", "[]", '{"model_type": "vjepa2", "hidden_size": "many"}')),
+    ],
+)
+def test_a_damaged_config_is_named(kinds: dict[str, Kind], tmp_path: Path, name: str, text: str) -> None:
+    damaged = kinds[name].edited(tmp_path)
+    (damaged.folder / "config.json").write_text(text)
+    refused(damaged, str(damaged.folder / "config.json"))
+
+
+@pytest.mark.parametrize("arguments", [["img_size"], {"embed_dim": "many"}])
+def test_damaged_arguments_of_a_timm_folder_are_refused(
+    kinds: dict[str, Kind], tmp_path: Path, arguments: object
+) -> None:
+    damaged = kinds["timm"].edited(tmp_path, {"model_args": arguments})
+    refused(damaged, str(damaged.folder))
+
+
+def test_quantised_weights_are_refused(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    refused(kinds["dinov3"].edited(tmp_path, {"quantization_config": {"quant_method": "fp8"}}), "quantised")
+
+
+def test_a_folder_without_a_config_is_refused(kind: Kind, tmp_path: Path) -> None:
+    shutil.copy(kind.folder / "model.safetensors", tmp_path)
+    refused(replace(kind, folder=tmp_path), str(tmp_path / "config.json"))
+
+
+def test_a_config_that_names_code_runs_none_of_it(kinds: dict[str, Kind], noise: Noise, tmp_path: Path) -> None:
+    names = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    edited = kinds["dinov3"].edited(tmp_path, {"auto_map": names})
+    (edited.folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert torch.equal(edited.create()(noise(1, 64, 64)), kinds["dinov3"].create()(noise(1, 64, 64)))
+    assert not (tmp_path / "ran").exists()
+
+
+FAMILIES = [spec for spec in encoders.specs() if spec.name.partition("-")[0] in ("dinov2", "dinov3", "siglip2")]
+
+
+@pytest.mark.parametrize("spec", FAMILIES, ids=lambda spec: spec.name)
+def test_a_name_has_size_and_selection(spec: EncoderSpec) -> None:
+    family, *rest = spec.name.split("-")
+    size = rest.pop(0) if rest and rest[0] in ("base", "large") else ""
+    selection = rest.pop(0) if rest else "patch"
+    assert not rest
+    assert spec.token_selection == selection
+    dims = {"dinov2": {"": 384, "base": 768, "large": 1024}, "siglip2": {"": 768}}
+    dim = dims.get(family, dims["dinov2"])[size]
+    assert spec.token_dim == (3 * dim if selection == "layers" else dim)
+    prefix = {"dinov2": 1, "dinov3": 5, "siglip2": 0}[family]
+    all_tokens = (1, prefix + 196) if prefix else (14, 14)
+    assert spec.token_grid == {"patch": (14, 14), "layers": all_tokens}.get(selection, (1, 1))
+    assert len(spec.revision) == 40
+    assert spec.accept == (f"https://huggingface.co/{spec.source}" if family == "dinov3" else "")
+
+
+def test_every_size_has_every_selection() -> None:
+    names = {spec.name for spec in FAMILIES}
+    sizes = ["dinov2", "dinov2-base", "dinov2-large", "dinov3", "dinov3-base", "dinov3-large"]
+    expected = {name + selection for name in sizes for selection in ("", "-cls", "-pooled", "-layers")}
+    assert names == expected | {"siglip2", "siglip2-pooled", "siglip2-layers"}
