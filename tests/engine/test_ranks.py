@@ -29,15 +29,16 @@ from wmcache.trainer.train import train
 
 BIN = Path(sys.executable).parent
 TORCHRUN = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"]
-WORDS = """--width 16 --depth 1 --heads 2 --dropout 0 --batch-size 8 --steps 200 --dtype float32 --device cpu
-    --log-every 1 --validate-every 200 --checkpoint-every 40""".split()
+SETTINGS = """--width 16 --depth 1 --heads 2 --dropout 0 --batch-size 8 --steps 200 --dtype float32 --device cpu
+    --log-every 1 --validate-every 200 --checkpoint-every 40"""
+WORDS = SETTINGS.split()
 STOPPED = "stopped; "
 """Start of the line that names the command to resume with."""
 
 
 @pytest.fixture(scope="module")
 def options() -> TrainOptions:
-    """The same as WORDS."""
+    """The same as SETTINGS."""
     return TrainOptions(
         model_options={"width": 16, "depth": 1, "heads": 2, "dropout": 0.0},
         batch=8,
@@ -169,9 +170,7 @@ class TestStory:
 
 
 @pytest.mark.cluster
-def test_torchrun_starts_ranks_and_a_signal_to_one_ends_all(
-    planted_path: Path, tmp_path: Path, straight: Path
-) -> None:
+def test_torchrun_starts_ranks_and_a_signal_to_one_ends_all(planted_path: Path, tmp_path: Path, straight: Path) -> None:
     run = tmp_path / "run"
     command = [*TORCHRUN, BIN / "wmtrain", "--cache", planted_path, "--out", run, *WORDS]
     ended = work(command, lambda job: ranks_of(job)[1].terminate(), run)
@@ -350,7 +349,7 @@ def test_an_error_of_another_rank_is_reported_once(tmp_path: Path) -> None:
         """
 import sys
 from wmcache.common.errors import UserError
-from wmcache.engine.ranks import Spoken, joined
+from wmcache.engine.ranks import ReportedError, joined
 try:
     with joined("cpu") as ranks:
         ranks.wait()

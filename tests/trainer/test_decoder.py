@@ -65,9 +65,7 @@ def trained(go: Go, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(
-    "sizes", [SIZES, SIZES | {"quantize": True, "codes": 16}], ids=["plain", "quantised"]
-)
+@pytest.mark.parametrize("sizes", [SIZES, SIZES | {"quantize": True, "codes": 16}], ids=["plain", "quantised"])
 def test_a_stopped_decoder_resumes_exactly(go: Go, tmp_path: Path, sizes: dict[str, Any]) -> None:
     straight = go(tmp_path / "straight", decoder_options=sizes)
     with stopped_at(6):
