@@ -23,9 +23,10 @@ from wmcache.cache.mirror import MirroredReader
 from wmcache.cache.quantise import dequantise
 from wmcache.cache.reader import MappedReader, MemoryReader, Reader, Stored, ZarrReader
 from wmcache.cache.windows import Windows, split_episodes, window_starts
-from wmcache.common.errors import UnreadableError, UserError, command
-from wmcache.common.paths import MISSING, AnyPath, as_path, exists, is_local, stamp, unreadable
+from wmcache.common.errors import UserError, command
+from wmcache.common.paths import MISSING, AnyPath, as_path, stamp, unreadable
 from wmcache.common.progress import seconds_between_updates
+from wmcache.common.storage import is_local
 
 Tokens = NDArray[np.float16]
 
@@ -219,34 +220,6 @@ class TokenStore:
         lengths = np.bincount(self.episode)
         return int(lengths[split_episodes(len(lengths), split, seed)].max())
 
-    def changes(self, frameskip: int) -> TokenStore:
-        """The change maps beside the store: of each frame, what has changed since the one `frameskip` env steps before, [N, 4] cells.
-
-        Raises:
-            UserError: there are none, or those of other frames or of another grid.
-        """
-        where = changes_beside(self.path, frameskip)
-        make = command("wmcache", "derive", "change-maps", self.path, "--frameskip", frameskip)
-        with contextlib.suppress(OSError):  # which opening them says better
-            if not exists(where):
-                raise UserError(f"there are no change maps {where}; make them with: {make}")
-        try:
-            found = TokenStore.open(where, mirrored=True)
-        except UnreadableError:
-            raise
-        except UserError as error:
-            raise UserError(
-                f"the change maps of {self.path} cannot be used ({error}); make them with: {make}"
-            ) from error
-        wanted = (self.identity.dataset_fingerprint, self.card.token_grid, "changes", frameskip)
-        card, fingerprint = found.card, found.identity.dataset_fingerprint
-        if wanted != (fingerprint, card.token_grid, found.identity.encoder, card.encoder.get("lag")):
-            raise UserError(
-                f"{where} is not of the frames or of the grid of {self.path}, or is something else; move it away, "
-                f"then make it again with: {make}"
-            )
-        return found
-
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
         """Raise UserError where the store changed since it was opened: writers change the attributes before anything else.
@@ -273,11 +246,6 @@ class TokenStore:
                 f"{len(bad)} of {self.card.num_shards} shards are missing or cut short, the first is "
                 f"{shard_file(self.path, int(bad[0]))}; repair it with: {command('wmcache', 'repair', self.path)}"
             )
-
-
-def changes_beside(store: AnyPath, frameskip: int) -> AnyPath:
-    """Where the change maps of a store are, of frames so many env steps apart."""
-    return store.with_name(f"{store.stem}.changes-{frameskip}.zarr")
 
 
 def _stamp(path: AnyPath) -> object:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from wmcache.commands.shared import ANY_PATH, PATH, Command, json_option, print_json, say
+from wmcache.commands.command import Command
+from wmcache.commands.output import print_json, say
+from wmcache.commands.shared import ANY_PATH, PATH, json_option
 from wmcache.common.paths import AnyPath
 
 if TYPE_CHECKING:
@@ -44,8 +46,8 @@ def probe(stores: tuple[AnyPath, ...], dataset: AnyPath | None, frames: int, out
 
     A row per store, and for states that are not of a maze the R^2 of each state column. The output ends with what each header means.
     """
-    from wmcache.pipeline.probe import draw_probe, picture_paths
     from wmcache.pipeline.probe import probe as run
+    from wmcache.pipeline.probe_picture import draw_probe, picture_paths
 
     pictures = picture_paths(stores, out)
     found = []

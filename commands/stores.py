@@ -8,16 +8,9 @@ from typing import Any
 
 import click
 
-from wmcache.commands.shared import (
-    ANY_PATH,
-    PATH,
-    Command,
-    json_option,
-    print_json,
-    say,
-    source_options,
-    store_argument,
-)
+from wmcache.commands.command import Command
+from wmcache.commands.output import print_json, say
+from wmcache.commands.shared import ANY_PATH, PATH, json_option, source_options, store_argument
 from wmcache.common.errors import UserError, command, one_line
 from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath, beside, is_local
@@ -98,7 +91,7 @@ def verify(store: AnyPath, deep: bool, as_json: bool, **source: Any) -> None:
 @store_argument
 def finalize(store: AnyPath) -> None:
     """Declare a token store complete, once all slices of its shards are done; exit status 1 where shards are missing."""
-    from wmcache.pipeline.extract import finalize as run
+    from wmcache.pipeline.stores import finalize as run
 
     card = run(store)
     say(f"{store}: complete, {card.frames} frames in {card.num_shards} shards")

@@ -34,16 +34,20 @@ from wmcache.pipeline.encoders.weights import require_weights, weights_file
 from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.fit import fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.probe import draw_probe, probe
-from wmcache.planner.episodes import THRESHOLDS
-from wmcache.planner.evaluate import EvalContext, evaluate, recorded
+from wmcache.pipeline.probe import probe
+from wmcache.pipeline.probe_picture import draw_probe
+from wmcache.planner.context import EvalContext
+from wmcache.planner.evaluate import evaluate
 from wmcache.planner.goals import SOURCES
+from wmcache.planner.judge import THRESHOLDS
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_episodes
+from wmcache.planner.results import recorded
 from wmcache.study.options import EncoderChoice, StudyOptions
-from wmcache.trainer.checkpoint import load_model
-from wmcache.trainer.loop import rollout_errors, skills, train, validation_windows
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.runs import load_model
+from wmcache.trainer.train import train, validation_windows
+from wmcache.trainer.validation import rollout_errors, skills
 
 FORMAT = 1
 """Of results; raised when a cell's work, and with it what its numbers mean, changes."""

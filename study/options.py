@@ -222,12 +222,12 @@ def _evaluation(table: dict[str, Any], where: str) -> Evaluation:
     protocol, name = table.pop("protocol", None), table.pop("name", None)
     if protocol is not None and protocol not in PROTOCOLS:
         raise UserError(f"{where}: no protocol {protocol!r}; known are {', '.join(PROTOCOLS)}")
-    flat = {**PROTOCOLS.get(protocol, {}), **table}
+    flat = {**(PROTOCOLS.get(protocol) if protocol else {}), **table}
     own = {item.name for item in fields(PlanOptions)} - {"search", "device"}
     solver = flat.get("solver", PlanOptions().solver)
     if solver not in SOLVERS:
         raise UserError(f"{where}: no solver {solver!r}; known are {', '.join(SOLVERS)}")
-    of_solver = {item.name for item in fields(SOLVERS[solver])}
+    of_solver = {item.name for item in fields(SOLVERS.get(solver))}
     if unknown := sorted(set(table) - own - of_solver):
         raise UserError(f"{where}: no setting {', '.join(unknown)}; there are {', '.join(sorted(own | of_solver))}")
     # What a protocol says of its own solver is no word on another.
@@ -236,7 +236,7 @@ def _evaluation(table: dict[str, Any], where: str) -> Evaluation:
     check_options(options)
     if options.seed < 0:
         raise UserError(f"{where}: seed is {options.seed}; it must be 0 or more")
-    _table(SOLVERS[solver], search, where)
+    _table(SOLVERS.get(solver), search, where)
     return Evaluation(name or protocol or "plan", options)
 
 

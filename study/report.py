@@ -27,13 +27,13 @@ from matplotlib.figure import Figure
 from wmcache.common.cpus import available_cpus
 from wmcache.common.files import atomic_write
 from wmcache.planner.baselines import BASELINES
-from wmcache.planner.episodes import THRESHOLDS
+from wmcache.planner.judge import THRESHOLDS
 from wmcache.planner.report import COLOURS, RC
 from wmcache.study.cells import Branch, Workshop
 from wmcache.study.options import StudyOptions
 from wmcache.study.run import pooled
 from wmcache.study.statistics import LEVEL, Reached, compare, episodes_needed, rank, separated, smallest_p
-from wmcache.trainer.loop import ROLLOUT_STEPS
+from wmcache.trainer.train import ROLLOUT_STEPS
 
 Row = dict[str, Any]
 LIBRARIES = ("wmcache", "torch", "numpy", "timm", "transformers", "mujoco", "scikit-learn")

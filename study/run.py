@@ -32,11 +32,11 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.planner.baselines import BASELINES
-from wmcache.planner.episodes import THRESHOLDS
+from wmcache.planner.judge import THRESHOLDS
 from wmcache.study.cells import Branch, Cell, Workshop, create_encoder, do_cell, make_branches
 from wmcache.study.options import StudyOptions
 from wmcache.study.statistics import interval
-from wmcache.trainer.loop import ROLLOUT_STEPS
+from wmcache.trainer.train import ROLLOUT_STEPS
 
 Task = tuple[Cell, ...]
 """Cells that are done in one go: one, or a seed's extractions from frames, which are then decoded once."""

@@ -1,4 +1,4 @@
-"""A small road from frames to tokens, made once a session by the real commands' functions."""
+"""Fixtures that all tests share: a small dataset, encoder, stores and runs, made once per session by the real functions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from upath import UPath
 
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
 from wmcache.cache.windows import split_episodes
-from wmcache.common.paths import AnyPath, as_path, is_local, remove, upload
+from wmcache.common.paths import AnyPath, as_path, remove, upload
 from wmcache.pipeline import encoders
 from wmcache.pipeline.change_maps import derive_change_maps
 from wmcache.pipeline.collect import collect
@@ -30,18 +30,18 @@ from wmcache.pipeline.encoders.tcn import TcnOptions
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.fit import fit
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.planner.evaluate import EvalContext
+from wmcache.planner.context import EvalContext
 from wmcache.planner.options import PlanOptions
-from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
-# `make test` tries the same examples every time; `make test-long` looks for others.
+# `make test` tries the same examples every time; `make test-long` searches for others.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("search", max_examples=1000, deadline=None)
 settings.load_profile("repeatable")
-# A shell that starts the tests in the background has told them, and all that they start, to ignore Ctrl-C.
+# A shell that starts the tests in the background lets them and their child processes ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Threads that wait for each other make these tiny networks ten times slower as soon as anything else runs beside the tests.
+# With several threads these tiny networks are ten times slower as soon as another program runs.
 torch.set_num_threads(1)
 NOBODY = 65534
 
@@ -60,13 +60,13 @@ def _as_another_user() -> Iterator[None]:
 
 @pytest.fixture
 def another_user() -> Callable[[], AbstractContextManager[None]]:
-    """() -> a block in which this process has no rights of root; an ordinary user has none anyway."""
+    """() -> a block in which this process does not have the rights of root."""
     return _as_another_user
 
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """An empty folder in which any user may look; `tmp_path` is this user's alone."""
+    """An empty folder that any user can read, unlike `tmp_path`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         path.chmod(0o755)
@@ -80,7 +80,7 @@ def open_folder() -> Iterator[Path]:
 def dataset_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """6 episodes of 60 frames in 6 tars; read only, so copy it to change it."""
     path = tmp_path_factory.mktemp("data") / "pointmaze-umaze"
-    # Shard and episode bounds must not coincide, and the last shard is short.
+    # Shards and episodes have different bounds, and the last shard is short.
     collect(
         "wmcache/PointMaze-UMaze-v0", path, episodes=6, length=60, image_size=32, frames_per_shard=64, cluster="local:1"
     )
@@ -118,7 +118,7 @@ def store(store_path: Path) -> TokenStore:
 
 @pytest.fixture(scope="session")
 def ddp_store_path(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same store with change maps beside it, of frames 5 env steps apart; read only as well."""
+    """The same store with change maps of frames 5 env steps apart; read only."""
     path = copytree(store_path, tmp_path_factory.mktemp("ddp-stores") / store_path.name)
     derive_change_maps(TokenStore.open(path), 5)
     return path
@@ -225,8 +225,8 @@ def contents() -> Callable[[Path], dict[str, bytes]]:
 
 
 @pytest.fixture
-def finished(tmp_path: Path, make_writer: MakeWriter, write: Callable[..., None]) -> Path:
-    """A finished store that the test may damage."""
+def finished(tmp_path: Path, make_writer: MakeWriter, tokens: NDArray[np.float16]) -> Path:
+    """A finished store, to be damaged."""
     writer = make_writer(tmp_path / "made-up.zarr")
     write(writer)
     return tmp_path / "made-up.zarr"
@@ -235,16 +235,16 @@ def finished(tmp_path: Path, make_writer: MakeWriter, write: Callable[..., None]
 @pytest.fixture
 def bucket() -> Iterator[UPath]:
     """An empty bucket of an object store in this process."""
-    found = as_path("memory://bucket")
-    assert not is_local(found)
-    remove(found)
-    yield found
-    remove(found)
+    there = as_path("memory://bucket")
+    assert isinstance(there, UPath)
+    remove(there)
+    yield there
+    remove(there)
 
 
 @pytest.fixture
 def far(bucket: UPath, finished: Path) -> UPath:
-    """The finished store as objects."""
+    """The finished store in that bucket."""
     assert upload(finished, bucket / "made-up.zarr", last="zarr.json")
     return bucket / "made-up.zarr"
 
@@ -265,7 +265,7 @@ def tiny() -> TrainOptions:
 
 @pytest.fixture(scope="session")
 def planted_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store whose latents are a linear picture of a linear system: 20 episodes of 40 frames, 2 tokens of 3 dimensions."""
+    """A store whose latents are a linear map of a linear system: 20 episodes of 40 frames, 2 tokens of 3 dimensions."""
     return plant(tmp_path_factory.mktemp("planted") / "planted-8.zarr", tokens=2)
 
 
@@ -290,7 +290,7 @@ def still_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plant(path: Path, tokens: int, lengths: Sequence[int] = (40,) * 20, *, still: bool = False) -> Path:
-    """Lengths other than those cut the same frames elsewhere, so that dynamics jump within episodes."""
+    """Write such a store; other lengths cut the same frames elsewhere, so that dynamics jump within episodes."""
     episodes, length = 20, 40
     rng = np.random.default_rng(0)
     action = rng.uniform(-1, 1, (episodes, length, 2)).astype(np.float32)
@@ -340,11 +340,11 @@ def run_path(store_path: Path, train_run: TrainRun) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_plan() -> PlanOptions:
-    # The budget is no multiple of a chunk of 5 env steps.
+    # The budget is not a multiple of a chunk of 5 env steps.
     search = {"samples": 8, "elites": 3, "iterations": 2}
     return PlanOptions(episodes=3, budget=12, horizon=2, search=search, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")
-def setting(run_path: Path, tiny_plan: PlanOptions) -> EvalContext:
+def context(run_path: Path, tiny_plan: PlanOptions) -> EvalContext:
     return EvalContext(run_path, tiny_plan)
