@@ -2,13 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# pip does the same in five times as long. Certificates are the system's, as they are for git.
+# uv is five times as fast as pip. It uses the system's certificates, as git does.
 INSTALL = $(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python --config-settings editable_mode=strict
 DEMO := data/demo
 SMALL := --width 128 --depth 4 --heads 4 --dropout 0 --lr 1e-3
 PLAN := $(DEMO)/runs/pointmaze-umaze-tcn-64/plan-all-x1-50x100
 
-# What is imported is compiled once: without that each of the hundreds of processes that the tests start takes seven seconds, not three.
+# Keep compiled modules: without them each of the hundreds of processes that the tests start takes seven seconds instead of three.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup test test-long lint demo study mazes pictures clean
@@ -22,9 +22,9 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# A strict editable install links each file, so that mypy finds the package; a folder's time changes when a file is added.
+# A strict editable install links each file, so that mypy finds the package. A folder's time changes when a file is added.
 # (`study/.` is the folder; `study` is the target below.)
-$(VENV)/.linked: $(VENV)/.installed bench cache cluster commands common engine envs envs/mazes pipeline pipeline/encoders pipeline/importers planner study/. trainer trainer/models
+$(VENV)/.linked: $(VENV)/.installed bench cache cluster commands common engine envs envs/mazes envs/policies pipeline pipeline/encoders pipeline/importers planner planner/protocols planner/solvers study/. trainer trainer/decoders trainer/models trainer/models/ddp_wm
 	$(INSTALL) --no-deps --reinstall-package wmcache --editable .
 	@touch $@
 
@@ -34,19 +34,18 @@ lint: setup
 	$(BIN)/mypy --strict -p wmcache
 	$(BIN)/lint-imports
 
-# Two processes, a file of tests in one of them: many wait for programs that they have started. All have one thread each: more would
-# wait for each other.
+# Two processes, because many tests wait for programs that they start. One thread each, because more would wait for each other.
 test: export OMP_NUM_THREADS := 1
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile -m "not cluster and not sweep"
 
-# What takes longer than CI has: real servers, schedulers and ranks, killed in the middle of their work; sweeps over more of the moments to
-# be killed at than `make test` tries; and properties on examples that are drawn anew.
+# Tests that take too long for CI: real servers, schedulers and ranks that are killed; sweeps over more moments to be killed at than
+# `make test` tries; and property tests on new random examples.
 test-long: export OMP_NUM_THREADS := 1
 test-long: setup
 	$(BIN)/pytest --hypothesis-profile search -m "cluster or sweep or hypothesis"
 
-# The tutorial: make prints each command before it runs it. Run again, it goes on where it stopped.
+# The tutorial: make prints each command before it runs it. Run again, it resumes.
 demo: export WMCACHE_HOME := $(DEMO)
 demo: export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: setup
@@ -62,7 +61,7 @@ study: export PATH := $(CURDIR)/$(BIN):$(PATH)
 study: setup
 	wmcache study study/default.toml
 
-# Goals beyond the planning horizon: the medium and the large maze, scored along the ways of the cached frames.
+# Goals beyond the planning horizon: the medium and the large maze, scored by path length along the cached frames.
 mazes: export WMCACHE_HOME := $(DEMO)
 mazes: export PATH := $(CURDIR)/$(BIN):$(PATH)
 mazes: setup
@@ -77,7 +76,7 @@ mazes: setup
 	wmtrain --cache $(DEMO)/stores/pointmaze-large/tcn-64.zarr $(SMALL) --steps 2500
 	wmplan --run $(DEMO)/runs/pointmaze-large-tcn-64 --distance graph --budget 200
 
-# The README's pictures, from the demo's report.
+# The pictures of README and docs/results.md, from the demo's report.
 pictures: demo
 	cp $(PLAN)/figures/*.png docs/images/
 	$(BIN)/wmcache preview $(DEMO)/stores/pointmaze-umaze/tcn-64.zarr --out docs/images/preview.png

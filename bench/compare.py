@@ -1,12 +1,11 @@
-"""World models compared in one run: arithmetic, rollouts a second, seconds a plan, success, and the landscape that a planner descends."""
+"""World models compared in one run: arithmetic, rollouts per second, seconds per plan, success and the planner's landscape."""
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,19 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.ndimage import minimum_filter
+from torch import Tensor
 from tqdm import tqdm
 
 from wmcache.bench.plan import count_flops
 from wmcache.common.device import synchronise
 from wmcache.common.errors import UserError
+from wmcache.common.figures import png_bytes
 from wmcache.common.files import atomic_write, make_folder
+from wmcache.common.landscapes import descend
 from wmcache.common.paths import AnyPath
 from wmcache.planner.base import Cost
-from wmcache.planner.evaluate import EvalContext, evaluate, random_episode
+from wmcache.planner.context import EvalContext, random_episode
+from wmcache.planner.evaluate import evaluate
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import make_solver
@@ -33,89 +36,163 @@ ROUNDS = 3
 CANDIDATES = 32
 GRID = 31
 REACH = 0.5
-"""Of the landscape around a plan: root mean square of the change of its actions, in env units."""
+"""Half the side of a landscape: root mean square of the change of the plan's actions, in env units."""
 
 
-def compare_speed(settings: Mapping[str, EvalContext], options: PlanOptions) -> dict[str, dict[str, float]]:
-    """What imagining costs with each of several runs, by turns.
+def compare_runs(
+    runs: Sequence[Path],
+    options: PlanOptions,
+    episodes: int = 200,
+    picture: Path | None = None,
+    *,
+    weights: Path | None = None,
+    cache: AnyPath | None = None,
+) -> list[dict[str, Any]]:
+    """Measure several runs; the first is what the others are compared with.
 
     Args:
-        settings: name -> run.
-        options: of the plan: horizon, solver and its search.
+        runs: their folders.
+        options: of the plans whose speed is measured. Success is that of the protocol `mpc-100`, in the same precision and context.
+        episodes: of that protocol; 0 leaves it out. Finished batches are kept in the run's folder.
+        picture: PNG to write the landscapes to; None measures none.
+        weights: of the encoder, see `EvalContext`.
+        cache: the store, see `EvalContext`.
 
     Returns:
-        For each `parameters_m`, millions; `gflop_per_step` of a candidate; `rollouts_per_second`, candidates of a whole horizon, and
+        A row for each run, see `compare_speed`, `roughness` and `evaluate`; `fewer_flop` and `faster` are ratios to the first.
+
+    Raises:
+        UserError: not a run, or a run is named twice.
+    """
+    names = [_name(run, runs) for run in runs]
+    if len(set(names)) < len(names):
+        raise UserError(f"--model names a run twice: {', '.join(names)}; name each run once")
+    usual = replace(options, search={})  # success and landscape are those of the protocol's own search
+    contexts = {
+        name: EvalContext(run, usual, weights=weights, cache=cache) for name, run in zip(names, runs, strict=True)
+    }
+    speed = compare_speed(contexts, options)
+    first = speed[names[0]]
+    rows: list[dict[str, Any]] = []
+    planes: dict[str, NDArray[np.float64]] = {}
+    for name, context in contexts.items():
+        own = speed[name]
+        model = ", ".join(filter(None, [context.config["model"], context.model.stage_name]))
+        row = {"run": name, "model": model, "context": context.context_frames, **own}
+        row["fewer_flop"] = first["gflop_per_step"] / own["gflop_per_step"]
+        row["faster"] = own["rollouts_per_second"] / first["rollouts_per_second"]
+        if picture is not None:
+            planes[name] = landscape(context, usual)
+            row |= roughness(planes[name])
+        if episodes:
+            row |= _success(context, replace(usual, episodes=episodes))
+        rows.append(row)
+    if picture is not None:
+        with atomic_write(picture) as file:
+            file.write(draw_landscapes(planes))
+    return rows
+
+
+def compare_speed(contexts: Mapping[str, EvalContext], options: PlanOptions) -> dict[str, dict[str, float]]:
+    """Measure the cost of imagining with several runs, in turns.
+
+    Returns:
+        For each run: `parameters_m`, millions; `gflop_per_step` of a candidate; `rollouts_per_second`, candidates of a whole horizon, and
         `seconds_per_replan`, both medians over the turns.
     """
-    costs = {name: _cost(setting, options, 0) for name, setting in settings.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in settings}
-    replans: dict[str, list[float]] = {name: [] for name in settings}
+    costs = {name: _first_cost(context, options, 0) for name, context in contexts.items()}
+    rollouts: dict[str, list[float]] = {name: [] for name in contexts}
+    replans: dict[str, list[float]] = {name: [] for name in contexts}
     solver = make_solver(options.solver, **options.search)
     for turn in tqdm(range(ROUNDS + 1), desc="bench plan", unit=" turns"):
-        for name, setting in settings.items():
-            width = setting.model.shape.action_dim
-            actions = torch.rand(1, CANDIDATES, options.horizon, width, device=setting.device) * 2 - 1
-            spent = _timed(setting, lambda name=name, actions=actions: costs[name](actions))
-            start = torch.zeros(1, options.horizon, width, device=setting.device)
-            generators = [torch.Generator().manual_seed(turn)]
-            planned = _timed(
-                setting, lambda name=name, start=start, generators=generators: solver(costs[name], start, generators)
-            )
-            if turn:  # the first pays for set-up
-                seconds[name].append(spent)
-                replans[name].append(planned)
+        for name, context in contexts.items():
+            cost, width = costs[name], context.model.shape.action_dim
+            actions = torch.rand(1, CANDIDATES, options.horizon, width, device=context.device) * 2 - 1
+            rollout = _seconds(context, cost, actions)
+            start = torch.zeros(1, options.horizon, width, device=context.device)
+            replan = _seconds(context, solver, cost, start, [torch.Generator().manual_seed(turn)])
+            if turn:  # the first includes set-up
+                rollouts[name].append(rollout)
+                replans[name].append(replan)
     result = {}
-    for name, setting in settings.items():
-        two = torch.zeros(1, 2, options.horizon, setting.model.shape.action_dim, device=setting.device)
+    for name, context in contexts.items():
+        two = torch.zeros(1, 2, options.horizon, context.model.shape.action_dim, device=context.device)
         with torch.inference_mode():
             flops = count_flops(costs[name], two) / (2 * options.horizon)
         result[name] = {
-            "parameters_m": sum(value.numel() for value in setting.model.parameters()) / 1e6,
+            "parameters_m": sum(value.numel() for value in context.model.parameters()) / 1e6,
             "gflop_per_step": flops / 1e9,
-            "rollouts_per_second": CANDIDATES / statistics.median(seconds[name]),
+            "rollouts_per_second": CANDIDATES / statistics.median(rollouts[name]),
             "seconds_per_replan": statistics.median(replans[name]),
         }
     return result
 
 
-def landscape(setting: EvalContext, options: PlanOptions, episodes: int = 8) -> NDArray[np.float64]:
-    """Costs of plans around the best one, [episodes, G, G]: in a plane through it, which two random directions span.
+def _first_cost(context: EvalContext, options: PlanOptions, number: int) -> Cost:
+    """Return the cost that a planner minimises at the beginning of an episode."""
+    (start, goal), frames = random_episode(context, number)
+    tokens, goal_tokens = (context.encoder(frame[None]) for frame in frames)
+    mpc = context.make_mpc(options, goal_tokens, goal[None].astype(np.float32))
+    proprio = torch.from_numpy(start.astype(np.float32)).to(context.device)
+    return mpc.cost_of(tokens[:, None], proprio[None, None])
 
-    Args:
-        setting: a run.
-        options: of the plan. Each episode has the start, the goal and the directions that its number gives it, whatever the run.
-        episodes: how many.
+
+def _seconds(context: EvalContext, call: Callable[..., Tensor], *args: Any) -> float:
+    synchronise(context.device)
+    begun = time.perf_counter()
+    with torch.inference_mode():
+        call(*args)
+    synchronise(context.device)
+    return time.perf_counter() - begun
+
+
+def landscape(context: EvalContext, options: PlanOptions, episodes: int = 8) -> NDArray[np.float64]:
+    """Compute costs around the solver's plan, [episodes, G, G], in a plane that two random directions span.
+
+    Start, goal and directions depend on the number of the episode alone, not on the run.
     """
     steps = torch.linspace(-REACH, REACH, GRID)
+    offsets = steps[:, None, None].to(context.device)
     planes = []
     for number in range(episodes):
-        cost = _cost(setting, options, number)
+        cost = _first_cost(context, options, number)
         generator = torch.Generator().manual_seed(99 * number + 1)
-        shape = (1, options.horizon, setting.model.shape.action_dim)
+        shape = (1, options.horizon, context.model.shape.action_dim)
         with torch.inference_mode():
-            best = setting.solver(cost, torch.zeros(shape, device=setting.device), [generator])
+            best = context.solver(cost, torch.zeros(shape, device=context.device), [generator])
             directions = torch.linalg.qr(torch.randn(math.prod(shape), 2, generator=generator))[0].T
-            u, v = (direction.view(shape).to(setting.device) * math.sqrt(math.prod(shape)) for direction in directions)
-            rows = [best + a * u + steps[:, None, None].to(setting.device) * v for a in steps.tolist()]
-            # As the solver has them: what is scored is what the env would do.
-            costs = [cost(row[None].clamp(-1.0, 1.0))[0] for row in rows]
-            planes.append(torch.stack(costs).double().cpu().numpy())
+            u, v = (direction.view(shape).to(context.device) * math.sqrt(math.prod(shape)) for direction in directions)
+            # Clipped to the env's bounds, as solvers clip their candidates.
+            rows = [(best + a * u + offsets * v).clamp(-1.0, 1.0) for a in steps.tolist()]
+            planes.append(torch.stack([cost(row[None])[0] for row in rows]).double().cpu().numpy())
     return np.stack(planes)
 
 
 def roughness(planes: NDArray[np.float64]) -> dict[str, float]:
-    """How hard landscapes [episodes, G, G] are to descend, means over the episodes.
+    """Measure how hard landscapes [episodes, G, G] are to descend; means over the episodes.
 
     Returns:
-        `minima`: places that no neighbour is below. `stuck`: share of the places from which steepest descent from neighbour to neighbour
-        ends elsewhere than at the lowest one. `curvature`: root mean square of second differences, over the spread of the costs.
+        `minima`: points without a lower neighbour. `stuck`: share of the points from which steepest descent ends elsewhere than at the
+        lowest point. `curvature`: root mean square of second differences over the spread of the costs.
     """
-    found = [_roughness(plane) for plane in planes]
-    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+    rows, columns = (axis.ravel() for axis in np.indices(planes.shape[1:]))
+    near = (np.abs(rows[:, None] - rows) <= 1) & (np.abs(columns[:, None] - columns) <= 1)
+    minima = [(plane == minimum_filter(plane, size=3, mode="nearest")).sum() for plane in planes]
+    stuck = [(descend(plane.ravel(), near) != plane.argmin()).mean() for plane in planes]
+    curvature = [
+        math.sqrt(sum(float(np.square(np.diff(plane, 2, axis)).mean()) for axis in (0, 1)) / 2)
+        / max(plane.std(), 1e-12)
+        for plane in planes
+    ]
+    return {
+        "minima": float(np.mean(minima)),
+        "stuck": float(np.mean(stuck)),
+        "curvature": float(np.mean(curvature)),
+    }
 
 
 def draw_landscapes(planes: Mapping[str, NDArray[np.float64]], episode: int = 0) -> bytes:
-    """A PNG: the landscape of one episode for each run, in shares of its own range, a dot where its plan is."""
+    """Draw the landscape of one episode for each run, scaled to its own range, with a dot at its plan; returns a PNG."""
     figure = Figure(figsize=(2.7 * len(planes) + 0.9, 3.2), layout="constrained", dpi=120)
     panels = figure.subplots(1, len(planes), squeeze=False)[0]
     for axes, (name, costs) in zip(panels, planes.items(), strict=True):
@@ -133,126 +210,29 @@ def draw_landscapes(planes: Mapping[str, NDArray[np.float64]], episode: int = 0)
     bar.set_label("cost (0: lowest, 1: highest of the panel)", fontsize=7)
     bar.ax.tick_params(labelsize=6)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", fontsize=7, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return png_bytes(figure)
 
 
-def _roughness(plane: NDArray[np.float64]) -> dict[str, float]:
-    lowest = minimum_filter(plane, size=3, mode="nearest")
-    size = len(plane)
-    padded = np.pad(plane, 1, constant_values=np.inf)
-    neighbours = np.stack([padded[i : i + size, j : j + size] for i in range(3) for j in range(3)])
-    i, j = np.divmod(neighbours.argmin(0), 3)
-    rows, columns = np.indices(plane.shape)
-    following = ((rows + i - 1) * size + columns + j - 1).ravel()
-    ends = np.arange(size * size)
-    for _ in range(size * size):
-        if np.array_equal(further := following[ends], ends):
-            break
-        ends = further
-    second = [np.diff(plane, 2, axis) for axis in (0, 1)]
-    return {
-        "minima": float((plane == lowest).sum()),
-        "stuck": float((ends != plane.argmin()).mean()),
-        "curvature": math.sqrt(sum(float(np.square(part).mean()) for part in second) / 2)
-        / max(float(plane.std()), 1e-12),
-    }
-
-
-def _cost(setting: EvalContext, options: PlanOptions, number: int) -> Cost:
-    """What a planner descends at the beginning of an episode."""
-    (start, goal), frames = random_episode(setting, number)
-    tokens, goal_tokens = (setting.encoder(frame[None]) for frame in frames)
-    mpc = setting.make_mpc(options, goal_tokens, goal[None].astype(np.float32))
-    proprio = torch.from_numpy(start.astype(np.float32)).to(setting.device)
-    return mpc.cost_of(tokens[:, None], proprio[None, None])
-
-
-def _timed(setting: EvalContext, call: Any) -> float:
-    synchronise(setting.device)
-    begun = time.perf_counter()
-    with torch.inference_mode():
-        call()
-    synchronise(setting.device)
-    return time.perf_counter() - begun
-
-
-def compare_runs(
-    runs: Sequence[Path],
-    options: PlanOptions,
-    episodes: int = 200,
-    picture: Path | None = None,
-    *,
-    weights: Path | None = None,
-    cache: AnyPath | None = None,
-) -> list[dict[str, Any]]:
-    """Everything of this module for several runs; the first is what the others are compared with.
-
-    Args:
-        runs: their folders.
-        options: of the plans that are measured; success is that of the protocol `mpc-100`, in the same precision and context.
-        episodes: of that protocol; 0 leaves it out. Finished batches of them are kept in a run's folder.
-        picture: where the landscapes go; None measures none.
-        weights, cache: as of `EvalContext`.
-
-    Returns:
-        A row for each run, see `compare_speed`, `roughness` and `evaluate`; `fewer_flop` and `faster` are ratios to the first.
-
-    Raises:
-        UserError: one is no run, or two have the same name.
-    """
-    names = [_name(run, runs) for run in runs]
-    if len(set(names)) < len(names):
-        raise UserError(f"{', '.join(names)}: name each run once")
-    usual = replace(options, search={})  # success and landscape are those of the protocol's own search
-    settings = {
-        name: EvalContext(run, usual, weights=weights, cache=cache) for name, run in zip(names, runs, strict=True)
-    }
-    speed = compare_speed(settings, options)
-    rows: list[dict[str, Any]] = []
-    for name, setting in settings.items():
-        model = setting.config["model"]
-        stage = f", {setting.model.stages[int(setting.model.stage) - 1]}" if setting.model.stages else ""
-        rows.append({"run": name, "model": f"{model}{stage}", "context": setting.context, **speed[name]})
-        first = rows[0]
-        rows[-1]["fewer_flop"] = first["gflop_per_step"] / rows[-1]["gflop_per_step"]
-        rows[-1]["faster"] = rows[-1]["rollouts_per_second"] / first["rollouts_per_second"]
-    planes = {}
-    for (name, setting), row in zip(settings.items(), rows, strict=True):
-        if picture is not None:
-            planes[name] = landscape(setting, usual)
-            row |= roughness(planes[name])
-        if episodes:
-            row |= _success(setting, replace(usual, episodes=episodes))
-    if picture is not None:
-        with atomic_write(picture) as file:
-            file.write(draw_landscapes(planes))
-    return rows
-
-
-def _success(setting: EvalContext, options: PlanOptions) -> dict[str, Any]:
-    """Under the protocol `mpc-100`: episodes within each threshold, still so at the end, and the 95 % interval of the headline."""
-    told = replace(options, **PROTOCOLS["mpc-100"])
-    out = setting.run / f"bench-mpc-100-{told.episodes}"
+def _success(context: EvalContext, options: PlanOptions) -> dict[str, Any]:
+    """Evaluate under the protocol `mpc-100`; returns counts for each threshold, and 95 % intervals and baselines for the headline's."""
+    options = replace(options, **PROTOCOLS.get("mpc-100"))
+    out = context.run / f"bench-mpc-100-{options.episodes}"
     make_folder(out)
-    _, results = evaluate(setting, told, out)
-    reached = {
+    _, results = evaluate(context, options, out)
+    threshold, judged = options.threshold, results["by_threshold"]
+    counts = {
         f"{word}_{row['threshold']}": row[name]
         for word, name in (("within", "successes"), ("held", "held"))
-        for row in results["by_threshold"]
+        for row in judged
     }
-    intervals = {
-        f"{name}_{told.threshold}": "{:.3f} to {:.3f}".format(*results[name]) for name in ("ci95", "held_ci95")
-    }
-    at = [row["threshold"] for row in results["by_threshold"]].index(told.threshold)
-    random = results["baselines"]["random"][at]
-    baseline = {f"random_within_{told.threshold}": random["successes"], f"random_held_{told.threshold}": random["held"]}
-    return {"episodes": told.episodes, **reached, **intervals, **baseline}
+    intervals = {f"{name}_{threshold}": "{:.3f} to {:.3f}".format(*results[name]) for name in ("ci95", "held_ci95")}
+    random = next(row for row in results["baselines"]["random"] if row["threshold"] == threshold)
+    baseline = {f"random_within_{threshold}": random["successes"], f"random_held_{threshold}": random["held"]}
+    return {"episodes": options.episodes, **counts, **intervals, **baseline}
 
 
 def _name(run: Path, runs: Sequence[Path]) -> str:
-    """Of the run alone, or with its folder where another has the same."""
+    """Return a run's name, with its folder where another run has the same name."""
     alone = run.resolve()
     same = sum(other.resolve().name == alone.name for other in runs) > 1
     return f"{alone.parent.name}/{alone.name}" if same else alone.name

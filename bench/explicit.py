@@ -1,33 +1,34 @@
-"""`DinoWm.predict` as DINO-WM's code has it, attention weights written out under a mask: what ours is measured against, and checked by."""
+"""`DinoWm.predict` as DINO-WM's code computes it, attention weights under a mask: the baseline of benchmarks, and a check."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from wmcache.trainer.models.attention import gated, modulated, rotate
+from wmcache.trainer.models.attention import Block, gated, modulated, rotate
+from wmcache.trainer.models.dino_wm import DinoWm
 
 
-def explicit_predict(model: Any, tokens: Tensor, code: Tensor, action: Tensor, pool: int = 1) -> tuple[Tensor, Tensor]:
-    """`DinoWm.predict` with attention weights written out, under a mask, as the reference has it (models/vit.py)."""
-    x, condition = model._join(tokens, code, action)
-    x = x + model._position(range(tokens.shape[1]), pool)
+def explicit_predict(
+    model: DinoWm, tokens: Tensor, embedding: Tensor, action: Tensor, pool: int = 1
+) -> tuple[Tensor, Tensor]:
+    """See `DinoWm.predict`; all queries meet all keys under a mask (models/vit.py)."""
+    x, condition = model.join(tokens, embedding, action)
+    x = x + model.position_of(range(tokens.shape[1]), pool)
     frame = torch.arange(x.shape[1], device=x.device).repeat_interleave(x.shape[2])
     age = frame[:, None] - frame[None, :]
     mask = (age >= 0) & (age < model.shape.history)
     for block in model.blocks:
+        assert isinstance(block, Block)
         x = explicit_block(block, x, mask, condition)
-    following: tuple[Tensor, Tensor] = model._split(x, tokens, code)
-    return following
+    return model.split(x, tokens, embedding)
 
 
-def explicit_block(block: Any, x: Tensor, mask: Tensor, condition: Tensor | None) -> Tensor:
-    """A `Block` by the book: all queries meet all keys, and the mask takes back what they should not have seen."""
+def explicit_block(block: Block, x: Tensor, mask: Tensor, condition: Tensor | None) -> Tensor:
+    """See `Block.forward`; attention weights [B, heads, T * tokens, T * tokens] are computed and then masked."""
     frames = x.shape[1]
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block._modulation(condition)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block.modulation(condition)
     normed = modulated(block.norm_attention(x), shift, scale)
     q, k, v = rearrange(block.qkv(normed), "b t n (three h c) -> three b h (t n) c", three=3, h=block.heads)
     if block.rotary:

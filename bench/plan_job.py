@@ -1,6 +1,6 @@
-"""What a large extraction would take, before anybody asks for the machines: bytes, objects, GPU hours, and what keeping records costs.
+"""The resources of a large extraction, estimated before machines are requested: bytes, objects, GPU hours, and the cost of records.
 
-Rates are measured here and now, records and scheduler on a thousand shards without data; the rest is arithmetic.
+Rates are measured on this machine, on a thousand shards without data; the rest is arithmetic.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from wmcache.bench.scale import measure_scale
-from wmcache.cache.layout import ROWS_IN_A_CHUNK, STEP_COLUMNS, StoreCard
+from wmcache.cache.arrays import ROWS_IN_A_CHUNK
+from wmcache.cache.layout import STEP_COLUMNS, StoreCard
 from wmcache.cache.records import IN_A_BLOCK
 from wmcache.cluster.tasks import open_pool
-from wmcache.common.files import MOST_JSON_BYTES
+from wmcache.common.jsonfiles import MOST_JSON_BYTES
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import TASKS_IN_FLIGHT
 from wmcache.pipeline.frames import FRAMES_PER_SHARD
@@ -26,23 +27,24 @@ TAR_RECORD_BYTES = 150
 STEP_BYTES = 48
 """Of a frame in the step table, in memory: two actions, four states, episode, step."""
 BUSY_SCHEDULER = 0.5
-"""Share of a scheduler's tasks a second beyond which it becomes what workers wait for."""
+"""Share of a scheduler's tasks per second beyond which workers wait for it."""
+MOST_SHARDS = MOST_JSON_BYTES // TAR_RECORD_BYTES
 
 
 @dataclass(frozen=True)
 class JobPlan:
-    """An extraction in figures; bytes and seconds unless the name says otherwise.
+    """Estimates for an extraction; bytes and seconds unless the name differs.
 
     Attributes:
-        frames, frames_per_shard, shards: counts. shard_bytes, token_bytes: of a shard's file, and of all.
-        step_bytes: of the step table in memory, which the process that creates the store and each worker hold.
+        shard_bytes, token_bytes: of a shard's file, and of all.
+        step_bytes: of the step table in memory, in the process that creates the store and in each worker.
         record_bytes: of all records. objects: files of the store.
-        frames_per_second: of a worker. worker_hours: of all workers together. hours: with so many at once.
-        worker_memory: tokens and frames of the shards in flight, and the step table; encoder and libraries come on top.
-        create, plan, finish, open: of the store, see `bench.scale.Scale`; at most, for what is constant in a thousand shards is multiplied.
-        commit_share: of a shard's time that its claim and record take.
-        tasks_per_second: that the workers finish. scheduler_tasks_per_second: that a Dask scheduler of this machine hands out.
-        notes: what would go wrong, and which setting fixes it.
+        frames_per_second: of a worker. worker_hours: of all workers together. hours: wall time.
+        worker_memory: tokens and frames of the shards in flight, and the step table; encoder and libraries are not included.
+        create, plan, finish, open: of the store, see `bench.scale.Scale`; upper bounds, since constant parts are multiplied too.
+        commit_share: share of a shard's time for its claim and record.
+        tasks_per_second: that the workers finish. scheduler_tasks_per_second: that a Dask scheduler of this machine starts.
+        notes: problems, each with the setting that fixes it.
     """
 
     frames: int
@@ -78,19 +80,19 @@ def plan_job(
     frames_per_shard: int | None = None,
     dtype: str = "float16",
 ) -> JobPlan:
-    """Plan an extraction.
+    """Estimate an extraction.
 
     Args:
         frames: to encode.
-        token_grid, token_dim: of the encoder. image_size: of the dataset's frames.
-        workers: at once. frames_per_second: of one of them.
-        frames_per_shard: of the dataset; None for so many that one dataset.json can name its tars.
-        dtype: of the stored tokens.
+        token_grid, token_dim, dtype: of the stored tokens.
+        image_size: of the dataset's frames.
+        workers: at the same time.
+        frames_per_second: of one of them.
+        frames_per_shard: of the dataset; None takes as many as one dataset.json needs to list its tars.
     """
-    most_shards = MOST_JSON_BYTES // TAR_RECORD_BYTES
     if frames_per_shard is None:
         frames_per_shard = FRAMES_PER_SHARD
-        while frames > frames_per_shard * most_shards:
+        while frames > frames_per_shard * MOST_SHARDS:
             frames_per_shard *= 2
     card = StoreCard({"name": "none"}, {"name": "none"}, token_grid, token_dim, frames, frames_per_shard, dtype)
     measured = measure_scale(
@@ -102,17 +104,6 @@ def plan_job(
     columns = len(STEP_COLUMNS) * -(-frames // ROWS_IN_A_CHUNK) + 1
     blocks, single = divmod(card.num_shards, IN_A_BLOCK)
     tasks, scheduler = workers / shard_seconds, measure_scheduler()
-    notes = []
-    if card.num_shards > most_shards:
-        notes.append(
-            f"dataset.json cannot name {card.num_shards} tars: collect with --frames-per-shard {-(-frames // most_shards)} or more"
-        )
-    if tasks > BUSY_SCHEDULER * scheduler:
-        notes.append("one scheduler is too few: use batch arrays (wmcache sbatch), or a larger --frames-per-shard")
-    if workers > card.num_shards:
-        notes.append(f"{workers - card.num_shards} workers would have no shard: use a smaller --frames-per-shard")
-    if STEP_BYTES * frames > in_flight + 2**30:
-        notes.append("the step table is most of a worker's memory: several smaller datasets take less")
     return JobPlan(
         frames=frames,
         frames_per_shard=frames_per_shard,
@@ -133,12 +124,28 @@ def plan_job(
         commit_share=(measured.claim_us + measured.commit_us) / 1e6 / shard_seconds,
         tasks_per_second=tasks,
         scheduler_tasks_per_second=scheduler,
-        notes=notes,
+        notes=_notes(card, workers, in_flight, busy=tasks > BUSY_SCHEDULER * scheduler),
     )
 
 
+def _notes(card: StoreCard, workers: int, in_flight: int, *, busy: bool) -> list[str]:
+    notes = []
+    if card.num_shards > MOST_SHARDS:
+        least = -(-card.frames // MOST_SHARDS)
+        notes.append(
+            f"dataset.json cannot list {card.num_shards} tars: collect with --frames-per-shard {least} or more"
+        )
+    if busy:
+        notes.append("one scheduler is too few: use batch arrays (wmcache sbatch), or a larger --frames-per-shard")
+    if workers > card.num_shards:
+        notes.append(f"{workers - card.num_shards} workers would have no shard: use a smaller --frames-per-shard")
+    if STEP_BYTES * card.frames > in_flight + 2**30:
+        notes.append("the step table is most of a worker's memory: several smaller datasets take less")
+    return notes
+
+
 def measure_scheduler() -> float:
-    """Tasks a second that a Dask scheduler of this machine hands out, to a worker that does nothing."""
+    """Measure the tasks per second that a Dask scheduler of this machine gives to a worker whose tasks are empty."""
     with open_pool("local:1", threads=64, label="measure", always_dask=True) as pool:
         done, start, waiting = 0, 0.0, MEASURED_TASKS
         while done < MEASURED_TASKS:
@@ -146,16 +153,16 @@ def measure_scheduler() -> float:
             pool.submit((None, int) for _ in range(batch))
             waiting -= batch
             done += len(pool.finished())
-            start = start or time.perf_counter()  # the first result pays for set-up
+            start = start or time.perf_counter()  # the first result includes set-up
     return MEASURED_TASKS / (time.perf_counter() - start)
 
 
 def measure_encoder(encoder: Encoder, batch: int = 32) -> float:
-    """Frames a second, of random frames at the size that the encoder sees."""
+    """Measure frames per second, on random frames at the encoder's own size."""
     rng = np.random.default_rng(0)
     size = (batch, *((2,) if encoder.lag else ()), encoder.image_size, encoder.image_size, 3)
     frames = rng.integers(0, 256, size, np.uint8)
-    encoder(frames)  # the first call pays for set-up
+    encoder(frames)  # the first call includes set-up
     start, turns = time.perf_counter(), 0
     while turns < 2 or time.perf_counter() - start < 1.0:
         encoder(frames)

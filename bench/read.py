@@ -1,4 +1,4 @@
-"""Reading windows: the store against a plain .npy file of the same bytes, the zarr API, and smaller forms of the same tokens."""
+"""Reading windows: the store against a plain .npy file of the same bytes, the zarr API, and smaller formats of the same tokens."""
 
 from __future__ import annotations
 
@@ -23,45 +23,40 @@ from wmcache.cache.reader import ZarrReader
 from wmcache.cache.store import Tokens, TokenStore
 from wmcache.cache.windows import Windows, batch_windows
 from wmcache.cache.writer import StoreWriter
-from wmcache.common.files import make_folder, require_space
+from wmcache.common.files import make_folder
 from wmcache.common.paths import AnyPath
+from wmcache.common.space import require_space
 
 EPISODE = 100
 FRAMES_PER_SHARD = 512
 ROUNDS = 12
+Read = Callable[[NDArray[np.int64], Tokens], object]
 BATCHES = 6
-"""In each round; the zarr API, so much slower, reads one."""
+"""In each round; the zarr API is so slow that it reads one."""
 
 
 def bench_read(
     frames: int, *, tokens: int = 196, dim: int = 384, batch: int = 64, dtype: str = "float16", keep: Path | None = None
 ) -> dict[str, float]:
-    """Batches of random windows of 4 frames, 5 apart, from a store of made-up tokens, all of it in the page cache.
+    """Read batches of random windows of 4 frames, 5 apart, from a store of random tokens that is in the page cache.
 
-    The contenders take turns, so that a drift of the machine meets all of them; ratios are medians over the turns.
+    Contenders take turns, so that a drift of the machine affects all; ratios are medians over the turns.
 
     Args:
-        frames: of the store. tokens, dim, dtype: N, D and what they are stored in.
+        frames: of the store.
+        tokens, dim, dtype: N, D and the type that they are stored in.
         batch: windows.
         keep: folder to leave the store (`bench.zarr`) and the plain file (`bench.npy`) in.
 
     Returns:
-        Windows a second of `gather`; of `gather` on a store just opened, which maps the files and compares every checksum; of
-        `numpy.take` from the memory-mapped file into the same buffer, in its two modes; and of the zarr API, by whichever of its ways is
-        the fastest; and ratios to them.
+        Windows per second of `gather`; of `gather` on a store just opened, which maps the files and compares every checksum; of
+        `numpy.take` from the memory-mapped file into the same buffer, in two modes; and of two methods of the zarr API; and ratios to
+        them, for zarr to the faster one.
     """
     folder = keep or Path(tempfile.mkdtemp(prefix="wmcache-bench-"))
     try:
         make_folder(folder)
-        card = StoreCard(
-            encoder={},
-            dataset={"name": "bench"},
-            token_grid=(1, tokens),
-            token_dim=dim,
-            frames=frames,
-            frames_per_shard=FRAMES_PER_SHARD,
-            dtype=dtype,
-        )
+        card = StoreCard({}, {"name": "bench"}, (1, tokens), dim, frames, FRAMES_PER_SHARD, dtype)
         require_space(folder, 2 * card.token_bytes, "the benchmark")
         store = TokenStore.open(_make_store(folder / "bench.zarr", card))
         plain = _make_plain(folder / "bench.npy", store)
@@ -77,11 +72,6 @@ def _race(store: TokenStore, plain: NDArray[np.generic], batch: int) -> dict[str
     assert isinstance(array, zarr.Array)
     out = np.empty((batch * windows.length, *store.card.frame_shape), store.card.dtype)
     fresh = store
-
-    def reopen() -> None:
-        nonlocal fresh
-        fresh = TokenStore.open(store.path)
-
     contenders: dict[str, Callable[[NDArray[np.int64]], object]] = {
         "gather": lambda frames: store.gather_stored(frames.ravel(), out),
         "first_gather": lambda frames: fresh.gather_stored(frames.ravel(), out),
@@ -94,50 +84,38 @@ def _race(store: TokenStore, plain: NDArray[np.generic], batch: int) -> dict[str
     for part in np.array_split(np.arange(len(store)), -(-len(store) // len(out))):
         store.gather_stored(part, out[: len(part)])  # every page mapped, every checksum compared
     rates: dict[str, list[float]] = {name: [] for name in contenders}
-    step = 0
-    names = list(contenders)
+    step, names = 0, list(contenders)
     for turn in tqdm(range(ROUNDS), desc="bench read", unit=" rounds"):
-        reopen()
-        lead = turn % len(names)
-        for name in names[lead:] + names[:lead]:  # nobody always runs after the one that leaves the caches in a mess
-            read = contenders[name]
+        fresh = TokenStore.open(store.path)
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:  # so that none always runs after the one that fills the caches
             batches = 1 if name.startswith("zarr") else BATCHES
             chosen = [_frames(windows, step + i, batch) for i in range(batches)]
             step += batches
             start = time.perf_counter()
             for frames in chosen:
-                read(frames)
+                contenders[name](frames)
             rates[name].append(batch * batches / (time.perf_counter() - start))
     zarr_best = [max(pair) for pair in zip(rates["zarr_slices"], rates["zarr_oindex"], strict=True)]
-    ratios = {
+    return {f"{name}_windows_per_second": statistics.median(values) for name, values in rates.items()} | {
         "ratio_to_memmap_take": _median_ratio(rates["gather"], rates["memmap_take"]),
         "ratio_to_memmap_take_clip": _median_ratio(rates["gather"], rates["memmap_take_clip"]),
         "ratio_to_zarr": _median_ratio(rates["gather"], zarr_best),
     }
-    return {f"{name}_windows_per_second": statistics.median(values) for name, values in rates.items()} | ratios
 
 
 def _frames(windows: Windows, step: int, batch: int) -> NDArray[np.int64]:
     return windows.frames(batch_windows(len(windows), 0, step, batch))
 
 
-def _median_ratio(ours: list[float], theirs: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+def _median_ratio(rates: list[float], others: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(rates, others, strict=True))
 
 
 def _make_store(path: Path, card: StoreCard) -> Path:
+    content = f"{card.frames} x {card.frame_shape}"
     identity = Identity(
-        "bench",
-        "none",
-        "",
-        "none",
-        "patch",
-        0,
-        "none",
-        ((0.5,), (0.5,)),
-        "float32",
-        card.dtype,
-        f"{card.frames} x {card.frame_shape}",
+        "bench", "none", "", "none", "patch", 0, "none", ((0.5,), (0.5,)), "float32", card.dtype, content
     )
     frame = np.arange(card.frames)
     steps: dict[str, NDArray[Any]] = {
@@ -149,8 +127,8 @@ def _make_store(path: Path, card: StoreCard) -> Path:
     writer = StoreWriter.create(path, card, identity, steps)
     for shard in tqdm(writer.pending(), desc="write", unit=" shards"):
         shape = (len(card.shard_frames(shard)), *card.frame_shape)
-        made_up = np.random.default_rng(shard).standard_normal(shape, dtype=np.float32)
-        writer.write_shard(shard, made_up.astype(np.float16))
+        tokens = np.random.default_rng(shard).standard_normal(shape, dtype=np.float32)
+        writer.write_shard(shard, tokens.astype(np.float16))
     writer.finish()
     return path
 
@@ -168,46 +146,24 @@ def _make_plain(path: Path, store: TokenStore) -> NDArray[np.generic]:
 
 
 def bench_codecs(path: AnyPath, *, frames: int = 2000, batch: int = 64) -> list[dict[str, Any]]:
-    """What a store's own tokens would take, and how fast they would be read, in smaller forms.
+    """Measure the size and the reading speed of a store's own tokens in smaller formats.
 
     Args:
-        path: a store of real tokens, float16.
-        frames: how many of them, from the first.
+        path: a store of float16 tokens.
+        frames: number of them, from the first.
         batch: windows of 4 frames, 5 apart.
 
     Returns:
-        For each form: `size`, its bytes as a share of plain float16; `speed`, windows a second as a share of reading plain float16 through
+        For each format: `size`, its share of plain float16's bytes; `speed`, windows per second as a share of plain float16's through
         memory maps; `relative_error`, the norm of the difference over that of the tokens.
     """
     source = TokenStore.open(path)
     count = min(frames, len(source))
+    card = replace(source.card, frames=count, frames_per_shard=min(source.card.frames_per_shard, count))
     tokens = source.gather(np.arange(count))
-    rows = []
     with tempfile.TemporaryDirectory(prefix="wmcache-bench-") as folder:
-        card = replace(source.card, frames=count, frames_per_shard=min(source.card.frames_per_shard, count))
-        stores = {
-            dtype: TokenStore.open(_copy(source, tokens, Path(folder) / f"{dtype}.zarr", replace(card, dtype=dtype)))
-            for dtype in ("float16", "int8")
-        }
-        readers: dict[str, Callable[[NDArray[np.int64], Tokens], object]] = {n: s.gather for n, s in stores.items()}
-        sizes = {name: store.card.token_bytes for name, store in stores.items()}
-        for name, codec in {
-            "zstd": ZstdCodec(),
-            "blosc lz4 shuffled": BloscCodec(cname="lz4", shuffle="shuffle"),
-        }.items():
-            array = zarr.create_array(
-                Path(folder) / name,
-                shape=tokens.shape,
-                chunks=(1, *card.frame_shape),
-                shards=(card.frames_per_shard, *card.frame_shape),
-                dtype="float16",
-                compressors=codec,
-                fill_value=float("nan"),
-            )
-            array[:] = tokens
-            sizes[name] = array.nbytes_stored()
-            readers[name] = ZarrReader(array, card, Path(folder) / name).gather
-        windows = stores["float16"].windows(history=3, predict=1, frameskip=5)
+        readers, sizes = _make_formats(source, tokens, card, Path(folder))
+        windows = TokenStore.open(Path(folder) / "float16.zarr").windows(history=3, predict=1, frameskip=5)
         out = np.empty((batch * windows.length, *card.frame_shape), np.float16)
         speeds: dict[str, list[float]] = {name: [] for name in readers}
         for turn in tqdm(range(ROUNDS), desc="bench codecs", unit=" rounds"):
@@ -216,13 +172,39 @@ def bench_codecs(path: AnyPath, *, frames: int = 2000, batch: int = 64) -> list[
                 start = time.perf_counter()
                 read(chosen, out)
                 speeds[name].append(batch / (time.perf_counter() - start))
-        wide, found = tokens.astype(np.float32), np.empty_like(tokens)
+        rows, found = [], np.empty_like(tokens)
+        wide = tokens.astype(np.float32)
         for name, read in readers.items():
             read(np.arange(count), found)
             error = np.linalg.norm(found.astype(np.float32) - wide) / np.linalg.norm(wide)
             size, speed = sizes[name] / sizes["float16"], _median_ratio(speeds[name], speeds["float16"])
             rows.append({"form": name, "size": size, "speed": speed, "relative_error": float(error)})
     return rows
+
+
+def _make_formats(
+    source: TokenStore, tokens: Tokens, card: StoreCard, folder: Path
+) -> tuple[dict[str, Read], dict[str, int]]:
+    """Write the tokens in every format; returns by name how to read it, and its bytes."""
+    readers: dict[str, Read] = {}
+    sizes: dict[str, int] = {}
+    for dtype in ("float16", "int8"):
+        store = TokenStore.open(_copy(source, tokens, folder / f"{dtype}.zarr", replace(card, dtype=dtype)))
+        readers[dtype], sizes[dtype] = store.gather, store.card.token_bytes
+    compressors = {"zstd": ZstdCodec(), "blosc lz4 shuffled": BloscCodec(cname="lz4", shuffle="shuffle")}
+    for name, codec in compressors.items():
+        array = zarr.create_array(
+            folder / name,
+            shape=tokens.shape,
+            chunks=(1, *card.frame_shape),
+            shards=(card.frames_per_shard, *card.frame_shape),
+            dtype="float16",
+            compressors=codec,
+            fill_value=float("nan"),
+        )
+        array[:] = tokens
+        readers[name], sizes[name] = ZarrReader(array, card, folder / name).gather, array.nbytes_stored()
+    return readers, sizes
 
 
 def _copy(source: TokenStore, tokens: Tokens, path: Path, card: StoreCard) -> Path:

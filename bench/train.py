@@ -18,11 +18,13 @@ from tqdm import tqdm
 from wmcache.bench.explicit import explicit_predict
 from wmcache.cache.store import TokenStore
 from wmcache.common.device import autocast, choose_device, choose_dtype, synchronise
+from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath
 from wmcache.trainer.feed import Feed, choose_residence
-from wmcache.trainer.loop import data_shape, make_optimiser, statistics_of
 from wmcache.trainer.models import build
+from wmcache.trainer.models.dino_wm import DinoWm
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import data_shape, make_optimiser, statistics_of
 
 ROUNDS = 5
 
@@ -64,8 +66,10 @@ def bench_train(
     tqdm.write(why, file=sys.stderr)
 
     # The same parameters, another way through them.
+    if not isinstance(model, DinoWm):
+        raise UserError(f"bench train compares with DINO-WM, and {options.model} is another model")
     reference = copy.copy(model)
-    reference.predict = functools.partial(explicit_predict, model)
+    reference.predict = functools.partial(explicit_predict, model)  # type: ignore[method-assign]
 
     def rate(name: str, count: int) -> float:
         forward, precision = (reference.loss, torch.float32) if name == "reference" else (model.loss, dtype)
@@ -75,7 +79,7 @@ def bench_train(
             with autocast(where, precision):
                 loss = forward(data)["loss"]
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
         synchronise(where)
         return count / (time.perf_counter() - start)

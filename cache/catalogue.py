@@ -1,27 +1,24 @@
-"""Which stores there are, what each is, and how to be rid of one."""
+"""Which stores there are, what each is, and how to delete one."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import has_commits, read_attributes, read_card
 from wmcache.cache.records import Records
-from wmcache.common.errors import UnreadableError, UserError
+from wmcache.common.errors import UnreadableError, UserError, reason
 from wmcache.common.files import sweep, temporary_for
-from wmcache.common.paths import AnyPath, as_os_errors, exists, unreadable
+from wmcache.common.paths import AnyPath, exists, is_local, resolve, unreadable
 from wmcache.common.paths import remove as remove_all
+from wmcache.common.storage import storage
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A store at a glance.
+    """A store in a list.
 
     Attributes:
         path: its folder.
@@ -30,8 +27,8 @@ class Entry:
         bytes: on disk.
         shards, shards_done: how many there are, and how many have a record.
         complete: whether it can be trained on.
-        fault: why it cannot be read, or nothing.
-        damaged: whether that is damage, and not a permission, the disk or the network.
+        fault: why it cannot be read, or empty.
+        damaged: whether that is damage, and not permissions, the disk or the network.
     """
 
     path: str
@@ -50,38 +47,23 @@ class Entry:
 
     @property
     def state(self) -> str:
-        """`complete`, how far it is, or that it is damaged or unreadable."""
+        """`complete`, `damaged`, `unreadable` or the shards that are done."""
         if self.fault:
             return "damaged" if self.damaged else "unreadable"
         return "complete" if self.complete else f"{self.shards_done} of {self.shards} shards"
 
 
 def list_stores(folder: AnyPath) -> list[Entry]:
-    """All stores under a folder, whatever state they are in; raises UserError where it cannot be reached."""
+    """Return all stores under a folder, damaged ones too; raise UserError where it cannot be read."""
     try:
-        return [look_at(path) for path in sorted(_find(folder), key=str)]
+        found = [path for path in storage(folder).folders(".zarr") if not path.name.startswith(".")]
+        return [summarise(path) for path in sorted(found, key=str)]
     except OSError as error:
         raise unreadable(folder, error) from error
 
 
-def _find(folder: AnyPath) -> Iterator[AnyPath]:
-    """Folders named as stores, and nothing inside of them."""
-    if isinstance(folder, Path):
-        for root, names, _ in os.walk(folder):
-            for name in [name for name in names if name.endswith(".zarr")]:
-                names.remove(name)
-                if not name.startswith("."):
-                    yield Path(root, name)
-        return
-    with as_os_errors(folder):
-        for root, below, _ in folder.fs.walk(folder.path, detail=True):
-            for name in [name for name in below if name.endswith(".zarr")]:
-                del below[name]
-                yield folder / root.removeprefix(folder.path.rstrip("/")).strip("/") / name
-
-
-def look_at(path: AnyPath) -> Entry:
-    """A store at a glance; its tokens are not read."""
+def summarise(path: AnyPath) -> Entry:
+    """Return a store's entry, without reading tokens."""
     try:
         attributes = read_attributes(path)
         card, identity = read_card(attributes), Identity.from_json(attributes["identity"], str(path))
@@ -104,49 +86,40 @@ def look_at(path: AnyPath) -> Entry:
 
 
 def describe(path: AnyPath) -> dict[str, Any]:
-    """All that a store says of itself; raises UserError where there is none or its description is damaged."""
+    """Return a store's entry, identity, card and versions; raise UserError where there is none or its metadata is damaged."""
     attributes = read_attributes(path)
-    glance = asdict(look_at(path))
-    return {**glance, **{name: attributes[name] for name in ("identity", "card", "versions")}}
+    return {**asdict(summarise(path)), **{name: attributes[name] for name in ("identity", "card", "versions")}}
 
 
 def remove(path: AnyPath) -> int:
-    """Delete a store; returns the bytes that are free again.
+    """Delete a store; return the bytes that are free again.
 
     Raises:
-        UserError: there is nothing, or something that is no store.
+        UserError: it does not exist, or is not a store.
     """
-    if isinstance(path, Path) and path.is_symlink():
-        raise UserError(f"{path} is a link, so it stays; delete the store that it leads to: {path.resolve()}")
+    if is_local(path) and path.is_symlink():
+        raise UserError(f"{path} is a link and was not deleted; delete the store that it leads to: {path.resolve()}")
     try:
         if not exists(path):
             raise UserError(f"{path} does not exist; list stores with: wmcache ls")
-        path = path.resolve() if isinstance(path, Path) else path
-        if not has_commits(path) and look_at(path).fault:
-            raise UserError(f"{path} is not a token store, so it stays; list stores with: wmcache ls")
+        path = resolve(path)
+        if not has_commits(path) and summarise(path).fault:
+            raise UserError(f"{path} is not a token store and was not deleted; list stores with: wmcache ls")
         size = bytes_on_disk(path)
-        if isinstance(path, Path):
-            # In one step, so that no reader ever sees half a store; a kill leaves what the next writer sweeps away.
-            grave = temporary_for(path)
-            path.rename(grave)
-            shutil.rmtree(grave)
+        if is_local(path):
+            # In one step, so that readers never see half a store. The next writer sweeps what a kill leaves.
+            renamed = temporary_for(path)
+            path.rename(renamed)
+            shutil.rmtree(renamed)
             sweep(path.parent)
         else:
             remove_all(path / "zarr.json")  # without which there is no store
             remove_all(path)
     except OSError as error:
-        raise UserError(f"cannot delete {path}: {error.strerror or error}; make its folder writable") from error
+        raise UserError(f"cannot delete {path}: {reason(error)}; make its folder writable") from error
     return size
 
 
 def bytes_on_disk(path: AnyPath) -> int:
-    """Of all files under a folder; those that somebody moves or deletes meanwhile do not count. Raises OSError."""
-    if not isinstance(path, Path):
-        with as_os_errors(path):
-            return int(path.fs.du(path.path)) if path.fs.exists(path.path) else 0
-    total = 0
-    for folder, _, files in os.walk(path):
-        for name in files:
-            with contextlib.suppress(OSError):
-                total += Path(folder, name).stat().st_size
-    return total
+    """Return the bytes of all files in a store; raise OSError."""
+    return storage(path).usage()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LEVELS = 127
 BLOCK = 2
@@ -40,8 +45,13 @@ def dequantise(
     if out is None:
         out = np.empty(stored.shape, np.float16)
     steps, result = torch.from_numpy(np.require(stored, requirements="W")), torch.from_numpy(out)
-    scales, middles = torch.tensor(scale)[:, None], torch.tensor(middle)[:, None]
+    scales, middles = torch.tensor(scale), torch.tensor(middle)
     for start in range(0, len(stored), BLOCK):
         part = slice(start, start + BLOCK)
-        result[part] = steps[part] * scales[part] + middles[part]
+        result[part] = restore(steps[part], scales[part], middles[part])
     return out
+
+
+def restore(stored: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
+    """Multiply out tokens [n, N, D] with scale and middle of each frame's shard, [n, D]; float32, on any device."""
+    return stored * scale[:, None] + middle[:, None]

@@ -1,9 +1,8 @@
-"""Reading frames out of sharded Zarr arrays at the speed of memory.
+"""Reading frames from sharded Zarr arrays at the speed of memory.
 
-A Zarr v3 shard with an uncompressed inner chunk a frame ends in an index of (offset, bytes) pairs, 16 bytes each, and a crc32c of 4;
-each chunk ends in a crc32c of its own. `MappedReader` maps the files, reads each index once, and copies frames straight out of the map,
-where the zarr API pays for a coroutine and a thread hop with every frame. `ZarrReader` is that API: the way for stores that are
-compressed or far away, and the reference that a test holds the mapped reader against.
+In a Zarr v3 shard each uncompressed inner chunk, one frame, ends in a crc32c of 4 bytes. The file ends in an index of (offset, bytes)
+pairs, 16 bytes each, with a crc32c of its own. `MappedReader` maps the files, reads each index once, and copies frames from the map; the
+zarr API runs a coroutine and switches threads for every frame. `ZarrReader` uses that API, for stores that are compressed or remote.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from wmcache.cache.layout import CRC_BYTES, FILL, INDEX_ENTRY_BYTES, StoreCard, shard_file
 from wmcache.common.cpus import available_cpus
-from wmcache.common.errors import UserError, command
+from wmcache.common.errors import UserError, command, reason
 from wmcache.common.memory import address_space_left
 from wmcache.common.paths import MISSING, NO_MAPS, AnyPath, cause_outside, unreadable
 
@@ -41,310 +40,297 @@ Stored = NDArray[Any]
 
 
 class Reader(Protocol):
-    """Fetches frames as they are stored."""
+    """Reads frames as they are stored."""
 
     def gather(self, frames: NDArray[np.int64], out: Stored) -> None:
-        """Fill out[i] with frame frames[i]; the numbers are known to be in range."""
+        """Fill out[i] with frame frames[i]; all numbers are in range."""
         ...
 
     def prefetch(self, frames: NDArray[np.int64]) -> None:
-        """Hint that these frames will be wanted soon."""
+        """Start to read frames that will be gathered soon, if the reader can."""
         ...
 
 
 class _Rows(Protocol):
-    """Frames of a shard, by their row in it."""
-
-    def __getitem__(self, row: int, /) -> Any:
-        """The frame [N, D]."""
-        ...
+    def __getitem__(self, row: int, /) -> Any: ...
 
 
-class _PlainShard:
-    """A shard on a file system without memory maps: each frame is read, and compared with its checksum, whenever it is wanted."""
+class _Shard:
+    """An open shard whose first frame is at offset `first` of `file`; `hint` is for the error of a damaged one."""
 
-    def __init__(self, descriptor: int, file: AnyPath, card: StoreCard, shard: int, first: int, hint: str) -> None:
-        """Use an open file.
+    def __init__(self, card: StoreCard, shard: int, file: AnyPath, first: int, hint: str) -> None:
+        self.card, self.file, self.first, self.hint = card, file, first, hint
+        self.frames, self.stride = card.shard_frames(shard), card.frame_bytes + CRC_BYTES
+        self.dtype = np.dtype(card.dtype).newbyteorder("<")
 
-        Args:
-            descriptor: of the file; closed at the end.
-            file: where it is, for errors.
-            card: of the store.
-            shard: its number.
-            first: offset of the first frame.
-            hint: what to do about a damaged shard.
-        """
-        self._descriptor, self._file, self._card, self._first, self._hint = descriptor, file, card, first, hint
-        self._base = shard * card.frames_per_shard
+    def rows(self) -> _Rows:
+        """Return the frames [N, D], by row."""
+        raise NotImplementedError
+
+    def chunk(self, row: int) -> NDArray[np.uint8]:
+        """Return a frame's bytes with their checksum."""
+        raise NotImplementedError
+
+    def read_ahead(self, row: int) -> None:
+        """Ask the operating system to read a frame in the background."""
+        raise NotImplementedError
+
+    def check(self, row: int) -> None:
+        """Raise UserError where a frame differs from its checksum."""
+        if not _is_whole(self.chunk(row)):
+            raise UserError(f"frame {self.frames[row]} in {self.file} differs from its checksum; {self.hint}")
+
+    def frame(self, chunk: NDArray[np.uint8]) -> Stored:
+        """Return the frame [N, D] of a chunk."""
+        return chunk[:-CRC_BYTES].view(self.dtype).reshape(self.card.frame_shape)
+
+    def cut(self) -> UserError:
+        """Return the error of a file that has become shorter."""
+        return UserError(f"shard {self.file} was cut while it was being read; {self.hint}")
+
+
+class _MappedShard(_Shard):
+    def __init__(self, data: mmap.mmap, *shard: Any) -> None:
+        super().__init__(*shard)
+        self._data = data
+
+    def rows(self) -> _Rows:
+        if self._data.size() != len(self._data):
+            raise self.cut()
+        n, d = self.card.frame_shape
+        shape, strides = (len(self.frames), n, d), (self.stride, d * self.dtype.itemsize, self.dtype.itemsize)
+        return np.ndarray(shape, self.dtype, buffer=self._data, offset=self.first, strides=strides)
+
+    def chunk(self, row: int) -> NDArray[np.uint8]:
+        # Through numpy: the checksum's C code takes no memoryview, and a slice of the map itself would be a copy.
+        return np.frombuffer(self._data, np.uint8, self.stride, self.first + row * self.stride)
+
+    def read_ahead(self, row: int) -> None:
+        start = self.first + row * self.stride
+        page = start // mmap.PAGESIZE * mmap.PAGESIZE
+        self._data.madvise(mmap.MADV_WILLNEED, page, start + self.stride - page)
+
+
+class _PlainShard(_Shard):
+    """A shard on a file system without memory maps: each frame is read, and compared with its checksum, on every access."""
+
+    def __init__(self, descriptor: int, *shard: Any) -> None:
+        super().__init__(*shard)
+        self._descriptor = descriptor
 
     def __del__(self) -> None:
         os.close(self._descriptor)
 
+    def rows(self) -> _Rows:
+        return self
+
     def __getitem__(self, row: int) -> Stored:
-        """A frame [N, D]; raises UserError where it differs from its checksum or cannot be read."""
         chunk = self.chunk(row)
         if not _is_whole(chunk):
-            raise UserError(f"frame {self._base + row} in {self._file} differs from its checksum; {self._hint}")
+            super().check(row)
         return self.frame(chunk)
 
+    def check(self, row: int) -> None:
+        pass  # on access
+
     def chunk(self, row: int) -> NDArray[np.uint8]:
-        """A frame and its checksum, as they are in the file."""
-        found = np.empty(self._card.frame_bytes + CRC_BYTES, np.uint8)
-        filled, start = 0, self._first + row * len(found)
+        found = np.empty(self.stride, np.uint8)
+        filled, start = 0, self.first + row * self.stride
         while filled < len(found):
             try:
                 count = os.preadv(self._descriptor, [found[filled:].data], start + filled)
             except OSError as error:
-                raise unreadable(self._file, error) from error
+                raise unreadable(self.file, error) from error
             if not count:
-                raise UserError(f"shard {self._file} was cut while it was being read; {self._hint}")
+                raise self.cut()
             filled += count
         return found
 
-    def frame(self, chunk: NDArray[np.uint8]) -> Stored:
-        """The frame [N, D] in a chunk."""
-        return chunk[:-CRC_BYTES].view(np.dtype(self._card.dtype).newbyteorder("<")).reshape(self._card.frame_shape)
-
     def read_ahead(self, row: int) -> None:
-        """Ask the operating system to read a frame while this process does something else."""
-        stride = self._card.frame_bytes + CRC_BYTES
-        os.posix_fadvise(self._descriptor, self._first + row * stride, stride, os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(self._descriptor, self.first + row * self.stride, self.stride, os.POSIX_FADV_WILLNEED)
 
 
 class MappedReader:
-    """Gathers frames from memory maps. Each frame's checksum is compared the first time that it is read, by this reader.
+    """Gathers frames from memory maps. A frame is compared with its checksum the first time that this reader reads it.
 
-    Where the file system refuses maps, each frame is read from the file instead.
+    Where the file system has no maps, frames are read from the file instead.
     """
 
     def __init__(self, path: AnyPath, card: StoreCard) -> None:
-        """Args: the store's folder and card."""
+        """Open nothing yet."""
         self._path, self._card = path, card
-        self._stride = card.frame_bytes + CRC_BYTES
-        self._maps: dict[int, tuple[mmap.mmap | _PlainShard, int]] = {}
-        # Of the file descriptors and the addresses that this process may use, maps take half; the rest is for others.
+        self._hint = f"repair it with: {command('wmcache', 'repair', path)}"
+        self._shards: dict[int, _Shard] = {}
+        # Maps take at most half of the file descriptors and addresses that this process may use.
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         addresses = address_space_left()
         room = files if addresses is None else min(files, addresses // card.shard_bytes(0))
-        self._max_maps = max(1, room // 2)
+        self._max_shards = max(1, room // 2)
         self._checked = np.zeros(card.frames, np.bool_)
-        self._plain = False
+        self._warned = False
 
     def gather(self, frames: NDArray[np.int64], out: Stored) -> None:
         """See `Reader.gather`.
 
         Raises:
-            UserError: a shard is missing or damaged; it names the shard, and the frame where it can.
+            UserError: a shard is missing or damaged, naming the shard and if possible the frame.
         """
         order = np.argsort(frames, kind="stable")
         shards, rows = np.divmod(frames[order], self._card.frames_per_shard)
         bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(order)] if len(order) else [0]
         jobs: list[tuple[_Rows, int, int]] = []
-        held = 0
-        for start, stop in itertools.pairwise(bounds):
-            shard = int(shards[start])
-            if held == self._max_maps:  # what waits to be copied keeps its maps alive
-                self._copy(jobs, out)
-                jobs.clear()
-                held = 0
-            held += 1
-            data, first = self._map(shard)
-            if isinstance(data, _PlainShard):
-                wanted = zip(rows[start:stop].tolist(), order[start:stop].tolist(), strict=True)
-                jobs += [(data, row, i) for row, i in wanted]
-                continue
-            view = self._view(shard, data, first)
-            base = shard * self._card.frames_per_shard
+        for number, (start, stop) in enumerate(itertools.pairwise(bounds), 1):
+            shard = self._shard(int(shards[start]))
+            view, base = shard.rows(), shard.frames.start
             for i, row in zip(order[start:stop].tolist(), rows[start:stop].tolist(), strict=True):
                 if not self._checked[base + row]:
-                    self._check(shard, row, data, first)
+                    shard.check(row)
+                    self._checked[base + row] = True
                 jobs.append((view, row, i))
+            if number % self._max_shards == 0:  # jobs keep their maps open
+                self._copy(jobs, out)
+                jobs.clear()
         self._copy(jobs, out)
 
     def prefetch(self, frames: NDArray[np.int64]) -> None:
-        """Ask the operating system to read the frames that are not in memory yet, while this process does something else."""
+        """Ask the operating system to read the frames in the background."""
         for shard, row in zip(*(part.tolist() for part in np.divmod(frames, self._card.frames_per_shard)), strict=True):
             try:
-                data, first = self._map(shard)
+                self._shard(shard).read_ahead(row)
             except UserError:
-                return  # a hint; the read itself will say what is wrong
-            if isinstance(data, _PlainShard):
-                data.read_ahead(row)
-                continue
-            start = first + row * self._stride
-            page = start // mmap.PAGESIZE * mmap.PAGESIZE
-            data.madvise(mmap.MADV_WILLNEED, page, start + self._stride - page)
+                return  # the read itself will raise it
 
     def scan(self, shard: int) -> tuple[Stored, list[int]]:
-        """All of a shard, and those of its frames that differ from their checksums; raises UserError as `gather` does."""
-        data, first = self._map(shard)
-        frames = self._card.shard_frames(shard)
-        if isinstance(data, _PlainShard):
-            chunks = [data.chunk(row) for row in range(len(frames))]
-            bad = [frame for frame, chunk in zip(frames, chunks, strict=True) if not _is_whole(chunk)]
-            return np.stack([data.frame(chunk) for chunk in chunks]), bad
-        bad = [frame for frame in frames if not _is_whole(self._chunk(frame - frames.start, data, first))]
-        return self._view(shard, data, first), bad
+        """Return all tokens of a shard, and the frames that differ from their checksums; raise UserError as `gather` does."""
+        found = self._shard(shard)
+        chunks = [found.chunk(row) for row in range(len(found.frames))]
+        bad = [frame for frame, chunk in zip(found.frames, chunks, strict=True) if not _is_whole(chunk)]
+        return np.stack([found.frame(chunk) for chunk in chunks]), bad
 
     def _copy(self, jobs: Sequence[tuple[_Rows, int, int]], out: Stored) -> None:
         parts = min(COPY_THREADS, len(jobs) * self._card.frame_bytes // BYTES_WORTH_A_THREAD)
         if parts <= 1:
             _copy_rows(jobs, out)
             return
-        # numpy copies without the interpreter's lock, and one core cannot use all of a memory's bandwidth.
+        # numpy copies without the GIL, and one core cannot use all of the memory's bandwidth.
         waiting = [_pool().submit(_copy_rows, jobs[part::parts], out) for part in range(1, parts)]
         _copy_rows(jobs[::parts], out)
         for future in waiting:
             future.result()
 
-    def _view(self, shard: int, data: mmap.mmap, first: int) -> Stored:
-        """The shard's frames as one strided array [frames, N, D] over the map."""
-        if data.size() != len(data):
-            raise UserError(f"shard {self._file(shard)} was cut while it was being read; {self._mend}")
-        n, d = self._card.frame_shape
-        dtype = np.dtype(self._card.dtype).newbyteorder("<")
-        shape, strides = (len(self._card.shard_frames(shard)), n, d), (self._stride, d * dtype.itemsize, dtype.itemsize)
-        return np.ndarray(shape, dtype, buffer=data, offset=first, strides=strides)
-
-    def _chunk(self, row: int, data: mmap.mmap, first: int) -> NDArray[np.uint8]:
-        """A frame and its checksum."""
-        # Through numpy: the checksum's C code takes no memoryview, and a slice of the map itself would be a copy.
-        return np.frombuffer(data, np.uint8, self._stride, first + row * self._stride)
-
-    def _check(self, shard: int, row: int, data: mmap.mmap, first: int) -> None:
-        frame = shard * self._card.frames_per_shard + row
-        if not _is_whole(self._chunk(row, data, first)):
-            raise UserError(f"frame {frame} in {self._file(shard)} differs from its checksum; {self._mend}")
-        self._checked[frame] = True
-
-    def _map(self, shard: int) -> tuple[mmap.mmap | _PlainShard, int]:
-        """The shard's file, mapped where its file system does that, and the offset of its first frame.
+    def _shard(self, shard: int) -> _Shard:
+        """Open a shard, mapped if possible.
 
         Raises:
             UnreadableError: the system cannot read it.
-            UserError: it is missing, or is not a whole shard.
+            UserError: it is missing or damaged.
         """
-        if (known := self._maps.get(shard)) is not None:
+        if (known := self._shards.get(shard)) is not None:
             return known
-        if len(self._maps) >= self._max_maps:
-            for oldest in list(self._maps)[:1]:  # another thread may be here too
-                self._maps.pop(oldest, None)
+        if len(self._shards) >= self._max_shards:
+            for oldest in list(self._shards)[:1]:  # another thread may delete it too
+                self._shards.pop(oldest, None)
         file = self._file(shard)
         try:
             with self._open(shard) as stream:
-                size = os.fstat(stream.fileno()).st_size
-                if size != self._card.shard_bytes(shard):
-                    raise UserError(
-                        f"shard {file} has {size} bytes instead of {self._card.shard_bytes(shard)}; {self._mend}"
-                    )
-                index = self._card.frames_per_shard * INDEX_ENTRY_BYTES + CRC_BYTES
-                stream.seek(size - index)
-                first = self._first(stream.read(index), size, shard, file)
-                data: mmap.mmap | _PlainShard
+                about = self._card, shard, file, self._first_offset(stream, shard, file), self._hint
                 try:
-                    data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+                    found: _Shard = _MappedShard(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), *about)
                 except OSError as error:
                     if error.errno not in NO_MAPS:
                         raise
-                    if not self._plain:
-                        tqdm.write(
-                            f"{self._path} is on a file system without memory maps ({error.strerror}): frames are read one by one; "
-                            "a copy on a local disk is read faster",
-                            file=sys.stderr,
-                        )
-                    self._plain = True
-                    data = _PlainShard(os.dup(stream.fileno()), file, self._card, shard, first, self._mend)
+                    self._warn(error)
+                    found = _PlainShard(os.dup(stream.fileno()), *about)
         except OSError as error:
             if error.errno in MISSING:
-                raise UserError(f"shard {file} does not exist; {self._mend}") from error
+                raise UserError(f"shard {file} does not exist; {self._hint}") from error
             raise unreadable(file, error) from error
-        found = data, first
-        self._maps[shard] = found
+        self._shards[shard] = found
         return found
 
-    def _first(self, index: bytes, size: int, shard: int, file: AnyPath) -> int:
-        """The offset of the first frame, once the index says that all others follow at a constant stride.
-
-        Args:
-            index: the end of the file, with its checksum.
-            size: of the file.
-            shard, file: for the errors.
-        """
+    def _first_offset(self, stream: IO[bytes], shard: int, file: AnyPath) -> int:
+        """Return the offset of the first frame; raise UserError unless the index has all others after it at a constant stride."""
+        size, stride = os.fstat(stream.fileno()).st_size, self._card.frame_bytes + CRC_BYTES
+        if size != self._card.shard_bytes(shard):
+            raise UserError(f"shard {file} has {size} bytes instead of {self._card.shard_bytes(shard)}; {self._hint}")
+        stream.seek(size - self._card.frames_per_shard * INDEX_ENTRY_BYTES - CRC_BYTES)
+        index = stream.read()
         entries = index[:-CRC_BYTES]
         if google_crc32c.value(entries) != int.from_bytes(index[-CRC_BYTES:], "little"):
-            raise UserError(f"the index of shard {file} is damaged; {self._mend}")
-        count = len(self._card.shard_frames(shard))
-        offset, sizes = np.frombuffer(entries, "<u8").reshape(-1, 2)[:count].T
+            raise UserError(f"the index of shard {file} is damaged; {self._hint}")
+        frames = self._card.shard_frames(shard)
+        offset, sizes = np.frombuffer(entries, "<u8").reshape(-1, 2)[: len(frames)].T
         if (offset == ABSENT).any():
-            frame = shard * self._card.frames_per_shard + int(np.argmax(offset == ABSENT))
-            raise UserError(f"shard {file} lacks frame {frame}; {self._mend}")
+            raise UserError(f"shard {file} lacks frame {frames[int(np.argmax(offset == ABSENT))]}; {self._hint}")
         first = int(offset[0])
-        within = first + count * self._stride <= size
-        if not within or (sizes != self._stride).any() or (np.diff(offset.astype(np.int64)) != self._stride).any():
-            raise UserError(f"shard {file} is not laid out as this wmcache writes it; {self._mend}")
+        within = first + len(frames) * stride <= size
+        if not within or (sizes != stride).any() or (np.diff(offset.astype(np.int64)) != stride).any():
+            raise UserError(f"shard {file} is not laid out as this wmcache writes it; {self._hint}")
         return first
 
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            tqdm.write(
+                f"{self._path} is on a file system without memory maps ({reason(error)}): frames are read one by one; "
+                "a copy on a local disk is read faster",
+                file=sys.stderr,
+            )
+        self._warned = True
+
     def _file(self, shard: int) -> AnyPath:
-        """Where a shard is."""
         return shard_file(self._path, shard)
 
     def _open(self, shard: int) -> IO[bytes]:
-        """A shard's file, to be mapped; raises OSError."""
         return Path(str(self._file(shard))).open("rb")
-
-    @property
-    def _mend(self) -> str:
-        return f"hint it with: {command('wmcache', 'repair', self._path)}"
 
 
 class ZarrReader:
     """Gathers frames through the zarr API."""
 
     def __init__(self, tokens: zarr.Array[Any], card: StoreCard, where: AnyPath) -> None:
-        """Args: the array, the store's card and its place."""
+        """Take the array of the store at `where`."""
         self._tokens, self._where = tokens, where
         self._fill = np.asarray(FILL[card.dtype], card.dtype)
 
     def gather(self, frames: NDArray[np.int64], out: Stored) -> None:
-        """See `Reader.gather`; raises UserError where a chunk is missing or cannot be decoded."""
+        """See `Reader.gather`; raise UserError where a chunk is missing or cannot be decoded."""
         hint = f"see: {command('wmcache', 'verify', self._where)}"
         try:
-            # Ascending and without repetition, so that no chunk is fetched or decoded twice.
-            unique, place = np.unique(frames, return_inverse=True)
+            # Unique, so that no chunk is fetched or decoded twice.
+            unique, indices = np.unique(frames, return_inverse=True)
             found = np.asarray(self._tokens.oindex[unique]) if len(unique) else np.empty_like(out)
         except Exception as error:
             if outside := cause_outside(error):
                 raise unreadable(self._where / "tokens", outside) from error
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            raise UserError(f"{self._where}/tokens cannot be read ({reason}); {hint}") from error
+            raise UserError(f"{self._where}/tokens cannot be read ({reason(error)}); {hint}") from error
         lost = np.isnan(found) if found.dtype.kind == "f" else found == self._fill
         if lost.any():
             frame = unique[int(np.argmax(lost.any(axis=(1, 2))))]
             raise UserError(f"{self._where}/tokens lacks frame {frame}; {hint}")
-        np.take(found, place, axis=0, out=out, mode="clip")
+        np.take(found, indices, axis=0, out=out, mode="clip")
 
     def prefetch(self, frames: NDArray[np.int64]) -> None:
-        """Nothing: zarr has no such hint."""
+        """Do nothing: zarr has no such call."""
 
 
 class MemoryReader:
-    """Gathers frames from an array that holds all of them."""
+    """Gathers frames from an array in memory."""
 
     def __init__(self, tokens: Stored) -> None:
-        """Args: `tokens` [frames, N, D]."""
+        """Take `tokens` [frames, N, D]."""
         self.tokens = tokens
 
     def gather(self, frames: NDArray[np.int64], out: Stored) -> None:
         """See `Reader.gather`."""
-        # `clip` only because the numbers are known to be in range: without it np.take copies through a temporary.
+        # The default mode, `raise`, copies through a temporary array.
         np.take(self.tokens, frames, axis=0, out=out, mode="clip")
 
     def prefetch(self, frames: NDArray[np.int64]) -> None:
-        """Nothing: they are here."""
+        """Do nothing."""
 
 
 def _is_whole(chunk: NDArray[np.uint8]) -> bool:
-    """Whether a frame's bytes equal the checksum that follows them."""
+    """Return whether a frame's bytes match the checksum after them."""
     stored = int.from_bytes(chunk[-CRC_BYTES:].tobytes(), "little")
     return int(google_crc32c.value(chunk[:-CRC_BYTES])) == stored
 
@@ -359,5 +345,5 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="gather")
 
 
-# Threads do not survive a fork: a child that read before its parent forked makes its own.
+# Threads do not survive a fork: the child creates its own.
 os.register_at_fork(after_in_child=_pool.cache_clear)

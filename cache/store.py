@@ -1,7 +1,7 @@
 """The token store, for reading: checked when it is opened, and watched while it is read.
 
-Any Zarr reader opens a store (`zarr.open_group`); `TokenStore` reads it through memory maps and knows its checksums. See `layout.py` for
-what lies where, `writer.py` for how it comes to be.
+Any Zarr reader opens a store (`zarr.open_group`); `TokenStore` reads it through memory maps and compares it with its checksums. See
+`layout.py` for what is where, and `writer.py` for how it is written.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,31 +16,19 @@ import zarr
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from wmcache.cache.arrays import SMALL, is_mappable, open_group, open_tokens, read_column
 from wmcache.cache.identity import Identity
-from wmcache.cache.layout import (
-    SMALL,
-    STEP_COLUMNS,
-    is_mappable,
-    open_group,
-    open_tokens,
-    read_attributes,
-    read_card,
-    read_column,
-    shard_file,
-    shard_sizes,
-)
+from wmcache.cache.layout import STEP_COLUMNS, read_attributes, read_card, shard_file, shard_sizes
 from wmcache.cache.mirror import MirroredReader
 from wmcache.cache.quantise import dequantise
 from wmcache.cache.reader import MappedReader, MemoryReader, Reader, Stored, ZarrReader
 from wmcache.cache.windows import Windows, split_episodes, window_starts
-from wmcache.common.errors import UnreadableError, UserError, command
-from wmcache.common.files import seconds_between_updates
-from wmcache.common.paths import MISSING, AnyPath, as_path, exists, stamp, unreadable
+from wmcache.common.errors import UserError, command
+from wmcache.common.paths import MISSING, AnyPath, as_path, stamp, unreadable
+from wmcache.common.progress import seconds_between_updates
+from wmcache.common.storage import is_local
 
 Tokens = NDArray[np.float16]
-
-MOST_FAULTS = 1000
-"""Shards that have to be found missing before nobody looks for more."""
 
 
 class TokenStore:
@@ -49,8 +36,9 @@ class TokenStore:
 
     Attributes:
         path, card, identity: where and what it is.
-        complete: whether every shard is done; only then may it be trained on.
+        complete: whether every shard is done; only then can it be trained on.
         mean, std: float32 [D], per channel over all frames and tokens.
+        scale: int8 stores: float32 [shards, 2, D], scale and middle of each channel, see `quantise`; else None.
     """
 
     def __init__(
@@ -69,7 +57,7 @@ class TokenStore:
         if mappable and self.complete:
             self._require_shards()
         self._reader: Reader
-        if mappable and isinstance(path, Path):
+        if mappable and is_local(path):
             self._reader = MappedReader(path, self.card)
         elif mappable and mirrored and self.complete:
             self._reader = MirroredReader(path, self.card, self._column("sha256"))
@@ -90,9 +78,9 @@ class TokenStore:
 
         Args:
             path: its folder, or its URL (`s3://…`).
-            allow_incomplete: read what is there of a store whose extraction has not finished.
-            mirrored: of a store far away, keep whole shards in local files (`MirroredReader`): for who reads all of it again and again.
-                Without, frames are fetched one by one through the zarr API.
+            allow_incomplete: read what an extraction has done so far.
+            mirrored: keep complete shards of a remote store in local files (`MirroredReader`), to read all of it many times. By default,
+                frames are fetched one by one through the zarr API.
 
         Raises:
             UserError: it is missing, damaged, not a store, or incomplete (unless allowed).
@@ -132,12 +120,17 @@ class TokenStore:
         """Number of frames."""
         return self.card.frames
 
+    @property
+    def episodes(self) -> int:
+        """Number of episodes."""
+        return int(self.episode[-1]) + 1
+
     def gather(self, frames: NDArray[np.integer], out: Tokens | None = None) -> Tokens:
-        """The tokens of some frames, in the given order, duplicates allowed.
+        """Return the tokens of some frames, in the given order, with duplicates.
 
         Args:
             frames: [n], numbers in [0, len(self)).
-            out: float16 [n, N, D] to fill, so that a batch costs no allocation.
+            out: float16 [n, N, D] to fill instead of a new array.
 
         Returns:
             float16 [n, N, D].
@@ -154,12 +147,12 @@ class TokenStore:
         return dequantise(stored, scale, middle, out)
 
     def gather_stored(self, frames: NDArray[np.integer], out: Stored | None = None) -> Stored:
-        """As `gather`, in the store's own dtype: an int8 store's steps, to be multiplied out where that is cheap."""
+        """As `gather`, in the store's own dtype: int8 tokens are to be dequantised on the device."""
         wanted: NDArray[np.int64] = np.asarray(frames, dtype=np.int64)
         if wanted.ndim != 1:
             raise IndexError(f"frames must be a vector, not of shape {wanted.shape}")
         if len(wanted) and not (wanted.min() >= 0 and wanted.max() < len(self)):
-            raise IndexError(f"frames must lie in [0, {len(self)}), not in [{wanted.min()}, {wanted.max()}]")
+            raise IndexError(f"frames must be in [0, {len(self)}), not in [{wanted.min()}, {wanted.max()}]")
         if out is None:
             out = np.empty((len(wanted), *self.card.frame_shape), self.card.dtype)
         with self._unchanged():
@@ -167,26 +160,21 @@ class TokenStore:
         return out
 
     def prefetch(self, frames: NDArray[np.integer]) -> None:
-        """Hint that these frames will be wanted soon, so that the disk can be read meanwhile."""
+        """Start to read frames from disk that will be gathered soon."""
         self._reader.prefetch(np.asarray(frames, dtype=np.int64))
 
     def load(self, *, quiet: bool = False) -> Stored:
         """Read all tokens into memory, in the store's own dtype, [frames, N, D]; `gather` then reads them there.
 
-        Args:
-            quiet: show no progress.
-
         Raises:
-            UserError: as `gather`; or there is not so much memory.
+            UserError: as `gather`; or there is too little memory.
         """
         if isinstance(self._reader, MemoryReader):
             return self._reader.tokens
         try:
-            tokens = np.empty((len(self), *self.card.frame_shape), self.card.dtype)
+            tokens: Stored = np.empty((len(self), *self.card.frame_shape), self.card.dtype)
         except MemoryError as error:
-            raise UserError(
-                f"there is no memory for all tokens of {self.path}; choose a --residence of disk"
-            ) from error
+            raise UserError(f"too little memory for all tokens of {self.path}; choose a --residence of disk") from error
         update = seconds_between_updates()
         with tqdm(total=len(self), desc="load", unit=" frames", mininterval=update, disable=quiet) as bar:
             for shard in range(self.card.num_shards):
@@ -206,7 +194,7 @@ class TokenStore:
         seed: int = 42,
         fraction: float = 1.0,
     ) -> Windows:
-        """All training windows of a split of the episodes.
+        """Return all training windows of a split of the episodes.
 
         Args:
             history, predict: context and target frames of a window.
@@ -218,7 +206,7 @@ class TokenStore:
         Raises:
             UserError: no episode of the split is long enough.
         """
-        episodes = split_episodes(int(self.episode[-1]) + 1, split, seed, fraction)
+        episodes = split_episodes(self.episodes, split, seed, fraction)
         starts, dropped = window_starts(self.episode, episodes, (history + predict) * frameskip)
         if not len(starts):
             raise UserError(
@@ -228,51 +216,23 @@ class TokenStore:
         return Windows(self, starts, history, predict, frameskip, dropped)
 
     def longest_episode(self, split: str = "all", *, seed: int = 42) -> int:
-        """Frames of the longest episode of a split, for which see `windows`."""
+        """Return the frames of the longest episode of a split, see `windows`."""
         lengths = np.bincount(self.episode)
         return int(lengths[split_episodes(len(lengths), split, seed)].max())
 
-    def changes(self, frameskip: int) -> TokenStore:
-        """The change maps beside the store: of each frame, what has changed since the one `frameskip` env steps before, [N, 4] cells.
-
-        Raises:
-            UserError: there are none, or those of other frames or of another grid.
-        """
-        where = changes_beside(self.path, frameskip)
-        make = command("wmcache", "derive", "change-maps", self.path, "--frameskip", frameskip)
-        with contextlib.suppress(OSError):  # which opening them says better
-            if not exists(where):
-                raise UserError(f"there are no change maps {where}; make them with: {make}")
-        try:
-            found = TokenStore.open(where, mirrored=True)
-        except UnreadableError:
-            raise
-        except UserError as error:
-            raise UserError(
-                f"the change maps of {self.path} cannot be used ({error}); make them with: {make}"
-            ) from error
-        wanted = (self.identity.dataset_fingerprint, self.card.token_grid, "changes", frameskip)
-        card, fingerprint = found.card, found.identity.dataset_fingerprint
-        if wanted != (fingerprint, card.token_grid, found.identity.encoder, card.encoder.get("lag")):
-            raise UserError(
-                f"{where} is not of the frames or of the grid of {self.path}, or is something else; move it away, "
-                f"then make it again with: {make}"
-            )
-        return found
-
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
-        """Whatever is read inside was the store that was opened: writers change the attributes before anything else.
+        """Raise UserError where the store changed since it was opened: writers change the attributes before anything else.
 
-        Of copies of shards that is known by their checksums, so nobody asks the server.
+        Mirrored shards are known by their checksums, so the server is not asked.
         """
         try:
             yield
         finally:
             now = self._stamp if isinstance(self._reader, MirroredReader) else _stamp(self.path)
-            # A server that does not answer has said so to the read itself.
-            if now != self._stamp and (now is not None or isinstance(self.path, Path)):
-                raise UserError(f"{self.path} was replaced or changed while it was being read; start again")
+            # A server that does not answer has failed the read itself.
+            if now != self._stamp and (now is not None or is_local(self.path)):
+                raise UserError(f"{self.path} was replaced or changed while it was being read; run the command again")
 
     def _require_shards(self) -> None:
         try:
@@ -284,21 +244,16 @@ class TokenStore:
         if len(bad := np.flatnonzero(sizes != expected)):
             raise UserError(
                 f"{len(bad)} of {self.card.num_shards} shards are missing or cut short, the first is "
-                f"{shard_file(self.path, int(bad[0]))}; hint it with: {command('wmcache', 'repair', self.path)}"
+                f"{shard_file(self.path, int(bad[0]))}; repair it with: {command('wmcache', 'repair', self.path)}"
             )
 
 
-def changes_beside(store: AnyPath, frameskip: int) -> AnyPath:
-    """Where the change maps of a store are, of frames so many env steps apart."""
-    return store.with_name(f"{store.stem}.changes-{frameskip}.zarr")
-
-
 def _stamp(path: AnyPath) -> object:
-    """Differs whenever the store's attributes have been written, or another store has taken its place."""
+    """Return a value that differs whenever the attributes are written or the store is replaced; None where it cannot be read."""
     file = path / "zarr.json"
     try:
         return stamp(file)
     except OSError as error:
-        if isinstance(path, Path) and error.errno not in MISSING:
+        if is_local(path) and error.errno not in MISSING:
             raise unreadable(file, error) from error
         return None

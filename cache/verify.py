@@ -1,34 +1,26 @@
-"""Is a store what it says it is? Everything that can be told without an encoder."""
+"""Comparing a store with its checksums, without an encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from wmcache.cache.arrays import check_columns, is_mappable, open_group, open_tokens, read_column
 from wmcache.cache.identity import Identity
-from wmcache.cache.layout import (
-    DamagedError,
-    StoreCard,
-    check_columns,
-    is_mappable,
-    open_group,
-    open_tokens,
-    read_attributes,
-    read_card,
-    read_column,
-    shard_file,
-)
+from wmcache.cache.layout import DamagedError, StoreCard, read_attributes, read_card, shard_file, shard_number
 from wmcache.cache.reader import MappedReader
 from wmcache.cache.records import IN_A_BLOCK, Records, commits, record_file
-from wmcache.cache.store import MOST_FAULTS
 from wmcache.common.errors import UnreadableError, UserError
-from wmcache.common.files import seconds_between_updates, sha256_of
-from wmcache.common.paths import MISSING, AnyPath, names_in, size_of, unreadable
+from wmcache.common.files import sha256_of
+from wmcache.common.paths import MISSING, AnyPath, is_local, names_in, size_of, unreadable
+from wmcache.common.progress import seconds_between_updates
+
+MOST_FAULTS = 1000
+"""Faults after which `verify` stops."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +29,8 @@ class Fault:
 
     Attributes:
         file: where.
-        reason: what is wrong, for people.
-        shard: which has to be done again; None where the store's description is at fault.
+        reason: what is wrong.
+        shard: which has to be done again; None where the store's metadata is at fault.
     """
 
     file: str
@@ -55,8 +47,8 @@ class Verification:
         complete: whether it is declared so.
         shards, shards_done, frames: how many there are, and how many of the shards have a sound record.
         faults: what has to be repaired.
-        leftovers: files that belong to nobody: of writers that died, or of other tools. They do no harm.
-        drift: how far the tokens are from encoding a sample of frames anew; None where that was not asked for.
+        leftovers: files of writers that died, or of other programs. They do no harm.
+        drift: how far the tokens are from encoding a sample of frames again; None where that was not asked for.
     """
 
     path: str
@@ -75,12 +67,12 @@ class Verification:
 
 
 def verify(path: AnyPath) -> Verification:
-    """Compare the whole store with its records: description, columns, counts, sizes, and every byte of every shard.
+    """Compare the whole store with its records: metadata, columns, counts, sizes, and every byte of every shard.
 
-    A shard that is not done in a store that is not complete is no fault.
+    A missing shard of an incomplete store is not a fault.
 
     Raises:
-        UnreadableError: the system cannot read a file of it, so nothing is known of that file.
+        UnreadableError: the system cannot read a file of it.
         UserError: there is no store at `path`.
     """
     try:
@@ -100,11 +92,10 @@ def _verify(path: AnyPath) -> Verification:
     try:
         group = open_group(path)
         mappable = is_mappable(open_tokens(group, card, attributes, path), card)
-        check_columns(group, card, attributes["columns"], path, thoroughly=True)
+        check_columns(group, card, attributes["columns"], path, thorough=True)
     except DamagedError as error:
-        faults.append(Fault(str(path), " ".join(str(error).split())))
-    done, declared = 0, declared_shards(path)
-    records = Records(path, card, identity)
+        faults.append(Fault(str(path), str(error)))
+    done, declared, records = 0, declared_shards(path), Records(path, card, identity)
     recorded = records.recorded() >= 0
     with tqdm(total=card.frames, desc="verify", unit=" frames", mininterval=seconds_between_updates()) as bar:
         for shard in range(card.num_shards):
@@ -113,7 +104,7 @@ def _verify(path: AnyPath) -> Verification:
                 found = check_shard(records, shard, card, expected, mappable=mappable)
                 faults += found
                 if len(faults) >= MOST_FAULTS:
-                    faults.append(Fault(str(path), f"shards from {shard + 1} on were not looked at"))
+                    faults.append(Fault(str(path), f"shards from {shard + 1} on were not checked"))
                     break
                 done += not found
             bar.update(len(card.shard_frames(shard)))
@@ -123,7 +114,7 @@ def _verify(path: AnyPath) -> Verification:
 
 
 def declared_shards(path: AnyPath) -> NDArray[np.uint8] | None:
-    """The checksums, uint8 [shards, 32], that a store was declared complete with; None where it is not, or has lost them."""
+    """Return the checksums, uint8 [shards, 32], that a store was declared complete with; None where it is not, or has lost them."""
     try:
         attributes = read_attributes(path)
         if attributes["complete"]:
@@ -136,48 +127,54 @@ def declared_shards(path: AnyPath) -> NDArray[np.uint8] | None:
 def check_shard(
     records: Records, shard: int, card: StoreCard, declared: str | None = None, *, mappable: bool
 ) -> list[Fault]:
-    """What is wrong with a shard: its record, its size, its bytes, and, if those differ, which frames.
+    """Return what is wrong with a shard: its record, its size, its bytes, and, if those differ, which frames.
 
     `declared` is the checksum that a complete store has for it.
     """
-    path = records.path
-    file = shard_file(path, shard)
+    path, file = records.path, shard_file(records.path, shard)
     try:
         record = records.read(shard)
     except UnreadableError:
-        raise  # nothing is known of the shard
+        raise
     except UserError as error:
         return [Fault(str(record_file(path, shard)), str(error), shard)]
     try:
         size = size_of(file)
-        if size != record.bytes:
-            return [Fault(str(file), f"it has {size} bytes instead of {record.bytes}", shard)]
-        if sha256_of(file) == record.sha256:
-            if declared in (None, record.sha256):
-                return []
-            return [Fault(str(file), "it is not the one that the store was declared complete with", shard)]
+        sha256 = sha256_of(file) if size == record.bytes else ""
     except OSError as error:
         if error.errno not in MISSING:
             raise unreadable(file, error) from error
         return [Fault(str(file), "it does not exist", shard)]
-    reason = "it differs from its checksum"
-    if mappable and isinstance(path, Path):
-        try:
-            bad = MappedReader(path, card).scan(shard)[1]
-            reason += f", in frames {', '.join(map(str, bad))}" if bad else ", though every frame is whole"
-        except UnreadableError:
-            raise
-        except UserError as error:
-            reason = str(error)
+    if size != record.bytes:
+        reason = f"it has {size} bytes instead of {record.bytes}"
+    elif sha256 != record.sha256:
+        reason = "it differs from its checksum" + (_bad_frames(path, shard, card) if mappable else "")
+    elif declared not in (None, sha256):
+        reason = "it is not the one that the store was declared complete with"
+    else:
+        return []
     return [Fault(str(file), reason, shard)]
 
 
-def whole_tokens(path: AnyPath, shard: int, card: StoreCard) -> NDArray[np.float16] | None:
-    """The shard's tokens if every frame of it equals its own checksum, and may so be tokens of this shard; else None.
+def _bad_frames(path: AnyPath, shard: int, card: StoreCard) -> str:
+    """Return which frames of a local shard are damaged, for the end of a reason."""
+    if not is_local(path):
+        return ""
+    try:
+        _, bad = MappedReader(path, card).scan(shard)
+    except UnreadableError:
+        raise
+    except UserError as error:
+        return f": {error}"
+    return f", in frames {', '.join(map(str, bad))}" if bad else ", though every frame is whole"
 
-    None for an int8 store too: what its steps are worth stood in the record. And for a store far away, whose files cannot be mapped.
+
+def whole_tokens(path: AnyPath, shard: int, card: StoreCard) -> NDArray[np.float16] | None:
+    """Return a shard's tokens if every frame matches its own checksum and is finite; else None.
+
+    None for an int8 store too, whose scales are in the lost record, and for a remote store, whose files cannot be mapped.
     """
-    if card.dtype != "float16" or not isinstance(path, Path):
+    if card.dtype != "float16" or not is_local(path):
         return None
     try:
         tokens, bad = MappedReader(path, card).scan(shard)
@@ -189,7 +186,7 @@ def whole_tokens(path: AnyPath, shard: int, card: StoreCard) -> NDArray[np.float
 
 
 def leftovers(path: AnyPath, card: StoreCard) -> Iterator[AnyPath]:
-    """Files in the store that no part of it has written, or no longer needs."""
+    """Yield the files in a store that are not part of it, or are no longer needed."""
     blocks = card.num_shards // IN_A_BLOCK
     for name in names_in(commits(path)):
         number, dot, suffix = name.removeprefix("block-").partition(".")
@@ -197,7 +194,5 @@ def leftovers(path: AnyPath, card: StoreCard) -> Iterator[AnyPath]:
         if not dot or not number.isdecimal() or name != expected[0] or int(number) >= expected[1]:
             yield commits(path) / name
     for name in names_in(path / "tokens"):
-        number = name.removeprefix("c.").removesuffix(".0.0")
-        ours = number.isdecimal() and name == f"c.{int(number)}.0.0" and int(number) < card.num_shards
-        if name not in ("zarr.json", "commits") and not ours:
+        if name not in ("zarr.json", "commits") and shard_number(name, card.num_shards) is None:
             yield path / "tokens" / name

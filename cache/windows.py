@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -16,72 +18,93 @@ if TYPE_CHECKING:
 TRAIN_FRACTION = 0.9
 
 
-class FrameSource(Protocol):
-    """What windows read from; `TokenStore` is one."""
+class GatherSource(Protocol):
+    """Rows of frames; `TokenStore` is one."""
+
+    def gather(self, frames: NDArray[np.integer], out: NDArray[np.float16] | None = None) -> NDArray[np.float16]:
+        """Return the rows of frames [n], float16 [n, …]."""
+        ...
+
+
+class FrameSource(GatherSource, Protocol):
+    """Tokens, actions and states of frames; `TokenStore` is one."""
 
     @property
     def action(self) -> NDArray[Any]:
-        """A row a frame."""
+        """A row for each frame."""
         ...
 
     @property
     def state(self) -> NDArray[Any]:
-        """A row a frame."""
-        ...
-
-    def gather(self, frames: NDArray[np.integer], out: NDArray[np.float16] | None = None) -> NDArray[np.float16]:
-        """Tokens of frames."""
+        """A row for each frame."""
         ...
 
 
+@dataclass(frozen=True)
 class Windows:
     """Training windows: frames s, s + f, s + 2f, … with the f env actions that follow each (DINO-WM, datasets/traj_dset.py).
 
     Attributes:
+        source: the store; `TokenStore.windows` makes windows of it.
         starts: int64 [windows], the first frame of each.
-        length: T, frames in a window: history + predict.
+        history, predict: context and target frames.
+        frameskip: f, env steps between frames.
         dropped_episodes: how many episodes of the split are too short for one window.
+        extras: stores with a row for each frame of `source`, by the name that batches have for these rows.
     """
 
-    def __init__(
-        self, source: FrameSource, starts: Int, history: int, predict: int, frameskip: int, dropped_episodes: int
-    ) -> None:
-        """Use `TokenStore.windows`."""
-        self.source, self.starts = source, starts
-        self.history, self.predict, self.frameskip = history, predict, frameskip
-        self.length = history + predict
-        self.dropped_episodes = dropped_episodes
+    source: FrameSource
+    starts: Int
+    history: int
+    predict: int
+    frameskip: int
+    dropped_episodes: int
+    extras: Mapping[str, GatherSource] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of windows."""
         return len(self.starts)
 
+    @property
+    def length(self) -> int:
+        """T, frames in a window."""
+        return self.history + self.predict
+
+    def with_extras(self, extras: Mapping[str, GatherSource]) -> Windows:
+        """Return the same windows with rows of other stores beside the tokens."""
+        return replace(self, extras=extras)
+
     def frames(self, windows: Int) -> Int:
-        """The frames of some windows, int64 [B, T]."""
+        """Return the frames of some windows, int64 [B, T]."""
         return self.starts[windows][:, None] + self.frameskip * np.arange(self.length)
 
     def batch(self, windows: Int, out: NDArray[np.float16] | None = None) -> dict[str, NDArray[Any]]:
-        """The data of some windows.
+        """Read the data of some windows.
 
         Args:
             windows: [B], numbers in [0, len(self)).
-            out: float16 [B * T, N, D] to fill.
+            out: float16 [B * T, N, D] to fill with the tokens.
 
         Returns:
-            tokens: float16 [B, T, N, D].
-            proprio: float32 [B, T, 4], (x, y, vx, vy).
-            action: float32 [B, T, f * 2], frame-major: the f env actions from each frame to the next.
+            tokens float16 [B, T, N, D], and what `steps` returns.
         """
         frames = self.frames(windows)
         tokens = self.source.gather(frames.ravel(), out)
         return {"tokens": tokens.reshape(*frames.shape, *tokens.shape[1:]), **self.steps(frames)}
 
-    def steps(self, frames: Int) -> dict[str, NDArray[np.float32]]:
-        """`proprio` and `action` of the frames [B, T] of some windows, as in `batch`."""
+    def steps(self, frames: Int) -> dict[str, NDArray[Any]]:
+        """Read what accompanies the tokens of frames [B, T].
+
+        Returns:
+            proprio float32 [B, T, P]; action float32 [B, T, f * A], the f env actions from each frame to the next, one after another; and
+            a float16 array [B, T, …] for each of `extras`.
+        """
         following = frames[:, :, None] + np.arange(self.frameskip)
+        rows = {name: store.gather(frames.ravel()) for name, store in self.extras.items()}
         return {
             "proprio": self.source.state[frames].astype(np.float32),
             "action": self.source.action[following].reshape(*frames.shape, -1).astype(np.float32),
+            **{name: values.reshape(*frames.shape, *values.shape[1:]) for name, values in rows.items()},
         }
 
 
@@ -147,3 +170,8 @@ def batch_windows(windows: int, seed: int, step: int, batch: int, rank: int = 0,
     epochs, places = np.divmod(np.arange(first, first + size), windows)
     parts = [epoch_order(windows, seed, epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
     return np.concatenate(parts)
+
+
+def split_frames(episode: NDArray[np.integer], split: str, seed: int) -> Int:
+    """Return the frames of a split, ascending; `episode` [frames] is the episode of each frame. See `split_episodes`."""
+    return np.flatnonzero(np.isin(episode, split_episodes(int(episode[-1]) + 1, split, seed)))

@@ -226,7 +226,7 @@ def bench_plan(
 ) -> None:
     """One plan of DINO-WM's code against this implementation, or several --model against each other: speed, success, landscape."""
     from wmcache.bench.plan import bench_run
-    from wmcache.planner.evaluate import EvalContext
+    from wmcache.planner.context import EvalContext
 
     if (run is None) == (not runs):
         raise click.UsageError("give one --run, to measure it against DINO-WM's own code, or one --model or more")

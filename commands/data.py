@@ -28,8 +28,9 @@ from wmcache.commands.shared import (
     store_dtype_option,
 )
 from wmcache.common.errors import UserError, command
-from wmcache.common.files import home, human_bytes
+from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath
+from wmcache.common.space import human_bytes
 from wmcache.pipeline.options import CollectOptions
 
 ALREADY = " (already complete)"
@@ -209,8 +210,9 @@ def extract(
     """Encode every frame of a dataset once, several encoders in one pass. Run again, or beside itself, it does what is missing."""
     from wmcache.cluster.tasks import parse_cluster
     from wmcache.pipeline.create import create_encoders
-    from wmcache.pipeline.extract import default_store, extract_together, forecast, is_complete
+    from wmcache.pipeline.extract import extract_together, forecast
     from wmcache.pipeline.fit_job import open_dataset
+    from wmcache.pipeline.stores import default_store
 
     frames = open_dataset(dataset)
     networks = create_encoders(frames.card.name, **encoder)
@@ -219,11 +221,11 @@ def extract(
         places = [out] if len(networks) == 1 else [out / place.name for place in places]
     stores = list(zip(networks, places, strict=True))
     if change_maps:
-        from wmcache.cache.store import changes_beside
+        from wmcache.cache.change_maps import change_maps_path
         from wmcache.pipeline.encoders.changes import changes_for
 
         stores += [
-            (changes_for(network.token_grid, change_maps, device="cpu"), changes_beside(place, change_maps))
+            (changes_for(network.token_grid, change_maps, device="cpu"), change_maps_path(place, change_maps))
             for network, place in stores
         ]
     if dry_run:
@@ -236,11 +238,8 @@ def extract(
             click.echo(f"{human_bytes(plan.bytes_needed)} needed, {free}about {plan.seconds:.0f} s{whose}")
         return
     device = encoder["device"]
-    complete = [is_complete(place) for _, place in stores]
-    lacking = extract_together(
-        frames, stores, dtype=store_dtype, batch=batch, cluster=cluster, device=device, part=part
-    )
-    for (network, place), shards, already in zip(stores, lacking, complete, strict=True):
+    done = extract_together(frames, stores, dtype=store_dtype, batch=batch, cluster=cluster, device=device, part=part)
+    for (network, place), (worked, shards) in zip(stores, done, strict=True):
         rows, columns = network.token_grid
         if shards:
             count = -(-frames.card.frames // frames.card.frames_per_shard)
@@ -249,7 +248,7 @@ def extract(
                 f"the last slice completes the store, or: {command('wmcache', 'finalize', place)}"
             )
         else:
-            state = ALREADY if already else ""
+            state = "" if worked else ALREADY
             say(f"{place}: {frames.card.frames} frames, {rows} x {columns} tokens of {network.token_dim}{state}")
 
 
@@ -279,12 +278,13 @@ def derive() -> None:
 @cluster_option()
 def derive_change_maps(store: AnyPath, frameskip: int, dataset: AnyPath | None, cluster: str) -> None:
     """Make change maps: which of 2 x 2 cells of each patch have changed from frame to frame. Run again, it goes on."""
-    from wmcache.cache.store import TokenStore, changes_beside
+    from wmcache.cache.change_maps import change_maps_path
+    from wmcache.cache.store import TokenStore
     from wmcache.pipeline.change_maps import derive_change_maps as run
-    from wmcache.pipeline.extract import is_complete
+    from wmcache.pipeline.stores import is_complete
 
     source = TokenStore.open(store)
-    state = ALREADY if is_complete(changes_beside(source.path, frameskip)) else ""
+    state = ALREADY if is_complete(change_maps_path(source.path, frameskip)) else ""
     out = run(source, frameskip, dataset=dataset, cluster=cluster)
     rows, columns = source.card.token_grid
     say(f"{out}: {len(source)} frames, {2 * rows} x {2 * columns} cells, since {frameskip} env steps before{state}")
@@ -317,13 +317,12 @@ def derive_tokens(
     from wmcache.cache.store import TokenStore
     from wmcache.pipeline.derive import create_for
     from wmcache.pipeline.derive import derive as run
-    from wmcache.pipeline.extract import default_store, is_complete
+    from wmcache.pipeline.stores import default_store
 
     source = TokenStore.open(store)
     encoder = create_for(source, name, weights=weights, base_weights=base_weights, device=device)
     out = out or default_store(str(source.card.dataset["name"]), encoder, store_dtype)
-    state = ALREADY if is_complete(out) else ""
-    run(source, encoder, out, dtype=store_dtype, cluster=cluster, device=device)
+    state = "" if run(source, encoder, out, dtype=store_dtype, cluster=cluster, device=device) else ALREADY
     rows, columns = encoder.token_grid
     say(f"{out}: {len(source)} frames, {rows} x {columns} tokens of {encoder.token_dim}, derived from {store}{state}")
 

@@ -13,7 +13,7 @@ from wmcache.commands.options import ByName, options_of
 from wmcache.commands.output import print_json, say
 from wmcache.commands.shared import ANY_PATH, PATH, json_option, moved_cache_option, name_of
 from wmcache.common.errors import UserError, command
-from wmcache.common.files import home
+from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath
 from wmcache.planner.options import ImagineOptions
 from wmcache.trainer.options import DecoderOptions
@@ -25,17 +25,15 @@ frames_option = click.option(
 
 
 def _decoders() -> Iterable[str]:
-    from wmcache.trainer.models.decoders import DECODERS
+    from wmcache.trainer.decoders import DECODERS
 
     return DECODERS
 
 
 def _decoder_options(name: str) -> type:
-    from wmcache.trainer.models.decoders import DECODERS
+    from wmcache.trainer.decoders import DECODERS
 
-    if name not in DECODERS:
-        raise UserError(f"no decoder {name!r}; known are {', '.join(DECODERS)}")
-    return DECODERS[name][0]
+    return DECODERS.get(name).Options
 
 
 DECODER = ByName("decoder", "decoder", names=_decoders, options=_decoder_options, every="auto")
@@ -56,7 +54,7 @@ def decoder(
 
     out = out or home() / "decoders" / name_of(cache)
     options = DecoderOptions(decoder_options=take_chosen(settings, given=True), **settings)
-    result = train_decoder(cache, _frames_of(cache, dataset).read_frames, out, options, overwrite=overwrite)
+    result = train_decoder(cache, _frames_of(cache, dataset), out, options, overwrite=overwrite)
     if as_json:
         print_json(result)
         return
@@ -87,11 +85,11 @@ def imagine(
 ) -> None:
     """Draw what a world model imagines beside what then happened: videos, a picture, and figures for each step."""
     from wmcache.planner.imagine import imagine as draw
-    from wmcache.trainer.checkpoint import read_config
+    from wmcache.trainer.runs import read_config
 
     cache, out = cache or Path(read_config(run)["cache"]), out or run / "imagine"
-    read_frames = _frames_of(cache, dataset).read_frames
-    result = draw(run, decoder, read_frames, out, ImagineOptions(**settings), cache=cache)
+    frames = _frames_of(cache, dataset)
+    result = draw(run, decoder, frames, out, ImagineOptions(**settings), cache=cache)
     if as_json:
         print_json(result)
         return

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from wmcache.common.errors import command, one_line
-from wmcache.common.files import dump_json, nulls
+from wmcache.common.jsonfiles import dump_json, nulls
 
 
 def shell_command(words: list[str]) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -17,9 +17,6 @@ from wmcache.commands.shared import PATH, cluster_option, json_option, moved_cac
 from wmcache.common.paths import AnyPath
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.protocols import PROTOCOLS
-
-if TYPE_CHECKING:
-    from wmcache.planner.evaluate import Spread
 
 
 def _solvers() -> Iterable[str]:
@@ -62,19 +59,20 @@ def wmplan(
 ) -> None:
     """Plan with a trained world model, judge it, and write a report."""
     from wmcache.common.video import ffmpeg
-    from wmcache.planner.evaluate import EvalContext, default_out, evaluate, refuse_other_results
+    from wmcache.planner.context import EvalContext
+    from wmcache.planner.evaluate import evaluate
     from wmcache.planner.report import write_report
+    from wmcache.planner.results import default_out, refuse_other_results
 
     ffmpeg()  # the report has videos; a missing program is reported before any work
     chosen = PlanOptions(search=take_chosen(settings, given=True), **settings)
     out = out or default_out(run, protocol, chosen)
     refuse_other_results(out, chosen)
     setting = EvalContext(run, chosen, weights=weights, cache=cache)
-    spread = None if cluster == "local:1" else _spread(cluster)
-    episodes, results = evaluate(setting, chosen, out, spread)
+    episodes, results = evaluate(setting, chosen, out, cluster)
     if untrained:
         random_model = EvalContext(run, chosen, weights=weights, cache=cache, untrained=True)
-        results["baselines"]["untrained"] = evaluate(random_model, chosen, out, spread)[1]["by_threshold"]
+        results["baselines"]["untrained"] = evaluate(random_model, chosen, out, cluster)[1]["by_threshold"]
     results = {"protocol": protocol, **results}
     results = write_report(out, run, setting, episodes, results, shell_command(sys.argv))
     if as_json:
@@ -103,16 +101,3 @@ def _print_table(results: dict[str, Any]) -> None:
             click.echo(f"{line} {row['mean_env_steps']:>9.1f} {path:>5}")
     began = ", ".join(f"{count} within {threshold}" for threshold, count in results["began_at_goal"].items())
     click.echo(f"began at the goal: {began}, of {results['episodes']} episodes")
-
-
-def _spread(cluster: str) -> Spread:
-    """What plans batches on a cluster."""
-    from wmcache.cluster.tasks import run_tasks
-
-    def spread(task: Callable[[int], int], begins: Sequence[int], replans: int) -> None:
-        more = "a smaller --batch-size makes more of them"
-        run_tasks(
-            task, begins, cluster=cluster, total=replans, label="wmplan", unit="replans", what="batches", more=more
-        )
-
-    return spread

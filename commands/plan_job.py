@@ -12,7 +12,7 @@ from wmcache.commands.command import Command
 from wmcache.commands.output import print_json
 from wmcache.commands.shared import NUMBER, PATH, device_option, json_option
 from wmcache.common.errors import UserError
-from wmcache.common.files import human_bytes
+from wmcache.common.space import human_bytes
 
 
 @click.command("plan-job", cls=Command)

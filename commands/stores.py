@@ -12,8 +12,9 @@ from wmcache.commands.command import Command
 from wmcache.commands.output import print_json, say
 from wmcache.commands.shared import ANY_PATH, PATH, json_option, moved_dataset_option, source_options, store_argument
 from wmcache.common.errors import UserError, command, one_line
-from wmcache.common.files import home, human_bytes
-from wmcache.common.paths import AnyPath, beside
+from wmcache.common.folders import home
+from wmcache.common.paths import AnyPath, beside, is_local
+from wmcache.common.space import human_bytes
 
 
 @click.command("ls", cls=Command)
@@ -23,7 +24,7 @@ def list_(folder: AnyPath | None, as_json: bool) -> None:
     """List the token stores under FOLDER ($WMCACHE_HOME/stores)."""
     from wmcache.cache.catalogue import list_stores
 
-    if isinstance(folder, Path) and not folder.is_dir():
+    if folder and is_local(folder) and not folder.is_dir():
         raise UserError(f"{folder} is not a folder; pass one that has stores in it")
     entries = list_stores(folder or home() / "stores")
     if as_json:
@@ -90,7 +91,7 @@ def verify(store: AnyPath, deep: bool, as_json: bool, **source: Any) -> None:
 @store_argument
 def finalize(store: AnyPath) -> None:
     """Declare a token store complete, once all slices of its shards are done; exit status 1 if shards are missing."""
-    from wmcache.pipeline.extract import finalize as run
+    from wmcache.pipeline.stores import finalize as run
 
     card = run(store)
     say(f"{store}: complete, {card.frames} frames in {card.num_shards} shards")

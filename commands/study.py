@@ -12,7 +12,7 @@ from wmcache.commands.command import Command
 from wmcache.commands.output import print_json, say, shell_command
 from wmcache.commands.shared import PATH, cluster_option, json_option
 from wmcache.common.errors import UserError
-from wmcache.common.files import home
+from wmcache.common.folders import home
 
 DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +17,7 @@ from wmcache.commands.options import ByName, Option, Preset, options_of
 from wmcache.commands.output import say, shell_command
 from wmcache.commands.shared import ANY_PATH, PATH, name_of, program_path
 from wmcache.common.errors import INTERRUPTED, STOPPED, Stopped, UserError, command
-from wmcache.common.files import home
+from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
@@ -31,13 +32,13 @@ def _models() -> Iterable[str]:
 def _stages() -> Iterable[str]:
     from wmcache.trainer.models import MODELS
 
-    return dict.fromkeys(stage for name in MODELS for stage in getattr(MODELS[name][1], "stages", ()))
+    return dict.fromkeys(stage for name in MODELS for stage in MODELS.get(name).stages)
 
 
 def _model_options(name: str) -> type:
-    from wmcache.trainer.models import get_options
+    from wmcache.trainer.models import MODELS
 
-    return get_options(name)
+    return MODELS.get(name).Options
 
 
 MODEL = ByName("model", "world model", names=_models, options=_model_options)
@@ -96,14 +97,14 @@ def wmtrain(
         raise click.UsageError("--steps and --epochs both set the length; give one", ctx)
     if typed == ["steps"]:
         settings["epochs"] = None  # which a preset may have
-    from wmcache.engine.ranks import Spoken, joined, together
-    from wmcache.trainer.loop import check_slices, train
+    from wmcache.engine.ranks import ReportedError, is_distributed, joined
+    from wmcache.trainer.train import check_slices, train
 
     out = out or home() / "runs" / name_of(cache)
     chosen = TrainOptions(
         model_options=take_chosen(settings), start=None if start is None else str(start.absolute()), **settings
     )
-    if devices and devices > 1 and not together():
+    if devices and devices > 1 and not is_distributed():
         from wmcache.engine.launch import launch
 
         check_slices(chosen.batch, devices)
@@ -115,22 +116,22 @@ def wmtrain(
                     f"--devices {devices}, but torchrun has started {ranks.local_world}; leave out --devices"
                 )
             train(cache, out, chosen, resume=resume, overwrite=overwrite, ranks=ranks)
-    except Spoken as silent:
-        stopped = isinstance(silent.__cause__, KeyboardInterrupt)
-        ctx.exit((STOPPED if isinstance(silent.__cause__, Stopped) else INTERRUPTED) if stopped else 1)
-    if ranks.leads:
-        say(f"{out}: {_next_step(out, cache, chosen.stage)}")
+    except ReportedError as reported:
+        stopped = isinstance(reported.__cause__, KeyboardInterrupt)
+        ctx.exit((STOPPED if isinstance(reported.__cause__, Stopped) else INTERRUPTED) if stopped else 1)
+    if ranks.is_main:
+        say(f"{out}: {_next_step(out, cache, chosen)}")
 
 
-def _next_step(run: Path, cache: AnyPath, stage: str) -> str:
+def _next_step(run: Path, cache: AnyPath, options: TrainOptions) -> str:
     """What can be done with a trained run: its next stage, a plan where its frames have a simulator, or pictures."""
-    from wmcache.trainer.checkpoint import read_identity
+    from wmcache.trainer.models import MODELS
+    from wmcache.trainer.runs import read_identity
 
-    stages = list(_stages())
-    if stage in stages[:-1]:
-        following = {stage: stages[stages.index(stage) + 1]}
-        following |= {f"--stage={stage}": f"--stage={following[stage]}"}
-        return f"stage {stage} is trained; go on with: {shell_command([following.get(w, w) for w in sys.argv])}"
+    stage, following = options.stage, dict(itertools.pairwise(MODELS.get(options.model).stages))
+    if stage in following:
+        words = {stage: following[stage], f"--stage={stage}": f"--stage={following[stage]}"}
+        return f"stage {stage} is trained; go on with: {shell_command([words.get(word, word) for word in sys.argv])}"
     if read_identity(run)[0].dataset.get("maze"):
         return f"trained; plan with: {command('wmplan', '--run', run)}"
     return (

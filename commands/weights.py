@@ -10,7 +10,8 @@ import click
 from wmcache.commands.command import Command
 from wmcache.commands.output import print_json, say
 from wmcache.commands.shared import json_option
-from wmcache.common.files import home, human_bytes
+from wmcache.common.folders import home
+from wmcache.common.space import human_bytes
 
 
 @click.command(cls=Command)

@@ -37,7 +37,7 @@ class UnreadableError(UserError):
 def reason(error: BaseException, most: int = 160) -> str:
     """What an error says, in one line of at most `most` characters: the system's words where it has some."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:most] or type(error).__name__
+    return " ".join(text.split()).rstrip(".")[:most] or type(error).__name__
 
 
 def one_line(text: str) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def png_bytes(figure: Figure, **settings: float) -> bytes:
-    """The figure as a PNG file; `settings` are those of `Figure.savefig`, such as `dpi`."""
+def png_bytes(figure: Figure, dpi: float | Literal["figure"] = "figure") -> bytes:
+    """Return the figure as a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", **settings)
+    figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()

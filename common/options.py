@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 from annotated_types import Ge, Le, Lt
 
 from wmcache.common.errors import UserError
-from wmcache.common.files import dump_json
+from wmcache.common.jsonfiles import dump_json
 
 T = TypeVar("T")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from wmcache.cache.store import TokenStore, changes_beside
+from wmcache.cache.change_maps import change_maps_path
+from wmcache.cache.store import TokenStore
 from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath
 from wmcache.pipeline.encoders.changes import changes_for
@@ -22,7 +23,7 @@ def derive_change_maps(
         cluster: where, see `cluster.parse_cluster`.
 
     Returns:
-        Where they are, see `TokenStore.changes`.
+        Their path, see `open_change_maps`.
 
     Raises:
         UserError: the frames are not to be had, or are others; the tokens are no square of patches; or as `extract`.
@@ -30,7 +31,7 @@ def derive_change_maps(
     frames = open_frames(store.card, dataset)
     if frames.card.fingerprint != store.identity.dataset_fingerprint:
         raise UserError(f"{frames.path} does not hold the frames of {store.path}; pass the right --dataset")
-    out = changes_beside(store.path, frameskip)
+    out = change_maps_path(store.path, frameskip)
     maps = changes_for(store.card.token_grid, frameskip, device="cpu")
     extract(frames, maps, out, dtype=store.card.dtype, cluster=cluster)
     return out

@@ -1,21 +1,22 @@
 """Environment -> frame dataset.
 
-The physics of all episodes runs first, in a few seconds, and gives the step table. A frame is then a picture of a row of that
-table: the tasks, one a tar shard, share nothing, and their number and order cannot change a byte.
+The physics of all episodes runs first, in a few seconds, and gives the step table. A frame is then a picture of one row of the table: the
+tasks, one per tar shard, share nothing, and their number and order cannot change a byte.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
+from dataclasses import dataclass
 
 import numpy as np
 
-from wmcache.cluster.tasks import run_tasks
-from wmcache.common.files import require_space
+from wmcache.cluster.tasks import WorkerTask, run_tasks
 from wmcache.common.paths import AnyPath, absolute, as_path
+from wmcache.common.space import require_space
 from wmcache.envs import FPS, POLICIES, Maze, PointMazeSimulator, Policy, find_maze, sample_state
-from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, Steps, read_steps, shard_range, write_shard
+from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, shard_range, write_shard
+from wmcache.pipeline.steps import Steps, read_steps
 
 
 def collect(
@@ -30,22 +31,23 @@ def collect(
     frames_per_shard: int,
     cluster: str = "local:1",
 ) -> DatasetCard:
-    """Collect a dataset; run again, it goes on where it was stopped.
+    """Collect a dataset; run again, it draws only missing shards.
 
     Args:
         env: environment id, layout name or path to a text grid.
-        out: the dataset's folder.
-        episodes, length: number of episodes, and frames in each (DINO-WM's PointMaze set: 2 000 x 100).
+        out: folder of the dataset.
+        episodes: DINO-WM's PointMaze dataset has 2 000.
+        length: frames per episode.
         policy: a name in `envs.POLICIES`.
-        seed: of the dataset. Episode e depends on (seed, e) alone.
+        seed: of the dataset; episode e depends on (seed, e) only.
         image_size: side of the frames in pixels.
         frames_per_shard: frames in each tar, and in each Zarr shard of the stores made from it.
-        cluster: where, see `cluster.parse_cluster`.
+        cluster: see `parse_cluster`.
 
     Raises:
-        UserError: unknown policy, unusable folder, too little space, or shards that failed.
+        UserError: unknown policy, unusable folder, too little space, or failed shards.
         MazeError: unknown maze.
-        RendererError: no OpenGL.
+        RendererError: OpenGL is not available.
     """
     behaviour, maze = POLICIES.get(policy), find_maze(env)
     # A frame of a maze is about 2 kB at 112 px as PNG; twice the pixels, twice the edges.
@@ -68,15 +70,14 @@ def collect(
     )
     writer = FrameDatasetWriter(out, card, steps)
     pending = writer.pending()
-    # Workers have working directories of their own, and may live longer than one collection.
-    task = functools.partial(_draw_shard, absolute(out), steps.sha256(), maze, image_size, frames_per_shard)
+    task = DrawShard(absolute(out), steps.sha256(), maze, image_size, frames_per_shard)
     total = sum(len(writer.shard_frames(shard)) for shard in pending)
     run_tasks(task, pending, cluster=cluster, total=total, label="collect")
     return writer.finish()
 
 
 def simulate(maze: Maze, policy: Policy, episodes: int, length: int, seed: int) -> Steps:
-    """The step table of a dataset, without drawing anything; episode e is a function of (seed, e)."""
+    """Simulate a dataset's step table without drawing; episode e is a function of (seed, e)."""
     simulator = PointMazeSimulator(maze)
     action = np.empty((episodes, length, 2), np.float32)
     state = np.empty((episodes, length, 4))
@@ -94,31 +95,34 @@ def simulate(maze: Maze, policy: Policy, episodes: int, length: int, seed: int) 
     )
 
 
-def _draw_shard(out: str, table: str, maze: Maze, image_size: int, frames_per_shard: int, shard: int) -> int:
-    simulator, steps = _simulator(maze, image_size), _steps(out, table)
-    frames = shard_range(shard, len(steps), frames_per_shard)
-    write_shard(as_path(out), shard, ((steps.key(frame), simulator.render(steps.state[frame])) for frame in frames))
-    return len(frames)
+@dataclass(frozen=True)
+class DrawShard(WorkerTask[int, Steps]):
+    """Draw the frames of a shard. A worker reads the step table at `out`, whose checksum is `steps_sha256`, once."""
+
+    out: str
+    steps_sha256: str
+    maze: Maze
+    image_size: int
+    frames_per_shard: int
+
+    def setup(self) -> Steps:
+        """Read the step table."""
+        return read_steps(as_path(self.out))
+
+    def run(self, state: Steps, item: int) -> int:
+        """Draw a shard; returns its frames."""
+        frames = shard_range(item, len(state), self.frames_per_shard)
+        render = _simulator_of_thread(self.maze, self.image_size).render
+        write_shard(as_path(self.out), item, ((state.key(frame), render(state.state[frame])) for frame in frames))
+        return len(frames)
 
 
-class _Drawing(threading.local):
-    """One GL context a thread, for it is bound to that, whatever the number of shards it draws."""
-
-    known: tuple[Maze, int] | None = None
-    simulator: PointMazeSimulator
+_thread = threading.local()
 
 
-_drawing = _Drawing()
-
-
-def _simulator(maze: Maze, image_size: int) -> PointMazeSimulator:
-    if _drawing.known != (maze, image_size):
-        _drawing.simulator = PointMazeSimulator(maze, image_size)
-        _drawing.known = maze, image_size
-    return _drawing.simulator
-
-
-@functools.lru_cache(maxsize=1)
-def _steps(out: str, table: str) -> Steps:  # noqa: ARG001 (a part of the cache's key)
-    # Read from disk once a process: cheaper than sending the table along with every task.
-    return read_steps(as_path(out))
+def _simulator_of_thread(maze: Maze, image_size: int) -> PointMazeSimulator:
+    """The simulator of this thread: an OpenGL context takes 0.1 s to open, and is used and freed in one thread only."""
+    simulator: PointMazeSimulator | None = getattr(_thread, "simulator", None)
+    if simulator is None or (simulator.maze, simulator.image_size) != (maze, image_size):
+        _thread.simulator = simulator = PointMazeSimulator(maze, image_size)
+    return simulator

@@ -1,53 +1,52 @@
-"""Token store -> token store, without an image: whatever a head makes of features that are cached already.
+"""Token store -> token store, without images: run another head on cached features.
 
-From a store of a backbone's layers: its patch tokens, its class token, their mean, and adapters fitted on them. What comes out is what
-extraction from the frames would have given, and has the same identity.
+A store of a backbone's layers gives its patch tokens, its class token, their mean, and adapters fitted on them. The new store has the
+tokens and the identity of an extraction from the frames.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 import uuid
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from wmcache.cache.identity import Identity
+from wmcache.cache.layout import read_attributes
 from wmcache.cache.store import TokenStore
 from wmcache.cache.writer import StoreWriter
-from wmcache.cluster.tasks import report, run_tasks
+from wmcache.cluster.tasks import WorkerTask, report, run_tasks
 from wmcache.common.errors import UserError
-from wmcache.common.files import require_space
 from wmcache.common.paths import AnyPath, absolute, as_path, exists
+from wmcache.common.space import require_space
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Select
-from wmcache.pipeline.extract import Job, load_encoders, open_writer, remember_encoders
 from wmcache.pipeline.fit import default_weights
+from wmcache.pipeline.stores import StoreRecipe
 
 
 def create_for(
     source: TokenStore, name: str, *, weights: Path | None, base_weights: Path | None, device: str
 ) -> Encoder:
-    """An encoder on the backbone of a store, set up as that store's was.
+    """Create an encoder on the backbone of a store, with that store's preprocessing.
 
     Args:
-        source: the store.
-        name: of the encoder.
-        weights: of the encoder; None takes the store's, or for an adapter those fitted on the store's dataset.
-        base_weights, device: as in `encoders.create`.
+        weights: None for the store's, or for an adapter for those fitted on the store's dataset.
+        base_weights, device: see `encoders.create`.
 
     Raises:
-        UserError: it is on another backbone; or as `encoders.create`.
+        UserError: the encoder has another backbone; or as `encoders.create`.
     """
-    entry, there = encoders.get_entry(name), encoders.get_entry(str(source.card.encoder.get("name")))
-    if there.load is None:
-        raise UserError(f"{source.path} holds tokens of the adapter {there.spec.name}; derive from a store of its base")
-    if entry.load not in (None, there.load):
+    entry, base = encoders.get_entry(name), encoders.get_entry(str(source.card.encoder.get("name")))
+    if base.load is None:
+        raise UserError(f"{source.path} has tokens of the adapter {base.spec.name}; derive from a store of its base")
+    if entry.load not in (None, base.load):
         raise UserError(
-            f"{name} is not on the backbone of {source.path}, which holds {there.spec.name}; extract it from the frames"
+            f"{name} is not on the backbone of {source.path}, which is {base.spec.name}; extract it from the frames"
         )
     if entry.load is None:
         fitted = default_weights(str(source.card.dataset["name"]), name)
@@ -67,19 +66,21 @@ def derive(
     batch: int = 256,
     cluster: str = "local:1",
     device: str | None = None,
-) -> None:
-    """Make an encoder's store of the features that another store holds; run again, it does only the shards that are not there yet.
+) -> bool:
+    """Make an encoder's store from another store's features; run again, it makes only missing shards.
 
     Args:
-        source: of the layers, or of the patch tokens, of the encoder's own backbone.
-        encoder: whose head is run.
-        out: the new store's folder.
-        dtype: what tokens are stored in, `float16` or `int8`.
-        batch: frames in each call of the head.
-        cluster, device: as for `extract_together`.
+        source: the layers or the patch tokens of the encoder's own backbone.
+        encoder: its head is run.
+        dtype: of the stored tokens, `float16` or `int8`.
+        batch: frames per call of the head.
+        cluster, device: see `extract_together`.
+
+    Returns:
+        Whether there was anything to do.
 
     Raises:
-        UserError: the source is of another backbone or preprocessing, or lacks what the head reads; or as `extract`.
+        UserError: the source does not have these features, or as `extract_together`.
     """
     require_features(source, encoder)
     card = replace(
@@ -94,63 +95,81 @@ def derive(
     steps = {name: getattr(source, name) for name in ("action", "state", "episode", "step")}
     identity = encoder.identity(source.identity.dataset_fingerprint, dtype)
     writer = StoreWriter.create(out, card, identity, steps)
-
-    if pending := writer.pending():
-        writer.reopen([])
-        total = sum(len(card.shard_frames(shard)) for shard in pending)
-        job = Job(json.dumps(encoder.recipe()), json.dumps(identity.to_json()), absolute(out), uuid.uuid4().hex)
-        device = device or str(encoder.device)
-        task = functools.partial(derive_shard, absolute(source.path), source.identity.digest(), job, device, batch)
-        remember_encoders([encoder])
-        run_tasks(task, pending, cluster=cluster, total=total, label=f"derive {encoder.spec.name}")
+    pending = writer.pending()
+    if not pending and read_attributes(out)["complete"]:
+        return False
+    writer.reopen([])
+    recipe, device = StoreRecipe.of(encoder, writer), device or str(encoder.device)
+    task = DeriveShard(absolute(source.path), source.identity, recipe, device, batch, uuid.uuid4().hex)
+    run_tasks(
+        task.with_state(Derivation(source, encoder, writer)),
+        pending,
+        cluster=cluster,
+        total=sum(len(card.shard_frames(shard)) for shard in pending),
+        label=f"derive {encoder.spec.name}",
+    )
     writer.finish()
+    return True
 
 
-def derive_shard(source: str, identity: str, job: Job, device: str, batch: int, shard: int) -> int:
-    """The task: make and write one shard, unless that is done; returns its frames.
+class Derivation(NamedTuple):
+    """The state of `DeriveShard`."""
 
-    Raises:
-        UserError: the source is not the one of that identity any more, or the shard could not be read or written.
-    """
-    writer = open_writer(job)
-    frames = writer.card.shard_frames(shard)
-    with writer.claim(shard, wait=True):
-        if not writer.is_done(shard):
-            store, (encoder,) = _open_source(source, identity, job.run), load_encoders([job], [job], device)
-            select = require_features(store, encoder)
-            tokens = np.empty((len(frames), *encoder.frame_shape), np.float16)
-            for start in range(0, len(frames), batch):
-                part = store.gather(np.arange(frames.start + start, min(frames.start + start + batch, frames.stop)))
-                features = select.restore(torch.from_numpy(part).to(encoder.device))
-                tokens[start : start + len(part)] = encoder.tokens(features).cpu().numpy()
-                report(len(part))
-            writer.write_shard(shard, tokens)
-    return len(frames)
+    source: TokenStore
+    encoder: Encoder
+    writer: StoreWriter
 
 
-@functools.lru_cache(maxsize=1)
-def _open_source(path: str, identity: str, run: str) -> TokenStore:  # noqa: ARG001 (a part of the cache's key)
-    store = TokenStore.open(as_path(path))
-    if store.identity.digest() != identity:
-        raise UserError(f"{path} has become another store; run the same command again")
-    return store
+@dataclass(frozen=True)
+class DeriveShard(WorkerTask[int, Derivation]):
+    """Make the tokens of a shard from the source's; attributes as of `ExtractShard`."""
+
+    source: str
+    source_identity: Identity
+    store: StoreRecipe
+    device: str
+    batch: int
+    key: str
+
+    def setup(self) -> Derivation:
+        """Open both stores, and load the encoder."""
+        source = TokenStore.open(as_path(self.source))
+        if source.identity != self.source_identity:
+            raise UserError(f"{self.source} was replaced while it was being read; run the command again")
+        return Derivation(source, *self.store.open(self.device))
+
+    def run(self, state: Derivation, item: int) -> int:
+        """Make a shard, unless it is done; returns its frames."""
+        source, encoder, writer = state
+        frames = writer.card.shard_frames(item)
+        with writer.claim(item, wait=True):
+            if not writer.is_done(item):
+                select = require_features(source, encoder)
+                tokens = np.empty((len(frames), *encoder.frame_shape), np.float16)
+                for start in range(0, len(frames), self.batch):
+                    part = source.gather(np.asarray(frames[start : start + self.batch]))
+                    features = select.restore(torch.from_numpy(part).to(encoder.device))
+                    tokens[start : start + len(part)] = encoder.tokens(features).cpu().numpy()
+                    report(len(part))
+                writer.write_shard(item, tokens)
+        return len(frames)
 
 
 def require_features(source: TokenStore, encoder: Encoder) -> Select:
-    """What the source's tokens were selected by.
+    """Check that a store has the features that the encoder's head reads; returns how its tokens were selected.
 
     Raises:
-        UserError: they are not what the encoder's head would read, were the encoder run on the frames.
+        UserError: another backbone or preprocessing, or missing features.
     """
     name = str(source.card.encoder.get("name"))
-    wanted, there = encoder.identity(source.identity.dataset_fingerprint), source.identity
+    wanted, found = encoder.identity(source.identity.dataset_fingerprint), source.identity
     differing = [
-        f"{field} {getattr(there, field)} != {getattr(wanted, field)}"
+        f"{field} {getattr(found, field)} != {getattr(wanted, field)}"
         for field in ("image_size", "resize", "normalisation", "compute_dtype", "store_dtype")
-        if getattr(there, field) != getattr(wanted, field)
+        if getattr(found, field) != getattr(wanted, field)
     ]
-    if there.weights_sha256 != encoder.backbone_sha256:
-        differing.insert(0, f"{name} from {there.weights_source} is not its backbone")
+    if found.weights_sha256 != encoder.backbone_sha256:
+        differing.insert(0, f"{name} from {found.weights_source} is not its backbone")
     if source.card.encoder.get("lag", 0) != encoder.lag:
         differing.append(f"lag {source.card.encoder.get('lag', 0)} != {encoder.lag}")
     if differing:
@@ -163,7 +182,7 @@ def require_features(source: TokenStore, encoder: Encoder) -> Select:
         missing.append("the class token")
     if missing or select.selection not in ("patch", "layers"):
         raise UserError(
-            f"{source.path} holds {select.selection} tokens alone, but {encoder.spec.name} is made of {', '.join(missing) or 'patches'}; "
+            f"{source.path} has only {select.selection} tokens, but {encoder.spec.name} is made of {', '.join(missing) or 'patches'}; "
             f"extract the backbone's layers first, or {encoder.spec.name} from the frames"
         )
     return select

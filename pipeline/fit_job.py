@@ -11,15 +11,16 @@ from typing import Any
 from wmcache.cache.store import TokenStore
 from wmcache.cluster.tasks import run_alone
 from wmcache.common.errors import UserError
-from wmcache.common.files import home
+from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath, absolute, as_path
 from wmcache.pipeline import encoders
 from wmcache.pipeline.create import create_encoders
 from wmcache.pipeline.encoders import FitOptions
-from wmcache.pipeline.extract import default_store, extract_together
+from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.fit import Fitted, default_weights, fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.repair import open_frames
+from wmcache.pipeline.stores import default_store
 
 
 @dataclass(frozen=True)

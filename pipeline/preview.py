@@ -1,8 +1,7 @@
-"""A picture of a store: frames beside their tokens, as the eye can see them."""
+"""A picture of a store: frames above their tokens, with principal components as colours."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from wmcache.cache.store import TokenStore
 from wmcache.common.errors import UserError
+from wmcache.common.figures import png_bytes
 from wmcache.common.files import atomic_write
 from wmcache.common.paths import AnyPath
 from wmcache.pipeline.repair import open_frames
@@ -19,23 +19,24 @@ FITTED_FRAMES = 256
 
 
 def preview(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, count: int = 8) -> NDArray[np.int64]:
-    """Draw frames of a store, and under each its tokens: red, green and blue are their first three principal components.
+    """Draw frames of a store, and under each the first three principal components of its tokens as red, green and blue.
 
     Args:
-        path: the store. out: the PNG to write.
-        dataset: where the frames are now, if not where they were.
-        count: how many, evenly spaced over the store.
+        path: the store.
+        out: the PNG to write.
+        dataset: path of the frames, if they have moved.
+        count: number of frames, evenly spaced over the store.
 
     Returns:
-        The frames that were drawn.
+        The numbers of the frames.
 
     Raises:
-        UserError: an unusable store; frames that are missing or are not the store's.
+        UserError: an unusable store, or missing or other frames.
     """
     store = TokenStore.open(path)
     frames = open_frames(store.card, dataset)
     if frames.card.fingerprint != store.identity.dataset_fingerprint:
-        raise UserError(f"{frames.path} does not hold the frames of {path}; pass the right --dataset")
+        raise UserError(f"{frames.path} does not contain the frames of {path}; pass the right --dataset")
     chosen = np.unique(np.linspace(0, len(store) - 1, count).astype(np.int64))
     images = frames.read_frames(chosen)
     colours = principal_colours(store, chosen)
@@ -52,24 +53,17 @@ def preview(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, count: 
     figure.suptitle(
         f"{path.name}: {grid} tokens of {store.card.token_dim}, principal components as colours",
         fontsize=9,
-        parse_math=False,  # a name may hold a dollar
+        parse_math=False,  # a name may contain a dollar sign
     )
-    write_png(figure, out)
+    with atomic_write(out) as file:
+        file.write(png_bytes(figure))
     return chosen
 
 
-def write_png(figure: Figure, out: Path) -> None:
-    """A figure as a PNG file, whole or not at all."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    with atomic_write(out) as file:
-        file.write(picture.getvalue())
-
-
 def principal_colours(store: TokenStore, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The first three principal components of the chosen frames' tokens, in [0, 1], [len(chosen), rows, columns, 3].
+    """The first three principal components of tokens, in [0, 1], [len(chosen), rows, columns, 3].
 
-    The components are those of tokens all over the store, so that a colour means the same in every picture of it.
+    They are computed from frames of the whole store, so that a colour means the same in every picture of it.
     """
     fitted = np.unique(np.linspace(0, len(store) - 1, FITTED_FRAMES).astype(np.int64))
     mean = store.mean.astype(np.float32)

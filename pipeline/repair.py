@@ -1,4 +1,4 @@
-"""Repair a store: exactly the shards that are not as they were written are made again."""
+"""Repair a store: write again exactly the shards that differ from what was written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from wmcache.cache.store import TokenStore
 from wmcache.cache.verify import Fault, Verification, declared_shards, verify, whole_tokens
 from wmcache.cache.writer import StoreWriter
 from wmcache.common.errors import UserError
-from wmcache.common.files import exclusive, sha256_of
+from wmcache.common.files import sha256_of
+from wmcache.common.locks import exclusive
 from wmcache.common.paths import AnyPath, as_path, exists
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
@@ -30,44 +31,43 @@ SAMPLED_FRAMES = 64
 def repair(
     path: AnyPath, *, dataset: AnyPath | None = None, weights: Path | None = None, device: str = "auto", batch: int = 32
 ) -> Verification:
-    """Find what is wrong with a store, and make exactly that again.
+    """Repair a store, and finish an unfinished one.
 
-    A shard that is what the store was declared complete with, and only lacks its record, gets it from the tokens; every other one that is
-    at fault is encoded again. A store whose extraction has not finished is finished.
+    A shard with the checksum that the store was declared complete with only gets its record again, from its tokens. Other faulty shards
+    are encoded again.
 
     Args:
-        path: the store.
-        dataset, weights: where the frames and the encoder's weights are now, if not where they were.
+        dataset, weights: paths of the frames and the encoder's weights, if they have moved.
         device, batch: of the encoder.
 
     Returns:
-        What was found before anything was repaired.
+        The faults before the repair.
 
     Raises:
-        UserError: the store cannot say what it is; or its frames or its encoder are not to be had any more.
+        UserError: the store does not describe itself any more, or its frames or its encoder are not available.
     """
     found = verify(path)
     if found.sound:
         return found
     with exclusive(path.with_name(f".{path.name}.repair.lock"), path):
-        found = verify(path)  # somebody else may have repaired it meanwhile
+        found = verify(path)  # another process may have repaired it meanwhile
         if not found.sound:
-            _mend(path, found, dataset, weights, device, batch)
+            _repair(path, found, dataset, weights, device, batch)
         return found
 
 
-def _mend(
+def _repair(
     path: AnyPath, found: Verification, dataset: AnyPath | None, weights: Path | None, device: str, batch: int
 ) -> None:
     attributes = read_attributes(path)
     card, identity = read_card(attributes), Identity.from_json(attributes["identity"], str(path))
     bad = sorted({fault.shard for fault in found.faults if fault.shard is not None})
-    whole = _unrecorded(Records(path, card, identity), card, bad)
+    whole = _tokens_without_record(Records(path, card, identity), card, bad)
     if found.shards_done + len(whole) == found.shards and all(fault.shard is not None for fault in found.faults):
         writer = StoreWriter.resume(path, identity)
         source = None
     else:
-        # Before anything is dropped: without the frames and the encoder nothing could be made again.
+        # Before anything is dropped: without the frames and the encoder nothing could be encoded again.
         source = open_source(card, identity, dataset=dataset, weights=weights, device=device)
         if (source[0].card.frames, source[0].card.frames_per_shard) != (card.frames, card.frames_per_shard):
             raise DamagedError(f"{path / 'zarr.json'} does not fit its frames; {AGAIN}")
@@ -82,8 +82,8 @@ def _mend(
         writer.finish()
 
 
-def _unrecorded(records: Records, card: StoreCard, bad: list[int]) -> dict[int, NDArray[np.float16]]:
-    """Tokens of those shards that are what the store was declared complete with, and only lack their records."""
+def _tokens_without_record(records: Records, card: StoreCard, bad: list[int]) -> dict[int, NDArray[np.float16]]:
+    """Tokens of the shards that have the declared checksum, and lack only their records."""
     found: dict[int, NDArray[np.float16]] = {}
     declared = declared_shards(records.path)
     if declared is None:
@@ -100,20 +100,20 @@ def _unrecorded(records: Records, card: StoreCard, bad: list[int]) -> dict[int, 
 
 
 def open_frames(card: StoreCard, dataset: AnyPath | None) -> FrameDataset:
-    """The frames of a store, where it says, or where the user says; raises UserError where they are not there."""
+    """Open the frames of a store, at the path in its card or the given one; raises UserError if they are missing."""
     try:
         return FrameDataset.open(dataset or as_path(str(card.dataset.get("path")).replace("\0", "?")))
     except UserError as error:
-        raise UserError(f"the store's frames are needed: {error}; or say where they are with --dataset") from error
+        raise UserError(f"the store's frames are needed: {error}; or pass their path as --dataset") from error
 
 
 def open_source(
     card: StoreCard, identity: Identity, *, dataset: AnyPath | None, weights: Path | None, device: str
 ) -> tuple[FrameDataset, Encoder]:
-    """The frames and the encoder that a store was made with.
+    """Open the frames and the encoder of a store.
 
     Raises:
-        UserError: they are not where they were, or are not the same any more, naming what differs.
+        UserError: they are missing, or differ from the store's identity.
     """
     frames = open_frames(card, dataset)
     encoder = encoders.create_again(card.encoder, weights=weights, device=device)
@@ -127,10 +127,10 @@ def open_source(
 def verify_deep(
     path: AnyPath, *, dataset: AnyPath | None = None, weights: Path | None = None, device: str = "auto"
 ) -> Verification:
-    """As `verify`, and encode a sample of the frames anew to compare the tokens.
+    """Verify a store, and encode a sample of its frames again to compare the tokens.
 
     Raises:
-        UserError: as `verify`; or the frames or the encoder are not to be had.
+        UserError: as `verify`; or the frames or the encoder are not available.
     """
     found = verify(path)
     if not found.sound:
@@ -141,25 +141,21 @@ def verify_deep(
     drift = encoder.drift(read_for(encoder, frames, chosen), store.gather(chosen))
     faults = list(found.faults)
     if not drift["cosine"] > COSINE_TOLERANCE:
-        faults.append(
-            Fault(
-                str(path),
-                f"encoding {len(chosen)} of its frames anew gives other tokens (smallest cosine {drift['cosine']:.4f})",
-            )
-        )
+        cosine = f"smallest cosine {drift['cosine']:.4f}"
+        faults.append(Fault(str(path), f"encoding {len(chosen)} of its frames again gives other tokens ({cosine})"))
     return replace(found, faults=faults, drift=drift)
 
 
 def live_encoder(
     path: AnyPath, *, dataset: AnyPath | None = None, weights: Path | None = None, device: str = "auto"
 ) -> Callable[[int], Tensor]:
-    """The store's own encoder on its own frames, as a trainer without a cache uses it.
+    """The store's encoder on the store's frames, as a trainer without a cache uses it.
 
     Returns:
-        n -> tokens float16 [n, N, D] of n frames that are decoded already, encoded at each call.
+        n -> tokens float16 [n, N, D] of n decoded frames, encoded at each call.
 
     Raises:
-        UserError: the frames or the encoder are not to be had.
+        UserError: the frames or the encoder are not available.
     """
     store = TokenStore.open(path)
     source, encoder = open_source(store.card, store.identity, dataset=dataset, weights=weights, device=device)

@@ -1,9 +1,10 @@
-"""What a solver is, and what solvers share."""
+"""The contract of solvers, and what several of them use."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol
+from dataclasses import Field
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,27 +16,30 @@ Cost = Callable[[Tensor], Tensor]
 
 
 class Solver(Protocol):
-    """Finds actions of low cost.
+    """Finds actions of low cost. A solver is a frozen dataclass whose fields are its options.
+
+    A field named `frameskip` is set to the run's, unless the user sets it.
 
     Attributes:
-        differentiates: whether costs must carry gradients back to the actions. Then the solver must not be called in
-            `torch.inference_mode`, and costs are asked for with autograd on, of actions that require grad.
+        differentiates: costs must carry gradients to the actions. Then the solver must not be called in `torch.inference_mode`, and it
+            evaluates costs of actions that require grad, with autograd enabled.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     differentiates: ClassVar[bool]
 
     @property
     def evaluations(self) -> int:
-        """Candidates whose cost one call asks for, for each episode."""
+        """Count the candidates that one call evaluates per episode."""
         ...
 
     def __call__(self, cost: Cost, start: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Minimise.
+        """Minimise the cost.
 
         Args:
-            cost: what to descend.
+            cost: function to minimise.
             start: [E, T, A], the first guess; env units.
-            generators: one for each episode, on the CPU, so that its result does not depend on its neighbours in the batch.
+            generators: one per episode, on the CPU, so that a result does not depend on the other episodes of the batch.
 
         Returns:
             Actions [E, T, A] in [-1, 1].
@@ -44,37 +48,19 @@ class Solver(Protocol):
 
 
 def normal(generators: Sequence[torch.Generator], samples: int, start: Tensor) -> Tensor:
-    """Standard normal noise [E, samples, T, A] on the device of `start` [E, T, A]; the same numbers on every device."""
+    """Draw standard normal noise [E, samples, T, A] on the device of `start` [E, T, A]; the same numbers on every device."""
     drawn = [torch.randn(samples, *start.shape[1:], generator=generator) for generator in generators]
     return torch.stack(drawn).to(start.device)
 
 
 def around(mean: Tensor, deviation: Tensor, samples: int, generators: Sequence[torch.Generator]) -> Tensor:
-    """Candidates [E, samples, T, A] drawn around `mean` [E, T, A] and clipped to the env's bounds; the first is the mean."""
+    """Draw candidates [E, samples, T, A] around `mean` [E, T, A], clipped to the env's bounds; the first is the mean."""
     actions = mean[:, None] + deviation[:, None] * normal(generators, samples, mean)
     actions[:, 0] = mean
     return actions.clamp(-1.0, 1.0)
 
 
-def require(holds: bool, message: str) -> None:
-    """Refuse a solver's options.
-
-    Raises:
-        UserError: it does not hold.
-    """
-    if not holds:
+def require(condition: bool, message: str) -> None:
+    """Raise UserError unless the condition is true."""
+    if not condition:
         raise UserError(message)
-
-
-def require_population(solver: str, samples: int, elites: int, iterations: int, sigma: float) -> None:
-    """Refuse what no population can be made of.
-
-    Raises:
-        UserError: no iteration, fewer than 2 elites or more than samples, or a deviation that is not above 0.
-    """
-    require(iterations >= 1, f"solver {solver}: iterations is {iterations}; it must be 1 or more")
-    require(
-        2 <= elites <= samples,
-        f"solver {solver}: elites is {elites}; it must lie between 2 and samples, {samples}; choose other elites",
-    )
-    require(0 < sigma < float("inf"), f"solver {solver}: sigma is {sigma}; it must be above 0")

@@ -1,4 +1,4 @@
-"""Baselines: what actions that look at nothing reach in the same episodes. Physics alone, so they cost a second."""
+"""Baselines: actions that depend on no observation, in the same episodes. They need physics alone, so they take a second."""
 
 from __future__ import annotations
 
@@ -15,39 +15,32 @@ Actions = Callable[[int, int], NDArray[np.float64]]
 
 
 def random_actions(number: int, steps: int) -> NDArray[np.float64]:
-    """A fresh standard normal action at every env step, clipped to the bounds; of a generator of its own for each episode."""
-    # Another generator than that of start and goal, so that the actions do not depend on them.
+    """Draw a standard normal action at every env step, clipped to the bounds, from the episode's own generator."""
+    # Not the generator of start and goal, so that the actions do not depend on them.
     return np.clip(np.random.default_rng((99 * number + 1, 1)).normal(size=(steps, 2)), -1.0, 1.0)
 
 
-def zero_actions(number: int, steps: int) -> NDArray[np.float64]:  # noqa: ARG001 (as its like)
-    """No force: the ball moves on with the velocity that it starts with."""
+def zero_actions(number: int, steps: int) -> NDArray[np.float64]:  # noqa: ARG001 (the signature of `Actions`)
+    """Apply no force: the ball keeps moving with its first velocity."""
     return np.zeros((steps, 2))
 
 
 BASELINES: dict[str, Actions] = {"random": random_actions, "zero": zero_actions}
 
 
-def run_baseline(
-    name: str,
-    maze: Maze,
-    start: NDArray[np.float64],
-    goal: NDArray[np.float64],
-    numbers: Sequence[int],
-    budget: int,
-    chunk: int,
-) -> Episodes:
-    """Act in some episodes without a planner, and without drawing a frame.
+def run_baseline(name: str, maze: Maze, planned: Episodes, numbers: Sequence[int]) -> Episodes:
+    """Act in the starts, goals, budget and chunks of planned episodes, without rendering a frame.
 
     Args:
-        name: in BASELINES. maze: where.
-        start, goal: states [E, 4] of the episodes. numbers: of the episodes, [E].
-        budget: env steps of each. chunk: env steps between those after which the judge looks, as of the planner that is compared.
+        name: in BASELINES.
+        maze: that the episodes take place in.
+        planned: E episodes.
+        numbers: of the episodes, [E].
     """
     simulator = PointMazeSimulator(maze)
-    states = np.empty((len(start), budget, 4))
+    states = np.empty_like(planned.states)
     for i, number in enumerate(numbers):
-        state = start[i]
-        for step, action in enumerate(BASELINES[name](number, budget)):
+        state = planned.start[i]
+        for step, action in enumerate(BASELINES[name](number, states.shape[1])):
             state = states[i, step] = simulator.step(state, action)
-    return Episodes(start, goal, states, chunk, encoder_frames=0, replans=0, seconds=0.0)
+    return Episodes(planned.start, planned.goal, states, planned.chunk, encoder_frames=0, replans=0, seconds=0.0)

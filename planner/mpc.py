@@ -1,4 +1,4 @@
-"""Receding horizon: imagine candidates from the newest frames' latents, execute the first steps of the best, look again."""
+"""Receding-horizon planning: imagine candidates from the newest frames, execute the first steps of the best, replan."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from wmcache.planner.objective import Objective
 from wmcache.trainer.models import WorldModel
 
 TOKENS_IN_FLIGHT = 2**17
-"""Tokens of all candidates in one call of the model; bounds the memory of a plan, whatever the number of samples and episodes."""
+"""Tokens of all candidates in one call of the model; bounds the memory of a plan for any number of samples and episodes."""
 
 
 @dataclass
 class Mpc:
-    """Plans for E episodes at once from latents alone: no simulator, no state beyond proprio, no word of success.
+    """Plans for E episodes at once from latents and proprio; it receives no state and no success.
 
     Attributes:
-        model: what imagines.
-        solver: what searches.
-        objective: what it costs to be where a candidate leads.
+        model: imagines.
+        solver: searches.
+        objective: scores imagined futures.
         horizon: model steps of a plan.
-        context: frames that an imagined step sees. With velocity in the proprioception one frame is the whole state, and
-            longer contexts cost more and feed on the model's own errors.
+        context: frames that an imagined step sees. With velocity in proprio a single frame is the whole state, and a longer context costs
+            more and accumulates the model's own errors.
         frameskip: env steps of a model step.
-        device, dtype: where and how the model runs.
+        device, dtype: of the model.
     """
 
     model: WorldModel
@@ -50,13 +50,14 @@ class Mpc:
         generators: Sequence[torch.Generator],
         past: Tensor | None = None,
     ) -> Tensor:
-        """Find actions that lead from the newest frames to where the objective is low.
+        """Find actions of low cost.
 
         Args:
-            tokens: [E, n, N, D] of the newest n frames, a model step apart. proprio: [E, n, P].
-            previous: [E, T, f * A], a first guess (see `shift`), or None for no push at all.
-            generators: one for each episode.
-            past: [E, n - 1, f * A], what was executed between those frames; needed where n > 1.
+            tokens: [E, n, N, D] of the newest n frames, a model step apart.
+            proprio: [E, n, P] of those frames.
+            previous: [E, T, f * A], a first guess (see `shift`); None: zeros.
+            generators: one per episode.
+            past: [E, n - 1, f * A], the actions between those frames; needed where n > 1.
 
         Returns:
             [E, T, f * A] in env units, T = horizon.
@@ -68,7 +69,7 @@ class Mpc:
             return self.solver(cost, previous, generators)
 
     def cost_of(self, tokens: Tensor, proprio: Tensor, past: Tensor | None = None) -> Cost:
-        """What the solver descends: the objective of what candidates lead to from these frames; arguments as for `plan`."""
+        """Return the function that the solver minimises: the objective of imagined futures; arguments as for `plan`."""
         episodes, tokens = len(tokens), tokens.float()
         frame_tokens = tokens.shape[2] * (self.horizon + tokens.shape[1] - 1)
         if past is None:
@@ -76,21 +77,25 @@ class Mpc:
 
         def score(futures: Tensor, part: slice) -> Tensor:
             with autocast(self.device, self.dtype):
-                latents, code = self.model.rollout(tokens[part], proprio[part], futures, self.context)
-            return self.objective(latents, code, part)
+                latents, imagined = self.model.rollout(tokens[part], proprio[part], futures, self.context)
+            return self.objective(latents, imagined, part)
 
         def cost(actions: Tensor) -> Tensor:
-            """[E, S, T, A] -> [E, S]; as many futures of as many episodes at once as there is room for."""
+            """[E, S, T, A] -> [E, S], in chunks of at most TOKENS_IN_FLIGHT."""
             samples = actions.shape[1]
             futures = torch.cat([past[:, None].expand(-1, samples, -1, -1), actions], 2)
             room = max(1, TOKENS_IN_FLIGHT // frame_tokens)
-            some, of = max(1, room // samples), min(samples, room)
+            episodes_at_once, samples_at_once = max(1, room // samples), min(samples, room)
             rows = []
-            for first in range(0, episodes, some):
-                part = slice(first, first + some)
-                chunks = [futures[part, sample : sample + of] for sample in range(0, samples, of)]
-                if (len(chunks) > 1 or some < episodes) and actions.requires_grad and torch.is_grad_enabled():
-                    # What all chunks keep for their gradients would not be bounded; it is computed again instead.
+            for first in range(0, episodes, episodes_at_once):
+                part = slice(first, first + episodes_at_once)
+                chunks = torch.split(futures[part], samples_at_once, 1)
+                if (
+                    (len(chunks) > 1 or episodes_at_once < episodes)
+                    and actions.requires_grad
+                    and torch.is_grad_enabled()
+                ):
+                    # Activations of all chunks together have no bound, so backward computes them again.
                     scores = [checkpoint(score, chunk, part, use_reentrant=False) for chunk in chunks]
                 else:
                     scores = [score(chunk, part) for chunk in chunks]
@@ -100,5 +105,5 @@ class Mpc:
         return cost
 
     def shift(self, plan: Tensor, executed: int) -> Tensor:
-        """The rest of a plan after `executed` model steps, with no push at its new end: the first guess of the next plan."""
+        """Drop the executed model steps of a plan and append as many zeros: the first guess of the next plan."""
         return torch.cat([plan[:, executed:], torch.zeros_like(plan[:, :executed])], 1)

@@ -1,4 +1,4 @@
-"""What it costs to be where a candidate leads (DINO-WM, planning/objectives.py)."""
+"""Objectives of the planning problem (DINO-WM, planning/objectives.py)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,13 @@ DISTANCES = ("latent", "graph")
 class Objective(Protocol):
     """Scores imagined futures."""
 
-    def __call__(self, latents: Tensor, code: Tensor, episodes: slice) -> Tensor:
-        """Costs.
+    def __call__(self, latents: Tensor, proprio: Tensor, episodes: slice) -> Tensor:
+        """Compute costs [e, S].
 
         Args:
             latents: [e, S, T, N, D], S imagined futures of T frames for each of e episodes.
-            code: [e, S, T, Q], the proprio codes of those frames.
-            episodes: which of all that are planned for these are.
-
-        Returns:
-            [e, S].
+            proprio: [e, S, T, Q], the proprio embeddings of those frames.
+            episodes: which of all planned episodes these are.
         """
         ...
 
@@ -34,32 +31,31 @@ class Objective(Protocol):
 class GoalDistance:
     """Distance of imagined frames from a goal frame.
 
-    `last` scores the last imagined frame alone, as DINO-WM does; it is content to arrive at the very end, at every replan anew.
-    `all` averages over all imagined frames, and so prefers to arrive early and to stay.
+    `last` scores the last imagined frame alone, as DINO-WM does. Replanned with the same horizon, it postpones the arrival at each
+    replan. `all` averages over all imagined frames, so it prefers to arrive early and to stay.
 
     Attributes:
         goal: [E, N, D].
         mode: one of MODES.
-        alpha: weight of the mean squared difference of proprio codes; DINO-WM has 0 for PointMaze. Above 0 the goal is more than an image.
-        goal_code: [E, Q], needed where alpha is above 0.
-        graph: measures the distance along the cached frames; None takes the mean squared difference of latents, as DINO-WM does.
-        to_goal: [E, places] from every place of the graph, see `LatentGraph.to_goal`.
-        mask: bool [E, N], the tokens whose difference counts (DDP-WM: those in which the present frame differs from the goal's); None
-            means all.
+        alpha: weight of the mean squared difference of proprio embeddings; DINO-WM has 0 for PointMaze.
+        goal_proprio: [E, Q], needed where alpha is above 0.
+        graph: measures distances along the cached frames; None takes the mean squared difference of latents, as DINO-WM does.
+        to_goal: [E, K], result of `LatentGraph.to_goal`.
+        mask: bool [E, N], the tokens that count (DDP-WM: those in which the present frame differs from the goal's); None: all.
     """
 
     goal: Tensor
     mode: str
     alpha: float = 0.0
-    goal_code: Tensor | None = None
+    goal_proprio: Tensor | None = None
     graph: LatentGraph | None = None
     to_goal: Tensor | None = None
     mask: Tensor | None = None
 
-    def __call__(self, latents: Tensor, code: Tensor, episodes: slice) -> Tensor:
+    def __call__(self, latents: Tensor, proprio: Tensor, episodes: slice) -> Tensor:
         """See `Objective`."""
         if self.mode == "last":
-            latents, code = latents[:, :, -1:], code[:, :, -1:]
+            latents, proprio = latents[:, :, -1:], proprio[:, :, -1:]
         goal = self.goal[episodes]
         if self.mask is not None:
             counts = self.mask[episodes, None, None].to(latents.dtype)
@@ -68,7 +64,7 @@ class GoalDistance:
             distance = (latents - goal[:, None, None]).square().mean((3, 4))
         else:
             distance = self.graph.distance(latents, goal, self.to_goal[episodes])
-        if self.alpha and self.goal_code is not None:
-            difference = (code - self.goal_code[episodes][:, None, None]).square().mean(3)
+        if self.alpha and self.goal_proprio is not None:
+            difference = (proprio - self.goal_proprio[episodes][:, None, None]).square().mean(3)
             distance = distance + self.alpha * difference
         return distance.mean(2)

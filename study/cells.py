@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from wmcache.common.errors import UserError
-from wmcache.common.files import read_json, sha256_of
+from wmcache.common.files import sha256_of
+from wmcache.common.jsonfiles import read_json
 from wmcache.common.paths import AnyPath
 from wmcache.envs import find_maze
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders.weights import require_weights, weights_file
 from wmcache.pipeline.options import EncoderOptions
-from wmcache.planner.evaluate import recorded
 from wmcache.planner.goals import SOURCES
 from wmcache.planner.options import PlanOptions
+from wmcache.planner.results import recorded
 from wmcache.study.options import EncoderChoice, StudyOptions
 
 FORMAT = 1

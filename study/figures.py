@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from wmcache.common.figures import png_bytes
-from wmcache.planner.episodes import THRESHOLDS
+from wmcache.planner.judge import THRESHOLDS
 from wmcache.planner.report import COLOURS, RC
 from wmcache.study.options import StudyOptions
 from wmcache.study.table import Row, pooled
-from wmcache.trainer.loop import ROLLOUT_STEPS
+from wmcache.trainer.train import ROLLOUT_STEPS
 
 MARKERS = "osD^vP*X<>"
 

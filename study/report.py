@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from wmcache.common.cpus import available_cpus
 from wmcache.common.files import atomic_write
 from wmcache.planner.baselines import BASELINES
-from wmcache.planner.episodes import THRESHOLDS
+from wmcache.planner.judge import THRESHOLDS
 from wmcache.study.cells import Branch, Workspace
 from wmcache.study.figures import baseline_rows, draw_fractions, draw_skill, draw_success, numbers, rate
 from wmcache.study.options import Evaluation, StudyOptions

@@ -20,8 +20,12 @@ from tqdm import tqdm
 
 from wmcache.cluster.tasks import Pool, open_pool
 from wmcache.common.errors import UserError, one_line, reason
-from wmcache.common.files import exclusive, home, make_folder, seconds_between_updates, write_json
+from wmcache.common.files import make_folder
+from wmcache.common.folders import home
+from wmcache.common.jsonfiles import write_json
+from wmcache.common.locks import exclusive
 from wmcache.common.paths import absolute, as_path
+from wmcache.common.progress import seconds_between_updates
 from wmcache.envs import find_maze
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wmcache.planner.baselines import BASELINES
-from wmcache.planner.episodes import THRESHOLDS
+from wmcache.planner.judge import THRESHOLDS
 from wmcache.study.cells import Branch, Workspace
 from wmcache.study.statistics import interval
-from wmcache.trainer.loop import ROLLOUT_STEPS
+from wmcache.trainer.train import ROLLOUT_STEPS
 
 STORE = (
     *("token_dim", "bytes_per_frame", "frames", "extract_seconds", "extracted_together", "derived", "source"),

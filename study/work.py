@@ -13,22 +13,26 @@ from torch import nn
 
 from wmcache.cache.store import TokenStore
 from wmcache.common.device import choose_device, choose_dtype
-from wmcache.common.files import make_folder, nulls, write_json
+from wmcache.common.files import make_folder
+from wmcache.common.jsonfiles import nulls, write_json
 from wmcache.pipeline import encoders
 from wmcache.pipeline.derive import derive
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.fit import fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.probe import draw_probe, probe
-from wmcache.planner.episodes import THRESHOLDS
-from wmcache.planner.evaluate import EvalContext, evaluate
+from wmcache.pipeline.probe import probe
+from wmcache.pipeline.probe_picture import draw_probe
+from wmcache.planner.context import EvalContext
+from wmcache.planner.evaluate import evaluate
+from wmcache.planner.judge import THRESHOLDS
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_episodes
 from wmcache.study.cells import ENCODER_OPTIONS, Cell, Workspace
-from wmcache.trainer.checkpoint import load_model
-from wmcache.trainer.loop import rollout_errors, skills, train, validation_windows
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.runs import load_model
+from wmcache.trainer.train import train, validation_windows
+from wmcache.trainer.validation import rollout_errors, skills
 
 TIMED_FRAMES = 64
 VARIANCE_FRAMES = 512

@@ -1,11 +1,12 @@
-"""A small road from frames to tokens, made once a session by the real commands' functions."""
+"""Fixtures that all tests share: a small dataset, encoder, stores and runs, made once per session by the real functions."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from shutil import copytree
@@ -20,7 +21,7 @@ from upath import UPath
 
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
 from wmcache.cache.windows import split_episodes
-from wmcache.common.paths import as_path, remove, upload
+from wmcache.common.paths import AnyPath, as_path, remove, upload
 from wmcache.pipeline import encoders
 from wmcache.pipeline.change_maps import derive_change_maps
 from wmcache.pipeline.collect import collect
@@ -29,18 +30,18 @@ from wmcache.pipeline.encoders.tcn import TcnOptions
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.fit import fit
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.planner.evaluate import EvalContext
+from wmcache.planner.context import EvalContext
 from wmcache.planner.options import PlanOptions
-from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
-# `make test` tries the same examples every time; `make test-long` looks for others.
+# `make test` tries the same examples every time; `make test-long` searches for others.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("search", max_examples=1000, deadline=None)
 settings.load_profile("repeatable")
-# A shell that starts the tests in the background has told them, and all that they start, to ignore Ctrl-C.
+# A shell that starts the tests in the background lets them and their child processes ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Threads that wait for each other make these tiny networks ten times slower as soon as anything else runs beside the tests.
+# With several threads these tiny networks are ten times slower as soon as another program runs.
 torch.set_num_threads(1)
 NOBODY = 65534
 
@@ -59,13 +60,13 @@ def _as_another_user() -> Iterator[None]:
 
 @pytest.fixture
 def another_user() -> Callable[[], AbstractContextManager[None]]:
-    """() -> a block in which this process has no rights of root; an ordinary user has none anyway."""
+    """() -> a block in which this process does not have the rights of root."""
     return _as_another_user
 
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """An empty folder in which any user may look; `tmp_path` is this user's alone."""
+    """An empty folder that any user can read, unlike `tmp_path`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         path.chmod(0o755)
@@ -79,7 +80,7 @@ def open_folder() -> Iterator[Path]:
 def dataset_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """6 episodes of 60 frames in 6 tars; read only, so copy it to change it."""
     path = tmp_path_factory.mktemp("data") / "pointmaze-umaze"
-    # Shard and episode bounds must not coincide, and the last shard is short.
+    # Shards and episodes have different bounds, and the last shard is short.
     collect(
         "wmcache/PointMaze-UMaze-v0", path, episodes=6, length=60, image_size=32, frames_per_shard=64, cluster="local:1"
     )
@@ -117,7 +118,7 @@ def store(store_path: Path) -> TokenStore:
 
 @pytest.fixture(scope="session")
 def ddp_store_path(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same store with change maps beside it, of frames 5 env steps apart; read only as well."""
+    """The same store with change maps of frames 5 env steps apart; read only."""
     path = copytree(store_path, tmp_path_factory.mktemp("ddp-stores") / store_path.name)
     derive_change_maps(TokenStore.open(path), 5)
     return path
@@ -158,8 +159,14 @@ def identity() -> Identity:
 
 
 @pytest.fixture(scope="session")
+def card() -> StoreCard:
+    """50 frames of [6, 4] in shards of 16."""
+    return CARD
+
+
+@pytest.fixture(scope="session")
 def tokens() -> NDArray[np.float16]:
-    """50 frames; zarr skips chunks that equal its fill value, so frames of zeros and a whole shard of them are among these."""
+    """50 frames [6, 4]. Some frames and one shard are zeros, which zarr would not write by default."""
     tokens = np.random.default_rng(0).normal(3, 2, (CARD.frames, 6, 4)).astype(np.float16)
     tokens[[0, 7, 49]] = 0
     tokens[32:48] = 0
@@ -167,37 +174,67 @@ def tokens() -> NDArray[np.float16]:
 
 
 @pytest.fixture(scope="session")
-def make_writer() -> MakeWriter:
-    """(path, identity=…) -> writer of a store of 2 episodes, 20 and 30 frames long, in 4 shards."""
+def steps() -> dict[str, NDArray[Any]]:
+    """Two episodes, 20 and 30 frames long."""
+    rng = np.random.default_rng(1)
+    lengths = (20, 30)
+    return {
+        "action": rng.uniform(-1, 1, (CARD.frames, 2)).astype(np.float32),
+        "state": rng.normal(size=(CARD.frames, 4)),
+        "episode": np.repeat(np.arange(2, dtype=np.int32), lengths),
+        "step": np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+    }
 
-    def make(path: Path, identity: Identity = IDENTITY) -> StoreWriter:
-        rng = np.random.default_rng(1)
-        lengths = (20, 30)
-        steps = {
-            "action": rng.uniform(-1, 1, (CARD.frames, 2)).astype(np.float32),
-            "state": rng.normal(size=(CARD.frames, 4)),
-            "episode": np.repeat(np.arange(2, dtype=np.int32), lengths),
-            "step": np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
-        }
-        return StoreWriter.create(path, CARD, identity, steps)
+
+@pytest.fixture(scope="session")
+def make_writer(steps: dict[str, NDArray[Any]]) -> MakeWriter:
+    """(path, identity, **changes of the card): a writer of a store of 4 shards."""
+
+    def make(path: AnyPath, identity: Identity = IDENTITY, **changes: Any) -> StoreWriter:
+        card = dataclasses.replace(CARD, **changes)
+        identity = dataclasses.replace(identity, store_dtype=card.dtype)
+        return StoreWriter.create(path, card, identity, steps)
 
     return make
 
 
+@pytest.fixture(scope="session")
+def write(tokens: NDArray[np.float16]) -> Callable[..., None]:
+    """(writer, shards): write these shards; (writer): write those that are pending, and finish the store."""
+
+    def write(writer: StoreWriter, shards: Iterable[int] | None = None) -> None:
+        for shard in writer.pending() if shards is None else shards:
+            rows = writer.card.shard_frames(shard)
+            with writer.claim(shard) as claimed:
+                assert claimed
+                writer.write_shard(shard, tokens[rows.start : rows.stop])
+        if shards is None:
+            writer.finish()
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, bytes]]:
+    """(path): the files in a folder, with their content."""
+
+    def contents(path: Path) -> dict[str, bytes]:
+        return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+    return contents
+
+
 @pytest.fixture
 def finished(tmp_path: Path, make_writer: MakeWriter, tokens: NDArray[np.float16]) -> Path:
-    """A finished store of one's own, to be damaged at will."""
+    """A finished store, to be damaged."""
     writer = make_writer(tmp_path / "made-up.zarr")
-    for shard in writer.pending():
-        frames = CARD.shard_frames(shard)
-        writer.write_shard(shard, tokens[frames.start : frames.stop])
-    writer.finish()
-    return writer.path
+    write(writer)
+    return tmp_path / "made-up.zarr"
 
 
 @pytest.fixture
 def bucket() -> Iterator[UPath]:
-    """Of an object store in this process; empty, and gone at the end."""
+    """An empty bucket of an object store in this process."""
     there = as_path("memory://bucket")
     assert isinstance(there, UPath)
     remove(there)
@@ -207,7 +244,7 @@ def bucket() -> Iterator[UPath]:
 
 @pytest.fixture
 def far(bucket: UPath, finished: Path) -> UPath:
-    """The finished store, as objects."""
+    """The finished store in that bucket."""
     assert upload(finished, bucket / "made-up.zarr", last="zarr.json")
     return bucket / "made-up.zarr"
 
@@ -228,7 +265,7 @@ def tiny() -> TrainOptions:
 
 @pytest.fixture(scope="session")
 def planted_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store whose latents are a linear picture of a linear system: 20 episodes of 40 frames, 2 tokens of 3 dimensions."""
+    """A store whose latents are a linear map of a linear system: 20 episodes of 40 frames, 2 tokens of 3 dimensions."""
     return plant(tmp_path_factory.mktemp("planted") / "planted-8.zarr", tokens=2)
 
 
@@ -253,7 +290,7 @@ def still_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plant(path: Path, tokens: int, lengths: Sequence[int] = (40,) * 20, *, still: bool = False) -> Path:
-    """Lengths other than those cut the same frames elsewhere, so that dynamics jump within episodes."""
+    """Write such a store; other lengths cut the same frames elsewhere, so that dynamics jump within episodes."""
     episodes, length = 20, 40
     rng = np.random.default_rng(0)
     action = rng.uniform(-1, 1, (episodes, length, 2)).astype(np.float32)
@@ -303,11 +340,11 @@ def run_path(store_path: Path, train_run: TrainRun) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_plan() -> PlanOptions:
-    # The budget is no multiple of a chunk of 5 env steps.
+    # The budget is not a multiple of a chunk of 5 env steps.
     search = {"samples": 8, "elites": 3, "iterations": 2}
     return PlanOptions(episodes=3, budget=12, horizon=2, search=search, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")
-def setting(run_path: Path, tiny_plan: PlanOptions) -> EvalContext:
+def context(run_path: Path, tiny_plan: PlanOptions) -> EvalContext:
     return EvalContext(run_path, tiny_plan)

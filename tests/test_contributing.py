@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from wmcache.cli import main, wmplan, wmtrain
 from wmcache.envs import policies
 from wmcache.planner.solvers import SOLVERS
-from wmcache.trainer.checkpoint import read_config
 from wmcache.trainer.models import MODELS
+from wmcache.trainer.runs import read_config
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 USE = """

@@ -1,13 +1,15 @@
-"""The package as a user meets it: its commands, how soon they answer, and what they will never run."""
+"""The package: its commands and how soon they answer, what they never execute, and how its files read."""
 
 from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from configparser import ConfigParser
 from importlib.metadata import entry_points, metadata
 from pathlib import Path
 
@@ -20,10 +22,15 @@ from wmcache.pipeline.encoders import specs
 from wmcache.pipeline.encoders.base import EncoderSpec
 
 BIN = Path(sys.executable).parent
-ROOT = Path(wmcache.__file__).parent
-SOURCES = sorted(ROOT.glob("*.py"))
-for folder in ("cache", "commands", "envs", "pipeline", "planner", "study", "trainer"):
-    SOURCES += sorted((ROOT / folder).rglob("*.py"))
+ROOT = Path(__file__).parents[1]
+PACKAGES = sorted(
+    file.parent for depth in ("*", "*/*") for file in ROOT.glob(f"{depth}/__init__.py") if ".venv" not in file.parts
+)
+SOURCES = sorted([*ROOT.glob("*.py"), *(file for package in PACKAGES for file in package.glob("*.py"))])
+
+
+def name_of(source: Path) -> str:
+    return str(source.relative_to(ROOT))
 
 
 def test_the_commands_are_installed() -> None:
@@ -32,12 +39,17 @@ def test_the_commands_are_installed() -> None:
     assert all((BIN / name).exists() for name in ours)
 
 
+def test_every_package_is_listed_for_installation() -> None:
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    listed = config["options"]["packages"].split()
+    assert listed == ["wmcache", *(f"wmcache.{name_of(package).replace('/', '.')}" for package in PACKAGES)]
+
+
 @pytest.mark.parametrize("folder", ["wmcache", "wm-src", "x y"])
 def test_the_linter_passes_in_a_folder_of_any_name(folder: str, tmp_path: Path) -> None:
-    repository = Path(__file__).parents[1]
-    sources = [repository / source.relative_to(ROOT) for source in SOURCES]
-    for file in (repository / "pyproject.toml", *sources, *sorted((repository / "tests").rglob("*.py"))):
-        copied = tmp_path / folder / file.relative_to(repository)
+    for file in (ROOT / "pyproject.toml", *SOURCES, *sorted((ROOT / "tests").rglob("*.py"))):
+        copied = tmp_path / folder / file.relative_to(ROOT)
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copied)
     done = subprocess.run(
@@ -51,7 +63,7 @@ def test_the_version_is_the_one_that_is_installed() -> None:
 
 
 FRAGMENTS = {"As", "By", "In", "Its", "Of", "On", "That", "To"}
-"""Words that continue a sentence which the reader of a help does not see."""
+"""Words that continue a sentence that the help does not show."""
 HEAVY = {
     *(
         "dask",
@@ -99,7 +111,7 @@ def test_no_help_loads_what_takes_long_to_import() -> None:
 
 
 def helps(words: str, known: click.Command) -> Iterator[tuple[str, str]]:
-    """Each option of a command and of those under it, with its help."""
+    """Yield each option of a command and of its subcommands, with its help."""
     yield from ((f"{words} {option.opts[0]}", getattr(option, "help", None) or "") for option in known.params)
     for name, inner in getattr(known, "commands", {}).items():
         yield from helps(f"{words} {name}", inner)
@@ -112,16 +124,16 @@ def test_the_help_of_an_option_reads_on_its_own(program: click.Command) -> None:
     assert [flag for flag, text in found if len(text.split()) < 2 or text.split()[0] in FRAGMENTS] == []
 
 
-# `wmcache rm` deletes what it is asked to delete, and a --from that --overwrite would delete is refused.
+# `wmcache rm` deletes what the user names, and a --from that --overwrite would delete is refused.
 ASKED_TO_DELETE = {"cache/catalogue.py", "planner/evaluate.py", "trainer/stages.py"}
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(ROOT)))
-def test_no_refusal_advises_to_destroy_work(source: Path) -> None:
+@pytest.mark.parametrize("source", SOURCES, ids=name_of)
+def test_no_error_suggests_to_destroy_work(source: Path) -> None:
     raised = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Raise)]
     words = [part.value for node in raised for part in ast.walk(node) if isinstance(part, ast.Constant)]
     advice = " ".join(word for word in words if isinstance(word, str))
-    if str(source.relative_to(ROOT)) not in ASKED_TO_DELETE:
+    if name_of(source) not in ASKED_TO_DELETE:
         assert "delete" not in advice
         assert "--overwrite" not in advice
 
@@ -132,7 +144,7 @@ NEVER = {"torch.load", "torch.save", "torch.hub.load", "eval", "exec"} | {
 
 
 def dangers(source: Path) -> list[str]:
-    """Whatever could run code out of a data file."""
+    """Return the calls and imports that could execute code from a data file."""
     found = []
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -169,16 +181,54 @@ def test_the_search_for_dangers_finds_them(tmp_path: Path) -> None:
     assert dangers(source) == found
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: f"{source.parent.name}/{source.name}")
-def test_nothing_is_read_that_could_hold_code(source: Path) -> None:
+@pytest.mark.parametrize("source", SOURCES, ids=name_of)
+def test_nothing_is_read_that_could_contain_code(source: Path) -> None:
     assert dangers(source) == []
 
 
 @pytest.mark.parametrize("spec", specs(), ids=lambda spec: spec.name)
-def test_every_encoder_says_where_it_comes_from_and_what_one_may_do_with_it(spec: EncoderSpec) -> None:
+def test_every_encoder_has_a_source_and_a_licence(spec: EncoderSpec) -> None:
     assert spec.source
     assert spec.licence
     assert spec.summary
     assert "\n" not in spec.summary
     rows, columns = spec.token_grid
     assert rows * columns > 0
+
+
+# How the files read.
+
+LINES, FUNCTION_LINES = 400, 60
+LONGER: dict[str, str] = {}
+"""File, or file:function, -> why it is longer."""
+WORDS = re.compile("|".join(rf"\b{word}\b" for word in ("mend", "anew", "whoever", "told", "stranger")), re.I)
+"""Words that the style guide replaces, split so that this file does not contain them."""
+FOLDERS = ("tests", "docs", "scripts", ".ci")
+
+
+def test_no_file_and_no_function_is_too_long() -> None:
+    found = []
+    for source in SOURCES:
+        text = source.read_text()
+        found += [name_of(source)] if text.count("\n") > LINES else []
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > FUNCTION_LINES:
+                found.append(f"{name_of(source)}:{node.name}")
+    assert sorted(found) == sorted(LONGER)
+
+
+def test_no_file_contains_a_word_that_the_style_guide_replaces() -> None:
+    texts = {*SOURCES, *(file for file in ROOT.iterdir() if file.suffix in (".md", ".toml", ".cfg", ".txt", ".cff"))}
+    texts |= {
+        file
+        for folder in (*PACKAGES, *(ROOT / name for name in FOLDERS))
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+    texts |= {ROOT / "Makefile"}
+    found = []
+    for text in sorted(texts):
+        if text.suffix not in (".png", ".gif", ".pyc"):
+            lines = text.read_text().splitlines()
+            found += [f"{name_of(text)}:{at}: {line.strip()}" for at, line in enumerate(lines, 1) if WORDS.search(line)]
+    assert found == []

@@ -1,7 +1,7 @@
-"""The next batch, ready before it is asked for, from wherever the tokens are kept.
+"""Batches of windows, read ahead of the training loop.
 
-Tokens reside on the device where they fit there with room to spare, else in main memory, else they stay on disk: then the frames of the
-batches to come are asked of the operating system two steps ahead, and memory holds no more than two batches.
+Tokens reside on the device where they fit there with room to spare, else in main memory, else they stay on disk: then the operating system
+prefetches the frames of a batch two steps ahead, and memory holds no more than two batches.
 """
 
 from __future__ import annotations
@@ -15,32 +15,33 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wmcache.cache.quantise import restore
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows, batch_windows
 from wmcache.common.device import Transfer, is_cpu
 from wmcache.common.errors import UserError
-from wmcache.common.files import human_bytes
 from wmcache.common.memory import available_ram, free_memory
+from wmcache.common.space import human_bytes
 
 RESIDENCES = ("device", "ram", "disk")
 ROOM_TO_SPARE = 2.0
-"""Tokens move in only where there is this many times their size: the model, its activations and others need room too."""
+"""Memory that must be free for tokens to move in, as a multiple of their size: the model and its activations need room too."""
 STEPS_AHEAD = 2
 
 
 def choose_residence(
     store: TokenStore, device: torch.device, wanted: str = "auto", sharing: int = 1
 ) -> tuple[str, str]:
-    """Where to keep a store's tokens while training.
+    """Choose where to keep a store's tokens while training.
 
     Args:
-        store: whose tokens.
-        device: that trains.
-        wanted: `auto`, or the answer.
-        sharing: processes of this machine that keep tokens for themselves: each has a device of its own, main memory is for all.
+        store: the tokens.
+        device: the training device.
+        wanted: one of RESIDENCES, or `auto`.
+        sharing: processes of this machine that each keep the tokens; each has its own device, and they share main memory.
 
     Returns:
-        `device`, `ram` or `disk`; and a line for people that says why.
+        One of RESIDENCES, and a line for the log that gives the reason.
 
     Raises:
         UserError: an unknown residence.
@@ -60,10 +61,10 @@ def choose_residence(
 
 
 class Feed:
-    """Batches of steps `first`, `first` + 1, …, made by one thread while the model works on the batch before.
+    """Batches of steps `first`, `first` + 1, …; a thread reads the next one while the model works.
 
     Attributes:
-        device: where the batches are.
+        device: of the batches.
         waited: seconds that the training loop has waited for data so far.
     """
 
@@ -78,7 +79,6 @@ class Feed:
         residence: str = "disk",
         rank: int = 0,
         world_size: int = 1,
-        changes: TokenStore | None = None,
     ) -> None:
         """Start reading.
 
@@ -86,19 +86,18 @@ class Feed:
             store: the tokens. windows: of that store.
             batch: windows in each batch of all processes together.
             seed: of the order, which depends on it and the step alone.
-            device: where batches go.
+            device: of the batches.
             first: number of the first step.
-            residence: as `choose_residence` answers.
-            rank, world_size: which slice of each batch is ours, see `batch_windows`.
-            changes: the change maps of the store, where batches shall have them.
+            residence: one of RESIDENCES.
+            rank, world_size: the slice of each batch to read, see `batch_windows`.
 
         Raises:
-            UserError: the tokens do not fit where they shall be.
+            UserError: the tokens do not fit into the residence.
         """
         self.waited = 0.0
         self.device = device
         self._store, self._windows, self._batch, self._seed = store, windows, batch, seed
-        self._rank, self._world_size, self._changes = rank, world_size, changes
+        self._rank, self._world_size = rank, world_size
         self._transfer = Transfer(device)
         self._table: Tensor | None = None
         if residence == "ram" or (residence == "device" and is_cpu(device)):
@@ -106,7 +105,7 @@ class Feed:
         elif residence == "device":
             self._table = load_on_device(store, device)
         self._scale = None if store.scale is None else torch.from_numpy(store.scale).to(device)
-        # Two buffers in turn: the reader fills one while the other is in use.
+        # The reader fills one buffer while the other is in use.
         shape = (batch // world_size * windows.length, *store.card.frame_shape)
         dtype = torch.float16 if is_cpu(device) else getattr(torch, store.card.dtype)
         self._buffers = [] if self._table is not None else [self._transfer.buffer(shape, dtype) for _ in range(2)]
@@ -115,7 +114,7 @@ class Feed:
         self._next: Future[dict[str, Tensor]] = self._pool.submit(self._read, first)
 
     def next(self) -> dict[str, Tensor]:
-        """The next batch, on the device, keyed as `Windows.batch`; valid until the next call, which lets its buffer be filled again."""
+        """Return the next batch, see `Windows.batch`, on the device; valid until the next call, which fills its buffer again."""
         start = time.perf_counter()
         batch = self._next.result()
         self.waited += time.perf_counter() - start
@@ -124,45 +123,39 @@ class Feed:
         self._transfer.hand_over(batch)
         return batch
 
-    def _frames(self, step: int) -> NDArray[np.int64]:
-        return self._windows.frames(
-            batch_windows(len(self._windows), self._seed, step, self._batch, self._rank, self._world_size)
-        )
+    def _chosen(self, step: int) -> NDArray[np.int64]:
+        return batch_windows(len(self._windows), self._seed, step, self._batch, self._rank, self._world_size)
 
     def _read(self, step: int) -> dict[str, Tensor]:
-        frames = self._frames(step)
+        windows, chosen = self._windows, self._chosen(step)
         if self._table is None:
-            self._store.prefetch(self._frames(step + STEPS_AHEAD).ravel())
+            self._store.prefetch(windows.frames(self._chosen(step + STEPS_AHEAD)).ravel())
         with self._transfer:
-            data = {
-                name: torch.from_numpy(value).to(self.device) for name, value in self._windows.steps(frames).items()
-            }
-            if self._changes is not None:
-                data["changes"] = torch.from_numpy(gather_changes(self._changes, frames)).to(self.device)
+            if is_cpu(self.device):
+                data = windows.batch(chosen, self._buffers[step % 2].numpy())
+                return {name: torch.from_numpy(value) for name, value in data.items()}
+            frames = windows.frames(chosen)
+            steps = {name: torch.from_numpy(value).to(self.device) for name, value in windows.steps(frames).items()}
             tokens = self._tokens(frames.ravel(), step)
-            return {"tokens": tokens.view(*frames.shape, *tokens.shape[1:]), **data}
+            return {"tokens": tokens.view(*frames.shape, *tokens.shape[1:]), **steps}
 
     def _tokens(self, frames: NDArray[np.int64], step: int) -> Tensor:
-        """float16 [n, N, D] on the device."""
-        if is_cpu(self.device):
-            tokens = self._buffers[step % 2]
-            self._store.gather(frames, tokens.numpy())
-            return tokens
+        """Read frames onto an accelerator and dequantise them there, float16 [n, N, D]."""
         if self._table is not None:
             stored = self._table.index_select(0, torch.from_numpy(frames).to(self.device))
         else:
-            # What windows share is read and sent once, and copied to its places over there.
-            unique, places = np.unique(frames, return_inverse=True)
+            # Frames that windows share are read and sent once.
+            unique, rows = np.unique(frames, return_inverse=True)
             buffer = self._buffers[step % 2][: len(unique)]
             self._store.gather_stored(unique, buffer.numpy())
-            stored = self._transfer.send(buffer).index_select(0, torch.from_numpy(places).to(self.device))
+            stored = self._transfer.send(buffer).index_select(0, torch.from_numpy(rows).to(self.device))
         if self._scale is None:
             return stored
         scale = self._scale[torch.from_numpy(frames // self._store.card.frames_per_shard).to(self.device)]
-        return (stored * scale[:, :1] + scale[:, 1:]).to(torch.float16)
+        return restore(stored, scale[:, 0], scale[:, 1]).to(torch.float16)
 
     def __enter__(self) -> Feed:
-        """For `with`."""
+        """Return the feed."""
         return self
 
     def __exit__(
@@ -172,13 +165,8 @@ class Feed:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def gather_changes(changes: TokenStore, frames: NDArray[np.int64]) -> NDArray[np.float16]:
-    """Change maps of the frames [B, T] of some windows, [B, T, N, 4]."""
-    return changes.gather(frames.ravel()).reshape(*frames.shape, *changes.card.frame_shape)
-
-
 def load_on_device(store: TokenStore, device: torch.device) -> Tensor:
-    """All tokens of a store, in its own dtype, [frames, N, D]; main memory holds a shard at a time.
+    """Load all tokens of a store in its own dtype, [frames, N, D]; main memory holds a shard at a time.
 
     Raises:
         UserError: they do not fit.

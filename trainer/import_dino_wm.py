@@ -19,18 +19,21 @@ from typing import Any
 import torch
 import yaml
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from wmcache.cache.store import TokenStore
 from wmcache.common.errors import UserError, command
-from wmcache.common.files import exclusive, sha256_of, temporary_for, write_json
+from wmcache.common.files import sha256_of, temporary_for
+from wmcache.common.jsonfiles import write_json
+from wmcache.common.locks import exclusive
 from wmcache.common.paths import AnyPath, absolute
-from wmcache.trainer.checkpoint import checkpoints, read_config, save_checkpoint
-from wmcache.trainer.loop import data_shape, make_optimiser, statistics_of
-from wmcache.trainer.models import DataShape, build
+from wmcache.engine.checkpoint import Progress, checkpoints, save_checkpoint
+from wmcache.trainer.models import DataShape, WorldModel, build
 from wmcache.trainer.models.dino_wm import DinoWmOptions
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.pickled_modules import AGAIN, Archive, Record, StoredTensor, shown
+from wmcache.trainer.runs import read_config
+from wmcache.trainer.train import data_shape, make_optimiser, statistics_of
 
 LINEAR, NORM = "torch.nn.modules.linear.Linear", "torch.nn.modules.normalization.LayerNorm"
 DROPOUT, CONV = "torch.nn.modules.dropout.Dropout", "torch.nn.modules.conv.Conv1d"
@@ -469,7 +472,7 @@ def _make_model(
     options: Mapping[str, Any],
     statistics: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
-) -> Any:
+) -> WorldModel:
     """The model with the weights; raises UserError where they do not fit the store."""
     with torch.device("meta"):
         sizes = {
@@ -488,7 +491,7 @@ def _make_model(
 
 
 def _write(
-    out: Path, config: dict[str, Any], store: TokenStore, model: nn.Module, training: TrainOptions, *, overwrite: bool
+    out: Path, config: dict[str, Any], store: TokenStore, model: WorldModel, training: TrainOptions, *, overwrite: bool
 ) -> None:
     """Write the run beside its place, then move it there."""
     with exclusive(out.with_name(f".{out.name}.lock"), out, wait=False) as alone:
@@ -508,7 +511,7 @@ def _write(
             optimiser.state[parameter] = {"step": torch.tensor(0.0), **zeros}
         temporary = temporary_for(out)
         try:
-            save_checkpoint(temporary, 0, model, optimiser)
+            save_checkpoint(temporary, Progress(), model, optimiser)
             write_json(temporary / "identity.json", {"identity": store.identity.to_json(), "card": asdict(store.card)})
             write_json(temporary / "config.json", config)
             (temporary / "metrics.jsonl").touch()

@@ -16,7 +16,7 @@ from wmcache.pipeline.encoders import create_again
 from wmcache.planner.mpc import Mpc
 from wmcache.planner.objective import GoalDistance
 from wmcache.planner.solvers import make_solver
-from wmcache.trainer.checkpoint import load_model, read_config, read_identity
+from wmcache.trainer.runs import load_model, read_config, read_identity
 
 
 def plan_elsewhere(run: Path, simulator: Any, goal_image: np.ndarray, env_steps: int, device: str = "cpu") -> list[Any]:

@@ -1,7 +1,7 @@
 """Change maps: what differs between two frames, patch by patch. Labels for DDP-WM (arXiv 2602.01780).
 
 A change map has 2 x 2 cells for each patch of a token grid. The maps of a dataset are a store of their own beside the token store
-(`TokenStore.changes`), so they are made, resumed, checked and repaired as every store is.
+(`wmcache.cache.change_maps`), so they are made, resumed, checked and repaired as every store is.
 """
 
 from __future__ import annotations

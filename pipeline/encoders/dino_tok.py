@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wmcache.common.options import option
+from wmcache.engine.codebook import MovingMeans, nearest
 from wmcache.pipeline.encoders.base import EARLY, LAST, Backbone, EncoderSpec, Features, Head, require_layers
 from wmcache.pipeline.encoders.fitting import FitData, Fitting
 from wmcache.pipeline.encoders.pca import principal_axes
@@ -97,21 +98,17 @@ class DominantSubspace(nn.Module):
     projection: Tensor
 
 
-class Codebook(nn.Module):
-    """Tokens to the nearest code."""
+class Quantiser(nn.Module):
+    """Replaces tokens by their nearest code."""
 
     def __init__(self, codes: int, dim: int) -> None:
-        """Args: `codes` how many, `dim` channels of each."""
+        """Make `codes` codes of `dim` channels."""
         super().__init__()
         self.register_buffer("codes", torch.zeros(codes, dim))
 
-    def nearest(self, tokens: Tensor) -> Tensor:
-        """[..., dim] -> numbers of codes, [...]."""
-        return torch.cdist(tokens.flatten(0, -2), self.codes).argmin(1).view(tokens.shape[:-1])
-
     def forward(self, tokens: Tensor) -> Tensor:
-        """[..., dim] -> codes, the same."""
-        return self.codes[self.nearest(tokens)]
+        """[..., dim] -> codes, the same shape."""
+        return self.codes[nearest(tokens, self.codes)]
 
     codes: Tensor
 
@@ -125,7 +122,7 @@ class Branch(nn.Module):
         self.layer, self.adapter = layer, adapter
         self.standardise = Standardise(dim)
         self.subspace = DominantSubspace(dim) if codes else None
-        self.book = Codebook(codes, out) if codes else None
+        self.book = Quantiser(codes, out) if codes else None
 
     def forward(self, features: Features) -> Tensor:
         """[B, N, out], before quantisation."""
@@ -190,14 +187,14 @@ class DinoTokFitting(Fitting):
                 self.clusters[branch.layer] = self._start_codes(branch, options)
 
     @torch.no_grad()
-    def _start_codes(self, branch: Branch, options: DinoTokVqOptions) -> Clusters:
+    def _start_codes(self, branch: Branch, options: DinoTokVqOptions) -> MovingMeans:
         assert branch.subspace
         assert branch.book
         some = functools.partial(self.data.sample_features, SAMPLED_FRAMES, options.seed)
         _, variances, axes = principal_axes(branch.standardise(found.patches(branch.layer)) for found in some())
         branch.subspace.fit_statistics(variances, axes, options.variance)
         branch.book.codes.copy_(draw(torch.cat([branch(found) for found in some()]).flatten(0, 1), options.codes))
-        return Clusters(branch.book)
+        return MovingMeans(torch.ones(options.codes), branch.book.codes.clone(), DECAY)
 
     def rows(self, rng: np.random.Generator) -> NDArray[np.integer]:
         """Draw any frames."""
@@ -213,7 +210,8 @@ class DinoTokFitting(Fitting):
                 if branch.book:
                     codes = branch.book(tokens)
                     commitment = commitment + F.mse_loss(tokens, codes)
-                    self.clusters[branch.layer](branch.book, tokens.detach().flatten(0, 1))
+                    means = cast(MovingMeans, self.clusters[branch.layer])
+                    move_codes(branch.book, means, tokens.detach().flatten(0, 1))
                     tokens = tokens + (codes - tokens).detach()  # straight-through gradient
                 latents.append(tokens)
         error = self.reconstruction(torch.cat(latents, -1), features, rows)
@@ -221,32 +219,13 @@ class DinoTokFitting(Fitting):
         return {**losses, "commitment": commitment} if self.clusters else losses
 
 
-class Clusters(nn.Module):
-    """Moves the codes of a codebook to moving means of their tokens; rarely used codes are replaced by tokens.
-
-    Attributes:
-        use: [codes], number of tokens near each code, over its mean.
-        total: [codes, dim], sum of these tokens, over the same mean.
-    """
-
-    def __init__(self, book: Codebook) -> None:
-        """Start from a codebook's codes."""
-        super().__init__()
-        self.register_buffer("use", torch.ones(len(book.codes)))
-        self.register_buffer("total", book.codes.clone())
-
-    @torch.no_grad()
-    def forward(self, book: Codebook, tokens: Tensor) -> None:
-        """Move a codebook towards tokens [n, dim]."""
-        near, usual = book.nearest(tokens), len(tokens) / len(self.use)
-        self.use.lerp_(torch.bincount(near, minlength=len(self.use)) / usual, 1 - DECAY)
-        self.total.lerp_(torch.zeros_like(self.total).index_add_(0, near, tokens) / usual, 1 - DECAY)
-        rare = self.use < RARE
-        self.use[rare], self.total[rare] = 1.0, draw(tokens, int(rare.sum()))
-        book.codes.copy_(self.total / self.use[:, None])
-
-    use: Tensor
-    total: Tensor
+@torch.no_grad()
+def move_codes(book: Quantiser, means: MovingMeans, tokens: Tensor) -> None:
+    """Move the codes to the moving means of tokens [n, dim]; replace rare codes by tokens."""
+    means.update(tokens, nearest(tokens, book.codes), unit=len(tokens) / len(means.count))
+    rare = means.count < RARE
+    means.restart(rare, draw(tokens, int(rare.sum())))
+    book.codes.copy_(means.means())
 
 
 def draw(tokens: Tensor, count: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wmcache.common.files import read_json
+from wmcache.common.jsonfiles import read_json
 from wmcache.pipeline.encoders.base import Backbone, EncoderSpec
 from wmcache.pipeline.encoders.libraries import CONFIG, RESAVE, HfFamily, load_timm, refuse_registers
 from wmcache.pipeline.encoders.vit import ModelSize, register_family

@@ -18,9 +18,13 @@ from huggingface_hub.file_download import repo_folder_name
 from tqdm import tqdm
 
 from wmcache.common.errors import UserError, reason
-from wmcache.common.files import exclusive, home, human_bytes, read_json, sha256_of, write_json
+from wmcache.common.files import sha256_of
+from wmcache.common.folders import home
+from wmcache.common.jsonfiles import read_json, write_json
+from wmcache.common.locks import exclusive
 from wmcache.common.paths import cause_outside, unreadable
 from wmcache.common.schema import Count, parse
+from wmcache.common.space import human_bytes
 from wmcache.pipeline.encoders.base import EncoderSpec
 from wmcache.pipeline.encoders.weights import FILE
 

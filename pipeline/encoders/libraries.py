@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from wmcache.common.errors import UserError
-from wmcache.common.files import read_json
+from wmcache.common.jsonfiles import read_json
 from wmcache.common.reading import reading
 from wmcache.pipeline.encoders.base import EncoderSpec
 from wmcache.pipeline.encoders.vit import HfVit, ModelSize, TimmVit

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from wmcache.common.errors import UserError, reason
-from wmcache.common.files import read_json
+from wmcache.common.jsonfiles import read_json
 from wmcache.common.reading import reading
 from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.hub import find_weights

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wmcache.common.errors import UserError
-from wmcache.common.files import read_json
+from wmcache.common.jsonfiles import read_json
 from wmcache.common.reading import reading
 from wmcache.pipeline.encoders.base import LAST, EncoderSpec
 from wmcache.pipeline.encoders.libraries import CONFIG, RESAVE, hf_settings, patches_a_side, require_same

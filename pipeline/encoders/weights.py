@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from wmcache.common.errors import UserError, reason
-from wmcache.common.files import read_json
+from wmcache.common.jsonfiles import read_json
 from wmcache.common.reading import reading
 from wmcache.common.tensors import Tensors, load_tensors, open_tensors
 from wmcache.pipeline.encoders.base import EncoderSpec

@@ -19,10 +19,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from wmcache.common.errors import UserError, command
-from wmcache.common.files import seconds_between_updates
 from wmcache.common.options import option
+from wmcache.common.progress import seconds_between_updates
 from wmcache.common.reading import reading
-from wmcache.pipeline.frames import Frames, Steps
 from wmcache.pipeline.importers.base import IMPORTERS, Source
 from wmcache.pipeline.importers.conversions import (
     ImageImporter,
@@ -31,6 +30,8 @@ from wmcache.pipeline.importers.conversions import (
     note,
     refuse_lerobot,
 )
+from wmcache.pipeline.steps import Steps
+from wmcache.pipeline.tars import Frames
 
 if TYPE_CHECKING:
     from minari.dataset.minari_storage import MinariStorage

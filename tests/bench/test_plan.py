@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from wmcache.bench import plan as bench_module
-from wmcache.planner.evaluate import EvalContext
+from wmcache.planner.context import EvalContext
 from wmcache.planner.options import PlanOptions
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -1,8 +1,10 @@
-"""A store far away: each shard comes once, is never believed unseen, and no more room is taken than was given."""
+"""Mirrored stores: each shard is fetched once and compared with its checksum, and the bound of the mirror is kept."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 import threading
 import time
 from collections import Counter
@@ -15,21 +17,22 @@ import pytest
 from numpy.typing import NDArray
 from upath import UPath
 
-from wmcache.cache import Identity, StoreWriter, TokenStore
+from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cache.layout import shard_file
-from wmcache.cache.mirror import MirroredReader, most_bytes
-from wmcache.cache.reader import MappedReader, ZarrReader
-from wmcache.common.errors import UserError
+from wmcache.cache.mirror import most_bytes
+from wmcache.common.errors import UnreadableError, UserError
 from wmcache.common.paths import AnyPath, put, read_bytes, remove, upload
 
 Tokens = NDArray[np.float16]
+MakeWriter = Callable[..., StoreWriter]
+Write = Callable[..., None]
 EVERY = np.arange(50)
 SHARD_BYTES = 16 * (6 * 4 * 2 + 4) + 16 * 16 + 4
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the local copies go."""
+    """The folder of the local copies."""
     monkeypatch.setenv("WMCACHE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("WMCACHE_MIRROR_BYTES", raising=False)
     return tmp_path / "home" / "mirror"
@@ -37,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each shard has come."""
+    """How often each shard was fetched."""
     counts: Counter[str] = Counter()
 
     def note(at: AnyPath) -> bytes:
@@ -52,16 +55,8 @@ def copies(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.shard"))
 
 
-def damage(at: UPath, place: int = 60) -> None:
-    data = bytearray(read_bytes(at))
-    data[place] ^= 1
-    put(at, bytes(data))
-
-
 def test_each_shard_is_fetched_once_and_mapped(far: UPath, folder: Path, fetched: Counter[str], tokens: Tokens) -> None:
     store = TokenStore.open(str(far), mirrored=True)
-    assert isinstance(store._reader, MirroredReader)
-    assert isinstance(store._reader, MappedReader)
     assert copies(folder) == []
     np.testing.assert_array_equal(store.gather(np.array([17, 3])), tokens[[17, 3]])
     assert fetched == {"c.0.0.0": 1, "c.1.0.0": 1}
@@ -73,58 +68,52 @@ def test_each_shard_is_fetched_once_and_mapped(far: UPath, folder: Path, fetched
     assert [file.suffix for file in folder.iterdir()] == [".shard"] * 4
 
 
-def test_who_reads_a_little_keeps_no_copies(far: UPath, folder: Path, fetched: Counter[str], tokens: Tokens) -> None:
-    store = TokenStore.open(far)
-    assert isinstance(store._reader, ZarrReader)
-    np.testing.assert_array_equal(store.gather(EVERY), tokens)
+def test_a_store_is_mirrored_only_on_request_and_if_it_is_remote_and_complete(
+    far: UPath,
+    bucket: UPath,
+    finished: Path,
+    folder: Path,
+    fetched: Counter[str],
+    make_writer: MakeWriter,
+    write: Write,
+    tokens: Tokens,
+) -> None:
+    np.testing.assert_array_equal(TokenStore.open(far).gather(EVERY), tokens)
+    np.testing.assert_array_equal(TokenStore.open(finished, mirrored=True).gather(EVERY), tokens)
+    write(make_writer(bucket / "some.zarr"), [0])
+    partial = TokenStore.open(bucket / "some.zarr", allow_incomplete=True, mirrored=True)
+    np.testing.assert_array_equal(partial.gather(EVERY[:16]), tokens[:16])
     assert not folder.exists()
     assert not fetched
 
 
-def test_a_store_that_is_here_needs_no_copies(finished: Path, folder: Path) -> None:
-    store = TokenStore.open(finished, mirrored=True)
-    assert type(store._reader) is MappedReader
-    store.gather(EVERY)
-    assert not folder.exists()
-
-
-def test_a_store_that_is_not_complete_is_not_copied(
-    bucket: UPath, make_writer: Callable[..., StoreWriter], tokens: Tokens
-) -> None:
-    writer = make_writer(bucket / "some.zarr")
-    writer.write_shard(0, tokens[:16])
-    store = TokenStore.open(writer.path, allow_incomplete=True, mirrored=True)
-    assert isinstance(store._reader, ZarrReader)
-    np.testing.assert_array_equal(store.gather(EVERY[:16]), tokens[:16])
-
-
-def test_windows_are_those_of_the_store_that_is_here(far: UPath, finished: Path) -> None:
-    ours, theirs = TokenStore.open(far, mirrored=True).windows(), TokenStore.open(finished).windows()
-    assert len(ours) == len(theirs) > 0
-    there = theirs.batch(np.arange(len(theirs)))
-    for name, value in ours.batch(np.arange(len(ours))).items():
-        np.testing.assert_array_equal(value, there[name])
+def test_windows_are_those_of_the_local_store(far: UPath, finished: Path) -> None:
+    found, expected = TokenStore.open(far, mirrored=True).windows(), TokenStore.open(finished).windows()
+    assert len(found) == len(expected) > 0
+    batch = expected.batch(np.arange(len(expected)))
+    for name, value in found.batch(np.arange(len(found))).items():
+        np.testing.assert_array_equal(value, batch[name])
     np.testing.assert_array_equal(TokenStore.open(far, mirrored=True).load(), TokenStore.open(finished).load())
 
 
-def test_a_hint_fetches(far: UPath, folder: Path, fetched: Counter[str]) -> None:
+def test_prefetching_fetches(far: UPath, folder: Path, fetched: Counter[str]) -> None:
     store = TokenStore.open(far, mirrored=True)
     store.prefetch(np.array([0, 20, 49]))
     assert len(copies(folder)) == 3
     assert fetched == {"c.0.0.0": 1, "c.1.0.0": 1, "c.3.0.0": 1}
 
 
-def test_a_hint_of_what_cannot_be_had_is_no_error(far: UPath, tokens: Tokens) -> None:
+def test_prefetching_a_missing_shard_is_not_an_error(far: UPath, tokens: Tokens) -> None:
     store = TokenStore.open(far, mirrored=True)
     remove(shard_file(far, 1))
     store.prefetch(EVERY)
     np.testing.assert_array_equal(store.gather(EVERY[:16]), tokens[:16])
-    with pytest.raises(UserError, match=r"c\.1\.0\.0 cannot be read"):
+    with pytest.raises(UserError, match=r"c\.1\.0\.0"):
         store.gather(EVERY)
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "emptied"])
-def test_a_copy_that_is_not_what_came_is_fetched_again(
+def test_a_damaged_copy_is_fetched_again(
     far: UPath, folder: Path, fetched: Counter[str], tokens: Tokens, how: str
 ) -> None:
     TokenStore.open(far, mirrored=True).gather(EVERY)
@@ -138,26 +127,21 @@ def test_a_copy_that_is_not_what_came_is_fetched_again(
     assert set(fetched.values()) == {2}
 
 
-def test_a_copy_that_somebody_deletes_is_fetched_again(
-    far: UPath, folder: Path, fetched: Counter[str], tokens: Tokens
-) -> None:
+def test_a_deleted_copy_is_fetched_again(far: UPath, folder: Path, fetched: Counter[str], tokens: Tokens) -> None:
     store = TokenStore.open(far, mirrored=True)
     store.prefetch(EVERY)
     for file in copies(folder):
         file.unlink()
-    np.testing.assert_array_equal(store.gather(EVERY), tokens)  # mapped before they went
+    np.testing.assert_array_equal(store.gather(EVERY), tokens)  # already mapped
     np.testing.assert_array_equal(TokenStore.open(far, mirrored=True).gather(EVERY), tokens)
     assert set(fetched.values()) == {2}
 
 
-def test_a_damaged_object_is_refused_in_one_line_and_not_kept(far: UPath, folder: Path, tokens: Tokens) -> None:
+def test_a_damaged_object_is_refused_and_not_kept(far: UPath, folder: Path, tokens: Tokens) -> None:
     store = TokenStore.open(far, mirrored=True)
     good = read_bytes(shard_file(far, 2))
-    damage(shard_file(far, 2))
-    with pytest.raises(
-        UserError,
-        match=r"^memory://bucket/made-up\.zarr/tokens/c\.2\.0\.0 differs from its checksum; hint it with: wmcache repair",
-    ) as caught:
+    put(far / "tokens" / "c.2.0.0", good[:60] + bytes([good[60] ^ 1]) + good[61:])
+    with pytest.raises(UserError, match=r"memory://bucket/made-up\.zarr/tokens/c\.2\.0\.0 .*wmcache repair") as caught:
         store.gather(EVERY)
     assert "\n" not in str(caught.value)
     assert len(copies(folder)) <= 3
@@ -165,7 +149,7 @@ def test_a_damaged_object_is_refused_in_one_line_and_not_kept(far: UPath, folder
     np.testing.assert_array_equal(store.gather(EVERY), tokens)
 
 
-def test_a_server_that_fails_is_one_line_and_reading_goes_on_after_it(
+def test_reading_continues_after_a_failure_of_the_server(
     far: UPath, monkeypatch: pytest.MonkeyPatch, tokens: Tokens
 ) -> None:
     store = TokenStore.open(far, mirrored=True)
@@ -175,15 +159,12 @@ def test_a_server_that_fails_is_one_line_and_reading_goes_on_after_it(
 
     with monkeypatch.context() as patch:
         patch.setattr("wmcache.cache.mirror.read_bytes", fail)
-        with pytest.raises(
-            UserError,
-            match=r"c\.0\.0\.0 cannot be read \(Could not connect.*\); check address, credentials and network",
-        ):
+        with pytest.raises(UnreadableError, match=r"c\.0\.0\.0"):
             store.gather(EVERY)
     np.testing.assert_array_equal(store.gather(EVERY), tokens)
 
 
-def test_copies_are_shared_by_what_they_hold(
+def test_stores_with_equal_shards_share_copies(
     far: UPath, bucket: UPath, finished: Path, folder: Path, fetched: Counter[str], tokens: Tokens
 ) -> None:
     upload(finished, bucket / "twin.zarr", last="zarr.json")
@@ -193,8 +174,8 @@ def test_copies_are_shared_by_what_they_hold(
     assert len(copies(folder)) == 4
 
 
-def test_a_store_made_anew_is_not_read_from_old_copies(
-    far: UPath, bucket: UPath, make_writer: Callable[..., StoreWriter], tokens: Tokens, identity: Identity
+def test_a_store_that_is_written_again_is_not_read_from_old_copies(
+    far: UPath, make_writer: MakeWriter, tokens: Tokens
 ) -> None:
     TokenStore.open(far, mirrored=True).gather(EVERY)
     remove(far)
@@ -206,8 +187,8 @@ def test_a_store_made_anew_is_not_read_from_old_copies(
     np.testing.assert_array_equal(TokenStore.open(far, mirrored=True).gather(EVERY), -tokens)
 
 
-class TestRoom:
-    def test_the_bound_is_kept_and_what_was_used_last_stays(
+class TestBound:
+    def test_the_least_recently_used_copies_are_deleted(
         self,
         far: UPath,
         folder: Path,
@@ -216,9 +197,9 @@ class TestRoom:
         tokens: Tokens,
     ) -> None:
         monkeypatch.setenv("WMCACHE_MIRROR_BYTES", str(2 * SHARD_BYTES + 100))
-        store = TokenStore.open(far, mirrored=True)
-        assert f"{folder} may hold 2.3 kB of the" in "".join(capsys.readouterr())
-        names = [bytes(store._reader._sha256[shard]).hex() for shard in range(4)]  # type: ignore[attr-defined]
+        TokenStore.open(far, mirrored=True)
+        assert f"{folder} has room for 2.3 kB" in "".join(capsys.readouterr())
+        names = [hashlib.sha256(read_bytes(shard_file(far, shard))).hexdigest() for shard in range(4)]
 
         def kept() -> set[int]:
             return {names.index(file.stem) for file in copies(folder)}
@@ -226,12 +207,12 @@ class TestRoom:
         for shard, expected in ((0, {0}), (1, {0, 1}), (0, {0, 1}), (3, {0, 3}), (2, {3, 2})):
             time.sleep(0.01)  # the clock of some file systems is coarse
             rows = EVERY[shard * 16 : shard * 16 + 3]
-            # Each in a process of its own, as it were: the first use in a process is what counts.
+            # Another store each time, as the first use by a reader counts.
             np.testing.assert_array_equal(TokenStore.open(far, mirrored=True).gather(rows), tokens[rows])
             assert kept() == expected
             assert sum(file.stat().st_size for file in folder.iterdir()) <= 2 * SHARD_BYTES + 100
 
-    def test_all_of_a_store_is_read_through_a_small_room(
+    def test_a_store_is_read_through_a_mirror_of_one_shard(
         self, far: UPath, folder: Path, monkeypatch: pytest.MonkeyPatch, tokens: Tokens
     ) -> None:
         monkeypatch.setenv("WMCACHE_MIRROR_BYTES", str(SHARD_BYTES))
@@ -240,45 +221,33 @@ class TestRoom:
             frames = np.random.default_rng(seed).permutation(50)
             np.testing.assert_array_equal(store.gather(frames), tokens[frames])
         assert len(copies(folder)) == 1
-        assert len(store._reader._maps) <= 1  # type: ignore[attr-defined]
 
-    def test_a_room_for_less_than_a_shard_is_refused(
-        self, far: UPath, folder: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("WMCACHE_MIRROR_BYTES", str(SHARD_BYTES - 1))
-        with pytest.raises(
-            UserError, match=r"mirror may hold 1\.1 kB, and a shard of .* has 1\.1 kB; .*WMCACHE_MIRROR"
-        ):
-            TokenStore.open(far, mirrored=True)
-
-    @pytest.mark.parametrize("text", ["lots", "10 apples", "GB GB", "-", "1e"])
-    def test_a_bound_that_is_no_number_is_one_line(
+    @pytest.mark.parametrize("text", [str(SHARD_BYTES - 1), "lots", "10 apples", "GB GB", "-", "1e"])
+    def test_a_bound_below_one_shard_and_other_text_are_refused(
         self, far: UPath, monkeypatch: pytest.MonkeyPatch, text: str
     ) -> None:
         monkeypatch.setenv("WMCACHE_MIRROR_BYTES", text)
-        with pytest.raises(UserError, match=r"^WMCACHE_MIRROR_BYTES is '.*'; write a number of bytes, as in 200GB$"):
+        with pytest.raises(UserError, match="WMCACHE_MIRROR_BYTES"):
             TokenStore.open(far, mirrored=True)
 
     @pytest.mark.parametrize(("text", "count"), [("1000", 1000), ("200GB", 200 * 10**9), ("1.5 MiB", 1572864)])
-    def test_a_bound_is_written_as_people_do(
+    def test_a_bound_may_have_a_unit(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, count: int
     ) -> None:
         monkeypatch.setenv("WMCACHE_MIRROR_BYTES", text)
         assert most_bytes(folder) == count
 
-    def test_by_default_most_of_what_is_free_and_what_it_has_may_be_used(
+    def test_the_default_is_a_share_of_the_free_space_and_the_copies(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("wmcache.cache.mirror.free_space", lambda path: 1000)
         assert most_bytes(folder) == 800
         folder.mkdir(parents=True)
         (folder / "a.shard").write_bytes(b"x" * 500)
-        (folder / "not ours").write_bytes(b"x" * 500)
+        (folder / "other").write_bytes(b"x" * 500)
         assert most_bytes(folder) == 1200
 
-    def test_what_the_dead_left_half_written_is_swept(self, far: UPath, folder: Path, tokens: Tokens) -> None:
-        import platform
-
+    def test_temporary_files_of_dead_processes_are_swept(self, far: UPath, folder: Path, tokens: Tokens) -> None:
         folder.mkdir(parents=True)
         torn = folder / f".x.shard.{platform.node()}.{2**22 + 5}.tmp"
         torn.write_bytes(b"half")
@@ -286,7 +255,7 @@ class TestRoom:
         assert not torn.exists()
 
 
-def test_many_who_want_the_same_shards_fetch_them_once(
+def test_readers_of_the_same_shards_fetch_them_once(
     far: UPath, folder: Path, fetched: Counter[str], tokens: Tokens
 ) -> None:
     stores = [TokenStore.open(far, mirrored=True) for _ in range(6)]
@@ -302,7 +271,7 @@ def test_many_who_want_the_same_shards_fetch_them_once(
     assert fetched == {f"c.{shard}.0.0": 1 for shard in range(4)}
 
 
-def test_many_who_push_each_other_out_read_the_right_tokens(
+def test_readers_that_delete_each_others_copies_read_the_right_tokens(
     far: UPath, folder: Path, monkeypatch: pytest.MonkeyPatch, tokens: Tokens
 ) -> None:
     monkeypatch.setenv("WMCACHE_MIRROR_BYTES", str(2 * SHARD_BYTES))
@@ -320,7 +289,7 @@ def test_many_who_push_each_other_out_read_the_right_tokens(
     assert sum(file.stat().st_size for file in copies(folder)) <= 2 * SHARD_BYTES
 
 
-def test_a_copy_that_cannot_be_kept_is_one_line(far: UPath, folder: Path) -> None:
+def test_a_mirror_that_cannot_be_written_is_named(far: UPath, folder: Path) -> None:
     folder.parent.mkdir(parents=True)
     folder.write_text("in the way")
     with pytest.raises(UserError, match=r"mirror") as caught:

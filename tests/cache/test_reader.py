@@ -1,4 +1,4 @@
-"""Every way to read frames gives the bytes that plain zarr gives, or says which file is at fault; never anything else."""
+"""Every reader returns the bytes that plain zarr returns, or an error that names the damaged file."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from upath import UPath
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
-from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore, reader
-from wmcache.cache.layout import FILL, adopt_layout, read_attributes, shard_file, write_attributes
+from wmcache.cache import StoreCard, StoreWriter, TokenStore, reader
+from wmcache.cache.arrays import adopt_layout
+from wmcache.cache.layout import FILL, read_attributes, shard_file, write_attributes
 from wmcache.cache.reader import MappedReader, MemoryReader, Reader, ZarrReader
 from wmcache.common.errors import UserError
 from wmcache.common.paths import put, read_bytes, remove, upload
@@ -58,7 +59,7 @@ def test_gather_reads_what_zarr_reads(store: TokenStore, store_path: Path, frame
 @given(
     frames=st.integers(1, 40), frames_per_shard=st.integers(1, 12), zeros=st.sets(st.integers(0, 39)), data=st.data()
 )
-def test_gather_reads_what_was_written_whatever_the_layout(
+def test_gather_reads_what_was_written_in_any_layout(
     tmp_path_factory: pytest.TempPathFactory,
     store: TokenStore,
     frames: int,
@@ -67,79 +68,27 @@ def test_gather_reads_what_was_written_whatever_the_layout(
     data: st.DataObject,
 ) -> None:
     card = dataclasses.replace(store.card, frames=frames, frames_per_shard=frames_per_shard)
-    steps = {name: getattr(store, name)[:frames] for name in ("action", "state", "episode", "step")}
-    writer = StoreWriter.create(tmp_path_factory.mktemp("layout") / "some.zarr", card, store.identity, steps)
     tokens = store.gather(np.arange(frames))
     tokens[[frame for frame in zeros if frame < frames]] = 0
-    for shard in data.draw(st.permutations(writer.pending())):
-        rows = card.shard_frames(shard)
-        writer.write_shard(shard, tokens[rows.start : rows.stop])
-    writer.finish()
+    path = write_store(tmp_path_factory.mktemp("layout") / "some.zarr", card, store, np.arange(frames), tokens)
     chosen = np.array(data.draw(st.lists(st.integers(0, frames - 1))), dtype=np.int64)
-    np.testing.assert_array_equal(TokenStore.open(writer.path).gather(chosen), tokens[chosen])
+    np.testing.assert_array_equal(TokenStore.open(path).gather(chosen), tokens[chosen])
 
 
-def test_out_is_filled_and_returned(store: TokenStore) -> None:
+def test_gather_copies_into_out(store: TokenStore) -> None:
     frames = np.array([5, 300, 5])
-    out = np.full((3, *store.gather(frames).shape[1:]), np.nan, np.float16)
+    expected = store.gather(frames)
+    out = np.full(expected.shape, np.nan, np.float16)
     assert store.gather(frames, out) is out
-    np.testing.assert_array_equal(out, store.gather(frames))
-
-
-def test_what_is_gathered_is_a_copy(store: TokenStore) -> None:
-    frames = np.array([1, 2])
-    first = store.gather(frames)
-    expected = first.copy()
-    first[:] = 7
+    np.testing.assert_array_equal(out, expected)
+    out[:] = 7
     np.testing.assert_array_equal(store.gather(frames), expected)
 
 
-@pytest.mark.parametrize("frames", [[360], [-1], [0, 10**9]])
-def test_a_frame_out_of_range_is_refused(store: TokenStore, frames: list[int]) -> None:
-    with pytest.raises(IndexError, match=r"\[0, 360\)"):
+@pytest.mark.parametrize("frames", [[360], [-1], [0, 10**9], [[0, 1], [2, 3]]])
+def test_frames_out_of_range_and_matrices_are_refused(store: TokenStore, frames: Any) -> None:
+    with pytest.raises(IndexError, match=r"360|2, 2"):
         store.gather(np.array(frames))
-
-
-def test_frames_must_be_a_vector(store: TokenStore) -> None:
-    with pytest.raises(IndexError, match="vector"):
-        store.gather(np.zeros((2, 2), np.int64))
-
-
-def _flip_in_index(data: bytearray) -> None:
-    data[-INDEX_BYTES + 3] ^= 1
-
-
-def _flip_in_index_checksum(data: bytearray) -> None:
-    data[-1] ^= 1
-
-
-def _cut_tail(data: bytearray) -> None:
-    del data[-50:]
-
-
-def _cut_middle(data: bytearray) -> None:
-    # Truncated and glued: the index is whole, the frames before it are fewer than it says.
-    del data[100:200]
-
-
-def _cut_to_stub(data: bytearray) -> None:
-    del data[20:]
-
-
-def _empty(data: bytearray) -> None:
-    data.clear()
-
-
-def _drop_inner_chunk(data: bytearray) -> None:
-    _rewrite_entry(data, 2, 2**64 - 1, 2**64 - 1)
-
-
-def _move_inner_chunk(data: bytearray) -> None:
-    _rewrite_entry(data, 2, 0, 52)
-
-
-def _resize_inner_chunk(data: bytearray) -> None:
-    _rewrite_entry(data, 2, 2 * 52, 51)
 
 
 def _rewrite_entry(data: bytearray, frame: int, offset: int, size: int) -> None:
@@ -148,26 +97,31 @@ def _rewrite_entry(data: bytearray, frame: int, offset: int, size: int) -> None:
     data[-INDEX_BYTES:] = index + struct.pack("<I", google_crc32c.value(bytes(index)))
 
 
-DAMAGES = [
-    _flip_in_index,
-    _flip_in_index_checksum,
-    _cut_tail,
-    _cut_middle,
-    _cut_to_stub,
-    _empty,
-    _drop_inner_chunk,
-    _move_inner_chunk,
-    _resize_inner_chunk,
-]
+def _flip_at(offset: int) -> Callable[[bytearray], None]:
+    def flip(data: bytearray) -> None:
+        data[offset] ^= 1
+
+    return flip
+
+
+DAMAGES: dict[str, Callable[[bytearray], object]] = {
+    "index": _flip_at(-INDEX_BYTES + 3),
+    "checksum of the index": _flip_at(-1),
+    "cut at the end": lambda data: data.__delitem__(slice(-50, None)),
+    "cut in the middle": lambda data: data.__delitem__(slice(100, 200)),  # the index is whole
+    "a stub": lambda data: data.__delitem__(slice(20, None)),
+    "empty": lambda data: data.clear(),
+    "a chunk missing": lambda data: _rewrite_entry(data, 2, 2**64 - 1, 2**64 - 1),
+    "a chunk moved": lambda data: _rewrite_entry(data, 2, 0, 52),
+    "a chunk resized": lambda data: _rewrite_entry(data, 2, 2 * 52, 51),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_shard_is_named_and_the_others_are_read(
-    finished: Path, tokens: Tokens, damage: Callable[[bytearray], None]
-) -> None:
+def test_a_damaged_shard_is_named_and_the_others_are_read(finished: Path, tokens: Tokens, damage: str) -> None:
     file = finished / "tokens/c.1.0.0"
     data = bytearray(file.read_bytes())
-    damage(data)
+    DAMAGES[damage](data)
     file.write_bytes(data)
     with pytest.raises(UserError, match=r"tokens/c\.1\.0\.0"):
         TokenStore.open(finished).gather(np.array([16]))
@@ -178,12 +132,12 @@ def test_a_damaged_shard_is_named_and_the_others_are_read(
     np.testing.assert_array_equal(store.gather(np.array([15, 32, 49])), tokens[[15, 32, 49]])
 
 
-def test_a_missing_inner_chunk_is_named(finished: Path) -> None:
+def test_a_missing_chunk_is_named(finished: Path) -> None:
     file = finished / "tokens/c.1.0.0"
     data = bytearray(file.read_bytes())
-    _drop_inner_chunk(data)
+    DAMAGES["a chunk missing"](data)
     file.write_bytes(data)
-    with pytest.raises(UserError, match="lacks frame 18;"):
+    with pytest.raises(UserError, match=r"c\.1\.0\.0 .*frame 18;"):
         TokenStore.open(finished).gather(np.array([16]))
 
 
@@ -192,12 +146,11 @@ def test_a_missing_shard_is_an_error_and_never_zeros(finished: Path) -> None:
     (finished / "tokens/c.2.0.0").unlink()
     with pytest.raises(UserError, match=r"tokens/c\.2\.0\.0"):
         store.gather(np.array([40]))
-    with pytest.raises(UserError, match=r"1 of 4 shards are missing or cut short, the first is .*tokens/c.2.0.0; hint"):
+    with pytest.raises(UserError, match=r"1 of 4 .*tokens/c\.2\.0\.0; .* wmcache repair"):
         TokenStore.open(finished)
 
 
-def test_zarr_sees_a_flipped_bit_in_the_tokens(finished: Path) -> None:
-    # The checksums are zarr's own, there for whoever wants to look.
+def test_zarr_detects_a_flipped_bit_too(finished: Path) -> None:
     file = finished / "tokens/c.1.0.0"
     data = bytearray(file.read_bytes())
     data[60] ^= 1
@@ -206,17 +159,19 @@ def test_zarr_sees_a_flipped_bit_in_the_tokens(finished: Path) -> None:
         zarr.open_group(finished, mode="r")["tokens"][16:32]
 
 
-def write_store(path: Path, card: StoreCard, identity: Identity, steps: dict[str, Any], tokens: Tokens) -> Path:
-    writer = StoreWriter.create(path, card, identity, steps)
+def write_store(path: Path, card: StoreCard, like: TokenStore, rows: NDArray[np.int64], tokens: Tokens) -> Path:
+    """Write tokens with these rows of another store's step table."""
+    steps = {name: getattr(like, name)[rows] for name in ("action", "state", "episode", "step")}
+    writer = StoreWriter.create(path, card, like.identity, steps)
     for shard in writer.pending():
-        rows = card.shard_frames(shard)
-        writer.write_shard(shard, tokens[rows.start : rows.stop])
+        frames = card.shard_frames(shard)
+        writer.write_shard(shard, tokens[frames.start : frames.stop])
     writer.finish()
     return path
 
 
 def rewrite_tokens(path: Path, **layout: Any) -> Path:
-    """Store the same tokens in another way, as a user might to save room; the records stay as they are."""
+    """Store the same tokens in another layout, as a user might to save room; the records stay."""
     group = zarr.open_group(path, mode="r+")
     values = np.asarray(group["tokens"])
     shutil.move(path / "tokens" / "commits", path / "commits")
@@ -231,33 +186,24 @@ def rewrite_tokens(path: Path, **layout: Any) -> Path:
     return path
 
 
-def flip(file: Path, place: int) -> None:
-    """In place, so that whoever has mapped the file sees it."""
+def flip(file: Path, offset: int) -> None:
+    """Flip a bit in place, so that it changes in memory maps too."""
     with file.open("r+b") as stream:
-        stream.seek(place)
+        stream.seek(offset)
         byte = stream.read(1)[0]
-        stream.seek(place)
+        stream.seek(offset)
         stream.write(bytes([byte ^ 1]))
 
 
 @pytest.fixture(scope="module")
 def stores(
-    tmp_path_factory: pytest.TempPathFactory, make_writer: MakeWriter, identity: Identity, tokens: Tokens
+    tmp_path_factory: pytest.TempPathFactory, make_writer: MakeWriter, write: Callable[..., None]
 ) -> dict[str, Path]:
-    """A store for each dtype, of the same 50 frames in shards of 16, 16, 16 and 2; read only, so copy one to change it."""
+    """A store of each dtype, of the same 50 frames; read-only."""
     folder = tmp_path_factory.mktemp("parity")
-    empty = TokenStore.open(make_writer(folder / "empty.zarr").path, allow_incomplete=True)
-    steps = {name: getattr(empty, name) for name in ("action", "state", "episode", "step")}
-    return {
-        dtype: write_store(
-            folder / f"{dtype}.zarr",
-            dataclasses.replace(empty.card, dtype=dtype),
-            dataclasses.replace(identity, store_dtype=dtype),
-            steps,
-            tokens,
-        )
-        for dtype in DTYPES
-    }
+    for dtype in DTYPES:
+        write(make_writer(folder / f"{dtype}.zarr", dtype=dtype))
+    return {dtype: folder / f"{dtype}.zarr" for dtype in DTYPES}
 
 
 def stored(path: Path) -> zarr.Array[Any]:
@@ -289,20 +235,20 @@ def make_memory(path: Path, card: StoreCard) -> Reader:
 @given(batches=st.lists(st.lists(st.integers(0, 49), max_size=80), max_size=3), threads=st.integers(1, 5))
 @example(batches=[[49, 0, 49, 48, 16, 15, 32, 0], [], [0]], threads=1)
 @example(batches=[list(range(50)), list(reversed(range(50)))], threads=4)
-def test_every_reader_gives_zarrs_bytes(
+def test_every_reader_returns_the_bytes_of_zarr(
     stores: dict[str, Path], dtype: str, batches: list[list[int]], threads: int
 ) -> None:
     path = stores[dtype]
     whole, card = np.asarray(stored(path)), TokenStore.open(path).card
     for make in (make_mapped, make_mapped_one_at_a_time, make_zarr, make_memory):
-        ours = make(path, card)
+        tested = make(path, card)
         for frames in (np.array(batch, np.int64) for batch in batches):
             out = np.full((len(frames), 6, 4), 77, dtype)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(reader, "BYTES_WORTH_A_THREAD", 100)
                 patch.setattr(reader, "COPY_THREADS", threads)
-                ours.prefetch(frames)
-                ours.gather(frames, out)
+                tested.prefetch(frames)
+                tested.gather(frames, out)
             assert out.tobytes() == whole[frames].tobytes(), make.__name__
 
 
@@ -310,26 +256,16 @@ def test_every_reader_gives_zarrs_bytes(
 def test_a_large_batch_is_copied_by_several_threads(
     stores: dict[str, Path], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, copy, threads = stores[dtype], reader._copy_rows, set()
-
-    def watched(jobs: Any, out: Any) -> None:
-        threads.add(threading.current_thread().name)
-        copy(jobs, out)
-
-    monkeypatch.setattr(reader, "_copy_rows", watched)
     monkeypatch.setattr(reader, "COPY_THREADS", 3)
-    frames = np.random.default_rng(0).integers(0, 50, 400)
-    store = TokenStore.open(path)
-    expected = np.asarray(stored(path))[frames]
-    np.testing.assert_array_equal(store.gather_stored(frames), expected)
-    assert threads == {"MainThread"}
     monkeypatch.setattr(reader, "BYTES_WORTH_A_THREAD", 1000)
-    np.testing.assert_array_equal(store.gather_stored(frames), expected)
-    assert any(name.startswith("gather") for name in threads)
+    frames = np.random.default_rng(0).integers(0, 50, 400)
+    found = TokenStore.open(stores[dtype]).gather_stored(frames)
+    np.testing.assert_array_equal(found, np.asarray(stored(stores[dtype]))[frames])
+    assert any(thread.name.startswith("gather") for thread in threading.enumerate())
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # that it has threads is what is tested
-def test_a_process_forked_after_reading_reads_too(
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # the threads are tested
+def test_a_process_forked_after_reading_reads_the_same(
     stores: dict[str, Path], tokens: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reader, "BYTES_WORTH_A_THREAD", 100)
@@ -352,7 +288,7 @@ def test_a_process_forked_after_reading_reads_too(
 
 @pytest.fixture
 def few_files() -> Iterator[int]:
-    """How many files this process may open, as few as it can live with."""
+    """A low limit of open files."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = 2 * len(list(Path("/proc/self/fd").iterdir())) + 32
     resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
@@ -360,15 +296,14 @@ def few_files() -> Iterator[int]:
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_a_store_may_have_more_shards_than_a_process_may_open_files(
+def test_a_store_may_have_more_shards_than_the_limit_of_open_files(
     tmp_path: Path, stores: dict[str, Path], few_files: int
 ) -> None:
     store, frames = TokenStore.open(stores["float16"]), few_files + 20
     card = dataclasses.replace(store.card, frames=frames, frames_per_shard=1)
     rows = np.arange(frames) % 50
     tokens = store.gather(rows)
-    steps = {name: getattr(store, name)[rows] for name in ("action", "state", "episode", "step")}
-    path = write_store(tmp_path / "many.zarr", card, store.identity, steps, tokens)
+    path = write_store(tmp_path / "many.zarr", card, store, rows, tokens)
     many = TokenStore.open(path)
     for seed in range(2):
         order = np.random.default_rng(seed).permutation(frames)
@@ -414,27 +349,25 @@ def test_a_store_rewritten_in_another_layout_reads_the_same(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_lost_chunk_of_a_compressed_store_is_an_error_and_never_data(
-    tmp_path: Path, stores: dict[str, Path], dtype: str
-) -> None:
+def test_a_lost_chunk_of_a_compressed_store_is_an_error(tmp_path: Path, stores: dict[str, Path], dtype: str) -> None:
     copy = rewrite_tokens(Path(shutil.copytree(stores[dtype], tmp_path / "copy.zarr")), **LAYOUTS["blosc, no shards"])
     expected = TokenStore.open(stores[dtype]).gather(np.array([6, 14]))
     shard_file(copy, 1).unlink()
     store = TokenStore.open(copy)
     np.testing.assert_array_equal(store.gather(np.array([6, 14])), expected)
-    with pytest.raises(UserError, match=r"lacks frame 9;") as caught:
+    with pytest.raises(UserError, match="frame 9;") as caught:
         store.gather(np.array([6, 13, 9, 14]))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("layout", ["zstd, same shards", "zstd and checksum", "blosc, no shards", "gzip, one chunk"])
-def test_a_garbled_chunk_of_a_compressed_store_is_one_line_of_error(
+def test_a_damaged_chunk_of_a_compressed_store_is_an_error(
     tmp_path: Path, stores: dict[str, Path], layout: str
 ) -> None:
     copy = rewrite_tokens(Path(shutil.copytree(stores["float16"], tmp_path / "copy.zarr")), **LAYOUTS[layout])
     file = shard_file(copy, 0)
-    file.write_bytes(b"no chunk at all" * (file.stat().st_size // 15))
-    with pytest.raises(UserError, match=r"copy\.zarr/tokens cannot be read") as caught:
+    file.write_bytes(b"not a zarr chunk" * (file.stat().st_size // 16))
+    with pytest.raises(UserError, match=r"copy\.zarr/tokens") as caught:
         TokenStore.open(copy).gather(np.array([3]))
     assert "\n" not in str(caught.value)
 
@@ -456,60 +389,43 @@ def test_a_store_opened_by_its_address_reads_the_same(
     assert (far.card, far.identity, far.complete) == (original.card, original.identity, True)
     with pytest.raises(IndexError, match=r"\[0, 50\)"):
         far.gather(np.array([50]))
-    ours, theirs = far.windows(), original.windows()
-    for name, value in theirs.batch(np.arange(len(theirs))).items():
-        np.testing.assert_array_equal(ours.batch(np.arange(len(ours)))[name], value)
+    windows, expected = far.windows(), original.windows()
+    for name, value in expected.batch(np.arange(len(expected))).items():
+        np.testing.assert_array_equal(windows.batch(np.arange(len(windows)))[name], value)
     np.testing.assert_array_equal(far.load(), original.load())
     np.testing.assert_array_equal(far.gather(frames), original.gather(frames))
 
 
 @pytest.mark.parametrize(
-    ("address", "said"),
-    [
-        ("file:///no/where.zarr", r"/no/where\.zarr does not exist; make a store with: wmcache extract"),
-        ("memory://none.zarr", r"memory://none\.zarr does not exist; make a store with: wmcache extract"),
-        ("abacus://none/where.zarr", r"abacus://none/where\.zarr cannot be used \(.*abacus.*; check the address"),
-    ],
+    "address", ["file:///no/where.zarr", "memory://none.zarr", "abacus://none/where.zarr", "s3:/bucket/where.zarr"]
 )
-def test_a_wrong_address_is_one_line_of_error(address: str, said: str) -> None:
-    with pytest.raises(UserError, match=said) as caught:
+def test_a_wrong_address_is_one_line_of_error(address: str) -> None:
+    with pytest.raises(UserError, match=address.removeprefix("file://")) as caught:
         TokenStore.open(address)
     assert "\n" not in str(caught.value)
 
 
-def test_the_address_of_something_else_is_refused(tmp_path: Path, finished: Path) -> None:
-    zarr.create_group(tmp_path / "other.zarr")
-    with pytest.raises(UserError, match=r"other\.zarr is not a token store"):
-        TokenStore.open((tmp_path / "other.zarr").as_uri())
-    edit_attributes(finished, lambda attributes: attributes.update(complete=False))
-    with pytest.raises(UserError, match="is incomplete"):
-        TokenStore.open(finished.as_uri())
-
-
-def test_damage_is_noticed_at_an_address_too(far: UPath, tokens: Tokens) -> None:
+def test_damage_of_a_remote_store_is_detected(far: UPath, tokens: Tokens) -> None:
     store = TokenStore.open(str(far))
     data = bytearray(read_bytes(shard_file(far, 1)))
     data[4 * STRIDE] ^= 1
     put(far / "tokens" / "c.1.0.0", bytes(data))
     remove(shard_file(far, 2))
     np.testing.assert_array_equal(store.gather(np.array([15, 49])), tokens[[15, 49]])
-    with pytest.raises(UserError, match=r"tokens cannot be read \(.*checksum"):
+    with pytest.raises(UserError, match=r"made-up\.zarr/tokens .*checksum"):
         store.gather(np.array([20]))
-    with pytest.raises(UserError, match="lacks frame 33;"):
+    with pytest.raises(UserError, match="frame 33;"):
         store.gather(np.array([40, 33]))
 
 
-def test_checksums_are_compared_at_the_first_reading_alone(finished: Path, tokens: Tokens) -> None:
-    # What a reader has compared once it trusts: memory that is read again and again must not be summed again and again.
+def test_checksums_are_compared_on_the_first_read_only(finished: Path, tokens: Tokens) -> None:
     store = TokenStore.open(finished)
     store.gather(np.array([20]))
     for frame in (20, 21):
         flip(shard_file(finished, 1), (frame - 16) * STRIDE)
     found = store.gather(np.array([20]))
     assert found[0].view(np.uint16)[0, 0] == tokens[20].view(np.uint16)[0, 0] ^ 1
-    with pytest.raises(
-        UserError, match=r"frame 21 in .*tokens/c.1.0.0 differs from its checksum; hint it with: wmcache"
-    ):
+    with pytest.raises(UserError, match=r"frame 21 in .*tokens/c\.1\.0\.0 .* wmcache repair"):
         store.gather(np.array([20, 21]))
     with pytest.raises(UserError, match="frame 20 "):
         TokenStore.open(finished).gather(np.array([20]))
@@ -517,40 +433,36 @@ def test_checksums_are_compared_at_the_first_reading_alone(finished: Path, token
 
 
 @pytest.mark.parametrize(
-    "place", [0, 47, 48, 51], ids=["first byte", "last byte", "first of checksum", "last of checksum"]
+    "offset", [0, 47, 48, 51], ids=["first byte", "last byte", "first of checksum", "last of checksum"]
 )
 @pytest.mark.parametrize("frame", [0, 15, 16, 49])
-def test_a_flipped_bit_anywhere_in_a_frame_is_noticed(finished: Path, frame: int, place: int) -> None:
+def test_a_flipped_bit_is_detected_on_every_read(finished: Path, tokens: Tokens, frame: int, offset: int) -> None:
     shard, row = divmod(frame, 16)
-    flip(shard_file(finished, shard), row * STRIDE + place)
-    with pytest.raises(UserError, match=f"frame {frame} in"):
-        TokenStore.open(finished).gather(np.arange(50))
-
-
-def test_a_damaged_frame_is_refused_every_time(finished: Path) -> None:
-    flip(shard_file(finished, 0), 5)
+    flip(shard_file(finished, shard), row * STRIDE + offset)
     store = TokenStore.open(finished)
-    for _ in range(3):
-        with pytest.raises(UserError, match="frame 0 "):
-            store.gather(np.array([1, 0]))
+    for read in (lambda: store.gather(np.arange(50)), lambda: store.gather(np.arange(50)), store.load):
+        with pytest.raises(UserError, match=rf"frame {frame} in .*tokens/c\.{shard}\.0\.0"):
+            read()
+    whole = np.setdiff1d(np.arange(50), [frame])
+    np.testing.assert_array_equal(store.gather(whole), tokens[whole])
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_hint_about_a_damaged_store_is_no_error(finished: Path, damage: Callable[[bytearray], None]) -> None:
+def test_prefetching_a_damaged_shard_is_not_an_error(finished: Path, damage: str) -> None:
     fresh, used = (MappedReader(finished, TokenStore.open(finished).card) for _ in range(2))
     used.gather(np.array([17]), np.empty((1, 6, 4), np.float16))
     data = bytearray(shard_file(finished, 1).read_bytes())
-    damage(data)
+    DAMAGES[damage](data)
     with shard_file(finished, 1).open("r+b") as stream:  # the same file, so that its map sees it
         stream.write(data)
         stream.truncate()
-    for ours in (fresh, used):
-        ours.prefetch(np.array([0, 17, 31, 49]))
+    for tested in (fresh, used):
+        tested.prefetch(np.array([0, 17, 31, 49]))
     with pytest.raises(UserError, match=r"tokens/c\.1\.0\.0"):
         fresh.gather(np.array([31]), np.empty((1, 6, 4), np.float16))
 
 
-def test_a_hint_about_a_store_that_is_gone_is_no_error(finished: Path) -> None:
+def test_prefetching_a_deleted_store_is_not_an_error(finished: Path) -> None:
     store = TokenStore.open(finished)
     shutil.rmtree(finished / "tokens")
     store.prefetch(np.arange(50))
@@ -559,19 +471,17 @@ def test_a_hint_about_a_store_that_is_gone_is_no_error(finished: Path) -> None:
     store.prefetch(np.array([], np.int64))
 
 
-def test_a_shard_cut_short_while_it_is_mapped_is_an_error_and_no_crash(finished: Path, tokens: Tokens) -> None:
+def test_a_shard_cut_while_it_is_mapped_is_an_error(finished: Path, tokens: Tokens) -> None:
     store = TokenStore.open(finished)
     store.gather(np.arange(50))
     os.truncate(shard_file(finished, 1), 100)
-    with pytest.raises(UserError, match=r"tokens/c.1.0.0 was cut while it was being read"):
+    with pytest.raises(UserError, match=r"tokens/c\.1\.0\.0"):
         store.gather(np.array([31]))
     np.testing.assert_array_equal(store.gather(np.array([15, 32])), tokens[[15, 32]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_loaded_store_reads_from_memory_and_gives_the_same(
-    tmp_path: Path, stores: dict[str, Path], dtype: str
-) -> None:
+def test_a_loaded_store_reads_from_memory(tmp_path: Path, stores: dict[str, Path], dtype: str) -> None:
     copy = Path(shutil.copytree(stores[dtype], tmp_path / "copy.zarr"))
     store, frames = TokenStore.open(copy), np.array([49, 0, 16, 49, 31])
     before, before_stored = store.gather(frames), store.gather_stored(frames)
@@ -585,14 +495,3 @@ def test_a_loaded_store_reads_from_memory_and_gives_the_same(
     out = np.full_like(before, 77)
     assert store.gather(frames, out) is out
     np.testing.assert_array_equal(out, before)
-
-
-@pytest.mark.parametrize("frame", [0, 31, 49])
-def test_loading_notices_damage(finished: Path, tokens: Tokens, frame: int) -> None:
-    shard, row = divmod(frame, 16)
-    flip(shard_file(finished, shard), row * STRIDE + 7)
-    store = TokenStore.open(finished)
-    with pytest.raises(UserError, match=rf"frame {frame} in .*tokens/c.{shard}.0.0"):
-        store.load()
-    whole = np.setdiff1d(np.arange(50), [frame])
-    np.testing.assert_array_equal(store.gather(whole), tokens[whole])

@@ -1,9 +1,8 @@
-"""Stores opened by xarray, and stores that were made before they had names of dimensions."""
+"""Stores opened by xarray, and stores made before dimensions had names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,16 @@ from numpy.typing import NDArray
 from wmcache.cache import Identity, StoreWriter, TokenStore
 from wmcache.cache.layout import DamagedError, read_attributes
 from wmcache.cache.verify import verify
-from wmcache.common.files import read_json, seal, sha256_of, write_json
+from wmcache.common.files import sha256_of
+from wmcache.common.jsonfiles import read_json, seal, write_json
 
 MakeWriter = Callable[..., StoreWriter]
+Write = Callable[..., None]
 EVERY = np.arange(50)
 
 
 def age(path: Path) -> None:
-    """Make a store as one from before dimensions had names: the same arrays without names, attributes and copies."""
+    """Turn a store into one from before dimensions had names: without names, array attributes and consolidated metadata."""
     group = read_json(path / "zarr.json", "")
     for file in path.glob("*/zarr.json"):
         values = {name: value for name, value in read_json(file, "").items() if name != "dimension_names"}
@@ -49,36 +50,25 @@ def test_xarray_opens_a_store(finished: Path, open_: Callable[[Path], xr.Dataset
     assert found.tokens.isel(frame=found.episode.values == 1).shape == (30, 6, 4)
 
 
-def test_xarray_opens_a_store_that_is_not_finished(
-    tmp_path: Path, make_writer: MakeWriter, tokens: NDArray[np.float16]
+def test_xarray_opens_an_incomplete_store(
+    tmp_path: Path, make_writer: MakeWriter, write: Write, tokens: NDArray[np.float16]
 ) -> None:
-    writer = make_writer(tmp_path / "part.zarr")
-    writer.write_shard(0, tokens[:16])
-    found = xr.open_zarr(writer.path)
+    write(make_writer(tmp_path / "part.zarr"), [0])
+    found = xr.open_zarr(tmp_path / "part.zarr")
     np.testing.assert_array_equal(found.tokens[:16].values, tokens[:16])
     assert np.isnan(found.tokens[16:].values).all()
 
 
-def test_xarray_sees_the_steps_of_an_int8_store(
-    tmp_path: Path, make_writer: MakeWriter, tokens: NDArray[np.float16], identity: Identity
-) -> None:
-    made = make_writer(tmp_path / "made-up.zarr")
-    steps = {
-        name: np.asarray(zarr.open_group(made.path, mode="r")[name]) for name in ("action", "state", "episode", "step")
-    }
-    identity = replace(identity, store_dtype="int8")
-    writer = StoreWriter.create(tmp_path / "int8.zarr", replace(made.card, dtype="int8"), identity, steps)
-    for shard in writer.pending():
-        frames = made.card.shard_frames(shard)
-        writer.write_shard(shard, tokens[frames.start : frames.stop])
-    writer.finish()
-    found = xr.open_zarr(writer.path)
+def test_xarray_opens_an_int8_store(tmp_path: Path, make_writer: MakeWriter, write: Write) -> None:
+    path = tmp_path / "int8.zarr"
+    write(make_writer(path, dtype="int8"))
+    found = xr.open_zarr(path)
     assert found.tokens.dtype == np.int8
-    np.testing.assert_array_equal(found.tokens.values, TokenStore.open(writer.path).gather_stored(EVERY))
+    np.testing.assert_array_equal(found.tokens.values, TokenStore.open(path).gather_stored(EVERY))
     assert found.scale.dims == ("shard", "scale_and_middle", "channel")
 
 
-def test_the_copies_of_metadata_are_watched(finished: Path) -> None:
+def test_changed_consolidated_metadata_is_detected(finished: Path) -> None:
     group = read_json(finished / "zarr.json", "")
     group["consolidated_metadata"]["metadata"]["tokens"]["fill_value"] = 0.0
     write_json(finished / "zarr.json", group)
@@ -86,7 +76,7 @@ def test_the_copies_of_metadata_are_watched(finished: Path) -> None:
         TokenStore.open(finished)
 
 
-def test_consolidating_again_with_zarr_is_no_damage(finished: Path) -> None:
+def test_consolidating_again_with_zarr_is_not_damage(finished: Path) -> None:
     with pytest.warns(UserWarning, match="[Cc]onsolidated"):
         zarr.consolidate_metadata(finished)
     assert verify(finished).sound
@@ -99,24 +89,25 @@ def test_a_store_without_names_is_read_and_verified(finished: Path, tokens: NDAr
 
 
 def test_a_store_without_names_is_resumed_and_finished(
-    finished: Path, tmp_path: Path, make_writer: MakeWriter, tokens: NDArray[np.float16], identity: Identity
+    finished: Path,
+    tmp_path: Path,
+    make_writer: MakeWriter,
+    write: Write,
+    tokens: NDArray[np.float16],
+    identity: Identity,
 ) -> None:
-    half = make_writer(tmp_path / "half.zarr")
-    half.write_shard(0, tokens[:16])
-    age(half.path)
-    first, second = make_writer(half.path), StoreWriter.resume(half.path, identity)
-    for writer, shards in ((first, (1, 3)), (second, (2,))):
-        for shard in shards:
-            frames = writer.card.shard_frames(shard)
-            writer.write_shard(shard, tokens[frames.start : frames.stop])
-    first.finish()
-    assert verify(half.path).sound
-    np.testing.assert_array_equal(TokenStore.open(half.path).gather(EVERY), tokens)
-    # The same frames give the same shards, whether dimensions have names or not.
-    assert sha256_of(half.path / "tokens" / "c.1.0.0") == sha256_of(finished / "tokens" / "c.1.0.0")
+    half = tmp_path / "half.zarr"
+    write(make_writer(half), [0])
+    age(half)
+    write(StoreWriter.resume(half, identity), [2])
+    write(make_writer(half))
+    assert verify(half).sound
+    np.testing.assert_array_equal(TokenStore.open(half).gather(EVERY), tokens)
+    # The names of dimensions do not change the shards.
+    assert sha256_of(half / "tokens" / "c.1.0.0") == sha256_of(finished / "tokens" / "c.1.0.0")
 
 
-def test_a_store_without_names_gets_them_when_its_description_is_written_again(
+def test_a_store_without_names_gets_them_when_its_metadata_is_written_again(
     finished: Path, make_writer: MakeWriter
 ) -> None:
     age(finished)

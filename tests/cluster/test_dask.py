@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from wmcache.cache import TokenStore
-from wmcache.cluster.tasks import WORKER_VARIABLES
+from wmcache.cluster.dask import WORKER_VARIABLES
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.extract import extract

@@ -1,5 +1,3 @@
-"""Profiles: what a file says is taken word for word, and what it cannot mean is one line."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -31,15 +29,7 @@ def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "profiles"
 
 
-def refusal(folder: Path, text: str) -> str:
-    (folder / "bad.toml").write_text(text)
-    with pytest.raises(UserError) as refused:
-        read_profile("bad")
-    assert str(refused.value).startswith(str(folder / "bad.toml"))
-    return str(refused.value)
-
-
-def test_a_file_says_all(profiles: Path) -> None:
+def test_all_settings_are_read(profiles: Path) -> None:
     (profiles / "big.toml").write_text(WHOLE)
     expected = Profile(
         partition="gpu",
@@ -58,28 +48,28 @@ def test_a_file_says_all(profiles: Path) -> None:
     assert expected.seconds == 36 * 3600
 
 
-def test_a_path_is_taken_from_where_it_is(tmp_path: Path) -> None:
+def test_a_path_may_be_outside_the_home(tmp_path: Path) -> None:
     (tmp_path / "elsewhere.toml").write_text("gpus = 1")
     assert read_profile(str(tmp_path / "elsewhere.toml")) == Profile(gpus=1)
 
 
-def test_slurm_need_not_be_there_but_is_read_when_it_is(profiles: Path) -> None:
+def test_slurm_has_defaults_until_it_has_a_file(profiles: Path) -> None:
     assert read_profile("slurm") == Profile()
     (profiles / "slurm.toml").write_text("jobs = 7")
     assert read_profile("slurm") == Profile(jobs=7)
 
 
-def test_a_missing_one_is_one_line_that_names_those_there_are(profiles: Path) -> None:
+def test_a_missing_profile_names_the_existing_ones(profiles: Path) -> None:
     (profiles / "a100.toml").touch()
     (profiles / "cpu.toml").touch()
-    with pytest.raises(UserError, match=r"profiles/gpu\.toml does not exist; .*: a100, cpu$"):
+    with pytest.raises(UserError, match=r"profiles/gpu\.toml .*: a100, cpu$"):
         read_profile("gpu")
-    with pytest.raises(UserError, match=r"nowhere/gpu\.toml does not exist"):
+    with pytest.raises(UserError, match=r"nowhere/gpu\.toml "):
         read_profile("nowhere/gpu.toml")
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"),
+    ("text", "named"),
     [
         ("gpu = 1", "gpu"),
         ('gpus = "1"', "gpus"),
@@ -93,25 +83,22 @@ def test_a_missing_one_is_one_line_that_names_those_there_are(profiles: Path) ->
         ('modules = "cuda"', "modules"),
         ("walltime = 04:00:00", "time"),
         ("gpus = ", "cannot be read"),
+        # No setting but `setup` can become shell, or a second option of sbatch.
+        (r'partition = "gpu\ntouch x"', "partition"),
+        ('partition = "gpu --wrap=x"', "partition"),
+        ('partition = "-x"', "partition"),
+        ('account = "$(touch x)"', "account"),
+        ('modules = ["cuda; touch x"]', "modules"),
+        (r'setup = ["a\nb"]', "setup"),
+        (r'extra = ["--qos=x\ntouch x"]', "extra"),
+        ('extra = ["touch x"]', "extra"),
+        ('interface = "lo; touch x"', "interface"),
     ],
 )
-def test_what_does_not_fit_is_named(profiles: Path, text: str, reason: str) -> None:
-    assert reason in refusal(profiles, text).removeprefix(str(profiles))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        r'partition = "gpu\ntouch x"',
-        'partition = "gpu --wrap=x"',
-        'partition = "-x"',
-        'account = "$(touch x)"',
-        'modules = ["cuda; touch x"]',
-        r'setup = ["a\nb"]',
-        r'extra = ["--qos=x\ntouch x"]',
-        'extra = ["touch x"]',
-        'interface = "lo; touch x"',
-    ],
-)
-def test_no_setting_but_setup_can_be_shell(profiles: Path, text: str) -> None:
-    assert "is no profile" in refusal(profiles, text)
+def test_invalid_settings_are_named(profiles: Path, text: str, named: str) -> None:
+    (profiles / "bad.toml").write_text(text)
+    with pytest.raises(UserError) as refused:
+        read_profile("bad")
+    file, found = str(profiles / "bad.toml"), str(refused.value)
+    assert found.startswith(file)
+    assert named in found.removeprefix(file)

@@ -14,10 +14,11 @@ from distributed import LocalCluster
 from wmcache.cache import TokenStore
 from wmcache.cli import main
 from wmcache.commands import plan
-from wmcache.planner.evaluate import EvalContext, evaluate
+from wmcache.planner.context import EvalContext
+from wmcache.planner.evaluate import evaluate
 from wmcache.planner.options import PlanOptions
-from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
 
 @pytest.fixture(scope="module")

@@ -284,7 +284,7 @@ class TestRun:
         ("wmtrain --cache s.zarr --steps many", "'many' is not a valid integer"),
         ("wmtrain --seed 1 decoder --cache s.zarr", "wmtrain decoder has no batch script"),
         ("wmtrain --cache s.zarr foo", "No such command 'foo'"),
-        ("--jobs 2 wmtrain --cache s.zarr", "--jobs is of an extraction"),
+        ("--jobs 2 wmtrain --cache s.zarr", "--jobs"),
         ("--jobs 0 extract", "0 is not in the range"),
         ("train", "comes extract or wmtrain"),
         ("", "comes extract or wmtrain"),

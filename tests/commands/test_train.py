@@ -13,11 +13,12 @@ from click.testing import CliRunner, Result
 
 from wmcache.cli import wmtrain
 from wmcache.common.errors import UserError
+from wmcache.engine.checkpoint import Progress, last_checkpoint, read_progress
 from wmcache.trainer import loop
-from wmcache.trainer.checkpoint import Progress, last_checkpoint, load_model, read_config, read_progress
 from wmcache.trainer.models import MODELS, get_options, read_options
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
+from wmcache.trainer.runs import load_model, read_config
 
 TINY = "--depth 1 --heads 2 --head-dim 4 --mlp 8 --batch-size 8 --device cpu"
 Parse = Callable[[str], TrainOptions]

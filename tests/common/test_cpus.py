@@ -1,4 +1,4 @@
-"""This process uses as many CPUs as the tightest limit leaves it."""
+"""The available CPUs are what the tightest limit leaves."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def many(affinity: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def enter(tmp_path: Path, many: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """(text of /proc/self/cgroup) -> the root of a control group file system to be filled."""
+    """(text of /proc/self/cgroup) -> the root of an empty control group file system."""
     proc, root = tmp_path / "cgroup", tmp_path / "fs"
 
     def set_groups(text: str) -> Path:
@@ -100,36 +100,34 @@ def test_slurm(monkeypatch: pytest.MonkeyPatch, value: str, expected: int) -> No
     assert available_cpus() == expected
 
 
-def test_broken_files_are_no_limit(enter: Callable[[str], Path]) -> None:
+def test_other_text_is_not_a_limit(enter: Callable[[str], Path]) -> None:
     set_v2(enter("0::/job\n") / "job", "nonsense")
     assert available_cpus() == 64
 
 
 @pytest.fixture
 def environment(many: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The variables of a process on 64 CPUs that has set none itself."""
+    """The empty environment of a process on 64 CPUs."""
     variables: dict[str, str] = {}
     monkeypatch.setattr(os, "environ", variables)
     monkeypatch.setattr(cpus, "_set_here", {})
     return variables
 
 
-def test_a_program_alone_leaves_the_number_of_threads_to_torch(environment: dict[str, str]) -> None:
+def test_without_a_limit_torch_chooses_the_number_of_threads(environment: dict[str, str]) -> None:
     CliRunner().invoke(main, ["--version"])
     assert "OMP_NUM_THREADS" not in environment
     assert environment.items() >= cpus.SPINS.items()
 
 
-def test_threads_are_limited_by_what_torch_does_not_know(environment: dict[str, str]) -> None:
+def test_slurm_limits_threads(environment: dict[str, str]) -> None:
     environment["SLURM_CPUS_PER_TASK"] = "6"
     CliRunner().invoke(main, ["--version"])
     assert environment["OMP_NUM_THREADS"] == "6"
 
 
 @pytest.mark.parametrize(("processes", "threads"), [(1, "6"), (2, "3"), (4, "1"), (7, "1")])
-def test_processes_share_the_cpus_of_the_program_that_starts_them(
-    environment: dict[str, str], processes: int, threads: str
-) -> None:
+def test_processes_share_the_cpus(environment: dict[str, str], processes: int, threads: str) -> None:
     environment["SLURM_CPUS_PER_TASK"] = "6"
     limit_threads()
     limit_threads(processes)

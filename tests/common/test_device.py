@@ -1,3 +1,5 @@
+"""Devices and precisions are chosen by name."""
+
 from __future__ import annotations
 
 import pytest
@@ -12,13 +14,13 @@ def test_auto_is_a_device_that_works() -> None:
 
 
 @pytest.mark.parametrize("name", ["abacus", "cuda:99", "cpu:x"])
-def test_a_device_that_is_not_there_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=f"no device '{name}' here"):
+def test_a_missing_device_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=name):
         choose_device(name)
 
 
 def test_an_unknown_dtype_lists_those_that_exist() -> None:
-    with pytest.raises(UserError, match="'float8'; known are auto, float32, bfloat16"):
+    with pytest.raises(UserError, match=r"float8.*auto, float32, bfloat16"):
         choose_dtype("float8", torch.device("cpu"))
 
 

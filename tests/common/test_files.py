@@ -1,25 +1,23 @@
+"""Files are complete or absent, JSON is strict, and hints name the folder that was meant."""
+
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from wmcache.common.errors import UserError
-from wmcache.common.files import (
-    atomic_write,
-    dump_json,
-    home,
-    human_bytes,
-    nulls,
-    read_json,
-    require_space,
-    sha256_of,
-    write_json,
-)
+from wmcache.common.errors import UserError, one_line, reason
+from wmcache.common.files import atomic_write, is_temporary, sweep, temporary_for
+from wmcache.common.folders import did_you_mean, home
+from wmcache.common.jsonfiles import dump_json, nulls, read_json, write_json
+from wmcache.common.space import human_bytes
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -39,7 +37,7 @@ def test_a_write_that_fails_changes_nothing(tmp_path: Path, error: type[BaseExce
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == ({"file.bin": before} if before else {})
 
 
-def test_a_write_appears_whole_and_makes_its_folder(tmp_path: Path) -> None:
+def test_a_write_appears_complete_and_creates_its_folder(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file.bin"
     with atomic_write(path) as file:
         file.write(b"new")
@@ -48,68 +46,108 @@ def test_a_write_appears_whole_and_makes_its_folder(tmp_path: Path) -> None:
     assert path.read_bytes() == b"new"
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"cannot write .*file/deeper"), atomic_write(tmp_path / "file" / "deeper"):
+    with pytest.raises(UserError, match="file/deeper"), atomic_write(tmp_path / "file" / "deeper"):
         pass
 
 
-def test_json_comes_back(tmp_path: Path) -> None:
-    value = {"a": [1, 2.5, None], "ü": "Fahrvergnügen"}
-    write_json(tmp_path / "value.json", value)
-    assert read_json(tmp_path / "value.json", "hint it") == value
+def test_only_files_of_dead_processes_of_this_machine_are_swept(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    own = temporary_for(tmp_path / "x")
+    own.touch()
+    (tmp_path / f".folder.{platform.node()}.{dead.pid}.tmp" / "deeper").mkdir(parents=True)
+    (tmp_path / f".x.{platform.node()}.{dead.pid}.tmp").touch()
+    elsewhere = tmp_path / f".x.another-machine.{dead.pid}.tmp"
+    elsewhere.touch()
+    assert sweep(tmp_path) == sorted([own, elsewhere])
+    assert sorted(tmp_path.iterdir()) == sorted([own, elsewhere])
+    assert is_temporary(own)
+    assert str(os.getpid()) in own.name
 
 
 @pytest.mark.parametrize("text", [None, b"", b"{", b"[1]", b"\xff\xfe"])
-def test_unreadable_json_says_which_and_how_to_mend_it(tmp_path: Path, text: bytes | None) -> None:
+def test_json_that_cannot_be_read_is_named_with_the_hint(tmp_path: Path, text: bytes | None) -> None:
     if text is not None:
         (tmp_path / "value.json").write_bytes(text)
-    with pytest.raises(UserError, match=r"value\.json.*; hint it so$"):
-        read_json(tmp_path / "value.json", "hint it so")
+    with pytest.raises(UserError, match=r"value\.json.*; HINT$"):
+        read_json(tmp_path / "value.json", "HINT")
 
 
-def test_sha256_is_hashlibs(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"x" * 100_000)
-    assert sha256_of(tmp_path / "file") == hashlib.sha256(b"x" * 100_000).hexdigest()
-
-
-def test_work_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path) -> None:
-    place = tmp_path / "not" / "yet" / "there"
-    require_space(place, 1, "a byte")
-    with pytest.raises(UserError, match=r"^a store of everything needs 1000000\.0 TB at .*there, but .* free"):
-        require_space(place, 10**18, "a store of everything")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("marker", ["zarr.json", "dataset.json", "identity.json"])
+def test_a_folder_of_another_kind_is_named(tmp_path: Path, marker: str) -> None:
+    (tmp_path / marker).touch()
+    for wanted in {"zarr.json", "dataset.json", "config.json"} - {marker}:
+        with pytest.raises(UserError, match=str(tmp_path)) as caught:
+            read_json(tmp_path / wanted, "HINT")
+        of_a_run = {wanted, marker} == {"config.json", "identity.json"}
+        assert str(caught.value).endswith("HINT") == of_a_run
+    with pytest.raises(UserError, match=rf"{tmp_path / marker} is a file"):
+        read_json(tmp_path / marker / "zarr.json", "HINT")
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (30_100_000_000, "30.1 GB"), (2e15, "2000.0 TB")]
+    ("kind", "folder", "file"),
+    [
+        ("store", "stores/maze/dinov2.zarr", "zarr.json"),
+        ("dataset", "maze", "dataset.json"),
+        ("run", "runs/maze-1", "config.json"),
+    ],
 )
-def test_sizes_are_written_in_decimal_units(count: float, text: str) -> None:
-    assert human_bytes(count) == text
+def test_a_hint_names_the_folder_that_was_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, folder: str, file: str
+) -> None:
+    monkeypatch.setenv("WMCACHE_HOME", str(tmp_path))
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / file).touch()
+    similar = Path(folder).with_name(Path(folder).stem + "s" + Path(folder).suffix)
+    for missing in (Path(folder), Path("elsewhere") / Path(folder).name, similar):
+        assert str(tmp_path / folder) in did_you_mean(missing, kind, "HINT")
+    assert did_you_mean(Path("entirely/different"), kind, "HINT") == "HINT"
 
 
 def test_home_is_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WMCACHE_HOME", "/some where")
     assert home() == Path("/some where")
+    monkeypatch.setenv("WMCACHE_HOME", "s3://bucket")
+    with pytest.raises(UserError, match="s3://bucket"):
+        home()
     monkeypatch.delenv("WMCACHE_HOME")
     assert home() == Path("data")
 
 
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (30_100_000_000, "30.1 GB"), (2e15, "2000.0 TB")]
+)
+def test_sizes_have_decimal_units(count: float, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+def test_reasons_and_names_are_one_line() -> None:
+    assert reason(OSError(5, "Input/output  error.")) == "Input/output error"
+    assert reason(ValueError("two\nlines")) == "two lines"
+    assert reason(ValueError()) == "ValueError"
+    assert one_line("a\nb\x1b[0m\u202e") == r"a\nb\x1b[0m\u202e"
+
+
 class TestStrictJson:
+    def test_a_value_comes_back(self, tmp_path: Path) -> None:
+        value = {"a": [1, 2.5, None], "ü": "Fahrvergnügen"}
+        write_json(tmp_path / "value.json", value)
+        assert read_json(tmp_path / "value.json", "HINT") == value
+
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float64("nan")])
-    def test_what_is_not_finite_is_refused_by_its_name_and_costs_no_file(self, tmp_path: Path, value: float) -> None:
+    def test_a_number_that_is_not_finite_is_refused_by_its_key(self, tmp_path: Path, value: float) -> None:
         write_json(tmp_path / "known.json", {"a": 1})
-        with pytest.raises(UserError, match=r"known\.json: rate is (nan|inf|-inf)"):
+        with pytest.raises(UserError, match=r"known\.json.*rate"):
             write_json(tmp_path / "known.json", {"steps": [{"step": 1, "rate": 0.5}, {"step": 2, "rate": value}]})
         assert read_json(tmp_path / "known.json", "") == {"a": 1}
 
-    def test_figures_that_do_not_exist_are_null(self) -> None:
+    def test_results_that_do_not_exist_are_null(self) -> None:
         value = {"a": math.nan, "b": [1, math.inf, (np.float64("nan"), "NaN")], "c": {"d": -math.inf, "e": 0.5}}
-        assert json.loads(dump_json(nulls(value))) == {
-            "a": None,
-            "b": [1, None, [None, "NaN"]],
-            "c": {"d": None, "e": 0.5},
-        }
+        expected = {"a": None, "b": [1, None, [None, "NaN"]], "c": {"d": None, "e": 0.5}}
+        assert json.loads(dump_json(nulls(value))) == expected
 
     def test_files_of_earlier_versions_are_still_read(self, tmp_path: Path) -> None:
         (tmp_path / "old.json").write_text('{"skill": NaN}')

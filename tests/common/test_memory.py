@@ -1,4 +1,4 @@
-"""Memory is as much as the tightest limit leaves, whoever set it."""
+"""Available memory is what the tightest limit leaves."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ print(json.dumps({"left": left, "ram": ram, "half": half, "all_of_it": all_of_it
 """
 
 
-def ask(limit: int) -> dict[str, int]:
+def measure(limit: int) -> dict[str, int]:
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(limit)], capture_output=True, text=True, timeout=60, check=True
     )
@@ -44,35 +44,30 @@ def ask(limit: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("limit", [GB, 3 * GB])
-def test_no_more_than_the_address_space_leaves(limit: int) -> None:
-    found = ask(limit)
+def test_the_address_space_limits_memory(limit: int) -> None:
+    found = measure(limit)
     assert 0 < found["ram"] <= found["left"] < limit
-    # So much can be had, and that is all.
     assert found["half"]
     assert not found["all_of_it"]
-    # Whoever only asks need not pay for it.
     assert not found["torch"]
 
 
-@pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_AS)[1] != resource.RLIM_INFINITY, reason="limited by others")
-def test_without_a_limit_addresses_are_no_limit() -> None:
-    found = ask(resource.RLIM_INFINITY)
+@pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_AS)[1] != resource.RLIM_INFINITY, reason="limited outside")
+def test_the_address_space_may_be_unlimited() -> None:
+    found = measure(resource.RLIM_INFINITY)
     assert found["left"] is None
     assert found["ram"] > 0
 
 
-def test_it_is_never_more_than_the_machine_has() -> None:
-    assert 0 < memory.available_ram() <= psutil.virtual_memory().total
-
-
 def test_the_memory_of_the_cpu_is_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < memory.available_ram() <= psutil.virtual_memory().total
     monkeypatch.setattr(memory, "available_ram", lambda: 12345)
     assert memory.free_memory(torch.device("cpu")) == 12345
 
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """(text of /proc/self/cgroup) -> the root of a control group file system to be filled."""
+    """(text of /proc/self/cgroup) -> the root of an empty control group file system."""
     proc, root = tmp_path / "cgroup", tmp_path / "fs"
     root.mkdir()
 
@@ -85,7 +80,6 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
     monkeypatch.setattr(cgroups, "Path", as_path)
     monkeypatch.setattr(cgroups, "ROOT", root)
-    # Only what the groups say is looked at.
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * GB))
     monkeypatch.setattr(memory, "address_space_left", lambda: None)
     return make
@@ -102,53 +96,43 @@ def group_v1(folder: Path, limit: int, used: int = 0, inactive: int = 0, active:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
     (folder / "memory.usage_in_bytes").write_text(f"{used}\n")
-    # What stands without `total_` is of this group without those below it.
+    # Values without `total_` leave out the groups below.
     stat = f"inactive_file 1\nactive_file 1\ntotal_inactive_file {inactive}\ntotal_active_file {active}\n"
     (folder / "memory.stat").write_text(stat)
 
 
 @pytest.fixture(params=["v2", "v1"])
 def version(request: pytest.FixtureRequest, machine: Callable[[str], Path]) -> tuple[Callable[[str], Path], MakeGroup]:
-    """Of control groups: ((name of this process's group) -> root of the memory groups, function that makes a group)."""
+    """((name of this process's group) -> root of the memory groups, function that makes a group)."""
     if request.param == "v2":
         return lambda name: machine(f"0::{name}\n"), group_v2
     other = "3:cpu,cpuacct:/elsewhere\n1:name=systemd:/elsewhere\n0::/elsewhere\n"
     return lambda name: machine(f"4:memory:{name}\n{other}") / "memory", group_v1
 
 
-def test_no_control_group_is_no_limit(machine: Callable[[str], Path]) -> None:
-    machine("0::/\n")
-    assert memory.available_ram() == 100 * GB
-    machine("")
-    assert memory.available_ram() == 100 * GB
-
-
-def test_a_machine_without_control_groups_has_its_own_memory(machine: Callable[[str], Path], tmp_path: Path) -> None:
-    machine("")
+def test_without_control_groups_the_machine_limits_memory(machine: Callable[[str], Path], tmp_path: Path) -> None:
+    for text in ("0::/\n", ""):
+        machine(text)
+        assert memory.available_ram() == 100 * GB
     (tmp_path / "cgroup").unlink()
     assert memory.available_ram() == 100 * GB
 
 
 @pytest.mark.parametrize("name", ["/", "/job", "/slurm/uid_0/job_1/step_0"])
-def test_a_groups_limit_less_what_it_uses(version: tuple[Callable[[str], Path], MakeGroup], name: str) -> None:
+def test_a_group_leaves_its_limit_minus_its_usage(version: tuple[Callable[[str], Path], MakeGroup], name: str) -> None:
     enter, make = version
     make(enter(name) / name.lstrip("/"), 10 * GB, used=3 * GB)
     assert memory.available_ram() == 7 * GB
 
 
-def test_pages_of_files_are_not_used(version: tuple[Callable[[str], Path], MakeGroup]) -> None:
+@pytest.mark.parametrize(("used", "cached", "left"), [(9, 6, 7), (5, 6, 10), (11, 0, 0)])
+def test_cached_pages_of_files_are_not_usage(
+    version: tuple[Callable[[str], Path], MakeGroup], used: int, cached: int, left: int
+) -> None:
+    # The counters are not read at one moment, so `cached` may be larger than `used`.
     enter, make = version
-    make(enter("/job") / "job", 10 * GB, used=9 * GB, inactive=4 * GB, active=2 * GB)
-    assert memory.available_ram() == 7 * GB
-    # The counters are not read at one moment.
-    make(enter("/job") / "job", 10 * GB, used=5 * GB, inactive=4 * GB, active=2 * GB)
-    assert memory.available_ram() == 10 * GB
-
-
-def test_a_group_that_is_full_leaves_nothing(version: tuple[Callable[[str], Path], MakeGroup]) -> None:
-    enter, make = version
-    make(enter("/job") / "job", 10 * GB, used=11 * GB)
-    assert memory.available_ram() == 0
+    make(enter("/job") / "job", 10 * GB, used=used * GB, inactive=cached // 3 * GB, active=cached // 3 * 2 * GB)
+    assert memory.available_ram() == left * GB
 
 
 @pytest.mark.parametrize("tightest", range(4))
@@ -162,7 +146,7 @@ def test_the_tightest_of_all_groups_above_counts(
     assert memory.available_ram() == 4 * GB
 
 
-def test_a_path_that_only_the_host_knows_falls_back_to_the_groups_that_are_there(
+def test_a_group_of_the_host_falls_back_to_the_groups_above(
     version: tuple[Callable[[str], Path], MakeGroup],
 ) -> None:
     enter, make = version
@@ -170,25 +154,22 @@ def test_a_path_that_only_the_host_knows_falls_back_to_the_groups_that_are_there
     assert memory.available_ram() == 9 * GB
 
 
-def test_groups_beside_ours_do_not_count(version: tuple[Callable[[str], Path], MakeGroup]) -> None:
+def test_other_groups_do_not_count(version: tuple[Callable[[str], Path], MakeGroup]) -> None:
     enter, make = version
-    root = enter("/ours")
-    make(root / "ours", 50 * GB)
-    make(root / "theirs", GB)
-    make(root / "ours" / "child", GB)
-    make(root.parent, GB)  # no group, but files of these names
+    root = enter("/own")
+    make(root / "own", 50 * GB)
+    make(root / "beside", GB)
+    make(root / "own" / "child", GB)
+    make(root.parent, GB)  # not a group
     assert memory.available_ram() == 50 * GB
 
 
-def test_max_is_no_limit(machine: Callable[[str], Path]) -> None:
+def test_max_and_the_largest_number_are_not_limits(machine: Callable[[str], Path]) -> None:
     root = machine("0::/slice/job\n")
     group_v2(root / "slice/job", "max", used=GB)
     assert memory.available_ram() == 100 * GB
     group_v2(root / "slice", 20 * GB, used=GB)
     assert memory.available_ram() == 19 * GB
-
-
-def test_the_largest_number_is_no_limit(machine: Callable[[str], Path]) -> None:
     root = machine("4:memory:/\n")
     group_v1(root / "memory", 9223372036854771712, used=GB)
     assert memory.available_ram() == 100 * GB
@@ -203,7 +184,7 @@ def test_groups_of_both_versions_count(machine: Callable[[str], Path]) -> None:
     assert memory.available_ram() == 10 * GB
 
 
-def test_the_machine_itself_may_be_the_tightest(
+def test_the_machine_may_be_the_tightest(
     version: tuple[Callable[[str], Path], MakeGroup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enter, make = version

@@ -22,8 +22,8 @@ from click.testing import CliRunner
 
 from wmcache.commands.command import Command
 from wmcache.common.errors import Stopped, UserError
+from wmcache.engine.checkpoint import checkpoints, last_checkpoint
 from wmcache.engine.ranks import ALONE, Ranks
-from wmcache.trainer.checkpoint import checkpoints, last_checkpoint
 from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
 

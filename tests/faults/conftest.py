@@ -1,4 +1,4 @@
-"""What the tests of faults share: real processes that cost milliseconds, and a way to compare what they leave behind."""
+"""Fixtures of the fault suite: processes that start in milliseconds, and small samples with their undisturbed stores."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-# What a child process runs has to be importable in it, and test modules are not; a child inherits these folders.
+# Child processes import what they run from here; they inherit this path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-import fault_workers
-from fault_workers import Child, collect_few, extract_store
+from damage_tools import AT_ONCE, FRAMES, PER_SHARD, ROOM, Copy, Warden, is_refusal, open_and_gather, read_shard
+from fault_workers import Child, Sample, collect_few, extract_store
 
 from wmcache.cache import Identity, StoreCard, StoreWriter
-from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.collect import collect
 from wmcache.trainer.options import TrainOptions
 
 PRELOADED = [
@@ -30,24 +30,23 @@ PRELOADED = [
     "wmcache.cache.verify",
     "wmcache.pipeline.collect",
     "wmcache.pipeline.extract",
+    "wmcache.pipeline.fit",
     "wmcache.pipeline.repair",
-    "wmcache.trainer.loop",
+    "wmcache.trainer.train",
     "wmcache.cli",
-    # What these import at the first call.
+    # Imported by these at their first call.
     "einops._torch_specific",
     "pyarrow.compute",
     "pydantic.dataclasses",
     "torch._dynamo",
-    "wmcache.pipeline.fit",
 ]
 
-Content = Callable[[Path], dict[str, bytes]]
 Start = Callable[..., Child]
 
 
 @pytest.fixture(scope="session")
 def processes() -> ForkServerContext:
-    """Starts processes in which everything slow is imported already."""
+    """Start processes in which everything slow is already imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
@@ -55,7 +54,7 @@ def processes() -> ForkServerContext:
 
 @pytest.fixture
 def start(processes: ForkServerContext) -> Iterator[Start]:
-    """(function, *arguments) -> a process that runs a function of `fault_workers`; what is alive at the test's end is killed."""
+    """(function, *arguments) -> a process that runs a function of `fault_workers`; it is killed at the end of the test."""
     children: list[Child] = []
 
     def run(function: Callable[..., Any], *arguments: Any) -> Child:
@@ -67,34 +66,28 @@ def start(processes: ForkServerContext) -> Iterator[Start]:
         child.kill()
 
 
+def make_sample(dataset: Path, weights: Path) -> Sample:
+    """Extract the undisturbed store of each dtype."""
+    sample = Sample(dataset, weights, {dtype: dataset.with_name(f"{dtype}.zarr") for dtype in ("float16", "int8")})
+    for dtype, path in sample.stores.items():
+        extract_store(path, dataset, weights, dtype)
+    return sample
+
+
 @pytest.fixture(scope="session")
-def content() -> Content:
-    """(folder) -> the bytes of every file in it that holds data; what a dead process may leave behind is none."""
-
-    return fault_workers.content
-
-
-@pytest.fixture(scope="session")
-def few_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 frames in 3 tars, for what is done a hundred times; read only."""
+def few(tcn_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    """24 frames in 3 tars, for tests that do everything a hundred times; read only."""
     path = tmp_path_factory.mktemp("few") / "few"
     collect_few(path)
-    return path
+    return make_sample(path, tcn_weights)
 
 
 @pytest.fixture(scope="session")
-def few(few_path: Path) -> FrameDataset:
-    return FrameDataset.open(few_path)
-
-
-@pytest.fixture(scope="session")
-def few_stores(few_path: Path, tcn_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The undisturbed stores of those frames, by dtype; read only."""
-    folder = tmp_path_factory.mktemp("few-stores")
-    stores = {dtype: folder / f"{dtype}.zarr" for dtype in ("float16", "int8")}
-    for dtype, path in stores.items():
-        extract_store(path, few_path, tcn_weights, dtype)
-    return stores
+def small(tcn_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    """22 frames in 6 tars, the last one short; read only."""
+    path = tmp_path_factory.mktemp("small") / "small"
+    collect("UMaze", path, episodes=1, length=FRAMES, image_size=16, frames_per_shard=PER_SHARD, cluster="local:1")
+    return make_sample(path, tcn_weights)
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +106,7 @@ def tiny() -> TrainOptions:
 
 @pytest.fixture(scope="session")
 def big_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """5 600 frames of 75 kB with made-up tokens, 420 MB: more than what tests of small memories leave; read only."""
+    """5 600 frames of 75 kB with generated tokens, 420 MB: more than the memory limits leave; read only."""
     rng = np.random.default_rng(0)
     episodes, length = 56, 100
     card = StoreCard({}, {}, (4, 4), 2344, frames=episodes * length, frames_per_shard=128)
@@ -127,10 +120,86 @@ def big_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     writer = StoreWriter.create(tmp_path_factory.mktemp("big") / "big.zarr", card, identity, steps)
     tokens = rng.normal(size=(card.frames_per_shard, *card.frame_shape)).astype(np.float16)
     for shard in writer.pending():
-        # Another number in each frame, so that none can be taken for another.
-        tokens[:, 0, 0] = np.arange(card.frames_per_shard)
-        tokens[:, 0, 1] = shard
         writer.write_shard(shard, tokens[: len(card.shard_frames(shard))])
     writer.finish()
     yield writer.path
     shutil.rmtree(writer.path)
+
+
+@pytest.fixture
+def dtype() -> str:
+    """The dtype of the store that a test damages, unless the test is parametrised."""
+    return "float16"
+
+
+@pytest.fixture
+def copy(small: Sample, dtype: str, tmp_path: Path) -> Copy:
+    """A copy of the small store, to be damaged."""
+    path = Path(shutil.copytree(small.stores[dtype], tmp_path / "in" / "copy.zarr"))
+    return Copy(small, small.stores[dtype], path, dtype)
+
+
+@pytest.fixture(scope="session")
+def orphaned(small: Sample, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose frames and weights are deleted; read only."""
+    root = tmp_path_factory.mktemp("orphan")
+    dataset = Path(shutil.copytree(small.dataset, root / "small"))
+    weights = Path(shutil.copy(small.weights, root / "tcn.safetensors"))
+    Sample(dataset, weights, {}).extract(root / "orphan.zarr")
+    shutil.rmtree(dataset)
+    weights.unlink()
+    return root / "orphan.zarr"
+
+
+@pytest.fixture
+def orphan(small: Sample, orphaned: Path, tmp_path: Path) -> Copy:
+    """A copy of a store of which nothing can be encoded again."""
+    return Copy(small, orphaned, Path(shutil.copytree(orphaned, tmp_path / "orphan.zarr")))
+
+
+# Hostile files are read by a child process with limited memory and time.
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Iterator[Path]:
+    """A folder that hostile code would make; the test fails if it exists at the end."""
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists()
+
+
+@pytest.fixture(scope="module")
+def warden(processes: ForkServerContext, small: Sample) -> Iterator[Warden]:
+    warden = Warden(processes)
+    # Libraries reserve memory for themselves at the first call.
+    for function, arguments in ((read_shard, (small.dataset, 1)), (open_and_gather, (small.store,))):
+        assert warden.ask(10 * ROOM, AT_ONCE, function, *arguments) == ("returned", "")
+    yield warden
+    warden.close()
+
+
+@pytest.fixture
+def outcome(warden: Warden, tmp_path: Path) -> Callable[..., tuple[str, str]]:
+    """(function, *arguments) -> outcome and error of the call, which takes bounded memory and time and makes no file."""
+
+    def call(function: Callable[..., Any], *arguments: Any, room: int = ROOM) -> tuple[str, str]:
+        before = sorted(tmp_path.rglob("*"))
+        kind, line = warden.ask(room, AT_ONCE, function, *arguments)
+        assert kind in ("returned", "refused"), f"{kind}: {line}"
+        assert sorted(tmp_path.rglob("*")) == before
+        assert kind == "returned" or is_refusal(line), line
+        return kind, line
+
+    return call
+
+
+@pytest.fixture
+def refused(outcome: Callable[..., tuple[str, str]]) -> Callable[..., str]:
+    """(function, *arguments) -> the one line of the call's error."""
+
+    def call(function: Callable[..., Any], *arguments: Any, room: int = ROOM) -> str:
+        kind, line = outcome(function, *arguments, room=room)
+        assert kind == "refused"
+        return line
+
+    return call

@@ -1,11 +1,10 @@
-"""What the tests of damage do to files, the small store that they do it to, and what their child processes run."""
+"""How the fault suite damages files, and a child process that reads hostile files with limited memory."""
 
 from __future__ import annotations
 
 import json
 import os
 import resource
-import shutil
 import struct
 import traceback
 from collections.abc import Callable
@@ -20,70 +19,57 @@ import numpy as np
 import psutil
 import torch
 import zarr
-from click.testing import CliRunner
-from fault_workers import extract_store
+from fault_workers import Sample, content
+from numpy.typing import NDArray
 
 from wmcache.cache import StoreCard, TokenStore
-from wmcache.cache.layout import read_attributes, read_card
+from wmcache.cache.layout import read_attributes, read_card, shard_file
 from wmcache.cache.reader import ABSENT, ZarrReader
-from wmcache.cli import main
+from wmcache.cache.records import record_file
+from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
-from wmcache.common.files import seal, sha256_of
+from wmcache.common.files import sha256_of
+from wmcache.common.jsonfiles import seal
 from wmcache.pipeline import encoders
-from wmcache.pipeline.collect import collect
 from wmcache.pipeline.frames import FrameDataset, fingerprint
-from wmcache.trainer.checkpoint import load_model
-from wmcache.trainer.loop import train
+from wmcache.pipeline.repair import repair
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.runs import load_model
+from wmcache.trainer.train import train
 
 FRAMES, PER_SHARD, SHARDS = 22, 4, 6
 EVERY = np.arange(FRAMES)
-
-
-@dataclass(frozen=True)
-class Small:
-    """22 frames in 6 tars, the last one short; weights of an encoder; and the undisturbed store made with both."""
-
-    dataset: Path
-    weights: Path
-    store: Path
-
-    def extract(self, store: Path, dtype: str = "float16") -> None:
-        """The command that made the store, run again."""
-        extract_store(store, self.dataset, self.weights, dtype)
-
-
-def make_small(root: Path, weights: Path, dtype: str = "float16") -> Small:
-    """Make it; the weights are copied, so that they can be deleted."""
-    collect("UMaze", root / "small", episodes=1, length=FRAMES, image_size=16, frames_per_shard=PER_SHARD)
-    small = Small(root / "small", Path(shutil.copy(weights, root / "tcn.safetensors")), root / "small.zarr")
-    small.extract(small.store, dtype)
-    return small
+ROOM = 1_000_000_000
+"""Bytes of memory that reading a hostile file of a few kilobytes may take, with plenty to spare."""
+AT_ONCE = 10.0
+"""Seconds in which a busy machine still answers."""
+DESTROYS = ("repair", "again with", "wmcache extract", "collect", "fit it again", "delete", "--overwrite", "damaged")
+"""Words that no hint about a healthy file may contain."""
 
 
 def replace(file: Path, data: bytes) -> None:
-    """Other bytes under the same name, in a new file: whoever has the old one open or mapped keeps it."""
+    """Write other bytes under the same name in a new file; processes that have the old one open or mapped keep it."""
     other = file.with_name(f".{file.name}.other")
     other.write_bytes(data)
     other.replace(file)
 
 
 def flip(file: Path, offset: int, mask: int = 1) -> None:
-    """Change bits of a byte."""
+    """Flip bits of a byte."""
     data = bytearray(file.read_bytes())
     data[offset] ^= mask
     replace(file, bytes(data))
 
 
 def edit_json(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Change what a JSON file says, and nothing else."""
+    """Change the value in a JSON file."""
     value = json.loads(file.read_bytes())
     edit(value)
     replace(file, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def forge(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Change a store's attributes and seal them again, as an enemy would."""
+    """Change a store's attributes and seal them again, as an attacker would."""
 
     def reseal(metadata: dict[str, Any]) -> None:
         metadata["attributes"].pop("checksum")
@@ -102,7 +88,7 @@ def forge_record(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 def agree(dataset: Path, shard: int) -> None:
-    """Make dataset.json agree with a tar, so that only what stands behind the checksums is left."""
+    """Update the checksums in dataset.json to those of a changed tar."""
     tar = dataset / f"frames-{shard:06d}.tar"
 
     def edit(card: dict[str, Any]) -> None:
@@ -113,12 +99,12 @@ def agree(dataset: Path, shard: int) -> None:
 
 
 def index_bytes(card: StoreCard) -> int:
-    """The length of a shard's index with its checksum."""
+    """Return the length of a shard's index with its checksum."""
     return 16 * card.frames_per_shard + 4
 
 
 def rewrite_index(file: Path, card: StoreCard, entries: dict[int, tuple[int, int]]) -> None:
-    """Other places for some of a shard's frames, under a checksum that agrees."""
+    """Change the (offset, length) of some frames in a shard's index, with a matching checksum."""
     data = file.read_bytes()
     index = bytearray(data[-index_bytes(card) : -4])
     for row, (offset, size) in entries.items():
@@ -128,38 +114,88 @@ def rewrite_index(file: Path, card: StoreCard, entries: dict[int, tuple[int, int
 
 
 def lose_chunk(file: Path, card: StoreCard, row: int) -> None:
-    """Make a shard say that it never had one of its frames."""
+    """Mark one frame as missing in a shard's index."""
     rewrite_index(file, card, {row: (int(ABSENT), int(ABSENT))})
 
 
-def stamps(*folders: Path) -> dict[Path, tuple[int, int]]:
-    """What changes when a file is written anew."""
-    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+def stamps(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Return inode and time of every file: they change when a file is written again."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
     return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
 
 
-def work_stamps(path: Path) -> dict[Path, tuple[int, int]]:
-    """Of a store's shards and their records."""
-    return shard_stamps(path) | stamps(path / "tokens" / "commits")
+@dataclass(frozen=True)
+class Copy:
+    """A copy of an undisturbed store, to be damaged.
 
+    Attributes:
+        sample: frames and weights; without them nothing can be encoded again.
+        whole: the undisturbed store.
+        path: the copy.
+    """
 
-def shard_stamps(path: Path) -> dict[Path, tuple[int, int]]:
-    """Of a store's shards."""
-    return {file: stamp for file, stamp in stamps(path / "tokens").items() if file.name.startswith("c.")}
+    sample: Sample
+    whole: Path
+    path: Path
+    dtype: str = "float16"
+
+    @property
+    def tokens(self) -> NDArray[np.float16]:
+        """The undisturbed tokens of every frame."""
+        return TokenStore.open(self.whole).gather(EVERY)
+
+    @property
+    def restored(self) -> bool:
+        """Whether the copy has the bytes of the undisturbed store again."""
+        return content(self.path) == content(self.whole) and verify(self.path).sound
+
+    def shard(self, number: int) -> Path:
+        """Return the path of a shard's file."""
+        return Path(str(shard_file(self.path, number)))
+
+    def record(self, number: int) -> Path:
+        """Return the path of a shard's record."""
+        return Path(str(record_file(self.path, number)))
+
+    def extract(self) -> None:
+        """Run the extraction that made the store."""
+        self.sample.extract(self.path, self.dtype)
+
+    def repair(self) -> None:
+        """Run `wmcache repair`."""
+        repair(self.path, device="cpu")
+
+    def stamps(self, *, records: bool = True, without: int = -1) -> dict[Path, tuple[int, int]]:
+        """Return `stamps` of shards and records, without those of one shard."""
+        skipped = (self.shard(without), self.record(without)) if without >= 0 else ()
+        return {
+            file: stamp
+            for file, stamp in stamps(self.path / "tokens").items()
+            if file not in skipped and (file.name.startswith("c.") or (records and file.parent.name == "commits"))
+        }
+
+    def check_repair(self, shard: int) -> None:
+        """Verification finds one damaged shard, and repair makes that shard again and no other."""
+        found, others = verify(self.path), self.stamps(without=shard)
+        assert [(fault.shard, fault.file) for fault in found.faults] == [(shard, str(self.shard(shard)))]
+        assert (found.sound, found.shards_done) == (False, SHARDS - 1)
+        self.repair()
+        assert self.stamps(without=shard) == others
+        assert self.restored
 
 
 def zarr_reader(path: Path) -> ZarrReader:
-    """The reader for stores that are far away, on one that is here."""
+    """Open a local store with the reader of remote stores."""
     return ZarrReader(zarr.open_group(path, mode="r")["tokens"], read_card(read_attributes(path)), path)
 
 
 def vouch(path: Path) -> None:
-    """Let a store's attributes agree with the description of its tokens."""
+    """Update the checksum of the tokens' description in a store's attributes."""
     forge(path, lambda attributes: attributes.update(layout=sha256_of(path / "tokens" / "zarr.json")))
 
 
 def vouch_for(checkpoint: Path) -> None:
-    """Let a checkpoint's state agree with its files."""
+    """Update the checksums in a checkpoint's state to those of its files."""
 
     def edit(state: dict[str, Any]) -> None:
         for name in state.get("sha256", {}):
@@ -169,18 +205,16 @@ def vouch_for(checkpoint: Path) -> None:
 
 
 def is_refusal(error: UserError | str, *words: object) -> bool:
-    """Whether a refusal is one line for people that holds all of these words."""
+    """Return whether an error is one printable line that contains these paths, flags or names."""
     line = str(error)
-    return (
-        line.isprintable() and "Traceback" not in line and len(line) < 1200 and all(str(word) in line for word in words)
-    )
+    return line.isprintable() and len(line) < 1200 and all(str(word) in line for word in words)
 
 
-# What child processes run.
+# Run by child processes.
 
 
 def serve(calls: Connection) -> None:
-    """Run one function after another, each with so much more memory than was in use before it, and answer what became of it."""
+    """Run functions one after another, each with a limit on additional memory, and send back the outcomes."""
     torch.set_num_threads(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -194,14 +228,14 @@ def serve(calls: Connection) -> None:
             found = ("returned", "")
         except UserError as error:
             found = ("refused", str(error))
-        except BaseException:  # noqa: BLE001 (the test is told)
+        except BaseException:  # noqa: BLE001 (the test receives it)
             found = ("crashed", traceback.format_exc())
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
         calls.send(found)
 
 
 class Warden:
-    """Keeps a process in which hostile inputs are read, and another one when that has died of them."""
+    """Keep a process that reads hostile inputs, and start another one when it dies."""
 
     def __init__(self, processes: ForkServerContext) -> None:
         self._processes = processes
@@ -214,7 +248,7 @@ class Warden:
         theirs.close()
 
     def ask(self, memory: int, patience: float, function: Callable[..., Any], *arguments: Any) -> tuple[str, str]:
-        """What becomes of a call: ("returned" or "refused" or "crashed" or "died" or "hangs", and the message)."""
+        """Return the outcome of a call ("returned", "refused", "crashed", "died" or "hangs") and its message."""
         self._calls.send((memory, function, arguments))
         kind, message = "hangs", f"nothing after {patience} s"
         if self._calls.poll(patience):
@@ -234,7 +268,7 @@ class Warden:
 
 
 def peak(function: Callable[..., Any], *arguments: Any) -> tuple[str, int]:
-    """What a function is refused with, and the memory in bytes that it took meanwhile."""
+    """Return the error of a function, and the growth of the peak memory in bytes."""
     torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
@@ -243,14 +277,6 @@ def peak(function: Callable[..., Any], *arguments: Any) -> tuple[str, int]:
     except UserError as error:
         refusal = str(error)
     return refusal, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-
-
-def command(*words: str) -> tuple[int, str, str]:
-    """Run a wmcache command; returns its exit status, all that it printed, and an exception that it let through."""
-    torch.set_num_threads(1)
-    found = CliRunner().invoke(main, words)
-    expected = found.exception is None or isinstance(found.exception, SystemExit)
-    return found.exit_code, found.output, "" if expected else repr(found.exception)
 
 
 def open_and_gather(path: str | Path) -> None:
@@ -271,7 +297,7 @@ def create_encoder(weights: Path) -> None:
 
 
 def resume_run(store: Path, run: Path) -> None:
-    """Go on with a run, with the settings that it was begun with."""
+    """Resume a run with its own settings."""
     config = json.loads((run / "config.json").read_bytes())
     train(store, run, TrainOptions(**{key: config[key] for key in config if key not in ("cache", "shape")}))
 
@@ -281,10 +307,10 @@ def load_model_on_cpu(run: Path) -> None:
     load_model(run, torch.device("cpu"))
 
 
-def gather_around_a_cut(path: Path, shard: int, size: int) -> None:
-    """Read everything, cut a file that is mapped now, and read everything again."""
+def gather_around_a_cut(path: Path, shard: Path, size: int) -> None:
+    """Read everything, cut a mapped file, and read everything again."""
     store = TokenStore.open(path)
     everything = np.arange(len(store))
     store.gather(everything)
-    os.truncate(path / "tokens" / f"c.{shard}.0.0", size)
+    os.truncate(shard, size)
     store.gather(everything)

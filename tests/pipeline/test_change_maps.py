@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from wmcache.cache import StoreWriter, TokenStore
-from wmcache.cache.store import changes_beside
+from wmcache.cache.change_maps import change_maps_path, open_change_maps
 from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
@@ -58,7 +58,7 @@ def test_a_map_says_what_has_changed_since_the_frame_so_many_steps_before(
 ) -> None:
     place = derive_change_maps(own, frameskip)
     assert place == own.path.with_name(f"tcn-64.changes-{frameskip}.zarr")
-    maps, encoder = own.changes(frameskip), changes_for((2, 2), frameskip, "cpu")
+    maps, encoder = open_change_maps(own, frameskip), changes_for((2, 2), frameskip, "cpu")
     assert (maps.path, len(maps), maps.card.token_grid, maps.card.token_dim) == (place, len(own), (2, 2), 4)
     frames = np.concatenate([dataset.read_shard(shard) for shard in range(len(dataset.card.shards))])
     # One after the other, however far that is: across the bounds of shards, and not of episodes, which begin with themselves.
@@ -76,11 +76,11 @@ def test_maps_extracted_with_the_tokens_are_those_derived_later(
     dataset: FrameDataset, encoder: Encoder, own: TokenStore, store_path: Path, tmp_path: Path, all_bytes: Snapshot
 ) -> None:
     out = tmp_path / "together" / "tcn-64.zarr"
-    together = [(encoder, out), (changes_for((2, 2), 5, "cpu"), changes_beside(out, 5))]
+    together = [(encoder, out), (changes_for((2, 2), 5, "cpu"), change_maps_path(out, 5))]
     extract_together(dataset, together)
     derived = derive_change_maps(own)
-    assert TokenStore.open(out).changes(5).identity == own.changes(5).identity
-    assert data(all_bytes, derived) == data(all_bytes, changes_beside(out, 5))
+    assert open_change_maps(TokenStore.open(out), 5).identity == open_change_maps(own, 5).identity
+    assert data(all_bytes, derived) == data(all_bytes, change_maps_path(out, 5))
     # And the tokens are none the worse for it.
     assert data(all_bytes, out) == data(all_bytes, store_path)
 
@@ -100,7 +100,7 @@ def test_an_unfinished_derivation_goes_on(
     with pytest.raises(KeyboardInterrupt):
         derive_change_maps(own)
     with pytest.raises(UserError, match=r"is incomplete.*make them with: wmcache derive change-maps .* --frameskip 5"):
-        own.changes(5)
+        open_change_maps(own, 5)
     again: list[int] = []
 
     def noted(self: StoreWriter, shard: int, tokens: np.ndarray) -> None:
@@ -110,7 +110,7 @@ def test_an_unfinished_derivation_goes_on(
     monkeypatch.setattr(StoreWriter, "write_shard", noted)
     derive_change_maps(own)
     assert sorted(written + again) == list(range(6))
-    assert data(all_bytes, own.changes(5).path) == data(all_bytes, maps_path)
+    assert data(all_bytes, open_change_maps(own, 5).path) == data(all_bytes, maps_path)
 
 
 def test_what_is_there_is_left_alone(own: TokenStore, all_bytes: Snapshot) -> None:
@@ -125,7 +125,7 @@ def test_what_is_there_is_left_alone(own: TokenStore, all_bytes: Snapshot) -> No
 def test_a_store_without_maps_names_the_command_that_makes_them(own: TokenStore) -> None:
     derive_change_maps(own, 4)
     with pytest.raises(UserError, match=r"there are no change maps .*tcn-64\.changes-5\.zarr; ") as raised:
-        own.changes(5)
+        open_change_maps(own, 5)
     assert str(raised.value).endswith(f"make them with: wmcache derive change-maps {own.path} --frameskip 5")
     assert "\n" not in str(raised.value)
 
@@ -134,16 +134,16 @@ def test_damaged_maps_are_refused_with_what_mends_them(own: TokenStore) -> None:
     place = derive_change_maps(own)
     (place / "tokens" / "c.1.0.0").unlink()
     with pytest.raises(UserError, match=f"1 of 6 shards are missing.*wmcache repair {place}"):
-        own.changes(5)
+        open_change_maps(own, 5)
     repair(place, device="cpu")
-    assert own.changes(5).complete
+    assert open_change_maps(own, 5).complete
 
 
 @pytest.mark.parametrize("others", ["frames", "grid", "tokens"])
 def test_maps_that_are_not_of_the_store_are_refused(
     dataset: FrameDataset, encoder: Encoder, own: TokenStore, other_frames: Path, others: str
 ) -> None:
-    place = changes_beside(own.path, 5)
+    place = change_maps_path(own.path, 5)
     if others == "tokens":
         extract(dataset, encoder, place)
     else:
@@ -151,7 +151,7 @@ def test_maps_that_are_not_of_the_store_are_refused(
         lag, grid = (3 if others == "lag" else 5), ((4, 4) if others == "grid" else (2, 2))
         extract(frames, changes_for(grid, lag, "cpu"), place)
     with pytest.raises(UserError, match="is not of the frames or of the grid of") as raised:
-        own.changes(5)
+        open_change_maps(own, 5)
     assert f"{place} is not of the frames" in str(raised.value)
     assert str(raised.value).endswith(f"wmcache derive change-maps {own.path} --frameskip 5")
     assert "\n" not in str(raised.value)
@@ -170,9 +170,9 @@ def test_maps_of_a_store_of_bytes_are_those_extracted_with_it(
 ) -> None:
     path = tmp_path / "tcn-64-int8.zarr"
     maps = changes_for((2, 2), 5, "cpu")
-    extract_together(dataset, [(encoder, path), (maps, changes_beside(path, 5))], dtype="int8")
+    extract_together(dataset, [(encoder, path), (maps, change_maps_path(path, 5))], dtype="int8")
     store = TokenStore.open(path)
-    assert derive_change_maps(store) == store.changes(5).path
+    assert derive_change_maps(store) == open_change_maps(store, 5).path
 
 
 def test_frames_that_have_moved_are_said(copied: Path, encoder: Encoder, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_frames_that_have_moved_are_said(copied: Path, encoder: Encoder, tmp_pat
     with pytest.raises(UserError, match=r"the store's frames are needed: .* or say where they are with --dataset"):
         derive_change_maps(store)
     derive_change_maps(store, dataset=moved)
-    assert store.changes(5).complete
+    assert open_change_maps(store, 5).complete
 
 
 def test_tokens_that_are_no_square_of_patches_have_none(dataset: FrameDataset, tmp_path: Path) -> None:

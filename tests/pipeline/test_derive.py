@@ -69,7 +69,7 @@ def test_an_unfinished_derivation_goes_on(
 
 def test_a_store_without_the_layers_is_not_enough(store: TokenStore, tcn_weights: Path, tmp_path: Path) -> None:
     wanted = encoders.create("tcn-layers", weights=tcn_weights, device="cpu")
-    with pytest.raises(UserError, match=r"holds patch tokens alone, but tcn-layers is made of stem, block 1; extract"):
+    with pytest.raises(UserError, match="stem, block 1"):
         derive(store, wanted, tmp_path / "new.zarr")
     assert list(tmp_path.iterdir()) == []
 

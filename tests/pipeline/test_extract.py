@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import pickle
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,17 +20,9 @@ from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Features
 from wmcache.pipeline.encoders.weights import read_metadata
-from wmcache.pipeline.extract import (
-    Job,
-    default_store,
-    encode_frames,
-    extract,
-    forecast,
-    load_encoders,
-    remember_encoders,
-    slice_of,
-)
+from wmcache.pipeline.extract import encode_frames, extract, extraction_task, forecast, slice_of
 from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.stores import default_store, store_card
 
 Snapshot = Callable[[Path], dict[str, bytes]]
 
@@ -201,16 +193,17 @@ def test_slices_are_contiguous_and_together_all_shards(count: int) -> None:
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_weights_that_are_others_where_a_task_runs_are_refused(
-    dataset: FrameDataset, tcn_weights: Path, tmp_path: Path
-) -> None:
-    mine = Path(shutil.copy(tcn_weights, tmp_path / "mine.safetensors"))
-    ours = encoders.create("tcn", weights=mine, device="cpu")
-    identity = ours.identity(dataset.card.fingerprint)
-    job = Job(json.dumps(ours.recipe()), json.dumps(identity.to_json()), str(tmp_path / "x.zarr"), "one")
-    (loaded,) = load_encoders([job], [job], "auto")
-    assert load_encoders([job], [job], "auto") == [loaded]
-    save_file({name: value + 0.1 for name, value in load_file(mine).items()}, mine, {**read_metadata(mine)})
-    remember_encoders([])
-    with pytest.raises(UserError, match=r"tcn is another one where this task runs \(weights_sha256"):
-        load_encoders([job], [job], "auto")
+def test_a_worker_with_other_weights_refuses(dataset: FrameDataset, tcn_weights: Path, tmp_path: Path) -> None:
+    weights = Path(shutil.copy(tcn_weights, tmp_path / "mine.safetensors"))
+    encoder = encoders.create("tcn", weights=weights, device="cpu")
+    identity = encoder.identity(dataset.card.fingerprint)
+    card = store_card(dataset, encoder, "float16")
+    writer = StoreWriter.create(tmp_path / "x.zarr", card, identity, dataset.steps.columns())
+    task = pickle.loads(pickle.dumps(extraction_task(dataset, [(encoder, writer)], device="cpu", batch=8)))
+    assert task(3) == 64
+    values = {name: value + 0.1 for name, value in load_file(weights).items()}
+    save_file(values, weights, read_metadata(weights))
+    other = pickle.loads(pickle.dumps(extraction_task(dataset, [(encoder, writer)], device="cpu", batch=8)))
+    with pytest.raises(UserError, match=r"tcn .*weights_sha256"):
+        other(4)
+    assert 4 in writer.pending()

@@ -10,6 +10,7 @@ import torch
 from wmcache.cache.windows import split_episodes
 from wmcache.common.device import CPU
 from wmcache.common.errors import UserError
+from wmcache.common.landscapes import descend
 from wmcache.envs import Maze
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
@@ -18,7 +19,7 @@ from wmcache.pipeline.encoders.fitting import FitData
 from wmcache.pipeline.encoders.tcn import TcnOptions
 from wmcache.pipeline.fit import Fitted, default_weights, fit, load_images, read_fit
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.probe import descend, neighbours
+from wmcache.pipeline.landscape import neighbours
 
 
 def fit_on_cpu(

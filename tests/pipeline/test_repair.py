@@ -18,7 +18,7 @@ from wmcache.cache.layout import read_attributes, shard_file, write_attributes
 from wmcache.cache.records import block_file, record_file
 from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
-from wmcache.common.files import read_json, write_json
+from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
 from wmcache.pipeline.extract import extract

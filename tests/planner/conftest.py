@@ -1,4 +1,4 @@
-"""What the tests of the planner share: tiny trained runs, one brought to life, and stores of tokens that are known."""
+"""Fixtures of the planner's tests: costs with a known minimum, a run without proprio, and stores of known tokens."""
 
 from __future__ import annotations
 
@@ -8,12 +8,43 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
+from wmcache.planner.base import Cost
 
 MakeStore = Callable[..., TokenStore]
 TrainRun = Callable[..., Path]
+SHAPE = (3, 4, 2)
+
+
+class Recorded:
+    """A cost that records the candidates it was given, and their costs."""
+
+    def __init__(self, cost: Cost) -> None:
+        self.cost = cost
+        self.actions: list[Tensor] = []
+        self.costs: list[Tensor] = []
+
+    def __call__(self, actions: Tensor) -> Tensor:
+        self.actions.append(actions.detach().clone().requires_grad_(actions.requires_grad))
+        costs = self.cost(actions)
+        self.costs.append(costs.detach())
+        return costs
+
+
+@pytest.fixture
+def target() -> Tensor:
+    """The minimum of `cost`, [3, 4, 2]."""
+    return torch.rand(SHAPE, generator=torch.Generator().manual_seed(5)) * 1.8 - 0.9
+
+
+@pytest.fixture
+def cost(target: Tensor) -> Recorded:
+    """The squared distance to the target."""
+    return Recorded(lambda actions: (actions - target[:, None]).square().sum((2, 3)))
 
 
 @pytest.fixture(scope="session")

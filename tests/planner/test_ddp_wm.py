@@ -20,13 +20,14 @@ from wmcache.bench.compare import GRID, compare_runs, landscape, roughness
 from wmcache.cli import main
 from wmcache.common.errors import UserError
 from wmcache.planner import localization as localization
-from wmcache.planner.evaluate import EvalContext, evaluate, run_episodes
+from wmcache.planner.context import EvalContext
+from wmcache.planner.evaluate import evaluate, run_episodes
 from wmcache.planner.localization import draw_localization
 from wmcache.planner.objective import GoalDistance
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_report
-from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
 SEARCHES: dict[str, dict[str, Any]] = {
     "cem": {"samples": 8, "elites": 3, "iterations": 2},
@@ -99,7 +100,7 @@ def test_an_episode_does_not_depend_on_those_planned_beside_it(
 
 def test_a_run_that_only_knows_where_is_not_planned_with(ddp_run: Path, tmp_path: Path, tiny_plan: PlanOptions) -> None:
     first = run_until(ddp_run, tmp_path / "first", 1)
-    with pytest.raises(UserError, match=r"knows where something changes, .*same options and --stage primary"):
+    with pytest.raises(UserError, match="--stage primary"):
         EvalContext(first, tiny_plan)
 
 

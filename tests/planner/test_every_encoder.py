@@ -27,10 +27,11 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract, extract_together, read_for
 from wmcache.pipeline.fit import fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.planner.evaluate import EvalContext, evaluate
+from wmcache.planner.context import EvalContext
+from wmcache.planner.evaluate import evaluate
 from wmcache.planner.options import PlanOptions
-from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
 # Change maps are labels, and no representation: whoever plans sees a single frame, in which nothing has changed.
 NAMES = [spec.name for spec in encoders.specs() if spec.name != "changes"]

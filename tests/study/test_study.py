@@ -16,7 +16,7 @@ import pytest
 
 from wmcache.cache import TokenStore
 from wmcache.common.errors import UserError
-from wmcache.common.files import exclusive
+from wmcache.common.locks import exclusive
 from wmcache.envs import find_maze
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.study import cells, run, work

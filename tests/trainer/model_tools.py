@@ -104,7 +104,7 @@ def standardised(model: Any, tokens: Tensor, proprio: Tensor, action: Tensor) ->
     """What `predict` takes: tokens, code and action."""
     return (
         (tokens.float() - model.tokens_mean) / model.tokens_std,
-        model.code((proprio - model.proprio_mean) / model.proprio_std),
+        model.embed((proprio - model.proprio_mean) / model.proprio_std),
         (action - model.action_mean) / model.action_std,
     )
 

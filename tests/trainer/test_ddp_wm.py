@@ -6,7 +6,6 @@ import itertools
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,11 +24,11 @@ from torch import Tensor, nn
 
 from wmcache.common.device import autocast
 from wmcache.common.errors import UserError
-from wmcache.trainer.loop import make_optimiser
 from wmcache.trainer.models import DataShape, build
 from wmcache.trainer.models.ddp_wm import DdpWm, DdpWmOptions
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
+from wmcache.trainer.train import make_optimiser
 
 K = 3
 SIZES: dict[str, Any] = {
@@ -214,7 +213,7 @@ class TestRollout:
         model, beginning = make_model(stage, **variant), make_beginning(observed=2)
         tokens, code = model.rollout(*beginning, context=2)
         expected_tokens, expected_code = roll_out_naively(model, *beginning, 2)
-        assert code.shape == (2, IMAGINED, model.proprio_code(beginning[1]).shape[-1])
+        assert code.shape == (2, IMAGINED, model.encode_proprio(beginning[1]).shape[-1])
         torch.testing.assert_close(tokens, expected_tokens, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(code, expected_code, rtol=1e-4, atol=1e-4)
 
@@ -337,7 +336,7 @@ class TestRollout:
         self, variant: dict[str, Any], stage: str
     ) -> None:
         model, (tokens, proprio, actions) = make_model(stage, **variant), make_beginning(1)
-        codes = torch.cat([model.proprio_code(proprio), model.rollout(tokens, proprio, actions)[1]], 1)
+        codes = torch.cat([model.encode_proprio(proprio), model.rollout(tokens, proprio, actions)[1]], 1)
         assert not torch.isclose(codes[:, 1:], codes[:, :-1]).all(-1).any()
 
     def test_an_untrained_model_of_changes_copies_the_observed_frame(self) -> None:
@@ -345,7 +344,7 @@ class TestRollout:
         model.begin("lrm")
         imagined, code = model.eval().rollout(tokens, proprio, actions)
         torch.testing.assert_close(imagined, tokens.expand(-1, IMAGINED, -1, -1))
-        torch.testing.assert_close(code, model.proprio_code(proprio).expand(-1, IMAGINED, -1))
+        torch.testing.assert_close(code, model.encode_proprio(proprio).expand(-1, IMAGINED, -1))
 
     @each_of_two
     def test_it_takes_the_half_precision_of_the_store_and_computes_in_another(self, variant: dict[str, Any]) -> None:
@@ -438,7 +437,7 @@ class TestStages:
         self, variant: dict[str, Any], stage: str
     ) -> None:
         model, options = make_model(stage, **variant, dropout=0.1), TrainOptions(decay_all=True)
-        parts = {id(value) for part in model.parts[stage] for value in part.parameters()}
+        parts = {id(value) for part in model.parts()[stage] for value in part.parameters()}
         own = {name for name, value in model.named_parameters() if id(value) in parts}
         before = {name: value.clone() for name, value in model.state_dict().items()}
         optimiser = make_optimiser(model.train(), options)
@@ -460,7 +459,7 @@ class TestStages:
 
     def test_together_they_train_everything_once(self) -> None:
         model = make_model()
-        parts = [value for stage in STAGES for part in model.parts[stage] for value in part.parameters()]
+        parts = [value for stage in STAGES for part in model.parts()[stage] for value in part.parameters()]
         assert len(parts) == len(set(parts))
         assert set(parts) == set(model.parameters())
 
@@ -476,7 +475,7 @@ class TestStages:
     @each_stage
     def test_what_is_frozen_does_without_dropout(self, stage: str) -> None:
         model = make_model(stage, dropout=0.5).train()
-        modes = {name: {part.training for root in model.parts[name] for part in root.modules()} for name in STAGES}
+        modes = {name: {part.training for root in model.parts()[name] for part in root.modules()} for name in STAGES}
         assert modes == {name: {name == stage} for name in STAGES}
         assert not any(part.training for part in model.eval().modules())
 
@@ -603,13 +602,13 @@ def standard_inputs(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 def check_losses(model: Any, losses: dict[str, Tensor], of_tokens: Tensor, of_code: Tensor | None) -> None:
     torch.testing.assert_close(losses["tokens"], of_tokens, rtol=1e-4, atol=1e-5)
-    if of_code is None or not model.code_dim:
+    if of_code is None or not model.proprio_size:
         assert "proprio" not in losses
         torch.testing.assert_close(losses["loss"], of_tokens, rtol=1e-4, atol=1e-5)
         return
     torch.testing.assert_close(losses["proprio"], of_code, rtol=1e-4, atol=1e-5)
-    dimensions = SHAPE.token_dim + model.code_dim
-    expected = (SHAPE.token_dim * of_tokens + model.code_dim * of_code) / dimensions
+    dimensions = SHAPE.token_dim + model.proprio_size
+    expected = (SHAPE.token_dim * of_tokens + model.proprio_size * of_code) / dimensions
     torch.testing.assert_close(losses["loss"], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -663,28 +662,3 @@ class TestBuilding:
         with pytest.raises(UserError, match=said) as refusal:
             build("ddp-wm", replace(SHAPE, **shape), SIZES | {"head_dim": 0} | options, make_statistics())
         assert "\n" not in str(refusal.value)
-
-    @pytest.mark.parametrize(
-        ("tokens", "counts", "expected"),
-        [
-            (196, [5] * 100, 8),
-            (196, [6] * 100, 16),
-            (196, [1] * 100, 2),
-            # One step in a hundred may have more.
-            (196, [3] * 1000 + [100] * 5, 8),
-            (196, [3] * 1000 + [100] * 20, 98),
-            (8, [7] * 100, 4),
-            (9, [7] * 100, 4),
-            (3, [3] * 100, 1),
-            (2, [0] * 100, 1),
-            (196, [0] * 100, 1),
-            (196, [], 1),
-        ],
-    )
-    def test_k_is_the_least_power_of_two_that_nearly_always_has_room_to_spare_and_at_most_half(
-        self, tokens: int, counts: list[int], expected: int
-    ) -> None:
-        steps = np.random.default_rng(0).permutation(counts)
-        changed = np.arange(tokens) < steps[:, None]
-        assert DdpWm.settle(DdpWmOptions(), tokens, changed) == DdpWmOptions(foreground=expected)
-        assert DdpWm.settle(DdpWmOptions(foreground=5), tokens, changed).foreground == 5

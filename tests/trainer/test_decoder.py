@@ -20,13 +20,16 @@ from numpy.typing import NDArray
 
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
 from wmcache.common.errors import UserError
+from wmcache.engine.checkpoint import last_checkpoint
+from wmcache.engine.log import Log
+from wmcache.pipeline.fit import load_images
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.trainer import decoder, metrics
-from wmcache.trainer.checkpoint import last_checkpoint
-from wmcache.trainer.decoder import DecoderOptions, choose_frames, load_decoder, load_images, train_decoder
-from wmcache.trainer.loop import Log
+from wmcache.trainer.decoder import choose_frames, load_decoder, train_decoder
+from wmcache.trainer.decoders.transposed_conv import TransposedConvDecoder
+from wmcache.trainer.decoders.vqvae import VqVaeDecoder
 from wmcache.trainer.metrics import ImageMetrics, summarise, to_pixels, to_unit
-from wmcache.trainer.models.decoders import TransposedConvDecoder, VqVaeDecoder
+from wmcache.trainer.options import DecoderOptions
 
 CPU = torch.device("cpu")
 TINY = DecoderOptions(

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
-from wmcache.trainer.models.decoders import Codebook, Decoder, DecoderShape, VqVaeDecoder, build_decoder
+from wmcache.engine.codebook import Codebook
+from wmcache.trainer.decoders import Decoder, DecoderShape, build_decoder
+from wmcache.trainer.decoders.vqvae import VqVaeDecoder
 
 SMALL: dict[str, dict[str, Any]] = {
     "vqvae": {"channels": 8, "residual": 4, "blocks": 1},

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from wmcache.cache import StoreWriter, TokenStore
+from wmcache.cache.change_maps import open_change_maps
 from wmcache.cache.layout import shard_file
 from wmcache.cache.windows import batch_windows
 from wmcache.common.errors import UserError
@@ -36,6 +37,21 @@ def test_it_gives_the_batches_of_the_order(store: TokenStore, first: int) -> Non
             assert batch.keys() == expected.keys()
             for name, value in expected.items():
                 np.testing.assert_array_equal(batch[name].numpy(), value)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_batches_have_the_rows_of_extra_stores(ddp_store_path: Path, rank: int) -> None:
+    store = TokenStore.open(ddp_store_path)
+    changes = open_change_maps(store, 5)
+    windows = store.windows(3, 1, 5, "train").with_extras({"changes": changes})
+    with Feed(store, windows, 8, 3, CPU, first=2, rank=rank, world_size=2) as feed:
+        for step in (2, 3):
+            chosen = batch_windows(len(windows), 3, step, 8, rank, 2)
+            batch = feed.next()
+            expected = np.stack([changes.gather(frames) for frames in windows.frames(chosen)])
+            assert expected.shape == (4, 4, 4, 4)
+            np.testing.assert_array_equal(batch["changes"].numpy(), expected)
+            np.testing.assert_array_equal(batch["tokens"].numpy(), windows.batch(chosen)["tokens"])
 
 
 def test_several_processes_get_a_slice_of_each_batch(store: TokenStore) -> None:

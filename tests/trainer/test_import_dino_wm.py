@@ -39,10 +39,10 @@ from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.trainer.checkpoint import load_model, read_config
 from wmcache.trainer.import_dino_wm import import_dino_wm
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.pickled_modules import MOST_PROGRAM_BYTES, Archive
+from wmcache.trainer.runs import load_model, read_config
 
 HISTORY, FRAMESKIP, HEADS, DEPTH = 3, 5, 2, 2
 TINY: dict[str, Any] = {"side": 2, "dim": 12, "embedding": 6, "heads": HEADS, "head_dim": 8, "mlp": 20, "depth": DEPTH}

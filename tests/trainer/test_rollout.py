@@ -29,11 +29,11 @@ each_transformer = pytest.mark.parametrize("variant", TRANSFORMERS, ids=name_of)
 
 def pass_over(model: Any, tokens: Tensor, code: Tensor, actions: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """All frames at once, each of which sees the window that ends with it."""
-    x, condition = model._join(tokens, code, actions)
-    x = x + model._position(range(tokens.shape[1]))
+    x, condition = model.join(tokens, code, actions)
+    x = x + model.position_of(range(tokens.shape[1]))
     for block in model.blocks:
         x, _ = block(x, condition=condition, window=window)
-    predicted: tuple[Tensor, Tensor] = model._split(x, tokens, code)
+    predicted: tuple[Tensor, Tensor] = model.split(x, tokens, code)
     return predicted
 
 
@@ -77,7 +77,7 @@ def test_of_every_variant_it_is_the_rollout_that_computes_everything_anew(varian
     model, beginning = make_trained_model(**variant), make_beginning(observed=2)
     tokens, code = model.rollout(*beginning, context=2)
     expected_tokens, expected_code = roll_out_naively(model, *beginning, 2)
-    assert code.shape == (2, IMAGINED, model.proprio_code(beginning[1]).shape[-1])
+    assert code.shape == (2, IMAGINED, model.encode_proprio(beginning[1]).shape[-1])
     torch.testing.assert_close(tokens, expected_tokens, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(code, expected_code, rtol=1e-4, atol=1e-4)
 
@@ -161,7 +161,7 @@ def test_it_speaks_the_units_of_the_store_and_the_terms_of_the_code() -> None:
     imagined = model.rollout(batch["tokens"], batch["proprio"], batch["action"])
     torch.testing.assert_close(imagined[0], tokens[:, -1:] * statistics["tokens_std"] + statistics["tokens_mean"])
     torch.testing.assert_close(imagined[1], code[:, -1:, 0])
-    torch.testing.assert_close(model.proprio_code(batch["proprio"]), inputs["proprio"])
+    torch.testing.assert_close(model.encode_proprio(batch["proprio"]), inputs["proprio"])
 
 
 @each_variant

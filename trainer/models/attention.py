@@ -1,4 +1,4 @@
-"""Transformer blocks over frames of tokens: causal from frame to frame, full inside a frame, with keys and values that can be kept."""
+"""Transformer blocks over frames of tokens: causal between frames, full inside a frame, with keys and values that can be reused."""
 
 from __future__ import annotations
 
@@ -13,32 +13,30 @@ from wmcache.common.device import attends_plainly
 
 ROTARY_BASE = 10_000.0
 CACHED_WEIGHTS = 2**21
-"""Attention weights that are held at once on the CPU: 4 MiB of bfloat16."""
+"""Attention weights that exist at once on the CPU: 4 MiB of bfloat16."""
 
 
 @dataclass(frozen=True)
 class KeysValues:
-    """Of the frames that a block has seen, each [B, heads, T * tokens, head_dim]."""
+    """Keys and values of the frames that a block has seen, each [B, heads, T * tokens, head_dim]."""
 
     keys: Tensor
     values: Tensor
 
     def repeat(self, copies: int) -> KeysValues:
-        """Each sequence of the batch `copies` times in a row."""
+        """Repeat each sequence of the batch `copies` times in a row."""
         return KeysValues(self.keys.repeat_interleave(copies, 0), self.values.repeat_interleave(copies, 0))
 
     def newest(self, tokens: int) -> KeysValues:
-        """Of the last so many tokens."""
-        first = max(0, self.keys.shape[2] - tokens)
-        return (
-            self
-            if not first
-            else KeysValues(self.keys[:, :, first:].contiguous(), self.values[:, :, first:].contiguous())
-        )
+        """Keep the last `tokens` tokens."""
+        first = self.keys.shape[2] - tokens
+        if first <= 0:
+            return self
+        return KeysValues(self.keys[:, :, first:].contiguous(), self.values[:, :, first:].contiguous())
 
 
 class Block(nn.Module):
-    """Attention and MLP (DINO-WM, models/vit.py), with its variants."""
+    """Attention and MLP (DINO-WM, models/vit.py), with variants."""
 
     def __init__(
         self,
@@ -58,8 +56,8 @@ class Block(nn.Module):
             heads, head_dim: of attention; their product need not be the width.
             mlp: hidden units.
             dropout: in attention, projections and MLP.
-            conditioned: an adaptive layer norm (DiT, arXiv 2212.09748, adaLN-zero) takes a vector for each frame.
-            rotary: queries and keys are turned by the number of their frame (arXiv 2104.09864).
+            conditioned: whether an adaptive layer norm (DiT, arXiv 2212.09748, adaLN-zero) takes a vector for each frame.
+            rotary: whether queries and keys are rotated by the number of their frame (arXiv 2104.09864).
         """
         super().__init__()
         self.heads, self.head_dim, self.dropout, self.rotary = heads, head_dim, dropout, rotary
@@ -91,13 +89,13 @@ class Block(nn.Module):
             past: of the frames before, or None.
             condition: [B, T, width], where the block is conditioned.
             first: number of the first frame of `x`, for rotary positions.
-            only_keys: nothing but the keys and values is wanted; `x` comes back as it went in.
+            only_keys: compute keys and values only, and return `x` unchanged.
 
         Returns:
             [B, T, tokens, width], and the keys and values of the newest frames that a following frame can attend to.
         """
         frames, tokens = x.shape[1:3]
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self._modulation(condition)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(condition)
         normed = modulated(self.norm_attention(x), shift, scale)
         # Contiguous, because joining and multiplying strided parts costs more than the copy.
         q, k, v = rearrange(
@@ -110,15 +108,13 @@ class Block(nn.Module):
         kept = KeysValues(k, v).newest((window - 1) * tokens)
         if only_keys:
             return x, kept
-        attended = rearrange(
-            attend(q, k, v, tokens, window, self.dropout if self.training else 0.0),
-            "b h (t n) c -> b t n (h c)",
-            t=frames,
-        )
+        dropout = self.dropout if self.training else 0.0
+        attended = rearrange(attend(q, k, v, tokens, window, dropout), "b h (t n) c -> b t n (h c)", t=frames)
         x = x + gated(F.dropout(self.out(attended), self.dropout, self.training), gate)
         return x + gated(self.mlp(modulated(self.norm_mlp(x), shift_mlp, scale_mlp)), gate_mlp), kept
 
-    def _modulation(self, condition: Tensor | None) -> tuple[Tensor | None, ...]:
+    def modulation(self, condition: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return shift, scale and gate of attention and of the MLP, [B, T, 1, width] each; None where the block is not conditioned."""
         if self.modulate is None or condition is None:
             return (None,) * 6
         parts: tuple[Tensor, ...] = self.modulate(F.silu(condition))[:, :, None].chunk(6, -1)
@@ -126,9 +122,9 @@ class Block(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tokens: int, window: int, dropout: float = 0.0) -> Tensor:
-    """Attention in which each frame's queries meet the keys of its own and the `window` - 1 frames before it.
+    """Attend from each frame to itself and to the `window` - 1 frames before it.
 
-    One call a frame, on just the keys that it may see: no mask to build, to read, or to spend arithmetic under.
+    One call for each frame, on just the keys that it may see, costs less than a mask over all of them.
 
     Args:
         q: [B, heads, T * tokens, head_dim] of the newest T frames. k, v: [B, heads, K * tokens, head_dim], K >= T.
@@ -137,32 +133,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tokens: int, window: int, dropout: f
         dropout: of attention weights.
 
     Returns:
-        As `q`.
+        The shape of `q`.
     """
     frames, behind = q.shape[2] // tokens, (k.shape[2] - q.shape[2]) // tokens
-    one = attend_plainly if attends_plainly(q) else F.scaled_dot_product_attention
     parts = []
     for frame in range(frames):
         stop = behind + frame + 1
         seen = slice(max(0, stop - window) * tokens, stop * tokens)
         own = q[:, :, frame * tokens : (frame + 1) * tokens]
-        parts.append(one(own, k[:, :, seen], v[:, :, seen], dropout_p=dropout))
+        parts.append(attend_all(own, k[:, :, seen], v[:, :, seen], dropout))
     return parts[0] if frames == 1 else torch.cat(parts, 2)
 
 
-def attend_plainly(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """Attention as plain products; a few sequences at a time, so that the weights stay in the processor's cache."""
+def attend_all(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """Attend from all queries to all keys, by whichever kernel is faster."""
+    if not attends_plainly(q):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    # A few sequences at a time, so that the weights stay in the processor's cache.
     some = max(1, CACHED_WEIGHTS // (q.shape[1] * q.shape[2] * k.shape[2]))
     with torch.autocast(q.device.type, enabled=False):
         parts = []
         for own, keys, values in zip(*(torch.split(part, some) for part in (q, k, v)), strict=True):
             weights = torch.matmul(own * own.shape[-1] ** -0.5, keys.transpose(-1, -2)).softmax(-1)
-            parts.append(torch.matmul(F.dropout(weights, dropout_p, training=dropout_p > 0), values))
+            parts.append(torch.matmul(F.dropout(weights, dropout, training=dropout > 0), values))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def rotate(x: Tensor, first: int, frames: int) -> Tensor:
-    """Turn pairs of channels by angles that grow with the number of the frame (rotary positions, arXiv 2104.09864).
+    """Rotate pairs of channels by angles that grow with the number of the frame (rotary positions, arXiv 2104.09864).
 
     Args:
         x: [B, heads, T * tokens, head_dim]. first: number of the first frame. frames: T.
@@ -173,25 +171,25 @@ def rotate(x: Tensor, first: int, frames: int) -> Tensor:
     angle = angle.repeat_interleave(x.shape[2] // frames, 0)[:, None]
     cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     pairs = rearrange(x, "b h l (two c) -> b h l two c", two=2)
-    turned = pairs * cosine + pairs.flip(-2) * torch.cat([-sine, sine], 1)
-    return rearrange(turned, "b h l two c -> b h l (two c)")
+    rotated = pairs * cosine + pairs.flip(-2) * torch.cat([-sine, sine], 1)
+    return rearrange(rotated, "b h l two c -> b h l (two c)")
 
 
 def modulated(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    """Scaled and shifted, where there is something to do it by."""
+    """Scale and shift by what `Block.modulation` returns."""
     return x if shift is None or scale is None else x * (1 + scale) + shift
 
 
 def gated(x: Tensor, gate: Tensor | None) -> Tensor:
-    """Times the gate, where there is one."""
+    """Multiply by the gate that `Block.modulation` returns."""
     return x if gate is None else x * gate
 
 
 class CrossAttention(nn.Module):
-    """Queries of some tokens meet keys and values of others."""
+    """Attention from some tokens to others."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
-        """Args: `width` of all tokens, which `heads` need not divide; `dropout` of attention weights."""
+        """Build it for tokens of `width`, which `heads` need not divide, with `dropout` of attention weights."""
         super().__init__()
         self.heads, self.dropout = heads, dropout
         inner = heads * -(-width // heads)
@@ -199,14 +197,12 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(inner, width)
 
     def keys_values(self, keys: Tensor, values: Tensor) -> KeysValues:
-        """Of tokens [B, n, width]."""
+        """Project tokens [B, n, width] to keys and values."""
         return KeysValues(self.apart(self.k(keys)), self.apart(self.v(values)))
 
     def forward(self, queries: Tensor, seen: KeysValues) -> Tensor:
-        """What queries [B, n, width] find, [B, n, width]."""
-        q = self.apart(self.q(queries))
-        one = attend_plainly if attends_plainly(q) else F.scaled_dot_product_attention
-        found = one(q, seen.keys, seen.values, dropout_p=self.dropout if self.training else 0.0)
+        """[B, n, width] -> [B, n, width]."""
+        found = attend_all(self.apart(self.q(queries)), seen.keys, seen.values, self.dropout if self.training else 0.0)
         joined: Tensor = self.out(rearrange(found, "b h n c -> b n (h c)"))
         return joined
 

@@ -1,26 +1,32 @@
-"""What every world model is to the trainer and to the planner."""
+"""The contract of a world model with the training loop and the planner."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
+from wmcache.cache.store import TokenStore
+from wmcache.cache.windows import Windows
+from wmcache.common.errors import UserError
 from wmcache.common.schema import Size
+from wmcache.trainer.validation import rollout_errors, skills
 
 
 @dataclass(frozen=True)
 class DataShape:
-    """What a model must know of the data, beside its own options.
+    """Sizes of the data.
 
     Attributes:
         tokens: N, tokens of a frame.
         token_dim: D.
-        proprio_dim: P; 4 for PointMaze (x, y, vx, vy).
-        action_dim: f * A, the f env actions of a model step; 10 at frameskip 5.
+        proprio_dim: P.
+        action_dim: f * A, the f env actions of a model step.
         history: H, context frames.
         columns: of the token grid, which has N / columns rows.
     """
@@ -33,28 +39,122 @@ class DataShape:
     columns: Size = 1
 
 
-@runtime_checkable
-class WorldModel(Protocol):
-    """An action-conditioned predictor of latents. Latents and actions in and out are in the store's own units."""
+class WorldModel(nn.Module, ABC):
+    """An action-conditioned predictor of latents. Latents and actions are in the store's units.
 
-    shape: DataShape
+    A model implements `loss` and `rollout`; everything else has a default. `MODELS.register` gives it a name.
+    """
 
-    def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:
-        """Training loss.
+    Options: ClassVar[type[Any]]
+    """Dataclass of the model's options; its fields become options of the command line."""
+    stages: ClassVar[tuple[str, ...]] = ()
+    """Names of the training stages in their order; empty for a model that is trained in one go."""
+    plannable_after: ClassVar[str] = ""
+    """The first stage after which `rollout` is meaningful."""
+    pools: ClassVar[bool] = False
+    """Whether `loss` can average the token grid (`--pool`)."""
+
+    stage: Tensor
+    """Buffer: number of the stage that is or was trained last, from 1; 0 before the first. Only for a model with stages."""
+
+    def __init__(self, shape: DataShape, options: Any, statistics: Mapping[str, Tensor]) -> None:
+        """Register what a planner needs of the data, so that it opens no store.
 
         Args:
-            batch: tokens [B, T, N, D], proprio [B, T, P], action [B, T, f * A], with T = H + 1 (see `Windows.batch`).
-            pool: side of the squares of the token grid that are averaged first; 1 leaves the tokens as they are.
+            shape: sizes of the data.
+            options: an instance of `Options`.
+            statistics: `{tokens,proprio,action}_{mean,std}`, float32 vectors; kept as buffers of these names.
+        """
+        super().__init__()
+        self.shape, self.options = shape, options
+        for name, value in statistics.items():
+            self.register_buffer(name, value)
+        if self.stages:
+            self.register_buffer("stage", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def configure(cls, store: TokenStore, windows: Windows, options: Any) -> Any:  # noqa: ARG003
+        """Return the options with everything filled in that depends on the data.
+
+        Raises:
+            UserError: the model cannot be trained on this store.
+        """
+        return options
+
+    @classmethod
+    def extras(cls, store: TokenStore, windows: Windows, options: Any) -> dict[str, TokenStore]:  # noqa: ARG003
+        """Open stores with a row for each frame of the tokens' store; batches have these rows beside tokens (`Windows.with_extras`).
+
+        Raises:
+            UserError: a store is missing.
+        """
+        return {}
+
+    @classmethod
+    def may_change_after(cls, stage: str) -> frozenset[str]:  # noqa: ARG003
+        """Return the options that what was trained up to this stage does not depend on."""
+        return frozenset()
+
+    @classmethod
+    def stage_before_planning(cls, reached: str) -> str:
+        """Return the stage to train next where `rollout` is not meaningful after stage `reached` ("": none), else ""."""
+        done = cls.stages.index(reached) + 1 if reached else 0
+        needed = cls.stages.index(cls.plannable_after) + 1 if cls.plannable_after else 0
+        return cls.stages[done] if done < needed else ""
+
+    @property
+    def stage_name(self) -> str:
+        """Name of the stage that is or was trained last; "" for none."""
+        number = int(self.stage) if self.stages else 0
+        return self.stages[number - 1] if number else ""
+
+    def begin(self, stage: str) -> None:
+        """Prepare to train a stage. A model with stages also freezes here what the stage does not train."""
+        self.stage.fill_(self.stages.index(stage) + 1)
+
+    def check_pool(self, pool: int) -> None:
+        """Raise UserError where `loss` cannot average squares of `pool` x `pool` tokens."""
+        rows, columns = self.shape.tokens // self.shape.columns, self.shape.columns
+        if pool > 1 and not self.pools:
+            raise UserError("this world model has no coarser grid of tokens; leave out --pool")
+        if rows % pool or columns % pool:
+            raise UserError(
+                f"--pool {pool} does not divide the grid of {rows} x {columns} tokens; choose a divisor of both"
+            )
+
+    @abstractmethod
+    def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:
+        """Compute the training loss, of the present stage where there are stages.
+
+        Args:
+            batch: tokens [B, T, N, D], proprio [B, T, P], action [B, T, f * A], T = H + 1, and a row of each of `extras` [B, T, …].
+            pool: side of the squares of the token grid to average first; above 1 only where `check_pool` allows it.
 
         Returns:
-            `loss` to descend, and parts of it to log; scalars.
+            `loss`, and parts of it to log; scalars.
         """
-        ...
 
-    def proprio_code(self, proprio: Tensor) -> Tensor:
-        """What the model makes of proprio, [B, T, P] -> [B, T, Q]: the terms in which `rollout` speaks of it. Q is 0 where it sees none."""
-        ...
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return groups for the optimiser; keys beside `params` override its settings. Default: all trainable parameters in one group."""
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
+    def after_step(self) -> None:
+        """Update what no gradient moves, such as target networks; called after each optimiser step."""
+
+    def validate(self, windows: Windows, device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
+        """Measure the model on held-out windows of one observed frame and some that follow; they have the model's `extras`.
+
+        Returns:
+            By default `skill_k` for each model step k, see `skills`. None where a figure is not defined.
+        """
+        found = skills(*rollout_errors(self, windows, device, dtype))
+        return {f"skill_{k}": value for k, value in enumerate(found, start=1)}
+
+    def encode_proprio(self, proprio: Tensor) -> Tensor:
+        """Embed proprio as `rollout` predicts it, [B, T, P] -> [B, T, Q]. Q is 0 for a model that sees no proprio, the default."""
+        return proprio[..., :0]
+
+    @abstractmethod
     def rollout(
         self, tokens: Tensor, proprio: Tensor, actions: Tensor, context: int | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -64,10 +164,23 @@ class WorldModel(Protocol):
             tokens: [B, n, N, D], n >= 1 observed frames.
             proprio: [B, n, P] of those frames.
             actions: [B, n - 1 + t, f * A]; action k leads from frame k to frame k + 1. Or [B, S, n - 1 + t, f * A], S futures of each
-                beginning, whose first n - 1 actions, the past, are the same.
-            context: frames, observed or imagined, that a step sees; None means all of the model's history.
+                observed sequence, whose first n - 1 actions, the past, are the same.
+            context: frames, observed or imagined, that a step sees; None means the model's history.
 
         Returns:
-            Latents [B, t, N, D] and proprio codes [B, t, Q] of the t frames after the observed ones; [B, S, t, …] for S futures.
+            Latents [B, t, N, D] and proprio embeddings [B, t, Q] of the t frames after the observed ones; [B, S, t, …] for S futures.
         """
+
+
+@runtime_checkable
+class Localizes(Protocol):
+    """A world model that predicts which patches change, so that a picture can show it."""
+
+    @property
+    def labels_from_pixels(self) -> bool:
+        """Whether what has changed is measured on frames: then a batch needs their change maps, `changes` [B, T, N, 4]."""
+        ...
+
+    def change_masks(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mark patches for each step of a batch, bool [B, T - 1, N]: those that `changes`, are `computed` and are `likely to change`."""
         ...

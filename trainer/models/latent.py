@@ -1,10 +1,11 @@
-"""What the world models on patch tokens share: how tokens, proprio and actions enter them, in which units, and what an error weighs."""
+"""What world models on patch tokens share: units, embeddings of proprio and action, and the weights of losses."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from einops import rearrange
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 from wmcache.common.errors import UserError
 from wmcache.common.options import ShareBelowOne, option
 from wmcache.common.schema import Size
-from wmcache.trainer.models.base import DataShape
+from wmcache.trainer.models.base import DataShape, WorldModel
 
 SizeOrNone = Annotated[int, Field(ge=0, le=2**16)]
 
-LEAST_DEVIATION = 1e-6
-"""Of a channel that never changes."""
+MIN_STD = 1e-6
+"""Standard deviation of a channel that never changes."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class LatentOptions:
     dropout: ShareBelowOne = option(0.1, "Dropout in attention, projections and MLP.")
 
     def __post_init__(self) -> None:
-        """Refuse what does not go together."""
+        """Refuse options that do not go together."""
         if self.width and not self.head_dim and self.width % self.heads:
             raise UserError(f"--width {self.width} is not a multiple of --heads {self.heads}; or give --head-dim")
         if not self.width and not self.head_dim:
@@ -53,72 +54,77 @@ class LatentOptions:
             raise UserError("--width 0 has no head for raw proprio; choose --proprio embedding or none, or a --width")
 
 
-class LatentModel(nn.Module):
-    """The ways in and out. Frames go through as tokens [B, T, N, D] and a code [B, T, M, Q] of the proprio, both standardised; M is 1 where
-    all patches share the code, and N where each keeps a prediction of its own.
+class LatentModel(WorldModel):
+    """A world model on patch tokens.
 
-    Attributes:
-        stages: what is trained one after another, each on what the one before has left; none where all is trained at once.
-        pools: whether it can be trained on a coarser grid of tokens first.
-        code_dim: Q; 0 for a model that sees no proprio.
+    Inside, frames are tokens [B, T, N, D] and an embedding [B, T, M, Q] of proprio, both standardised. M is 1 where all patches share the
+    embedding, and N where each predicts its own. With `proprio` = `raw` the embedding is the standardised proprio itself.
     """
 
-    stages: tuple[str, ...] = ()
-    pools: bool = True
+    pools = True
+
+    options: LatentOptions
+    tokens_mean: Tensor
+    tokens_std: Tensor
+    proprio_mean: Tensor
+    proprio_std: Tensor
+    action_mean: Tensor
+    action_std: Tensor
 
     def __init__(
         self,
         shape: DataShape,
-        options: Any,
+        options: LatentOptions,
         statistics: Mapping[str, Tensor],
         *,
-        embedding: int,
+        proprio_embedding: int,
         action_embedding: int,
     ) -> None:
-        """Args: `embedding` of proprio and `action_embedding`, dimensions of them; the others as for every model, see `DinoWm`."""
-        super().__init__()
-        self.shape, self.options = shape, options
-        for name, value in statistics.items():
-            kept = value.float().clamp_min(LEAST_DEVIATION) if name.endswith("std") else value.float()
-            if name.startswith("tokens") and not options.standardise:
-                kept = torch.full_like(kept, float(name.endswith("std")))
-            self.register_buffer(name, kept)
-        self.code_dim = {"raw": shape.proprio_dim, "embedding": embedding, "none": 0}[options.proprio]
-        self.embed_proprio = nn.Linear(shape.proprio_dim, embedding) if options.proprio != "none" else None
+        """Build the embeddings, of so many dimensions; the other arguments are those of `WorldModel`."""
+        known = {
+            name: value.float().clamp_min(MIN_STD) if name.endswith("std") else value.float()
+            for name, value in statistics.items()
+        }
+        if not options.standardise:
+            known["tokens_mean"] = torch.zeros_like(known["tokens_mean"])
+            known["tokens_std"] = torch.ones_like(known["tokens_std"])
+        super().__init__(shape, options, known)
+        self.proprio_size = {"raw": shape.proprio_dim, "embedding": proprio_embedding, "none": 0}[options.proprio]
+        self.embed_proprio = nn.Linear(shape.proprio_dim, proprio_embedding) if options.proprio != "none" else None
         self.embed_action = nn.Linear(shape.action_dim, action_embedding)
 
-    def standardised(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From the store's units to the model's; a model that takes tokens as they come has a mean of 0 and a deviation of 1 for them."""
+    def standardise(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Convert from the store's units to the model's."""
         return (
             (tokens.float() - self.tokens_mean) / self.tokens_std,
             (proprio - self.proprio_mean) / self.proprio_std,
             (action - self.action_mean) / self.action_std,
         )
 
-    def code(self, proprio: Tensor) -> Tensor:
-        """Standardised proprio [B, T, P] -> its code [B, T, 1, Q]; Q is 0 for a model that sees none."""
+    def embed(self, proprio: Tensor) -> Tensor:
+        """Embed standardised proprio, [B, T, P] -> [B, T, 1, Q]."""
         if self.embed_proprio is None:
             return proprio[:, :, None, :0]
         return (self.embed_proprio(proprio) if self.options.proprio == "embedding" else proprio)[:, :, None]
 
-    def proprio_code(self, proprio: Tensor) -> Tensor:
-        """See `WorldModel.proprio_code`."""
-        return self.code((proprio - self.proprio_mean) / self.proprio_std)[:, :, 0].float()
+    def encode_proprio(self, proprio: Tensor) -> Tensor:
+        """See `WorldModel.encode_proprio`."""
+        return self.embed((proprio - self.proprio_mean) / self.proprio_std)[:, :, 0].float()
 
-    def embedded_code(self, code: Tensor) -> list[Tensor]:
-        """What a code [B, T, M, Q] adds to the tokens, [B, T, M, embedding]; nothing for a model that sees none."""
+    def proprio_inputs(self, embedding: Tensor) -> list[Tensor]:
+        """Return what the network sees of proprio beside the tokens: one tensor [B, T, M, embedding dimensions], or none."""
         if self.embed_proprio is None:
             return []
-        return [self.embed_proprio(code) if self.options.proprio == "raw" else code]
+        return [self.embed_proprio(embedding) if self.options.proprio == "raw" else embedding]
 
-    def weighted(self, token_loss: Tensor, code_loss: Tensor | None, tokens_a_code: int = 1) -> dict[str, Tensor]:
-        """Losses, in which each error weighs as its dimensions have it (DINO-WM): a code on every patch, or one for so many tokens."""
-        if code_loss is None:
+    def weigh(self, token_loss: Tensor, proprio_loss: Tensor | None, tokens: int = 1) -> dict[str, Tensor]:
+        """Join the losses of tokens and proprio, each weighted by its number of dimensions (DINO-WM): one embedding for so many tokens."""
+        if proprio_loss is None:
             return {"loss": token_loss, "tokens": token_loss.detach()}
-        of_tokens, of_code = float(self.shape.token_dim * tokens_a_code), float(self.code_dim)
-        share = of_code / (of_code + of_tokens)
-        loss = (1 - share) * token_loss + share * code_loss
-        return {"loss": loss, "tokens": token_loss.detach(), "proprio": code_loss.detach()}
+        of_tokens, of_proprio = float(self.shape.token_dim * tokens), float(self.proprio_size)
+        share = of_proprio / (of_proprio + of_tokens)
+        loss = (1 - share) * token_loss + share * proprio_loss
+        return {"loss": loss, "tokens": token_loss.detach(), "proprio": proprio_loss.detach()}
 
     def rollout(
         self, tokens: Tensor, proprio: Tensor, actions: Tensor, context: int | None = None
@@ -127,42 +133,35 @@ class LatentModel(nn.Module):
         many = actions.ndim == 4
         samples = actions.shape[1] if many else 1
         futures = actions.flatten(0, 1) if many else actions
-        tokens, proprio, futures = self.standardised(tokens, proprio, futures)
+        tokens, proprio, futures = self.standardise(tokens, proprio, futures)
         context = min(context or self.shape.history, self.shape.history)
-        imagined = self.imagine(tokens, self.code(proprio), futures, samples, context)
+        imagined = self.imagine(tokens, self.embed(proprio), futures, samples, context)
         latents = torch.cat([frame[0] for frame in imagined], 1) * self.tokens_std + self.tokens_mean
-        codes = torch.cat([frame[1] for frame in imagined], 1)[:, :, 0]
+        embeddings = torch.cat([frame[1] for frame in imagined], 1)[:, :, 0]
         if many:
             return rearrange(latents, "(b s) t n d -> b s t n d", s=samples), rearrange(
-                codes, "(b s) t q -> b s t q", s=samples
+                embeddings, "(b s) t q -> b s t q", s=samples
             )
-        return latents, codes
+        return latents, embeddings
 
+    @abstractmethod
     def imagine(
-        self, tokens: Tensor, code: Tensor, futures: Tensor, samples: int, context: int
+        self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int
     ) -> list[tuple[Tensor, Tensor]]:
-        """A rollout, everything standardised.
+        """Roll out, everything standardised.
 
         Args:
-            tokens: [B, n, N, D] observed. code: [B, n, M, Q] of them.
-            futures: [B * samples, n - 1 + t, f * A], of which those of one beginning follow each other.
-            samples: futures of each beginning. context: frames that a step sees.
+            tokens: [B, n, N, D] observed. embedding: [B, n, 1, Q] of their proprio.
+            futures: [B * samples, n - 1 + t, f * A]; those of one observed sequence follow each other.
+            samples: futures of each observed sequence. context: frames that a step sees.
 
         Returns:
-            Tokens [B * samples, 1, N, D] and code [B * samples, 1, M, Q] of each of the t frames after the observed ones.
+            Tokens [B * samples, 1, N, D] and embedding [B * samples, 1, M, Q] of each of the t frames after the observed ones.
         """
-        raise NotImplementedError
-
-    tokens_mean: Tensor
-    tokens_std: Tensor
-    proprio_mean: Tensor
-    proprio_std: Tensor
-    action_mean: Tensor
-    action_std: Tensor
 
 
-def say_nothing_changes(*heads: nn.Linear | None) -> None:
-    """Have the last layers of a model that predicts changes start with none, the baseline that every figure is compared with."""
+def zero_init(*heads: nn.Linear | None) -> None:
+    """Zero the last layers of a model that predicts changes: it starts as the copying baseline."""
     for head in heads:
         if head is not None:
             nn.init.zeros_(head.weight)
@@ -170,5 +169,13 @@ def say_nothing_changes(*heads: nn.Linear | None) -> None:
 
 
 def append(tokens: Tensor, parts: list[Tensor]) -> Tensor:
-    """Tokens [B, T, N, D], each with what its frame has beside them, parts [B, T, 1 or N, …]."""
+    """Append to the channels of tokens [B, T, N, D] those of parts [B, T, 1 or N, …]."""
     return torch.cat([tokens, *(part.expand(-1, -1, tokens.shape[2], -1) for part in parts)], -1)
+
+
+def pool_grid(tokens: Tensor, columns: int, pool: int) -> Tensor:
+    """Average squares of a token grid: [B, T, N, D] -> [B, T, N / pool², D]; see `WorldModel.check_pool`."""
+    if pool == 1:
+        return tokens
+    grid = rearrange(tokens, "b t (r i c j) d -> b t r c i j d", i=pool, j=pool, c=columns // pool)
+    return grid.mean((4, 5)).flatten(2, 3)

@@ -1,0 +1,41 @@
+"""Change maps beside a token store: for each frame and patch, which of 2 x 2 cells have changed since an earlier frame."""
+
+from __future__ import annotations
+
+import contextlib
+
+from wmcache.cache.store import TokenStore
+from wmcache.common.errors import UnreadableError, UserError, command
+from wmcache.common.paths import AnyPath, exists
+
+
+def change_maps_path(store: AnyPath, frameskip: int) -> AnyPath:
+    """Return the path of a store's change maps, of frames so many env steps apart."""
+    return store.with_name(f"{store.stem}.changes-{frameskip}.zarr")
+
+
+def open_change_maps(store: TokenStore, frameskip: int) -> TokenStore:
+    """Open a store's change maps: for each frame what has changed since the one `frameskip` env steps before, [N, 4] cells.
+
+    Raises:
+        UserError: they do not exist, or are of other frames or of another grid.
+    """
+    path = change_maps_path(store.path, frameskip)
+    make = command("wmcache", "derive", "change-maps", store.path, "--frameskip", frameskip)
+    with contextlib.suppress(OSError):  # opening them reports it better
+        if not exists(path):
+            raise UserError(f"there are no change maps {path}; make them with: {make}")
+    try:
+        maps = TokenStore.open(path, mirrored=True)
+    except UnreadableError:
+        raise
+    except UserError as error:
+        raise UserError(f"the change maps of {store.path} cannot be used ({error}); make them with: {make}") from error
+    wanted = (store.identity.dataset_fingerprint, store.card.token_grid, "changes", frameskip)
+    card, identity = maps.card, maps.identity
+    if wanted != (identity.dataset_fingerprint, card.token_grid, identity.encoder, card.encoder.get("lag")):
+        raise UserError(
+            f"{path} is not of the frames or of the grid of {store.path}, or is something else; move it away, "
+            f"then make it again with: {make}"
+        )
+    return maps

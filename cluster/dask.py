@@ -1,0 +1,333 @@
+"""Pools of Dask workers: processes of this machine, a running scheduler, or SLURM jobs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import logging
+import sys
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from typing import Any, Self
+
+from wmcache.cluster.tasks import AHEAD, Calls, Cluster, catch_user_error, log
+from wmcache.common.cpus import SPINS, limit_threads
+from wmcache.common.errors import UserError, command, reason
+from wmcache.common.memory import available_ram
+
+# Ctrl-C reaches all processes of a terminal; this one stops the workers. Their warnings about cancelled tasks and a scheduler that ended
+# a moment before them do not matter.
+QUIET_WORKER = """
+import logging, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+logging.getLogger("distributed.worker.state_machine").setLevel(logging.ERROR)
+logging.getLogger("distributed.worker").addFilter(lambda record: "heartbeat" not in record.getMessage())
+"""
+FIRST_OUT_OF_MEMORY = """
+from contextlib import suppress
+from pathlib import Path
+with suppress(OSError):
+    Path("/proc/self/oom_score_adj").write_text("500")
+"""
+"""Lets the kernel kill a worker, which costs a few tasks, before it kills the command."""
+OWN_GPU = """
+def dask_setup(worker):
+    import os
+    gpus = {gpus}
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker.name) % len(gpus)]
+"""
+MALLOC = "MALLOC_TRIM_THRESHOLD_=268435456 MALLOC_MMAP_THRESHOLD_=33554432"
+"""The thresholds that glibc reaches by itself. Dask's nanny sets lower ones, which halves the speed of an encoder."""
+WORKER_VARIABLES = " ".join([MALLOC, *(f"{name}={value}" for name, value in SPINS.items())])
+"""Environment variables of workers that this process does not start itself."""
+SECONDS_TO_CONNECT = 10
+SECONDS_BETWEEN_COUNTS = 5.0
+LOCAL_SETTINGS = {
+    "distributed.comm.require-encryption": False,
+    "distributed.scheduler.idle-timeout": None,
+    "distributed.worker.lifetime.duration": None,
+}
+"""Override the user's settings for other clusters: with some of them, workers of this machine would not start, or would stop."""
+QUEUE_AT_SCHEDULER = {"distributed.scheduler.worker-saturation": 1.0}
+"""Assign a task only to a free thread: Dask counts the death of a worker against all tasks assigned to it."""
+MUST_MATCH = ("python", "dask", "distributed", "wmcache")
+
+_alone = threading.Lock()
+
+
+@contextmanager
+def open_dask_pool(where: Cluster, workers: int, threads: int, label: str, *, dashboard: bool) -> Iterator[_DaskPool]:
+    """Open a pool of Dask workers; arguments and errors as in `open_pool`."""
+    with ExitStack() as stack:
+        with dask_errors(where.text):
+            importlib.import_module("distributed")
+        stack.enter_context(_filtered_logs())
+        keep_workers: Callable[[], None] = _do_nothing
+        if where.address is not None:
+            client = stack.enter_context(_connect(where.address))
+        elif where.profile is not None:
+            from wmcache.cluster.slurm import submit_workers
+
+            client, keep_workers = stack.enter_context(submit_workers(where, where.profile, workers, threads))
+        else:
+            client = stack.enter_context(_start_workers(workers, threads))
+        if dashboard and importlib.util.find_spec("bokeh"):
+            with suppress(KeyError):  # a scheduler without a dashboard
+                log(f"dashboard: {client.dashboard_link}")
+        if where.elsewhere:
+            _wait_for_workers(client, where, keep_workers)
+        yield stack.enter_context(_DaskPool(client, where, label, threads, keep_workers))
+
+
+class _DaskPool:
+    """A pool of the workers of a Dask client. `keep_workers` is called repeatedly while the pool waits."""
+
+    def __init__(self, client: Any, where: Cluster, label: str, threads: int, keep_workers: Callable[[], None]) -> None:
+        from distributed import as_completed
+
+        self._client, self._where, self._keep_workers = client, where, keep_workers
+        self._alone = threads == 1
+        # The scheduler queues tasks of one large group instead of assigning them before a thread is free.
+        self._group, self._numbers = f"{label}-{uuid.uuid4().hex}", itertools.count()
+        self._completed = as_completed(loop=client.loop)
+        self._running: dict[Any, Hashable] = {}
+        self._threads: dict[str, int] = {}
+        self._counted = -SECONDS_BETWEEN_COUNTS
+
+    @property
+    def workers(self) -> int:
+        return len(self._count_threads())
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def room(self) -> int:
+        return max(0, AHEAD * max(1, sum(self._count_threads().values())) - self.running)
+
+    def _count_threads(self) -> dict[str, int]:
+        if time.monotonic() > self._counted + SECONDS_BETWEEN_COUNTS:
+            with _connection_errors(self._where):
+                self._threads = self._client.nthreads()
+            self._counted = time.monotonic()
+        return self._threads
+
+    def submit(self, calls: Calls) -> None:
+        from distributed.protocol.pickle import dumps
+
+        # As bytes, so that the scheduler does not import what only workers need.
+        packed = [(key, dumps(call)) for key, call in calls]
+        if packed:
+            keys, tasks = zip(*packed, strict=True)
+            names = [(self._group, next(self._numbers)) for _ in packed]
+            with _connection_errors(self._where):
+                futures = self._client.map(_run_packed, tasks, key=names, pure=False, alone=self._alone)
+            self._running |= dict(zip(futures, keys, strict=True))
+            self._completed.update(futures)
+
+    def finished(self) -> list[tuple[Any, Any]]:
+        while not self._completed.has_ready():
+            self._keep_workers()
+            with self._completed.thread_condition:
+                self._completed.thread_condition.wait(0.1)
+        return [(self._running.pop(future), self._result(future)) for future in self._completed.next_batch(block=False)]
+
+    def _result(self, future: Any) -> Any:
+        from distributed import KilledWorker
+
+        try:
+            return future.result()
+        except KilledWorker:  # on several workers, since Dask tries it again
+            if self._where.profile is not None:
+                more = "raise memory in the profile"
+            elif self._where.elsewhere:
+                more = "give workers more memory"
+            else:
+                more = f"the N of --cluster local:N ({available_ram() / 1e9:.1f} GB of memory are available)"
+            return UserError(
+                "every worker process that tried it was killed, most likely because memory ran out; "
+                f"lower --batch-size, or {more}"
+            )
+        except CancelledError:
+            raise _lost_scheduler(self._where) from None
+        except OSError as error:
+            if future.status == "error":  # raised by the task
+                raise
+            raise _lost_scheduler(self._where) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._running and self._client.status == "running":
+            with suppress(Exception):  # the error that ended the block matters more
+                self._client.cancel(list(self._running))
+
+
+def _run_packed(packed: bytes, *, alone: bool) -> Any:
+    """Run a task on a worker; `alone` waits for other tasks of the process, whose number of threads its user chose."""
+    from distributed.protocol.pickle import loads
+
+    call = loads(packed)
+    with _alone if alone else nullcontext():
+        return catch_user_error(call)
+
+
+@contextmanager
+def _start_workers(workers: int, threads: int) -> Iterator[Any]:
+    """Start worker processes on this machine; yields a client."""
+    import dask
+    from distributed import Client, LocalCluster
+
+    limit_threads(workers)
+    settings: dict[str, Any] = {
+        "distributed.nanny.pre-spawn-environ": {},  # without Dask's MALLOC_TRIM_THRESHOLD_, see MALLOC
+        "distributed.worker.multiprocessing-method": "spawn",
+        "distributed.worker.preload": [QUIET_WORKER, FIRST_OUT_OF_MEMORY, *_own_gpus()],
+        **LOCAL_SETTINGS,
+        **QUEUE_AT_SCHEDULER,
+    }
+    with ExitStack() as stack:
+        with dask_errors(f"local:{workers}"):
+            stack.enter_context(dask.config.set(settings))
+            cluster = LocalCluster(
+                n_workers=workers, threads_per_worker=threads, protocol="tcp://", dashboard_address="127.0.0.1:0"
+            )
+            stack.enter_context(cluster)
+            client = stack.enter_context(Client(cluster, set_as_default=False))
+        try:
+            yield client
+        except KeyboardInterrupt:
+            # Processes that ended first leave callbacks that fail.
+            logging.getLogger("tornado.application").setLevel(logging.CRITICAL)
+            raise
+
+
+def _own_gpus() -> list[str]:
+    """A preload script that gives each worker one of several GPUs, before it imports torch."""
+    if "torch" not in sys.modules:
+        return []
+    from wmcache.common.device import visible_gpus
+
+    return [OWN_GPU.format(gpus=gpus)] if len(gpus := visible_gpus()) > 1 else []
+
+
+@contextmanager
+def _connect(address: str) -> Iterator[Any]:
+    """Yield a client of a running scheduler."""
+    import dask
+    from distributed import Client
+    from distributed.versions import VersionMismatchWarning
+
+    with dask.config.set({"distributed.comm.timeouts.connect": f"{SECONDS_TO_CONNECT}s"}):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", VersionMismatchWarning)  # `_require_same_versions` compares them
+                client = Client(address, timeout=SECONDS_TO_CONNECT, set_as_default=False)
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(
+                f"no scheduler answers at {address} ({reason(error)}); start one with: dask scheduler, "
+                "and pass its address to --cluster"
+            ) from error
+        with client:
+            yield client
+
+
+@contextmanager
+def dask_errors(text: str) -> Iterator[None]:
+    """Raise errors of Dask's start, which the user's settings cause, as a UserError about `--cluster`."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, ImportError) as error:
+        raise UserError(
+            f"--cluster {text}: Dask cannot start ({reason(error)}); check your settings of Dask: "
+            "the folder $DASK_CONFIG, else ~/.config/dask, and DASK_* variables"
+        ) from error
+
+
+def _wait_for_workers(client: Any, where: Cluster, keep_workers: Callable[[], None]) -> None:
+    """Wait for the first worker, and compare versions."""
+    with _connection_errors(where):
+        if not client.nthreads():
+            start = f"{WORKER_VARIABLES} {command('dask', 'worker', where.address, '--nthreads', 2)}"
+            hint = f"start some with: {start}" if where.address else "its jobs are queued (see: squeue --me)"
+            log(f"{where.text}: no workers yet; {hint}")
+            while not client.nthreads():
+                keep_workers()
+                time.sleep(0.5)
+        versions = client.get_versions(packages=["wmcache"])
+    require_same_versions(versions, where)
+
+
+def require_same_versions(versions: dict[str, Any], where: Cluster) -> None:
+    """Raise a UserError if the scheduler or a worker has another version of `MUST_MATCH`; `versions` is `Client.get_versions()`."""
+    others = {"the scheduler": versions["scheduler"]}
+    others |= {f"worker {name}": found for name, found in versions["workers"].items()}
+    for name in MUST_MATCH:
+        wanted = _version(versions["client"], name)
+        for process, found in others.items():
+            if (version := _version(found, name)) != wanted:
+                raise UserError(
+                    f"{where.text}: {name} is {wanted} here and {version} at {process}; "
+                    "install the same version on both, and restart that process"
+                )
+
+
+def _version(found: Any, name: str) -> str:
+    packages = found.get("packages", {}) if isinstance(found, dict) else {}
+    version = str(packages.get(name) or "missing")
+    return ".".join(version.split(".")[:2]) if name == "python" else version
+
+
+@contextmanager
+def _connection_errors(where: Cluster) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if where.elsewhere:
+            raise _lost_scheduler(where) from error
+        raise
+
+
+def _lost_scheduler(where: Cluster) -> UserError:
+    hint = "start it again, or another one" if where.address else "see its log"
+    return UserError(f"the scheduler of {where.text} has gone; {hint}, then run the same command again, which goes on")
+
+
+@contextmanager
+def _filtered_logs() -> Iterator[None]:
+    """Hide Dask's messages about a lost connection, which is reported as one UserError."""
+    client, nanny, scheduler = (logging.getLogger(f"distributed.{name}") for name in ("client", "nanny", "scheduler"))
+    before = client.level
+    client.setLevel(logging.CRITICAL)
+    nanny.addFilter(_is_shown)
+    scheduler.addFilter(_is_shown)
+    try:
+        yield
+    finally:
+        client.setLevel(before)
+        nanny.removeFilter(_is_shown)
+        scheduler.removeFilter(_is_shown)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    """Replace the message about a killed worker by one about memory."""
+    message = record.getMessage()
+    if message.startswith("Restarting worker"):
+        log(
+            "a worker process was killed and is started again, most likely because memory ran out "
+            f"({available_ram() / 1e9:.1f} GB are available); if it happens often, lower the N of --cluster local:N"
+        )
+        return False
+    return not any(words in message for words in ("still alive after", "marked as failed because"))
+
+
+def _do_nothing() -> None:
+    pass

@@ -1,0 +1,234 @@
+"""A run loaded for planning: its model, encoder, maze and store, checked against each other."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wmcache.cache.identity import Identity
+from wmcache.cache.layout import StoreCard
+from wmcache.cache.store import TokenStore
+from wmcache.common.device import choose_device, choose_dtype
+from wmcache.common.errors import UserError
+from wmcache.common.files import sha256_of
+from wmcache.common.jsonfiles import dump_json
+from wmcache.common.paths import AnyPath
+from wmcache.engine.checkpoint import last_checkpoint
+from wmcache.envs import Maze, PointMazeSimulator, find_maze
+from wmcache.pipeline import encoders
+from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
+from wmcache.pipeline.encoders.changes import LEAST_CHANGE, changes_for
+from wmcache.planner.goals import SOURCES, start_and_goal
+from wmcache.planner.graph import LatentGraph
+from wmcache.planner.mpc import Mpc
+from wmcache.planner.objective import GoalDistance
+from wmcache.planner.options import PlanOptions, check_options
+from wmcache.planner.results import recorded
+from wmcache.planner.solvers import make_solver, option_names
+from wmcache.trainer.runs import load_model, open_store, read_config, read_identity
+
+CHECKED_FRAMES = 16
+
+
+class EvalContext:
+    """A run loaded for planning.
+
+    Attributes:
+        run, config, card, store, weights, untrained: what was loaded, and from where.
+        model: on `device`, in evaluation mode; it computes in `dtype`.
+        encoder: of live frames. drift: see `live_drift`.
+        maze, image_size, frameskip: of the environment.
+        blind: the model sees no proprio.
+        context_frames: frames that an imagined step sees. observed: live frames that a plan starts from.
+        solver: with the options of `search`.
+        graph: with `--distance graph`, else None.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        options: PlanOptions,
+        *,
+        weights: Path | None = None,
+        cache: AnyPath | None = None,
+        untrained: bool = False,
+    ) -> None:
+        """Load a run, and check that live encoding reproduces its store.
+
+        Args:
+            run: its folder.
+            options: of the evaluations.
+            weights: the encoder's weights, if they have moved.
+            cache: the store, if it has moved.
+            untrained: use random weights in place of the run's, as a baseline.
+
+        Raises:
+            UserError: not a run, options that do not fit it, missing weights, or an encoder that does not match the store.
+        """
+        check_options(options)
+        self.run, self.weights, self.untrained = run, weights, untrained
+        self.config = read_config(run)
+        self.card, identity = read_identity(run)
+        self.device = choose_device(options.device)
+        self.dtype = choose_dtype(options.dtype, self.device)
+        self.model = load_model(run, self.device, untrained=untrained)
+        if missing := self.model.stage_before_planning(self.model.stage_name):
+            raise UserError(
+                f"not ready for planning: {run}; train it further with the same options and --stage {missing}"
+            )
+        self.frameskip = int(self.config["frameskip"])
+        self.encoder = self._load_encoder(identity, options.device)
+        self.store = open_store(run, cache)
+        if not self.card.dataset.get("maze"):
+            raise UserError(
+                f"no known maze to plan in: {run} was trained on imported frames; docs/import.md has a script for your own simulator"
+            )
+        self.maze = find_maze(options.env) if options.env else cached_maze(self.card)
+        self.image_size = int(self.card.dataset["image_size"])
+        self.drift = live_drift(self.store, self.encoder)
+        no_proprio = torch.zeros(1, 1, self.model.shape.proprio_dim, device=self.device)
+        self.blind = not self.model.encode_proprio(no_proprio).numel()
+        self.context_frames, self.observed = self._count_frames(options)
+        own = {"frameskip": self.frameskip} if "frameskip" in option_names(options.solver) else {}
+        self.solver = make_solver(options.solver, **{**own, **options.search})
+        self.graph = (
+            LatentGraph.from_store(self.store, self.frameskip, self.device) if options.distance == "graph" else None
+        )
+        self._changes = changes_for(self.card.token_grid, self.frameskip, options.device) if options.mask else None
+
+    def _load_encoder(self, identity: Identity, device: str) -> Encoder:
+        """Create the encoder that the run's store was made with."""
+        kept = self.card.encoder.get("weights")
+        if self.weights is None and kept and not Path(kept).exists():
+            raise UserError(f"the encoder's weights are missing: {kept}, of {self.run}; pass their path with --weights")
+        encoder = encoders.create_again(self.card.encoder, weights=self.weights, device=device)
+        if different := identity.differences(encoder.identity(identity.dataset_fingerprint, identity.store_dtype)):
+            raise UserError(
+                f"not the encoder that {self.run} was trained with: {'; '.join(different)}; pass the right --weights"
+            )
+        if encoder.lag > self.frameskip:
+            raise UserError(
+                f"the encoder's lag of {encoder.lag} env steps is more than the frameskip of {self.run}, {self.frameskip}; "
+                f"train with --frameskip {encoder.lag} or more, or extract with a smaller --lag"
+            )
+        return encoder
+
+    def _count_frames(self, options: PlanOptions) -> tuple[int, int]:
+        """Return how many frames an imagined step sees, and how many live frames a plan starts from."""
+        if options.proprio == "none" and not self.blind:
+            raise UserError(f"{self.run} was trained with proprio; train without: wmtrain --proprio none --out RUN")
+        if options.alpha and self.blind:
+            raise UserError(
+                f"--alpha {options.alpha} weights proprio, but {self.run} was trained without; leave it at 0"
+            )
+        history = self.model.shape.history
+        usual = history if self.blind else 1  # a single frame shows no velocity
+        context = min(options.context or usual, history)
+        if (options.observed or 0) > context:
+            raise UserError(
+                f"--observed {options.observed} is more than the {context} frames that a step sees; raise --context"
+            )
+        return context, min(options.observed or usual, context)
+
+    def make_mpc(self, options: PlanOptions, goal: Tensor, goal_proprio: NDArray[np.float32]) -> Mpc:
+        """Create a planner to goals [E, N, D]; their proprio [E, P] is used only where `alpha` is above 0."""
+        proprio = None
+        if options.alpha:
+            proprio = self.model.encode_proprio(torch.from_numpy(goal_proprio).to(self.device)[:, None])[:, 0]
+        goal = goal.float()
+        to_goal = None if self.graph is None else self.graph.to_goal(goal)
+        return Mpc(
+            model=self.model,
+            solver=self.solver,
+            objective=GoalDistance(goal, options.objective, options.alpha, proprio, self.graph, to_goal),
+            horizon=options.horizon,
+            context=self.context_frames,
+            frameskip=self.frameskip,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def mask(self, images: NDArray[np.uint8], goal_images: NDArray[np.uint8]) -> Tensor:
+        """Mark the tokens in which frames [E, S, S, 3] differ from the goal's, bool [E, N]; all tokens of equal frames."""
+        assert self._changes is not None
+        differs = (self._changes(np.stack([images, goal_images], 1)) > LEAST_CHANGE).any(-1)
+        return differs | ~differs.any(1, keepdim=True)
+
+    def goal_steps(self, options: PlanOptions) -> int:
+        """Return the env steps from start to goal, for the sources of goals that are defined by them."""
+        return options.goal_steps or options.horizon * self.frameskip
+
+    def resolved(self, options: PlanOptions) -> dict[str, Any]:
+        """Return the options as they were used: with the values that `None` and `auto` stood for."""
+        used = {
+            **asdict(options),
+            "context": self.context_frames,
+            "observed": self.observed,
+            "search": asdict(self.solver),
+            "env": self.maze.name,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        if options.goals in ("dataset", "random-action"):
+            used["goal_steps"] = self.goal_steps(options)
+        else:
+            del used["goal_steps"]
+        if options.goals not in SOURCES:
+            del used["strict"]
+        return used
+
+    def fingerprint(self, options: PlanOptions) -> str:
+        """Hash all that the episodes depend on: options, the model's weights, goals, maze and the store's identity."""
+        weights = sha256_of(last_checkpoint(self.run) / "model.safetensors")
+        goals = "" if options.goals in SOURCES else sha256_of(Path(options.goals))
+        parts = [recorded(options), weights, goals, self.store.identity.to_json(), self.maze.rows]
+        known = dump_json([*parts, "untrained"] if self.untrained else parts)
+        return hashlib.sha256(known.encode()).hexdigest()[:16]
+
+
+def cached_maze(card: StoreCard) -> Maze:
+    """Return the maze that a store's frames show."""
+    return Maze(Path(card.dataset["env"]).stem, tuple(card.dataset["maze"]))
+
+
+def live_drift(store: TokenStore, encoder: Encoder) -> dict[str, float]:
+    """Render and encode some cached frames again, as live frames are, and compare the tokens.
+
+    Returns:
+        `cosine`: the smallest over the frames. `relative_error`: the largest norm of a difference over that of the tokens.
+
+    Raises:
+        UserError: the cosine is below `COSINE_TOLERANCE`, so plans would be made in another latent space than the model's.
+    """
+    frames = np.linspace(0, len(store) - 1, CHECKED_FRAMES).astype(int)
+    simulator = PointMazeSimulator(cached_maze(store.card), int(store.card.dataset["image_size"]))
+    live = np.stack([simulator.render(state) for state in store.state[frames]])
+    if encoder.lag:
+        before = store.state[frames - np.minimum(encoder.lag, store.step[frames])]
+        live = np.stack([np.stack([simulator.render(state) for state in before]), live], 1)
+    simulator.close()
+    drift = encoder.drift(live, store.gather(frames))
+    if not drift["cosine"] > COSINE_TOLERANCE:
+        raise UserError(
+            f"live frames do not give the tokens of {store.path}: smallest cosine {drift['cosine']:.4f}, allowed {COSINE_TOLERANCE}; "
+            f"use the renderer and libraries of {store.path / 'zarr.json'}, or extract a store on this machine and train on it"
+        )
+    return drift
+
+
+def random_episode(
+    context: EvalContext, number: int
+) -> tuple[tuple[NDArray[np.float64], NDArray[np.float64]], list[NDArray[np.uint8]]]:
+    """Return states [4] of the random start and goal of an episode, and frames [S, S, 3] of them."""
+    start, goal = (states[0] for states in start_and_goal("random-state", [number], context.maze, context.store, 0))
+    simulator = PointMazeSimulator(context.maze, context.image_size)
+    frames = [simulator.render(state) for state in (start, goal)]
+    simulator.close()
+    return (start, goal), frames

@@ -1,0 +1,67 @@
+"""Model predictive path integral control over action sequences, batched over episodes.
+
+Williams et al., Information theoretic MPC for model-based reinforcement learning, ICRA 2017, in the form of TD-MPC2 (tdmpc2.py, `_plan`;
+arXiv 2310.16828): only the elites are weighted, and the deviation is fitted too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+
+from wmcache.common.options import Positive, Weight, option
+from wmcache.planner.base import Cost, around, require
+from wmcache.planner.solvers import SOLVERS
+
+
+@SOLVERS.register("mppi")
+@dataclass(frozen=True)
+class Mppi:
+    """A `Solver`. Candidates are clipped to the env's bounds; the first is the present mean, and the result is the last mean.
+
+    Elites are weighted by softmax(-temperature * scaled cost), and the next mean and deviation are fitted to them with these weights. The
+    temperature is an inverse one; the name is TD-MPC2's. So that it does not depend on the encoder's units, each elite's excess over the
+    best cost is divided by the mean excess of the episode's elites, in every iteration.
+    """
+
+    differentiates: ClassVar[bool] = False
+
+    samples: Positive = option(512, "Candidates in each iteration; DINO-WM has 300.", group="Solver")
+    elites: Annotated[int, Ge(2)] = option(64, "Best candidates of each iteration; DINO-WM has 30.")
+    iterations: Positive = option(6, "Iterations of the search; DINO-WM has 10.")
+    temperature: Weight = option(4.0, "Inverse temperature of the candidates' weights; 0 weights all elites alike.")
+    sigma: Annotated[float, Gt(0)] = option(
+        0.6, "First and largest standard deviation of the candidates, in env units."
+    )
+    min_sigma: Weight = option(0.05, "Smallest standard deviation of the candidates, in env units.")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for more elites than samples, or deviations out of order."""
+        within = self.elites <= self.samples
+        require(within, f"solver mppi: elites is {self.elites}; it must be at most samples, {self.samples}")
+        in_order = self.min_sigma <= self.sigma
+        require(in_order, f"solver mppi: min_sigma is {self.min_sigma}; it must be at most sigma, {self.sigma}")
+
+    @property
+    def evaluations(self) -> int:
+        """See `Solver`."""
+        return self.samples * self.iterations
+
+    def __call__(self, cost: Cost, start: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """See `Solver`."""
+        mean, deviation = start, torch.full_like(start, self.sigma)
+        for _ in range(self.iterations):
+            actions = around(mean, deviation, self.samples, generators)
+            costs, best = cost(actions).topk(self.elites, dim=1, largest=False)
+            elites = torch.take_along_dim(actions, best[:, :, None, None], dim=1)
+            excess = costs - costs[:, :1]
+            scale = excess.mean(1, keepdim=True).clamp_min(torch.finfo(excess.dtype).tiny)
+            weights = (-self.temperature * excess / scale).softmax(1)[:, :, None, None]
+            mean = (weights * elites).sum(1)
+            deviation = (weights * (elites - mean[:, None]).square()).sum(1).sqrt().clamp(self.min_sigma, self.sigma)
+        return mean

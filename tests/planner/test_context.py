@@ -1,0 +1,168 @@
+"""Loading a run for planning: encoder, store and options must match it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from wmcache.cache import StoreCard, StoreWriter, TokenStore
+from wmcache.common.errors import UserError
+from wmcache.pipeline import encoders
+from wmcache.pipeline.encoders import Encoder
+from wmcache.planner.context import EvalContext, live_drift
+from wmcache.planner.options import PlanOptions
+
+
+@pytest.fixture(scope="module")
+def other_weights(tcn_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("encoders") / "other.safetensors"
+    save_file({name: value + 0.3 * torch.randn_like(value) for name, value in load_file(tcn_weights).items()}, path)
+    return path
+
+
+def copy_store(store: TokenStore, path: Path, card: StoreCard, **identity: str) -> Path:
+    """The same tokens with another card or identity."""
+    columns = {"action": store.action, "state": store.state, "episode": store.episode, "step": store.step}
+    writer = StoreWriter.create(path, card, replace(store.identity, **identity), columns)
+    for shard in range(card.num_shards):
+        writer.write_shard(shard, store.gather(np.array(card.shard_frames(shard))))
+    writer.finish()
+    return path
+
+
+def rewritten(run: Path, to: Path, **changed: Any) -> Path:
+    copy = copytree(run, to, symlinks=True)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changed))
+    return copy
+
+
+class TestEncoder:
+    def test_live_encoding_reproduces_the_store(self, store: TokenStore, encoder: Encoder) -> None:
+        drift = live_drift(store, encoder)
+        assert 0.999 < drift["cosine"] <= 1 + 1e-6
+        assert 0 <= drift["relative_error"] < 0.05
+
+    def test_other_weights_are_noticed_by_name_and_by_what_they_compute(
+        self, run_path: Path, tiny_plan: PlanOptions, store: TokenStore, other_weights: Path
+    ) -> None:
+        with pytest.raises(UserError, match=r"weights_sha256.*--weights"):
+            EvalContext(run_path, tiny_plan, weights=other_weights)
+        with pytest.raises(UserError, match=r"0\.999"):
+            live_drift(store, encoders.create("tcn", weights=other_weights, device="cpu"))
+
+    def test_a_store_with_other_tokens_is_noticed(
+        self, store: TokenStore, store_path: Path, encoder: Encoder, tmp_path: Path
+    ) -> None:
+        copy = copytree(store_path, tmp_path / "store.zarr")
+        # The right tokens at the wrong frames, as after a shift of the step table.
+        tokens = np.roll(store.gather(np.arange(64)), 20, axis=0)
+        StoreWriter.resume(copy, store.identity).write_shard(0, tokens)
+        with pytest.raises(UserError, match=r"store\.zarr"):
+            live_drift(TokenStore.open(copy), encoder)
+
+
+class TestFiles:
+    def test_weights_and_store_may_have_moved(
+        self, run_path: Path, store_path: Path, tcn_weights: Path, tiny_plan: PlanOptions, tmp_path: Path
+    ) -> None:
+        weights = tmp_path / "moved.safetensors"
+        weights.write_bytes(tcn_weights.read_bytes())
+        cache = copytree(store_path, tmp_path / "moved.zarr")
+        context = EvalContext(run_path, tiny_plan, weights=weights, cache=cache)
+        assert context.store.path == cache
+        assert context.drift["cosine"] > 0.999
+
+    def test_a_missing_store_is_named(self, run_path: Path, tiny_plan: PlanOptions, tmp_path: Path) -> None:
+        run = rewritten(run_path, tmp_path / "run", cache=str(tmp_path / "gone.zarr"))
+        for name, cache in (("gone", None), ("lost", tmp_path / "lost.zarr")):
+            with pytest.raises(UserError, match=rf"{name}\.zarr.*--cache") as refusal:
+                EvalContext(run, tiny_plan, cache=cache)
+            assert "extract" not in str(refusal.value)
+
+    def test_missing_weights_are_named(self, run_path: Path, tiny_plan: PlanOptions, tmp_path: Path) -> None:
+        run = copytree(run_path, tmp_path / "run", symlinks=True)
+        saved = json.loads((run / "identity.json").read_text())
+        saved["card"]["encoder"]["weights"] = str(tmp_path / "gone.safetensors")
+        (run / "identity.json").write_text(json.dumps(saved))
+        with pytest.raises(UserError, match=r"gone\.safetensors.*--weights") as refusal:
+            EvalContext(run, tiny_plan)
+        assert "fit" not in str(refusal.value)
+
+    def test_the_store_of_another_run_is_refused(
+        self, run_path: Path, store: TokenStore, tiny_plan: PlanOptions, tmp_path: Path
+    ) -> None:
+        other = copy_store(store, tmp_path / "other.zarr", store.card, dataset_fingerprint="another")
+        with pytest.raises(UserError, match=r"dataset_fingerprint.*--cache"):
+            EvalContext(run_path, tiny_plan, cache=other)
+
+    def test_a_model_that_is_not_registered_is_not_to_be_trained_again(
+        self, run_path: Path, tiny_plan: PlanOptions, tmp_path: Path
+    ) -> None:
+        with pytest.raises(UserError, match="my-own") as refusal:
+            EvalContext(rewritten(run_path, tmp_path / "run", model="my-own"), tiny_plan)
+        assert "train again" not in str(refusal.value)
+
+    @pytest.mark.parametrize("file", ["config.json", "identity.json"])
+    @pytest.mark.parametrize("content", [None, "{", "{}"], ids=["none", "cut", "other"])
+    def test_a_folder_that_is_not_a_run_is_refused(
+        self, run_path: Path, tiny_plan: PlanOptions, tmp_path: Path, file: str, content: str | None
+    ) -> None:
+        run = copytree(run_path, tmp_path / "run", symlinks=True)
+        (run / file).unlink()
+        if content is not None:
+            (run / file).write_text(content)
+        with pytest.raises(UserError, match=file.replace(".", r"\.")):
+            EvalContext(run, tiny_plan)
+
+    @pytest.mark.parametrize("env", [None, "UMaze"])
+    def test_a_run_on_frames_without_a_maze_is_refused(
+        self, store: TokenStore, train_run: Callable[..., Path], tiny_plan: PlanOptions, tmp_path: Path, env: str | None
+    ) -> None:
+        imported = replace(store.card, dataset={**store.card.dataset, "maze": []})
+        run = train_run(copy_store(store, tmp_path / "store.zarr", imported))
+        with pytest.raises(UserError, match=r"docs/import\.md") as refusal:
+            EvalContext(run, replace(tiny_plan, env=env))
+        assert "\n" not in str(refusal.value)
+
+
+class TestOptions:
+    def test_proprio_must_be_the_models(self, run_path: Path, blind_run_path: Path, tiny_plan: PlanOptions) -> None:
+        with pytest.raises(UserError, match=r"wmtrain --proprio none"):
+            EvalContext(run_path, replace(tiny_plan, proprio="none"))
+        with pytest.raises(UserError, match=r"--alpha 0\.1"):
+            EvalContext(blind_run_path, replace(tiny_plan, alpha=0.1))
+
+    def test_frames_are_at_most_the_models_history(self, run_path: Path, tiny_plan: PlanOptions) -> None:
+        assert EvalContext(run_path, replace(tiny_plan, context=12)).context_frames == 3
+        with pytest.raises(UserError, match=r"--observed 2 .* 1 .*--context"):
+            EvalContext(run_path, replace(tiny_plan, observed=2))
+
+    @staticmethod
+    def invalid() -> Iterator[tuple[str, Any]]:
+        for name, value in asdict(PlanOptions()).items():
+            if isinstance(value, int | float) and name not in ("seed", "alpha", "mask", "strict"):
+                yield from ((name, 0), (name, -1))
+        yield from ((name, value) for name in ("context", "observed", "goal_steps") for value in (0, -1))
+        yield from (("alpha", -1), ("alpha", float("nan")), ("threshold", float("nan")), ("execute", 6))
+        yield from (("objective", "first"), ("distance", "far"), ("proprio", "some"), ("solver", "guess"))
+        for name, wrong in (("elites", 1), ("elites", 65), ("sigma", float("nan")), ("sample", 3)):
+            yield name, {name: wrong}
+        yield from (("device", "abacus"), ("dtype", "float8"))
+
+    @pytest.mark.parametrize(("name", "value"), list(invalid()))
+    def test_invalid_ones_are_refused_by_name(self, run_path: Path, name: str, value: Any) -> None:
+        changed = {"search": value} if isinstance(value, dict) else {name: value}
+        with pytest.raises(UserError, match=name.replace("_", ".")) as refusal:
+            EvalContext(run_path, replace(PlanOptions(device="cpu"), **changed))
+        assert "\n" not in str(refusal.value)

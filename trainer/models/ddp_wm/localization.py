@@ -1,0 +1,66 @@
+"""How much of a frame changes, and how well a model predicts which patches do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from wmcache.cache.windows import Windows
+from wmcache.common.device import autocast
+
+if TYPE_CHECKING:
+    from wmcache.trainer.models.ddp_wm.model import DdpWm
+
+SAMPLED_WINDOWS = 2048
+BATCH = 64
+COVERED, SPARE = 0.99, 1.5
+"""K holds the patches that change in this share of the steps, this many times over, because localization errs."""
+
+
+def sample_windows(windows: Windows) -> Iterator[NDArray[np.int64]]:
+    """Yield the numbers of some windows, always the same, in batches."""
+    chosen = np.random.default_rng(0).permutation(len(windows))[:SAMPLED_WINDOWS]
+    yield from np.array_split(chosen, max(1, len(chosen) // BATCH))
+
+
+def foreground_size(changed: NDArray[np.bool_]) -> int:
+    """Choose K: the least power of two that covers what changes, see COVERED; at most half of a frame.
+
+    Args:
+        changed: [steps, N], which patches change.
+    """
+    wanted = float(np.quantile(changed.sum(1), COVERED, method="higher")) if len(changed) else 0.0
+    bucket = 2 ** int(np.ceil(np.log2(max(1.0, SPARE * wanted))))
+    return int(max(1, min(bucket, changed.shape[1] // 2)))
+
+
+@torch.inference_mode()
+def localization(model: DdpWm, windows: Windows, device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
+    """Measure how well a model predicts which patches of held-out windows change.
+
+    Returns:
+        `recall`: share of the patches that change which are among the K that the model computes, and `precision`: share of these K that
+        change, which is low where K has room to spare; `recall_likely` and `precision_likely`: the same for those whose probability of
+        change is above a half; `changed`: mean share of a frame that changes.
+    """
+    model.eval()
+    counts = torch.zeros(6, dtype=torch.int64)
+    for part in sample_windows(windows):
+        batch = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(part).items()}
+        with autocast(device, dtype):
+            masks = model.change_masks(batch)
+        changes, computed, likely = masks.values()
+        found = (changes, torch.ones_like(changes), computed, computed & changes, likely, likely & changes)
+        counts += torch.stack([mask.sum() for mask in found]).cpu()
+    changing, patches, chosen, chosen_hits, expected, expected_hits = counts.tolist()
+    return {
+        "recall": chosen_hits / max(1, changing),
+        "precision": chosen_hits / max(1, chosen),
+        "recall_likely": expected_hits / max(1, changing),
+        "precision_likely": expected_hits / max(1, expected),
+        "changed": changing / max(1, patches),
+    }

@@ -1,0 +1,130 @@
+"""The parts of DDP-WM (arXiv 2602.01780; models/ddp_predictor.py at 14aa459); `model.py` connects them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wmcache.trainer.models.attention import Block, CrossAttention, KeysValues
+from wmcache.trainer.models.base import DataShape
+
+CELLS = 4
+"""Cells of a patch, 2 x 2."""
+
+
+class Vit(nn.Module):
+    """Blocks over tokens of one frame with learned positions (DINO-WM, models/vit.py)."""
+
+    def __init__(
+        self, tokens: int, width: int, depth: int, heads: int, head_dim: int, mlp: int, dropout: float, std: float
+    ) -> None:
+        """Build the blocks, see `Block`; positions of `tokens` patches start with standard deviation `std`."""
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(tokens, width) * std)
+        self.blocks = nn.ModuleList(Block(width, heads, head_dim, mlp, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, indices: Tensor | None = None) -> Tensor:
+        """[B, n, width] at patches `indices` [B, n] of a frame, or at all -> [B, n, width]."""
+        x = (x + (self.position if indices is None else self.position[indices]))[:, None]
+        for block in self.blocks:
+            x, _ = block(x, window=1)
+        normed: Tensor = self.norm(x[:, 0])
+        return normed
+
+
+class Fusion(nn.Module):
+    """The newest frame attends to the frames before it."""
+
+    def __init__(self, tokens: int, width: int, history: int, heads: int, dropout: float, std: float) -> None:
+        """Build it for at most `history` frames, the newest included; the other arguments are those of `Vit`."""
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        if history > 1:
+            self.attention = CrossAttention(width, heads, dropout)
+            self.query_position = nn.Parameter(torch.randn(tokens, width) * std)
+            self.position = nn.Parameter(torch.randn(tokens, width) * std)
+            self.age = nn.Parameter(torch.zeros(history - 1, width))
+
+    def remember(self, frame: Tensor) -> KeysValues:
+        """Return the keys and values of a frame [B, N, width]; they do not depend on its age."""
+        return self.attention.keys_values(frame + self.position, frame)
+
+    def forward(self, frame: Tensor, past: Sequence[KeysValues]) -> Tensor:
+        """[B, N, width], and what was remembered of the frames before it, the oldest first -> [B, N, width]."""
+        if not past:
+            alone: Tensor = self.norm(frame)
+            return alone
+        # Keys are linear, so the part that depends on the age is added to those that are remembered.
+        aged = self.attention.apart(F.linear(self.age, self.attention.k.weight)[:, None])
+        keys = [one.keys + aged[age] for age, one in zip(reversed(range(len(past))), past, strict=True)]
+        seen = KeysValues(torch.cat(keys, 2), torch.cat([one.values for one in past], 2))
+        fused: Tensor = self.norm(frame + self.attention(frame + self.query_position, seen))
+        return fused
+
+
+class Localizer(nn.Module):
+    """Predicts which cells of a fused frame are about to change."""
+
+    def __init__(
+        self,
+        shape: DataShape,
+        width: int,
+        embeddings: int,
+        depth: int,
+        heads: int,
+        head_dim: int,
+        mlp: int,
+        dropout: float,
+        std: float,
+    ) -> None:
+        """Build it with `width` beside the dimensions of all `embeddings`; the other arguments are those of `Vit`."""
+        super().__init__()
+        self.token_dim = shape.token_dim
+        self.reduce = nn.Linear(shape.token_dim, width)
+        width += embeddings
+        self.vit = Vit(shape.tokens, width, depth, heads, head_dim, mlp, dropout, std)
+        self.head = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, CELLS)
+        )
+
+    def forward(self, fused: Tensor) -> Tensor:
+        """[B, N, width of the combined frame] -> logits [B, N, 4]."""
+        reduced = self.reduce(fused[..., : self.token_dim])
+        x = torch.cat([reduced, fused[..., self.token_dim :].to(reduced.dtype)], -1)
+        x = self.head[:-1](self.vit(x))
+        # In bfloat16 many logits are equal, and the order of the largest would depend on the device.
+        with torch.autocast(x.device.type, enabled=False):
+            logits: Tensor = self.head[-1](x.float())
+        return logits
+
+
+class Correction(nn.Module):
+    """The tokens that stay attend to those that change."""
+
+    def __init__(self, tokens: int, width: int, primary_width: int, heads: int, std: float) -> None:
+        """Build it for combined frames of `width`; the other arguments are those of `Vit`."""
+        super().__init__()
+        self.project = nn.Linear(primary_width, width) if primary_width != width else nn.Identity()
+        self.attention, self.norm = CrossAttention(width, heads, 0.0), nn.LayerNorm(width)
+        self.position = nn.Parameter(torch.randn(tokens, width) * std)
+
+    def forward(self, fused: Tensor, predicted: Tensor, indices: Tensor) -> Tensor:
+        """A fused frame [B, N, width], and the primary's output [B, K, primary_width] at `indices` [B, K] -> [B, N, width]."""
+        predicted = self.project(predicted)
+        seen = self.attention.keys_values(predicted + self.position[indices], predicted)
+        corrected: Tensor = self.norm(fused + self.attention(fused + self.position, seen))
+        return corrected
+
+
+def take(x: Tensor, indices: Tensor) -> Tensor:
+    """Select from [B, N, d] by indices [B, K], [B, K, d]."""
+    return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def put(x: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    """Return [B, N, d] with `values` [B, K, d] at indices [B, K]."""
+    return x.scatter(1, indices[..., None].expand(-1, -1, x.shape[-1]), values.to(x.dtype))

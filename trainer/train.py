@@ -1,0 +1,298 @@
+"""Trains world models on cached latents. Opens no image and loads no encoder."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wmcache.cache.store import TokenStore
+from wmcache.cache.windows import Windows, batch_windows
+from wmcache.common.device import choose_dtype
+from wmcache.common.errors import UserError
+from wmcache.common.files import not_written
+from wmcache.common.jsonfiles import write_json
+from wmcache.common.paths import AnyPath, absolute
+from wmcache.engine import loop
+from wmcache.engine.checkpoint import Progress, last_checkpoint, load_weights
+from wmcache.engine.optimisers import decay_groups
+from wmcache.engine.ranks import SINGLE, Ranks
+from wmcache.engine.schedules import warmup_constant_decay
+from wmcache.trainer.feed import Feed, choose_residence
+from wmcache.trainer.models import MODELS, DataShape, WorldModel, build, read_options
+from wmcache.trainer.options import TrainOptions, check_options
+from wmcache.trainer.resume import (
+    MAY_CHANGE,
+    MAY_CHANGE_ON_RESUME,
+    MAY_CHANGE_WITH_THE_STAGE,
+    find_progress,
+    prepare_run,
+    stage_index,
+    stages_left,
+    stages_of,
+)
+from wmcache.trainer.runs import lock_run
+
+ROLLOUT_STEPS = 5
+UNDEFINED = (
+    "no skill (null in metrics.jsonl): the tokens of the held-out windows do not change, so copying the observed "
+    "frame has no error to compare with, or the rollout is not finite"
+)
+Batch = Mapping[str, Tensor]
+
+
+def train(
+    cache: AnyPath,
+    out: Path,
+    options: TrainOptions,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    ranks: Ranks = SINGLE,
+) -> dict[str, float | None]:
+    """Train a world model on a store; the same call again continues where it was stopped.
+
+    Several ranks cut each micro-batch into equal slices and average their gradients, so they train what a single process does, up to the
+    order of sums. Batches do not depend on the number of ranks, and a run may continue with another number. Dropout and noise do depend
+    on it: a single process continues with the generator in the checkpoint, ranks draw by seed, rank and step.
+
+    Args:
+        cache: the store, which all ranks read.
+        out: the run's folder, which only rank 0 writes.
+        options: see `TrainOptions`.
+        resume: require a run to continue; allows other `steps` and another `learning_rate`.
+        overwrite: start from scratch where a run exists.
+        ranks: the processes that train together, which all call this, see `engine.ranks.joined`.
+
+    Returns:
+        The last validation's figures; empty where nothing was left to do, and on other ranks than 0.
+
+    Raises:
+        UserError: unusable store, a run with other settings, no checkpoint to resume, another process at work on the run, a batch that
+            the ranks cannot share, or a loss that is not finite; `not-finite.json` in the run's folder then names its windows.
+    """
+    check_options(options)
+    check_slices(options.batch, ranks.world)
+    store = TokenStore.open(cache, mirrored=True)
+    with lock_run(out) if ranks.is_main else nullcontext():
+        try:
+            return _train(store, cache, out, options, ranks, resume=resume, overwrite=overwrite)
+        except OSError as error:
+            file = Path(os.fsdecode(error.filename or out))  # one of the run's own, or for example one of the store
+            raise not_written(out if file.is_relative_to(out) else file, error) from error
+
+
+def _train(
+    store: TokenStore, cache: AnyPath, out: Path, options: TrainOptions, ranks: Ranks, *, resume: bool, overwrite: bool
+) -> dict[str, float | None]:
+    windows = store.windows(
+        options.history, 1, options.frameskip, "train", seed=options.split_seed, fraction=options.episodes_fraction
+    )
+    kind = MODELS.get(options.model)
+    chosen = kind.configure(store, windows, read_options(options.model, options.model_options))
+    extras = kind.extras(store, windows, chosen)
+    options = replace(options, model_options=asdict(chosen))
+    if options.epochs:
+        options = replace(options, steps=max(1, options.epochs * len(windows) // (options.batch * options.accumulate)))
+    device, shape = ranks.device(options.device), data_shape(store, options)
+    dtype = choose_dtype(options.dtype, device)
+    torch.manual_seed(options.seed)
+    model = build(options.model, shape, options.model_options, statistics_of(store, options.frameskip)).to(device)
+    model.check_pool(options.pool)
+    config = {**asdict(options), "cache": absolute(cache), "shape": asdict(shape)}
+    stages = stages_of(model.stages, options.stage)
+    progress = find_progress(out, model, stages, store.identity, config, overwrite=overwrite)
+    left = stages_left(model, stages, progress, options.steps)
+    begins = stage_index(options.stage, model) > stage_index(progress.stage, model) >= 0
+    free = MAY_CHANGE_WITH_THE_STAGE if begins else MAY_CHANGE_ON_RESUME if resume else MAY_CHANGE
+    # Written only now: an option that is refused must not cost a run.
+    resumes = ranks.is_main and prepare_run(
+        out, config, store, free, resume=resume, overwrite=overwrite, finished=not left
+    )
+    if ranks.broadcast(resumes):
+        load_weights(last_checkpoint(out), model)
+    if not left:
+        ranks.log(f"{out}: all steps are done")
+        return {}
+    held_out = validation_windows(store, options).with_extras(extras)
+    how = loop.LoopOptions(
+        options.steps,
+        options.batch,
+        device,
+        dtype,
+        accumulate=options.accumulate,
+        clip=options.clip or math.inf,
+        log_every=options.log_every,
+        validate_every=options.validate_every,
+        checkpoint_every=options.checkpoint_every,
+    )
+    result: dict[str, float | None] = {}
+    for begin in left:
+        task = WorldModelTask(model, store, windows.with_extras(extras), held_out, out, options, how, ranks, begin)
+        with _compile_errors() if options.compile else nullcontext():
+            result = task.train()
+    return result
+
+
+@dataclass
+class WorldModelTask(loop.Task[Batch]):
+    """A stage of a world model, or all of a model without stages, for the training loop; `begin` is where it begins or continues."""
+
+    network: WorldModel
+    store: TokenStore
+    windows: Windows
+    held_out: Windows
+    out: Path
+    options: TrainOptions
+    how: loop.LoopOptions
+    ranks: Ranks
+    begin: Progress
+    unit: str = "windows"
+    hint: str = "the last checkpoint, if any, is good: continue from it with --resume and a lower --lr"
+    residence: str = "disk"
+    warned: bool = False
+
+    def __post_init__(self) -> None:
+        """Compile the loss where that is asked for."""
+        self.title = " ".join(filter(None, ("wmtrain", self.begin.stage)))
+        self._loss: Any = torch.compile(self.network.loss) if self.options.compile else self.network.loss
+
+    def train(self) -> dict[str, float | None]:
+        """Train the stage; returns the last validation's figures."""
+        options, model, windows, ranks, stage = self.options, self.network, self.windows, self.ranks, self.begin.stage
+        if stage:
+            model.begin(stage)
+            if self.begin.step == self.begin.begun:  # draw independently of what was drawn before
+                torch.manual_seed(options.seed + model.stages.index(stage))
+        self.residence, why = choose_residence(self.store, self.how.device, options.residence, ranks.local_world)
+        ranks.wait()  # until all have measured free memory, which the next step fills
+        count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        dropped = f", {windows.dropped_episodes} episodes too short" if windows.dropped_episodes else ""
+        world = f"{ranks.world} x " if ranks.world > 1 else ""
+        ranks.log(
+            f"{options.model}{stage and f', {stage}'}: {count / 1e6:.2f} M parameters, {len(windows)} windows of {windows.length} frames"
+            f"{dropped}, {world}{self.how.device.type} {str(self.how.dtype).removeprefix('torch.')}, "
+            f"steps {self.begin.step} to {self.begin.begun + options.steps}"
+        )
+        ranks.log(why)
+        return loop.run(self, self.how, self.out, self.begin, ranks)
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        """Return AdamW."""
+        return make_optimiser(self.network, self.options)
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of warmup-constant-decay, which starts again with each stage."""
+        options, step = self.options, step - self.begin.begun
+        return warmup_constant_decay(step, options.steps, options.learning_rate, options.warmup, options.decay)
+
+    @contextmanager
+    def batches(self, first: int) -> Iterator[Iterator[Batch]]:
+        """Read windows of cached latents ahead of the training."""
+        batch, seed, rank, world = self.options.batch, self.options.seed, self.ranks.rank, self.ranks.world
+        with Feed(self.store, self.windows, batch, seed, self.how.device, first, self.residence, rank, world) as feed:
+            yield iter(feed.next, None)
+
+    def before_step(self, step: int) -> None:
+        """Seed what ranks draw."""
+        self.ranks.seed(self.options.seed, step)
+
+    def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Return the model's loss, on a coarser grid of tokens in the first share `pool_until` of the steps."""
+        coarse = step - self.begin.begun < self.options.pool_until * self.options.steps
+        losses: dict[str, Tensor] = self._loss(batch, self.options.pool if coarse else 1)
+        return losses
+
+    def after_step(self) -> None:
+        """Update what no gradient moves."""
+        self.network.after_step()
+
+    def next_loss(self, batch: Batch) -> Tensor:
+        """Return the loss of the updated weights on the last micro-batch."""
+        return self.network.loss(batch)["loss"]
+
+    def validate(self) -> dict[str, float | None]:
+        """Measure the model on held-out windows."""
+        figures = self.network.validate(self.held_out, self.how.device, self.how.dtype)
+        undefined = None in figures.values()
+        if undefined and not self.warned:
+            self.ranks.log(UNDEFINED)
+        self.warned = undefined
+        return figures
+
+    def on_not_finite(self, step: int) -> None:
+        """Write the windows of the step to `not-finite.json`."""
+        options = self.options
+        numbers = range(step * options.accumulate, (step + 1) * options.accumulate)
+        chosen = [batch_windows(len(self.windows), options.seed, number, options.batch) for number in numbers]
+        first_frames = self.windows.starts[np.concatenate(chosen)].tolist()
+        write_json(self.out / "not-finite.json", {"step": step, "first_frames_of_windows": first_frames})
+
+
+@contextmanager
+def _compile_errors() -> Iterator[None]:
+    """Turn errors of torch.compile, which compiles in the first step, into one line."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except (TorchDynamoException, OSError) as error:
+        first = " ".join(str(error).split("\n\n")[0].split())[:240]
+        raise UserError(
+            f"--compile does not work on this machine ({first}); install a C++ compiler (g++, or the variable CXX) or set "
+            "TORCHINDUCTOR_CACHE_DIR to a folder that programs may write to and run from, or run the same command without --compile"
+        ) from error
+
+
+def check_slices(batch: int, world: int) -> None:
+    """Raise UserError for a batch that cannot be cut into equal slices for the ranks."""
+    if batch % world:
+        raise UserError(
+            f"--batch-size {batch} is cut into equal slices for {world} devices; choose a multiple of {world}"
+        )
+
+
+def make_optimiser(model: WorldModel, options: TrainOptions) -> torch.optim.AdamW:
+    """Return AdamW of the parameters that the model trains now."""
+    groups = decay_groups(model.parameter_groups(), options.weight_decay, decay_all=options.decay_all)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, options.beta2), fused=True)
+
+
+def data_shape(store: TokenStore, options: TrainOptions) -> DataShape:
+    """Return the sizes of a store's data for a model."""
+    return DataShape(
+        store.card.tokens_per_frame,
+        store.card.token_dim,
+        store.state.shape[1],
+        options.frameskip * store.action.shape[1],
+        options.history,
+        store.card.token_grid[1],
+    )
+
+
+def statistics_of(store: TokenStore, frameskip: int) -> dict[str, Tensor]:
+    """Return mean and standard deviation of tokens, proprio and action, for a model's buffers."""
+    values = {
+        "tokens_mean": store.mean,
+        "tokens_std": store.std,
+        "proprio_mean": store.state.mean(0),
+        "proprio_std": store.state.std(0, ddof=1),
+        "action_mean": np.tile(store.action.mean(0), frameskip),
+        "action_std": np.tile(store.action.std(0, ddof=1), frameskip),
+    }
+    return {name: torch.from_numpy(np.asarray(value, dtype=np.float32)) for name, value in values.items()}
+
+
+def validation_windows(store: TokenStore, options: TrainOptions) -> Windows:
+    """Return windows of one observed frame and up to 5 that follow, from the val episodes."""
+    longest = store.longest_episode("val", seed=options.split_seed)
+    steps = max(1, min(ROLLOUT_STEPS, longest // options.frameskip - 1))
+    return store.windows(1, steps, options.frameskip, "val", seed=options.split_seed)
