@@ -22,15 +22,12 @@ from tqdm import tqdm
 
 from wmcache.cache.store import TokenStore
 from wmcache.common.cpus import available_cpus
-from wmcache.common.device import autocast, choose_device, choose_dtype
+from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError
 from wmcache.common.files import atomic_write
 from wmcache.common.folders import home
 from wmcache.common.jsonfiles import dump_json
-from wmcache.common.options import check_options as validate_options
 from wmcache.common.paths import cause_outside, unreadable
-from wmcache.common.progress import seconds_between_updates
-from wmcache.common.tensors import open_tensors
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import FitOptions
 from wmcache.pipeline.encoders.base import Features, Preprocess, Select
