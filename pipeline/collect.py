@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wmcache.cluster.tasks import run_tasks
+from wmcache.cluster.tasks import WorkerTask, run_tasks
 from wmcache.common.paths import AnyPath, absolute, as_path
 from wmcache.common.space import require_space
 from wmcache.envs import FPS, POLICIES, Maze, PointMazeSimulator, Policy, find_maze, sample_state

@@ -23,11 +23,15 @@ from tqdm import tqdm
 from wmcache.cache.store import TokenStore
 from wmcache.common.cpus import available_cpus
 from wmcache.common.device import choose_device, choose_dtype
-from wmcache.common.errors import UserError
+from wmcache.common.errors import UserError, reason
 from wmcache.common.files import atomic_write
 from wmcache.common.folders import home
-from wmcache.common.jsonfiles import dump_json
-from wmcache.common.paths import cause_outside, unreadable
+from wmcache.common.jsonfiles import dump_json, json_digest
+from wmcache.common.options import check_options
+from wmcache.common.paths import AnyPath, cause_outside, unreadable
+from wmcache.engine.checkpoint import Progress, checkpoints, last_checkpoint, read_progress
+from wmcache.engine.loop import LoopOptions, Task, require_finite, run
+from wmcache.engine.schedules import warmup_cosine
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import FitOptions
 from wmcache.pipeline.encoders.base import Features, Preprocess, Select

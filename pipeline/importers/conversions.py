@@ -19,8 +19,8 @@ from wmcache.cache.arrays import MAX_COLUMN_WIDTH
 from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, option
 from wmcache.common.paths import AnyPath
-from wmcache.pipeline.frames import Frames
 from wmcache.pipeline.importers.base import Importer
+from wmcache.pipeline.tars import Frames
 
 NO_LEROBOT = (
     "which wmcache cannot import yet: videos of several episodes, images inside a table and LeRobot's columns "

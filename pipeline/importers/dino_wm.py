@@ -31,8 +31,9 @@ from wmcache.common.paths import cause_outside, unreadable
 from wmcache.common.progress import seconds_between_updates
 from wmcache.common.tensors import can_map
 from wmcache.envs import FPS, Maze, env_id, find_maze
-from wmcache.pipeline.frames import Frames, Steps
 from wmcache.pipeline.importers.base import IMPORTERS, Importer, Source
+from wmcache.pipeline.steps import Steps
+from wmcache.pipeline.tars import Frames
 
 AGAIN = "save it again as one plain tensor with torch.save, or get the published file again"
 

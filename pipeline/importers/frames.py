@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from wmcache.common.errors import UserError, reason
 from wmcache.common.video import require_ffmpeg
-from wmcache.pipeline.frames import Frames
 from wmcache.pipeline.importers.base import IMPORTERS, Source
 from wmcache.pipeline.importers.conversions import ImageImporter, Shape, note
 from wmcache.pipeline.importers.media import IMAGES, VIDEOS, VideoReader, open_image
 from wmcache.pipeline.importers.table import StepTable, read_table
+from wmcache.pipeline.tars import Frames
 
 
 @IMPORTERS.register("frames")

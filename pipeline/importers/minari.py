@@ -22,7 +22,6 @@ from wmcache.common.errors import UserError, command
 from wmcache.common.options import option
 from wmcache.common.progress import seconds_between_updates
 from wmcache.common.reading import reading
-from wmcache.pipeline.frames import Frames, Steps
 from wmcache.pipeline.importers.base import IMPORTERS, Source
 from wmcache.pipeline.importers.conversions import (
     ImageImporter,

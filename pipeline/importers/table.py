@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from wmcache.common.errors import UserError
 from wmcache.common.reading import reading
-from wmcache.pipeline.frames import Steps
 from wmcache.pipeline.importers.conversions import NO_LEROBOT, as_columns, is_action_missing, note, refuse_lerobot
+from wmcache.pipeline.steps import Steps
 
 COLUMNS = r"episode|step|file|video|(action|state)(_\d+)?"
 PANDAS_INDEX = r"Unnamed: \d+(\.\d+)*|__index_level_\d+__|index|level_\d+"

@@ -25,7 +25,8 @@ from PIL import Image
 from wmcache.common.errors import UserError
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.fit import default_weights
-from wmcache.pipeline.frames import FrameDataset, Steps, fingerprint
+from wmcache.pipeline.frames import FrameDataset, fingerprint
+from wmcache.pipeline.steps import Steps
 from wmcache.pipeline.stores import default_store
 
 Start = Callable[..., Child]

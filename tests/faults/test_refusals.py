@@ -16,6 +16,7 @@ from damage_tools import DESTROYS
 from fault_workers import command
 
 from wmcache.cache import TokenStore
+from wmcache.cache.catalogue import summarise
 from wmcache.cache.layout import DamagedError
 from wmcache.cache.verify import verify
 from wmcache.common.errors import UnreadableError, UserError

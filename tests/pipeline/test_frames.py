@@ -18,7 +18,8 @@ from PIL import Image
 
 from wmcache.common.errors import UserError
 from wmcache.common.files import sha256_of
-from wmcache.pipeline.frames import FrameDataset, Steps, fingerprint
+from wmcache.pipeline.frames import FrameDataset, fingerprint
+from wmcache.pipeline.steps import Steps
 
 SHARD = "frames-000001.tar"
 Members = list[tuple[str, bytes]]

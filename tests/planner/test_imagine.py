@@ -26,8 +26,9 @@ from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.planner.imagine import imagine, write_video
 from wmcache.planner.options import ImagineOptions
-from wmcache.trainer.decoder import DecoderOptions, load_decoder, train_decoder
+from wmcache.trainer.decoder import load_decoder, train_decoder
 from wmcache.trainer.metrics import to_unit
+from wmcache.trainer.options import DecoderOptions
 
 OPTIONS = ImagineOptions(steps=4, windows=6, videos=2, device="cpu", dtype="float32", lpips=False)
 DECODER = DecoderOptions(

@@ -25,10 +25,11 @@ from wmcache.engine.log import Log
 from wmcache.pipeline.fit import load_images
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.trainer import decoder, metrics
-from wmcache.trainer.decoder import DecoderOptions, choose_frames, load_decoder, train_decoder
+from wmcache.trainer.decoder import choose_frames, load_decoder, train_decoder
 from wmcache.trainer.decoders.transposed_conv import TransposedConvDecoder
 from wmcache.trainer.decoders.vqvae import VqVaeDecoder
 from wmcache.trainer.metrics import ImageMetrics, summarise, to_pixels, to_unit
+from wmcache.trainer.options import DecoderOptions
 
 CPU = torch.device("cpu")
 TINY = DecoderOptions(

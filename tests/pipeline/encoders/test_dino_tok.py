@@ -14,13 +14,13 @@ from wmcache.cache import TokenStore
 from wmcache.cache.windows import split_episodes
 from wmcache.common.errors import UserError
 from wmcache.common.options import check_options
+from wmcache.engine.codebook import Codebook
 from wmcache.pipeline import encoders
 from wmcache.pipeline import fit as fits
 from wmcache.pipeline.encoders import Encoder, FitOptions, base
 from wmcache.pipeline.encoders.base import LAST, Features, hash_parameters
 from wmcache.pipeline.encoders.dino_tok import (
     Clusters,
-    Codebook,
     DinoTokFitting,
     DinoTokOptions,
     DinoTokVqOptions,

@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from wmcache.cli import main
-from wmcache.pipeline.frames import FrameDataset, Frames
+from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.tars import Frames
 
 Import = Callable[..., Result]
 

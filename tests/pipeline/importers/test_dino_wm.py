@@ -17,8 +17,10 @@ from wmcache.common.errors import UserError
 from wmcache.envs import MazeError
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract
-from wmcache.pipeline.frames import FrameDataset, Frames
-from wmcache.pipeline.importers.dino_wm import import_dino_wm, require_safe_torch
+from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.importers.dino_wm import require_safe_torch
+from wmcache.pipeline.tars import Frames
+from wmcache.trainer.import_dino_wm import import_dino_wm
 
 KINDS = ("states.pth", "actions.pth", "seq_lengths.pth", "obses/episode_002.pth")
 EPISODES, LENGTH = 6, 60

@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from wmcache.common.errors import UserError
-from wmcache.pipeline.frames import FrameDataset, Frames
-from wmcache.pipeline.importers import Shape, Source, as_columns, write_dataset
+from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.importers import Source, write_dataset
+from wmcache.pipeline.importers.conversions import Shape, as_columns
+from wmcache.pipeline.tars import Frames
 
 
 def source_of(dataset: FrameDataset, everything: Frames) -> Source:

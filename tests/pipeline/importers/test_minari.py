@@ -16,9 +16,10 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 from wmcache.common.errors import UserError
-from wmcache.pipeline.frames import FrameDataset, Frames
-from wmcache.pipeline.importers import Shape
+from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.importers.conversions import Shape
 from wmcache.pipeline.importers.minari import import_minari
+from wmcache.pipeline.tars import Frames
 
 # Minari itself, of a dataset without an environment.
 pytestmark = [
