@@ -9,10 +9,10 @@ import click
 
 from wmcache import __version__
 from wmcache.commands import bench, data, decode, probe, stores, weights
+from wmcache.commands.command import Group
 from wmcache.commands.plan import wmplan
 from wmcache.commands.plan_job import plan_job
 from wmcache.commands.sbatch import sbatch
-from wmcache.commands.shared import Group
 from wmcache.commands.study import study
 from wmcache.commands.train import import_run, wmtrain
 

@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from wmcache.commands.command import Group, take_chosen
+from wmcache.commands.options import Preset, options_of
+from wmcache.commands.output import print_columns, print_figures, print_rows
 from wmcache.commands.shared import (
     ANY_PATH,
     NUMBER,
     PATH,
-    Group,
-    create_encoders,
     dataset_option,
-    device_option,
     encoder_options,
     json_option,
-    model_options,
-    open_dataset,
-    preset_option,
-    print_figures,
-    print_figures_of,
-    print_rows,
-    residence_option,
+    moved_cache_option,
+    moved_weights_option,
     source_options,
     store_argument,
-    take_model_options,
 )
+from wmcache.commands.train import MODEL
 from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath
+from wmcache.planner.options import PlanOptions
+from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
 
-DENSE = {name: preset for name, preset in PRESETS.items() if preset["model"] == "dino-wm"}
+if TYPE_CHECKING:
+    from wmcache.pipeline.encoders import Encoder
+    from wmcache.pipeline.frames import FrameDataset
+
+MEASURED = "dino-wm"
+"""The world model that `bench.explicit` has in the reference's own way, to compare with."""
+
+
+def _open(dataset: AnyPath | None, encoder: dict[str, Any]) -> tuple[FrameDataset, list[Encoder]]:
+    from wmcache.pipeline.create import create_encoders
+    from wmcache.pipeline.fit_job import open_dataset
+
+    frames = open_dataset(dataset)
+    return frames, create_encoders(frames.card.name, **encoder)
 
 
 @click.group(cls=Group)
@@ -50,15 +60,12 @@ def bench_extract(dataset: AnyPath | None, batch: int, cluster: str, as_json: bo
     from wmcache.bench.extract import bench_extract as run
     from wmcache.bench.extract import bench_together
 
-    frames = open_dataset(dataset)
-    networks = create_encoders(frames.card.name, **encoder)
-    together = len(networks) > 1
-    result = (
-        bench_together(frames, networks, batch=batch, cluster=cluster)
-        if together
-        else run(frames, networks[0], batch=batch, cluster=cluster)
-    )
-    print_figures(result, as_json=as_json)
+    frames, networks = _open(dataset, encoder)
+    if len(networks) > 1:
+        figures = bench_together(frames, networks, batch=batch, cluster=cluster)
+    else:
+        figures = run(frames, networks[0], batch=batch, cluster=cluster)
+    print_figures(figures, as_json=as_json)
 
 
 @bench.command("cluster")
@@ -77,8 +84,7 @@ def bench_cluster(
     """Extraction by N Dask workers (--cluster local:N) against one, a plain loop, and N plain processes; a thread each."""
     from wmcache.bench.extract import bench_cluster as run
 
-    frames = open_dataset(dataset)
-    networks = create_encoders(frames.card.name, **encoder)
+    frames, networks = _open(dataset, encoder)
     if len(networks) > 1:
         raise UserError("bench cluster measures one encoder; name one with --encoder")
     print_figures(run(frames, networks[0], batch=batch, cluster=cluster, rounds=rounds), as_json=as_json)
@@ -97,7 +103,13 @@ def bench_cluster(
     default=64,
     help="Windows in each batch, each of 4 frames, 5 apart.",
 )
-@click.option("--store-dtype", "dtype", type=click.Choice(["float16", "int8"]), default="float16")
+@click.option(
+    "--store-dtype",
+    "dtype",
+    type=click.Choice(["float16", "int8"]),
+    default="float16",
+    help="Type of the stored tokens.",
+)
 @click.option("--keep", type=PATH, help="Folder to leave the store and the plain file in.")
 @json_option
 def bench_read(as_json: bool, **settings: Any) -> None:
@@ -130,36 +142,40 @@ def bench_codecs(store: AnyPath, frames: int, as_json: bool) -> None:
 @click.option("--keep", type=PATH, help="Folder to make the stores in, and to leave them in.")
 @json_option
 def bench_shards(shards: tuple[int, ...], as_json: bool, **settings: Any) -> None:
-    """What planning, claiming, finishing and opening a store of so many shards cost, without any data in them."""
+    """Measure what planning, claiming, finishing and opening a store of so many shards cost, without any data in them."""
     from wmcache.bench.scale import measure_scale
 
     print_rows([asdict(measure_scale(count, **settings)) for count in shards], as_json=as_json)
 
 
-@bench.command("train")
-@preset_option("--preset", DENSE, "A known model; what is given beside it wins.")
+@bench.command("train", by=replace(MODEL, default=MEASURED))
+@click.option(
+    "--preset",
+    cls=Preset,
+    presets={name: preset for name, preset in PRESETS.items() if preset["model"] == MEASURED},
+    help="A known model; options beside it win.",
+)
 @click.option("--cache", type=ANY_PATH, required=True, help="The token store; its frames and encoder are used as well.")
 @click.option("--steps", type=click.IntRange(2), default=20, help="Training steps of each contender in each turn.")
 @click.option("--batch-size", "batch", type=click.IntRange(1), default=64, help="Windows in each batch.")
-@model_options
-@residence_option
+@options_of(TrainOptions, only=("residence",), residence={"group": "Options"})
 @source_options
 @json_option
 def bench_train(
     cache: AnyPath,
-    preset: str | None,  # noqa: ARG001 (its values have become the others' defaults)
+    preset: str | None,  # noqa: ARG001 (its values have become the defaults of other options)
     dataset: AnyPath | None,
     weights: Path | None,
     device: str,
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Training steps fed by the store against steps on one batch in memory, encoding in the loop, and DINO-WM's own way."""
+    """Training steps fed by the store against steps on one batch in memory, encoding in the loop, and the reference's code."""
     from wmcache.bench.train import bench_train as run
     from wmcache.pipeline.repair import live_encoder
 
     encode = live_encoder(cache, dataset=dataset, weights=weights, device=device)
-    model = take_model_options(settings)
+    model = take_chosen(settings)
     print_figures(run(cache, model, encode, device=device, **settings), as_json=as_json)
 
 
@@ -174,9 +190,7 @@ def bench_memory(episodes: int, as_json: bool) -> None:
 
 
 @bench.command("plan")
-@click.option(
-    "--run", type=PATH, help="Run to compare with DINO-WM's own way of planning; its encoder is used as well."
-)
+@click.option("--run", type=PATH, help="Run to compare with DINO-WM's own code; its encoder is used as well.")
 @click.option("--model", "runs", type=PATH, multiple=True, help="Run to compare with others; repeatable.")
 @click.option("--samples", type=click.IntRange(2), default=300, help="Candidates in each iteration; DINO-WM has 300.")
 @click.option("--elites", type=click.IntRange(2), default=30, help="Best candidates of each iteration; DINO-WM has 30.")
@@ -192,11 +206,10 @@ def bench_memory(episodes: int, as_json: bool) -> None:
     type=click.IntRange(1),
     help="Frames that an imagined step of each --model sees.  [default: as wmplan's]",
 )
-@click.option("--landscape", type=PATH, help="PNG of what each --model descends, around its plan.")
-@click.option("--weights", type=PATH, help="The encoder's weights, if they have moved.")
-@click.option("--cache", type=ANY_PATH, help="The store, if it has moved.")
-@click.option("--dtype", default="auto", help="Precision of this implementation: auto, float32 or bfloat16.")
-@device_option
+@click.option("--landscape", type=PATH, help="PNG of the cost of each --model around its plan.")
+@moved_weights_option
+@moved_cache_option
+@options_of(PlanOptions, only=("dtype", "device"), device={"group": "Options"}, dtype={"group": "Options"})
 @json_option
 def bench_plan(
     run: Path | None,
@@ -211,13 +224,12 @@ def bench_plan(
     as_json: bool,
     **search: int,
 ) -> None:
-    """One plan as DINO-WM's code makes it against ours, or several --model against each other: speed, success, landscape."""
+    """One plan of DINO-WM's code against this implementation, or several --model against each other: speed, success, landscape."""
     from wmcache.bench.plan import bench_run
     from wmcache.planner.context import EvalContext
-    from wmcache.planner.options import PlanOptions
 
     if (run is None) == (not runs):
-        raise click.UsageError("give one --run, to measure it against DINO-WM's own way, or one --model or more")
+        raise click.UsageError("give one --run, to measure it against DINO-WM's own code, or one --model or more")
     if run is not None:
         setting = EvalContext(run, PlanOptions(device=device), weights=weights, cache=cache)
         print_figures(bench_run(setting, dtype=dtype, **search), as_json=as_json)
@@ -226,4 +238,4 @@ def bench_plan(
 
     options = PlanOptions(search=dict(search), context=context, dtype=dtype, device=device)
     rows = compare_runs(runs, options, episodes, landscape, weights=weights, cache=cache)
-    print_figures_of(rows, as_json=as_json)
+    print_columns(rows, as_json=as_json)

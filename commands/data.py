@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import MISSING, asdict, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from wmcache.commands.command import Command, Group, take_chosen
+from wmcache.commands.options import ByName, Option, make_options, options_of
+from wmcache.commands.output import print_json, say
 from wmcache.commands.shared import (
     ANY_PATH,
     PATH,
-    Command,
-    Group,
+    base_weights_option,
     cluster_option,
-    create_encoders,
     dataset_option,
     device_option,
     encoder_options,
     json_option,
-    open_dataset,
-    options,
-    print_json,
-    say,
+    moved_dataset_option,
+    store_argument,
+    store_dtype_option,
 )
 from wmcache.common.errors import UserError, command
 from wmcache.common.folders import home
-from wmcache.common.options import Declared, declared
-from wmcache.common.paths import AnyPath, absolute
+from wmcache.common.paths import AnyPath
 from wmcache.common.space import human_bytes
+from wmcache.pipeline.options import CollectOptions
+
+ALREADY = " (already complete)"
 
 
 def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:  # noqa: ARG001 (click's signature)
@@ -48,26 +50,8 @@ def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> t
     return number, count
 
 
-ALREADY = " (already complete)"
-DEFAULT_ENV = "wmcache/PointMaze-UMaze-v0"
-frames_per_shard_option = click.option(
-    "--frames-per-shard",
-    type=click.IntRange(1),
-    default=512,
-    help="Frames in each tar, and in each Zarr shard made from it.",
-)
-
-
 @click.command(cls=Command)
-@click.option("--env", default=DEFAULT_ENV, help="Environment id, layout name (UMaze), or a .txt grid.")
-@click.option("--episodes", type=click.IntRange(1), default=2000, help="Episodes to collect; DINO-WM has 2000.")
-@click.option("--length", type=click.IntRange(1), default=100, help="Frames in each episode.")
-@click.option("--policy", default="random", help="Behaviour policy: random (DINO-WM) or held.")
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, help="Seed of the dataset; the same seed gives the same bytes."
-)
-@click.option("--image-size", type=click.IntRange(8, 2048), default=224, help="Side of the frames in pixels.")
-@frames_per_shard_option
+@options_of(CollectOptions)
 @cluster_option("local")
 @click.option("--out", type=ANY_PATH, help="Folder of the dataset.  [default: $WMCACHE_HOME/pointmaze-<maze>]")
 def collect(env: str, out: AnyPath | None, **settings: Any) -> None:
@@ -78,7 +62,7 @@ def collect(env: str, out: AnyPath | None, **settings: Any) -> None:
     try:
         maze = find_maze(env)
     except MazeError as error:
-        raise UserError(f"--env {env!r}: {error}; for frames of other environments: wmcache import frames") from error
+        raise UserError(f"--env: {error}; for frames of other environments: wmcache import frames") from error
     out = out or home() / f"pointmaze-{maze.name.lower()}"
     _make_dataset(out, partial(run, env, out, **settings))
 
@@ -110,26 +94,14 @@ class _Imports(Group):
             kind: Any = IMPORTERS.get(cmd_name)
         except UserError as error:
             ctx.fail(str(error))
+        paths = {name: {"type": PATH} for name in kind.local}
         params: list[click.Parameter] = [
             click.Argument(["source"], metavar=kind.metavar, type=PATH if "source" in kind.local else str),
-            *(
-                _field_option(known, local=known.name in kind.local)
-                for known in declared(kind)
-                if known.name != "source"
-            ),
+            *make_options(kind, without=("source",), **paths),
             click.Option(["--out"], type=ANY_PATH, required=True, help="Folder of the dataset."),
+            *make_options(CollectOptions, only=("frames_per_shard",)),
         ]
-        command = Command(cmd_name, callback=partial(_import, kind), params=params, help=kind.__doc__)
-        return frames_per_shard_option(command)
-
-
-def _field_option(known: Declared, *, local: bool) -> click.Option:
-    kind: Any = PATH if local else click.Choice(known.choices) if known.choices else known.kind
-    if kind is int:
-        bounds: dict[str, Any] = {"min": known.least, "max": known.most}
-        kind = click.IntRange(**bounds)
-    default: dict[str, Any] = {"required": True} if known.default is MISSING else {"default": known.default}
-    return click.Option([known.flag, known.name], type=kind, help=known.help, **default)
+        return Command(cmd_name, callback=partial(_import, kind), params=params, help=kind.__doc__)
 
 
 def _import(kind: Any, source: str | Path, out: AnyPath, frames_per_shard: int, **settings: Any) -> None:
@@ -145,42 +117,23 @@ def import_() -> None:
     """Make a dataset of other people's frames. Run again, it continues where it stopped."""
 
 
-FIT = {
-    "steps": ("--steps", click.IntRange(1), "Optimiser steps."),
-    "batch": ("--batch-size", click.IntRange(2), "Frames, or pairs of frames, in each step."),
-    "learning_rate": ("--lr", float, "Peak learning rate."),
-    "seed": ("--seed", click.IntRange(0), "Seed of weights and batches."),
-    "max_lag": ("--max-lag", click.IntRange(1), "Positives are 1 to this many env steps apart (tcn)."),
-    "spread": ("--spread", click.FloatRange(0), "Weight of the term that drives all frames apart (tcn)."),
-    "latent": ("--latent", click.IntRange(1), "Channels of the latent (vae, beta-vae, vfm-vae)."),
-    "beta": ("--beta", click.FloatRange(0), "Weight of the KL divergence (vae, beta-vae)."),
-    "free_bits": ("--free-bits", click.FloatRange(0), "Free bits of the KL divergence for each latent channel (vae)."),
-    "foreground": ("--foreground/--whole-image", bool, "Subtract the mean frame first (vae, beta-vae)."),
-    "decoder": ("--decoder", click.Choice(["tokens", "pixels"]), "What is reconstructed (dino-tok, vfm-vae)."),
-    "shallow": ("--shallow", click.IntRange(1), "Channels of the shallow branch (dino-tok)."),
-    "codes": ("--codes", click.IntRange(2), "Entries of each codebook (dino-tok-vq)."),
-    "variance": (
-        "--variance",
-        click.FloatRange(0, 1),
-        "Share of the variance that the kept components explain (dino-tok-vq).",
-    ),
-    "kl": ("--kl", click.FloatRange(0), "Weight of the KL divergence (vfm-vae)."),
-    "align": ("--align", click.FloatRange(0), "Weight of the alignment with the last layer (vfm-vae)."),
-    "dim": ("--dim", click.IntRange(1), "Principal components to keep (pca)."),
-}
-"""Options of the fits: field -> flag, type, help. What is not given is the encoder's own default; what it does not have is refused."""
+def _fits() -> Iterable[str]:
+    from wmcache.pipeline.encoders import get_entry, specs
 
-fit_flags = options(
-    *(click.option(flag, f"fit_{name}", type=kind, default=None, help=text) for name, (flag, kind, text) in FIT.items())
-)
+    return [spec.name for spec in specs() if get_entry(spec.name).fit is not None]
 
 
-@click.command(cls=Command)
+def _fit_options(name: str) -> type:
+    from wmcache.pipeline.encoders import get_fit
+
+    return get_fit(name)[0]
+
+
+@click.command(cls=Command, by=ByName("encoder", "encoder", names=_fits, options=_fit_options))
 @dataset_option
-@click.option("--encoder", "name", default="tcn", help="Encoder to fit; see: wmcache encoders.")
-@fit_flags
+@click.option("--encoder", cls=Option, names=_fits, default="tcn", help="Encoder to fit: {names}.")
 @click.option(
-    "--cache", type=ANY_PATH, help="For an adapter: the store of its base's layers.  [default: made if need be]"
+    "--cache", type=ANY_PATH, help="For an adapter: the store of its base's layers.  [default: made if it is missing]"
 )
 @click.option("--base", help="For an adapter: the encoder of that store.  [default: the adapter's own]")
 @click.option("--base-weights", type=PATH, help="For an adapter: the base's weights.  [default: as extract finds them]")
@@ -192,91 +145,29 @@ fit_flags = options(
     "--out", type=PATH, help="File to write.  [default: $WMCACHE_HOME/encoders/<dataset>-<encoder>.safetensors]"
 )
 def fit(
-    dataset: AnyPath | None,
-    name: str,
-    cache: AnyPath | None,
-    base: str | None,
-    base_weights: Path | None,
-    out: Path | None,
+    encoder: str,
     cluster: str,
+    device: str,
+    max_frames: int,
+    overwrite: bool,
+    base_weights: Path | None,
     **settings: Any,
 ) -> None:
     """Fit an encoder on the dataset's own frames, or an adapter on a store, and measure its latent landscape."""
-    from wmcache.cache.store import TokenStore
-    from wmcache.cluster.tasks import run_alone
-    from wmcache.pipeline import encoders
-    from wmcache.pipeline.fit import default_weights
+    from wmcache.pipeline.fit_job import prepare_fit
 
-    given = {field: value for field in FIT if (value := settings.pop(f"fit_{field}")) is not None}
-    chosen, entry = encoders.fit_options(name, given), encoders.get_entry(name)
-    if entry.load is not None:
-        if cache or base or base_weights:
-            raise UserError(f"encoder {name} is fitted on frames, not on a store; leave out --cache and --base")
-        frames = open_dataset(dataset)
-        out = out or default_weights(frames.card.name, name)
-        store = None
-    else:
-        if cache and base:
-            raise UserError("--cache says which store the adapter is fitted on; leave out --base")
-        frames = None if cache and dataset is None and not chosen.needs_images else open_dataset(dataset)
-        if cache is None:
-            cache = _layers_store(frames, base or entry.base, base_weights, settings["device"], cluster)
-        store = TokenStore.open(cache)
-        frames = frames or _frames_of(store)
-        out = out or default_weights(str(store.card.dataset["name"]), name)
-        settings["base_weights"] = base_weights and base_weights.absolute()
-    places = [None if found is None else absolute(found.path) for found in (frames, store)]
-    task = partial(_fit, *places, name=name, out=out.absolute(), options=chosen, **settings)
-    already = out.exists() and not settings["overwrite"]
-    result = replace(run_alone(task, cluster=cluster, label=f"fit {name}"), weights=out)
+    given = take_chosen(settings, given=True)
+    job = prepare_fit(encoder, given, device=device, cluster=cluster, base_weights=base_weights, **settings)
+    already = job.out.exists() and not overwrite
+    adapter = {} if job.store is None else {"base_weights": base_weights and base_weights.absolute()}
+    result = job.run(cluster, max_frames=max_frames, device=device, overwrite=overwrite, **adapter)
     say(f"{result.weights}: fitted on {result.frames} frames{ALREADY if already else ''}")
     if (landscape := result.landscape) is None:
-        reason = f"{frames.path} shows no maze, so the true distances are not known" if frames is not None else ""
-        if store is not None and frames is None:
-            reason = f"the frames of {store.path} are not at {store.card.dataset.get('path')}; name their place with --dataset"
-        click.echo(f"the landscape is not measured: {reason}")
+        click.echo(f"the landscape is not measured: {job.unmeasured}")
         return
     rank = "none, all distances are equal" if landscape.spearman is None else f"{landscape.spearman:.3f}"
     click.echo(f"Spearman correlation of squared token distance and geodesic distance, held-out episodes: {rank}")
     click.echo(f"held-out frames from which descending that distance gets stuck: {landscape.stuck:.1%}")
-
-
-def _frames_of(store: Any) -> Any:
-    """The frames of a store, on which a fit is measured; None where they are not where the store says."""
-    from wmcache.pipeline.repair import open_frames
-
-    try:
-        frames = open_frames(store.card, None)
-    except UserError:
-        return None
-    return frames if frames.card.fingerprint == store.identity.dataset_fingerprint else None
-
-
-def _fit(dataset: str | None, store: str | None, *, name: str, out: Path, options: Any, **settings: Any) -> Any:
-    """The task of a fit: on the frames, or where there is a store on that."""
-    from wmcache.cache.store import TokenStore
-    from wmcache.common.paths import as_path
-    from wmcache.pipeline.fit import fit as run
-    from wmcache.pipeline.fit import fit_adapter
-    from wmcache.pipeline.frames import FrameDataset
-
-    frames: Any = None if dataset is None else FrameDataset.open(as_path(dataset))
-    if store is None:
-        return run(frames, name, out, options, **settings)
-    return fit_adapter(TokenStore.open(as_path(store)), name, out, options, dataset=frames, **settings)
-
-
-def _layers_store(frames: Any, base: str, weights: Path | None, device: str, cluster: str) -> AnyPath:
-    """The store of an adapter's base at its usual place, extracted where it is not there yet."""
-    from wmcache.pipeline.extract import extract_together as run
-    from wmcache.pipeline.stores import default_store
-
-    (encoder,) = create_encoders(
-        frames.card.name, names=base, weights=(str(weights),) if weights else (), device=device
-    )
-    out: AnyPath = default_store(frames.card.name, encoder)
-    run(frames, [(encoder, out)], cluster=cluster, device=device)
-    return out
 
 
 @click.command(cls=Command)
@@ -287,19 +178,14 @@ def _layers_store(frames: Any, base: str, weights: Path | None, device: str, clu
     type=ANY_PATH,
     help="The store, or the folder of several stores.  [default: $WMCACHE_HOME/stores/<dataset>/<encoder>-<image size>.zarr]",
 )
-@click.option(
-    "--store-dtype",
-    type=click.Choice(["float16", "int8"]),
-    default="float16",
-    help="What tokens are stored in; int8 takes half the space, with one scale for each channel of each shard.",
-)
+@store_dtype_option
 @click.option(
     "--shard-slice",
     "part",
     callback=_read_slice,
     default="0/1",
     metavar="I/N",
-    help="Do the I-th (from 0) of N slices of the shards, for batch arrays; wmcache finalize, or whoever is last, completes the store.",
+    help="Do the I-th (from 0) of N slices of the shards, for batch arrays; wmcache finalize, or the last slice, completes the store.",
 )
 @click.option(
     "--change-maps",
@@ -307,7 +193,7 @@ def _layers_store(frames: Any, base: str, weights: Path | None, device: str, clu
     is_flag=False,
     flag_value=5,
     metavar="[FRAMESKIP]",
-    help="Also what has changed since so many env steps before (5), which ddp-wm learns from; or later: wmcache derive change-maps.",
+    help="Also make the change maps of pairs of frames so many env steps apart (5); or later, with: wmcache derive change-maps.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and stop.")
 def extract(
@@ -323,7 +209,9 @@ def extract(
 ) -> None:
     """Encode every frame of a dataset once, several encoders in one pass. Run again, or beside itself, it does what is missing."""
     from wmcache.cluster.tasks import parse_cluster
+    from wmcache.pipeline.create import create_encoders
     from wmcache.pipeline.extract import extract_together, forecast
+    from wmcache.pipeline.fit_job import open_dataset
     from wmcache.pipeline.stores import default_store
 
     frames = open_dataset(dataset)
@@ -356,8 +244,8 @@ def extract(
         if shards:
             count = -(-frames.card.frames // frames.card.frames_per_shard)
             say(
-                f"{place}: slice {part[0]} of {part[1]} is done, {len(shards)} of {count} shards are other slices' and not done yet; "
-                f"whoever is last completes the store, or: {command('wmcache', 'finalize', place)}"
+                f"{place}: slice {part[0]} of {part[1]} is done, {len(shards)} of {count} shards of other slices are not done yet; "
+                f"the last slice completes the store, or: {command('wmcache', 'finalize', place)}"
             )
         else:
             state = "" if worked else ALREADY
@@ -379,17 +267,17 @@ def derive() -> None:
 
 
 @derive.command("change-maps")
-@click.argument("store", type=ANY_PATH)
+@store_argument
 @click.option(
     "--frameskip",
     type=click.IntRange(1),
     default=5,
     help="Env steps between the frames that are compared; the same as wmtrain's --frameskip.",
 )
-@click.option("--dataset", type=ANY_PATH, help="Where the frames are, if they have moved.")
+@moved_dataset_option
 @cluster_option()
 def derive_change_maps(store: AnyPath, frameskip: int, dataset: AnyPath | None, cluster: str) -> None:
-    """Make what has changed from frame to frame, 2 x 2 cells a patch, which ddp-wm learns from. Run again, it goes on."""
+    """Make change maps: which of 2 x 2 cells of each patch have changed from frame to frame. Run again, it goes on."""
     from wmcache.cache.change_maps import change_maps_path
     from wmcache.cache.store import TokenStore
     from wmcache.pipeline.change_maps import derive_change_maps as run
@@ -403,21 +291,16 @@ def derive_change_maps(store: AnyPath, frameskip: int, dataset: AnyPath | None, 
 
 
 @derive.command("tokens")
-@click.argument("store", type=ANY_PATH)
+@store_argument
 @click.option(
     "--encoder", "name", required=True, help="Encoder on the same backbone: dinov2-cls, dinov2-pooled, an adapter, …"
 )
 @click.option(
     "--weights", type=PATH, help="Weights of the encoder.  [default: the store's, or those fitted on its dataset]"
 )
-@click.option("--base-weights", type=PATH, help="Weights of an adapter's base encoder, if they have moved.")
+@base_weights_option
 @click.option("--out", type=ANY_PATH, help="The new store.  [default: where extract would put it]")
-@click.option(
-    "--store-dtype",
-    type=click.Choice(["float16", "int8"]),
-    default="float16",
-    help="What tokens are stored in; int8 takes half the space.",
-)
+@store_dtype_option
 @device_option
 @cluster_option()
 def derive_tokens(

@@ -2,111 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from wmcache.commands.shared import (
-    ANY_PATH,
-    PATH,
-    Command,
-    device_option,
-    json_option,
-    name_of,
-    options,
-    print_json,
-    say,
-)
+from wmcache.commands.command import Command, take_chosen
+from wmcache.commands.options import ByName, options_of
+from wmcache.commands.output import print_json, say
+from wmcache.commands.shared import ANY_PATH, PATH, json_option, moved_cache_option, name_of
 from wmcache.common.errors import UserError, command
 from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath
-
-frames_option = click.option(
-    "--frames", "--dataset", "dataset", type=ANY_PATH, help="Where the store's frames are, if they have moved."
-)
-lpips_option = click.option(
-    "--lpips/--no-lpips", default=True, help="Try to compute LPIPS; its network is fetched once, 244 MB."
-)
-decoder_sizes = options(
-    click.option("--channels", type=click.IntRange(1), help="vqvae: channels of both stacks.  [default: 384]"),
-    click.option("--residual", type=click.IntRange(1), help="vqvae: channels inside a residual block.  [default: 128]"),
-    click.option("--blocks", type=click.IntRange(0, 64), help="vqvae: residual blocks of a stack.  [default: 4]"),
-    click.option("--quantize", is_flag=True, default=None, help="vqvae: round tokens to a codebook first."),
-    click.option("--codes", type=click.IntRange(1), help="vqvae: entries of the codebook.  [default: 2048]"),
-    click.option(
-        "--depth", type=click.IntRange(1), help="transposed-conv: 1/32 of the channels of the first map.  [default: 64]"
-    ),
-)
-
+from wmcache.planner.options import ImagineOptions
+from wmcache.trainer.options import DecoderOptions
 
 METRICS = {"mse": "mse", "moving_mse": "mse, moving pixels", "ssim": "ssim", "lpips": "lpips"}
+frames_option = click.option(
+    "--frames", "--dataset", "dataset", type=ANY_PATH, help="Location of the store's frames, if they have moved."
+)
 
 
-@click.command(cls=Command)
+def _decoders() -> Iterable[str]:
+    from wmcache.trainer.decoders import DECODERS
+
+    return DECODERS
+
+
+def _decoder_options(name: str) -> type:
+    from wmcache.trainer.decoders import DECODERS
+
+    return DECODERS.get(name).Options
+
+
+DECODER = ByName("decoder", "decoder", names=_decoders, options=_decoder_options, every="auto")
+
+
+@click.command(cls=Command, by=DECODER)
 @click.option("--cache", type=ANY_PATH, required=True, help="The token store.")
 @frames_option
 @click.option("--out", type=PATH, help="Folder of the decoder.  [default: $WMCACHE_HOME/decoders/<dataset>-<store>]")
-@click.option(
-    "--decoder",
-    type=click.Choice(["auto", "vqvae", "transposed-conv"]),
-    default="auto",
-    help="Network; auto takes transposed-conv for a single token, and vqvae for a grid.",
-)
-@decoder_sizes
-@click.option(
-    "--steps",
-    type=click.IntRange(1),
-    default=10_000,
-    help="Optimiser steps; a higher number continues a finished decoder.",
-)
-@click.option("--batch-size", "batch", type=click.IntRange(1), default=32, help="Frames in each step.")
-@click.option("--lr", "learning_rate", type=float, default=3e-4, help="Learning rate.")
-@click.option(
-    "--max-frames",
-    type=click.IntRange(1),
-    default=20_000,
-    help="Frames to train on, a random sample that is held in memory.",
-)
-@click.option("--dtype", default="auto", help="Compute precision: auto, float32 or bfloat16.")
-@device_option
-@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of weights, sample and order.")
-@click.option("--split-seed", type=click.IntRange(0), default=42, help="Seed of the split into train and val episodes.")
-@click.option("--log-every", type=click.IntRange(1), default=20, help="Steps between two lines of the log.")
-@click.option("--checkpoint-every", type=click.IntRange(1), default=500, help="Steps between two checkpoints.")
-@lpips_option
 @click.option("--overwrite", is_flag=True, help="Delete the decoder in --out and start from scratch.")
 @json_option
+@options_of(DecoderOptions, decoder={"names": _decoders})
 def decoder(
-    cache: AnyPath,
-    dataset: AnyPath | None,
-    out: Path | None,
-    channels: int | None,
-    residual: int | None,
-    blocks: int | None,
-    quantize: bool | None,
-    codes: int | None,
-    depth: int | None,
-    overwrite: bool,
-    as_json: bool,
-    **settings: Any,
+    cache: AnyPath, dataset: AnyPath | None, out: Path | None, overwrite: bool, as_json: bool, **settings: Any
 ) -> None:
     """Train a decoder from cached tokens to frames, to look at latents with. Run again, it goes on where it stopped."""
     from wmcache.trainer.decoder import train_decoder
-    from wmcache.trainer.options import DecoderOptions
 
     out = out or home() / "decoders" / name_of(cache)
-    sizes = {
-        "channels": channels,
-        "residual": residual,
-        "blocks": blocks,
-        "quantize": quantize,
-        "codes": codes,
-        "depth": depth,
-    }
-    given = {name: value for name, value in sizes.items() if value is not None}
-    frames = _frames_of(cache, dataset)
-    result = train_decoder(cache, frames, out, DecoderOptions(decoder_options=given, **settings), overwrite=overwrite)
+    options = DecoderOptions(decoder_options=take_chosen(settings, given=True), **settings)
+    result = train_decoder(cache, _frames_of(cache, dataset), out, options, overwrite=overwrite)
     if as_json:
         print_json(result)
         return
@@ -114,7 +62,7 @@ def decoder(
     if "mean_frame" in result:  # a decoder of an earlier version has no such figures
         say(f"the mean frame, for comparison: {_figures(result['mean_frame'])}")
         say(_explain_moving(result["moving"]))
-    _tell_absence(result)
+    _print_absence(result)
     say(f"draw what a world model imagines with: {command('wmcache', 'imagine', '--run', 'RUN', '--decoder', out)}")
 
 
@@ -122,15 +70,8 @@ def decoder(
 @click.option("--run", type=PATH, required=True, help="Folder of the world model's run.")
 @click.option("--decoder", type=PATH, required=True, help="Folder of a decoder of the same store.")
 @frames_option
-@click.option("--cache", type=ANY_PATH, help="The store, if it has moved.")
-@click.option("--steps", type=click.IntRange(1), default=10, help="Model steps from one observed frame.")
-@click.option("--windows", type=click.IntRange(1), default=64, help="Held-out windows that are compared.")
-@click.option("--videos", type=click.IntRange(0), default=2, help="Videos to write, each of 4 windows side by side.")
-@click.option("--context", type=click.IntRange(1), help="Frames that an imagined step sees.  [default: the history]")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the sample of windows.")
-@click.option("--dtype", default="auto", help="Compute precision: auto, float32 or bfloat16.")
-@device_option
-@lpips_option
+@moved_cache_option
+@options_of(ImagineOptions)
 @click.option("--out", type=PATH, help="Folder of the pictures.  [default: RUN/imagine]")
 @json_option
 def imagine(
@@ -144,7 +85,6 @@ def imagine(
 ) -> None:
     """Draw what a world model imagines beside what then happened: videos, a picture, and figures for each step."""
     from wmcache.planner.imagine import imagine as draw
-    from wmcache.planner.options import ImagineOptions
     from wmcache.trainer.runs import read_config
 
     cache, out = cache or Path(read_config(run)["cache"]), out or run / "imagine"
@@ -154,7 +94,7 @@ def imagine(
         print_json(result)
         return
     _print_steps(result["steps"])
-    _tell_absence(result)
+    _print_absence(result)
     say(f"pictures: {out}")
 
 
@@ -166,7 +106,7 @@ def _frames_of(cache: AnyPath, dataset: AnyPath | None) -> Any:
     store = TokenStore.open(cache)
     frames = open_frames(store.card, dataset)
     if frames.card.fingerprint != store.identity.dataset_fingerprint:
-        raise UserError(f"{frames.path} does not hold the frames of {cache}; pass the right --frames")
+        raise UserError(f"{frames.path} does not have the frames of {cache}; pass the right --frames")
     return frames
 
 
@@ -179,7 +119,7 @@ def _figure(name: str, value: float | None) -> str:
 
 
 def _print_steps(rows: list[dict[str, Any]]) -> None:
-    """A block for each metric: pictures as lines, up to 10 model steps as columns."""
+    """Print a block for each metric: pictures as lines, up to 10 model steps as columns."""
     from wmcache.planner.imagine import PICTURES
 
     count = min(len(rows), 10)
@@ -199,6 +139,6 @@ def _explain_moving(share: float) -> str:
     return f"moving: {share:.2%} of the pixels, {rule}" if share else f"moving: no pixel; a pixel moves {rule}"
 
 
-def _tell_absence(result: dict[str, Any]) -> None:
+def _print_absence(result: dict[str, Any]) -> None:
     if "lpips_absent" in result:
         click.echo(f"no LPIPS: {result['lpips_absent']}")

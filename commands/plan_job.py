@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
-from wmcache.commands.shared import NUMBER, PATH, Command, device_option, json_option, print_json
+from wmcache.commands.command import Command
+from wmcache.commands.output import print_json
+from wmcache.commands.shared import NUMBER, PATH, device_option, json_option
 from wmcache.common.errors import UserError
 from wmcache.common.space import human_bytes
 

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from wmcache.commands.shared import ANY_PATH, PATH, Command, json_option, print_json, say
+from wmcache.commands.command import Command
+from wmcache.commands.output import print_json, say
+from wmcache.commands.shared import ANY_PATH, PATH, json_option
 from wmcache.common.paths import AnyPath
 
 if TYPE_CHECKING:

@@ -7,8 +7,10 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from wmcache.commands.command import CONTEXT, Command
 from wmcache.commands.data import extract
-from wmcache.commands.shared import CONTEXT, PATH, Command, program_path, say
+from wmcache.commands.output import say
+from wmcache.commands.shared import PATH, program_path
 from wmcache.commands.train import wmtrain
 from wmcache.common.errors import UserError, command
 from wmcache.common.folders import home

@@ -8,16 +8,9 @@ from typing import Any
 
 import click
 
-from wmcache.commands.shared import (
-    ANY_PATH,
-    PATH,
-    Command,
-    json_option,
-    print_json,
-    say,
-    source_options,
-    store_argument,
-)
+from wmcache.commands.command import Command
+from wmcache.commands.output import print_json, say
+from wmcache.commands.shared import ANY_PATH, PATH, json_option, source_options, store_argument
 from wmcache.common.errors import UserError, command, one_line
 from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath, beside, is_local

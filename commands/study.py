@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
-from wmcache.commands.shared import PATH, Command, cluster_option, json_option, print_json, say, shell_command
+from wmcache.commands.command import Command
+from wmcache.commands.output import print_json, say, shell_command
+from wmcache.commands.shared import PATH, cluster_option, json_option
 from wmcache.common.errors import UserError
 from wmcache.common.folders import home
 

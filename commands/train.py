@@ -1,8 +1,9 @@
-"""wmtrain, wmcache import-run: a world model from cached latents, or from others."""
+"""wmtrain, wmcache import-run: a world model from cached latents, or from a checkpoint of another project."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,106 +11,73 @@ import click
 from click.core import ParameterSource
 
 from wmcache import __version__
-from wmcache.commands.shared import (
-    ANY_PATH,
-    INTERRUPTED,
-    PATH,
-    STOPPED,
-    Group,
-    Stopped,
-    device_option,
-    model_options,
-    name_of,
-    preset_option,
-    residence_option,
-    say,
-    shell_command,
-    take_model_options,
-)
-from wmcache.common.errors import UserError, command
+from wmcache.commands.command import Group, take_chosen
+from wmcache.commands.options import ByName, Option, Preset, options_of
+from wmcache.commands.output import say, shell_command
+from wmcache.commands.shared import ANY_PATH, PATH, name_of, program_path
+from wmcache.common.errors import INTERRUPTED, STOPPED, Stopped, UserError, command
 from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath
+from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
 
 
-@click.group(cls=Group, invoke_without_command=True)
+def _models() -> Iterable[str]:
+    from wmcache.trainer.models import MODELS
+
+    return MODELS
+
+
+def _stages() -> Iterable[str]:
+    from wmcache.trainer.models import MODELS
+
+    return dict.fromkeys(stage for name in MODELS for stage in MODELS.get(name).stages)
+
+
+def _model_options(name: str) -> type:
+    from wmcache.trainer.models import MODELS
+
+    return MODELS.get(name).Options
+
+
+MODEL = ByName("model", "world model", names=_models, options=_model_options)
+
+
+@click.group(cls=Group, by=MODEL, invoke_without_command=True)
 @click.version_option(__version__, prog_name="wmtrain")
-@preset_option("--preset", PRESETS, "Known settings; what is given beside it wins.")
-@click.option("--cache", type=ANY_PATH, help="The token store; nothing else is read.  [required]")
-@click.option("--out", type=PATH, help="Folder of the run.  [default: $WMCACHE_HOME/runs/<dataset>-<store>]")
-@click.option("--model", default="dino-wm", help="World model: dino-wm, ddp-wm.")
 @click.option(
-    "--stage",
-    type=click.Choice(["localization", "primary", "lrm", "all"]),
-    default="all",
-    help="Stage to train (ddp-wm has three, each continues the one before, and each has --steps).",
-)
-@click.option("--from", "start", type=PATH, help="Run whose last finished stage is continued.  [default: --out]")
-@model_options
-@click.option("--history", type=click.IntRange(1), default=3, help="Context frames.")
-@click.option("--frameskip", type=click.IntRange(1), default=5, help="Env steps between frames of a window.")
-@click.option("--steps", type=click.IntRange(1), default=10_000, help="Optimiser steps.")
-@click.option("--epochs", type=click.IntRange(1), help="Passes over all windows, instead of --steps.")
-@click.option(
-    "--batch-size",
-    "batch",
-    type=click.IntRange(1),
-    default=64,
-    help="Windows in each micro-batch, of all devices together.",
-)
-@click.option("--accumulate", type=click.IntRange(1), default=1, help="Micro-batches in each step.")
-@click.option("--lr", "learning_rate", type=float, default=5e-4, help="Learning rate of the constant phase.")
-@click.option(
-    "--warmup", type=click.FloatRange(0, 1), default=0.05, help="Share of the steps in which the learning rate rises."
+    "--cache", cls=Option, group="Run", type=ANY_PATH, help="The token store; nothing else is read.  [required]"
 )
 @click.option(
-    "--decay",
-    type=click.FloatRange(0, 1),
-    default=0.3,
-    help="Share of the steps in which the learning rate falls to 0.",
+    "--out",
+    cls=Option,
+    group="Run",
+    type=PATH,
+    help="Folder of the run.  [default: $WMCACHE_HOME/runs/<dataset>-<store>]",
 )
-@click.option("--beta2", type=click.FloatRange(0, 1, max_open=True), default=0.95, help="Second beta of AdamW.")
-@click.option("--weight-decay", type=float, default=1e-2, help="Weight decay of matrices.")
+@click.option("--preset", cls=Preset, group="Run", presets=PRESETS, help="Known settings; options beside it win.")
 @click.option(
-    "--decay-all/--decay-matrices",
-    default=False,
-    help="Apply weight decay to vectors too (DINO-WM), or to matrices only.",
+    "--resume",
+    cls=Option,
+    group="Run",
+    is_flag=True,
+    help="Continue the run in --out; --steps, --epochs and --lr may then differ.",
 )
-@click.option("--clip", type=float, default=1.0, help="Largest norm of the gradient; 0: no clipping.")
 @click.option(
-    "--pool",
-    type=click.IntRange(1),
-    default=1,
-    help="Side of the squares of the token grid that are averaged at first; 1: none.",
+    "--overwrite", cls=Option, group="Run", is_flag=True, help="Delete the run in --out and start from scratch."
 )
-@click.option("--pool-until", type=click.FloatRange(0, 1), default=0.5, help="Share of the steps on that coarser grid.")
-@click.option("--dtype", default="auto", help="Compute precision: auto, float32 or bfloat16.")
-@device_option
+@options_of(TrainOptions, model={"names": _models}, stage={"names": _stages}, start={"type": PATH})
 @click.option(
     "--devices",
+    cls=Option,
+    group="Devices",
     type=click.IntRange(1),
     help="Devices of this machine, each with a process: the same batches, cut into slices. A run goes on with any number; what dropout "
-    "and --noise draw differs with it.  [default: 1, or as torchrun says]",
+    "and --noise draw differs with it.  [default: 1, or the number that torchrun sets]",
 )
-@residence_option
-@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of weights, dropout and order.")
-@click.option("--split-seed", type=click.IntRange(0), default=42, help="Seed of the split into train and val episodes.")
-@click.option(
-    "--fraction",
-    "episodes_fraction",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=1.0,
-    help="Share of the train episodes; smaller ones are parts of larger ones.",
-)
-@click.option("--compile", is_flag=True, help="Use torch.compile.")
-@click.option("--log-every", type=click.IntRange(1), default=20, help="Steps between two lines of the log.")
-@click.option("--validate-every", type=click.IntRange(1), default=500, help="Steps between two validations.")
-@click.option("--checkpoint-every", type=click.IntRange(1), default=500, help="Steps between two checkpoints.")
-@click.option("--resume", is_flag=True, help="Continue the run in --out; --steps, --epochs and --lr may then differ.")
-@click.option("--overwrite", is_flag=True, help="Delete the run in --out and start from scratch.")
 def wmtrain(
     cache: AnyPath | None,
-    preset: str | None,  # noqa: ARG001 (its values have become the others' defaults)
+    preset: str | None,  # noqa: ARG001 (its values have become the defaults of other options)
     out: Path | None,
     start: Path | None,
     devices: int | None,
@@ -125,24 +93,21 @@ def wmtrain(
         raise click.MissingParameter(ctx=ctx, param_type="option", param_hint="'--cache'")
     typed = [name for name in ("steps", "epochs") if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if len(typed) == 2:
-        raise click.UsageError("--steps and --epochs are two ways to say how long; give one", ctx)
+        raise click.UsageError("--steps and --epochs both set the length; give one", ctx)
     if typed == ["steps"]:
         settings["epochs"] = None  # which a preset may have
     from wmcache.engine.ranks import ReportedError, is_distributed, joined
-    from wmcache.trainer.options import TrainOptions
     from wmcache.trainer.train import check_slices, train
 
     out = out or home() / "runs" / name_of(cache)
     chosen = TrainOptions(
-        model_options=take_model_options(settings, settings["model"]),
-        start=None if start is None else str(start.absolute()),
-        **settings,
+        model_options=take_chosen(settings), start=None if start is None else str(start.absolute()), **settings
     )
     if devices and devices > 1 and not is_distributed():
-        from wmcache.commands.launch import launch
+        from wmcache.engine.launch import launch
 
         check_slices(chosen.batch, devices)
-        launch("wmtrain", devices)
+        launch([program_path("wmtrain"), *sys.argv[1:]], devices)
     try:
         with joined(chosen.device) as ranks:
             if devices and devices != ranks.local_world:
@@ -153,29 +118,31 @@ def wmtrain(
     except ReportedError as reported:
         stopped = isinstance(reported.__cause__, KeyboardInterrupt)
         ctx.exit((STOPPED if isinstance(reported.__cause__, Stopped) else INTERRUPTED) if stopped else 1)
-    if ranks.is_main and chosen.stage == "localization":
-        following = {"localization": "primary", "--stage=localization": "--stage=primary"}
-        further = shell_command([following.get(word, word) for word in sys.argv])
-        say(f"{out}: knows where something changes; go on with: {further}")
-    elif ranks.is_main:
-        say(f"{out}: trained; {_next_step(out, cache)}")
+    if ranks.is_main:
+        say(f"{out}: {_next_step(out, cache, chosen.stage)}")
 
 
-def _next_step(run: Path, cache: AnyPath) -> str:
-    """What can be done with a trained run: its frames may be of no simulator that wmplan knows."""
+def _next_step(run: Path, cache: AnyPath, stage: str) -> str:
+    """What can be done with a trained run: its next stage, a plan where its frames have a simulator, or pictures."""
     from wmcache.trainer.runs import read_identity
 
+    stages = list(_stages())
+    if stage in stages[:-1]:
+        following = {stage: stages[stages.index(stage) + 1]}
+        following |= {f"--stage={stage}": f"--stage={following[stage]}"}
+        return f"stage {stage} is trained; go on with: {shell_command([following.get(w, w) for w in sys.argv])}"
     if read_identity(run)[0].dataset.get("maze"):
-        return f"plan with: {command('wmplan', '--run', run)}"
+        return f"trained; plan with: {command('wmplan', '--run', run)}"
     return (
-        "wmplan has no simulator of its frames; to plan in your own see docs/import.md; to see what it imagines, train a decoder with: "
-        f"{command('wmtrain', 'decoder', '--cache', cache)}, then: {command('wmcache', 'imagine', '--run', run, '--decoder', 'DECODER')}"
+        "trained; wmplan has no simulator of its frames: to plan in another one see docs/import.md; to see what it imagines, train a "
+        f"decoder with: {command('wmtrain', 'decoder', '--cache', cache)}, "
+        f"then: {command('wmcache', 'imagine', '--run', run, '--decoder', 'DECODER')}"
     )
 
 
 @click.group("import-run", cls=Group)
 def import_run() -> None:
-    """Make a run of other people's checkpoint, for wmplan."""
+    """Make a run of another project's checkpoint, for wmplan."""
 
 
 @import_run.command("dino-wm")
@@ -194,6 +161,10 @@ def import_run_dino_wm(folder: Path, cache: AnyPath, out: Path, **settings: Any)
     from wmcache.trainer.import_dino_wm import import_dino_wm as run
 
     imported = run(folder, cache, out, **settings)
-    scale = "by the store's means and deviations" if imported.standardised else "not at all, as hydra.yaml says"
+    scale = (
+        "are standardised with the store's statistics"
+        if imported.standardised
+        else "are not standardised, as in hydra.yaml"
+    )
     say(f"{out}: epoch {imported.epoch}, {imported.parameters / 1e6:.2f} M parameters")
-    say(f"actions and proprio are standardised {scale}; plan with: {command('wmplan', '--run', out)}")
+    say(f"actions and proprio {scale}; plan with: {command('wmplan', '--run', out)}")

@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
-from wmcache.commands.shared import Command, json_option, print_json, say
+from wmcache.commands.command import Command
+from wmcache.commands.output import print_json, say
+from wmcache.commands.shared import json_option
 from wmcache.common.folders import home
 from wmcache.common.space import human_bytes
 

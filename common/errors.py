@@ -8,6 +8,15 @@ import unicodedata
 UNPRINTED = {"Cc", "Cf", "Zl", "Zp"}
 """Unicode categories: control characters, direction marks, line and paragraph separators."""
 
+INTERRUPTED = 130
+"""Exit status after SIGINT."""
+STOPPED = 75
+"""Exit status after a signal of a batch system, EX_TEMPFAIL: the same command resumes, so the job can be requeued on it."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A batch system asked this process to stop."""
+
 
 class UserError(Exception):
     """Something that the user can fix. The message is one line: what is wrong, where, and which command fixes it."""

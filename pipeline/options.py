@@ -1,9 +1,9 @@
-"""All settings of a collection of frames."""
+"""Settings of collections, and of encoders as they are created."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
@@ -17,7 +17,24 @@ class CollectOptions:
     env: str = option("wmcache/PointMaze-UMaze-v0", "Environment id, layout name (UMaze), or a .txt grid.")
     episodes: Positive = option(2000, "Episodes to collect; DINO-WM has 2000.")
     length: Positive = option(100, "Frames in each episode.")
-    policy: str = option("random", "Behaviour policy: random (DINO-WM) or held.")
+    policy: str = option("random", "Behaviour policy, such as random (DINO-WM) or held.")
     seed: Natural = option(0, "Seed of the dataset; the same seed gives the same bytes.")
     image_size: Annotated[int, Ge(8), Le(2048)] = option(224, "Side of the frames in pixels.")
     frames_per_shard: Positive = option(512, "Frames in each tar, and in each Zarr shard made from it.")
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """Settings of `encoders.create`; None takes the encoder's own."""
+
+    image_size: Positive | None = option(
+        None, "Side of the image that the network sees.  [default: the encoder's]", group="Encoder"
+    )
+    normalisation: Literal["half", "imagenet"] | None = option(
+        None, "Normalisation of pixels; half is DINO-WM's.  [default: the encoder's]"
+    )
+    filter: Literal["bilinear", "bicubic"] | None = option(
+        None, "Filter for resizing frames.  [default: the encoder's]"
+    )
+    lag: Positive | None = option(None, "Env steps between the frames of a pair, for encoders of pairs.")
+    dtype: Literal["auto", "float32", "bfloat16"] | None = option(None, "Compute precision.  [default: the encoder's]")

@@ -86,7 +86,8 @@ from click.testing import CliRunner
 from wmcache.cli import main, wmplan, wmtrain
 
 def walk(words, command):
-    yield words
+    if getattr(command, "by", None) is None:  # others list the options of what one of their options names
+        yield words
     for name, inner in getattr(command, "commands", {}).items():
         yield from walk((*words, name), inner)
 
@@ -104,7 +105,7 @@ def test_no_help_loads_what_takes_long_to_import() -> None:
     done = subprocess.run([sys.executable, "-c", HELPS], check=True, capture_output=True)
     statuses, modules = json.loads(done.stdout)
     assert statuses.pop("unknown") == 2
-    assert len(statuses) > 30
+    assert len(statuses) > 25
     assert set(statuses.values()) == {0}
     assert HEAVY & set(modules) == set()
 

@@ -17,11 +17,9 @@ Rate = Annotated[float, Ge(1e-12)]
 class TrainOptions:
     """All settings of a run; saved as `config.json`."""
 
-    model: str = option("dino-wm", "World model: {names}.", group="Model")
+    model: str = option("dino-wm", "World model: {names}.", group="Run")
     model_options: dict[str, Any] = field(default_factory=dict)
-    stage: str = option(
-        "all", "Stage to train, for a model with several; each has --steps. Stages: {names}.", group="Training"
-    )
+    stage: str = option("all", "Stage to train, of a model that has several; each has --steps: all, {names}.")
     start: str | None = option(None, "Run whose last finished stage is continued.  [default: --out]", flag="--from")
     history: Positive = option(3, "Context frames.", group="Data")
     frameskip: Positive = option(5, "Env steps between frames of a window.")
@@ -42,18 +40,18 @@ class TrainOptions:
     clip: Weight = option(1.0, "Largest norm of the gradient; 0: no clipping.")
     pool: Positive = option(1, "Side of the squares of the token grid that are averaged at first; 1: none.")
     pool_until: Share = option(0.5, "Share of the steps on that coarser grid.")
-    dtype: Precision = option("auto", "Compute precision.", group="Run")
+    dtype: Precision = option("auto", "Compute precision.", group="Devices")
     device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.")
     residence: Literal["auto", "device", "ram", "disk"] = option(
         "auto", "Where tokens are kept while training; auto measures free memory."
     )
-    seed: Natural = option(0, "Seed of weights, dropout and order.")
+    seed: Natural = option(0, "Seed of weights, dropout and order.", group="Training")
     split_seed: Natural = option(42, "Seed of the split into train and val episodes.", group="Data")
     episodes_fraction: Annotated[float, Gt(0), Le(1)] = option(
         1.0, "Share of the train episodes; smaller ones are parts of larger ones.", flag="--fraction"
     )
-    compile: bool = option(False, "Use torch.compile.", flag="--compile", group="Run")
-    log_every: Positive = option(20, "Steps between two lines of the log.")
+    compile: bool = option(False, "Use torch.compile.", flag="--compile", group="Devices")
+    log_every: Positive = option(20, "Steps between two lines of the log.", group="Logging")
     validate_every: Positive = option(500, "Steps between two validations.")
     checkpoint_every: Positive = option(500, "Steps between two checkpoints.")
 

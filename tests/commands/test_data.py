@@ -1,4 +1,4 @@
-"""wmcache extract, fit and derive with many encoders: the words that users type, and what they are told."""
+"""wmcache collect, fit, extract and derive on the command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from click.testing import CliRunner, Result
 
 from wmcache.bench import extract as bench
 from wmcache.cache import TokenStore
-from wmcache.cache.change_maps import open_change_maps
 from wmcache.cli import main
 from wmcache.cluster import tasks as cluster
 from wmcache.pipeline import encoders
@@ -42,7 +41,7 @@ def run(line: str, **places: Path) -> Result:
     return CliRunner().invoke(main, [word.format(**places) for word in line.split()])
 
 
-def test_several_encoders_are_extracted_in_one_go(home: Path) -> None:
+def test_several_encoders_are_extracted_in_one_pass(home: Path) -> None:
     result = run("extract --encoder tcn,pixels,tcn-layers --device cpu")
     assert result.exit_code == 0, result.output
     stores = home / "stores/pointmaze-umaze"
@@ -55,7 +54,7 @@ def test_several_encoders_are_extracted_in_one_go(home: Path) -> None:
     assert f"{stores / 'pixels-32.zarr'}: 360 frames, 4 x 4 tokens of 192" in result.output
 
 
-def test_a_finished_extraction_says_so_and_one_that_lost_a_shard_does_not(home: Path) -> None:
+def test_a_finished_extraction_is_reported_and_one_that_lost_a_shard_is_not(home: Path) -> None:
     assert "already complete" not in run("extract --device cpu --change-maps").output
     store = home / "stores/pointmaze-umaze/tcn-64.zarr"
     again = run("extract --device cpu --change-maps").output
@@ -88,7 +87,7 @@ def test_the_bar_moves_with_every_batch_of_a_shard(
     assert counts[-1] == 360
 
 
-def test_an_adapter_is_fitted_on_layers_that_are_made_if_need_be_and_its_store_derived(home: Path) -> None:
+def test_an_adapter_is_fitted_on_layers_that_are_extracted_first_and_its_store_derived(home: Path) -> None:
     fitted = run("fit --encoder dino-tok --base tcn-layers --steps 2 --batch-size 8 --shallow 4 --device cpu")
     assert fitted.exit_code == 0, fitted.output
     layers = home / "stores/pointmaze-umaze/tcn-layers-64.zarr"
@@ -97,7 +96,7 @@ def test_an_adapter_is_fitted_on_layers_that_are_made_if_need_be_and_its_store_d
     extracted = run("extract --encoder dino-tok --device cpu --out {out}", out=home / "extracted.zarr")
     assert extracted.exit_code == 0, extracted.output
     assert "already complete" not in fitted.output + derived.output + extracted.output
-    # From the store alone: the store says where its frames are, so the landscape is measured.
+    # From the store alone, which records the location of its frames: the landscape is measured.
     again = run(
         "fit --encoder dino-tok --cache {layers} --steps 2 --batch-size 8 --shallow 4 --device cpu", layers=layers
     )
@@ -126,13 +125,13 @@ def test_change_maps_come_with_the_tokens_or_later_and_are_the_same(home: Path) 
     names = ["pixels-32.changes-5.zarr", "pixels-32.zarr", "tcn-64.changes-5.zarr", "tcn-64.zarr"]
     assert sorted(path.name for path in stores.glob("*.zarr")) == names
     assert f"{stores / 'pixels-32.changes-5.zarr'}: 360 frames, 4 x 4 tokens of 4" in result.stdout
-    together = open_change_maps(TokenStore.open(stores / "pixels-32.zarr"), 5)
+    together = TokenStore.open(stores / "pixels-32.zarr").changes(5)
     extracted = {file.name: file.read_bytes() for file in together.path.glob("tokens/c.*")}
     assert run("rm {store} --yes", store=together.path).exit_code == 0
     result = run("derive change-maps {store}", store=stores / "pixels-32.zarr")
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{together.path}: 360 frames, 8 x 8 cells, since 5 env steps before\n"
-    later = open_change_maps(TokenStore.open(stores / "pixels-32.zarr"), 5)
+    later = TokenStore.open(stores / "pixels-32.zarr").changes(5)
     assert later.identity == together.identity
     assert {file.name: file.read_bytes() for file in later.path.glob("tokens/c.*")} == extracted
 
@@ -146,11 +145,11 @@ def test_change_maps_are_made_where_they_are_missing_and_nowhere_else(home: Path
     assert len(before) == 6 + 3
     result = run("derive change-maps {store} --frameskip 3", store=stores / "tcn-64.zarr")
     assert result.exit_code == 0, result.output
-    assert open_change_maps(TokenStore.open(stores / "tcn-64.zarr"), 3).complete
+    assert TokenStore.open(stores / "tcn-64.zarr").changes(3).complete
     assert {file: file.stat().st_mtime_ns for file in files} == before
 
 
-def test_change_maps_are_verified_and_mended_as_every_store(home: Path) -> None:
+def test_change_maps_are_verified_and_repaired_as_every_store(home: Path) -> None:
     assert run("extract --encoder tcn --change-maps --device cpu").exit_code == 0
     maps = home / "stores/pointmaze-umaze/tcn-64.changes-5.zarr"
     result = run("verify {maps} --deep --device cpu", maps=maps)
@@ -188,50 +187,63 @@ def test_help_of_derive_names_both(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "named"),
     [
-        ("extract --encoder pixels,pixels", "names one twice"),
-        ("extract --encoder pixels,dinov9", "no encoder 'dinov9'"),
-        ("extract --encoder tcn,vae --weights {weights}", "of which of tcn, vae? write --weights NAME="),
-        ("extract --encoder tcn --weights tnc={weights}", "neither an existing .safetensors file nor a folder"),
-        ("extract --encoder tcn,pixels --weights tcn={weights} --weights tcn={weights}", "a second one for tcn"),
-        ("extract --encoder tcn --base-weights {weights}", "tcn is on no other encoder; leave it out"),
-        ("extract --encoder pixels,tcn --base-weights {weights}", "pixels, tcn is on no other encoder; leave it out"),
-        ("extract --encoder pixels --lag 5", "looks at one frame at a time; leave out --lag"),
-        ("extract --encoder vae", "make them with: wmcache fit --encoder vae"),
-        ("extract --encoder dino-tok", "make them with: wmcache fit --encoder dino-tok"),
-        ("extract --encoder dinov2 --image-size 200 --weights {weights}", "choose a multiple of 14"),
-        ("extract --encoder dinov2 --weights {weights}", "does not hold the weights of vit_small_patch14_dinov2"),
-        ("fit --encoder tcn --codes 5", "the fit of tcn has no option codes"),
-        ("fit --encoder tcn --cache {store}", "leave out --cache and --base"),
-        ("fit --encoder pca --cache {store} --base tcn", "leave out --base"),
-        ("fit --encoder dino-tok --cache {store}", "extract layers of the base"),
-        (
-            "fit --encoder dino-tok --cache {store} --decoder pixels --dataset {store}",
-            "not a frame dataset",
-        ),
-        ("fit --encoder pixels", "encoder pixels is not fitted on a dataset"),
-        ("derive {store} --encoder dinov2-cls", "not on the backbone of"),
-        ("derive {store} --encoder tcn-layers", "tcn-layers is made of stem, block 1; extract"),
-        ("derive {store} --encoder dino-tok", "make them with: wmcache fit --encoder dino-tok"),
-        ("derive {store} --encoder tcn --base-weights {weights}", "leave out --base-weights"),
-        ("derive nowhere.zarr --encoder tcn", "nowhere.zarr does not exist"),
-        ("derive change-maps nowhere.zarr", "nowhere.zarr does not exist"),
+        ("extract --encoder pixels,pixels", "--encoder pixels,pixels"),
+        ("extract --encoder pixels,dinov9", "dinov9"),
+        ("extract --encoder tcn,vae --weights {weights}", "--weights NAME="),
+        ("extract --encoder tcn --weights tnc={weights}", "tnc="),
+        ("extract --encoder tcn,pixels --weights tcn={weights} --weights tcn={weights}", "--weights tcn="),
+        ("extract --encoder pixels,tcn --base-weights {weights}", "--base-weights"),
+        ("extract --encoder pixels --lag 5", "--lag"),
+        ("extract --encoder vae", "wmcache fit --encoder vae"),
+        ("extract --encoder dino-tok", "wmcache fit --encoder dino-tok"),
+        ("extract --encoder dinov2 --image-size 200 --weights {weights}", "14"),
+        ("extract --encoder dinov2 --weights {weights}", "vit_small_patch14_dinov2"),
+        ("fit --encoder tcn --codes 5", "--codes"),
+        ("fit --encoder tnc", "tcn"),
+        ("fit --encoder tcn --cache {store}", "--cache and --base"),
+        ("fit --encoder pca --cache {store} --base tcn", "--base"),
+        ("fit --encoder dino-tok --cache {store}", "dinov2-layers"),
+        ("fit --encoder dino-tok --cache {store} --decoder pixels --dataset {store}", "{store}"),
+        ("fit --encoder pixels", "pixels"),
+        ("derive {store} --encoder dinov2-cls", "dinov2-cls"),
+        ("derive {store} --encoder tcn-layers", "tcn-layers"),
+        ("derive {store} --encoder dino-tok", "wmcache fit --encoder dino-tok"),
+        ("derive {store} --encoder tcn --base-weights {weights}", "--base-weights"),
+        ("derive nowhere.zarr --encoder tcn", "nowhere.zarr"),
+        ("derive change-maps nowhere.zarr", "nowhere.zarr"),
         ("derive change-maps {store} --dataset nowhere", "--dataset"),
-        ("derive change-maps {store} --dataset {others}", "does not hold the frames of"),
-        ("extract --encoder random-vit-layers --change-maps", "tokens of 1 x 17 are no square of patches"),
-        ("extract --encoder tcn,random-vit-layers --change-maps 1", "tokens of 1 x 17 are no square of patches"),
+        ("derive change-maps {store} --dataset {others}", "{others}"),
+        ("extract --encoder random-vit-layers --change-maps", "1 x 17"),
+        ("extract --encoder tcn,random-vit-layers --change-maps 1", "1 x 17"),
+        ("collect --env Umaz --out {others}-new", "--env"),
     ],
 )
-def test_what_makes_no_sense_is_one_line_that_says_what_to_do(
-    home: Path, store_path: Path, tcn_weights: Path, other_frames: Path, line: str, told: str
+def test_options_that_do_not_fit_are_one_line(
+    home: Path, store_path: Path, tcn_weights: Path, other_frames: Path, line: str, named: str
 ) -> None:
     before = sorted(home.rglob("*"))
-    result = run(line, weights=tcn_weights, store=store_path, others=other_frames)
+    paths = {"weights": tcn_weights, "store": store_path, "others": other_frames}
+    result = run(line, **paths)
     assert result.exit_code == 1, result.output
     (error,) = [words for words in result.stderr.splitlines() if words.startswith("Error: ")]
-    assert told in error
+    assert named.format(**paths) in error
     assert sorted(path for path in home.rglob("*") if path.name != ".lock") == before
+
+
+@pytest.mark.parametrize("encoder", ["tcn", "vae", "pca", "dino-tok-vq"])
+def test_help_of_a_fit_has_the_options_of_the_encoder(encoder: str) -> None:
+    text = run(f"fit --encoder {encoder} --help").stdout
+    own = {"tcn": "--max-lag", "vae": "--free-bits", "pca": "--dim", "dino-tok-vq": "--variance"}
+    assert {name for name, flag in own.items() if flag in text} == {encoder}
+
+
+def test_a_bad_value_has_exit_status_2(home: Path) -> None:
+    for line in ("fit --encoder vae --beta -1", "fit --lr inf", "fit --batch-size 1", "extract --lag 0"):
+        result = run(line)
+        assert result.exit_code == 2
+        assert line.split()[-2] in result.stderr
 
 
 def test_all_encoders_are_listed(home: Path) -> None:

@@ -17,7 +17,8 @@ from click.testing import CliRunner, Result
 
 from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cli import main
-from wmcache.commands.shared import STOPPED, Command
+from wmcache.commands.command import Command
+from wmcache.common.errors import STOPPED
 
 PROFILE = """
 partition = "gpu"

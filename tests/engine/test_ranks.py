@@ -20,12 +20,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from wmcache.commands.shared import Command, Stopped
-from wmcache.common.errors import UserError
+from wmcache.commands.command import Command
+from wmcache.common.errors import Stopped, UserError
 from wmcache.engine.checkpoint import checkpoints, last_checkpoint
 from wmcache.engine.ranks import ALONE, Ranks
+from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.train import train
 
 BIN = Path(sys.executable).parent
 TORCHRUN = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"]
@@ -347,7 +347,7 @@ def test_what_happens_to_another_rank_alone_is_one_line(tmp_path: Path) -> None:
         """
 import sys
 from wmcache.common.errors import UserError
-from wmcache.engine.ranks import ReportedError, joined
+from wmcache.engine.ranks import Spoken, joined
 try:
     with joined("cpu") as ranks:
         ranks.wait()

@@ -22,7 +22,7 @@ from matplotlib.patches import Circle
 
 from wmcache import __version__
 from wmcache.bench.compare import draw_landscapes
-from wmcache.commands.shared import shell_command
+from wmcache.commands.output import shell_command
 from wmcache.common.errors import UserError
 from wmcache.planner.context import EvalContext
 from wmcache.planner.episodes import Episodes

@@ -1,4 +1,4 @@
-"""Several processes of this program, one for each device, with this process's signals and one line for a failure."""
+"""Ranks of a program on one machine: a process for each device, with this process's signals and one line for a failure."""
 
 from __future__ import annotations
 
@@ -11,43 +11,40 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import NoReturn
 
-from wmcache.commands.shared import INTERRUPTED, STOPPED, Stopped, program_path
 from wmcache.common.cpus import limit_threads
-from wmcache.common.errors import UserError
+from wmcache.common.errors import INTERRUPTED, STOPPED, Stopped, UserError
 
 SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Stopped, signal.SIGUSR1: Stopped, signal.SIGHUP: Stopped}
 HOST = "127.0.0.1"
-"""An address and not a name: the name of a machine, and even `localhost`, may not resolve."""
+"""An address, because the name of a machine, and even `localhost`, may not resolve."""
 SECONDS_TO_END = 10.0
-"""For the other ranks, after one has ended before its work was done."""
-SECONDS_BETWEEN_LOOKS = 0.1
+"""Time for the other ranks to end, after one has failed."""
+POLL_SECONDS = 0.1
 
 Rank = subprocess.Popen[bytes]
 
 
-def launch(program: str, devices: int) -> NoReturn:
-    """Start `devices` ranks of a program with the words of this command, wait for them, and exit as they did.
+def launch(words: Sequence[str], devices: int) -> NoReturn:
+    """Start `devices` ranks of a program, wait for them, and exit as they did.
 
-    Ranks find each other as torchrun's do. Its agent is not used: it resolves the machine's name, and while it does, it cannot be stopped.
-
+    Ranks find each other as torchrun's do. Its agent is not used: it resolves the machine's name, and cannot be stopped while it does.
     SIGINT, SIGTERM, SIGUSR1 and SIGHUP go to all ranks, which finish their step and save it, however long that takes. A second SIGINT
     kills them.
 
     Args:
-        program: its name, beside this interpreter.
-        devices: how many ranks.
+        words: the program's path and its arguments.
+        devices: number of ranks.
 
     Raises:
         UserError: a rank was killed.
-        KeyboardInterrupt: a signal came before rank 0 could act on it.
+        KeyboardInterrupt: a signal arrived before rank 0 could act on it.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     limit_threads(devices)
-    # PyTorch reports peers that have gone in pages, before our line.
+    # PyTorch would report a lost peer on many lines, before the one line of this process.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-    words = [program_path(program), *sys.argv[1:]]
     received: list[signal.Signals] = []
 
     def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
@@ -60,8 +57,8 @@ def launch(program: str, devices: int) -> NoReturn:
     try:
         for rank in range(devices):
             environment = {**os.environ, **_rank_variables(rank, devices, store.port)}
-            # A group of its own: Ctrl-C then comes from here alone, in a form that also ends a rank which still imports.
-            ranks.append(subprocess.Popen(words, env=environment, process_group=0))
+            # In its own process group, so that Ctrl-C arrives from here alone, in a form that also ends a rank during its imports.
+            ranks.append(subprocess.Popen(list(words), env=environment, process_group=0))
         ended = _wait(ranks, received)
     finally:
         for process in ranks:
@@ -70,7 +67,7 @@ def launch(program: str, devices: int) -> NoReturn:
 
 
 def _rank_variables(rank: int, devices: int, port: int) -> dict[str, str]:
-    """What torchrun tells a rank."""
+    """The variables that torchrun sets for a rank."""
     return {
         "MASTER_ADDR": HOST,
         "MASTER_PORT": str(port),
@@ -100,7 +97,7 @@ def _wait(ranks: Sequence[Rank], received: Sequence[signal.Signals]) -> dict[int
             return ended
         if received and not passed_on:
             passed_on = True
-            # Python makes a traceback of a SIGINT that comes during its imports. SIGTERM just ends it then.
+            # During imports, SIGINT would print a traceback; SIGTERM ends the process.
             number = signal.SIGUSR1 if received[0] == signal.SIGUSR1 else signal.SIGTERM
             for rank in running:
                 rank.send_signal(number)
@@ -111,7 +108,7 @@ def _wait(ranks: Sequence[Rank], received: Sequence[signal.Signals]) -> dict[int
         if (deadline is not None and time.monotonic() > deadline) or list(received).count(signal.SIGINT) > 1:
             for rank in running:
                 rank.kill()
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(POLL_SECONDS)
 
 
 def _exit_as(ended: Mapping[int, int], received: Sequence[signal.Signals]) -> NoReturn:

@@ -1,0 +1,132 @@
+"""A fit as a user asks for it: on the frames of a dataset, or for an adapter on its base's store, which is made if it is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from wmcache.cache.store import TokenStore
+from wmcache.cluster.tasks import run_alone
+from wmcache.common.errors import UserError
+from wmcache.common.folders import home
+from wmcache.common.paths import AnyPath, absolute, as_path
+from wmcache.pipeline import encoders
+from wmcache.pipeline.create import create_encoders
+from wmcache.pipeline.encoders import FitOptions
+from wmcache.pipeline.extract import extract_together
+from wmcache.pipeline.fit import Fitted, default_weights, fit, fit_adapter
+from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.repair import open_frames
+from wmcache.pipeline.stores import default_store
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """What a fit reads and writes.
+
+    Attributes:
+        frames: to fit on, or to measure on; None where a store's frames are not available.
+        store: of an adapter's base; None for other encoders.
+        out: the weights file.
+    """
+
+    name: str
+    options: FitOptions
+    frames: FrameDataset | None
+    store: TokenStore | None
+    out: Path
+
+    @property
+    def unmeasured(self) -> str:
+        """Why the landscape of such a fit is not known."""
+        if self.frames is not None:
+            return f"{self.frames.path} has no maze, so the true distances are not known"
+        assert self.store is not None
+        where = self.store.card.dataset.get("path")
+        return f"the frames of {self.store.path} are not at {where}; pass their location with --dataset"
+
+    def run(self, cluster: str, **settings: Any) -> Fitted:
+        """Fit in a process of the cluster; `settings` are those of `fit.fit`, and of an adapter `base_weights`."""
+        paths = [None if found is None else absolute(found.path) for found in (self.frames, self.store)]
+        task = partial(_fit, *paths, name=self.name, out=self.out.absolute(), options=self.options, **settings)
+        fitted: Fitted = run_alone(task, cluster=cluster, label=f"fit {self.name}")
+        return replace(fitted, weights=self.out)
+
+
+def prepare_fit(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    dataset: AnyPath | None,
+    cache: AnyPath | None,
+    base: str | None,
+    base_weights: Path | None,
+    out: Path | None,
+    device: str,
+    cluster: str,
+) -> FitJob:
+    """Find what a fit needs.
+
+    Args:
+        name: of the encoder. options: of its fit; the rest have the encoder's defaults.
+        dataset: the frames; None takes the default dataset, or with `cache` the store's.
+        cache: for an adapter, the store of its base; None takes the default one, and extracts it if it is missing.
+        base, base_weights: for an adapter, the encoder of that store, and its weights.
+        out: the weights file; None takes the default one.
+        device, cluster: for the extraction.
+
+    Raises:
+        UserError: unknown encoder or option, settings that do not go together, or no dataset or store.
+    """
+    chosen, entry = encoders.fit_options(name, options), encoders.get_entry(name)
+    if entry.load is not None:
+        if cache or base or base_weights:
+            raise UserError(f"encoder {name} is fitted on frames, not on a store; leave out --cache and --base")
+        frames = open_dataset(dataset)
+        return FitJob(name, chosen, frames, None, out or default_weights(frames.card.name, name))
+    if cache and base:
+        raise UserError("--cache has the store that the adapter is fitted on; leave out --base")
+    known = None if cache and dataset is None and not chosen.needs_images else open_dataset(dataset)
+    if cache is None:
+        assert known is not None
+        weights = (str(base_weights),) if base_weights else ()
+        dataset_name = known.card.name
+        (encoder,) = create_encoders(dataset_name, names=base or entry.base, weights=weights, device=device)
+        cache = default_store(dataset_name, encoder)
+        extract_together(known, [(encoder, cache)], cluster=cluster, device=device)
+    store = TokenStore.open(cache)
+    return FitJob(
+        name,
+        chosen,
+        known or _frames_of(store),
+        store,
+        out or default_weights(str(store.card.dataset["name"]), name),
+    )
+
+
+def open_dataset(path: AnyPath | None) -> FrameDataset:
+    """The dataset at `path`, or the default one."""
+    return FrameDataset.open(path or home() / "pointmaze-umaze")
+
+
+def _frames_of(store: TokenStore) -> FrameDataset | None:
+    """The frames of a store, on which a fit is measured; None where they are not available."""
+    try:
+        frames = open_frames(store.card, None)
+    except UserError:
+        return None
+    return frames if frames.card.fingerprint == store.identity.dataset_fingerprint else None
+
+
+def _fit(
+    dataset: str | None, store: str | None, *, name: str, out: Path, options: FitOptions, **settings: Any
+) -> Fitted:
+    """The task of a fit: on the frames, or on a store where there is one."""
+    frames = None if dataset is None else FrameDataset.open(as_path(dataset))
+    if store is not None:
+        return fit_adapter(TokenStore.open(as_path(store)), name, out, options, dataset=frames, **settings)
+    assert frames is not None
+    return fit(frames, name, out, options, **settings)
