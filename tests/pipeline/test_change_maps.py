@@ -177,7 +177,7 @@ def test_maps_are_verified_like_every_store(maps_path: Path, tmp_path: Path) -> 
     # Maps of the first frame of an episode are zero, and zeros have no cosine.
     assert found.drift["cosine"] == pytest.approx(1, abs=1e-5)
     assert found.drift["relative_error"] < 0.01
-    assert dataclasses.repath(found, drift=None) == verify(maps_path)
+    assert dataclasses.replace(found, drift=None) == verify(maps_path)
 
 
 def test_wrong_maps_with_right_checksums_are_found(maps_path: Path, tmp_path: Path) -> None:
