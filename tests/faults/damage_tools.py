@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -297,9 +298,10 @@ def create_encoder(weights: Path) -> None:
 
 
 def resume_run(store: Path, run: Path) -> None:
-    """Resume a run with its own settings."""
+    """Resume a run with its own settings and more steps."""
     config = json.loads((run / "config.json").read_bytes())
-    train(store, run, TrainOptions(**{key: config[key] for key in config if key not in ("cache", "shape")}))
+    options = TrainOptions(**{key: config[key] for key in config if key not in ("cache", "shape")})
+    train(store, run, dataclasses.replace(options, steps=options.steps + 1), resume=True)
 
 
 def load_model_on_cpu(run: Path) -> None:
