@@ -200,8 +200,8 @@ def test_every_encoder_has_a_source_and_a_licence(spec: EncoderSpec) -> None:
 LINES, FUNCTION_LINES = 400, 60
 LONGER: dict[str, str] = {}
 """File, or file:function, -> why it is longer."""
-WORDS = re.compile("|".join(rf"\b{word}\b" for word in ("mend", "anew", "whoever", "told", "stranger")), re.I)
-"""Words that the style guide replaces, split so that this file does not contain them."""
+WORDS = re.compile(r"\b(m[e]nd|an[e]w|who[e]ver|t[o]ld|str[a]nger)\b", re.IGNORECASE)
+"""Words that the style guide replaces, spelt so that this file does not contain them."""
 FOLDERS = ("tests", "docs", "scripts", ".ci")
 
 
@@ -217,17 +217,10 @@ def test_no_file_and_no_function_is_too_long() -> None:
 
 
 def test_no_file_contains_a_word_that_the_style_guide_replaces() -> None:
-    texts = {*SOURCES, *(file for file in ROOT.iterdir() if file.suffix in (".md", ".toml", ".cfg", ".txt", ".cff"))}
-    texts |= {
-        file
-        for folder in (*PACKAGES, *(ROOT / name for name in FOLDERS))
-        for file in folder.rglob("*")
-        if file.is_file()
-    }
-    texts |= {ROOT / "Makefile"}
+    folders = (*ROOMS, *(ROOT / name for name in FOLDERS))
+    texts = {*ROOT.iterdir(), *(file for folder in folders for file in folder.rglob("*"))}
     found = []
-    for text in sorted(texts):
-        if text.suffix not in (".png", ".gif", ".pyc"):
-            lines = text.read_text().splitlines()
-            found += [f"{name_of(text)}:{at}: {line.strip()}" for at, line in enumerate(lines, 1) if WORDS.search(line)]
+    for text in sorted(text for text in texts if text.is_file() and text.suffix not in (".png", ".gif", ".pyc")):
+        lines = text.read_text(errors="ignore").splitlines()
+        found += [f"{name_of(text)}:{at}: {line.strip()}" for at, line in enumerate(lines, 1) if WORDS.search(line)]
     assert found == []
