@@ -33,9 +33,9 @@ def name_of(source: Path) -> str:
 
 
 def test_the_commands_are_installed() -> None:
-    ours = {point.name for point in entry_points(group="console_scripts") if point.value.startswith("wmcache.")}
-    assert ours == {"wmcache", "wmtrain", "wmplan"}
-    assert all((BIN / name).exists() for name in ours)
+    names = {point.name for point in entry_points(group="console_scripts") if point.value.startswith("wmcache.")}
+    assert names == {"wmcache", "wmtrain", "wmplan"}
+    assert all((BIN / name).exists() for name in names)
 
 
 def test_every_package_is_listed_for_installation() -> None:

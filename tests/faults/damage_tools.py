@@ -88,7 +88,7 @@ def forge_record(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     replace(file, json.dumps(seal(values)).encode())
 
 
-def agree(dataset: Path, shard: int) -> None:
+def update_checksums(dataset: Path, shard: int) -> None:
     """Update the checksums in dataset.json to those of a changed tar."""
     tar = dataset / f"frames-{shard:06d}.tar"
 
@@ -243,10 +243,10 @@ class Warden:
         self._start()
 
     def _start(self) -> None:
-        self._calls, theirs = self._processes.Pipe()
-        self._process = self._processes.Process(target=serve, args=(theirs,))
+        self._calls, far_end = self._processes.Pipe()
+        self._process = self._processes.Process(target=serve, args=(far_end,))
         self._process.start()
-        theirs.close()
+        far_end.close()
 
     def ask(self, memory: int, patience: float, function: Callable[..., Any], *arguments: Any) -> tuple[str, str]:
         """Return the outcome of a call ("returned", "refused", "crashed", "died" or "hangs") and its message."""

@@ -55,10 +55,10 @@ class Child:
     """A process that runs a function, and its outcome."""
 
     def __init__(self, processes: ForkServerContext, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        self._answer, theirs = processes.Pipe(duplex=False)
-        self.process = processes.Process(target=_report, args=(theirs, function, arguments))
+        self._answer, far_end = processes.Pipe(duplex=False)
+        self.process = processes.Process(target=_report, args=(far_end, function, arguments))
         self.process.start()
-        theirs.close()
+        far_end.close()
         assert self._receive(PATIENCE) == "began"
 
     @property
