@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wmcache.common.errors import UnreadableError, UserError, reason
+from wmcache.common.errors import UserError, reason
 from wmcache.common.files import sha256_of, sync
 from wmcache.common.jsonfiles import read_json, require_seal, seal, write_json
 from wmcache.common.paths import cause_outside, unreadable
@@ -51,9 +52,6 @@ def save_checkpoint(run: Path, progress: Progress, network: nn.Module, optimiser
     """Write a checkpoint to a temporary folder, rename it, and point `last` to it; returns the folder.
 
     A kill at any moment leaves the checkpoint before it as it was. Older ones are deleted, except those that end a stage.
-
-    Raises:
-        UserError: it cannot be written.
     """
     folder = run / "checkpoints"
     final, temporary = folder / f"step-{progress.step:08d}", folder / f".step-{progress.step:08d}.tmp"
@@ -79,8 +77,10 @@ def save_checkpoint(run: Path, progress: Progress, network: nn.Module, optimiser
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in checkpoints(run)[:-KEEP]:
-        if not _ends_a_stage(old):
-            shutil.rmtree(old)
+        with suppress(UserError):  # keep what cannot be read at the moment
+            kept = read_progress(old)
+            if not (kept.stage and kept.finished):
+                shutil.rmtree(old)
     return final
 
 
@@ -92,16 +92,6 @@ def _link_last(folder: Path, final: Path) -> None:
         shutil.rmtree(last)
     link.replace(last)
     sync(folder)
-
-
-def _ends_a_stage(folder: Path) -> bool:
-    try:
-        progress = read_progress(folder)
-    except UnreadableError:
-        return True  # keep what cannot be read at the moment
-    except UserError:
-        return False
-    return bool(progress.stage) and progress.finished
 
 
 def _training_state(network: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
