@@ -161,7 +161,7 @@ class WorldModelTask(loop.Task[Batch]):
     warned: bool = False
 
     def __post_init__(self) -> None:
-        """Compile the loss where that is asked for."""
+        """Compile the loss with `--compile`."""
         self.title = " ".join(filter(None, ("wmtrain", self.begin.stage)))
         self._loss: Any = torch.compile(self.network.loss) if self.options.compile else self.network.loss
 

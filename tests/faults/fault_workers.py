@@ -30,7 +30,7 @@ from wmcache.cache import Identity, StoreWriter, TokenStore
 from wmcache.cache.layout import read_attributes
 from wmcache.cache.windows import Windows, batch_windows
 from wmcache.common.errors import UserError
-from wmcache.engine.checkpoint import save_checkpoint
+from wmcache.engine.checkpoint import Progress, save_checkpoint
 from wmcache.pipeline import encoders
 from wmcache.pipeline import extract as extraction
 from wmcache.pipeline.collect import collect
@@ -229,7 +229,7 @@ def save_step(run: Path, step: int) -> None:
         optimiser.zero_grad()
         model(torch.full((2, 4), float(number))).square().mean().backward()
         optimiser.step()
-    save_checkpoint(run, step, model, optimiser)
+    save_checkpoint(run, Progress(step), model, optimiser)
 
 
 def small_model() -> tuple[torch.nn.Module, torch.optim.AdamW]:
