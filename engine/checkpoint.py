@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wmcache.common.errors import UserError, reason
+from wmcache.common.errors import UnreadableError, UserError, reason
 from wmcache.common.files import sha256_of, sync
 from wmcache.common.jsonfiles import read_json, require_seal, seal, write_json
 from wmcache.common.paths import cause_outside, unreadable
@@ -77,10 +76,8 @@ def save_checkpoint(run: Path, progress: Progress, network: nn.Module, optimiser
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in checkpoints(run)[:-KEEP]:
-        with suppress(UserError):  # keep what cannot be read at the moment
-            kept = read_progress(old)
-            if not (kept.stage and kept.finished):
-                shutil.rmtree(old)
+        if not _ends_a_stage(old):
+            shutil.rmtree(old)
     return final
 
 
@@ -92,6 +89,16 @@ def _link_last(folder: Path, final: Path) -> None:
         shutil.rmtree(last)
     link.replace(last)
     sync(folder)
+
+
+def _ends_a_stage(folder: Path) -> bool:
+    try:
+        progress = read_progress(folder)
+    except UnreadableError:
+        return True  # keep what cannot be read at the moment
+    except UserError:
+        return False  # the rest of a folder whose deletion was interrupted
+    return bool(progress.stage) and progress.finished
 
 
 def _training_state(network: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -130,9 +137,12 @@ def load_training_state(run: Path, network: nn.Module, optimiser: torch.optim.Op
                 entry: value if entry == "step" and not group.get("fused") else value.to(parameter.device)
                 for entry, value in states.get(names[parameter], {}).items()
             }
-    torch.set_rng_state(tensors["rng.cpu"])
-    if torch.cuda.is_available() and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    try:
+        torch.set_rng_state(tensors["rng.cpu"])
+        if torch.cuda.is_available() and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"{folder / FILES[1]} is not of a training ({reason(error)}); {FALL_BACK}") from error
     return read_progress(folder).step
 
 

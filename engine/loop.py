@@ -189,8 +189,9 @@ def _compute_gradients(
     """
     task.network.train()
     optimiser.zero_grad(set_to_none=True)
-    for group in optimiser.param_groups:
-        group["lr"] = task.learning_rate(step)
+    rate = task.learning_rate(step)
+    for group in optimiser.param_groups:  # whose own rates stay in proportion
+        group["lr"] = rate * group.setdefault("scale", group["lr"] / optimiser.defaults["lr"])
     parts: list[dict[str, Tensor]] = []
     for remaining in reversed(range(options.accumulate)):
         batch = next(batches)
