@@ -175,7 +175,14 @@ class TestPage:
         pages.append(page_of(blind_run_path, replace(tiny_plan, episodes=1), tmp_path / "blind"))
         found = {
             part: [part in page for page in pages]
-            for part in ("olver cem, 16 ", "olver gd, 8 ", "dino-wm", "--no-strict", "along the cached", "and proprioception")
+            for part in (
+                "olver cem, 16 ",
+                "olver gd, 8 ",
+                "dino-wm",
+                "--no-strict",
+                "along the cached",
+                "and proprioception",
+            )
         }
         assert found == {
             "olver cem, 16 ": [True, False, True],
