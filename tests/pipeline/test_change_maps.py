@@ -130,7 +130,7 @@ def test_a_store_without_maps_names_the_command_that_makes_them(own: TokenStore)
     assert "\n" not in str(raised.value)
 
 
-def test_damaged_maps_are_refused_with_what_mends_them(own: TokenStore) -> None:
+def test_damaged_maps_are_refused_with_the_command_that_repairs_them(own: TokenStore) -> None:
     place = derive_change_maps(own)
     (place / "tokens" / "c.1.0.0").unlink()
     with pytest.raises(UserError, match=f"1 of 6 shards are missing.*wmcache repair {place}"):
@@ -158,9 +158,7 @@ def test_maps_that_are_not_of_the_store_are_refused(
 
 
 def test_other_frames_are_refused_before_anything_is_made(own: TokenStore, other_frames: Path) -> None:
-    with pytest.raises(
-        UserError, match=f"^{other_frames} does not hold the frames of {own.path}; pass the right --dat"
-    ):
+    with pytest.raises(UserError, match=f"^{other_frames} .* {own.path}; .*--dataset"):
         derive_change_maps(own, dataset=other_frames)
     assert list(own.path.parent.iterdir()) == [own.path]
 
@@ -175,10 +173,10 @@ def test_maps_of_a_store_of_bytes_are_those_extracted_with_it(
     assert derive_change_maps(store) == open_change_maps(store, 5).path
 
 
-def test_frames_that_have_moved_are_said(copied: Path, encoder: Encoder, tmp_path: Path) -> None:
+def test_frames_that_have_moved_are_named_by_an_option(copied: Path, encoder: Encoder, tmp_path: Path) -> None:
     extract(FrameDataset.open(copied), encoder, tmp_path / "tcn-64.zarr")
     store, moved = TokenStore.open(tmp_path / "tcn-64.zarr"), copied.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match=r"the store's frames are needed: .* or say where they are with --dataset"):
+    with pytest.raises(UserError, match="--dataset"):
         derive_change_maps(store)
     derive_change_maps(store, dataset=moved)
     assert open_change_maps(store, 5).complete
@@ -187,7 +185,7 @@ def test_frames_that_have_moved_are_said(copied: Path, encoder: Encoder, tmp_pat
 def test_tokens_that_are_no_square_of_patches_have_none(dataset: FrameDataset, tmp_path: Path) -> None:
     path = tmp_path / "random-vit-layers-64.zarr"
     extract(dataset, encoders.create("random-vit-layers", device="cpu"), path)
-    with pytest.raises(UserError, match=r"^tokens of 1 x 17 are no square of patches"):
+    with pytest.raises(UserError, match="1 x 17"):
         derive_change_maps(TokenStore.open(path))
     assert list(tmp_path.iterdir()) == [path]
 
