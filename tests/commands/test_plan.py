@@ -18,8 +18,8 @@ from wmcache.planner import evaluate
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import SOLVERS, make_solver
-from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
 Parse = Callable[[str], PlanOptions]
 QUICK = "--episodes 2 --budget 10 --horizon 2 --samples 6 --elites 2 --iterations 1 --device cpu"
