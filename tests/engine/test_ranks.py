@@ -24,8 +24,8 @@ from wmcache.commands.command import Command
 from wmcache.common.errors import Stopped, UserError
 from wmcache.engine.checkpoint import checkpoints, last_checkpoint
 from wmcache.engine.ranks import ALONE, Ranks
-from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
 BIN = Path(sys.executable).parent
 TORCHRUN = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"]
