@@ -56,12 +56,12 @@ def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> t
 @click.option("--out", type=ANY_PATH, help="Folder of the dataset.  [default: $WMCACHE_HOME/pointmaze-<maze>]")
 def collect(env: str, out: AnyPath | None, **settings: Any) -> None:
     """Collect a dataset of frames. Run again, it goes on where it stopped."""
-    from wmcache.envs import MazeError, find_maze
+    from wmcache.envs import find_maze
     from wmcache.pipeline.collect import collect as run
 
     try:
         maze = find_maze(env)
-    except MazeError as error:
+    except UserError as error:
         raise UserError(f"--env: {error}; for frames of other environments: wmcache import frames") from error
     out = out or home() / f"pointmaze-{maze.name.lower()}"
     _make_dataset(out, partial(run, env, out, **settings))
