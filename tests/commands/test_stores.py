@@ -19,9 +19,9 @@ from wmcache.cli import main
 from .conftest import STORE, contents, run
 
 
-def flip(file: Path, place: int) -> None:
+def flip(file: Path, position: int) -> None:
     data = bytearray(file.read_bytes())
-    data[place] ^= 1
+    data[position] ^= 1
     file.write_bytes(data)
 
 
@@ -113,13 +113,13 @@ def test_damage_is_found_and_left_alone(road: Path, damaged: Path, options: str)
     assert len(faults) == 2
     assert "tokens/c.1.0.0: it differs from its checksum, in frames 66" in faults[0]
     assert "tokens/c.3.0.0" in faults[1]
-    said = f"Error: {damaged} is damaged; repair it with: wmcache repair {shlex.quote(str(damaged))}"
-    assert result.stderr.splitlines()[-1] == said
+    error = f"Error: {damaged} is damaged; repair it with: wmcache repair {shlex.quote(str(damaged))}"
+    assert result.stderr.splitlines()[-1] == error
     result = run(f"wmcache verify {{store}} {options} --json", road, store=damaged)
     assert result.exit_code == 1
     found = json.loads(result.stdout)
     assert (found["sound"], [fault["shard"] for fault in found["faults"]]) == (False, [1, 3])
-    assert result.stderr.splitlines()[-1] == said
+    assert result.stderr.splitlines()[-1] == error
     assert contents(damaged) == before
 
 
@@ -156,8 +156,8 @@ def test_a_file_of_no_shard_is_named(road: Path, store: Path) -> None:
 
 def test_a_damaged_store_is_repaired_with_the_command_of_the_error(road: Path, damaged: Path) -> None:
     assert run("wmtrain --cache {store} --out {out}", road, store=damaged, out=damaged.parent / "run").exit_code == 1
-    said = run("wmcache verify {store}", road, store=damaged).stderr.splitlines()[-1]
-    command = shlex.split(said.partition("repair it with: ")[2])
+    error = run("wmcache verify {store}", road, store=damaged).stderr.splitlines()[-1]
+    command = shlex.split(error.partition("repair it with: ")[2])
     result = CliRunner().invoke(main, [*command[1:], "--device", "cpu"])
     assert result.exit_code == 0
     assert result.stdout == f"{damaged}: complete; 2 faults repaired\n"
