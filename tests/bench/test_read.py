@@ -98,7 +98,7 @@ def test_what_was_kept_of_another_size_is_not_measured_in_its_place(
     wanted = {**sizes, **other}
     try:
         bench_read(batch=2, keep=tmp_path, **wanted)  # type: ignore[arg-type]
-    except UserError:  # refused, or made anew: both are right
+    except UserError:  # refused, or written again: both are right
         wanted = sizes
     card = TokenStore.open(tmp_path / "bench.zarr").card
     assert (card.frames, *card.frame_shape, card.dtype) == tuple(wanted.values())

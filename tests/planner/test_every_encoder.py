@@ -33,7 +33,7 @@ from wmcache.planner.options import PlanOptions
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.train import train
 
-# Change maps are labels, and no representation: whoever plans sees a single frame, in which nothing has changed.
+# Change maps are labels, not a representation: a planner sees a single frame, in which nothing has changed.
 NAMES = [spec.name for spec in encoders.specs() if spec.name != "changes"]
 TRANSFORMER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 SIZES = {"dinov2": 28, "dinov3": 32, "siglip2": 32, "vjepa2": 32, "resnet18": 64, "r3m": 64}
