@@ -111,9 +111,7 @@ def test_plans_are_the_same_wherever_they_are_made(
     # Only the missing batch is planned again, and it is fewer than the workers.
     next(out.glob("unfinished-*/000002.npz")).unlink()
     evaluate(setting, options, out, "local:2")
-    assert any(
-        "1 batches for 2 workers" in line and "--batch-size" in line for line in capsys.readouterr().err.splitlines()
-    )
+    assert "wmplan: 1 batches for 2 workers; a smaller --batch-size makes more of them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -127,7 +125,7 @@ def test_plans_are_the_same_wherever_they_are_made(
         ("collect --cluster lokal", "'lokal'"),
         ("extract --cluster slurm:nowhere", "nowhere.toml"),
         ("study --cluster tcp://host", "'tcp://host'"),
-        ("bench cluster --encoder pixels", "--cluster"),
+        ("bench cluster --encoder pixels", "choose local:N with N above 1"),
         ("finalize nowhere.zarr", "nowhere.zarr"),
     ],
 )

@@ -138,7 +138,7 @@ def test_maps_of_another_store_are_refused(
 
 
 def test_other_frames_are_refused_before_anything_is_made(own: TokenStore, other_frames: Path) -> None:
-    with pytest.raises(UserError, match=f"^{other_frames} .*{own.path}; .*--dataset"):
+    with pytest.raises(UserError, match=f"{own.path}; .*--dataset"):
         derive_change_maps(own, dataset=other_frames)
     assert list(own.path.parent.iterdir()) == [own.path]
 
