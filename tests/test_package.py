@@ -85,7 +85,8 @@ from click.testing import CliRunner
 from wmcache.cli import main, wmplan, wmtrain
 
 def walk(words, command):
-    if getattr(command, "by", None) is None:  # others list the options of what one of their options names
+    # Others list what a registry has, or the options of what one of their options names.
+    if getattr(command, "by", None) is None and "list_commands" not in vars(type(command)):
         yield words
     for name, inner in getattr(command, "commands", {}).items():
         yield from walk((*words, name), inner)
