@@ -225,7 +225,7 @@ def contents() -> Callable[[Path], dict[str, bytes]]:
 
 
 @pytest.fixture
-def finished(tmp_path: Path, make_writer: MakeWriter, tokens: NDArray[np.float16]) -> Path:
+def finished(tmp_path: Path, make_writer: MakeWriter, write: Callable[..., None]) -> Path:
     """A finished store, to be damaged."""
     writer = make_writer(tmp_path / "made-up.zarr")
     write(writer)

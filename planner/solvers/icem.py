@@ -29,15 +29,16 @@ class Icem:
 
     differentiates: ClassVar[bool] = False
 
+    # The order is that of the parts of a results folder's name.
     samples: Positive = option(300, "Candidates in each iteration; DINO-WM has 300.", group="Solver")
     elites: Annotated[int, Ge(2)] = option(10, "Best candidates of each iteration; DINO-WM has 30.")
     iterations: Positive = option(10, "Iterations of the search; DINO-WM has 10.")
     sigma: Annotated[float, Gt(0)] = option(0.6, "First standard deviation of the candidates, in env units.")
+    momentum: ShareBelowOne = option(0.1, "Share of the last mean and deviation that the next ones keep.")
     beta: Weight = option(2.0, "Colour of the noise over time: 0 is white, 1 pink, 2 brown; the paper has 0.25 to 4.")
     frameskip: Positive = option(1, flag="")
     decay: Annotated[float, Ge(1)] = option(1.25, "Factor by which each iteration has fewer candidates.")
     keep: Share = option(0.3, "Share of the elites that stay candidates of the next iteration.")
-    momentum: ShareBelowOne = option(0.1, "Share of the last mean and deviation that the next ones keep.")
 
     def __post_init__(self) -> None:
         """Raise UserError for more elites than half of the samples."""

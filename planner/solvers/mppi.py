@@ -32,13 +32,14 @@ class Mppi:
 
     differentiates: ClassVar[bool] = False
 
+    # The order is that of the parts of a results folder's name.
     samples: Positive = option(512, "Candidates in each iteration; DINO-WM has 300.", group="Solver")
     elites: Annotated[int, Ge(2)] = option(64, "Best candidates of each iteration; DINO-WM has 30.")
     iterations: Positive = option(6, "Iterations of the search; DINO-WM has 10.")
-    temperature: Weight = option(4.0, "Inverse temperature of the candidates' weights; 0 weights all elites alike.")
     sigma: Annotated[float, Gt(0)] = option(
         0.6, "First and largest standard deviation of the candidates, in env units."
     )
+    temperature: Weight = option(4.0, "Inverse temperature of the candidates' weights; 0 weights all elites alike.")
     min_sigma: Weight = option(0.05, "Smallest standard deviation of the candidates, in env units.")
 
     def __post_init__(self) -> None:

@@ -125,7 +125,7 @@ def test_plans_are_the_same_wherever_they_are_made(
         ("collect --cluster lokal", "'lokal'"),
         ("extract --cluster slurm:nowhere", "nowhere.toml"),
         ("study --cluster tcp://host", "'tcp://host'"),
-        ("bench cluster --encoder pixels", "choose local:N with N above 1"),
+        ("bench cluster --encoder pixels", "local:N"),
         ("finalize nowhere.zarr", "nowhere.zarr"),
     ],
 )

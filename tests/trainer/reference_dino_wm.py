@@ -11,9 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
+
+from wmcache.cache import Identity, StoreCard, StoreWriter
+from wmcache.common.errors import UserError
+from wmcache.trainer.import_dino_wm import import_dino_wm
 
 HISTORY, FRAMESKIP, HEADS, DEPTH = 3, 5, 2, 2
 TINY: dict[str, Any] = {"side": 2, "dim": 12, "embedding": 6, "heads": HEADS, "head_dim": 8, "mlp": 20, "depth": DEPTH}
@@ -233,3 +239,52 @@ def imagine(parts: dict[str, Any], concat_dim: int, tokens: Tensor, proprio: Ten
                 new[..., -embedded.shape[-1] :] = embedded[:, :, None]
         z = torch.cat([z, new], 1)
     return z[:, observed:]
+
+
+def write(folder: Path, parts: Any, hydra: dict[str, Any], **settings: Any) -> Path:
+    save(parts, folder / "checkpoints" / "model_latest.pth", **settings)
+    (folder / "hydra.yaml").write_text(yaml.safe_dump(hydra))
+    return folder
+
+
+def make_store(path: Path, side: int, dim: int, **changes: Any) -> Path:
+    """4 episodes of 30 frames, of noise, as DINOv2 would have made them."""
+    episodes, length = 4, 30
+    rng = np.random.default_rng(0)
+    frames = episodes * length
+    size = 14 * side
+    settings = {
+        "encoder": "dinov2",
+        "weights_source": "timm/vit_small_patch14_dinov2.lvd142m",
+        "weights_sha256": "0",
+        "layer": "norm",
+        "token_selection": "patch",
+        "image_size": size,
+        "resize": f"bilinear antialias {16 * side}>{size}",
+        "normalisation": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        "compute_dtype": "float32",
+        "store_dtype": "float16",
+        "dataset_fingerprint": "0",
+    }
+    card = StoreCard({}, {}, (side, side), dim, frames=frames, frames_per_shard=frames)
+    steps: dict[str, Any] = {
+        "action": rng.uniform(-1, 1, (frames, 2)).astype(np.float32),
+        "state": 3 + 2 * rng.normal(size=(frames, 4)),
+        "episode": np.repeat(np.arange(episodes, dtype=np.int32), length),
+        "step": np.tile(np.arange(length, dtype=np.int32), episodes),
+    }
+    writer = StoreWriter.create(path, card, Identity(**{**settings, **changes}), steps)
+    writer.write_shard(0, rng.normal(size=(frames, side * side, dim)).astype(np.float16))
+    writer.finish()
+    return path
+
+
+def refuse(theirs: Path, cache: Path, tmp_path: Path, *names: str) -> None:
+    """The import fails with one line that contains these names, and writes nothing."""
+    with pytest.raises(UserError) as caught:
+        import_dino_wm(theirs, cache, tmp_path / "run")
+    text = str(caught.value)
+    assert "\n" not in text
+    assert [name for name in names if name not in text] == [], text
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "canary").exists()
