@@ -314,10 +314,8 @@ class DdpWm(LatentModel):
         new_tokens = out[..., :dim]
         new_embedding = out[..., dim : dim + self.proprio_size] if self.options.proprio == "embedding" else None
         if self.options.predict == "change":
-            new_tokens, new_embedding = (
-                tokens + new_tokens,
-                None if new_embedding is None else embedding + new_embedding,
-            )
+            new_tokens = tokens + new_tokens
+            new_embedding = None if new_embedding is None else embedding + new_embedding
         return new_tokens, new_embedding
 
     def imagine(
