@@ -33,15 +33,8 @@ from wmcache.trainer.runs import is_run, lock_run, read_config, write_settings
 from wmcache.trainer.train import data_shape, make_optimiser, statistics_of
 
 KNOWN_PREFIXES = (
-    "torch.nn.modules.",
-    "torch.optim.",
-    "accelerate.",
-    "models.vit.",
-    "models.proprio.",
-    "models.vqvae.",
-    "models.decoder.",
-    "models.dino.",
-    "dinov2.",
+    *("torch.nn.modules.", "torch.optim.", "accelerate.", "dinov2."),
+    *("models.vit.", "models.proprio.", "models.vqvae.", "models.decoder.", "models.dino."),
 )
 KNOWN_NAMES = {
     *("__builtin__.set", "__builtin__.dict", "builtins.set", "builtins.dict"),
