@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from wmcache.cache.store import TokenStore
     from wmcache.cache.windows import Windows
     from wmcache.cache.writer import StoreWriter
-    from wmcache.common.errors import UserError
 
-__all__ = ["Identity", "StoreCard", "StoreWriter", "TokenStore", "UserError", "Windows"]
+__all__ = ["Identity", "StoreCard", "StoreWriter", "TokenStore", "Windows"]
 
 _MODULES = {
     "Identity": "identity",

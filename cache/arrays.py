@@ -160,11 +160,11 @@ def check_columns(
     group: zarr.Group, card: StoreCard, columns: Mapping[str, Any], path: AnyPath, *, thorough: bool = False
 ) -> None:
     """Raise DamagedError unless all columns are there; compare the small ones with their checksums, or with `thorough` all."""
-    for name, expected in columns.items():
+    for name in columns:
         with _damaged_column(path, name):
-            column = _column(group, card, name)
-            if thorough or column.shape[0] <= SMALL:
-                _require(column_sha256(column) == expected, "it differs from its checksum")
+            rows = _column(group, card, name).shape[0]
+        if thorough or rows <= SMALL:
+            read_column(group, card, name, columns, path)
 
 
 def column_sha256(values: NDArray[Any] | zarr.Array[Any]) -> str:

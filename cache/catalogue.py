@@ -86,20 +86,29 @@ def describe(path: AnyPath) -> dict[str, Any]:
     return {**asdict(summarise(path)), **{name: attributes[name] for name in ("identity", "card", "versions")}}
 
 
+def check_removable(path: AnyPath) -> None:
+    """Check that a path is a store, whole or damaged.
+
+    Raises:
+        UserError: it does not exist, is a link, or is not a store.
+    """
+    if is_local(path) and path.is_symlink():
+        raise UserError(f"{path} is a link and was not deleted; delete the store that it leads to: {path.resolve()}")
+    if not exists(path):
+        raise UserError(f"{path} does not exist; list stores with: wmcache ls")
+    if not has_commits(path.resolve()) and summarise(path.resolve()).fault:
+        raise UserError(f"{path} is not a token store and was not deleted; list stores with: wmcache ls")
+
+
 def remove(path: AnyPath) -> int:
     """Delete a store; return the bytes that are free again.
 
     Raises:
-        UserError: it does not exist, or is not a store.
+        UserError: as `check_removable`, or it cannot be deleted.
     """
-    if is_local(path) and path.is_symlink():
-        raise UserError(f"{path} is a link and was not deleted; delete the store that it leads to: {path.resolve()}")
+    check_removable(path)
     try:
-        if not exists(path):
-            raise UserError(f"{path} does not exist; list stores with: wmcache ls")
         path = path.resolve()
-        if not has_commits(path) and summarise(path).fault:
-            raise UserError(f"{path} is not a token store and was not deleted; list stores with: wmcache ls")
         size = usage(path)
         if is_local(path):
             # In one step, so that readers never see half a store. The next writer sweeps what a kill leaves.

@@ -34,7 +34,6 @@ class TokenStore:
     """A store, for reading.
 
     Attributes:
-        path, card, identity: where and what it is.
         complete: whether every shard is done; only then can it be trained on.
         mean, std: float32 [D], per channel over all frames and tokens.
         scale: int8 stores: float32 [shards, 2, D], scale and middle of each channel, see `quantise`; else None.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from wmcache.pipeline.frames import FrameDataset
 
 MEASURED = "dino-wm"
-"""The world model that `bench.explicit` has in the reference's own way, to compare with."""
+"""The world model that `bench.explicit` has in the reference's own code, to compare with."""
 
 
 def _open(dataset: AnyPath | None, encoder: dict[str, Any]) -> tuple[FrameDataset, list[Encoder]]:

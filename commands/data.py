@@ -56,12 +56,12 @@ def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> t
 @click.option("--out", type=ANY_PATH, help="Folder of the dataset.  [default: $WMCACHE_HOME/pointmaze-<maze>]")
 def collect(env: str, out: AnyPath | None, **settings: Any) -> None:
     """Collect a dataset of frames. Run again, it goes on where it stopped."""
-    from wmcache.envs import MazeError, find_maze
+    from wmcache.envs import find_maze
     from wmcache.pipeline.collect import collect as run
 
     try:
         maze = find_maze(env)
-    except MazeError as error:
+    except UserError as error:
         raise UserError(f"--env: {error}; for frames of other environments: wmcache import frames") from error
     out = out or home() / f"pointmaze-{maze.name.lower()}"
     _make_dataset(out, partial(run, env, out, **settings))
@@ -216,21 +216,21 @@ def extract(
 
     frames = open_dataset(dataset)
     networks = create_encoders(frames.card.name, **encoder)
-    places: list[AnyPath] = [default_store(frames.card.name, network, store_dtype) for network in networks]
+    paths: list[AnyPath] = [default_store(frames.card.name, network, store_dtype) for network in networks]
     if out is not None:
-        places = [out] if len(networks) == 1 else [out / place.name for place in places]
-    stores = list(zip(networks, places, strict=True))
+        paths = [out] if len(networks) == 1 else [out / path.name for path in paths]
+    stores = list(zip(networks, paths, strict=True))
     if change_maps:
         from wmcache.cache.change_maps import change_maps_path
         from wmcache.pipeline.encoders.changes import changes_for
 
         stores += [
-            (changes_for(network.token_grid, change_maps, device="cpu"), change_maps_path(place, change_maps))
-            for network, place in stores
+            (changes_for(network.token_grid, change_maps, device="cpu"), change_maps_path(path, change_maps))
+            for network, path in stores
         ]
     if dry_run:
-        for network, place in stores:
-            plan = forecast(frames, network, place, dtype=store_dtype, batch=batch, cluster=cluster, part=part)
+        for network, path in stores:
+            plan = forecast(frames, network, path, dtype=store_dtype, batch=batch, cluster=cluster, part=part)
             say(f"{plan.out}: {plan.shards} shards, {plan.frames} frames to do")
             free = "" if plan.bytes_free is None else f"{human_bytes(plan.bytes_free)} free, "
             workers = parse_cluster(cluster).workers
@@ -239,17 +239,17 @@ def extract(
         return
     device = encoder["device"]
     done = extract_together(frames, stores, dtype=store_dtype, batch=batch, cluster=cluster, device=device, part=part)
-    for (network, place), (worked, shards) in zip(stores, done, strict=True):
+    for (network, path), (worked, shards) in zip(stores, done, strict=True):
         rows, columns = network.token_grid
         if shards:
             count = -(-frames.card.frames // frames.card.frames_per_shard)
             say(
-                f"{place}: slice {part[0]} of {part[1]} is done, {len(shards)} of {count} shards of other slices are not done yet; "
-                f"the last slice completes the store, or: {command('wmcache', 'finalize', place)}"
+                f"{path}: slice {part[0]} of {part[1]} is done, {len(shards)} of {count} shards of other slices are not done yet; "
+                f"the last slice completes the store, or: {command('wmcache', 'finalize', path)}"
             )
         else:
             state = "" if worked else ALREADY
-            say(f"{place}: {frames.card.frames} frames, {rows} x {columns} tokens of {network.token_dim}{state}")
+            say(f"{path}: {frames.card.frames} frames, {rows} x {columns} tokens of {network.token_dim}{state}")
 
 
 class _Derive(Group):

@@ -58,7 +58,7 @@ def plan_job(
         try:
             frames_per_second = measure_encoder(encoders.create(encoder, weights=weights, device=device))
         except UserError as error:
-            raise UserError(f"{error}; or say what a worker does with --frames-per-second") from error
+            raise UserError(f"{error}; or pass --frames-per-second") from error
     plan = run(token_grid=spec.token_grid, token_dim=spec.token_dim, frames_per_second=frames_per_second, **settings)
     if as_json:
         print_json(asdict(plan))

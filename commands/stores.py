@@ -127,8 +127,9 @@ def preview(store: AnyPath, out: Path | None, **settings: Any) -> None:
 @click.option("--yes", is_flag=True, help="Delete without asking.")
 def rm(store: AnyPath, yes: bool) -> None:
     """Delete a token store."""
-    from wmcache.cache.catalogue import remove
+    from wmcache.cache.catalogue import check_removable, remove
 
+    check_removable(store)
     if not yes:
         click.confirm(one_line(f"delete {store}?"), abort=True)
     say(f"{store}: deleted, {human_bytes(remove(store))} free again")

@@ -96,9 +96,6 @@ class _Local:
     def names(self, prefix: str) -> list[str]:
         return [at.name for at in self.at.glob(f"{prefix}*")]
 
-    def top_names(self) -> set[str]:
-        return set(self.names(""))
-
     def files(self, prefix: str) -> Iterator[tuple[str, Found]]:
         if self.at.is_dir():
             with os.scandir(self.at) as entries:
@@ -149,14 +146,13 @@ class _Remote:
         return info.get("ETag"), str(info.get("LastModified") or info.get("created")), info["size"]
 
     def names(self, prefix: str) -> list[str]:
-        return [name for name, _ in self.files(prefix)]
-
-    def top_names(self) -> set[str]:
+        if prefix:
+            return [name for name, _ in self.files(prefix)]
         with as_os_errors(self.at):
             try:
-                return {key.rstrip("/").rpartition("/")[2] for key in self.fs.ls(self.path, detail=False)}
+                return [key.rstrip("/").rpartition("/")[2] for key in self.fs.ls(self.path, detail=False)]
             except FileNotFoundError:
-                return set()
+                return []
 
     def files(self, prefix: str) -> Iterator[tuple[str, Found]]:
         with as_os_errors(self.at):
@@ -304,11 +300,6 @@ def names_in(folder: AnyPath, prefix: str = "") -> list[str]:
 def files_in(folder: AnyPath, prefix: str = "") -> Iterator[tuple[str, Found]]:
     """Yield names, sizes and tags of the files in a folder whose names start with `prefix`, in no order."""
     return _backend(folder).files(prefix)
-
-
-def top_names(folder: AnyPath) -> set[str]:
-    """Return the names of files and folders in a folder, none where it does not exist."""
-    return _backend(folder).top_names()
 
 
 def folders_below(folder: AnyPath, suffix: str) -> Iterator[AnyPath]:

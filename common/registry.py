@@ -63,6 +63,11 @@ class Registry(Generic[T]):
         self._load()
         return iter(sorted(self._entries))
 
+    def __len__(self) -> int:
+        """Count the entries."""
+        self._load()
+        return len(self._entries)
+
     def __contains__(self, name: object) -> bool:
         """Return whether the name is registered."""
         self._load()

@@ -19,27 +19,19 @@ from wmcache.common.paths import NO_MAPS
 class Tensors(Protocol):
     """An open file, as `safetensors.safe_open` returns it."""
 
-    def metadata(self) -> dict[str, str] | None:
-        """Return the strings saved with the tensors."""
-        ...
-
-    def keys(self) -> list[str]:
-        """Return the names of the tensors."""
-        ...
-
-    def get_tensor(self, name: str) -> Tensor:
-        """Return a tensor."""
-        ...
+    def metadata(self) -> dict[str, str] | None: ...  # noqa: D102
+    def keys(self) -> list[str]: ...  # noqa: D102
+    def get_tensor(self, name: str) -> Tensor: ...  # noqa: D102
 
 
 class _InMemory:
     def __init__(self, data: bytes) -> None:
         self._tensors: dict[str, Tensor] = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        self._metadata: dict[str, str] | None = header.get("__metadata__")
+        self._header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
 
     def metadata(self) -> dict[str, str] | None:
-        return self._metadata
+        found: dict[str, str] | None = self._header.get("__metadata__")
+        return found
 
     def keys(self) -> list[str]:
         return list(self._tensors)
@@ -66,7 +58,7 @@ def open_tensors(file: Path) -> Iterator[Tensors]:
 def load_tensors(file: Path) -> dict[str, Tensor]:
     """Return all tensors of a safetensors file; raise as `open_tensors`."""
     with open_tensors(file) as tensors:
-        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
 
 
 def can_map(file: Path) -> bool:
@@ -75,10 +67,10 @@ def can_map(file: Path) -> bool:
     with file.open("rb") as stream:
         try:
             mmap.mmap(stream.fileno(), 1, access=mmap.ACCESS_READ).close()
+        except ValueError:  # an empty file
+            return True
         except OSError as error:
             if error.errno in NO_MAPS:
                 return False
             raise
-        except ValueError:  # an empty file
-            pass
     return True

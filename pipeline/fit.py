@@ -46,13 +46,7 @@ SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
 @dataclass(frozen=True)
 class Fitted:
-    """The result of a fit.
-
-    Attributes:
-        weights: the file.
-        frames: number of training frames.
-        landscape: of held-out frames; None where the dataset shows no maze, so that true distances are unknown.
-    """
+    """Where the weights of a fit are, its number of training frames, and the landscape of held-out frames, None where no maze is known."""
 
     weights: Path
     frames: int
@@ -234,11 +228,10 @@ def train(
 
     Args:
         start: makes the fitting from its options' seed.
-        options: steps, learning rate and seed.
+        options: how to train.
         header: everything that the weights depend on.
-        out: the file.
+        out: the file; `overwrite` replaces one of another header.
         device: where to train.
-        overwrite: replace a file of another header.
 
     Raises:
         UserError: another fit is at `out`, or the loss is not finite.

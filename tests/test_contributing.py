@@ -1,141 +1,147 @@
-"""The examples of CONTRIBUTING.md work as they are printed."""
+"""The package that CONTRIBUTING.md prints works: from frames to plans, by the real commands in separate processes."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
-from wmcache.cli import main, wmplan, wmtrain
-from wmcache.envs import policies
-from wmcache.planner.solvers import SOLVERS
-from wmcache.trainer.models import MODELS
-from wmcache.trainer.runs import read_config
+from wmcache.pipeline.frames import FrameDataset
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
-USE = """
-import numpy as np
-from wmcache.cli import main
-from wmcache.pipeline import encoders
+MODULES = dict(re.findall(r"```python\n# my_package/(\w+)\.py\n(.*?)```", TEXT, re.DOTALL))
+PROJECT = tomllib.loads(re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)[0])["project"]
 
-main(["encoders"], standalone_mode=False)
+
+def install(folder: Path, project: dict, modules: dict[str, str]) -> None:
+    """Write a package and its metadata, as an installed wheel leaves them."""
+    package, info = folder / project["name"].replace("-", "_"), folder / f"{project['name']}-1.dist-info"
+    package.mkdir()
+    info.mkdir()
+    (package / "__init__.py").touch()
+    for name, code in modules.items():
+        (package / f"{name}.py").write_text(code)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    lines = [
+        line
+        for group, points in project["entry-points"].items()
+        for line in (f"[{group}]", *(f"{name} = {target}" for name, target in points.items()))
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+
+
+class Shell:
+    """Runs programs in a folder whose packages are installed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.environment = {**os.environ, "PYTHONPATH": path, "WMCACHE_HOME": str(folder / "home")}
+
+    def __call__(self, program: str, line: str, *, status: int = 0) -> subprocess.CompletedProcess[str]:
+        script = f"from wmcache import cli; cli.{program}()"
+        words = [sys.executable, "-c", script, *line.split()]
+        done = subprocess.run(words, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
+        return done
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    folder = tmp_path_factory.mktemp("contributor")
+    install(folder, PROJECT, MODULES)
+    return Shell(folder)
+
+
+def test_every_kind_has_a_short_module_in_its_own_group() -> None:
+    groups = PROJECT["entry-points"]
+    kinds = {"encoders", "importers", "policies", "models", "decoders", "solvers", "protocols"}
+    assert set(groups) == {f"wmcache.{kind}" for kind in kinds}
+    assert {f"my_package.{name}" for name in MODULES} == {
+        target for points in groups.values() for target in points.values()
+    }
+    assert max(len(code.splitlines()) for code in MODULES.values()) <= 40
+    assert len(TEXT.splitlines()) <= 200
+
+
+def test_the_package_collects_extracts_trains_and_plans(shell: Shell) -> None:
+    shell("main", "collect --policy circle --episodes 6 --length 25 --image-size 32 --cluster local:1 --out frames")
+    torch.manual_seed(0)
+    network = timm.create_model("convnext_atto", num_classes=0)
+    save_file(network.state_dict(), shell.folder / "weights.safetensors")
+    listed = shell("main", "encoders").stdout
+    assert any(line.startswith("convnext ") for line in listed.splitlines())
+    extract = "extract --dataset frames --encoder convnext --weights weights.safetensors --device cpu --cluster local:1"
+    shell("main", f"{extract} --out tokens.zarr")
+    shell("wmtrain", "--cache tokens.zarr --model mover --hidden 8 --out run --steps 2 --batch-size 4 --device cpu")
+    assert json.loads((shell.folder / "run/config.json").read_text())["model_options"] == {"hidden": 8}
+    planned = shell("wmplan", "--run run --protocol quick --device cpu --json").stdout
+    assert json.loads(planned)["episodes"] == 2
+    shell(
+        "wmtrain", "decoder --cache tokens.zarr --decoder colours --out decoder --steps 2 --batch-size 4 --device cpu"
+    )
+    # Without the package its run cannot be planned with, in one line.
+    shutil.copytree(shell.folder / "run", shell.folder / "elsewhere/run")
+    refused = Shell(shell.folder / "elsewhere")("wmplan", "--run run --cache ../tokens.zarr", status=1).stderr
+    assert len(refused.splitlines()) == 1
+    assert "'mover'" in refused
+
+
+def test_the_right_token_of_the_encoder_changes(shell: Shell) -> None:
+    script = """
+import numpy as np
+from wmcache.pipeline import encoders
 encoder = encoders.create("convnext", weights="weights.safetensors", dtype="float32", device="cpu")
 frames = np.zeros((2, 224, 224, 3), np.uint8)
 frames[1, 96:128, 160:192] = 255
 black, moved = encoder(frames).float()
-print((moved - black).norm(dim=1).argmax().item(), encoder.token_grid, encoder.frame_shape)
+print((moved - black).norm(dim=1).argmax().item(), encoder.token_grid)
 """
-
-
-@pytest.fixture(scope="module")
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an installed package of somebody's own, which brings the encoder of CONTRIBUTING.md, and its weights."""
-    folder = tmp_path_factory.mktemp("stranger")
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT[TEXT.index("## Add an encoder") :], re.DOTALL)[:1]
-    (point,) = re.findall(r'entry-points."(.*?)"\]\nconvnext = "my_package.convnext"', TEXT)
-    (folder / "my_package").mkdir()
-    (folder / "my_package/__init__.py").touch()
-    (folder / "my_package/convnext.py").write_text(code)
-    (folder / "my_package-1.dist-info").mkdir()
-    (folder / "my_package-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1\n")
-    (folder / "my_package-1.dist-info/entry_points.txt").write_text(f"[{point}]\nconvnext = my_package.convnext\n")
     torch.manual_seed(0)
-    save_file(timm.create_model("convnext_atto").state_dict(), folder / "weights.safetensors")
-    return folder
+    save_file(timm.create_model("convnext_atto", num_classes=0).state_dict(), shell.folder / "weights.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=shell.folder,
+        env=shell.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split(maxsplit=1) == ["26", "(7, 7)\n"]
 
 
-def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    return subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
+def test_the_import_format_has_a_command_with_its_options(shell: Shell) -> None:
+    rng = np.random.default_rng(0)
+    (shell.folder / "episodes").mkdir()
+    images = rng.integers(0, 256, (2, 5, 16, 16, 3), np.uint8)
+    for number, frames in enumerate(images):
+        action, state = rng.normal(size=(5, 3)), rng.normal(size=(5, 2))
+        np.savez(shell.folder / f"episodes/{number}.npz", images=frames, action=action, state=state)
+    shell("main", "import npz episodes --fps 7 --out imported")
+    found = FrameDataset.open(shell.folder / "imported")
+    assert (found.card.fps, found.card.episodes, found.card.env) == (7, 2, "npz")
+    np.testing.assert_array_equal(found.read_frames(range(10)), images.reshape(10, 16, 16, 3))
 
 
-def test_the_example_of_an_encoder_is_a_short_one() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT[TEXT.index("## Add an encoder") :], re.DOTALL)[:1]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 30
+def test_a_package_that_cannot_be_imported_is_one_line(tmp_path: Path) -> None:
+    install(tmp_path, {"name": "bad", "version": "1", "entry-points": {"wmcache.encoders": {"bad": "bad.nowhere"}}}, {})
+    refused = Shell(tmp_path)("main", "encoders", status=1).stderr
+    assert refused.count("\n") == 1
+    assert "bad.nowhere" in refused
 
 
-def test_an_encoder_of_another_package_is_listed_and_encodes(stranger: Path) -> None:
-    used = run(stranger, "-c", USE)
-    *listed, found = used.stdout.splitlines() or [used.stderr]
-    assert any(line.startswith("convnext ") for line in listed), used.stderr
-    assert found == "26 (7, 7) (49, 320)", used.stderr
-
-
-def test_a_package_that_cannot_be_imported_is_one_line(stranger: Path) -> None:
-    (stranger / "broken").mkdir()
-    (stranger / "broken/bad-1.dist-info").mkdir()
-    (stranger / "broken/bad-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 1\n")
-    (stranger / "broken/bad-1.dist-info/entry_points.txt").write_text("[wmcache.encoders]\nbad = bad_package.nowhere\n")
-    found = run(stranger / "broken", "-c", "from wmcache.cli import main; main(['encoders'])")
-    assert found.returncode == 1
-    assert found.stderr.count("\n") == 1
-    assert "the encoders of bad_package.nowhere cannot be imported" in found.stderr
-
-
-def example(section: str) -> dict[str, Any]:
-    """What the Python code of a section defines."""
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT[TEXT.index(f"## {section}") :], re.DOTALL)[:1]
-    defined: dict[str, Any] = {"__name__": section}
-    exec(compile(code, section, "exec", dont_inherit=True), defined)
-    return defined
-
-
-def invoke(program: Any, *words: object) -> Result:
-    return CliRunner().invoke(program, [str(word) for word in words])
-
-
-@pytest.fixture
-def mover_run(store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A short training of the example of a world model."""
-    monkeypatch.setitem(MODELS, "mover", MODELS["dino-wm"])  # so that it is as before after the test
-    example("Add a world model")
-    words = ["--cache", store_path, "--model", "mover", "--out", tmp_path / "run", "--steps", 2, "--batch-size", 8]
-    trained = invoke(wmtrain, *words, "--device", "cpu")
-    assert trained.exit_code == 0, trained.output
-    return tmp_path / "run"
-
-
-def plan(run: Path, *words: object) -> Result:
-    few = ["--episodes", 2, "--budget", 10, "--horizon", 2, "--samples", 8, "--device", "cpu", "--json"]
-    return invoke(wmplan, "--run", run, *few, *words)
-
-
-def test_the_world_model_trains_and_plans(mover_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert read_config(mover_run)["model_options"] == {"hidden": 64}
-    planned = plan(mover_run, "--elites", 3, "--iterations", 2)
-    assert planned.exit_code == 0, planned.output
-    # The example of a solver, with an option that has no flag of another solver's.
-    monkeypatch.setitem(SOLVERS, "shooting", example("Add a solver")["Shooting"])
-    planned = plan(mover_run, "--solver", "shooting")
-    assert planned.exit_code == 0, planned.output
-    assert json.loads(planned.stdout)["episodes"] == 2
-
-
-def test_a_run_of_a_model_that_is_not_registered_says_how_to_register_it(
-    mover_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delitem(MODELS, "mover")
-    refused = plan(mover_run)
-    assert refused.exit_code == 1
-    assert len(refused.stderr.splitlines()) == 1
-    for part in ("'mover'", "dino-wm", "CONTRIBUTING.md"):
-        assert part in refused.stderr
-    assert "train again" not in refused.stderr
-
-
-def test_a_maze_and_a_policy_of_a_contributor_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "Mine.txt").write_text("#####\n#OOO#\n#O#O#\n#####\n")
-    monkeypatch.setitem(policies.POLICIES, "still", lambda rng, length: 0 * policies.held(rng, length))
-    few = ["--episodes", 1, "--length", 4, "--image-size", 32, "--cluster", "local:1", "--out", tmp_path / "data"]
-    collected = invoke(main, "collect", "--env", tmp_path / "Mine.txt", "--policy", "still", *few)
-    assert collected.exit_code == 0, collected.output
+def test_a_maze_of_a_contributor_is_collected(shell: Shell) -> None:
+    (shell.folder / "Mine.txt").write_text("#####\n#OOO#\n#O#O#\n#####\n")
+    shell("main", "collect --env Mine.txt --episodes 1 --length 4 --image-size 32 --cluster local:1 --out mine")
+    assert FrameDataset.open(shell.folder / "mine").card.frames == 4

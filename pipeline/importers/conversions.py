@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +20,7 @@ from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, option
 from wmcache.common.paths import AnyPath
 from wmcache.pipeline.importers.base import Importer
+from wmcache.pipeline.steps import Steps
 from wmcache.pipeline.tars import Frames
 
 NO_LEROBOT = (
@@ -116,6 +117,19 @@ def as_columns(
                 "(only in the last row of an episode may the action be missing)"
             )
     return actions, states
+
+
+def make_steps(episodes: Sequence[tuple[NDArray[Any], NDArray[Any]]], where: AnyPath | str) -> Steps:
+    """Make the step table of episodes of actions [T, A] and states [T, P]; raises as `as_columns`."""
+    if not episodes:
+        raise UserError(f"{where} has no episodes")
+    lengths = [len(action) for action, _ in episodes]
+    number = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    step = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+    action, state = (np.concatenate(values) for values in zip(*episodes, strict=True))
+    return Steps(
+        number, step, *as_columns(action, state, where, lambda row: f"episode {number[row]}, step {step[row]}")
+    )
 
 
 def is_action_missing(action: NDArray[Any]) -> NDArray[np.bool_]:

@@ -25,12 +25,11 @@ from wmcache.common.reading import reading
 from wmcache.pipeline.importers.base import IMPORTERS, Source
 from wmcache.pipeline.importers.conversions import (
     ImageImporter,
-    as_columns,
     is_action_missing,
+    make_steps,
     note,
     refuse_lerobot,
 )
-from wmcache.pipeline.steps import Steps
 from wmcache.pipeline.tars import Frames
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ class MinariImporter(ImageImporter):
         every = seconds_between_updates()
         with tqdm(range(data.storage.total_episodes), desc="read", unit=" episodes", mininterval=every) as bar:
             episodes = [replace(load(episode), images=np.empty(0, np.uint8)) for episode in bar]
-        steps = _steps(episodes, self.source)
+        steps = make_steps([(episode.action, episode.state) for episode in episodes], f"Minari dataset {self.source}")
         if short := sum(episode.action_missing for episode in episodes):
             note(
                 f"{short} of {len(episodes)} episodes of {self.source} have no last action; "
@@ -226,18 +225,3 @@ def _at(observations: Any, key: str) -> NDArray[Any]:
     for name in key.split(".") if key else ():
         observations = observations[name]
     return np.asarray(observations)
-
-
-def _steps(episodes: list[_Episode], dataset: str) -> Steps:
-    if not episodes:
-        raise UserError(f"Minari dataset {dataset} has no episodes")
-    lengths = [len(episode.action) for episode in episodes]
-    number = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    step = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
-    action, state = as_columns(
-        np.concatenate([episode.action for episode in episodes]),
-        np.concatenate([episode.state for episode in episodes]),
-        f"Minari dataset {dataset}",
-        lambda row: f"episode {number[row]}, step {step[row]}",
-    )
-    return Steps(number, step, action, state)

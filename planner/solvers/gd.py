@@ -36,14 +36,15 @@ class Gd:
 
     differentiates: ClassVar[bool] = True
 
+    # The order is that of the parts of a results folder's name.
+    sigma: Weight = option(0.6, "Standard deviation of the first guesses, in env units.")
+    optimiser: Literal["sgd", "adam"] = option("adam", "Optimiser of gradient descent; DINO-WM has sgd.")
     steps: Positive = option(15, "Steps of gradient descent; DINO-WM has 1000.", flag="--gd-steps", group="Solver")
     lr: Annotated[float, Gt(0)] | None = option(
         None, "Learning rate of gradient descent, in env units.  [default: the optimiser's]", flag="--gd-lr"
     )
-    optimiser: Literal["sgd", "adam"] = option("adam", "Optimiser of gradient descent; DINO-WM has sgd.")
-    noise: Weight = option(0.003, "Standard deviation of the noise added after each step; DINO-WM has 0.003.")
     restarts: Positive = option(8, "First guesses that are optimised side by side; DINO-WM has 1.")
-    sigma: Weight = option(0.6, "Standard deviation of the first guesses, in env units.")
+    noise: Weight = option(0.003, "Standard deviation of the noise added after each step; DINO-WM has 0.003.")
 
     @property
     def evaluations(self) -> int:

@@ -11,8 +11,9 @@ from annotated_types import Ge, Gt
 from einops import rearrange
 from torch import Tensor
 
+from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, Share, ShareBelowOne, Weight, option
-from wmcache.planner.base import Cost, normal, require
+from wmcache.planner.base import Cost, normal
 from wmcache.planner.solvers import SOLVERS
 
 
@@ -28,21 +29,22 @@ class Icem:
 
     differentiates: ClassVar[bool] = False
 
+    # The order is that of the parts of a results folder's name.
     samples: Positive = option(300, "Candidates in each iteration; DINO-WM has 300.", group="Solver")
     elites: Annotated[int, Ge(2)] = option(10, "Best candidates of each iteration; DINO-WM has 30.")
     iterations: Positive = option(10, "Iterations of the search; DINO-WM has 10.")
     sigma: Annotated[float, Gt(0)] = option(0.6, "First standard deviation of the candidates, in env units.")
+    momentum: ShareBelowOne = option(0.1, "Share of the last mean and deviation that the next ones keep.")
     beta: Weight = option(2.0, "Colour of the noise over time: 0 is white, 1 pink, 2 brown; the paper has 0.25 to 4.")
     frameskip: Positive = option(1, flag="")
     decay: Annotated[float, Ge(1)] = option(1.25, "Factor by which each iteration has fewer candidates.")
     keep: Share = option(0.3, "Share of the elites that stay candidates of the next iteration.")
-    momentum: ShareBelowOne = option(0.1, "Share of the last mean and deviation that the next ones keep.")
 
     def __post_init__(self) -> None:
         """Raise UserError for more elites than half of the samples."""
-        half = self.samples // 2
-        within = self.elites <= half
-        require(within, f"solver icem: elites is {self.elites}; it must be at most half of samples, {half}")
+        if self.elites > self.samples // 2:
+            half = self.samples // 2
+            raise UserError(f"solver icem: elites is {self.elites}; it must be at most half of samples, {half}")
 
     @property
     def populations(self) -> list[int]:
@@ -61,10 +63,10 @@ class Icem:
             UserError: frameskip does not divide A.
         """
         size = start.shape[2]
-        divides = size % self.frameskip == 0
-        require(
-            divides, f"solver icem: frameskip is {self.frameskip}; it must divide the {size} numbers of a model step"
-        )
+        if size % self.frameskip:
+            raise UserError(
+                f"solver icem: frameskip is {self.frameskip}; it must divide the {size} numbers of a model step"
+            )
         mean, deviation = start, torch.full_like(start, self.sigma)
         best, lowest = start.clamp(-1.0, 1.0), torch.full_like(start[:, 0, 0], float("inf"))
         kept, kept_costs = start[:, None][:, :0], start[:, :0, 0]

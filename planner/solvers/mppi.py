@@ -14,8 +14,9 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
+from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, Weight, option
-from wmcache.planner.base import Cost, around, require
+from wmcache.planner.base import Cost, around
 from wmcache.planner.solvers import SOLVERS
 
 
@@ -31,21 +32,22 @@ class Mppi:
 
     differentiates: ClassVar[bool] = False
 
+    # The order is that of the parts of a results folder's name.
     samples: Positive = option(512, "Candidates in each iteration; DINO-WM has 300.", group="Solver")
     elites: Annotated[int, Ge(2)] = option(64, "Best candidates of each iteration; DINO-WM has 30.")
     iterations: Positive = option(6, "Iterations of the search; DINO-WM has 10.")
-    temperature: Weight = option(4.0, "Inverse temperature of the candidates' weights; 0 weights all elites alike.")
     sigma: Annotated[float, Gt(0)] = option(
         0.6, "First and largest standard deviation of the candidates, in env units."
     )
+    temperature: Weight = option(4.0, "Inverse temperature of the candidates' weights; 0 weights all elites alike.")
     min_sigma: Weight = option(0.05, "Smallest standard deviation of the candidates, in env units.")
 
     def __post_init__(self) -> None:
         """Raise UserError for more elites than samples, or deviations out of order."""
-        within = self.elites <= self.samples
-        require(within, f"solver mppi: elites is {self.elites}; it must be at most samples, {self.samples}")
-        in_order = self.min_sigma <= self.sigma
-        require(in_order, f"solver mppi: min_sigma is {self.min_sigma}; it must be at most sigma, {self.sigma}")
+        if self.elites > self.samples:
+            raise UserError(f"solver mppi: elites is {self.elites}; it must be at most samples, {self.samples}")
+        if self.min_sigma > self.sigma:
+            raise UserError(f"solver mppi: min_sigma is {self.min_sigma}; it must be at most sigma, {self.sigma}")
 
     @property
     def evaluations(self) -> int:

@@ -13,7 +13,6 @@ from distributed import LocalCluster
 
 from wmcache.cache import TokenStore
 from wmcache.cli import main
-from wmcache.commands import plan
 from wmcache.planner.context import EvalContext
 from wmcache.planner.evaluate import evaluate
 from wmcache.planner.options import PlanOptions
@@ -105,13 +104,13 @@ def test_plans_are_the_same_wherever_they_are_made(
     here, results = evaluate(setting, options, Path("here"))
     for name in ("local:2", scheduler):
         out = Path(name.replace("/", ""))
-        there, found = evaluate(setting, options, out, plan._spread(name))
+        there, found = evaluate(setting, options, out, name)
         for part in ("start", "goal", "states"):
             np.testing.assert_array_equal(getattr(there, part), getattr(here, part))
         assert {**found, "seconds_per_replan": 0} == {**results, "seconds_per_replan": 0}
     # Only the missing batch is planned again, and it is fewer than the workers.
     next(out.glob("unfinished-*/000002.npz")).unlink()
-    evaluate(setting, options, out, plan._spread("local:2"))
+    evaluate(setting, options, out, "local:2")
     assert "wmplan: 1 batches for 2 workers; a smaller --batch-size makes more of them" in capsys.readouterr().err
 
 
@@ -126,7 +125,7 @@ def test_plans_are_the_same_wherever_they_are_made(
         ("collect --cluster lokal", "'lokal'"),
         ("extract --cluster slurm:nowhere", "nowhere.toml"),
         ("study --cluster tcp://host", "'tcp://host'"),
-        ("bench cluster --encoder pixels", "choose local:N with N above 1"),
+        ("bench cluster --encoder pixels", "local:N"),
         ("finalize nowhere.zarr", "nowhere.zarr"),
     ],
 )

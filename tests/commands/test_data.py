@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from wmcache.bench import extract as bench
 from wmcache.cache import TokenStore
+from wmcache.cache.change_maps import open_change_maps
 from wmcache.cli import main
 from wmcache.cluster import tasks as cluster
 from wmcache.pipeline import encoders
@@ -125,13 +126,13 @@ def test_change_maps_come_with_the_tokens_or_later_and_are_the_same(home: Path) 
     names = ["pixels-32.changes-5.zarr", "pixels-32.zarr", "tcn-64.changes-5.zarr", "tcn-64.zarr"]
     assert sorted(path.name for path in stores.glob("*.zarr")) == names
     assert f"{stores / 'pixels-32.changes-5.zarr'}: 360 frames, 4 x 4 tokens of 4" in result.stdout
-    together = TokenStore.open(stores / "pixels-32.zarr").changes(5)
+    together = open_change_maps(TokenStore.open(stores / "pixels-32.zarr"), 5)
     extracted = {file.name: file.read_bytes() for file in together.path.glob("tokens/c.*")}
     assert run("rm {store} --yes", store=together.path).exit_code == 0
     result = run("derive change-maps {store}", store=stores / "pixels-32.zarr")
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{together.path}: 360 frames, 8 x 8 cells, since 5 env steps before\n"
-    later = TokenStore.open(stores / "pixels-32.zarr").changes(5)
+    later = open_change_maps(TokenStore.open(stores / "pixels-32.zarr"), 5)
     assert later.identity == together.identity
     assert {file.name: file.read_bytes() for file in later.path.glob("tokens/c.*")} == extracted
 
@@ -145,7 +146,7 @@ def test_change_maps_are_made_where_they_are_missing_and_nowhere_else(home: Path
     assert len(before) == 6 + 3
     result = run("derive change-maps {store} --frameskip 3", store=stores / "tcn-64.zarr")
     assert result.exit_code == 0, result.output
-    assert TokenStore.open(stores / "tcn-64.zarr").changes(3).complete
+    assert open_change_maps(TokenStore.open(stores / "tcn-64.zarr"), 3).complete
     assert {file: file.stat().st_mtime_ns for file in files} == before
 
 

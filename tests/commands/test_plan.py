@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from wmcache.bench import plan as bench
 from wmcache.cli import main, wmplan
 from wmcache.common.errors import UserError
-from wmcache.planner import evaluate
+from wmcache.planner import context, results
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import SOLVERS, make_solver
@@ -40,7 +40,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Parse:
             received.append(options)
             raise UserError("received")
 
-        monkeypatch.setattr(evaluate, "EvalContext", receive)
+        monkeypatch.setattr(context, "EvalContext", receive)
         result = run(f"--run {{run}} {line}", run=tmp_path)
         assert result.output.splitlines() == ["Error: received"], result.output
         return received[0]
@@ -60,7 +60,7 @@ def protocol(name: str) -> dict[str, Any]:
 
 
 class TestProtocols:
-    @pytest.mark.parametrize("name", PROTOCOLS)
+    @pytest.mark.parametrize("name", list(PROTOCOLS))
     def test_every_value_arrives_and_no_other_changes(self, parse: Parse, name: str) -> None:
         assert flat(parse(f"--protocol {name}")) == flat(PlanOptions()) | protocol(name)
 
@@ -69,7 +69,7 @@ class TestProtocols:
         assert (options.objective, options.horizon, options.execute, options.observed) == ("last", 5, 5, 1)
         assert options.search == {"samples": 300, "elites": 30, "iterations": 10, "sigma": 0.577}
 
-    @pytest.mark.parametrize("name", PROTOCOLS)
+    @pytest.mark.parametrize("name", list(PROTOCOLS))
     @pytest.mark.parametrize(
         ("flags", "expected"),
         [
@@ -84,7 +84,7 @@ class TestProtocols:
     ) -> None:
         assert flat(parse(order.format(flags, name))) == flat(PlanOptions()) | protocol(name) | expected
 
-    @pytest.mark.parametrize("solver", SOLVERS)
+    @pytest.mark.parametrize("solver", list(SOLVERS))
     def test_another_solver_receives_the_options_that_it_has(self, parse: Parse, solver: str) -> None:
         options = parse(f"--protocol dino-wm --solver {solver}")
         own = {field.name for field in fields(type(make_solver(solver)))}  # type: ignore[arg-type]
@@ -118,7 +118,7 @@ class TestOptions:
         options = parse(flags)
         assert (options.solver, options.search) == (solver, search)
 
-    @pytest.mark.parametrize("solver", SOLVERS)
+    @pytest.mark.parametrize("solver", list(SOLVERS))
     def test_help_has_the_options_of_the_solver_and_all_names(self, solver: str) -> None:
         text = run(f"--solver {solver} --help").stdout
         assert ", ".join(SOLVERS) in text
@@ -214,12 +214,12 @@ class TestResults:
         options = asdict(PlanOptions())
         del options["strict"]
         (tmp_path / "results.json").write_text(json.dumps({"options": options}))
-        evaluate.refuse_other_results(tmp_path, PlanOptions(strict=False))
+        results.refuse_other_results(tmp_path, PlanOptions(strict=False))
         with pytest.raises(UserError, match="strict False != True"):
-            evaluate.refuse_other_results(tmp_path, PlanOptions())
+            results.refuse_other_results(tmp_path, PlanOptions())
         # The pairs of a file are the same either way.
         (tmp_path / "results.json").write_text(json.dumps({"options": {**options, "goals": "some.parquet"}}))
-        evaluate.refuse_other_results(tmp_path, PlanOptions(goals="some.parquet"))
+        results.refuse_other_results(tmp_path, PlanOptions(goals="some.parquet"))
 
     def test_a_sweep_writes_a_folder_for_each_setting(self, planned: Path) -> None:
         line = f"--run {{run}} {QUICK}"

@@ -21,7 +21,7 @@ from wmcache.pipeline.frames import FrameDataset
 BIN = Path(sys.executable).parent
 
 
-def run(words: str, *places: Path, closed: str = "", broken: str = "", **environment: str) -> tuple[int, str, str]:
+def run(words: str, *paths: Path, closed: str = "", broken: str = "", **environment: str) -> tuple[int, str, str]:
     """Run a command with closed streams, or with streams whose reader has gone; returns status, stdout and stderr."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -29,7 +29,7 @@ def run(words: str, *places: Path, closed: str = "", broken: str = "", **environ
     program, *rest = words.split()
     close = " ".join({"stdout": ">&-", "stderr": "2>&-"}[name] for name in closed.split())
     done = subprocess.run(
-        ["sh", "-c", f'exec "$@" {close}', "sh", BIN / program, *rest, *places],
+        ["sh", "-c", f'exec "$@" {close}', "sh", BIN / program, *rest, *paths],
         stdout=to["stdout"],
         stderr=to["stderr"],
         env={**os.environ, **environment},

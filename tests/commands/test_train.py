@@ -14,8 +14,7 @@ from click.testing import CliRunner, Result
 from wmcache.cli import wmtrain
 from wmcache.common.errors import UserError
 from wmcache.engine.checkpoint import Progress, last_checkpoint, read_progress
-from wmcache.trainer import loop
-from wmcache.trainer.models import MODELS, get_options, read_options
+from wmcache.trainer.models import MODELS, read_options
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
 from wmcache.trainer.runs import load_model, read_config
@@ -39,7 +38,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
             received.append(options)
             raise UserError("received")
 
-        monkeypatch.setattr(loop, "train", receive)
+        monkeypatch.setattr("wmcache.trainer.train.train", receive)
         result = run(f"--cache x.zarr {line}")
         assert result.output.splitlines() == ["Error: received"], result.output
         return received[0]
@@ -117,18 +116,20 @@ class TestPresets:
 
 
 class TestModels:
-    @pytest.mark.parametrize("model", MODELS)
+    @pytest.mark.parametrize("model", list(MODELS))
     def test_a_model_receives_its_own_options_and_no_others(self, parse: Parse, model: str) -> None:
         for line in (f"--model {model} --dropout 0.25", f"--dropout 0.25 --model={model}"):
             chosen = parse(line).model_options
             assert read_options(model, chosen) == replace(read_options(model, {}), dropout=0.25)
-            assert chosen.keys() == {field.name for field in fields(get_options(model))}
+            assert chosen.keys() == {field.name for field in fields(MODELS.get(model).Options)}
 
-    @pytest.mark.parametrize("model", MODELS)
+    @pytest.mark.parametrize("model", list(MODELS))
     def test_help_has_its_options_and_no_others(self, model: str) -> None:
         helps = {name: run(f"--model {name} --help").stdout for name in MODELS}
-        own = {f"--{field.name.replace('_', '-')} " for field in fields(get_options(model))}
-        others = {f"--{field.name.replace('_', '-')} " for name in MODELS for field in fields(get_options(name))} - own
+        own = {f"--{field.name.replace('_', '-')} " for field in fields(MODELS.get(model).Options)}
+        others = {
+            f"--{field.name.replace('_', '-')} " for name in MODELS for field in fields(MODELS.get(name).Options)
+        } - own
         assert all(flag in helps[model] for flag in own)
         assert not any(flag in helps[model] for flag in others)
         assert all(f"{heading}:\n" in helps[model] for heading in ("Run", "Data", "Training", "Options"))

@@ -20,16 +20,16 @@ REPOSITORY = "google/siglip2-base-patch16-224"
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home, and an empty cache of the hub."""
     monkeypatch.setenv("WMCACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
 
 
-def cache(place: Path, repository: str, revision: str) -> Path:
+def cache(machine: Path, repository: str, revision: str) -> Path:
     """Put a file where the hub's client keeps it."""
-    folder = place / "hub" / f"models--{repository.replace('/', '--')}"
+    folder = machine / "hub" / f"models--{repository.replace('/', '--')}"
     snapshot, blob = folder / "snapshots" / revision, folder / "blobs" / "0123"
     snapshot.mkdir(parents=True)
     blob.parent.mkdir()
@@ -61,8 +61,8 @@ def test_encoders_of_one_source_share_a_row() -> None:
     assert not any("wmcache fit" in source for source in rows)
 
 
-def test_weights_that_are_here_are_listed_with_place_size_and_revision(place: Path) -> None:
-    path = cache(place, REPOSITORY, encoders.get_spec("siglip2").revision)
+def test_weights_are_listed_with_path_size_and_revision(machine: Path) -> None:
+    path = cache(machine, REPOSITORY, encoders.get_spec("siglip2").revision)
     row = next(row for row in listed()["sources"] if row["source"] == REPOSITORY)
     assert (row["state"], row["path"], row["bytes"]) == ("present", str(path), path.stat().st_size)
     result = run()
@@ -70,25 +70,25 @@ def test_weights_that_are_here_are_listed_with_place_size_and_revision(place: Pa
     assert [line.split()[0] for line in result.output.splitlines() if line.endswith(REPOSITORY)] == ["present"]
 
 
-def test_another_revision_than_the_encoders_does_not_count(place: Path) -> None:
-    cache(place, REPOSITORY, "3" * 40)
+def test_another_revision_than_the_encoders_does_not_count(machine: Path) -> None:
+    cache(machine, REPOSITORY, "3" * 40)
     row = next(row for row in listed()["sources"] if row["source"] == REPOSITORY)
     assert row["state"] == "absent"
 
 
-def test_a_file_of_another_length_than_was_downloaded_is_damaged(place: Path) -> None:
+def test_a_file_of_another_length_than_was_downloaded_is_damaged(machine: Path) -> None:
     revision = encoders.get_spec("siglip2").revision
-    cache(place, REPOSITORY, revision)
+    cache(machine, REPOSITORY, revision)
     pin = {"revision": revision, "sha256": "0" * 64, "bytes": 1_500_800_904}
-    (place / "home" / "encoders").mkdir(parents=True)
-    (place / "home" / "encoders" / "pins.json").write_text(json.dumps({REPOSITORY: pin}))
+    (machine / "home" / "encoders").mkdir(parents=True)
+    (machine / "home" / "encoders" / "pins.json").write_text(json.dumps({REPOSITORY: pin}))
     row = next(row for row in listed()["sources"] if row["source"] == REPOSITORY)
     assert (row["state"], row["fault"]) == ("damaged", "1.5 GB were downloaded")
     assert "1.5 GB were downloaded" in run().output
 
 
-def test_fitted_files_are_listed_with_what_they_are_on(place: Path) -> None:
-    folder = place / "home" / "encoders"
+def test_fitted_files_are_listed_with_what_they_are_on(machine: Path) -> None:
+    folder = machine / "home" / "encoders"
     folder.mkdir(parents=True)
     tensors = {"weight": torch.zeros(3)}
     save_file(tensors, folder / "a.safetensors", {"encoder": "tcn", "dataset": "f00d" * 16})
@@ -104,9 +104,9 @@ def test_fitted_files_are_listed_with_what_they_are_on(place: Path) -> None:
     assert any("cannot be read" in line for line in lines)
 
 
-def test_damaged_pins_are_one_line(place: Path) -> None:
-    (place / "home" / "encoders").mkdir(parents=True)
-    (place / "home" / "encoders" / "pins.json").write_text("{")
+def test_damaged_pins_are_one_line(machine: Path) -> None:
+    (machine / "home" / "encoders").mkdir(parents=True)
+    (machine / "home" / "encoders" / "pins.json").write_text("{")
     result = run()
     assert result.exit_code == 1
     assert len(result.output.splitlines()) == 1

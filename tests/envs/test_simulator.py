@@ -140,7 +140,7 @@ def test_physics_runs_without_opengl() -> None:
     assert float(done.stdout) > 1.0
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", list(POLICIES))
 def test_policies_push_within_bounds_and_repeat(name: str) -> None:
     policy = POLICIES.get(name)
     actions = policy(np.random.default_rng(5), 500)

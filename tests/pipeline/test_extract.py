@@ -22,7 +22,7 @@ from wmcache.pipeline.encoders.base import Features
 from wmcache.pipeline.encoders.weights import read_metadata
 from wmcache.pipeline.extract import encode_frames, extract, extraction_task, forecast, slice_of
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.stores import default_store, store_card
+from wmcache.pipeline.stores import create_store, default_store
 
 Snapshot = Callable[[Path], dict[str, bytes]]
 
@@ -196,9 +196,7 @@ def test_slices_are_contiguous_and_together_all_shards(count: int) -> None:
 def test_a_worker_with_other_weights_refuses(dataset: FrameDataset, tcn_weights: Path, tmp_path: Path) -> None:
     weights = Path(shutil.copy(tcn_weights, tmp_path / "mine.safetensors"))
     encoder = encoders.create("tcn", weights=weights, device="cpu")
-    identity = encoder.identity(dataset.card.fingerprint)
-    card = store_card(dataset, encoder, "float16")
-    writer = StoreWriter.create(tmp_path / "x.zarr", card, identity, dataset.steps.columns())
+    writer = create_store(dataset, encoder, tmp_path / "x.zarr")
     task = pickle.loads(pickle.dumps(extraction_task(dataset, [(encoder, writer)], device="cpu", batch=8)))
     assert task(3) == 64
     values = {name: value + 0.1 for name, value in load_file(weights).items()}

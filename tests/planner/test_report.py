@@ -175,14 +175,21 @@ class TestPage:
         pages.append(page_of(blind_run_path, replace(tiny_plan, episodes=1), tmp_path / "blind"))
         found = {
             part: [part in page for page in pages]
-            for part in ("olver cem, 16 ", "olver gd, 8 ", "dino-wm", "--no-strict", "along ", "and proprioception")
+            for part in (
+                "olver cem, 16 ",
+                "olver gd, 8 ",
+                "dino-wm",
+                "--no-strict",
+                "along the cached",
+                "and proprioception",
+            )
         }
         assert found == {
             "olver cem, 16 ": [True, False, True],
             "olver gd, 8 ": [False, True, False],
             "dino-wm": [False, True, False],
             "--no-strict": [False, True, False],
-            "along ": [False, True, False],
+            "along the cached": [False, True, False],
             "and proprioception": [True, True, False],
         }
         settings = pages[1][pages[1].rindex("<pre>") : pages[1].rindex("</pre>")]

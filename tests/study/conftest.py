@@ -6,6 +6,7 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 from click.testing import CliRunner, Result
@@ -90,3 +91,9 @@ def study_path(write_study: Callable[..., Path], tmp_path_factory: pytest.TempPa
     assert result.exit_code == 0, result.output
     (folder / "printed.txt").write_text(result.stdout)
     return out
+
+
+@pytest.fixture
+def copy(study_path: Path, tmp_path: Path) -> Path:
+    """A copy of the finished study, to be changed."""
+    return copytree(study_path, tmp_path / "out", symlinks=True)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from shutil import copytree, rmtree
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -31,26 +30,6 @@ Write = Callable[..., Path]
 
 def cell_files(out: Path) -> dict[str, tuple[int, bytes]]:
     return {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in (out / "cells").iterdir()}
-
-
-@pytest.fixture
-def copy(study_path: Path, tmp_path: Path) -> Path:
-    return copytree(study_path, tmp_path / "out", symlinks=True)
-
-
-def test_there_is_a_row_for_each_encoder_seed_fraction_and_evaluation(study_path: Path) -> None:
-    rows = pq.read_table(study_path / "study.parquet").to_pylist()
-    known = [(row["encoder"], row["seed"], row["fraction"], row["protocol"]) for row in rows]
-    wanted = [(e, s, f, "mpc-100") for e in ("tcn", "pixels") for s in (0, 1) for f in (0.5, 1.0)]
-    assert sorted(known) == sorted(wanted)
-    for row in rows:
-        missing = {name for name, value in row.items() if value is None}
-        # No fit of pixels; only extractions that wait for nothing are done together; and frames of single places have a spread of 0.
-        assert missing <= {"failed", "fit_seconds", "extracted_together", "probe_moves"}, row["encoder"]
-        assert row["episodes"] == 2
-        assert 0 <= row["low_0.5"] <= row["successes_0.5"] / 2 <= row["high_0.5"] <= 1
-        assert row["skill_1"] == pytest.approx(1 - row["error_1"] / row["copying_1"])
-        assert not row["resumed"]
 
 
 def test_seeds_share_what_needs_no_fit_and_nothing_else(study_path: Path) -> None:
@@ -77,73 +56,6 @@ def test_the_error_is_a_share_of_the_variance_over_frames(study_path: Path) -> N
     assert work.token_variance(store) == pytest.approx(np.square(tokens - tokens.mean(0)).mean(), rel=1e-3)
 
 
-def test_the_printed_table_fits_into_120_columns_and_names_all(study_path: Path) -> None:
-    printed = (study_path.parent / "printed.txt").read_text()
-    header, *table = printed.splitlines()[:5]
-    assert max(map(len, (header, *table))) <= 120
-    assert {line.split()[0] for line in table} == {"random", "zero", "tcn", "pixels"}
-    counts = {line.split()[0]: re.findall(r"\d of (\d)", line) for line in table}
-    # Reached and held: two episodes, of encoders for each of two seeds.
-    assert counts == {"random": ["2"] * 2, "zero": ["2"] * 2, "tcn": ["4"] * 2, "pixels": ["4"] * 2}
-    assert header.index("mpc-100") < header.index("held")
-    assert "too few" in printed  # two episodes
-
-
-def test_the_page_is_self_contained_and_names_every_encoder(study_path: Path) -> None:
-    page = (study_path / "study.html").read_text()
-    assert not re.search(r"https?://|<link|<script|src=\"(?!data:)|url\(", page)
-    assert all(f"<td>{name}</td>" in page for name in ("tcn", "pixels"))
-    assert page.count("data:image/png;base64,") == 3 + 2  # success, skill, fractions, and each encoder's probe
-
-
-def test_every_row_has_the_baselines_of_its_episodes(study_path: Path) -> None:
-    rows = pq.read_table(study_path / "study.parquet").to_pylist()
-    for name in ("random_successes", "random_held", "zero_successes_0.1", "zero_held_0.5", "began_0.5"):
-        assert len({row[name] for row in rows}) == 1
-    assert rows[0]["began_0.5"] == 0  # strict
-    assert all(0 <= row["held"] <= row["successes"] <= 2 for row in rows)
-
-
-def test_the_page_shows_what_reaches_no_more_than_random_actions(
-    write_study: Write, copy: Path, tmp_path: Path
-) -> None:
-    set_reached(copy, {"tcn": [1] * 50, "pixels": [1] * 19 + [0] * 31})
-    for file in (copy / "cells").glob("plan-*.json"):
-        cell = json.loads(file.read_text())
-        cell["result"]["baselines"]["random"][0] |= {"successes": 31, "held": 7}
-        file.write_text(json.dumps(cell))
-    result = run_command(write_study(tmp_path), copy)
-    assert result.exit_code == 0, result.output
-    names = [line.split()[0] for line in result.stdout.splitlines()[1:5]]
-    assert names == ["tcn", "random", "pixels", "zero"]
-    page = (copy / "study.html").read_text()
-    success = page[page.index("<h2>Success") : page.index("<h2>Which differences")]
-    rows = [" ".join(row.split()) for row in success.split("<tr")[2:6]]
-    assert [re.findall(r"<td>([\w ]+)</td>", row)[0] for row in rows] == [
-        "tcn",
-        "random actions",
-        "pixels",
-        "zero actions",
-    ]
-    assert ["not above random" in row for row in rows] == [False, False, True, False]
-    assert "31 of 50" in rows[1]
-    assert "7 of 50" in rows[1]
-
-
-def test_evaluations_of_earlier_versions_have_no_baselines_and_can_be_read(
-    write_study: Write, copy: Path, tmp_path: Path
-) -> None:
-    for file in (copy / "cells").glob("plan-*.json"):
-        cell = json.loads(file.read_text())
-        for name in ("baselines", "began_at_goal", "held", "held_rate", "held_ci95", "resolved"):
-            del cell["result"][name]
-        file.write_text(json.dumps(cell))
-    result = run_command(write_study(tmp_path), copy)
-    assert result.exit_code == 0, result.output
-    assert "random" not in result.stdout
-    assert "not above random" not in (copy / "study.html").read_text()
-
-
 def test_an_evaluation_of_any_pairs_has_the_key_that_it_had_before_strict(
     write_study: Write, dataset: FrameDataset, tmp_path: Path
 ) -> None:
@@ -156,57 +68,6 @@ def test_an_evaluation_of_any_pairs_has_the_key_that_it_had_before_strict(
         file.write_text(file.read_text().replace(f"strict = {flag}\n", ""))
     assert settings[0]["strict"] is True
     assert "strict" not in settings[1]
-
-
-def set_reached(out: Path, reached: dict[str, list[int]]) -> None:
-    """Make the evaluations of each encoder, whatever the seed, record that it reached the goals of these episodes."""
-    for name, episodes in reached.items():
-        for file in (out / "cells").glob("plan-*.json"):
-            cell = json.loads(file.read_text())
-            if f" {name}, seed" in cell["label"]:
-                result = cell["result"]
-                result["reached"] = dict.fromkeys(result["reached"], episodes)
-                result["episodes"], result["successes"] = len(episodes), sum(episodes)
-                for judged in result["by_threshold"]:
-                    judged["successes"] = sum(episodes)
-                file.write_text(json.dumps(cell))
-
-
-@pytest.mark.parametrize(
-    ("tcn", "pixels", "marks"),
-    [
-        # The largest difference that there can be, on the most episodes that are too few for it.
-        ([1] * 5, [0] * 5, []),
-        ([1] * 6, [0] * 6, [("real", "12 of 12"), ("below", "0 of 12")]),
-        ([1] * 20, [1] * 18 + [0] * 2, []),
-    ],
-)
-def test_the_page_marks_real_differences_and_no_others(
-    write_study: Write, copy: Path, tmp_path: Path, tcn: list[int], pixels: list[int], marks: list[tuple[str, str]]
-) -> None:
-    set_reached(copy, {"tcn": tcn, "pixels": pixels})
-    result = run_command(write_study(tmp_path), copy, "--json")
-    assert result.exit_code == 0, result.output
-    page = (copy / "study.html").read_text()
-    success = page[page.index("<h2>Success") : page.index("<h2>Which differences")]
-    assert re.findall(r'<td class="(real|below)">(?:↓ )?(\d+ of \d+)', success) == marks
-    assert ("too few" in page) is (len(tcn) < 6)
-    assert ('class="real"' in page) is bool(marks)
-    found = json.loads(result.stdout)["mpc-100"]
-    assert (found["episodes_needed"], found["pairs"][0]["real"]) == (6, bool(marks))
-    assert (found["best"], found["below"]) == (("tcn", ["pixels"]) if marks else (None, []))
-
-
-def test_a_skill_that_is_not_defined_leaves_the_rest(write_study: Write, copy: Path, tmp_path: Path) -> None:
-    for file in (copy / "cells").glob("train-*.json"):
-        cell = json.loads(file.read_text())
-        cell["result"] |= {name: [None] * 5 for name in ("skill", "error", "copying")}
-        file.write_text(json.dumps(cell))
-    result = run_command(write_study(tmp_path), copy, "--json")
-    assert result.exit_code == 0, result.output
-    rows = json.loads(result.stdout)["rows"]
-    assert {row["skill_1"] for row in rows} == {None}
-    assert all(row["successes"] is not None for row in rows)
 
 
 def test_a_second_run_does_nothing(study_path: Path, write_study: Write, copy: Path, tmp_path: Path) -> None:

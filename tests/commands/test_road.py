@@ -1,0 +1,249 @@
+"""The road from frames to a plan: what each command leaves for the next one, int8 stores, residences and interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from shutil import copytree
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from wmcache import __version__
+from wmcache.cache import TokenStore
+from wmcache.cli import main
+from wmcache.engine.log import Log
+
+from .conftest import COMMANDS, MODEL, PLAN, PLAN_FOLDER, STORE, contents, run
+
+BENCHMARKS = ["extract", "read", "train", "memory", "codecs", "plan", "cluster", "shards"]
+
+
+def test_every_product_is_where_the_next_command_looks_for_it(road: Path) -> None:
+    for path in (
+        "pointmaze-umaze/dataset.json",
+        "encoders/pointmaze-umaze-tcn.safetensors",
+        "stores/pointmaze-umaze/tcn-64.zarr/zarr.json",
+        "runs/pointmaze-umaze-tcn-64/checkpoints/last/model.safetensors",
+        f"runs/pointmaze-umaze-tcn-64/{PLAN_FOLDER}/results.json",
+        f"runs/pointmaze-umaze-tcn-64/{PLAN_FOLDER}/report.html",
+    ):
+        assert (road / path).exists()
+    assert not list(road.rglob("*.tmp"))
+    # `run` splits lines before it fills in paths; otherwise no test would show that spaces work.
+    assert " " in str(road)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "wmcache collect --episodes 6 --length 40 --image-size 32 --frames-per-shard 64 --cluster local:1",
+        "wmcache fit --steps 5 --batch-size 16 --device cpu",
+        "wmcache extract --device cpu",
+    ],
+)
+def test_a_finished_command_changes_nothing_when_it_is_run_again(road: Path, line: str) -> None:
+    def data() -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in road.rglob("*") if file.is_file() and "runs" not in file.parts}
+
+    before = data()
+    result = run(line, road)
+    assert result.exit_code == 0
+    assert "already complete" in result.stdout
+    assert data() == before
+
+
+def test_planning_prints_json_and_nothing_else(road: Path, tmp_path: Path) -> None:
+    line = f"wmplan --run {{home}}/runs/pointmaze-umaze-tcn-64 --json --out {{out}} {PLAN}"
+    result = run(line, road, out=tmp_path / "plan")
+    assert json.loads(result.stdout) == json.loads((tmp_path / "plan" / "results.json").read_text())
+
+
+def test_without_a_home_data_is_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WMCACHE_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert "data/pointmaze-umaze" in CliRunner().invoke(main, ["extract"]).stderr
+
+
+def test_training_ends_with_the_next_command(road: Path, tmp_path: Path) -> None:
+    result = run(f"wmtrain --cache {STORE} --steps 1 --out {{out}} {MODEL}", road, out=tmp_path / "run")
+    assert result.stdout.splitlines()[-1].endswith(f"wmplan --run {tmp_path / 'run'}")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_version(road: Path, command: str) -> None:
+    assert run(f"{command} --version", road).stdout == f"{command}, version {__version__}\n"
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize(
+    "command",
+    [*COMMANDS, *(f"wmcache {name}" for name in [*main.commands, *(f"bench {name}" for name in BENCHMARKS)])],
+)
+def test_help(road: Path, command: str, flag: str) -> None:
+    result = run(f"{command} {flag}", road)
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"Usage: {command} ")
+
+
+def test_a_dry_run_writes_nothing(road: Path, tmp_path: Path) -> None:
+    before = contents(road, tmp_path)
+    result = run("wmcache extract --dry-run --device cpu --out {out}", road, out=tmp_path / "new.zarr")
+    assert result.exit_code == 0
+    assert "4 shards, 240 frames" in result.stdout
+    assert "61.4 kB" in result.stdout  # 240 frames of 4 tokens of 32 numbers of 2 bytes
+    half = run("wmcache extract --dry-run --store-dtype int8 --device cpu --out {out}", road, out=tmp_path / "new.zarr")
+    assert "30.7 kB" in half.stdout
+    assert "0 shards, 0 frames" in run("wmcache extract --dry-run --device cpu", road).stdout
+    assert contents(road, tmp_path) == before
+
+
+def test_residence_changes_no_number(road: Path, tmp_path: Path) -> None:
+    logged = {}
+    for residence in ("device", "ram", "disk", "auto"):
+        out = tmp_path / residence
+        line = f"wmtrain --cache {STORE} --out {{out}} --steps 6 --log-every 1 --residence {residence} {MODEL}"
+        result = run(line, road, out=out)
+        assert result.exit_code == 0, result.output
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        logged[residence] = [
+            {k: v for k, v in row.items() if k not in ("windows_per_second", "waiting_share")} for row in rows
+        ]
+    assert len(logged["disk"]) == 7
+    assert logged["device"] == logged["ram"] == logged["disk"] == logged["auto"]
+    line = f"wmtrain --cache {STORE} --out {{out}} {MODEL} --steps 8 --residence disk --resume"
+    result = run(line, road, out=tmp_path / "ram")
+    assert result.exit_code == 0, result.output
+    assert "6 to 8" in result.output
+
+
+@pytest.fixture(scope="module")
+def narrow(road: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with a store of int8, a run and a plan on it."""
+    own = Path(copytree(road, tmp_path_factory.mktemp("int8") / "home"))
+    for line in (
+        "wmcache extract --store-dtype int8 --device cpu",
+        f"wmtrain --cache {{home}}/stores/pointmaze-umaze/tcn-64-int8.zarr --steps 4 {MODEL}",
+        f"wmplan --run {{home}}/runs/pointmaze-umaze-tcn-64-int8 {PLAN}",
+    ):
+        result = run(line, own)
+        assert result.exit_code == 0, result.output
+    return own
+
+
+class TestInt8:
+    def test_a_store_is_beside_the_other_and_half_as_large(self, narrow: Path) -> None:
+        entries = {Path(row["path"]).name: row for row in json.loads(run("wmcache ls --json", narrow).stdout)}
+        wide, small = entries["tcn-64.zarr"], entries["tcn-64-int8.zarr"]
+        assert (wide["dtype"], small["dtype"]) == ("float16", "int8")
+        assert small["bytes"] < wide["bytes"]
+        first, second = (TokenStore.open(Path(row["path"])).gather(np.arange(240)) for row in (wide, small))
+        np.testing.assert_allclose(second, first, atol=0.05)
+
+    def test_it_is_trained_and_planned_on(self, narrow: Path) -> None:
+        folder = narrow / "runs/pointmaze-umaze-tcn-64-int8"
+        assert json.loads((folder / PLAN_FOLDER / "results.json").read_text())["episodes"] == 2
+        identity = json.loads((folder / "identity.json").read_text())
+        assert (identity["identity"]["store_dtype"], identity["card"]["dtype"]) == ("int8", "int8")
+
+    def test_it_is_verified_drawn_and_finished_again_like_the_other(self, narrow: Path, tmp_path: Path) -> None:
+        store = narrow / "stores/pointmaze-umaze/tcn-64-int8.zarr"
+        before = contents(store)
+        for line in (
+            "wmcache verify --deep --device cpu {store}",
+            "wmcache preview {store} --out {tmp}/x.png --count 1",
+            "wmcache extract --store-dtype int8 --device cpu",
+        ):
+            result = run(line, narrow, store=store, tmp=tmp_path)
+            assert result.exit_code == 0, result.output
+        assert contents(store) == before
+
+    def test_one_is_not_taken_for_the_other(self, narrow: Path) -> None:
+        store = "{home}/stores/pointmaze-umaze/tcn-64-int8.zarr"
+        result = run(f"wmcache extract --device cpu --out {store}", narrow)
+        assert "store_dtype: int8 != float16" in result.stderr
+        out = "{home}/runs/pointmaze-umaze-tcn-64"
+        result = run(f"wmtrain --cache {store} --out {out} --steps 4 {MODEL}", narrow)
+        assert "store_dtype: float16 != int8" in result.stderr
+
+
+def test_an_interrupted_training_ends_with_the_command_that_resumes(
+    road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Log, "write", interrupt)
+    result = run(f"wmtrain --cache {STORE} --out {{out}} {MODEL}", road, out=tmp_path / "run")
+    assert result.exit_code == 130
+    assert "go on with: " in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_stopped_extraction_is_finished_by_the_same_command(
+    road: Path, tmp_path: Path, sent: signal.Signals, status: int
+) -> None:
+    data = copytree(road / "pointmaze-umaze", tmp_path / "data")
+    # A tar that never answers, as on a hanging file system: the signal arrives while it is being read, on any machine.
+    tar = data / "frames-000001.tar"
+    whole = tar.read_bytes()
+    tar.unlink()
+    os.mkfifo(tar)
+    store, weights = tmp_path / "store.zarr", road / "encoders" / "pointmaze-umaze-tcn.safetensors"
+    words = ["extract", "--dataset", data, "--weights", weights, "--out", store, "--device", "cpu"]
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("wmcache"), *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    with tar.open("wb"):  # opening waits for the reader
+        process.send_signal(sent)
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert output.splitlines()[-1].endswith(shlex.join(["wmcache", *map(str, words)]))
+    assert "Traceback" not in output
+    assert "incomplete" in run("wmtrain --cache {store}", road, store=store).stderr
+    tar.unlink()
+    tar.write_bytes(whole)
+    assert CliRunner().invoke(main, [str(word) for word in words]).exit_code == 0
+    straight, resumed = (
+        TokenStore.open(path).gather(np.arange(240)) for path in (Path(STORE.format(home=road)), store)
+    )
+    np.testing.assert_array_equal(resumed, straight)
+
+
+class TestBenchmarks:
+    @pytest.mark.parametrize("dtype", ["float16", "int8"])
+    def test_reading(self, road: Path, tmp_path: Path, dtype: str) -> None:
+        line = (
+            f"wmcache bench read --frames 100 --tokens 2 --dim 4 --batch-size 2 --store-dtype {dtype} --keep {{keep}}"
+        )
+        figures = json.loads(run(f"{line} --json", road, keep=tmp_path / "kept").stdout)
+        assert figures["frames"] == 100
+        assert all(value > 0 for value in figures.values())
+        assert np.load(tmp_path / "kept/bench.npy").dtype == dtype
+        rows = dict(row.split() for row in run(line, road, keep=tmp_path / "kept").stdout.splitlines())
+        assert rows.keys() == figures.keys()
+
+    def test_extraction_and_training(self, road: Path) -> None:
+        figures = json.loads(run("wmcache bench extract --json --device cpu", road).stdout)
+        ratio = figures["extract_frames_per_second"] / figures["network_frames_per_second"]
+        assert figures["ratio_to_network"] == pytest.approx(ratio)
+        sizes = "--steps 2 --width 16 --depth 1 --heads 2 --batch-size 4 --device cpu --residence ram"
+        figures = json.loads(run(f"wmcache bench train --cache {STORE} {sizes} --json", road).stdout)
+        assert figures["windows_per_step"] == 4
+        assert all(figures[name] > 0 for name in figures if name != "waiting_share")
+
+    def test_smaller_forms(self, road: Path) -> None:
+        rows = json.loads(run(f"wmcache bench codecs {STORE} --frames 100 --json", road).stdout)
+        assert [row["form"] for row in rows] == ["float16", "int8", "zstd", "blosc lz4 shuffled"]
+        header, *lines = run(f"wmcache bench codecs {STORE} --frames 100", road).stdout.splitlines()
+        assert header.split() == list(rows[0])
+        assert [line.split()[0] for line in lines] == ["float16", "int8", "zstd", "blosc"]

@@ -1,0 +1,247 @@
+"""wmcache ls, info, verify, repair, preview and rm: what is printed, what is found, and what changes on disk."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from shutil import copytree
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from wmcache.cache import StoreWriter, TokenStore
+from wmcache.cli import main
+
+from .conftest import STORE, contents, run
+
+
+def flip(file: Path, position: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.fixture
+def store(road: Path, tmp_path: Path) -> Path:
+    """A copy of the store, of 4 shards, to be damaged."""
+    return Path(copytree(road / "stores/pointmaze-umaze/tcn-64.zarr", tmp_path / "own stores" / "tcn-64.zarr"))
+
+
+@pytest.fixture
+def damaged(store: Path) -> Path:
+    """Frame 66 has a flipped bit, and the last shard is gone."""
+    flip(store / "tokens/c.1.0.0", 2 * (4 * 32 * 2 + 4))
+    (store / "tokens/c.3.0.0").unlink()
+    return store
+
+
+def test_stores_are_listed_for_people(road: Path) -> None:
+    header, *rows = run("wmcache ls", road).stdout.splitlines()
+    assert header.split() == ["state", "size", "frames", "tokens", "dtype", "store"]
+    (row,) = (row for row in rows if "tcn-64.zarr" in row)
+    assert row.split()[0] == "complete"
+    assert " 240 " in row
+    assert " 4 x 32 " in row
+    assert row.endswith(str(road / "stores/pointmaze-umaze/tcn-64.zarr"))
+
+
+def test_stores_of_every_state_are_listed_for_programs(road: Path, store: Path) -> None:
+    folder = store.parent
+    copytree(store, folder / "b.zarr")
+    (folder / "b.zarr" / "zarr.json").write_text("{")
+    result = run("wmcache ls {folder} --json", road, folder=folder)
+    assert result.exit_code == 0
+    broken, whole = json.loads(result.stdout)
+    assert (whole["path"], whole["complete"], whole["fault"]) == (str(store), True, "")
+    assert (whole["frames"], whole["tokens"], whole["token_dim"], whole["dtype"]) == (240, 4, 32, "float16")
+    assert (whole["encoder"], whole["dataset"], whole["shards_done"]) == ("tcn", "pointmaze-umaze", 4)
+    assert (broken["path"], broken["complete"]) == (str(folder / "b.zarr"), False)
+    assert "zarr.json" in broken["fault"]
+    assert "damaged" in run("wmcache ls {folder}", road, folder=folder).stdout
+
+
+def test_where_there_are_no_stores_none_are_listed(tmp_path: Path) -> None:
+    assert json.loads(run("wmcache ls --json", tmp_path).stdout) == []
+    assert len(run("wmcache ls", tmp_path).stdout.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_info_shows_identity_card_and_versions(road: Path) -> None:
+    values = json.loads(run(f"wmcache info {STORE} --json", road).stdout)
+    store = TokenStore.open(road / "stores/pointmaze-umaze/tcn-64.zarr")
+    assert values["identity"]["weights_sha256"] == store.identity.weights_sha256
+    assert values["card"]["dataset"]["path"] == str(road / "pointmaze-umaze")
+    assert values["versions"]["torch"] == version("torch")
+    assert (values["frames"], values["complete"], values["fault"]) == (240, True, "")
+    rows = dict(
+        line.split(maxsplit=1) for line in run(f"wmcache info {STORE}", road).stdout.splitlines() if " " in line.strip()
+    )
+    assert rows["identity.weights_sha256"] == store.identity.weights_sha256
+    assert rows["card.token_grid"] == "[2, 2]"
+    assert rows["frames"] == "240"
+
+
+def test_the_info_of_a_damaged_store_is_refused(refused: Callable[..., None], store: Path) -> None:
+    (store / "zarr.json").write_text("{")
+    for command in ("info", "info --json", "preview", "bench codecs"):
+        refused(f"wmcache {command} {{store}}", "{store}/zarr.json", "run its wmcache extract again", store=store)
+
+
+@pytest.mark.parametrize("options", ["", "--deep --device cpu"])
+def test_a_sound_store_is_verified(road: Path, options: str) -> None:
+    result = run(f"wmcache verify {STORE} {options}", road)
+    assert result.exit_code == 0
+    assert "4 of 4 shards as they were written, 240 frames" in result.stdout
+    assert "fault" not in result.stdout
+    assert ("cosine" in result.stdout) == bool(options)
+    result = run(f"wmcache verify {STORE} {options} --json", road)
+    found = json.loads(result.stdout)
+    assert (found["sound"], found["complete"], found["shards_done"], found["faults"]) == (True, True, 4, [])
+    assert (found["drift"] is not None) == bool(options)
+
+
+@pytest.mark.parametrize("options", ["", "--deep --device cpu"])
+def test_damage_is_found_and_left_alone(road: Path, damaged: Path, options: str) -> None:
+    before = contents(damaged)
+    result = run(f"wmcache verify {{store}} {options}", road, store=damaged)
+    assert result.exit_code == 1
+    faults = [line for line in result.stdout.splitlines() if line.startswith("fault: ")]
+    assert len(faults) == 2
+    assert "tokens/c.1.0.0: it differs from its checksum, in frames 66" in faults[0]
+    assert "tokens/c.3.0.0" in faults[1]
+    error = f"Error: {damaged} is damaged; repair it with: wmcache repair {shlex.quote(str(damaged))}"
+    assert result.stderr.splitlines()[-1] == error
+    result = run(f"wmcache verify {{store}} {options} --json", road, store=damaged)
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert (found["sound"], [fault["shard"] for fault in found["faults"]]) == (False, [1, 3])
+    assert result.stderr.splitlines()[-1] == error
+    assert contents(damaged) == before
+
+
+def test_wrong_tokens_are_found_by_encoding_again(road: Path, store: Path) -> None:
+    known = TokenStore.open(store)
+    made_up = np.random.default_rng(0).normal(size=(64, 4, 32)).astype(np.float16)
+    writer = StoreWriter.resume(store, known.identity)
+    writer.write_shard(1, made_up)
+    assert run("wmcache verify {store}", road, store=store).exit_code == 1
+    writer.reopen([])
+    writer.finish()
+    assert run("wmcache verify {store}", road, store=store).exit_code == 0
+    result = run("wmcache verify {store} --deep --device cpu", road, store=store)
+    assert result.exit_code == 1
+    assert "gives other tokens" in result.stdout
+
+
+def test_an_unfinished_store_is_incomplete(road: Path, store: Path) -> None:
+    known = TokenStore.open(store)
+    StoreWriter.resume(store, known.identity).reopen([2])
+    result = run("wmcache verify {store}", road, store=store)
+    assert result.exit_code == 1
+    assert "3 of 4 shards" in result.stdout
+    assert result.stderr.splitlines()[-1].startswith(f"Error: {store} is incomplete; repair it with: wmcache repair")
+    assert "3 of 4 shards" in run("wmcache ls {folder}", road, folder=store.parent).stdout
+
+
+def test_a_file_of_no_shard_is_named(road: Path, store: Path) -> None:
+    (store / "tokens/commits/notes.txt").write_text("mine")
+    result = run("wmcache verify {store}", road, store=store)
+    assert result.exit_code == 0
+    assert f"left over, harmless: {store}/tokens/commits/notes.txt" in result.stdout
+
+
+def test_a_damaged_store_is_repaired_with_the_command_of_the_error(road: Path, damaged: Path) -> None:
+    assert run("wmtrain --cache {store} --out {out}", road, store=damaged, out=damaged.parent / "run").exit_code == 1
+    error = run("wmcache verify {store}", road, store=damaged).stderr.splitlines()[-1]
+    command = shlex.split(error.partition("repair it with: ")[2])
+    result = CliRunner().invoke(main, [*command[1:], "--device", "cpu"])
+    assert result.exit_code == 0
+    assert result.stdout == f"{damaged}: complete; 2 faults repaired\n"
+    assert run("wmcache verify {store}", road, store=damaged).exit_code == 0
+    original = road / "stores/pointmaze-umaze/tcn-64.zarr"
+    for file in original.rglob("*"):
+        assert file.is_dir() or (damaged / file.relative_to(original)).read_bytes() == file.read_bytes()
+
+
+def test_a_sound_store_needs_no_repair(road: Path) -> None:
+    before = contents(road)
+    assert run(f"wmcache repair {STORE}", road).stdout == f"{STORE.format(home=road)}: complete\n"
+    assert contents(road) == before
+
+
+def test_frames_and_weights_may_move(self, road: Path, tmp_path: Path) -> None:
+    lines = (
+        "wmcache collect --episodes 2 --length 8 --image-size 32 --frames-per-shard 8 --cluster local:1 --out {tmp}/a",
+        "wmcache fit --dataset {tmp}/a --steps 1 --batch-size 4 --device cpu --out {tmp}/a.safetensors",
+        "wmcache extract --dataset {tmp}/a --weights {tmp}/a.safetensors --device cpu --out {tmp}/a.zarr",
+    )
+    assert [run(line, road, tmp=tmp_path).exit_code for line in lines] == [0, 0, 0]
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
+    (tmp_path / "a.zarr/tokens/c.1.0.0").unlink()
+    at = "--dataset {tmp}/b --weights {tmp}/b.safetensors --device cpu"
+    for line in ("wmcache repair {tmp}/a.zarr", "wmcache repair {tmp}/a.zarr --dataset {home}/pointmaze-umaze"):
+        result = run(line, road, tmp=tmp_path)
+        assert result.exit_code == 1
+        assert "--dataset" in result.stderr.splitlines()[-1] or "--weights" in result.stderr.splitlines()[-1]
+    assert run(f"wmcache repair {{tmp}}/a.zarr {at}", road, tmp=tmp_path).exit_code == 0
+    assert run(f"wmcache verify --deep {{tmp}}/a.zarr {at}", road, tmp=tmp_path).exit_code == 0
+    assert run("wmcache verify --deep {tmp}/a.zarr", road, tmp=tmp_path).exit_code == 1
+    assert run("wmcache preview {tmp}/a.zarr --dataset {tmp}/b --count 2", road, tmp=tmp_path).exit_code == 0
+
+
+def test_a_picture_is_written_beside_its_store(road: Path, store: Path) -> None:
+    result = run("wmcache preview {store} --count 3", road, store=store)
+    assert result.exit_code == 0
+    assert result.stdout == f"{store.with_suffix('.png')}: frames 0, 119, 239\n"
+    assert store.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        run("wmcache preview {store} --count 1 --out {out}", road, store=store, out=store.parent / "x.png").exit_code
+        == 0
+    )
+    assert (store.parent / "x.png").exists()
+
+
+@pytest.mark.parametrize("answer", ["n\n", "\n", "", "perhaps\n"])
+def test_a_store_is_deleted_only_after_a_yes(road: Path, store: Path, answer: str) -> None:
+    before = contents(store)
+    result = CliRunner().invoke(main, ["rm", str(store)], input=answer)
+    assert result.exit_code == 1
+    assert f"delete {store}?" in result.stdout
+    assert contents(store) == before
+
+
+@pytest.mark.parametrize(("options", "answer"), [([], "y\n"), (["--yes"], "")])
+def test_a_store_is_deleted(store: Path, options: list[str], answer: str) -> None:
+    result = CliRunner().invoke(main, ["rm", str(store), *options], input=answer)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1].startswith(f"{store}: deleted, ")
+    assert list(store.parent.iterdir()) == []
+
+
+def test_a_damaged_store_can_be_deleted_too(road: Path, damaged: Path) -> None:
+    (damaged / "zarr.json").write_text("{")
+    assert run("wmcache rm --yes {store}", road, store=damaged).exit_code == 0
+    assert not damaged.exists()
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "repair", "preview --count 1", "rm --yes"])
+def test_a_store_can_be_named_from_inside(
+    self, road: Path, store: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(store)
+    result = run(f"wmcache {command} .", road)
+    # Done, or refused in one line; but no traceback.
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "repair", "preview --count 1"])
+def test_a_link_to_a_store_works(road: Path, store: Path, tmp_path: Path, command: str) -> None:
+    link = tmp_path / "link.zarr"
+    link.symlink_to(store)
+    assert run(f"wmcache {command} {{link}}", road, link=link).exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} <= {"link.zarr", "link.png", "own stores"}
