@@ -82,7 +82,7 @@ class Imported:
 
 @dataclass(frozen=True)
 class _Settings:
-    """Settings of the model in hydra.yaml; `side` is that of the patch grid."""
+    """Settings of the model in hydra.yaml; `side` is the side of the patch grid."""
 
     history: int
     frameskip: int
@@ -188,7 +188,7 @@ def _read_settings(file: Path) -> _Settings:
 
 
 def _check_store(store: TokenStore, cache: AnyPath, settings: _Settings, file: Path) -> None:
-    """Raise UserError for tokens other than those of the reference's encoder (models/visual_world_model.py)."""
+    """Raise UserError where the tokens are not from the reference's encoder (models/visual_world_model.py)."""
     side, identity = settings.side, store.identity
     wanted = {
         "encoder": "dinov2",
