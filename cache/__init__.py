@@ -1,7 +1,4 @@
-"""The contract between the side that writes tokens and the side that reads them. Imports nothing of ours.
-
-The names load when they are first used, so that a command that only needs an error's type does not pay for zarr.
-"""
+"""The token store. Its names are imported on first use, so that a command that needs only an error's type does not import zarr."""
 
 from __future__ import annotations
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     Int = NDArray[np.int64]
 
 TRAIN_FRACTION = 0.9
+SPLIT_SEED = 42
+"""DINO-WM's."""
 
 
 class GatherSource(Protocol):
@@ -172,6 +174,6 @@ def batch_windows(windows: int, seed: int, step: int, batch: int, rank: int = 0,
     return np.concatenate(parts)
 
 
-def split_frames(episode: NDArray[np.integer], split: str, seed: int) -> Int:
+def split_frames(episode: NDArray[np.integer], split: str, seed: int = SPLIT_SEED) -> Int:
     """Return the frames of a split, ascending; `episode` [frames] is the episode of each frame. See `split_episodes`."""
     return np.flatnonzero(np.isin(episode, split_episodes(int(episode[-1]) + 1, split, seed)))

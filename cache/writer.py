@@ -161,8 +161,8 @@ class StoreWriter:
 
     def is_claimed(self, shard: int) -> bool:
         """Return whether a process works on a shard now."""
-        with self.claim(shard) as is_own:
-            return not is_own
+        with self.claim(shard) as is_free:
+            return not is_free
 
     def claim(self, shard: int, *, wait: bool = False) -> AbstractContextManager[bool]:
         """Hold a shard against all other writers, if it is free or with `wait`; enter to learn whether it is held.

@@ -1,7 +1,7 @@
 """Frame dataset x encoders -> token stores: a task reads one tar shard and writes one Zarr shard of each store.
 
 Each process has two tasks in flight, and a lock around its encoders: one task encodes while the other reads frames or writes tokens. So
-memory holds two shards, whatever the size of the dataset.
+two shards are in memory, whatever the size of the dataset.
 
 Several extractions may run into one store. A task claims its shard, and leaves shards that another process has claimed to it, unless that
 process dies. With slices of the shards, the process that finds the store whole at its end declares it complete.

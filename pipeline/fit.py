@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wmcache.cache.store import TokenStore
+from wmcache.cache.windows import split_frames
 from wmcache.common.cpus import available_cpus
 from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError, reason
@@ -38,7 +39,7 @@ from wmcache.pipeline.encoders.base import Features, Preprocess, Select
 from wmcache.pipeline.encoders.fitting import FitData, Fitting
 from wmcache.pipeline.encoders.weights import read_metadata
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.landscape import Landscape, probe_landscape, split_frames
+from wmcache.pipeline.landscape import Landscape, probe_landscape
 
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 

@@ -31,6 +31,7 @@ from wmcache.common.paths import (
     AnyPath,
     as_path,
     exists,
+    is_local,
     names_in,
     read_bytes,
     remove,
@@ -40,7 +41,6 @@ from wmcache.common.paths import (
 )
 from wmcache.common.schema import Count, Name, Size, parse
 from wmcache.common.space import human_bytes
-from wmcache.common.storage import is_local
 from wmcache.pipeline.steps import Steps, read_steps
 from wmcache.pipeline.tars import AGAIN, Frames, decode_tar, encode_png, largest_png
 

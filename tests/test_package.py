@@ -126,7 +126,7 @@ def test_the_help_of_an_option_reads_on_its_own(program: click.Command) -> None:
 
 
 # `wmcache rm` deletes what the user names, and a --from that --overwrite would delete is refused.
-ASKED_TO_DELETE = {"cache/catalogue.py", "planner/evaluate.py", "trainer/stages.py"}
+ASKED_TO_DELETE = {"cache/catalogue.py", "planner/evaluate.py", "trainer/resume.py"}
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=name_of)

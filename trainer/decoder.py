@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from wmcache.cache.identity import Identity
 from wmcache.cache.store import TokenStore
-from wmcache.cache.windows import batch_windows, split_episodes
+from wmcache.cache.windows import batch_windows, split_frames
 from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError
 from wmcache.common.files import not_written
@@ -233,8 +233,7 @@ def choose_frames(store: TokenStore, options: DecoderOptions) -> tuple[NDArray[n
 
 
 def _frames(store: TokenStore, options: DecoderOptions, split: str = "train") -> NDArray[np.int64]:
-    episodes = split_episodes(int(store.episode[-1]) + 1, split, options.split_seed)
-    return np.flatnonzero(np.isin(store.episode, episodes))
+    return split_frames(store.episode, split, options.split_seed)
 
 
 @torch.inference_mode()

@@ -20,6 +20,7 @@ from wmcache.common.paths import (
     AnyPath,
     Found,
     absolute,
+    as_os_errors,
     as_path,
     cause_outside,
     exists,
@@ -37,9 +38,9 @@ from wmcache.common.paths import (
     stamp,
     top_names,
     upload,
+    usage,
 )
 from wmcache.common.space import require_space
-from wmcache.common.storage import as_os_errors, storage
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -124,7 +125,7 @@ def test_a_folder_is_removed_with_its_content(somewhere: AnyPath) -> None:
     for name in ("a/b/c", "a/d", "e", "f", "g"):
         write_whole(somewhere / name, b"xy")
     assert top_names(somewhere) == {"a", "e", "f", "g"}
-    assert storage(somewhere).usage() == 10
+    assert usage(somewhere) == 10
     remove(somewhere / "a")
     remove_files([somewhere / "e", somewhere / "none", somewhere / "f"])
     assert names_in(somewhere) == ["g"]

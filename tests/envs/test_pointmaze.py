@@ -30,7 +30,7 @@ def test_every_layout_is_registered() -> None:
 
 
 @pytest.mark.parametrize("name", IDS)
-def test_gymnasium_finds_nothing_to_mend(name: str) -> None:
+def test_gymnasiums_checker_passes(name: str) -> None:
     env = gym.make(name, image_size=32, render_mode="rgb_array")
     check_env(env.unwrapped)
     env.close()
@@ -53,7 +53,7 @@ def test_same_seed_same_episode(env: PointMazeEnv) -> None:
     assert not np.array_equal(first[1], other[1])
 
 
-def test_reset_goes_where_it_is_told(env: PointMazeEnv) -> None:
+def test_reset_uses_the_given_state_and_goal(env: PointMazeEnv) -> None:
     state, goal = [0.8, 0.9, 1.0, -2.0], [2.8, 0.8, 0.0, 0.0]
     observation, info = env.reset(seed=0, options={"state": state, "goal": goal})
     np.testing.assert_array_equal(info["state"], state)
@@ -63,23 +63,19 @@ def test_reset_goes_where_it_is_told(env: PointMazeEnv) -> None:
 
 @pytest.mark.parametrize("option", ["state", "goal"])
 @pytest.mark.parametrize(
-    ("value", "complaint"),
+    ("value", "named"),
     [
-        ([1.8, 0.8, 0.0, 0.0], "lies in a wall"),
-        ([-5.0, 0.8, 0.0, 0.0], "lies in a wall"),
-        ([0.8, 0.8], "4 finite numbers"),
-        ([0.8, 0.8, np.nan, 0.0], "4 finite numbers"),
+        ([1.8, 0.8, 0.0, 0.0], "1.8"),
+        ([-5.0, 0.8, 0.0, 0.0], "-5.0"),
+        ([0.8, 0.8], "4"),
+        ([0.8, 0.8, np.nan, 0.0], "nan"),
     ],
 )
-def test_an_impossible_state_is_refused(env: PointMazeEnv, option: str, value: list[float], complaint: str) -> None:
-    with pytest.raises(MazeError, match=complaint):
+def test_an_impossible_state_is_refused(env: PointMazeEnv, option: str, value: list[float], named: str) -> None:
+    with pytest.raises(MazeError, match=named):
         env.reset(seed=0, options={option: value})
-
-
-def test_an_impossible_state_is_refused_by_the_vector_env() -> None:
-    env = PointMazeVectorEnv(2, "UMaze", image_size=32)
-    with pytest.raises(MazeError, match="lies in a wall"):
-        env.reset(options={"state": [[0.8, 0.8, 0.0, 0.0], [1.8, 0.8, 0.0, 0.0]]})
+    with pytest.raises(MazeError, match=named):
+        PointMazeVectorEnv(2, "UMaze", image_size=32).reset(options={option: [[0.8, 0.8, 0.0, 0.0], value]})
 
 
 @pytest.mark.parametrize(("x", "reached"), [(1.0, False), (0.999, True), (1.001, False), (0.5, True)])
@@ -90,7 +86,7 @@ def test_a_goal_is_reached_below_half_a_cell(env: PointMazeEnv, x: float, reache
     assert info["distance"] == pytest.approx(x - 0.5)
 
 
-def test_the_reward_says_whether_the_goal_is_reached(env: PointMazeEnv) -> None:
+def test_the_reward_is_1_near_the_goal(env: PointMazeEnv) -> None:
     env.reset(options={"state": [0.8, 0.8, 0.0, 0.0], "goal": [0.8, 1.4, 0.0, 0.0]})
     rewards, distances = [], []
     for _ in range(6):
@@ -129,15 +125,15 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda env: pickle.loads(pickle.d
 
 @pytest.mark.parametrize("by", COPIES)
 @pytest.mark.parametrize("drawn", [True, False])
-def test_a_copy_goes_on_as_the_original(env: PointMazeEnv, by: str, drawn: bool) -> None:
+def test_a_copy_continues_like_the_original(env: PointMazeEnv, by: str, drawn: bool) -> None:
     env.reset(seed=3)
     if drawn:
         env.render()
     other, action = COPIES[by](env), np.array([1.0, -0.7], np.float32)
     for _ in range(3):
-        ours, theirs = env.step(action), other.step(action)
-        np.testing.assert_array_equal(ours[0]["image"], theirs[0]["image"])
-        np.testing.assert_array_equal(ours[4]["state"], theirs[4]["state"])
+        one, two = env.step(action), other.step(action)
+        np.testing.assert_array_equal(one[0]["image"], two[0]["image"])
+        np.testing.assert_array_equal(one[4]["state"], two[4]["state"])
     other.close()
     again = COPIES[by](env)
     np.testing.assert_array_equal(env.reset()[1]["state"], again.reset()[1]["state"])
@@ -145,7 +141,7 @@ def test_a_copy_goes_on_as_the_original(env: PointMazeEnv, by: str, drawn: bool)
 
 
 @pytest.mark.parametrize("by", COPIES)
-def test_a_copy_of_a_vector_env_and_of_a_wrapped_one_goes_on_as_the_original(
+def test_a_copy_of_a_vector_env_or_a_wrapped_one_continues_like_the_original(
     by: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for env in (

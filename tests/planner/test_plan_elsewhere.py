@@ -17,7 +17,8 @@ from wmcache.cli import main, wmplan, wmtrain
 from wmcache.pipeline.encoders import create
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.importers.frames import import_frames
+from wmcache.pipeline.importers import write_dataset
+from wmcache.pipeline.importers.frames import FramesImporter
 
 EXAMPLE = Path(__file__).parents[2] / "docs/examples/plan_elsewhere.py"
 TINY = "--model dino-wm --width 32 --depth 1 --heads 2 --batch-size 16 --frameskip 2 --device cpu"
@@ -58,7 +59,9 @@ def record(folder: Path, episodes: int, length: int) -> Path:
 @pytest.fixture(scope="module")
 def store_of_points(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("points")
-    import_frames(folder / "images", record(folder / "images", 6, 20), folder / "points", frames_per_shard=60)
+    table = record(folder / "images", 6, 20)
+    source = FramesImporter(str(folder / "images"), actions=str(table)).open()
+    write_dataset(source, folder / "points", frames_per_shard=60)
     extract(FrameDataset.open(folder / "points"), create("pixels", device="cpu"), folder / "pixels.zarr")
     return folder / "pixels.zarr"
 

@@ -1,15 +1,11 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 
 from wmcache.common.errors import UserError
-from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.changes import LEAST_CHANGE, PATCH, changes_for
 
@@ -27,7 +23,7 @@ def noise(*shape: int) -> NDArray[np.uint8]:
 
 
 def plain(pairs: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
-    """The map [B, side, side] of frames [B, 2, S, S, 3] that nobody has to resize."""
+    """The map [B, side, side] of frames [B, 2, S, S, 3] that need no resizing; an independent slow version."""
     images = pairs.astype(np.float64) / 127.5 - 1
     squares = np.square(images[:, 1] - images[:, 0]).sum(-1)
     cell = squares.shape[1] // side
@@ -35,7 +31,7 @@ def plain(pairs: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
 
 
 def of_patches(maps: NDArray[np.float64], grid: int) -> NDArray[np.float64]:
-    """[B, 2 * grid, 2 * grid] -> [B, grid * grid, 4], by looking each patch's four cells up."""
+    """[B, 2 * grid, 2 * grid] -> [B, grid * grid, 4], patch by patch."""
     return np.stack(
         [
             maps[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].reshape(-1, 4)
@@ -53,7 +49,7 @@ def square_at(row: int, column: int) -> NDArray[np.uint8]:
     return frame
 
 
-# Cells of the map: where the square was, and where it is.
+# Cells of the map: before and after the move.
 MOVES = [((0, 0), (27, 27)), ((6, 9), (7, 9)), ((13, 4), (13, 5)), ((20, 15), (11, 22))]
 
 
@@ -64,30 +60,14 @@ def test_a_square_that_moves_changes_the_cells_that_it_leaves_and_enters(
     cells = changes(np.stack([square_at(*was), square_at(*is_now)])[None])[0]
     assert cells.shape == (14 * 14, 4)
     expected = {(row // 2 * 14 + column // 2, row % 2 * 2 + column % 2) for row, column in (was, is_now)}
-    assert {tuple(place) for place in (cells > LEAST_CHANGE).nonzero().tolist()} == expected
-    assert {tuple(place) for place in cells.nonzero().tolist()} == expected
+    assert {tuple(index) for index in (cells > LEAST_CHANGE).nonzero().tolist()} == expected
+    assert {tuple(index) for index in cells.nonzero().tolist()} == expected
     # From black to white, or back, each of three channels changes by 2.
     assert cells.max().item() == pytest.approx(np.sqrt(12), rel=1e-3)
 
 
-def test_the_references_order_of_cells_would_label_other_patches(changes: Encoder) -> None:
-    pairs = np.stack([np.stack([square_at(*was), square_at(*is_now)]) for was, is_now in MOVES])
-    maps = plain(pairs, 28)
-    right, references = of_patches(maps, 14), maps.reshape(-1, 196, 4)
-    np.testing.assert_allclose(changes(pairs), right, atol=1e-3)
-    # Row by row, four to a patch: as many cells change, most of them in patches in which nothing does.
-    for one, other in zip(right[1:], references[1:], strict=True):
-        assert (one > 0).sum() == (other > 0).sum() == 2
-        assert not np.array_equal((one > 0).any(1), (other > 0).any(1))
-
-
-def test_a_cell_is_the_norm_over_channels_in_the_mean_over_its_pixels(changes: Encoder) -> None:
-    pairs = noise(3, 2, 196, 196)
-    np.testing.assert_allclose(changes(pairs), of_patches(plain(pairs, 28), 14), rtol=1e-3)
-
-
-@pytest.mark.parametrize("grid", [1, 2, 5, 16])
-def test_any_square_grid_has_its_own_cells(grid: int) -> None:
+@pytest.mark.parametrize("grid", [1, 2, 5, 14, 16])
+def test_a_cell_is_the_norm_over_channels_in_the_mean_over_its_pixels(grid: int) -> None:
     encoder = changes_for((grid, grid), 3, "cpu")
     assert (encoder.token_grid, encoder.token_dim, encoder.image_size) == ((grid, grid), 4, grid * PATCH)
     pairs = noise(2, 2, grid * PATCH, grid * PATCH)
@@ -118,15 +98,9 @@ def test_a_change_is_the_same_forwards_and_backwards(changes: Encoder) -> None:
 
 
 @pytest.mark.parametrize("grid", [(1, 17), (4, 2)])
-def test_tokens_that_are_no_square_of_patches_have_none(grid: tuple[int, int]) -> None:
-    with pytest.raises(UserError, match=f"^tokens of {grid[0]} x {grid[1]} are no square of patches, so there are no"):
+def test_a_grid_that_is_not_square_is_refused(grid: tuple[int, int]) -> None:
+    with pytest.raises(UserError, match=f"{grid[0]} x {grid[1]}"):
         changes_for(grid, 5, "cpu")
-
-
-def test_weights_are_refused(tmp_path: Path) -> None:
-    save_file({"weight": torch.zeros(3)}, tmp_path / "some.safetensors")
-    with pytest.raises(UserError, match=r"encoder changes has no weights .*; leave out --weights"):
-        encoders.create("changes", weights=tmp_path / "some.safetensors", device="cpu")
 
 
 def test_maps_of_other_frameskips_and_grids_are_other_stores(changes: Encoder) -> None:
@@ -142,27 +116,19 @@ def test_maps_of_other_frameskips_and_grids_are_other_stores(changes: Encoder) -
         assert difference.startswith(f"{field}: ")
 
 
-class TestDrift:
-    """Frames of nothing but zeros, which most change maps are, have no direction that a cosine could be of."""
-
-    def test_zeros_that_are_zeros_again_have_not_drifted(self, changes: Encoder) -> None:
-        pairs = np.stack([noise(4, 196, 196)] * 2, 1)
-        pairs[2:, 1] = 0
-        cached = changes(pairs).numpy()
-        assert not cached[:2].any()
-        assert cached[2:].any((1, 2)).all()
-        found = changes.drift(pairs, cached)
+@pytest.mark.parametrize("cached", ["equal", "zeros", "others"])
+def test_frames_without_change_drift_only_if_one_side_is_zero(changes: Encoder, cached: str) -> None:
+    pairs = noise(3, 2, 196, 196)
+    pairs[2, 1] = pairs[2, 0]  # whose tokens are zeros: a cosine is not defined
+    known = changes(pairs).numpy()
+    if cached == "zeros":
+        known[1] = 0
+    elif cached == "others":
+        pairs[1, 1] = pairs[1, 0]
+    found = changes.drift(pairs, known)
+    if cached == "equal":
         assert found["cosine"] == pytest.approx(1, abs=1e-5)
         assert found["relative_error"] == 0
-
-    @pytest.mark.parametrize("cached", ["zeros", "others"])
-    def test_a_frame_that_is_nothing_on_one_side_alone_has_drifted(self, changes: Encoder, cached: str) -> None:
-        pairs = noise(3, 2, 196, 196)
-        known = changes(pairs).numpy()
-        if cached == "zeros":
-            known[1] = 0
-        else:
-            pairs[1, 1] = pairs[1, 0]
-        found = changes.drift(pairs, known)
+    else:
         assert found["cosine"] == 0
         assert found["relative_error"] >= 1

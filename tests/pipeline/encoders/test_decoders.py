@@ -10,24 +10,24 @@ from wmcache.pipeline.encoders.decoders import PixelDecoder, TokenDecoder
     ("grid", "image_size", "scales"),
     [((14, 14), 196, 3), ((2, 2), 64, 4), ((1, 1), 64, 5), ((3, 2), 50, 4), ((8, 8), 8, 0)],
 )
-def test_any_grid_becomes_an_image_of_the_size_asked_for(grid: tuple[int, int], image_size: int, scales: int) -> None:
+def test_any_grid_becomes_an_image_of_the_requested_size(grid: tuple[int, int], image_size: int, scales: int) -> None:
     decoder = PixelDecoder(grid, 5, image_size, width=16)
     assert decoder(torch.randn(2, grid[0] * grid[1], 5)).shape == (2, 3, image_size, image_size)
     assert len(decoder.scales) == scales
 
 
-def test_the_mean_frame_is_what_is_drawn_upon() -> None:
+def test_the_mean_frame_is_added() -> None:
     decoder, images = PixelDecoder((2, 2), 5, 16, width=16), torch.randn(7, 3, 16, 16)
     tokens = torch.randn(2, 4, 5)
     drawn = decoder(tokens)
-    decoder.look_at(images)
+    decoder.fit_statistics(images)
     torch.testing.assert_close(decoder(tokens) - drawn, images.mean(0).expand(2, -1, -1, -1), atol=1e-6, rtol=0)
     assert "background" in decoder.state_dict()
 
 
 def test_tokens_are_row_major_over_the_image() -> None:
     decoder = PixelDecoder((4, 4), 5, 64, width=16)
-    # Group norm sees the whole map; without it what a token draws is near its place.
+    # Without group norm, which sees the whole map, a token draws near its position.
     decoder.apply(
         lambda module: setattr(module, "forward", lambda maps: maps) if isinstance(module, torch.nn.GroupNorm) else None
     )
@@ -48,7 +48,7 @@ def test_a_pixel_decoder_learns_where_the_ball_is() -> None:
     images = torch.zeros(4, 3, 16, 16)
     for i in range(4):
         images[i, :, 8 * (i // 2) + 3 : 8 * (i // 2) + 6, 8 * (i % 2) + 3 : 8 * (i % 2) + 6] = 1
-    decoder.look_at(images)
+    decoder.fit_statistics(images)
     optimiser = torch.optim.Adam(decoder.parameters(), lr=3e-3)
     losses = []
     for _ in range(60):
@@ -67,10 +67,9 @@ def test_every_parameter_is_trained() -> None:
         assert all(parameter.grad is not None and parameter.grad.any() for parameter in decoder.parameters())
 
 
-def test_latents_become_features_of_their_places() -> None:
+def test_features_depend_on_the_position_of_latents() -> None:
     torch.manual_seed(0)
     decoder, latents = TokenDecoder(6, 4, 12, width=16), torch.randn(2, 6, 4)
     features = decoder(latents)
     assert features.shape == (2, 6, 12)
-    # Places are told apart: the same latents elsewhere are other features.
     assert not torch.allclose(decoder(latents.flip(1)).flip(1), features, atol=1e-3)

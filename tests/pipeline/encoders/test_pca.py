@@ -12,7 +12,6 @@ from wmcache.common.errors import UserError
 from wmcache.pipeline.encoders import Encoder, FitOptions
 from wmcache.pipeline.encoders.base import LAST, Features
 from wmcache.pipeline.encoders.pca import PcaOptions, principal_axes
-from wmcache.pipeline.frames import FrameDataset
 
 Fit = Callable[..., Encoder]
 Restore = Callable[[TokenStore, int], Features]
@@ -57,14 +56,6 @@ def test_tokens_are_the_components_of_the_training_frames_patches(store: TokenSt
     assert (tokens.flatten(0, 1).var(0).diff() <= 0).all()
 
 
-def test_live_frames_give_the_bits_that_cached_features_give(
-    layers: TokenStore, dataset: FrameDataset, fitted: Fit, restored: Restore
-) -> None:
-    encoder = fitted(layers, "pca", PcaOptions(dim=8))
-    live = encoder(dataset.read_shard(0)[:32])
-    torch.testing.assert_close(encoder.tokens(restored(layers, 32)), live, atol=0, rtol=0)
-
-
 def test_a_prefix_is_left_out(vit_layers: TokenStore, fitted: Fit) -> None:
     assert fitted(vit_layers, "pca", PcaOptions(dim=3)).token_grid == (4, 4)
 
@@ -80,13 +71,10 @@ def test_a_sample_of_frames_is_enough(store: TokenStore, fitted: Fit) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        (PcaOptions(dim=33), "--dim is 33; tcn has 32 channels, choose 1 to 32"),
-        (PcaOptions(dim=0), "--dim"),
-        (PcaOptions(sampled_frames=0), "sampled_frames|--sampled-frames"),
-        (PcaOptions(steps=10), "--steps is 10, but pca is found in closed form"),
-    ],
+    [(PcaOptions(dim=33), "--dim is 33.* 32"), (PcaOptions(steps=10), "--steps is 10.*pca")],
 )
-def test_what_cannot_be_is_refused(store: TokenStore, fitted: Fit, options: FitOptions, message: str) -> None:
+def test_options_that_do_not_fit_the_store_are_refused(
+    store: TokenStore, fitted: Fit, options: FitOptions, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         fitted(store, "pca", options)

@@ -24,22 +24,18 @@ from wmcache.pipeline.frames import FrameDataset
 MakeData = Callable[[TokenStore], FitData]
 
 
-def test_channels_are_standardised_and_those_that_never_change_are_0(
-    vit_layers: TokenStore, fit_data: MakeData
-) -> None:
+def test_channels_are_standardised_and_constant_ones_are_0(vit_layers: TokenStore, fit_data: MakeData) -> None:
     tokens = fit_data(vit_layers).features(np.arange(360)).patches(LAST)
     tokens[..., 3] = 7.0
     standardise = Standardise(192)
-    standardise.look_at((tokens.mean((0, 1)), tokens.flatten(0, 1).std(0)))
+    standardise.fit_statistics((tokens.mean((0, 1)), tokens.flatten(0, 1).std(0)))
     seen = standardise(tokens).flatten(0, 1)
     usual = torch.arange(192) != 3
     torch.testing.assert_close(seen.mean(0), torch.zeros(192), atol=1e-2, rtol=0)
     torch.testing.assert_close(seen.std(0), usual.float(), atol=1e-2, rtol=0)
 
 
-def test_statistics_are_of_patches_however_large_class_and_register_tokens_are(
-    vit_layers: TokenStore, fit_data: MakeData
-) -> None:
+def test_statistics_ignore_class_and_register_tokens(vit_layers: TokenStore, fit_data: MakeData) -> None:
     data = fit_data(vit_layers)
     assert len(data) < SAMPLED_FRAMES
     patches = data.features(np.arange(len(data))).patches(EARLY).flatten(0, 1).double()
@@ -55,7 +51,7 @@ def test_statistics_are_of_patches_however_large_class_and_register_tokens_are(
     torch.testing.assert_close(std, patches.std(0, correction=0))
 
 
-def test_features_are_judged_standardised_and_without_their_prefix(vit_layers: TokenStore, fit_data: MakeData) -> None:
+def test_the_error_is_of_standardised_features_without_their_prefix(vit_layers: TokenStore, fit_data: MakeData) -> None:
     data = fit_data(vit_layers)
     reconstruction = Reconstruction(data, ReconstructionOptions(), 5, (EARLY, LAST))
     torch.nn.init.zeros_(reconstruction.decoder.leave[1].weight)
@@ -69,7 +65,7 @@ def test_features_are_judged_standardised_and_without_their_prefix(vit_layers: T
     )
 
 
-def test_pixels_are_judged_by_what_differs_from_the_mean_frame(
+def test_the_error_of_pixels_is_of_the_difference_from_the_mean_frame(
     tcn_layers: TokenStore, dataset: FrameDataset, fit_data: MakeData
 ) -> None:
     data = fit_data(tcn_layers)
@@ -83,7 +79,7 @@ def test_pixels_are_judged_by_what_differs_from_the_mean_frame(
     torch.testing.assert_close(reconstruction(torch.randn(32, 4, 5), data.features(rows), rows), expected)
 
 
-def test_a_batch_holds_each_frame_at_most_once_in_ascending_order(tcn_layers: TokenStore, fit_data: MakeData) -> None:
+def test_a_batch_has_each_frame_at_most_once_in_ascending_order(tcn_layers: TokenStore, fit_data: MakeData) -> None:
     rows = random_rows(fit_data(tcn_layers), 100, np.random.default_rng(0))
     assert (np.diff(rows) > 0).all()
     assert rows[-1] < 360

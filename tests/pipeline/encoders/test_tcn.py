@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from wmcache.common.device import CPU
 from wmcache.common.errors import UserError
@@ -17,29 +18,16 @@ from wmcache.pipeline.encoders.tcn import TcnFitting, TcnOptions, time_contrasti
 from wmcache.pipeline.frames import FrameDataset
 
 
-def test_without_weights_the_command_that_makes_them_is_named() -> None:
-    with pytest.raises(UserError, match="wmcache fit --encoder tcn"):
-        encoders.create("tcn")
-
-
-def test_frames_become_the_promised_tokens(dataset: FrameDataset, encoder: Encoder) -> None:
-    tokens = encoder(dataset.read_shard(5))
-    assert tokens.shape == (40, encoder.token_grid[0] * encoder.token_grid[1], encoder.token_dim)
+def test_frames_become_the_tokens_of_the_spec(dataset: FrameDataset, encoder: Encoder) -> None:
+    frames = dataset.read_shard(5)
+    tokens = encoder(frames)
+    assert tokens.shape == (40, 4, 32)
+    assert (encoder.spec.token_dim, encoder.frame_shape) == (32, (4, 32))
     assert tokens.dtype == torch.float16
     assert tokens.isfinite().all()
-
-
-def test_tokens_do_not_depend_on_the_batch(dataset: FrameDataset, encoder: Encoder) -> None:
-    frames = dataset.read_shard(0)[:24]
-    whole = encoder(frames)
-    for batch in (1, 7):
-        parts = torch.cat([encoder(frames[start : start + batch]) for start in range(0, 24, batch)])
-        torch.testing.assert_close(parts, whole, atol=2e-3, rtol=2e-3)
-
-
-def test_encoding_twice_gives_the_same_bits(dataset: FrameDataset, encoder: Encoder) -> None:
-    frames = dataset.read_shard(0)
-    torch.testing.assert_close(encoder(frames), encoder(torch.from_numpy(frames)), atol=0, rtol=0)
+    assert torch.equal(tokens, encoder(torch.from_numpy(frames)))
+    assert not encoder.backbone.training
+    assert not any(parameter.requires_grad for parameter in encoder.backbone.parameters())
 
 
 @pytest.mark.parametrize(
@@ -53,26 +41,16 @@ def test_encoding_twice_gives_the_same_bits(dataset: FrameDataset, encoder: Enco
     ],
 )
 def test_frames_of_another_shape_or_type_are_refused(encoder: Encoder, frames: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"uint8 \[B, S, S, 3\]"):
+    with pytest.raises(ValueError, match="uint8"):
         encoder(frames)
 
 
-def test_tokens_are_row_major_over_the_image(encoder: Encoder) -> None:
-    rows, columns = encoder.token_grid
-    cell = encoder.image_size // rows
-    frames = np.zeros((1 + rows * columns, encoder.image_size, encoder.image_size, 3), np.uint8)
-    for i in range(rows * columns):
-        row, column = divmod(i, columns)
-        frames[1 + i, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] = 255
-    # The stem alone: after it the mixer spreads a change over all tokens, but keeps their order.
-    features = encoder.backbone.network.stem(encoder.preprocess(torch.from_numpy(frames))).flatten(2).mT
-    changed = (features[1:] - features[0]).norm(dim=-1).argmax(1)
-    assert changed.tolist() == list(range(rows * columns))
-
-
-def test_the_network_is_frozen(encoder: Encoder) -> None:
-    assert not encoder.backbone.training
-    assert not any(parameter.requires_grad for parameter in encoder.backbone.parameters())
+def test_tokens_are_row_major_over_the_image(
+    encoder: Encoder, white_cells: Callable[[int, int], np.ndarray], most_changed: Callable[[Tensor], list[int]]
+) -> None:
+    # The stem alone: the mixer spreads a change over all tokens, but keeps their order.
+    images = encoder.preprocess(torch.from_numpy(white_cells(2, 32)))
+    assert most_changed(encoder.backbone.network.stem(images).flatten(2).mT) == list(range(4))
 
 
 def test_the_hash_is_of_the_weights_and_not_of_the_file(encoder: Encoder, tcn_weights: Path, tmp_path: Path) -> None:
@@ -106,31 +84,9 @@ def test_options_that_change_numbers_change_the_identity(tcn_weights: Path, enco
     assert found == {"normalisation", "compute_dtype"}
 
 
-def test_weights_that_do_not_fit_are_refused(tcn_weights: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not fit tcn at 128 px"):
-        encoders.create("tcn", weights=tcn_weights, image_size=128)
-    save_file({"other": torch.zeros(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"other\.safetensors does not fit tcn"):
-        encoders.create("tcn", weights=tmp_path / "other.safetensors")
-
-
-@pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"\xff" * 64])
-def test_a_file_that_only_has_the_name_is_refused(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "page.safetensors").write_bytes(data)
-    with pytest.raises(UserError, match=r"page\.safetensors does not fit tcn"):
-        encoders.create("tcn", weights=tmp_path / "page.safetensors")
-
-
-def test_half_a_download_is_refused(tcn_weights: Path, tmp_path: Path) -> None:
-    data = tcn_weights.read_bytes()
-    (tmp_path / "half.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=r"half\.safetensors does not fit tcn"):
-        encoders.create("tcn", weights=tmp_path / "half.safetensors")
-
-
-def test_episodes_of_one_frame_hold_no_pairs(encoder: Encoder) -> None:
+def test_episodes_of_one_frame_have_no_pairs(encoder: Encoder) -> None:
     data = FitData(np.arange(40), encoder.preprocess, CPU, torch.zeros(40, 3, 64, 64, dtype=torch.uint8))
-    with pytest.raises(UserError, match="no episode has two frames"):
+    with pytest.raises(UserError, match="tcn"):
         TcnFitting(data, TcnOptions(batch=4))
 
 
@@ -171,8 +127,3 @@ def test_equal_frames_have_a_finite_gradient() -> None:
     tokens = torch.ones(4, 8, requires_grad=True)
     time_contrastive_loss(tokens, tokens, 0.2).backward()
     assert tokens.grad.isfinite().all()
-
-
-def test_the_spec_says_what_the_network_gives(encoder: Encoder) -> None:
-    assert dataclasses.asdict(encoder.spec)["token_dim"] == encoder.token_dim
-    assert encoder.frame_shape == (4, 32)

@@ -1,23 +1,20 @@
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
 from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
-from wmcache.pipeline import fit as fit_module
 from wmcache.pipeline.encoders.base import Preprocess
 from wmcache.pipeline.encoders.fitting import FitData
-from wmcache.pipeline.encoders.vae import VaeEncoder, VaeFitting, VaeOptions, divergence_from_prior, make_decoder
-from wmcache.pipeline.fit import fit
+from wmcache.pipeline.encoders.vae import VaeEncoder, VaeFitting, divergence_from_prior, make_decoder
+from wmcache.pipeline.fit import fit, load_images
 from wmcache.pipeline.frames import FrameDataset
 
 NAMES = ("vae", "beta-vae")
@@ -28,17 +25,17 @@ def fit_vae(dataset: FrameDataset, name: str, out: Path, **settings: object) -> 
     return fit(dataset, name, out, options, max_frames=40, device="cpu").weights
 
 
-SEE = Preprocess(64, (), "half", "bilinear", 0)
+PREPROCESS = Preprocess(64, (), "half", "bilinear", 0)
 
 
 def make_fitting(name: str, images: torch.Tensor, **settings: object) -> VaeFitting:
     """On uint8 images [n, 3, 64, 64]."""
     torch.manual_seed(0)
-    data = FitData(np.zeros(len(images), np.int64), SEE, torch.device("cpu"), images)
-    return VaeFitting(name, data, encoders.fit_options(name, settings))  # type: ignore[arg-type]
+    data = FitData(np.zeros(len(images), np.int64), PREPROCESS, torch.device("cpu"), images)
+    return VaeFitting(data, encoders.fit_options(name, settings))  # type: ignore[arg-type]
 
 
-def noise(count: int) -> torch.Tensor:
+def noise_images(count: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
@@ -67,16 +64,16 @@ def test_diswms_encoder_has_its_layers() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_drawn_is_as_large_as_what_is_seen(name: str) -> None:
+def test_decoded_images_have_the_size_of_encoded_ones(name: str) -> None:
     mean, logvar = VaeEncoder(name, 7)(torch.zeros(2, 3, 64, 64))
     assert mean.shape == logvar.shape == (2, 7)
     assert make_decoder(name, 7)(mean).shape == (2, 3, 64, 64)
 
 
-def test_the_networks_see_the_papers_ranges() -> None:
+def test_images_are_scaled_to_the_papers_ranges() -> None:
     extremes = torch.stack([torch.full((3, 64, 64), -1.0), torch.full((3, 64, 64), 1.0)])
     for name, low, high in (("vae", 0.0, 1.0), ("beta-vae", -0.5, 0.5)):
-        seen = VaeEncoder(name, 2).see(extremes)
+        seen = VaeEncoder(name, 2).scale(extremes)
         assert (seen.min(), seen.max()) == (low, high)
 
 
@@ -90,9 +87,9 @@ def test_the_divergence_is_that_of_the_distributions() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loss_is_the_papers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
-    fitting, rows = make_fitting(name, noise(4), free_bits=0.0, beta=0.25), np.arange(4)
+    fitting, rows = make_fitting(name, noise_images(4), free_bits=0.0, beta=0.25), np.arange(4)
     found = fitting.loss(rows)
-    target = noise(4).double() / 255 - (0.5 if name == "beta-vae" else 0.0)
+    target = noise_images(4).double() / 255 - (0.5 if name == "beta-vae" else 0.0)
     mean, logvar = (values.double() for values in fitting.kept(target.float()))
     drawn = fitting.decoder(mean.float()).double()
     posterior = Independent(Normal(mean, (logvar / 2).exp()), 1)
@@ -107,7 +104,7 @@ def test_the_loss_is_the_papers(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_free_bits_are_counted_by_frame(monkeypatch: pytest.MonkeyPatch) -> None:
-    fitting = make_fitting("vae", noise(4), free_bits=1.0, latent=8)
+    fitting = make_fitting("vae", noise_images(4), free_bits=1.0, latent=8)
     means = torch.zeros(4, 8)
     means[3] = 2.0  # (16 nats)
     monkeypatch.setattr(fitting.kept, "forward", lambda seen: (means, torch.zeros(4, 8)))
@@ -120,7 +117,7 @@ def test_free_bits_are_counted_by_frame(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loss_does_not_depend_on_the_size_of_the_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
-    fitting = make_fitting(name, noise(4))
+    fitting = make_fitting(name, noise_images(4))
     whole = fitting.loss(np.arange(4))["loss"]
     parts = torch.stack([fitting.loss(np.array([i]))["loss"] for i in range(4)])
     torch.testing.assert_close(parts.mean(), whole, rtol=1e-5, atol=1e-3)
@@ -128,7 +125,7 @@ def test_the_loss_does_not_depend_on_the_size_of_the_batch(name: str, monkeypatc
 
 @pytest.mark.parametrize(("name", "foreground"), [("vae", False), ("beta-vae", True)])
 def test_the_loss_falls(dataset: FrameDataset, name: str, foreground: bool) -> None:
-    images = fit_module.load_images(dataset, np.arange(0, 64, 4), SEE)
+    images = load_images(dataset, np.arange(0, 64, 4), PREPROCESS)
     fitting = make_fitting(name, images, foreground=foreground, free_bits=0.0, beta=0.001)
     optimiser = torch.optim.Adam(fitting.parameters(), lr=2e-3)
     losses = []
@@ -141,40 +138,13 @@ def test_the_loss_falls(dataset: FrameDataset, name: str, foreground: bool) -> N
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_only_the_foreground_is_seen_when_asked_for(dataset: FrameDataset) -> None:
-    images = fit_module.load_images(dataset, np.arange(32), SEE)
+def test_foreground_is_the_scaled_difference_from_the_mean_frame(dataset: FrameDataset) -> None:
+    images = load_images(dataset, np.arange(32), PREPROCESS)
     fitting = make_fitting("vae", images, foreground=True)
-    seen = fitting.kept.see(fitting.data.pixels(np.arange(32)))
+    seen = fitting.kept.scale(fitting.data.pixels(np.arange(32)))
     torch.testing.assert_close(seen.mean(0), torch.zeros(3, 64, 64), rtol=0, atol=1e-3)
     torch.testing.assert_close(seen.std(), torch.tensor(1.0), rtol=0, atol=1e-3)
     assert not any(isinstance(layer, nn.Sigmoid) for layer in fitting.decoder)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_fit_is_the_same_twice_and_after_an_interruption(
-    dataset: FrameDataset, weights: dict[str, Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = load_file(weights[name])
-    torch.testing.assert_close(
-        load_file(fit_vae(dataset, name, tmp_path / "again.safetensors")), expected, rtol=0, atol=0
-    )
-
-    calls, loss = [], VaeFitting.loss
-
-    def interrupted(self: VaeFitting, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return loss(self, rows)
-
-    monkeypatch.setattr(fit_module, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
-    monkeypatch.setattr(VaeFitting, "loss", interrupted)
-    out = tmp_path / "cut.safetensors"
-    with pytest.raises(KeyboardInterrupt):
-        fit_vae(dataset, name, out)
-    assert not out.exists()
-    torch.testing.assert_close(load_file(fit_vae(dataset, name, out)), expected, rtol=0, atol=0)
-    assert len(calls) == 4  # (two steps, the one that was cut, and it again)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -186,51 +156,23 @@ def test_the_encoder_of_a_file_gives_the_means(dataset: FrameDataset, weights: d
     assert encoder.token_grid == encoder.spec.token_grid == (1, 1)
     network = VaeEncoder(name, encoder.token_dim)
     network.load_state_dict(load_file(weights[name]))
-    mean, _ = network(network.see(encoder.preprocess(torch.from_numpy(frames))))
+    mean, _ = network(network.scale(encoder.preprocess(torch.from_numpy(frames))))
     torch.testing.assert_close(tokens[:, 0].float(), mean, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_tokens_do_not_depend_on_the_batch(dataset: FrameDataset, weights: dict[str, Path], name: str) -> None:
-    encoder, frames = encoders.create(name, weights=weights[name], device="cpu"), dataset.read_shard(0)[:12]
-    parts = torch.cat([encoder(frames[start : start + 5]) for start in range(0, 12, 5)])
-    torch.testing.assert_close(parts, encoder(frames), atol=2e-3, rtol=2e-3)
+def test_another_image_size_is_refused(weights: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"--image-size 128 .*vae"):
+        encoders.create("vae", weights=weights["vae"], image_size=128)
 
 
-def test_another_size_of_latent_is_known_from_the_file(dataset: FrameDataset, tmp_path: Path) -> None:
+def test_the_size_of_the_latent_is_read_from_the_file(dataset: FrameDataset, tmp_path: Path) -> None:
     path = fit_vae(dataset, "beta-vae", tmp_path / "small.safetensors", latent=3, foreground=True, steps=1)
     encoder = encoders.create("beta-vae", weights=path, device="cpu")
     assert encoder.frame_shape == (1, 3)
     assert load_file(path)["contrast"] < 0.5
 
 
-def test_only_what_encodes_is_kept(weights: dict[str, Path]) -> None:
+def test_only_the_encoder_is_saved(weights: dict[str, Path]) -> None:
     for name in NAMES:
         stems = {key.split(".")[0] for key in load_file(weights[name])}
         assert stems == {"convolutions", "mean", "logvar", "background", "contrast"}
-
-
-def test_what_cannot_be_loaded_is_refused_in_one_line(weights: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="wmcache fit --encoder beta-vae"):
-        encoders.create("beta-vae")
-    with pytest.raises(UserError, match="holds vae, not beta-vae"):
-        encoders.create("beta-vae", weights=weights["vae"])
-    with pytest.raises(UserError, match="--image-size 128 does not fit encoder vae"):
-        encoders.create("vae", weights=weights["vae"], image_size=128)
-    (tmp_path / "page.safetensors").write_bytes(b"<html>404</html>")
-    with pytest.raises(UserError, match=r"page\.safetensors cannot be read"):
-        encoders.create("vae", weights=tmp_path / "page.safetensors")
-    header = {"encoder": "vae", "options": json.dumps(dataclasses.asdict(VaeOptions(latent=5)))}
-    save_file(load_file(weights["vae"]), tmp_path / "other.safetensors", metadata=header)
-    with pytest.raises(UserError, match=r"other\.safetensors does not fit vae") as error:
-        encoders.create("vae", weights=tmp_path / "other.safetensors")
-    assert "\n" not in str(error.value)
-    save_file(load_file(weights["vae"]), tmp_path / "bare.safetensors", metadata={"encoder": "vae"})
-    with pytest.raises(UserError, match=r"bare\.safetensors does not say its options .*; fit it again"):
-        encoders.create("vae", weights=tmp_path / "bare.safetensors")
-
-
-@pytest.mark.parametrize("settings", [{"latent": 0}, {"beta": -1.0}, {"free_bits": -0.5}])
-def test_options_out_of_range_are_refused(dataset: FrameDataset, tmp_path: Path, settings: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=r"needs --latent above 0|'latent': Input should be greater than 0"):
-        fit_vae(dataset, "vae", tmp_path / "new.safetensors", **settings)

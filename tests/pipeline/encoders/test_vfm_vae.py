@@ -1,37 +1,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
 from wmcache.cache import TokenStore
 from wmcache.cache.windows import split_episodes
-from wmcache.common.errors import UserError
-from wmcache.common.options import check_options
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Features
 from wmcache.pipeline.encoders.fitting import FitData
 from wmcache.pipeline.encoders.vfm_vae import VfmVaeFitting, VfmVaeOptions, alignment_loss
-from wmcache.pipeline.frames import FrameDataset
 
 Fit = Callable[..., Encoder]
 Restore = Callable[[TokenStore, int], Features]
 MakeData = Callable[[TokenStore], FitData]
 
 TINY = VfmVaeOptions(steps=3, batch=16, latent=8)
-
-
-def test_live_frames_give_the_bits_that_cached_features_give(
-    layers: TokenStore, dataset: FrameDataset, fitted: Fit, restored: Restore
-) -> None:
-    encoder = fitted(layers, "vfm-vae", TINY)
-    live = encoder(dataset.read_shard(0)[:32])
-    assert live.shape[2] == 8
-    torch.testing.assert_close(encoder.tokens(restored(layers, 32)), live, atol=0, rtol=0)
 
 
 def test_tokens_have_mean_0_and_deviation_1(tcn_layers: TokenStore, fitted: Fit) -> None:
@@ -82,30 +68,3 @@ def test_descent_lowers_every_term(tcn_layers: TokenStore, fit_data: MakeData) -
         optimiser.step()
     for term in ("error", "align"):
         assert losses[-1][term] < 0.8 * losses[0][term], term
-
-
-def test_pixels_are_made_of_the_latents_where_there_are_frames(
-    tcn_layers: TokenStore, dataset: FrameDataset, fitted: Fit
-) -> None:
-    options = VfmVaeOptions(steps=1, batch=4, decoder="pixels")
-    with pytest.raises(UserError, match="this fit of vfm-vae needs the frames; pass --dataset"):
-        fitted(tcn_layers, "vfm-vae", options)
-    assert fitted(tcn_layers, "vfm-vae", options, dataset).frame_shape == (4, 32)
-
-
-def test_the_same_fit_gives_the_same_weights(tcn_layers: TokenStore, fitted: Fit) -> None:
-    first, second = (fitted(tcn_layers, "vfm-vae", TINY, out=out).weights_sha256 for out in "ab")
-    assert first == second
-
-
-def test_a_store_without_the_layers_is_refused(store: TokenStore, fitted: Fit) -> None:
-    with pytest.raises(
-        UserError, match=r"vfm-vae reads early, middle, last features, .* no early, middle ones; extract"
-    ):
-        fitted(store, "vfm-vae", TINY)
-
-
-@pytest.mark.parametrize("settings", [{"latent": 0}, {"kl": -1.0}, {"align": -0.5}, {"decoder": "gan"}])
-def test_options_that_cannot_be_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=f"--{next(iter(settings))}"):
-        check_options(VfmVaeOptions(**settings))

@@ -18,9 +18,9 @@ from wmcache.envs import MazeError
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.importers.dino_wm import require_safe_torch
+from wmcache.pipeline.importers import write_dataset
+from wmcache.pipeline.importers.dino_wm import DinoWmImporter, require_safe_torch
 from wmcache.pipeline.tars import Frames
-from wmcache.trainer.import_dino_wm import import_dino_wm
 
 KINDS = ("states.pth", "actions.pth", "seq_lengths.pth", "obses/episode_002.pth")
 EPISODES, LENGTH = 6, 60
@@ -53,12 +53,12 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
     torch.save(change(torch.load(path, weights_only=True)), path)
 
 
-def import_again(folder: Path, out: Path, **other: Any) -> FrameDataset:
-    import_dino_wm(folder, out, **{"frames_per_shard": 64, **other})
+def import_again(folder: Path, out: Path, *, frames_per_shard: int = 64, **options: str) -> FrameDataset:
+    write_dataset(DinoWmImporter(str(folder), **options).open(), out, frames_per_shard=frames_per_shard)
     return FrameDataset.open(out)
 
 
-def test_frames_actions_and_states_stay_the_same_to_the_bit(
+def test_frames_actions_and_states_keep_their_exact_values(
     published: Path, dataset: FrameDataset, everything: Frames, tmp_path: Path
 ) -> None:
     found = import_again(published, tmp_path / "out", frames_per_shard=50)
@@ -71,9 +71,30 @@ def test_frames_actions_and_states_stay_the_same_to_the_bit(
     assert card.policy == "imported from dino-wm"
 
 
-def test_an_import_has_the_fingerprint_of_what_was_collected(
-    published: Path, dataset: FrameDataset, tmp_path: Path
+def as_published(folder: Path) -> None:
+    pass
+
+
+def without_zip(folder: Path) -> None:
+    for kind in KINDS:
+        tensor = torch.load(folder / kind, weights_only=True)
+        torch.save(tensor, folder / kind, _use_new_zipfile_serialization=False)
+
+
+def other_digits(folder: Path) -> None:
+    for file in (folder / "obses").iterdir():
+        number = int(file.stem[-3:])
+        file.rename(file.with_name(f"episode_{number:0{1 + 4 * (number % 2)}d}.pth"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [as_published, without_zip, other_digits, lambda folder: edit(folder / "actions.pth", lambda t: t.double())],
+)
+def test_the_format_of_the_files_does_not_change_the_fingerprint(
+    published: Path, dataset: FrameDataset, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
+    change(published)
     assert import_again(published, tmp_path / "out").card.fingerprint == dataset.card.fingerprint
 
 
@@ -83,14 +104,7 @@ def test_float32_states_are_kept_exactly(published: Path, tmp_path: Path) -> Non
     np.testing.assert_array_equal(import_again(published, tmp_path / "out").steps.state, states.numpy())
 
 
-def test_an_old_file_without_a_zip_is_read_too(published: Path, dataset: FrameDataset, tmp_path: Path) -> None:
-    for kind in KINDS:
-        tensor = torch.load(published / kind, weights_only=True)
-        torch.save(tensor, published / kind, _use_new_zipfile_serialization=False)
-    assert import_again(published, tmp_path / "out").card.fingerprint == dataset.card.fingerprint
-
-
-def test_episodes_end_where_seq_lengths_says(published: Path, everything: Frames, tmp_path: Path) -> None:
+def test_episodes_end_at_their_seq_lengths(published: Path, everything: Frames, tmp_path: Path) -> None:
     lengths = [60, 1, 30, 60, 59, 2]
     behind = torch.arange(LENGTH) >= torch.tensor(lengths)[:, None]
     torch.save(torch.tensor(lengths), published / "seq_lengths.pth")
@@ -104,36 +118,22 @@ def test_episodes_end_where_seq_lengths_says(published: Path, everything: Frames
     np.testing.assert_array_equal(found.read_frames(range(len(rows))), everything[rows])
 
 
-@pytest.mark.parametrize("digits", [1, 5])
-def test_the_number_of_digits_in_a_name_does_not_matter(
-    published: Path, dataset: FrameDataset, tmp_path: Path, digits: int
-) -> None:
-    for file in (published / "obses").iterdir():
-        file.rename(file.with_name(f"episode_{int(file.stem[-3:]):0{digits}d}.pth"))
-    assert import_again(published, tmp_path / "out").card.fingerprint == dataset.card.fingerprint
-
-
-@pytest.mark.parametrize("new", [True, False], ids=["zip", "old format"])
+@pytest.mark.parametrize("format", ["zip", "no zip", "plain pickle"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_malicious_file_runs_nothing_and_is_named(
-    published: Path, tmp_path: Path, run_import: Callable[..., Any], kind: str, new: bool
+    published: Path, tmp_path: Path, run_import: Callable[..., Any], kind: str, format: str
 ) -> None:
     canary = tmp_path / "canary"
-    torch.save(Evil(canary), published / kind, _use_new_zipfile_serialization=new)
+    if format == "plain pickle":
+        (published / kind).write_bytes(pickle.dumps(Evil(canary)))
+    else:
+        torch.save(Evil(canary), published / kind, _use_new_zipfile_serialization=format == "zip")
     result = run_import("dino-wm", published, "--out", tmp_path / "out")
     assert not canary.exists()
     assert result.exit_code == 1
-    assert f"{published / kind} cannot be read (it asks for posix.system" in result.stderr
+    assert str(published / kind) in result.stderr
+    assert format == "plain pickle" or "posix.system" in result.stderr
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_plain_pickle_runs_nothing_and_is_named(published: Path, tmp_path: Path, kind: str) -> None:
-    canary = tmp_path / "canary"
-    (published / kind).write_bytes(pickle.dumps(Evil(canary)))
-    with pytest.raises(UserError, match=f"{kind} cannot be read"):
-        import_again(published, tmp_path / "out")
-    assert not canary.exists()
 
 
 @pytest.mark.parametrize(
@@ -170,56 +170,48 @@ def compress(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no states": (lambda folder: (folder / "states.pth").unlink(), r"states\.pth does not exist"),
-    "no folder of images": (
-        lambda folder: (folder / "obses").rename(folder / "images"), r"episode_000\.pth is missing"
-    ),
-    "an episode less": (lambda folder: (folder / KINDS[3]).unlink(), r"episode_002\.pth is missing"),
+    "no states": (lambda folder: (folder / "states.pth").unlink(), r"states\.pth"),
+    "no folder of images": (lambda folder: (folder / "obses").rename(folder / "images"), r"episode_000\.pth"),
+    "an episode less": (lambda folder: (folder / KINDS[3]).unlink(), r"episode_002\.pth"),
     "an episode more": (
-        lambda folder: (folder / KINDS[3]).with_name("episode_006.pth").write_bytes(b""),
-        r"episode_006\.pth is an episode beyond the 6",
+        lambda folder: (folder / KINDS[3]).with_name("episode_006.pth").write_bytes(b""), r"episode_006\.pth"
     ),
     "an episode twice": (
-        lambda folder: (folder / KINDS[3]).with_name("episode_2.pth").write_bytes(b""), "are the same episode"
+        lambda folder: (folder / KINDS[3]).with_name("episode_2.pth").write_bytes(b""), r"episode_2\.pth"
     ),
     "fewer actions": (damage("actions.pth", lambda t: t[:5].clone()), r"actions\.pth has 5 episodes of 60 steps"),
     "shorter actions": (damage("actions.pth", lambda t: t[:, :9].clone()), r"actions\.pth has 6 episodes of 9 steps"),
-    "wider actions": (damage("actions.pth", lambda t: t.repeat(1, 1, 2)), r"actions\.pth has the shape \(6, 60, 4\)"),
-    "flat states": (damage("states.pth", lambda t: t.flatten(0, 1)), r"states\.pth has the shape \(360, 4\)"),
-    "whole states": (damage("states.pth", lambda t: t.long()), r"states\.pth holds torch\.int64"),
-    "fewer lengths": (damage("seq_lengths.pth", lambda t: t[:5].clone()), r"seq_lengths\.pth has the shape \(5,\)"),
-    "a length too long": (put("seq_lengths.pth", (3,), 61), r"seq_lengths\.pth says that episode 3 has 61 steps"),
-    "a length of nothing": (put("seq_lengths.pth", (3,), 0), r"seq_lengths\.pth says that episode 3 has 0 steps"),
-    "half a length": (
-        damage("seq_lengths.pth", lambda t: t - 0.5), r"seq_lengths\.pth says that episode 0 has 59\.5 steps"
+    "wider actions": (damage("actions.pth", lambda t: t.repeat(1, 1, 2)), r"actions\.pth .*\(6, 60, 4\)"),
+    "flat states": (damage("states.pth", lambda t: t.flatten(0, 1)), r"states\.pth .*\(360, 4\)"),
+    "whole states": (damage("states.pth", lambda t: t.long()), r"states\.pth .*int64"),
+    "fewer lengths": (damage("seq_lengths.pth", lambda t: t[:5].clone()), r"seq_lengths\.pth .*\(5,\)"),
+    "a length too long": (put("seq_lengths.pth", (3,), 61), r"seq_lengths\.pth .*3 .*61"),
+    "a length of 0": (put("seq_lengths.pth", (3,), 0), r"seq_lengths\.pth .*3 .*0"),
+    "half a length": (damage("seq_lengths.pth", lambda t: t - 0.5), r"seq_lengths\.pth .*0 .*59\.5"),
+    "a dictionary": (damage("states.pth", lambda t: {"states": t}), r"states\.pth .*dict"),
+    "a NaN state": (put("states.pth", (1, 5, 2), float("nan")), r"states\.pth at \[1, 5, 2\]"),
+    "an infinite action": (put("actions.pth", (1, 5, 1), float("inf")), r"actions\.pth at \[1, 5, 1\]"),
+    "finer actions": (damage("actions.pth", lambda t: t.double() / 3), r"actions\.pth .*float32"),
+    "a state in a wall": (put("states.pth", (4, 7, 0), -0.5), r"UMaze.* 4 .* 7 .*--maze"),
+    "float images": (damage(KINDS[3], lambda t: t.float()), r"episode_002\.pth .*float32"),
+    "channels first": (damage(KINDS[3], lambda t: t.permute(0, 3, 1, 2)), r"episode_002\.pth .*\(60, 3, 32, 32\)"),
+    "oblong images": (damage(KINDS[3], lambda t: t[:, :30].clone()), r"episode_002\.pth .*32 x 30"),
+    "other images": (damage(KINDS[3], lambda t: t[:, :30, :30].clone()), r"episode_002\.pth .*30 .*32"),
+    "fewer images": (damage(KINDS[3], lambda t: t[:59].clone()), r"episode_002\.pth .*59"),
+    "more images": (damage(KINDS[3], lambda t: t.repeat(2, 1, 1, 1)), r"episode_002\.pth .*120"),
+    "images without bytes": (
+        damage(KINDS[3], lambda t: t[:1, :1, :1, :1].expand(60, 2048, 2048, 3)), r"episode_002\.pth .*754974720"
     ),
-    "a dictionary": (damage("states.pth", lambda t: {"states": t}), r"states\.pth holds no plain tensor but dict"),
-    "a state that is none": (put("states.pth", (1, 5, 2), float("nan")), r"states\.pth .*at \[1, 5, 2\]"),
-    "an action without end": (put("actions.pth", (1, 5, 1), float("inf")), r"actions\.pth .*at \[1, 5, 1\]"),
-    "finer actions": (damage("actions.pth", lambda t: t.double() / 3), r"actions\.pth holds float64 that float32"),
-    "a state in a wall": (put("states.pth", (4, 7, 0), -0.5), "maze UMaze: episode 4 is inside a wall at step 7"),
-    "float images": (damage(KINDS[3], lambda t: t.float()), r"episode_002\.pth is torch\.float32"),
-    "channels first": (damage(KINDS[3], lambda t: t.permute(0, 3, 1, 2)), r"episode_002\.pth is torch\.uint8 of shape"),
-    "oblong images": (damage(KINDS[3], lambda t: t[:, :30].clone()), r"episode_002\.pth holds images of 32 x 30"),
-    "other images": (
-        damage(KINDS[3], lambda t: t[:, :30, :30].clone()), r"episode_002\.pth holds images of 30 pixels.*of 32"
-    ),
-    "fewer images": (damage(KINDS[3], lambda t: t[:59].clone()), r"episode_002\.pth holds 59 frames"),
-    "more images": (damage(KINDS[3], lambda t: t.repeat(2, 1, 1, 1)), r"episode_002\.pth holds 120 frames"),
-    "images of nothing": (
-        damage(KINDS[3], lambda t: t[:1, :1, :1, :1].expand(60, 2048, 2048, 3)), "more than the file holds"
-    ),
-    "a compressed zip": (compress, r"episode_002\.pth cannot be read \(it is a compressed zip"),
+    "a compressed zip": (compress, r"episode_002\.pth .*zip"),
     "a cut file": (
-        lambda folder: (folder / KINDS[3]).write_bytes((folder / KINDS[3]).read_bytes()[:5000]),
-        r"episode_002\.pth cannot be read",
+        lambda folder: (folder / KINDS[3]).write_bytes((folder / KINDS[3]).read_bytes()[:5000]), r"episode_002\.pth"
     ),
-    "an empty file": (lambda folder: (folder / "actions.pth").write_bytes(b""), r"actions\.pth cannot be read"),
+    "an empty file": (lambda folder: (folder / "actions.pth").write_bytes(b""), r"actions\.pth"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_does_not_fit_is_refused_by_the_name_of_its_file(published: Path, tmp_path: Path, name: str) -> None:
+def test_data_that_does_not_fit_is_refused_by_file(published: Path, tmp_path: Path, name: str) -> None:
     change, message = BROKEN[name]
     change(published)
     with pytest.raises(UserError, match=message) as refused:
@@ -228,45 +220,40 @@ def test_what_does_not_fit_is_refused_by_the_name_of_its_file(published: Path, t
     assert not (tmp_path / "out").exists()
 
 
-def test_float64_actions_that_float32_holds_are_taken(published: Path, dataset: FrameDataset, tmp_path: Path) -> None:
-    edit(published / "actions.pth", lambda actions: actions.double())
-    assert import_again(published, tmp_path / "out").card.fingerprint == dataset.card.fingerprint
-
-
 def test_the_maze_of_the_data_can_be_named(published: Path, tmp_path: Path) -> None:
     with pytest.raises(MazeError, match="Labyrinth"):
         import_again(published, tmp_path / "out", maze="Labyrinth")
-    with pytest.raises(UserError, match=r"does not fit maze Large: .*--maze"):
+    with pytest.raises(UserError, match=r"Large.*--maze"):
         import_again(published, tmp_path / "out", maze="Large")
-    # A hall without inner walls, in which the ball of any maze may have been.
+    # A hall without inner walls contains the ball of any maze.
     hall = tmp_path / "Hall.txt"
     hall.write_text("\n".join(["#" * 5, *["#OOO#"] * 3, "#" * 5]))
     card = import_again(published, tmp_path / "out", maze=str(hall)).card
     assert (card.env, card.maze) == ("Hall", ["#####", "#OOO#", "#OOO#", "#OOO#", "#####"])
 
 
-def test_a_killed_import_goes_on_where_it_stopped(published: Path, dataset: FrameDataset, tmp_path: Path) -> None:
+def test_a_killed_import_continues_where_it_stopped(published: Path, dataset: FrameDataset, tmp_path: Path) -> None:
     out = tmp_path / "out"
     script = """
 import os, signal, sys
 from pathlib import Path
-from wmcache.pipeline import importers
-from wmcache.pipeline.importers.dino_wm import import_dino_wm
+from wmcache.pipeline.importers import base, write_dataset
+from wmcache.pipeline.importers.dino_wm import DinoWmImporter
 
-write = importers.write_shard
+write = base.write_shard
 def mortal(path, shard, samples):
     write(path, shard, samples)
     if shard == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
-importers.write_shard = mortal
-import_dino_wm(Path(sys.argv[1]), Path(sys.argv[2]), frames_per_shard=64)
+base.write_shard = mortal
+write_dataset(DinoWmImporter(sys.argv[1]).open(), Path(sys.argv[2]), frames_per_shard=64)
 """
     died = subprocess.run([sys.executable, "-c", script, published, out], capture_output=True, check=False)
     assert died.returncode == -9, died.stderr
     times = {tar.name: tar.stat().st_mtime_ns for tar in out.glob("*.tar")}
     assert sorted(times) == [f"frames-{shard:06d}.tar" for shard in range(3)]
-    with pytest.raises(UserError, match="unfinished"):
+    with pytest.raises(UserError, match=str(out)):
         FrameDataset.open(out)
     assert import_again(published, out).card.fingerprint == dataset.card.fingerprint
     assert {name: (out / name).stat().st_mtime_ns for name in times} == times
@@ -281,7 +268,7 @@ def test_an_import_is_extracted_like_what_was_collected(
         assert (tmp_path / "store.zarr" / file).read_bytes() == (store_path / file).read_bytes()
 
 
-def test_the_command_imports_and_says_what(
+def test_the_command_imports_and_prints_the_result(
     published: Path, dataset: FrameDataset, tmp_path: Path, run_import: Callable[..., Any]
 ) -> None:
     out = tmp_path / "données"
@@ -291,4 +278,4 @@ def test_the_command_imports_and_says_what(
         assert f"{out}: 6 episodes, 360 frames, 6 shards" in result.stdout
         assert f"fingerprint {dataset.card.fingerprint}" in result.stdout
     result = run_import("dino-wm", tmp_path / "nothing", "--out", tmp_path / "other")
-    assert f"{tmp_path / 'nothing' / 'states.pth'} does not exist" in result.stderr
+    assert str(tmp_path / "nothing" / "states.pth") in result.stderr

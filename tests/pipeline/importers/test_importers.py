@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
+from wmcache.cli import main
 from wmcache.common.errors import UserError
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.importers import Source, write_dataset
@@ -40,51 +42,43 @@ def test_shards_are_full_whatever_the_episode_boundaries_are(
     np.testing.assert_array_equal(again.read_frames(range(360)), everything)
 
 
-def test_a_dataset_begun_with_other_values_is_not_gone_on_with(
+def test_other_values_or_steps_out_of_order_are_refused(
     dataset: FrameDataset, everything: Frames, tmp_path: Path
 ) -> None:
     source = source_of(dataset, everything)
     write_dataset(source, tmp_path / "out", frames_per_shard=100)
     other = replace(source, steps=replace(dataset.steps, action=dataset.steps.action / 2))
-    with pytest.raises(UserError, match="begun with other actions or states"):
+    with pytest.raises(UserError, match="--out"):
         write_dataset(other, tmp_path / "out", frames_per_shard=100)
+    disordered = replace(source, steps=replace(dataset.steps, step=dataset.steps.step[::-1].copy()))
+    with pytest.raises(UserError, match="here"):
+        write_dataset(disordered, tmp_path / "new", frames_per_shard=100)
+    assert not (tmp_path / "new").exists()
 
 
-def test_steps_out_of_order_are_refused_before_anything_is_written(
-    dataset: FrameDataset, everything: Frames, tmp_path: Path
-) -> None:
-    source = source_of(dataset, everything)
-    steps = replace(dataset.steps, step=dataset.steps.step[::-1].copy())
-    with pytest.raises(UserError, match="out of order"):
-        write_dataset(replace(source, steps=steps), tmp_path / "out", frames_per_shard=100)
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_central_square_is_what_is_kept() -> None:
+def test_images_are_cropped_and_resized_on_request() -> None:
     pixels = np.zeros((8, 14, 3), np.uint8)
     pixels[:, 3:11] = 200
     image = Image.fromarray(pixels)
     np.testing.assert_array_equal(Shape("center").frame(image, 8, "it"), np.full((8, 8, 3), 200))
     np.testing.assert_array_equal(Shape("center", 4).frame(image, 4, "it"), np.full((4, 4, 3), 200))
-    with pytest.raises(UserError, match="it is 14 x 8 pixels, not square; pass --crop center"):
+    with pytest.raises(UserError, match=r"it .*14 x 8 .*--crop"):
         Shape().frame(image, 8, "it")
-
-
-def test_an_image_of_another_size_is_named_unless_all_are_resized() -> None:
-    image = Image.new("RGB", (10, 10))
-    with pytest.raises(UserError, match="it gives a frame of 10 pixels, the first one has 8; pass --image-size"):
-        Shape().frame(image, 8, "it")
-    assert Shape(image_size=8).frame(image, 8, "it").shape == (8, 8, 3)
+    with pytest.raises(UserError, match=r"it .*10 .*8.*--image-size"):
+        Shape().frame(Image.new("RGB", (10, 10)), 8, "it")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e300])
-def test_a_number_that_float32_does_not_know_is_named(bad: float) -> None:
+def test_a_number_that_float32_cannot_represent_is_named(bad: float) -> None:
     action = np.zeros((3, 2))
     action[2, 1] = bad
-    with pytest.raises(UserError, match=r"^action_1 is not a finite number .*: it, row 2;"):
+    with pytest.raises(UserError, match=r"^action_1 .*: it, row 2;"):
         as_columns(action, np.zeros((3, 4)), "it")
-
-
-def test_rows_without_a_state_are_refused() -> None:
-    with pytest.raises(UserError, match="it has 0 numbers in each state"):
+    with pytest.raises(UserError, match=r"it .*0 .*state"):
         as_columns(np.zeros((3, 2)), np.zeros((3, 0)), "it")
+
+
+def test_an_unknown_format_lists_those_that_exist() -> None:
+    result = CliRunner().invoke(main, ["import", "minary"])
+    assert result.exit_code == 2
+    assert "minari" in result.stderr

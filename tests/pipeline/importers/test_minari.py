@@ -16,9 +16,9 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 from wmcache.common.errors import UserError
-from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.importers.conversions import Shape
-from wmcache.pipeline.importers.minari import import_minari
+from wmcache.pipeline.frames import DatasetCard, FrameDataset
+from wmcache.pipeline.importers import write_dataset
+from wmcache.pipeline.importers.minari import MinariImporter
 from wmcache.pipeline.tars import Frames
 
 # Minari itself, of a dataset without an environment.
@@ -38,6 +38,10 @@ ACTION = spaces.Box(-1, 1, (2,), np.float32)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     return tmp_path / "minari"
+
+
+def import_minari(dataset: str, out: Path, **options: Any) -> DatasetCard:
+    return write_dataset(MinariImporter(dataset, **options).open(), out, frames_per_shard=8)
 
 
 def save(buffers: list[EpisodeBuffer], observation: spaces.Space[Any], action: spaces.Space[Any]) -> None:
@@ -94,10 +98,10 @@ def episode(number: int, observed: Any, actions: np.ndarray) -> EpisodeBuffer:
 
 
 @pytest.mark.parametrize("by", ["id", "folder", "data folder"])
-def test_frames_actions_and_states_stay_what_they_are(home: Path, everything: Frames, tmp_path: Path, by: str) -> None:
+def test_frames_actions_and_states_are_kept_exactly(home: Path, everything: Frames, tmp_path: Path, by: str) -> None:
     action, state = create(everything)
     dataset = {"id": NAME, "folder": str(home / NAME), "data folder": str(home / NAME / "data")}[by]
-    card = import_minari(dataset, tmp_path / "out", frames_per_shard=8)
+    card = import_minari(dataset, tmp_path / "out")
     found = FrameDataset.open(tmp_path / "out")
     np.testing.assert_array_equal(found.read_frames(range(20)), everything[:20])
     np.testing.assert_array_equal(found.steps.action, action)
@@ -110,31 +114,31 @@ def test_the_fingerprint_does_not_depend_on_how_often_it_was_stopped(
     home: Path, everything: Frames, tmp_path: Path
 ) -> None:
     create(everything)
-    first = import_minari(NAME, tmp_path / "first", frames_per_shard=8)
+    first = import_minari(NAME, tmp_path / "first")
     shutil.copytree(tmp_path / "first", tmp_path / "second" / "first")
     again = tmp_path / "second" / "first"
     card = json.loads((again / "dataset.json").read_text()) | {"shards": [], "steps_sha256": "", "fingerprint": ""}
     (again / "unfinished.json").write_text(json.dumps(card))
     (again / "dataset.json").unlink()
     (again / "frames-000001.tar").unlink()
-    assert import_minari(NAME, again, frames_per_shard=8) == first
+    assert import_minari(NAME, again) == first
 
 
-def test_the_right_keys_are_asked_for(home: Path, everything: Frames, tmp_path: Path) -> None:
+def test_several_observations_need_a_key(home: Path, everything: Frames, tmp_path: Path) -> None:
     create(everything, more={"back": IMAGE, "goal": spaces.Box(-1, 1, (2,), np.float32)})
-    with pytest.raises(UserError, match=r"has 2 among its images: pass --image-key, one of back, camera\.pixels"):
-        import_minari(NAME, tmp_path / "out", frames_per_shard=8)
-    with pytest.raises(UserError, match="has 2 among its vectors of numbers: pass --state-key, one of goal, state"):
-        import_minari(NAME, tmp_path / "out", image_key="camera.pixels", frames_per_shard=8)
-    with pytest.raises(UserError, match="no 'camera' among its images"):
-        import_minari(NAME, tmp_path / "out", image_key="camera", frames_per_shard=8)
-    card = import_minari(NAME, tmp_path / "out", image_key="camera.pixels", state_key="goal", frames_per_shard=8)
+    with pytest.raises(UserError, match=r"--image-key.*back, camera\.pixels"):
+        import_minari(NAME, tmp_path / "out")
+    with pytest.raises(UserError, match=r"--state-key.*goal, state"):
+        import_minari(NAME, tmp_path / "out", image_key="camera.pixels")
+    with pytest.raises(UserError, match=r"'camera'.*--image-key"):
+        import_minari(NAME, tmp_path / "out", image_key="camera")
+    card = import_minari(NAME, tmp_path / "out", image_key="camera.pixels", state_key="goal")
     assert FrameDataset.open(tmp_path / "out").steps.state.shape == (card.frames, 2)
 
 
-def test_images_are_resized_where_that_is_asked_for(home: Path, everything: Frames, tmp_path: Path) -> None:
+def test_images_are_resized_on_request(home: Path, everything: Frames, tmp_path: Path) -> None:
     create(everything)
-    card = import_minari(NAME, tmp_path / "out", shape=Shape(image_size=16), frames_per_shard=8)
+    card = import_minari(NAME, tmp_path / "out", image_size=16)
     assert (card.image_size, card.env) == (16, f"minari {NAME}, resized to 16 px (bicubic)")
 
 
@@ -152,7 +156,7 @@ def test_other_layouts_of_images_become_rgb(home: Path, everything: Frames, tmp_
         "grey with the channel first": (grey[:, None, :, :, 0], box(1, 32, 32), grey),
     }[layout]
     create(images, image=image)
-    import_minari(NAME, tmp_path / "out", frames_per_shard=8)
+    import_minari(NAME, tmp_path / "out")
     found = FrameDataset.open(tmp_path / "out").read_frames(range(20))
     np.testing.assert_array_equal(found, np.broadcast_to(wanted[:20], found.shape))
 
@@ -171,12 +175,12 @@ def test_shape_and_type_of_other_images_are_named(
 ) -> None:
     create(np.zeros((21, *image.shape), image.dtype), image=image)
     with pytest.raises(UserError, match=found):
-        import_minari(NAME, tmp_path / "out", image_key=key, frames_per_shard=8)
+        import_minari(NAME, tmp_path / "out", image_key=key)
 
 
 def test_a_colour_image_is_chosen_before_grey_ones(home: Path, everything: Frames, tmp_path: Path) -> None:
     create(everything, more={"depth": box(32, 32)})
-    import_minari(NAME, tmp_path / "out", frames_per_shard=8)
+    import_minari(NAME, tmp_path / "out")
     np.testing.assert_array_equal(FrameDataset.open(tmp_path / "out").read_frames(range(5)), everything[:5])
 
 
@@ -190,13 +194,13 @@ def edit(home: Path, key: str, change: Callable[[np.ndarray], np.ndarray], episo
 
 def test_the_final_observation_is_not_needed(home: Path, everything: Frames, tmp_path: Path) -> None:
     create(everything)
-    whole = import_minari(NAME, tmp_path / "whole", frames_per_shard=8)
+    whole = import_minari(NAME, tmp_path / "whole")
     for key in ("observations/state", "observations/camera/pixels"):
         edit(home, key, lambda values: values[:-1])
-    assert import_minari(NAME, tmp_path / "out", frames_per_shard=8).fingerprint == whole.fingerprint
+    assert import_minari(NAME, tmp_path / "out").fingerprint == whole.fingerprint
     edit(home, "observations/state", lambda values: values[:-1])
-    with pytest.raises(UserError, match=rf"episode 1 of Minari dataset {NAME} .*\(8, 4\)"):
-        import_minari(NAME, tmp_path / "out", frames_per_shard=8)
+    with pytest.raises(UserError, match=rf"episode 1 .*{NAME} .*\(8, 4\)"):
+        import_minari(NAME, tmp_path / "out")
 
 
 def test_an_action_may_be_missing_at_the_end_of_an_episode_only(
@@ -212,34 +216,35 @@ def test_an_action_may_be_missing_at_the_end_of_an_episode_only(
         return change
 
     edit(home, "actions", without(-1))
-    card = import_minari(NAME, tmp_path / "out", frames_per_shard=8)
+    card = import_minari(NAME, tmp_path / "out")
     assert "1 of 3 episodes" in capsys.readouterr().err
     assert card.frames == 19
     np.testing.assert_array_equal(FrameDataset.open(tmp_path / "out").steps.action, np.delete(action, 13, 0))
     edit(home, "actions", without(2))
     with pytest.raises(UserError, match=r"action_0 .*episode 1, step 2;"):
-        import_minari(NAME, tmp_path / "other", frames_per_shard=8)
+        import_minari(NAME, tmp_path / "other")
 
 
-def test_a_lerobot_folder_is_called_so(tmp_path: Path, run_import: Callable[..., Any]) -> None:
+def test_a_lerobot_folder_is_refused(tmp_path: Path, run_import: Callable[..., Any]) -> None:
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta/info.json").write_text('{"codebase_version": "v3.0"}')
     result = run_import("minari", tmp_path, "--out", tmp_path / "out")
-    assert "LeRobot dataset (codebase_version v3.0)" in result.stderr
+    assert "LeRobot" in result.stderr
+    assert "v3.0" in result.stderr
 
 
-def test_a_dataset_without_images_is_told_so(home: Path, tmp_path: Path, run_import: Callable[..., Any]) -> None:
+def test_a_dataset_without_images_is_refused(home: Path, tmp_path: Path, run_import: Callable[..., Any]) -> None:
     save([episode(0, np.zeros((4, 4)), np.zeros((3, 2), np.float32))], STATE, ACTION)
     result = run_import("minari", NAME, "--out", tmp_path / "out")
     assert result.exit_code == 1
-    assert f"Minari dataset {NAME} has no image that can be imported: the observation is 4 float64" in result.stderr
+    assert all(part in result.stderr for part in (NAME, "4 float64"))
     assert not (tmp_path / "out").exists()
 
 
 def test_actions_that_are_no_vectors_are_refused(home: Path, everything: Frames, tmp_path: Path) -> None:
     create(everything, action=spaces.Discrete(4))
-    with pytest.raises(UserError, match=r"are Discrete\(4\); only vectors of numbers"):
-        import_minari(NAME, tmp_path / "out", frames_per_shard=8)
+    with pytest.raises(UserError, match=r"Discrete\(4\)"):
+        import_minari(NAME, tmp_path / "out")
 
 
 def test_a_dataset_that_names_an_environment_for_its_spaces_starts_none(
@@ -252,8 +257,8 @@ def test_a_dataset_that_names_an_environment_for_its_spaces_starts_none(
     kwargs = {"command": f"touch '{canary}'"}
     metadata["env_spec"] = json.dumps({"id": "Evil-v0", "entry_point": "os:system", "kwargs": kwargs})
     file.write_text(json.dumps(metadata))
-    with pytest.raises(UserError, match=r"cannot be opened \(metadata.json has no observation_space\)"):
-        import_minari(NAME, tmp_path / "out", frames_per_shard=8)
+    with pytest.raises(UserError, match=r"metadata\.json .*observation_space"):
+        import_minari(NAME, tmp_path / "out")
     assert not canary.exists()
 
 
@@ -261,8 +266,8 @@ def test_a_damaged_file_is_named(home: Path, everything: Frames, tmp_path: Path)
     create(everything)
     file = home / NAME / "data" / "main_data.hdf5"
     file.write_bytes(file.read_bytes()[:3000])
-    with pytest.raises(UserError, match=f"episode 0 of Minari dataset {NAME} cannot be read") as refused:
-        import_minari(NAME, tmp_path / "out", frames_per_shard=8)
+    with pytest.raises(UserError, match=f"episode 0 .*{NAME}") as refused:
+        import_minari(NAME, tmp_path / "out")
     assert "\n" not in str(refused.value)
 
 
@@ -279,7 +284,7 @@ main(["import", "minari", "some/data-v0", "--out", "nowhere"])
     assert "pip install 'wmcache[minari]'" in result.stderr
 
 
-def test_the_command_imports_and_says_what_is_missing(
+def test_the_command_imports_and_names_what_is_missing(
     home: Path, everything: Frames, tmp_path: Path, run_import: Callable[..., Any]
 ) -> None:
     create(everything)
