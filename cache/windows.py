@@ -1,4 +1,4 @@
-"""Which frames make a training window, which episodes train, and in which order: all pure functions, so that any run can be repeated."""
+"""Training windows, splits of episodes and orders of batches; pure functions, so that any run can be repeated."""
 
 from __future__ import annotations
 
@@ -111,11 +111,11 @@ class Windows:
 
 
 def split_episodes(episodes: int, split: str, seed: int, fraction: float = 1.0) -> Int:
-    """The episodes of a split: 90 % train, at least one val where there are two or more. Windows never cross from one to the other.
+    """Choose the episodes of a split: 90 % train, and at least one val where there are two or more. No window is in both.
 
     Args:
         episodes: how many there are. split: `train`, `val` or `all`. seed: of the split.
-        fraction: share of the split's episodes, at least one; a smaller share is a part of every larger one.
+        fraction: share of the split's episodes, at least one; a larger share contains every smaller one.
 
     Raises:
         UserError: unknown split, or a split that would be empty.
@@ -131,7 +131,7 @@ def split_episodes(episodes: int, split: str, seed: int, fraction: float = 1.0) 
 
 
 def window_starts(episode: NDArray[np.integer], episodes: Int, span: int) -> tuple[Int, int]:
-    """All first frames of windows of `span` consecutive frames inside the given episodes.
+    """Find the first frames of all windows of `span` consecutive frames inside the given episodes.
 
     Args:
         episode: [frames], non-decreasing: the episode of each frame.
@@ -152,18 +152,17 @@ def window_starts(episode: NDArray[np.integer], episodes: Int, span: int) -> tup
     return starts.astype(np.int64), int((~long_enough).sum())
 
 
-@functools.lru_cache(maxsize=2)  # the epoch that is on, and the next one
+@functools.lru_cache(maxsize=2)  # the present epoch and the next one
 def epoch_order(windows: int, seed: int, epoch: int) -> Int:
-    """The order of an epoch: a pure function of (windows, seed, epoch)."""
+    """Return the order of an epoch, which depends on the arguments alone."""
     return np.random.default_rng((seed, epoch)).permutation(windows)
 
 
 def batch_windows(windows: int, seed: int, step: int, batch: int, rank: int = 0, world_size: int = 1) -> Int:
-    """The windows of training step `step`, or those of them that are for one of several processes: a pure function of its arguments.
+    """Return the windows of a training step, or the slice of them for one of several processes; it depends on the arguments alone.
 
-    The orders of epochs 0, 1, … one after another are cut into batches, and each batch into `world_size` equal slices, of which process
-    `rank` takes its own. So a run that is resumed at a step, in the middle of an epoch too, sees exactly what it would have seen, with
-    any number of processes. With another batch size, a step sees other windows.
+    The orders of epochs 0, 1, … one after another are cut into batches, and each batch into `world_size` equal slices. So a run that is
+    resumed at any step continues with the same batches, with any number of processes. With another batch size, a step sees other windows.
     """
     if batch % world_size:
         raise ValueError(f"a batch of {batch} cannot be cut into {world_size} equal slices")

@@ -211,7 +211,7 @@ def _start_workers(workers: int, threads: int) -> Iterator[Any]:
 
 
 def _own_gpus() -> list[str]:
-    """A preload script that gives each worker one of several GPUs, before it imports torch."""
+    """Return a preload script that gives each worker one of several GPUs, before it imports torch."""
     if "torch" not in sys.modules:
         return []
     from wmcache.common.device import visible_gpus

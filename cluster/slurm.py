@@ -132,7 +132,7 @@ def prologue(profile: Profile) -> list[str]:
 
 
 def log_pattern(folder: Path, pattern: str) -> str:
-    """The value of `#SBATCH --output=`, which SLURM parses, not a shell; raises UserError for a folder that SLURM cannot write to."""
+    """Quote a folder for `#SBATCH --output=`, which SLURM parses, not a shell; raises UserError if SLURM cannot write there."""
     text = str(folder)
     if not text.isprintable() or "\\" in text:
         raise UserError(f"{text}: SLURM cannot write its logs there; set WMCACHE_HOME to another folder")
@@ -141,7 +141,7 @@ def log_pattern(folder: Path, pattern: str) -> str:
 
 
 def _are_queued(jobs: Sequence[str]) -> bool:
-    """Whether any of these jobs is queued or runs; True if SLURM does not answer."""
+    """Return whether any of these jobs is queued or runs; True if SLURM does not answer."""
     found = subprocess.run(
         ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(jobs)}"], capture_output=True, text=True, check=False
     )

@@ -117,7 +117,7 @@ class WorkerTask(ABC, Generic[Item, State]):
 
 
 def _kept_state(task: WorkerTask[Any, State]) -> State:
-    """The state of a task in this process. The latest two are kept, since two commands may share a worker."""
+    """Return the state of a task in this process. The latest two are kept, since two commands may share a worker."""
     with _state_lock:
         for known, state in _states:
             if known == task:
@@ -223,7 +223,7 @@ def log(line: str) -> None:
 
 
 def _run_reporting(task: Callable[[Item], int], item: Item) -> tuple[int, int]:
-    """The units of a task, and how many of them are on the progress bar already."""
+    """Run a task; returns its units, and how many of them are on the progress bar already."""
     _reported.units = 0
     return task(item), _reported.units
 

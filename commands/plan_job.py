@@ -1,4 +1,4 @@
-"""wmcache plan-job: what a large extraction would take."""
+"""wmcache plan-job: the cost of a large extraction."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wmcache.common.space import human_bytes
 
 
 @click.command("plan-job", cls=Command)
-@click.option("--frames", type=NUMBER, required=True, help="Frames to encode, as 1e9.")
+@click.option("--frames", type=NUMBER, required=True, help="Frames to encode, such as 1e9.")
 @click.option("--encoder", default="dinov2", help="Encoder; see: wmcache encoders.")
 @click.option("--workers", type=NUMBER, default=1, help="Processes that run at the same time, each with a device.")
 @click.option(
@@ -27,7 +27,7 @@ from wmcache.common.space import human_bytes
 @click.option(
     "--frames-per-shard",
     type=NUMBER,
-    help="Frames in each shard of the dataset.  [default: 512, or more for a huge one]",
+    help="Frames in each shard of the dataset.  [default: 512, or more for a huge dataset]",
 )
 @click.option("--frame-size", "image_size", type=click.IntRange(1), default=224, help="Side of the dataset's frames.")
 @click.option(
@@ -35,9 +35,9 @@ from wmcache.common.space import human_bytes
     "dtype",
     type=click.Choice(["float16", "int8"]),
     default="float16",
-    help="What tokens are stored in.",
+    help="Type of the stored tokens.",
 )
-@click.option("--weights", type=PATH, help="Weights of the encoder that is measured.")
+@click.option("--weights", type=PATH, help="Weights of the encoder, to measure it.")
 @device_option
 @json_option
 def plan_job(
@@ -48,7 +48,7 @@ def plan_job(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Print bytes, objects, hours, and what records and scheduler cost, of an extraction that is too large to try."""
+    """Estimate bytes, objects, hours, and the cost of records and scheduler for a large extraction."""
     from wmcache.bench.plan_job import measure_encoder
     from wmcache.bench.plan_job import plan_job as run
     from wmcache.pipeline import encoders
@@ -67,11 +67,11 @@ def plan_job(
     for name, value in {
         "shards": f"{plan.shards} of {plan.frames_per_shard} frames, {human_bytes(plan.shard_bytes)} each",
         "tokens": human_bytes(plan.token_bytes),
-        "objects": f"{plan.objects}, of which {plan.shards} shards",
+        "objects": f"{plan.objects}, {plan.shards} of them shards",
         "records": human_bytes(plan.record_bytes),
         "workers": f"{plan.worker_hours:.1f} hours at {plan.frames_per_second:.0f} frames/s; {plan.hours:.2f} hours with "
         f"{settings['workers']} at once",
-        "memory of a worker": f"{human_bytes(plan.worker_memory)}, of which {human_bytes(plan.step_bytes)} step table",
+        "memory of a worker": f"{human_bytes(plan.worker_memory)}, with {human_bytes(plan.step_bytes)} of step table",
         "claim and record": f"{plan.commit_share:.2%} of a shard's time",
         "create, plan": f"{plan.create:.1f} s, {plan.plan:.1f} s",
         "finalize, open": f"{plan.finish:.1f} s, {plan.open:.1f} s",

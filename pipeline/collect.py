@@ -120,7 +120,7 @@ _thread = threading.local()
 
 
 def _simulator_of_thread(maze: Maze, image_size: int) -> PointMazeSimulator:
-    """The simulator of this thread: an OpenGL context takes 0.1 s to open, and is used and freed in one thread only."""
+    """Return the simulator of this thread: an OpenGL context takes 0.1 s to open, and is used and freed in one thread only."""
     simulator: PointMazeSimulator | None = getattr(_thread, "simulator", None)
     if simulator is None or (simulator.maze, simulator.image_size) != (maze, image_size):
         _thread.simulator = simulator = PointMazeSimulator(maze, image_size)

@@ -54,7 +54,7 @@ def extract(
     batch: int = 32,
     cluster: str = "local:1",
 ) -> bool:
-    """`extract_together` for one encoder; returns whether there was anything to do."""
+    """Encode with one encoder, see `extract_together`; returns whether there was anything to do."""
     return extract_together(dataset, [(encoder, out)], dtype=dtype, batch=batch, cluster=cluster)[0].worked
 
 
@@ -100,7 +100,7 @@ def extract_together(
 def extraction_task(
     dataset: FrameDataset, stores: Sequence[tuple[Encoder, StoreWriter]], *, device: str, batch: int
 ) -> ExtractShard:
-    """The task of an extraction into open stores, which are declared incomplete."""
+    """Declare open stores incomplete; returns the task that extracts into them."""
     networks, writers = zip(*stores, strict=True)
     share_backbones(networks)
     for writer in writers:
@@ -275,7 +275,7 @@ def read_for(encoder: Encoder, dataset: FrameDataset, numbers: NDArray[np.intege
 
 
 def earlier_frames(dataset: FrameDataset, numbers: NDArray[np.integer], lag: int) -> NDArray[np.integer]:
-    """The numbers of the frames `lag` env steps before; the first of its episode for frames that are earlier than that."""
+    """Return the numbers of the frames `lag` env steps before, or of the first frame of the episode."""
     earlier: NDArray[np.integer] = numbers - np.minimum(lag, dataset.steps.step[numbers])
     return earlier
 
@@ -288,7 +288,7 @@ def with_earlier(dataset: FrameDataset, frames: Frames, start: int, lag: int) ->
 
 
 def slice_of(shards: int, part: tuple[int, int]) -> range:
-    """The i-th of n contiguous slices of the shards, for `part` (i, n)."""
+    """Return the i-th of n contiguous slices of the shards, for `part` (i, n)."""
     number, count = part
     return range(number * shards // count, (number + 1) * shards // count)
 

@@ -93,7 +93,7 @@ class DatasetCard:
         return -(-self.frames // self.frames_per_shard)
 
     def shard_frames(self, shard: int) -> range:
-        """The global numbers of the frames of a shard."""
+        """Return the global numbers of the frames of a shard."""
         return range(shard * self.frames_per_shard, min(self.frames, (shard + 1) * self.frames_per_shard))
 
 
@@ -134,7 +134,7 @@ class FrameDatasetWriter:
                 )
 
     def pending(self) -> list[int]:
-        """The shards that are not written yet."""
+        """List the shards that are not written yet."""
         with cannot_write(self.path):
             names = set(names_in(self.path, "frames-"))
         return [shard for shard in range(self.card.num_shards) if shard_name(shard) not in names]
@@ -217,7 +217,7 @@ class FrameDataset:
         return self.card.num_shards
 
     def shard_frames(self, shard: int) -> range:
-        """The frames of a shard."""
+        """Return the global numbers of the frames of a shard."""
         return self.card.shard_frames(shard)
 
     def read_shard(self, shard: int) -> Frames:
@@ -262,12 +262,12 @@ def _collect_hint(path: AnyPath) -> str:
 
 
 def no_dataset(path: AnyPath) -> MissingError:
-    """The error for a missing dataset."""
+    """Return the error for a missing dataset."""
     return MissingError(f"{path / 'dataset.json'} does not exist; {did_you_mean(path, 'dataset', _collect_hint(path))}")
 
 
 def is_complete(path: AnyPath) -> bool:
-    """Whether a dataset is finished and has all its shards."""
+    """Return whether a dataset is finished and has all its shards."""
     try:
         names = set(names_in(path))
         card = FrameDataset.open(path).card
@@ -283,7 +283,7 @@ def fingerprint(steps_sha256: str, shards: list[ShardRecord]) -> str:
 
 
 def _inconsistency(card: DatasetCard) -> str | None:
-    """A contradiction in a card, which may come from another user, found before anything is allocated by its numbers."""
+    """Find a contradiction in a card of another user, before anything is allocated by its numbers."""
     if card.name in (".", ".."):
         return f"the name {card.name}"
     if len(card.shards) != card.num_shards:
@@ -295,7 +295,7 @@ def _inconsistency(card: DatasetCard) -> str | None:
 
 
 def shard_name(shard: int) -> str:
-    """`frames-000012.tar`."""
+    """Return `frames-000012.tar`."""
     return f"frames-{shard:06d}.tar"
 
 

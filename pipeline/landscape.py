@@ -76,7 +76,7 @@ def rank_correlation(values: NDArray[np.floating], others: NDArray[np.floating])
 
 
 def squared_distances(points: Float, others: Float) -> Float:
-    """[n, k], [m, k] -> [n, m]."""
+    """Compute squared distances, [n, k], [m, k] -> [n, m]."""
     from sklearn.metrics.pairwise import euclidean_distances
 
     distances: Float = euclidean_distances(points, others, squared=True)
@@ -84,7 +84,7 @@ def squared_distances(points: Float, others: Float) -> Float:
 
 
 def neighbours(maze: Maze, xy: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which positions see each other within STEP_DISTANCE, [n, n]."""
+    """Find the positions that see each other within STEP_DISTANCE, [n, n]."""
     near: NDArray[np.bool_] = np.linalg.norm(xy[:, None] - xy, axis=-1) < STEP_DISTANCE
     for share in (0.25, 0.5, 0.75):
         near &= maze.is_clear(share * xy[:, None] + (1 - share) * xy, 0.0)
@@ -92,7 +92,7 @@ def neighbours(maze: Maze, xy: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def find_maze(store: TokenStore, dataset: AnyPath | None = None) -> Maze | None:
-    """The maze of a store's frames, from its card or else from its dataset; None for frames without one."""
+    """Find the maze of a store's frames, in its card or else in its dataset; None for frames without one."""
     name, rows = store.card.dataset.get("name", ""), store.card.dataset.get("maze")
     if dataset is not None:
         frames = FrameDataset.open(dataset)

@@ -61,7 +61,7 @@ def preview(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, count: 
 
 
 def principal_colours(store: TokenStore, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The first three principal components of tokens, in [0, 1], [len(chosen), rows, columns, 3].
+    """Project tokens on their first three principal components, scaled to [0, 1], [len(chosen), rows, columns, 3].
 
     They are computed from frames of the whole store, so that a colour means the same in every picture of it.
     """

@@ -74,7 +74,7 @@ class Probe:
     moves: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the fields for JSON."""
         return asdict(self)
 
 
@@ -208,7 +208,7 @@ def fit_linear(points: Float, targets: Float, unseen: Float) -> Float:
 
 
 def fit_mlp(points: Float, targets: Float, unseen: Float) -> Float:
-    """A network with one hidden layer on the first principal components."""
+    """Fit a network with one hidden layer on the first principal components."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPRegressor
 

@@ -114,7 +114,7 @@ def _mark_stuck(axes: Axes, xy: Float, true: Float, ends: NDArray[np.int64], lat
 
 
 def picture_paths(stores: Sequence[AnyPath], out: Path | None = None) -> list[Path]:
-    """The picture of each store: beside it, or in `out` as `<folder>-<store>.probe.png`; raises UserError for equal paths."""
+    """Name the picture of each store: beside it, or in `out` as `<folder>-<store>.probe.png`; raises UserError for equal paths."""
     resolved = [store.resolve() for store in stores]
     paths = [
         beside(store, ".probe.png") if out is None else out / f"{store.parent.name}-{store.stem}.probe.png"

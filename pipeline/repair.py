@@ -149,7 +149,7 @@ def verify_deep(
 def live_encoder(
     path: AnyPath, *, dataset: AnyPath | None = None, weights: Path | None = None, device: str = "auto"
 ) -> Callable[[int], Tensor]:
-    """The store's encoder on the store's frames, as a trainer without a cache uses it.
+    """Load the store's encoder and frames, as a trainer without a cache uses it.
 
     Returns:
         n -> tokens float16 [n, N, D] of n decoded frames, encoded at each call.

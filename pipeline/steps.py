@@ -36,18 +36,18 @@ class Steps:
         return len(self.episode)
 
     def in_order(self) -> bool:
-        """Whether episodes and steps count up, and every number is finite."""
+        """Return whether episodes and steps count up, and every number is finite."""
         new = np.diff(self.episode, prepend=-1)
         step = np.where(new == 1, 0, np.roll(self.step, 1) + 1)
         finite = np.isfinite(self.action).all() and np.isfinite(self.state).all()
         return bool(finite and np.isin(new, (0, 1)).all() and (self.step == step).all() and len(self) > 0)
 
     def columns(self) -> dict[str, NDArray[Any]]:
-        """The columns of a token store."""
+        """Return the columns of a token store."""
         return {"action": self.action, "state": self.state, "episode": self.episode, "step": self.step}
 
     def key(self, frame: int) -> str:
-        """The frame's key in the tar shards."""
+        """Return the frame's key in the tar shards."""
         return f"{self.episode[frame]:06d}-{self.step[frame]:05d}"
 
     def sha256(self) -> str:
@@ -59,7 +59,7 @@ class Steps:
         return digest.hexdigest()
 
     def to_table(self) -> pa.Table:
-        """The Parquet table."""
+        """Make the Parquet table."""
         columns = {"episode": pa.array(self.episode), "step": pa.array(self.step)}
         for name, array in (("action", self.action), ("state", self.state)):
             columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(array.ravel()), array.shape[1])

@@ -18,13 +18,13 @@ from wmcache.pipeline.frames import FrameDataset
 
 
 def default_store(dataset: str, encoder: Encoder, dtype: str = "float16") -> Path:
-    """`$WMCACHE_HOME/stores/<dataset>/<encoder>-<image size>.zarr`, or `-<image size>-int8.zarr`."""
+    """Return `$WMCACHE_HOME/stores/<dataset>/<encoder>-<image size>.zarr`, or `-<image size>-int8.zarr`."""
     suffix = "" if dtype == "float16" else f"-{dtype}"
     return home() / "stores" / dataset / f"{encoder.spec.name}-{encoder.image_size}{suffix}.zarr"
 
 
 def store_card(dataset: FrameDataset, encoder: Encoder, dtype: str) -> StoreCard:
-    """The card of a store."""
+    """Describe the store of an encoder's tokens."""
     card = dataset.card
     return StoreCard(
         encoder=encoder.recipe(),
@@ -66,7 +66,7 @@ class StoreRecipe:
 
     @classmethod
     def of(cls, encoder: Encoder, writer: StoreWriter) -> StoreRecipe:
-        """The recipe of an open store."""
+        """Describe an open store."""
         return cls(encoder.recipe(), writer.identity, absolute(writer.path))
 
     def open(self, device: str) -> tuple[Encoder, StoreWriter]:
@@ -85,7 +85,7 @@ class StoreRecipe:
 
 
 def is_complete(path: AnyPath) -> bool:
-    """Whether a store is complete and has all its shards."""
+    """Return whether a store is complete and has all its shards."""
     try:
         attributes = read_attributes(path)
         identity = Identity.from_json(attributes["identity"], str(path))
@@ -95,7 +95,7 @@ def is_complete(path: AnyPath) -> bool:
 
 
 def has_work(writer: StoreWriter) -> bool:
-    """Whether a store lacks shards, or is not declared complete."""
+    """Return whether a store lacks shards, or is not declared complete."""
     return bool(writer.pending()) or not read_attributes(writer.path)["complete"]
 
 

@@ -33,15 +33,8 @@ from wmcache.trainer.runs import is_run, lock_run, read_config, write_settings
 from wmcache.trainer.train import data_shape, make_optimiser, statistics_of
 
 KNOWN_PREFIXES = (
-    "torch.nn.modules.",
-    "torch.optim.",
-    "accelerate.",
-    "models.vit.",
-    "models.proprio.",
-    "models.vqvae.",
-    "models.decoder.",
-    "models.dino.",
-    "dinov2.",
+    *("torch.nn.modules.", "torch.optim.", "accelerate.", "dinov2."),
+    *("models.vit.", "models.proprio.", "models.vqvae.", "models.decoder.", "models.dino."),
 )
 KNOWN_NAMES = {
     *("__builtin__.set", "__builtin__.dict", "builtins.set", "builtins.dict"),
@@ -89,7 +82,7 @@ class Imported:
 
 @dataclass(frozen=True)
 class _Settings:
-    """Settings of the model in hydra.yaml; `side` is that of the patch grid."""
+    """Settings of the model in hydra.yaml; `side` is the side of the patch grid."""
 
     history: int
     frameskip: int
@@ -195,7 +188,7 @@ def _read_settings(file: Path) -> _Settings:
 
 
 def _check_store(store: TokenStore, cache: AnyPath, settings: _Settings, file: Path) -> None:
-    """Raise UserError for tokens other than those of the reference's encoder (models/visual_world_model.py)."""
+    """Raise UserError where the tokens are not from the reference's encoder (models/visual_world_model.py)."""
     side, identity = settings.side, store.identity
     wanted = {
         "encoder": "dinov2",

@@ -24,7 +24,7 @@ from wmcache.common.paths import cause_outside, unreadable
 AGAIN = "get the checkpoint again from a source that you trust"
 
 MAX_PROGRAM_BYTES = 64_000_000
-"""Size of the pickle without the numbers; that of a DINO-WM checkpoint is below one million."""
+"""Size of the pickle without the numbers; a DINO-WM checkpoint has less than one million."""
 MAX_DIMENSIONS = 64
 
 DTYPES = {
@@ -284,6 +284,6 @@ def _expect(value: Any, kind: type) -> Any:
 
 
 def shown(value: object) -> str:
-    """Format a value from a file for a message: short, and in no time, whatever it is."""
+    """Format a value from a file for a message; short and fast for any value."""
     plain = isinstance(value, str | float | bool | None) or (isinstance(value, int) and abs(value) < 2**64)
     return repr(value)[:80] if plain else f"a {type(value).__name__}"

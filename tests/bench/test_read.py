@@ -24,7 +24,7 @@ RATIOS = ("ratio_to_memmap_take", "ratio_to_memmap_take_clip", "ratio_to_zarr")
 
 @pytest.fixture
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary folders are made."""
+    """The folder of temporary folders."""
     folder = tmp_path / "scratch"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -67,7 +67,7 @@ def test_a_benchmark_that_fails_leaves_nothing(scratch: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_what_is_kept_are_a_sound_store_and_a_plain_file_of_the_same_bytes(tmp_path: Path, dtype: str) -> None:
+def test_a_sound_store_and_a_plain_file_of_the_same_bytes_are_kept(tmp_path: Path, dtype: str) -> None:
     keep = tmp_path / "not there yet" / "kept"
     bench_read(600, tokens=2, dim=3, batch=4, dtype=dtype, keep=keep)
     assert sorted(path.name for path in keep.iterdir()) == ["bench.npy", "bench.zarr"]
@@ -77,11 +77,11 @@ def test_what_is_kept_are_a_sound_store_and_a_plain_file_of_the_same_bytes(tmp_p
     assert (plain.dtype, plain.shape) == (dtype, (600, 2, 3))
     assert (store.card.num_shards, store.card.frame_shape) == (2, (2, 3))
     assert plain.tobytes() == store.gather_stored(np.arange(600)).tobytes()
-    # Nothing that a file system or a reader could guess.
+    # Values that no file system can compress away.
     assert len(np.unique(plain)) > 100
 
 
-def test_what_was_kept_is_used_again(tmp_path: Path) -> None:
+def test_a_kept_store_is_used_again(tmp_path: Path) -> None:
     bench_read(100, tokens=2, dim=3, batch=2, keep=tmp_path)
     store = tmp_path / "bench.zarr"
     before = {file: file.stat().st_mtime_ns for file in store.rglob("*")}
@@ -90,7 +90,7 @@ def test_what_was_kept_is_used_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", [{"tokens": 4}, {"dim": 6}, {"frames": 150}, {"dtype": "int8"}], ids=str)
-def test_what_was_kept_of_another_size_is_not_measured_in_its_place(
+def test_a_kept_store_of_another_size_is_not_measured(
     tmp_path: Path, other: dict[str, int | str]
 ) -> None:
     sizes: dict[str, int | str] = {"frames": 100, "tokens": 2, "dim": 3, "dtype": "float16"}
@@ -98,7 +98,7 @@ def test_what_was_kept_of_another_size_is_not_measured_in_its_place(
     wanted = {**sizes, **other}
     try:
         bench_read(batch=2, keep=tmp_path, **wanted)  # type: ignore[arg-type]
-    except UserError:  # refused, or written again: both are right
+    except UserError:  # refused, or made again: both are right
         wanted = sizes
     card = TokenStore.open(tmp_path / "bench.zarr").card
     assert (card.frames, *card.frame_shape, card.dtype) == tuple(wanted.values())
@@ -123,7 +123,7 @@ def smooth_path(
 
 
 @pytest.mark.parametrize("frames", [50, 24, 10_000])
-def test_figures_of_smaller_forms(scratch: Path, smooth_path: Path, frames: int) -> None:
+def test_figures_of_smaller_formats(scratch: Path, smooth_path: Path, frames: int) -> None:
     rows = {row["form"]: row for row in bench_codecs(smooth_path, frames=frames, batch=3)}
     assert list(rows) == ["float16", "int8", "zstd", "blosc lz4 shuffled"]
     for row in rows.values():

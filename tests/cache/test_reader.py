@@ -44,17 +44,6 @@ def edit_attributes(path: Path, edit: Callable[[dict[str, Any]], object]) -> Non
     write_attributes(path, attributes)
 
 
-@settings(max_examples=60)
-@given(frames=st.lists(st.integers(0, 359), max_size=40))
-@example(frames=[])
-@example(frames=[359, 0, 359, 320, 319, 64, 63])
-def test_gather_reads_what_zarr_reads(store: TokenStore, store_path: Path, frames: list[int]) -> None:
-    reference = zarr.open_group(store_path, mode="r")["tokens"]
-    found = store.gather(np.array(frames, dtype=np.int64))
-    np.testing.assert_array_equal(found, reference.oindex[frames] if frames else reference[:0])
-    assert found.dtype == np.float16
-
-
 @settings(max_examples=30)
 @given(
     frames=st.integers(1, 40), frames_per_shard=st.integers(1, 12), zeros=st.sets(st.integers(0, 39)), data=st.data()
@@ -123,22 +112,14 @@ def test_a_damaged_shard_is_named_and_the_others_are_read(finished: Path, tokens
     data = bytearray(file.read_bytes())
     DAMAGES[damage](data)
     file.write_bytes(data)
-    with pytest.raises(UserError, match=r"tokens/c\.1\.0\.0"):
+    with pytest.raises(UserError, match=r"tokens/c\.1\.0\.0") as caught:
         TokenStore.open(finished).gather(np.array([16]))
+    assert ("frame 18;" in str(caught.value)) == (damage == "a chunk missing")
     edit_attributes(finished, lambda attributes: attributes.update(complete=False))
     store = TokenStore.open(finished, allow_incomplete=True)
     with pytest.raises(UserError, match=r"tokens/c\.1\.0\.0"):
         store.gather(np.array([16]))
     np.testing.assert_array_equal(store.gather(np.array([15, 32, 49])), tokens[[15, 32, 49]])
-
-
-def test_a_missing_chunk_is_named(finished: Path) -> None:
-    file = finished / "tokens/c.1.0.0"
-    data = bytearray(file.read_bytes())
-    DAMAGES["a chunk missing"](data)
-    file.write_bytes(data)
-    with pytest.raises(UserError, match=r"c\.1\.0\.0 .*frame 18;"):
-        TokenStore.open(finished).gather(np.array([16]))
 
 
 def test_a_missing_shard_is_an_error_and_never_zeros(finished: Path) -> None:

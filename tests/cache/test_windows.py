@@ -131,16 +131,13 @@ def test_a_run_resumed_at_any_step_sees_what_it_would_have_seen(windows: int, ba
     np.testing.assert_array_equal(batch_windows(windows, seed, step, batch), order[step * batch : (step + 1) * batch])
 
 
-parallel = given(
+@given(
     windows=st.integers(1, 60),
     size=st.integers(1, 20),
     seed=st.integers(0, 2**32),
     step=st.integers(0, 30),
     world_size=st.integers(1, 6),
 )
-
-
-@parallel
 def test_processes_together_see_what_one_alone_sees(
     windows: int, size: int, seed: int, step: int, world_size: int
 ) -> None:
@@ -155,36 +152,6 @@ def test_a_batch_is_not_cut_into_unequal_slices() -> None:
         batch_windows(50, 0, 0, 8, 0, 3)
 
 
-@parallel
-def test_a_process_resumed_in_the_middle_of_an_epoch_sees_what_it_would_have_seen(
-    windows: int, size: int, seed: int, step: int, world_size: int
-) -> None:
-    rank, batch = seed % world_size, world_size * size
-    straight = [batch_windows(windows, seed, each, batch, rank, world_size).tolist() for each in range(step + 3)]
-    epoch_order.cache_clear()  # another process knows no order yet
-    resumed = [batch_windows(windows, seed, each, batch, rank, world_size).tolist() for each in range(step, step + 3)]
-    assert resumed == straight[step:]
-    # The order depends on its arguments, and not on earlier calls.
-    backwards = [batch_windows(windows, seed, each, batch, rank, world_size).tolist() for each in reversed(range(step))]
-    assert backwards == straight[:step][::-1]
-
-
-@given(windows=st.integers(1, 60), size=st.integers(1, 20), seed=st.integers(0, 2**32), world_size=st.integers(1, 6))
-def test_processes_together_see_every_window_of_an_epoch_once(
-    windows: int, size: int, seed: int, world_size: int
-) -> None:
-    batch = world_size * size
-    steps = -(-2 * windows // batch)
-    seen = [
-        window
-        for step in range(steps)
-        for rank in range(world_size)
-        for window in batch_windows(windows, seed, step, batch, rank, world_size).tolist()
-    ]
-    for epoch in range(2):
-        assert sorted(seen[epoch * windows : (epoch + 1) * windows]) == list(range(windows))
-
-
 def test_changing_a_batch_does_not_change_the_order() -> None:
     first = batch_windows(50, 3, 0, 20)
     expected = first.copy()
@@ -192,9 +159,12 @@ def test_changing_a_batch_does_not_change_the_order() -> None:
     np.testing.assert_array_equal(batch_windows(50, 3, 0, 20), expected)
 
 
-def test_epochs_and_seeds_have_different_orders() -> None:
+def test_epochs_and_seeds_have_different_orders_of_all_windows() -> None:
     orders = [tuple(epoch_order(100, seed, epoch).tolist()) for seed in range(3) for epoch in range(5)]
     assert len(set(orders)) == len(orders)
+    assert {tuple(sorted(order)) for order in orders} == {tuple(range(100))}
+    epoch_order.cache_clear()  # another process computes them again
+    assert orders[:5] == [tuple(epoch_order(100, 0, epoch).tolist()) for epoch in range(5)]
 
 
 def test_a_window_in_a_missing_shard_is_refused(tmp_path: Path, make_writer: Callable[..., StoreWriter]) -> None:

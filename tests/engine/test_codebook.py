@@ -34,7 +34,7 @@ def test_an_entry_moves_by_a_moving_average_and_not_by_a_gradient() -> None:
     assert not list(codebook.parameters())
 
 
-def test_the_codebook_rests_while_it_is_only_looked_through() -> None:
+def test_the_codebook_does_not_change_in_eval_mode() -> None:
     codebook = Codebook(4, 2, 0.9)
     codebook(torch.randn(8, 4, 2))
     before = codebook.entries.clone()
@@ -42,7 +42,7 @@ def test_the_codebook_rests_while_it_is_only_looked_through() -> None:
     assert torch.equal(codebook.entries, before)
 
 
-def test_an_entry_that_no_token_is_near_to_restarts() -> None:
+def test_an_entry_without_near_tokens_restarts() -> None:
     torch.manual_seed(0)
     codebook = Codebook(2, 2, 0.5)
     codebook.entries.copy_(torch.tensor([[0.0, 0.0], [100.0, 100.0]]))

@@ -1,4 +1,4 @@
-"""What the tests of the write side share: copies to damage, and a way to see what changed."""
+"""Copies to damage, and snapshots of their bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Snapshot = Callable[[Path], dict[str, bytes]]
 
 @pytest.fixture
 def copied(dataset_path: Path, tmp_path: Path) -> Path:
-    """A dataset of one's own, under the same name, to be damaged at will."""
+    """A copy of the dataset, under the same name, to damage."""
     return Path(shutil.copytree(dataset_path, tmp_path / dataset_path.name))
 
 

@@ -239,11 +239,8 @@ def test_a_shard_that_another_process_has_done_is_not_written(
 DAMAGE: dict[str, Callable[[UPath], object]] = {
     "shard flipped": lambda path: flip(shard_file(path, 2)),  # type: ignore[arg-type]
     "shard lost": lambda path: remove(shard_file(path, 2)),
-    "shard cut": lambda path: put(path / "tokens" / "c.2.0.0", read_bytes(shard_file(path, 2))[:-5]),
     "record lost": lambda path: remove(record_file(path, 2)),
-    "record garbled": lambda path: put(path / "tokens" / "commits" / "000002.json", b"{"),
     "column lost": lambda path: remove(path / "state"),
-    "checksums lost": lambda path: remove(path / "sha256"),
     "array garbled": lambda path: put(path / "tokens" / "zarr.json", b"{"),
 }
 

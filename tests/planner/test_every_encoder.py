@@ -1,4 +1,4 @@
-"""Every encoder there is, from small weights of the real classes: what is cached is what is live, and the road ends in a plan."""
+"""Every encoder, with small weights of the real classes: live tokens equal cached ones, and a model trained on them plans."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from wmcache.planner.options import PlanOptions
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.train import train
 
-# Change maps are labels, not a representation: a planner sees a single frame, in which nothing has changed.
+# Change maps are labels, not a representation: in the single frame of a plan nothing has changed.
 NAMES = [spec.name for spec in encoders.specs() if spec.name != "changes"]
 TRANSFORMER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 SIZES = {"dinov2": 28, "dinov3": 32, "siglip2": 32, "vjepa2": 32, "resnet18": 64, "r3m": 64}
@@ -42,7 +42,7 @@ ADAPTERS = {"dino-tok-vq": {"codes": 8}, "dino-tok": {}, "vfm-vae": {}, "pca": {
 
 @pytest.fixture(scope="module")
 def frames(tmp_path_factory: pytest.TempPathFactory) -> FrameDataset:
-    """4 episodes of 26 frames; with fewer, no window of two frames 5 apart would be held out."""
+    """4 episodes of 26 frames; fewer would leave no held-out window of two frames 5 apart."""
     path = tmp_path_factory.mktemp("few") / "pointmaze-umaze"
     collect("UMaze", path, episodes=4, length=26, image_size=32, frames_per_shard=40, cluster="local:1")
     return FrameDataset.open(path)
@@ -112,7 +112,7 @@ def stores(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_live_is_what_is_cached(
+def test_live_tokens_equal_cached_ones(
     frames: FrameDataset, weights: dict[str, Path | None], stores: dict[str, Path], name: str
 ) -> None:
     encoder, store = create(name, weights), TokenStore.open(stores[name])
@@ -126,7 +126,7 @@ def test_what_is_live_is_what_is_cached(
 
 # In these tests the sizes of a family are the same small network.
 @pytest.mark.parametrize("name", [name for name in NAMES if not {"base", "large"} & set(name.split("-"))])
-def test_the_size_of_the_batch_changes_the_last_bit_at_most(
+def test_the_batch_size_changes_at_most_the_last_bit(
     frames: FrameDataset, weights: dict[str, Path | None], name: str
 ) -> None:
     encoder = create(name, weights)
@@ -150,7 +150,7 @@ def test_the_size_of_the_batch_changes_the_last_bit_at_most(
 
 
 @pytest.mark.parametrize("name", ["dinov2-cls", "vjepa2", "vjepa2-pair", "resnet18", "vae", "dino-tok", "pixels"])
-def test_the_road_ends_in_a_plan(stores: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_a_model_trained_on_them_plans(stores: dict[str, Path], tmp_path: Path, name: str) -> None:
     sizes = {"width": 16, "depth": 1, "heads": 2, "dropout": 0.0}
     options = TrainOptions(model_options=sizes, history=2, steps=2, batch=8, dtype="float32", device="cpu")
     train(stores[name], tmp_path / "run", options)

@@ -1,4 +1,4 @@
-"""docs/examples/plan_elsewhere.py: from a simulator that wmcache does not know to a plan in it."""
+"""docs/examples/plan_elsewhere.py: planning in a simulator of the user's own."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ TINY = "--model dino-wm --width 32 --depth 1 --heads 2 --batch-size 16 --framesk
 class Point:
     """A blob on a square; an action moves it."""
 
-    def __init__(self, place: np.ndarray) -> None:
-        self.place = np.asarray(place, np.float64)
+    def __init__(self, position: np.ndarray) -> None:
+        self.position = np.asarray(position, np.float64)
 
     def observe(self) -> tuple[np.ndarray, np.ndarray]:
         y, x = np.mgrid[:32, :32] / 31
-        glow = np.exp(-((x - self.place[0]) ** 2 + (y - self.place[1]) ** 2) / 0.02)
-        return np.repeat((255 * glow).astype(np.uint8)[:, :, None], 3, axis=2), self.place.copy()
+        glow = np.exp(-((x - self.position[0]) ** 2 + (y - self.position[1]) ** 2) / 0.02)
+        return np.repeat((255 * glow).astype(np.uint8)[:, :, None], 3, axis=2), self.position.copy()
 
     def step(self, action: np.ndarray) -> None:
-        self.place = np.clip(self.place + 0.05 * np.clip(action, -1, 1), 0, 1)
+        self.position = np.clip(self.position + 0.05 * np.clip(action, -1, 1), 0, 1)
 
 
 def record(folder: Path, episodes: int, length: int) -> Path:
@@ -84,7 +84,7 @@ def test_a_run_of_imported_frames_plans_in_the_user_s_simulator(
         wmtrain, [*TINY.split(), *map(str, ("--cache", store_of_points, "--out", run, "--steps", 10))]
     )
     assert trained.exit_code == 0, trained.output
-    # wmplan has no simulator of these frames, so it is not advised.
+    # wmplan has no simulator of these frames, so the hint is another.
     assert "wmplan --run" not in trained.output
     assert "docs/import.md" in trained.output
     assert f"wmtrain decoder --cache {store_of_points}" in trained.output
@@ -92,17 +92,17 @@ def test_a_run_of_imported_frames_plans_in_the_user_s_simulator(
     assert refused.exit_code == 1
     assert "docs/import.md" in refused.output
     point = Point(np.array([0.2, 0.3]))
-    taken = example.plan_elsewhere(run, point, Point(np.array([0.7, 0.6])).observe()[0], 5)
-    assert np.shape(taken) == (6, 2)
-    assert np.abs(taken).max() <= 1
+    executed = example.plan_elsewhere(run, point, Point(np.array([0.7, 0.6])).observe()[0], 5)
+    assert np.shape(executed) == (6, 2)
+    assert np.abs(executed).max() <= 1
     moved = Point(np.array([0.2, 0.3]))
-    for action in taken:
+    for action in executed:
         moved.step(action)
-    np.testing.assert_array_equal(moved.place, point.place)
+    np.testing.assert_array_equal(moved.position, point.position)
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "wmcache/PointMaze-Nowhere-v0", "nowhere.txt"])
-def test_collect_says_which_environments_there_are(tmp_path: Path, env: str) -> None:
+def test_collect_lists_the_known_environments(tmp_path: Path, env: str) -> None:
     result = CliRunner().invoke(main, ["collect", "--env", env, "--out", str(tmp_path / "out")])
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1

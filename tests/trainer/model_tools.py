@@ -47,7 +47,7 @@ REFERENCE: dict[str, Any] = {"proprio": "embedding", "predict": "frame", "width"
 
 
 def _pairwise(variants: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Some of them, in which every two choices meet that can."""
+    """A few variants that cover every pair of choices."""
     met: set[Any] = set()
     for variant in variants:
         pairs = set(itertools.combinations(variant.items(), 2))
@@ -86,7 +86,7 @@ def make_model(statistics: dict[str, Tensor] | None = None, shape: DataShape = S
 
 
 def make_trained_model(**options: Any) -> Any:
-    """An untrained model predicts that nothing changes, whatever it attends to; random weights make it show what it sees."""
+    """A model with random weights; an untrained one predicts no change, whatever its input."""
     return randomise(make_model(**options))
 
 

@@ -1,4 +1,4 @@
-"""Rollouts and steps of the world models as slow, independent code that keeps nothing but frames."""
+"""Rollouts and steps of the world models as slow, independent code that reuses only frames."""
 
 from __future__ import annotations
 

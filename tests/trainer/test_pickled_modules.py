@@ -1,4 +1,4 @@
-"""A checkpoint of whole modules is never unpickled: whatever the file asks for is refused by its name, and damage is one line."""
+"""A checkpoint of whole modules is never unpickled: unknown names are refused by name, and damage is one line."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class TransposedConvDecoder(Decoder):
     options: TransposedConvOptions
 
     def __init__(self, shape: DecoderShape, options: TransposedConvOptions, statistics: Mapping[str, Tensor]) -> None:
-        """Build the decoder; arguments as of `Decoder`."""
+        """Build the decoder; see `Decoder` for the arguments."""
         super().__init__(shape, options, statistics)
         channels = [factor * options.depth for factor in (32, 8, 4, 2, 1)] + [3]
         self.project = nn.Linear(shape.rows * shape.columns * shape.token_dim, channels[0])

@@ -46,7 +46,7 @@ class VqVaeDecoder(Decoder):
     options: VqVaeOptions
 
     def __init__(self, shape: DecoderShape, options: VqVaeOptions, statistics: Mapping[str, Tensor]) -> None:
-        """Build the decoder; arguments as of `Decoder`."""
+        """Build the decoder; see `Decoder` for the arguments."""
         super().__init__(shape, options, statistics)
         self.codebook = Codebook(options.codes, shape.token_dim, options.decay) if options.quantize else None
         self.first = make_stack(shape.token_dim, shape.token_dim, options)

@@ -60,7 +60,7 @@ class DinoWm(LatentModel):
     options: DinoWmOptions
 
     def __init__(self, shape: DataShape, options: DinoWmOptions, statistics: Mapping[str, Tensor]) -> None:
-        """Build the model; arguments as of `WorldModel`.
+        """Build the model; see `WorldModel` for the arguments.
 
         Raises:
             UserError: there is no history for a second step.

@@ -80,7 +80,7 @@ class LatentModel(WorldModel):
         proprio_embedding: int,
         action_embedding: int,
     ) -> None:
-        """Build the embeddings, of so many dimensions; the other arguments are those of `WorldModel`."""
+        """Build embeddings with so many dimensions; see `WorldModel` for the other arguments."""
         known = {
             name: value.float().clamp_min(MIN_STD) if name.endswith("std") else value.float()
             for name, value in statistics.items()
@@ -151,7 +151,7 @@ class LatentModel(WorldModel):
 
         Args:
             tokens: [B, n, N, D] observed. embedding: [B, n, 1, Q] of their proprio.
-            futures: [B * samples, n - 1 + t, f * A]; those of one observed sequence follow each other.
+            futures: [B * samples, n - 1 + t, f * A], sorted by observed sequence.
             samples: futures of each observed sequence. context: frames that a step sees.
 
         Returns:
@@ -168,7 +168,7 @@ def zero_init(*heads: nn.Linear | None) -> None:
 
 
 def append(tokens: Tensor, parts: list[Tensor]) -> Tensor:
-    """Append to the channels of tokens [B, T, N, D] those of parts [B, T, 1 or N, …]."""
+    """Concatenate the channels of tokens [B, T, N, D] and of parts [B, T, 1 or N, …]."""
     return torch.cat([tokens, *(part.expand(-1, -1, tokens.shape[2], -1) for part in parts)], -1)
 
 

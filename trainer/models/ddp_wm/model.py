@@ -9,7 +9,7 @@ With the options of the preset `ddp-wm` these have the sizes of the reference (m
 from the paper, this follows the paper: cells belong to the patch that contains them; frames before the newest are known by their age; the
 fused frame is normed with and without such frames; K, the largest logits, is a constant of the model, so that the future of a candidate
 does not depend on the rest of its batch; and the primary predictor is trained on frames as a rollout makes them, whose changes come from
-the true next frame. The defaults differ as those of `dino_wm.py` do.
+the true next frame. The defaults differ from it as in `dino_wm.py`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ USUAL_THRESHOLD = {"pixels": 0.1, "features": 0.5}
 
 @dataclass(frozen=True)
 class DdpWmOptions(LatentOptions):
-    """Sizes and variants; width, depth, heads, head_dim and mlp are those of the primary predictor."""
+    """Sizes and variants; width, depth, heads, head_dim and mlp belong to the primary predictor."""
 
     foreground: SizeOrNone = option(0, "Tokens of a frame that are predicted; 0: enough for 99 % of the steps.")
     locator_width: Size = option(96, "Width of the localization network.")
@@ -83,7 +83,7 @@ class DdpWm(LatentModel):
     options: DdpWmOptions
 
     def __init__(self, shape: DataShape, options: DdpWmOptions, statistics: Mapping[str, Tensor]) -> None:
-        """Build the model; arguments as of `WorldModel`.
+        """Build the model; see `WorldModel` for the arguments.
 
         Raises:
             UserError: no token would be left to stay as it is.
@@ -314,10 +314,8 @@ class DdpWm(LatentModel):
         new_tokens = out[..., :dim]
         new_embedding = out[..., dim : dim + self.proprio_size] if self.options.proprio == "embedding" else None
         if self.options.predict == "change":
-            new_tokens, new_embedding = (
-                tokens + new_tokens,
-                None if new_embedding is None else embedding + new_embedding,
-            )
+            new_tokens = tokens + new_tokens
+            new_embedding = None if new_embedding is None else embedding + new_embedding
         return new_tokens, new_embedding
 
     def imagine(

@@ -40,7 +40,7 @@ class Fusion(nn.Module):
     """The newest frame attends to the frames before it."""
 
     def __init__(self, tokens: int, width: int, history: int, heads: int, dropout: float, std: float) -> None:
-        """Build it for at most `history` frames, the newest included; the other arguments are those of `Vit`."""
+        """Build it for at most `history` frames, the newest included; see `Vit` for the other arguments."""
         super().__init__()
         self.norm = nn.LayerNorm(width)
         if history > 1:
@@ -81,7 +81,7 @@ class Localizer(nn.Module):
         dropout: float,
         std: float,
     ) -> None:
-        """Build it with `width` beside the dimensions of all `embeddings`; the other arguments are those of `Vit`."""
+        """Build it with `width` beside the dimensions of all `embeddings`; see `Vit` for the other arguments."""
         super().__init__()
         self.token_dim = shape.token_dim
         self.reduce = nn.Linear(shape.token_dim, width)
@@ -106,7 +106,7 @@ class Correction(nn.Module):
     """The tokens that stay attend to those that change."""
 
     def __init__(self, tokens: int, width: int, primary_width: int, heads: int, std: float) -> None:
-        """Build it for combined frames of `width`; the other arguments are those of `Vit`."""
+        """Build it for combined frames of `width`; see `Vit` for the other arguments."""
         super().__init__()
         self.project = nn.Linear(primary_width, width) if primary_width != width else nn.Identity()
         self.attention, self.norm = CrossAttention(width, heads, 0.0), nn.LayerNorm(width)
