@@ -90,9 +90,7 @@ def test_a_kept_store_is_used_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", [{"tokens": 4}, {"dim": 6}, {"frames": 150}, {"dtype": "int8"}], ids=str)
-def test_a_kept_store_of_another_size_is_not_measured(
-    tmp_path: Path, other: dict[str, int | str]
-) -> None:
+def test_a_kept_store_of_another_size_is_not_measured(tmp_path: Path, other: dict[str, int | str]) -> None:
     sizes: dict[str, int | str] = {"frames": 100, "tokens": 2, "dim": 3, "dtype": "float16"}
     bench_read(batch=2, keep=tmp_path, **sizes)  # type: ignore[arg-type]
     wanted = {**sizes, **other}
