@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,17 +53,14 @@ def bench_read(
         `numpy.take` from the memory-mapped file into the same buffer, in two modes; and of two methods of the zarr API; and ratios to
         them, for zarr to the faster one.
     """
-    folder = keep or Path(tempfile.mkdtemp(prefix="wmcache-bench-"))
-    try:
+    with nullcontext(keep) if keep else tempfile.TemporaryDirectory(prefix="wmcache-bench-") as name:
+        folder = Path(name)
         make_folder(folder)
         card = StoreCard({}, {"name": "bench"}, (1, tokens), dim, frames, FRAMES_PER_SHARD, dtype)
         require_space(folder, 2 * card.token_bytes, "the benchmark")
         store = TokenStore.open(_make_store(folder / "bench.zarr", card))
         plain = _make_plain(folder / "bench.npy", store)
         return {"frames": frames, "windows_per_batch": batch, **_race(store, plain, batch)}
-    finally:
-        if keep is None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _race(store: TokenStore, plain: NDArray[np.generic], batch: int) -> dict[str, float]:
