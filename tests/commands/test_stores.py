@@ -173,7 +173,7 @@ def test_a_sound_store_needs_no_repair(road: Path) -> None:
     assert contents(road) == before
 
 
-def test_frames_and_weights_may_move(self, road: Path, tmp_path: Path) -> None:
+def test_frames_and_weights_may_move(road: Path, tmp_path: Path) -> None:
     lines = (
         "wmcache collect --episodes 2 --length 8 --image-size 32 --frames-per-shard 8 --cluster local:1 --out {tmp}/a",
         "wmcache fit --dataset {tmp}/a --steps 1 --batch-size 4 --device cpu --out {tmp}/a.safetensors",
@@ -231,7 +231,7 @@ def test_a_damaged_store_can_be_deleted_too(road: Path, damaged: Path) -> None:
 
 @pytest.mark.parametrize("command", ["info", "verify", "repair", "preview --count 1", "rm --yes"])
 def test_a_store_can_be_named_from_inside(
-    self, road: Path, store: Path, monkeypatch: pytest.MonkeyPatch, command: str
+    road: Path, store: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.chdir(store)
     result = run(f"wmcache {command} .", road)
