@@ -191,12 +191,12 @@ def roughness(planes: NDArray[np.float64]) -> dict[str, float]:
     }
 
 
-def draw_landscapes(planes: Mapping[str, NDArray[np.float64]], episode: int = 0) -> bytes:
-    """Draw the landscape of one episode for each run, scaled to its own range, with a dot at its plan; returns a PNG."""
+def draw_landscapes(planes: Mapping[str, NDArray[np.float64]]) -> bytes:
+    """Draw the first episode's landscape for each run, scaled to its own range, with a dot at its plan; returns a PNG."""
     figure = Figure(figsize=(2.7 * len(planes) + 0.9, 3.2), layout="constrained", dpi=120)
     panels = figure.subplots(1, len(planes), squeeze=False)[0]
     for axes, (name, costs) in zip(panels, planes.items(), strict=True):
-        plane = costs[episode]
+        plane = costs[0]
         scaled = (plane - plane.min()) / max(float(np.ptp(plane)), 1e-12)
         image = axes.imshow(scaled, origin="lower", extent=(-REACH, REACH, -REACH, REACH), cmap="viridis")
         if scaled.any():  # a flat landscape has no contours

@@ -27,7 +27,7 @@ from wmcache.common.errors import UserError
 from wmcache.pipeline.encoders import Encoder, tcn
 from wmcache.pipeline.extract import ExtractShard, extract, extract_together, extraction_task, slice_of
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.stores import store_card
+from wmcache.pipeline.stores import create_store
 
 ROUNDS = 3
 SCALES = (1, 4, 16)
@@ -257,8 +257,7 @@ def bench_cluster(
 
 def _create_store(dataset: FrameDataset, encoder: Encoder, batch: int, out: Path) -> tuple[ExtractShard, StoreWriter]:
     """Create a store; returns the task that writes one of its shards."""
-    identity = encoder.identity(dataset.card.fingerprint)
-    writer = StoreWriter.create(out, store_card(dataset, encoder, "float16"), identity, dataset.steps.columns())
+    writer = create_store(dataset, encoder, out)
     return extraction_task(dataset, [(encoder, writer)], device=str(encoder.device), batch=batch), writer
 
 

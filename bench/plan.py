@@ -63,7 +63,7 @@ class PlanRace:
             costs.append(self.objective(latents[None], latents[None, :, :, :0, 0], slice(0, 1)))
         return torch.cat(costs, 1)
 
-    def ours(self, dtype: torch.dtype) -> Cost:
+    def cost_in(self, dtype: torch.dtype) -> Cost:
         """Encode the present frame once; returns the cost of this implementation."""
         history, device = self.model.shape.history, self.context.device
         mpc = Mpc(self.model, self.solver, self.objective, self.horizon, history, self.context.frameskip, device, dtype)
@@ -118,11 +118,11 @@ def bench_run(
     race = PlanRace(context, Cem(samples, elites, iterations, sigma=0.577), horizon)
     precision, candidates = choose_dtype(dtype, context.device), samples * iterations
     with tqdm(total=candidates * 3, desc="bench plan", unit=" candidates") as bar:
-        fast, exact = (race.time(partial(race.ours, kind), bar) for kind in (precision, torch.float32))
+        fast, exact = (race.time(partial(race.cost_in, kind), bar) for kind in (precision, torch.float32))
         slow = race.time(lambda: race.reference, bar)
     two = torch.zeros(1, 2, horizon, race.model.shape.action_dim, device=context.device)
     with torch.inference_mode():
-        reference_gflop, gflop = (count_flops(cost, two) / 2e9 for cost in (race.reference, race.ours(precision)))
+        reference_gflop, gflop = (count_flops(cost, two) / 2e9 for cost in (race.reference, race.cost_in(precision)))
     return {
         "reference_seconds": slow.seconds,
         "ours_seconds": fast.seconds,

@@ -1,4 +1,4 @@
-"""Training steps fed by the store: as fast as steps on a batch that is already there, and how much faster than DINO-WM's way."""
+"""Speed of training steps that the store feeds, against steps on a batch in memory and against DINO-WM's way of training."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from tqdm import tqdm
 from wmcache.bench.explicit import explicit_predict
 from wmcache.cache.store import TokenStore
 from wmcache.common.device import autocast, choose_device, choose_dtype, synchronise
-from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath
 from wmcache.trainer.feed import Feed, choose_residence
 from wmcache.trainer.models import build
@@ -27,6 +27,30 @@ from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.train import data_shape, make_optimiser, statistics_of
 
 ROUNDS = 5
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Training steps of one kind: the batches, the model, the precision, and the number of steps in a round."""
+
+    batches: Iterator[Batch]
+    model: DinoWm
+    dtype: torch.dtype
+    steps: int
+
+    def rate(self, optimiser: torch.optim.Optimizer, device: torch.device, steps: int) -> float:
+        """Train some steps; returns steps a second."""
+        synchronise(device)
+        start = time.perf_counter()
+        for batch in itertools.islice(self.batches, steps):
+            with autocast(device, self.dtype):
+                loss = self.model.loss(batch)["loss"]
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+        synchronise(device)
+        return steps / (time.perf_counter() - start)
 
 
 def bench_train(
@@ -39,79 +63,60 @@ def bench_train(
     device: str = "auto",
     residence: str = "auto",
 ) -> dict[str, float]:
-    """The same training steps from three sources of batches, and as DINO-WM's code has them, in turns.
+    """Time the same training steps from three sources of batches, and as DINO-WM's code computes them, in turns.
 
     Args:
         cache: the store.
-        model_options: of the world model.
-        encode: n -> tokens [n, N, D], encoding n frames anew; what DINO-WM does with every batch.
-        batch: windows of 3 + 1 frames, 5 apart.
-        steps: in each turn; with encoding in the loop it is a tenth of them.
+        model_options: of DINO-WM.
+        encode: n -> tokens [n, N, D]; encodes n frames, as DINO-WM does for every batch.
+        batch: windows of 3 + 1 frames, 5 env steps apart.
+        steps: in each round; a tenth of them where frames are encoded.
         device, residence: as in training.
 
     Returns:
-        Steps a second on one batch in memory, fed by the store, with every frame encoded in the loop, and as the reference does them: that,
-        in float32, with explicit attention under a mask. `ratio_to_…` of the store to each of the others, medians over the turns; and the
-        share of time that the fed steps waited for data.
+        Steps a second on one batch in `memory`, fed by the `store`, with every frame encoded (`encoding`), and as the `reference`: that in
+        float32, with explicit attention under a mask. `ratio_to_…` of the store to each of the others, medians over the rounds; and the
+        share of time that the steps fed by the store waited for data.
     """
-    where = choose_device(device)
+    store, where = TokenStore.open(cache), choose_device(device)
     options = TrainOptions(model_options=model_options, batch=batch, device=device)
     dtype = choose_dtype(options.dtype, where)
-    store = TokenStore.open(cache)
     windows = store.windows(options.history, 1, options.frameskip, "train")
-    model = build(options.model, data_shape(store, options), model_options, statistics_of(store, options.frameskip))
-    model = model.to(where).train()
+    model = build("dino-wm", data_shape(store, options), model_options, statistics_of(store, options.frameskip))
+    assert isinstance(model, DinoWm)
+    model.to(where).train()
+    reference = copy.copy(model)  # the same parameters
+    reference.predict = functools.partial(explicit_predict, model)  # type: ignore[method-assign]
     optimiser = make_optimiser(model, options)
     chosen, why = choose_residence(store, where, residence)
     tqdm.write(why, file=sys.stderr)
-
-    # The same parameters, another way through them.
-    if not isinstance(model, DinoWm):
-        raise UserError(f"bench train compares with DINO-WM, and {options.model} is another model")
-    reference = copy.copy(model)
-    reference.predict = functools.partial(explicit_predict, model)  # type: ignore[method-assign]
-
-    def rate(name: str, count: int) -> float:
-        forward, precision = (reference.loss, torch.float32) if name == "reference" else (model.loss, dtype)
-        synchronise(where)
-        start = time.perf_counter()
-        for data in itertools.islice(sources[name], count):
-            with autocast(where, precision):
-                loss = forward(data)["loss"]
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-        synchronise(where)
-        return count / (time.perf_counter() - start)
-
     rates: dict[str, list[float]] = {"memory": [], "store": [], "encoding": [], "reference": []}
     with Feed(store, windows, batch, 0, where, residence=chosen) as feed:
-        held = {name: value.clone() for name, value in feed.next().items()}
-        sources = {
-            "memory": itertools.repeat(held),
-            "store": iter(feed.next, None),
-            "encoding": _encoding(held, encode),
-            "reference": _encoding(held, encode),
+        held, few = {name: value.clone() for name, value in feed.next().items()}, max(1, steps // 10)
+        variants = {
+            "memory": Variant(itertools.repeat(held), model, dtype, steps),
+            "store": Variant(iter(feed.next, None), model, dtype, steps),
+            "encoding": Variant(_encoded(held, encode), model, dtype, few),
+            "reference": Variant(_encoded(held, encode), reference, torch.float32, few),
         }
-        for name in sources:
-            rate(name, 1)
+        for variant in variants.values():
+            variant.rate(optimiser, where, 1)
         waited = feed.waited
-        seconds = 0.0
         for _ in tqdm(range(ROUNDS), desc="bench train", unit=" rounds"):
-            for name in sources:
-                count = max(1, steps // 10) if name in ("encoding", "reference") else steps
-                rates[name].append(rate(name, count))
-            seconds += steps / rates["store"][-1]
-    result = {f"{name}_steps_per_second": statistics.median(values) for name, values in rates.items()}
+            for name, variant in variants.items():
+                rates[name].append(variant.rate(optimiser, where, variant.steps))
+        waiting = (feed.waited - waited) / sum(steps / rate for rate in rates["store"])
     ratios = {
         f"ratio_to_{name}": statistics.median(a / b for a, b in zip(rates["store"], others, strict=True))
         for name, others in rates.items()
         if name != "store"
     }
-    return {"windows_per_step": batch, **result, **ratios, "waiting_share": (feed.waited - waited) / seconds}
+    medians = {f"{name}_steps_per_second": statistics.median(values) for name, values in rates.items()}
+    return {"windows_per_step": batch, **medians, **ratios, "waiting_share": waiting}
 
 
-def _encoding(held: Mapping[str, Tensor], encode: Callable[[int], Tensor]) -> Iterator[Mapping[str, Tensor]]:
-    frames = held["tokens"].shape[:2]
+def _encoded(held: Batch, encode: Callable[[int], Tensor]) -> Iterator[Batch]:
+    """Yield a batch again and again, its tokens replaced by those of as many frames that are encoded for it."""
+    tokens = held["tokens"]
     while True:
-        yield {**held, "tokens": encode(frames.numel()).view(held["tokens"].shape).to(held["tokens"].device)}
+        yield {**held, "tokens": encode(tokens.shape[0] * tokens.shape[1]).view(tokens.shape).to(tokens.device)}

@@ -1,7 +1,4 @@
-"""The contract between the side that writes tokens and the side that reads them. Imports nothing of ours.
-
-The names load when they are first used, so that a command that only needs an error's type does not pay for zarr.
-"""
+"""The token store. Its names are imported on first use, so that a command that needs only an error's type does not import zarr."""
 
 from __future__ import annotations
 
@@ -14,9 +11,8 @@ if TYPE_CHECKING:
     from wmcache.cache.store import TokenStore
     from wmcache.cache.windows import Windows
     from wmcache.cache.writer import StoreWriter
-    from wmcache.common.errors import UserError
 
-__all__ = ["Identity", "StoreCard", "StoreWriter", "TokenStore", "UserError", "Windows"]
+__all__ = ["Identity", "StoreCard", "StoreWriter", "TokenStore", "Windows"]
 
 _MODULES = {
     "Identity": "identity",

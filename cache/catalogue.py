@@ -11,9 +11,8 @@ from wmcache.cache.layout import has_commits, read_attributes, read_card
 from wmcache.cache.records import Records
 from wmcache.common.errors import UnreadableError, UserError, reason
 from wmcache.common.files import sweep, temporary_for
-from wmcache.common.paths import AnyPath, exists, is_local, resolve, unreadable
+from wmcache.common.paths import AnyPath, exists, folders_below, is_local, unreadable, usage
 from wmcache.common.paths import remove as remove_all
-from wmcache.common.storage import storage
 
 
 @dataclass(frozen=True)
@@ -21,12 +20,8 @@ class Entry:
     """A store in a list.
 
     Attributes:
-        path: its folder.
-        encoder, dataset: names.
-        frames, tokens, token_dim, dtype: the shape, [frames, tokens, token_dim], and what it is stored in.
         bytes: on disk.
-        shards, shards_done: how many there are, and how many have a record.
-        complete: whether it can be trained on.
+        shards_done: how many shards have a record.
         fault: why it cannot be read, or empty.
         damaged: whether that is damage, and not permissions, the disk or the network.
     """
@@ -56,7 +51,7 @@ class Entry:
 def list_stores(folder: AnyPath) -> list[Entry]:
     """Return all stores under a folder, damaged ones too; raise UserError where it cannot be read."""
     try:
-        found = [path for path in storage(folder).folders(".zarr") if not path.name.startswith(".")]
+        found = [path for path in folders_below(folder, ".zarr") if not path.name.startswith(".")]
         return [summarise(path) for path in sorted(found, key=str)]
     except OSError as error:
         raise unreadable(folder, error) from error
@@ -69,7 +64,7 @@ def summarise(path: AnyPath) -> Entry:
         card, identity = read_card(attributes), Identity.from_json(attributes["identity"], str(path))
     except UserError as error:
         damaged = not isinstance(error, UnreadableError)
-        return Entry(str(path), bytes=bytes_on_disk(path), fault=str(error), damaged=damaged)
+        return Entry(str(path), bytes=usage(path), fault=str(error), damaged=damaged)
     return Entry(
         str(path),
         identity.encoder,
@@ -78,7 +73,7 @@ def summarise(path: AnyPath) -> Entry:
         card.tokens_per_frame,
         card.token_dim,
         card.dtype,
-        bytes_on_disk(path),
+        usage(path),
         card.num_shards,
         Records(path, card, identity).count(),
         bool(attributes["complete"]),
@@ -102,10 +97,10 @@ def remove(path: AnyPath) -> int:
     try:
         if not exists(path):
             raise UserError(f"{path} does not exist; list stores with: wmcache ls")
-        path = resolve(path)
+        path = path.resolve()
         if not has_commits(path) and summarise(path).fault:
             raise UserError(f"{path} is not a token store and was not deleted; list stores with: wmcache ls")
-        size = bytes_on_disk(path)
+        size = usage(path)
         if is_local(path):
             # In one step, so that readers never see half a store. The next writer sweeps what a kill leaves.
             renamed = temporary_for(path)
@@ -118,8 +113,3 @@ def remove(path: AnyPath) -> int:
     except OSError as error:
         raise UserError(f"cannot delete {path}: {reason(error)}; make its folder writable") from error
     return size
-
-
-def bytes_on_disk(path: AnyPath) -> int:
-    """Return the bytes of all files in a store; raise OSError."""
-    return storage(path).usage()

@@ -1,4 +1,4 @@
-"""What makes two stores different: everything that could change a number in them."""
+"""What makes two stores different."""
 
 from __future__ import annotations
 
@@ -16,22 +16,17 @@ RESTORE = "restore it from a copy, or run its wmcache extract again"
 
 @dataclass(frozen=True)
 class Identity:
-    """A store's identity. Two stores with equal identities hold equal tokens, up to the noise of the device that computed them.
+    """Everything that could change a number in a store. Equal identities have equal tokens, up to the noise of the device.
 
     Attributes:
-        encoder: name in the registry.
-        weights_source: hub id, or `file`; for people, and compared too.
-        weights_sha256: over the names, shapes and bytes of the loaded parameters, whatever file they came in, and over what a folder's
-            config says differently of the arithmetic.
+        weights_source: hub id, or `file`.
+        weights_sha256: over names, shapes and bytes of the loaded parameters, and over what a folder's config changes in the arithmetic.
         layer: which features of the network, for example `norm`.
         token_selection: which of its tokens, for example `patch`.
-        image_size: side of the square image that the network sees, in pixels.
-        resize: filter and route from the frame to that size.
-        normalisation: mean and standard deviation taken from pixels in [0, 1].
-        compute_dtype: what the network computed in, for example `bfloat16`.
-        store_dtype: what the tokens are stored in.
-        dataset_fingerprint: of the frames and steps.
-        format_version: of the store's layout.
+        image_size: side of the square image that the network gets, in pixels.
+        resize: filter and method from the frame to that size.
+        normalisation: mean and standard deviation, of pixels in [0, 1].
+        compute_dtype: of the network, for example `bfloat16`.
     """
 
     encoder: str
@@ -48,7 +43,7 @@ class Identity:
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return plain JSON values."""
         return asdict(self)
 
     @classmethod
@@ -61,15 +56,17 @@ class Identity:
         expected = {field.name for field in fields(cls)}
         if set(value) != expected:
             odd = ", ".join(sorted(set(value) ^ expected))
-            raise UserError(f"{where} holds no identity of format {FORMAT_VERSION} (odd fields: {odd}); {RESTORE}")
+            raise UserError(
+                f"{where} has no identity of format {FORMAT_VERSION} (fields that differ: {odd}); {RESTORE}"
+            )
         return parse(cls, value, where, RESTORE)
 
     def digest(self) -> str:
-        """A name for it: SHA-256 of its JSON."""
+        """Return the SHA-256 of its JSON."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: Identity) -> list[str]:
-        """One `field: mine != theirs` for each field that differs."""
+        """Return `field: own != other` for each field that differs."""
         return [
             f"{field.name}: {getattr(self, field.name)} != {getattr(other, field.name)}"
             for field in fields(self)

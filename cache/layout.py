@@ -59,7 +59,6 @@ class StoreCard:
         dataset: what the frames show: name, path, environment, maze, image size, fps.
         token_grid: rows and columns of the patch tokens; (1, 1) for a single token.
         token_dim: D.
-        dtype: what tokens are stored in, `float16` or `int8`.
     """
 
     encoder: dict[str, Any]
@@ -147,13 +146,13 @@ def read_attributes(path: AnyPath) -> dict[str, Any]:
         DamagedError: they are missing or differ from what was written.
         UserError: there is no store, or one of another format.
     """
+    file = path / "zarr.json"
     try:
         is_store = has_commits(path)
         if not is_store and not exists(path):
             raise MissingError(f"{path} does not exist; {did_you_mean(path, 'store', NEW)}")
     except OSError as error:
         raise unreadable(path, error) from error
-    file = path / "zarr.json"
     try:
         metadata = read_json(file, AGAIN if is_store else NEW)
     except UnreadableError:
@@ -165,7 +164,17 @@ def read_attributes(path: AnyPath) -> dict[str, Any]:
         if is_store:
             raise DamagedError(f"{file} has lost its attributes; {AGAIN}")
         raise UserError(f"{path} is not a token store; {NEW}")
-    _check_attributes(attributes, path)
+    known = attributes.get("format_version") == FORMAT_VERSION
+    try:
+        require_seal(attributes, file, AGAIN)
+        if known:
+            parse(StoreCard, attributes.get("card"), f"the card in {file}", AGAIN)
+            parse(_Attributes, attributes, file, AGAIN, exact=False)
+    except UserError as error:
+        raise DamagedError(str(error)) from error
+    if not known:
+        found = str(attributes.get("format_version"))[:20]
+        raise UserError(f"{path} has format {found}, this wmcache reads {FORMAT_VERSION}; extract into another --out")
     if (metadata.get("node_type"), metadata.get("zarr_format")) != ("group", 3):
         raise DamagedError(f"{file} does not describe a group; {AGAIN}")
     # Stores made before wmcache wrote consolidated metadata may have some from zarr.
@@ -202,24 +211,6 @@ class _Attributes:
                 problem = f"its columns do not fit {card.dtype}"
         if problem:
             raise ValueError(problem)
-
-
-def _check_attributes(attributes: dict[str, Any], path: AnyPath) -> None:
-    file = path / "zarr.json"
-    try:
-        require_seal(attributes, file, AGAIN)
-        require_identity(attributes, file, AGAIN)
-    except UserError as error:
-        raise DamagedError(str(error)) from error
-    if (found := attributes.get("format_version")) != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format {str(found)[:20]}, this wmcache reads {FORMAT_VERSION}; extract into another --out"
-        )
-    try:
-        parse(StoreCard, attributes["card"], f"the card in {file}", AGAIN)
-        parse(_Attributes, attributes, file, AGAIN, exact=False)
-    except UserError as error:
-        raise DamagedError(str(error)) from error
 
 
 def write_attributes(path: AnyPath, attributes: Mapping[str, Any]) -> None:

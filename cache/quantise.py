@@ -1,4 +1,4 @@
-"""Tokens in a byte: each channel of each shard has a step and a middle of its own, so that no value is ever clipped."""
+"""Tokens in a byte. Each channel of each shard has its own scale and middle, so that no value is clipped."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 LEVELS = 127
 BLOCK = 2
-"""Frames at once: so few that the float32 in between stays in the processor's cache, which is ten times as fast."""
+"""Frames at once: their float32 values fit in the processor's cache, which is ten times as fast."""
 
 
 def quantise(
     tokens: NDArray[np.float16],
 ) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.float32]]:
-    """float16 [frames, N, D] -> int8 of the same shape, and the scale and middle of each channel, float32 [D].
+    """Return int8 [frames, N, D] of float16 tokens, and scale and middle of each channel, float32 [D].
 
-    token = scale * stored + middle, up to half a scale; stored lies in [-127, 127], so -128 can mean "missing".
+    token = scale * stored + middle, up to half a scale; stored is in [-127, 127], so -128 can mean "missing".
     """
     low, high = tokens.min(axis=(0, 1)).astype(np.float32), tokens.max(axis=(0, 1)).astype(np.float32)
     middle = (low + high) / 2
@@ -39,8 +39,8 @@ def dequantise(
     middle: NDArray[np.float32],
     out: NDArray[np.float16] | None = None,
 ) -> NDArray[np.float16]:
-    """int8 [n, N, D] with scale and middle of each frame's shard, [n, D] -> float16 [n, N, D]."""
-    import torch  # not above: whoever only lists or verifies stores need not pay for it
+    """Return float16 tokens of int8 [n, N, D], with scale and middle of each frame's shard, [n, D]."""
+    import torch  # slow to import, and not needed to list or verify stores
 
     if out is None:
         out = np.empty(stored.shape, np.float16)

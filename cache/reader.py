@@ -56,98 +56,77 @@ class _Rows(Protocol):
 
 
 class _Shard:
-    """An open shard whose first frame is at offset `first` of `file`; `hint` is for the error of a damaged one."""
+    """An open shard, mapped where the file system has maps; elsewhere each frame is read and checked on every access."""
 
-    def __init__(self, card: StoreCard, shard: int, file: AnyPath, first: int, hint: str) -> None:
-        self.card, self.file, self.first, self.hint = card, file, first, hint
-        self.frames, self.stride = card.shard_frames(shard), card.frame_bytes + CRC_BYTES
-        self.dtype = np.dtype(card.dtype).newbyteorder("<")
+    def __init__(self, stream: IO[bytes], card: StoreCard, shard: int, file: AnyPath, first: int, hint: str) -> None:
+        """Take a file whose first frame is at offset `first`; `hint` is for the error of a damaged one."""
+        self.frames, self.is_mapped = card.shard_frames(shard), True
+        self._shape, self._dtype = card.frame_shape, np.dtype(card.dtype).newbyteorder("<")
+        self._stride, self._file, self._first, self._hint = card.frame_bytes + CRC_BYTES, file, first, hint
+        self._descriptor = -1
+        try:
+            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            if error.errno not in NO_MAPS:
+                raise
+            self.is_mapped, self._descriptor = False, os.dup(stream.fileno())
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
     def rows(self) -> _Rows:
         """Return the frames [N, D], by row."""
-        raise NotImplementedError
+        if not self.is_mapped:
+            return self
+        if self._map.size() != len(self._map):
+            raise self._cut()
+        n, d = self._shape
+        shape, strides = (len(self.frames), n, d), (self._stride, d * self._dtype.itemsize, self._dtype.itemsize)
+        return np.ndarray(shape, self._dtype, buffer=self._map, offset=self._first, strides=strides)
 
-    def chunk(self, row: int) -> NDArray[np.uint8]:
-        """Return a frame's bytes with their checksum."""
-        raise NotImplementedError
+    def __getitem__(self, row: int) -> Stored:
+        """Read a frame that is not mapped; raise UserError where it differs from its checksum."""
+        self.check(row, chunk := self.chunk(row))
+        return self.frame(chunk)
 
-    def read_ahead(self, row: int) -> None:
-        """Ask the operating system to read a frame in the background."""
-        raise NotImplementedError
-
-    def check(self, row: int) -> None:
+    def check(self, row: int, chunk: NDArray[np.uint8]) -> None:
         """Raise UserError where a frame differs from its checksum."""
-        if not _is_whole(self.chunk(row)):
-            raise UserError(f"frame {self.frames[row]} in {self.file} differs from its checksum; {self.hint}")
+        if not _is_whole(chunk):
+            raise UserError(f"frame {self.frames[row]} in {self._file} differs from its checksum; {self._hint}")
 
     def frame(self, chunk: NDArray[np.uint8]) -> Stored:
         """Return the frame [N, D] of a chunk."""
-        return chunk[:-CRC_BYTES].view(self.dtype).reshape(self.card.frame_shape)
-
-    def cut(self) -> UserError:
-        """Return the error of a file that has become shorter."""
-        return UserError(f"shard {self.file} was cut while it was being read; {self.hint}")
-
-
-class _MappedShard(_Shard):
-    def __init__(self, data: mmap.mmap, *shard: Any) -> None:
-        super().__init__(*shard)
-        self._data = data
-
-    def rows(self) -> _Rows:
-        if self._data.size() != len(self._data):
-            raise self.cut()
-        n, d = self.card.frame_shape
-        shape, strides = (len(self.frames), n, d), (self.stride, d * self.dtype.itemsize, self.dtype.itemsize)
-        return np.ndarray(shape, self.dtype, buffer=self._data, offset=self.first, strides=strides)
+        return chunk[:-CRC_BYTES].view(self._dtype).reshape(self._shape)
 
     def chunk(self, row: int) -> NDArray[np.uint8]:
-        # Through numpy: the checksum's C code takes no memoryview, and a slice of the map itself would be a copy.
-        return np.frombuffer(self._data, np.uint8, self.stride, self.first + row * self.stride)
-
-    def read_ahead(self, row: int) -> None:
-        start = self.first + row * self.stride
-        page = start // mmap.PAGESIZE * mmap.PAGESIZE
-        self._data.madvise(mmap.MADV_WILLNEED, page, start + self.stride - page)
-
-
-class _PlainShard(_Shard):
-    """A shard on a file system without memory maps: each frame is read, and compared with its checksum, on every access."""
-
-    def __init__(self, descriptor: int, *shard: Any) -> None:
-        super().__init__(*shard)
-        self._descriptor = descriptor
-
-    def __del__(self) -> None:
-        os.close(self._descriptor)
-
-    def rows(self) -> _Rows:
-        return self
-
-    def __getitem__(self, row: int) -> Stored:
-        chunk = self.chunk(row)
-        if not _is_whole(chunk):
-            super().check(row)
-        return self.frame(chunk)
-
-    def check(self, row: int) -> None:
-        pass  # on access
-
-    def chunk(self, row: int) -> NDArray[np.uint8]:
-        found = np.empty(self.stride, np.uint8)
-        filled, start = 0, self.first + row * self.stride
+        """Return a frame's bytes with their checksum."""
+        start = self._first + row * self._stride
+        if self.is_mapped:
+            # Through numpy: the checksum's C code takes no memoryview, and a slice of the map itself would be a copy.
+            return np.frombuffer(self._map, np.uint8, self._stride, start)
+        found, filled = np.empty(self._stride, np.uint8), 0
         while filled < len(found):
             try:
                 count = os.preadv(self._descriptor, [found[filled:].data], start + filled)
             except OSError as error:
-                raise unreadable(self.file, error) from error
+                raise unreadable(self._file, error) from error
             if not count:
-                raise self.cut()
+                raise self._cut()
             filled += count
         return found
 
     def read_ahead(self, row: int) -> None:
-        os.posix_fadvise(self._descriptor, self.first + row * self.stride, self.stride, os.POSIX_FADV_WILLNEED)
+        """Ask the operating system to read a frame in the background."""
+        start = self._first + row * self._stride
+        if self.is_mapped:
+            page = start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, page, start + self._stride - page)
+        else:
+            os.posix_fadvise(self._descriptor, start, self._stride, os.POSIX_FADV_WILLNEED)
+
+    def _cut(self) -> UserError:
+        return UserError(f"shard {self._file} was cut while it was being read; {self._hint}")
 
 
 class MappedReader:
@@ -183,8 +162,8 @@ class MappedReader:
             shard = self._shard(int(shards[start]))
             view, base = shard.rows(), shard.frames.start
             for i, row in zip(order[start:stop].tolist(), rows[start:stop].tolist(), strict=True):
-                if not self._checked[base + row]:
-                    shard.check(row)
+                if shard.is_mapped and not self._checked[base + row]:
+                    shard.check(row, shard.chunk(row))
                     self._checked[base + row] = True
                 jobs.append((view, row, i))
             if number % self._max_shards == 0:  # jobs keep their maps open
@@ -233,18 +212,19 @@ class MappedReader:
         file = self._file(shard)
         try:
             with self._open(shard) as stream:
-                about = self._card, shard, file, self._first_offset(stream, shard, file), self._hint
-                try:
-                    found: _Shard = _MappedShard(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), *about)
-                except OSError as error:
-                    if error.errno not in NO_MAPS:
-                        raise
-                    self._warn(error)
-                    found = _PlainShard(os.dup(stream.fileno()), *about)
+                first = self._first_offset(stream, shard, file)
+                found = _Shard(stream, self._card, shard, file, first, self._hint)
         except OSError as error:
             if error.errno in MISSING:
                 raise UserError(f"shard {file} does not exist; {self._hint}") from error
             raise unreadable(file, error) from error
+        if not (found.is_mapped or self._warned):
+            self._warned = True
+            tqdm.write(
+                f"{self._path} is on a file system without memory maps: frames are read one by one; "
+                "a copy on a local disk is read faster",
+                file=sys.stderr,
+            )
         self._shards[shard] = found
         return found
 
@@ -267,15 +247,6 @@ class MappedReader:
         if not within or (sizes != stride).any() or (np.diff(offset.astype(np.int64)) != stride).any():
             raise UserError(f"shard {file} is not laid out as this wmcache writes it; {self._hint}")
         return first
-
-    def _warn(self, error: OSError) -> None:
-        if not self._warned:
-            tqdm.write(
-                f"{self._path} is on a file system without memory maps ({reason(error)}): frames are read one by one; "
-                "a copy on a local disk is read faster",
-                file=sys.stderr,
-            )
-        self._warned = True
 
     def _file(self, shard: int) -> AnyPath:
         return shard_file(self._path, shard)

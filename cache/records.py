@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -53,11 +54,10 @@ class Record:
 
     Attributes:
         frames: the first, and the one after the last.
-        bytes, sha256: of the shard's file.
-        identity: digest of the identity that it was made with.
-        sum, sum_of_squares: of each channel over the shard's tokens, for the statistics.
-        scale, middle: int8 stores: token = scale * stored + middle, for each channel.
-        tag: what the object store returned when the file was written, see `Found`.
+        bytes, sha256, tag: of the shard's file; see `Found`.
+        identity: digest of the store's.
+        sum, sum_of_squares: of each channel over the shard's tokens.
+        scale, middle: of each channel in an int8 store, see `quantise`.
     """
 
     frames: tuple[int, int]
@@ -71,15 +71,25 @@ class Record:
     tag: str | None = None
 
 
+NUMBERS = {
+    "bytes": np.int64,
+    "sum": np.float64,
+    "sum_of_squares": np.float64,
+    "scale": np.float32,
+    "middle": np.float32,
+}
+"""Numbers of a record -> dtype of their column in a block."""
+
+
 @dataclass(frozen=True)
 class Block:
     """The records of some shards, a row for each, in ascending order.
 
     Attributes:
-        shard, bytes: int64 [n].
+        shard, bytes: [n].
         sha256: uint8 [n, 32]. tag: uint8 [n, 16]; 0 where there is none.
-        sum, sum_of_squares: float64 [n, D].
-        scale, middle: float32 [n, D]; [n, 0] where the store is not int8.
+        sum, sum_of_squares: [n, D].
+        scale, middle: [n, D]; [n, 0] where the store is not int8.
     """
 
     shard: NDArray[np.int64]
@@ -96,33 +106,25 @@ class Block:
         """Return the block of these records."""
         shards = sorted(rows)
         records = [rows[shard] for shard in shards]
-        count = len(records)
-        return cls(
-            shard=np.array(shards, np.int64),
-            bytes=np.array([record.bytes for record in records], np.int64),
-            sha256=_digits([record.sha256 for record in records], 32),
-            tag=_digits([record.tag or "0" * 32 for record in records], 16),
-            sum=np.array([record.sum for record in records], np.float64),
-            sum_of_squares=np.array([record.sum_of_squares for record in records], np.float64),
-            scale=np.array([record.scale or [] for record in records], np.float32).reshape(count, -1),
-            middle=np.array([record.middle or [] for record in records], np.float32).reshape(count, -1),
-        )
+        numbers: dict[str, Any] = {
+            name: np.array([getattr(record, name) or [] for record in records], dtype)
+            for name, dtype in NUMBERS.items()
+        }
+        sha256, tag = ([record.sha256 for record in records], [record.tag or "0" * 32 for record in records])
+        return cls(shard=np.array(shards, np.int64), sha256=_digits(sha256, 32), tag=_digits(tag, 16), **numbers)
 
     def row(self, shard: int, card: StoreCard, identity: Identity) -> Record | None:
         """Return the record of a shard, if it is one of these."""
         if not len(found := np.flatnonzero(self.shard == shard)):
             return None
-        row, frames, is_int8 = int(found[0]), card.shard_frames(shard), card.dtype == "int8"
+        row, frames = int(found[0]), card.shard_frames(shard)
+        numbers: dict[str, Any] = {name: getattr(self, name)[row].tolist() or None for name in NUMBERS}
         return Record(
             frames=(frames.start, frames.stop),
-            bytes=int(self.bytes[row]),
-            sha256=self.sha256[row].tobytes().hex(),
             identity=identity.digest(),
-            sum=self.sum[row].tolist(),
-            sum_of_squares=self.sum_of_squares[row].tolist(),
-            scale=self.scale[row].tolist() if is_int8 else None,
-            middle=self.middle[row].tolist() if is_int8 else None,
+            sha256=self.sha256[row].tobytes().hex(),
             tag=self.tag[row].tobytes().hex() if self.tag[row].any() else None,
+            **numbers,
         )
 
     def take(self, rows: NDArray[np.bool_]) -> Block:

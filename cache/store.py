@@ -24,9 +24,8 @@ from wmcache.cache.quantise import dequantise
 from wmcache.cache.reader import MappedReader, MemoryReader, Reader, Stored, ZarrReader
 from wmcache.cache.windows import Windows, split_episodes, window_starts
 from wmcache.common.errors import UserError, command
-from wmcache.common.paths import MISSING, AnyPath, as_path, stamp, unreadable
+from wmcache.common.paths import MISSING, AnyPath, as_path, is_local, stamp, unreadable
 from wmcache.common.progress import seconds_between_updates
-from wmcache.common.storage import is_local
 
 Tokens = NDArray[np.float16]
 
@@ -35,7 +34,6 @@ class TokenStore:
     """A store, for reading.
 
     Attributes:
-        path, card, identity: where and what it is.
         complete: whether every shard is done; only then can it be trained on.
         mean, std: float32 [D], per channel over all frames and tokens.
         scale: int8 stores: float32 [shards, 2, D], scale and middle of each channel, see `quantise`; else None.

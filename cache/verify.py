@@ -25,13 +25,7 @@ MOST_FAULTS = 1000
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that is not as it was written.
-
-    Attributes:
-        file: where.
-        reason: what is wrong.
-        shard: which has to be done again; None where the store's metadata is at fault.
-    """
+    """Something that differs from what was written; `shard` has to be done again, None for the store's metadata."""
 
     file: str
     reason: str
@@ -43,10 +37,8 @@ class Verification:
     """What `verify` found.
 
     Attributes:
-        path: the store.
-        complete: whether it is declared so.
-        shards, shards_done, frames: how many there are, and how many of the shards have a sound record.
-        faults: what has to be repaired.
+        complete: whether the store is declared so.
+        shards_done: how many shards have a sound record.
         leftovers: files of writers that died, or of other programs. They do no harm.
         drift: how far the tokens are from encoding a sample of frames again; None where that was not asked for.
     """

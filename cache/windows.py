@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     Int = NDArray[np.int64]
 
 TRAIN_FRACTION = 0.9
+SPLIT_SEED = 42
+"""DINO-WM's."""
 
 
 class GatherSource(Protocol):
@@ -161,17 +163,17 @@ def batch_windows(windows: int, seed: int, step: int, batch: int, rank: int = 0,
 
     The orders of epochs 0, 1, … one after another are cut into batches, and each batch into `world_size` equal slices, of which process
     `rank` takes its own. So a run that is resumed at a step, in the middle of an epoch too, sees exactly what it would have seen, with
-    any number of processes. With another batch, the same step is another place.
+    any number of processes. With another batch size, a step sees other windows.
     """
     if batch % world_size:
         raise ValueError(f"a batch of {batch} cannot be cut into {world_size} equal slices")
     size = batch // world_size
     first = step * batch + rank * size
-    epochs, places = np.divmod(np.arange(first, first + size), windows)
-    parts = [epoch_order(windows, seed, epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
+    epochs, positions = np.divmod(np.arange(first, first + size), windows)
+    parts = [epoch_order(windows, seed, epoch)[positions[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
     return np.concatenate(parts)
 
 
-def split_frames(episode: NDArray[np.integer], split: str, seed: int) -> Int:
+def split_frames(episode: NDArray[np.integer], split: str, seed: int = SPLIT_SEED) -> Int:
     """Return the frames of a split, ascending; `episode` [frames] is the episode of each frame. See `split_episodes`."""
     return np.flatnonzero(np.isin(episode, split_episodes(int(episode[-1]) + 1, split, seed)))

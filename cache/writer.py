@@ -39,11 +39,11 @@ from wmcache.common.paths import (
     AnyPath,
     exists,
     is_local,
+    names_in,
     read_bytes,
     remove,
     require_name,
     size_of,
-    top_names,
     unreadable,
     upload,
 )
@@ -103,7 +103,7 @@ class StoreWriter:
         with _writing(path):
             if not exists(path if is_local(path) else path / "zarr.json"):
                 # Objects appear one by one: a creator that died may have left some.
-                if other := top_names(path) - {"tokens", *STEP_COLUMNS, *SHARD_COLUMNS}:
+                if other := set(names_in(path)) - {"tokens", *STEP_COLUMNS, *SHARD_COLUMNS}:
                     raise UserError(f"{path} is not a token store, it contains {min(other)!r}; choose another --out")
                 return None
         try:
@@ -161,8 +161,8 @@ class StoreWriter:
 
     def is_claimed(self, shard: int) -> bool:
         """Return whether a process works on a shard now."""
-        with self.claim(shard) as is_own:
-            return not is_own
+        with self.claim(shard) as is_free:
+            return not is_free
 
     def claim(self, shard: int, *, wait: bool = False) -> AbstractContextManager[bool]:
         """Hold a shard against all other writers, if it is free or with `wait`; enter to learn whether it is held.

@@ -1,4 +1,4 @@
-"""wmcache probe: how much of what a planner needs is in a store's tokens."""
+"""wmcache probe: how much of what a planner needs is in the tokens of a store."""
 
 from __future__ import annotations
 
@@ -33,31 +33,32 @@ LEGEND = {
 
 @click.command("probe", cls=Command)
 @click.argument("stores", metavar="STORE...", type=ANY_PATH, nargs=-1, required=True)
-@click.option("--dataset", type=ANY_PATH, help="The frames, to take the maze from where the store does not tell it.")
-@click.option(
-    "--frames", type=click.IntRange(1), default=2000, help="Training frames that the probes learn from, at most."
-)
+@click.option("--dataset", type=ANY_PATH, help="The frames, to take the maze from if the store has none.")
+@click.option("--frames", type=click.IntRange(1), default=2000, help="Most training frames for the probes.")
 @click.option(
     "--out", type=PATH, help="Folder for the pictures.  [default: beside each STORE, with .probe.png for .zarr]"
 )
 @json_option
 def probe(stores: tuple[AnyPath, ...], dataset: AnyPath | None, frames: int, out: Path | None, as_json: bool) -> None:
-    """Measure what a planner can read out of token stores; figures of held-out episodes, and a picture of each.
+    """Measure what a planner can read out of token stores, on held-out episodes, and draw a picture of each.
 
     A row per store, and for states that are not of a maze the R^2 of each state column. The output ends with what each header means.
     """
+    from wmcache.cache.store import TokenStore
     from wmcache.pipeline.probe import probe as run
     from wmcache.pipeline.probe_picture import draw_probe, picture_paths
 
     pictures = picture_paths(stores, out)
-    found = []
-    if not as_json:
-        click.echo(row(list(LEGEND), "store"))
+    for store in stores:  # refused here, before any work
+        TokenStore.open(store)
+    found: list[dict[str, Any]] = []
     for store, picture in zip(stores, pictures, strict=True):
         result = run(store, dataset=dataset, frames=frames)
-        if drawn := result.nearest is not None:
+        if not as_json and not found:
+            click.echo(row(list(LEGEND), "store"))
+        if is_drawn := result.nearest is not None:
             draw_probe(store, picture, dataset=dataset)
-        found.append({**result.to_json(), "picture": str(picture) if drawn else None})
+        found.append({**result.to_json(), "picture": str(picture) if is_drawn else None})
         if not as_json:
             say(row(cells(result), "/".join(store.parts[-2:])))
     if as_json:
@@ -68,21 +69,19 @@ def probe(stores: tuple[AnyPath, ...], dataset: AnyPath | None, frames: int, out
             click.echo("\n".join(["", *state_table(values)]))
     click.echo("\n".join(["", *(f"{name:8}  {meaning}" for name, meaning in LEGEND.items()), "-         not known"]))
     for values in found:
-        said = (
-            f"drawn: {values['picture']}"
-            if values["picture"]
-            else "not drawn: no maze is known, so no true distance is"
+        drawn = (
+            f"drawn: {values['picture']}" if values["picture"] else "not drawn: the distances in the maze are not known"
         )
-        say(f"{values['store']}: {said}", err=True)
+        say(f"{values['store']}: {drawn}", err=True)
 
 
 def row(values: list[str], store: str) -> str:
-    """A line of the table; a value that is wider than its column moves the others."""
+    """Format a line of the table; a value that is wider than its column moves the others."""
     return " ".join(f"{value:>{max(7, len(name))}}" for value, name in zip(values, LEGEND, strict=True)) + f"  {store}"
 
 
 def state_table(values: dict[str, Any]) -> list[str]:
-    """The R^2 of each state column of a store, a line each; the names of the columns are the import's."""
+    """Format the R^2 of each state column of a store, a line each."""
     width = max(map(len, ("column", *values["linear"])))
     lines = [f"R^2 of each state column: {values['store']}", f"{'column':{width}} {'lin':>8} {'MLP':>8}"]
     for name, linear in values["linear"].items():
@@ -91,12 +90,12 @@ def state_table(values: dict[str, Any]) -> list[str]:
 
 
 def rounded(value: float | None) -> str:
-    """A figure of the tables."""
+    """Format a figure of the tables."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def cells(found: Probe) -> list[str]:
-    """The row of a table, `-` for what is not known; each R^2 is a mean over two columns of the state."""
+    """Format the cells of a row, `-` for what is not known; each R^2 is a mean over two columns of the state."""
     values: list[float | None] = []
     for names in (("x", "y"), ("vx", "vy")):
         for scores in (found.linear, found.mlp):

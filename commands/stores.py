@@ -1,4 +1,4 @@
-"""wmcache ls, info, verify, finalize, repair, preview, rm: what is in a store, and whether it is whole."""
+"""wmcache ls, info, verify, finalize, repair, preview, rm: the contents of token stores, and whether they are sound."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from wmcache.commands.command import Command
 from wmcache.commands.output import print_json, say
-from wmcache.commands.shared import ANY_PATH, PATH, json_option, source_options, store_argument
+from wmcache.commands.shared import ANY_PATH, PATH, json_option, moved_dataset_option, source_options, store_argument
 from wmcache.common.errors import UserError, command, one_line
 from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath, beside, is_local
@@ -42,7 +42,7 @@ def list_(folder: AnyPath | None, as_json: bool) -> None:
 @store_argument
 @json_option
 def info(store: AnyPath, as_json: bool) -> None:
-    """Show what a token store says of itself."""
+    """Show the settings, the identity and the state of a token store."""
     from wmcache.cache.catalogue import describe
 
     values = describe(store)
@@ -62,7 +62,7 @@ def info(store: AnyPath, as_json: bool) -> None:
 @source_options
 @json_option
 def verify(store: AnyPath, deep: bool, as_json: bool, **source: Any) -> None:
-    """Compare every byte of a token store with its records; exit status 1 where something is wrong."""
+    """Compare every byte of a token store with its records; exit status 1 if something is wrong."""
     if deep:
         from wmcache.pipeline.repair import verify_deep
 
@@ -83,14 +83,14 @@ def verify(store: AnyPath, deep: bool, as_json: bool, **source: Any) -> None:
             click.echo(", ".join(f"{name} {value:.6f}" for name, value in found.drift.items()))
     if not found.sound:
         raise UserError(
-            f"{store} is {'damaged' if found.faults else 'incomplete'}; hint it with: {command('wmcache', 'repair', store)}"
+            f"{store} is {'damaged' if found.faults else 'incomplete'}; repair it with: {command('wmcache', 'repair', store)}"
         )
 
 
 @click.command(cls=Command)
 @store_argument
 def finalize(store: AnyPath) -> None:
-    """Declare a token store complete, once all slices of its shards are done; exit status 1 where shards are missing."""
+    """Declare a token store complete, once all slices of its shards are done; exit status 1 if shards are missing."""
     from wmcache.pipeline.stores import finalize as run
 
     card = run(store)
@@ -101,7 +101,7 @@ def finalize(store: AnyPath) -> None:
 @store_argument
 @source_options
 def repair(store: AnyPath, **source: Any) -> None:
-    """Make exactly those shards of a token store again that are not as they were written."""
+    """Make again the shards of a token store that are not as they were written."""
     from wmcache.pipeline.repair import repair as run
 
     found = run(store, **source)
@@ -110,7 +110,7 @@ def repair(store: AnyPath, **source: Any) -> None:
 
 @click.command(cls=Command)
 @store_argument
-@click.option("--dataset", type=ANY_PATH, help="Where the frames are, if they have moved.")
+@moved_dataset_option
 @click.option("--count", type=click.IntRange(1, 64), default=8, help="Frames to draw.")
 @click.option("--out", type=PATH, help="The PNG to write.  [default: STORE, with .png for .zarr]")
 def preview(store: AnyPath, out: Path | None, **settings: Any) -> None:

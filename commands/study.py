@@ -1,4 +1,4 @@
-"""wmcache study: which representation makes the same world model plan best?"""
+"""wmcache study: compare representations by what the same world model plans with them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
 @click.option(
     "--dataset",
     type=PATH,
-    help="Existing frame dataset, instead of FILE's.  [default: FILE's, else $WMCACHE_HOME/pointmaze-<maze>]",
+    help="Existing frame dataset that replaces FILE's.  [default: FILE's, else $WMCACHE_HOME/pointmaze-<maze>]",
 )
 @click.option("--seeds", help="Seeds of fits and trainings, as in 0,1,2.  [default: FILE's]")
 @click.option("--fractions", help="Shares of the train episodes, as in 0.1,0.25,1.  [default: FILE's]")
@@ -38,18 +38,19 @@ DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
 @click.option(
     "--out",
     type=PATH,
-    help="Folder, which studies may share: what they have in common is done once, table and page are of the last.  "
+    help="Folder; studies may share one, and with it their common cells.  "
     "[default: $WMCACHE_HOME/studies/<name of FILE>]",
 )
 @json_option
 def study(file: Path | None, out: Path | None, as_json: bool, **flags: Any) -> None:
-    """Compare encoders by what the same world model plans with them, as FILE (TOML) says. Run again, it goes on.
+    """Compare encoders by what the same world model plans with them, with the settings of FILE (TOML). Run again, it goes on.
 
-    Without FILE, those that need no download.
+    Without FILE, compare the encoders that need no download.
     """
     from wmcache.study.options import read_study
     from wmcache.study.report import headline, summary, write_report
-    from wmcache.study.run import run_study, tabulate
+    from wmcache.study.run import run_study
+    from wmcache.study.table import tabulate
 
     file = file or DEFAULT
     for name, kind in (("seeds", int), ("fractions", float)):
@@ -68,11 +69,11 @@ def study(file: Path | None, out: Path | None, as_json: bool, **flags: Any) -> N
         say(f"report: {out / 'study.html'}")
     if failures:
         failed = sorted({str(row["failed"]) for row in rows if row["failed"]})
-        raise click.ClickException(f"{len(failures)} cells could not be done, the others are; the first: {failed[0]}")
+        raise click.ClickException(f"{len(failures)} cells failed, the others are done; the first: {failed[0]}")
 
 
 def _numbers(text: str, kind: type[int] | type[float], flag: str) -> list[int] | list[float]:
     try:
         return [kind(word) for word in text.split(",")]
     except ValueError:
-        raise UserError(f"{flag} {text}: not numbers with commas between") from None
+        raise UserError(f"{flag} {text} is not a list of numbers separated by commas") from None

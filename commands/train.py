@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -119,18 +120,18 @@ def wmtrain(
         stopped = isinstance(reported.__cause__, KeyboardInterrupt)
         ctx.exit((STOPPED if isinstance(reported.__cause__, Stopped) else INTERRUPTED) if stopped else 1)
     if ranks.is_main:
-        say(f"{out}: {_next_step(out, cache, chosen.stage)}")
+        say(f"{out}: {_next_step(out, cache, chosen)}")
 
 
-def _next_step(run: Path, cache: AnyPath, stage: str) -> str:
+def _next_step(run: Path, cache: AnyPath, options: TrainOptions) -> str:
     """What can be done with a trained run: its next stage, a plan where its frames have a simulator, or pictures."""
+    from wmcache.trainer.models import MODELS
     from wmcache.trainer.runs import read_identity
 
-    stages = list(_stages())
-    if stage in stages[:-1]:
-        following = {stage: stages[stages.index(stage) + 1]}
-        following |= {f"--stage={stage}": f"--stage={following[stage]}"}
-        return f"stage {stage} is trained; go on with: {shell_command([following.get(w, w) for w in sys.argv])}"
+    stage, following = options.stage, dict(itertools.pairwise(MODELS.get(options.model).stages))
+    if stage in following:
+        words = {stage: following[stage], f"--stage={stage}": f"--stage={following[stage]}"}
+        return f"stage {stage} is trained; go on with: {shell_command([words.get(word, word) for word in sys.argv])}"
     if read_identity(run)[0].dataset.get("maze"):
         return f"trained; plan with: {command('wmplan', '--run', run)}"
     return (

@@ -1,4 +1,4 @@
-"""wmcache weights: which encoders' weights are here, and where."""
+"""wmcache weights: the weights of encoders on this machine, and where they are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from wmcache.common.space import human_bytes
 @click.command(cls=Command)
 @json_option
 def weights(as_json: bool) -> None:
-    """List the weights that encoders come from, and those that were fitted here ($WMCACHE_HOME/encoders)."""
+    """List the sources of encoders' weights, and the weights that were fitted here ($WMCACHE_HOME/encoders)."""
     sources, fitted = _sources(), _fitted()
     if as_json:
         print_json({"sources": sources, "fitted": fitted})
@@ -39,7 +39,7 @@ def weights(as_json: bool) -> None:
 
 
 def _sources() -> list[dict[str, Any]]:
-    """One row for each source that encoders share; those that are made here have none."""
+    """A row for each source; encoders of one source share a row, fitted ones have no source."""
     from wmcache.pipeline.encoders import get_entry, specs
     from wmcache.pipeline.encoders.hub import REPOSITORY, look_up
 

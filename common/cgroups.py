@@ -1,4 +1,4 @@
-"""The control groups of this process: limits that a batch system or a container sets."""
+"""The control groups of this process, with the limits of a batch system or container."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ ROOT = Path("/sys/fs/cgroup")
 
 
 def control_groups(controller: str) -> Iterator[tuple[int, Path]]:
-    """The folders of this process's groups for a controller, each with its version (1 or 2); the limits of all of them hold.
+    """Yield the version (1 or 2) and folder of each group of a controller, `memory` or `cpu`; all their limits apply.
 
-    Inside a container the path of the group may be one that only the host knows. Its folder does not exist then, but those above it do.
-
-    Args:
-        controller: `memory` or `cpu`.
+    Inside a container the path of the group may exist on the host only. The folders above it exist in both.
     """
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""How many CPUs this process may use, and how many threads compute on them."""
+"""Available CPUs, and the threads that compute on them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from wmcache.common.cgroups import control_groups
 
 SPINS = {"GOMP_SPINCOUNT": "1000"}
-"""OpenMP threads spin while they wait, by default for milliseconds. Two programs on the same CPUs then wait for each other's idle threads.
+"""Waiting OpenMP threads spin for milliseconds by default, which delays other programs on the same CPUs (measured in docs/cluster.md).
 
-docs/cluster.md has the measurements. The variable is that of GNU's OpenMP, which PyTorch's wheels for Linux contain."""
+The variable is for GNU's OpenMP, which is in PyTorch's wheels for Linux."""
 
 _set_here: dict[str, str] = {}
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use: the least of its affinity, the quotas of its control groups and SLURM_CPUS_PER_TASK; at least 1.
+    """Return the CPUs that affinity, the quotas of control groups and SLURM_CPUS_PER_TASK leave this process; at least 1.
 
-    joblib's and Dask's functions look at one control group of those that hold, know nothing of SLURM, and take 0.2 s to import.
+    joblib's and Dask's functions read only one control group, ignore SLURM, and take 0.2 s to import.
     """
     counts = [_affinity(), *map(math.ceil, _quotas())]
     asked = os.environ.get("SLURM_CPUS_PER_TASK", "")
@@ -30,18 +30,15 @@ def available_cpus() -> int:
 
 
 def limit_threads(processes: int = 1) -> None:
-    """Set how many threads this process, or each process it starts, computes with, and how long they spin while they wait.
+    """Set the number of threads of each of `processes` that share the CPUs, and how long waiting threads spin.
 
-    Variables of the user stay as they are. OpenMP reads them when it is loaded, so call this before torch is imported.
-
-    Args:
-        processes: that share the available CPUs.
+    Variables that the user has set are not changed. OpenMP reads them when it is loaded, so call this before torch is imported.
     """
     limits: dict[str, str] = {}
     if "OMP_WAIT_POLICY" not in os.environ:
         limits |= SPINS
     share = max(1, available_cpus() // processes)
-    # Alone, torch counts by itself: physical cores, by affinity. It knows no quota and no SLURM.
+    # By default torch uses the physical cores of the affinity. It ignores quotas and SLURM.
     if processes > 1 or share < _affinity() or "OMP_NUM_THREADS" in _set_here:
         limits["OMP_NUM_THREADS"] = str(share)
     for name, value in limits.items():

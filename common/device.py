@@ -1,4 +1,4 @@
-"""Where numbers are computed and in which precision: the only place that knows a device's name."""
+"""Devices and precisions: the only module that knows the names of devices."""
 
 from __future__ import annotations
 
@@ -17,48 +17,40 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def is_cpu(device: torch.device) -> bool:
-    """Whether main memory is the device's own."""
+    """Return whether the device computes in main memory."""
     return device.type == CPU.type
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device of a name; `auto` takes CUDA, then Apple's MPS, then the CPU.
-
-    Raises:
-        UserError: there is no such device here.
-    """
+    """Return the device of a name, `auto` for CUDA, Apple's MPS or the CPU; raise UserError where it is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"no device {name!r} here ({reason}); choose --device auto or cpu") from error
+        first = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} is not available ({first}); choose --device auto or cpu") from error
     return device
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES calls the GPUs that this process sees."""
+    """Return the GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
     count, names = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
     return names.split(",")[:count] if names else [str(number) for number in range(count)]
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute precision of a name; `auto` takes bfloat16 where the hardware has it, float32 elsewhere.
-
-    Raises:
-        UserError: unknown name.
-    """
+    """Return the compute precision of a name, `auto` for bfloat16 where the hardware has it; raise UserError for another name."""
     if name == "auto":
         name = "bfloat16" if has_bfloat16(device) else "float32"
     if name not in DTYPES:
-        raise UserError(f"no dtype {name!r}; known are auto, {', '.join(DTYPES)}")
+        raise UserError(f"unknown dtype {name!r}; known are auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def release_memory(device: torch.device) -> None:
-    """Give cached blocks back to the device, so that a smaller batch may fit."""
+    """Return cached blocks to the device, so that a smaller batch may fit."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -66,7 +58,7 @@ def release_memory(device: torch.device) -> None:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it, so that a clock tells the truth."""
+    """Wait until the device is idle, before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -74,45 +66,45 @@ def synchronise(device: torch.device) -> None:
 
 
 class Transfer:
-    """Copies from main memory to a device beside the work that the device does; on the CPU there is nothing to copy.
+    """Copies from main memory to a device while the device computes.
 
-    Inside `with`, whatever is queued goes to a stream of its own, and is finished when the block ends.
+    Inside `with`, work is queued on a separate stream, and is finished when the block ends.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Args: `device` to copy to."""
+        """Create the stream, on CUDA."""
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._context: AbstractContextManager[None] = contextlib.nullcontext()
 
     def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Main memory to send from, to be filled again and again; pinned where that makes copies faster."""
+        """Return a reusable buffer in main memory to send from; pinned where that makes copies faster."""
         return torch.empty(shape, dtype=dtype, pin_memory=self._stream is not None)
 
     def send(self, values: Tensor) -> Tensor:
-        """A copy on the device."""
+        """Return a copy on the device."""
         return values.to(self._device, non_blocking=self._stream is not None)
 
     def hand_over(self, batch: Mapping[str, Tensor]) -> None:
-        """Keep the memory of these tensors, made inside `with`, until the caller's own stream has done with them."""
+        """Keep the memory of tensors made inside `with` until the caller's stream has used them."""
         if self._stream is not None:
             for value in batch.values():
                 value.record_stream(torch.cuda.current_stream(self._device))
 
     def __enter__(self) -> None:
-        """Switch to the stream of the copies."""
+        """Switch to the stream for copies."""
         self._context = contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
         self._context.__enter__()
 
     def __exit__(self, *raised: object) -> None:
-        """Wait for the copies, and switch back."""
+        """Wait for the copies and switch back."""
         if self._stream is not None:
             self._stream.synchronize()
         self._context.__exit__(None, None, None)
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 natively, so that it is faster and not just smaller."""
+    """Return whether the hardware multiplies bfloat16 natively, so that it is faster than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if is_cpu(device):
@@ -121,15 +113,16 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Run matrix products in `dtype`; nothing to do for float32."""
+    """Run matrix products in `dtype`."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
 
 
 def attends_plainly(x: Tensor) -> bool:
-    """Whether attention over these queries is faster as plain products than in PyTorch's kernel.
+    """Return whether attention over these queries is faster as plain products than in PyTorch's kernel.
 
-    True for bfloat16 on the CPU, where that kernel computes in float32 forwards, is several times slower backwards, and has no dropout.
+    That is bfloat16 on the CPU, where the kernel's forward pass uses float32, its backward pass is several times slower, and it has no
+    dropout.
     """
     return is_cpu(x.device) and x.dtype == torch.bfloat16

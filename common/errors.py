@@ -1,4 +1,4 @@
-"""The one exception that commands turn into one line and an exit status, and how names are printed."""
+"""Errors that commands print as one line."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ class Stopped(KeyboardInterrupt):
 
 
 class UserError(Exception):
-    """Something that the user can fix. The message is one line: what is wrong, where, and which command fixes it."""
+    """Something that the user can fix. The message is one line: what is wrong, where, and a hint."""
 
     def __init__(self, message: str) -> None:
-        """Args: `message`, printed as `one_line`."""
+        """Escape the message, see `one_line`."""
         super().__init__(one_line(message))
 
 
 class MissingError(UserError):
-    """A file that is not there."""
+    """A file that does not exist."""
 
 
 class UnreadableError(UserError):
-    """A file that exists and cannot be read: permissions, disk or network. It is not damaged, and is not missing."""
+    """A file that cannot be read because of permissions, the disk or the network. It is neither damaged nor missing."""
 
 
 def reason(error: BaseException, most: int = 160) -> str:
-    """What an error says, in one line of at most `most` characters: the system's words where it has some."""
+    """Return an error's text in one line of at most `most` characters; of an OSError, the system's message."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()).rstrip(".")[:most] or type(error).__name__
 
 
 def one_line(text: str) -> str:
-    r"""Text with line breaks and control characters escaped, as `\n`: names of files may contain them."""
+    r"""Return text with line breaks and control characters escaped, as `\n`: names of files may contain them."""
     return "".join(_escaped(letter) if unicodedata.category(letter) in UNPRINTED else letter for letter in text)
 
 
 def command(*words: object) -> str:
-    """A command line for such a message, quoted so that it can be pasted into a shell."""
+    """Return a command line that can be pasted into a shell."""
     return " ".join(_quoted(str(word)) for word in words)
 
 

@@ -1,4 +1,4 @@
-"""How much memory there is, by the tightest of the limits that hold for this process."""
+"""Available memory, by the tightest limit of this process."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on a device; for the CPU, of main memory."""
+    """Return the free bytes on a device; for the CPU, of main memory."""
     if device.type == "cuda":
-        import torch  # a reader of stores that asks for address space need not pay for it
+        import torch  # slow to import, and not needed to read stores
 
         return int(torch.cuda.mem_get_info(device)[0])
     return available_ram()
 
 
 def available_ram() -> int:
-    """Bytes of main memory that this process can still get: of the machine, of its control group, and below its `ulimit -v`."""
+    """Return the bytes of main memory that the machine, the control groups and `ulimit -v` leave this process."""
     limits = [psutil.virtual_memory().available]
     if (group := _control_group()) is not None:
         limits.append(group)
@@ -34,13 +34,13 @@ def available_ram() -> int:
 
 
 def address_space_left() -> int | None:
-    """Bytes below `ulimit -v`, which memory maps count against too; None where there is no limit."""
+    """Return the bytes below `ulimit -v`, which memory maps count against too; None where there is no limit."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return None if limit == resource.RLIM_INFINITY else max(0, limit - psutil.Process().memory_info().vms)
 
 
 def _control_group() -> int | None:
-    """What a batch system or a container leaves of its limit; pages of files do not count as used, they make room."""
+    """Return what the limit of a batch system or container leaves; cached pages of files do not count as used."""
     found = []
     for version, folder in control_groups("memory"):
         if version == 1:

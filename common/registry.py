@@ -1,4 +1,4 @@
-"""Registries: what has a name (encoders, world models, solvers, …) and may come from this package or from another one."""
+"""Registries of encoders, world models, solvers, …, from this package and from others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Names and what they stand for.
+    """Names and their entries.
 
     Entries come from the modules of one package of wmcache, which are imported on first use, and from entry points of other installed
     packages: each names a module that registers its entries when it is imported.
@@ -27,11 +27,11 @@ class Registry(Generic[T]):
     """
 
     def __init__(self, kind: str, *, package: str, group: str) -> None:
-        """Nothing is imported yet.
+        """Import nothing yet.
 
         Args:
-            kind: what an entry is called in errors, such as `solver`.
-            package: whose modules register the entries of wmcache.
+            kind: what errors call an entry, such as `solver`.
+            package: its modules register the entries of wmcache.
             group: of the entry points of other packages.
         """
         self.kind, self.package, self.group = kind, package, group
@@ -39,11 +39,7 @@ class Registry(Generic[T]):
         self._complete = False
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorate what has this name.
-
-        Raises:
-            ValueError: the name is taken.
-        """
+        """Return a decorator that registers its argument; raise ValueError where the name is taken."""
 
         def add(entry: T) -> T:
             if name in self._entries:
@@ -54,25 +50,26 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """The entry of a name.
-
-        Raises:
-            UserError: unknown name, or a package's entry point cannot be imported.
-        """
+        """Return the entry of a name; raise UserError where it is unknown, or an entry point cannot be imported."""
         self._load()
         if name not in self._entries:
             close = difflib.get_close_matches(name, self._entries, n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(self)}"
-            raise UserError(f"no {self.kind} {name!r}; {hint}, or install the package that has it")
+            raise UserError(f"unknown {self.kind} {name!r}; {hint}, or install the package that has it")
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
-        """The names, sorted."""
+        """Yield the names, sorted."""
         self._load()
         return iter(sorted(self._entries))
 
+    def __len__(self) -> int:
+        """Count the entries."""
+        self._load()
+        return len(self._entries)
+
     def __contains__(self, name: object) -> bool:
-        """Whether the name is registered."""
+        """Return whether the name is registered."""
         self._load()
         return name in self._entries
 

@@ -1,4 +1,4 @@
-"""JSON that may be anybody's: every value is looked at before it is used."""
+"""Validating JSON from outside: every value is checked before it is used."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from wmcache.common.paths import AnyPath
 T = TypeVar("T")
 
 Count = Annotated[int, Field(gt=0, lt=2**40)]
-"""Frames, shards, bytes: beyond what a disk holds is beyond belief."""
+"""Frames, shards, bytes: more than a disk can store is refused."""
 Size = Annotated[int, Field(gt=0, le=2**16)]
-"""Tokens, channels, pixels: what a single frame has."""
+"""Tokens, channels, pixels of a single frame."""
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^/\x00-\x1f]+$")]
-"""Of something that may become a part of a path."""
+"""A name that may become part of a path."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -33,20 +33,17 @@ def parse(
     exact: bool = True,
     fault: str = "is damaged",
 ) -> T:
-    """Plain JSON values as an instance of a dataclass, nothing converted, nothing guessed.
+    """Return plain JSON values as an instance of a dataclass, without conversions.
 
     Args:
-        kind: the dataclass.
-        value: what was read.
-        where, hint: the file, and what to do about it, for the error.
+        where, fault, hint: the error is `{where} {fault} (…); {hint}`.
         exact: refuse values that the dataclass has no field for.
-        fault: what is said of `where`.
 
     Raises:
         UserError: `value` is not of that kind.
     """
     if exact and isinstance(value, dict) and (unknown := set(value) - {field.name for field in fields(kind)}):  # type: ignore[arg-type]
-        raise UserError(f"{where} {fault} (unknown parts: {', '.join(sorted(unknown))[:80]!r}); {hint}")
+        raise UserError(f"{where} {fault} (unknown fields: {', '.join(sorted(unknown))[:80]!r}); {hint}")
     try:
         parsed: T = _adapter(kind).validate_json(json.dumps(value), strict=True)
     except (ValidationError, RecursionError) as error:

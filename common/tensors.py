@@ -17,29 +17,21 @@ from wmcache.common.paths import NO_MAPS
 
 
 class Tensors(Protocol):
-    """An open file, as `safetensors.safe_open` has it."""
+    """An open file, as `safetensors.safe_open` returns it."""
 
-    def metadata(self) -> dict[str, str] | None:
-        """What was saved beside the tensors."""
-        ...
-
-    def keys(self) -> list[str]:
-        """Names of the tensors."""
-        ...
-
-    def get_tensor(self, name: str) -> Tensor:
-        """One of them."""
-        ...
+    def metadata(self) -> dict[str, str] | None: ...  # noqa: D102
+    def keys(self) -> list[str]: ...  # noqa: D102
+    def get_tensor(self, name: str) -> Tensor: ...  # noqa: D102
 
 
 class _InMemory:
     def __init__(self, data: bytes) -> None:
         self._tensors: dict[str, Tensor] = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        self._metadata: dict[str, str] | None = header.get("__metadata__")
+        self._header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
 
     def metadata(self) -> dict[str, str] | None:
-        return self._metadata
+        found: dict[str, str] | None = self._header.get("__metadata__")
+        return found
 
     def keys(self) -> list[str]:
         return list(self._tensors)
@@ -50,11 +42,11 @@ class _InMemory:
 
 @contextmanager
 def open_tensors(file: Path) -> Iterator[Tensors]:
-    """Open a safetensors file; where it cannot be mapped it is read into memory.
+    """Open a safetensors file, or read it into memory where it cannot be mapped.
 
     Raises:
         OSError: the system cannot open it.
-        SafetensorError: it is not such a file.
+        SafetensorError: it is not a safetensors file.
     """
     if can_map(file):
         with safe_open(file, "pt") as tensors:
@@ -64,21 +56,21 @@ def open_tensors(file: Path) -> Iterator[Tensors]:
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; raises as `open_tensors`."""
+    """Return all tensors of a safetensors file; raise as `open_tensors`."""
     with open_tensors(file) as tensors:
-        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
 
 
 def can_map(file: Path) -> bool:
-    """Whether the file system of a file maps it into memory; raises OSError where it cannot be opened."""
-    # Opened here: safetensors says of every file that it cannot open that it is missing.
+    """Return whether a file can be mapped into memory; raise OSError where it cannot be opened."""
+    # safetensors would report every file that it cannot open as missing.
     with file.open("rb") as stream:
         try:
             mmap.mmap(stream.fileno(), 1, access=mmap.ACCESS_READ).close()
+        except ValueError:  # an empty file
+            return True
         except OSError as error:
             if error.errno in NO_MAPS:
                 return False
             raise
-        except ValueError:  # an empty file
-            pass
     return True

@@ -51,9 +51,6 @@ def save_checkpoint(run: Path, progress: Progress, network: nn.Module, optimiser
     """Write a checkpoint to a temporary folder, rename it, and point `last` to it; returns the folder.
 
     A kill at any moment leaves the checkpoint before it as it was. Older ones are deleted, except those that end a stage.
-
-    Raises:
-        UserError: it cannot be written.
     """
     folder = run / "checkpoints"
     final, temporary = folder / f"step-{progress.step:08d}", folder / f".step-{progress.step:08d}.tmp"
@@ -100,7 +97,7 @@ def _ends_a_stage(folder: Path) -> bool:
     except UnreadableError:
         return True  # keep what cannot be read at the moment
     except UserError:
-        return False
+        return False  # the rest of a folder whose deletion was interrupted
     return bool(progress.stage) and progress.finished
 
 
@@ -140,9 +137,12 @@ def load_training_state(run: Path, network: nn.Module, optimiser: torch.optim.Op
                 entry: value if entry == "step" and not group.get("fused") else value.to(parameter.device)
                 for entry, value in states.get(names[parameter], {}).items()
             }
-    torch.set_rng_state(tensors["rng.cpu"])
-    if torch.cuda.is_available() and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    try:
+        torch.set_rng_state(tensors["rng.cpu"])
+        if torch.cuda.is_available() and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"{folder / FILES[1]} is not of a training ({reason(error)}); {FALL_BACK}") from error
     return read_progress(folder).step
 
 

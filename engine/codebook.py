@@ -1,7 +1,7 @@
 """Codebooks whose entries are moving means of the tokens nearest to them (VQ-VAE, arXiv 1711.00937, appendix A.1).
 
-`vector-quantize-pytorch` is not used: its state has other names and shapes than the checkpoints and weights files made before, and it draws
-replacements of dead entries in another way.
+`vector-quantize-pytorch` would need einx, loguru and torch-einops-utils, keeps its state under other names and shapes than existing
+checkpoints and weights files, and draws replacements of dead entries differently.
 """
 
 from __future__ import annotations

@@ -32,6 +32,9 @@ class Log:
             title: of the progress bar, of `steps` steps, of which `initial` are done; it may be `hidden`.
             unit: what a step's batch consists of, and how many of them: `batch`.
         """
+        self._file = (run / "metrics.jsonl").open("a", encoding="utf-8") if run else None
+        self._board = SummaryWriter(str(run / "tensorboard")) if run else None
+        # After the files: an error of theirs must not end up on the bar's line.
         self._bar = tqdm(
             total=steps,
             initial=initial,
@@ -40,8 +43,6 @@ class Log:
             mininterval=seconds_between_updates(),
             disable=hidden,
         )
-        self._file = (run / "metrics.jsonl").open("a", encoding="utf-8") if run else None
-        self._board = SummaryWriter(str(run / "tensorboard")) if run else None
         self._unit, self._batch, self._initial = unit, batch, initial
         self._start, self._waited = 0.0, 0.0
 

@@ -84,9 +84,7 @@ class LoopOptions:
 
     Attributes:
         steps: of the optimiser, from where the stage began.
-        batch: size of a micro-batch, of all ranks together.
-        device, dtype: of computation.
-        accumulate: micro-batches in a step.
+        batch: size of a micro-batch, of all ranks together; `accumulate` of them make a step.
         clip: largest norm of the gradient; None neither clips nor logs it.
         log: whether to write metrics.jsonl and TensorBoard.
         log_every, validate_every, checkpoint_every: steps between two; each is also done after the last step.
@@ -109,7 +107,7 @@ class LoopOptions:
 def run(
     task: Task[B], options: LoopOptions, folder: Path, progress: Progress, ranks: Ranks = SINGLE
 ) -> dict[str, float | None]:
-    """Train a task to the end of its stage.
+    """Train a task to the end of its stage; returns the last validation's figures, on rank 0 only.
 
     Args:
         task: what is trained.
@@ -117,9 +115,6 @@ def run(
         folder: for checkpoints and log.
         progress: of the run so far. Inside a stage, weights, optimiser and random generators are loaded from the newest checkpoint.
         ranks: the processes that train together.
-
-    Returns:
-        The last validation's figures, on rank 0 only.
 
     Raises:
         UserError: the loss or the weights are not finite, or a checkpoint cannot be read or written.
@@ -194,8 +189,9 @@ def _compute_gradients(
     """
     task.network.train()
     optimiser.zero_grad(set_to_none=True)
-    for group in optimiser.param_groups:
-        group["lr"] = task.learning_rate(step)
+    rate = task.learning_rate(step)
+    for group in optimiser.param_groups:  # whose own rates stay in proportion
+        group["lr"] = rate * group.setdefault("scale", group["lr"] / optimiser.defaults["lr"])
     parts: list[dict[str, Tensor]] = []
     for remaining in reversed(range(options.accumulate)):
         batch = next(batches)

@@ -40,20 +40,14 @@ class ReportedError(Exception):
 
 @dataclass(frozen=True)
 class Ranks:
-    """One of the processes that train together; by default a single process.
-
-    Attributes:
-        rank: in [0, world).
-        world: number of processes.
-        local_rank, local_world: the same among the processes of this machine.
-        parent: id of the process that started this one.
-    """
+    """One of `world` processes that train together; by default a single process. The local numbers are those of this machine."""
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
     parent: int = 0
+    """Id of the process that started this one."""
 
     @property
     def is_main(self) -> bool:
@@ -71,11 +65,7 @@ class Ranks:
             tqdm.write(one_line(line))
 
     def device(self, name: str) -> torch.device:
-        """Return the device of a name; each rank has its own, except on the CPU.
-
-        Raises:
-            UserError: no such device, or too few for the ranks.
-        """
+        """Return the device of a name; each rank has its own, except on the CPU."""
         if self.world == 1:
             return choose_device(name)
         if name == "auto":
@@ -162,12 +152,8 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
 
     The first rank that ends by an exception raises it. All others raise `ReportedError`, so that the user reads one line.
 
-    Args:
-        device: as typed; the network depends on it.
-
     Raises:
         UserError: no such device, or another rank does not come or dies.
-        ReportedError: another rank has reported what happened.
     """
     if not is_distributed():
         yield SINGLE

@@ -1,4 +1,4 @@
-"""Change maps beside a token store: frame dataset -> what has changed from frame to frame, on the store's own grid."""
+"""Makes the change maps of a token store from its frames: what has changed from frame to frame, on the store's grid."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from wmcache.pipeline.repair import open_frames
 def derive_change_maps(
     store: TokenStore, frameskip: int = 5, *, dataset: AnyPath | None = None, cluster: str = "local:1"
 ) -> AnyPath:
-    """Make the change maps of a store; run again, it does what is missing.
+    """Make the change maps of a store; run again, it makes the missing ones.
 
     Args:
         store: of patch tokens.
-        frameskip: env steps between the frames that are compared; what `wmtrain` has.
-        dataset: where the frames are now, if not where they were.
-        cluster: where, see `cluster.parse_cluster`.
+        frameskip: env steps between the frames that are compared, as of `wmtrain`.
+        dataset: path of the frames, if they have moved.
+        cluster: where tasks run, see `cluster.parse_cluster`.
 
     Returns:
         Their path, see `open_change_maps`.
 
     Raises:
-        UserError: the frames are not to be had, or are others; the tokens are no square of patches; or as `extract`.
+        UserError: the frames are missing or are others, or the tokens are not a square of patches; see also `extract`.
     """
     frames = open_frames(store.card, dataset)
     if frames.card.fingerprint != store.identity.dataset_fingerprint:
-        raise UserError(f"{frames.path} does not hold the frames of {store.path}; pass the right --dataset")
+        raise UserError(f"{frames.path} does not contain the frames of {store.path}; pass the right --dataset")
     out = change_maps_path(store.path, frameskip)
     maps = changes_for(store.card.token_grid, frameskip, device="cpu")
     extract(frames, maps, out, dtype=store.card.dtype, cluster=cluster)

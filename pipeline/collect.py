@@ -15,7 +15,7 @@ from wmcache.cluster.tasks import WorkerTask, run_tasks
 from wmcache.common.paths import AnyPath, absolute, as_path
 from wmcache.common.space import require_space
 from wmcache.envs import FPS, POLICIES, Maze, PointMazeSimulator, Policy, find_maze, sample_state
-from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, shard_range, write_shard
+from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, write_shard
 from wmcache.pipeline.steps import Steps, read_steps
 
 
@@ -70,8 +70,8 @@ def collect(
     )
     writer = FrameDatasetWriter(out, card, steps)
     pending = writer.pending()
-    task = DrawShard(absolute(out), steps.sha256(), maze, image_size, frames_per_shard)
-    total = sum(len(writer.shard_frames(shard)) for shard in pending)
+    task = DrawShard(absolute(out), steps.sha256(), maze, card)
+    total = sum(len(card.shard_frames(shard)) for shard in pending)
     run_tasks(task, pending, cluster=cluster, total=total, label="collect")
     return writer.finish()
 
@@ -102,8 +102,7 @@ class DrawShard(WorkerTask[int, Steps]):
     out: str
     steps_sha256: str
     maze: Maze
-    image_size: int
-    frames_per_shard: int
+    card: DatasetCard
 
     def setup(self) -> Steps:
         """Read the step table."""
@@ -111,8 +110,8 @@ class DrawShard(WorkerTask[int, Steps]):
 
     def run(self, state: Steps, item: int) -> int:
         """Draw a shard; returns its frames."""
-        frames = shard_range(item, len(state), self.frames_per_shard)
-        render = _simulator_of_thread(self.maze, self.image_size).render
+        frames = self.card.shard_frames(item)
+        render = _simulator_of_thread(self.maze, self.card.image_size).render
         write_shard(as_path(self.out), item, ((state.key(frame), render(state.state[frame])) for frame in frames))
         return len(frames)
 

@@ -1,7 +1,7 @@
 """Frame dataset x encoders -> token stores: a task reads one tar shard and writes one Zarr shard of each store.
 
 Each process has two tasks in flight, and a lock around its encoders: one task encodes while the other reads frames or writes tokens. So
-memory holds two shards, whatever the size of the dataset.
+two shards are in memory, whatever the size of the dataset.
 
 Several extractions may run into one store. A task claims its shard, and leaves shards that another process has claimed to it, unless that
 process dies. With slices of the shards, the process that finds the store whole at its end declares it complete.
@@ -29,7 +29,7 @@ from wmcache.common.paths import AnyPath, absolute, exists, free_space
 from wmcache.common.space import require_space
 from wmcache.pipeline.encoders import Encoder, encode_together
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.stores import StoreRecipe, has_work, store_card
+from wmcache.pipeline.stores import StoreRecipe, create_store, has_work, store_card
 from wmcache.pipeline.tars import Frames
 
 TASKS_IN_FLIGHT = 2
@@ -85,15 +85,7 @@ def extract_together(
     needed = sum(store_card(dataset, encoder, dtype).token_bytes for encoder, out in stores if not exists(out))
     if needed:
         require_space(stores[0][1], needed, f"the stores of {dataset.card.frames} frames")
-    writers = [
-        StoreWriter.create(
-            out,
-            store_card(dataset, encoder, dtype),
-            encoder.identity(dataset.card.fingerprint, dtype),
-            dataset.steps.columns(),
-        )
-        for encoder, out in stores
-    ]
+    writers = [create_store(dataset, encoder, out, dtype) for encoder, out in stores]
     wanted = slice_of(writers[0].card.num_shards, part)
     unfinished = [(encoder, writer) for (encoder, _), writer in zip(stores, writers, strict=True) if has_work(writer)]
     lacking: dict[AnyPath, list[int]] = {}

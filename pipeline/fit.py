@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wmcache.cache.store import TokenStore
+from wmcache.cache.windows import split_frames
 from wmcache.common.cpus import available_cpus
 from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError, reason
@@ -38,20 +39,14 @@ from wmcache.pipeline.encoders.base import Features, Preprocess, Select
 from wmcache.pipeline.encoders.fitting import FitData, Fitting
 from wmcache.pipeline.encoders.weights import read_metadata
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.landscape import Landscape, probe_landscape, split_frames
+from wmcache.pipeline.landscape import Landscape, probe_landscape
 
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """The result of a fit.
-
-    Attributes:
-        weights: the file.
-        frames: number of training frames.
-        landscape: of held-out frames; None where the dataset shows no maze, so that true distances are unknown.
-    """
+    """Where the weights of a fit are, its number of training frames, and the landscape of held-out frames, None where no maze is known."""
 
     weights: Path
     frames: int
@@ -233,11 +228,10 @@ def train(
 
     Args:
         start: makes the fitting from its options' seed.
-        options: steps, learning rate and seed.
+        options: how to train.
         header: everything that the weights depend on.
-        out: the file.
+        out: the file; `overwrite` replaces one of another header.
         device: where to train.
-        overwrite: replace a file of another header.
 
     Raises:
         UserError: another fit is at `out`, or the loss is not finite.

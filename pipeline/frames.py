@@ -31,6 +31,7 @@ from wmcache.common.paths import (
     AnyPath,
     as_path,
     exists,
+    is_local,
     names_in,
     read_bytes,
     remove,
@@ -40,7 +41,6 @@ from wmcache.common.paths import (
 )
 from wmcache.common.schema import Count, Name, Size, parse
 from wmcache.common.space import human_bytes
-from wmcache.common.storage import is_local
 from wmcache.pipeline.steps import Steps, read_steps
 from wmcache.pipeline.tars import AGAIN, Frames, decode_tar, encode_png, largest_png
 
@@ -93,8 +93,8 @@ class DatasetCard:
         return -(-self.frames // self.frames_per_shard)
 
     def shard_frames(self, shard: int) -> range:
-        """The frames of a shard."""
-        return shard_range(shard, self.frames, self.frames_per_shard)
+        """The global numbers of the frames of a shard."""
+        return range(shard * self.frames_per_shard, min(self.frames, (shard + 1) * self.frames_per_shard))
 
 
 class FrameDatasetWriter:
@@ -133,10 +133,6 @@ class FrameDatasetWriter:
                     "use the same settings, or choose another --out"
                 )
 
-    def shard_frames(self, shard: int) -> range:
-        """The frames of a shard."""
-        return self.card.shard_frames(shard)
-
     def pending(self) -> list[int]:
         """The shards that are not written yet."""
         with cannot_write(self.path):
@@ -169,7 +165,7 @@ class FrameDatasetWriter:
     def _write_card(self) -> DatasetCard:
         shards: list[ShardRecord] = []
         for shard in range(self.card.num_shards):
-            tar, frames = self.path / shard_name(shard), len(self.shard_frames(shard))
+            tar, frames = self.path / shard_name(shard), len(self.card.shard_frames(shard))
             shards.append({"name": tar.name, "frames": frames, "bytes": size_of(tar), "sha256": sha256_of(tar)})
         steps_sha256 = self.steps.sha256()
         values = asdict(self.card) | {"shards": shards, "steps_sha256": steps_sha256}
@@ -301,11 +297,6 @@ def _inconsistency(card: DatasetCard) -> str | None:
 def shard_name(shard: int) -> str:
     """`frames-000012.tar`."""
     return f"frames-{shard:06d}.tar"
-
-
-def shard_range(shard: int, frames: int, frames_per_shard: int) -> range:
-    """The global frame numbers of a shard."""
-    return range(shard * frames_per_shard, min(frames, (shard + 1) * frames_per_shard))
 
 
 def write_shard(path: AnyPath, shard: int, samples: Iterable[tuple[str, Frames]]) -> None:

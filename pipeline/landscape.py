@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from wmcache.cache.store import TokenStore
-from wmcache.cache.windows import split_episodes
+from wmcache.cache.windows import split_frames
 from wmcache.common.errors import UserError
 from wmcache.common.landscapes import descend
 from wmcache.common.paths import AnyPath
@@ -108,8 +108,3 @@ def make_maze(name: str, rows: Any, where: AnyPath | str) -> Maze:
         return Maze(name, tuple(rows))
     except (MazeError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: the maze in its card is invalid ({error}); extract or import it again") from error
-
-
-def split_frames(episode: NDArray[np.integer], split: str) -> NDArray[np.int64]:
-    """The frames of a split of the episodes, ascending: the trainer's default split."""
-    return np.flatnonzero(np.isin(episode, split_episodes(int(episode[-1]) + 1, split, 42)))

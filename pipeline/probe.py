@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmcache.cache.store import TokenStore
+from wmcache.cache.windows import split_frames
 from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath
 from wmcache.pipeline.landscape import (
@@ -19,7 +20,6 @@ from wmcache.pipeline.landscape import (
     Float,
     find_maze,
     measure_landscape,
-    split_frames,
     squared_distances,
 )
 

@@ -15,7 +15,7 @@ from wmcache.common.errors import UserError
 from wmcache.common.figures import png_bytes
 from wmcache.common.files import atomic_write
 from wmcache.common.landscapes import descend
-from wmcache.common.paths import AnyPath, beside, resolve
+from wmcache.common.paths import AnyPath, beside
 from wmcache.common.sampling import farthest_points
 from wmcache.envs import Maze
 from wmcache.pipeline.landscape import STUCK_DISTANCE, Float, find_maze, neighbours, rank_correlation
@@ -115,7 +115,7 @@ def _mark_stuck(axes: Axes, xy: Float, true: Float, ends: NDArray[np.int64], lat
 
 def picture_paths(stores: Sequence[AnyPath], out: Path | None = None) -> list[Path]:
     """The picture of each store: beside it, or in `out` as `<folder>-<store>.probe.png`; raises UserError for equal paths."""
-    resolved = [resolve(store) for store in stores]
+    resolved = [store.resolve() for store in stores]
     paths = [
         beside(store, ".probe.png") if out is None else out / f"{store.parent.name}-{store.stem}.probe.png"
         for store in resolved

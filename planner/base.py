@@ -9,8 +9,6 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from wmcache.common.errors import UserError
-
 Cost = Callable[[Tensor], Tensor]
 """Actions [E, S, T, A] -> cost [E, S]."""
 
@@ -58,9 +56,3 @@ def around(mean: Tensor, deviation: Tensor, samples: int, generators: Sequence[t
     actions = mean[:, None] + deviation[:, None] * normal(generators, samples, mean)
     actions[:, 0] = mean
     return actions.clamp(-1.0, 1.0)
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise UserError unless the condition is true."""
-    if not condition:
-        raise UserError(message)

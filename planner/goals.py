@@ -94,7 +94,7 @@ def start_and_goal(
 
 
 def _draw_frames(store: TokenStore, steps: int, split_seed: int) -> Draw:
-    held_out = split_episodes(int(store.episode[-1]) + 1, "val", split_seed)
+    held_out = split_episodes(store.episodes, "val", split_seed)
     candidates, _ = window_starts(store.episode, held_out, steps + 1)
     if not len(candidates):
         raise UserError(f"no held-out episode of {store.path} has {steps + 1} frames; lower --goal-steps")

@@ -47,9 +47,16 @@ PICTURES = {
     "copying": "observed frame",
     "mean_frame": "mean frame",
 }
-"""Picture that is compared with the real frame, by its key in metrics.json -> its label."""
+"""Key in metrics.json of a picture that is compared with the real frame -> its label.
+
+They are decoded from the imagined latent; decoded from the real latent, the best that a world model can reach; the observed frame; and the
+mean of the decoder's training frames, which shows nothing that moves.
+"""
 PANEL = 224
 GAP = 8
+
+Compared = dict[str, dict[str, NDArray[np.float64]]]
+"""Name in PICTURES -> metric -> [B, steps]."""
 
 
 @dataclass(frozen=True)
@@ -79,20 +86,15 @@ def imagine(
     """Compare imagined frames with real ones, and write `metrics.json`, `errors.png`, `rollout-*.mp4` and `rollouts.png`.
 
     Args:
-        run: the world model's. decoder: folder of a decoder of the same store.
-        source: the frames that the store's tokens were made of.
         run: the world model's folder.
         decoder: folder of a decoder of the same store.
-        read_frames: reads the frames that the store's tokens were made of.
+        source: the frames that the store's tokens were made of.
         out: folder to write.
         options: of the rollouts.
         cache: the store, if it has moved.
 
     Returns:
-        The content of `metrics.json`. `steps` has a row for each model step. It compares four pictures with the real frame: `imagined`,
-        decoded from the imagined latent; `floor`, decoded from the real latent, the best that a world model can reach; `copying`, the
-        observed frame; `mean_frame`, the mean of the decoder's training frames, which shows nothing that moves. Each has `mse`, `ssim`,
-        `moving`, `moving_mse` and, where it is available, `lpips` (see `summarise`); else `lpips_absent` has the reason.
+        The content of `metrics.json`; `steps` has the metrics of each of PICTURES by model step, see `summarise`.
 
     Raises:
         UserError: not a run, not a decoder, of different stores or splits, or windows that are longer than episodes.
@@ -108,38 +110,27 @@ def imagine(
     chosen = np.random.default_rng(options.seed).permutation(len(windows))[: options.windows]
     frames = np.unique(windows.frames(chosen))
     images = load_frames(source, frames, store.card.frames_per_shard, draw.shape.image_size, "lower --windows")
-    shown = min(len(chosen), max(PICTURED, SIDE_BY_SIDE * options.videos))
-    kept: list[Rollouts] = []
-    parts: dict[str, dict[str, list[NDArray[np.float64]]]] = {name: {} for name in PICTURES}
+    shown: list[Rollouts] = []
+    compared: list[Compared] = []
     with tqdm(total=len(chosen), desc="imagine", unit=" windows", mininterval=seconds_between_updates()) as bar:
         for batch in np.array_split(chosen, math.ceil(len(chosen) / BATCH)):
             real = images[np.searchsorted(frames, windows.frames(batch))]
             rollouts, drawn = _roll_out(model, draw, windows, batch, real, options.context, dtype)
-            for name, pictures in drawn.items():
-                for key, values in _compare(metrics, pictures, real, draw.images_mean).items():
-                    parts[name].setdefault(key, []).append(values)
-            if sum(len(part.real) for part in kept) < shown:
-                kept.append(rollouts)
+            compared.append({name: _compare(metrics, part, real, draw.images_mean) for name, part in drawn.items()})
+            if sum(len(part.real) for part in shown) < max(PICTURED, SIDE_BY_SIDE * options.videos):
+                shown.append(rollouts)
             bar.update(len(batch))
-    whole = {name: {key: np.concatenate(values) for key, values in found.items()} for name, found in parts.items()}
-    summaries = [
-        {name: summarise({key: values[:, k] for key, values in found.items()}) for name, found in whole.items()}
-        for k in range(options.steps)
-    ]
     result: dict[str, Any] = {
         "options": asdict(options),
         "run": str(run),
         "decoder": str(decoder),
         "frameskip": windows.frameskip,
         "windows": len(chosen),
-        "steps": [{"step": k, **summary} for k, summary in enumerate(summaries, start=1)],
+        "steps": [{"step": k + 1, **_summarise(compared, k)} for k in range(options.steps)],
     }
     if metrics.lpips_absent is not None:
         result["lpips_absent"] = metrics.lpips_absent
-    _write(out, _join(kept, shown), windows.frameskip, options.videos)
-    with atomic_write(out / "errors.png") as file:
-        file.write(draw_errors(result["steps"]))
-    write_json(out / "metrics.json", result)  # last, so that its presence means that the rest is complete
+    _write(out, shown, windows.frameskip, options.videos, result)
     return result
 
 
@@ -210,22 +201,27 @@ def _compare(metrics: ImageMetrics, drawn: Tensor, real: Images, mean: Tensor) -
     return {name: np.stack([step[name] for step in steps], 1) for name in steps[0]}
 
 
-def _join(parts: list[Rollouts], count: int) -> Rollouts:
-    names = ("real", "reconstructed", "imagined")
-    return Rollouts(*(np.concatenate([getattr(part, name) for part in parts])[:count] for name in names))
+def _summarise(compared: list[Compared], step: int) -> dict[str, dict[str, float | None]]:
+    """Summarise the metrics of all batches at a model step."""
+    return {
+        name: summarise({key: np.concatenate([part[name][key][:, step] for part in compared]) for key in found})
+        for name, found in compared[0].items()
+    }
 
 
-def _write(out: Path, rollouts: Rollouts, frameskip: int, videos: int) -> None:
+def _write(out: Path, parts: list[Rollouts], frameskip: int, videos: int, result: dict[str, Any]) -> None:
     make_folder(out)
-    for old in out.glob("rollout-*.mp4"):
-        old.unlink()
-    (out / "metrics.json").unlink(missing_ok=True)
-    for number in range(min(videos, math.ceil(len(rollouts.real) / SIDE_BY_SIDE))):
-        chosen = slice(number * SIDE_BY_SIDE, (number + 1) * SIDE_BY_SIDE)
-        path = out / f"rollout-{number:03d}.mp4"
-        write_video(path, rollouts.real[chosen], rollouts.imagined[chosen], FPS / frameskip)
-    with atomic_write(out / "rollouts.png") as file:
-        file.write(draw_rollouts(rollouts))
+    for old in (*out.glob("rollout-*.mp4"), out / "metrics.json"):
+        old.unlink(missing_ok=True)
+    names, most = ("real", "reconstructed", "imagined"), SIDE_BY_SIDE * videos
+    rollouts = Rollouts(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+    for number, first in enumerate(range(0, min(most, len(rollouts.real)), SIDE_BY_SIDE)):
+        real, imagined = (part[:most][first : first + SIDE_BY_SIDE] for part in (rollouts.real, rollouts.imagined))
+        write_video(out / f"rollout-{number:03d}.mp4", real, imagined, FPS / frameskip)
+    for name, picture in (("rollouts", draw_rollouts(rollouts)), ("errors", draw_errors(result["steps"]))):
+        with atomic_write(out / f"{name}.png") as file:
+            file.write(picture)
+    write_json(out / "metrics.json", result)  # last, so that its presence means that the rest is complete
 
 
 def write_video(path: Path, real: Images, imagined: Images, fps: float) -> None:

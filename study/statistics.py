@@ -4,7 +4,7 @@ The unit is the episode. Episode n has the same start, goal and search noise for
 results of the seeds on one episode are not independent: they count as one. Two encoders are compared by the difference of their successes
 on each episode, summed over the seeds, with an exact sign-flip test: if the encoders are alike, each difference is as likely to have the
 opposite sign. With one seed this is the exact McNemar test (McNemar 1947). The tests hold for the world models that were trained; they do
-not say what other seeds would give.
+not generalise to other seeds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Pair:
 
     Attributes:
         first, second: their labels.
-        episodes: that both were tried on. seeds: that both have.
+        episodes, seeds: number of those that both have.
         first_ahead, second_ahead: episodes on which one has more successes over the seeds than the other.
         p: of the sign-flip test. adjusted: by Holm, over all pairs.
         real: whether they differ at the level of 5 %.
@@ -51,7 +51,7 @@ def sign_flip(differences: NDArray[np.int64]) -> float:
     sizes = np.abs(differences[differences != 0])
     chances = np.ones(1)
     for size in sizes.tolist():
-        # Adds plus or minus `size` to the sum; place k of `chances` is the sum k - (len(chances) - 1) / 2.
+        # Adds plus or minus `size` to the sum; index k of `chances` is the sum k - (len(chances) - 1) / 2.
         step = np.zeros(2 * size + 1)
         step[[0, -1]] = 0.5
         chances = np.convolve(chances, step)
@@ -62,9 +62,9 @@ def sign_flip(differences: NDArray[np.int64]) -> float:
 def holm(values: Sequence[float]) -> list[float]:
     """p-values adjusted for their number (Holm 1979): the k-th smallest of m times m - k + 1, never falling, at most 1."""
     adjusted, highest = [0.0] * len(values), 0.0
-    for rank, place in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-        highest = max(highest, min(1.0, values[place] * (len(values) - rank)))
-        adjusted[place] = highest
+    for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        highest = max(highest, min(1.0, values[index] * (len(values) - rank)))
+        adjusted[index] = highest
     return adjusted
 
 

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, rmtree
 from typing import Any
 
 import numpy as np
@@ -225,7 +225,7 @@ def contents() -> Callable[[Path], dict[str, bytes]]:
 
 
 @pytest.fixture
-def finished(tmp_path: Path, make_writer: MakeWriter, tokens: NDArray[np.float16]) -> Path:
+def finished(tmp_path: Path, make_writer: MakeWriter, write: Callable[..., None]) -> Path:
     """A finished store, to be damaged."""
     writer = make_writer(tmp_path / "made-up.zarr")
     write(writer)
@@ -348,3 +348,48 @@ def tiny_plan() -> PlanOptions:
 @pytest.fixture(scope="session")
 def context(run_path: Path, tiny_plan: PlanOptions) -> EvalContext:
     return EvalContext(run_path, tiny_plan)
+
+
+@pytest.fixture(scope="session")
+def train_ddp(ddp_store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainRun:
+    """(steps of each stage, options of the model) -> a run of DDP-WM, with a checkpoint after each stage."""
+
+    def train_tiny(steps: int, **model: Any) -> Path:
+        sizes = {"width": 16, "depth": 1, "heads": 2, "dropout": 0.0}
+        sizes |= {"locator_width": 12, "locator_depth": 1, "locator_mlp": 16}
+        path = tmp_path_factory.mktemp("ddp") / "ddp"
+        options = TrainOptions(
+            model="ddp-wm",
+            model_options={**sizes, **model},
+            steps=steps,
+            batch=8,
+            learning_rate=3e-3,
+            dtype="float32",
+            device="cpu",
+            log_every=5,
+            checkpoint_every=steps,
+        )
+        train(ddp_store_path, path, options)
+        return path
+
+    return train_tiny
+
+
+@pytest.fixture(scope="session")
+def ddp_run(train_ddp: TrainRun) -> Path:
+    """Read only, so copy it to change it."""
+    return train_ddp(steps=20)
+
+
+@pytest.fixture
+def run_until(ddp_run: Path, tmp_path: Path) -> Callable[[int], Path]:
+    """(number of a stage) -> a copy of the run that ends with it."""
+
+    def cut(stage: int) -> Path:
+        run = copytree(ddp_run, tmp_path / f"stage-{stage}", symlinks=True)
+        for later in sorted((run / "checkpoints").glob("step-*"))[stage:]:
+            rmtree(later)
+        (run / "checkpoints" / "last").unlink()
+        return run
+
+    return cut

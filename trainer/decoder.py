@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from wmcache.cache.identity import Identity
 from wmcache.cache.store import TokenStore
-from wmcache.cache.windows import batch_windows, split_episodes
+from wmcache.cache.windows import batch_windows, split_frames
 from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError
 from wmcache.common.files import not_written
@@ -54,6 +54,7 @@ class _Config:
     decoder: str
     decoder_options: dict[str, Any]
     shape: DecoderShape
+    cache: str
     split_seed: int
 
 
@@ -68,7 +69,7 @@ def train_decoder(
         cache: the store.
         source: the frames that the store's tokens were made of.
         out: the decoder's folder.
-        options: see `DecoderOptions`. More `steps` than before continue from there.
+        options: more `steps` than before continue from there.
         overwrite: start from scratch where a decoder exists.
 
     Returns:
@@ -132,24 +133,19 @@ def _train(
     return result
 
 
+@dataclass
 class DecoderTask(loop.Task[Batch]):
-    """A decoder for the training loop: batches of tokens and images of train frames."""
+    """A decoder for the training loop, on a store's frames [B] and their images, uint8 [B, S, S, 3]."""
 
-    title, unit = "wmtrain decoder", "frames"
-    hint = "the last checkpoint, if any, is good; train with a lower --lr into another --out"
-
-    def __init__(
-        self,
-        network: Decoder,
-        store: TokenStore,
-        frames: NDArray[np.int64],
-        images: Images,
-        out: Path,
-        options: DecoderOptions,
-    ) -> None:
-        """Args: `images` uint8 [B, S, S, 3] of the store's `frames` [B]."""
-        self.network: Decoder = network
-        self.store, self.frames, self.images, self.out, self.options = store, frames, images, out, options
+    network: Decoder
+    store: TokenStore
+    frames: NDArray[np.int64]
+    images: Images
+    out: Path
+    options: DecoderOptions
+    title: str = "wmtrain decoder"
+    unit: str = "frames"
+    hint: str = "the last checkpoint, if any, is good; train with a lower --lr into another --out"
 
     def optimiser(self) -> torch.optim.Optimizer:
         """Return Adam, as DINO-WM (conf/train.yaml)."""
@@ -196,9 +192,7 @@ def read_decoder_config(folder: Path) -> dict[str, Any]:
     """Read the settings of a decoder; raises UserError where the folder is not a decoder's."""
     file = folder / "config.json"
     config = read_json(file, HINT)
-    if missing := {*_Config.__dataclass_fields__, "cache"} - set(config):
-        raise UserError(f"{file} is not a decoder's (it lacks {', '.join(sorted(missing))}); {HINT}")
-    parse(_Config, config, file, HINT, exact=False)
+    parse(_Config, config, file, HINT, exact=False, fault="is not a decoder's")
     if config["decoder"] not in DECODERS:
         raise UserError(f"{file} names an unknown decoder {config['decoder'][:80]!r}; {HINT}")
     parse(DECODERS.get(config["decoder"]).Options, config["decoder_options"], file, HINT)
@@ -233,8 +227,7 @@ def choose_frames(store: TokenStore, options: DecoderOptions) -> tuple[NDArray[n
 
 
 def _frames(store: TokenStore, options: DecoderOptions, split: str = "train") -> NDArray[np.int64]:
-    episodes = split_episodes(int(store.episode[-1]) + 1, split, options.split_seed)
-    return np.flatnonzero(np.isin(store.episode, episodes))
+    return split_frames(store.episode, split, options.split_seed)
 
 
 @torch.inference_mode()

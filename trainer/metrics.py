@@ -1,4 +1,4 @@
-"""How far drawn images are from the real ones: MSE, SSIM and, where its weights can be had, LPIPS."""
+"""Distances of drawn images from real ones: MSE, SSIM and, where its weights are available, LPIPS."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from wmcache.common.errors import UserError
+from wmcache.common.errors import UserError, reason
 
-SMALLEST_SSIM, SMALLEST_LPIPS = 11, 31
-"""Pixels that the window of SSIM and the layers of AlexNet need."""
-PATIENCE = 5.0
-"""Seconds that a silent network is waited for."""
-
+MIN_SSIM, MIN_LPIPS = 11, 31
+"""Image sizes, in pixels, that the window of SSIM and the layers of AlexNet need."""
+TIMEOUT = 5.0
+"""Seconds to wait for the network."""
 MOVING = 0.1
-"""A pixel moves where a channel of it differs from the mean frame by more than this share of the full range."""
+"""A pixel moves where one of its channels differs from the mean frame by more than this share of the full range."""
 
 Images = NDArray[np.uint8]
 
 
 def to_unit(images: Images) -> Tensor:
-    """uint8 [B, S, S, 3] to float32 [B, 3, S, S] in [-1, 1]."""
+    """Convert uint8 [B, S, S, 3] to float32 [B, 3, S, S] in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_pixels(images: Tensor) -> Images:
-    """Float [B, 3, S, S] in [-1, 1], what lies outside clipped, to uint8 [B, S, S, 3]."""
+    """Convert float [B, 3, S, S], clipped to [-1, 1], to uint8 [B, S, S, 3]."""
     pixels: Images = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return pixels
 
@@ -44,46 +43,46 @@ class ImageMetrics:
     """Compares images.
 
     Attributes:
-        lpips_absent: why there is no LPIPS, in words; None where there is.
+        lpips_absent: why LPIPS is not available; None where it is.
     """
 
     def __init__(self, image_size: int, device: torch.device, *, lpips: bool = True) -> None:
-        """Look for what is needed.
+        """Load the network of LPIPS.
 
         Args:
             image_size: side of the images.
             device: to compute on.
-            lpips: try to have it; its AlexNet comes from torch hub's cache, else from the network, where it is 244 MB.
+            lpips: whether to try it; its AlexNet (244 MB) is in torch hub's cache or is downloaded.
 
         Raises:
             UserError: the images are too small for SSIM.
         """
-        if image_size < SMALLEST_SSIM:
+        if image_size < MIN_SSIM:
             raise UserError(
-                f"frames of {image_size} px are too small for SSIM, which needs {SMALLEST_SSIM}; collect larger ones"
+                f"frames of {image_size} px are too small for SSIM, which needs {MIN_SSIM}; collect larger ones"
             )
         self._device = device
         self._lpips: Any = None
         self.lpips_absent: str | None = None
         if not lpips:
             self.lpips_absent = "it was not asked for"
-        elif image_size < SMALLEST_LPIPS:
-            self.lpips_absent = f"frames of {image_size} px are too small for it, it needs {SMALLEST_LPIPS}"
+        elif image_size < MIN_LPIPS:
+            self.lpips_absent = f"frames of {image_size} px are too small for it, it needs {MIN_LPIPS}"
         else:
             self._lpips, self.lpips_absent = _load_lpips(device)
 
     @torch.no_grad()
     def __call__(self, drawn: Tensor, real: Tensor, mean_frame: Tensor) -> dict[str, NDArray[np.float64]]:
-        """Compare images [B, 3, S, S] in [-1, 1], what lies outside clipped, each with its own.
+        """Compare pairs of images.
 
         Args:
-            drawn, real: the images.
-            mean_frame: [3, S, S] in [-1, 1], of the frames that a decoder was trained on; it says which pixels move.
+            drawn, real: [B, 3, S, S], clipped to [-1, 1].
+            mean_frame: [3, S, S] in [-1, 1], of the frames that a decoder was trained on; it defines which pixels move.
 
         Returns:
             float64 [B] each: `mse` of values in [0, 1], `ssim` (Wang et al. 2004, Gaussian window of 11 pixels; 1 is equal) and, where
-            it is available, `lpips` (arXiv 1801.03924, AlexNet; 0 is equal). `moving` is the share of pixels at which the real image
-            differs from the mean frame by more than MOVING, and `moving_error` the part of `mse` that is at these pixels.
+            it is available, `lpips` (arXiv 1801.03924, AlexNet; 0 is equal). `moving` is the share of pixels that move, see MOVING, and
+            `moving_error` the part of `mse` at these pixels.
         """
         from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -105,11 +104,10 @@ class ImageMetrics:
 
 
 def summarise(found: Mapping[str, NDArray[np.float64]]) -> dict[str, float | None]:
-    """Means of what `ImageMetrics` gives, [B] each.
+    """Average what `ImageMetrics` returns.
 
     Returns:
-        `mse`, `ssim` and `lpips`; `moving`, the share of pixels that move; and `moving_mse` over all of these together, None where none
-        moves.
+        `mse`, `ssim` and `lpips`; `moving`, the share of pixels that move; and `moving_mse`, the MSE of these, None where none moves.
     """
     means = {name: float(values.mean()) for name, values in found.items()}
     error, moving = means.pop("moving_error"), means["moving"]
@@ -117,21 +115,21 @@ def summarise(found: Mapping[str, NDArray[np.float64]]) -> dict[str, float | Non
 
 
 def _load_lpips(device: torch.device) -> tuple[Any, str | None]:
-    """The network, or why it is not to be had; quick and quiet where there is no network."""
+    """Return the network, or why it is not available; gives up soon where there is no internet."""
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
     from torchvision.models import AlexNet_Weights
 
-    address = AlexNet_Weights.DEFAULT.url
-    file = Path(torch.hub.get_dir()) / "checkpoints" / address.rpartition("/")[2]
+    url = AlexNet_Weights.DEFAULT.url
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     before = socket.getdefaulttimeout()
     if not file.exists():
-        tqdm.write(f"LPIPS: fetching {address} (244 MB)", file=sys.stderr)
+        tqdm.write(f"LPIPS: fetching {url} (244 MB)", file=sys.stderr)
     try:
-        socket.setdefaulttimeout(PATIENCE)
+        socket.setdefaulttimeout(TIMEOUT)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            torch.hub.load_state_dict_from_url(address, progress=False, check_hash=True)
+            torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True)
             return LearnedPerceptualImagePatchSimilarity("alex").net.to(device), None
     except (OSError, RuntimeError) as error:
-        return None, f"{address} is not in {file.parent} and cannot be fetched ({' '.join(str(error).split())[:120]})"
+        return None, f"{url} is not in {file.parent} and cannot be fetched ({reason(error, 120)})"
     finally:
         socket.setdefaulttimeout(before)

@@ -1,4 +1,4 @@
-"""Presets: what wmtrain is told by one name, by its flags. An option that is given beside `--preset` wins."""
+"""Presets of wmtrain: values of its flags under one name. An option on the command line wins over the preset's."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clip": 0.0,
         "dtype": "float32",
     },
-    # What the JEPA-WM study (arXiv 2512.24497) found best on its mazes, on top of ours.
+    # The best choices of the JEPA-WM study (arXiv 2512.24497) on its mazes; the other options keep their defaults.
     "jepa-wm": {
         "model": "dino-wm",
         "condition": "adaln",

@@ -27,15 +27,7 @@ MAY_CHANGE_WITH_THE_STAGE = MAY_CHANGE_ON_RESUME | {
 
 
 def stages_of(known: tuple[str, ...], wanted: str) -> tuple[str, ...]:
-    """Return the stages to train, in their order; ("",) for a model without stages.
-
-    Args:
-        known: stages of the model.
-        wanted: one of them, or `all`.
-
-    Raises:
-        UserError: unknown stage.
-    """
+    """Return which of the known stages of a model to train, ("",) for none; raises UserError for an unknown one."""
     if wanted != "all" and wanted not in known:
         hint = f"known are {', '.join(known)} and all" if known else "this model has no stages, leave out --stage"
         raise UserError(f"no stage {wanted!r}; {hint}")
@@ -76,7 +68,7 @@ def find_progress(
         model: as built.
         stages: to train.
         identity: of the store.
-        config: of the run, as it would be written. `start` is a run that has finished the stage before the first of `stages`.
+        config: of the run, as it would be written; `start` is a run that has finished the stage before the first of `stages`.
         overwrite: whether the run starts from scratch.
 
     Raises:
@@ -144,10 +136,7 @@ def prepare_run(
     overwrite: bool,
     finished: bool,
 ) -> bool:
-    """Write what a run is, after it was found to be new, overwritten, or the same but for settings that are `free` to change.
-
-    Returns:
-        Whether it has a checkpoint.
+    """Write what a run is, and return whether it has a checkpoint. It may exist with other settings only where these are `free`.
 
     Raises:
         UserError: the folder is something else, the settings or the store differ, or there is nothing to resume.

@@ -79,9 +79,7 @@ def read_config(run: Path) -> dict[str, Any]:
         config = read_json(file, NO_RUN)
     except MissingError:
         raise MissingError(f"{file} does not exist; {did_you_mean(run, 'run', NO_RUN)}") from None
-    if missing := set(_Config.__dataclass_fields__) - set(config):
-        raise UserError(f"{file} is not a run's (it lacks {', '.join(sorted(missing))}); {NO_RUN}")
-    parse(_Config, config, file, NO_RUN, exact=False)
+    parse(_Config, config, file, NO_RUN, exact=False, fault="is not a run's")
     return config
 
 
@@ -103,11 +101,7 @@ def read_identity(run: Path) -> tuple[StoreCard, Identity]:
 
 
 def open_store(run: Path, cache: AnyPath | None = None) -> TokenStore:
-    """Open the store that a run was trained on.
-
-    Args:
-        run: its folder.
-        cache: where the store is now, if it has moved.
+    """Open the store that a run was trained on; `cache` is where it is now, if it has moved.
 
     Raises:
         UserError: the store is missing or another one.
@@ -130,12 +124,7 @@ def open_store(run: Path, cache: AnyPath | None = None) -> TokenStore:
 
 
 def load_model(run: Path, device: torch.device, *, untrained: bool = False) -> WorldModel:
-    """Load the newest model of a run, frozen.
-
-    Args:
-        run: its folder.
-        device: where the model goes.
-        untrained: draw random weights instead; sizes, statistics of the data and other buffers stay.
+    """Load the newest model of a run, frozen; `untrained` draws random weights instead, and keeps the buffers.
 
     Raises:
         UserError: the folder is not a run, or has no usable checkpoint.
@@ -161,12 +150,7 @@ def load_model(run: Path, device: torch.device, *, untrained: bool = False) -> W
 
 
 def load_network(run: Path, make: Callable[[dict[str, Tensor]], N], device: torch.device) -> N:
-    """Load the newest network of a run, frozen.
-
-    Args:
-        run: its folder.
-        make: builds the network from the statistics of the data (`…_mean`, `…_std`) in its checkpoint.
-        device: where it goes.
+    """Load the newest network of a run, frozen; `make` builds it from the statistics of the data (`…_mean`, `…_std`) in its checkpoint.
 
     Raises:
         UserError: no checkpoint, or one that is damaged or does not fit.

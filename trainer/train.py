@@ -22,7 +22,7 @@ from wmcache.common.files import not_written
 from wmcache.common.jsonfiles import write_json
 from wmcache.common.paths import AnyPath, absolute
 from wmcache.engine import loop
-from wmcache.engine.checkpoint import Progress, last_checkpoint, load_weights
+from wmcache.engine.checkpoint import Progress, last_checkpoint, load_training_state, load_weights
 from wmcache.engine.optimisers import decay_groups
 from wmcache.engine.ranks import SINGLE, Ranks
 from wmcache.engine.schedules import warmup_constant_decay
@@ -120,6 +120,7 @@ def _train(
     if ranks.broadcast(resumes):
         load_weights(last_checkpoint(out), model)
     if not left:
+        load_training_state(out, model, make_optimiser(model, options))  # reports damage
         ranks.log(f"{out}: all steps are done")
         return {}
     held_out = validation_windows(store, options).with_extras(extras)
@@ -161,7 +162,7 @@ class WorldModelTask(loop.Task[Batch]):
     warned: bool = False
 
     def __post_init__(self) -> None:
-        """Compile the loss where that is asked for."""
+        """Compile the loss with `--compile`."""
         self.title = " ".join(filter(None, ("wmtrain", self.begin.stage)))
         self._loss: Any = torch.compile(self.network.loss) if self.options.compile else self.network.loss
 

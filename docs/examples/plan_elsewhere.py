@@ -1,7 +1,7 @@
-"""Plan in a simulator of your own, with a run that was trained on imported frames. Copy it and change what you need.
+"""Plan in your own simulator, with a run that was trained on imported frames. Copy this file and adapt it.
 
-`simulator.observe()` returns a frame, uint8 [S, S, 3] as it was imported, and the numbers of the state columns; `simulator.step(action)`
-takes one env step. The solvers search actions in [-1, 1], so the table that is imported has to hold actions in these bounds.
+`simulator.observe()` returns a frame, uint8 [S, S, 3] as it was imported, and the values of the state columns. `simulator.step(action)`
+takes one env step. Solvers search actions in [-1, 1], so the imported table must have actions within these bounds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from wmcache.trainer.runs import load_model, read_config, read_identity
 
 
 def plan_elsewhere(run: Path, simulator: Any, goal_image: np.ndarray, env_steps: int, device: str = "cpu") -> list[Any]:
-    """Act until `env_steps` are done; returns the actions taken."""
+    """Act for at least `env_steps`, in whole model steps; returns the executed actions."""
     card, _ = read_identity(run)
     model, frameskip = load_model(run, torch.device(device)), int(read_config(run)["frameskip"])
     encoder = create_again(card.encoder, device=device)
@@ -35,14 +35,14 @@ def plan_elsewhere(run: Path, simulator: Any, goal_image: np.ndarray, env_steps:
         dtype=torch.float32,
     )
     generators, plan = [torch.Generator().manual_seed(0)], None
-    taken: list[Any] = []
-    while len(taken) < env_steps:
+    executed: list[Any] = []
+    while len(executed) < env_steps:
         image, state = simulator.observe()
         proprio = torch.tensor(np.asarray(state), dtype=torch.float32, device=device)
         # One episode, one frame: tokens [1, 1, N, D], proprio [1, 1, P], plan [1, horizon, frameskip * A].
         plan = mpc.plan(encoder(image[None])[:, None], proprio[None, None], plan, generators)
         for action in plan[0, 0].reshape(frameskip, -1).cpu().numpy():
             simulator.step(action)
-            taken.append(action)
+            executed.append(action)
         plan = mpc.shift(plan, 1)
-    return taken
+    return executed

@@ -112,13 +112,13 @@ def write_dataset(source: Source, out: AnyPath, *, frames_per_shard: int) -> Dat
             f"{out} was started with other actions or states than those of {source.origin}; choose another --out"
         )
     pending = writer.pending()
-    total = sum(len(writer.shard_frames(shard)) for shard in pending)
+    total = sum(len(writer.card.shard_frames(shard)) for shard in pending)
     run_tasks(functools.partial(_write, writer, source), pending, total=total, label="import")
     return writer.finish()
 
 
 def _write(writer: FrameDatasetWriter, source: Source, shard: int) -> int:
-    frames = writer.shard_frames(shard)
+    frames = writer.card.shard_frames(shard)
     write_shard(writer.path, shard, _samples(source, frames))
     return len(frames)
 

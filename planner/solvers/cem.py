@@ -10,8 +10,9 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
+from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, ShareBelowOne, option
-from wmcache.planner.base import Cost, around, require
+from wmcache.planner.base import Cost, around
 from wmcache.planner.solvers import SOLVERS
 
 
@@ -33,8 +34,8 @@ class Cem:
 
     def __post_init__(self) -> None:
         """Raise UserError for more elites than samples."""
-        within = self.elites <= self.samples
-        require(within, f"solver cem: elites is {self.elites}; it must be at most samples, {self.samples}")
+        if self.elites > self.samples:
+            raise UserError(f"solver cem: elites is {self.elites}; it must be at most samples, {self.samples}")
 
     @property
     def evaluations(self) -> int:

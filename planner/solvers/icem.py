@@ -11,8 +11,9 @@ from annotated_types import Ge, Gt
 from einops import rearrange
 from torch import Tensor
 
+from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, Share, ShareBelowOne, Weight, option
-from wmcache.planner.base import Cost, normal, require
+from wmcache.planner.base import Cost, normal
 from wmcache.planner.solvers import SOLVERS
 
 
@@ -40,9 +41,9 @@ class Icem:
 
     def __post_init__(self) -> None:
         """Raise UserError for more elites than half of the samples."""
-        half = self.samples // 2
-        within = self.elites <= half
-        require(within, f"solver icem: elites is {self.elites}; it must be at most half of samples, {half}")
+        if self.elites > self.samples // 2:
+            half = self.samples // 2
+            raise UserError(f"solver icem: elites is {self.elites}; it must be at most half of samples, {half}")
 
     @property
     def populations(self) -> list[int]:
@@ -61,10 +62,10 @@ class Icem:
             UserError: frameskip does not divide A.
         """
         size = start.shape[2]
-        divides = size % self.frameskip == 0
-        require(
-            divides, f"solver icem: frameskip is {self.frameskip}; it must divide the {size} numbers of a model step"
-        )
+        if size % self.frameskip:
+            raise UserError(
+                f"solver icem: frameskip is {self.frameskip}; it must divide the {size} numbers of a model step"
+            )
         mean, deviation = start, torch.full_like(start, self.sigma)
         best, lowest = start.clamp(-1.0, 1.0), torch.full_like(start[:, 0, 0], float("inf"))
         kept, kept_costs = start[:, None][:, :0], start[:, :0, 0]

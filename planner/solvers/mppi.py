@@ -14,8 +14,9 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
+from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, Weight, option
-from wmcache.planner.base import Cost, around, require
+from wmcache.planner.base import Cost, around
 from wmcache.planner.solvers import SOLVERS
 
 
@@ -42,10 +43,10 @@ class Mppi:
 
     def __post_init__(self) -> None:
         """Raise UserError for more elites than samples, or deviations out of order."""
-        within = self.elites <= self.samples
-        require(within, f"solver mppi: elites is {self.elites}; it must be at most samples, {self.samples}")
-        in_order = self.min_sigma <= self.sigma
-        require(in_order, f"solver mppi: min_sigma is {self.min_sigma}; it must be at most sigma, {self.sigma}")
+        if self.elites > self.samples:
+            raise UserError(f"solver mppi: elites is {self.elites}; it must be at most samples, {self.samples}")
+        if self.min_sigma > self.sigma:
+            raise UserError(f"solver mppi: min_sigma is {self.min_sigma}; it must be at most sigma, {self.sigma}")
 
     @property
     def evaluations(self) -> int:

@@ -1,26 +1,26 @@
-"""The slow twin of the model, attention written out under one mask, gives the same numbers in every variant."""
+"""DINO-WM with explicit attention under a mask gives the same numbers in every variant."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from model_tools import each_variant, make_batch, make_trained_model, standardised
+from model_tools import each_variant, make_batch, make_trained_model, model_inputs
 
 from wmcache.bench.explicit import explicit_predict
 
 
 @each_variant
-def test_the_twin_predicts_the_same(variant: dict[str, Any]) -> None:
+def test_it_predicts_the_same(variant: dict[str, Any]) -> None:
     model = make_trained_model(**variant)
-    inputs = standardised(model, **make_batch())
-    for ours, explicit in zip(model.predict(*inputs), explicit_predict(model, *inputs), strict=True):
-        torch.testing.assert_close(ours, explicit)
+    inputs = model_inputs(model, make_batch())
+    for found, explicit in zip(model.predict(*inputs), explicit_predict(model, *inputs), strict=True):
+        torch.testing.assert_close(found, explicit)
 
 
-def test_the_twin_forgets_what_is_older_than_the_history() -> None:
+def test_frames_older_than_the_history_are_forgotten() -> None:
     model = make_trained_model(position="rope", depth=1)
-    inputs = standardised(model, **make_batch(frames=5))
+    inputs = model_inputs(model, make_batch(frames=5))
     older = (inputs[0].clone(), *inputs[1:])
     older[0][:, 0] += 1
     before, after = explicit_predict(model, *inputs)[0], explicit_predict(model, *older)[0]

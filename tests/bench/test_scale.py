@@ -1,4 +1,4 @@
-"""A store of many shards without data: the figures are of real work, and of that alone."""
+"""A store of many shards without data, made by the real writer."""
 
 from __future__ import annotations
 
@@ -20,30 +20,23 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, object]:
     return folder / f"{SHARDS}.zarr", measure_scale(SHARDS, frames_per_shard=4, tokens=4, token_dim=8, keep=folder)
 
 
-def test_the_store_that_is_measured_is_complete_and_has_all_its_shards(measured: tuple[Path, object]) -> None:
+def test_the_measured_store_is_complete_in_blocks_and_single_records(measured: tuple[Path, object]) -> None:
     store = TokenStore.open(measured[0])
     assert store.complete
-    assert store.card.num_shards == SHARDS
-    assert len(store) == 4 * SHARDS
-
-
-def test_full_thousands_are_blocks_and_the_rest_are_single_records(measured: tuple[Path, object]) -> None:
-    names = sorted(file.name for file in commits(measured[0]).iterdir())
-    assert names == [
+    assert (store.card.num_shards, len(store)) == (SHARDS, 4 * SHARDS)
+    assert sorted(file.name for file in commits(measured[0]).iterdir()) == [
         *(f"{2 * IN_A_BLOCK + i:06d}.json" for i in range(3)),
-        "block-000000.safetensors",
-        "block-000001.safetensors",
+        *("block-000000.safetensors", "block-000001.safetensors"),
     ]
 
 
 def test_every_figure_is_measured(measured: tuple[Path, object]) -> None:
     figures = vars(measured[1])
-    assert figures["shards"] == SHARDS
-    assert figures["frames"] == 4 * SHARDS
+    assert (figures["shards"], figures["frames"]) == (SHARDS, 4 * SHARDS)
     assert all(value > 0 for value in figures.values())
     assert 2**20 < figures["peak_memory"] < 2**30
 
 
-def test_a_folder_with_a_store_in_it_is_refused(measured: tuple[Path, object]) -> None:
-    with pytest.raises(UserError, match=r"is not empty; choose another folder"):
+def test_a_folder_with_such_a_store_is_refused(measured: tuple[Path, object]) -> None:
+    with pytest.raises(UserError, match=rf"{SHARDS}\.zarr"):
         measure_scale(SHARDS, frames_per_shard=4, tokens=4, token_dim=8, keep=measured[0].parent)

@@ -16,9 +16,10 @@ import pytest
 import zarr
 
 from wmcache.cache import Identity, StoreWriter, TokenStore
-from wmcache.cache.catalogue import Entry, bytes_on_disk, describe, list_stores, remove, summarise
+from wmcache.cache.catalogue import Entry, describe, list_stores, remove, summarise
 from wmcache.cache.records import record_file
 from wmcache.common.errors import UserError
+from wmcache.common.paths import usage
 
 MakeWriter = Callable[..., StoreWriter]
 Contents = Callable[[Path], dict[str, bytes]]
@@ -53,7 +54,7 @@ def test_a_damaged_store(finished: Path, text: str) -> None:
     entry = summarise(finished)
     assert entry.state == "damaged"
     assert str(finished / "zarr.json") in entry.fault
-    assert (entry.path, entry.bytes) == (str(finished), bytes_on_disk(finished))
+    assert (entry.path, entry.bytes) == (str(finished), usage(finished))
     assert "\n" not in entry.fault
 
 
@@ -137,7 +138,7 @@ def test_only_the_store_is_deleted(tmp_path: Path, finished: Path, unfinished: P
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     shutil.copytree(finished, tmp_path / f".old.zarr.{platform.node()}.{dead.pid}.tmp")  # of a killed deletion
-    size, before = bytes_on_disk(finished), contents(unfinished)
+    size, before = usage(finished), contents(unfinished)
     assert remove(finished) == size
     assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.txt", "unfinished.zarr"]
     assert contents(unfinished) == before

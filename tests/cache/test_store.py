@@ -140,10 +140,3 @@ def test_a_store_without_an_identity_or_card_is_refused(finished: Path, lost: st
     write_attributes(finished, attributes)
     with pytest.raises(DamagedError, match=r"made-up\.zarr"):
         TokenStore.open(finished)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "\x00\xff", "<html>404</html>"])
-def test_damaged_metadata_is_refused_naming_the_file(finished: Path, text: str) -> None:
-    (finished / "zarr.json").write_text(text, encoding="latin-1")
-    with pytest.raises(DamagedError, match=r"zarr\.json"):
-        TokenStore.open(finished)

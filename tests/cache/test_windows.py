@@ -1,4 +1,4 @@
-"""Windows, splits and orders: pure functions of what they are given, so that any run can be repeated."""
+"""Windows, splits and orders are pure functions of their arguments, so that any run can be repeated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_an_episode_of_100_frames_has_dino_wms_81_windows() -> None:
     assert dropped == 0
 
 
-def test_a_window_holds_the_frames_and_the_actions_that_follow_each(store: TokenStore) -> None:
+def test_a_window_has_frames_and_the_actions_that_follow_each(store: TokenStore) -> None:
     windows = store.windows(history=3, predict=1, frameskip=5)
     assert len(windows) == 6 * (60 - 20 + 1)
     chosen = np.array([0, 41, len(windows) - 1, 17])
@@ -31,13 +31,13 @@ def test_a_window_holds_the_frames_and_the_actions_that_follow_each(store: Token
         np.testing.assert_array_equal(batch["tokens"][row], store.gather(np.array(frames)))
         np.testing.assert_array_equal(batch["proprio"][row], store.state[frames].astype(np.float32))
         for t, frame in enumerate(frames):
-            # Frame-major: both components of the first env step, then of the second, and so on.
-            pushes = [store.action[frame + i] for i in range(5)]
-            np.testing.assert_array_equal(batch["action"][row, t], np.concatenate(pushes))
+            # Both components of the first env step, then of the second, and so on.
+            actions = [store.action[frame + i] for i in range(5)]
+            np.testing.assert_array_equal(batch["action"][row, t], np.concatenate(actions))
     assert batch["action"].dtype == batch["proprio"].dtype == np.float32
 
 
-def test_a_batch_fills_the_buffer_it_is_given(store: TokenStore) -> None:
+def test_a_batch_fills_a_given_buffer(store: TokenStore) -> None:
     windows = store.windows()
     chosen = np.array([3, 100])
     out = np.full((2 * windows.length, *store.gather(np.array([0])).shape[1:]), np.nan, np.float16)
@@ -51,7 +51,7 @@ def test_a_batch_fills_the_buffer_it_is_given(store: TokenStore) -> None:
     span=st.integers(1, 30),
     data=st.data(),
 )
-def test_no_window_crosses_an_episode_and_none_is_forgotten(lengths: list[int], span: int, data: st.DataObject) -> None:
+def test_no_window_crosses_an_episode_and_none_is_missing(lengths: list[int], span: int, data: st.DataObject) -> None:
     episode = np.repeat(np.arange(len(lengths)), lengths)
     chosen = sorted(data.draw(st.sets(st.sampled_from(range(len(lengths))))))
     starts, dropped = window_starts(episode, np.array(chosen, dtype=np.int64), span)
@@ -95,18 +95,15 @@ def test_the_windows_of_train_and_val_share_no_frame(store: TokenStore) -> None:
     assert len(frames("train")) + len(frames("val")) == len(store)
 
 
-def test_the_split_depends_on_its_seed_alone() -> None:
-    np.testing.assert_array_equal(split_episodes(50, "val", 1), split_episodes(50, "val", 1))
+def test_the_split_depends_on_its_seed() -> None:
+    assert split_episodes(50, "val", 1).tolist() == split_episodes(50, "val", 1).tolist()
     assert split_episodes(50, "val", 1).tolist() != split_episodes(50, "val", 2).tolist()
 
 
-def test_an_unknown_split_lists_those_that_exist() -> None:
-    with pytest.raises(UserError, match=r"'test'; known are train, val, all"):
+def test_splits_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(UserError, match=r"'test'.* train, val, all"):
         split_episodes(10, "test", 0)
-
-
-def test_one_episode_cannot_be_split() -> None:
-    with pytest.raises(UserError, match="too few"):
+    with pytest.raises(UserError, match=r"1 episodes .*train"):
         split_episodes(1, "train", 0)
 
 
@@ -134,15 +131,6 @@ def test_a_run_resumed_at_any_step_sees_what_it_would_have_seen(windows: int, ba
     np.testing.assert_array_equal(batch_windows(windows, seed, step, batch), order[step * batch : (step + 1) * batch])
 
 
-@given(windows=st.integers(1, 60), batch=st.integers(1, 70), seed=st.integers(0, 2**32))
-def test_every_epoch_shows_every_window_once(windows: int, batch: int, seed: int) -> None:
-    steps = -(-3 * windows // batch)
-    seen = np.concatenate([batch_windows(windows, seed, step, batch) for step in range(steps)])
-    for epoch in range(3):
-        part = seen[epoch * windows : (epoch + 1) * windows]
-        assert sorted(part.tolist()) == list(range(windows))
-
-
 parallel = given(
     windows=st.integers(1, 60),
     size=st.integers(1, 20),
@@ -163,7 +151,7 @@ def test_processes_together_see_what_one_alone_sees(
 
 
 def test_a_batch_is_not_cut_into_unequal_slices() -> None:
-    with pytest.raises(ValueError, match="8 cannot be cut into 3 equal"):
+    with pytest.raises(ValueError, match=r"8 .* 3 "):
         batch_windows(50, 0, 0, 8, 0, 3)
 
 
@@ -176,13 +164,13 @@ def test_a_process_resumed_in_the_middle_of_an_epoch_sees_what_it_would_have_see
     epoch_order.cache_clear()  # another process knows no order yet
     resumed = [batch_windows(windows, seed, each, batch, rank, world_size).tolist() for each in range(step, step + 3)]
     assert resumed == straight[step:]
-    # Whatever was asked for before changes nothing either: the order depends on its arguments alone.
+    # The order depends on its arguments, and not on earlier calls.
     backwards = [batch_windows(windows, seed, each, batch, rank, world_size).tolist() for each in reversed(range(step))]
     assert backwards == straight[:step][::-1]
 
 
 @given(windows=st.integers(1, 60), size=st.integers(1, 20), seed=st.integers(0, 2**32), world_size=st.integers(1, 6))
-def test_the_processes_together_see_every_window_of_an_epoch_once(
+def test_processes_together_see_every_window_of_an_epoch_once(
     windows: int, size: int, seed: int, world_size: int
 ) -> None:
     batch = world_size * size
@@ -197,26 +185,19 @@ def test_the_processes_together_see_every_window_of_an_epoch_once(
         assert sorted(seen[epoch * windows : (epoch + 1) * windows]) == list(range(windows))
 
 
-def test_within_an_epoch_no_two_processes_see_the_same_window() -> None:
-    seen = [batch_windows(1000, 7, step, 40, rank, 4) for step in range(25) for rank in range(4)]
-    assert len(set(np.concatenate(seen).tolist())) == 1000
-
-
-def test_what_a_batch_holds_can_be_changed_without_changing_the_order() -> None:
+def test_changing_a_batch_does_not_change_the_order() -> None:
     first = batch_windows(50, 3, 0, 20)
     expected = first.copy()
     first[:] = -1
     np.testing.assert_array_equal(batch_windows(50, 3, 0, 20), expected)
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_epochs_and_seeds_have_different_orders() -> None:
     orders = [tuple(epoch_order(100, seed, epoch).tolist()) for seed in range(3) for epoch in range(5)]
     assert len(set(orders)) == len(orders)
 
 
-def test_windows_of_an_incomplete_store_do_not_hide_the_gap(
-    tmp_path: Path, make_writer: Callable[..., StoreWriter]
-) -> None:
+def test_a_window_in_a_missing_shard_is_refused(tmp_path: Path, make_writer: Callable[..., StoreWriter]) -> None:
     store = TokenStore.open(make_writer(tmp_path / "some.zarr").path, allow_incomplete=True)
     with pytest.raises(UserError, match=r"tokens/c\.0\.0\.0"):
         store.windows().batch(np.array([0]))

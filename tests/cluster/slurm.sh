@@ -1,13 +1,13 @@
 #!/bin/bash
-# A real SLURM of one node on this machine's loopback, and all that wmcache does with one. Run it as root on a Debian or Ubuntu:
+# Everything that wmcache does with SLURM, on a SLURM of one node on loopback. Run it as root on Debian or Ubuntu:
 #
 #     tests/cluster/slurm.sh
 #
-# It installs slurm-wlm and munge where they are missing, starts munged, slurmctld and slurmd with a configuration of its own in a temporary
-# folder, works in that folder alone, and ends all that it started. Exit status 0 only if everything held. No GPU, no download of weights;
-# four minutes on two idle cores.
+# It installs slurm-wlm and munge if they are missing, starts munged, slurmctld and slurmd with a configuration in a temporary folder, works
+# only in that folder, and stops what it started. The exit status is 0 only if every check passed. No GPU, no download of weights; four
+# minutes on two idle cores.
 #
-# KEEP=1 leaves the folder. STEPS is the length of the training, which has to outlast a walltime (default 700).
+# KEEP=1 keeps the folder. STEPS is the length of the training, which has to be longer than a walltime (default 700).
 set -euo pipefail
 
 bin=${BIN:-$(cd "$(dirname "$0")/../.." && pwd)/.venv/bin}
@@ -20,7 +20,7 @@ if ! command -v slurmctld slurmd munged >/dev/null; then
 fi
 
 work=$(mktemp -d /tmp/wmcache-slurm.XXXXXX)
-chmod 755 "$work" # munged wants to know that nobody can put another socket in its place
+chmod 755 "$work" # munged requires that other users cannot replace its socket
 began=$SECONDS
 daemons=()
 
@@ -47,7 +47,7 @@ trap leave EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# Say a command, run it, and show what it says, without progress bars.
+# Print a command, run it, and print its output without progress bars.
 run() {
     printf '        $ %s\n' "$(shown "$@")"
     "$@" 2>"$work/stderr" | indent || { status=$?; indent <"$work/stderr"; return "$status"; }
@@ -64,14 +64,14 @@ until_true() {
     done
 }
 json() { python -c "import json, sys; print(json.load(sys.stdin)$1)"; }
-# What wmcache sbatch says to type, typed; options of sbatch come before the script.
+# Run the line that wmcache sbatch prints; options of sbatch come before the script.
 submit() { eval "sbatch --parsable ${*:2} ${1#sbatch }"; }
 field() { scontrol show job "$1" --oneliner 2>/dev/null | tr ' ' '\n' | sed -n "s/^$2=//p" | head -n 1; }
 is() { [[ $(field "$1" "$2") == "$3" ]]; }
 gone() { [[ -z $(squeue --noheader --jobs="$1" 2>/dev/null) ]]; }
 files_of() { find "$1/tokens" -name 'c.*' 2>/dev/null | wc -l; }
 more_than() { [[ $(files_of "$store") -gt $1 ]]; }
-# A task that runs, with a shard that was not there when it was looked for first.
+# A running task that has written a shard since the first check.
 in_the_middle_of() {
     until_true 120 "$1 runs" is "$1" JobState RUNNING
     until_true 120 "$1 commits a shard" more_than "$(files_of "$store")"
@@ -169,7 +169,7 @@ step "A dataset of 640 frames in 16 shards, and its serial extraction in this pr
 run wmcache collect --episodes 8 --length 80 --image-size 64 --frames-per-shard 40 --cluster local:1
 run wmcache extract "${encoder[@]}" --cluster local:1 --out "$serial"
 
-step "A training of two minutes' walltime, which it will not do in one go: SLURM sends USR1 before, the script requeues itself"
+step "A training of two minutes' walltime, which is too short for it: SLURM sends USR1 before the end, and the script requeues itself"
 train=$(wmcache sbatch --profile brief wmtrain --cache "$serial" --width 64 --depth 2 --heads 2 --dropout 0 --batch-size 8 \
     --steps "${STEPS:-700}" --checkpoint-every 50 --out "$home/run" --device cpu 2>"$work/stderr")
 indent <"$work/stderr"
@@ -185,7 +185,7 @@ printf '        $ %s\n' "${line//$work/WORK}"
 array=$(submit "$line")
 ok "array $array: $(squeue --noheader --jobs="$array" --array | wc -l) tasks"
 
-step "In the middle of it: task 0 is cancelled, task 1 requeued, task 2 warned as if its walltime came"
+step "While they run: task 0 is cancelled, task 1 requeued, task 2 gets the signal of its walltime"
 in_the_middle_of "${array}_0"
 run scancel "${array}_0"
 in_the_middle_of "${array}_1"
@@ -194,7 +194,7 @@ in_the_middle_of "${array}_2"
 run scancel --batch --signal=USR1 "${array}_2"
 until_true 300 "the array ends" gone "$array"
 is "${array}_0" JobState CANCELLED || fail "task 0 is $(field "${array}_0" JobState)"
-ok "task 0 stays cancelled: exit status $(field "${array}_0" ExitCode), which is that of a job told to stop"
+ok "task 0 stays cancelled: exit status $(field "${array}_0" ExitCode), as of a stopped job"
 for task in 1 2; do
     [[ $(field "${array}_$task" JobState),$(field "${array}_$task" Restarts) == COMPLETED,1 ]] || fail "task $task"
     ok "task $task: completed, restarted once"
@@ -208,7 +208,7 @@ shards=$(wmcache verify "$store" --json 2>/dev/null | json "['shards_done']" || 
 [[ $shards -lt 16 ]] || fail "nothing was lost by the cancelling"
 ok "$shards of 16 shards are done"
 
-step "What was cancelled is submitted again; whoever finishes last finalises"
+step "What was cancelled is submitted again; the last one finalises"
 again=$(submit "$line" --array=0)
 until_true 300 "task 0 ends" gone "$again"
 is "${again}_0" JobState COMPLETED || fail "task 0 is $(field "${again}_0" JobState)"
@@ -225,10 +225,10 @@ run wmcache extract "${encoder[@]}" --cluster slurm:dask --out "$home/dask.zarr"
 run wmcache verify "$home/dask.zarr"
 require_equal "$serial" "$home/dask.zarr"
 
-step "A job that cannot do its work, of a user whose home has every letter that a shell or SLURM reads otherwise"
+step "A failing job of a user whose home has every character that is special to a shell or SLURM"
 odd="$work/100% \"o'k\" \$(touch x) #1"
 mkdir -p "$odd/pointmaze-umaze"
-touch "$odd/pointmaze-umaze/dataset.json" # sbatch refuses a dataset that is not there; this one is gone when the job starts
+touch "$odd/pointmaze-umaze/dataset.json" # wmcache sbatch refuses a missing dataset; this one is removed before the job starts
 line=$(WMCACHE_HOME=$odd wmcache sbatch --jobs 1 --profile "$home/profiles/array.toml" extract --encoder pixels 2>/dev/null)
 rm -r "$odd/pointmaze-umaze"
 lost=$(submit "$line")
@@ -244,4 +244,4 @@ is "$training" JobState COMPLETED || fail "the training is $(field "$training" J
 tr '\r' '\n' <"$home/logs/wmcache-wmtrain-$training.log" | grep -E "steps [0-9]+ to|trained;" | indent
 ok "job $training: completed, restarted $(field "$training" Restarts) times by its walltime"
 
-step "Everything held"
+step "All checks passed"

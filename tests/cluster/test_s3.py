@@ -1,4 +1,4 @@
-"""The commands against an object store that really speaks S3, and that is killed in the middle of their work."""
+"""The commands against an S3 server, which is killed while they work."""
 
 from __future__ import annotations
 
@@ -29,33 +29,9 @@ from wmcache.pipeline.frames import FrameDataset
 COLLECT = ["wmcache", "collect", "--env", "UMaze", "--episodes", "8", "--length", "60", "--image-size", "32"]
 COLLECT += ["--frames-per-shard", "16", "--cluster", "local:1"]
 EXTRACT = ["wmcache", "extract", "--encoder", "pixels", "--image-size", "16", "--device", "cpu"]
-TRAIN = [
-    "wmtrain",
-    "--width",
-    "16",
-    "--depth",
-    "1",
-    "--heads",
-    "2",
-    "--dropout",
-    "0.1",
-    "--device",
-    "cpu",
-    "--dtype",
-    "float32",
-]
-TRAIN += [
-    "--residence",
-    "disk",
-    "--batch-size",
-    "2",
-    "--log-every",
-    "1",
-    "--validate-every",
-    "24",
-    "--checkpoint-every",
-    "4",
-]
+TRAIN = ["wmtrain", "--width", "16", "--depth", "1", "--heads", "2", "--dropout", "0.1", "--device", "cpu"]
+TRAIN += ["--dtype", "float32", "--residence", "disk", "--batch-size", "2", "--log-every", "1"]
+TRAIN += ["--validate-every", "24", "--checkpoint-every", "4"]
 STEPS = 24
 LOAD = """
 import hashlib, sys
@@ -73,21 +49,21 @@ Run = Callable[[list[str]], "Done"]
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended: its status, and what it said apart from its progress bars."""
+    """Exit status of a command, and its lines without progress bars."""
 
     status: int
     lines: list[str]
 
     def well(self) -> list[str]:
-        """Insist on a good end; returns the lines."""
+        """Require success; returns the lines."""
         assert self.status == 0, self
         return self.lines
 
     def error(self) -> str:
-        """The one line that it ended with."""
+        """Require failure with one line of error, the last one."""
         assert self.status == 1, self
-        said = [line.startswith("Error: ") for line in self.lines]
-        assert said == [False] * (len(said) - 1) + [True], self
+        errors = [line.startswith("Error: ") for line in self.lines]
+        assert errors == [False] * (len(errors) - 1) + [True], self
         assert not any("Traceback" in line for line in self.lines), self
         return self.lines[-1]
 
@@ -102,7 +78,7 @@ def frames(tmp_path_factory: pytest.TempPathFactory) -> FrameDataset:
 
 @pytest.fixture(scope="module")
 def local(frames: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Their store, made and lying on the local disk."""
+    """Their store, on the local disk."""
     path = tmp_path_factory.mktemp("stores") / "pixels.zarr"
     extract(frames, encoders.create("pixels", image_size=16, device="cpu"), path)
     return path
@@ -110,18 +86,18 @@ def local(frames: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """$WMCACHE_HOME of the commands that a test runs."""
+    """$WMCACHE_HOME of the commands."""
     return tmp_path / "home"
 
 
 @pytest.fixture
 def start(s3: S3Server, home: Path) -> Iterator[Start]:
-    """(words, identity=…, **environment) -> the command, running; None takes a variable away."""
+    """(words, identity=…, **environment) -> the running command; None removes a variable."""
     started: list[subprocess.Popen[str]] = []
 
     def begin(words: list[str], *, identity: str = "full", **variables: str | None) -> subprocess.Popen[str]:
         known = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "WMCACHE_"))}
-        # Nothing of whoever runs the tests, and no looking for the metadata of a cloud's machine.
+        # Nothing of the user's own settings, and no search for the metadata service of a cloud.
         alone = {
             "HOME": str(home),
             "AWS_EC2_METADATA_DISABLED": "true",
@@ -146,24 +122,24 @@ def start(s3: S3Server, home: Path) -> Iterator[Start]:
 
 
 def wait(process: subprocess.Popen[str]) -> Done:
-    """Wait for a command's end."""
+    """Wait for the end of a command."""
     try:
-        said, _ = process.communicate(timeout=PATIENCE)
+        output, _ = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         process.kill()
-        raise AssertionError(f"it hangs, and said: {process.communicate()[0]}") from None
-    return Done(process.returncode, lines_of(said))
+        raise AssertionError(f"it hangs: {process.communicate()[0]}") from None
+    return Done(process.returncode, lines_of(output))
 
 
-def lines_of(said: str) -> list[str]:
-    """What is no progress bar."""
-    lines = [line.strip() for line in re.split(r"[\r\n]", said)]
+def lines_of(output: str) -> list[str]:
+    """The lines without progress bars."""
+    lines = [line.strip() for line in re.split(r"[\r\n]", output)]
     return [line for line in lines if line and not re.search(r"\d+%\||\d+/\d+ \[|B/s\]$", line)]
 
 
 @pytest.fixture
 def run(s3: S3Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """(words) -> the command, run in this process, which has loaded its libraries already."""
+    """(words) -> the command, run in this process, where its libraries are loaded already."""
     for name in [name for name in os.environ if name.startswith(("AWS_", "WMCACHE_"))]:
         monkeypatch.delenv(name)
     for name, value in {**s3.environment("full"), "WMCACHE_HOME": str(home)}.items():
@@ -209,11 +185,11 @@ def download(s3: S3Server, url: str, prefix: str = "") -> dict[str, bytes]:
 
 
 def kill_after(s3: S3Server, happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Kill the server as soon as that has happened, while the command runs."""
+    """Kill the server when `happened` is true, while the command runs."""
     end = time.monotonic() + PATIENCE
     while not happened():
-        assert process.poll() is None, f"it ended too early, and said: {process.communicate()[0]}"
-        assert time.monotonic() < end, "it gets nowhere"
+        assert process.poll() is None, f"it ended too early: {process.communicate()[0]}"
+        assert time.monotonic() < end, "it makes no progress"
         time.sleep(0.002)
     s3.kill()
     assert process.poll() is None, "it ended before the server was killed: give it more to do"
@@ -241,7 +217,7 @@ def test_a_collected_dataset_is_the_same_on_the_server_and_on_disk(
     assert set(on_server) == {*on_disk, "dataset.json"}
 
 
-def test_an_extraction_goes_on_after_the_server_was_killed(
+def test_an_extraction_resumes_after_the_server_was_killed(
     s3: S3Server, start: Start, run: Run, frames: FrameDataset, local: Path
 ) -> None:
     dataset, store = upload(s3, frames.path, "frames"), "s3://bucket/killed.zarr"
@@ -264,7 +240,7 @@ def test_an_extraction_goes_on_after_the_server_was_killed(
     assert run(["wmcache", "verify", store]).well() == [sound]
 
 
-def test_two_extractions_into_one_store_both_end_well(
+def test_two_extractions_into_one_store_both_succeed(
     s3: S3Server, start: Start, run: Run, frames: FrameDataset, local: Path
 ) -> None:
     store = "s3://bucket/shared.zarr"
@@ -275,9 +251,7 @@ def test_two_extractions_into_one_store_both_end_well(
     run(["wmcache", "verify", store]).well()
 
 
-def test_a_damaged_shard_on_the_server_is_found_and_made_again(
-    s3: S3Server, run: Run, frames: FrameDataset, local: Path
-) -> None:
+def test_a_damaged_shard_on_the_server_is_repaired(s3: S3Server, run: Run, frames: FrameDataset, local: Path) -> None:
     store, name = upload(s3, local, "damaged.zarr"), "tokens/c.7.0.0"
     whole = shards_in(local)[name]
     with s3.client() as client:
@@ -291,7 +265,7 @@ def test_a_damaged_shard_on_the_server_is_found_and_made_again(
     assert download(s3, store, name) == {name: whole}
 
 
-def test_a_training_goes_on_after_the_server_was_killed(
+def test_a_training_resumes_after_the_server_was_killed(
     s3: S3Server, start: Start, run: Run, home: Path, local: Path, curve: dict[int, float]
 ) -> None:
     store, out = upload(s3, local, "trained.zarr"), home / "run"
@@ -310,7 +284,7 @@ def test_a_training_goes_on_after_the_server_was_killed(
     assert losses(out) == pytest.approx(curve)
 
 
-def test_a_training_fetches_only_what_its_mirror_has_not_or_has_damaged(
+def test_a_training_fetches_only_missing_and_damaged_shards_of_its_mirror(
     s3: S3Server, run: Run, home: Path, local: Path, curve: dict[int, float]
 ) -> None:
     store = upload(s3, local, "mirrored.zarr")
@@ -318,7 +292,7 @@ def test_a_training_fetches_only_what_its_mirror_has_not_or_has_damaged(
     mirror = {path: path.read_bytes() for path in (home / "mirror").iterdir()}
     shards = shards_in(local)
     assert sorted(mirror.values()) == sorted(shards.values())
-    # On the server there is nothing any more but the shard that is damaged in the mirror.
+    # The server keeps only the shard that is damaged in the mirror.
     damaged, whole = next((path, content) for path, content in mirror.items() if content == shards["tokens/c.20.0.0"])
     damaged.write_bytes(whole[:50] + bytes([whole[50] ^ 1]) + whole[51:])
     with s3.client() as client:
@@ -340,12 +314,12 @@ def test_two_trainings_share_a_mirror(
         wait(process).well()
     for name in ("one", "other"):
         assert losses(home / name) == pytest.approx(curve)
-    # Each shard once, in two requests, and twice what describes the store, in 40; had both fetched each shard, it would be 200.
+    # Each shard once, in two requests, and twice the description, in 40; if both fetched each shard, it would be 200.
     assert s3.requests("bucket")["GET"] - before < 5 * SHARDS
     assert all(path.suffix == ".shard" for path in (home / "mirror").iterdir())
 
 
-def test_a_mirror_keeps_its_bound(s3: S3Server, start: Start, home: Path, local: Path) -> None:
+def test_a_mirror_keeps_its_limit(s3: S3Server, start: Start, home: Path, local: Path) -> None:
     store = upload(s3, local, "bounded.zarr")
     bound = 10 * max(map(len, shards_in(local).values()))
     reading = start(["python", "-c", LOAD, store], WMCACHE_MIRROR_BYTES=str(bound))
@@ -353,7 +327,7 @@ def test_a_mirror_keeps_its_bound(s3: S3Server, start: Start, home: Path, local:
     while reading.poll() is None:
         held = 0
         for path in (home / "mirror").glob("*.shard"):
-            with suppress(FileNotFoundError):  # pushed out just now
+            with suppress(FileNotFoundError):  # evicted just now
                 held += path.stat().st_size
         most = max(most, held)
         time.sleep(0.001)
@@ -366,23 +340,23 @@ def test_a_mirror_keeps_its_bound(s3: S3Server, start: Start, home: Path, local:
 EXTRACT_THERE = [*EXTRACT, "--dataset", "DATASET", "--out", "s3://bucket/refused.zarr"]
 COLLECT_THERE = ["wmcache", "collect", "--episodes", "1", "--image-size", "32", "--cluster", "local:1", "--out"]
 INFO = ["wmcache", "info", "s3://bucket/x.zarr"]
-NOBODY = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
+NO_KEYS = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
 REFUSED: dict[str, tuple[list[str], dict[str, Any], str]] = {
-    "extract without credentials": (EXTRACT_THERE, NOBODY, "credentials"),
-    "extract as one who may only read": (EXTRACT_THERE, {"identity": "reader"}, "Access Denied"),
-    "collect into a bucket that is not there": ([*COLLECT_THERE, "s3://no-such/refused"], {}, "bucket does not exist"),
-    "train without credentials": (["wmtrain", "--cache", "s3://bucket/x.zarr"], NOBODY, "credentials"),
+    "extract without credentials": (EXTRACT_THERE, NO_KEYS, "credentials"),
+    "extract with a read-only key": (EXTRACT_THERE, {"identity": "reader"}, "Access Denied"),
+    "collect into a missing bucket": ([*COLLECT_THERE, "s3://no-such/refused"], {}, "bucket does not exist"),
+    "train without credentials": (["wmtrain", "--cache", "s3://bucket/x.zarr"], NO_KEYS, "credentials"),
     "info with a wrong secret": (INFO, {"AWS_SECRET_ACCESS_KEY": "wrong"}, "Forbidden"),
-    "info as nobody": (INFO, {"AWS_ACCESS_KEY_ID": "nobody"}, "Forbidden"),
-    "info of a server that is not there": (INFO, {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "Could not connect"),
-    "info of nothing": (INFO, {}, "make a store with: wmcache extract"),
+    "info with an unknown key": (INFO, {"AWS_ACCESS_KEY_ID": "unknown"}, "Forbidden"),
+    "info of a server that is down": (INFO, {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "Could not connect"),
+    "info of a missing store": (INFO, {}, "make a store with: wmcache extract"),
 }
 
 
-def test_what_the_server_refuses_is_one_line_that_names_place_and_mend(
+def test_refusals_of_the_server_are_one_line_with_the_url_and_a_hint(
     s3: S3Server, start: Start, frames: FrameDataset
 ) -> None:
-    # All at once: most of the time they load their libraries.
+    # All at once, since most of their time is imports.
     running = {
         name: start([str(frames.path) if word == "DATASET" else word for word in words], **settings)
         for name, (words, settings, _) in REFUSED.items()

@@ -1,4 +1,4 @@
-"""--cluster at a scheduler that is running, here one of this process that speaks the real protocol: one meaning for every command."""
+"""--cluster with a running scheduler, which is in this process, and with slices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from distributed import LocalCluster
 
 from wmcache.cache import TokenStore
 from wmcache.cli import main
-from wmcache.commands import plan
 from wmcache.planner.context import EvalContext
 from wmcache.planner.evaluate import evaluate
 from wmcache.planner.options import PlanOptions
@@ -23,7 +22,7 @@ from wmcache.trainer.train import train
 
 @pytest.fixture(scope="module")
 def scheduler() -> Iterator[str]:
-    """Its address; its worker has two threads, whatever a task wants."""
+    """Address of a scheduler with one worker of two threads."""
     with LocalCluster(
         n_workers=1,
         threads_per_worker=2,
@@ -37,7 +36,7 @@ def scheduler() -> Iterator[str]:
 
 @pytest.fixture
 def home(tmp_path: Path, dataset_path: Path, tcn_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home by a relative path, with the frames and tcn's weights where the commands look for them."""
+    """A home with a relative path, with the frames and the weights of tcn."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WMCACHE_HOME", "home")
     shutil.copytree(dataset_path, tmp_path / "home/pointmaze-umaze")
@@ -54,7 +53,7 @@ def tokens(store: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in (store / "tokens").glob("c.*")}
 
 
-def test_frames_are_collected_there(scheduler: str, dataset_path: Path, tmp_path: Path) -> None:
+def test_frames_are_collected(scheduler: str, dataset_path: Path, tmp_path: Path) -> None:
     line = "collect --episodes 6 --length 60 --image-size 32 --frames-per-shard 64 --cluster {scheduler} --out {out}"
     result = run(line, scheduler=scheduler, out=tmp_path / "pointmaze-umaze")
     assert result.exit_code == 0, result.output
@@ -62,9 +61,7 @@ def test_frames_are_collected_there(scheduler: str, dataset_path: Path, tmp_path
         assert (tmp_path / "pointmaze-umaze" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_stores_are_extracted_and_derived_there_and_weights_fitted(
-    scheduler: str, home: Path, store_path: Path
-) -> None:
+def test_stores_are_extracted_and_derived_and_weights_fitted(scheduler: str, home: Path, store_path: Path) -> None:
     for line in (
         "extract --encoder tcn,tcn-layers --device cpu --dtype float32 --cluster {scheduler}",
         "fit --encoder dino-tok --base tcn-layers --steps 2 --batch-size 8 --shallow 4 --device cpu --cluster {scheduler}",
@@ -79,7 +76,7 @@ def test_stores_are_extracted_and_derived_there_and_weights_fitted(
         "home/stores/pointmaze-umaze/tcn-layers-64.zarr --steps 2 --batch-size 8 --shallow 4 --device cpu").output  # fmt: skip
 
 
-def test_weights_that_were_fitted_again_are_not_taken_for_the_old_ones(scheduler: str, home: Path) -> None:
+def test_weights_that_were_fitted_again_are_loaded_again(scheduler: str, home: Path) -> None:
     line = "extract --device cpu --cluster {scheduler} --out {out}"
     fit = "fit --steps 3 --batch-size 16 --seed 5 --overwrite --device cpu"
     for place, after in (("one.zarr", fit), ("two.zarr", fit)):
@@ -107,41 +104,41 @@ def test_plans_are_the_same_wherever_they_are_made(
     here, results = evaluate(setting, options, Path("here"))
     for name in ("local:2", scheduler):
         out = Path(name.replace("/", ""))
-        there, found = evaluate(setting, options, out, plan._spread(name))
+        there, found = evaluate(setting, options, out, name)
         for part in ("start", "goal", "states"):
             np.testing.assert_array_equal(getattr(there, part), getattr(here, part))
         assert {**found, "seconds_per_replan": 0} == {**results, "seconds_per_replan": 0}
-    # Of what is planned already nothing is planned again, and what is left is less than there are workers.
+    # Only the missing batch is planned again, and it is fewer than the workers.
     next(out.glob("unfinished-*/000002.npz")).unlink()
-    evaluate(setting, options, out, plan._spread("local:2"))
+    evaluate(setting, options, out, "local:2")
     assert "wmplan: 1 batches for 2 workers; a smaller --batch-size makes more of them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "hint"),
     [
-        ("extract --shard-slice 4/4", "numbered from 0 to 3; a job array has to begin at 0, as in sbatch --array=0-3"),
-        ("extract --shard-slice 1", "write I/N, as in 0/8"),
-        ("extract --shard-slice -1/4", "write I/N, as in 0/8"),
-        ("extract --shard-slice 0/0", "write I/N, as in 0/8"),
-        ("extract --cluster local:0", "no cluster 'local:0'; write local, local:N, tcp://HOST:PORT"),
-        ("collect --cluster lokal", "no cluster 'lokal'; write local"),
-        ("extract --cluster slurm:nowhere", "nowhere.toml does not exist"),
-        ("study --cluster tcp://host", "no cluster 'tcp://host'"),
+        ("extract --shard-slice 4/4", "--array=0-3"),
+        ("extract --shard-slice 1", "0/8"),
+        ("extract --shard-slice -1/4", "0/8"),
+        ("extract --shard-slice 0/0", "0/8"),
+        ("extract --cluster local:0", "'local:0'"),
+        ("collect --cluster lokal", "'lokal'"),
+        ("extract --cluster slurm:nowhere", "nowhere.toml"),
+        ("study --cluster tcp://host", "'tcp://host'"),
         ("bench cluster --encoder pixels", "choose local:N with N above 1"),
-        ("finalize nowhere.zarr", "nowhere.zarr does not exist"),
+        ("finalize nowhere.zarr", "nowhere.zarr"),
     ],
 )
-def test_what_makes_no_sense_is_one_line(home: Path, line: str, told: str) -> None:
+def test_invalid_values_are_one_line_of_error(home: Path, line: str, hint: str) -> None:
     before = sorted(home.rglob("*"))
     result = run(line)
     assert result.exit_code == 1
     (error,) = result.stderr.splitlines()
-    assert told in error
+    assert hint in error
     assert sorted(home.rglob("*")) == before
 
 
-def test_slices_in_any_order_make_the_store_and_say_what_is_left(home: Path) -> None:
+def test_slices_in_any_order_make_the_store_and_report_missing_shards(home: Path) -> None:
     stores = [home / "stores/pointmaze-umaze" / name for name in ("pixels-32.zarr", "tcn-64.zarr")]
     for part in ("2/3", "0/3"):
         result = run(f"extract --encoder pixels,tcn --device cpu --shard-slice {part}")
@@ -155,7 +152,7 @@ def test_slices_in_any_order_make_the_store_and_say_what_is_left(home: Path) -> 
     assert run(again).exit_code == 0
     assert TokenStore.open(stores[0]).complete
     assert not run(f"finalize {stores[0]}").exit_code
-    # Whoever is last completes the other one too.
+    # The last slice completes the other store too.
     result = run("extract --encoder pixels,tcn --device cpu --shard-slice 1/3")
     assert result.exit_code == 0
     assert all(TokenStore.open(store).complete for store in stores)

@@ -14,12 +14,12 @@ from click.testing import CliRunner, Result
 from wmcache.bench import plan as bench
 from wmcache.cli import main, wmplan
 from wmcache.common.errors import UserError
-from wmcache.planner import evaluate
+from wmcache.planner import context, results
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import SOLVERS, make_solver
-from wmcache.trainer.loop import train
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
 Parse = Callable[[str], PlanOptions]
 QUICK = "--episodes 2 --budget 10 --horizon 2 --samples 6 --elites 2 --iterations 1 --device cpu"
@@ -40,7 +40,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Parse:
             received.append(options)
             raise UserError("received")
 
-        monkeypatch.setattr(evaluate, "EvalContext", receive)
+        monkeypatch.setattr(context, "EvalContext", receive)
         result = run(f"--run {{run}} {line}", run=tmp_path)
         assert result.output.splitlines() == ["Error: received"], result.output
         return received[0]
@@ -214,12 +214,12 @@ class TestResults:
         options = asdict(PlanOptions())
         del options["strict"]
         (tmp_path / "results.json").write_text(json.dumps({"options": options}))
-        evaluate.refuse_other_results(tmp_path, PlanOptions(strict=False))
+        results.refuse_other_results(tmp_path, PlanOptions(strict=False))
         with pytest.raises(UserError, match="strict False != True"):
-            evaluate.refuse_other_results(tmp_path, PlanOptions())
+            results.refuse_other_results(tmp_path, PlanOptions())
         # The pairs of a file are the same either way.
         (tmp_path / "results.json").write_text(json.dumps({"options": {**options, "goals": "some.parquet"}}))
-        evaluate.refuse_other_results(tmp_path, PlanOptions(goals="some.parquet"))
+        results.refuse_other_results(tmp_path, PlanOptions(goals="some.parquet"))
 
     def test_a_sweep_writes_a_folder_for_each_setting(self, planned: Path) -> None:
         line = f"--run {{run}} {QUICK}"

@@ -192,6 +192,18 @@ def test_gradients_are_clipped_to_a_norm(tmp_path: Path) -> None:
     assert weights[None] == weights[1e9] != weights[1e-9]
 
 
+def test_a_groups_own_rate_stays_in_proportion(out: Path) -> None:
+    class Grouped(Regression):
+        def optimiser(self) -> torch.optim.Optimizer:
+            first, last = self.network[0].parameters(), self.network[3].parameters()
+            self.groups = torch.optim.SGD([{"params": first}, {"params": last, "lr": 0.5}], lr=0.1)
+            return self.groups
+
+    task = Grouped(out, rate=lambda step: 0.01 * (step + 1))
+    run(task, OPTIONS, out, Progress())
+    assert [group["lr"] for group in task.groups.param_groups] == pytest.approx([0.08, 0.4])
+
+
 @pytest.mark.parametrize("checkpoint_every", [1, 2, 4])
 def test_a_loss_that_is_not_finite_leaves_a_good_checkpoint(out: Path, checkpoint_every: int) -> None:
     task = Regression(out, rate=lambda step: BIG if step == 4 else 0.05)

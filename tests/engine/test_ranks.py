@@ -1,4 +1,4 @@
-"""Several processes train what one does, under torchrun and by --devices; they end together, with one line, and any number goes on."""
+"""Several processes train what one does, under torchrun and by --devices; they end together, with one line, and any number resumes."""
 
 from __future__ import annotations
 
@@ -23,20 +23,22 @@ from click.testing import CliRunner
 from wmcache.commands.command import Command
 from wmcache.common.errors import Stopped, UserError
 from wmcache.engine.checkpoint import checkpoints, last_checkpoint
-from wmcache.engine.ranks import ALONE, Ranks
-from wmcache.trainer.loop import train
+from wmcache.engine.ranks import SINGLE, Ranks
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
 BIN = Path(sys.executable).parent
 TORCHRUN = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"]
-TOLD = """--width 16 --depth 1 --heads 2 --dropout 0 --batch-size 8 --steps 200 --dtype float32 --device cpu
+SETTINGS = """--width 16 --depth 1 --heads 2 --dropout 0 --batch-size 8 --steps 200 --dtype float32 --device cpu
     --log-every 1 --validate-every 200 --checkpoint-every 40"""
-WORDS = TOLD.split()
+WORDS = SETTINGS.split()
+STOPPED = "stopped; "
+"""Start of the line that names the command to resume with."""
 
 
 @pytest.fixture(scope="module")
 def options() -> TrainOptions:
-    """What they say."""
+    """The same as SETTINGS."""
     return TrainOptions(
         model_options={"width": 16, "depth": 1, "heads": 2, "dropout": 0.0},
         batch=8,
@@ -51,7 +53,7 @@ def options() -> TrainOptions:
 
 @dataclass
 class Ended:
-    """A job that has come to its end."""
+    """How a job has ended."""
 
     status: int
     stdout: str
@@ -83,7 +85,7 @@ def ranks_of(job: psutil.Process) -> dict[int, psutil.Process]:
 def work(
     command: list[object], send: Callable[[psutil.Process], None] | None = None, after: Path | None = None
 ) -> Ended:
-    """Run a job to its end; `send` meets it when 35 more steps of the run `after` are logged."""
+    """Run a job to its end; `send` acts on it when 35 more steps of the run `after` are logged."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = steps_done(after) if after else 0
     words = list(map(str, command))
@@ -100,7 +102,7 @@ def work(
         return Ended(job.returncode, stdout, stderr, time.monotonic() - start)
 
 
-def said(stderr: str) -> list[str]:
+def lines_of(stderr: str) -> list[str]:
     """Lines without progress bars."""
     return [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not re.match(r"(wmtrain|load): ", line)]
 
@@ -115,7 +117,7 @@ def straight(planted_path: Path, tmp_path_factory: pytest.TempPathFactory, optio
 
 @dataclass
 class Story:
-    """A run of two ranks that was told to stop, went on, lost a rank, and was finished by one process."""
+    """A run of two ranks that was stopped, resumed, lost a rank, and was finished by one process."""
 
     run: Path
     stopped: Ended
@@ -140,7 +142,9 @@ def story(planted_path: Path, tmp_path_factory: pytest.TempPathFactory, options:
 class TestStory:
     def test_a_signal_to_the_launcher_ends_all_in_one_line(self, story: Story) -> None:
         assert story.stopped.status == 75
-        assert [line[:30] for line in said(story.stopped.stderr)] == ["stopped; go on with: wmtrain -"]
+        (line,) = lines_of(story.stopped.stderr)
+        assert line.startswith(STOPPED)
+        assert "wmtrain --devices 2" in line
 
     def test_the_step_of_the_signal_is_saved(self, story: Story) -> None:
         assert story.stopped_at >= 35
@@ -152,29 +156,26 @@ class TestStory:
         assert story.killed_at in (story.stopped_at, 40, 80)
 
     def test_a_killed_rank_is_one_line(self, story: Story) -> None:
-        assert [line.split(" (")[0] for line in said(story.killed.stderr)] == [
-            "Error: a process of this training has died, or cannot be reached"
-        ]
+        (line,) = lines_of(story.killed.stderr)
+        assert line.startswith("Error: ")
 
     def test_one_process_finishes_it(self, story: Story, straight: Path) -> None:
         assert newest(story.run) == 200
         assert json.loads((story.run / "config.json").read_text()) == json.loads((straight / "config.json").read_text())
 
     @pytest.mark.parametrize("key", ["loss", "gradient_norm"])
-    def test_its_curve_is_that_of_one_process(self, story: Story, straight: Path, key: str) -> None:
+    def test_its_curve_equals_that_of_one_process(self, story: Story, straight: Path, key: str) -> None:
         assert len(curve(story.run, key)) == 200
         assert curve(story.run, key) == pytest.approx(curve(straight, key), abs=1e-4)
 
 
 @pytest.mark.cluster
-def test_torchrun_itself_does_and_a_signal_to_one_rank_ends_all(
-    planted_path: Path, tmp_path: Path, straight: Path
-) -> None:
+def test_torchrun_starts_ranks_and_a_signal_to_one_ends_all(planted_path: Path, tmp_path: Path, straight: Path) -> None:
     run = tmp_path / "run"
     command = [*TORCHRUN, BIN / "wmtrain", "--cache", planted_path, "--out", run, *WORDS]
     ended = work(command, lambda job: ranks_of(job)[1].terminate(), run)
-    assert ended.status == 1  # torchrun's own for whatever a rank ends with
-    assert ended.stderr.count("stopped; go on with") == 1
+    assert ended.status == 1  # torchrun's own status
+    assert ended.stderr.count(STOPPED) == 1
     losses = curve(run)
     assert len(losses) == newest(run) >= 35
     assert losses == pytest.approx(curve(straight)[: len(losses)], abs=1e-4)
@@ -203,7 +204,7 @@ def test_gradients_accumulate_as_in_one_process(
 def test_rank_0_alone_writes_and_prints(accumulated: tuple[list[object], Path, Ended]) -> None:
     _, run, ended = accumulated
     assert ended.stdout.count(": trained; ") == ended.stdout.count("2 x cpu float32") == 1
-    assert said(ended.stderr) == []
+    assert lines_of(ended.stderr) == []
     assert len(list((run / "tensorboard").iterdir())) == 1
 
 
@@ -212,15 +213,14 @@ def test_what_rank_0_refuses_is_one_line(accumulated: tuple[list[object], Path, 
     before = checkpoints(run)
     ended = work([*command, "--seed", "3"])
     assert ended.status == 1
-    assert [line.split(";")[0] for line in ended.stderr.splitlines()] == [
-        f"Error: {run} is a run with other settings (seed 0 != 3)"
-    ]
+    (line,) = ended.stderr.splitlines()
+    assert re.match(f"Error: {run} .*seed 0 != 3", line)
     assert checkpoints(run) == before
 
 
 @contextmanager
 def start(store: Path, run: Path) -> Iterator[psutil.Popen]:
-    """A training of two ranks that takes longer than the test; whatever still runs at the end is killed."""
+    """A training of two ranks that takes longer than the test; what still runs at the end is killed."""
     words = [BIN / "wmtrain", "--devices", "2", "--cache", store, "--out", run, *WORDS, "--steps", "100000"]
     with psutil.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True) as job:
         children: list[psutil.Process] = []
@@ -289,7 +289,7 @@ def test_a_launcher_ends_when_it_gets_a_signal_and_so_do_its_ranks(
     assert job.returncode == status
     assert time.monotonic() - begin < 30
     assert not any(rank.is_running() for rank in ranks)
-    assert said(stderr)[-1].startswith("stopped; go on with: wmtrain")
+    assert lines_of(stderr)[-1].startswith(STOPPED)
     assert "Traceback" not in stderr
 
 
@@ -319,12 +319,12 @@ def test_the_name_of_the_machine_need_not_resolve(planted_path: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("rank", "line"), [({}, "stopped; go on"), ({"RANK": "0"}, "stopped; go on"), ({"RANK": "1"}, "")]
+    ("rank", "reports"), [({}, True), ({"RANK": "0"}, True), ({"RANK": "1"}, False)], ids=["single", "first", "second"]
 )
-def test_of_ranks_that_are_told_to_stop_the_first_speaks_for_all(
-    rank: dict[str, str], line: str, monkeypatch: pytest.MonkeyPatch
+def test_rank_0_reports_that_all_are_stopped(
+    rank: dict[str, str], reports: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever the others are: torchrun tells them when one has failed, maybe before they have joined."""
+    """Even before they have joined: torchrun stops the others when one has failed."""
 
     @click.command(cls=Command)
     def command() -> None:
@@ -337,33 +337,35 @@ def test_of_ranks_that_are_told_to_stop_the_first_speaks_for_all(
     ended = CliRunner().invoke(command)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    assert (ended.exit_code, ended.output.strip().split(" with")[0]) == (75, line)
+    assert ended.exit_code == 75
+    assert ended.output.strip().startswith(STOPPED) == reports
+    assert bool(ended.output.strip()) == reports
 
 
 @pytest.mark.cluster
-def test_what_happens_to_another_rank_alone_is_one_line(tmp_path: Path) -> None:
+def test_an_error_of_another_rank_is_reported_once(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         """
 import sys
 from wmcache.common.errors import UserError
-from wmcache.engine.ranks import Spoken, joined
+from wmcache.engine.ranks import ReportedError, joined
 try:
     with joined("cpu") as ranks:
         ranks.wait()
         if ranks.rank == 1:
             raise UserError("a damaged shard")
         ranks.wait()
-except (UserError, Spoken) as error:
+except (UserError, ReportedError) as error:
     print(f"{type(error).__name__} on {ranks.rank}: {error}")
     sys.exit(1)
 """
     )
     ended = work([*TORCHRUN, sys.executable, program])
-    assert sorted(ended.stdout.splitlines()) == ["Spoken on 0: ", "UserError on 1: a damaged shard"]
+    assert sorted(ended.stdout.splitlines()) == ["ReportedError on 0: ", "UserError on 1: a damaged shard"]
 
 
-def test_what_is_drawn_belongs_to_seed_rank_and_step() -> None:
+def test_draws_depend_on_seed_rank_and_step() -> None:
     def draw(rank: int, seed: int, step: int) -> float:
         Ranks(rank, 2).seed(seed, step)
         return torch.rand(()).item()
@@ -374,17 +376,13 @@ def test_what_is_drawn_belongs_to_seed_rank_and_step() -> None:
         torch.manual_seed(0)
         expected = torch.rand(()).item()
         torch.manual_seed(0)
-        ALONE.seed(5, 5)
+        SINGLE.seed(5, 5)
         assert torch.rand(()).item() == expected
 
 
-@pytest.mark.parametrize("name", ["cuda:1", "mps"])
-def test_one_device_is_not_for_several_processes(name: str) -> None:
-    with pytest.raises(UserError, match=f"--device {name} is one device"):
-        Ranks(0, 2).device(name)
-
-
-def test_a_process_without_a_device_of_its_own_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_rank_needs_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="2 processes want a CUDA device each, but this machine has 1"):
-        Ranks(0, 2, 0, 2).device("cuda")
+    for name in ("cuda:1", "mps", "cuda"):
+        with pytest.raises(UserError, match="--device"):
+            Ranks(0, 2, 0, 2).device(name)
+    assert Ranks(0, 2, 0, 2).device("cpu").type == "cpu"

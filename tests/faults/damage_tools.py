@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -87,7 +88,7 @@ def forge_record(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     replace(file, json.dumps(seal(values)).encode())
 
 
-def agree(dataset: Path, shard: int) -> None:
+def update_checksums(dataset: Path, shard: int) -> None:
     """Update the checksums in dataset.json to those of a changed tar."""
     tar = dataset / f"frames-{shard:06d}.tar"
 
@@ -242,10 +243,10 @@ class Warden:
         self._start()
 
     def _start(self) -> None:
-        self._calls, theirs = self._processes.Pipe()
-        self._process = self._processes.Process(target=serve, args=(theirs,))
+        self._calls, far_end = self._processes.Pipe()
+        self._process = self._processes.Process(target=serve, args=(far_end,))
         self._process.start()
-        theirs.close()
+        far_end.close()
 
     def ask(self, memory: int, patience: float, function: Callable[..., Any], *arguments: Any) -> tuple[str, str]:
         """Return the outcome of a call ("returned", "refused", "crashed", "died" or "hangs") and its message."""
@@ -297,9 +298,10 @@ def create_encoder(weights: Path) -> None:
 
 
 def resume_run(store: Path, run: Path) -> None:
-    """Resume a run with its own settings."""
+    """Resume a run with its own settings and more steps."""
     config = json.loads((run / "config.json").read_bytes())
-    train(store, run, TrainOptions(**{key: config[key] for key in config if key not in ("cache", "shape")}))
+    options = TrainOptions(**{key: config[key] for key in config if key not in ("cache", "shape")})
+    train(store, run, dataclasses.replace(options, steps=options.steps + 1), resume=True)
 
 
 def load_model_on_cpu(run: Path) -> None:

@@ -30,7 +30,7 @@ from wmcache.cache import Identity, StoreWriter, TokenStore
 from wmcache.cache.layout import read_attributes
 from wmcache.cache.windows import Windows, batch_windows
 from wmcache.common.errors import UserError
-from wmcache.engine.checkpoint import save_checkpoint
+from wmcache.engine.checkpoint import Progress, save_checkpoint
 from wmcache.pipeline import encoders
 from wmcache.pipeline import extract as extraction
 from wmcache.pipeline.collect import collect
@@ -55,10 +55,10 @@ class Child:
     """A process that runs a function, and its outcome."""
 
     def __init__(self, processes: ForkServerContext, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        self._answer, theirs = processes.Pipe(duplex=False)
-        self.process = processes.Process(target=_report, args=(theirs, function, arguments))
+        self._answer, far_end = processes.Pipe(duplex=False)
+        self.process = processes.Process(target=_report, args=(far_end, function, arguments))
         self.process.start()
-        theirs.close()
+        far_end.close()
         assert self._receive(PATIENCE) == "began"
 
     @property
@@ -229,7 +229,7 @@ def save_step(run: Path, step: int) -> None:
         optimiser.zero_grad()
         model(torch.full((2, 4), float(number))).square().mean().backward()
         optimiser.step()
-    save_checkpoint(run, step, model, optimiser)
+    save_checkpoint(run, Progress(step), model, optimiser)
 
 
 def small_model() -> tuple[torch.nn.Module, torch.optim.AdamW]:

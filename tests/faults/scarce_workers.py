@@ -74,11 +74,11 @@ class Attempt:
 ROOM = "remount,size=64m,nr_inodes=10000"
 
 
-def on_small_disks(place: Path, resource: str, every: int, last: int, words: list[Any]) -> list[Attempt]:
+def on_small_disks(disks: Path, resource: str, every: int, last: int, words: list[Any]) -> list[Attempt]:
     """Try a command that writes to `{out}` on disks that are too small by more and more.
 
     Args:
-        place: folder of the mounts.
+        disks: folder of the mounts.
         resource: what is scarce: `nr_inodes`, or `size`, in pages.
         every: step from one limit to the next.
         last: try only this many of the largest limits; 0 for all.
@@ -88,19 +88,19 @@ def on_small_disks(place: Path, resource: str, every: int, last: int, words: lis
     page = 4096
 
     def used() -> int:
-        found = os.statvfs(place)
+        found = os.statvfs(disks)
         return found.f_files - found.f_ffree if resource == "nr_inodes" else found.f_blocks - found.f_bfree
 
     def run(out: Path) -> tuple[int, str]:
         return command(*[str(word).format(out=out) for word in words])
 
-    mount("-t", "tmpfs", "-o", ROOM.removeprefix("remount,"), "none", place)
-    assert run(place / "out")[0] == 0
+    mount("-t", "tmpfs", "-o", ROOM.removeprefix("remount,"), "none", disks)
+    assert run(disks / "out")[0] == 0
     # Temporary files need room too.
     most = used() + 6
     attempts = []
     for limit in range(most, (most - last if last else 3) - 1, -every):
-        folder = place / str(limit)
+        folder = disks / str(limit)
         folder.mkdir()
         value = limit if resource == "nr_inodes" else limit * page
         mount("-t", "tmpfs", "-o", f"{resource}={value}", "none", folder)
@@ -113,8 +113,8 @@ def on_small_disks(place: Path, resource: str, every: int, last: int, words: lis
 def with_small_files(out: Path, sizes: list[int], words: list[Any]) -> list[Attempt]:
     """Try a command that writes to `{out}` with a limit on the size of files, for each limit in bytes."""
 
-    def run(place: Path) -> tuple[int, str]:
-        return command(*[str(word).format(out=place) for word in words])
+    def run(folder: Path) -> tuple[int, str]:
+        return command(*[str(word).format(out=folder) for word in words])
 
     attempts = []
     for size in sizes:
@@ -138,7 +138,7 @@ def _attempt(limit: str, out: Path, run: Callable[[Path], tuple[int, str]], make
     return Attempt(limit, status, output, opened, faults, again, content(out))
 
 
-def save_on_small_disks(place: Path, resource: str) -> list[tuple[str | None, int, dict[str, bytes], dict[str, bytes]]]:
+def save_on_small_disks(disks: Path, resource: str) -> list[tuple[str | None, int, dict[str, bytes], dict[str, bytes]]]:
     """Save a second checkpoint where there is room for the first and a little more.
 
     Returns:
@@ -147,7 +147,7 @@ def save_on_small_disks(place: Path, resource: str) -> list[tuple[str | None, in
     private_mounts()
     found = []
     for more in range(8):
-        folder = place / str(more)
+        folder = disks / str(more)
         folder.mkdir()
         mount("-t", "tmpfs", "-o", ROOM.removeprefix("remount,"), "none", folder)
         save_step(folder / "run", 1)
@@ -167,13 +167,13 @@ def save_on_small_disks(place: Path, resource: str) -> list[tuple[str | None, in
     return found
 
 
-def on_read_only(place: Path, copies: dict[str, Path], commands: list[list[Any]]) -> list[tuple[int, str]]:
+def on_read_only(folder: Path, copies: dict[str, Path], commands: list[list[Any]]) -> list[tuple[int, str]]:
     """Copy folders to a mount, make it read-only, and run commands there."""
     private_mounts()
-    mount("-t", "tmpfs", "none", place)
+    mount("-t", "tmpfs", "none", folder)
     for name, source in copies.items():
-        shutil.copytree(source, place / name)
-    mount("-o", "remount,ro", place)
+        shutil.copytree(source, folder / name)
+    mount("-o", "remount,ro", folder)
     return [command(*words) for words in commands]
 
 

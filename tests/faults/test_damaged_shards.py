@@ -46,7 +46,7 @@ Start = Callable[..., Child]
 BOTH = pytest.mark.parametrize("dtype", ["float16", "int8"])
 
 # (stride of a frame, size of a shard) -> (shard, offset)
-PLACES: dict[str, Callable[[int, int], tuple[int, int]]] = {
+POSITIONS: dict[str, Callable[[int, int], tuple[int, int]]] = {
     "first byte of a shard": lambda stride, size: (2, 0),
     "first byte of a frame": lambda stride, size: (2, stride),
     "last byte of a frame's tokens": lambda stride, size: (2, 2 * stride - 5),
@@ -67,10 +67,10 @@ PLACES: dict[str, Callable[[int, int], tuple[int, int]]] = {
 
 
 @BOTH
-@pytest.mark.parametrize("place", PLACES)
-def test_a_flipped_bit_is_named_found_and_repaired(copy: Copy, place: str) -> None:
+@pytest.mark.parametrize("position", POSITIONS)
+def test_a_flipped_bit_is_named_found_and_repaired(copy: Copy, position: str) -> None:
     tokens, card = copy.tokens, TokenStore.open(copy.path).card
-    shard, offset = PLACES[place](card.frame_bytes + 4, card.shard_bytes(2))
+    shard, offset = POSITIONS[position](card.frame_bytes + 4, card.shard_bytes(2))
     row, file = offset // (card.frame_bytes + 4), copy.shard(shard)
     frame = card.shard_frames(shard)[row] if row < len(card.shard_frames(shard)) else None
     flip(file, offset)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from damage_tools import EVERY, FRAMES, PER_SHARD, SHARDS, agree, is_refusal, replace
+from damage_tools import EVERY, FRAMES, PER_SHARD, SHARDS, is_refusal, replace, update_checksums
 from fault_workers import Child, Sample, command, content
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -179,7 +179,7 @@ def test_a_broken_tar_fails_its_shard_and_no_other_until_it_is_restored(
 ) -> None:
     whole = break_tar(mine.dataset, damage)
     if matching:
-        agree(mine.dataset, BAD)
+        update_checksums(mine.dataset, BAD)
     refusal = str(check_failed(mine, small))
     if matching and damage in ONE_FRAME:
         frame = 1 if damage == "a duplicate more" else FIRST + 1
@@ -194,7 +194,7 @@ def test_a_tar_without_its_end_is_refused_unless_its_checksum_matches(mine: Samp
     with pytest.raises(UserError, match=NAME):
         mine.extract(mine.store)
     # Every frame is there and named; the zeros after them add nothing.
-    agree(mine.dataset, BAD)
+    update_checksums(mine.dataset, BAD)
     other = mine.store.with_name("other.zarr")
     mine.extract(other)
     np.testing.assert_array_equal(TokenStore.open(other).gather(EVERY), TokenStore.open(small.store).gather(EVERY))
@@ -274,7 +274,7 @@ def overflowing(small: Sample, tmp_path_factory: pytest.TempPathFactory) -> Samp
     for shard in range(SHARDS):
         frames = range(shard * PER_SHARD, min(FRAMES, (shard + 1) * PER_SHARD))
         write_shard(dataset, shard, [(steps.key(frame), image + 255 * (frame == 9)) for frame in frames])
-        agree(dataset, shard)
+        update_checksums(dataset, shard)
     encoder = encoders.create("tcn", weights=small.weights, device="cpu")
     features: list[torch.Tensor] = []
     encoder.backbone.get_submodule("network.head.0").register_forward_hook(

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from damage_tools import AT_ONCE, FRAMES, SHARDS, agree, edit_json, is_refusal, peak, read_shard, replace
+from damage_tools import AT_ONCE, FRAMES, SHARDS, edit_json, is_refusal, peak, read_shard, replace, update_checksums
 from fault_workers import Child, Sample
 from PIL import Image
 
@@ -65,7 +65,7 @@ def write_tar(copied: Path, entries: list[tuple[tarfile.TarInfo, bytes]], shard:
         for info, data in entries:
             tar.addfile(info, io.BytesIO(data))
     replace(copied / f"frames-{shard:06d}.tar", buffer.getvalue())
-    agree(copied, shard)
+    update_checksums(copied, shard)
 
 
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -112,7 +112,7 @@ def test_a_header_that_claims_more_than_there_is_is_refused(
 ) -> None:
     info, _ = entry("000000-00004.png", type=kind, size=size)
     replace(copied / "frames-000001.tar", info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
-    agree(copied, 1)
+    update_checksums(copied, 1)
     assert is_refusal(refused(read_shard, copied, 1), "frames-000001.tar")
 
 
@@ -125,7 +125,7 @@ def test_a_compressed_tar_does_not_unpack_to_more_than_its_frames(copied: Path, 
         for _ in range(size // 2**20):
             stream.write(bytes(2**20))
     replace(copied / "frames-000001.tar", packed.getvalue())
-    agree(copied, 1)
+    update_checksums(copied, 1)
     line, memory = start(peak, read_shard, copied, 1).returned(AT_ONCE)
     assert is_refusal(line, "frames-000001.tar")
     assert memory < 2**27
@@ -154,7 +154,7 @@ ROWS = bytes(16 * (1 + 3 * 16))
 IMAGES: dict[str, Callable[[], bytes]] = {
     "60000 pixels a side": lambda: png_by_hand(60000, 60000, bytes(10)),
     "a row of 16 times 10**9": lambda: png_by_hand(16, 10**9, bytes(10)),
-    "fewer rows than it says": lambda: png_by_hand(16, 16, ROWS[:300]),
+    "fewer rows than its header": lambda: png_by_hand(16, 16, ROWS[:300]),
     "text that unpacks to 256 megabytes": lambda: png_by_hand(
         16, 16, ROWS, extra=png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**28), 1))
     ),

@@ -77,7 +77,7 @@ ATTRIBUTES: dict[str, Edit] = {
         f"{key} {value!r}": lambda it, key=key, value=value: it["card"].update({key: value})
         for key, values in {
             "frames": [10**15, 2**39, 0, -22, "22", None],
-            "frames_per_shard": [0, 10**12, 1],
+            "frames_per_shard": [0, -4],
             "token_dim": [-32, 2**70],
             "token_grid": [["2", "2"], 4, [2**39, 2**39], [[2], [2]]],
             "dtype": ["object", []],
@@ -105,7 +105,7 @@ def test_absurd_attributes_with_a_matching_seal_are_refused(copy: Copy, refused:
     assert is_refusal(refused(open_and_gather, copy.path), copy.path)
 
 
-@pytest.mark.parametrize("edit", ["frames 1000000000000000", "frames_per_shard 1", "columns none", "dtype []"])
+@pytest.mark.parametrize("edit", ["frames 1000000000000000", "frames_per_shard 0", "columns none", "dtype []"])
 @pytest.mark.parametrize("function", [verify, list_stores, repair])
 def test_absurd_attributes_stop_no_other_command(
     copy: Copy, outcome: Outcome, function: Callable[..., Any], edit: str
@@ -339,7 +339,7 @@ def test_hostile_weights_are_one_line_on_the_command_line(
     assert str(file) in output
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", [kind for kind in WEIGHTS if kind != "no tensors"])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
 def test_another_file_than_a_checkpoint_is_refused(
     run: Path, store_path: Path, refused: Refused, canary: Path, name: str, weights: str

@@ -86,14 +86,14 @@ def world(small: Sample, tmp_path_factory: pytest.TempPathFactory, processes: Fo
 
 def flipped(chance: Random, data: bytes, *, in_json: bool) -> bytes:
     """Return the data with one byte changed."""
-    places, mask = [chance.randrange(len(data)), len(data) - 1], chance.randrange(1, 256)
+    offsets, mask = [chance.randrange(len(data)), len(data) - 1], chance.randrange(1, 256)
     if in_json:
         # A bit in a blank or in the last digit of a number may mean nothing, so change a checksum if one is left.
-        places = [at for word in HEX.finditer(data) for at in range(word.start() + 1, word.end() - 1)]
+        offsets = [at for word in HEX.finditer(data) for at in range(word.start() + 1, word.end() - 1)]
         mask = 1
-    if not places:
+    if not offsets:
         return data
-    at = chance.choice(places)
+    at = chance.choice(offsets)
     return data[:at] + bytes([data[at] ^ mask]) + data[at + 1 :]
 
 

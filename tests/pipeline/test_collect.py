@@ -21,13 +21,13 @@ Snapshot = Callable[[Path], dict[str, bytes]]
 
 
 def collect_again(path: Path, **other: Any) -> DatasetCard:
-    """With the settings of the shared dataset, or some others."""
+    """Collect with the settings of the shared dataset, and some others."""
     settings = {"env": ENV, "episodes": 6, "length": 60, "image_size": 32, "frames_per_shard": 64}
     return collect(out=path, **{**settings, **other})
 
 
 def unfinish(path: Path, lost: list[int]) -> None:
-    """As a kill leaves a dataset: some tars, a torn temporary file, and no final record."""
+    """Leave what a killed process leaves: some tars, a torn temporary file, and no dataset.json."""
     card = json.loads((path / "dataset.json").read_bytes()) | {"shards": [], "steps_sha256": "", "fingerprint": ""}
     (path / "unfinished.json").write_text(json.dumps(card))
     (path / "dataset.json").unlink()
@@ -50,7 +50,7 @@ def test_the_size_of_shards_changes_no_frame(dataset: FrameDataset, tmp_path: Pa
     np.testing.assert_array_equal(other.read_frames(range(360)), dataset.read_frames(range(360)))
 
 
-def test_an_episode_depends_on_seed_and_number_alone(dataset: FrameDataset, tmp_path: Path) -> None:
+def test_an_episode_depends_only_on_seed_and_number(dataset: FrameDataset, tmp_path: Path) -> None:
     collect_again(tmp_path / "fewer", episodes=2)
     fewer = FrameDataset.open(tmp_path / "fewer")
     np.testing.assert_array_equal(fewer.read_frames(range(120)), dataset.read_frames(range(120)))
@@ -78,9 +78,9 @@ def test_a_lost_tar_is_drawn_again(copied: Path, dataset_path: Path, all_bytes: 
     assert all_bytes(copied) == all_bytes(dataset_path)
 
 
-def test_a_killed_collect_goes_on_where_it_stopped(copied: Path, dataset_path: Path, all_bytes: Snapshot) -> None:
+def test_a_killed_collection_resumes(copied: Path, dataset_path: Path, all_bytes: Snapshot) -> None:
     unfinish(copied, lost=[1, 5])
-    with pytest.raises(UserError, match="unfinished"):
+    with pytest.raises(UserError, match=str(copied)):
         FrameDataset.open(copied)
     kept = (copied / "frames-000000.tar").stat().st_mtime_ns
     collect_again(copied)
@@ -90,7 +90,7 @@ def test_a_killed_collect_goes_on_where_it_stopped(copied: Path, dataset_path: P
     assert not (copied / "unfinished.json").exists()
 
 
-def test_a_collect_killed_before_its_steps_goes_on_too(copied: Path, dataset_path: Path, all_bytes: Snapshot) -> None:
+def test_a_collection_killed_before_its_steps_resumes(copied: Path, dataset_path: Path, all_bytes: Snapshot) -> None:
     unfinish(copied, lost=list(range(6)))
     (copied / "steps.parquet").unlink()
     collect_again(copied)
@@ -116,7 +116,7 @@ def test_other_settings_are_refused_naming_the_field(
     if not finished:
         unfinish(copied, lost=[3])
     before = all_bytes(copied)
-    with pytest.raises(UserError, match=f"dataset with {field} "):
+    with pytest.raises(UserError, match=f" {field} "):
         collect_again(copied, **{setting: value})
     assert all_bytes(copied) == before
 
@@ -131,7 +131,7 @@ def test_a_finished_dataset_is_left_alone(copied: Path) -> None:
     assert times() == before
 
 
-def test_collecting_again_does_not_bless_a_damaged_tar(copied: Path) -> None:
+def test_collecting_again_keeps_the_checksum_of_a_damaged_tar(copied: Path) -> None:
     tar, record = copied / "frames-000001.tar", (copied / "dataset.json").read_bytes()
     data = bytearray(tar.read_bytes())
     data[len(data) // 2] ^= 1
@@ -141,7 +141,7 @@ def test_collecting_again_does_not_bless_a_damaged_tar(copied: Path) -> None:
     assert (copied / "dataset.json").read_bytes() == record
 
 
-def test_a_folder_that_is_used_again_gets_frames_of_its_own(tmp_path: Path) -> None:
+def test_a_folder_that_is_used_again_gets_new_frames(tmp_path: Path) -> None:
     path = tmp_path / "again"
     for seed in (0, 1):
         shutil.rmtree(path, ignore_errors=True)
@@ -151,7 +151,7 @@ def test_a_folder_that_is_used_again_gets_frames_of_its_own(tmp_path: Path) -> N
     np.testing.assert_array_equal(*frames)
 
 
-def test_somebody_elses_folder_is_left_alone(tmp_path: Path, all_bytes: Snapshot) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path, all_bytes: Snapshot) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         collect_again(tmp_path)
@@ -161,12 +161,12 @@ def test_somebody_elses_folder_is_left_alone(tmp_path: Path, all_bytes: Snapshot
 @pytest.mark.parametrize(
     ("setting", "value", "error", "message"),
     [
-        ("policy", "expert", UserError, "'expert'; known are random, held"),
+        ("policy", "expert", UserError, "'expert'.* held, random"),
         ("env", "Labyrinth", MazeError, "Labyrinth"),
-        ("episodes", 10**12, UserError, "needs .* free there"),
+        ("episodes", 10**12, UserError, "new"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_written(
+def test_impossible_settings_are_refused_before_anything_is_written(
     tmp_path: Path, setting: str, value: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

@@ -27,14 +27,14 @@ def layers(dataset: FrameDataset, tcn_weights: Path, tmp_path_factory: pytest.Te
     return TokenStore.open(path)
 
 
-def test_what_is_derived_is_what_would_have_been_extracted(
+def test_derived_tokens_are_those_of_an_extraction(
     layers: TokenStore, encoder: Encoder, store: TokenStore, tmp_path: Path
 ) -> None:
     derive(layers, encoder, tmp_path / "tcn-64.zarr", batch=7)
     derived = TokenStore.open(tmp_path / "tcn-64.zarr")
     everything = np.arange(len(store))
     np.testing.assert_array_equal(derived.gather(everything), layers.gather(everything)[:, :, -32:])
-    # Two runs of a network differ by the order in which a processor adds.
+    # Two runs of a network differ by the order of additions.
     np.testing.assert_allclose(derived.gather(everything), store.gather(everything), atol=2e-2, rtol=1e-2)
     assert derived.identity == store.identity
     assert derived.card == store.card
@@ -43,27 +43,26 @@ def test_what_is_derived_is_what_would_have_been_extracted(
     np.testing.assert_allclose(derived.mean, store.mean, atol=1e-2)
 
 
-def test_an_unfinished_derivation_goes_on(
+def test_an_unfinished_derivation_resumes(
     layers: TokenStore, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_bytes: Snapshot
 ) -> None:
     whole, partial = tmp_path / "whole.zarr", tmp_path / "partial.zarr"
     derive(layers, encoder, whole)
     write, written = StoreWriter.write_shard, []
 
-    def until_the_third(
-        self: StoreWriter, shard: int, tokens: np.ndarray[tuple[int, ...], np.dtype[np.float16]]
-    ) -> None:
+    def write_two(self: StoreWriter, shard: int, tokens: np.ndarray[tuple[int, ...], np.dtype[np.float16]]) -> None:
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(shard)
         write(self, shard, tokens)
 
-    monkeypatch.setattr(StoreWriter, "write_shard", until_the_third)
+    monkeypatch.setattr(StoreWriter, "write_shard", write_two)
     with pytest.raises(KeyboardInterrupt):
         derive(layers, encoder, partial)
     monkeypatch.setattr(StoreWriter, "write_shard", write)
     assert len([name for name in all_bytes(partial / "tokens") if name.startswith("c.")]) == 2
-    derive(layers, encoder, partial)
+    assert derive(layers, encoder, partial)
+    assert not derive(layers, encoder, partial)
     assert all_bytes(partial / "tokens") == all_bytes(whole / "tokens")
 
 
@@ -80,23 +79,21 @@ def test_other_weights_and_other_preprocessing_are_refused(
     weights = {name: value + 0.1 for name, value in encoder.backbone.get_submodule("network").state_dict().items()}
     save_file(weights, tmp_path / "other.safetensors")
     other = encoders.create("tcn", weights=tmp_path / "other.safetensors", device="cpu")
-    with pytest.raises(UserError, match=r"tcn cannot be derived .* is not its backbone\); extract it from the frames"):
+    with pytest.raises(UserError, match=str(layers.path)):
         derive(layers, other, tmp_path / "new.zarr")
     other = encoders.create("tcn", weights=tcn_weights, normalisation="imagenet", device="cpu")
-    with pytest.raises(UserError, match=r"cannot be derived .*normalisation"):
+    with pytest.raises(UserError, match="normalisation"):
         derive(layers, other, tmp_path / "new.zarr")
 
 
-def test_rounded_tokens_are_no_source(
-    dataset: FrameDataset, encoder: Encoder, tcn_weights: Path, tmp_path: Path
-) -> None:
+def test_an_int8_store_is_refused(dataset: FrameDataset, encoder: Encoder, tcn_weights: Path, tmp_path: Path) -> None:
     source = encoders.create("tcn-layers", weights=tcn_weights, device="cpu")
     extract(dataset, source, tmp_path / "int8.zarr", dtype="int8")
-    with pytest.raises(UserError, match="store_dtype int8 != float16"):
+    with pytest.raises(UserError, match="store_dtype int8"):
         derive(TokenStore.open(tmp_path / "int8.zarr"), encoder, tmp_path / "new.zarr")
 
 
-def test_the_encoder_is_set_up_as_the_stores(layers: TokenStore, store: TokenStore) -> None:
+def test_the_encoder_has_the_preprocessing_of_the_store(layers: TokenStore, store: TokenStore) -> None:
     encoder = create_for(layers, "tcn", weights=None, base_weights=None, device="cpu")
     assert encoder.identity(store.identity.dataset_fingerprint) == store.identity
 
@@ -118,18 +115,19 @@ def test_encoders_that_share_a_backbone_run_it_once(
         np.testing.assert_allclose(together.gather(everything), alone.gather(everything), atol=2e-2, rtol=1e-2)
 
 
-def test_only_the_store_that_lacks_shards_is_worked_on(
+def test_only_the_store_that_lacks_shards_is_written(
     dataset: FrameDataset, tcn_weights: Path, tmp_path: Path, all_bytes: Snapshot
 ) -> None:
     both = [encoders.create(name, weights=tcn_weights, device="cpu") for name in ("tcn", "tcn-layers")]
     extract(dataset, both[0], tmp_path / "tcn.zarr")
     before = all_bytes(tmp_path / "tcn.zarr")
-    extract_together(dataset, [(both[0], tmp_path / "tcn.zarr"), (both[1], tmp_path / "layers.zarr")])
+    found = extract_together(dataset, [(both[0], tmp_path / "tcn.zarr"), (both[1], tmp_path / "layers.zarr")])
+    assert found == [(False, []), (True, [])]
     assert TokenStore.open(tmp_path / "layers.zarr").complete
     assert all_bytes(tmp_path / "tcn.zarr") == before
 
 
-def test_an_encoder_that_fails_leaves_the_others_store_whole(
+def test_a_failing_encoder_leaves_the_other_store_whole(
     dataset: FrameDataset, tcn_weights: Path, tmp_path: Path
 ) -> None:
     good = encoders.create("tcn", weights=tcn_weights, device="cpu")
@@ -137,7 +135,7 @@ def test_an_encoder_that_fails_leaves_the_others_store_whole(
     with torch.no_grad():
         bad.backbone.get_parameter("network.head.1.bias").fill_(1e9)
     stores = [(bad, tmp_path / "bad.zarr"), (good, tmp_path / "good.zarr")]
-    with pytest.raises(UserError, match=r"6 of 6 shards failed.*float16 cannot hold"):
+    with pytest.raises(UserError, match=r"^6 of 6 .*bad\.zarr"):
         extract_together(dataset, stores)
     extract(dataset, good, tmp_path / "good.zarr")
     assert TokenStore.open(tmp_path / "good.zarr").complete

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,14 @@ from wmcache.cache.windows import split_episodes
 from wmcache.common.device import CPU
 from wmcache.common.errors import UserError
 from wmcache.common.landscapes import descend
+from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.envs import Maze
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Preprocess
 from wmcache.pipeline.encoders.fitting import FitData
 from wmcache.pipeline.encoders.tcn import TcnOptions
-from wmcache.pipeline.fit import Fitted, default_weights, fit, load_images, read_fit
+from wmcache.pipeline.fit import FitTask, Fitted, default_weights, fit, load_images, read_fit
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.landscape import neighbours
 
@@ -42,19 +45,21 @@ def test_the_same_fit_again_only_measures(dataset: FrameDataset, tcn_weights: Pa
 @pytest.mark.parametrize("options", [TcnOptions(steps=19, batch=16), TcnOptions(steps=20, batch=16, seed=1)])
 def test_the_weights_of_another_fit_are_kept(dataset: FrameDataset, tcn_weights: Path, options: TcnOptions) -> None:
     before = tcn_weights.read_bytes()
-    with pytest.raises(UserError, match=r"tcn\.safetensors holds the weights of another fit.*--out"):
+    with pytest.raises(UserError, match=rf"{tcn_weights}.*--out"):
         fit_on_cpu(dataset, tcn_weights, options)
     assert tcn_weights.read_bytes() == before
 
 
-def test_a_file_that_is_no_fit_is_kept(dataset: FrameDataset, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_fit_is_kept(dataset: FrameDataset, tmp_path: Path) -> None:
     (tmp_path / "mine.safetensors").write_bytes(b"precious")
-    with pytest.raises(UserError, match=r"mine\.safetensors cannot be read.*--out"):
+    with pytest.raises(UserError, match=r"mine\.safetensors.*--out"):
         fit_on_cpu(dataset, tmp_path / "mine.safetensors", TcnOptions(steps=1, batch=4))
     assert (tmp_path / "mine.safetensors").read_bytes() == b"precious"
 
 
-def test_a_fit_is_made_again_from_its_seed_and_overwrites_when_told(dataset: FrameDataset, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_weights_and_another_needs_overwrite(
+    dataset: FrameDataset, tmp_path: Path
+) -> None:
     def weights_hash(out: Path, seed: int, **more: bool) -> str:
         options = TcnOptions(steps=2, batch=16, seed=seed)
         weights = fit_on_cpu(dataset, out, options, max_frames=80, **more).weights
@@ -67,23 +72,49 @@ def test_a_fit_is_made_again_from_its_seed_and_overwrites_when_told(dataset: Fra
     assert read_fit(tmp_path / "b.safetensors")["frames"] == "80"
 
 
+def test_a_stopped_fit_resumes_exactly_and_leaves_only_its_weights(
+    dataset: FrameDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def weights_hash(name: str, seed: int = 0) -> str:
+        out = fit_on_cpu(dataset, tmp_path / f"{name}.safetensors", TcnOptions(steps=6, batch=16, seed=seed)).weights
+        return encoders.create("tcn", weights=out, device="cpu").weights_sha256
+
+    def stopped(task: FitTask, step: int) -> None:
+        seed(task, step)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    straight, other, seed = weights_hash("straight"), weights_hash("other", seed=1), FitTask.before_step
+    for name in ("same", "changed"):
+        with monkeypatch.context() as patch:
+            patch.setattr(FitTask, "before_step", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                weights_hash(name)
+    (folder,) = tmp_path.glob(".same.*")
+    assert last_checkpoint(folder).name == "step-00000003"
+    (tmp_path / ".same.safetensors.partial").touch()  # of an older version
+    assert weights_hash("same") == straight
+    assert weights_hash("changed", seed=1) == other
+    assert sorted(file.stem for file in tmp_path.iterdir()) == ["changed", "other", "same", "straight"]
+
+
 def test_a_loss_that_is_not_finite_leaves_no_file(dataset: FrameDataset, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"not finite .*--lr"):
+    with pytest.raises(UserError, match=rf"{tmp_path / 'new.safetensors'}.*--lr"):
         fit_on_cpu(dataset, tmp_path / "new.safetensors", TcnOptions(steps=20, batch=8, learning_rate=1e30))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_too_few_frames_are_refused(dataset: FrameDataset, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="300 training frames; a batch of 256 needs"):
+    with pytest.raises(UserError, match=r"300 .*256.*--batch-size"):
         fit_on_cpu(dataset, tmp_path / "new.safetensors", TcnOptions())
 
 
-def test_an_encoder_that_is_downloaded_is_not_fitted(dataset: FrameDataset, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"dinov2 is not fitted .* those that are: .*tcn"):
+def test_an_encoder_without_a_fit_is_refused(dataset: FrameDataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"dinov2 .*tcn"):
         fit_on_cpu(dataset, tmp_path / "new.safetensors", TcnOptions(), name="dinov2")
 
 
-def test_training_images_are_what_the_encoder_will_see(dataset: FrameDataset, encoder: Encoder) -> None:
+def test_training_images_are_what_the_encoder_sees(dataset: FrameDataset, encoder: Encoder) -> None:
     train = split_episodes(6, "train", 42)
     chosen = np.flatnonzero(np.isin(dataset.steps.episode, train))[10:150]
     images = load_images(dataset, chosen, encoder.preprocess)
@@ -92,7 +123,7 @@ def test_training_images_are_what_the_encoder_will_see(dataset: FrameDataset, en
     assert (images.float() - seen).abs().max() <= 0.5 + 1e-3
 
 
-def test_images_of_a_fit_take_the_encoders_way_once(dataset: FrameDataset) -> None:
+def test_training_images_are_preprocessed_once(dataset: FrameDataset) -> None:
     chosen, see = np.arange(8), Preprocess(56, (72,), "imagenet", "bicubic", 0)
     data = FitData(np.zeros(8, np.int64), see, CPU, load_images(dataset, chosen, see))
     # Rounding to whole values, and what bicubic overshoots at the edges of black, are all that may differ.

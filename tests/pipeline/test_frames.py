@@ -19,7 +19,6 @@ from PIL import Image
 from wmcache.common.errors import UserError
 from wmcache.common.files import sha256_of
 from wmcache.pipeline.frames import FrameDataset, fingerprint
-from wmcache.pipeline.steps import Steps
 
 SHARD = "frames-000001.tar"
 Members = list[tuple[str, bytes]]
@@ -32,7 +31,7 @@ def edit_card(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 def accept(path: Path) -> None:
-    """Make the record agree with the file, so that only the check behind the checksum is left."""
+    """Record the checksum of the changed tar, to reach the checks behind it."""
     tar = path / SHARD
 
     def edit(card: dict[str, Any]) -> None:
@@ -60,7 +59,7 @@ def png(image: Image.Image, kind: str = "PNG") -> bytes:
 
 
 def bomb() -> bytes:
-    """A PNG of a few bytes that claims to be 60000 pixels wide and high."""
+    """A PNG of a few bytes that declares 60 000 x 60 000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -81,9 +80,9 @@ def test_every_tar_but_the_last_is_full(dataset: FrameDataset) -> None:
     assert [record["frames"] for record in dataset.card.shards] == [64] * 5 + [40]
 
 
-# webdataset itself leaves the tars that it has read to the garbage collector.
+# webdataset leaves open tars to the garbage collector.
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning")
-def test_plain_webdataset_reads_the_shards(dataset_path: Path, dataset: FrameDataset) -> None:
+def test_webdataset_reads_the_shards(dataset_path: Path, dataset: FrameDataset) -> None:
     tars = [str(tar) for tar in sorted(dataset_path.glob("*.tar"))]
     samples = list(webdataset.WebDataset(tars, shardshuffle=False).decode("rgb8"))
     keys = [f"{episode:06d}-{step:05d}" for episode in range(6) for step in range(60)]
@@ -91,7 +90,7 @@ def test_plain_webdataset_reads_the_shards(dataset_path: Path, dataset: FrameDat
     np.testing.assert_array_equal([sample["png"] for sample in samples], dataset.read_frames(range(360)))
 
 
-def test_plain_pyarrow_reads_the_steps(dataset_path: Path, dataset: FrameDataset) -> None:
+def test_pyarrow_reads_the_steps(dataset_path: Path, dataset: FrameDataset) -> None:
     table = pq.read_table(dataset_path / "steps.parquet")
     assert table.schema.names == ["episode", "step", "action", "state"]
     assert table["episode"].to_pylist() == np.repeat(np.arange(6), 60).tolist()
@@ -100,26 +99,17 @@ def test_plain_pyarrow_reads_the_steps(dataset_path: Path, dataset: FrameDataset
     np.testing.assert_array_equal(table["state"].to_pylist(), dataset.steps.state)
 
 
-def test_steps_survive_their_table(dataset: FrameDataset) -> None:
-    again = Steps.from_table(dataset.steps.to_table())
-    assert again.sha256() == dataset.steps.sha256()
-    np.testing.assert_array_equal(again.state, dataset.steps.state)
-
-
-def test_a_flipped_byte_is_noticed(copied: Path) -> None:
+def test_a_flipped_byte_and_a_missing_tar_are_named(copied: Path) -> None:
     data = bytearray((copied / SHARD).read_bytes())
     data[len(data) // 2] ^= 1
     (copied / SHARD).write_bytes(data)
     damaged = FrameDataset.open(copied)
-    with pytest.raises(UserError, match=f"{SHARD} differs from its checksum"):
+    with pytest.raises(UserError, match=SHARD):
+        damaged.read_shard(1)
+    (copied / SHARD).unlink()
+    with pytest.raises(UserError, match=SHARD):
         damaged.read_shard(1)
     assert len(damaged.read_shard(0)) == 64
-
-
-def test_a_missing_tar_is_named(copied: Path) -> None:
-    (copied / SHARD).unlink()
-    with pytest.raises(UserError, match=f"{SHARD} does not exist"):
-        FrameDataset.open(copied).read_shard(1)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +172,7 @@ def test_a_link_in_a_tar_is_not_followed(copied: Path) -> None:
 
 
 def test_a_missing_dataset_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"dataset\.json does not exist; .*wmcache collect"):
+    with pytest.raises(UserError, match=r"nowhere/dataset\.json .*wmcache collect"):
         FrameDataset.open(tmp_path / "nowhere")
 
 
@@ -195,39 +185,27 @@ def test_a_garbled_card_is_named(copied: Path, text: str) -> None:
 
 def test_another_format_version_is_refused(copied: Path) -> None:
     edit_card(copied, lambda card: card.update(format_version=99))
-    with pytest.raises(UserError, match="format 99, this wmcache reads 1"):
+    with pytest.raises(UserError, match=r"99.* 1;"):
         FrameDataset.open(copied)
 
 
-def _without_last_row(table: pa.Table) -> pa.Table:
-    return table.slice(0, len(table) - 1)
+def _edit_table(edit: Callable[[pa.Table], pa.Table]) -> Callable[[Path], object]:
+    return lambda file: pq.write_table(edit(pq.read_table(file)), file)
 
 
-def _reversed(table: pa.Table) -> pa.Table:
-    return table.take(list(range(len(table)))[::-1])
-
-
-def _without_state(table: pa.Table) -> pa.Table:
-    return table.drop_columns(["state"])
-
-
-@pytest.mark.parametrize("edit", [_without_last_row, _reversed, _without_state])
-def test_other_steps_are_refused(copied: Path, edit: Callable[[pa.Table], pa.Table]) -> None:
-    file = copied / "steps.parquet"
-    pq.write_table(edit(pq.read_table(file)), file)
-    with pytest.raises(UserError, match=r"steps\.parquet"):
-        FrameDataset.open(copied)
-
-
-@pytest.mark.parametrize("keep", [0, 100, -1])
-def test_truncated_steps_are_named(copied: Path, keep: int) -> None:
-    file = copied / "steps.parquet"
-    file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"steps\.parquet"):
-        FrameDataset.open(copied)
-
-
-def test_missing_steps_are_named(copied: Path) -> None:
-    (copied / "steps.parquet").unlink()
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(_edit_table(lambda table: table.slice(0, len(table) - 1)), id="last row lost"),
+        pytest.param(_edit_table(lambda table: table.take(list(range(len(table)))[::-1])), id="reversed"),
+        pytest.param(_edit_table(lambda table: table.drop_columns(["state"])), id="column lost"),
+        pytest.param(lambda file: file.write_bytes(b""), id="empty"),
+        pytest.param(lambda file: file.write_bytes(file.read_bytes()[:100]), id="first 100 bytes"),
+        pytest.param(lambda file: file.write_bytes(file.read_bytes()[:-1]), id="last byte lost"),
+        pytest.param(lambda file: file.unlink(), id="missing"),
+    ],
+)
+def test_damaged_steps_are_named(copied: Path, damage: Callable[[Path], object]) -> None:
+    damage(copied / "steps.parquet")
     with pytest.raises(UserError, match=r"steps\.parquet"):
         FrameDataset.open(copied)

@@ -1,4 +1,4 @@
-"""Frames and tokens in a bucket: the same bytes as in a folder, made by the same functions."""
+"""Frames and tokens in an object store have the bytes of those in a folder."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ EVERY = np.arange(360)
 
 @pytest.fixture
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UPath]:
-    """Of an object store in this process; empty, and gone at the end."""
+    """An empty bucket of an object store in this process."""
     monkeypatch.setenv("WMCACHE_HOME", str(tmp_path / "home"))
-    there = as_path("memory://road")
-    assert isinstance(there, UPath)
-    remove(there)
-    yield there
-    remove(there)
+    root = as_path("memory://bucket")
+    assert isinstance(root, UPath)
+    remove(root)
+    yield root
+    remove(root)
 
 
 @pytest.fixture
 def far(bucket: UPath, store_path: Path) -> UPath:
-    """The store, as objects."""
+    """The store in the bucket."""
     upload(store_path, bucket / store_path.name, last="zarr.json")
     return bucket / store_path.name
 
 
 def objects(at: UPath) -> dict[str, bytes]:
-    """Every object under a place."""
+    """Key below a URL -> content."""
     keys = at.fs.find(at.path)
     return {key.removeprefix(at.path).lstrip("/"): at.fs.cat_file(key) for key in keys}
 
@@ -65,7 +65,7 @@ def flip(at: UPath) -> None:
 
 
 def collect_again(out: UPath) -> None:
-    """As the session's dataset."""
+    """Collect with the settings of the shared dataset."""
     settings: dict[str, Any] = {"episodes": 6, "length": 60, "image_size": 32, "frames_per_shard": 64}
     collect("wmcache/PointMaze-UMaze-v0", out, **settings, cluster="local:1")
 
@@ -75,14 +75,14 @@ def test_frames_are_collected_into_a_bucket_as_into_a_folder(
 ) -> None:
     collect_again(bucket / dataset_path.name)
     assert objects(bucket / dataset_path.name) == all_bytes(dataset_path)
-    found = FrameDataset.open(f"memory://road/{dataset_path.name}")
+    found = FrameDataset.open(f"memory://bucket/{dataset_path.name}")
     assert found.card == dataset.card
     np.testing.assert_array_equal(found.steps.state, dataset.steps.state)
     chosen = [359, 0, 63, 64]
     np.testing.assert_array_equal(found.read_frames(chosen), dataset.read_frames(chosen))
 
 
-def test_a_collection_into_a_bucket_goes_on_where_it_was_stopped(
+def test_a_collection_into_a_bucket_resumes(
     bucket: UPath, dataset_path: Path, all_bytes: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, written, failed = bucket / dataset_path.name, list[str](), list[str]()
@@ -97,10 +97,10 @@ def test_a_collection_into_a_bucket_goes_on_where_it_was_stopped(
 
     with monkeypatch.context() as patch:
         patch.setattr(type(bucket.fs), "pipe_file", deny)
-        with pytest.raises(UserError, match=r"cannot write memory://road/.*AccessDenied; check address") as caught:
+        with pytest.raises(UserError, match=r"memory://bucket/.*AccessDenied") as caught:
             collect_again(out)
         assert "\n" not in str(caught.value)
-        with pytest.raises(UserError, match="unfinished dataset"):
+        with pytest.raises(UserError, match=str(out)):
             FrameDataset.open(out)
         whole = set(written) - {"frames-000003.tar"}
         written.clear()
@@ -109,32 +109,23 @@ def test_a_collection_into_a_bucket_goes_on_where_it_was_stopped(
     assert objects(out) == all_bytes(dataset_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("frames-000002.tar", r"frames-000002\.tar differs from its checksum"),
-        ("steps.parquet", r"steps\.parquet"),
-        ("dataset.json", r"dataset\.json is damaged|dataset\.json cannot be read|fingerprint|does not match"),
-    ],
-)
-def test_damaged_frames_in_a_bucket_are_refused_in_one_line(
-    bucket: UPath, dataset_path: Path, name: str, said: str
-) -> None:
+@pytest.mark.parametrize("name", ["frames-000002.tar", "steps.parquet", "dataset.json"])
+def test_damaged_frames_in_a_bucket_are_refused(bucket: UPath, dataset_path: Path, name: str) -> None:
     path = bucket / dataset_path.name
     upload(dataset_path, path, last="dataset.json")
     flip(path / name)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=name) as caught:
         FrameDataset.open(path).read_frames([64, 128, 200])
     assert "\n" not in str(caught.value)
 
 
-def test_frames_that_are_not_there_say_where_they_should_be(bucket: UPath, dataset_path: Path) -> None:
-    with pytest.raises(UserError, match=r"memory://road/none/dataset\.json does not exist; make a dataset with"):
+def test_missing_frames_are_named(bucket: UPath, dataset_path: Path) -> None:
+    with pytest.raises(UserError, match=r"memory://bucket/none/dataset\.json .*wmcache collect"):
         FrameDataset.open(bucket / "none")
     path = bucket / dataset_path.name
     upload(dataset_path, path, last="dataset.json")
     remove(path / "frames-000001.tar")
-    with pytest.raises(UserError, match=r"frames-000001\.tar cannot be read \(it does not exist\); check address"):
+    with pytest.raises(UserError, match=r"frames-000001\.tar "):
         FrameDataset.open(path).read_shard(1)
 
 
@@ -146,7 +137,7 @@ def test_tokens_are_extracted_into_a_bucket_as_into_a_folder(
     assert verify(bucket / "tcn-64.zarr").sound
 
 
-def test_the_whole_road_lies_in_a_bucket(
+def test_a_store_in_a_bucket_of_frames_in_a_bucket_is_read_through_the_mirror(
     bucket: UPath, dataset_path: Path, encoder: Encoder, store: TokenStore
 ) -> None:
     upload(dataset_path, bucket / "frames", last="dataset.json")
@@ -154,18 +145,18 @@ def test_the_whole_road_lies_in_a_bucket(
     extract(FrameDataset.open(bucket / "frames"), encoder, path)
     far = TokenStore.open(str(path), mirrored=True)
     assert isinstance(far._reader, MirroredReader)
-    assert far.card.dataset["path"] == "memory://road/frames"
-    ours, theirs = (it.windows(frameskip=3, split="train") for it in (far, store))
-    assert len(ours) == len(theirs)
-    for numbers in np.array_split(np.random.default_rng(0).permutation(len(ours)), 5):
-        expected = theirs.batch(numbers)
-        for name, value in ours.batch(numbers).items():
-            np.testing.assert_array_equal(value, expected[name])
-    # What it says of itself is enough to encode some of it anew.
+    assert far.card.dataset["path"] == "memory://bucket/frames"
+    windows, expected = (it.windows(frameskip=3, split="train") for it in (far, store))
+    assert len(windows) == len(expected)
+    for numbers in np.array_split(np.random.default_rng(0).permutation(len(windows)), 5):
+        batch = expected.batch(numbers)
+        for name, value in windows.batch(numbers).items():
+            np.testing.assert_array_equal(value, batch[name])
+    # Its card is enough to encode frames again.
     assert verify_deep(path, device="cpu").sound
 
 
-def test_an_extraction_into_a_bucket_goes_on_where_it_was_stopped(
+def test_an_extraction_into_a_bucket_resumes(
     bucket: UPath,
     dataset: FrameDataset,
     encoder: Encoder,
@@ -185,10 +176,10 @@ def test_an_extraction_into_a_bucket_goes_on_where_it_was_stopped(
 
     with monkeypatch.context() as patch:
         patch.setattr(type(bucket.fs), "pipe_file", fail)
-        with pytest.raises(UserError, match=r"cannot write memory://road/tcn-64\.zarr.*timeout.*; check") as caught:
+        with pytest.raises(UserError, match=r"memory://bucket/tcn-64\.zarr.*timeout") as caught:
             extract(dataset, encoder, path)
         assert "\n" not in str(caught.value)
-        with pytest.raises(UserError, match="is incomplete"):
+        with pytest.raises(UserError, match=str(path)):
             TokenStore.open(path)
         whole = {name for name in written if name.startswith("c.")} - {"c.3.0.0"}
         assert whole
@@ -200,19 +191,7 @@ def test_an_extraction_into_a_bucket_goes_on_where_it_was_stopped(
     assert objects(path) == all_bytes(store_path)
 
 
-def test_a_shard_without_its_record_is_done_again(
-    bucket: UPath, far: UPath, dataset: FrameDataset, encoder: Encoder, store_path: Path, all_bytes: Snapshot
-) -> None:
-    # As a kill between the two leaves it: the object, and not yet its record.
-    remove(record_file(far, 2))
-    attributes = json.loads(read_bytes(far / "zarr.json"))["attributes"]
-    assert attributes["complete"]
-    assert [fault.shard for fault in verify(far).faults] == [2]
-    repair(far, device="cpu")
-    assert objects(far) == all_bytes(store_path)
-
-
-def test_extractions_beside_each_other_end_in_one_sound_store(
+def test_simultaneous_extractions_make_one_sound_store(
     bucket: UPath, dataset: FrameDataset, encoder: Encoder, store: TokenStore
 ) -> None:
     path = bucket / "tcn-64.zarr"
@@ -223,7 +202,7 @@ def test_extractions_beside_each_other_end_in_one_sound_store(
     np.testing.assert_array_equal(TokenStore.open(path).gather(EVERY), store.gather(EVERY))
 
 
-def test_a_shard_that_somebody_begins_anew_as_the_store_is_finished_is_waited_for(
+def test_a_shard_that_another_process_starts_again_at_the_end_is_extracted_again(
     bucket: UPath,
     dataset: FrameDataset,
     encoder: Encoder,
@@ -233,19 +212,19 @@ def test_a_shard_that_somebody_begins_anew_as_the_store_is_finished_is_waited_fo
 ) -> None:
     path, finish, begun = bucket / "tcn-64.zarr", StoreWriter.finish, list[int]()
 
-    def finish_beside_another(self: StoreWriter) -> None:
+    def finish_with_another(self: StoreWriter) -> None:
         if not begun:
             begun.append(4)
             remove(record_file(path, 4))
         finish(self)
 
-    monkeypatch.setattr(StoreWriter, "finish", finish_beside_another)
+    monkeypatch.setattr(StoreWriter, "finish", finish_with_another)
     extract(dataset, encoder, path)
     assert begun
     assert objects(path) == all_bytes(store_path)
 
 
-def test_a_shard_that_somebody_else_has_done_meanwhile_stays_as_it_is(
+def test_a_shard_that_another_process_has_done_is_not_written(
     far: UPath, store: TokenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, writer = objects(far), StoreWriter.resume(far, store.identity)
@@ -270,7 +249,7 @@ DAMAGE: dict[str, Callable[[UPath], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_store_in_a_bucket_is_found_and_mended(
+def test_a_damaged_store_in_a_bucket_is_repaired(
     far: UPath, store_path: Path, all_bytes: Snapshot, damage: str
 ) -> None:
     assert verify(far).sound
@@ -283,12 +262,12 @@ def test_a_damaged_store_in_a_bucket_is_found_and_mended(
     assert verify(far).sound
 
 
-def test_a_description_that_is_lost_is_written_anew(
+def test_a_lost_description_is_written_again(
     far: UPath, dataset: FrameDataset, encoder: Encoder, store_path: Path, all_bytes: Snapshot
 ) -> None:
     shards = dict(files_in(far / "tokens", "c."))
     put(far / "zarr.json", b"{")
-    with pytest.raises(UserError, match=r"zarr\.json cannot be read .*; run its wmcache extract again"):
+    with pytest.raises(UserError, match=r"zarr\.json .*wmcache extract"):
         TokenStore.open(far)
     extract(dataset, encoder, far)
     assert objects(far) == all_bytes(store_path)
@@ -303,36 +282,31 @@ class TestCommands:
     def test_stores_are_listed(self, bucket: UPath, far: UPath, store_path: Path) -> None:
         upload(store_path, bucket / "more" / "deeper" / "b.zarr", last="zarr.json")
         put(bucket / "more" / "damaged.zarr" / "zarr.json", b"{")
-        result = run("ls", "memory://road", "--json")
+        result = run("ls", "memory://bucket", "--json")
         assert result.exit_code == 0, result.output
         found = {entry["path"]: entry for entry in json.loads(result.stdout)}
         assert list(found) == [
-            "memory://road/more/damaged.zarr",
-            "memory://road/more/deeper/b.zarr",
-            "memory://road/tcn-64.zarr",
+            "memory://bucket/more/damaged.zarr",
+            "memory://bucket/more/deeper/b.zarr",
+            "memory://bucket/tcn-64.zarr",
         ]
         assert [entry["complete"] for entry in found.values()] == [False, True, True]
         (here,) = list_stores(store_path.parent)
-        assert found["memory://road/tcn-64.zarr"] == {**here.__dict__, "path": "memory://road/tcn-64.zarr"}
-        assert "memory://road/tcn-64.zarr" in run("ls", "memory://road").stdout
+        assert found["memory://bucket/tcn-64.zarr"] == {**here.__dict__, "path": "memory://bucket/tcn-64.zarr"}
+        assert "memory://bucket/tcn-64.zarr" in run("ls", "memory://bucket").stdout
 
-    def test_a_store_says_what_it_is(self, far: UPath) -> None:
-        result = run("info", str(far), "--json")
-        assert result.exit_code == 0, result.output
-        assert json.loads(result.stdout)["path"] == str(far)
-
-    def test_a_store_is_verified_and_repaired(self, far: UPath) -> None:
-        result = run("verify", str(far))
-        assert (result.exit_code, result.stdout) == (0, f"{far}: 6 of 6 shards as they were written, 360 frames\n")
+    def test_a_store_is_described_verified_and_repaired(self, far: UPath) -> None:
+        assert json.loads(run("info", str(far), "--json").stdout)["path"] == str(far)
+        assert run("verify", str(far)).exit_code == 0
         flip(shard_file(far, 1))  # type: ignore[arg-type]
         result = run("verify", str(far))
         assert result.exit_code == 1
-        assert f"fault: {far}/tokens/c.1.0.0: it differs from its checksum" in result.stdout
-        assert f"hint it with: wmcache repair {far}" in result.stderr
+        assert f"{far}/tokens/c.1.0.0" in result.stdout
+        assert f"wmcache repair {far}" in result.stderr
         assert run("repair", str(far), "--device", "cpu").exit_code == 0
         assert run("verify", str(far)).exit_code == 0
 
-    def test_a_store_is_deleted_and_its_neighbours_stay(self, bucket: UPath, far: UPath, store_path: Path) -> None:
+    def test_only_the_named_store_is_deleted(self, bucket: UPath, far: UPath, store_path: Path) -> None:
         put(bucket / "thesis.txt", b"years of work")
         upload(store_path, bucket / "tcn-64.zarr.old", last="zarr.json")
         neighbours = len(objects(bucket / "tcn-64.zarr.old"))
@@ -344,30 +318,30 @@ class TestCommands:
         assert result.exit_code == 1
         assert "does not exist" in result.stderr
 
-    def test_what_is_no_store_is_not_deleted(self, bucket: UPath, dataset_path: Path) -> None:
+    def test_other_objects_are_not_deleted(self, bucket: UPath, dataset_path: Path) -> None:
         upload(dataset_path, bucket / "frames", last="dataset.json")
         before = objects(bucket)
-        for name in ("memory://road/frames", "memory://road/frames/dataset.json"):
+        for name in ("memory://bucket/frames", "memory://bucket/frames/dataset.json"):
             result = run("rm", "--yes", name)
             assert result.exit_code == 1
-            assert "is not a token store, so it stays" in result.stderr
+            assert name in result.stderr
         assert objects(bucket) == before
 
     @pytest.mark.parametrize("command", ["info", "verify", "repair", "finalize", "preview"])
-    def test_a_store_that_is_not_there_is_one_line(self, bucket: UPath, command: str) -> None:
-        result = run(command, "memory://road/none.zarr")
+    def test_a_missing_store_is_one_line_of_error(self, bucket: UPath, command: str) -> None:
+        result = run(command, "memory://bucket/none.zarr")
         assert result.exit_code == 1
-        assert result.stderr.startswith("Error: memory://road/none.zarr does not exist; ")
+        assert result.stderr.startswith("Error: memory://bucket/none.zarr ")
         assert result.stderr.count("\n") == 1
 
 
-def test_two_who_create_a_store_at_the_same_moment_both_have_it(
+def test_two_processes_create_a_store_at_the_same_moment(
     bucket: UPath, store: TokenStore, dataset: FrameDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both_have_looked, real = threading.Barrier(2), writer_module.create_arrays
+    both_found_none, real = threading.Barrier(2), writer_module.create_arrays
 
     def create_arrays(*arguments: Any) -> None:
-        both_have_looked.wait(60)
+        both_found_none.wait(60)
         real(*arguments)
 
     monkeypatch.setattr(writer_module, "create_arrays", create_arrays)
@@ -377,10 +351,10 @@ def test_two_who_create_a_store_at_the_same_moment_both_have_it(
     assert first.pending() == second.pending() == list(range(store.card.num_shards))
 
 
-def test_a_store_does_not_begin_among_other_files(bucket: UPath, encoder: Encoder, dataset: FrameDataset) -> None:
+def test_a_store_is_not_created_among_other_objects(bucket: UPath, encoder: Encoder, dataset: FrameDataset) -> None:
     put(bucket / "mine" / "thesis.txt", b"all of it")
-    with pytest.raises(UserError, match=r"is not a token store, and has 'thesis\.txt' in it; choose another --out"):
+    with pytest.raises(UserError, match=r"thesis\.txt.* --out"):
         extract(dataset, encoder, bucket / "mine")
-    with pytest.raises(UserError, match=r"memory://road/? is no folder; name one in it|is not a token store"):
+    with pytest.raises(UserError, match="memory://bucket"):
         extract(dataset, encoder, bucket)
     assert objects(bucket / "mine") == {"thesis.txt": b"all of it"}

@@ -1,5 +1,3 @@
-"""A picture that the eye can judge a store by: the right frames, their tokens as colours, and nothing of another dataset."""
-
 from __future__ import annotations
 
 import dataclasses
@@ -42,37 +40,27 @@ def make(store: TokenStore, tmp_path: Path) -> Make:
     return write
 
 
-def random_tokens(tokens: int, dim: int) -> Tokens:
-    return np.random.default_rng(0).normal(3, 2, (360, tokens, dim)).astype(np.float16)
-
-
-def look(file: Path) -> NDArray[np.uint8]:
+def read_picture(file: Path) -> NDArray[np.uint8]:
     with Image.open(file) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB"))
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
-def test_the_picture_is_a_png_as_wide_as_its_frames(store_path: Path, tmp_path: Path, count: int) -> None:
+def test_the_picture_is_as_wide_as_its_frames(store_path: Path, tmp_path: Path, count: int) -> None:
     out = tmp_path / "new folder" / "picture.png"
     chosen = preview(store_path, out, count=count)
     assert chosen.tolist() == np.linspace(0, 359, count).astype(int).tolist()
-    pixels = look(out)
+    pixels = read_picture(out)
     height, width, _ = pixels.shape
     assert 300 < height < 1000
     assert 100 * count < width < max(900, 400 * count)
     assert [file.name for file in out.parent.iterdir()] == ["picture.png"]
-    # Frames above, tokens below, and both have colours.
-    for half in np.array_split(pixels, 2):
+    for half in np.array_split(pixels, 2):  # frames above, tokens below
         assert len(np.unique(half.reshape(-1, 3), axis=0)) > 10
-
-
-@pytest.mark.parametrize("count", [1, 2, 8])
-def test_the_title_lies_inside_the_picture(store_path: Path, tmp_path: Path, count: int) -> None:
-    preview(store_path, tmp_path / "picture.png", count=count)
-    title = look(tmp_path / "picture.png")[:18]
+    title = pixels[:18]
     assert (title < 255).any()
-    assert (title[:, [0, 1, -2, -1]] == 255).all()
+    assert (title[:, [0, 1, -2, -1]] == 255).all()  # not cut off
 
 
 def test_the_frames_are_those_of_the_dataset(
@@ -82,36 +70,38 @@ def test_the_frames_are_those_of_the_dataset(
     titles: list[str] = []
     imshow, set_title = Axes.imshow, Axes.set_title
 
-    def watched(axes: Axes, image: NDArray[Any], **options: Any) -> Any:
+    def note_image(axes: Axes, image: NDArray[Any], **options: Any) -> Any:
         drawn.append(image)
         return imshow(axes, image, **options)
 
-    def watched_title(axes: Axes, label: str, **options: Any) -> Any:
+    def note_title(axes: Axes, label: str, **options: Any) -> Any:
         titles.append(label)
         return set_title(axes, label, **options)
 
-    monkeypatch.setattr(Axes, "imshow", watched)
-    monkeypatch.setattr(Axes, "set_title", watched_title)
+    monkeypatch.setattr(Axes, "imshow", note_image)
+    monkeypatch.setattr(Axes, "set_title", note_title)
     chosen = preview(store_path, tmp_path / "picture.png", count=3)
     assert chosen.tolist() == [0, 179, 359]
-    store = TokenStore.open(store_path)
-    colours = principal_colours(store, chosen)
+    colours = principal_colours(TokenStore.open(store_path), chosen)
     for column, frame in enumerate(chosen):
         np.testing.assert_array_equal(drawn[2 * column], dataset.read_frames([frame])[0])
         np.testing.assert_array_equal(drawn[2 * column + 1], colours[column])
     assert titles == ["episode 0\nstep 0", "episode 2\nstep 59", "episode 5\nstep 59"]
 
 
-def test_more_frames_than_there_are_is_every_frame_once(store_path: Path, dataset_path: Path, tmp_path: Path) -> None:
-    short = tmp_path / "short"
+def test_a_short_store_is_drawn_whole_and_other_frames_are_refused(store: TokenStore, tmp_path: Path) -> None:
+    short, out = tmp_path / "short", tmp_path / "picture.png"
     collect("UMaze", short, episodes=1, length=3, image_size=32, frames_per_shard=4, cluster="local:1")
-    frames, like = FrameDataset.open(short), TokenStore.open(store_path)
-    card = dataclasses.replace(like.card, frames=3, frames_per_shard=4, dataset={"path": str(short)})
-    identity = dataclasses.replace(like.identity, dataset_fingerprint=frames.card.fingerprint)
+    with pytest.raises(UserError, match=f"{short} .*tcn-64.zarr.* --dataset"):
+        preview(store.path, out, dataset=short)
+    assert not out.exists()
+    frames = FrameDataset.open(short)
+    card = dataclasses.replace(store.card, frames=3, frames_per_shard=4, dataset={"path": str(short)})
+    identity = dataclasses.replace(store.identity, dataset_fingerprint=frames.card.fingerprint)
     writer = StoreWriter.create(tmp_path / "short.zarr", card, identity, frames.steps.columns())
-    writer.write_shard(0, like.gather(np.arange(3)))
+    writer.write_shard(0, store.gather(np.arange(3)))
     writer.finish()
-    assert preview(writer.path, tmp_path / "short.png", count=8).tolist() == [0, 1, 2]
+    assert preview(writer.path, out, count=8).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
@@ -122,35 +112,31 @@ def test_more_frames_than_there_are_is_every_frame_once(store_path: Path, datase
 def test_any_grid_and_any_number_of_channels(
     make: Make, tmp_path: Path, grid: tuple[int, int], dim: int, dtype: str
 ) -> None:
-    path = make(random_tokens(grid[0] * grid[1], dim), grid, dtype)
-    chosen = np.array([0, 63, 64, 359])
-    colours = principal_colours(TokenStore.open(path), chosen)
-    assert colours.shape == (4, *grid, 3)
-    assert colours.dtype == np.float32
-    assert colours.min() >= 0
-    assert colours.max() <= 1
-    # As many colours as there are components, each of them alive, and no other.
+    tokens = np.random.default_rng(0).normal(3, 2, (360, grid[0] * grid[1], dim)).astype(np.float16)
+    path = make(tokens, grid, dtype)
+    colours = principal_colours(TokenStore.open(path), np.array([0, 63, 64, 359]))
+    assert (colours.shape, colours.dtype) == ((4, *grid, 3), np.float32)
+    assert 0 <= colours.min() <= colours.max() <= 1
+    # As many colours as components.
     assert [bool(colours[..., channel].std() > 0) for channel in range(3)] == [channel < dim for channel in range(3)]
     preview(path, tmp_path / "picture.png", count=2)
-    assert look(tmp_path / "picture.png").size > 0
+    assert read_picture(tmp_path / "picture.png").size > 0
 
 
-def test_tokens_that_are_all_the_same_have_one_colour(make: Make, tmp_path: Path) -> None:
+def test_constant_tokens_have_one_colour(make: Make, tmp_path: Path) -> None:
     path = make(np.full((360, 4, 6), 7, np.float16), (2, 2))
     colours = principal_colours(TokenStore.open(path), np.arange(5))
-    assert np.isfinite(colours).all()
-    assert colours.min() >= 0
-    assert colours.max() <= 1
+    assert 0 <= colours.min() <= colours.max() <= 1
     assert len(np.unique(colours.reshape(-1, 3), axis=0)) == 1
     preview(path, tmp_path / "picture.png", count=2)
 
 
-def test_huge_and_tiny_tokens_have_colours(make: Make) -> None:
-    for factor in (1e4, 1e-4):
-        tokens = (np.random.default_rng(0).uniform(-1, 1, (360, 4, 6)) * factor).astype(np.float16)
-        colours = principal_colours(TokenStore.open(make(tokens, (2, 2), name=f"{factor}.zarr")), np.arange(20))
-        assert np.isfinite(colours).all()
-        assert colours.std(axis=(0, 1, 2)).min() > 0.1
+@pytest.mark.parametrize("factor", [1e4, 1e-4])
+def test_huge_and_tiny_tokens_have_colours(make: Make, factor: float) -> None:
+    tokens = (np.random.default_rng(0).uniform(-1, 1, (360, 4, 6)) * factor).astype(np.float16)
+    colours = principal_colours(TokenStore.open(make(tokens, (2, 2))), np.arange(20))
+    assert np.isfinite(colours).all()
+    assert colours.std(axis=(0, 1, 2)).min() > 0.1
 
 
 def test_colours_are_the_components_in_the_order_of_their_size(make: Make) -> None:
@@ -161,8 +147,7 @@ def test_colours_are_the_components_in_the_order_of_their_size(make: Make) -> No
     colours = principal_colours(TokenStore.open(path), np.arange(360)).reshape(-1, 3)
     truth = hidden.reshape(-1, 3)
     for component in range(3):
-        correlation = np.corrcoef(colours[:, component], truth[:, component])[0, 1]
-        assert abs(correlation) > 0.95
+        assert abs(np.corrcoef(colours[:, component], truth[:, component])[0, 1]) > 0.95
 
 
 def test_a_colour_means_the_same_in_every_picture(store: TokenStore) -> None:
@@ -171,30 +156,20 @@ def test_a_colour_means_the_same_in_every_picture(store: TokenStore) -> None:
         np.testing.assert_array_equal(principal_colours(store, np.array([frame]))[0], together[row])
 
 
-def test_tokens_lie_where_their_patches_lie(make: Make) -> None:
-    # Row-major, as encoders give them: each token's value is its place.
+def test_tokens_are_drawn_row_by_row(make: Make) -> None:
     tokens = np.tile(np.arange(6, dtype=np.float16)[:, None], (360, 1, 1))
     colours = principal_colours(TokenStore.open(make(tokens, (2, 3))), np.array([0]))[0, ..., 0]
-    places = colours.ravel() if colours[0, 0] < colours[-1, -1] else colours.ravel()[::-1]
     assert colours.shape == (2, 3)
-    assert (np.diff(places) > 0).all()
+    values = colours.ravel() if colours[0, 0] < colours[-1, -1] else colours.ravel()[::-1]
+    assert (np.diff(values) > 0).all()
 
 
-def test_other_frames_are_refused_and_nothing_is_drawn(store_path: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    collect("UMaze", other, episodes=1, length=4, image_size=32, frames_per_shard=4, cluster="local:1")
-    out = tmp_path / "picture.png"
-    with pytest.raises(UserError, match=r"other does not hold the frames of .*tcn-64\.zarr; pass the right --dataset"):
-        preview(store_path, out, dataset=other)
-    assert not out.exists()
-
-
-def test_frames_that_have_moved_can_be_said(store_path: Path, copied: Path, tmp_path: Path) -> None:
+def test_moved_frames_are_passed_by_option(store_path: Path, copied: Path, tmp_path: Path) -> None:
     path, out = Path(shutil.copytree(store_path, tmp_path / "tcn-64.zarr")), tmp_path / "picture.png"
     attributes = read_attributes(path)
     attributes["card"]["dataset"]["path"] = str(tmp_path / "gone")
     write_attributes(path, attributes)
-    with pytest.raises(UserError, match=r"gone.* does not exist; .*--dataset"):
+    with pytest.raises(UserError, match=r"gone.* --dataset"):
         preview(path, out)
     assert not out.exists()
     preview(path, out, dataset=copied)
@@ -207,23 +182,23 @@ def test_a_damaged_or_unfinished_store_is_refused(store_path: Path, tmp_path: Pa
     data = bytearray(shard_file(path, 0).read_bytes())
     data[0] ^= 1
     shard_file(path, 0).write_bytes(data)
-    with pytest.raises(UserError, match=r"frame 0 in .* hint it with: wmcache repair"):
+    with pytest.raises(UserError, match=r"frame 0 .* wmcache repair"):
         preview(path, out)
     write_attributes(path, {**read_attributes(path), "complete": False})
-    with pytest.raises(UserError, match="incomplete"):
+    with pytest.raises(UserError, match=str(path)):
         preview(path, out)
     assert not out.exists()
 
 
 @pytest.mark.parametrize("name", ["a$^$.zarr", "50 $ and 60 $.zarr", "tcn_64^2\\alpha.zarr"])
-def test_a_name_is_drawn_as_it_is(store_path: Path, tmp_path: Path, name: str) -> None:
+def test_names_are_drawn_literally(store_path: Path, tmp_path: Path, name: str) -> None:
     path = Path(shutil.copytree(store_path, tmp_path / name))
     preview(path, tmp_path / "picture.png", count=2)
-    assert look(tmp_path / "picture.png").size > 0
+    assert read_picture(tmp_path / "picture.png").size > 0
 
 
-def test_a_place_that_cannot_be_written_is_one_line_of_error(store_path: Path, tmp_path: Path) -> None:
+def test_an_unwritable_path_is_named(store_path: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(UserError, match=r"cannot write .*file/below\.png"):
+    with pytest.raises(UserError, match=r"file/below\.png"):
         preview(store_path, tmp_path / "file" / "below.png", count=1)
     assert (tmp_path / "file").read_text() == "precious"

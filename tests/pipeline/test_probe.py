@@ -1,9 +1,8 @@
-"""Figures that must come out as what was put in: tokens that are the place, that are noise, that have a known rank."""
+"""Stores whose figures are known: tokens that are the position, noise, or of a known rank."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,16 +35,17 @@ Make = Callable[..., Path]
 
 @pytest.fixture(autouse=True)
 def _short_training(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the network's figures are not looked at."""
+    """Train the network briefly where its figures do not matter."""
     if request.function not in THOROUGH:
         monkeypatch.setattr(wmcache.pipeline.probe, "MLP_EPOCHS", 3)
 
 
 @pytest.fixture(scope="module")
 def steps() -> dict[str, NDArray[Any]]:
-    """Each episode moves straight, and little, in the U-maze, so that every place is in the maze."""
+    """Each episode moves straight, and little, in the U-maze, so that every position is in the maze."""
     maze, rng = Maze.load("UMaze"), np.random.default_rng(0)
-    xy = np.concatenate([np.linspace(place, place + rng.uniform(-0.1, 0.1, 2), LENGTH) for place in places(maze, rng)])
+    starts = [maze.sample_xy(rng) for _ in range(EPISODES)]
+    xy = np.concatenate([np.linspace(start, start + rng.uniform(-0.1, 0.1, 2), LENGTH) for start in starts])
     state = np.concatenate([xy, rng.normal(size=xy.shape)], 1)
     return {
         "action": np.zeros((len(xy), 2), np.float32),
@@ -53,10 +53,6 @@ def steps() -> dict[str, NDArray[Any]]:
         "episode": np.repeat(np.arange(EPISODES, dtype=np.int32), LENGTH),
         "step": np.tile(np.arange(LENGTH, dtype=np.int32), EPISODES),
     }
-
-
-def places(maze: Maze, rng: np.random.Generator) -> list[NDArray[np.float64]]:
-    return [maze.sample_xy(rng) for _ in range(EPISODES)]
 
 
 @pytest.fixture
@@ -84,8 +80,8 @@ def make(store: TokenStore, steps: dict[str, NDArray[Any]], tmp_path: Path) -> M
     return write
 
 
-def place_tokens(steps: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
-    """Two tokens of two channels that are the place, in float16's range of best precision."""
+def position_tokens(steps: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
+    """Two tokens of two channels that are the position, in float16's range of best precision."""
     return np.stack([steps["state"][:, :2], steps["state"][:, :2]], 1)
 
 
@@ -93,15 +89,15 @@ def noise(tokens: int, dim: int, frames: int = FRAMES) -> NDArray[np.float64]:
     return np.random.default_rng(1).normal(3, 2, (frames, tokens, dim))
 
 
-def test_tokens_that_are_the_place_tell_it_all(make: Make, steps: dict[str, NDArray[Any]]) -> None:
-    found = probe(make(place_tokens(steps)))
+def test_tokens_that_are_the_position_predict_it(make: Make, steps: dict[str, NDArray[Any]]) -> None:
+    found = probe(make(position_tokens(steps)))
     assert (found.frames, found.held_out) == (1080, 120)
     assert list(found.linear) == ["x", "y", "vx", "vy"] == list(found.mlp)
     assert min(found.linear["x"], found.linear["y"]) > 0.999
     assert min(found.mlp["x"], found.mlp["y"]) > 0.98
-    # Noise, which no token shows.
+    # Noise that is in no token.
     assert max(found.linear["vx"], found.linear["vy"], found.mlp["vx"], found.mlp["vy"]) < 0.1
-    # The maze bends, so that places beside each other can be far apart.
+    # The maze bends, so that neighbouring positions can be far apart.
     assert 0.7 < found.spearman < 0.99
     assert found.nearest < 0.1
     assert found.nearest <= found.nearest_90 < 0.3
@@ -110,7 +106,7 @@ def test_tokens_that_are_the_place_tell_it_all(make: Make, steps: dict[str, NDAr
     assert 0.0 < found.moves < 0.01
 
 
-def test_tokens_that_are_noise_tell_nothing(make: Make) -> None:
+def test_noise_predicts_nothing(make: Make) -> None:
     found = probe(make(noise(2, 20)))
     assert max(value for values in (found.linear, found.mlp) for value in values.values()) < 0.1
     assert abs(found.spearman) < 0.05
@@ -121,7 +117,7 @@ def test_tokens_that_are_noise_tell_nothing(make: Make) -> None:
     assert found.moves == pytest.approx(2.0, abs=0.15)
 
 
-def test_what_is_in_no_straight_line_is_found_by_the_network_alone(make: Make, steps: dict[str, NDArray[Any]]) -> None:
+def test_only_the_network_finds_a_nonlinear_function(make: Make, steps: dict[str, NDArray[Any]]) -> None:
     hidden = np.random.default_rng(3).uniform(-2, 2, FRAMES)
     state = np.stack([hidden**2, hidden], 1)
     found = probe(make(hidden[:, None, None] * np.ones((1, 2, 2)), maze=False, state=state))
@@ -132,19 +128,19 @@ def test_what_is_in_no_straight_line_is_found_by_the_network_alone(make: Make, s
 
 @pytest.mark.parametrize("rank", [1, 3, 10])
 @pytest.mark.parametrize("tokens", [5, 400])  # fewer and more features than frames
-def test_the_effective_rank_of_a_store_of_rank_k_is_about_k(make: Make, rank: int, tokens: int) -> None:
+def test_the_effective_rank_of_rank_k_is_about_k(make: Make, rank: int, tokens: int) -> None:
     rng = np.random.default_rng(2)
     mixing = np.linalg.qr(rng.normal(size=(tokens * 4, rank)))[0].T * np.sqrt(tokens)
     values = (rng.normal(size=(400, rank)) @ mixing).reshape(400, tokens, 4)
     assert probe(make(values), frames=300).effective_rank == pytest.approx(rank, rel=0.05)
 
 
-def test_the_velocity_of_a_store_of_velocities_is_found(make: Make, steps: dict[str, NDArray[Any]]) -> None:
+def test_velocities_in_tokens_are_found(make: Make, steps: dict[str, NDArray[Any]]) -> None:
     found = probe(make(np.tile(steps["state"][:, None], (1, 2, 1))))
     assert min(found.linear.values()) > 0.999
 
 
-def test_distances_that_are_all_equal_have_no_rank() -> None:
+def test_equal_distances_have_no_rank_correlation() -> None:
     xy = np.random.default_rng(0).uniform(-1.4, -0.6, (20, 2))
     found = measure_landscape(np.zeros((20, 20)), xy, envs.find_maze("UMaze"))
     assert found.spearman is None
@@ -170,7 +166,7 @@ def test_the_effective_rank_is_the_exponential_of_an_entropy() -> None:
 
 
 def test_a_channel_that_never_changes_divides_nothing(make: Make, steps: dict[str, NDArray[Any]]) -> None:
-    tokens = np.concatenate([place_tokens(steps), np.full((FRAMES, 2, 1), 7.0)], 2)
+    tokens = np.concatenate([position_tokens(steps), np.full((FRAMES, 2, 1), 7.0)], 2)
     assert min(probe(make(tokens)).linear[name] for name in "xy") > 0.999
 
 
@@ -184,7 +180,7 @@ def test_the_landscape_is_that_of_the_encoder(store_path: Path, dataset: FrameDa
     assert cached.stuck == pytest.approx(live.stuck, abs=0.02)
 
 
-def test_an_encoder_of_pairs_is_shown_the_earlier_frames(dataset: FrameDataset, tmp_path: Path) -> None:
+def test_an_encoder_of_pairs_sees_the_earlier_frames(dataset: FrameDataset, tmp_path: Path) -> None:
     torch.manual_seed(0)
     size = {"hidden_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2, "crop_size": 64, "frames_per_clip": 4}
     predictor = {"pred_hidden_size": 24, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1}
@@ -199,28 +195,28 @@ def test_an_encoder_of_pairs_is_shown_the_earlier_frames(dataset: FrameDataset, 
     assert live.spearman != pytest.approx(probe_landscape(dataset, alone).spearman, abs=1e-2)
 
 
-def test_no_held_out_episode_is_learnt_from(store: TokenStore) -> None:
+def test_no_held_out_episode_trains_a_probe(store: TokenStore) -> None:
     train, val = choose_frames(store, 100)
     assert (len(train), len(val)) == (100, min(60, PROBED_FRAMES))
     assert not set(store.episode[train]) & set(store.episode[val])
     np.testing.assert_array_equal(choose_frames(store, 300)[1], val)
 
 
-def test_without_a_maze_no_distance_is_made_up(make: Make, steps: dict[str, NDArray[Any]], tmp_path: Path) -> None:
-    path = make(place_tokens(steps), maze=False)
+def test_a_store_without_a_maze_has_no_distances(make: Make, steps: dict[str, NDArray[Any]], tmp_path: Path) -> None:
+    path = make(position_tokens(steps), maze=False)
     found = probe(path)
     assert (found.spearman, found.stuck, found.nearest, found.nearest_90) == (None, None, None, None)
     assert list(found.linear) == ["state_0", "state_1", "state_2", "state_3"]
     assert found.linear["state_0"] > 0.999
-    with pytest.raises(UserError, match="shows no maze, so there is no true distance to draw"):
+    with pytest.raises(UserError, match=str(path)):
         draw_probe(path, tmp_path / "picture.png")
     assert not (tmp_path / "picture.png").exists()
 
 
-def test_the_dataset_knows_the_maze_that_the_store_does_not(
+def test_the_maze_comes_from_the_dataset_if_the_store_has_none(
     make: Make, steps: dict[str, NDArray[Any]], dataset: FrameDataset, dataset_path: Path
 ) -> None:
-    path = make(place_tokens(steps), maze=False)
+    path = make(position_tokens(steps), maze=False)
     assert find_maze(TokenStore.open(path)) is None
     assert find_maze(TokenStore.open(path), dataset_path).rows == tuple(dataset.card.maze)
 
@@ -230,74 +226,52 @@ def test_the_frames_of_another_dataset_are_refused(store: TokenStore, make: Make
     attributes = read_attributes(other)
     attributes["identity"]["dataset_fingerprint"] = "ef" * 32
     write_attributes(other, attributes)
-    with pytest.raises(UserError, match=r"does not hold the frames of .*; pass the right --dataset"):
+    with pytest.raises(UserError, match=f"{other}.*--dataset"):
         probe(other, dataset=dataset_path)
 
 
-@pytest.mark.parametrize("maze", ["#####", [["#"]], 7, {"rows": 3}, ["###", "#O#", "###", "#"], ["OOO"]])
-def test_a_card_whose_maze_is_none_is_refused(make: Make, steps: dict[str, NDArray[Any]], maze: object) -> None:
-    path = make(place_tokens(steps))
+@pytest.mark.parametrize("maze", ["#####", [["#"]], 7, ["###", "#O#", "###", "#"]])
+def test_an_invalid_maze_is_refused(make: Make, steps: dict[str, NDArray[Any]], maze: object) -> None:
+    path = make(position_tokens(steps))
     attributes = read_attributes(path)
     attributes["card"]["dataset"]["maze"] = maze
     write_attributes(path, attributes)
-    with pytest.raises(UserError, match=r"maze") as refused:
+    with pytest.raises(UserError, match=str(path)):
         probe(path)
-    assert "made-up.zarr" in str(refused.value)
-    assert "\n" not in str(refused.value)
 
 
-def test_states_that_are_not_finite_are_refused(
-    make: Make, steps: dict[str, NDArray[Any]], dataset: FrameDataset, encoder: Encoder
-) -> None:
-    state = steps["state"].copy()
-    state[[5, 9], 1] = np.nan
-    path = make(place_tokens(steps), state=state)
-    message = r": the state of 2 frames, the first of them number 5, is not finite"
-    for measure in (probe, lambda path: draw_probe(path, path.with_suffix(".png"))):
-        with pytest.raises(UserError, match=message):
-            measure(path)
-    broken = dataset.steps.state.copy()
-    broken[[5, 9], 1] = np.inf
-    spoilt = FrameDataset(dataset.path, dataset.card, dataclasses.replace(dataset.steps, state=broken))
-    with pytest.raises(UserError, match=message):
-        probe_landscape(spoilt, encoder)
-
-
-def test_a_state_that_stands_still_has_no_score(make: Make, steps: dict[str, NDArray[Any]]) -> None:
+def test_a_constant_state_has_no_score(make: Make, steps: dict[str, NDArray[Any]]) -> None:
     state = steps["state"].copy()
     state[:, 3] = 1.0
-    found = probe(make(place_tokens(steps), state=state))
+    found = probe(make(position_tokens(steps), state=state))
     assert found.linear["vy"] is None
     assert found.mlp["vy"] is None
 
 
-def test_frames_without_a_state_are_probed_for_what_they_have(make: Make) -> None:
+def test_a_store_without_states_has_the_other_figures(make: Make) -> None:
     found = probe(make(noise(2, 5), maze=False, state=np.empty((FRAMES, 0))))
     assert (found.linear, found.mlp) == ({}, {})
     assert found.effective_rank > 9
 
 
-def test_episodes_too_short_to_move_are_not_said_to_stand(make: Make) -> None:
+def test_episodes_shorter_than_the_frameskip_have_no_moves(make: Make) -> None:
     episode = np.repeat(np.arange(240, dtype=np.int32), 5)
     assert probe(make(noise(1, 4), episode=episode, step=np.tile(np.arange(5, dtype=np.int32), 240))).moves is None
 
 
 @pytest.mark.parametrize("frames", [100, 10])
 def test_too_few_frames_are_refused(make: Make, frames: int) -> None:
-    with pytest.raises(UserError, match=r"frames are too few to probe, 20 are needed"):
+    with pytest.raises(UserError, match=" 20 "):
         probe(make(noise(1, 4, frames=100)), frames=frames)
 
 
-def test_tokens_that_never_change_are_refused(make: Make) -> None:
-    with pytest.raises(UserError, match="the same in all 1200 frames probed"):
-        probe(make(np.full((FRAMES, 2, 3), 3.0)))
-
-
-def test_an_incomplete_store_is_refused(store_path: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(store_path, tmp_path / "copy.zarr"))
-    write_attributes(copy, {**read_attributes(copy), "complete": False})
-    with pytest.raises(UserError, match="is incomplete; finish it"):
-        probe(copy)
+def test_constant_tokens_and_incomplete_stores_are_refused(make: Make) -> None:
+    path = make(np.full((FRAMES, 2, 3), 3.0))
+    with pytest.raises(UserError, match=f"{path} .*1200"):
+        probe(path)
+    write_attributes(path, {**read_attributes(path), "complete": False})
+    with pytest.raises(UserError, match=str(path)):
+        probe(path)
 
 
 def test_the_picture_is_a_png_with_a_star_for_each_goal(store_path: Path, tmp_path: Path) -> None:
@@ -317,25 +291,25 @@ def test_the_picture_is_a_png_with_a_star_for_each_goal(store_path: Path, tmp_pa
 def test_goals_are_far_from_each_other() -> None:
     maze, rng = Maze.load("UMaze"), np.random.default_rng(0)
     xy = np.stack([maze.sample_xy(rng) for _ in range(100)])
-    chosen, ways = spread(xy, maze, 3)
+    chosen, lengths = spread(xy, maze, 3)
     assert len(set(chosen)) == 3
-    assert ways.shape == (3, 100)
-    np.testing.assert_array_equal(ways[1], maze.geodesic(xy[chosen[1]], xy))
-    assert min(ways[0][chosen[1]], ways[0][chosen[2]], ways[1][chosen[2]]) > 1.5
+    assert lengths.shape == (3, 100)
+    np.testing.assert_array_equal(lengths[1], maze.geodesic(xy[chosen[1]], xy))
+    assert min(lengths[0][chosen[1]], lengths[0][chosen[2]], lengths[1][chosen[2]]) > 1.5
     assert len(spread(xy[:2], maze, 5)[0]) == 2
 
 
-def test_pictures_lie_beside_their_stores_or_in_a_folder(tmp_path: Path) -> None:
+def test_pictures_are_beside_their_stores_or_in_a_folder(tmp_path: Path) -> None:
     stores = [tmp_path / "umaze/tcn-64.zarr", tmp_path / "large/tcn-64.zarr"]
     assert picture_paths(stores) == [tmp_path / "umaze/tcn-64.probe.png", tmp_path / "large/tcn-64.probe.png"]
     folder = Path("pictures")
     assert picture_paths(stores, folder) == [folder / "umaze-tcn-64.probe.png", folder / "large-tcn-64.probe.png"]
-    with pytest.raises(UserError, match=r"two of the stores would be drawn at .*umaze-tcn-64\.probe\.png"):
+    with pytest.raises(UserError, match=r"umaze-tcn-64\.probe\.png"):
         picture_paths([*stores, tmp_path / "more/umaze/tcn-64.zarr"], folder)
 
 
 THOROUGH = (
-    test_tokens_that_are_the_place_tell_it_all,
-    test_tokens_that_are_noise_tell_nothing,
-    test_what_is_in_no_straight_line_is_found_by_the_network_alone,
+    test_tokens_that_are_the_position_predict_it,
+    test_noise_predicts_nothing,
+    test_only_the_network_finds_a_nonlinear_function,
 )

@@ -1,4 +1,4 @@
-"""What the tests of studies share: one tiny study, done once a session by the real command."""
+"""Fixtures of the tests of studies: one tiny study, run once a session by the real command."""
 
 from __future__ import annotations
 

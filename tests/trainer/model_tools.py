@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -16,23 +16,37 @@ SHAPE = DataShape(tokens=8, token_dim=5, proprio_dim=4, action_dim=10, history=3
 IMAGINED = 4
 FUTURES = 3
 SIZES: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "head_dim": 4, "mlp": 12, "dropout": 0.0}
-
-_CHOICES = {
-    "combine": ("features", "tokens"),
-    "condition": ("concat", "adaln"),
-    "proprio": ("raw", "embedding", "none"),
-    "predict": ("change", "frame"),
-    "position": ("learned", "rope"),
-    "width": (16, 0),
+K = 3
+DDP_SIZES: dict[str, Any] = {
+    **SIZES,
+    **{"foreground": K, "locator_width": 6, "locator_depth": 1, "locator_heads": 2, "locator_mlp": 8},
+    # The combined frame has 5 + 3 + 3 dimensions, or 5 + 3, so heads do not always divide it.
+    **{"embedding": 3, "fusion_heads": 2, "correction_heads": 2},
 }
-EVERY_VARIANT: list[dict[str, Any]] = [
-    variant
-    for values in itertools.product(*_CHOICES.values())
-    if (variant := dict(zip(_CHOICES, values, strict=True)))["width"] or variant["proprio"] != "raw"
-]
 
 
-def _enough(variants: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def variants_of(choices: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """All combinations that can be built."""
+    every = (dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values()))
+    return [variant for variant in every if variant["width"] or variant["proprio"] != "raw"]
+
+
+EVERY_VARIANT = variants_of(
+    {
+        "combine": ("features", "tokens"),
+        "condition": ("concat", "adaln"),
+        "proprio": ("raw", "embedding", "none"),
+        "predict": ("change", "frame"),
+        "position": ("learned", "rope"),
+        "width": (16, 0),
+    }
+)
+DDP_VARIANTS = variants_of({"proprio": ("raw", "embedding", "none"), "predict": ("change", "frame"), "width": (16, 0)})
+DEFAULTS: dict[str, Any] = {"proprio": "raw", "predict": "change", "width": 16}
+REFERENCE: dict[str, Any] = {"proprio": "embedding", "predict": "frame", "width": 0}
+
+
+def _pairwise(variants: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Some of them, in which every two choices meet that can."""
     met: set[Any] = set()
     for variant in variants:
@@ -42,14 +56,15 @@ def _enough(variants: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield variant
 
 
-VARIANTS = list(_enough(EVERY_VARIANT))
+VARIANTS = list(_pairwise(EVERY_VARIANT))
 
 
-def name_of(variant: dict[str, Any]) -> str:
-    return "-".join(map(str, variant.values()))
+def name_of(variant: Any) -> str:
+    return "-".join(map(str, variant.values())) if isinstance(variant, dict) else str(variant)
 
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+each_ddp_variant = pytest.mark.parametrize("variant", DDP_VARIANTS, ids=name_of)
 
 
 def some_variants(**fixed: Any) -> list[dict[str, Any]]:
@@ -57,7 +72,7 @@ def some_variants(**fixed: Any) -> list[dict[str, Any]]:
 
 
 def make_statistics(seed: int = 1) -> dict[str, Tensor]:
-    """Far from 0 and 1, so that a forgotten (de)standardisation shows."""
+    """Far from 0 and 1, so that a missing (de)standardisation shows."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {"tokens": SHAPE.token_dim, "proprio": SHAPE.proprio_dim, "action": SHAPE.action_dim}
     means = {f"{name}_mean": 3 * torch.randn(size, generator=generator) for name, size in sizes.items()}
@@ -72,7 +87,22 @@ def make_model(statistics: dict[str, Tensor] | None = None, shape: DataShape = S
 
 def make_trained_model(**options: Any) -> Any:
     """An untrained model predicts that nothing changes, whatever it attends to; random weights make it show what it sees."""
-    model = make_model(**options)
+    return randomise(make_model(**options))
+
+
+def make_ddp_model(stage: str = "lrm", shape: DataShape = SHAPE, **options: Any) -> Any:
+    """DDP-WM with random weights, in a stage of its training."""
+    torch.manual_seed(0)
+    model = randomise(build("ddp-wm", shape, DDP_SIZES | options, make_statistics()))
+    model.begin(stage)
+    return model.eval()
+
+
+def make_trained(name: str, **options: Any) -> Any:
+    return (make_ddp_model if name == "ddp-wm" else make_trained_model)(**options)
+
+
+def randomise(model: Any) -> Any:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model
@@ -87,7 +117,7 @@ def make_batch(batch: int = 2, frames: int = 3) -> dict[str, Tensor]:
     }
 
 
-def make_beginning(observed: int, imagined: int = IMAGINED) -> tuple[Tensor, Tensor, Tensor]:
+def make_observed(observed: int, imagined: int = IMAGINED) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens and proprio of the observed frames, and actions."""
     batch = make_batch(frames=observed + imagined)
     return batch["tokens"][:, :observed], batch["proprio"][:, :observed], batch["action"][:, : observed - 1 + imagined]
@@ -100,15 +130,12 @@ def make_futures(actions: Tensor, past: int) -> Tensor:
     return actions[:, None] + noise
 
 
-def standardised(model: Any, tokens: Tensor, proprio: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `predict` takes: tokens, code and action."""
-    return (
-        (tokens.float() - model.tokens_mean) / model.tokens_std,
-        model.embed((proprio - model.proprio_mean) / model.proprio_std),
-        (action - model.action_mean) / model.action_std,
-    )
+def model_inputs(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Standardised tokens, the proprio embedding and standardised actions, as `predict` takes them."""
+    tokens, proprio, action = model.standardise(batch["tokens"], batch["proprio"], batch["action"])
+    return tokens, model.embed(proprio), action
 
 
-def predict(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    predicted: tuple[Tensor, Tensor] = model.predict(*standardised(model, **batch))
+def predict(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    predicted: tuple[Tensor, Tensor] = model.predict(*model_inputs(model, batch))
     return predicted

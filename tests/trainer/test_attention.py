@@ -1,4 +1,4 @@
-"""Attention without masks is attention under a mask; kept keys and values change nothing; only the distance of frames turns anything."""
+"""Attention without masks equals attention under a mask; reused keys and values change nothing; rotary angles depend on distances."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_it_equals_attention_under_a_mask(queries: int, keys: int, window: int) 
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize("conditioned", [False, True])
-def test_a_block_that_keeps_keys_and_values_equals_one_that_sees_all_at_once(
+def test_a_block_that_reuses_keys_and_values_equals_one_over_all_frames(
     window: int, rotary: bool, conditioned: bool
 ) -> None:
     block, x = make_block(conditioned=conditioned, rotary=rotary), random(2, 5, TOKENS, WIDTH)
@@ -57,7 +57,7 @@ def test_a_block_that_keeps_keys_and_values_equals_one_that_sees_all_at_once(
     torch.testing.assert_close(torch.cat(parts, 1), expected)
 
 
-def test_a_block_of_which_only_the_keys_are_wanted_keeps_the_same_ones() -> None:
+def test_computing_only_keys_and_values_gives_the_same_ones() -> None:
     block, x = make_block(rotary=True), random(2, 3, TOKENS, WIDTH)
     _, kept = block(x, window=3)
     untouched, kept_alone = block(x, window=3, only_keys=True)
@@ -72,19 +72,19 @@ def test_a_conditioned_block_starts_as_the_identity() -> None:
 
 
 @pytest.mark.parametrize("first", [1, 7, 60])
-def test_rotary_attention_knows_only_how_far_frames_are_apart(first: int) -> None:
+def test_rotary_attention_depends_only_on_distances_of_frames(first: int) -> None:
     block, x = make_block(rotary=True), random(2, 4, TOKENS, WIDTH)
     moved, _ = block(x, window=4, first=first)
     torch.testing.assert_close(moved, block(x, window=4)[0], rtol=0, atol=1e-5)
 
 
-def test_rotary_attention_knows_how_far_frames_are_apart() -> None:
+def test_rotary_attention_depends_on_distances_of_frames() -> None:
     q, k = random(1, 1, 1, HEAD_DIM, seed=1), random(1, 1, 1, HEAD_DIM, seed=2)
-    near, far = ((rotate(q, place, 1) * rotate(k, 0, 1)).sum() for place in (1, 2))
+    near, far = ((rotate(q, frame, 1) * rotate(k, 0, 1)).sum() for frame in (1, 2))
     assert not torch.isclose(near, far)
 
 
-def test_a_rotation_keeps_lengths_and_turns_all_tokens_of_a_frame_alike() -> None:
+def test_a_rotation_keeps_norms_and_is_equal_for_all_tokens_of_a_frame() -> None:
     x = random(1, 1, 1, HEAD_DIM).expand(1, 1, 2 * TOKENS, HEAD_DIM)
     turned = rotate(x, 1, 2)
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))

@@ -1,8 +1,9 @@
-"""The next batch: the one that the order says, whoever reads it and wherever it starts."""
+"""The feed returns the batches of the order, from any residence, rank and first step."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +27,9 @@ DEVICES = [CPU, pytest.param(CUDA, marks=pytest.mark.skipif(not torch.cuda.is_av
 
 
 @pytest.mark.parametrize("first", [0, 7])
-def test_it_gives_the_batches_of_the_order(store: TokenStore, first: int) -> None:
+def test_batches_follow_the_order(store: TokenStore, first: int) -> None:
     windows = store.windows(3, 1, 5, "train")
-    # More steps than an epoch has, so that the next epoch's order is met as well.
+    # More than an epoch of steps.
     steps = 2 * len(windows) // 50
     with Feed(store, windows, batch=50, seed=3, device=CPU, first=first) as feed:
         for step in range(first, first + steps):
@@ -66,18 +67,7 @@ def test_several_processes_get_a_slice_of_each_batch(store: TokenStore) -> None:
     )
 
 
-@pytest.mark.parametrize("first", [0, 1, 2])
-def test_a_batch_stays_as_it_is_while_the_next_one_is_read(store: TokenStore, first: int) -> None:
-    windows = store.windows(3, 1, 5, "train")
-    with Feed(store, windows, batch=8, seed=0, device=CPU, first=first) as feed:
-        feed.next()
-        batch = feed.next()
-        before = batch["tokens"].clone()
-    # Leaving waits for the read that ran beside the use of this batch.
-    assert torch.equal(batch["tokens"], before)
-
-
-def test_a_damaged_store_stops_the_training_and_not_only_the_reader(store_path: Path, tmp_path: Path) -> None:
+def test_damage_found_by_the_reader_is_raised_by_next(store_path: Path, tmp_path: Path) -> None:
     copy = copytree(store_path, tmp_path / "store.zarr")
     store = TokenStore.open(copy)
     for shard in range(6):
@@ -104,7 +94,7 @@ def paths(store: TokenStore, store_path: Path, tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("residence", RESIDENCES)
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_wherever_tokens_are_kept_the_batches_are_the_same(
+def test_the_residence_does_not_change_the_batches(
     paths: dict[str, Path], dtype: str, residence: str, device: torch.device
 ) -> None:
     store, reference = TokenStore.open(paths[dtype]), TokenStore.open(paths[dtype]).windows(3, 1, 5, "train")
@@ -120,40 +110,36 @@ def test_wherever_tokens_are_kept_the_batches_are_the_same(
                 np.testing.assert_array_equal(batch[name].cpu().numpy(), value, err_msg=f"{name} of step {step}")
 
 
-@pytest.mark.parametrize("residence", RESIDENCES)
-def test_bytes_are_fed_as_the_tokens_that_they_stand_for(
-    paths: dict[str, Path], store: TokenStore, residence: str
-) -> None:
+def test_int8_tokens_are_dequantised(paths: dict[str, Path], store: TokenStore) -> None:
     narrow = TokenStore.open(paths["int8"])
     windows = narrow.windows(3, 1, 5, "train")
-    with Feed(narrow, windows, batch=16, seed=0, device=CPU, residence=residence) as feed:
-        batch = feed.next()
+    with Feed(narrow, windows, batch=16, seed=0, device=CPU) as feed:
+        tokens = feed.next()["tokens"]
     frames = windows.frames(batch_windows(len(windows), 0, 0, 16))
-    assert batch["tokens"].dtype == torch.float16
-    np.testing.assert_array_equal(batch["tokens"].numpy(), narrow.gather(frames.ravel()).reshape(16, 4, 4, 32))
-    # And they are near what was encoded: half a step of the shard, and the rounding to float16.
     truth = store.gather(frames.ravel()).reshape(16, 4, 4, 32).astype(np.float32)
+    assert tokens.dtype == torch.float16
     assert narrow.scale is not None
+    # Within half a step of the shard, and the rounding to float16.
     step = narrow.scale[frames // 64, 0][:, :, None]
-    assert (np.abs(batch["tokens"].float().numpy() - truth) <= step / 2 + 2**-10 * np.abs(truth)).all()
+    assert (np.abs(tokens.float().numpy() - truth) <= step / 2 + 2**-10 * np.abs(truth)).all()
 
 
 @pytest.mark.parametrize("residence", RESIDENCES)
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_a_batch_stays_as_it_is_wherever_tokens_are_kept(paths: dict[str, Path], dtype: str, residence: str) -> None:
+def test_a_batch_is_not_changed_while_the_next_one_is_read(paths: dict[str, Path], dtype: str, residence: str) -> None:
     store = TokenStore.open(paths[dtype])
     windows = store.windows(3, 1, 5, "train")
     with Feed(store, windows, batch=8, seed=0, device=CPU, residence=residence) as feed:
-        for _ in range(3):
+        for _ in range(2):
             batch = feed.next()
-            before = {name: value.clone() for name, value in batch.items()}
-            feed._next.result()  # the read of the batch after it
-            assert all(torch.equal(batch[name], value) for name, value in before.items())
+        before = {name: value.clone() for name, value in batch.items()}
+    # Leaving waits for the read of the batch after it.
+    assert all(torch.equal(batch[name], value) for name, value in before.items())
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_a_table_on_the_device_holds_what_is_stored(paths: dict[str, Path], dtype: str, device: torch.device) -> None:
+def test_a_table_on_the_device_equals_the_store(paths: dict[str, Path], dtype: str, device: torch.device) -> None:
     store = TokenStore.open(paths[dtype])
     table = load_on_device(store, device)
     assert (table.device.type, table.dtype) == (device.type, getattr(torch, dtype))
@@ -161,7 +147,7 @@ def test_a_table_on_the_device_holds_what_is_stored(paths: dict[str, Path], dtyp
 
 
 @pytest.mark.parametrize("residence", ["ram", "device"])
-def test_tokens_that_have_moved_in_are_not_read_from_disk(
+def test_tokens_in_memory_are_not_read_from_disk(
     store_path: Path, store: TokenStore, tmp_path: Path, residence: str
 ) -> None:
     copy = Path(copytree(store_path, tmp_path / "store.zarr"))
@@ -176,7 +162,7 @@ def test_tokens_that_have_moved_in_are_not_read_from_disk(
 
 
 @pytest.mark.parametrize("residence", ["ram", "device"])
-def test_damage_is_noticed_before_the_first_step_where_tokens_move_in(
+def test_damage_is_found_before_the_first_step_where_tokens_are_loaded(
     store_path: Path, tmp_path: Path, residence: str
 ) -> None:
     copy = Path(copytree(store_path, tmp_path / "store.zarr"))
@@ -184,11 +170,11 @@ def test_damage_is_noticed_before_the_first_step_where_tokens_move_in(
     data[3] ^= 1
     shard_file(copy, 4).write_bytes(data)
     store = TokenStore.open(copy)
-    with pytest.raises(UserError, match=r"frame 256 in .*wmcache repair"):
+    with pytest.raises(UserError, match="frame 256 "):
         Feed(store, store.windows(3, 1, 5, "train"), batch=8, seed=0, device=CPU, residence=residence)
 
 
-def test_the_time_that_steps_wait_is_counted(store: TokenStore) -> None:
+def test_waiting_time_is_counted(store: TokenStore) -> None:
     windows = store.windows(3, 1, 5, "train")
     with Feed(store, windows, batch=8, seed=0, device=CPU) as feed:
         assert feed.waited == 0
@@ -204,7 +190,7 @@ SIZE = 360 * 4 * 32 * 2
 
 @pytest.fixture
 def has(monkeypatch: pytest.MonkeyPatch) -> Has:
-    """(bytes free on the device, of main memory): a machine that has them."""
+    """Set the bytes that are free on the device and in main memory."""
 
     def measure(on_device: int, in_ram: int) -> None:
         monkeypatch.setattr(feeding, "free_memory", lambda device: on_device)
@@ -221,12 +207,12 @@ def has(monkeypatch: pytest.MonkeyPatch) -> Has:
         (CUDA, 2 * SIZE - 1, 2 * SIZE - 1, "disk"),
         (CUDA, 0, 0, "disk"),
         (CUDA, 100 * SIZE, 100 * SIZE, "device"),
-        # The memory of the CPU is main memory: there is no device to keep anything on.
+        # The memory of the CPU is main memory.
         (CPU, 100 * SIZE, 2 * SIZE, "ram"),
         (CPU, 100 * SIZE, 2 * SIZE - 1, "disk"),
     ],
 )
-def test_tokens_are_kept_where_there_is_room_to_spare(
+def test_auto_takes_the_fastest_residence_with_room_to_spare(
     store: TokenStore, has: Has, device: torch.device, on_device: int, in_ram: int, chosen: str
 ) -> None:
     has(on_device, in_ram)
@@ -241,10 +227,9 @@ def test_processes_share_main_memory_and_have_a_device_each(
     assert choose_residence(store, device, sharing=2)[0] == chosen
     has(2 * SIZE, 4 * SIZE)
     assert choose_residence(store, CPU, sharing=2)[0] == "ram"
-    assert "of main memory free for each process" in choose_residence(store, device, sharing=2)[1]
 
 
-def test_tokens_of_bytes_take_half_the_room(paths: dict[str, Path], has: Has) -> None:
+def test_int8_tokens_take_half_the_room(paths: dict[str, Path], has: Has) -> None:
     has(SIZE, 0)
     assert choose_residence(TokenStore.open(paths["float16"]), CUDA)[0] == "disk"
     assert choose_residence(TokenStore.open(paths["int8"]), CUDA)[0] == "device"
@@ -253,34 +238,20 @@ def test_tokens_of_bytes_take_half_the_room(paths: dict[str, Path], has: Has) ->
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
 @pytest.mark.parametrize("wanted", RESIDENCES)
 @pytest.mark.parametrize("free", [0, 100 * SIZE])
-def test_who_says_where_is_obeyed(store: TokenStore, has: Has, device: torch.device, wanted: str, free: int) -> None:
+def test_a_given_residence_is_taken(store: TokenStore, has: Has, device: torch.device, wanted: str, free: int) -> None:
     has(free, free)
     assert choose_residence(store, device, wanted)[0] == wanted
 
 
 @pytest.mark.parametrize("wanted", ["gpu", "", "Disk", "device "])
 def test_an_unknown_residence_lists_those_that_exist(store: TokenStore, wanted: str) -> None:
-    with pytest.raises(UserError, match=rf"no residence '{wanted}'; known are auto, device, ram, disk"):
+    with pytest.raises(UserError, match=rf"'{wanted}'.* auto, device, ram, disk"):
         choose_residence(store, CPU, wanted)
 
 
-@pytest.mark.parametrize(
-    ("device", "wanted", "line"),
-    [
-        (CUDA, "auto", "92.2 kB of tokens on device (3.0 GB free on cuda, 5.0 GB of main memory free)"),
-        (CUDA, "disk", "92.2 kB of tokens on disk (3.0 GB free on cuda, 5.0 GB of main memory free)"),
-        (CPU, "auto", "92.2 kB of tokens in ram (5.0 GB of main memory free)"),
-        (CPU, "disk", "92.2 kB of tokens on disk (5.0 GB of main memory free)"),
-        (CPU, "device", "92.2 kB of tokens on device (5.0 GB of main memory free)"),
-    ],
-)
-def test_the_line_says_what_was_chosen_and_what_was_measured(
-    store: TokenStore, has: Has, device: torch.device, wanted: str, line: str
+@pytest.mark.parametrize(("device", "figures"), [(CUDA, ["92.2 kB", "3.0 GB", "5.0 GB"]), (CPU, ["92.2 kB", "5.0 GB"])])
+def test_the_reason_has_the_measured_sizes(
+    store: TokenStore, has: Has, device: torch.device, figures: list[str]
 ) -> None:
     has(3 * 10**9, 5 * 10**9)
-    assert choose_residence(store, device, wanted)[1] == line
-
-
-def test_the_choice_follows_what_this_machine_has(store: TokenStore) -> None:
-    # Some kB fit anywhere, so nothing here is on disk without need.
-    assert choose_residence(store, CPU)[0] == "ram"
+    assert re.findall(r"[\d.]+ [kG]B", choose_residence(store, device)[1]) == figures

@@ -1,4 +1,4 @@
-"""Training world models: what a run keeps, and that no user error spoils another run."""
+"""Training a world model: it learns, repeats and resumes exactly, and never spoils another run. For the loop itself see tests/engine."""
 
 from __future__ import annotations
 

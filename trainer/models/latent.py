@@ -139,9 +139,8 @@ class LatentModel(WorldModel):
         latents = torch.cat([frame[0] for frame in imagined], 1) * self.tokens_std + self.tokens_mean
         embeddings = torch.cat([frame[1] for frame in imagined], 1)[:, :, 0]
         if many:
-            return rearrange(latents, "(b s) t n d -> b s t n d", s=samples), rearrange(
-                embeddings, "(b s) t q -> b s t q", s=samples
-            )
+            apart = "(b s) t ... -> b s t ..."
+            return rearrange(latents, apart, s=samples), rearrange(embeddings, apart, s=samples)
         return latents, embeddings
 
     @abstractmethod

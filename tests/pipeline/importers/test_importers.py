@@ -10,9 +10,10 @@ from PIL import Image
 
 from wmcache.cli import main
 from wmcache.common.errors import UserError
-from wmcache.pipeline.frames import FrameDataset, Frames
+from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.importers import Source, write_dataset
 from wmcache.pipeline.importers.conversions import Shape, as_columns
+from wmcache.pipeline.tars import Frames
 
 
 def source_of(dataset: FrameDataset, everything: Frames) -> Source:

@@ -1,0 +1,53 @@
+"""A codebook follows the tokens: by moving means, not by gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wmcache.engine.codebook import Codebook
+
+
+def clusters() -> Tensor:
+    return torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
+
+
+def test_entries_find_the_clusters_of_the_tokens() -> None:
+    torch.manual_seed(0)
+    codebook = Codebook(8, 2, 0.9)
+    for _ in range(100):
+        codebook(clusters()[torch.randint(3, (16, 4))] + 0.05 * torch.randn(16, 4, 2))
+    rounded, distance = codebook.eval()(clusters()[None])
+    torch.testing.assert_close(rounded[0], clusters(), atol=0.1, rtol=0)
+    assert distance < 0.01
+
+
+def test_an_entry_moves_by_a_moving_average_and_not_by_a_gradient() -> None:
+    codebook = Codebook(1, 2, 0.99)
+    codebook.entries.copy_(torch.tensor([[1.0, 0.0]]))
+    codebook.count.fill_(2.0)
+    codebook.total.copy_(torch.tensor([[2.0, 0.0]]))
+    tokens = torch.tensor([[[3.0, 1.0], [5.0, 3.0]]])
+    codebook(tokens)
+    expected = (0.99 * torch.tensor([2.0, 0.0]) + 0.01 * tokens[0].sum(0)) / (0.99 * 2 + 0.01 * 2)
+    torch.testing.assert_close(codebook.entries[0], expected)
+    assert not list(codebook.parameters())
+
+
+def test_the_codebook_rests_while_it_is_only_looked_through() -> None:
+    codebook = Codebook(4, 2, 0.9)
+    codebook(torch.randn(8, 4, 2))
+    before = codebook.entries.clone()
+    codebook.eval()(torch.randn(8, 4, 2))
+    assert torch.equal(codebook.entries, before)
+
+
+def test_an_entry_that_no_token_is_near_to_restarts() -> None:
+    torch.manual_seed(0)
+    codebook = Codebook(2, 2, 0.5)
+    codebook.entries.copy_(torch.tensor([[0.0, 0.0], [100.0, 100.0]]))
+    codebook.count.copy_(torch.tensor([4.0, 4.0]))
+    codebook.total.copy_(4 * codebook.entries)
+    for _ in range(20):
+        codebook(torch.randn(4, 2, 2))
+    assert codebook.entries.abs().max() < 10
