@@ -32,7 +32,7 @@ def install(folder: Path, project: dict, modules: dict[str, str]) -> None:
     (package / "__init__.py").touch()
     for name, code in modules.items():
         (package / f"{name}.py").write_text(code)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 1\n")
     lines = [
         line
         for group, points in project["entry-points"].items()
@@ -134,7 +134,7 @@ def test_the_import_format_has_a_command_with_its_options(shell: Shell) -> None:
 
 
 def test_a_package_that_cannot_be_imported_is_one_line(tmp_path: Path) -> None:
-    install(tmp_path, {"name": "bad", "version": "1", "entry-points": {"wmcache.encoders": {"bad": "bad.nowhere"}}}, {})
+    install(tmp_path, {"name": "bad", "entry-points": {"wmcache.encoders": {"bad": "bad.nowhere"}}}, {})
     refused = Shell(tmp_path)("main", "encoders", status=1).stderr
     assert refused.count("\n") == 1
     assert "bad.nowhere" in refused

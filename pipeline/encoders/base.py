@@ -55,10 +55,10 @@ class EncoderSpec:
     patch: int
     token_dim: int
     normalisation: str
-    layer: str
-    token_selection: str
     source: str
     licence: str
+    layer: str = "norm"
+    token_selection: str = "patch"
     revision: str = ""
     accept: str = ""
     grid: tuple[int, int] | None = None

@@ -26,7 +26,6 @@ PIXELS = EncoderSpec(
     token_dim=192,
     normalisation="half",
     layer="pixels",
-    token_selection="patch",
     source="no weights",
     licence="-",
     dtype="float32",
@@ -38,8 +37,6 @@ RANDOM = EncoderSpec(
     patch=16,
     token_dim=192,
     normalisation="half",
-    layer="norm",
-    token_selection="patch",
     source="random, seed 0",
     licence="-",
 )

@@ -33,7 +33,6 @@ SPEC = EncoderSpec(
     token_dim=4,
     normalisation="half",
     layer="pixels",
-    token_selection="patch",
     source="no weights",
     licence="-",
     dtype="float32",

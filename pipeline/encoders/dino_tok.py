@@ -45,7 +45,6 @@ SPEC = EncoderSpec(
     token_dim=448,
     normalisation="half",
     layer="block 2+norm",
-    token_selection="patch",
     source="wmcache fit --encoder dino-tok",
     licence="yours, on the base's",
 )

@@ -23,7 +23,6 @@ SPEC = EncoderSpec(
     patch=14,
     token_dim=32,
     normalisation="half",
-    layer="norm",
     token_selection="principal components of the patch tokens",
     source="wmcache fit --encoder pca",
     licence="yours, on the base's",

@@ -31,7 +31,6 @@ MAP = EncoderSpec(
     token_dim=512,
     normalisation="imagenet",
     layer="layer4",
-    token_selection="patch",
     source=f"timm/{ARCHITECTURE}.tv_in1k",
     revision="590dfdd48494d2316a8385e1ca7fbec3b9359b35",
     licence="BSD-3-Clause",

@@ -10,14 +10,8 @@ from wmcache.pipeline.encoders.base import EncoderSpec
 from wmcache.pipeline.encoders.libraries import HfFamily
 from wmcache.pipeline.encoders.vit import ModelSize, register_family
 
-SIZE = ModelSize(
-    "",
-    "SigLIP 2 ViT-B/16",
-    12,
-    768,
-    "google/siglip2-base-patch16-224",
-    "75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2",
-)
+REVISION = "75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2"
+SIZE = ModelSize("", "SigLIP 2 ViT-B/16", 12, 768, "google/siglip2-base-patch16-224", REVISION)
 SPEC = EncoderSpec(
     name="siglip2",
     summary="SigLIP 2 ViT-B/16, patch tokens",
@@ -25,8 +19,6 @@ SPEC = EncoderSpec(
     patch=16,
     token_dim=768,
     normalisation="half",
-    layer="norm",
-    token_selection="patch",
     source=SIZE.source,
     licence="Apache-2.0",
     revision=SIZE.revision,

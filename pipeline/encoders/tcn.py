@@ -34,7 +34,6 @@ SPEC = EncoderSpec(
     token_dim=32,
     normalisation="half",
     layer="head",
-    token_selection="patch",
     source="wmcache fit --encoder tcn",
     licence="yours",
     dtype="float32",

@@ -34,7 +34,6 @@ SPEC = EncoderSpec(
     token_dim=32,
     normalisation="half",
     layer="mean",
-    token_selection="patch",
     source="wmcache fit --encoder vae",
     licence="yours",
     dtype="float32",

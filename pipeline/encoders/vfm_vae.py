@@ -33,7 +33,6 @@ SPEC = EncoderSpec(
     token_dim=32,
     normalisation="half",
     layer="block 2+block 6+norm",
-    token_selection="patch",
     source="wmcache fit --encoder vfm-vae",
     licence="yours, on the base's",
 )

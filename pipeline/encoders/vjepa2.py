@@ -28,14 +28,8 @@ TUBELET = 2
 UNUSED = ("predictor.", "vjepa2.predictor.", "pooler.", "classifier.")
 """Prefixes of weights beside the encoder; the last three are those of a VJEPA2ForVideoClassification."""
 
-SIZE = ModelSize(
-    "",
-    "V-JEPA 2 ViT-L/16",
-    24,
-    1024,
-    "facebook/vjepa2-vitl-fpc64-256",
-    "b3c1679b7c34d3255ef3547f27c7b226aefab26f",
-)
+REVISION = "b3c1679b7c34d3255ef3547f27c7b226aefab26f"
+SIZE = ModelSize("", "V-JEPA 2 ViT-L/16", 24, 1024, "facebook/vjepa2-vitl-fpc64-256", REVISION)
 SPEC = EncoderSpec(
     name="vjepa2",
     summary="V-JEPA 2 ViT-L/16, patch tokens",
@@ -43,8 +37,6 @@ SPEC = EncoderSpec(
     patch=16,
     token_dim=1024,
     normalisation="imagenet",
-    layer="norm",
-    token_selection="patch",
     source=SIZE.source,
     licence="MIT",
     revision=SIZE.revision,
