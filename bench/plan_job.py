@@ -83,8 +83,6 @@ def plan_job(
     """Estimate an extraction.
 
     Args:
-        frames: to encode.
-        token_grid, token_dim, dtype: of the stored tokens.
         image_size: of the dataset's frames.
         workers: at the same time.
         frames_per_second: of one of them.
@@ -95,9 +93,7 @@ def plan_job(
         while frames > frames_per_shard * MOST_SHARDS:
             frames_per_shard *= 2
     card = StoreCard({"name": "none"}, {"name": "none"}, token_grid, token_dim, frames, frames_per_shard, dtype)
-    measured = measure_scale(
-        MEASURED_SHARDS, frames_per_shard=FRAMES_PER_SHARD, tokens=card.tokens_per_frame, token_dim=token_dim
-    )
+    measured = measure_scale(MEASURED_SHARDS, tokens=card.tokens_per_frame, token_dim=token_dim)
     by_shard = card.num_shards / MEASURED_SHARDS
     shard_seconds = min(frames, frames_per_shard) / frames_per_second
     in_flight = TASKS_IN_FLIGHT * min(frames, frames_per_shard) * (card.frame_bytes + 3 * image_size**2)
@@ -132,9 +128,7 @@ def _notes(card: StoreCard, workers: int, in_flight: int, *, busy: bool) -> list
     notes = []
     if card.num_shards > MOST_SHARDS:
         least = -(-card.frames // MOST_SHARDS)
-        notes.append(
-            f"dataset.json cannot list {card.num_shards} tars: collect with --frames-per-shard {least} or more"
-        )
+        notes.append(f"dataset.json cannot list {card.num_shards} tars: use --frames-per-shard {least} or more")
     if busy:
         notes.append("one scheduler is too few: use batch arrays (wmcache sbatch), or a larger --frames-per-shard")
     if workers > card.num_shards:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from wmcache.cache.identity import Identity
@@ -38,7 +37,7 @@ IDENTITY = Identity("none", "none", "", "", "", 1, "", ((), ()), "float32", "flo
 
 @dataclass(frozen=True)
 class Scale:
-    """The cost of a store beside its data; seconds, unless the name differs.
+    """The cost of a store beside its data, in the order of measuring; seconds, unless the name differs.
 
     Attributes:
         create: the store without tokens, its step table included.
@@ -69,8 +68,7 @@ def measure_scale(
     """Create a store of so many shards, at least one, in a temporary folder and a process of its own, then delete it.
 
     Args:
-        shards: of the store.
-        frames_per_shard, tokens, token_dim: of the store; DINOv2 ViT-S/14 at 196 px has 196 tokens of 384.
+        tokens, token_dim: DINOv2 ViT-S/14 at 196 px has 196 of 384.
         keep: folder to create it in and to leave it in.
 
     Raises:
@@ -90,7 +88,11 @@ def measure_scale(
 
 
 def _measure(path: Path, card: StoreCard) -> Scale:
-    writer, create = _timed(lambda: StoreWriter.create(path, card, IDENTITY, _steps(card.frames)))
+    action = np.broadcast_to(np.float32(0), (card.frames, 2))
+    state = np.broadcast_to(np.float64(0), (card.frames, 4))
+    number = np.broadcast_to(np.int32(0), card.frames)
+    steps: dict[str, Any] = {"action": action, "state": state, "episode": number, "step": number}
+    writer, create = _timed(lambda: StoreWriter.create(path, card, IDENTITY, steps))
     pending, plan = _timed(writer.pending)
     if len(pending) != card.num_shards:
         raise UserError(f"not empty: {path}; choose another folder")
@@ -104,28 +106,9 @@ def _measure(path: Path, card: StoreCard) -> Scale:
     _, finish = _timed(writer.finish)
     _, opening = _timed(lambda: TokenStore.open(path))
     beside = (found for found in path.rglob("*") if not found.name.startswith("c.") and found.is_file())
-    return Scale(
-        shards=card.num_shards,
-        frames=card.frames,
-        create=create,
-        plan=plan,
-        claim_us=claim_us,
-        commit_us=commit_us,
-        plan_again=plan_again,
-        finish=finish,
-        open=opening,
-        metadata=sum(found.stat().st_size for found in beside),
-        peak_memory=_peak_memory(),
-    )
-
-
-def _steps(frames: int) -> dict[str, NDArray[Any]]:
-    return {
-        "action": np.broadcast_to(np.zeros((1, 2), np.float32), (frames, 2)),
-        "state": np.broadcast_to(np.zeros((1, 4)), (frames, 4)),
-        "episode": np.broadcast_to(np.int32(0), (frames,)),
-        "step": np.broadcast_to(np.int32(0), (frames,)),
-    }
+    metadata = sum(found.stat().st_size for found in beside)
+    times = (create, plan, claim_us, commit_us, plan_again, finish, opening)
+    return Scale(card.num_shards, card.frames, *times, metadata, _peak_memory())
 
 
 def _commit(path: Path, card: StoreCard, writer: StoreWriter) -> tuple[float, float]:
@@ -139,17 +122,15 @@ def _commit(path: Path, card: StoreCard, writer: StoreWriter) -> tuple[float, fl
         frames = card.shard_frames(shard)
         return replace(record, frames=(frames.start, frames.stop))
 
-    def claim_all() -> None:
-        for shard in tried:
-            with writer.claim(shard):
-                pass
+    def commit(shard: int) -> None:
+        records.write(shard, record_of(shard))
 
-    def commit_all() -> None:
-        for shard in tried:
-            records.write(shard, record_of(shard))
+    def claim(shard: int) -> None:
+        with writer.claim(shard):
+            pass
 
-    _, claims = _timed(claim_all)
-    _, commits = _timed(commit_all)
+    _, claims = _timed(lambda: list(map(claim, tried)))
+    _, commits = _timed(lambda: list(map(commit, tried)))
     for shard in [*range(len(tried), min(whole, IN_A_BLOCK)), *range(max(whole, len(tried)), card.num_shards)]:
         # Not synced one by one, which takes long.
         Path(str(record_file(path, shard))).write_text(dump_json(seal(asdict(record_of(shard)))))

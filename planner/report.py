@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import platform
@@ -11,11 +10,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 
 matplotlib.use("Agg")
@@ -46,6 +43,7 @@ from wmcache.planner.goals import SOURCES
 from wmcache.planner.graph import LatentGraph
 from wmcache.planner.judge import THRESHOLDS, env_steps, shortest_path_lengths, wilson
 from wmcache.planner.localization import draw_localization
+from wmcache.planner.page import write_page
 from wmcache.trainer.models import Localizes
 
 VIDEOS = 4
@@ -95,25 +93,23 @@ def write_report(
         with atomic_write(out / "figures" / f"{name}.png") as file:
             file.write(picture)
     videos = write_videos(out / "videos", episodes, context)
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        files("wmcache.planner").joinpath("report.html.jinja").read_text()
-    )
-    html = page.render(
+    write_page(
+        out / "report.html",
+        "wmcache.planner",
+        "report.html.jinja",
         results=results,
         options=options,
         table=[dict(zip(actors, judged, strict=True)) for judged in zip(*actors.values(), strict=True)],
         actors=actors,
         pairs=("strict" if options["strict"] else "any") if options["goals"] in SOURCES else "file",
-        pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
-        videos=[(caption, base64.b64encode(path.read_bytes()).decode()) for caption, path in videos],
+        pictures=pictures,
+        videos=[(caption, path.read_bytes()) for caption, path in videos],
         encoder=context.encoder.spec.name,
         blind=context.blind,
         run=run.name,
         command=command,
         identity=json.dumps(context.store.identity.to_json(), indent=2),
     )
-    with atomic_write(out / "report.html") as file:
-        file.write(html.encode())
     write_json(out / "results.json", results)  # last, so that its presence means that the rest is complete
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)

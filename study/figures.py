@@ -21,11 +21,10 @@ MARKERS = "osD^vP*X<>"
 
 def draw_success(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> bytes:
     """Draw success by threshold at the largest fraction: a line for each encoder or baseline, a panel for each evaluation."""
-    names = [line["encoder"] for line in table]
+    names, count = [line["encoder"] for line in table], len(options.plan)
     with matplotlib.rc_context(RC):
-        size = (3.0 + 2.6 * len(options.plan), 1.0 + 0.36 * len(names))
-        figure = Figure(figsize=size, layout="constrained")
-        panels = figure.subplots(1, len(options.plan), sharey=True, squeeze=False)
+        figure = Figure(figsize=(3.0 + 2.6 * count, 1.0 + 0.36 * len(names)), layout="constrained")
+        panels = figure.subplots(1, count, sharey=True, squeeze=False)
         for axes, plan in zip(panels[0], options.plan, strict=True):
             for shift, at, colour in zip((-0.2, 0.0, 0.2), THRESHOLDS, COLOURS, strict=False):
                 for height, line in enumerate(table):
@@ -69,8 +68,7 @@ def draw_skill(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row])
 def draw_fractions(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> bytes:
     """Draw success against the share of the train episodes with intervals, a panel for each evaluation."""
     with matplotlib.rc_context(RC):
-        size = (3.0 + 3.2 * len(options.plan), 3.4)
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=(3.0 + 3.2 * len(options.plan), 3.4), layout="constrained")
         panels = figure.subplots(1, len(options.plan), squeeze=False)
         for axes, plan in zip(panels[0], options.plan, strict=True):
             for number, line in enumerate(table):
@@ -79,8 +77,8 @@ def draw_fractions(options: StudyOptions, rows: Sequence[Row], table: Sequence[R
                 rates = [rate(success) for success in known.values()]
                 # Shifted, so that intervals at the same share do not hide each other.
                 shares = [at * 1.012 ** (number - len(table) / 2) for at in known]
-                bars = [[abs(r - s[2][side]) for r, s in zip(rates, known.values(), strict=True)] for side in (0, 1)]
                 if known:
+                    bars = np.abs(np.array([success[2] for success in known.values()]).T - rates)
                     axes.errorbar(shares, rates, yerr=bars, elinewidth=0.8, **_style(number), label=line["encoder"])
             axes.set(xscale="log", ylim=(-0.02, 1.02), title=plan.name, xlabel="share of the train episodes")
             axes.set_xticks(options.fractions, [f"{at:.0%}" for at in options.fractions])

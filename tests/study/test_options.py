@@ -95,7 +95,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         (TCN + "store_dtype = 'int4'\n", "encoder 1: store_dtype"),
         (TCN + TCN, "'tcn'"),
         ("[[encoders]]\nname = 'tnc'\n", "'tnc'.*tcn"),
-        (TCN + "[[plan]]\nprotocol = 'mpc'\n", "plan 1.*'mpc'.*dino-wm"),
+        (TCN + "[[plan]]\nprotocol = 'mpc'\n", "plan 1.*'mpc'.*mpc-100"),
         (TCN + "[[plan]]\nsampels = 3\n", "plan 1.*sampels.*samples"),
         (TCN + "[[plan]]\nsolver = 'cme'\n", "plan 1.*'cme'.*cem"),
         (TCN + "[[plan]]\nexecute = 9\n", "plan 1.*--execute 9.*--horizon"),
