@@ -62,9 +62,8 @@ class LatentGraph:
         chosen = np.sort(rng.choice(pairs, min(len(pairs), FRAMES), replace=False))
         frames = np.unique(np.concatenate([chosen, chosen + frameskip]))
         size = int(np.prod(store.card.frame_shape))
-        project = None
-        if size > SKETCH:
-            project = torch.randn(size, SKETCH, generator=torch.Generator().manual_seed(seed)) / SKETCH**0.5
+        random = torch.Generator().manual_seed(seed)
+        project = torch.randn(size, SKETCH, generator=random) / SKETCH**0.5 if size > SKETCH else None
         parts = np.array_split(frames, max(1, len(frames) * size // 2**26))
         flat = (torch.from_numpy(store.gather(part)).flatten(1).float() for part in parts)
         points = torch.cat([part if project is None else part @ project for part in flat]).to(device)

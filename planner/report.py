@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -66,14 +66,7 @@ RC: dict[Any, Any] = {
 def write_report(
     out: Path, run: Path, context: EvalContext, episodes: Episodes, results: dict[str, Any], command: str
 ) -> dict[str, Any]:
-    """Write all files of a plan.
-
-    Args:
-        out: the plan's folder.
-        run: the run's folder, with its training curves.
-        context: that `evaluate` used.
-        episodes, results: that it returned.
-        command: the user's command line.
+    """Write all files of a plan: of what `evaluate` used and returned, and the run's training curves.
 
     Returns:
         The content of results.json: `results`, and when and where they were made.
@@ -118,10 +111,9 @@ def write_report(
 
 def describe_making(device: torch.device) -> dict[str, str]:
     """Describe when and where results are made: `date` (UTC), `wmcache` (its version), `machine`."""
-    try:
+    names = []
+    with suppress(OSError):
         names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = []
     parts = [f"{names[0] if names else platform.processor() or platform.machine()}, {available_cpus()} CPUs"]
     if device.type == "cuda":
         parts.append(torch.cuda.get_device_name(device))
@@ -132,8 +124,8 @@ def describe_making(device: torch.device) -> dict[str, str]:
 
 def write_episodes(path: Path, episodes: Episodes) -> None:
     """Write a row per episode: start, goal, the states after each env step, and env steps to each threshold (-1: never)."""
-    count = len(episodes.start)
-    columns: dict[str, Any] = {"episode": np.arange(count), "start": list(episodes.start), "goal": list(episodes.goal)}
+    columns: dict[str, Any] = {"episode": np.arange(len(episodes.start))}
+    columns |= {"start": list(episodes.start), "goal": list(episodes.goal)}
     for threshold in THRESHOLDS:
         reached = (episodes.distances() < threshold).any(1)
         columns[f"env_steps_{threshold}"] = np.where(reached, env_steps(episodes, threshold), -1)
@@ -167,9 +159,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     except (OSError, ValueError) as error:
         if outside := cause_outside(error):
             raise unreadable(path, outside) from error
-        raise UserError(
-            f"cannot read the training curves: {path}: {reason(error)}; restore the file, or replace it by an empty one"
-        ) from error
+        raise UserError(f"damaged: {path}: {reason(error)}; restore it, or replace it by an empty file") from error
     # Earlier versions wrote NaN in place of null.
     return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 

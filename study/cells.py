@@ -48,8 +48,8 @@ class Cell:
 
     Attributes:
         stage: in PRODUCTS.
-        name: of the encoder, a part of file names.
-        label: for people; not a part of the key.
+        name: of the encoder.
+        label: not a part of the key.
         settings: plain JSON values; of files the SHA-256 of their content.
         inputs: role -> the cell whose result it takes.
         files: setting -> location of the file; not a part of the key, so files may move.
@@ -110,11 +110,7 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Branch:
-    """The cells of an encoder and a seed.
-
-    Attributes:
-        train: fraction -> run. plan: (fraction, name of the evaluation) -> episodes.
-    """
+    """The cells of an encoder and a seed; `train` by fraction, `plan` by fraction and the evaluation's name."""
 
     choice: EncoderChoice
     seed: int
@@ -161,12 +157,8 @@ def _extract_cell(choice: EncoderChoice, seed: int, options: StudyOptions, finge
         inputs["base"] = _extract_cell(_base_of(choice, entry.base, options), seed, options, fingerprint)
     family = encoders.family_of(choice.name)
     if choice.weights is None and encoders.get_entry(family).fit:
-        fitting = {
-            "name": family,
-            "options": asdict(encoders.fit_options(family, {**choice.fit, "seed": seed})),
-            "max_frames": choice.max_frames,
-            "dataset": fingerprint,
-        }
+        fit = asdict(encoders.fit_options(family, {**choice.fit, "seed": seed}))
+        fitting = {"name": family, "options": fit, "max_frames": choice.max_frames, "dataset": fingerprint}
         inputs["fit"] = Cell("fit", family, f"fit {choice.label}, seed {seed}", fitting, dict(inputs))
     files = {"weights": choice.weights, "base_weights": choice.base_weights}
     settings = {
@@ -203,8 +195,8 @@ def _base_of(choice: EncoderChoice, default: str, options: StudyOptions) -> Enco
     """The base that an adapter is fitted on, with the settings of the study's own encoder of that family if there is one."""
     name = choice.base or default
     family = encoders.family_of(name)
-    of_study = [other for other in (*options.encoders, *options.others) if other.name == family]
-    known = of_study[0] if of_study else EncoderChoice(name=family)
+    of_study = (other for other in (*options.encoders, *options.others) if other.name == family)
+    known = next(of_study, EncoderChoice(name=family))
     return EncoderChoice(
         name=name,
         label=f"{name} for {choice.label}",
