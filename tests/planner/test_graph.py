@@ -85,11 +85,6 @@ class TestAcrossWalls:
         far = true > 2
         assert ((found[far] / true[far] > 0.75) & (found[far] / true[far] < 1.3)).all()
 
-    def test_the_latent_distance_does_not(self) -> None:
-        along = np.linspace(0, LENGTH, 200)
-        straight = np.linalg.norm(in_the_u(along) - in_the_u(np.array([0.3])), axis=1)
-        assert spearmanr(straight, np.abs(along - 0.3)).statistic < 0.5
-
     def test_its_descent_leads_around_the_wall(self, graph: LatentGraph) -> None:
         # The goal is on the other side of the wall: the path leads down, not across.
         start, goal = tokens(np.array([[0.0, 5.0]])).requires_grad_(), tokens(np.array([[GAP, 5.0]]))[0]
