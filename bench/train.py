@@ -64,6 +64,8 @@ def bench_train(
     optimiser = make_optimiser(model, options)
     chosen, why = choose_residence(store, where, residence)
     tqdm.write(why, file=sys.stderr)
+    chosen, why = choose_residence(store, where, residence)
+    tqdm.write(why, file=sys.stderr)
 
     def train(batches: Iterator[Batch], network: DinoWm, precision: torch.dtype, count: int) -> None:
         for data in itertools.islice(batches, count):
@@ -76,23 +78,34 @@ def bench_train(
     with Feed(store, windows, batch, 0, where, residence=chosen) as feed:
         held, few = {name: value.clone() for name, value in feed.next().items()}, max(1, steps // 10)
         variants = {
-            "memory": (itertools.repeat(held), model, dtype, steps),
-            "store": (iter(feed.next, None), model, dtype, steps),
-            "encoding": (_encoded(held, encode), model, dtype, few),
-            "reference": (_encoded(held, encode), reference, torch.float32, few),
+            "memory": (itertools.repeat(held), model, dtype, optimiser, steps),
+            "store": (iter(feed.next, None), model, dtype, optimiser, steps),
+            "encoding": (_encoded(held, encode), model, dtype, optimiser, few),
+            "reference": (_encoded(held, encode), reference, torch.float32, optimiser, few),
         }
-        for batches, network, precision, _ in variants.values():
-            train(batches, network, precision, 1)
+        for *variant, _ in variants.values():
+            _train(*variant, 1)
         waited = feed.waited
         rates: dict[str, list[float]] = {name: [] for name in variants}
         for _ in tqdm(range(ROUNDS), desc="bench train", unit=" rounds"):
             for name, variant in variants.items():
-                rates[name].append(variant[-1] / seconds(train, *variant, device=where))
+                rates[name].append(variant[-1] / seconds(_train, *variant, device=where))
         waiting = (feed.waited - waited) / sum(steps / rate for rate in rates["store"])
     peers = ("memory", "encoding", "reference")
     ratios = {f"ratio_to_{name}": median_ratio(rates["store"], rates[name]) for name in peers}
     medians = {f"{name}_steps_per_second": statistics.median(values) for name, values in rates.items()}
     return {"windows_per_step": batch, **medians, **ratios, "waiting_share": waiting}
+
+
+def _train(
+    batches: Iterator[Batch], model: DinoWm, dtype: torch.dtype, optimiser: torch.optim.Optimizer, steps: int
+) -> None:
+    for batch in itertools.islice(batches, steps):
+        with autocast(model.tokens_mean.device, dtype):
+            loss = model.loss(batch)["loss"]
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
 
 
 def _encoded(held: Batch, encode: Callable[[int], Tensor]) -> Iterator[Batch]:

@@ -22,6 +22,7 @@ from wmcache.planner.goals import SOURCES, Separation, start_and_goal
 from wmcache.planner.judge import count_at_goal, judge, reported_thresholds, shortest_path_lengths
 from wmcache.planner.options import PlanOptions, Precision
 from wmcache.planner.policy import MpcPolicy, Observation
+from wmcache.planner.results import absolute_file
 
 
 def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[int]) -> Episodes:
@@ -83,12 +84,9 @@ def _start_and_goal(
 
 @dataclass(frozen=True)
 class PlanBatch(WorkerTask[int, EvalContext]):
-    """Plans a batch of episodes on any worker, and saves it in a file.
+    """Plans a batch of episodes on any worker, and saves it in a file of the folder; paths are absolute.
 
-    Attributes:
-        run_path, options, weights, cache, untrained: arguments of `EvalContext`; paths are absolute.
-        fingerprint: of the evaluation, since files may change under the same path.
-        folder: of the files.
+    The fingerprint is that of the evaluation, since files may change under the same path.
     """
 
     run_path: Path
@@ -102,14 +100,11 @@ class PlanBatch(WorkerTask[int, EvalContext]):
     @classmethod
     def of(cls, context: EvalContext, options: PlanOptions, folder: Path) -> PlanBatch:
         """Describe a loaded run by absolute paths, in the precision that was chosen here."""
-        known = replace(options, dtype=cast(Precision, str(context.dtype).removeprefix("torch.")))
-        if options.goals not in SOURCES:
-            known = replace(known, goals=str(Path(options.goals).absolute()))
-        if options.env and Path(options.env).exists():
-            known = replace(known, env=str(Path(options.env).absolute()))
+        dtype = cast(Precision, str(context.dtype).removeprefix("torch."))
+        goals = options.goals if options.goals in SOURCES else absolute_file(options.goals)
         return cls(
             run_path=context.run.absolute(),
-            options=known,
+            options=replace(options, dtype=dtype, goals=goals, env=options.env and absolute_file(options.env)),
             weights=context.weights and context.weights.absolute(),
             cache=absolute(context.store.path),
             untrained=context.untrained,

@@ -30,11 +30,8 @@ class Separation:
 
     An episode that begins at its goal, or arrives with its first model step, does not measure a planner. So the straight distance, which
     the judge compares with thresholds, is at least `threshold`, and the shortest path through the maze at least `threshold` + `step`.
-    The path counts rather than the straight line because the ball cannot cross walls.
-
-    Attributes:
-        threshold: the largest one that is reported.
-        step: the largest distance that the ball can cover in one model step, see `envs.longest_move`.
+    The path counts rather than the straight line because the ball cannot cross walls. `threshold` is the largest one that is reported,
+    `step` the largest distance that the ball can cover in one model step, see `envs.longest_move`.
     """
 
     threshold: float = 0.0
@@ -92,8 +89,7 @@ def start_and_goal(
 
 
 def _draw_frames(store: TokenStore, steps: int, split_seed: int) -> Draw:
-    held_out = split_episodes(store.episodes, "val", split_seed)
-    candidates, _ = window_starts(store.episode, held_out, steps + 1)
+    candidates, _ = window_starts(store.episode, split_episodes(store.episodes, "val", split_seed), steps + 1)
     if not len(candidates):
         raise UserError(f"no held-out episode of {store.path} has {steps + 1} frames; lower --goal-steps")
 

@@ -7,16 +7,12 @@ import math
 import platform
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -134,21 +130,22 @@ def write_episodes(path: Path, episodes: Episodes) -> None:
         pq.write_table(pa.table(columns), file)
 
 
+@matplotlib.rc_context(RC)
 def draw_success(episodes: Episodes) -> bytes:
     """Draw the share of episodes that have reached the goal by env steps, with Wilson's 95 % band, for each threshold."""
     count, budget = episodes.states.shape[:2]
-    with _figure(4.6, 3.2) as (figure, axes):
-        # A little beyond the budget, so that arrivals at its end are visible.
-        ends = np.concatenate([[0], episodes.chunk_ends(), [1.03 * budget]])
-        for threshold, colour in zip(THRESHOLDS, COLOURS, strict=False):
-            reached = np.maximum.accumulate(episodes.distances() < threshold, axis=1).sum(0)
-            counts = np.concatenate([[0], reached, reached[-1:]]).astype(int)
-            low, high = zip(*(wilson(int(k), count) for k in counts), strict=True)
-            axes.step(ends, counts / count, where="post", color=colour, label=f"within {threshold}")
-            axes.fill_between(ends, low, high, step="post", color=colour, alpha=0.15, linewidth=0)
-        axes.set(xlabel="env steps", ylabel="episodes that reached the goal", ylim=(0, 1.02), xlim=(0, ends[-1]))
-        axes.legend(loc="lower right")
-        return png_bytes(figure)
+    figure, axes = _figure(4.6, 3.2)
+    # A little beyond the budget, so that arrivals at its end are visible.
+    ends = np.concatenate([[0], episodes.chunk_ends(), [1.03 * budget]])
+    for threshold, colour in zip(THRESHOLDS, COLOURS, strict=False):
+        reached = np.maximum.accumulate(episodes.distances() < threshold, axis=1).sum(0)
+        counts = np.concatenate([[0], reached, reached[-1:]]).astype(int)
+        low, high = zip(*(wilson(int(k), count) for k in counts), strict=True)
+        axes.step(ends, counts / count, where="post", color=colour, label=f"within {threshold}")
+        axes.fill_between(ends, low, high, step="post", color=colour, alpha=0.15, linewidth=0)
+    axes.set(xlabel="env steps", ylabel="episodes that reached the goal", ylim=(0, 1.02), xlim=(0, ends[-1]))
+    axes.legend(loc="lower right")
+    return png_bytes(figure)
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -164,32 +161,34 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
 
+@matplotlib.rc_context(RC)
 def draw_training(run: Path) -> bytes:
     """Draw the training loss, and the validation skill of rollouts of 1 to 5 model steps."""
     lines = read_metrics(run)
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     skills = [line for line in lines if "skill_1" in line]
     defined = any(math.isfinite(line["skill_1"]) for line in skills)
-    with _figure(7.2, 2.8, columns=2) as (figure, (left, right)):
-        if losses:
-            left.plot(*zip(*losses, strict=True), color=COLOURS[0])
-            left.set(yscale="log")
-        left.set(xlabel="step", ylabel="training loss")
-        for k, colour in enumerate(COLOURS, start=1):
-            points = [(line["step"], line[f"skill_{k}"]) for line in skills if f"skill_{k}" in line]
-            if points:
-                right.plot(*zip(*points, strict=True), ".-", color=colour, label=f"{k} step{'s' * (k > 1)}")
-        right.set(xlabel="step", ylabel="skill against copying\n(1: perfect, 0: useless)", ylim=(None, 1))
-        if defined:
-            right.legend(loc="lower right", fontsize=7)
-        no_skill = "no skill: the frames do not change" if skills else "no metrics"  # imported runs have none
-        for axes, drawn, text in ((left, losses, "no metrics"), (right, defined, no_skill)):
-            if not drawn:
-                axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="#888")
-                axes.set(xticks=[], yticks=[])
-        return png_bytes(figure)
+    figure, (left, right) = _figure(7.2, 2.8, columns=2)
+    if losses:
+        left.plot(*zip(*losses, strict=True), color=COLOURS[0])
+        left.set(yscale="log")
+    left.set(xlabel="step", ylabel="training loss")
+    for k, colour in enumerate(COLOURS, start=1):
+        points = [(line["step"], line[f"skill_{k}"]) for line in skills if f"skill_{k}" in line]
+        if points:
+            right.plot(*zip(*points, strict=True), ".-", color=colour, label=f"{k} step{'s' * (k > 1)}")
+    right.set(xlabel="step", ylabel="skill against copying\n(1: perfect, 0: useless)", ylim=(None, 1))
+    if defined:
+        right.legend(loc="lower right", fontsize=7)
+    no_skill = "no skill: the frames do not change" if skills else "no metrics"  # imported runs have none
+    for axes, drawn, text in ((left, losses, "no metrics"), (right, defined, no_skill)):
+        if not drawn:
+            axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="#888")
+            axes.set(xticks=[], yticks=[])
+    return png_bytes(figure)
 
 
+@matplotlib.rc_context(RC)
 def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> bytes:
     """Draw cached frames at the ball's position, coloured by distance to a goal: in the latent space or along `graph`, and in the maze."""
     chosen = np.random.default_rng(0).choice(len(store), min(MAPPED_FRAMES, len(store)), replace=False)
@@ -207,34 +206,35 @@ def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> by
     true = maze.geodesic(xy[goal], xy)
     constant = not (np.ptp(latent) and np.ptp(true))
     correlation = "none" if constant else f"{spearmanr(latent, true).statistic:.2f}"
-    with _figure(7.2, 3.2, columns=2) as (figure, panels):
-        for axes, values, name in zip(panels, (latent, true), (title, "true distance along the maze"), strict=True):
-            _draw_walls(axes, maze)
-            points = axes.scatter(xy[:, 0], xy[:, 1], c=values, s=3, cmap="viridis_r", linewidths=0)
-            axes.plot(*xy[goal], "*", color="#d1272b", markersize=12)
-            axes.set_title(name, fontsize=9)
-            figure.colorbar(points, ax=axes, shrink=0.8)
-        figure.suptitle(f"distance to the star; Spearman correlation {correlation}", fontsize=9)
-        return png_bytes(figure)
+    figure, panels = _figure(7.2, 3.2, columns=2)
+    for axes, values, name in zip(panels, (latent, true), (title, "true distance along the maze"), strict=True):
+        _draw_walls(axes, maze)
+        points = axes.scatter(xy[:, 0], xy[:, 1], c=values, s=3, cmap="viridis_r", linewidths=0)
+        axes.plot(*xy[goal], "*", color="#d1272b", markersize=12)
+        axes.set_title(name, fontsize=9)
+        figure.colorbar(points, ax=axes, shrink=0.8)
+    figure.suptitle(f"distance to the star; Spearman correlation {correlation}", fontsize=9)
+    return png_bytes(figure)
 
 
+@matplotlib.rc_context(RC)
 def draw_paths(episodes: Episodes, maze: Maze, threshold: float) -> bytes:
     """Draw the ball's paths in some episodes, from start to goal, with a circle of the threshold around the goal."""
-    with _figure(3.8, 3.9) as (figure, axes):
-        _draw_walls(axes, maze)
-        palette = plt.get_cmap("tab20")
-        for i in range(min(DRAWN_PATHS, len(episodes.start))):
-            path = np.concatenate([episodes.start[i : i + 1], episodes.states[i]])
-            axes.plot(path[:, 0], path[:, 1], color=palette(i), linewidth=0.9)
-            axes.plot(*path[0, :2], ".", color=palette(i))
-            x, y = episodes.goal[i, :2].tolist()
-            axes.plot(x, y, "*", color=palette(i), markersize=9)
-            axes.add_patch(Circle((x, y), threshold, fill=False, color=palette(i), linewidth=0.6))
-        handles = [Line2D([], [], color="#555", linewidth=0.9, label="path")]
-        for name, sign in {"start": ".", "goal": "*", f"within {threshold}": "$\\bigcirc$"}.items():
-            handles.append(Line2D([], [], color="#555", marker=sign, linestyle="", markersize=9, label=name))
-        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, handletextpad=0.3)
-        return png_bytes(figure)
+    figure, axes = _figure(3.8, 3.9)
+    _draw_walls(axes, maze)
+    palette = matplotlib.colormaps["tab20"]
+    for i in range(min(DRAWN_PATHS, len(episodes.start))):
+        path = np.concatenate([episodes.start[i : i + 1], episodes.states[i]])
+        axes.plot(path[:, 0], path[:, 1], color=palette(i), linewidth=0.9)
+        axes.plot(*path[0, :2], ".", color=palette(i))
+        x, y = episodes.goal[i, :2].tolist()
+        axes.plot(x, y, "*", color=palette(i), markersize=9)
+        axes.add_patch(Circle((x, y), threshold, fill=False, color=palette(i), linewidth=0.6))
+    handles = [Line2D([], [], color="#555", linewidth=0.9, label="path")]
+    for name, sign in {"start": ".", "goal": "*", f"within {threshold}": "$\\bigcirc$"}.items():
+        handles.append(Line2D([], [], color="#555", marker=sign, linestyle="", markersize=9, label=name))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, handletextpad=0.3)
+    return png_bytes(figure)
 
 
 def write_videos(folder: Path, episodes: Episodes, context: EvalContext) -> list[tuple[str, Path]]:
@@ -266,11 +266,6 @@ def _draw_walls(axes: Axes, maze: Maze) -> None:
     axes.spines[:].set_visible(False)
 
 
-@contextmanager
-def _figure(width: float, height: float, columns: int = 1) -> Iterator[tuple[Figure, Any]]:
-    with plt.rc_context(RC):
-        figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
-        try:
-            yield figure, axes
-        finally:
-            plt.close(figure)
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns)

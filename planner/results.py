@@ -27,6 +27,11 @@ def recorded(options: PlanOptions) -> dict[str, Any]:
     return known
 
 
+def absolute_file(name: str) -> str:
+    """Return a file's absolute path; a name that is not a file's stays as it is."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
+
+
 def default_out(run: Path, protocol: str | None, options: PlanOptions) -> Path:
     """Return the folder of an evaluation in its run: named by protocol, sizes and every option that differs from the protocol's."""
     usual = {**asdict(PlanOptions()), **(PROTOCOLS.get(protocol) if protocol else {})}

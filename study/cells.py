@@ -24,7 +24,7 @@ from wmcache.pipeline.encoders.weights import require_weights, weights_file
 from wmcache.pipeline.options import EncoderOptions
 from wmcache.planner.goals import SOURCES
 from wmcache.planner.options import PlanOptions
-from wmcache.planner.results import recorded
+from wmcache.planner.results import absolute_file, recorded
 from wmcache.study.options import EncoderChoice, StudyOptions
 
 FORMAT = 1
@@ -125,11 +125,7 @@ class Branch:
 
 
 def make_branches(options: StudyOptions, fingerprint: str) -> list[Branch]:
-    """Make the cells of a study of the dataset with that fingerprint.
-
-    Raises:
-        UserError: weights, goals or a maze do not exist.
-    """
+    """Make the cells of a study of that dataset; raise UserError where weights, goals or a maze do not exist."""
     return [_branch(choice, seed, options, fingerprint) for choice in options.encoders for seed in options.seeds]
 
 
@@ -168,7 +164,7 @@ def _extract_cell(choice: EncoderChoice, seed: int, options: StudyOptions, finge
         "store_dtype": choice.store_dtype,
         "dataset": fingerprint,
     }
-    known = {name: _absolute(path) for name, path in files.items() if path}
+    known = {name: absolute_file(path) for name, path in files.items() if path}
     return Cell("extract", choice.name, f"extract {choice.label}", settings, inputs, known)
 
 
@@ -176,19 +172,14 @@ def _plan_settings(options: PlanOptions) -> tuple[dict[str, Any], dict[str, str]
     """Settings and files of an evaluation."""
     settings, files = recorded(options), {}
     if options.env:
-        files["env"] = _absolute(options.env)
+        files["env"] = absolute_file(options.env)
         settings["env"] = list(find_maze(options.env).rows)
     if options.goals not in SOURCES:
-        files["goals"] = _absolute(options.goals)
+        files["goals"] = absolute_file(options.goals)
         if not Path(options.goals).is_file():
             raise UserError(f"goals {options.goals} are neither {', '.join(SOURCES)} nor a file; fix the study's file")
         settings["goals"] = sha256_of(Path(options.goals))
     return settings, files
-
-
-def _absolute(file: str) -> str:
-    """A file's absolute path; a name that is not a file stays as it is."""
-    return str(Path(file).absolute()) if Path(file).exists() else file
 
 
 def _base_of(choice: EncoderChoice, default: str, options: StudyOptions) -> EncoderChoice:

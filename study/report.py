@@ -38,7 +38,6 @@ def write_report(
     """Write study.parquet and study.html.
 
     Args:
-        out: the study's folder.
         rows: of `tabulate`.
         work, branches: of `run_study`.
         command: the command line, for the page.
@@ -123,9 +122,7 @@ def _matrix(pairs: list[Row]) -> dict[tuple[str, str], Row]:
 def summarise(options: StudyOptions, rows: Sequence[Row]) -> list[Row]:
     """Make a line for each encoder at the largest fraction, sorted by success in the first evaluation; seeds are summed.
 
-    Returns:
-        `encoder`, `failed`, `success` and `held` (evaluation -> successes, episodes and interval, or None), and the means over the seeds
-        of all other figures.
+    `success` and `held` are evaluation -> result of `pooled`; other figures are means over the seeds.
     """
     table = []
     for choice in options.encoders:
@@ -153,11 +150,9 @@ def summarise(options: StudyOptions, rows: Sequence[Row]) -> list[Row]:
 
 
 def with_baselines(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> list[Row]:
-    """Add the baselines, which are the same for all encoders, to the lines of `summarise`.
+    """Add the baselines, which are the same for all encoders, to the lines of `summarise`; sorted by success.
 
-    Returns:
-        For a baseline `encoder`, `actions` (in BASELINES; None for an encoder), `success` and `held`; for an encoder its line, and
-        `below_random`: the evaluations in which it reached no more than random actions. Sorted by success.
+    `actions` is in BASELINES, or None for an encoder. `below_random`: the evaluations in which it reached no more than random actions.
     """
     lines: list[Row] = []
     for actions in BASELINES:

@@ -42,11 +42,7 @@ Outcome = tuple[Task, dict[str, str]]
 
 
 def open_frames(options: StudyOptions) -> FrameDataset:
-    """Open the study's frames, collected first if they are missing.
-
-    Raises:
-        UserError: they are missing and cannot be collected, or have other settings than the study's.
-    """
+    """Open the study's frames, collected first if they are missing; raise UserError where their settings are not the study's."""
     wanted = options.collect
     name = "umaze" if wanted is None else find_maze(wanted.env).name.lower()
     path = Path(options.dataset) if options.dataset else home() / f"pointmaze-{name}"

@@ -96,11 +96,8 @@ def pooled(
 ) -> tuple[int, int, list[float]] | None:
     """Successes and trials over the rows of an encoder's seeds, and the 95 % interval of the rate.
 
-    All seeds are tried on the same episodes, so the interval is that of this number of episodes, not of trials.
-
-    Args:
-        at: a threshold; None for the evaluation's own.
-        what: `successes`, or another count of episodes, such as `held`.
+    All seeds are tried on the same episodes, so the interval is that of this number of episodes, not of trials. `at` is a threshold, None
+    for the evaluation's own; `what` is `successes` or another count of episodes, such as `held`.
     """
     name = what if at is None else f"{what}_{at}"
     known = [row for row in rows if row[name] is not None]

@@ -39,15 +39,7 @@ VARIANCE_FRAMES = 512
 
 
 def do_cell(work: Workspace, cell: Cell, *, resumed: bool, shared: Mapping[str, Any]) -> None:
-    """Do a cell and write its result.
-
-    Args:
-        resumed: whether an earlier run had started it.
-        shared: figures of the result that were measured before.
-
-    Raises:
-        UserError: it cannot be done.
-    """
+    """Do a cell, which an earlier run may have started, and write its result, with figures that were measured before."""
     start = time.perf_counter()
     result = {**STAGES[cell.stage](work, cell), **shared}
     seconds = time.perf_counter() - start

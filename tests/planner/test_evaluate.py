@@ -25,7 +25,7 @@ from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import SOLVERS
 
 QUICK: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("cem", "icem", "mppi"), {"samples": 8, "elites": 3, "iterations": 2}),
+    **{name: {"samples": 8, "elites": 3, "iterations": 2} for name in ("cem", "icem", "mppi")},
     "gd": {"steps": 2, "optimiser": "adam"},
 }
 

@@ -111,7 +111,7 @@ def test_a_shifted_plan_ends_with_zeros(executed: int, expected: list[int]) -> N
 
 
 QUICK: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("cem", "mppi"), {"samples": 16, "elites": 4, "iterations": 3}),
+    **{name: {"samples": 16, "elites": 4, "iterations": 3} for name in ("cem", "mppi")},
     "icem": {"samples": 16, "elites": 4, "iterations": 3, "frameskip": 5},
     "gd": {"steps": 4, "restarts": 5, "optimiser": "adam"},
 }

@@ -20,7 +20,7 @@ THOROUGH: dict[str, dict[str, Any]] = {
     "gd": {"optimiser": "adam", "steps": 60, "restarts": 16, "sigma": 1.0},
 }
 QUICK: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("cem", "icem", "mppi"), {"samples": 16, "elites": 4, "iterations": 3}),
+    **{name: {"samples": 16, "elites": 4, "iterations": 3} for name in ("cem", "icem", "mppi")},
     "gd": {"steps": 3, "restarts": 4, "lr": 0.1},
 }
 each_solver = pytest.mark.parametrize("name", [*SOLVERS])

@@ -250,7 +250,7 @@ def test_a_folder_that_moves_goes_on_with_what_is_done_and_what_is_not(
     file = write_study(tmp_path, more=ADAPTER)
     flags = ["--encoder", "pca", "--seeds", "0", "--fractions", "1"]
     before = cell_files(copy)
-    result = run_command(file, copy, *flags)
+    run_command(file, copy, *flags)
     new = sorted(name.split("-")[0] for name in cell_files(copy).keys() - before.keys())
     # Its base is fitted as the file's tcn is, which has been done, though tcn is not studied here.
     assert new == ["extract", "extract", "fit", "plan", "probe", "train"]
@@ -260,7 +260,7 @@ def test_a_folder_that_moves_goes_on_with_what_is_done_and_what_is_not(
     lost = [name for name in done.keys() - before.keys() if name.startswith(("fit", "plan"))]
     for name in lost:
         (moved / "cells" / name).unlink()
-    result = run_command(file, moved, *flags)
+    run_command(file, moved, *flags)
     after = cell_files(moved)
     assert {name for name in after if after[name] != done.get(name)} == set(lost)
     for name in lost:
