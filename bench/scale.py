@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,41 +35,20 @@ COMMITTED = 100
 IDENTITY = Identity("none", "none", "", "", "", 1, "", ((), ()), "float32", "float16", "none")
 
 
-@dataclass(frozen=True)
-class Scale:
-    """The cost of a store beside its data, in the order of measuring; seconds, unless the name differs.
-
-    Attributes:
-        create: the store without tokens, its step table included.
-        plan, plan_again: list the pending shards, before and after all are written.
-        claim_us: lock a shard. commit_us: write its record, and its share of the block.
-        finish: statistics and checksums of all shards into the attributes.
-        open: for training.
-        metadata: bytes beside the shards.
-        peak_memory: bytes of the process that did all of it, libraries included.
-    """
-
-    shards: int
-    frames: int
-    create: float
-    plan: float
-    claim_us: float
-    commit_us: float
-    plan_again: float
-    finish: float
-    open: float
-    metadata: int
-    peak_memory: int
-
-
 def measure_scale(
     shards: int, *, frames_per_shard: int = 512, tokens: int = 196, token_dim: int = 384, keep: Path | None = None
-) -> Scale:
+) -> dict[str, float]:
     """Create a store of so many shards, at least one, in a temporary folder and a process of its own, then delete it.
 
     Args:
         tokens, token_dim: DINOv2 ViT-S/14 at 196 px has 196 of 384.
         keep: folder to create it in and to leave it in.
+
+    Returns:
+        The cost beside the data, in seconds unless the name differs. `create`: the store without tokens, its step table included. `plan`,
+        `plan_again`: list the pending shards, before and after all are written. `claim_us`: lock a shard. `commit_us`: write its record,
+        and its share of the block. `finish`: statistics and checksums of all shards into the attributes. `open`: for training. `metadata`:
+        bytes beside the shards. `peak_memory`: bytes of the process that did all of it, libraries included.
 
     Raises:
         UserError: too little space, or `keep` has such a store already.
@@ -87,7 +66,7 @@ def measure_scale(
         return process.submit(_measure, parent / f"{shards}.zarr", card).result()
 
 
-def _measure(path: Path, card: StoreCard) -> Scale:
+def _measure(path: Path, card: StoreCard) -> dict[str, float]:
     action = np.broadcast_to(np.float32(0), (card.frames, 2))
     state = np.broadcast_to(np.float64(0), (card.frames, 4))
     number = np.broadcast_to(np.int32(0), card.frames)
@@ -104,9 +83,19 @@ def _measure(path: Path, card: StoreCard) -> Scale:
     _, finish = _timed(writer.finish)
     _, opening = _timed(lambda: TokenStore.open(path))
     beside = (found for found in path.rglob("*") if not found.name.startswith("c.") and found.is_file())
-    metadata = sum(found.stat().st_size for found in beside)
-    times = (create, plan, claim_us, commit_us, plan_again, finish, opening)
-    return Scale(card.num_shards, card.frames, *times, metadata, _peak_memory())
+    return {
+        "shards": card.num_shards,
+        "frames": card.frames,
+        "create": create,
+        "plan": plan,
+        "claim_us": claim_us,
+        "commit_us": commit_us,
+        "plan_again": plan_again,
+        "finish": finish,
+        "open": opening,
+        "metadata": sum(found.stat().st_size for found in beside),
+        "peak_memory": _peak_memory(),
+    }
 
 
 def _commit(path: Path, card: StoreCard, writer: StoreWriter) -> tuple[float, float]:
