@@ -64,17 +64,6 @@ def bench_train(
     optimiser = make_optimiser(model, options)
     chosen, why = choose_residence(store, where, residence)
     tqdm.write(why, file=sys.stderr)
-    chosen, why = choose_residence(store, where, residence)
-    tqdm.write(why, file=sys.stderr)
-
-    def train(batches: Iterator[Batch], network: DinoWm, precision: torch.dtype, count: int) -> None:
-        for data in itertools.islice(batches, count):
-            with autocast(where, precision):
-                loss = network.loss(data)["loss"]
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-
     with Feed(store, windows, batch, 0, where, residence=chosen) as feed:
         held, few = {name: value.clone() for name, value in feed.next().items()}, max(1, steps // 10)
         variants = {
