@@ -9,7 +9,7 @@ from pathlib import Path
 from wmcache.cluster.profiles import Profile
 from wmcache.cluster.slurm import log_pattern, prologue
 from wmcache.common.errors import UserError
-from wmcache.common.files import atomic_write
+from wmcache.common.files import write_whole
 from wmcache.common.folders import home
 
 SECONDS_OF_WARNING = 180
@@ -55,30 +55,22 @@ def write_script(profile: Profile, program: list[str], *, name: str, jobs: int |
     """Write the batch script of a program, and make the folder of its logs.
 
     Args:
-        program: words of the command.
-        name: of the program, for the job and the file.
+        name: of the job and the file.
         jobs: size of an array whose jobs each do one slice of the shards; None for one job.
         out: the script; None for the first of `$WMCACHE_HOME/jobs/<name>.sh`, `<name>-2.sh`, ... that is free or is this script.
 
-    Raises:
-        UserError: `out` is another script, or SLURM cannot write its logs to that folder.
+    Raises UserError if `out` is another script.
     """
     logs = home().absolute() / "logs"
     text = _script(profile, program, name, jobs, logs).encode()
-    if out is None:
-        numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-        files = (home() / "jobs" / f"{name}{number}.sh" for number in numbers)
-        out = next(file for file in files if not _is_other(file, text))
-    elif _is_other(out, text):
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    files = [out] if out else (home() / "jobs" / f"{name}{number}.sh" for number in numbers)
+    chosen = next((file for file in files if not file.exists() or file.read_bytes() == text), None)
+    if chosen is None:
         raise UserError(f"{out} exists and is another script; choose another --out")
     logs.mkdir(parents=True, exist_ok=True)
-    with atomic_write(out) as file:
-        file.write(text)
-    return out
-
-
-def _is_other(file: Path, text: bytes) -> bool:
-    return file.exists() and file.read_bytes() != text
+    write_whole(chosen, text)
+    return chosen
 
 
 def _script(profile: Profile, program: list[str], name: str, jobs: int | None, logs: Path) -> str:

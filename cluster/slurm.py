@@ -42,12 +42,11 @@ def submit_workers(
         slurm = import_slurm()
     except ImportError:
         raise UserError(
-            f"--cluster {where.text}: dask-jobqueue is not installed; install it with: pip install 'wmcache[cluster]'"
+            f"--cluster {where.text}: dask-jobqueue is not installed; pip install 'wmcache[cluster]'"
         ) from None
     if shutil.which("sbatch") is None:
         raise UserError(
-            f"--cluster {where.text}: sbatch is not installed on this machine; run on a machine that submits to SLURM, "
-            "or choose --cluster local"
+            f"--cluster {where.text}: sbatch is not installed; run on a machine that submits to SLURM, or choose local"
         )
     (home() / "logs").mkdir(parents=True, exist_ok=True)  # SLURM does not make it
     with ExitStack() as stack:
@@ -56,37 +55,31 @@ def submit_workers(
             cluster = stack.enter_context(slurm.SLURMCluster(**slurm_options(profile, threads)))
             client = stack.enter_context(Client(cluster, set_as_default=False))
         _try_submission(cluster.job_script(), where)
-        yield client, _KeepJobs(client, cluster, where, jobs)
+        submissions = _submissions(client, cluster, where, jobs)
+        next(submissions)
+        yield client, lambda: next(submissions)
 
 
-class _KeepJobs:
-    """Submits jobs, and when it is called those again that have ended, such as at their walltime."""
-
-    def __init__(self, client: Any, cluster: Any, where: Cluster, jobs: int) -> None:
-        self._client, self._cluster, self._where, self._jobs = client, cluster, where, jobs
-        self._checks_without_jobs = 0
-        self._submit()
-
-    def _submit(self) -> None:
-        self._cluster.scale(jobs=self._jobs)
-        self._submitted = time.monotonic()
-
-    def __call__(self) -> None:
-        if time.monotonic() <= self._submitted + SECONDS_BETWEEN_SUBMISSIONS:
-            return
-        known = [str(job.job_id) for job in list(self._cluster.workers.values()) if getattr(job, "job_id", None)]
-        found = self._client.nthreads() or _are_queued(known)
-        self._checks_without_jobs = 0 if found else self._checks_without_jobs + 1
-        if self._checks_without_jobs == MOST_CHECKS_WITHOUT_JOBS:
+def _submissions(client: Any, cluster: Any, where: Cluster, jobs: int) -> Iterator[None]:
+    """Submit jobs, and later at each step those again that have ended, such as at their walltime."""
+    checks_without_jobs = 0
+    while True:
+        cluster.scale(jobs=jobs)
+        submitted = time.monotonic()
+        while time.monotonic() <= submitted + SECONDS_BETWEEN_SUBMISSIONS:
+            yield
+        known = [str(job.job_id) for job in list(cluster.workers.values()) if getattr(job, "job_id", None)]
+        found = client.nthreads() or _are_queued(known)
+        checks_without_jobs = 0 if found else checks_without_jobs + 1
+        if checks_without_jobs == MOST_CHECKS_WITHOUT_JOBS:
             raise UserError(
-                f"the jobs of {self._where.text} end before their workers connect; see their logs in {home().absolute() / 'logs'}, "
+                f"the jobs of {where.text} end before their workers connect; see their logs in {home().absolute() / 'logs'}, "
                 "correct the profile, and run the same command again"
             )
-        self._submit()
 
 
 def import_slurm() -> Any:
-    """Import `dask_jobqueue.slurm`, and restore the handler of Ctrl-C, which it replaces by one that ends with status 0."""
+    """Import `dask_jobqueue.slurm`, and restore the handler of Ctrl-C, which it replaces."""
     before = signal.getsignal(signal.SIGINT)
     try:
         return importlib.import_module("dask_jobqueue.slurm")

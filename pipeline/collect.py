@@ -34,14 +34,8 @@ def collect(
     """Collect a dataset; run again, it draws only missing shards.
 
     Args:
-        env: environment id, layout name or path to a text grid.
-        out: folder of the dataset.
-        episodes: DINO-WM's PointMaze dataset has 2 000.
-        length: frames per episode.
-        policy: a name in `envs.POLICIES`.
+        env, episodes, length, policy, image_size, frames_per_shard: see `CollectOptions`.
         seed: of the dataset; episode e depends on (seed, e) only.
-        image_size: side of the frames in pixels.
-        frames_per_shard: frames in each tar, and in each Zarr shard of the stores made from it.
         cluster: see `parse_cluster`.
 
     Raises:
@@ -52,9 +46,7 @@ def collect(
     behaviour, maze = POLICIES.get(policy), find_maze(env)
     # A frame of a maze is about 2 kB at 112 px as PNG; twice the pixels, twice the edges.
     require_space(out, 30 * image_size * episodes * length, f"a dataset of {episodes * length} frames")
-    PointMazeSimulator(maze, image_size).render(
-        np.zeros(4)
-    )  # fails here, before anything is written, where there is no OpenGL
+    PointMazeSimulator(maze, image_size).render(np.zeros(4))  # fails before anything is written, without OpenGL
     steps = simulate(maze, behaviour, episodes, length, seed)
     card = DatasetCard(
         name=out.name,
@@ -70,8 +62,8 @@ def collect(
     )
     writer = FrameDatasetWriter(out, card, steps)
     pending = writer.pending()
-    task = DrawShard(absolute(out), steps.sha256(), maze, card)
     total = sum(len(card.shard_frames(shard)) for shard in pending)
+    task = DrawShard(absolute(out), steps.sha256(), maze, card)
     run_tasks(task, pending, cluster=cluster, total=total, label="collect")
     return writer.finish()
 

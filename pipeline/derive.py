@@ -1,7 +1,7 @@
-"""Token store -> token store, without images: run another head on cached features.
+"""Token store -> another store: run another head on its features, or compare its frames for change maps.
 
-A store of a backbone's layers gives its patch tokens, its class token, their mean, and adapters fitted on them. The new store has the
-tokens and the identity of an extraction from the frames.
+A store of a backbone's layers gives its patch tokens, its class token, their mean, and adapters fitted on them, without images. The new
+store has the tokens and the identity of an extraction from the frames.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from wmcache.cache.change_maps import change_maps_path
 from wmcache.cache.identity import Identity
-from wmcache.cache.layout import read_attributes
 from wmcache.cache.store import TokenStore
 from wmcache.cache.writer import StoreWriter
 from wmcache.cluster.tasks import WorkerTask, report, run_tasks
@@ -25,8 +25,9 @@ from wmcache.common.space import require_space
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Select
-from wmcache.pipeline.fit import default_weights
-from wmcache.pipeline.stores import StoreRecipe
+from wmcache.pipeline.encoders.changes import changes_for
+from wmcache.pipeline.extract import extract
+from wmcache.pipeline.stores import StoreRecipe, default_weights, frames_of, has_work
 
 
 def create_for(
@@ -34,9 +35,7 @@ def create_for(
 ) -> Encoder:
     """Create an encoder on the backbone of a store, with that store's preprocessing.
 
-    Args:
-        weights: None for the store's, or for an adapter for those fitted on the store's dataset.
-        base_weights, device: see `encoders.create`.
+    Without weights, it has the store's; an adapter those fitted on the store's dataset.
 
     Raises:
         UserError: the encoder has another backbone; or as `encoders.create`.
@@ -71,10 +70,8 @@ def derive(
 
     Args:
         source: the layers or the patch tokens of the encoder's own backbone.
-        encoder: its head is run.
-        dtype: of the stored tokens, `float16` or `int8`.
+        dtype, cluster, device: see `extract_together`.
         batch: frames per call of the head.
-        cluster, device: see `extract_together`.
 
     Returns:
         Whether there was anything to do.
@@ -83,21 +80,16 @@ def derive(
         UserError: the source does not have these features, or as `extract_together`.
     """
     require_features(source, encoder)
-    card = replace(
-        source.card,
-        encoder=encoder.recipe(),
-        token_grid=encoder.token_grid,
-        token_dim=encoder.token_dim,
-        dtype=dtype,
-    )
+    grid, dim = encoder.token_grid, encoder.token_dim
+    card = replace(source.card, encoder=encoder.recipe(), token_grid=grid, token_dim=dim, dtype=dtype)
     if not exists(out):
         require_space(out, card.token_bytes, f"the store of {card.frames} frames")
     steps = {name: getattr(source, name) for name in ("action", "state", "episode", "step")}
     identity = encoder.identity(source.identity.dataset_fingerprint, dtype)
     writer = StoreWriter.create(out, card, identity, steps)
-    pending = writer.pending()
-    if not pending and read_attributes(out)["complete"]:
+    if not has_work(writer):
         return False
+    pending = writer.pending()
     writer.reopen([])
     recipe, device = StoreRecipe.of(encoder, writer), device or str(encoder.device)
     task = DeriveShard(absolute(source.path), source.identity, recipe, device, batch, uuid.uuid4().hex)
@@ -156,11 +148,7 @@ class DeriveShard(WorkerTask[int, Derivation]):
 
 
 def require_features(source: TokenStore, encoder: Encoder) -> Select:
-    """Check that a store has the features that the encoder's head reads; returns how its tokens were selected.
-
-    Raises:
-        UserError: another backbone or preprocessing, or missing features.
-    """
+    """Check that a store has the features that the encoder's head reads; returns how its tokens were selected."""
     name = str(source.card.encoder.get("name"))
     wanted, found = encoder.identity(source.identity.dataset_fingerprint), source.identity
     differing = [
@@ -186,3 +174,20 @@ def require_features(source: TokenStore, encoder: Encoder) -> Select:
             f"extract the backbone's layers first, or {encoder.spec.name} from the frames"
         )
     return select
+
+
+def derive_change_maps(
+    store: TokenStore, frameskip: int = 5, *, dataset: AnyPath | None = None, cluster: str = "local:1"
+) -> AnyPath:
+    """Make the change maps of a store of patch tokens, or the missing ones: what has changed since `frameskip` env steps before.
+
+    Returns:
+        Their path, see `open_change_maps`.
+
+    Raises:
+        UserError: the frames are missing or are others, or the tokens are not a square of patches; see also `extract`.
+    """
+    frames, out = frames_of(store, dataset), change_maps_path(store.path, frameskip)
+    maps = changes_for(store.card.token_grid, frameskip, device="cpu")
+    extract(frames, maps, out, dtype=store.card.dtype, cluster=cluster)
+    return out

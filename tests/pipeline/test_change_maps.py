@@ -15,8 +15,8 @@ from wmcache.cache.change_maps import change_maps_path, open_change_maps
 from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
-from wmcache.pipeline.change_maps import derive_change_maps
 from wmcache.pipeline.collect import collect
+from wmcache.pipeline.derive import derive_change_maps
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.changes import changes_for
 from wmcache.pipeline.extract import extract, extract_together

@@ -20,9 +20,10 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Preprocess
 from wmcache.pipeline.encoders.fitting import FitData
 from wmcache.pipeline.encoders.tcn import TcnOptions
-from wmcache.pipeline.fit import FitTask, Fitted, default_weights, fit, load_images, read_fit
+from wmcache.pipeline.fit import FitTask, Fitted, fit, load_images, read_fit
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.landscape import neighbours
+from wmcache.pipeline.probe import neighbours
+from wmcache.pipeline.stores import default_weights
 
 
 def fit_on_cpu(

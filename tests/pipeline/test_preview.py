@@ -17,7 +17,7 @@ from wmcache.cache.layout import read_attributes, shard_file, write_attributes
 from wmcache.common.errors import UserError
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.preview import preview, principal_colours
+from wmcache.pipeline.pictures import preview, principal_colours
 
 Tokens = NDArray[np.float16]
 Make = Callable[..., Path]

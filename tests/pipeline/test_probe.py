@@ -24,9 +24,18 @@ from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.landscape import PROBED_FRAMES, find_maze, measure_landscape, probe_landscape, squared_distances
-from wmcache.pipeline.probe import choose_frames, effective_rank, principal_coordinates, probe
-from wmcache.pipeline.probe_picture import draw_probe, picture_paths, spread
+from wmcache.pipeline.pictures import draw_probe, picture_paths, spread
+from wmcache.pipeline.probe import (
+    PROBED_FRAMES,
+    choose_frames,
+    effective_rank,
+    find_maze,
+    measure_landscape,
+    principal_coordinates,
+    probe,
+    probe_landscape,
+    squared_distances,
+)
 
 EPISODES, LENGTH = 150, 8
 FRAMES = EPISODES * LENGTH
