@@ -45,12 +45,6 @@ WORKER_VARIABLES = " ".join([MALLOC, *(f"{name}={value}" for name, value in SPIN
 """Environment variables of workers that this process does not start itself."""
 SECONDS_TO_CONNECT = 10
 SECONDS_BETWEEN_COUNTS = 5.0
-LOCAL_SETTINGS = {
-    "distributed.comm.require-encryption": False,
-    "distributed.scheduler.idle-timeout": None,
-    "distributed.worker.lifetime.duration": None,
-}
-"""Override the user's settings for other clusters: with some of them, workers of this machine would not start, or would stop."""
 QUEUE_AT_SCHEDULER = {"distributed.scheduler.worker-saturation": 1.0}
 """Assign a task only to a free thread: Dask counts the death of a worker against all tasks assigned to it."""
 MUST_MATCH = ("python", "dask", "distributed", "wmcache")
@@ -145,8 +139,7 @@ class _DaskPool:
             if self._where.elsewhere:
                 more = "raise memory in the profile" if self._where.profile else "give workers more memory"
             return UserError(
-                "every worker process that tried it was killed, most likely because memory ran out; "
-                f"lower --batch-size, or {more}"
+                f"all workers that tried it were killed, probably out of memory; lower --batch-size, or {more}"
             )
         except CancelledError:
             raise _lost_scheduler(self._where) from None
@@ -184,7 +177,10 @@ def _start_workers(workers: int, threads: int) -> Iterator[Any]:
         "distributed.nanny.pre-spawn-environ": {},  # without Dask's MALLOC_TRIM_THRESHOLD_, see MALLOC
         "distributed.worker.multiprocessing-method": "spawn",
         "distributed.worker.preload": [LOCAL_WORKER, *_own_gpus()],
-        **LOCAL_SETTINGS,
+        # With a user's settings for other clusters, workers of this machine would not start, or would stop.
+        "distributed.comm.require-encryption": False,
+        "distributed.scheduler.idle-timeout": None,
+        "distributed.worker.lifetime.duration": None,
         **QUEUE_AT_SCHEDULER,
     }
     with ExitStack() as stack:
@@ -225,10 +221,7 @@ def _connect(address: str) -> Iterator[Any]:
                 warnings.simplefilter("ignore", VersionMismatchWarning)  # `_require_same_versions` compares them
                 client = Client(address, timeout=SECONDS_TO_CONNECT, set_as_default=False)
         except (OSError, ValueError, ImportError) as error:
-            raise UserError(
-                f"no scheduler answers at {address} ({reason(error)}); start one with: dask scheduler, "
-                "and pass its address to --cluster"
-            ) from error
+            raise UserError(f"no scheduler at {address} ({reason(error)}); start one with: dask scheduler") from error
         with client:
             yield client
 
@@ -239,10 +232,8 @@ def dask_errors(text: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, ImportError) as error:
-        raise UserError(
-            f"--cluster {text}: Dask cannot start ({reason(error)}); check your settings of Dask: "
-            "the folder $DASK_CONFIG, else ~/.config/dask, and DASK_* variables"
-        ) from error
+        hint = "check your settings of Dask: $DASK_CONFIG, else ~/.config/dask, and DASK_* variables"
+        raise UserError(f"--cluster {text}: Dask cannot start ({reason(error)}); {hint}") from error
 
 
 def _wait_for_workers(client: Any, where: Cluster, keep_workers: Callable[[], None]) -> None:
@@ -267,10 +258,8 @@ def require_same_versions(versions: dict[str, Any], where: Cluster) -> None:
         wanted = _version(versions["client"], name)
         for process, found in others.items():
             if (version := _version(found, name)) != wanted:
-                raise UserError(
-                    f"{where.text}: {name} is {wanted} here and {version} at {process}; "
-                    "install the same version on both, and restart that process"
-                )
+                versions_here = f"{name} is {wanted} here and {version} at {process}"
+                raise UserError(f"{where.text}: {versions_here}; install the same version, and restart that process")
 
 
 def _version(found: Any, name: str) -> str:
@@ -311,10 +300,8 @@ def _is_shown(record: logging.LogRecord) -> bool:
     """Replace the message about a killed worker by one about memory."""
     message = record.getMessage()
     if message.startswith("Restarting worker"):
-        log(
-            "a worker process was killed and is started again, most likely because memory ran out "
-            f"({available_ram() / 1e9:.1f} GB are available); if it happens often, lower the N of --cluster local:N"
-        )
+        memory = f"{available_ram() / 1e9:.1f} GB of memory are available"
+        log(f"a killed worker process is started again ({memory}); if often, lower the N of --cluster local:N")
         return False
     hidden = ("still alive after", "marked as failed because")
     return record.name != "distributed.client" and not any(words in message for words in hidden)

@@ -177,7 +177,7 @@ def run_tasks(
             log(f"{label}: {len(items)} {what} for {workers} workers; {more}")
         updates = seconds_between_updates()
         bar = stack.enter_context(tqdm(total=total, desc=label, unit=f" {unit}", mininterval=updates, leave=leave))
-        stack.enter_context(_reports_to(bar))
+        stack.callback(_report_to, _report_to(bar))
         for outcome in _outcomes(partial(_run_reporting, task), items, pool):
             done += 1
             if isinstance(outcome, UserError):
@@ -213,14 +213,11 @@ def _run_reporting(task: Callable[[Item], int], item: Item) -> tuple[int, int]:
     return task(item), _reported.units
 
 
-@contextmanager
-def _reports_to(bar: Any) -> Iterator[None]:
+def _report_to(bar: Any) -> Any:
+    """Set the progress bar of `report`; returns the one before."""
     global _bar
     before, _bar = _bar, bar
-    try:
-        yield
-    finally:
-        _bar = before
+    return before
 
 
 def _outcomes(task: Callable[[Item], T], items: Iterable[Item], pool: Pool) -> Iterator[T | UserError]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,9 +43,7 @@ def create_for(
     if base.load is None:
         raise UserError(f"{source.path} has tokens of the adapter {base.spec.name}; derive from a store of its base")
     if entry.load not in (None, base.load):
-        raise UserError(
-            f"{name} is not on the backbone of {source.path}, which is {base.spec.name}; extract it from the frames"
-        )
+        raise UserError(f"{name} is not on {base.spec.name}, the backbone of {source.path}; extract it from the frames")
     if entry.load is None:
         fitted = default_weights(str(source.card.dataset["name"]), name)
         return encoders.create(
@@ -94,7 +91,7 @@ def derive(
     recipe, device = StoreRecipe.of(encoder, writer), device or str(encoder.device)
     task = DeriveShard(absolute(source.path), source.identity, recipe, device, batch, uuid.uuid4().hex)
     run_tasks(
-        task.with_state(Derivation(source, encoder, writer)),
+        task.with_state((source, encoder, writer)),
         pending,
         cluster=cluster,
         total=sum(len(card.shard_frames(shard)) for shard in pending),
@@ -104,16 +101,8 @@ def derive(
     return True
 
 
-class Derivation(NamedTuple):
-    """The state of `DeriveShard`."""
-
-    source: TokenStore
-    encoder: Encoder
-    writer: StoreWriter
-
-
 @dataclass(frozen=True)
-class DeriveShard(WorkerTask[int, Derivation]):
+class DeriveShard(WorkerTask[int, tuple[TokenStore, Encoder, StoreWriter]]):
     """Make the tokens of a shard from the source's; attributes as of `ExtractShard`."""
 
     source: str
@@ -123,14 +112,14 @@ class DeriveShard(WorkerTask[int, Derivation]):
     batch: int
     key: str
 
-    def setup(self) -> Derivation:
+    def setup(self) -> tuple[TokenStore, Encoder, StoreWriter]:
         """Open both stores, and load the encoder."""
         source = TokenStore.open(as_path(self.source))
         if source.identity != self.source_identity:
             raise UserError(f"{self.source} was replaced while it was being read; run the command again")
-        return Derivation(source, *self.store.open(self.device))
+        return source, *self.store.open(self.device)
 
-    def run(self, state: Derivation, item: int) -> int:
+    def run(self, state: tuple[TokenStore, Encoder, StoreWriter], item: int) -> int:
         """Make a shard, unless it is done; returns its frames."""
         source, encoder, writer = state
         frames = writer.card.shard_frames(item)
@@ -160,19 +149,17 @@ def require_features(source: TokenStore, encoder: Encoder) -> Select:
         differing.insert(0, f"{name} from {found.weights_source} is not its backbone")
     if source.card.encoder.get("lag", 0) != encoder.lag:
         differing.append(f"lag {source.card.encoder.get('lag', 0)} != {encoder.lag}")
+    mine, hint = encoder.spec.name, "extract it from the frames"
     if differing:
-        raise UserError(
-            f"{encoder.spec.name} cannot be derived from {source.path} ({'; '.join(differing)}); extract it from the frames"
-        )
+        raise UserError(f"{mine} cannot be derived from {source.path} ({'; '.join(differing)}); {hint}")
     select = Select(encoder.backbone, encoders.get_spec(name).token_selection)
     missing = [encoder.backbone.described[layer] for layer in encoder.head.layers if layer not in select.layers]
     if encoder.head.prefix and not select.prefix:
         missing.append("the class token")
     if missing or select.selection not in ("patch", "layers"):
-        raise UserError(
-            f"{source.path} has only {select.selection} tokens, but {encoder.spec.name} is made of {', '.join(missing) or 'patches'}; "
-            f"extract the backbone's layers first, or {encoder.spec.name} from the frames"
-        )
+        needed = ", ".join(missing) or "patches"
+        hint = f"extract the backbone's layers first, or {hint}"
+        raise UserError(f"{source.path} has only {select.selection} tokens, {mine} is made of {needed}; {hint}")
     return select
 
 

@@ -142,10 +142,8 @@ def _open_base(store: TokenStore, name: str, weights: Path | None, device: str) 
     """Load the encoder of a store, and its head; raises UserError for other weights, or tokens of an adapter."""
     base = encoders.create_again(store.card.encoder, weights=weights, device=device)
     identity = base.identity(store.identity.dataset_fingerprint, store.identity.store_dtype)
-    if different := store.identity.differences(identity):
-        raise UserError(
-            f"{base.weights or base.source} are not the weights that {store.path} was extracted with ({'; '.join(different)})"
-        )
+    if different := "; ".join(store.identity.differences(identity)):
+        raise UserError(f"{base.weights or base.source} are not the weights of {store.path} ({different})")
     if not isinstance(base.head, Select):
         raise UserError(f"{store.path} contains tokens of an adapter; fit {name} on a store of its base")
     return base, base.head
@@ -158,9 +156,8 @@ def _training_frames(
     check_options(options)
     chosen = split_frames(episode, "train")[:max_frames]
     if len(chosen) < 2 * options.batch:
-        raise UserError(
-            f"{where} has {len(chosen)} train frames, a batch of {options.batch} needs twice as many; collect more, or lower --batch-size"
-        )
+        hint = f"a batch of {options.batch} needs twice as many; collect more, or lower --batch-size"
+        raise UserError(f"{where} has {len(chosen)} train frames, {hint}")
     return chosen
 
 
@@ -188,9 +185,7 @@ def read_fit(weights: Path) -> dict[str, str]:
     except (OSError, SafetensorError) as error:
         if outside := cause_outside(error):
             raise unreadable(weights, outside) from error
-        raise UserError(
-            f"{weights} cannot be read ({reason(error)}); make it readable, or choose another --out"
-        ) from error
+        raise UserError(f"{weights} cannot be read ({reason(error)}); choose another --out") from error
 
 
 def without_paths(header: dict[str, str]) -> dict[str, str]:
@@ -278,16 +273,17 @@ def load_images(dataset: FrameDataset, frames: NDArray[np.int64], preprocess: Pr
     images = torch.empty(len(frames), 3, preprocess.image_size, preprocess.image_size, dtype=torch.uint8)
     shard_of = frames // dataset.card.frames_per_shard
 
-    def load(shard: int) -> None:
+    def load(shard: int) -> int:
         rows = np.flatnonzero(shard_of == shard)
         raw = dataset.read_shard(shard)[frames[rows] - dataset.shard_frames(shard).start]
         pixels = preprocess.resize(torch.from_numpy(raw)).clamp_(0, 1) * 255
         images[torch.from_numpy(rows)] = pixels.round_().byte()
-        bar.update(len(rows))
+        return len(rows)
 
     with (
         tqdm(total=len(frames), desc="read frames", unit=" frames") as bar,
         ThreadPoolExecutor(available_cpus()) as pool,
     ):
-        list(pool.map(load, np.unique(shard_of).tolist()))
+        for count in pool.map(load, np.unique(shard_of).tolist()):
+            bar.update(count)
     return images

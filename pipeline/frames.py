@@ -122,10 +122,8 @@ class FrameDatasetWriter:
     def _compare(self, found: dict[str, Any], kind: str) -> None:
         for name, value in asdict(self.card).items():
             if value not in ([], "") and found.get(name) != value:
-                raise UserError(
-                    f"{self.path} is a {kind} dataset with {name} {found.get(name)!r}, not {value!r}; "
-                    "use the same settings, or choose another --out"
-                )
+                differs = f"with {name} {found.get(name)!r}, not {value!r}"
+                raise UserError(f"{self.path} is a {kind} dataset {differs}; use its settings, or another --out")
 
     def pending(self) -> list[int]:
         """List the shards that are not written yet."""
@@ -136,9 +134,7 @@ class FrameDatasetWriter:
     def finish(self) -> DatasetCard:
         """Write `dataset.json`, or compare the shards with it; raises UserError if one is missing, or differs."""
         if missing := self.pending():
-            raise UserError(
-                f"{self.path} lacks {len(missing)} shards, the first is {shard_name(missing[0])}; collect again"
-            )
+            raise UserError(f"{self.path} lacks {len(missing)} shards, as {shard_name(missing[0])}; collect again")
         with cannot_write(self.path):
             if not exists(self.path / "dataset.json"):
                 card = self._write_card()
@@ -185,10 +181,8 @@ class FrameDataset:
         except MissingError:
             raise no_dataset(path) from None
         card = parse(DatasetCard, values, path / "dataset.json", hint)
-        if card.format_version != FORMAT_VERSION:
-            raise UserError(
-                f"{path} has format {card.format_version}, this wmcache reads {FORMAT_VERSION}; collect into another --out"
-            )
+        if (found := card.format_version) != FORMAT_VERSION:
+            raise UserError(f"{path} has format {found}, not {FORMAT_VERSION}; collect into another --out")
         if (fault := _inconsistency(card)) is not None:
             raise UserError(f"{path / 'dataset.json'} is damaged ({fault}); {hint}")
         steps = read_steps(path, card.frames)
@@ -210,10 +204,8 @@ class FrameDataset:
         tar, size, numbers = self.path / shard_name(shard), self.card.image_size, self.shard_frames(shard)
         needed, free = len(numbers) * size * size * 3, available_ram()
         if needed > free:
-            raise UserError(
-                f"the {len(numbers)} frames of {tar} need {human_bytes(needed)} of memory, {human_bytes(free)} are free; "
-                "free some, or collect with a smaller --frames-per-shard"
-            )
+            memory = f"{human_bytes(needed)} of memory, {human_bytes(free)} are free"
+            raise UserError(f"the {len(numbers)} frames of {tar} need {memory}; lower --frames-per-shard")
         try:
             if size_of(tar) > len(numbers) * (largest_png(size) + 2048) + 20480:
                 raise UserError(f"{tar} is larger than its frames can be; {AGAIN}")

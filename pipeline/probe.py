@@ -181,9 +181,7 @@ def probe(path: AnyPath, *, dataset: AnyPath | None = None, frames: int = 2000) 
     tokens = store.gather(chosen)
     plain = principal_coordinates(tokens, np.ones_like(store.std))
     if not plain.any():
-        raise UserError(
-            f"the tokens of {path} are the same in all {len(chosen)} frames probed; extract another encoder"
-        )
+        raise UserError(f"{path} has the same tokens in all {len(chosen)} frames probed; extract another encoder")
     standardised = principal_coordinates(tokens, store.std)
     channels = participation(tokens[:: max(1, len(chosen) // CHANNEL_FRAMES)])
     del tokens
@@ -222,7 +220,7 @@ def choose_frames(store: TokenStore, frames: int) -> tuple[NDArray[np.int64], ND
     train, val = (_sample(store.episode, split, most) for split, most in (("train", frames), ("val", PROBED_FRAMES)))
     if (count := min(len(train), len(val))) < FEWEST_FRAMES:
         raise UserError(
-            f"{store.path}: {count} frames of a split are too few, {FEWEST_FRAMES} are needed; raise --frames, or collect more"
+            f"{store.path}: {count} frames of a split, {FEWEST_FRAMES} are needed; raise --frames, or collect more"
         )
     return train, val
 

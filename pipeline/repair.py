@@ -101,10 +101,8 @@ def open_source(
     """Open the frames and the encoder of a store; raises UserError if they are missing, or differ from its identity."""
     frames = open_frames(card, dataset)
     encoder = encoders.create_again(card.encoder, weights=weights, device=device)
-    if different := identity.differences(encoder.identity(frames.card.fingerprint, identity.store_dtype)):
-        raise UserError(
-            f"the store was made with other frames or another encoder ({'; '.join(different)}); pass the right --dataset or --weights"
-        )
+    if different := "; ".join(identity.differences(encoder.identity(frames.card.fingerprint, identity.store_dtype))):
+        raise UserError(f"the store is of other frames or weights ({different}); pass the right --dataset or --weights")
     return frames, encoder
 
 

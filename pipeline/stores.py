@@ -146,9 +146,9 @@ class StoreRecipe:
         """Create the encoder, and open the store; raises UserError if the encoder differs here, such as in its weights."""
         encoder = encoders.create(**self.encoder, device=device)
         here = encoder.identity(self.identity.dataset_fingerprint, self.identity.store_dtype)
-        if different := self.identity.differences(here):
+        if different := "; ".join(self.identity.differences(here)):
             raise UserError(
-                f"{encoder.spec.name} differs on this worker ({'; '.join(different)}); install the same files and packages on all workers"
+                f"{encoder.spec.name} differs on this worker ({different}); install the same on all workers"
             )
         return encoder, StoreWriter.resume(as_path(self.path), self.identity)
 
@@ -174,9 +174,8 @@ def finalize(path: AnyPath) -> StoreCard:
     writer = StoreWriter.resume(path, identity)
     if missing := writer.pending():
         first = ", ".join(map(str, missing[:5])) + ", …" * (len(missing) > 5)
-        raise UserError(
-            f"{path} lacks {len(missing)} of {writer.card.num_shards} shards ({first}); make them with: {_extract_command(writer)}"
-        )
+        lacking = f"{len(missing)} of {writer.card.num_shards} shards ({first})"
+        raise UserError(f"{path} lacks {lacking}; make them with: {_extract_command(writer)}")
     writer.finish()
     return writer.card
 
