@@ -95,13 +95,12 @@ def extraction_task(
     dataset: FrameDataset, stores: Sequence[tuple[Encoder, StoreWriter]], *, device: str, batch: int
 ) -> ExtractShard:
     """Declare open stores incomplete; returns the task that extracts into them."""
-    networks, writers = zip(*stores, strict=True)
-    share_backbones(networks)
-    for writer in writers:
+    share_backbones([encoder for encoder, _ in stores])
+    for _, writer in stores:
         writer.reopen([])
     recipes = tuple(StoreRecipe.of(encoder, writer) for encoder, writer in stores)
     task = ExtractShard(absolute(dataset.path), recipes, device, batch, uuid.uuid4().hex)
-    return task.with_state(Extraction(dataset, networks, writers))
+    return task.with_state(Extraction(dataset, stores))
 
 
 def _extract_until_whole(
@@ -166,8 +165,7 @@ class Extraction:
     """The state of `ExtractShard`."""
 
     dataset: FrameDataset
-    encoders: Sequence[Encoder]
-    writers: Sequence[StoreWriter]
+    stores: Sequence[tuple[Encoder, StoreWriter]]
     encoding: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -187,32 +185,32 @@ class ExtractShard(WorkerTask[int, Extraction]):
         dataset = FrameDataset.open(self.dataset)
         if dataset.card.fingerprint != self.stores[0].identity.dataset_fingerprint:
             raise UserError(f"{self.dataset} is another dataset on this worker; use the same files on all workers")
-        networks, writers = zip(*(store.open(self.device) for store in self.stores), strict=True)
-        share_backbones(networks)
-        return Extraction(dataset, networks, writers)
+        stores = [store.open(self.device) for store in self.stores]
+        share_backbones([encoder for encoder, _ in stores])
+        return Extraction(dataset, stores)
 
     def run(self, state: Extraction, item: int) -> int:
         """Extract a shard; returns the frames done in all stores, without shards that other processes have claimed."""
         done, mine = 0, []
         with ExitStack() as claims:
-            for number, writer in enumerate(state.writers):
+            for encoder, writer in state.stores:
                 if not writer.is_done(item) and claims.enter_context(writer.claim(item)):
                     done += len(writer.card.shard_frames(item))
                     if not writer.is_done(item):  # done by another process before the claim
-                        mine.append(number)
+                        mine.append((encoder, writer))
             if mine:
                 self._write(state, mine, item)
         return done
 
-    def _write(self, state: Extraction, numbers: Sequence[int], shard: int) -> None:
-        frames, start = state.dataset.read_shard(shard), state.dataset.shard_frames(shard).start
+    def _write(self, state: Extraction, stores: Sequence[tuple[Encoder, StoreWriter]], shard: int) -> None:
+        frames, numbers = state.dataset.read_shard(shard), np.asarray(state.dataset.shard_frames(shard))
         failures: list[str] = []
-        for lag in dict.fromkeys(state.encoders[number].lag for number in numbers):
-            group = [number for number in numbers if state.encoders[number].lag == lag]
-            seen = with_earlier(state.dataset, frames, start, lag) if lag else frames
+        for lag in dict.fromkeys(encoder.lag for encoder, _ in stores):
+            networks, writers = zip(*[store for store in stores if store[0].lag == lag], strict=True)
+            seen = with_earlier(state.dataset, frames, numbers, lag) if lag else frames
             with state.encoding:
-                tokens = encode_frames([state.encoders[number] for number in group], seen, self.batch)
-            for writer, values in zip([state.writers[number] for number in group], tokens, strict=True):
+                tokens = encode_frames(networks, seen, self.batch)
+            for writer, values in zip(writers, tokens, strict=True):
                 try:
                     writer.write_shard(shard, values)
                 except UserError as error:
@@ -252,24 +250,18 @@ def encode_frames(networks: Sequence[Encoder], frames: Frames, batch: int) -> li
 
 
 def read_for(encoder: Encoder, dataset: FrameDataset, numbers: NDArray[np.integer]) -> Frames:
-    """Read frames for an encoder: [n, S, S, 3], or with a lag [n, 2, S, S, 3], the earlier frame first."""
+    """Read frames of ascending numbers for an encoder: [n, S, S, 3], or with a lag [n, 2, S, S, 3], the earlier frame first."""
     frames = dataset.read_frames(numbers)
-    if not encoder.lag:
-        return frames
-    return np.stack([dataset.read_frames(earlier_frames(dataset, numbers, encoder.lag)), frames], 1)
+    return with_earlier(dataset, frames, numbers, encoder.lag) if encoder.lag else frames
 
 
-def earlier_frames(dataset: FrameDataset, numbers: NDArray[np.integer], lag: int) -> NDArray[np.integer]:
-    """Return the numbers of the frames `lag` env steps before, or of the first frame of the episode."""
-    earlier: NDArray[np.integer] = numbers - np.minimum(lag, dataset.steps.step[numbers])
-    return earlier
-
-
-def with_earlier(dataset: FrameDataset, frames: Frames, start: int, lag: int) -> Frames:
-    """Pair frames [n, S, S, 3] with those `lag` env steps before, [n, 2, S, S, 3]; reads only frames before number `start`."""
-    earlier = earlier_frames(dataset, np.arange(start, start + len(frames)), lag)
-    before = dataset.read_frames(earlier[earlier < start]) if (earlier < start).any() else frames[:0]
-    return np.stack([np.concatenate([before, frames[earlier[earlier >= start] - start]]), frames], 1)
+def with_earlier(dataset: FrameDataset, frames: Frames, numbers: NDArray[np.integer], lag: int) -> Frames:
+    """Pair frames of ascending numbers with those `lag` env steps before, or with the first of their episode, [n, 2, S, S, 3]."""
+    earlier = numbers - np.minimum(lag, dataset.steps.step[numbers])
+    known, before = np.isin(earlier, numbers), np.empty_like(frames)
+    before[known] = frames[np.searchsorted(numbers, earlier[known])]
+    before[~known] = dataset.read_frames(earlier[~known])
+    return np.stack([before, frames], 1)
 
 
 def slice_of(shards: int, part: tuple[int, int]) -> range:
