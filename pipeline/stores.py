@@ -172,11 +172,10 @@ def finalize(path: AnyPath) -> StoreCard:
     """Declare a store complete that has all its shards; raises UserError with the command that extracts missing ones."""
     identity = Identity.from_json(read_attributes(path)["identity"], str(path))
     writer = StoreWriter.resume(path, identity)
-    if missing := writer.pending():
+    if missing := writer.try_finish():
         first = ", ".join(map(str, missing[:5])) + ", …" * (len(missing) > 5)
         lacking = f"{len(missing)} of {writer.card.num_shards} shards ({first})"
         raise UserError(f"{path} lacks {lacking}; make them with: {_extract_command(writer)}")
-    writer.finish()
     return writer.card
 
 
