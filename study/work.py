@@ -21,8 +21,8 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.fit import fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.pictures import draw_probe
 from wmcache.pipeline.probe import probe
-from wmcache.pipeline.probe_picture import draw_probe
 from wmcache.planner.context import EvalContext
 from wmcache.planner.evaluate import evaluate
 from wmcache.planner.judge import THRESHOLDS
