@@ -28,7 +28,7 @@ from wmcache.engine.checkpoint import Progress, checkpoints, save_checkpoint
 from wmcache.trainer.dino_wm_modules import EMBEDDING, PREDICTOR, ModuleReader
 from wmcache.trainer.models import DataShape, WorldModel, build
 from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.pickled_modules import Archive, shown
+from wmcache.trainer.pickled_modules import load_modules, shown
 from wmcache.trainer.runs import is_run, lock_run, read_config, write_settings
 from wmcache.trainer.train import data_shape, make_optimiser, statistics_of
 
@@ -116,10 +116,9 @@ def import_dino_wm(
     store = TokenStore.open(cache)
     _check_store(store, cache, settings, folder / "hydra.yaml")
     file = folder / "checkpoints" / f"model_{checkpoint}.pth"
-    with Archive(file) as archive:
-        root = archive.load(lambda name: name in KNOWN_NAMES or name.startswith(KNOWN_PREFIXES))
-        reader = ModuleReader(archive, settings.side, settings.history, settings.concat_dim)
-        weights, options, epoch = reader.read(root)
+    root = load_modules(file, lambda name: name in KNOWN_NAMES or name.startswith(KNOWN_PREFIXES))
+    reader = ModuleReader(file, settings.side, settings.history, settings.concat_dim)
+    weights, options, epoch = reader.read(root)
     training = TrainOptions(
         model_options=asdict(options),
         history=settings.history,
