@@ -57,7 +57,7 @@ class Maze:
         if set(border) != {"#"}:
             raise MazeError(f"maze {self.name}: the outermost cells must all be walls (#)")
         if not self.free.any():
-            raise MazeError(f"maze {self.name}: there is no free cell (O)")
+            raise MazeError(f"maze {self.name}: no cell is free (O)")
 
     @classmethod
     def load(cls, name: str | Path) -> Maze:

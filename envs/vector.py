@@ -25,7 +25,7 @@ from wmcache.envs.simulator import FPS, PointMazeSimulator
 class PointMazeVectorEnv(VectorEnv[Observation, NDArray[np.floating], NDArray[Any]]):
     """`num_envs` independent balls; observations, rewards and infos as those of `PointMazeEnv`, stacked on axis 0.
 
-    Episodes never end by themselves, so there is no automatic reset. Drawing takes much longer than physics: `advance` executes several
+    Episodes never end by themselves, so no env resets automatically. Drawing takes much longer than physics: `advance` executes several
     env steps without drawing.
     """
 

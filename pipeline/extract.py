@@ -135,12 +135,7 @@ def _extract_until_whole(
 
 
 def _finish_whole(writers: Sequence[StoreWriter]) -> dict[AnyPath, list[int]]:
-    lacking = {}
-    for writer in writers:
-        lacking[writer.path] = writer.pending()
-        if not lacking[writer.path]:
-            writer.finish()
-    return lacking
+    return {writer.path: writer.try_finish() for writer in writers}
 
 
 def _extract_pending(

@@ -107,12 +107,11 @@ def finalize(path: AnyPath) -> StoreCard:
     """
     identity = Identity.from_json(read_attributes(path)["identity"], str(path))
     writer = StoreWriter.resume(path, identity)
-    if missing := writer.pending():
+    if missing := writer.try_finish():
         first = ", ".join(map(str, missing[:5])) + ", …" * (len(missing) > 5)
         raise UserError(
             f"{path} lacks {len(missing)} of {writer.card.num_shards} shards ({first}); make them with: {_extract_command(writer)}"
         )
-    writer.finish()
     return writer.card
 
 

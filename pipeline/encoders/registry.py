@@ -1,7 +1,7 @@
 """The registry of encoders, and `create`, which makes one with its weights.
 
 An encoder comes from a family's loader (`register`), or is an adapter on the features of another encoder (`register_adapter`). Both may
-be fitted on a dataset (`register_fit`). Other packages add theirs with an entry point of the group `wmcache.encoders`.
+be fitted on a dataset (`register_fit`). Other packages add encoders with an entry point of the group `wmcache.encoders`.
 """
 
 from __future__ import annotations

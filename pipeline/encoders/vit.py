@@ -114,7 +114,7 @@ def variants(family: EncoderSpec, size: ModelSize, prefix: int) -> list[EncoderS
     Args:
         family: the patch tokens of the family's default size.
         size: the size.
-        prefix: number of tokens before the patches; without any there is no class token to select.
+        prefix: number of tokens before the patches; without any no class token can be selected.
 
     Returns:
         Named `<family>[-<size>][-<selection>]`, the patch tokens first.

@@ -64,7 +64,7 @@ def test_ball_i_starts_as_a_single_env_with_the_ith_seed(vector: PointMazeVector
 
 
 def test_episodes_after_a_seeded_one_are_reproducible_too(vector: PointMazeVectorEnv) -> None:
-    # gymnasium's contract for reset(seed=None): the generator of the last seed goes on.
+    # gymnasium's contract for reset(seed=None): the generator of the last seed continues.
     def second_episode() -> np.ndarray:
         vector.reset(seed=7)
         return vector.reset()[1]["state"]

@@ -152,9 +152,9 @@ def damage(kind: str, change: Callable[[Any], object]) -> Callable[[Path], None]
     return lambda folder: edit(folder / kind, change)
 
 
-def put(kind: str, place: tuple[int, ...], value: float) -> Callable[[Path], None]:
+def put(kind: str, index: tuple[int, ...], value: float) -> Callable[[Path], None]:
     def change(tensor: torch.Tensor) -> torch.Tensor:
-        tensor[place] = value
+        tensor[index] = value
         return tensor
 
     return damage(kind, change)

@@ -425,10 +425,10 @@ def test_a_video_may_have_a_last_frame_without_an_action(
     np.testing.assert_array_equal(found.steps.action, given.action[kept])
 
 
-@pytest.mark.parametrize(("kind", "place"), [("csv", "line 13;"), ("parquet", r"row 7 \(counted from 0\);")])
+@pytest.mark.parametrize(("kind", "row"), [("csv", "line 13;"), ("parquet", r"row 7 \(counted from 0\);")])
 @pytest.mark.parametrize("columns", ["all", "one of the last row", "a state of the last row"])
 def test_a_number_missing_elsewhere_is_named_as_the_file_counts_it(
-    given: Given, tmp_path: Path, kind: str, place: str, columns: str
+    given: Given, tmp_path: Path, kind: str, row: str, columns: str
 ) -> None:
     # The rows are in another order than the frames; empty lines and a line break inside a cell shift the lines of CSV.
     given.rows = [*given.rows[14:], *given.rows[:14]]
@@ -444,7 +444,7 @@ def test_a_number_missing_elsewhere_is_named_as_the_file_counts_it(
         table.write_text(
             "".join([*lines[:3], "\n\n", *lines[3:5], "\n", lines[5].replace("run 2", '"run\n2"'), *lines[6:]])
         )
-    with pytest.raises(UserError, match=rf"^{names[0]} .*steps\.{kind}, {place}"):
+    with pytest.raises(UserError, match=rf"^{names[0]} .*steps\.{kind}, {row}"):
         given.import_table(table, tmp_path / "out")
 
 
