@@ -25,15 +25,11 @@ Rank = subprocess.Popen[bytes]
 
 
 def launch(words: Sequence[str], devices: int) -> NoReturn:
-    """Start `devices` ranks of a program, wait for them, and exit as they did.
+    """Start `devices` ranks of a program with its arguments, wait for them, and exit as they did.
 
     Ranks find each other as torchrun's do. Its agent is not used: it resolves the machine's name, and cannot be stopped while it does.
     SIGINT, SIGTERM, SIGUSR1 and SIGHUP go to all ranks, which finish their step and save it, however long that takes. A second SIGINT
     kills them.
-
-    Args:
-        words: the program's path and its arguments.
-        devices: number of ranks.
 
     Raises:
         UserError: a rank was killed.
@@ -82,11 +78,7 @@ def _rank_variables(rank: int, devices: int, port: int) -> dict[str, str]:
 
 
 def _wait(ranks: Sequence[Rank], received: Sequence[signal.Signals]) -> dict[int, int]:
-    """Wait for all ranks. Pass signals on; once a rank has failed, end the others.
-
-    Returns:
-        rank -> its status, in the order in which they ended.
-    """
+    """Pass signals on, end the others once a rank has failed, and return rank -> status in the order in which they ended."""
     ended: dict[int, int] = {}
     passed_on = False
     deadline: float | None = None

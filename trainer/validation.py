@@ -41,7 +41,7 @@ def rollout_errors(
 def skills(error: Tensor, copying: Tensor) -> list[float | None]:
     """Compute 1 - MSE of the rollout / MSE of copying the observed frame for each model step: 1 is perfect, 0 useless.
 
-    None where that is not defined: the frames do not change, or the rollout is not finite.
+    None where the frames do not change, or the rollout is not finite.
     """
     values = (1 - error / copying).tolist()
     return [value if math.isfinite(value) else None for value in values]

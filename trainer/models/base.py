@@ -58,12 +58,9 @@ class WorldModel(nn.Module, ABC):
     """Buffer: number of the stage that is or was trained last, from 1; 0 before the first. Only for a model with stages."""
 
     def __init__(self, shape: DataShape, options: Any, statistics: Mapping[str, Tensor]) -> None:
-        """Register what a planner needs of the data, so that it opens no store.
+        """Keep `{tokens,proprio,action}_{mean,std}`, float32 vectors, as buffers, so that a planner opens no store.
 
-        Args:
-            shape: sizes of the data.
-            options: an instance of `Options`.
-            statistics: `{tokens,proprio,action}_{mean,std}`, float32 vectors; kept as buffers of these names.
+        `options` are an instance of `Options`.
         """
         super().__init__()
         self.shape, self.options = shape, options
@@ -74,20 +71,12 @@ class WorldModel(nn.Module, ABC):
 
     @classmethod
     def configure(cls, store: TokenStore, windows: Windows, options: Any) -> Any:  # noqa: ARG003
-        """Return the options with everything filled in that depends on the data.
-
-        Raises:
-            UserError: the model cannot be trained on this store.
-        """
+        """Fill in what depends on the data; raises UserError where the model cannot be trained on this store."""
         return options
 
     @classmethod
     def extras(cls, store: TokenStore, windows: Windows, options: Any) -> dict[str, TokenStore]:  # noqa: ARG003
-        """Open stores with a row for each frame of the tokens' store; batches have these rows beside tokens (`Windows.with_extras`).
-
-        Raises:
-            UserError: a store is missing.
-        """
+        """Open stores whose rows batches have beside tokens (`Windows.with_extras`); raises UserError where one is missing."""
         return {}
 
     @classmethod
@@ -144,8 +133,7 @@ class WorldModel(nn.Module, ABC):
     def validate(self, windows: Windows, device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
         """Measure the model on held-out windows of one observed frame and some that follow; they have the model's `extras`.
 
-        Returns:
-            By default `skill_k` for each model step k, see `skills`. None where a figure is not defined.
+        Default: `skill_k` for each model step k, see `skills`. A figure that is not defined is None.
         """
         found = skills(*rollout_errors(self, windows, device, dtype))
         return {f"skill_{k}": value for k, value in enumerate(found, start=1)}
