@@ -33,7 +33,7 @@ def launch(words: Sequence[str], devices: int) -> NoReturn:
 
     Raises:
         UserError: a rank was killed.
-        KeyboardInterrupt: a signal arrived before rank 0 could act on it.
+        KeyboardInterrupt: a signal arrived, and rank 0 has not reported it.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -107,13 +107,14 @@ def _exit_as(ended: Mapping[int, int], received: Sequence[signal.Signals]) -> No
     failed = {rank: code for rank, code in ended.items() if code}
     if not failed:
         sys.exit(0)
-    if received and failed.get(0, 0) < 0:  # before it could print that it stops
+    if received:
+        if failed.get(0) == STOPPED:  # rank 0 has printed that all stop
+            sys.exit(INTERRUPTED if received[0] == signal.SIGINT else STOPPED)
+        # Even where a rank that was still training reported that another one, which was starting, had gone.
         raise SIGNALS[received[0]]
     for code in failed.values():
         if code > 0:  # that rank has printed why
-            sys.exit(INTERRUPTED if received and received[0] == signal.SIGINT and code == STOPPED else code)
-    if received:
-        raise SIGNALS[received[0]]
+            sys.exit(code)
     killed, code = next(iter(failed.items()))
     raise UserError(
         f"process {killed} of {len(ended)} was ended by {signal.Signals(-code).name}; "

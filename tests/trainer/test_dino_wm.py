@@ -30,7 +30,6 @@ from wmcache.common.device import autocast
 from wmcache.common.errors import UserError
 from wmcache.trainer.models import MODELS, WorldModel, build
 from wmcache.trainer.models.dino_wm import DinoWm
-from wmcache.trainer.models.latent import pool_grid
 
 GRADIENT_STEPS = 3
 
@@ -230,11 +229,6 @@ class TestLoss:
     def test_squares_that_do_not_fit_the_grid_are_refused(self, pool: int) -> None:
         with pytest.raises(UserError, match=rf"--pool {pool} .* 2 x 4 "):
             make_model().check_pool(pool)
-
-    def test_a_grid_is_averaged_in_squares(self) -> None:
-        rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(6.0), indexing="ij")
-        grid = torch.stack([rows, columns], -1).flatten(0, 1)[None, None]
-        assert pool_grid(grid, 6, 2)[0, 0].tolist() == [[r, c] for r in (0.5, 2.5) for c in (0.5, 2.5, 4.5)]
 
     def test_a_constant_channel_gives_a_finite_loss(self) -> None:
         statistics, batch = make_statistics(), make_batch(frames=4)

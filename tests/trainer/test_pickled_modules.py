@@ -157,6 +157,9 @@ def tensor(count: int, offset: int, shape: int, stride: int, key: str = "0") -> 
         b"\x80\x02ctorch\nFloatStorage\n)R}b.",
         b"\x80\x02ctorch.nn.modules.container\noperator.attrgetter\n)\x81}(" + text("x") + b"NuR.",
         b"\x80\x02cmodels.vit\nX\n)\x81}b}b.",  # a state that is set twice
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}" + text("__defaults__") + b")s\x86b.",  # of a function
+        tensor(4, 0, 4, 1)[:-3] + b"N)s.",  # an item of a tensor
+        b"\x80\x02cmodels.vit\nX\n" + tensor(4, 0, 4, 1)[2:-2] + b"R.",  # arguments that are a tensor
         b"(iposix\nsystem\n.",
         b"\x80\x02\x82\x01.",  # an extension code
         b"\x80\x02P1\n.",

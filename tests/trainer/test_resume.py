@@ -51,11 +51,6 @@ def located(go: Go, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
 def ends_of(run: Path) -> list[tuple[int, bytes]]:
     """Step and weights at the end of each stage."""
     folders = [finished_stage(run, stage) for stage in STAGES]
@@ -105,12 +100,6 @@ class TestOneAfterAnother:
             Progress(11, "lrm", 8),
             Progress(12, "lrm", 8, finished=True),
         ]
-
-    def test_a_finished_run_stays_as_it_is(self, go: Go, run: Path, straight: Path) -> None:
-        copytree(straight, run, symlinks=True)
-        before = files_of(run)
-        assert go(run) == {}
-        assert files_of(run) == before
 
     def test_a_loaded_model_uses_all_stages(self, straight: Path) -> None:
         inputs = torch.rand(1, 1, 4, 32), torch.rand(1, 1, 4), torch.rand(1, 3, 10)
@@ -181,6 +170,8 @@ class TestResume:
     def test_where_no_stage_begins_other_steps_need_resume(self, go: Go, run: Path, straight: Path, stage: str) -> None:
         copytree(straight, run, symlinks=True)
         before = files_of(run)
+        assert go(run) == {}
+        assert files_of(run) == before
         with pytest.raises(UserError, match=f"steps {STEPS} != {STEPS + 2}"):
             go(run, stage=stage, steps=STEPS + 2)
         assert files_of(run) == before
