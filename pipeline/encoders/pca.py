@@ -45,41 +45,33 @@ class PcaOptions(FitOptions):
 
 
 @register_adapter(SPEC, base="dinov2")
-class PcaHead(Head):
+class _PcaHead(Head):
     """Centred patch tokens along the axes; not scaled, so squared distances are those of the tokens without the other components."""
 
     layers = (LAST,)
+    mean: Tensor
+    axes: Tensor
 
     def __init__(self, backbone: Backbone, options: PcaOptions) -> None:
-        """Make room for the mean and the axes."""
         super().__init__()
         self.grid, self.dim = backbone.grid, options.dim
         self.register_buffer("mean", torch.zeros(backbone.dims[LAST]))
         self.register_buffer("axes", torch.zeros(options.dim, backbone.dims[LAST]))
 
     def forward(self, features: Features) -> Tensor:
-        """See `Head.forward`."""
         return (features.patches(LAST) - self.mean) @ self.axes.T
-
-    mean: Tensor
-    axes: Tensor
 
 
 @register_fit(SPEC.name, PcaOptions)
-class PcaFitting(Fitting):
-    """The components, computed when it is made: there are no steps."""
+class _PcaFitting(Fitting):
+    """The components of a sample of frames, computed when it is made: there are no steps."""
 
-    kept: PcaHead
+    kept: _PcaHead
 
     def __init__(self, data: FitData, options: PcaOptions) -> None:
-        """Compute the components of a sample of frames.
-
-        Raises:
-            UserError: the steps are not 0, or there are fewer channels than components.
-        """
         super().__init__()
         assert data.base is not None
-        channels = data.base.backbone.dims[LAST]
+        channels = data.backbone.dims[LAST]
         if options.steps:
             raise UserError(f"--steps is {options.steps}, but {SPEC.name} is computed in closed form; leave it out")
         if options.dim > channels:
@@ -88,16 +80,13 @@ class PcaFitting(Fitting):
             )
         patches = (features.patches(LAST) for features in data.sample_features(options.sampled_frames, options.seed))
         mean, _, axes = principal_axes(patches)
-        self.kept = PcaHead(data.base.backbone, options)
+        self.kept = _PcaHead(data.backbone, options)
         self.kept.mean.copy_(mean)
         self.kept.axes.copy_(axes[: options.dim])
 
 
 def principal_axes(tokens: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute principal components in float64 on the CPU, in constant memory.
-
-    Args:
-        tokens: parts, each [..., D].
+    """Compute principal components of tokens [..., D] in parts, in float64 on the CPU, in constant memory.
 
     Returns:
         The mean [D], the variances along the axes [D], descending, and the axes [D, D], one a row, of length 1, the largest entry of each
