@@ -65,9 +65,7 @@ class EncoderSpec:
     def patch_grid(self, image_size: int) -> tuple[int, int]:
         """Return rows and columns of patches; raises UserError if the size is not a multiple of the patch."""
         if image_size <= 0 or image_size % self.patch:
-            raise UserError(
-                f"--image-size {image_size} does not fit encoder {self.name}; choose a multiple of {self.patch}"
-            )
+            raise UserError(f"--image-size {image_size} does not fit {self.name}; choose a multiple of {self.patch}")
         return image_size // self.patch, image_size // self.patch
 
     @property
@@ -180,10 +178,7 @@ class Select(Head):
             UserError: the selection is neither patch tokens nor layers.
         """
         if self.selection not in ("patch", "layers"):
-            raise UserError(
-                f"nothing can be derived from a store of the {SELECTIONS[self.selection]} alone; "
-                "use a store of patch tokens or layers"
-            )
+            raise UserError(f"{SELECTIONS[self.selection]} alone: nothing can be derived; use patch tokens or layers")
         return Features(self.by_layer(tokens), self._prefix_tokens * (self.selection == "layers"))
 
     def by_layer(self, channels: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ the number of its channels.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, cast
 
 import numpy as np
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from wmcache.common.options import option
 from wmcache.engine.codebook import MovingMeans, nearest
-from wmcache.pipeline.encoders.base import EARLY, LAST, Backbone, EncoderSpec, Features, Head
-from wmcache.pipeline.encoders.fitting import FitData
+from wmcache.pipeline.encoders.base import EARLY, LAST, Backbone, Features, Head
+from wmcache.pipeline.encoders.fitting import FitData, adapter_spec
 from wmcache.pipeline.encoders.pca import principal_axes
 from wmcache.pipeline.encoders.reconstruction import (
     SAMPLED_FRAMES,
@@ -36,24 +36,10 @@ from wmcache.pipeline.encoders.reconstruction import (
 )
 from wmcache.pipeline.encoders.registry import register_adapter, register_fit
 
-SPEC = EncoderSpec(
-    name="dino-tok",
-    summary="DINO-Tok: final features beside a few channels of early ones (wmcache fit)",
-    image_size=196,
-    via=(224,),
-    patch=14,
-    token_dim=448,
-    normalisation="half",
-    layer="block 2+norm",
-    source="wmcache fit --encoder dino-tok",
-    licence="yours, on the base's",
-)
-VQ_SPEC = replace(
-    SPEC,
-    name="dino-tok-vq",
-    summary="DINO-Tok's quantised variant: codes of meaning beside codes of texture (wmcache fit)",
-    source="wmcache fit --encoder dino-tok-vq",
-)
+SUMMARY = "DINO-Tok: final features beside a few channels of early ones"
+VQ_SUMMARY = "DINO-Tok's quantised variant: codes of meaning beside codes of texture"
+SPEC = adapter_spec("dino-tok", SUMMARY, 448, layer="block 2+norm")
+VQ_SPEC = adapter_spec("dino-tok-vq", VQ_SUMMARY, 448, layer="block 2+norm")
 
 COMMITMENT = 0.25
 DECAY = 0.95

@@ -58,9 +58,7 @@ class Encoder:
         self.source = loaded.source
         networks = nn.ModuleDict({"backbone": loaded.backbone, "head": loaded.head})
         if any(not torch.isfinite(value).all() for value in networks.state_dict().values()):
-            raise UserError(
-                f"the weights of {spec.name} are not finite: {weights or loaded.source}; download or fit them again"
-            )
+            raise UserError(f"weights of {spec.name} are not finite: {weights or loaded.source}; get or fit them again")
         self.backbone_sha256 = self.weights_sha256 = loaded.backbone.sha256
         if loaded.head.state_dict():
             both = self.backbone_sha256 + hash_parameters(loaded.head)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wmcache.common.options import Natural, Positive, option
-from wmcache.pipeline.encoders.base import Backbone, Features, Preprocess
+from wmcache.pipeline.encoders.base import Backbone, EncoderSpec, Features, Preprocess
 from wmcache.pipeline.encoders.encoder import Encoder
 
 FRAMES_AT_ONCE = 32
@@ -36,6 +36,22 @@ class FitOptions:
     def needs_images(self) -> bool:
         """Whether the training looks at frames; adapters may get by with cached features."""
         return True
+
+
+def adapter_spec(name: str, summary: str, token_dim: int, **more: Any) -> EncoderSpec:
+    """Describe an adapter on DINOv2's features; `more` are other fields."""
+    return EncoderSpec(
+        name=name,
+        summary=f"{summary} (wmcache fit)",
+        image_size=196,
+        via=(224,),
+        patch=14,
+        token_dim=token_dim,
+        normalisation="half",
+        source=f"wmcache fit --encoder {name}",
+        licence="yours, on the base's",
+        **more,
+    )
 
 
 @dataclass(frozen=True)

@@ -193,10 +193,7 @@ def refuse_registers(spec: EncoderSpec, path: Path) -> None:
     """Raise UserError for weights with register tokens, of a family that is released with and without them."""
     last = {name.rpartition(".")[2]: name for name in tensor_names(path, spec.name)}
     if found := last.get("reg_token") or last.get("register_tokens"):
-        raise UserError(
-            f"{path} has register tokens ({found}), {spec.name} is the network without them; "
-            f"pass weights of {spec.source}"
-        )
+        raise UserError(f"{path} has register tokens ({found}), unlike {spec.name}; pass weights of {spec.source}")
 
 
 def _first_few(names: set[str]) -> str:

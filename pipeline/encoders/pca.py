@@ -11,21 +11,15 @@ from torch import Tensor
 from wmcache.common.errors import UserError
 from wmcache.common.options import Natural, Positive, option
 from wmcache.common.schema import Size
-from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Features, Head
-from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
+from wmcache.pipeline.encoders.base import LAST, Backbone, Features, Head
+from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting, adapter_spec
 from wmcache.pipeline.encoders.registry import register_adapter, register_fit
 
-SPEC = EncoderSpec(
-    name="pca",
-    summary="leading principal components of another encoder's patch tokens (wmcache fit)",
-    image_size=196,
-    via=(224,),
-    patch=14,
-    token_dim=32,
-    normalisation="half",
+SPEC = adapter_spec(
+    "pca",
+    "leading principal components of another encoder's patch tokens",
+    32,
     token_selection="principal components of the patch tokens",
-    source="wmcache fit --encoder pca",
-    licence="yours, on the base's",
 )
 
 
@@ -75,9 +69,7 @@ class _PcaFitting(Fitting):
         if options.steps:
             raise UserError(f"--steps is {options.steps}, but {SPEC.name} is computed in closed form; leave it out")
         if options.dim > channels:
-            raise UserError(
-                f"--dim is {options.dim}; {data.base.spec.name} has {channels} channels, choose 1 to {channels}"
-            )
+            raise UserError(f"--dim is {options.dim}, but {data.base.spec.name} has only {channels} channels")
         patches = (features.patches(LAST) for features in data.sample_features(options.sampled_frames, options.seed))
         mean, _, axes = principal_axes(patches)
         self.kept = _PcaHead(data.backbone, options)

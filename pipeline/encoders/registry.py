@@ -223,10 +223,7 @@ def _create_adapter(
         )
     for setting, value in asked.items():
         if value != (usual := getattr(base.preprocess, setting)):
-            raise UserError(
-                f"{weights} was fitted on {base.spec.name} with {setting} {usual}, not {value}; "
-                "leave the option out, or fit it again"
-            )
+            raise UserError(f"{weights} was fitted with {setting} {usual}, not {value}; leave the option out")
     assert entry.adapt is not None
     head = entry.adapt(base.backbone, options)
     load_fitted(head, weights, name)

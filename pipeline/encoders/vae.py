@@ -158,9 +158,7 @@ class _Vae(Backbone):
 def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
     """Load the fitted encoder; raises UserError without a file, for one that does not fit, and for another image size."""
     if image_size != SIDE:
-        raise UserError(
-            f"--image-size {image_size} does not fit encoder {spec.name}, which has {SIDE} px; leave it out"
-        )
+        raise UserError(f"--image-size {image_size} does not fit {spec.name}, which has {SIDE} px; leave it out")
     if weights is None:
         raise not_fitted(spec.name, spec.name)
     kind = VaeOptions if spec.name == SPEC.name else BetaVaeOptions

@@ -18,24 +18,14 @@ from torch import Tensor, nn
 
 from wmcache.common.options import Weight, option
 from wmcache.common.schema import Size
-from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Backbone, EncoderSpec, Features, Head
-from wmcache.pipeline.encoders.fitting import FitData
+from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Backbone, Features, Head
+from wmcache.pipeline.encoders.fitting import FitData, adapter_spec
 from wmcache.pipeline.encoders.reconstruction import Reconstruction, ReconstructionFitting, ReconstructionOptions
 from wmcache.pipeline.encoders.registry import register_adapter, register_fit
 from wmcache.pipeline.encoders.vae import divergence_from_prior
 
-SPEC = EncoderSpec(
-    name="vfm-vae",
-    summary="VFM-VAE: three layers compressed into a variational latent that keeps their geometry (wmcache fit)",
-    image_size=196,
-    via=(224,),
-    patch=14,
-    token_dim=32,
-    normalisation="half",
-    layer="block 2+block 6+norm",
-    source="wmcache fit --encoder vfm-vae",
-    licence="yours, on the base's",
-)
+SUMMARY = "VFM-VAE: three layers compressed into a variational latent that keeps their geometry"
+SPEC = adapter_spec("vfm-vae", SUMMARY, 32, layer="block 2+block 6+norm")
 
 LEVEL = 32
 LOGVAR = (-30.0, 20.0)

@@ -60,9 +60,7 @@ class ImageImporter(Importer):
         """Turn an RGB image into a frame, uint8 [size, size, 3]; raises UserError if it does not have that size."""
         width, height = image.size
         if (found := self.side(width, height, where)) != size:
-            raise UserError(
-                f"{where} gives a frame of {found} pixels, the first one has {size}; pass --image-size to resize all"
-            )
+            raise UserError(f"{where} gives a frame of {found} pixels, the first has {size}; pass --image-size")
         square = min(width, height)
         left, top = (width - square) // 2, (height - square) // 2
         if width != height:

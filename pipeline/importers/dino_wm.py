@@ -74,9 +74,7 @@ class DinoWmImporter(Importer):
 def require_safe_torch(version: str) -> None:
     """Raise UserError for a PyTorch whose `weights_only` can be made to run code (CVE-2025-32434: below 2.6)."""
     if TorchVersion(version) < "2.6":
-        raise UserError(
-            f"PyTorch {version} can be made to run code by a .pth file (CVE-2025-32434); pip install 'torch>=2.6'"
-        )
+        raise UserError(f"a .pth file can run code in PyTorch {version} (CVE-2025-32434); pip install 'torch>=2.6'")
 
 
 def _load_tensor(path: Path) -> torch.Tensor:
@@ -134,9 +132,7 @@ def _lengths(path: Path, episodes: int, longest: int) -> NDArray[np.int64]:
     values = tensor.detach().to(torch.float64).numpy()
     wrong = np.flatnonzero(~((values >= 1) & (values <= longest) & (values == np.floor(values))))
     if len(wrong):
-        raise UserError(
-            f"{path} gives episode {wrong[0]} {values[wrong[0]]:g} steps, not 1 to {longest}; get all files again"
-        )
+        raise UserError(f"{path} gives episode {wrong[0]} {values[wrong[0]]:g} steps, not 1 to {longest}; {AGAIN}")
     return values.astype(np.int64)
 
 
@@ -188,16 +184,12 @@ def _frames(path: Path, length: int, longest: int) -> Frames:
     """An episode's images, uint8 [length or longest, S, S, 3]."""
     tensor = _load_tensor(path)
     if tensor.dtype != torch.uint8 or tensor.dim() != 4 or tensor.shape[3] != 3:
-        raise UserError(
-            f"{path} is {tensor.dtype} of shape {tuple(tensor.shape)}, not uint8 (steps, size, size, 3); {AGAIN}"
-        )
+        raise UserError(f"{path} is {tensor.dtype} {tuple(tensor.shape)}, not uint8 (steps, size, size, 3); {AGAIN}")
     count, height, width = tensor.shape[:3]
     if height != width or not 0 < height <= 8192:
         raise UserError(f"{path} has images of {width} x {height} pixels, not square ones; get the file again")
     if count not in (length, longest):
-        raise UserError(
-            f"{path} has {count} frames for an episode of {length} steps (padded: {longest}); get the file again"
-        )
+        raise UserError(f"{path} has {count} frames, its episode {length} (padded: {longest}); get the file again")
     frames: Frames = tensor.numpy()
     return frames
 

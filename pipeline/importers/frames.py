@@ -81,23 +81,15 @@ class FramesImporter(ImageImporter):
             stream = videos.frames(video, wanted.start)
             for step in wanted:
                 if (image := next(stream, None)) is None:
-                    raise UserError(
-                        f"{video} ends after {step} frames, {path} has {length} rows with an action for it; correct either"
-                    )
+                    raise UserError(f"{video} ends after {step} frames, {path} has {length} rows; correct either")
                 yield self.frame(image, size, f"{video}, frame {step},")
             if wanted.stop < length or next(stream, None) is None:
                 return
             if next(stream, None) is not None:
-                raise UserError(
-                    f"{video} has more frames than the {length} rows of {path} with an action, and the one after them; "
-                    "correct either"
-                )
+                raise UserError(f"{video} has over one frame more than the {length} rows of {path}; correct either")
             if not (table.dropped[episode] or noted):
                 noted = True
-                note(
-                    f"{video} has one frame more than {path} has rows for it; the last frame of such a video, "
-                    "which has no action, is not imported"
-                )
+                note(f"{video} has one frame more than {path} has rows; last frames without an action are not imported")
 
         return size, read
 

@@ -138,9 +138,8 @@ def test_a_folder_of_the_model_for_classification_gives_its_encoder(
 
 
 def test_a_file_alone_has_the_published_size(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"vjepa2 .*[0-9]+ more") as refused:
+    with pytest.raises(UserError, match=r"vjepa2 .*[0-9]+ more"):
         create("vjepa2", folder / "model.safetensors")
-    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +156,5 @@ def test_a_file_alone_has_the_published_size(folder: Path) -> None:
 def test_a_folder_of_another_model_is_refused(folder: Path, change: dict[str, object], named: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(UserError, match=named) as refused:
+    with pytest.raises(UserError, match=named):
         create("vjepa2", folder)
-    assert "\n" not in str(refused.value)

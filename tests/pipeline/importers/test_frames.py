@@ -336,7 +336,6 @@ def test_bad_data_is_refused_before_anything_is_written(given: Given, tmp_path: 
     with pytest.raises(UserError) as refused:
         given.import_to(tmp_path / "out")
     assert all(part in str(refused.value) for part in named), refused.value
-    assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
 
 
