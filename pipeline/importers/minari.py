@@ -110,7 +110,7 @@ class _Dataset:
             action = np.asarray(found["actions"])
         count, action_shape = len(action), self.storage.action_space.shape
         kinds = (images.dtype, images.shape[1:], state.shape[1:], action.shape[1:])
-        wanted = (np.uint8, self.image_shape, self.state_shape, action_shape)
+        wanted = (np.dtype(np.uint8), self.image_shape, self.state_shape, action_shape)
         if not count or kinds != wanted or not {len(images), len(state)} <= {count, count + 1}:
             raise UserError(
                 f"episode {episode} of Minari dataset {self.name} has {images.dtype} images {images.shape}, states {state.shape} "

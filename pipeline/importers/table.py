@@ -98,7 +98,9 @@ def _read_rows(path: Path) -> pa.Table:
 
 def _without_index(rows: pa.Table, path: Path, named: list[Any]) -> pa.Table:
     """Drop columns that are an index: those that pandas marks as one, and those that count the rows."""
-    kept, ignored, first = [], [], 0
+    kept: list[int] = []
+    ignored: list[int] = []
+    first = 0
     for number, name in enumerate(rows.column_names):
         unnamed = not name and number == first
         first += unnamed  # a MultiIndex has several columns
