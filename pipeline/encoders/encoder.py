@@ -150,8 +150,8 @@ class Encoder:
         """Return the arguments with which `create` makes this encoder again; plain JSON values."""
         return {
             "name": self.spec.name,
-            "weights": None if self.weights is None else str(self.weights.absolute()),
-            "base_weights": None if self.base_weights is None else str(self.base_weights.absolute()),
+            "weights": self.weights and str(self.weights.absolute()),
+            "base_weights": self.base_weights and str(self.base_weights.absolute()),
             "image_size": self.image_size,
             "normalisation": self.preprocess.normalisation,
             "filter": self.preprocess.filter,

@@ -217,9 +217,9 @@ def _create_adapter(
     there = _find_base(recipe, weights) if base_weights is None else Path(base_weights)
     base = create_again(asdict(recipe), weights=there, device=device)
     if base.weights_sha256 != header.get("base_sha256"):
+        other = f"{base.spec.name} than {base.weights or base.source}"
         raise UserError(
-            f"{weights} was fitted on other weights of {base.spec.name} than those of {base.weights or base.source}; "
-            "pass those as --base-weights, or fit it again"
+            f"{weights} was fitted on other weights of {other}; pass those as --base-weights, or fit it again"
         )
     for setting, value in asked.items():
         if value != (usual := getattr(base.preprocess, setting)):
@@ -245,10 +245,7 @@ def _find_base(base: Recipe, weights: Path) -> Path | None:
     for path in (Path(base.weights), weights.parent / Path(base.weights).name):
         if path.exists():
             return path
-    raise UserError(
-        f"{weights} was fitted on {base.name} with weights that no longer exist: {base.weights}; "
-        "put them beside it, or pass --base-weights"
-    )
+    raise UserError(f"{weights} needs {base.name}'s {base.weights}, which does not exist; pass --base-weights")
 
 
 def family_of(name: str) -> str:

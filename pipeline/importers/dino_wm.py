@@ -52,9 +52,9 @@ class DinoWmImporter(Importer):
         state, action = _series(folder / "states.pth", 4), _series(folder / "actions.pth", 2)
         episodes, longest = state.shape[:2]
         if action.shape[:2] != (episodes, longest):
+            found = f"{action.shape[0]} episodes of {action.shape[1]} steps"
             raise UserError(
-                f"{folder / 'actions.pth'} has {action.shape[0]} episodes of {action.shape[1]} steps, "
-                f"{folder / 'states.pth'} has {episodes} of {longest}; get both files again"
+                f"{folder / 'actions.pth'} has {found}, states.pth has {episodes} of {longest}; get both again"
             )
         lengths = _lengths(folder / "seq_lengths.pth", episodes, longest)
         files = _episode_files(folder / "obses", episodes)
@@ -146,8 +146,7 @@ def _steps(folder: Path, state: NDArray[Any], action: NDArray[Any], lengths: NDA
         rounded = action.astype(np.float32)
     if len(inexact := np.argwhere((rounded != action) & counts[..., None])):
         raise UserError(
-            f"{folder / 'actions.pth'} has float64 values that float32 cannot represent, first at {inexact[0].tolist()}; "
-            "to round them, save them again with torch.save(actions.float(), ...)"
+            f"{folder / 'actions.pth'} has values beyond float32 at {inexact[0].tolist()}; to round them, save actions.float()"
         )
     episode, step = np.nonzero(counts)
     return Steps(
