@@ -31,11 +31,11 @@ from wmcache.common.paths import (
     open_to_read,
     put,
     read_bytes,
-    reading_hint,
     remove,
     remove_files,
     size_of,
     stamp,
+    unreadable,
     upload,
     usage,
 )
@@ -258,8 +258,8 @@ def test_a_server_that_refuses_a_write_is_one_line(bucket: UPath, monkeypatch: p
         patch.setattr(type(bucket.fs), "pipe_file", deny)
         with pytest.raises(UserError, match=r"memory://bucket/x: AccessDenied; .*credentials"):
             write_json(bucket / "x", {})
-    assert "credentials" in reading_hint(bucket)
-    assert "credentials" not in reading_hint(Path("x"))
+    assert "credentials" in str(unreadable(bucket, OSError()))
+    assert "credentials" not in str(unreadable(Path("x"), OSError()))
 
 
 def test_an_object_store_has_no_limit(bucket: UPath, tmp_path: Path) -> None:
