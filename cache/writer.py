@@ -308,14 +308,11 @@ def _writing(path: AnyPath) -> Iterator[None]:
     """Turn errors of the disk about files inside a store into one line about the store."""
     try:
         yield
-    except OSError as error:
-        raise not_written(path, error) from error
-    except UnreadableError:
-        raise
-    except UserError as error:
-        if isinstance(error.__cause__, OSError):
-            raise not_written(path, error.__cause__) from error
-        raise
+    except (OSError, UserError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(error, UnreadableError) or not isinstance(cause, OSError):
+            raise
+        raise not_written(path, cause) from error
 
 
 def channel_sums(tokens: Tokens) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
