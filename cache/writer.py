@@ -157,12 +157,12 @@ class StoreWriter:
 
     def claimed(self) -> set[int]:
         """Return the shards that a process works on now."""
-        return {shard for shard in self._records.claimed() if self.is_claimed(shard)}
-
-    def is_claimed(self, shard: int) -> bool:
-        """Return whether a process works on a shard now."""
-        with self.claim(shard) as is_free:
-            return not is_free
+        found = set()
+        for shard in self._records.claimed():
+            with self.claim(shard) as is_free:
+                if not is_free:
+                    found.add(shard)
+        return found
 
     def claim(self, shard: int, *, wait: bool = False) -> AbstractContextManager[bool]:
         """Hold a shard against all other writers, if it is free or with `wait`; enter to learn whether it is held.
