@@ -98,28 +98,6 @@ def test_attributes_are_replaced_and_sealed_again(finished: Path) -> None:
     assert read_attributes(finished) == before
 
 
-CARDS = {
-    "frames": [0, -50, 50.0, True, "50", None, 2**40],
-    "frames_per_shard": [0, 2**64, [16]],
-    "token_dim": [0, 1e3],
-    "token_grid": [[], [6], [1, 2, 3], [0, 3], [2, -3], 6, None, "23"],
-    "dtype": ["float64", "", None, ["float16"], {}],
-    "dataset": [[], None],
-    "encoder": ["tcn"],
-    "unknown": [1],
-}
-
-
-@pytest.mark.parametrize("field", CARDS)
-def test_a_card_with_a_wrong_value_is_refused(card: StoreCard, field: str) -> None:
-    values = json.loads(json.dumps(dataclasses.asdict(card)))
-    assert read_card({"card": values}) == card
-    for value in CARDS[field]:
-        with pytest.raises(UserError, match=field) as caught:
-            read_card({"card": {**values, field: value}})
-        assert "\n" not in str(caught.value)
-
-
 def test_a_card_needs_all_fields_but_the_dtype(card: StoreCard) -> None:
     values = dataclasses.asdict(card)
     for name in values:
@@ -172,64 +150,6 @@ def test_a_shards_file_has_the_expected_size(
         assert Records(writer.path, some, identity).read(shard).bytes == some.shard_bytes(shard)
     assert sum(len(some.shard_frames(shard)) for shard in range(some.num_shards)) == frames
     assert some.token_bytes == tokens.nbytes // (2 if dtype == "int8" else 1)
-
-
-def make_array(path: Path, card: StoreCard, **layout: Any) -> zarr.Array[Any]:
-    usual: dict[str, Any] = {
-        "shape": (card.frames, *card.frame_shape),
-        "chunks": (1, *card.frame_shape),
-        "shards": (card.frames_per_shard, *card.frame_shape),
-        "dtype": card.dtype,
-        "compressors": Crc32cCodec(),
-        "fill_value": FILL[card.dtype],
-        "chunk_key_encoding": {"name": "default", "separator": "."},
-    }
-    return zarr.create_array(path / "some.zarr", **{**usual, **layout})
-
-
-def with_index(*codecs: Any) -> dict[str, Any]:
-    codec = ShardingCodec(chunk_shape=(1, 6, 4), codecs=[BytesCodec(), Crc32cCodec()], index_codecs=codecs)
-    return {"chunks": (16, 6, 4), "shards": None, "serializer": codec, "compressors": None}
-
-
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_the_layout_of_a_writer_can_be_mapped(tmp_path: Path, card: StoreCard, dtype: str) -> None:
-    card = dataclasses.replace(card, dtype=dtype)
-    assert is_mappable(make_array(tmp_path, card), card)
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"compressors": None},
-        {"compressors": ZstdCodec()},
-        {"compressors": (ZstdCodec(), Crc32cCodec())},
-        {"compressors": BloscCodec()},
-        {"compressors": (Crc32cCodec(), Crc32cCodec())},
-        {"filters": TransposeCodec(order=(0, 2, 1))},
-        {"serializer": BytesCodec(endian="big")},
-        {"chunks": (2, 6, 4)},
-        {"chunks": (1, 3, 4)},
-        {"shards": (8, 6, 4)},
-        {"shards": None},
-        {"shards": {"shape": (16, 6, 4), "index_location": "start"}},
-        {"chunk_key_encoding": {"name": "v2", "separator": "/"}},
-        {"chunk_key_encoding": {"name": "default", "separator": "/"}},
-        {"zarr_format": 2, "shards": None, "compressors": None, "chunk_key_encoding": None},
-        with_index(BytesCodec()),
-        with_index(BytesCodec(endian="big"), Crc32cCodec()),
-    ],
-    # Up to a set of a codec's, whose order differs between the processes of pytest-xdist.
-    ids=lambda layout: repr(layout).partition("_tunable_attrs")[0],
-)
-def test_another_layout_is_not_mapped(tmp_path: Path, card: StoreCard, layout: dict[str, Any]) -> None:
-    assert not is_mappable(make_array(tmp_path, card, **layout), card)
-
-
-def test_a_card_of_another_shape_is_not_mapped(tmp_path: Path, card: StoreCard) -> None:
-    array = make_array(tmp_path, card)
-    for change in ({"token_grid": (3, 3)}, {"token_dim": 8}, {"frames_per_shard": 8}):
-        assert not is_mappable(array, dataclasses.replace(card, **change))
 
 
 def test_a_columns_checksum_covers_dtype_shape_and_values() -> None:

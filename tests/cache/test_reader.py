@@ -21,7 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from upath import UPath
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ZstdCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
 
 from wmcache.cache import StoreCard, StoreWriter, TokenStore, reader
 from wmcache.cache.arrays import adopt_layout
@@ -233,25 +233,28 @@ def test_a_store_may_have_more_shards_than_the_limit_of_open_files(
         np.testing.assert_array_equal(many.gather(order), tokens[order])
 
 
+def with_index(*codecs: Any) -> dict[str, Any]:
+    codec = ShardingCodec(chunk_shape=(1, 6, 4), codecs=[BytesCodec(), Crc32cCodec()], index_codecs=codecs)
+    return {"chunks": (16, 6, 4), "serializer": codec, "compressors": None}
+
+
+PLAIN = {"chunks": (1, 6, 4), "shards": (16, 6, 4), "compressors": Crc32cCodec()}
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "zstd, same shards": {"chunks": (1, 6, 4), "shards": (16, 6, 4), "compressors": ZstdCodec(level=3)},
-    "zstd and checksum": {
-        "chunks": (1, 6, 4),
-        "shards": (16, 6, 4),
-        "compressors": (ZstdCodec(level=3), Crc32cCodec()),
-    },
+    "zstd, same shards": {**PLAIN, "compressors": ZstdCodec(level=3)},
+    "zstd and checksum": {**PLAIN, "compressors": (ZstdCodec(level=3), Crc32cCodec())},
     "blosc, no shards": {"chunks": (7, 6, 4), "compressors": BloscCodec(cname="lz4")},
     "blosc, frames in parts": {"chunks": (5, 3, 2), "shards": (10, 6, 4), "compressors": BloscCodec(cname="zstd")},
     "gzip, one chunk": {"chunks": (50, 6, 4), "compressors": GzipCodec()},
-    "plain, two frames a chunk": {"chunks": (2, 6, 4), "shards": (16, 6, 4), "compressors": Crc32cCodec()},
-    "plain, other shards": {"chunks": (1, 6, 4), "shards": (8, 6, 4), "compressors": Crc32cCodec()},
-    "plain, no checksums": {"chunks": (1, 6, 4), "shards": (16, 6, 4), "compressors": None},
-    "plain, big-endian": {
-        "chunks": (1, 6, 4),
-        "shards": (16, 6, 4),
-        "compressors": Crc32cCodec(),
-        "serializer": BytesCodec(endian="big"),
-    },
+    "plain, two frames a chunk": {**PLAIN, "chunks": (2, 6, 4)},
+    "plain, other shards": {**PLAIN, "shards": (8, 6, 4)},
+    "plain, no checksums": {**PLAIN, "compressors": None},
+    "plain, big-endian": {**PLAIN, "serializer": BytesCodec(endian="big")},
+    "plain, two checksums": {**PLAIN, "compressors": (Crc32cCodec(), Crc32cCodec())},
+    "plain, transposed": {**PLAIN, "filters": TransposeCodec(order=(0, 2, 1))},
+    "plain, the index in front": {**PLAIN, "shards": {"shape": (16, 6, 4), "index_location": "start"}},
+    "plain, other names of shards": {**PLAIN, "chunk_key_encoding": {"name": "v2", "separator": "/"}},
+    "plain, an index without a checksum": with_index(BytesCodec()),
+    "plain, an index of the other byte order": with_index(BytesCodec(endian="big"), Crc32cCodec()),
 }
 
 

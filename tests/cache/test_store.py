@@ -69,14 +69,15 @@ def test_an_incomplete_store_is_read_only_on_request(
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_refused_with_their_frame(
-    tmp_path: Path, make_writer: MakeWriter, tokens: Tokens, dtype: str, value: float
+    tmp_path: Path, make_writer: MakeWriter, write: Write, contents: Contents, tokens: Tokens, dtype: str, value: float
 ) -> None:
     writer = make_writer(tmp_path / "some.zarr", dtype=dtype)
-    bad = tokens[16:32].copy()
+    write(writer)
+    before, bad = contents(writer.path), tokens[16:32].copy()
     bad[5, 2, 1] = value
     with pytest.raises(UserError, match="frame 21;"):
         writer.write_shard(1, bad)
-    assert writer.pending() == [0, 1, 2, 3]
+    assert contents(writer.path) == before
 
 
 def test_a_shard_of_another_shape_or_dtype_is_refused(tmp_path: Path, make_writer: MakeWriter, tokens: Tokens) -> None:

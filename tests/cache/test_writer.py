@@ -174,20 +174,6 @@ class TestPending:
         shutil.copytree(finished / "tokens" / "commits", other.path / "tokens" / "commits", dirs_exist_ok=True)
         assert other.pending() == [0, 1, 2, 3]
 
-    def test_values_that_are_not_finite_are_refused_before_anything_changes(
-        self, finished: Path, identity: Identity, tokens: Tokens, contents: Contents
-    ) -> None:
-        writer = StoreWriter.resume(finished, identity)
-        bad = tokens[:16].copy()
-        bad[3] = np.inf
-        before = contents(finished)
-        with pytest.raises(UserError, match="frame 3;"):
-            writer.write_shard(0, bad)
-        assert contents(finished) == before
-        writer.write_shard(0, tokens[16:32])
-        assert Records(finished, writer.card, identity).read(0).sum == channel_sums(tokens[16:32])[0].tolist()
-        np.testing.assert_array_equal(TokenStore.open(finished).gather(np.arange(16)), tokens[16:32])
-
     def test_a_shard_is_not_done_after_its_second_write_failed(
         self,
         finished: Path,
