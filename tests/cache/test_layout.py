@@ -14,14 +14,13 @@ import zarr
 from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, TransposeCodec, ZstdCodec
 
-from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
-from wmcache.cache.arrays import check_columns, column_sha256, is_mappable, open_group, read_column
-from wmcache.cache.layout import FILL, DamagedError, read_attributes, read_card, shard_file, write_attributes
+from wmcache.cache import Identity, StoreCard, StoreWriter
+from wmcache.cache.arrays import column_sha256
+from wmcache.cache.layout import DamagedError, read_attributes, read_card, shard_file, write_attributes
 from wmcache.cache.records import Records
 from wmcache.common.errors import UserError
-from wmcache.common.jsonfiles import read_json, require_seal, seal, write_json
+from wmcache.common.jsonfiles import require_seal, seal
 
 Tokens = NDArray[np.float16]
 MakeWriter = Callable[..., StoreWriter]

@@ -7,13 +7,11 @@ import multiprocessing
 import os
 import resource
 import shutil
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pytest
 import zarr
@@ -25,7 +23,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, Sharding
 
 from wmcache.cache import StoreCard, StoreWriter, TokenStore, reader
 from wmcache.cache.arrays import adopt_layout
-from wmcache.cache.layout import FILL, read_attributes, shard_file, write_attributes
+from wmcache.cache.layout import FILL, shard_file
 from wmcache.cache.reader import MappedReader, MemoryReader, Reader, ZarrReader
 from wmcache.common.errors import UserError
 from wmcache.common.paths import put, read_bytes, remove, upload

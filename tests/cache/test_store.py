@@ -14,7 +14,7 @@ import zarr
 from numpy.typing import NDArray
 
 from wmcache.cache import Identity, StoreWriter, TokenStore
-from wmcache.cache.layout import DamagedError, read_attributes, shard_file, write_attributes
+from wmcache.cache.layout import DamagedError, read_attributes, write_attributes
 from wmcache.common.errors import MissingError, UserError
 
 Tokens = NDArray[np.float16]

@@ -19,7 +19,6 @@ from wmcache.cache.layout import FILL, read_attributes, shard_file, write_attrib
 from wmcache.cache.records import Records, record_file
 from wmcache.cache.verify import check_shard, verify, whole_tokens
 from wmcache.common.errors import MissingError, UserError
-from wmcache.common.jsonfiles import read_json, seal, write_json
 
 Tokens = NDArray[np.float16]
 MakeWriter = Callable[..., StoreWriter]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -15,7 +13,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,10 +21,9 @@ from numpy.typing import NDArray
 
 from wmcache.cache import Identity, StoreWriter, TokenStore
 from wmcache.cache.layout import DamagedError, read_attributes, shard_file
-from wmcache.cache.records import Records, lock_file, record_file
+from wmcache.cache.records import lock_file, record_file
 from wmcache.cache.writer import LackingError, channel_sums
 from wmcache.common.errors import UserError
-from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.locks import exclusive
 
 Tokens = NDArray[np.float16]

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from wmcache.common import cgroups, memory
+from wmcache.common import memory
 
 GB = 10**9
 MakeGroup = Callable[..., None]

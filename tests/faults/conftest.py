@@ -21,7 +21,6 @@ from fault_workers import Child, Sample, collect_few
 
 from wmcache.cache import Identity, StoreCard, StoreWriter
 from wmcache.pipeline.collect import collect
-from wmcache.trainer.options import TrainOptions
 
 PRELOADED = [
     "pytest",
