@@ -110,7 +110,8 @@ def _train(
     write_settings(out, config, store)
     first = read_progress(last_checkpoint(out)).step if checkpoints(out) else 0
     last = max(first, options.steps)
-    count, train_frames = sum(parameter.numel() for parameter in decoder.parameters()), len(_frames(store, options))
+    count = sum(parameter.numel() for parameter in decoder.parameters())
+    train_frames = len(split_frames(store.episode, "train", options.split_seed))
     tqdm.write(
         f"{name}: {count / 1e6:.2f} M parameters, {len(frames)} of {train_frames} train frames of {image_size} px, "
         f"{device.type} {str(dtype).removeprefix('torch.')}, steps {first} to {last}",
@@ -205,17 +206,14 @@ def statistics_of(store: TokenStore, images: Images) -> dict[str, Tensor]:
 
 def choose_frames(store: TokenStore, options: DecoderOptions) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Choose frames to train on and held-out ones to validate on; ascending, and the same for the same options."""
-    chosen = []
-    for split, most in (("train", options.max_frames), ("val", VALIDATION_FRAMES)):
-        frames = _frames(store, options, split)
-        if len(frames) > most:
-            frames = np.sort(np.random.default_rng(options.seed).choice(frames, most, replace=False))
-        chosen.append(frames)
-    return chosen[0], chosen[1]
 
+    def choose(split: str, most: int) -> NDArray[np.int64]:
+        frames = split_frames(store.episode, split, options.split_seed)
+        if len(frames) <= most:
+            return frames
+        return np.sort(np.random.default_rng(options.seed).choice(frames, most, replace=False))
 
-def _frames(store: TokenStore, options: DecoderOptions, split: str = "train") -> NDArray[np.int64]:
-    return split_frames(store.episode, split, options.split_seed)
+    return choose("train", options.max_frames), choose("val", VALIDATION_FRAMES)
 
 
 @torch.inference_mode()

@@ -47,16 +47,6 @@ from wmcache.trainer.runs import load_model, read_config
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("stores") / "dinov2-28.zarr", TINY["side"], TINY["dim"])
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write(tmp_path / "theirs", make_parts(1), make_hydra(1))
-
-
 def standardised(store: TokenStore, name: str, value: Tensor) -> Tensor:
     """As the reference: by mean and unbiased deviation over all frames of all episodes."""
     column = torch.from_numpy(np.asarray(getattr(store, name))).float()

@@ -20,23 +20,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from reference_dino_wm import TINY, make_hydra, make_parts, make_store, refuse, write
+from reference_dino_wm import make_hydra, make_parts, refuse, write
 
 from wmcache.common.errors import UserError
 from wmcache.trainer.import_dino_wm import import_dino_wm
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.pickled_modules import MAX_PROGRAM_BYTES
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("stores") / "dinov2-28.zarr", TINY["side"], TINY["dim"])
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write(tmp_path / "theirs", make_parts(1), make_hydra(1))
-
 
 MODEL = Path("checkpoints", "model_latest.pth")
 
