@@ -4,16 +4,15 @@ import gymnasium
 
 from wmcache.envs.gl import RendererError
 from wmcache.envs.maze import ENV_PREFIX, Maze, MazeError, env_id, find_maze, maze_names
-from wmcache.envs.pointmaze import PointMazeEnv, sample_state
+from wmcache.envs.pointmaze import PointMazeEnv, PointMazeVectorEnv, sample_state
 from wmcache.envs.policies import POLICIES, Policy
 from wmcache.envs.simulator import FPS, PointMazeSimulator, longest_move
-from wmcache.envs.vector import PointMazeVectorEnv
 
 for _name in maze_names():
     gymnasium.register(
         id=f"{ENV_PREFIX}{_name}-v0",
         entry_point="wmcache.envs.pointmaze:PointMazeEnv",
-        vector_entry_point="wmcache.envs.vector:PointMazeVectorEnv",
+        vector_entry_point="wmcache.envs.pointmaze:PointMazeVectorEnv",
         kwargs={"maze": _name},
     )
 
