@@ -147,7 +147,7 @@ def bench_memory(episodes: int) -> list[dict[str, Any]]:
 def save_tcn(path: Path) -> None:
     """Save random weights of the encoder `tcn`; its memory does not depend on them."""
     grid, _ = tcn.SPEC.patch_grid(224)
-    save_file(tcn.TcnNetwork(grid, tcn.SPEC.patch, tcn.SPEC.token_dim).state_dict(), path)
+    save_file(tcn.TcnNetwork(grid).state_dict(), path)
 
 
 def peak_memory(command: str, arguments: list[str]) -> int:

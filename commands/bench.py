@@ -39,8 +39,8 @@ MEASURED = "dino-wm"
 
 
 def _open(dataset: AnyPath | None, encoder: dict[str, Any]) -> tuple[FrameDataset, list[Encoder]]:
-    from wmcache.pipeline.create import create_encoders
     from wmcache.pipeline.fit_job import open_dataset
+    from wmcache.pipeline.stores import create_encoders
 
     frames = open_dataset(dataset)
     return frames, create_encoders(frames.card.name, **encoder)

@@ -209,10 +209,9 @@ def extract(
 ) -> None:
     """Encode every frame of a dataset once, several encoders in one pass. Run again, or beside itself, it does what is missing."""
     from wmcache.cluster.tasks import parse_cluster
-    from wmcache.pipeline.create import create_encoders
     from wmcache.pipeline.extract import extract_together, forecast
     from wmcache.pipeline.fit_job import open_dataset
-    from wmcache.pipeline.stores import default_store
+    from wmcache.pipeline.stores import create_encoders, default_store
 
     frames = open_dataset(dataset)
     networks = create_encoders(frames.card.name, **encoder)
@@ -280,7 +279,7 @@ def derive_change_maps(store: AnyPath, frameskip: int, dataset: AnyPath | None, 
     """Make change maps: which of 2 x 2 cells of each patch have changed from frame to frame. Run again, it goes on."""
     from wmcache.cache.change_maps import change_maps_path
     from wmcache.cache.store import TokenStore
-    from wmcache.pipeline.change_maps import derive_change_maps as run
+    from wmcache.pipeline.derive import derive_change_maps as run
     from wmcache.pipeline.stores import is_complete
 
     source = TokenStore.open(store)

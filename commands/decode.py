@@ -101,7 +101,7 @@ def imagine(
 def _frames_of(cache: AnyPath, dataset: AnyPath | None) -> Any:
     """The `FrameDataset` that a store was made of."""
     from wmcache.cache.store import TokenStore
-    from wmcache.pipeline.repair import open_frames
+    from wmcache.pipeline.stores import open_frames
 
     store = TokenStore.open(cache)
     frames = open_frames(store.card, dataset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,29 +15,23 @@ from wmcache.common.errors import UserError
 from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath, absolute, as_path
 from wmcache.pipeline import encoders
-from wmcache.pipeline.create import create_encoders
 from wmcache.pipeline.encoders import FitOptions
 from wmcache.pipeline.extract import extract_together
-from wmcache.pipeline.fit import Fitted, default_weights, fit, fit_adapter
+from wmcache.pipeline.fit import Fitted, fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.repair import open_frames
-from wmcache.pipeline.stores import default_store
+from wmcache.pipeline.stores import create_encoders, default_store, default_weights, frames_of
 
 
 @dataclass(frozen=True)
 class FitJob:
-    """What a fit reads and writes.
-
-    Attributes:
-        frames: to fit on, or to measure on; None where a store's frames are not available.
-        store: of an adapter's base; None for other encoders.
-        out: the weights file.
-    """
+    """What a fit reads and writes."""
 
     name: str
     options: FitOptions
     frames: FrameDataset | None
+    """To fit on, or to measure on; None where a store's frames are not available."""
     store: TokenStore | None
+    """Of an adapter's base; None for other encoders."""
     out: Path
 
     @property
@@ -71,7 +66,7 @@ def prepare_fit(
     """Find what a fit needs.
 
     Args:
-        name: of the encoder. options: of its fit; the rest have the encoder's defaults.
+        options: of the fit; the rest have the encoder's defaults.
         dataset: the frames; None takes the default dataset, or with `cache` the store's.
         cache: for an adapter, the store of its base; None takes the default one, and extracts it if it is missing.
         base, base_weights: for an adapter, the encoder of that store, and its weights.
@@ -89,36 +84,25 @@ def prepare_fit(
         return FitJob(name, chosen, frames, None, out or default_weights(frames.card.name, name))
     if cache and base:
         raise UserError("--cache has the store that the adapter is fitted on; leave out --base")
-    known = None if cache and dataset is None and not chosen.needs_images else open_dataset(dataset)
+    known = None
+    if cache is None or dataset is not None or chosen.needs_images:
+        known = open_dataset(dataset)
     if cache is None:
         assert known is not None
         weights = (str(base_weights),) if base_weights else ()
-        dataset_name = known.card.name
-        (encoder,) = create_encoders(dataset_name, names=base or entry.base, weights=weights, device=device)
-        cache = default_store(dataset_name, encoder)
+        (encoder,) = create_encoders(known.card.name, names=base or entry.base, weights=weights, device=device)
+        cache = default_store(known.card.name, encoder)
         extract_together(known, [(encoder, cache)], cluster=cluster, device=device)
     store = TokenStore.open(cache)
-    return FitJob(
-        name,
-        chosen,
-        known or _frames_of(store),
-        store,
-        out or default_weights(str(store.card.dataset["name"]), name),
-    )
+    if known is None:
+        with suppress(UserError):  # without frames, the fit is not measured
+            known = frames_of(store)
+    return FitJob(name, chosen, known, store, out or default_weights(str(store.card.dataset["name"]), name))
 
 
 def open_dataset(path: AnyPath | None) -> FrameDataset:
-    """The dataset at `path`, or the default one."""
+    """Open a dataset, or the default one."""
     return FrameDataset.open(path or home() / "pointmaze-umaze")
-
-
-def _frames_of(store: TokenStore) -> FrameDataset | None:
-    """The frames of a store, on which a fit is measured; None where they are not available."""
-    try:
-        frames = open_frames(store.card, None)
-    except UserError:
-        return None
-    return frames if frames.card.fingerprint == store.identity.dataset_fingerprint else None
 
 
 def _fit(

@@ -29,7 +29,7 @@ from wmcache.common.progress import seconds_between_updates
 from wmcache.common.video import ffmpeg, write_mp4
 from wmcache.envs import FPS
 from wmcache.planner.options import ImagineOptions
-from wmcache.trainer.decoder import load_decoder, read_decoder_config, read_decoder_identity
+from wmcache.trainer.decoder import load_decoder, read_decoder_config
 from wmcache.trainer.decoders import Decoder
 from wmcache.trainer.metrics import MOVING, ImageMetrics, Images, summarise, to_pixels, to_unit
 from wmcache.trainer.models import WorldModel
@@ -122,12 +122,13 @@ def imagine(
 def _check(run: Path, decoder: Path, cache: AnyPath | None) -> tuple[dict[str, Any], TokenStore]:
     """Check that run, decoder and store belong together; returns the run's config and the store."""
     config, identity = read_config(run), read_identity(run)[1]
-    if different := identity.differences(read_decoder_identity(decoder)):
+    other = read_decoder_config(decoder)["split_seed"]
+    if different := identity.differences(read_identity(decoder)[1]):
         raise UserError(
             f"{decoder} was trained on another store than {run}: {'; '.join(different)}; "
             "pass another --decoder, or train one: wmtrain decoder --cache STORE --out DECODER"
         )
-    split, other = config.get("split_seed", 42), read_decoder_config(decoder)["split_seed"]
+    split = config.get("split_seed", 42)
     if split != other:
         raise UserError(
             f"{decoder} holds out other episodes than {run}: --split-seed {other} != {split}; "

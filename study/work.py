@@ -21,18 +21,18 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.fit import fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.pictures import draw_probe
 from wmcache.pipeline.probe import probe
-from wmcache.pipeline.probe_picture import draw_probe
 from wmcache.planner.context import EvalContext
 from wmcache.planner.evaluate import evaluate
 from wmcache.planner.judge import THRESHOLDS
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_episodes
 from wmcache.study.cells import ENCODER_OPTIONS, Cell, Workspace
+from wmcache.trainer.models.base import rollout_errors, skills
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.runs import load_model
 from wmcache.trainer.train import train, validation_windows
-from wmcache.trainer.validation import rollout_errors, skills
 
 TIMED_FRAMES = 64
 VARIANCE_FRAMES = 512
