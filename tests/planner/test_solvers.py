@@ -294,7 +294,7 @@ class TestIcem:
         assert torch.equal(cost(found[:, None])[:, 0], lowest)
 
     def test_the_mean_is_a_candidate_of_the_first_and_last_iteration(self, cost: Any) -> None:
-        # The first two candidates are always the elites, and the next mean is theirs.
+        # The first two candidates are always the elites, and the next mean is their mean.
         cost.cost = lambda actions: torch.arange(actions.shape[1]).float().expand(actions.shape[:2])
         start = torch.full(SHAPE, 0.1)
         Icem(samples=8, elites=2, iterations=3, momentum=0.0, keep=0.0, decay=1.0)(cost, start, generators())
