@@ -72,8 +72,8 @@ def bench_train(
             "encoding": (_encoded(held, encode), model, dtype, optimiser, few),
             "reference": (_encoded(held, encode), reference, torch.float32, optimiser, few),
         }
-        for *variant, _ in variants.values():
-            _train(*variant, 1)
+        for batches, network, precision, *_ in variants.values():
+            _train(batches, network, precision, optimiser, 1)
         waited = feed.waited
         rates: dict[str, list[float]] = {name: [] for name in variants}
         for _ in tqdm(range(ROUNDS), desc="bench train", unit=" rounds"):

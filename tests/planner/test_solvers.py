@@ -1,4 +1,4 @@
-"""The contract of solvers, on costs whose minimum is known; and their registry."""
+"""Solvers: their contract, on costs whose minimum is known, their registry, and their parts against a calculation by hand."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
 from wmcache.planner.base import Cost
 from wmcache.planner.solvers import SOLVERS, make_solver
+from wmcache.planner.solvers.cem import Cem
+from wmcache.planner.solvers.gd import Gd
+from wmcache.planner.solvers.icem import Icem, coloured
+from wmcache.planner.solvers.mppi import Mppi
 
 SHAPE = (3, 4, 2)
 THOROUGH: dict[str, dict[str, Any]] = {
@@ -26,10 +30,13 @@ QUICK: dict[str, dict[str, Any]] = {
 each_solver = pytest.mark.parametrize("name", [*SOLVERS])
 
 
+def generators(seed: int = 0, count: int = SHAPE[0]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
 def solve(name: str, options: dict[str, Any], cost: Cost, start: Tensor | None = None, seed: int = 0) -> Tensor:
     start = torch.zeros(SHAPE) if start is None else start
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(start))]
-    return make_solver(name, **options)(cost, start, generators)
+    return make_solver(name, **options)(cost, start, generators(seed, len(start)))
 
 
 @each_solver
@@ -155,3 +162,208 @@ def test_an_unknown_solver_is_refused_with_the_known_ones() -> None:
 def test_invalid_values_are_refused(name: str, options: dict[str, Any], wrong: str) -> None:
     with pytest.raises(UserError, match=f"solver {name}: {wrong}"):
         make_solver(name, **options)
+
+
+def zeros() -> Tensor:
+    return torch.zeros(SHAPE)
+
+
+class TestCem:
+    def test_momentum_keeps_a_share_of_the_last_mean(self, cost: Any) -> None:
+        start = torch.full(SHAPE, 0.2)
+        fitted = Cem(samples=16, elites=4, iterations=1)(cost, start, generators())
+        found = Cem(samples=16, elites=4, iterations=1, momentum=0.15)(cost, start, generators())
+        torch.testing.assert_close(found, 0.15 * start + 0.85 * fitted)
+
+    def test_momentum_keeps_a_share_of_the_last_deviation(self, cost: Any) -> None:
+        for momentum in (0.0, 0.5):
+            Cem(samples=64, elites=8, iterations=4, sigma=0.3, momentum=momentum)(cost, zeros(), generators())
+        spreads = [actions[:, 1:].std(1).mean() for actions in cost.actions]
+        assert spreads[4] == spreads[0]
+        assert spreads[7] > 1.3 * spreads[3]
+
+
+class TestMppi:
+    @pytest.mark.parametrize("temperature", [0.0, 2.0])
+    def test_the_mean_weights_the_elites_by_their_cost(self, cost: Any, temperature: float) -> None:
+        found = Mppi(samples=12, elites=5, iterations=1, temperature=temperature)(cost, zeros(), generators())
+        for i, (actions, costs) in enumerate(zip(cost.actions[0], cost.costs[0], strict=True)):
+            order = costs.argsort()[:5]
+            excess = costs[order] - costs.min()
+            weights = torch.exp(-temperature * excess / excess.mean())
+            torch.testing.assert_close(found[i], torch.einsum("s,sta->ta", weights / weights.sum(), actions[order]))
+
+    @pytest.mark.parametrize(("factor", "offset"), [(1e-3, 0.0), (1e4, 0.0), (1.0, 5.0)])
+    def test_units_and_zero_of_the_cost_do_not_matter(self, cost: Any, factor: float, offset: float) -> None:
+        solver = Mppi(samples=32, elites=8, iterations=4)
+        found = solver(cost, zeros(), generators())
+        other = solver(lambda actions: factor * cost(actions) + offset, zeros(), generators())
+        torch.testing.assert_close(found, other, atol=1e-3, rtol=0)
+
+    def test_equal_costs_do_not_divide_by_zero(self) -> None:
+        solver = Mppi(samples=12, elites=5, iterations=3)
+        assert solver(lambda actions: actions.new_zeros(actions.shape[:2]), zeros(), generators()).isfinite().all()
+
+    def test_the_deviation_is_between_its_bounds(self, cost: Any) -> None:
+        Mppi(samples=256, elites=32, iterations=12, sigma=0.2, min_sigma=0.1)(cost, zeros(), generators())
+        spreads = [actions[:, 1:].std(1).mean() for actions in cost.actions]
+        assert spreads[0] == pytest.approx(0.2, rel=0.1)
+        assert spreads[-1] == pytest.approx(0.1, rel=0.1)
+        assert max(spreads) < 0.22
+
+
+class TestGd:
+    def test_a_step_is_that_of_the_reference(self, cost: Any) -> None:
+        # The reference's loop: mean over instances times their number, plain SGD, then noise.
+        start = torch.full(SHAPE, 0.1)
+        actions = start.clone().requires_grad_()
+        loss = cost(actions[:, None])[:, 0]
+        (gradient,) = torch.autograd.grad(loss.mean() * len(loss), actions)
+        random = generators()
+        for generator in random:  # the offsets of the restarts
+            torch.randn(1, *SHAPE[1:], generator=generator)
+        noise = torch.stack([torch.randn(SHAPE[1:], generator=generator) for generator in random])
+        expected = (actions - 0.05 * gradient + 0.003 * noise).detach()
+        found = Gd(steps=1, lr=0.05, optimiser="sgd", restarts=1)(cost, start, generators())
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+    def test_it_stops_at_a_bound_and_leaves_it_again(self, cost: Any, target: Tensor) -> None:
+        solver = Gd(steps=1, lr=100.0, optimiser="sgd", noise=0.0)
+        assert torch.equal(solver(lambda a: a.sum((2, 3)), zeros(), generators()), torch.full(SHAPE, -1.0))
+        solver = Gd(steps=50, lr=0.1, optimiser="sgd", noise=0.0, restarts=1)
+        torch.testing.assert_close(solver(cost, torch.ones(SHAPE), generators()), target, atol=0.01, rtol=0)
+
+    def test_it_returns_the_best_candidate_and_not_the_last(self, cost: Any, target: Tensor) -> None:
+        # This learning rate jumps over the minimum of a parabola at each step.
+        start = target + 0.05
+        found = Gd(steps=5, lr=1.2, optimiser="sgd", noise=0.0, restarts=1)(cost, start, generators())
+        assert torch.equal(found, start)
+
+    def test_each_episode_has_its_own_best_restart(self) -> None:
+        # The cost is constant up to 0.5.
+        def cost(actions: Tensor) -> Tensor:
+            first = actions[:, :, 0, 0]
+            return torch.where(first > 0.5, -first, 0.0 * first)
+
+        one, many = (
+            Gd(steps=20, lr=0.1, optimiser="sgd", restarts=count)(cost, zeros(), generators()) for count in (1, 32)
+        )
+        assert (one[:, 0, 0] < 0.5).all()
+        assert (many[:, 0, 0] == 1).all()
+
+    def test_more_restarts_do_not_change_the_first(self, cost: Any) -> None:
+        for restarts in (1, 4):
+            Gd(steps=4, lr=0.1, optimiser="sgd", noise=0.0, restarts=restarts)(cost, zeros(), generators())
+        for alone, among in zip(cost.actions[:5], cost.actions[5:], strict=True):
+            torch.testing.assert_close(alone[:, 0], among[:, 0])
+
+    @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+    def test_gradients_go_through_a_network_and_leave_it_unchanged(self, optimiser: Any) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = nn.Sequential(nn.Flatten(2), nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+        goal: Tensor = network(torch.full((3, 1, *SHAPE[1:]), 0.5)).detach()
+
+        def cost(actions: Tensor) -> Tensor:
+            imagined: Tensor = network(actions)
+            return (imagined - goal).square().mean(2)
+
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        found = Gd(steps=50, optimiser=optimiser)(cost, zeros(), generators())
+        assert (cost(found[:, None]) < 0.05 * cost(zeros()[:, None])).all()
+        assert all(parameter.grad is None for parameter in network.parameters())
+        assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+        assert not found.requires_grad
+
+    def test_adam_does_not_depend_on_the_units_of_the_cost(self, cost: Any) -> None:
+        solver = Gd(steps=10, optimiser="adam", noise=0.0)
+        found, scaled = (solver(lambda a, k=k: k * cost(a), zeros(), generators()) for k in (1, 100))
+        torch.testing.assert_close(found, scaled, atol=1e-4, rtol=0)
+
+
+class TestIcem:
+    def test_each_iteration_has_fewer_candidates_but_twice_the_elites(self, cost: Any) -> None:
+        solver = Icem(samples=40, elites=8, iterations=6, decay=1.5)
+        solver(cost, zeros(), generators())
+        assert [actions.shape[1] for actions in cost.actions] == solver.populations == [40, 26, 17, 16, 16, 16]
+        assert solver.evaluations == 131
+
+    def test_it_returns_the_best_candidate(self, cost: Any) -> None:
+        found = Icem(samples=20, elites=4, iterations=3, keep=0.0)(cost, zeros(), generators())
+        lowest = torch.cat(cost.costs, 1).amin(1)
+        assert torch.equal(cost(found[:, None])[:, 0], lowest)
+
+    def test_the_mean_is_a_candidate_of_the_first_and_last_iteration(self, cost: Any) -> None:
+        # The first two candidates are always the elites, and the next mean is their mean.
+        cost.cost = lambda actions: torch.arange(actions.shape[1]).float().expand(actions.shape[:2])
+        start = torch.full(SHAPE, 0.1)
+        Icem(samples=8, elites=2, iterations=3, momentum=0.0, keep=0.0, decay=1.0)(cost, start, generators())
+        means = [start, *(actions[:, :2].mean(1) for actions in cost.actions)]
+        present = [torch.allclose(actions[:, 0], mean) for actions, mean in zip(cost.actions, means, strict=False)]
+        assert present == [True, False, True]
+
+    @pytest.mark.parametrize("keep", [0.0, 0.5])
+    def test_kept_elites_are_candidates_that_are_not_evaluated_again(self, cost: Any, keep: float) -> None:
+        # Later candidates are never as good as the first ones, so kept ones are always elites.
+        cost.cost = lambda a: (a - 0.5).square().sum((2, 3)) + 1000.0 * (len(cost.actions) > 1)
+        Icem(samples=64, elites=8, iterations=3, keep=keep, momentum=0.0, decay=1.0, sigma=0.3)(
+            cost, zeros(), generators()
+        )
+        calls = cost.actions
+        assert [actions.shape[1] for actions in calls] == [64, 64, 64]
+        best = [(actions - 0.5).square().sum((2, 3)).argsort(1) for actions in calls]
+        elites = torch.take_along_dim(calls[1], best[1][:, : 4 if keep else 8, None, None], 1)
+        if keep:
+            elites = torch.cat([elites, torch.take_along_dim(calls[0], best[0][:, :4, None, None], 1)], 1)
+        # The mean is the first candidate of the last iteration.
+        torch.testing.assert_close(calls[2][:, 0], elites.mean(1))
+
+    def test_momentum_keeps_a_share_of_the_last_mean(self, cost: Any) -> None:
+        start = torch.full(SHAPE, 0.2)
+        Icem(samples=16, elites=4, iterations=2, momentum=0.25, beta=0.0)(cost, start, generators())
+        best = cost.costs[0].argsort(1)[:, :4]
+        fitted = torch.take_along_dim(cost.actions[0], best[:, :, None, None], 1).mean(1)
+        torch.testing.assert_close(cost.actions[1][:, 0], 0.25 * start + 0.75 * fitted)
+
+    def test_noise_is_coloured_over_the_env_steps_of_model_steps(self, cost: Any) -> None:
+        # Frame by frame: x and y of the first env action, x and y of the second, and so on.
+        cost.cost = lambda actions: actions.sum((2, 3))
+        Icem(samples=2000, elites=2, iterations=1, beta=2.0, frameskip=5, sigma=0.2)(
+            cost, torch.zeros(3, 4, 10), generators()
+        )
+        drawn = cost.actions[0][:, 1:]
+
+        def correlation(first: Tensor, second: Tensor) -> float:
+            return torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1].item()
+
+        x_to_next_frame = correlation(drawn[:, :, 1, 0], drawn[:, :, 1, 2])
+        assert x_to_next_frame > 0.8
+        assert correlation(drawn[:, :, 1, 8], drawn[:, :, 2, 0]) == pytest.approx(x_to_next_frame, abs=0.05)
+        assert abs(correlation(drawn[:, :, 1, 0], drawn[:, :, 1, 1])) < 0.05
+
+    def test_a_frameskip_must_divide_the_actions(self, cost: Any) -> None:
+        with pytest.raises(UserError, match=r"frameskip is 3.* 2 "):
+            Icem(frameskip=3)(cost, zeros(), generators())
+
+
+class TestColouredNoise:
+    @pytest.fixture
+    def white(self) -> Tensor:
+        return torch.randn(1, 4000, 25, 2, generator=torch.Generator().manual_seed(0))
+
+    @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 2.0, 4.0])
+    @pytest.mark.parametrize("steps", [1, 2, 24, 25])
+    def test_it_has_unit_variance_at_every_step(self, white: Tensor, beta: float, steps: int) -> None:
+        noise = coloured(white[:, :, :steps], beta)
+        assert noise.shape == (1, 4000, steps, 2)
+        torch.testing.assert_close(noise.var((0, 1, 3)), torch.ones(steps), atol=0.1, rtol=0)
+        torch.testing.assert_close(noise.mean((0, 1, 3)), torch.zeros(steps), atol=0.05, rtol=0)
+        if beta == 0:
+            torch.testing.assert_close(noise, white[:, :, :steps], atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("beta", [1.0, 2.0])
+    def test_its_power_falls_with_the_frequency_to_the_beta(self, white: Tensor, beta: float) -> None:
+        power = torch.fft.rfft(coloured(white, beta), dim=2).abs().square().mean((0, 1, 3))[1:]
+        frequency = torch.fft.rfftfreq(25)[1:]
+        slope = torch.linalg.lstsq(torch.stack([frequency.log(), torch.ones(12)], 1), power.log()[:, None]).solution[0]
+        assert slope.item() == pytest.approx(-beta, abs=0.05)

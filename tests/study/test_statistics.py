@@ -69,7 +69,7 @@ def test_only_differences_that_survive_the_correction_are_real() -> None:
     assert pairs["good", "bad"].adjusted == pytest.approx(3 * pairs["good", "bad"].p)
 
 
-def test_a_group_holds_what_cannot_be_told_from_its_best() -> None:
+def test_a_group_is_what_does_not_differ_from_its_best() -> None:
     reached = {"bad": solved(*[0] * 20), "good": solved(*[1] * 20), "fair": solved(*[1] * 19, 0)}
     pairs = compare(reached)
     assert rank(reached, pairs) == [["good", "fair"], ["bad"]]
