@@ -80,7 +80,9 @@ def submit_workers(
     try:
         slurm = import_slurm()
     except ImportError:
-        raise UserError(f"--cluster {where.text}: no dask-jobqueue; pip install 'wmcache[cluster]'") from None
+        raise UserError(
+            f"--cluster {where.text}: dask-jobqueue is not installed; pip install 'wmcache[cluster]'"
+        ) from None
     if shutil.which("sbatch") is None:
         raise UserError(f"--cluster {where.text}: sbatch is not installed; run on a machine that submits to SLURM")
     with ExitStack() as stack:
