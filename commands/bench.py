@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +145,7 @@ def bench_shards(shards: tuple[int, ...], as_json: bool, **settings: Any) -> Non
     """Measure what planning, claiming, finishing and opening a store of so many shards cost, without any data in them."""
     from wmcache.bench.scale import measure_scale
 
-    print_rows([asdict(measure_scale(count, **settings)) for count in shards], as_json=as_json)
+    print_rows([measure_scale(count, **settings) for count in shards], as_json=as_json)
 
 
 @bench.command("train", by=replace(MODEL, default=MEASURED))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +60,22 @@ def plan_job(
             raise UserError(f"{error}; or pass --frames-per-second") from error
     plan = run(token_grid=spec.token_grid, token_dim=spec.token_dim, frames_per_second=frames_per_second, **settings)
     if as_json:
-        print_json(asdict(plan))
+        print_json(plan)
         return
-    load = plan.tasks_per_second / plan.scheduler_tasks_per_second
+    load = plan["tasks_per_second"] / plan["scheduler_tasks_per_second"]
     for name, value in {
-        "shards": f"{plan.shards} of {plan.frames_per_shard} frames, {human_bytes(plan.shard_bytes)} each",
-        "tokens": human_bytes(plan.token_bytes),
-        "objects": f"{plan.objects}, {plan.shards} of them shards",
-        "records": human_bytes(plan.record_bytes),
-        "workers": f"{plan.worker_hours:.1f} hours at {plan.frames_per_second:.0f} frames/s; {plan.hours:.2f} hours with "
+        "shards": f"{plan['shards']} of {plan['frames_per_shard']} frames, {human_bytes(plan['shard_bytes'])} each",
+        "tokens": human_bytes(plan["token_bytes"]),
+        "objects": f"{plan['objects']}, {plan['shards']} of them shards",
+        "records": human_bytes(plan["record_bytes"]),
+        "workers": f"{plan['worker_hours']:.1f} hours at {plan['frames_per_second']:.0f} frames/s; {plan['hours']:.2f} hours with "
         f"{settings['workers']} at once",
-        "memory of a worker": f"{human_bytes(plan.worker_memory)}, with {human_bytes(plan.step_bytes)} of step table",
-        "claim and record": f"{plan.commit_share:.2%} of a shard's time",
-        "create, plan": f"{plan.create:.1f} s, {plan.plan:.1f} s",
-        "finalize, open": f"{plan.finish:.1f} s, {plan.open:.1f} s",
-        "scheduler": f"{plan.tasks_per_second:.1f} of {plan.scheduler_tasks_per_second:.0f} tasks/s, {load:.1%}",
+        "memory of a worker": f"{human_bytes(plan['worker_memory'])}, with {human_bytes(plan['step_bytes'])} of step table",
+        "claim and record": f"{plan['commit_share']:.2%} of a shard's time",
+        "create, plan": f"{plan['create']:.1f} s, {plan['plan']:.1f} s",
+        "finalize, open": f"{plan['finish']:.1f} s, {plan['open']:.1f} s",
+        "scheduler": f"{plan['tasks_per_second']:.1f} of {plan['scheduler_tasks_per_second']:.0f} tasks/s, {load:.1%}",
     }.items():
         click.echo(f"{name:20} {value}")
-    for note in plan.notes:
+    for note in plan["notes"]:
         click.echo(f"note: {note}")
