@@ -280,7 +280,7 @@ def _connection_errors(where: Cluster) -> Iterator[None]:
 
 def _lost_scheduler(where: Cluster) -> UserError:
     hint = "start it again, or another one" if where.address else "see its log"
-    return UserError(f"the scheduler of {where.text} has gone; {hint}, then run the same command again, which goes on")
+    return UserError(f"the scheduler of {where.text} has gone; {hint}, then run the same command again")
 
 
 @contextmanager

@@ -80,9 +80,12 @@ def submit_workers(
     try:
         slurm = import_slurm()
     except ImportError:
-        raise UserError(f"--cluster {where.text}: no dask-jobqueue; pip install 'wmcache[cluster]'") from None
+        raise UserError(
+            f"--cluster {where.text}: dask-jobqueue is not installed; pip install 'wmcache[cluster]'"
+        ) from None
     if shutil.which("sbatch") is None:
         raise UserError(f"--cluster {where.text}: sbatch is not installed; run on a machine that submits to SLURM")
+    (home() / "logs").mkdir(parents=True, exist_ok=True)  # SLURM does not make it
     with ExitStack() as stack:
         with dask_errors(where.text):
             stack.enter_context(dask.config.set(QUEUE_AT_SCHEDULER))
@@ -159,11 +162,10 @@ def prologue(profile: Profile) -> list[str]:
 
 
 def log_pattern(pattern: str) -> str:
-    """Quote a file in the folder of logs, which it makes, for `#SBATCH --output=`: SLURM parses it, not a shell."""
+    """Quote a file in the folder of logs for `#SBATCH --output=`, which SLURM parses, not a shell."""
     folder = home().absolute() / "logs"
     if not str(folder).isprintable() or "\\" in str(folder):
         raise UserError(f"{folder}: SLURM cannot write its logs there; set WMCACHE_HOME to another folder")
-    folder.mkdir(parents=True, exist_ok=True)  # SLURM does not
     name = str(folder).replace("%", "%%").replace('"', '\\"')
     return f'"{name}/{pattern}"'
 
@@ -203,6 +205,7 @@ def write_script(profile: Profile, program: list[str], *, name: str, jobs: int |
     chosen = next((file for file in files if not file.exists() or file.read_bytes() == text), None)
     if chosen is None:
         raise UserError(f"{out} exists and is another script; choose another --out")
+    (home() / "logs").mkdir(parents=True, exist_ok=True)
     write_whole(chosen, text)
     return chosen
 

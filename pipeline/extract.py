@@ -113,10 +113,11 @@ def _extract_until_whole(
             _extract_pending(writers, task, label, cluster, wanted)
         except UserError:
             with suppress(UserError):  # the first error matters more
-                _finish_whole(writers)
+                for writer in writers:
+                    writer.try_finish()
             raise
         try:
-            lacking = _finish_whole(writers)
+            lacking = {writer.path: writer.try_finish() for writer in writers}
         except LackingError:
             mixtures += 1
             if mixtures == MOST_MIXTURES:
@@ -125,10 +126,6 @@ def _extract_until_whole(
             # Without locks, another process may have started a shard again that was done.
             if not any(shard in wanted for shards in lacking.values() for shard in shards):
                 return lacking
-
-
-def _finish_whole(writers: Sequence[StoreWriter]) -> dict[AnyPath, list[int]]:
-    return {writer.path: writer.try_finish() for writer in writers}
 
 
 def _extract_pending(

@@ -134,7 +134,7 @@ class FrameDatasetWriter:
     def finish(self) -> DatasetCard:
         """Write `dataset.json`, or compare the shards with it; raises UserError if one is missing, or differs."""
         if missing := self.pending():
-            raise UserError(f"{self.path} lacks {len(missing)} shards, as {shard_name(missing[0])}; collect again")
+            raise UserError(f"{self.path} lacks {len(missing)} shards, such as {shard_name(missing[0])}; collect again")
         with cannot_write(self.path):
             if not exists(self.path / "dataset.json"):
                 card = self._write_card()

@@ -24,7 +24,7 @@ from wmcache.envs import Maze, MazeError
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import read_for
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.stores import frames_of
+from wmcache.pipeline.stores import require_frames
 
 FEWEST_FRAMES = 20
 PROBED_FRAMES = 1000
@@ -111,7 +111,8 @@ def find_maze(store: TokenStore, dataset: AnyPath | None = None) -> Maze | None:
     """Find the maze of a store's frames, in its card or else in its dataset; None for frames without one."""
     name, rows = store.card.dataset.get("name", ""), store.card.dataset.get("maze")
     if dataset is not None:
-        frames = frames_of(store, dataset)
+        frames = FrameDataset.open(dataset)
+        require_frames(store, frames)
         rows = rows or frames.card.maze
     return make_maze(str(name), rows, store.path) if rows and store.state.shape[1] >= 2 else None
 
