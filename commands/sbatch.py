@@ -10,20 +10,23 @@ from click.core import ParameterSource
 from wmcache.commands.command import CONTEXT, Command
 from wmcache.commands.data import extract
 from wmcache.commands.output import say
-from wmcache.commands.shared import PATH, program_path
+from wmcache.commands.shared import PATH, count_option, program_path
 from wmcache.commands.train import wmtrain
 from wmcache.common.errors import UserError, command
 from wmcache.common.folders import home
 from wmcache.common.paths import exists, unreadable
 
-NOT_IN_AN_ARRAY = {"--shard-slice": "the script gives each job its own", "--dry-run": "it needs no cluster"}
+NOT_IN_AN_ARRAY = {
+    "part": "--shard-slice: the script gives each job its own",
+    "dry_run": "--dry-run: it needs no cluster",
+}
 
 
 @click.command(cls=Command, context_settings={**CONTEXT, "allow_interspersed_args": False})
 @click.option(
     "--profile", default="slurm", help="Resources of each job: a name in $WMCACHE_HOME/profiles, or a .toml file."
 )
-@click.option("--jobs", type=click.IntRange(1), help="Jobs that share an extraction.  [default: the profile's]")
+@count_option("--jobs", help="Jobs that share an extraction.  [default: the profile's]")
 @click.option(
     "--out",
     type=PATH,
@@ -61,10 +64,9 @@ def _checked_extract(words: list[str]) -> list[str]:
     from wmcache.pipeline.frames import no_dataset
 
     context = extract.make_context("wmcache extract", list(words))
-    for option in extract.params:
-        why = next((NOT_IN_AN_ARRAY[flag] for flag in option.opts if flag in NOT_IN_AN_ARRAY), None)
-        if why and context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE:
-            raise UserError(f"{option.opts[0]}: {why}; leave it out")
+    for name, why in NOT_IN_AN_ARRAY.items():
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UserError(f"{why}; leave it out")
     if not (cluster := context.params["cluster"]).startswith("local"):
         raise UserError(f"--cluster {cluster}: each job of the array works alone; leave it out")
     for name in context.params["names"].split(","):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,9 @@ from typing import Any
 from wmcache.cache.store import TokenStore
 from wmcache.cluster.tasks import run_alone
 from wmcache.common.errors import UserError
-from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath, absolute, as_path
 from wmcache.pipeline import encoders
-from wmcache.pipeline.create import create_encoders
+from wmcache.pipeline.create import create_encoders, open_dataset
 from wmcache.pipeline.encoders import FitOptions
 from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.fit import Fitted, default_weights, fit, fit_adapter
@@ -41,7 +41,7 @@ class FitJob:
 
     @property
     def unmeasured(self) -> str:
-        """Why the landscape of such a fit is not known."""
+        """Explain why the landscape of such a fit is not known."""
         if self.frames is not None:
             return f"{self.frames.path} has no maze, so the true distances are not known"
         assert self.store is not None
@@ -52,8 +52,7 @@ class FitJob:
         """Fit in a process of the cluster; `settings` are those of `fit.fit`, and of an adapter `base_weights`."""
         paths = [None if found is None else absolute(found.path) for found in (self.frames, self.store)]
         task = partial(_fit, *paths, name=self.name, out=self.out.absolute(), options=self.options, **settings)
-        fitted: Fitted = run_alone(task, cluster=cluster, label=f"fit {self.name}")
-        return replace(fitted, weights=self.out)
+        return run_alone(task, cluster=cluster, label=f"fit {self.name}")
 
 
 def prepare_fit(
@@ -71,7 +70,7 @@ def prepare_fit(
     """Find what a fit needs.
 
     Args:
-        name: of the encoder. options: of its fit; the rest have the encoder's defaults.
+        options: of the fit; the rest have the encoder's defaults.
         dataset: the frames; None takes the default dataset, or with `cache` the store's.
         cache: for an adapter, the store of its base; None takes the default one, and extracts it if it is missing.
         base, base_weights: for an adapter, the encoder of that store, and its weights.
@@ -92,39 +91,28 @@ def prepare_fit(
     known = None if cache and dataset is None and not chosen.needs_images else open_dataset(dataset)
     if cache is None:
         assert known is not None
-        weights = (str(base_weights),) if base_weights else ()
-        dataset_name = known.card.name
-        (encoder,) = create_encoders(dataset_name, names=base or entry.base, weights=weights, device=device)
-        cache = default_store(dataset_name, encoder)
+        weights = [str(base_weights)] if base_weights else []
+        (encoder,) = create_encoders(known.card.name, names=base or entry.base, weights=weights, device=device)
+        cache = default_store(known.card.name, encoder)
         extract_together(known, [(encoder, cache)], cluster=cluster, device=device)
     store = TokenStore.open(cache)
-    return FitJob(
-        name,
-        chosen,
-        known or _frames_of(store),
-        store,
-        out or default_weights(str(store.card.dataset["name"]), name),
-    )
+    with suppress(UserError):
+        known = known or open_frames_of(store)
+    return FitJob(name, chosen, known, store, out or default_weights(str(store.card.dataset["name"]), name))
 
 
-def open_dataset(path: AnyPath | None) -> FrameDataset:
-    """The dataset at `path`, or the default one."""
-    return FrameDataset.open(path or home() / "pointmaze-umaze")
-
-
-def _frames_of(store: TokenStore) -> FrameDataset | None:
-    """The frames of a store, on which a fit is measured; None where they are not available."""
-    try:
-        frames = open_frames(store.card, None)
-    except UserError:
-        return None
-    return frames if frames.card.fingerprint == store.identity.dataset_fingerprint else None
+def open_frames_of(store: TokenStore, dataset: AnyPath | None = None) -> FrameDataset:
+    """Open the frames that a store was made of; raise UserError where they are missing or others."""
+    frames = open_frames(store.card, dataset)
+    if frames.card.fingerprint != store.identity.dataset_fingerprint:
+        raise UserError(f"{frames.path} does not have the frames of {store.path}; pass the right --frames")
+    return frames
 
 
 def _fit(
     dataset: str | None, store: str | None, *, name: str, out: Path, options: FitOptions, **settings: Any
 ) -> Fitted:
-    """The task of a fit: on the frames, or on a store where there is one."""
+    """Fit on a store where there is one, else on the frames; in any process."""
     frames = None if dataset is None else FrameDataset.open(as_path(dataset))
     if store is not None:
         return fit_adapter(TokenStore.open(as_path(store)), name, out, options, dataset=frames, **settings)
