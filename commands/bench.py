@@ -71,7 +71,7 @@ def bench_cluster(dataset: AnyPath | None, batch: int, cluster: str, rounds: int
 @shared.count_option("--dim", default=384, help="Dimensions of each token.")
 @shared.count_option("--batch-size", "batch", default=64, help="Windows in each batch, each of 4 frames, 5 apart.")
 @shared.store_dtype_option
-@click.option("--keep", type=shared.PATH, help="Folder to leave the store and the plain file in.")
+@shared.file_option("--keep", help="Folder to leave the store and the plain file in.")
 @shared.json_option
 def bench_read(store_dtype: str, **settings: Any) -> None:
     """Windows from a store against a plain .npy file of the same bytes and against the zarr API, all in the page cache."""
@@ -100,7 +100,7 @@ def bench_codecs(store: AnyPath, frames: int) -> None:
     help="Shards of a store, as 1e6; repeatable.",
 )
 @shared.count_option("--frames-per-shard", default=512, help="Frames in each shard.")
-@click.option("--keep", type=shared.PATH, help="Folder to make the stores in, and to leave them in.")
+@shared.file_option("--keep", help="Folder to make the stores in, and to leave them in.")
 @shared.json_option
 def bench_shards(shards: tuple[int, ...], **settings: Any) -> None:
     """Measure what planning, claiming, finishing and opening a store of so many shards cost, without any data in them."""
@@ -117,9 +117,7 @@ def bench_shards(shards: tuple[int, ...], **settings: Any) -> None:
     expose_value=False,
     help="A known model; options beside it win.",
 )
-@click.option(
-    "--cache", type=shared.ANY_PATH, required=True, help="The token store; its frames and encoder are used as well."
-)
+@shared.path_option("--cache", required=True, help="The token store; its frames and encoder are used as well.")
 @shared.count_option("--steps", default=20, least=2, help="Training steps of each contender in each turn.")
 @shared.count_option("--batch-size", "batch", default=64, help="Windows in each batch.")
 @options_of(TrainOptions, only=("residence",), residence={"group": "Options"})
@@ -146,8 +144,8 @@ def bench_memory(episodes: int) -> None:
 
 
 @bench.command("plan")
-@click.option("--run", type=shared.PATH, help="Run to compare with DINO-WM's own code; its encoder is used as well.")
-@click.option("--model", "runs", type=shared.PATH, multiple=True, help="Run to compare with others; repeatable.")
+@shared.file_option("--run", help="Run to compare with DINO-WM's own code; its encoder is used as well.")
+@shared.file_option("--model", "runs", multiple=True, help="Run to compare with others; repeatable.")
 @shared.count_option("--samples", default=300, least=2, help="Candidates in each iteration; DINO-WM has 300.")
 @shared.count_option("--elites", default=30, least=2, help="Best candidates of each iteration; DINO-WM has 30.")
 @shared.count_option(
@@ -155,7 +153,7 @@ def bench_memory(episodes: int) -> None:
 )
 @shared.count_option("--episodes", default=200, least=0, help="Episodes of mpc-100 for each --model.")
 @shared.count_option("--context", help="Frames that an imagined step of each --model sees.  [default: as wmplan's]")
-@click.option("--landscape", type=shared.PATH, help="PNG of the cost of each --model around its plan.")
+@shared.file_option("--landscape", help="PNG of the cost of each --model around its plan.")
 @shared.moved_weights_option
 @shared.moved_cache_option
 @options_of(PlanOptions, only=("dtype", "device"), device={"group": "Options"}, dtype={"group": "Options"})
@@ -206,7 +204,7 @@ def bench_plan(
 )
 @shared.count_option("--frame-size", "image_size", default=224, help="Side of the dataset's frames.")
 @shared.store_dtype_option
-@click.option("--weights", type=shared.PATH, help="Weights of the encoder, to measure it.")
+@shared.file_option("--weights", help="Weights of the encoder, to measure it.")
 @shared.device_option
 @shared.json_option
 def plan_job(

@@ -45,7 +45,7 @@ def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> t
 @click.command(cls=Command)
 @options_of(CollectOptions)
 @shared.cluster_option("local")
-@click.option("--out", type=shared.ANY_PATH, help="Folder of the dataset.  [default: $WMCACHE_HOME/pointmaze-<maze>]")
+@shared.path_option("--out", help="Folder of the dataset.  [default: $WMCACHE_HOME/pointmaze-<maze>]")
 def collect(env: str, out: AnyPath | None, **settings: Any) -> None:
     """Collect a dataset of frames. Run again, it goes on where it stopped."""
     from wmcache.envs import find_maze
@@ -116,22 +116,14 @@ FIT = ByName("encoder", "encoder", _fits, lambda name: resolve_name("wmcache.pip
 @click.command(cls=Command, by=FIT)
 @shared.dataset_option
 @click.option("--encoder", cls=Option, names=_fits, default="tcn", help="Encoder to fit: {names}.")
-@click.option(
-    "--cache",
-    type=shared.ANY_PATH,
-    help="For an adapter: the store of its base's layers.  [default: made if it is missing]",
-)
+@shared.path_option("--cache", help="For an adapter: the store of its base's layers.  [default: made if it is missing]")
 @click.option("--base", help="For an adapter: the encoder of that store.  [default: the adapter's own]")
-@click.option(
-    "--base-weights", type=shared.PATH, help="For an adapter: the base's weights.  [default: as extract finds them]"
-)
+@shared.file_option("--base-weights", help="For an adapter: the base's weights.  [default: as extract finds them]")
 @shared.count_option("--max-frames", default=50_000, help="Frames to train on.")
 @click.option("--overwrite", is_flag=True, help="Replace the weights of another fit.")
 @shared.device_option
 @shared.cluster_option()
-@click.option(
-    "--out", type=shared.PATH, help="File to write.  [default: $WMCACHE_HOME/encoders/<dataset>-<encoder>.safetensors]"
-)
+@shared.file_option("--out", help="File to write.  [default: $WMCACHE_HOME/encoders/<dataset>-<encoder>.safetensors]")
 def fit(
     encoder: str,
     cluster: str,
@@ -161,9 +153,8 @@ def fit(
 @click.command(cls=Command)
 @shared.dataset_option
 @shared.encoder_options
-@click.option(
+@shared.path_option(
     "--out",
-    type=shared.ANY_PATH,
     help="The store, or the folder of several stores.  [default: $WMCACHE_HOME/stores/<dataset>/<encoder>-<image size>.zarr]",
 )
 @shared.store_dtype_option
@@ -289,13 +280,9 @@ def derive_change_maps(store: AnyPath, frameskip: int, dataset: AnyPath | None, 
 @click.option(
     "--encoder", "name", required=True, help="Encoder on the same backbone: dinov2-cls, dinov2-pooled, an adapter, …"
 )
-@click.option(
-    "--weights",
-    type=shared.PATH,
-    help="Weights of the encoder.  [default: the store's, or those fitted on its dataset]",
-)
+@shared.file_option("--weights", help="Weights of the encoder.  [default: the store's, or those fitted on its dataset]")
 @shared.base_weights_option
-@click.option("--out", type=shared.ANY_PATH, help="The new store.  [default: where extract would put it]")
+@shared.path_option("--out", help="The new store.  [default: where extract would put it]")
 @shared.store_dtype_option
 @shared.device_option
 @shared.cluster_option()

@@ -13,7 +13,7 @@ import click
 from wmcache.commands.command import Command, take_chosen
 from wmcache.commands.options import ByName, options_of
 from wmcache.commands.output import show
-from wmcache.commands.shared import ANY_PATH, PATH, json_option, moved_cache_option, name_of
+from wmcache.commands.shared import file_option, json_option, moved_cache_option, name_of, path_option
 from wmcache.common.errors import command
 from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath
@@ -21,17 +21,17 @@ from wmcache.planner.options import ImagineOptions
 from wmcache.trainer.options import DecoderOptions
 
 METRICS = {"mse": "mse", "moving_mse": "mse, moving pixels", "ssim": "ssim", "lpips": "lpips"}
-frames_option = click.option(
-    "--frames", "--dataset", "dataset", type=ANY_PATH, help="Location of the store's frames, if they have moved."
+frames_option = path_option(
+    "--frames", "--dataset", "dataset", help="Location of the store's frames, if they have moved."
 )
 _decoders = partial(resolve_name, "wmcache.trainer.decoders:DECODERS")
 DECODER = ByName("decoder", "decoder", _decoders, lambda name: _decoders().get(name).Options, every="auto")
 
 
 @click.command(cls=Command, by=DECODER)
-@click.option("--cache", type=ANY_PATH, required=True, help="The token store.")
+@path_option("--cache", required=True, help="The token store.")
 @frames_option
-@click.option("--out", type=PATH, help="Folder of the decoder.  [default: $WMCACHE_HOME/decoders/<dataset>-<store>]")
+@file_option("--out", help="Folder of the decoder.  [default: $WMCACHE_HOME/decoders/<dataset>-<store>]")
 @click.option("--overwrite", is_flag=True, help="Delete the decoder in --out and start from scratch.")
 @json_option
 @options_of(DecoderOptions, decoder={"names": _decoders})
@@ -46,12 +46,12 @@ def decoder(cache: AnyPath, dataset: AnyPath | None, out: Path | None, overwrite
 
 
 @click.command(cls=Command)
-@click.option("--run", type=PATH, required=True, help="Folder of the world model's run.")
-@click.option("--decoder", type=PATH, required=True, help="Folder of a decoder of the same store.")
+@file_option("--run", required=True, help="Folder of the world model's run.")
+@file_option("--decoder", required=True, help="Folder of a decoder of the same store.")
 @frames_option
 @moved_cache_option
 @options_of(ImagineOptions)
-@click.option("--out", type=PATH, help="Folder of the pictures.  [default: RUN/imagine]")
+@file_option("--out", help="Folder of the pictures.  [default: RUN/imagine]")
 @json_option
 def imagine(
     run: Path,

@@ -33,7 +33,7 @@ _solvers = partial(resolve_name, "wmcache.planner.solvers:SOLVERS")
 )
 @shared.moved_weights_option
 @shared.moved_cache_option
-@click.option("--out", type=shared.PATH, help="Folder of the results.  [default: RUN/plan-…, named by the settings]")
+@shared.file_option("--out", help="Folder of the results.  [default: RUN/plan-…, named by the settings]")
 @shared.cluster_option(also="  Batches are the tasks; results are the same wherever they are planned.")
 @shared.json_option
 def wmplan(

@@ -10,7 +10,7 @@ import click
 
 from wmcache.commands.command import Command
 from wmcache.commands.output import prints_json, say, show
-from wmcache.commands.shared import ANY_PATH, PATH, count_option, json_option
+from wmcache.commands.shared import ANY_PATH, count_option, file_option, json_option, path_option
 from wmcache.common.paths import AnyPath
 
 if TYPE_CHECKING:
@@ -34,11 +34,9 @@ LEGEND = {
 
 @click.command("probe", cls=Command)
 @click.argument("stores", metavar="STORE...", type=ANY_PATH, nargs=-1, required=True)
-@click.option("--dataset", type=ANY_PATH, help="The frames, to take the maze from if the store has none.")
+@path_option("--dataset", help="The frames, to take the maze from if the store has none.")
 @count_option("--frames", default=2000, help="Most training frames for the probes.")
-@click.option(
-    "--out", type=PATH, help="Folder for the pictures.  [default: beside each STORE, with .probe.png for .zarr]"
-)
+@file_option("--out", help="Folder for the pictures.  [default: beside each STORE, with .probe.png for .zarr]")
 @json_option
 def probe(stores: tuple[AnyPath, ...], dataset: AnyPath | None, frames: int, out: Path | None) -> None:
     """Measure what a planner can read out of token stores, on held-out episodes, and draw a picture of each.

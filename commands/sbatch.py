@@ -10,7 +10,7 @@ from click.core import ParameterSource
 from wmcache.commands.command import CONTEXT, Command
 from wmcache.commands.data import extract
 from wmcache.commands.output import say
-from wmcache.commands.shared import PATH, count_option, program_path
+from wmcache.commands.shared import count_option, file_option, program_path
 from wmcache.commands.train import wmtrain
 from wmcache.common.errors import UserError, command
 from wmcache.common.folders import home
@@ -20,6 +20,7 @@ NOT_IN_AN_ARRAY = {
     "part": "--shard-slice: the script gives each job its own",
     "dry_run": "--dry-run: it needs no cluster",
 }
+WAIT = "let the job wait for that, as with sbatch --dependency"
 
 
 @click.command(cls=Command, context_settings={**CONTEXT, "allow_interspersed_args": False})
@@ -27,9 +28,8 @@ NOT_IN_AN_ARRAY = {
     "--profile", default="slurm", help="Resources of each job: a name in $WMCACHE_HOME/profiles, or a .toml file."
 )
 @count_option("--jobs", help="Jobs that share an extraction.  [default: the profile's]")
-@click.option(
+@file_option(
     "--out",
-    type=PATH,
     help="The script to write.  [default: $WMCACHE_HOME/jobs/<program>.sh, with a number where that is another script]",
 )
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="extract|wmtrain [OPTIONS]...")
@@ -73,13 +73,12 @@ def _checked_extract(words: list[str]) -> list[str]:
         get_entry(name.strip())
     dataset = context.params["dataset"] or home() / "pointmaze-umaze"
     try:
-        unfinished = exists(dataset / "unfinished.json")
-        if not unfinished and not exists(dataset / "dataset.json"):
+        if exists(dataset / "unfinished.json"):
+            say(f"{dataset} is not finished yet: {WAIT}", err=True)
+        elif not exists(dataset / "dataset.json"):
             raise no_dataset(dataset)
     except OSError as error:
         raise unreadable(dataset, error) from error
-    if unfinished:
-        click.echo(f"{dataset} is not finished yet: let the jobs wait for that, as with sbatch --dependency", err=True)
     return words
 
 
@@ -96,7 +95,7 @@ def _checked_wmtrain(words: list[str], gpus: int) -> list[str]:
     from wmcache.cache.layout import read_attributes
 
     if not read_attributes(store)["complete"]:
-        click.echo(f"{store} is not complete yet: let the job wait for that, as with sbatch --dependency", err=True)
+        say(f"{store} is not complete yet: {WAIT}", err=True)
     devices = context.params["devices"]
     if devices is not None and devices > max(1, gpus) and context.params["device"] != "cpu":
         raise UserError(f"--devices {devices} is more than the {gpus} GPUs of the profile; leave it out, or raise gpus")

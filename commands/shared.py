@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,17 +59,14 @@ class NumberType(click.ParamType[int]):
 PATH = LocalType(path_type=Path)
 ANY_PATH = PathType()
 NUMBER = NumberType()
+file_option = partial(click.option, type=PATH)
+path_option = partial(click.option, type=ANY_PATH)
+run_option = partial(click.option, cls=Option, group="Run")
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     """Combine several options into one decorator."""
-
-    def apply(function: F) -> F:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return apply
+    return lambda function: reduce(lambda made, decorate: decorate(made), reversed(decorators), function)
 
 
 def count_option(*flags: str, default: int | None = None, help: str, least: int = 1) -> Callable[[F], F]:
@@ -96,15 +93,10 @@ def cluster_option(default: str | None = "local:1", also: str = "") -> Callable[
     )
 
 
-run_option = partial(click.option, cls=Option, group="Run")
-dataset_option = click.option(
-    "--dataset", type=ANY_PATH, help="Frame dataset.  [default: $WMCACHE_HOME/pointmaze-umaze]"
-)
-moved_dataset_option = click.option("--dataset", type=ANY_PATH, help="Location of the frames, if they have moved.")
-moved_cache_option = click.option("--cache", type=ANY_PATH, help="Location of the store, if it has moved.")
-moved_weights_option = click.option(
-    "--weights", type=PATH, help="Location of the encoder's weights, if they have moved."
-)
+dataset_option = path_option("--dataset", help="Frame dataset.  [default: $WMCACHE_HOME/pointmaze-umaze]")
+moved_dataset_option = path_option("--dataset", help="Location of the frames, if they have moved.")
+moved_cache_option = path_option("--cache", help="Location of the store, if it has moved.")
+moved_weights_option = file_option("--weights", help="Location of the encoder's weights, if they have moved.")
 device_option = click.option("--device", default="auto", help="Device: auto, cpu, cuda, cuda:1, mps.")
 json_option = click.option("--json", is_flag=True, expose_value=False, callback=print_as_json, help="Print JSON.")
 store_argument = click.argument("store", type=ANY_PATH)
@@ -114,9 +106,7 @@ store_dtype_option = click.option(
     default="float16",
     help="Type of the stored tokens; int8 takes half the space, with one scale for each channel of each shard.",
 )
-base_weights_option = click.option(
-    "--base-weights", type=PATH, help="Weights of an adapter's base encoder, if they have moved."
-)
+base_weights_option = file_option("--base-weights", help="Weights of an adapter's base encoder, if they have moved.")
 source_options = options(moved_dataset_option, moved_weights_option, device_option)
 encoder_options = options(
     click.option(

@@ -10,7 +10,14 @@ import click
 
 from wmcache.commands.command import Command
 from wmcache.commands.output import say, show
-from wmcache.commands.shared import ANY_PATH, PATH, json_option, moved_dataset_option, source_options, store_argument
+from wmcache.commands.shared import (
+    ANY_PATH,
+    file_option,
+    json_option,
+    moved_dataset_option,
+    source_options,
+    store_argument,
+)
 from wmcache.common.errors import UserError, command, one_line
 from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath, beside, is_local
@@ -99,7 +106,7 @@ def repair(store: AnyPath, **source: Any) -> None:
 @store_argument
 @moved_dataset_option
 @click.option("--count", type=click.IntRange(1, 64), default=8, help="Frames to draw.")
-@click.option("--out", type=PATH, help="The PNG to write.  [default: STORE, with .png for .zarr]")
+@file_option("--out", help="The PNG to write.  [default: STORE, with .png for .zarr]")
 def preview(store: AnyPath, out: Path | None, **settings: Any) -> None:
     """Draw frames of a store beside their tokens, the first three principal components as colours."""
     from wmcache.pipeline.preview import preview as run

@@ -10,7 +10,7 @@ import click
 
 from wmcache.commands.command import Command
 from wmcache.commands.output import shell_command, show
-from wmcache.commands.shared import PATH, cluster_option, count_option, json_option
+from wmcache.commands.shared import PATH, cluster_option, count_option, file_option, json_option
 from wmcache.common.errors import UserError
 from wmcache.common.folders import home
 
@@ -24,9 +24,8 @@ DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
     multiple=True,
     help="Encoder to study: one of FILE by label or name, or another with its defaults; repeatable.",
 )
-@click.option(
+@file_option(
     "--dataset",
-    type=PATH,
     help="Existing frame dataset that replaces FILE's.  [default: FILE's, else $WMCACHE_HOME/pointmaze-<maze>]",
 )
 @click.option("--seeds", help="Seeds of fits and trainings, as in 0,1,2.  [default: FILE's]")
@@ -35,9 +34,8 @@ DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
 @count_option("--episodes", help="Episodes of each evaluation.  [default: FILE's]")
 @click.option("--device", help="Device: auto, cpu, cuda, cuda:1, mps.  [default: FILE's, else auto]")
 @cluster_option(default=None, also="  [default: FILE's, else local:1]")
-@click.option(
+@file_option(
     "--out",
-    type=PATH,
     help="Folder; studies may share one, and with it their common cells.  "
     "[default: $WMCACHE_HOME/studies/<name of FILE>]",
 )

@@ -16,7 +16,7 @@ from wmcache import __version__
 from wmcache.commands.command import Group, take_chosen
 from wmcache.commands.options import ByName, Option, Preset, options_of
 from wmcache.commands.output import say, shell_command
-from wmcache.commands.shared import ANY_PATH, PATH, name_of, program_path, run_option
+from wmcache.commands.shared import ANY_PATH, PATH, file_option, name_of, path_option, program_path, run_option
 from wmcache.common.errors import INTERRUPTED, STOPPED, Stopped, UserError, command
 from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath
@@ -115,13 +115,8 @@ def import_run() -> None:
 
 @import_run.command("dino-wm")
 @click.argument("folder", type=PATH)
-@click.option(
-    "--cache",
-    type=ANY_PATH,
-    required=True,
-    help="A store of the frames it was trained on; see: wmcache import dino-wm.",
-)
-@click.option("--out", type=PATH, required=True, help="Folder of the run.")
+@path_option("--cache", required=True, help="A store of the frames it was trained on; see: wmcache import dino-wm.")
+@file_option("--out", required=True, help="Folder of the run.")
 @click.option("--checkpoint", default="latest", help="Checkpoint to import: latest, or the number of an epoch.")
 @click.option("--overwrite", is_flag=True, help="Replace another run.")
 def import_run_dino_wm(folder: Path, cache: AnyPath, out: Path, **settings: Any) -> None:
