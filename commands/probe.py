@@ -61,7 +61,9 @@ def probe(stores: tuple[AnyPath, ...], dataset: AnyPath | None, frames: int, out
         if not prints_json():
             say(row(cells(result), "/".join(store.parts[-2:])))
     show(found, _explanations(found))
-    for values in [] if prints_json() else found:
+    if prints_json():
+        return
+    for values in found:
         drawn = f"drawn: {values['picture']}" if values["picture"] else "not drawn: no distances in a maze are known"
         say(f"{values['store']}: {drawn}", err=True)
 

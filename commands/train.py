@@ -102,9 +102,8 @@ def _next_step(run: Path, cache: AnyPath, options: TrainOptions) -> str:
     if read_identity(run)[0].dataset.get("maze"):
         return f"trained; plan with: {command('wmplan', '--run', run)}"
     return (
-        "trained; wmplan has no simulator of its frames: to plan in another one see docs/import.md; to see what it imagines, train a "
-        f"decoder with: {command('wmtrain', 'decoder', '--cache', cache)}, "
-        f"then: {command('wmcache', 'imagine', '--run', run, '--decoder', 'DECODER')}"
+        "trained; wmplan has no simulator of its frames, see docs/import.md; to see what it imagines, train a decoder with: "
+        f"{command('wmtrain', 'decoder', '--cache', cache)}, then: {command('wmcache', 'imagine', '--run', run, '--decoder', 'DECODER')}"
     )
 
 

@@ -28,31 +28,36 @@ class FitJob:
     """What a fit reads and writes.
 
     Attributes:
-        frames: to fit on, or to measure on; None where a store's frames are not available.
-        store: of an adapter's base; None for other encoders.
+        frames: path of those to fit on, or to measure on; None where a store's frames are not available.
+        store: path of the store of an adapter's base; None for other encoders.
         out: the weights file.
     """
 
     name: str
     options: FitOptions
-    frames: FrameDataset | None
-    store: TokenStore | None
+    frames: str | None
+    store: str | None
     out: Path
 
     @property
     def unmeasured(self) -> str:
         """Explain why the landscape of such a fit is not known."""
         if self.frames is not None:
-            return f"{self.frames.path} has no maze, so the true distances are not known"
-        assert self.store is not None
-        where = self.store.card.dataset.get("path")
-        return f"the frames of {self.store.path} are not at {where}; pass their location with --dataset"
+            return f"{self.frames} has no maze, so the true distances are not known"
+        where = TokenStore.open(as_path(str(self.store))).card.dataset.get("path")
+        return f"the frames of {self.store} are not at {where}; pass their location with --dataset"
 
     def run(self, cluster: str, **settings: Any) -> Fitted:
         """Fit in a process of the cluster; `settings` are those of `fit.fit`, and of an adapter `base_weights`."""
-        paths = [None if found is None else absolute(found.path) for found in (self.frames, self.store)]
-        task = partial(_fit, *paths, name=self.name, out=self.out.absolute(), options=self.options, **settings)
-        return run_alone(task, cluster=cluster, label=f"fit {self.name}")
+        return run_alone(partial(self._fit, self.out.absolute(), **settings), cluster=cluster, label=f"fit {self.name}")
+
+    def _fit(self, out: Path, **settings: Any) -> Fitted:
+        frames = None if self.frames is None else FrameDataset.open(as_path(self.frames))
+        if self.store is None:
+            assert frames is not None
+            return fit(frames, self.name, out, self.options, **settings)
+        store = TokenStore.open(as_path(self.store))
+        return fit_adapter(store, self.name, out, self.options, dataset=frames, **settings)
 
 
 def prepare_fit(
@@ -85,7 +90,7 @@ def prepare_fit(
         if cache or base or base_weights:
             raise UserError(f"encoder {name} is fitted on frames, not on a store; leave out --cache and --base")
         frames = open_dataset(dataset)
-        return FitJob(name, chosen, frames, None, out or default_weights(frames.card.name, name))
+        return FitJob(name, chosen, absolute(frames.path), None, out or default_weights(frames.card.name, name))
     if cache and base:
         raise UserError("--cache has the store that the adapter is fitted on; leave out --base")
     known = None if cache and dataset is None and not chosen.needs_images else open_dataset(dataset)
@@ -98,7 +103,8 @@ def prepare_fit(
     store = TokenStore.open(cache)
     with suppress(UserError):
         known = known or open_frames_of(store)
-    return FitJob(name, chosen, known, store, out or default_weights(str(store.card.dataset["name"]), name))
+    out = out or default_weights(str(store.card.dataset["name"]), name)
+    return FitJob(name, chosen, absolute(known.path) if known else None, absolute(store.path), out)
 
 
 def open_frames_of(store: TokenStore, dataset: AnyPath | None = None) -> FrameDataset:
@@ -107,14 +113,3 @@ def open_frames_of(store: TokenStore, dataset: AnyPath | None = None) -> FrameDa
     if frames.card.fingerprint != store.identity.dataset_fingerprint:
         raise UserError(f"{frames.path} does not have the frames of {store.path}; pass the right --frames")
     return frames
-
-
-def _fit(
-    dataset: str | None, store: str | None, *, name: str, out: Path, options: FitOptions, **settings: Any
-) -> Fitted:
-    """Fit on a store where there is one, else on the frames; in any process."""
-    frames = None if dataset is None else FrameDataset.open(as_path(dataset))
-    if store is not None:
-        return fit_adapter(TokenStore.open(as_path(store)), name, out, options, dataset=frames, **settings)
-    assert frames is not None
-    return fit(frames, name, out, options, **settings)

@@ -195,17 +195,14 @@ def test_a_store_is_deleted_only_after_a_yes(road: Path, store: Path, answer: st
 
 
 @pytest.mark.parametrize(("options", "answer"), [([], "y\n"), (["--yes"], "")])
-def test_a_store_is_deleted(store: Path, options: list[str], answer: str) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_store_is_deleted_also_if_it_is_damaged(store: Path, options: list[str], answer: str, whole: bool) -> None:
+    if not whole:
+        (store / "zarr.json").write_text("{")
     result = CliRunner().invoke(main, ["rm", str(store), *options], input=answer)
     assert result.exit_code == 0
     assert result.stdout.splitlines()[-1].startswith(f"{store}: deleted, ")
     assert list(store.parent.iterdir()) == []
-
-
-def test_a_damaged_store_can_be_deleted_too(road: Path, damaged: Path) -> None:
-    (damaged / "zarr.json").write_text("{")
-    succeed("wmcache rm --yes {store}", road, store=damaged)
-    assert not damaged.exists()
 
 
 @pytest.mark.parametrize("command", ["info", "verify", "repair", "preview --count 1", "rm --yes"])
