@@ -101,10 +101,9 @@ def _next_step(run: Path, cache: AnyPath, options: TrainOptions) -> str:
         return f"stage {stage} is trained; go on with: {shell_command([words.get(word, word) for word in sys.argv])}"
     if read_identity(run)[0].dataset.get("maze"):
         return f"trained; plan with: {command('wmplan', '--run', run)}"
-    return (
-        "trained; wmplan has no simulator of its frames, see docs/import.md; to see what it imagines, train a decoder with: "
-        f"{command('wmtrain', 'decoder', '--cache', cache)}, then: {command('wmcache', 'imagine', '--run', run, '--decoder', 'DECODER')}"
-    )
+    decode = command("wmtrain", "decoder", "--cache", cache)
+    draw = command("wmcache", "imagine", "--run", run, "--decoder", "DECODER")
+    return f"trained; its frames have no simulator, see docs/import.md; look at what it imagines with: {decode}, then: {draw}"
 
 
 @click.group("import-run", cls=Group)
