@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,10 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.ndimage import minimum_filter
-from torch import Tensor
 from tqdm import tqdm
 
 from wmcache.bench.plan import count_flops
-from wmcache.common.device import synchronise
+from wmcache.bench.timing import seconds
 from wmcache.common.errors import UserError
 from wmcache.common.figures import png_bytes
 from wmcache.common.files import atomic_write, make_folder
@@ -51,12 +50,10 @@ def compare_runs(
     """Measure several runs; the first is what the others are compared with.
 
     Args:
-        runs: their folders.
         options: of the plans whose speed is measured. Success is that of the protocol `mpc-100`, in the same precision and context.
         episodes: of that protocol; 0 leaves it out. Finished batches are kept in the run's folder.
         picture: PNG to write the landscapes to; None measures none.
-        weights: of the encoder, see `EvalContext`.
-        cache: the store, see `EvalContext`.
+        weights, cache: see `EvalContext`.
 
     Returns:
         A row for each run, see `compare_speed`, `roughness` and `evaluate`; `fewer_flop` and `faster` are ratios to the first.
@@ -64,7 +61,8 @@ def compare_runs(
     Raises:
         UserError: not a run, or a run is named twice.
     """
-    names = [_name(run, runs) for run in runs]
+    alike = Counter(run.resolve().name for run in runs)
+    names = ["/".join(run.resolve().parts[-2 if alike[run.resolve().name] > 1 else -1 :]) for run in runs]
     if len(set(names)) < len(names):
         raise UserError(f"--model names a run twice: {', '.join(names)}; name each run once")
     usual = replace(options, search={})  # success and landscape are those of the protocol's own search
@@ -76,11 +74,10 @@ def compare_runs(
     rows: list[dict[str, Any]] = []
     planes: dict[str, NDArray[np.float64]] = {}
     for name, context in contexts.items():
-        own = speed[name]
         model = ", ".join(filter(None, [context.config["model"], context.model.stage_name]))
-        row = {"run": name, "model": model, "context": context.context_frames, **own}
-        row["fewer_flop"] = first["gflop_per_step"] / own["gflop_per_step"]
-        row["faster"] = own["rollouts_per_second"] / first["rollouts_per_second"]
+        row: dict[str, Any] = {"run": name, "model": model, "context": context.context_frames, **speed[name]}
+        row["fewer_flop"] = first["gflop_per_step"] / row["gflop_per_step"]
+        row["faster"] = row["rollouts_per_second"] / first["rollouts_per_second"]
         if picture is not None:
             planes[name] = landscape(context, usual)
             row |= roughness(planes[name])
@@ -93,6 +90,7 @@ def compare_runs(
     return rows
 
 
+@torch.inference_mode()
 def compare_speed(contexts: Mapping[str, EvalContext], options: PlanOptions) -> dict[str, dict[str, float]]:
     """Measure the cost of imagining with several runs, in turns.
 
@@ -106,26 +104,25 @@ def compare_speed(contexts: Mapping[str, EvalContext], options: PlanOptions) -> 
     solver = make_solver(options.solver, **options.search)
     for turn in tqdm(range(ROUNDS + 1), desc="bench plan", unit=" turns"):
         for name, context in contexts.items():
-            cost, width = costs[name], context.model.shape.action_dim
-            actions = torch.rand(1, CANDIDATES, options.horizon, width, device=context.device) * 2 - 1
-            rollout = _seconds(context, cost, actions)
-            start = torch.zeros(1, options.horizon, width, device=context.device)
-            replan = _seconds(context, solver, cost, start, [torch.Generator().manual_seed(turn)])
-            if turn:  # the first includes set-up
-                rollouts[name].append(rollout)
-                replans[name].append(replan)
-    result = {}
-    for name, context in contexts.items():
-        two = torch.zeros(1, 2, options.horizon, context.model.shape.action_dim, device=context.device)
-        with torch.inference_mode():
-            flops = count_flops(costs[name], two) / (2 * options.horizon)
-        result[name] = {
+            cost, random = costs[name], [torch.Generator().manual_seed(turn)]
+            actions = torch.rand_like(_zeros(context, options, CANDIDATES)) * 2 - 1
+            rollouts[name].append(seconds(cost, actions, device=context.device))
+            start = _zeros(context, options, 1)[0]
+            replans[name].append(seconds(solver, cost, start, random, device=context.device))
+    return {
+        name: {
             "parameters_m": sum(value.numel() for value in context.model.parameters()) / 1e6,
-            "gflop_per_step": flops / 1e9,
-            "rollouts_per_second": CANDIDATES / statistics.median(rollouts[name]),
-            "seconds_per_replan": statistics.median(replans[name]),
+            "gflop_per_step": count_flops(costs[name], _zeros(context, options, 2)) / (2 * options.horizon) / 1e9,
+            "rollouts_per_second": CANDIDATES / statistics.median(rollouts[name][1:]),  # the first includes set-up
+            "seconds_per_replan": statistics.median(replans[name][1:]),
         }
-    return result
+        for name, context in contexts.items()
+    }
+
+
+def _zeros(context: EvalContext, options: PlanOptions, samples: int) -> torch.Tensor:
+    """Return actions [1, samples, T, A]."""
+    return torch.zeros(1, samples, options.horizon, context.model.shape.action_dim, device=context.device)
 
 
 def _first_cost(context: EvalContext, options: PlanOptions, number: int) -> Cost:
@@ -135,15 +132,6 @@ def _first_cost(context: EvalContext, options: PlanOptions, number: int) -> Cost
     mpc = context.make_mpc(options, goal_tokens, goal[None].astype(np.float32))
     proprio = torch.from_numpy(start.astype(np.float32)).to(context.device)
     return mpc.cost_of(tokens[:, None], proprio[None, None])
-
-
-def _seconds(context: EvalContext, call: Callable[..., Tensor], *args: Any) -> float:
-    synchronise(context.device)
-    begun = time.perf_counter()
-    with torch.inference_mode():
-        call(*args)
-    synchronise(context.device)
-    return time.perf_counter() - begun
 
 
 def landscape(context: EvalContext, options: PlanOptions, episodes: int = 8) -> NDArray[np.float64]:
@@ -157,11 +145,11 @@ def landscape(context: EvalContext, options: PlanOptions, episodes: int = 8) -> 
     for number in range(episodes):
         cost = _first_cost(context, options, number)
         generator = torch.Generator().manual_seed(99 * number + 1)
-        shape = (1, options.horizon, context.model.shape.action_dim)
+        start = _zeros(context, options, 1)[0]
         with torch.inference_mode():
-            best = context.solver(cost, torch.zeros(shape, device=context.device), [generator])
-            directions = torch.linalg.qr(torch.randn(math.prod(shape), 2, generator=generator))[0].T
-            u, v = (direction.view(shape).to(context.device) * math.sqrt(math.prod(shape)) for direction in directions)
+            best = context.solver(cost, start, [generator])
+            directions = torch.linalg.qr(torch.randn(start.numel(), 2, generator=generator))[0].T
+            u, v = (axis.view_as(start).to(start.device) * math.sqrt(start.numel()) for axis in directions)
             # Clipped to the env's bounds, as solvers clip their candidates.
             rows = [(best + a * u + offsets * v).clamp(-1.0, 1.0) for a in steps.tolist()]
             planes.append(torch.stack([cost(row[None])[0] for row in rows]).double().cpu().numpy())
@@ -179,16 +167,10 @@ def roughness(planes: NDArray[np.float64]) -> dict[str, float]:
     near = (np.abs(rows[:, None] - rows) <= 1) & (np.abs(columns[:, None] - columns) <= 1)
     minima = [(plane == minimum_filter(plane, size=3, mode="nearest")).sum() for plane in planes]
     stuck = [(descend(plane.ravel(), near) != plane.argmin()).mean() for plane in planes]
-    curvature = [
-        math.sqrt(sum(float(np.square(np.diff(plane, 2, axis)).mean()) for axis in (0, 1)) / 2)
-        / max(plane.std(), 1e-12)
-        for plane in planes
-    ]
-    return {
-        "minima": float(np.mean(minima)),
-        "stuck": float(np.mean(stuck)),
-        "curvature": float(np.mean(curvature)),
-    }
+    bends = [np.mean([np.square(np.diff(plane, 2, axis)).mean() for axis in (0, 1)]) for plane in planes]
+    curvature = [np.sqrt(bend) / max(plane.std(), 1e-12) for bend, plane in zip(bends, planes, strict=True)]
+    found = {"minima": minima, "stuck": stuck, "curvature": curvature}
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def draw_landscapes(planes: Mapping[str, NDArray[np.float64]]) -> bytes:
@@ -219,20 +201,11 @@ def _success(context: EvalContext, options: PlanOptions) -> dict[str, Any]:
     out = context.run / f"bench-mpc-100-{options.episodes}"
     make_folder(out)
     _, results = evaluate(context, options, out)
-    threshold, judged = options.threshold, results["by_threshold"]
+    threshold, words = options.threshold, {"within": "successes", "held": "held"}
     counts = {
-        f"{word}_{row['threshold']}": row[name]
-        for word, name in (("within", "successes"), ("held", "held"))
-        for row in judged
+        f"{word}_{row['threshold']}": row[name] for word, name in words.items() for row in results["by_threshold"]
     }
     intervals = {f"{name}_{threshold}": "{:.3f} to {:.3f}".format(*results[name]) for name in ("ci95", "held_ci95")}
     random = next(row for row in results["baselines"]["random"] if row["threshold"] == threshold)
-    baseline = {f"random_within_{threshold}": random["successes"], f"random_held_{threshold}": random["held"]}
+    baseline = {f"random_{word}_{threshold}": random[name] for word, name in words.items()}
     return {"episodes": options.episodes, **counts, **intervals, **baseline}
-
-
-def _name(run: Path, runs: Sequence[Path]) -> str:
-    """Return a run's name, with its folder where another run has the same name."""
-    alone = run.resolve()
-    same = sum(other.resolve().name == alone.name for other in runs) > 1
-    return f"{alone.parent.name}/{alone.name}" if same else alone.name

@@ -7,11 +7,10 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from multiprocessing.synchronize import Barrier
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from wmcache.bench.timing import seconds
 from wmcache.cache.writer import StoreWriter
 from wmcache.cluster.tasks import open_pool, parse_cluster, run_tasks
 from wmcache.common.device import CPU, autocast
@@ -33,6 +33,9 @@ ROUNDS = 3
 SCALES = (1, 4, 16)
 POLL_SECONDS = 0.005
 TEMPORARY = "wmcache-bench-"
+COLLECT = ["collect", "--image-size", "64", "--frames-per-shard", "100"]
+EXTRACT = f"extract --encoder tcn --image-size 224 --device {CPU}".split()
+TRAIN = f"--width 64 --depth 1 --heads 1 --steps 60 --batch-size 16 --residence disk --device {CPU}".split()
 
 
 def bench_extract(dataset: FrameDataset, encoder: Encoder, *, batch: int, cluster: str = "local:1") -> dict[str, float]:
@@ -54,19 +57,15 @@ def bench_extract(dataset: FrameDataset, encoder: Encoder, *, batch: int, cluste
         return tokens
 
     def rate(encode: Callable[[Any], Tensor], inputs: Sequence[Any]) -> float:
-        start = time.perf_counter()
-        for part in inputs:
-            encode(part).cpu()
-        return len(frames) / (time.perf_counter() - start)
+        return len(frames) / seconds(lambda: [encode(part).cpu() for part in inputs])
 
     encoder(parts[0])  # the first call includes set-up
     before, whole = rate(network, images), rate(encoder, parts)
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        extract(dataset, encoder, Path(folder) / "bench.zarr", batch=batch, cluster=cluster)
-        extraction = dataset.card.frames / (time.perf_counter() - start)
+        out = Path(folder) / "bench.zarr"
+        spent = seconds(lambda: extract(dataset, encoder, out, batch=batch, cluster=cluster))
     after = rate(network, images)
-    mean = (before + after) / 2
+    mean, extraction = (before + after) / 2, dataset.card.frames / spent
     return {
         "frames": dataset.card.frames,
         "network_frames_per_second": mean,
@@ -89,39 +88,34 @@ def bench_together(
         `more_than_first`, the time of the others on top of the first, as a share of its time; `one_after_the_other`, the time of one pass
         each over that of one pass.
     """
-    passes: dict[str, list[Sequence[Encoder]]] = {
-        "first": [encoders[:1]],
-        "together": [encoders],
-        "apart": [[encoder] for encoder in encoders],
-    }
+    passes = {"first": [encoders[:1]], "together": [encoders], "apart": [[encoder] for encoder in encoders]}
 
     def measure(name: str, folder: Path) -> float:
-        start = time.perf_counter()
-        for index, group in enumerate(passes[name]):
-            stores = [(encoder, folder / f"{index}-{encoder.spec.name}.zarr") for encoder in group]
-            extract_together(dataset, stores, batch=batch, cluster=cluster)
-        return time.perf_counter() - start
+        stores = [
+            [(encoder, folder / f"{index}-{encoder.spec.name}.zarr") for encoder in group]
+            for index, group in enumerate(passes[name])
+        ]
+        return seconds(lambda: [extract_together(dataset, group, batch=batch, cluster=cluster) for group in stores])
 
-    seconds = _fastest(passes, measure, ROUNDS, "bench")
-    frames = dataset.card.frames
+    spent, frames = _fastest(passes, measure, ROUNDS, "bench"), dataset.card.frames
     return {
         "frames": frames,
-        **{f"{name}_frames_per_second": frames / spent for name, spent in seconds.items()},
-        "more_than_first": seconds["together"] / seconds["first"] - 1,
-        "one_after_the_other": seconds["apart"] / seconds["together"],
+        **{f"{name}_frames_per_second": frames / value for name, value in spent.items()},
+        "more_than_first": spent["together"] / spent["first"] - 1,
+        "one_after_the_other": spent["apart"] / spent["together"],
     }
 
 
 def _fastest(names: Iterable[str], measure: Callable[[str, Path], float], rounds: int, label: str) -> dict[str, float]:
     """Measure contenders in turns, each in an empty temporary folder; returns the seconds of their fastest rounds."""
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    with tqdm(total=rounds * len(seconds), desc=label, mininterval=0) as bar:
+    fastest = dict.fromkeys(names, float("inf"))
+    with tqdm(total=rounds * len(fastest), desc=label, mininterval=0) as bar:
         for _ in range(rounds):
-            for name, spent in seconds.items():
+            for name in fastest:
                 with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
-                    spent.append(measure(name, Path(folder)))
+                    fastest[name] = min(fastest[name], measure(name, Path(folder)))
                 bar.update()
-    return {name: min(spent) for name, spent in seconds.items()}
+    return fastest
 
 
 def bench_memory(episodes: int) -> list[dict[str, Any]]:
@@ -137,53 +131,23 @@ def bench_memory(episodes: int) -> list[dict[str, Any]]:
     """
     rows = []
     with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
-        weights = Path(folder) / "tcn.safetensors"
-        save_tcn(weights)
+        weights = f"{folder}/tcn.safetensors"
+        save_tcn(Path(weights))
         for scale in tqdm(SCALES, desc="bench memory", unit=" sizes"):
             data, store, run = (f"{folder}/{name}-{scale}" for name in ("data", "store.zarr", "run"))
-            collect = [
-                "collect",
-                "--episodes",
-                str(scale * episodes),
-                "--image-size",
-                "64",
-                "--frames-per-shard",
-                "100",
-            ]
-            peak_memory("wmcache", [*collect, "--out", data])
-            encoder = ["--encoder", "tcn", "--image-size", "224", "--weights", str(weights), "--device", str(CPU)]
-            extracting = peak_memory("wmcache", ["extract", "--dataset", data, *encoder, "--out", store])
-            size = [
-                "--width",
-                "64",
-                "--depth",
-                "1",
-                "--heads",
-                "1",
-                "--steps",
-                "60",
-                "--batch-size",
-                "16",
-                "--residence",
-                "disk",
-            ]
-            training = peak_memory("wmtrain", ["--cache", store, "--out", run, *size, "--device", str(CPU)])
             frames = 100 * scale * episodes
-            rows.append(
-                {
-                    "frames": frames,
-                    "token_bytes": frames * 49 * 32 * 2,
-                    "extract_peak_bytes": extracting,
-                    "train_peak_bytes": training,
-                }
-            )
+            peak_memory("wmcache", [*COLLECT, "--episodes", str(scale * episodes), "--out", data])
+            extracted = peak_memory("wmcache", [*EXTRACT, "--dataset", data, "--weights", weights, "--out", store])
+            trained = peak_memory("wmtrain", [*TRAIN, "--cache", store, "--out", run])
+            row = {"frames": frames, "token_bytes": frames * 49 * 32 * 2}
+            rows.append({**row, "extract_peak_bytes": extracted, "train_peak_bytes": trained})
     return rows
 
 
 def save_tcn(path: Path) -> None:
     """Save random weights of the encoder `tcn`; its memory does not depend on them."""
     grid, _ = tcn.SPEC.patch_grid(224)
-    save_file(tcn.TcnNetwork(grid, tcn.SPEC.patch, tcn.SPEC.token_dim).state_dict(), path)
+    save_file(tcn.TcnNetwork(grid).state_dict(), path)
 
 
 def peak_memory(command: str, arguments: list[str]) -> int:
@@ -213,12 +177,10 @@ def bench_cluster(
 ) -> dict[str, float]:
     """Compare extraction on Dask's processes with plain ones, each of which has one thread and one task at a time.
 
+    Contenders extract all frames into temporary stores, take turns, and count with their fastest round.
+
     Args:
-        dataset: real frames; all of them are extracted in every round, into temporary stores.
-        encoder: each process creates its own from the recipe.
-        batch: frames at once.
         cluster: `local:N`.
-        rounds: in turns; each contender counts with its fastest.
 
     Returns:
         Frames per second, without the start of processes, of a plain loop in one process (`loop`), of one Dask worker, of N Dask workers,
@@ -232,33 +194,30 @@ def bench_cluster(
     where = parse_cluster(cluster)
     if where.elsewhere or where.workers < 2:
         raise UserError(f"--cluster {cluster} is not local:N with N above 1; this measures processes of this machine")
-    counts = {"loop": 1, "worker": 1, "workers": where.workers, "loops": where.workers}
+    counts = {"loop": 1, "one_worker": 1, "workers": where.workers, "loops": where.workers}
 
     def measure(name: str, folder: Path) -> float:
-        task, writer = _create_store(dataset, encoder, batch, folder / f"{name}.zarr")
-        return (_in_workers if name.startswith("worker") else _in_processes)(task, writer, counts[name])
+        writer = create_store(dataset, encoder, folder / f"{name}.zarr")
+        task = extraction_task(dataset, [(encoder, writer)], device=str(encoder.device), batch=batch)
+        return (_in_workers if "worker" in name else _in_processes)(task, writer, counts[name])
 
-    with _one_thread():
-        seconds = _fastest(counts, measure, rounds, "bench cluster")
-    rate = {name: dataset.card.frames / spent for name, spent in seconds.items()}
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started here
+    try:
+        spent = _fastest(counts, measure, rounds, "bench cluster")
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+        os.environ |= {} if threads is None else {"OMP_NUM_THREADS": threads}
+    rate = {name: dataset.card.frames / value for name, value in spent.items()}
     return {
         "frames": dataset.card.frames,
         "processes": where.workers,
-        "loop_frames_per_second": rate["loop"],
-        "one_worker_frames_per_second": rate["worker"],
-        "workers_frames_per_second": rate["workers"],
-        "loops_frames_per_second": rate["loops"],
-        "dask_overhead": rate["loop"] / rate["worker"] - 1,
-        "scaling": rate["workers"] / (where.workers * rate["worker"]),
+        **{f"{name}_frames_per_second": value for name, value in rate.items()},
+        "dask_overhead": rate["loop"] / rate["one_worker"] - 1,
+        "scaling": rate["workers"] / (where.workers * rate["one_worker"]),
         "machine_scaling": rate["loops"] / (where.workers * rate["loop"]),
         "ratio_to_machine": rate["workers"] / rate["loops"],
     }
-
-
-def _create_store(dataset: FrameDataset, encoder: Encoder, batch: int, out: Path) -> tuple[ExtractShard, StoreWriter]:
-    """Create a store; returns the task that writes one of its shards."""
-    writer = create_store(dataset, encoder, out)
-    return extraction_task(dataset, [(encoder, writer)], device=str(encoder.device), batch=batch), writer
 
 
 def _in_workers(task: ExtractShard, writer: StoreWriter, count: int) -> float:
@@ -267,61 +226,25 @@ def _in_workers(task: ExtractShard, writer: StoreWriter, count: int) -> float:
     with open_pool(f"local:{count}", label="bench", always_dask=True) as pool:
         run_tasks(task, shards, cluster=pool, total=frames, label="first", leave=False)
         writer.reopen(list(shards))
-        start = time.perf_counter()
-        run_tasks(task, shards, cluster=pool, total=frames, label="timed", leave=False)
-        return time.perf_counter() - start
+        return seconds(lambda: run_tasks(task, shards, cluster=pool, total=frames, label="timed", leave=False))
 
 
 def _in_processes(task: ExtractShard, writer: StoreWriter, count: int) -> float:
-    """Return the seconds of processes, each of which loops over its slice of the shards, after each has done it once.
+    """Return the seconds of processes, each of which loops over its slice of the shards, after each has done it once."""
+    shards, context = writer.card.num_shards, multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        pools = [stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for _ in range(count)]
 
-    Raises:
-        UserError: one of them failed.
-    """
-    context = multiprocessing.get_context("spawn")
-    shards, ready = writer.card.num_shards, context.Barrier(count + 1)
-    processes = [
-        context.Process(target=_loop, args=(task, slice_of(shards, (number, count)), ready)) for number in range(count)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        ready.wait()
+        def loop_in_each() -> None:
+            running = [pool.submit(_loop, task, slice_of(shards, (number, count))) for number, pool in enumerate(pools)]
+            for future in running:
+                future.result()
+
+        loop_in_each()
         writer.reopen(list(range(shards)))
-        ready.wait()
-        start = time.perf_counter()
-        ready.wait()
-        return time.perf_counter() - start
-    except threading.BrokenBarrierError:
-        raise UserError("a process of the benchmark failed; see above") from None
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        return seconds(loop_in_each)
 
 
-def _loop(task: ExtractShard, shards: Sequence[int], ready: Barrier) -> None:
-    try:
-        for shard in shards:
-            task(shard)
-        ready.wait()
-        ready.wait()  # until the store is empty again
-        for shard in shards:
-            task(shard)
-        ready.wait()
-    except BaseException:
-        ready.abort()
-        raise
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Give processes that are started meanwhile one thread each."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["OMP_NUM_THREADS"]
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
+def _loop(task: ExtractShard, shards: Sequence[int]) -> None:
+    for shard in shards:
+        task(shard)

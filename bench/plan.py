@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from wmcache.bench.explicit import explicit_predict
+from wmcache.bench.timing import seconds
 from wmcache.common.device import choose_dtype, synchronise
 from wmcache.common.errors import UserError
 from wmcache.planner.base import Cost
@@ -30,9 +30,8 @@ REFERENCE_CHUNK = 30
 LIMIT_SIZE = 4096
 
 
-@dataclass
-class Timed:
-    """A timed plan: its seconds, the costs [S] of its first candidates, and the plan."""
+class Timed(NamedTuple):
+    """A timed plan, and the costs [S] of its first candidates."""
 
     seconds: float
     costs: Tensor
@@ -54,10 +53,9 @@ class PlanRace:
 
     def reference(self, actions: Tensor) -> Tensor:
         """Compute costs as the reference does (planning/cem.py): it encodes a copy of the present frame for every candidate."""
-        chunks = torch.split(actions[0], REFERENCE_CHUNK)
-        tokens = [self.context.encoder(self.frame.expand(len(chunk), *self.frame.shape)) for chunk in chunks]
         costs = []
-        for chunk, seen in zip(chunks, tokens, strict=True):
+        for chunk in torch.split(actions[0], REFERENCE_CHUNK):
+            seen = self.context.encoder(self.frame.expand(len(chunk), *self.frame.shape))
             proprio = self.proprio.expand(len(chunk), 1, -1)
             latents = reference_rollout(self.model, seen[:, None].float(), proprio, chunk)
             costs.append(self.objective(latents[None], latents[None, :, :, :0, 0], slice(0, 1)))
@@ -106,7 +104,7 @@ def bench_run(
     Args:
         context: a run of DINO-WM's model.
         samples, elites, iterations, horizon: of the plan; DINO-WM has 300, 30, 10 and 5.
-        dtype: of this implementation: `auto`, `float32` or `bfloat16`.
+        dtype: of this implementation.
 
     Returns:
         Seconds of each and their ratio; frames that each encodes; GFLOP of a candidate, the GFLOP/s that were reached and those of a large
@@ -150,8 +148,7 @@ def reference_rollout(model: DinoWm, tokens: Tensor, proprio: Tensor, actions: T
 
     Args:
         model: with rotary positions the window is every frame so far.
-        tokens: [B, 1, N, D].
-        proprio: [B, 1, P].
+        tokens, proprio: [B, 1, N, D] and [B, 1, P].
         actions: [B, T, f * A].
     """
     tokens, proprio, actions = model.standardise(tokens, proprio, actions)
@@ -176,14 +173,7 @@ def count_flops(cost: Cost, actions: Tensor) -> float:
 def matmul_limit(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the GFLOP/s of a large square matrix product: the limit of this machine."""
     a = torch.randn(LIMIT_SIZE, LIMIT_SIZE, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(3):
-        synchronise(device)
-        begun = time.perf_counter()
-        a @ a
-        synchronise(device)
-        best = min(best, time.perf_counter() - begun)
-    return 2 * LIMIT_SIZE**3 / best / 1e9
+    return 2 * LIMIT_SIZE**3 / min(seconds(torch.matmul, a, a, device=device) for _ in range(3)) / 1e9
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -1,12 +1,22 @@
 """The resources of a large extraction, estimated before machines are requested: bytes, objects, GPU hours, and the cost of records.
 
-Rates are measured on this machine, on a thousand shards without data; the rest is arithmetic.
+Rates are measured on this machine, on a thousand shards without data; the rest is arithmetic. Figures are bytes and seconds unless the
+name differs:
+
+- shard_bytes, token_bytes: of a shard's file, and of all. record_bytes: of all records. objects: files of the store.
+- step_bytes: of the step table in memory, in the process that creates the store and in each worker.
+- frames_per_second: of a worker. worker_hours: of all workers together. hours: wall time.
+- worker_memory: tokens and frames of the shards in flight, and the step table; encoder and libraries are not included.
+- create, plan, finish, open: of the store, see `bench.scale`; upper bounds, since constant parts are multiplied too.
+- commit_share: share of a shard's time for its claim and record.
+- tasks_per_second: that the workers finish. scheduler_tasks_per_second: that a Dask scheduler of this machine starts.
+- notes: problems, each with the setting that fixes it.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,44 +41,6 @@ BUSY_SCHEDULER = 0.5
 MOST_SHARDS = MOST_JSON_BYTES // TAR_RECORD_BYTES
 
 
-@dataclass(frozen=True)
-class JobPlan:
-    """Estimates for an extraction; bytes and seconds unless the name differs.
-
-    Attributes:
-        shard_bytes, token_bytes: of a shard's file, and of all.
-        step_bytes: of the step table in memory, in the process that creates the store and in each worker.
-        record_bytes: of all records. objects: files of the store.
-        frames_per_second: of a worker. worker_hours: of all workers together. hours: wall time.
-        worker_memory: tokens and frames of the shards in flight, and the step table; encoder and libraries are not included.
-        create, plan, finish, open: of the store, see `bench.scale.Scale`; upper bounds, since constant parts are multiplied too.
-        commit_share: share of a shard's time for its claim and record.
-        tasks_per_second: that the workers finish. scheduler_tasks_per_second: that a Dask scheduler of this machine starts.
-        notes: problems, each with the setting that fixes it.
-    """
-
-    frames: int
-    frames_per_shard: int
-    shards: int
-    shard_bytes: int
-    token_bytes: int
-    step_bytes: int
-    record_bytes: int
-    objects: int
-    frames_per_second: float
-    worker_hours: float
-    hours: float
-    worker_memory: int
-    create: float
-    plan: float
-    finish: float
-    open: float
-    commit_share: float
-    tasks_per_second: float
-    scheduler_tasks_per_second: float
-    notes: list[str]
-
-
 def plan_job(
     frames: int,
     *,
@@ -79,12 +51,10 @@ def plan_job(
     frames_per_second: float,
     frames_per_shard: int | None = None,
     dtype: str = "float16",
-) -> JobPlan:
+) -> dict[str, Any]:
     """Estimate an extraction.
 
     Args:
-        frames: to encode.
-        token_grid, token_dim, dtype: of the stored tokens.
         image_size: of the dataset's frames.
         workers: at the same time.
         frames_per_second: of one of them.
@@ -95,46 +65,42 @@ def plan_job(
         while frames > frames_per_shard * MOST_SHARDS:
             frames_per_shard *= 2
     card = StoreCard({"name": "none"}, {"name": "none"}, token_grid, token_dim, frames, frames_per_shard, dtype)
-    measured = measure_scale(
-        MEASURED_SHARDS, frames_per_shard=FRAMES_PER_SHARD, tokens=card.tokens_per_frame, token_dim=token_dim
-    )
+    measured = measure_scale(MEASURED_SHARDS, tokens=card.tokens_per_frame, token_dim=token_dim)
     by_shard = card.num_shards / MEASURED_SHARDS
     shard_seconds = min(frames, frames_per_shard) / frames_per_second
     in_flight = TASKS_IN_FLIGHT * min(frames, frames_per_shard) * (card.frame_bytes + 3 * image_size**2)
     columns = len(STEP_COLUMNS) * -(-frames // ROWS_IN_A_CHUNK) + 1
     blocks, single = divmod(card.num_shards, IN_A_BLOCK)
     tasks, scheduler = workers / shard_seconds, measure_scheduler()
-    return JobPlan(
-        frames=frames,
-        frames_per_shard=frames_per_shard,
-        shards=card.num_shards,
-        shard_bytes=card.shard_bytes(0),
-        token_bytes=card.token_bytes,
-        step_bytes=STEP_BYTES * frames,
-        record_bytes=int(measured.metadata * by_shard),
-        objects=card.num_shards + blocks + single + columns + len(STEP_COLUMNS) + 3,
-        frames_per_second=frames_per_second,
-        worker_hours=frames / frames_per_second / 3600,
-        hours=-(-card.num_shards // workers) * shard_seconds / 3600,
-        worker_memory=in_flight + STEP_BYTES * frames,
-        create=measured.create * frames / measured.frames,
-        plan=measured.plan_again * by_shard,
-        finish=measured.finish * by_shard,
-        open=measured.open * by_shard,
-        commit_share=(measured.claim_us + measured.commit_us) / 1e6 / shard_seconds,
-        tasks_per_second=tasks,
-        scheduler_tasks_per_second=scheduler,
-        notes=_notes(card, workers, in_flight, busy=tasks > BUSY_SCHEDULER * scheduler),
-    )
+    return {
+        "frames": frames,
+        "frames_per_shard": frames_per_shard,
+        "shards": card.num_shards,
+        "shard_bytes": card.shard_bytes(0),
+        "token_bytes": card.token_bytes,
+        "step_bytes": STEP_BYTES * frames,
+        "record_bytes": int(measured["metadata"] * by_shard),
+        "objects": card.num_shards + blocks + single + columns + len(STEP_COLUMNS) + 3,
+        "frames_per_second": frames_per_second,
+        "worker_hours": frames / frames_per_second / 3600,
+        "hours": -(-card.num_shards // workers) * shard_seconds / 3600,
+        "worker_memory": in_flight + STEP_BYTES * frames,
+        "create": measured["create"] * frames / measured["frames"],
+        "plan": measured["plan_again"] * by_shard,
+        "finish": measured["finish"] * by_shard,
+        "open": measured["open"] * by_shard,
+        "commit_share": (measured["claim_us"] + measured["commit_us"]) / 1e6 / shard_seconds,
+        "tasks_per_second": tasks,
+        "scheduler_tasks_per_second": scheduler,
+        "notes": _notes(card, workers, in_flight, busy=tasks > BUSY_SCHEDULER * scheduler),
+    }
 
 
 def _notes(card: StoreCard, workers: int, in_flight: int, *, busy: bool) -> list[str]:
     notes = []
     if card.num_shards > MOST_SHARDS:
         least = -(-card.frames // MOST_SHARDS)
-        notes.append(
-            f"dataset.json cannot list {card.num_shards} tars: collect with --frames-per-shard {least} or more"
-        )
+        notes.append(f"dataset.json cannot list {card.num_shards} tars: use --frames-per-shard {least} or more")
     if busy:
         notes.append("one scheduler is too few: use batch arrays (wmcache sbatch), or a larger --frames-per-shard")
     if workers > card.num_shards:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from zarr.codecs import BloscCodec, ZstdCodec
 
+from wmcache.bench.timing import median_ratio, seconds
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import STEP_COLUMNS, StoreCard
 from wmcache.cache.reader import ZarrReader
@@ -43,8 +43,7 @@ def bench_read(
     Contenders take turns, so that a drift of the machine affects all; ratios are medians over the turns.
 
     Args:
-        frames: of the store.
-        tokens, dim, dtype: N, D and the type that they are stored in.
+        tokens, dim: N, D.
         batch: windows.
         keep: folder to leave the store (`bench.zarr`) and the plain file (`bench.npy`) in.
 
@@ -58,7 +57,7 @@ def bench_read(
         make_folder(folder)
         card = StoreCard({}, {"name": "bench"}, (1, tokens), dim, frames, FRAMES_PER_SHARD, dtype)
         require_space(folder, 2 * card.token_bytes, "the benchmark")
-        store = TokenStore.open(_make_store(folder / "bench.zarr", card))
+        store = _make_store(folder / "bench.zarr", card)
         plain = _make_plain(folder / "bench.npy", store)
         return {"frames": frames, "windows_per_batch": batch, **_race(store, plain, batch)}
 
@@ -89,32 +88,21 @@ def _race(store: TokenStore, plain: NDArray[np.generic], batch: int) -> dict[str
             batches = 1 if name.startswith("zarr") else BATCHES
             chosen = [_frames(windows, step + i, batch) for i in range(batches)]
             step += batches
-            start = time.perf_counter()
-            for frames in chosen:
-                contenders[name](frames)
-            rates[name].append(batch * batches / (time.perf_counter() - start))
-    zarr_best = [max(pair) for pair in zip(rates["zarr_slices"], rates["zarr_oindex"], strict=True)]
-    return {f"{name}_windows_per_second": statistics.median(values) for name, values in rates.items()} | {
-        "ratio_to_memmap_take": _median_ratio(rates["gather"], rates["memmap_take"]),
-        "ratio_to_memmap_take_clip": _median_ratio(rates["gather"], rates["memmap_take_clip"]),
-        "ratio_to_zarr": _median_ratio(rates["gather"], zarr_best),
-    }
+            rates[name].append(batch * batches / seconds(list, map(contenders[name], chosen)))
+    peers = {name: rates[name] for name in ("memmap_take", "memmap_take_clip")}
+    peers["zarr"] = list(map(max, rates["zarr_slices"], rates["zarr_oindex"]))
+    medians = {f"{name}_windows_per_second": statistics.median(values) for name, values in rates.items()}
+    return medians | {f"ratio_to_{name}": median_ratio(rates["gather"], peer) for name, peer in peers.items()}
 
 
 def _frames(windows: Windows, step: int, batch: int) -> NDArray[np.int64]:
     return windows.frames(batch_windows(len(windows), 0, step, batch))
 
 
-def _median_ratio(rates: list[float], others: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(rates, others, strict=True))
-
-
-def _make_store(path: Path, card: StoreCard) -> Path:
+def _make_store(path: Path, card: StoreCard) -> TokenStore:
     content = f"{card.frames} x {card.frame_shape}"
-    identity = Identity(
-        "bench", "none", "", "none", "patch", 0, "none", ((0.5,), (0.5,)), "float32", card.dtype, content
-    )
-    frame = np.arange(card.frames)
+    known = ("bench", "none", "", "none", "patch", 0, "none", ((0.5,), (0.5,)), "float32")
+    identity, frame = Identity(*known, card.dtype, content), np.arange(card.frames)
     steps: dict[str, NDArray[Any]] = {
         "action": np.zeros((card.frames, 2), np.float32),
         "state": np.zeros((card.frames, 4)),
@@ -127,7 +115,7 @@ def _make_store(path: Path, card: StoreCard) -> Path:
         tokens = np.random.default_rng(shard).standard_normal(shape, dtype=np.float32)
         writer.write_shard(shard, tokens.astype(np.float16))
     writer.finish()
-    return path
+    return TokenStore.open(path)
 
 
 def _make_plain(path: Path, store: TokenStore) -> NDArray[np.generic]:
@@ -146,7 +134,6 @@ def bench_codecs(path: AnyPath, *, frames: int = 2000, batch: int = 64) -> list[
     """Measure the size and the reading speed of a store's own tokens in smaller formats.
 
     Args:
-        path: a store of float16 tokens.
         frames: number of them, from the first.
         batch: windows of 4 frames, 5 apart.
 
@@ -166,15 +153,12 @@ def bench_codecs(path: AnyPath, *, frames: int = 2000, batch: int = 64) -> list[
         for turn in tqdm(range(ROUNDS), desc="bench codecs", unit=" rounds"):
             chosen = _frames(windows, turn, batch).ravel()
             for name, read in readers.items():
-                start = time.perf_counter()
-                read(chosen, out)
-                speeds[name].append(batch / (time.perf_counter() - start))
-        rows, found = [], np.empty_like(tokens)
-        wide = tokens.astype(np.float32)
+                speeds[name].append(batch / seconds(read, chosen, out))
+        rows, found, wide = [], np.empty_like(tokens), tokens.astype(np.float32)
         for name, read in readers.items():
             read(np.arange(count), found)
             error = np.linalg.norm(found.astype(np.float32) - wide) / np.linalg.norm(wide)
-            size, speed = sizes[name] / sizes["float16"], _median_ratio(speeds[name], speeds["float16"])
+            size, speed = sizes[name] / sizes["float16"], median_ratio(speeds[name], speeds["float16"])
             rows.append({"form": name, "size": size, "speed": speed, "relative_error": float(error)})
     return rows
 
@@ -186,7 +170,7 @@ def _make_formats(
     readers: dict[str, Read] = {}
     sizes: dict[str, int] = {}
     for dtype in ("float16", "int8"):
-        store = TokenStore.open(_copy(source, tokens, folder / f"{dtype}.zarr", replace(card, dtype=dtype)))
+        store = _copy(source, tokens, folder / f"{dtype}.zarr", replace(card, dtype=dtype))
         readers[dtype], sizes[dtype] = store.gather, store.card.token_bytes
     compressors = {"zstd": ZstdCodec(), "blosc lz4 shuffled": BloscCodec(cname="lz4", shuffle="shuffle")}
     for name, codec in compressors.items():
@@ -204,11 +188,11 @@ def _make_formats(
     return readers, sizes
 
 
-def _copy(source: TokenStore, tokens: Tokens, path: Path, card: StoreCard) -> Path:
+def _copy(source: TokenStore, tokens: Tokens, path: Path, card: StoreCard) -> TokenStore:
     steps = {name: getattr(source, name)[: card.frames] for name in STEP_COLUMNS}
     writer = StoreWriter.create(path, card, replace(source.identity, store_dtype=card.dtype), steps)
     for shard in writer.pending():
         part = card.shard_frames(shard)
         writer.write_shard(shard, tokens[part.start : part.stop])
     writer.finish()
-    return path
+    return TokenStore.open(path)

@@ -7,9 +7,7 @@ import functools
 import itertools
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wmcache.bench.explicit import explicit_predict
+from wmcache.bench.timing import median_ratio, seconds
 from wmcache.cache.store import TokenStore
-from wmcache.common.device import autocast, choose_device, choose_dtype, synchronise
+from wmcache.common.device import autocast, choose_device, choose_dtype
 from wmcache.common.paths import AnyPath
 from wmcache.trainer.feed import Feed, choose_residence
 from wmcache.trainer.models import build
@@ -28,29 +27,6 @@ from wmcache.trainer.train import data_shape, make_optimiser, statistics_of
 
 ROUNDS = 5
 Batch = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Training steps of one kind: the batches, the model, the precision, and the number of steps in a round."""
-
-    batches: Iterator[Batch]
-    model: DinoWm
-    dtype: torch.dtype
-    steps: int
-
-    def rate(self, optimiser: torch.optim.Optimizer, device: torch.device, steps: int) -> float:
-        """Train some steps; returns steps a second."""
-        synchronise(device)
-        start = time.perf_counter()
-        for batch in itertools.islice(self.batches, steps):
-            with autocast(device, self.dtype):
-                loss = self.model.loss(batch)["loss"]
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-        synchronise(device)
-        return steps / (time.perf_counter() - start)
 
 
 def bench_train(
@@ -66,12 +42,10 @@ def bench_train(
     """Time the same training steps from three sources of batches, and as DINO-WM's code computes them, in turns.
 
     Args:
-        cache: the store.
         model_options: of DINO-WM.
         encode: n -> tokens [n, N, D]; encodes n frames, as DINO-WM does for every batch.
         batch: windows of 3 + 1 frames, 5 env steps apart.
         steps: in each round; a tenth of them where frames are encoded.
-        device, residence: as in training.
 
     Returns:
         Steps a second on one batch in `memory`, fed by the `store`, with every frame encoded (`encoding`), and as the `reference`: that in
@@ -90,29 +64,37 @@ def bench_train(
     optimiser = make_optimiser(model, options)
     chosen, why = choose_residence(store, where, residence)
     tqdm.write(why, file=sys.stderr)
-    rates: dict[str, list[float]] = {"memory": [], "store": [], "encoding": [], "reference": []}
     with Feed(store, windows, batch, 0, where, residence=chosen) as feed:
         held, few = {name: value.clone() for name, value in feed.next().items()}, max(1, steps // 10)
         variants = {
-            "memory": Variant(itertools.repeat(held), model, dtype, steps),
-            "store": Variant(iter(feed.next, None), model, dtype, steps),
-            "encoding": Variant(_encoded(held, encode), model, dtype, few),
-            "reference": Variant(_encoded(held, encode), reference, torch.float32, few),
+            "memory": (itertools.repeat(held), model, dtype, optimiser, steps),
+            "store": (iter(feed.next, None), model, dtype, optimiser, steps),
+            "encoding": (_encoded(held, encode), model, dtype, optimiser, few),
+            "reference": (_encoded(held, encode), reference, torch.float32, optimiser, few),
         }
-        for variant in variants.values():
-            variant.rate(optimiser, where, 1)
+        for *variant, _ in variants.values():
+            _train(*variant, 1)
         waited = feed.waited
+        rates: dict[str, list[float]] = {name: [] for name in variants}
         for _ in tqdm(range(ROUNDS), desc="bench train", unit=" rounds"):
             for name, variant in variants.items():
-                rates[name].append(variant.rate(optimiser, where, variant.steps))
+                rates[name].append(variant[-1] / seconds(_train, *variant, device=where))
         waiting = (feed.waited - waited) / sum(steps / rate for rate in rates["store"])
-    ratios = {
-        f"ratio_to_{name}": statistics.median(a / b for a, b in zip(rates["store"], others, strict=True))
-        for name, others in rates.items()
-        if name != "store"
-    }
+    peers = ("memory", "encoding", "reference")
+    ratios = {f"ratio_to_{name}": median_ratio(rates["store"], rates[name]) for name in peers}
     medians = {f"{name}_steps_per_second": statistics.median(values) for name, values in rates.items()}
     return {"windows_per_step": batch, **medians, **ratios, "waiting_share": waiting}
+
+
+def _train(
+    batches: Iterator[Batch], model: DinoWm, dtype: torch.dtype, optimiser: torch.optim.Optimizer, steps: int
+) -> None:
+    for batch in itertools.islice(batches, steps):
+        with autocast(model.tokens_mean.device, dtype):
+            loss = model.loss(batch)["loss"]
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
 
 
 def _encoded(held: Batch, encode: Callable[[int], Tensor]) -> Iterator[Batch]:

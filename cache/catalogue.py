@@ -11,7 +11,7 @@ from wmcache.cache.layout import has_commits, read_attributes, read_card
 from wmcache.cache.records import Records
 from wmcache.common.errors import UnreadableError, UserError, reason
 from wmcache.common.files import sweep, temporary_for
-from wmcache.common.paths import AnyPath, exists, folders_below, is_local, unreadable, usage
+from wmcache.common.paths import AnyPath, exists, folders_below, is_local, readable, usage
 from wmcache.common.paths import remove as remove_all
 
 
@@ -50,11 +50,9 @@ class Entry:
 
 def list_stores(folder: AnyPath) -> list[Entry]:
     """Return all stores under a folder, damaged ones too; raise UserError where it cannot be read."""
-    try:
+    with readable(folder):
         found = [path for path in folders_below(folder, ".zarr") if not path.name.startswith(".")]
         return [summarise(path) for path in sorted(found, key=str)]
-    except OSError as error:
-        raise unreadable(folder, error) from error
 
 
 def summarise(path: AnyPath) -> Entry:

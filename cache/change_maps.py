@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-
 from wmcache.cache.store import TokenStore
 from wmcache.common.errors import UnreadableError, UserError, command
-from wmcache.common.paths import AnyPath, exists
+from wmcache.common.paths import AnyPath
 
 
 def change_maps_path(store: AnyPath, frameskip: int) -> AnyPath:
@@ -22,9 +20,6 @@ def open_change_maps(store: TokenStore, frameskip: int) -> TokenStore:
     """
     path = change_maps_path(store.path, frameskip)
     make = command("wmcache", "derive", "change-maps", store.path, "--frameskip", frameskip)
-    with contextlib.suppress(OSError):  # opening them reports it better
-        if not exists(path):
-            raise UserError(f"there are no change maps {path}; make them with: {make}")
     try:
         maps = TokenStore.open(path, mirrored=True)
     except UnreadableError:
@@ -34,8 +29,5 @@ def open_change_maps(store: TokenStore, frameskip: int) -> TokenStore:
     wanted = (store.identity.dataset_fingerprint, store.card.token_grid, "changes", frameskip)
     card, identity = maps.card, maps.identity
     if wanted != (identity.dataset_fingerprint, card.token_grid, identity.encoder, card.encoder.get("lag")):
-        raise UserError(
-            f"{path} is not of the frames or of the grid of {store.path}, or is something else; move it away, "
-            f"then make it again with: {make}"
-        )
+        raise UserError(f"{path} has other frames or another grid than {store.path}; move it away, then: {make}")
     return maps

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
@@ -27,7 +28,7 @@ from wmcache.cache.identity import FORMAT_VERSION, RESTORE
 from wmcache.common.errors import MissingError, UnreadableError, UserError, reason
 from wmcache.common.folders import did_you_mean
 from wmcache.common.jsonfiles import json_digest, read_json, require_seal, seal, write_json
-from wmcache.common.paths import AnyPath, cause_outside, exists, files_in, is_local, unreadable
+from wmcache.common.paths import AnyPath, cause_outside, exists, files_in, is_local, readable, unreadable
 from wmcache.common.schema import Count, Finite, Name, Size, parse
 
 FORMAT = "wmcache-token-store"
@@ -147,12 +148,10 @@ def read_attributes(path: AnyPath) -> dict[str, Any]:
         UserError: there is no store, or one of another format.
     """
     file = path / "zarr.json"
-    try:
+    with readable(path):
         is_store = has_commits(path)
         if not is_store and not exists(path):
             raise MissingError(f"{path} does not exist; {did_you_mean(path, 'store', NEW)}")
-    except OSError as error:
-        raise unreadable(path, error) from error
     try:
         metadata = read_json(file, AGAIN if is_store else NEW)
     except UnreadableError:
@@ -245,8 +244,6 @@ def recorded_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that compute tokens."""
     found = {"python": platform.python_version()}
     for package in RECORDED_PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -25,7 +24,7 @@ from wmcache.common.errors import UserError, one_line
 from wmcache.common.files import atomic_write, sha256_of, sweep
 from wmcache.common.folders import home
 from wmcache.common.locks import exclusive
-from wmcache.common.paths import AnyPath, free_space, read_bytes, unreadable
+from wmcache.common.paths import AnyPath, free_space, read_bytes, readable
 from wmcache.common.space import human_bytes
 
 SHARE_OF_FREE = 0.8
@@ -62,13 +61,13 @@ class MirroredReader(MappedReader):
 
     def gather(self, frames: NDArray[np.int64], out: Stored) -> None:
         """See `MappedReader.gather`; also raise UserError where a shard cannot be fetched."""
-        self._fetch_all(np.unique(frames // self._card.frames_per_shard).tolist())
+        self._fetch_all(frames)
         super().gather(frames, out)
 
     def prefetch(self, frames: NDArray[np.int64]) -> None:
         """Fetch the shards of these frames, then see `MappedReader.prefetch`."""
         try:
-            self._fetch_all(np.unique(frames // self._card.frames_per_shard).tolist())
+            self._fetch_all(frames)
         except UserError:
             return  # the read itself will raise it
         super().prefetch(frames)
@@ -79,7 +78,8 @@ class MirroredReader(MappedReader):
     def _digest(self, shard: int) -> str:
         return bytes(self._sha256[shard]).hex()
 
-    def _fetch_all(self, shards: Iterable[int]) -> None:
+    def _fetch_all(self, frames: NDArray[np.int64]) -> None:
+        shards = np.unique(frames // self._card.frames_per_shard).tolist()
         wanted = [shard for shard in shards if shard not in self._shards and shard not in self._sound]
         if len(wanted) > 1:
             with ThreadPoolExecutor(FETCHES, thread_name_prefix="mirror") as pool:
@@ -100,10 +100,8 @@ class MirroredReader(MappedReader):
         with exclusive(file.with_suffix(".lock"), self._folder):
             if not self._is_sound(shard, file):
                 remote = shard_file(self._path, shard)
-                try:
+                with readable(remote):
                     data = read_bytes(remote)
-                except OSError as error:
-                    raise unreadable(remote, error) from error
                 if hashlib.sha256(data).hexdigest() != self._digest(shard):
                     raise UserError(f"{remote} differs from its checksum; {self._hint}")
                 self._keep(file, data)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, TypeAlias
 
 import google_crc32c
 import numpy as np
@@ -28,7 +28,7 @@ from wmcache.cache.layout import CRC_BYTES, FILL, INDEX_ENTRY_BYTES, StoreCard, 
 from wmcache.common.cpus import available_cpus
 from wmcache.common.errors import UserError, command, reason
 from wmcache.common.memory import address_space_left
-from wmcache.common.paths import MISSING, NO_MAPS, AnyPath, cause_outside, unreadable
+from wmcache.common.paths import MISSING, NO_MAPS, AnyPath, cause_outside, readable, unreadable
 
 COPY_THREADS = min(4, available_cpus())
 BYTES_WORTH_A_THREAD = 4_000_000
@@ -37,22 +37,19 @@ ABSENT = np.uint64(2**64 - 1)
 
 Stored = NDArray[Any]
 """Tokens in the store's dtype, [n, N, D]."""
+_Job: TypeAlias = "tuple[Stored | _Shard, int, int]"
+"""Frames of a shard, the row to copy, and where in the output."""
 
 
-class Reader(Protocol):
+class Reader:
     """Reads frames as they are stored."""
 
     def gather(self, frames: NDArray[np.int64], out: Stored) -> None:
         """Fill out[i] with frame frames[i]; all numbers are in range."""
-        ...
+        raise NotImplementedError
 
     def prefetch(self, frames: NDArray[np.int64]) -> None:
         """Start to read frames that will be gathered soon, if the reader can."""
-        ...
-
-
-class _Rows(Protocol):
-    def __getitem__(self, row: int, /) -> Any: ...
 
 
 class _Shard:
@@ -75,7 +72,7 @@ class _Shard:
         if self._descriptor >= 0:
             os.close(self._descriptor)
 
-    def rows(self) -> _Rows:
+    def rows(self) -> Stored | _Shard:
         """Return the frames [N, D], by row."""
         if not self.is_mapped:
             return self
@@ -107,10 +104,8 @@ class _Shard:
             return np.frombuffer(self._map, np.uint8, self._stride, start)
         found, filled = np.empty(self._stride, np.uint8), 0
         while filled < len(found):
-            try:
+            with readable(self._file):
                 count = os.preadv(self._descriptor, [found[filled:].data], start + filled)
-            except OSError as error:
-                raise unreadable(self._file, error) from error
             if not count:
                 raise self._cut()
             filled += count
@@ -129,7 +124,7 @@ class _Shard:
         return UserError(f"shard {self._file} was cut while it was being read; {self._hint}")
 
 
-class MappedReader:
+class MappedReader(Reader):
     """Gathers frames from memory maps. A frame is compared with its checksum the first time that this reader reads it.
 
     Where the file system has no maps, frames are read from the file instead.
@@ -157,7 +152,7 @@ class MappedReader:
         order = np.argsort(frames, kind="stable")
         shards, rows = np.divmod(frames[order], self._card.frames_per_shard)
         bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(order)] if len(order) else [0]
-        jobs: list[tuple[_Rows, int, int]] = []
+        jobs: list[_Job] = []
         for number, (start, stop) in enumerate(itertools.pairwise(bounds), 1):
             shard = self._shard(int(shards[start]))
             view, base = shard.rows(), shard.frames.start
@@ -186,7 +181,7 @@ class MappedReader:
         bad = [frame for frame, chunk in zip(found.frames, chunks, strict=True) if not _is_whole(chunk)]
         return np.stack([found.frame(chunk) for chunk in chunks]), bad
 
-    def _copy(self, jobs: Sequence[tuple[_Rows, int, int]], out: Stored) -> None:
+    def _copy(self, jobs: Sequence[_Job], out: Stored) -> None:
         parts = min(COPY_THREADS, len(jobs) * self._card.frame_bytes // BYTES_WORTH_A_THREAD)
         if parts <= 1:
             _copy_rows(jobs, out)
@@ -255,7 +250,7 @@ class MappedReader:
         return Path(str(self._file(shard))).open("rb")
 
 
-class ZarrReader:
+class ZarrReader(Reader):
     """Gathers frames through the zarr API."""
 
     def __init__(self, tokens: zarr.Array[Any], card: StoreCard, where: AnyPath) -> None:
@@ -280,11 +275,8 @@ class ZarrReader:
             raise UserError(f"{self._where}/tokens lacks frame {frame}; {hint}")
         np.take(found, indices, axis=0, out=out, mode="clip")
 
-    def prefetch(self, frames: NDArray[np.int64]) -> None:
-        """Do nothing: zarr has no such call."""
 
-
-class MemoryReader:
+class MemoryReader(Reader):
     """Gathers frames from an array in memory."""
 
     def __init__(self, tokens: Stored) -> None:
@@ -296,9 +288,6 @@ class MemoryReader:
         # The default mode, `raise`, copies through a temporary array.
         np.take(self.tokens, frames, axis=0, out=out, mode="clip")
 
-    def prefetch(self, frames: NDArray[np.int64]) -> None:
-        """Do nothing."""
-
 
 def _is_whole(chunk: NDArray[np.uint8]) -> bool:
     """Return whether a frame's bytes match the checksum after them."""
@@ -306,7 +295,7 @@ def _is_whole(chunk: NDArray[np.uint8]) -> bool:
     return int(google_crc32c.value(chunk[:-CRC_BYTES])) == stored
 
 
-def _copy_rows(jobs: Iterable[tuple[_Rows, int, int]], out: Stored) -> None:
+def _copy_rows(jobs: Iterable[_Job], out: Stored) -> None:
     for view, row, i in jobs:
         out[i] = view[row]
 

@@ -198,15 +198,13 @@ class Records:
         Raises:
             UserError: it is missing, damaged, or of another shard or identity.
         """
-        file = record_file(self.path, shard)
         try:
             return self._read_json(shard)
         except MissingError:
             block = self._read_block(shard)
-        found = None if block is None else block.row(shard, self._card, self._identity)
-        if found is None:
-            raise UserError(f"{file} does not exist; {self._hint}")
-        return found
+            if block is None or (found := block.row(shard, self._card, self._identity)) is None:
+                raise
+            return found
 
     def write(self, shard: int, record: Record) -> None:
         """Write one, and fold its thousand if it was the last."""

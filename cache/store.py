@@ -24,7 +24,7 @@ from wmcache.cache.quantise import dequantise
 from wmcache.cache.reader import MappedReader, MemoryReader, Reader, Stored, ZarrReader
 from wmcache.cache.windows import Windows, split_episodes, window_starts
 from wmcache.common.errors import UserError, command
-from wmcache.common.paths import MISSING, AnyPath, as_path, is_local, stamp, unreadable
+from wmcache.common.paths import MISSING, AnyPath, as_path, is_local, readable, stamp, unreadable
 from wmcache.common.progress import seconds_between_updates
 
 Tokens = NDArray[np.float16]
@@ -233,10 +233,8 @@ class TokenStore:
                 raise UserError(f"{self.path} was replaced or changed while it was being read; run the command again")
 
     def _require_shards(self) -> None:
-        try:
+        with readable(self.path):
             sizes, _ = shard_sizes(self.path, self.card.num_shards)
-        except OSError as error:
-            raise unreadable(self.path, error) from error
         expected = np.full(self.card.num_shards, self.card.shard_bytes(0))
         expected[-1] = self.card.shard_bytes(self.card.num_shards - 1)
         if len(bad := np.flatnonzero(sizes != expected)):

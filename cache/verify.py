@@ -16,7 +16,7 @@ from wmcache.cache.reader import MappedReader
 from wmcache.cache.records import IN_A_BLOCK, Records, commits, record_file
 from wmcache.common.errors import UnreadableError, UserError
 from wmcache.common.files import sha256_of
-from wmcache.common.paths import MISSING, AnyPath, is_local, names_in, size_of, unreadable
+from wmcache.common.paths import MISSING, AnyPath, is_local, names_in, readable, size_of, unreadable
 from wmcache.common.progress import seconds_between_updates
 
 MOST_FAULTS = 1000
@@ -68,13 +68,6 @@ def verify(path: AnyPath) -> Verification:
         UserError: there is no store at `path`.
     """
     try:
-        return _verify(path)
-    except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def _verify(path: AnyPath) -> Verification:
-    try:
         attributes = read_attributes(path)
         card, identity = read_card(attributes), Identity.from_json(attributes["identity"], str(path))
     except DamagedError as error:
@@ -88,7 +81,8 @@ def _verify(path: AnyPath) -> Verification:
     except DamagedError as error:
         faults.append(Fault(str(path), str(error)))
     done, declared, records = 0, declared_shards(path), Records(path, card, identity)
-    recorded = records.recorded() >= 0
+    with readable(path):
+        recorded, others = records.recorded() >= 0, [str(file) for file in leftovers(path, card)]
     with tqdm(total=card.frames, desc="verify", unit=" frames", mininterval=seconds_between_updates()) as bar:
         for shard in range(card.num_shards):
             if complete or recorded[shard]:
@@ -100,9 +94,7 @@ def _verify(path: AnyPath) -> Verification:
                     break
                 done += not found
             bar.update(len(card.shard_frames(shard)))
-    return Verification(
-        str(path), complete, card.num_shards, done, card.frames, faults, [str(file) for file in leftovers(path, card)]
-    )
+    return Verification(str(path), complete, card.num_shards, done, card.frames, faults, others)
 
 
 def declared_shards(path: AnyPath) -> NDArray[np.uint8] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from wmcache.common.errors import UserError
 
 if TYPE_CHECKING:
+    from wmcache.cache.store import TokenStore
+
     Int = NDArray[np.int64]
 
 TRAIN_FRACTION = 0.9
@@ -20,34 +22,11 @@ SPLIT_SEED = 42
 """DINO-WM's."""
 
 
-class GatherSource(Protocol):
-    """Rows of frames; `TokenStore` is one."""
-
-    def gather(self, frames: NDArray[np.integer], out: NDArray[np.float16] | None = None) -> NDArray[np.float16]:
-        """Return the rows of frames [n], float16 [n, …]."""
-        ...
-
-
-class FrameSource(GatherSource, Protocol):
-    """Tokens, actions and states of frames; `TokenStore` is one."""
-
-    @property
-    def action(self) -> NDArray[Any]:
-        """A row for each frame."""
-        ...
-
-    @property
-    def state(self) -> NDArray[Any]:
-        """A row for each frame."""
-        ...
-
-
 @dataclass(frozen=True)
 class Windows:
     """Training windows: frames s, s + f, s + 2f, … with the f env actions that follow each (DINO-WM, datasets/traj_dset.py).
 
     Attributes:
-        source: the store; `TokenStore.windows` makes windows of it.
         starts: int64 [windows], the first frame of each.
         history, predict: context and target frames.
         frameskip: f, env steps between frames.
@@ -55,13 +34,13 @@ class Windows:
         extras: stores with a row for each frame of `source`, by the name that batches have for these rows.
     """
 
-    source: FrameSource
+    source: TokenStore
     starts: Int
     history: int
     predict: int
     frameskip: int
     dropped_episodes: int
-    extras: Mapping[str, GatherSource] = field(default_factory=dict)
+    extras: Mapping[str, TokenStore] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of windows."""
@@ -72,7 +51,7 @@ class Windows:
         """T, frames in a window."""
         return self.history + self.predict
 
-    def with_extras(self, extras: Mapping[str, GatherSource]) -> Windows:
+    def with_extras(self, extras: Mapping[str, TokenStore]) -> Windows:
         """Return the same windows with rows of other stores beside the tokens."""
         return replace(self, extras=extras)
 
@@ -144,12 +123,9 @@ def window_starts(episode: NDArray[np.integer], episodes: Int, span: int) -> tup
     first = np.searchsorted(episode, episodes, side="left")
     length = np.searchsorted(episode, episodes, side="right") - first
     long_enough = length >= span
-    runs = [
-        np.arange(start, start + size - span + 1)
-        for start, size in zip(first[long_enough], length[long_enough], strict=True)
-    ]
-    starts = np.concatenate(runs) if runs else np.empty(0, np.int64)
-    return starts.astype(np.int64), int((~long_enough).sum())
+    counts = np.where(long_enough, length - span + 1, 0)
+    before = np.cumsum(counts) - counts
+    return np.repeat(first - before, counts) + np.arange(counts.sum()), int((~long_enough).sum())
 
 
 @functools.lru_cache(maxsize=2)  # the present epoch and the next one

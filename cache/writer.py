@@ -157,12 +157,12 @@ class StoreWriter:
 
     def claimed(self) -> set[int]:
         """Return the shards that a process works on now."""
-        return {shard for shard in self._records.claimed() if self.is_claimed(shard)}
-
-    def is_claimed(self, shard: int) -> bool:
-        """Return whether a process works on a shard now."""
-        with self.claim(shard) as is_free:
-            return not is_free
+        found = set()
+        for shard in self._records.claimed():
+            with self.claim(shard) as is_free:
+                if not is_free:
+                    found.add(shard)
+        return found
 
     def claim(self, shard: int, *, wait: bool = False) -> AbstractContextManager[bool]:
         """Hold a shard against all other writers, if it is free or with `wait`; enter to learn whether it is held.
@@ -308,14 +308,11 @@ def _writing(path: AnyPath) -> Iterator[None]:
     """Turn errors of the disk about files inside a store into one line about the store."""
     try:
         yield
-    except OSError as error:
-        raise not_written(path, error) from error
-    except UnreadableError:
-        raise
-    except UserError as error:
-        if isinstance(error.__cause__, OSError):
-            raise not_written(path, error.__cause__) from error
-        raise
+    except (OSError, UserError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(error, UnreadableError) or not isinstance(cause, OSError):
+            raise
+        raise not_written(path, cause) from error
 
 
 def channel_sums(tokens: Tokens) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -21,21 +21,18 @@ from wmcache.common.cpus import SPINS, limit_threads
 from wmcache.common.errors import UserError, command, reason
 from wmcache.common.memory import available_ram
 
-# Ctrl-C reaches all processes of a terminal; this one stops the workers. Their warnings about cancelled tasks and a scheduler that ended
-# a moment before them do not matter.
-QUIET_WORKER = """
+# Ctrl-C reaches all processes of a terminal; this one stops the workers. Warnings about cancelled tasks and a scheduler that ended first do
+# not matter. The kernel kills a worker, which costs a few tasks, before the command.
+LOCAL_WORKER = """
 import logging, signal
+from contextlib import suppress
+from pathlib import Path
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 logging.getLogger("distributed.worker.state_machine").setLevel(logging.ERROR)
 logging.getLogger("distributed.worker").addFilter(lambda record: "heartbeat" not in record.getMessage())
-"""
-FIRST_OUT_OF_MEMORY = """
-from contextlib import suppress
-from pathlib import Path
 with suppress(OSError):
     Path("/proc/self/oom_score_adj").write_text("500")
 """
-"""Lets the kernel kill a worker, which costs a few tasks, before it kills the command."""
 OWN_GPU = """
 def dask_setup(worker):
     import os
@@ -48,12 +45,6 @@ WORKER_VARIABLES = " ".join([MALLOC, *(f"{name}={value}" for name, value in SPIN
 """Environment variables of workers that this process does not start itself."""
 SECONDS_TO_CONNECT = 10
 SECONDS_BETWEEN_COUNTS = 5.0
-LOCAL_SETTINGS = {
-    "distributed.comm.require-encryption": False,
-    "distributed.scheduler.idle-timeout": None,
-    "distributed.worker.lifetime.duration": None,
-}
-"""Override the user's settings for other clusters: with some of them, workers of this machine would not start, or would stop."""
 QUEUE_AT_SCHEDULER = {"distributed.scheduler.worker-saturation": 1.0}
 """Assign a task only to a free thread: Dask counts the death of a worker against all tasks assigned to it."""
 MUST_MATCH = ("python", "dask", "distributed", "wmcache")
@@ -68,7 +59,7 @@ def open_dask_pool(where: Cluster, workers: int, threads: int, label: str, *, da
         with dask_errors(where.text):
             importlib.import_module("distributed")
         stack.enter_context(_filtered_logs())
-        keep_workers: Callable[[], None] = _do_nothing
+        keep_workers: Callable[[], None] = lambda: None  # noqa: E731
         if where.address is not None:
             client = stack.enter_context(_connect(where.address))
         elif where.profile is not None:
@@ -86,7 +77,7 @@ def open_dask_pool(where: Cluster, workers: int, threads: int, label: str, *, da
 
 
 class _DaskPool:
-    """A pool of the workers of a Dask client. `keep_workers` is called repeatedly while the pool waits."""
+    """A pool of the workers of a Dask client; it calls `keep_workers` repeatedly while it waits."""
 
     def __init__(self, client: Any, where: Cluster, label: str, threads: int, keep_workers: Callable[[], None]) -> None:
         from distributed import as_completed
@@ -123,8 +114,7 @@ class _DaskPool:
         from distributed.protocol.pickle import dumps
 
         # As bytes, so that the scheduler does not import what only workers need.
-        packed = [(key, dumps(call)) for key, call in calls]
-        if packed:
+        if packed := [(key, dumps(call)) for key, call in calls]:
             keys, tasks = zip(*packed, strict=True)
             names = [(self._group, next(self._numbers)) for _ in packed]
             with _connection_errors(self._where):
@@ -145,15 +135,11 @@ class _DaskPool:
         try:
             return future.result()
         except KilledWorker:  # on several workers, since Dask tries it again
-            if self._where.profile is not None:
-                more = "raise memory in the profile"
-            elif self._where.elsewhere:
-                more = "give workers more memory"
-            else:
-                more = f"the N of --cluster local:N ({available_ram() / 1e9:.1f} GB of memory are available)"
+            more = f"the N of --cluster local:N ({available_ram() / 1e9:.1f} GB of memory are available)"
+            if self._where.elsewhere:
+                more = "raise memory in the profile" if self._where.profile else "give workers more memory"
             return UserError(
-                "every worker process that tried it was killed, most likely because memory ran out; "
-                f"lower --batch-size, or {more}"
+                f"all workers that tried it were killed, probably out of memory; lower --batch-size, or {more}"
             )
         except CancelledError:
             raise _lost_scheduler(self._where) from None
@@ -190,8 +176,11 @@ def _start_workers(workers: int, threads: int) -> Iterator[Any]:
     settings: dict[str, Any] = {
         "distributed.nanny.pre-spawn-environ": {},  # without Dask's MALLOC_TRIM_THRESHOLD_, see MALLOC
         "distributed.worker.multiprocessing-method": "spawn",
-        "distributed.worker.preload": [QUIET_WORKER, FIRST_OUT_OF_MEMORY, *_own_gpus()],
-        **LOCAL_SETTINGS,
+        "distributed.worker.preload": [LOCAL_WORKER, *_own_gpus()],
+        # With a user's settings for other clusters, workers of this machine would not start, or would stop.
+        "distributed.comm.require-encryption": False,
+        "distributed.scheduler.idle-timeout": None,
+        "distributed.worker.lifetime.duration": None,
         **QUEUE_AT_SCHEDULER,
     }
     with ExitStack() as stack:
@@ -232,10 +221,7 @@ def _connect(address: str) -> Iterator[Any]:
                 warnings.simplefilter("ignore", VersionMismatchWarning)  # `_require_same_versions` compares them
                 client = Client(address, timeout=SECONDS_TO_CONNECT, set_as_default=False)
         except (OSError, ValueError, ImportError) as error:
-            raise UserError(
-                f"no scheduler answers at {address} ({reason(error)}); start one with: dask scheduler, "
-                "and pass its address to --cluster"
-            ) from error
+            raise UserError(f"no scheduler at {address} ({reason(error)}); start one with: dask scheduler") from error
         with client:
             yield client
 
@@ -246,10 +232,8 @@ def dask_errors(text: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, ImportError) as error:
-        raise UserError(
-            f"--cluster {text}: Dask cannot start ({reason(error)}); check your settings of Dask: "
-            "the folder $DASK_CONFIG, else ~/.config/dask, and DASK_* variables"
-        ) from error
+        hint = "check your settings of Dask: $DASK_CONFIG, else ~/.config/dask, and DASK_* variables"
+        raise UserError(f"--cluster {text}: Dask cannot start ({reason(error)}); {hint}") from error
 
 
 def _wait_for_workers(client: Any, where: Cluster, keep_workers: Callable[[], None]) -> None:
@@ -274,10 +258,8 @@ def require_same_versions(versions: dict[str, Any], where: Cluster) -> None:
         wanted = _version(versions["client"], name)
         for process, found in others.items():
             if (version := _version(found, name)) != wanted:
-                raise UserError(
-                    f"{where.text}: {name} is {wanted} here and {version} at {process}; "
-                    "install the same version on both, and restart that process"
-                )
+                versions_here = f"{name} is {wanted} here and {version} at {process}"
+                raise UserError(f"{where.text}: {versions_here}; install the same version, and restart that process")
 
 
 def _version(found: Any, name: str) -> str:
@@ -304,30 +286,22 @@ def _lost_scheduler(where: Cluster) -> UserError:
 @contextmanager
 def _filtered_logs() -> Iterator[None]:
     """Hide Dask's messages about a lost connection, which is reported as one UserError."""
-    client, nanny, scheduler = (logging.getLogger(f"distributed.{name}") for name in ("client", "nanny", "scheduler"))
-    before = client.level
-    client.setLevel(logging.CRITICAL)
-    nanny.addFilter(_is_shown)
-    scheduler.addFilter(_is_shown)
+    loggers = [logging.getLogger(f"distributed.{name}") for name in ("client", "nanny", "scheduler")]
+    for logger in loggers:
+        logger.addFilter(_is_shown)
     try:
         yield
     finally:
-        client.setLevel(before)
-        nanny.removeFilter(_is_shown)
-        scheduler.removeFilter(_is_shown)
+        for logger in loggers:
+            logger.removeFilter(_is_shown)
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
     """Replace the message about a killed worker by one about memory."""
     message = record.getMessage()
     if message.startswith("Restarting worker"):
-        log(
-            "a worker process was killed and is started again, most likely because memory ran out "
-            f"({available_ram() / 1e9:.1f} GB are available); if it happens often, lower the N of --cluster local:N"
-        )
+        memory = f"{available_ram() / 1e9:.1f} GB of memory are available"
+        log(f"a killed worker process is started again ({memory}); if often, lower the N of --cluster local:N")
         return False
-    return not any(words in message for words in ("still alive after", "marked as failed because"))
-
-
-def _do_nothing() -> None:
-    pass
+    hidden = ("still alive after", "marked as failed because")
+    return record.name != "distributed.client" and not any(words in message for words in hidden)

@@ -30,15 +30,11 @@ class Profile:
     """Resources of one job, and the number of jobs.
 
     Attributes:
-        partition, account: None for SLURM's default.
         gpus: of a training; an extraction uses at most one.
-        cores: CPUs.
-        memory: such as `32GB`.
-        walltime: `HH:MM:SS` or `D-HH:MM:SS`.
         modules: names for `module load`.
-        setup: shell lines to run before the program, such as the activation of an environment.
+        setup: shell lines to run before the program.
         jobs: jobs of an array, or Dask workers.
-        interface: network interface of Dask's workers and scheduler.
+        interface: of the network, for Dask's workers and scheduler.
         extra: more options of `sbatch`, such as `--constraint=a100`.
     """
 
@@ -63,11 +59,7 @@ class Profile:
 
 
 def read_profile(name: str) -> Profile:
-    """Read a profile: a path that ends in `.toml`, or a name in `$WMCACHE_HOME/profiles`. Without a file, `slurm` has the defaults.
-
-    Raises:
-        UserError: the file is missing or not TOML, or a setting is unknown or invalid.
-    """
+    """Read a profile: a path that ends in `.toml`, or a name in `$WMCACHE_HOME/profiles`. Without a file, `slurm` has the defaults."""
     folder = home() / "profiles"
     file = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     try:

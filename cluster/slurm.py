@@ -1,8 +1,9 @@
-"""Dask workers in SLURM jobs, through dask-jobqueue, and the parts of a batch script."""
+"""SLURM: Dask workers in jobs, through dask-jobqueue, and batch scripts that requeue themselves when their walltime ends."""
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import shlex
 import shutil
 import signal
@@ -19,11 +20,49 @@ from wmcache.cluster.dask import QUEUE_AT_SCHEDULER, WORKER_VARIABLES, dask_erro
 from wmcache.cluster.profiles import Profile
 from wmcache.cluster.tasks import Cluster
 from wmcache.common.errors import UserError
+from wmcache.common.files import write_whole
 from wmcache.common.folders import home
 
 SECONDS_BETWEEN_SUBMISSIONS = 30.0
 MOST_CHECKS_WITHOUT_JOBS = 2
 """Abort after this many consecutive checks with neither a worker nor a queued or running job."""
+SECONDS_OF_WARNING = 180
+"""Seconds from SLURM's signal to the walltime: SLURM may be a minute late, and a shard or a checkpoint has to end."""
+
+SCRIPT = """\
+#!/bin/bash
+{directives}
+
+{prepare}
+set -uo pipefail
+
+child='' received='' signals=0
+forward() {{
+    received=$1 signals=$((signals + 1))
+    [[ -z $child ]] || kill -s TERM "$child" 2>/dev/null
+}}
+trap 'forward USR1' USR1
+trap 'forward TERM' TERM
+
+{program} &
+child=$!
+# A signal that came before the program was started.
+[[ -z $received ]] || forward "$received"
+while :; do
+    before=$signals
+    wait "$child"
+    status=$?
+    # A signal ends the waiting, not the program.
+    [[ $before -ne $signals ]] || break
+done
+# Killed before it handled the signal.
+[[ -z $received || $status -ne 143 ]] || status=75
+# TERM is a decision about the job: a cancelled one stays cancelled, and SLURM requeues a preempted one.
+if [[ $status -eq 75 && $received != TERM ]]; then
+    scontrol requeue {job}
+fi
+exit "$status"
+"""
 
 
 @contextmanager
@@ -41,52 +80,40 @@ def submit_workers(
     try:
         slurm = import_slurm()
     except ImportError:
-        raise UserError(
-            f"--cluster {where.text}: dask-jobqueue is not installed; install it with: pip install 'wmcache[cluster]'"
-        ) from None
+        raise UserError(f"--cluster {where.text}: no dask-jobqueue; pip install 'wmcache[cluster]'") from None
     if shutil.which("sbatch") is None:
-        raise UserError(
-            f"--cluster {where.text}: sbatch is not installed on this machine; run on a machine that submits to SLURM, "
-            "or choose --cluster local"
-        )
-    (home() / "logs").mkdir(parents=True, exist_ok=True)  # SLURM does not make it
+        raise UserError(f"--cluster {where.text}: sbatch is not installed; run on a machine that submits to SLURM")
     with ExitStack() as stack:
         with dask_errors(where.text):
             stack.enter_context(dask.config.set(QUEUE_AT_SCHEDULER))
             cluster = stack.enter_context(slurm.SLURMCluster(**slurm_options(profile, threads)))
             client = stack.enter_context(Client(cluster, set_as_default=False))
         _try_submission(cluster.job_script(), where)
-        yield client, _KeepJobs(client, cluster, where, jobs)
+        submissions = _submissions(client, cluster, where, jobs)
+        next(submissions)
+        yield client, lambda: next(submissions)
 
 
-class _KeepJobs:
-    """Submits jobs, and when it is called those again that have ended, such as at their walltime."""
-
-    def __init__(self, client: Any, cluster: Any, where: Cluster, jobs: int) -> None:
-        self._client, self._cluster, self._where, self._jobs = client, cluster, where, jobs
-        self._checks_without_jobs = 0
-        self._submit()
-
-    def _submit(self) -> None:
-        self._cluster.scale(jobs=self._jobs)
-        self._submitted = time.monotonic()
-
-    def __call__(self) -> None:
-        if time.monotonic() <= self._submitted + SECONDS_BETWEEN_SUBMISSIONS:
-            return
-        known = [str(job.job_id) for job in list(self._cluster.workers.values()) if getattr(job, "job_id", None)]
-        found = self._client.nthreads() or _are_queued(known)
-        self._checks_without_jobs = 0 if found else self._checks_without_jobs + 1
-        if self._checks_without_jobs == MOST_CHECKS_WITHOUT_JOBS:
+def _submissions(client: Any, cluster: Any, where: Cluster, jobs: int) -> Iterator[None]:
+    """Submit jobs, and later at each step those again that have ended, such as at their walltime."""
+    checks_without_jobs = 0
+    while True:
+        cluster.scale(jobs=jobs)
+        submitted = time.monotonic()
+        while time.monotonic() <= submitted + SECONDS_BETWEEN_SUBMISSIONS:
+            yield
+        known = [str(job.job_id) for job in list(cluster.workers.values()) if getattr(job, "job_id", None)]
+        found = client.nthreads() or _are_queued(known)
+        checks_without_jobs = 0 if found else checks_without_jobs + 1
+        if checks_without_jobs == MOST_CHECKS_WITHOUT_JOBS:
+            logs = home().absolute() / "logs"
             raise UserError(
-                f"the jobs of {self._where.text} end before their workers connect; see their logs in {home().absolute() / 'logs'}, "
-                "correct the profile, and run the same command again"
+                f"the jobs of {where.text} end before their workers connect; see {logs}, correct the profile"
             )
-        self._submit()
 
 
 def import_slurm() -> Any:
-    """Import `dask_jobqueue.slurm`, and restore the handler of Ctrl-C, which it replaces by one that ends with status 0."""
+    """Import `dask_jobqueue.slurm`, and restore the handler of Ctrl-C, which it replaces."""
     before = signal.getsignal(signal.SIGINT)
     try:
         return importlib.import_module("dask_jobqueue.slurm")
@@ -111,7 +138,7 @@ def slurm_options(profile: Profile, threads: int) -> dict[str, Any]:
         "python": shlex.quote(sys.executable),
         "job_extra_directives": [
             # dask_jobqueue does not quote its own option for the folder.
-            f"--output={log_pattern(home().absolute() / 'logs', '%x-%j.log')}",
+            f"--output={log_pattern('%x-%j.log')}",
             *(["--gpus=1"] if profile.gpus else []),
             "--requeue",
             *profile.extra,
@@ -131,12 +158,13 @@ def prologue(profile: Profile) -> list[str]:
     return [*modules, *profile.setup, f"export WMCACHE_HOME={shlex.quote(str(home().absolute()))}"]
 
 
-def log_pattern(folder: Path, pattern: str) -> str:
-    """Quote a folder for `#SBATCH --output=`, which SLURM parses, not a shell; raises UserError if SLURM cannot write there."""
-    text = str(folder)
-    if not text.isprintable() or "\\" in text:
-        raise UserError(f"{text}: SLURM cannot write its logs there; set WMCACHE_HOME to another folder")
-    name = text.replace("%", "%%").replace('"', '\\"')
+def log_pattern(pattern: str) -> str:
+    """Quote a file in the folder of logs, which it makes, for `#SBATCH --output=`: SLURM parses it, not a shell."""
+    folder = home().absolute() / "logs"
+    if not str(folder).isprintable() or "\\" in str(folder):
+        raise UserError(f"{folder}: SLURM cannot write its logs there; set WMCACHE_HOME to another folder")
+    folder.mkdir(parents=True, exist_ok=True)  # SLURM does not
+    name = str(folder).replace("%", "%%").replace('"', '\\"')
     return f'"{name}/{pattern}"'
 
 
@@ -153,7 +181,65 @@ def _try_submission(script: str, where: Cluster) -> None:
     """Raise a UserError if SLURM does not accept such a job."""
     tried = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
     if tried.returncode:
-        last = (tried.stderr.strip().splitlines() or [f"status {tried.returncode}"])[-1]
+        last = (tried.stderr.strip().splitlines() or [f"status {tried.returncode}"])[-1][:200]
         raise UserError(
-            f"--cluster {where.text}: SLURM does not accept such a job ({last[:200]}); correct the profile, or see: sinfo"
+            f"--cluster {where.text}: SLURM refuses such a job ({last}); correct the profile, or see: sinfo"
         )
+
+
+def write_script(profile: Profile, program: list[str], *, name: str, jobs: int | None, out: Path | None) -> Path:
+    """Write the batch script of a program, and make the folder of its logs.
+
+    Args:
+        name: of the job and the file.
+        jobs: size of an array whose jobs each do one slice of the shards; None for one job.
+        out: the script; None for the first of `$WMCACHE_HOME/jobs/<name>.sh`, `<name>-2.sh`, ... that is free or is this script.
+
+    Raises UserError if `out` is another script.
+    """
+    text = _script(profile, program, name, jobs).encode()
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    files = [out] if out else (home() / "jobs" / f"{name}{number}.sh" for number in numbers)
+    chosen = next((file for file in files if not file.exists() or file.read_bytes() == text), None)
+    if chosen is None:
+        raise UserError(f"{out} exists and is another script; choose another --out")
+    write_whole(chosen, text)
+    return chosen
+
+
+def _script(profile: Profile, program: list[str], name: str, jobs: int | None) -> str:
+    array = jobs is not None
+    gpus = min(profile.gpus, 1) if array else profile.gpus  # an encoder uses one
+    line, job = shlex.join(program), '"$SLURM_JOB_ID"'
+    if array:
+        # The number of slices, not of tasks, so that a part can be submitted again: sbatch --array=3 FILE
+        line += f' --shard-slice "$SLURM_ARRAY_TASK_ID/{jobs}"'
+        # SLURM_JOB_ID of an array's last task is also the id of the array, so all tasks would be requeued.
+        job = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"'
+    directives = {
+        "job-name": f"wmcache-{name}",
+        "output": log_pattern("%x-%A_%a.log" if array else "%x-%j.log"),
+        "open-mode": "append",
+        "partition": profile.partition,
+        "account": profile.account,
+        "nodes": 1,
+        "ntasks": 1,
+        "gpus": gpus or None,
+        "cpus-per-task": profile.cores,
+        "mem": profile.memory.removesuffix("B"),
+        "time": profile.walltime,
+        "array": f"0-{jobs - 1}" if jobs is not None else None,
+        "signal": f"B:USR1@{min(SECONDS_OF_WARNING, profile.seconds // 2)}",
+    }
+    chosen = [f"--{option}={value}" for option, value in directives.items() if value is not None]
+    prepare = [
+        *prologue(profile),
+        f"export OMP_NUM_THREADS={max(1, profile.cores // max(1, gpus))}",
+        f"cd -- {shlex.quote(str(Path.cwd()))} || exit",
+    ]
+    return SCRIPT.format(
+        directives="\n".join(f"#SBATCH {option}" for option in [*chosen, "--requeue", *profile.extra]),
+        prepare="\n".join(prepare),
+        program=line,
+        job=job,
+    )

@@ -11,9 +11,9 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
@@ -48,16 +48,11 @@ _bar: Any = None
 
 @dataclass(frozen=True)
 class Cluster:
-    """The value of `--cluster`.
-
-    Attributes:
-        workers: processes of this machine, or jobs; 0 if only the scheduler knows.
-        address: of a running scheduler.
-        profile: of SLURM jobs.
-    """
+    """The value of `--cluster`: processes of this machine, the address of a running scheduler, or the profile of SLURM jobs."""
 
     text: str
     workers: int
+    """Processes or jobs; 0 if only the scheduler knows."""
     address: str | None = None
     profile: Profile | None = None
 
@@ -68,13 +63,7 @@ class Cluster:
 
 
 def parse_cluster(text: str) -> Cluster:
-    """Parse `local[:N]`, `tcp://HOST:PORT` or `slurm[:PROFILE]`.
-
-    `local:N` is N processes of this machine, `local` one per available CPU, and `local:1` this process.
-
-    Raises:
-        UserError: another format, or an unusable profile.
-    """
+    """Parse `local[:N]` (one process per CPU; `local:1` is this process), `tcp://HOST:PORT` or `slurm[:PROFILE]`."""
     kind, colon, rest = text.partition(":")
     if kind == "local" and (not colon or re.fullmatch("[1-9][0-9]{0,3}", rest)):
         return Cluster(text, int(rest) if colon else available_cpus())
@@ -90,26 +79,25 @@ class WorkerTask(ABC, Generic[Item, State]):
     """A picklable task whose state, such as a loaded network, is set up once per process.
 
     A subclass is a frozen dataclass of plain values, which identify the state: where files may change under the same path, one of them is
-    a checksum. See `pipeline.collect.DrawShard` for a short one.
+    a checksum.
     """
 
     @abstractmethod
     def setup(self) -> State:
-        """Load what `run` needs; a UserError fails the item that was to be run."""
+        """Load what `run` needs; a UserError fails the item."""
 
     @abstractmethod
     def run(self, state: State, item: Item) -> int:
         """Do one item, in any thread of the process; returns its units."""
 
     def with_state(self, state: State) -> Self:
-        """Use a state that is already loaded, in this process only: it is not pickled."""
+        """Use a loaded state, in this process only."""
         vars(self)["_state"] = state
         return self
 
     def __call__(self, item: Item) -> int:
         """Do one item."""
-        state: State = vars(self)["_state"] if "_state" in vars(self) else _kept_state(self)
-        return self.run(state, item)
+        return self.run(vars(self)["_state"] if "_state" in vars(self) else _kept_state(self), item)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the state."""
@@ -117,7 +105,7 @@ class WorkerTask(ABC, Generic[Item, State]):
 
 
 def _kept_state(task: WorkerTask[Any, State]) -> State:
-    """Return the state of a task in this process. The latest two are kept, since two commands may share a worker."""
+    """Return the state of a task; the latest two are kept, since two commands may share a worker."""
     with _state_lock:
         for known, state in _states:
             if known == task:
@@ -169,14 +157,11 @@ def run_tasks(
         cluster: see `parse_cluster`; or an open pool.
         threads: tasks in flight per process, so that one reads or writes while another computes. With 1, a task has the process to itself.
         total: units of all items.
-        unit: unit of the rate.
         what: name of the items in messages.
-        more: hint for more items, shown where there are fewer items than workers.
-        leave: keep the full bar on the screen.
+        more: hint, logged where there are fewer items than workers.
 
     Raises:
-        UserError: the cluster is not available or was lost, or items failed. All others are done, except after many consecutive failures,
-            where the disk is probably full or a server down.
+        UserError: the cluster is not available or was lost, or items failed. All others are done, except after many consecutive failures.
     """
     if not items:
         return
@@ -192,8 +177,8 @@ def run_tasks(
             log(f"{label}: {len(items)} {what} for {workers} workers; {more}")
         updates = seconds_between_updates()
         bar = stack.enter_context(tqdm(total=total, desc=label, unit=f" {unit}", mininterval=updates, leave=leave))
-        stack.enter_context(_reports_to(bar))
-        for outcome in stack.enter_context(closing(_outcomes(partial(_run_reporting, task), items, pool))):
+        stack.callback(_report_to, _report_to(bar))
+        for outcome in _outcomes(partial(_run_reporting, task), items, pool):
             done += 1
             if isinstance(outcome, UserError):
                 failures.append(str(outcome))
@@ -210,7 +195,7 @@ def run_tasks(
 
 
 def report(units: int) -> None:
-    """Count units of the running task on the progress bar, if the task runs in the command's process."""
+    """Count units of the running task on the progress bar of this process, if it has one."""
     if _bar is not None:
         with _bar_lock:
             _reported.units = getattr(_reported, "units", 0) + units
@@ -228,17 +213,14 @@ def _run_reporting(task: Callable[[Item], int], item: Item) -> tuple[int, int]:
     return task(item), _reported.units
 
 
-@contextmanager
-def _reports_to(bar: Any) -> Iterator[None]:
+def _report_to(bar: Any) -> Any:
+    """Set the progress bar of `report`; returns the one before."""
     global _bar
     before, _bar = _bar, bar
-    try:
-        yield
-    finally:
-        _bar = before
+    return before
 
 
-def _outcomes(task: Callable[[Item], T], items: Sequence[Item], pool: Pool) -> Generator[T | UserError]:
+def _outcomes(task: Callable[[Item], T], items: Iterable[Item], pool: Pool) -> Iterator[T | UserError]:
     waiting = iter(items)
     while True:
         pool.submit((None, partial(task, item)) for item in itertools.islice(waiting, pool.room))
@@ -267,23 +249,19 @@ def open_pool(
     """Open a pool. Its processes or jobs end with the block, and queued tasks are cancelled.
 
     Args:
-        cluster: see `parse_cluster`.
-        threads: tasks in flight per process.
+        cluster, threads: as in `run_tasks`.
         most: number of tasks; no more processes are started.
         label: name of the tasks on the dashboard.
         always_dask: start Dask's processes even for `local:1`, to measure them.
-
-    Raises:
-        UserError: the cluster is not available.
     """
     where = parse_cluster(cluster)
     workers = where.workers if most is None else min(where.workers, most)
     if not where.elsewhere:
         workers = _workers_in_memory(workers, label)
-    if workers == 1 and not where.elsewhere and not always_dask:
-        with _ThisProcess(threads) as pool:
-            yield pool
-        return
+        if workers == 1 and not always_dask:
+            with _ThisProcess(threads) as pool:
+                yield pool
+            return
     from wmcache.cluster.dask import open_dask_pool  # half a second that a run in this process does not need
 
     with open_dask_pool(where, workers, threads, label, dashboard=not always_dask) as dask_pool:
@@ -291,16 +269,12 @@ def open_pool(
 
 
 def _workers_in_memory(workers: int, label: str) -> int:
-    """Reduce the number of workers to what memory has room for, at least 1; each takes about as much as this process."""
-    if workers == 1:
-        return 1
+    """Reduce the number of workers, each about as large as this process, to what memory has room for, at least 1."""
     free, each = available_ram(), psutil.Process().memory_info().rss
     fitting = max(1, min(workers, free // each))
     if fitting < workers:
-        log(
-            f"{label}: {fitting} of {workers} workers; {free / 1e9:.1f} GB of memory are available, "
-            f"and each takes about {each / 1e9:.1f} GB"
-        )
+        memory = f"{free / 1e9:.1f} GB of memory are available, each takes about {each / 1e9:.1f} GB"
+        log(f"{label}: {fitting} of {workers} workers; {memory}")
     return fitting
 
 
@@ -344,7 +318,7 @@ class _ThisProcess:
 
 
 def catch_user_error(call: Callable[[], T]) -> T | UserError:
-    """Return a `UserError` instead of raising it, so that one bad shard does not stop the others."""
+    """Return a `UserError` instead of raising it."""
     try:
         return call()
     except UserError as error:

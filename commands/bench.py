@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def bench_extract(dataset: AnyPath | None, batch: int, cluster: str, **encoder: 
     """Extraction against the bare encoder, on every frame of a dataset; of several encoders, one pass against one each."""
     from wmcache.bench.extract import bench_extract as run
     from wmcache.bench.extract import bench_together
-    from wmcache.pipeline.create import open_inputs
+    from wmcache.pipeline.fit_job import open_inputs
 
     frames, networks = open_inputs(dataset, encoder)
     if len(networks) > 1:
@@ -57,7 +57,7 @@ def bench_extract(dataset: AnyPath | None, batch: int, cluster: str, **encoder: 
 def bench_cluster(dataset: AnyPath | None, batch: int, cluster: str, rounds: int, **encoder: Any) -> None:
     """Extraction by N Dask workers (--cluster local:N) against one, a plain loop, and N plain processes; a thread each."""
     from wmcache.bench.extract import bench_cluster as run
-    from wmcache.pipeline.create import open_inputs
+    from wmcache.pipeline.fit_job import open_inputs
 
     frames, networks = open_inputs(dataset, encoder)
     if len(networks) > 1:
@@ -106,7 +106,7 @@ def bench_shards(shards: tuple[int, ...], **settings: Any) -> None:
     """Measure what planning, claiming, finishing and opening a store of so many shards cost, without any data in them."""
     from wmcache.bench.scale import measure_scale
 
-    show_rows([asdict(measure_scale(count, **settings)) for count in shards])
+    show_rows([measure_scale(count, **settings) for count in shards])
 
 
 @bench.command("train", by=replace(MODEL, default=MEASURED))
@@ -228,19 +228,19 @@ def plan_job(
             raise UserError(f"{error}; or pass --frames-per-second") from error
     settings |= {"token_grid": spec.token_grid, "token_dim": spec.token_dim, "frames_per_second": frames_per_second}
     plan = run(dtype=store_dtype, **settings)
-    load = plan.tasks_per_second / plan.scheduler_tasks_per_second
+    load = plan["tasks_per_second"] / plan["scheduler_tasks_per_second"]
     rows = {
-        "shards": f"{plan.shards} of {plan.frames_per_shard} frames, {human_bytes(plan.shard_bytes)} each",
-        "tokens": human_bytes(plan.token_bytes),
-        "objects": f"{plan.objects}, {plan.shards} of them shards",
-        "records": human_bytes(plan.record_bytes),
-        "workers": f"{plan.worker_hours:.1f} hours at {plan.frames_per_second:.0f} frames/s; {plan.hours:.2f} hours with "
+        "shards": f"{plan['shards']} of {plan['frames_per_shard']} frames, {human_bytes(plan['shard_bytes'])} each",
+        "tokens": human_bytes(plan["token_bytes"]),
+        "objects": f"{plan['objects']}, {plan['shards']} of them shards",
+        "records": human_bytes(plan["record_bytes"]),
+        "workers": f"{plan['worker_hours']:.1f} hours at {plan['frames_per_second']:.0f} frames/s; {plan['hours']:.2f} hours with "
         f"{settings['workers']} at once",
-        "memory of a worker": f"{human_bytes(plan.worker_memory)}, with {human_bytes(plan.step_bytes)} of step table",
-        "claim and record": f"{plan.commit_share:.2%} of a shard's time",
-        "create, plan": f"{plan.create:.1f} s, {plan.plan:.1f} s",
-        "finalize, open": f"{plan.finish:.1f} s, {plan.open:.1f} s",
-        "scheduler": f"{plan.tasks_per_second:.1f} of {plan.scheduler_tasks_per_second:.0f} tasks/s, {load:.1%}",
+        "memory of a worker": f"{human_bytes(plan['worker_memory'])}, with {human_bytes(plan['step_bytes'])} of step table",
+        "claim and record": f"{plan['commit_share']:.2%} of a shard's time",
+        "create, plan": f"{plan['create']:.1f} s, {plan['plan']:.1f} s",
+        "finalize, open": f"{plan['finish']:.1f} s, {plan['open']:.1f} s",
+        "scheduler": f"{plan['tasks_per_second']:.1f} of {plan['scheduler_tasks_per_second']:.0f} tasks/s, {load:.1%}",
     }
     lines = [f"{name:20} {value}" for name, value in rows.items()]
-    show(asdict(plan), [*lines, *(f"note: {note}" for note in plan.notes)])
+    show(plan, [*lines, *(f"note: {note}" for note in plan["notes"])])

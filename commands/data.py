@@ -188,8 +188,8 @@ def extract(
     **encoder: Any,
 ) -> None:
     """Encode every frame of a dataset once, several encoders in one pass. Run again, or beside itself, it does what is missing."""
-    from wmcache.pipeline.create import open_inputs
     from wmcache.pipeline.extract import extract_together
+    from wmcache.pipeline.fit_job import open_inputs
     from wmcache.pipeline.stores import default_store
 
     frames, networks = open_inputs(dataset, encoder)
@@ -265,7 +265,7 @@ def derive_change_maps(store: AnyPath, frameskip: int, dataset: AnyPath | None, 
     """Make change maps: which of 2 x 2 cells of each patch have changed from frame to frame. Run again, it goes on."""
     from wmcache.cache.change_maps import change_maps_path
     from wmcache.cache.store import TokenStore
-    from wmcache.pipeline.change_maps import derive_change_maps as run
+    from wmcache.pipeline.derive import derive_change_maps as run
     from wmcache.pipeline.stores import is_complete
 
     source = TokenStore.open(store)

@@ -74,9 +74,9 @@ def imagine(
 def _frames_of(cache: AnyPath, dataset: AnyPath | None) -> Any:
     """Open the `FrameDataset` that a store was made of."""
     from wmcache.cache.store import TokenStore
-    from wmcache.pipeline.fit_job import open_frames_of
+    from wmcache.pipeline.stores import frames_of
 
-    return open_frames_of(TokenStore.open(cache), dataset)
+    return frames_of(TokenStore.open(cache), dataset)
 
 
 def _decoder_lines(result: dict[str, Any], out: Path) -> Iterator[str]:

@@ -44,8 +44,8 @@ def probe(stores: tuple[AnyPath, ...], dataset: AnyPath | None, frames: int, out
     A row per store, and for states that are not of a maze the R^2 of each state column. The output ends with what each header means.
     """
     from wmcache.cache.store import TokenStore
+    from wmcache.pipeline.pictures import draw_probe, picture_paths
     from wmcache.pipeline.probe import probe as run
-    from wmcache.pipeline.probe_picture import draw_probe, picture_paths
 
     pictures = picture_paths(stores, out)
     for store in stores:  # refused here, before any work

@@ -39,7 +39,7 @@ def sbatch(profile: str, jobs: int | None, out: Path | None, words: tuple[str, .
     The words after the options are those of the command itself. Jobs that reach their walltime are requeued and go on.
     """
     from wmcache.cluster.profiles import read_profile
-    from wmcache.cluster.sbatch import write_script
+    from wmcache.cluster.slurm import write_script
 
     resources = read_profile(profile)
     match words:

@@ -109,7 +109,7 @@ def repair(store: AnyPath, **source: Any) -> None:
 @file_option("--out", help="The PNG to write.  [default: STORE, with .png for .zarr]")
 def preview(store: AnyPath, out: Path | None, **settings: Any) -> None:
     """Draw frames of a store beside their tokens, the first three principal components as colours."""
-    from wmcache.pipeline.preview import preview as run
+    from wmcache.pipeline.pictures import preview as run
 
     out = out or beside(store, ".png")
     frames = run(store, out, **settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import suppress
 
 from wmcache.common.cgroups import control_groups
 
@@ -53,16 +53,8 @@ def _affinity() -> int:
 
 def _quotas() -> Iterator[float]:
     for version, folder in control_groups("cpu"):
-        try:
-            if version == 1:
-                quota, period = (_read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
-            else:
-                quota, period = _read(folder / "cpu.max").split()
-            if int(quota) > 0:
-                yield int(quota) / int(period)
-        except (OSError, ValueError, ZeroDivisionError):  # no such group, or "max": no limit
-            continue
-
-
-def _read(file: Path) -> str:
-    return file.read_text().strip()
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version == 1 else ("cpu.max",)
+        with suppress(OSError, ValueError, ZeroDivisionError):  # no such group, or "max": no limit
+            quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+            if quota > 0:
+                yield quota / period

@@ -42,16 +42,15 @@ def reason(error: BaseException, most: int = 160) -> str:
 
 def one_line(text: str) -> str:
     r"""Return text with line breaks and control characters escaped, as `\n`: names of files may contain them."""
-    return "".join(_escaped(letter) if unicodedata.category(letter) in UNPRINTED else letter for letter in text)
+    return "".join(
+        letter.encode("unicode_escape").decode() if unicodedata.category(letter) in UNPRINTED else letter
+        for letter in text
+    )
 
 
 def command(*words: object) -> str:
     """Return a command line that can be pasted into a shell."""
     return " ".join(_quoted(str(word)) for word in words)
-
-
-def _escaped(letter: str) -> str:
-    return letter.encode("unicode_escape").decode()
 
 
 def _quoted(word: str) -> str:

@@ -115,10 +115,8 @@ def sync(path: Path) -> None:
 
 def make_folder(path: Path) -> None:
     """Create a folder and its parents; raise UserError where that is not possible."""
-    try:
+    with cannot_write(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise not_written(path, error, "choose another path") from error
 
 
 def sha256_of(path: AnyPath) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import resource
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import psutil
@@ -25,9 +26,7 @@ def free_memory(device: torch.device) -> int:
 
 def available_ram() -> int:
     """Return the bytes of main memory that the machine, the control groups and `ulimit -v` leave this process."""
-    limits = [psutil.virtual_memory().available]
-    if (group := _control_group()) is not None:
-        limits.append(group)
+    limits = [psutil.virtual_memory().available, *_left_in_groups()]
     if (addresses := address_space_left()) is not None:
         limits.append(addresses)
     return max(0, min(limits))
@@ -39,23 +38,15 @@ def address_space_left() -> int | None:
     return None if limit == resource.RLIM_INFINITY else max(0, limit - psutil.Process().memory_info().vms)
 
 
-def _control_group() -> int | None:
-    """Return what the limit of a batch system or container leaves; cached pages of files do not count as used."""
-    found = []
+def _left_in_groups() -> Iterator[int]:
+    """Yield what the limits of a batch system or container leave; cached pages of files do not count as used."""
     for version, folder in control_groups("memory"):
         if version == 1:
-            limit, used, cached = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+            limit, used, prefix = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
         else:
-            limit, used, cached = "memory.max", "memory.current", ""
-        found += _left(folder, limit, used, f"{cached}inactive_file", f"{cached}active_file")
-    return min(found, default=None)
-
-
-def _left(folder: Path, limit: str, used: str, *cached: str) -> list[int]:
-    try:
-        most = int((folder / limit).read_text())
-        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        pages = sum(int(statistics.get(name, 0)) for name in cached)
-        return [most - max(0, int((folder / used).read_text()) - pages)]
-    except (OSError, ValueError):  # no such group, or "max": no limit
-        return []
+            limit, used, prefix = "memory.max", "memory.current", ""
+        with suppress(OSError, ValueError):  # no such group, or "max": no limit
+            most = int((folder / limit).read_text())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cached = sum(int(statistics.get(f"{prefix}{name}_file", 0)) for name in ("inactive", "active"))
+            yield most - max(0, int((folder / used).read_text()) - cached)

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -46,16 +46,17 @@ PATIENCE = 60.0
 SLOWEST = 1e6
 """Seconds, and bytes a second, that a server may take to receive an object."""
 
-_NETWORK = "check the network and the mount of its file system, then run the same command again"
-_DISK = "check the disk and the mount of its file system (dmesg), then run the same command again"
 READING: dict[int, str] = {
     errno.ENOMEM: "raise the limit of addresses: ulimit -v",
     errno.EMFILE: "raise the limit of open files: ulimit -n",
     errno.ENFILE: "the machine has too many files open; close some",
-    errno.EIO: _DISK,
-    errno.EUCLEAN: _DISK,
     **dict.fromkeys(
-        (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO), _NETWORK
+        (errno.EIO, errno.EUCLEAN),
+        "check the disk and the mount of its file system (dmesg), then run the same command again",
+    ),
+    **dict.fromkeys(
+        (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO),
+        "check the network and the mount of its file system, then run the same command again",
     ),
 }
 """Error number of reading a local file -> what a user can do about it; about all others: make it readable."""
@@ -78,115 +79,6 @@ class Found(NamedTuple):
 
     bytes: int
     tag: str | None = None
-
-
-class _Local:
-    """A path on this machine."""
-
-    def __init__(self, at: Path) -> None:
-        self.at = at
-
-    def read(self) -> bytes:
-        return self.at.read_bytes()
-
-    def stamp(self) -> object:
-        found = os.stat(self.at)  # noqa: PTH116 (half the time of Path.stat, and it is called for every batch)
-        return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
-
-    def names(self, prefix: str) -> list[str]:
-        return [at.name for at in self.at.glob(f"{prefix}*")]
-
-    def files(self, prefix: str) -> Iterator[tuple[str, Found]]:
-        if self.at.is_dir():
-            with os.scandir(self.at) as entries:
-                for entry in entries:
-                    if entry.name.startswith(prefix) and entry.is_file():
-                        yield entry.name, Found(entry.stat().st_size)
-
-    def folders(self, suffix: str) -> Iterator[Path]:
-        for root, names, _ in os.walk(self.at):
-            for name in [name for name in names if name.endswith(suffix)]:
-                names.remove(name)
-                yield Path(root, name)
-
-    def usage(self) -> int:
-        total = 0
-        for root, _, files in os.walk(self.at):
-            for name in files:
-                try:
-                    total += Path(root, name).stat().st_size
-                except OSError:
-                    continue
-        return total
-
-    def remove(self) -> None:
-        if self.at.is_dir() and not self.at.is_symlink():
-            shutil.rmtree(self.at)
-        else:
-            self.at.unlink(missing_ok=True)
-
-    def remove_files(self, names: Sequence[str]) -> None:
-        for name in names:
-            (self.at / name).unlink(missing_ok=True)
-
-
-class _Remote:
-    """An object, or a prefix of objects; the methods are those of `_Local`."""
-
-    def __init__(self, at: UPath) -> None:
-        self.at, self.fs, self.path = at, at.fs, at.path
-
-    def read(self) -> bytes:
-        with as_os_errors(self.at):
-            return bytes(self.fs.cat_file(self.path))
-
-    def stamp(self) -> object:
-        with as_os_errors(self.at):
-            info = self.fs.info(self.path)
-        return info.get("ETag"), str(info.get("LastModified") or info.get("created")), info["size"]
-
-    def names(self, prefix: str) -> list[str]:
-        if prefix:
-            return [name for name, _ in self.files(prefix)]
-        with as_os_errors(self.at):
-            try:
-                return [key.rstrip("/").rpartition("/")[2] for key in self.fs.ls(self.path, detail=False)]
-            except FileNotFoundError:
-                return []
-
-    def files(self, prefix: str) -> Iterator[tuple[str, Found]]:
-        with as_os_errors(self.at):
-            listing = self.fs.find(self.path, detail=True, prefix=prefix)
-        for key, info in listing.items():
-            name = key.removeprefix(self.path.rstrip("/") + "/")
-            if name.startswith(prefix) and "/" not in name:  # some file systems ignore the prefix
-                yield name, Found(int(info["size"]), _tag(info))
-
-    def folders(self, suffix: str) -> Iterator[UPath]:
-        with as_os_errors(self.at):
-            for root, below, _ in self.fs.walk(self.path, detail=True):
-                for name in [name for name in below if name.endswith(suffix)]:
-                    del below[name]
-                    yield self.at / root.removeprefix(self.path.rstrip("/")).strip("/") / name
-
-    def usage(self) -> int:
-        with as_os_errors(self.at):
-            return int(self.fs.du(self.path)) if self.fs.exists(self.path) else 0
-
-    def remove(self) -> None:
-        with as_os_errors(self.at):
-            if self.fs.exists(self.path):
-                self.fs.rm(self.path, recursive=True)
-
-    def remove_files(self, names: Sequence[str]) -> None:
-        with as_os_errors(self.at):
-            existing = set(self.fs.find(self.path))
-            if wanted := [path for name in names if (path := (self.at / name).path) in existing]:
-                self.fs.rm(wanted)
-
-
-def _backend(at: AnyPath) -> _Local | _Remote:
-    return _Local(at) if is_local(at) else _Remote(at)
 
 
 def is_local(at: AnyPath) -> TypeIs[Path]:
@@ -271,7 +163,10 @@ def exists(at: AnyPath) -> bool:
 
 def read_bytes(at: AnyPath) -> bytes:
     """Return a file's content."""
-    return _backend(at).read()
+    if is_local(at):
+        return at.read_bytes()
+    with as_os_errors(at):
+        return bytes(at.fs.cat_file(at.path))
 
 
 def open_to_read(at: AnyPath) -> io.BufferedIOBase:
@@ -289,27 +184,70 @@ def size_of(at: AnyPath) -> int:
 
 def stamp(at: AnyPath) -> object:
     """Return a value that changes whenever a file is written again."""
-    return _backend(at).stamp()
+    if is_local(at):
+        found = os.stat(at)  # noqa: PTH116 (half the time of Path.stat, and it is called for every batch)
+        return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+    with as_os_errors(at):
+        info = at.fs.info(at.path)
+    return info.get("ETag"), str(info.get("LastModified") or info.get("created")), info["size"]
 
 
 def names_in(folder: AnyPath, prefix: str = "") -> list[str]:
     """Return the sorted names in a folder that start with `prefix`, none where the folder does not exist."""
-    return sorted(_backend(folder).names(prefix))
+    if is_local(folder):
+        return sorted(at.name for at in folder.glob(f"{prefix}*"))
+    if prefix:
+        return sorted(name for name, _ in files_in(folder, prefix))
+    with as_os_errors(folder):
+        try:
+            return sorted(key.rstrip("/").rpartition("/")[2] for key in folder.fs.ls(folder.path, detail=False))
+        except FileNotFoundError:
+            return []
 
 
 def files_in(folder: AnyPath, prefix: str = "") -> Iterator[tuple[str, Found]]:
     """Yield names, sizes and tags of the files in a folder whose names start with `prefix`, in no order."""
-    return _backend(folder).files(prefix)
+    if is_local(folder):
+        if folder.is_dir():
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith(prefix) and entry.is_file():
+                        yield entry.name, Found(entry.stat().st_size)
+        return
+    with as_os_errors(folder):
+        listing = folder.fs.find(folder.path, detail=True, prefix=prefix)
+    for key, info in listing.items():
+        name = key.removeprefix(folder.path.rstrip("/") + "/")
+        if name.startswith(prefix) and "/" not in name:  # some file systems ignore the prefix
+            yield name, Found(int(info["size"]), _tag(info))
 
 
 def folders_below(folder: AnyPath, suffix: str) -> Iterator[AnyPath]:
     """Yield the folders at any depth whose names end in `suffix`, without looking inside of them."""
-    yield from _backend(folder).folders(suffix)
+    if is_local(folder):
+        for root, names, _ in os.walk(folder):
+            for name in [name for name in names if name.endswith(suffix)]:
+                names.remove(name)
+                yield Path(root, name)
+        return
+    with as_os_errors(folder):
+        for root, below, _ in folder.fs.walk(folder.path, detail=True):
+            for name in [name for name in below if name.endswith(suffix)]:
+                del below[name]
+                yield folder / root.removeprefix(folder.path.rstrip("/")).strip("/") / name
 
 
 def usage(folder: AnyPath) -> int:
     """Return the bytes of all files below; files that disappear meanwhile do not count."""
-    return _backend(folder).usage()
+    if not is_local(folder):
+        with as_os_errors(folder):
+            return int(folder.fs.du(folder.path)) if folder.fs.exists(folder.path) else 0
+    total = 0
+    for root, _, files in os.walk(folder):
+        for name in files:
+            with suppress(OSError):
+                total += Path(root, name).stat().st_size
+    return total
 
 
 def free_space(at: AnyPath) -> int | None:
@@ -324,12 +262,27 @@ def free_space(at: AnyPath) -> int | None:
 
 def remove(at: AnyPath) -> None:
     """Delete a file, or a folder with its content, if it exists."""
-    _backend(at).remove()
+    if not is_local(at):
+        with as_os_errors(at):
+            if at.fs.exists(at.path):
+                at.fs.rm(at.path, recursive=True)
+    elif at.is_dir() and not at.is_symlink():
+        shutil.rmtree(at)
+    else:
+        at.unlink(missing_ok=True)
 
 
 def remove_files(files: Sequence[AnyPath]) -> None:
     """Delete the files of one folder that exist, from an object store many with one request."""
-    _backend(files[0].parent).remove_files([file.name for file in files])
+    folder = files[0].parent
+    if is_local(folder):
+        for file in files:
+            file.unlink(missing_ok=True)
+        return
+    with as_os_errors(folder):
+        existing = set(folder.fs.find(folder.path))
+        if wanted := [path for file in files if (path := (folder / file.name).path) in existing]:
+            folder.fs.rm(wanted)
 
 
 def put(at: UPath, data: bytes, *, new: bool = False) -> str | None:
@@ -371,19 +324,24 @@ def upload(folder: Path, to: UPath, *, last: str) -> bool:
 
 def _tag(answer: Any) -> str | None:
     tag = str(answer.get("ETag") or "").strip('"').lower() if isinstance(answer, dict) else ""
-    return tag if len(tag) == 32 and set(tag) <= set("0123456789abcdef") else None
-
-
-def reading_hint(at: AnyPath, error: OSError | None = None) -> str:
-    """Return what a user can do about a path that cannot be read, as the end of an error."""
-    if not is_local(at):
-        return "check address, credentials and network, then run it again"
-    return READING.get(error.errno or 0 if error else 0, "make it readable")
+    return tag if re.fullmatch("[0-9a-f]{32}", tag) else None
 
 
 def unreadable(at: AnyPath, error: OSError) -> UnreadableError:
     """Return the error of a path that exists and cannot be read."""
-    return UnreadableError(f"{at} cannot be read ({reason(error)}); {reading_hint(at, error)}")
+    hint = READING.get(error.errno or 0, "make it readable")
+    if not is_local(at):
+        hint = "check address, credentials and network, then run it again"
+    return UnreadableError(f"{at} cannot be read ({reason(error)}); {hint}")
+
+
+@contextmanager
+def readable(at: AnyPath) -> Iterator[None]:
+    """Turn an OSError into the UnreadableError of a path."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(at, error) from error
 
 
 def cause_outside(error: BaseException | None) -> OSError | None:

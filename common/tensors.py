@@ -7,7 +7,7 @@ import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 from safetensors import safe_open
 from safetensors.torch import load
@@ -16,27 +16,22 @@ from torch import Tensor
 from wmcache.common.paths import NO_MAPS
 
 
-class Tensors(Protocol):
-    """An open file, as `safetensors.safe_open` returns it."""
+class Tensors:
+    """An open file with the methods of `safetensors.safe_open`; this one is read into memory."""
 
-    def metadata(self) -> dict[str, str] | None: ...  # noqa: D102
-    def keys(self) -> list[str]: ...  # noqa: D102
-    def get_tensor(self, name: str) -> Tensor: ...  # noqa: D102
-
-
-class _InMemory:
     def __init__(self, data: bytes) -> None:
+        """Take the content of the file."""
         self._tensors: dict[str, Tensor] = load(data)
         self._header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
 
-    def metadata(self) -> dict[str, str] | None:
+    def metadata(self) -> dict[str, str] | None:  # noqa: D102
         found: dict[str, str] | None = self._header.get("__metadata__")
         return found
 
-    def keys(self) -> list[str]:
+    def keys(self) -> list[str]:  # noqa: D102
         return list(self._tensors)
 
-    def get_tensor(self, name: str) -> Tensor:
+    def get_tensor(self, name: str) -> Tensor:  # noqa: D102
         return self._tensors[name]
 
 
@@ -52,7 +47,7 @@ def open_tensors(file: Path) -> Iterator[Tensors]:
         with safe_open(file, "pt") as tensors:
             yield cast(Tensors, tensors)
     else:
-        yield _InMemory(file.read_bytes())
+        yield Tensors(file.read_bytes())
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:

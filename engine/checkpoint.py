@@ -119,8 +119,7 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_training_state(run: Path, network: nn.Module, optimiser: torch.optim.Optimizer) -> int:
     """Load the newest checkpoint into `network`, `optimiser` and the random generators; returns its step.
 
-    Raises:
-        UserError: no checkpoint, or a damaged one, or one of other shapes.
+    Raises UserError where there is none, or it is damaged or of other shapes.
     """
     folder = last_checkpoint(run)
     load_weights(folder, network)

@@ -25,19 +25,15 @@ Rank = subprocess.Popen[bytes]
 
 
 def launch(words: Sequence[str], devices: int) -> NoReturn:
-    """Start `devices` ranks of a program, wait for them, and exit as they did.
+    """Start `devices` ranks of a program with its arguments, wait for them, and exit as they did.
 
     Ranks find each other as torchrun's do. Its agent is not used: it resolves the machine's name, and cannot be stopped while it does.
     SIGINT, SIGTERM, SIGUSR1 and SIGHUP go to all ranks, which finish their step and save it, however long that takes. A second SIGINT
     kills them.
 
-    Args:
-        words: the program's path and its arguments.
-        devices: number of ranks.
-
     Raises:
         UserError: a rank was killed.
-        KeyboardInterrupt: a signal arrived before rank 0 could act on it.
+        KeyboardInterrupt: a signal arrived, and rank 0 has not reported it.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -82,11 +78,7 @@ def _rank_variables(rank: int, devices: int, port: int) -> dict[str, str]:
 
 
 def _wait(ranks: Sequence[Rank], received: Sequence[signal.Signals]) -> dict[int, int]:
-    """Wait for all ranks. Pass signals on; once a rank has failed, end the others.
-
-    Returns:
-        rank -> its status, in the order in which they ended.
-    """
+    """Pass signals on, end the others once a rank has failed, and return rank -> status in the order in which they ended."""
     ended: dict[int, int] = {}
     passed_on = False
     deadline: float | None = None
@@ -115,13 +107,14 @@ def _exit_as(ended: Mapping[int, int], received: Sequence[signal.Signals]) -> No
     failed = {rank: code for rank, code in ended.items() if code}
     if not failed:
         sys.exit(0)
-    if received and failed.get(0, 0) < 0:  # before it could print that it stops
+    if received:
+        if failed.get(0) == STOPPED:  # rank 0 has printed that all stop
+            sys.exit(INTERRUPTED if received[0] == signal.SIGINT else STOPPED)
+        # Even where a rank that was still training reported that another one, which was starting, had gone.
         raise SIGNALS[received[0]]
     for code in failed.values():
         if code > 0:  # that rank has printed why
-            sys.exit(INTERRUPTED if received and received[0] == signal.SIGINT and code == STOPPED else code)
-    if received:
-        raise SIGNALS[received[0]]
+            sys.exit(code)
     killed, code = next(iter(failed.items()))
     raise UserError(
         f"process {killed} of {len(ended)} was ended by {signal.Signals(-code).name}; "

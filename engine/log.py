@@ -25,24 +25,15 @@ class Log:
     def __init__(
         self, run: Path | None, title: str, unit: str, batch: int, *, steps: int, initial: int, hidden: bool = False
     ) -> None:
-        """Open the log.
+        """Open metrics.jsonl and TensorBoard in `run`, if there is one, and a progress bar of `steps` steps, `initial` of them done.
 
-        Args:
-            run: folder of metrics.jsonl and TensorBoard; None for the progress bar only.
-            title: of the progress bar, of `steps` steps, of which `initial` are done; it may be `hidden`.
-            unit: what a step's batch consists of, and how many of them: `batch`.
+        A step's batch consists of `batch` times `unit`.
         """
         self._file = (run / "metrics.jsonl").open("a", encoding="utf-8") if run else None
         self._board = SummaryWriter(str(run / "tensorboard")) if run else None
         # After the files: an error of theirs must not end up on the bar's line.
-        self._bar = tqdm(
-            total=steps,
-            initial=initial,
-            desc=title,
-            unit=" steps",
-            mininterval=seconds_between_updates(),
-            disable=hidden,
-        )
+        interval = seconds_between_updates()
+        self._bar = tqdm(total=steps, initial=initial, desc=title, unit=" steps", mininterval=interval, disable=hidden)
         self._unit, self._batch, self._initial = unit, batch, initial
         self._start, self._waited = 0.0, 0.0
 

@@ -109,12 +109,7 @@ def run(
 ) -> dict[str, float | None]:
     """Train a task to the end of its stage; returns the last validation's figures, on rank 0 only.
 
-    Args:
-        task: what is trained.
-        options: how.
-        folder: for checkpoints and log.
-        progress: of the run so far. Inside a stage, weights, optimiser and random generators are loaded from the newest checkpoint.
-        ranks: the processes that train together.
+    Inside a stage, weights, optimiser and random generators are loaded from the newest checkpoint in `folder`.
 
     Raises:
         UserError: the loss or the weights are not finite, or a checkpoint cannot be read or written.
@@ -181,18 +176,17 @@ def _compute_gradients(
     step: int,
     options: LoopOptions,
 ) -> tuple[dict[str, Tensor], B]:
-    """Accumulate the gradients of a step's micro-batches, and clip them.
+    """Accumulate the gradients of a step's micro-batches, averaged over all ranks, and clip them.
 
     Returns:
-        The losses, averaged over the micro-batches, with `gradient_norm` before clipping; and the last micro-batch. The losses are those
-        of this rank, the gradients those of all ranks.
+        This rank's losses, averaged over the micro-batches, with `gradient_norm` before clipping; and the last micro-batch.
     """
     task.network.train()
     optimiser.zero_grad(set_to_none=True)
     rate = task.learning_rate(step)
     for group in optimiser.param_groups:  # whose own rates stay in proportion
         group["lr"] = rate * group.setdefault("scale", group["lr"] / optimiser.defaults["lr"])
-    parts: list[dict[str, Tensor]] = []
+    parts = []
     for remaining in reversed(range(options.accumulate)):
         batch = next(batches)
         with without_reduction(loss) if remaining else nullcontext():

@@ -15,14 +15,10 @@ Handler = Callable[[int, FrameType | None], object]
 
 
 class PendingSignal:
-    """The last signal that was received and not acted on yet.
-
-    Attributes:
-        number: of the signal; 0 before one is received.
-    """
+    """The last signal that was received and not acted on yet; its `number` is 0 before one is received."""
 
     def __init__(self, handlers: dict[int, Handler]) -> None:
-        """Args: `handlers` that act on a signal, by its number."""
+        """`handlers` act on a signal, by its number."""
         self.number = 0
         self._handlers = handlers
 

@@ -84,16 +84,7 @@ class Maze:
         return -0.7, len(self.rows) - 0.7, -0.7, len(self.rows[0]) - 0.7
 
     def is_clear(self, xy: Float, margin: float = BALL_RADIUS) -> NDArray[np.bool_]:
-        """Whether each position keeps `margin` (per axis, as a square ball would) from every wall.
-
-        Args:
-            xy: [..., 2] in the ball's coordinates.
-            margin: in maze units; a cell is 1 wide.
-
-        Returns:
-            [...], True for a free position.
-        """
-        xy = np.asarray(xy, dtype=np.float64)
+        """Whether each position [..., 2] keeps `margin` (per axis, as a square ball would; a cell is 1 wide) from every wall."""
         clear = np.ones(xy.shape[:-1], dtype=bool)
         limit = np.array(self.free.shape) - 1
         for corner in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
@@ -120,30 +111,23 @@ class Maze:
         free = self.is_clear(points)
         number = np.full(free.shape, -1)
         number[free] = np.arange(free.sum())
-        sources, targets, lengths = [], [], []
+        edges = []
         for dx, dy in ((1, 0), (0, 1), (1, 1), (1, -1), (1, 2), (2, 1), (1, -2), (2, -1)):
             low, high = max(0, -dy), free.shape[1] - max(0, dy)
             here, there = number[: free.shape[0] - dx, low:high], number[dx:, low + dy : high + dy]
             both = (here >= 0) & (there >= 0)
-            sources.append(here[both])
-            targets.append(there[both])
-            lengths.append(np.full(both.sum(), LATTICE_STEP * np.hypot(dx, dy)))
+            edges.append((np.full(both.sum(), LATTICE_STEP * np.hypot(dx, dy)), here[both], there[both]))
+        lengths, sources, targets = (np.concatenate(parts) for parts in zip(*edges, strict=True))
         size = int(free.sum())
-        edges = (np.concatenate(lengths), (np.concatenate(sources), np.concatenate(targets)))
-        graph = coo_array(edges, shape=(size, size)).tocsr()
+        graph = coo_array((lengths, (sources, targets)), shape=(size, size)).tocsr()
         return KDTree(points[free]), (graph + graph.T).tocsr()
 
     def geodesic(self, start: Float, ends: Float) -> Float:
-        """Compute the shortest path lengths of the ball's centre, [n] in maze units; inf for unreachable ends.
-
-        Args:
-            start: [2] in the ball's coordinates.
-            ends: [n, 2].
-        """
+        """Compute shortest path lengths of the ball's centre from start [2] to ends [n, 2], in maze units; inf if unreachable."""
         points, graph = self._lattice
-        nearest = points.query(np.concatenate([np.asarray(start)[None], ends]))[1]
+        nearest = points.query(np.concatenate([start[None], ends]))[1]
         length: Float = dijkstra(graph, indices=nearest[0])[nearest[1:]]
-        straight = np.linalg.norm(np.asarray(ends) - start, axis=-1)
+        straight = np.linalg.norm(ends - start, axis=-1)
         # Within a few lattice steps the lattice's own error dominates, and the path is straight.
         result: Float = np.where(straight < 2 * LATTICE_STEP, straight, np.maximum(length, straight))
         return result
@@ -155,11 +139,7 @@ def maze_names() -> list[str]:
 
 
 def find_maze(env: str) -> Maze:
-    """Return the maze of an environment id (`wmcache/PointMaze-UMaze-v0`), of a layout's name (`UMaze`) or of a text file.
-
-    Raises:
-        MazeError: unknown maze.
-    """
+    """Return the maze of an environment id (`wmcache/PointMaze-UMaze-v0`), of a layout's name (`UMaze`) or of a text file."""
     return Maze.load(env.removeprefix(ENV_PREFIX).removesuffix("-v0") if env.startswith(ENV_PREFIX) else env)
 
 

@@ -90,15 +90,7 @@ class PointMazeEnv(gym.Env[Observation, NDArray[np.float32]]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Start an episode.
-
-        Args:
-            seed: of start and goal.
-            options: `state` and `goal`, each (x, y, vx, vy), instead of random ones.
-
-        Raises:
-            MazeError: a given state is not usable.
-        """
+        """Start an episode; `options` may have `state` and `goal`, each (x, y, vx, vy), instead of random ones."""
         super().reset(seed=seed)
         options = options or {}
         start, goal = sample_state(self.maze, self.np_random), sample_state(self.maze, self.np_random)

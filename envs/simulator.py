@@ -94,16 +94,9 @@ class PointMazeSimulator:
         return type(self), (self.maze, self.image_size)
 
     def step(self, state: Float, action: NDArray[np.floating]) -> Float:
-        """Advance a state [4] by one env step of 0.05 s under a force [2], which is clipped to [-1, 1].
-
-        Raises:
-            ValueError: state or action is not finite, or has another shape.
-        """
-        if (
-            np.shape(state) != (4,)
-            or np.shape(action) != (2,)
-            or not (np.isfinite(state).all() and np.isfinite(action).all())
-        ):
+        """Advance a state [4] by one env step of 0.05 s under a force [2], which is clipped to [-1, 1]."""
+        finite = np.isfinite(state).all() and np.isfinite(action).all()
+        if (np.shape(state), np.shape(action)) != ((4,), (2,)) or not finite:
             raise ValueError(f"a step takes 4 and 2 finite numbers, not state {state} and action {action}")
         data = self._data
         mujoco.mj_resetData(self._model, data)
@@ -115,26 +108,25 @@ class PointMazeSimulator:
 
     def render(self, state: Float) -> Frame:
         """Draw the frame [image_size, image_size, 3] from above, without a goal marker; raises RendererError without OpenGL."""
-        renderer = self._open_renderer()
+        if self._renderer is None:
+            self._renderer = self._open_renderer()
         self._data.qpos[:] = state[:2]
         mujoco.mj_forward(self._model, self._data)
-        renderer.update_scene(self._data, camera="top")
-        frame: Frame = renderer.render()
+        self._renderer.update_scene(self._data, camera="top")
+        frame: Frame = self._renderer.render()
         return frame
 
     def _open_renderer(self) -> mujoco.Renderer:
-        if self._renderer is None:
-            try:
-                if gl_failure is not None:
-                    raise gl_failure  # noqa: TRY301 (it ends as the same RendererError)
-                self._renderer = mujoco.Renderer(self._model, self.image_size, self.image_size)
-            except Exception as error:  # from ImportError to AttributeError, depending on the backend
-                chosen = os.environ.get("MUJOCO_GL", "")
-                raise RendererError(
-                    f"MuJoCo cannot draw with MUJOCO_GL={chosen!r} ({type(error).__name__}: {error}); choose MUJOCO_GL=egl "
-                    "(headless; Debian: apt-get install libegl1 libgl1), osmesa (headless, software; libosmesa6) or glfw (a screen)"
-                ) from error
-        return self._renderer
+        try:
+            if gl_failure is not None:
+                raise gl_failure  # noqa: TRY301 (it ends as the same RendererError)
+            return mujoco.Renderer(self._model, self.image_size, self.image_size)
+        except Exception as error:  # from ImportError to AttributeError, depending on the backend
+            chosen = os.environ.get("MUJOCO_GL", "")
+            raise RendererError(
+                f"MuJoCo cannot draw with MUJOCO_GL={chosen!r} ({type(error).__name__}: {error}); choose MUJOCO_GL=egl "
+                "(headless; Debian: apt-get install libegl1 libgl1), osmesa (headless, software; libosmesa6) or glfw (a screen)"
+            ) from error
 
     def close(self) -> None:
         """Free the GL context."""
@@ -143,17 +135,13 @@ class PointMazeSimulator:
             self._renderer = None
 
 
+@functools.cache
 def longest_move(env_steps: int) -> float:
     """Return the largest distance that the ball can cover in some env steps, in maze units.
 
     Each env step starts with the velocity clipped to MAX_SPEED on each axis and adds at most full force on both, so the largest
     displacement is the same in every step: about 0.401.
     """
-    return env_steps * _longest_step()
-
-
-@functools.cache
-def _longest_step() -> float:
     simulator = PointMazeSimulator(Maze("Hall", ("#####", "#OOO#", "#OOO#", "#OOO#", "#####")))
     start = np.array([1.0, 1.0, MAX_SPEED, MAX_SPEED])
-    return float(np.linalg.norm(simulator.step(start, np.ones(2))[:2] - start[:2]))
+    return env_steps * float(np.linalg.norm(simulator.step(start, np.ones(2))[:2] - start[:2]))

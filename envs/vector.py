@@ -11,14 +11,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from wmcache.envs.maze import Maze
-from wmcache.envs.pointmaze import (
-    Observation,
-    action_space,
-    check_state,
-    describe,
-    observation_space,
-    sample_state,
-)
+from wmcache.envs.pointmaze import Observation, action_space, check_state, describe, observation_space, sample_state
 from wmcache.envs.simulator import FPS, PointMazeSimulator
 
 
@@ -59,27 +52,23 @@ class PointMazeVectorEnv(VectorEnv[Observation, NDArray[np.floating], NDArray[An
         Args:
             seed: one number (env i gets seed + i, as in gymnasium) or one a sub-env.
             options: `state` and `goal`, each [num_envs, 4], instead of random ones.
-
-        Raises:
-            MazeError: a given state is not usable.
         """
         seeds = seed if isinstance(seed, list) else [None if seed is None else seed + i for i in range(self.num_envs)]
         options = options or {}
         for i, one in enumerate(seeds):
             if one is not None:
                 self._rngs[i] = np.random.default_rng(one)
-            rng = self._rngs[i]
-            start, goal = sample_state(self.maze, rng), sample_state(self.maze, rng)
-            self._states[i] = check_state(self.maze, options["state"][i] if "state" in options else start)
-            self._goals[i] = check_state(self.maze, options["goal"][i] if "goal" in options else goal)
-        return self.observe(), self._info()
+            for name, values in (("state", self._states), ("goal", self._goals)):
+                drawn = sample_state(self.maze, self._rngs[i])
+                values[i] = check_state(self.maze, options[name][i] if name in options else drawn)
+        return self.observe(), describe(self._states, self._goals)
 
     def step(
         self, actions: NDArray[np.floating]
     ) -> tuple[Observation, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """Advance every ball by one env step; `actions` is [num_envs, 2]."""
         self.advance(np.asarray(actions)[:, None])
-        info, never = self._info(), np.zeros(self.num_envs, dtype=bool)
+        info, never = describe(self._states, self._goals), np.zeros(self.num_envs, dtype=bool)
         return self.observe(), info["success"].astype(np.float64), never, never.copy(), info
 
     def advance(self, actions: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -101,6 +90,3 @@ class PointMazeVectorEnv(VectorEnv[Observation, NDArray[np.floating], NDArray[An
     def close_extras(self, **kwargs: object) -> None:  # noqa: ARG002 (gymnasium's signature)
         """Free the GL context."""
         self._simulator.close()
-
-    def _info(self) -> dict[str, Any]:
-        return describe(self._states, self._goals)

@@ -7,7 +7,8 @@ tasks, one per tar shard, share nothing, and their number and order cannot chang
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,62 +17,35 @@ from wmcache.common.paths import AnyPath, absolute, as_path
 from wmcache.common.space import require_space
 from wmcache.envs import FPS, POLICIES, Maze, PointMazeSimulator, Policy, find_maze, sample_state
 from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, write_shard
+from wmcache.pipeline.options import CollectOptions
 from wmcache.pipeline.steps import Steps, read_steps
 
 
-def collect(
-    env: str,
-    out: AnyPath,
-    *,
-    episodes: int = 2000,
-    length: int = 100,
-    policy: str = "random",
-    seed: int = 0,
-    image_size: int = 224,
-    frames_per_shard: int,
-    cluster: str = "local:1",
-) -> DatasetCard:
+def collect(env: str, out: AnyPath, *, cluster: str = "local:1", **settings: Any) -> DatasetCard:
     """Collect a dataset; run again, it draws only missing shards.
 
     Args:
         env: environment id, layout name or path to a text grid.
-        out: folder of the dataset.
-        episodes: DINO-WM's PointMaze dataset has 2 000.
-        length: frames per episode.
-        policy: a name in `envs.POLICIES`.
-        seed: of the dataset; episode e depends on (seed, e) only.
-        image_size: side of the frames in pixels.
-        frames_per_shard: frames in each tar, and in each Zarr shard of the stores made from it.
         cluster: see `parse_cluster`.
+        settings: other fields of `CollectOptions`. Episode e depends on (seed, e) only.
 
     Raises:
         UserError: unknown policy, unusable folder, too little space, or failed shards.
         MazeError: unknown maze.
         RendererError: OpenGL is not available.
     """
-    behaviour, maze = POLICIES.get(policy), find_maze(env)
+    options = CollectOptions(env, **settings)
+    policy, maze, frames = POLICIES.get(options.policy), find_maze(env), options.episodes * options.length
     # A frame of a maze is about 2 kB at 112 px as PNG; twice the pixels, twice the edges.
-    require_space(out, 30 * image_size * episodes * length, f"a dataset of {episodes * length} frames")
-    PointMazeSimulator(maze, image_size).render(
-        np.zeros(4)
-    )  # fails here, before anything is written, where there is no OpenGL
-    steps = simulate(maze, behaviour, episodes, length, seed)
-    card = DatasetCard(
-        name=out.name,
-        env=env,
-        maze=list(maze.rows),
-        image_size=image_size,
-        policy=policy,
-        seed=seed,
-        episodes=episodes,
-        frames=len(steps),
-        frames_per_shard=frames_per_shard,
-        fps=FPS,
-    )
+    require_space(out, 30 * options.image_size * frames, f"a dataset of {frames} frames")
+    PointMazeSimulator(maze, options.image_size).render(np.zeros(4))  # fails before anything is written, without OpenGL
+    steps = simulate(maze, policy, options.episodes, options.length, options.seed)
+    shared = {name: value for name, value in asdict(options).items() if name != "length"}
+    card = DatasetCard(name=out.name, maze=list(maze.rows), frames=frames, fps=FPS, **shared)
     writer = FrameDatasetWriter(out, card, steps)
     pending = writer.pending()
-    task = DrawShard(absolute(out), steps.sha256(), maze, card)
     total = sum(len(card.shard_frames(shard)) for shard in pending)
+    task = DrawShard(absolute(out), steps.sha256(), maze, card)
     run_tasks(task, pending, cluster=cluster, total=total, label="collect")
     return writer.finish()
 

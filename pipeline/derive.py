@@ -1,7 +1,7 @@
-"""Token store -> token store, without images: run another head on cached features.
+"""Token store -> another store: run another head on its features, or compare its frames for change maps.
 
-A store of a backbone's layers gives its patch tokens, its class token, their mean, and adapters fitted on them. The new store has the
-tokens and the identity of an extraction from the frames.
+A store of a backbone's layers gives its patch tokens, its class token, their mean, and adapters fitted on them, without images. The new
+store has the tokens and the identity of an extraction from the frames.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from wmcache.cache.change_maps import change_maps_path
 from wmcache.cache.identity import Identity
-from wmcache.cache.layout import read_attributes
 from wmcache.cache.store import TokenStore
 from wmcache.cache.writer import StoreWriter
 from wmcache.cluster.tasks import WorkerTask, report, run_tasks
@@ -25,8 +24,9 @@ from wmcache.common.space import require_space
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Select
-from wmcache.pipeline.fit import default_weights
-from wmcache.pipeline.stores import StoreRecipe
+from wmcache.pipeline.encoders.changes import changes_for
+from wmcache.pipeline.extract import extract
+from wmcache.pipeline.stores import StoreRecipe, default_weights, frames_of, has_work
 
 
 def create_for(
@@ -34,9 +34,7 @@ def create_for(
 ) -> Encoder:
     """Create an encoder on the backbone of a store, with that store's preprocessing.
 
-    Args:
-        weights: None for the store's, or for an adapter for those fitted on the store's dataset.
-        base_weights, device: see `encoders.create`.
+    Without weights, it has the store's; an adapter those fitted on the store's dataset.
 
     Raises:
         UserError: the encoder has another backbone; or as `encoders.create`.
@@ -45,9 +43,7 @@ def create_for(
     if base.load is None:
         raise UserError(f"{source.path} has tokens of the adapter {base.spec.name}; derive from a store of its base")
     if entry.load not in (None, base.load):
-        raise UserError(
-            f"{name} is not on the backbone of {source.path}, which is {base.spec.name}; extract it from the frames"
-        )
+        raise UserError(f"{name} is not on {base.spec.name}, the backbone of {source.path}; extract it from the frames")
     if entry.load is None:
         fitted = default_weights(str(source.card.dataset["name"]), name)
         return encoders.create(
@@ -71,10 +67,8 @@ def derive(
 
     Args:
         source: the layers or the patch tokens of the encoder's own backbone.
-        encoder: its head is run.
-        dtype: of the stored tokens, `float16` or `int8`.
+        dtype, cluster, device: see `extract_together`.
         batch: frames per call of the head.
-        cluster, device: see `extract_together`.
 
     Returns:
         Whether there was anything to do.
@@ -83,26 +77,21 @@ def derive(
         UserError: the source does not have these features, or as `extract_together`.
     """
     require_features(source, encoder)
-    card = replace(
-        source.card,
-        encoder=encoder.recipe(),
-        token_grid=encoder.token_grid,
-        token_dim=encoder.token_dim,
-        dtype=dtype,
-    )
+    grid, dim = encoder.token_grid, encoder.token_dim
+    card = replace(source.card, encoder=encoder.recipe(), token_grid=grid, token_dim=dim, dtype=dtype)
     if not exists(out):
         require_space(out, card.token_bytes, f"the store of {card.frames} frames")
     steps = {name: getattr(source, name) for name in ("action", "state", "episode", "step")}
     identity = encoder.identity(source.identity.dataset_fingerprint, dtype)
     writer = StoreWriter.create(out, card, identity, steps)
-    pending = writer.pending()
-    if not pending and read_attributes(out)["complete"]:
+    if not has_work(writer):
         return False
+    pending = writer.pending()
     writer.reopen([])
     recipe, device = StoreRecipe.of(encoder, writer), device or str(encoder.device)
     task = DeriveShard(absolute(source.path), source.identity, recipe, device, batch, uuid.uuid4().hex)
     run_tasks(
-        task.with_state(Derivation(source, encoder, writer)),
+        task.with_state((source, encoder, writer)),
         pending,
         cluster=cluster,
         total=sum(len(card.shard_frames(shard)) for shard in pending),
@@ -112,16 +101,8 @@ def derive(
     return True
 
 
-class Derivation(NamedTuple):
-    """The state of `DeriveShard`."""
-
-    source: TokenStore
-    encoder: Encoder
-    writer: StoreWriter
-
-
 @dataclass(frozen=True)
-class DeriveShard(WorkerTask[int, Derivation]):
+class DeriveShard(WorkerTask[int, tuple[TokenStore, Encoder, StoreWriter]]):
     """Make the tokens of a shard from the source's; attributes as of `ExtractShard`."""
 
     source: str
@@ -131,14 +112,14 @@ class DeriveShard(WorkerTask[int, Derivation]):
     batch: int
     key: str
 
-    def setup(self) -> Derivation:
+    def setup(self) -> tuple[TokenStore, Encoder, StoreWriter]:
         """Open both stores, and load the encoder."""
         source = TokenStore.open(as_path(self.source))
         if source.identity != self.source_identity:
             raise UserError(f"{self.source} was replaced while it was being read; run the command again")
-        return Derivation(source, *self.store.open(self.device))
+        return source, *self.store.open(self.device)
 
-    def run(self, state: Derivation, item: int) -> int:
+    def run(self, state: tuple[TokenStore, Encoder, StoreWriter], item: int) -> int:
         """Make a shard, unless it is done; returns its frames."""
         source, encoder, writer = state
         frames = writer.card.shard_frames(item)
@@ -156,11 +137,7 @@ class DeriveShard(WorkerTask[int, Derivation]):
 
 
 def require_features(source: TokenStore, encoder: Encoder) -> Select:
-    """Check that a store has the features that the encoder's head reads; returns how its tokens were selected.
-
-    Raises:
-        UserError: another backbone or preprocessing, or missing features.
-    """
+    """Check that a store has the features that the encoder's head reads; returns how its tokens were selected."""
     name = str(source.card.encoder.get("name"))
     wanted, found = encoder.identity(source.identity.dataset_fingerprint), source.identity
     differing = [
@@ -172,17 +149,32 @@ def require_features(source: TokenStore, encoder: Encoder) -> Select:
         differing.insert(0, f"{name} from {found.weights_source} is not its backbone")
     if source.card.encoder.get("lag", 0) != encoder.lag:
         differing.append(f"lag {source.card.encoder.get('lag', 0)} != {encoder.lag}")
+    mine, hint = encoder.spec.name, "extract it from the frames"
     if differing:
-        raise UserError(
-            f"{encoder.spec.name} cannot be derived from {source.path} ({'; '.join(differing)}); extract it from the frames"
-        )
+        raise UserError(f"{mine} cannot be derived from {source.path} ({'; '.join(differing)}); {hint}")
     select = Select(encoder.backbone, encoders.get_spec(name).token_selection)
     missing = [encoder.backbone.described[layer] for layer in encoder.head.layers if layer not in select.layers]
     if encoder.head.prefix and not select.prefix:
         missing.append("the class token")
     if missing or select.selection not in ("patch", "layers"):
-        raise UserError(
-            f"{source.path} has only {select.selection} tokens, but {encoder.spec.name} is made of {', '.join(missing) or 'patches'}; "
-            f"extract the backbone's layers first, or {encoder.spec.name} from the frames"
-        )
+        needed = ", ".join(missing) or "patches"
+        hint = f"extract the backbone's layers first, or {hint}"
+        raise UserError(f"{source.path} has only {select.selection} tokens, {mine} is made of {needed}; {hint}")
     return select
+
+
+def derive_change_maps(
+    store: TokenStore, frameskip: int = 5, *, dataset: AnyPath | None = None, cluster: str = "local:1"
+) -> AnyPath:
+    """Make the change maps of a store of patch tokens, or the missing ones: what has changed since `frameskip` env steps before.
+
+    Returns:
+        Their path, see `open_change_maps`.
+
+    Raises:
+        UserError: the frames are missing or are others, or the tokens are not a square of patches; see also `extract`.
+    """
+    frames, out = frames_of(store, dataset), change_maps_path(store.path, frameskip)
+    maps = changes_for(store.card.token_grid, frameskip, device="cpu")
+    extract(frames, maps, out, dtype=store.card.dtype, cluster=cluster)
+    return out

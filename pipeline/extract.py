@@ -1,7 +1,6 @@
 """Frame dataset x encoders -> token stores: a task reads one tar shard and writes one Zarr shard of each store.
 
-Each process has two tasks in flight, and a lock around its encoders: one task encodes while the other reads frames or writes tokens. So
-two shards are in memory, whatever the size of the dataset.
+Each process has two tasks in flight, and so two shards in memory: one task encodes while the other reads frames or writes tokens.
 
 Several extractions may run into one store. A task claims its shard, and leaves shards that another process has claimed to it, unless that
 process dies. With slices of the shards, the process that finds the store whole at its end declares it complete.
@@ -15,7 +14,6 @@ import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,13 +36,6 @@ MOST_MIXTURES = 5
 """Abort when shards that two writers have mixed up were extracted again this often."""
 
 
-class Extracted(NamedTuple):
-    """Whether there was anything to do for a store, and the shards of other slices that it lacks."""
-
-    worked: bool
-    lacking: list[int]
-
-
 def extract(
     dataset: FrameDataset,
     encoder: Encoder,
@@ -55,7 +46,8 @@ def extract(
     cluster: str = "local:1",
 ) -> bool:
     """Encode with one encoder, see `extract_together`; returns whether there was anything to do."""
-    return extract_together(dataset, [(encoder, out)], dtype=dtype, batch=batch, cluster=cluster)[0].worked
+    ((worked, _),) = extract_together(dataset, [(encoder, out)], dtype=dtype, batch=batch, cluster=cluster)
+    return worked
 
 
 def extract_together(
@@ -67,17 +59,19 @@ def extract_together(
     cluster: str = "local:1",
     device: str | None = None,
     part: tuple[int, int] = (0, 1),
-) -> list[Extracted]:
+) -> list[tuple[bool, list[int]]]:
     """Encode every frame of a dataset once; run again, it extracts only missing shards.
 
     Args:
-        dataset: each frame is read and decoded once for all encoders.
         stores: encoders and their stores. Encoders on the same backbone share its pass.
         dtype: of the stored tokens, `float16` or `int8`.
         batch: frames per call of the encoders.
-        cluster: see `parse_cluster`; each process loads the encoders once.
+        cluster: see `parse_cluster`.
         device: of the encoders in other processes; None for that of the first encoder.
         part: (i, n) extracts the i-th of n slices of the shards. Several processes may extract the same slice.
+
+    Returns:
+        For each store whether there was anything to do, and the shards of other slices that it lacks.
 
     Raises:
         UserError: an existing store has other settings, space is too little, or shards failed.
@@ -94,20 +88,19 @@ def extract_together(
         task = extraction_task(dataset, unfinished, device=device, batch=batch)
         label = f"extract {', '.join(encoder.spec.name for encoder, _ in stores)}"
         lacking = _extract_until_whole([writer for _, writer in unfinished], task, label, cluster, wanted)
-    return [Extracted(writer.path in lacking, lacking.get(writer.path, [])) for writer in writers]
+    return [(writer.path in lacking, lacking.get(writer.path, [])) for writer in writers]
 
 
 def extraction_task(
     dataset: FrameDataset, stores: Sequence[tuple[Encoder, StoreWriter]], *, device: str, batch: int
 ) -> ExtractShard:
     """Declare open stores incomplete; returns the task that extracts into them."""
-    networks, writers = zip(*stores, strict=True)
-    share_backbones(networks)
-    for writer in writers:
+    share_backbones([encoder for encoder, _ in stores])
+    for _, writer in stores:
         writer.reopen([])
     recipes = tuple(StoreRecipe.of(encoder, writer) for encoder, writer in stores)
     task = ExtractShard(absolute(dataset.path), recipes, device, batch, uuid.uuid4().hex)
-    return task.with_state(Extraction(dataset, networks, writers))
+    return task.with_state(Extraction(dataset, stores))
 
 
 def _extract_until_whole(
@@ -167,62 +160,56 @@ class Extraction:
     """The state of `ExtractShard`."""
 
     dataset: FrameDataset
-    encoders: Sequence[Encoder]
-    writers: Sequence[StoreWriter]
+    stores: Sequence[tuple[Encoder, StoreWriter]]
     encoding: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True)
 class ExtractShard(WorkerTask[int, Extraction]):
-    """Read the frames of a shard once, and write its tokens into each store.
-
-    Attributes:
-        dataset: absolute path.
-        device: looked up by name in each process.
-        key: another one for each extraction, so that a worker opens stores and datasets again that were replaced meanwhile.
-    """
+    """Read the frames of a shard once, and write its tokens into each store."""
 
     dataset: str
     stores: tuple[StoreRecipe, ...]
     device: str
     batch: int
     key: str
+    """Different for each extraction, so that a worker opens stores and datasets again that were replaced meanwhile."""
 
     def setup(self) -> Extraction:
         """Open the dataset and the stores, and load the encoders."""
         dataset = FrameDataset.open(self.dataset)
         if dataset.card.fingerprint != self.stores[0].identity.dataset_fingerprint:
             raise UserError(f"{self.dataset} is another dataset on this worker; use the same files on all workers")
-        networks, writers = zip(*(store.open(self.device) for store in self.stores), strict=True)
-        share_backbones(networks)
-        return Extraction(dataset, networks, writers)
+        stores = [store.open(self.device) for store in self.stores]
+        share_backbones([encoder for encoder, _ in stores])
+        return Extraction(dataset, stores)
 
     def run(self, state: Extraction, item: int) -> int:
         """Extract a shard; returns the frames done in all stores, without shards that other processes have claimed."""
         done, mine = 0, []
         with ExitStack() as claims:
-            for number, writer in enumerate(state.writers):
+            for encoder, writer in state.stores:
                 if not writer.is_done(item) and claims.enter_context(writer.claim(item)):
                     done += len(writer.card.shard_frames(item))
                     if not writer.is_done(item):  # done by another process before the claim
-                        mine.append(number)
+                        mine.append((encoder, writer))
             if mine:
                 self._write(state, mine, item)
         return done
 
-    def _write(self, state: Extraction, numbers: Sequence[int], shard: int) -> None:
-        frames, start = state.dataset.read_shard(shard), state.dataset.shard_frames(shard).start
+    def _write(self, state: Extraction, stores: Sequence[tuple[Encoder, StoreWriter]], shard: int) -> None:
+        frames, numbers = state.dataset.read_shard(shard), np.asarray(state.dataset.shard_frames(shard))
         failures: list[str] = []
-        for lag in dict.fromkeys(state.encoders[number].lag for number in numbers):
-            group = [number for number in numbers if state.encoders[number].lag == lag]
-            seen = with_earlier(state.dataset, frames, start, lag) if lag else frames
+        for lag in dict.fromkeys(encoder.lag for encoder, _ in stores):
+            networks, writers = zip(*[store for store in stores if store[0].lag == lag], strict=True)
+            seen = with_earlier(state.dataset, frames, numbers, lag) if lag else frames
             with state.encoding:
-                tokens = encode_frames([state.encoders[number] for number in group], seen, self.batch)
-            for number, values in zip(group, tokens, strict=True):
+                tokens = encode_frames(networks, seen, self.batch)
+            for writer, values in zip(writers, tokens, strict=True):
                 try:
-                    state.writers[number].write_shard(shard, values)
+                    writer.write_shard(shard, values)
                 except UserError as error:
-                    failures.append(f"{state.writers[number].path.name}: {error}")
+                    failures.append(f"{writer.path.name}: {error}")
         if failures:
             raise UserError("; ".join(failures))
 
@@ -235,11 +222,7 @@ def share_backbones(networks: Sequence[Encoder]) -> None:
 
 
 def encode_frames(networks: Sequence[Encoder], frames: Frames, batch: int) -> list[NDArray[np.float16]]:
-    """Encode frames; if the device runs out of memory, the encoders keep a smaller batch from then on.
-
-    Returns:
-        For each encoder float16 [len(frames), N, D].
-    """
+    """Encode frames to float16 [len(frames), N, D]; if the device runs out of memory, encoders keep a smaller batch from then on."""
     tokens = [np.empty((len(frames), *encoder.frame_shape), np.float16) for encoder in networks]
     start = 0
     while start < len(frames):
@@ -262,24 +245,18 @@ def encode_frames(networks: Sequence[Encoder], frames: Frames, batch: int) -> li
 
 
 def read_for(encoder: Encoder, dataset: FrameDataset, numbers: NDArray[np.integer]) -> Frames:
-    """Read frames for an encoder: [n, S, S, 3], or with a lag [n, 2, S, S, 3], the earlier frame first."""
+    """Read frames of ascending numbers for an encoder: [n, S, S, 3], or with a lag [n, 2, S, S, 3], the earlier frame first."""
     frames = dataset.read_frames(numbers)
-    if not encoder.lag:
-        return frames
-    return np.stack([dataset.read_frames(earlier_frames(dataset, numbers, encoder.lag)), frames], 1)
+    return with_earlier(dataset, frames, numbers, encoder.lag) if encoder.lag else frames
 
 
-def earlier_frames(dataset: FrameDataset, numbers: NDArray[np.integer], lag: int) -> NDArray[np.integer]:
-    """Return the numbers of the frames `lag` env steps before, or of the first frame of the episode."""
-    earlier: NDArray[np.integer] = numbers - np.minimum(lag, dataset.steps.step[numbers])
-    return earlier
-
-
-def with_earlier(dataset: FrameDataset, frames: Frames, start: int, lag: int) -> Frames:
-    """Pair frames [n, S, S, 3] with those `lag` env steps before, [n, 2, S, S, 3]; reads only frames before number `start`."""
-    earlier = earlier_frames(dataset, np.arange(start, start + len(frames)), lag)
-    before = dataset.read_frames(earlier[earlier < start]) if (earlier < start).any() else frames[:0]
-    return np.stack([np.concatenate([before, frames[earlier[earlier >= start] - start]]), frames], 1)
+def with_earlier(dataset: FrameDataset, frames: Frames, numbers: NDArray[np.integer], lag: int) -> Frames:
+    """Pair frames of ascending numbers with those `lag` env steps before, or with the first of their episode, [n, 2, S, S, 3]."""
+    earlier = numbers - np.minimum(lag, dataset.steps.step[numbers])
+    known, before = np.isin(earlier, numbers), np.empty_like(frames)
+    before[known] = frames[np.searchsorted(numbers, earlier[known])]
+    before[~known] = dataset.read_frames(earlier[~known])
+    return np.stack([before, frames], 1)
 
 
 def slice_of(shards: int, part: tuple[int, int]) -> range:
@@ -290,13 +267,7 @@ def slice_of(shards: int, part: tuple[int, int]) -> range:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What an extraction would do.
-
-    Attributes:
-        shards, frames: still to do.
-        bytes_free: at the store's path; None on an object store.
-        seconds: estimated by encoding one batch now.
-    """
+    """The shards and frames that an extraction has to do, and an estimate of its time."""
 
     out: AnyPath
     shards: int
@@ -316,13 +287,13 @@ def forecast(
     cluster: str = "local:1",
     part: tuple[int, int] = (0, 1),
 ) -> Forecast:
-    """Count what `extract_together` would do for one store, and estimate its time."""
+    """Count what `extract_together` would do for one store, and estimate its time by encoding a batch now."""
     card = store_card(dataset, encoder, dtype)
-    shards = list(range(card.num_shards))
-    if exists(out):
-        shards = StoreWriter.resume(out, encoder.identity(dataset.card.fingerprint, dtype)).pending()
     wanted = slice_of(card.num_shards, part)
-    shards = [shard for shard in shards if shard in wanted]
+    shards = list(wanted)
+    if exists(out):
+        pending = StoreWriter.resume(out, encoder.identity(dataset.card.fingerprint, dtype)).pending()
+        shards = [shard for shard in pending if shard in wanted]
     frames = sum(len(card.shard_frames(shard)) for shard in shards)
     sample = dataset.read_shard(0)[:batch]
     encoder(sample)  # the first call is slower

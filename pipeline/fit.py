@@ -6,7 +6,7 @@ import glob
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -25,8 +25,7 @@ from wmcache.cache.windows import split_frames
 from wmcache.common.cpus import available_cpus
 from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError, reason
-from wmcache.common.files import atomic_write
-from wmcache.common.folders import home
+from wmcache.common.files import write_whole
 from wmcache.common.jsonfiles import dump_json, json_digest
 from wmcache.common.options import check_options
 from wmcache.common.paths import AnyPath, cause_outside, unreadable
@@ -39,7 +38,8 @@ from wmcache.pipeline.encoders.base import Features, Preprocess, Select
 from wmcache.pipeline.encoders.fitting import FitData, Fitting
 from wmcache.pipeline.encoders.weights import read_metadata
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.landscape import Landscape, probe_landscape
+from wmcache.pipeline.probe import Landscape, probe_landscape
+from wmcache.pipeline.stores import require_frames
 
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
@@ -51,11 +51,6 @@ class Fitted:
     weights: Path
     frames: int
     landscape: Landscape | None
-
-
-def default_weights(dataset: str, encoder: str) -> Path:
-    """`$WMCACHE_HOME/encoders/<dataset>-<encoder>.safetensors`."""
-    return home() / "encoders" / f"{dataset}-{encoder}.safetensors"
 
 
 def fit(
@@ -73,11 +68,8 @@ def fit(
 
     Args:
         dataset: its frames; a tenth of the episodes is held out.
-        name: of an encoder that can be fitted.
-        out: safetensors file to write.
         options: of the encoder's own kind (`encoders.fit_options`).
         max_frames: held in memory; the first episodes where there are more.
-        device: where to train.
         overwrite: replace the weights of another fit.
         measure: measure the landscape afterwards.
 
@@ -85,8 +77,7 @@ def fit(
         UserError: the encoder cannot be fitted, other weights are at `out`, the dataset is too small, or the loss is not finite.
     """
     _, make = encoders.get_fit(name)  # refuses before anything is read
-    spec = encoders.get_spec(name)
-    where = choose_device(device)
+    spec, where = encoders.get_spec(name), choose_device(device)
     chosen = _training_frames(dataset.steps.episode, options, max_frames, dataset.path)
     preprocess = Preprocess(spec.image_size, spec.via, spec.normalisation, spec.filter, spec.lag)
 
@@ -115,21 +106,17 @@ def fit_adapter(
     """Fit an adapter to the cached features of a frozen backbone; arguments not listed are those of `fit`.
 
     Args:
-        store: of the base's layers, or of its patch tokens where the adapter needs no more.
+        store: of the base's layers, or of its patch tokens where the adapter needs no more; it is read as it is needed.
         dataset: the store's frames, for decoders of pixels and to measure the landscape; None trains purely from the store.
         base_weights: where the base's weights are now, if they have moved.
-        max_frames: as for `fit`; the store is read as it is needed, images are held in memory.
-
-    Raises:
-        UserError: as `fit`; or the store lacks features that the adapter needs.
     """
     _, make = encoders.get_fit(name)
     if encoders.get_entry(name).adapt is None:
         raise UserError(f"encoder {name} is fitted on frames, not on a store; leave out --cache")
     if options.needs_images and dataset is None:
         raise UserError(f"this fit of {name} needs the frames; pass --dataset, or a --decoder that needs none")
-    if dataset is not None and dataset.card.fingerprint != store.identity.dataset_fingerprint:
-        raise UserError(f"{dataset.path} does not contain the frames of {store.path}; pass the right --dataset")
+    if dataset is not None:
+        require_frames(store, dataset)
     where = choose_device(device)
     base, head = _open_base(store, name, base_weights, device)
     chosen = _training_frames(store.episode, options, max_frames, store.path)
@@ -148,18 +135,15 @@ def fit_adapter(
         "store_dtype": store.identity.store_dtype,
     }
     train(start, options, header, out, where, overwrite=overwrite)
-    known = dataset if measure else None
-    return Fitted(out, len(chosen), None if known is None else measure_landscape(known, name, out, device))
+    return Fitted(out, len(chosen), measure_landscape(dataset, name, out, device) if measure and dataset else None)
 
 
 def _open_base(store: TokenStore, name: str, weights: Path | None, device: str) -> tuple[encoders.Encoder, Select]:
-    """Load the encoder of a store, and its head; raises UserError where its weights or its tokens are not what an adapter needs."""
+    """Load the encoder of a store, and its head; raises UserError for other weights, or tokens of an adapter."""
     base = encoders.create_again(store.card.encoder, weights=weights, device=device)
     identity = base.identity(store.identity.dataset_fingerprint, store.identity.store_dtype)
-    if different := store.identity.differences(identity):
-        raise UserError(
-            f"{base.weights or base.source} are not the weights that {store.path} was extracted with ({'; '.join(different)})"
-        )
+    if different := "; ".join(store.identity.differences(identity)):
+        raise UserError(f"{base.weights or base.source} are not the weights of {store.path} ({different})")
     if not isinstance(base.head, Select):
         raise UserError(f"{store.path} contains tokens of an adapter; fit {name} on a store of its base")
     return base, base.head
@@ -172,9 +156,8 @@ def _training_frames(
     check_options(options)
     chosen = split_frames(episode, "train")[:max_frames]
     if len(chosen) < 2 * options.batch:
-        raise UserError(
-            f"{where} has {len(chosen)} train frames, a batch of {options.batch} needs twice as many; collect more, or lower --batch-size"
-        )
+        hint = f"a batch of {options.batch} needs twice as many; collect more, or lower --batch-size"
+        raise UserError(f"{where} has {len(chosen)} train frames, {hint}")
     return chosen
 
 
@@ -196,15 +179,13 @@ def measure_landscape(dataset: FrameDataset, name: str, weights: Path, device: s
 
 
 def read_fit(weights: Path) -> dict[str, str]:
-    """Read the metadata of a fit's file; raises UserError where it cannot be read."""
+    """Read the metadata of a fit's file."""
     try:
         return read_metadata(weights)
     except (OSError, SafetensorError) as error:
         if outside := cause_outside(error):
             raise unreadable(weights, outside) from error
-        raise UserError(
-            f"{weights} cannot be read ({reason(error)}); make it readable, or choose another --out"
-        ) from error
+        raise UserError(f"{weights} cannot be read ({reason(error)}); choose another --out") from error
 
 
 def without_paths(header: dict[str, str]) -> dict[str, str]:
@@ -224,17 +205,7 @@ def train(
 ) -> None:
     """Train a fitting and write its weights; after a kill, the same call continues from the last checkpoint.
 
-    Checkpoints are in a hidden folder beside the weights, named by the header's digest, and deleted in the end.
-
-    Args:
-        start: makes the fitting from its options' seed.
-        options: how to train.
-        header: everything that the weights depend on.
-        out: the file; `overwrite` replaces one of another header.
-        device: where to train.
-
-    Raises:
-        UserError: another fit is at `out`, or the loss is not finite.
+    Checkpoints are in a hidden folder beside the weights, named by the digest of the header, and deleted in the end.
     """
     if out.exists() and not overwrite:
         if without_paths(read_fit(out)) != without_paths(header):
@@ -257,8 +228,7 @@ def train(
         run(task, how, folder, Progress(done.step))
     weights = {name: value.detach().cpu().contiguous() for name, value in task.network.kept.state_dict().items()}
     require_finite(task, options.steps, weights.values())
-    with atomic_write(out) as file:
-        file.write(save(weights, metadata=header))
+    write_whole(out, save(weights, metadata=header))
     for unfinished in out.parent.glob(f".{glob.escape(out.name)}.*.fit"):
         shutil.rmtree(unfinished)
     out.with_name(f".{out.name}.partial").unlink(missing_ok=True)  # of an older version
@@ -310,11 +280,10 @@ def load_images(dataset: FrameDataset, frames: NDArray[np.int64], preprocess: Pr
         images[torch.from_numpy(rows)] = pixels.round_().byte()
         return len(rows)
 
-    shards: Sequence[int] = np.unique(shard_of).tolist()
     with (
-        ThreadPoolExecutor(available_cpus()) as pool,
         tqdm(total=len(frames), desc="read frames", unit=" frames") as bar,
+        ThreadPoolExecutor(available_cpus()) as pool,
     ):
-        for count in pool.map(load, shards):
+        for count in pool.map(load, np.unique(shard_of).tolist()):
             bar.update(count)
     return images

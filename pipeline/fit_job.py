@@ -12,15 +12,14 @@ from typing import Any
 from wmcache.cache.store import TokenStore
 from wmcache.cluster.tasks import run_alone
 from wmcache.common.errors import UserError
+from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath, absolute, as_path
 from wmcache.pipeline import encoders
-from wmcache.pipeline.create import create_encoders, open_dataset
-from wmcache.pipeline.encoders import FitOptions
+from wmcache.pipeline.encoders import Encoder, FitOptions
 from wmcache.pipeline.extract import extract_together
-from wmcache.pipeline.fit import Fitted, default_weights, fit, fit_adapter
+from wmcache.pipeline.fit import Fitted, fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.repair import open_frames
-from wmcache.pipeline.stores import default_store
+from wmcache.pipeline.stores import create_encoders, default_store, default_weights, frames_of
 
 
 @dataclass(frozen=True)
@@ -101,15 +100,18 @@ def prepare_fit(
         cache = default_store(known.card.name, encoder)
         extract_together(known, [(encoder, cache)], cluster=cluster, device=device)
     store = TokenStore.open(cache)
-    with suppress(UserError):
-        known = known or open_frames_of(store)
+    with suppress(UserError):  # without frames, the fit is not measured
+        known = known or frames_of(store)
     out = out or default_weights(str(store.card.dataset["name"]), name)
     return FitJob(name, chosen, absolute(known.path) if known else None, absolute(store.path), out)
 
 
-def open_frames_of(store: TokenStore, dataset: AnyPath | None = None) -> FrameDataset:
-    """Open the frames that a store was made of; raise UserError where they are missing or others."""
-    frames = open_frames(store.card, dataset)
-    if frames.card.fingerprint != store.identity.dataset_fingerprint:
-        raise UserError(f"{frames.path} does not have the frames of {store.path}; pass the right --frames")
-    return frames
+def open_dataset(path: AnyPath | None) -> FrameDataset:
+    """Open a dataset, or the default one."""
+    return FrameDataset.open(path or home() / "pointmaze-umaze")
+
+
+def open_inputs(dataset: AnyPath | None, encoder: dict[str, Any]) -> tuple[FrameDataset, list[Encoder]]:
+    """Open a dataset, and create encoders with its fitted weights; `encoder` has arguments of `create_encoders`."""
+    frames = open_dataset(dataset)
+    return frames, create_encoders(frames.card.name, **encoder)

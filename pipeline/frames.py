@@ -65,10 +65,8 @@ class DatasetCard:
         name: of the folder when it was made.
         env: environment id, or origin of the frames.
         maze: text grid of the layout, so that the environment can be built again anywhere.
-        image_size: side of the square frames, in pixels.
         policy: behaviour policy that chose the actions.
         fps: env steps per simulated second.
-        steps_sha256: over the values of the step table.
         fingerprint: over shards and steps; equal fingerprints mean equal frames.
     """
 
@@ -101,11 +99,7 @@ class FrameDatasetWriter:
     """Writes a dataset shard by shard, from any number of processes: each shard and each table is whole or absent."""
 
     def __init__(self, path: AnyPath, card: DatasetCard, steps: Steps) -> None:
-        """Start or resume the dataset at `path`.
-
-        Raises:
-            UserError: the folder is a dataset with other settings, or something else.
-        """
+        """Start or resume a dataset; raises UserError if the folder is a dataset with other settings, or something else."""
         self.path, self.card, self.steps = path, card, steps
         require_name(path)
         self._unfinished = path / "unfinished.json"
@@ -128,10 +122,8 @@ class FrameDatasetWriter:
     def _compare(self, found: dict[str, Any], kind: str) -> None:
         for name, value in asdict(self.card).items():
             if value not in ([], "") and found.get(name) != value:
-                raise UserError(
-                    f"{self.path} is a {kind} dataset with {name} {found.get(name)!r}, not {value!r}; "
-                    "use the same settings, or choose another --out"
-                )
+                differs = f"with {name} {found.get(name)!r}, not {value!r}"
+                raise UserError(f"{self.path} is a {kind} dataset {differs}; use its settings, or another --out")
 
     def pending(self) -> list[int]:
         """List the shards that are not written yet."""
@@ -140,15 +132,9 @@ class FrameDatasetWriter:
         return [shard for shard in range(self.card.num_shards) if shard_name(shard) not in names]
 
     def finish(self) -> DatasetCard:
-        """Write `dataset.json`; if it exists, compare the shards with their records.
-
-        Raises:
-            UserError: a shard is missing, or differs from its record.
-        """
+        """Write `dataset.json`, or compare the shards with it; raises UserError if one is missing, or differs."""
         if missing := self.pending():
-            raise UserError(
-                f"{self.path} lacks {len(missing)} shards, the first is {shard_name(missing[0])}; collect again"
-            )
+            raise UserError(f"{self.path} lacks {len(missing)} shards, as {shard_name(missing[0])}; collect again")
         with cannot_write(self.path):
             if not exists(self.path / "dataset.json"):
                 card = self._write_card()
@@ -183,27 +169,20 @@ class FrameDataset:
 
     @classmethod
     def open(cls, path: str | AnyPath) -> FrameDataset:
-        """Open the dataset in a folder or at a URL.
-
-        Raises:
-            UserError: it is missing, unfinished or damaged.
-        """
+        """Open the dataset in a folder or at a URL; raises UserError if it is missing, unfinished or damaged."""
         path = as_path(path)
         hint = _collect_hint(path)
         try:
             if exists(path / "unfinished.json"):
                 raise UserError(f"{path} is an unfinished dataset; finish it by running its wmcache collect again")
+            values = read_json(path / "dataset.json", hint)
         except OSError as error:
             raise unreadable(path, error) from error
-        try:
-            values = read_json(path / "dataset.json", hint)
         except MissingError:
             raise no_dataset(path) from None
         card = parse(DatasetCard, values, path / "dataset.json", hint)
-        if card.format_version != FORMAT_VERSION:
-            raise UserError(
-                f"{path} has format {card.format_version}, this wmcache reads {FORMAT_VERSION}; collect into another --out"
-            )
+        if (found := card.format_version) != FORMAT_VERSION:
+            raise UserError(f"{path} has format {found}, not {FORMAT_VERSION}; collect into another --out")
         if (fault := _inconsistency(card)) is not None:
             raise UserError(f"{path / 'dataset.json'} is damaged ({fault}); {hint}")
         steps = read_steps(path, card.frames)
@@ -221,18 +200,12 @@ class FrameDataset:
         return self.card.shard_frames(shard)
 
     def read_shard(self, shard: int) -> Frames:
-        """Decode all frames of a shard, uint8 [frames, image_size, image_size, 3].
-
-        Raises:
-            UserError: the tar is missing or differs from its record, or memory is too small for the frames.
-        """
+        """Decode all frames of a shard, uint8 [frames, image_size, image_size, 3]; raises UserError for a damaged tar."""
         tar, size, numbers = self.path / shard_name(shard), self.card.image_size, self.shard_frames(shard)
         needed, free = len(numbers) * size * size * 3, available_ram()
         if needed > free:
-            raise UserError(
-                f"the {len(numbers)} frames of {tar} need {human_bytes(needed)} of memory, {human_bytes(free)} are free; "
-                "free some, or collect with a smaller --frames-per-shard"
-            )
+            memory = f"{human_bytes(needed)} of memory, {human_bytes(free)} are free"
+            raise UserError(f"the {len(numbers)} frames of {tar} need {memory}; lower --frames-per-shard")
         try:
             if size_of(tar) > len(numbers) * (largest_png(size) + 2048) + 20480:
                 raise UserError(f"{tar} is larger than its frames can be; {AGAIN}")
@@ -251,9 +224,9 @@ class FrameDataset:
         size = self.card.image_size
         out = np.empty((len(wanted), size, size, 3), np.uint8)
         shard_of = wanted // self.card.frames_per_shard
-        for shard in np.unique(shard_of):
+        for shard in np.unique(shard_of).tolist():
             rows = np.flatnonzero(shard_of == shard)
-            out[rows] = self.read_shard(int(shard))[wanted[rows] - self.shard_frames(int(shard)).start]
+            out[rows] = self.read_shard(shard)[wanted[rows] - self.shard_frames(shard).start]
         return out
 
 

@@ -1,4 +1,4 @@
-"""Probes of a store: how much of the state, of distances and of variance is in its tokens."""
+"""How much of the state, of distances and of variance is in tokens, and whether a planner can descend their distance to a goal."""
 
 from __future__ import annotations
 
@@ -9,21 +9,29 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from tqdm import tqdm
 
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import split_frames
 from wmcache.common.errors import UserError
+from wmcache.common.landscapes import descend
 from wmcache.common.paths import AnyPath
-from wmcache.pipeline.landscape import (
-    PROBED_FRAMES,
-    Float,
-    find_maze,
-    measure_landscape,
-    squared_distances,
-)
+from wmcache.common.progress import seconds_between_updates
+from wmcache.envs import Maze, MazeError
+from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.extract import read_for
+from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.stores import frames_of
 
 FEWEST_FRAMES = 20
+PROBED_FRAMES = 1000
+PROBED_GOALS = 40
+STEP_DISTANCE = 0.5
+STUCK_DISTANCE = 0.5
+"""Distances in the maze, where a cell is 1 wide: of a step of the descent, and from the goal at its end."""
 MLP_COMPONENTS = 512
 MLP_HIDDEN = 256
 MLP_EPOCHS = 200
@@ -36,6 +44,84 @@ BLOCK = 8192
 """Features of a frame that are multiplied at once, so that there is no second copy of all tokens."""
 
 STATE = ("x", "y", "vx", "vy")
+
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """Figures of held-out frames.
+
+    Attributes:
+        spearman: rank correlation of token distance and true geodesic distance over pairs of frames; None if all distances are equal.
+        stuck: share of frames from which descent over neighbouring frames does not end at the goal.
+    """
+
+    spearman: float | None
+    stuck: float
+
+
+def probe_landscape(dataset: FrameDataset, encoder: Encoder) -> Landscape:
+    """Measure an encoder on held-out frames of a dataset with a maze."""
+    chosen = _sample(dataset.steps.episode, "val", PROBED_FRAMES)
+    parts = np.array_split(read_for(encoder, dataset, chosen), max(1, len(chosen) // 64))
+    tokens = torch.cat([encoder(part).float().cpu() for part in parts]).flatten(1).double().numpy()
+    maze = make_maze(dataset.card.name, dataset.card.maze, dataset.path)
+    return measure_landscape(squared_distances(tokens, tokens), dataset.steps.state[chosen, :2], maze)
+
+
+def measure_landscape(distances: NDArray[np.floating], xy: Float, maze: Maze) -> Landscape:
+    """Measure squared token distances [n, n] between frames at the positions xy [n, 2] of a maze."""
+    goals = np.random.default_rng(0).choice(len(xy), min(PROBED_GOALS, len(xy)), replace=False)
+    latent, update = distances[goals], seconds_between_updates()
+    with tqdm(goals, desc="distances", unit=" goals", delay=2, leave=False, mininterval=update) as bar:
+        true = np.stack([maze.geodesic(xy[goal], xy) for goal in bar])
+    reachable = np.isfinite(true)
+    near = neighbours(maze, xy)
+    ends = [descend(values, near) for values in latent]
+    stuck = [(true[i, end] > STUCK_DISTANCE)[reachable[i]].mean() for i, end in enumerate(ends)]
+    return Landscape(rank_correlation(latent[reachable], true[reachable]), float(np.mean(stuck)))
+
+
+def rank_correlation(values: NDArray[np.floating], others: NDArray[np.floating]) -> float | None:
+    """Spearman's rank correlation of [n] and [n]; None if one of them is constant."""
+    if not (np.ptp(values) and np.ptp(others)):
+        return None
+    return float(spearmanr(values, others).statistic)
+
+
+def squared_distances(points: Float, others: Float) -> Float:
+    """Compute squared distances, [n, k], [m, k] -> [n, m]."""
+    from sklearn.metrics.pairwise import euclidean_distances
+
+    distances: Float = euclidean_distances(points, others, squared=True)
+    return distances
+
+
+def neighbours(maze: Maze, xy: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Find the positions that see each other within STEP_DISTANCE, [n, n]."""
+    near: NDArray[np.bool_] = np.linalg.norm(xy[:, None] - xy, axis=-1) < STEP_DISTANCE
+    for share in (0.25, 0.5, 0.75):
+        near &= maze.is_clear(share * xy[:, None] + (1 - share) * xy, 0.0)
+    return near
+
+
+def find_maze(store: TokenStore, dataset: AnyPath | None = None) -> Maze | None:
+    """Find the maze of a store's frames, in its card or else in its dataset; None for frames without one."""
+    name, rows = store.card.dataset.get("name", ""), store.card.dataset.get("maze")
+    if dataset is not None:
+        frames = frames_of(store, dataset)
+        rows = rows or frames.card.maze
+    return make_maze(str(name), rows, store.path) if rows and store.state.shape[1] >= 2 else None
+
+
+def make_maze(name: str, rows: Any, where: AnyPath | str) -> Maze:
+    """Build the maze of a card."""
+    try:
+        return Maze(name, tuple(rows))
+    except (MazeError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: the maze in its card is invalid ({error}); extract or import it again") from error
 
 
 @dataclass(frozen=True)
@@ -82,12 +168,11 @@ def probe(path: AnyPath, *, dataset: AnyPath | None = None, frames: int = 2000) 
     """Probe a store deterministically, without loading a frame or an encoder.
 
     Args:
-        path: the store.
         dataset: the store's dataset, for a maze that the store's card lacks.
         frames: most frames of training episodes that train the probes; at most PROBED_FRAMES of held-out episodes score them.
 
     Raises:
-        UserError: an unusable store, another dataset, an invalid maze or state, too few frames, or constant tokens.
+        UserError: an unusable store, another dataset, an invalid maze, too few frames, or constant tokens.
     """
     store = TokenStore.open(path)
     maze = find_maze(store, dataset)
@@ -96,37 +181,34 @@ def probe(path: AnyPath, *, dataset: AnyPath | None = None, frames: int = 2000) 
     tokens = store.gather(chosen)
     plain = principal_coordinates(tokens, np.ones_like(store.std))
     if not plain.any():
-        raise UserError(
-            f"the tokens of {path} are the same in all {len(chosen)} frames probed; extract another encoder"
-        )
+        raise UserError(f"{path} has the same tokens in all {len(chosen)} frames probed; extract another encoder")
     standardised = principal_coordinates(tokens, store.std)
     channels = participation(tokens[:: max(1, len(chosen) // CHANNEL_FRAMES)])
     del tokens
     state = store.state[chosen]
     names = STATE if maze and state.shape[1] == len(STATE) else tuple(f"state_{i}" for i in range(state.shape[1]))
     cut = len(train)
-    linear, mlp = (
-        dict(zip(names, score(regress, standardised, state, cut), strict=True)) for regress in (fit_linear, fit_mlp)
-    )
-    landscape, near = None, None
+    distances: dict[str, float | None] = dict.fromkeys(("spearman", "stuck", "nearest", "nearest_90"))
     if maze:
         xy, other = state[:, :2], store.episode[chosen] != store.episode[val][:, None]
-        distances = squared_distances(plain[cut:], plain)
-        landscape = measure_landscape(distances[:, cut:], xy[cut:], maze)
-        nearest = np.where(other, distances, np.inf).argmin(1)
-        near = np.linalg.norm(xy[cut:] - xy[nearest], axis=1)
+        squares = squared_distances(plain[cut:], plain)
+        found = measure_landscape(squares[:, cut:], xy[cut:], maze)
+        near = np.linalg.norm(xy[cut:] - xy[np.where(other, squares, np.inf).argmin(1)], axis=1)
+        distances = {
+            "spearman": found.spearman,
+            "stuck": found.stuck if math.isfinite(found.stuck) else None,
+            "nearest": float(np.median(near)),
+            "nearest_90": float(np.quantile(near, 0.9)),
+        }
     return Probe(
         store=str(path),
         encoder=store.identity.encoder,
         dataset=str(store.card.dataset.get("name", "")),
         frames=cut,
         held_out=len(val),
-        linear=linear,
-        mlp=mlp,
-        spearman=None if landscape is None else landscape.spearman,
-        stuck=None if landscape is None or not math.isfinite(landscape.stuck) else landscape.stuck,
-        nearest=None if near is None else float(np.median(near)),
-        nearest_90=None if near is None else float(np.quantile(near, 0.9)),
+        linear=dict(zip(names, score(fit_linear, standardised, state, cut), strict=True)),
+        mlp=dict(zip(names, score(fit_mlp, standardised, state, cut), strict=True)),
+        **distances,
         effective_rank=effective_rank(plain),
         channels=channels,
         moves=measure_moves(store, val, float(np.square(plain).sum(1).mean())),
@@ -135,25 +217,22 @@ def probe(path: AnyPath, *, dataset: AnyPath | None = None, frames: int = 2000) 
 
 def choose_frames(store: TokenStore, frames: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Choose training and held-out frames, ascending; raises UserError if a split has fewer than FEWEST_FRAMES."""
-    splits = []
-    for split, most in (("train", frames), ("val", PROBED_FRAMES)):
-        known = split_frames(store.episode, split)
-        count = min(most, len(known))
-        if count < FEWEST_FRAMES:
-            raise UserError(
-                f"{store.path}: {count} {split} frames are too few to probe, {FEWEST_FRAMES} are needed; raise --frames, or collect more"
-            )
-        # A new generator, so that the held-out frames are those of `probe_landscape`.
-        splits.append(np.sort(np.random.default_rng(0).choice(known, count, replace=False)))
-    return splits[0], splits[1]
+    train, val = (_sample(store.episode, split, most) for split, most in (("train", frames), ("val", PROBED_FRAMES)))
+    if (count := min(len(train), len(val))) < FEWEST_FRAMES:
+        raise UserError(
+            f"{store.path}: {count} frames of a split, {FEWEST_FRAMES} are needed; raise --frames, or collect more"
+        )
+    return train, val
+
+
+def _sample(episode: NDArray[np.integer], split: str, most: int) -> NDArray[np.int64]:
+    """Choose at most `most` frames of a split, ascending, always the same."""
+    known = split_frames(episode, split)
+    return np.sort(np.random.default_rng(0).choice(known, min(most, len(known)), replace=False))
 
 
 def principal_coordinates(tokens: NDArray[np.floating], scale: NDArray[np.floating]) -> Float:
-    """Reduce frames to the fewest dimensions that keep all their distances.
-
-    Args:
-        tokens: [n, N, D].
-        scale: [D], divides each channel; 0 counts as 1.
+    """Reduce frames [n, N, D], divided by a scale [D] where it is not 0, to the fewest dimensions that keep all their distances.
 
     Returns:
         Centred points [n, k], k < n and k <= N * D. Columns are principal components, the largest first; their norms are the singular
@@ -183,11 +262,7 @@ def principal_coordinates(tokens: NDArray[np.floating], scale: NDArray[np.floati
     return coordinates[:, kept][:, ::-1]
 
 
-Regress = Callable[[Float, Float, Float], Float]
-"""(points to learn from [n, k], their targets [n, S], points to predict [m, k]) -> [m, S]"""
-
-
-def score(regress: Regress, points: Float, state: Float, cut: int) -> list[float | None]:
+def score(regress: Callable[[Float, Float, Float], Float], points: Float, state: Float, cut: int) -> list[float | None]:
     """R^2 of each column of the state [n, S] on the rows from `cut` on, fitted on the rows before; None for a constant column."""
     mean, std = state[:cut].mean(0), state[:cut].std(0)
     targets = (state - mean) / np.where(std > 0, std, 1.0)
@@ -199,7 +274,7 @@ def score(regress: Regress, points: Float, state: Float, cut: int) -> list[float
 
 
 def fit_linear(points: Float, targets: Float, unseen: Float) -> Float:
-    """Ridge regression, with a penalty per target by leave-one-out error; it does not depend on the rotation of the tokens."""
+    """Ridge regression, with a penalty per target by leave-one-out error: (points [n, k], targets [n, S], points [m, k]) -> [m, S]."""
     from sklearn.linear_model import RidgeCV
 
     penalties = np.square(points).sum() / len(points) * np.logspace(-6, 4, 21)

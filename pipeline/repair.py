@@ -19,11 +19,12 @@ from wmcache.cache.writer import StoreWriter
 from wmcache.common.errors import UserError
 from wmcache.common.files import sha256_of
 from wmcache.common.locks import exclusive
-from wmcache.common.paths import AnyPath, as_path, exists
+from wmcache.common.paths import AnyPath, exists
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
 from wmcache.pipeline.extract import extract, read_for
 from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.stores import open_frames
 
 SAMPLED_FRAMES = 64
 
@@ -31,17 +32,13 @@ SAMPLED_FRAMES = 64
 def repair(
     path: AnyPath, *, dataset: AnyPath | None = None, weights: Path | None = None, device: str = "auto", batch: int = 32
 ) -> Verification:
-    """Repair a store, and finish an unfinished one.
+    """Repair a store, and finish an unfinished one; returns the faults before.
 
     A shard with the checksum that the store was declared complete with only gets its record again, from its tokens. Other faulty shards
     are encoded again.
 
     Args:
         dataset, weights: paths of the frames and the encoder's weights, if they have moved.
-        device, batch: of the encoder.
-
-    Returns:
-        The faults before the repair.
 
     Raises:
         UserError: the store does not describe itself any more, or its frames or its encoder are not available.
@@ -63,15 +60,15 @@ def _repair(
     card, identity = read_card(attributes), Identity.from_json(attributes["identity"], str(path))
     bad = sorted({fault.shard for fault in found.faults if fault.shard is not None})
     whole = _tokens_without_record(Records(path, card, identity), card, bad)
+    source = None
     if found.shards_done + len(whole) == found.shards and all(fault.shard is not None for fault in found.faults):
         writer = StoreWriter.resume(path, identity)
-        source = None
     else:
         # Before anything is dropped: without the frames and the encoder nothing could be encoded again.
-        source = open_source(card, identity, dataset=dataset, weights=weights, device=device)
-        if (source[0].card.frames, source[0].card.frames_per_shard) != (card.frames, card.frames_per_shard):
+        source = frames, _ = open_source(card, identity, dataset=dataset, weights=weights, device=device)
+        if (frames.card.frames, frames.card.frames_per_shard) != (card.frames, card.frames_per_shard):
             raise DamagedError(f"{path / 'zarr.json'} does not fit its frames; {AGAIN}")
-        writer = StoreWriter.create(path, card, identity, source[0].steps.columns())
+        writer = StoreWriter.create(path, card, identity, frames.steps.columns())
     writer.reopen([shard for shard in bad if shard not in whole])
     for shard, tokens in whole.items():
         with writer.claim(shard, wait=True):
@@ -85,8 +82,7 @@ def _repair(
 def _tokens_without_record(records: Records, card: StoreCard, bad: list[int]) -> dict[int, NDArray[np.float16]]:
     """Tokens of the shards that have the declared checksum, and lack only their records."""
     found: dict[int, NDArray[np.float16]] = {}
-    declared = declared_shards(records.path)
-    if declared is None:
+    if (declared := declared_shards(records.path)) is None:
         return found
     for shard in bad:
         file = shard_file(records.path, shard)
@@ -99,39 +95,21 @@ def _tokens_without_record(records: Records, card: StoreCard, bad: list[int]) ->
     return found
 
 
-def open_frames(card: StoreCard, dataset: AnyPath | None) -> FrameDataset:
-    """Open the frames of a store, at the path in its card or the given one; raises UserError if they are missing."""
-    try:
-        return FrameDataset.open(dataset or as_path(str(card.dataset.get("path")).replace("\0", "?")))
-    except UserError as error:
-        raise UserError(f"the store's frames are needed: {error}; or pass their path as --dataset") from error
-
-
 def open_source(
     card: StoreCard, identity: Identity, *, dataset: AnyPath | None, weights: Path | None, device: str
 ) -> tuple[FrameDataset, Encoder]:
-    """Open the frames and the encoder of a store.
-
-    Raises:
-        UserError: they are missing, or differ from the store's identity.
-    """
+    """Open the frames and the encoder of a store; raises UserError if they are missing, or differ from its identity."""
     frames = open_frames(card, dataset)
     encoder = encoders.create_again(card.encoder, weights=weights, device=device)
-    if different := identity.differences(encoder.identity(frames.card.fingerprint, identity.store_dtype)):
-        raise UserError(
-            f"the store was made with other frames or another encoder ({'; '.join(different)}); pass the right --dataset or --weights"
-        )
+    if different := "; ".join(identity.differences(encoder.identity(frames.card.fingerprint, identity.store_dtype))):
+        raise UserError(f"the store is of other frames or weights ({different}); pass the right --dataset or --weights")
     return frames, encoder
 
 
 def verify_deep(
     path: AnyPath, *, dataset: AnyPath | None = None, weights: Path | None = None, device: str = "auto"
 ) -> Verification:
-    """Verify a store, and encode a sample of its frames again to compare the tokens.
-
-    Raises:
-        UserError: as `verify`; or the frames or the encoder are not available.
-    """
+    """Verify a store, and encode a sample of its frames again to compare the tokens; arguments and errors as of `repair`."""
     found = verify(path)
     if not found.sound:
         return found
@@ -139,7 +117,7 @@ def verify_deep(
     frames, encoder = open_source(store.card, store.identity, dataset=dataset, weights=weights, device=device)
     chosen = np.unique(np.linspace(0, len(store) - 1, SAMPLED_FRAMES).astype(int))
     drift = encoder.drift(read_for(encoder, frames, chosen), store.gather(chosen))
-    faults = list(found.faults)
+    faults = []
     if not drift["cosine"] > COSINE_TOLERANCE:
         cosine = f"smallest cosine {drift['cosine']:.4f}"
         faults.append(Fault(str(path), f"encoding {len(chosen)} of its frames again gives other tokens ({cosine})"))
@@ -149,14 +127,7 @@ def verify_deep(
 def live_encoder(
     path: AnyPath, *, dataset: AnyPath | None = None, weights: Path | None = None, device: str = "auto"
 ) -> Callable[[int], Tensor]:
-    """Load the store's encoder and frames, as a trainer without a cache uses it.
-
-    Returns:
-        n -> tokens float16 [n, N, D] of n decoded frames, encoded at each call.
-
-    Raises:
-        UserError: the frames or the encoder are not available.
-    """
+    """Load the store's encoder and frames, as a trainer without a cache uses it: n -> tokens float16 [n, N, D] of n decoded frames."""
     store = TokenStore.open(path)
     source, encoder = open_source(store.card, store.identity, dataset=dataset, weights=weights, device=device)
     frames = source.read_shard(0)

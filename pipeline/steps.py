@@ -82,11 +82,7 @@ class Steps:
 
 
 def read_steps(path: AnyPath, frames: int | None = None) -> Steps:
-    """Read the step table of a dataset.
-
-    Raises:
-        UserError: it is missing or damaged, or does not have `frames` rows.
-    """
+    """Read the step table of a dataset; raises UserError if it is missing or damaged, or does not have `frames` rows."""
     file, hint = path / "steps.parquet", "restore it, or make the dataset under another --out"
     try:
         with open_to_read(file) as stream:

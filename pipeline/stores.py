@@ -1,13 +1,15 @@
-"""Stores of a pipeline: their paths and cards, how other processes open them, and how they are declared complete."""
+"""Encoders and stores as a user names them: their paths, how other processes open them, and how stores are declared complete."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_attributes, read_card
+from wmcache.cache.store import TokenStore
 from wmcache.cache.writer import StoreWriter
 from wmcache.common.errors import UserError, command
 from wmcache.common.folders import home
@@ -17,26 +19,80 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.frames import FrameDataset
 
 
+def default_weights(dataset: str, encoder: str) -> Path:
+    """`$WMCACHE_HOME/encoders/<dataset>-<encoder>.safetensors`."""
+    return home() / "encoders" / f"{dataset}-{encoder}.safetensors"
+
+
 def default_store(dataset: str, encoder: Encoder, dtype: str = "float16") -> Path:
-    """Return `$WMCACHE_HOME/stores/<dataset>/<encoder>-<image size>.zarr`, or `-<image size>-int8.zarr`."""
+    """`$WMCACHE_HOME/stores/<dataset>/<encoder>-<image size>.zarr`, or `-<image size>-int8.zarr`."""
     suffix = "" if dtype == "float16" else f"-{dtype}"
     return home() / "stores" / dataset / f"{encoder.spec.name}-{encoder.image_size}{suffix}.zarr"
+
+
+def create_encoders(
+    dataset: str,
+    *,
+    names: str,
+    weights: Sequence[str] = (),
+    device: str = "auto",
+    base_weights: Path | None = None,
+    **options: Any,
+) -> list[Encoder]:
+    """Create encoders, with weights fitted on the dataset where there are such.
+
+    Args:
+        names: of encoders, separated by commas.
+        weights: `PATH` for all encoders that are not fitted, `NAME=PATH` for one.
+        device, base_weights: as in `encoders.create`.
+        options: fields of `EncoderOptions`.
+
+    Raises:
+        UserError: a name or path does not fit; or as `encoders.create`.
+    """
+    wanted = [name.strip() for name in names.split(",")]
+    if len(set(wanted)) < len(wanted):
+        raise UserError(f"--encoder {names} has a name twice; name each once")
+    files = _weights_by_name(weights, wanted)
+    paths: dict[str, Path | None] = {}
+    for name in wanted:
+        own = encoders.get_entry(encoders.family_of(name))  # a fitted family's layers have its weights
+        fitted = default_weights(dataset, own.spec.name)
+        of_all = files.get("") if len(wanted) == 1 or own.fit is None else None
+        paths[name] = files.get(name) or of_all or (fitted if fitted.exists() else None)
+    if "" in files and files[""] not in paths.values():
+        raise UserError(f"--weights {files['']} fits none of {', '.join(wanted)}; write --weights NAME={files['']}")
+    adapters = [name for name in wanted if encoders.get_entry(name).load is None]
+    if base_weights is not None and not adapters:
+        raise UserError(f"--base-weights {base_weights}: {', '.join(wanted)} has no base encoder; leave it out")
+    return [
+        encoders.create(
+            name, weights=path, base_weights=base_weights if name in adapters else None, device=device, **options
+        )
+        for name, path in paths.items()
+    ]
+
+
+def _weights_by_name(given: Sequence[str], wanted: Sequence[str]) -> dict[str, Path]:
+    """`NAME=PATH` by name, and a path without a name under the empty one."""
+    files: dict[str, Path] = {}
+    for word in given:
+        name, equals, path = word.partition("=")
+        if not equals or name not in wanted:
+            name, path = "", word
+        if name in files:
+            raise UserError(f"--weights {word} is the second for {name or 'all encoders'}; write --weights NAME=PATH")
+        files[name] = Path(path)
+    return files
 
 
 def store_card(dataset: FrameDataset, encoder: Encoder, dtype: str) -> StoreCard:
     """Describe the store of an encoder's tokens."""
     card = dataset.card
+    copied = {name: getattr(card, name) for name in ("env", "maze", "image_size", "policy", "fps")}
     return StoreCard(
         encoder=encoder.recipe(),
-        dataset={
-            "name": card.name,
-            "path": absolute(dataset.path),
-            "env": card.env,
-            "maze": card.maze,
-            "image_size": card.image_size,
-            "policy": card.policy,
-            "fps": card.fps,
-        },
+        dataset={"name": card.name, "path": absolute(dataset.path), **copied},
         token_grid=encoder.token_grid,
         token_dim=encoder.token_dim,
         frames=card.frames,
@@ -51,16 +107,33 @@ def create_store(dataset: FrameDataset, encoder: Encoder, path: AnyPath, dtype: 
     return StoreWriter.create(path, store_card(dataset, encoder, dtype), identity, dataset.steps.columns())
 
 
+def open_frames(card: StoreCard, dataset: AnyPath | None) -> FrameDataset:
+    """Open the frames of a store, at the path in its card or the given one; raises UserError if they are missing."""
+    try:
+        return FrameDataset.open(dataset or as_path(str(card.dataset.get("path")).replace("\0", "?")))
+    except UserError as error:
+        raise UserError(f"the store's frames are needed: {error}; or pass their path as --dataset") from error
+
+
+def frames_of(store: TokenStore, dataset: AnyPath | None = None) -> FrameDataset:
+    """Open the frames of a store as `open_frames` does; raises UserError if they are other ones."""
+    frames = open_frames(store.card, dataset)
+    require_frames(store, frames)
+    return frames
+
+
+def require_frames(store: TokenStore, frames: FrameDataset) -> None:
+    """Raise a UserError unless a store was made of these frames."""
+    if frames.card.fingerprint != store.identity.dataset_fingerprint:
+        raise UserError(f"{frames.path} does not contain the frames of {store.path}; pass the right --dataset")
+
+
 @dataclass(frozen=True)
 class StoreRecipe:
-    """What another process needs to open a store and to create its encoder.
-
-    Attributes:
-        encoder: arguments of `encoders.create`.
-        path: absolute, since workers have other working directories.
-    """
+    """What another process needs to open a store and to create its encoder."""
 
     encoder: dict[str, Any]
+    """Arguments of `encoders.create`."""
     identity: Identity
     path: str
 
@@ -70,16 +143,12 @@ class StoreRecipe:
         return cls(encoder.recipe(), writer.identity, absolute(writer.path))
 
     def open(self, device: str) -> tuple[Encoder, StoreWriter]:
-        """Create the encoder, and open the store.
-
-        Raises:
-            UserError: the encoder differs here, such as in its weights, or one of them cannot be opened.
-        """
+        """Create the encoder, and open the store; raises UserError if the encoder differs here, such as in its weights."""
         encoder = encoders.create(**self.encoder, device=device)
         here = encoder.identity(self.identity.dataset_fingerprint, self.identity.store_dtype)
-        if different := self.identity.differences(here):
+        if different := "; ".join(self.identity.differences(here)):
             raise UserError(
-                f"{encoder.spec.name} differs on this worker ({'; '.join(different)}); install the same files and packages on all workers"
+                f"{encoder.spec.name} differs on this worker ({different}); install the same on all workers"
             )
         return encoder, StoreWriter.resume(as_path(self.path), self.identity)
 
@@ -100,18 +169,13 @@ def has_work(writer: StoreWriter) -> bool:
 
 
 def finalize(path: AnyPath) -> StoreCard:
-    """Declare a store complete that has all its shards.
-
-    Raises:
-        UserError: shards are missing, with the command that extracts them; or the store does not exist.
-    """
+    """Declare a store complete that has all its shards; raises UserError with the command that extracts missing ones."""
     identity = Identity.from_json(read_attributes(path)["identity"], str(path))
     writer = StoreWriter.resume(path, identity)
     if missing := writer.try_finish():
         first = ", ".join(map(str, missing[:5])) + ", …" * (len(missing) > 5)
-        raise UserError(
-            f"{path} lacks {len(missing)} of {writer.card.num_shards} shards ({first}); make them with: {_extract_command(writer)}"
-        )
+        lacking = f"{len(missing)} of {writer.card.num_shards} shards ({first})"
+        raise UserError(f"{path} lacks {lacking}; make them with: {_extract_command(writer)}")
     return writer.card
 
 

@@ -45,36 +45,21 @@ def decode_png(data: bytes, size: int, where: str) -> Frames:
 
 
 def decode_tar(data: bytes, keys: Sequence[str], size: int, tar: AnyPath) -> Frames:
-    """Decode all frames of a tar.
-
-    Args:
-        data: the tar.
-        keys: keys of the frames, in order.
-        size: side of the frames in pixels.
-        tar: path, for errors.
-
-    Returns:
-        uint8 [len(keys), size, size, 3].
-
-    Raises:
-        UserError: other members, another order, or anything but a PNG of that size.
-    """
-    members: list[tuple[str, bytes]] = []
+    """Decode all frames of a tar, uint8 [len(keys), size, size, 3]; raises UserError for other members or another order."""
+    pngs: list[bytes] = []
     for name, png in _members(tar, data, largest_png(size)):
-        if len(members) == len(keys) or name != f"{keys[len(members)]}.png":
-            raise UserError(f"{tar}: member {name[:80]!r} is not the expected frame {len(members)}; {AGAIN}")
-        members.append((name, png))
-    if len(members) != len(keys):
-        raise UserError(f"{tar} has {len(members)} frames instead of {len(keys)}; {AGAIN}")
+        if len(pngs) == len(keys) or name != f"{keys[len(pngs)]}.png":
+            raise UserError(f"{tar}: member {name[:80]!r} is not the expected frame {len(pngs)}; {AGAIN}")
+        pngs.append(png)
+    if len(pngs) != len(keys):
+        raise UserError(f"{tar} has {len(pngs)} frames instead of {len(keys)}; {AGAIN}")
     frames = np.empty((len(keys), size, size, 3), np.uint8)
 
     def decode(row: int) -> None:
-        name, png = members[row]
-        frames[row] = decode_png(png, size, f"{tar}: {name}")
+        frames[row] = decode_png(pngs[row], size, f"{tar}: {keys[row]}.png")
 
     with ThreadPoolExecutor(DECODERS) as pool:  # Pillow decodes without the interpreter's lock
-        for _ in pool.map(decode, range(len(members))):
-            pass
+        list(pool.map(decode, range(len(keys))))
     return frames
 
 

@@ -35,7 +35,6 @@ class Solver(Protocol):
         """Minimise the cost.
 
         Args:
-            cost: function to minimise.
             start: [E, T, A], the first guess; env units.
             generators: one per episode, on the CPU, so that a result does not depend on the other episodes of the batch.
 

@@ -29,14 +29,7 @@ BASELINES: dict[str, Actions] = {"random": random_actions, "zero": zero_actions}
 
 
 def run_baseline(name: str, maze: Maze, planned: Episodes, numbers: Sequence[int]) -> Episodes:
-    """Act in the starts, goals, budget and chunks of planned episodes, without rendering a frame.
-
-    Args:
-        name: in BASELINES.
-        maze: that the episodes take place in.
-        planned: E episodes.
-        numbers: of the episodes, [E].
-    """
+    """Act in the starts, goals, budget and chunks of planned episodes with these numbers, without rendering a frame."""
     simulator = PointMazeSimulator(maze)
     states = np.empty_like(planned.states)
     for i, number in enumerate(numbers):

@@ -41,10 +41,8 @@ class EvalContext:
     """A run loaded for planning.
 
     Attributes:
-        run, config, card, store, weights, untrained: what was loaded, and from where.
         model: on `device`, in evaluation mode; it computes in `dtype`.
-        encoder: of live frames. drift: see `live_drift`.
-        maze, image_size, frameskip: of the environment.
+        drift: see `live_drift`.
         blind: the model sees no proprio.
         context_frames: frames that an imagined step sees. observed: live frames that a plan starts from.
         solver: with the options of `search`.
@@ -63,10 +61,7 @@ class EvalContext:
         """Load a run, and check that live encoding reproduces its store.
 
         Args:
-            run: its folder.
-            options: of the evaluations.
-            weights: the encoder's weights, if they have moved.
-            cache: the store, if it has moved.
+            weights, cache: the encoder's weights and the store, if they have moved.
             untrained: use random weights in place of the run's, as a baseline.
 
         Raises:
@@ -80,16 +75,12 @@ class EvalContext:
         self.dtype = choose_dtype(options.dtype, self.device)
         self.model = load_model(run, self.device, untrained=untrained)
         if missing := self.model.stage_before_planning(self.model.stage_name):
-            raise UserError(
-                f"not ready for planning: {run}; train it further with the same options and --stage {missing}"
-            )
+            raise UserError(f"not ready for planning: {run}; train it with the same options and --stage {missing}")
         self.frameskip = int(self.config["frameskip"])
         self.encoder = self._load_encoder(identity, options.device)
         self.store = open_store(run, cache)
         if not self.card.dataset.get("maze"):
-            raise UserError(
-                f"no known maze to plan in: {run} was trained on imported frames; docs/import.md has a script for your own simulator"
-            )
+            raise UserError(f"imported frames have no maze to plan in: {run}; plan as in docs/import.md")
         self.maze = find_maze(options.env) if options.env else cached_maze(self.card)
         self.image_size = int(self.card.dataset["image_size"])
         self.drift = live_drift(self.store, self.encoder)
@@ -104,15 +95,12 @@ class EvalContext:
         self._changes = changes_for(self.card.token_grid, self.frameskip, options.device) if options.mask else None
 
     def _load_encoder(self, identity: Identity, device: str) -> Encoder:
-        """Create the encoder that the run's store was made with."""
         kept = self.card.encoder.get("weights")
         if self.weights is None and kept and not Path(kept).exists():
             raise UserError(f"the encoder's weights are missing: {kept}, of {self.run}; pass their path with --weights")
         encoder = encoders.create_again(self.card.encoder, weights=self.weights, device=device)
         if different := identity.differences(encoder.identity(identity.dataset_fingerprint, identity.store_dtype)):
-            raise UserError(
-                f"not the encoder that {self.run} was trained with: {'; '.join(different)}; pass the right --weights"
-            )
+            raise UserError(f"not the encoder of {self.run}: {'; '.join(different)}; pass the right --weights")
         if encoder.lag > self.frameskip:
             raise UserError(
                 f"the encoder's lag of {encoder.lag} env steps is more than the frameskip of {self.run}, {self.frameskip}; "
@@ -121,20 +109,15 @@ class EvalContext:
         return encoder
 
     def _count_frames(self, options: PlanOptions) -> tuple[int, int]:
-        """Return how many frames an imagined step sees, and how many live frames a plan starts from."""
         if options.proprio == "none" and not self.blind:
             raise UserError(f"{self.run} was trained with proprio; train without: wmtrain --proprio none --out RUN")
         if options.alpha and self.blind:
-            raise UserError(
-                f"--alpha {options.alpha} weights proprio, but {self.run} was trained without; leave it at 0"
-            )
+            raise UserError(f"--alpha {options.alpha} weights proprio, which {self.run} has not; leave it at 0")
         history = self.model.shape.history
         usual = history if self.blind else 1  # a single frame shows no velocity
         context = min(options.context or usual, history)
         if (options.observed or 0) > context:
-            raise UserError(
-                f"--observed {options.observed} is more than the {context} frames that a step sees; raise --context"
-            )
+            raise UserError(f"--observed {options.observed} is more than the {context} frames of --context; raise it")
         return context, min(options.observed or usual, context)
 
     def make_mpc(self, options: PlanOptions, goal: Tensor, goal_proprio: NDArray[np.float32]) -> Mpc:
@@ -162,7 +145,7 @@ class EvalContext:
         return differs | ~differs.any(1, keepdim=True)
 
     def goal_steps(self, options: PlanOptions) -> int:
-        """Return the env steps from start to goal, for the sources of goals that are defined by them."""
+        """Return the env steps from start to goal, for sources of goals that need them."""
         return options.goal_steps or options.horizon * self.frameskip
 
     def resolved(self, options: PlanOptions) -> dict[str, Any]:
@@ -194,7 +177,7 @@ class EvalContext:
 
 
 def cached_maze(card: StoreCard) -> Maze:
-    """Return the maze that a store's frames show."""
+    """Return the maze of a store's frames."""
     return Maze(Path(card.dataset["env"]).stem, tuple(card.dataset["maze"]))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,12 +60,8 @@ def load_episodes(file: Path) -> Episodes:
 
 def join(parts: list[Episodes]) -> Episodes:
     """Join several batches of episodes."""
-    return Episodes(
-        start=np.concatenate([part.start for part in parts]),
-        goal=np.concatenate([part.goal for part in parts]),
-        states=np.concatenate([part.states for part in parts]),
-        chunk=parts[0].chunk,
-        encoder_frames=sum(part.encoder_frames for part in parts),
-        replans=sum(part.replans for part in parts),
-        seconds=sum(part.seconds for part in parts),
+    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Episodes)}
+    arrays: dict[str, Any] = {name: np.concatenate(columns[name]) for name in ("start", "goal", "states")}
+    return replace(
+        parts[0], **arrays, **{name: sum(columns[name]) for name in ("encoder_frames", "replans", "seconds")}
     )

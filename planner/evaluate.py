@@ -22,6 +22,7 @@ from wmcache.planner.goals import SOURCES, Separation, start_and_goal
 from wmcache.planner.judge import count_at_goal, judge, reported_thresholds, shortest_path_lengths
 from wmcache.planner.options import PlanOptions, Precision
 from wmcache.planner.policy import MpcPolicy, Observation
+from wmcache.planner.results import absolute_file
 
 
 def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[int]) -> Episodes:
@@ -29,8 +30,7 @@ def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[i
 
     The policy receives frames and proprio, never a state, a distance or a success; with `alpha` above 0 also the goal's proprio.
     """
-    numbers = list(numbers)
-    frameskip = context.frameskip
+    numbers, frameskip = list(numbers), context.frameskip
     start, goal = _start_and_goal(context, options, numbers)
     env = PointMazeVectorEnv(len(numbers), context.maze, context.image_size)
     policy = MpcPolicy(context, options)
@@ -39,10 +39,10 @@ def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[i
     start_seen, _ = env.reset(options={"state": start, "goal": goal})
     policy.observe(Observation(**start_seen))
     states: list[NDArray[np.float64]] = []
-    done = 0
+    done, chunk = 0, options.execute * frameskip
     while done < options.budget:
         actions = policy.act()
-        replans_again = done + options.execute * frameskip < options.budget
+        replans_again = done + chunk < options.budget
         for step, action in enumerate(actions.unbind(1)):
             raw = action.reshape(len(numbers), frameskip, -1).cpu().numpy()[:, : options.budget - done]
             moved, earlier = _advance(env, raw, context.encoder.lag)
@@ -55,10 +55,8 @@ def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[i
                 policy.observe(Observation(**env.observe(), earlier=earlier))
         report(len(numbers))
     env.close()
-    chunk = options.execute * frameskip
-    return Episodes(
-        start, goal, np.concatenate(states, 1), chunk, policy.encoder_frames, policy.replans, policy.seconds
-    )
+    counts = (policy.encoder_frames, policy.replans, policy.seconds)
+    return Episodes(start, goal, np.concatenate(states, 1), chunk, *counts)
 
 
 def _advance(
@@ -86,12 +84,9 @@ def _start_and_goal(
 
 @dataclass(frozen=True)
 class PlanBatch(WorkerTask[int, EvalContext]):
-    """Plans a batch of episodes on any worker, and saves it in a file.
+    """Plans a batch of episodes on any worker, and saves it in a file of the folder; paths are absolute.
 
-    Attributes:
-        run_path, options, weights, cache, untrained: arguments of `EvalContext`; paths are absolute.
-        fingerprint: of the evaluation, since files may change under the same path.
-        folder: of the files.
+    The fingerprint is that of the evaluation, since files may change under the same path.
     """
 
     run_path: Path
@@ -105,14 +100,11 @@ class PlanBatch(WorkerTask[int, EvalContext]):
     @classmethod
     def of(cls, context: EvalContext, options: PlanOptions, folder: Path) -> PlanBatch:
         """Describe a loaded run by absolute paths, in the precision that was chosen here."""
-        known = replace(options, dtype=cast(Precision, str(context.dtype).removeprefix("torch.")))
-        if options.goals not in SOURCES:
-            known = replace(known, goals=str(Path(options.goals).absolute()))
-        if options.env and Path(options.env).exists():
-            known = replace(known, env=str(Path(options.env).absolute()))
+        dtype = cast(Precision, str(context.dtype).removeprefix("torch."))
+        goals = options.goals if options.goals in SOURCES else absolute_file(options.goals)
         return cls(
             run_path=context.run.absolute(),
-            options=known,
+            options=replace(options, dtype=dtype, goals=goals, env=options.env and absolute_file(options.env)),
             weights=context.weights and context.weights.absolute(),
             cache=absolute(context.store.path),
             untrained=context.untrained,
@@ -144,16 +136,11 @@ def _batch_file(folder: Path, first: int) -> Path:
 def evaluate(
     context: EvalContext, options: PlanOptions, out: Path, cluster: str = "local:1"
 ) -> tuple[Episodes, dict[str, Any]]:
-    """Plan all episodes in batches, then judge them.
+    """Plan all episodes in batches, then judge them; returns the episodes and the content of `results.json`.
 
     Args:
-        context: a loaded run.
-        options: of the evaluation.
         out: folder that keeps finished batches, so that a stopped evaluation resumes.
         cluster: that plans the batches, see `parse_cluster`.
-
-    Returns:
-        The episodes, and the content of `results.json`.
     """
     numbers = range(options.seed, options.seed + options.episodes)
     _start_and_goal(context, options, numbers)  # unusable goals are reported before any work
@@ -177,7 +164,7 @@ def evaluate(
 
 
 def summarise(context: EvalContext, options: PlanOptions, episodes: Episodes) -> dict[str, Any]:
-    """Judge all episodes of an evaluation, and the baselines on the same starts and goals; returns the content of `results.json`."""
+    """Judge episodes, and the baselines on the same starts and goals; returns the content of `results.json`."""
     thresholds = reported_thresholds(options.threshold)
     shortest = shortest_path_lengths(episodes, context.maze)
     numbers = range(options.seed, options.seed + options.episodes)

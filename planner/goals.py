@@ -30,11 +30,8 @@ class Separation:
 
     An episode that begins at its goal, or arrives with its first model step, does not measure a planner. So the straight distance, which
     the judge compares with thresholds, is at least `threshold`, and the shortest path through the maze at least `threshold` + `step`.
-    The path counts rather than the straight line because the ball cannot cross walls.
-
-    Attributes:
-        threshold: the largest one that is reported.
-        step: the largest distance that the ball can cover in one model step, see `envs.longest_move`.
+    The path counts rather than the straight line because the ball cannot cross walls. `threshold` is the largest one that is reported,
+    `step` the largest distance that the ball can cover in one model step, see `envs.longest_move`.
     """
 
     threshold: float = 0.0
@@ -68,8 +65,6 @@ def start_and_goal(
         source: `random-state`: random positions and velocities. `dataset`: frames of a held-out episode, `steps` env steps apart.
             `random-action`: a random state, and where Gaussian actions lead from it in `steps` env steps. Else a Parquet file with
             columns `start` and `goal`, states (x, y, vx, vy); episode n takes row n. An evaluation's episodes.parquet is such a file.
-        numbers: of the episodes.
-        maze: that they take place in.
         store: for `dataset`.
         steps: env steps from start to goal, for `dataset` and `random-action`.
         split_seed: of the run's split into train and val episodes.
@@ -94,8 +89,7 @@ def start_and_goal(
 
 
 def _draw_frames(store: TokenStore, steps: int, split_seed: int) -> Draw:
-    held_out = split_episodes(store.episodes, "val", split_seed)
-    candidates, _ = window_starts(store.episode, held_out, steps + 1)
+    candidates, _ = window_starts(store.episode, split_episodes(store.episodes, "val", split_seed), steps + 1)
     if not len(candidates):
         raise UserError(f"no held-out episode of {store.path} has {steps + 1} frames; lower --goal-steps")
 
@@ -135,7 +129,6 @@ def _draw_pair(draw: Draw, source: str, number: int, maze: Maze, separation: Sep
 
 
 def _read_states(file: Path, numbers: Sequence[int], maze: Maze) -> tuple[States, States]:
-    """Read rows of a Parquet file; see `start_and_goal`."""
     try:
         table = pq.read_table(file, columns=["start", "goal"])
         both = [np.array(table[name].to_pylist(), dtype=np.float64) for name in ("start", "goal")]
@@ -143,14 +136,12 @@ def _read_states(file: Path, numbers: Sequence[int], maze: Maze) -> tuple[States
         raise UserError(
             f"--goals {file} is neither {', '.join(SOURCES)} nor a Parquet file with columns start and goal: {reason(error)}"
         ) from error
-    for states in both:
-        if states.shape != (len(table), 4) or not (np.abs(states) < 1e6).all():
-            raise UserError(f"--goals {file}: each start and goal must be 4 finite numbers, x, y, vx, vy")
+    if any(states.shape != (len(table), 4) or not (np.abs(states) < 1e6).all() for states in both):
+        raise UserError(f"--goals {file}: each start and goal must be 4 finite numbers, x, y, vx, vy")
     if max(numbers) >= len(table):
         raise UserError(f"--goals {file} has {len(table)} rows, none for episode {max(numbers)}; lower --episodes")
     start, goal = (states[list(numbers)] for states in both)
-    for states in (start, goal):
-        if (walled := ~maze.is_clear(states[:, :2], 0.0)).any():
-            row = numbers[int(walled.argmax())]
-            raise UserError(f"--goals {file}: row {row} is in a wall of maze {maze.name}; choose the right --env")
+    if (walled := ~(maze.is_clear(start[:, :2], 0.0) & maze.is_clear(goal[:, :2], 0.0))).any():
+        row = numbers[int(walled.argmax())]
+        raise UserError(f"--goals {file}: row {row} is in a wall of maze {maze.name}; choose the right --env")
     return start, goal

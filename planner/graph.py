@@ -48,8 +48,8 @@ class LatentGraph:
     reach: float
 
     @classmethod
-    def from_store(cls, store: TokenStore, frameskip: int, device: torch.device, seed: int = 0) -> LatentGraph:
-        """Build the graph of a store, from at most FRAMES of its model steps, drawn by `seed`.
+    def from_store(cls, store: TokenStore, frameskip: int, device: torch.device) -> LatentGraph:
+        """Build the graph of a store, from at most FRAMES of its model steps; the same for the same store.
 
         Raises:
             UserError: the store has no two frames a model step apart.
@@ -58,13 +58,11 @@ class LatentGraph:
         pairs = np.flatnonzero(store.episode[:last] == store.episode[frameskip:]) if last > 0 else np.empty(0, int)
         if not len(pairs):
             raise UserError(f"no two frames are {frameskip} env steps apart: {store.path}; choose --distance latent")
-        rng = np.random.default_rng(seed)
-        chosen = np.sort(rng.choice(pairs, min(len(pairs), FRAMES), replace=False))
+        chosen = np.sort(np.random.default_rng(0).choice(pairs, min(len(pairs), FRAMES), replace=False))
         frames = np.unique(np.concatenate([chosen, chosen + frameskip]))
         size = int(np.prod(store.card.frame_shape))
-        project = None
-        if size > SKETCH:
-            project = torch.randn(size, SKETCH, generator=torch.Generator().manual_seed(seed)) / SKETCH**0.5
+        random = torch.Generator().manual_seed(0)
+        project = torch.randn(size, SKETCH, generator=random) / SKETCH**0.5 if size > SKETCH else None
         parts = np.array_split(frames, max(1, len(frames) * size // 2**26))
         flat = (torch.from_numpy(store.gather(part)).flatten(1).float() for part in parts)
         points = torch.cat([part if project is None else part @ project for part in flat]).to(device)
@@ -93,12 +91,9 @@ class LatentGraph:
         return torch.from_numpy(np.where(np.isfinite(found), found, 2 * (finite + self.reach))).float().to(goal.device)
 
     def distance(self, latents: Tensor, goal: Tensor, to_goal: Tensor) -> Tensor:
-        """Compute path lengths [e, S, T] from imagined frames to goals, through a node within reach.
+        """Compute path lengths [e, S, T] from imagined frames [e, S, T, N, D] to goals [e, N, D], through a node within reach.
 
-        Args:
-            latents: [e, S, T, N, D].
-            goal: [e, N, D].
-            to_goal: [e, K], result of `to_goal`.
+        `to_goal` is the result [e, K] of the method of that name.
         """
         points = self.sketch(latents)
         flat = points.flatten(1, 2)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
@@ -28,7 +29,7 @@ from wmcache.common.progress import seconds_between_updates
 from wmcache.common.video import ffmpeg, write_mp4
 from wmcache.envs import FPS
 from wmcache.planner.options import ImagineOptions
-from wmcache.trainer.decoder import load_decoder, read_decoder_config, read_decoder_identity
+from wmcache.trainer.decoder import load_decoder, read_decoder_config
 from wmcache.trainer.decoders import Decoder
 from wmcache.trainer.metrics import MOVING, ImageMetrics, Images, summarise, to_pixels, to_unit
 from wmcache.trainer.models import WorldModel
@@ -57,40 +58,23 @@ GAP = 8
 
 Compared = dict[str, dict[str, NDArray[np.float64]]]
 """Name in PICTURES -> metric -> [B, steps]."""
+Rollouts = dict[str, Images]
+"""Frames of some windows, the observed one first, uint8 [B, 1 + steps, S, S, 3] each.
 
-
-@dataclass(frozen=True)
-class Rollouts:
-    """Frames of some windows, the observed one first, uint8 [B, 1 + steps, S, S, 3] each.
-
-    Attributes:
-        real: from the camera.
-        reconstructed: decoded from their cached tokens: the best of this decoder.
-        imagined: decoded from what the world model imagines; the first is a reconstruction.
-    """
-
-    real: Images
-    reconstructed: Images
-    imagined: Images
+`real`: from the camera; `reconstructed`: decoded from their cached tokens, the best of this decoder; `imagined`: decoded from what the
+world model imagines, the first a reconstruction.
+"""
 
 
 def imagine(
-    run: Path,
-    decoder: Path,
-    source: Frames,
-    out: Path,
-    options: ImagineOptions,
-    *,
-    cache: AnyPath | None = None,
+    run: Path, decoder: Path, source: Frames, out: Path, options: ImagineOptions, *, cache: AnyPath | None = None
 ) -> dict[str, Any]:
     """Compare imagined frames with real ones, and write `metrics.json`, `errors.png`, `rollout-*.mp4` and `rollouts.png`.
 
     Args:
-        run: the world model's folder.
-        decoder: folder of a decoder of the same store.
+        run, decoder: folders of a world model, and of a decoder of the same store.
         source: the frames that the store's tokens were made of.
         out: folder to write.
-        options: of the rollouts.
         cache: the store, if it has moved.
 
     Returns:
@@ -115,9 +99,10 @@ def imagine(
     with tqdm(total=len(chosen), desc="imagine", unit=" windows", mininterval=seconds_between_updates()) as bar:
         for batch in np.array_split(chosen, math.ceil(len(chosen) / BATCH)):
             real = images[np.searchsorted(frames, windows.frames(batch))]
-            rollouts, drawn = _roll_out(model, draw, windows, batch, real, options.context, dtype)
+            data = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(batch).items()}
+            rollouts, drawn = _roll_out(model, draw, data, real, options.context, dtype)
             compared.append({name: _compare(metrics, part, real, draw.images_mean) for name, part in drawn.items()})
-            if sum(len(part.real) for part in shown) < max(PICTURED, SIDE_BY_SIDE * options.videos):
+            if sum(len(part["real"]) for part in shown) < max(PICTURED, SIDE_BY_SIDE * options.videos):
                 shown.append(rollouts)
             bar.update(len(batch))
     result: dict[str, Any] = {
@@ -137,12 +122,13 @@ def imagine(
 def _check(run: Path, decoder: Path, cache: AnyPath | None) -> tuple[dict[str, Any], TokenStore]:
     """Check that run, decoder and store belong together; returns the run's config and the store."""
     config, identity = read_config(run), read_identity(run)[1]
-    if different := identity.differences(read_decoder_identity(decoder)):
+    other = read_decoder_config(decoder)["split_seed"]
+    if different := identity.differences(read_identity(decoder)[1]):
         raise UserError(
             f"{decoder} was trained on another store than {run}: {'; '.join(different)}; "
             "pass another --decoder, or train one: wmtrain decoder --cache STORE --out DECODER"
         )
-    split, other = config.get("split_seed", 42), read_decoder_config(decoder)["split_seed"]
+    split = config.get("split_seed", 42)
     if split != other:
         raise UserError(
             f"{decoder} holds out other episodes than {run}: --split-seed {other} != {split}; "
@@ -163,13 +149,7 @@ def _windows(store: TokenStore, steps: int, frameskip: int, split_seed: int) -> 
 
 @torch.inference_mode()
 def _roll_out(
-    model: WorldModel,
-    draw: Decoder,
-    windows: Windows,
-    batch: NDArray[np.int64],
-    real: Images,
-    context: int | None,
-    dtype: torch.dtype,
+    model: WorldModel, draw: Decoder, data: dict[str, Tensor], real: Images, context: int | None, dtype: torch.dtype
 ) -> tuple[Rollouts, dict[str, Tensor]]:
     """Imagine and decode a batch of windows with real frames [B, 1 + steps, S, S, 3].
 
@@ -177,17 +157,16 @@ def _roll_out(
         Frames to show; and by the names of PICTURES, images to compare with the real frames after the first, [B, steps, 3, S, S] in
         [-1, 1].
     """
-    device = draw.tokens_mean.device
-    data = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(batch).items()}
-    tokens = data["tokens"].float()
-    with autocast(device, dtype):
-        latents, _ = model.rollout(tokens[:, :1], data["proprio"][:, :1], data["action"][:, : windows.predict], context)
+    tokens, steps = data["tokens"].float(), real.shape[1] - 1
+    with autocast(tokens.device, dtype):
+        latents, _ = model.rollout(tokens[:, :1], data["proprio"][:, :1], data["action"][:, :steps], context)
     reconstructed, imagined = _decode(draw, tokens), _decode(draw, latents)
     seen = torch.cat([reconstructed[:, :1], imagined], 1)
-    copying = to_unit(real[:, 0]).to(device)[:, None].expand_as(imagined)
-    pictures = (to_pixels(part.flatten(0, 1)).reshape(real.shape) for part in (reconstructed, seen))
+    copying = to_unit(real[:, 0]).to(tokens.device)[:, None].expand_as(imagined)
     drawn = (imagined, reconstructed[:, 1:], copying, draw.images_mean.expand_as(imagined))
-    return Rollouts(real, *pictures), dict(zip(PICTURES, drawn, strict=True))
+    decoded = {"reconstructed": reconstructed, "imagined": seen}
+    pictures = {name: to_pixels(part.flatten(0, 1)).reshape(real.shape) for name, part in decoded.items()}
+    return {"real": real, **pictures}, dict(zip(PICTURES, drawn, strict=True))
 
 
 def _decode(draw: Decoder, latents: Tensor) -> Tensor:
@@ -213,10 +192,9 @@ def _write(out: Path, parts: list[Rollouts], frameskip: int, videos: int, result
     make_folder(out)
     for old in (*out.glob("rollout-*.mp4"), out / "metrics.json"):
         old.unlink(missing_ok=True)
-    names, most = ("real", "reconstructed", "imagined"), SIDE_BY_SIDE * videos
-    rollouts = Rollouts(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
-    for number, first in enumerate(range(0, min(most, len(rollouts.real)), SIDE_BY_SIDE)):
-        real, imagined = (part[:most][first : first + SIDE_BY_SIDE] for part in (rollouts.real, rollouts.imagined))
+    rollouts = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for number, first in enumerate(range(0, min(SIDE_BY_SIDE * videos, len(rollouts["real"])), SIDE_BY_SIDE)):
+        real, imagined = (rollouts[name][first : first + SIDE_BY_SIDE] for name in ("real", "imagined"))
         write_video(out / f"rollout-{number:03d}.mp4", real, imagined, FPS / frameskip)
     for name, picture in (("rollouts", draw_rollouts(rollouts)), ("errors", draw_errors(result["steps"]))):
         with atomic_write(out / f"{name}.png") as file:
@@ -227,20 +205,10 @@ def _write(out: Path, parts: list[Rollouts], frameskip: int, videos: int, result
 def write_video(path: Path, real: Images, imagined: Images, fps: float) -> None:
     """Write windows side by side, real frames above imagined ones, uint8 [B, T, S, S, 3] each; atomically."""
     scale = max(1, PANEL // real.shape[2])
-    frames = [
-        np.concatenate(
-            [np.concatenate([_panel(frame, scale) for frame in part[:, step]], 1) for part in (real, imagined)]
-        )
-        for step in range(real.shape[1])
-    ]
-    write_mp4(path, frames, fps)
-
-
-def _panel(frame: Images, scale: int) -> Images:
-    """Enlarge a frame and add a white border that makes its sides even."""
-    large = frame.repeat(scale, 0).repeat(scale, 1)
-    odd = large.shape[0] % 2
-    return np.pad(large, ((GAP // 2, GAP // 2 + odd),) * 2 + ((0, 0),), constant_values=255)
+    large = np.stack([real, imagined]).repeat(scale, 4).repeat(scale, 3)
+    border = (GAP // 2, GAP // 2 + large.shape[3] % 2)  # white; the sides of a video must be even
+    framed = np.pad(large, ((0, 0), (0, 0), (0, 0), border, border, (0, 0)), constant_values=255)
+    write_mp4(path, list(rearrange(framed, "rows b t h w c -> t (rows h) (b w) c")), fps)
 
 
 def draw_errors(steps: Sequence[Mapping[str, Any]]) -> bytes:
@@ -267,14 +235,14 @@ def draw_errors(steps: Sequence[Mapping[str, Any]]) -> bytes:
 
 def draw_rollouts(rollouts: Rollouts) -> bytes:
     """Draw the first windows: real, reconstructed and imagined frames as rows, model steps as columns; returns a PNG."""
-    count, length = min(PICTURED, len(rollouts.real)), rollouts.real.shape[1]
+    count, length = min(PICTURED, len(rollouts["real"])), rollouts["real"].shape[1]
     steps = np.unique(np.linspace(0, length - 1, min(length, COLUMNS + 1)).astype(int))
     figure = Figure(figsize=(1.15 * len(steps) + 0.4, 1.15 * 3 * count + 0.3), layout="constrained", dpi=110)
     rows = figure.subplots(3 * count, len(steps), squeeze=False)
     for window in range(count):
-        for kind, name in enumerate(("real", "reconstructed", "imagined")):
+        for kind, (name, frames) in enumerate(rollouts.items()):
             for axes, step in zip(rows[3 * window + kind], steps, strict=True):
-                axes.imshow(getattr(rollouts, name)[window, step])
+                axes.imshow(frames[window, step])
                 axes.set(xticks=[], yticks=[])
                 if step == 0:
                     axes.set_ylabel(name, fontsize=8)

@@ -22,12 +22,9 @@ def reported_thresholds(threshold: float) -> list[float]:
 def judge(
     episodes: Episodes, threshold: float, maze: Maze, shortest: NDArray[np.float64] | None = None
 ) -> dict[str, Any]:
-    """Judge episodes by one threshold, a distance to the goal.
+    """Judge episodes by one threshold, a distance in (x, y) to the goal.
 
     Args:
-        episodes: at least one.
-        threshold: distance in (x, y).
-        maze: that they took place in.
         shortest: result of `shortest_path_lengths`; computed when it is None.
 
     Returns:

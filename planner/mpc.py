@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,14 +24,10 @@ class Mpc:
     """Plans for E episodes at once from latents and proprio; it receives no state and no success.
 
     Attributes:
-        model: imagines.
-        solver: searches.
-        objective: scores imagined futures.
         horizon: model steps of a plan.
         context: frames that an imagined step sees. With velocity in proprio a single frame is the whole state, and a longer context costs
             more and accumulates the model's own errors.
         frameskip: env steps of a model step.
-        device, dtype: of the model.
     """
 
     model: WorldModel
@@ -56,7 +53,6 @@ class Mpc:
             tokens: [E, n, N, D] of the newest n frames, a model step apart.
             proprio: [E, n, P] of those frames.
             previous: [E, T, f * A], a first guess (see `shift`); None: zeros.
-            generators: one per episode.
             past: [E, n - 1, f * A], the actions between those frames; needed where n > 1.
 
         Returns:
@@ -87,19 +83,14 @@ class Mpc:
             room = max(1, TOKENS_IN_FLIGHT // frame_tokens)
             episodes_at_once, samples_at_once = max(1, room // samples), min(samples, room)
             rows = []
+            several = episodes_at_once < episodes or samples_at_once < samples
+            # Activations of all chunks together have no bound, so backward computes them again.
+            again = several and actions.requires_grad and torch.is_grad_enabled()
+            scored = functools.partial(checkpoint, score, use_reentrant=False) if again else score
             for first in range(0, episodes, episodes_at_once):
                 part = slice(first, first + episodes_at_once)
                 chunks = torch.split(futures[part], samples_at_once, 1)
-                if (
-                    (len(chunks) > 1 or episodes_at_once < episodes)
-                    and actions.requires_grad
-                    and torch.is_grad_enabled()
-                ):
-                    # Activations of all chunks together have no bound, so backward computes them again.
-                    scores = [checkpoint(score, chunk, part, use_reentrant=False) for chunk in chunks]
-                else:
-                    scores = [score(chunk, part) for chunk in chunks]
-                rows.append(torch.cat(scores, 1))
+                rows.append(torch.cat([scored(chunk, part) for chunk in chunks], 1))
             return torch.cat(rows)
 
         return cost

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
 from wmcache.planner.graph import LatentGraph
 
 MODES = ("last", "all")
-DISTANCES = ("latent", "graph")
-
-
-class Objective(Protocol):
-    """Scores imagined futures."""
-
-    def __call__(self, latents: Tensor, proprio: Tensor, episodes: slice) -> Tensor:
-        """Compute costs [e, S].
-
-        Args:
-            latents: [e, S, T, N, D], S imagined futures of T frames for each of e episodes.
-            proprio: [e, S, T, Q], the proprio embeddings of those frames.
-            episodes: which of all planned episodes these are.
-        """
-        ...
+Objective = Callable[[Tensor, Tensor, slice], Tensor]
+"""Scores imagined futures: latents [e, S, T, N, D] and proprio embeddings [e, S, T, Q] of these episodes of all -> costs [e, S]."""
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,7 @@ class Observation:
 
 
 class MpcPolicy:
-    """Plans by MPC and executes the first model steps of each plan.
-
-    Attributes:
-        seconds: spent on encoding and planning.
-        encoder_frames, replans: counts over all episodes.
-    """
+    """Plans by MPC and executes the first model steps of each plan; counts as `Episodes` does."""
 
     def __init__(self, context: EvalContext, options: PlanOptions) -> None:
         """Call `reset` before the first plan."""
@@ -81,7 +76,6 @@ class MpcPolicy:
         return actions
 
     def _encode(self, observation: Observation) -> Tensor:
-        """Return tokens [E, N, D]."""
         image, earlier = observation.image, observation.earlier
         self.encoder_frames += len(image)
         return self.context.encoder(image if earlier is None else np.stack([earlier, image], 1))

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import platform
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,6 +39,7 @@ from wmcache.planner.goals import SOURCES
 from wmcache.planner.graph import LatentGraph
 from wmcache.planner.judge import THRESHOLDS, env_steps, shortest_path_lengths, wilson
 from wmcache.planner.localization import draw_localization
+from wmcache.planner.page import write_page
 from wmcache.trainer.models import Localizes
 
 VIDEOS = 4
@@ -68,14 +62,7 @@ RC: dict[Any, Any] = {
 def write_report(
     out: Path, run: Path, context: EvalContext, episodes: Episodes, results: dict[str, Any], command: str
 ) -> dict[str, Any]:
-    """Write all files of a plan.
-
-    Args:
-        out: the plan's folder.
-        run: the run's folder, with its training curves.
-        context: that `evaluate` used.
-        episodes, results: that it returned.
-        command: the user's command line.
+    """Write all files of a plan: of what `evaluate` used and returned, and the run's training curves.
 
     Returns:
         The content of results.json: `results`, and when and where they were made.
@@ -95,25 +82,23 @@ def write_report(
         with atomic_write(out / "figures" / f"{name}.png") as file:
             file.write(picture)
     videos = write_videos(out / "videos", episodes, context)
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        files("wmcache.planner").joinpath("report.html.jinja").read_text()
-    )
-    html = page.render(
+    write_page(
+        out / "report.html",
+        "wmcache.planner",
+        "report.html.jinja",
         results=results,
         options=options,
         table=[dict(zip(actors, judged, strict=True)) for judged in zip(*actors.values(), strict=True)],
         actors=actors,
         pairs=("strict" if options["strict"] else "any") if options["goals"] in SOURCES else "file",
-        pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
-        videos=[(caption, base64.b64encode(path.read_bytes()).decode()) for caption, path in videos],
+        pictures=pictures,
+        videos=[(caption, path.read_bytes()) for caption, path in videos],
         encoder=context.encoder.spec.name,
         blind=context.blind,
         run=run.name,
         command=command,
         identity=json.dumps(context.store.identity.to_json(), indent=2),
     )
-    with atomic_write(out / "report.html") as file:
-        file.write(html.encode())
     write_json(out / "results.json", results)  # last, so that its presence means that the rest is complete
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
@@ -122,10 +107,9 @@ def write_report(
 
 def describe_making(device: torch.device) -> dict[str, str]:
     """Describe when and where results are made: `date` (UTC), `wmcache` (its version), `machine`."""
-    try:
+    names = []
+    with suppress(OSError):
         names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = []
     parts = [f"{names[0] if names else platform.processor() or platform.machine()}, {available_cpus()} CPUs"]
     if device.type == "cuda":
         parts.append(torch.cuda.get_device_name(device))
@@ -136,8 +120,8 @@ def describe_making(device: torch.device) -> dict[str, str]:
 
 def write_episodes(path: Path, episodes: Episodes) -> None:
     """Write a row per episode: start, goal, the states after each env step, and env steps to each threshold (-1: never)."""
-    count = len(episodes.start)
-    columns: dict[str, Any] = {"episode": np.arange(count), "start": list(episodes.start), "goal": list(episodes.goal)}
+    columns: dict[str, Any] = {"episode": np.arange(len(episodes.start))}
+    columns |= {"start": list(episodes.start), "goal": list(episodes.goal)}
     for threshold in THRESHOLDS:
         reached = (episodes.distances() < threshold).any(1)
         columns[f"env_steps_{threshold}"] = np.where(reached, env_steps(episodes, threshold), -1)
@@ -146,21 +130,22 @@ def write_episodes(path: Path, episodes: Episodes) -> None:
         pq.write_table(pa.table(columns), file)
 
 
+@matplotlib.rc_context(RC)
 def draw_success(episodes: Episodes) -> bytes:
     """Draw the share of episodes that have reached the goal by env steps, with Wilson's 95 % band, for each threshold."""
     count, budget = episodes.states.shape[:2]
-    with _figure(4.6, 3.2) as (figure, axes):
-        # A little beyond the budget, so that arrivals at its end are visible.
-        ends = np.concatenate([[0], episodes.chunk_ends(), [1.03 * budget]])
-        for threshold, colour in zip(THRESHOLDS, COLOURS, strict=False):
-            reached = np.maximum.accumulate(episodes.distances() < threshold, axis=1).sum(0)
-            counts = np.concatenate([[0], reached, reached[-1:]]).astype(int)
-            low, high = zip(*(wilson(int(k), count) for k in counts), strict=True)
-            axes.step(ends, counts / count, where="post", color=colour, label=f"within {threshold}")
-            axes.fill_between(ends, low, high, step="post", color=colour, alpha=0.15, linewidth=0)
-        axes.set(xlabel="env steps", ylabel="episodes that reached the goal", ylim=(0, 1.02), xlim=(0, ends[-1]))
-        axes.legend(loc="lower right")
-        return png_bytes(figure)
+    figure, axes = _figure(4.6, 3.2)
+    # A little beyond the budget, so that arrivals at its end are visible.
+    ends = np.concatenate([[0], episodes.chunk_ends(), [1.03 * budget]])
+    for threshold, colour in zip(THRESHOLDS, COLOURS, strict=False):
+        reached = np.maximum.accumulate(episodes.distances() < threshold, axis=1).sum(0)
+        counts = np.concatenate([[0], reached, reached[-1:]]).astype(int)
+        low, high = zip(*(wilson(int(k), count) for k in counts), strict=True)
+        axes.step(ends, counts / count, where="post", color=colour, label=f"within {threshold}")
+        axes.fill_between(ends, low, high, step="post", color=colour, alpha=0.15, linewidth=0)
+    axes.set(xlabel="env steps", ylabel="episodes that reached the goal", ylim=(0, 1.02), xlim=(0, ends[-1]))
+    axes.legend(loc="lower right")
+    return png_bytes(figure)
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -171,39 +156,39 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     except (OSError, ValueError) as error:
         if outside := cause_outside(error):
             raise unreadable(path, outside) from error
-        raise UserError(
-            f"cannot read the training curves: {path}: {reason(error)}; restore the file, or replace it by an empty one"
-        ) from error
+        raise UserError(f"damaged: {path}: {reason(error)}; restore it, or replace it by an empty file") from error
     # Earlier versions wrote NaN in place of null.
     return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
 
+@matplotlib.rc_context(RC)
 def draw_training(run: Path) -> bytes:
     """Draw the training loss, and the validation skill of rollouts of 1 to 5 model steps."""
     lines = read_metrics(run)
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     skills = [line for line in lines if "skill_1" in line]
     defined = any(math.isfinite(line["skill_1"]) for line in skills)
-    with _figure(7.2, 2.8, columns=2) as (figure, (left, right)):
-        if losses:
-            left.plot(*zip(*losses, strict=True), color=COLOURS[0])
-            left.set(yscale="log")
-        left.set(xlabel="step", ylabel="training loss")
-        for k, colour in enumerate(COLOURS, start=1):
-            points = [(line["step"], line[f"skill_{k}"]) for line in skills if f"skill_{k}" in line]
-            if points:
-                right.plot(*zip(*points, strict=True), ".-", color=colour, label=f"{k} step{'s' * (k > 1)}")
-        right.set(xlabel="step", ylabel="skill against copying\n(1: perfect, 0: useless)", ylim=(None, 1))
-        if defined:
-            right.legend(loc="lower right", fontsize=7)
-        no_skill = "no skill: the frames do not change" if skills else "no metrics"  # imported runs have none
-        for axes, drawn, text in ((left, losses, "no metrics"), (right, defined, no_skill)):
-            if not drawn:
-                axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="#888")
-                axes.set(xticks=[], yticks=[])
-        return png_bytes(figure)
+    figure, (left, right) = _figure(7.2, 2.8, columns=2)
+    if losses:
+        left.plot(*zip(*losses, strict=True), color=COLOURS[0])
+        left.set(yscale="log")
+    left.set(xlabel="step", ylabel="training loss")
+    for k, colour in enumerate(COLOURS, start=1):
+        points = [(line["step"], line[f"skill_{k}"]) for line in skills if f"skill_{k}" in line]
+        if points:
+            right.plot(*zip(*points, strict=True), ".-", color=colour, label=f"{k} step{'s' * (k > 1)}")
+    right.set(xlabel="step", ylabel="skill against copying\n(1: perfect, 0: useless)", ylim=(None, 1))
+    if defined:
+        right.legend(loc="lower right", fontsize=7)
+    no_skill = "no skill: the frames do not change" if skills else "no metrics"  # imported runs have none
+    for axes, drawn, text in ((left, losses, "no metrics"), (right, defined, no_skill)):
+        if not drawn:
+            axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="#888")
+            axes.set(xticks=[], yticks=[])
+    return png_bytes(figure)
 
 
+@matplotlib.rc_context(RC)
 def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> bytes:
     """Draw cached frames at the ball's position, coloured by distance to a goal: in the latent space or along `graph`, and in the maze."""
     chosen = np.random.default_rng(0).choice(len(store), min(MAPPED_FRAMES, len(store)), replace=False)
@@ -221,34 +206,35 @@ def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> by
     true = maze.geodesic(xy[goal], xy)
     constant = not (np.ptp(latent) and np.ptp(true))
     correlation = "none" if constant else f"{spearmanr(latent, true).statistic:.2f}"
-    with _figure(7.2, 3.2, columns=2) as (figure, panels):
-        for axes, values, name in zip(panels, (latent, true), (title, "true distance along the maze"), strict=True):
-            _draw_walls(axes, maze)
-            points = axes.scatter(xy[:, 0], xy[:, 1], c=values, s=3, cmap="viridis_r", linewidths=0)
-            axes.plot(*xy[goal], "*", color="#d1272b", markersize=12)
-            axes.set_title(name, fontsize=9)
-            figure.colorbar(points, ax=axes, shrink=0.8)
-        figure.suptitle(f"distance to the star; Spearman correlation {correlation}", fontsize=9)
-        return png_bytes(figure)
+    figure, panels = _figure(7.2, 3.2, columns=2)
+    for axes, values, name in zip(panels, (latent, true), (title, "true distance along the maze"), strict=True):
+        _draw_walls(axes, maze)
+        points = axes.scatter(xy[:, 0], xy[:, 1], c=values, s=3, cmap="viridis_r", linewidths=0)
+        axes.plot(*xy[goal], "*", color="#d1272b", markersize=12)
+        axes.set_title(name, fontsize=9)
+        figure.colorbar(points, ax=axes, shrink=0.8)
+    figure.suptitle(f"distance to the star; Spearman correlation {correlation}", fontsize=9)
+    return png_bytes(figure)
 
 
+@matplotlib.rc_context(RC)
 def draw_paths(episodes: Episodes, maze: Maze, threshold: float) -> bytes:
     """Draw the ball's paths in some episodes, from start to goal, with a circle of the threshold around the goal."""
-    with _figure(3.8, 3.9) as (figure, axes):
-        _draw_walls(axes, maze)
-        palette = plt.get_cmap("tab20")
-        for i in range(min(DRAWN_PATHS, len(episodes.start))):
-            path = np.concatenate([episodes.start[i : i + 1], episodes.states[i]])
-            axes.plot(path[:, 0], path[:, 1], color=palette(i), linewidth=0.9)
-            axes.plot(*path[0, :2], ".", color=palette(i))
-            x, y = episodes.goal[i, :2].tolist()
-            axes.plot(x, y, "*", color=palette(i), markersize=9)
-            axes.add_patch(Circle((x, y), threshold, fill=False, color=palette(i), linewidth=0.6))
-        handles = [Line2D([], [], color="#555", linewidth=0.9, label="path")]
-        for name, sign in {"start": ".", "goal": "*", f"within {threshold}": "$\\bigcirc$"}.items():
-            handles.append(Line2D([], [], color="#555", marker=sign, linestyle="", markersize=9, label=name))
-        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, handletextpad=0.3)
-        return png_bytes(figure)
+    figure, axes = _figure(3.8, 3.9)
+    _draw_walls(axes, maze)
+    palette = matplotlib.colormaps["tab20"]
+    for i in range(min(DRAWN_PATHS, len(episodes.start))):
+        path = np.concatenate([episodes.start[i : i + 1], episodes.states[i]])
+        axes.plot(path[:, 0], path[:, 1], color=palette(i), linewidth=0.9)
+        axes.plot(*path[0, :2], ".", color=palette(i))
+        x, y = episodes.goal[i, :2].tolist()
+        axes.plot(x, y, "*", color=palette(i), markersize=9)
+        axes.add_patch(Circle((x, y), threshold, fill=False, color=palette(i), linewidth=0.6))
+    handles = [Line2D([], [], color="#555", linewidth=0.9, label="path")]
+    for name, sign in {"start": ".", "goal": "*", f"within {threshold}": "$\\bigcirc$"}.items():
+        handles.append(Line2D([], [], color="#555", marker=sign, linestyle="", markersize=9, label=name))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, handletextpad=0.3)
+    return png_bytes(figure)
 
 
 def write_videos(folder: Path, episodes: Episodes, context: EvalContext) -> list[tuple[str, Path]]:
@@ -280,11 +266,6 @@ def _draw_walls(axes: Axes, maze: Maze) -> None:
     axes.spines[:].set_visible(False)
 
 
-@contextmanager
-def _figure(width: float, height: float, columns: int = 1) -> Iterator[tuple[Figure, Any]]:
-    with plt.rc_context(RC):
-        figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
-        try:
-            yield figure, axes
-        finally:
-            plt.close(figure)
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns)

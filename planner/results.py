@@ -27,6 +27,11 @@ def recorded(options: PlanOptions) -> dict[str, Any]:
     return known
 
 
+def absolute_file(name: str) -> str:
+    """Return a file's absolute path; a name that is not a file's stays as it is."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
+
+
 def default_out(run: Path, protocol: str | None, options: PlanOptions) -> Path:
     """Return the folder of an evaluation in its run: named by protocol, sizes and every option that differs from the protocol's."""
     usual = {**asdict(PlanOptions()), **(PROTOCOLS.get(protocol) if protocol else {})}
@@ -39,13 +44,10 @@ def default_out(run: Path, protocol: str | None, options: PlanOptions) -> Path:
     parts += [_name_part(name, differ[name]) for name in dict.fromkeys([*first, *differ])]
     parts += [f"{options.episodes}x{options.budget}", _name_part("env", options.env) if options.env else ""]
     name = "-".join(["plan", *filter(None, parts)])
-    if len(name) > LONGEST_NAME:
-        name = f"{name[:LONGEST_NAME]}-{_digest(name)}"
-    return run / name
+    return run / (name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{_digest(name)}")
 
 
 def _name_part(name: str, value: Any) -> str:
-    """Return an option as a part of a folder's name."""
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return flag if value else f"no-{flag}"
@@ -72,6 +74,4 @@ def refuse_other_results(out: Path, options: PlanOptions) -> None:
         kept["strict"] = False
     different = [f"{name} {kept.get(name)} != {wanted[name]}" for name in wanted if kept.get(name) != wanted[name]]
     if different:
-        raise UserError(
-            f"{out} has results of other options: {'; '.join(different)}; write to another folder: --out {out}-2"
-        )
+        raise UserError(f"{out} has results of other options: {'; '.join(different)}; choose another: --out {out}-2")

@@ -24,7 +24,7 @@ from wmcache.pipeline.encoders.weights import require_weights, weights_file
 from wmcache.pipeline.options import EncoderOptions
 from wmcache.planner.goals import SOURCES
 from wmcache.planner.options import PlanOptions
-from wmcache.planner.results import recorded
+from wmcache.planner.results import absolute_file, recorded
 from wmcache.study.options import EncoderChoice, StudyOptions
 
 FORMAT = 1
@@ -48,8 +48,8 @@ class Cell:
 
     Attributes:
         stage: in PRODUCTS.
-        name: of the encoder, a part of file names.
-        label: for people; not a part of the key.
+        name: of the encoder.
+        label: not a part of the key.
         settings: plain JSON values; of files the SHA-256 of their content.
         inputs: role -> the cell whose result it takes.
         files: setting -> location of the file; not a part of the key, so files may move.
@@ -110,11 +110,7 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Branch:
-    """The cells of an encoder and a seed.
-
-    Attributes:
-        train: fraction -> run. plan: (fraction, name of the evaluation) -> episodes.
-    """
+    """The cells of an encoder and a seed; `train` by fraction, `plan` by fraction and the evaluation's name."""
 
     choice: EncoderChoice
     seed: int
@@ -129,11 +125,7 @@ class Branch:
 
 
 def make_branches(options: StudyOptions, fingerprint: str) -> list[Branch]:
-    """Make the cells of a study of the dataset with that fingerprint.
-
-    Raises:
-        UserError: weights, goals or a maze do not exist.
-    """
+    """Make the cells of a study of that dataset; raise UserError where weights, goals or a maze do not exist."""
     return [_branch(choice, seed, options, fingerprint) for choice in options.encoders for seed in options.seeds]
 
 
@@ -161,12 +153,8 @@ def _extract_cell(choice: EncoderChoice, seed: int, options: StudyOptions, finge
         inputs["base"] = _extract_cell(_base_of(choice, entry.base, options), seed, options, fingerprint)
     family = encoders.family_of(choice.name)
     if choice.weights is None and encoders.get_entry(family).fit:
-        fitting = {
-            "name": family,
-            "options": asdict(encoders.fit_options(family, {**choice.fit, "seed": seed})),
-            "max_frames": choice.max_frames,
-            "dataset": fingerprint,
-        }
+        fit = asdict(encoders.fit_options(family, {**choice.fit, "seed": seed}))
+        fitting = {"name": family, "options": fit, "max_frames": choice.max_frames, "dataset": fingerprint}
         inputs["fit"] = Cell("fit", family, f"fit {choice.label}, seed {seed}", fitting, dict(inputs))
     files = {"weights": choice.weights, "base_weights": choice.base_weights}
     settings = {
@@ -176,7 +164,7 @@ def _extract_cell(choice: EncoderChoice, seed: int, options: StudyOptions, finge
         "store_dtype": choice.store_dtype,
         "dataset": fingerprint,
     }
-    known = {name: _absolute(path) for name, path in files.items() if path}
+    known = {name: absolute_file(path) for name, path in files.items() if path}
     return Cell("extract", choice.name, f"extract {choice.label}", settings, inputs, known)
 
 
@@ -184,27 +172,22 @@ def _plan_settings(options: PlanOptions) -> tuple[dict[str, Any], dict[str, str]
     """Settings and files of an evaluation."""
     settings, files = recorded(options), {}
     if options.env:
-        files["env"] = _absolute(options.env)
+        files["env"] = absolute_file(options.env)
         settings["env"] = list(find_maze(options.env).rows)
     if options.goals not in SOURCES:
-        files["goals"] = _absolute(options.goals)
+        files["goals"] = absolute_file(options.goals)
         if not Path(options.goals).is_file():
             raise UserError(f"goals {options.goals} are neither {', '.join(SOURCES)} nor a file; fix the study's file")
         settings["goals"] = sha256_of(Path(options.goals))
     return settings, files
 
 
-def _absolute(file: str) -> str:
-    """A file's absolute path; a name that is not a file stays as it is."""
-    return str(Path(file).absolute()) if Path(file).exists() else file
-
-
 def _base_of(choice: EncoderChoice, default: str, options: StudyOptions) -> EncoderChoice:
     """The base that an adapter is fitted on, with the settings of the study's own encoder of that family if there is one."""
     name = choice.base or default
     family = encoders.family_of(name)
-    of_study = [other for other in (*options.encoders, *options.others) if other.name == family]
-    known = of_study[0] if of_study else EncoderChoice(name=family)
+    of_study = (other for other in (*options.encoders, *options.others) if other.name == family)
+    known = next(of_study, EncoderChoice(name=family))
     return EncoderChoice(
         name=name,
         label=f"{name} for {choice.label}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -18,7 +19,7 @@ from wmcache.pipeline import encoders
 from wmcache.pipeline.options import CollectOptions, EncoderOptions
 from wmcache.planner.options import PlanOptions, check_options
 from wmcache.planner.protocols import PROTOCOLS
-from wmcache.planner.solvers import make_solver
+from wmcache.planner.solvers import SOLVERS
 from wmcache.trainer.models import read_options as read_model_options
 from wmcache.trainer.options import TrainOptions
 
@@ -36,7 +37,6 @@ class EncoderChoice(EncoderOptions):
     """A representation.
 
     Attributes:
-        name: of the encoder, in the registry.
         label: name in tables; the encoder's by default. Labels are distinct.
         weights: file or folder; such an encoder is not fitted.
         base: for an adapter, the encoder of the store that it is fitted on; the adapter's own by default. A base that is fitted itself is
@@ -71,7 +71,6 @@ class StudyOptions:
     """All settings of a study.
 
     Attributes:
-        encoders: to compare.
         plan: evaluations; the first one gives the headline.
         train: settings of all world models, except for seed and fraction.
         dataset: folder of the frames. collect: how to collect them if they are missing.
@@ -80,7 +79,7 @@ class StudyOptions:
         probe_frames: train frames of the probes.
         others: encoders of the file that are not studied; the bases of adapters are fitted with their settings.
         batch: frames in each call of an encoder while extracting.
-        device: of everything. cluster: where cells run; in one process, one after another.
+        cluster: where cells run; in one process, one after another.
     """
 
     encoders: tuple[EncoderChoice, ...]
@@ -188,19 +187,14 @@ def _evaluation(table: dict[str, Any], where: str) -> Evaluation:
         if not isinstance(table.get(key, ""), str):
             raise UserError(f"{where}: {key} is {table[key]!r}; it must be a string")
     protocol, name = table.pop("protocol", None), table.pop("name", None)
-    if protocol is not None and protocol not in PROTOCOLS:
-        raise UserError(f"{where}: no protocol {protocol!r}; known are {', '.join(PROTOCOLS)}")
-    usual: Mapping[str, Any] = (PROTOCOLS.get(protocol) if protocol else None) or {}
     own = {item.name for item in fields(PlanOptions)} - {"search", "device"}
     with _errors_at(where):
-        solver: Any = type(make_solver(table.get("solver", usual.get("solver", PlanOptions().solver))))
-    of_solver = {item.name for item in fields(solver)}
-    if unknown := sorted(set(table) - own - of_solver):
-        known = ", ".join(sorted(own | of_solver))
-        raise UserError(f"{where} has no option {', '.join(unknown)}; known are {known}")
-    flat = {**usual, **table}
+        usual: Mapping[str, Any] = {} if protocol is None else PROTOCOLS.get(protocol)
+        flat = {"solver": PlanOptions().solver, **usual, **table}
+        solver: Any = SOLVERS.get(flat["solver"])
     # A protocol's options of its own solver do not concern another one.
-    search = {key: value for key, value in flat.items() if key not in own and key in of_solver}
+    known = {*table, *(item.name for item in fields(solver))}
+    search = {key: value for key, value in flat.items() if key not in own and key in known}
     parse_options(solver, search, where)
     options = parse_options(PlanOptions, {**{key: flat[key] for key in own & set(flat)}, "search": search}, where)
     with _errors_at(where):
@@ -238,6 +232,5 @@ def _errors_at(where: str) -> Iterator[None]:
 
 
 def _require_distinct(names: list[str], what: str, hint: str) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{what} {name!r}; {hint}")
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{what} {repeated[0]!r}; {hint}")

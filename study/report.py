@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import platform
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +19,7 @@ from wmcache.common.cpus import available_cpus
 from wmcache.common.files import atomic_write
 from wmcache.planner.baselines import BASELINES
 from wmcache.planner.judge import THRESHOLDS
+from wmcache.planner.page import write_page
 from wmcache.study.cells import Branch, Workspace
 from wmcache.study.figures import baseline_rows, draw_fractions, draw_skill, draw_success, numbers, rate
 from wmcache.study.options import Evaluation, StudyOptions
@@ -40,10 +38,8 @@ def write_report(
     """Write study.parquet and study.html.
 
     Args:
-        out: the study's folder.
-        options: its settings.
         rows: of `tabulate`.
-        work, branches: of `run_study`, for the episodes and the pictures of the probes.
+        work, branches: of `run_study`.
         command: the command line, for the page.
 
     Returns:
@@ -59,8 +55,11 @@ def write_report(
     pictures = {"success": draw_success(options, rows, lines), "skill": draw_skill(options, rows, table)}
     if len(options.fractions) > 1:
         pictures["fractions"] = draw_fractions(options, rows, table)
-    drawn = {branch.choice.label: work.product(branch.probe) for branch in reversed(branches)}
-    html = _template().render(
+    probes = {branch.choice.label: work.product(branch.probe) for branch in reversed(branches)}
+    write_page(
+        out / "study.html",
+        "wmcache.study",
+        "study.html.jinja",
         options=options,
         settings=json.dumps(asdict(options), indent=2),
         rows=rows,
@@ -76,29 +75,15 @@ def write_report(
             for name, found in results.items()
         },
         columns=list(dict.fromkeys(column for line in table for column in line["probes"])),
-        pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
-        drawn={
-            line["encoder"]: base64.b64encode(drawn[line["encoder"]].read_bytes()).decode()
-            for line in table
-            if drawn[line["encoder"]].exists()
-        },
+        pictures=pictures,
+        drawn={name: path.read_bytes() for line in table if (path := probes[name := line["encoder"]]).exists()},
         thresholds=THRESHOLDS,
         level=LEVEL,
         command=command,
         versions={name: version(name) for name in LIBRARIES},
         machine=f"{platform.platform()}, {available_cpus()} CPUs, Python {platform.python_version()}",
     )
-    with atomic_write(out / "study.html") as file:
-        file.write(html.encode())
     return results
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["figure"] = lambda value, digits=2: (
-        "-" if value is None else f"{round(value, digits) + 0.0:,.{digits}f}"
-    )
-    return environment.from_string(files("wmcache.study").joinpath("study.html.jinja").read_text())
 
 
 def _tests(reached: Reached) -> dict[str, Any]:
@@ -126,79 +111,68 @@ def _reached(options: StudyOptions, plan: Evaluation, work: Workspace, branches:
 
 def _matrix(pairs: list[Row]) -> dict[tuple[str, str], Row]:
     """Row and column -> their pair, from the row's side."""
-    turned = [
-        {**pair, "first_ahead": pair["second_ahead"], "second_ahead": pair["first_ahead"], "first": pair["second"]}
-        | {"second": pair["first"]}
-        for pair in pairs
-    ]
-    return {(pair["first"], pair["second"]): pair for pair in (*pairs, *turned)}
+    found = {(pair["first"], pair["second"]): pair for pair in pairs}
+    turned = {
+        (second, first): {**pair, "first_ahead": pair["second_ahead"], "second_ahead": pair["first_ahead"]}
+        for (first, second), pair in found.items()
+    }
+    return found | turned
 
 
 def summarise(options: StudyOptions, rows: Sequence[Row]) -> list[Row]:
     """Make a line for each encoder at the largest fraction, sorted by success in the first evaluation; seeds are summed.
 
-    Returns:
-        `encoder`, `failed`, `success` and `held` (evaluation -> successes, episodes and interval, or None), and the means over the seeds
-        of all other figures.
+    `success` and `held` are evaluation -> result of `pooled`; other figures are means over the seeds.
     """
     table = []
     for choice in options.encoders:
         mine = [row for row in rows if row["encoder"] == choice.label and row["fraction"] == options.fractions[-1]]
-        first = [row for row in mine if row["protocol"] == options.plan[0].name]
+        by_plan = {plan.name: [row for row in mine if row["protocol"] == plan.name] for plan in options.plan}
+        first = by_plan[options.plan[0].name]
+        values = {name: numbers(first, name) for name in first[0]}
         known = {
-            name: float(np.mean(values)) if (values := numbers(first, name)) else None
-            for name in first[0]
-            if numbers(first, name) or first[0][name] is None
+            name: float(np.mean(found)) if found else None
+            for name, found in values.items()
+            if found or first[0][name] is None
         }
-        table.append(
-            {
-                **known,
-                "encoder": choice.label,
-                "name": choice.name,
-                "source": first[0]["source"],
-                "failed": next((row["failed"] for row in mine if row["failed"]), None),
-                "success": {
-                    plan.name: pooled([r for r in mine if r["protocol"] == plan.name]) for plan in options.plan
-                },
-                "held": {
-                    plan.name: pooled([r for r in mine if r["protocol"] == plan.name], what="held")
-                    for plan in options.plan
-                },
-                "derived": bool(first[0]["derived"]),
-                "probes": _probes(known),
-            }
-        )
-    main = options.plan[0].name
-    return sorted(table, key=lambda line: -rate(line["success"][main]))
+        own = {
+            "encoder": choice.label,
+            "name": choice.name,
+            "source": first[0]["source"],
+            "failed": next((row["failed"] for row in mine if row["failed"]), None),
+            "success": {name: pooled(found) for name, found in by_plan.items()},
+            "held": {name: pooled(found, what="held") for name, found in by_plan.items()},
+            "derived": bool(first[0]["derived"]),
+            "probes": _probes(known),
+        }
+        table.append(known | own)
+    return sorted(table, key=lambda line: -rate(line["success"][options.plan[0].name]))
 
 
 def with_baselines(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> list[Row]:
-    """Add the baselines, which are the same for all encoders, to the lines of `summarise`.
+    """Add the baselines, which are the same for all encoders, to the lines of `summarise`; sorted by success.
 
-    Returns:
-        For a baseline `encoder`, `actions` (in BASELINES; None for an encoder), `success` and `held`; for an encoder its line, and
-        `below_random`: the evaluations in which it reached no more than random actions. Sorted by success.
+    `actions` is in BASELINES, or None for an encoder. `below_random`: the evaluations in which it reached no more than random actions.
     """
     lines: list[Row] = []
     for actions in BASELINES:
-        line: Row = {"encoder": f"{actions} actions", "actions": actions, "failed": None, "below_random": []}
-        for key, what in {"success": "successes", "held": "held"}.items():
-            line[key] = {
+        counts = {
+            key: {
                 plan.name: pooled(baseline_rows(rows, actions, plan.name), what=f"{actions}_{what}")
                 for plan in options.plan
             }
-        if any(line["success"].values()):
-            lines.append(line)
+            for key, what in {"success": "successes", "held": "held"}.items()
+        }
+        if any(counts["success"].values()):
+            known: Row = {"encoder": f"{actions} actions", "actions": actions, "failed": None, "below_random": []}
+            lines.append({**known, **counts})
     random: Row = next((line["success"] for line in lines if line["actions"] == "random"), {})
     for line in table:
-        below = [
-            name
-            for name, success in line["success"].items()
-            if success is not None and rate(random.get(name)) >= rate(success)
-        ]
+        reached = line["success"].items()
+        below = [name for name, success in reached if success and rate(random.get(name)) >= rate(success)]
         lines.append({**line, "actions": None, "below_random": below})
-    main = options.plan[0].name
     # A baseline precedes encoders of equal success, which so are seen below it.
+    main = options.plan[0].name
     return sorted(lines, key=lambda line: (-rate(line["success"][main]), line["actions"] is None))
 
 
@@ -233,10 +207,10 @@ def headline(options: StudyOptions, rows: Sequence[Row]) -> str:
             between = "-" if counted is None else "{:.2f}-{:.2f}".format(*counted[2])
             text += f" {_of(counted):>10} {between:>9}"
         text += "".join(f" {_of(line['success'][plan.name]):>14}" for plan in others)
-        figures = (line.get("skill_1"), line.get("skill_5"), line.get("probes", {}).get("linear position"))
-        lines.append(
-            text + "".join(f" {'-' if v is None else f'{v:.2f}':>{w}}" for v, w in zip(figures, (7, 7, 6), strict=True))
-        )
+        r2 = line.get("probes", {}).get("linear position")
+        for value, width in ((line.get("skill_1"), 7), (line.get("skill_5"), 7), (r2, 6)):
+            text += f" {'-' if value is None else f'{value:.2f}':>{width}}"
+        lines.append(text)
     return "\n".join(lines)
 
 
@@ -250,7 +224,6 @@ def summary(options: StudyOptions, results: dict[str, Any]) -> str:
     for plan in options.plan:
         found = results[plan.name]
         pairs = found["pairs"]
-        real = sum(pair["real"] for pair in pairs)
         line = f"{plan.name}, within {plan.options.threshold}: "
         if not pairs:
             line += "nothing to compare"
@@ -260,6 +233,7 @@ def summary(options: StudyOptions, results: dict[str, Any]) -> str:
                 f"it takes {found['episodes_needed']} or more"
             )
         else:
+            real = sum(pair["real"] for pair in pairs)
             line += f"{real} of {len(pairs)} pairs differ at {LEVEL:.0%} (sign-flip test by episode, Holm); "
             line += f"below the best: {', '.join(found['below']) or '-'}"
         lines.append(textwrap.fill(line, 120, subsequent_indent="  ", break_on_hyphens=False))

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,12 @@ from wmcache.study.work import create_encoder, do_cell
 
 Task = tuple[Cell, ...]
 """Cells that are done together: one, or the extractions of a seed, for which frames are decoded once."""
+Outcome = tuple[Task, dict[str, str]]
+"""A task that was done, and key -> reason for its cells that failed."""
 
 
 def open_frames(options: StudyOptions) -> FrameDataset:
-    """Open the study's frames, collected first if they are missing.
-
-    Raises:
-        UserError: they are missing and cannot be collected, or have other settings than the study's.
-    """
+    """Open the study's frames, collected first if they are missing; raise UserError where their settings are not the study's."""
     wanted = options.collect
     name = "umaze" if wanted is None else find_maze(wanted.env).name.lower()
     path = Path(options.dataset) if options.dataset else home() / f"pointmaze-{name}"
@@ -68,7 +66,6 @@ def run_study(options: StudyOptions, out: Path) -> tuple[list[Branch], Workspace
     """Run the cells of a study that are not done yet.
 
     Args:
-        options: the study.
         out: its folder, for one process at a time. Studies of different options may share it, and with it their common cells; study.json
             is the last one's.
 
@@ -92,22 +89,22 @@ def _run(options: StudyOptions, out: Path) -> tuple[list[Branch], Workspace, dic
     write_json(out / "study.json", {"options": asdict(options), "dataset": asdict(dataset.card)})
     tasks = group(pending(work, [cell for branch in branches for cell in branch.cells()]))
     failures: dict[str, str] = {}
-    if tasks:
-        total, update = sum(map(len, tasks)), seconds_between_updates()
-        with ExitStack() as stack:
-            here = options.cluster == "local:1"
+    if not tasks:
+        return branches, work, failures
+    here, total, update = options.cluster == "local:1", sum(map(len, tasks)), seconds_between_updates()
+    with (
+        nullcontext() if here else open_pool(options.cluster, most=len(tasks), label="study") as pool,
+        tqdm(total=total, desc="study", unit=" cells", mininterval=update) as bar,
+    ):
+        outcomes = _here(work, tasks, failures, bar) if pool is None else _on_cluster(work, tasks, failures, pool)
+        for task, failed in outcomes:
+            failures.update(failed)
             if not here:
-                pool = stack.enter_context(open_pool(options.cluster, most=len(tasks), label="study"))
-            bar = stack.enter_context(tqdm(total=total, desc="study", unit=" cells", mininterval=update))
-            outcomes = _here(work, tasks, bar) if here else _on_cluster(work, tasks, pool)
-            for task, failed in outcomes:
-                failures.update(failed)
-                if not here:
-                    bar.set_postfix_str(f"done: {task[-1].label}", refresh=False)
-                bar.update(len(task))
-                for cell in task:
-                    if (why := failures.get(cell.key)) and not any(i.key in failures for i in cell.inputs.values()):
-                        bar.write(one_line(f"{cell.label}: {why}"), file=sys.stderr)
+                bar.set_postfix_str(f"done: {task[-1].label}", refresh=False)
+            bar.update(len(task))
+            for cell in task:
+                if (why := failures.get(cell.key)) and not any(i.key in failures for i in cell.inputs.values()):
+                    bar.write(one_line(f"{cell.label}: {why}"), file=sys.stderr)
     return branches, work, failures
 
 
@@ -144,21 +141,10 @@ def group(cells: Sequence[Cell]) -> list[Task]:
 
 
 def run_task(work: Workspace, task: Task, known: dict[str, str]) -> dict[str, str]:
-    """Do those cells of a task whose inputs are done.
-
-    Args:
-        known: key -> reason, for cells that failed before.
-
-    Returns:
-        Key -> reason, for cells of the task that failed.
-    """
-    failures: dict[str, str] = {}
-    ready = []
-    for cell in task:
-        if reasons := [known[other.key] for other in cell.inputs.values() if other.key in known]:
-            failures[cell.key] = reasons[0]
-        else:
-            ready.append(cell)
+    """Do those cells of a task whose inputs are not among the `known` failures; returns key -> reason for cells that fail."""
+    reasons = {cell: [known[i.key] for i in cell.inputs.values() if i.key in known] for cell in task}
+    failures = {cell.key: why[0] for cell, why in reasons.items() if why}
+    ready = [cell for cell in task if not reasons[cell]]
     started = {cell.key for cell in ready if work.is_started(cell)}
     shared = _extract_at_once(work, ready) if len(ready) > 1 else {}
     # A pass that failed is continued below, so its cells are not timed as a whole either.
@@ -176,10 +162,9 @@ def run_task(work: Workspace, task: Task, known: dict[str, str]) -> dict[str, st
 
 
 def _extract_at_once(work: Workspace, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
-    """Extract several stores in one pass over the frames. A failure is reported later, when each store is finished by itself.
+    """Extract several stores in one pass over the frames; returns key -> figures for the cells of passes that succeeded.
 
-    Returns:
-        Key -> figures, for the cells of passes that succeeded.
+    A failure is reported later, when each store is finished by itself.
     """
     found: dict[str, dict[str, Any]] = {}
     with _log(work, cells[0]):
@@ -188,18 +173,15 @@ def _extract_at_once(work: Workspace, cells: Sequence[Cell]) -> dict[str, dict[s
             with suppress(Exception):
                 made.setdefault(cell.settings["store_dtype"], {})[cell] = create_encoder(work, cell)
         for dtype, encoders in made.items():
-            started = time.perf_counter()
+            started, count = time.perf_counter(), len(encoders)
             stores = [(encoder, work.product(cell)) for cell, encoder in encoders.items()]
             try:
                 extract_together(FrameDataset.open(work.dataset), stores, dtype=dtype, batch=work.batch)
             except Exception:  # noqa: BLE001 (each store's own attempt reports it)
                 traceback.print_exc()
                 continue
-            measured = {
-                "extract_seconds": (time.perf_counter() - started) / len(stores),
-                "extracted_together": len(stores),
-            }
-            found |= {cell.key: measured for cell in encoders}
+            spent = (time.perf_counter() - started) / count
+            found |= {cell.key: {"extract_seconds": spent, "extracted_together": count} for cell in encoders}
     return found
 
 
@@ -212,19 +194,15 @@ def _log(work: Workspace, cell: Cell) -> Iterator[Path]:
         yield path
 
 
-def _here(work: Workspace, tasks: Sequence[Task], bar: Any) -> Iterator[tuple[Task, dict[str, str]]]:
-    failures: dict[str, str] = {}
+def _here(work: Workspace, tasks: Sequence[Task], failures: dict[str, str], bar: Any) -> Iterator[Outcome]:
     for task in tasks:
         bar.set_postfix_str(", ".join(cell.label for cell in task)[:60], refresh=sys.stderr.isatty())
-        failed = run_task(work, task, failures)
-        failures.update(failed)
-        yield task, failed
+        yield task, run_task(work, task, failures)
 
 
-def _on_cluster(work: Workspace, tasks: Sequence[Task], pool: Pool) -> Iterator[tuple[Task, dict[str, str]]]:
-    """Run tasks in other processes, each as soon as those that it needs are done or have failed."""
+def _on_cluster(work: Workspace, tasks: Sequence[Task], failures: dict[str, str], pool: Pool) -> Iterator[Outcome]:
+    """Run tasks in other processes, each as soon as those that it needs are done or are among `failures`."""
     waiting, ahead = list(tasks), {cell.key for task in tasks for cell in task}
-    failures: dict[str, str] = {}
     while waiting or pool.running:
         ready = []
         for task in list(waiting):
@@ -237,7 +215,6 @@ def _on_cluster(work: Workspace, tasks: Sequence[Task], pool: Pool) -> Iterator[
         pool.submit(ready)
         for task, outcome in pool.finished():
             # A task returns its own failures; a UserError means that its worker was killed.
-            failed = dict.fromkeys((c.key for c in task), str(outcome)) if isinstance(outcome, UserError) else outcome
-            failures.update(failed)
-            ahead.difference_update(cell.key for cell in task)
-            yield task, failed
+            keys = [cell.key for cell in task]
+            ahead.difference_update(keys)
+            yield task, dict.fromkeys(keys, str(outcome)) if isinstance(outcome, UserError) else outcome

@@ -28,7 +28,6 @@ class Pair:
     """Two encoders over the same episodes.
 
     Attributes:
-        first, second: their labels.
         episodes, seeds: number of those that both have.
         first_ahead, second_ahead: episodes on which one has more successes over the seeds than the other.
         p: of the sign-flip test. adjusted: by Holm, over all pairs.
@@ -61,11 +60,10 @@ def sign_flip(differences: NDArray[np.int64]) -> float:
 
 def holm(values: Sequence[float]) -> list[float]:
     """p-values adjusted for their number (Holm 1979): the k-th smallest of m times m - k + 1, never falling, at most 1."""
-    adjusted, highest = [0.0] * len(values), 0.0
-    for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-        highest = max(highest, min(1.0, values[index] * (len(values) - rank)))
-        adjusted[index] = highest
-    return adjusted
+    order = np.argsort(values, kind="stable")
+    adjusted = np.empty(len(values))
+    adjusted[order] = np.maximum.accumulate(np.asarray(values)[order] * np.arange(len(values), 0, -1)).clip(max=1)
+    return adjusted.tolist()
 
 
 def compare(reached: Reached) -> list[Pair]:
@@ -91,17 +89,22 @@ def episodes_needed(pairs: Sequence[Pair]) -> int:
     return next(count for count in itertools.count(1) if max(1, len(pairs)) * 2.0 ** (1 - count) < LEVEL)
 
 
+def _differ_and_rates(reached: Reached, pairs: Sequence[Pair]) -> tuple[set[frozenset[str]], dict[str, float]]:
+    """Pairs that differ, and the success rate of each encoder, the highest first."""
+    differ = {frozenset((pair.first, pair.second)) for pair in pairs if pair.real}
+    rates = {name: float(np.mean(list(seeds.values()))) for name, seeds in reached.items() if seeds}
+    return differ, dict(sorted(rates.items(), key=lambda item: -item[1]))
+
+
 def rank(reached: Reached, pairs: Sequence[Pair]) -> list[list[str]]:
     """Groups, the best first: the encoder of the highest success among those left, and all that the tests do not separate from it.
 
     Encoders without any success are a group of their own. There are no groups where no data could separate two encoders.
     """
-    differ = _different(pairs)
-    rates = {name: float(np.mean(list(seeds.values()))) for name, seeds in reached.items() if seeds}
+    differ, rates = _differ_and_rates(reached, pairs)
     if len(rates) > 1 and smallest_p(pairs) >= LEVEL:
         return []
-    left = sorted(rates, key=lambda name: -rates[name])
-    groups = []
+    left, groups = list(rates), []
     while left:
         best = left[0]
         alike = [name for name in left if frozenset((best, name)) not in differ and (rates[name] or not rates[best])]
@@ -111,17 +114,10 @@ def rank(reached: Reached, pairs: Sequence[Pair]) -> list[list[str]]:
 
 
 def separated(reached: Reached, pairs: Sequence[Pair]) -> tuple[str | None, list[str]]:
-    """What the tests show of the encoder of the highest success.
-
-    Returns:
-        It, where it differs from every other; and the encoders that differ from it.
-    """
-    differ = _different(pairs)
-    rates = {name: float(np.mean(list(seeds.values()))) for name, seeds in reached.items() if seeds}
-    if not rates:
-        return None, []
-    best = max(rates, key=rates.__getitem__)
-    below = [name for name in rates if frozenset((best, name)) in differ]
+    """The encoder of the highest success, where it differs from every other; and the encoders that differ from it."""
+    differ, rates = _differ_and_rates(reached, pairs)
+    best = next(iter(rates), None)
+    below = [name for name in reached if frozenset((best, name)) in differ]
     return (best if below and len(below) == len(rates) - 1 else None), below
 
 
@@ -134,7 +130,3 @@ def interval(rate: float, episodes: int) -> list[float]:
     centre = (rate + z**2 / (2 * episodes)) / (1 + z**2 / episodes)
     half = z / (1 + z**2 / episodes) * float(np.sqrt(rate * (1 - rate) / episodes + (z / (2 * episodes)) ** 2))
     return [max(0.0, centre - half), min(1.0, centre + half)]
-
-
-def _different(pairs: Sequence[Pair]) -> set[frozenset[str]]:
-    return {frozenset((pair.first, pair.second)) for pair in pairs if pair.real}

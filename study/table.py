@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,28 +32,28 @@ def tabulate(branches: Sequence[Branch], work: Workspace, failures: Mapping[str,
     found = []
     for branch in branches:
         fit = branch.extract.inputs.get("fit")
-        fitted = (work.read(fit) if fit else None) or {}
+        fitted = (fit and work.read(fit)) or {}
         for (fraction, protocol), plan in branch.plan.items():
             cells = {"extract": branch.extract, "probe": branch.probe, "train": branch.train[fraction], "plan": plan}
             done = {stage: work.read(cell) or {} for stage, cell in cells.items()}
             store, probed, run, episodes = (cell.get("result", {}) for cell in done.values())
-            found.append(
-                {
-                    "encoder": branch.choice.label,
-                    "name": branch.choice.name,
-                    "seed": branch.seed,
-                    "fraction": fraction,
-                    "protocol": protocol,
-                    "failed": next((failures[cell.key] for cell in cells.values() if cell.key in failures), None),
-                    **_plan_figures(episodes),
-                    **_model_figures(run, probed),
-                    **_store_figures(store),
-                    "fit_seconds": fitted.get("seconds"),
-                    **{f"{stage}_seconds": done[stage].get("seconds") for stage in ("probe", "train", "plan")},
-                    "model_parameters": run.get("parameters"),
-                    "resumed": any(cell.get("resumed") for cell in done.values()),
-                }
-            )
+            row = {
+                "encoder": branch.choice.label,
+                "name": branch.choice.name,
+                "seed": branch.seed,
+                "fraction": fraction,
+                "protocol": protocol,
+                "failed": next((failures[cell.key] for cell in cells.values() if cell.key in failures), None),
+                **_plan_figures(episodes),
+                **_model_figures(run, probed),
+                "tokens": (grid := store.get("token_grid")) and grid[0] * grid[1],
+                **{name: store.get(name) for name in STORE},
+                "fit_seconds": fitted.get("seconds"),
+                **{f"{stage}_seconds": done[stage].get("seconds") for stage in ("probe", "train", "plan")},
+                "model_parameters": run.get("parameters"),
+                "resumed": any(cell.get("resumed") for cell in done.values()),
+            }
+            found.append(row)
     names = dict.fromkeys(name for row in found for name in row)
     return [{name: row.get(name) for name in names} for row in found]
 
@@ -61,18 +62,22 @@ def _plan_figures(episodes: Mapping[str, Any]) -> Row:
     """Successes by threshold, of the planner and of the baselines; results of earlier versions have no baselines."""
     row: Row = {name: episodes.get(name) for name in PLAN}
     row |= dict(zip(("low", "high"), episodes.get("ci95", (None, None)), strict=True))
-    judged = {judgement["threshold"]: judgement for judgement in episodes.get("by_threshold", [])}
+    judged = _by_threshold(episodes.get("by_threshold", []))
     for at in THRESHOLDS:
-        row |= {f"{name}_{at}": judged.get(at, {}).get(name) for name in ("successes", "held")}
+        row |= {f"{name}_{at}": judged[at].get(name) for name in ("successes", "held")}
         row[f"began_{at}"] = episodes.get("began_at_goal", {}).get(str(at))
-        row[f"low_{at}"], row[f"high_{at}"] = judged.get(at, {}).get("ci95", (None, None))
-    row["held"] = judged.get(row["threshold"], {}).get("held")
+        row[f"low_{at}"], row[f"high_{at}"] = judged[at].get("ci95", (None, None))
+    row["held"] = judged[row["threshold"]].get("held")
     for actions in BASELINES:
-        known = {judgement["threshold"]: judgement for judgement in episodes.get("baselines", {}).get(actions, [])}
+        judged = _by_threshold(episodes.get("baselines", {}).get(actions, []))
         for name in ("successes", "held"):
-            row[f"{actions}_{name}"] = known.get(row["threshold"], {}).get(name)
-            row |= {f"{actions}_{name}_{at}": known.get(at, {}).get(name) for at in THRESHOLDS}
+            row[f"{actions}_{name}"] = judged[row["threshold"]].get(name)
+            row |= {f"{actions}_{name}_{at}": judged[at].get(name) for at in THRESHOLDS}
     return row
+
+
+def _by_threshold(judgements: Sequence[Row]) -> defaultdict[float | None, Row]:
+    return defaultdict(dict, {judgement["threshold"]: judgement for judgement in judgements})
 
 
 def _model_figures(run: Mapping[str, Any], probed: Mapping[str, Any]) -> Row:
@@ -86,22 +91,13 @@ def _model_figures(run: Mapping[str, Any], probed: Mapping[str, Any]) -> Row:
     return row
 
 
-def _store_figures(store: Mapping[str, Any]) -> Row:
-    grid = store.get("token_grid")
-    return {"tokens": grid and grid[0] * grid[1], **{name: store.get(name) for name in STORE}}
-
-
 def pooled(
     rows: Sequence[Row], at: float | None = None, what: str = "successes"
 ) -> tuple[int, int, list[float]] | None:
     """Successes and trials over the rows of an encoder's seeds, and the 95 % interval of the rate.
 
-    All seeds are tried on the same episodes, so the interval is that of this number of episodes, not of trials.
-
-    Args:
-        rows: of `tabulate`.
-        at: a threshold; None for the evaluation's own.
-        what: `successes`, or another count of episodes, such as `held`.
+    All seeds are tried on the same episodes, so the interval is that of this number of episodes, not of trials. `at` is a threshold, None
+    for the evaluation's own; `what` is `successes` or another count of episodes, such as `held`.
     """
     name = what if at is None else f"{what}_{at}"
     known = [row for row in rows if row[name] is not None]

@@ -21,34 +21,25 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.fit import fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.pictures import draw_probe
 from wmcache.pipeline.probe import probe
-from wmcache.pipeline.probe_picture import draw_probe
 from wmcache.planner.context import EvalContext
 from wmcache.planner.evaluate import evaluate
 from wmcache.planner.judge import THRESHOLDS
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_episodes
 from wmcache.study.cells import ENCODER_OPTIONS, Cell, Workspace
+from wmcache.trainer.models.base import rollout_errors, skills
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.runs import load_model
 from wmcache.trainer.train import train, validation_windows
-from wmcache.trainer.validation import rollout_errors, skills
 
 TIMED_FRAMES = 64
 VARIANCE_FRAMES = 512
 
 
 def do_cell(work: Workspace, cell: Cell, *, resumed: bool, shared: Mapping[str, Any]) -> None:
-    """Do a cell and write its result.
-
-    Args:
-        work, cell: the study and its part.
-        resumed: whether an earlier run had started it.
-        shared: figures of the result that were measured before.
-
-    Raises:
-        UserError: it cannot be done.
-    """
+    """Do a cell, which an earlier run may have started, and write its result, with figures that were measured before."""
     start = time.perf_counter()
     result = {**STAGES[cell.stage](work, cell), **shared}
     seconds = time.perf_counter() - start
@@ -77,25 +68,14 @@ def token_variance(store: TokenStore) -> float:
 
 def _fit(work: Workspace, cell: Cell) -> dict[str, Any]:
     """Fit an encoder, or an adapter on its base's store."""
-    settings, out = cell.settings, work.product(cell)
-    options = encoders.fit_options(settings["name"], settings["options"])
-    shared = {"max_frames": settings["max_frames"], "device": work.device, "measure": False}
-    dataset = FrameDataset.open(work.dataset)
+    name, dataset = cell.settings["name"], FrameDataset.open(work.dataset)
+    what = (name, work.product(cell), encoders.fit_options(name, cell.settings["options"]))
+    shared = {"max_frames": cell.settings["max_frames"], "device": work.device, "measure": False}
     if (base := cell.inputs.get("base")) is None:
-        fitted = fit(dataset, settings["name"], out, options, **shared)
-    else:
-        fitted = fit_adapter(
-            TokenStore.open(work.product(base)),
-            settings["name"],
-            out,
-            options,
-            dataset=dataset,
-            base_weights=_weights_of(work, base),
-            # A file without a result is from a kill in between; it records its base's location, which may have changed.
-            overwrite=True,
-            **shared,
-        )
-    return {"frames": fitted.frames}
+        return {"frames": fit(dataset, *what, **shared).frames}
+    # A file without a result is from a kill in between; it records its base's location, which may have changed.
+    shared |= {"dataset": dataset, "base_weights": _weights_of(work, base), "overwrite": True}
+    return {"frames": fit_adapter(TokenStore.open(work.product(base)), *what, **shared).frames}
 
 
 def _extract(work: Workspace, cell: Cell) -> dict[str, Any]:
@@ -150,9 +130,8 @@ def _train(work: Workspace, cell: Cell) -> dict[str, Any]:
     train(path, run, options)
     store, device = TokenStore.open(path), choose_device(options.device)
     model = load_model(run, device)
-    error, copying = rollout_errors(
-        model, validation_windows(store, options), device, choose_dtype(options.dtype, device)
-    )
+    dtype = choose_dtype(options.dtype, device)
+    error, copying = rollout_errors(model, validation_windows(store, options), device, dtype)
     variance = token_variance(store)
     return {
         "parameters": _count(model),

@@ -23,8 +23,8 @@ from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
 from wmcache.cache.windows import split_episodes
 from wmcache.common.paths import AnyPath, as_path, remove, upload
 from wmcache.pipeline import encoders
-from wmcache.pipeline.change_maps import derive_change_maps
 from wmcache.pipeline.collect import collect
+from wmcache.pipeline.derive import derive_change_maps
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.tcn import TcnOptions
 from wmcache.pipeline.extract import extract

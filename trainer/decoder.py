@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from wmcache.cache.identity import Identity
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import batch_windows, split_frames
 from wmcache.common.device import choose_device, choose_dtype
@@ -68,9 +67,8 @@ def train_decoder(
     Args:
         cache: the store.
         source: the frames that the store's tokens were made of.
-        out: the decoder's folder.
+        out: the decoder's folder; `overwrite` starts from scratch where a decoder exists.
         options: more `steps` than before continue from there.
-        overwrite: start from scratch where a decoder exists.
 
     Returns:
         The content of `validation.json`: what `validate_decoder` measures on held-out frames.
@@ -175,11 +173,7 @@ class DecoderTask(loop.Task[Batch]):
 
 
 def load_decoder(folder: Path, device: torch.device) -> Decoder:
-    """Load the newest decoder of a folder, frozen.
-
-    Raises:
-        UserError: the folder is not a decoder's, or has no usable checkpoint.
-    """
+    """Load the newest decoder of a folder, frozen; raises UserError where it is not a decoder's, or has no usable checkpoint."""
     config = read_decoder_config(folder)
 
     def make(statistics: dict[str, Tensor]) -> Decoder:
@@ -197,12 +191,6 @@ def read_decoder_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file} names an unknown decoder {config['decoder'][:80]!r}; {HINT}")
     parse(DECODERS.get(config["decoder"]).Options, config["decoder_options"], file, HINT)
     return config
-
-
-def read_decoder_identity(folder: Path) -> Identity:
-    """Read the identity of a decoder's store; raises UserError where the folder is not a decoder's."""
-    read_decoder_config(folder)
-    return read_identity(folder)[1]
 
 
 def statistics_of(store: TokenStore, images: Images) -> dict[str, Tensor]:
@@ -243,10 +231,8 @@ def validate_decoder(
     decoder.eval()
     parts: dict[str, dict[str, list[NDArray[np.float64]]]] = {"drawn": {}, "mean_frame": {}}
     for rows in np.array_split(np.arange(len(frames)), max(1, math.ceil(len(frames) / 32))):
-        tokens, real = (
-            torch.from_numpy(store.gather(frames[rows])).to(decoder.tokens_mean.device),
-            to_unit(images[rows]),
-        )
+        tokens = torch.from_numpy(store.gather(frames[rows])).to(decoder.tokens_mean.device)
+        real = to_unit(images[rows])
         for kind, drawn in (("drawn", decoder(tokens)), ("mean_frame", decoder.images_mean.expand(*real.shape))):
             for name, values in metrics(drawn, real, decoder.images_mean).items():
                 parts[kind].setdefault(name, []).append(values)

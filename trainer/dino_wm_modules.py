@@ -7,7 +7,7 @@ would change the numbers is ignored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wmcache.common.errors import UserError
 from wmcache.trainer.models.dino_wm import DinoWmOptions
-from wmcache.trainer.pickled_modules import AGAIN, Archive, Record, StoredTensor, shown
+from wmcache.trainer.pickled_modules import AGAIN, Record, shown
 
 LINEAR, NORM = "torch.nn.modules.linear.Linear", "torch.nn.modules.normalization.LayerNorm"
 DROPOUT, CONV = "torch.nn.modules.dropout.Dropout", "torch.nn.modules.conv.Conv1d"
@@ -24,44 +24,35 @@ SOFTMAX, GELU = "torch.nn.modules.activation.Softmax", "torch.nn.modules.activat
 SEQUENTIAL, LIST = "torch.nn.modules.container.Sequential", "torch.nn.modules.container.ModuleList"
 PREDICTOR, EMBEDDING = "models.vit.ViTPredictor", "models.proprio.ProprioceptiveEmbedding"
 LAYERS = "predictor.transformer.layers"
-BOTH = ("weight", "bias")
 
-
-@dataclass(frozen=True)
-class Expected:
-    """What the reference has at a path: a class, and parameters `parameters` that are `name` in `DinoWm`."""
-
-    kind: str
-    name: str = ""
-    parameters: tuple[str, ...] = ()
-
-
-PREDICTOR_MODULES = {
-    "predictor": Expected(PREDICTOR),
-    "predictor.dropout": Expected(DROPOUT),
-    "predictor.transformer": Expected("models.vit.Transformer"),
-    "predictor.transformer.norm": Expected(NORM, "norm", BOTH),
-    LAYERS: Expected(LIST),
+# path -> class in the reference, and the name of the module with its weights in `DinoWm`
+Expected = dict[str, tuple[str, str]]
+PREDICTOR_MODULES: Expected = {
+    "predictor": (PREDICTOR, ""),
+    "predictor.dropout": (DROPOUT, ""),
+    "predictor.transformer": ("models.vit.Transformer", ""),
+    "predictor.transformer.norm": (NORM, "norm"),
+    LAYERS: (LIST, ""),
 }
 # Both implementations cut the rows of to_qkv into q, k and v, and then each into heads.
-BLOCK_MODULES = {
-    "": Expected(LIST),
-    ".0": Expected("models.vit.Attention"),
-    ".0.norm": Expected(NORM, "norm_attention", BOTH),
-    ".0.attend": Expected(SOFTMAX),
-    ".0.dropout": Expected(DROPOUT),
-    ".0.to_qkv": Expected(LINEAR, "qkv", ("weight",)),
-    ".0.to_out": Expected(SEQUENTIAL),
-    ".0.to_out.0": Expected(LINEAR, "out", BOTH),
-    ".0.to_out.1": Expected(DROPOUT),
-    ".1": Expected("models.vit.FeedForward"),
-    ".1.net": Expected(SEQUENTIAL),
-    ".1.net.0": Expected(NORM, "norm_mlp", BOTH),
-    ".1.net.1": Expected(LINEAR, "mlp.0", BOTH),
-    ".1.net.2": Expected(GELU),
-    ".1.net.3": Expected(DROPOUT),
-    ".1.net.4": Expected(LINEAR, "mlp.3", BOTH),
-    ".1.net.5": Expected(DROPOUT),
+BLOCK_MODULES: Expected = {
+    "": (LIST, ""),
+    ".0": ("models.vit.Attention", ""),
+    ".0.norm": (NORM, "norm_attention"),
+    ".0.attend": (SOFTMAX, ""),
+    ".0.dropout": (DROPOUT, ""),
+    ".0.to_qkv": (LINEAR, "qkv"),
+    ".0.to_out": (SEQUENTIAL, ""),
+    ".0.to_out.0": (LINEAR, "out"),
+    ".0.to_out.1": (DROPOUT, ""),
+    ".1": ("models.vit.FeedForward", ""),
+    ".1.net": (SEQUENTIAL, ""),
+    ".1.net.0": (NORM, "norm_mlp"),
+    ".1.net.1": (LINEAR, "mlp.0"),
+    ".1.net.2": (GELU, ""),
+    ".1.net.3": (DROPOUT, ""),
+    ".1.net.4": (LINEAR, "mlp.3"),
+    ".1.net.5": (DROPOUT, ""),
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     NORM: {"eps": 1e-5},
@@ -81,11 +72,11 @@ UNUSED = {"epoch", "encoder", "decoder"} | {
 
 
 class ModuleReader:
-    """Reads the weights from an archive whose modules are all accounted for; raises UserError otherwise."""
+    """Reads the weights of modules that are all accounted for; raises UserError otherwise."""
 
-    def __init__(self, archive: Archive, side: int, history: int, concat_dim: int) -> None:
-        """Read from `archive` a model of side x side patches, as its settings describe it."""
-        self.archive, self.history, self.concat_dim = archive, history, concat_dim
+    def __init__(self, file: Path, side: int, history: int, concat_dim: int) -> None:
+        """Read a model of side x side patches, as its settings describe it; `file` is named in errors."""
+        self.file, self.history, self.concat_dim = file, history, concat_dim
         self.tokens = side * side + 2 * (not concat_dim)
 
     def read(self, root: object) -> tuple[dict[str, Tensor], DinoWmOptions, int]:
@@ -117,13 +108,13 @@ class ModuleReader:
         return weights | predictor, options, epoch
 
     def _embedding(self, record: object, part: str, name: str) -> dict[str, Tensor]:
-        modules, tensors = self._flatten(record, part)
-        expected = {part: Expected(EMBEDDING), f"{part}.patch_embed": Expected(CONV, name, BOTH)}
-        weights = self._weights(modules, tensors, expected)
-        if weights[f"{name}.weight"].ndim != 3 or weights[f"{name}.weight"].shape[2] != 1:
+        weights = self._weights(
+            *self._flatten(record, part), {part: (EMBEDDING, ""), f"{part}.patch_embed": (CONV, name)}
+        )
+        weight = weights[f"{name}.weight"]
+        if weight.ndim != 3 or weight.shape[2] != 1:
             self._refuse(f"{part} sees more than one frame at once (tubelet_size)")
-        weights[f"{name}.weight"] = weights[f"{name}.weight"][..., 0].contiguous()
-        return weights
+        return {**weights, f"{name}.weight": weight[..., 0].contiguous()}
 
     def _predictor(self, record: object) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the sizes of the transformer, and its weights."""
@@ -132,12 +123,17 @@ class ModuleReader:
         layers = [name for name in modules if name.startswith(f"{LAYERS}.") and name.count(".") == 3]
         blocks = {f"{LAYERS}.{number}": f"blocks.{number}." for number in range(len(layers))}
         expected = PREDICTOR_MODULES | {
-            path + below: Expected(module.kind, block + module.name, module.parameters)
+            path + below: (kind, name and block + name)
             for path, block in blocks.items()
-            for below, module in BLOCK_MODULES.items()
+            for below, (kind, name) in BLOCK_MODULES.items()
         }
         weights = self._weights(modules, tensors, expected)
-        weights["position"] = self._position(position)
+        rows = self.history * self.tokens
+        if position is None or position.ndim != 3 or position.shape[:2] != (1, rows):
+            found = None if position is None else tuple(position.shape)
+            self._refuse(f"predictor.pos_embedding is {found}, where hydra.yaml makes it (1, {rows}, ...)")
+        position = self._exact("predictor.pos_embedding", position)
+        weights["position"] = rearrange(position, "1 (h n) d -> h n d", h=self.history).contiguous()
         heads = {
             self._heads(modules[f"{path}.0"].state, weights[f"{block}qkv.weight"]) for path, block in blocks.items()
         }
@@ -153,14 +149,6 @@ class ModuleReader:
         sizes: dict[str, Any] = {"depth": len(blocks), "heads": count, "head_dim": size, "dropout": dropouts[0]}
         return {**sizes, "mlp": weights["blocks.0.mlp.0.bias"].numel()}, weights
 
-    def _position(self, stored: StoredTensor | None) -> Tensor:
-        rows = self.history * self.tokens
-        if stored is None or len(stored.shape) != 3 or stored.shape[:2] != (1, rows):
-            found = None if stored is None else stored.shape
-            self._refuse(f"predictor.pos_embedding is {found}, where hydra.yaml makes it (1, {rows}, ...)")
-        position = self._read("predictor.pos_embedding", stored)
-        return rearrange(position, "1 (h n) d -> h n d", h=self.history).contiguous()
-
     def _heads(self, attention: dict[str, Any], qkv: Tensor) -> tuple[int, int]:
         """Return number and size of the heads, which the weights do not have; compare the scale and the mask."""
         heads = attention.get("heads")
@@ -171,18 +159,15 @@ class ModuleReader:
             self._refuse(f"the predictor scales by {shown(attention.get('scale'))}, not by {size}**-0.5")
         mask, rows = attention.get("bias"), self.history * self.tokens
         frame = torch.arange(rows) // self.tokens
-        if (
-            not isinstance(mask, StoredTensor)
-            or mask.shape != (1, 1, rows, rows)
-            or not torch.equal(self.archive.read(mask)[0, 0].bool(), frame[:, None] >= frame)
-        ):
+        causal = (frame[:, None] >= frame)[None, None]
+        if not isinstance(mask, Tensor) or mask.shape != causal.shape or not torch.equal(mask.bool(), causal):
             self._refuse("the predictor's mask (Attention.bias) is not causal between frames")
         return heads, size
 
-    def _flatten(self, root: object, where: str) -> tuple[dict[str, Record], dict[str, StoredTensor]]:
+    def _flatten(self, root: object, where: str) -> tuple[dict[str, Record], dict[str, Tensor]]:
         """Collect all modules and all parameters below a module, by their paths."""
         modules: dict[str, Record] = {}
-        tensors: dict[str, StoredTensor] = {}
+        tensors: dict[str, Tensor] = {}
         waiting = [(where, root)]
         while waiting:
             path, record = waiting.pop()
@@ -201,41 +186,39 @@ class ModuleReader:
                 for name, value in entries.items():
                     if group == "_modules":
                         waiting.append((f"{path}.{name}", value))
-                    elif isinstance(value, StoredTensor):
+                    elif isinstance(value, Tensor):
                         tensors[f"{path}.{name}"] = value
                     elif value is not None:
                         self._refuse(f"{path[:160]}.{name} is not a tensor")
         return modules, tensors
 
     def _weights(
-        self, modules: Mapping[str, Record], tensors: Mapping[str, StoredTensor], expected: Mapping[str, Expected]
+        self, modules: Mapping[str, Record], tensors: Mapping[str, Tensor], expected: Expected
     ) -> dict[str, Tensor]:
-        """Read the tensors of modules that are all as expected."""
+        """Return the tensors of modules that are all as expected, by their names in `DinoWm`."""
         for path in sorted({*modules, *expected}, key=lambda path: (path.count("."), path)):
             kind = modules[path].kind if path in modules else "missing"
-            wanted = expected[path].kind if path in expected else "nothing"
+            wanted = expected[path][0] if path in expected else "nothing"
             if kind != wanted:
                 self._refuse(f"{path[:160]} is {kind}, where the reference has {wanted}")
             for setting, needed in SETTINGS.get(kind, {}).items():
                 if (value := modules[path].state.get(setting, needed)) != needed:
                     self._refuse(f"{path}.{setting} is {shown(value)}, not {needed!r}")
-        names = {
-            f"{path}.{parameter}": f"{module.name}.{parameter}"
-            for path, module in expected.items()
-            for parameter in module.parameters
+        names = {f"{path}.weight": f"{name}.weight" for path, (_, name) in expected.items() if name}
+        names |= {
+            f"{path}.bias": f"{name}.bias" for path, (_, name) in expected.items() if name and not name.endswith("qkv")
         }
         if different := sorted(set(tensors) ^ set(names)):
             self._refuse(f"{different[0][:160]} is {'missing' if different[0] in names else 'not in the reference'}")
-        return {name: self._read(path, tensors[path]) for path, name in names.items()}
+        return {name: self._exact(path, tensors[path]) for path, name in names.items()}
 
-    def _read(self, path: str, stored: StoredTensor) -> Tensor:
-        """Read a tensor as float32."""
-        if stored.storage.dtype not in EXACT:
-            self._refuse(f"{path} is {stored.storage.dtype}, which float32 cannot represent")
-        values = self.archive.read(stored).float()
+    def _exact(self, path: str, values: Tensor) -> Tensor:
+        """Convert to float32."""
+        if values.dtype not in EXACT:
+            self._refuse(f"{path} is {values.dtype}, which float32 cannot represent")
         if not torch.isfinite(values).all():
             self._refuse(f"{path} has values that are not finite")
-        return values
+        return values.float()
 
     def _refuse(self, reason: str) -> NoReturn:
-        raise UserError(f"{self.archive.path} cannot be imported: {reason}; {AGAIN}")
+        raise UserError(f"{self.file} cannot be imported: {reason}; {AGAIN}")

@@ -31,19 +31,15 @@ STEPS_AHEAD = 2
 def choose_residence(
     store: TokenStore, device: torch.device, wanted: str = "auto", sharing: int = 1
 ) -> tuple[str, str]:
-    """Choose where to keep a store's tokens while training.
+    """Choose where to keep a store's tokens while training; raises UserError for an unknown residence.
 
     Args:
-        store: the tokens.
-        device: the training device.
+        store: the tokens. device: of the training.
         wanted: one of RESIDENCES, or `auto`.
         sharing: processes of this machine that each keep the tokens; each has its own device, and they share main memory.
 
     Returns:
         One of RESIDENCES, and a line for the log that gives the reason.
-
-    Raises:
-        UserError: an unknown residence.
     """
     if wanted not in ("auto", *RESIDENCES):
         raise UserError(f"no residence {wanted!r}; known are auto, {', '.join(RESIDENCES)}")
@@ -79,19 +75,14 @@ class Feed:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Start reading.
+        """Start reading; raises UserError where the tokens do not fit into the residence.
 
         Args:
             store: the tokens. windows: of that store.
             batch: windows in each batch of all processes together.
             seed: of the order, which depends on it and the step alone.
-            device: of the batches.
-            first: number of the first step.
-            residence: one of RESIDENCES.
+            device: of the batches. first: number of the first step. residence: one of RESIDENCES.
             rank, world_size: the slice of each batch to read, see `batch_windows`.
-
-        Raises:
-            UserError: the tokens do not fit into the residence.
         """
         self.waited = 0.0
         self.device = device
@@ -163,15 +154,10 @@ class Feed:
 
 
 def load_on_device(store: TokenStore, device: torch.device) -> Tensor:
-    """Load all tokens of a store in its own dtype, [frames, N, D]; main memory holds a shard at a time.
-
-    Raises:
-        UserError: they do not fit.
-    """
+    """Load all tokens of a store in its own dtype, [frames, N, D], by shards; raises UserError where they do not fit."""
+    shape = (len(store), *store.card.frame_shape)
     try:
-        table = torch.empty(
-            (len(store), *store.card.frame_shape), dtype=getattr(torch, store.card.dtype), device=device
-        )
+        table = torch.empty(shape, dtype=getattr(torch, store.card.dtype), device=device)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{device.type} has no room for {human_bytes(store.card.token_bytes)} of tokens; choose --residence ram or disk"

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -28,7 +28,8 @@ from wmcache.engine.checkpoint import Progress, checkpoints, save_checkpoint
 from wmcache.trainer.dino_wm_modules import EMBEDDING, PREDICTOR, ModuleReader
 from wmcache.trainer.models import DataShape, WorldModel, build
 from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.pickled_modules import Archive, shown
+from wmcache.trainer.pickled_modules import load_modules, shown
+from wmcache.trainer.presets import PRESETS
 from wmcache.trainer.runs import is_run, lock_run, read_config, write_settings
 from wmcache.trainer.train import data_shape, make_optimiser, statistics_of
 
@@ -60,20 +61,14 @@ REQUIRED: dict[str, Any] = {
 }
 """Settings that `DinoWm`, the encoder `dinov2` and the statistics of a store implement."""
 
+TRAINED_WITH = ("warmup", "decay", "beta2", "decay-all", "clip", "dtype")
 ROUTE = 224
 """Side that the encoder `dinov2` resizes frames to first, as the reference's `img_size`."""
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-@dataclass(frozen=True)
-class Imported:
-    """What was imported.
-
-    Attributes:
-        epoch: of the reference's training.
-        parameters: of the model.
-        standardised: whether it was trained on standardised actions and proprio.
-    """
+class Imported(NamedTuple):
+    """What was imported; `standardised` says whether it was trained on standardised actions and proprio."""
 
     epoch: int
     parameters: int
@@ -104,9 +99,8 @@ def import_dino_wm(
     Args:
         folder: with hydra.yaml and checkpoints/.
         cache: a store of the frames that the model was trained on, encoded by DINOv2 as the reference does.
-        out: the run's folder, written as a whole or not at all.
+        out: the run's folder, written as a whole or not at all; `overwrite` replaces another run.
         checkpoint: `latest`, or the number of an epoch.
-        overwrite: replace another run.
 
     Raises:
         UserError: files that are missing, damaged, or contain what no DINO-WM checkpoint needs; settings that `DinoWm` does not implement;
@@ -116,23 +110,12 @@ def import_dino_wm(
     store = TokenStore.open(cache)
     _check_store(store, cache, settings, folder / "hydra.yaml")
     file = folder / "checkpoints" / f"model_{checkpoint}.pth"
-    with Archive(file) as archive:
-        root = archive.load(lambda name: name in KNOWN_NAMES or name.startswith(KNOWN_PREFIXES))
-        reader = ModuleReader(archive, settings.side, settings.history, settings.concat_dim)
-        weights, options, epoch = reader.read(root)
-    training = TrainOptions(
-        model_options=asdict(options),
-        history=settings.history,
-        frameskip=settings.frameskip,
-        steps=0,
-        batch=32,
-        warmup=0.0,
-        decay=0.0,
-        beta2=0.999,
-        decay_all=True,
-        clip=0.0,
-        dtype="float32",
-    )
+    root = load_modules(file, lambda name: name in KNOWN_NAMES or name.startswith(KNOWN_PREFIXES))
+    reader = ModuleReader(file, settings.side, settings.history, settings.concat_dim)
+    weights, options, epoch = reader.read(root)
+    reference = {name.replace("-", "_"): PRESETS["dino-wm"][name] for name in TRAINED_WITH}
+    sizes: dict[str, Any] = {"history": settings.history, "frameskip": settings.frameskip, "steps": 0, "batch": 32}
+    training = TrainOptions(model_options=asdict(options), **sizes, **reference)
     shape = data_shape(store, training)
     statistics = statistics_of(store, settings.frameskip)
     if not settings.standardised:

@@ -47,15 +47,9 @@ class ImageMetrics:
     """
 
     def __init__(self, image_size: int, device: torch.device, *, lpips: bool = True) -> None:
-        """Load the network of LPIPS.
+        """Load the network of LPIPS, an AlexNet (244 MB) in torch hub's cache, or download it, unless `lpips` is false.
 
-        Args:
-            image_size: side of the images.
-            device: to compute on.
-            lpips: whether to try it; its AlexNet (244 MB) is in torch hub's cache or is downloaded.
-
-        Raises:
-            UserError: the images are too small for SSIM.
+        Raises UserError where images of this side are too small for SSIM.
         """
         if image_size < MIN_SSIM:
             raise UserError(
@@ -104,11 +98,7 @@ class ImageMetrics:
 
 
 def summarise(found: Mapping[str, NDArray[np.float64]]) -> dict[str, float | None]:
-    """Average what `ImageMetrics` returns.
-
-    Returns:
-        `mse`, `ssim` and `lpips`; `moving`, the share of pixels that move; and `moving_mse`, the MSE of these, None where none moves.
-    """
+    """Average what `ImageMetrics` returns; `moving_mse` is the MSE of the pixels that move, None where none moves."""
     means = {name: float(values.mean()) for name, values in found.items()}
     error, moving = means.pop("moving_error"), means["moving"]
     return {**means, "moving_mse": error / moving if moving else None}

@@ -64,10 +64,7 @@ def find_progress(
     """Find how far a run is, without writing anything; where it starts from another run, load that one's weights into `model`.
 
     Args:
-        out: the run.
-        model: as built.
-        stages: to train.
-        identity: of the store.
+        out: the run. model: as built. stages: to train. identity: of the store.
         config: of the run, as it would be written; `start` is a run that has finished the stage before the first of `stages`.
         overwrite: whether the run starts from scratch.
 

@@ -101,11 +101,7 @@ def read_identity(run: Path) -> tuple[StoreCard, Identity]:
 
 
 def open_store(run: Path, cache: AnyPath | None = None) -> TokenStore:
-    """Open the store that a run was trained on; `cache` is where it is now, if it has moved.
-
-    Raises:
-        UserError: the store is missing or another one.
-    """
+    """Open the store that a run was trained on, at `cache` if it has moved; raises UserError where it is missing or another one."""
     identity, path = read_identity(run)[1], as_path(cache or read_config(run)["cache"])
     try:
         store = TokenStore.open(path)
@@ -126,8 +122,7 @@ def open_store(run: Path, cache: AnyPath | None = None) -> TokenStore:
 def load_model(run: Path, device: torch.device, *, untrained: bool = False) -> WorldModel:
     """Load the newest model of a run, frozen; `untrained` draws random weights instead, and keeps the buffers.
 
-    Raises:
-        UserError: the folder is not a run, or has no usable checkpoint.
+    Raises UserError where the folder is not a run, or has no usable checkpoint.
     """
     config = read_config(run)
 
@@ -152,8 +147,7 @@ def load_model(run: Path, device: torch.device, *, untrained: bool = False) -> W
 def load_network(run: Path, make: Callable[[dict[str, Tensor]], N], device: torch.device) -> N:
     """Load the newest network of a run, frozen; `make` builds it from the statistics of the data (`…_mean`, `…_std`) in its checkpoint.
 
-    Raises:
-        UserError: no checkpoint, or one that is damaged or does not fit.
+    Raises UserError where there is none, or it is damaged or does not fit.
     """
     folder = last_checkpoint(run)
     weights = load_tensors(folder, "model.safetensors")

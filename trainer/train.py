@@ -67,10 +67,10 @@ def train(
     Args:
         cache: the store, which all ranks read.
         out: the run's folder, which only rank 0 writes.
-        options: see `TrainOptions`.
+        options: of the run.
         resume: require a run to continue; allows other `steps` and another `learning_rate`.
         overwrite: start from scratch where a run exists.
-        ranks: the processes that train together, which all call this, see `engine.ranks.joined`.
+        ranks: which all call this, see `engine.ranks.joined`.
 
     Returns:
         The last validation's figures; empty where nothing was left to do, and on other ranks than 0.
@@ -124,17 +124,9 @@ def _train(
         ranks.log(f"{out}: all steps are done")
         return {}
     held_out = validation_windows(store, options).with_extras(extras)
-    how = loop.LoopOptions(
-        options.steps,
-        options.batch,
-        device,
-        dtype,
-        accumulate=options.accumulate,
-        clip=options.clip or math.inf,
-        log_every=options.log_every,
-        validate_every=options.validate_every,
-        checkpoint_every=options.checkpoint_every,
-    )
+    same = ("steps", "batch", "accumulate", "log_every", "validate_every", "checkpoint_every")
+    shared = {name: getattr(options, name) for name in same}
+    how = loop.LoopOptions(**shared, device=device, dtype=dtype, clip=options.clip or math.inf)
     result: dict[str, float | None] = {}
     for begin in left:
         task = WorldModelTask(model, store, windows.with_extras(extras), held_out, out, options, how, ranks, begin)

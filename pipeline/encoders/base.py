@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,17 +35,12 @@ class EncoderSpec:
     """What is known of an encoder before its weights are loaded. A local folder of weights may change grid and dimension.
 
     Attributes:
-        image_size: default side of the image that the network receives, in pixels.
-        patch: side of a patch in that image; `image_size` is a multiple of it.
+        image_size, patch: default side of the image that the network receives, and side of a patch in it, in pixels.
         token_dim: channels of a token, D.
-        normalisation: default key of NORMALISATIONS.
-        source: where weights come from without `--weights`.
-        revision: commit of the source on a hub; empty if none is pinned.
+        source, revision: where weights come from without `--weights`: a hub's repository and commit.
         accept: page on which a gated model's licence is accepted; empty for open models.
         grid: of tokens at `image_size`, if it is not one token for each patch.
-        via: sizes that the frame is resized to before `image_size`.
-        filter: default of resizing, in FILTERS; always antialiased.
-        dtype: default compute precision, `auto` or a name in `common.device.DTYPES`.
+        via: sizes that the frame is resized to before `image_size`; resizing is antialiased.
         lag: env steps between the two frames of a token; 0 for one frame.
     """
 
@@ -68,15 +63,9 @@ class EncoderSpec:
     lag: int = 0
 
     def patch_grid(self, image_size: int) -> tuple[int, int]:
-        """Return rows and columns of patches.
-
-        Raises:
-            UserError: the size is not a multiple of the patch.
-        """
+        """Return rows and columns of patches; raises UserError if the size is not a multiple of the patch."""
         if image_size <= 0 or image_size % self.patch:
-            raise UserError(
-                f"--image-size {image_size} does not fit encoder {self.name}; choose a multiple of {self.patch}"
-            )
+            raise UserError(f"--image-size {image_size} does not fit {self.name}; choose a multiple of {self.patch}")
         return image_size // self.patch, image_size // self.patch
 
     @property
@@ -100,10 +89,6 @@ class Features:
     def patches(self, layer: str) -> Tensor:
         """[B, N, channels]."""
         return self.layers[layer][:, self.prefix :]
-
-    def class_token(self, layer: str) -> Tensor:
-        """[B, 1, channels]."""
-        return self.layers[layer][:, :1]
 
 
 class Backbone(nn.Module):
@@ -140,13 +125,10 @@ class Backbone(nn.Module):
 
 
 class Head(nn.Module):
-    """Turns features into tokens; without parameters, or fitted.
+    """Turns the features of `layers` into `grid[0] * grid[1]` tokens of `dim` channels; without parameters, or fitted.
 
     Attributes:
-        layers: features that it reads.
         prefix: whether it reads the tokens before the patches.
-        grid: rows and columns of its tokens.
-        dim: channels of its tokens.
     """
 
     layers: tuple[str, ...]
@@ -183,7 +165,7 @@ class Select(Head):
             case "patch":
                 return features.patches(LAST)
             case "cls":
-                return features.class_token(LAST)
+                return features.layers[LAST][:, :1]
             case "pooled":
                 return features.patches(LAST).mean(1, keepdim=True)
             case _:
@@ -196,10 +178,7 @@ class Select(Head):
             UserError: the selection is neither patch tokens nor layers.
         """
         if self.selection not in ("patch", "layers"):
-            raise UserError(
-                f"nothing can be derived from a store of the {SELECTIONS[self.selection]} alone; "
-                "use a store of patch tokens or layers"
-            )
+            raise UserError(f"{SELECTIONS[self.selection]} alone: nothing can be derived; use patch tokens or layers")
         return Features(self.by_layer(tokens), self._prefix_tokens * (self.selection == "layers"))
 
     def by_layer(self, channels: Tensor) -> dict[str, Tensor]:
@@ -252,12 +231,3 @@ def hash_parameters(network: nn.Module) -> str:
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def require_layers(available: Collection[str], layers: Sequence[str], name: str) -> None:
-    """Raise UserError if a store lacks features that the adapter `name` reads."""
-    if missing := [layer for layer in layers if layer not in available]:
-        raise UserError(
-            f"{name} reads {', '.join(layers)} features, and the store has no {', '.join(missing)} ones; "
-            "fit it on a store of layers, for example of --encoder dinov2-layers"
-        )

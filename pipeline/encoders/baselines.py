@@ -16,8 +16,6 @@ from wmcache.pipeline.encoders.registry import register
 from wmcache.pipeline.encoders.vit import TimmVit
 from wmcache.pipeline.encoders.weights import refuse_weights
 
-ARCHITECTURE = "vit_tiny_patch16_224"
-
 PIXELS = EncoderSpec(
     name="pixels",
     summary="the pixels of a small frame, a baseline",
@@ -51,17 +49,15 @@ RANDOM_LAYERS = replace(
 )
 
 
-class PixelBackbone(Backbone):
+class _Pixels(Backbone):
     """Patches as they are, each [patch, patch, 3] in this order."""
 
     def __init__(self, patch: int, grid: tuple[int, int]) -> None:
-        """Set the patch's side in pixels and the grid of patches."""
         super().__init__()
         self.patch = patch
         self.dims, self.described, self.grid = {LAST: 3 * patch**2}, {LAST: "pixels"}, grid
 
     def forward(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        """See `Backbone.forward`."""
         patches = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)
         return dict.fromkeys(layers, patches)
 
@@ -70,7 +66,7 @@ class PixelBackbone(Backbone):
 def load_pixels(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
     """Make the backbone; raises UserError if weights are given."""
     refuse_weights(spec, weights)
-    backbone = PixelBackbone(spec.patch, spec.patch_grid(image_size))
+    backbone = _Pixels(spec.patch, spec.patch_grid(image_size))
     return Loaded(backbone, Select(backbone, spec.token_selection), spec.source)
 
 
@@ -82,24 +78,24 @@ def load_random(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loa
 
     refuse_weights(spec, weights)
     with torch.random.fork_rng(devices=[]):
-        vit = timm.create_model(ARCHITECTURE, img_size=image_size, num_classes=0)
-    initialise(vit)
+        vit = timm.create_model("vit_tiny_patch16_224", img_size=image_size, num_classes=0)
+    _initialise(vit)
     backbone = TimmVit(vit)
     return Loaded(backbone, Select(backbone, spec.token_selection), spec.source)
 
 
-def initialise(vit: nn.Module) -> None:
+@torch.no_grad()
+def _initialise(vit: nn.Module) -> None:
     """Draw all weights from seed 0: matrices keep the variance of their input, positions have timm's deviation of 0.02.
 
     Uniform draws are multiples of 2^-24 and are multiplied once, so they have the same bits on every machine. Normal draws use functions
     that processors round differently, which would change the hash of the weights.
     """
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in sorted(vit.named_parameters()):
-            if name.endswith("bias"):
-                value.zero_()
-            elif value.ndim > 1:
-                table = name in ("cls_token", "pos_embed")
-                deviation = 0.02 if table else 1 / math.sqrt(value[0].numel())
-                value.copy_((torch.rand(value.shape, generator=generator) - 0.5) * (deviation * math.sqrt(12)))
+    for name, value in sorted(vit.named_parameters()):
+        if name.endswith("bias"):
+            value.zero_()
+        elif value.ndim > 1:
+            table = name in ("cls_token", "pos_embed")
+            deviation = 0.02 if table else 1 / math.sqrt(value[0].numel())
+            value.copy_((torch.rand(value.shape, generator=generator) - 0.5) * (deviation * math.sqrt(12)))

@@ -40,19 +40,17 @@ SPEC = EncoderSpec(
 )
 
 
-class ChangeBackbone(Backbone):
+class _Changes(Backbone):
     """Norm of the difference of two images, over the channels and in the mean over each cell (DDP-WM, LabelGenerator).
 
-    The reference assigns the cells of a map row by row, four to a patch; here a patch has the cells inside it.
+    The reference assigns the cells of a map row by row, four to a patch; here a patch has the cells inside it, row by row.
     """
 
     def __init__(self, grid: tuple[int, int]) -> None:
-        """Set the grid of patches."""
         super().__init__()
         self.dims, self.described, self.grid = {LAST: 4}, {LAST: "pixels"}, grid
 
     def forward(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        """See `Backbone.forward`; each patch has its cells row by row."""
         squares = (images[:, 1] - images[:, 0]).square().sum(1, keepdim=True)
         cells = F.adaptive_avg_pool2d(squares, (2 * self.grid[0], 2 * self.grid[1])).sqrt()
         return dict.fromkeys(layers, rearrange(cells, "b 1 (r i) (c j) -> b (r c) (i j)", i=2, j=2))
@@ -62,16 +60,12 @@ class ChangeBackbone(Backbone):
 def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
     """Make the backbone; raises UserError if weights are given."""
     refuse_weights(spec, weights)
-    backbone = ChangeBackbone(spec.patch_grid(image_size))
+    backbone = _Changes(spec.patch_grid(image_size))
     return Loaded(backbone, Select(backbone, spec.token_selection), spec.source)
 
 
 def changes_for(token_grid: tuple[int, int], frameskip: int, device: str = "auto") -> Encoder:
-    """Make the encoder of change maps for a token grid, of frames `frameskip` env steps apart.
-
-    Raises:
-        UserError: the grid is not a square of patches.
-    """
+    """Make the encoder of change maps of frames `frameskip` env steps apart; raises UserError if the grid is not square."""
     rows, columns = token_grid
     if rows != columns:
         raise UserError(f"change maps need a square grid of patches, not {rows} x {columns} tokens")

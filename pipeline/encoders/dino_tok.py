@@ -11,7 +11,7 @@ the number of its channels.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, cast
 
 import numpy as np
@@ -23,37 +23,23 @@ from torch import Tensor, nn
 
 from wmcache.common.options import option
 from wmcache.engine.codebook import MovingMeans, nearest
-from wmcache.pipeline.encoders.base import EARLY, LAST, Backbone, EncoderSpec, Features, Head, require_layers
-from wmcache.pipeline.encoders.fitting import FitData, Fitting
+from wmcache.pipeline.encoders.base import EARLY, LAST, Backbone, Features, Head
+from wmcache.pipeline.encoders.fitting import FitData, adapter_spec
 from wmcache.pipeline.encoders.pca import principal_axes
 from wmcache.pipeline.encoders.reconstruction import (
     SAMPLED_FRAMES,
     Reconstruction,
+    ReconstructionFitting,
     ReconstructionOptions,
     Standardise,
     patch_moments,
-    random_rows,
 )
 from wmcache.pipeline.encoders.registry import register_adapter, register_fit
 
-SPEC = EncoderSpec(
-    name="dino-tok",
-    summary="DINO-Tok: final features beside a few channels of early ones (wmcache fit)",
-    image_size=196,
-    via=(224,),
-    patch=14,
-    token_dim=448,
-    normalisation="half",
-    layer="block 2+norm",
-    source="wmcache fit --encoder dino-tok",
-    licence="yours, on the base's",
-)
-VQ_SPEC = replace(
-    SPEC,
-    name="dino-tok-vq",
-    summary="DINO-Tok's quantised variant: codes of meaning beside codes of texture (wmcache fit)",
-    source="wmcache fit --encoder dino-tok-vq",
-)
+SUMMARY = "DINO-Tok: final features beside a few channels of early ones"
+VQ_SUMMARY = "DINO-Tok's quantised variant: codes of meaning beside codes of texture"
+SPEC = adapter_spec("dino-tok", SUMMARY, 448, layer="block 2+norm")
+VQ_SPEC = adapter_spec("dino-tok-vq", VQ_SUMMARY, 448, layer="block 2+norm")
 
 COMMITMENT = 0.25
 DECAY = 0.95
@@ -79,6 +65,8 @@ class DinoTokVqOptions(DinoTokOptions):
 class DominantSubspace(nn.Module):
     """Projects tokens on their leading principal components; the axes stay, so distances are those between the components."""
 
+    projection: Tensor
+
     def __init__(self, dim: int) -> None:
         """Start with the identity of `dim` channels."""
         super().__init__()
@@ -94,11 +82,11 @@ class DominantSubspace(nn.Module):
         kept = axes[: int((explained < share).sum()) + 1]
         self.projection.copy_(kept.T @ kept)
 
-    projection: Tensor
-
 
 class Quantiser(nn.Module):
     """Replaces tokens by their nearest code."""
+
+    codes: Tensor
 
     def __init__(self, codes: int, dim: int) -> None:
         """Make `codes` codes of `dim` channels."""
@@ -109,14 +97,11 @@ class Quantiser(nn.Module):
         """[..., dim] -> codes, the same shape."""
         return self.codes[nearest(tokens, self.codes)]
 
-    codes: Tensor
 
-
-class Branch(nn.Module):
+class _Branch(nn.Module):
     """One layer's part of the tokens: standardised, adapted; with codes projected before and quantised after the adapter."""
 
     def __init__(self, layer: str, dim: int, adapter: nn.Module, out: int, codes: int) -> None:
-        """Make the branch of a layer of `dim` channels, whose adapter returns `out`; 0 `codes` for no quantisation."""
         super().__init__()
         self.layer, self.adapter = layer, adapter
         self.standardise = Standardise(dim)
@@ -148,11 +133,11 @@ class DinoTokHead(Head):
         adapter = nn.Sequential(
             nn.LayerNorm(early), nn.Linear(early, shallow), nn.LayerNorm(shallow, elementwise_affine=False)
         )
-        self.meaning = Branch(LAST, last, nn.Identity(), last, codes)
-        self.texture = Branch(EARLY, early, adapter, shallow, codes)
+        self.meaning = _Branch(LAST, last, nn.Identity(), last, codes)
+        self.texture = _Branch(EARLY, early, adapter, shallow, codes)
 
     @property
-    def branches(self) -> tuple[Branch, Branch]:
+    def branches(self) -> tuple[_Branch, _Branch]:
         """In the order of their channels."""
         return self.meaning, self.texture
 
@@ -164,18 +149,15 @@ class DinoTokHead(Head):
 
 @register_fit(SPEC.name, DinoTokOptions)
 @register_fit(VQ_SPEC.name, DinoTokVqOptions)
-class DinoTokFitting(Fitting):
+class DinoTokFitting(ReconstructionFitting):
     """Frames or features reconstructed from tokens or codes. Codes follow moving means of tokens (arXiv 1711.00937, appendix A)."""
 
     kept: DinoTokHead
 
     def __init__(self, data: FitData, options: DinoTokOptions) -> None:
         """Standardise the layers and make the decoder; raises UserError if the base's store lacks a layer."""
-        super().__init__()
-        assert data.base is not None
-        require_layers(data.base.head.layers, DinoTokHead.layers, SPEC.name)
-        self.data, self.options = data, options
-        self.kept = DinoTokHead(data.base.backbone, options).to(data.device)
+        super().__init__(SPEC.name, DinoTokHead.layers, data, options)
+        self.kept = DinoTokHead(data.backbone, options).to(data.device)
         moments = patch_moments(data, DinoTokHead.layers, options.seed)
         for branch in self.kept.branches:
             branch.standardise.fit_statistics(moments[branch.layer])
@@ -186,18 +168,14 @@ class DinoTokFitting(Fitting):
                 self.clusters[branch.layer] = self._start_codes(branch, options)
 
     @torch.no_grad()
-    def _start_codes(self, branch: Branch, options: DinoTokVqOptions) -> MovingMeans:
+    def _start_codes(self, branch: _Branch, options: DinoTokVqOptions) -> MovingMeans:
         assert branch.subspace
         assert branch.book
         some = functools.partial(self.data.sample_features, SAMPLED_FRAMES, options.seed)
         _, variances, axes = principal_axes(branch.standardise(found.patches(branch.layer)) for found in some())
         branch.subspace.fit_statistics(variances, axes, options.variance)
-        branch.book.codes.copy_(draw(torch.cat([branch(found) for found in some()]).flatten(0, 1), options.codes))
+        branch.book.codes.copy_(_draw(torch.cat([branch(found) for found in some()]).flatten(0, 1), options.codes))
         return MovingMeans(torch.ones(options.codes), branch.book.codes.clone(), DECAY)
-
-    def rows(self, rng: np.random.Generator) -> NDArray[np.integer]:
-        """Draw any frames."""
-        return random_rows(self.data, self.options.batch, rng)
 
     def loss(self, rows: NDArray[np.integer]) -> dict[str, Tensor]:
         """Compute the decoder's error, and the commitment of texture to its codes; meaning has no parameters to commit."""
@@ -223,11 +201,11 @@ def move_codes(book: Quantiser, means: MovingMeans, tokens: Tensor) -> None:
     """Move the codes to the moving means of tokens [n, dim]; replace rare codes by tokens."""
     means.update(tokens, nearest(tokens, book.codes), unit=len(tokens) / len(means.count))
     rare = means.count < RARE
-    means.restart(rare, draw(tokens, int(rare.sum())))
+    means.restart(rare, _draw(tokens, int(rare.sum())))
     book.codes.copy_(means.means())
 
 
-def draw(tokens: Tensor, count: int) -> Tensor:
+def _draw(tokens: Tensor, count: int) -> Tensor:
     """Draw [count, dim] of tokens [n, dim], without repetition if n suffices."""
     order = torch.randperm(len(tokens), device=tokens.device)
     return tokens[order[torch.arange(count, device=tokens.device) % len(tokens)]]

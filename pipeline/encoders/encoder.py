@@ -31,8 +31,6 @@ class Encoder:
     """A frozen backbone and head with their preprocessing. `create` makes one.
 
     Attributes:
-        token_grid, token_dim: N = rows * columns tokens of D values.
-        backbone_sha256: hash of the backbone.
         weights_sha256: hash of all parameters; equals `backbone_sha256` if the head has none.
         max_batch: frames that fit the device's memory; lowered when a batch did not fit.
     """
@@ -60,9 +58,7 @@ class Encoder:
         self.source = loaded.source
         networks = nn.ModuleDict({"backbone": loaded.backbone, "head": loaded.head})
         if any(not torch.isfinite(value).all() for value in networks.state_dict().values()):
-            raise UserError(
-                f"the weights of {spec.name} are not finite: {weights or loaded.source}; download or fit them again"
-            )
+            raise UserError(f"weights of {spec.name} are not finite: {weights or loaded.source}; get or fit them again")
         self.backbone_sha256 = self.weights_sha256 = loaded.backbone.sha256
         if loaded.head.state_dict():
             both = self.backbone_sha256 + hash_parameters(loaded.head)
@@ -103,13 +99,9 @@ class Encoder:
     def features(self, frames: NDArray[np.uint8] | Tensor, layers: Sequence[str]) -> Features:
         """Compute the backbone's features of frames (see `__call__`), float16."""
         images = torch.as_tensor(frames).to(self.device)
-        if (
-            images.dtype != torch.uint8
-            or images.ndim not in ((4, 5) if self.lag else (4,))
-            or images.shape[-3] != images.shape[-2]
-            or images.shape[-1] != 3
-        ):
-            raise ValueError(f"frames must be uint8 [B, S, S, 3], not {images.dtype} {tuple(images.shape)}")
+        shape, known = tuple(images.shape), (4, 5) if self.lag else (4,)
+        if images.dtype != torch.uint8 or len(shape) not in known or shape[-2:] != (shape[-3], 3):
+            raise ValueError(f"frames must be uint8 [B, S, S, 3], not {images.dtype} {shape}")
         if self.lag and images.ndim == 4:
             images = images[:, None].expand(-1, 2, -1, -1, -1)
         with autocast(self.device, self.dtype):
@@ -127,8 +119,7 @@ class Encoder:
     def drift(self, frames: NDArray[np.uint8], cached: NDArray[np.float16]) -> dict[str, float]:
         """Compare tokens of frames encoded now (see `__call__`) with cached ones, float16 [B, N, D].
 
-        Returns:
-            `cosine`, the smallest of all frames, and `relative_error`, the largest norm of a difference over that of the tokens.
+        Returns `cosine`, the smallest of all frames, and `relative_error`, the largest norm of a difference over that of the tokens.
         """
         live, known = self(frames).float().cpu().flatten(1), torch.from_numpy(cached).float().flatten(1)
         cosines = torch.cosine_similarity(live, known, dim=1)
@@ -159,8 +150,8 @@ class Encoder:
         """Return the arguments with which `create` makes this encoder again; plain JSON values."""
         return {
             "name": self.spec.name,
-            "weights": None if self.weights is None else str(self.weights.absolute()),
-            "base_weights": None if self.base_weights is None else str(self.base_weights.absolute()),
+            "weights": self.weights and str(self.weights.absolute()),
+            "base_weights": self.base_weights and str(self.base_weights.absolute()),
             "image_size": self.image_size,
             "normalisation": self.preprocess.normalisation,
             "filter": self.preprocess.filter,
@@ -170,14 +161,9 @@ class Encoder:
 
 
 def encode_together(encoders: Sequence[Encoder], frames: NDArray[np.uint8] | Tensor) -> list[Tensor]:
-    """Encode the same frames with several encoders; run each backbone once.
+    """Encode the same frames with several encoders, float16 [B, N, D] each; those of equal `backbone_key` share a pass.
 
-    Args:
-        encoders: those of equal `backbone_key` share a pass.
-        frames: as for `Encoder.__call__`; frame pairs only for encoders with a lag.
-
-    Returns:
-        For each encoder float16 [B, N, D].
+    Frames are as for `Encoder.__call__`; pairs only for encoders with a lag.
     """
     shared: dict[tuple[object, ...], Features] = {}
     for key in dict.fromkeys(encoder.backbone_key for encoder in encoders):

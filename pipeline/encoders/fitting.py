@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wmcache.common.options import Natural, Positive, option
-from wmcache.pipeline.encoders.base import Features, Preprocess
+from wmcache.pipeline.encoders.base import Backbone, EncoderSpec, Features, Preprocess
 from wmcache.pipeline.encoders.encoder import Encoder
 
 FRAMES_AT_ONCE = 32
@@ -38,6 +38,22 @@ class FitOptions:
         return True
 
 
+def adapter_spec(name: str, summary: str, token_dim: int, **more: Any) -> EncoderSpec:
+    """Describe an adapter on DINOv2's features; `more` are other fields."""
+    return EncoderSpec(
+        name=name,
+        summary=f"{summary} (wmcache fit)",
+        image_size=196,
+        via=(224,),
+        patch=14,
+        token_dim=token_dim,
+        normalisation="half",
+        source=f"wmcache fit --encoder {name}",
+        licence="yours, on the base's",
+        **more,
+    )
+
+
 @dataclass(frozen=True)
 class FitData:
     """Frames of the training episodes; for an adapter also the cached features of its base.
@@ -47,8 +63,7 @@ class FitData:
         preprocess: of the encoder that is trained, or of the base.
         device: where to train.
         images: uint8 [frames, 3, S, S], resized by `preprocess`; None if the training reads only a store.
-        base: an adapter's base; None for others.
-        gather: rows -> the base's features, float32 on the device; None for others.
+        base, gather: an adapter's base, and rows -> its features, float32 on the device; None for others.
     """
 
     episode: NDArray[np.integer]
@@ -62,6 +77,12 @@ class FitData:
         """Number of frames."""
         return len(self.episode)
 
+    @property
+    def backbone(self) -> Backbone:
+        """The base's."""
+        assert self.base is not None
+        return self.base.backbone
+
     def pixels(self, rows: NDArray[np.integer]) -> Tensor:
         """Return images as the network receives them: normalised float32 [len(rows), 3, S, S] on the device."""
         assert self.images is not None
@@ -70,7 +91,7 @@ class FitData:
 
     def sample_pixels(self, seed: int) -> Tensor:
         """Return `pixels` of at most BACKGROUND_FRAMES frames, drawn from all."""
-        return self.pixels(self._sample(BACKGROUND_FRAMES, seed))
+        return self.pixels(self.random_rows(min(len(self), BACKGROUND_FRAMES), np.random.default_rng(seed)))
 
     def features(self, rows: NDArray[np.integer]) -> Features:
         """Return the base's features of some frames, float32 on the device."""
@@ -79,12 +100,13 @@ class FitData:
 
     def sample_features(self, frames: int, seed: int) -> Iterator[Features]:
         """Yield the base's features of at most `frames` frames, drawn from all, a few frames at a time."""
-        rows = self._sample(frames, seed)
+        rows = self.random_rows(min(len(self), frames), np.random.default_rng(seed))
         for part in np.array_split(rows, -(-len(rows) // FRAMES_AT_ONCE)):
             yield self.features(part)
 
-    def _sample(self, frames: int, seed: int) -> NDArray[np.integer]:
-        return np.sort(np.random.default_rng(seed).choice(len(self), min(len(self), frames), replace=False))
+    def random_rows(self, frames: int, rng: np.random.Generator) -> NDArray[np.integer]:
+        """Draw frames, each at most once, ascending: the order in which a store reads fastest."""
+        return np.sort(rng.choice(len(self), frames, replace=False))
 
 
 class Fitting(nn.Module):

@@ -41,34 +41,37 @@ class Pin:
     bytes: Count
 
 
-def pins_file() -> Path:
-    """`$WMCACHE_HOME/encoders/pins.json`."""
+def _pins_file() -> Path:
     return home() / "encoders" / "pins.json"
 
 
 def read_pins() -> dict[str, Pin]:
     """Read repository -> pin; raises UserError if the file is damaged."""
-    file, hint = pins_file(), "restore it, or move it away: the next download is pinned again"
+    file, hint = _pins_file(), "restore it, or move it away: the next download is pinned again"
     if not file.exists():
         return {}
     return {repository: parse(Pin, pin, file, hint) for repository, pin in read_json(file, hint).items()}
 
 
-def pin_of(repository: str, revision: str) -> Pin | None:
-    """Return the pin of a repository, if it is at `revision` or this is empty."""
+def _find(repository: str, revision: str) -> tuple[Pin | None, str, Path | None]:
+    """Return the pin of a repository at a revision, the commit to ask for, and the file in the hub's cache."""
     pin = read_pins().get(repository)
-    return pin if pin and revision in ("", pin.revision) else None
+    pin = pin if pin and revision in ("", pin.revision) else None
+    revision = revision or (pin.revision if pin else "")
+    found = try_to_load_from_cache(repository, FILE, revision=revision or None)
+    if isinstance(found, str):
+        return pin, revision, Path(found)
+    if revision:
+        return pin, revision, None
+    # A download by its commit is not the cache's `main`, and another user of that cache has no pin.
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "snapshots"
+    there = [path for path in folder.glob(f"*/{FILE}") if path.is_file()]
+    return pin, revision, max(there, key=lambda path: path.lstat().st_mtime, default=None)
 
 
 @dataclass(frozen=True)
 class Cached:
-    """A repository's weights in the hub's cache.
-
-    Attributes:
-        revision: commit.
-        bytes: size on disk.
-        fault: why the file cannot be used, judged by its size; empty if it can.
-    """
+    """A repository's weights in the hub's cache; `fault` is why they cannot be used, judged by their size, or empty."""
 
     path: Path
     revision: str
@@ -79,12 +82,9 @@ class Cached:
 def look_up(repository: str, revision: str = "") -> Cached | None:
     """Find a repository's weights in the hub's cache without reading the file; None if they are not there.
 
-    Args:
-        repository: id on the hub.
-        revision: a commit; empty for the pinned one, or without a pin the newest in the cache.
+    Without a revision, it is the pinned one, or without a pin the newest in the cache.
     """
-    pin = pin_of(repository, revision)
-    path = _in_cache(repository, revision or (pin.revision if pin else ""))
+    pin, _, path = _find(repository, revision)
     if path is None:
         return None
     size = path.stat().st_size
@@ -92,23 +92,8 @@ def look_up(repository: str, revision: str = "") -> Cached | None:
     return Cached(path, path.parent.name, size, fault)
 
 
-def _in_cache(repository: str, revision: str) -> Path | None:
-    found = try_to_load_from_cache(repository, FILE, revision=revision or None)
-    if isinstance(found, str):
-        return Path(found)
-    if revision:
-        return None
-    # A download by its commit is not the cache's `main`, and another user of that cache has no pin.
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "snapshots"
-    there = [path for path in folder.glob(f"*/{FILE}") if path.is_file()]
-    return max(there, key=lambda path: path.lstat().st_mtime, default=None)
-
-
 def find_weights(spec: EncoderSpec, weights: Path | None) -> tuple[Path, str]:
-    """Return the file or folder of an encoder's weights, and their source in an identity.
-
-    Returns:
-        `weights` and `file`; without them the file of the spec's source and `<repository>@<commit>`.
+    """Return the file or folder of an encoder's weights, and their source in an identity: `file` or `<repository>@<commit>`.
 
     Raises:
         UserError: as `download_weights`.
@@ -134,9 +119,7 @@ def download_weights(repository: str, encoder: str, *, revision: str = "", accep
     Raises:
         UserError: they are not in the cache and cannot be downloaded, or their bytes are not those that were published or pinned.
     """
-    pin = pin_of(repository, revision)
-    asked = revision or (pin.revision if pin else "")
-    path = _in_cache(repository, asked)
+    pin, asked, path = _find(repository, revision)
     if path is not None:
         published = path.resolve().name  # the cache names a large file by its checksum
     else:
@@ -158,8 +141,8 @@ def download_weights(repository: str, encoder: str, *, revision: str = "", accep
 
 def _pin(repository: str, new: Pin) -> None:
     try:
-        with exclusive(pins_file().with_name(".pins.lock")):
-            write_json(pins_file(), {name: asdict(value) for name, value in {**read_pins(), repository: new}.items()})
+        with exclusive(_pins_file().with_name(".pins.lock")):
+            write_json(_pins_file(), {name: asdict(value) for name, value in {**read_pins(), repository: new}.items()})
     except UserError as error:
         # With a read-only home the weights are still usable; the next run checks them again.
         tqdm.write(f"{repository} is not pinned: {error}", file=sys.stderr)

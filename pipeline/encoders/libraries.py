@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from wmcache.common.errors import UserError
 from wmcache.common.jsonfiles import read_json
@@ -50,12 +50,7 @@ class HfFamily:
     unused: tuple[str, ...] = ()
 
     def load(self, spec: EncoderSpec, size: ModelSize, image_size: int, path: Path) -> HfVit:
-        """Load a model of transformers.
-
-        Args:
-            spec, size: what is loaded.
-            image_size: side of the image that the network receives, in pixels.
-            path: a file with the hub's names, for the config of that size; or a folder with its own config.
+        """Load a model from a file with the hub's names, for the config of that size; or from a folder with its own config.
 
         Raises:
             UserError: the folder is of another family, the image size does not fit its patch, or a weight is missing, unknown or of
@@ -83,7 +78,7 @@ class HfFamily:
                     ignore_mismatched_sizes=True,
                     output_loading_info=True,
                 )
-        require_fit(
+        _require_fit(
             spec,
             path,
             missing=set(report["missing_keys"]),
@@ -112,10 +107,7 @@ def load_timm(timm_name: str, spec: EncoderSpec, image_size: int, path: Path) ->
     """Load a timm model with weights of timm's or the official names; timm interpolates positions to `image_size`.
 
     Args:
-        timm_name: architecture of a file.
-        spec: what is loaded.
-        image_size: a multiple of the model's patch, in pixels.
-        path: a file; or a folder saved by timm, whose config names the architecture.
+        timm_name: architecture of a file; the config of a folder saved by timm names its own.
 
     Raises:
         UserError: the weights do not fit, or the folder is of another family.
@@ -132,10 +124,10 @@ def load_timm(timm_name: str, spec: EncoderSpec, image_size: int, path: Path) ->
     # With num_classes as in the file, timm loads strictly: it drops no head and leaves no weight random.
     exact = {"file": str(file), "source": "", "num_classes": 0}
     with reading(file, f"{file} does not contain the weights of {timm_name}", "save them from timm's state_dict()"):
-        model: nn.Module = timm.create_model(
+        model: Any = timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay=exact, img_size=image_size, num_classes=0
         )
-    patches_a_side(spec, image_size, model.patch_embed.patch_size[0], path)  # type: ignore[union-attr, index]
+    patches_a_side(spec, image_size, model.patch_embed.patch_size[0], path)
     backbone = TimmVit(model)
     backbone.config = timm_settings(path, timm_name)
     return backbone
@@ -159,14 +151,11 @@ def hf_settings(config: Any, usual: Any) -> str:
     """
     from transformers import PretrainedConfig
 
-    found, known, of_all = config.to_dict(), usual.to_dict(), PretrainedConfig().to_dict()
+    found, ignored = config.to_dict(), {*PretrainedConfig().to_dict(), *NOT_ARITHMETIC}
     different = {
         name: found.get(name)
-        for name, value in known.items()
-        if found.get(name) != value
-        and name not in {*of_all, *NOT_ARITHMETIC}
-        and not name.startswith("pred_")
-        and "drop" not in name
+        for name, value in usual.to_dict().items()
+        if found.get(name) != value and name not in ignored and not name.startswith("pred_") and "drop" not in name
     }
     return json.dumps(different, sort_keys=True, default=str) if different else ""
 
@@ -187,33 +176,24 @@ def timm_settings(path: Path, usual: str) -> str:
     return json.dumps({"architecture": architecture, "model_args": arguments}, sort_keys=True)
 
 
-def require_fit(spec: EncoderSpec, path: Path, **faults: set[str]) -> None:
+def _require_fit(spec: EncoderSpec, path: Path, **faults: set[str]) -> None:
     """Raise UserError if any weight is missing, unknown, of another shape or unread; the keyword becomes the description."""
     if named := [f"{kind.replace('_', ' ')}: {_first_few(names)}" for kind, names in faults.items() if names]:
         raise UserError(f"{path} does not fit {spec.name} ({'; '.join(named)}); pass weights of {spec.source}")
 
 
-def require_same(
-    spec: EncoderSpec, path: Path, given: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
-) -> None:
+def require_same(spec: EncoderSpec, path: Path, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """Raise UserError if the tensors of a file are not exactly those that a network has."""
-    require_fit(
-        spec,
-        path,
-        missing=set(wanted) - set(given),
-        unknown=set(given) - set(wanted),
-        of_another_shape={name for name in set(wanted) & set(given) if wanted[name].shape != given[name].shape},
-    )
+    other_shape = {name for name in wanted.keys() & given.keys() if wanted[name].shape != given[name].shape}
+    missing, unknown = set(wanted.keys() - given.keys()), set(given.keys() - wanted.keys())
+    _require_fit(spec, path, missing=missing, unknown=unknown, of_another_shape=other_shape)
 
 
 def refuse_registers(spec: EncoderSpec, path: Path) -> None:
     """Raise UserError for weights with register tokens, of a family that is released with and without them."""
     last = {name.rpartition(".")[2]: name for name in tensor_names(path, spec.name)}
     if found := last.get("reg_token") or last.get("register_tokens"):
-        raise UserError(
-            f"{path} has register tokens ({found}), {spec.name} is the network without them; "
-            f"pass weights of {spec.source}"
-        )
+        raise UserError(f"{path} has register tokens ({found}), unlike {spec.name}; pass weights of {spec.source}")
 
 
 def _first_few(names: set[str]) -> str:

@@ -11,21 +11,15 @@ from torch import Tensor
 from wmcache.common.errors import UserError
 from wmcache.common.options import Natural, Positive, option
 from wmcache.common.schema import Size
-from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Features, Head
-from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
+from wmcache.pipeline.encoders.base import LAST, Backbone, Features, Head
+from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting, adapter_spec
 from wmcache.pipeline.encoders.registry import register_adapter, register_fit
 
-SPEC = EncoderSpec(
-    name="pca",
-    summary="leading principal components of another encoder's patch tokens (wmcache fit)",
-    image_size=196,
-    via=(224,),
-    patch=14,
-    token_dim=32,
-    normalisation="half",
+SPEC = adapter_spec(
+    "pca",
+    "leading principal components of another encoder's patch tokens",
+    32,
     token_selection="principal components of the patch tokens",
-    source="wmcache fit --encoder pca",
-    licence="yours, on the base's",
 )
 
 
@@ -45,59 +39,46 @@ class PcaOptions(FitOptions):
 
 
 @register_adapter(SPEC, base="dinov2")
-class PcaHead(Head):
+class _PcaHead(Head):
     """Centred patch tokens along the axes; not scaled, so squared distances are those of the tokens without the other components."""
 
     layers = (LAST,)
+    mean: Tensor
+    axes: Tensor
 
     def __init__(self, backbone: Backbone, options: PcaOptions) -> None:
-        """Make room for the mean and the axes."""
         super().__init__()
         self.grid, self.dim = backbone.grid, options.dim
         self.register_buffer("mean", torch.zeros(backbone.dims[LAST]))
         self.register_buffer("axes", torch.zeros(options.dim, backbone.dims[LAST]))
 
     def forward(self, features: Features) -> Tensor:
-        """See `Head.forward`."""
         return (features.patches(LAST) - self.mean) @ self.axes.T
-
-    mean: Tensor
-    axes: Tensor
 
 
 @register_fit(SPEC.name, PcaOptions)
-class PcaFitting(Fitting):
-    """The components, computed when it is made: there are no steps."""
+class _PcaFitting(Fitting):
+    """The components of a sample of frames, computed when it is made: there are no steps."""
 
-    kept: PcaHead
+    kept: _PcaHead
 
     def __init__(self, data: FitData, options: PcaOptions) -> None:
-        """Compute the components of a sample of frames.
-
-        Raises:
-            UserError: the steps are not 0, or there are fewer channels than components.
-        """
         super().__init__()
         assert data.base is not None
-        channels = data.base.backbone.dims[LAST]
+        channels = data.backbone.dims[LAST]
         if options.steps:
             raise UserError(f"--steps is {options.steps}, but {SPEC.name} is computed in closed form; leave it out")
         if options.dim > channels:
-            raise UserError(
-                f"--dim is {options.dim}; {data.base.spec.name} has {channels} channels, choose 1 to {channels}"
-            )
+            raise UserError(f"--dim is {options.dim}, but {data.base.spec.name} has only {channels} channels")
         patches = (features.patches(LAST) for features in data.sample_features(options.sampled_frames, options.seed))
         mean, _, axes = principal_axes(patches)
-        self.kept = PcaHead(data.base.backbone, options)
+        self.kept = _PcaHead(data.backbone, options)
         self.kept.mean.copy_(mean)
         self.kept.axes.copy_(axes[: options.dim])
 
 
 def principal_axes(tokens: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute principal components in float64 on the CPU, in constant memory.
-
-    Args:
-        tokens: parts, each [..., D].
+    """Compute principal components of tokens [..., D] in parts, in float64 on the CPU, in constant memory.
 
     Returns:
         The mean [D], the variances along the axes [D], descending, and the axes [D, D], one a row, of length 1, the largest entry of each

@@ -23,32 +23,16 @@ CONVERT = (
 )
 """Converts the published file, a pickle, into one that can be read without running code."""
 
-SPEC = replace(
-    resnet.SPEC,
-    name="r3m",
-    summary="R3M ResNet-18's pooled features, one token, trained on videos of people at work",
-    source="github.com/facebookresearch/r3m, converted",
-    licence="MIT",
-    revision="",
-)
-MAP = replace(
-    resnet.MAP,
-    name="r3m-map",
-    summary="R3M ResNet-18's last map",
-    source=SPEC.source,
-    licence=SPEC.licence,
-    revision="",
-)
+SOURCE = "github.com/facebookresearch/r3m, converted"
+SUMMARY = "R3M ResNet-18's pooled features, one token, trained on videos of people at work"
+SPEC = replace(resnet.SPEC, name="r3m", summary=SUMMARY, source=SOURCE, licence="MIT", revision="")
+MAP = replace(SPEC, name="r3m-map", summary="R3M ResNet-18's last map", token_selection="patch", grid=None)
 
 
 @register(SPEC)
 @register(MAP)
 def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """Load the network from a safetensors file of the published names, with or without prefixes; language heads are ignored.
-
-    Raises:
-        UserError: no file, or one that does not fit.
-    """
+    """Load the network from a safetensors file of the published names, with or without prefixes; language heads are ignored."""
     if weights is None:
         raise UserError(
             f"encoder {spec.name} is published only as a pickle, which may contain code; convert its model.pt once and pass "

@@ -10,16 +10,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge
+from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from wmcache.common.errors import UserError
 from wmcache.common.options import option
 from wmcache.pipeline.encoders.base import Features
-from wmcache.pipeline.encoders.decoders import PixelDecoder, TokenDecoder
-from wmcache.pipeline.encoders.fitting import FitData, FitOptions
+from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
 
 SAMPLED_FRAMES = 500
 SMALLEST_DEVIATION = 1e-5
+NARROWEST = 16
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class ReconstructionOptions(FitOptions):
 class Standardise(nn.Module):
     """Scales channels to mean 0 and deviation 1 over the patches of the training frames; constant channels become 0."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, dim: int) -> None:
         """Set the number of channels."""
         super().__init__()
@@ -55,9 +60,6 @@ class Standardise(nn.Module):
         mean, std = moments
         self.mean.copy_(mean)
         self.std.copy_(std.clamp_min(SMALLEST_DEVIATION))
-
-    mean: Tensor
-    std: Tensor
 
 
 def patch_moments(data: FitData, layers: Sequence[str], seed: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -75,25 +77,99 @@ def patch_moments(data: FitData, layers: Sequence[str], seed: int) -> dict[str, 
     return {layer: (means[layer], (squares[layer] / count - means[layer] ** 2).clamp_min(0).sqrt()) for layer in layers}
 
 
+class PixelDecoder(nn.Module):
+    """Token grid [B, N, D], row-major, to normalised images [B, 3, S, S]; not saved.
+
+    Each scale doubles the grid and halves the channels. The network predicts the difference from the mean frame, so that a ball of a few
+    pixels is not outweighed by walls.
+    """
+
+    background: Tensor
+
+    def __init__(self, grid: tuple[int, int], dim: int, image_size: int, width: int = 64) -> None:
+        """Build the scales; `dim` is D, `image_size` is S, `width` the channels of the coarsest scale."""
+        super().__init__()
+        self.grid = grid
+        self.stem = nn.Sequential(nn.Conv2d(dim, width, 3, padding=1), _Residual(width))
+        self.scales = nn.Sequential()
+        side = min(grid)
+        while 2 * side < image_size:
+            narrower = max(NARROWEST, width // 2)
+            # Convolve, then shuffle: the convolution runs at a quarter of the positions.
+            self.scales.append(
+                nn.Sequential(nn.Conv2d(width, 4 * narrower, 3, padding=1), nn.PixelShuffle(2), _Residual(narrower))
+            )
+            side, width = 2 * side, narrower
+        self.resize = nn.Upsample((image_size, image_size), mode="bilinear", align_corners=False)
+        self.last = nn.Conv2d(width, 3, 3, padding=1)
+        self.register_buffer("background", torch.zeros(3, image_size, image_size))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """See the class; not clamped."""
+        rows, columns = self.grid
+        maps = self.scales(self.stem(rearrange(tokens, "b (h w) d -> b d h w", h=rows, w=columns)))
+        drawn: Tensor = self.background + self.last(self.resize(maps))
+        return drawn
+
+    def fit_statistics(self, images: Tensor) -> None:
+        """Set the background to the mean of images [n, 3, S, S]."""
+        self.background.copy_(images.mean(0))
+
+
+class _Residual(nn.Module):
+    """Two 3 x 3 convolutions beside the identity, [B, C, h, w] -> the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.GroupNorm(1, channels),
+            nn.GELU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        added: Tensor = maps + self.block(maps)
+        return added
+
+
+class TokenDecoder(nn.Module):
+    """Latents [B, N, d] to features [B, N, D]: a transformer of two layers; not saved."""
+
+    def __init__(self, tokens: int, dim: int, feature_dim: int, width: int = 128) -> None:
+        """Build it for N `tokens`, from `dim` d to `feature_dim` D."""
+        super().__init__()
+        self.enter = nn.Linear(dim, width)
+        self.position = nn.Parameter(0.02 * torch.randn(1, tokens, width))
+        layer = nn.TransformerEncoderLayer(
+            width, 4, dim_feedforward=2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.mixer = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, feature_dim))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """See the class."""
+        features: Tensor = self.leave(self.mixer(self.enter(latents) + self.position))
+        return features
+
+
 class Reconstruction(nn.Module):
     """A decoder and its error: L1 of normalised pixels, or MSE of standardised features."""
 
     def __init__(self, data: FitData, options: ReconstructionOptions, dim: int, layers: Sequence[str]) -> None:
         """Make the decoder of latents of `dim` channels on the base's grid; `layers` are the features to reconstruct."""
         super().__init__()
-        assert data.base is not None
-        self.data = data
-        backbone = data.base.backbone
-        rows, columns = backbone.grid
+        self.data, (rows, columns), dims = data, data.backbone.grid, data.backbone.dims
         self.targets = nn.ModuleDict()
         self.decoder: PixelDecoder | TokenDecoder
         if options.needs_images:
-            self.decoder = PixelDecoder(backbone.grid, dim, data.preprocess.image_size)
+            self.decoder = PixelDecoder((rows, columns), dim, data.preprocess.image_size)
             self.decoder.fit_statistics(data.sample_pixels(options.seed))
         else:
-            self.decoder = TokenDecoder(rows * columns, dim, sum(backbone.dims[layer] for layer in layers))
+            self.decoder = TokenDecoder(rows * columns, dim, sum(dims[layer] for layer in layers))
             for layer, moments in patch_moments(data, layers, options.seed).items():
-                self.targets[layer] = target = Standardise(backbone.dims[layer])
+                self.targets[layer] = target = Standardise(dims[layer])
                 target.fit_statistics(moments)
 
     def forward(self, latents: Tensor, features: Features, rows: NDArray[np.integer]) -> Tensor:
@@ -105,6 +181,22 @@ class Reconstruction(nn.Module):
         return F.mse_loss(drawn, target)
 
 
-def random_rows(data: FitData, batch: int, rng: np.random.Generator) -> NDArray[np.integer]:
-    """Draw the frames of a batch, each at most once, ascending: the order in which a store reads fastest."""
-    return np.sort(rng.choice(len(data), batch, replace=False))
+class ReconstructionFitting(Fitting):
+    """Training of an adapter by reconstruction."""
+
+    options: ReconstructionOptions
+
+    def __init__(self, name: str, layers: Sequence[str], data: FitData, options: ReconstructionOptions) -> None:
+        """Raise UserError if the base's store lacks a layer that the adapter reads."""
+        super().__init__()
+        self.data, self.options = data, options
+        assert data.base is not None
+        if missing := [layer for layer in layers if layer not in data.base.head.layers]:
+            raise UserError(
+                f"{name} reads {', '.join(layers)} features, and the store has no {', '.join(missing)} ones; "
+                "fit it on a store of layers, for example of --encoder dinov2-layers"
+            )
+
+    def rows(self, rng: np.random.Generator) -> NDArray[np.integer]:
+        """Draw any frames."""
+        return self.data.random_rows(self.options.batch, rng)

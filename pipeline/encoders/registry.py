@@ -7,7 +7,7 @@ be fitted on a dataset (`register_fit`). Other packages add encoders with an ent
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,9 +75,6 @@ def register_adapter(spec: EncoderSpec, base: str) -> Callable[[A], A]:
     Args:
         spec: the preprocessing in it is the base's.
         base: default encoder to fit on; the weights file names the one that was used.
-
-    Raises:
-        ValueError: the name is taken.
     """
 
     def add(adapt: A) -> A:
@@ -113,11 +110,7 @@ def get_spec(name: str) -> EncoderSpec:
 
 
 def get_fit(name: str) -> tuple[type[FitOptions], MakeFitting]:
-    """Return the options of an encoder's training, and what makes it.
-
-    Raises:
-        UserError: the encoder is unknown or is not fitted.
-    """
+    """Return the options of an encoder's training, and what makes it; raises UserError if there is none."""
     source = get_spec(name).source
     if name not in FITS:
         raise UserError(f"encoder {name} is not fitted on a dataset: its source is {source}; fit {', '.join(FITS)}")
@@ -125,13 +118,8 @@ def get_fit(name: str) -> tuple[type[FitOptions], MakeFitting]:
 
 
 def fit_options(name: str, settings: Mapping[str, Any]) -> FitOptions:
-    """Return the options of an encoder's training; those not in `settings` have the encoder's defaults.
-
-    Raises:
-        UserError: the encoder is not fitted, or has no such option or value.
-    """
-    kind, _ = get_fit(name)
-    return parse_options(kind, dict(settings), f"the fit of {name}")
+    """Return the options of an encoder's training; raises UserError for an encoder, option or value that does not exist."""
+    return parse_options(get_fit(name)[0], dict(settings), f"the fit of {name}")
 
 
 def create(
@@ -149,13 +137,9 @@ def create(
     """Make an encoder with its weights. None takes the encoder's default.
 
     Args:
-        name: in the registry.
         weights: a safetensors file, or a folder written by `save_pretrained`; by default the encoder's own source, mostly a hub.
         base_weights: for an adapter, its base's weights; by default at their recorded path, or beside the adapter's own.
-        image_size: side of the image that the network receives, in pixels.
-        normalisation: `half` (DINO-WM) or `imagenet` (official).
-        filter: `bilinear` or `bicubic`.
-        lag: env steps between the frames of an encoder of frame pairs.
+        image_size, normalisation, filter, lag: see `EncoderSpec`.
         dtype: `float32`, `bfloat16` or `auto`.
         device: `auto`, `cpu`, `cuda`, …
 
@@ -168,20 +152,16 @@ def create(
         if value is not None and value not in known:
             raise UserError(f"unknown {kind}: {value!r}; choose from {', '.join(known)}")
     path = None if weights is None else require_weights(Path(weights))
-    if base_weights is not None and entry.load is not None:
-        raise UserError(f"encoder {name} has no base encoder; leave out --base-weights")
+    given = {"image_size": image_size, "normalisation": normalisation, "filter": filter, "lag": lag}
+    asked: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
     if entry.load is None:
-        asked = {"image_size": image_size, "normalisation": normalisation, "filter": filter, "lag": lag}
         return _create_adapter(entry, path, base_weights, asked, dtype, device)
+    if base_weights is not None:
+        raise UserError(f"encoder {name} has no base encoder; leave out --base-weights")
     if lag and not spec.lag:
         raise UserError(f"encoder {name} encodes one frame at a time; leave out --lag")
-    preprocess = Preprocess(
-        spec.image_size if image_size is None else image_size,
-        spec.via,
-        normalisation or spec.normalisation,
-        filter or spec.filter,
-        spec.lag if lag is None else lag,
-    )
+    usual = Preprocess(spec.image_size, spec.via, spec.normalisation, spec.filter, spec.lag)
+    preprocess = replace(usual, **asked)
     spec.patch_grid(preprocess.image_size)
     loaded = entry.load(spec, preprocess.image_size, path)
     return Encoder(spec, loaded, preprocess, weights=path, dtype=dtype, device=device)
@@ -207,9 +187,7 @@ def create_again(
     """Make the encoder of `Encoder.recipe`: of a store's card, or in another process.
 
     Args:
-        recipe: plain JSON values.
         weights, base_weights: their paths now, if they have moved.
-        device: as in `create`.
 
     Raises:
         UserError: as `create`; or the recipe is damaged.
@@ -236,18 +214,16 @@ def _create_adapter(
     header = read_header(weights, name)
     recipe = parse(Recipe, header.get("base"), where, REFIT)
     options = parse(get_fit(name)[0], header.get("options"), where, REFIT)
-    base = create_again(asdict(recipe), weights=_find_base(recipe, weights, base_weights), device=device)
+    there = _find_base(recipe, weights) if base_weights is None else Path(base_weights)
+    base = create_again(asdict(recipe), weights=there, device=device)
     if base.weights_sha256 != header.get("base_sha256"):
+        other = f"{base.spec.name} than {base.weights or base.source}"
         raise UserError(
-            f"{weights} was fitted on other weights of {base.spec.name} than those of {base.weights or base.source}; "
-            "pass those as --base-weights, or fit it again"
+            f"{weights} was fitted on other weights of {other}; pass those as --base-weights, or fit it again"
         )
     for setting, value in asked.items():
-        if value not in (None, there := getattr(base.preprocess, setting)):
-            raise UserError(
-                f"{weights} was fitted on {base.spec.name} with {setting} {there}, not {value}; "
-                "leave the option out, or fit it again"
-            )
+        if value != (usual := getattr(base.preprocess, setting)):
+            raise UserError(f"{weights} was fitted with {setting} {usual}, not {value}; leave the option out")
     assert entry.adapt is not None
     head = entry.adapt(base.backbone, options)
     load_fitted(head, weights, name)
@@ -262,18 +238,14 @@ def _create_adapter(
     )
 
 
-def _find_base(base: Recipe, weights: Path, given: str | Path | None) -> Path | None:
-    """Find the weights of an adapter's base: as given, at the recorded path, or beside the adapter's own; None for the hub's."""
-    if given is not None or base.weights is None:
-        return None if given is None else Path(given)
-    there = Path(base.weights)
-    beside = weights.parent / there.name
-    if not there.exists() and not beside.exists():
-        raise UserError(
-            f"{weights} was fitted on {base.name} with weights that no longer exist: {there}; "
-            "put them beside it, or pass --base-weights"
-        )
-    return there if there.exists() else beside
+def _find_base(base: Recipe, weights: Path) -> Path | None:
+    """Find the weights of an adapter's base at the recorded path, or beside the adapter's own; None for the hub's."""
+    if base.weights is None:
+        return None
+    for path in (Path(base.weights), weights.parent / Path(base.weights).name):
+        if path.exists():
+            return path
+    raise UserError(f"{weights} needs {base.name}'s {base.weights}, which does not exist; pass --base-weights")
 
 
 def family_of(name: str) -> str:

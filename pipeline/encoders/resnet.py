@@ -44,11 +44,10 @@ SPEC = replace(
 )
 
 
-class ResNetBackbone(Backbone):
-    """A timm ResNet up to its last map, row-major."""
+class _ResNet(Backbone):
+    """A timm ResNet up to its last map, row-major; `image_size` is a multiple of its stride."""
 
     def __init__(self, resnet: Any, image_size: int) -> None:
-        """Wrap a model of `timm.create_model`; `image_size` is a multiple of its stride."""
         super().__init__()
         self.resnet = resnet
         last = resnet.feature_info[-1]
@@ -57,26 +56,21 @@ class ResNetBackbone(Backbone):
         self.grid = (image_size // last["reduction"],) * 2
 
     def forward(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        """See `Backbone.forward`."""
         return dict.fromkeys(layers, self.resnet.forward_features(images).flatten(2).mT)
 
 
 @register(MAP)
 @register(SPEC)
 def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """Load the network from the hub, from a file of timm's (and torchvision's) names, or from timm's folder of any ResNet.
-
-    Raises:
-        UserError: no network, or a file or folder that does not fit.
-    """
+    """Load the network from the hub, from a file of timm's (and torchvision's) names, or from timm's folder of any ResNet."""
     path, source = find_weights(spec, weights)
     backbone = load_backbone(spec, image_size, path, read_tensors(path, spec.name, without=("fc.",)))
     return Loaded(backbone, Select(backbone, spec.token_selection), source)
 
 
-def load_backbone(spec: EncoderSpec, image_size: int, path: Path, tensors: Mapping[str, Tensor]) -> ResNetBackbone:
+def load_backbone(spec: EncoderSpec, image_size: int, path: Path, tensors: Mapping[str, Tensor]) -> Backbone:
     """Make a ResNet with all of its weights but the classifier's; raises UserError if they do not fit."""
-    resnet = make_resnet(path)
+    resnet = _make_resnet(path)
     # The number of batches behind a statistic changes no token and not every file contains it: it is no part of the identity.
     kept = {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
     try:
@@ -85,17 +79,13 @@ def load_backbone(spec: EncoderSpec, image_size: int, path: Path, tensors: Mappi
         raise UserError(
             f"{path} does not fit {spec.name} ({reason(error, 200)}); pass weights of {spec.source}"
         ) from error
-    backbone = ResNetBackbone(resnet, image_size)
+    backbone = _ResNet(resnet, image_size)
     backbone.config = timm_settings(path, ARCHITECTURE)
     return backbone
 
 
-def make_resnet(path: Path) -> Any:
-    """Make a timm ResNet without classifier and weights: of the architecture in a timm folder, a ResNet-18 for a file.
-
-    Raises:
-        UserError: the folder is of another network.
-    """
+def _make_resnet(path: Path) -> Any:
+    """Make a timm ResNet without classifier and weights: of the architecture in a timm folder, a ResNet-18 for a file."""
     import timm
     from timm.models.resnet import ResNet
 

@@ -7,7 +7,6 @@ needs. Pixels, untrained networks and plain autoencoders do not have this proper
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,11 +52,14 @@ WIDTH = 64
 class TcnNetwork(nn.Module):
     """Three strided convolutions to one feature for each 16 x 16 patch, two transformer layers, a linear head."""
 
-    def __init__(self, grid: int, patch: int, token_dim: int) -> None:
-        """Build the layers for `grid` tokens a side; `patch` is a power of two from 8."""
+    background: Tensor
+    contrast: Tensor
+
+    def __init__(self, grid: int) -> None:
+        """Build the layers for `grid` tokens a side."""
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, WIDTH // 2, 8, stride=4, padding=2)]
-        for channels in (WIDTH // 2, *(WIDTH,) * (int(math.log2(patch)) - 3)):
+        for channels in (WIDTH // 2, WIDTH, WIDTH):
             layers += [nn.GELU(), nn.Conv2d(channels, WIDTH, 4, stride=2, padding=1)]
         self.stem = nn.Sequential(*layers)
         self.position = nn.Parameter(0.02 * torch.randn(1, grid * grid, WIDTH))
@@ -65,8 +67,8 @@ class TcnNetwork(nn.Module):
             WIDTH, nhead=4, dim_feedforward=2 * WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.mixer = nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
-        self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, token_dim))
-        self.register_buffer("background", torch.zeros(3, grid * patch, grid * patch))
+        self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, SPEC.token_dim))
+        self.register_buffer("background", torch.zeros(3, grid * SPEC.patch, grid * SPEC.patch))
         self.register_buffer("contrast", torch.ones(()))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -87,23 +89,18 @@ class TcnNetwork(nn.Module):
         self.background.copy_(images.mean(0))
         self.contrast.copy_((images - self.background).std())
 
-    background: Tensor
-    contrast: Tensor
 
-
-class TcnBackbone(Backbone):
+class _Tcn(Backbone):
     """The network with names for its stages, so that adapters can be fitted on them."""
 
-    def __init__(self, network: TcnNetwork, grid: tuple[int, int], token_dim: int) -> None:
-        """Wrap a network with its weights."""
+    def __init__(self, network: TcnNetwork, grid: tuple[int, int]) -> None:
         super().__init__()
         self.network = network
-        self.dims = {EARLY: WIDTH, MIDDLE: WIDTH, LAST: token_dim}
+        self.dims = {EARLY: WIDTH, MIDDLE: WIDTH, LAST: SPEC.token_dim}
         self.described = {EARLY: "stem", MIDDLE: "block 1", LAST: "head"}
         self.grid = grid
 
     def forward(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        """See `Backbone.forward`."""
         stages = dict(zip((EARLY, MIDDLE, LAST), self.network.stages(images), strict=True))
         return {layer: stages[layer] for layer in layers}
 
@@ -123,9 +120,9 @@ def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
     if weights is None:
         raise not_fitted(spec.name, SPEC.name)
     grid = spec.patch_grid(image_size)
-    network = TcnNetwork(grid[0], SPEC.patch, SPEC.token_dim)
+    network = TcnNetwork(grid[0])
     load_fitted(network, weights, f"{SPEC.name} at {image_size} px")
-    backbone = TcnBackbone(network, grid, SPEC.token_dim)
+    backbone = _Tcn(network, grid)
     return Loaded(backbone, Select(backbone, spec.token_selection), "file")
 
 
@@ -144,7 +141,7 @@ class TcnFitting(Fitting):
         if not len(self._candidates):
             raise UserError(f"no episode has two frames, which the fit of {SPEC.name} needs; collect longer episodes")
         grid, _ = SPEC.patch_grid(data.preprocess.image_size)
-        self.kept = TcnNetwork(grid, SPEC.patch, SPEC.token_dim)
+        self.kept = TcnNetwork(grid)
         self.kept.to(data.device).fit_statistics(data.sample_pixels(options.seed))
 
     def rows(self, rng: np.random.Generator) -> NDArray[np.integer]:

@@ -84,6 +84,9 @@ class VaeEncoder(nn.Module):
         background, contrast: [3, 64, 64] and a scalar: subtracted from an image, and the divisor of the difference.
     """
 
+    background: Tensor
+    contrast: Tensor
+
     def __init__(self, name: str, latent: int) -> None:
         """Build the layers of the encoder `name`, with `latent` channels."""
         super().__init__()
@@ -117,9 +120,6 @@ class VaeEncoder(nn.Module):
         self.background.copy_(images.mean(0) / 2 + 0.5)
         self.contrast.copy_((images / 2 + 0.5 - self.background).std())
 
-    background: Tensor
-    contrast: Tensor
-
 
 def make_decoder(name: str, latent: int) -> nn.Sequential:
     """Make the decoder: latents [B, latent] -> images of `VaeEncoder.scale`, [B, 3, 64, 64], before any sigmoid."""
@@ -140,19 +140,15 @@ def make_decoder(name: str, latent: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-class VaeBackbone(Backbone):
+class _Vae(Backbone):
     """The mean of the latents."""
 
     def __init__(self, encoder: VaeEncoder) -> None:
-        """Wrap an encoder with its weights."""
         super().__init__()
         self.encoder = encoder
-        self.dims = {LAST: encoder.mean.out_features}
-        self.described = {LAST: "mean"}
-        self.grid = (1, 1)
+        self.dims, self.described, self.grid = {LAST: encoder.mean.out_features}, {LAST: "mean"}, (1, 1)
 
     def forward(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        """See `Backbone.forward`."""
         mean, _ = self.encoder(self.encoder.scale(images))
         return dict.fromkeys(layers, mean[:, None])
 
@@ -162,16 +158,14 @@ class VaeBackbone(Backbone):
 def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
     """Load the fitted encoder; raises UserError without a file, for one that does not fit, and for another image size."""
     if image_size != SIDE:
-        raise UserError(
-            f"--image-size {image_size} does not fit encoder {spec.name}, which has {SIDE} px; leave it out"
-        )
+        raise UserError(f"--image-size {image_size} does not fit {spec.name}, which has {SIDE} px; leave it out")
     if weights is None:
         raise not_fitted(spec.name, spec.name)
     kind = VaeOptions if spec.name == SPEC.name else BetaVaeOptions
     options = parse(kind, read_header(weights, spec.name).get("options"), f"--weights {weights}", REFIT)
     encoder = VaeEncoder(spec.name, options.latent)
     load_fitted(encoder, weights, spec.name)
-    backbone = VaeBackbone(encoder)
+    backbone = _Vae(encoder)
     return Loaded(backbone, Select(backbone, spec.token_selection), "file")
 
 

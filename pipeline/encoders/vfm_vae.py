@@ -18,24 +18,14 @@ from torch import Tensor, nn
 
 from wmcache.common.options import Weight, option
 from wmcache.common.schema import Size
-from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Backbone, EncoderSpec, Features, Head, require_layers
-from wmcache.pipeline.encoders.fitting import FitData, Fitting
-from wmcache.pipeline.encoders.reconstruction import Reconstruction, ReconstructionOptions, random_rows
+from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Backbone, Features, Head
+from wmcache.pipeline.encoders.fitting import FitData, adapter_spec
+from wmcache.pipeline.encoders.reconstruction import Reconstruction, ReconstructionFitting, ReconstructionOptions
 from wmcache.pipeline.encoders.registry import register_adapter, register_fit
 from wmcache.pipeline.encoders.vae import divergence_from_prior
 
-SPEC = EncoderSpec(
-    name="vfm-vae",
-    summary="VFM-VAE: three layers compressed into a variational latent that keeps their geometry (wmcache fit)",
-    image_size=196,
-    via=(224,),
-    patch=14,
-    token_dim=32,
-    normalisation="half",
-    layer="block 2+block 6+norm",
-    source="wmcache fit --encoder vfm-vae",
-    licence="yours, on the base's",
-)
+SUMMARY = "VFM-VAE: three layers compressed into a variational latent that keeps their geometry"
+SPEC = adapter_spec("vfm-vae", SUMMARY, 32, layer="block 2+block 6+norm")
 
 LEVEL = 32
 LOGVAR = (-30.0, 20.0)
@@ -59,7 +49,7 @@ class VfmVaeHead(Head):
     layers = (EARLY, MIDDLE, LAST)
 
     def __init__(self, backbone: Backbone, options: VfmVaeOptions) -> None:
-        """Make projections, mixer and moments for a backbone's features."""
+        """Make the layers for a backbone's features."""
         super().__init__()
         self.grid, self.dim = backbone.grid, options.latent
         dims = [backbone.dims[layer] for layer in self.layers]
@@ -85,26 +75,19 @@ class VfmVaeHead(Head):
 
 
 @register_fit(SPEC.name, VfmVaeOptions)
-class VfmVaeFitting(Fitting):
+class VfmVaeFitting(ReconstructionFitting):
     """Features or frames reconstructed from a sample of the latents, with a weak prior and the final features' geometry."""
 
     kept: VfmVaeHead
+    options: VfmVaeOptions
 
     def __init__(self, data: FitData, options: VfmVaeOptions) -> None:
         """Make head and decoder; raises UserError if the base's store lacks a layer."""
-        super().__init__()
-        assert data.base is not None
-        backbone = data.base.backbone
-        require_layers(data.base.head.layers, VfmVaeHead.layers, SPEC.name)
-        self.data, self.options = data, options
-        self.kept = VfmVaeHead(backbone, options)
+        super().__init__(SPEC.name, VfmVaeHead.layers, data, options)
+        self.kept = VfmVaeHead(data.backbone, options)
         self.kept.standardise.momentum = min(1.0, max(SLOWEST, COUNTED_STEPS / max(1, options.steps)))
         self.reconstruction = Reconstruction(data, options, options.latent, VfmVaeHead.layers)
-        self.project = nn.Linear(options.latent, backbone.dims[LAST])
-
-    def rows(self, rng: np.random.Generator) -> NDArray[np.integer]:
-        """Draw any frames."""
-        return random_rows(self.data, self.options.batch, rng)
+        self.project = nn.Linear(options.latent, data.backbone.dims[LAST])
 
     def loss(self, rows: NDArray[np.integer]) -> dict[str, Tensor]:
         """Compute the decoder's error, the divergence from the prior, and `alignment_loss`."""
@@ -116,12 +99,8 @@ class VfmVaeFitting(Fitting):
         error = self.reconstruction(latents, features, rows)
         kl = divergence_from_prior(mean.flatten(1), logvar.flatten(1)).mean()
         align = alignment_loss(latents, self.project(latents).float(), features.patches(LAST))
-        return {
-            "loss": error + self.options.kl * kl + self.options.align * align,
-            "error": error,
-            "kl": kl,
-            "align": align,
-        }
+        loss = error + self.options.kl * kl + self.options.align * align
+        return {"loss": loss, "error": error, "kl": kl, "align": align}
 
 
 def alignment_loss(latents: Tensor, projected: Tensor, features: Tensor) -> Tensor:

@@ -16,14 +16,9 @@ from wmcache.pipeline.encoders.hub import find_weights
 from wmcache.pipeline.encoders.registry import register
 
 
-def early_block(depth: int) -> int:
-    """The block, counted from 1, whose output is `EARLY`: the second of 12."""
-    return max(1, depth // 6)
-
-
-def middle_block(depth: int) -> int:
-    """The block, counted from 1, whose output is `MIDDLE`: the sixth of 12."""
-    return max(1, depth // 2)
+def _blocks(depth: int) -> dict[str, int]:
+    """The blocks, counted from 1, whose outputs are features: the second and the sixth of 12."""
+    return {EARLY: max(1, depth // 6), MIDDLE: max(1, depth // 2)}
 
 
 class Vit(Backbone):
@@ -32,7 +27,7 @@ class Vit(Backbone):
     def __init__(self, depth: int, dim: int, grid: tuple[int, int], prefix: int) -> None:
         """Describe a network of `depth` blocks of `dim` channels with `prefix` tokens before the patches."""
         super().__init__()
-        self.blocks = {EARLY: early_block(depth), MIDDLE: middle_block(depth)}
+        self.blocks = _blocks(depth)
         self.dims = dict.fromkeys((EARLY, MIDDLE, LAST), dim)
         self.described = {**{name: f"block {number}" for name, number in self.blocks.items()}, LAST: "norm"}
         self.grid, self.prefix = grid, prefix
@@ -41,28 +36,24 @@ class Vit(Backbone):
 class TimmVit(Vit):
     """A timm VisionTransformer or Eva."""
 
-    def __init__(self, vit: nn.Module) -> None:
+    def __init__(self, vit: Any) -> None:
         """Wrap a model of `timm.create_model`."""
-        found: Any = vit
-        super().__init__(
-            len(found.blocks), found.embed_dim, tuple(found.patch_embed.grid_size), found.num_prefix_tokens
-        )
-        self.vit = found
+        super().__init__(len(vit.blocks), vit.embed_dim, tuple(vit.patch_embed.grid_size), vit.num_prefix_tokens)
+        self.vit = vit
 
     def forward(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         """See `Backbone.forward`."""
-        blocks = [layer for layer in layers if layer != LAST]
-        if not blocks:
+        # timm returns each block once, ascending; both layers of a shallow network may be the same block.
+        numbers = sorted({self.blocks[layer] for layer in layers if layer != LAST})
+        if not numbers:
             return {LAST: self.vit.forward_features(images)}
         last, found = self.vit.forward_intermediates(
             images,
-            indices=[self.blocks[layer] - 1 for layer in blocks],
+            indices=[number - 1 for number in numbers],
             return_prefix_tokens=True,
             norm=False,
             output_fmt="NLC",
         )
-        # timm returns each block once, ascending; both layers of a shallow network may be the same block.
-        numbers = sorted({self.blocks[layer] for layer in blocks})
         features = dict(zip(numbers, (torch.cat([prefix, patches], 1) for patches, prefix in found), strict=True))
         return {layer: last if layer == LAST else features[self.blocks[layer]] for layer in layers}
 
@@ -108,63 +99,48 @@ class ModelSize:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def variants(family: EncoderSpec, size: ModelSize, prefix: int) -> list[EncoderSpec]:
-    """Return the encoders of one size, one for each selection of its tokens.
-
-    Args:
-        family: the patch tokens of the family's default size.
-        size: the size.
-        prefix: number of tokens before the patches; without any no class token can be selected.
-
-    Returns:
-        Named `<family>[-<size>][-<selection>]`, the patch tokens first.
-    """
-    rows, columns = family.patch_grid(family.image_size)
-    blocks = f"block {early_block(size.depth)}+block {middle_block(size.depth)}+norm"
-    all_tokens = (1, prefix + rows * columns) if prefix else (rows, columns)
-    shapes: dict[str, tuple[tuple[int, int], int, str]] = {
-        "patch": ((rows, columns), size.dim, "norm"),
-        "cls": ((1, 1), size.dim, "norm"),
-        "pooled": ((1, 1), size.dim, "norm"),
-        "layers": (all_tokens, 3 * size.dim, blocks),
-    }
-    return [
-        replace(
-            family,
-            name="-".join([family.name, *filter(None, [size.suffix, "" if selection == "patch" else selection])]),
-            summary=f"{size.title}, {SELECTIONS[selection]}",
-            token_dim=dim,
-            layer=layer,
-            token_selection=selection,
-            source=size.source,
-            revision=size.revision,
-            accept=f"https://huggingface.co/{size.source}" if family.accept else "",
-            grid=None if grid == (rows, columns) else grid,
-        )
-        for selection, (grid, dim, layer) in shapes.items()
-        if prefix or selection != "cls"
-    ]
-
-
 LoadBackbone = Callable[[EncoderSpec, ModelSize, int, Path], Backbone]
 """(spec, size, image size, file or folder of weights) -> backbone with these weights; raises UserError if they do not fit."""
 
 
 def register_family(family: EncoderSpec, sizes: Sequence[ModelSize], prefix: int, load: LoadBackbone) -> None:
-    """Register all encoders of a family; arguments as for `variants`."""
+    """Register the encoders of a family, `<family>[-<size>][-<selection>]`.
+
+    Args:
+        family: the patch tokens of the default size.
+        prefix: number of tokens before the patches; without any no class token can be selected.
+    """
+    rows, columns = family.token_grid
     for size in sizes:
-        for spec in variants(family, size, prefix):
-            register(family if spec.name == family.name else spec)(functools.partial(load_variant, size, load))
+        loader = functools.partial(
+            load_variant, size, load
+        )  # one for all, by which `wmcache derive` knows the backbone
+        blocks = "+".join([*(f"block {number}" for number in _blocks(size.depth).values()), "norm"])
+        all_tokens = (1, prefix + rows * columns) if prefix else None
+        accept = f"https://huggingface.co/{size.source}" if family.accept else ""
+        of_size = replace(family, token_dim=size.dim, source=size.source, revision=size.revision, accept=accept)
+        changes: dict[str, dict[str, Any]] = {
+            "patch": {},
+            "cls": {"grid": (1, 1)},
+            "pooled": {"grid": (1, 1)},
+            "layers": {"grid": all_tokens, "token_dim": 3 * size.dim, "layer": blocks},
+        }
+        for selection in changes if prefix else changes.keys() - {"cls"}:
+            parts = [family.name, size.suffix, "" if selection == "patch" else selection]
+            spec = replace(
+                of_size,
+                name="-".join(filter(None, parts)),
+                summary=f"{size.title}, {SELECTIONS[selection]}",
+                token_selection=selection,
+                **changes[selection],
+            )
+            register(family if spec.name == family.name else spec)(loader)
 
 
 def load_variant(
     size: ModelSize, load: LoadBackbone, spec: EncoderSpec, image_size: int, weights: Path | None
 ) -> Loaded:
-    """Load one encoder of a family: with weights from the hub, from a file, or from a folder.
-
-    Raises:
-        UserError: no network, or a file or folder that does not fit.
-    """
+    """Load one encoder of a family; raises UserError without a network, or for a file or folder that does not fit."""
     path, source = find_weights(spec, weights)
     backbone = load(spec, size, image_size, path)
     return Loaded(backbone, Select(backbone, spec.token_selection), source)

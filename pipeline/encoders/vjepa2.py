@@ -18,7 +18,7 @@ from torch import Tensor
 from wmcache.common.errors import UserError
 from wmcache.common.jsonfiles import read_json
 from wmcache.common.reading import reading
-from wmcache.pipeline.encoders.base import LAST, EncoderSpec
+from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec
 from wmcache.pipeline.encoders.libraries import CONFIG, RESAVE, hf_settings, patches_a_side, require_same
 from wmcache.pipeline.encoders.registry import register
 from wmcache.pipeline.encoders.vit import ModelSize, Vit, load_variant, register_family
@@ -44,16 +44,14 @@ SPEC = EncoderSpec(
 PAIR = replace(SPEC, name="vjepa2-pair", summary="V-JEPA 2 ViT-L/16, patch tokens of a frame and an earlier one", lag=5)
 
 
-class Vjepa2Backbone(Vit):
-    """The encoder of a VJEPA2Model."""
+class _Vjepa2(Vit):
+    """The encoder of a VJEPA2Model with `grid` patches a side."""
 
     def __init__(self, encoder: Any, grid: int) -> None:
-        """Wrap an encoder of `grid` patches a side."""
         super().__init__(encoder.config.num_hidden_layers, encoder.config.hidden_size, (grid, grid), prefix=0)
         self.encoder = encoder
 
     def forward(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        """See `Backbone.forward`."""
         clips = images if images.ndim == 5 else images[:, None].expand(-1, TUBELET, -1, -1, -1)
         hidden: Tensor = self.encoder.embeddings(clips)
         found = {}
@@ -64,18 +62,14 @@ class Vjepa2Backbone(Vit):
         return {layer: self.encoder.layernorm(hidden) if layer == LAST else found[layer] for layer in layers}
 
 
-def load(spec: EncoderSpec, size: ModelSize, image_size: int, path: Path) -> Vjepa2Backbone:  # noqa: ARG001 (`LoadBackbone`)
-    """Load the encoder from a file of the hub's names, or from a folder of transformers; predictor and classifier are left out.
-
-    Raises:
-        UserError: the file or folder does not fit.
-    """
+def load(spec: EncoderSpec, size: ModelSize, image_size: int, path: Path) -> Backbone:  # noqa: ARG001 (`LoadBackbone`)
+    """Load the encoder from a file of the hub's names, or from a folder of transformers; predictor and classifier are left out."""
     encoder, grid = make_encoder(spec, image_size, path)
     tensors = read_tensors(path, spec.name, without=UNUSED)
     given = {name.removeprefix("vjepa2.").removeprefix("encoder."): value.float() for name, value in tensors.items()}
     require_same(spec, path, given, encoder.state_dict())
     encoder.load_state_dict(given, assign=True)
-    backbone = Vjepa2Backbone(encoder, grid)
+    backbone = _Vjepa2(encoder, grid)
     backbone.config = hf_settings(encoder.config, type(encoder.config)(crop_size=image_size))
     return backbone
 

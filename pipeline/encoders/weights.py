@@ -25,11 +25,7 @@ REFIT = "fit it again"
 
 
 def require_weights(path: Path) -> Path:
-    """Return the path of a safetensors file, or of a folder with one or several, as `save_pretrained` writes them.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """Return the path of a safetensors file, or of a folder with one or several; raises UserError if it is neither."""
     if path.is_dir() and any((path / name).is_file() for name in (FILE, INDEX)):
         return path
     if path.suffix != ".safetensors" or not path.is_file():
@@ -55,12 +51,8 @@ def weights_file(path: Path) -> Path:
     return path / FILE
 
 
-def weights_files(path: Path) -> list[Path]:
-    """Return all files of a path that `require_weights` allows.
-
-    Raises:
-        UserError: a folder's index is damaged, or names a file that is missing or outside the folder.
-    """
+def _weights_files(path: Path) -> list[Path]:
+    """Return all files of a path that `require_weights` allows; an index may name only files of its folder."""
     if not path.is_dir() or (path / FILE).is_file():
         return [weights_file(path)]
     again = "get the folder again"
@@ -83,11 +75,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_header(path: Path, encoder: str) -> dict[str, Any]:
-    """Return the header that `wmcache fit` wrote, with `options` and `base` decoded.
-
-    Raises:
-        UserError: it cannot be read, or is of another encoder.
-    """
+    """Return the header that `wmcache fit` wrote, `options` and `base` decoded; raises UserError if it is of another encoder."""
     with reading(path, f"--weights {path} cannot be read", REFIT):
         header: dict[str, Any] = read_metadata(path)
         header |= {part: json.loads(header[part]) for part in ("options", "base") if part in header}
@@ -111,18 +99,13 @@ def not_fitted(encoder: str, fitted_as: str) -> UserError:
 
 
 def read_tensors(path: Path, encoder: str, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Read the tensors of a file, or of a folder.
-
-    Args:
-        path: as `require_weights` allows.
-        encoder: for errors.
-        without: prefixes of names to leave out, which may be most of the file.
+    """Read the tensors of a file or folder; leave out names that start with one of `without`, which may be most of it.
 
     Raises:
-        UserError: the file cannot be read, or is cut short.
+        UserError: a file cannot be read or is cut short; the error names the encoder.
     """
     found: dict[str, Tensor] = {}
-    for file in weights_files(path):
+    for file in _weights_files(path):
         with _opened(file, encoder) as tensors:
             found |= {name: tensors.get_tensor(name) for name in tensors.keys() if not name.startswith(without)}  # noqa: SIM118 (no mapping)
     return found
@@ -131,7 +114,7 @@ def read_tensors(path: Path, encoder: str, without: tuple[str, ...] = ()) -> dic
 def tensor_names(path: Path, encoder: str) -> set[str]:
     """Return the names of the tensors that `read_tensors` reads; raises as it does."""
     names: set[str] = set()
-    for file in weights_files(path):
+    for file in _weights_files(path):
         with _opened(file, encoder) as tensors:
             names |= set(tensors.keys())
     return names

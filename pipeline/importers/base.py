@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,7 +18,7 @@ from wmcache.pipeline.steps import Steps, read_steps
 from wmcache.pipeline.tars import Frames, encode_png
 
 Read = Callable[[int, range], Iterable[Frames]]
-"""(episode, steps) -> the frames of those steps, uint8 [image_size, image_size, 3] each."""
+"""(episode, steps) -> the frames of those steps, uint8 [image_size, image_size, 3] each; raises UserError for an unreadable file."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,7 @@ class Source:
 
     Attributes:
         origin: the files, for errors.
-        steps: the step table of all frames.
         image_size: side of the frames in pixels.
-        read: returns frames; raises UserError, naming the file, for one that cannot be read.
         env, maze, policy, fps: as in `DatasetCard`.
     """
 
@@ -63,11 +60,7 @@ class Importer:
     source: str
 
     def open(self) -> Source:
-        """Check the data and return it; execute nothing from outside.
-
-        Raises:
-            UserError: the data does not fit the format; the file is named.
-        """
+        """Check the data and return it; execute nothing from outside. Raises UserError, naming the file that does not fit."""
         raise NotImplementedError
 
 
@@ -78,11 +71,6 @@ IMPORTERS: Registry[type[Importer]] = Registry(
 
 def write_dataset(source: Source, out: AnyPath, *, frames_per_shard: int) -> DatasetCard:
     """Write a source as a frame dataset; a repeated call continues where the last one stopped.
-
-    Args:
-        source: the data.
-        out: the dataset's folder.
-        frames_per_shard: frames in each tar, and in each Zarr shard of its stores.
 
     Raises:
         UserError: unusable folder, settings or data other than those of the stopped import, too little space, or unreadable frames.
@@ -108,19 +96,16 @@ def write_dataset(source: Source, out: AnyPath, *, frames_per_shard: int) -> Dat
         require_space(out, len(first) * len(steps) // 2, f"a dataset of {len(steps)} frames")
     writer = FrameDatasetWriter(out, card, steps)
     if read_steps(out, len(steps)).sha256() != steps.sha256():
-        raise UserError(
-            f"{out} was started with other actions or states than those of {source.origin}; choose another --out"
-        )
+        raise UserError(f"{out} was started with other steps than those of {source.origin}; choose another --out")
+
+    def write(shard: int) -> int:
+        frames = writer.card.shard_frames(shard)
+        write_shard(writer.path, shard, _samples(source, frames))
+        return len(frames)
+
     pending = writer.pending()
-    total = sum(len(writer.card.shard_frames(shard)) for shard in pending)
-    run_tasks(functools.partial(_write, writer, source), pending, total=total, label="import")
+    run_tasks(write, pending, total=sum(len(writer.card.shard_frames(shard)) for shard in pending), label="import")
     return writer.finish()
-
-
-def _write(writer: FrameDatasetWriter, source: Source, shard: int) -> int:
-    frames = writer.card.shard_frames(shard)
-    write_shard(writer.path, shard, _samples(source, frames))
-    return len(frames)
 
 
 def _samples(source: Source, frames: range) -> Iterator[tuple[str, Frames]]:

@@ -32,19 +32,18 @@ NO_LEROBOT = (
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Turns images into square frames of one size.
+class ImageImporter(Importer):
+    """A format whose images may have to be cropped and resized (bicubic with antialiasing) to square frames of one size."""
 
-    Attributes:
-        crop: `none` refuses images that are not square; `center` takes their central square.
-        image_size: side to which squares are resized, bicubic with antialiasing; None requires all to have one size.
-    """
+    crop: Literal["none", "center"] = option("none", "center: take the central square of images that are not square.")
+    image_size: Annotated[int, Ge(8), Le(8192)] | None = option(
+        None, "Resize squares to this side.  [default: as they are]"
+    )
+    fps: Positive = option(20, "Env steps per second, for videos that are made later.")
 
-    crop: str = "none"
-    image_size: int | None = None
-
-    def __str__(self) -> str:
-        """Describe the changes, for the card."""
+    @property
+    def changes(self) -> str:
+        """The changes to images, for the card; empty if there are none."""
         resized = f", resized to {self.image_size} px (bicubic)" if self.image_size else ""
         return (", cropped to the central square" if self.crop == "center" else "") + resized
 
@@ -61,9 +60,7 @@ class Shape:
         """Turn an RGB image into a frame, uint8 [size, size, 3]; raises UserError if it does not have that size."""
         width, height = image.size
         if (found := self.side(width, height, where)) != size:
-            raise UserError(
-                f"{where} gives a frame of {found} pixels, the first one has {size}; pass --image-size to resize all"
-            )
+            raise UserError(f"{where} gives a frame of {found} pixels, the first has {size}; pass --image-size")
         square = min(width, height)
         left, top = (width - square) // 2, (height - square) // 2
         if width != height:
@@ -73,31 +70,13 @@ class Shape:
         return np.asarray(image)
 
 
-@dataclass(frozen=True)
-class ImageImporter(Importer):
-    """A format whose images may have to be cropped and resized."""
-
-    crop: Literal["none", "center"] = option("none", "center: take the central square of images that are not square.")
-    image_size: Annotated[int, Ge(8), Le(8192)] | None = option(
-        None, "Resize squares to this side.  [default: as they are]"
-    )
-    fps: Positive = option(20, "Env steps per second, for videos that are made later.")
-
-    @property
-    def shape(self) -> Shape:
-        """How images become frames."""
-        return Shape(self.crop, self.image_size)
-
-
 def as_columns(
     action: NDArray[Any], state: NDArray[Any], where: AnyPath | str, row: Callable[[int], str] = "row {}".format
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Convert actions [frames, A] and states [frames, P] to the types of `Steps`; actions are rounded to float32.
 
     Args:
-        action, state: the numbers.
-        where: the file, for errors.
-        row: names a row of the arrays as the file counts it.
+        where, row: the file, and what it calls a row of the arrays, for errors.
 
     Raises:
         UserError: a number is missing, not finite or too large for its type, or a row has too many.
@@ -145,8 +124,7 @@ def note(text: str) -> None:
 def refuse_lerobot(folder: Path) -> None:
     """Raise UserError if a folder is a LeRobot dataset."""
     try:
-        info = json.loads((folder / "meta/info.json").read_bytes())
-        version = info["codebase_version"]
+        version = json.loads((folder / "meta/info.json").read_bytes())["codebase_version"]
     except (OSError, ValueError, KeyError, TypeError):
         return
     raise UserError(f"{folder} is a LeRobot dataset (codebase_version {str(version)[:20]}), {NO_LEROBOT}")

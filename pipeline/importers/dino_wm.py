@@ -52,9 +52,9 @@ class DinoWmImporter(Importer):
         state, action = _series(folder / "states.pth", 4), _series(folder / "actions.pth", 2)
         episodes, longest = state.shape[:2]
         if action.shape[:2] != (episodes, longest):
+            found = f"{action.shape[0]} episodes of {action.shape[1]} steps"
             raise UserError(
-                f"{folder / 'actions.pth'} has {action.shape[0]} episodes of {action.shape[1]} steps, "
-                f"{folder / 'states.pth'} has {episodes} of {longest}; get both files again"
+                f"{folder / 'actions.pth'} has {found}, states.pth has {episodes} of {longest}; get both again"
             )
         lengths = _lengths(folder / "seq_lengths.pth", episodes, longest)
         files = _episode_files(folder / "obses", episodes)
@@ -74,19 +74,17 @@ class DinoWmImporter(Importer):
 def require_safe_torch(version: str) -> None:
     """Raise UserError for a PyTorch whose `weights_only` can be made to run code (CVE-2025-32434: below 2.6)."""
     if TorchVersion(version) < "2.6":
-        raise UserError(
-            f"PyTorch {version} can be made to run code by a .pth file (CVE-2025-32434); pip install 'torch>=2.6'"
-        )
+        raise UserError(f"a .pth file can run code in PyTorch {version} (CVE-2025-32434); pip install 'torch>=2.6'")
 
 
-def load_tensor(path: Path) -> torch.Tensor:
-    """Load the tensor in a file of `torch.save` without running code, by memory map if the file allows it.
-
-    Raises:
-        UserError: the file is missing, contains anything but a tensor, or claims more numbers than it has bytes.
-    """
+def _load_tensor(path: Path) -> torch.Tensor:
+    """Load the tensor in a file of `torch.save` without running code, by memory map if the file allows it."""
     try:
-        is_zip = _is_plain_zip(path)
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise ValueError("it is a compressed zip, which torch.save never writes")  # noqa: TRY301 (refused below)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice for the file's author
             tensor = torch.load(path, weights_only=True, map_location=CPU, mmap=is_zip and can_map(path))
@@ -106,16 +104,6 @@ def load_tensor(path: Path) -> torch.Tensor:
     return tensor
 
 
-def _is_plain_zip(path: Path) -> bool:
-    """Whether a file is a zip, as `torch.save` writes them; raises ValueError for a compressed one."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise ValueError("it is a compressed zip, which torch.save never writes")
-    return True
-
-
 def _torch_reason(error: Exception) -> str:
     """PyTorch's reason in one line, without its advice to load the file unsafely."""
     text = str(error)
@@ -126,7 +114,7 @@ def _torch_reason(error: Exception) -> str:
 
 def _series(path: Path, width: int) -> NDArray[Any]:
     """Float [episodes, steps, width]."""
-    tensor = load_tensor(path)
+    tensor = _load_tensor(path)
     if tensor.dim() != 3 or tensor.shape[2] != width or 0 in tensor.shape:
         raise UserError(f"{path} has the shape {tuple(tensor.shape)}, not (episodes, steps, {width}); {AGAIN}")
     if tensor.dtype not in (torch.float32, torch.float64):
@@ -136,7 +124,7 @@ def _series(path: Path, width: int) -> NDArray[Any]:
 
 
 def _lengths(path: Path, episodes: int, longest: int) -> NDArray[np.int64]:
-    tensor = load_tensor(path)
+    tensor = _load_tensor(path)
     if tensor.shape != (episodes,):
         raise UserError(f"{path} has the shape {tuple(tensor.shape)} for {episodes} episodes; get all files again")
     if tensor.dtype == torch.bool or tensor.is_complex():
@@ -144,9 +132,7 @@ def _lengths(path: Path, episodes: int, longest: int) -> NDArray[np.int64]:
     values = tensor.detach().to(torch.float64).numpy()
     wrong = np.flatnonzero(~((values >= 1) & (values <= longest) & (values == np.floor(values))))
     if len(wrong):
-        raise UserError(
-            f"{path} gives episode {wrong[0]} {values[wrong[0]]:g} steps, not 1 to {longest}; get all files again"
-        )
+        raise UserError(f"{path} gives episode {wrong[0]} {values[wrong[0]]:g} steps, not 1 to {longest}; {AGAIN}")
     return values.astype(np.int64)
 
 
@@ -160,8 +146,7 @@ def _steps(folder: Path, state: NDArray[Any], action: NDArray[Any], lengths: NDA
         rounded = action.astype(np.float32)
     if len(inexact := np.argwhere((rounded != action) & counts[..., None])):
         raise UserError(
-            f"{folder / 'actions.pth'} has float64 values that float32 cannot represent, first at {inexact[0].tolist()}; "
-            "to round them, save them again with torch.save(actions.float(), ...)"
+            f"{folder / 'actions.pth'} has values beyond float32 at {inexact[0].tolist()}; to round them, save actions.float()"
         )
     episode, step = np.nonzero(counts)
     return Steps(
@@ -186,30 +171,24 @@ def _episode_files(folder: Path, episodes: int) -> list[Path]:
             other = found.setdefault(int(number[1]), file)
             if other != file:
                 raise UserError(f"{other} and {file} are the same episode; move one of them away")
-    for episode in range(episodes):
-        if episode not in found:
-            raise UserError(f"{folder / f'episode_{episode:03d}.pth'} is missing; get the published folder again")
+    again = "get the published folder again"
+    if missing := sorted(set(range(episodes)) - set(found)):
+        raise UserError(f"{folder / f'episode_{missing[0]:03d}.pth'} is missing; {again}")
     if len(found) > episodes:
-        raise UserError(
-            f"{found[max(found)]} is an episode beyond the {episodes} of states.pth; get the published folder again"
-        )
+        raise UserError(f"{found[max(found)]} is an episode beyond the {episodes} of states.pth; {again}")
     return [found[episode] for episode in range(episodes)]
 
 
 def _frames(path: Path, length: int, longest: int) -> Frames:
     """An episode's images, uint8 [length or longest, S, S, 3]."""
-    tensor = load_tensor(path)
+    tensor = _load_tensor(path)
     if tensor.dtype != torch.uint8 or tensor.dim() != 4 or tensor.shape[3] != 3:
-        raise UserError(
-            f"{path} is {tensor.dtype} of shape {tuple(tensor.shape)}, not uint8 (steps, size, size, 3); {AGAIN}"
-        )
+        raise UserError(f"{path} is {tensor.dtype} {tuple(tensor.shape)}, not uint8 (steps, size, size, 3); {AGAIN}")
     count, height, width = tensor.shape[:3]
     if height != width or not 0 < height <= 8192:
         raise UserError(f"{path} has images of {width} x {height} pixels, not square ones; get the file again")
     if count not in (length, longest):
-        raise UserError(
-            f"{path} has {count} frames for an episode of {length} steps (padded: {longest}); get the file again"
-        )
+        raise UserError(f"{path} has {count} frames, its episode {length} (padded: {longest}); get the file again")
     frames: Frames = tensor.numpy()
     return frames
 

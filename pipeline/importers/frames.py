@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from wmcache.common.errors import UserError, reason
 from wmcache.common.video import require_ffmpeg
-from wmcache.pipeline.importers.base import IMPORTERS, Source
-from wmcache.pipeline.importers.conversions import ImageImporter, Shape, note
+from wmcache.pipeline.importers.base import IMPORTERS, Read, Source
+from wmcache.pipeline.importers.conversions import ImageImporter, note
 from wmcache.pipeline.importers.media import IMAGES, VIDEOS, VideoReader, open_image
 from wmcache.pipeline.importers.table import StepTable, read_table
 from wmcache.pipeline.tars import Frames
@@ -44,69 +44,54 @@ class FramesImporter(ImageImporter):
         """See `Importer.open`; values keep their precision, but actions are rounded to float32."""
         folder, path = Path(self.source), Path(self.actions)
         table = read_table(path)
-        paths = _paths(folder, table.names, VIDEOS if table.kind == "video" else tuple(IMAGES), path)
-        starts = np.flatnonzero(table.steps.step == 0)
         is_video = table.kind == "video"
-        read = _Videos(table, path, paths, starts, self.shape) if is_video else _Images(paths, starts, self.shape)
-        env = f"frames of {folder.absolute().name}{self.shape}"
-        return Source(folder, table.steps, read.size, read, env, (), "imported from frames", self.fps)
+        paths = _paths(folder, table.names, VIDEOS if is_video else tuple(IMAGES), path)
+        size, read = self._videos(table, path, paths) if is_video else self._images(table, paths)
+        env = f"frames of {folder.absolute().name}{self.changes}"
+        return Source(folder, table.steps, size, read, env, (), "imported from frames", self.fps)
 
+    def _images(self, table: StepTable, paths: list[Path]) -> tuple[int, Read]:
+        """Return the size of frames, and what reads them from one image each."""
+        starts = np.flatnonzero(table.steps.step == 0)
+        size = self.side(*open_image(paths[0]).size, paths[0])
 
-class _Images:
-    """Reads the frames of one image each."""
+        def read(episode: int, wanted: range) -> Iterator[Frames]:
+            start = starts[episode]
+            for path in paths[start + wanted.start : start + wanted.stop]:
+                yield self.frame(open_image(path), size, path)
 
-    def __init__(self, paths: list[Path], starts: NDArray[np.int64], shape: Shape) -> None:
-        self.paths, self.starts, self.shape = paths, starts, shape
-        self.size = shape.side(*open_image(paths[0]).size, paths[0])
+        return size, read
 
-    def __call__(self, episode: int, wanted: range) -> Iterator[Frames]:
-        start = self.starts[episode]
-        for path in self.paths[start + wanted.start : start + wanted.stop]:
-            yield self.shape.frame(open_image(path), self.size, path)
-
-
-class _Videos:
-    """Reads the frames of one video an episode."""
-
-    def __init__(
-        self, table: StepTable, path: Path, paths: list[Path], starts: NDArray[np.int64], shape: Shape
-    ) -> None:
+    def _videos(self, table: StepTable, path: Path, paths: list[Path]) -> tuple[int, Read]:
+        """Return the size of frames, and what reads them from one video an episode."""
         require_ffmpeg()
-        self.lengths = np.diff(starts, append=len(table.steps))
-        for start, length in zip(starts, self.lengths, strict=True):
+        starts = np.flatnonzero(table.steps.step == 0)
+        lengths = np.diff(starts, append=len(table.steps))
+        for episode, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             if len(set(table.names[start : start + length])) > 1:
-                raise UserError(
-                    f"{path} names several videos for episode {table.steps.episode[start]}; an episode is one video"
-                )
-        self.table, self.path, self.shape = table, path, shape
-        self.paths = [paths[start] for start in starts]
-        self.videos = VideoReader()
-        if (first := next(self.videos.frames(paths[0], 0), None)) is None:
+                raise UserError(f"{path} names several videos for episode {episode}; an episode is one video")
+        videos, noted = VideoReader(), False
+        if (first := next(videos.frames(paths[0], 0), None)) is None:
             raise UserError(f"{paths[0]} contains no frames")
-        self.size = shape.side(*first.size, paths[0])
-        self.noted = False
+        size = self.side(*first.size, paths[0])
 
-    def __call__(self, episode: int, wanted: range) -> Iterator[Frames]:
-        video, length = self.paths[episode], int(self.lengths[episode])
-        stream = self.videos.frames(video, wanted.start)
-        for step in wanted:
-            if (image := next(stream, None)) is None:
-                raise UserError(
-                    f"{video} ends after {step} frames, {self.path} has {length} rows with an action for it; correct either"
-                )
-            yield self.shape.frame(image, self.size, f"{video}, frame {step},")
-        if wanted.stop == length and next(stream, None) is not None:
+        def read(episode: int, wanted: range) -> Iterator[Frames]:
+            nonlocal noted
+            video, length = paths[starts[episode]], int(lengths[episode])
+            stream = videos.frames(video, wanted.start)
+            for step in wanted:
+                if (image := next(stream, None)) is None:
+                    raise UserError(f"{video} ends after {step} frames, {path} has {length} rows; correct either")
+                yield self.frame(image, size, f"{video}, frame {step},")
+            if wanted.stop < length or next(stream, None) is None:
+                return
             if next(stream, None) is not None:
-                raise UserError(
-                    f"{video} has more frames than the {length} rows of {self.path} with an action, and the one after them; "
-                    "correct either"
-                )
-            if not (self.table.dropped[episode] or self.noted):
-                note(
-                    f"{video} has one frame more than {self.path} has rows for it; the last frame of such a video, "
-                    "which has no action, is not imported"
-                )
-                self.noted = True
+                raise UserError(f"{video} has over one frame more than the {length} rows of {path}; correct either")
+            if not (table.dropped[episode] or noted):
+                noted = True
+                note(f"{video} has one frame more than {path} has rows; last frames without an action are not imported")
+
+        return size, read
 
 
 def _paths(folder: Path, names: NDArray[Any], suffixes: tuple[str, ...], table: Path) -> list[Path]:
@@ -114,9 +99,7 @@ def _paths(folder: Path, names: NDArray[Any], suffixes: tuple[str, ...], table: 
     known: dict[str, Path] = {}
     try:
         inside = folder.resolve(strict=True)
-        for name in names:
-            if name in known:
-                continue
+        for name in dict.fromkeys(names):
             path = folder / name
             if Path(name).is_absolute() or not path.resolve().is_relative_to(inside):
                 raise UserError(f"{table} names {name[:200]!r}, which is outside {folder}; give paths relative to it")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -51,42 +51,24 @@ class MinariImporter(ImageImporter):
     def open(self) -> Source:
         """See `Importer.open`; actions are rounded to float32."""
         data = _Dataset(self.source, self.image_key, self.state_key)
-        size = self.shape.side(*data.image_size, f"the image {data.image_key or 'observation'} of {self.source}")
+        size = self.side(*data.image_size, f"the image {data.image_key or 'observation'} of {self.source}")
         # Minari reads whole episodes with their images; shards end inside them.
         load = functools.lru_cache(maxsize=1)(data.load)
 
         def read(episode: int, wanted: range) -> Iterator[Frames]:
+            images, *_ = load(episode)
             for step in wanted:
-                image = Image.fromarray(_to_rgb(load(episode).images[step]))
-                yield self.shape.frame(image, size, f"episode {episode}, step {step} of {self.source}")
+                image = Image.fromarray(_to_rgb(images[step]))
+                yield self.frame(image, size, f"episode {episode}, step {step} of {self.source}")
 
         every = seconds_between_updates()
         with tqdm(range(data.storage.total_episodes), desc="read", unit=" episodes", mininterval=every) as bar:
-            episodes = [replace(load(episode), images=np.empty(0, np.uint8)) for episode in bar]
-        steps = make_steps([(episode.action, episode.state) for episode in episodes], f"Minari dataset {self.source}")
-        if short := sum(episode.action_missing for episode in episodes):
-            note(
-                f"{short} of {len(episodes)} episodes of {self.source} have no last action; "
-                "the frame before it is not imported"
-            )
-        name = str(data.storage.metadata.get("dataset_id", self.source))
-        env = f"minari {name}{self.shape}"
+            episodes = [load(episode)[1:] for episode in bar]
+        steps = make_steps([(action, state) for action, state, _ in episodes], f"Minari dataset {self.source}")
+        if short := sum(missing for *_, missing in episodes):
+            note(f"{short} of {len(episodes)} episodes of {self.source} have no last action; its frame is not imported")
+        env = f"minari {data.storage.metadata.get('dataset_id', self.source)}{self.changes}"
         return Source(self.source, steps, size, read, env, (), "imported from minari", self.fps)
-
-
-@dataclass(frozen=True)
-class _Episode:
-    """What is imported of an episode.
-
-    Attributes:
-        images, action, state: uint8 [T, ...], [T, A] and [T, P].
-        action_missing: whether a further observation had NaN as its action.
-    """
-
-    images: NDArray[np.uint8]
-    action: NDArray[Any]
-    state: NDArray[Any]
-    action_missing: bool
 
 
 class _Dataset:
@@ -103,15 +85,13 @@ class _Dataset:
         if not images or (image_key in known and image_key not in images):
             asked = known if image_key not in known else {image_key: known[image_key]}
             raise UserError(
-                f"Minari dataset {name} has no {'images' if len(asked) > 1 else 'image'} that can be imported: {_described(asked)}; "
+                f"Minari dataset {name} has no image that can be imported: {_described(asked)}; "
                 "an image is uint8, H x W x 3 or 3 x H x W, or grey: H x W, H x W x 1 or 1 x H x W"
             )
         self.image_key = _choose(images, image_key, "--image-key", "images", name)
         self.state_key = _choose(vectors, state_key, "--state-key", "vectors of numbers", name)
         if not _is_vector(self.storage.action_space):
-            raise UserError(
-                f"the actions of Minari dataset {name} are {self.storage.action_space}; only vectors of numbers can be imported"
-            )
+            raise UserError(f"actions of Minari dataset {name} are {self.storage.action_space}, not vectors of numbers")
         self.image_shape, self.state_shape = images[self.image_key].shape, vectors[self.state_key]
 
     @property
@@ -121,31 +101,25 @@ class _Dataset:
         height, width = self.image_shape[1:] if first_channel else self.image_shape[:2]
         return width, height
 
-    def load(self, episode: int) -> _Episode:
-        """Read images, actions and states of an episode, as many as there are actions."""
+    def load(self, episode: int) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[Any], bool]:
+        """Read images, actions [T, A] and states [T, P], and whether a further observation had NaN as its action."""
         fault = f"episode {episode} of Minari dataset {self.name} cannot be read"
         with reading(Path(self.name), fault, "restore its files"):
             found = next(iter(self.storage.get_episodes([episode])))
             images, state = (_at(found["observations"], key) for key in (self.image_key, self.state_key))
             action = np.asarray(found["actions"])
         count, action_shape = len(action), self.storage.action_space.shape
-        fits = (
-            count > 0
-            and action.shape == (count, *action_shape)
-            and state.shape[1:] == self.state_shape
-            and images.dtype == np.uint8
-            and images.shape[1:] == self.image_shape
-            and {len(images), len(state)} <= {count, count + 1}
-        )
-        if not fits:
+        kinds = (images.dtype, images.shape[1:], state.shape[1:], action.shape[1:])
+        wanted = (np.dtype(np.uint8), self.image_shape, self.state_shape, action_shape)
+        if not count or kinds != wanted or not {len(images), len(state)} <= {count, count + 1}:
             raise UserError(
-                f"episode {episode} of Minari dataset {self.name} has {images.dtype} images {images.shape}, "
-                f"states {state.shape} and actions {action.shape}, and needs as many images {self.image_shape} and states "
-                f"{self.state_shape} as actions {action_shape}, or one more; record it again, or leave it out with filter_episodes"
+                f"episode {episode} of Minari dataset {self.name} has {images.dtype} images {images.shape}, states {state.shape} "
+                f"and actions {action.shape}; needed are as many images {self.image_shape} and states {self.state_shape} as "
+                f"actions {action_shape}, or one more; record it again, or leave it out with filter_episodes"
             )
         missing = bool(count > 1 and is_action_missing(action[-1:])[0])
         count -= missing
-        return _Episode(images[:count], action[:count], state[:count], missing)
+        return images[:count], action[:count], state[:count], missing
 
 
 def _open(dataset: str) -> MinariStorage:

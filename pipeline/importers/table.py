@@ -33,7 +33,6 @@ class StepTable:
     Attributes:
         kind: `file`, images; or `video`.
         names: [frames], files as the table names them.
-        steps: the step table.
         dropped: [episodes], whether the last row of an episode, without an action, was left out.
     """
 
@@ -44,11 +43,7 @@ class StepTable:
 
 
 def read_table(path: Path) -> StepTable:
-    """Read a CSV or Parquet table.
-
-    Raises:
-        UserError: a column or a number is missing, unknown or not usable; the row is named as the file counts it.
-    """
+    """Read a CSV or Parquet table; raises UserError, naming the column and the row as the file counts it."""
     rows = _read_rows(path)
     episode, step, order = _in_order(rows, path)
     new = step == 0
@@ -56,14 +51,13 @@ def read_table(path: Path) -> StepTable:
     last = np.append(new[1:], True)
     missing = last & is_action_missing(action)
     if len(alone := np.flatnonzero(missing & new)):
+        where = f"{path}, {_row(path, int(order[alone[0]]))}"
         raise UserError(
-            f"episode {episode[alone[0]]} has one frame and no action: {path}, {_row(path, int(order[alone[0]]))}; "
-            "remove it, and renumber the episodes after it"
+            f"episode {episode[alone[0]]} has one frame and no action: {where}; remove it, and renumber others"
         )
     if missing.any():
         note(
-            f"{missing.sum()} of {last.sum()} episodes of {path} have no action in their last row; "
-            "the frame of that row is not imported"
+            f"{missing.sum()} of {last.sum()} episodes of {path} end in a row without an action, which is not imported"
         )
     kept = ~missing
     order = order[kept]
@@ -104,18 +98,18 @@ def _read_rows(path: Path) -> pa.Table:
 
 def _without_index(rows: pa.Table, path: Path, named: list[Any]) -> pa.Table:
     """Drop columns that are an index: those that pandas marks as one, and those that count the rows."""
-    ignored, first = [], 0
+    kept: list[int] = []
+    ignored: list[int] = []
+    first = 0
     for number, name in enumerate(rows.column_names):
-        if re.fullmatch(COLUMNS, name):
-            continue
         unnamed = not name and number == first
         first += unnamed  # a MultiIndex has several columns
-        if unnamed or name in named or re.fullmatch(PANDAS_INDEX, name) or _counts_rows(rows[number]):
-            ignored.append(number)
+        is_index = unnamed or name in named or re.fullmatch(PANDAS_INDEX, name) or _counts_rows(rows[number])
+        (ignored if is_index and not re.fullmatch(COLUMNS, name) else kept).append(number)
     if ignored:
         listed = ", ".join(rows.column_names[number] or "without a name" for number in ignored)
         note(f"ignored the index column of {path}: {listed}")
-    return rows.select([number for number in range(rows.num_columns) if number not in ignored])
+    return rows.select(kept)
 
 
 def _counts_rows(column: pa.ChunkedArray) -> bool:
@@ -180,17 +174,16 @@ def _matrix(rows: pa.Table, name: str, table: Path) -> NDArray[np.float64]:
 
 
 def _lists(lists: pa.Array, name: str, table: Path) -> NDArray[np.float64]:
-    types = pa.types
-    if not (types.is_list(lists.type) or types.is_large_list(lists.type) or types.is_fixed_size_list(lists.type)):
+    if not any(
+        is_kind(lists.type) for is_kind in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    ):
         raise UserError(f"{table}: the column {name} has type {lists.type}, not lists; call numbers {name}_0, ...")
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
     filled = np.flatnonzero(lengths)
     width = int(lengths[filled[0]]) if len(filled) else 0
     if len(wrong := filled[lengths[filled] != width]):
-        raise UserError(
-            f"the list in {name} has {lengths[wrong[0]]} numbers, the first one has {width}: "
-            f"{table}, {_row(table, int(wrong[0]))}; make them equally long"
-        )
+        where = f"{table}, {_row(table, int(wrong[0]))}"
+        raise UserError(f"the list in {name} has {lengths[wrong[0]]} numbers, not {width} as the first one: {where}")
     matrix = np.full((len(lists), width), np.nan)
     matrix[filled] = _numbers(lists.flatten(), name, table).reshape(-1, width)
     return matrix

@@ -19,11 +19,7 @@ def option_names(solver: str) -> list[str]:
 
 
 def make_solver(name: str, **options: Any) -> Solver:
-    """Create a solver; options that are not given keep their defaults.
-
-    Raises:
-        UserError: unknown name or option, or invalid values.
-    """
+    """Create a solver; raise UserError for an unknown name or option, or invalid values."""
     return parse_options(SOLVERS.get(name), options, f"solver {name}")
 
 

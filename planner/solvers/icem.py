@@ -42,8 +42,7 @@ class Icem:
 
     def __post_init__(self) -> None:
         """Raise UserError for more elites than half of the samples."""
-        if self.elites > self.samples // 2:
-            half = self.samples // 2
+        if self.elites > (half := self.samples // 2):
             raise UserError(f"solver icem: elites is {self.elites}; it must be at most half of samples, {half}")
 
     @property
@@ -57,16 +56,10 @@ class Icem:
         return sum(self.populations)
 
     def __call__(self, cost: Cost, start: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """See `Solver`.
-
-        Raises:
-            UserError: frameskip does not divide A.
-        """
+        """See `Solver`; raise UserError where frameskip does not divide A."""
         size = start.shape[2]
         if size % self.frameskip:
-            raise UserError(
-                f"solver icem: frameskip is {self.frameskip}; it must divide the {size} numbers of a model step"
-            )
+            raise UserError(f"solver icem: frameskip is {self.frameskip}; it must divide the {size} action values")
         mean, deviation = start, torch.full_like(start, self.sigma)
         best, lowest = start.clamp(-1.0, 1.0), torch.full_like(start[:, 0, 0], float("inf"))
         kept, kept_costs = start[:, None][:, :0], start[:, :0, 0]
@@ -91,17 +84,10 @@ class Icem:
 
 
 def coloured(white: Tensor, beta: float) -> Tensor:
-    """Filter white noise to unit variance and a power that falls with frequency ** -beta (Timmer and Koenig 1995).
+    """Filter white noise [E, S, time, A] to unit variance and a power of frequency ** -beta (Timmer and Koenig 1995).
 
     The constant part has the power of the lowest frequency, as in the `colorednoise` package, which the paper uses. That package leaves it
     out of the variance, so that its noise is louder the larger beta is.
-
-    Args:
-        white: [E, S, time, A], standard normal.
-        beta: 0 returns white noise.
-
-    Returns:
-        [E, S, time, A].
     """
     steps = white.shape[2]
     frequency = torch.fft.rfftfreq(steps, device=white.device)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from wmcache.bench import extract as bench
+from wmcache.bench import timing
 from wmcache.bench.extract import bench_cluster, bench_extract, peak_memory, save_tcn
 from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
@@ -43,7 +43,7 @@ def test_rates_count_the_frames_of_each_part_and_ratios_follow_from_them(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     # By this clock all that is timed takes a second: network and encoder do a shard, the extraction all shards.
     ticks = itertools.count()
-    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     found = bench_extract(dataset, encoder, batch=50, cluster="local:1")
     assert list(found) == KEYS
     assert list(found.values()) == [360, 64, 64, 64, 64, 360, 360 / 64, 360 / 64]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from wmcache.bench import read as bench
+from wmcache.bench import timing
 from wmcache.bench.read import bench_codecs, bench_read
 from wmcache.cache import Identity, StoreWriter, TokenStore
 from wmcache.cache.verify import verify
@@ -47,7 +48,7 @@ def test_figures_of_reading(scratch: Path, dtype: str) -> None:
 def test_rates_and_ratios_count_the_windows_of_each_contender(monkeypatch: pytest.MonkeyPatch) -> None:
     # By this clock all that is timed takes a second.
     ticks = itertools.count()
-    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     found = bench_read(200, tokens=2, dim=3, batch=5)
     for name in CONTENDERS:
         batches = 1 if name.startswith("zarr") else bench.BATCHES

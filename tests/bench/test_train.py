@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wmcache.bench import train as bench
+from wmcache.bench import timing
 from wmcache.bench.train import ROUNDS, bench_train
 from wmcache.common.errors import UserError
 from wmcache.trainer.feed import RESIDENCES
@@ -56,7 +56,7 @@ def test_figures_of_training(planted_path: Path, residence: str) -> None:
 def test_rates_and_ratios_count_the_steps_of_each_source(planted_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Whatever is timed takes one second.
     ticks = itertools.count()
-    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     encode = Encoder()
     found = bench_train(planted_path, MODEL, encode, batch=4, steps=20, device="cpu")
     assert (found["memory_steps_per_second"], found["store_steps_per_second"]) == (20, 20)

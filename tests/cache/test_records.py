@@ -78,20 +78,6 @@ def test_the_record_of_another_shard_or_identity_is_refused(
         Records(recorded, card, identity).read(2)
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "null", "{}", '{"frames": [16, 32]}', "\x00"])
-def test_a_missing_or_damaged_record_is_refused_naming_its_file_and_the_repair(
-    recorded: Path, card: StoreCard, identity: Identity, text: str | None
-) -> None:
-    file = record_file(recorded, 1)
-    if text is None:
-        file.unlink()
-    else:
-        file.write_text(text)
-    with pytest.raises(UserError, match=r"000001\.json.* wmcache repair") as caught:
-        Records(recorded, card, identity).read(1)
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("field", ["frames", "bytes", "sha256", "identity", "sum", "sum_of_squares"])
 def test_every_field_of_a_record_is_sealed_and_required(
     recorded: Path, card: StoreCard, identity: Identity, field: str

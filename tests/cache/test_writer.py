@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -15,7 +13,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,10 +21,9 @@ from numpy.typing import NDArray
 
 from wmcache.cache import Identity, StoreWriter, TokenStore
 from wmcache.cache.layout import DamagedError, read_attributes, shard_file
-from wmcache.cache.records import Records, lock_file, record_file
+from wmcache.cache.records import lock_file, record_file
 from wmcache.cache.writer import LackingError, channel_sums
 from wmcache.common.errors import UserError
-from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.locks import exclusive
 
 Tokens = NDArray[np.float16]
@@ -57,7 +53,6 @@ class TestClaims:
             assert lock_file(tmp_path / "some.zarr", 1).exists()  # the refused claim left it alone
             for writer in (first, second):
                 assert writer.claimed() == {1, 2}
-                assert [writer.is_claimed(shard) for shard in (0, 1, 2)] == [False, True, True]
         assert first.claimed() == set()
         with second.claim(1) as claimed:
             assert claimed
@@ -175,20 +170,6 @@ class TestPending:
         shutil.copytree(finished / "tokens" / "commits", other.path / "tokens" / "commits", dirs_exist_ok=True)
         assert other.pending() == [0, 1, 2, 3]
 
-    def test_values_that_are_not_finite_are_refused_before_anything_changes(
-        self, finished: Path, identity: Identity, tokens: Tokens, contents: Contents
-    ) -> None:
-        writer = StoreWriter.resume(finished, identity)
-        bad = tokens[:16].copy()
-        bad[3] = np.inf
-        before = contents(finished)
-        with pytest.raises(UserError, match="frame 3;"):
-            writer.write_shard(0, bad)
-        assert contents(finished) == before
-        writer.write_shard(0, tokens[16:32])
-        assert Records(finished, writer.card, identity).read(0).sum == channel_sums(tokens[16:32])[0].tolist()
-        np.testing.assert_array_equal(TokenStore.open(finished).gather(np.arange(16)), tokens[16:32])
-
     def test_a_shard_is_not_done_after_its_second_write_failed(
         self,
         finished: Path,
@@ -231,18 +212,6 @@ class TestPending:
         total, squares = channel_sums(tokens)
         np.testing.assert_allclose(total, wide.sum((0, 1)), rtol=1e-12)
         np.testing.assert_allclose(squares, (wide**2).sum((0, 1)), rtol=1e-12)
-
-    def test_files_of_dead_writers_are_swept(self, finished: Path, identity: Identity, tokens: Tokens) -> None:
-        dead = subprocess.Popen([sys.executable, "-c", ""])
-        dead.wait()
-        commits = finished / "tokens" / "commits"
-        dead_here = commits / f".000001.json.{platform.node()}.{dead.pid}.tmp"
-        running = commits / f".000002.json.{platform.node()}.{os.getpid()}.tmp"
-        elsewhere = commits / f".000001.json.another-machine.{dead.pid}.tmp"
-        for file in (dead_here, running, elsewhere):
-            file.write_text("torn")
-        StoreWriter.resume(finished, identity).write_shard(1, tokens[16:32])
-        assert (dead_here.exists(), running.exists(), elsewhere.exists()) == (False, True, True)
 
 
 class TestFinish:
@@ -316,23 +285,13 @@ class TestFinish:
         assert not first.is_done(1)
 
 
-def another(value: Any) -> Any:
-    if isinstance(value, str):
-        return f"{value} of another"
-    return value + 1 if isinstance(value, int) else ((0.0,) * 3, (1.0,) * 3)
-
-
 class TestResume:
-    @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Identity)])
     def test_another_identity_is_refused_with_the_field_and_both_values(
-        self, finished: Path, identity: Identity, contents: Contents, field: str
+        self, finished: Path, identity: Identity, contents: Contents
     ) -> None:
-        other = dataclasses.replace(identity, **{field: another(getattr(identity, field))})
         before, when = contents(finished), times(finished)
-        with pytest.raises(UserError, match=rf"made-up\.zarr .*{field}: ") as caught:
-            StoreWriter.resume(finished, other)
-        for value in (getattr(identity, field), getattr(other, field)):
-            assert str(value) in str(caught.value)
+        with pytest.raises(UserError, match=r"made-up\.zarr .*image_size: 64 .* 96") as caught:
+            StoreWriter.resume(finished, dataclasses.replace(identity, image_size=96))
         assert not isinstance(caught.value, DamagedError)
         assert contents(finished) == before
         assert times(finished) == when
@@ -376,61 +335,22 @@ class TestResume:
         assert contents(path) == contents(finished)
 
 
-def _write(text: str, name: str) -> Callable[[Path], object]:
-    return lambda path: (path / name).write_text(text)
-
-
-def _edit(name: str, **change: Any) -> Callable[[Path], object]:
-    return lambda path: write_json(path / name, {**read_json(path / name, ""), **change})
-
-
-def _change_a_digit(path: Path) -> None:
-    values = read_json(path / "zarr.json", "")
-    values["attributes"]["mean"][0] += 1e-3
-    write_json(path / "zarr.json", values)
-
-
-def _flip_in(name: str) -> Callable[[Path], object]:
-    def flip(path: Path) -> None:
-        file = path / name
-        data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 1
-        file.write_bytes(data)
-
-    return flip
-
-
-METADATA: dict[str, Callable[[Path], object]] = {
-    "emptied": _write("", "zarr.json"),
-    "torn": _write('{"attributes": {"format": "wmcache', "zarr.json"),
-    "no object": _write("[]", "zarr.json"),
-    "without attributes": _edit("zarr.json", attributes={}),
-    "another's attributes": _edit("zarr.json", attributes={"format": "other"}),
-    "a changed digit": _change_a_digit,
-    "an array": _edit("zarr.json", node_type="array"),
-    "lost": lambda path: (path / "zarr.json").unlink(),
-    "array emptied": _write("", "tokens/zarr.json"),
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "attributes emptied": lambda path: (path / "zarr.json").write_text(""),
     "array lost": lambda path: (path / "tokens/zarr.json").unlink(),
-    "array of another shape": _edit("tokens/zarr.json", shape=[50, 6, 5]),
-    "array of another fill value": _edit("tokens/zarr.json", fill_value=0.0),
-    "column lost": lambda path: shutil.rmtree(path / "state"),
-    "column emptied": _write("", "state/zarr.json"),
-    "column without values": lambda path: (path / "state/c/0/0").unlink(),
-    "column changed": _flip_in("state/c/0/0"),
     "all columns lost": lambda path: [shutil.rmtree(path / name) for name in STEPS],
 }
 
 
 class TestRepair:
-    @pytest.mark.parametrize("damage", METADATA)
-    def test_damaged_metadata_is_written_again_without_a_token(
+    @pytest.mark.parametrize("damage", DAMAGE)
+    def test_damaged_metadata_is_written_again_only_for_the_same_identity(
         self, finished: Path, identity: Identity, make_writer: MakeWriter, write: Write, contents: Contents, damage: str
     ) -> None:
         before, when = contents(finished), work_times(finished)
-        METADATA[damage](finished)
-        with pytest.raises(DamagedError, match=r"made-up\.zarr.* wmcache extract") as caught:
+        DAMAGE[damage](finished)
+        with pytest.raises(DamagedError, match=r"made-up\.zarr.* wmcache extract"):
             StoreWriter.resume(finished, identity)
-        assert "\n" not in str(caught.value)
         damaged = contents(finished), times(finished)
         with pytest.raises(UserError, match=r"image_size|--out"):
             make_writer(finished, dataclasses.replace(identity, image_size=96))
@@ -443,37 +363,11 @@ class TestRepair:
         assert work_times(finished) == when
         assert [path.name for path in finished.parent.iterdir()] == ["made-up.zarr"]
 
-    @pytest.mark.parametrize("sound", [[3], []], ids=["one sound record", "none"])
-    def test_a_sound_record_identifies_a_damaged_store(
-        self, finished: Path, make_writer: MakeWriter, write: Write, contents: Contents, sound: list[int]
+    def test_one_sound_record_identifies_a_damaged_store(
+        self, finished: Path, make_writer: MakeWriter, write: Write, contents: Contents
     ) -> None:
         complete = contents(finished)
-        METADATA["emptied"](finished)
-        for shard in {0, 1, 2, 3} - {*sound}:
-            record_file(finished, shard).write_text("{")
-        before = contents(finished)
-        if sound:
-            write(make_writer(finished))
-            assert contents(finished) == complete
-        else:
-            with pytest.raises(UserError, match=r"made-up\.zarr .*--out"):
-                make_writer(finished)
-            assert contents(finished) == before
-
-    @pytest.mark.parametrize("damage", ["lost", "changed"])
-    def test_the_damaged_scale_of_an_int8_store_is_written_again(
-        self, tmp_path: Path, make_writer: MakeWriter, write: Write, contents: Contents, damage: str
-    ) -> None:
-        path = tmp_path / "int8.zarr"
-        write(make_writer(path, dtype="int8"))
-        before = contents(path)
-        if damage == "lost":
-            shutil.rmtree(path / "scale")
-        else:
-            _flip_in("scale/c/0/0/0")(path)
-        with pytest.raises(DamagedError, match=r"int8\.zarr/scale .* wmcache extract"):
-            TokenStore.open(path)
-        # As the extraction does: create, write what is missing, finish.
-        write(make_writer(path, dtype="int8"))
-        TokenStore.open(path)
-        assert contents(path) == before
+        for file in (finished / "zarr.json", *(record_file(finished, shard) for shard in (0, 1, 2))):
+            file.write_text("{")
+        write(make_writer(finished))
+        assert contents(finished) == complete

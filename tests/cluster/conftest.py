@@ -18,7 +18,8 @@ from s3_server import S3Server
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """An object store; tests use `s3`."""
     with S3Server(tmp_path_factory.mktemp("s3") / "server") as server:
-        server.bucket("bucket")
+        with server.client() as client:
+            client.create_bucket(Bucket="bucket")
         yield server
 
 

@@ -16,10 +16,10 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import botocore.session
@@ -66,9 +66,7 @@ class S3Server:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.kill()
         for part, port in self._ports.items():
             for socket_file in (f"{part}-{port}", f"{part}-grpc-{port + GRPC}"):
@@ -92,26 +90,11 @@ class S3Server:
     @contextmanager
     def client(self) -> Iterator[Any]:
         """A botocore client with all permissions, without retries."""
-        session = botocore.session.get_session()
         once = Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10)
-        found = session.create_client(
-            "s3",
-            REGION,
-            endpoint_url=self.url,
-            aws_access_key_id="full",
-            aws_secret_access_key="full-secret",
-            config=once,
-        )
-        try:
+        keys = {"aws_access_key_id": "full", "aws_secret_access_key": "full-secret"}
+        found = botocore.session.get_session().create_client("s3", REGION, endpoint_url=self.url, config=once, **keys)
+        with closing(found):
             yield found
-        finally:
-            found.close()
-
-    def bucket(self, name: str) -> str:
-        """Make a bucket; returns its URL."""
-        with self.client() as client:
-            client.create_bucket(Bucket=name)
-        return f"s3://{name}"
 
     def objects(self, url: str) -> dict[str, int]:
         """Key below a URL -> size, of at most 1 000 objects."""
@@ -120,16 +103,14 @@ class S3Server:
             listed = client.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])
         return {entry["Key"].removeprefix(prefix).lstrip("/"): entry["Size"] for entry in listed}
 
-    def requests(self, bucket: str) -> dict[str, int]:
+    def requests(self, bucket: str) -> Counter[str]:
         """Number of answered requests for a bucket since the start, by kind (GET, PUT, LIST, …)."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self._ports['metrics']}/metrics", timeout=10) as answer:
             text = answer.read().decode()
-        counts: dict[str, int] = {}
-        for line in re.findall(r"^SeaweedFS_s3_request_total(\{.*)$", text, flags=re.MULTILINE):
-            if f'bucket="{bucket}"' in line:
-                kind = re.search(r'type="(\w+)"', line)
-                assert kind is not None
-                counts[kind[1]] = counts.get(kind[1], 0) + int(float(line.rsplit(" ", 1)[1]))
+        counts = Counter[str]()
+        for labels, count in re.findall(r"^SeaweedFS_s3_request_total\{(.*)\} (.*)$", text, flags=re.MULTILINE):
+            if f'bucket="{bucket}"' in labels:
+                counts[re.findall(r'type="(\w+)"', labels)[0]] += int(float(count))
         return counts
 
     def start(self) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -31,29 +32,15 @@ def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_all_settings_are_read(profiles: Path) -> None:
     (profiles / "big.toml").write_text(WHOLE)
-    expected = Profile(
-        partition="gpu",
-        account="lab-42",
-        gpus=2,
-        cores=16,
-        memory="64GB",
-        walltime="1-12:00:00",
-        modules=["cuda/12.4", "gcc"],
-        setup=["source ~/venv/bin/activate", "export HF_HOME=$SCRATCH/hub"],
-        jobs=32,
-        interface="ib0",
-        extra=["--constraint=a100", "--qos=long"],
-    )
+    expected = Profile(**tomllib.loads(WHOLE))
     assert read_profile("big") == expected
     assert expected.seconds == 36 * 3600
 
 
-def test_a_path_may_be_outside_the_home(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere.toml").write_text("gpus = 1")
-    assert read_profile(str(tmp_path / "elsewhere.toml")) == Profile(gpus=1)
-
-
-def test_slurm_has_defaults_until_it_has_a_file(profiles: Path) -> None:
+def test_a_path_may_be_outside_the_home_and_slurm_has_defaults_until_it_has_a_file(profiles: Path) -> None:
+    elsewhere = profiles.parent / "elsewhere.toml"
+    elsewhere.write_text("gpus = 1")
+    assert read_profile(str(elsewhere)) == Profile(gpus=1)
     assert read_profile("slurm") == Profile()
     (profiles / "slurm.toml").write_text("jobs = 7")
     assert read_profile("slurm") == Profile(jobs=7)
@@ -97,8 +84,5 @@ def test_a_missing_profile_names_the_existing_ones(profiles: Path) -> None:
 )
 def test_invalid_settings_are_named(profiles: Path, text: str, named: str) -> None:
     (profiles / "bad.toml").write_text(text)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match=rf"^{profiles / 'bad.toml'} .*{named}"):
         read_profile("bad")
-    file, found = str(profiles / "bad.toml"), str(refused.value)
-    assert found.startswith(file)
-    assert named in found.removeprefix(file)

@@ -28,19 +28,17 @@ from wmcache.common.errors import UserError
         ("local:12", 12, False),
         ("tcp://10.0.0.1:8786", 0, True),
         ("tcp://[::1]:8786", 0, True),
+        ("slurm:some.toml", 7, True),
     ],
 )
-def test_clusters_are_parsed(text: str, workers: int, elsewhere: bool) -> None:
+def test_clusters_are_parsed(
+    text: str, workers: int, elsewhere: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "some.toml").write_text('jobs = 7\npartition = "long"\n')
+    monkeypatch.chdir(tmp_path)
     found = parse_cluster(text)
     assert (found.text, found.workers, found.elsewhere) == (text, workers, elsewhere)
-
-
-def test_slurm_has_the_jobs_of_its_profile(tmp_path: Path) -> None:
-    file = tmp_path / "some.toml"
-    file.write_text('jobs = 7\npartition = "long"\n')
-    found = parse_cluster(f"slurm:{file}")
-    assert (found.workers, found.elsewhere) == (7, True)
-    assert found.profile == Profile(jobs=7, partition="long")
+    assert found.profile == (Profile(jobs=7, partition="long") if "slurm" in text else None)
 
 
 @pytest.mark.parametrize(
@@ -71,20 +69,14 @@ def test_failed_items_are_counted_and_the_others_done(threads: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_other_exceptions_are_raised(threads: int) -> None:
+@pytest.mark.parametrize(
+    ("raised", "expected"), [(ZeroDivisionError(), "^$"), (UserError("bad"), r"^8 of 100 shards .* 92 ")]
+)
+def test_other_exceptions_and_many_consecutive_failures_abort(threads: int, raised: Exception, expected: str) -> None:
     def task(item: int) -> int:
-        raise ZeroDivisionError
+        raise raised
 
-    with pytest.raises(ZeroDivisionError):
-        run_tasks(task, range(3), threads=threads, total=3, label="test")
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_many_consecutive_failures_abort(threads: int) -> None:
-    def task(item: int) -> int:
-        raise UserError("bad")
-
-    with pytest.raises(UserError, match=r"^8 of 100 shards .* 92 "):
+    with pytest.raises(type(raised), match=expected):
         run_tasks(task, range(100), total=100, label="test", threads=threads)
 
 
@@ -102,11 +94,8 @@ def test_failures_between_successes_do_not_abort() -> None:
     assert len(done) == 12
 
 
-def test_nothing_to_do_starts_no_process() -> None:
+def test_nothing_to_do_or_a_single_task_starts_no_process() -> None:
     run_tasks(len, [], cluster="tcp://127.0.0.1:9", total=0, label="test")
-
-
-def test_a_single_task_runs_in_this_process() -> None:
     assert run_alone(os.getpid, cluster="local:4", label="test") == os.getpid()
 
 
@@ -186,24 +175,19 @@ def note_process(folder: Path) -> WorkerTask[int, str]:
 
 
 @pytest.mark.parametrize("cluster", ["local:1", "local:2"])
-def test_a_task_is_set_up_once_per_process(tmp_path: Path, cluster: str) -> None:
-    run_tasks(note_process(tmp_path), range(12), cluster=cluster, threads=2, total=12, label="test")
-    processes = {file.read_text() for file in tmp_path.glob("*.item")}
-    assert len(list(tmp_path.glob("*.item"))) == 12
-    assert len(list(tmp_path.glob("*.setup"))) == len(processes)
+def test_each_task_is_set_up_once_per_process(tmp_path: Path, cluster: str) -> None:
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        run_tasks(note_process(folder), range(12), cluster=cluster, threads=2, total=12, label="test")
+        processes = [file.read_text() for file in folder.glob("*.item")]
+        assert len(processes) == 12
+        assert len(list(folder.glob("*.setup"))) == len(set(processes))
 
 
 @pytest.mark.parametrize(("cluster", "used"), [("local:1", True), ("local:2", False)])
 def test_a_loaded_state_is_used_in_this_process_only(tmp_path: Path, cluster: str, used: bool) -> None:
     run_tasks(note_process(tmp_path).with_state("loaded"), range(4), cluster=cluster, total=4, label="test")
     assert {file.read_text() == "loaded" for file in tmp_path.glob("*.item")} == {used}
-
-
-def test_tasks_of_other_values_have_other_states(tmp_path: Path) -> None:
-    for folder in (tmp_path / "one", tmp_path / "two"):
-        folder.mkdir()
-        run_tasks(note_process(folder), range(2), total=2, label="test")
-        assert len(list(folder.glob("*.setup"))) == 1
 
 
 def test_each_process_has_its_own_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,20 +32,6 @@ def many(affinity: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
 
 
-@pytest.fixture
-def enter(tmp_path: Path, many: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """(text of /proc/self/cgroup) -> the root of an empty control group file system."""
-    proc, root = tmp_path / "cgroup", tmp_path / "fs"
-
-    def set_groups(text: str) -> Path:
-        proc.write_text(text)
-        return root
-
-    monkeypatch.setattr(cgroups, "Path", lambda name: proc if name == "/proc/self/cgroup" else Path(name))
-    monkeypatch.setattr(cgroups, "ROOT", root)
-    return set_groups
-
-
 def set_v2(folder: Path, limit: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cpu.max").write_text(f"{limit}\n")
@@ -59,7 +45,7 @@ def set_v1(folder: Path, limit: str) -> None:
 
 
 @pytest.fixture(params=["v2", "v1", "v1, with others"])
-def groups(request: pytest.FixtureRequest, enter: Callable[[str], Path]) -> tuple[Path, SetLimits]:
+def groups(request: pytest.FixtureRequest, many: None, enter: Callable[[str], Path]) -> tuple[Path, SetLimits]:
     """The root of the groups above /job/step, and what sets a group's limit."""
     if request.param == "v2":
         return enter("0::/job/step\n"), set_v2
@@ -100,7 +86,7 @@ def test_slurm(monkeypatch: pytest.MonkeyPatch, value: str, expected: int) -> No
     assert available_cpus() == expected
 
 
-def test_other_text_is_not_a_limit(enter: Callable[[str], Path]) -> None:
+def test_other_text_is_not_a_limit(many: None, enter: Callable[[str], Path]) -> None:
     set_v2(enter("0::/job\n") / "job", "nonsense")
     assert available_cpus() == 64
 

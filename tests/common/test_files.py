@@ -20,32 +20,6 @@ from wmcache.common.jsonfiles import dump_json, nulls, read_json, write_json
 from wmcache.common.space import human_bytes
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("before", [None, b"old"])
-def test_a_write_that_fails_changes_nothing(tmp_path: Path, error: type[BaseException], before: bytes | None) -> None:
-    path = tmp_path / "file.bin"
-    if before is not None:
-        path.write_bytes(before)
-
-    def fail_halfway() -> None:
-        with atomic_write(path) as file:
-            file.write(b"half of the new")
-            raise error
-
-    with pytest.raises(error):
-        fail_halfway()
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == ({"file.bin": before} if before else {})
-
-
-def test_a_write_appears_complete_and_creates_its_folder(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b" / "file.bin"
-    with atomic_write(path) as file:
-        file.write(b"new")
-        assert not path.exists()
-    assert [file.name for file in path.parent.iterdir()] == ["file.bin"]
-    assert path.read_bytes() == b"new"
-
-
 def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="file/deeper"), atomic_write(tmp_path / "file" / "deeper"):

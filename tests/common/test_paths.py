@@ -31,11 +31,11 @@ from wmcache.common.paths import (
     open_to_read,
     put,
     read_bytes,
-    reading_hint,
     remove,
     remove_files,
     size_of,
     stamp,
+    unreadable,
     upload,
     usage,
 )
@@ -106,7 +106,8 @@ def test_a_file_is_written_read_and_removed(somewhere: AnyPath) -> None:
     assert not exists(somewhere / "a")
     with atomic_write(at) as file:
         file.write(b"content")
-    assert exists(at)
+        assert not exists(at)
+    assert names_in(at.parent) == ["file.bin"]
     assert exists(somewhere / "a")
     assert (read_bytes(at), size_of(at)) == (b"content", 7)
     assert sha256_of(at) == hashlib.sha256(b"content").hexdigest()
@@ -131,11 +132,17 @@ def test_a_folder_is_removed_with_its_content(somewhere: AnyPath) -> None:
     assert not exists(somewhere / "a")
 
 
-def test_a_file_that_is_not_finished_does_not_appear(somewhere: AnyPath) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_file_that_is_not_finished_does_not_appear(somewhere: AnyPath, error: type[BaseException]) -> None:
+    def fail_halfway(at: AnyPath) -> None:
+        with atomic_write(at) as file:
+            file.write(b"half")
+            raise error
+
     write_json(somewhere / "known.json", {"a": 1})
     for name in ("known.json", "new.json"):
-        with pytest.raises(ZeroDivisionError), atomic_write(somewhere / name) as file:
-            file.write(b"half" * (1 // 0))
+        with pytest.raises(error):
+            fail_halfway(somewhere / name)
     assert names_in(somewhere) == ["known.json"]
     assert read_json(somewhere / "known.json", "") == {"a": 1}
 
@@ -258,8 +265,8 @@ def test_a_server_that_refuses_a_write_is_one_line(bucket: UPath, monkeypatch: p
         patch.setattr(type(bucket.fs), "pipe_file", deny)
         with pytest.raises(UserError, match=r"memory://bucket/x: AccessDenied; .*credentials"):
             write_json(bucket / "x", {})
-    assert "credentials" in reading_hint(bucket)
-    assert "credentials" not in reading_hint(Path("x"))
+    assert "credentials" in str(unreadable(bucket, OSError()))
+    assert "credentials" not in str(unreadable(Path("x"), OSError()))
 
 
 def test_an_object_store_has_no_limit(bucket: UPath, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import psutil
@@ -37,22 +38,13 @@ STOPPED = "stopped; "
 
 
 @pytest.fixture(scope="module")
-def options() -> TrainOptions:
+def options(tiny: TrainOptions) -> TrainOptions:
     """The same as SETTINGS."""
-    return TrainOptions(
-        model_options={"width": 16, "depth": 1, "heads": 2, "dropout": 0.0},
-        batch=8,
-        steps=200,
-        dtype="float32",
-        device="cpu",
-        log_every=1,
-        validate_every=200,
-        checkpoint_every=40,
-    )
+    sizes = tiny.model_options | {"dropout": 0.0}
+    return replace(tiny, model_options=sizes, steps=200, validate_every=200, checkpoint_every=40)
 
 
-@dataclass
-class Ended:
+class Ended(NamedTuple):
     """How a job has ended."""
 
     status: int
@@ -115,8 +107,7 @@ def straight(planted_path: Path, tmp_path_factory: pytest.TempPathFactory, optio
     return run
 
 
-@dataclass
-class Story:
+class Story(NamedTuple):
     """A run of two ranks that was stopped, resumed, lost a rank, and was finished by one process."""
 
     run: Path
@@ -140,33 +131,27 @@ def story(planted_path: Path, tmp_path_factory: pytest.TempPathFactory, options:
 
 @pytest.mark.cluster
 class TestStory:
-    def test_a_signal_to_the_launcher_ends_all_in_one_line(self, story: Story) -> None:
+    def test_a_signal_to_the_launcher_ends_all_in_one_line_and_saves_its_step(self, story: Story) -> None:
         assert story.stopped.status == 75
         (line,) = lines_of(story.stopped.stderr)
         assert line.startswith(STOPPED)
         assert "wmtrain --devices 2" in line
-
-    def test_the_step_of_the_signal_is_saved(self, story: Story) -> None:
         assert story.stopped_at >= 35
         assert story.stopped_at % 40
 
-    def test_a_killed_rank_ends_all_in_seconds(self, story: Story) -> None:
+    def test_a_killed_rank_ends_all_in_seconds_and_one_line(self, story: Story) -> None:
         assert story.killed.status == 1
         assert story.killed.seconds < 20
         assert story.killed_at in (story.stopped_at, 40, 80)
-
-    def test_a_killed_rank_is_one_line(self, story: Story) -> None:
         (line,) = lines_of(story.killed.stderr)
         assert line.startswith("Error: ")
 
-    def test_one_process_finishes_it(self, story: Story, straight: Path) -> None:
+    def test_one_process_finishes_it_on_the_curve_of_one_process(self, story: Story, straight: Path) -> None:
         assert newest(story.run) == 200
         assert json.loads((story.run / "config.json").read_text()) == json.loads((straight / "config.json").read_text())
-
-    @pytest.mark.parametrize("key", ["loss", "gradient_norm"])
-    def test_its_curve_equals_that_of_one_process(self, story: Story, straight: Path, key: str) -> None:
-        assert len(curve(story.run, key)) == 200
-        assert curve(story.run, key) == pytest.approx(curve(straight, key), abs=1e-4)
+        for key in ("loss", "gradient_norm"):
+            assert len(curve(story.run, key)) == 200
+            assert curve(story.run, key) == pytest.approx(curve(straight, key), abs=1e-4)
 
 
 @pytest.mark.cluster

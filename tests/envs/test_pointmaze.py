@@ -5,7 +5,6 @@ import gc
 import multiprocessing
 import pickle
 from collections.abc import Iterator
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -34,23 +33,6 @@ def test_gymnasiums_checker_passes(name: str) -> None:
     env = gym.make(name, image_size=32, render_mode="rgb_array")
     check_env(env.unwrapped)
     env.close()
-
-
-def test_same_seed_same_episode(env: PointMazeEnv) -> None:
-    def episode(seed: int) -> list[Any]:
-        observation, info = env.reset(seed=seed)
-        images, states = [observation["image"]], [info["state"], info["goal"]]
-        rng = np.random.default_rng(0)
-        for _ in range(5):
-            observation, _, _, _, info = env.step(rng.uniform(-1, 1, 2).astype(np.float32))
-            images.append(observation["image"])
-            states.append(info["state"])
-        return [np.stack(images), np.stack(states)]
-
-    first, again, other = episode(1), episode(1), episode(2)
-    np.testing.assert_array_equal(first[0], again[0])
-    np.testing.assert_array_equal(first[1], again[1])
-    assert not np.array_equal(first[1], other[1])
 
 
 def test_reset_uses_the_given_state_and_goal(env: PointMazeEnv) -> None:

@@ -17,11 +17,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from damage_tools import AT_ONCE, FRAMES, PER_SHARD, ROOM, Copy, Warden, is_refusal, open_and_gather, read_shard
-from fault_workers import Child, Sample, collect_few, extract_store
+from fault_workers import Child, Sample, collect_few
 
 from wmcache.cache import Identity, StoreCard, StoreWriter
 from wmcache.pipeline.collect import collect
-from wmcache.trainer.options import TrainOptions
 
 PRELOADED = [
     "pytest",
@@ -70,7 +69,7 @@ def make_sample(dataset: Path, weights: Path) -> Sample:
     """Extract the undisturbed store of each dtype."""
     sample = Sample(dataset, weights, {dtype: dataset.with_name(f"{dtype}.zarr") for dtype in ("float16", "int8")})
     for dtype, path in sample.stores.items():
-        extract_store(path, dataset, weights, dtype)
+        sample.extract(path, dtype)
     return sample
 
 
@@ -91,26 +90,11 @@ def small(tcn_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Sample
 
 
 @pytest.fixture(scope="session")
-def tiny() -> TrainOptions:
-    return TrainOptions(
-        model_options={"width": 16, "depth": 1, "heads": 2, "dropout": 0.1},
-        steps=8,
-        batch=8,
-        dtype="float32",
-        device="cpu",
-        log_every=1,
-        validate_every=8,
-        checkpoint_every=2,
-    )
-
-
-@pytest.fixture(scope="session")
-def big_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def big_store(identity: Identity, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """5 600 frames of 75 kB with generated tokens, 420 MB: more than the memory limits leave; read only."""
     rng = np.random.default_rng(0)
     episodes, length = 56, 100
     card = StoreCard({}, {}, (4, 4), 2344, frames=episodes * length, frames_per_shard=128)
-    identity = Identity("made-up", "file", "0", "norm", "patch", 8, "none", ((0.5,), (0.5,)), "float32", "float16", "0")
     steps = {
         "action": rng.uniform(-1, 1, (card.frames, 2)).astype(np.float32),
         "state": rng.normal(size=(card.frames, 4)),

@@ -145,13 +145,8 @@ class Sample:
 
     def extract(self, out: Path, dtype: str = "float16") -> None:
         """Run the extraction that made the store."""
-        extract_store(out, self.dataset, self.weights, dtype)
-
-
-def extract_store(out: Path, data: Path, weights: Path, dtype: str = "float16") -> None:
-    """As `wmcache extract`."""
-    torch.set_num_threads(1)
-    extract(FrameDataset.open(data), encoders.create("tcn", weights=weights, device="cpu"), out, dtype=dtype)
+        torch.set_num_threads(1)
+        extract(self.frames, encoders.create("tcn", weights=self.weights, device="cpu"), out, dtype=dtype)
 
 
 def extract_slice(out: Path, data: Path, weights: Path, part: tuple[int, int], dies: bool = False) -> None:
@@ -166,7 +161,7 @@ def extract_slice(out: Path, data: Path, weights: Path, part: tuple[int, int], d
 def extract_beside(
     out: Path, data: Path, weights: Path, together: Barrier, log: Path, settings: dict[str, str], dies_at: int = 0
 ) -> None:
-    """As `extract_store`, at the same moment as others; log what is encoded, or die at shard number `dies_at` while the others start."""
+    """As `Sample.extract`, at the same moment as others; log what is encoded, or die at shard number `dies_at` while the others start."""
     torch.set_num_threads(1)
     encode, numbers = extraction.encode_frames, itertools.count(1)
 

@@ -16,7 +16,7 @@ from fault_workers import content
 
 from wmcache.cache import TokenStore
 from wmcache.cache.catalogue import remove
-from wmcache.cache.layout import STEP_COLUMNS, read_attributes, write_attributes
+from wmcache.cache.layout import STEP_COLUMNS, DamagedError, read_attributes, write_attributes
 from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
 
@@ -47,7 +47,7 @@ def test_a_lost_record_is_written_again(copy: Copy, orphan: Copy, damage: str, d
     np.testing.assert_array_equal(TokenStore.open(lost.path).gather(EVERY), lost.tokens)
     [fault] = verify(lost.path).faults
     assert (fault.shard, fault.file) == (2, str(lost.record(2)))
-    assert is_refusal(fault.reason, lost.record(2))
+    assert is_refusal(fault.reason, lost.record(2), f"wmcache repair {lost.path}")
     others, shards = lost.stamps(without=2), lost.stamps(records=False)
     lost.repair()
     assert lost.stamps(without=2) == others
@@ -100,11 +100,12 @@ DESCRIPTIONS: dict[str, Damage] = {
 
 def check_description(copy: Copy, named: Path) -> None:
     """A damaged description is refused with the command that fixes it, and that command encodes nothing."""
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(DamagedError) as refusal:
         TokenStore.open(copy.path)
     assert is_refusal(refusal.value, named, "wmcache extract")
     found, before = verify(copy.path), copy.stamps()
     assert [fault.shard for fault in found.faults] == [None]
+    assert is_refusal(found.faults[0].reason, named)
     assert not found.sound
     copy.extract()
     assert copy.stamps() == before
@@ -228,6 +229,7 @@ COLUMNS: dict[str, Damage] = {
     "type edited": lambda column: edit_json(column / "zarr.json", lambda it: it.update(data_type="int16")),
     "length edited": lambda column: edit_json(column / "zarr.json", lambda it: it["shape"].__setitem__(0, 21)),
     "another column": replace_by_another,
+    "a group": lambda column: replace(column / "zarr.json", b'{"zarr_format": 3, "node_type": "group"}'),
 }
 
 

@@ -21,14 +21,9 @@ Damage = Callable[[Path], object]
 
 
 @pytest.fixture(scope="module")
-def options(tiny: TrainOptions) -> TrainOptions:
-    return with_other(tiny, steps=8, checkpoint_every=4)
-
-
-@pytest.fixture(scope="module")
-def trained(store_path: Path, tmp_path_factory: pytest.TempPathFactory, options: TrainOptions) -> Path:
+def trained(store_path: Path, tmp_path_factory: pytest.TempPathFactory, tiny: TrainOptions) -> Path:
     run = tmp_path_factory.mktemp("runs") / "run"
-    train(store_path, run, options)
+    train(store_path, run, tiny)
     return run
 
 
@@ -44,10 +39,10 @@ def flip_in_header(file: Path, word: bytes) -> None:
     flip(file, at)
 
 
-def resume_from(run: Path, store: Path, options: TrainOptions, first: int) -> None:
+def resume_from(run: Path, store: Path, tiny: TrainOptions, first: int) -> None:
     """Resume, and check that it continued from the checkpoint of step `first`."""
     before = (run / "metrics.jsonl").read_text().splitlines()
-    train(store, run, with_other(options, steps=12), resume=True)
+    train(store, run, with_other(tiny, steps=12), resume=True)
     after = (run / "metrics.jsonl").read_text().splitlines()
     kept = sum(json.loads(line)["step"] <= first for line in before)
     # Steps that are trained again log other times.
@@ -80,15 +75,15 @@ CHECKPOINTS: dict[tuple[str, str], Damage] = {
 
 @pytest.mark.parametrize(("name", "damage"), CHECKPOINTS)
 def test_a_damaged_checkpoint_is_named_and_without_it_the_one_before_is_used(
-    run: Path, store_path: Path, options: TrainOptions, name: str, damage: str
+    run: Path, store_path: Path, tiny: TrainOptions, name: str, damage: str
 ) -> None:
     newest = last_checkpoint(run)
     CHECKPOINTS[name, damage](newest / name)
     with pytest.raises(UserError) as refusal:
-        train(store_path, run, with_other(options, steps=12), resume=True)
+        train(store_path, run, with_other(tiny, steps=12), resume=True)
     assert is_refusal(refusal.value, newest / name, "; ")
     shutil.rmtree(newest)
-    resume_from(run, store_path, options, 4)
+    resume_from(run, store_path, tiny, 4)
 
 
 def as_text(last: Path) -> None:
@@ -116,10 +111,10 @@ LINKS: dict[str, Damage] = {
 
 @pytest.mark.parametrize("damage", LINKS)
 def test_the_newest_checkpoint_is_found_without_its_link(
-    run: Path, store_path: Path, options: TrainOptions, damage: str
+    run: Path, store_path: Path, tiny: TrainOptions, damage: str
 ) -> None:
     LINKS[damage](run / "checkpoints" / "last")
-    resume_from(run, store_path, options, 8)
+    resume_from(run, store_path, tiny, 8)
     assert (run / "checkpoints" / "last").is_symlink()
 
 
@@ -129,12 +124,12 @@ def test_the_newest_checkpoint_is_found_without_its_link(
     ids=["garbled", "torn", "not text", "a list", "zeros", "nested"],
 )
 def test_a_damaged_end_of_the_log_does_not_stop_a_run(
-    run: Path, store_path: Path, options: TrainOptions, tail: bytes
+    run: Path, store_path: Path, tiny: TrainOptions, tail: bytes
 ) -> None:
     log = run / "metrics.jsonl"
     before = log.read_bytes()
     log.write_bytes(before + tail)
-    train(store_path, run, with_other(options, steps=12), resume=True)
+    train(store_path, run, with_other(tiny, steps=12), resume=True)
     lines = log.read_bytes()
     assert lines.startswith(before)
     assert [json.loads(line)["step"] for line in lines.splitlines()][-1] == 12
@@ -143,11 +138,11 @@ def test_a_damaged_end_of_the_log_does_not_stop_a_run(
 @pytest.mark.parametrize("name", ["config.json", "identity.json"])
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\0\0"], ids=["empty", "cut", "list", "other", "zeros"])
 def test_a_run_with_damaged_settings_is_refused(
-    run: Path, store_path: Path, options: TrainOptions, name: str, text: str
+    run: Path, store_path: Path, tiny: TrainOptions, name: str, text: str
 ) -> None:
     (run / name).write_text(text)
     before = content(run / "checkpoints")
     with pytest.raises(UserError) as refusal:
-        train(store_path, run, with_other(options, steps=12), resume=True)
+        train(store_path, run, with_other(tiny, steps=12), resume=True)
     assert is_refusal(refusal.value, run / name)
     assert content(run / "checkpoints") == before

@@ -97,7 +97,7 @@ def test_an_extraction_killed_at_any_change_of_a_file_does_only_what_is_missing(
     die_everywhere: DieEverywhere, few: Sample, every: int
 ) -> None:
     counts = set()
-    for moment, path in die_everywhere(workers.extract_store, few.dataset, few.weights, every=every):
+    for moment, path in die_everywhere(few.extract, every=every):
         before = finished_shards(path)
         counts.add(len(before))
         check_readable_or_refused(path, few.store)
@@ -119,9 +119,7 @@ def test_an_int8_store_killed_while_it_is_finished_is_finished_again(
         del attributes["mean"], attributes["std"], attributes["columns"]["scale"]
         write_attributes(path, {**attributes, "complete": False})
 
-    for moment, path in die_everywhere(
-        workers.extract_store, few.dataset, few.weights, "int8", every=every, prepare=unfinish
-    ):
+    for moment, path in die_everywhere(few.extract, "int8", every=every, prepare=unfinish):
         before = finished_shards(path)
         few.extract(path, "int8")
         assert content(path) == content(few.stores["int8"]), f"change {moment}"

@@ -24,10 +24,9 @@ from PIL import Image
 
 from wmcache.common.errors import UserError
 from wmcache.pipeline.encoders import Encoder
-from wmcache.pipeline.fit import default_weights
 from wmcache.pipeline.frames import FrameDataset, fingerprint
 from wmcache.pipeline.steps import Steps
-from wmcache.pipeline.stores import default_store
+from wmcache.pipeline.stores import default_store, default_weights
 
 Start = Callable[..., Child]
 Edit = Callable[[dict[str, Any]], object]

@@ -76,11 +76,13 @@ ATTRIBUTES: dict[str, Edit] = {
     **{
         f"{key} {value!r}": lambda it, key=key, value=value: it["card"].update({key: value})
         for key, values in {
-            "frames": [10**15, 2**39, 0, -22, "22", None],
-            "frames_per_shard": [0, -4],
-            "token_dim": [-32, 2**70],
+            "frames": [10**15, 2**39, 0, -22, "22", 22.0, True, None],
+            "frames_per_shard": [0, -4, 2**64, [4]],
+            "token_dim": [-32, 2**70, 1e3],
             "token_grid": [["2", "2"], 4, [2**39, 2**39], [[2], [2]]],
-            "dtype": ["object", []],
+            "dtype": ["object", "float64", []],
+            "dataset": [[], None],
+            "encoder": ["tcn"],
             "_target_": ["os.system"],
         }.items()
         for value in values

@@ -14,7 +14,7 @@ from random import Random
 import numpy as np
 import pytest
 from damage_tools import EVERY, SHARDS, index_bytes, replace
-from fault_workers import Child, Sample, content, die_changing, extract_store, repair_store
+from fault_workers import Child, Sample, content, die_changing, repair_store
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -77,8 +77,7 @@ def world(small: Sample, tmp_path_factory: pytest.TempPathFactory, processes: Fo
     reopened = Path(shutil.copytree(small.store, root / "reopened.zarr"))
     StoreWriter.resume(reopened, store.identity).reopen([])
     counted, good = root / "counted" / "some.zarr", content(small.store)
-    arguments = (0, counted.parent, extract_store, counted, small.dataset, small.weights)
-    changes = Child(processes, die_changing, arguments).returned()
+    changes = Child(processes, die_changing, (0, counted.parent, small.extract, counted)).returned()
     assert content(counted) == good
     descriptions = [(path / DESCRIPTION).read_bytes() for path in (begun, reopened)]
     return World(small, good, *descriptions, store.card, store.gather(EVERY), changes, root / "stores", processes)
@@ -204,10 +203,10 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(UserError, match="--out"):
                 self.world.sample.extract(self.path)
 
-    def run_and_kill(self, chance: Random, shards: list[int], function: object, *arguments: object) -> str:
+    def run_and_kill(self, chance: Random, shards: list[int], function: object) -> str:
         """Kill a process before some change of a file, if it makes so many; returns its outcome."""
         most = int(self.world.changes * (len(shards) + 1) / (SHARDS + 1)) + 1
-        words = (chance.randint(1, most), self.folder, function, self.path, *arguments)
+        words = (chance.randint(1, most), self.folder, function, self.path)
         kind, value = Child(self.world.processes, die_changing, words).outcome()
         assert kind != "died" or value == -9
         assert kind != "crashed", value
@@ -216,8 +215,8 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.described or self.pending())
     @rule(chance=CHANCE)
     def extract_and_be_killed(self, chance: Random) -> None:
-        sample, shards = self.world.sample, self.pending()
-        kind = self.run_and_kill(chance, shards, extract_store, sample.dataset, sample.weights)
+        shards = self.pending()
+        kind = self.run_and_kill(chance, shards, self.world.sample.extract)
         if kind == "returned":
             self.extracted()
         elif kind == "refused":

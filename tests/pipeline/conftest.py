@@ -1,12 +1,19 @@
-"""Copies to damage, and snapshots of their bytes."""
+"""Copies to damage, interruptions, and snapshots of bytes."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+
+from wmcache.cache import Identity, StoreCard, StoreWriter
 
 Snapshot = Callable[[Path], dict[str, bytes]]
 
@@ -25,3 +32,40 @@ def all_bytes() -> Snapshot:
         return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
     return read
+
+
+@pytest.fixture(scope="session")
+def write_tokens() -> Callable[..., Path]:
+    """(path, tokens [n, N, D], card, identity, columns) -> a finished store of them."""
+
+    def write(path: Path, tokens: NDArray[Any], card: StoreCard, identity: Identity, columns: dict[str, Any]) -> Path:
+        card = dataclasses.replace(card, token_dim=tokens.shape[2], frames=len(tokens))
+        writer = StoreWriter.create(path, card, identity, columns)
+        for shard in writer.pending():
+            rows = card.shard_frames(shard)
+            writer.write_shard(shard, tokens[rows.start : rows.stop].astype(np.float16))
+        writer.finish()
+        return path
+
+    return write
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
+    """(shards) -> a block that Ctrl-C ends when as many shards are written."""
+
+    @contextmanager
+    def stop(shards: int) -> Iterator[None]:
+        write, written = StoreWriter.write_shard, []
+
+        def write_some(self: StoreWriter, shard: int, tokens: Any) -> None:
+            if len(written) == shards:
+                raise KeyboardInterrupt
+            written.append(shard)
+            write(self, shard, tokens)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            patch.setattr(StoreWriter, "write_shard", write_some)
+            yield
+
+    return stop

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +15,8 @@ from wmcache.cache.change_maps import change_maps_path, open_change_maps
 from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
-from wmcache.pipeline.change_maps import derive_change_maps
 from wmcache.pipeline.collect import collect
+from wmcache.pipeline.derive import derive_change_maps
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.changes import changes_for
 from wmcache.pipeline.extract import extract, extract_together
@@ -85,30 +85,13 @@ def test_maps_extracted_with_the_tokens_equal_derived_ones(
 
 
 def test_an_unfinished_derivation_resumes(
-    own: TokenStore, maps_path: Path, monkeypatch: pytest.MonkeyPatch, all_bytes: Snapshot
+    own: TokenStore, maps_path: Path, stop_after: Callable[..., Any], all_bytes: Snapshot
 ) -> None:
-    write, written = StoreWriter.write_shard, []
-
-    def write_two(self: StoreWriter, shard: int, tokens: np.ndarray) -> None:
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(shard)
-        write(self, shard, tokens)
-
-    monkeypatch.setattr(StoreWriter, "write_shard", write_two)
-    with pytest.raises(KeyboardInterrupt):
+    with stop_after(2):
         derive_change_maps(own)
     with pytest.raises(UserError, match="--frameskip 5"):
         open_change_maps(own, 5)
-    again: list[int] = []
-
-    def noted(self: StoreWriter, shard: int, tokens: np.ndarray) -> None:
-        again.append(shard)
-        write(self, shard, tokens)
-
-    monkeypatch.setattr(StoreWriter, "write_shard", noted)
     derive_change_maps(own)
-    assert sorted(written + again) == list(range(6))
     assert data(all_bytes, open_change_maps(own, 5).path) == data(all_bytes, maps_path)
 
 
@@ -137,12 +120,6 @@ def test_maps_of_another_store_are_refused(
         open_change_maps(own, 5)
 
 
-def test_other_frames_are_refused_before_anything_is_made(own: TokenStore, other_frames: Path) -> None:
-    with pytest.raises(UserError, match=f"{own.path}; .*--dataset"):
-        derive_change_maps(own, dataset=other_frames)
-    assert list(own.path.parent.iterdir()) == [own.path]
-
-
 def test_maps_of_an_int8_store_are_those_extracted_with_it(
     dataset: FrameDataset, encoder: Encoder, tmp_path: Path
 ) -> None:
@@ -153,11 +130,15 @@ def test_maps_of_an_int8_store_are_those_extracted_with_it(
     assert derive_change_maps(store) == open_change_maps(store, 5).path
 
 
-def test_moved_frames_are_passed_by_option(copied: Path, encoder: Encoder, tmp_path: Path) -> None:
+def test_moved_frames_are_passed_by_option_and_others_refused(
+    copied: Path, encoder: Encoder, other_frames: Path, tmp_path: Path
+) -> None:
     extract(FrameDataset.open(copied), encoder, tmp_path / "tcn-64.zarr")
     store, moved = TokenStore.open(tmp_path / "tcn-64.zarr"), copied.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="--dataset"):
-        derive_change_maps(store)
+    for others, named in ((None, "--dataset"), (other_frames, f"{store.path}; .*--dataset")):
+        with pytest.raises(UserError, match=named):
+            derive_change_maps(store, dataset=others)
+    assert sorted(tmp_path.iterdir()) == [moved, store.path]
     derive_change_maps(store, dataset=moved)
     assert open_change_maps(store, 5).complete
 
@@ -170,17 +151,13 @@ def test_tokens_without_a_square_grid_are_refused(dataset: FrameDataset, tmp_pat
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_maps_are_verified_like_every_store(maps_path: Path, tmp_path: Path) -> None:
+def test_maps_are_verified_and_wrong_ones_with_right_checksums_found(maps_path: Path, tmp_path: Path) -> None:
     found = verify_deep(maps_path, device="cpu")
     assert found.sound
     assert found.drift is not None
     # Maps of the first frame of an episode are zero, and zeros have no cosine.
     assert found.drift["cosine"] == pytest.approx(1, abs=1e-5)
     assert found.drift["relative_error"] < 0.01
-    assert dataclasses.replace(found, drift=None) == verify(maps_path)
-
-
-def test_wrong_maps_with_right_checksums_are_found(maps_path: Path, tmp_path: Path) -> None:
     path = shutil.copytree(maps_path, tmp_path / maps_path.name)
     store = TokenStore.open(path)
     writer = StoreWriter.resume(path, store.identity)

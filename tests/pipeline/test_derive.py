@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from wmcache.cache import StoreWriter, TokenStore
+from wmcache.cache import TokenStore
 from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.derive import create_for, derive
@@ -44,53 +46,35 @@ def test_derived_tokens_are_those_of_an_extraction(
 
 
 def test_an_unfinished_derivation_resumes(
-    layers: TokenStore, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_bytes: Snapshot
+    layers: TokenStore, encoder: Encoder, tmp_path: Path, stop_after: Callable[..., Any], all_bytes: Snapshot
 ) -> None:
-    whole, partial = tmp_path / "whole.zarr", tmp_path / "partial.zarr"
+    whole, stopped = tmp_path / "whole.zarr", tmp_path / "stopped.zarr"
     derive(layers, encoder, whole)
-    write, written = StoreWriter.write_shard, []
-
-    def write_two(self: StoreWriter, shard: int, tokens: np.ndarray[tuple[int, ...], np.dtype[np.float16]]) -> None:
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(shard)
-        write(self, shard, tokens)
-
-    monkeypatch.setattr(StoreWriter, "write_shard", write_two)
-    with pytest.raises(KeyboardInterrupt):
-        derive(layers, encoder, partial)
-    monkeypatch.setattr(StoreWriter, "write_shard", write)
-    assert len([name for name in all_bytes(partial / "tokens") if name.startswith("c.")]) == 2
-    assert derive(layers, encoder, partial)
-    assert not derive(layers, encoder, partial)
-    assert all_bytes(partial / "tokens") == all_bytes(whole / "tokens")
+    with stop_after(2):
+        derive(layers, encoder, stopped)
+    assert len([name for name in all_bytes(stopped / "tokens") if name.startswith("c.")]) == 2
+    assert derive(layers, encoder, stopped)
+    assert not derive(layers, encoder, stopped)
+    assert all_bytes(stopped / "tokens") == all_bytes(whole / "tokens")
 
 
-def test_a_store_without_the_layers_is_not_enough(store: TokenStore, tcn_weights: Path, tmp_path: Path) -> None:
-    wanted = encoders.create("tcn-layers", weights=tcn_weights, device="cpu")
-    with pytest.raises(UserError, match="stem, block 1"):
-        derive(store, wanted, tmp_path / "new.zarr")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_other_weights_and_other_preprocessing_are_refused(
-    layers: TokenStore, encoder: Encoder, tcn_weights: Path, tmp_path: Path
+def test_missing_layers_other_weights_preprocessing_and_int8_are_refused(
+    dataset: FrameDataset, layers: TokenStore, store: TokenStore, encoder: Encoder, tcn_weights: Path, tmp_path: Path
 ) -> None:
     weights = {name: value + 0.1 for name, value in encoder.backbone.get_submodule("network").state_dict().items()}
     save_file(weights, tmp_path / "other.safetensors")
-    other = encoders.create("tcn", weights=tmp_path / "other.safetensors", device="cpu")
-    with pytest.raises(UserError, match=str(layers.path)):
-        derive(layers, other, tmp_path / "new.zarr")
-    other = encoders.create("tcn", weights=tcn_weights, normalisation="imagenet", device="cpu")
-    with pytest.raises(UserError, match="normalisation"):
-        derive(layers, other, tmp_path / "new.zarr")
-
-
-def test_an_int8_store_is_refused(dataset: FrameDataset, encoder: Encoder, tcn_weights: Path, tmp_path: Path) -> None:
-    source = encoders.create("tcn-layers", weights=tcn_weights, device="cpu")
-    extract(dataset, source, tmp_path / "int8.zarr", dtype="int8")
-    with pytest.raises(UserError, match="store_dtype int8"):
-        derive(TokenStore.open(tmp_path / "int8.zarr"), encoder, tmp_path / "new.zarr")
+    create = partial(encoders.create, device="cpu")
+    all_layers = create("tcn-layers", weights=tcn_weights)
+    extract(dataset, all_layers, tmp_path / "int8.zarr", dtype="int8")
+    for source, wanted, named in (
+        (store, all_layers, "stem, block 1"),
+        (layers, create("tcn", weights=tmp_path / "other.safetensors"), str(layers.path)),
+        (layers, create("tcn", weights=tcn_weights, normalisation="imagenet"), "normalisation"),
+        (TokenStore.open(tmp_path / "int8.zarr"), encoder, "store_dtype int8"),
+    ):
+        with pytest.raises(UserError, match=named):
+            derive(source, wanted, tmp_path / "new.zarr")
+        assert not (tmp_path / "new.zarr").exists()
 
 
 def test_the_encoder_has_the_preprocessing_of_the_store(layers: TokenStore, store: TokenStore) -> None:

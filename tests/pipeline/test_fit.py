@@ -20,9 +20,10 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Preprocess
 from wmcache.pipeline.encoders.fitting import FitData
 from wmcache.pipeline.encoders.tcn import TcnOptions
-from wmcache.pipeline.fit import FitTask, Fitted, default_weights, fit, load_images, read_fit
+from wmcache.pipeline.fit import FitTask, Fitted, fit, load_images, read_fit
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.landscape import neighbours
+from wmcache.pipeline.probe import neighbours
+from wmcache.pipeline.stores import default_store, default_weights
 
 
 def fit_on_cpu(
@@ -42,19 +43,15 @@ def test_the_same_fit_again_only_measures(dataset: FrameDataset, tcn_weights: Pa
     assert again.frames == 5 * 60
 
 
-@pytest.mark.parametrize("options", [TcnOptions(steps=19, batch=16), TcnOptions(steps=20, batch=16, seed=1)])
-def test_the_weights_of_another_fit_are_kept(dataset: FrameDataset, tcn_weights: Path, options: TcnOptions) -> None:
-    before = tcn_weights.read_bytes()
-    with pytest.raises(UserError, match=rf"{tcn_weights}.*--out"):
-        fit_on_cpu(dataset, tcn_weights, options)
-    assert tcn_weights.read_bytes() == before
-
-
-def test_a_file_that_is_not_a_fit_is_kept(dataset: FrameDataset, tmp_path: Path) -> None:
-    (tmp_path / "mine.safetensors").write_bytes(b"precious")
-    with pytest.raises(UserError, match=r"mine\.safetensors.*--out"):
-        fit_on_cpu(dataset, tmp_path / "mine.safetensors", TcnOptions(steps=1, batch=4))
-    assert (tmp_path / "mine.safetensors").read_bytes() == b"precious"
+@pytest.mark.parametrize(("steps", "seed"), [(19, 0), (20, 1)])
+def test_other_files_are_kept(dataset: FrameDataset, tcn_weights: Path, tmp_path: Path, steps: int, seed: int) -> None:
+    mine = tmp_path / "mine.safetensors"
+    mine.write_bytes(b"precious")
+    for file in (tcn_weights, mine):
+        before = file.read_bytes()
+        with pytest.raises(UserError, match=rf"{file}.*--out"):
+            fit_on_cpu(dataset, file, TcnOptions(steps=steps, batch=16, seed=seed))
+        assert file.read_bytes() == before
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_needs_overwrite(
@@ -98,20 +95,20 @@ def test_a_stopped_fit_resumes_exactly_and_leaves_only_its_weights(
     assert sorted(file.stem for file in tmp_path.iterdir()) == ["changed", "other", "same", "straight"]
 
 
-def test_a_loss_that_is_not_finite_leaves_no_file(dataset: FrameDataset, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"{tmp_path / 'new.safetensors'}.*--lr"):
-        fit_on_cpu(dataset, tmp_path / "new.safetensors", TcnOptions(steps=20, batch=8, learning_rate=1e30))
+@pytest.mark.parametrize(
+    ("name", "options", "named"),
+    [
+        ("tcn", TcnOptions(steps=20, batch=8, learning_rate=1e30), r"new\.safetensors.*--lr"),
+        ("tcn", TcnOptions(), r"300 .*256.*--batch-size"),
+        ("dinov2", TcnOptions(), r"dinov2 .*tcn"),
+    ],
+)
+def test_a_fit_that_is_not_possible_leaves_no_file(
+    dataset: FrameDataset, tmp_path: Path, name: str, options: TcnOptions, named: str
+) -> None:
+    with pytest.raises(UserError, match=named):
+        fit_on_cpu(dataset, tmp_path / "new.safetensors", options, name=name)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_too_few_frames_are_refused(dataset: FrameDataset, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"300 .*256.*--batch-size"):
-        fit_on_cpu(dataset, tmp_path / "new.safetensors", TcnOptions())
-
-
-def test_an_encoder_without_a_fit_is_refused(dataset: FrameDataset, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"dinov2 .*tcn"):
-        fit_on_cpu(dataset, tmp_path / "new.safetensors", TcnOptions(), name="dinov2")
 
 
 def test_training_images_are_what_the_encoder_sees(dataset: FrameDataset, encoder: Encoder) -> None:
@@ -144,6 +141,8 @@ def test_descent_is_judged_by_where_it_ends() -> None:
     assert way[ends][xy[:, 0] > 2.4].max() < 0.5
 
 
-def test_weights_live_under_the_home(dataset: FrameDataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_weights_and_stores_are_in_the_home(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WMCACHE_HOME", str(tmp_path))
-    assert default_weights(dataset.card.name, "tcn") == tmp_path / "encoders/pointmaze-umaze-tcn.safetensors"
+    assert default_weights("umaze", "tcn") == tmp_path / "encoders/umaze-tcn.safetensors"
+    assert default_store("umaze", encoder) == tmp_path / "stores/umaze/tcn-64.zarr"
+    assert default_store("umaze", encoder, "int8") == tmp_path / "stores/umaze/tcn-64-int8.zarr"

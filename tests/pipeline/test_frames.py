@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,24 +15,12 @@ import webdataset
 from wmcache.common.errors import UserError
 from wmcache.pipeline.frames import FrameDataset
 
-SHARD = "frames-000001.tar"
-
-
-def edit_card(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    card = json.loads((path / "dataset.json").read_bytes())
-    edit(card)
-    (path / "dataset.json").write_text(json.dumps(card))
-
 
 def test_frames_are_read_in_any_order(dataset: FrameDataset) -> None:
     everything = np.concatenate([dataset.read_shard(shard) for shard in range(dataset.num_shards)])
     wanted = [359, 0, 64, 63, 0]
     np.testing.assert_array_equal(dataset.read_frames(wanted), everything[wanted])
     assert everything.shape == (360, 32, 32, 3)
-
-
-def test_every_tar_but_the_last_is_full(dataset: FrameDataset) -> None:
-    assert [len(dataset.read_shard(shard)) for shard in range(dataset.num_shards)] == [64] * 5 + [40]
     assert [record["frames"] for record in dataset.card.shards] == [64] * 5 + [40]
 
 
@@ -56,33 +43,18 @@ def test_pyarrow_reads_the_steps(dataset_path: Path, dataset: FrameDataset) -> N
     np.testing.assert_array_equal(table["state"].to_pylist(), dataset.steps.state)
 
 
-def test_a_flipped_byte_and_a_missing_tar_are_named(copied: Path) -> None:
-    data = bytearray((copied / SHARD).read_bytes())
-    data[len(data) // 2] ^= 1
-    (copied / SHARD).write_bytes(data)
-    damaged = FrameDataset.open(copied)
-    with pytest.raises(UserError, match=SHARD):
-        damaged.read_shard(1)
-    (copied / SHARD).unlink()
-    with pytest.raises(UserError, match=SHARD):
-        damaged.read_shard(1)
-    assert len(damaged.read_shard(0)) == 64
-
-
 def test_a_missing_dataset_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere/dataset\.json .*wmcache collect"):
         FrameDataset.open(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"frames"', "{}", '{"colour": "blue"}'])
-def test_a_garbled_card_is_named(copied: Path, text: str) -> None:
+def test_a_garbled_card_and_another_format_are_refused(copied: Path, text: str) -> None:
+    card = json.loads((copied / "dataset.json").read_bytes())
     (copied / "dataset.json").write_text(text)
     with pytest.raises(UserError, match=r"dataset\.json"):
         FrameDataset.open(copied)
-
-
-def test_another_format_version_is_refused(copied: Path) -> None:
-    edit_card(copied, lambda card: card.update(format_version=99))
+    (copied / "dataset.json").write_text(json.dumps(card | {"format_version": 99}))
     with pytest.raises(UserError, match=r"99.* 1;"):
         FrameDataset.open(copied)
 
@@ -94,11 +66,9 @@ def _edit_table(edit: Callable[[pa.Table], pa.Table]) -> Callable[[Path], object
 @pytest.mark.parametrize(
     "damage",
     [
-        pytest.param(_edit_table(lambda table: table.slice(0, len(table) - 1)), id="last row lost"),
         pytest.param(_edit_table(lambda table: table.take(list(range(len(table)))[::-1])), id="reversed"),
         pytest.param(_edit_table(lambda table: table.drop_columns(["state"])), id="column lost"),
         pytest.param(lambda file: file.write_bytes(b""), id="empty"),
-        pytest.param(lambda file: file.write_bytes(file.read_bytes()[:100]), id="first 100 bytes"),
         pytest.param(lambda file: file.write_bytes(file.read_bytes()[:-1]), id="last byte lost"),
         pytest.param(lambda file: file.unlink(), id="missing"),
     ],

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,51 +83,47 @@ def test_frames_are_collected_into_a_bucket_as_into_a_folder(
     np.testing.assert_array_equal(found.read_frames(chosen), dataset.read_frames(chosen))
 
 
-def test_a_collection_into_a_bucket_resumes(
-    bucket: UPath, dataset_path: Path, all_bytes: Snapshot, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, written, failed = bucket / dataset_path.name, list[str](), list[str]()
-    pipe_file = type(bucket.fs).pipe_file
+@contextmanager
+def failing_once(bucket: UPath, name: str) -> Iterator[list[str]]:
+    """Let the first attempt to write an object of this name fail; yields the names that are written."""
+    written, failed, pipe_file = list[str](), list[str](), type(bucket.fs).pipe_file
 
-    def deny(self: Any, path: str, *arguments: Any, **settings: Any) -> Any:
+    def fail(self: Any, path: str, *arguments: Any, **settings: Any) -> Any:
         written.append(path.rpartition("/")[2])
-        if written[-1] == "frames-000003.tar" and not failed:
-            failed.append(path)
-            raise OSError("AccessDenied")
+        if written[-1] == name and not failed:
+            failed.append(written.pop())
+            raise TimeoutError("Connect timeout on endpoint URL")
         return pipe_file(self, path, *arguments, **settings)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(type(bucket.fs), "pipe_file", deny)
-        with pytest.raises(UserError, match=r"memory://bucket/.*AccessDenied") as caught:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(bucket.fs), "pipe_file", fail)
+        yield written
+
+
+def test_a_collection_into_a_bucket_resumes(bucket: UPath, dataset_path: Path, all_bytes: Snapshot) -> None:
+    out = bucket / dataset_path.name
+    with failing_once(bucket, "frames-000003.tar") as written:
+        with pytest.raises(UserError, match=r"^.*memory://bucket/.*timeout.*$"):
             collect_again(out)
-        assert "\n" not in str(caught.value)
         with pytest.raises(UserError, match=str(out)):
             FrameDataset.open(out)
-        whole = set(written) - {"frames-000003.tar"}
+        whole = {name for name in written if name.endswith(".tar")}
         written.clear()
         collect_again(out)
-        assert not {name for name in whole if name.endswith(".tar")} & set(written)
+        assert not whole & set(written)
     assert objects(out) == all_bytes(dataset_path)
 
 
 @pytest.mark.parametrize("name", ["frames-000002.tar", "steps.parquet", "dataset.json"])
-def test_damaged_frames_in_a_bucket_are_refused(bucket: UPath, dataset_path: Path, name: str) -> None:
+def test_damaged_and_missing_frames_in_a_bucket_are_named(bucket: UPath, dataset_path: Path, name: str) -> None:
     path = bucket / dataset_path.name
     upload(dataset_path, path, last="dataset.json")
     flip(path / name)
-    with pytest.raises(UserError, match=name) as caught:
+    with pytest.raises(UserError, match=name):
         FrameDataset.open(path).read_frames([64, 128, 200])
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_frames_are_named(bucket: UPath, dataset_path: Path) -> None:
-    with pytest.raises(UserError, match=r"memory://bucket/none/dataset\.json .*wmcache collect"):
-        FrameDataset.open(bucket / "none")
-    path = bucket / dataset_path.name
-    upload(dataset_path, path, last="dataset.json")
-    remove(path / "frames-000001.tar")
-    with pytest.raises(UserError, match=r"frames-000001\.tar "):
-        FrameDataset.open(path).read_shard(1)
+    remove(path / name)
+    with pytest.raises(UserError, match=name):
+        FrameDataset.open(path).read_frames([64, 128, 200])
 
 
 def test_tokens_are_extracted_into_a_bucket_as_into_a_folder(
@@ -157,31 +154,15 @@ def test_a_store_in_a_bucket_of_frames_in_a_bucket_is_read_through_the_mirror(
 
 
 def test_an_extraction_into_a_bucket_resumes(
-    bucket: UPath,
-    dataset: FrameDataset,
-    encoder: Encoder,
-    store_path: Path,
-    all_bytes: Snapshot,
-    monkeypatch: pytest.MonkeyPatch,
+    bucket: UPath, dataset: FrameDataset, encoder: Encoder, store_path: Path, all_bytes: Snapshot
 ) -> None:
-    path, written, failed = bucket / "tcn-64.zarr", list[str](), list[str]()
-    pipe_file = type(bucket.fs).pipe_file
-
-    def fail(self: Any, at: str, *arguments: Any, **settings: Any) -> Any:
-        written.append(at.rpartition("/")[2])
-        if written[-1] == "c.3.0.0" and not failed:
-            failed.append(at)
-            raise TimeoutError("Connect timeout on endpoint URL")
-        return pipe_file(self, at, *arguments, **settings)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(bucket.fs), "pipe_file", fail)
-        with pytest.raises(UserError, match=r"memory://bucket/tcn-64\.zarr.*timeout") as caught:
+    path = bucket / "tcn-64.zarr"
+    with failing_once(bucket, "c.3.0.0") as written:
+        with pytest.raises(UserError, match=r"^.*memory://bucket/tcn-64\.zarr.*timeout.*$"):
             extract(dataset, encoder, path)
-        assert "\n" not in str(caught.value)
         with pytest.raises(UserError, match=str(path)):
             TokenStore.open(path)
-        whole = {name for name in written if name.startswith("c.")} - {"c.3.0.0"}
+        whole = {name for name in written if name.startswith("c.")}
         assert whole
         found = verify(path)
         assert (found.complete, found.faults) == (False, [])
@@ -196,8 +177,7 @@ def test_simultaneous_extractions_make_one_sound_store(
 ) -> None:
     path = bucket / "tcn-64.zarr"
     with ThreadPoolExecutor(3) as pool:
-        for _ in pool.map(lambda _: extract(dataset, encoder, path), range(3)):
-            pass
+        list(pool.map(lambda _: extract(dataset, encoder, path), range(3)))
     assert verify(path).sound
     np.testing.assert_array_equal(TokenStore.open(path).gather(EVERY), store.gather(EVERY))
 
@@ -304,25 +284,17 @@ class TestCommands:
         assert run("verify", str(far)).exit_code == 0
 
     def test_only_the_named_store_is_deleted(self, bucket: UPath, far: UPath, store_path: Path) -> None:
-        put(bucket / "thesis.txt", b"years of work")
+        put(bucket / "frames" / "dataset.json", b"{}")
         upload(store_path, bucket / "tcn-64.zarr.old", last="zarr.json")
         neighbours = len(objects(bucket / "tcn-64.zarr.old"))
         result = run("rm", "--yes", str(far))
         assert result.exit_code == 0, result.output
-        assert result.stdout.startswith(f"{far}: deleted, ")
         assert len(objects(bucket)) == neighbours + 1
-        result = run("rm", "--yes", str(far))
-        assert result.exit_code == 1
-        assert "does not exist" in result.stderr
-
-    def test_other_objects_are_not_deleted(self, bucket: UPath, dataset_path: Path) -> None:
-        upload(dataset_path, bucket / "frames", last="dataset.json")
-        before = objects(bucket)
-        for name in ("memory://bucket/frames", "memory://bucket/frames/dataset.json"):
+        for name in (str(far), "memory://bucket/frames", "memory://bucket/frames/dataset.json"):
             result = run("rm", "--yes", name)
             assert result.exit_code == 1
             assert name in result.stderr
-        assert objects(bucket) == before
+        assert len(objects(bucket)) == neighbours + 1
 
     @pytest.mark.parametrize("command", ["info", "verify", "repair", "finalize", "preview"])
     def test_a_missing_store_is_one_line_of_error(self, bucket: UPath, command: str) -> None:

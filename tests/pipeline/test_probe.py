@@ -16,7 +16,7 @@ from transformers import VJEPA2Config, VJEPA2Model
 
 import wmcache.pipeline.probe
 from wmcache import envs
-from wmcache.cache import StoreWriter, TokenStore
+from wmcache.cache import TokenStore
 from wmcache.cache.layout import read_attributes, write_attributes
 from wmcache.common.errors import UserError
 from wmcache.envs import Maze
@@ -24,9 +24,18 @@ from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.landscape import PROBED_FRAMES, find_maze, measure_landscape, probe_landscape, squared_distances
-from wmcache.pipeline.probe import choose_frames, effective_rank, principal_coordinates, probe
-from wmcache.pipeline.probe_picture import draw_probe, picture_paths, spread
+from wmcache.pipeline.pictures import draw_probe, picture_paths, spread
+from wmcache.pipeline.probe import (
+    PROBED_FRAMES,
+    choose_frames,
+    effective_rank,
+    find_maze,
+    measure_landscape,
+    principal_coordinates,
+    probe,
+    probe_landscape,
+    squared_distances,
+)
 
 EPISODES, LENGTH = 150, 8
 FRAMES = EPISODES * LENGTH
@@ -56,26 +65,15 @@ def steps() -> dict[str, NDArray[Any]]:
 
 
 @pytest.fixture
-def make(store: TokenStore, steps: dict[str, NDArray[Any]], tmp_path: Path) -> Make:
+def make(store: TokenStore, steps: dict[str, NDArray[Any]], tmp_path: Path, write_tokens: Make) -> Make:
     """(tokens [n, N, D], name=…, maze=…, **columns) -> a finished store of them."""
 
     def write(tokens: NDArray[Any], name: str = "made-up.zarr", *, maze: bool = True, **columns: NDArray[Any]) -> Path:
         dataset = store.card.dataset if maze else {**store.card.dataset, "maze": None}
-        card = dataclasses.replace(
-            store.card,
-            dataset=dataset,
-            token_grid=(1, tokens.shape[1]),
-            token_dim=tokens.shape[2],
-            frames=len(tokens),
-            frames_per_shard=300,
-        )
+        grid = (1, tokens.shape[1])
+        card = dataclasses.replace(store.card, dataset=dataset, token_grid=grid, frames_per_shard=300)
         columns = {key: values[: len(tokens)] for key, values in {**steps, **columns}.items()}
-        writer = StoreWriter.create(tmp_path / name, card, store.identity, columns)
-        for shard in writer.pending():
-            rows = card.shard_frames(shard)
-            writer.write_shard(shard, tokens[rows.start : rows.stop].astype(np.float16))
-        writer.finish()
-        return writer.path
+        return write_tokens(tmp_path / name, tokens, card, store.identity, columns)
 
     return write
 
@@ -135,11 +133,6 @@ def test_the_effective_rank_of_rank_k_is_about_k(make: Make, rank: int, tokens: 
     assert probe(make(values), frames=300).effective_rank == pytest.approx(rank, rel=0.05)
 
 
-def test_velocities_in_tokens_are_found(make: Make, steps: dict[str, NDArray[Any]]) -> None:
-    found = probe(make(np.tile(steps["state"][:, None], (1, 2, 1))))
-    assert min(found.linear.values()) > 0.999
-
-
 def test_equal_distances_have_no_rank_correlation() -> None:
     xy = np.random.default_rng(0).uniform(-1.4, -0.6, (20, 2))
     found = measure_landscape(np.zeros((20, 20)), xy, envs.find_maze("UMaze"))
@@ -165,17 +158,16 @@ def test_the_effective_rank_is_the_exponential_of_an_entropy() -> None:
     assert effective_rank(np.diag([0.5, 0.25, 0.25])) == pytest.approx(2**1.5)
 
 
-def test_a_channel_that_never_changes_divides_nothing(make: Make, steps: dict[str, NDArray[Any]]) -> None:
-    tokens = np.concatenate([position_tokens(steps), np.full((FRAMES, 2, 1), 7.0)], 2)
-    assert min(probe(make(tokens)).linear[name] for name in "xy") > 0.999
-
-
-def test_the_same_store_gives_the_same_figures(store_path: Path) -> None:
-    assert probe(store_path) == probe(store_path)
+def test_velocities_in_tokens_are_found_and_a_channel_that_never_changes_divides_nothing(
+    make: Make, steps: dict[str, NDArray[Any]]
+) -> None:
+    tokens = np.concatenate([np.tile(steps["state"][:, None], (1, 2, 1)), np.full((FRAMES, 2, 1), 7.0)], 2)
+    assert min(probe(make(tokens)).linear.values()) > 0.999
 
 
 def test_the_landscape_is_that_of_the_encoder(store_path: Path, dataset: FrameDataset, encoder: Encoder) -> None:
     live, cached = probe_landscape(dataset, encoder), probe(store_path, frames=100)
+    assert probe(store_path, frames=100) == cached
     assert cached.spearman == pytest.approx(live.spearman, abs=1e-3)
     assert cached.stuck == pytest.approx(live.stuck, abs=0.02)
 
@@ -202,8 +194,12 @@ def test_no_held_out_episode_trains_a_probe(store: TokenStore) -> None:
     np.testing.assert_array_equal(choose_frames(store, 300)[1], val)
 
 
-def test_a_store_without_a_maze_has_no_distances(make: Make, steps: dict[str, NDArray[Any]], tmp_path: Path) -> None:
+def test_a_store_without_a_maze_has_no_distances_but_its_dataset_may(
+    make: Make, steps: dict[str, NDArray[Any]], dataset: FrameDataset, dataset_path: Path, tmp_path: Path
+) -> None:
     path = make(position_tokens(steps), maze=False)
+    assert find_maze(TokenStore.open(path)) is None
+    assert find_maze(TokenStore.open(path), dataset_path).rows == tuple(dataset.card.maze)
     found = probe(path)
     assert (found.spearman, found.stuck, found.nearest, found.nearest_90) == (None, None, None, None)
     assert list(found.linear) == ["state_0", "state_1", "state_2", "state_3"]
@@ -213,60 +209,40 @@ def test_a_store_without_a_maze_has_no_distances(make: Make, steps: dict[str, ND
     assert not (tmp_path / "picture.png").exists()
 
 
-def test_the_maze_comes_from_the_dataset_if_the_store_has_none(
-    make: Make, steps: dict[str, NDArray[Any]], dataset: FrameDataset, dataset_path: Path
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [("identity", "dataset_fingerprint", "ef" * 32)]
+    + [("dataset", "maze", maze) for maze in ("#####", [["#"]], 7, ["###", "#O#", "###", "#"])],
+)
+def test_frames_of_another_dataset_and_an_invalid_maze_are_refused(
+    make: Make, dataset_path: Path, part: str, key: str, value: object
 ) -> None:
-    path = make(position_tokens(steps), maze=False)
-    assert find_maze(TokenStore.open(path)) is None
-    assert find_maze(TokenStore.open(path), dataset_path).rows == tuple(dataset.card.maze)
-
-
-def test_the_frames_of_another_dataset_are_refused(store: TokenStore, make: Make, dataset_path: Path) -> None:
-    other = make(noise(1, 2))
-    attributes = read_attributes(other)
-    attributes["identity"]["dataset_fingerprint"] = "ef" * 32
-    write_attributes(other, attributes)
-    with pytest.raises(UserError, match=f"{other}.*--dataset"):
-        probe(other, dataset=dataset_path)
-
-
-@pytest.mark.parametrize("maze", ["#####", [["#"]], 7, ["###", "#O#", "###", "#"]])
-def test_an_invalid_maze_is_refused(make: Make, steps: dict[str, NDArray[Any]], maze: object) -> None:
-    path = make(position_tokens(steps))
+    path = make(noise(1, 2))
     attributes = read_attributes(path)
-    attributes["card"]["dataset"]["maze"] = maze
+    (attributes | attributes["card"])[part][key] = value
     write_attributes(path, attributes)
     with pytest.raises(UserError, match=str(path)):
-        probe(path)
+        probe(path, dataset=dataset_path if part == "identity" else None)
 
 
-def test_a_constant_state_has_no_score(make: Make, steps: dict[str, NDArray[Any]]) -> None:
+def test_constant_and_missing_states_and_moves_have_no_figures(make: Make, steps: dict[str, NDArray[Any]]) -> None:
     state = steps["state"].copy()
     state[:, 3] = 1.0
     found = probe(make(position_tokens(steps), state=state))
-    assert found.linear["vy"] is None
-    assert found.mlp["vy"] is None
-
-
-def test_a_store_without_states_has_the_other_figures(make: Make) -> None:
-    found = probe(make(noise(2, 5), maze=False, state=np.empty((FRAMES, 0))))
-    assert (found.linear, found.mlp) == ({}, {})
+    assert (found.linear["vy"], found.mlp["vy"]) == (None, None)
+    assert found.moves is not None
+    # No states, and episodes that are shorter than the frameskip.
+    episode, step = np.divmod(np.arange(FRAMES, dtype=np.int32), 5)
+    found = probe(make(noise(2, 5), "other.zarr", maze=False, state=state[:, :0], episode=episode, step=step))
+    assert (found.linear, found.mlp, found.moves) == ({}, {}, None)
     assert found.effective_rank > 9
 
 
-def test_episodes_shorter_than_the_frameskip_have_no_moves(make: Make) -> None:
-    episode = np.repeat(np.arange(240, dtype=np.int32), 5)
-    assert probe(make(noise(1, 4), episode=episode, step=np.tile(np.arange(5, dtype=np.int32), 240))).moves is None
-
-
-@pytest.mark.parametrize("frames", [100, 10])
-def test_too_few_frames_are_refused(make: Make, frames: int) -> None:
-    with pytest.raises(UserError, match=" 20 "):
-        probe(make(noise(1, 4, frames=100)), frames=frames)
-
-
-def test_constant_tokens_and_incomplete_stores_are_refused(make: Make) -> None:
-    path = make(np.full((FRAMES, 2, 3), 3.0))
+def test_too_few_frames_constant_tokens_and_incomplete_stores_are_refused(make: Make) -> None:
+    few, path = make(noise(1, 4, frames=100), "few.zarr"), make(np.full((FRAMES, 2, 3), 3.0))
+    for frames in (100, 10):
+        with pytest.raises(UserError, match=" 20 "):
+            probe(few, frames=frames)
     with pytest.raises(UserError, match=f"{path} .*1200"):
         probe(path)
     write_attributes(path, {**read_attributes(path), "complete": False})

@@ -36,6 +36,10 @@ from wmcache.trainer.train import train
 # Change maps are labels, not a representation: in the single frame of a plan nothing has changed.
 NAMES = [spec.name for spec in encoders.specs() if spec.name != "changes"]
 TRANSFORMER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+VJEPA2 = {
+    **{"mlp_ratio": 2.0, "crop_size": 32, "frames_per_clip": 4},
+    **{"pred_hidden_size": 24, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1},
+}
 SIZES = {"dinov2": 28, "dinov3": 32, "siglip2": 32, "vjepa2": 32, "resnet18": 64, "r3m": 64}
 ADAPTERS = {"dino-tok-vq": {"codes": 8}, "dino-tok": {}, "vfm-vae": {}, "pca": {"dim": 4}}
 
@@ -57,17 +61,7 @@ def weights(frames: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> d
         "dinov2": Dinov2Model(Dinov2Config(**TRANSFORMER, image_size=28)),
         "dinov3": DINOv3ViTModel(DINOv3ViTConfig(**TRANSFORMER, intermediate_size=64, num_register_tokens=4)),
         "siglip2": SiglipVisionModel(SiglipVisionConfig(**TRANSFORMER, intermediate_size=64, image_size=32)),
-        "vjepa2": VJEPA2Model(
-            VJEPA2Config(
-                **TRANSFORMER,
-                mlp_ratio=2.0,
-                pred_hidden_size=24,
-                pred_num_attention_heads=2,
-                pred_num_hidden_layers=1,
-                crop_size=32,
-                frames_per_clip=4,
-            )
-        ),
+        "vjepa2": VJEPA2Model(VJEPA2Config(**TRANSFORMER, **VJEPA2)),
     }
     made: dict[str, Path | None] = {"pixels": None, "random-vit": None}
     for name, model in models.items():
@@ -144,9 +138,8 @@ def test_the_batch_size_changes_at_most_the_last_bit(
             assert close.all(-1).float().mean() > 0.9, size
         else:
             assert close.all(), size
-        assert name != "pixels" or torch.equal(
-            parts, whole[:count]
-        )  # nothing is summed over more than a pixel's own window
+        # Nothing is summed over more than a pixel's own window.
+        assert name != "pixels" or torch.equal(parts, whole[:count])
 
 
 @pytest.mark.parametrize("name", ["dinov2-cls", "vjepa2", "vjepa2-pair", "resnet18", "vae", "dino-tok", "pixels"])

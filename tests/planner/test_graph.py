@@ -85,11 +85,6 @@ class TestAcrossWalls:
         far = true > 2
         assert ((found[far] / true[far] > 0.75) & (found[far] / true[far] < 1.3)).all()
 
-    def test_the_latent_distance_does_not(self) -> None:
-        along = np.linspace(0, LENGTH, 200)
-        straight = np.linalg.norm(in_the_u(along) - in_the_u(np.array([0.3])), axis=1)
-        assert spearmanr(straight, np.abs(along - 0.3)).statistic < 0.5
-
     def test_its_descent_leads_around_the_wall(self, graph: LatentGraph) -> None:
         # The goal is on the other side of the wall: the path leads down, not across.
         start, goal = tokens(np.array([[0.0, 5.0]])).requires_grad_(), tokens(np.array([[GAP, 5.0]]))[0]
@@ -175,15 +170,17 @@ def test_the_rest_of_the_batch_does_not_matter(graph: LatentGraph) -> None:
 
 
 class TestBuilding:
-    def test_it_depends_on_tokens_their_order_and_the_seed_alone(
+    def test_it_depends_on_tokens_and_their_order_alone(
         self, u_shaped: TokenStore, make_store: MakeStore, graph: LatentGraph, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert same(LatentGraph.from_store(u_shaped, FRAMESKIP, CPU), graph)
         frames, along = walks()
         other_states = make_store(frames, np.column_stack([along] * 4))
         assert same(LatentGraph.from_store(other_states, FRAMESKIP, CPU), graph)
-        monkeypatch.setattr(graph_module, "FRAMES", 300)  # of a larger store the seed draws
-        assert not same(*(LatentGraph.from_store(u_shaped, FRAMESKIP, CPU, seed) for seed in (0, 1)))
+        monkeypatch.setattr(graph_module, "FRAMES", 300)  # drawn from a larger store
+        small = [LatentGraph.from_store(u_shaped, FRAMESKIP, CPU) for _ in range(2)]
+        assert same(*small)
+        assert not same(small[0], graph)
 
     def test_the_end_of_an_episode_is_not_connected_to_the_next(
         self, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch

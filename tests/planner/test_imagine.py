@@ -186,21 +186,19 @@ def other_decoder(dataset: FrameDataset, encoder: Encoder, tmp_path_factory: pyt
     return folder / "decoder"
 
 
-def test_a_decoder_of_another_store_or_split_is_refused(
-    run_path: Path, store_path: Path, other_decoder: Path, dataset: FrameDataset, tmp_path: Path
+def test_other_stores_and_splits_and_too_many_steps_are_refused(
+    run_path: Path, store_path: Path, decoder_path: Path, other_decoder: Path, dataset: FrameDataset, tmp_path: Path
 ) -> None:
-    train_decoder(store_path, dataset, tmp_path / "decoder", replace(DECODER, steps=1, split_seed=1))
-    for decoder, named in ((other_decoder, r"store_dtype.*--decoder"), (tmp_path / "decoder", "--split-seed 1 != 42")):
+    split = tmp_path / "decoder"
+    train_decoder(store_path, dataset, split, replace(DECODER, steps=1, split_seed=1))
+    for decoder, steps, named in (
+        (other_decoder, 4, r"store_dtype.*--decoder"),
+        (split, 4, "--split-seed 1 != 42"),
+        (decoder_path, 12, r"--steps 12 .* 11 "),
+    ):
         with pytest.raises(UserError, match=named):
-            imagine(run_path, decoder, dataset, tmp_path / "out", OPTIONS)
+            imagine(run_path, decoder, dataset, tmp_path / "out", replace(OPTIONS, steps=steps))
     assert not (tmp_path / "out").exists()
-
-
-def test_more_steps_than_an_episode_has_are_refused(
-    run_path: Path, decoder_path: Path, dataset: FrameDataset, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=r"--steps 12 .* 11 "):
-        imagine(run_path, decoder_path, dataset, tmp_path / "out", replace(OPTIONS, steps=12))
 
 
 Run = Callable[..., Result]

@@ -50,6 +50,8 @@ def html(plan: Plan) -> str:
 
 
 def test_the_results_are_complete_and_consistent(plan: Plan, tiny_plan: PlanOptions) -> None:
+    names = {file.name for file in plan[0].iterdir()}
+    assert names == {"results.json", "episodes.parquet", "report.html", "figures", "videos"}  # nothing unfinished
     results = json.loads((plan[0] / "results.json").read_text())
     made = results.pop("made")
     assert results == json.loads(json.dumps(plan[2]))
@@ -69,12 +71,6 @@ def test_the_results_are_complete_and_consistent(plan: Plan, tiny_plan: PlanOpti
             assert 0 <= low <= row[rate] == row[count] / 3 <= high <= 1
     assert all(0 <= row["spl"] <= row["success_rate"] for row in results["by_threshold"])
     assert results["options"] == json.loads(json.dumps(asdict(tiny_plan)))
-
-
-def test_nothing_unfinished_is_left(plan: Plan) -> None:
-    names = {file.name for file in plan[0].iterdir()}
-    assert names == {"results.json", "episodes.parquet", "report.html", "figures", "videos"}
-    assert not [file for file in plan[0].rglob("*") if file.name.startswith(".")]
 
 
 def test_the_episodes_can_be_read_by_other_tools(plan: Plan) -> None:
@@ -148,7 +144,8 @@ class TestPage:
         assert "&lt;b&gt;runs&lt;/b&gt;" in html
         assert shell_command(["/usr/bin/wmplan", "--run", "my runs/a"]) == "wmplan --run 'my runs/a'"
 
-    def test_the_table_has_a_row_per_threshold_and_policy(self, plan: Plan, html: str) -> None:
+    def test_heading_and_table_have_the_counts_of_each_threshold_and_policy(self, plan: Plan, html: str) -> None:
+        assert f"<h1>{plan[2]['successes']} of 3 goals reached, {plan[2]['held']} held</h1>" in html
         header, *rows = Page(html).rows
         assert len(header) == 7
         actors = {"planner": plan[2]["by_threshold"], **plan[2]["baselines"]}
@@ -162,10 +159,6 @@ class TestPage:
             assert cell[5:] == [ratio, f"{row['spl']:.3f}"]
         assert html.count("<table") == html.count('<div class="scroll"><table') > 0  # narrow screens scroll
 
-    def test_its_heading_has_the_counts(self, plan: Plan, html: str) -> None:
-        results = plan[2]
-        assert f"<h1>{results['successes']} of 3 goals reached, {results['held']} held</h1>" in html
-
     def test_it_names_what_planned_and_the_options_as_they_were_used(
         self, run_path: Path, blind_run_path: Path, tiny_plan: PlanOptions, tmp_path: Path, html: str
     ) -> None:
@@ -173,25 +166,15 @@ class TestPage:
         other = replace(other, device="auto", dtype="auto", solver="gd", search={"steps": 3, "restarts": 2, "lr": 0.1})
         pages = [html, page_of(run_path, other, tmp_path / "other", "dino-wm")]
         pages.append(page_of(blind_run_path, replace(tiny_plan, episodes=1), tmp_path / "blind"))
-        found = {
-            part: [part in page for page in pages]
-            for part in (
-                "olver cem, 16 ",
-                "olver gd, 8 ",
-                "dino-wm",
-                "--no-strict",
-                "along the cached",
-                "and proprioception",
-            )
-        }
-        assert found == {
+        for part, shown in {
             "olver cem, 16 ": [True, False, True],
             "olver gd, 8 ": [False, True, False],
             "dino-wm": [False, True, False],
             "--no-strict": [False, True, False],
             "along the cached": [False, True, False],
             "and proprioception": [True, True, False],
-        }
+        }.items():
+            assert [part in page for page in pages] == shown, part
         settings = pages[1][pages[1].rindex("<pre>") : pages[1].rindex("</pre>")]
         assert "None" not in settings
         assert "auto" not in settings.replace("proprio = auto", "")

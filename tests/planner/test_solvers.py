@@ -20,9 +20,7 @@ THOROUGH: dict[str, dict[str, Any]] = {
     "gd": {"optimiser": "adam", "steps": 60, "restarts": 16, "sigma": 1.0},
 }
 QUICK: dict[str, dict[str, Any]] = {
-    "cem": {"samples": 16, "elites": 4, "iterations": 3},
-    "icem": {"samples": 16, "elites": 4, "iterations": 3},
-    "mppi": {"samples": 16, "elites": 8, "iterations": 3},
+    **{name: {"samples": 16, "elites": 4, "iterations": 3} for name in ("cem", "icem", "mppi")},
     "gd": {"steps": 3, "restarts": 4, "lr": 0.1},
 }
 each_solver = pytest.mark.parametrize("name", [*SOLVERS])
@@ -36,7 +34,9 @@ def solve(name: str, options: dict[str, Any], cost: Cost, start: Tensor | None =
 
 @each_solver
 def test_it_finds_the_minimum_of_a_quadratic(name: str, cost: Any, target: Tensor) -> None:
-    torch.testing.assert_close(solve(name, THOROUGH[name], cost), target, atol=0.1, rtol=0)
+    start = torch.zeros(SHAPE)
+    torch.testing.assert_close(solve(name, THOROUGH[name], cost, start), target, atol=0.1, rtol=0)
+    assert not start.any()  # it is left as it was
 
 
 @each_solver
@@ -69,15 +69,6 @@ def test_candidates_are_within_the_bounds_and_counted(name: str, cost: Any) -> N
     assert found.shape == SHAPE
     assert found.abs().max() <= 1
     assert make_solver(name, **options).evaluations == sum(actions.shape[1] for actions in cost.actions)
-
-
-@each_solver
-@pytest.mark.parametrize("seed", range(3))
-def test_it_improves_on_its_start(name: str, cost: Any, seed: int) -> None:
-    start = torch.zeros(SHAPE)
-    found = solve(name, QUICK[name], cost, start, 10 * seed)
-    assert (cost(found[:, None]) < cost(start[:, None])).all()
-    assert not start.any()
 
 
 @each_solver

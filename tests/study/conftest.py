@@ -78,8 +78,11 @@ def write_study(dataset_path: Path) -> Callable[..., Path]:
     return write
 
 
-def run(file: Path, out: Path, *flags: str) -> Result:
-    return CliRunner().invoke(main, ["study", str(file), "--out", str(out), *flags], prog_name="wmcache")
+def run(file: Path, out: Path, *flags: str, status: int = 0) -> Result:
+    """Run `wmcache study`, which must end with this exit status."""
+    result = CliRunner().invoke(main, ["study", str(file), "--out", str(out), *flags], prog_name="wmcache")
+    assert result.exit_code == status, result.output
+    return result
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +91,6 @@ def study_path(write_study: Callable[..., Path], tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("study")
     out = folder / "out"
     result = run(write_study(folder), out)
-    assert result.exit_code == 0, result.output
     (folder / "printed.txt").write_text(result.stdout)
     return out
 

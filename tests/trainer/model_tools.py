@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from wmcache.trainer.models import DataShape, build
+from wmcache.trainer.models import MODELS, DataShape, build
+from wmcache.trainer.presets import PRESETS
 
 SHAPE = DataShape(tokens=8, token_dim=5, proprio_dim=4, action_dim=10, history=3, columns=4)
 IMAGINED = 4
@@ -83,6 +85,18 @@ def make_statistics(seed: int = 1) -> dict[str, Tensor]:
 def make_model(statistics: dict[str, Tensor] | None = None, shape: DataShape = SHAPE, **options: Any) -> Any:
     torch.manual_seed(0)
     return build("dino-wm", shape, SIZES | options, statistics or make_statistics()).eval()
+
+
+def build_preset(name: str) -> tuple[Any, set[str]]:
+    """The model of a preset at the reference's sizes, without memory; and which of its options the preset leaves out."""
+    known = {field.name for field in fields(MODELS.get(name).Options)}
+    values = {key.replace("-", "_"): value for key, value in PRESETS[name].items()}
+    options = {key: value for key, value in values.items() if key in known}
+    shape = DataShape(tokens=196, token_dim=384, proprio_dim=4, action_dim=10, history=3, columns=14)
+    sizes = {"tokens": 384, "proprio": 4, "action": 10}
+    with torch.device("meta"):
+        statistics = {f"{name}_{of}": torch.ones(size) for name, size in sizes.items() for of in ("mean", "std")}
+        return build(name, shape, options, statistics), known - set(options)
 
 
 def make_trained_model(**options: Any) -> Any:

@@ -5,16 +5,39 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.engine.log import Log
+from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
+Go = Callable[..., dict[str, float | None]]
 TIMES = ("windows_per_second", "frames_per_second", "waiting_share")
+
+
+def make_go(store: Path, base: TrainOptions) -> Go:
+    """(run, **options) -> train it with these options, the others as in `base`."""
+
+    def go(
+        run: Path,
+        *,
+        cache: Path = store,
+        resume: bool = False,
+        overwrite: bool = False,
+        model_options: dict[str, Any] | None = None,
+        **changed: Any,
+    ) -> dict[str, float | None]:
+        options = replace(base, model_options=base.model_options | (model_options or {}), **changed)
+        return train(cache, run, options, resume=resume, overwrite=overwrite)
+
+    return go
 
 
 def read_log(run: Path) -> list[dict[str, float]]:

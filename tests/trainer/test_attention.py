@@ -66,19 +66,11 @@ def test_computing_only_keys_and_values_gives_the_same_ones() -> None:
     assert torch.equal(kept_alone.values, kept.values)
 
 
-def test_a_conditioned_block_starts_as_the_identity() -> None:
-    x = random(2, 3, TOKENS, WIDTH)
-    assert torch.equal(make_block(conditioned=True)(x, window=3, condition=random(2, 3, WIDTH, seed=1))[0], x)
-
-
-@pytest.mark.parametrize("first", [1, 7, 60])
-def test_rotary_attention_depends_only_on_distances_of_frames(first: int) -> None:
+def test_rotary_attention_depends_on_distances_of_frames_alone() -> None:
     block, x = make_block(rotary=True), random(2, 4, TOKENS, WIDTH)
-    moved, _ = block(x, window=4, first=first)
-    torch.testing.assert_close(moved, block(x, window=4)[0], rtol=0, atol=1e-5)
-
-
-def test_rotary_attention_depends_on_distances_of_frames() -> None:
+    for first in (1, 7, 60):
+        moved, _ = block(x, window=4, first=first)
+        torch.testing.assert_close(moved, block(x, window=4)[0], rtol=0, atol=1e-5)
     q, k = random(1, 1, 1, HEAD_DIM, seed=1), random(1, 1, 1, HEAD_DIM, seed=2)
     near, far = ((rotate(q, frame, 1) * rotate(k, 0, 1)).sum() for frame in (1, 2))
     assert not torch.isclose(near, far)

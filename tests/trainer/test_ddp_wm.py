@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import naive_models
@@ -11,29 +11,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_tools import (
-    DDP_SIZES,
     DEFAULTS,
     FUTURES,
     IMAGINED,
     REFERENCE,
     SHAPE,
     K,
+    build_preset,
     each_ddp_variant,
     make_batch,
     make_ddp_model,
     make_futures,
     make_observed,
-    make_statistics,
     model_inputs,
     name_of,
 )
 from torch import Tensor, nn
 
 from wmcache.common.device import autocast
-from wmcache.trainer.models import DataShape, build
-from wmcache.trainer.models.ddp_wm import DdpWm, DdpWmOptions
+from wmcache.trainer.models.ddp_wm import DdpWm
 from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.presets import PRESETS
 from wmcache.trainer.train import make_optimiser
 
 STAGES = DdpWm.stages
@@ -223,13 +220,6 @@ class TestStages:
         losses = [model.train().loss(make_ddp_batch())["loss"] for _ in range(2)]
         assert torch.equal(*losses) == (stage == "lrm")  # the correction has no dropout
 
-    def test_the_stage_is_saved_with_the_weights(self) -> None:
-        other = build("ddp-wm", SHAPE, DDP_SIZES, make_statistics(seed=9)).eval()
-        model, observation = make_ddp_model("lrm"), make_observed(2)
-        other.load_state_dict(model.state_dict())
-        assert other.stage_name == "lrm"
-        assert torch.equal(other.rollout(*observation)[0], model.rollout(*observation)[0])
-
 
 class TestLoss:
     def test_localization_weights_changed_cells_tenfold_after_histories_of_every_length(self) -> None:
@@ -326,15 +316,8 @@ def check_losses(model: Any, losses: dict[str, Tensor], of_tokens: Tensor, of_pr
 
 
 def test_the_preset_has_as_many_parameters_as_the_reference() -> None:
-    known = {field.name for field in fields(DdpWmOptions)}
-    options = {key.replace("-", "_"): value for key, value in PRESETS["ddp-wm"].items()}
-    options = {name: value for name, value in options.items() if name in known}
-    assert set(options) == known - {"threshold"}
-    shape = DataShape(tokens=196, token_dim=384, proprio_dim=4, action_dim=10, history=3, columns=14)
-    sizes = {"tokens": 384, "proprio": 4, "action": 10}
-    with torch.device("meta"):
-        statistics = {f"{name}_{of}": torch.ones(size) for name, size in sizes.items() for of in ("mean", "std")}
-        model = build("ddp-wm", shape, options, statistics)
+    model, left_out = build_preset("ddp-wm")
+    assert left_out == {"threshold"}
     attention = 4 * (404 * 404 + 404) + 2 * 404
     block = 2 * 404 + 404 * 3 * 1024 + 1024 * 404 + 404 + 2 * 404 + 404 * 2048 + 2048 + 2048 * 404 + 404
     small = 2 * 212 + 212 * 3 * 192 + 192 * 212 + 212 + 2 * 212 + 212 * 768 + 768 + 768 * 212 + 212
@@ -351,5 +334,4 @@ def test_the_preset_has_as_many_parameters_as_the_reference() -> None:
     for name, value in model.named_parameters():
         counts[name.partition(".")[0]] += value.numel()
     assert counts == expected
-    assert isinstance(model, DdpWm)
     assert (model.foreground, model.primary.position.shape) == (32, (196, 404))

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from run_tools import files_of, read_log, stopped_at, weights_of
 
-from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
+from wmcache.cache import TokenStore
 from wmcache.common.errors import UserError
 from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.pipeline.frames import FrameDataset
@@ -46,8 +46,14 @@ TINY = DecoderOptions(
 def go(store_path: Path, dataset: FrameDataset) -> Go:
     """(folder, **options) -> train a decoder with tiny options, changed by these."""
 
+    class Repeated:
+        """Frames for a longer store."""
+
+        def read_frames(self, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
+            return dataset.read_frames(frames % 360)
+
     def train(out: Path, *, cache: Path = store_path, overwrite: bool = False, **changed: Any) -> dict[str, Any]:
-        return train_decoder(cache, dataset, out, replace(TINY, **changed), overwrite=overwrite)
+        return train_decoder(cache, Repeated(), out, replace(TINY, **changed), overwrite=overwrite)
 
     return train
 
@@ -83,11 +89,12 @@ def test_more_steps_continue_a_finished_decoder(go: Go, tmp_path: Path) -> None:
     assert weights_of(tmp_path / "twice") == weights_of(tmp_path / "once")
 
 
-def test_a_finished_decoder_stays_as_it_is(go: Go, out: Path) -> None:
+def test_a_finished_decoder_stays_as_it_is_and_so_does_the_store(go: Go, store_path: Path, out: Path) -> None:
+    tokens = files_of(store_path)
     first = go(out)
     before = files_of(out)
     assert go(out) == first
-    assert files_of(out) == before
+    assert (files_of(out), files_of(store_path)) == (before, tokens)
     (out / "validation.json").unlink()
     assert go(out) == first
 
@@ -99,13 +106,8 @@ def test_it_learns_to_draw(go: Go, tmp_path: Path) -> None:
     assert after < before
 
 
-def test_the_default_suits_the_token_grid(go: Go, dataset: FrameDataset, tmp_path: Path) -> None:
-    identity = Identity("one", "file", "0", "norm", "cls", 32, "none", ((0.5,), (0.5,)), "float32", "float16", "0")
-    card = StoreCard({}, {}, (1, 1), 6, frames=360, frames_per_shard=360)
-    writer = StoreWriter.create(tmp_path / "one.zarr", card, identity, dataset.steps.columns())
-    writer.write_shard(0, np.random.default_rng(0).normal(size=(360, 1, 6)).astype(np.float16))
-    writer.finish()
-    go(tmp_path / "one", cache=tmp_path / "one.zarr", decoder="auto", decoder_options={"depth": 2}, steps=1)
+def test_the_default_suits_the_token_grid(go: Go, lone_path: Path, tmp_path: Path) -> None:
+    go(tmp_path / "one", cache=lone_path, decoder="auto", decoder_options={"depth": 2}, steps=1)
     go(tmp_path / "grid", decoder="auto", steps=1)
     kinds = [type(load_decoder(tmp_path / name, CPU)) for name in ("one", "grid")]
     assert kinds == [TransposedConvDecoder, VqVaeDecoder]
@@ -126,12 +128,6 @@ def test_max_frames_takes_a_sample(store: TokenStore) -> None:
     assert set(some) < set(every)
     assert (np.diff(some) > 0).all()
     np.testing.assert_array_equal(some, choose_frames(store, replace(TINY, max_frames=50))[0])
-
-
-def test_the_store_is_only_read(go: Go, store_path: Path, out: Path) -> None:
-    before = files_of(store_path)
-    go(out)
-    assert files_of(store_path) == before
 
 
 def test_a_loaded_decoder_draws_what_was_measured(go: Go, store: TokenStore, dataset: FrameDataset, out: Path) -> None:
@@ -170,14 +166,10 @@ def test_other_settings_are_refused_by_name(go: Go, trained: Path, out: Path, ch
     assert files_of(out) == before
 
 
-def test_another_store_is_refused(planted_path: Path, dataset: FrameDataset, trained: Path, out: Path) -> None:
-    class Fewer:
-        def read_frames(self, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
-            return dataset.read_frames(frames % 360)
-
+def test_another_store_is_refused(go: Go, planted_path: Path, trained: Path, out: Path) -> None:
     copytree(trained, out, symlinks=True)
     with pytest.raises(UserError, match="identity"):
-        train_decoder(planted_path, Fewer(), out, replace(TINY, steps=1))
+        go(out, cache=planted_path, steps=1)
 
 
 def test_overwrite_starts_from_scratch(go: Go, tmp_path: Path) -> None:

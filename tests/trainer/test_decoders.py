@@ -37,8 +37,7 @@ def layers(module: nn.Module, kind: type[nn.Module]) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 2), (2, 3)])
-@pytest.mark.parametrize("image_size", [30, 32])
+@pytest.mark.parametrize(("rows", "columns", "image_size"), [(1, 1, 32), (2, 2, 30), (2, 3, 32)])
 def test_any_grid_becomes_an_image_of_the_size_of_the_frames(
     name: str, rows: int, columns: int, image_size: int
 ) -> None:

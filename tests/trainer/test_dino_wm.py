@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +12,12 @@ from model_tools import (
     DDP_SIZES,
     SHAPE,
     SIZES,
+    build_preset,
     each_variant,
     make_batch,
     make_model,
     make_statistics,
+    make_trained,
     make_trained_model,
     model_inputs,
     name_of,
@@ -26,10 +28,8 @@ from torch import Tensor
 
 from wmcache.common.device import autocast
 from wmcache.common.errors import UserError
-from wmcache.trainer.models import MODELS, DataShape, WorldModel, build
-from wmcache.trainer.models.dino_wm import DinoWm, DinoWmOptions
-from wmcache.trainer.models.latent import pool_grid
-from wmcache.trainer.presets import PRESETS
+from wmcache.trainer.models import MODELS, WorldModel, build
+from wmcache.trainer.models.dino_wm import DinoWm
 
 GRADIENT_STEPS = 3
 
@@ -120,15 +120,8 @@ class TestVariants:
         assert not torch.isclose(tokens[:, 0], tokens[:, 1]).all()
 
     def test_the_preset_has_as_many_parameters_as_the_reference(self) -> None:
-        known = {field.name for field in fields(DinoWmOptions)}
-        options = {key.replace("-", "_"): value for key, value in PRESETS["dino-wm"].items()}
-        options = {name: value for name, value in options.items() if name in known}
-        assert set(options) == known
-        shape = DataShape(tokens=196, token_dim=384, proprio_dim=4, action_dim=10, history=3, columns=14)
-        sizes = {"tokens": 384, "proprio": 4, "action": 10}
-        with torch.device("meta"):
-            statistics = {f"{name}_{of}": torch.ones(size) for name, size in sizes.items() for of in ("mean", "std")}
-            model = build("dino-wm", shape, options, statistics)
+        model, left_out = build_preset("dino-wm")
+        assert left_out == set()
         counts = {name: value.numel() for name, value in model.named_parameters()}
         embeddings = sum(count for name, count in counts.items() if name.startswith("embed_"))
         assert (sum(counts.values()) - embeddings, embeddings) == (20_122_600, 160)
@@ -237,11 +230,6 @@ class TestLoss:
         with pytest.raises(UserError, match=rf"--pool {pool} .* 2 x 4 "):
             make_model().check_pool(pool)
 
-    def test_a_grid_is_averaged_in_squares(self) -> None:
-        rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(6.0), indexing="ij")
-        grid = torch.stack([rows, columns], -1).flatten(0, 1)[None, None]
-        assert pool_grid(grid, 6, 2)[0, 0].tolist() == [[r, c] for r in (0.5, 2.5) for c in (0.5, 2.5, 4.5)]
-
     def test_a_constant_channel_gives_a_finite_loss(self) -> None:
         statistics, batch = make_statistics(), make_batch(frames=4)
         statistics["tokens_std"][0] = 0
@@ -258,10 +246,12 @@ class TestBuilding:
         ready = [not model.stage_before_planning(stage) for stage in ("", *model.stages)]
         assert ready == ([False, False, True, True] if model.stages else [True])
 
-    def test_its_weights_include_the_statistics(self) -> None:
-        batch = make_batch()
-        model, other = make_trained_model(), make_model(make_statistics(seed=9))
+    @pytest.mark.parametrize(("name", "sizes"), [("dino-wm", SIZES), ("ddp-wm", DDP_SIZES)])
+    def test_its_weights_include_the_statistics_and_the_stage(self, name: str, sizes: dict[str, Any]) -> None:
+        batch, model = make_batch(), make_trained(name)
+        other = build(name, SHAPE, sizes, make_statistics(seed=9)).eval()
         other.load_state_dict(model.state_dict())
+        assert other.stage_name == model.stage_name
         assert torch.equal(model.rollout(*batch.values())[0], other.rollout(*batch.values())[0])
 
     @pytest.mark.parametrize(

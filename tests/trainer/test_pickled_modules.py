@@ -12,6 +12,7 @@ import shutil
 import sys
 import zipfile
 from collections import OrderedDict
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write(tmp_path / "theirs", make_parts(1), make_hydra(1))
+
+
+MODEL = Path("checkpoints", "model_latest.pth")
 
 
 class Call:
@@ -113,7 +117,7 @@ def test_no_class_of_the_file_is_imported(folder: Path, cache: Path, tmp_path: P
 
 def write_program(theirs: Path, program: bytes, storage: bytes = b"", **settings: Any) -> Path:
     """A checkpoint whose pickle is just this, beside one storage."""
-    file = theirs / "checkpoints" / "model_latest.pth"
+    file = theirs / MODEL
     file.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(file, "w", **settings) as archive:
         archive.writestr("model/data.pkl", program)
@@ -153,6 +157,9 @@ def tensor(count: int, offset: int, shape: int, stride: int, key: str = "0") -> 
         b"\x80\x02ctorch\nFloatStorage\n)R}b.",
         b"\x80\x02ctorch.nn.modules.container\noperator.attrgetter\n)\x81}(" + text("x") + b"NuR.",
         b"\x80\x02cmodels.vit\nX\n)\x81}b}b.",  # a state that is set twice
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}" + text("__defaults__") + b")s\x86b.",  # of a function
+        tensor(4, 0, 4, 1)[:-3] + b"N)s.",  # an item of a tensor
+        b"\x80\x02cmodels.vit\nX\n" + tensor(4, 0, 4, 1)[2:-2] + b"R.",  # arguments that are a tensor
         b"(iposix\nsystem\n.",
         b"\x80\x02\x82\x01.",  # an extension code
         b"\x80\x02P1\n.",
@@ -175,14 +182,20 @@ def test_sizes_are_limited(cache: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert MAX_PROGRAM_BYTES > 1_000_000
     monkeypatch.setattr("wmcache.trainer.pickled_modules.MAX_PROGRAM_BYTES", 99)
     refuse(write_program(theirs, program[:200] + b"}."), cache, tmp_path, "larger pickle")
+    monkeypatch.undo()
+    with zipfile.ZipFile(write_program(theirs, b"\x80\x02}.", b"\0" * 1000) / MODEL, "a") as archive:
+        again = copy(archive.getinfo("model/data/0"))
+        again.filename = "model/data/1"
+        archive.filelist.append(again)  # the same bytes by another name
+        archive.writestr("model/version", "3")
+    refuse(theirs, cache, tmp_path, "compressed")
     parts = make_parts(1)
     parts["predictor"].transformer._modules["again"] = parts["predictor"]
-    monkeypatch.undo()
     refuse(write(theirs, parts, make_hydra()), cache, tmp_path, "2000 modules")
 
 
 def test_damage_anywhere_in_the_pickle_is_one_line_or_harmless(folder: Path, cache: Path, tmp_path: Path) -> None:
-    file = folder / "checkpoints" / "model_latest.pth"
+    file = folder / MODEL
     with zipfile.ZipFile(file) as archive:
         members = {member.filename: archive.read(member) for member in archive.infolist()}
     name = next(name for name in members if name.endswith("/data.pkl"))
@@ -201,13 +214,13 @@ def test_damage_anywhere_in_the_pickle_is_one_line_or_harmless(folder: Path, cac
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
 def test_a_truncated_file_is_refused(folder: Path, cache: Path, tmp_path: Path, share: float) -> None:
-    file = folder / "checkpoints" / "model_latest.pth"
+    file = folder / MODEL
     file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
     refuse(folder, cache, tmp_path, "model_latest.pth")
 
 
 def test_a_flipped_bit_of_a_weight_is_noticed(folder: Path, cache: Path, tmp_path: Path) -> None:
-    file = folder / "checkpoints" / "model_latest.pth"
+    file = folder / MODEL
     content = bytearray(file.read_bytes())
     weight = make_parts(1)["predictor"].transformer.norm.weight.detach().numpy().tobytes()
     content[content.index(weight)] ^= 1

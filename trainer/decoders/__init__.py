@@ -17,17 +17,7 @@ DECODERS: Registry[type[Decoder]] = Registry("decoder", package=__name__, group=
 def build_decoder(
     name: str, shape: DecoderShape, options: Mapping[str, Any], statistics: Mapping[str, Tensor]
 ) -> Decoder:
-    """Make a new decoder.
-
-    Args:
-        name: in DECODERS.
-        shape: sizes of the data.
-        options: fields of the decoder's options dataclass.
-        statistics: see `Decoder`.
-
-    Raises:
-        UserError: unknown name or option.
-    """
+    """Make a new decoder, see `Decoder`; raises UserError for an unknown name or option."""
     kind = DECODERS.get(name)
     return kind(shape, parse_options(kind.Options, dict(options), f"decoder {name}"), statistics)
 

@@ -45,13 +45,7 @@ class Decoder(nn.Module, ABC):
     tokens_std: Tensor
 
     def __init__(self, shape: DecoderShape, options: Any, statistics: Mapping[str, Tensor]) -> None:
-        """Register the statistics.
-
-        Args:
-            shape: sizes of the data.
-            options: an instance of `Options`.
-            statistics: `tokens_mean` and `tokens_std` [D], and `images_mean` [3, S, S], the mean frame; kept as buffers.
-        """
+        """Register `tokens_mean` and `tokens_std` [D], and `images_mean` [3, S, S], the mean frame; `options` are of `Options`."""
         super().__init__()
         self.shape, self.options = shape, options
         self.register_buffer("images_mean", statistics["images_mean"].float())
@@ -60,29 +54,14 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def draw(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw the difference from the mean frame.
-
-        Args:
-            tokens: [B, N, D], standardised.
-
-        Returns:
-            [B, 3, h, w] of any size, and a scalar to add to the loss beside the error of the images.
-        """
+        """Draw the difference from the mean frame, standardised [B, N, D] -> [B, 3, h, w] of any size, and a scalar to add to the loss."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """See the class; not clamped."""
         return self._images(tokens)[0]
 
     def loss(self, tokens: Tensor, images: Tensor) -> dict[str, Tensor]:
-        """Compute the training loss.
-
-        Args:
-            tokens: [B, N, D]; no gradient flows back into them.
-            images: [B, 3, S, S] in [-1, 1].
-
-        Returns:
-            `loss`, and `mse`, its part that is the error of the images; scalars.
-        """
+        """Compute `loss`, and `mse`, its part that is the error of images [B, 3, S, S] in [-1, 1]; scalars."""
         drawn, extra = self._images(tokens.detach())
         mse = F.mse_loss(drawn, images)
         return {"loss": mse + extra, "mse": mse}

@@ -17,10 +17,7 @@ from wmcache.trainer.decoders.base import Decoder, DecoderShape
 
 @dataclass(frozen=True)
 class TransposedConvOptions:
-    """Sizes of the decoder from few tokens; the default is the reference's.
-
-    The first map has 32 * depth channels, the five layers 8, 4, 2 and 1 times depth, and 3.
-    """
+    """Sizes of the decoder from few tokens; the default is the reference's."""
 
     depth: Annotated[int, Field(gt=0, le=1024)] = option(
         64, "Channels of the first map, divided by 32.", group="Decoder"
@@ -40,7 +37,7 @@ class TransposedConvDecoder(Decoder):
     def __init__(self, shape: DecoderShape, options: TransposedConvOptions, statistics: Mapping[str, Tensor]) -> None:
         """Build the decoder; see `Decoder` for the arguments."""
         super().__init__(shape, options, statistics)
-        channels = [factor * options.depth for factor in (32, 8, 4, 2, 1)] + [3]
+        channels = [*(factor * options.depth for factor in (32, 8, 4, 2, 1)), 3]
         self.project = nn.Linear(shape.rows * shape.columns * shape.token_dim, channels[0])
         layers: list[nn.Module] = []
         for fan_in, fan_out in itertools.pairwise(channels):

@@ -18,26 +18,12 @@ MODELS: Registry[type[WorldModel]] = Registry("world model", package=__name__, g
 
 
 def read_options(name: str, options: Mapping[str, Any]) -> Any:
-    """Make a model's options from some of their values, the others at their defaults.
-
-    Raises:
-        UserError: unknown model or option, or values that do not fit.
-    """
+    """Make a model's options from some of their values; raises UserError for an unknown model or option, or values that do not fit."""
     return parse_options(MODELS.get(name).Options, dict(options), f"world model {name}")
 
 
 def build(name: str, shape: DataShape, options: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> WorldModel:
-    """Make a new model.
-
-    Args:
-        name: in MODELS.
-        shape: sizes of the data.
-        options: fields of the model's options dataclass.
-        statistics: means and standard deviations of the data, see `WorldModel`.
-
-    Raises:
-        UserError: unknown name or option, or sizes that do not fit.
-    """
+    """Make a new model, see `WorldModel`; raises UserError for an unknown name or option, or sizes that do not fit."""
     return MODELS.get(name)(shape, read_options(name, options), statistics)
 
 

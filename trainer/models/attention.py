@@ -49,11 +49,9 @@ class Block(nn.Module):
         conditioned: bool = False,
         rotary: bool = False,
     ) -> None:
-        """Build the block.
+        """Build the block; `heads` times `head_dim` need not be the width of the residual stream.
 
         Args:
-            width: of the residual stream.
-            heads, head_dim: of attention; their product need not be the width.
             mlp: hidden units.
             dropout: in attention, projections and MLP.
             conditioned: whether an adaptive layer norm (DiT, arXiv 2212.09748, adaLN-zero) takes a vector for each frame.
@@ -67,9 +65,7 @@ class Block(nn.Module):
             nn.Linear(width, mlp), nn.GELU(), nn.Dropout(dropout), nn.Linear(mlp, width), nn.Dropout(dropout)
         )
         self.modulate = nn.Linear(width, 6 * width) if conditioned else None
-        if self.modulate is not None:
-            nn.init.zeros_(self.modulate.weight)
-            nn.init.zeros_(self.modulate.bias)
+        zero_init(self.modulate)
 
     def forward(
         self,
@@ -128,12 +124,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tokens: int, window: int, dropout: f
 
     Args:
         q: [B, heads, T * tokens, head_dim] of the newest T frames. k, v: [B, heads, K * tokens, head_dim], K >= T.
-        tokens: of a frame.
-        window: in frames.
-        dropout: of attention weights.
-
-    Returns:
-        The shape of `q`.
+        tokens: of a frame. window: in frames. dropout: of attention weights.
     """
     frames, behind = q.shape[2] // tokens, (k.shape[2] - q.shape[2]) // tokens
     parts = []
@@ -160,11 +151,7 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
 
 
 def rotate(x: Tensor, first: int, frames: int) -> Tensor:
-    """Rotate pairs of channels by angles that grow with the number of the frame (rotary positions, arXiv 2104.09864).
-
-    Args:
-        x: [B, heads, T * tokens, head_dim]. first: number of the first frame. frames: T.
-    """
+    """Rotate [B, heads, T * tokens, head_dim] by angles that grow with the number of the frame (arXiv 2104.09864); T: `frames`."""
     half = x.shape[-1] // 2
     frequency = ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     angle = torch.arange(first, first + frames, device=x.device)[:, None] * frequency
@@ -183,6 +170,12 @@ def modulated(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
 def gated(x: Tensor, gate: Tensor | None) -> Tensor:
     """Multiply by the gate that `Block.modulation` returns."""
     return x if gate is None else x * gate
+
+
+def zero_init(*layers: nn.Linear | None) -> None:
+    """Zero layers; a model of changes whose last ones are zero starts as the copying baseline."""
+    for parameter in (parameter for layer in layers if layer is not None for parameter in layer.parameters()):
+        nn.init.zeros_(parameter)
 
 
 class CrossAttention(nn.Module):

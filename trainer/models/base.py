@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows
+from wmcache.common.device import autocast
 from wmcache.common.errors import UserError
 from wmcache.common.schema import Size
-from wmcache.trainer.validation import rollout_errors, skills
+
+VALIDATION_WINDOWS = 256
+BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,9 @@ class WorldModel(nn.Module, ABC):
     """Buffer: number of the stage that is or was trained last, from 1; 0 before the first. Only for a model with stages."""
 
     def __init__(self, shape: DataShape, options: Any, statistics: Mapping[str, Tensor]) -> None:
-        """Register what a planner needs of the data, so that it opens no store.
+        """Keep `{tokens,proprio,action}_{mean,std}`, float32 vectors, as buffers, so that a planner opens no store.
 
-        Args:
-            shape: sizes of the data.
-            options: an instance of `Options`.
-            statistics: `{tokens,proprio,action}_{mean,std}`, float32 vectors; kept as buffers of these names.
+        `options` are an instance of `Options`.
         """
         super().__init__()
         self.shape, self.options = shape, options
@@ -74,20 +76,12 @@ class WorldModel(nn.Module, ABC):
 
     @classmethod
     def configure(cls, store: TokenStore, windows: Windows, options: Any) -> Any:  # noqa: ARG003
-        """Return the options with everything filled in that depends on the data.
-
-        Raises:
-            UserError: the model cannot be trained on this store.
-        """
+        """Fill in what depends on the data; raises UserError where the model cannot be trained on this store."""
         return options
 
     @classmethod
     def extras(cls, store: TokenStore, windows: Windows, options: Any) -> dict[str, TokenStore]:  # noqa: ARG003
-        """Open stores with a row for each frame of the tokens' store; batches have these rows beside tokens (`Windows.with_extras`).
-
-        Raises:
-            UserError: a store is missing.
-        """
+        """Open stores whose rows batches have beside tokens (`Windows.with_extras`); raises UserError where one is missing."""
         return {}
 
     @classmethod
@@ -144,8 +138,7 @@ class WorldModel(nn.Module, ABC):
     def validate(self, windows: Windows, device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
         """Measure the model on held-out windows of one observed frame and some that follow; they have the model's `extras`.
 
-        Returns:
-            By default `skill_k` for each model step k, see `skills`. None where a figure is not defined.
+        Default: `skill_k` for each model step k, see `skills`. A figure that is not defined is None.
         """
         found = skills(*rollout_errors(self, windows, device, dtype))
         return {f"skill_{k}": value for k, value in enumerate(found, start=1)}
@@ -170,6 +163,34 @@ class WorldModel(nn.Module, ABC):
         Returns:
             Latents [B, t, N, D] and proprio embeddings [B, t, Q] of the t frames after the observed ones; [B, S, t, …] for S futures.
         """
+
+
+@torch.inference_mode()
+def rollout_errors(
+    model: WorldModel, windows: Windows, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Compute the MSE of rollouts from one observed frame, and of copying that frame, float64 [model steps] each, in the store's units."""
+    model.eval()
+    steps = windows.predict
+    error, copying = torch.zeros(steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.float64)
+    chosen = np.random.default_rng(0).permutation(len(windows))[:VALIDATION_WINDOWS]
+    for part in np.array_split(chosen, max(1, len(chosen) // BATCH)):
+        data = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(part).items()}
+        tokens = data["tokens"].float()
+        with autocast(device, dtype):
+            imagined, _ = model.rollout(tokens[:, :1], data["proprio"][:, :1], data["action"][:, :steps])
+        error += (imagined - tokens[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
+        copying += (tokens[:, :1] - tokens[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
+    return error / len(chosen), copying / len(chosen)
+
+
+def skills(error: Tensor, copying: Tensor) -> list[float | None]:
+    """Compute 1 - MSE of the rollout / MSE of copying the observed frame for each model step: 1 is perfect, 0 useless.
+
+    None where the frames do not change, or the rollout is not finite.
+    """
+    values = (1 - error / copying).tolist()
+    return [value if math.isfinite(value) else None for value in values]
 
 
 @runtime_checkable

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from wmcache.common.errors import UserError
 from wmcache.common.options import Weight, option
 from wmcache.trainer.models import MODELS
-from wmcache.trainer.models.attention import Block, KeysValues
+from wmcache.trainer.models.attention import Block, KeysValues, zero_init
 from wmcache.trainer.models.base import DataShape
-from wmcache.trainer.models.latent import LatentModel, LatentOptions, append, pool_grid, zero_init
+from wmcache.trainer.models.latent import LatentModel, LatentOptions, append, pool_grid
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,7 @@ class DinoWm(LatentModel):
     options: DinoWmOptions
 
     def __init__(self, shape: DataShape, options: DinoWmOptions, statistics: Mapping[str, Tensor]) -> None:
-        """Build the model; see `WorldModel` for the arguments.
-
-        Raises:
-            UserError: there is no history for a second step.
-        """
+        """Build the model, see `WorldModel`; raises UserError where there is no history for a second step."""
         if options.rollout_loss and shape.history < 2:
             raise UserError("--rollout-loss needs a --history of at least 2: one step to take after the other")
         features, has_proprio = options.combine == "features", options.proprio != "none"
@@ -122,10 +118,10 @@ class DinoWm(LatentModel):
         return self.weigh(token_loss, proprio_loss, predicted[0].shape[2] if own_token else 1)
 
     def predict(self, tokens: Tensor, embedding: Tensor, action: Tensor, pool: int = 1) -> tuple[Tensor, Tensor]:
-        """Take one step from each frame, everything standardised.
+        """Take one step from each of T <= history frames, everything standardised and pooled already.
 
         Args:
-            tokens: [B, T, N, D], T <= history, pooled already. embedding: [B, T, M, Q] of proprio. action: [B, T, f * A].
+            tokens: [B, T, N, D]. embedding: [B, T, M, Q] of proprio. action: [B, T, f * A].
             pool: as in `loss`.
 
         Returns:

@@ -121,8 +121,7 @@ class LatentModel(WorldModel):
         """Join the losses of tokens and proprio, each weighted by its number of dimensions (DINO-WM): one embedding for so many tokens."""
         if proprio_loss is None:
             return {"loss": token_loss, "tokens": token_loss.detach()}
-        of_tokens, of_proprio = float(self.shape.token_dim * tokens), float(self.proprio_size)
-        share = of_proprio / (of_proprio + of_tokens)
+        share = self.proprio_size / (self.proprio_size + self.shape.token_dim * tokens)
         loss = (1 - share) * token_loss + share * proprio_loss
         return {"loss": loss, "tokens": token_loss.detach(), "proprio": proprio_loss.detach()}
 
@@ -157,14 +156,6 @@ class LatentModel(WorldModel):
         Returns:
             Tokens [B * samples, 1, N, D] and embedding [B * samples, 1, M, Q] of each of the t frames after the observed ones.
         """
-
-
-def zero_init(*heads: nn.Linear | None) -> None:
-    """Zero the last layers of a model that predicts changes: it starts as the copying baseline."""
-    for head in heads:
-        if head is not None:
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
 
 
 def append(tokens: Tensor, parts: list[Tensor]) -> Tensor:

@@ -41,9 +41,8 @@ def test_pixel_tokens_are_the_patches(pixels: Encoder, noise: Noise) -> None:
 )
 def test_weights_and_sizes_that_do_not_fit_are_refused(name: str, patch: int, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "some.safetensors")
-    with pytest.raises(UserError, match=rf"{name} .*some\.safetensors.*--weights") as refused:
+    with pytest.raises(UserError, match=rf"{name} .*some\.safetensors.*--weights"):
         encoders.create(name, weights=tmp_path / "some.safetensors")
-    assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match=rf"--image-size 20 .*{name}.*{patch}"):
         encoders.create(name, image_size=20)
 

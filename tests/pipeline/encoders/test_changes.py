@@ -2,14 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from wmcache.common.errors import UserError
 from wmcache.pipeline.encoders import Encoder
-from wmcache.pipeline.encoders.changes import LEAST_CHANGE, PATCH, changes_for
-
-CELL = PATCH // 2
+from wmcache.pipeline.encoders.changes import PATCH, changes_for
 
 
 @pytest.fixture(scope="module")
@@ -32,38 +29,8 @@ def plain(pairs: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
 
 def of_patches(maps: NDArray[np.float64], grid: int) -> NDArray[np.float64]:
     """[B, 2 * grid, 2 * grid] -> [B, grid * grid, 4], patch by patch."""
-    return np.stack(
-        [
-            maps[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].reshape(-1, 4)
-            for row in range(grid)
-            for column in range(grid)
-        ],
-        1,
-    )
-
-
-def square_at(row: int, column: int) -> NDArray[np.uint8]:
-    """A black frame whose one white square fills a cell of the 28 x 28."""
-    frame = np.zeros((14 * PATCH, 14 * PATCH, 3), np.uint8)
-    frame[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = 255
-    return frame
-
-
-# Cells of the map: before and after the move.
-MOVES = [((0, 0), (27, 27)), ((6, 9), (7, 9)), ((13, 4), (13, 5)), ((20, 15), (11, 22))]
-
-
-@pytest.mark.parametrize(("was", "is_now"), MOVES)
-def test_a_square_that_moves_changes_the_cells_that_it_leaves_and_enters(
-    changes: Encoder, was: tuple[int, int], is_now: tuple[int, int]
-) -> None:
-    cells = changes(np.stack([square_at(*was), square_at(*is_now)])[None])[0]
-    assert cells.shape == (14 * 14, 4)
-    expected = {(row // 2 * 14 + column // 2, row % 2 * 2 + column % 2) for row, column in (was, is_now)}
-    assert {tuple(index) for index in (cells > LEAST_CHANGE).nonzero().tolist()} == expected
-    assert {tuple(index) for index in cells.nonzero().tolist()} == expected
-    # From black to white, or back, each of three channels changes by 2.
-    assert cells.max().item() == pytest.approx(np.sqrt(12), rel=1e-3)
+    corners = [divmod(patch, grid) for patch in range(grid * grid)]
+    return np.stack([maps[:, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].reshape(-1, 4) for r, c in corners], 1)
 
 
 @pytest.mark.parametrize("grid", [1, 2, 5, 14, 16])
@@ -71,6 +38,7 @@ def test_a_cell_is_the_norm_over_channels_in_the_mean_over_its_pixels(grid: int)
     encoder = changes_for((grid, grid), 3, "cpu")
     assert (encoder.token_grid, encoder.token_dim, encoder.image_size) == ((grid, grid), 4, grid * PATCH)
     pairs = noise(2, 2, grid * PATCH, grid * PATCH)
+    pairs[1, 1, : PATCH // 2] = pairs[1, 0, : PATCH // 2]  # no change in the first row of cells
     np.testing.assert_allclose(encoder(pairs), of_patches(plain(pairs, 2 * grid), grid), rtol=1e-3)
 
 
@@ -90,11 +58,6 @@ def test_equal_frames_have_no_change_whatever_is_in_them(changes: Encoder) -> No
     frames = noise(2, 64, 64)
     assert not changes(frames).any()
     assert not changes(np.stack([frames, frames], 1)).any()
-
-
-def test_a_change_is_the_same_forwards_and_backwards(changes: Encoder) -> None:
-    pairs = noise(2, 2, 64, 64)
-    assert torch.equal(changes(pairs), changes(pairs[:, ::-1].copy()))
 
 
 @pytest.mark.parametrize("grid", [(1, 17), (4, 2)])

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import DINOv3ViTConfig, DINOv3ViTImageProcessor, DINOv3ViTModel
 
 from wmcache.common.errors import UserError
@@ -31,9 +31,8 @@ def test_a_file_of_the_hubs_names_loads_into_the_published_config(noise: Noise, 
     assert expected.shape == (1, 5 + 196, 384)
     assert encoder.token_grid == (14, 14)
     torch.testing.assert_close(encoder(frames).float(), expected[:, 5:], atol=4e-3, rtol=4e-3)
-    with pytest.raises(UserError, match=r"hub\.safetensors .*dinov3-base") as refused:
+    with pytest.raises(UserError, match=r"hub\.safetensors .*dinov3-base"):
         encoders.create("dinov3-base", weights=path, device="cpu")
-    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -57,12 +56,6 @@ def test_preprocessing_is_the_published_one(noise: Noise, tmp_path: Path, size: 
     images = list(frames.permute(0, 3, 1, 2).float())
     reference = processor(images, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
     torch.testing.assert_close(encoder.preprocess(frames), reference, atol=1e-5, rtol=0)
-
-
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
-    save_file({"stem.weight": torch.zeros(3)}, tmp_path / "tcn.safetensors")
-    with pytest.raises(UserError, match=r"\d+ more.*stem\.weight"):
-        encoders.create("dinov3", weights=tmp_path / "tcn.safetensors", device="cpu")
 
 
 @pytest.mark.parametrize("registers", [0, 2])

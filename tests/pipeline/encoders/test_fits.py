@@ -159,9 +159,8 @@ def test_weights_that_do_not_fit_are_refused(fit_any: Callable[..., Encoder], tm
             file.write_bytes(content)
         else:
             save_file(content[0], file, content[1])
-        with pytest.raises(UserError, match=rf"{case}\.safetensors") as refused:
+        with pytest.raises(UserError, match=rf"{case}\.safetensors"):
             encoders.create(name, weights=file, device="cpu")
-        assert "\n" not in str(refused.value)
 
 
 def test_a_backbone_is_hashed_once_and_shared_with_the_adapter(

@@ -173,9 +173,8 @@ def test_folders_of_something_else_are_refused(folder: Path, tmp_path: Path, tex
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     if text is not None:
         (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=named) as refused:
+    with pytest.raises(UserError, match=named):
         create("resnet18", tmp_path)
-    assert "\n" not in str(refused.value)
 
 
 @FAMILY
@@ -197,16 +196,8 @@ def test_weights_that_are_not_the_networks_are_named(
     tensors = load_file(weights[family])
     change(tensors, "module.convnet." if family == "r3m" else "")
     save_file(tensors, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=rf"other\.safetensors .*{family} .*{named}") as refused:
+    with pytest.raises(UserError, match=rf"other\.safetensors .*{family} .*{named}"):
         create(family, tmp_path / "other.safetensors")
-    assert "\n" not in str(refused.value)
-
-
-def test_a_file_that_is_cut_short_is_named(weights: dict[str, Path], tmp_path: Path) -> None:
-    data = weights["resnet18"].read_bytes()
-    (tmp_path / "half.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=r"half\.safetensors .*resnet18"):
-        create("resnet18", tmp_path / "half.safetensors")
 
 
 def test_r3ms_published_pickle_is_converted_by_the_command_in_the_error(

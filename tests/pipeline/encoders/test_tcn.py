@@ -69,43 +69,21 @@ def test_the_hash_is_of_the_weights_and_not_of_the_file(encoder: Encoder, tcn_we
     ]
 
 
-def test_a_recipe_makes_the_same_encoder_again(dataset: FrameDataset, tcn_weights: Path) -> None:
+def test_a_recipe_makes_the_same_encoder_again(dataset: FrameDataset, tcn_weights: Path, encoder: Encoder) -> None:
     options = {"normalisation": "imagenet", "dtype": "bfloat16", "device": "cpu"}
     first = encoders.create("tcn", weights=tcn_weights, **options)
     again = encoders.create(**first.recipe(), device="cpu")
     assert again.identity("data") == first.identity("data")
+    found = {text.split(":")[0] for text in first.identity("data").differences(encoder.identity("data"))}
+    assert found == {"normalisation", "compute_dtype"}
     frames = dataset.read_shard(0)[:4]
     torch.testing.assert_close(again(frames), first(frames), atol=0, rtol=0)
-
-
-def test_options_that_change_numbers_change_the_identity(tcn_weights: Path, encoder: Encoder) -> None:
-    other = encoders.create("tcn", weights=tcn_weights, normalisation="imagenet", dtype="bfloat16", device="cpu")
-    found = {text.split(":")[0] for text in other.identity("data").differences(encoder.identity("data"))}
-    assert found == {"normalisation", "compute_dtype"}
 
 
 def test_episodes_of_one_frame_have_no_pairs(encoder: Encoder) -> None:
     data = FitData(np.arange(40), encoder.preprocess, CPU, torch.zeros(40, 3, 64, 64, dtype=torch.uint8))
     with pytest.raises(UserError, match="tcn"):
         TcnFitting(data, TcnOptions(batch=4))
-
-
-def test_the_loss_is_lower_for_true_pairs() -> None:
-    generator = torch.Generator().manual_seed(0)
-    first = torch.randn(16, 8, generator=generator)
-    second = first + 0.1 * torch.randn(16, 8, generator=generator)
-    true = time_contrastive_loss(first, second)
-    assert true < time_contrastive_loss(first, second.roll(1, 0))
-    assert true < 0.1 < np.log(16)
-
-
-@pytest.mark.parametrize("spread", [0.0, 0.2])
-def test_the_loss_treats_both_sides_alike(spread: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    first, second = torch.randn(2, 16, 8, generator=generator)
-    torch.testing.assert_close(
-        time_contrastive_loss(first, second, spread), time_contrastive_loss(second, first, spread)
-    )
 
 
 def test_the_loss_is_info_nce_of_squared_distances() -> None:

@@ -49,25 +49,19 @@ def weights(dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> 
     return {name: fit_vae(dataset, name, folder / f"{name}.safetensors") for name in NAMES}
 
 
-def test_world_models_v_has_the_papers_parameters() -> None:
-    # Convolutions k4 of 3-32-64-128-256 channels: 1 568 + 32 832 + 131 200 + 524 544; two maps 1024 -> 32: 65 600.
-    assert count(VaeEncoder("vae", 32)) == 690_144 + 65_600
-    # 32 -> 1024: 33 792; transposed k5, 5, 6, 6 of 1024-128-64-32-3: 3 276 928 + 204 864 + 73 760 + 3 459. The paper's table: 4 348 547.
-    assert count(VaeEncoder("vae", 32)) + count(make_decoder("vae", 32)) == 4_348_547
-
-
-def test_diswms_encoder_has_its_layers() -> None:
-    # Convolutions k4 of 3-32-32-64-64-256 channels: 1 568 + 16 416 + 32 832 + 65 600 + 262 400; two maps 256 -> 20: 10 280.
-    assert count(VaeEncoder("beta-vae", 20)) == 378_816 + 10_280
-    # Mirrored; 20 -> 256: 5 376, then 262 208 + 65 600 + 32 800 + 16 416 + 1 539.
-    assert count(make_decoder("beta-vae", 20)) == 5_376 + 378_563
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_decoded_images_have_the_size_of_encoded_ones(name: str) -> None:
-    mean, logvar = VaeEncoder(name, 7)(torch.zeros(2, 3, 64, 64))
-    assert mean.shape == logvar.shape == (2, 7)
-    assert make_decoder(name, 7)(mean).shape == (2, 3, 64, 64)
+@pytest.mark.parametrize(
+    ("name", "latent", "encoder", "decoder"),
+    [
+        # Convolutions k4 of 3-32-64-128-256 channels: 1 568 + 32 832 + 131 200 + 524 544; two maps 1024 -> 32: 65 600.
+        # 32 -> 1024: 33 792; transposed k5, 5, 6, 6 of 1024-128-64-32-3: 3 276 928 + 204 864 + 73 760 + 3 459. In all 4 348 547.
+        ("vae", 32, 690_144 + 65_600, 4_348_547 - 690_144 - 65_600),
+        # Convolutions k4 of 3-32-32-64-64-256 channels: 1 568 + 16 416 + 32 832 + 65 600 + 262 400; two maps 256 -> 20: 10 280.
+        # Mirrored; 20 -> 256: 5 376, then 262 208 + 65 600 + 32 800 + 16 416 + 1 539.
+        ("beta-vae", 20, 378_816 + 10_280, 5_376 + 378_563),
+    ],
+)
+def test_networks_have_the_papers_parameters(name: str, latent: int, encoder: int, decoder: int) -> None:
+    assert (count(VaeEncoder(name, latent)), count(make_decoder(name, latent))) == (encoder, decoder)
 
 
 def test_images_are_scaled_to_the_papers_ranges() -> None:
@@ -169,10 +163,7 @@ def test_the_size_of_the_latent_is_read_from_the_file(dataset: FrameDataset, tmp
     path = fit_vae(dataset, "beta-vae", tmp_path / "small.safetensors", latent=3, foreground=True, steps=1)
     encoder = encoders.create("beta-vae", weights=path, device="cpu")
     assert encoder.frame_shape == (1, 3)
-    assert load_file(path)["contrast"] < 0.5
-
-
-def test_only_the_encoder_is_saved(weights: dict[str, Path]) -> None:
-    for name in NAMES:
-        stems = {key.split(".")[0] for key in load_file(weights[name])}
-        assert stems == {"convolutions", "mean", "logvar", "background", "contrast"}
+    tensors = load_file(path)
+    assert tensors["contrast"] < 0.5
+    # Only the encoder is saved.
+    assert {key.split(".")[0] for key in tensors} == {"convolutions", "mean", "logvar", "background", "contrast"}

@@ -81,17 +81,6 @@ def test_preprocessing_is_the_librarys_without_its_crop(folder: Path, noise: Noi
     torch.testing.assert_close(preprocess(frames), images["pixel_values_videos"][0], atol=1e-5, rtol=0)
 
 
-def test_positions_follow_the_image_size_and_not_the_folders_crop(
-    folder: Path, model: VJEPA2Model, noise: Noise
-) -> None:
-    encoder, frames = create("vjepa2", folder, image_size=96), noise(2, 96, 96)
-    images, tokens = encoder.preprocess(torch.from_numpy(frames)), encoder(frames)
-    right = VJEPA2Model.from_pretrained(folder, crop_size=96).eval()
-    torch.testing.assert_close(tokens, reference(right, images), atol=2e-3, rtol=2e-3)
-    # The same network with the positions of 64 px gives other tokens.
-    assert (tokens - reference(model, images)).abs().max() > 0.1
-
-
 def test_a_pair_is_a_tubelet_of_the_earlier_frame_and_the_frame(model: VJEPA2Model, folder: Path, noise: Noise) -> None:
     pair, earlier, frames = create("vjepa2-pair", folder), noise(2, SIZE, SIZE), noise(2, SIZE, SIZE, seed=1)
     first, second = (pair.preprocess(torch.from_numpy(some)) for some in (earlier, frames))
@@ -138,9 +127,8 @@ def test_a_folder_of_the_model_for_classification_gives_its_encoder(
 
 
 def test_a_file_alone_has_the_published_size(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"vjepa2 .*[0-9]+ more") as refused:
+    with pytest.raises(UserError, match=r"vjepa2 .*[0-9]+ more"):
         create("vjepa2", folder / "model.safetensors")
-    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +145,5 @@ def test_a_file_alone_has_the_published_size(folder: Path) -> None:
 def test_a_folder_of_another_model_is_refused(folder: Path, change: dict[str, object], named: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(UserError, match=named) as refused:
+    with pytest.raises(UserError, match=named):
         create("vjepa2", folder)
-    assert "\n" not in str(refused.value)

@@ -22,7 +22,7 @@ from safetensors.torch import save, save_file
 from wmcache.common.errors import UnreadableError, UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders.hub import Pin, download_weights, find_weights, look_up, read_pins
-from wmcache.pipeline.encoders.weights import list_fitted, read_header, read_tensors, require_weights
+from wmcache.pipeline.encoders.weights import list_fitted, read_tensors, require_weights
 
 AnotherUser = Callable[[], AbstractContextManager[None]]
 REPOSITORY = "some/weights"
@@ -119,16 +119,6 @@ def test_cached_weights_need_no_request(hub: Hub, monkeypatch: pytest.MonkeyPatc
     assert hub.asked == []
 
 
-def test_weights_are_used_if_they_cannot_be_pinned(
-    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "home").write_text("a file instead of a folder")
-    path = download_weights(REPOSITORY, "dinov9")
-    assert download_weights(REPOSITORY, "dinov9") == path
-    assert path.read_bytes() == DATA
-    assert [line.startswith(REPOSITORY) for line in capsys.readouterr().err.splitlines()] == [True, True]
-
-
 def test_a_pinned_commit_is_requested_after_the_hub_has_changed(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +154,6 @@ def test_a_damaged_file_in_the_cache_is_named_and_downloaded_again_after_it_is_d
     with pytest.raises(UserError, match=digest(data)[:12]) as refused:
         download_weights(REPOSITORY, "dinov9")
     assert str(refused.value).startswith(str(blob))
-    assert "\n" not in str(refused.value)
     blob.unlink()
     assert download_weights(REPOSITORY, "dinov9").read_bytes() == DATA
 
@@ -191,13 +180,11 @@ def test_gated_weights_name_the_licence_and_the_login(hub: Hub, status: int) -> 
     with pytest.raises(UserError, match=r"hf auth login.*--weights") as refused:
         encoders.create("dinov3-base-cls", device="cpu")
     assert "https://huggingface.co/facebook/dinov3-vitb16-pretrain-lvd1689m" in str(refused.value)
-    assert "\n" not in str(refused.value)
 
 
 def test_without_that_commit_or_network_two_alternatives_are_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"dinov9.*--weights.*--encoder tcn") as refused:
+    with pytest.raises(UserError, match=r"dinov9.*--weights.*--encoder tcn"):
         download_weights(REPOSITORY, "dinov9", revision=SECOND)
-    assert "\n" not in str(refused.value)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.asked.clear()
     with pytest.raises(UserError, match=r"dinov9.*--weights.*--encoder tcn"):
@@ -335,16 +322,3 @@ def test_only_safetensors_and_folders_with_them_are_weights(tmp_path: Path) -> N
             encoders.create("tcn", weights=tmp_path / name)
     save_file({"weight": torch.zeros(3)}, tmp_path / "empty" / "model.safetensors")
     assert require_weights(tmp_path / "empty") == tmp_path / "empty"
-
-
-def test_a_header_of_another_encoder_is_refused(tmp_path: Path) -> None:
-    save_file({"weight": torch.zeros(3)}, tmp_path / "a.safetensors", {"encoder": "tcn"})
-    assert read_header(tmp_path / "a.safetensors", "tcn") == {"encoder": "tcn"}
-    with pytest.raises(UserError, match=r"a\.safetensors .*tcn.*dino-tok"):
-        read_header(tmp_path / "a.safetensors", "dino-tok")
-
-
-def test_unused_tensors_are_not_read(tmp_path: Path) -> None:
-    save_file({"text.a": torch.zeros(3), "image.a": torch.ones(3)}, tmp_path / "a.safetensors")
-    assert set(read_tensors(tmp_path / "a.safetensors", "clip", ("text.",))) == {"image.a"}
-    assert set(read_tensors(tmp_path / "a.safetensors", "clip")) == {"text.a", "image.a"}

@@ -214,9 +214,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_data_that_does_not_fit_is_refused_by_file(published: Path, tmp_path: Path, name: str) -> None:
     change, message = BROKEN[name]
     change(published)
-    with pytest.raises(UserError, match=message) as refused:
+    with pytest.raises(UserError, match=message):
         import_again(published, tmp_path / "out")
-    assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
 
 

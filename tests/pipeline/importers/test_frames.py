@@ -50,15 +50,11 @@ class Given:
             pq.write_table(pa.Table.from_pylist(self.rows), path)
         else:
             with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, self.columns)
+                columns = list(self.rows[0]) if self.rows else ["episode", "step", "file", "action_0", "state_0"]
+                writer = csv.DictWriter(file, columns)
                 writer.writeheader()
                 writer.writerows(self.rows)
         return path
-
-    @property
-    def columns(self) -> list[str]:
-        """Columns of the table; without rows the usual ones."""
-        return list(self.rows[0]) if self.rows else ["episode", "step", "file", "action_0", "state_0"]
 
     def import_to(self, out: Path, kind: str = "csv", **options: Any) -> FrameDataset:
         """Write the table and import it."""
@@ -169,12 +165,14 @@ def test_images_of_other_kinds_are_read(given: Given, tmp_path: Path) -> None:
         image = change(Image.open(path))
         row["file"] = row["file"].replace(".png", suffix)
         image.save(given.folder / row["file"], **settings)
-    jpeg = given.rows[4]["file"].replace(".png", ".JPG")
-    Image.fromarray(given.frames[4]).save(given.folder / jpeg, "JPEG", quality=95)
-    given.rows[4]["file"] = jpeg
-    found = given.import_to(tmp_path / "out").read_frames(range(5))
+    # Of an MPO photo the first picture is read.
+    second = [Image.fromarray(255 - given.frames[5])]
+    for row, kind, settings in ((4, "JPEG", {}), (5, "MPO", {"save_all": True, "append_images": second})):
+        given.rows[row]["file"] = given.rows[row]["file"].replace(".png", ".JPG")
+        Image.fromarray(given.frames[row]).save(given.folder / given.rows[row]["file"], kind, quality=95, **settings)
+    found = given.import_to(tmp_path / "out").read_frames(range(6))
     np.testing.assert_array_equal(found[:3], given.frames[:3])
-    assert np.abs(found[3:].astype(int) - given.frames[3:5]).mean() < 5
+    assert (np.abs(found[3:].astype(int) - given.frames[3:6]).mean((1, 2, 3)) < 5).all()
 
 
 def test_crop_and_size_are_applied_and_recorded(given: Given, tmp_path: Path) -> None:
@@ -336,7 +334,6 @@ def test_bad_data_is_refused_before_anything_is_written(given: Given, tmp_path: 
     with pytest.raises(UserError) as refused:
         given.import_to(tmp_path / "out")
     assert all(part in str(refused.value) for part in named), refused.value
-    assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -449,31 +446,15 @@ def test_a_number_missing_elsewhere_is_named_as_the_file_counts_it(
 
 
 def test_a_lerobot_dataset_is_called_so(given: Given, tmp_path: Path) -> None:
-    row = {
-        "observation.state": [0.0],
-        "action": [0.0],
-        "episode_index": 0,
-        "frame_index": 0,
-        "timestamp": 0.0,
-        "index": 0,
-    }
+    row = {"observation.state": [0.0], "action": [0.0], "episode_index": 0, "frame_index": 0}
     (tmp_path / "data/chunk-000").mkdir(parents=True)
     table = tmp_path / "data/chunk-000/file-000.parquet"
-    pq.write_table(pa.Table.from_pylist([row | {"task_index": 0}]), table)
+    pq.write_table(pa.Table.from_pylist([row | {"timestamp": 0.0, "index": 0, "task_index": 0}]), table)
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta/info.json").write_text('{"codebase_version": "v3.0"}')
     for path in (table, tmp_path):
         with pytest.raises(UserError, match="LeRobot"):
             given.import_table(path, tmp_path / "out")
-
-
-def test_the_first_picture_of_an_mpo_photo_is_read(given: Given, tmp_path: Path) -> None:
-    row = given.rows[0]
-    row["file"] = row["file"].replace(".png", ".jpg")
-    first, second = (Image.fromarray(frame) for frame in (given.frames[0], 255 - given.frames[0]))
-    first.save(given.folder / row["file"], "MPO", save_all=True, append_images=[second], quality=95)
-    found = given.import_to(tmp_path / "out").read_frames([0])[0]
-    assert np.abs(found.astype(int) - given.frames[0]).mean() < 5
 
 
 def fake_ffmpeg(path: Path, version: str) -> Path:

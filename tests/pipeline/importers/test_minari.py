@@ -266,9 +266,8 @@ def test_a_damaged_file_is_named(home: Path, everything: Frames, tmp_path: Path)
     create(everything)
     file = home / NAME / "data" / "main_data.hdf5"
     file.write_bytes(file.read_bytes()[:3000])
-    with pytest.raises(UserError, match=f"episode 0 .*{NAME}") as refused:
+    with pytest.raises(UserError, match=f"episode 0 .*{NAME}"):
         import_minari(NAME, tmp_path / "out")
-    assert "\n" not in str(refused.value)
 
 
 def test_without_minari_the_command_that_installs_it_is_named() -> None:

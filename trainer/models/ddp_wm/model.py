@@ -31,11 +31,11 @@ from wmcache.common.errors import UserError
 from wmcache.common.options import Weight, option
 from wmcache.common.schema import Size
 from wmcache.trainer.models import MODELS
-from wmcache.trainer.models.attention import KeysValues
+from wmcache.trainer.models.attention import KeysValues, zero_init
 from wmcache.trainer.models.base import DataShape
 from wmcache.trainer.models.ddp_wm.localization import foreground_size, localization, sample_windows
 from wmcache.trainer.models.ddp_wm.parts import CELLS, Correction, Fusion, Localizer, Vit, put, take
-from wmcache.trainer.models.latent import MIN_STD, LatentModel, LatentOptions, SizeOrNone, append, zero_init
+from wmcache.trainer.models.latent import MIN_STD, LatentModel, LatentOptions, SizeOrNone, append
 
 POSITIVE_WEIGHT = 10.0
 """Weight of cells that change in the loss of the localiser; few do."""
@@ -83,11 +83,7 @@ class DdpWm(LatentModel):
     options: DdpWmOptions
 
     def __init__(self, shape: DataShape, options: DdpWmOptions, statistics: Mapping[str, Tensor]) -> None:
-        """Build the model; see `WorldModel` for the arguments.
-
-        Raises:
-            UserError: no token would be left to stay as it is.
-        """
+        """Build the model, see `WorldModel`; raises UserError where no token would be left to stay as it is."""
         _require_several(shape.tokens)
         if options.foreground >= shape.tokens:
             raise UserError(f"--foreground {options.foreground} leaves none of {shape.tokens} tokens; choose fewer")
@@ -179,13 +175,10 @@ class DdpWm(LatentModel):
         """Compute the loss of the present stage, over histories of every length in the batch at once; see `WorldModel.loss`."""
         tokens, proprio, action = self.standardise(batch["tokens"], batch["proprio"], batch["action"])
         embedding = self.embed(proprio)
-        match self.stage_name:
-            case "" | "localization":
-                return self._localization_loss(tokens, embedding, action, batch)
-            case "primary":
-                return self._primary_loss(tokens, embedding, action)
-            case _:
-                return self._correction_loss(tokens, embedding, action)
+        if self.stage_name in ("", "localization"):
+            return self._localization_loss(tokens, embedding, action, batch)
+        stage_loss = self._primary_loss if self.stage_name == "primary" else self._correction_loss
+        return stage_loss(tokens, embedding, action)
 
     def _localization_loss(
         self, tokens: Tensor, embedding: Tensor, action: Tensor, batch: Mapping[str, Tensor]

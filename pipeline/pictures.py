@@ -1,4 +1,4 @@
-"""Pictures of a store's landscape: token distances beside distances along the maze."""
+"""Pictures of a store: frames above their tokens, and distances of tokens above those along the maze."""
 
 from __future__ import annotations
 
@@ -13,18 +13,81 @@ from numpy.typing import NDArray
 from wmcache.cache.store import TokenStore
 from wmcache.common.errors import UserError
 from wmcache.common.figures import png_bytes
-from wmcache.common.files import atomic_write
+from wmcache.common.files import write_whole
 from wmcache.common.landscapes import descend
 from wmcache.common.paths import AnyPath, beside
 from wmcache.common.sampling import farthest_points
 from wmcache.envs import Maze
-from wmcache.pipeline.landscape import STUCK_DISTANCE, Float, find_maze, neighbours, rank_correlation
-from wmcache.pipeline.probe import FEWEST_FRAMES, choose_frames
+from wmcache.pipeline.probe import (
+    FEWEST_FRAMES,
+    STUCK_DISTANCE,
+    Float,
+    choose_frames,
+    find_maze,
+    neighbours,
+    rank_correlation,
+)
+from wmcache.pipeline.stores import frames_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+FITTED_FRAMES = 256
 DRAWN_GOALS = 5
+
+
+def preview(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, count: int = 8) -> NDArray[np.int64]:
+    """Draw frames of a store, and under each the first three principal components of its tokens as red, green and blue.
+
+    Args:
+        out: the PNG to write.
+        dataset: path of the frames, if they have moved.
+        count: number of frames, evenly spaced over the store.
+
+    Returns:
+        The numbers of the frames.
+
+    Raises:
+        UserError: an unusable store, or missing or other frames.
+    """
+    from matplotlib.figure import Figure  # half a second that a study does not need
+
+    store = TokenStore.open(path)
+    frames = frames_of(store, dataset)
+    chosen = np.unique(np.linspace(0, len(store) - 1, count).astype(np.int64))
+    images, colours = frames.read_frames(chosen), principal_colours(store, chosen)
+    figure = Figure(figsize=(max(8.0, 1.7 * len(chosen)), 3.9), layout="constrained", dpi=110)
+    rows = figure.subplots(2, len(chosen), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    for column, frame in enumerate(chosen):
+        rows[0, column].imshow(images[column])
+        rows[0, column].set_title(f"episode {store.episode[frame]}\nstep {store.step[frame]}", fontsize=8)
+        rows[1, column].imshow(colours[column], interpolation="nearest")
+    grid = "{} x {}".format(*store.card.token_grid)
+    figure.suptitle(
+        f"{path.name}: {grid} tokens of {store.card.token_dim}, principal components as colours",
+        fontsize=9,
+        parse_math=False,  # a name may contain a dollar sign
+    )
+    write_whole(out, png_bytes(figure))
+    return chosen
+
+
+def principal_colours(store: TokenStore, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Project tokens on their first three principal components, scaled to [0, 1], [len(chosen), rows, columns, 3].
+
+    They are computed from frames of the whole store, so that a colour means the same in every picture of it.
+    """
+    fitted = np.unique(np.linspace(0, len(store) - 1, FITTED_FRAMES).astype(np.int64))
+    mean = store.mean.astype(np.float32)
+    everywhere = store.gather(fitted).astype(np.float32).reshape(-1, store.card.token_dim) - mean
+    _, axes = np.linalg.eigh(everywhere.T @ everywhere)
+    axes = axes[:, ::-1][:, :3]
+    low, high = np.percentile(everywhere @ axes, [1, 99], axis=0)
+    values = (store.gather(chosen).astype(np.float32) - mean) @ axes
+    scaled = np.clip((values - low) / np.maximum(high - low, 1e-6), 0, 1)
+    colours = np.zeros((len(chosen), *store.card.token_grid, 3), np.float32)
+    colours[..., : axes.shape[1]] = scaled.reshape(len(chosen), *store.card.token_grid, -1)
+    return colours
 
 
 def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goals: int = DRAWN_GOALS) -> None:
@@ -33,7 +96,6 @@ def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goal
     Red points mark frames from which descent of the token distance does not end at the goal.
 
     Args:
-        path: the store.
         out: the PNG to write.
         dataset: as in `probe`.
         goals: number of goals, as far from each other as possible.
@@ -41,7 +103,6 @@ def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goal
     Raises:
         UserError: an unusable store, another dataset, too few frames, or no maze.
     """
-    # Only here: half a second that fits and extractions do not need.
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -76,10 +137,9 @@ def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goal
         f"{path.resolve().parent.name}/{path.name}: {len(val)} held-out frames by their distance to the star, "
         "a red point where descending it gets stuck",
         fontsize=9,
-        parse_math=False,  # a name may contain a dollar sign
+        parse_math=False,
     )
-    with atomic_write(out) as file:
-        file.write(png_bytes(figure))
+    write_whole(out, png_bytes(figure))
 
 
 def _bounds(maze: Maze) -> tuple[Float, Float]:
@@ -120,9 +180,8 @@ def picture_paths(stores: Sequence[AnyPath], out: Path | None = None) -> list[Pa
         beside(store, ".probe.png") if out is None else out / f"{store.parent.name}-{store.stem}.probe.png"
         for store in resolved
     ]
-    for i, path in enumerate(paths):
-        if path in paths[:i]:
-            raise UserError(f"two of the stores would be drawn at {path}; name each once, or leave out --out")
+    if repeated := [path for i, path in enumerate(paths) if path in paths[:i]]:
+        raise UserError(f"two of the stores would be drawn at {repeated[0]}; name each once, or leave out --out")
     return paths
 
 
