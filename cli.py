@@ -11,7 +11,6 @@ from wmcache import __version__
 from wmcache.commands import bench, data, decode, probe, stores, weights
 from wmcache.commands.command import Group
 from wmcache.commands.plan import wmplan
-from wmcache.commands.plan_job import plan_job
 from wmcache.commands.sbatch import sbatch
 from wmcache.commands.study import study
 from wmcache.commands.train import import_run, wmtrain
@@ -26,14 +25,12 @@ def main() -> None:
     """
 
 
-for group in (
-    (data.collect, data.import_, data.fit, data.extract, data.derive, data.encoders, weights.weights),
-    (stores.list_, stores.info, stores.verify, stores.finalize, stores.repair, stores.preview, probe.probe, stores.rm),
-    (bench.bench,),
-    (import_run, decode.imagine, study, sbatch, plan_job),
+for known in (
+    *(data.collect, data.import_, data.fit, data.extract, data.derive, data.encoders, weights.weights),
+    *(stores.list_, stores.info, stores.verify, stores.finalize, stores.repair, stores.preview, stores.rm),
+    *(probe.probe, bench.bench, bench.plan_job, import_run, decode.imagine, study, sbatch),
 ):
-    for known in group:
-        main.add_command(known)
+    main.add_command(known)
 wmtrain.add_command(decode.decoder)
 
 __all__ = ["main", "wmplan", "wmtrain"]

@@ -14,12 +14,14 @@ from typing import Any
 import click
 
 from wmcache.commands.options import ByName, Option, Preset
-from wmcache.commands.output import say, shell_command
-from wmcache.commands.streams import ended_by_reader, prepare_streams
+from wmcache.commands.output import ended_by_reader, prepare_streams, say, shell_command
 from wmcache.common.cpus import limit_threads
 from wmcache.common.errors import INTERRUPTED, STOPPED, Stopped, UserError, one_line, reason
 
 CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"]}
+CHOSEN = f"{__name__}.chosen"
+STOPS = (signal.SIGTERM, signal.SIGUSR1)
+"""SLURM announces the walltime with the signal that it was given."""
 
 
 @contextmanager
@@ -40,16 +42,15 @@ def failures_as_lines() -> Iterator[None]:
             hint = "check the path"
         else:
             hint = "free space or make it accessible"
-        raise click.ClickException(
-            one_line(f"{where}{reason(error)}; {hint}, then run the same command again")
-        ) from error
+        line = one_line(f"{where}{reason(error)}; {hint}, then run the same command again")
+        raise click.ClickException(line) from error
 
 
 class Command(click.Command):
     """A command; `by` is the option that names what further options belong to."""
 
     def __init__(self, *args: Any, by: ByName | None = None, **settings: Any) -> None:
-        """Take click's arguments; the style of helps is the same whether called through a group or alone."""
+        """Take click's arguments."""
         super().__init__(*args, **{"context_settings": CONTEXT, **settings})
         self.by = by
 
@@ -66,9 +67,9 @@ class Command(click.Command):
             return super().make_context(*args, **settings)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The declared parameters, and those of what the `by` option names."""
+        """Return the declared parameters, and those of what the `by` option names."""
         *own, helps = super().get_params(ctx)
-        return [*own, *chosen_params(ctx, self), helps]
+        return [*own, *(ctx.meta.get(CHOSEN, []) if self.by else []), helps]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the words, after looking for the preset and the name that decide about options and defaults."""
@@ -77,7 +78,7 @@ class Command(click.Command):
         name = ""
         if self.by is not None:
             name = self.by.name(self, args, known)
-            ctx.meta[_key(self)] = self.by.params(name, {flag for param in self.params for flag in param.opts})
+            ctx.meta[CHOSEN] = self.by.params(name, {flag for param in self.params for flag in param.opts})
         params = [param for param in self.get_params(ctx) if isinstance(param, Option)]
         flags = {param.field.replace("_", "-"): str(param.name) for param in params}
         flags |= {flag.lstrip("-"): str(param.name) for param in params for flag in param.opts}
@@ -105,10 +106,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        for number in (
-            signal.SIGTERM,
-            signal.SIGUSR1,
-        ):  # SLURM announces the walltime with the signal that it was given
+        for number in STOPS:
             signal.signal(number, _stop)
         threading.excepthook = _ignore_errors_of_disks
         try:
@@ -129,25 +127,15 @@ class Group(Command, click.Group):
     group_class = type
 
 
-def chosen_params(ctx: click.Context, command: click.Command) -> list[Option]:
-    """The options of what the `by` option of a command names."""
-    found: list[Option] = ctx.meta.get(_key(command), [])
-    return found
-
-
 def take_chosen(settings: dict[str, Any], *, given: bool = False) -> dict[str, Any]:
-    """Take the options of what was named out of a command's settings, by field; with `given`, without those at their defaults."""
+    """Take the options of what `by` names out of a command's settings, by field; with `given`, without those at their defaults."""
     ctx = click.get_current_context()
     values = {}
-    for param in chosen_params(ctx, ctx.command):
+    for param in ctx.meta[CHOSEN]:
         value = settings.pop(str(param.name))
         if not given or ctx.get_parameter_source(str(param.name)) is not click.core.ParameterSource.DEFAULT:
             values[param.field] = value
     return values
-
-
-def _key(command: click.Command) -> str:
-    return f"{__name__}.{command.name}"
 
 
 def _ignore_errors_of_disks(args: threading.ExceptHookArgs) -> None:
@@ -158,6 +146,6 @@ def _ignore_errors_of_disks(args: threading.ExceptHookArgs) -> None:
 
 def _stop(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
     # SLURM signals every process of a job, and the job's script signals this one again.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     raise Stopped

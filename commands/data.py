@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from wmcache.commands import shared
 from wmcache.commands.command import Command, Group, take_chosen
 from wmcache.commands.options import ByName, Option, make_options, options_of
-from wmcache.commands.output import print_json, say
-from wmcache.commands.shared import (
-    ANY_PATH,
-    PATH,
-    base_weights_option,
-    cluster_option,
-    dataset_option,
-    device_option,
-    encoder_options,
-    json_option,
-    moved_dataset_option,
-    store_argument,
-    store_dtype_option,
-)
+from wmcache.commands.output import say, show
 from wmcache.common.errors import UserError, command
 from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath
 from wmcache.common.space import human_bytes
 from wmcache.pipeline.options import CollectOptions
+
+if TYPE_CHECKING:
+    from wmcache.pipeline.encoders import Encoder
+    from wmcache.pipeline.frames import FrameDataset
 
 ALREADY = " (already complete)"
 
@@ -40,20 +33,19 @@ def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> t
     """`I/N` -> (I, N), the I-th (from 0) of N slices."""
     found = re.fullmatch("([0-9]{1,9})/([1-9][0-9]{0,8})", value)
     if found is None:
-        raise click.ClickException(f"--shard-slice {value!r} is no slice; write I/N, as in 0/8 for the first of 8")
+        raise UserError(f"--shard-slice {value!r} is not a slice; write I/N, as in 0/8 for the first of 8")
     number, count = map(int, found.groups())
     if number >= count:
-        raise click.ClickException(
-            f"--shard-slice {value}: the slices of {count} are numbered from 0 to {count - 1}; a job array has to begin at 0, "
-            f"as in sbatch --array=0-{max(0, count - 1)}"
+        raise UserError(
+            f"--shard-slice {value}: slices are numbered from 0, as the jobs of sbatch --array=0-{count - 1}"
         )
     return number, count
 
 
 @click.command(cls=Command)
 @options_of(CollectOptions)
-@cluster_option("local")
-@click.option("--out", type=ANY_PATH, help="Folder of the dataset.  [default: $WMCACHE_HOME/pointmaze-<maze>]")
+@shared.cluster_option("local")
+@shared.path_option("--out", help="Folder of the dataset.  [default: $WMCACHE_HOME/pointmaze-<maze>]")
 def collect(env: str, out: AnyPath | None, **settings: Any) -> None:
     """Collect a dataset of frames. Run again, it goes on where it stopped."""
     from wmcache.envs import find_maze
@@ -74,8 +66,8 @@ def _make_dataset(out: AnyPath, make: Callable[[], Any]) -> None:
     already = is_complete(out)
     card = make()
     size = sum(shard["bytes"] for shard in card.shards)
-    state = ALREADY if already else ""
-    say(f"{out}: {card.episodes} episodes, {card.frames} frames, {len(card.shards)} shards, {human_bytes(size)}{state}")
+    counts = f"{card.episodes} episodes, {card.frames} frames, {len(card.shards)} shards, {human_bytes(size)}"
+    say(f"{out}: {counts}{ALREADY if already else ''}")
     click.echo(f"fingerprint {card.fingerprint}")
 
 
@@ -94,11 +86,11 @@ class _Imports(Group):
             kind: Any = IMPORTERS.get(cmd_name)
         except UserError as error:
             ctx.fail(str(error))
-        paths = {name: {"type": PATH} for name in kind.local}
+        options = make_options(kind, **{name: {"type": shared.PATH} for name in kind.local})
         params: list[click.Parameter] = [
-            click.Argument(["source"], metavar=kind.metavar, type=PATH if "source" in kind.local else str),
-            *make_options(kind, without=("source",), **paths),
-            click.Option(["--out"], type=ANY_PATH, required=True, help="Folder of the dataset."),
+            click.Argument(["source"], metavar=kind.metavar, type=shared.PATH if "source" in kind.local else str),
+            *(option for option in options if option.field != "source"),
+            click.Option(["--out"], type=shared.ANY_PATH, required=True, help="Folder of the dataset."),
             *make_options(CollectOptions, only=("frames_per_shard",)),
         ]
         return Command(cmd_name, callback=partial(_import, kind), params=params, help=kind.__doc__)
@@ -117,33 +109,21 @@ def import_() -> None:
     """Make a dataset of other people's frames. Run again, it continues where it stopped."""
 
 
-def _fits() -> Iterable[str]:
-    from wmcache.pipeline.encoders import get_entry, specs
-
-    return [spec.name for spec in specs() if get_entry(spec.name).fit is not None]
+_fits = partial(resolve_name, "wmcache.pipeline.encoders.registry:FITS")
+FIT = ByName("encoder", "encoder", _fits, lambda name: resolve_name("wmcache.pipeline.encoders:get_fit")(name)[0])
 
 
-def _fit_options(name: str) -> type:
-    from wmcache.pipeline.encoders import get_fit
-
-    return get_fit(name)[0]
-
-
-@click.command(cls=Command, by=ByName("encoder", "encoder", names=_fits, options=_fit_options))
-@dataset_option
+@click.command(cls=Command, by=FIT)
+@shared.dataset_option
 @click.option("--encoder", cls=Option, names=_fits, default="tcn", help="Encoder to fit: {names}.")
-@click.option(
-    "--cache", type=ANY_PATH, help="For an adapter: the store of its base's layers.  [default: made if it is missing]"
-)
+@shared.path_option("--cache", help="For an adapter: the store of its base's layers.  [default: made if it is missing]")
 @click.option("--base", help="For an adapter: the encoder of that store.  [default: the adapter's own]")
-@click.option("--base-weights", type=PATH, help="For an adapter: the base's weights.  [default: as extract finds them]")
-@click.option("--max-frames", type=click.IntRange(1), default=50_000, help="Frames to train on.")
+@shared.file_option("--base-weights", help="For an adapter: the base's weights.  [default: as extract finds them]")
+@shared.count_option("--max-frames", default=50_000, help="Frames to train on.")
 @click.option("--overwrite", is_flag=True, help="Replace the weights of another fit.")
-@device_option
-@cluster_option()
-@click.option(
-    "--out", type=PATH, help="File to write.  [default: $WMCACHE_HOME/encoders/<dataset>-<encoder>.safetensors]"
-)
+@shared.device_option
+@shared.cluster_option()
+@shared.file_option("--out", help="File to write.  [default: $WMCACHE_HOME/encoders/<dataset>-<encoder>.safetensors]")
 def fit(
     encoder: str,
     cluster: str,
@@ -161,7 +141,7 @@ def fit(
     already = job.out.exists() and not overwrite
     adapter = {} if job.store is None else {"base_weights": base_weights and base_weights.absolute()}
     result = job.run(cluster, max_frames=max_frames, device=device, overwrite=overwrite, **adapter)
-    say(f"{result.weights}: fitted on {result.frames} frames{ALREADY if already else ''}")
+    say(f"{job.out}: fitted on {result.frames} frames{ALREADY if already else ''}")
     if (landscape := result.landscape) is None:
         click.echo(f"the landscape is not measured: {job.unmeasured}")
         return
@@ -171,14 +151,13 @@ def fit(
 
 
 @click.command(cls=Command)
-@dataset_option
-@encoder_options
-@click.option(
+@shared.dataset_option
+@shared.encoder_options
+@shared.path_option(
     "--out",
-    type=ANY_PATH,
     help="The store, or the folder of several stores.  [default: $WMCACHE_HOME/stores/<dataset>/<encoder>-<image size>.zarr]",
 )
-@store_dtype_option
+@shared.store_dtype_option
 @click.option(
     "--shard-slice",
     "part",
@@ -189,6 +168,7 @@ def fit(
 )
 @click.option(
     "--change-maps",
+    "frameskip",
     type=click.IntRange(1),
     is_flag=False,
     flag_value=5,
@@ -198,57 +178,66 @@ def fit(
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and stop.")
 def extract(
     dataset: AnyPath | None,
+    out: AnyPath | None,
+    frameskip: int | None,
+    dry_run: bool,
+    store_dtype: str,
     batch: int,
     cluster: str,
-    out: AnyPath | None,
-    store_dtype: str,
     part: tuple[int, int],
-    change_maps: int | None,
-    dry_run: bool,
     **encoder: Any,
 ) -> None:
     """Encode every frame of a dataset once, several encoders in one pass. Run again, or beside itself, it does what is missing."""
-    from wmcache.cluster.tasks import parse_cluster
-    from wmcache.pipeline.extract import extract_together, forecast
-    from wmcache.pipeline.fit_job import open_dataset
-    from wmcache.pipeline.stores import create_encoders, default_store
+    from wmcache.pipeline.extract import extract_together
+    from wmcache.pipeline.fit_job import open_inputs
+    from wmcache.pipeline.stores import default_store
 
-    frames = open_dataset(dataset)
-    networks = create_encoders(frames.card.name, **encoder)
+    frames, networks = open_inputs(dataset, encoder)
     paths: list[AnyPath] = [default_store(frames.card.name, network, store_dtype) for network in networks]
     if out is not None:
         paths = [out] if len(networks) == 1 else [out / path.name for path in paths]
     stores = list(zip(networks, paths, strict=True))
-    if change_maps:
+    if frameskip:
         from wmcache.cache.change_maps import change_maps_path
         from wmcache.pipeline.encoders.changes import changes_for
 
         stores += [
-            (changes_for(network.token_grid, change_maps, device="cpu"), change_maps_path(path, change_maps))
+            (changes_for(network.token_grid, frameskip, device="cpu"), change_maps_path(path, frameskip))
             for network, path in stores
         ]
+    settings: dict[str, Any] = {"dtype": store_dtype, "batch": batch, "cluster": cluster, "part": part}
     if dry_run:
-        for network, path in stores:
-            plan = forecast(frames, network, path, dtype=store_dtype, batch=batch, cluster=cluster, part=part)
-            say(f"{plan.out}: {plan.shards} shards, {plan.frames} frames to do")
-            free = "" if plan.bytes_free is None else f"{human_bytes(plan.bytes_free)} free, "
-            workers = parse_cluster(cluster).workers
-            whose = "" if workers == 1 else f" of {workers or 'a single'} workers like this process"
-            click.echo(f"{human_bytes(plan.bytes_needed)} needed, {free}about {plan.seconds:.0f} s{whose}")
+        _forecast(frames, stores, settings)
         return
-    device = encoder["device"]
-    done = extract_together(frames, stores, dtype=store_dtype, batch=batch, cluster=cluster, device=device, part=part)
-    for (network, path), (worked, shards) in zip(stores, done, strict=True):
-        rows, columns = network.token_grid
-        if shards:
-            count = -(-frames.card.frames // frames.card.frames_per_shard)
+    done = extract_together(frames, stores, device=encoder["device"], **settings)
+    count = -(-frames.card.frames // frames.card.frames_per_shard)
+    for (network, path), (worked, missing) in zip(stores, done, strict=True):
+        if missing:
             say(
-                f"{path}: slice {part[0]} of {part[1]} is done, {len(shards)} of {count} shards of other slices are not done yet; "
+                f"{path}: slice {part[0]} of {part[1]} is done, {len(missing)} of {count} shards of other slices are not; "
                 f"the last slice completes the store, or: {command('wmcache', 'finalize', path)}"
             )
         else:
-            state = "" if worked else ALREADY
-            say(f"{path}: {frames.card.frames} frames, {rows} x {columns} tokens of {network.token_dim}{state}")
+            say(f"{path}: {_size(frames.card.frames, network)}{'' if worked else ALREADY}")
+
+
+def _forecast(frames: FrameDataset, stores: list[tuple[Encoder, AnyPath]], settings: dict[str, Any]) -> None:
+    """Print what an extraction would do."""
+    from wmcache.cluster.tasks import parse_cluster
+    from wmcache.pipeline.extract import forecast
+
+    workers = parse_cluster(settings["cluster"]).workers
+    whose = "" if workers == 1 else f" of {workers or 'a single'} workers like this process"
+    for network, path in stores:
+        plan = forecast(frames, network, path, **settings)
+        say(f"{plan.out}: {plan.shards} shards, {plan.frames} frames to do")
+        free = "" if plan.bytes_free is None else f"{human_bytes(plan.bytes_free)} free, "
+        click.echo(f"{human_bytes(plan.bytes_needed)} needed, {free}about {plan.seconds:.0f} s{whose}")
+
+
+def _size(frames: int, network: Encoder) -> str:
+    rows, columns = network.token_grid
+    return f"{frames} frames, {rows} x {columns} tokens of {network.token_dim}"
 
 
 class _Derive(Group):
@@ -266,15 +255,12 @@ def derive() -> None:
 
 
 @derive.command("change-maps")
-@store_argument
-@click.option(
-    "--frameskip",
-    type=click.IntRange(1),
-    default=5,
-    help="Env steps between the frames that are compared; the same as wmtrain's --frameskip.",
+@shared.store_argument
+@shared.count_option(
+    "--frameskip", default=5, help="Env steps between the compared frames; the same as wmtrain's --frameskip."
 )
-@moved_dataset_option
-@cluster_option()
+@shared.moved_dataset_option
+@shared.cluster_option()
 def derive_change_maps(store: AnyPath, frameskip: int, dataset: AnyPath | None, cluster: str) -> None:
     """Make change maps: which of 2 x 2 cells of each patch have changed from frame to frame. Run again, it goes on."""
     from wmcache.cache.change_maps import change_maps_path
@@ -290,27 +276,18 @@ def derive_change_maps(store: AnyPath, frameskip: int, dataset: AnyPath | None, 
 
 
 @derive.command("tokens")
-@store_argument
+@shared.store_argument
 @click.option(
     "--encoder", "name", required=True, help="Encoder on the same backbone: dinov2-cls, dinov2-pooled, an adapter, …"
 )
-@click.option(
-    "--weights", type=PATH, help="Weights of the encoder.  [default: the store's, or those fitted on its dataset]"
-)
-@base_weights_option
-@click.option("--out", type=ANY_PATH, help="The new store.  [default: where extract would put it]")
-@store_dtype_option
-@device_option
-@cluster_option()
+@shared.file_option("--weights", help="Weights of the encoder.  [default: the store's, or those fitted on its dataset]")
+@shared.base_weights_option
+@shared.path_option("--out", help="The new store.  [default: where extract would put it]")
+@shared.store_dtype_option
+@shared.device_option
+@shared.cluster_option()
 def derive_tokens(
-    store: AnyPath,
-    name: str,
-    weights: Path | None,
-    base_weights: Path | None,
-    out: AnyPath | None,
-    store_dtype: str,
-    device: str,
-    cluster: str,
+    store: AnyPath, name: str, out: AnyPath | None, store_dtype: str, device: str, cluster: str, **weights: Path | None
 ) -> None:
     """Make other tokens of those in STORE, without an image: the class token, means, adapters. Run again, it goes on."""
     from wmcache.cache.store import TokenStore
@@ -319,28 +296,23 @@ def derive_tokens(
     from wmcache.pipeline.stores import default_store
 
     source = TokenStore.open(store)
-    encoder = create_for(source, name, weights=weights, base_weights=base_weights, device=device)
+    encoder = create_for(source, name, device=device, **weights)
     out = out or default_store(str(source.card.dataset["name"]), encoder, store_dtype)
     state = "" if run(source, encoder, out, dtype=store_dtype, cluster=cluster, device=device) else ALREADY
-    rows, columns = encoder.token_grid
-    say(f"{out}: {len(source)} frames, {rows} x {columns} tokens of {encoder.token_dim}, derived from {store}{state}")
+    say(f"{out}: {_size(len(source), encoder)}, derived from {store}{state}")
 
 
 @click.command(cls=Command)
-@json_option
-def encoders(as_json: bool) -> None:
+@shared.json_option
+def encoders() -> None:
     """List the known encoders."""
     from wmcache.pipeline.encoders import get_entry, specs
 
-    rows = [
-        {**asdict(spec), "token_grid": spec.token_grid, "fitted": get_entry(spec.name).fit is not None}
-        for spec in specs()
-    ]
-    if as_json:
-        print_json(rows)
-        return
-    click.echo(f"{'name':22} {'tokens':>8} {'dim':>5} {'input':>7}  summary; source; licence")
-    for row in rows:
-        grid = "{} x {}".format(*row["token_grid"])
-        known = "; ".join(filter(None, (row["summary"], row["source"], row["licence"])))
-        click.echo(f"{row['name']:22} {grid:>8} {row['token_dim']:>5} {row['image_size']:>4} px  {known}")
+    known = [(spec, get_entry(spec.name).fit is not None) for spec in specs()]
+    lines = [f"{'name':22} {'tokens':>8} {'dim':>5} {'input':>7}  summary; source; licence"]
+    for spec, _ in known:
+        grid = "{} x {}".format(*spec.token_grid)
+        about = "; ".join(filter(None, (spec.summary, spec.source, spec.licence)))
+        lines.append(f"{spec.name:22} {grid:>8} {spec.token_dim:>5} {spec.image_size:>4} px  {about}")
+    rows = [{**asdict(spec), "token_grid": spec.token_grid, "fitted": fitted} for spec, fitted in known]
+    show(rows, lines)

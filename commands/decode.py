@@ -2,77 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import click
 
 from wmcache.commands.command import Command, take_chosen
 from wmcache.commands.options import ByName, options_of
-from wmcache.commands.output import print_json, say
-from wmcache.commands.shared import ANY_PATH, PATH, json_option, moved_cache_option, name_of
-from wmcache.common.errors import UserError, command
+from wmcache.commands.output import show
+from wmcache.commands.shared import file_option, json_option, moved_cache_option, name_of, path_option
+from wmcache.common.errors import command
 from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath
 from wmcache.planner.options import ImagineOptions
 from wmcache.trainer.options import DecoderOptions
 
 METRICS = {"mse": "mse", "moving_mse": "mse, moving pixels", "ssim": "ssim", "lpips": "lpips"}
-frames_option = click.option(
-    "--frames", "--dataset", "dataset", type=ANY_PATH, help="Location of the store's frames, if they have moved."
+frames_option = path_option(
+    "--frames", "--dataset", "dataset", help="Location of the store's frames, if they have moved."
 )
-
-
-def _decoders() -> Iterable[str]:
-    from wmcache.trainer.decoders import DECODERS
-
-    return DECODERS
-
-
-def _decoder_options(name: str) -> type:
-    from wmcache.trainer.decoders import DECODERS
-
-    return DECODERS.get(name).Options
-
-
-DECODER = ByName("decoder", "decoder", names=_decoders, options=_decoder_options, every="auto")
+_decoders = partial(resolve_name, "wmcache.trainer.decoders:DECODERS")
+DECODER = ByName("decoder", "decoder", _decoders, lambda name: _decoders().get(name).Options, every="auto")
 
 
 @click.command(cls=Command, by=DECODER)
-@click.option("--cache", type=ANY_PATH, required=True, help="The token store.")
+@path_option("--cache", required=True, help="The token store.")
 @frames_option
-@click.option("--out", type=PATH, help="Folder of the decoder.  [default: $WMCACHE_HOME/decoders/<dataset>-<store>]")
+@file_option("--out", help="Folder of the decoder.  [default: $WMCACHE_HOME/decoders/<dataset>-<store>]")
 @click.option("--overwrite", is_flag=True, help="Delete the decoder in --out and start from scratch.")
 @json_option
 @options_of(DecoderOptions, decoder={"names": _decoders})
-def decoder(
-    cache: AnyPath, dataset: AnyPath | None, out: Path | None, overwrite: bool, as_json: bool, **settings: Any
-) -> None:
+def decoder(cache: AnyPath, dataset: AnyPath | None, out: Path | None, overwrite: bool, **settings: Any) -> None:
     """Train a decoder from cached tokens to frames, to look at latents with. Run again, it goes on where it stopped."""
     from wmcache.trainer.decoder import train_decoder
 
     out = out or home() / "decoders" / name_of(cache)
     options = DecoderOptions(decoder_options=take_chosen(settings, given=True), **settings)
     result = train_decoder(cache, _frames_of(cache, dataset), out, options, overwrite=overwrite)
-    if as_json:
-        print_json(result)
-        return
-    say(f"{out}: {result['frames']} held-out frames, {_figures(result)}")
-    if "mean_frame" in result:  # a decoder of an earlier version has no such figures
-        say(f"the mean frame, for comparison: {_figures(result['mean_frame'])}")
-        say(_explain_moving(result["moving"]))
-    _print_absence(result)
-    say(f"draw what a world model imagines with: {command('wmcache', 'imagine', '--run', 'RUN', '--decoder', out)}")
+    show(result, _decoder_lines(result, out))
 
 
 @click.command(cls=Command)
-@click.option("--run", type=PATH, required=True, help="Folder of the world model's run.")
-@click.option("--decoder", type=PATH, required=True, help="Folder of a decoder of the same store.")
+@file_option("--run", required=True, help="Folder of the world model's run.")
+@file_option("--decoder", required=True, help="Folder of a decoder of the same store.")
 @frames_option
 @moved_cache_option
 @options_of(ImagineOptions)
-@click.option("--out", type=PATH, help="Folder of the pictures.  [default: RUN/imagine]")
+@file_option("--out", help="Folder of the pictures.  [default: RUN/imagine]")
 @json_option
 def imagine(
     run: Path,
@@ -80,7 +59,6 @@ def imagine(
     dataset: AnyPath | None,
     cache: AnyPath | None,
     out: Path | None,
-    as_json: bool,
     **settings: Any,
 ) -> None:
     """Draw what a world model imagines beside what then happened: videos, a picture, and figures for each step."""
@@ -88,26 +66,26 @@ def imagine(
     from wmcache.trainer.runs import read_config
 
     cache, out = cache or Path(read_config(run)["cache"]), out or run / "imagine"
-    frames = _frames_of(cache, dataset)
-    result = draw(run, decoder, frames, out, ImagineOptions(**settings), cache=cache)
-    if as_json:
-        print_json(result)
-        return
-    _print_steps(result["steps"])
-    _print_absence(result)
-    say(f"pictures: {out}")
+    result = draw(run, decoder, _frames_of(cache, dataset), out, ImagineOptions(**settings), cache=cache)
+    lines = [*_step_lines(result["steps"]), *_absence(result), f"pictures: {out}"]
+    show(result, lines)
 
 
 def _frames_of(cache: AnyPath, dataset: AnyPath | None) -> Any:
-    """The `FrameDataset` that a store was made of."""
+    """Open the `FrameDataset` that a store was made of."""
     from wmcache.cache.store import TokenStore
-    from wmcache.pipeline.stores import open_frames
+    from wmcache.pipeline.stores import frames_of
 
-    store = TokenStore.open(cache)
-    frames = open_frames(store.card, dataset)
-    if frames.card.fingerprint != store.identity.dataset_fingerprint:
-        raise UserError(f"{frames.path} does not have the frames of {cache}; pass the right --frames")
-    return frames
+    return frames_of(TokenStore.open(cache), dataset)
+
+
+def _decoder_lines(result: dict[str, Any], out: Path) -> Iterator[str]:
+    yield f"{out}: {result['frames']} held-out frames, {_figures(result)}"
+    if "mean_frame" in result:  # a decoder of an earlier version has no such figures
+        yield f"the mean frame, for comparison: {_figures(result['mean_frame'])}"
+        yield _explain_moving(result["moving"])
+    yield from _absence(result)
+    yield f"draw what a world model imagines with: {command('wmcache', 'imagine', '--run', 'RUN', '--decoder', out)}"
 
 
 def _figures(result: dict[str, Any]) -> str:
@@ -118,18 +96,18 @@ def _figure(name: str, value: float | None) -> str:
     return "-" if value is None else f"{value:.6f}" if name.endswith("mse") else f"{value:.4f}"
 
 
-def _print_steps(rows: list[dict[str, Any]]) -> None:
-    """Print a block for each metric: pictures as lines, up to 10 model steps as columns."""
+def _step_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Format a block for each metric: pictures as lines, up to 10 model steps as columns."""
     from wmcache.planner.imagine import PICTURES
 
     count = min(len(rows), 10)
     shown = [rows[k * (len(rows) - 1) // max(count - 1, 1)] for k in range(count)]
     for name, title in METRICS.items():
         if name in shown[0]["imagined"]:
-            click.echo(f"{title:21}" + "".join(f" {'step ' + str(row['step']):>8}" for row in shown))
+            yield f"{title:21}" + "".join(f" {'step ' + str(row['step']):>8}" for row in shown)
             for picture, label in PICTURES.items():
-                click.echo(f"  {label:19}" + "".join(f" {_figure(name, row[picture][name]):>8}" for row in shown))
-    click.echo(_explain_moving(sum(row["imagined"]["moving"] for row in rows) / len(rows)))
+                yield f"  {label:19}" + "".join(f" {_figure(name, row[picture][name]):>8}" for row in shown)
+    yield _explain_moving(sum(row["imagined"]["moving"] for row in rows) / len(rows))
 
 
 def _explain_moving(share: float) -> str:
@@ -139,6 +117,5 @@ def _explain_moving(share: float) -> str:
     return f"moving: {share:.2%} of the pixels, {rule}" if share else f"moving: no pixel; a pixel moves {rule}"
 
 
-def _print_absence(result: dict[str, Any]) -> None:
-    if "lpips_absent" in result:
-        click.echo(f"no LPIPS: {result['lpips_absent']}")
+def _absence(result: dict[str, Any]) -> list[str]:
+    return [f"no LPIPS: {result['lpips_absent']}"] if "lpips_absent" in result else []

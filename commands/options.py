@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from wmcache.common.errors import UserError
-from wmcache.common.options import Declared, declared
+from wmcache.common.options import Declared, declared, suggest
+from wmcache.common.registry import Registry
 
 F = TypeVar("F", bound=Callable[..., Any])
 Names = Callable[[], Iterable[str]]
@@ -34,7 +34,7 @@ class Option(click.Option):
         self.group, self.field, self.names = group or "Options", field, names
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """The flag and its help, with the names filled in."""
+        """Fill the names in."""
         if self.names is not None:
             self.help = (self.help or "").replace("{names}", ", ".join(self.names()))
         return super().get_help_record(ctx)
@@ -44,7 +44,7 @@ class Finite(click.FloatRange):
     """A finite number, in a range if there is one."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Convert; nan and inf fail."""
+        """Refuse nan and inf."""
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number", param, ctx)
@@ -54,53 +54,38 @@ class Finite(click.FloatRange):
         return "" if self.min is None and self.max is None else super()._describe_range()
 
 
-class Presets(Protocol):
-    """Presets by name, each {flag without dashes, or field: value}: a dict or a registry."""
-
-    def __iter__(self) -> Iterator[str]:
-        """The names."""
-        ...
-
-    def get(self, name: str, /) -> Mapping[str, Any] | None:
-        """The preset of a name."""
-        ...
-
-
 class Preset(Option):
-    """An option whose value gives other options their defaults."""
+    """An option whose value gives other options their defaults; each preset is {flag without dashes, or field: value}."""
 
-    def __init__(self, *args: Any, presets: Presets, **settings: Any) -> None:
+    def __init__(self, *args: Any, presets: Mapping[str, Any] | Registry[Any], **settings: Any) -> None:
         """Take click's arguments, and the presets."""
         super().__init__(*args, type=Name(presets), **settings)
         self.presets = presets
 
     def values(self, words: Sequence[str]) -> dict[str, Any]:
-        """The defaults that a command line asks for, by flag without dashes."""
+        """Return the defaults that a command line asks for, by flag without dashes."""
         name = _value_of(self.opts, words)
-        known = self.presets.get(name) if name in set(self.presets) and name else None
-        return {flag.replace("_", "-"): value for flag, value in (known or {}).items()}
+        known = (self.presets.get(name) if name and name in self.presets else None) or {}
+        return {flag.replace("_", "-"): value for flag, value in known.items()}
 
 
 class Name(click.ParamType[str]):
-    """One of some names."""
+    """One of some names, which are iterated when they are needed."""
 
     name = "name"
 
     def __init__(self, names: Iterable[str]) -> None:
-        """Args: `names`, iterated when they are needed."""
+        """Import nothing yet."""
         self.names = names
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return a known name; others fail with the nearest."""
-        known = list(self.names)
-        if value not in known:
-            close = difflib.get_close_matches(value, known)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
-            self.fail(f"{value!r} is unknown; {hint}", param, ctx)
+        """Refuse an unknown name, with the nearest."""
+        if value not in (known := list(self.names)):
+            self.fail(f"{value!r} is unknown; {suggest(value, known)}", param, ctx)
         return str(value)
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:  # noqa: ARG002
-        """The names, as those of a `Choice`."""
+        """Show the names as those of a `Choice`."""
         return f"[{'|'.join(self.names)}]"
 
 
@@ -123,14 +108,14 @@ class ByName:
     every: str = ""
 
     def name(self, command: click.Command, words: Sequence[str], preset: Mapping[str, Any]) -> str:
-        """The name on a command line, before that is parsed."""
+        """Return the name on a command line, before that is parsed."""
         param = next((known for known in command.params if known.name == self.param), None)
         if param is None:
             return self.default
         return _value_of(param.opts, words) or preset.get(param.opts[0].lstrip("-")) or str(param.default)
 
     def params(self, name: str, taken: Collection[str]) -> list[Option]:
-        """The options of a name, or of all where it is `every`; of several with one flag the first.
+        """Make the options of a name, or of all where it is `every`; of several with one flag the first.
 
         Raises:
             UserError: unknown name, or one of its flags is taken by the command itself.
@@ -157,15 +142,14 @@ class ByName:
 
 
 def to_option(known: Declared, *, prefix: str = "", **changes: Any) -> Option:
-    """An option of a command as a field declares it; `changes` are arguments of `Option` that win."""
+    """Make an option as a field declares it; `changes` are arguments of `Option` that win."""
     kind: Any = known.kind
-    bounds: dict[str, Any] = {"min": known.least, "max": known.most, "min_open": known.above, "max_open": known.below}
     if known.choices:
         kind = click.Choice(known.choices)
     elif kind is float:
-        kind = Finite(**bounds)
-    elif kind is int and (known.least, known.most) != (None, None):
-        kind = click.IntRange(**bounds)
+        kind = Finite(**known.bounds)
+    elif kind is int and known.bounds:
+        kind = click.IntRange(**known.bounds)
     settings: dict[str, Any] = {"type": kind, "help": known.help or None, "group": known.group, "field": known.name}
     if kind is bool:
         settings |= {"is_flag": True, "type": None}
@@ -176,17 +160,14 @@ def to_option(known: Declared, *, prefix: str = "", **changes: Any) -> Option:
     return Option([known.flag, prefix + known.name], **(settings | changes))
 
 
-def make_options(
-    kind: type, *, only: Collection[str] | None = None, without: Collection[str] = (), **changes: Mapping[str, Any]
-) -> list[Option]:
-    """The options that a dataclass declares.
+def make_options(kind: type, *, only: Collection[str] = (), **changes: Mapping[str, Any]) -> list[Option]:
+    """Make the options that a dataclass declares.
 
     Args:
-        kind: the dataclass.
-        only, without: fields that are options of this command, or are not.
+        only: fields that are options of this command; by default all.
         changes: field -> arguments of `Option` that win over its declaration.
     """
-    wanted = [known for known in declared(kind) if known.name not in without and (only is None or known.name in only)]
+    wanted = [known for known in declared(kind) if not only or known.name in only]
     return [to_option(known, **changes.get(known.name, {})) for known in wanted]
 
 
@@ -202,7 +183,7 @@ def options_of(kind: type, **settings: Any) -> Callable[[F], F]:
 
 
 def _value_of(flags: Sequence[str], words: Sequence[str]) -> str | None:
-    """The last value of an option among words that are not parsed yet."""
+    """Return the last value of an option among words that are not parsed yet."""
     found = None
     for word, following in itertools.pairwise([*words, ""]):
         flag, equals, value = word.partition("=")

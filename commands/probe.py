@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from wmcache.commands.command import Command
-from wmcache.commands.output import print_json, say
-from wmcache.commands.shared import ANY_PATH, PATH, json_option
+from wmcache.commands.output import prints_json, say, show
+from wmcache.commands.shared import ANY_PATH, count_option, file_option, json_option, path_option
 from wmcache.common.paths import AnyPath
 
 if TYPE_CHECKING:
@@ -33,13 +34,11 @@ LEGEND = {
 
 @click.command("probe", cls=Command)
 @click.argument("stores", metavar="STORE...", type=ANY_PATH, nargs=-1, required=True)
-@click.option("--dataset", type=ANY_PATH, help="The frames, to take the maze from if the store has none.")
-@click.option("--frames", type=click.IntRange(1), default=2000, help="Most training frames for the probes.")
-@click.option(
-    "--out", type=PATH, help="Folder for the pictures.  [default: beside each STORE, with .probe.png for .zarr]"
-)
+@path_option("--dataset", help="The frames, to take the maze from if the store has none.")
+@count_option("--frames", default=2000, help="Most training frames for the probes.")
+@file_option("--out", help="Folder for the pictures.  [default: beside each STORE, with .probe.png for .zarr]")
 @json_option
-def probe(stores: tuple[AnyPath, ...], dataset: AnyPath | None, frames: int, out: Path | None, as_json: bool) -> None:
+def probe(stores: tuple[AnyPath, ...], dataset: AnyPath | None, frames: int, out: Path | None) -> None:
     """Measure what a planner can read out of token stores, on held-out episodes, and draw a picture of each.
 
     A row per store, and for states that are not of a maze the R^2 of each state column. The output ends with what each header means.
@@ -54,39 +53,37 @@ def probe(stores: tuple[AnyPath, ...], dataset: AnyPath | None, frames: int, out
     found: list[dict[str, Any]] = []
     for store, picture in zip(stores, pictures, strict=True):
         result = run(store, dataset=dataset, frames=frames)
-        if not as_json and not found:
+        if not found and not prints_json():
             click.echo(row(list(LEGEND), "store"))
         if is_drawn := result.nearest is not None:
             draw_probe(store, picture, dataset=dataset)
         found.append({**result.to_json(), "picture": str(picture) if is_drawn else None})
-        if not as_json:
+        if not prints_json():
             say(row(cells(result), "/".join(store.parts[-2:])))
-    if as_json:
-        print_json(found)
+    show(found, _explanations(found))
+    if prints_json():
         return
     for values in found:
-        if "x" not in values["linear"] and values["linear"]:
-            click.echo("\n".join(["", *state_table(values)]))
-    click.echo("\n".join(["", *(f"{name:8}  {meaning}" for name, meaning in LEGEND.items()), "-         not known"]))
-    for values in found:
-        drawn = (
-            f"drawn: {values['picture']}" if values["picture"] else "not drawn: the distances in the maze are not known"
-        )
+        drawn = f"drawn: {values['picture']}" if values["picture"] else "not drawn: no distances in a maze are known"
         say(f"{values['store']}: {drawn}", err=True)
+
+
+def _explanations(found: list[dict[str, Any]]) -> Iterator[str]:
+    """Format the R^2 of each state column of stores without a maze, a line each, and what the headers mean."""
+    for values in found:
+        if "x" not in values["linear"] and values["linear"]:
+            width = max(map(len, ("column", *values["linear"])))
+            yield from ("", f"R^2 of each state column: {values['store']}", f"{'column':{width}} {'lin':>8} {'MLP':>8}")
+            for name, linear in values["linear"].items():
+                yield f"{name:{width}} {rounded(linear):>8} {rounded(values['mlp'][name]):>8}"
+    yield ""
+    yield from (f"{name:8}  {meaning}" for name, meaning in LEGEND.items())
+    yield "-         not known"
 
 
 def row(values: list[str], store: str) -> str:
     """Format a line of the table; a value that is wider than its column moves the others."""
     return " ".join(f"{value:>{max(7, len(name))}}" for value, name in zip(values, LEGEND, strict=True)) + f"  {store}"
-
-
-def state_table(values: dict[str, Any]) -> list[str]:
-    """Format the R^2 of each state column of a store, a line each."""
-    width = max(map(len, ("column", *values["linear"])))
-    lines = [f"R^2 of each state column: {values['store']}", f"{'column':{width}} {'lin':>8} {'MLP':>8}"]
-    for name, linear in values["linear"].items():
-        lines.append(f"{name:{width}} {rounded(linear):>8} {rounded(values['mlp'][name]):>8}")
-    return lines
 
 
 def rounded(value: float | None) -> str:

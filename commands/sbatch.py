@@ -10,23 +10,26 @@ from click.core import ParameterSource
 from wmcache.commands.command import CONTEXT, Command
 from wmcache.commands.data import extract
 from wmcache.commands.output import say
-from wmcache.commands.shared import PATH, program_path
+from wmcache.commands.shared import count_option, file_option, program_path
 from wmcache.commands.train import wmtrain
 from wmcache.common.errors import UserError, command
 from wmcache.common.folders import home
 from wmcache.common.paths import exists, unreadable
 
-NOT_IN_AN_ARRAY = {"--shard-slice": "the script gives each job its own", "--dry-run": "it needs no cluster"}
+NOT_IN_AN_ARRAY = {
+    "part": "--shard-slice: the script gives each job its own",
+    "dry_run": "--dry-run: it needs no cluster",
+}
+WAIT = "let the job wait for that, as with sbatch --dependency"
 
 
 @click.command(cls=Command, context_settings={**CONTEXT, "allow_interspersed_args": False})
 @click.option(
     "--profile", default="slurm", help="Resources of each job: a name in $WMCACHE_HOME/profiles, or a .toml file."
 )
-@click.option("--jobs", type=click.IntRange(1), help="Jobs that share an extraction.  [default: the profile's]")
-@click.option(
+@count_option("--jobs", help="Jobs that share an extraction.  [default: the profile's]")
+@file_option(
     "--out",
-    type=PATH,
     help="The script to write.  [default: $WMCACHE_HOME/jobs/<program>.sh, with a number where that is another script]",
 )
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="extract|wmtrain [OPTIONS]...")
@@ -61,23 +64,21 @@ def _checked_extract(words: list[str]) -> list[str]:
     from wmcache.pipeline.frames import no_dataset
 
     context = extract.make_context("wmcache extract", list(words))
-    for option in extract.params:
-        why = next((NOT_IN_AN_ARRAY[flag] for flag in option.opts if flag in NOT_IN_AN_ARRAY), None)
-        if why and context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE:
-            raise UserError(f"{option.opts[0]}: {why}; leave it out")
+    for name, why in NOT_IN_AN_ARRAY.items():
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UserError(f"{why}; leave it out")
     if not (cluster := context.params["cluster"]).startswith("local"):
         raise UserError(f"--cluster {cluster}: each job of the array works alone; leave it out")
     for name in context.params["names"].split(","):
         get_entry(name.strip())
     dataset = context.params["dataset"] or home() / "pointmaze-umaze"
     try:
-        unfinished = exists(dataset / "unfinished.json")
-        if not unfinished and not exists(dataset / "dataset.json"):
+        if exists(dataset / "unfinished.json"):
+            say(f"{dataset} is not finished yet: {WAIT}", err=True)
+        elif not exists(dataset / "dataset.json"):
             raise no_dataset(dataset)
     except OSError as error:
         raise unreadable(dataset, error) from error
-    if unfinished:
-        click.echo(f"{dataset} is not finished yet: let the jobs wait for that, as with sbatch --dependency", err=True)
     return words
 
 
@@ -94,7 +95,7 @@ def _checked_wmtrain(words: list[str], gpus: int) -> list[str]:
     from wmcache.cache.layout import read_attributes
 
     if not read_attributes(store)["complete"]:
-        click.echo(f"{store} is not complete yet: let the job wait for that, as with sbatch --dependency", err=True)
+        say(f"{store} is not complete yet: {WAIT}", err=True)
     devices = context.params["devices"]
     if devices is not None and devices > max(1, gpus) and context.params["device"] != "cpu":
         raise UserError(f"--devices {devices} is more than the {gpus} GPUs of the profile; leave it out, or raise gpus")

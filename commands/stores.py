@@ -9,8 +9,15 @@ from typing import Any
 import click
 
 from wmcache.commands.command import Command
-from wmcache.commands.output import print_json, say
-from wmcache.commands.shared import ANY_PATH, PATH, json_option, moved_dataset_option, source_options, store_argument
+from wmcache.commands.output import say, show
+from wmcache.commands.shared import (
+    ANY_PATH,
+    file_option,
+    json_option,
+    moved_dataset_option,
+    source_options,
+    store_argument,
+)
 from wmcache.common.errors import UserError, command, one_line
 from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath, beside, is_local
@@ -20,40 +27,32 @@ from wmcache.common.space import human_bytes
 @click.command("ls", cls=Command)
 @click.argument("folder", type=ANY_PATH, required=False)
 @json_option
-def list_(folder: AnyPath | None, as_json: bool) -> None:
+def list_(folder: AnyPath | None) -> None:
     """List the token stores under FOLDER ($WMCACHE_HOME/stores)."""
     from wmcache.cache.catalogue import list_stores
 
     if folder and is_local(folder) and not folder.is_dir():
         raise UserError(f"{folder} is not a folder; pass one that has stores in it")
     entries = list_stores(folder or home() / "stores")
-    if as_json:
-        print_json([asdict(entry) for entry in entries])
-        return
-    click.echo(f"{'state':>16} {'size':>9} {'frames':>8} {'tokens':>10} {'dtype':>8}  store")
+    lines = [f"{'state':>16} {'size':>9} {'frames':>8} {'tokens':>10} {'dtype':>8}  store"]
     for entry in entries:
-        shape = f"{entry.tokens} x {entry.token_dim}"
-        say(
-            f"{entry.state:>16} {human_bytes(entry.bytes):>9} {entry.frames:>8} {shape:>10} {entry.dtype:>8}  {entry.path}"
-        )
+        size, shape = human_bytes(entry.bytes), f"{entry.tokens} x {entry.token_dim}"
+        lines.append(f"{entry.state:>16} {size:>9} {entry.frames:>8} {shape:>10} {entry.dtype:>8}  {entry.path}")
+    show([asdict(entry) for entry in entries], lines)
 
 
 @click.command(cls=Command)
 @store_argument
 @json_option
-def info(store: AnyPath, as_json: bool) -> None:
+def info(store: AnyPath) -> None:
     """Show the settings, the identity and the state of a token store."""
     from wmcache.cache.catalogue import describe
 
     values = describe(store)
-    if as_json:
-        print_json(values)
-        return
-    for group in ("identity", "card", "versions"):
-        for name, value in values.pop(group).items():
-            values[f"{group}.{name}"] = value
-    for name, value in values.items():
-        say(f"{name:28} {value}")
+    groups = ("identity", "card", "versions")
+    rows = {name: value for name, value in values.items() if name not in groups}
+    rows |= {f"{group}.{name}": value for group in groups for name, value in values[group].items()}
+    show(values, (f"{name:28} {value}" for name, value in rows.items()))
 
 
 @click.command(cls=Command)
@@ -61,7 +60,7 @@ def info(store: AnyPath, as_json: bool) -> None:
 @click.option("--deep", is_flag=True, help="Also encode a sample of the frames again, and compare.")
 @source_options
 @json_option
-def verify(store: AnyPath, deep: bool, as_json: bool, **source: Any) -> None:
+def verify(store: AnyPath, deep: bool, **source: Any) -> None:
     """Compare every byte of a token store with its records; exit status 1 if something is wrong."""
     if deep:
         from wmcache.pipeline.repair import verify_deep
@@ -71,20 +70,15 @@ def verify(store: AnyPath, deep: bool, as_json: bool, **source: Any) -> None:
         from wmcache.cache.verify import verify as run
 
         found = run(store)
-    if as_json:
-        print_json({**asdict(found), "sound": found.sound})
-    else:
-        say(f"{store}: {found.shards_done} of {found.shards} shards as they were written, {found.frames} frames")
-        for fault in found.faults:
-            say(f"fault: {fault.file}: {fault.reason}")
-        for file in found.leftovers:
-            say(f"left over, harmless: {file}")
-        if found.drift:
-            click.echo(", ".join(f"{name} {value:.6f}" for name, value in found.drift.items()))
+    lines = [f"{store}: {found.shards_done} of {found.shards} shards as they were written, {found.frames} frames"]
+    lines += [f"fault: {fault.file}: {fault.reason}" for fault in found.faults]
+    lines += [f"left over, harmless: {file}" for file in found.leftovers]
+    if found.drift:
+        lines.append(", ".join(f"{name} {value:.6f}" for name, value in found.drift.items()))
+    show({**asdict(found), "sound": found.sound}, lines)
     if not found.sound:
-        raise UserError(
-            f"{store} is {'damaged' if found.faults else 'incomplete'}; repair it with: {command('wmcache', 'repair', store)}"
-        )
+        state = "damaged" if found.faults else "incomplete"
+        raise UserError(f"{store} is {state}; repair it with: {command('wmcache', 'repair', store)}")
 
 
 @click.command(cls=Command)
@@ -112,7 +106,7 @@ def repair(store: AnyPath, **source: Any) -> None:
 @store_argument
 @moved_dataset_option
 @click.option("--count", type=click.IntRange(1, 64), default=8, help="Frames to draw.")
-@click.option("--out", type=PATH, help="The PNG to write.  [default: STORE, with .png for .zarr]")
+@file_option("--out", help="The PNG to write.  [default: STORE, with .png for .zarr]")
 def preview(store: AnyPath, out: Path | None, **settings: Any) -> None:
     """Draw frames of a store beside their tokens, the first three principal components as colours."""
     from wmcache.pipeline.pictures import preview as run

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from wmcache.commands.command import Command
-from wmcache.commands.output import print_json, say, shell_command
-from wmcache.commands.shared import PATH, cluster_option, json_option
+from wmcache.commands.output import shell_command, show
+from wmcache.commands.shared import PATH, cluster_option, count_option, file_option, json_option
 from wmcache.common.errors import UserError
 from wmcache.common.folders import home
 
@@ -24,25 +24,23 @@ DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
     multiple=True,
     help="Encoder to study: one of FILE by label or name, or another with its defaults; repeatable.",
 )
-@click.option(
+@file_option(
     "--dataset",
-    type=PATH,
     help="Existing frame dataset that replaces FILE's.  [default: FILE's, else $WMCACHE_HOME/pointmaze-<maze>]",
 )
 @click.option("--seeds", help="Seeds of fits and trainings, as in 0,1,2.  [default: FILE's]")
 @click.option("--fractions", help="Shares of the train episodes, as in 0.1,0.25,1.  [default: FILE's]")
-@click.option("--steps", type=click.IntRange(1), help="Training steps.  [default: FILE's]")
-@click.option("--episodes", type=click.IntRange(1), help="Episodes of each evaluation.  [default: FILE's]")
+@count_option("--steps", help="Training steps.  [default: FILE's]")
+@count_option("--episodes", help="Episodes of each evaluation.  [default: FILE's]")
 @click.option("--device", help="Device: auto, cpu, cuda, cuda:1, mps.  [default: FILE's, else auto]")
 @cluster_option(default=None, also="  [default: FILE's, else local:1]")
-@click.option(
+@file_option(
     "--out",
-    type=PATH,
     help="Folder; studies may share one, and with it their common cells.  "
     "[default: $WMCACHE_HOME/studies/<name of FILE>]",
 )
 @json_option
-def study(file: Path | None, out: Path | None, as_json: bool, **flags: Any) -> None:
+def study(file: Path | None, out: Path | None, **flags: Any) -> None:
     """Compare encoders by what the same world model plans with them, with the settings of FILE (TOML). Run again, it goes on.
 
     Without FILE, compare the encoders that need no download.
@@ -53,27 +51,24 @@ def study(file: Path | None, out: Path | None, as_json: bool, **flags: Any) -> N
     from wmcache.study.table import tabulate
 
     file = file or DEFAULT
-    for name, kind in (("seeds", int), ("fractions", float)):
-        flags[name] = None if flags[name] is None else _numbers(flags[name], kind, f"--{name}")
-    flags["dataset"] = None if flags["dataset"] is None else str(flags["dataset"])
-    options = read_study(file, flags)
+    options = read_study(file, {name: _plain(name, value) for name, value in flags.items()})
     out = out or home() / "studies" / file.stem
     branches, work, failures = run_study(options, out)
     rows = tabulate(branches, work, failures)
     results = write_report(out, options, rows, work, branches, shell_command(sys.argv))
-    if as_json:
-        print_json({"rows": rows, **results})
-    else:
-        click.echo(headline(options, rows))
-        click.echo(summary(options, results))
-        say(f"report: {out / 'study.html'}")
+    lines = f"{headline(options, rows)}\n{summary(options, results)}".splitlines()
+    show({"rows": rows, **results}, [*lines, f"report: {out / 'study.html'}"])
     if failures:
         failed = sorted({str(row["failed"]) for row in rows if row["failed"]})
         raise click.ClickException(f"{len(failures)} cells failed, the others are done; the first: {failed[0]}")
 
 
-def _numbers(text: str, kind: type[int] | type[float], flag: str) -> list[int] | list[float]:
+def _plain(name: str, value: Any) -> Any:
+    """Convert a flag as TOML has its value."""
+    kind = {"seeds": int, "fractions": float}.get(name)
+    if kind is None or value is None:
+        return str(value) if isinstance(value, Path) else value
     try:
-        return [kind(word) for word in text.split(",")]
+        return [kind(word) for word in value.split(",")]
     except ValueError:
-        raise UserError(f"{flag} {text} is not a list of numbers separated by commas") from None
+        raise UserError(f"--{name} {value} is not a list of numbers separated by commas") from None

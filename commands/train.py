@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import click
@@ -15,58 +16,28 @@ from wmcache import __version__
 from wmcache.commands.command import Group, take_chosen
 from wmcache.commands.options import ByName, Option, Preset, options_of
 from wmcache.commands.output import say, shell_command
-from wmcache.commands.shared import ANY_PATH, PATH, name_of, program_path
+from wmcache.commands.shared import ANY_PATH, PATH, file_option, name_of, path_option, program_path, run_option
 from wmcache.common.errors import INTERRUPTED, STOPPED, Stopped, UserError, command
 from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
 
-
-def _models() -> Iterable[str]:
-    from wmcache.trainer.models import MODELS
-
-    return MODELS
+_models = partial(resolve_name, "wmcache.trainer.models:MODELS")
+MODEL = ByName("model", "world model", _models, lambda name: _models().get(name).Options)
 
 
-def _stages() -> Iterable[str]:
-    from wmcache.trainer.models import MODELS
-
-    return dict.fromkeys(stage for name in MODELS for stage in MODELS.get(name).stages)
-
-
-def _model_options(name: str) -> type:
-    from wmcache.trainer.models import MODELS
-
-    return MODELS.get(name).Options
-
-
-MODEL = ByName("model", "world model", names=_models, options=_model_options)
+def _stages() -> list[str]:
+    return list(dict.fromkeys(stage for name in _models() for stage in _models().get(name).stages))
 
 
 @click.group(cls=Group, by=MODEL, invoke_without_command=True)
 @click.version_option(__version__, prog_name="wmtrain")
-@click.option(
-    "--cache", cls=Option, group="Run", type=ANY_PATH, help="The token store; nothing else is read.  [required]"
-)
-@click.option(
-    "--out",
-    cls=Option,
-    group="Run",
-    type=PATH,
-    help="Folder of the run.  [default: $WMCACHE_HOME/runs/<dataset>-<store>]",
-)
-@click.option("--preset", cls=Preset, group="Run", presets=PRESETS, help="Known settings; options beside it win.")
-@click.option(
-    "--resume",
-    cls=Option,
-    group="Run",
-    is_flag=True,
-    help="Continue the run in --out; --steps, --epochs and --lr may then differ.",
-)
-@click.option(
-    "--overwrite", cls=Option, group="Run", is_flag=True, help="Delete the run in --out and start from scratch."
-)
+@run_option("--cache", type=ANY_PATH, help="The token store; nothing else is read.  [required]")
+@run_option("--out", type=PATH, help="Folder of the run.  [default: $WMCACHE_HOME/runs/<dataset>-<store>]")
+@run_option("--preset", cls=Preset, presets=PRESETS, expose_value=False, help="Known settings; options beside it win.")
+@run_option("--resume", is_flag=True, help="Continue the run in --out; --steps, --epochs and --lr may then differ.")
+@run_option("--overwrite", is_flag=True, help="Delete the run in --out and start from scratch.")
 @options_of(TrainOptions, model={"names": _models}, stage={"names": _stages}, start={"type": PATH})
 @click.option(
     "--devices",
@@ -78,7 +49,6 @@ MODEL = ByName("model", "world model", names=_models, options=_model_options)
 )
 def wmtrain(
     cache: AnyPath | None,
-    preset: str | None,  # noqa: ARG001 (its values have become the defaults of other options)
     out: Path | None,
     start: Path | None,
     devices: int | None,
@@ -101,9 +71,8 @@ def wmtrain(
     from wmcache.trainer.train import check_slices, train
 
     out = out or home() / "runs" / name_of(cache)
-    chosen = TrainOptions(
-        model_options=take_chosen(settings), start=None if start is None else str(start.absolute()), **settings
-    )
+    settings["start"] = None if start is None else str(start.absolute())
+    chosen = TrainOptions(model_options=take_chosen(settings), **settings)
     if devices and devices > 1 and not is_distributed():
         from wmcache.engine.launch import launch
 
@@ -112,13 +81,11 @@ def wmtrain(
     try:
         with joined(chosen.device) as ranks:
             if devices and devices != ranks.local_world:
-                raise UserError(
-                    f"--devices {devices}, but torchrun has started {ranks.local_world}; leave out --devices"
-                )
+                raise UserError(f"--devices {devices}: torchrun has started {ranks.local_world}; leave it out")
             train(cache, out, chosen, resume=resume, overwrite=overwrite, ranks=ranks)
     except ReportedError as reported:
-        stopped = isinstance(reported.__cause__, KeyboardInterrupt)
-        ctx.exit((STOPPED if isinstance(reported.__cause__, Stopped) else INTERRUPTED) if stopped else 1)
+        cause = reported.__cause__
+        ctx.exit(STOPPED if isinstance(cause, Stopped) else INTERRUPTED if isinstance(cause, KeyboardInterrupt) else 1)
     if ranks.is_main:
         say(f"{out}: {_next_step(out, cache, chosen)}")
 
@@ -134,11 +101,9 @@ def _next_step(run: Path, cache: AnyPath, options: TrainOptions) -> str:
         return f"stage {stage} is trained; go on with: {shell_command([words.get(word, word) for word in sys.argv])}"
     if read_identity(run)[0].dataset.get("maze"):
         return f"trained; plan with: {command('wmplan', '--run', run)}"
-    return (
-        "trained; wmplan has no simulator of its frames: to plan in another one see docs/import.md; to see what it imagines, train a "
-        f"decoder with: {command('wmtrain', 'decoder', '--cache', cache)}, "
-        f"then: {command('wmcache', 'imagine', '--run', run, '--decoder', 'DECODER')}"
-    )
+    decode = command("wmtrain", "decoder", "--cache", cache)
+    draw = command("wmcache", "imagine", "--run", run, "--decoder", "DECODER")
+    return f"trained; its frames have no simulator, see docs/import.md; look at what it imagines with: {decode}, then: {draw}"
 
 
 @click.group("import-run", cls=Group)
@@ -148,13 +113,8 @@ def import_run() -> None:
 
 @import_run.command("dino-wm")
 @click.argument("folder", type=PATH)
-@click.option(
-    "--cache",
-    type=ANY_PATH,
-    required=True,
-    help="A store of the frames it was trained on; see: wmcache import dino-wm.",
-)
-@click.option("--out", type=PATH, required=True, help="Folder of the run.")
+@path_option("--cache", required=True, help="A store of the frames it was trained on; see: wmcache import dino-wm.")
+@file_option("--out", required=True, help="Folder of the run.")
 @click.option("--checkpoint", default="latest", help="Checkpoint to import: latest, or the number of an epoch.")
 @click.option("--overwrite", is_flag=True, help="Replace another run.")
 def import_run_dino_wm(folder: Path, cache: AnyPath, out: Path, **settings: Any) -> None:
@@ -162,10 +122,6 @@ def import_run_dino_wm(folder: Path, cache: AnyPath, out: Path, **settings: Any)
     from wmcache.trainer.import_dino_wm import import_dino_wm as run
 
     imported = run(folder, cache, out, **settings)
-    scale = (
-        "are standardised with the store's statistics"
-        if imported.standardised
-        else "are not standardised, as in hydra.yaml"
-    )
+    scale = "standardised with the store's statistics" if imported.standardised else "as they are, as in hydra.yaml"
     say(f"{out}: epoch {imported.epoch}, {imported.parameters / 1e6:.2f} M parameters")
-    say(f"actions and proprio {scale}; plan with: {command('wmplan', '--run', out)}")
+    say(f"actions and proprio: {scale}; plan with: {command('wmplan', '--run', out)}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -34,8 +34,7 @@ def option(default: T, help: str | None = None, *, flag: str | None = None, grou
     """Declare an option as a field of a dataclass.
 
     Args:
-        default: of the option and of the field.
-        help: a sentence that reads on its own. Without it, help, flag and group are those of the base class.
+        help: a sentence that reads on its own; without it, help, flag and group are those of the base class.
         flag: `--lr`, or a pair as `--decay-all/--decay-matrices`; by default the field's name. A bool with a single flag has no opposite.
             An empty text keeps the field off the command line.
         group: heading in the command's help; by default that of the field before.
@@ -48,10 +47,9 @@ class Declared:
     """What a field declares.
 
     Attributes:
-        name: of the field. flag: on the command line.
-        kind: int, float, bool or str. choices: of a `Literal`.
-        group: heading in a command's help.
-        least, most: the range; it excludes them where `above` and `below` are set.
+        kind: int, float, bool or str.
+        choices: of a `Literal`.
+        bounds: arguments of a click range: min, max, min_open, max_open.
     """
 
     name: str
@@ -61,15 +59,12 @@ class Declared:
     default: Any
     help: str
     group: str
-    least: float | None = None
-    most: float | None = None
-    above: bool = False
-    below: bool = False
+    bounds: dict[str, Any]
 
 
 @functools.cache
 def declared(kind: type) -> tuple[Declared, ...]:
-    """The options of a dataclass, in order; fields that are not numbers, bools, texts or choices are no options."""
+    """List the options of a dataclass; fields that are not numbers, bools, texts or choices are no options."""
     hints = get_type_hints(kind, include_extras=True)
     found: list[Declared] = []
     group = ""
@@ -77,24 +72,24 @@ def declared(kind: type) -> tuple[Declared, ...]:
         base, choices, bounds = _unwrap(hints[item.name])
         known = _metadata(kind, item.name)
         group = known.get("group", group)
-        flag = known.get("flag", _usual_flag(item.name, base))
+        word = item.name.replace("_", "-")
+        flag = known.get("flag", f"--{word}/--no-{word}" if base is bool else f"--{word}")
         if base in (int, float, bool, str) and flag:
-            found.append(Declared(item.name, flag, base, choices, item.default, known.get("help", ""), group, **bounds))
+            found.append(Declared(item.name, flag, base, choices, item.default, known.get("help", ""), group, bounds))
     return tuple(found)
 
 
-def _usual_flag(name: str, kind: type) -> str:
-    word = name.replace("_", "-")
-    return f"--{word}/--no-{word}" if kind is bool else f"--{word}"
+def suggest(name: str, known: Collection[str]) -> str:
+    """Hint at the names that are nearest to an unknown one, or at all that are known."""
+    close = difflib.get_close_matches(name, known)
+    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
 
 
 def parse_options(kind: type[T], values: object, where: str, *, without: Collection[str] = ()) -> T:
-    """Plain values by field name as an options dataclass, without conversions; fields that are missing have their defaults.
+    """Make an options dataclass of a table of TOML or JSON, without conversions; missing fields have their defaults.
 
     Args:
-        kind: the dataclass.
-        values: a table of TOML or JSON.
-        where: the file or option that they are from, for errors.
+        where: the file or option that the table is from, for errors.
         without: fields that may not be given.
 
     Raises:
@@ -104,18 +99,12 @@ def parse_options(kind: type[T], values: object, where: str, *, without: Collect
     if not isinstance(values, dict):
         raise UserError(f"{where} is not a table")
     if unknown := [name for name in values if name not in known]:
-        close = difflib.get_close_matches(str(unknown[0]), known)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
-        raise UserError(f"{where} has no option {', '.join(map(str, unknown))}; {hint}")
+        raise UserError(f"{where} has no option {', '.join(map(str, unknown))}; {suggest(str(unknown[0]), known)}")
     return _validate(kind, values, {name: f"{where}: {name}" for name in known}, where)
 
 
 def check_options(options: Any) -> None:
-    """Validate an options dataclass that was made in Python.
-
-    Raises:
-        UserError: a value does not fit its declaration; the flag is named.
-    """
+    """Validate an options dataclass that was made in Python; raise UserError with the flag of a value that does not fit."""
     kind: Any = type(options)
     flags = {known.name: known.flag.partition("/")[0] for known in declared(kind)}
     _validate(kind, asdict(options), flags, kind.__name__)
@@ -155,7 +144,7 @@ def _metadata(kind: type, name: str) -> dict[str, Any]:
 
 
 def _unwrap(hint: Any) -> tuple[Any, tuple[str, ...], dict[str, Any]]:
-    """Type, choices and bounds of an annotation."""
+    """Return the type, the choices and the bounds of an annotation."""
     bounds: dict[str, Any] = {}
     while (origin := get_origin(hint)) is not None:
         args = get_args(hint)
@@ -163,7 +152,9 @@ def _unwrap(hint: Any) -> tuple[Any, tuple[str, ...], dict[str, Any]]:
             return str, args, bounds
         if origin is Annotated:
             hint = args[0]
-            bounds |= {name: value for marker in args[1:] for name, value in _bounds(marker)}
+            for marker in args[1:]:
+                for part in getattr(marker, "metadata", [marker]):  # pydantic's Field has several
+                    bounds |= _bounds(part)
         elif origin in (Union, UnionType) and len(args) == 2 and NoneType in args:
             hint = args[args[0] is NoneType]
         else:
@@ -171,10 +162,9 @@ def _unwrap(hint: Any) -> tuple[Any, tuple[str, ...], dict[str, Any]]:
     return hint, (), bounds
 
 
-def _bounds(marker: Any) -> Iterator[tuple[str, Any]]:
-    for part in getattr(marker, "metadata", [marker]):  # pydantic's Field has several
-        for attribute, bound in {"ge": "least", "gt": "least", "le": "most", "lt": "most"}.items():
-            if (value := getattr(part, attribute, None)) is not None:
-                yield bound, value
-                if attribute in ("gt", "lt"):
-                    yield {"gt": "above", "lt": "below"}[attribute], True
+def _bounds(marker: Any) -> dict[str, Any]:
+    bounds: dict[str, Any] = {}
+    for key, end in {"ge": "min", "gt": "min", "le": "max", "lt": "max"}.items():
+        if (value := getattr(marker, key, None)) is not None:
+            bounds |= {end: value, f"{end}_open": key in ("gt", "lt")}
+    return bounds

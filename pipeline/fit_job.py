@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from wmcache.common.errors import UserError
 from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath, absolute, as_path
 from wmcache.pipeline import encoders
-from wmcache.pipeline.encoders import FitOptions
+from wmcache.pipeline.encoders import Encoder, FitOptions
 from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.fit import Fitted, fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
@@ -24,31 +24,39 @@ from wmcache.pipeline.stores import create_encoders, default_store, default_weig
 
 @dataclass(frozen=True)
 class FitJob:
-    """What a fit reads and writes."""
+    """What a fit reads and writes.
+
+    Attributes:
+        frames: path of those to fit on, or to measure on; None where a store's frames are not available.
+        store: path of the store of an adapter's base; None for other encoders.
+        out: the weights file.
+    """
 
     name: str
     options: FitOptions
-    frames: FrameDataset | None
-    """To fit on, or to measure on; None where a store's frames are not available."""
-    store: TokenStore | None
-    """Of an adapter's base; None for other encoders."""
+    frames: str | None
+    store: str | None
     out: Path
 
     @property
     def unmeasured(self) -> str:
-        """Why the landscape of such a fit is not known."""
+        """Explain why the landscape of such a fit is not known."""
         if self.frames is not None:
-            return f"{self.frames.path} has no maze, so the true distances are not known"
-        assert self.store is not None
-        where = self.store.card.dataset.get("path")
-        return f"the frames of {self.store.path} are not at {where}; pass their location with --dataset"
+            return f"{self.frames} has no maze, so the true distances are not known"
+        where = TokenStore.open(as_path(str(self.store))).card.dataset.get("path")
+        return f"the frames of {self.store} are not at {where}; pass their location with --dataset"
 
     def run(self, cluster: str, **settings: Any) -> Fitted:
         """Fit in a process of the cluster; `settings` are those of `fit.fit`, and of an adapter `base_weights`."""
-        paths = [None if found is None else absolute(found.path) for found in (self.frames, self.store)]
-        task = partial(_fit, *paths, name=self.name, out=self.out.absolute(), options=self.options, **settings)
-        fitted: Fitted = run_alone(task, cluster=cluster, label=f"fit {self.name}")
-        return replace(fitted, weights=self.out)
+        return run_alone(partial(self._fit, self.out.absolute(), **settings), cluster=cluster, label=f"fit {self.name}")
+
+    def _fit(self, out: Path, **settings: Any) -> Fitted:
+        frames = None if self.frames is None else FrameDataset.open(as_path(self.frames))
+        if self.store is None:
+            assert frames is not None
+            return fit(frames, self.name, out, self.options, **settings)
+        store = TokenStore.open(as_path(self.store))
+        return fit_adapter(store, self.name, out, self.options, dataset=frames, **settings)
 
 
 def prepare_fit(
@@ -81,23 +89,21 @@ def prepare_fit(
         if cache or base or base_weights:
             raise UserError(f"encoder {name} is fitted on frames, not on a store; leave out --cache and --base")
         frames = open_dataset(dataset)
-        return FitJob(name, chosen, frames, None, out or default_weights(frames.card.name, name))
+        return FitJob(name, chosen, absolute(frames.path), None, out or default_weights(frames.card.name, name))
     if cache and base:
         raise UserError("--cache has the store that the adapter is fitted on; leave out --base")
-    known = None
-    if cache is None or dataset is not None or chosen.needs_images:
-        known = open_dataset(dataset)
+    known = None if cache and dataset is None and not chosen.needs_images else open_dataset(dataset)
     if cache is None:
         assert known is not None
-        weights = (str(base_weights),) if base_weights else ()
+        weights = [str(base_weights)] if base_weights else []
         (encoder,) = create_encoders(known.card.name, names=base or entry.base, weights=weights, device=device)
         cache = default_store(known.card.name, encoder)
         extract_together(known, [(encoder, cache)], cluster=cluster, device=device)
     store = TokenStore.open(cache)
-    if known is None:
-        with suppress(UserError):  # without frames, the fit is not measured
-            known = frames_of(store)
-    return FitJob(name, chosen, known, store, out or default_weights(str(store.card.dataset["name"]), name))
+    with suppress(UserError):  # without frames, the fit is not measured
+        known = known or frames_of(store)
+    out = out or default_weights(str(store.card.dataset["name"]), name)
+    return FitJob(name, chosen, absolute(known.path) if known else None, absolute(store.path), out)
 
 
 def open_dataset(path: AnyPath | None) -> FrameDataset:
@@ -105,12 +111,7 @@ def open_dataset(path: AnyPath | None) -> FrameDataset:
     return FrameDataset.open(path or home() / "pointmaze-umaze")
 
 
-def _fit(
-    dataset: str | None, store: str | None, *, name: str, out: Path, options: FitOptions, **settings: Any
-) -> Fitted:
-    """The task of a fit: on the frames, or on a store where there is one."""
-    frames = None if dataset is None else FrameDataset.open(as_path(dataset))
-    if store is not None:
-        return fit_adapter(TokenStore.open(as_path(store)), name, out, options, dataset=frames, **settings)
-    assert frames is not None
-    return fit(frames, name, out, options, **settings)
+def open_inputs(dataset: AnyPath | None, encoder: dict[str, Any]) -> tuple[FrameDataset, list[Encoder]]:
+    """Open a dataset, and create encoders with its fitted weights; `encoder` has arguments of `create_encoders`."""
+    frames = open_dataset(dataset)
+    return frames, create_encoders(frames.card.name, **encoder)

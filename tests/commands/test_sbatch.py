@@ -69,8 +69,8 @@ class Site:
         (self.programs / name).write_text(text)
         (self.programs / name).chmod(0o755)
 
-    def write(self, *words: str) -> Path:
-        result = sbatch(*words)
+    def write(self, line: str) -> Path:
+        result = sbatch(*line.split())
         assert result.exit_code == 0, result.output
         (line,) = result.stdout.splitlines()
         assert line.startswith("sbatch ")
@@ -79,12 +79,9 @@ class Site:
         return script
 
     def start(self, script: Path, mode: str | int = 0) -> subprocess.Popen[bytes]:
-        settings = {
-            "MODE": str(mode),
-            "SEEN": str(self.folder),
-            "PATH": f"{self.programs}:{os.environ['PATH']}",
-            **{"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"},
-        }
+        job = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+        path = f"{self.programs}:{os.environ['PATH']}"
+        settings = {"MODE": str(mode), "SEEN": str(self.folder), "PATH": path, **job}
         (self.folder / "ready").unlink(missing_ok=True)
         return subprocess.Popen(["/bin/bash", script], env={**os.environ, **settings}, cwd="/")
 
@@ -105,6 +102,7 @@ class Site:
 
     @property
     def requeued(self) -> str:
+        """The arguments of `scontrol`; empty where it was not called."""
         file = self.folder / "requeued"
         return file.read_text() if file.exists() else ""
 
@@ -126,7 +124,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset_path: Path, st
 
 class TestScript:
     def test_an_extraction_is_an_array_with_the_resources_of_the_profile(self, site: Site) -> None:
-        text = site.write("--profile", "big", "extract", "--encoder", "pixels").read_text()
+        text = site.write("--profile big extract --encoder pixels").read_text()
         asked = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
         assert asked == [
             "--job-name=wmcache-extract",
@@ -149,59 +147,58 @@ class TestScript:
         assert (site.home / "logs").is_dir()
 
     def test_a_training_is_one_job_on_all_its_devices(self, site: Site) -> None:
-        text = site.write("--profile", "big", "wmtrain", "--cache", "s.zarr").read_text()
+        text = site.write("--profile big wmtrain --cache s.zarr").read_text()
         assert "--array" not in text
         assert '--shard-slice "' not in text
         assert '/logs/%x-%j.log"\n' in text
         assert "#SBATCH --gpus=2\n" in text
         assert f"{site.programs}/wmtrain --cache s.zarr --devices 2 &\n" in text
-        assert "--devices" not in site.write("wmtrain", "--cache", "s.zarr").read_text()
+        assert "--devices" not in site.write("wmtrain --cache s.zarr").read_text()
 
     def test_jobs_and_a_short_walltime(self, site: Site) -> None:
         (site.home / "profiles" / "short.toml").write_text('walltime = "00:02:00"')
-        text = site.write("--profile", "short", "--jobs", "3", "extract", "--encoder", "pixels").read_text()
+        text = site.write("--profile short --jobs 3 extract --encoder pixels").read_text()
         assert "#SBATCH --array=0-2\n" in text
         assert "#SBATCH --signal=B:USR1@60\n" in text
         assert '--shard-slice "$SLURM_ARRAY_TASK_ID/3" &' in text
 
     def test_stdout_is_the_quoted_line_that_submits_the_script(self, site: Site) -> None:
         out = site.folder / "it's mine.sh"
-        result = sbatch("--out", str(out), "extract", "--encoder", "pixels")
-        assert (
-            subprocess.check_output(["bash", "-c", f"printf '%s\\n' {result.stdout}"], text=True) == f"sbatch\n{out}\n"
-        )
+        line = sbatch("--out", str(out), "extract", "--encoder", "pixels").stdout
+        assert subprocess.check_output(["bash", "-c", f"printf '%s\\n' {line}"], text=True) == f"sbatch\n{out}\n"
         assert out.exists()
 
-    def test_the_folder_of_logs_is_quoted_for_slurm(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("WMCACHE_HOME", str(site.folder / """100% "o'k" $(touch x)"""))
-        frames = str(site.home / "pointmaze-umaze")
-        result = sbatch("--out", "script.sh", "extract", "--encoder", "pixels", "--dataset", frames)
-        assert result.exit_code == 0, result.output
-        # Tried with slurm-wlm 22.05 by tests/cluster/slurm.sh.
-        assert (
-            f"""--output="{site.folder}/100%% \\"o'k\\" $(touch x)/logs/%x-%A_%a.log"\n"""
-            in Path("script.sh").read_text()
-        )
-
-    @pytest.mark.parametrize("name", ["line\nbreak", "back\\slash"])
-    def test_a_folder_that_slurm_cannot_write_to_is_refused(
-        self, site: Site, monkeypatch: pytest.MonkeyPatch, name: str
+    @pytest.mark.parametrize(
+        ("name", "logged"),
+        [
+            # Tried with slurm-wlm 22.05 by tests/cluster/slurm.sh.
+            ("""100% "o'k" $(touch x)""", """100%% \\"o'k\\" $(touch x)"""),
+            ("line\nbreak", None),
+            ("back\\slash", None),
+        ],
+    )
+    def test_the_folder_of_logs_is_quoted_for_slurm_or_refused(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, name: str, logged: str | None
     ) -> None:
         monkeypatch.setenv("WMCACHE_HOME", str(site.folder / name))
-        frames = str(site.home / "pointmaze-umaze")
-        result = sbatch("--out", "script.sh", "extract", "--encoder", "pixels", "--dataset", frames)
-        assert (result.exit_code, Path("script.sh").exists()) == (1, False)
-        assert "WMCACHE_HOME" in result.stderr
+        frames, script = str(site.home / "pointmaze-umaze"), Path("script.sh")
+        result = sbatch("--out", str(script), "extract", "--encoder", "pixels", "--dataset", frames)
+        if logged is None:
+            assert (result.exit_code, script.exists()) == (1, False)
+            assert "WMCACHE_HOME" in result.stderr
+        else:
+            assert result.exit_code == 0, result.output
+            assert f'--output="{site.folder}/{logged}/logs/%x-%A_%a.log"\n' in script.read_text()
 
     def test_another_script_is_not_overwritten(self, site: Site) -> None:
-        first = site.write("wmtrain", "--cache", "s.zarr")
+        first = site.write("wmtrain --cache s.zarr")
         text = first.read_text()
-        second = site.write("wmtrain", "--cache", "s.zarr", "--seed", "1")
+        second = site.write("wmtrain --cache s.zarr --seed 1")
         assert (first.name, second.name) == ("wmtrain.sh", "wmtrain-2.sh")
         assert first.read_text() == text
         assert "--seed 1" in second.read_text()
-        assert site.write("wmtrain", "--cache", "s.zarr") == first
-        assert site.write("wmtrain", "--cache", "s.zarr", "--seed", "1") == second
+        assert site.write("wmtrain --cache s.zarr") == first
+        assert site.write("wmtrain --cache s.zarr --seed 1") == second
         mine = site.folder / "mine.sh"
         mine.write_text("# an hour of work")
         result = sbatch("--out", str(mine), "wmtrain", "--cache", "s.zarr")
@@ -212,14 +209,12 @@ class TestScript:
     def test_unfinished_inputs_are_noted(self, site: Site, store_path: Path) -> None:
         half = shutil.copytree(store_path, site.folder / "half.zarr")
         StoreWriter.resume(half, TokenStore.open(half).identity).reopen([1])
-        result = sbatch("wmtrain", "--cache", str(half))
-        assert result.exit_code == 0
-        assert f"{half} " in result.stderr
         (site.folder / "frames").mkdir()
         (site.folder / "frames" / "unfinished.json").touch()
-        result = sbatch("extract", "--encoder", "pixels", "--dataset", "frames")
-        assert result.exit_code == 0
-        assert "frames " in result.stderr
+        for line in (f"wmtrain --cache {half}", "extract --encoder pixels --dataset frames"):
+            result = sbatch(*line.split())
+            assert result.exit_code == 0
+            assert f"{line.split()[-1]} " in result.stderr
 
 
 class TestRun:
@@ -229,7 +224,7 @@ class TestRun:
         os.chdir(folder)
         Path(HOSTILE).symlink_to(site.home / "pointmaze-umaze")
         words = ["extract", "--encoder", "pixels", "--dataset", HOSTILE, "--out", "line\nbreak"]
-        script = site.write("--profile", "big", *words)
+        script = Path(shlex.split(sbatch("--profile", "big", *words).stdout)[1])
         subprocess.run(["bash", "-n", script], check=True)
         assert site.start(script).wait(10) == 0
         assert site.seen[: len(words)] == words
@@ -239,32 +234,28 @@ class TestRun:
         assert {f"WMCACHE_HOME={site.home}", "OMP_NUM_THREADS=8", "FROM_SETUP=2"} <= set(environment)
         assert not [*Path("/").glob("x"), *site.folder.rglob("x")]
 
-    @pytest.mark.parametrize("status", [0, 1, 130])
-    def test_an_exit_status_is_passed_on(self, site: Site, status: int) -> None:
-        assert site.start(site.write("extract", "--encoder", "pixels"), status).wait(10) == status
-        assert site.requeued == ""
-
-    def test_status_75_requeues_the_job(self, site: Site) -> None:
-        assert site.start(site.write("extract", "--encoder", "pixels"), 75).wait(10) == 75
-        assert site.requeued == "requeue 7_2\n"
+    @pytest.mark.parametrize(("status", "requeued"), [(0, ""), (1, ""), (130, ""), (75, "requeue 7_2\n")])
+    def test_an_exit_status_is_passed_on_and_75_requeues_the_job(self, site: Site, status: int, requeued: str) -> None:
+        assert site.start(site.write("extract --encoder pixels"), status).wait(10) == status
+        assert site.requeued == requeued
 
     @pytest.mark.parametrize(("mode", "times"), [("wait", 1), ("die", 1), ("slow", 2)])
     def test_the_walltimes_signal_stops_the_program_and_requeues_the_job(
         self, site: Site, mode: str, times: int
     ) -> None:
-        script = site.write("wmtrain", "--cache", "s.zarr")
+        script = site.write("wmtrain --cache s.zarr")
         assert site.start_and_signal(script, mode, *[signal.SIGUSR1] * times) == 75
         assert site.requeued == "requeue 9\n"
 
     def test_a_cancelled_job_is_stopped_and_stays_cancelled(self, site: Site) -> None:
-        script = site.write("extract", "--encoder", "pixels")
+        script = site.write("extract --encoder pixels")
         assert site.start_and_signal(script, "wait", signal.SIGTERM) == 75
         assert site.start_and_signal(script, "slow", signal.SIGUSR1, signal.SIGTERM) == 75
         assert site.requeued == ""
 
     def test_a_missing_module_ends_the_job(self, site: Site) -> None:
         site.add_program("module", "#!/bin/bash\nexit 3\n")
-        assert site.start(site.write("--profile", "big", "extract", "--encoder", "pixels")).wait(10) == 3
+        assert site.start(site.write("--profile big extract --encoder pixels")).wait(10) == 3
         assert not (site.folder / "words").exists()
 
 

@@ -9,19 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from wmcache.cli import main
 from wmcache.pipeline import encoders
 
+from .conftest import error_of, run, succeed
+
 REPOSITORY = "google/siglip2-base-patch16-224"
+REVISION = encoders.get_spec("siglip2").revision
 
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home, and an empty cache of the hub."""
+    """A home without weights, and an empty cache of the hub."""
+    (tmp_path / "home" / "encoders").mkdir(parents=True)
     monkeypatch.setenv("WMCACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
@@ -38,76 +40,61 @@ def cache(machine: Path, repository: str, revision: str) -> Path:
     return snapshot / "model.safetensors"
 
 
-def run(*words: str) -> Result:
-    return CliRunner().invoke(main, ["weights", *words], prog_name="wmcache")
+def listed(part: str) -> list[dict[str, Any]]:
+    return list(json.loads(succeed("wmcache weights --json").stdout)[part])
 
 
-def listed() -> dict[str, Any]:
-    result = run("--json")
-    assert result.exit_code == 0, result.output
-    return dict(json.loads(result.output))
+def source() -> dict[str, Any]:
+    return next(row for row in listed("sources") if row["source"] == REPOSITORY)
 
 
 def test_encoders_of_one_source_share_a_row() -> None:
-    rows = {row["source"]: row for row in listed()["sources"]}
-    assert rows["timm/vit_small_patch14_dinov2.lvd142m"]["encoders"] == [
-        "dinov2",
-        "dinov2-cls",
-        "dinov2-layers",
-        "dinov2-pooled",
-    ]
-    assert rows[REPOSITORY]["state"] == "absent"
-    assert rows[REPOSITORY]["revision"] == encoders.get_spec("siglip2").revision
+    rows = {row["source"]: row for row in listed("sources")}
+    shared = ["dinov2", "dinov2-cls", "dinov2-layers", "dinov2-pooled"]
+    assert rows["timm/vit_small_patch14_dinov2.lvd142m"]["encoders"] == shared
+    assert (rows[REPOSITORY]["state"], rows[REPOSITORY]["revision"]) == ("absent", REVISION)
     assert not any("wmcache fit" in source for source in rows)
 
 
 def test_weights_are_listed_with_path_size_and_revision(machine: Path) -> None:
-    path = cache(machine, REPOSITORY, encoders.get_spec("siglip2").revision)
-    row = next(row for row in listed()["sources"] if row["source"] == REPOSITORY)
+    path = cache(machine, REPOSITORY, REVISION)
+    row = source()
     assert (row["state"], row["path"], row["bytes"]) == ("present", str(path), path.stat().st_size)
-    result = run()
-    assert str(path) in result.output
-    assert [line.split()[0] for line in result.output.splitlines() if line.endswith(REPOSITORY)] == ["present"]
+    text = succeed("wmcache weights").stdout
+    assert str(path) in text
+    assert [line.split()[0] for line in text.splitlines() if line.endswith(REPOSITORY)] == ["present"]
 
 
 def test_another_revision_than_the_encoders_does_not_count(machine: Path) -> None:
     cache(machine, REPOSITORY, "3" * 40)
-    row = next(row for row in listed()["sources"] if row["source"] == REPOSITORY)
-    assert row["state"] == "absent"
+    assert source()["state"] == "absent"
 
 
 def test_a_file_of_another_length_than_was_downloaded_is_damaged(machine: Path) -> None:
-    revision = encoders.get_spec("siglip2").revision
-    cache(machine, REPOSITORY, revision)
-    pin = {"revision": revision, "sha256": "0" * 64, "bytes": 1_500_800_904}
-    (machine / "home" / "encoders").mkdir(parents=True)
+    cache(machine, REPOSITORY, REVISION)
+    pin = {"revision": REVISION, "sha256": "0" * 64, "bytes": 1_500_800_904}
     (machine / "home" / "encoders" / "pins.json").write_text(json.dumps({REPOSITORY: pin}))
-    row = next(row for row in listed()["sources"] if row["source"] == REPOSITORY)
+    row = source()
     assert (row["state"], row["fault"]) == ("damaged", "1.5 GB were downloaded")
-    assert "1.5 GB were downloaded" in run().output
+    assert "1.5 GB were downloaded" in succeed("wmcache weights").stdout
 
 
 def test_fitted_files_are_listed_with_what_they_are_on(machine: Path) -> None:
     folder = machine / "home" / "encoders"
-    folder.mkdir(parents=True)
     tensors = {"weight": torch.zeros(3)}
     save_file(tensors, folder / "a.safetensors", {"encoder": "tcn", "dataset": "f00d" * 16})
     recipe = json.dumps({"name": "dinov2-layers", "weights": "/somewhere/w.safetensors"})
     save_file(tensors, folder / "b.safetensors", {"encoder": "dino-tok", "dataset": "f00d" * 16, "base": recipe})
     (folder / "c.safetensors").write_bytes(b"<html>")
-    fitted = listed()["fitted"]
+    fitted = listed("fitted")
     assert [row["encoder"] for row in fitted] == ["tcn", "dino-tok", ""]
     assert fitted[0]["path"] == str(folder / "a.safetensors")
-    lines = run().output.splitlines()
+    lines = succeed("wmcache weights").stdout.splitlines()
     assert any(line.split()[:1] == ["tcn"] and "f00df00df00d" in line for line in lines)
     assert any("on dinov2-layers (/somewhere/w.safetensors)" in line for line in lines)
     assert any("cannot be read" in line for line in lines)
 
 
 def test_damaged_pins_are_one_line(machine: Path) -> None:
-    (machine / "home" / "encoders").mkdir(parents=True)
     (machine / "home" / "encoders" / "pins.json").write_text("{")
-    result = run()
-    assert result.exit_code == 1
-    assert len(result.output.splitlines()) == 1
-    assert "pins.json cannot be read" in result.output
+    assert "pins.json" in error_of(run("wmcache weights"))

@@ -46,12 +46,11 @@ class TestDeclarations:
         ]
 
     def test_types_ranges_and_choices(self) -> None:
-        depth, rate, kind, limit, shuffle, plain = declared(Base)
-        assert (depth.kind, depth.least, depth.most, depth.above) == (int, 1, None, False)
-        assert (rate.kind, rate.least, rate.most, rate.above, rate.below) == (float, 0, 1, True, True)
-        assert (kind.kind, kind.choices) == (str, ("small", "large"))
-        assert (limit.kind, limit.least, limit.default) == (int, 0, None)
-        assert (shuffle.kind, plain.help) == (bool, "")
+        assert [known.kind for known in declared(Base)] == [int, float, str, int, bool, int]
+        depth, rate, kind, limit, _, plain = declared(Base)
+        assert depth.bounds == {"min": 1, "min_open": False}
+        assert rate.bounds == {"min": 0, "min_open": True, "max": 1, "max_open": True}
+        assert (kind.choices, limit.default, plain.bounds, plain.help) == (("small", "large"), None, {}, "")
 
     def test_a_group_continues_until_the_next(self) -> None:
         assert [known.group for known in declared(Base)] == ["Model"] * 3 + ["Data"] * 3
@@ -59,7 +58,7 @@ class TestDeclarations:
     def test_a_subclass_inherits_help_and_group(self) -> None:
         depth = declared(Deep)[0]
         assert (depth.help, depth.group, depth.default) == ("Number of blocks.", "Model", 12)
-        assert (depth.least, depth.above, depth.most) == (1, True, 99)
+        assert depth.bounds == {"min": 1, "min_open": True, "max": 99, "max_open": False}
 
 
 class TestValues:
