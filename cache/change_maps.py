@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wmcache.cache.store import TokenStore
-from wmcache.common.errors import UnreadableError, UserError, command
+from wmcache.common.errors import MissingError, UnreadableError, UserError, command
 from wmcache.common.paths import AnyPath
 
 
@@ -22,6 +22,8 @@ def open_change_maps(store: TokenStore, frameskip: int) -> TokenStore:
     make = command("wmcache", "derive", "change-maps", store.path, "--frameskip", frameskip)
     try:
         maps = TokenStore.open(path, mirrored=True)
+    except MissingError as error:
+        raise UserError(f"there are no change maps {path}; make them with: {make}") from error
     except UnreadableError:
         raise
     except UserError as error:

@@ -124,14 +124,7 @@ class TokenStore:
         return int(self.episode[-1]) + 1
 
     def gather(self, frames: NDArray[np.integer], out: Tokens | None = None) -> Tokens:
-        """Return the tokens of some frames, in the given order, with duplicates.
-
-        Args:
-            frames: [n], numbers in [0, len(self)).
-            out: float16 [n, N, D] to fill instead of a new array.
-
-        Returns:
-            float16 [n, N, D].
+        """Return the tokens of frames [n], float16 [n, N, D], in the given order and with duplicates; in `out`, if given.
 
         Raises:
             IndexError: a number is out of range.

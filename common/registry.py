@@ -63,16 +63,6 @@ class Registry(Generic[T]):
         self._load()
         return iter(sorted(self._entries))
 
-    def __len__(self) -> int:
-        """Count the entries."""
-        self._load()
-        return len(self._entries)
-
-    def __contains__(self, name: object) -> bool:
-        """Return whether the name is registered."""
-        self._load()
-        return name in self._entries
-
     def _load(self) -> None:
         if self._complete:
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import threading
 import time
 from collections import Counter
@@ -226,13 +225,6 @@ class TestBound:
         (folder / "a.shard").write_bytes(b"x" * 500)
         (folder / "other").write_bytes(b"x" * 500)
         assert most_bytes(folder) == 1200
-
-    def test_temporary_files_of_dead_processes_are_swept(self, far: UPath, folder: Path, tokens: Tokens) -> None:
-        folder.mkdir(parents=True)
-        torn = folder / f".x.shard.{platform.node()}.{2**22 + 5}.tmp"
-        torn.write_bytes(b"half")
-        TokenStore.open(far, mirrored=True).gather(EVERY)
-        assert not torn.exists()
 
 
 def test_readers_of_the_same_shards_fetch_them_once(

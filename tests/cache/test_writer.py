@@ -224,14 +224,6 @@ class TestFinish:
         assert contents(finished) == before
         assert times(finished) == when
 
-    def test_the_order_of_the_shards_changes_no_byte(
-        self, tmp_path: Path, finished: Path, make_writer: MakeWriter, write: Write, contents: Contents
-    ) -> None:
-        writer = make_writer(tmp_path / "other.zarr")
-        write(writer, (3, 1, 0, 2))
-        writer.finish()
-        assert contents(tmp_path / "other.zarr") == contents(finished)
-
     def test_a_reopened_store_is_incomplete_and_lacks_just_those_shards(
         self, finished: Path, identity: Identity, write: Write, contents: Contents
     ) -> None:
@@ -246,21 +238,6 @@ class TestFinish:
         assert contents(finished) == before
         now = shard_file(finished, 0).stat()
         assert (now.st_mtime_ns, now.st_ino) == (when.st_mtime_ns, when.st_ino)
-
-    def test_a_reader_gets_an_error_when_the_store_is_reopened(
-        self, finished: Path, identity: Identity, write: Write
-    ) -> None:
-        read, unread = TokenStore.open(finished), TokenStore.open(finished)
-        writer = StoreWriter.resume(finished, identity)
-        read.gather(np.arange(50))
-        writer.reopen([])
-        for store in (read, unread):
-            with pytest.raises(UserError, match=r"made-up\.zarr"):
-                store.gather(np.arange(3))
-        write(writer)
-        with pytest.raises(UserError, match=r"made-up\.zarr"):
-            read.gather(np.arange(3))
-        TokenStore.open(finished).gather(np.arange(3))
 
     def test_reopening_an_incomplete_store_changes_nothing(
         self, tmp_path: Path, make_writer: MakeWriter, write: Write, contents: Contents

@@ -144,13 +144,6 @@ def test_a_store_that_was_declared_complete_by_hand_is_refused_and_finished(copy
     assert copy.restored
 
 
-@pytest.mark.parametrize("dtype", ["int8"])
-def test_an_unfinished_int8_store_gives_no_quantised_values_for_tokens(copy: Copy) -> None:
-    make_incomplete(copy, 3)
-    with pytest.raises(UserError):
-        TokenStore.open(copy.path, allow_incomplete=True).gather(np.array([0]))
-
-
 def test_a_damaged_description_without_any_record_is_left_alone(copy: Copy) -> None:
     # Nothing identifies these tokens any more.
     (copy.path / "zarr.json").write_text("{")

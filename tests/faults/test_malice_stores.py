@@ -18,7 +18,6 @@ import pytest
 import torch
 import zarr
 from damage_tools import (
-    AT_ONCE,
     FRAMES,
     PER_SHARD,
     ROOM,
@@ -37,7 +36,7 @@ from damage_tools import (
     vouch,
     vouch_for,
 )
-from fault_workers import Child, Sample, command
+from fault_workers import Child
 
 from wmcache.cache import TokenStore
 from wmcache.cache.catalogue import list_stores
@@ -327,18 +326,6 @@ def test_other_files_than_weights_are_refused(tmp_path: Path, refused: Refused, 
 def test_weights_of_another_suffix_are_not_opened(tmp_path: Path, refused: Refused, canary: Path, name: str) -> None:
     (tmp_path / name).write_bytes(pickled(canary))
     assert is_refusal(refused(create_encoder, tmp_path / name), name, ".safetensors")
-
-
-def test_hostile_weights_are_one_line_on_the_command_line(
-    small: Sample, tmp_path: Path, start: Start, canary: Path
-) -> None:
-    file, out = tmp_path / "evil.safetensors", tmp_path / "some.zarr"
-    file.write_bytes(pickled(canary))
-    words = Sample(small.dataset, file, {}).words
-    status, output = start(command, "wmcache", "extract", *words, "--out", out).returned(AT_ONCE)
-    assert (status, out.exists()) == (1, False)
-    assert output.splitlines()[-1].startswith("Error: ")
-    assert str(file) in output
 
 
 @pytest.mark.parametrize("weights", [kind for kind in WEIGHTS if kind != "no tensors"])
