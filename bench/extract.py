@@ -88,7 +88,11 @@ def bench_together(
         `more_than_first`, the time of the others on top of the first, as a share of its time; `one_after_the_other`, the time of one pass
         each over that of one pass.
     """
-    passes = {"first": [encoders[:1]], "together": [encoders], "apart": [[encoder] for encoder in encoders]}
+    passes: dict[str, list[Sequence[Encoder]]] = {
+        "first": [encoders[:1]],
+        "together": [encoders],
+        "apart": [[encoder] for encoder in encoders],
+    }
 
     def measure(name: str, folder: Path) -> float:
         stores = [

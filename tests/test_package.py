@@ -183,7 +183,8 @@ def test_the_search_for_dangers_finds_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", SOURCES, ids=name_of)
 def test_nothing_is_read_that_could_contain_code(source: Path) -> None:
-    assert dangers(source) == []
+    # Its unpickler makes records of whatever a file names; see tests/trainer/test_pickled_modules.py.
+    assert dangers(source) == (["pickle"] if name_of(source) == "trainer/pickled_modules.py" else [])
 
 
 @pytest.mark.parametrize("spec", specs(), ids=lambda spec: spec.name)
