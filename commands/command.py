@@ -46,6 +46,21 @@ def failures_as_lines() -> Iterator[None]:
         raise click.ClickException(line) from error
 
 
+@contextmanager
+def stops_as_lines() -> Iterator[None]:
+    """Turn Ctrl-C and the signals of batch systems into the command that goes on, and an exit status."""
+    for number in STOPS:
+        signal.signal(number, _stop)
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        # Of the ranks that torchrun has started, and ends when one of them fails, rank 0 reports.
+        if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":
+            click.echo(err=True)
+            say(f"stopped; go on with: {shell_command(sys.argv)}", err=True)
+        sys.exit(STOPPED if isinstance(stop, Stopped) else INTERRUPTED)
+
+
 class Command(click.Command):
     """A command; `by` is the option that names what further options belong to."""
 
@@ -62,8 +77,8 @@ class Command(click.Command):
             return super().main(*args, **settings)
 
     def make_context(self, *args: Any, **settings: Any) -> click.Context:
-        """Parse the words; help and version are printed here."""
-        with failures_as_lines():
+        """Parse the words; help and version are printed here. Looking up a registry can take seconds, so a stop is reported here too."""
+        with stops_as_lines(), failures_as_lines():
             return super().make_context(*args, **settings)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -106,18 +121,9 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        for number in STOPS:
-            signal.signal(number, _stop)
         threading.excepthook = _ignore_errors_of_disks
-        try:
-            with failures_as_lines():
-                return super().invoke(ctx)
-        except KeyboardInterrupt as stop:
-            # Of the ranks that torchrun has started, and ends when one of them fails, rank 0 reports.
-            if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":
-                click.echo(err=True)
-                say(f"stopped; go on with: {shell_command(sys.argv)}", err=True)
-            sys.exit(STOPPED if isinstance(stop, Stopped) else INTERRUPTED)
+        with stops_as_lines(), failures_as_lines():
+            return super().invoke(ctx)
 
 
 class Group(Command, click.Group):
