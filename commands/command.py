@@ -17,6 +17,7 @@ from wmcache.commands.options import ByName, Option, Preset
 from wmcache.commands.output import ended_by_reader, prepare_streams, say, shell_command
 from wmcache.common.cpus import limit_threads
 from wmcache.common.errors import INTERRUPTED, STOPPED, Stopped, UserError, one_line, reason
+from wmcache.engine.signals import delay_signals
 
 CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"]}
 CHOSEN = f"{__name__}.chosen"
@@ -77,9 +78,13 @@ class Command(click.Command):
             return super().main(*args, **settings)
 
     def make_context(self, *args: Any, **settings: Any) -> click.Context:
-        """Parse the words; help and version are printed here. Looking up a registry can take seconds, so a stop is reported here too."""
-        with stops_as_lines(), failures_as_lines():
-            return super().make_context(*args, **settings)
+        """Parse the words; help and version are printed here."""
+        with stops_as_lines():
+            # Registries import PyTorch, where an exception in the middle of an import may be lost.
+            with delay_signals() as pending, failures_as_lines():
+                ctx = super().make_context(*args, **settings)
+            pending.act_on(pending.number)
+            return ctx
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the declared parameters, and those of what the `by` option names."""
