@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
-from wmcache.common.errors import UserError
-from wmcache.common.options import Declared, declared, suggest
+from wmcache.common.errors import UserError, suggest
+from wmcache.common.options import Declared, declared
 from wmcache.common.registry import Registry
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import shlex
 import unicodedata
+from collections.abc import Collection
 
 UNPRINTED = {"Cc", "Cf", "Zl", "Zp"}
 """Unicode categories: control characters, direction marks, line and paragraph separators."""
@@ -38,6 +40,12 @@ def reason(error: BaseException, most: int = 160) -> str:
     """Return an error's text in one line of at most `most` characters; of an OSError, the system's message."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()).rstrip(".")[:most] or type(error).__name__
+
+
+def suggest(name: str, known: Collection[str]) -> str:
+    """Hint at the names that are nearest to an unknown one, or at all that are known."""
+    close = difflib.get_close_matches(name, known)
+    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
 
 
 def one_line(text: str) -> str:

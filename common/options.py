@@ -8,7 +8,6 @@ their validation read it. A `Literal` is a choice, a bool a pair of flags, `T | 
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from collections.abc import Collection, Mapping
@@ -18,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 
 from annotated_types import Ge, Le, Lt
 
-from wmcache.common.errors import UserError
+from wmcache.common.errors import UserError, suggest
 from wmcache.common.jsonfiles import dump_json
 
 T = TypeVar("T")
@@ -79,12 +78,6 @@ def declared(kind: type) -> tuple[Declared, ...]:
     return tuple(found)
 
 
-def suggest(name: str, known: Collection[str]) -> str:
-    """Hint at the names that are nearest to an unknown one, or at all that are known."""
-    close = difflib.get_close_matches(name, known)
-    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
-
-
 def parse_options(kind: type[T], values: object, where: str, *, without: Collection[str] = ()) -> T:
     """Make an options dataclass of a table of TOML or JSON, without conversions; missing fields have their defaults.
 
@@ -111,13 +104,15 @@ def check_options(options: Any) -> None:
 
 
 def _validate(kind: type[T], values: Mapping[str, Any], labels: Mapping[str, str], where: str) -> T:
-    from pydantic import TypeAdapter, ValidationError  # here, because every command imports this module
+    from pydantic import ValidationError  # here, because every command imports this module
+
+    from wmcache.common.schema import adapter_of
 
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{labels.get(name, name)} is {value}; it must be a finite number")
     try:
-        parsed: T = _adapter(TypeAdapter, cast(Any, kind)).validate_json(dump_json(values), strict=True)
+        parsed: T = adapter_of(cast(Any, kind)).validate_json(dump_json(values), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name, *inner = map(str, first["loc"] or (where,))
@@ -127,11 +122,6 @@ def _validate(kind: type[T], values: Mapping[str, Any], labels: Mapping[str, str
     except TypeError as error:  # TOML has dates
         raise UserError(f"{where} has a date; no option is one, write it as a string") from error
     return parsed
-
-
-@functools.cache
-def _adapter(adapter: Any, kind: type) -> Any:
-    return adapter(kind)
 
 
 def _metadata(kind: type, name: str) -> dict[str, Any]:

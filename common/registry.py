@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import pkgutil
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from wmcache.common.errors import UserError, reason
+from wmcache.common.errors import UserError, reason, suggest
 
 T = TypeVar("T")
 
@@ -53,9 +52,9 @@ class Registry(Generic[T]):
         """Return the entry of a name; raise UserError where it is unknown, or an entry point cannot be imported."""
         self._load()
         if name not in self._entries:
-            close = difflib.get_close_matches(name, self._entries, n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(self)}"
-            raise UserError(f"unknown {self.kind} {name!r}; {hint}, or install the package that has it")
+            raise UserError(
+                f"unknown {self.kind} {name!r}, which no installed package has; {suggest(name, list(self))}"
+            )
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -73,6 +72,7 @@ class Registry(Generic[T]):
             try:
                 point.load()
             except Exception as error:  # whatever another package raises
+                self._complete = False  # the next lookup reports it too, instead of missing the entries
                 raise UserError(
                     f"{point.value} (entry point {point.name} of {self.group}) cannot be imported ({reason(error)}); "
                     "repair or uninstall that package"

@@ -45,14 +45,15 @@ def parse(
     if exact and isinstance(value, dict) and (unknown := set(value) - {field.name for field in fields(kind)}):  # type: ignore[arg-type]
         raise UserError(f"{where} {fault} (unknown fields: {', '.join(sorted(unknown))[:80]!r}); {hint}")
     try:
-        parsed: T = _adapter(kind).validate_json(json.dumps(value), strict=True)
+        parsed: T = adapter_of(kind).validate_json(json.dumps(value), strict=True)
     except (ValidationError, RecursionError) as error:
         raise UserError(f"{where} {fault} ({_first(error)}); {hint}") from error
     return parsed
 
 
 @functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def adapter_of(kind: Any) -> TypeAdapter[Any]:
+    """Return pydantic's validator of a type."""
     return TypeAdapter(kind)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from wmcache.common.files import write_whole
 from wmcache.common.jsonfiles import dump_json, nulls
 from wmcache.common.progress import seconds_between_updates
 
@@ -89,9 +90,7 @@ def truncate_metrics(run: Path, step: int) -> None:
     file = run / "metrics.jsonl"
     if file.exists():
         lines = [line for line in file.read_text(errors="replace").splitlines() if _step_of(line) <= step]
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines))
-        temporary.replace(file)
+        write_whole(file, "".join(line + "\n" for line in lines).encode())
 
 
 def _step_of(line: str) -> float:

@@ -97,6 +97,7 @@ def _train(
         options.history, 1, options.frameskip, "train", seed=options.split_seed, fraction=options.episodes_fraction
     )
     kind = MODELS.get(options.model)
+    stages = stages_of(kind.stages, options.stage)  # refused before the data is read
     chosen = kind.configure(store, windows, read_options(options.model, options.model_options))
     extras = kind.extras(store, windows, chosen)
     options = replace(options, model_options=asdict(chosen))
@@ -108,7 +109,6 @@ def _train(
     model = build(options.model, shape, options.model_options, statistics_of(store, options.frameskip)).to(device)
     model.check_pool(options.pool)
     config = {**asdict(options), "cache": absolute(cache), "shape": asdict(shape)}
-    stages = stages_of(model.stages, options.stage)
     progress = find_progress(out, model, stages, store.identity, config, overwrite=overwrite)
     left = stages_left(model, stages, progress, options.steps)
     begins = stage_index(options.stage, model) > stage_index(progress.stage, model) >= 0

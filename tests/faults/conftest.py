@@ -21,6 +21,8 @@ from fault_workers import Child, Sample, collect_few
 
 from wmcache.cache import Identity, StoreCard, StoreWriter
 from wmcache.pipeline.collect import collect
+from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
 PRELOADED = [
     "pytest",
@@ -187,3 +189,17 @@ def refused(outcome: Callable[..., tuple[str, str]]) -> Callable[..., str]:
         return line
 
     return call
+
+
+@pytest.fixture(scope="session")
+def trained(store_path: Path, tmp_path_factory: pytest.TempPathFactory, tiny: TrainOptions) -> Path:
+    """A finished run; read only."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    train(store_path, run, tiny)
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of that run, to be damaged."""
+    return Path(shutil.copytree(trained, tmp_path / "in" / "run", symlinks=True))

@@ -20,18 +20,6 @@ from wmcache.trainer.train import train
 Damage = Callable[[Path], object]
 
 
-@pytest.fixture(scope="module")
-def trained(store_path: Path, tmp_path_factory: pytest.TempPathFactory, tiny: TrainOptions) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "run"
-    train(store_path, run, tiny)
-    return run
-
-
-@pytest.fixture
-def run(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "run", symlinks=True))
-
-
 def flip_in_header(file: Path, word: bytes) -> None:
     """Change the first letter of a word in the header of a safetensors file."""
     at = file.read_bytes().index(word)

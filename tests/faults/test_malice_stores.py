@@ -44,8 +44,6 @@ from wmcache.cache.verify import verify
 from wmcache.common.files import sha256_of
 from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.pipeline.repair import repair
-from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.train import train
 
 Start = Callable[..., Child]
 Edit = Callable[[dict[str, Any]], object]
@@ -272,18 +270,6 @@ def test_hostile_names_stay_on_one_line(copy: Copy, refused: Refused) -> None:
 
 
 # Weights, checkpoints and settings of runs.
-
-
-@pytest.fixture(scope="module")
-def trained(store_path: Path, tmp_path_factory: pytest.TempPathFactory, tiny: TrainOptions) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "run"
-    train(store_path, run, tiny)
-    return run
-
-
-@pytest.fixture
-def run(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "in" / "run", symlinks=True))
 
 
 def pickled(canary: Path) -> bytes:

@@ -24,7 +24,7 @@ from wmcache.cache.records import record_file
 from wmcache.cache.verify import verify
 from wmcache.cli import main
 from wmcache.common.errors import UserError
-from wmcache.common.paths import as_path, files_in, put, read_bytes, remove, upload
+from wmcache.common.paths import files_in, put, read_bytes, remove, upload
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract
@@ -36,14 +36,10 @@ EVERY = np.arange(360)
 
 
 @pytest.fixture
-def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UPath]:
-    """An empty bucket of an object store in this process."""
+def bucket(bucket: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UPath:
+    """The empty bucket, and a home of its own for what is cached of it."""
     monkeypatch.setenv("WMCACHE_HOME", str(tmp_path / "home"))
-    root = as_path("memory://bucket")
-    assert isinstance(root, UPath)
-    remove(root)
-    yield root
-    remove(root)
+    return bucket
 
 
 @pytest.fixture
