@@ -215,7 +215,7 @@ def share_backbones(networks: Sequence[Encoder]) -> None:
     """Load the backbone of several encoders only once into memory."""
     first: dict[object, Encoder] = {}
     for encoder in networks:
-        encoder.share(first.setdefault(encoder.backbone_key, encoder))
+        encoder.backbone = first.setdefault(encoder.backbone_key, encoder).backbone
 
 
 def encode_frames(networks: Sequence[Encoder], frames: Frames, batch: int) -> list[NDArray[np.float16]]:

@@ -18,7 +18,6 @@ NORMALISATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 """Name -> mean and standard deviation of the channels."""
-FILTERS = ("bilinear", "bicubic")
 EARLY, MIDDLE, LAST = "early", "middle", "last"
 """Names of a backbone's features. Every backbone has `LAST`; those with intermediate features have the others too."""
 SELECTIONS = {
@@ -36,7 +35,6 @@ class EncoderSpec:
 
     Attributes:
         image_size, patch: default side of the image that the network receives, and side of a patch in it, in pixels.
-        token_dim: channels of a token, D.
         source, revision: where weights come from without `--weights`: a hub's repository and commit.
         accept: page on which a gated model's licence is accepted; empty for open models.
         grid: of tokens at `image_size`, if it is not one token for each patch.
@@ -49,9 +47,9 @@ class EncoderSpec:
     image_size: int
     patch: int
     token_dim: int
-    normalisation: str
-    source: str
-    licence: str
+    normalisation: str = "half"
+    source: str = "no weights"
+    licence: str = "-"
     layer: str = "norm"
     token_selection: str = "patch"
     revision: str = ""
@@ -64,7 +62,7 @@ class EncoderSpec:
 
     def patch_grid(self, image_size: int) -> tuple[int, int]:
         """Return rows and columns of patches; raises UserError if the size is not a multiple of the patch."""
-        if image_size <= 0 or image_size % self.patch:
+        if image_size % self.patch:
             raise UserError(f"--image-size {image_size} does not fit {self.name}; choose a multiple of {self.patch}")
         return image_size // self.patch, image_size // self.patch
 
@@ -76,12 +74,7 @@ class EncoderSpec:
 
 @dataclass(frozen=True)
 class Features:
-    """A backbone's features of B frames.
-
-    Attributes:
-        layers: name -> [B, prefix + N, channels of the layer], N patches row-major over the grid.
-        prefix: number of tokens before the patches; the class token is the first.
-    """
+    """A backbone's features of B frames: layer -> [B, prefix + N, channels], a class token first, N patches row-major over the grid."""
 
     layers: Mapping[str, Tensor]
     prefix: int
@@ -99,7 +92,7 @@ class Backbone(nn.Module):
         described: layer -> its name in the network, such as `block 2`; part of the identity.
         grid: rows and columns of patches.
         prefix: number of tokens before the patches.
-        config: settings of the arithmetic that differ from the family's own, as JSON with sorted keys; empty if none do.
+        config: settings of the arithmetic that differ from the family's own, as sorted JSON; empty if none do.
     """
 
     dims: dict[str, int]
@@ -125,11 +118,7 @@ class Backbone(nn.Module):
 
 
 class Head(nn.Module):
-    """Turns the features of `layers` into `grid[0] * grid[1]` tokens of `dim` channels; without parameters, or fitted.
-
-    Attributes:
-        prefix: whether it reads the tokens before the patches.
-    """
+    """Turns the features of `layers` into `grid[0] * grid[1]` tokens of `dim` channels; `prefix` if it reads those before the patches."""
 
     layers: tuple[str, ...]
     prefix: bool = False
@@ -147,8 +136,7 @@ class Select(Head):
     def __init__(self, backbone: Backbone, selection: str) -> None:
         """Select by a key of SELECTIONS."""
         super().__init__()
-        if selection == "cls" and not backbone.prefix:
-            raise ValueError("this backbone has no class token")
+        assert backbone.prefix or selection != "cls", "this backbone has no class token"
         self.selection = selection
         self.prefix = selection in ("cls", "layers") and backbone.prefix > 0
         self.layers = tuple(backbone.dims) if selection == "layers" else (LAST,)
@@ -172,11 +160,7 @@ class Select(Head):
                 return torch.cat([features.layers[layer] for layer in self.layers], -1)
 
     def restore(self, tokens: Tensor) -> Features:
-        """Return the features that tokens [B, N, D] were selected from, as far as the tokens contain them.
-
-        Raises:
-            UserError: the selection is neither patch tokens nor layers.
-        """
+        """Return the features that tokens [B, N, D] contain; raises UserError if these are neither patch tokens nor layers."""
         if self.selection not in ("patch", "layers"):
             raise UserError(f"{SELECTIONS[self.selection]} alone: nothing can be derived; use patch tokens or layers")
         return Features(self.by_layer(tokens), self._prefix_tokens * (self.selection == "layers"))
@@ -211,7 +195,7 @@ class Preprocess:
         return self.normalise(self.resize(frames))
 
     def resize(self, frames: Tensor) -> Tensor:
-        """uint8 [..., S, S, 3] -> float32 [..., 3, image_size, image_size], 0 to 1 (bicubic slightly beyond), antialiased."""
+        """Resize as `__call__` does, to values of 0 to 1 (bicubic slightly beyond)."""
         images = frames.flatten(0, -4).permute(0, 3, 1, 2).float() / 255
         for size in (*self.via, self.image_size):
             if images.shape[-1] != size:
@@ -222,6 +206,13 @@ class Preprocess:
         """Normalise the channels of what `resize` returns."""
         mean, std = (images.new_tensor(values).view(3, 1, 1) for values in NORMALISATIONS[self.normalisation])
         return (images - mean) / std
+
+
+def transformer_layer(width: int) -> nn.TransformerEncoderLayer:
+    """Make a block of 4 heads without dropout, [B, N, width] -> the same."""
+    return nn.TransformerEncoderLayer(
+        width, 4, dim_feedforward=2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
 
 
 def hash_parameters(network: nn.Module) -> str:

@@ -22,10 +22,7 @@ PIXELS = EncoderSpec(
     image_size=32,
     patch=8,
     token_dim=192,
-    normalisation="half",
     layer="pixels",
-    source="no weights",
-    licence="-",
     dtype="float32",
 )
 RANDOM = EncoderSpec(
@@ -34,9 +31,7 @@ RANDOM = EncoderSpec(
     image_size=64,
     patch=16,
     token_dim=192,
-    normalisation="half",
     source="random, seed 0",
-    licence="-",
 )
 RANDOM_LAYERS = replace(
     RANDOM,
@@ -64,7 +59,7 @@ class _Pixels(Backbone):
 
 @register(PIXELS)
 def load_pixels(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """Make the backbone; raises UserError if weights are given."""
+    """Make the backbone."""
     refuse_weights(spec, weights)
     backbone = _Pixels(spec.patch, spec.patch_grid(image_size))
     return Loaded(backbone, Select(backbone, spec.token_selection), spec.source)
@@ -73,7 +68,7 @@ def load_pixels(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loa
 @register(RANDOM)
 @register(RANDOM_LAYERS)
 def load_random(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """Make the network, the same on every machine; raises UserError if weights are given."""
+    """Make the network, the same on every machine."""
     import timm
 
     refuse_weights(spec, weights)
@@ -88,8 +83,7 @@ def load_random(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loa
 def _initialise(vit: nn.Module) -> None:
     """Draw all weights from seed 0: matrices keep the variance of their input, positions have timm's deviation of 0.02.
 
-    Uniform draws are multiples of 2^-24 and are multiplied once, so they have the same bits on every machine. Normal draws use functions
-    that processors round differently, which would change the hash of the weights.
+    Processors round normal draws differently, which would change the hash of the weights; uniform draws have the same bits everywhere.
     """
     generator = torch.Generator().manual_seed(0)
     for name, value in sorted(vit.named_parameters()):

@@ -1,7 +1,6 @@
-"""Change maps: what differs between two frames, patch by patch. Labels for DDP-WM (arXiv 2602.01780).
+"""Change maps: what differs between two frames, in 2 x 2 cells for each patch of a token grid. Labels for DDP-WM (arXiv 2602.01780).
 
-A change map has 2 x 2 cells for each patch of a token grid. The maps of a dataset are a store of their own beside the token store
-(`wmcache.cache.change_maps`), so they are made, resumed, checked and repaired as every store is.
+The maps of a dataset are a store of their own beside the token store (`wmcache.cache.change_maps`).
 """
 
 from __future__ import annotations
@@ -31,10 +30,7 @@ SPEC = EncoderSpec(
     image_size=14 * PATCH,
     patch=PATCH,
     token_dim=4,
-    normalisation="half",
     layer="pixels",
-    source="no weights",
-    licence="-",
     dtype="float32",
     lag=5,
 )
@@ -58,7 +54,7 @@ class _Changes(Backbone):
 
 @register(SPEC)
 def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """Make the backbone; raises UserError if weights are given."""
+    """Make the backbone."""
     refuse_weights(spec, weights)
     backbone = _Changes(spec.patch_grid(image_size))
     return Loaded(backbone, Select(backbone, spec.token_selection), spec.source)

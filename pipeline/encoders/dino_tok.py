@@ -1,11 +1,7 @@
 """DINO-Tok (arXiv 2511.20565): final features for meaning beside a few channels of early features for texture; optionally quantised.
 
-The authors have released neither code nor weights, so this is the paper's idea at a small size: the final tokens are only standardised, an
-adapter reduces those of an early block to `shallow` channels, and a decoder reconstructs the features, or the frames, from both. LPIPS,
-which needs other weights, and the discriminator are left out. With `--decoder tokens` the fit needs only the store.
-
-Planners sum squared differences over channels, so texture must not outweigh meaning: a token's texture is normalised, and its weight is
-the number of its channels.
+The authors have released neither code nor weights, so this is the paper's idea at a small size, without LPIPS and discriminator. Planners
+sum squared differences over channels, so texture must not outweigh meaning: it is normalised, its weight is the number of its channels.
 """
 
 from __future__ import annotations
@@ -119,13 +115,12 @@ class _Branch(nn.Module):
 
 @register_adapter(SPEC, base="dinov2-layers")
 @register_adapter(VQ_SPEC, base="dinov2-layers")
-class DinoTokHead(Head):
+class _DinoTokHead(Head):
     """Standardised final features, then normalised texture; with codes the nearest code of each."""
 
     layers = (EARLY, LAST)
 
     def __init__(self, backbone: Backbone, options: DinoTokOptions) -> None:
-        """Make the branches for a backbone's features."""
         super().__init__()
         early, last, shallow = backbone.dims[EARLY], backbone.dims[LAST], options.shallow
         codes = options.codes if isinstance(options, DinoTokVqOptions) else 0
@@ -135,14 +130,9 @@ class DinoTokHead(Head):
         )
         self.meaning = _Branch(LAST, last, nn.Identity(), last, codes)
         self.texture = _Branch(EARLY, early, adapter, shallow, codes)
-
-    @property
-    def branches(self) -> tuple[_Branch, _Branch]:
-        """In the order of their channels."""
-        return self.meaning, self.texture
+        self.branches = (self.meaning, self.texture)  # in the order of their channels
 
     def forward(self, features: Features) -> Tensor:
-        """See `Head.forward`."""
         parts = [(branch, branch(features)) for branch in self.branches]
         return torch.cat([branch.book(part) if branch.book else part for branch, part in parts], -1)
 
@@ -152,16 +142,16 @@ class DinoTokHead(Head):
 class DinoTokFitting(ReconstructionFitting):
     """Frames or features reconstructed from tokens or codes. Codes follow moving means of tokens (arXiv 1711.00937, appendix A)."""
 
-    kept: DinoTokHead
+    kept: _DinoTokHead
 
     def __init__(self, data: FitData, options: DinoTokOptions) -> None:
-        """Standardise the layers and make the decoder; raises UserError if the base's store lacks a layer."""
-        super().__init__(SPEC.name, DinoTokHead.layers, data, options)
-        self.kept = DinoTokHead(data.backbone, options).to(data.device)
-        moments = patch_moments(data, DinoTokHead.layers, options.seed)
+        """Standardise the layers and make the decoder."""
+        super().__init__(SPEC.name, _DinoTokHead.layers, data, options)
+        self.kept = _DinoTokHead(data.backbone, options).to(data.device)
+        moments = patch_moments(data, _DinoTokHead.layers, options.seed)
         for branch in self.kept.branches:
             branch.standardise.fit_statistics(moments[branch.layer])
-        self.reconstruction = Reconstruction(data, options, self.kept.dim, DinoTokHead.layers)
+        self.reconstruction = Reconstruction(data, options, self.kept.dim, _DinoTokHead.layers)
         self.clusters = nn.ModuleDict()
         if isinstance(options, DinoTokVqOptions):
             for branch in self.kept.branches:

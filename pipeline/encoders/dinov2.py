@@ -10,8 +10,7 @@ from pathlib import Path
 
 from wmcache.common.jsonfiles import read_json
 from wmcache.pipeline.encoders.base import Backbone, EncoderSpec
-from wmcache.pipeline.encoders.libraries import CONFIG, RESAVE, HfFamily, load_timm, refuse_registers
-from wmcache.pipeline.encoders.vit import ModelSize, register_family
+from wmcache.pipeline.encoders.vit import CONFIG, RESAVE, HfFamily, ModelSize, load_timm, register_family
 
 SIZES = tuple(
     ModelSize(
@@ -30,7 +29,6 @@ SPEC = EncoderSpec(
     via=(224,),
     patch=14,
     token_dim=384,
-    normalisation="half",
     source=SIZES[0].source,
     licence="Apache-2.0",
     revision=SIZES[0].revision,
@@ -40,11 +38,7 @@ HF = HfFamily("Dinov2Model", "Dinov2Config", ("dinov2",))
 
 def load(spec: EncoderSpec, size: ModelSize, image_size: int, path: Path) -> Backbone:
     """Load the network from a file of timm's or the official names, or from a folder of timm or transformers."""
-    written = read_json(path / CONFIG, RESAVE) if path.is_dir() else {}
-    # The architecture in a timm folder determines the number of registers.
-    if "architecture" not in written and written.get("model_type") in (None, "dinov2_with_registers"):
-        refuse_registers(spec, path)
-    if path.is_dir() and "architecture" not in written:
+    if path.is_dir() and "architecture" not in read_json(path / CONFIG, RESAVE):
         return HF.load(spec, size, image_size, path)
     return load_timm(size.source.removeprefix("timm/"), spec, image_size, path)
 

@@ -7,8 +7,7 @@ multiple of 16 px works. The network is that of transformers; its weights are ga
 from __future__ import annotations
 
 from wmcache.pipeline.encoders.base import EncoderSpec
-from wmcache.pipeline.encoders.libraries import HfFamily
-from wmcache.pipeline.encoders.vit import ModelSize, register_family
+from wmcache.pipeline.encoders.vit import HfFamily, ModelSize, register_family
 
 REGISTERS = 4
 

@@ -32,7 +32,7 @@ class Encoder:
 
     Attributes:
         weights_sha256: hash of all parameters; equals `backbone_sha256` if the head has none.
-        max_batch: frames that fit the device's memory; lowered when a batch did not fit.
+        max_batch: frames that fit the device's memory; `extract` lowers it.
     """
 
     def __init__(
@@ -46,11 +46,7 @@ class Encoder:
         dtype: str | None,
         device: str = "auto",
     ) -> None:
-        """Freeze the networks and move them to the device.
-
-        Raises:
-            UserError: a weight is not finite, or the device or precision is not available.
-        """
+        """Freeze the networks and move them to the device; raises UserError if a weight is not finite."""
         self.spec, self.weights, self.base_weights, self.preprocess = spec, weights, base_weights, preprocess
         self.image_size, self.lag = preprocess.image_size, preprocess.lag
         self.device = choose_device(device)
@@ -78,20 +74,12 @@ class Encoder:
         """Equal for encoders that can share one pass of their backbones."""
         return self.backbone_sha256, self.preprocess, self.dtype, self.device, type(self.backbone)
 
-    def share(self, other: Encoder) -> None:
-        """Use the backbone of another encoder of the same `backbone_key`, so that memory contains it once."""
-        assert self.backbone_key == other.backbone_key
-        self.backbone = other.backbone
-
     def __call__(self, frames: NDArray[np.uint8] | Tensor) -> Tensor:
-        """Encode frames.
+        """Encode frames to float16 [B, N, D], the precision of the store, so live tokens equal cached ones.
 
         Args:
             frames: uint8 [B, S, S, 3]; for an encoder with a lag [B, 2, S, S, 3] with the earlier frame first, or single frames, each
                 paired with itself.
-
-        Returns:
-            float16 [B, N, D] on the encoder's device: the precision of the store, so live tokens equal cached ones.
         """
         return encode_together([self], frames)[0]
 
@@ -117,10 +105,7 @@ class Encoder:
         return tokens.to(torch.float16)
 
     def drift(self, frames: NDArray[np.uint8], cached: NDArray[np.float16]) -> dict[str, float]:
-        """Compare tokens of frames encoded now (see `__call__`) with cached ones, float16 [B, N, D].
-
-        Returns `cosine`, the smallest of all frames, and `relative_error`, the largest norm of a difference over that of the tokens.
-        """
+        """Return the smallest `cosine` of live and cached tokens [B, N, D], and the largest `relative_error` of a frame."""
         live, known = self(frames).float().cpu().flatten(1), torch.from_numpy(cached).float().flatten(1)
         cosines = torch.cosine_similarity(live, known, dim=1)
         # The cosine of two zero vectors is not defined; equal tokens have not drifted.
@@ -161,10 +146,7 @@ class Encoder:
 
 
 def encode_together(encoders: Sequence[Encoder], frames: NDArray[np.uint8] | Tensor) -> list[Tensor]:
-    """Encode the same frames with several encoders, float16 [B, N, D] each; those of equal `backbone_key` share a pass.
-
-    Frames are as for `Encoder.__call__`; pairs only for encoders with a lag.
-    """
+    """Encode the same frames as `Encoder.__call__` does with several encoders; those of equal `backbone_key` share a pass."""
     shared: dict[tuple[object, ...], Features] = {}
     for key in dict.fromkeys(encoder.backbone_key for encoder in encoders):
         group = [encoder for encoder in encoders if encoder.backbone_key == key]

@@ -22,10 +22,7 @@ BACKGROUND_FRAMES = 1000
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How any encoder is trained; subclasses have other defaults and more options.
-
-    The learning rate reaches its peak after a tenth of the steps and decays to 0 as a cosine.
-    """
+    """How any encoder is trained; subclasses have other defaults and more options."""
 
     steps: Positive = option(400, "Optimiser steps.", group="Fit")
     batch: Annotated[int, Ge(2)] = option(256, "Frames, or pairs of frames, in each step.", flag="--batch-size")
@@ -47,7 +44,6 @@ def adapter_spec(name: str, summary: str, token_dim: int, **more: Any) -> Encode
         via=(224,),
         patch=14,
         token_dim=token_dim,
-        normalisation="half",
         source=f"wmcache fit --encoder {name}",
         licence="yours, on the base's",
         **more,
@@ -61,7 +57,6 @@ class FitData:
     Attributes:
         episode: [frames], ascending.
         preprocess: of the encoder that is trained, or of the base.
-        device: where to train.
         images: uint8 [frames, 3, S, S], resized by `preprocess`; None if the training reads only a store.
         base, gather: an adapter's base, and rows -> its features, float32 on the device; None for others.
     """
@@ -84,7 +79,7 @@ class FitData:
         return self.base.backbone
 
     def pixels(self, rows: NDArray[np.integer]) -> Tensor:
-        """Return images as the network receives them: normalised float32 [len(rows), 3, S, S] on the device."""
+        """Return images as the network receives them: normalised float32 [len(rows), 3, S, S]."""
         assert self.images is not None
         some = self.images[torch.from_numpy(np.asarray(rows))].to(self.device)
         return self.preprocess.normalise(some.float() / 255)
@@ -99,7 +94,7 @@ class FitData:
         return self.gather(rows)
 
     def sample_features(self, frames: int, seed: int) -> Iterator[Features]:
-        """Yield the base's features of at most `frames` frames, drawn from all, a few frames at a time."""
+        """Yield `features` of at most `frames` frames, drawn from all, in parts."""
         rows = self.random_rows(min(len(self), frames), np.random.default_rng(seed))
         for part in np.array_split(rows, -(-len(rows) // FRAMES_AT_ONCE)):
             yield self.features(part)

@@ -22,7 +22,7 @@ from wmcache.common.files import sha256_of
 from wmcache.common.folders import home
 from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.locks import exclusive
-from wmcache.common.paths import cause_outside, unreadable
+from wmcache.common.paths import cause_outside, readable
 from wmcache.common.schema import Count, parse
 from wmcache.common.space import human_bytes
 from wmcache.pipeline.encoders.base import EncoderSpec
@@ -80,10 +80,7 @@ class Cached:
 
 
 def look_up(repository: str, revision: str = "") -> Cached | None:
-    """Find a repository's weights in the hub's cache without reading the file; None if they are not there.
-
-    Without a revision, it is the pinned one, or without a pin the newest in the cache.
-    """
+    """Find a repository's weights in the hub's cache, by default the pinned or else the newest, without reading the file."""
     pin, _, path = _find(repository, revision)
     if path is None:
         return None
@@ -105,16 +102,12 @@ def find_weights(spec: EncoderSpec, weights: Path | None) -> tuple[Path, str]:
 
 
 def download_weights(repository: str, encoder: str, *, revision: str = "", accept: str = "") -> Path:
-    """Return the weights of a repository in the hub's cache; download and pin them if necessary.
+    """Return the weights of a repository in the hub's cache, in a folder named by their commit; download and pin them if necessary.
 
     Args:
-        repository: id on the hub.
         encoder: for errors.
         revision: a commit; empty for the pinned one.
         accept: page on which a gated repository's licence is accepted.
-
-    Returns:
-        The file; the name of its folder is its commit.
 
     Raises:
         UserError: they are not in the cache and cannot be downloaded, or their bytes are not those that were published or pinned.
@@ -124,10 +117,8 @@ def download_weights(repository: str, encoder: str, *, revision: str = "", accep
         published = path.resolve().name  # the cache names a large file by its checksum
     else:
         path, published = _download(repository, encoder, asked, accept)
-    try:
+    with readable(path.resolve()):
         digest = sha256_of(path)
-    except OSError as error:
-        raise unreadable(path.resolve(), error) from error
     known = pin.sha256 if pin else published if SHA256.fullmatch(published) else digest
     if digest != known:
         raise UserError(
@@ -135,17 +126,15 @@ def download_weights(repository: str, encoder: str, *, revision: str = "", accep
             f"{digest[:12]}..., not {known[:12]}...; move that file away, and run the same command again"
         )
     if pin is None:
-        _pin(repository, Pin(path.parent.name, digest, path.stat().st_size))
+        new = Pin(path.parent.name, digest, path.stat().st_size)
+        try:
+            with exclusive(_pins_file().with_name(".pins.lock")):
+                pins = {**read_pins(), repository: new}
+                write_json(_pins_file(), {name: asdict(value) for name, value in pins.items()})
+        except UserError as error:
+            # With a read-only home the weights are still usable; the next run checks them again.
+            tqdm.write(f"{repository} is not pinned: {error}", file=sys.stderr)
     return path
-
-
-def _pin(repository: str, new: Pin) -> None:
-    try:
-        with exclusive(_pins_file().with_name(".pins.lock")):
-            write_json(_pins_file(), {name: asdict(value) for name, value in {**read_pins(), repository: new}.items()})
-    except UserError as error:
-        # With a read-only home the weights are still usable; the next run checks them again.
-        tqdm.write(f"{repository} is not pinned: {error}", file=sys.stderr)
 
 
 def _download(repository: str, encoder: str, revision: str, accept: str) -> tuple[Path, str]:
@@ -156,7 +145,7 @@ def _download(repository: str, encoder: str, revision: str, accept: str) -> tupl
         path = hf_hub_download(repository, FILE, revision=found.commit_hash or revision or None)
         return Path(path), found.etag or ""
     except Exception as error:
-        weights = f"the weights of {encoder} ({repository})"
+        weights, outside = f"the weights of {encoder} ({repository})", cause_outside(error)
         refused = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
         if isinstance(error, GatedRepoError) or (refused and accept):
             page = accept or f"https://huggingface.co/{repository}"
@@ -164,7 +153,6 @@ def _download(repository: str, encoder: str, revision: str, accept: str) -> tupl
                 f"{weights} are gated: accept their licence at {page}, log in with: hf auth login, "
                 "and run the same command again (or pass --weights)"
             ) from error
-        outside = cause_outside(error)
         if outside is not None and outside.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
             raise UserError(
                 f"{weights} are not in the hub's cache, and {constants.HF_HUB_CACHE} cannot be written ({reason(outside)}); "

@@ -25,7 +25,7 @@ SPEC = adapter_spec(
 
 @dataclass(frozen=True)
 class PcaOptions(FitOptions):
-    """How they are found, in closed form: batch and learning rate have no effect."""
+    """How the components are found, in closed form: batch and learning rate have no effect."""
 
     steps: Natural = option(0, flag="")
     batch: Positive = option(1)
@@ -34,7 +34,7 @@ class PcaOptions(FitOptions):
 
     @property
     def needs_images(self) -> bool:
-        """It does not."""
+        """Whether the training looks at frames."""
         return False
 
 
@@ -58,7 +58,7 @@ class _PcaHead(Head):
 
 @register_fit(SPEC.name, PcaOptions)
 class _PcaFitting(Fitting):
-    """The components of a sample of frames, computed when it is made: there are no steps."""
+    """The components of a sample of frames, computed without steps."""
 
     kept: _PcaHead
 
@@ -78,11 +78,10 @@ class _PcaFitting(Fitting):
 
 
 def principal_axes(tokens: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute principal components of tokens [..., D] in parts, in float64 on the CPU, in constant memory.
+    """Compute principal components of parts of tokens [..., D], in float64 on the CPU.
 
     Returns:
-        The mean [D], the variances along the axes [D], descending, and the axes [D, D], one a row, of length 1, the largest entry of each
-        positive.
+        The mean [D], the variances [D], descending, and the axes [D, D], one a row, of length 1, the largest entry of each positive.
     """
     count, total, products = 0, torch.zeros(()).double(), torch.zeros(()).double()
     for part in tokens:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
 from wmcache.common.options import option
-from wmcache.pipeline.encoders.base import Features
+from wmcache.pipeline.encoders.base import Features, transformer_layer
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
 
 SAMPLED_FRAMES = 500
@@ -35,7 +35,7 @@ class ReconstructionOptions(FitOptions):
 
     @property
     def needs_images(self) -> bool:
-        """Only pixels need them."""
+        """Whether the training looks at frames."""
         return self.decoder == "pixels"
 
 
@@ -63,10 +63,7 @@ class Standardise(nn.Module):
 
 
 def patch_moments(data: FitData, layers: Sequence[str], seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Compute for each layer the mean and deviation, each [channels], of the patches of a sample of frames.
-
-    A store's own statistics include class and register tokens, which may be many times as large.
-    """
+    """Compute for each layer the mean and deviation, each [channels], of the patches of a sample of frames, without prefix tokens."""
     count, totals, squares = 0, dict.fromkeys(layers, torch.zeros(())), dict.fromkeys(layers, torch.zeros(()))
     for features in data.sample_features(SAMPLED_FRAMES, seed):
         for layer in layers:
@@ -78,16 +75,15 @@ def patch_moments(data: FitData, layers: Sequence[str], seed: int) -> dict[str, 
 
 
 class PixelDecoder(nn.Module):
-    """Token grid [B, N, D], row-major, to normalised images [B, 3, S, S]; not saved.
+    """Token grid [B, N, D], row-major, to normalised images [B, 3, S, S].
 
-    Each scale doubles the grid and halves the channels. The network predicts the difference from the mean frame, so that a ball of a few
-    pixels is not outweighed by walls.
+    The network predicts the difference from the mean frame, so that a ball of a few pixels is not outweighed by walls.
     """
 
     background: Tensor
 
     def __init__(self, grid: tuple[int, int], dim: int, image_size: int, width: int = 64) -> None:
-        """Build the scales; `dim` is D, `image_size` is S, `width` the channels of the coarsest scale."""
+        """Build the scales, each with half the channels of the one before; `width` are those of the coarsest."""
         super().__init__()
         self.grid = grid
         self.stem = nn.Sequential(nn.Conv2d(dim, width, 3, padding=1), _Residual(width))
@@ -135,17 +131,14 @@ class _Residual(nn.Module):
 
 
 class TokenDecoder(nn.Module):
-    """Latents [B, N, d] to features [B, N, D]: a transformer of two layers; not saved."""
+    """A transformer of two layers, latents [B, tokens, dim] to features [B, tokens, feature_dim]."""
 
     def __init__(self, tokens: int, dim: int, feature_dim: int, width: int = 128) -> None:
-        """Build it for N `tokens`, from `dim` d to `feature_dim` D."""
+        """Build the layers."""
         super().__init__()
         self.enter = nn.Linear(dim, width)
         self.position = nn.Parameter(0.02 * torch.randn(1, tokens, width))
-        layer = nn.TransformerEncoderLayer(
-            width, 4, dim_feedforward=2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.mixer = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.mixer = nn.TransformerEncoder(transformer_layer(width), 2, enable_nested_tensor=False)
         self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, feature_dim))
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -158,7 +151,7 @@ class Reconstruction(nn.Module):
     """A decoder and its error: L1 of normalised pixels, or MSE of standardised features."""
 
     def __init__(self, data: FitData, options: ReconstructionOptions, dim: int, layers: Sequence[str]) -> None:
-        """Make the decoder of latents of `dim` channels on the base's grid; `layers` are the features to reconstruct."""
+        """Make the decoder of latents of `dim` channels; `layers` are the features to reconstruct."""
         super().__init__()
         self.data, (rows, columns), dims = data, data.backbone.grid, data.backbone.dims
         self.targets = nn.ModuleDict()

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wmcache.common.errors import UserError
-from wmcache.common.options import parse_options
+from wmcache.common.options import check_options, parse_options
 from wmcache.common.registry import Registry
 from wmcache.common.schema import Size, parse
-from wmcache.pipeline.encoders.base import FILTERS, NORMALISATIONS, Backbone, EncoderSpec, Head, Loaded, Preprocess
+from wmcache.pipeline.encoders.base import Backbone, EncoderSpec, Head, Loaded, Preprocess
 from wmcache.pipeline.encoders.encoder import Encoder
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
 from wmcache.pipeline.encoders.weights import REFIT, load_fitted, not_fitted, read_header, require_weights
+from wmcache.pipeline.options import EncoderOptions
 
 Loader = Callable[[EncoderSpec, int, Path | None], Loaded]
 """(spec, image size, weights file or folder, None for the spec's source) -> networks."""
@@ -34,13 +35,7 @@ M = TypeVar("M", bound=MakeFitting)
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered encoder.
-
-    Attributes:
-        load: loads it; None for an adapter.
-        adapt: makes an adapter's head; None for others.
-        base: default encoder of the store that an adapter is fitted on; empty for others.
-    """
+    """A registered encoder: `load` loads it, or `adapt` makes an adapter's head; `base` is an adapter's usual base encoder."""
 
     spec: EncoderSpec
     load: Loader | None = None
@@ -70,12 +65,7 @@ def register(spec: EncoderSpec) -> Callable[[L], L]:
 
 
 def register_adapter(spec: EncoderSpec, base: str) -> Callable[[A], A]:
-    """Register an adapter: decorates the head, or a function that makes it.
-
-    Args:
-        spec: the preprocessing in it is the base's.
-        base: default encoder to fit on; the weights file names the one that was used.
-    """
+    """Register an adapter with its usual base encoder: decorates the head. The preprocessing in the spec is the base's."""
 
     def add(adapt: A) -> A:
         ENCODERS.register(spec.name)(Entry(spec, adapt=adapt, base=base))
@@ -85,7 +75,7 @@ def register_adapter(spec: EncoderSpec, base: str) -> Callable[[A], A]:
 
 
 def register_fit(name: str, options: type[FitOptions]) -> Callable[[M], M]:
-    """Let `wmcache fit` train a registered encoder: decorates the `Fitting`, or a function that makes it."""
+    """Let `wmcache fit` train a registered encoder: decorates the `Fitting`."""
 
     def add(fit: M) -> M:
         FITS.register(name)((options, fit))
@@ -122,47 +112,47 @@ def fit_options(name: str, settings: Mapping[str, Any]) -> FitOptions:
     return parse_options(get_fit(name)[0], dict(settings), f"the fit of {name}")
 
 
+def family_of(name: str) -> str:
+    """Return the encoder whose fit provides the weights of `name`: the layers of a family share its weights."""
+    family = name.removesuffix("-layers")
+    return family if family in ENCODERS else name
+
+
 def create(
     name: str,
     *,
     weights: str | Path | None = None,
     base_weights: str | Path | None = None,
-    image_size: int | None = None,
-    normalisation: str | None = None,
-    filter: str | None = None,
-    lag: int | None = None,
-    dtype: str | None = None,
     device: str = "auto",
+    **settings: Any,
 ) -> Encoder:
-    """Make an encoder with its weights. None takes the encoder's default.
+    """Make an encoder with its weights.
 
     Args:
         weights: a safetensors file, or a folder written by `save_pretrained`; by default the encoder's own source, mostly a hub.
         base_weights: for an adapter, its base's weights; by default at their recorded path, or beside the adapter's own.
-        image_size, normalisation, filter, lag: see `EncoderSpec`.
-        dtype: `float32`, `bfloat16` or `auto`.
-        device: `auto`, `cpu`, `cuda`, …
+        settings: fields of `EncoderOptions`; None takes the encoder's default.
 
     Raises:
         UserError: unknown name, missing or unfitting weights, no network, or an option that does not fit.
     """
     entry = ENCODERS.get(name)
     spec = entry.spec
-    for value, known, kind in ((normalisation, tuple(NORMALISATIONS), "normalisation"), (filter, FILTERS, "filter")):
-        if value is not None and value not in known:
-            raise UserError(f"unknown {kind}: {value!r}; choose from {', '.join(known)}")
+    options = EncoderOptions(**{**settings, "lag": settings.get("lag") or None})  # a recipe has 0 where there is none
+    check_options(options)
+    asked = {option: value for option, value in asdict(options).items() if value is not None}
+    dtype = asked.pop("dtype", None)
     path = None if weights is None else require_weights(Path(weights))
-    given = {"image_size": image_size, "normalisation": normalisation, "filter": filter, "lag": lag}
-    asked: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
-    if entry.load is None:
+    if entry.adapt is not None:
         return _create_adapter(entry, path, base_weights, asked, dtype, device)
     if base_weights is not None:
         raise UserError(f"encoder {name} has no base encoder; leave out --base-weights")
-    if lag and not spec.lag:
+    if options.lag and not spec.lag:
         raise UserError(f"encoder {name} encodes one frame at a time; leave out --lag")
     usual = Preprocess(spec.image_size, spec.via, spec.normalisation, spec.filter, spec.lag)
     preprocess = replace(usual, **asked)
     spec.patch_grid(preprocess.image_size)
+    assert entry.load is not None
     loaded = entry.load(spec, preprocess.image_size, path)
     return Encoder(spec, loaded, preprocess, weights=path, dtype=dtype, device=device)
 
@@ -184,14 +174,7 @@ class Recipe:
 def create_again(
     recipe: dict[str, Any], *, weights: Path | None = None, base_weights: Path | None = None, device: str = "auto"
 ) -> Encoder:
-    """Make the encoder of `Encoder.recipe`: of a store's card, or in another process.
-
-    Args:
-        weights, base_weights: their paths now, if they have moved.
-
-    Raises:
-        UserError: as `create`; or the recipe is damaged.
-    """
+    """Make the encoder of a store's card, whose weights may have moved; raises UserError as `create`, or for a damaged recipe."""
     known = parse(Recipe, recipe, "the recipe of the store's encoder", "restore it, or extract into another --out")
     # A base that has moved may be beside the adapter, where `create` looks.
     there = known.base_weights if known.base_weights and Path(known.base_weights).exists() else None
@@ -214,7 +197,12 @@ def _create_adapter(
     header = read_header(weights, name)
     recipe = parse(Recipe, header.get("base"), where, REFIT)
     options = parse(get_fit(name)[0], header.get("options"), where, REFIT)
-    there = _find_base(recipe, weights) if base_weights is None else Path(base_weights)
+    there = None if base_weights is None else Path(base_weights)
+    if there is None and recipe.weights is not None:
+        recorded = Path(recipe.weights)
+        there = next((path for path in (recorded, weights.parent / recorded.name) if path.exists()), None)
+        if there is None:
+            raise UserError(f"{weights} needs {recipe.name}'s {recorded}, which does not exist; pass --base-weights")
     base = create_again(asdict(recipe), weights=there, device=device)
     if base.weights_sha256 != header.get("base_sha256"):
         other = f"{base.spec.name} than {base.weights or base.source}"
@@ -236,19 +224,3 @@ def _create_adapter(
         dtype=dtype or str(base.dtype).removeprefix("torch."),
         device=device,
     )
-
-
-def _find_base(base: Recipe, weights: Path) -> Path | None:
-    """Find the weights of an adapter's base at the recorded path, or beside the adapter's own; None for the hub's."""
-    if base.weights is None:
-        return None
-    for path in (Path(base.weights), weights.parent / Path(base.weights).name):
-        if path.exists():
-            return path
-    raise UserError(f"{weights} needs {base.name}'s {base.weights}, which does not exist; pass --base-weights")
-
-
-def family_of(name: str) -> str:
-    """Return the encoder whose fit provides the weights of `name`: the layers of a family share its weights."""
-    family = name.removesuffix("-layers")
-    return family if family in ENCODERS else name

@@ -6,9 +6,10 @@ network is the SiglipVisionModel of transformers, which interpolates its positio
 
 from __future__ import annotations
 
+import functools
+
 from wmcache.pipeline.encoders.base import EncoderSpec
-from wmcache.pipeline.encoders.libraries import HfFamily
-from wmcache.pipeline.encoders.vit import ModelSize, register_family
+from wmcache.pipeline.encoders.vit import HfFamily, HfVit, ModelSize, register_family
 
 REVISION = "75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2"
 SIZE = ModelSize("", "SigLIP 2 ViT-B/16", 12, 768, "google/siglip2-base-patch16-224", REVISION)
@@ -18,7 +19,6 @@ SPEC = EncoderSpec(
     image_size=224,
     patch=16,
     token_dim=768,
-    normalisation="half",
     source=SIZE.source,
     licence="Apache-2.0",
     revision=SIZE.revision,
@@ -27,8 +27,7 @@ HF = HfFamily(
     "SiglipVisionModel",
     "SiglipVisionConfig",
     ("siglip_vision_model", "siglip"),
-    class_token=False,
-    arguments={"interpolate_pos_encoding": True},
+    wrap=functools.partial(HfVit, class_token=False, interpolate_pos_encoding=True),
     overrides={"vision_use_head": False},
     # The published file includes the text tower.
     unused=("text_model.", "logit_", "vision_model.head.", "head."),

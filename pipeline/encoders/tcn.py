@@ -1,8 +1,7 @@
-"""Time-contrastive patch tokens: a small network trained on the dataset's own frames, so that no download is needed.
+"""Time-contrastive patch tokens (TCN, arXiv 1704.06888): a small network trained on the dataset's own frames, without a download.
 
-Frames a few steps apart are positives, all others negatives (TCN, arXiv 1704.06888; InfoNCE, arXiv 1807.03748), with logits equal
-to minus the squared distance of all tokens. So the latent distance grows with the time between two frames, as a planner that minimises it
-needs. Pixels, untrained networks and plain autoencoders do not have this property.
+The latent distance grows with the time between two frames, as a planner that minimises it needs. Pixels, untrained networks and plain
+autoencoders do not have this property.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, Weight, option
-from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Backbone, EncoderSpec, Loaded, Select
+from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Backbone, EncoderSpec, Loaded, Select, transformer_layer
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
 from wmcache.pipeline.encoders.registry import register, register_fit
 from wmcache.pipeline.encoders.weights import load_fitted, not_fitted
@@ -31,7 +30,6 @@ SPEC = EncoderSpec(
     image_size=64,
     patch=32,
     token_dim=32,
-    normalisation="half",
     layer="head",
     source="wmcache fit --encoder tcn",
     licence="yours",
@@ -50,7 +48,7 @@ WIDTH = 64
 
 
 class TcnNetwork(nn.Module):
-    """Three strided convolutions to one feature for each 16 x 16 patch, two transformer layers, a linear head."""
+    """Four strided convolutions to one feature for each patch, two transformer layers, a linear head."""
 
     background: Tensor
     contrast: Tensor
@@ -63,19 +61,12 @@ class TcnNetwork(nn.Module):
             layers += [nn.GELU(), nn.Conv2d(channels, WIDTH, 4, stride=2, padding=1)]
         self.stem = nn.Sequential(*layers)
         self.position = nn.Parameter(0.02 * torch.randn(1, grid * grid, WIDTH))
-        layer = nn.TransformerEncoderLayer(
-            WIDTH, nhead=4, dim_feedforward=2 * WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.mixer = nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
+        self.mixer = nn.TransformerEncoder(transformer_layer(WIDTH), num_layers=2, enable_nested_tensor=False)
         self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, SPEC.token_dim))
         self.register_buffer("background", torch.zeros(3, grid * SPEC.patch, grid * SPEC.patch))
         self.register_buffer("contrast", torch.ones(()))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, N, D]."""
-        return self.stages(images)[-1]
-
-    def stages(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, 3, S, S] -> features of the stem and of the first block, and the tokens, each [B, N, channels]."""
         stem = rearrange(self.stem((images - self.background) / self.contrast), "b c h w -> b (h w) c")
         first, *others = self.mixer.layers
@@ -91,8 +82,6 @@ class TcnNetwork(nn.Module):
 
 
 class _Tcn(Backbone):
-    """The network with names for its stages, so that adapters can be fitted on them."""
-
     def __init__(self, network: TcnNetwork, grid: tuple[int, int]) -> None:
         super().__init__()
         self.network = network
@@ -101,7 +90,7 @@ class _Tcn(Backbone):
         self.grid = grid
 
     def forward(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        stages = dict(zip((EARLY, MIDDLE, LAST), self.network.stages(images), strict=True))
+        stages = dict(zip((EARLY, MIDDLE, LAST), self.network(images), strict=True))
         return {layer: stages[layer] for layer in layers}
 
 
@@ -116,7 +105,7 @@ class TcnOptions(FitOptions):
 @register(SPEC)
 @register(LAYERS)
 def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """Load the fitted network; raises UserError without a file, or for one that does not fit."""
+    """Load the fitted network."""
     if weights is None:
         raise not_fitted(spec.name, SPEC.name)
     grid = spec.patch_grid(image_size)
@@ -152,21 +141,19 @@ class TcnFitting(Fitting):
 
     def loss(self, rows: NDArray[np.integer]) -> dict[str, Tensor]:
         """Compute `time_contrastive_loss`."""
-        tokens = self.kept(self.data.pixels(rows)).flatten(1).float()
-        first, second = tokens.chunk(2)
+        *_, tokens = self.kept(self.data.pixels(rows))
+        first, second = tokens.flatten(1).float().chunk(2)
         return {"loss": time_contrastive_loss(first, second, self.options.spread)}
 
 
 def time_contrastive_loss(first: Tensor, second: Tensor, spread: float = 0.0) -> Tensor:
-    """Compute symmetric InfoNCE with logits equal to minus the squared distance, minus a reward for distance between all frames.
+    """Compute symmetric InfoNCE (arXiv 1807.03748) with logits of minus the squared distance, minus a reward for distance between all.
 
-    InfoNCE alone saturates once far frames are far enough, so the landscape has dead ends: descent from 20 % of the U-maze's held-out
-    frames got stuck. The second term unfolds what the first keeps together locally (compare maximum variance unfolding, Weinberger and
-    Saul 2006): 0 % got stuck.
+    InfoNCE alone saturates once far frames are far enough: descent from 20 % of the U-maze's held-out frames got stuck. The second term
+    unfolds what the first keeps together locally (compare maximum variance unfolding, Weinberger and Saul 2006): 0 % got stuck.
 
     Args:
         first, second: [B, N * D]; row i of both is a positive pair, all other rows are negatives.
-        spread: weight of the mean distance.
     """
     # Not torch.cdist(…)²: the gradient of its square root is infinite where two rows are equal.
     squared = (first.square().sum(1)[:, None] + second.square().sum(1) - 2 * first @ second.T).clamp_min(0)

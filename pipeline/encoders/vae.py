@@ -1,8 +1,7 @@
 """Variational autoencoders, fitted on the dataset's own frames: the V of World Models (arXiv 1803.10122) and DisWM's (arXiv 2503.08751).
 
-Both encode a frame as one token, the mean of its latents; only the encoder is kept. Networks and losses are the papers'; of DisWM's, the
-part for single frames (its video prediction is a world model's job here). Both papers use Adam at a constant rate (1e-4, 3e-4); here it
-is AdamW with one cycle, as for every fit.
+A frame is one token, the mean of its latents. Networks and losses are the papers'; of DisWM's, the part for single frames. Both papers
+use Adam at a constant rate (1e-4, 3e-4); here it is AdamW with one cycle, as for every fit.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ SPEC = EncoderSpec(
     image_size=64,
     patch=64,
     token_dim=32,
-    normalisation="half",
     layer="mean",
     source="wmcache fit --encoder vae",
     licence="yours",
@@ -51,11 +49,7 @@ SIDE = 64
 
 @dataclass(frozen=True)
 class VaeOptions(FitOptions):
-    """How World Models' is trained.
-
-    Without `foreground`, the default steps do not get beyond the mean frame on the U-maze: its squared error is 3.0 a frame, the one after
-    400 steps was 3.7, and with `foreground` 1.5.
-    """
+    """How World Models' is trained. Without `foreground`, the default steps do not get beyond the mean frame on the U-maze."""
 
     steps: Positive = option(300)
     batch: Annotated[int, Ge(2)] = option(32)
@@ -78,11 +72,7 @@ class BetaVaeOptions(VaeOptions):
 
 
 class VaeEncoder(nn.Module):
-    """Convolutions to one position, then two linear maps.
-
-    Attributes:
-        background, contrast: [3, 64, 64] and a scalar: subtracted from an image, and the divisor of the difference.
-    """
+    """Convolutions to one position, then two linear maps. Images are scaled by a background [3, 64, 64] and a scalar contrast."""
 
     background: Tensor
     contrast: Tensor
@@ -116,7 +106,7 @@ class VaeEncoder(nn.Module):
         return (images / 2 + 0.5 - self.background) / self.contrast
 
     def fit_statistics(self, images: Tensor) -> None:
-        """Set the mean frame of images [n, 3, 64, 64] in [-1, 1] as the background: without it a ball of a few pixels remains."""
+        """Set the mean frame of images [n, 3, 64, 64] in [-1, 1] as the background."""
         self.background.copy_(images.mean(0) / 2 + 0.5)
         self.contrast.copy_((images / 2 + 0.5 - self.background).std())
 
@@ -141,8 +131,6 @@ def make_decoder(name: str, latent: int) -> nn.Sequential:
 
 
 class _Vae(Backbone):
-    """The mean of the latents."""
-
     def __init__(self, encoder: VaeEncoder) -> None:
         super().__init__()
         self.encoder = encoder
@@ -156,7 +144,7 @@ class _Vae(Backbone):
 @register(SPEC)
 @register(BETA_SPEC)
 def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """Load the fitted encoder; raises UserError without a file, for one that does not fit, and for another image size."""
+    """Load the fitted encoder."""
     if image_size != SIDE:
         raise UserError(f"--image-size {image_size} does not fit {spec.name}, which has {SIDE} px; leave it out")
     if weights is None:

@@ -1,9 +1,7 @@
 """VFM-VAE (arXiv 2510.18457): three layers of a frozen network compressed into a few Gaussian channels that keep its geometry.
 
-A small version of the published model: a projection of each layer, attention over all, mean and variance on the base's grid. Left out are
-the multi-scale generator with its discriminator, LPIPS, which needs other weights, the equivariance terms, the adaptive weight of the
-alignment and VA-VAE's margins (arXiv 2501.01423). With `--decoder tokens` the fit needs only the store. Tokens are the standardised
-means, because the divergence has too little weight to fix their scale.
+A small version of the published model. Left out are the multi-scale generator with its discriminator, LPIPS, which needs other weights,
+the equivariance terms, the adaptive weight of the alignment and VA-VAE's margins (arXiv 2501.01423).
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 
 from wmcache.common.options import Weight, option
 from wmcache.common.schema import Size
-from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Backbone, Features, Head
+from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Backbone, Features, Head, transformer_layer
 from wmcache.pipeline.encoders.fitting import FitData, adapter_spec
 from wmcache.pipeline.encoders.reconstruction import Reconstruction, ReconstructionFitting, ReconstructionOptions
 from wmcache.pipeline.encoders.registry import register_adapter, register_fit
@@ -43,32 +41,28 @@ class VfmVaeOptions(ReconstructionOptions):
 
 
 @register_adapter(SPEC, base="dinov2-layers")
-class VfmVaeHead(Head):
-    """The means of the latents, standardised."""
+class _VfmVaeHead(Head):
+    """The means of the latents, standardised, because the divergence has too little weight to fix their scale."""
 
     layers = (EARLY, MIDDLE, LAST)
 
     def __init__(self, backbone: Backbone, options: VfmVaeOptions) -> None:
-        """Make the layers for a backbone's features."""
         super().__init__()
         self.grid, self.dim = backbone.grid, options.latent
         dims = [backbone.dims[layer] for layer in self.layers]
         self.levels = nn.ModuleList(nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, LEVEL)) for dim in dims)
         width = LEVEL * len(dims)
-        self.mixer = nn.TransformerEncoderLayer(
-            width, nhead=4, dim_feedforward=2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
+        self.mixer = transformer_layer(width)
         self.moments = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * options.latent))
         self.standardise = nn.BatchNorm1d(options.latent, affine=False)
 
     def encode(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Compute mean and logarithm of the variance of the latents, each float32 [B, N, latent]."""
+        # Mean and logarithm of the variance of the latents, each float32 [B, N, latent].
         levels = [level(features.patches(layer)) for layer, level in zip(self.layers, self.levels, strict=True)]
         mean, logvar = self.moments(self.mixer(torch.cat(levels, -1))).float().chunk(2, -1)
         return mean, logvar.clamp(*LOGVAR)
 
     def forward(self, features: Features) -> Tensor:
-        """See `Head.forward`."""
         mean, _ = self.encode(features)
         tokens: Tensor = self.standardise(mean.flatten(0, 1)).view(mean.shape)
         return tokens
@@ -78,15 +72,15 @@ class VfmVaeHead(Head):
 class VfmVaeFitting(ReconstructionFitting):
     """Features or frames reconstructed from a sample of the latents, with a weak prior and the final features' geometry."""
 
-    kept: VfmVaeHead
+    kept: _VfmVaeHead
     options: VfmVaeOptions
 
     def __init__(self, data: FitData, options: VfmVaeOptions) -> None:
-        """Make head and decoder; raises UserError if the base's store lacks a layer."""
-        super().__init__(SPEC.name, VfmVaeHead.layers, data, options)
-        self.kept = VfmVaeHead(data.backbone, options)
+        """Make head and decoder."""
+        super().__init__(SPEC.name, _VfmVaeHead.layers, data, options)
+        self.kept = _VfmVaeHead(data.backbone, options)
         self.kept.standardise.momentum = min(1.0, max(SLOWEST, COUNTED_STEPS / max(1, options.steps)))
-        self.reconstruction = Reconstruction(data, options, options.latent, VfmVaeHead.layers)
+        self.reconstruction = Reconstruction(data, options, options.latent, _VfmVaeHead.layers)
         self.project = nn.Linear(options.latent, data.backbone.dims[LAST])
 
     def loss(self, rows: NDArray[np.integer]) -> dict[str, Tensor]:
@@ -104,12 +98,9 @@ class VfmVaeFitting(ReconstructionFitting):
 
 
 def alignment_loss(latents: Tensor, projected: Tensor, features: Tensor) -> Tensor:
-    """Compute the distance of latents from a frozen network's features: 0 if both have the same angles.
+    """Compute the distance of latents [B, N, d], and of their projections [B, N, D], from a frozen network's features [B, N, D].
 
-    Args:
-        latents: [B, N, d]; compared by the angles between a frame's tokens.
-        projected: [B, N, D], projections of the latents; compared by their angle with the features.
-        features: [B, N, D].
+    Latents are compared by the angles between a frame's tokens, projections by their angle with the features.
     """
     own, target = (F.normalize(values, dim=-1) for values in (latents, features))
     between = (own @ own.mT - target @ target.mT).abs().mean()

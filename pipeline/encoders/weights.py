@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from wmcache.common.errors import UserError, reason
 from wmcache.common.jsonfiles import read_json
 from wmcache.common.reading import reading
-from wmcache.common.tensors import Tensors, load_tensors, open_tensors
+from wmcache.common.tensors import load_tensors, open_tensors
 from wmcache.pipeline.encoders.base import EncoderSpec
 
 FILE = "model.safetensors"
@@ -55,16 +53,14 @@ def _weights_files(path: Path) -> list[Path]:
     """Return all files of a path that `require_weights` allows; an index may name only files of its folder."""
     if not path.is_dir() or (path / FILE).is_file():
         return [weights_file(path)]
-    again = "get the folder again"
-    parts = read_json(path / INDEX, again).get("weight_map")
+    index, hint = path / INDEX, "get the folder again"
+    parts = read_json(index, hint).get("weight_map")
     if not isinstance(parts, dict) or not parts:
-        raise UserError(f"{path / INDEX} is damaged (no weight_map); {again}")
+        raise UserError(f"{index} is damaged (no weight_map); {hint}")
     names = sorted({str(name) for name in parts.values()})
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{path / INDEX} names {name[:80]!r}, which is no safetensors file of the folder; {again}")
-        if not (path / name).is_file():
-            raise UserError(f"{path / name} is missing, one of {len(names)} files of {INDEX}; {again}")
+        if Path(name).name != name or not name.endswith(".safetensors") or not (path / name).is_file():
+            raise UserError(f"{index} names {name[:80]!r}, which is no safetensors file of the folder; {hint}")
     return [path / name for name in names]
 
 
@@ -99,34 +95,13 @@ def not_fitted(encoder: str, fitted_as: str) -> UserError:
 
 
 def read_tensors(path: Path, encoder: str, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Read the tensors of a file or folder; leave out names that start with one of `without`, which may be most of it.
-
-    Raises:
-        UserError: a file cannot be read or is cut short; the error names the encoder.
-    """
+    """Read the tensors of a file or folder but those whose names start with one of `without`; raises UserError for a damaged file."""
     found: dict[str, Tensor] = {}
     for file in _weights_files(path):
-        with _opened(file, encoder) as tensors:
+        fault = f"{file} does not contain the weights of {encoder}"
+        with reading(file, fault, "get it again"), open_tensors(file) as tensors:
             found |= {name: tensors.get_tensor(name) for name in tensors.keys() if not name.startswith(without)}  # noqa: SIM118 (no mapping)
     return found
-
-
-def tensor_names(path: Path, encoder: str) -> set[str]:
-    """Return the names of the tensors that `read_tensors` reads; raises as it does."""
-    names: set[str] = set()
-    for file in _weights_files(path):
-        with _opened(file, encoder) as tensors:
-            names |= set(tensors.keys())
-    return names
-
-
-@contextmanager
-def _opened(file: Path, encoder: str) -> Iterator[Tensors]:
-    with (
-        reading(file, f"{file} does not contain the weights of {encoder}", "get it again"),
-        open_tensors(file) as tensors,
-    ):
-        yield tensors
 
 
 @dataclass(frozen=True)
@@ -134,7 +109,7 @@ class FittedFile:
     """A file that `wmcache fit` wrote, for a listing.
 
     Attributes:
-        encoder, dataset: what was fitted, and the fingerprint of its data.
+        dataset: fingerprint of the data.
         base, base_weights: for an adapter, its base encoder and where its weights were; otherwise empty.
         fault: why the file cannot be used; empty if it can.
     """
@@ -159,8 +134,6 @@ def _describe(path: Path) -> FittedFile:
         header = read_metadata(path)
         base = json.loads(header.get("base", "{}"))
         on = base.get("name", ""), base.get("weights") or ""
-    except (OSError, SafetensorError, ValueError, AttributeError) as error:
-        return FittedFile(path, size, fault=f"cannot be read ({reason(error)})")
-    if "encoder" not in header:
-        return FittedFile(path, size, fault="not written by wmcache fit")
-    return FittedFile(path, size, header["encoder"], header.get("dataset", ""), *map(str, on))
+        return FittedFile(path, size, header["encoder"], header.get("dataset", ""), *map(str, on))
+    except (OSError, SafetensorError, ValueError, AttributeError, KeyError) as error:
+        return FittedFile(path, size, fault=f"not written by wmcache fit, or damaged ({reason(error)})")
