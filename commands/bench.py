@@ -37,7 +37,7 @@ def bench_extract(dataset: AnyPath | None, batch: int, cluster: str, **encoder: 
     """Extraction against the bare encoder, on every frame of a dataset; of several encoders, one pass against one each."""
     from wmcache.bench.extract import bench_extract as run
     from wmcache.bench.extract import bench_together
-    from wmcache.pipeline.fit_job import open_inputs
+    from wmcache.pipeline.fit import open_inputs
 
     frames, networks = open_inputs(dataset, encoder)
     if len(networks) > 1:
@@ -57,7 +57,7 @@ def bench_extract(dataset: AnyPath | None, batch: int, cluster: str, **encoder: 
 def bench_cluster(dataset: AnyPath | None, batch: int, cluster: str, rounds: int, **encoder: Any) -> None:
     """Extraction by N Dask workers (--cluster local:N) against one, a plain loop, and N plain processes; a thread each."""
     from wmcache.bench.extract import bench_cluster as run
-    from wmcache.pipeline.fit_job import open_inputs
+    from wmcache.pipeline.fit import open_inputs
 
     frames, networks = open_inputs(dataset, encoder)
     if len(networks) > 1:

@@ -134,7 +134,7 @@ def fit(
     **settings: Any,
 ) -> None:
     """Fit an encoder on the dataset's own frames, or an adapter on a store, and measure its latent landscape."""
-    from wmcache.pipeline.fit_job import prepare_fit
+    from wmcache.pipeline.fit import prepare_fit
 
     given = take_chosen(settings, given=True)
     job = prepare_fit(encoder, given, device=device, cluster=cluster, base_weights=base_weights, **settings)
@@ -189,7 +189,7 @@ def extract(
 ) -> None:
     """Encode every frame of a dataset once, several encoders in one pass. Run again, or beside itself, it does what is missing."""
     from wmcache.pipeline.extract import extract_together
-    from wmcache.pipeline.fit_job import open_inputs
+    from wmcache.pipeline.fit import open_inputs
     from wmcache.pipeline.stores import default_store
 
     frames, networks = open_inputs(dataset, encoder)

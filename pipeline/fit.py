@@ -6,40 +6,45 @@ import glob
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import split_frames
+from wmcache.cluster.tasks import run_alone
 from wmcache.common.cpus import available_cpus
 from wmcache.common.device import choose_device, choose_dtype
-from wmcache.common.errors import UserError, reason
+from wmcache.common.errors import UserError
 from wmcache.common.files import write_whole
+from wmcache.common.folders import home
 from wmcache.common.jsonfiles import dump_json, json_digest
 from wmcache.common.options import check_options
-from wmcache.common.paths import AnyPath, cause_outside, unreadable
+from wmcache.common.paths import AnyPath, absolute, as_path
+from wmcache.common.reading import reading
 from wmcache.engine.checkpoint import Progress, checkpoints, last_checkpoint, read_progress
 from wmcache.engine.loop import LoopOptions, Task, require_finite, run
 from wmcache.engine.schedules import warmup_cosine
 from wmcache.pipeline import encoders
-from wmcache.pipeline.encoders import FitOptions
+from wmcache.pipeline.encoders import Encoder, FitOptions
 from wmcache.pipeline.encoders.base import Features, Preprocess, Select
 from wmcache.pipeline.encoders.fitting import FitData, Fitting
 from wmcache.pipeline.encoders.weights import read_metadata
+from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.probe import Landscape, probe_landscape
-from wmcache.pipeline.stores import require_frames
+from wmcache.pipeline.stores import create_encoders, default_store, default_weights, frames_of, require_frames
 
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
@@ -77,17 +82,16 @@ def fit(
         UserError: the encoder cannot be fitted, other weights are at `out`, the dataset is too small, or the loss is not finite.
     """
     _, make = encoders.get_fit(name)  # refuses before anything is read
-    spec, where = encoders.get_spec(name), choose_device(device)
+    preprocess, where = encoders.get_spec(name).preprocess, choose_device(device)
     chosen = _training_frames(dataset.steps.episode, options, max_frames, dataset.path)
-    preprocess = Preprocess(spec.image_size, spec.via, spec.normalisation, spec.filter, spec.lag)
 
     def start() -> Fitting:
         images = load_images(dataset, chosen, preprocess)
         return make(FitData(dataset.steps.episode[chosen], preprocess, where, images), options)
 
     header = _header(name, dataset.card.fingerprint, len(chosen), options)
-    train(start, options, header, out, where, overwrite=overwrite)
-    return Fitted(out, len(chosen), measure_landscape(dataset, name, out, device) if measure else None)
+    _train(start, options, header, out, where, overwrite=overwrite)
+    return Fitted(out, len(chosen), _measure_landscape(dataset, name, out, device) if measure else None)
 
 
 def fit_adapter(
@@ -117,9 +121,13 @@ def fit_adapter(
         raise UserError(f"this fit of {name} needs the frames; pass --dataset, or a --decoder that needs none")
     if dataset is not None:
         require_frames(store, dataset)
-    where = choose_device(device)
-    base, head = _open_base(store, name, base_weights, device)
-    chosen = _training_frames(store.episode, options, max_frames, store.path)
+    base = encoders.create_again(store.card.encoder, weights=base_weights, device=device)
+    identity = base.identity(store.identity.dataset_fingerprint, store.identity.store_dtype)
+    if different := "; ".join(store.identity.differences(identity)):
+        raise UserError(f"{base.weights or base.source} are not the weights of {store.path} ({different})")
+    if not isinstance(head := base.head, Select):
+        raise UserError(f"{store.path} contains tokens of an adapter; fit {name} on a store of its base")
+    where, chosen = base.device, _training_frames(store.episode, options, max_frames, store.path)
 
     def gather(rows: NDArray[np.integer]) -> Features:
         return head.restore(torch.from_numpy(store.gather(chosen[rows])).to(where).float())
@@ -134,25 +142,13 @@ def fit_adapter(
         "base_sha256": base.weights_sha256,
         "store_dtype": store.identity.store_dtype,
     }
-    train(start, options, header, out, where, overwrite=overwrite)
-    return Fitted(out, len(chosen), measure_landscape(dataset, name, out, device) if measure and dataset else None)
-
-
-def _open_base(store: TokenStore, name: str, weights: Path | None, device: str) -> tuple[encoders.Encoder, Select]:
-    """Load the encoder of a store, and its head; raises UserError for other weights, or tokens of an adapter."""
-    base = encoders.create_again(store.card.encoder, weights=weights, device=device)
-    identity = base.identity(store.identity.dataset_fingerprint, store.identity.store_dtype)
-    if different := "; ".join(store.identity.differences(identity)):
-        raise UserError(f"{base.weights or base.source} are not the weights of {store.path} ({different})")
-    if not isinstance(base.head, Select):
-        raise UserError(f"{store.path} contains tokens of an adapter; fit {name} on a store of its base")
-    return base, base.head
+    _train(start, options, header, out, where, overwrite=overwrite)
+    return Fitted(out, len(chosen), _measure_landscape(dataset, name, out, device) if measure and dataset else None)
 
 
 def _training_frames(
     episode: NDArray[np.integer], options: FitOptions, max_frames: int, where: AnyPath
 ) -> NDArray[np.int64]:
-    """Choose the frames to train on; raises UserError for options that no fit can be made with."""
     check_options(options)
     chosen = split_frames(episode, "train")[:max_frames]
     if len(chosen) < 2 * options.batch:
@@ -162,7 +158,7 @@ def _training_frames(
 
 
 def _header(name: str, fingerprint: str, frames: int, options: FitOptions) -> dict[str, str]:
-    """Return the metadata of a weights file: everything that its content depends on."""
+    # Everything that the content of a weights file depends on.
     return {
         "encoder": name,
         "dataset": fingerprint,
@@ -171,8 +167,7 @@ def _header(name: str, fingerprint: str, frames: int, options: FitOptions) -> di
     }
 
 
-def measure_landscape(dataset: FrameDataset, name: str, weights: Path, device: str) -> Landscape | None:
-    """Measure the landscape of a fitted encoder; None where the dataset shows no maze."""
+def _measure_landscape(dataset: FrameDataset, name: str, weights: Path, device: str) -> Landscape | None:
     if not dataset.card.maze or dataset.steps.state.shape[1] < 2:
         return None
     return probe_landscape(dataset, encoders.create(name, weights=weights, device=device))
@@ -180,21 +175,17 @@ def measure_landscape(dataset: FrameDataset, name: str, weights: Path, device: s
 
 def read_fit(weights: Path) -> dict[str, str]:
     """Read the metadata of a fit's file."""
-    try:
+    with reading(weights, f"{weights} cannot be read", "choose another --out"):
         return read_metadata(weights)
-    except (OSError, SafetensorError) as error:
-        if outside := cause_outside(error):
-            raise unreadable(weights, outside) from error
-        raise UserError(f"{weights} cannot be read ({reason(error)}); choose another --out") from error
 
 
-def without_paths(header: dict[str, str]) -> dict[str, str]:
-    """Leave out where the base's weights are, which may move; their hash stays."""
+def _without_paths(header: dict[str, str]) -> dict[str, str]:
+    # The base's weights may move; their hash stays.
     base = {name: value for name, value in json.loads(header.get("base", "{}")).items() if not name.endswith("weights")}
     return {**header, "base": json.dumps(base, sort_keys=True)}
 
 
-def train(
+def _train(
     start: Callable[[], Fitting],
     options: FitOptions,
     header: dict[str, str],
@@ -208,23 +199,16 @@ def train(
     Checkpoints are in a hidden folder beside the weights, named by the digest of the header, and deleted in the end.
     """
     if out.exists() and not overwrite:
-        if without_paths(read_fit(out)) != without_paths(header):
+        if _without_paths(read_fit(out)) != _without_paths(header):
             raise UserError(f"{out} is of another fit; choose another --out")
         return
     torch.manual_seed(options.seed)
     task = FitTask(start().to(device), options, f"fit {header['encoder']}", out)
     if options.steps:
-        folder = out.with_name(f".{out.name}.{json_digest(without_paths(header))[:16]}.fit")
+        folder = out.with_name(f".{out.name}.{json_digest(_without_paths(header))[:16]}.fit")
         done = read_progress(last_checkpoint(folder)) if checkpoints(folder) else Progress()
-        how = LoopOptions(
-            options.steps,
-            options.batch,
-            device,
-            choose_dtype("auto", device),
-            log=False,
-            checkpoint_every=options.steps,
-            checkpoint_seconds=SECONDS_BETWEEN_CHECKPOINTS,
-        )
+        seldom = {"checkpoint_every": options.steps, "checkpoint_seconds": SECONDS_BETWEEN_CHECKPOINTS}
+        how = LoopOptions(options.steps, options.batch, device, choose_dtype("auto", device), log=False, **seldom)
         run(task, how, folder, Progress(done.step))
     weights = {name: value.detach().cpu().contiguous() for name, value in task.network.kept.state_dict().items()}
     require_finite(task, options.steps, weights.values())
@@ -287,3 +271,95 @@ def load_images(dataset: FrameDataset, frames: NDArray[np.int64], preprocess: Pr
         for count in pool.map(load, np.unique(shard_of).tolist()):
             bar.update(count)
     return images
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """What a fit reads and writes.
+
+    Attributes:
+        frames: path of those to fit on, or to measure on; None where a store's frames are not available.
+        store: path of the store of an adapter's base; None for other encoders.
+    """
+
+    name: str
+    options: FitOptions
+    frames: str | None
+    store: str | None
+    out: Path
+
+    @property
+    def unmeasured(self) -> str:
+        """Explain why the landscape of such a fit is not known."""
+        if self.frames is not None:
+            return f"{self.frames} has no maze, so the true distances are not known"
+        where = TokenStore.open(as_path(str(self.store))).card.dataset.get("path")
+        return f"the frames of {self.store} are not at {where}; pass their location with --dataset"
+
+    def run(self, cluster: str, **settings: Any) -> Fitted:
+        """Fit in a process of the cluster; `settings` are those of `fit`, or of `fit_adapter`."""
+        return run_alone(partial(self._fit, self.out.absolute(), **settings), cluster=cluster, label=f"fit {self.name}")
+
+    def _fit(self, out: Path, **settings: Any) -> Fitted:
+        frames = None if self.frames is None else FrameDataset.open(as_path(self.frames))
+        if self.store is None:
+            assert frames is not None
+            return fit(frames, self.name, out, self.options, **settings)
+        store = TokenStore.open(as_path(self.store))
+        return fit_adapter(store, self.name, out, self.options, dataset=frames, **settings)
+
+
+def prepare_fit(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    dataset: AnyPath | None,
+    cache: AnyPath | None,
+    base: str | None,
+    base_weights: Path | None,
+    out: Path | None,
+    device: str,
+    cluster: str,
+) -> FitJob:
+    """Find what a fit needs, and extract the store of an adapter's base if it is missing.
+
+    Args:
+        dataset: the frames; None takes the default dataset, or with `cache` the store's.
+        cache: for an adapter, the store of its base; None takes the default one.
+        base, base_weights: for an adapter, the encoder of that store, and its weights.
+        device, cluster: for the extraction.
+
+    Raises:
+        UserError: unknown encoder or option, settings that do not go together, or no dataset or store.
+    """
+    chosen, entry = encoders.fit_options(name, options), encoders.get_entry(name)
+    if entry.load is not None:
+        if cache or base or base_weights:
+            raise UserError(f"encoder {name} is fitted on frames, not on a store; leave out --cache and --base")
+        frames = open_dataset(dataset)
+        return FitJob(name, chosen, absolute(frames.path), None, out or default_weights(frames.card.name, name))
+    if cache and base:
+        raise UserError("--cache has the store that the adapter is fitted on; leave out --base")
+    known = None if cache and dataset is None and not chosen.needs_images else open_dataset(dataset)
+    if cache is None:
+        assert known is not None
+        weights = [str(base_weights)] if base_weights else []
+        (encoder,) = create_encoders(known.card.name, names=base or entry.base, weights=weights, device=device)
+        cache = default_store(known.card.name, encoder)
+        extract_together(known, [(encoder, cache)], cluster=cluster, device=device)
+    store = TokenStore.open(cache)
+    with suppress(UserError):  # without frames, the fit is not measured
+        known = known or frames_of(store)
+    out = out or default_weights(str(store.card.dataset["name"]), name)
+    return FitJob(name, chosen, absolute(known.path) if known else None, absolute(store.path), out)
+
+
+def open_dataset(path: AnyPath | None) -> FrameDataset:
+    """Open a dataset, or the default one."""
+    return FrameDataset.open(path or home() / "pointmaze-umaze")
+
+
+def open_inputs(dataset: AnyPath | None, encoder: dict[str, Any]) -> tuple[FrameDataset, list[Encoder]]:
+    """Open a dataset, and create encoders with its fitted weights; `encoder` has arguments of `create_encoders`."""
+    frames = open_dataset(dataset)
+    return frames, create_encoders(frames.card.name, **encoder)

@@ -44,8 +44,6 @@ BLOCK = 8192
 """Features of a frame that are multiplied at once, so that there is no second copy of all tokens."""
 
 STATE = ("x", "y", "vx", "vy")
-
-
 Float = NDArray[np.float64]
 
 
@@ -95,8 +93,7 @@ def squared_distances(points: Float, others: Float) -> Float:
     """Compute squared distances, [n, k], [m, k] -> [n, m]."""
     from sklearn.metrics.pairwise import euclidean_distances
 
-    distances: Float = euclidean_distances(points, others, squared=True)
-    return distances
+    return np.asarray(euclidean_distances(points, others, squared=True))
 
 
 def neighbours(maze: Maze, xy: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -132,8 +129,7 @@ class Probe:
     Attributes:
         frames, held_out: frames that train the probes, and that score them.
         linear, mlp: R^2 of a ridge regression and of a network with one hidden layer, from all tokens of a frame to each column of its
-            state: 1 is perfect, 0 no better than the mean; None for a constant column. Tokens of one frame do not show velocities; a
-            score for them comes from what position and policy reveal.
+            state: 1 is perfect, 0 no better than the mean; None for a constant column.
         spearman, stuck: see `Landscape`; None without a maze, as are the next two.
         nearest, nearest_90: median and 90 % quantile of the distance in the maze (Euclidean; a cell is 1 wide) to the frame of another
             episode whose tokens are nearest.
@@ -235,9 +231,7 @@ def _sample(episode: NDArray[np.integer], split: str, most: int) -> NDArray[np.i
 def principal_coordinates(tokens: NDArray[np.floating], scale: NDArray[np.floating]) -> Float:
     """Reduce frames [n, N, D], divided by a scale [D] where it is not 0, to the fewest dimensions that keep all their distances.
 
-    Returns:
-        Centred points [n, k], k < n and k <= N * D. Columns are principal components, the largest first; their norms are the singular
-        values.
+    Returns centred points [n, k]. Columns are principal components, the largest first; their norms are the singular values.
     """
     flat = tokens.reshape(len(tokens), -1)
     divisor = np.tile(np.where(scale > 0, scale, 1.0).astype(np.float32), tokens.shape[1])
@@ -265,13 +259,15 @@ def principal_coordinates(tokens: NDArray[np.floating], scale: NDArray[np.floati
 
 def score(regress: Callable[[Float, Float, Float], Float], points: Float, state: Float, cut: int) -> list[float | None]:
     """R^2 of each column of the state [n, S] on the rows from `cut` on, fitted on the rows before; None for a constant column."""
+    from sklearn.metrics import r2_score
+
+    if not state.shape[1]:
+        return []
     mean, std = state[:cut].mean(0), state[:cut].std(0)
     targets = (state - mean) / np.where(std > 0, std, 1.0)
-    if not targets.shape[1]:
-        return []
-    found, true = regress(points[:cut], targets[:cut], points[cut:]), targets[cut:]
-    missed, total = np.square(found - true).sum(0), np.square(true - true.mean(0)).sum(0)
-    return [float(1 - error / whole) if whole > 0 else None for error, whole in zip(missed, total, strict=True)]
+    found = regress(points[:cut], targets[:cut], points[cut:])
+    scores = r2_score(targets[cut:], found, multioutput="raw_values", force_finite=False)
+    return [float(value) if math.isfinite(value) else None for value in scores]
 
 
 def fit_linear(points: Float, targets: Float, unseen: Float) -> Float:
@@ -284,7 +280,7 @@ def fit_linear(points: Float, targets: Float, unseen: Float) -> Float:
 
 
 def fit_mlp(points: Float, targets: Float, unseen: Float) -> Float:
-    """Fit a network with one hidden layer on the first principal components."""
+    """Fit a network with one hidden layer on the first principal components, as `fit_linear`."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPRegressor
 

@@ -1,7 +1,6 @@
 """Encoders: frame -> patch tokens. A new encoder is a file in this folder that calls `register`; CONTRIBUTING.md has an example."""
 
-from wmcache.pipeline.encoders.base import EncoderSpec
-from wmcache.pipeline.encoders.encoder import COSINE_TOLERANCE, Encoder, encode_together
+from wmcache.pipeline.encoders.base import COSINE_TOLERANCE, Encoder, EncoderSpec, encode_together
 from wmcache.pipeline.encoders.fitting import FitOptions
 from wmcache.pipeline.encoders.registry import (
     ENCODERS,

@@ -13,8 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from wmcache.common.errors import UserError
-from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Loaded, Select
-from wmcache.pipeline.encoders.encoder import Encoder
+from wmcache.pipeline.encoders.base import LAST, Backbone, Encoder, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.registry import create, register
 from wmcache.pipeline.encoders.weights import refuse_weights
 

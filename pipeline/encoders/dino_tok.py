@@ -20,16 +20,17 @@ from torch import Tensor, nn
 from wmcache.common.options import option
 from wmcache.engine.codebook import MovingMeans, nearest
 from wmcache.pipeline.encoders.base import EARLY, LAST, Backbone, Features, Head
-from wmcache.pipeline.encoders.fitting import FitData, adapter_spec
-from wmcache.pipeline.encoders.pca import principal_axes
-from wmcache.pipeline.encoders.reconstruction import (
+from wmcache.pipeline.encoders.fitting import (
     SAMPLED_FRAMES,
+    FitData,
     Reconstruction,
     ReconstructionFitting,
     ReconstructionOptions,
     Standardise,
+    adapter_spec,
     patch_moments,
 )
+from wmcache.pipeline.encoders.pca import principal_axes
 from wmcache.pipeline.encoders.registry import register_adapter, register_fit
 
 SUMMARY = "DINO-Tok: final features beside a few channels of early ones"

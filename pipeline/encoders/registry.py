@@ -15,8 +15,7 @@ from wmcache.common.errors import UserError
 from wmcache.common.options import check_options, parse_options
 from wmcache.common.registry import Registry
 from wmcache.common.schema import Size, parse
-from wmcache.pipeline.encoders.base import Backbone, EncoderSpec, Head, Loaded, Preprocess
-from wmcache.pipeline.encoders.encoder import Encoder
+from wmcache.pipeline.encoders.base import Backbone, Encoder, EncoderSpec, Head, Loaded
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
 from wmcache.pipeline.encoders.weights import REFIT, load_fitted, not_fitted, read_header, require_weights
 from wmcache.pipeline.options import EncoderOptions
@@ -149,8 +148,7 @@ def create(
         raise UserError(f"encoder {name} has no base encoder; leave out --base-weights")
     if options.lag and not spec.lag:
         raise UserError(f"encoder {name} encodes one frame at a time; leave out --lag")
-    usual = Preprocess(spec.image_size, spec.via, spec.normalisation, spec.filter, spec.lag)
-    preprocess = replace(usual, **asked)
+    preprocess = replace(spec.preprocess, **asked)
     spec.patch_grid(preprocess.image_size)
     assert entry.load is not None
     loaded = entry.load(spec, preprocess.image_size, path)

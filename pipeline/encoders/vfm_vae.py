@@ -17,8 +17,13 @@ from torch import Tensor, nn
 from wmcache.common.options import Weight, option
 from wmcache.common.schema import Size
 from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Backbone, Features, Head, transformer_layer
-from wmcache.pipeline.encoders.fitting import FitData, adapter_spec
-from wmcache.pipeline.encoders.reconstruction import Reconstruction, ReconstructionFitting, ReconstructionOptions
+from wmcache.pipeline.encoders.fitting import (
+    FitData,
+    Reconstruction,
+    ReconstructionFitting,
+    ReconstructionOptions,
+    adapter_spec,
+)
 from wmcache.pipeline.encoders.registry import register_adapter, register_fit
 from wmcache.pipeline.encoders.vae import divergence_from_prior
 

@@ -34,8 +34,7 @@ from wmcache.pipeline import encoders
 from wmcache.pipeline.derive import create_for, derive
 from wmcache.pipeline.encoders import Encoder, EncoderSpec, dinov3, encode_together, siglip2
 from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE
-from wmcache.pipeline.encoders.libraries import timm_settings
-from wmcache.pipeline.encoders.vit import ModelSize
+from wmcache.pipeline.encoders.vit import ModelSize, timm_settings
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from wmcache.cache import TokenStore
 from wmcache.pipeline.encoders.base import EARLY, LAST, Features
-from wmcache.pipeline.encoders.fitting import FitData
-from wmcache.pipeline.encoders.reconstruction import (
+from wmcache.pipeline.encoders.fitting import (
     SAMPLED_FRAMES,
+    FitData,
     PixelDecoder,
     Reconstruction,
     ReconstructionOptions,
