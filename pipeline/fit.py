@@ -207,8 +207,15 @@ def _train(
     if options.steps:
         folder = out.with_name(f".{out.name}.{json_digest(_without_paths(header))[:16]}.fit")
         done = read_progress(last_checkpoint(folder)) if checkpoints(folder) else Progress()
-        seldom = {"checkpoint_every": options.steps, "checkpoint_seconds": SECONDS_BETWEEN_CHECKPOINTS}
-        how = LoopOptions(options.steps, options.batch, device, choose_dtype("auto", device), log=False, **seldom)
+        how = LoopOptions(
+            options.steps,
+            options.batch,
+            device,
+            choose_dtype("auto", device),
+            log=False,
+            checkpoint_every=options.steps,
+            checkpoint_seconds=SECONDS_BETWEEN_CHECKPOINTS,
+        )
         run(task, how, folder, Progress(done.step))
     weights = {name: value.detach().cpu().contiguous() for name, value in task.network.kept.state_dict().items()}
     require_finite(task, options.steps, weights.values())

@@ -37,18 +37,9 @@ DRAWN_GOALS = 5
 
 
 def preview(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, count: int = 8) -> NDArray[np.int64]:
-    """Draw frames of a store, and under each the first three principal components of its tokens as red, green and blue.
+    """Draw `count` frames of a store, and under each the first three principal components of its tokens as red, green and blue.
 
-    Args:
-        out: the PNG to write.
-        dataset: path of the frames, if they have moved.
-        count: number of frames, evenly spaced over the store.
-
-    Returns:
-        The numbers of the frames.
-
-    Raises:
-        UserError: an unusable store, or missing or other frames.
+    Returns the numbers of the frames, which are evenly spaced over the store; raises UserError if they are missing or others.
     """
     from matplotlib.figure import Figure  # half a second that a study does not need
 
@@ -73,10 +64,7 @@ def preview(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, count: 
 
 
 def principal_colours(store: TokenStore, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Project tokens on their first three principal components, scaled to [0, 1], [len(chosen), rows, columns, 3].
-
-    They are computed from frames of the whole store, so that a colour means the same in every picture of it.
-    """
+    """Project tokens on three principal components of the whole store, scaled to [0, 1], [len(chosen), rows, columns, 3]."""
     fitted = np.unique(np.linspace(0, len(store) - 1, FITTED_FRAMES).astype(np.int64))
     mean = store.mean.astype(np.float32)
     everywhere = store.gather(fitted).astype(np.float32).reshape(-1, store.card.token_dim) - mean
@@ -93,15 +81,8 @@ def principal_colours(store: TokenStore, chosen: NDArray[np.int64]) -> NDArray[n
 def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goals: int = DRAWN_GOALS) -> None:
     """Draw held-out frames at their positions, coloured by their distance to some goals: of tokens above, along the maze below.
 
-    Red points mark frames from which descent of the token distance does not end at the goal.
-
-    Args:
-        out: the PNG to write.
-        dataset: as in `probe`.
-        goals: number of goals, as far from each other as possible.
-
-    Raises:
-        UserError: an unusable store, another dataset, too few frames, or no maze.
+    Red points mark frames from which descent of the token distance does not end at the goal. Raises UserError as `probe` does, and for
+    frames without a maze.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -143,13 +124,12 @@ def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goal
 
 
 def _bounds(maze: Maze) -> tuple[Float, Float]:
-    """Corners of the free cells, without most of the outer walls."""
+    # Corners of the free cells, without most of the outer walls.
     free = np.argwhere(maze.free)
     return free.min(0) - 0.85, free.max(0) + 0.45
 
 
 def _draw_distances(axes: Axes, maze: Maze, xy: Float, goal: int, values: NDArray[np.floating], most: float) -> Any:
-    """Draw the maze, and the positions coloured by a distance up to `most`; returns the points."""
     low, high = _bounds(maze)
     walls = np.where(maze.free, np.nan, 1.0).T
     axes.imshow(walls, origin="lower", extent=maze.extent, cmap="Greys", vmin=0, vmax=3, interpolation="nearest")
@@ -164,7 +144,6 @@ def _draw_distances(axes: Axes, maze: Maze, xy: Float, goal: int, values: NDArra
 
 
 def _mark_stuck(axes: Axes, xy: Float, true: Float, ends: NDArray[np.int64], latent: NDArray[np.floating]) -> None:
-    """Mark frames from which descent gets stuck, and write the figures of this goal as the title."""
     reachable = np.isfinite(true)
     stuck = reachable & (true[ends] > STUCK_DISTANCE)
     axes.plot(*xy[stuck].T, "o", color="#ff4a30", markersize=1.6, markeredgewidth=0)
@@ -186,7 +165,7 @@ def picture_paths(stores: Sequence[AnyPath], out: Path | None = None) -> list[Pa
 
 
 def spread(xy: Float, maze: Maze, count: int) -> tuple[list[int], Float]:
-    """Choose at most `count` positions far from each other of xy [n, 2]; returns them and their path lengths to all, [count, n]."""
+    """Choose at most `count` positions of xy [n, 2], far from each other; returns them and their path lengths to all, [count, n]."""
     lengths: dict[int, Float] = {}
 
     def distances(index: int) -> torch.Tensor:

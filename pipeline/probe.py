@@ -65,7 +65,7 @@ def probe_landscape(dataset: FrameDataset, encoder: Encoder) -> Landscape:
     chosen = _sample(dataset.steps.episode, "val", PROBED_FRAMES)
     parts = np.array_split(read_for(encoder, dataset, chosen), max(1, len(chosen) // 64))
     tokens = torch.cat([encoder(part).float().cpu() for part in parts]).flatten(1).double().numpy()
-    maze = make_maze(dataset.card.name, dataset.card.maze, dataset.path)
+    maze = _make_maze(dataset.card.name, dataset.card.maze, dataset.path)
     return measure_landscape(squared_distances(tokens, tokens), dataset.steps.state[chosen, :2], maze)
 
 
@@ -111,11 +111,10 @@ def find_maze(store: TokenStore, dataset: AnyPath | None = None) -> Maze | None:
         frames = FrameDataset.open(dataset)
         require_frames(store, frames)
         rows = rows or frames.card.maze
-    return make_maze(str(name), rows, store.path) if rows and store.state.shape[1] >= 2 else None
+    return _make_maze(str(name), rows, store.path) if rows and store.state.shape[1] >= 2 else None
 
 
-def make_maze(name: str, rows: Any, where: AnyPath | str) -> Maze:
-    """Build the maze of a card."""
+def _make_maze(name: str, rows: Any, where: AnyPath) -> Maze:
     try:
         return Maze(name, tuple(rows))
     except (MazeError, TypeError, AttributeError) as error:
@@ -166,7 +165,7 @@ def probe(path: AnyPath, *, dataset: AnyPath | None = None, frames: int = 2000) 
 
     Args:
         dataset: the store's dataset, for a maze that the store's card lacks.
-        frames: most frames of training episodes that train the probes; at most PROBED_FRAMES of held-out episodes score them.
+        frames: most frames of training episodes that train the probes.
 
     Raises:
         UserError: an unusable store, another dataset, an invalid maze, too few frames, or constant tokens.
@@ -223,7 +222,6 @@ def choose_frames(store: TokenStore, frames: int) -> tuple[NDArray[np.int64], ND
 
 
 def _sample(episode: NDArray[np.integer], split: str, most: int) -> NDArray[np.int64]:
-    """Choose at most `most` frames of a split, ascending, always the same."""
     known = split_frames(episode, split)
     return np.sort(np.random.default_rng(0).choice(known, min(most, len(known)), replace=False))
 
@@ -259,15 +257,13 @@ def principal_coordinates(tokens: NDArray[np.floating], scale: NDArray[np.floati
 
 def score(regress: Callable[[Float, Float, Float], Float], points: Float, state: Float, cut: int) -> list[float | None]:
     """R^2 of each column of the state [n, S] on the rows from `cut` on, fitted on the rows before; None for a constant column."""
-    from sklearn.metrics import r2_score
-
-    if not state.shape[1]:
-        return []
     mean, std = state[:cut].mean(0), state[:cut].std(0)
     targets = (state - mean) / np.where(std > 0, std, 1.0)
-    found = regress(points[:cut], targets[:cut], points[cut:])
-    scores = r2_score(targets[cut:], found, multioutput="raw_values", force_finite=False)
-    return [float(value) if math.isfinite(value) else None for value in scores]
+    if not targets.shape[1]:
+        return []
+    found, true = regress(points[:cut], targets[:cut], points[cut:]), targets[cut:]
+    missed, total = np.square(found - true).sum(0), np.square(true - true.mean(0)).sum(0)
+    return [float(1 - error / whole) if whole > 0 else None for error, whole in zip(missed, total, strict=True)]
 
 
 def fit_linear(points: Float, targets: Float, unseen: Float) -> Float:

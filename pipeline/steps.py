@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from wmcache.common.errors import UserError, reason
-from wmcache.common.paths import AnyPath, cause_outside, open_to_read, unreadable
+from wmcache.common.errors import UserError
+from wmcache.common.paths import AnyPath, open_to_read
+from wmcache.common.reading import reading
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,8 @@ class Steps:
 def read_steps(path: AnyPath, frames: int | None = None) -> Steps:
     """Read the step table of a dataset; raises UserError if it is missing or damaged, or does not have `frames` rows."""
     file, hint = path / "steps.parquet", "restore it, or make the dataset under another --out"
-    try:
-        with open_to_read(file) as stream:
-            table = pq.ParquetFile(stream)
-            if frames not in (None, rows := table.metadata.num_rows):
-                raise UserError(f"{file} has {rows} rows for {frames} frames; {hint}")
-            return Steps.from_table(table.read())
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, MemoryError, pa.ArrowException) as error:
-        if outside := cause_outside(error):
-            raise unreadable(file, outside) from error
-        raise UserError(f"{file} cannot be read ({reason(error)}); {hint}") from error
+    with reading(file, f"{file} cannot be read", hint), open_to_read(file) as stream:
+        table = pq.ParquetFile(stream)
+        if frames not in (None, rows := table.metadata.num_rows):
+            raise UserError(f"{file} has {rows} rows for {frames} frames; {hint}")
+        return Steps.from_table(table.read())
