@@ -29,9 +29,7 @@ SPEC = EncoderSpec(
     via=(224,),
     patch=14,
     token_dim=384,
-    source=SIZES[0].source,
     licence="Apache-2.0",
-    revision=SIZES[0].revision,
 )
 HF = HfFamily("Dinov2Model", "Dinov2Config", ("dinov2",))
 

@@ -12,22 +12,27 @@ from wmcache.pipeline.encoders.vit import HfFamily, ModelSize, register_family
 REGISTERS = 4
 
 
-def _size(suffix: str, letter: str, revision: str, *, depth: int, dim: int, heads: int) -> ModelSize:
-    settings = {
-        "num_hidden_layers": depth,
-        "hidden_size": dim,
-        "intermediate_size": 4 * dim,
-        "num_attention_heads": heads,
-        "num_register_tokens": REGISTERS,
-    }
-    source = f"facebook/dinov3-vit{letter}16-pretrain-lvd1689m"
-    return ModelSize(suffix, f"DINOv3 ViT-{letter.upper()}/16", depth, dim, source, revision, settings)
-
-
-SIZES = (
-    _size("", "s", "114c1379950215c8b35dfcd4e90a5c251dde0d32", depth=12, dim=384, heads=6),
-    _size("base", "b", "5931719e67bbdb9737e363e781fb0c67687896bc", depth=12, dim=768, heads=12),
-    _size("large", "l", "ea8dc2863c51be0a264bab82070e3e8836b02d51", depth=24, dim=1024, heads=16),
+SIZES = tuple(
+    ModelSize(
+        suffix,
+        f"DINOv3 ViT-{letter.upper()}/16",
+        depth,
+        dim,
+        f"facebook/dinov3-vit{letter}16-pretrain-lvd1689m",
+        revision,
+        {
+            "num_hidden_layers": depth,
+            "hidden_size": dim,
+            "intermediate_size": 4 * dim,
+            "num_attention_heads": dim // 64,
+            "num_register_tokens": REGISTERS,
+        },
+    )
+    for suffix, letter, depth, dim, revision in (
+        ("", "s", 12, 384, "114c1379950215c8b35dfcd4e90a5c251dde0d32"),
+        ("base", "b", 12, 768, "5931719e67bbdb9737e363e781fb0c67687896bc"),
+        ("large", "l", 24, 1024, "ea8dc2863c51be0a264bab82070e3e8836b02d51"),
+    )
 )
 SPEC = EncoderSpec(
     name="dinov3",
@@ -36,10 +41,8 @@ SPEC = EncoderSpec(
     patch=16,
     token_dim=384,
     normalisation="imagenet",
-    source=SIZES[0].source,
     licence="DINOv3",
-    revision=SIZES[0].revision,
-    accept=f"https://huggingface.co/{SIZES[0].source}",
+    accept="https://huggingface.co",
 )
 HF = HfFamily("DINOv3ViTModel", "DINOv3ViTConfig", ("dinov3_vit",))
 register_family(SPEC, SIZES, prefix=1 + REGISTERS, load=HF.load)

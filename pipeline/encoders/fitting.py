@@ -210,8 +210,7 @@ class PixelDecoder(nn.Module):
         """See the class; not clamped."""
         rows, columns = self.grid
         maps = self.scales(self.stem(rearrange(tokens, "b (h w) d -> b d h w", h=rows, w=columns)))
-        drawn: Tensor = self.background + self.last(self.resize(maps))
-        return drawn
+        return self.background + self.last(self.resize(maps))
 
     def fit_statistics(self, images: Tensor) -> None:
         """Set the background to the mean of images [n, 3, S, S]."""
@@ -232,8 +231,7 @@ class _Residual(nn.Module):
         )
 
     def forward(self, maps: Tensor) -> Tensor:
-        added: Tensor = maps + self.block(maps)
-        return added
+        return maps + self.block(maps)
 
 
 class TokenDecoder(nn.Module):

@@ -19,9 +19,7 @@ SPEC = EncoderSpec(
     image_size=224,
     patch=16,
     token_dim=768,
-    source=SIZE.source,
     licence="Apache-2.0",
-    revision=SIZE.revision,
 )
 HF = HfFamily(
     "SiglipVisionModel",

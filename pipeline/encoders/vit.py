@@ -120,7 +120,7 @@ def register_family(family: EncoderSpec, sizes: Sequence[ModelSize], prefix: int
     """Register the encoders of a family, `<family>[-<size>][-<selection>]`.
 
     Args:
-        family: the patch tokens of the default size.
+        family: the patch tokens of the default size; `accept` is the site of each size's page.
         prefix: number of tokens before the patches; without any no class token can be selected.
     """
     rows, columns = family.token_grid
@@ -128,7 +128,7 @@ def register_family(family: EncoderSpec, sizes: Sequence[ModelSize], prefix: int
         loader = functools.partial(load_variant, size, load)  # one for all: `wmcache derive` compares it
         blocks = "+".join([*(f"block {number}" for number in _blocks(size.depth).values()), "norm"])
         all_tokens = (1, prefix + rows * columns) if prefix else None
-        accept = f"https://huggingface.co/{size.source}" if family.accept else ""
+        accept = family.accept and f"{family.accept}/{size.source}"
         of_size = replace(family, token_dim=size.dim, source=size.source, revision=size.revision, accept=accept)
         changes: dict[str, dict[str, Any]] = {
             "patch": {},
@@ -137,15 +137,10 @@ def register_family(family: EncoderSpec, sizes: Sequence[ModelSize], prefix: int
             "layers": {"grid": all_tokens, "token_dim": 3 * size.dim, "layer": blocks},
         }
         for selection in changes if prefix else changes.keys() - {"cls"}:
-            parts = [family.name, size.suffix, "" if selection == "patch" else selection]
-            spec = replace(
-                of_size,
-                name="-".join(filter(None, parts)),
-                summary=f"{size.title}, {SELECTIONS[selection]}",
-                token_selection=selection,
-                **changes[selection],
-            )
-            register(family if spec.name == family.name else spec)(loader)
+            name = "-".join(filter(None, [family.name, size.suffix, "" if selection == "patch" else selection]))
+            summary = family.summary if name == family.name else f"{size.title}, {SELECTIONS[selection]}"
+            spec = replace(of_size, name=name, summary=summary, token_selection=selection, **changes[selection])
+            register(spec)(loader)
 
 
 def load_variant(
@@ -163,10 +158,9 @@ class HfFamily:
 
     Attributes:
         model, config: names of its classes.
-        model_types: names of it in a folder's config; that of a larger model contains the vision tower as a part.
+        model_types: names of it, or of a larger model that contains it, in a folder's config.
         wrap: (network, patches a side) -> backbone.
-        overrides: settings for every config, whatever a folder contains.
-        required: settings that a folder's config must have.
+        overrides, required: settings for every config, and those that a folder's config must have.
         unused: prefixes of the names of weights that are not needed.
     """
 
@@ -240,11 +234,7 @@ class HfFamily:
 def load_timm(timm_name: str, spec: EncoderSpec, image_size: int, path: Path) -> TimmVit:
     """Load a timm model with weights of timm's or the official names; timm interpolates positions to `image_size`.
 
-    Args:
-        timm_name: architecture of a file; the config of a folder saved by timm names its own.
-
-    Raises:
-        UserError: the weights do not fit, or the folder is of another family.
+    `timm_name` is the architecture of a file; a folder names its own. Raises UserError if that is of another family, or weights do not fit.
     """
     import timm
 
