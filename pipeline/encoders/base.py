@@ -181,12 +181,9 @@ class Select(Head):
         """Return the features that tokens [B, N, D] contain; raises UserError if these are neither patch tokens nor layers."""
         if self.selection not in ("patch", "layers"):
             raise UserError(f"{SELECTIONS[self.selection]} alone: nothing can be derived; use patch tokens or layers")
-        return Features(self.by_layer(tokens), self._prefix_tokens * (self.selection == "layers"))
-
-    def by_layer(self, channels: Tensor) -> dict[str, Tensor]:
-        """[..., D] -> layer -> [..., channels of the layer]."""
-        parts = torch.split(channels, list(self.dims.values()), -1)
-        return dict(zip(self.layers, parts, strict=True))
+        parts = torch.split(tokens, list(self.dims.values()), -1)
+        layers = dict(zip(self.layers, parts, strict=True))
+        return Features(layers, self._prefix_tokens * (self.selection == "layers"))
 
 
 @dataclass(frozen=True)

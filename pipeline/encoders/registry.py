@@ -17,7 +17,7 @@ from wmcache.common.registry import Registry
 from wmcache.common.schema import Size, parse
 from wmcache.pipeline.encoders.base import Backbone, Encoder, EncoderSpec, Head, Loaded
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
-from wmcache.pipeline.encoders.weights import REFIT, load_fitted, not_fitted, read_header, require_weights
+from wmcache.pipeline.encoders.weights import REFIT, load_fitted, read_header, require_fitted, require_weights
 from wmcache.pipeline.options import EncoderOptions
 
 Loader = Callable[[EncoderSpec, int, Path | None], Loaded]
@@ -189,10 +189,9 @@ def _create_adapter(
     device: str,
 ) -> Encoder:
     """Make an adapter on the base that its file names; `asked` preprocessing must equal the base's."""
-    name, where = entry.spec.name, f"--weights {weights}"
-    if weights is None:
-        raise not_fitted(name, name)
-    header = read_header(weights, name)
+    name = entry.spec.name
+    weights = require_fitted(weights, name, name)
+    header, where = read_header(weights, name), f"--weights {weights}"
     recipe = parse(Recipe, header.get("base"), where, REFIT)
     options = parse(get_fit(name)[0], header.get("options"), where, REFIT)
     there = None if base_weights is None else Path(base_weights)

@@ -22,7 +22,7 @@ from wmcache.common.options import Positive, Weight, option
 from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Backbone, EncoderSpec, Loaded, Select, transformer_layer
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
 from wmcache.pipeline.encoders.registry import register, register_fit
-from wmcache.pipeline.encoders.weights import load_fitted, not_fitted
+from wmcache.pipeline.encoders.weights import load_fitted, require_fitted
 
 SPEC = EncoderSpec(
     name="tcn",
@@ -106,11 +106,9 @@ class TcnOptions(FitOptions):
 @register(LAYERS)
 def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
     """Load the fitted network."""
-    if weights is None:
-        raise not_fitted(spec.name, SPEC.name)
     grid = spec.patch_grid(image_size)
     network = TcnNetwork(grid[0])
-    load_fitted(network, weights, f"{SPEC.name} at {image_size} px")
+    load_fitted(network, require_fitted(weights, spec.name, SPEC.name), f"{SPEC.name} at {image_size} px")
     backbone = _Tcn(network, grid)
     return Loaded(backbone, Select(backbone, spec.token_selection), "file")
 

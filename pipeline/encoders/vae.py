@@ -23,7 +23,7 @@ from wmcache.common.schema import Size, parse
 from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
 from wmcache.pipeline.encoders.registry import register, register_fit
-from wmcache.pipeline.encoders.weights import REFIT, load_fitted, not_fitted, read_header
+from wmcache.pipeline.encoders.weights import REFIT, load_fitted, read_header, require_fitted
 
 SPEC = EncoderSpec(
     name="vae",
@@ -147,8 +147,7 @@ def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
     """Load the fitted encoder."""
     if image_size != SIDE:
         raise UserError(f"--image-size {image_size} does not fit {spec.name}, which has {SIDE} px; leave it out")
-    if weights is None:
-        raise not_fitted(spec.name, spec.name)
+    weights = require_fitted(weights, spec.name, spec.name)
     kind = VaeOptions if spec.name == SPEC.name else BetaVaeOptions
     options = parse(kind, read_header(weights, spec.name).get("options"), f"--weights {weights}", REFIT)
     encoder = VaeEncoder(spec.name, options.latent)

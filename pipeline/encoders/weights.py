@@ -86,12 +86,12 @@ def load_fitted(network: nn.Module, path: Path, encoder: str) -> None:
         network.load_state_dict(load_tensors(weights_file(path)))
 
 
-def not_fitted(encoder: str, fitted_as: str) -> UserError:
-    """Return the error of fitted weights that were not given and are not at their default path."""
-    return UserError(
-        f"encoder {encoder} has no fitted weights; pass --weights, or make them with: "
-        f"wmcache fit --encoder {fitted_as}, on the same --dataset"
-    )
+def require_fitted(weights: Path | None, encoder: str, fitted_as: str) -> Path:
+    """Return the path of fitted weights; raises UserError if none were given and none are at their default path."""
+    if weights is None:
+        hint = f"pass --weights, or make them with: wmcache fit --encoder {fitted_as}, on the same --dataset"
+        raise UserError(f"encoder {encoder} has no fitted weights; {hint}")
+    return weights
 
 
 def read_tensors(path: Path, encoder: str, without: tuple[str, ...] = ()) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ def test_an_encoder_that_is_not_fitted_lists_those_that_are() -> None:
 @pytest.mark.parametrize(("name", "size"), [("dinov2", 200), ("tcn", 65), ("tcn", 0), ("tcn", -32)])
 def test_an_image_size_is_checked_before_weights_are_read(name: str, size: int, tmp_path: Path) -> None:
     (tmp_path / "empty.safetensors").touch()
-    with pytest.raises(UserError, match=f"--image-size {size} .*{name}"):
+    with pytest.raises(UserError, match=rf"--image-size (is )?{size}\b"):
         encoders.create(name, weights=tmp_path / "empty.safetensors", image_size=size)
 
 

@@ -165,7 +165,7 @@ def test_architecture_arguments_are_part_of_the_identity(
         ('{"architectures": ["ResNetModel"]}', "config.json"),
         ('{"architecture": "resnet99"}', "resnet99"),
         ('{"architecture": "resnet18", "pretrained_cfg": {}, "model_args": {"depth": 3}}', "depth"),
-        ('{"architecture": "test_vit"}', "test_vit"),
+        ('{"architecture": "test_vit"}', "VisionTransformer"),
         ('{"architecture": "resnet18"}', "resnet18"),
     ],
 )
