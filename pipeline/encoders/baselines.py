@@ -68,28 +68,20 @@ def load_pixels(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loa
 @register(RANDOM)
 @register(RANDOM_LAYERS)
 def load_random(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
-    """Make the network, the same on every machine."""
+    """Make the network, with the same bits on every machine."""
     import timm
 
     refuse_weights(spec, weights)
     with torch.random.fork_rng(devices=[]):
         vit = timm.create_model("vit_tiny_patch16_224", img_size=image_size, num_classes=0)
-    _initialise(vit)
-    backbone = TimmVit(vit)
-    return Loaded(backbone, Select(backbone, spec.token_selection), spec.source)
-
-
-@torch.no_grad()
-def _initialise(vit: nn.Module) -> None:
-    """Draw all weights from seed 0: matrices keep the variance of their input, positions have timm's deviation of 0.02.
-
-    Processors round normal draws differently, which would change the hash of the weights; uniform draws have the same bits everywhere.
-    """
     generator = torch.Generator().manual_seed(0)
     for name, value in sorted(vit.named_parameters()):
         if name.endswith("bias"):
-            value.zero_()
+            nn.init.zeros_(value)
         elif value.ndim > 1:
-            table = name in ("cls_token", "pos_embed")
-            deviation = 0.02 if table else 1 / math.sqrt(value[0].numel())
-            value.copy_((torch.rand(value.shape, generator=generator) - 0.5) * (deviation * math.sqrt(12)))
+            # Matrices keep the variance of their input. Processors round normal draws differently, which would change the hash.
+            deviation = 0.02 if name in ("cls_token", "pos_embed") else 1 / math.sqrt(value[0].numel())
+            drawn = torch.rand(value.shape, generator=generator) - 0.5
+            value.data.copy_(drawn * (deviation * math.sqrt(12)))
+    backbone = TimmVit(vit)
+    return Loaded(backbone, Select(backbone, spec.token_selection), spec.source)

@@ -154,19 +154,15 @@ class DinoTokFitting(ReconstructionFitting):
             branch.standardise.fit_statistics(moments[branch.layer])
         self.reconstruction = Reconstruction(data, options, self.kept.dim, _DinoTokHead.layers)
         self.clusters = nn.ModuleDict()
-        if isinstance(options, DinoTokVqOptions):
-            for branch in self.kept.branches:
-                self.clusters[branch.layer] = self._start_codes(branch, options)
-
-    @torch.no_grad()
-    def _start_codes(self, branch: _Branch, options: DinoTokVqOptions) -> MovingMeans:
-        assert branch.subspace
-        assert branch.book
-        some = functools.partial(self.data.sample_features, SAMPLED_FRAMES, options.seed)
-        _, variances, axes = principal_axes(branch.standardise(found.patches(branch.layer)) for found in some())
-        branch.subspace.fit_statistics(variances, axes, options.variance)
-        branch.book.codes.copy_(_draw(torch.cat([branch(found) for found in some()]).flatten(0, 1), options.codes))
-        return MovingMeans(torch.ones(options.codes), branch.book.codes.clone(), DECAY)
+        some = functools.partial(data.sample_features, SAMPLED_FRAMES, options.seed)
+        for branch in self.kept.branches:
+            if branch.subspace and branch.book and isinstance(options, DinoTokVqOptions):
+                _, variances, axes = principal_axes(branch.standardise(found.patches(branch.layer)) for found in some())
+                branch.subspace.fit_statistics(variances, axes, options.variance)
+                with torch.no_grad():
+                    tokens = torch.cat([branch(found) for found in some()]).flatten(0, 1)
+                branch.book.codes.copy_(_draw(tokens, options.codes))
+                self.clusters[branch.layer] = MovingMeans(torch.ones(options.codes), branch.book.codes.clone(), DECAY)
 
     def loss(self, rows: NDArray[np.integer]) -> dict[str, Tensor]:
         """Compute the decoder's error, and the commitment of texture to its codes; meaning has no parameters to commit."""

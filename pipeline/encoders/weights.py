@@ -125,15 +125,14 @@ class FittedFile:
 
 def list_fitted(folder: Path) -> list[FittedFile]:
     """List the fitted files of a folder, damaged ones included."""
-    return [_describe(path) for path in sorted(folder.glob("*.safetensors")) if path.is_file()]
-
-
-def _describe(path: Path) -> FittedFile:
-    size = path.stat().st_size
-    try:
-        header = read_metadata(path)
-        base = json.loads(header.get("base", "{}"))
-        on = base.get("name", ""), base.get("weights") or ""
-        return FittedFile(path, size, header["encoder"], header.get("dataset", ""), *map(str, on))
-    except (OSError, SafetensorError, ValueError, AttributeError, KeyError) as error:
-        return FittedFile(path, size, fault=f"not written by wmcache fit, or damaged ({reason(error)})")
+    found = []
+    for path in filter(Path.is_file, sorted(folder.glob("*.safetensors"))):
+        size = path.stat().st_size
+        try:
+            header = read_metadata(path)
+            base = json.loads(header.get("base", "{}"))
+            on = base.get("name", ""), base.get("weights") or ""
+            found.append(FittedFile(path, size, header["encoder"], header.get("dataset", ""), *map(str, on)))
+        except (OSError, SafetensorError, ValueError, AttributeError, KeyError) as error:
+            found.append(FittedFile(path, size, fault=f"not written by wmcache fit, or damaged ({reason(error)})"))
+    return found
