@@ -210,7 +210,8 @@ class PixelDecoder(nn.Module):
         """See the class; not clamped."""
         rows, columns = self.grid
         maps = self.scales(self.stem(rearrange(tokens, "b (h w) d -> b d h w", h=rows, w=columns)))
-        return self.background + self.last(self.resize(maps))
+        drawn: Tensor = self.background + self.last(self.resize(maps))
+        return drawn
 
     def fit_statistics(self, images: Tensor) -> None:
         """Set the background to the mean of images [n, 3, S, S]."""
@@ -231,7 +232,8 @@ class _Residual(nn.Module):
         )
 
     def forward(self, maps: Tensor) -> Tensor:
-        return maps + self.block(maps)
+        added: Tensor = maps + self.block(maps)
+        return added
 
 
 class TokenDecoder(nn.Module):
