@@ -72,11 +72,9 @@ def fit(
     """Fit an encoder to frames and save its weights; where they exist already, only measure them.
 
     Args:
-        dataset: its frames; a tenth of the episodes is held out.
         options: of the encoder's own kind (`encoders.fit_options`).
         max_frames: held in memory; the first episodes where there are more.
         overwrite: replace the weights of another fit.
-        measure: measure the landscape afterwards.
 
     Raises:
         UserError: the encoder cannot be fitted, other weights are at `out`, the dataset is too small, or the loss is not finite.

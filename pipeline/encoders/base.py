@@ -128,9 +128,7 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         """Compute the features of some layers, each [B, prefix + N, dims[layer]].
 
-        Args:
-            images: normalised, [B, 3, S, S]; for encoders with a lag [B, 2, 3, S, S], the earlier frame first.
-            layers: names in `dims`.
+        Normalised images are [B, 3, S, S]; for encoders with a lag [B, 2, 3, S, S], the earlier frame first.
         """
         raise NotImplementedError
 

@@ -90,11 +90,7 @@ def look_up(repository: str, revision: str = "") -> Cached | None:
 
 
 def find_weights(spec: EncoderSpec, weights: Path | None) -> tuple[Path, str]:
-    """Return the file or folder of an encoder's weights, and their source in an identity: `file` or `<repository>@<commit>`.
-
-    Raises:
-        UserError: as `download_weights`.
-    """
+    """Return the file or folder of an encoder's weights, and their source in an identity: `file` or `<repository>@<commit>`."""
     if weights is not None:
         return weights, "file"
     path = download_weights(spec.source, spec.name, revision=spec.revision, accept=spec.accept)
@@ -103,11 +99,6 @@ def find_weights(spec: EncoderSpec, weights: Path | None) -> tuple[Path, str]:
 
 def download_weights(repository: str, encoder: str, *, revision: str = "", accept: str = "") -> Path:
     """Return the weights of a repository in the hub's cache, in a folder named by their commit; download and pin them if necessary.
-
-    Args:
-        encoder: for errors.
-        revision: a commit; empty for the pinned one.
-        accept: page on which a gated repository's licence is accepted.
 
     Raises:
         UserError: they are not in the cache and cannot be downloaded, or their bytes are not those that were published or pinned.

@@ -106,13 +106,7 @@ def read_tensors(path: Path, encoder: str, without: tuple[str, ...] = ()) -> dic
 
 @dataclass(frozen=True)
 class FittedFile:
-    """A file that `wmcache fit` wrote, for a listing.
-
-    Attributes:
-        dataset: fingerprint of the data.
-        base, base_weights: for an adapter, its base encoder and where its weights were; otherwise empty.
-        fault: why the file cannot be used; empty if it can.
-    """
+    """A file that `wmcache fit` wrote, with the fingerprint of its dataset and an adapter's base; `fault` is why it cannot be used."""
 
     path: Path
     bytes: int
@@ -134,5 +128,5 @@ def list_fitted(folder: Path) -> list[FittedFile]:
             on = base.get("name", ""), base.get("weights") or ""
             found.append(FittedFile(path, size, header["encoder"], header.get("dataset", ""), *map(str, on)))
         except (OSError, SafetensorError, ValueError, AttributeError, KeyError) as error:
-            found.append(FittedFile(path, size, fault=f"not written by wmcache fit, or damaged ({reason(error)})"))
+            found.append(FittedFile(path, size, fault=f"cannot be read as weights of wmcache fit ({reason(error)})"))
     return found
