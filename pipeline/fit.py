@@ -298,7 +298,8 @@ class FitJob:
         """Explain why the landscape of such a fit is not known."""
         if self.frames is not None:
             return f"{self.frames} has no maze, so the true distances are not known"
-        return f"the frames of {self.store} are not where they were; pass --dataset"
+        where = TokenStore.open(as_path(str(self.store))).card.dataset.get("path")
+        return f"the frames of {self.store} are not at {where}; pass their location with --dataset"
 
     def run(self, cluster: str, **settings: Any) -> Fitted:
         """Fit in a process of the cluster; `settings` are those of `fit`, or of `fit_adapter`."""
