@@ -1,12 +1,10 @@
-"""What import formats share: images to square frames, numbers to columns, and data that no format reads."""
+"""What import formats share: images to square frames, and numbers to columns."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -22,13 +20,6 @@ from wmcache.common.paths import AnyPath
 from wmcache.pipeline.importers.base import Importer
 from wmcache.pipeline.steps import Steps
 from wmcache.pipeline.tars import Frames
-
-NO_LEROBOT = (
-    "which wmcache cannot import yet: videos of several episodes, images inside a table and LeRobot's columns "
-    "(episode_index, frame_index, observation.state) are not supported; "
-    "save each episode as images or as one video, with a table as in docs/import.md"
-)
-"""Why a LeRobot dataset is refused."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +80,9 @@ def as_columns(
     for name, values, kept in (("action", action, actions), ("state", state, states)):
         if len(wrong := np.argwhere(~np.isfinite(kept))):
             at, column = wrong[0].tolist()
-            value = values[at, column]
-            why = "empty or NaN" if np.isnan(value) else f"{value:g}, beyond float32"
             raise UserError(
-                f"{name}_{column} is not a finite number ({why}): {where}, {row(at)}; correct it, or end the episode before it "
-                "(only in the last row of an episode may the action be missing)"
+                f"{name}_{column} is {values[at, column]:g}, not a finite number (actions are float32): {where}, {row(at)}; "
+                "correct it, or end the episode before it (only its last row may lack the action)"
             )
     return actions, states
 
@@ -119,12 +108,3 @@ def is_action_missing(action: NDArray[Any]) -> NDArray[np.bool_]:
 def note(text: str) -> None:
     """Print, on stderr, what an import leaves out."""
     tqdm.write(f"note: {UserError(text)}", file=sys.stderr)
-
-
-def refuse_lerobot(folder: Path) -> None:
-    """Raise UserError if a folder is a LeRobot dataset."""
-    try:
-        version = json.loads((folder / "meta/info.json").read_bytes())["codebase_version"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    raise UserError(f"{folder} is a LeRobot dataset (codebase_version {str(version)[:20]}), {NO_LEROBOT}")

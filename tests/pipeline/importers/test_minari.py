@@ -225,14 +225,6 @@ def test_an_action_may_be_missing_at_the_end_of_an_episode_only(
         import_minari(NAME, tmp_path / "other")
 
 
-def test_a_lerobot_folder_is_refused(tmp_path: Path, run_import: Callable[..., Any]) -> None:
-    (tmp_path / "meta").mkdir()
-    (tmp_path / "meta/info.json").write_text('{"codebase_version": "v3.0"}')
-    result = run_import("minari", tmp_path, "--out", tmp_path / "out")
-    assert "LeRobot" in result.stderr
-    assert "v3.0" in result.stderr
-
-
 def test_a_dataset_without_images_is_refused(home: Path, tmp_path: Path, run_import: Callable[..., Any]) -> None:
     save([episode(0, np.zeros((4, 4)), np.zeros((3, 2), np.float32))], STATE, ACTION)
     result = run_import("minari", NAME, "--out", tmp_path / "out")
