@@ -57,8 +57,9 @@ def open_dask_pool(where: Cluster, workers: int, threads: int, label: str, *, da
     with ExitStack() as stack:
         with dask_errors(where.text):
             importlib.import_module("distributed")
-        for name in ("client", "nanny", "scheduler"):  # what they log ends as one UserError, or costs only time
-            logging.getLogger(f"distributed.{name}").setLevel(logging.CRITICAL)
+        # What these log ends as one UserError, or costs only time.
+        for name in ("distributed.client", "distributed.nanny", "distributed.scheduler", "tornado.application"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         keep_workers: Callable[[], None] = lambda: None  # noqa: E731
         if where.address is not None:
             client = stack.enter_context(_connect(where.address))
@@ -187,12 +188,7 @@ def _start_workers(workers: int, threads: int) -> Iterator[Any]:
             )
             stack.enter_context(cluster)
             client = stack.enter_context(Client(cluster, set_as_default=False))
-        try:
-            yield client
-        except KeyboardInterrupt:
-            # Processes that ended first leave callbacks that fail.
-            logging.getLogger("tornado.application").setLevel(logging.CRITICAL)
-            raise
+        yield client
 
 
 def _own_gpus() -> list[str]:

@@ -30,12 +30,11 @@ class Profile:
     """Resources of one job, and the number of jobs.
 
     Attributes:
-        gpus: of a training; an extraction uses at most one.
         modules: names for `module load`.
         setup: shell lines to run before the program.
         jobs: jobs of an array, or Dask workers.
         interface: of the network, for Dask's workers and scheduler.
-        extra: more options of `sbatch`, such as `--constraint=a100`.
+        extra: more options of `sbatch`.
     """
 
     partition: Word | None = None

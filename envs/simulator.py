@@ -73,11 +73,7 @@ def _mjcf(maze: Maze, image_size: int) -> str:
 
 
 class PointMazeSimulator:
-    """Moves balls and draws them. A state is (x, y, vx, vy) in maze units and units per second, float64.
-
-    The simulator keeps no state between calls. So one model and one GL context serve a whole vector env, and a frame drawn from a stored
-    state equals the live one.
-    """
+    """Moves balls and draws them, without keeping their states: (x, y, vx, vy) in maze units and units per second, float64."""
 
     def __init__(self, maze: Maze, image_size: int = 224) -> None:
         """Compile the maze; `image_size` is the side of the square frames in pixels."""
@@ -137,11 +133,7 @@ class PointMazeSimulator:
 
 @functools.cache
 def longest_move(env_steps: int) -> float:
-    """Return the largest distance that the ball can cover in some env steps, in maze units.
-
-    Each env step starts with the velocity clipped to MAX_SPEED on each axis and adds at most full force on both, so the largest
-    displacement is the same in every step: about 0.401.
-    """
+    """Return the largest distance that the ball can cover in some env steps, in maze units: full speed and force, about 0.401 each."""
     simulator = PointMazeSimulator(Maze("Hall", ("#####", "#OOO#", "#OOO#", "#OOO#", "#####")))
     start = np.array([1.0, 1.0, MAX_SPEED, MAX_SPEED])
     return env_steps * float(np.linalg.norm(simulator.step(start, np.ones(2))[:2] - start[:2]))

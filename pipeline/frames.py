@@ -27,13 +27,13 @@ from wmcache.common.folders import did_you_mean
 from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.memory import available_ram
 from wmcache.common.paths import (
-    MISSING,
     AnyPath,
     as_path,
     exists,
     is_local,
     names_in,
     read_bytes,
+    readable,
     remove,
     require_name,
     size_of,
@@ -45,7 +45,6 @@ from wmcache.pipeline.steps import Steps, read_steps
 from wmcache.pipeline.tars import AGAIN, Frames, decode_tar, encode_png, largest_png
 
 FORMAT_VERSION = 1
-FRAMES_PER_SHARD = 512
 
 
 class ShardRecord(TypedDict):
@@ -105,13 +104,12 @@ class FrameDatasetWriter:
         self._unfinished = path / "unfinished.json"
         with cannot_write(path):
             names = set(names_in(path))
-            for name, kind in (("dataset.json", "finished"), ("unfinished.json", "unfinished")):
-                if name in names:
-                    self._compare(read_json(path / name, "restore it, or choose another --out"), kind)
-                    break
+            started = next((name for name in ("dataset.json", "unfinished.json") if name in names), None)
+            if started:
+                self._compare(read_json(path / started, "restore it, or choose another --out"))
+            elif any(not is_temporary(path / name) for name in names):
+                raise UserError(f"{path} exists and is not a wmcache dataset; choose another --out")
             else:
-                if any(not is_temporary(path / name) for name in names):
-                    raise UserError(f"{path} exists and is not a wmcache dataset; choose another --out")
                 write_json(self._unfinished, asdict(card))
             if is_local(path):
                 sweep(path)
@@ -119,11 +117,11 @@ class FrameDatasetWriter:
                 with atomic_write(path / "steps.parquet") as file:
                     pq.write_table(steps.to_table(), file)
 
-    def _compare(self, found: dict[str, Any], kind: str) -> None:
+    def _compare(self, found: dict[str, Any]) -> None:
         for name, value in asdict(self.card).items():
             if value not in ([], "") and found.get(name) != value:
-                differs = f"with {name} {found.get(name)!r}, not {value!r}"
-                raise UserError(f"{self.path} is a {kind} dataset {differs}; use its settings, or another --out")
+                differs = f"{name} {found.get(name)!r}, not {value!r}"
+                raise UserError(f"{self.path} is a dataset with {differs}; use its settings, or another --out")
 
     def pending(self) -> list[int]:
         """List the shards that are not written yet."""
@@ -172,36 +170,26 @@ class FrameDataset:
         """Open the dataset in a folder or at a URL; raises UserError if it is missing, unfinished or damaged."""
         path = as_path(path)
         hint = _collect_hint(path)
-        try:
+        with readable(path):
             if exists(path / "unfinished.json"):
                 raise UserError(f"{path} is an unfinished dataset; finish it by running its wmcache collect again")
+        try:
             values = read_json(path / "dataset.json", hint)
-        except OSError as error:
-            raise unreadable(path, error) from error
         except MissingError:
             raise no_dataset(path) from None
         card = parse(DatasetCard, values, path / "dataset.json", hint)
         if (found := card.format_version) != FORMAT_VERSION:
             raise UserError(f"{path} has format {found}, not {FORMAT_VERSION}; collect into another --out")
-        if (fault := _inconsistency(card)) is not None:
-            raise UserError(f"{path / 'dataset.json'} is damaged ({fault}); {hint}")
+        if not _is_consistent(card):
+            raise UserError(f"{path / 'dataset.json'} is damaged (its name, shards or fingerprint); {hint}")
         steps = read_steps(path, card.frames)
         if steps.sha256() != card.steps_sha256 or not steps.in_order():
             raise UserError(f"{path / 'steps.parquet'} does not match dataset.json; {hint}")
         return cls(path, card, steps)
 
-    @property
-    def num_shards(self) -> int:
-        """Number of tar shards."""
-        return self.card.num_shards
-
-    def shard_frames(self, shard: int) -> range:
-        """Return the global numbers of the frames of a shard."""
-        return self.card.shard_frames(shard)
-
     def read_shard(self, shard: int) -> Frames:
         """Decode all frames of a shard, uint8 [frames, image_size, image_size, 3]; raises UserError for a damaged tar."""
-        tar, size, numbers = self.path / shard_name(shard), self.card.image_size, self.shard_frames(shard)
+        tar, size, numbers = self.path / shard_name(shard), self.card.image_size, self.card.shard_frames(shard)
         needed, free = len(numbers) * size * size * 3, available_ram()
         if needed > free:
             memory = f"{human_bytes(needed)} of memory, {human_bytes(free)} are free"
@@ -210,9 +198,9 @@ class FrameDataset:
             if size_of(tar) > len(numbers) * (largest_png(size) + 2048) + 20480:
                 raise UserError(f"{tar} is larger than its frames can be; {AGAIN}")
             data = read_bytes(tar)
+        except FileNotFoundError as error:
+            raise UserError(f"{tar} does not exist; {AGAIN}") from error
         except OSError as error:
-            if is_local(tar) and error.errno in MISSING:
-                raise UserError(f"{tar} does not exist; {AGAIN}") from error
             raise unreadable(tar, error) from error
         if hashlib.sha256(data).hexdigest() != self.card.shards[shard]["sha256"]:
             raise UserError(f"{tar} differs from its checksum in dataset.json; {AGAIN}")
@@ -226,7 +214,7 @@ class FrameDataset:
         shard_of = wanted // self.card.frames_per_shard
         for shard in np.unique(shard_of).tolist():
             rows = np.flatnonzero(shard_of == shard)
-            out[rows] = self.read_shard(shard)[wanted[rows] - self.shard_frames(shard).start]
+            out[rows] = self.read_shard(shard)[wanted[rows] - self.card.shard_frames(shard).start]
         return out
 
 
@@ -255,16 +243,13 @@ def fingerprint(steps_sha256: str, shards: list[ShardRecord]) -> str:
     return hashlib.sha256(known.encode()).hexdigest()
 
 
-def _inconsistency(card: DatasetCard) -> str | None:
-    """Find a contradiction in a card of another user, before anything is allocated by its numbers."""
-    if card.name in (".", ".."):
-        return f"the name {card.name}"
-    if len(card.shards) != card.num_shards:
-        return f"{len(card.shards)} shards for {card.frames} frames"
-    for shard, record in enumerate(card.shards):
-        if (record["name"], record["frames"]) != (shard_name(shard), len(card.shard_frames(shard))):
-            return f"the record of {shard_name(shard)}"
-    return None if fingerprint(card.steps_sha256, card.shards) == card.fingerprint else "the fingerprint"
+def _is_consistent(card: DatasetCard) -> bool:
+    """Compare the parts of a card, which may be another user's, before anything is allocated by its numbers."""
+    if card.name in (".", "..") or len(card.shards) != card.num_shards:
+        return False
+    known = [(record["name"], record["frames"]) for record in card.shards]
+    expected = [(shard_name(shard), len(card.shard_frames(shard))) for shard in range(card.num_shards)]
+    return known == expected and fingerprint(card.steps_sha256, card.shards) == card.fingerprint
 
 
 def shard_name(shard: int) -> str:

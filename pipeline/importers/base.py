@@ -23,14 +23,11 @@ Read = Callable[[int, range], Iterable[Frames]]
 
 @dataclass(frozen=True)
 class Source:
-    """Data to import: all steps in memory, the frames on disk.
-
-    Frames are read shard by shard, so memory contains at most an episode, and a stopped import continues with the missing shards.
+    """Data to import: all steps in memory, the frames on disk. `env`, `maze`, `policy` and `fps` are those of `DatasetCard`.
 
     Attributes:
         origin: the files, for errors.
         image_size: side of the frames in pixels.
-        env, maze, policy, fps: as in `DatasetCard`.
     """
 
     origin: AnyPath | str
@@ -70,11 +67,7 @@ IMPORTERS: Registry[type[Importer]] = Registry(
 
 
 def write_dataset(source: Source, out: AnyPath, *, frames_per_shard: int) -> DatasetCard:
-    """Write a source as a frame dataset; a repeated call continues where the last one stopped.
-
-    Raises:
-        UserError: unusable folder, settings or data other than those of the stopped import, too little space, or unreadable frames.
-    """
+    """Write a source as a frame dataset; a repeated call continues where the last one stopped."""
     steps = source.steps
     if not steps.in_order():
         raise UserError(f"{source.origin} has no frames, or its steps are out of order")

@@ -66,11 +66,7 @@ def as_columns(
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Convert actions [frames, A] and states [frames, P] to the types of `Steps`; actions are rounded to float32.
 
-    Args:
-        where, row: the file, and what it calls a row of the arrays, for errors.
-
-    Raises:
-        UserError: a number is missing, not finite or too large for its type, or a row has too many.
+    Raises UserError, naming the file (`where`) and the row as `row` calls it, if a number is not finite, or a row has too many.
     """
     for name, values in (("action", action), ("state", state)):
         if not 0 < values.shape[1] <= MAX_COLUMN_WIDTH:

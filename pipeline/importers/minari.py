@@ -1,7 +1,6 @@
 """A Minari dataset with images -> frame dataset (minari.farama.org).
 
-An episode of Minari has one observation more than actions. The last one, after which no action was taken, is not imported, and may be
-missing. Images are uint8: H x W x 3, grey (H x W, H x W x 1), or with the channels first.
+An episode of Minari has one observation more than actions. The last one is not imported, and may be missing.
 """
 
 from __future__ import annotations
