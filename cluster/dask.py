@@ -13,8 +13,8 @@ import uuid
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import CancelledError
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from typing import Any, Self
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from typing import Any
 
 from wmcache.cluster.tasks import AHEAD, Calls, Cluster, catch_user_error, log
 from wmcache.common.cpus import SPINS, limit_threads
@@ -74,7 +74,7 @@ def open_dask_pool(where: Cluster, workers: int, threads: int, label: str, *, da
                 log(f"dashboard: {client.dashboard_link}")
         if where.elsewhere:
             _wait_for_workers(client, where, keep_workers)
-        yield stack.enter_context(_DaskPool(client, where, label, threads, keep_workers))
+        yield stack.enter_context(closing(_DaskPool(client, where, label, threads, keep_workers)))
 
 
 class _DaskPool:
@@ -145,10 +145,7 @@ class _DaskPool:
                 raise
             raise _lost_scheduler(self._where) from error
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
+    def close(self) -> None:
         if self._running and self._client.status == "running":
             with suppress(Exception):  # the error that ended the block matters more
                 self._client.cancel(list(self._running))

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
@@ -250,7 +250,7 @@ def open_pool(
     if not where.elsewhere:
         workers = _workers_in_memory(workers, label)
         if workers == 1 and not always_dask:
-            with _ThisProcess(threads) as pool:
+            with closing(_ThisProcess(threads)) as pool:
                 yield pool
             return
     from wmcache.cluster.dask import open_dask_pool  # half a second that a run in this process does not need
@@ -301,11 +301,8 @@ class _ThisProcess:
         done = wait(self._futures, return_when=FIRST_COMPLETED).done
         return [(self._futures.pop(future), future.result()) for future in done]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
+    def close(self) -> None:
+        self._executor.shutdown(cancel_futures=True)
 
 
 def catch_user_error(call: Callable[[], T]) -> T | UserError:

@@ -6,9 +6,8 @@ import sys
 
 import numpy as np
 
-from wmcache.envs.gl import RendererError
 from wmcache.envs.maze import Maze
-from wmcache.envs.simulator import PointMazeSimulator
+from wmcache.envs.simulator import PointMazeSimulator, RendererError
 
 if __name__ == "__main__":
     try:

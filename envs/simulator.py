@@ -6,14 +6,41 @@ with damping 1, motors of gear 100, a ball of radius 0.1 and density 1000, no gr
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import os
+import sys
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wmcache.envs.gl import RendererError, gl_failure, mujoco
+from wmcache.common.errors import UserError
 from wmcache.envs.maze import BALL_RADIUS, Maze
+
+# MuJoCo reads MUJOCO_GL once, at import. Without a screen, EGL works; the user's own choice is kept.
+if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+    os.environ.setdefault("MUJOCO_GL", "egl")
+
+# Triton, which torch may import at any time, and Mesa each bring an LLVM; Triton crashes the process if it is loaded second.
+with contextlib.suppress(ImportError):
+    importlib.import_module("triton")
+
+gl_failure: Exception | None = None
+try:
+    import mujoco
+except Exception as error:  # noqa: BLE001 (from ImportError to AttributeError, depending on the backend)
+    gl_failure = error
+    for _name in [name for name in sys.modules if name == "mujoco" or name.startswith("mujoco.")]:
+        del sys.modules[_name]
+    _chosen = os.environ.get("MUJOCO_GL")
+    os.environ["MUJOCO_GL"] = "disabled"
+    import mujoco
+
+    if _chosen is None:
+        del os.environ["MUJOCO_GL"]
+    else:
+        os.environ["MUJOCO_GL"] = _chosen
 
 PHYSICS_STEPS = 5
 MAX_SPEED = 5.0
@@ -70,6 +97,10 @@ def _mjcf(maze: Maze, image_size: int) -> str:
     <motor joint="y" ctrlrange="-1 1" ctrllimited="true" gear="100"/>
   </actuator>
 </mujoco>"""
+
+
+class RendererError(UserError):
+    """OpenGL is not available; the message names the MUJOCO_GL to choose and what to install."""
 
 
 class PointMazeSimulator:

@@ -23,9 +23,8 @@ from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath, absolute, exists, free_space
 from wmcache.common.space import require_space
 from wmcache.pipeline.encoders import Encoder, encode_together
-from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.frames import FrameDataset, Frames
 from wmcache.pipeline.stores import StoreRecipe, create_store, has_work, store_card
-from wmcache.pipeline.tars import Frames
 
 TASKS_IN_FLIGHT = 2
 """One encodes while the other reads frames or writes tokens."""

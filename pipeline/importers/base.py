@@ -13,9 +13,8 @@ from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath, exists
 from wmcache.common.registry import Registry
 from wmcache.common.space import require_space
-from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, write_shard
+from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, Frames, encode_png, write_shard
 from wmcache.pipeline.steps import Steps, read_steps
-from wmcache.pipeline.tars import Frames, encode_png
 
 Read = Callable[[int, range], Iterable[Frames]]
 """(episode, steps) -> the frames of those steps, uint8 [image_size, image_size, 3] each; raises UserError for an unreadable file."""

@@ -17,9 +17,9 @@ from wmcache.cache.arrays import MAX_COLUMN_WIDTH
 from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, option
 from wmcache.common.paths import AnyPath
+from wmcache.pipeline.frames import Frames
 from wmcache.pipeline.importers.base import Importer
 from wmcache.pipeline.steps import Steps
-from wmcache.pipeline.tars import Frames
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from wmcache.common.paths import cause_outside, unreadable
 from wmcache.common.progress import seconds_between_updates
 from wmcache.common.tensors import can_map
 from wmcache.envs import FPS, Maze, env_id, find_maze
+from wmcache.pipeline.frames import Frames
 from wmcache.pipeline.importers.base import IMPORTERS, Importer, Source
 from wmcache.pipeline.steps import Steps
-from wmcache.pipeline.tars import Frames
 
 AGAIN = "save it again as one plain tensor with torch.save, or get the published file again"
 FLOATS = frozenset({torch.float32, torch.float64})
@@ -103,7 +103,9 @@ def _load_tensor(path: Path, shape: tuple[int | None, ...], dtypes: frozenset[to
     if tensor.numel() * tensor.element_size() > size:
         raise UserError(f"{path} claims {tensor.numel()} numbers, more than it has bytes for; {AGAIN}")
     found = tuple(tensor.shape)
-    if len(found) != len(shape) or 0 in found or any(wanted not in (None, size) for wanted, size in zip(shape, found)):
+    if len(found) != len(shape) or any(
+        not size or size != (wanted or size) for size, wanted in zip(found, shape, strict=True)
+    ):
         raise UserError(f"{path} has the shape {found}, not {shape} (None: any size); {AGAIN}")
     if tensor.dtype not in dtypes:
         raise UserError(f"{path} has dtype {tensor.dtype}, not {' or '.join(sorted(map(str, dtypes)))}; {AGAIN}")

@@ -17,10 +17,10 @@ from PIL import Image, ImageOps
 from wmcache.common.errors import UserError, reason
 from wmcache.common.reading import reading
 from wmcache.common.video import ffmpeg, require_ffmpeg
+from wmcache.pipeline.frames import Frames
 from wmcache.pipeline.importers.base import IMPORTERS, Read, Source
 from wmcache.pipeline.importers.conversions import ImageImporter, note
 from wmcache.pipeline.importers.table import StepTable, read_table
-from wmcache.pipeline.tars import Frames
 
 IMAGES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 """Suffix -> Pillow's name of the format."""

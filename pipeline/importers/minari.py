@@ -21,9 +21,9 @@ from wmcache.common.errors import UserError, command
 from wmcache.common.options import option
 from wmcache.common.progress import seconds_between_updates
 from wmcache.common.reading import reading
+from wmcache.pipeline.frames import Frames
 from wmcache.pipeline.importers.base import IMPORTERS, Source
 from wmcache.pipeline.importers.conversions import ImageImporter, is_action_missing, make_steps, note
-from wmcache.pipeline.tars import Frames
 
 if TYPE_CHECKING:
     from minari.dataset.minari_storage import MinariStorage

@@ -17,10 +17,9 @@ from wmcache.common.errors import UserError
 from wmcache.envs import MazeError
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract
-from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.frames import FrameDataset, Frames
 from wmcache.pipeline.importers import write_dataset
 from wmcache.pipeline.importers.dino_wm import DinoWmImporter, require_safe_torch
-from wmcache.pipeline.tars import Frames
 
 KINDS = ("states.pth", "actions.pth", "seq_lengths.pth", "obses/episode_002.pth")
 EPISODES, LENGTH = 6, 60

@@ -23,10 +23,9 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.tcn import TcnOptions
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.fit import fit
-from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.frames import FrameDataset, Frames
 from wmcache.pipeline.importers import write_dataset
 from wmcache.pipeline.importers.frames import FramesImporter
-from wmcache.pipeline.tars import Frames
 
 LENGTHS = [5, 9, 6]
 ROWS = sum(LENGTHS)
