@@ -93,10 +93,10 @@ class _Dataset:
         kinds = (images.dtype, images.shape[1:], state.shape[1:], action.shape[1:])
         wanted = (np.dtype(np.uint8), self.image_shape, self.state_shape, action_shape)
         if not count or kinds != wanted or not {len(images), len(state)} <= {count, count + 1}:
+            shapes = f"{images.dtype} images {images.shape}, states {state.shape} and actions {action.shape}"
             raise UserError(
-                f"episode {episode} of Minari dataset {self.name} has {images.dtype} images {images.shape}, states {state.shape} "
-                f"and actions {action.shape}; needed are as many images {self.image_shape} and states {self.state_shape} as "
-                f"actions {action_shape}, or one more; record it again, or leave it out with filter_episodes"
+                f"episode {episode} of Minari dataset {self.name} has {shapes}, which its spaces or the number of actions do not "
+                "allow; record it again, or leave it out with filter_episodes"
             )
         missing = bool(count > 1 and is_action_missing(action[-1:])[0])
         count -= missing

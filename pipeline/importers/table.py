@@ -28,18 +28,15 @@ PANDAS_INDEX = r"Unnamed: \d+(\.\d+)*|__index_level_\d+__|index|level_\d+"
 
 @dataclass(frozen=True)
 class StepTable:
-    """The frames of a table, sorted by episode and step.
-
-    Attributes:
-        kind: `file`, images; or `video`.
-        names: [frames], files as the table names them.
-        dropped: [episodes], whether the last row of an episode, without an action, was left out.
-    """
+    """The frames of a table, sorted by episode and step."""
 
     kind: str
+    """`file`, images; or `video`."""
     names: NDArray[Any]
+    """[frames], files as the table names them."""
     steps: Steps
     dropped: NDArray[np.bool_]
+    """[episodes], whether the last row, without an action, was left out."""
 
 
 def read_table(path: Path) -> StepTable:
