@@ -50,6 +50,7 @@ from wmcache.common.space import human_bytes
 from wmcache.pipeline.steps import Steps, read_steps
 
 FORMAT_VERSION = 1
+FRAMES_PER_SHARD = 512
 DECODERS = min(8, available_cpus())
 AGAIN = "restore it or collect again"
 

@@ -162,9 +162,10 @@ def _choose(known: dict[str, Any], fitting: list[str], key: str | None, option: 
         return fitting[0]
     if key is None or key not in fitting:
         found = ", ".join(f"{name or 'the observation'} is {_kind(space)}" for name, space in known.items())
+        wrong = f"{len(fitting)} observations fit" if key is None else f"{key!r} does not fit"
         raise UserError(
-            f"Minari dataset {dataset}: {option} is {key!r}, not one of {', '.join(fitting) or 'none'}, which can be imported "
-            f"({found}); an image is uint8 with 1 or 3 channels, a state is a vector of floats"
+            f"Minari dataset {dataset}: {wrong}; pass {option}, one of {', '.join(fitting) or 'none'} ({found}; an image is uint8 with "
+            "1 or 3 channels, a state is a vector of floats)"
         )
     return key
 
