@@ -124,7 +124,7 @@ def require_features(source: TokenStore, encoder: Encoder) -> Select:
     """Check that a store has the features that the encoder's head reads; returns how its tokens were selected."""
     mine, found = encoder.spec.name, source.identity
     wanted = encoder.identity(found.dataset_fingerprint)
-    # What has to be equal: of a derived store, the rest of the identity differs.
+    # The rest of the identity differs: it describes the head.
     pairs = {name: (getattr(found, name), getattr(wanted, name)) for name in PREPROCESSING}
     pairs |= {
         "backbone": (found.weights_sha256, encoder.backbone_sha256),

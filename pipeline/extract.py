@@ -251,7 +251,7 @@ def slice_of(shards: int, part: tuple[int, int]) -> range:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The shards and frames that an extraction has to do, and an estimate of its time."""
+    """What an extraction has to do, and an estimate of its seconds."""
 
     out: AnyPath
     shards: int

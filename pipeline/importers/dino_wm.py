@@ -75,11 +75,7 @@ def require_safe_torch(version: str) -> None:
 
 
 def _load_tensor(path: Path, shape: tuple[int | None, ...], dtypes: frozenset[torch.dtype]) -> torch.Tensor:
-    """Load the tensor in a file of `torch.save` without running code, by memory map if the file allows it.
-
-    Args:
-        shape: with None for a size that may be any number above 0.
-    """
+    """Load the tensor in a file of `torch.save` without running code, by memory map if the file allows it; in `shape`, None is any size."""
     try:
         is_zip = zipfile.is_zipfile(path)
         if is_zip:
@@ -103,9 +99,8 @@ def _load_tensor(path: Path, shape: tuple[int | None, ...], dtypes: frozenset[to
     if tensor.numel() * tensor.element_size() > size:
         raise UserError(f"{path} claims {tensor.numel()} numbers, more than it has bytes for; {AGAIN}")
     found = tuple(tensor.shape)
-    if len(found) != len(shape) or any(
-        not size or size != (wanted or size) for size, wanted in zip(found, shape, strict=True)
-    ):
+    expected = tuple(wanted or size for size, wanted in zip(found, shape, strict=False))
+    if len(found) != len(shape) or found != expected or 0 in found:
         raise UserError(f"{path} has the shape {found}, not {shape} (None: any size); {AGAIN}")
     if tensor.dtype not in dtypes:
         raise UserError(f"{path} has dtype {tensor.dtype}, not {' or '.join(sorted(map(str, dtypes)))}; {AGAIN}")
