@@ -13,13 +13,12 @@ import uuid
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import CancelledError
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from typing import Any, Self
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from typing import Any
 
 from wmcache.cluster.tasks import AHEAD, Calls, Cluster, catch_user_error, log
 from wmcache.common.cpus import SPINS, limit_threads
 from wmcache.common.errors import UserError, command, reason
-from wmcache.common.memory import available_ram
 
 # Ctrl-C reaches all processes of a terminal; this one stops the workers. Warnings about cancelled tasks and a scheduler that ended first do
 # not matter. The kernel kills a worker, which costs a few tasks, before the command.
@@ -58,7 +57,9 @@ def open_dask_pool(where: Cluster, workers: int, threads: int, label: str, *, da
     with ExitStack() as stack:
         with dask_errors(where.text):
             importlib.import_module("distributed")
-        stack.enter_context(_filtered_logs())
+        # What these log ends as one UserError, or costs only time.
+        for name in ("distributed.client", "distributed.nanny", "distributed.scheduler", "tornado.application"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         keep_workers: Callable[[], None] = lambda: None  # noqa: E731
         if where.address is not None:
             client = stack.enter_context(_connect(where.address))
@@ -73,7 +74,7 @@ def open_dask_pool(where: Cluster, workers: int, threads: int, label: str, *, da
                 log(f"dashboard: {client.dashboard_link}")
         if where.elsewhere:
             _wait_for_workers(client, where, keep_workers)
-        yield stack.enter_context(_DaskPool(client, where, label, threads, keep_workers))
+        yield stack.enter_context(closing(_DaskPool(client, where, label, threads, keep_workers)))
 
 
 class _DaskPool:
@@ -135,12 +136,8 @@ class _DaskPool:
         try:
             return future.result()
         except KilledWorker:  # on several workers, since Dask tries it again
-            more = f"the N of --cluster local:N ({available_ram() / 1e9:.1f} GB of memory are available)"
-            if self._where.elsewhere:
-                more = "raise memory in the profile" if self._where.profile else "give workers more memory"
-            return UserError(
-                f"all workers that tried it were killed, probably out of memory; lower --batch-size, or {more}"
-            )
+            memory = "out of memory; lower --batch-size, start fewer workers, or give them more memory"
+            return UserError(f"all workers that tried it were killed, probably {memory}")
         except CancelledError:
             raise _lost_scheduler(self._where) from None
         except OSError as error:
@@ -148,10 +145,7 @@ class _DaskPool:
                 raise
             raise _lost_scheduler(self._where) from error
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
+    def close(self) -> None:
         if self._running and self._client.status == "running":
             with suppress(Exception):  # the error that ended the block matters more
                 self._client.cancel(list(self._running))
@@ -191,12 +185,7 @@ def _start_workers(workers: int, threads: int) -> Iterator[Any]:
             )
             stack.enter_context(cluster)
             client = stack.enter_context(Client(cluster, set_as_default=False))
-        try:
-            yield client
-        except KeyboardInterrupt:
-            # Processes that ended first leave callbacks that fail.
-            logging.getLogger("tornado.application").setLevel(logging.CRITICAL)
-            raise
+        yield client
 
 
 def _own_gpus() -> list[str]:
@@ -252,20 +241,18 @@ def _wait_for_workers(client: Any, where: Cluster, keep_workers: Callable[[], No
 
 def require_same_versions(versions: dict[str, Any], where: Cluster) -> None:
     """Raise a UserError if the scheduler or a worker has another version of `MUST_MATCH`; `versions` is `Client.get_versions()`."""
-    others = {"the scheduler": versions["scheduler"]}
-    others |= {f"worker {name}": found for name, found in versions["workers"].items()}
-    for name in MUST_MATCH:
-        wanted = _version(versions["client"], name)
-        for process, found in others.items():
-            if (version := _version(found, name)) != wanted:
-                versions_here = f"{name} is {wanted} here and {version} at {process}"
-                raise UserError(f"{where.text}: {versions_here}; install the same version, and restart that process")
+    wanted = _versions(versions["client"])
+    for process, found in {"the scheduler": versions["scheduler"], **versions["workers"]}.items():
+        for name, version in _versions(found).items():
+            if version != wanted[name]:
+                differing = f"{name} is {wanted[name]} here and {version} at {process}"
+                raise UserError(f"{where.text}: {differing}; install the same version, and restart that process")
 
 
-def _version(found: Any, name: str) -> str:
+def _versions(found: Any) -> dict[str, str]:
     packages = found.get("packages", {}) if isinstance(found, dict) else {}
-    version = str(packages.get(name) or "missing")
-    return ".".join(version.split(".")[:2]) if name == "python" else version
+    versions = {name: str(packages.get(name) or "missing") for name in MUST_MATCH}
+    return versions | {"python": ".".join(versions["python"].split(".")[:2])}
 
 
 @contextmanager
@@ -273,35 +260,8 @@ def _connection_errors(where: Cluster) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if where.elsewhere:
-            raise _lost_scheduler(where) from error
-        raise
+        raise _lost_scheduler(where) from error
 
 
 def _lost_scheduler(where: Cluster) -> UserError:
-    hint = "start it again, or another one" if where.address else "see its log"
-    return UserError(f"the scheduler of {where.text} has gone; {hint}, then run the same command again")
-
-
-@contextmanager
-def _filtered_logs() -> Iterator[None]:
-    """Hide Dask's messages about a lost connection, which is reported as one UserError."""
-    loggers = [logging.getLogger(f"distributed.{name}") for name in ("client", "nanny", "scheduler")]
-    for logger in loggers:
-        logger.addFilter(_is_shown)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(_is_shown)
-
-
-def _is_shown(record: logging.LogRecord) -> bool:
-    """Replace the message about a killed worker by one about memory."""
-    message = record.getMessage()
-    if message.startswith("Restarting worker"):
-        memory = f"{available_ram() / 1e9:.1f} GB of memory are available"
-        log(f"a killed worker process is started again ({memory}); if often, lower the N of --cluster local:N")
-        return False
-    hidden = ("still alive after", "marked as failed because")
-    return record.name != "distributed.client" and not any(words in message for words in hidden)
+    return UserError(f"the scheduler of {where.text} has gone; start one again, then run the same command again")

@@ -30,12 +30,11 @@ class Profile:
     """Resources of one job, and the number of jobs.
 
     Attributes:
-        gpus: of a training; an extraction uses at most one.
         modules: names for `module load`.
         setup: shell lines to run before the program.
         jobs: jobs of an array, or Dask workers.
         interface: of the network, for Dask's workers and scheduler.
-        extra: more options of `sbatch`, such as `--constraint=a100`.
+        extra: more options of `sbatch`.
     """
 
     partition: Word | None = None
@@ -63,18 +62,14 @@ def read_profile(name: str) -> Profile:
     folder = home() / "profiles"
     file = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
+        profile = parse(Profile, tomllib.loads(file.read_text(encoding="utf-8")), file, HINT, fault="is not a profile")
     except FileNotFoundError:
         if name == DEFAULT:
             return Profile()
         known = ", ".join(sorted(path.stem for path in folder.glob("*.toml"))) or "none"
         raise UserError(f"{file} does not exist; write it, or take one of those in {folder}: {known}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({reason(error)}); correct it") from error
-    try:
-        profile = parse(Profile, values, file, HINT, fault="is not a profile")
-    except TypeError as error:  # from json, since TOML has dates
-        raise UserError(f"{file} has a date or a time, which no setting is; write it as a string") from error
+    except (OSError, ValueError, TypeError) as error:  # the last for a date, which JSON does not have
+        raise UserError(f"{file} cannot be read ({reason(error)}); {HINT}") from error
     if profile.seconds < 60:
         raise UserError(f"{file} is not a profile ('walltime': {profile.walltime} is less than a minute); {HINT}")
     return profile

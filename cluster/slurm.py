@@ -69,11 +69,7 @@ exit "$status"
 def submit_workers(
     where: Cluster, profile: Profile, jobs: int, threads: int
 ) -> Iterator[tuple[Any, Callable[[], None]]]:
-    """Submit jobs with one worker each; yields a client, and what submits ended jobs again.
-
-    Raises:
-        UserError: dask-jobqueue or sbatch is missing, or SLURM does not accept such a job.
-    """
+    """Submit jobs with one worker each; yields a client, and what submits ended jobs again."""
     import dask
     from distributed import Client
 
@@ -190,14 +186,11 @@ def _try_submission(script: str, where: Cluster) -> None:
 
 
 def write_script(profile: Profile, program: list[str], *, name: str, jobs: int | None, out: Path | None) -> Path:
-    """Write the batch script of a program, and make the folder of its logs.
+    """Write the batch script of a program, and make the folder of its logs; raises UserError if `out` is another script.
 
     Args:
-        name: of the job and the file.
         jobs: size of an array whose jobs each do one slice of the shards; None for one job.
-        out: the script; None for the first of `$WMCACHE_HOME/jobs/<name>.sh`, `<name>-2.sh`, ... that is free or is this script.
-
-    Raises UserError if `out` is another script.
+        out: None for the first of `$WMCACHE_HOME/jobs/<name>.sh`, `<name>-2.sh`, ... that is free or is this script.
     """
     text = _script(profile, program, name, jobs).encode()
     numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))

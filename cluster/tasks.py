@@ -1,7 +1,4 @@
-"""Run tasks in this process, in worker processes of this machine, at a Dask scheduler, or in SLURM jobs.
-
-Tasks are idempotent and results are taken as they finish, so a lost worker costs only the tasks that it was running.
-"""
+"""Run idempotent tasks in this process, in worker processes of this machine, at a Dask scheduler, or in SLURM jobs."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
@@ -150,11 +147,9 @@ def run_tasks(
     more: str = "",
     leave: bool = True,
 ) -> None:
-    """Run `task` on every item, with a progress bar.
+    """Run a picklable task on every item, with a progress bar. A task returns its units, and may `report` some of them earlier.
 
     Args:
-        task: picklable; returns its number of units, and may `report` some of them earlier. A `UserError` fails only that item.
-        cluster: see `parse_cluster`; or an open pool.
         threads: tasks in flight per process, so that one reads or writes while another computes. With 1, a task has the process to itself.
         total: units of all items.
         what: name of the items in messages.
@@ -246,20 +241,16 @@ def run_alone(call: Callable[[], T], *, cluster: str, label: str) -> T:
 def open_pool(
     cluster: str, *, threads: int = 1, most: int | None = None, label: str, always_dask: bool = False
 ) -> Iterator[Pool]:
-    """Open a pool. Its processes or jobs end with the block, and queued tasks are cancelled.
+    """Open a pool for `most` tasks. Its processes or jobs end with the block, and queued tasks are cancelled.
 
-    Args:
-        cluster, threads: as in `run_tasks`.
-        most: number of tasks; no more processes are started.
-        label: name of the tasks on the dashboard.
-        always_dask: start Dask's processes even for `local:1`, to measure them.
+    With `always_dask`, Dask's processes are started even for `local:1`, to measure them.
     """
     where = parse_cluster(cluster)
     workers = where.workers if most is None else min(where.workers, most)
     if not where.elsewhere:
         workers = _workers_in_memory(workers, label)
         if workers == 1 and not always_dask:
-            with _ThisProcess(threads) as pool:
+            with closing(_ThisProcess(threads)) as pool:
                 yield pool
             return
     from wmcache.cluster.dask import open_dask_pool  # half a second that a run in this process does not need
@@ -310,11 +301,8 @@ class _ThisProcess:
         done = wait(self._futures, return_when=FIRST_COMPLETED).done
         return [(self._futures.pop(future), future.result()) for future in done]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
+    def close(self) -> None:
+        self._executor.shutdown(cancel_futures=True)
 
 
 def catch_user_error(call: Callable[[], T]) -> T | UserError:

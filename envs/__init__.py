@@ -2,11 +2,10 @@
 
 import gymnasium
 
-from wmcache.envs.gl import RendererError
 from wmcache.envs.maze import ENV_PREFIX, Maze, MazeError, env_id, find_maze, maze_names
 from wmcache.envs.pointmaze import PointMazeEnv, PointMazeVectorEnv, sample_state
 from wmcache.envs.policies import POLICIES, Policy
-from wmcache.envs.simulator import FPS, PointMazeSimulator, longest_move
+from wmcache.envs.simulator import FPS, PointMazeSimulator, RendererError, longest_move
 
 for _name in maze_names():
     gymnasium.register(

@@ -6,23 +6,13 @@ import sys
 
 import numpy as np
 
-from wmcache.envs.gl import RendererError
 from wmcache.envs.maze import Maze
-from wmcache.envs.simulator import PointMazeSimulator
+from wmcache.envs.simulator import PointMazeSimulator, RendererError
 
-
-def main() -> int:
-    """Draw a frame; return the exit status."""
+if __name__ == "__main__":
     try:
         frame = PointMazeSimulator(Maze.load("UMaze"), 64).render(np.zeros(4))
     except RendererError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+        sys.exit(str(error))
     if frame.max() == frame.min():
-        sys.stderr.write("MuJoCo draws empty frames; choose another MUJOCO_GL (egl, osmesa, glfw)\n")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        sys.exit("MuJoCo draws empty frames; choose another MUJOCO_GL (egl, osmesa, glfw)")

@@ -69,8 +69,7 @@ class Maze:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             known = ", ".join(maze_names())
-            why = f" ({reason(error)})" if path == Path(name) else ""
-            raise MazeError(f"no maze {str(name)!r}{why}: known are {known}, or a path to a .txt grid") from error
+            raise MazeError(f"no maze {str(name)!r} ({reason(error)}): known are {known}, or a .txt grid") from error
         return cls(path.stem, tuple(line.strip() for line in text.splitlines() if line.strip()))
 
     @cached_property

@@ -56,72 +56,11 @@ def describe(state: Float, goal: Float) -> dict[str, Any]:
     return {"state": state.copy(), "goal": goal.copy(), "distance": distance, "success": distance < SUCCESS_DISTANCE}
 
 
-class PointMazeEnv(gym.Env[Observation, NDArray[np.float32]]):
-    """One ball in one maze; dynamics and success rule as DINO-WM's (see `simulator.py`).
-
-    The observation is a frame from above and the proprioception (x, y, vx, vy). The goal is never drawn. The reward is 1 while the
-    ball is within 0.5 of the goal and 0 otherwise; an episode never ends by itself. `info` has `state`, `goal`, `distance` and
-    `success`, for judges and not for planners.
-
-    Example:
-        >>> env = gym.make("wmcache/PointMaze-UMaze-v0", image_size=64)
-        >>> observation, info = env.reset(seed=0, options={"state": [0.8, 0.8, 0.0, 0.0]})
-        >>> observation["image"].shape
-        (64, 64, 3)
-    """
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}  # noqa: RUF012 (gymnasium's own attribute)
-
-    def __init__(
-        self, maze: Maze | str | Path = "UMaze", image_size: int = 224, render_mode: str | None = None
-    ) -> None:
-        """Make one ball in `maze` (a layout, its name or a text file) with frames of `image_size` pixels a side."""
-        self.maze = maze if isinstance(maze, Maze) else Maze.load(maze)
-        self.render_mode = render_mode
-        self.observation_space: gym.Space[Any] = observation_space(self.maze, image_size)
-        self.action_space: gym.Space[Any] = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
-        self._simulator = PointMazeSimulator(self.maze, image_size)
-        self._state = np.zeros(4)
-        self._goal = np.zeros(4)
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, dict[str, Any]]:
-        """Start an episode; `options` may have `state` and `goal`, each (x, y, vx, vy), instead of random ones."""
-        super().reset(seed=seed)
-        options = options or {}
-        start, goal = sample_state(self.maze, self.np_random), sample_state(self.maze, self.np_random)
-        self._state = check_state(self.maze, options.get("state", start))
-        self._goal = check_state(self.maze, options.get("goal", goal))
-        return self._observe(), self._info()
-
-    def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Advance by 0.05 s under a force on x and y, each in [-1, 1]."""
-        self._state = self._simulator.step(self._state, action)
-        info = self._info()
-        return self._observe(), float(info["success"]), False, False, info
-
-    def render(self) -> Frame:
-        """Return the current frame, uint8 [image_size, image_size, 3]."""
-        return self._simulator.render(self._state)
-
-    def close(self) -> None:
-        """Free the GL context."""
-        self._simulator.close()
-
-    def _observe(self) -> Observation:
-        return {"image": self.render(), "proprio": self._state.astype(np.float32)}
-
-    def _info(self) -> dict[str, Any]:
-        info = describe(self._state, self._goal)
-        return {**info, "distance": float(info["distance"]), "success": bool(info["success"])}
-
-
 class PointMazeVectorEnv(VectorEnv[Observation, NDArray[np.floating], NDArray[Any]]):
-    """`num_envs` independent balls; observations, rewards and infos as those of `PointMazeEnv`, stacked on axis 0.
+    """`num_envs` independent balls; dynamics and success rule as DINO-WM's (see `simulator.py`).
 
-    Episodes never end by themselves, so no env resets automatically. Drawing takes much longer than physics: `advance` executes several
-    env steps without drawing.
+    Observations, rewards and infos are those of `PointMazeEnv`, stacked on axis 0. Episodes never end by themselves, so no env resets
+    automatically. Drawing takes much longer than physics: `advance` executes several env steps without drawing.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": FPS, "autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
@@ -142,26 +81,21 @@ class PointMazeVectorEnv(VectorEnv[Observation, NDArray[np.floating], NDArray[An
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._simulator = PointMazeSimulator(self.maze, image_size)
-        self._rngs = [np.random.default_rng() for _ in range(num_envs)]
+        self.rngs = [np.random.default_rng() for _ in range(num_envs)]
         self._states = np.zeros((num_envs, 4))
         self._goals = np.zeros((num_envs, 4))
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Start all episodes.
-
-        Args:
-            seed: one number (env i gets seed + i, as in gymnasium) or one a sub-env.
-            options: `state` and `goal`, each [num_envs, 4], instead of random ones.
-        """
+        """Start all episodes; env i gets `seed` + i or `seed[i]`. `options` may have `state` and `goal`, each [num_envs, 4]."""
         seeds = seed if isinstance(seed, list) else [None if seed is None else seed + i for i in range(self.num_envs)]
         options = options or {}
         for i, one in enumerate(seeds):
             if one is not None:
-                self._rngs[i] = np.random.default_rng(one)
+                self.rngs[i] = np.random.default_rng(one)
             for name, values in (("state", self._states), ("goal", self._goals)):
-                drawn = sample_state(self.maze, self._rngs[i])
+                drawn = sample_state(self.maze, self.rngs[i])
                 values[i] = check_state(self.maze, options[name][i] if name in options else drawn)
         return self.observe(), describe(self._states, self._goals)
 
@@ -192,3 +126,56 @@ class PointMazeVectorEnv(VectorEnv[Observation, NDArray[np.floating], NDArray[An
     def close_extras(self, **kwargs: object) -> None:  # noqa: ARG002 (gymnasium's signature)
         """Free the GL context."""
         self._simulator.close()
+
+
+class PointMazeEnv(gym.Env[Observation, NDArray[np.float32]]):
+    """One ball in one maze, a `PointMazeVectorEnv` of one.
+
+    Observations are the frame from above and the proprioception (x, y, vx, vy). The goal is never drawn. The reward is 1 while the
+    ball is within 0.5 of the goal and 0 otherwise; an episode never ends by itself. `info` has `state`, `goal`, `distance` and
+    `success`, for judges and not for planners.
+
+    Example:
+        >>> env = gym.make("wmcache/PointMaze-UMaze-v0", image_size=64)
+        >>> observation, info = env.reset(seed=0, options={"state": [0.8, 0.8, 0.0, 0.0]})
+        >>> observation["image"].shape
+        (64, 64, 3)
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}  # noqa: RUF012 (gymnasium's own attribute)
+
+    def __init__(
+        self, maze: Maze | str | Path = "UMaze", image_size: int = 224, render_mode: str | None = None
+    ) -> None:
+        """Make one ball in `maze` (a layout, its name or a text file) with frames of `image_size` pixels a side."""
+        self._balls = PointMazeVectorEnv(1, maze, image_size)
+        self.maze = self._balls.maze
+        self.render_mode = render_mode
+        self.observation_space: gym.Space[Any] = self._balls.single_observation_space
+        self.action_space: gym.Space[Any] = self._balls.single_action_space
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode; `options` may have `state` and `goal`, each (x, y, vx, vy), instead of random ones."""
+        super().reset(seed=seed)
+        self._balls.rngs = [self.np_random]
+        observation, info = self._balls.reset(options={name: [value] for name, value in (options or {}).items()})
+        return _first(observation), _first(info)
+
+    def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Advance by 0.05 s under a force on x and y, each in [-1, 1]."""
+        observation, reward, *_, info = self._balls.step(np.asarray(action)[None])
+        return _first(observation), float(reward[0]), False, False, _first(info)
+
+    def render(self) -> Frame:
+        """Return the current frame, uint8 [image_size, image_size, 3]."""
+        return self._balls.render()[0]
+
+    def close(self) -> None:
+        """Free the GL context."""
+        self._balls.close()
+
+
+def _first(values: dict[str, NDArray[Any]]) -> dict[str, Any]:
+    return {name: value[0] if value.ndim > 1 else value[0].item() for name, value in values.items()}

@@ -6,14 +6,41 @@ with damping 1, motors of gear 100, a ball of radius 0.1 and density 1000, no gr
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import os
+import sys
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wmcache.envs.gl import RendererError, gl_failure, mujoco
+from wmcache.common.errors import UserError
 from wmcache.envs.maze import BALL_RADIUS, Maze
+
+# MuJoCo reads MUJOCO_GL once, at import. Without a screen, EGL works; the user's own choice is kept.
+if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+    os.environ.setdefault("MUJOCO_GL", "egl")
+
+# Triton, which torch may import at any time, and Mesa each bring an LLVM; Triton crashes the process if it is loaded second.
+with contextlib.suppress(ImportError):
+    importlib.import_module("triton")
+
+gl_failure: Exception | None = None
+try:
+    import mujoco
+except Exception as error:  # noqa: BLE001 (from ImportError to AttributeError, depending on the backend)
+    gl_failure = error
+    for _name in [name for name in sys.modules if name == "mujoco" or name.startswith("mujoco.")]:
+        del sys.modules[_name]
+    _chosen = os.environ.get("MUJOCO_GL")
+    os.environ["MUJOCO_GL"] = "disabled"
+    import mujoco
+
+    if _chosen is None:
+        del os.environ["MUJOCO_GL"]
+    else:
+        os.environ["MUJOCO_GL"] = _chosen
 
 PHYSICS_STEPS = 5
 MAX_SPEED = 5.0
@@ -72,12 +99,12 @@ def _mjcf(maze: Maze, image_size: int) -> str:
 </mujoco>"""
 
 
-class PointMazeSimulator:
-    """Moves balls and draws them. A state is (x, y, vx, vy) in maze units and units per second, float64.
+class RendererError(UserError):
+    """OpenGL is not available; the message names the MUJOCO_GL to choose and what to install."""
 
-    The simulator keeps no state between calls. So one model and one GL context serve a whole vector env, and a frame drawn from a stored
-    state equals the live one.
-    """
+
+class PointMazeSimulator:
+    """Moves balls and draws them, without keeping their states: (x, y, vx, vy) in maze units and units per second, float64."""
 
     def __init__(self, maze: Maze, image_size: int = 224) -> None:
         """Compile the maze; `image_size` is the side of the square frames in pixels."""
@@ -137,11 +164,7 @@ class PointMazeSimulator:
 
 @functools.cache
 def longest_move(env_steps: int) -> float:
-    """Return the largest distance that the ball can cover in some env steps, in maze units.
-
-    Each env step starts with the velocity clipped to MAX_SPEED on each axis and adds at most full force on both, so the largest
-    displacement is the same in every step: about 0.401.
-    """
+    """Return the largest distance that the ball can cover in some env steps, in maze units: full speed and force, about 0.401 each."""
     simulator = PointMazeSimulator(Maze("Hall", ("#####", "#OOO#", "#OOO#", "#OOO#", "#####")))
     start = np.array([1.0, 1.0, MAX_SPEED, MAX_SPEED])
     return env_steps * float(np.linalg.norm(simulator.step(start, np.ones(2))[:2] - start[:2]))

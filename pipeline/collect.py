@@ -1,8 +1,4 @@
-"""Environment -> frame dataset.
-
-The physics of all episodes runs first, in a few seconds, and gives the step table. A frame is then a picture of one row of the table: the
-tasks, one per tar shard, share nothing, and their number and order cannot change a byte.
-"""
+"""Environment -> frame dataset: simulate all episodes, then draw each row of the step table in independent tasks, one per tar shard."""
 
 from __future__ import annotations
 
@@ -22,18 +18,7 @@ from wmcache.pipeline.steps import Steps, read_steps
 
 
 def collect(env: str, out: AnyPath, *, cluster: str = "local:1", **settings: Any) -> DatasetCard:
-    """Collect a dataset; run again, it draws only missing shards.
-
-    Args:
-        env: environment id, layout name or path to a text grid.
-        cluster: see `parse_cluster`.
-        settings: other fields of `CollectOptions`. Episode e depends on (seed, e) only.
-
-    Raises:
-        UserError: unknown policy, unusable folder, too little space, or failed shards.
-        MazeError: unknown maze.
-        RendererError: OpenGL is not available.
-    """
+    """Collect a dataset of `CollectOptions(env, **settings)`; run again, it draws only missing shards."""
     options = CollectOptions(env, **settings)
     policy, maze, frames = POLICIES.get(options.policy), find_maze(env), options.episodes * options.length
     # A frame of a maze is about 2 kB at 112 px as PNG; twice the pixels, twice the edges.

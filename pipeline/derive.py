@@ -1,8 +1,4 @@
-"""Token store -> another store: run another head on its features, or compare its frames for change maps.
-
-A store of a backbone's layers gives its patch tokens, its class token, their mean, and adapters fitted on them, without images. The new
-store has the tokens and the identity of an extraction from the frames.
-"""
+"""Token store -> another store, equal to one extracted from the frames: run another head on its features, or make its change maps."""
 
 from __future__ import annotations
 
@@ -28,16 +24,15 @@ from wmcache.pipeline.encoders.changes import changes_for
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.stores import StoreRecipe, default_weights, frames_of, has_work
 
+PREPROCESSING = ("image_size", "resize", "normalisation", "compute_dtype", "store_dtype")
+
 
 def create_for(
     source: TokenStore, name: str, *, weights: Path | None, base_weights: Path | None, device: str
 ) -> Encoder:
-    """Create an encoder on the backbone of a store, with that store's preprocessing.
+    """Create an encoder on the backbone of a store, with that store's preprocessing; raises UserError for another backbone.
 
     Without weights, it has the store's; an adapter those fitted on the store's dataset.
-
-    Raises:
-        UserError: the encoder has another backbone; or as `encoders.create`.
     """
     entry, base = encoders.get_entry(name), encoders.get_entry(str(source.card.encoder.get("name")))
     if base.load is None:
@@ -65,16 +60,8 @@ def derive(
 ) -> bool:
     """Make an encoder's store from another store's features; run again, it makes only missing shards.
 
-    Args:
-        source: the layers or the patch tokens of the encoder's own backbone.
-        dtype, cluster, device: see `extract_together`.
-        batch: frames per call of the head.
-
-    Returns:
-        Whether there was anything to do.
-
-    Raises:
-        UserError: the source does not have these features, or as `extract_together`.
+    `source` has the layers or the patch tokens of the encoder's own backbone; other arguments are those of `extract_together`. Returns
+    whether there was anything to do.
     """
     require_features(source, encoder)
     grid, dim = encoder.token_grid, encoder.token_dim
@@ -88,15 +75,12 @@ def derive(
         return False
     pending = writer.pending()
     writer.reopen([])
-    recipe, device = StoreRecipe.of(encoder, writer), device or str(encoder.device)
-    task = DeriveShard(absolute(source.path), source.identity, recipe, device, batch, uuid.uuid4().hex)
-    run_tasks(
-        task.with_state((source, encoder, writer)),
-        pending,
-        cluster=cluster,
-        total=sum(len(card.shard_frames(shard)) for shard in pending),
-        label=f"derive {encoder.spec.name}",
-    )
+    recipe = StoreRecipe(encoder.recipe(), identity, absolute(out))
+    device, key = device or str(encoder.device), uuid.uuid4().hex
+    task = DeriveShard(absolute(source.path), source.identity, recipe, device, batch, key)
+    total = sum(len(card.shard_frames(shard)) for shard in pending)
+    label = f"derive {encoder.spec.name}"
+    run_tasks(task.with_state((source, encoder, writer)), pending, cluster=cluster, total=total, label=label)
     writer.finish()
     return True
 
@@ -138,28 +122,27 @@ class DeriveShard(WorkerTask[int, tuple[TokenStore, Encoder, StoreWriter]]):
 
 def require_features(source: TokenStore, encoder: Encoder) -> Select:
     """Check that a store has the features that the encoder's head reads; returns how its tokens were selected."""
-    name = str(source.card.encoder.get("name"))
-    wanted, found = encoder.identity(source.identity.dataset_fingerprint), source.identity
-    differing = [
-        f"{field} {getattr(found, field)} != {getattr(wanted, field)}"
-        for field in ("image_size", "resize", "normalisation", "compute_dtype", "store_dtype")
-        if getattr(found, field) != getattr(wanted, field)
-    ]
-    if found.weights_sha256 != encoder.backbone_sha256:
-        differing.insert(0, f"{name} from {found.weights_source} is not its backbone")
-    if source.card.encoder.get("lag", 0) != encoder.lag:
-        differing.append(f"lag {source.card.encoder.get('lag', 0)} != {encoder.lag}")
-    mine, hint = encoder.spec.name, "extract it from the frames"
-    if differing:
-        raise UserError(f"{mine} cannot be derived from {source.path} ({'; '.join(differing)}); {hint}")
-    select = Select(encoder.backbone, encoders.get_spec(name).token_selection)
+    mine, found = encoder.spec.name, source.identity
+    wanted = encoder.identity(found.dataset_fingerprint)
+    # The rest of the identity differs: it describes the head.
+    pairs = {name: (getattr(found, name), getattr(wanted, name)) for name in PREPROCESSING}
+    pairs |= {
+        "backbone": (found.weights_sha256, encoder.backbone_sha256),
+        "lag": (source.card.encoder.get("lag", 0), encoder.lag),
+    }
+    if differing := [f"{name} {one} != {other}" for name, (one, other) in pairs.items() if one != other]:
+        raise UserError(
+            f"{mine} cannot be derived from {source.path} ({'; '.join(differing)}); extract it from the frames"
+        )
+    select = Select(encoder.backbone, encoders.get_spec(str(source.card.encoder.get("name"))).token_selection)
     missing = [encoder.backbone.described[layer] for layer in encoder.head.layers if layer not in select.layers]
     if encoder.head.prefix and not select.prefix:
         missing.append("the class token")
     if missing or select.selection not in ("patch", "layers"):
-        needed = ", ".join(missing) or "patches"
-        hint = f"extract the backbone's layers first, or {hint}"
-        raise UserError(f"{source.path} has only {select.selection} tokens, {mine} is made of {needed}; {hint}")
+        needed = f"{mine} is made of {', '.join(missing) or 'patches'}"
+        raise UserError(
+            f"{source.path} has only {select.selection} tokens, {needed}; extract it or the backbone's layers from the frames"
+        )
     return select
 
 
@@ -168,11 +151,7 @@ def derive_change_maps(
 ) -> AnyPath:
     """Make the change maps of a store of patch tokens, or the missing ones: what has changed since `frameskip` env steps before.
 
-    Returns:
-        Their path, see `open_change_maps`.
-
-    Raises:
-        UserError: the frames are missing or are others, or the tokens are not a square of patches; see also `extract`.
+    Returns their path, see `open_change_maps`; raises UserError if the frames are missing or are others, or as `extract`.
     """
     frames, out = frames_of(store, dataset), change_maps_path(store.path, frameskip)
     maps = changes_for(store.card.token_grid, frameskip, device="cpu")

@@ -1,9 +1,6 @@
 """Frame dataset x encoders -> token stores: a task reads one tar shard and writes one Zarr shard of each store.
 
-Each process has two tasks in flight, and so two shards in memory: one task encodes while the other reads frames or writes tokens.
-
-Several extractions may run into one store. A task claims its shard, and leaves shards that another process has claimed to it, unless that
-process dies. With slices of the shards, the process that finds the store whole at its end declares it complete.
+Several extractions may run into one store: a task claims its shard, and leaves those that another living process has claimed.
 """
 
 from __future__ import annotations
@@ -20,17 +17,17 @@ import torch
 from numpy.typing import NDArray
 
 from wmcache.cache.writer import LackingError, StoreWriter
-from wmcache.cluster.tasks import Pool, WorkerTask, log, open_pool, parse_cluster, report, run_tasks
+from wmcache.cluster.tasks import WorkerTask, log, parse_cluster, report, run_tasks
 from wmcache.common.device import release_memory
 from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath, absolute, exists, free_space
 from wmcache.common.space import require_space
 from wmcache.pipeline.encoders import Encoder, encode_together
-from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.frames import FrameDataset, Frames
 from wmcache.pipeline.stores import StoreRecipe, create_store, has_work, store_card
-from wmcache.pipeline.tars import Frames
 
 TASKS_IN_FLIGHT = 2
+"""One encodes while the other reads frames or writes tokens."""
 SECONDS_BETWEEN_CHECKS = 0.5
 MOST_MIXTURES = 5
 """Abort when shards that two writers have mixed up were extracted again this often."""
@@ -66,15 +63,11 @@ def extract_together(
         stores: encoders and their stores. Encoders on the same backbone share its pass.
         dtype: of the stored tokens, `float16` or `int8`.
         batch: frames per call of the encoders.
-        cluster: see `parse_cluster`.
         device: of the encoders in other processes; None for that of the first encoder.
         part: (i, n) extracts the i-th of n slices of the shards. Several processes may extract the same slice.
 
     Returns:
         For each store whether there was anything to do, and the shards of other slices that it lacks.
-
-    Raises:
-        UserError: an existing store has other settings, space is too little, or shards failed.
     """
     needed = sum(store_card(dataset, encoder, dtype).token_bytes for encoder, out in stores if not exists(out))
     if needed:
@@ -98,7 +91,7 @@ def extraction_task(
     share_backbones([encoder for encoder, _ in stores])
     for _, writer in stores:
         writer.reopen([])
-    recipes = tuple(StoreRecipe.of(encoder, writer) for encoder, writer in stores)
+    recipes = tuple(StoreRecipe(it.recipe(), writer.identity, absolute(writer.path)) for it, writer in stores)
     task = ExtractShard(absolute(dataset.path), recipes, device, batch, uuid.uuid4().hex)
     return task.with_state(Extraction(dataset, stores))
 
@@ -133,23 +126,17 @@ def _extract_pending(
 ) -> None:
     """Extract all wanted shards that no other process has claimed, until none is left."""
     waiting = False
-    with ExitStack() as stack:
-        pool: Pool | None = None
-        while pending := [(writer, shard) for writer in writers for shard in writer.pending() if shard in wanted]:
-            claimed = {writer.path: writer.claimed() for writer in writers}
-            if unclaimed := [(writer, shard) for writer, shard in pending if shard not in claimed[writer.path]]:
-                total = sum(len(writer.card.shard_frames(shard)) for writer, shard in unclaimed)
-                shards = sorted({shard for _, shard in unclaimed})
-                if pool is None:
-                    threads, most = TASKS_IN_FLIGHT, len(shards)
-                    pool = stack.enter_context(open_pool(cluster, threads=threads, most=most, label=label))
-                run_tasks(task, shards, cluster=pool, total=total, label=label)
-            else:
-                if not waiting:
-                    where = ", ".join(sorted({str(writer.path) for writer, _ in pending}))
-                    log(f"{where}: waiting for another extraction, which has claimed {len(pending)} shards")
-                waiting = True
-                time.sleep(SECONDS_BETWEEN_CHECKS)
+    while pending := [(writer, shard) for writer in writers for shard in writer.pending() if shard in wanted]:
+        claimed = {writer.path: writer.claimed() for writer in writers}
+        if unclaimed := [(writer, shard) for writer, shard in pending if shard not in claimed[writer.path]]:
+            total = sum(len(writer.card.shard_frames(shard)) for writer, shard in unclaimed)
+            shards = sorted({shard for _, shard in unclaimed})
+            run_tasks(task, shards, cluster=cluster, threads=TASKS_IN_FLIGHT, total=total, label=label)
+        else:
+            if not waiting:
+                log(f"{pending[0][0].path}: waiting for another extraction, which has claimed {len(pending)} shards")
+            waiting = True
+            time.sleep(SECONDS_BETWEEN_CHECKS)
 
 
 @dataclass
@@ -195,7 +182,7 @@ class ExtractShard(WorkerTask[int, Extraction]):
         return done
 
     def _write(self, state: Extraction, stores: Sequence[tuple[Encoder, StoreWriter]], shard: int) -> None:
-        frames, numbers = state.dataset.read_shard(shard), np.asarray(state.dataset.shard_frames(shard))
+        frames, numbers = state.dataset.read_shard(shard), np.asarray(state.dataset.card.shard_frames(shard))
         failures: list[str] = []
         for lag in dict.fromkeys(encoder.lag for encoder, _ in stores):
             networks, writers = zip(*[store for store in stores if store[0].lag == lag], strict=True)
@@ -264,7 +251,7 @@ def slice_of(shards: int, part: tuple[int, int]) -> range:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The shards and frames that an extraction has to do, and an estimate of its time."""
+    """What an extraction has to do, and an estimate of its seconds."""
 
     out: AnyPath
     shards: int

@@ -264,7 +264,7 @@ def load_images(dataset: FrameDataset, frames: NDArray[np.int64], preprocess: Pr
 
     def load(shard: int) -> int:
         rows = np.flatnonzero(shard_of == shard)
-        raw = dataset.read_shard(shard)[frames[rows] - dataset.shard_frames(shard).start]
+        raw = dataset.read_shard(shard)[frames[rows] - dataset.card.shard_frames(shard).start]
         pixels = preprocess.resize(torch.from_numpy(raw)).clamp_(0, 1) * 255
         images[torch.from_numpy(rows)] = pixels.round_().byte()
         return len(rows)

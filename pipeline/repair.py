@@ -35,10 +35,7 @@ def repair(
     """Repair a store, and finish an unfinished one; returns the faults before.
 
     A shard with the checksum that the store was declared complete with only gets its record again, from its tokens. Other faulty shards
-    are encoded again.
-
-    Args:
-        dataset, weights: paths of the frames and the encoder's weights, if they have moved.
+    are encoded again. `dataset` and `weights` are paths of the frames and the encoder's weights, if they have moved.
 
     Raises:
         UserError: the store does not describe itself any more, or its frames or its encoder are not available.
@@ -47,36 +44,31 @@ def repair(
     if found.sound:
         return found
     with exclusive(path.with_name(f".{path.name}.repair.lock"), path):
-        found = verify(path)  # another process may have repaired it meanwhile
-        if not found.sound:
-            _repair(path, found, dataset, weights, device, batch)
+        found = verify(path)
+        if found.sound:  # another process has repaired it meanwhile
+            return found
+        attributes = read_attributes(path)
+        card, identity = read_card(attributes), Identity.from_json(attributes["identity"], str(path))
+        bad = sorted({fault.shard for fault in found.faults if fault.shard is not None})
+        whole = _tokens_without_record(Records(path, card, identity), card, bad)
+        source = None
+        if found.shards_done + len(whole) == found.shards and all(fault.shard is not None for fault in found.faults):
+            writer = StoreWriter.resume(path, identity)
+        else:
+            # Before anything is dropped: without the frames and the encoder nothing could be encoded again.
+            source = frames, _ = open_source(card, identity, dataset=dataset, weights=weights, device=device)
+            if (frames.card.frames, frames.card.frames_per_shard) != (card.frames, card.frames_per_shard):
+                raise DamagedError(f"{path / 'zarr.json'} does not fit its frames; {AGAIN}")
+            writer = StoreWriter.create(path, card, identity, frames.steps.columns())
+        writer.reopen([shard for shard in bad if shard not in whole])
+        for shard, tokens in whole.items():
+            with writer.claim(shard, wait=True):
+                writer.record(shard, tokens)
+        if source:
+            extract(*source, path, dtype=card.dtype, batch=batch)
+        else:
+            writer.finish()
         return found
-
-
-def _repair(
-    path: AnyPath, found: Verification, dataset: AnyPath | None, weights: Path | None, device: str, batch: int
-) -> None:
-    attributes = read_attributes(path)
-    card, identity = read_card(attributes), Identity.from_json(attributes["identity"], str(path))
-    bad = sorted({fault.shard for fault in found.faults if fault.shard is not None})
-    whole = _tokens_without_record(Records(path, card, identity), card, bad)
-    source = None
-    if found.shards_done + len(whole) == found.shards and all(fault.shard is not None for fault in found.faults):
-        writer = StoreWriter.resume(path, identity)
-    else:
-        # Before anything is dropped: without the frames and the encoder nothing could be encoded again.
-        source = frames, _ = open_source(card, identity, dataset=dataset, weights=weights, device=device)
-        if (frames.card.frames, frames.card.frames_per_shard) != (card.frames, card.frames_per_shard):
-            raise DamagedError(f"{path / 'zarr.json'} does not fit its frames; {AGAIN}")
-        writer = StoreWriter.create(path, card, identity, frames.steps.columns())
-    writer.reopen([shard for shard in bad if shard not in whole])
-    for shard, tokens in whole.items():
-        with writer.claim(shard, wait=True):
-            writer.record(shard, tokens)
-    if source:
-        extract(*source, path, dtype=card.dtype, batch=batch)
-    else:
-        writer.finish()
 
 
 def _tokens_without_record(records: Records, card: StoreCard, bad: list[int]) -> dict[int, NDArray[np.float16]]:

@@ -39,21 +39,22 @@ def create_encoders(
     base_weights: Path | None = None,
     **options: Any,
 ) -> list[Encoder]:
-    """Create encoders, with weights fitted on the dataset where there are such.
+    """Create encoders, with weights fitted on the dataset where there are such; other arguments and errors as of `encoders.create`.
 
     Args:
         names: of encoders, separated by commas.
         weights: `PATH` for all encoders that are not fitted, `NAME=PATH` for one.
-        device, base_weights: as in `encoders.create`.
-        options: fields of `EncoderOptions`.
-
-    Raises:
-        UserError: a name or path does not fit; or as `encoders.create`.
     """
     wanted = [name.strip() for name in names.split(",")]
     if len(set(wanted)) < len(wanted):
         raise UserError(f"--encoder {names} has a name twice; name each once")
-    files = _weights_by_name(weights, wanted)
+    files: dict[str, Path] = {}  # by name; the path for all encoders has none
+    for word in weights:
+        name, _, path = word.partition("=")
+        name, path = (name, path) if name in wanted and path else ("", word)
+        if name in files:
+            raise UserError(f"--weights {word} is the second for {name or 'all encoders'}; write --weights NAME=PATH")
+        files[name] = Path(path)
     paths: dict[str, Path | None] = {}
     for name in wanted:
         own = encoders.get_entry(encoders.family_of(name))  # a fitted family's layers have its weights
@@ -62,28 +63,13 @@ def create_encoders(
         paths[name] = files.get(name) or of_all or (fitted if fitted.exists() else None)
     if "" in files and files[""] not in paths.values():
         raise UserError(f"--weights {files['']} fits none of {', '.join(wanted)}; write --weights NAME={files['']}")
-    adapters = [name for name in wanted if encoders.get_entry(name).load is None]
-    if base_weights is not None and not adapters:
+    bases = {name: base_weights for name in wanted if encoders.get_entry(name).load is None}  # of adapters
+    if base_weights is not None and not bases:
         raise UserError(f"--base-weights {base_weights}: {', '.join(wanted)} has no base encoder; leave it out")
     return [
-        encoders.create(
-            name, weights=path, base_weights=base_weights if name in adapters else None, device=device, **options
-        )
+        encoders.create(name, weights=path, base_weights=bases.get(name), device=device, **options)
         for name, path in paths.items()
     ]
-
-
-def _weights_by_name(given: Sequence[str], wanted: Sequence[str]) -> dict[str, Path]:
-    """`NAME=PATH` by name, and a path without a name under the empty one."""
-    files: dict[str, Path] = {}
-    for word in given:
-        name, equals, path = word.partition("=")
-        if not equals or name not in wanted:
-            name, path = "", word
-        if name in files:
-            raise UserError(f"--weights {word} is the second for {name or 'all encoders'}; write --weights NAME=PATH")
-        files[name] = Path(path)
-    return files
 
 
 def store_card(dataset: FrameDataset, encoder: Encoder, dtype: str) -> StoreCard:
@@ -137,11 +123,6 @@ class StoreRecipe:
     identity: Identity
     path: str
 
-    @classmethod
-    def of(cls, encoder: Encoder, writer: StoreWriter) -> StoreRecipe:
-        """Describe an open store."""
-        return cls(encoder.recipe(), writer.identity, absolute(writer.path))
-
     def open(self, device: str) -> tuple[Encoder, StoreWriter]:
         """Create the encoder, and open the store; raises UserError if the encoder differs here, such as in its weights."""
         encoder = encoders.create(**self.encoder, device=device)
@@ -169,27 +150,11 @@ def has_work(writer: StoreWriter) -> bool:
 
 
 def finalize(path: AnyPath) -> StoreCard:
-    """Declare a store complete that has all its shards; raises UserError with the command that extracts missing ones."""
+    """Declare a store complete that has all its shards; raises UserError if shards are missing."""
     identity = Identity.from_json(read_attributes(path)["identity"], str(path))
     writer = StoreWriter.resume(path, identity)
     if missing := writer.try_finish():
         first = ", ".join(map(str, missing[:5])) + ", …" * (len(missing) > 5)
         lacking = f"{len(missing)} of {writer.card.num_shards} shards ({first})"
-        raise UserError(f"{path} lacks {lacking}; make them with: {_extract_command(writer)}")
+        raise UserError(f"{path} lacks {lacking}; make them with: {command('wmcache', 'repair', path)}")
     return writer.card
-
-
-def _extract_command(writer: StoreWriter) -> str:
-    recipe, name, dataset = writer.card.encoder, writer.card.encoder.get("name"), writer.card.dataset.get("path")
-    if not name or not dataset:
-        return "the wmcache extract that started it"
-    words = ["wmcache", "extract", "--dataset", dataset, "--encoder", name]
-    # An adapter has the preprocessing of its base.
-    preprocessing = ("image_size", "normalisation", "filter", "lag") if encoders.get_entry(name).load else ()
-    defaults = encoders.get_spec(name)
-    for setting in ("weights", "base_weights", *preprocessing, "dtype"):
-        if recipe.get(setting) not in (None, getattr(defaults, setting, None)):
-            words += [f"--{setting.replace('_', '-')}", recipe[setting]]
-    if writer.card.dtype != "float16":
-        words += ["--store-dtype", writer.card.dtype]
-    return command(*words, "--out", writer.path)

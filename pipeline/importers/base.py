@@ -13,9 +13,8 @@ from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath, exists
 from wmcache.common.registry import Registry
 from wmcache.common.space import require_space
-from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, write_shard
+from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, Frames, encode_png, write_shard
 from wmcache.pipeline.steps import Steps, read_steps
-from wmcache.pipeline.tars import Frames, encode_png
 
 Read = Callable[[int, range], Iterable[Frames]]
 """(episode, steps) -> the frames of those steps, uint8 [image_size, image_size, 3] each; raises UserError for an unreadable file."""
@@ -23,14 +22,11 @@ Read = Callable[[int, range], Iterable[Frames]]
 
 @dataclass(frozen=True)
 class Source:
-    """Data to import: all steps in memory, the frames on disk.
-
-    Frames are read shard by shard, so memory contains at most an episode, and a stopped import continues with the missing shards.
+    """Data to import: all steps in memory, the frames on disk. `env`, `maze`, `policy` and `fps` are those of `DatasetCard`.
 
     Attributes:
         origin: the files, for errors.
         image_size: side of the frames in pixels.
-        env, maze, policy, fps: as in `DatasetCard`.
     """
 
     origin: AnyPath | str
@@ -70,11 +66,7 @@ IMPORTERS: Registry[type[Importer]] = Registry(
 
 
 def write_dataset(source: Source, out: AnyPath, *, frames_per_shard: int) -> DatasetCard:
-    """Write a source as a frame dataset; a repeated call continues where the last one stopped.
-
-    Raises:
-        UserError: unusable folder, settings or data other than those of the stopped import, too little space, or unreadable frames.
-    """
+    """Write a source as a frame dataset; a repeated call continues where the last one stopped."""
     steps = source.steps
     if not steps.in_order():
         raise UserError(f"{source.origin} has no frames, or its steps are out of order")

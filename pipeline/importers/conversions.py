@@ -1,12 +1,10 @@
-"""What import formats share: images to square frames, numbers to columns, and data that no format reads."""
+"""What import formats share: images to square frames, and numbers to columns."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -19,16 +17,9 @@ from wmcache.cache.arrays import MAX_COLUMN_WIDTH
 from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, option
 from wmcache.common.paths import AnyPath
+from wmcache.pipeline.frames import Frames
 from wmcache.pipeline.importers.base import Importer
 from wmcache.pipeline.steps import Steps
-from wmcache.pipeline.tars import Frames
-
-NO_LEROBOT = (
-    "which wmcache cannot import yet: videos of several episodes, images inside a table and LeRobot's columns "
-    "(episode_index, frame_index, observation.state) are not supported; "
-    "save each episode as images or as one video, with a table as in docs/import.md"
-)
-"""Why a LeRobot dataset is refused."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +66,7 @@ def as_columns(
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Convert actions [frames, A] and states [frames, P] to the types of `Steps`; actions are rounded to float32.
 
-    Args:
-        where, row: the file, and what it calls a row of the arrays, for errors.
-
-    Raises:
-        UserError: a number is missing, not finite or too large for its type, or a row has too many.
+    Raises UserError, naming the file (`where`) and the row as `row` calls it, if a number is not finite, or a row has too many.
     """
     for name, values in (("action", action), ("state", state)):
         if not 0 < values.shape[1] <= MAX_COLUMN_WIDTH:
@@ -89,11 +76,9 @@ def as_columns(
     for name, values, kept in (("action", action, actions), ("state", state, states)):
         if len(wrong := np.argwhere(~np.isfinite(kept))):
             at, column = wrong[0].tolist()
-            value = values[at, column]
-            why = "empty or NaN" if np.isnan(value) else f"{value:g}, beyond float32"
             raise UserError(
-                f"{name}_{column} is not a finite number ({why}): {where}, {row(at)}; correct it, or end the episode before it "
-                "(only in the last row of an episode may the action be missing)"
+                f"{name}_{column} is {values[at, column]:g}, not a finite number (actions are float32): {where}, {row(at)}; "
+                "correct it, or end the episode before it (only its last row may lack the action)"
             )
     return actions, states
 
@@ -119,12 +104,3 @@ def is_action_missing(action: NDArray[Any]) -> NDArray[np.bool_]:
 def note(text: str) -> None:
     """Print, on stderr, what an import leaves out."""
     tqdm.write(f"note: {UserError(text)}", file=sys.stderr)
-
-
-def refuse_lerobot(folder: Path) -> None:
-    """Raise UserError if a folder is a LeRobot dataset."""
-    try:
-        version = json.loads((folder / "meta/info.json").read_bytes())["codebase_version"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    raise UserError(f"{folder} is a LeRobot dataset (codebase_version {str(version)[:20]}), {NO_LEROBOT}")

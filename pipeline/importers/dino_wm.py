@@ -31,11 +31,12 @@ from wmcache.common.paths import cause_outside, unreadable
 from wmcache.common.progress import seconds_between_updates
 from wmcache.common.tensors import can_map
 from wmcache.envs import FPS, Maze, env_id, find_maze
+from wmcache.pipeline.frames import Frames
 from wmcache.pipeline.importers.base import IMPORTERS, Importer, Source
 from wmcache.pipeline.steps import Steps
-from wmcache.pipeline.tars import Frames
 
 AGAIN = "save it again as one plain tensor with torch.save, or get the published file again"
+FLOATS = frozenset({torch.float32, torch.float64})
 
 
 @IMPORTERS.register("dino-wm")
@@ -49,13 +50,9 @@ class DinoWmImporter(Importer):
         """See `Importer.open`; every frame, action and state keeps its exact value."""
         require_safe_torch(torch.__version__)
         folder, layout = Path(self.source), find_maze(self.maze)
-        state, action = _series(folder / "states.pth", 4), _series(folder / "actions.pth", 2)
+        state = _load_tensor(folder / "states.pth", (None, None, 4), FLOATS).numpy()
         episodes, longest = state.shape[:2]
-        if action.shape[:2] != (episodes, longest):
-            found = f"{action.shape[0]} episodes of {action.shape[1]} steps"
-            raise UserError(
-                f"{folder / 'actions.pth'} has {found}, states.pth has {episodes} of {longest}; get both again"
-            )
+        action = _load_tensor(folder / "actions.pth", (episodes, longest, 2), FLOATS).numpy()
         lengths = _lengths(folder / "seq_lengths.pth", episodes, longest)
         files = _episode_files(folder / "obses", episodes)
         steps = _steps(folder, state, action, lengths)
@@ -77,8 +74,8 @@ def require_safe_torch(version: str) -> None:
         raise UserError(f"a .pth file can run code in PyTorch {version} (CVE-2025-32434); pip install 'torch>=2.6'")
 
 
-def _load_tensor(path: Path) -> torch.Tensor:
-    """Load the tensor in a file of `torch.save` without running code, by memory map if the file allows it."""
+def _load_tensor(path: Path, shape: tuple[int | None, ...], dtypes: frozenset[torch.dtype]) -> torch.Tensor:
+    """Load the tensor in a file of `torch.save` without running code, by memory map if the file allows it; in `shape`, None is any size."""
     try:
         is_zip = zipfile.is_zipfile(path)
         if is_zip:
@@ -101,7 +98,13 @@ def _load_tensor(path: Path) -> torch.Tensor:
         raise UserError(f"{path} contains no plain tensor but {type(tensor).__name__}; {AGAIN}")
     if tensor.numel() * tensor.element_size() > size:
         raise UserError(f"{path} claims {tensor.numel()} numbers, more than it has bytes for; {AGAIN}")
-    return tensor
+    found = tuple(tensor.shape)
+    expected = tuple(wanted or size for size, wanted in zip(found, shape, strict=False))
+    if len(found) != len(shape) or found != expected or 0 in found:
+        raise UserError(f"{path} has the shape {found}, not {shape} (None: any size); {AGAIN}")
+    if tensor.dtype not in dtypes:
+        raise UserError(f"{path} has dtype {tensor.dtype}, not {' or '.join(sorted(map(str, dtypes)))}; {AGAIN}")
+    return tensor.detach()
 
 
 def _torch_reason(error: Exception) -> str:
@@ -112,24 +115,8 @@ def _torch_reason(error: Exception) -> str:
     return reason(ValueError(text.partition("WeightsUnpickler error:")[2] or text))
 
 
-def _series(path: Path, width: int) -> NDArray[Any]:
-    """Float [episodes, steps, width]."""
-    tensor = _load_tensor(path)
-    if tensor.dim() != 3 or tensor.shape[2] != width or 0 in tensor.shape:
-        raise UserError(f"{path} has the shape {tuple(tensor.shape)}, not (episodes, steps, {width}); {AGAIN}")
-    if tensor.dtype not in (torch.float32, torch.float64):
-        raise UserError(f"{path} has dtype {tensor.dtype}, not float32 or float64; {AGAIN}")
-    values: NDArray[Any] = tensor.detach().numpy()
-    return values
-
-
 def _lengths(path: Path, episodes: int, longest: int) -> NDArray[np.int64]:
-    tensor = _load_tensor(path)
-    if tensor.shape != (episodes,):
-        raise UserError(f"{path} has the shape {tuple(tensor.shape)} for {episodes} episodes; get all files again")
-    if tensor.dtype == torch.bool or tensor.is_complex():
-        raise UserError(f"{path} has dtype {tensor.dtype}, not whole numbers; {AGAIN}")
-    values = tensor.detach().to(torch.float64).numpy()
+    values = _load_tensor(path, (episodes,), FLOATS | {torch.int32, torch.int64}).to(torch.float64).numpy()
     wrong = np.flatnonzero(~((values >= 1) & (values <= longest) & (values == np.floor(values))))
     if len(wrong):
         raise UserError(f"{path} gives episode {wrong[0]} {values[wrong[0]]:g} steps, not 1 to {longest}; {AGAIN}")
@@ -181,11 +168,9 @@ def _episode_files(folder: Path, episodes: int) -> list[Path]:
 
 def _frames(path: Path, length: int, longest: int) -> Frames:
     """An episode's images, uint8 [length or longest, S, S, 3]."""
-    tensor = _load_tensor(path)
-    if tensor.dtype != torch.uint8 or tensor.dim() != 4 or tensor.shape[3] != 3:
-        raise UserError(f"{path} is {tensor.dtype} {tuple(tensor.shape)}, not uint8 (steps, size, size, 3); {AGAIN}")
+    tensor = _load_tensor(path, (None, None, None, 3), frozenset({torch.uint8}))
     count, height, width = tensor.shape[:3]
-    if height != width or not 0 < height <= 8192:
+    if height != width or height > 8192:
         raise UserError(f"{path} has images of {width} x {height} pixels, not square ones; get the file again")
     if count not in (length, longest):
         raise UserError(f"{path} has {count} frames, its episode {length} (padded: {longest}); get the file again")

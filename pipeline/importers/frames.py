@@ -1,15 +1,4 @@
-"""Images or videos beside a table of actions and states -> frame dataset.
-
-The table, CSV or Parquet, has one row a frame:
-
-    episode, step               whole numbers that count up from 0; the rows may be in any order
-    file                        the frame's image, relative to the folder (png, jpg, webp, bmp); or
-    video                       the episode's video (mp4, mkv, webm, avi, mov), whose frame number `step` is taken
-    action_0, action_1, ...     numbers; or one column `action` of lists (Parquet)
-    state_0, state_1, ...       numbers; or one column `state` of lists
-
-An index column, as pandas writes it, is ignored. The last row of an episode may have no action; then its frame is not imported.
-"""
+"""Images or videos beside a table of actions and states -> frame dataset; docs/import.md describes the table's columns."""
 
 from __future__ import annotations
 
@@ -28,10 +17,10 @@ from PIL import Image, ImageOps
 from wmcache.common.errors import UserError, reason
 from wmcache.common.reading import reading
 from wmcache.common.video import ffmpeg, require_ffmpeg
+from wmcache.pipeline.frames import Frames
 from wmcache.pipeline.importers.base import IMPORTERS, Read, Source
 from wmcache.pipeline.importers.conversions import ImageImporter, note
 from wmcache.pipeline.importers.table import StepTable, read_table
-from wmcache.pipeline.tars import Frames
 
 IMAGES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 """Suffix -> Pillow's name of the format."""

@@ -1,7 +1,6 @@
 """A Minari dataset with images -> frame dataset (minari.farama.org).
 
-An episode of Minari has one observation more than actions. The last one, after which no action was taken, is not imported, and may be
-missing. Images are uint8: H x W x 3, grey (H x W, H x W x 1), or with the channels first.
+An episode of Minari has one observation more than actions. The last one is not imported, and may be missing.
 """
 
 from __future__ import annotations
@@ -22,15 +21,9 @@ from wmcache.common.errors import UserError, command
 from wmcache.common.options import option
 from wmcache.common.progress import seconds_between_updates
 from wmcache.common.reading import reading
+from wmcache.pipeline.frames import Frames
 from wmcache.pipeline.importers.base import IMPORTERS, Source
-from wmcache.pipeline.importers.conversions import (
-    ImageImporter,
-    is_action_missing,
-    make_steps,
-    note,
-    refuse_lerobot,
-)
-from wmcache.pipeline.tars import Frames
+from wmcache.pipeline.importers.conversions import ImageImporter, is_action_missing, make_steps, note
 
 if TYPE_CHECKING:
     from minari.dataset.minari_storage import MinariStorage
@@ -51,7 +44,8 @@ class MinariImporter(ImageImporter):
     def open(self) -> Source:
         """See `Importer.open`; actions are rounded to float32."""
         data = _Dataset(self.source, self.image_key, self.state_key)
-        size = self.side(*data.image_size, f"the image {data.image_key or 'observation'} of {self.source}")
+        height, width, _ = _to_rgb(np.broadcast_to(np.uint8(0), data.image_shape)).shape
+        size = self.side(width, height, f"the image {data.image_key or 'observation'} of {self.source}")
         # Minari reads whole episodes with their images; shards end inside them.
         load = functools.lru_cache(maxsize=1)(data.load)
 
@@ -77,29 +71,16 @@ class _Dataset:
     def __init__(self, name: str, image_key: str | None, state_key: str | None) -> None:
         self.name, self.storage = name, _open(name)
         known = _leaves(self.storage.observation_space)
-        images = {key: space for key, space in known.items() if _is_image(space)}
-        vectors = {key: space.shape for key, space in known.items() if _is_vector(space)}
-        colour = [key for key, space in images.items() if space.shape[2:] == (3,)]
+        images = [key for key, space in known.items() if _is_image(space)]
+        vectors = [key for key, space in known.items() if _is_vector(space)]
+        colour = [key for key in images if known[key].shape[2:] == (3,)]
         if image_key is None and len(colour) == 1:
             image_key = colour[0]  # preferred to grey images and channels first
-        if not images or (image_key in known and image_key not in images):
-            asked = known if image_key not in known else {image_key: known[image_key]}
-            raise UserError(
-                f"Minari dataset {name} has no image that can be imported: {_described(asked)}; "
-                "an image is uint8, H x W x 3 or 3 x H x W, or grey: H x W, H x W x 1 or 1 x H x W"
-            )
-        self.image_key = _choose(images, image_key, "--image-key", "images", name)
-        self.state_key = _choose(vectors, state_key, "--state-key", "vectors of numbers", name)
+        self.image_key = _choose(known, images, image_key, "--image-key", name)
+        self.state_key = _choose(known, vectors, state_key, "--state-key", name)
         if not _is_vector(self.storage.action_space):
             raise UserError(f"actions of Minari dataset {name} are {self.storage.action_space}, not vectors of numbers")
-        self.image_shape, self.state_shape = images[self.image_key].shape, vectors[self.state_key]
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Width and height."""
-        first_channel = _channel_axis(self.image_shape) == 0
-        height, width = self.image_shape[1:] if first_channel else self.image_shape[:2]
-        return width, height
+        self.image_shape, self.state_shape = known[self.image_key].shape, known[self.state_key].shape
 
     def load(self, episode: int) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[Any], bool]:
         """Read images, actions [T, A] and states [T, P], and whether a further observation had NaN as its action."""
@@ -112,10 +93,10 @@ class _Dataset:
         kinds = (images.dtype, images.shape[1:], state.shape[1:], action.shape[1:])
         wanted = (np.dtype(np.uint8), self.image_shape, self.state_shape, action_shape)
         if not count or kinds != wanted or not {len(images), len(state)} <= {count, count + 1}:
+            shapes = f"{images.dtype} images {images.shape}, states {state.shape} and actions {action.shape}"
             raise UserError(
-                f"episode {episode} of Minari dataset {self.name} has {images.dtype} images {images.shape}, states {state.shape} "
-                f"and actions {action.shape}; needed are as many images {self.image_shape} and states {self.state_shape} as "
-                f"actions {action_shape}, or one more; record it again, or leave it out with filter_episodes"
+                f"episode {episode} of Minari dataset {self.name} has {shapes}, which its spaces or the number of actions do not "
+                "allow; record it again, or leave it out with filter_episodes"
             )
         missing = bool(count > 1 and is_action_missing(action[-1:])[0])
         count -= missing
@@ -129,7 +110,6 @@ def _open(dataset: str) -> MinariStorage:
     except ImportError as error:
         raise UserError(f"minari is not installed ({error}); pip install 'wmcache[minari]'") from error
     given = Path(dataset)
-    refuse_lerobot(given)
     folder = given if given.is_dir() else Path(get_dataset_path(dataset))
     folder = folder / "data" if (folder / "data").is_dir() else folder
     hint = "check the folder" if given.is_dir() else "get it with: " + command("minari", "download", dataset)
@@ -169,30 +149,29 @@ def _to_rgb(image: NDArray[np.uint8]) -> Frames:
         image = image[:, :, None]
     elif _channel_axis(image.shape) == 0:
         image = image.transpose(1, 2, 0)
-    return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+    return np.broadcast_to(image, (*image.shape[:2], 3))
 
 
 def _is_vector(space: Any) -> bool:
     return isinstance(space, spaces.Box) and len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating)
 
 
-def _choose(known: dict[str, Any], key: str | None, option: str, what: str, dataset: str) -> str:
-    if key is None and len(known) == 1:
-        return next(iter(known))
-    if key is None or key not in known:
-        wanted = f"no {key!r}" if key is not None else f"{len(known)}"
-        listing = ", ".join(name or "(the observation itself)" for name in known) or "none"
-        raise UserError(f"Minari dataset {dataset} has {wanted} among its {what}: pass {option}, one of {listing}")
+def _choose(known: dict[str, Any], fitting: list[str], key: str | None, option: str, dataset: str) -> str:
+    """Return the key of the observation to import: the given one, or the only one that fits."""
+    if key is None and len(fitting) == 1:
+        return fitting[0]
+    if key is None or key not in fitting:
+        found = ", ".join(f"{name or 'the observation'} is {_kind(space)}" for name, space in known.items())
+        wrong = f"{len(fitting)} observations fit" if key is None else f"{key!r} does not fit"
+        raise UserError(
+            f"Minari dataset {dataset}: {wrong}; pass {option}, one of {', '.join(fitting) or 'none'} ({found}; an image is uint8 with "
+            "1 or 3 channels, a state is a vector of floats)"
+        )
     return key
 
 
-def _described(known: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name or 'the observation'} is {'x'.join(map(str, space.shape)) or 'a number'} {space.dtype}"
-        if isinstance(space, spaces.Box)
-        else f"{name or 'the observation'} is {space}"
-        for name, space in known.items()
-    )
+def _kind(space: Any) -> str:
+    return f"{'x'.join(map(str, space.shape))} {space.dtype}" if isinstance(space, spaces.Box) else str(space)
 
 
 def _at(observations: Any, key: str) -> NDArray[Any]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from wmcache.common.errors import UserError
 from wmcache.common.reading import reading
-from wmcache.pipeline.importers.conversions import NO_LEROBOT, as_columns, is_action_missing, note, refuse_lerobot
+from wmcache.pipeline.importers.conversions import as_columns, is_action_missing, note
 from wmcache.pipeline.steps import Steps
 
 COLUMNS = r"episode|step|file|video|(action|state)(_\d+)?"
@@ -28,18 +28,15 @@ PANDAS_INDEX = r"Unnamed: \d+(\.\d+)*|__index_level_\d+__|index|level_\d+"
 
 @dataclass(frozen=True)
 class StepTable:
-    """The frames of a table, sorted by episode and step.
-
-    Attributes:
-        kind: `file`, images; or `video`.
-        names: [frames], files as the table names them.
-        dropped: [episodes], whether the last row of an episode, without an action, was left out.
-    """
+    """The frames of a table, sorted by episode and step."""
 
     kind: str
+    """`file`, images; or `video`."""
     names: NDArray[Any]
+    """[frames], files as the table names them."""
     steps: Steps
     dropped: NDArray[np.bool_]
+    """[episodes], whether the last row, without an action, was left out."""
 
 
 def read_table(path: Path) -> StepTable:
@@ -68,7 +65,6 @@ def read_table(path: Path) -> StepTable:
 
 
 def _read_rows(path: Path) -> pa.Table:
-    refuse_lerobot(path)
     with reading(path, f"{path} cannot be read", "check the file"):
         if path.suffix.lower() == ".parquet":
             rows = pq.read_table(path)
@@ -80,14 +76,12 @@ def _read_rows(path: Path) -> pa.Table:
             raise UserError(f"{path} is neither .csv nor .parquet")
     if not len(rows):
         raise UserError(f"{path} has no rows")
-    if {"episode_index", "frame_index"} <= set(rows.column_names):
-        raise UserError(f"{path} is a table of a LeRobot dataset, {NO_LEROBOT}")
     rows = _without_index(rows, path, named)
     names = rows.column_names
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{path} has several columns {sorted(twice)[0]!r}")
     if unknown := [name for name in names if not re.fullmatch(COLUMNS, name)]:
-        listed = ", ".join(name or f"column {names.index(name) + 1}, which has no name" for name in unknown)
+        listed = ", ".join(name or "without a name" for name in unknown)
         raise UserError(f"{path} has columns that a frame dataset does not keep: {listed}; remove them from a copy")
     for name in names:
         if rows[name].null_count and not name.startswith(("action", "state")):
@@ -174,9 +168,7 @@ def _matrix(rows: pa.Table, name: str, table: Path) -> NDArray[np.float64]:
 
 
 def _lists(lists: pa.Array, name: str, table: Path) -> NDArray[np.float64]:
-    if not any(
-        is_kind(lists.type) for is_kind in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    ):
+    if not isinstance(lists, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
         raise UserError(f"{table}: the column {name} has type {lists.type}, not lists; call numbers {name}_0, ...")
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
     filled = np.flatnonzero(lengths)

@@ -114,9 +114,7 @@ def test_too_many_workers_for_the_memory_are_not_started(
     assert "1 of 4 workers; 0.3 GB" in capsys.readouterr().err
 
 
-def test_a_killed_worker_is_replaced_and_a_task_that_kills_every_worker_fails(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_worker_is_replaced_and_a_task_that_kills_every_worker_fails(tmp_path: Path) -> None:
     def task(item: int) -> int:
         if item == 3 or (item == 1 and not (tmp_path / "tried").exists()):
             (tmp_path / "tried").touch()
@@ -127,7 +125,6 @@ def test_a_killed_worker_is_replaced_and_a_task_that_kills_every_worker_fails(
     with pytest.raises(UserError, match=r"^1 of 5 shards .*--batch-size"):
         run_tasks(task, range(5), cluster="local:2", total=5, label="test")
     assert {file.name for file in tmp_path.iterdir()} == {"0", "1", "2", "4", "tried"}
-    assert "memory" in capsys.readouterr().err
 
 
 def test_the_scheduler_has_only_a_few_tasks_per_thread(tmp_path: Path) -> None:

@@ -36,9 +36,8 @@ from wmcache.pipeline import extract as extraction
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract, extract_together
-from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.frames import FrameDataset, Frames
 from wmcache.pipeline.repair import repair
-from wmcache.pipeline.tars import Frames
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.train import train
 

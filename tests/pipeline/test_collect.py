@@ -44,7 +44,7 @@ def test_the_number_of_processes_changes_no_byte(dataset_path: Path, tmp_path: P
 def test_the_size_of_shards_changes_no_frame(dataset: FrameDataset, tmp_path: Path) -> None:
     collect_again(tmp_path / "other", frames_per_shard=100)
     other = FrameDataset.open(tmp_path / "other")
-    assert other.num_shards == 4
+    assert other.card.num_shards == 4
     assert other.steps.sha256() == dataset.steps.sha256()
     np.testing.assert_array_equal(other.read_frames(range(360)), dataset.read_frames(range(360)))
 

@@ -17,7 +17,7 @@ from wmcache.pipeline.frames import FrameDataset
 
 
 def test_frames_are_read_in_any_order(dataset: FrameDataset) -> None:
-    everything = np.concatenate([dataset.read_shard(shard) for shard in range(dataset.num_shards)])
+    everything = np.concatenate([dataset.read_shard(shard) for shard in range(dataset.card.num_shards)])
     wanted = [359, 0, 64, 63, 0]
     np.testing.assert_array_equal(dataset.read_frames(wanted), everything[wanted])
     assert everything.shape == (360, 32, 32, 3)

@@ -9,8 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from wmcache.cli import main
-from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.tars import Frames
+from wmcache.pipeline.frames import FrameDataset, Frames
 
 Import = Callable[..., Result]
 

@@ -23,10 +23,9 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.tcn import TcnOptions
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.fit import fit
-from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.frames import FrameDataset, Frames
 from wmcache.pipeline.importers import write_dataset
 from wmcache.pipeline.importers.frames import FramesImporter
-from wmcache.pipeline.tars import Frames
 
 LENGTHS = [5, 9, 6]
 ROWS = sum(LENGTHS)
@@ -443,18 +442,6 @@ def test_a_number_missing_elsewhere_is_named_as_the_file_counts_it(
         )
     with pytest.raises(UserError, match=rf"^{names[0]} .*steps\.{kind}, {row}"):
         given.import_table(table, tmp_path / "out")
-
-
-def test_a_lerobot_dataset_is_called_so(given: Given, tmp_path: Path) -> None:
-    row = {"observation.state": [0.0], "action": [0.0], "episode_index": 0, "frame_index": 0}
-    (tmp_path / "data/chunk-000").mkdir(parents=True)
-    table = tmp_path / "data/chunk-000/file-000.parquet"
-    pq.write_table(pa.Table.from_pylist([row | {"timestamp": 0.0, "index": 0, "task_index": 0}]), table)
-    (tmp_path / "meta").mkdir()
-    (tmp_path / "meta/info.json").write_text('{"codebase_version": "v3.0"}')
-    for path in (table, tmp_path):
-        with pytest.raises(UserError, match="LeRobot"):
-            given.import_table(path, tmp_path / "out")
 
 
 def fake_ffmpeg(path: Path, version: str) -> Path:

@@ -10,10 +10,9 @@ from PIL import Image
 
 from wmcache.cli import main
 from wmcache.common.errors import UserError
-from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.frames import FrameDataset, Frames
 from wmcache.pipeline.importers import Source, write_dataset
 from wmcache.pipeline.importers.conversions import ImageImporter, as_columns
-from wmcache.pipeline.tars import Frames
 
 
 def source_of(dataset: FrameDataset, everything: Frames) -> Source:

@@ -16,10 +16,9 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 from wmcache.common.errors import UserError
-from wmcache.pipeline.frames import DatasetCard, FrameDataset
+from wmcache.pipeline.frames import DatasetCard, FrameDataset, Frames
 from wmcache.pipeline.importers import write_dataset
 from wmcache.pipeline.importers.minari import MinariImporter
-from wmcache.pipeline.tars import Frames
 
 # Minari itself, of a dataset without an environment.
 pytestmark = [
@@ -223,14 +222,6 @@ def test_an_action_may_be_missing_at_the_end_of_an_episode_only(
     edit(home, "actions", without(2))
     with pytest.raises(UserError, match=r"action_0 .*episode 1, step 2;"):
         import_minari(NAME, tmp_path / "other")
-
-
-def test_a_lerobot_folder_is_refused(tmp_path: Path, run_import: Callable[..., Any]) -> None:
-    (tmp_path / "meta").mkdir()
-    (tmp_path / "meta/info.json").write_text('{"codebase_version": "v3.0"}')
-    result = run_import("minari", tmp_path, "--out", tmp_path / "out")
-    assert "LeRobot" in result.stderr
-    assert "v3.0" in result.stderr
 
 
 def test_a_dataset_without_images_is_refused(home: Path, tmp_path: Path, run_import: Callable[..., Any]) -> None:
