@@ -27,9 +27,8 @@ Rank = subprocess.Popen[bytes]
 def launch(words: Sequence[str], devices: int) -> NoReturn:
     """Start `devices` ranks of a program with its arguments, wait for them, and exit as they did.
 
-    Ranks find each other as torchrun's do. Its agent is not used: it resolves the machine's name, and cannot be stopped while it does.
-    SIGINT, SIGTERM, SIGUSR1 and SIGHUP go to all ranks, which finish their step and save it, however long that takes. A second SIGINT
-    kills them.
+    torchrun's agent is not used: it resolves the machine's name, and cannot be stopped while it does. SIGNALS go to all ranks, which
+    finish their step and save it, however long that takes. A second SIGINT kills them.
 
     Raises:
         UserError: a rank was killed.
@@ -52,7 +51,11 @@ def launch(words: Sequence[str], devices: int) -> NoReturn:
     ranks: list[Rank] = []
     try:
         for rank in range(devices):
-            environment = {**os.environ, **_rank_variables(rank, devices, store.port)}
+            numbers = {"MASTER_PORT": store.port, "RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RESTART_COUNT": 0}
+            numbers |= {"WORLD_SIZE": devices, "LOCAL_WORLD_SIZE": devices}
+            # As torchrun sets them; the store is in this process.
+            texts = {"MASTER_ADDR": HOST, "TORCHELASTIC_RUN_ID": "wmcache", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            environment = {**os.environ, **texts, **{name: str(value) for name, value in numbers.items()}}
             # In its own process group, so that Ctrl-C arrives from here alone, in a form that also ends a rank during its imports.
             ranks.append(subprocess.Popen(list(words), env=environment, process_group=0))
         ended = _wait(ranks, received)
@@ -60,21 +63,6 @@ def launch(words: Sequence[str], devices: int) -> NoReturn:
         for process in ranks:
             process.kill()
     _exit_as(ended, received)
-
-
-def _rank_variables(rank: int, devices: int, port: int) -> dict[str, str]:
-    """The variables that torchrun sets for a rank."""
-    return {
-        "MASTER_ADDR": HOST,
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(devices),
-        "LOCAL_WORLD_SIZE": str(devices),
-        "TORCHELASTIC_RUN_ID": "wmcache",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # this process has it
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
 
 
 def _wait(ranks: Sequence[Rank], received: Sequence[signal.Signals]) -> dict[int, int]:

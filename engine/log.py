@@ -26,10 +26,7 @@ class Log:
     def __init__(
         self, run: Path | None, title: str, unit: str, batch: int, *, steps: int, initial: int, hidden: bool = False
     ) -> None:
-        """Open metrics.jsonl and TensorBoard in `run`, if there is one, and a progress bar of `steps` steps, `initial` of them done.
-
-        A step's batch consists of `batch` times `unit`.
-        """
+        """Open metrics.jsonl and TensorBoard in `run`, if there is one, and a bar of `steps` steps, each of `batch` times `unit`."""
         self._file = (run / "metrics.jsonl").open("a", encoding="utf-8") if run else None
         self._board = SummaryWriter(str(run / "tensorboard")) if run else None
         # After the files: an error of theirs must not end up on the bar's line.

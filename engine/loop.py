@@ -28,10 +28,7 @@ class Task(Protocol[B]):
     """What differs between trainings: a network, its batches, loss and validation. Derive from it to inherit the hooks.
 
     Attributes:
-        network: what is trained; checkpoints contain its state.
-        title: of the progress bar.
         unit: what a batch consists of, such as `windows`.
-        out: the run in error messages.
         hint: what a user can do about a loss that is not finite.
     """
 
@@ -43,27 +40,21 @@ class Task(Protocol[B]):
 
     def optimiser(self) -> torch.optim.Optimizer:
         """Return a new optimiser of the parameters that are trained."""
-        ...
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step."""
-        ...
 
     def batches(self, first: int) -> AbstractContextManager[Iterator[B]]:
         """Open the stream of micro-batches from number `first` on; batch k depends on k alone."""
-        ...
 
     def loss(self, batch: B, step: int) -> dict[str, Tensor]:
         """Return `loss` to minimise, and parts of it to log; scalars."""
-        ...
 
-    def before_step(self, step: int) -> None:  # noqa: ARG002
+    def before_step(self, step: int) -> None:
         """Prepare a step, for example seed what it draws."""
-        return
 
     def after_step(self) -> None:
         """Follow the optimiser's step, for example update a target network."""
-        return
 
     def next_loss(self, batch: B) -> Tensor:  # noqa: ARG002
         """Return the loss of the updated weights, in evaluation mode, which must be finite for them to be saved."""
@@ -73,9 +64,8 @@ class Task(Protocol[B]):
         """Return figures of held-out data; None for one that is not defined."""
         return {}
 
-    def on_not_finite(self, step: int) -> None:  # noqa: ARG002
+    def on_not_finite(self, step: int) -> None:
         """Record what led to a loss that is not finite."""
-        return
 
 
 @dataclass(frozen=True)
@@ -86,7 +76,6 @@ class LoopOptions:
         steps: of the optimiser, from where the stage began.
         batch: size of a micro-batch, of all ranks together; `accumulate` of them make a step.
         clip: largest norm of the gradient; None neither clips nor logs it.
-        log: whether to write metrics.jsonl and TensorBoard.
         log_every, validate_every, checkpoint_every: steps between two; each is also done after the last step.
         checkpoint_seconds: time between two checkpoints, for a single process.
     """
@@ -109,10 +98,8 @@ def run(
 ) -> dict[str, float | None]:
     """Train a task to the end of its stage; returns the last validation's figures, on rank 0 only.
 
-    Inside a stage, weights, optimiser and random generators are loaded from the newest checkpoint in `folder`.
-
-    Raises:
-        UserError: the loss or the weights are not finite, or a checkpoint cannot be read or written.
+    Inside a stage, weights, optimiser and random generators are loaded from the newest checkpoint in `folder`. Raises UserError where the
+    loss or the weights are not finite, or a checkpoint cannot be read or written.
     """
     optimiser, first, last = task.optimiser(), progress.step, progress.begun + options.steps
     if first > progress.begun:
@@ -123,8 +110,10 @@ def run(
         truncate_metrics(folder, first)
     loss, saved = ranks.share(task.network, task.loss), time.monotonic()
     result: dict[str, float | None] = {}
+    steps, done, size = options.steps, first - progress.begun, options.batch * options.accumulate
+    logged = folder if options.log and ranks.is_main else None
     with (
-        _open_log(task, options, folder, progress, ranks) as log,
+        Log(logged, task.title, task.unit, size, steps=steps, initial=done, hidden=not ranks.is_main) as log,
         task.batches(first * options.accumulate) as stream,
         delay_signals() as pending,
     ):
@@ -134,7 +123,13 @@ def run(
             losses, batch = _compute_gradients(task, loss, optimiser, batches, step, options)
             # Ranks decide by equal values, so that none waits for one that has ended.
             losses, stopping = ranks.all_reduce(losses, signal.SIGTERM if ranks.orphaned else pending.number)
-            _require_finite_losses(task, losses, step, ranks)
+            try:
+                require_finite(task, step, [losses["loss"], losses.get("gradient_norm", losses["loss"])])
+            except UserError:
+                if ranks.is_main:
+                    task.on_not_finite(step)
+                ranks.wait()
+                raise
             optimiser.step()
             task.after_step()
             log.step_done()
@@ -156,18 +151,6 @@ def run(
     return result
 
 
-def _open_log(task: Task[B], options: LoopOptions, folder: Path, progress: Progress, ranks: Ranks) -> Log:
-    return Log(
-        folder if options.log and ranks.is_main else None,
-        task.title,
-        task.unit,
-        options.batch * options.accumulate,
-        steps=options.steps,
-        initial=progress.step - progress.begun,
-        hidden=not ranks.is_main,
-    )
-
-
 def _compute_gradients(
     task: Task[B],
     loss: Loss[B],
@@ -176,11 +159,7 @@ def _compute_gradients(
     step: int,
     options: LoopOptions,
 ) -> tuple[dict[str, Tensor], B]:
-    """Accumulate the gradients of a step's micro-batches, averaged over all ranks, and clip them.
-
-    Returns:
-        This rank's losses, averaged over the micro-batches, with `gradient_norm` before clipping; and the last micro-batch.
-    """
+    """Accumulate gradients of a step's micro-batches over all ranks and clip them; returns this rank's mean losses and the last batch."""
     task.network.train()
     optimiser.zero_grad(set_to_none=True)
     rate = task.learning_rate(step)
@@ -198,16 +177,6 @@ def _compute_gradients(
     if options.clip is not None:
         means["gradient_norm"] = nn.utils.clip_grad_norm_(task.network.parameters(), options.clip)
     return means, batch
-
-
-def _require_finite_losses(task: Task[B], losses: dict[str, Tensor], step: int, ranks: Ranks) -> None:
-    try:
-        require_finite(task, step, [losses["loss"], losses.get("gradient_norm", losses["loss"])])
-    except UserError:
-        if ranks.is_main:
-            task.on_not_finite(step)
-        ranks.wait()
-        raise
 
 
 def _require_finite_weights(task: Task[B], batch: B, step: int, options: LoopOptions, ranks: Ranks) -> None:

@@ -40,14 +40,13 @@ class ReportedError(Exception):
 
 @dataclass(frozen=True)
 class Ranks:
-    """One of `world` processes that train together; by default a single process. The local numbers are those of this machine."""
+    """One of `world` processes that train together. The local numbers are those of this machine; `parent` is the starting process's id."""
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
     parent: int = 0
-    """Id of the process that started this one."""
 
     @property
     def is_main(self) -> bool:
@@ -70,11 +69,11 @@ class Ranks:
             return choose_device(name)
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name not in ("cpu", "cuda"):
-            raise UserError(f"--device {name} is one device, for {self.world} processes; choose --device cuda or cpu")
-        if name == "cuda" and self.local_world > (available := torch.cuda.device_count()):
+        available = torch.cuda.device_count()
+        if name not in ("cpu", "cuda") or (name == "cuda" and self.local_world > available):
             raise UserError(
-                f"{self.local_world} processes need a CUDA device each, this machine has {available}; start fewer, or choose --device cpu"
+                f"--device {name} is not enough for {self.local_world} processes on a machine with {available} CUDA devices; "
+                "start fewer, or choose --device cuda or cpu"
             )
         return choose_device(f"cuda:{self.local_rank}" if name == "cuda" else name)
 
@@ -137,8 +136,8 @@ class _LossModule(nn.Module):
 
 def without_reduction(loss: Loss[Any]) -> AbstractContextManager[Any]:
     """Keep gradients of passes in this block on their rank; the first pass outside averages them all."""
-    no_sync: Callable[[], AbstractContextManager[Any]] = getattr(loss, "no_sync", nullcontext)
-    return no_sync()
+    found: AbstractContextManager[Any] = getattr(loss, "no_sync", nullcontext)()
+    return found
 
 
 def is_distributed() -> bool:
@@ -150,10 +149,8 @@ def is_distributed() -> bool:
 def joined(device: str = "auto") -> Iterator[Ranks]:
     """Join the ranks that torchrun started, by NCCL between CUDA devices and gloo between CPUs; else yield a single process.
 
-    The first rank that ends by an exception raises it. All others raise `ReportedError`, so that the user reads one line.
-
-    Raises:
-        UserError: no such device, or another rank does not come or dies.
+    The first rank that ends by an exception raises it. All others raise `ReportedError`, so that the user reads one line. Raises UserError
+    where a device is not available, or another rank does not come or dies.
     """
     if not is_distributed():
         yield SINGLE
@@ -163,8 +160,7 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     from torch.distributed.rendezvous import rendezvous
 
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    rank, world, local_rank, local_world = (int(os.environ[name]) for name in names)
-    ranks = Ranks(rank, world, local_rank, local_world, os.getppid())
+    ranks = Ranks(*(int(os.environ[name]) for name in names), os.getppid())
     store: Store | None = None
     try:
         try:

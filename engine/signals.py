@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -14,13 +15,12 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 Handler = Callable[[int, FrameType | None], object]
 
 
+@dataclass
 class PendingSignal:
-    """The last signal that was received and not acted on yet; its `number` is 0 before one is received."""
+    """The last signal that was received and not acted on yet, 0 before one is received, and the handlers that act on it."""
 
-    def __init__(self, handlers: dict[int, Handler]) -> None:
-        """`handlers` act on a signal, by its number."""
-        self.number = 0
-        self._handlers = handlers
+    handlers: dict[int, Handler]
+    number: int = 0
 
     def receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Remember a signal; this is the handler while signals are delayed."""
@@ -29,7 +29,7 @@ class PendingSignal:
     def act_on(self, number: int) -> None:
         """Run the handler of a signal, which usually raises KeyboardInterrupt; nothing for 0."""
         if number:
-            self._handlers.get(number, signal.default_int_handler)(number, None)
+            self.handlers.get(number, signal.default_int_handler)(number, None)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from wmcache.common.options import check_options
 from wmcache.common.paths import AnyPath, cause_outside, unreadable
 from wmcache.engine.checkpoint import Progress, checkpoints, last_checkpoint, read_progress
 from wmcache.engine.loop import LoopOptions, Task, require_finite, run
-from wmcache.engine.schedules import warmup_cosine
+from wmcache.engine.optimisers import warmup_cosine
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import FitOptions
 from wmcache.pipeline.encoders.base import Features, Preprocess, Select

@@ -23,9 +23,8 @@ from wmcache.common.jsonfiles import write_json
 from wmcache.common.paths import AnyPath, absolute
 from wmcache.engine import loop
 from wmcache.engine.checkpoint import Progress, last_checkpoint, load_training_state, load_weights
-from wmcache.engine.optimisers import decay_groups
+from wmcache.engine.optimisers import decay_groups, warmup_constant_decay
 from wmcache.engine.ranks import SINGLE, Ranks
-from wmcache.engine.schedules import warmup_constant_decay
 from wmcache.trainer.feed import Feed, choose_residence
 from wmcache.trainer.models import MODELS, DataShape, WorldModel, build, read_options
 from wmcache.trainer.options import TrainOptions, check_options
