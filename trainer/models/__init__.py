@@ -1,7 +1,4 @@
-"""World models: a file or a folder for each, found through one registry.
-
-To add one, write a `WorldModel` with its options dataclass and register it: `@MODELS.register("name")`.
-"""
+"""World models: a file or a folder for each, registered by `@MODELS.register("name")`."""
 
 from __future__ import annotations
 

@@ -25,16 +25,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class DataShape:
-    """Sizes of the data.
-
-    Attributes:
-        tokens: N, tokens of a frame.
-        token_dim: D.
-        proprio_dim: P.
-        action_dim: f * A, the f env actions of a model step.
-        history: H, context frames.
-        columns: of the token grid, which has N / columns rows.
-    """
+    """Sizes of the data: N, D, P, f * A, H context frames, and the columns of the token grid, which has N / columns rows."""
 
     tokens: Size
     token_dim: Size
@@ -45,10 +36,7 @@ class DataShape:
 
 
 class WorldModel(nn.Module, ABC):
-    """An action-conditioned predictor of latents. Latents and actions are in the store's units.
-
-    A model implements `loss` and `rollout`; everything else has a default. `MODELS.register` gives it a name.
-    """
+    """An action-conditioned predictor of latents. Latents and actions are in the store's units. `loss` and `rollout` have no default."""
 
     Options: ClassVar[type[Any]]
     """Dataclass of the model's options; its fields become options of the command line."""
@@ -63,10 +51,7 @@ class WorldModel(nn.Module, ABC):
     """Buffer: number of the stage that is or was trained last, from 1; 0 before the first. Only for a model with stages."""
 
     def __init__(self, shape: DataShape, options: Any, statistics: Mapping[str, Tensor]) -> None:
-        """Keep `{tokens,proprio,action}_{mean,std}`, float32 vectors, as buffers, so that a planner opens no store.
-
-        `options` are an instance of `Options`.
-        """
+        """Keep `{tokens,proprio,action}_{mean,std}`, float32 vectors, as buffers, so that a planner opens no store."""
         super().__init__()
         self.shape, self.options = shape, options
         for name, value in statistics.items():
@@ -109,11 +94,9 @@ class WorldModel(nn.Module, ABC):
     def check_pool(self, pool: int) -> None:
         """Raise UserError where `loss` cannot average squares of `pool` x `pool` tokens."""
         rows, columns = self.shape.tokens // self.shape.columns, self.shape.columns
-        if pool > 1 and not self.pools:
-            raise UserError("this world model has no coarser grid of tokens; leave out --pool")
-        if rows % pool or columns % pool:
+        if (pool > 1 and not self.pools) or rows % pool or columns % pool:
             raise UserError(
-                f"--pool {pool} does not divide the grid of {rows} x {columns} tokens; choose a divisor of both"
+                f"--pool {pool} does not suit this world model on {rows} x {columns} tokens; choose a divisor of both, or leave it out"
             )
 
     @abstractmethod
@@ -154,8 +137,7 @@ class WorldModel(nn.Module, ABC):
         """Imagine what actions lead to.
 
         Args:
-            tokens: [B, n, N, D], n >= 1 observed frames.
-            proprio: [B, n, P] of those frames.
+            tokens: [B, n, N, D], n >= 1 observed frames. proprio: [B, n, P] of those frames.
             actions: [B, n - 1 + t, f * A]; action k leads from frame k to frame k + 1. Or [B, S, n - 1 + t, f * A], S futures of each
                 observed sequence, whose first n - 1 actions, the past, are the same.
             context: frames, observed or imagined, that a step sees; None means the model's history.
@@ -172,7 +154,7 @@ def rollout_errors(
     """Compute the MSE of rollouts from one observed frame, and of copying that frame, float64 [model steps] each, in the store's units."""
     model.eval()
     steps = windows.predict
-    error, copying = torch.zeros(steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.float64)
+    error, copying = torch.zeros(2, steps, dtype=torch.float64)
     chosen = np.random.default_rng(0).permutation(len(windows))[:VALIDATION_WINDOWS]
     for part in np.array_split(chosen, max(1, len(chosen) // BATCH)):
         data = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(part).items()}

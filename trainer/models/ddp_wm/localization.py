@@ -15,10 +15,9 @@ from wmcache.common.device import autocast
 if TYPE_CHECKING:
     from wmcache.trainer.models.ddp_wm.model import DdpWm
 
-SAMPLED_WINDOWS = 2048
-BATCH = 64
+SAMPLED_WINDOWS, BATCH = 2048, 64
 COVERED, SPARE = 0.99, 1.5
-"""K holds the patches that change in this share of the steps, this many times over, because localization errs."""
+"""K patches are enough for those that change in this share of the steps, this many times over, because localization errs."""
 
 
 def sample_windows(windows: Windows) -> Iterator[NDArray[np.int64]]:
@@ -28,11 +27,7 @@ def sample_windows(windows: Windows) -> Iterator[NDArray[np.int64]]:
 
 
 def foreground_size(changed: NDArray[np.bool_]) -> int:
-    """Choose K: the least power of two that covers what changes, see COVERED; at most half of a frame.
-
-    Args:
-        changed: [steps, N], which patches change.
-    """
+    """Choose K from the patches [steps, N] that change: the least power of two that covers them; at most half of a frame."""
     wanted = float(np.quantile(changed.sum(1), COVERED, method="higher")) if len(changed) else 0.0
     bucket = 2 ** int(np.ceil(np.log2(max(1.0, SPARE * wanted))))
     return int(max(1, min(bucket, changed.shape[1] // 2)))
@@ -43,9 +38,8 @@ def localization(model: DdpWm, windows: Windows, device: torch.device, dtype: to
     """Measure how well a model predicts which patches of held-out windows change.
 
     Returns:
-        `recall`: share of the patches that change which are among the K that the model computes, and `precision`: share of these K that
-        change, which is low where K has room to spare; `recall_likely` and `precision_likely`: the same for those whose probability of
-        change is above a half; `changed`: mean share of a frame that changes.
+        `recall` and `precision` of the K patches that the model computes, `recall_likely` and `precision_likely` of those whose probability
+        of change is above a half; `changed`: mean share of a frame that changes.
     """
     model.eval()
     counts = torch.zeros(6, dtype=torch.int64)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from wmcache.trainer.models.attention import Block, CrossAttention, KeysValues
 from wmcache.trainer.models.base import DataShape
 
-CELLS = 4
-"""Cells of a patch, 2 x 2."""
+CELLS = 4  # of a patch, 2 x 2
 
 
 class Vit(nn.Module):
