@@ -23,8 +23,7 @@ from wmcache.common.memory import available_ram, free_memory
 from wmcache.common.space import human_bytes
 
 RESIDENCES = ("device", "ram", "disk")
-ROOM_TO_SPARE = 2.0
-"""Memory that must be free for tokens to move in, as a multiple of their size: the model and its activations need room too."""
+ROOM_TO_SPARE = 2.0  # free memory as a multiple of the tokens' size: the model and its activations need room too
 STEPS_AHEAD = 2
 
 
@@ -34,12 +33,11 @@ def choose_residence(
     """Choose where to keep a store's tokens while training; raises UserError for an unknown residence.
 
     Args:
-        store: the tokens. device: of the training.
         wanted: one of RESIDENCES, or `auto`.
         sharing: processes of this machine that each keep the tokens; each has its own device, and they share main memory.
 
     Returns:
-        One of RESIDENCES, and a line for the log that gives the reason.
+        One of RESIDENCES, and the reason for the log.
     """
     if wanted not in ("auto", *RESIDENCES):
         raise UserError(f"no residence {wanted!r}; known are auto, {', '.join(RESIDENCES)}")
@@ -49,19 +47,13 @@ def choose_residence(
     if wanted == "auto":
         fits = {"device": size * ROOM_TO_SPARE <= on_device, "ram": size * ROOM_TO_SPARE <= in_ram, "disk": True}
         wanted = next(residence for residence in RESIDENCES if fits[residence])
-    free = f"{human_bytes(in_ram)} of main memory free{' for each process' if sharing > 1 else ''}"
-    if not is_cpu(device):
-        free = f"{human_bytes(on_device)} free on {device.type}, " + free
+    free = "" if is_cpu(device) else f"{human_bytes(on_device)} free on {device.type}, "
+    free += f"{human_bytes(in_ram)} of main memory free for each process"
     return wanted, f"{human_bytes(size)} of tokens {'in' if wanted == 'ram' else 'on'} {wanted} ({free})"
 
 
 class Feed:
-    """Batches of steps `first`, `first` + 1, …; a thread reads the next one while the model works.
-
-    Attributes:
-        device: of the batches.
-        waited: seconds that the training loop has waited for data so far.
-    """
+    """Batches of steps `first`, `first` + 1, …; a thread reads the next one. `waited`: seconds of waiting for data so far."""
 
     def __init__(
         self,
@@ -78,10 +70,8 @@ class Feed:
         """Start reading; raises UserError where the tokens do not fit into the residence.
 
         Args:
-            store: the tokens. windows: of that store.
             batch: windows in each batch of all processes together.
             seed: of the order, which depends on it and the step alone.
-            device: of the batches. first: number of the first step. residence: one of RESIDENCES.
             rank, world_size: the slice of each batch to read, see `batch_windows`.
         """
         self.waited = 0.0

@@ -14,7 +14,7 @@ from wmcache.common.errors import UserError
 from wmcache.engine.checkpoint import Progress, checkpoints, last_checkpoint, load_weights, read_progress
 from wmcache.trainer.models import WorldModel, read_options
 from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.runs import differences, is_run, read_config, read_identity, write_settings
+from wmcache.trainer.runs import differences, foreign_identity, is_run, read_config, write_settings
 
 MAY_CHANGE = {
     *("cache", "device", "residence", "compile", "log_every", "validate_every", "checkpoint_every"),
@@ -64,9 +64,7 @@ def find_progress(
     """Find how far a run is, without writing anything; where it starts from another run, load that one's weights into `model`.
 
     Args:
-        out: the run. model: as built. stages: to train. identity: of the store.
         config: of the run, as it would be written; `start` is a run that has finished the stage before the first of `stages`.
-        overwrite: whether the run starts from scratch.
 
     Raises:
         UserError: the stage before is missing, not finished, or of another store or model; or the run has other stages or too few steps.
@@ -78,13 +76,12 @@ def find_progress(
         raise UserError(f"--stage {stages[0] or 'all'} starts from scratch; leave out --from {start}")
     if not overwrite and checkpoints(out):
         progress = read_progress(last_checkpoint(out))
-        if start and (stage_index(progress.stage, model) < first or read_config(out).get("start") != start):
-            raise UserError(
-                f"{out} has stages of its own, so it cannot start from {start}; leave out --from, or choose another --out"
-            )
-    elif start:
-        if overwrite and Path(start).resolve() == out.resolve():
-            raise UserError(f"--overwrite would delete {start}, which --from starts from; choose another --out")
+        refused = start and (stage_index(progress.stage, model) < first or read_config(out).get("start") != start)
+    else:
+        refused = start and Path(start).resolve() == out.resolve()
+    if refused:
+        raise UserError(f"{out} cannot start from {start}; leave out --from, or choose another --out")
+    if start and not progress.stage:
         _load_start(Path(start), model, previous, identity, config)
         progress = Progress(stage=previous, finished=True)
     reached = stage_index(progress.stage, model)
@@ -103,12 +100,11 @@ def find_progress(
 def _load_start(start: Path, model: WorldModel, stage: str, identity: Identity, config: Mapping[str, Any]) -> None:
     """Load the weights at the end of another run's stage."""
     folder = finished_stage(start, stage)
-    if different := read_identity(start)[1].differences(identity):
-        raise UserError(f"{start} was trained on another store ({'; '.join(different)}); name another --from")
     names = {"history", "frameskip", "split_seed", "episodes_fraction", *config["model_options"]}
-    if different := _differences(read_config(start), config, names - model.may_change_after(stage)):
+    different = _differences(read_config(start), config, names - model.may_change_after(stage))
+    if different := different + foreign_identity(start, identity):
         raise UserError(
-            f"{start} is of another model ({'; '.join(different)}); choose the same options, or name another --from"
+            f"{start} is of another model or store ({'; '.join(different)}); choose the same, or name another --from"
         )
     load_weights(folder, model)
 
@@ -170,10 +166,12 @@ def _check_settings(
     before = {**asdict(TrainOptions()), **before}
     different = _differences(before, config, {*config, *config["model_options"]} - {*free, "model_options"})
     names = {text.partition(" ")[0] for text in different}
-    foreign = [f"the store's identity, {item}" for item in read_identity(out)[1].differences(store.identity)]
+    foreign = foreign_identity(out, store.identity)
     if different or foreign:
-        hint = "choose another --out"
-        if not foreign and names & MAY_CHANGE_ON_RESUME and checkpoints(out):
-            action = "continue it" if names <= MAY_CHANGE_ON_RESUME else "to continue it, repeat its other options"
-            hint = f"{action} with --resume, or {hint}"
+        resumes = not foreign and names & MAY_CHANGE_ON_RESUME and checkpoints(out)
+        hint = (
+            "continue it with --resume and its other options, or choose another --out"
+            if resumes
+            else "choose another --out"
+        )
         raise UserError(f"{out} is a run with other settings ({'; '.join([*different, *foreign])}); {hint}")

@@ -9,7 +9,7 @@ checkpoints/                        see `engine.checkpoint`
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_card, require_identity
 from wmcache.cache.store import TokenStore
-from wmcache.common.errors import MissingError, UserError, reason
+from wmcache.common.errors import MissingError, UserError
 from wmcache.common.files import is_temporary
 from wmcache.common.folders import did_you_mean
 from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.locks import exclusive
-from wmcache.common.paths import AnyPath, as_path, exists
+from wmcache.common.paths import AnyPath, as_path
 from wmcache.common.schema import Size, parse
-from wmcache.engine.checkpoint import last_checkpoint, load_tensors
-from wmcache.trainer.models import MODELS, DataShape, WorldModel, build
+from wmcache.engine.checkpoint import FILES, last_checkpoint, load_tensors, misfit
+from wmcache.trainer.models import DataShape, WorldModel, build
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -37,9 +37,7 @@ NO_RUN = "name the folder of a run, restore the file from a copy, or train a mod
 
 
 @dataclass(frozen=True)
-class _Config:
-    """What is validated of a world model's settings before it is built from them."""
-
+class _Config:  # validated before a model is built of it
     model: str
     model_options: dict[str, bool | Annotated[float, Field(ge=0, le=2**16)] | Annotated[str, Field(max_length=32)]]
     shape: DataShape
@@ -58,12 +56,11 @@ def lock_run(out: Path, program: str = "wmtrain") -> Iterator[None]:
 
 def is_run(out: Path) -> bool:
     """Whether a folder is a run or a decoder; raises UserError where it contains anything else."""
-    if (out / "config.json").exists() and (out / "identity.json").exists():
-        return True
     names = {file.name for file in out.iterdir() if not is_temporary(file)} if out.exists() else set()
-    if names - {"identity.json"}:  # a run that was killed at its start has this file only
+    found = {"config.json", "identity.json"} <= names
+    if not found and names - {"identity.json"}:  # a run that was killed at its start has this file only
         raise UserError(f"{out} exists and is not a run; choose another --out")
-    return False
+    return found
 
 
 def write_settings(out: Path, config: Mapping[str, Any], store: TokenStore) -> None:
@@ -100,19 +97,19 @@ def read_identity(run: Path) -> tuple[StoreCard, Identity]:
     return read_card(saved), Identity.from_json(saved["identity"], str(file))
 
 
+def foreign_identity(run: Path, identity: Identity) -> list[str]:
+    """Describe how the identity of a store differs from that of a run's store."""
+    return [f"the store's identity, {item}" for item in read_identity(run)[1].differences(identity)]
+
+
 def open_store(run: Path, cache: AnyPath | None = None) -> TokenStore:
     """Open the store that a run was trained on, at `cache` if it has moved; raises UserError where it is missing or another one."""
-    identity, path = read_identity(run)[1], as_path(cache or read_config(run)["cache"])
+    path = as_path(cache or read_config(run)["cache"])
     try:
         store = TokenStore.open(path)
-    except UserError as error:
-        with suppress(OSError):
-            if not exists(path):
-                raise UserError(
-                    f"{path}, the store of {run}, does not exist; if it has moved, pass its path now with --cache"
-                ) from error
-        raise
-    if different := identity.differences(store.identity):
+    except MissingError as error:
+        raise UserError(f"{error}; if the store of {run} has moved, pass its path now with --cache") from error
+    if different := foreign_identity(run, store.identity):
         raise UserError(
             f"{store.path} is not the store that {run} was trained on ({'; '.join(different)}); pass the right --cache"
         )
@@ -120,19 +117,12 @@ def open_store(run: Path, cache: AnyPath | None = None) -> TokenStore:
 
 
 def load_model(run: Path, device: torch.device, *, untrained: bool = False) -> WorldModel:
-    """Load the newest model of a run, frozen; `untrained` draws random weights instead, and keeps the buffers.
-
-    Raises UserError where the folder is not a run, or has no usable checkpoint.
-    """
+    """Load the newest model of a run, frozen; `untrained` draws random weights instead, and keeps the buffers."""
     config = read_config(run)
 
     def make(statistics: dict[str, Tensor]) -> WorldModel:
         return build(config["model"], DataShape(**config["shape"]), config["model_options"], statistics)
 
-    try:
-        MODELS.get(config["model"])
-    except UserError as error:
-        raise UserError(f"{run} cannot be loaded: {error}") from error
     model = load_network(run, make, device)
     if untrained:
         buffers = dict(model.named_buffers())
@@ -145,12 +135,9 @@ def load_model(run: Path, device: torch.device, *, untrained: bool = False) -> W
 
 
 def load_network(run: Path, make: Callable[[dict[str, Tensor]], N], device: torch.device) -> N:
-    """Load the newest network of a run, frozen; `make` builds it from the statistics of the data (`…_mean`, `…_std`) in its checkpoint.
-
-    Raises UserError where there is none, or it is damaged or does not fit.
-    """
+    """Load the newest network of a run, frozen; `make` builds it from the statistics of the data (`…_mean`, `…_std`) in its checkpoint."""
     folder = last_checkpoint(run)
-    weights = load_tensors(folder, "model.safetensors")
+    weights = load_tensors(folder, FILES[0])
     statistics = _statistics(weights)
     try:
         with torch.device("meta"):  # allocates nothing, whatever sizes the settings name
@@ -160,10 +147,7 @@ def load_network(run: Path, make: Callable[[dict[str, Tensor]], N], device: torc
         network = make(statistics)
         network.load_state_dict(weights)
     except (UserError, KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise UserError(
-            f"{folder / 'model.safetensors'} does not fit its config.json ({reason(error, 200)}); "
-            "restore its config.json, or train into another --out"
-        ) from error
+        raise misfit(folder, error) from error
     return network.to(device).eval().requires_grad_(False)
 
 

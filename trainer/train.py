@@ -17,9 +17,10 @@ from torch import Tensor
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows, batch_windows
 from wmcache.common.device import choose_dtype
-from wmcache.common.errors import UserError
+from wmcache.common.errors import UserError, reason
 from wmcache.common.files import not_written
 from wmcache.common.jsonfiles import write_json
+from wmcache.common.options import check_options
 from wmcache.common.paths import AnyPath, absolute
 from wmcache.engine import loop
 from wmcache.engine.checkpoint import Progress, last_checkpoint, load_training_state, load_weights
@@ -27,7 +28,7 @@ from wmcache.engine.optimisers import decay_groups, warmup_constant_decay
 from wmcache.engine.ranks import SINGLE, Ranks
 from wmcache.trainer.feed import Feed, choose_residence
 from wmcache.trainer.models import MODELS, DataShape, WorldModel, build, read_options
-from wmcache.trainer.options import TrainOptions, check_options
+from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.resume import (
     MAY_CHANGE,
     MAY_CHANGE_ON_RESUME,
@@ -42,8 +43,7 @@ from wmcache.trainer.runs import lock_run
 
 ROLLOUT_STEPS = 5
 UNDEFINED = (
-    "no skill (null in metrics.jsonl): the tokens of the held-out windows do not change, so copying the observed "
-    "frame has no error to compare with, or the rollout is not finite"
+    "no skill (null in metrics.jsonl): the tokens of the held-out windows do not change, or the rollout is not finite"
 )
 Batch = Mapping[str, Tensor]
 
@@ -60,13 +60,10 @@ def train(
     """Train a world model on a store; the same call again continues where it was stopped.
 
     Several ranks cut each micro-batch into equal slices and average their gradients, so they train what a single process does, up to the
-    order of sums. Batches do not depend on the number of ranks, and a run may continue with another number. Dropout and noise do depend
-    on it: a single process continues with the generator in the checkpoint, ranks draw by seed, rank and step.
+    order of sums. A run may continue with another number of ranks. Dropout and noise depend on it: a single process continues with the
+    generator in the checkpoint, ranks draw by seed, rank and step.
 
     Args:
-        cache: the store, which all ranks read.
-        out: the run's folder, which only rank 0 writes.
-        options: of the run.
         resume: require a run to continue; allows other `steps` and another `learning_rate`.
         overwrite: start from scratch where a run exists.
         ranks: which all call this, see `engine.ranks.joined`.
@@ -103,7 +100,6 @@ def _train(
     if options.epochs:
         options = replace(options, steps=max(1, options.epochs * len(windows) // (options.batch * options.accumulate)))
     device, shape = ranks.device(options.device), data_shape(store, options)
-    dtype = choose_dtype(options.dtype, device)
     torch.manual_seed(options.seed)
     model = build(options.model, shape, options.model_options, statistics_of(store, options.frameskip)).to(device)
     model.check_pool(options.pool)
@@ -125,7 +121,9 @@ def _train(
     held_out = validation_windows(store, options).with_extras(extras)
     same = ("steps", "batch", "accumulate", "log_every", "validate_every", "checkpoint_every")
     shared = {name: getattr(options, name) for name in same}
-    how = loop.LoopOptions(**shared, device=device, dtype=dtype, clip=options.clip or math.inf)
+    how = loop.LoopOptions(
+        **shared, device=device, dtype=choose_dtype(options.dtype, device), clip=options.clip or math.inf
+    )
     result: dict[str, float | None] = {}
     for begin in left:
         task = WorldModelTask(model, store, windows.with_extras(extras), held_out, out, options, how, ranks, begin)
@@ -154,7 +152,7 @@ class WorldModelTask(loop.Task[Batch]):
 
     def __post_init__(self) -> None:
         """Compile the loss with `--compile`."""
-        self.title = " ".join(filter(None, ("wmtrain", self.begin.stage)))
+        self.title = f"wmtrain {self.begin.stage}".strip()
         self._loss: Any = torch.compile(self.network.loss) if self.options.compile else self.network.loss
 
     def train(self) -> dict[str, float | None]:
@@ -168,13 +166,11 @@ class WorldModelTask(loop.Task[Batch]):
         ranks.wait()  # until all have measured free memory, which the next step fills
         count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         dropped = f", {windows.dropped_episodes} episodes too short" if windows.dropped_episodes else ""
-        world = f"{ranks.world} x " if ranks.world > 1 else ""
         ranks.log(
             f"{options.model}{stage and f', {stage}'}: {count / 1e6:.2f} M parameters, {len(windows)} windows of {windows.length} frames"
-            f"{dropped}, {world}{self.how.device.type} {str(self.how.dtype).removeprefix('torch.')}, "
-            f"steps {self.begin.step} to {self.begin.begun + options.steps}"
+            f"{dropped}, {ranks.world} x {self.how.device.type} {str(self.how.dtype).removeprefix('torch.')}, "
+            f"steps {self.begin.step} to {self.begin.begun + options.steps}, {why}"
         )
-        ranks.log(why)
         return loop.run(self, self.how, self.out, self.begin, ranks)
 
     def optimiser(self) -> torch.optim.Optimizer:
@@ -214,10 +210,9 @@ class WorldModelTask(loop.Task[Batch]):
     def validate(self) -> dict[str, float | None]:
         """Measure the model on held-out windows."""
         figures = self.network.validate(self.held_out, self.how.device, self.how.dtype)
-        undefined = None in figures.values()
-        if undefined and not self.warned:
+        if None in figures.values() and not self.warned:
             self.ranks.log(UNDEFINED)
-        self.warned = undefined
+        self.warned = None in figures.values()
         return figures
 
     def on_not_finite(self, step: int) -> None:
@@ -237,10 +232,9 @@ def _compile_errors() -> Iterator[None]:
     try:
         yield
     except (TorchDynamoException, OSError) as error:
-        first = " ".join(str(error).split("\n\n")[0].split())[:240]
         raise UserError(
-            f"--compile does not work on this machine ({first}); install a C++ compiler (g++, or the variable CXX) or set "
-            "TORCHINDUCTOR_CACHE_DIR to a folder that programs may write to and run from, or run the same command without --compile"
+            f"--compile does not work on this machine ({reason(error, 240)}); install a C++ compiler (g++, or the variable CXX), or run "
+            "the same command without --compile"
         ) from error
 
 
@@ -260,14 +254,9 @@ def make_optimiser(model: WorldModel, options: TrainOptions) -> torch.optim.Adam
 
 def data_shape(store: TokenStore, options: TrainOptions) -> DataShape:
     """Return the sizes of a store's data for a model."""
-    return DataShape(
-        store.card.tokens_per_frame,
-        store.card.token_dim,
-        store.state.shape[1],
-        options.frameskip * store.action.shape[1],
-        options.history,
-        store.card.token_grid[1],
-    )
+    card, actions = store.card, options.frameskip * store.action.shape[1]
+    proprio, columns = store.state.shape[1], card.token_grid[1]
+    return DataShape(card.tokens_per_frame, card.token_dim, proprio, actions, options.history, columns)
 
 
 def statistics_of(store: TokenStore, frameskip: int) -> dict[str, Tensor]:

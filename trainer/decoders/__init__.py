@@ -1,4 +1,4 @@
-"""Decoders from cached tokens to images, found through one registry. They show latents; no model plans or learns dynamics through them."""
+"""Decoders from cached tokens to images; they show latents, and no model plans or learns dynamics through them."""
 
 from __future__ import annotations
 

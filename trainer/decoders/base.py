@@ -16,13 +16,7 @@ from wmcache.common.schema import Size
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of the data.
-
-    Attributes:
-        rows, columns: of the token grid.
-        token_dim: D.
-        image_size: side of the square images, in pixels.
-    """
+    """Sizes of the data: rows and columns of the token grid, D, and the side of the square images in pixels."""
 
     rows: Size
     columns: Size
@@ -33,19 +27,17 @@ class DecoderShape:
 class Decoder(nn.Module, ABC):
     """Tokens [B, N, D] in the store's units to images [B, 3, S, S], float32 around [-1, 1].
 
-    A decoder implements `draw`. Beyond the reference (DINO-WM), tokens are standardised per channel, the network draws the difference from
-    the mean frame, and images have any size.
+    Beyond the reference (DINO-WM), tokens are standardised per channel, the network draws the difference from the mean frame, and images
+    have any size.
     """
 
     Options: ClassVar[type[Any]]
-    """Dataclass of the decoder's options."""
-
     images_mean: Tensor
     tokens_mean: Tensor
     tokens_std: Tensor
 
     def __init__(self, shape: DecoderShape, options: Any, statistics: Mapping[str, Tensor]) -> None:
-        """Register `tokens_mean` and `tokens_std` [D], and `images_mean` [3, S, S], the mean frame; `options` are of `Options`."""
+        """Register `tokens_mean` and `tokens_std` [D], and `images_mean` [3, S, S], the mean frame."""
         super().__init__()
         self.shape, self.options = shape, options
         self.register_buffer("images_mean", statistics["images_mean"].float())

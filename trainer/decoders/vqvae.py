@@ -37,10 +37,7 @@ class VqVaeOptions:
 
 @DECODERS.register("vqvae")
 class VqVaeDecoder(Decoder):
-    """Two equal stacks that each make the grid four times as fine: 14 x 14 tokens become 224 x 224 pixels.
-
-    The image is 16 times the token grid, resized bilinearly where frames have another size.
-    """
+    """Two equal stacks that each make the grid four times as fine: 14 x 14 tokens become 224 x 224 pixels."""
 
     Options = VqVaeOptions
     options: VqVaeOptions
@@ -68,9 +65,8 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int, hidden: int) -> None:
         """Build it with so many channels outside and inside."""
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(channels, hidden, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden, channels, 1)
-        )
+        first, second = nn.Conv2d(channels, hidden, 3, padding=1), nn.Conv2d(hidden, channels, 1)
+        self.layers = nn.Sequential(nn.ReLU(), first, nn.ReLU(), second)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
