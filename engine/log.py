@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +21,7 @@ from wmcache.common.progress import seconds_between_updates
 B = TypeVar("B")
 
 
-class Log:
+class Log(AbstractContextManager["Log"]):
     """Shows a training on a progress bar, with its speed, and logs it."""
 
     def __init__(
@@ -69,10 +70,6 @@ class Log:
         for name, value in finite.items():
             if value is not None:
                 self._board.add_scalar(name, value, step)
-
-    def __enter__(self) -> Log:
-        """Return the log."""
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Close everything."""

@@ -115,7 +115,7 @@ def _train(
     shown = f"{device.type} {str(dtype).removeprefix('torch.')}, steps {first} to {last}"
     size = f"{count / 1e6:.2f} M parameters, {len(frames)} train frames of {image_size} px"
     tqdm.write(f"{name}: {size}, {shown}", file=sys.stderr)
-    task = DecoderTask(decoder, store, frames, images, out, options)
+    task = _DecoderTask(decoder, store, frames, images, out, options)
     how = loop.LoopOptions(
         last, options.batch, device, dtype, log_every=options.log_every, checkpoint_every=options.checkpoint_every
     )
@@ -131,7 +131,7 @@ def _train(
 
 
 @dataclass
-class DecoderTask(loop.Task[Batch]):
+class _DecoderTask(loop.Task[Batch]):
     """A decoder for the training loop, on a store's frames [B] and their images, uint8 [B, S, S, 3]."""
 
     network: Decoder
@@ -145,15 +145,12 @@ class DecoderTask(loop.Task[Batch]):
     hint: str = "the last checkpoint, if any, is good; train with a lower --lr into another --out"
 
     def optimiser(self) -> torch.optim.Optimizer:
-        """Return Adam, as DINO-WM (conf/train.yaml)."""
         return torch.optim.Adam(self.network.parameters(), lr=self.options.learning_rate)
 
     def learning_rate(self, step: int) -> float:  # noqa: ARG002
-        """Return the same rate for all steps."""
         return self.options.learning_rate
 
     def batches(self, first: int) -> AbstractContextManager[Iterator[Batch]]:
-        """Gather tokens and images of random frames."""
         return nullcontext(map(self._batch, itertools.count(first)))
 
     def _batch(self, step: int) -> Batch:
@@ -163,11 +160,9 @@ class DecoderTask(loop.Task[Batch]):
         return tokens.to(device), to_unit(self.images[chosen]).to(device)
 
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """Return the decoder's own loss."""
         return self.network.loss(*batch)
 
     def next_loss(self, batch: Batch) -> Tensor:
-        """Return the loss of the updated weights on the last batch."""
         return self.network.loss(*batch)["loss"]
 
 

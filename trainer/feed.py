@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ def choose_residence(
     return wanted, f"{human_bytes(size)} of tokens {'in' if wanted == 'ram' else 'on'} {wanted} ({free})"
 
 
-class Feed:
+class Feed(AbstractContextManager["Feed"]):
     """Batches of steps `first`, `first` + 1, …; a thread reads the next one. `waited`: seconds of waiting for data so far."""
 
     def __init__(
@@ -133,10 +134,6 @@ class Feed:
             return stored
         scale = self._scale[torch.from_numpy(frames // self._store.card.frames_per_shard).to(self.device)]
         return restore(stored, scale[:, 0], scale[:, 1]).to(torch.float16)
-
-    def __enter__(self) -> Feed:
-        """Return the feed."""
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Stop the reader."""

@@ -126,14 +126,14 @@ def _train(
     )
     result: dict[str, float | None] = {}
     for begin in left:
-        task = WorldModelTask(model, store, windows.with_extras(extras), held_out, out, options, how, ranks, begin)
+        task = _WorldModelTask(model, store, windows.with_extras(extras), held_out, out, options, how, ranks, begin)
         with _compile_errors() if options.compile else nullcontext():
             result = task.train()
     return result
 
 
 @dataclass
-class WorldModelTask(loop.Task[Batch]):
+class _WorldModelTask(loop.Task[Batch]):
     """A stage of a world model, or all of a model without stages, for the training loop; `begin` is where it begins or continues."""
 
     network: WorldModel
@@ -151,12 +151,10 @@ class WorldModelTask(loop.Task[Batch]):
     warned: bool = False
 
     def __post_init__(self) -> None:
-        """Compile the loss with `--compile`."""
         self.title = f"wmtrain {self.begin.stage}".strip()
         self._loss: Any = torch.compile(self.network.loss) if self.options.compile else self.network.loss
 
     def train(self) -> dict[str, float | None]:
-        """Train the stage; returns the last validation's figures."""
         options, model, windows, ranks, stage = self.options, self.network, self.windows, self.ranks, self.begin.stage
         if stage:
             model.begin(stage)
@@ -174,41 +172,33 @@ class WorldModelTask(loop.Task[Batch]):
         return loop.run(self, self.how, self.out, self.begin, ranks)
 
     def optimiser(self) -> torch.optim.Optimizer:
-        """Return AdamW."""
         return make_optimiser(self.network, self.options)
 
     def learning_rate(self, step: int) -> float:
-        """Return the rate of warmup-constant-decay, which starts again with each stage."""
         options, step = self.options, step - self.begin.begun
         return warmup_constant_decay(step, options.steps, options.learning_rate, options.warmup, options.decay)
 
     @contextmanager
     def batches(self, first: int) -> Iterator[Iterator[Batch]]:
-        """Read windows of cached latents ahead of the training."""
         batch, seed, rank, world = self.options.batch, self.options.seed, self.ranks.rank, self.ranks.world
         with Feed(self.store, self.windows, batch, seed, self.how.device, first, self.residence, rank, world) as feed:
             yield iter(feed.next, None)
 
     def before_step(self, step: int) -> None:
-        """Seed what ranks draw."""
         self.ranks.seed(self.options.seed, step)
 
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Return the model's loss, on a coarser grid of tokens in the first share `pool_until` of the steps."""
         coarse = step - self.begin.begun < self.options.pool_until * self.options.steps
         losses: dict[str, Tensor] = self._loss(batch, self.options.pool if coarse else 1)
         return losses
 
     def after_step(self) -> None:
-        """Update what no gradient moves."""
         self.network.after_step()
 
     def next_loss(self, batch: Batch) -> Tensor:
-        """Return the loss of the updated weights on the last micro-batch."""
         return self.network.loss(batch)["loss"]
 
     def validate(self) -> dict[str, float | None]:
-        """Measure the model on held-out windows."""
         figures = self.network.validate(self.held_out, self.how.device, self.how.dtype)
         if None in figures.values() and not self.warned:
             self.ranks.log(UNDEFINED)
@@ -216,7 +206,6 @@ class WorldModelTask(loop.Task[Batch]):
         return figures
 
     def on_not_finite(self, step: int) -> None:
-        """Write the windows of the step to `not-finite.json`."""
         options = self.options
         numbers = range(step * options.accumulate, (step + 1) * options.accumulate)
         chosen = [batch_windows(len(self.windows), options.seed, number, options.batch) for number in numbers]

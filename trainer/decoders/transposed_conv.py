@@ -11,8 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from wmcache.common.options import option
-from wmcache.trainer.decoders import DECODERS
-from wmcache.trainer.decoders.base import Decoder, DecoderShape
+from wmcache.trainer.decoders import DECODERS, Decoder, DecoderShape
 
 
 @dataclass(frozen=True)

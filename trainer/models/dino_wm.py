@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
 from wmcache.common.options import Weight, option
-from wmcache.trainer.models import MODELS
+from wmcache.trainer.models import MODELS, DataShape
 from wmcache.trainer.models.attention import Block, KeysValues, zero_init
-from wmcache.trainer.models.base import DataShape
 from wmcache.trainer.models.latent import LatentModel, LatentOptions, append, pool_grid
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from wmcache.common.errors import UserError
 from wmcache.common.options import ShareBelowOne, option
 from wmcache.common.schema import Size
-from wmcache.trainer.models.base import DataShape, WorldModel
+from wmcache.trainer.models import DataShape, WorldModel
 
 SizeOrNone = Annotated[int, Field(ge=0, le=2**16)]
 

@@ -27,9 +27,8 @@ from wmcache.cache.windows import Windows
 from wmcache.common.errors import UserError
 from wmcache.common.options import Weight, option
 from wmcache.common.schema import Size
-from wmcache.trainer.models import MODELS
+from wmcache.trainer.models import MODELS, DataShape
 from wmcache.trainer.models.attention import KeysValues, zero_init
-from wmcache.trainer.models.base import DataShape
 from wmcache.trainer.models.ddp_wm.localization import foreground_size, localization, sample_windows
 from wmcache.trainer.models.ddp_wm.parts import CELLS, Correction, Fusion, Localizer, Vit, put, take
 from wmcache.trainer.models.latent import MIN_STD, LatentModel, LatentOptions, SizeOrNone, append

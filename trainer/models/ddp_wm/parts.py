@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wmcache.trainer.models import DataShape
 from wmcache.trainer.models.attention import Block, CrossAttention, KeysValues
-from wmcache.trainer.models.base import DataShape
 
 CELLS = 4  # of a patch, 2 x 2
 
