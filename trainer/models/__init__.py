@@ -21,8 +21,9 @@ from wmcache.common.options import parse_options
 from wmcache.common.registry import Registry
 from wmcache.common.schema import Size
 
-VALIDATION_WINDOWS = 256
-BATCH = 64
+VALIDATION_WINDOWS, BATCH = 256, 64
+Frames = tuple[Tensor, Tensor]
+"""Latents and embeddings of proprio."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,7 @@ class WorldModel(nn.Module, ABC):
         return proprio[..., :0]
 
     @abstractmethod
-    def rollout(
-        self, tokens: Tensor, proprio: Tensor, actions: Tensor, context: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def rollout(self, tokens: Tensor, proprio: Tensor, actions: Tensor, context: int | None = None) -> Frames:
         """Imagine what actions lead to.
 
         Args:
@@ -184,11 +183,9 @@ class Localizes(Protocol):
     @property
     def labels_from_pixels(self) -> bool:
         """Whether what has changed is measured on frames: then a batch needs their change maps, `changes` [B, T, N, 4]."""
-        ...
 
     def change_masks(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Mark patches for each step of a batch, bool [B, T - 1, N]: those that `changes`, are `computed` and are `likely to change`."""
-        ...
 
 
 MODELS: Registry[type[WorldModel]] = Registry("world model", package=__name__, group="wmcache.models")

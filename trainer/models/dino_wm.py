@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
 from wmcache.common.options import Weight, option
-from wmcache.trainer.models import MODELS, DataShape
+from wmcache.trainer.models import MODELS, DataShape, Frames
 from wmcache.trainer.models.attention import Block, KeysValues, zero_init
 from wmcache.trainer.models.latent import LatentModel, LatentOptions, append, pool_grid
 
@@ -97,7 +97,7 @@ class DinoWm(LatentModel):
             losses["loss"] = losses["loss"] + self.options.rollout_loss * second["loss"]
         return losses
 
-    def _errors(self, predicted: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    def _errors(self, predicted: Frames, target: Frames) -> dict[str, Tensor]:
         token_loss = F.mse_loss(predicted[0], target[0])
         if not self.proprio_size:
             return self.weigh(token_loss, None)
@@ -105,21 +105,15 @@ class DinoWm(LatentModel):
         own_token = self.options.combine == "tokens" and self.options.proprio == "embedding"
         return self.weigh(token_loss, proprio_loss, predicted[0].shape[2] if own_token else 1)
 
-    def predict(self, tokens: Tensor, embedding: Tensor, action: Tensor, pool: int = 1) -> tuple[Tensor, Tensor]:
-        """Take one step from each of T <= history frames, everything standardised and pooled already.
-
-        Returns:
-            Tokens [B, T, N, D] and embedding [B, T, M, Q] of the frames after each.
-        """
+    def predict(self, tokens: Tensor, embedding: Tensor, action: Tensor, pool: int = 1) -> Frames:
+        """Take one step from each of T <= history frames, everything standardised and pooled already."""
         x, condition = self.join(tokens, embedding, action)
         x = x + self.position_of(range(tokens.shape[1]), pool)
         for block in self.blocks:
             x, _ = block(x, condition=condition, window=self.shape.history)
         return self.split(x, tokens, embedding)
 
-    def imagine(
-        self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int
-    ) -> list[tuple[Tensor, Tensor]]:
+    def imagine(self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int) -> list[Frames]:
         """See `LatentModel.imagine`.
 
         Keys and values of a frame are kept while its position in the window stays the same: with learned positions until the window is
@@ -157,7 +151,7 @@ class DinoWm(LatentModel):
         context: int,
         *,
         wanted: bool,
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> Frames | None:
         """Add a frame to the keys and values that are kept; return its successor where it is `wanted`."""
         x, condition = self.join(frame[0], frame[1], action)
         x = x + self.position_of(range(slot, slot + 1))
@@ -179,7 +173,7 @@ class DinoWm(LatentModel):
             x = self.project_in(append(tokens, extra))
         return x, embedded if self.options.condition == "adaln" else None
 
-    def split(self, x: Tensor, tokens: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, x: Tensor, tokens: Tensor, embedding: Tensor) -> Frames:
         """Return tokens and embedding of the next frames from the transformer's output [B, T, tokens, width] at these."""
         x, patches, dim = self.norm(x), tokens.shape[2], self.shape.token_dim
         if self.options.combine == "tokens":

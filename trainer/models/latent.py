@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from wmcache.common.errors import UserError
 from wmcache.common.options import ShareBelowOne, option
 from wmcache.common.schema import Size
-from wmcache.trainer.models import DataShape, WorldModel
+from wmcache.trainer.models import DataShape, Frames, WorldModel
 
 SizeOrNone = Annotated[int, Field(ge=0, le=2**16)]
 
@@ -122,9 +122,7 @@ class LatentModel(WorldModel):
         loss = (1 - share) * token_loss + share * proprio_loss
         return {"loss": loss, "tokens": token_loss.detach(), "proprio": proprio_loss.detach()}
 
-    def rollout(
-        self, tokens: Tensor, proprio: Tensor, actions: Tensor, context: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def rollout(self, tokens: Tensor, proprio: Tensor, actions: Tensor, context: int | None = None) -> Frames:
         """See `WorldModel.rollout`."""
         lead = actions.shape[:-2]
         tokens, proprio, futures = self.standardise(tokens, proprio, actions.flatten(0, -3))
@@ -135,9 +133,7 @@ class LatentModel(WorldModel):
         return latents.unflatten(0, lead), embeddings[:, :, 0].unflatten(0, lead)
 
     @abstractmethod
-    def imagine(
-        self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int
-    ) -> list[tuple[Tensor, Tensor]]:
+    def imagine(self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int) -> list[Frames]:
         """Roll out, everything standardised.
 
         Args:

@@ -11,7 +11,7 @@ from the paper, this follows the paper. K is a constant of the model, so that th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,20 +19,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wmcache.cache.change_maps import open_change_maps
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows
+from wmcache.common.device import autocast
 from wmcache.common.errors import UserError
 from wmcache.common.options import Weight, option
 from wmcache.common.schema import Size
-from wmcache.trainer.models import MODELS, DataShape
+from wmcache.trainer.models import MODELS, DataShape, Frames
 from wmcache.trainer.models.attention import KeysValues, zero_init
-from wmcache.trainer.models.ddp_wm.localization import foreground_size, localization, sample_windows
 from wmcache.trainer.models.ddp_wm.parts import CELLS, Correction, Fusion, Localizer, Vit, put, take
 from wmcache.trainer.models.latent import MIN_STD, LatentModel, LatentOptions, SizeOrNone, append
 
+SAMPLED_WINDOWS, BATCH = 2048, 64
+COVERED, SPARE = 0.99, 1.5
+"""K patches are enough for those that change in this share of the steps, this many times over, because localization errs."""
 POSITIVE_WEIGHT = 10.0  # of cells that change in the loss of the localiser; few do
 
 STEP_MAJOR = "b t ... -> (t b) ..."
@@ -307,9 +311,7 @@ class DdpWm(LatentModel):
             new_embedding = None if new_embedding is None else embedding + new_embedding
         return new_tokens, new_embedding
 
-    def imagine(
-        self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int
-    ) -> list[tuple[Tensor, Tensor]]:
+    def imagine(self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int) -> list[Frames]:
         """See `LatentModel.imagine`. Before the last stage the tokens that are not chosen are copied."""
         observed, shared = tokens.shape[1], futures[::samples]
         corrects = self.stage_name == self.stages[-1]
@@ -318,7 +320,7 @@ class DdpWm(LatentModel):
             for t in range(max(0, observed - context), observed - 1)
         ]
         frame, known = (part[:, -1].repeat_interleave(samples, 0) for part in (tokens, embedding))
-        imagined: list[tuple[Tensor, Tensor]] = []
+        imagined: list[Frames] = []
         for t in range(observed - 1, futures.shape[1]):
             joined = self._join(frame, known, futures[:, t])
             fused = self.fusion(joined, past)
@@ -328,7 +330,7 @@ class DdpWm(LatentModel):
             imagined.append((frame[:, None], known[:, None]))
         return imagined
 
-    def _advance(self, fused: Tensor, tokens: Tensor, embedding: Tensor, *, corrects: bool) -> tuple[Tensor, Tensor]:
+    def _advance(self, fused: Tensor, tokens: Tensor, embedding: Tensor, *, corrects: bool) -> Frames:
         """Return the next frame's tokens [B, N, D] and embedding [B, M, Q]."""
         indices = self.select(self.localiser(fused))
         changed, new_embedding, hidden = self._predict_foreground(fused, tokens, embedding, indices)
@@ -338,3 +340,43 @@ class DdpWm(LatentModel):
                 its_embedding = new_embedding.mean(1, keepdim=True).expand(-1, tokens.shape[1], -1)
             new_embedding = put(its_embedding, indices, new_embedding)
         return put(stays, indices, changed), new_embedding
+
+
+def sample_windows(windows: Windows) -> Iterator[NDArray[np.int64]]:
+    """Yield the numbers of some windows, always the same, in batches."""
+    chosen = np.random.default_rng(0).permutation(len(windows))[:SAMPLED_WINDOWS]
+    yield from np.array_split(chosen, max(1, len(chosen) // BATCH))
+
+
+def foreground_size(changed: NDArray[np.bool_]) -> int:
+    """Choose K from the patches [steps, N] that change: the least power of two that covers them; at most half of a frame."""
+    wanted = float(np.quantile(changed.sum(1), COVERED, method="higher")) if len(changed) else 0.0
+    bucket = 2 ** int(np.ceil(np.log2(max(1.0, SPARE * wanted))))
+    return int(max(1, min(bucket, changed.shape[1] // 2)))
+
+
+@torch.inference_mode()
+def localization(model: DdpWm, windows: Windows, device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
+    """Measure how well a model predicts which patches of held-out windows change.
+
+    Returns:
+        `recall` and `precision` of the K patches that the model computes, `recall_likely` and `precision_likely` of those whose probability
+        of change is above a half; `changed`: mean share of a frame that changes.
+    """
+    model.eval()
+    counts = torch.zeros(6, dtype=torch.int64)
+    for part in sample_windows(windows):
+        batch = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(part).items()}
+        with autocast(device, dtype):
+            masks = model.change_masks(batch)
+        changes, computed, likely = masks.values()
+        found = (changes, torch.ones_like(changes), computed, computed & changes, likely, likely & changes)
+        counts += torch.stack([mask.sum() for mask in found]).cpu()
+    changing, patches, chosen, chosen_hits, expected, expected_hits = counts.tolist()
+    return {
+        "recall": chosen_hits / max(1, changing),
+        "precision": chosen_hits / max(1, chosen),
+        "recall_likely": expected_hits / max(1, changing),
+        "precision_likely": expected_hits / max(1, expected),
+        "changed": changing / max(1, patches),
+    }
