@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,79 +26,67 @@ MAY_CHANGE_WITH_THE_STAGE = MAY_CHANGE_ON_RESUME | {
 }
 
 
-def stages_of(known: tuple[str, ...], wanted: str) -> tuple[str, ...]:
-    """Return which of the known stages of a model to train, ("",) for none; raises UserError for an unknown one."""
-    if wanted != "all" and wanted not in known:
-        hint = f"known are {', '.join(known)} and all" if known else "this model has no stages, leave out --stage"
-        raise UserError(f"no stage {wanted!r}; {hint}")
-    return (wanted,) if wanted != "all" else known or ("",)
-
-
-def stage_index(stage: str, model: WorldModel) -> int:
-    """Return the position of a stage among those of a model, -1 for none."""
-    return model.stages.index(stage) if stage in model.stages else -1
-
-
-def stages_left(model: WorldModel, stages: Sequence[str], progress: Progress, steps: int) -> list[Progress]:
-    """Return where each stage that has steps left begins or continues. Lowering `--steps` does not reopen a finished stage."""
-    left: list[Progress] = []
-    for stage in stages:
-        if stage_index(stage, model) < stage_index(progress.stage, model):
-            continue
-        begun = progress.begun if stage == progress.stage else progress.step
-        if progress.step < begun + steps:
-            left.append(Progress(progress.step, stage, begun))
-        progress = Progress(max(progress.step, begun + steps), stage, begun, finished=True)
-    return left
-
-
-def find_progress(
-    out: Path,
-    model: WorldModel,
-    stages: Sequence[str],
-    identity: Identity,
-    config: Mapping[str, Any],
-    *,
-    overwrite: bool,
-) -> Progress:
-    """Find how far a run is, without writing anything; where it starts from another run, load that one's weights into `model`.
+def find_stages(
+    out: Path, model: WorldModel, config: Mapping[str, Any], identity: Identity, *, overwrite: bool
+) -> tuple[list[Progress], bool]:
+    """Find what is left to train, without writing anything; where a run starts from another one, load its weights into `model`.
 
     Args:
-        config: of the run, as it would be written; `start` is a run that has finished the stage before the first of `stages`.
+        config: of the run, as it would be written; `start` is a run that has finished the stage before the first one to train.
+
+    Returns:
+        Where each stage that has steps left begins or continues, and whether the wanted stage follows one that the run has.
 
     Raises:
-        UserError: the stage before is missing, not finished, or of another store or model; or the run has other stages or too few steps.
+        UserError: the stage is unknown; the one before is missing, not finished, or of another store or model; or the run has other
+            stages or too few steps.
     """
-    first = max(0, stage_index(stages[0], model))
-    previous = model.stages[first - 1] if first else ""
+    wanted = config["stage"]
+    if wanted != "all" and wanted not in model.stages:
+        raise UserError(f"no stage {wanted!r}; known are {', '.join((*model.stages, 'all'))}")
+    stages = model.stages or ("",) if wanted == "all" else (wanted,)
+    progress = _find_progress(out, model, stages[0], config, identity, overwrite=overwrite)
+    begins = model.stage_number(wanted) > model.stage_number(progress.stage) > 0
+    if progress.stage in stages and not progress.finished and progress.step >= progress.begun + config["steps"]:
+        done = progress.step - progress.begun
+        raise UserError(f"unfinished stage {progress.stage} of {out} has had {done} steps; --steps must be more")
+    left: list[Progress] = []
+    for stage in stages:
+        # Lowering `--steps` does not reopen a finished stage.
+        if model.stage_number(stage) >= model.stage_number(progress.stage):
+            begun = progress.begun if stage == progress.stage else progress.step
+            if progress.step < begun + config["steps"]:
+                left.append(Progress(progress.step, stage, begun))
+            progress = Progress(max(progress.step, begun + config["steps"]), stage, begun, finished=True)
+    return left, begins
+
+
+def _find_progress(
+    out: Path, model: WorldModel, stage: str, config: Mapping[str, Any], identity: Identity, *, overwrite: bool
+) -> Progress:
+    before = max(0, model.stage_number(stage) - 1)
+    previous = model.stages[before - 1] if before else ""
     start, progress = config["start"], Progress()
-    if start and not first:
-        raise UserError(f"--stage {stages[0] or 'all'} starts from scratch; leave out --from {start}")
     if not overwrite and checkpoints(out):
         progress = read_progress(last_checkpoint(out))
-        refused = start and (stage_index(progress.stage, model) < first or read_config(out).get("start") != start)
+        refused = model.stage_number(progress.stage) <= before or read_config(out).get("start") != start
     else:
         refused = start and Path(start).resolve() == out.resolve()
-    if refused:
-        raise UserError(f"{out} cannot start from {start}; leave out --from, or choose another --out")
+    if start and (refused or not before):
+        raise UserError(f"--stage {stage or 'all'} of {out} cannot start from {start}; leave out --from")
     if start and not progress.stage:
         _load_start(Path(start), model, previous, identity, config)
         progress = Progress(stage=previous, finished=True)
-    reached = stage_index(progress.stage, model)
-    if reached < first - 1 or (first and reached == first - 1 and not progress.finished):
+    reached = model.stage_number(progress.stage)
+    if reached < before or (before and reached == before and not progress.finished):
         raise UserError(
-            f"stage {stages[0]} needs a finished stage {previous}, which {out} does not have; "
+            f"stage {stage} needs a finished stage {previous}, which {out} does not have; "
             f"train it with --stage {previous}, or name a run that has it with --from"
-        )
-    if progress.stage in stages and not progress.finished and progress.step >= progress.begun + config["steps"]:
-        raise UserError(
-            f"stage {progress.stage} of {out} has had {progress.step - progress.begun} steps and is not finished; --steps must be more"
         )
     return progress
 
 
 def _load_start(start: Path, model: WorldModel, stage: str, identity: Identity, config: Mapping[str, Any]) -> None:
-    """Load the weights at the end of another run's stage."""
     folder = finished_stage(start, stage)
     names = {"history", "frameskip", "split_seed", "episodes_fraction", *config["model_options"]}
     different = _differences(read_config(start), config, names - model.may_change_after(stage))
@@ -120,19 +108,12 @@ def finished_stage(run: Path, stage: str) -> Path:
 
 
 def prepare_run(
-    out: Path,
-    config: dict[str, Any],
-    store: TokenStore,
-    free: Collection[str],
-    *,
-    resume: bool,
-    overwrite: bool,
-    finished: bool,
+    out: Path, config: dict[str, Any], store: TokenStore, *, resume: bool, overwrite: bool, begins: bool, finished: bool
 ) -> bool:
-    """Write what a run is, and return whether it has a checkpoint. It may exist with other settings only where these are `free`.
+    """Write what a run is, and return whether it has a checkpoint.
 
     Raises:
-        UserError: the folder is something else, the settings or the store differ, or there is nothing to resume.
+        UserError: the folder is something else, settings differ that may not change, the store differs, or there is nothing to resume.
     """
     exists = is_run(out)
     if resume and not checkpoints(out):
@@ -141,7 +122,15 @@ def prepare_run(
         shutil.rmtree(out)
     elif exists:
         before = read_config(out)
-        _check_settings(out, before, config, store, free)
+        free = MAY_CHANGE_WITH_THE_STAGE if begins else MAY_CHANGE_ON_RESUME if resume else MAY_CHANGE
+        names = {*config, *config["model_options"]} - {*free, "model_options"}
+        different = _differences({**asdict(TrainOptions()), **before}, config, names)
+        foreign = foreign_identity(out, store.identity)
+        if different or foreign:
+            resumes = not foreign and names & MAY_CHANGE_ON_RESUME & {text.split()[0] for text in different}
+            hint = "continue it with --resume and its other options, or " if resumes and checkpoints(out) else ""
+            found = "; ".join([*different, *foreign])
+            raise UserError(f"{out} is a run with other settings ({found}); {hint}choose another --out")
         config = {**config, "start": config["start"] or before.get("start")}
         if finished:  # with the steps that it has had
             config |= {name: before[name] for name in ("steps", "epochs", "learning_rate") if name in before}
@@ -158,20 +147,3 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Colle
         {**config, **asdict(read_options(config["model"], config["model_options"]))} for config in (before, now)
     )
     return differences(old, new, names)
-
-
-def _check_settings(
-    out: Path, before: Mapping[str, Any], config: Mapping[str, Any], store: TokenStore, free: Collection[str]
-) -> None:
-    before = {**asdict(TrainOptions()), **before}
-    different = _differences(before, config, {*config, *config["model_options"]} - {*free, "model_options"})
-    names = {text.partition(" ")[0] for text in different}
-    foreign = foreign_identity(out, store.identity)
-    if different or foreign:
-        resumes = not foreign and names & MAY_CHANGE_ON_RESUME and checkpoints(out)
-        hint = (
-            "continue it with --resume and its other options, or choose another --out"
-            if resumes
-            else "choose another --out"
-        )
-        raise UserError(f"{out} is a run with other settings ({'; '.join([*different, *foreign])}); {hint}")

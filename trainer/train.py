@@ -29,22 +29,11 @@ from wmcache.engine.ranks import SINGLE, Ranks
 from wmcache.trainer.feed import Feed, choose_residence
 from wmcache.trainer.models import MODELS, DataShape, WorldModel, build, read_options
 from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.resume import (
-    MAY_CHANGE,
-    MAY_CHANGE_ON_RESUME,
-    MAY_CHANGE_WITH_THE_STAGE,
-    find_progress,
-    prepare_run,
-    stage_index,
-    stages_left,
-    stages_of,
-)
+from wmcache.trainer.resume import find_stages, prepare_run
 from wmcache.trainer.runs import lock_run
 
 ROLLOUT_STEPS = 5
-UNDEFINED = (
-    "no skill (null in metrics.jsonl): the tokens of the held-out windows do not change, or the rollout is not finite"
-)
+UNDEFINED = "no skill (null in metrics.jsonl): held-out tokens do not change, or the rollout is not finite"
 Batch = Mapping[str, Tensor]
 
 
@@ -93,7 +82,6 @@ def _train(
         options.history, 1, options.frameskip, "train", seed=options.split_seed, fraction=options.episodes_fraction
     )
     kind = MODELS.get(options.model)
-    stages = stages_of(kind.stages, options.stage)  # refused before the data is read
     chosen = kind.configure(store, windows, read_options(options.model, options.model_options))
     extras = kind.extras(store, windows, chosen)
     options = replace(options, model_options=asdict(chosen))
@@ -104,13 +92,10 @@ def _train(
     model = build(options.model, shape, options.model_options, statistics_of(store, options.frameskip)).to(device)
     model.check_pool(options.pool)
     config = {**asdict(options), "cache": absolute(cache), "shape": asdict(shape)}
-    progress = find_progress(out, model, stages, store.identity, config, overwrite=overwrite)
-    left = stages_left(model, stages, progress, options.steps)
-    begins = stage_index(options.stage, model) > stage_index(progress.stage, model) >= 0
-    free = MAY_CHANGE_WITH_THE_STAGE if begins else MAY_CHANGE_ON_RESUME if resume else MAY_CHANGE
+    left, begins = find_stages(out, model, config, store.identity, overwrite=overwrite)
     # Written only now: an option that is refused must not cost a run.
     resumes = ranks.is_main and prepare_run(
-        out, config, store, free, resume=resume, overwrite=overwrite, finished=not left
+        out, config, store, resume=resume, overwrite=overwrite, begins=begins, finished=not left
     )
     if ranks.broadcast(resumes):
         load_weights(last_checkpoint(out), model)

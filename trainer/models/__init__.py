@@ -80,9 +80,13 @@ class WorldModel(nn.Module, ABC):
     @classmethod
     def stage_before_planning(cls, reached: str) -> str:
         """Return the stage to train next where `rollout` is not meaningful after stage `reached` ("": none), else ""."""
-        done = cls.stages.index(reached) + 1 if reached else 0
-        needed = cls.stages.index(cls.plannable_after) + 1 if cls.plannable_after else 0
-        return cls.stages[done] if done < needed else ""
+        done = cls.stage_number(reached)
+        return cls.stages[done] if done < cls.stage_number(cls.plannable_after) else ""
+
+    @classmethod
+    def stage_number(cls, stage: str) -> int:
+        """Return the position of a stage, from 1; 0 for none."""
+        return cls.stages.index(stage) + 1 if stage in cls.stages else 0
 
     @property
     def stage_name(self) -> str:
@@ -92,7 +96,7 @@ class WorldModel(nn.Module, ABC):
 
     def begin(self, stage: str) -> None:
         """Prepare to train a stage. A model with stages also freezes here what the stage does not train."""
-        self.stage.fill_(self.stages.index(stage) + 1)
+        self.stage.fill_(self.stage_number(stage))
 
     def check_pool(self, pool: int) -> None:
         """Raise UserError where `loss` cannot average squares of `pool` x `pool` tokens."""
