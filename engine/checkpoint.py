@@ -24,8 +24,7 @@ from wmcache.common.paths import cause_outside, unreadable
 from wmcache.common.schema import parse
 from wmcache.common.tensors import load_tensors as load_file
 
-KEEP = 2
-"""Number of checkpoints to keep: the newest, and the one before it in case the newest turns out bad."""
+KEEP = 2  # the newest, and the one before it in case the newest turns out bad
 FILES = ("model.safetensors", "optimizer.safetensors")
 FALL_BACK = "move its folder out of checkpoints to continue from the checkpoint before it"
 
@@ -69,8 +68,9 @@ def save_checkpoint(run: Path, progress: Progress, network: nn.Module, optimiser
         link.replace(last)
         sync(folder)
     except (OSError, SafetensorError, UserError) as error:
+        why = reason(error.__cause__ or error)
         raise UserError(
-            f"cannot write checkpoint {final} ({reason(error.__cause__ or error)}); free space, then run the same command again"
+            f"cannot write checkpoint {final} ({why}); free space, then run the same command again"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -83,10 +83,8 @@ def save_checkpoint(run: Path, progress: Progress, network: nn.Module, optimiser
 def _ends_a_stage(folder: Path) -> bool:
     try:
         progress = read_progress(folder)
-    except UnreadableError:
-        return True  # keep what cannot be read at the moment
-    except UserError:
-        return False  # the rest of a folder whose deletion was interrupted
+    except UserError as error:  # keep what cannot be read at the moment, and not the rest of an interrupted deletion
+        return isinstance(error, UnreadableError)
     return bool(progress.stage) and progress.finished
 
 

@@ -15,10 +15,8 @@ from wmcache.common.cpus import limit_threads
 from wmcache.common.errors import INTERRUPTED, STOPPED, Stopped, UserError
 
 SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Stopped, signal.SIGUSR1: Stopped, signal.SIGHUP: Stopped}
-HOST = "127.0.0.1"
-"""An address, because the name of a machine, and even `localhost`, may not resolve."""
-SECONDS_TO_END = 10.0
-"""Time for the other ranks to end, after one has failed."""
+HOST = "127.0.0.1"  # because the name of a machine, and even `localhost`, may not resolve
+SECONDS_TO_END = 10.0  # for the other ranks, after one has failed
 POLL_SECONDS = 0.1
 
 Rank = subprocess.Popen[bytes]

@@ -25,12 +25,7 @@ B = TypeVar("B")
 
 
 class Task(Protocol[B]):
-    """What differs between trainings: a network, its batches, loss and validation. Derive from it to inherit the hooks.
-
-    Attributes:
-        unit: what a batch consists of, such as `windows`.
-        hint: what a user can do about a loss that is not finite.
-    """
+    """What differs between trainings. `unit`: what a batch consists of; `hint`: what to do about a loss that is not finite."""
 
     network: nn.Module
     title: str

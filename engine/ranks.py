@@ -27,11 +27,10 @@ B = TypeVar("B")
 Loss = Callable[[B, int], dict[str, Tensor]]
 """(batch, step) -> `loss` to minimise, and parts of it to log; scalars."""
 
-TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others: rank 0 validates and saves alone."""
+TIMEOUT = timedelta(minutes=30)  # for the other ranks: rank 0 validates and saves alone
 EXIT_TIMEOUT = timedelta(seconds=20)
+# Words in PyTorch's errors about another rank that is gone; they have no type of their own in all versions.
 NETWORK_ERRORS = ("gloo", "NCCL", "TCPStore", "Connection", "Broken pipe")
-"""Words in PyTorch's errors about another rank that is gone; they have no type of their own in all versions."""
 
 
 class ReportedError(Exception):

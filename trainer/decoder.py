@@ -61,17 +61,8 @@ def train_decoder(
 ) -> dict[str, Any]:
     """Train a decoder on a store's tokens and their frames; the same call again continues where it was stopped.
 
-    Memory contains `max_frames` images, the tokens of a batch, and a shard of frames while they are read.
-
-    Args:
-        source: the frames that the store's tokens were made of.
-        overwrite: start from scratch where a decoder exists.
-
-    Returns:
-        The content of `validation.json`: what `validate_decoder` measures on held-out frames.
-
-    Raises:
-        UserError: unusable store, a decoder with other settings, images that do not fit into memory, or a loss that is not finite.
+    Memory contains `max_frames` images, the tokens of a batch, and a shard of frames while they are read. `overwrite` starts from scratch
+    where a decoder exists. Returns the content of `validation.json`: what `validate_decoder` measures on held-out frames.
     """
     check_options(options)
     store = TokenStore.open(cache, mirrored=True)
@@ -211,16 +202,15 @@ def validate_decoder(
 ) -> dict[str, Any]:
     """Compare images decoded from cached tokens with the frames themselves, and these with the mean train frame (`mean_frame`)."""
     decoder.eval()
-    parts: dict[str, dict[str, list[NDArray[np.float64]]]] = {"drawn": {}, "mean_frame": {}}
+    found: dict[str, list[dict[str, NDArray[np.float64]]]] = {"drawn": [], "mean_frame": []}
     for rows in np.array_split(np.arange(len(frames)), max(1, math.ceil(len(frames) / 32))):
         tokens = torch.from_numpy(store.gather(frames[rows])).to(decoder.tokens_mean.device)
         real = to_unit(images[rows])
         for kind, drawn in (("drawn", decoder(tokens)), ("mean_frame", decoder.images_mean.expand(*real.shape))):
-            for name, values in metrics(drawn, real, decoder.images_mean).items():
-                parts[kind].setdefault(name, []).append(values)
-    means = {kind: summarise({n: np.concatenate(v) for n, v in found.items()}) for kind, found in parts.items()}
-    result: dict[str, Any] = {**means["drawn"], "mean_frame": means["mean_frame"]}
-    return result if metrics.lpips_absent is None else {**result, "lpips_absent": metrics.lpips_absent}
+            found[kind].append(metrics(drawn, real, decoder.images_mean))
+    means = [summarise({n: np.concatenate([p[n] for p in parts]) for n in parts[0]}) for parts in found.values()]
+    absent = {} if metrics.lpips_absent is None else {"lpips_absent": metrics.lpips_absent}
+    return {**means[0], "mean_frame": means[1], **absent}
 
 
 def _finished(out: Path, options: DecoderOptions) -> dict[str, Any] | None:

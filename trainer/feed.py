@@ -1,8 +1,4 @@
-"""Batches of windows, read ahead of the training loop.
-
-Tokens reside on the device where they fit there with room to spare, else in main memory, else they stay on disk: then the operating system
-prefetches the frames of a batch two steps ahead, and memory holds no more than two batches.
-"""
+"""Batches of windows, read ahead of the training loop from the device, main memory, or the disk."""
 
 from __future__ import annotations
 
@@ -31,14 +27,11 @@ STEPS_AHEAD = 2
 def choose_residence(
     store: TokenStore, device: torch.device, wanted: str = "auto", sharing: int = 1
 ) -> tuple[str, str]:
-    """Choose where to keep a store's tokens while training; raises UserError for an unknown residence.
+    """Choose where to keep a store's tokens while training, and the reason for the log.
 
     Args:
-        wanted: one of RESIDENCES, or `auto`.
+        wanted: one of RESIDENCES, or `auto`: the first with room to spare.
         sharing: processes of this machine that each keep the tokens; each has its own device, and they share main memory.
-
-    Returns:
-        One of RESIDENCES, and the reason for the log.
     """
     if wanted not in ("auto", *RESIDENCES):
         raise UserError(f"no residence {wanted!r}; known are auto, {', '.join(RESIDENCES)}")

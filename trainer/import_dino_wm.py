@@ -87,10 +87,6 @@ def import_dino_wm(
         cache: a store of the frames that the model was trained on, encoded by DINOv2 as the reference does.
         out: the run's folder, written as a whole or not at all; `overwrite` replaces another run.
         checkpoint: `latest`, or the number of an epoch.
-
-    Raises:
-        UserError: files that are missing, damaged, or contain what no DINO-WM checkpoint needs; settings that `DinoWm` does not implement;
-            a store that does not fit the model; a folder that is another run.
     """
     settings = _read_settings(folder / "hydra.yaml")
     store = TokenStore.open(cache)

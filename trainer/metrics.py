@@ -58,8 +58,7 @@ class ImageMetrics:
         """Compare pairs of images.
 
         Args:
-            drawn, real: [B, 3, S, S], clipped to [-1, 1].
-            mean_frame: [3, S, S] in [-1, 1], of the frames that a decoder was trained on; it defines which pixels move.
+            drawn, real: [B, 3, S, S], clipped to [-1, 1]. mean_frame: [3, S, S]; it defines which pixels move.
 
         Returns:
             float64 [B] each: `mse` of values in [0, 1], `ssim` (Wang et al. 2004, Gaussian window of 11 pixels) and, where it is available,

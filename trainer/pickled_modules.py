@@ -46,14 +46,7 @@ class Record:
 
 
 def load_modules(path: Path, known: Callable[[str], bool]) -> Any:
-    """Load what was saved, with a `Record` for every object.
-
-    Args:
-        known: which names of classes and functions the file may contain, beside those of tensors and dicts.
-
-    Raises:
-        UserError: the file is missing or damaged, not of torch.save, or contains another name, which the message repeats.
-    """
+    """Load what was saved, with a `Record` for every object; raises UserError with a name of a class or function that is not `known`."""
     try:
         with zipfile.ZipFile(path) as archive:
             return _Unpickler(path, archive, known).load()

@@ -31,15 +31,8 @@ def find_stages(
 ) -> tuple[list[Progress], bool]:
     """Find what is left to train, without writing anything; where a run starts from another one, load its weights into `model`.
 
-    Args:
-        config: of the run, as it would be written; `start` is a run that has finished the stage before the first one to train.
-
     Returns:
         Where each stage that has steps left begins or continues, and whether the wanted stage follows one that the run has.
-
-    Raises:
-        UserError: the stage is unknown; the one before is missing, not finished, or of another store or model; or the run has other
-            stages or too few steps.
     """
     wanted = config["stage"]
     if wanted != "all" and wanted not in model.stages:
@@ -110,11 +103,7 @@ def finished_stage(run: Path, stage: str) -> Path:
 def prepare_run(
     out: Path, config: dict[str, Any], store: TokenStore, *, resume: bool, overwrite: bool, begins: bool, finished: bool
 ) -> bool:
-    """Write what a run is, and return whether it has a checkpoint.
-
-    Raises:
-        UserError: the folder is something else, settings differ that may not change, the store differs, or there is nothing to resume.
-    """
+    """Write what a run is, and return whether it has a checkpoint; raises UserError where what differs may not change."""
     exists = is_run(out)
     if resume and not checkpoints(out):
         raise UserError(f"{out} has no checkpoint to resume; run without --resume")

@@ -55,14 +55,9 @@ def train(
     Args:
         resume: require a run to continue; allows other `steps` and another `learning_rate`.
         overwrite: start from scratch where a run exists.
-        ranks: which all call this, see `engine.ranks.joined`.
 
     Returns:
         The last validation's figures; empty where nothing was left to do, and on other ranks than 0.
-
-    Raises:
-        UserError: unusable store, a run with other settings, no checkpoint to resume, another process at work on the run, a batch that
-            the ranks cannot share, or a loss that is not finite; `not-finite.json` in the run's folder then names its windows.
     """
     check_options(options)
     check_slices(options.batch, ranks.world)

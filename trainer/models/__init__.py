@@ -41,17 +41,11 @@ class DataShape:
 class WorldModel(nn.Module, ABC):
     """An action-conditioned predictor of latents. Latents and actions are in the store's units. `loss` and `rollout` have no default."""
 
-    Options: ClassVar[type[Any]]
-    """Dataclass of the model's options; its fields become options of the command line."""
-    stages: ClassVar[tuple[str, ...]] = ()
-    """Names of the training stages in their order; empty for a model that is trained in one go."""
-    plannable_after: ClassVar[str] = ""
-    """The first stage after which `rollout` is meaningful."""
-    pools: ClassVar[bool] = False
-    """Whether `loss` can average the token grid (`--pool`)."""
-
-    stage: Tensor
-    """Buffer: number of the stage that is or was trained last, from 1; 0 before the first. Only for a model with stages."""
+    Options: ClassVar[type[Any]]  # dataclass, whose fields become options of the command line
+    stages: ClassVar[tuple[str, ...]] = ()  # empty for a model that is trained in one go
+    plannable_after: ClassVar[str] = ""  # the first stage after which `rollout` is meaningful
+    pools: ClassVar[bool] = False  # whether `loss` can average the token grid (`--pool`)
+    stage: Tensor  # of a model with stages: number of the one that is or was trained last, from 1; 0 before the first
 
     def __init__(self, shape: DataShape, options: Any, statistics: Mapping[str, Tensor]) -> None:
         """Keep `{tokens,proprio,action}_{mean,std}`, float32 vectors, as buffers, so that a planner opens no store."""

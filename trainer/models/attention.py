@@ -74,9 +74,7 @@ class Block(nn.Module):
         """Run the block on frames that follow those of `past`.
 
         Args:
-            x: [B, T, tokens, width].
-            window: a frame attends to itself and to the window - 1 frames before it.
-            condition: [B, T, width], where the block is conditioned.
+            x: [B, T, tokens, width]; a frame attends to itself and to the `window` - 1 frames before it. condition: [B, T, width].
             first: number of the first frame of `x`, for rotary positions.
             only_keys: compute keys and values only, and return `x` unchanged.
 

@@ -114,11 +114,8 @@ class DinoWm(LatentModel):
         return self.split(x, tokens, embedding)
 
     def imagine(self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int) -> list[Frames]:
-        """See `LatentModel.imagine`.
-
-        Keys and values of a frame are kept while its position in the window stays the same: with learned positions until the window is
-        full, with rotary ones always.
-        """
+        """See `LatentModel.imagine`."""
+        # Keys and values of a frame are kept while its position in the window stays: until it is full, with rotary positions always.
         past = futures[::samples]
         observed = tokens.shape[1]
         rotary = self.options.position == "rope"

@@ -48,10 +48,8 @@ class LatentOptions:
         """Refuse options that do not go together."""
         if self.width and not self.head_dim and self.width % self.heads:
             raise UserError(f"--width {self.width} is not a multiple of --heads {self.heads}; or give --head-dim")
-        if not self.width and not self.head_dim:
-            raise UserError("--width 0 leaves the heads without a size; give --head-dim (DINO-WM has 64)")
-        if not self.width and self.proprio == "raw":
-            raise UserError("--width 0 has no head for raw proprio; choose --proprio embedding or none, or a --width")
+        if not self.width and (not self.head_dim or self.proprio == "raw"):
+            raise UserError("--width 0 needs a --head-dim (DINO-WM has 64), and --proprio embedding or none")
 
 
 class LatentModel(WorldModel):

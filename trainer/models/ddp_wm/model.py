@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -100,10 +101,10 @@ class DdpWm(LatentModel):
         joined, std = shape.token_dim + embeddings, 0.02 if options.width else 1.0
         self.foreground = options.foreground or shape.tokens // 2
         self.fusion = Fusion(shape.tokens, joined, shape.history, options.fusion_heads, options.dropout, std)
-        head_dim = options.locator_width // options.locator_heads
-        blocks = (options.locator_depth, options.locator_heads, head_dim, options.locator_mlp, options.dropout, std)
+        vit = partial(Vit, heads=options.locator_heads, head_dim=options.locator_width // options.locator_heads)
+        vit = partial(vit, depth=options.locator_depth, mlp=options.locator_mlp, dropout=options.dropout, std=std)
         # Checkpoints have this name.
-        self.localiser = Localizer(shape, options.locator_width, embeddings, *blocks)
+        self.localiser = Localizer(shape, options.locator_width, embeddings, vit)
         width = options.width or joined
         self.project_in = nn.Linear(joined, width) if options.width else nn.Identity()
         head_dim = options.head_dim or width // options.heads
