@@ -29,8 +29,7 @@ from wmcache.engine.ranks import SINGLE, Ranks
 from wmcache.trainer.feed import Feed, choose_residence
 from wmcache.trainer.models import MODELS, DataShape, WorldModel, build, read_options
 from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.resume import find_stages, prepare_run
-from wmcache.trainer.runs import lock_run
+from wmcache.trainer.runs import find_stages, lock_run, prepare_run
 
 ROLLOUT_STEPS = 5
 UNDEFINED = "no skill (null in metrics.jsonl): held-out tokens do not change, or the rollout is not finite"
