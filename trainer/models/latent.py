@@ -70,12 +70,7 @@ class LatentModel(WorldModel):
     action_std: Tensor
 
     def __init__(
-        self,
-        shape: DataShape,
-        options: LatentOptions,
-        statistics: Mapping[str, Tensor],
-        proprio_dim: int,
-        action_dim: int,
+        self, shape: DataShape, options: LatentOptions, statistics: Mapping[str, Tensor], proprio: int, action: int
     ) -> None:
         """Build embeddings of proprio and action with so many dimensions; see `WorldModel` for the other arguments."""
         known = {name: value.float() for name, value in statistics.items()}
@@ -84,9 +79,9 @@ class LatentModel(WorldModel):
             known["tokens_mean"] = torch.zeros_like(known["tokens_mean"])
             known["tokens_std"] = torch.ones_like(known["tokens_std"])
         super().__init__(shape, options, known)
-        self.proprio_size = {"raw": shape.proprio_dim, "embedding": proprio_dim, "none": 0}[options.proprio]
-        self.embed_proprio = nn.Linear(shape.proprio_dim, proprio_dim) if options.proprio != "none" else None
-        self.embed_action = nn.Linear(shape.action_dim, action_dim)
+        self.proprio_size = {"raw": shape.proprio_dim, "embedding": proprio, "none": 0}[options.proprio]
+        self.embed_proprio = nn.Linear(shape.proprio_dim, proprio) if options.proprio != "none" else None
+        self.embed_action = nn.Linear(shape.action_dim, action)
 
     def standardise(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Convert from the store's units to the model's."""
