@@ -45,11 +45,13 @@ class Task(Protocol[B]):
     def loss(self, batch: B, step: int) -> dict[str, Tensor]:
         """Return `loss` to minimise, and parts of it to log; scalars."""
 
-    def before_step(self, step: int) -> None:
+    def before_step(self, step: int) -> None:  # noqa: ARG002
         """Prepare a step, for example seed what it draws."""
+        return
 
     def after_step(self) -> None:
         """Follow the optimiser's step, for example update a target network."""
+        return
 
     def next_loss(self, batch: B) -> Tensor:  # noqa: ARG002
         """Return the loss of the updated weights, in evaluation mode, which must be finite for them to be saved."""
@@ -59,8 +61,9 @@ class Task(Protocol[B]):
         """Return figures of held-out data; None for one that is not defined."""
         return {}
 
-    def on_not_finite(self, step: int) -> None:
+    def on_not_finite(self, step: int) -> None:  # noqa: ARG002
         """Record what led to a loss that is not finite."""
+        return
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,8 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     from torch.distributed.rendezvous import rendezvous
 
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    ranks = Ranks(*(int(os.environ[name]) for name in names), os.getppid())
+    rank, world, local_rank, local_world = (int(os.environ[name]) for name in names)
+    ranks = Ranks(rank, world, local_rank, local_world, os.getppid())
     store: Store | None = None
     try:
         try:

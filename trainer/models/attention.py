@@ -115,7 +115,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tokens: int, window: int, dropout: f
         q: [B, heads, T * tokens, head_dim] of the newest T frames. k, v: [B, heads, K * tokens, head_dim], K >= T.
     """
     behind, parts = (k.shape[2] - q.shape[2]) // tokens, []
-    for frame, own in enumerate(q.split(tokens, 2)):
+    for frame, own in enumerate(torch.split(q, tokens, 2)):
         stop = behind + frame + 1
         seen = slice(max(0, stop - window) * tokens, stop * tokens)
         parts.append(attend_all(own, k[:, :, seen], v[:, :, seen], dropout))

@@ -122,8 +122,8 @@ class LatentModel(WorldModel):
         context = min(context or self.shape.history, self.shape.history)
         imagined = self.imagine(tokens, self.embed(proprio), futures, math.prod(lead[1:]), context)
         latents, embeddings = (torch.cat(frames, 1) for frames in zip(*imagined, strict=True))
-        latents = latents * self.tokens_std + self.tokens_mean
-        return latents.unflatten(0, lead), embeddings[:, :, 0].unflatten(0, lead)
+        latents, embeddings = latents * self.tokens_std + self.tokens_mean, embeddings[:, :, 0]
+        return latents.reshape(lead + latents.shape[1:]), embeddings.reshape(lead + embeddings.shape[1:])
 
     @abstractmethod
     def imagine(self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int) -> list[Frames]:

@@ -263,7 +263,7 @@ class DdpWm(LatentModel):
         """Predict logits of change from each of T frames to the next, [B, T - 1, N, 4]; arguments as in the batch of `loss`."""
         tokens, proprio, actions = self.standardise(tokens, proprio, actions)
         logits: Tensor = self.localiser(self._fuse_all(tokens, self.embed(proprio), actions))
-        return logits.unflatten(0, (len(tokens), -1))
+        return logits.reshape(len(tokens), -1, *logits.shape[1:])
 
     def select(self, logits: Tensor) -> Tensor:
         """Return the K patches [..., K] with the largest logits [..., N, 4], in the order of the frame."""
