@@ -69,9 +69,7 @@ def save_checkpoint(run: Path, progress: Progress, network: nn.Module, optimiser
         sync(folder)
     except (OSError, SafetensorError, UserError) as error:
         why = reason(error.__cause__ or error)
-        raise UserError(
-            f"cannot write checkpoint {final} ({why}); free space, then run the same command again"
-        ) from error
+        raise UserError(f"cannot write {final} ({why}); free space, then run the same command again") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in checkpoints(run)[:-KEEP]:
@@ -164,8 +162,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 def read_progress(folder: Path) -> Progress:
     """Read how far a checkpoint is; raises UserError where it is damaged."""
-    known = {name: value for name, value in _read_state(folder).items() if name in Progress.__dataclass_fields__}
-    return parse(Progress, known, folder / "state.json", FALL_BACK)
+    return parse(Progress, _read_state(folder), folder / "state.json", FALL_BACK, exact=False)
 
 
 def last_checkpoint(run: Path) -> Path:

@@ -102,7 +102,5 @@ def _exit_as(ended: Mapping[int, int], received: Sequence[signal.Signals]) -> No
         if code > 0:  # that rank has printed why
             sys.exit(code)
     killed, code = next(iter(failed.items()))
-    raise UserError(
-        f"process {killed} of {len(ended)} was ended by {signal.Signals(-code).name}; "
-        "run the same command again to resume from the last checkpoint"
-    )
+    why = f"process {killed} of {len(ended)} was ended by {signal.Signals(-code).name}"
+    raise UserError(f"{why}; run the same command again to resume from the last checkpoint")

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from wmcache.common.device import autocast
 from wmcache.common.errors import UserError
@@ -22,6 +23,8 @@ from wmcache.engine.ranks import SINGLE, Loss, Ranks, without_reduction
 from wmcache.engine.signals import delay_signals
 
 B = TypeVar("B")
+Figures = dict[str, float | None]
+"""Measured on held-out data; None where a figure is not defined."""
 
 
 class Task(Protocol[B]):
@@ -33,7 +36,7 @@ class Task(Protocol[B]):
     out: Path
     hint: str
 
-    def optimiser(self) -> torch.optim.Optimizer:
+    def optimiser(self) -> Optimizer:
         """Return a new optimiser of the parameters that are trained."""
 
     def learning_rate(self, step: int) -> float:
@@ -57,8 +60,8 @@ class Task(Protocol[B]):
         """Return the loss of the updated weights, in evaluation mode, which must be finite for them to be saved."""
         return torch.zeros(())
 
-    def validate(self) -> dict[str, float | None]:
-        """Return figures of held-out data; None for one that is not defined."""
+    def validate(self) -> Figures:
+        """Return figures of held-out data."""
         return {}
 
     def on_not_finite(self, step: int) -> None:  # noqa: ARG002
@@ -91,9 +94,7 @@ class LoopOptions:
     checkpoint_seconds: float = math.inf
 
 
-def run(
-    task: Task[B], options: LoopOptions, folder: Path, progress: Progress, ranks: Ranks = SINGLE
-) -> dict[str, float | None]:
+def run(task: Task[B], options: LoopOptions, folder: Path, progress: Progress, ranks: Ranks = SINGLE) -> Figures:
     """Train a task to the end of its stage; returns the last validation's figures, on rank 0 only.
 
     Inside a stage, weights, optimiser and random generators are loaded from the newest checkpoint in `folder`. Raises UserError where the
@@ -107,7 +108,7 @@ def run(
     if ranks.is_main:
         truncate_metrics(folder, first)
     loss, saved = ranks.share(task.network, task.loss), time.monotonic()
-    result: dict[str, float | None] = {}
+    result: Figures = {}
     steps, done, size = options.steps, first - progress.begun, options.batch * options.accumulate
     logged = folder if options.log and ranks.is_main else None
     with (
@@ -150,12 +151,7 @@ def run(
 
 
 def _compute_gradients(
-    task: Task[B],
-    loss: Loss[B],
-    optimiser: torch.optim.Optimizer,
-    batches: Iterator[B],
-    step: int,
-    options: LoopOptions,
+    task: Task[B], loss: Loss[B], optimiser: Optimizer, batches: Iterator[B], step: int, options: LoopOptions
 ) -> tuple[dict[str, Tensor], B]:
     """Accumulate gradients of a step's micro-batches over all ranks and clip them; returns this rank's mean losses and the last batch."""
     task.network.train()
@@ -191,7 +187,7 @@ def require_finite(task: Task[B], step: int, values: Iterable[Tensor]) -> None:
         raise UserError(f"loss or weights are not finite at step {step}: {task.out}; {task.hint}")
 
 
-def _validate(task: Task[B], step: int, log: Log, ranks: Ranks) -> dict[str, float | None]:
+def _validate(task: Task[B], step: int, log: Log, ranks: Ranks) -> Figures:
     if figures := task.validate():
         log.write(step, figures)
         shown = (f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in figures.items())

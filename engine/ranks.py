@@ -70,10 +70,8 @@ class Ranks:
             name = "cuda" if torch.cuda.is_available() else "cpu"
         available = torch.cuda.device_count()
         if name not in ("cpu", "cuda") or (name == "cuda" and self.local_world > available):
-            raise UserError(
-                f"--device {name} is not enough for {self.local_world} processes on a machine with {available} CUDA devices; "
-                "start fewer, or choose --device cuda or cpu"
-            )
+            found = f"{self.local_world} processes and {available} CUDA devices"
+            raise UserError(f"--device {name} does not suit {found}; start fewer, or choose --device cuda or cpu")
         return choose_device(f"cuda:{self.local_rank}" if name == "cuda" else name)
 
     def share(self, network: nn.Module, loss: Loss[B]) -> Loss[B]:
@@ -174,10 +172,8 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
         except RuntimeError as error:
             if not any(word in str(error) for word in NETWORK_ERRORS):
                 raise
-            raise UserError(
-                f"a process of this training has died, or cannot be reached ({reason(error)}); "
-                "run the same command again to resume from the last checkpoint"
-            ) from error
+            why = f"a process of this training has died, or cannot be reached ({reason(error)})"
+            raise UserError(f"{why}; run the same command again to resume from the last checkpoint") from error
         dist.destroy_process_group()
     except BaseException as error:
         # A second signal must not interrupt the exit.

@@ -90,8 +90,11 @@ def _train(
     if exists and not overwrite:
         if different := different + foreign_identity(out, store.identity):
             raise UserError(f"{out} is a decoder with other settings ({'; '.join(different)}); choose another --out")
-        if done := _finished(out, options):
-            return done
+        if checkpoints(out) and (out / "validation.json").exists():
+            done = read_json(out / "validation.json", "move it away, then run the same command again")
+            step, measured = read_progress(last_checkpoint(out)).step, "lpips" in done or not options.lpips
+            if done.get("step") == step >= options.steps and measured:
+                return done
     metrics = ImageMetrics(image_size, device, lpips=False)
     images = load_frames(source, frames, store.card.frames_per_shard, image_size, "lower --max-frames")
     torch.manual_seed(options.seed)
@@ -211,12 +214,3 @@ def validate_decoder(
     means = [summarise({n: np.concatenate([p[n] for p in parts]) for n in parts[0]}) for parts in found.values()]
     absent = {} if metrics.lpips_absent is None else {"lpips_absent": metrics.lpips_absent}
     return {**means[0], "mean_frame": means[1], **absent}
-
-
-def _finished(out: Path, options: DecoderOptions) -> dict[str, Any] | None:
-    if not checkpoints(out) or not (out / "validation.json").exists():
-        return None
-    step = read_progress(last_checkpoint(out)).step
-    done = read_json(out / "validation.json", "move it away, then run the same command again")
-    complete = done.get("step") == step >= options.steps and ("lpips" in done or not options.lpips)
-    return done if complete else None

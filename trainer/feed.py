@@ -139,9 +139,8 @@ def load_on_device(store: TokenStore, device: torch.device) -> Tensor:
     try:
         table = torch.empty(shape, dtype=getattr(torch, store.card.dtype), device=device)
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{device.type} has no room for {human_bytes(store.card.token_bytes)} of tokens; choose --residence ram or disk"
-        ) from error
+        size = human_bytes(store.card.token_bytes)
+        raise UserError(f"{device.type} has no room for {size} of tokens; choose --residence ram or disk") from error
     for shard in range(store.card.num_shards):
         part = store.card.shard_frames(shard)
         table[part.start : part.stop] = torch.from_numpy(store.gather_stored(np.arange(part.start, part.stop)))

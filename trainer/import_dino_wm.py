@@ -13,13 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 from torch import Tensor
 
 from wmcache.cache.store import TokenStore
 from wmcache.common.errors import UserError, command, reason
-from wmcache.common.files import sha256_of, temporary_for
+from wmcache.common.files import cannot_write, sha256_of, temporary_for
 from wmcache.common.paths import AnyPath, absolute
 from wmcache.engine.checkpoint import Progress, checkpoints, save_checkpoint
 from wmcache.trainer.dino_wm_modules import EMBEDDING, PREDICTOR, ModuleReader
@@ -164,10 +163,8 @@ def _check_store(store: TokenStore, cache: AnyPath, settings: _Settings, file: P
         raise UserError(f"{cache} has {'; '.join(different)}; {hint}")
     episodes = int(store.episode.max()) + 1
     if settings.standardised and settings.rollouts not in (None, episodes):
-        raise UserError(
-            f"{file}: env.dataset.n_rollout is {settings.rollouts}, but {cache} has {episodes} episodes, so another mean; "
-            "extract a dataset of just those episodes"
-        )
+        why = f"{file}: env.dataset.n_rollout is {settings.rollouts}, but {cache} has {episodes} episodes, so another mean"
+        raise UserError(f"{why}; extract a dataset of just those episodes")
 
 
 def _load_weights(model: WorldModel, weights: Mapping[str, Tensor], file: Path, cache: AnyPath) -> None:
@@ -175,10 +172,8 @@ def _load_weights(model: WorldModel, weights: Mapping[str, Tensor], file: Path, 
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if different := sorted(name for name in {*sizes, *found} if sizes.get(name) != found.get(name)):
         name = different[0]
-        raise UserError(
-            f"{file} does not fit {cache}: {name} is {found.get(name)}, where the store and hydra.yaml make it {sizes.get(name)}; "
-            "use a store of the frames that the model was trained on"
-        )
+        why = f"{name} is {found.get(name)}, where the store and hydra.yaml make it {sizes.get(name)}"
+        raise UserError(f"{file} does not fit {cache}: {why}; use a store of the frames that the model was trained on")
     model.load_state_dict(weights, strict=False)  # the statistics are there already
 
 
@@ -191,20 +186,14 @@ def _write(
             if checkpoints(out) and read_config(out) == json.loads(json.dumps(config)):
                 return
             raise UserError(f"{out} is another run; choose another --out")
-        optimiser = make_optimiser(model, training)
-        for parameter in model.parameters():
-            # As before the first step, so that wmtrain --resume starts from the weights alone.
-            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            optimiser.state[parameter] = {"step": torch.tensor(0.0), **zeros}
         temporary = temporary_for(out)
         try:
-            save_checkpoint(temporary, Progress(), model, optimiser)
-            write_settings(temporary, config, store)
-            (temporary / "metrics.jsonl").touch()
-            if out.exists():
-                shutil.rmtree(out)
-            temporary.rename(out)
-        except OSError as error:
-            raise UserError(f"cannot write {out}: {reason(error)}; free space or choose another --out") from error
+            with cannot_write(out):
+                save_checkpoint(temporary, Progress(), model, make_optimiser(model, training))
+                write_settings(temporary, config, store)
+                (temporary / "metrics.jsonl").touch()
+                if out.exists():
+                    shutil.rmtree(out)
+                temporary.rename(out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

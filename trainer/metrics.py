@@ -44,7 +44,7 @@ class ImageMetrics:
         """Load the network of LPIPS, or download it, unless `lpips` is false; raises UserError for images that are too small for SSIM."""
         if image_size < MIN_SSIM:
             raise UserError(
-                f"frames of {image_size} px are too small for SSIM, which needs {MIN_SSIM}; collect larger ones"
+                f"frames of {image_size} px are too small for SSIM: at least {MIN_SSIM}; collect larger ones"
             )
         self._device = device
         self._lpips: Any = None

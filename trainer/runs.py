@@ -129,9 +129,8 @@ def open_store(run: Path, cache: AnyPath | None = None) -> TokenStore:
     except MissingError as error:
         raise UserError(f"{error}; if the store of {run} has moved, pass its path now with --cache") from error
     if different := foreign_identity(run, store.identity):
-        raise UserError(
-            f"{store.path} is not the store that {run} was trained on ({'; '.join(different)}); pass the right --cache"
-        )
+        why = f"{store.path} is not the store that {run} was trained on ({'; '.join(different)})"
+        raise UserError(f"{why}; pass the right --cache")
     return store
 
 
@@ -220,10 +219,8 @@ def _find_progress(
         progress = Progress(stage=previous, finished=True)
     reached = model.stage_number(progress.stage)
     if reached < before or (before and reached == before and not progress.finished):
-        raise UserError(
-            f"stage {stage} needs a finished stage {previous}, which {out} does not have; "
-            f"train it with --stage {previous}, or name a run that has it with --from"
-        )
+        why = f"stage {stage} needs a finished stage {previous}, which {out} does not have"
+        raise UserError(f"{why}; train it with --stage {previous}, or name a run that has it with --from")
     return progress
 
 
@@ -232,9 +229,7 @@ def _load_start(start: Path, model: WorldModel, stage: str, identity: Identity, 
     names = {"history", "frameskip", "split_seed", "episodes_fraction", *config["model_options"]}
     different = _differences(read_config(start), config, names - model.may_change_after(stage))
     if different := different + foreign_identity(start, identity):
-        raise UserError(
-            f"{start} is of another model or store ({'; '.join(different)}); choose the same, or name another --from"
-        )
+        raise UserError(f"{start} is of another model or store ({'; '.join(different)}); name another --from")
     load_weights(folder, model)
 
 

@@ -44,7 +44,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     ranks: Ranks = SINGLE,
-) -> dict[str, float | None]:
+) -> loop.Figures:
     """Train a world model on a store; the same call again continues where it was stopped.
 
     Several ranks cut each micro-batch into equal slices and average their gradients, so they train what a single process does, up to the
@@ -71,7 +71,7 @@ def train(
 
 def _train(
     store: TokenStore, cache: AnyPath, out: Path, options: TrainOptions, ranks: Ranks, *, resume: bool, overwrite: bool
-) -> dict[str, float | None]:
+) -> loop.Figures:
     windows = store.windows(
         options.history, 1, options.frameskip, "train", seed=options.split_seed, fraction=options.episodes_fraction
     )
@@ -103,7 +103,7 @@ def _train(
     how = loop.LoopOptions(
         **shared, device=device, dtype=choose_dtype(options.dtype, device), clip=options.clip or math.inf
     )
-    result: dict[str, float | None] = {}
+    result: loop.Figures = {}
     for begin in left:
         task = _WorldModelTask(model, store, windows.with_extras(extras), held_out, out, options, how, ranks, begin)
         with _compile_errors() if options.compile else nullcontext():
@@ -133,7 +133,7 @@ class _WorldModelTask(loop.Task[Batch]):
         self.title = f"wmtrain {self.begin.stage}".strip()
         self._loss: Any = torch.compile(self.network.loss) if self.options.compile else self.network.loss
 
-    def train(self) -> dict[str, float | None]:
+    def train(self) -> loop.Figures:
         options, model, windows, ranks, stage = self.options, self.network, self.windows, self.ranks, self.begin.stage
         if stage:
             model.begin(stage)
@@ -177,7 +177,7 @@ class _WorldModelTask(loop.Task[Batch]):
     def next_loss(self, batch: Batch) -> Tensor:
         return self.network.loss(batch)["loss"]
 
-    def validate(self) -> dict[str, float | None]:
+    def validate(self) -> loop.Figures:
         figures = self.network.validate(self.held_out, self.how.device, self.how.dtype)
         if None in figures.values() and not self.warned:
             self.ranks.log(UNDEFINED)
@@ -200,18 +200,14 @@ def _compile_errors() -> Iterator[None]:
     try:
         yield
     except (TorchDynamoException, OSError) as error:
-        raise UserError(
-            f"--compile does not work on this machine ({reason(error, 240)}); install a C++ compiler (g++, or the variable CXX), or run "
-            "the same command without --compile"
-        ) from error
+        why = f"--compile does not work on this machine ({reason(error, 240)})"
+        raise UserError(f"{why}; install a C++ compiler (g++, or the variable CXX), or leave it out") from error
 
 
 def check_slices(batch: int, world: int) -> None:
     """Raise UserError for a batch that cannot be cut into equal slices for the ranks."""
     if batch % world:
-        raise UserError(
-            f"--batch-size {batch} is cut into equal slices for {world} devices; choose a multiple of {world}"
-        )
+        raise UserError(f"--batch-size {batch} is not divisible by {world} devices; choose a multiple of {world}")
 
 
 def make_optimiser(model: WorldModel, options: TrainOptions) -> torch.optim.AdamW:

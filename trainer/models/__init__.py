@@ -96,9 +96,7 @@ class WorldModel(nn.Module, ABC):
         """Raise UserError where `loss` cannot average squares of `pool` x `pool` tokens."""
         rows, columns = self.shape.tokens // self.shape.columns, self.shape.columns
         if (pool > 1 and not self.pools) or rows % pool or columns % pool:
-            raise UserError(
-                f"--pool {pool} does not suit this world model on {rows} x {columns} tokens; choose a divisor of both, or leave it out"
-            )
+            raise UserError(f"--pool {pool} suits no {rows} x {columns} tokens of this model; choose 1, or divide both")
 
     @abstractmethod
     def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:

@@ -19,6 +19,9 @@ from wmcache.trainer.models import MODELS, DataShape, Frames
 from wmcache.trainer.models.attention import Block, KeysValues, zero_init
 from wmcache.trainer.models.latent import LatentModel, LatentOptions, append, pool_grid
 
+Kept = list[KeysValues | None]
+"""Of each block."""
+
 
 @dataclass(frozen=True)
 class DinoWmOptions(LatentOptions):
@@ -120,7 +123,7 @@ class DinoWm(LatentModel):
         observed = tokens.shape[1]
         rotary = self.options.position == "rope"
         frames = [(tokens[:, t : t + 1], embedding[:, t : t + 1]) for t in range(observed)]
-        kept: list[KeysValues | None] = [None] * len(self.blocks)
+        kept: Kept = [None] * len(self.blocks)
         known, copies = 0, 1  # frames whose keys and values are kept; for how many futures of each sequence
         for end in range(observed, futures.shape[1] + 1):
             start = max(0, end - context)
@@ -140,14 +143,7 @@ class DinoWm(LatentModel):
         return frames[observed:]
 
     def _advance(
-        self,
-        frame: list[Tensor],
-        action: Tensor,
-        slot: int,
-        kept: list[KeysValues | None],
-        context: int,
-        *,
-        wanted: bool,
+        self, frame: list[Tensor], action: Tensor, slot: int, kept: Kept, context: int, *, wanted: bool
     ) -> Frames | None:
         """Add a frame to the keys and values that are kept; return its successor where it is `wanted`."""
         x, condition = self.join(frame[0], frame[1], action)

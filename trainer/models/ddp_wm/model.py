@@ -70,7 +70,7 @@ class DdpWmOptions(LatentOptions):
         super().__post_init__()
         if self.locator_width % self.locator_heads:
             raise UserError(
-                f"--locator-width {self.locator_width} is not a multiple of --locator-heads {self.locator_heads}"
+                f"--locator-width {self.locator_width} is no multiple of --locator-heads {self.locator_heads}"
             )
 
     @property
@@ -92,9 +92,8 @@ class DdpWm(LatentModel):
     def __init__(self, shape: DataShape, options: DdpWmOptions, statistics: Mapping[str, Tensor]) -> None:
         """Build the model, see `WorldModel`; raises UserError where no token would be left to stay as it is."""
         if max(1, options.foreground) >= shape.tokens:
-            raise UserError(
-                f"--foreground {options.foreground} of {shape.tokens} tokens; choose fewer, or --model dino-wm"
-            )
+            found = f"--foreground {options.foreground} leaves none of {shape.tokens} tokens"
+            raise UserError(f"{found}; choose fewer, or --model dino-wm")
         size = options.embedding
         super().__init__(shape, options, statistics, size, size)
         embeddings = size * (2 if self.embed_proprio is not None else 1)
