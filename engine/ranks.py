@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from wmcache.common.device import choose_device
 from wmcache.common.errors import UserError, one_line, reason
-from wmcache.engine.signals import STOPPING
+from wmcache.engine.signals import STOPPING, handled
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -162,7 +162,8 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     store: Store | None = None
     try:
         try:
-            with _end_by_signals():
+            # Handlers in Python do not run while PyTorch waits for the other ranks.
+            with handled(STOPPING, signal.SIG_DFL):
                 store = PrefixStore("wmtrain", next(rendezvous("env://"))[0])
                 if (own := ranks.device(device)).type == "cuda":
                     torch.cuda.set_device(own)
@@ -183,20 +184,6 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
         if store and not _reports(store, ranks.rank, stopped=isinstance(error, KeyboardInterrupt)):
             raise ReportedError from error
         raise
-
-
-@contextmanager
-def _end_by_signals() -> Iterator[None]:
-    """Let signals end this process at once: handlers in Python do not run while PyTorch waits for the other ranks."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPING}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _reports(store: Store, rank: int, *, stopped: bool) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -33,17 +33,21 @@ class PendingSignal:
 
 
 @contextmanager
+def handled(numbers: Iterable[int], handler: Handler | signal.Handlers) -> Iterator[None]:
+    """Let a handler act on signals in the block; only the main thread can."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in (numbers if main else ())}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextmanager
 def delay_signals() -> Iterator[PendingSignal]:
     """Delay the signals of STOPPING; the block acts on the pending one when its state is saved."""
-    handlers: dict[int, Handler] = {}
-    if threading.current_thread() is threading.main_thread():
-        # Keep default or ignored handlers: a parent process set them on purpose.
-        handlers = {number: handler for number in STOPPING if callable(handler := signal.getsignal(number))}
-    pending = PendingSignal(handlers)
-    for number in handlers:
-        signal.signal(number, pending.receive)
-    try:
+    # Keep default or ignored handlers: a parent process set them on purpose.
+    pending = PendingSignal({n: handler for n in STOPPING if callable(handler := signal.getsignal(n))})
+    with handled(pending.handlers, pending.receive):
         yield pending
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

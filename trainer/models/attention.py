@@ -25,11 +25,6 @@ class KeysValues(NamedTuple):
         """Repeat each sequence of the batch `copies` times in a row."""
         return KeysValues(self.keys.repeat_interleave(copies, 0), self.values.repeat_interleave(copies, 0))
 
-    def newest(self, tokens: int) -> KeysValues:
-        """Keep the last `tokens` tokens."""
-        first = max(0, self.keys.shape[2] - tokens)
-        return KeysValues(self.keys[:, :, first:].contiguous(), self.values[:, :, first:].contiguous())
-
 
 class Block(nn.Module):
     """Attention and MLP (DINO-WM, models/vit.py), with variants."""
@@ -90,7 +85,8 @@ class Block(nn.Module):
             q, k = rotate(q, first, frames), rotate(k, first, frames)
         if past is not None:
             k, v = torch.cat([past.keys, k], 2), torch.cat([past.values, v], 2)
-        kept = KeysValues(k, v).newest((window - 1) * tokens)
+        oldest = max(0, k.shape[2] - (window - 1) * tokens)
+        kept = KeysValues(k[:, :, oldest:].contiguous(), v[:, :, oldest:].contiguous())
         if only_keys:
             return x, kept
         dropout = self.dropout if self.training else 0.0
