@@ -24,22 +24,14 @@ from wmcache.common.paths import cause_outside, unreadable
 from wmcache.common.schema import parse
 from wmcache.common.tensors import load_tensors as load_file
 
-KEEP = 2
-"""Number of checkpoints to keep: the newest, and the one before it in case the newest turns out bad."""
+KEEP = 2  # the newest, and the one before it in case the newest turns out bad
 FILES = ("model.safetensors", "optimizer.safetensors")
 FALL_BACK = "move its folder out of checkpoints to continue from the checkpoint before it"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is.
-
-    Attributes:
-        step: steps of all stages together.
-        stage: the stage that was trained last; empty before the first, and for tasks without stages.
-        begun: the step at which this stage began.
-        finished: whether the stage has had all of its steps.
-    """
+    """How far a run is: steps of all stages together, the last stage (empty for tasks without stages) and the step where it began."""
 
     step: int = 0
     stage: str = ""
@@ -68,11 +60,16 @@ def save_checkpoint(run: Path, progress: Progress, network: nn.Module, optimiser
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        _link_last(folder, final)
+        link, last = folder / ".last.tmp", folder / "last"
+        link.unlink(missing_ok=True)
+        link.symlink_to(final.name)
+        if last.is_dir() and not last.is_symlink():  # some programs copy a link as a folder
+            shutil.rmtree(last)
+        link.replace(last)
+        sync(folder)
     except (OSError, SafetensorError, UserError) as error:
-        raise UserError(
-            f"cannot write checkpoint {final} ({reason(error.__cause__ or error)}); free space, then run the same command again"
-        ) from error
+        why = reason(error.__cause__ or error)
+        raise UserError(f"cannot write {final} ({why}); free space, then run the same command again") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in checkpoints(run)[:-KEEP]:
@@ -81,23 +78,11 @@ def save_checkpoint(run: Path, progress: Progress, network: nn.Module, optimiser
     return final
 
 
-def _link_last(folder: Path, final: Path) -> None:
-    link, last = folder / ".last.tmp", folder / "last"
-    link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
-    if last.is_dir() and not last.is_symlink():  # some programs copy a link as a folder
-        shutil.rmtree(last)
-    link.replace(last)
-    sync(folder)
-
-
 def _ends_a_stage(folder: Path) -> bool:
     try:
         progress = read_progress(folder)
-    except UnreadableError:
-        return True  # keep what cannot be read at the moment
-    except UserError:
-        return False  # the rest of a folder whose deletion was interrupted
+    except UserError as error:  # keep what cannot be read at the moment, and not the rest of an interrupted deletion
+        return isinstance(error, UnreadableError)
     return bool(progress.stage) and progress.finished
 
 
@@ -117,10 +102,7 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_training_state(run: Path, network: nn.Module, optimiser: torch.optim.Optimizer) -> int:
-    """Load the newest checkpoint into `network`, `optimiser` and the random generators; returns its step.
-
-    Raises UserError where there is none, or it is damaged or of other shapes.
-    """
+    """Load the newest checkpoint into `network`, `optimiser` and the random generators; returns its step."""
     folder = last_checkpoint(run)
     load_weights(folder, network)
     tensors = load_tensors(folder, FILES[1])
@@ -150,9 +132,14 @@ def load_weights(folder: Path, network: nn.Module) -> None:
     try:
         network.load_state_dict(load_tensors(folder, FILES[0]))
     except RuntimeError as error:
-        raise UserError(
-            f"{folder / FILES[0]} does not fit its config.json ({reason(error, 200)}); restore that, or train into another --out"
-        ) from error
+        raise misfit(folder, error) from error
+
+
+def misfit(folder: Path, error: Exception) -> UserError:
+    """Return the error of weights that do not fit the network of their run's settings."""
+    return UserError(
+        f"{folder / FILES[0]} does not fit its config.json ({reason(error, 200)}); restore that, or train into another --out"
+    )
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -175,8 +162,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 def read_progress(folder: Path) -> Progress:
     """Read how far a checkpoint is; raises UserError where it is damaged."""
-    known = {name: value for name, value in _read_state(folder).items() if name in Progress.__dataclass_fields__}
-    return parse(Progress, known, folder / "state.json", FALL_BACK)
+    return parse(Progress, _read_state(folder), folder / "state.json", FALL_BACK, exact=False)
 
 
 def last_checkpoint(run: Path) -> Path:

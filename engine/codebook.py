@@ -1,8 +1,4 @@
-"""Codebooks whose entries are moving means of the tokens nearest to them (VQ-VAE, arXiv 1711.00937, appendix A.1).
-
-`vector-quantize-pytorch` would need einx, loguru and torch-einops-utils, keeps its state under other names and shapes than existing
-checkpoints and weights files, and draws replacements of dead entries differently.
-"""
+"""Codebooks whose entries are moving means of the tokens nearest to them (VQ-VAE, arXiv 1711.00937, appendix A.1)."""
 
 from __future__ import annotations
 
@@ -10,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DEAD = 0.01
-"""An entry of `Codebook` is dead where its count is below this share of an equal distribution."""
+DEAD = 0.01  # an entry is dead where its count is below this share of an equal distribution
 
 
 def nearest(tokens: Tensor, entries: Tensor) -> Tensor:
@@ -68,19 +63,15 @@ class Codebook(MovingMeans):
         """[B, N, D] -> the nearest entry of each, with the gradient of the tokens, and their mean squared distance."""
         with torch.autocast(tokens.device.type, enabled=False):
             flat = tokens.float().flatten(0, 1)
-            if self.training:
-                self._restart_dead(flat.detach())
+            share = len(flat) / len(self.count)
+            dead = self.count < DEAD * share
+            if self.training and dead.any():
+                chosen = flat.detach()[torch.randint(len(flat), (int(dead.sum()),)).to(flat.device)]
+                self.restart(dead, chosen, share)
+                self.entries[dead] = chosen
             numbers = nearest(flat, self.entries)
             chosen = self.entries[numbers].view_as(tokens)
             if self.training:
                 self.update(flat.detach(), numbers)
                 self.entries.copy_(self.means())
             return tokens + (chosen - tokens).detach(), F.mse_loss(tokens.float(), chosen)
-
-    def _restart_dead(self, tokens: Tensor) -> None:
-        share = len(tokens) / len(self.count)
-        dead = self.count < DEAD * share
-        if dead.any():
-            chosen = tokens[torch.randint(len(tokens), (int(dead.sum()),)).to(tokens.device)]
-            self.restart(dead, chosen, share)
-            self.entries[dead] = chosen

@@ -15,10 +15,8 @@ from wmcache.common.cpus import limit_threads
 from wmcache.common.errors import INTERRUPTED, STOPPED, Stopped, UserError
 
 SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Stopped, signal.SIGUSR1: Stopped, signal.SIGHUP: Stopped}
-HOST = "127.0.0.1"
-"""An address, because the name of a machine, and even `localhost`, may not resolve."""
-SECONDS_TO_END = 10.0
-"""Time for the other ranks to end, after one has failed."""
+HOST = "127.0.0.1"  # because the name of a machine, and even `localhost`, may not resolve
+SECONDS_TO_END = 10.0  # for the other ranks, after one has failed
 POLL_SECONDS = 0.1
 
 Rank = subprocess.Popen[bytes]
@@ -27,9 +25,8 @@ Rank = subprocess.Popen[bytes]
 def launch(words: Sequence[str], devices: int) -> NoReturn:
     """Start `devices` ranks of a program with its arguments, wait for them, and exit as they did.
 
-    Ranks find each other as torchrun's do. Its agent is not used: it resolves the machine's name, and cannot be stopped while it does.
-    SIGINT, SIGTERM, SIGUSR1 and SIGHUP go to all ranks, which finish their step and save it, however long that takes. A second SIGINT
-    kills them.
+    torchrun's agent is not used: it resolves the machine's name, and cannot be stopped while it does. SIGNALS go to all ranks, which
+    finish their step and save it, however long that takes. A second SIGINT kills them.
 
     Raises:
         UserError: a rank was killed.
@@ -52,7 +49,11 @@ def launch(words: Sequence[str], devices: int) -> NoReturn:
     ranks: list[Rank] = []
     try:
         for rank in range(devices):
-            environment = {**os.environ, **_rank_variables(rank, devices, store.port)}
+            numbers = {"MASTER_PORT": store.port, "RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RESTART_COUNT": 0}
+            numbers |= {"WORLD_SIZE": devices, "LOCAL_WORLD_SIZE": devices}
+            # As torchrun sets them; the store is in this process.
+            texts = {"MASTER_ADDR": HOST, "TORCHELASTIC_RUN_ID": "wmcache", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            environment = {**os.environ, **texts, **{name: str(value) for name, value in numbers.items()}}
             # In its own process group, so that Ctrl-C arrives from here alone, in a form that also ends a rank during its imports.
             ranks.append(subprocess.Popen(list(words), env=environment, process_group=0))
         ended = _wait(ranks, received)
@@ -60,21 +61,6 @@ def launch(words: Sequence[str], devices: int) -> NoReturn:
         for process in ranks:
             process.kill()
     _exit_as(ended, received)
-
-
-def _rank_variables(rank: int, devices: int, port: int) -> dict[str, str]:
-    """The variables that torchrun sets for a rank."""
-    return {
-        "MASTER_ADDR": HOST,
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(devices),
-        "LOCAL_WORLD_SIZE": str(devices),
-        "TORCHELASTIC_RUN_ID": "wmcache",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # this process has it
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
 
 
 def _wait(ranks: Sequence[Rank], received: Sequence[signal.Signals]) -> dict[int, int]:
@@ -116,7 +102,5 @@ def _exit_as(ended: Mapping[int, int], received: Sequence[signal.Signals]) -> No
         if code > 0:  # that rank has printed why
             sys.exit(code)
     killed, code = next(iter(failed.items()))
-    raise UserError(
-        f"process {killed} of {len(ended)} was ended by {signal.Signals(-code).name}; "
-        "run the same command again to resume from the last checkpoint"
-    )
+    why = f"process {killed} of {len(ended)} was ended by {signal.Signals(-code).name}"
+    raise UserError(f"{why}; run the same command again to resume from the last checkpoint")

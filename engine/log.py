@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,16 +21,13 @@ from wmcache.common.progress import seconds_between_updates
 B = TypeVar("B")
 
 
-class Log:
+class Log(AbstractContextManager["Log"]):
     """Shows a training on a progress bar, with its speed, and logs it."""
 
     def __init__(
         self, run: Path | None, title: str, unit: str, batch: int, *, steps: int, initial: int, hidden: bool = False
     ) -> None:
-        """Open metrics.jsonl and TensorBoard in `run`, if there is one, and a progress bar of `steps` steps, `initial` of them done.
-
-        A step's batch consists of `batch` times `unit`.
-        """
+        """Open metrics.jsonl and TensorBoard in `run`, if there is one, and a bar of `steps` steps, each of `batch` times `unit`."""
         self._file = (run / "metrics.jsonl").open("a", encoding="utf-8") if run else None
         self._board = SummaryWriter(str(run / "tensorboard")) if run else None
         # After the files: an error of theirs must not end up on the bar's line.
@@ -72,10 +70,6 @@ class Log:
         for name, value in finite.items():
             if value is not None:
                 self._board.add_scalar(name, value, step)
-
-    def __enter__(self) -> Log:
-        """Return the log."""
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Close everything."""

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from wmcache.common.device import autocast
 from wmcache.common.errors import UserError
@@ -22,18 +23,12 @@ from wmcache.engine.ranks import SINGLE, Loss, Ranks, without_reduction
 from wmcache.engine.signals import delay_signals
 
 B = TypeVar("B")
+Figures = dict[str, float | None]
+"""Measured on held-out data; None where a figure is not defined."""
 
 
 class Task(Protocol[B]):
-    """What differs between trainings: a network, its batches, loss and validation. Derive from it to inherit the hooks.
-
-    Attributes:
-        network: what is trained; checkpoints contain its state.
-        title: of the progress bar.
-        unit: what a batch consists of, such as `windows`.
-        out: the run in error messages.
-        hint: what a user can do about a loss that is not finite.
-    """
+    """What differs between trainings. `unit`: what a batch consists of; `hint`: what to do about a loss that is not finite."""
 
     network: nn.Module
     title: str
@@ -41,21 +36,17 @@ class Task(Protocol[B]):
     out: Path
     hint: str
 
-    def optimiser(self) -> torch.optim.Optimizer:
+    def optimiser(self) -> Optimizer:
         """Return a new optimiser of the parameters that are trained."""
-        ...
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step."""
-        ...
 
     def batches(self, first: int) -> AbstractContextManager[Iterator[B]]:
         """Open the stream of micro-batches from number `first` on; batch k depends on k alone."""
-        ...
 
     def loss(self, batch: B, step: int) -> dict[str, Tensor]:
         """Return `loss` to minimise, and parts of it to log; scalars."""
-        ...
 
     def before_step(self, step: int) -> None:  # noqa: ARG002
         """Prepare a step, for example seed what it draws."""
@@ -69,8 +60,8 @@ class Task(Protocol[B]):
         """Return the loss of the updated weights, in evaluation mode, which must be finite for them to be saved."""
         return torch.zeros(())
 
-    def validate(self) -> dict[str, float | None]:
-        """Return figures of held-out data; None for one that is not defined."""
+    def validate(self) -> Figures:
+        """Return figures of held-out data."""
         return {}
 
     def on_not_finite(self, step: int) -> None:  # noqa: ARG002
@@ -86,7 +77,6 @@ class LoopOptions:
         steps: of the optimiser, from where the stage began.
         batch: size of a micro-batch, of all ranks together; `accumulate` of them make a step.
         clip: largest norm of the gradient; None neither clips nor logs it.
-        log: whether to write metrics.jsonl and TensorBoard.
         log_every, validate_every, checkpoint_every: steps between two; each is also done after the last step.
         checkpoint_seconds: time between two checkpoints, for a single process.
     """
@@ -104,15 +94,11 @@ class LoopOptions:
     checkpoint_seconds: float = math.inf
 
 
-def run(
-    task: Task[B], options: LoopOptions, folder: Path, progress: Progress, ranks: Ranks = SINGLE
-) -> dict[str, float | None]:
+def run(task: Task[B], options: LoopOptions, folder: Path, progress: Progress, ranks: Ranks = SINGLE) -> Figures:
     """Train a task to the end of its stage; returns the last validation's figures, on rank 0 only.
 
-    Inside a stage, weights, optimiser and random generators are loaded from the newest checkpoint in `folder`.
-
-    Raises:
-        UserError: the loss or the weights are not finite, or a checkpoint cannot be read or written.
+    Inside a stage, weights, optimiser and random generators are loaded from the newest checkpoint in `folder`. Raises UserError where the
+    loss or the weights are not finite, or a checkpoint cannot be read or written.
     """
     optimiser, first, last = task.optimiser(), progress.step, progress.begun + options.steps
     if first > progress.begun:
@@ -122,9 +108,11 @@ def run(
     if ranks.is_main:
         truncate_metrics(folder, first)
     loss, saved = ranks.share(task.network, task.loss), time.monotonic()
-    result: dict[str, float | None] = {}
+    result: Figures = {}
+    steps, done, size = options.steps, first - progress.begun, options.batch * options.accumulate
+    logged = folder if options.log and ranks.is_main else None
     with (
-        _open_log(task, options, folder, progress, ranks) as log,
+        Log(logged, task.title, task.unit, size, steps=steps, initial=done, hidden=not ranks.is_main) as log,
         task.batches(first * options.accumulate) as stream,
         delay_signals() as pending,
     ):
@@ -134,7 +122,13 @@ def run(
             losses, batch = _compute_gradients(task, loss, optimiser, batches, step, options)
             # Ranks decide by equal values, so that none waits for one that has ended.
             losses, stopping = ranks.all_reduce(losses, signal.SIGTERM if ranks.orphaned else pending.number)
-            _require_finite_losses(task, losses, step, ranks)
+            try:
+                require_finite(task, step, [losses["loss"], losses.get("gradient_norm", losses["loss"])])
+            except UserError:
+                if ranks.is_main:
+                    task.on_not_finite(step)
+                ranks.wait()
+                raise
             optimiser.step()
             task.after_step()
             log.step_done()
@@ -156,31 +150,10 @@ def run(
     return result
 
 
-def _open_log(task: Task[B], options: LoopOptions, folder: Path, progress: Progress, ranks: Ranks) -> Log:
-    return Log(
-        folder if options.log and ranks.is_main else None,
-        task.title,
-        task.unit,
-        options.batch * options.accumulate,
-        steps=options.steps,
-        initial=progress.step - progress.begun,
-        hidden=not ranks.is_main,
-    )
-
-
 def _compute_gradients(
-    task: Task[B],
-    loss: Loss[B],
-    optimiser: torch.optim.Optimizer,
-    batches: Iterator[B],
-    step: int,
-    options: LoopOptions,
+    task: Task[B], loss: Loss[B], optimiser: Optimizer, batches: Iterator[B], step: int, options: LoopOptions
 ) -> tuple[dict[str, Tensor], B]:
-    """Accumulate the gradients of a step's micro-batches, averaged over all ranks, and clip them.
-
-    Returns:
-        This rank's losses, averaged over the micro-batches, with `gradient_norm` before clipping; and the last micro-batch.
-    """
+    """Accumulate gradients of a step's micro-batches over all ranks and clip them; returns this rank's mean losses and the last batch."""
     task.network.train()
     optimiser.zero_grad(set_to_none=True)
     rate = task.learning_rate(step)
@@ -200,16 +173,6 @@ def _compute_gradients(
     return means, batch
 
 
-def _require_finite_losses(task: Task[B], losses: dict[str, Tensor], step: int, ranks: Ranks) -> None:
-    try:
-        require_finite(task, step, [losses["loss"], losses.get("gradient_norm", losses["loss"])])
-    except UserError:
-        if ranks.is_main:
-            task.on_not_finite(step)
-        ranks.wait()
-        raise
-
-
 def _require_finite_weights(task: Task[B], batch: B, step: int, options: LoopOptions, ranks: Ranks) -> None:
     """Refuse to save weights that are not finite or give such a loss."""
     task.network.eval()
@@ -224,7 +187,7 @@ def require_finite(task: Task[B], step: int, values: Iterable[Tensor]) -> None:
         raise UserError(f"loss or weights are not finite at step {step}: {task.out}; {task.hint}")
 
 
-def _validate(task: Task[B], step: int, log: Log, ranks: Ranks) -> dict[str, float | None]:
+def _validate(task: Task[B], step: int, log: Log, ranks: Ranks) -> Figures:
     if figures := task.validate():
         log.write(step, figures)
         shown = (f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in figures.items())

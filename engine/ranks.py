@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from wmcache.common.device import choose_device
 from wmcache.common.errors import UserError, one_line, reason
-from wmcache.engine.signals import STOPPING
+from wmcache.engine.signals import STOPPING, handled
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -27,11 +27,10 @@ B = TypeVar("B")
 Loss = Callable[[B, int], dict[str, Tensor]]
 """(batch, step) -> `loss` to minimise, and parts of it to log; scalars."""
 
-TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others: rank 0 validates and saves alone."""
+TIMEOUT = timedelta(minutes=30)  # for the other ranks: rank 0 validates and saves alone
 EXIT_TIMEOUT = timedelta(seconds=20)
+# Words in PyTorch's errors about another rank that is gone; they have no type of their own in all versions.
 NETWORK_ERRORS = ("gloo", "NCCL", "TCPStore", "Connection", "Broken pipe")
-"""Words in PyTorch's errors about another rank that is gone; they have no type of their own in all versions."""
 
 
 class ReportedError(Exception):
@@ -40,14 +39,13 @@ class ReportedError(Exception):
 
 @dataclass(frozen=True)
 class Ranks:
-    """One of `world` processes that train together; by default a single process. The local numbers are those of this machine."""
+    """One of `world` processes that train together. The local numbers are those of this machine; `parent` is the starting process's id."""
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
     parent: int = 0
-    """Id of the process that started this one."""
 
     @property
     def is_main(self) -> bool:
@@ -70,12 +68,10 @@ class Ranks:
             return choose_device(name)
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name not in ("cpu", "cuda"):
-            raise UserError(f"--device {name} is one device, for {self.world} processes; choose --device cuda or cpu")
-        if name == "cuda" and self.local_world > (available := torch.cuda.device_count()):
-            raise UserError(
-                f"{self.local_world} processes need a CUDA device each, this machine has {available}; start fewer, or choose --device cpu"
-            )
+        available = torch.cuda.device_count()
+        if name not in ("cpu", "cuda") or (name == "cuda" and self.local_world > available):
+            found = f"{self.local_world} processes and {available} CUDA devices"
+            raise UserError(f"--device {name} does not suit {found}; start fewer, or choose --device cuda or cpu")
         return choose_device(f"cuda:{self.local_rank}" if name == "cuda" else name)
 
     def share(self, network: nn.Module, loss: Loss[B]) -> Loss[B]:
@@ -137,8 +133,8 @@ class _LossModule(nn.Module):
 
 def without_reduction(loss: Loss[Any]) -> AbstractContextManager[Any]:
     """Keep gradients of passes in this block on their rank; the first pass outside averages them all."""
-    no_sync: Callable[[], AbstractContextManager[Any]] = getattr(loss, "no_sync", nullcontext)
-    return no_sync()
+    found: AbstractContextManager[Any] = getattr(loss, "no_sync", nullcontext)()
+    return found
 
 
 def is_distributed() -> bool:
@@ -150,10 +146,8 @@ def is_distributed() -> bool:
 def joined(device: str = "auto") -> Iterator[Ranks]:
     """Join the ranks that torchrun started, by NCCL between CUDA devices and gloo between CPUs; else yield a single process.
 
-    The first rank that ends by an exception raises it. All others raise `ReportedError`, so that the user reads one line.
-
-    Raises:
-        UserError: no such device, or another rank does not come or dies.
+    The first rank that ends by an exception raises it. All others raise `ReportedError`, so that the user reads one line. Raises UserError
+    where a device is not available, or another rank does not come or dies.
     """
     if not is_distributed():
         yield SINGLE
@@ -168,7 +162,8 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     store: Store | None = None
     try:
         try:
-            with _end_by_signals():
+            # Handlers in Python do not run while PyTorch waits for the other ranks.
+            with handled(STOPPING, signal.SIG_DFL):
                 store = PrefixStore("wmtrain", next(rendezvous("env://"))[0])
                 if (own := ranks.device(device)).type == "cuda":
                     torch.cuda.set_device(own)
@@ -178,10 +173,8 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
         except RuntimeError as error:
             if not any(word in str(error) for word in NETWORK_ERRORS):
                 raise
-            raise UserError(
-                f"a process of this training has died, or cannot be reached ({reason(error)}); "
-                "run the same command again to resume from the last checkpoint"
-            ) from error
+            why = f"a process of this training has died, or cannot be reached ({reason(error)})"
+            raise UserError(f"{why}; run the same command again to resume from the last checkpoint") from error
         dist.destroy_process_group()
     except BaseException as error:
         # A second signal must not interrupt the exit.
@@ -191,20 +184,6 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
         if store and not _reports(store, ranks.rank, stopped=isinstance(error, KeyboardInterrupt)):
             raise ReportedError from error
         raise
-
-
-@contextmanager
-def _end_by_signals() -> Iterator[None]:
-    """Let signals end this process at once: handlers in Python do not run while PyTorch waits for the other ranks."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPING}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _reports(store: Store, rank: int, *, stopped: bool) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -14,13 +15,12 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 Handler = Callable[[int, FrameType | None], object]
 
 
+@dataclass
 class PendingSignal:
-    """The last signal that was received and not acted on yet; its `number` is 0 before one is received."""
+    """The last signal that was received and not acted on yet, 0 before one is received, and the handlers that act on it."""
 
-    def __init__(self, handlers: dict[int, Handler]) -> None:
-        """`handlers` act on a signal, by its number."""
-        self.number = 0
-        self._handlers = handlers
+    handlers: dict[int, Handler]
+    number: int = 0
 
     def receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Remember a signal; this is the handler while signals are delayed."""
@@ -29,21 +29,25 @@ class PendingSignal:
     def act_on(self, number: int) -> None:
         """Run the handler of a signal, which usually raises KeyboardInterrupt; nothing for 0."""
         if number:
-            self._handlers.get(number, signal.default_int_handler)(number, None)
+            self.handlers.get(number, signal.default_int_handler)(number, None)
+
+
+@contextmanager
+def handled(numbers: Iterable[int], handler: Handler | signal.Handlers) -> Iterator[None]:
+    """Let a handler act on signals in the block; only the main thread can."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in (numbers if main else ())}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 @contextmanager
 def delay_signals() -> Iterator[PendingSignal]:
     """Delay the signals of STOPPING; the block acts on the pending one when its state is saved."""
-    handlers: dict[int, Handler] = {}
-    if threading.current_thread() is threading.main_thread():
-        # Keep default or ignored handlers: a parent process set them on purpose.
-        handlers = {number: handler for number in STOPPING if callable(handler := signal.getsignal(number))}
-    pending = PendingSignal(handlers)
-    for number in handlers:
-        signal.signal(number, pending.receive)
-    try:
+    # Keep default or ignored handlers: a parent process set them on purpose.
+    pending = PendingSignal({n: handler for n in STOPPING if callable(handler := signal.getsignal(n))})
+    with handled(pending.handlers, pending.receive):
         yield pending
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

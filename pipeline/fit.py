@@ -35,7 +35,7 @@ from wmcache.common.paths import AnyPath, absolute, as_path
 from wmcache.common.reading import reading
 from wmcache.engine.checkpoint import Progress, checkpoints, last_checkpoint, read_progress
 from wmcache.engine.loop import LoopOptions, Task, require_finite, run
-from wmcache.engine.schedules import warmup_cosine
+from wmcache.engine.optimisers import warmup_cosine
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder, FitOptions
 from wmcache.pipeline.encoders.base import Features, Preprocess, Select

@@ -29,7 +29,7 @@ from wmcache.planner.judge import THRESHOLDS
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_episodes
 from wmcache.study.cells import ENCODER_OPTIONS, Cell, Workspace
-from wmcache.trainer.models.base import rollout_errors, skills
+from wmcache.trainer.models import rollout_errors, skills
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.runs import load_model
 from wmcache.trainer.train import train, validation_windows

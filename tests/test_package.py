@@ -124,8 +124,8 @@ def test_the_help_of_an_option_reads_on_its_own(program: click.Command) -> None:
     assert [flag for flag, text in found if len(text.split()) < 2 or text.split()[0] in FRAGMENTS] == []
 
 
-# `wmcache rm` deletes what the user names, and a --from that --overwrite would delete is refused.
-ASKED_TO_DELETE = {"cache/catalogue.py", "planner/evaluate.py", "trainer/resume.py"}
+# `wmcache rm` deletes what the user names.
+ASKED_TO_DELETE = {"cache/catalogue.py", "planner/evaluate.py"}
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=name_of)

@@ -29,14 +29,15 @@ from wmcache.common.errors import UserError
 from wmcache.common.files import not_written
 from wmcache.common.frames import Frames, load_frames
 from wmcache.common.jsonfiles import read_json, write_json
+from wmcache.common.options import check_options
 from wmcache.common.paths import AnyPath, absolute
 from wmcache.common.schema import parse
 from wmcache.engine import loop
 from wmcache.engine.checkpoint import Progress, checkpoints, last_checkpoint, read_progress
-from wmcache.trainer.decoders import DECODERS, Decoder, DecoderShape, build_decoder
+from wmcache.trainer.decoders import Decoder, DecoderShape, build_decoder
 from wmcache.trainer.metrics import ImageMetrics, Images, summarise, to_unit
-from wmcache.trainer.options import DecoderOptions, check_options
-from wmcache.trainer.runs import differences, is_run, load_network, lock_run, read_identity, write_settings
+from wmcache.trainer.options import DecoderOptions
+from wmcache.trainer.runs import differences, foreign_identity, is_run, load_network, lock_run, write_settings
 
 VALIDATION_FRAMES = 512
 HINT = "train a decoder with: wmtrain decoder --cache STORE"
@@ -47,9 +48,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class _Config:
-    """What is validated of a decoder's settings before it is built from them."""
-
+class _Config:  # validated before a decoder is built of it
     decoder: str
     decoder_options: dict[str, Any]
     shape: DecoderShape
@@ -62,19 +61,8 @@ def train_decoder(
 ) -> dict[str, Any]:
     """Train a decoder on a store's tokens and their frames; the same call again continues where it was stopped.
 
-    Memory contains `max_frames` images, the tokens of a batch, and a shard of frames while they are read.
-
-    Args:
-        cache: the store.
-        source: the frames that the store's tokens were made of.
-        out: the decoder's folder; `overwrite` starts from scratch where a decoder exists.
-        options: more `steps` than before continue from there.
-
-    Returns:
-        The content of `validation.json`: what `validate_decoder` measures on held-out frames.
-
-    Raises:
-        UserError: unusable store, a decoder with other settings, images that do not fit into memory, or a loss that is not finite.
+    Memory contains `max_frames` images, the tokens of a batch, and a shard of frames while they are read. `overwrite` starts from scratch
+    where a decoder exists. Returns the content of `validation.json`: what `validate_decoder` measures on held-out frames.
     """
     check_options(options)
     store = TokenStore.open(cache, mirrored=True)
@@ -97,9 +85,16 @@ def _train(
     if name == "auto":
         name = "transposed-conv" if store.card.tokens_per_frame == 1 else "vqvae"
     config = {**asdict(options), "decoder": name, "cache": absolute(cache), "shape": asdict(shape)}
-    exists = _exists(out, config, store, overwrite=overwrite)
-    if exists and not overwrite and (done := _finished(out, options)):
-        return done
+    exists = is_run(out)
+    different = differences(read_decoder_config(out), config, config.keys() - MAY_CHANGE) if exists else []
+    if exists and not overwrite:
+        if different := different + foreign_identity(out, store.identity):
+            raise UserError(f"{out} is a decoder with other settings ({'; '.join(different)}); choose another --out")
+        if checkpoints(out) and (out / "validation.json").exists():
+            done = read_json(out / "validation.json", "move it away, then run the same command again")
+            step, measured = read_progress(last_checkpoint(out)).step, "lpips" in done or not options.lpips
+            if done.get("step") == step >= options.steps and measured:
+                return done
     metrics = ImageMetrics(image_size, device, lpips=False)
     images = load_frames(source, frames, store.card.frames_per_shard, image_size, "lower --max-frames")
     torch.manual_seed(options.seed)
@@ -111,13 +106,10 @@ def _train(
     first = read_progress(last_checkpoint(out)).step if checkpoints(out) else 0
     last = max(first, options.steps)
     count = sum(parameter.numel() for parameter in decoder.parameters())
-    train_frames = len(split_frames(store.episode, "train", options.split_seed))
-    tqdm.write(
-        f"{name}: {count / 1e6:.2f} M parameters, {len(frames)} of {train_frames} train frames of {image_size} px, "
-        f"{device.type} {str(dtype).removeprefix('torch.')}, steps {first} to {last}",
-        file=sys.stderr,
-    )
-    task = DecoderTask(decoder, store, frames, images, out, options)
+    shown = f"{device.type} {str(dtype).removeprefix('torch.')}, steps {first} to {last}"
+    size = f"{count / 1e6:.2f} M parameters, {len(frames)} train frames of {image_size} px"
+    tqdm.write(f"{name}: {size}, {shown}", file=sys.stderr)
+    task = _DecoderTask(decoder, store, frames, images, out, options)
     how = loop.LoopOptions(
         last, options.batch, device, dtype, log_every=options.log_every, checkpoint_every=options.checkpoint_every
     )
@@ -133,7 +125,7 @@ def _train(
 
 
 @dataclass
-class DecoderTask(loop.Task[Batch]):
+class _DecoderTask(loop.Task[Batch]):
     """A decoder for the training loop, on a store's frames [B] and their images, uint8 [B, S, S, 3]."""
 
     network: Decoder
@@ -147,15 +139,12 @@ class DecoderTask(loop.Task[Batch]):
     hint: str = "the last checkpoint, if any, is good; train with a lower --lr into another --out"
 
     def optimiser(self) -> torch.optim.Optimizer:
-        """Return Adam, as DINO-WM (conf/train.yaml)."""
         return torch.optim.Adam(self.network.parameters(), lr=self.options.learning_rate)
 
     def learning_rate(self, step: int) -> float:  # noqa: ARG002
-        """Return the same rate for all steps."""
         return self.options.learning_rate
 
     def batches(self, first: int) -> AbstractContextManager[Iterator[Batch]]:
-        """Gather tokens and images of random frames."""
         return nullcontext(map(self._batch, itertools.count(first)))
 
     def _batch(self, step: int) -> Batch:
@@ -165,16 +154,14 @@ class DecoderTask(loop.Task[Batch]):
         return tokens.to(device), to_unit(self.images[chosen]).to(device)
 
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """Return the decoder's own loss."""
         return self.network.loss(*batch)
 
     def next_loss(self, batch: Batch) -> Tensor:
-        """Return the loss of the updated weights on the last batch."""
         return self.network.loss(*batch)["loss"]
 
 
 def load_decoder(folder: Path, device: torch.device) -> Decoder:
-    """Load the newest decoder of a folder, frozen; raises UserError where it is not a decoder's, or has no usable checkpoint."""
+    """Load the newest decoder of a folder, frozen."""
     config = read_decoder_config(folder)
 
     def make(statistics: dict[str, Tensor]) -> Decoder:
@@ -188,9 +175,6 @@ def read_decoder_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     config = read_json(file, HINT)
     parse(_Config, config, file, HINT, exact=False, fault="is not a decoder's")
-    if config["decoder"] not in DECODERS:
-        raise UserError(f"{file} names an unknown decoder {config['decoder'][:80]!r}; {HINT}")
-    parse(DECODERS.get(config["decoder"]).Options, config["decoder_options"], file, HINT)
     return config
 
 
@@ -206,55 +190,27 @@ def statistics_of(store: TokenStore, images: Images) -> dict[str, Tensor]:
 
 def choose_frames(store: TokenStore, options: DecoderOptions) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Choose frames to train on and held-out ones to validate on; ascending, and the same for the same options."""
-
-    def choose(split: str, most: int) -> NDArray[np.int64]:
+    chosen = []
+    for split, most in (("train", options.max_frames), ("val", VALIDATION_FRAMES)):
         frames = split_frames(store.episode, split, options.split_seed)
-        if len(frames) <= most:
-            return frames
-        return np.sort(np.random.default_rng(options.seed).choice(frames, most, replace=False))
-
-    return choose("train", options.max_frames), choose("val", VALIDATION_FRAMES)
+        if len(frames) > most:
+            frames = np.sort(np.random.default_rng(options.seed).choice(frames, most, replace=False))
+        chosen.append(frames)
+    return chosen[0], chosen[1]
 
 
 @torch.inference_mode()
 def validate_decoder(
     decoder: Decoder, store: TokenStore, frames: NDArray[np.int64], images: Images, metrics: ImageMetrics
 ) -> dict[str, Any]:
-    """Compare images decoded from cached tokens with the frames themselves, uint8 [B, S, S, 3].
-
-    Returns:
-        What `summarise` gives for all frames; the same for the mean train frame, as `mean_frame`; and `lpips_absent`, the reason where
-        LPIPS is not available.
-    """
+    """Compare images decoded from cached tokens with the frames themselves, and these with the mean train frame (`mean_frame`)."""
     decoder.eval()
-    parts: dict[str, dict[str, list[NDArray[np.float64]]]] = {"drawn": {}, "mean_frame": {}}
+    found: dict[str, list[dict[str, NDArray[np.float64]]]] = {"drawn": [], "mean_frame": []}
     for rows in np.array_split(np.arange(len(frames)), max(1, math.ceil(len(frames) / 32))):
         tokens = torch.from_numpy(store.gather(frames[rows])).to(decoder.tokens_mean.device)
         real = to_unit(images[rows])
         for kind, drawn in (("drawn", decoder(tokens)), ("mean_frame", decoder.images_mean.expand(*real.shape))):
-            for name, values in metrics(drawn, real, decoder.images_mean).items():
-                parts[kind].setdefault(name, []).append(values)
-    means = {kind: summarise({n: np.concatenate(v) for n, v in found.items()}) for kind, found in parts.items()}
-    result: dict[str, Any] = {**means["drawn"], "mean_frame": means["mean_frame"]}
-    return result if metrics.lpips_absent is None else {**result, "lpips_absent": metrics.lpips_absent}
-
-
-def _exists(out: Path, config: dict[str, Any], store: TokenStore, *, overwrite: bool) -> bool:
-    """Whether there is a decoder at `out`; raises UserError where it has other settings, or there is something else."""
-    if not is_run(out):
-        return False
-    different = differences(read_decoder_config(out), config, config.keys() - MAY_CHANGE)
-    different += [f"the store's identity, {item}" for item in read_identity(out)[1].differences(store.identity)]
-    if different and not overwrite:
-        raise UserError(f"{out} is a decoder with other settings ({'; '.join(different)}); choose another --out")
-    return True
-
-
-def _finished(out: Path, options: DecoderOptions) -> dict[str, Any] | None:
-    """Return the last validation, where there is nothing left to do."""
-    if not checkpoints(out) or not (out / "validation.json").exists():
-        return None
-    step = read_progress(last_checkpoint(out)).step
-    done = read_json(out / "validation.json", "move it away, then run the same command again")
-    complete = done.get("step") == step >= options.steps and ("lpips" in done or not options.lpips)
-    return done if complete else None
+            found[kind].append(metrics(drawn, real, decoder.images_mean))
+    means = [summarise({n: np.concatenate([p[n] for p in parts]) for n in parts[0]}) for parts in found.values()]
+    absent = {} if metrics.lpips_absent is None else {"lpips_absent": metrics.lpips_absent}
+    return {**means[0], "mean_frame": means[1], **absent}

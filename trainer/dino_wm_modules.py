@@ -1,7 +1,6 @@
 """The modules in a checkpoint of DINO-WM (models/vit.py, models/proprio.py in its repository), as weights of `DinoWm`.
 
-Every module below the predictor and the two embeddings is compared with a table of what the reference has there, so that nothing that
-would change the numbers is ignored.
+Every module is compared with a table of what the reference has there, so that nothing that would change the numbers is ignored.
 """
 
 from __future__ import annotations
@@ -64,11 +63,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 EXACT = (torch.float32, torch.float16, torch.bfloat16)
 MAX_MODULES = 2000
-
 PARTS = ("predictor", "action_encoder", "proprio_encoder")
-UNUSED = {"epoch", "encoder", "decoder"} | {
-    f"{part}_optimizer" for part in ("encoder", "predictor", "action_encoder", "proprio_encoder", "decoder")
-}
+UNUSED = {"epoch", "encoder", "decoder", *(f"{part}_optimizer" for part in (*PARTS, "encoder", "decoder"))}
 
 
 class ModuleReader:
@@ -96,28 +92,19 @@ class ModuleReader:
         if action != proprio:
             self._refuse(f"action_encoder makes {action} and proprio_encoder makes {proprio} dimensions, not the same")
         sizes, predictor = self._predictor(root["predictor"])
-        options = DinoWmOptions(
-            combine="features" if self.concat_dim else "tokens",
-            proprio="embedding",
-            predict="frame",
-            standardise=False,
-            width=0,
-            embedding=action,
-            **sizes,
-        )
-        return weights | predictor, options, epoch
+        reference: dict[str, Any] = {"proprio": "embedding", "predict": "frame", "standardise": False, "width": 0}
+        combine: Any = "features" if self.concat_dim else "tokens"
+        return weights | predictor, DinoWmOptions(combine=combine, embedding=action, **reference, **sizes), epoch
 
     def _embedding(self, record: object, part: str, name: str) -> dict[str, Tensor]:
-        weights = self._weights(
-            *self._flatten(record, part), {part: (EMBEDDING, ""), f"{part}.patch_embed": (CONV, name)}
-        )
+        expected = {part: (EMBEDDING, ""), f"{part}.patch_embed": (CONV, name)}
+        weights = self._weights(*self._flatten(record, part), expected)
         weight = weights[f"{name}.weight"]
         if weight.ndim != 3 or weight.shape[2] != 1:
             self._refuse(f"{part} sees more than one frame at once (tubelet_size)")
         return {**weights, f"{name}.weight": weight[..., 0].contiguous()}
 
     def _predictor(self, record: object) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the sizes of the transformer, and its weights."""
         modules, tensors = self._flatten(record, "predictor")
         position = tensors.pop("predictor.pos_embedding", None)
         layers = [name for name in modules if name.startswith(f"{LAYERS}.") and name.count(".") == 3]
@@ -134,19 +121,16 @@ class ModuleReader:
             self._refuse(f"predictor.pos_embedding is {found}, where hydra.yaml makes it (1, {rows}, ...)")
         position = self._exact("predictor.pos_embedding", position)
         weights["position"] = rearrange(position, "1 (h n) d -> h n d", h=self.history).contiguous()
-        heads = {
-            self._heads(modules[f"{path}.0"].state, weights[f"{block}qkv.weight"]) for path, block in blocks.items()
-        }
-        dropouts = [module.state.get("p") for module in modules.values() if module.kind == DROPOUT]
-        if modules["predictor.dropout"].state.get("p") != 0:
+        heads = {self._heads(modules[f"{at}.0"].state, weights[f"{block}qkv.weight"]) for at, block in blocks.items()}
+        if modules.pop("predictor.dropout").state.get("p") != 0:
             self._refuse("predictor.dropout.p (emb_dropout) is not 0, and wmcache has no such dropout")
-        dropouts.remove(0)
-        if len(heads) != 1 or any(value != dropouts[0] for value in dropouts):
+        first, *others = [module.state.get("p") for module in modules.values() if module.kind == DROPOUT] or [None]
+        if len(heads) != 1 or any(value != first for value in others):
             self._refuse("the predictor has no blocks, or blocks of different heads or dropouts")
-        if not isinstance(dropouts[0], int | float) or not 0 <= dropouts[0] < 1:
-            self._refuse(f"the predictor's dropout is {shown(dropouts[0])}")
+        if not isinstance(first, int | float) or not 0 <= first < 1:
+            self._refuse(f"the predictor's dropout is {shown(first)}")
         ((count, size),) = heads
-        sizes: dict[str, Any] = {"depth": len(blocks), "heads": count, "head_dim": size, "dropout": dropouts[0]}
+        sizes: dict[str, Any] = {"depth": len(blocks), "heads": count, "head_dim": size, "dropout": first}
         return {**sizes, "mlp": weights["blocks.0.mlp.0.bias"].numel()}, weights
 
     def _heads(self, attention: dict[str, Any], qkv: Tensor) -> tuple[int, int]:
@@ -165,7 +149,6 @@ class ModuleReader:
         return heads, size
 
     def _flatten(self, root: object, where: str) -> tuple[dict[str, Record], dict[str, Tensor]]:
-        """Collect all modules and all parameters below a module, by their paths."""
         modules: dict[str, Record] = {}
         tensors: dict[str, Tensor] = {}
         waiting = [(where, root)]
@@ -195,7 +178,6 @@ class ModuleReader:
     def _weights(
         self, modules: Mapping[str, Record], tensors: Mapping[str, Tensor], expected: Expected
     ) -> dict[str, Tensor]:
-        """Return the tensors of modules that are all as expected, by their names in `DinoWm`."""
         for path in sorted({*modules, *expected}, key=lambda path: (path.count("."), path)):
             kind = modules[path].kind if path in modules else "missing"
             wanted = expected[path][0] if path in expected else "nothing"
@@ -204,16 +186,14 @@ class ModuleReader:
             for setting, needed in SETTINGS.get(kind, {}).items():
                 if (value := modules[path].state.get(setting, needed)) != needed:
                     self._refuse(f"{path}.{setting} is {shown(value)}, not {needed!r}")
-        names = {f"{path}.weight": f"{name}.weight" for path, (_, name) in expected.items() if name}
-        names |= {
-            f"{path}.bias": f"{name}.bias" for path, (_, name) in expected.items() if name and not name.endswith("qkv")
-        }
+        known = [(path, name) for path, (_, name) in expected.items() if name]
+        names = {f"{path}.weight": f"{name}.weight" for path, name in known}
+        names |= {f"{path}.bias": f"{name}.bias" for path, name in known if not name.endswith("qkv")}
         if different := sorted(set(tensors) ^ set(names)):
             self._refuse(f"{different[0][:160]} is {'missing' if different[0] in names else 'not in the reference'}")
         return {name: self._exact(path, tensors[path]) for path, name in names.items()}
 
     def _exact(self, path: str, values: Tensor) -> Tensor:
-        """Convert to float32."""
         if values.dtype not in EXACT:
             self._refuse(f"{path} is {values.dtype}, which float32 cannot represent")
         if not torch.isfinite(values).all():

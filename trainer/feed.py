@@ -1,13 +1,10 @@
-"""Batches of windows, read ahead of the training loop.
-
-Tokens reside on the device where they fit there with room to spare, else in main memory, else they stay on disk: then the operating system
-prefetches the frames of a batch two steps ahead, and memory holds no more than two batches.
-"""
+"""Batches of windows, read ahead of the training loop from the device, main memory, or the disk."""
 
 from __future__ import annotations
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -23,23 +20,18 @@ from wmcache.common.memory import available_ram, free_memory
 from wmcache.common.space import human_bytes
 
 RESIDENCES = ("device", "ram", "disk")
-ROOM_TO_SPARE = 2.0
-"""Memory that must be free for tokens to move in, as a multiple of their size: the model and its activations need room too."""
+ROOM_TO_SPARE = 2.0  # free memory as a multiple of the tokens' size: the model and its activations need room too
 STEPS_AHEAD = 2
 
 
 def choose_residence(
     store: TokenStore, device: torch.device, wanted: str = "auto", sharing: int = 1
 ) -> tuple[str, str]:
-    """Choose where to keep a store's tokens while training; raises UserError for an unknown residence.
+    """Choose where to keep a store's tokens while training, and the reason for the log.
 
     Args:
-        store: the tokens. device: of the training.
-        wanted: one of RESIDENCES, or `auto`.
+        wanted: one of RESIDENCES, or `auto`: the first with room to spare.
         sharing: processes of this machine that each keep the tokens; each has its own device, and they share main memory.
-
-    Returns:
-        One of RESIDENCES, and a line for the log that gives the reason.
     """
     if wanted not in ("auto", *RESIDENCES):
         raise UserError(f"no residence {wanted!r}; known are auto, {', '.join(RESIDENCES)}")
@@ -49,19 +41,13 @@ def choose_residence(
     if wanted == "auto":
         fits = {"device": size * ROOM_TO_SPARE <= on_device, "ram": size * ROOM_TO_SPARE <= in_ram, "disk": True}
         wanted = next(residence for residence in RESIDENCES if fits[residence])
-    free = f"{human_bytes(in_ram)} of main memory free{' for each process' if sharing > 1 else ''}"
-    if not is_cpu(device):
-        free = f"{human_bytes(on_device)} free on {device.type}, " + free
+    free = "" if is_cpu(device) else f"{human_bytes(on_device)} free on {device.type}, "
+    free += f"{human_bytes(in_ram)} of main memory free for each process"
     return wanted, f"{human_bytes(size)} of tokens {'in' if wanted == 'ram' else 'on'} {wanted} ({free})"
 
 
-class Feed:
-    """Batches of steps `first`, `first` + 1, …; a thread reads the next one while the model works.
-
-    Attributes:
-        device: of the batches.
-        waited: seconds that the training loop has waited for data so far.
-    """
+class Feed(AbstractContextManager["Feed"]):
+    """Batches of steps `first`, `first` + 1, …; a thread reads the next one. `waited`: seconds of waiting for data so far."""
 
     def __init__(
         self,
@@ -78,10 +64,8 @@ class Feed:
         """Start reading; raises UserError where the tokens do not fit into the residence.
 
         Args:
-            store: the tokens. windows: of that store.
             batch: windows in each batch of all processes together.
             seed: of the order, which depends on it and the step alone.
-            device: of the batches. first: number of the first step. residence: one of RESIDENCES.
             rank, world_size: the slice of each batch to read, see `batch_windows`.
         """
         self.waited = 0.0
@@ -144,10 +128,6 @@ class Feed:
         scale = self._scale[torch.from_numpy(frames // self._store.card.frames_per_shard).to(self.device)]
         return restore(stored, scale[:, 0], scale[:, 1]).to(torch.float16)
 
-    def __enter__(self) -> Feed:
-        """Return the feed."""
-        return self
-
     def __exit__(self, *_: object) -> None:
         """Stop the reader."""
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -159,9 +139,8 @@ def load_on_device(store: TokenStore, device: torch.device) -> Tensor:
     try:
         table = torch.empty(shape, dtype=getattr(torch, store.card.dtype), device=device)
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{device.type} has no room for {human_bytes(store.card.token_bytes)} of tokens; choose --residence ram or disk"
-        ) from error
+        size = human_bytes(store.card.token_bytes)
+        raise UserError(f"{device.type} has no room for {size} of tokens; choose --residence ram or disk") from error
     for shard in range(store.card.num_shards):
         part = store.card.shard_frames(shard)
         table[part.start : part.stop] = torch.from_numpy(store.gather_stored(np.arange(part.start, part.stop)))

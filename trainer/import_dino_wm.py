@@ -1,10 +1,7 @@
 """Makes runs of DINO-WM's checkpoints (arXiv 2411.04983; train.py in its repository).
 
-    hydra.yaml                  the settings of its training
-    checkpoints/model_*.pth     a dict of whole pickled modules: predictor, action_encoder, proprio_encoder, decoder, and their optimisers
-
-The model of the preset `dino-wm` is the reference's, so the weights are copied as they are. What a checkpoint lacks comes from a store:
-the statistics that standardise actions and proprio, and the identity of the encoder.
+hydra.yaml                  the settings of its training
+checkpoints/model_*.pth     a dict of whole pickled modules: predictor, action_encoder, proprio_encoder, decoder, and their optimisers
 """
 
 from __future__ import annotations
@@ -12,21 +9,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 from torch import Tensor
 
 from wmcache.cache.store import TokenStore
 from wmcache.common.errors import UserError, command, reason
-from wmcache.common.files import sha256_of, temporary_for
+from wmcache.common.files import cannot_write, sha256_of, temporary_for
 from wmcache.common.paths import AnyPath, absolute
 from wmcache.engine.checkpoint import Progress, checkpoints, save_checkpoint
 from wmcache.trainer.dino_wm_modules import EMBEDDING, PREDICTOR, ModuleReader
-from wmcache.trainer.models import DataShape, WorldModel, build
+from wmcache.trainer.models import WorldModel, build
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.pickled_modules import load_modules, shown
 from wmcache.trainer.presets import PRESETS
@@ -62,33 +58,23 @@ REQUIRED: dict[str, Any] = {
 """Settings that `DinoWm`, the encoder `dinov2` and the statistics of a store implement."""
 
 TRAINED_WITH = ("warmup", "decay", "beta2", "decay-all", "clip", "dtype")
-ROUTE = 224
-"""Side that the encoder `dinov2` resizes frames to first, as the reference's `img_size`."""
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 class Imported(NamedTuple):
-    """What was imported; `standardised` says whether it was trained on standardised actions and proprio."""
+    """What was imported, and whether it was trained on standardised actions and proprio."""
 
     epoch: int
     parameters: int
     standardised: bool
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """Settings of the model in hydra.yaml; `side` is the side of the patch grid."""
-
+class _Settings(NamedTuple):
     history: int
     frameskip: int
     concat_dim: int
     image_size: int
     standardised: bool
     rollouts: int | None
-
-    @property
-    def side(self) -> int:
-        return self.image_size // 16
 
 
 def import_dino_wm(
@@ -97,21 +83,16 @@ def import_dino_wm(
     """Make a run of a DINO-WM checkpoint as wmtrain would write it; wmplan and wmtrain --resume continue from it.
 
     Args:
-        folder: with hydra.yaml and checkpoints/.
         cache: a store of the frames that the model was trained on, encoded by DINOv2 as the reference does.
         out: the run's folder, written as a whole or not at all; `overwrite` replaces another run.
         checkpoint: `latest`, or the number of an epoch.
-
-    Raises:
-        UserError: files that are missing, damaged, or contain what no DINO-WM checkpoint needs; settings that `DinoWm` does not implement;
-            a store that does not fit the model; a folder that is another run.
     """
     settings = _read_settings(folder / "hydra.yaml")
     store = TokenStore.open(cache)
     _check_store(store, cache, settings, folder / "hydra.yaml")
     file = folder / "checkpoints" / f"model_{checkpoint}.pth"
     root = load_modules(file, lambda name: name in KNOWN_NAMES or name.startswith(KNOWN_PREFIXES))
-    reader = ModuleReader(file, settings.side, settings.history, settings.concat_dim)
+    reader = ModuleReader(file, settings.image_size // 16, settings.history, settings.concat_dim)
     weights, options, epoch = reader.read(root)
     reference = {name.replace("-", "_"): PRESETS["dino-wm"][name] for name in TRAINED_WITH}
     sizes: dict[str, Any] = {"history": settings.history, "frameskip": settings.frameskip, "steps": 0, "batch": 32}
@@ -122,7 +103,8 @@ def import_dino_wm(
         for name, value in statistics.items():
             if not name.startswith("tokens"):
                 value.fill_(float(name.endswith("std")))
-    model = _make_model(f"{file} does not fit {cache}", shape, asdict(options), statistics, weights)
+    model = build("dino-wm", shape, asdict(options), statistics).eval()
+    _load_weights(model, weights, file, cache)
     source = {"format": "dino-wm", "file": str(file.absolute()), "sha256": sha256_of(file), "epoch": epoch}
     config = {**asdict(training), "cache": absolute(cache), "shape": asdict(shape), "imported": source}
     _write(out, config, store, model, training, overwrite=overwrite)
@@ -160,63 +142,39 @@ def _read_settings(file: Path) -> _Settings:
     if type(standardised) is not bool:
         raise UserError(f"{file}: normalize_action is {shown(standardised)}, not true or false; {hint}")
     rollouts = "env.dataset.n_rollout"
-    return _Settings(
-        history=number("num_hist", 1, 1024),
-        frameskip=number("frameskip", 1, 1024),
-        concat_dim=number("concat_dim", 0, 1),
-        image_size=number("img_size", 16, 8192),
-        standardised=standardised,
-        rollouts=None if get(rollouts) is None else number(rollouts, 1, 2**31),
-    )
+    episodes = None if get(rollouts) is None else number(rollouts, 1, 2**31)
+    sizes = number("num_hist", 1, 1024), number("frameskip", 1, 1024), number("concat_dim", 0, 1)
+    return _Settings(*sizes, number("img_size", 16, 8192), standardised, episodes)
 
 
 def _check_store(store: TokenStore, cache: AnyPath, settings: _Settings, file: Path) -> None:
     """Raise UserError where the tokens are not from the reference's encoder (models/visual_world_model.py)."""
-    side, identity = settings.side, store.identity
+    side = settings.image_size // 16
     wanted = {
-        "encoder": "dinov2",
-        "layer": "norm",
-        "token_selection": "patch",
-        "image_size": 14 * side,
+        **{"encoder": "dinov2", "layer": "norm", "token_selection": "patch", "image_size": 14 * side},
         "resize": f"bilinear antialias {settings.image_size}>{14 * side}",
-        "normalisation": HALF,
+        "normalisation": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        "token_grid": (side, side),
     }
-    found = {name: getattr(identity, name) for name in wanted}
+    found = {**vars(store.identity), "token_grid": store.card.token_grid}
     different = [f"{name} {found[name]}, not {value}" for name, value in wanted.items() if found[name] != value]
-    if store.card.token_grid != (side, side):
-        different.append(f"a grid of {store.card.token_grid} tokens, not {(side, side)}")
     if different:
-        hint = "only checkpoints with img_size 224 see the frames as wmcache's encoder does"
-        if settings.image_size == ROUTE:
-            hint = f"make such a store with: {command('wmcache', 'extract', '--encoder', 'dinov2')}"
+        hint = f"for a checkpoint with img_size 224, make a store with: {command('wmcache', 'extract', '--encoder', 'dinov2')}"
         raise UserError(f"{cache} has {'; '.join(different)}; {hint}")
     episodes = int(store.episode.max()) + 1
     if settings.standardised and settings.rollouts not in (None, episodes):
-        raise UserError(
-            f"{file}: env.dataset.n_rollout is {settings.rollouts}, but {cache} has {episodes} episodes, which would standardise "
-            "actions by another mean; extract a dataset of just those episodes"
-        )
+        why = f"{file}: env.dataset.n_rollout is {settings.rollouts}, but {cache} has {episodes} episodes, so another mean"
+        raise UserError(f"{why}; extract a dataset of just those episodes")
 
 
-def _make_model(
-    fault: str,
-    shape: DataShape,
-    options: Mapping[str, Any],
-    statistics: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-) -> WorldModel:
-    """Build the model with the weights; raises UserError, starting with `fault`, where their shapes differ."""
-    model = build("dino-wm", shape, options, statistics)
+def _load_weights(model: WorldModel, weights: Mapping[str, Tensor], file: Path, cache: AnyPath) -> None:
     sizes = {name: tuple(value.shape) for name, value in model.named_parameters()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if different := sorted(name for name in {*sizes, *found} if sizes.get(name) != found.get(name)):
         name = different[0]
-        raise UserError(
-            f"{fault}: {name} is {found.get(name)}, where the store and hydra.yaml make it {sizes.get(name)}; "
-            "use a store of the frames that the model was trained on"
-        )
+        why = f"{name} is {found.get(name)}, where the store and hydra.yaml make it {sizes.get(name)}"
+        raise UserError(f"{file} does not fit {cache}: {why}; use a store of the frames that the model was trained on")
     model.load_state_dict(weights, strict=False)  # the statistics are there already
-    return model.eval()
 
 
 def _write(
@@ -228,20 +186,14 @@ def _write(
             if checkpoints(out) and read_config(out) == json.loads(json.dumps(config)):
                 return
             raise UserError(f"{out} is another run; choose another --out")
-        optimiser = make_optimiser(model, training)
-        for parameter in model.parameters():
-            # As before the first step, so that wmtrain --resume starts from the weights alone.
-            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            optimiser.state[parameter] = {"step": torch.tensor(0.0), **zeros}
         temporary = temporary_for(out)
         try:
-            save_checkpoint(temporary, Progress(), model, optimiser)
-            write_settings(temporary, config, store)
-            (temporary / "metrics.jsonl").touch()
-            if out.exists():
-                shutil.rmtree(out)
-            temporary.rename(out)
-        except OSError as error:
-            raise UserError(f"cannot write {out}: {reason(error)}; free space or choose another --out") from error
+            with cannot_write(out):
+                save_checkpoint(temporary, Progress(), model, make_optimiser(model, training))
+                write_settings(temporary, config, store)
+                (temporary / "metrics.jsonl").touch()
+                if out.exists():
+                    shutil.rmtree(out)
+                temporary.rename(out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -18,10 +18,8 @@ from tqdm import tqdm
 
 from wmcache.common.errors import UserError, reason
 
-MIN_SSIM, MIN_LPIPS = 11, 31
-"""Image sizes, in pixels, that the window of SSIM and the layers of AlexNet need."""
-TIMEOUT = 5.0
-"""Seconds to wait for the network."""
+MIN_SSIM, MIN_LPIPS = 11, 31  # pixels that the window of SSIM and the layers of AlexNet need
+TIMEOUT = 5.0  # seconds to wait for the network
 MOVING = 0.1
 """A pixel moves where one of its channels differs from the mean frame by more than this share of the full range."""
 
@@ -40,29 +38,19 @@ def to_pixels(images: Tensor) -> Images:
 
 
 class ImageMetrics:
-    """Compares images.
-
-    Attributes:
-        lpips_absent: why LPIPS is not available; None where it is.
-    """
+    """Compares images; `lpips_absent` is why LPIPS is not available, None where it is."""
 
     def __init__(self, image_size: int, device: torch.device, *, lpips: bool = True) -> None:
-        """Load the network of LPIPS, an AlexNet (244 MB) in torch hub's cache, or download it, unless `lpips` is false.
-
-        Raises UserError where images of this side are too small for SSIM.
-        """
+        """Load the network of LPIPS, or download it, unless `lpips` is false; raises UserError for images that are too small for SSIM."""
         if image_size < MIN_SSIM:
             raise UserError(
-                f"frames of {image_size} px are too small for SSIM, which needs {MIN_SSIM}; collect larger ones"
+                f"frames of {image_size} px are too small for SSIM: at least {MIN_SSIM}; collect larger ones"
             )
         self._device = device
         self._lpips: Any = None
-        self.lpips_absent: str | None = None
-        if not lpips:
-            self.lpips_absent = "it was not asked for"
-        elif image_size < MIN_LPIPS:
-            self.lpips_absent = f"frames of {image_size} px are too small for it, it needs {MIN_LPIPS}"
-        else:
+        small = f"frames of {image_size} px are smaller than the {MIN_LPIPS} px that it needs"
+        self.lpips_absent: str | None = small if lpips else "it was not asked for"
+        if lpips and image_size >= MIN_LPIPS:
             self._lpips, self.lpips_absent = _load_lpips(device)
 
     @torch.no_grad()
@@ -70,31 +58,29 @@ class ImageMetrics:
         """Compare pairs of images.
 
         Args:
-            drawn, real: [B, 3, S, S], clipped to [-1, 1].
-            mean_frame: [3, S, S] in [-1, 1], of the frames that a decoder was trained on; it defines which pixels move.
+            drawn, real: [B, 3, S, S], clipped to [-1, 1]. mean_frame: [3, S, S]; it defines which pixels move.
 
         Returns:
-            float64 [B] each: `mse` of values in [0, 1], `ssim` (Wang et al. 2004, Gaussian window of 11 pixels; 1 is equal) and, where
-            it is available, `lpips` (arXiv 1801.03924, AlexNet; 0 is equal). `moving` is the share of pixels that move, see MOVING, and
-            `moving_error` the part of `mse` at these pixels.
+            float64 [B] each: `mse` of values in [0, 1], `ssim` (Wang et al. 2004, Gaussian window of 11 pixels) and, where it is available,
+            `lpips` (arXiv 1801.03924). `moving` is the share of pixels that move, `moving_error` the part of `mse` at these pixels.
         """
         from torchmetrics.functional.image import structural_similarity_index_measure
 
-        a, b = ((images.to(self._device, torch.float32).clamp(-1, 1) + 1) / 2 for images in (drawn, real))
+        found = (images.to(self._device, torch.float32) for images in (drawn, real, mean_frame))
+        a, b, still = ((images.clamp(-1, 1) + 1) / 2 for images in found)
         ssim = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
         assert isinstance(ssim, Tensor)
         errors = (a - b).square().mean(1)
-        still = (mean_frame.to(self._device, torch.float32).clamp(-1, 1) + 1) / 2
         moving = (b - still).abs().amax(1) > MOVING
-        found = {
+        values = {
             "mse": errors.mean((1, 2)),
             "moving": moving.double().mean((1, 2)),
             "moving_error": (errors * moving).mean((1, 2)),
             "ssim": ssim.reshape(-1),
         }
         if self._lpips is not None:
-            found["lpips"] = self._lpips(a, b, normalize=True).reshape(-1)
-        return {name: value.double().cpu().numpy() for name, value in found.items()}
+            values["lpips"] = self._lpips(a, b, normalize=True).reshape(-1)
+        return {name: value.double().cpu().numpy() for name, value in values.items()}
 
 
 def summarise(found: Mapping[str, NDArray[np.float64]]) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from wmcache.common.options import Natural, Positive, Share, ShareBelowOne, Weight, check_options, option
+from wmcache.common.options import Natural, Positive, Share, ShareBelowOne, Weight, option
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Rate = Annotated[float, Ge(1e-12)]
@@ -77,6 +77,3 @@ class DecoderOptions:
     log_every: Positive = option(20, "Steps between two lines of the log.")
     checkpoint_every: Positive = option(500, "Steps between two checkpoints.")
     lpips: bool = option(True, "Try to compute LPIPS; its network is fetched once, 244 MB.")
-
-
-__all__ = ["DecoderOptions", "Precision", "TrainOptions", "check_options"]

@@ -1,7 +1,6 @@
 """Reads files in which torch.save has pickled whole modules, without importing or calling anything that they name.
 
-Python's own unpickler is limited to the instructions that torch.save writes, and what it would import becomes inert: a call makes a
-`Record` of what would have been called. A name that is not known is refused, because its meaning would be lost.
+Python's own unpickler is limited to the instructions that torch.save writes; a call makes a `Record` of what would have been called.
 """
 
 from __future__ import annotations
@@ -23,9 +22,7 @@ from wmcache.common.errors import UserError, reason
 from wmcache.common.paths import cause_outside, unreadable
 
 AGAIN = "get the checkpoint again from a source that you trust"
-
-MAX_PROGRAM_BYTES = 64_000_000
-"""Size of the pickle without the numbers; a DINO-WM checkpoint has less than one million."""
+MAX_PROGRAM_BYTES = 64_000_000  # the pickle without the numbers; a DINO-WM checkpoint has less than one million
 MAX_DIMENSIONS = 64
 INSTRUCTIONS = (
     *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE"),
@@ -49,15 +46,7 @@ class Record:
 
 
 def load_modules(path: Path, known: Callable[[str], bool]) -> Any:
-    """Load what was saved, with a `Record` for every object.
-
-    Args:
-        path: the file.
-        known: which names of classes and functions the file may contain, beside those of tensors and dicts.
-
-    Raises:
-        UserError: the file is missing or damaged, not of torch.save, or contains another name, which the message repeats.
-    """
+    """Load what was saved, with a `Record` for every object; raises UserError with a name of a class or function that is not `known`."""
     try:
         with zipfile.ZipFile(path) as archive:
             return _Unpickler(path, archive, known).load()
@@ -80,9 +69,8 @@ class _Unpickler(pickle._Unpickler):
             raise UserError(f"{path} is a zip, but not one of torch.save; {AGAIN}")
         # Otherwise a small file could become a large one.
         size = sum(member.file_size for member in members.values())
-        if size > path.stat().st_size or any(
-            member.compress_type or member.flag_bits & 1 for member in members.values()
-        ):
+        compressed = any(member.compress_type or member.flag_bits & 1 for member in members.values())
+        if compressed or size > path.stat().st_size:
             raise UserError(f"{path} is a compressed zip, which torch.save never writes; {AGAIN}")
         if members[programs[0]].file_size > MAX_PROGRAM_BYTES:
             raise UserError(f"{path} has a larger pickle than any checkpoint of DINO-WM; {AGAIN}")
@@ -99,9 +87,7 @@ class _Unpickler(pickle._Unpickler):
         if text in REBUILT:
             return REBUILT[text]
         if not self._known(text):
-            raise UserError(
-                f"{self._path} names {text[:200]}, which no checkpoint of DINO-WM needs; nothing was run; {AGAIN}"
-            )
+            raise UserError(f"{self._path} names {text[:200]}, which no checkpoint of DINO-WM needs; {AGAIN}")
         return functools.partial(Record, text)
 
     def persistent_load(self, pid: Any) -> Tensor:
@@ -113,9 +99,8 @@ class _Unpickler(pickle._Unpickler):
             values = self._archive.read(f"{self._folder}data/{key}")
             if count * dtype.itemsize != len(values):
                 raise ValueError(f"a storage of {count} numbers has {len(values)} bytes")
-            self._storages[key] = (
-                torch.frombuffer(bytearray(values), dtype=dtype) if count else torch.empty(0, dtype=dtype)
-            )
+            tensor = torch.frombuffer(bytearray(values), dtype=dtype) if count else torch.empty(0, dtype=dtype)
+            self._storages[key] = tensor
         return self._storages[key]
 
     def load_reduce(self) -> None:
@@ -138,9 +123,8 @@ class _Unpickler(pickle._Unpickler):
     def _set_items(self, items: list[Any]) -> None:
         keys = items[::2]
         # Tuples could be nested so deeply that hashing them ends the process.
-        if type(self.stack[-1]) is not dict or not all(
-            isinstance(key, str | int | float | Tensor | None) for key in keys
-        ):
+        plain = all(isinstance(key, str | int | float | Tensor | None) for key in keys)
+        if type(self.stack[-1]) is not dict or not plain:
             raise TypeError("a key of a dict is not a plain value")
         self.stack[-1].update(zip(keys, items[1::2], strict=True))
 
@@ -165,9 +149,8 @@ def _require_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def _tensor(storage: Tensor, offset: int, shape: Any, stride: Any, *_: object) -> Tensor:
-    if any(
-        type(number) is not int or number < 0 for number in (offset, *_require_tuple(shape), *_require_tuple(stride))
-    ):
+    numbers = (offset, *_require_tuple(shape), *_require_tuple(stride))
+    if any(type(number) is not int or number < 0 for number in numbers):
         raise ValueError("a tensor has an impossible shape")
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     # Not more numbers than the storage has, so that a tensor is never larger than the file.
@@ -175,14 +158,6 @@ def _tensor(storage: Tensor, offset: int, shape: Any, stride: Any, *_: object) -
     if len(shape) > MAX_DIMENSIONS or math.prod(shape) > count or (0 not in shape and last >= count):
         raise ValueError(f"a tensor of {len(shape)} dimensions does not fit its storage of {count} numbers")
     return storage.as_strided(shape, stride, offset)
-
-
-def _parameter(tensor: Tensor, *_: object) -> Tensor:
-    return tensor
-
-
-def _dict(*_: object) -> dict[Any, Any]:
-    return {}
 
 
 REBUILT: dict[str, Any] = {
@@ -197,9 +172,8 @@ REBUILT: dict[str, Any] = {
     "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "collections.OrderedDict": _dict,
-    "collections.defaultdict": _dict,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    **dict.fromkeys(("collections.OrderedDict", "collections.defaultdict"), lambda *_: {}),
 }
 
 

@@ -1,4 +1,4 @@
-"""Runs on disk: the folder of a world model or a decoder.
+"""Runs on disk: the folder of a world model or a decoder, and whether a run continues, from where.
 
 config.json                         all settings of the run, the shape of the data, the path of the store
 identity.json                       the identity and the card of that store
@@ -8,8 +8,9 @@ checkpoints/                        see `engine.checkpoint`
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -21,25 +22,41 @@ from torch import Tensor, nn
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_card, require_identity
 from wmcache.cache.store import TokenStore
-from wmcache.common.errors import MissingError, UserError, reason
+from wmcache.common.errors import MissingError, UserError
 from wmcache.common.files import is_temporary
 from wmcache.common.folders import did_you_mean
 from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.locks import exclusive
-from wmcache.common.paths import AnyPath, as_path, exists
+from wmcache.common.paths import AnyPath, as_path
 from wmcache.common.schema import Size, parse
-from wmcache.engine.checkpoint import last_checkpoint, load_tensors
-from wmcache.trainer.models import MODELS, DataShape, WorldModel, build
+from wmcache.engine.checkpoint import (
+    FILES,
+    Progress,
+    checkpoints,
+    last_checkpoint,
+    load_tensors,
+    load_weights,
+    misfit,
+    read_progress,
+)
+from wmcache.trainer.models import DataShape, WorldModel, build, read_options
+from wmcache.trainer.options import TrainOptions
 
 N = TypeVar("N", bound=nn.Module)
 
+MAY_CHANGE = {
+    *("cache", "device", "residence", "compile", "log_every", "validate_every", "checkpoint_every"),
+    *("stage", "start"),
+}
+MAY_CHANGE_ON_RESUME = MAY_CHANGE | {"steps", "epochs", "learning_rate"}
+MAY_CHANGE_WITH_THE_STAGE = MAY_CHANGE_ON_RESUME | {
+    *("batch", "accumulate", "warmup", "decay", "beta2", "weight_decay", "decay_all", "clip"),
+}
 NO_RUN = "name the folder of a run, restore the file from a copy, or train a model with: wmtrain --cache STORE"
 
 
 @dataclass(frozen=True)
-class _Config:
-    """What is validated of a world model's settings before it is built from them."""
-
+class _Config:  # validated before a model is built of it
     model: str
     model_options: dict[str, bool | Annotated[float, Field(ge=0, le=2**16)] | Annotated[str, Field(max_length=32)]]
     shape: DataShape
@@ -58,12 +75,11 @@ def lock_run(out: Path, program: str = "wmtrain") -> Iterator[None]:
 
 def is_run(out: Path) -> bool:
     """Whether a folder is a run or a decoder; raises UserError where it contains anything else."""
-    if (out / "config.json").exists() and (out / "identity.json").exists():
-        return True
     names = {file.name for file in out.iterdir() if not is_temporary(file)} if out.exists() else set()
-    if names - {"identity.json"}:  # a run that was killed at its start has this file only
+    found = {"config.json", "identity.json"} <= names
+    if not found and names - {"identity.json"}:  # a run that was killed at its start has this file only
         raise UserError(f"{out} exists and is not a run; choose another --out")
-    return False
+    return found
 
 
 def write_settings(out: Path, config: Mapping[str, Any], store: TokenStore) -> None:
@@ -100,39 +116,31 @@ def read_identity(run: Path) -> tuple[StoreCard, Identity]:
     return read_card(saved), Identity.from_json(saved["identity"], str(file))
 
 
+def foreign_identity(run: Path, identity: Identity) -> list[str]:
+    """Describe how the identity of a store differs from that of a run's store."""
+    return [f"the store's identity, {item}" for item in read_identity(run)[1].differences(identity)]
+
+
 def open_store(run: Path, cache: AnyPath | None = None) -> TokenStore:
     """Open the store that a run was trained on, at `cache` if it has moved; raises UserError where it is missing or another one."""
-    identity, path = read_identity(run)[1], as_path(cache or read_config(run)["cache"])
+    path = as_path(cache or read_config(run)["cache"])
     try:
         store = TokenStore.open(path)
-    except UserError as error:
-        with suppress(OSError):
-            if not exists(path):
-                raise UserError(
-                    f"{path}, the store of {run}, does not exist; if it has moved, pass its path now with --cache"
-                ) from error
-        raise
-    if different := identity.differences(store.identity):
-        raise UserError(
-            f"{store.path} is not the store that {run} was trained on ({'; '.join(different)}); pass the right --cache"
-        )
+    except MissingError as error:
+        raise UserError(f"{error}; if the store of {run} has moved, pass its path now with --cache") from error
+    if different := foreign_identity(run, store.identity):
+        why = f"{store.path} is not the store that {run} was trained on ({'; '.join(different)})"
+        raise UserError(f"{why}; pass the right --cache")
     return store
 
 
 def load_model(run: Path, device: torch.device, *, untrained: bool = False) -> WorldModel:
-    """Load the newest model of a run, frozen; `untrained` draws random weights instead, and keeps the buffers.
-
-    Raises UserError where the folder is not a run, or has no usable checkpoint.
-    """
+    """Load the newest model of a run, frozen; `untrained` draws random weights instead, and keeps the buffers."""
     config = read_config(run)
 
     def make(statistics: dict[str, Tensor]) -> WorldModel:
         return build(config["model"], DataShape(**config["shape"]), config["model_options"], statistics)
 
-    try:
-        MODELS.get(config["model"])
-    except UserError as error:
-        raise UserError(f"{run} cannot be loaded: {error}") from error
     model = load_network(run, make, device)
     if untrained:
         buffers = dict(model.named_buffers())
@@ -145,12 +153,9 @@ def load_model(run: Path, device: torch.device, *, untrained: bool = False) -> W
 
 
 def load_network(run: Path, make: Callable[[dict[str, Tensor]], N], device: torch.device) -> N:
-    """Load the newest network of a run, frozen; `make` builds it from the statistics of the data (`…_mean`, `…_std`) in its checkpoint.
-
-    Raises UserError where there is none, or it is damaged or does not fit.
-    """
+    """Load the newest network of a run, frozen; `make` builds it from the statistics of the data (`…_mean`, `…_std`) in its checkpoint."""
     folder = last_checkpoint(run)
-    weights = load_tensors(folder, "model.safetensors")
+    weights = load_tensors(folder, FILES[0])
     statistics = _statistics(weights)
     try:
         with torch.device("meta"):  # allocates nothing, whatever sizes the settings name
@@ -160,12 +165,117 @@ def load_network(run: Path, make: Callable[[dict[str, Tensor]], N], device: torc
         network = make(statistics)
         network.load_state_dict(weights)
     except (UserError, KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise UserError(
-            f"{folder / 'model.safetensors'} does not fit its config.json ({reason(error, 200)}); "
-            "restore its config.json, or train into another --out"
-        ) from error
+        raise misfit(folder, error) from error
     return network.to(device).eval().requires_grad_(False)
 
 
 def _statistics(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if name.endswith(("_mean", "_std"))}
+
+
+def find_stages(
+    out: Path, model: WorldModel, config: Mapping[str, Any], identity: Identity, *, overwrite: bool
+) -> tuple[list[Progress], bool]:
+    """Find what is left to train, without writing anything; where a run starts from another one, load its weights into `model`.
+
+    Returns:
+        Where each stage that has steps left begins or continues, and whether the wanted stage follows one that the run has.
+    """
+    wanted = config["stage"]
+    if wanted != "all" and wanted not in model.stages:
+        raise UserError(f"no stage {wanted!r}; known are {', '.join((*model.stages, 'all'))}")
+    stages = model.stages or ("",) if wanted == "all" else (wanted,)
+    progress = _find_progress(out, model, stages[0], config, identity, overwrite=overwrite)
+    begins = model.stage_number(wanted) > model.stage_number(progress.stage) > 0
+    if progress.stage in stages and not progress.finished and progress.step >= progress.begun + config["steps"]:
+        done = progress.step - progress.begun
+        raise UserError(f"unfinished stage {progress.stage} of {out} has had {done} steps; --steps must be more")
+    left: list[Progress] = []
+    for stage in stages:
+        # Lowering `--steps` does not reopen a finished stage.
+        if model.stage_number(stage) >= model.stage_number(progress.stage):
+            begun = progress.begun if stage == progress.stage else progress.step
+            if progress.step < begun + config["steps"]:
+                left.append(Progress(progress.step, stage, begun))
+            progress = Progress(max(progress.step, begun + config["steps"]), stage, begun, finished=True)
+    return left, begins
+
+
+def _find_progress(
+    out: Path, model: WorldModel, stage: str, config: Mapping[str, Any], identity: Identity, *, overwrite: bool
+) -> Progress:
+    before = max(0, model.stage_number(stage) - 1)
+    previous = model.stages[before - 1] if before else ""
+    start, progress = config["start"], Progress()
+    if not overwrite and checkpoints(out):
+        progress = read_progress(last_checkpoint(out))
+        refused = model.stage_number(progress.stage) <= before or read_config(out).get("start") != start
+    else:
+        refused = start and Path(start).resolve() == out.resolve()
+    if start and (refused or not before):
+        raise UserError(f"--stage {stage or 'all'} of {out} cannot start from {start}; leave out --from")
+    if start and not progress.stage:
+        _load_start(Path(start), model, previous, identity, config)
+        progress = Progress(stage=previous, finished=True)
+    reached = model.stage_number(progress.stage)
+    if reached < before or (before and reached == before and not progress.finished):
+        why = f"stage {stage} needs a finished stage {previous}, which {out} does not have"
+        raise UserError(f"{why}; train it with --stage {previous}, or name a run that has it with --from")
+    return progress
+
+
+def _load_start(start: Path, model: WorldModel, stage: str, identity: Identity, config: Mapping[str, Any]) -> None:
+    folder = finished_stage(start, stage)
+    names = {"history", "frameskip", "split_seed", "episodes_fraction", *config["model_options"]}
+    different = _differences(read_config(start), config, names - model.may_change_after(stage))
+    if different := different + foreign_identity(start, identity):
+        raise UserError(f"{start} is of another model or store ({'; '.join(different)}); name another --from")
+    load_weights(folder, model)
+
+
+def finished_stage(run: Path, stage: str) -> Path:
+    """Return the newest checkpoint that ends a stage; raises UserError where the folder is not a run, or has none."""
+    read_config(run)
+    for folder in reversed(checkpoints(run)):
+        progress = read_progress(folder)
+        if progress.stage == stage and progress.finished:
+            return folder
+    raise UserError(f"{run} has no finished stage {stage}; train it there with --stage {stage}, or name another --from")
+
+
+def prepare_run(
+    out: Path, config: dict[str, Any], store: TokenStore, *, resume: bool, overwrite: bool, begins: bool, finished: bool
+) -> bool:
+    """Write what a run is, and return whether it has a checkpoint; raises UserError where what differs may not change."""
+    exists = is_run(out)
+    if resume and not checkpoints(out):
+        raise UserError(f"{out} has no checkpoint to resume; run without --resume")
+    if exists and overwrite:
+        shutil.rmtree(out)
+    elif exists:
+        before = read_config(out)
+        free = MAY_CHANGE_WITH_THE_STAGE if begins else MAY_CHANGE_ON_RESUME if resume else MAY_CHANGE
+        names = {*config, *config["model_options"]} - {*free, "model_options"}
+        different = _differences({**asdict(TrainOptions()), **before}, config, names)
+        foreign = foreign_identity(out, store.identity)
+        if different or foreign:
+            resumes = not foreign and names & MAY_CHANGE_ON_RESUME & {text.split()[0] for text in different}
+            hint = "continue it with --resume and its other options, or " if resumes and checkpoints(out) else ""
+            found = "; ".join([*different, *foreign])
+            raise UserError(f"{out} is a run with other settings ({found}); {hint}choose another --out")
+        config = {**config, "start": config["start"] or before.get("start")}
+        if finished:  # with the steps that it has had
+            config |= {name: before[name] for name in ("steps", "epochs", "learning_rate") if name in before}
+    write_settings(out, config, store)
+    return bool(checkpoints(out))
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Collection[str]) -> list[str]:
+    """Describe the settings and the model's options among `names` that differ; for another model only that."""
+    if before["model"] != now["model"]:
+        return [f"model {before['model']} != {now['model']}"]
+    # Options that are newer than the run had their defaults.
+    old, new = (
+        {**config, **asdict(read_options(config["model"], config["model_options"]))} for config in (before, now)
+    )
+    return differences(old, new, names)

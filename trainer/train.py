@@ -17,35 +17,22 @@ from torch import Tensor
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows, batch_windows
 from wmcache.common.device import choose_dtype
-from wmcache.common.errors import UserError
+from wmcache.common.errors import UserError, reason
 from wmcache.common.files import not_written
 from wmcache.common.jsonfiles import write_json
+from wmcache.common.options import check_options
 from wmcache.common.paths import AnyPath, absolute
 from wmcache.engine import loop
 from wmcache.engine.checkpoint import Progress, last_checkpoint, load_training_state, load_weights
-from wmcache.engine.optimisers import decay_groups
+from wmcache.engine.optimisers import decay_groups, warmup_constant_decay
 from wmcache.engine.ranks import SINGLE, Ranks
-from wmcache.engine.schedules import warmup_constant_decay
 from wmcache.trainer.feed import Feed, choose_residence
 from wmcache.trainer.models import MODELS, DataShape, WorldModel, build, read_options
-from wmcache.trainer.options import TrainOptions, check_options
-from wmcache.trainer.resume import (
-    MAY_CHANGE,
-    MAY_CHANGE_ON_RESUME,
-    MAY_CHANGE_WITH_THE_STAGE,
-    find_progress,
-    prepare_run,
-    stage_index,
-    stages_left,
-    stages_of,
-)
-from wmcache.trainer.runs import lock_run
+from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.runs import find_stages, lock_run, prepare_run
 
 ROLLOUT_STEPS = 5
-UNDEFINED = (
-    "no skill (null in metrics.jsonl): the tokens of the held-out windows do not change, so copying the observed "
-    "frame has no error to compare with, or the rollout is not finite"
-)
+UNDEFINED = "no skill (null in metrics.jsonl): held-out tokens do not change, or the rollout is not finite"
 Batch = Mapping[str, Tensor]
 
 
@@ -57,27 +44,19 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     ranks: Ranks = SINGLE,
-) -> dict[str, float | None]:
+) -> loop.Figures:
     """Train a world model on a store; the same call again continues where it was stopped.
 
     Several ranks cut each micro-batch into equal slices and average their gradients, so they train what a single process does, up to the
-    order of sums. Batches do not depend on the number of ranks, and a run may continue with another number. Dropout and noise do depend
-    on it: a single process continues with the generator in the checkpoint, ranks draw by seed, rank and step.
+    order of sums. A run may continue with another number of ranks. Dropout and noise depend on it: a single process continues with the
+    generator in the checkpoint, ranks draw by seed, rank and step.
 
     Args:
-        cache: the store, which all ranks read.
-        out: the run's folder, which only rank 0 writes.
-        options: of the run.
         resume: require a run to continue; allows other `steps` and another `learning_rate`.
         overwrite: start from scratch where a run exists.
-        ranks: which all call this, see `engine.ranks.joined`.
 
     Returns:
         The last validation's figures; empty where nothing was left to do, and on other ranks than 0.
-
-    Raises:
-        UserError: unusable store, a run with other settings, no checkpoint to resume, another process at work on the run, a batch that
-            the ranks cannot share, or a loss that is not finite; `not-finite.json` in the run's folder then names its windows.
     """
     check_options(options)
     check_slices(options.batch, ranks.world)
@@ -92,30 +71,25 @@ def train(
 
 def _train(
     store: TokenStore, cache: AnyPath, out: Path, options: TrainOptions, ranks: Ranks, *, resume: bool, overwrite: bool
-) -> dict[str, float | None]:
+) -> loop.Figures:
     windows = store.windows(
         options.history, 1, options.frameskip, "train", seed=options.split_seed, fraction=options.episodes_fraction
     )
     kind = MODELS.get(options.model)
-    stages = stages_of(kind.stages, options.stage)  # refused before the data is read
     chosen = kind.configure(store, windows, read_options(options.model, options.model_options))
     extras = kind.extras(store, windows, chosen)
     options = replace(options, model_options=asdict(chosen))
     if options.epochs:
         options = replace(options, steps=max(1, options.epochs * len(windows) // (options.batch * options.accumulate)))
     device, shape = ranks.device(options.device), data_shape(store, options)
-    dtype = choose_dtype(options.dtype, device)
     torch.manual_seed(options.seed)
     model = build(options.model, shape, options.model_options, statistics_of(store, options.frameskip)).to(device)
     model.check_pool(options.pool)
     config = {**asdict(options), "cache": absolute(cache), "shape": asdict(shape)}
-    progress = find_progress(out, model, stages, store.identity, config, overwrite=overwrite)
-    left = stages_left(model, stages, progress, options.steps)
-    begins = stage_index(options.stage, model) > stage_index(progress.stage, model) >= 0
-    free = MAY_CHANGE_WITH_THE_STAGE if begins else MAY_CHANGE_ON_RESUME if resume else MAY_CHANGE
+    left, begins = find_stages(out, model, config, store.identity, overwrite=overwrite)
     # Written only now: an option that is refused must not cost a run.
     resumes = ranks.is_main and prepare_run(
-        out, config, store, free, resume=resume, overwrite=overwrite, finished=not left
+        out, config, store, resume=resume, overwrite=overwrite, begins=begins, finished=not left
     )
     if ranks.broadcast(resumes):
         load_weights(last_checkpoint(out), model)
@@ -126,17 +100,19 @@ def _train(
     held_out = validation_windows(store, options).with_extras(extras)
     same = ("steps", "batch", "accumulate", "log_every", "validate_every", "checkpoint_every")
     shared = {name: getattr(options, name) for name in same}
-    how = loop.LoopOptions(**shared, device=device, dtype=dtype, clip=options.clip or math.inf)
-    result: dict[str, float | None] = {}
+    how = loop.LoopOptions(
+        **shared, device=device, dtype=choose_dtype(options.dtype, device), clip=options.clip or math.inf
+    )
+    result: loop.Figures = {}
     for begin in left:
-        task = WorldModelTask(model, store, windows.with_extras(extras), held_out, out, options, how, ranks, begin)
+        task = _WorldModelTask(model, store, windows.with_extras(extras), held_out, out, options, how, ranks, begin)
         with _compile_errors() if options.compile else nullcontext():
             result = task.train()
     return result
 
 
 @dataclass
-class WorldModelTask(loop.Task[Batch]):
+class _WorldModelTask(loop.Task[Batch]):
     """A stage of a world model, or all of a model without stages, for the training loop; `begin` is where it begins or continues."""
 
     network: WorldModel
@@ -154,12 +130,10 @@ class WorldModelTask(loop.Task[Batch]):
     warned: bool = False
 
     def __post_init__(self) -> None:
-        """Compile the loss with `--compile`."""
-        self.title = " ".join(filter(None, ("wmtrain", self.begin.stage)))
+        self.title = f"wmtrain {self.begin.stage}".strip()
         self._loss: Any = torch.compile(self.network.loss) if self.options.compile else self.network.loss
 
-    def train(self) -> dict[str, float | None]:
-        """Train the stage; returns the last validation's figures."""
+    def train(self) -> loop.Figures:
         options, model, windows, ranks, stage = self.options, self.network, self.windows, self.ranks, self.begin.stage
         if stage:
             model.begin(stage)
@@ -169,60 +143,48 @@ class WorldModelTask(loop.Task[Batch]):
         ranks.wait()  # until all have measured free memory, which the next step fills
         count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         dropped = f", {windows.dropped_episodes} episodes too short" if windows.dropped_episodes else ""
-        world = f"{ranks.world} x " if ranks.world > 1 else ""
         ranks.log(
             f"{options.model}{stage and f', {stage}'}: {count / 1e6:.2f} M parameters, {len(windows)} windows of {windows.length} frames"
-            f"{dropped}, {world}{self.how.device.type} {str(self.how.dtype).removeprefix('torch.')}, "
-            f"steps {self.begin.step} to {self.begin.begun + options.steps}"
+            f"{dropped}, {ranks.world} x {self.how.device.type} {str(self.how.dtype).removeprefix('torch.')}, "
+            f"steps {self.begin.step} to {self.begin.begun + options.steps}, {why}"
         )
-        ranks.log(why)
         return loop.run(self, self.how, self.out, self.begin, ranks)
 
     def optimiser(self) -> torch.optim.Optimizer:
-        """Return AdamW."""
         return make_optimiser(self.network, self.options)
 
     def learning_rate(self, step: int) -> float:
-        """Return the rate of warmup-constant-decay, which starts again with each stage."""
         options, step = self.options, step - self.begin.begun
         return warmup_constant_decay(step, options.steps, options.learning_rate, options.warmup, options.decay)
 
     @contextmanager
     def batches(self, first: int) -> Iterator[Iterator[Batch]]:
-        """Read windows of cached latents ahead of the training."""
         batch, seed, rank, world = self.options.batch, self.options.seed, self.ranks.rank, self.ranks.world
         with Feed(self.store, self.windows, batch, seed, self.how.device, first, self.residence, rank, world) as feed:
             yield iter(feed.next, None)
 
     def before_step(self, step: int) -> None:
-        """Seed what ranks draw."""
         self.ranks.seed(self.options.seed, step)
 
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Return the model's loss, on a coarser grid of tokens in the first share `pool_until` of the steps."""
         coarse = step - self.begin.begun < self.options.pool_until * self.options.steps
         losses: dict[str, Tensor] = self._loss(batch, self.options.pool if coarse else 1)
         return losses
 
     def after_step(self) -> None:
-        """Update what no gradient moves."""
         self.network.after_step()
 
     def next_loss(self, batch: Batch) -> Tensor:
-        """Return the loss of the updated weights on the last micro-batch."""
         return self.network.loss(batch)["loss"]
 
-    def validate(self) -> dict[str, float | None]:
-        """Measure the model on held-out windows."""
+    def validate(self) -> loop.Figures:
         figures = self.network.validate(self.held_out, self.how.device, self.how.dtype)
-        undefined = None in figures.values()
-        if undefined and not self.warned:
+        if None in figures.values() and not self.warned:
             self.ranks.log(UNDEFINED)
-        self.warned = undefined
+        self.warned = None in figures.values()
         return figures
 
     def on_not_finite(self, step: int) -> None:
-        """Write the windows of the step to `not-finite.json`."""
         options = self.options
         numbers = range(step * options.accumulate, (step + 1) * options.accumulate)
         chosen = [batch_windows(len(self.windows), options.seed, number, options.batch) for number in numbers]
@@ -238,19 +200,14 @@ def _compile_errors() -> Iterator[None]:
     try:
         yield
     except (TorchDynamoException, OSError) as error:
-        first = " ".join(str(error).split("\n\n")[0].split())[:240]
-        raise UserError(
-            f"--compile does not work on this machine ({first}); install a C++ compiler (g++, or the variable CXX) or set "
-            "TORCHINDUCTOR_CACHE_DIR to a folder that programs may write to and run from, or run the same command without --compile"
-        ) from error
+        why = f"--compile does not work on this machine ({reason(error, 240)})"
+        raise UserError(f"{why}; install a C++ compiler (g++, or the variable CXX), or leave it out") from error
 
 
 def check_slices(batch: int, world: int) -> None:
     """Raise UserError for a batch that cannot be cut into equal slices for the ranks."""
     if batch % world:
-        raise UserError(
-            f"--batch-size {batch} is cut into equal slices for {world} devices; choose a multiple of {world}"
-        )
+        raise UserError(f"--batch-size {batch} is not divisible by {world} devices; choose a multiple of {world}")
 
 
 def make_optimiser(model: WorldModel, options: TrainOptions) -> torch.optim.AdamW:
@@ -261,14 +218,9 @@ def make_optimiser(model: WorldModel, options: TrainOptions) -> torch.optim.Adam
 
 def data_shape(store: TokenStore, options: TrainOptions) -> DataShape:
     """Return the sizes of a store's data for a model."""
-    return DataShape(
-        store.card.tokens_per_frame,
-        store.card.token_dim,
-        store.state.shape[1],
-        options.frameskip * store.action.shape[1],
-        options.history,
-        store.card.token_grid[1],
-    )
+    card, actions = store.card, options.frameskip * store.action.shape[1]
+    proprio, columns = store.state.shape[1], card.token_grid[1]
+    return DataShape(card.tokens_per_frame, card.token_dim, proprio, actions, options.history, columns)
 
 
 def statistics_of(store: TokenStore, frameskip: int) -> dict[str, Tensor]:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from wmcache.engine.optimisers import decay_groups
-from wmcache.engine.schedules import warmup_constant_decay, warmup_cosine
+from wmcache.engine.optimisers import decay_groups, warmup_constant_decay, warmup_cosine
 
 
 def test_warmup_constant_decay() -> None:

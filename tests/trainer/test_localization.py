@@ -16,7 +16,7 @@ from wmcache.cache.change_maps import open_change_maps
 from wmcache.cache.windows import Windows
 from wmcache.trainer.models import MODELS, build, read_options
 from wmcache.trainer.models.ddp_wm import DdpWm
-from wmcache.trainer.models.ddp_wm.localization import foreground_size, localization
+from wmcache.trainer.models.ddp_wm.model import foreground_size, localization
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.train import data_shape, statistics_of
 

@@ -11,8 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from wmcache.common.options import option
-from wmcache.trainer.decoders import DECODERS
-from wmcache.trainer.decoders.base import Decoder, DecoderShape
+from wmcache.trainer.decoders import DECODERS, Decoder, DecoderShape
 
 
 @dataclass(frozen=True)
@@ -26,16 +25,13 @@ class TransposedConvOptions:
 
 @DECODERS.register("transposed-conv")
 class TransposedConvDecoder(Decoder):
-    """From all tokens of a frame as one vector to a 1 x 1 map, and five transposed convolutions up to 243 x 243.
-
-    Beyond the reference it takes several tokens. Each has its own weights, because a mean would lose their positions; so use it for few.
-    """
+    """From all tokens of a frame as one vector, so use it for few, to a 1 x 1 map, and five transposed convolutions up to 243 x 243."""
 
     Options = TransposedConvOptions
     options: TransposedConvOptions
 
     def __init__(self, shape: DecoderShape, options: TransposedConvOptions, statistics: Mapping[str, Tensor]) -> None:
-        """Build the decoder; see `Decoder` for the arguments."""
+        """See `Decoder`."""
         super().__init__(shape, options, statistics)
         channels = [*(factor * options.depth for factor in (32, 8, 4, 2, 1)), 3]
         self.project = nn.Linear(shape.rows * shape.columns * shape.token_dim, channels[0])

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from wmcache.common.options import option
 from wmcache.common.schema import Size
 from wmcache.engine.codebook import Codebook
-from wmcache.trainer.decoders import DECODERS
-from wmcache.trainer.decoders.base import Decoder, DecoderShape
+from wmcache.trainer.decoders import DECODERS, Decoder, DecoderShape
 
 Channels = Annotated[int, Field(gt=0, le=8192)]
 
@@ -37,20 +36,17 @@ class VqVaeOptions:
 
 @DECODERS.register("vqvae")
 class VqVaeDecoder(Decoder):
-    """Two equal stacks that each make the grid four times as fine: 14 x 14 tokens become 224 x 224 pixels.
-
-    The image is 16 times the token grid, resized bilinearly where frames have another size.
-    """
+    """Two equal stacks that each make the grid four times as fine: 14 x 14 tokens become 224 x 224 pixels."""
 
     Options = VqVaeOptions
     options: VqVaeOptions
 
     def __init__(self, shape: DecoderShape, options: VqVaeOptions, statistics: Mapping[str, Tensor]) -> None:
-        """Build the decoder; see `Decoder` for the arguments."""
+        """See `Decoder`."""
         super().__init__(shape, options, statistics)
         self.codebook = Codebook(options.codes, shape.token_dim, options.decay) if options.quantize else None
-        self.first = make_stack(shape.token_dim, shape.token_dim, options)
-        self.second = make_stack(shape.token_dim, 3, options)
+        self.first = _make_stack(shape.token_dim, shape.token_dim, options)
+        self.second = _make_stack(shape.token_dim, 3, options)
 
     def draw(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """See `Decoder.draw`."""
@@ -62,27 +58,24 @@ class VqVaeDecoder(Decoder):
         return self.second(self.first(grid)), extra
 
 
-class ResidualBlock(nn.Module):
+class _ResidualBlock(nn.Module):
     """[B, channels, h, w] -> the same."""
 
     def __init__(self, channels: int, hidden: int) -> None:
-        """Build it with so many channels outside and inside."""
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(channels, hidden, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden, channels, 1)
-        )
+        first, second = nn.Conv2d(channels, hidden, 3, padding=1), nn.Conv2d(hidden, channels, 1)
+        self.layers = nn.Sequential(nn.ReLU(), first, nn.ReLU(), second)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
         return torch.add(x, self.layers(x))
 
 
-def make_stack(fan_in: int, fan_out: int, options: VqVaeOptions) -> nn.Sequential:
+def _make_stack(fan_in: int, fan_out: int, options: VqVaeOptions) -> nn.Sequential:
     """[B, fan_in, h, w] -> [B, fan_out, 4 h, 4 w]."""
     channels, half = options.channels, max(1, options.channels // 2)
     return nn.Sequential(
         nn.Conv2d(fan_in, channels, 3, padding=1),
-        *(ResidualBlock(channels, options.residual) for _ in range(options.blocks)),
+        *(_ResidualBlock(channels, options.residual) for _ in range(options.blocks)),
         nn.ReLU(),
         nn.ConvTranspose2d(channels, half, 4, stride=2, padding=1),
         nn.ReLU(),

@@ -1,18 +1,188 @@
-"""World models: a file or a folder for each, found through one registry.
-
-To add one, write a `WorldModel` with its options dataclass and register it: `@MODELS.register("name")`.
-"""
+"""World models: a file or a folder for each, registered by `@MODELS.register("name")`."""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
-from torch import Tensor
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
 
+from wmcache.cache.store import TokenStore
+from wmcache.cache.windows import Windows
+from wmcache.common.device import autocast
+from wmcache.common.errors import UserError
 from wmcache.common.options import parse_options
 from wmcache.common.registry import Registry
-from wmcache.trainer.models.base import DataShape, Localizes, WorldModel
+from wmcache.common.schema import Size
+
+VALIDATION_WINDOWS, BATCH = 256, 64
+Frames = tuple[Tensor, Tensor]
+"""Latents and embeddings of proprio."""
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """Sizes of the data: N, D, P, f * A, H context frames, and the columns of the token grid, which has N / columns rows."""
+
+    tokens: Size
+    token_dim: Size
+    proprio_dim: Size
+    action_dim: Size
+    history: Annotated[int, Field(gt=0, le=1024)]
+    columns: Size = 1
+
+
+class WorldModel(nn.Module, ABC):
+    """An action-conditioned predictor of latents. Latents and actions are in the store's units. `loss` and `rollout` have no default."""
+
+    Options: ClassVar[type[Any]]  # dataclass, whose fields become options of the command line
+    stages: ClassVar[tuple[str, ...]] = ()  # empty for a model that is trained in one go
+    plannable_after: ClassVar[str] = ""  # the first stage after which `rollout` is meaningful
+    pools: ClassVar[bool] = False  # whether `loss` can average the token grid (`--pool`)
+    stage: Tensor  # of a model with stages: number of the one that is or was trained last, from 1; 0 before the first
+
+    def __init__(self, shape: DataShape, options: Any, statistics: Mapping[str, Tensor]) -> None:
+        """Keep `{tokens,proprio,action}_{mean,std}`, float32 vectors, as buffers, so that a planner opens no store."""
+        super().__init__()
+        self.shape, self.options = shape, options
+        for name, value in statistics.items():
+            self.register_buffer(name, value)
+        if self.stages:
+            self.register_buffer("stage", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def configure(cls, store: TokenStore, windows: Windows, options: Any) -> Any:  # noqa: ARG003
+        """Fill in what depends on the data; raises UserError where the model cannot be trained on this store."""
+        return options
+
+    @classmethod
+    def extras(cls, store: TokenStore, windows: Windows, options: Any) -> dict[str, TokenStore]:  # noqa: ARG003
+        """Open stores whose rows batches have beside tokens (`Windows.with_extras`); raises UserError where one is missing."""
+        return {}
+
+    @classmethod
+    def may_change_after(cls, stage: str) -> frozenset[str]:  # noqa: ARG003
+        """Return the options that what was trained up to this stage does not depend on."""
+        return frozenset()
+
+    @classmethod
+    def stage_before_planning(cls, reached: str) -> str:
+        """Return the stage to train next where `rollout` is not meaningful after stage `reached` ("": none), else ""."""
+        done = cls.stage_number(reached)
+        return cls.stages[done] if done < cls.stage_number(cls.plannable_after) else ""
+
+    @classmethod
+    def stage_number(cls, stage: str) -> int:
+        """Return the position of a stage, from 1; 0 for none."""
+        return cls.stages.index(stage) + 1 if stage in cls.stages else 0
+
+    @property
+    def stage_name(self) -> str:
+        """Name of the stage that is or was trained last; "" for none."""
+        number = int(self.stage) if self.stages else 0
+        return self.stages[number - 1] if number else ""
+
+    def begin(self, stage: str) -> None:
+        """Prepare to train a stage. A model with stages also freezes here what the stage does not train."""
+        self.stage.fill_(self.stage_number(stage))
+
+    def check_pool(self, pool: int) -> None:
+        """Raise UserError where `loss` cannot average squares of `pool` x `pool` tokens."""
+        rows, columns = self.shape.tokens // self.shape.columns, self.shape.columns
+        if (pool > 1 and not self.pools) or rows % pool or columns % pool:
+            raise UserError(f"--pool {pool} suits no {rows} x {columns} tokens of this model; choose 1, or divide both")
+
+    @abstractmethod
+    def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:
+        """Compute the training loss, of the present stage where there are stages.
+
+        Args:
+            batch: tokens [B, T, N, D], proprio [B, T, P], action [B, T, f * A], T = H + 1, and a row of each of `extras` [B, T, …].
+            pool: side of the squares of the token grid to average first; above 1 only where `check_pool` allows it.
+
+        Returns:
+            `loss`, and parts of it to log; scalars.
+        """
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return groups for the optimiser; keys beside `params` override its settings. Default: all trainable parameters in one group."""
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    def after_step(self) -> None:
+        """Update what no gradient moves, such as target networks; called after each optimiser step."""
+
+    def validate(self, windows: Windows, device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
+        """Measure the model on held-out windows of one observed frame and some that follow; they have the model's `extras`.
+
+        Default: `skill_k` for each model step k, see `skills`. A figure that is not defined is None.
+        """
+        found = skills(*rollout_errors(self, windows, device, dtype))
+        return {f"skill_{k}": value for k, value in enumerate(found, start=1)}
+
+    def encode_proprio(self, proprio: Tensor) -> Tensor:
+        """Embed proprio as `rollout` predicts it, [B, T, P] -> [B, T, Q]. Q is 0 for a model that sees no proprio, the default."""
+        return proprio[..., :0]
+
+    @abstractmethod
+    def rollout(self, tokens: Tensor, proprio: Tensor, actions: Tensor, context: int | None = None) -> Frames:
+        """Imagine what actions lead to.
+
+        Args:
+            tokens: [B, n, N, D], n >= 1 observed frames. proprio: [B, n, P] of those frames.
+            actions: [B, n - 1 + t, f * A]; action k leads from frame k to frame k + 1. Or [B, S, n - 1 + t, f * A], S futures of each
+                observed sequence, whose first n - 1 actions, the past, are the same.
+            context: frames, observed or imagined, that a step sees; None means the model's history.
+
+        Returns:
+            Latents [B, t, N, D] and proprio embeddings [B, t, Q] of the t frames after the observed ones; [B, S, t, …] for S futures.
+        """
+
+
+@torch.inference_mode()
+def rollout_errors(
+    model: WorldModel, windows: Windows, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Compute the MSE of rollouts from one observed frame, and of copying that frame, float64 [model steps] each, in the store's units."""
+    model.eval()
+    steps = windows.predict
+    error, copying = torch.zeros(2, steps, dtype=torch.float64)
+    chosen = np.random.default_rng(0).permutation(len(windows))[:VALIDATION_WINDOWS]
+    for part in np.array_split(chosen, max(1, len(chosen) // BATCH)):
+        data = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(part).items()}
+        tokens = data["tokens"].float()
+        with autocast(device, dtype):
+            imagined, _ = model.rollout(tokens[:, :1], data["proprio"][:, :1], data["action"][:, :steps])
+        error += (imagined - tokens[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
+        copying += (tokens[:, :1] - tokens[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
+    return error / len(chosen), copying / len(chosen)
+
+
+def skills(error: Tensor, copying: Tensor) -> list[float | None]:
+    """Compute 1 - MSE of the rollout / MSE of copying the observed frame for each model step: 1 is perfect, 0 useless.
+
+    None where the frames do not change, or the rollout is not finite.
+    """
+    values = (1 - error / copying).tolist()
+    return [value if math.isfinite(value) else None for value in values]
+
+
+@runtime_checkable
+class Localizes(Protocol):
+    """A world model that predicts which patches change, so that a picture can show it."""
+
+    @property
+    def labels_from_pixels(self) -> bool:
+        """Whether what has changed is measured on frames: then a batch needs their change maps, `changes` [B, T, N, 4]."""
+
+    def change_masks(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mark patches for each step of a batch, bool [B, T - 1, N]: those that `changes`, are `computed` and are `likely to change`."""
+
 
 MODELS: Registry[type[WorldModel]] = Registry("world model", package=__name__, group="wmcache.models")
 
@@ -25,6 +195,3 @@ def read_options(name: str, options: Mapping[str, Any]) -> Any:
 def build(name: str, shape: DataShape, options: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> WorldModel:
     """Make a new model, see `WorldModel`; raises UserError for an unknown name or option, or sizes that do not fit."""
     return MODELS.get(name)(shape, read_options(name, options), statistics)
-
-
-__all__ = ["MODELS", "DataShape", "Localizes", "WorldModel", "build", "read_options"]

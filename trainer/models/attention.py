@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from wmcache.common.device import attends_plainly
 
 ROTARY_BASE = 10_000.0
-CACHED_WEIGHTS = 2**21
-"""Attention weights that exist at once on the CPU: 4 MiB of bfloat16."""
+CACHED_WEIGHTS = 2**21  # attention weights that exist at once on the CPU: 4 MiB of bfloat16
 
 
-@dataclass(frozen=True)
-class KeysValues:
+class KeysValues(NamedTuple):
     """Keys and values of the frames that a block has seen, each [B, heads, T * tokens, head_dim]."""
 
     keys: Tensor
@@ -26,13 +24,6 @@ class KeysValues:
     def repeat(self, copies: int) -> KeysValues:
         """Repeat each sequence of the batch `copies` times in a row."""
         return KeysValues(self.keys.repeat_interleave(copies, 0), self.values.repeat_interleave(copies, 0))
-
-    def newest(self, tokens: int) -> KeysValues:
-        """Keep the last `tokens` tokens."""
-        first = self.keys.shape[2] - tokens
-        if first <= 0:
-            return self
-        return KeysValues(self.keys[:, :, first:].contiguous(), self.values[:, :, first:].contiguous())
 
 
 class Block(nn.Module):
@@ -52,8 +43,6 @@ class Block(nn.Module):
         """Build the block; `heads` times `head_dim` need not be the width of the residual stream.
 
         Args:
-            mlp: hidden units.
-            dropout: in attention, projections and MLP.
             conditioned: whether an adaptive layer norm (DiT, arXiv 2212.09748, adaLN-zero) takes a vector for each frame.
             rotary: whether queries and keys are rotated by the number of their frame (arXiv 2104.09864).
         """
@@ -80,10 +69,7 @@ class Block(nn.Module):
         """Run the block on frames that follow those of `past`.
 
         Args:
-            x: [B, T, tokens, width].
-            window: a frame attends to itself and to the window - 1 frames before it.
-            past: of the frames before, or None.
-            condition: [B, T, width], where the block is conditioned.
+            x: [B, T, tokens, width]; a frame attends to itself and to the `window` - 1 frames before it. condition: [B, T, width].
             first: number of the first frame of `x`, for rotary positions.
             only_keys: compute keys and values only, and return `x` unchanged.
 
@@ -92,16 +78,15 @@ class Block(nn.Module):
         """
         frames, tokens = x.shape[1:3]
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(condition)
-        normed = modulated(self.norm_attention(x), shift, scale)
+        joined = self.qkv(modulated(self.norm_attention(x), shift, scale))
         # Contiguous, because joining and multiplying strided parts costs more than the copy.
-        q, k, v = rearrange(
-            self.qkv(normed), "b t n (three h c) -> three b h (t n) c", three=3, h=self.heads
-        ).contiguous()
+        q, k, v = rearrange(joined, "b t n (three h c) -> three b h (t n) c", three=3, h=self.heads).contiguous()
         if self.rotary:
             q, k = rotate(q, first, frames), rotate(k, first, frames)
         if past is not None:
             k, v = torch.cat([past.keys, k], 2), torch.cat([past.values, v], 2)
-        kept = KeysValues(k, v).newest((window - 1) * tokens)
+        oldest = max(0, k.shape[2] - (window - 1) * tokens)
+        kept = KeysValues(k[:, :, oldest:].contiguous(), v[:, :, oldest:].contiguous())
         if only_keys:
             return x, kept
         dropout = self.dropout if self.training else 0.0
@@ -124,16 +109,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tokens: int, window: int, dropout: f
 
     Args:
         q: [B, heads, T * tokens, head_dim] of the newest T frames. k, v: [B, heads, K * tokens, head_dim], K >= T.
-        tokens: of a frame. window: in frames. dropout: of attention weights.
     """
-    frames, behind = q.shape[2] // tokens, (k.shape[2] - q.shape[2]) // tokens
-    parts = []
-    for frame in range(frames):
+    behind, parts = (k.shape[2] - q.shape[2]) // tokens, []
+    for frame, own in enumerate(torch.split(q, tokens, 2)):
         stop = behind + frame + 1
         seen = slice(max(0, stop - window) * tokens, stop * tokens)
-        own = q[:, :, frame * tokens : (frame + 1) * tokens]
         parts.append(attend_all(own, k[:, :, seen], v[:, :, seen], dropout))
-    return parts[0] if frames == 1 else torch.cat(parts, 2)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
@@ -174,8 +156,9 @@ def gated(x: Tensor, gate: Tensor | None) -> Tensor:
 
 def zero_init(*layers: nn.Linear | None) -> None:
     """Zero layers; a model of changes whose last ones are zero starts as the copying baseline."""
-    for parameter in (parameter for layer in layers if layer is not None for parameter in layer.parameters()):
-        nn.init.zeros_(parameter)
+    for layer in filter(None, layers):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
 
 
 class CrossAttention(nn.Module):
@@ -195,7 +178,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, queries: Tensor, seen: KeysValues) -> Tensor:
         """[B, n, width] -> [B, n, width]."""
-        found = attend_all(self.apart(self.q(queries)), seen.keys, seen.values, self.dropout if self.training else 0.0)
+        found = attend_all(self.apart(self.q(queries)), *seen, self.dropout if self.training else 0.0)
         joined: Tensor = self.out(rearrange(found, "b h n c -> b n (h c)"))
         return joined
 

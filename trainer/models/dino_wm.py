@@ -1,9 +1,6 @@
 """The frame-causal transformer of DINO-WM (arXiv 2411.04983, section 3; models/vit.py, visual_world_model.py), on cached latents.
 
-Every token of a frame attends to all tokens of its own and of earlier frames; the output at frame i predicts frame i + 1. With the
-options of the preset `dino-wm` it is the reference's model, number for number. The defaults differ where that planned better: a width
-that does not depend on the encoder, latents standardised per channel, the change from frame i predicted instead of frame i + 1, and raw
-proprio instead of a learned embedding, which could shrink to nothing.
+With the options of the preset `dino-wm` it is the reference's model, number for number; the defaults differ where that planned better.
 """
 
 from __future__ import annotations
@@ -18,20 +15,17 @@ from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
 from wmcache.common.options import Weight, option
-from wmcache.trainer.models import MODELS
+from wmcache.trainer.models import MODELS, DataShape, Frames
 from wmcache.trainer.models.attention import Block, KeysValues, zero_init
-from wmcache.trainer.models.base import DataShape
 from wmcache.trainer.models.latent import LatentModel, LatentOptions, append, pool_grid
+
+Kept = list[KeysValues | None]
+"""Of each block."""
 
 
 @dataclass(frozen=True)
 class DinoWmOptions(LatentOptions):
-    """Sizes and variants of the transformer.
-
-    `combine`: `features` is DINO-WM's concat_dim 1, `tokens` its concat_dim 0. `condition`: `adaln` scales, shifts and gates every block
-    (JEPA-WM, arXiv 2512.24497). `position`: with `rope`, learned in space and rotary in time, keys and values of a frame stay valid when
-    the window moves on. `rollout_loss`: JEPA-WM's, with the gradient stopped between the steps.
-    """
+    """Sizes and variants of the transformer; `adaln`, `rope` and `rollout_loss` are of JEPA-WM (arXiv 2512.24497)."""
 
     combine: Literal["features", "tokens"] = option(
         "features", "Add proprio and action as features of each token, or as tokens of their own."
@@ -69,9 +63,7 @@ class DinoWm(LatentModel):
         joined = shape.token_dim + options.embedding * slots * features
         width = options.width or joined
         embedding = options.embedding if features else width
-        super().__init__(
-            shape, options, statistics, proprio_embedding=embedding, action_embedding=width if adaln else embedding
-        )
+        super().__init__(shape, options, statistics, embedding, width if adaln else embedding)
         self.project_in = nn.Linear(joined, width) if options.width else nn.Identity()
         tokens = shape.tokens + slots * (not features)
         position = (tokens, width) if rope else (shape.history, tokens, width)
@@ -85,9 +77,8 @@ class DinoWm(LatentModel):
         out = shape.token_dim + self.proprio_size * features
         self.project_out = nn.Linear(width, out) if options.width else None
         # Checkpoints have this name.
-        self.project_code = (
-            nn.Linear(width, self.proprio_size) if has_proprio and options.width and not features else None
-        )
+        own_token = has_proprio and options.width and not features
+        self.project_code = nn.Linear(width, self.proprio_size) if own_token else None
         if options.predict == "change":
             zero_init(self.project_out, self.project_code)
 
@@ -109,7 +100,7 @@ class DinoWm(LatentModel):
             losses["loss"] = losses["loss"] + self.options.rollout_loss * second["loss"]
         return losses
 
-    def _errors(self, predicted: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    def _errors(self, predicted: Frames, target: Frames) -> dict[str, Tensor]:
         token_loss = F.mse_loss(predicted[0], target[0])
         if not self.proprio_size:
             return self.weigh(token_loss, None)
@@ -117,35 +108,22 @@ class DinoWm(LatentModel):
         own_token = self.options.combine == "tokens" and self.options.proprio == "embedding"
         return self.weigh(token_loss, proprio_loss, predicted[0].shape[2] if own_token else 1)
 
-    def predict(self, tokens: Tensor, embedding: Tensor, action: Tensor, pool: int = 1) -> tuple[Tensor, Tensor]:
-        """Take one step from each of T <= history frames, everything standardised and pooled already.
-
-        Args:
-            tokens: [B, T, N, D]. embedding: [B, T, M, Q] of proprio. action: [B, T, f * A].
-            pool: as in `loss`.
-
-        Returns:
-            Tokens [B, T, N, D] and embedding [B, T, M, Q] of the frames after each.
-        """
+    def predict(self, tokens: Tensor, embedding: Tensor, action: Tensor, pool: int = 1) -> Frames:
+        """Take one step from each of T <= history frames, everything standardised and pooled already."""
         x, condition = self.join(tokens, embedding, action)
         x = x + self.position_of(range(tokens.shape[1]), pool)
         for block in self.blocks:
             x, _ = block(x, condition=condition, window=self.shape.history)
         return self.split(x, tokens, embedding)
 
-    def imagine(
-        self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int
-    ) -> list[tuple[Tensor, Tensor]]:
-        """See `LatentModel.imagine`.
-
-        Keys and values of a frame are kept while its position in the window stays the same: with learned positions until the window is
-        full, with rotary ones always.
-        """
+    def imagine(self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int) -> list[Frames]:
+        """See `LatentModel.imagine`."""
+        # Keys and values of a frame are kept while its position in the window stays: until it is full, with rotary positions always.
         past = futures[::samples]
         observed = tokens.shape[1]
         rotary = self.options.position == "rope"
         frames = [(tokens[:, t : t + 1], embedding[:, t : t + 1]) for t in range(observed)]
-        kept: list[KeysValues | None] = [None] * len(self.blocks)
+        kept: Kept = [None] * len(self.blocks)
         known, copies = 0, 1  # frames whose keys and values are kept; for how many futures of each sequence
         for end in range(observed, futures.shape[1] + 1):
             start = max(0, end - context)
@@ -155,7 +133,7 @@ class DinoWm(LatentModel):
                 if t >= observed - 1 and copies != samples:  # up to here all futures are equal
                     kept = [None if one is None else one.repeat(samples) for one in kept]
                     copies = samples
-                frame = tuple(part.repeat_interleave(copies // (len(part) // len(tokens)), 0) for part in frames[t])
+                frame = [part.repeat_interleave(copies // (len(part) // len(tokens)), 0) for part in frames[t]]
                 action = (past if copies == 1 else futures)[:, t : t + 1]
                 slot = t if rotary else t - start
                 following = self._advance(frame, action, slot, kept, context, wanted=t == end - 1)
@@ -165,23 +143,15 @@ class DinoWm(LatentModel):
         return frames[observed:]
 
     def _advance(
-        self,
-        frame: tuple[Tensor, ...],
-        action: Tensor,
-        slot: int,
-        kept: list[KeysValues | None],
-        context: int,
-        *,
-        wanted: bool,
-    ) -> tuple[Tensor, Tensor] | None:
+        self, frame: list[Tensor], action: Tensor, slot: int, kept: Kept, context: int, *, wanted: bool
+    ) -> Frames | None:
         """Add a frame to the keys and values that are kept; return its successor where it is `wanted`."""
         x, condition = self.join(frame[0], frame[1], action)
         x = x + self.position_of(range(slot, slot + 1))
+        shared = {"condition": condition, "window": context, "first": slot}
         for number, block in enumerate(self.blocks):
             only_keys = not wanted and number == len(self.blocks) - 1
-            x, kept[number] = block(
-                x, past=kept[number], condition=condition, window=context, first=slot, only_keys=only_keys
-            )
+            x, kept[number] = block(x, past=kept[number], only_keys=only_keys, **shared)
         return self.split(x, *frame) if wanted else None
 
     def join(self, tokens: Tensor, embedding: Tensor, action: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -196,7 +166,7 @@ class DinoWm(LatentModel):
             x = self.project_in(append(tokens, extra))
         return x, embedded if self.options.condition == "adaln" else None
 
-    def split(self, x: Tensor, tokens: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, x: Tensor, tokens: Tensor, embedding: Tensor) -> Frames:
         """Return tokens and embedding of the next frames from the transformer's output [B, T, tokens, width] at these."""
         x, patches, dim = self.norm(x), tokens.shape[2], self.shape.token_dim
         if self.options.combine == "tokens":

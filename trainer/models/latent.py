@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +16,11 @@ from torch import Tensor, nn
 from wmcache.common.errors import UserError
 from wmcache.common.options import ShareBelowOne, option
 from wmcache.common.schema import Size
-from wmcache.trainer.models.base import DataShape, WorldModel
+from wmcache.trainer.models import DataShape, Frames, WorldModel
 
 SizeOrNone = Annotated[int, Field(ge=0, le=2**16)]
 
-MIN_STD = 1e-6
-"""Standard deviation of a channel that never changes."""
+MIN_STD = 1e-6  # standard deviation of a channel that never changes
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,8 @@ class LatentOptions:
         """Refuse options that do not go together."""
         if self.width and not self.head_dim and self.width % self.heads:
             raise UserError(f"--width {self.width} is not a multiple of --heads {self.heads}; or give --head-dim")
-        if not self.width and not self.head_dim:
-            raise UserError("--width 0 leaves the heads without a size; give --head-dim (DINO-WM has 64)")
-        if not self.width and self.proprio == "raw":
-            raise UserError("--width 0 has no head for raw proprio; choose --proprio embedding or none, or a --width")
+        if not self.width and (not self.head_dim or self.proprio == "raw"):
+            raise UserError("--width 0 needs a --head-dim (DINO-WM has 64), and --proprio embedding or none")
 
 
 class LatentModel(WorldModel):
@@ -72,26 +70,18 @@ class LatentModel(WorldModel):
     action_std: Tensor
 
     def __init__(
-        self,
-        shape: DataShape,
-        options: LatentOptions,
-        statistics: Mapping[str, Tensor],
-        *,
-        proprio_embedding: int,
-        action_embedding: int,
+        self, shape: DataShape, options: LatentOptions, statistics: Mapping[str, Tensor], proprio: int, action: int
     ) -> None:
-        """Build embeddings with so many dimensions; see `WorldModel` for the other arguments."""
-        known = {
-            name: value.float().clamp_min(MIN_STD) if name.endswith("std") else value.float()
-            for name, value in statistics.items()
-        }
+        """Build embeddings of proprio and action with so many dimensions; see `WorldModel` for the other arguments."""
+        known = {name: value.float() for name, value in statistics.items()}
+        known |= {name: value.clamp_min(MIN_STD) for name, value in known.items() if name.endswith("std")}
         if not options.standardise:
             known["tokens_mean"] = torch.zeros_like(known["tokens_mean"])
             known["tokens_std"] = torch.ones_like(known["tokens_std"])
         super().__init__(shape, options, known)
-        self.proprio_size = {"raw": shape.proprio_dim, "embedding": proprio_embedding, "none": 0}[options.proprio]
-        self.embed_proprio = nn.Linear(shape.proprio_dim, proprio_embedding) if options.proprio != "none" else None
-        self.embed_action = nn.Linear(shape.action_dim, action_embedding)
+        self.proprio_size = {"raw": shape.proprio_dim, "embedding": proprio, "none": 0}[options.proprio]
+        self.embed_proprio = nn.Linear(shape.proprio_dim, proprio) if options.proprio != "none" else None
+        self.embed_action = nn.Linear(shape.action_dim, action)
 
     def standardise(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Convert from the store's units to the model's."""
@@ -125,27 +115,18 @@ class LatentModel(WorldModel):
         loss = (1 - share) * token_loss + share * proprio_loss
         return {"loss": loss, "tokens": token_loss.detach(), "proprio": proprio_loss.detach()}
 
-    def rollout(
-        self, tokens: Tensor, proprio: Tensor, actions: Tensor, context: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def rollout(self, tokens: Tensor, proprio: Tensor, actions: Tensor, context: int | None = None) -> Frames:
         """See `WorldModel.rollout`."""
-        many = actions.ndim == 4
-        samples = actions.shape[1] if many else 1
-        futures = actions.flatten(0, 1) if many else actions
-        tokens, proprio, futures = self.standardise(tokens, proprio, futures)
+        lead = actions.shape[:-2]
+        tokens, proprio, futures = self.standardise(tokens, proprio, actions.flatten(0, -3))
         context = min(context or self.shape.history, self.shape.history)
-        imagined = self.imagine(tokens, self.embed(proprio), futures, samples, context)
-        latents = torch.cat([frame[0] for frame in imagined], 1) * self.tokens_std + self.tokens_mean
-        embeddings = torch.cat([frame[1] for frame in imagined], 1)[:, :, 0]
-        if many:
-            apart = "(b s) t ... -> b s t ..."
-            return rearrange(latents, apart, s=samples), rearrange(embeddings, apart, s=samples)
-        return latents, embeddings
+        imagined = self.imagine(tokens, self.embed(proprio), futures, math.prod(lead[1:]), context)
+        latents, embeddings = (torch.cat(frames, 1) for frames in zip(*imagined, strict=True))
+        latents, embeddings = latents * self.tokens_std + self.tokens_mean, embeddings[:, :, 0]
+        return latents.reshape(lead + latents.shape[1:]), embeddings.reshape(lead + embeddings.shape[1:])
 
     @abstractmethod
-    def imagine(
-        self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int
-    ) -> list[tuple[Tensor, Tensor]]:
+    def imagine(self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int) -> list[Frames]:
         """Roll out, everything standardised.
 
         Args:

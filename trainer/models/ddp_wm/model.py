@@ -6,40 +6,47 @@
     correction      the others attend to the K predicted ones, by one cross-attention (the paper's low-rank correction module, LRM)
 
 With the options of the preset `ddp-wm` these have the sizes of the reference (models/ddp_predictor.py at 14aa459). Where its code differs
-from the paper, this follows the paper: cells belong to the patch that contains them; frames before the newest are known by their age; the
-fused frame is normed with and without such frames; K, the largest logits, is a constant of the model, so that the future of a candidate
-does not depend on the rest of its batch; and the primary predictor is trained on frames as a rollout makes them, whose changes come from
-the true next frame. The defaults differ from it as in `dino_wm.py`.
+from the paper, this follows the paper. K is a constant of the model, so that the future of a candidate does not depend on its batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wmcache.cache.change_maps import open_change_maps
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows
+from wmcache.common.device import autocast
 from wmcache.common.errors import UserError
 from wmcache.common.options import Weight, option
 from wmcache.common.schema import Size
-from wmcache.trainer.models import MODELS
+from wmcache.trainer.models import MODELS, DataShape, Frames
 from wmcache.trainer.models.attention import KeysValues, zero_init
-from wmcache.trainer.models.base import DataShape
-from wmcache.trainer.models.ddp_wm.localization import foreground_size, localization, sample_windows
 from wmcache.trainer.models.ddp_wm.parts import CELLS, Correction, Fusion, Localizer, Vit, put, take
 from wmcache.trainer.models.latent import MIN_STD, LatentModel, LatentOptions, SizeOrNone, append
 
-POSITIVE_WEIGHT = 10.0
-"""Weight of cells that change in the loss of the localiser; few do."""
-USUAL_THRESHOLD = {"pixels": 0.1, "features": 0.5}
+SAMPLED_WINDOWS, BATCH = 2048, 64
+COVERED, SPARE = 0.99, 1.5
+"""K patches are enough for those that change in this share of the steps, this many times over, because localization errs."""
+POSITIVE_WEIGHT = 10.0  # of cells that change in the loss of the localiser; few do
+
+STEP_MAJOR = "b t ... -> (t b) ..."
+STAGE_OF = {
+    **dict.fromkeys(("embed_proprio", "embed_action", "fusion", "localiser"), "localization"),
+    **dict.fromkeys(("project_in", "primary", "primary_out"), "primary"),
+    **dict.fromkeys(("correction", "correction_out"), "lrm"),
+}
+"""Part of the model -> the stage that trains it."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,13 @@ class DdpWmOptions(LatentOptions):
         super().__post_init__()
         if self.locator_width % self.locator_heads:
             raise UserError(
-                f"--locator-width {self.locator_width} is not a multiple of --locator-heads {self.locator_heads}"
+                f"--locator-width {self.locator_width} is no multiple of --locator-heads {self.locator_heads}"
             )
 
     @property
     def least_change(self) -> float:
         """The threshold in force."""
-        return self.threshold or USUAL_THRESHOLD[self.labels]
+        return self.threshold or {"pixels": 0.1, "features": 0.5}[self.labels]
 
 
 @MODELS.register("ddp-wm")
@@ -84,19 +91,19 @@ class DdpWm(LatentModel):
 
     def __init__(self, shape: DataShape, options: DdpWmOptions, statistics: Mapping[str, Tensor]) -> None:
         """Build the model, see `WorldModel`; raises UserError where no token would be left to stay as it is."""
-        _require_several(shape.tokens)
-        if options.foreground >= shape.tokens:
-            raise UserError(f"--foreground {options.foreground} leaves none of {shape.tokens} tokens; choose fewer")
+        if max(1, options.foreground) >= shape.tokens:
+            found = f"--foreground {options.foreground} leaves none of {shape.tokens} tokens"
+            raise UserError(f"{found}; choose fewer, or --model dino-wm")
         size = options.embedding
-        super().__init__(shape, options, statistics, proprio_embedding=size, action_embedding=size)
+        super().__init__(shape, options, statistics, size, size)
         embeddings = size * (2 if self.embed_proprio is not None else 1)
         joined, std = shape.token_dim + embeddings, 0.02 if options.width else 1.0
         self.foreground = options.foreground or shape.tokens // 2
         self.fusion = Fusion(shape.tokens, joined, shape.history, options.fusion_heads, options.dropout, std)
-        head_dim = options.locator_width // options.locator_heads
-        blocks = (options.locator_depth, options.locator_heads, head_dim, options.locator_mlp, options.dropout, std)
+        vit = partial(Vit, heads=options.locator_heads, head_dim=options.locator_width // options.locator_heads)
+        vit = partial(vit, depth=options.locator_depth, mlp=options.locator_mlp, dropout=options.dropout, std=std)
         # Checkpoints have this name.
-        self.localiser = Localizer(shape, options.locator_width, embeddings, *blocks)
+        self.localiser = Localizer(shape, options.locator_width, embeddings, vit)
         width = options.width or joined
         self.project_in = nn.Linear(joined, width) if options.width else nn.Identity()
         head_dim = options.head_dim or width // options.heads
@@ -113,7 +120,8 @@ class DdpWm(LatentModel):
     @classmethod
     def configure(cls, store: TokenStore, windows: Windows, options: DdpWmOptions) -> DdpWmOptions:
         """Choose K from how much changes in the data where it is not given; see `WorldModel.configure`."""
-        _require_several(store.card.tokens_per_frame)
+        if store.card.tokens_per_frame < 2:
+            raise UserError(f"ddp-wm needs several tokens of a frame: {store.path}; choose --model dino-wm")
         if options.foreground:
             return options
         windows = windows.with_extras(cls.extras(store, windows, options))
@@ -137,32 +145,27 @@ class DdpWm(LatentModel):
 
     @classmethod
     def may_change_after(cls, stage: str) -> frozenset[str]:
-        """The localiser does not depend on K; see `WorldModel.may_change_after`."""
+        """See `WorldModel.may_change_after`: the localiser does not depend on K."""
         return frozenset({"foreground"} if stage == "localization" else ())
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """Return what each stage trains."""
-        found: dict[str, list[nn.Module | None]] = {
-            "localization": [self.embed_proprio, self.embed_action, self.fusion, self.localiser],
-            "primary": [self.project_in, self.primary, self.primary_out],
-            "lrm": [self.correction, self.correction_out],
+        return {
+            stage: [part for name, part in self.named_children() if STAGE_OF[name] == stage] for stage in self.stages
         }
-        return {stage: [part for part in parts if part is not None] for stage, parts in found.items()}
 
     def begin(self, stage: str) -> None:
         """Train the parts of one stage and freeze the others."""
         super().begin(stage)
         self.zero_grad(set_to_none=True)  # gradients of frozen parts would count when the norm is clipped
-        for name, parts in self.parts().items():
-            for part in parts:
-                part.requires_grad_(name == stage)
+        for name, part in self.named_children():
+            part.requires_grad_(STAGE_OF[name] == stage)
 
     def train(self, mode: bool = True) -> DdpWm:
         """Set the mode of the trained parts; frozen ones do without dropout."""
         super().train(mode)
-        for parts in self.parts().values():
-            for part in parts:
-                part.train(mode and any(parameter.requires_grad for parameter in part.parameters()))
+        for part in self.children():
+            part.train(mode and any(parameter.requires_grad for parameter in part.parameters()))
         return self
 
     def validate(self, windows: Windows, device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
@@ -183,17 +186,13 @@ class DdpWm(LatentModel):
     def _localization_loss(
         self, tokens: Tensor, embedding: Tensor, action: Tensor, batch: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        logits = self.localiser(self._fuse_all(tokens, embedding, action).flatten(0, 1))
+        logits = self.localiser(self._fuse_all(tokens, embedding, action))
         labels = self.labels(tokens, batch).flatten(0, 1)
         weight = logits.new_tensor(POSITIVE_WEIGHT)
         loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), pos_weight=weight)
         found, there = (logits > 0).any(-1), labels.any(-1)
-        hits = (found & there).sum()
-        return {
-            "loss": loss,
-            "recall": hits / there.sum().clamp_min(1),
-            "precision": hits / found.sum().clamp_min(1),
-        }
+        recall, precision = ((found & there).sum() / part.sum().clamp_min(1) for part in (there, found))
+        return {"loss": loss, "recall": recall, "precision": precision}
 
     def labels(self, tokens: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Mark the cells that change from each frame of a batch to the next, bool [B, T - 1, N, 4]; `tokens` are standardised."""
@@ -216,19 +215,19 @@ class DdpWm(LatentModel):
                 chosen.append(self.select(self.localiser(fused[-1])))
                 seen.append(put(seen[-1], chosen[-1], take(tokens[:, step + 1], chosen[-1])))
         # Batches of all steps one after another.
-        before, following = (_step_major(part) for part in (embedding[:, :-1], tokens[:, 1:]))
+        before, following = (rearrange(part, STEP_MAJOR) for part in (embedding[:, :-1], tokens[:, 1:]))
         indices = torch.cat(chosen)
         predicted, new_embedding, _ = self._predict_foreground(torch.cat(fused), torch.cat(seen[:-1]), before, indices)
         token_loss = F.mse_loss(predicted, take(following, indices))
         if not self.proprio_size:
             return self.weigh(token_loss, None)
-        target = _step_major(embedding[:, 1:]).detach()
+        target = rearrange(embedding[:, 1:], STEP_MAJOR).detach()
         return self.weigh(token_loss, F.mse_loss(new_embedding, target.expand_as(new_embedding)))
 
     def _correction_loss(self, tokens: Tensor, embedding: Tensor, action: Tensor) -> dict[str, Tensor]:
         """Compute the MSE of the tokens that stay, with the true frames before."""
         with torch.no_grad():
-            fused = self._fuse_all(tokens, embedding, action).flatten(0, 1)
+            fused = self._fuse_all(tokens, embedding, action)
             indices = self.select(self.localiser(fused))
             frames, embeddings = tokens[:, :-1].flatten(0, 1), embedding[:, :-1].flatten(0, 1)
             _, _, hidden = self._predict_foreground(fused, frames, embeddings, indices)
@@ -262,19 +261,20 @@ class DdpWm(LatentModel):
     def locate(self, tokens: Tensor, proprio: Tensor, actions: Tensor) -> Tensor:
         """Predict logits of change from each of T frames to the next, [B, T - 1, N, 4]; arguments as in the batch of `loss`."""
         tokens, proprio, actions = self.standardise(tokens, proprio, actions)
-        logits: Tensor = self.localiser(self._fuse_all(tokens, self.embed(proprio), actions).flatten(0, 1))
-        return rearrange(logits, "(b t) n c -> b t n c", b=len(tokens))
+        logits: Tensor = self.localiser(self._fuse_all(tokens, self.embed(proprio), actions))
+        return logits.reshape(len(tokens), -1, *logits.shape[1:])
 
     def select(self, logits: Tensor) -> Tensor:
         """Return the K patches [..., K] with the largest logits [..., N, 4], in the order of the frame."""
         return logits.amax(-1).topk(self.foreground, -1).indices.sort(-1).values
 
     def _fuse_all(self, tokens: Tensor, embedding: Tensor, action: Tensor) -> Tensor:
-        """Fuse each frame but the last with those before it: [B, T - 1, N, width of the combined frame]."""
-        frames = range(tokens.shape[1] - 1)
+        """Fuse each frame but the last with those before it: [B * (T - 1), N, width of the combined frame]."""
+        frames, history = range(tokens.shape[1] - 1), self.shape.history
         joined = [self._join(tokens[:, t], embedding[:, t], action[:, t]) for t in frames]
-        past = [self.fusion.remember(frame) for frame in joined[:-1]] if self.shape.history > 1 else []
-        return torch.stack([self.fusion(joined[t], past[max(0, t + 1 - self.shape.history) : t]) for t in frames], 1)
+        past = [self.fusion.remember(frame) for frame in joined[:-1]] if history > 1 else []
+        fused = [self.fusion(joined[t], past[max(0, t + 1 - history) : t]) for t in frames]
+        return torch.stack(fused, 1).flatten(0, 1)
 
     def _join(self, tokens: Tensor, embedding: Tensor, action: Tensor) -> Tensor:
         """Combine tokens [B, N, D], embedding [B, M, Q] and action [B, f * A] of a frame to [B, N, width of the combined frame]."""
@@ -311,13 +311,8 @@ class DdpWm(LatentModel):
             new_embedding = None if new_embedding is None else embedding + new_embedding
         return new_tokens, new_embedding
 
-    def imagine(
-        self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int
-    ) -> list[tuple[Tensor, Tensor]]:
-        """See `LatentModel.imagine`. Keys and values of earlier frames are computed once, of observed ones for all futures together.
-
-        Before the last stage the tokens that are not chosen are copied.
-        """
+    def imagine(self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int) -> list[Frames]:
+        """See `LatentModel.imagine`. Before the last stage the tokens that are not chosen are copied."""
         observed, shared = tokens.shape[1], futures[::samples]
         corrects = self.stage_name == self.stages[-1]
         past = [
@@ -325,7 +320,7 @@ class DdpWm(LatentModel):
             for t in range(max(0, observed - context), observed - 1)
         ]
         frame, known = (part[:, -1].repeat_interleave(samples, 0) for part in (tokens, embedding))
-        imagined: list[tuple[Tensor, Tensor]] = []
+        imagined: list[Frames] = []
         for t in range(observed - 1, futures.shape[1]):
             joined = self._join(frame, known, futures[:, t])
             fused = self.fusion(joined, past)
@@ -335,7 +330,7 @@ class DdpWm(LatentModel):
             imagined.append((frame[:, None], known[:, None]))
         return imagined
 
-    def _advance(self, fused: Tensor, tokens: Tensor, embedding: Tensor, *, corrects: bool) -> tuple[Tensor, Tensor]:
+    def _advance(self, fused: Tensor, tokens: Tensor, embedding: Tensor, *, corrects: bool) -> Frames:
         """Return the next frame's tokens [B, N, D] and embedding [B, M, Q]."""
         indices = self.select(self.localiser(fused))
         changed, new_embedding, hidden = self._predict_foreground(fused, tokens, embedding, indices)
@@ -347,13 +342,41 @@ class DdpWm(LatentModel):
         return put(stays, indices, changed), new_embedding
 
 
-def _require_several(tokens: int) -> None:
-    if tokens < 2:
-        raise UserError(
-            "ddp-wm predicts which tokens of a frame change, and this store has one; choose --model dino-wm"
-        )
+def sample_windows(windows: Windows) -> Iterator[NDArray[np.int64]]:
+    """Yield the numbers of some windows, always the same, in batches."""
+    chosen = np.random.default_rng(0).permutation(len(windows))[:SAMPLED_WINDOWS]
+    yield from np.array_split(chosen, max(1, len(chosen) // BATCH))
 
 
-def _step_major(x: Tensor) -> Tensor:
-    """[B, T, …] -> [T * B, …]."""
-    return x.transpose(0, 1).flatten(0, 1)
+def foreground_size(changed: NDArray[np.bool_]) -> int:
+    """Choose K from the patches [steps, N] that change: the least power of two that covers them; at most half of a frame."""
+    wanted = float(np.quantile(changed.sum(1), COVERED, method="higher")) if len(changed) else 0.0
+    bucket = 2 ** int(np.ceil(np.log2(max(1.0, SPARE * wanted))))
+    return int(max(1, min(bucket, changed.shape[1] // 2)))
+
+
+@torch.inference_mode()
+def localization(model: DdpWm, windows: Windows, device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
+    """Measure how well a model predicts which patches of held-out windows change.
+
+    Returns:
+        `recall` and `precision` of the K patches that the model computes, `recall_likely` and `precision_likely` of those whose probability
+        of change is above a half; `changed`: mean share of a frame that changes.
+    """
+    model.eval()
+    counts = torch.zeros(6, dtype=torch.int64)
+    for part in sample_windows(windows):
+        batch = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(part).items()}
+        with autocast(device, dtype):
+            masks = model.change_masks(batch)
+        changes, computed, likely = masks.values()
+        found = (changes, torch.ones_like(changes), computed, computed & changes, likely, likely & changes)
+        counts += torch.stack([mask.sum() for mask in found]).cpu()
+    changing, patches, chosen, chosen_hits, expected, expected_hits = counts.tolist()
+    return {
+        "recall": chosen_hits / max(1, changing),
+        "precision": chosen_hits / max(1, chosen),
+        "recall_likely": expected_hits / max(1, changing),
+        "precision_likely": expected_hits / max(1, expected),
+        "changed": changing / max(1, patches),
+    }

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wmcache.trainer.models import DataShape
 from wmcache.trainer.models.attention import Block, CrossAttention, KeysValues
-from wmcache.trainer.models.base import DataShape
 
-CELLS = 4
-"""Cells of a patch, 2 x 2."""
+CELLS = 4  # of a patch, 2 x 2
 
 
 class Vit(nn.Module):
@@ -69,27 +68,15 @@ class Fusion(nn.Module):
 class Localizer(nn.Module):
     """Predicts which cells of a fused frame are about to change."""
 
-    def __init__(
-        self,
-        shape: DataShape,
-        width: int,
-        embeddings: int,
-        depth: int,
-        heads: int,
-        head_dim: int,
-        mlp: int,
-        dropout: float,
-        std: float,
-    ) -> None:
-        """Build it with `width` beside the dimensions of all `embeddings`; see `Vit` for the other arguments."""
+    def __init__(self, shape: DataShape, width: int, embeddings: int, vit: Callable[[int, int], Vit]) -> None:
+        """Build it with `width` beside the dimensions of all `embeddings`; `vit` builds the blocks for so many tokens and width."""
         super().__init__()
         self.token_dim = shape.token_dim
         self.reduce = nn.Linear(shape.token_dim, width)
         width += embeddings
-        self.vit = Vit(shape.tokens, width, depth, heads, head_dim, mlp, dropout, std)
-        self.head = nn.Sequential(
-            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, CELLS)
-        )
+        self.vit = vit(shape.tokens, width)
+        layers = [nn.Linear(width, out) for out in (width, width, CELLS)]
+        self.head = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
     def forward(self, fused: Tensor) -> Tensor:
         """[B, N, width of the combined frame] -> logits [B, N, 4]."""
