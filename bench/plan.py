@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from wmcache.bench.explicit import explicit_predict
 from wmcache.bench.timing import seconds
 from wmcache.common.device import choose_dtype, synchronise
 from wmcache.common.errors import UserError
@@ -23,6 +23,7 @@ from wmcache.planner.context import EvalContext, random_episode
 from wmcache.planner.mpc import Mpc
 from wmcache.planner.objective import GoalDistance
 from wmcache.planner.solvers.cem import Cem
+from wmcache.trainer.models.attention import Block, gated, modulated, rotate
 from wmcache.trainer.models.dino_wm import DinoWm
 
 REFERENCE_CHUNK = 30
@@ -42,7 +43,7 @@ class PlanRace:
     """One planning problem: a random start and goal, the same for both implementations."""
 
     def __init__(self, context: EvalContext, solver: Cem, horizon: int) -> None:
-        """Raises UserError unless the run's model is DINO-WM."""
+        """Render and encode the goal; raise UserError unless the run's model is DINO-WM."""
         if not isinstance(context.model, DinoWm):
             raise UserError(f"not a DINO-WM model: {context.run}; compare runs with --model")
         self.context, self.solver, self.horizon, self.model = context, solver, horizon, context.model
@@ -101,17 +102,9 @@ def bench_run(
     The reference encodes a copy of the present frame for every candidate in every iteration, computes each predicted frame from its whole
     window, and writes attention out under a mask, in float32. Iterations cost the same, so a few are enough to compare.
 
-    Args:
-        context: a run of DINO-WM's model.
-        samples, elites, iterations, horizon: of the plan; DINO-WM has 300, 30, 10 and 5.
-        dtype: of this implementation.
-
     Returns:
         Seconds of each and their ratio; frames that each encodes; GFLOP of a candidate, the GFLOP/s that were reached and those of a large
         matrix product on this machine; and how far costs and plans are from the reference's.
-
-    Raises:
-        UserError: the run's model is not DINO-WM's.
     """
     race = PlanRace(context, Cem(samples, elites, iterations, sigma=0.577), horizon)
     precision, candidates = choose_dtype(dtype, context.device), samples * iterations
@@ -121,6 +114,11 @@ def bench_run(
     two = torch.zeros(1, 2, horizon, race.model.shape.action_dim, device=context.device)
     with torch.inference_mode():
         reference_gflop, gflop = (count_flops(cost, two) / 2e9 for cost in (race.reference, race.cost_in(precision)))
+
+    def difference(plan: Timed) -> float:
+        """Over the spread of the reference's costs: what can change the order of candidates."""
+        return float((plan.costs - slow.costs).abs().max() / slow.costs.std())
+
     return {
         "reference_seconds": slow.seconds,
         "ours_seconds": fast.seconds,
@@ -135,8 +133,8 @@ def bench_run(
         "ours_gflops": gflop * candidates / fast.seconds,
         "limit_gflops_float32": matmul_limit(context.device, torch.float32),
         "limit_gflops": matmul_limit(context.device, precision),
-        "cost_difference_float32": _relative(exact.costs, slow.costs),
-        "cost_difference": _relative(fast.costs, slow.costs),
+        "cost_difference_float32": difference(exact),
+        "cost_difference": difference(fast),
         "cost_rank_correlation": float(spearmanr(fast.costs, slow.costs).statistic),
         "plan_difference_float32": float((exact.plan - slow.plan).abs().max()),
         "plan_difference": float((fast.plan - slow.plan).abs().max()),
@@ -146,10 +144,7 @@ def bench_run(
 def reference_rollout(model: DinoWm, tokens: Tensor, proprio: Tensor, actions: Tensor) -> Tensor:
     """Imagine latents [B, T, N, D] as DINO-WM's code does (VWorldModel.rollout): each frame from its whole window, under a mask.
 
-    Args:
-        model: with rotary positions the window is every frame so far.
-        tokens, proprio: [B, 1, N, D] and [B, 1, P].
-        actions: [B, T, f * A].
+    Takes tokens [B, 1, N, D], proprio [B, 1, P] and actions [B, T, f * A]. With rotary positions the window is every frame so far.
     """
     tokens, proprio, actions = model.standardise(tokens, proprio, actions)
     embedding, history = model.embed(proprio), model.shape.history
@@ -163,6 +158,35 @@ def reference_rollout(model: DinoWm, tokens: Tensor, proprio: Tensor, actions: T
     return latents
 
 
+def explicit_predict(
+    model: DinoWm, tokens: Tensor, embedding: Tensor, action: Tensor, pool: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Compute `DinoWm.predict` as DINO-WM's code does: all queries meet all keys under a mask (models/vit.py)."""
+    x, condition = model.join(tokens, embedding, action)
+    x = x + model.position_of(range(tokens.shape[1]), pool)
+    frame = torch.arange(x.shape[1], device=x.device).repeat_interleave(x.shape[2])
+    age = frame[:, None] - frame[None, :]
+    mask = (age >= 0) & (age < model.shape.history)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        x = explicit_block(block, x, mask, condition)
+    return model.split(x, tokens, embedding)
+
+
+def explicit_block(block: Block, x: Tensor, mask: Tensor, condition: Tensor | None) -> Tensor:
+    """See `Block.forward`; attention weights [B, heads, T * tokens, T * tokens] are computed and then masked."""
+    frames = x.shape[1]
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block.modulation(condition)
+    normed = modulated(block.norm_attention(x), shift, scale)
+    q, k, v = rearrange(block.qkv(normed), "b t n (three h c) -> three b h (t n) c", three=3, h=block.heads)
+    if block.rotary:
+        q, k = rotate(q, 0, frames), rotate(k, 0, frames)
+    weights = torch.matmul(q, k.transpose(-1, -2)) * block.head_dim**-0.5
+    attended = torch.matmul(weights.masked_fill(~mask, float("-inf")).softmax(-1), v)
+    x = x + gated(block.out(rearrange(attended, "b h (t n) c -> b t n (h c)", t=frames)), gate)
+    return x + gated(block.mlp(modulated(block.norm_mlp(x), shift_mlp, scale_mlp)), gate_mlp)
+
+
 def count_flops(cost: Cost, actions: Tensor) -> float:
     """Count the floating point operations of a call, those of an encoder included."""
     with FlopCounterMode(display=False) as counter:
@@ -174,8 +198,3 @@ def matmul_limit(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the GFLOP/s of a large square matrix product: the limit of this machine."""
     a = torch.randn(LIMIT_SIZE, LIMIT_SIZE, device=device, dtype=dtype)
     return 2 * LIMIT_SIZE**3 / min(seconds(torch.matmul, a, a, device=device) for _ in range(3)) / 1e9
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference over the spread of `b`: what can change the order of candidates."""
-    return float((a - b).abs().max() / b.std())

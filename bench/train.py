@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wmcache.bench.explicit import explicit_predict
+from wmcache.bench.plan import explicit_predict
 from wmcache.bench.timing import median_ratio, seconds
 from wmcache.cache.store import TokenStore
 from wmcache.common.device import autocast, choose_device, choose_dtype
@@ -39,18 +39,15 @@ def bench_train(
     device: str = "auto",
     residence: str = "auto",
 ) -> dict[str, float]:
-    """Time the same training steps from three sources of batches, and as DINO-WM's code computes them, in turns.
+    """Time the same training steps of DINO-WM from three sources of batches, and as its code computes them, in turns.
+
+    Batches come from `memory`, from the `store`, or with every frame encoded (`encoding`). The `reference` encodes too, in float32, with
+    explicit attention under a mask. Ratios are of the store to the others, medians over the rounds.
 
     Args:
-        model_options: of DINO-WM.
         encode: n -> tokens [n, N, D]; encodes n frames, as DINO-WM does for every batch.
         batch: windows of 3 + 1 frames, 5 env steps apart.
         steps: in each round; a tenth of them where frames are encoded.
-
-    Returns:
-        Steps a second on one batch in `memory`, fed by the `store`, with every frame encoded (`encoding`), and as the `reference`: that in
-        float32, with explicit attention under a mask. `ratio_to_…` of the store to each of the others, medians over the rounds; and the
-        share of time that the steps fed by the store waited for data.
     """
     store, where = TokenStore.open(cache), choose_device(device)
     options = TrainOptions(model_options=model_options, batch=batch, device=device)

@@ -21,7 +21,7 @@ from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
 
 MEASURED = "dino-wm"
-"""The world model that `bench.explicit` has in the reference's own code, to compare with."""
+"""The world model that `bench.plan` has in the reference's own code, to compare with."""
 
 
 @click.group(cls=Group)
@@ -104,7 +104,7 @@ def bench_codecs(store: AnyPath, frames: int) -> None:
 @shared.json_option
 def bench_shards(shards: tuple[int, ...], **settings: Any) -> None:
     """Measure what planning, claiming, finishing and opening a store of so many shards cost, without any data in them."""
-    from wmcache.bench.scale import measure_scale
+    from wmcache.bench.plan_job import measure_scale
 
     show_rows([measure_scale(count, **settings) for count in shards])
 
