@@ -29,19 +29,12 @@ class Solver(Protocol):
     @property
     def evaluations(self) -> int:
         """Count the candidates that one call evaluates per episode."""
-        ...
 
     def __call__(self, cost: Cost, start: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Minimise the cost.
+        """Return actions [E, T, A] in [-1, 1] of low cost, from the first guess `start` [E, T, A] in env units.
 
-        Args:
-            start: [E, T, A], the first guess; env units.
-            generators: one per episode, on the CPU, so that a result does not depend on the other episodes of the batch.
-
-        Returns:
-            Actions [E, T, A] in [-1, 1].
+        Each episode has a generator on the CPU, so that its result does not depend on the other episodes of the batch.
         """
-        ...
 
 
 def normal(generators: Sequence[torch.Generator], samples: int, start: Tensor) -> Tensor:

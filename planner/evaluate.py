@@ -19,7 +19,7 @@ from wmcache.planner.baselines import BASELINES, run_baseline
 from wmcache.planner.context import EvalContext
 from wmcache.planner.episodes import Episodes, join, load_episodes, save_episodes
 from wmcache.planner.goals import SOURCES, Separation, start_and_goal
-from wmcache.planner.judge import count_at_goal, judge, reported_thresholds, shortest_path_lengths
+from wmcache.planner.episodes import count_at_goal, judge, reported_thresholds, shortest_path_lengths
 from wmcache.planner.options import PlanOptions, Precision
 from wmcache.planner.policy import MpcPolicy, Observation
 from wmcache.planner.results import absolute_file
@@ -84,33 +84,15 @@ def _start_and_goal(
 
 @dataclass(frozen=True)
 class PlanBatch(WorkerTask[int, EvalContext]):
-    """Plans a batch of episodes on any worker, and saves it in a file of the folder; paths are absolute.
-
-    The fingerprint is that of the evaluation, since files may change under the same path.
-    """
+    """Plans a batch of episodes on any worker, and saves it in a file of the folder; paths are absolute."""
 
     run_path: Path
     options: PlanOptions
     weights: Path | None
     cache: str
     untrained: bool
-    fingerprint: str
     folder: Path
-
-    @classmethod
-    def of(cls, context: EvalContext, options: PlanOptions, folder: Path) -> PlanBatch:
-        """Describe a loaded run by absolute paths, in the precision that was chosen here."""
-        dtype = cast(Precision, str(context.dtype).removeprefix("torch."))
-        goals = options.goals if options.goals in SOURCES else absolute_file(options.goals)
-        return cls(
-            run_path=context.run.absolute(),
-            options=replace(options, dtype=dtype, goals=goals, env=options.env and absolute_file(options.env)),
-            weights=context.weights and context.weights.absolute(),
-            cache=absolute(context.store.path),
-            untrained=context.untrained,
-            fingerprint=context.fingerprint(options),
-            folder=folder.absolute(),
-        )
+    fingerprint: str  # workers keep the loaded run by all fields, and files may change under the same path
 
     def setup(self) -> EvalContext:
         """Load the run."""
@@ -125,7 +107,7 @@ class PlanBatch(WorkerTask[int, EvalContext]):
 
 
 def batch_of(options: PlanOptions, first: int) -> range:
-    """Return the episodes of the batch that begins with this one; a batch does not depend on where it is planned."""
+    """Return the episodes of the batch that begins with this one."""
     return range(first, min(options.seed + options.episodes, first + options.batch))
 
 
@@ -144,13 +126,28 @@ def evaluate(
     """
     numbers = range(options.seed, options.seed + options.episodes)
     _start_and_goal(context, options, numbers)  # unusable goals are reported before any work
-    folder = out / f"unfinished-{context.fingerprint(options)}"
+    fingerprint = context.fingerprint(options)
+    folder = out / f"unfinished-{fingerprint}"
     make_folder(folder)
     firsts = numbers[:: options.batch]
     pending = [first for first in firsts if not _batch_file(folder, first).exists()]
     replans = -(-options.budget // (options.execute * context.frameskip))
+    task = PlanBatch(
+        context.run.absolute(),
+        replace(
+            options,
+            dtype=cast(Precision, str(context.dtype).removeprefix("torch.")),  # chosen here
+            goals=options.goals if options.goals in SOURCES else absolute_file(options.goals),
+            env=options.env and absolute_file(options.env),
+        ),
+        context.weights and context.weights.absolute(),
+        absolute(context.store.path),
+        context.untrained,
+        folder.absolute(),
+        fingerprint,
+    )
     run_tasks(
-        PlanBatch.of(context, options, folder).with_state(context),
+        task.with_state(context),
         pending,
         cluster=cluster,
         total=sum(len(batch_of(options, first)) for first in pending) * replans,

@@ -26,12 +26,10 @@ Draw = Callable[[np.random.Generator], tuple[States, States]]
 
 @dataclass(frozen=True)
 class Separation:
-    """How far apart start and goal are at least.
+    """How far apart start and goal are at least, so that no episode begins at its goal or arrives with its first model step.
 
-    An episode that begins at its goal, or arrives with its first model step, does not measure a planner. So the straight distance, which
-    the judge compares with thresholds, is at least `threshold`, and the shortest path through the maze at least `threshold` + `step`.
-    The path counts rather than the straight line because the ball cannot cross walls. `threshold` is the largest one that is reported,
-    `step` the largest distance that the ball can cover in one model step, see `envs.longest_move`.
+    The straight distance, which the judge compares with thresholds, is at least `threshold`, the largest one that is reported. The shortest
+    path through the maze is at least `threshold` + `step`, the longest move of a model step, see `envs.longest_move`.
     """
 
     threshold: float = 0.0
@@ -65,9 +63,7 @@ def start_and_goal(
         source: `random-state`: random positions and velocities. `dataset`: frames of a held-out episode, `steps` env steps apart.
             `random-action`: a random state, and where Gaussian actions lead from it in `steps` env steps. Else a Parquet file with
             columns `start` and `goal`, states (x, y, vx, vy); episode n takes row n. An evaluation's episodes.parquet is such a file.
-        store: for `dataset`.
         steps: env steps from start to goal, for `dataset` and `random-action`.
-        split_seed: of the run's split into train and val episodes.
         separation: closer pairs are drawn again from the same generator. A file's pairs are taken as they are.
 
     Returns:
@@ -79,8 +75,8 @@ def start_and_goal(
     if source not in SOURCES:
         return _read_states(Path(source), numbers, maze)
     draw = _draw_frames(store, steps, split_seed) if source == "dataset" else _draw_states(source, maze, steps)
-    pairs = [_draw_pair(draw, source, number, maze, separation or Separation()) for number in numbers]
-    start, goal = (np.stack(states) for states in zip(*pairs, strict=True))
+    separation = separation or Separation()
+    start, goal = np.stack([_draw_pair(draw, source, number, maze, separation) for number in numbers], 1)
     if not maze.is_clear(np.concatenate([start, goal])[:, :2], 0.0).all():
         raise UserError(
             f"--goals {source}: frames of {store.path} are in walls of maze {maze.name}; choose another --goals or --env"

@@ -47,16 +47,12 @@ class Mpc:
         generators: Sequence[torch.Generator],
         past: Tensor | None = None,
     ) -> Tensor:
-        """Find actions of low cost.
+        """Find actions [E, T, f * A] of low cost in env units, T = horizon.
 
         Args:
-            tokens: [E, n, N, D] of the newest n frames, a model step apart.
-            proprio: [E, n, P] of those frames.
+            tokens, proprio: [E, n, N, D] and [E, n, P] of the newest n frames, a model step apart.
             previous: [E, T, f * A], a first guess (see `shift`); None: zeros.
             past: [E, n - 1, f * A], the actions between those frames; needed where n > 1.
-
-        Returns:
-            [E, T, f * A] in env units, T = horizon.
         """
         if previous is None:
             previous = torch.zeros(len(tokens), self.horizon, self.model.shape.action_dim, device=self.device)

@@ -18,15 +18,10 @@ from wmcache.planner.options import PlanOptions
 
 @dataclass(frozen=True)
 class Observation:
-    """What a policy sees of E episodes; never a state.
+    """What a policy sees of E episodes; never a state. `earlier` is the frame the encoder's lag before, for encoders of frame pairs."""
 
-    Attributes:
-        image: uint8 [E, S, S, 3]. proprio: float32 [E, P].
-        earlier: uint8 [E, S, S, 3], the frame the encoder's lag before, for encoders of frame pairs.
-    """
-
-    image: NDArray[np.uint8]
-    proprio: NDArray[np.float32]
+    image: NDArray[np.uint8]  # [E, S, S, 3]
+    proprio: NDArray[np.float32]  # [E, P]
     earlier: NDArray[np.uint8] | None = None
 
 

@@ -17,12 +17,9 @@ LONGEST_NAME = 120
 
 
 def recorded(options: PlanOptions) -> dict[str, Any]:
-    """Return the options by which an evaluation is known.
-
-    `strict` is left out where it does not change the episodes, so that evaluations from before it existed keep their fingerprint.
-    """
+    """Return the options by which an evaluation is known."""
     known = asdict(options)
-    if not options.strict or options.goals not in SOURCES:
+    if not options.strict or options.goals not in SOURCES:  # evaluations from before it existed keep their fingerprint
         del known["strict"]
     return known
 

@@ -44,15 +44,14 @@ ENCODER_OPTIONS = tuple(item.name for item in fields(EncoderOptions))
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """A part of a study.
+    """A part of a study; label and files are not a part of its key, so files may move.
 
     Attributes:
         stage: in PRODUCTS.
         name: of the encoder.
-        label: not a part of the key.
         settings: plain JSON values; of files the SHA-256 of their content.
         inputs: role -> the cell whose result it takes.
-        files: setting -> location of the file; not a part of the key, so files may move.
+        files: setting -> path.
     """
 
     stage: str
@@ -146,7 +145,6 @@ def _branch(choice: EncoderChoice, seed: int, options: StudyOptions, fingerprint
 
 
 def _extract_cell(choice: EncoderChoice, seed: int, options: StudyOptions, fingerprint: str) -> Cell:
-    """The store of an encoder, after its fit and, for an adapter, its base's store."""
     entry = encoders.get_entry(choice.name)
     inputs: dict[str, Cell] = {}
     if choice.weights is None and entry.load is None:
@@ -159,7 +157,7 @@ def _extract_cell(choice: EncoderChoice, seed: int, options: StudyOptions, finge
     files = {"weights": choice.weights, "base_weights": choice.base_weights}
     settings = {
         "name": choice.name,
-        **{name: path and _digest(weights_file(require_weights(Path(path)))) for name, path in files.items()},
+        **{name: path and _weights_digest(path) for name, path in files.items()},
         **{name: getattr(choice, name) for name in ENCODER_OPTIONS},
         "store_dtype": choice.store_dtype,
         "dataset": fingerprint,
@@ -169,7 +167,6 @@ def _extract_cell(choice: EncoderChoice, seed: int, options: StudyOptions, finge
 
 
 def _plan_settings(options: PlanOptions) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings and files of an evaluation."""
     settings, files = recorded(options), {}
     if options.env:
         files["env"] = absolute_file(options.env)
@@ -199,5 +196,5 @@ def _base_of(choice: EncoderChoice, default: str, options: StudyOptions) -> Enco
 
 
 @functools.lru_cache
-def _digest(file: Path) -> str:
-    return sha256_of(file)
+def _weights_digest(path: str) -> str:
+    return sha256_of(weights_file(require_weights(Path(path))))

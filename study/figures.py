@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from wmcache.common.figures import png_bytes
-from wmcache.planner.judge import THRESHOLDS
+from wmcache.planner.episodes import THRESHOLDS
 from wmcache.planner.report import COLOURS, RC
 from wmcache.study.options import StudyOptions
 from wmcache.study.table import Row, pooled

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from wmcache.common.cpus import available_cpus
 from wmcache.common.files import atomic_write
 from wmcache.planner.baselines import BASELINES
-from wmcache.planner.judge import THRESHOLDS
-from wmcache.planner.page import write_page
+from wmcache.planner.episodes import THRESHOLDS
+from wmcache.planner.report import write_page
 from wmcache.study.cells import Branch, Workspace
 from wmcache.study.figures import baseline_rows, draw_fractions, draw_skill, draw_success, numbers, rate
 from wmcache.study.options import Evaluation, StudyOptions
@@ -36,11 +36,6 @@ def write_report(
     out: Path, options: StudyOptions, rows: list[Row], work: Workspace, branches: Sequence[Branch], command: str
 ) -> dict[str, Any]:
     """Write study.parquet and study.html.
-
-    Args:
-        rows: of `tabulate`.
-        work, branches: of `run_study`.
-        command: the command line, for the page.
 
     Returns:
         For each evaluation at its threshold and the largest fraction: `pairs`, the tests; `ranking`, the groups; `best`, the encoder
@@ -67,11 +62,7 @@ def write_report(
         lines=lines,
         began={plan.name: _began(rows, plan.name) for plan in options.plan},
         evaluations={
-            name: {
-                **found,
-                "matrix": _matrix(found["pairs"]),
-                "names": [line["encoder"] for line in table if line["success"][name]],
-            }
+            name: {**found, "matrix": _matrix(found["pairs"]), "names": [x["encoder"] for x in table if x["success"][name]]}
             for name, found in results.items()
         },
         columns=list(dict.fromkeys(column for line in table for column in line["probes"])),
@@ -110,13 +101,12 @@ def _reached(options: StudyOptions, plan: Evaluation, work: Workspace, branches:
 
 
 def _matrix(pairs: list[Row]) -> dict[tuple[str, str], Row]:
-    """Row and column -> their pair, from the row's side."""
+    # Row and column -> their pair, from the row's side.
     found = {(pair["first"], pair["second"]): pair for pair in pairs}
-    turned = {
-        (second, first): {**pair, "first_ahead": pair["second_ahead"], "second_ahead": pair["first_ahead"]}
-        for (first, second), pair in found.items()
-    }
-    return found | turned
+    for pair in pairs:
+        turned = {"first_ahead": pair["second_ahead"], "second_ahead": pair["first_ahead"]}
+        found[pair["second"], pair["first"]] = pair | turned
+    return found
 
 
 def summarise(options: StudyOptions, rows: Sequence[Row]) -> list[Row]:
@@ -177,13 +167,13 @@ def with_baselines(options: StudyOptions, rows: Sequence[Row], table: Sequence[R
 
 
 def _began(rows: Sequence[Row], protocol: str) -> dict[float, int]:
-    """Threshold -> episodes of an evaluation that began within it; empty if that is not known."""
+    # Threshold -> episodes of an evaluation that began within it; empty if that is not known.
     known = [row for row in rows if row["protocol"] == protocol and row[f"began_{THRESHOLDS[0]}"] is not None]
     return {at: known[0][f"began_{at}"] for at in THRESHOLDS} if known else {}
 
 
 def _probes(known: Row) -> dict[str, float]:
-    """`linear position` and the like -> mean R^2 over its columns of the state."""
+    # `linear position` and the like -> mean R^2 over its columns of the state.
     found: dict[str, list[float]] = {}
     for name, value in known.items():
         kind, _, column = name.removeprefix("probe_").partition("_")

@@ -71,9 +71,6 @@ def run_study(options: StudyOptions, out: Path) -> tuple[list[Branch], Workspace
 
     Returns:
         The cells, where their results are, and key -> reason for those that failed.
-
-    Raises:
-        UserError: frames or weights are missing, or another process works in the folder.
     """
     with exclusive(out / ".lock", out, wait=False) as alone:
         if not alone:
@@ -162,10 +159,7 @@ def run_task(work: Workspace, task: Task, known: dict[str, str]) -> dict[str, st
 
 
 def _extract_at_once(work: Workspace, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
-    """Extract several stores in one pass over the frames; returns key -> figures for the cells of passes that succeeded.
-
-    A failure is reported later, when each store is finished by itself.
-    """
+    # Returns key -> figures for the cells of passes that succeeded. A failure is reported later, when each store is finished by itself.
     found: dict[str, dict[str, Any]] = {}
     with _log(work, cells[0]):
         made: dict[str, dict[Cell, Encoder]] = {}
@@ -187,7 +181,7 @@ def _extract_at_once(work: Workspace, cells: Sequence[Cell]) -> dict[str, dict[s
 
 @contextmanager
 def _log(work: Workspace, cell: Cell) -> Iterator[Path]:
-    """Redirect output to the cell's log, so that the terminal has one progress bar."""
+    # So that the terminal has one progress bar.
     path = work.log(cell)
     make_folder(path.parent)
     with path.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
@@ -201,7 +195,7 @@ def _here(work: Workspace, tasks: Sequence[Task], failures: dict[str, str], bar:
 
 
 def _on_cluster(work: Workspace, tasks: Sequence[Task], failures: dict[str, str], pool: Pool) -> Iterator[Outcome]:
-    """Run tasks in other processes, each as soon as those that it needs are done or are among `failures`."""
+    # Each task runs as soon as those that it needs are done or are among `failures`.
     waiting, ahead = list(tasks), {cell.key for task in tasks for cell in task}
     while waiting or pool.running:
         ready = []

@@ -1,10 +1,9 @@
 """Which differences between encoders are real: paired tests over the same planning episodes.
 
-The unit is the episode. Episode n has the same start, goal and search noise for every encoder and every seed of fit and training, so the
-results of the seeds on one episode are not independent: they count as one. Two encoders are compared by the difference of their successes
-on each episode, summed over the seeds, with an exact sign-flip test: if the encoders are alike, each difference is as likely to have the
-opposite sign. With one seed this is the exact McNemar test (McNemar 1947). The tests hold for the world models that were trained; they do
-not generalise to other seeds.
+The unit is the episode. Episode n has the same start, goal and search noise for every encoder and seed, so the results of the seeds on one
+episode are not independent: they count as one. Two encoders are compared by the difference of their successes on each episode, summed over
+the seeds, with an exact sign-flip test; with one seed this is the exact McNemar test (McNemar 1947). The tests hold for the world models
+that were trained; they do not generalise to other seeds.
 """
 
 from __future__ import annotations
@@ -28,10 +27,9 @@ class Pair:
     """Two encoders over the same episodes.
 
     Attributes:
-        episodes, seeds: number of those that both have.
         first_ahead, second_ahead: episodes on which one has more successes over the seeds than the other.
-        p: of the sign-flip test. adjusted: by Holm, over all pairs.
-        real: whether they differ at the level of 5 %.
+        adjusted: `p` of the sign-flip test, adjusted by Holm over all pairs.
+        real: whether they differ at LEVEL.
     """
 
     first: str
@@ -90,7 +88,7 @@ def episodes_needed(pairs: Sequence[Pair]) -> int:
 
 
 def _differ_and_rates(reached: Reached, pairs: Sequence[Pair]) -> tuple[set[frozenset[str]], dict[str, float]]:
-    """Pairs that differ, and the success rate of each encoder, the highest first."""
+    # The highest rate first.
     differ = {frozenset((pair.first, pair.second)) for pair in pairs if pair.real}
     rates = {name: float(np.mean(list(seeds.values()))) for name, seeds in reached.items() if seeds}
     return differ, dict(sorted(rates.items(), key=lambda item: -item[1]))

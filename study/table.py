@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wmcache.planner.baselines import BASELINES
-from wmcache.planner.judge import THRESHOLDS
+from wmcache.planner.episodes import THRESHOLDS
 from wmcache.study.cells import Branch, Workspace
 from wmcache.study.statistics import interval
 from wmcache.trainer.train import ROLLOUT_STEPS

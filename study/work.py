@@ -25,7 +25,7 @@ from wmcache.pipeline.pictures import draw_probe
 from wmcache.pipeline.probe import probe
 from wmcache.planner.context import EvalContext
 from wmcache.planner.evaluate import evaluate
-from wmcache.planner.judge import THRESHOLDS
+from wmcache.planner.episodes import THRESHOLDS
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_episodes
 from wmcache.study.cells import ENCODER_OPTIONS, Cell, Workspace
@@ -67,7 +67,6 @@ def token_variance(store: TokenStore) -> float:
 
 
 def _fit(work: Workspace, cell: Cell) -> dict[str, Any]:
-    """Fit an encoder, or an adapter on its base's store."""
     name, dataset = cell.settings["name"], FrameDataset.open(work.dataset)
     what = (name, work.product(cell), encoders.fit_options(name, cell.settings["options"]))
     shared = {"max_frames": cell.settings["max_frames"], "device": work.device, "measure": False}
@@ -79,7 +78,6 @@ def _fit(work: Workspace, cell: Cell) -> dict[str, Any]:
 
 
 def _extract(work: Workspace, cell: Cell) -> dict[str, Any]:
-    """Extract a store from the frames, or derive it from the store of an adapter's base; time the encoder alone."""
     encoder, out, dtype = create_encoder(work, cell), work.product(cell), cell.settings["store_dtype"]
     dataset = FrameDataset.open(work.dataset)
     start = time.perf_counter()
@@ -114,7 +112,6 @@ def _speed(encoder: Encoder, dataset: FrameDataset, batch: int) -> float:
 
 
 def _probe(work: Workspace, cell: Cell) -> dict[str, Any]:
-    """Probe a store, and draw its distances if its frames have a maze."""
     store = work.product(cell.inputs["extract"])
     found = probe(store, dataset=work.dataset, frames=cell.settings["frames"])
     if found.nearest is not None:
@@ -124,7 +121,6 @@ def _probe(work: Workspace, cell: Cell) -> dict[str, Any]:
 
 
 def _train(work: Workspace, cell: Cell) -> dict[str, Any]:
-    """Train a world model, and measure its open-loop rollouts on validation episodes."""
     run, options = work.product(cell), TrainOptions(**cell.settings)
     path = work.product(cell.inputs["extract"])
     train(path, run, options)
@@ -142,7 +138,6 @@ def _train(work: Workspace, cell: Cell) -> dict[str, Any]:
 
 
 def _plan(work: Workspace, cell: Cell) -> dict[str, Any]:
-    """Plan with a run, and record which episodes reached their goals."""
     out, options = work.product(cell), PlanOptions(**{"strict": False, **cell.settings, **cell.files})
     extracted = cell.inputs["extract"]
     # The run records where both were when it was trained; the study may have moved since.
@@ -161,7 +156,7 @@ STAGES = {"fit": _fit, "extract": _extract, "probe": _probe, "train": _train, "p
 
 
 def _weights_of(work: Workspace, cell: Cell) -> Path | None:
-    """The present location of the weights of an extraction's encoder; None if it has no file of its own."""
+    # The present path of the encoder's weights; the run recorded an earlier one.
     if "fit" in cell.inputs:
         return work.product(cell.inputs["fit"])
     return Path(cell.files["weights"]) if "weights" in cell.files else None

@@ -14,7 +14,7 @@ from wmcache.planner.context import EvalContext
 from wmcache.planner.episodes import Episodes
 from wmcache.planner.evaluate import evaluate
 from wmcache.planner.goals import start_and_goal
-from wmcache.planner.judge import count_at_goal, judge
+from wmcache.planner.episodes import count_at_goal, judge
 from wmcache.planner.options import PlanOptions
 from wmcache.trainer.runs import load_model
 

@@ -11,7 +11,7 @@ import pytest
 
 from wmcache.envs import Maze
 from wmcache.planner.episodes import Episodes, join, load_episodes, save_episodes
-from wmcache.planner.judge import env_steps, judge, path_lengths, shortest_path_lengths
+from wmcache.planner.episodes import env_steps, judge, path_lengths, shortest_path_lengths
 
 NEAR, FAR = 0.2, 5.0
 HALL = Maze("Hall", ("#" * 8, "#" + "O" * 6 + "#", "#" + "O" * 6 + "#", "#" * 8))

@@ -27,7 +27,7 @@ from wmcache.common.errors import UserError
 from wmcache.planner.context import EvalContext
 from wmcache.planner.episodes import Episodes
 from wmcache.planner.evaluate import evaluate
-from wmcache.planner.judge import env_steps
+from wmcache.planner.episodes import env_steps
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import draw_distance_map, draw_paths, draw_success, draw_training, write_report
 
