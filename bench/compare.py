@@ -28,6 +28,7 @@ from wmcache.common.paths import AnyPath
 from wmcache.planner.base import Cost
 from wmcache.planner.context import EvalContext, random_episode
 from wmcache.planner.evaluate import evaluate
+from wmcache.planner.mpc import make_mpc
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import make_solver
@@ -117,7 +118,7 @@ def _zeros(context: EvalContext, options: PlanOptions, samples: int) -> torch.Te
 def _first_cost(context: EvalContext, options: PlanOptions, number: int) -> Cost:
     (start, goal), frames = random_episode(context, number)
     tokens, goal_tokens = (context.encoder(frame[None]) for frame in frames)
-    mpc = context.make_mpc(options, goal_tokens, goal[None].astype(np.float32))
+    mpc = make_mpc(context, options, goal_tokens, goal[None].astype(np.float32))
     proprio = torch.from_numpy(start.astype(np.float32)).to(context.device)
     return mpc.cost_of(tokens[:, None], proprio[None, None])
 

@@ -28,8 +28,6 @@ from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
 from wmcache.pipeline.encoders.changes import LEAST_CHANGE, changes_for
 from wmcache.planner.goals import SOURCES, start_and_goal
 from wmcache.planner.graph import LatentGraph
-from wmcache.planner.mpc import Mpc
-from wmcache.planner.objective import GoalDistance
 from wmcache.planner.options import PlanOptions, check_options
 from wmcache.planner.results import recorded
 from wmcache.planner.solvers import make_solver, option_names
@@ -115,17 +113,6 @@ class EvalContext:
         if (options.observed or 0) > context:
             raise UserError(f"--observed {options.observed} is more than the {context} frames of --context; raise it")
         return context, min(options.observed or usual, context)
-
-    def make_mpc(self, options: PlanOptions, goal: Tensor, goal_proprio: NDArray[np.float32]) -> Mpc:
-        """Create a planner to goals [E, N, D]; their proprio [E, P] is used only where `alpha` is above 0."""
-        proprio = None
-        if options.alpha:
-            proprio = self.model.encode_proprio(torch.from_numpy(goal_proprio).to(self.device)[:, None])[:, 0]
-        goal = goal.float()
-        to_goal = None if self.graph is None else self.graph.to_goal(goal)
-        objective = GoalDistance(goal, options.objective, options.alpha, proprio, self.graph, to_goal)
-        sizes = (options.horizon, self.context_frames, self.frameskip)
-        return Mpc(self.model, self.solver, objective, *sizes, self.device, self.dtype)
 
     def mask(self, images: NDArray[np.uint8], goal_images: NDArray[np.uint8]) -> Tensor:
         """Mark the tokens in which frames [E, S, S, 3] differ from the goal's, bool [E, N]; all tokens of equal frames."""

@@ -17,11 +17,19 @@ from wmcache.common.paths import absolute, as_path
 from wmcache.envs import PointMazeVectorEnv, longest_move
 from wmcache.planner.baselines import BASELINES, run_baseline
 from wmcache.planner.context import EvalContext
-from wmcache.planner.episodes import Episodes, join, load_episodes, save_episodes
+from wmcache.planner.episodes import (
+    Episodes,
+    count_at_goal,
+    join,
+    judge,
+    load_episodes,
+    reported_thresholds,
+    save_episodes,
+    shortest_path_lengths,
+)
 from wmcache.planner.goals import SOURCES, Separation, start_and_goal
-from wmcache.planner.episodes import count_at_goal, judge, reported_thresholds, shortest_path_lengths
+from wmcache.planner.mpc import MpcPolicy, Observation
 from wmcache.planner.options import PlanOptions, Precision
-from wmcache.planner.policy import MpcPolicy, Observation
 from wmcache.planner.results import absolute_file
 
 

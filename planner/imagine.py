@@ -120,11 +120,15 @@ def _open(run: Path, decoder: Path, cache: AnyPath | None, steps: int) -> tuple[
     if split != (other := read_decoder_config(decoder)["split_seed"]):
         different.append(f"held-out episodes, --split-seed {other} != {split}")
     if different:
-        raise UserError(f"{decoder} and {run} were trained on different data: {'; '.join(different)}; pass another --decoder")
+        raise UserError(
+            f"{decoder} and {run} were trained on different data: {'; '.join(different)}; pass another --decoder"
+        )
     store = open_store(run, cache)
     longest = store.longest_episode() // frameskip - 1
     if steps > longest:
-        raise UserError(f"--steps {steps} is more than the {longest} of the longest episode, of {frameskip} env steps each; lower it")
+        raise UserError(
+            f"--steps {steps} is more than the {longest} of the longest episode, of {frameskip} env steps each; lower it"
+        )
     return store, store.windows(1, steps, frameskip, "val", seed=split)
 
 

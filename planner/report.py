@@ -41,10 +41,9 @@ from wmcache.common.video import write_mp4
 from wmcache.envs import FPS, Maze
 from wmcache.pipeline.encoders.changes import changes_for
 from wmcache.planner.context import EvalContext, cached_maze, render
-from wmcache.planner.episodes import Episodes
+from wmcache.planner.episodes import THRESHOLDS, Episodes, env_steps, shortest_path_lengths, wilson
 from wmcache.planner.goals import SOURCES
 from wmcache.planner.graph import LatentGraph
-from wmcache.planner.episodes import THRESHOLDS, env_steps, shortest_path_lengths, wilson
 from wmcache.trainer.models import Localizes
 
 VIDEOS = 4
@@ -265,7 +264,9 @@ def draw_localization(context: EvalContext) -> bytes:
         changes, computed = (masks[name][step].reshape(grid) for name in ("changes", "computed"))
         extent = (0, grid[1], grid[0], 0)
         axes.imshow(images[step], extent=extent)
-        axes.imshow(computed[..., None] * to_rgba(MASK_COLOURS["computed"], 0.45), extent=extent, interpolation="nearest")
+        axes.imshow(
+            computed[..., None] * to_rgba(MASK_COLOURS["computed"], 0.45), extent=extent, interpolation="nearest"
+        )
         axes.pcolor(np.ma.array(changes, mask=~changes), facecolor="none", edgecolors=MASK_COLOURS["changes"])
         axes.set(xticks=[], yticks=[])
         axes.grid(visible=False)

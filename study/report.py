@@ -11,20 +11,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from matplotlib.figure import Figure
 
 from wmcache.common.cpus import available_cpus
+from wmcache.common.figures import png_bytes
 from wmcache.common.files import atomic_write
 from wmcache.planner.baselines import BASELINES
 from wmcache.planner.episodes import THRESHOLDS
-from wmcache.planner.report import write_page
+from wmcache.planner.report import COLOURS, RC, write_page
 from wmcache.study.cells import Branch, Workspace
-from wmcache.study.figures import baseline_rows, draw_fractions, draw_skill, draw_success, numbers, rate
 from wmcache.study.options import Evaluation, StudyOptions
-from wmcache.study.statistics import LEVEL, Reached, compare, episodes_needed, rank, separated, smallest_p
-from wmcache.study.table import Row, pooled
+from wmcache.study.statistics import LEVEL, Reached, Row, compare, episodes_needed, pooled, rank, separated, smallest_p
+from wmcache.trainer.train import ROLLOUT_STEPS
 
 LIBRARIES = ("wmcache", "torch", "numpy", "timm", "transformers", "mujoco", "scikit-learn")
 STATE = {"x": "position", "y": "position", "vx": "velocity", "vy": "velocity"}
@@ -62,7 +64,11 @@ def write_report(
         lines=lines,
         began={plan.name: _began(rows, plan.name) for plan in options.plan},
         evaluations={
-            name: {**found, "matrix": _matrix(found["pairs"]), "names": [x["encoder"] for x in table if x["success"][name]]}
+            name: {
+                **found,
+                "matrix": _matrix(found["pairs"]),
+                "names": [x["encoder"] for x in table if x["success"][name]],
+            }
             for name, found in results.items()
         },
         columns=list(dict.fromkeys(column for line in table for column in line["probes"])),
@@ -228,3 +234,100 @@ def summary(options: StudyOptions, results: dict[str, Any]) -> str:
             line += f"below the best: {', '.join(found['below']) or '-'}"
         lines.append(textwrap.fill(line, 120, subsequent_indent="  ", break_on_hyphens=False))
     return "\n".join(lines)
+
+
+MARKERS = "osD^vP*X<>"
+
+
+@matplotlib.rc_context(RC)
+def draw_success(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> bytes:
+    """Draw success by threshold at the largest fraction: a line for each encoder or baseline, a panel for each evaluation."""
+    names, count = [line["encoder"] for line in table], len(options.plan)
+    figure = Figure(figsize=(3.0 + 2.6 * count, 1.0 + 0.36 * len(names)), layout="constrained")
+    panels = figure.subplots(1, count, sharey=True, squeeze=False)
+    for axes, plan in zip(panels[0], options.plan, strict=True):
+        for shift, at, colour in zip((-0.2, 0.0, 0.2), THRESHOLDS, COLOURS, strict=False):
+            for height, line in enumerate(table):
+                if (actions := line["actions"]) is None:
+                    known = pooled(_select(rows, line["encoder"], options.fractions[-1], plan.name), at)
+                else:
+                    known = pooled(baseline_rows(rows, actions, plan.name), at, f"{actions}_successes")
+                if known is not None:
+                    axes.plot(known[2], [height + shift] * 2, color=colour, linewidth=1.6, alpha=0.6)
+                    label = f"within {at}" if height == 0 else None
+                    axes.plot(rate(known), height + shift, "o", color=colour, markersize=4.5, label=label)
+        axes.set(xlim=(-0.02, 1.02), xlabel="episodes that reached the goal", title=plan.name)
+        axes.set_yticks(range(len(names)), names)
+    panels[0, 0].invert_yaxis()
+    handles = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper right", ncols=len(THRESHOLDS))
+    return png_bytes(figure, dpi=150)
+
+
+@matplotlib.rc_context(RC)
+def draw_skill(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> bytes:
+    """Draw open-loop rollouts by model step: skill against copying the observed frame, and error as a share of the frames' variance."""
+    kinds = {"skill": "skill: 1 - error / error of copying", "error": "error / variance of the frames"}
+    figure = Figure(figsize=(9.4, 3.3), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, (kind, label) in zip(panels, kinds.items(), strict=True):
+        for number, line in enumerate(table):
+            mine = _select(rows, line["encoder"], options.fractions[-1], options.plan[0].name)
+            steps = range(1, ROLLOUT_STEPS + 1)
+            known = [(k, np.mean(values)) for k in steps if (values := numbers(mine, f"{kind}_{k}"))]
+            if known:
+                axes.plot(*zip(*known, strict=True), **_style(number), label=line["encoder"])
+        axes.set(xlabel="model steps ahead", ylabel=label, xticks=steps)
+    panels[1].set_ylim(bottom=0)
+    if panels[0].get_ylim()[0] < -1:
+        panels[0].set_ylim(-1, 1)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+    return png_bytes(figure, dpi=150)
+
+
+@matplotlib.rc_context(RC)
+def draw_fractions(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> bytes:
+    """Draw success against the share of the train episodes with intervals, a panel for each evaluation."""
+    figure = Figure(figsize=(3.0 + 3.2 * len(options.plan), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(options.plan), squeeze=False)
+    for axes, plan in zip(panels[0], options.plan, strict=True):
+        for number, line in enumerate(table):
+            points = {at: pooled(_select(rows, line["encoder"], at, plan.name)) for at in options.fractions}
+            known = {at: success for at, success in points.items() if success is not None}
+            rates = [rate(success) for success in known.values()]
+            # Shifted, so that intervals at the same share do not hide each other.
+            shares = [at * 1.012 ** (number - len(table) / 2) for at in known]
+            if known:
+                bars = np.abs(np.array([success[2] for success in known.values()]).T - rates)
+                axes.errorbar(shares, rates, yerr=bars, elinewidth=0.8, **_style(number), label=line["encoder"])
+        axes.set(xscale="log", ylim=(-0.02, 1.02), title=plan.name, xlabel="share of the train episodes")
+        axes.set_xticks(options.fractions, [f"{at:.0%}" for at in options.fractions])
+        axes.minorticks_off()
+    panels[0, 0].set_ylabel("episodes that reached the goal")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    return png_bytes(figure, dpi=150)
+
+
+def _select(rows: Sequence[Row], encoder: str, fraction: float, protocol: str) -> list[Row]:
+    wanted = (encoder, fraction, protocol)
+    return [row for row in rows if (row["encoder"], row["fraction"], row["protocol"]) == wanted]
+
+
+def _style(number: int) -> dict[str, Any]:
+    colour = matplotlib.colormaps["tab10"](number % 10)
+    return {"color": colour, "marker": MARKERS[number % len(MARKERS)], "markersize": 4.5, "linewidth": 1.3}
+
+
+def baseline_rows(rows: Sequence[Row], actions: str, protocol: str) -> list[Row]:
+    """A row with this baseline, if there is one: all rows of an evaluation have the same episodes, and so the same baselines."""
+    return [row for row in rows if row["protocol"] == protocol and row[f"{actions}_successes"] is not None][:1]
+
+
+def numbers(rows: Sequence[Row], name: str) -> list[float]:
+    """The values of a column that are numbers."""
+    return [row[name] for row in rows if isinstance(row[name], int | float)]
+
+
+def rate(success: tuple[int, int, list[float]] | None) -> float:
+    """The success rate of `pooled`; -1 if it is not known."""
+    return success[0] / success[1] if success else -1.0

@@ -31,9 +31,8 @@ from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.study.cells import Branch, Cell, Workspace, make_branches
+from wmcache.study.cells import Branch, Cell, Workspace, create_encoder, do_cell, make_branches
 from wmcache.study.options import StudyOptions
-from wmcache.study.work import create_encoder, do_cell
 
 Task = tuple[Cell, ...]
 """Cells that are done together: one, or the extractions of a seed, for which frames are decoded once."""

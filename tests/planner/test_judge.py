@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 
 from wmcache.envs import Maze
-from wmcache.planner.episodes import Episodes, join, load_episodes, save_episodes
-from wmcache.planner.episodes import env_steps, judge, path_lengths, shortest_path_lengths
+from wmcache.planner.episodes import (
+    Episodes,
+    env_steps,
+    join,
+    judge,
+    load_episodes,
+    path_lengths,
+    save_episodes,
+    shortest_path_lengths,
+)
 
 NEAR, FAR = 0.2, 5.0
 HALL = Maze("Hall", ("#" * 8, "#" + "O" * 6 + "#", "#" + "O" * 6 + "#", "#" * 8))
