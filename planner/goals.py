@@ -74,7 +74,7 @@ def start_and_goal(
     """
     if source not in SOURCES:
         return _read_states(Path(source), numbers, maze)
-    draw = _draw_frames(store, steps, split_seed) if source == "dataset" else _draw_states(source, maze, steps)
+    draw = _draw_from(source, maze, store, steps, split_seed)
     separation = separation or Separation()
     start, goal = np.stack([_draw_pair(draw, source, number, maze, separation) for number in numbers], 1)
     if not maze.is_clear(np.concatenate([start, goal])[:, :2], 0.0).all():
@@ -84,31 +84,28 @@ def start_and_goal(
     return start, goal
 
 
-def _draw_frames(store: TokenStore, steps: int, split_seed: int) -> Draw:
-    candidates, _ = window_starts(store.episode, split_episodes(store.episodes, "val", split_seed), steps + 1)
-    if not len(candidates):
-        raise UserError(f"no held-out episode of {store.path} has {steps + 1} frames; lower --goal-steps")
+def _draw_from(source: str, maze: Maze, store: TokenStore, steps: int, split_seed: int) -> Draw:
+    if source == "dataset":
+        candidates, _ = window_starts(store.episode, split_episodes(store.episodes, "val", split_seed), steps + 1)
+        if not len(candidates):
+            raise UserError(f"no held-out episode of {store.path} has {steps + 1} frames; lower --goal-steps")
 
-    def draw(rng: np.random.Generator) -> tuple[States, States]:
-        first = int(rng.choice(candidates))
-        return np.asarray(store.state[first], np.float64), np.asarray(store.state[first + steps], np.float64)
+        def draw_frames(rng: np.random.Generator) -> tuple[States, States]:
+            first = int(rng.choice(candidates))
+            return np.asarray(store.state[first], np.float64), np.asarray(store.state[first + steps], np.float64)
 
-    return draw
-
-
-def _draw_states(source: str, maze: Maze, steps: int) -> Draw:
+        return draw_frames
     simulator = PointMazeSimulator(maze)
 
-    def draw(rng: np.random.Generator) -> tuple[States, States]:
-        start = sample_state(maze, rng)
+    def draw_states(rng: np.random.Generator) -> tuple[States, States]:
+        start = goal = sample_state(maze, rng)
         if source == "random-state":
             return start, sample_state(maze, rng)
-        goal = start
         for action in rng.normal(size=(steps, 2)):
             goal = simulator.step(goal, action)
         return start, goal
 
-    return draw
+    return draw_states
 
 
 def _draw_pair(draw: Draw, source: str, number: int, maze: Maze, separation: Separation) -> tuple[States, States]:

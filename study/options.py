@@ -134,12 +134,10 @@ def _encoders(
     # The encoders to study, and the file's others.
     known = [parse_options(EncoderChoice, table, f"{where}: encoder {n}") for n, table in enumerate(tables, start=1)]
     known = [replace(choice, label=choice.label or choice.name) for choice in known]
-    wanted = known
-    if names:
-        labelled = {choice.label: [choice] for choice in known}
-        named = {name: [choice for choice in known if choice.name == name] for name in names}
-        alone = {name: [EncoderChoice(name=name, label=name)] for name in names}
-        wanted = [choice for name in names for choice in labelled.get(name) or named[name] or alone[name]]
+    wanted = [] if names else known
+    for name in names or ():
+        labelled, named = ([choice for choice in known if name == getattr(choice, part)] for part in ("label", "name"))
+        wanted += labelled or named or [EncoderChoice(name=name, label=name)]
     if not wanted:
         raise UserError(f"{where}: no encoder to study; add [[encoders]] with a name, or pass --encoder")
     for choices in (known, wanted):

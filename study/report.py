@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -25,13 +25,14 @@ from wmcache.planner.episodes import THRESHOLDS
 from wmcache.planner.report import COLOURS, RC, write_page
 from wmcache.study.cells import Branch, Workspace
 from wmcache.study.options import Evaluation, StudyOptions
-from wmcache.study.statistics import LEVEL, Reached, Row, compare, episodes_needed, pooled, rank, separated, smallest_p
+from wmcache.study.statistics import LEVEL, Row, compare, episodes_needed, pooled, rank, separated, smallest_p
 from wmcache.trainer.train import ROLLOUT_STEPS
 
 LIBRARIES = ("wmcache", "torch", "numpy", "timm", "transformers", "mujoco", "scikit-learn")
 STATE = {"x": "position", "y": "position", "vx": "velocity", "vy": "velocity"}
 """Columns of a maze's state whose probes are averaged."""
 WIDEST = 32
+MARKERS = "osD^vP*X<>"
 
 
 def write_report(
@@ -46,10 +47,10 @@ def write_report(
     """
     with atomic_write(out / "study.parquet") as file:
         pq.write_table(pa.Table.from_pylist(rows), file)
-    results = {plan.name: _tests(_reached(options, plan, work, branches)) for plan in options.plan}
+    results = {plan.name: _tests(plan, options.fractions[-1], work, branches) for plan in options.plan}
     table = summarise(options, rows)
     lines = with_baselines(options, rows, table)
-    pictures = {"success": draw_success(options, rows, lines), "skill": draw_skill(options, rows, table)}
+    pictures = {"success": draw_success(options, lines), "skill": draw_skill(table)}
     if len(options.fractions) > 1:
         pictures["fractions"] = draw_fractions(options, rows, table)
     probes = {branch.choice.label: work.product(branch.probe) for branch in reversed(branches)}
@@ -83,7 +84,12 @@ def write_report(
     return results
 
 
-def _tests(reached: Reached) -> dict[str, Any]:
+def _tests(plan: Evaluation, fraction: float, work: Workspace, branches: Sequence[Branch]) -> dict[str, Any]:
+    reached: dict[str, dict[int, Any]] = {}
+    for branch in branches:
+        if (known := work.read(branch.plan[fraction, plan.name])) is not None:
+            episodes = np.array(known["result"]["reached"][str(plan.options.threshold)], bool)
+            reached.setdefault(branch.choice.label, {})[branch.seed] = episodes
     pairs = compare(reached)
     best, below = separated(reached, pairs)
     return {
@@ -96,16 +102,6 @@ def _tests(reached: Reached) -> dict[str, Any]:
     }
 
 
-def _reached(options: StudyOptions, plan: Evaluation, work: Workspace, branches: Sequence[Branch]) -> Reached:
-    found: dict[str, dict[int, Any]] = {branch.choice.label: {} for branch in branches}
-    for branch in branches:
-        known = work.read(branch.plan[options.fractions[-1], plan.name])
-        if known is not None:
-            reached = known["result"]["reached"][str(plan.options.threshold)]
-            found[branch.choice.label][branch.seed] = np.array(reached, bool)
-    return {label: seeds for label, seeds in found.items() if seeds}
-
-
 def _matrix(pairs: list[Row]) -> dict[tuple[str, str], Row]:
     # Row and column -> their pair, from the row's side.
     found = {(pair["first"], pair["second"]): pair for pair in pairs}
@@ -116,33 +112,39 @@ def _matrix(pairs: list[Row]) -> dict[tuple[str, str], Row]:
 
 
 def summarise(options: StudyOptions, rows: Sequence[Row]) -> list[Row]:
-    """Make a line for each encoder at the largest fraction, sorted by success in the first evaluation; seeds are summed.
+    """Make a line for each encoder at the largest fraction, sorted by success in the first evaluation.
 
-    `success` and `held` are evaluation -> result of `pooled`; other figures are means over the seeds.
+    Counts of episodes are those of all seeds, see `_counts`; other figures are means over the seeds.
     """
     table = []
     for choice in options.encoders:
-        mine = [row for row in rows if row["encoder"] == choice.label and row["fraction"] == options.fractions[-1]]
-        by_plan = {plan.name: [row for row in mine if row["protocol"] == plan.name] for plan in options.plan}
-        first = by_plan[options.plan[0].name]
-        values = {name: numbers(first, name) for name in first[0]}
-        known = {
-            name: float(np.mean(found)) if found else None
-            for name, found in values.items()
-            if found or first[0][name] is None
-        }
+        mine = {plan.name: _select(rows, choice.label, options.fractions[-1], plan.name) for plan in options.plan}
+        first, known = mine[options.plan[0].name], {}
+        for name, value in first[0].items():
+            found = [row[name] for row in first if isinstance(row[name], int | float)]
+            if found or value is None:
+                known[name] = float(np.mean(found)) if found else None
         own = {
             "encoder": choice.label,
             "name": choice.name,
             "source": first[0]["source"],
-            "failed": next((row["failed"] for row in mine if row["failed"]), None),
-            "success": {name: pooled(found) for name, found in by_plan.items()},
-            "held": {name: pooled(found, what="held") for name, found in by_plan.items()},
+            "failed": next((row["failed"] for found in mine.values() for row in found if row["failed"]), None),
             "derived": bool(first[0]["derived"]),
             "probes": _probes(known),
         }
-        table.append(known | own)
+        table.append({**known, **own, **_counts(mine)})
     return sorted(table, key=lambda line: -rate(line["success"][options.plan[0].name]))
+
+
+def _counts(by_plan: Mapping[str, Sequence[Row]], actor: str = "") -> Row:
+    """Evaluation -> result of `pooled`: of `success`, of `held`, and `within` each threshold."""
+    return {
+        "success": {name: pooled(rows, what=f"{actor}successes") for name, rows in by_plan.items()},
+        "held": {name: pooled(rows, what=f"{actor}held") for name, rows in by_plan.items()},
+        "within": {
+            name: {at: pooled(rows, at, f"{actor}successes") for at in THRESHOLDS} for name, rows in by_plan.items()
+        },
+    }
 
 
 def with_baselines(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> list[Row]:
@@ -152,16 +154,12 @@ def with_baselines(options: StudyOptions, rows: Sequence[Row], table: Sequence[R
     """
     lines: list[Row] = []
     for actions in BASELINES:
-        counts = {
-            key: {
-                plan.name: pooled(baseline_rows(rows, actions, plan.name), what=f"{actions}_{what}")
-                for plan in options.plan
-            }
-            for key, what in {"success": "successes", "held": "held"}.items()
-        }
-        if any(counts["success"].values()):
-            known: Row = {"encoder": f"{actions} actions", "actions": actions, "failed": None, "below_random": []}
-            lines.append({**known, **counts})
+        known = [row for row in rows if row[f"{actions}_successes"] is not None]
+        # All rows of an evaluation have the same episodes, and so the same baselines.
+        by_plan = {plan.name: [row for row in known if row["protocol"] == plan.name][:1] for plan in options.plan}
+        if known:
+            own = {"encoder": f"{actions} actions", "actions": actions, "failed": None, "below_random": []}
+            lines.append({**own, **_counts(by_plan, f"{actions}_")})
     random: Row = next((line["success"] for line in lines if line["actions"] == "random"), {})
     for line in table:
         reached = line["success"].items()
@@ -236,47 +234,36 @@ def summary(options: StudyOptions, results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-MARKERS = "osD^vP*X<>"
-
-
 @matplotlib.rc_context(RC)
-def draw_success(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> bytes:
+def draw_success(options: StudyOptions, lines: Sequence[Row]) -> bytes:
     """Draw success by threshold at the largest fraction: a line for each encoder or baseline, a panel for each evaluation."""
-    names, count = [line["encoder"] for line in table], len(options.plan)
+    names, count = [line["encoder"] for line in lines], len(options.plan)
     figure = Figure(figsize=(3.0 + 2.6 * count, 1.0 + 0.36 * len(names)), layout="constrained")
-    panels = figure.subplots(1, count, sharey=True, squeeze=False)
-    for axes, plan in zip(panels[0], options.plan, strict=True):
+    panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    for axes, plan in zip(panels, options.plan, strict=True):
         for shift, at, colour in zip((-0.2, 0.0, 0.2), THRESHOLDS, COLOURS, strict=False):
-            for height, line in enumerate(table):
-                if (actions := line["actions"]) is None:
-                    known = pooled(_select(rows, line["encoder"], options.fractions[-1], plan.name), at)
-                else:
-                    known = pooled(baseline_rows(rows, actions, plan.name), at, f"{actions}_successes")
-                if known is not None:
+            for height, line in enumerate(lines):
+                if known := line["within"][plan.name][at]:
                     axes.plot(known[2], [height + shift] * 2, color=colour, linewidth=1.6, alpha=0.6)
                     label = f"within {at}" if height == 0 else None
                     axes.plot(rate(known), height + shift, "o", color=colour, markersize=4.5, label=label)
         axes.set(xlim=(-0.02, 1.02), xlabel="episodes that reached the goal", title=plan.name)
         axes.set_yticks(range(len(names)), names)
-    panels[0, 0].invert_yaxis()
-    handles = panels[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper right", ncols=len(THRESHOLDS))
+    panels[0].invert_yaxis()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(THRESHOLDS))
     return png_bytes(figure, dpi=150)
 
 
 @matplotlib.rc_context(RC)
-def draw_skill(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> bytes:
+def draw_skill(table: Sequence[Row]) -> bytes:
     """Draw open-loop rollouts by model step: skill against copying the observed frame, and error as a share of the frames' variance."""
     kinds = {"skill": "skill: 1 - error / error of copying", "error": "error / variance of the frames"}
-    figure = Figure(figsize=(9.4, 3.3), layout="constrained")
+    figure, steps = Figure(figsize=(9.4, 3.3), layout="constrained"), range(1, ROLLOUT_STEPS + 1)
     panels = figure.subplots(1, 2)
     for axes, (kind, label) in zip(panels, kinds.items(), strict=True):
         for number, line in enumerate(table):
-            mine = _select(rows, line["encoder"], options.fractions[-1], options.plan[0].name)
-            steps = range(1, ROLLOUT_STEPS + 1)
-            known = [(k, np.mean(values)) for k in steps if (values := numbers(mine, f"{kind}_{k}"))]
-            if known:
-                axes.plot(*zip(*known, strict=True), **_style(number), label=line["encoder"])
+            if known := {k: value for k in steps if (value := line.get(f"{kind}_{k}")) is not None}:
+                axes.plot(*zip(*known.items(), strict=True), **_style(number), label=line["encoder"])
         axes.set(xlabel="model steps ahead", ylabel=label, xticks=steps)
     panels[1].set_ylim(bottom=0)
     if panels[0].get_ylim()[0] < -1:
@@ -316,16 +303,6 @@ def _select(rows: Sequence[Row], encoder: str, fraction: float, protocol: str) -
 def _style(number: int) -> dict[str, Any]:
     colour = matplotlib.colormaps["tab10"](number % 10)
     return {"color": colour, "marker": MARKERS[number % len(MARKERS)], "markersize": 4.5, "linewidth": 1.3}
-
-
-def baseline_rows(rows: Sequence[Row], actions: str, protocol: str) -> list[Row]:
-    """A row with this baseline, if there is one: all rows of an evaluation have the same episodes, and so the same baselines."""
-    return [row for row in rows if row["protocol"] == protocol and row[f"{actions}_successes"] is not None][:1]
-
-
-def numbers(rows: Sequence[Row], name: str) -> list[float]:
-    """The values of a column that are numbers."""
-    return [row[name] for row in rows if isinstance(row[name], int | float)]
 
 
 def rate(success: tuple[int, int, list[float]] | None) -> float:
