@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from wmcache.cluster.tasks import WorkerTask, report, run_tasks
 from wmcache.common.files import make_folder
 from wmcache.common.paths import absolute, as_path
-from wmcache.envs import PointMazeVectorEnv, longest_move
-from wmcache.planner.baselines import BASELINES, run_baseline
+from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, longest_move
 from wmcache.planner.context import EvalContext
 from wmcache.planner.episodes import (
     Episodes,
@@ -31,6 +30,9 @@ from wmcache.planner.goals import SOURCES, Separation, start_and_goal
 from wmcache.planner.mpc import MpcPolicy, Observation
 from wmcache.planner.options import PlanOptions, Precision
 from wmcache.planner.results import absolute_file
+
+Actions = Callable[[int, int], NDArray[np.float64]]
+"""(number of the episode, env steps) -> actions [env steps, 2] in [-1, 1]."""
 
 
 def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[int]) -> Episodes:
@@ -198,3 +200,28 @@ def summarise(context: EvalContext, options: PlanOptions, episodes: Episodes) ->
         "options": asdict(options),
         "resolved": context.resolved(options),
     }
+
+
+def random_actions(number: int, steps: int) -> NDArray[np.float64]:
+    """Draw a standard normal action at every env step, clipped to the bounds, from the episode's own generator."""
+    # Not the generator of start and goal, so that the actions do not depend on them.
+    return np.clip(np.random.default_rng((99 * number + 1, 1)).normal(size=(steps, 2)), -1.0, 1.0)
+
+
+def zero_actions(number: int, steps: int) -> NDArray[np.float64]:  # noqa: ARG001 (the signature of `Actions`)
+    """Apply no force: the ball keeps moving with its first velocity."""
+    return np.zeros((steps, 2))
+
+
+BASELINES: dict[str, Actions] = {"random": random_actions, "zero": zero_actions}
+
+
+def run_baseline(name: str, maze: Maze, planned: Episodes, numbers: Sequence[int]) -> Episodes:
+    """Act in the starts, goals, budget and chunks of planned episodes with these numbers; physics alone, no frame is rendered."""
+    simulator = PointMazeSimulator(maze)
+    states = np.empty_like(planned.states)
+    for i, number in enumerate(numbers):
+        state = planned.start[i]
+        for step, action in enumerate(BASELINES[name](number, states.shape[1])):
+            state = states[i, step] = simulator.step(state, action)
+    return Episodes(planned.start, planned.goal, states, planned.chunk, encoder_frames=0, replans=0, seconds=0.0)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -36,6 +37,8 @@ from wmcache.trainer.metrics import MOVING, ImageMetrics, Images, summarise, to_
 from wmcache.trainer.models import WorldModel
 from wmcache.trainer.runs import load_model, open_store, read_config, read_identity
 
+Scalar = TypeVar("Scalar", bound=np.generic)
+
 BATCH = 16
 SIDE_BY_SIDE = 4
 """Windows in a video."""
@@ -57,11 +60,11 @@ PANEL = 224
 GAP = 8
 RC: dict[Any, Any] = {"font.size": 8, "axes.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7}
 
-Compared = dict[str, dict[str, NDArray[np.float64]]]
-"""Name in PICTURES -> metric -> [B, steps]."""
 Rollouts = dict[str, Images]
-"""Frames of some windows, the observed one first, uint8 [B, 1 + steps, S, S, 3]: `real`; `reconstructed`, decoded from their cached tokens;
-and `imagined`, decoded from what the world model imagines, the first a reconstruction."""
+"""Frames of some windows, the observed one first, uint8 [B, 1 + steps, S, S, 3].
+
+`real`; `reconstructed`, decoded from their cached tokens; and `imagined`, decoded from what the world model imagines.
+"""
 
 
 def imagine(
@@ -88,13 +91,15 @@ def imagine(
     frames = np.unique(windows.frames(chosen))
     images = load_frames(source, frames, store.card.frames_per_shard, draw.shape.image_size, "lower --windows")
     shown: list[Rollouts] = []
-    compared: list[Compared] = []
+    compared: list[dict[str, list[dict[str, NDArray[np.float64]]]]] = [defaultdict(list) for _ in range(options.steps)]
     with tqdm(total=len(chosen), desc="imagine", unit=" windows", mininterval=seconds_between_updates()) as bar:
         for batch in np.array_split(chosen, math.ceil(len(chosen) / BATCH)):
             real = images[np.searchsorted(frames, windows.frames(batch))]
             data = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(batch).items()}
             rollouts, drawn = _roll_out(model, draw, data, real, options.context, dtype)
-            compared.append({name: _compare(metrics, part, real, draw.images_mean) for name, part in drawn.items()})
+            for step, found in enumerate(compared):
+                for name, part in drawn.items():
+                    found[name].append(metrics(part[:, step], to_unit(real[:, step + 1]), draw.images_mean))
             if sum(len(part["real"]) for part in shown) < max(PICTURED, SIDE_BY_SIDE * options.videos):
                 shown.append(rollouts)
             bar.update(len(batch))
@@ -104,7 +109,10 @@ def imagine(
         "decoder": str(decoder),
         "frameskip": windows.frameskip,
         "windows": len(chosen),
-        "steps": [{"step": k + 1, **_summarise(compared, k)} for k in range(options.steps)],
+        "steps": [
+            {"step": k, **{name: summarise(_join(parts)) for name, parts in found.items()}}
+            for k, found in enumerate(compared, start=1)
+        ],
     }
     if metrics.lpips_absent is not None:
         result["lpips_absent"] = metrics.lpips_absent
@@ -154,24 +162,15 @@ def _decode(draw: Decoder, latents: Tensor) -> Tensor:
     return torch.stack([draw(latents[:, step].float()) for step in range(latents.shape[1])], 1)
 
 
-def _compare(metrics: ImageMetrics, drawn: Tensor, real: Images, mean: Tensor) -> dict[str, NDArray[np.float64]]:
-    """Compare drawn [B, steps, 3, S, S] with real frames [B, 1 + steps, S, S, 3]; returns metrics [B, steps]."""
-    steps = [metrics(drawn[:, step], to_unit(real[:, step + 1]), mean) for step in range(drawn.shape[1])]
-    return {name: np.stack([step[name] for step in steps], 1) for name in steps[0]}
-
-
-def _summarise(compared: list[Compared], step: int) -> dict[str, dict[str, float | None]]:
-    return {
-        name: summarise({key: np.concatenate([part[name][key][:, step] for part in compared]) for key in found})
-        for name, found in compared[0].items()
-    }
+def _join(parts: Sequence[Mapping[str, NDArray[Scalar]]]) -> dict[str, NDArray[Scalar]]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _write(out: Path, parts: list[Rollouts], frameskip: int, videos: int, result: dict[str, Any]) -> None:
     make_folder(out)
     for old in (*out.glob("rollout-*.mp4"), out / "metrics.json"):
         old.unlink(missing_ok=True)
-    rollouts = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    rollouts = _join(parts)
     for number, first in enumerate(range(0, min(SIDE_BY_SIDE * videos, len(rollouts["real"])), SIDE_BY_SIDE)):
         real, imagined = (rollouts[name][first : first + SIDE_BY_SIDE] for name in ("real", "imagined"))
         write_video(out / f"rollout-{number:03d}.mp4", real, imagined, FPS / frameskip)

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from wmcache.common.cpus import available_cpus
 from wmcache.common.figures import png_bytes
 from wmcache.common.files import atomic_write
-from wmcache.planner.baselines import BASELINES
 from wmcache.planner.episodes import THRESHOLDS
+from wmcache.planner.evaluate import BASELINES
 from wmcache.planner.report import COLOURS, RC, write_page
 from wmcache.study.cells import Branch, Workspace
 from wmcache.study.options import Evaluation, StudyOptions
