@@ -31,9 +31,6 @@ from wmcache.planner.mpc import MpcPolicy, Observation
 from wmcache.planner.options import PlanOptions, Precision
 from wmcache.planner.results import absolute_file
 
-Actions = Callable[[int, int], NDArray[np.float64]]
-"""(number of the episode, env steps) -> actions [env steps, 2] in [-1, 1]."""
-
 
 def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[int]) -> Episodes:
     """Plan and act in the episodes of these numbers, all at once.
@@ -202,18 +199,12 @@ def summarise(context: EvalContext, options: PlanOptions, episodes: Episodes) ->
     }
 
 
-def random_actions(number: int, steps: int) -> NDArray[np.float64]:
-    """Draw a standard normal action at every env step, clipped to the bounds, from the episode's own generator."""
+BASELINES: dict[str, Callable[[int, int], NDArray[np.float64]]] = {
     # Not the generator of start and goal, so that the actions do not depend on them.
-    return np.clip(np.random.default_rng((99 * number + 1, 1)).normal(size=(steps, 2)), -1.0, 1.0)
-
-
-def zero_actions(number: int, steps: int) -> NDArray[np.float64]:  # noqa: ARG001 (the signature of `Actions`)
-    """Apply no force: the ball keeps moving with its first velocity."""
-    return np.zeros((steps, 2))
-
-
-BASELINES: dict[str, Actions] = {"random": random_actions, "zero": zero_actions}
+    "random": lambda number, steps: np.random.default_rng((99 * number + 1, 1)).normal(size=(steps, 2)).clip(-1.0, 1.0),
+    "zero": lambda _, steps: np.zeros((steps, 2)),
+}
+"""Name -> function of the number of an episode and env steps -> actions [env steps, 2] in [-1, 1]."""
 
 
 def run_baseline(name: str, maze: Maze, planned: Episodes, numbers: Sequence[int]) -> Episodes:

@@ -61,6 +61,8 @@ PRODUCTS = {
 }
 """Stage -> folder and suffix of its product."""
 
+TIMED_FRAMES = 64
+VARIANCE_FRAMES = 512
 ENCODER_OPTIONS = tuple(item.name for item in fields(EncoderOptions))
 
 
@@ -108,10 +110,6 @@ class Workspace:
     def file(self, cell: Cell) -> Path:
         """The result of a cell that is done."""
         return self.out / "cells" / f"{cell.stage}-{cell.key}.json"
-
-    def log(self, cell: Cell) -> Path:
-        """The output of a cell's work."""
-        return self.out / "logs" / f"{cell.stage}-{cell.key}.log"
 
     def product(self, cell: Cell) -> Path:
         """The file or folder that a cell makes."""
@@ -207,23 +205,14 @@ def _base_of(choice: EncoderChoice, default: str, options: StudyOptions) -> Enco
     family = encoders.family_of(name)
     of_study = (other for other in (*options.encoders, *options.others) if other.name == family)
     known = next(of_study, EncoderChoice(name=family))
-    return EncoderChoice(
-        name=name,
-        label=f"{name} for {choice.label}",
-        weights=choice.base_weights or known.weights,
-        fit={} if choice.base_weights else known.fit,
-        max_frames=known.max_frames,
-        **{part: getattr(choice, part) for part in ENCODER_OPTIONS},
-    )
+    shared = {part: getattr(choice, part) for part in ENCODER_OPTIONS}
+    own = {"weights": choice.base_weights} if choice.base_weights else {"weights": known.weights, "fit": known.fit}
+    return EncoderChoice(name=name, label=f"{name} for {choice.label}", max_frames=known.max_frames, **own, **shared)
 
 
 @functools.lru_cache
 def _weights_digest(path: str) -> str:
     return sha256_of(weights_file(require_weights(Path(path))))
-
-
-TIMED_FRAMES = 64
-VARIANCE_FRAMES = 512
 
 
 def do_cell(work: Workspace, cell: Cell, *, resumed: bool, shared: Mapping[str, Any]) -> None:

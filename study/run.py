@@ -124,21 +124,21 @@ def pending(work: Workspace, cells: Sequence[Cell]) -> list[Cell]:
 
 
 def group(cells: Sequence[Cell]) -> list[Task]:
-    """Group cells into tasks, each after those that it needs: fits on frames, one pass over the frames for each seed, then the rest.
-
-    Cells without a seed join the first pass.
-    """
-    fits = [cell for cell in cells if cell.stage == "fit" and "base" not in cell.inputs]
+    """Group cells into tasks, each after those that it needs: fits on frames, one pass over the frames for each seed, then the rest."""
+    first = [cell for cell in cells if cell.stage in ("fit", "extract") and "base" not in cell.inputs]
     passes: dict[int, list[Cell]] = {}
     unseeded: list[Cell] = []
-    for cell in cells:
-        if cell.stage == "extract" and "base" not in cell.inputs:
+    for cell in first:
+        if cell.stage == "extract":
             fit = cell.inputs.get("fit")
             (unseeded if fit is None else passes.setdefault(fit.settings["options"]["seed"], [])).append(cell)
-    first, *others = passes.values() or [[]]
-    together = [tuple(part) for part in ([*first, *unseeded], *others) if part]
-    early = {cell.key for cell in fits} | {cell.key for part in together for cell in part}
-    return [*((cell,) for cell in fits), *together, *((cell,) for cell in cells if cell.key not in early)]
+    together = list(passes.values()) or [[]]
+    together[0] += unseeded
+    return [
+        *((cell,) for cell in first if cell.stage == "fit"),
+        *(tuple(part) for part in together if part),
+        *((cell,) for cell in cells if cell not in first),
+    ]
 
 
 def run_task(work: Workspace, task: Task, known: dict[str, str]) -> dict[str, str]:
@@ -186,7 +186,7 @@ def _extract_at_once(work: Workspace, cells: Sequence[Cell]) -> dict[str, dict[s
 @contextmanager
 def _log(work: Workspace, cell: Cell) -> Iterator[Path]:
     # So that the terminal has one progress bar.
-    path = work.log(cell)
+    path = work.out / "logs" / f"{cell.stage}-{cell.key}.log"
     make_folder(path.parent)
     with path.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         yield path

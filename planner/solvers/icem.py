@@ -82,8 +82,7 @@ class Icem(Sampling):
 def coloured(white: Tensor, beta: float) -> Tensor:
     """Filter white noise [E, S, time, A] to unit variance and a power of frequency ** -beta (Timmer and Koenig 1995).
 
-    The constant part has the power of the lowest frequency, as in the `colorednoise` package, which the paper uses. That package leaves it
-    out of the variance, so that its noise is louder the larger beta is.
+    The constant part has the power of the lowest frequency, as in the paper's `colorednoise` package, which leaves it out of the variance.
     """
     steps = white.shape[2]
     frequency = torch.fft.rfftfreq(steps, device=white.device)
