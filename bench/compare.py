@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import minimum_filter
 from tqdm import tqdm
 
-from wmcache.bench.plan import count_flops
+from wmcache.bench.reference import count_flops
 from wmcache.bench.timing import seconds
 from wmcache.common.errors import UserError
 from wmcache.common.figures import png_bytes

@@ -36,7 +36,6 @@ from wmcache.common.errors import UserError, reason
 from wmcache.common.figures import png_bytes
 from wmcache.common.files import atomic_write, make_folder
 from wmcache.common.jsonfiles import write_json
-from wmcache.common.paths import cause_outside, unreadable
 from wmcache.common.video import write_mp4
 from wmcache.envs import FPS, Maze
 from wmcache.pipeline.encoders.changes import changes_for
@@ -164,23 +163,18 @@ def draw_success(episodes: Episodes) -> bytes:
     return png_bytes(figure)
 
 
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Read metrics.jsonl; undefined figures are NaN."""
+@matplotlib.rc_context(RC)
+def draw_training(run: Path) -> bytes:
+    """Draw the training loss, and the validation skill of rollouts of 1 to 5 model steps."""
     path = run / "metrics.jsonl"
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:
-        if outside := cause_outside(error):
-            raise unreadable(path, outside) from error
-        raise UserError(f"damaged: {path}: {reason(error)}; restore it, or replace it by an empty file") from error
-    # Earlier versions wrote NaN in place of null.
-    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
-
-
-@matplotlib.rc_context(RC)
-def draw_training(run: Path) -> bytes:
-    """Draw the training loss, and the validation skill of rollouts of 1 to 5 model steps."""
-    lines = read_metrics(run)
+        raise UserError(
+            f"{path} cannot be read ({reason(error)}); restore it, or replace it by an empty file"
+        ) from error
+    # Undefined skills are null, or NaN from earlier versions.
+    lines = [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     skills = [line for line in lines if "skill_1" in line]
     defined = any(math.isfinite(line["skill_1"]) for line in skills)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from wmcache.common.cpus import available_cpus
+from wmcache.common.device import CPU
 from wmcache.common.figures import png_bytes
 from wmcache.common.files import atomic_write
 from wmcache.planner.episodes import THRESHOLDS
 from wmcache.planner.evaluate import BASELINES
-from wmcache.planner.report import COLOURS, RC, write_page
+from wmcache.planner.report import COLOURS, RC, describe_making, write_page
 from wmcache.study.cells import Branch, Workspace
 from wmcache.study.options import Evaluation, StudyOptions
 from wmcache.study.statistics import LEVEL, Row, compare, episodes_needed, pooled, rank, separated, smallest_p
@@ -79,7 +78,7 @@ def write_report(
         level=LEVEL,
         command=command,
         versions={name: version(name) for name in LIBRARIES},
-        machine=f"{platform.platform()}, {available_cpus()} CPUs, Python {platform.python_version()}",
+        machine=describe_making(CPU)["machine"],
     )
     return results
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from wmcache.bench import plan as bench
+from wmcache.bench import reference as bench
 from wmcache.common.errors import UserError
 from wmcache.planner import context, results
 from wmcache.planner.options import PlanOptions
