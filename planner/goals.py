@@ -68,9 +68,6 @@ def start_and_goal(
 
     Returns:
         float64 [E, 4] each.
-
-    Raises:
-        UserError: an unknown source, an unusable file, episodes that are too short, positions in a wall, or no pair far enough apart.
     """
     if source not in SOURCES:
         return _read_states(Path(source), numbers, maze)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import dijkstra
 from torch import Tensor
@@ -65,7 +64,10 @@ class LatentGraph:
         count = max(1, min(NODES, len(points) // FRAMES_PER_NODE))
         nodes = points[farthest_points(lambda i: (points - points[i]).square().sum(1), count)]
         nearest = torch.cat([torch.cdist(part, nodes).argmin(1) for part in torch.split(points, 2048)])
-        edges = _connect(nodes, nearest[here].cpu().numpy(), nearest[there].cpu().numpy())
+        pairs = np.unique(np.sort([nearest[here].cpu().numpy(), nearest[there].cpu().numpy()], axis=0), axis=1)
+        pairs = pairs[:, pairs[0] != pairs[1]]
+        lengths = (nodes[pairs[0]] - nodes[pairs[1]]).norm(dim=1).cpu().numpy().astype(np.float64)
+        edges = coo_array((np.maximum(lengths, 1e-9), (pairs[0], pairs[1])), shape=(len(nodes), len(nodes)))
         return cls(nodes, None if project is None else project.to(device), edges, reach)
 
     def sketch(self, latents: Tensor) -> Tensor:
@@ -95,10 +97,3 @@ class LatentGraph:
         straight: Tensor = (flat - self.sketch(goal)[:, None]).norm(dim=-1)
         length = torch.where(straight <= self.reach, torch.minimum(length, straight), length)
         return length.view(points.shape[:3])
-
-
-def _connect(nodes: Tensor, here: NDArray[np.int64], there: NDArray[np.int64]) -> coo_array:
-    pairs = np.unique(np.sort([here, there], axis=0), axis=1)
-    pairs = pairs[:, pairs[0] != pairs[1]]
-    lengths = (nodes[pairs[0]] - nodes[pairs[1]]).norm(dim=1).cpu().numpy().astype(np.float64)
-    return coo_array((np.maximum(lengths, 1e-9), (pairs[0], pairs[1])), shape=(len(nodes), len(nodes)))

@@ -157,7 +157,7 @@ def with_baselines(options: StudyOptions, rows: Sequence[Row], table: Sequence[R
         # All rows of an evaluation have the same episodes, and so the same baselines.
         by_plan = {plan.name: [row for row in known if row["protocol"] == plan.name][:1] for plan in options.plan}
         if known:
-            own = {"encoder": f"{actions} actions", "actions": actions, "failed": None, "below_random": []}
+            own: Row = {"encoder": f"{actions} actions", "actions": actions, "failed": None, "below_random": []}
             lines.append({**own, **_counts(by_plan, f"{actions}_")})
     random: Row = next((line["success"] for line in lines if line["actions"] == "random"), {})
     for line in table:
