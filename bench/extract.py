@@ -85,7 +85,8 @@ def bench_together(
     `more_than_first` is the time of the others on top of the first, as a share of its time; `one_after_the_other` the time of one pass
     each over that of one pass.
     """
-    passes = {"first": [encoders[:1]], "together": [encoders], "apart": [[encoder] for encoder in encoders]}
+    apart = [[encoder] for encoder in encoders]
+    passes: dict[str, Sequence[Sequence[Encoder]]] = {"first": apart[:1], "together": [encoders], "apart": apart}
 
     def measure(name: str, folder: Path) -> float:
         stores = {encoder: folder / f"{index}.zarr" for index, encoder in enumerate(encoders)}

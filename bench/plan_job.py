@@ -225,8 +225,8 @@ def _commit(path: Path, card: StoreCard, writer: StoreWriter) -> tuple[float, fl
         with writer.claim(shard):
             pass
 
-    _, claims = _timed(lambda: [claim(shard) for shard in tried])
-    _, commits = _timed(lambda: [records.write(shard, record_of(shard)) for shard in tried])
+    _, claims = _timed(lambda: list(map(claim, tried)))
+    _, commits = _timed(lambda: list(map(records.write, tried, map(record_of, tried))))
     for shard in [*range(len(tried), min(whole, IN_A_BLOCK)), *range(max(whole, len(tried)), card.num_shards)]:
         # Not synced one by one, which takes long.
         Path(str(record_file(path, shard))).write_text(dump_json(seal(asdict(record_of(shard)))))
