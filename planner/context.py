@@ -26,10 +26,9 @@ from wmcache.envs import Maze, PointMazeSimulator, find_maze
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
 from wmcache.pipeline.encoders.changes import LEAST_CHANGE, changes_for
-from wmcache.planner.goals import SOURCES, start_and_goal
+from wmcache.planner.goals import start_and_goal
 from wmcache.planner.graph import LatentGraph
-from wmcache.planner.options import PlanOptions, check_options
-from wmcache.planner.results import recorded
+from wmcache.planner.options import SOURCES, PlanOptions, check_options, recorded
 from wmcache.planner.solvers import make_solver, option_names
 from wmcache.trainer.runs import load_model, open_store, read_config, read_identity
 

@@ -26,10 +26,9 @@ from wmcache.planner.episodes import (
     save_episodes,
     shortest_path_lengths,
 )
-from wmcache.planner.goals import SOURCES, Separation, start_and_goal
+from wmcache.planner.goals import Separation, start_and_goal
 from wmcache.planner.mpc import MpcPolicy, Observation
-from wmcache.planner.options import PlanOptions, Precision
-from wmcache.planner.results import absolute_file
+from wmcache.planner.options import SOURCES, PlanOptions, Precision, absolute_file
 
 
 def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[int]) -> Episodes:

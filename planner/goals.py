@@ -15,8 +15,8 @@ from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import split_episodes, window_starts
 from wmcache.common.errors import UserError, reason
 from wmcache.envs import Maze, PointMazeSimulator, sample_state
+from wmcache.planner.options import SOURCES
 
-SOURCES = ("random-state", "dataset", "random-action")
 MAX_DRAWS = 2000
 """Pairs that are drawn for an episode before it is refused."""
 

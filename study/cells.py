@@ -39,10 +39,8 @@ from wmcache.pipeline.probe import probe
 from wmcache.planner.context import EvalContext
 from wmcache.planner.episodes import THRESHOLDS
 from wmcache.planner.evaluate import evaluate
-from wmcache.planner.goals import SOURCES
-from wmcache.planner.options import PlanOptions
+from wmcache.planner.options import SOURCES, PlanOptions, absolute_file, recorded
 from wmcache.planner.report import write_episodes
-from wmcache.planner.results import absolute_file, recorded
 from wmcache.study.options import EncoderChoice, StudyOptions
 from wmcache.trainer.models.base import rollout_errors, skills
 from wmcache.trainer.options import TrainOptions

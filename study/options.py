@@ -146,22 +146,18 @@ def _encoders(
     others = [choice for choice in known if choice not in wanted]
     for choice in (*wanted, *others):
         with _errors_at(f"{where}: {choice.label}"):
-            _check_encoder(choice)
+            entry = encoders.get_entry(choice.name)
+            if "seed" in choice.fit:
+                raise UserError("fit.seed is set by the study; set seeds instead")
+            if choice.fit:
+                encoders.fit_options(encoders.family_of(choice.name), choice.fit)
+            if choice.weights and choice.fit:
+                raise UserError("weights and fit exclude each other; leave out one")
+            if (choice.base or choice.base_weights) and entry.load is not None:
+                raise UserError(f"{choice.name} is not an adapter; leave out base and base_weights")
+            if choice.base:
+                encoders.get_entry(choice.base)
     return wanted, others
-
-
-def _check_encoder(choice: EncoderChoice) -> None:
-    entry = encoders.get_entry(choice.name)
-    if "seed" in choice.fit:
-        raise UserError("fit.seed is set by the study; set seeds instead")
-    if choice.fit:
-        encoders.fit_options(encoders.family_of(choice.name), choice.fit)
-    if choice.weights and choice.fit:
-        raise UserError("weights and fit exclude each other; leave out one")
-    if (choice.base or choice.base_weights) and entry.load is not None:
-        raise UserError(f"{choice.name} is not an adapter; leave out base and base_weights")
-    if choice.base:
-        encoders.get_entry(choice.base)
 
 
 def _evaluation(table: dict[str, Any], where: str) -> Evaluation:
