@@ -261,7 +261,8 @@ def draw_localization(context: EvalContext) -> bytes:
         axes.imshow(
             computed[..., None] * to_rgba(MASK_COLOURS["computed"], 0.45), extent=extent, interpolation="nearest"
         )
-        axes.pcolor(np.ma.array(changes, mask=~changes), facecolor="none", edgecolors=MASK_COLOURS["changes"])
+        outlined = np.ma.array(changes, mask=~changes)
+        axes.pcolor(outlined, facecolor="none", edgecolors=MASK_COLOURS["changes"], linewidth=1.3)
         axes.set(xticks=[], yticks=[])
         axes.grid(visible=False)
         axes.set_title(f"env step {step * frameskip}", fontsize=7)

@@ -30,7 +30,6 @@ from wmcache.trainer.train import ROLLOUT_STEPS
 LIBRARIES = ("wmcache", "torch", "numpy", "timm", "transformers", "mujoco", "scikit-learn")
 STATE = {"x": "position", "y": "position", "vx": "velocity", "vy": "velocity"}
 """Columns of a maze's state whose probes are averaged."""
-WIDEST = 32
 MARKERS = "osD^vP*X<>"
 
 
@@ -188,22 +187,22 @@ def _probes(known: Row) -> dict[str, float]:
 def headline(options: StudyOptions, rows: Sequence[Row]) -> str:
     """Format the table for a terminal of 120 columns: goals reached and held, open-loop skill and a probe."""
     main, others = options.plan[0].name, options.plan[1:2]  # there is no room for more
-    lines = [f"{'encoder':{WIDEST}} {'tokens':>7} {main[:10]:>10} {'95 %':>9} {'held':>10} {'95 %':>9}"]
-    lines[0] += "".join(f" {plan.name[:14]:>14}" for plan in others) + f" {'skill 1':>7} {'skill 5':>7} {'xy R2':>6}"
+    layout = "{:32.32} {:>7} {:>10} {:>9} {:>10} {:>9}" + " {:>14.14}" * len(others) + " {:>7} {:>7} {:>6}"
+    head = ("encoder", "tokens", main[:10], "95 %", "held", "95 %", *(plan.name for plan in others))
+    lines = [layout.format(*head, "skill 1", "skill 5", "xy R2")]
     for line in with_baselines(options, rows, summarise(options, rows)):
         size = "-" if line.get("tokens") is None else f"{line['tokens']:.0f}x{line['token_dim']:.0f}"
-        text = f"{line['encoder'][:WIDEST]:{WIDEST}} {size:>7}"
-        if line["success"][main] is None:
-            lines.append(f"{text} {'-':>10}  {line['failed']}"[:120])
+        counts = (line["success"][main], line["held"][main])
+        if counts[0] is None:
+            lines.append(f"{line['encoder']:32.32} {size:>7} {'-':>10}  {line['failed']}"[:120])
             continue
-        for counted in (line["success"][main], line["held"][main]):
-            between = "-" if counted is None else "{:.2f}-{:.2f}".format(*counted[2])
-            text += f" {_of(counted):>10} {between:>9}"
-        text += "".join(f" {_of(line['success'][plan.name]):>14}" for plan in others)
-        r2 = line.get("probes", {}).get("linear position")
-        for value, width in ((line.get("skill_1"), 7), (line.get("skill_5"), 7), (r2, 6)):
-            text += f" {'-' if value is None else f'{value:.2f}':>{width}}"
-        lines.append(text)
+        cells = [line["encoder"], size]
+        for counted in counts:
+            cells += [_of(counted), "-" if counted is None else "{:.2f}-{:.2f}".format(*counted[2])]
+        cells += [_of(line["success"][plan.name]) for plan in others]
+        figures = (line.get("skill_1"), line.get("skill_5"), line.get("probes", {}).get("linear position"))
+        cells += ["-" if value is None else f"{value:.2f}" for value in figures]
+        lines.append(layout.format(*cells))
     return "\n".join(lines)
 
 
