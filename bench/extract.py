@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wmcache.bench.timing import seconds
-from wmcache.cache.writer import StoreWriter
+from wmcache.cache.layout import StoreCard
 from wmcache.cluster.tasks import open_pool, parse_cluster, run_tasks
 from wmcache.common.device import CPU, autocast
 from wmcache.common.errors import UserError
@@ -148,7 +148,7 @@ def peak_memory(command: str, arguments: list[str]) -> int:
         while process.poll() is None:
             with suppress(psutil.Error):  # it has just ended
                 memory = process.memory_info()
-                most = max(most, memory.rss - memory.shared)
+                most = max(most, memory.rss - getattr(memory, "shared", 0))
             time.sleep(POLL_SECONDS)
         if process.returncode:
             errors.seek(0)
@@ -177,7 +177,12 @@ def bench_cluster(
     def measure(name: str, folder: Path) -> float:
         writer = create_store(dataset, encoder, folder / f"{name}.zarr")
         task = extraction_task(dataset, [(encoder, writer)], device=str(encoder.device), batch=batch)
-        return (_in_workers if "worker" in name else _in_processes)(task, writer, counts[name])
+        start = _start_workers if "worker" in name else _start_processes
+        with ExitStack() as stack:
+            extract_all = start(stack, task, writer.card, counts[name])
+            extract_all()  # the first time includes set-up
+            writer.reopen(list(range(writer.card.num_shards)))
+            return seconds(extract_all)
 
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started here
@@ -198,26 +203,20 @@ def bench_cluster(
     }
 
 
-def _in_workers(task: ExtractShard, writer: StoreWriter, count: int) -> float:
-    # All shards once before they are timed.
-    shards, frames = range(writer.card.num_shards), writer.card.frames
-    with open_pool(f"local:{count}", label="bench", always_dask=True) as pool:
-        run_tasks(task, shards, cluster=pool, total=frames, label="first", leave=False)
-        writer.reopen(list(shards))
-        return seconds(lambda: run_tasks(task, shards, cluster=pool, total=frames, label="timed", leave=False))
+def _start_workers(stack: ExitStack, task: ExtractShard, card: StoreCard, count: int) -> Callable[[], None]:
+    pool = stack.enter_context(open_pool(f"local:{count}", label="bench", always_dask=True))
+    shards = range(card.num_shards)
+    return lambda: run_tasks(task, shards, cluster=pool, total=card.frames, label="extract", leave=False)
 
 
-def _in_processes(task: ExtractShard, writer: StoreWriter, count: int) -> float:
-    shards, context = writer.card.num_shards, multiprocessing.get_context("spawn")
-    with ExitStack() as stack:
-        pools = [stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for _ in range(count)]
+def _start_processes(stack: ExitStack, task: ExtractShard, card: StoreCard, count: int) -> Callable[[], None]:
+    context = multiprocessing.get_context("spawn")
+    pools = [stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for _ in range(count)]
+    parts = [slice_of(card.num_shards, (number, count)) for number in range(count)]
 
-        def loop_in_each() -> None:
-            parts = [slice_of(shards, (number, count)) for number in range(count)]
-            running = [pool.map(task, part, chunksize=shards) for pool, part in zip(pools, parts, strict=True)]
-            for results in running:
-                list(results)
+    def loop_in_each() -> None:
+        running = [pool.map(task, part, chunksize=card.num_shards) for pool, part in zip(pools, parts, strict=True)]
+        for results in running:
+            list(results)
 
-        loop_in_each()
-        writer.reopen(list(range(shards)))
-        return seconds(loop_in_each)
+    return loop_in_each
