@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +48,24 @@ class Episodes:
         budget = self.states.shape[1]
         return np.minimum(np.arange(self.chunk, budget + self.chunk, self.chunk), budget)
 
+    def save(self, file: Path) -> None:
+        """Write a finished batch, atomically."""
+        with atomic_write(file) as stream:
+            np.savez(stream, allow_pickle=False, **{name: np.asarray(value) for name, value in vars(self).items()})
 
-def save_episodes(file: Path, episodes: Episodes) -> None:
-    """Write a finished batch, atomically."""
-    with atomic_write(file) as stream:
-        np.savez(stream, allow_pickle=False, **{name: np.asarray(value) for name, value in vars(episodes).items()})
-
-
-def load_episodes(file: Path) -> Episodes:
-    """Read a file of `save_episodes`."""
-    with np.load(file) as arrays:
-        return Episodes(**{name: array if array.ndim else array.item() for name, array in arrays.items()})
-
-
-def join(parts: list[Episodes]) -> Episodes:
-    """Join several batches of episodes."""
-    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Episodes)}
-    joined: dict[str, Any] = {name: np.concatenate(columns[name]) for name in ("start", "goal", "states")}
-    joined |= {name: sum(columns[name]) for name in ("encoder_frames", "replans", "seconds")}
-    return replace(parts[0], **joined)
+    @classmethod
+    def load(cls, files: Iterable[Path]) -> Episodes:
+        """Read files of `save`, and join their episodes."""
+        found: dict[str, list[NDArray[Any]]] = defaultdict(list)
+        for file in files:
+            with np.load(file) as arrays:
+                for name, array in arrays.items():
+                    found[name].append(array)
+        return cls(
+            **{name: np.concatenate(found[name]) for name in ("start", "goal", "states")},
+            **{name: np.sum(found[name]).item() for name in ("encoder_frames", "replans", "seconds")},
+            chunk=found["chunk"][0].item(),
+        )
 
 
 def reported_thresholds(threshold: float) -> list[float]:

@@ -16,16 +16,7 @@ from wmcache.common.files import make_folder
 from wmcache.common.paths import absolute, as_path
 from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, longest_move
 from wmcache.planner.context import EvalContext
-from wmcache.planner.episodes import (
-    Episodes,
-    count_at_goal,
-    join,
-    judge,
-    load_episodes,
-    reported_thresholds,
-    save_episodes,
-    shortest_path_lengths,
-)
+from wmcache.planner.episodes import Episodes, count_at_goal, judge, reported_thresholds, shortest_path_lengths
 from wmcache.planner.goals import Separation, start_and_goal
 from wmcache.planner.mpc import MpcPolicy, Observation
 from wmcache.planner.options import SOURCES, PlanOptions, Precision, absolute_file
@@ -108,7 +99,7 @@ class PlanBatch(WorkerTask[int, EvalContext]):
     def run(self, state: EvalContext, item: int) -> int:
         """Plan the batch that begins with this episode; returns its replans."""
         episodes = run_episodes(state, self.options, batch_of(self.options, item))
-        save_episodes(_batch_file(self.folder, item), episodes)
+        episodes.save(_batch_file(self.folder, item))
         return episodes.replans
 
 
@@ -162,7 +153,7 @@ def evaluate(
         what="batches",
         more="a smaller --batch-size makes more of them",
     )
-    episodes = join([load_episodes(_batch_file(folder, first)) for first in firsts])
+    episodes = Episodes.load(_batch_file(folder, first) for first in firsts)
     return episodes, summarise(context, options, episodes)
 
 

@@ -13,11 +13,8 @@ from wmcache.envs import Maze
 from wmcache.planner.episodes import (
     Episodes,
     env_steps,
-    join,
     judge,
-    load_episodes,
     path_lengths,
-    save_episodes,
     shortest_path_lengths,
 )
 
@@ -137,8 +134,8 @@ class TestDirectness:
 def test_batches_are_restored_and_joined_in_order(tmp_path: Path) -> None:
     parts = [make_episodes(arriving(5), arriving()), make_episodes(arriving(12))]
     for number, part in enumerate(parts):
-        save_episodes(tmp_path / f"{number}.npz", part)
-    both = join([load_episodes(tmp_path / f"{number}.npz") for number in range(2)])
+        part.save(tmp_path / f"{number}.npz")
+    both = Episodes.load(tmp_path / f"{number}.npz" for number in range(2))
     for name in ("start", "goal", "states"):
         np.testing.assert_array_equal(getattr(both, name), np.concatenate([getattr(part, name) for part in parts]))
     assert (both.chunk, both.encoder_frames, both.seconds) == (5, 0, 0.0)
