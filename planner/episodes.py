@@ -61,11 +61,9 @@ class Episodes:
             with np.load(file) as arrays:
                 for name, array in arrays.items():
                     found[name].append(array)
-        return cls(
-            **{name: np.concatenate(found[name]) for name in ("start", "goal", "states")},
-            **{name: np.sum(found[name]).item() for name in ("encoder_frames", "replans", "seconds")},
-            chunk=found["chunk"][0].item(),
-        )
+        joined: dict[str, Any] = {name: np.concatenate(found[name]) for name in ("start", "goal", "states")}
+        joined |= {name: np.sum(found[name]).item() for name in ("encoder_frames", "replans", "seconds")}
+        return cls(chunk=found["chunk"][0].item(), **joined)
 
 
 def reported_thresholds(threshold: float) -> list[float]:
