@@ -183,31 +183,20 @@ def _measure(path: Path, card: StoreCard) -> dict[str, float]:
     state = np.broadcast_to(np.float64(0), (card.frames, 4))
     number = np.broadcast_to(np.int32(0), card.frames)
     steps: dict[str, Any] = {"action": action, "state": state, "episode": number, "step": number}
-    writer, create = _timed(lambda: StoreWriter.create(path, card, IDENTITY, steps))
-    pending, plan = _timed(writer.pending)
+    found: dict[str, float] = {"shards": card.num_shards, "frames": card.frames}
+    writer, found["create"] = _timed(lambda: StoreWriter.create(path, card, IDENTITY, steps))
+    pending, found["plan"] = _timed(writer.pending)
     if len(pending) != card.num_shards:
         raise UserError(f"not empty: {path}; choose another folder")
     for shard in tqdm(range(card.num_shards), desc="place shards", unit=" shards", disable=None):
-        with Path(str(shard_file(path, shard))).open("wb") as file:
-            file.truncate(card.shard_bytes(shard))
-    claim_us, commit_us = _commit(path, card, writer)
-    _, plan_again = _timed(writer.pending)
-    _, finish = _timed(writer.finish)
-    _, opening = _timed(lambda: TokenStore.open(path))
-    beside = (found for found in path.rglob("*") if not found.name.startswith("c.") and found.is_file())
-    return {
-        "shards": card.num_shards,
-        "frames": card.frames,
-        "create": create,
-        "plan": plan,
-        "claim_us": claim_us,
-        "commit_us": commit_us,
-        "plan_again": plan_again,
-        "finish": finish,
-        "open": opening,
-        "metadata": sum(found.stat().st_size for found in beside),
-        "peak_memory": _peak_memory(),
-    }
+        with Path(str(shard_file(path, shard))).open("wb") as tokens:
+            tokens.truncate(card.shard_bytes(shard))
+    found["claim_us"], found["commit_us"] = _commit(path, card, writer)
+    _, found["plan_again"] = _timed(writer.pending)
+    _, found["finish"] = _timed(writer.finish)
+    _, found["open"] = _timed(lambda: TokenStore.open(path))
+    beside = (file for file in path.rglob("*") if not file.name.startswith("c.") and file.is_file())
+    return {**found, "metadata": sum(file.stat().st_size for file in beside), "peak_memory": _peak_memory()}
 
 
 def _commit(path: Path, card: StoreCard, writer: StoreWriter) -> tuple[float, float]:
