@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -17,16 +18,17 @@ from numpy.typing import NDArray
 from scipy.ndimage import minimum_filter
 from tqdm import tqdm
 
-from wmcache.bench.plan import count_flops
+from wmcache.bench.reference import count_flops
 from wmcache.bench.timing import seconds
 from wmcache.common.errors import UserError
 from wmcache.common.figures import png_bytes
-from wmcache.common.files import atomic_write, make_folder
+from wmcache.common.files import atomic_write
 from wmcache.common.landscapes import descend
 from wmcache.common.paths import AnyPath
 from wmcache.planner.base import Cost
 from wmcache.planner.context import EvalContext, random_episode
 from wmcache.planner.evaluate import evaluate
+from wmcache.planner.mpc import make_mpc
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import make_solver
@@ -47,19 +49,13 @@ def compare_runs(
     weights: Path | None = None,
     cache: AnyPath | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure several runs; the first is what the others are compared with.
+    """Measure several runs, a row for each; `fewer_flop` and `faster` are ratios to the first.
 
     Args:
         options: of the plans whose speed is measured. Success is that of the protocol `mpc-100`, in the same precision and context.
         episodes: of that protocol; 0 leaves it out. Finished batches are kept in the run's folder.
         picture: PNG to write the landscapes to; None measures none.
         weights, cache: see `EvalContext`.
-
-    Returns:
-        A row for each run, see `compare_speed`, `roughness` and `evaluate`; `fewer_flop` and `faster` are ratios to the first.
-
-    Raises:
-        UserError: not a run, or a run is named twice.
     """
     alike = Counter(run.resolve().name for run in runs)
     names = ["/".join(run.resolve().parts[-2 if alike[run.resolve().name] > 1 else -1 :]) for run in runs]
@@ -92,12 +88,7 @@ def compare_runs(
 
 @torch.inference_mode()
 def compare_speed(contexts: Mapping[str, EvalContext], options: PlanOptions) -> dict[str, dict[str, float]]:
-    """Measure the cost of imagining with several runs, in turns.
-
-    Returns:
-        For each run: `parameters_m`, millions; `gflop_per_step` of a candidate; `rollouts_per_second`, candidates of a whole horizon, and
-        `seconds_per_replan`, both medians over the turns.
-    """
+    """Measure the cost of imagining with several runs, in turns; rollouts are candidates of a whole horizon."""
     costs = {name: _first_cost(context, options, 0) for name, context in contexts.items()}
     rollouts: dict[str, list[float]] = {name: [] for name in contexts}
     replans: dict[str, list[float]] = {name: [] for name in contexts}
@@ -121,15 +112,13 @@ def compare_speed(contexts: Mapping[str, EvalContext], options: PlanOptions) -> 
 
 
 def _zeros(context: EvalContext, options: PlanOptions, samples: int) -> torch.Tensor:
-    """Return actions [1, samples, T, A]."""
     return torch.zeros(1, samples, options.horizon, context.model.shape.action_dim, device=context.device)
 
 
 def _first_cost(context: EvalContext, options: PlanOptions, number: int) -> Cost:
-    """Return the cost that a planner minimises at the beginning of an episode."""
     (start, goal), frames = random_episode(context, number)
     tokens, goal_tokens = (context.encoder(frame[None]) for frame in frames)
-    mpc = context.make_mpc(options, goal_tokens, goal[None].astype(np.float32))
+    mpc = make_mpc(context, options, goal_tokens, goal[None].astype(np.float32))
     proprio = torch.from_numpy(start.astype(np.float32)).to(context.device)
     return mpc.cost_of(tokens[:, None], proprio[None, None])
 
@@ -159,9 +148,8 @@ def landscape(context: EvalContext, options: PlanOptions, episodes: int = 8) -> 
 def roughness(planes: NDArray[np.float64]) -> dict[str, float]:
     """Measure how hard landscapes [episodes, G, G] are to descend; means over the episodes.
 
-    Returns:
-        `minima`: points without a lower neighbour. `stuck`: share of the points from which steepest descent ends elsewhere than at the
-        lowest point. `curvature`: root mean square of second differences over the spread of the costs.
+    `minima` are points without a lower neighbour; `stuck` the share of the points from which steepest descent ends elsewhere than at the
+    lowest point; `curvature` the root mean square of second differences over the spread of the costs.
     """
     rows, columns = (axis.ravel() for axis in np.indices(planes.shape[1:]))
     near = (np.abs(rows[:, None] - rows) <= 1) & (np.abs(columns[:, None] - columns) <= 1)
@@ -173,34 +161,29 @@ def roughness(planes: NDArray[np.float64]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
+@matplotlib.rc_context({"font.size": 6, "axes.titlesize": 8})
 def draw_landscapes(planes: Mapping[str, NDArray[np.float64]]) -> bytes:
     """Draw the first episode's landscape for each run, scaled to its own range, with a dot at its plan; returns a PNG."""
     figure = Figure(figsize=(2.7 * len(planes) + 0.9, 3.2), layout="constrained", dpi=120)
     panels = figure.subplots(1, len(planes), squeeze=False)[0]
+    extent = (-REACH, REACH, -REACH, REACH)
     for axes, (name, costs) in zip(panels, planes.items(), strict=True):
-        plane = costs[0]
-        scaled = (plane - plane.min()) / max(float(np.ptp(plane)), 1e-12)
-        image = axes.imshow(scaled, origin="lower", extent=(-REACH, REACH, -REACH, REACH), cmap="viridis")
+        scaled = (costs[0] - costs[0].min()) / max(float(np.ptp(costs[0])), 1e-12)
+        image = axes.imshow(scaled, origin="lower", extent=extent, cmap="viridis")
         if scaled.any():  # a flat landscape has no contours
-            axes.contour(scaled, extent=(-REACH, REACH, -REACH, REACH), levels=12, colors="white", linewidths=0.4)
+            axes.contour(scaled, extent=extent, levels=12, colors="white", linewidths=0.4)
         axes.plot(0, 0, "o", color="white", markeredgecolor="black", markersize=5, label="the solver's plan")
-        axes.set_title(name, fontsize=8)
-        axes.set_xlabel("change along one random direction (RMS, env units)", fontsize=6)
-        axes.tick_params(labelsize=6)
-    panels[0].set_ylabel("change along another one (RMS, env units)", fontsize=6)
-    bar = figure.colorbar(image, ax=list(panels), shrink=0.8)
-    bar.set_label("cost (0: lowest, 1: highest of the panel)", fontsize=7)
-    bar.ax.tick_params(labelsize=6)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", fontsize=7, frameon=False)
+        axes.set(title=name, xlabel="change along one random direction (RMS, env units)")
+    panels[0].set_ylabel("change along another one (RMS, env units)")
+    figure.colorbar(image, ax=list(panels), shrink=0.8, label="cost (0: lowest, 1: highest of the panel)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", frameon=False)
     return png_bytes(figure)
 
 
 def _success(context: EvalContext, options: PlanOptions) -> dict[str, Any]:
     """Evaluate under the protocol `mpc-100`; returns counts for each threshold, and 95 % intervals and baselines for the headline's."""
     options = replace(options, **PROTOCOLS.get("mpc-100"))
-    out = context.run / f"bench-mpc-100-{options.episodes}"
-    make_folder(out)
-    _, results = evaluate(context, options, out)
+    _, results = evaluate(context, options, context.run / f"bench-mpc-100-{options.episodes}")
     threshold, words = options.threshold, {"within": "successes", "held": "held"}
     counts = {
         f"{word}_{row['threshold']}": row[name] for word, name in words.items() for row in results["by_threshold"]

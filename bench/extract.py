@@ -14,13 +14,14 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from wmcache.bench.timing import seconds
-from wmcache.cache.writer import StoreWriter
+from wmcache.cache.layout import StoreCard
 from wmcache.cluster.tasks import open_pool, parse_cluster, run_tasks
 from wmcache.common.device import CPU, autocast
 from wmcache.common.errors import UserError
@@ -39,12 +40,10 @@ TRAIN = f"--width 64 --depth 1 --heads 1 --steps 60 --batch-size 16 --residence 
 
 
 def bench_extract(dataset: FrameDataset, encoder: Encoder, *, batch: int, cluster: str = "local:1") -> dict[str, float]:
-    """Compare extraction of a dataset, into a temporary store, with the bare model.
+    """Compare the rate of extraction, into a temporary store, with those of the bare model.
 
-    Returns:
-        Frames per second of the network alone on images that are decoded, resized and normalised (before and after the extraction, so
-        that a drift of the machine shows), of the encoder on decoded frames, and of the extraction; `ratio_to_network` and
-        `ratio_to_encoder`, the extraction's share of each.
+    `network` runs on images that are decoded, resized and normalised, before and after the extraction, so that a drift of the machine
+    shows; `encoder` on decoded frames. Ratios are the extraction's share of each.
     """
     frames, layers = dataset.read_shard(0), encoder.head.layers
     parts = [frames[start : start + batch] for start in range(0, len(frames), batch)]
@@ -81,25 +80,18 @@ def bench_extract(dataset: FrameDataset, encoder: Encoder, *, batch: int, cluste
 def bench_together(
     dataset: FrameDataset, encoders: Sequence[Encoder], *, batch: int, cluster: str = "local:1"
 ) -> dict[str, float]:
-    """Compare several encoders in one pass with the first alone and with one pass each, in turns, into temporary stores.
+    """Compare several encoders in one pass with the first alone and with one pass each (`apart`); see `_fastest`.
 
-    Returns:
-        Frames per second of the first alone, of all together and of all one after the other, each in its fastest round;
-        `more_than_first`, the time of the others on top of the first, as a share of its time; `one_after_the_other`, the time of one pass
-        each over that of one pass.
+    `more_than_first` is the time of the others on top of the first, as a share of its time; `one_after_the_other` the time of one pass
+    each over that of one pass.
     """
-    passes: dict[str, list[Sequence[Encoder]]] = {
-        "first": [encoders[:1]],
-        "together": [encoders],
-        "apart": [[encoder] for encoder in encoders],
-    }
+    apart = [[encoder] for encoder in encoders]
+    passes: dict[str, Sequence[Sequence[Encoder]]] = {"first": apart[:1], "together": [encoders], "apart": apart}
 
     def measure(name: str, folder: Path) -> float:
-        stores = [
-            [(encoder, folder / f"{index}-{encoder.spec.name}.zarr") for encoder in group]
-            for index, group in enumerate(passes[name])
-        ]
-        return seconds(lambda: [extract_together(dataset, group, batch=batch, cluster=cluster) for group in stores])
+        stores = {encoder: folder / f"{index}.zarr" for index, encoder in enumerate(encoders)}
+        groups = [[(encoder, stores[encoder]) for encoder in group] for group in passes[name]]
+        return seconds(lambda: [extract_together(dataset, group, batch=batch, cluster=cluster) for group in groups])
 
     spent, frames = _fastest(passes, measure, ROUNDS, "bench"), dataset.card.frames
     return {
@@ -111,7 +103,7 @@ def bench_together(
 
 
 def _fastest(names: Iterable[str], measure: Callable[[str, Path], float], rounds: int, label: str) -> dict[str, float]:
-    """Measure contenders in turns, each in an empty temporary folder; returns the seconds of their fastest rounds."""
+    """Measure contenders in turns, with stores in an empty temporary folder; returns the seconds of their fastest rounds."""
     fastest = dict.fromkeys(names, float("inf"))
     with tqdm(total=rounds * len(fastest), desc=label, mininterval=0) as bar:
         for _ in range(rounds):
@@ -123,15 +115,9 @@ def _fastest(names: Iterable[str], measure: Callable[[str, Path], float], rounds
 
 
 def bench_memory(episodes: int) -> list[dict[str, Any]]:
-    """Measure the peak memory of commands over growing datasets, each in a process of its own.
+    """Measure the peak memory of `wmcache extract` and `wmtrain` over datasets of 1, 4 and 16 times so many episodes of 100 frames.
 
-    Extraction is by `tcn` on 224 px (49 tokens of 32); training keeps the tokens on disk.
-
-    Args:
-        episodes: of 100 frames, in the smallest dataset; the others have 4 and 16 times as many.
-
-    Returns:
-        For each size: frames, bytes of tokens, and the peak of each command's anonymous memory, without the pages of mapped files.
+    Extraction is by `tcn` on 224 px (49 tokens of 32); training keeps the tokens on disk. Peaks are without the pages of mapped files.
     """
     rows = []
     with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
@@ -150,25 +136,19 @@ def bench_memory(episodes: int) -> list[dict[str, Any]]:
 
 def save_tcn(path: Path) -> None:
     """Save random weights of the encoder `tcn`; its memory does not depend on them."""
-    grid, _ = tcn.SPEC.patch_grid(224)
-    save_file(tcn.TcnNetwork(grid).state_dict(), path)
+    save_file(tcn.TcnNetwork(tcn.SPEC.patch_grid(224)[0]).state_dict(), path)
 
 
 def peak_memory(command: str, arguments: list[str]) -> int:
-    """Run a command of this environment; returns the most anonymous memory that it had, in bytes, sampled every few milliseconds.
-
-    Raises:
-        UserError: it failed.
-    """
+    """Run a command of this environment, which must succeed; returns the most anonymous memory that it had, in bytes, by sampling."""
     program = str(Path(sys.executable).with_name(command))
     most = 0
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen([program, *arguments], stdout=subprocess.DEVNULL, stderr=errors)
-        status = Path(f"/proc/{process.pid}/status")
+        process = psutil.Popen([program, *arguments], stdout=subprocess.DEVNULL, stderr=errors)
         while process.poll() is None:
-            with suppress(OSError, StopIteration):  # it has just ended
-                line = next(row for row in status.read_text().splitlines() if row.startswith("RssAnon"))
-                most = max(most, 1024 * int(line.split()[1]))
+            with suppress(psutil.Error):  # it has just ended
+                memory = process.memory_info()
+                most = max(most, memory.rss - getattr(memory, "shared", 0))
             time.sleep(POLL_SECONDS)
         if process.returncode:
             errors.seek(0)
@@ -179,21 +159,15 @@ def peak_memory(command: str, arguments: list[str]) -> int:
 def bench_cluster(
     dataset: FrameDataset, encoder: Encoder, *, batch: int, cluster: str, rounds: int = ROUNDS
 ) -> dict[str, float]:
-    """Compare extraction on Dask's processes with plain ones, each of which has one thread and one task at a time.
-
-    Contenders extract all frames into temporary stores, take turns, and count with their fastest round.
+    """Compare extraction by Dask workers with plain processes, each with one thread and one task at a time; see `_fastest`.
 
     Args:
-        cluster: `local:N`.
+        cluster: `local:N`, N above 1.
 
     Returns:
         Frames per second, without the start of processes, of a plain loop in one process (`loop`), of one Dask worker, of N Dask workers,
         and of N independent processes (`loops`), which are the machine's limit; `dask_overhead`, the share by which one worker takes
-        longer than the loop; `scaling`, N workers / (N x one worker); `machine_scaling`, N processes / (N x one); `ratio_to_machine`,
-        N workers / N processes.
-
-    Raises:
-        UserError: the cluster is not on this machine, or has a single worker.
+        longer than the loop; and N workers or processes over N times one (`scaling`, `machine_scaling`), or over each other.
     """
     where = parse_cluster(cluster)
     if where.elsewhere or where.workers < 2:
@@ -203,7 +177,12 @@ def bench_cluster(
     def measure(name: str, folder: Path) -> float:
         writer = create_store(dataset, encoder, folder / f"{name}.zarr")
         task = extraction_task(dataset, [(encoder, writer)], device=str(encoder.device), batch=batch)
-        return (_in_workers if "worker" in name else _in_processes)(task, writer, counts[name])
+        start = _start_workers if "worker" in name else _start_processes
+        with ExitStack() as stack:
+            extract_all = start(stack, task, writer.card, counts[name])
+            extract_all()  # the first time includes set-up
+            writer.reopen(list(range(writer.card.num_shards)))
+            return seconds(extract_all)
 
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started here
@@ -224,31 +203,20 @@ def bench_cluster(
     }
 
 
-def _in_workers(task: ExtractShard, writer: StoreWriter, count: int) -> float:
-    """Return the seconds of Dask workers for all shards, after they have done them once."""
-    shards, frames = range(writer.card.num_shards), writer.card.frames
-    with open_pool(f"local:{count}", label="bench", always_dask=True) as pool:
-        run_tasks(task, shards, cluster=pool, total=frames, label="first", leave=False)
-        writer.reopen(list(shards))
-        return seconds(lambda: run_tasks(task, shards, cluster=pool, total=frames, label="timed", leave=False))
+def _start_workers(stack: ExitStack, task: ExtractShard, card: StoreCard, count: int) -> Callable[[], None]:
+    pool = stack.enter_context(open_pool(f"local:{count}", label="bench", always_dask=True))
+    shards = range(card.num_shards)
+    return lambda: run_tasks(task, shards, cluster=pool, total=card.frames, label="extract", leave=False)
 
 
-def _in_processes(task: ExtractShard, writer: StoreWriter, count: int) -> float:
-    """Return the seconds of processes, each of which loops over its slice of the shards, after each has done it once."""
-    shards, context = writer.card.num_shards, multiprocessing.get_context("spawn")
-    with ExitStack() as stack:
-        pools = [stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for _ in range(count)]
+def _start_processes(stack: ExitStack, task: ExtractShard, card: StoreCard, count: int) -> Callable[[], None]:
+    context = multiprocessing.get_context("spawn")
+    pools = [stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for _ in range(count)]
+    parts = [slice_of(card.num_shards, (number, count)) for number in range(count)]
 
-        def loop_in_each() -> None:
-            running = [pool.submit(_loop, task, slice_of(shards, (number, count))) for number, pool in enumerate(pools)]
-            for future in running:
-                future.result()
+    def loop_in_each() -> None:
+        running = [pool.map(task, part, chunksize=card.num_shards) for pool, part in zip(pools, parts, strict=True)]
+        for results in running:
+            list(results)
 
-        loop_in_each()
-        writer.reopen(list(range(shards)))
-        return seconds(loop_in_each)
-
-
-def _loop(task: ExtractShard, shards: Sequence[int]) -> None:
-    for shard in shards:
-        task(shard)
+    return loop_in_each

@@ -38,14 +38,10 @@ BATCHES = 6
 def bench_read(
     frames: int, *, tokens: int = 196, dim: int = 384, batch: int = 64, dtype: str = "float16", keep: Path | None = None
 ) -> dict[str, float]:
-    """Read batches of random windows of 4 frames, 5 apart, from a store of random tokens that is in the page cache.
+    """Read batches of random windows of 4 frames, 5 apart, from a store of random tokens [N, D] that is in the page cache.
 
-    Contenders take turns, so that a drift of the machine affects all; ratios are medians over the turns.
-
-    Args:
-        tokens, dim: N, D.
-        batch: windows.
-        keep: folder to leave the store (`bench.zarr`) and the plain file (`bench.npy`) in.
+    Contenders take turns, so that a drift of the machine affects all; ratios are medians over the turns. `keep` is a folder to leave the
+    store (`bench.zarr`) and the plain file (`bench.npy`) in.
 
     Returns:
         Windows per second of `gather`; of `gather` on a store just opened, which maps the files and compares every checksum; of
@@ -109,13 +105,19 @@ def _make_store(path: Path, card: StoreCard) -> TokenStore:
         "episode": (frame // EPISODE).astype(np.int32),
         "step": (frame % EPISODE).astype(np.int32),
     }
-    writer = StoreWriter.create(path, card, identity, steps)
+
+    def tokens_of(part: range) -> Tokens:
+        rng = np.random.default_rng(part.start // FRAMES_PER_SHARD)
+        return rng.standard_normal((len(part), *card.frame_shape), dtype=np.float32).astype(np.float16)
+
+    return _write(StoreWriter.create(path, card, identity, steps), tokens_of)
+
+
+def _write(writer: StoreWriter, tokens_of: Callable[[range], Tokens]) -> TokenStore:
     for shard in tqdm(writer.pending(), desc="write", unit=" shards"):
-        shape = (len(card.shard_frames(shard)), *card.frame_shape)
-        tokens = np.random.default_rng(shard).standard_normal(shape, dtype=np.float32)
-        writer.write_shard(shard, tokens.astype(np.float16))
+        writer.write_shard(shard, tokens_of(writer.card.shard_frames(shard)))
     writer.finish()
-    return TokenStore.open(path)
+    return TokenStore.open(writer.path)
 
 
 def _make_plain(path: Path, store: TokenStore) -> NDArray[np.generic]:
@@ -131,15 +133,11 @@ def _make_plain(path: Path, store: TokenStore) -> NDArray[np.generic]:
 
 
 def bench_codecs(path: AnyPath, *, frames: int = 2000, batch: int = 64) -> list[dict[str, Any]]:
-    """Measure the size and the reading speed of a store's own tokens in smaller formats.
-
-    Args:
-        frames: number of them, from the first.
-        batch: windows of 4 frames, 5 apart.
+    """Measure the size and the reading speed of a store's first frames in smaller formats.
 
     Returns:
-        For each format: `size`, its share of plain float16's bytes; `speed`, windows per second as a share of plain float16's through
-        memory maps; `relative_error`, the norm of the difference over that of the tokens.
+        For each format: `size`, its share of plain float16's bytes; `speed`, windows of 4 frames per second as a share of plain float16's
+        through memory maps; `relative_error`, the norm of the difference over that of the tokens.
     """
     source = TokenStore.open(path)
     count = min(frames, len(source))
@@ -169,9 +167,12 @@ def _make_formats(
     """Write the tokens in every format; returns by name how to read it, and its bytes."""
     readers: dict[str, Read] = {}
     sizes: dict[str, int] = {}
+    steps = {name: getattr(source, name)[: card.frames] for name in STEP_COLUMNS}
     for dtype in ("float16", "int8"):
-        store = _copy(source, tokens, folder / f"{dtype}.zarr", replace(card, dtype=dtype))
-        readers[dtype], sizes[dtype] = store.gather, store.card.token_bytes
+        identity, stored = replace(source.identity, store_dtype=dtype), replace(card, dtype=dtype)
+        writer = StoreWriter.create(folder / f"{dtype}.zarr", stored, identity, steps)
+        store = _write(writer, lambda part: tokens[part.start : part.stop])
+        readers[dtype], sizes[dtype] = store.gather, stored.token_bytes
     compressors = {"zstd": ZstdCodec(), "blosc lz4 shuffled": BloscCodec(cname="lz4", shuffle="shuffle")}
     for name, codec in compressors.items():
         array = zarr.create_array(
@@ -186,13 +187,3 @@ def _make_formats(
         array[:] = tokens
         readers[name], sizes[name] = ZarrReader(array, card, folder / name).gather, array.nbytes_stored()
     return readers, sizes
-
-
-def _copy(source: TokenStore, tokens: Tokens, path: Path, card: StoreCard) -> TokenStore:
-    steps = {name: getattr(source, name)[: card.frames] for name in STEP_COLUMNS}
-    writer = StoreWriter.create(path, card, replace(source.identity, store_dtype=card.dtype), steps)
-    for shard in writer.pending():
-        part = card.shard_frames(shard)
-        writer.write_shard(shard, tokens[part.start : part.stop])
-    writer.finish()
-    return TokenStore.open(path)

@@ -21,7 +21,7 @@ from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
 
 MEASURED = "dino-wm"
-"""The world model that `bench.explicit` has in the reference's own code, to compare with."""
+"""The world model that `bench.reference` has in the reference's own code, to compare with."""
 
 
 @click.group(cls=Group)
@@ -104,7 +104,7 @@ def bench_codecs(store: AnyPath, frames: int) -> None:
 @shared.json_option
 def bench_shards(shards: tuple[int, ...], **settings: Any) -> None:
     """Measure what planning, claiming, finishing and opening a store of so many shards cost, without any data in them."""
-    from wmcache.bench.scale import measure_scale
+    from wmcache.bench.plan_job import measure_scale
 
     show_rows([measure_scale(count, **settings) for count in shards])
 
@@ -125,7 +125,7 @@ def bench_shards(shards: tuple[int, ...], **settings: Any) -> None:
 @shared.json_option
 def bench_train(cache: AnyPath, dataset: AnyPath | None, weights: Path | None, device: str, **settings: Any) -> None:
     """Training steps fed by the store against steps on one batch in memory, encoding in the loop, and the reference's code."""
-    from wmcache.bench.train import bench_train as run
+    from wmcache.bench.reference import bench_train as run
     from wmcache.pipeline.repair import live_encoder
 
     encode = live_encoder(cache, dataset=dataset, weights=weights, device=device)
@@ -171,7 +171,7 @@ def bench_plan(
     **search: int,
 ) -> None:
     """One plan of DINO-WM's code against this implementation, or several --model against each other: speed, success, landscape."""
-    from wmcache.bench.plan import bench_run
+    from wmcache.bench.reference import bench_run
     from wmcache.planner.context import EvalContext
 
     if (run is None) == (not runs):

@@ -50,8 +50,8 @@ def wmplan(
     from wmcache.common.video import ffmpeg
     from wmcache.planner.context import EvalContext
     from wmcache.planner.evaluate import evaluate
+    from wmcache.planner.options import default_out, refuse_other_results
     from wmcache.planner.report import write_report
-    from wmcache.planner.results import default_out, refuse_other_results
 
     ffmpeg()  # the report has videos; a missing program is reported before any work
     chosen = PlanOptions(search=take_chosen(settings, given=True), **settings)

@@ -48,7 +48,7 @@ def study(file: Path | None, out: Path | None, **flags: Any) -> None:
     from wmcache.study.options import read_study
     from wmcache.study.report import headline, summary, write_report
     from wmcache.study.run import run_study
-    from wmcache.study.table import tabulate
+    from wmcache.study.statistics import tabulate
 
     file = file or DEFAULT
     options = read_study(file, {name: _plain(name, value) for name, value in flags.items()})

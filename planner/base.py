@@ -1,13 +1,17 @@
-"""The contract of solvers, and what several of them use."""
+"""The contract of solvers, and what those that sample candidates share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import Field
-from typing import Any, ClassVar, Protocol
+from dataclasses import Field, dataclass
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
+
+from wmcache.common.errors import UserError
+from wmcache.common.options import Positive, option
 
 Cost = Callable[[Tensor], Tensor]
 """Actions [E, S, T, A] -> cost [E, S]."""
@@ -29,19 +33,12 @@ class Solver(Protocol):
     @property
     def evaluations(self) -> int:
         """Count the candidates that one call evaluates per episode."""
-        ...
 
     def __call__(self, cost: Cost, start: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Minimise the cost.
+        """Return actions [E, T, A] in [-1, 1] of low cost, from the first guess `start` [E, T, A] in env units.
 
-        Args:
-            start: [E, T, A], the first guess; env units.
-            generators: one per episode, on the CPU, so that a result does not depend on the other episodes of the batch.
-
-        Returns:
-            Actions [E, T, A] in [-1, 1].
+        Each episode has a generator on the CPU, so that its result does not depend on the other episodes of the batch.
         """
-        ...
 
 
 def normal(generators: Sequence[torch.Generator], samples: int, start: Tensor) -> Tensor:
@@ -55,3 +52,31 @@ def around(mean: Tensor, deviation: Tensor, samples: int, generators: Sequence[t
     actions = mean[:, None] + deviation[:, None] * normal(generators, samples, mean)
     actions[:, 0] = mean
     return actions.clamp(-1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A solver that draws candidates around a mean, scores them, and fits mean and deviation to the best, the elites."""
+
+    differentiates: ClassVar[bool] = False
+
+    # The order is that of the parts of a results folder's name.
+    samples: Positive = option(64, "Candidates in each iteration; DINO-WM has 300.", group="Solver")
+    elites: Annotated[int, Ge(2)] = option(6, "Best candidates of each iteration; DINO-WM has 30.")
+    iterations: Positive = option(5, "Iterations of the search; DINO-WM has 10.")
+    sigma: Annotated[float, Gt(0)] = option(0.4, "First standard deviation of the candidates, in env units.")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for more elites than samples."""
+        self.require_at_most("elites", "samples", self.samples)
+
+    def require_at_most(self, name: str, limit_name: str, limit: float) -> None:
+        """Raise UserError where an option is above a limit."""
+        if (value := getattr(self, name)) > limit:
+            solver = type(self).__name__.lower()
+            raise UserError(f"solver {solver}: {name} is {value}; it must be at most {limit_name}, {limit}")
+
+    @property
+    def evaluations(self) -> int:
+        """See `Solver`."""
+        return self.samples * self.iterations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,9 @@ from wmcache.envs import Maze, PointMazeSimulator, find_maze
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
 from wmcache.pipeline.encoders.changes import LEAST_CHANGE, changes_for
-from wmcache.planner.goals import SOURCES, start_and_goal
+from wmcache.planner.goals import start_and_goal
 from wmcache.planner.graph import LatentGraph
-from wmcache.planner.mpc import Mpc
-from wmcache.planner.objective import GoalDistance
-from wmcache.planner.options import PlanOptions, check_options
-from wmcache.planner.results import recorded
+from wmcache.planner.options import SOURCES, PlanOptions, check_options, recorded
 from wmcache.planner.solvers import make_solver, option_names
 from wmcache.trainer.runs import load_model, open_store, read_config, read_identity
 
@@ -41,11 +39,9 @@ class EvalContext:
     """A run loaded for planning.
 
     Attributes:
-        model: on `device`, in evaluation mode; it computes in `dtype`.
         drift: see `live_drift`.
         blind: the model sees no proprio.
         context_frames: frames that an imagined step sees. observed: live frames that a plan starts from.
-        solver: with the options of `search`.
         graph: with `--distance graph`, else None.
     """
 
@@ -63,9 +59,6 @@ class EvalContext:
         Args:
             weights, cache: the encoder's weights and the store, if they have moved.
             untrained: use random weights in place of the run's, as a baseline.
-
-        Raises:
-            UserError: not a run, options that do not fit it, missing weights, or an encoder that does not match the store.
         """
         check_options(options)
         self.run, self.weights, self.untrained = run, weights, untrained
@@ -120,24 +113,6 @@ class EvalContext:
             raise UserError(f"--observed {options.observed} is more than the {context} frames of --context; raise it")
         return context, min(options.observed or usual, context)
 
-    def make_mpc(self, options: PlanOptions, goal: Tensor, goal_proprio: NDArray[np.float32]) -> Mpc:
-        """Create a planner to goals [E, N, D]; their proprio [E, P] is used only where `alpha` is above 0."""
-        proprio = None
-        if options.alpha:
-            proprio = self.model.encode_proprio(torch.from_numpy(goal_proprio).to(self.device)[:, None])[:, 0]
-        goal = goal.float()
-        to_goal = None if self.graph is None else self.graph.to_goal(goal)
-        return Mpc(
-            model=self.model,
-            solver=self.solver,
-            objective=GoalDistance(goal, options.objective, options.alpha, proprio, self.graph, to_goal),
-            horizon=options.horizon,
-            context=self.context_frames,
-            frameskip=self.frameskip,
-            device=self.device,
-            dtype=self.dtype,
-        )
-
     def mask(self, images: NDArray[np.uint8], goal_images: NDArray[np.uint8]) -> Tensor:
         """Mark the tokens in which frames [E, S, S, 3] differ from the goal's, bool [E, N]; all tokens of equal frames."""
         assert self._changes is not None
@@ -156,16 +131,14 @@ class EvalContext:
             "observed": self.observed,
             "search": asdict(self.solver),
             "env": self.maze.name,
+            "goal_steps": self.goal_steps(options),
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        if options.goals in ("dataset", "random-action"):
-            used["goal_steps"] = self.goal_steps(options)
-        else:
-            del used["goal_steps"]
+        unused = {"goal_steps"} if options.goals == "random-state" else set()
         if options.goals not in SOURCES:
-            del used["strict"]
-        return used
+            unused = {"goal_steps", "strict"}
+        return {name: value for name, value in used.items() if name not in unused}
 
     def fingerprint(self, options: PlanOptions) -> str:
         """Hash all that the episodes depend on: options, the model's weights, goals, maze and the store's identity."""
@@ -182,21 +155,17 @@ def cached_maze(card: StoreCard) -> Maze:
 
 
 def live_drift(store: TokenStore, encoder: Encoder) -> dict[str, float]:
-    """Render and encode some cached frames again, as live frames are, and compare the tokens.
-
-    Returns:
-        `cosine`: the smallest over the frames. `relative_error`: the largest norm of a difference over that of the tokens.
+    """Render and encode some cached frames again, as live frames are; return the smallest cosine and the largest relative error.
 
     Raises:
         UserError: the cosine is below `COSINE_TOLERANCE`, so plans would be made in another latent space than the model's.
     """
     frames = np.linspace(0, len(store) - 1, CHECKED_FRAMES).astype(int)
-    simulator = PointMazeSimulator(cached_maze(store.card), int(store.card.dataset["image_size"]))
-    live = np.stack([simulator.render(state) for state in store.state[frames]])
+    maze, size = cached_maze(store.card), int(store.card.dataset["image_size"])
+    live = render(maze, size, store.state[frames])
     if encoder.lag:
         before = store.state[frames - np.minimum(encoder.lag, store.step[frames])]
-        live = np.stack([np.stack([simulator.render(state) for state in before]), live], 1)
-    simulator.close()
+        live = np.stack([render(maze, size, before), live], 1)
     drift = encoder.drift(live, store.gather(frames))
     if not drift["cosine"] > COSINE_TOLERANCE:
         raise UserError(
@@ -206,12 +175,15 @@ def live_drift(store: TokenStore, encoder: Encoder) -> dict[str, float]:
     return drift
 
 
-def random_episode(
-    context: EvalContext, number: int
-) -> tuple[tuple[NDArray[np.float64], NDArray[np.float64]], list[NDArray[np.uint8]]]:
-    """Return states [4] of the random start and goal of an episode, and frames [S, S, 3] of them."""
-    start, goal = (states[0] for states in start_and_goal("random-state", [number], context.maze, context.store, 0))
-    simulator = PointMazeSimulator(context.maze, context.image_size)
-    frames = [simulator.render(state) for state in (start, goal)]
+def render(maze: Maze, size: int, states: Iterable[NDArray[np.float64]]) -> NDArray[np.uint8]:
+    """Render frames [n, S, S, 3] of states [4]."""
+    simulator = PointMazeSimulator(maze, size)
+    frames = np.stack([simulator.render(state) for state in states])
     simulator.close()
-    return (start, goal), frames
+    return frames
+
+
+def random_episode(context: EvalContext, number: int) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+    """Return states [2, 4] of the random start and goal of an episode, and frames [2, S, S, 3] of them."""
+    states = np.concatenate(start_and_goal("random-state", [number], context.maze, context.store, 0))
+    return states, render(context.maze, context.image_size, states)

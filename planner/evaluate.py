@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,15 +14,12 @@ from numpy.typing import NDArray
 from wmcache.cluster.tasks import WorkerTask, report, run_tasks
 from wmcache.common.files import make_folder
 from wmcache.common.paths import absolute, as_path
-from wmcache.envs import PointMazeVectorEnv, longest_move
-from wmcache.planner.baselines import BASELINES, run_baseline
+from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, longest_move
 from wmcache.planner.context import EvalContext
-from wmcache.planner.episodes import Episodes, join, load_episodes, save_episodes
-from wmcache.planner.goals import SOURCES, Separation, start_and_goal
-from wmcache.planner.judge import count_at_goal, judge, reported_thresholds, shortest_path_lengths
-from wmcache.planner.options import PlanOptions, Precision
-from wmcache.planner.policy import MpcPolicy, Observation
-from wmcache.planner.results import absolute_file
+from wmcache.planner.episodes import Episodes, count_at_goal, judge, reported_thresholds, shortest_path_lengths
+from wmcache.planner.goals import Separation, start_and_goal
+from wmcache.planner.mpc import MpcPolicy, Observation
+from wmcache.planner.options import SOURCES, PlanOptions, Precision, absolute_file
 
 
 def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[int]) -> Episodes:
@@ -84,33 +81,15 @@ def _start_and_goal(
 
 @dataclass(frozen=True)
 class PlanBatch(WorkerTask[int, EvalContext]):
-    """Plans a batch of episodes on any worker, and saves it in a file of the folder; paths are absolute.
-
-    The fingerprint is that of the evaluation, since files may change under the same path.
-    """
+    """Plans a batch of episodes on any worker, and saves it in a file of the folder; paths are absolute."""
 
     run_path: Path
     options: PlanOptions
     weights: Path | None
     cache: str
     untrained: bool
-    fingerprint: str
     folder: Path
-
-    @classmethod
-    def of(cls, context: EvalContext, options: PlanOptions, folder: Path) -> PlanBatch:
-        """Describe a loaded run by absolute paths, in the precision that was chosen here."""
-        dtype = cast(Precision, str(context.dtype).removeprefix("torch."))
-        goals = options.goals if options.goals in SOURCES else absolute_file(options.goals)
-        return cls(
-            run_path=context.run.absolute(),
-            options=replace(options, dtype=dtype, goals=goals, env=options.env and absolute_file(options.env)),
-            weights=context.weights and context.weights.absolute(),
-            cache=absolute(context.store.path),
-            untrained=context.untrained,
-            fingerprint=context.fingerprint(options),
-            folder=folder.absolute(),
-        )
+    fingerprint: str  # workers keep the loaded run by all fields, and files may change under the same path
 
     def setup(self) -> EvalContext:
         """Load the run."""
@@ -120,12 +99,12 @@ class PlanBatch(WorkerTask[int, EvalContext]):
     def run(self, state: EvalContext, item: int) -> int:
         """Plan the batch that begins with this episode; returns its replans."""
         episodes = run_episodes(state, self.options, batch_of(self.options, item))
-        save_episodes(_batch_file(self.folder, item), episodes)
+        episodes.save(_batch_file(self.folder, item))
         return episodes.replans
 
 
 def batch_of(options: PlanOptions, first: int) -> range:
-    """Return the episodes of the batch that begins with this one; a batch does not depend on where it is planned."""
+    """Return the episodes of the batch that begins with this one."""
     return range(first, min(options.seed + options.episodes, first + options.batch))
 
 
@@ -144,13 +123,28 @@ def evaluate(
     """
     numbers = range(options.seed, options.seed + options.episodes)
     _start_and_goal(context, options, numbers)  # unusable goals are reported before any work
-    folder = out / f"unfinished-{context.fingerprint(options)}"
+    fingerprint = context.fingerprint(options)
+    folder = out / f"unfinished-{fingerprint}"
     make_folder(folder)
     firsts = numbers[:: options.batch]
     pending = [first for first in firsts if not _batch_file(folder, first).exists()]
     replans = -(-options.budget // (options.execute * context.frameskip))
+    task = PlanBatch(
+        context.run.absolute(),
+        replace(
+            options,
+            dtype=cast(Precision, str(context.dtype).removeprefix("torch.")),  # chosen here
+            goals=options.goals if options.goals in SOURCES else absolute_file(options.goals),
+            env=options.env and absolute_file(options.env),
+        ),
+        context.weights and context.weights.absolute(),
+        absolute(context.store.path),
+        context.untrained,
+        folder.absolute(),
+        fingerprint,
+    )
     run_tasks(
-        PlanBatch.of(context, options, folder).with_state(context),
+        task.with_state(context),
         pending,
         cluster=cluster,
         total=sum(len(batch_of(options, first)) for first in pending) * replans,
@@ -159,7 +153,7 @@ def evaluate(
         what="batches",
         more="a smaller --batch-size makes more of them",
     )
-    episodes = join([load_episodes(_batch_file(folder, first)) for first in firsts])
+    episodes = Episodes.load(_batch_file(folder, first) for first in firsts)
     return episodes, summarise(context, options, episodes)
 
 
@@ -193,3 +187,22 @@ def summarise(context: EvalContext, options: PlanOptions, episodes: Episodes) ->
         "options": asdict(options),
         "resolved": context.resolved(options),
     }
+
+
+BASELINES: dict[str, Callable[[int, int], NDArray[np.float64]]] = {
+    # Not the generator of start and goal, so that the actions do not depend on them.
+    "random": lambda number, steps: np.random.default_rng((99 * number + 1, 1)).normal(size=(steps, 2)).clip(-1.0, 1.0),
+    "zero": lambda _, steps: np.zeros((steps, 2)),
+}
+"""Name -> function of the number of an episode and env steps -> actions [env steps, 2] in [-1, 1]."""
+
+
+def run_baseline(name: str, maze: Maze, planned: Episodes, numbers: Sequence[int]) -> Episodes:
+    """Act in the starts, goals, budget and chunks of planned episodes with these numbers; physics alone, no frame is rendered."""
+    simulator = PointMazeSimulator(maze)
+    states = np.empty_like(planned.states)
+    for i, number in enumerate(numbers):
+        state = planned.start[i]
+        for step, action in enumerate(BASELINES[name](number, states.shape[1])):
+            state = states[i, step] = simulator.step(state, action)
+    return Episodes(planned.start, planned.goal, states, planned.chunk, encoder_frames=0, replans=0, seconds=0.0)

@@ -15,8 +15,8 @@ from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import split_episodes, window_starts
 from wmcache.common.errors import UserError, reason
 from wmcache.envs import Maze, PointMazeSimulator, sample_state
+from wmcache.planner.options import SOURCES
 
-SOURCES = ("random-state", "dataset", "random-action")
 MAX_DRAWS = 2000
 """Pairs that are drawn for an episode before it is refused."""
 
@@ -26,12 +26,10 @@ Draw = Callable[[np.random.Generator], tuple[States, States]]
 
 @dataclass(frozen=True)
 class Separation:
-    """How far apart start and goal are at least.
+    """How far apart start and goal are at least, so that no episode begins at its goal or arrives with its first model step.
 
-    An episode that begins at its goal, or arrives with its first model step, does not measure a planner. So the straight distance, which
-    the judge compares with thresholds, is at least `threshold`, and the shortest path through the maze at least `threshold` + `step`.
-    The path counts rather than the straight line because the ball cannot cross walls. `threshold` is the largest one that is reported,
-    `step` the largest distance that the ball can cover in one model step, see `envs.longest_move`.
+    The straight distance, which the judge compares with thresholds, is at least `threshold`, the largest one that is reported. The shortest
+    path through the maze is at least `threshold` + `step`, the longest move of a model step, see `envs.longest_move`.
     """
 
     threshold: float = 0.0
@@ -65,22 +63,17 @@ def start_and_goal(
         source: `random-state`: random positions and velocities. `dataset`: frames of a held-out episode, `steps` env steps apart.
             `random-action`: a random state, and where Gaussian actions lead from it in `steps` env steps. Else a Parquet file with
             columns `start` and `goal`, states (x, y, vx, vy); episode n takes row n. An evaluation's episodes.parquet is such a file.
-        store: for `dataset`.
         steps: env steps from start to goal, for `dataset` and `random-action`.
-        split_seed: of the run's split into train and val episodes.
         separation: closer pairs are drawn again from the same generator. A file's pairs are taken as they are.
 
     Returns:
         float64 [E, 4] each.
-
-    Raises:
-        UserError: an unknown source, an unusable file, episodes that are too short, positions in a wall, or no pair far enough apart.
     """
     if source not in SOURCES:
         return _read_states(Path(source), numbers, maze)
-    draw = _draw_frames(store, steps, split_seed) if source == "dataset" else _draw_states(source, maze, steps)
-    pairs = [_draw_pair(draw, source, number, maze, separation or Separation()) for number in numbers]
-    start, goal = (np.stack(states) for states in zip(*pairs, strict=True))
+    draw = _draw_from(source, maze, store, steps, split_seed)
+    separation = separation or Separation()
+    start, goal = np.stack([_draw_pair(draw, source, number, maze, separation) for number in numbers], 1)
     if not maze.is_clear(np.concatenate([start, goal])[:, :2], 0.0).all():
         raise UserError(
             f"--goals {source}: frames of {store.path} are in walls of maze {maze.name}; choose another --goals or --env"
@@ -88,31 +81,28 @@ def start_and_goal(
     return start, goal
 
 
-def _draw_frames(store: TokenStore, steps: int, split_seed: int) -> Draw:
-    candidates, _ = window_starts(store.episode, split_episodes(store.episodes, "val", split_seed), steps + 1)
-    if not len(candidates):
-        raise UserError(f"no held-out episode of {store.path} has {steps + 1} frames; lower --goal-steps")
+def _draw_from(source: str, maze: Maze, store: TokenStore, steps: int, split_seed: int) -> Draw:
+    if source == "dataset":
+        candidates, _ = window_starts(store.episode, split_episodes(store.episodes, "val", split_seed), steps + 1)
+        if not len(candidates):
+            raise UserError(f"no held-out episode of {store.path} has {steps + 1} frames; lower --goal-steps")
 
-    def draw(rng: np.random.Generator) -> tuple[States, States]:
-        first = int(rng.choice(candidates))
-        return np.asarray(store.state[first], np.float64), np.asarray(store.state[first + steps], np.float64)
+        def draw_frames(rng: np.random.Generator) -> tuple[States, States]:
+            first = int(rng.choice(candidates))
+            return np.asarray(store.state[first], np.float64), np.asarray(store.state[first + steps], np.float64)
 
-    return draw
-
-
-def _draw_states(source: str, maze: Maze, steps: int) -> Draw:
+        return draw_frames
     simulator = PointMazeSimulator(maze)
 
-    def draw(rng: np.random.Generator) -> tuple[States, States]:
-        start = sample_state(maze, rng)
+    def draw_states(rng: np.random.Generator) -> tuple[States, States]:
+        start = goal = sample_state(maze, rng)
         if source == "random-state":
             return start, sample_state(maze, rng)
-        goal = start
         for action in rng.normal(size=(steps, 2)):
             goal = simulator.step(goal, action)
         return start, goal
 
-    return draw
+    return draw_states
 
 
 def _draw_pair(draw: Draw, source: str, number: int, maze: Maze, separation: Separation) -> tuple[States, States]:

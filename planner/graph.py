@@ -1,10 +1,8 @@
 """Distance to a goal along the paths of the cached episodes, for goals beyond the planning horizon.
 
-A latent distance orders nearby frames, but across a maze it may point into a wall. The store's episodes show which frames lead to which.
-Some of its frames are the nodes of a graph. Two nodes are neighbours where an episode went from the surroundings of one to those of the
-other within one model step. The distance to a goal is the shortest path length over neighbours (compare semi-parametric topological
-memory, arXiv 1803.00653, and search on the replay buffer, arXiv 1906.05253). Only cached tokens and the order of frames in episodes are
-used: no state, no map.
+A latent distance across a maze may point into a wall. Some frames of the store are the nodes of a graph; two are neighbours where an
+episode went from the surroundings of one to those of the other within one model step. The distance to a goal is the shortest path length
+(compare semi-parametric topological memory, arXiv 1803.00653, and search on the replay buffer, arXiv 1906.05253). It uses no state, no map.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import dijkstra
 from torch import Tensor
@@ -49,11 +46,7 @@ class LatentGraph:
 
     @classmethod
     def from_store(cls, store: TokenStore, frameskip: int, device: torch.device) -> LatentGraph:
-        """Build the graph of a store, from at most FRAMES of its model steps; the same for the same store.
-
-        Raises:
-            UserError: the store has no two frames a model step apart.
-        """
+        """Build the graph of a store, from at most FRAMES of its model steps; the same for the same store."""
         last = len(store) - frameskip
         pairs = np.flatnonzero(store.episode[:last] == store.episode[frameskip:]) if last > 0 else np.empty(0, int)
         if not len(pairs):
@@ -71,7 +64,10 @@ class LatentGraph:
         count = max(1, min(NODES, len(points) // FRAMES_PER_NODE))
         nodes = points[farthest_points(lambda i: (points - points[i]).square().sum(1), count)]
         nearest = torch.cat([torch.cdist(part, nodes).argmin(1) for part in torch.split(points, 2048)])
-        edges = _connect(nodes, nearest[here].cpu().numpy(), nearest[there].cpu().numpy())
+        pairs = np.unique(np.sort([nearest[here].cpu().numpy(), nearest[there].cpu().numpy()], axis=0), axis=1)
+        pairs = pairs[:, pairs[0] != pairs[1]]
+        lengths = (nodes[pairs[0]] - nodes[pairs[1]]).norm(dim=1).cpu().numpy().astype(np.float64)
+        edges = coo_array((np.maximum(lengths, 1e-9), (pairs[0], pairs[1])), shape=(len(nodes), len(nodes)))
         return cls(nodes, None if project is None else project.to(device), edges, reach)
 
     def sketch(self, latents: Tensor) -> Tensor:
@@ -91,10 +87,7 @@ class LatentGraph:
         return torch.from_numpy(np.where(np.isfinite(found), found, 2 * (finite + self.reach))).float().to(goal.device)
 
     def distance(self, latents: Tensor, goal: Tensor, to_goal: Tensor) -> Tensor:
-        """Compute path lengths [e, S, T] from imagined frames [e, S, T, N, D] to goals [e, N, D], through a node within reach.
-
-        `to_goal` is the result [e, K] of the method of that name.
-        """
+        """Compute path lengths [e, S, T] from frames [e, S, T, N, D] to goals [e, N, D], with `to_goal` [e, K], via a node within reach."""
         points = self.sketch(latents)
         flat = points.flatten(1, 2)
         to_node = torch.cdist(flat, self.nodes.expand(len(flat), -1, -1))
@@ -104,11 +97,3 @@ class LatentGraph:
         straight: Tensor = (flat - self.sketch(goal)[:, None]).norm(dim=-1)
         length = torch.where(straight <= self.reach, torch.minimum(length, straight), length)
         return length.view(points.shape[:3])
-
-
-def _connect(nodes: Tensor, here: NDArray[np.int64], there: NDArray[np.int64]) -> coo_array:
-    """Connect the nodes of each pair (here, there) once, by their distance; no node with itself."""
-    pairs = np.unique(np.stack([np.minimum(here, there), np.maximum(here, there)]), axis=1)
-    pairs = pairs[:, pairs[0] != pairs[1]]
-    lengths = (nodes[pairs[0]] - nodes[pairs[1]]).norm(dim=1).cpu().numpy().astype(np.float64)
-    return coo_array((np.maximum(lengths, 1e-9), (pairs[0], pairs[1])), shape=(len(nodes), len(nodes)))

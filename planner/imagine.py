@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import matplotlib
 import numpy as np
 import torch
 from einops import rearrange
@@ -35,6 +37,8 @@ from wmcache.trainer.metrics import MOVING, ImageMetrics, Images, summarise, to_
 from wmcache.trainer.models import WorldModel
 from wmcache.trainer.runs import load_model, open_store, read_config, read_identity
 
+Scalar = TypeVar("Scalar", bound=np.generic)
+
 BATCH = 16
 SIDE_BY_SIDE = 4
 """Windows in a video."""
@@ -48,21 +52,18 @@ PICTURES = {
     "copying": "observed frame",
     "mean_frame": "mean frame",
 }
-"""Key in metrics.json of a picture that is compared with the real frame -> its label.
+"""Key in metrics.json of what is compared with the real frame -> its label.
 
-They are decoded from the imagined latent; decoded from the real latent, the best that a world model can reach; the observed frame; and the
-mean of the decoder's training frames, which shows nothing that moves.
+Decoded from the imagined latent, and from the real one; the observed frame; and the mean of the decoder's training frames.
 """
 PANEL = 224
 GAP = 8
+RC: dict[Any, Any] = {"font.size": 8, "axes.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7}
 
-Compared = dict[str, dict[str, NDArray[np.float64]]]
-"""Name in PICTURES -> metric -> [B, steps]."""
 Rollouts = dict[str, Images]
-"""Frames of some windows, the observed one first, uint8 [B, 1 + steps, S, S, 3] each.
+"""Frames of some windows, the observed one first, uint8 [B, 1 + steps, S, S, 3].
 
-`real`: from the camera; `reconstructed`: decoded from their cached tokens, the best of this decoder; `imagined`: decoded from what the
-world model imagines, the first a reconstruction.
+`real`; `reconstructed`, decoded from their cached tokens; and `imagined`, decoded from what the world model imagines.
 """
 
 
@@ -74,20 +75,15 @@ def imagine(
     Args:
         run, decoder: folders of a world model, and of a decoder of the same store.
         source: the frames that the store's tokens were made of.
-        out: folder to write.
         cache: the store, if it has moved.
 
     Returns:
         The content of `metrics.json`; `steps` has the metrics of each of PICTURES by model step, see `summarise`.
-
-    Raises:
-        UserError: not a run, not a decoder, of different stores or splits, or windows that are longer than episodes.
     """
     if options.videos:
         ffmpeg()  # a missing program is reported before any work
     device = choose_device(options.device)
-    config, store = _check(run, decoder, cache)
-    windows = _windows(store, options.steps, int(config["frameskip"]), int(config.get("split_seed", 42)))
+    store, windows = _open(run, decoder, cache, options.steps)
     model, draw = load_model(run, device), load_decoder(decoder, device)
     metrics = ImageMetrics(draw.shape.image_size, device, lpips=options.lpips)
     dtype = choose_dtype(options.dtype, device)
@@ -95,13 +91,15 @@ def imagine(
     frames = np.unique(windows.frames(chosen))
     images = load_frames(source, frames, store.card.frames_per_shard, draw.shape.image_size, "lower --windows")
     shown: list[Rollouts] = []
-    compared: list[Compared] = []
+    compared: list[dict[str, list[dict[str, NDArray[np.float64]]]]] = [defaultdict(list) for _ in range(options.steps)]
     with tqdm(total=len(chosen), desc="imagine", unit=" windows", mininterval=seconds_between_updates()) as bar:
         for batch in np.array_split(chosen, math.ceil(len(chosen) / BATCH)):
             real = images[np.searchsorted(frames, windows.frames(batch))]
             data = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(batch).items()}
             rollouts, drawn = _roll_out(model, draw, data, real, options.context, dtype)
-            compared.append({name: _compare(metrics, part, real, draw.images_mean) for name, part in drawn.items()})
+            for step, found in enumerate(compared):
+                for name, part in drawn.items():
+                    found[name].append(metrics(part[:, step], to_unit(real[:, step + 1]), draw.images_mean))
             if sum(len(part["real"]) for part in shown) < max(PICTURED, SIDE_BY_SIDE * options.videos):
                 shown.append(rollouts)
             bar.update(len(batch))
@@ -111,7 +109,10 @@ def imagine(
         "decoder": str(decoder),
         "frameskip": windows.frameskip,
         "windows": len(chosen),
-        "steps": [{"step": k + 1, **_summarise(compared, k)} for k in range(options.steps)],
+        "steps": [
+            {"step": k, **{name: summarise(_join(parts)) for name, parts in found.items()}}
+            for k, found in enumerate(compared, start=1)
+        ],
     }
     if metrics.lpips_absent is not None:
         result["lpips_absent"] = metrics.lpips_absent
@@ -119,44 +120,31 @@ def imagine(
     return result
 
 
-def _check(run: Path, decoder: Path, cache: AnyPath | None) -> tuple[dict[str, Any], TokenStore]:
-    """Check that run, decoder and store belong together; returns the run's config and the store."""
+def _open(run: Path, decoder: Path, cache: AnyPath | None, steps: int) -> tuple[TokenStore, Windows]:
+    """Open the store of a run and a decoder that belong together, and its held-out windows."""
     config, identity = read_config(run), read_identity(run)[1]
-    other = read_decoder_config(decoder)["split_seed"]
-    if different := identity.differences(read_identity(decoder)[1]):
+    frameskip, split = int(config["frameskip"]), int(config.get("split_seed", 42))
+    different = [*identity.differences(read_identity(decoder)[1])]
+    if split != (other := read_decoder_config(decoder)["split_seed"]):
+        different.append(f"held-out episodes, --split-seed {other} != {split}")
+    if different:
         raise UserError(
-            f"{decoder} was trained on another store than {run}: {'; '.join(different)}; "
-            "pass another --decoder, or train one: wmtrain decoder --cache STORE --out DECODER"
+            f"{decoder} and {run} were trained on different data: {'; '.join(different)}; pass another --decoder"
         )
-    split = config.get("split_seed", 42)
-    if split != other:
-        raise UserError(
-            f"{decoder} holds out other episodes than {run}: --split-seed {other} != {split}; "
-            f"pass another --decoder, or train one: wmtrain decoder --split-seed {split} --out DECODER"
-        )
-    return config, open_store(run, cache)
-
-
-def _windows(store: TokenStore, steps: int, frameskip: int, split_seed: int) -> Windows:
-    longest = int(np.bincount(store.episode).max()) // frameskip - 1
+    store = open_store(run, cache)
+    longest = store.longest_episode() // frameskip - 1
     if steps > longest:
         raise UserError(
-            f"--steps {steps} is more than the {longest} model steps of {frameskip} env steps that follow the first frame of the longest "
-            "episode"
+            f"--steps {steps} is more than the {longest} of the longest episode, of {frameskip} env steps each; lower it"
         )
-    return store.windows(1, steps, frameskip, "val", seed=split_seed)
+    return store, store.windows(1, steps, frameskip, "val", seed=split)
 
 
 @torch.inference_mode()
 def _roll_out(
     model: WorldModel, draw: Decoder, data: dict[str, Tensor], real: Images, context: int | None, dtype: torch.dtype
 ) -> tuple[Rollouts, dict[str, Tensor]]:
-    """Imagine and decode a batch of windows with real frames [B, 1 + steps, S, S, 3].
-
-    Returns:
-        Frames to show; and by the names of PICTURES, images to compare with the real frames after the first, [B, steps, 3, S, S] in
-        [-1, 1].
-    """
+    """Imagine and decode windows; returns frames to show, and by PICTURES, images [B, steps, 3, S, S] in [-1, 1] to compare."""
     tokens, steps = data["tokens"].float(), real.shape[1] - 1
     with autocast(tokens.device, dtype):
         latents, _ = model.rollout(tokens[:, :1], data["proprio"][:, :1], data["action"][:, :steps], context)
@@ -174,25 +162,15 @@ def _decode(draw: Decoder, latents: Tensor) -> Tensor:
     return torch.stack([draw(latents[:, step].float()) for step in range(latents.shape[1])], 1)
 
 
-def _compare(metrics: ImageMetrics, drawn: Tensor, real: Images, mean: Tensor) -> dict[str, NDArray[np.float64]]:
-    """Compare drawn [B, steps, 3, S, S] with real frames [B, 1 + steps, S, S, 3]; returns metrics [B, steps]."""
-    steps = [metrics(drawn[:, step], to_unit(real[:, step + 1]), mean) for step in range(drawn.shape[1])]
-    return {name: np.stack([step[name] for step in steps], 1) for name in steps[0]}
-
-
-def _summarise(compared: list[Compared], step: int) -> dict[str, dict[str, float | None]]:
-    """Summarise the metrics of all batches at a model step."""
-    return {
-        name: summarise({key: np.concatenate([part[name][key][:, step] for part in compared]) for key in found})
-        for name, found in compared[0].items()
-    }
+def _join(parts: Sequence[Mapping[str, NDArray[Scalar]]]) -> dict[str, NDArray[Scalar]]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _write(out: Path, parts: list[Rollouts], frameskip: int, videos: int, result: dict[str, Any]) -> None:
     make_folder(out)
     for old in (*out.glob("rollout-*.mp4"), out / "metrics.json"):
         old.unlink(missing_ok=True)
-    rollouts = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    rollouts = _join(parts)
     for number, first in enumerate(range(0, min(SIDE_BY_SIDE * videos, len(rollouts["real"])), SIDE_BY_SIDE)):
         real, imagined = (rollouts[name][first : first + SIDE_BY_SIDE] for name in ("real", "imagined"))
         write_video(out / f"rollout-{number:03d}.mp4", real, imagined, FPS / frameskip)
@@ -211,6 +189,7 @@ def write_video(path: Path, real: Images, imagined: Images, fps: float) -> None:
     write_mp4(path, list(rearrange(framed, "rows b t h w c -> t (rows h) (b w) c")), fps)
 
 
+@matplotlib.rc_context(RC)
 def draw_errors(steps: Sequence[Mapping[str, Any]]) -> bytes:
     """Draw the error of each picture by model step, over all pixels and over those that move; returns a PNG."""
     figure = Figure(figsize=(8.6, 3.2), layout="constrained", dpi=120)
@@ -222,17 +201,13 @@ def draw_errors(steps: Sequence[Mapping[str, Any]]) -> bytes:
         for (name, label), line in zip(PICTURES.items(), ("-", "--", ":", "-."), strict=True):
             values = [math.nan if row[name][key] is None else row[name][key] for row in steps]
             axes.plot(numbers, values, line, marker=".", label=label)
-        axes.set(ylim=(0, None))
-        axes.set_xlabel("model step", fontsize=8)
-        axes.set_ylabel("mean squared error of values in [0, 1]", fontsize=8)
-        axes.set_title(title, fontsize=9)
-        axes.tick_params(labelsize=7)
-    legend = panels[0].get_legend_handles_labels()
-    figure.legend(*legend, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.suptitle(f"a pixel moves where the real frame differs from the mean frame by more than {MOVING}", fontsize=8)
+        axes.set(ylim=(0, None), xlabel="model step", ylabel="mean squared error of values in [0, 1]", title=title)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(f"a pixel moves where the real frame differs from the mean frame by more than {MOVING}")
     return png_bytes(figure)
 
 
+@matplotlib.rc_context(RC)
 def draw_rollouts(rollouts: Rollouts) -> bytes:
     """Draw the first windows: real, reconstructed and imagined frames as rows, model steps as columns; returns a PNG."""
     count, length = min(PICTURED, len(rollouts["real"])), rollouts["real"].shape[1]
@@ -245,7 +220,7 @@ def draw_rollouts(rollouts: Rollouts) -> bytes:
                 axes.imshow(frames[window, step])
                 axes.set(xticks=[], yticks=[])
                 if step == 0:
-                    axes.set_ylabel(name, fontsize=8)
+                    axes.set_ylabel(name)
                 if window == kind == 0:
-                    axes.set_title(f"step {step}" if step else "observed", fontsize=8)
+                    axes.set_title(f"step {step}" if step else "observed")
     return png_bytes(figure)

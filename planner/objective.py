@@ -18,16 +18,14 @@ Objective = Callable[[Tensor, Tensor, slice], Tensor]
 class GoalDistance:
     """Distance of imagined frames from a goal frame.
 
-    `last` scores the last imagined frame alone, as DINO-WM does. Replanned with the same horizon, it postpones the arrival at each
-    replan. `all` averages over all imagined frames, so it prefers to arrive early and to stay.
-
     Attributes:
         goal: [E, N, D].
-        mode: one of MODES.
+        mode: `last` scores the last imagined frame alone, as DINO-WM does, and so postpones the arrival at each replan. `all` averages
+            over all imagined frames, so it prefers to arrive early and to stay.
         alpha: weight of the mean squared difference of proprio embeddings; DINO-WM has 0 for PointMaze.
         goal_proprio: [E, Q], needed where alpha is above 0.
         graph: measures distances along the cached frames; None takes the mean squared difference of latents, as DINO-WM does.
-        to_goal: [E, K], result of `LatentGraph.to_goal`.
+        to_goal: [E, K], see `LatentGraph.to_goal`.
         mask: bool [E, N], the tokens that count (DDP-WM: those in which the present frame differs from the goal's); None: all.
     """
 

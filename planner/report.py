@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import platform
@@ -9,44 +10,49 @@ import re
 import shutil
 from contextlib import suppress
 from datetime import UTC, datetime
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import jinja2
 import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from wmcache import __version__
 from wmcache.cache.store import TokenStore
 from wmcache.common.cpus import available_cpus
+from wmcache.common.device import autocast
 from wmcache.common.errors import UserError, reason
 from wmcache.common.figures import png_bytes
 from wmcache.common.files import atomic_write, make_folder
 from wmcache.common.jsonfiles import write_json
-from wmcache.common.paths import cause_outside, unreadable
 from wmcache.common.video import write_mp4
-from wmcache.envs import FPS, Maze, PointMazeSimulator
-from wmcache.planner.context import EvalContext, cached_maze
-from wmcache.planner.episodes import Episodes
-from wmcache.planner.goals import SOURCES
+from wmcache.envs import FPS, Maze
+from wmcache.pipeline.encoders.changes import changes_for
+from wmcache.planner.context import EvalContext, cached_maze, render
+from wmcache.planner.episodes import THRESHOLDS, Episodes, env_steps, shortest_path_lengths, wilson
 from wmcache.planner.graph import LatentGraph
-from wmcache.planner.judge import THRESHOLDS, env_steps, shortest_path_lengths, wilson
-from wmcache.planner.localization import draw_localization
-from wmcache.planner.page import write_page
+from wmcache.planner.options import SOURCES
 from wmcache.trainer.models import Localizes
 
 VIDEOS = 4
-VIDEO_SIZE = 224
+SIDE = 224
+PICTURED_STEPS = 8
+MOST_STEPS = 40
 MAPPED_FRAMES = 4000
 DRAWN_PATHS = 12
 COLOURS = ("#1b6ca8", "#d1672b", "#3a8f4d", "#8a4fa3", "#b03a48")
+MASK_COLOURS = {"changes": COLOURS[0], "computed": COLOURS[1], "likely to change": COLOURS[3]}
 
 RC: dict[Any, Any] = {
     "font.size": 9,
@@ -62,11 +68,7 @@ RC: dict[Any, Any] = {
 def write_report(
     out: Path, run: Path, context: EvalContext, episodes: Episodes, results: dict[str, Any], command: str
 ) -> dict[str, Any]:
-    """Write all files of a plan: of what `evaluate` used and returned, and the run's training curves.
-
-    Returns:
-        The content of results.json: `results`, and when and where they were made.
-    """
+    """Write all files of a plan, and return the content of results.json: `results`, and when and where they were made."""
     results = {**results, "made": describe_making(context.device)}
     options, actors = results["options"], {"planner": results["by_threshold"], **results["baselines"]}
     write_episodes(out / "episodes.parquet", episodes)
@@ -105,12 +107,25 @@ def write_report(
     return results
 
 
+def write_page(path: Path, package: str, template: str, **values: Any) -> None:
+    """Render a template of a package. It has the filters `base64`, of bytes, and `figure`, of a number or None to 2 digits or others."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"base64": lambda content: base64.b64encode(content).decode(), "figure": _figure}
+    html = environment.from_string(files(package).joinpath(template).read_text()).render(**values)
+    with atomic_write(path) as file:
+        file.write(html.encode())
+
+
+def _figure(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{round(value, digits) + 0.0:,.{digits}f}"
+
+
 def describe_making(device: torch.device) -> dict[str, str]:
     """Describe when and where results are made: `date` (UTC), `wmcache` (its version), `machine`."""
-    names = []
+    names = [platform.processor() or platform.machine()]
     with suppress(OSError):
-        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    parts = [f"{names[0] if names else platform.processor() or platform.machine()}, {available_cpus()} CPUs"]
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE) or names
+    parts = [f"{names[0]}, {available_cpus()} CPUs"]
     if device.type == "cuda":
         parts.append(torch.cuda.get_device_name(device))
     parts += [platform.platform(), f"Python {platform.python_version()}", f"torch {torch.__version__}"]
@@ -134,7 +149,7 @@ def write_episodes(path: Path, episodes: Episodes) -> None:
 def draw_success(episodes: Episodes) -> bytes:
     """Draw the share of episodes that have reached the goal by env steps, with Wilson's 95 % band, for each threshold."""
     count, budget = episodes.states.shape[:2]
-    figure, axes = _figure(4.6, 3.2)
+    figure, axes = _new_figure(4.6, 3.2)
     # A little beyond the budget, so that arrivals at its end are visible.
     ends = np.concatenate([[0], episodes.chunk_ends(), [1.03 * budget]])
     for threshold, colour in zip(THRESHOLDS, COLOURS, strict=False):
@@ -148,27 +163,22 @@ def draw_success(episodes: Episodes) -> bytes:
     return png_bytes(figure)
 
 
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Read metrics.jsonl; undefined figures are NaN."""
+@matplotlib.rc_context(RC)
+def draw_training(run: Path) -> bytes:
+    """Draw the training loss, and the validation skill of rollouts of 1 to 5 model steps."""
     path = run / "metrics.jsonl"
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:
-        if outside := cause_outside(error):
-            raise unreadable(path, outside) from error
-        raise UserError(f"damaged: {path}: {reason(error)}; restore it, or replace it by an empty file") from error
-    # Earlier versions wrote NaN in place of null.
-    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
-
-
-@matplotlib.rc_context(RC)
-def draw_training(run: Path) -> bytes:
-    """Draw the training loss, and the validation skill of rollouts of 1 to 5 model steps."""
-    lines = read_metrics(run)
+        raise UserError(
+            f"{path} cannot be read ({reason(error)}); restore it, or replace it by an empty file"
+        ) from error
+    # Undefined skills are null, or NaN from earlier versions.
+    lines = [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     skills = [line for line in lines if "skill_1" in line]
     defined = any(math.isfinite(line["skill_1"]) for line in skills)
-    figure, (left, right) = _figure(7.2, 2.8, columns=2)
+    figure, (left, right) = _new_figure(7.2, 2.8, columns=2)
     if losses:
         left.plot(*zip(*losses, strict=True), color=COLOURS[0])
         left.set(yscale="log")
@@ -204,9 +214,8 @@ def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> by
         latent = graph.distance(latents[None, :, None], target, graph.to_goal(target))[0, :, 0].cpu().numpy()
     maze = cached_maze(store.card)
     true = maze.geodesic(xy[goal], xy)
-    constant = not (np.ptp(latent) and np.ptp(true))
-    correlation = "none" if constant else f"{spearmanr(latent, true).statistic:.2f}"
-    figure, panels = _figure(7.2, 3.2, columns=2)
+    correlation = f"{spearmanr(latent, true).statistic:.2f}" if np.ptp(latent) and np.ptp(true) else "none"
+    figure, panels = _new_figure(7.2, 3.2, columns=2)
     for axes, values, name in zip(panels, (latent, true), (title, "true distance along the maze"), strict=True):
         _draw_walls(axes, maze)
         points = axes.scatter(xy[:, 0], xy[:, 1], c=values, s=3, cmap="viridis_r", linewidths=0)
@@ -220,7 +229,7 @@ def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> by
 @matplotlib.rc_context(RC)
 def draw_paths(episodes: Episodes, maze: Maze, threshold: float) -> bytes:
     """Draw the ball's paths in some episodes, from start to goal, with a circle of the threshold around the goal."""
-    figure, axes = _figure(3.8, 3.9)
+    figure, axes = _new_figure(3.8, 3.9)
     _draw_walls(axes, maze)
     palette = matplotlib.colormaps["tab20"]
     for i in range(min(DRAWN_PATHS, len(episodes.start))):
@@ -237,24 +246,67 @@ def draw_paths(episodes: Episodes, maze: Maze, threshold: float) -> bytes:
     return png_bytes(figure)
 
 
+@matplotlib.rc_context(RC)
+def draw_localization(context: EvalContext) -> bytes:
+    """Draw frames with the patches that change and those that the model computes, and their shares over time; returns a PNG."""
+    images, masks = locate(context)
+    grid, frameskip = context.card.token_grid, context.frameskip
+    shown = np.unique(np.linspace(0, len(images) - 2, min(PICTURED_STEPS, len(images) - 1)).astype(int))
+    figure = Figure(figsize=(1.25 * len(shown) + 0.2, 3.4), layout="constrained", dpi=120)
+    above, below = cast("tuple[SubFigure, SubFigure]", figure.subfigures(2, 1, height_ratios=(1.25, 2)))
+    for axes, step in zip(above.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        changes, computed = (masks[name][step].reshape(grid) for name in ("changes", "computed"))
+        extent = (0, grid[1], grid[0], 0)
+        axes.imshow(images[step], extent=extent)
+        axes.imshow(
+            computed[..., None] * to_rgba(MASK_COLOURS["computed"], 0.45), extent=extent, interpolation="nearest"
+        )
+        outlined = np.ma.array(changes, mask=~changes)
+        axes.pcolor(outlined, facecolor="none", edgecolors=MASK_COLOURS["changes"], linewidth=1.3)
+        axes.set(xticks=[], yticks=[])
+        axes.grid(visible=False)
+        axes.set_title(f"env step {step * frameskip}", fontsize=7)
+    curve = below.subplots()
+    env_steps = frameskip * np.arange(len(images) - 1)
+    for name, mask in masks.items():
+        curve.plot(env_steps, mask.mean(1), ".-", color=MASK_COLOURS[name], label=name, linewidth=1)
+    highest = max(mask.mean(1).max() for mask in masks.values())
+    curve.set(xlabel="env step", ylabel="share of the tokens", ylim=(0, 1.3 * highest))
+    curve.legend(loc="upper center", ncols=3)
+    return png_bytes(figure)
+
+
+def locate(context: EvalContext) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.bool_]]]:
+    """Mark the patches of a held-out episode; returns frames [T, S, S, 3], and masks [T - 1, N] by the names of MASK_COLOURS."""
+    store, frameskip, model = context.store, context.frameskip, context.model
+    assert isinstance(model, Localizes)
+    seed = int(context.config.get("split_seed", 42))
+    steps = max(1, min(MOST_STEPS, store.longest_episode("val", seed=seed) // frameskip - 1))
+    windows, first = store.windows(1, steps, frameskip, "val", seed=seed), np.zeros(1, int)
+    batch = {name: torch.from_numpy(value).to(context.device) for name, value in windows.batch(first).items()}
+    images = render(cached_maze(context.card), SIDE, store.state[windows.frames(first)[0]])
+    if model.labels_from_pixels:  # a first frame has no changes, as in a store of change maps
+        changes = changes_for(context.card.token_grid, frameskip, "cpu")(np.stack([images[:-1], images[1:]], 1))
+        batch["changes"] = torch.cat([torch.zeros_like(changes[:1]), changes])[None].to(context.device)
+    with torch.inference_mode(), autocast(context.device, context.dtype):
+        return images, {name: mask[0].cpu().numpy() for name, mask in model.change_masks(batch).items()}
+
+
 def write_videos(folder: Path, episodes: Episodes, context: EvalContext) -> list[tuple[str, Path]]:
     """Write videos of the episodes with the longest shortest paths, the live frame beside the goal's; returns captions and files."""
     make_folder(folder)
     lengths = shortest_path_lengths(episodes, context.maze)
     chosen = np.argsort(-np.where(np.isfinite(lengths), lengths, -1.0), kind="stable")[:VIDEOS]
-    simulator = PointMazeSimulator(context.maze, VIDEO_SIZE)
-    gap = np.full((VIDEO_SIZE, 16, 3), 255, np.uint8)
+    gap = np.full((SIDE, 16, 3), 255, np.uint8)
     threshold, written = THRESHOLDS[0], []
     for i in chosen.tolist():
-        goal = simulator.render(episodes.goal[i])
-        states = np.concatenate([episodes.start[i : i + 1], episodes.states[i]])
+        goal, *frames = render(context.maze, SIDE, [episodes.goal[i], episodes.start[i], *episodes.states[i]])
         path = folder / f"episode-{i:03d}.mp4"
-        write_mp4(path, [np.concatenate([simulator.render(state), gap, goal], axis=1) for state in states], FPS)
+        write_mp4(path, [np.concatenate([frame, gap, goal], axis=1) for frame in frames], FPS)
         arrived = bool((episodes.distances()[i] < threshold).any())
         steps = int(env_steps(episodes, threshold)[i])
         outcome = f"within {threshold} after {steps} env steps" if arrived else "not reached"
         written.append((f"episode {i}, {lengths[i]:.1f} from the goal: {outcome}", path))
-    simulator.close()
     return written
 
 
@@ -266,6 +318,6 @@ def _draw_walls(axes: Axes, maze: Maze) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+def _new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, columns)

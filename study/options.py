@@ -37,12 +37,11 @@ class EncoderChoice(EncoderOptions):
     """A representation.
 
     Attributes:
-        label: name in tables; the encoder's by default. Labels are distinct.
+        label: name in tables; the encoder's by default.
         weights: file or folder; such an encoder is not fitted.
-        base: for an adapter, the encoder of the store that it is fitted on; the adapter's own by default. A base that is fitted itself is
-            fitted with the settings of the study's encoder of its name.
-        base_weights: of a base that is not fitted.
-        fit: options of the encoder's fit. max_frames: to fit on.
+        base: for an adapter, the encoder of the store that it is fitted on, instead of the adapter's own. A base that is fitted itself is
+            fitted with the settings of the study's encoder of its name; `base_weights` are those of another.
+        fit: options of the encoder's fit, on at most `max_frames`.
     """
 
     name: str
@@ -57,10 +56,7 @@ class EncoderChoice(EncoderOptions):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation; its name in tables is that of its protocol by default.
-
-    The options' `seed` numbers the first episode, so starts and goals are the same for all encoders.
-    """
+    """An evaluation; its name in tables is that of its protocol by default. All encoders have the same starts and goals."""
 
     name: str
     options: PlanOptions
@@ -73,13 +69,11 @@ class StudyOptions:
     Attributes:
         plan: evaluations; the first one gives the headline.
         train: settings of all world models, except for seed and fraction.
-        dataset: folder of the frames. collect: how to collect them if they are missing.
-        seeds: of fits and trainings; each seed is fitted, trained and planned with from scratch.
+        dataset: folder of the frames, which are collected by `collect` if they are missing.
+        seeds: each is fitted, trained and planned with from scratch.
         fractions: shares of the train episodes for the world models; the largest gives the headline.
-        probe_frames: train frames of the probes.
         others: encoders of the file that are not studied; the bases of adapters are fitted with their settings.
         batch: frames in each call of an encoder while extracting.
-        cluster: where cells run; in one process, one after another.
     """
 
     encoders: tuple[EncoderChoice, ...]
@@ -97,17 +91,17 @@ class StudyOptions:
 
 
 def read_study(file: Path, flags: Mapping[str, Any] | None = None) -> StudyOptions:
-    """Read a study's file.
+    """Read a study's TOML file.
 
     Args:
-        file: TOML.
         flags: values that win over the file's: of its top level (a `dataset` also over `collect`); `encoder`, names or labels of the
             encoders to take, from the file or with their defaults; `steps` of training; `episodes` of each evaluation.
-
-    Raises:
-        UserError: the file is missing or is not TOML, or a setting is unknown or does not fit.
     """
-    where, values = str(file), _read_toml(file)
+    where = str(file)
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({reason(error)}); pass a TOML file") from error
     given = {name: value for name, value in (flags or {}).items() if value not in (None, ())}
     names, steps, episodes = (given.pop(name, None) for name in ("encoder", "steps", "episodes"))
     values |= given
@@ -134,27 +128,16 @@ def read_study(file: Path, flags: Mapping[str, Any] | None = None) -> StudyOptio
     )
 
 
-def _read_toml(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist; write it, or leave it out to run the default study") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({reason(error)}); pass a TOML file") from error
-
-
 def _encoders(
     tables: list[dict[str, Any]], names: Sequence[str] | None, where: str
 ) -> tuple[list[EncoderChoice], list[EncoderChoice]]:
-    """The encoders to study, and the file's others."""
+    # The encoders to study, and the file's others.
     known = [parse_options(EncoderChoice, table, f"{where}: encoder {n}") for n, table in enumerate(tables, start=1)]
     known = [replace(choice, label=choice.label or choice.name) for choice in known]
-    wanted = known
-    if names:
-        labelled = {choice.label: [choice] for choice in known}
-        named = {name: [choice for choice in known if choice.name == name] for name in names}
-        alone = {name: [EncoderChoice(name=name, label=name)] for name in names}
-        wanted = [choice for name in names for choice in labelled.get(name) or named[name] or alone[name]]
+    wanted = [] if names else known
+    for name in names or ():
+        labelled, named = ([choice for choice in known if name == getattr(choice, part)] for part in ("label", "name"))
+        wanted += labelled or named or [EncoderChoice(name=name, label=name)]
     if not wanted:
         raise UserError(f"{where}: no encoder to study; add [[encoders]] with a name, or pass --encoder")
     for choices in (known, wanted):
@@ -163,26 +146,22 @@ def _encoders(
     others = [choice for choice in known if choice not in wanted]
     for choice in (*wanted, *others):
         with _errors_at(f"{where}: {choice.label}"):
-            _check_encoder(choice)
+            entry = encoders.get_entry(choice.name)
+            if "seed" in choice.fit:
+                raise UserError("fit.seed is set by the study; set seeds instead")
+            if choice.fit:
+                encoders.fit_options(encoders.family_of(choice.name), choice.fit)
+            if choice.weights and choice.fit:
+                raise UserError("weights and fit exclude each other; leave out one")
+            if (choice.base or choice.base_weights) and entry.load is not None:
+                raise UserError(f"{choice.name} is not an adapter; leave out base and base_weights")
+            if choice.base:
+                encoders.get_entry(choice.base)
     return wanted, others
 
 
-def _check_encoder(choice: EncoderChoice) -> None:
-    entry = encoders.get_entry(choice.name)
-    if "seed" in choice.fit:
-        raise UserError("fit.seed is set by the study; set seeds instead")
-    if choice.fit:
-        encoders.fit_options(encoders.family_of(choice.name), choice.fit)
-    if choice.weights and choice.fit:
-        raise UserError("weights and fit exclude each other; leave out one")
-    if (choice.base or choice.base_weights) and entry.load is not None:
-        raise UserError(f"{choice.name} is not an adapter; leave out base and base_weights")
-    if choice.base:
-        encoders.get_entry(choice.base)
-
-
 def _evaluation(table: dict[str, Any], where: str) -> Evaluation:
-    """An evaluation of `protocol`, `name`, and settings that win over the protocol: fields of PlanOptions and of the solver."""
+    # `protocol`, `name`, and settings that win over the protocol: fields of PlanOptions and of the solver.
     for key in ("protocol", "name", "solver"):
         if not isinstance(table.get(key, ""), str):
             raise UserError(f"{where}: {key} is {table[key]!r}; it must be a string")
@@ -203,7 +182,6 @@ def _evaluation(table: dict[str, Any], where: str) -> Evaluation:
 
 
 def _train(table: Any, steps: int | None, device: str, where: str) -> TrainOptions:
-    """The settings of all trainings; `steps` win over the table's steps and epochs."""
     changed = {"steps": steps, "epochs": None} if steps else {}
     if isinstance(table, dict):
         for name, own in {"seed": "seeds", "episodes_fraction": "fractions"}.items():
@@ -224,7 +202,6 @@ def _list(value: Any, where: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def _errors_at(where: str) -> Iterator[None]:
-    """Name the part of the file in errors."""
     try:
         yield
     except UserError as error:

@@ -3,44 +3,40 @@
 from __future__ import annotations
 
 import json
-import platform
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from matplotlib.figure import Figure
 
-from wmcache.common.cpus import available_cpus
+from wmcache.common.device import CPU
+from wmcache.common.figures import png_bytes
 from wmcache.common.files import atomic_write
-from wmcache.planner.baselines import BASELINES
-from wmcache.planner.judge import THRESHOLDS
-from wmcache.planner.page import write_page
+from wmcache.planner.episodes import THRESHOLDS
+from wmcache.planner.evaluate import BASELINES
+from wmcache.planner.report import COLOURS, RC, describe_making, write_page
 from wmcache.study.cells import Branch, Workspace
-from wmcache.study.figures import baseline_rows, draw_fractions, draw_skill, draw_success, numbers, rate
 from wmcache.study.options import Evaluation, StudyOptions
-from wmcache.study.statistics import LEVEL, Reached, compare, episodes_needed, rank, separated, smallest_p
-from wmcache.study.table import Row, pooled
+from wmcache.study.statistics import LEVEL, Row, compare, episodes_needed, pooled, rank, separated, smallest_p
+from wmcache.trainer.train import ROLLOUT_STEPS
 
 LIBRARIES = ("wmcache", "torch", "numpy", "timm", "transformers", "mujoco", "scikit-learn")
 STATE = {"x": "position", "y": "position", "vx": "velocity", "vy": "velocity"}
 """Columns of a maze's state whose probes are averaged."""
-WIDEST = 32
+MARKERS = "osD^vP*X<>"
 
 
 def write_report(
     out: Path, options: StudyOptions, rows: list[Row], work: Workspace, branches: Sequence[Branch], command: str
 ) -> dict[str, Any]:
     """Write study.parquet and study.html.
-
-    Args:
-        rows: of `tabulate`.
-        work, branches: of `run_study`.
-        command: the command line, for the page.
 
     Returns:
         For each evaluation at its threshold and the largest fraction: `pairs`, the tests; `ranking`, the groups; `best`, the encoder
@@ -49,10 +45,10 @@ def write_report(
     """
     with atomic_write(out / "study.parquet") as file:
         pq.write_table(pa.Table.from_pylist(rows), file)
-    results = {plan.name: _tests(_reached(options, plan, work, branches)) for plan in options.plan}
+    results = {plan.name: _tests(plan, options.fractions[-1], work, branches) for plan in options.plan}
     table = summarise(options, rows)
     lines = with_baselines(options, rows, table)
-    pictures = {"success": draw_success(options, rows, lines), "skill": draw_skill(options, rows, table)}
+    pictures = {"success": draw_success(options, lines), "skill": draw_skill(table)}
     if len(options.fractions) > 1:
         pictures["fractions"] = draw_fractions(options, rows, table)
     probes = {branch.choice.label: work.product(branch.probe) for branch in reversed(branches)}
@@ -70,7 +66,7 @@ def write_report(
             name: {
                 **found,
                 "matrix": _matrix(found["pairs"]),
-                "names": [line["encoder"] for line in table if line["success"][name]],
+                "names": [x["encoder"] for x in table if x["success"][name]],
             }
             for name, found in results.items()
         },
@@ -81,12 +77,17 @@ def write_report(
         level=LEVEL,
         command=command,
         versions={name: version(name) for name in LIBRARIES},
-        machine=f"{platform.platform()}, {available_cpus()} CPUs, Python {platform.python_version()}",
+        machine=describe_making(CPU)["machine"],
     )
     return results
 
 
-def _tests(reached: Reached) -> dict[str, Any]:
+def _tests(plan: Evaluation, fraction: float, work: Workspace, branches: Sequence[Branch]) -> dict[str, Any]:
+    reached: dict[str, dict[int, Any]] = {}
+    for branch in branches:
+        if (known := work.read(branch.plan[fraction, plan.name])) is not None:
+            episodes = np.array(known["result"]["reached"][str(plan.options.threshold)], bool)
+            reached.setdefault(branch.choice.label, {})[branch.seed] = episodes
     pairs = compare(reached)
     best, below = separated(reached, pairs)
     return {
@@ -99,54 +100,49 @@ def _tests(reached: Reached) -> dict[str, Any]:
     }
 
 
-def _reached(options: StudyOptions, plan: Evaluation, work: Workspace, branches: Sequence[Branch]) -> Reached:
-    found: dict[str, dict[int, Any]] = {branch.choice.label: {} for branch in branches}
-    for branch in branches:
-        known = work.read(branch.plan[options.fractions[-1], plan.name])
-        if known is not None:
-            reached = known["result"]["reached"][str(plan.options.threshold)]
-            found[branch.choice.label][branch.seed] = np.array(reached, bool)
-    return {label: seeds for label, seeds in found.items() if seeds}
-
-
 def _matrix(pairs: list[Row]) -> dict[tuple[str, str], Row]:
-    """Row and column -> their pair, from the row's side."""
+    # Row and column -> their pair, from the row's side.
     found = {(pair["first"], pair["second"]): pair for pair in pairs}
-    turned = {
-        (second, first): {**pair, "first_ahead": pair["second_ahead"], "second_ahead": pair["first_ahead"]}
-        for (first, second), pair in found.items()
-    }
-    return found | turned
+    for pair in pairs:
+        turned = {"first_ahead": pair["second_ahead"], "second_ahead": pair["first_ahead"]}
+        found[pair["second"], pair["first"]] = pair | turned
+    return found
 
 
 def summarise(options: StudyOptions, rows: Sequence[Row]) -> list[Row]:
-    """Make a line for each encoder at the largest fraction, sorted by success in the first evaluation; seeds are summed.
+    """Make a line for each encoder at the largest fraction, sorted by success in the first evaluation.
 
-    `success` and `held` are evaluation -> result of `pooled`; other figures are means over the seeds.
+    Counts of episodes are those of all seeds, see `_counts`; other figures are means over the seeds.
     """
     table = []
     for choice in options.encoders:
-        mine = [row for row in rows if row["encoder"] == choice.label and row["fraction"] == options.fractions[-1]]
-        by_plan = {plan.name: [row for row in mine if row["protocol"] == plan.name] for plan in options.plan}
-        first = by_plan[options.plan[0].name]
-        values = {name: numbers(first, name) for name in first[0]}
-        known = {
-            name: float(np.mean(found)) if found else None
-            for name, found in values.items()
-            if found or first[0][name] is None
-        }
+        mine = {plan.name: _select(rows, choice.label, options.fractions[-1], plan.name) for plan in options.plan}
+        first, known = mine[options.plan[0].name], {}
+        for name, value in first[0].items():
+            found = [row[name] for row in first if isinstance(row[name], int | float)]
+            if found or value is None:
+                known[name] = float(np.mean(found)) if found else None
         own = {
             "encoder": choice.label,
             "name": choice.name,
             "source": first[0]["source"],
-            "failed": next((row["failed"] for row in mine if row["failed"]), None),
-            "success": {name: pooled(found) for name, found in by_plan.items()},
-            "held": {name: pooled(found, what="held") for name, found in by_plan.items()},
+            "failed": next((row["failed"] for found in mine.values() for row in found if row["failed"]), None),
             "derived": bool(first[0]["derived"]),
             "probes": _probes(known),
         }
-        table.append(known | own)
+        table.append({**known, **own, **_counts(mine)})
     return sorted(table, key=lambda line: -rate(line["success"][options.plan[0].name]))
+
+
+def _counts(by_plan: Mapping[str, Sequence[Row]], actor: str = "") -> Row:
+    """Evaluation -> result of `pooled`: of `success`, of `held`, and `within` each threshold."""
+    return {
+        "success": {name: pooled(rows, what=f"{actor}successes") for name, rows in by_plan.items()},
+        "held": {name: pooled(rows, what=f"{actor}held") for name, rows in by_plan.items()},
+        "within": {
+            name: {at: pooled(rows, at, f"{actor}successes") for at in THRESHOLDS} for name, rows in by_plan.items()
+        },
+    }
 
 
 def with_baselines(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> list[Row]:
@@ -156,16 +152,12 @@ def with_baselines(options: StudyOptions, rows: Sequence[Row], table: Sequence[R
     """
     lines: list[Row] = []
     for actions in BASELINES:
-        counts = {
-            key: {
-                plan.name: pooled(baseline_rows(rows, actions, plan.name), what=f"{actions}_{what}")
-                for plan in options.plan
-            }
-            for key, what in {"success": "successes", "held": "held"}.items()
-        }
-        if any(counts["success"].values()):
-            known: Row = {"encoder": f"{actions} actions", "actions": actions, "failed": None, "below_random": []}
-            lines.append({**known, **counts})
+        known = [row for row in rows if row[f"{actions}_successes"] is not None]
+        # All rows of an evaluation have the same episodes, and so the same baselines.
+        by_plan = {plan.name: [row for row in known if row["protocol"] == plan.name][:1] for plan in options.plan}
+        if known:
+            own: Row = {"encoder": f"{actions} actions", "actions": actions, "failed": None, "below_random": []}
+            lines.append({**own, **_counts(by_plan, f"{actions}_")})
     random: Row = next((line["success"] for line in lines if line["actions"] == "random"), {})
     for line in table:
         reached = line["success"].items()
@@ -177,13 +169,13 @@ def with_baselines(options: StudyOptions, rows: Sequence[Row], table: Sequence[R
 
 
 def _began(rows: Sequence[Row], protocol: str) -> dict[float, int]:
-    """Threshold -> episodes of an evaluation that began within it; empty if that is not known."""
+    # Threshold -> episodes of an evaluation that began within it; empty if that is not known.
     known = [row for row in rows if row["protocol"] == protocol and row[f"began_{THRESHOLDS[0]}"] is not None]
     return {at: known[0][f"began_{at}"] for at in THRESHOLDS} if known else {}
 
 
 def _probes(known: Row) -> dict[str, float]:
-    """`linear position` and the like -> mean R^2 over its columns of the state."""
+    # `linear position` and the like -> mean R^2 over its columns of the state.
     found: dict[str, list[float]] = {}
     for name, value in known.items():
         kind, _, column = name.removeprefix("probe_").partition("_")
@@ -195,22 +187,22 @@ def _probes(known: Row) -> dict[str, float]:
 def headline(options: StudyOptions, rows: Sequence[Row]) -> str:
     """Format the table for a terminal of 120 columns: goals reached and held, open-loop skill and a probe."""
     main, others = options.plan[0].name, options.plan[1:2]  # there is no room for more
-    lines = [f"{'encoder':{WIDEST}} {'tokens':>7} {main[:10]:>10} {'95 %':>9} {'held':>10} {'95 %':>9}"]
-    lines[0] += "".join(f" {plan.name[:14]:>14}" for plan in others) + f" {'skill 1':>7} {'skill 5':>7} {'xy R2':>6}"
+    layout = "{:32.32} {:>7} {:>10} {:>9} {:>10} {:>9}" + " {:>14.14}" * len(others) + " {:>7} {:>7} {:>6}"
+    head = ("encoder", "tokens", main[:10], "95 %", "held", "95 %", *(plan.name for plan in others))
+    lines = [layout.format(*head, "skill 1", "skill 5", "xy R2")]
     for line in with_baselines(options, rows, summarise(options, rows)):
         size = "-" if line.get("tokens") is None else f"{line['tokens']:.0f}x{line['token_dim']:.0f}"
-        text = f"{line['encoder'][:WIDEST]:{WIDEST}} {size:>7}"
-        if line["success"][main] is None:
-            lines.append(f"{text} {'-':>10}  {line['failed']}"[:120])
+        counts = (line["success"][main], line["held"][main])
+        if counts[0] is None:
+            lines.append(f"{line['encoder']:32.32} {size:>7} {'-':>10}  {line['failed']}"[:120])
             continue
-        for counted in (line["success"][main], line["held"][main]):
-            between = "-" if counted is None else "{:.2f}-{:.2f}".format(*counted[2])
-            text += f" {_of(counted):>10} {between:>9}"
-        text += "".join(f" {_of(line['success'][plan.name]):>14}" for plan in others)
-        r2 = line.get("probes", {}).get("linear position")
-        for value, width in ((line.get("skill_1"), 7), (line.get("skill_5"), 7), (r2, 6)):
-            text += f" {'-' if value is None else f'{value:.2f}':>{width}}"
-        lines.append(text)
+        cells = [line["encoder"], size]
+        for counted in counts:
+            cells += [_of(counted), "-" if counted is None else "{:.2f}-{:.2f}".format(*counted[2])]
+        cells += [_of(line["success"][plan.name]) for plan in others]
+        figures = (line.get("skill_1"), line.get("skill_5"), line.get("probes", {}).get("linear position"))
+        cells += ["-" if value is None else f"{value:.2f}" for value in figures]
+        lines.append(layout.format(*cells))
     return "\n".join(lines)
 
 
@@ -238,3 +230,79 @@ def summary(options: StudyOptions, results: dict[str, Any]) -> str:
             line += f"below the best: {', '.join(found['below']) or '-'}"
         lines.append(textwrap.fill(line, 120, subsequent_indent="  ", break_on_hyphens=False))
     return "\n".join(lines)
+
+
+@matplotlib.rc_context(RC)
+def draw_success(options: StudyOptions, lines: Sequence[Row]) -> bytes:
+    """Draw success by threshold at the largest fraction: a line for each encoder or baseline, a panel for each evaluation."""
+    names, count = [line["encoder"] for line in lines], len(options.plan)
+    figure = Figure(figsize=(3.0 + 2.6 * count, 1.0 + 0.36 * len(names)), layout="constrained")
+    panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    for axes, plan in zip(panels, options.plan, strict=True):
+        for shift, at, colour in zip((-0.2, 0.0, 0.2), THRESHOLDS, COLOURS, strict=False):
+            for height, line in enumerate(lines):
+                if known := line["within"][plan.name][at]:
+                    axes.plot(known[2], [height + shift] * 2, color=colour, linewidth=1.6, alpha=0.6)
+                    label = f"within {at}" if height == 0 else None
+                    axes.plot(rate(known), height + shift, "o", color=colour, markersize=4.5, label=label)
+        axes.set(xlim=(-0.02, 1.02), xlabel="episodes that reached the goal", title=plan.name)
+        axes.set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(THRESHOLDS))
+    return png_bytes(figure, dpi=150)
+
+
+@matplotlib.rc_context(RC)
+def draw_skill(table: Sequence[Row]) -> bytes:
+    """Draw open-loop rollouts by model step: skill against copying the observed frame, and error as a share of the frames' variance."""
+    kinds = {"skill": "skill: 1 - error / error of copying", "error": "error / variance of the frames"}
+    figure, steps = Figure(figsize=(9.4, 3.3), layout="constrained"), range(1, ROLLOUT_STEPS + 1)
+    panels = figure.subplots(1, 2)
+    for axes, (kind, label) in zip(panels, kinds.items(), strict=True):
+        for number, line in enumerate(table):
+            if known := {k: value for k in steps if (value := line.get(f"{kind}_{k}")) is not None}:
+                axes.plot(*zip(*known.items(), strict=True), **_style(number), label=line["encoder"])
+        axes.set(xlabel="model steps ahead", ylabel=label, xticks=steps)
+    panels[1].set_ylim(bottom=0)
+    if panels[0].get_ylim()[0] < -1:
+        panels[0].set_ylim(-1, 1)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+    return png_bytes(figure, dpi=150)
+
+
+@matplotlib.rc_context(RC)
+def draw_fractions(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> bytes:
+    """Draw success against the share of the train episodes with intervals, a panel for each evaluation."""
+    figure = Figure(figsize=(3.0 + 3.2 * len(options.plan), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(options.plan), squeeze=False)
+    for axes, plan in zip(panels[0], options.plan, strict=True):
+        for number, line in enumerate(table):
+            points = {at: pooled(_select(rows, line["encoder"], at, plan.name)) for at in options.fractions}
+            known = {at: success for at, success in points.items() if success is not None}
+            rates = [rate(success) for success in known.values()]
+            # Shifted, so that intervals at the same share do not hide each other.
+            shares = [at * 1.012 ** (number - len(table) / 2) for at in known]
+            if known:
+                bars = np.abs(np.array([success[2] for success in known.values()]).T - rates)
+                axes.errorbar(shares, rates, yerr=bars, elinewidth=0.8, **_style(number), label=line["encoder"])
+        axes.set(xscale="log", ylim=(-0.02, 1.02), title=plan.name, xlabel="share of the train episodes")
+        axes.set_xticks(options.fractions, [f"{at:.0%}" for at in options.fractions])
+        axes.minorticks_off()
+    panels[0, 0].set_ylabel("episodes that reached the goal")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    return png_bytes(figure, dpi=150)
+
+
+def _select(rows: Sequence[Row], encoder: str, fraction: float, protocol: str) -> list[Row]:
+    wanted = (encoder, fraction, protocol)
+    return [row for row in rows if (row["encoder"], row["fraction"], row["protocol"]) == wanted]
+
+
+def _style(number: int) -> dict[str, Any]:
+    colour = matplotlib.colormaps["tab10"](number % 10)
+    return {"color": colour, "marker": MARKERS[number % len(MARKERS)], "markersize": 4.5, "linewidth": 1.3}
+
+
+def rate(success: tuple[int, int, list[float]] | None) -> float:
+    """The success rate of `pooled`; -1 if it is not known."""
+    return success[0] / success[1] if success else -1.0

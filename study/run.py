@@ -11,14 +11,14 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from wmcache.cluster.tasks import Pool, open_pool
+from wmcache.cluster.tasks import open_pool
 from wmcache.common.errors import UserError, one_line, reason
 from wmcache.common.files import make_folder
 from wmcache.common.folders import home
@@ -31,14 +31,11 @@ from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.study.cells import Branch, Cell, Workspace, make_branches
+from wmcache.study.cells import Branch, Cell, Workspace, create_encoder, do_cell, make_branches
 from wmcache.study.options import StudyOptions
-from wmcache.study.work import create_encoder, do_cell
 
 Task = tuple[Cell, ...]
 """Cells that are done together: one, or the extractions of a seed, for which frames are decoded once."""
-Outcome = tuple[Task, dict[str, str]]
-"""A task that was done, and key -> reason for its cells that failed."""
 
 
 def open_frames(options: StudyOptions) -> FrameDataset:
@@ -71,41 +68,45 @@ def run_study(options: StudyOptions, out: Path) -> tuple[list[Branch], Workspace
 
     Returns:
         The cells, where their results are, and key -> reason for those that failed.
-
-    Raises:
-        UserError: frames or weights are missing, or another process works in the folder.
     """
     with exclusive(out / ".lock", out, wait=False) as alone:
         if not alone:
             raise UserError(f"another wmcache study is running in {out}; wait for it, or choose another --out")
-        return _run(options, out)
+        dataset = open_frames(options)
+        # Workers have working directories of their own.
+        work = Workspace(out.absolute(), as_path(absolute(dataset.path)), options.device, options.batch)
+        branches = make_branches(options, dataset.card.fingerprint)
+        write_json(out / "study.json", {"options": asdict(options), "dataset": asdict(dataset.card)})
+        tasks = group(pending(work, [cell for branch in branches for cell in branch.cells()]))
+        return branches, work, _do(work, tasks, options.cluster) if tasks else {}
 
 
-def _run(options: StudyOptions, out: Path) -> tuple[list[Branch], Workspace, dict[str, str]]:
-    dataset = open_frames(options)
-    # Workers have working directories of their own.
-    work = Workspace(out.absolute(), as_path(absolute(dataset.path)), options.device, options.batch)
-    branches = make_branches(options, dataset.card.fingerprint)
-    write_json(out / "study.json", {"options": asdict(options), "dataset": asdict(dataset.card)})
-    tasks = group(pending(work, [cell for branch in branches for cell in branch.cells()]))
+def _do(work: Workspace, tasks: Sequence[Task], cluster: str) -> dict[str, str]:
+    """Do each task as soon as those that it needs are done or have failed; returns key -> reason for cells that failed."""
     failures: dict[str, str] = {}
-    if not tasks:
-        return branches, work, failures
-    here, total, update = options.cluster == "local:1", sum(map(len, tasks)), seconds_between_updates()
+    needed = {task: {other.key for cell in task for other in cell.inputs.values()} for task in tasks}
+    waiting, ahead = list(tasks), {cell.key for task in tasks for cell in task}
     with (
-        nullcontext() if here else open_pool(options.cluster, most=len(tasks), label="study") as pool,
-        tqdm(total=total, desc="study", unit=" cells", mininterval=update) as bar,
+        open_pool(cluster, most=len(tasks), label="study") as pool,
+        tqdm(total=len(ahead), desc="study", unit=" cells", mininterval=seconds_between_updates()) as bar,
     ):
-        outcomes = _here(work, tasks, failures, bar) if pool is None else _on_cluster(work, tasks, failures, pool)
-        for task, failed in outcomes:
-            failures.update(failed)
-            if not here:
+        while waiting or pool.running:
+            for task in [task for task in waiting if not needed[task] & ahead]:
+                waiting.remove(task)
+                known = {key: why for key, why in failures.items() if key in needed[task]}
+                # Not as a Dask graph, in which a killed process would also fail all tasks that depend on it.
+                pool.submit([(task, functools.partial(run_task, work, task, known))])
+            for task, outcome in pool.finished():
+                keys = [cell.key for cell in task]
+                # A task returns its own failures; a UserError means that its worker was killed.
+                failures |= dict.fromkeys(keys, str(outcome)) if isinstance(outcome, UserError) else outcome
+                ahead.difference_update(keys)
                 bar.set_postfix_str(f"done: {task[-1].label}", refresh=False)
-            bar.update(len(task))
-            for cell in task:
-                if (why := failures.get(cell.key)) and not any(i.key in failures for i in cell.inputs.values()):
-                    bar.write(one_line(f"{cell.label}: {why}"), file=sys.stderr)
-    return branches, work, failures
+                bar.update(len(task))
+                for cell in task:
+                    if (why := failures.get(cell.key)) and not any(i.key in failures for i in cell.inputs.values()):
+                        bar.write(one_line(f"{cell.label}: {why}"), file=sys.stderr)
+    return failures
 
 
 def pending(work: Workspace, cells: Sequence[Cell]) -> list[Cell]:
@@ -123,21 +124,21 @@ def pending(work: Workspace, cells: Sequence[Cell]) -> list[Cell]:
 
 
 def group(cells: Sequence[Cell]) -> list[Task]:
-    """Group cells into tasks, each after those that it needs: fits on frames, one pass over the frames for each seed, then the rest.
-
-    Cells without a seed join the first pass.
-    """
-    fits = [cell for cell in cells if cell.stage == "fit" and "base" not in cell.inputs]
+    """Group cells into tasks, each after those that it needs: fits on frames, one pass over the frames for each seed, then the rest."""
+    first = [cell for cell in cells if cell.stage in ("fit", "extract") and "base" not in cell.inputs]
     passes: dict[int, list[Cell]] = {}
     unseeded: list[Cell] = []
-    for cell in cells:
-        if cell.stage == "extract" and "base" not in cell.inputs:
+    for cell in first:
+        if cell.stage == "extract":
             fit = cell.inputs.get("fit")
             (unseeded if fit is None else passes.setdefault(fit.settings["options"]["seed"], [])).append(cell)
-    first, *others = passes.values() or [[]]
-    together = [tuple(part) for part in ([*first, *unseeded], *others) if part]
-    early = {cell.key for cell in fits} | {cell.key for part in together for cell in part}
-    return [*((cell,) for cell in fits), *together, *((cell,) for cell in cells if cell.key not in early)]
+    together = list(passes.values()) or [[]]
+    together[0] += unseeded
+    return [
+        *((cell,) for cell in first if cell.stage == "fit"),
+        *(tuple(part) for part in together if part),
+        *((cell,) for cell in cells if cell not in first),
+    ]
 
 
 def run_task(work: Workspace, task: Task, known: dict[str, str]) -> dict[str, str]:
@@ -162,10 +163,7 @@ def run_task(work: Workspace, task: Task, known: dict[str, str]) -> dict[str, st
 
 
 def _extract_at_once(work: Workspace, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
-    """Extract several stores in one pass over the frames; returns key -> figures for the cells of passes that succeeded.
-
-    A failure is reported later, when each store is finished by itself.
-    """
+    # Returns key -> figures for the cells of passes that succeeded. A failure is reported later, when each store is finished by itself.
     found: dict[str, dict[str, Any]] = {}
     with _log(work, cells[0]):
         made: dict[str, dict[Cell, Encoder]] = {}
@@ -187,34 +185,8 @@ def _extract_at_once(work: Workspace, cells: Sequence[Cell]) -> dict[str, dict[s
 
 @contextmanager
 def _log(work: Workspace, cell: Cell) -> Iterator[Path]:
-    """Redirect output to the cell's log, so that the terminal has one progress bar."""
-    path = work.log(cell)
+    # So that the terminal has one progress bar.
+    path = work.out / "logs" / f"{cell.stage}-{cell.key}.log"
     make_folder(path.parent)
     with path.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         yield path
-
-
-def _here(work: Workspace, tasks: Sequence[Task], failures: dict[str, str], bar: Any) -> Iterator[Outcome]:
-    for task in tasks:
-        bar.set_postfix_str(", ".join(cell.label for cell in task)[:60], refresh=sys.stderr.isatty())
-        yield task, run_task(work, task, failures)
-
-
-def _on_cluster(work: Workspace, tasks: Sequence[Task], failures: dict[str, str], pool: Pool) -> Iterator[Outcome]:
-    """Run tasks in other processes, each as soon as those that it needs are done or are among `failures`."""
-    waiting, ahead = list(tasks), {cell.key for task in tasks for cell in task}
-    while waiting or pool.running:
-        ready = []
-        for task in list(waiting):
-            needed = {other.key for cell in task for other in cell.inputs.values()}
-            if not needed & ahead:
-                waiting.remove(task)
-                known = {key: why for key, why in failures.items() if key in needed}
-                # Not as a Dask graph, in which a killed process would also fail all tasks that depend on it.
-                ready.append((task, functools.partial(run_task, work, task, known)))
-        pool.submit(ready)
-        for task, outcome in pool.finished():
-            # A task returns its own failures; a UserError means that its worker was killed.
-            keys = [cell.key for cell in task]
-            ahead.difference_update(keys)
-            yield task, dict.fromkeys(keys, str(outcome)) if isinstance(outcome, UserError) else outcome

@@ -1,21 +1,27 @@
 """Which differences between encoders are real: paired tests over the same planning episodes.
 
-The unit is the episode. Episode n has the same start, goal and search noise for every encoder and every seed of fit and training, so the
-results of the seeds on one episode are not independent: they count as one. Two encoders are compared by the difference of their successes
-on each episode, summed over the seeds, with an exact sign-flip test: if the encoders are alike, each difference is as likely to have the
-opposite sign. With one seed this is the exact McNemar test (McNemar 1947). The tests hold for the world models that were trained; they do
-not generalise to other seeds.
+The unit is the episode. Episode n has the same start, goal and search noise for every encoder and seed, so the results of the seeds on one
+episode are not independent: they count as one. Two encoders are compared by the difference of their successes on each episode, summed over
+the seeds, with an exact sign-flip test; with one seed this is the exact McNemar test (McNemar 1947). The tests hold for the world models
+that were trained; they do not generalise to other seeds.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
+
+from wmcache.planner.episodes import THRESHOLDS
+from wmcache.planner.evaluate import BASELINES
+from wmcache.study.cells import Branch, Workspace
+from wmcache.trainer.train import ROLLOUT_STEPS
 
 LEVEL = 0.05
 
@@ -28,10 +34,9 @@ class Pair:
     """Two encoders over the same episodes.
 
     Attributes:
-        episodes, seeds: number of those that both have.
         first_ahead, second_ahead: episodes on which one has more successes over the seeds than the other.
-        p: of the sign-flip test. adjusted: by Holm, over all pairs.
-        real: whether they differ at the level of 5 %.
+        adjusted: `p` of the sign-flip test, adjusted by Holm over all pairs.
+        real: whether they differ at LEVEL.
     """
 
     first: str
@@ -90,7 +95,7 @@ def episodes_needed(pairs: Sequence[Pair]) -> int:
 
 
 def _differ_and_rates(reached: Reached, pairs: Sequence[Pair]) -> tuple[set[frozenset[str]], dict[str, float]]:
-    """Pairs that differ, and the success rate of each encoder, the highest first."""
+    # The highest rate first.
     differ = {frozenset((pair.first, pair.second)) for pair in pairs if pair.real}
     rates = {name: float(np.mean(list(seeds.values()))) for name, seeds in reached.items() if seeds}
     return differ, dict(sorted(rates.items(), key=lambda item: -item[1]))
@@ -130,3 +135,98 @@ def interval(rate: float, episodes: int) -> list[float]:
     centre = (rate + z**2 / (2 * episodes)) / (1 + z**2 / episodes)
     half = z / (1 + z**2 / episodes) * float(np.sqrt(rate * (1 - rate) / episodes + (z / (2 * episodes)) ** 2))
     return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+STORE = (
+    *("token_dim", "bytes_per_frame", "frames", "extract_seconds", "extracted_together", "derived", "source"),
+    *("encode_frames_per_second", "encoder_parameters", "weights_sha256", "identity"),
+)
+PROBE = ("spearman", "stuck", "nearest", "nearest_90", "effective_rank", "channels", "moves", "frames", "held_out")
+PLAN = (
+    *("episodes", "successes", "success_rate", "threshold", "mean_env_steps", "budget_env_steps"),
+    *("seconds_per_replan", "encoder_frames"),
+)
+Row = dict[str, Any]
+
+
+def tabulate(branches: Sequence[Branch], work: Workspace, failures: Mapping[str, str]) -> list[Row]:
+    """Make a row for each encoder, seed, fraction and evaluation.
+
+    A figure of a cell that failed is None, and `failed` has the reason, unless an earlier run left its result.
+    """
+    found = []
+    for branch in branches:
+        fit = branch.extract.inputs.get("fit")
+        fitted = (fit and work.read(fit)) or {}
+        for (fraction, protocol), plan in branch.plan.items():
+            cells = {"extract": branch.extract, "probe": branch.probe, "train": branch.train[fraction], "plan": plan}
+            done = {stage: work.read(cell) or {} for stage, cell in cells.items()}
+            store, probed, run, episodes = (cell.get("result", {}) for cell in done.values())
+            row = {
+                "encoder": branch.choice.label,
+                "name": branch.choice.name,
+                "seed": branch.seed,
+                "fraction": fraction,
+                "protocol": protocol,
+                "failed": next((failures[cell.key] for cell in cells.values() if cell.key in failures), None),
+                **_plan_figures(episodes),
+                **_model_figures(run, probed),
+                "tokens": (grid := store.get("token_grid")) and grid[0] * grid[1],
+                **{name: store.get(name) for name in STORE},
+                "fit_seconds": fitted.get("seconds"),
+                **{f"{stage}_seconds": done[stage].get("seconds") for stage in ("probe", "train", "plan")},
+                "model_parameters": run.get("parameters"),
+                "resumed": any(cell.get("resumed") for cell in done.values()),
+            }
+            found.append(row)
+    names = dict.fromkeys(name for row in found for name in row)
+    return [{name: row.get(name) for name in names} for row in found]
+
+
+def _plan_figures(episodes: Mapping[str, Any]) -> Row:
+    """Successes by threshold, of the planner and of the baselines; results of earlier versions have no baselines."""
+    row: Row = {name: episodes.get(name) for name in PLAN}
+    row |= dict(zip(("low", "high"), episodes.get("ci95", (None, None)), strict=True))
+    judged = _by_threshold(episodes.get("by_threshold", []))
+    for at in THRESHOLDS:
+        row |= {f"{name}_{at}": judged[at].get(name) for name in ("successes", "held")}
+        row[f"began_{at}"] = episodes.get("began_at_goal", {}).get(str(at))
+        row[f"low_{at}"], row[f"high_{at}"] = judged[at].get("ci95", (None, None))
+    row["held"] = judged[row["threshold"]].get("held")
+    for actions in BASELINES:
+        judged = _by_threshold(episodes.get("baselines", {}).get(actions, []))
+        for name in ("successes", "held"):
+            row[f"{actions}_{name}"] = judged[row["threshold"]].get(name)
+            row |= {f"{actions}_{name}_{at}": judged[at].get(name) for at in THRESHOLDS}
+    return row
+
+
+def _by_threshold(judgements: Sequence[Row]) -> defaultdict[float | None, Row]:
+    return defaultdict(dict, {judgement["threshold"]: judgement for judgement in judgements})
+
+
+def _model_figures(run: Mapping[str, Any], probed: Mapping[str, Any]) -> Row:
+    row: Row = {}
+    for kind in ("skill", "error", "copying"):
+        values = dict(enumerate(run.get(kind, []), start=1))
+        row |= {f"{kind}_{k}": values.get(k) for k in range(1, ROLLOUT_STEPS + 1)}
+    row |= {f"probe_{name}": probed.get(name) for name in PROBE}
+    for kind in ("linear", "mlp"):
+        row |= {f"probe_{kind}_{name}": value for name, value in (probed.get(kind) or {}).items()}
+    return row
+
+
+def pooled(
+    rows: Sequence[Row], at: float | None = None, what: str = "successes"
+) -> tuple[int, int, list[float]] | None:
+    """Successes and trials over the rows of an encoder's seeds, and the 95 % interval of the rate.
+
+    All seeds are tried on the same episodes, so the interval is that of this number of episodes, not of trials. `at` is a threshold, None
+    for the evaluation's own; `what` is `successes` or another count of episodes, such as `held`.
+    """
+    name = what if at is None else f"{what}_{at}"
+    known = [row for row in rows if row[name] is not None]
+    if not known:
+        return None
+    successes, trials = sum(row[name] for row in known), sum(row["episodes"] for row in known)
+    return successes, trials, interval(successes / trials, known[0]["episodes"])

@@ -1,4 +1,4 @@
-"""Protocols: named settings of an evaluation. An option that is given beside `--protocol` wins."""
+"""Protocols: named settings of an evaluation, of papers and of wmcache. An option that is given beside `--protocol` wins."""
 
 from __future__ import annotations
 
@@ -11,3 +11,21 @@ PROTOCOLS: Registry[Mapping[str, Any]] = Registry(
     "protocol", package="wmcache.planner.protocols", group="wmcache.protocols"
 )
 """Name -> fields of PlanOptions and options of its solver."""
+
+# Its sigma is the deviation of the data's actions, which is 1 / sqrt(3) for uniform ones.
+DINO_WM_SEARCH: dict[str, Any] = {"solver": "cem", "samples": 300, "elites": 30, "sigma": 0.577}
+
+# DINO-WM (conf/plan_point_maze.yaml, plan.py): each replan starts from one frame and executes its whole plan. The reference replans until
+# all episodes succeed; here the budget is fixed. Starts and goals are any two random states: 15 % of them in the U-maze begin within 0.5.
+PROTOCOLS.register("dino-wm")(
+    {"horizon": 5, "execute": 5, "objective": "last", "distance": "latent", "context": 3, "observed": 1}
+    | {"budget": 100, "episodes": 50, "strict": False}
+    | {**DINO_WM_SEARCH, "iterations": 10}
+)
+# A single plan: DINO-WM's "CEM" row (arXiv 2411.04983, table 8) and JEPA-WM's table 1, whose plan has 6 model steps.
+PROTOCOLS.register("open-loop")(
+    {"horizon": 6, "execute": 6, "objective": "last", "budget": 30, "strict": True}
+    | {**DINO_WM_SEARCH, "iterations": 20}
+)
+# Replans after every model step, within 100 env steps.
+PROTOCOLS.register("mpc-100")({"horizon": 5, "execute": 1, "objective": "all", "budget": 100, "strict": True})

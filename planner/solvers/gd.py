@@ -26,12 +26,9 @@ OPTIMISERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], float]] = {
 class Gd:
     """A `Solver`. Optimises several guesses of each episode side by side, and returns the best actions that it has evaluated.
 
-    The first guess of each episode is the given one. Gradients are those of the sum of all costs, as in the reference, so a candidate's
-    gradient does not depend on the batch. After each step actions are clipped to the env's bounds. A tanh in front of them was no better in
-    trials on an exact model, and an action at the bounds has no finite preimage.
-
-    The reference's learning rate of 1.0 is for actions divided by their standard deviation s, and for costs in units of its encoder; here
-    it corresponds to s ** 2. Adam's depends on neither.
+    Gradients are those of the sum of all costs, as in the reference, so a candidate's gradient does not depend on the batch. Actions are
+    clipped to the env's bounds after each step; a tanh in front of them was no better on an exact model. The reference's learning rate of
+    1.0 is for actions divided by their standard deviation s; here it corresponds to s ** 2. Adam's does not depend on it.
     """
 
     differentiates: ClassVar[bool] = True

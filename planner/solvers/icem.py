@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from annotated_types import Ge, Gt
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, Share, ShareBelowOne, Weight, option
-from wmcache.planner.base import Cost, normal
+from wmcache.planner.base import Cost, Sampling, normal
 from wmcache.planner.solvers import SOLVERS
 
 
 @SOLVERS.register("icem")
 @dataclass(frozen=True)
-class Icem:
+class Icem(Sampling):
     """A `Solver`. Candidates are clipped to the env's bounds; the result is the best evaluated candidate, not the mean.
 
     The paper shifts elites from one plan to the next; here the caller's first guess does so. It is a candidate of the first iteration. The
@@ -27,13 +27,10 @@ class Icem:
     again. Noise is coloured over env steps: `frameskip` is the number of env actions in each of the T steps [T, f * A].
     """
 
-    differentiates: ClassVar[bool] = False
-
-    # The order is that of the parts of a results folder's name.
-    samples: Positive = option(300, "Candidates in each iteration; DINO-WM has 300.", group="Solver")
-    elites: Annotated[int, Ge(2)] = option(10, "Best candidates of each iteration; DINO-WM has 30.")
-    iterations: Positive = option(10, "Iterations of the search; DINO-WM has 10.")
-    sigma: Annotated[float, Gt(0)] = option(0.6, "First standard deviation of the candidates, in env units.")
+    samples: Positive = option(300)
+    elites: Annotated[int, Ge(2)] = option(10)
+    iterations: Positive = option(10)
+    sigma: Annotated[float, Gt(0)] = option(0.6)
     momentum: ShareBelowOne = option(0.1, "Share of the last mean and deviation that the next ones keep.")
     beta: Weight = option(2.0, "Colour of the noise over time: 0 is white, 1 pink, 2 brown; the paper has 0.25 to 4.")
     frameskip: Positive = option(1, flag="")
@@ -42,8 +39,7 @@ class Icem:
 
     def __post_init__(self) -> None:
         """Raise UserError for more elites than half of the samples."""
-        if self.elites > (half := self.samples // 2):
-            raise UserError(f"solver icem: elites is {self.elites}; it must be at most half of samples, {half}")
+        self.require_at_most("elites", "half of samples", self.samples // 2)
 
     @property
     def populations(self) -> list[int]:
@@ -86,8 +82,7 @@ class Icem:
 def coloured(white: Tensor, beta: float) -> Tensor:
     """Filter white noise [E, S, time, A] to unit variance and a power of frequency ** -beta (Timmer and Koenig 1995).
 
-    The constant part has the power of the lowest frequency, as in the `colorednoise` package, which the paper uses. That package leaves it
-    out of the variance, so that its noise is louder the larger beta is.
+    The constant part has the power of the lowest frequency, as in the paper's `colorednoise` package, which leaves it out of the variance.
     """
     steps = white.shape[2]
     frequency = torch.fft.rfftfreq(steps, device=white.device)

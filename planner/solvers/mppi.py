@@ -8,21 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, Weight, option
-from wmcache.planner.base import Cost, around
+from wmcache.planner.base import Cost, Sampling, around
 from wmcache.planner.solvers import SOLVERS
 
 
 @SOLVERS.register("mppi")
 @dataclass(frozen=True)
-class Mppi:
+class Mppi(Sampling):
     """A `Solver`. Candidates are clipped to the env's bounds; the first is the present mean, and the result is the last mean.
 
     Elites are weighted by softmax(-temperature * scaled cost), and the next mean and deviation are fitted to them with these weights. The
@@ -30,12 +29,9 @@ class Mppi:
     best cost is divided by the mean excess of the episode's elites, in every iteration.
     """
 
-    differentiates: ClassVar[bool] = False
-
-    # The order is that of the parts of a results folder's name.
-    samples: Positive = option(512, "Candidates in each iteration; DINO-WM has 300.", group="Solver")
-    elites: Annotated[int, Ge(2)] = option(64, "Best candidates of each iteration; DINO-WM has 30.")
-    iterations: Positive = option(6, "Iterations of the search; DINO-WM has 10.")
+    samples: Positive = option(512)
+    elites: Annotated[int, Ge(2)] = option(64)
+    iterations: Positive = option(6)
     sigma: Annotated[float, Gt(0)] = option(
         0.6, "First and largest standard deviation of the candidates, in env units."
     )
@@ -44,15 +40,8 @@ class Mppi:
 
     def __post_init__(self) -> None:
         """Raise UserError for more elites than samples, or deviations out of order."""
-        if self.elites > self.samples:
-            raise UserError(f"solver mppi: elites is {self.elites}; it must be at most samples, {self.samples}")
-        if self.min_sigma > self.sigma:
-            raise UserError(f"solver mppi: min_sigma is {self.min_sigma}; it must be at most sigma, {self.sigma}")
-
-    @property
-    def evaluations(self) -> int:
-        """See `Solver`."""
-        return self.samples * self.iterations
+        self.require_at_most("elites", "samples", self.samples)
+        self.require_at_most("min_sigma", "sigma", self.sigma)
 
     def __call__(self, cost: Cost, start: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """See `Solver`."""

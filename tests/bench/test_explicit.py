@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from model_tools import each_variant, make_batch, make_trained_model, model_inputs
 
-from wmcache.bench.explicit import explicit_predict
+from wmcache.bench.reference import explicit_predict
 
 
 @each_variant

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from wmcache.bench import plan as bench
+from wmcache.bench import reference as bench
 from wmcache.planner.context import EvalContext
 from wmcache.planner.options import PlanOptions
 

@@ -10,8 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from wmcache.bench import plan_job as plan_job_module
-from wmcache.bench.plan_job import plan_job
-from wmcache.bench.scale import measure_scale
+from wmcache.bench.plan_job import measure_scale, plan_job
 from wmcache.cli import main
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from wmcache.bench.scale import measure_scale
+from wmcache.bench.plan_job import measure_scale
 from wmcache.cache import TokenStore
 from wmcache.cache.records import IN_A_BLOCK, commits
 from wmcache.common.errors import UserError

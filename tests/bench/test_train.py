@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wmcache.bench import timing
-from wmcache.bench.train import ROUNDS, bench_train
+from wmcache.bench.reference import ROUNDS, bench_train
 from wmcache.common.errors import UserError
 from wmcache.trainer.feed import RESIDENCES
 

@@ -19,7 +19,7 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.planner import evaluate as evaluate_module
 from wmcache.planner.context import EvalContext
 from wmcache.planner.evaluate import evaluate, run_episodes
-from wmcache.planner.mpc import Mpc
+from wmcache.planner.mpc import Mpc, make_mpc
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import SOLVERS
@@ -342,7 +342,7 @@ def test_a_goal_is_an_image_unless_alpha_is_above_0(
     seen, here = torch.randn(2, 1, *context.store.card.frame_shape), torch.zeros(2, 1, 4)
     actions = torch.rand(2, 8, 2, 10) * 2 - 1
     costs = [
-        context.make_mpc(options, goal, np.full((2, 4), proprio, np.float32)).cost_of(seen, here)(actions)
+        make_mpc(context, options, goal, np.full((2, 4), proprio, np.float32)).cost_of(seen, here)(actions)
         for proprio in (0, 1)
     ]
     assert torch.equal(*costs) != differs

@@ -17,8 +17,8 @@ from wmcache.common.errors import UserError
 from wmcache.envs import Maze, PointMazeSimulator, longest_move, sample_state
 from wmcache.planner.context import EvalContext
 from wmcache.planner.evaluate import run_episodes
-from wmcache.planner.goals import SOURCES, Separation, start_and_goal
-from wmcache.planner.options import PlanOptions
+from wmcache.planner.goals import Separation, start_and_goal
+from wmcache.planner.options import SOURCES, PlanOptions
 from wmcache.planner.report import write_episodes
 
 MakeStore = Callable[..., TokenStore]

@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 
 from wmcache.envs import Maze
-from wmcache.planner.episodes import Episodes, join, load_episodes, save_episodes
-from wmcache.planner.judge import env_steps, judge, path_lengths, shortest_path_lengths
+from wmcache.planner.episodes import (
+    Episodes,
+    env_steps,
+    judge,
+    path_lengths,
+    shortest_path_lengths,
+)
 
 NEAR, FAR = 0.2, 5.0
 HALL = Maze("Hall", ("#" * 8, "#" + "O" * 6 + "#", "#" + "O" * 6 + "#", "#" * 8))
@@ -129,8 +134,8 @@ class TestDirectness:
 def test_batches_are_restored_and_joined_in_order(tmp_path: Path) -> None:
     parts = [make_episodes(arriving(5), arriving()), make_episodes(arriving(12))]
     for number, part in enumerate(parts):
-        save_episodes(tmp_path / f"{number}.npz", part)
-    both = join([load_episodes(tmp_path / f"{number}.npz") for number in range(2)])
+        part.save(tmp_path / f"{number}.npz")
+    both = Episodes.load(tmp_path / f"{number}.npz" for number in range(2))
     for name in ("start", "goal", "states"):
         np.testing.assert_array_equal(getattr(both, name), np.concatenate([getattr(part, name) for part in parts]))
     assert (both.chunk, both.encoder_frames, both.seconds) == (5, 0, 0.0)

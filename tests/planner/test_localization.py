@@ -14,9 +14,8 @@ from PIL import Image
 from wmcache.common.errors import UserError
 from wmcache.planner.context import EvalContext
 from wmcache.planner.evaluate import evaluate, run_episodes
-from wmcache.planner.localization import draw_localization, locate
 from wmcache.planner.options import PlanOptions
-from wmcache.planner.report import write_report
+from wmcache.planner.report import draw_localization, locate, write_report
 from wmcache.planner.solvers import SOLVERS
 
 

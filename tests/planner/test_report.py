@@ -25,9 +25,8 @@ from wmcache.bench.compare import draw_landscapes
 from wmcache.commands.output import shell_command
 from wmcache.common.errors import UserError
 from wmcache.planner.context import EvalContext
-from wmcache.planner.episodes import Episodes
+from wmcache.planner.episodes import Episodes, env_steps
 from wmcache.planner.evaluate import evaluate
-from wmcache.planner.judge import env_steps
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import draw_distance_map, draw_paths, draw_success, draw_training, write_report
 

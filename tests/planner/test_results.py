@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from wmcache.planner.options import PlanOptions
+from wmcache.planner.options import PlanOptions, default_out
 from wmcache.planner.protocols import PROTOCOLS
-from wmcache.planner.results import default_out
 
 OTHER_VALUES: dict[str, list[Any]] = {
     "episodes": [5, 500],

@@ -1,33 +1,46 @@
-"""One plan by DINO-WM's code and by this implementation, on the same weights and candidates, in one run."""
+"""One plan and training steps by DINO-WM's code and by this implementation, on the same weights and data, in one run."""
 
 from __future__ import annotations
 
+import copy
+import itertools
+import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from wmcache.bench.explicit import explicit_predict
-from wmcache.bench.timing import seconds
-from wmcache.common.device import choose_dtype, synchronise
+from wmcache.bench.timing import median_ratio, seconds
+from wmcache.cache.store import TokenStore
+from wmcache.common.device import autocast, choose_device, choose_dtype, synchronise
 from wmcache.common.errors import UserError
+from wmcache.common.paths import AnyPath
 from wmcache.planner.base import Cost
 from wmcache.planner.context import EvalContext, random_episode
 from wmcache.planner.mpc import Mpc
 from wmcache.planner.objective import GoalDistance
 from wmcache.planner.solvers.cem import Cem
+from wmcache.trainer.feed import Feed, choose_residence
+from wmcache.trainer.models import build
+from wmcache.trainer.models.attention import Block, gated, modulated, rotate
 from wmcache.trainer.models.dino_wm import DinoWm
+from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import data_shape, make_optimiser, statistics_of
 
 REFERENCE_CHUNK = 30
 """Candidates that the reference imagines at once; its attention weights take 22 MB each. The number does not change its speed."""
 LIMIT_SIZE = 4096
+ROUNDS = 5
+Batch = Mapping[str, Tensor]
 
 
 class Timed(NamedTuple):
@@ -42,7 +55,7 @@ class PlanRace:
     """One planning problem: a random start and goal, the same for both implementations."""
 
     def __init__(self, context: EvalContext, solver: Cem, horizon: int) -> None:
-        """Raises UserError unless the run's model is DINO-WM."""
+        """Render and encode the goal; raise UserError unless the run's model is DINO-WM."""
         if not isinstance(context.model, DinoWm):
             raise UserError(f"not a DINO-WM model: {context.run}; compare runs with --model")
         self.context, self.solver, self.horizon, self.model = context, solver, horizon, context.model
@@ -101,17 +114,9 @@ def bench_run(
     The reference encodes a copy of the present frame for every candidate in every iteration, computes each predicted frame from its whole
     window, and writes attention out under a mask, in float32. Iterations cost the same, so a few are enough to compare.
 
-    Args:
-        context: a run of DINO-WM's model.
-        samples, elites, iterations, horizon: of the plan; DINO-WM has 300, 30, 10 and 5.
-        dtype: of this implementation.
-
     Returns:
         Seconds of each and their ratio; frames that each encodes; GFLOP of a candidate, the GFLOP/s that were reached and those of a large
         matrix product on this machine; and how far costs and plans are from the reference's.
-
-    Raises:
-        UserError: the run's model is not DINO-WM's.
     """
     race = PlanRace(context, Cem(samples, elites, iterations, sigma=0.577), horizon)
     precision, candidates = choose_dtype(dtype, context.device), samples * iterations
@@ -121,6 +126,11 @@ def bench_run(
     two = torch.zeros(1, 2, horizon, race.model.shape.action_dim, device=context.device)
     with torch.inference_mode():
         reference_gflop, gflop = (count_flops(cost, two) / 2e9 for cost in (race.reference, race.cost_in(precision)))
+
+    def difference(plan: Timed) -> float:
+        """Over the spread of the reference's costs: what can change the order of candidates."""
+        return float((plan.costs - slow.costs).abs().max() / slow.costs.std())
+
     return {
         "reference_seconds": slow.seconds,
         "ours_seconds": fast.seconds,
@@ -135,8 +145,8 @@ def bench_run(
         "ours_gflops": gflop * candidates / fast.seconds,
         "limit_gflops_float32": matmul_limit(context.device, torch.float32),
         "limit_gflops": matmul_limit(context.device, precision),
-        "cost_difference_float32": _relative(exact.costs, slow.costs),
-        "cost_difference": _relative(fast.costs, slow.costs),
+        "cost_difference_float32": difference(exact),
+        "cost_difference": difference(fast),
         "cost_rank_correlation": float(spearmanr(fast.costs, slow.costs).statistic),
         "plan_difference_float32": float((exact.plan - slow.plan).abs().max()),
         "plan_difference": float((fast.plan - slow.plan).abs().max()),
@@ -146,10 +156,7 @@ def bench_run(
 def reference_rollout(model: DinoWm, tokens: Tensor, proprio: Tensor, actions: Tensor) -> Tensor:
     """Imagine latents [B, T, N, D] as DINO-WM's code does (VWorldModel.rollout): each frame from its whole window, under a mask.
 
-    Args:
-        model: with rotary positions the window is every frame so far.
-        tokens, proprio: [B, 1, N, D] and [B, 1, P].
-        actions: [B, T, f * A].
+    Takes tokens [B, 1, N, D], proprio [B, 1, P] and actions [B, T, f * A]. With rotary positions the window is every frame so far.
     """
     tokens, proprio, actions = model.standardise(tokens, proprio, actions)
     embedding, history = model.embed(proprio), model.shape.history
@@ -161,6 +168,35 @@ def reference_rollout(model: DinoWm, tokens: Tensor, proprio: Tensor, actions: T
         embedding = torch.cat([embedding.expand(-1, -1, following[1].shape[2], -1), following[1][:, -1:]], 1)
     latents: Tensor = tokens[:, 1:] * model.tokens_std + model.tokens_mean
     return latents
+
+
+def explicit_predict(
+    model: DinoWm, tokens: Tensor, embedding: Tensor, action: Tensor, pool: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Compute `DinoWm.predict` as DINO-WM's code does: all queries meet all keys under a mask (models/vit.py)."""
+    x, condition = model.join(tokens, embedding, action)
+    x = x + model.position_of(range(tokens.shape[1]), pool)
+    frame = torch.arange(x.shape[1], device=x.device).repeat_interleave(x.shape[2])
+    age = frame[:, None] - frame[None, :]
+    mask = (age >= 0) & (age < model.shape.history)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        x = explicit_block(block, x, mask, condition)
+    return model.split(x, tokens, embedding)
+
+
+def explicit_block(block: Block, x: Tensor, mask: Tensor, condition: Tensor | None) -> Tensor:
+    """See `Block.forward`; attention weights [B, heads, T * tokens, T * tokens] are computed and then masked."""
+    frames = x.shape[1]
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block.modulation(condition)
+    normed = modulated(block.norm_attention(x), shift, scale)
+    q, k, v = rearrange(block.qkv(normed), "b t n (three h c) -> three b h (t n) c", three=3, h=block.heads)
+    if block.rotary:
+        q, k = rotate(q, 0, frames), rotate(k, 0, frames)
+    weights = torch.matmul(q, k.transpose(-1, -2)) * block.head_dim**-0.5
+    attended = torch.matmul(weights.masked_fill(~mask, float("-inf")).softmax(-1), v)
+    x = x + gated(block.out(rearrange(attended, "b h (t n) c -> b t n (h c)", t=frames)), gate)
+    return x + gated(block.mlp(modulated(block.norm_mlp(x), shift_mlp, scale_mlp)), gate_mlp)
 
 
 def count_flops(cost: Cost, actions: Tensor) -> float:
@@ -176,6 +212,73 @@ def matmul_limit(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * LIMIT_SIZE**3 / min(seconds(torch.matmul, a, a, device=device) for _ in range(3)) / 1e9
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference over the spread of `b`: what can change the order of candidates."""
-    return float((a - b).abs().max() / b.std())
+def bench_train(
+    cache: AnyPath,
+    model_options: dict[str, Any],
+    encode: Callable[[int], Tensor],
+    *,
+    batch: int = 64,
+    steps: int = 20,
+    device: str = "auto",
+    residence: str = "auto",
+) -> dict[str, float]:
+    """Time the same training steps of DINO-WM from three sources of batches, and as its code computes them, in turns.
+
+    Batches come from `memory`, from the `store`, or with every frame encoded (`encoding`). The `reference` encodes too, in float32, with
+    explicit attention under a mask. Ratios are of the store to the others, medians over the rounds.
+
+    Args:
+        encode: n -> tokens [n, N, D]; encodes n frames, as DINO-WM does for every batch.
+        batch: windows of 3 + 1 frames, 5 env steps apart.
+        steps: in each round; a tenth of them where frames are encoded.
+    """
+    store, where = TokenStore.open(cache), choose_device(device)
+    options = TrainOptions(model_options=model_options, batch=batch, device=device)
+    dtype = choose_dtype(options.dtype, where)
+    windows = store.windows(options.history, 1, options.frameskip, "train")
+    model = build("dino-wm", data_shape(store, options), model_options, statistics_of(store, options.frameskip))
+    assert isinstance(model, DinoWm)
+    model.to(where).train()
+    reference = copy.copy(model)  # the same parameters
+    reference.predict = partial(explicit_predict, model)  # type: ignore[method-assign]
+    optimiser = make_optimiser(model, options)
+    chosen, why = choose_residence(store, where, residence)
+    tqdm.write(why, file=sys.stderr)
+    with Feed(store, windows, batch, 0, where, residence=chosen) as feed:
+        held, few = {name: value.clone() for name, value in feed.next().items()}, max(1, steps // 10)
+        variants = {
+            "memory": (itertools.repeat(held), model, dtype, optimiser, steps),
+            "store": (iter(feed.next, None), model, dtype, optimiser, steps),
+            "encoding": (_encoded(held, encode), model, dtype, optimiser, few),
+            "reference": (_encoded(held, encode), reference, torch.float32, optimiser, few),
+        }
+        for batches, network, precision, *_ in variants.values():
+            _train(batches, network, precision, optimiser, 1)
+        waited = feed.waited
+        rates: dict[str, list[float]] = {name: [] for name in variants}
+        for _ in tqdm(range(ROUNDS), desc="bench train", unit=" rounds"):
+            for name, variant in variants.items():
+                rates[name].append(variant[-1] / seconds(_train, *variant, device=where))
+        waiting = (feed.waited - waited) / sum(steps / rate for rate in rates["store"])
+    peers = ("memory", "encoding", "reference")
+    ratios = {f"ratio_to_{name}": median_ratio(rates["store"], rates[name]) for name in peers}
+    medians = {f"{name}_steps_per_second": statistics.median(values) for name, values in rates.items()}
+    return {"windows_per_step": batch, **medians, **ratios, "waiting_share": waiting}
+
+
+def _train(
+    batches: Iterator[Batch], model: DinoWm, dtype: torch.dtype, optimiser: torch.optim.Optimizer, steps: int
+) -> None:
+    for batch in itertools.islice(batches, steps):
+        with autocast(model.tokens_mean.device, dtype):
+            loss = model.loss(batch)["loss"]
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+
+
+def _encoded(held: Batch, encode: Callable[[int], Tensor]) -> Iterator[Batch]:
+    """Yield a batch again and again, its tokens replaced by those of as many frames that are encoded for it."""
+    tokens = held["tokens"]
+    while True:
+        yield {**held, "tokens": encode(tokens.shape[0] * tokens.shape[1]).view(tokens.shape).to(tokens.device)}
