@@ -21,11 +21,7 @@ from wmcache.common.paths import WRITING, AnyPath, is_local, open_to_read, put
 
 @contextmanager
 def atomic_write(path: AnyPath) -> Iterator[IO[bytes]]:
-    """Write a file that appears complete or not at all: through a temporary file, fsync and rename, or as one object.
-
-    Raises:
-        UserError: the folder cannot be written, or the disk is full.
-    """
+    """Write a file that appears complete or not at all, by fsync and rename or as one object; raise UserError where it cannot be written."""
     if not is_local(path):
         with cannot_write(path), io.BytesIO() as memory:
             yield memory
@@ -76,7 +72,7 @@ def not_written(
 
 
 def temporary_for(path: Path) -> Path:
-    """Return where to write what will be renamed to `path`; the name contains the process, so that `sweep` can tell whether it runs."""
+    """Return where to write what will be renamed to `path`; `sweep` reads the process from the name."""
     return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
@@ -86,11 +82,7 @@ def is_temporary(path: AnyPath) -> bool:
 
 
 def sweep(folder: AnyPath) -> list[Path]:
-    """Delete the temporary files and folders that processes of this machine left when they died.
-
-    Returns:
-        Those that stay: of running processes, and of other machines.
-    """
+    """Delete the temporary files that dead processes of this machine left; return those of running processes and of other machines."""
     staying = []
     for path in sorted(folder.glob(".*.tmp")) if is_local(folder) else ():
         owner, _, process = path.name.removesuffix(".tmp").rpartition(".")

@@ -13,8 +13,6 @@ def farthest_points(distances: Callable[[int], Tensor], count: int, first: int =
 
     Args:
         distances: index of a point -> its distances to all points, [n]; a negative one excludes a point.
-        count: points to choose.
-        first: index of the first.
     """
     chosen, nearest = [first], distances(first)
     while len(chosen) < count:
