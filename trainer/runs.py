@@ -19,9 +19,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from wmcache.cache.identity import Identity
-from wmcache.cache.layout import StoreCard, read_card, require_identity
+from wmcache.cache.layout import StoreCard, read_card
 from wmcache.cache.store import TokenStore
-from wmcache.common.errors import MissingError, UserError, reason
+from wmcache.common.errors import UserError, reason
 from wmcache.common.files import is_temporary
 from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.locks import exclusive
@@ -92,8 +92,7 @@ def read_identity(run: Path) -> tuple[StoreCard, Identity]:
     """Read the card and the identity of a run's store; raises UserError where the folder is not a run."""
     file = run / "identity.json"
     saved = read_json(file, NO_RUN)
-    require_identity(saved, file, NO_RUN)
-    return read_card(saved), Identity.from_json(saved["identity"], str(file))
+    return read_card(saved, file), Identity.from_json(saved.get("identity"), str(file))
 
 
 def open_store(run: Path, cache: AnyPath | None = None) -> TokenStore:
