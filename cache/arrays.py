@@ -23,7 +23,6 @@ from wmcache.cache.layout import (
     STEP_COLUMNS,
     StoreCard,
     damaged,
-    read_attributes,
     recorded_versions,
     write_attributes,
 )
@@ -90,7 +89,9 @@ def open_tokens(group: zarr.Group, card: StoreCard, attributes: Mapping[str, Any
         digest = hashlib.sha256(read_bytes(file)).hexdigest()
         _require(digest == attributes.get("layout"), "it differs from its checksum")
         tokens, fill = _array(group, "tokens"), np.asarray(FILL[card.dtype], card.dtype)
-        _require((tokens.shape, tokens.dtype) == ((card.frames, *card.frame_shape), card.dtype), "another shape or dtype")
+        _require(
+            (tokens.shape, tokens.dtype) == ((card.frames, *card.frame_shape), card.dtype), "another shape or dtype"
+        )
         _require(np.array_equal(tokens.fill_value, fill, equal_nan=card.dtype == "float16"), "another fill value")
     except Exception as error:
         raise damaged(f"{file} does not fit the store", file, error) from error
@@ -102,11 +103,6 @@ def is_mappable(tokens: zarr.Array[Any], card: StoreCard) -> bool:
     expected = _create_tokens(zarr.create_group(MemoryStore(), zarr_format=3), card).metadata
     parts = ("codecs", "chunk_grid", "chunk_key_encoding")
     return all(getattr(tokens.metadata, part, None) == getattr(expected, part) for part in parts)
-
-
-def adopt_layout(path: Path) -> None:
-    """Accept tokens that another program rewrote, for example compressed, without checking that the numbers are the same."""
-    write_attributes(path, {**read_attributes(path), "layout": sha256_of(path / "tokens" / "zarr.json")})
 
 
 def _create_column(group: zarr.Group, name: str, values: NDArray[Any]) -> str:

@@ -132,12 +132,7 @@ def has_commits(path: AnyPath) -> bool:
 
 
 def read_attributes(path: AnyPath) -> dict[str, Any]:
-    """Return the attributes of the store at `path`.
-
-    Raises:
-        DamagedError: they are missing or differ from what was written.
-        UserError: there is no store, or one of another format.
-    """
+    """Return the attributes of the store at `path`; raise DamagedError where they are damaged, UserError where there is no wmcache store."""
     file = path / "zarr.json"
     with readable(path):
         is_store = has_commits(path)
@@ -170,8 +165,6 @@ def read_attributes(path: AnyPath) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Attributes:
-    """The attributes, read by `parse`."""
-
     complete: bool
     identity: dict[str, Any]
     card: StoreCard

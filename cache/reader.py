@@ -201,12 +201,14 @@ class MappedReader(Reader):
             raise unreadable(file, error) from error
         if not (found.is_mapped or self._warned):
             self._warned = True
-            tqdm.write(f"no memory maps, frames are read one by one; copy it to a local disk: {self._path}", file=sys.stderr)
+            tqdm.write(
+                f"no memory maps, frames are read one by one; copy it to a local disk: {self._path}", file=sys.stderr
+            )
         self._shards[shard] = found
         return found
 
     def _first_offset(self, stream: IO[bytes], shard: int, file: AnyPath) -> int:
-        """Return the offset of the first frame; raise UserError unless the index has all others after it at a constant stride."""
+        # Of a sound index, which has all other frames after it at a constant stride.
         size, stride = os.fstat(stream.fileno()).st_size, self._card.frame_bytes + CRC_BYTES
         damaged = UserError(f"the size or the index of shard {file} is damaged; {self._hint}")
         if size != self._card.shard_bytes(shard):

@@ -258,7 +258,9 @@ class Records:
             self.fold(first)
             block = self._sound_block(first)
             if block is None or len(block.shard) < len(wanted):
-                block = Block.of({shard: self.read(shard) if found is None else found for shard, found in self._read_all(wanted)})
+                block = Block.of(
+                    {shard: self.read(shard) if found is None else found for shard, found in self._read_all(wanted)}
+                )
             yield block
 
     def claimed(self) -> list[int]:

@@ -204,7 +204,6 @@ class TokenStore:
 
 
 def _stamp(path: AnyPath) -> object:
-    """Return a value that differs whenever the attributes are written or the store is replaced; None where it cannot be read."""
     file = path / "zarr.json"
     try:
         return stamp(file)

@@ -172,7 +172,9 @@ class StoreWriter:
         total, squares = channel_sums(tokens)
         if not np.isfinite(squares).all():  # not finite if one value of the channel is not
             frame = frames[int(np.argmin(np.isfinite(tokens).all(axis=(1, 2))))]
-            raise UserError(f"tokens are not finite in float16: frame {frame}; check the weights, or try --dtype float32")
+            raise UserError(
+                f"tokens are not finite in float16: frame {frame}; check the weights, or try --dtype float32"
+            )
         stored, scale, middle = quantise(tokens) if self.card.dtype == "int8" else (tokens, None, None)
         with _writing(self.path):
             if not is_local(self.path) and self.is_done(shard):

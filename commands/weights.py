@@ -45,7 +45,6 @@ def _lines(sources: list[dict[str, Any]], fitted: list[dict[str, Any]]) -> Itera
 
 
 def _sources() -> list[dict[str, Any]]:
-    """Make a row for each source, which several encoders may share; fitted ones have none."""
     from wmcache.pipeline.encoders import get_entry, specs
     from wmcache.pipeline.encoders.hub import REPOSITORY, look_up
 
@@ -57,7 +56,7 @@ def _sources() -> list[dict[str, Any]]:
     for (source, revision), names in sorted(groups.items()):
         found = look_up(source, revision)
         state = "absent" if found is None else "damaged" if found.fault else "present"
-        known = {"path": "", "revision": revision, "bytes": 0, "fault": ""}
+        known: dict[str, Any] = {"path": "", "revision": revision, "bytes": 0, "fault": ""}
         if found:
             known = {**asdict(found), "path": str(found.path)}
         rows.append({"source": source, "encoders": names, "state": state, **known})
