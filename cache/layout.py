@@ -132,7 +132,7 @@ def has_commits(path: AnyPath) -> bool:
 
 
 def read_attributes(path: AnyPath) -> dict[str, Any]:
-    """Return the attributes of the store at `path`; raise DamagedError where they are damaged, UserError where there is no wmcache store."""
+    """Return the attributes of the store at `path`; raise DamagedError where they are damaged, UserError where there is no store."""
     file = path / "zarr.json"
     with readable(path):
         is_store = has_commits(path)
@@ -141,25 +141,27 @@ def read_attributes(path: AnyPath) -> dict[str, Any]:
     hint = AGAIN if is_store else NEW
     try:
         metadata = read_json(file, hint)
-        attributes = metadata.get("attributes")
-        if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
-            raise UserError(f"{file} has no attributes of a token store; {hint}")
-        is_store = True
-        require_seal(attributes, file, AGAIN)
-        found = attributes.get("format_version")
-        if found == FORMAT_VERSION:
-            read_card(attributes, file)
-            parse(_Attributes, attributes, file, AGAIN, exact=False)
-            # Stores made before wmcache wrote consolidated metadata may have some from zarr.
-            consolidated = attributes.get("consolidated") in (None, json_digest(metadata.get("consolidated_metadata")))
-            if not consolidated or (metadata.get("node_type"), metadata.get("zarr_format")) != ("group", 3):
-                raise UserError(f"{file} is damaged; {AGAIN}")
     except UnreadableError:
         raise
     except UserError as error:
         raise (DamagedError(str(error)) if is_store else error) from error
+    attributes = metadata.get("attributes")
+    if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
+        raise (DamagedError if is_store else UserError)(f"{file} has no attributes of a token store; {hint}")
+    found = attributes.get("format_version")
+    try:
+        require_seal(attributes, file, AGAIN)
+        if found == FORMAT_VERSION:
+            read_card(attributes, file)
+            parse(_Attributes, attributes, file, AGAIN, exact=False)
+    except UserError as error:
+        raise DamagedError(str(error)) from error
     if found != FORMAT_VERSION:
         raise UserError(f"{path} has format {found!s:.20}, not {FORMAT_VERSION}; extract into another --out")
+    # Stores made before wmcache wrote consolidated metadata may have some from zarr.
+    consolidated = attributes.get("consolidated") in (None, json_digest(metadata.get("consolidated_metadata")))
+    if not consolidated or (metadata.get("node_type"), metadata.get("zarr_format")) != ("group", 3):
+        raise DamagedError(f"{file} is damaged; {AGAIN}")
     return attributes
 
 

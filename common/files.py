@@ -21,7 +21,7 @@ from wmcache.common.paths import WRITING, AnyPath, is_local, open_to_read, put
 
 @contextmanager
 def atomic_write(path: AnyPath) -> Iterator[IO[bytes]]:
-    """Write a file that appears complete or not at all, by fsync and rename or as one object; raise UserError where it cannot be written."""
+    """Write a file that appears complete or not at all, by fsync and rename or as one object; raise UserError where that fails."""
     if not is_local(path):
         with cannot_write(path), io.BytesIO() as memory:
             yield memory
