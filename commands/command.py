@@ -17,6 +17,7 @@ from wmcache.commands.options import ByName, Option, Preset
 from wmcache.commands.output import ended_by_reader, prepare_streams, say, shell_command
 from wmcache.common.cpus import limit_threads
 from wmcache.common.errors import INTERRUPTED, STOPPED, Stopped, UserError, one_line, reason
+from wmcache.common.paths import CHECK, CHECK_REMOTE
 from wmcache.engine.signals import delay_signals
 
 CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"]}
@@ -37,7 +38,7 @@ def failures_as_lines() -> Iterator[None]:
         raise click.ClickException("not enough memory; lower --batch-size, or the N of --cluster local:N") from error
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        hint = "check path, permissions, free space and network, then run the same command again"
+        hint = CHECK_REMOTE if "://" in where else CHECK
         raise click.ClickException(one_line(f"{where}{reason(error)}; {hint}")) from error
 
 

@@ -16,7 +16,7 @@ from typing import IO
 import psutil
 
 from wmcache.common.errors import UserError, reason
-from wmcache.common.paths import WRITING, AnyPath, is_local, open_to_read, put
+from wmcache.common.paths import CHECK, CHECK_REMOTE, AnyPath, is_local, open_to_read, put
 
 
 @contextmanager
@@ -58,17 +58,12 @@ def cannot_write(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise not_written(path, error, "free space or choose another path") from error
+        raise not_written(path, error) from error
 
 
-def not_written(
-    path: AnyPath, error: OSError, otherwise: str = "free space, then run the same command again"
-) -> UserError:
-    """Return the error of a path that cannot be written; `otherwise` is the hint for a local error that `WRITING` does not list."""
-    hint = WRITING.get(error.errno or 0, otherwise)
-    if not is_local(path):
-        hint = "check address, credentials and network, then run the same command again"
-    return UserError(f"cannot write {path}: {reason(error)}; {hint}")
+def not_written(path: AnyPath, error: OSError, hint: str = CHECK) -> UserError:
+    """Return the error of a path that cannot be written; `hint` is for a local one."""
+    return UserError(f"cannot write {path}: {reason(error)}; {hint if is_local(path) else CHECK_REMOTE}")
 
 
 def temporary_for(path: Path) -> Path:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from filelock import FileLock, Timeout
 
 from wmcache.common.files import not_written
-from wmcache.common.paths import AnyPath, is_local
+from wmcache.common.paths import CHECK, AnyPath, is_local
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 """Error numbers of file systems without file locks."""
@@ -39,7 +39,7 @@ def exclusive(lock: AnyPath, guarded: AnyPath | None = None, *, wait: bool = Tru
         yield False
         return
     except OSError as error:
-        hint = "free space, or choose another path"
+        hint = CHECK
         if error.errno in NO_LOCKS:
             with contextlib.suppress(OSError):  # no process can hold it
                 lock.unlink(missing_ok=True)

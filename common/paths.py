@@ -43,21 +43,9 @@ PATIENCE = 60.0
 SLOWEST = 1e6
 """Seconds, and bytes a second, that a server may take to receive an object."""
 
-READING: dict[int, str] = {
-    errno.ENOMEM: "raise the limit of addresses: ulimit -v",
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files: ulimit -n"),
-    **dict.fromkeys(
-        (errno.EIO, errno.EUCLEAN, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO),
-        "check disk, network and mount of its file system, then run the same command again",
-    ),
-}
-"""Error number of reading a local file -> what a user can do about it; about all others: make it readable."""
-WRITING: dict[int, str] = {
-    **READING,
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, or choose another path"),
-    errno.EFBIG: "raise the limit of the size of files (ulimit -f), or choose another path",
-}
-"""The same for writing; about all others: free space."""
+CHECK = "check permissions, free space, mount and limits (ulimit -a), then run the same command again"
+CHECK_REMOTE = "check address, credentials and network, then run the same command again"
+"""What a user can do about an error of the system; the error's own text has the reason."""
 NO_MAPS = (errno.ENODEV, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 """Error numbers of file systems that open a file but do not map it."""
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
@@ -304,9 +292,7 @@ def _tag(answer: Any) -> str | None:
 
 def unreadable(at: AnyPath, error: OSError) -> UnreadableError:
     """Return the error of a path that exists and cannot be read."""
-    remote = "check address, credentials and network, then run it again"
-    hint = READING.get(error.errno or 0, "make it readable") if is_local(at) else remote
-    return UnreadableError(f"{at} cannot be read ({reason(error)}); {hint}")
+    return UnreadableError(f"{at} cannot be read ({reason(error)}); {CHECK if is_local(at) else CHECK_REMOTE}")
 
 
 @contextmanager
