@@ -89,9 +89,8 @@ def open_tokens(group: zarr.Group, card: StoreCard, attributes: Mapping[str, Any
         digest = hashlib.sha256(read_bytes(file)).hexdigest()
         _require(digest == attributes.get("layout"), "it differs from its checksum")
         tokens, fill = _array(group, "tokens"), np.asarray(FILL[card.dtype], card.dtype)
-        _require(
-            (tokens.shape, tokens.dtype) == ((card.frames, *card.frame_shape), card.dtype), "another shape or dtype"
-        )
+        fits = tokens.shape == (card.frames, *card.frame_shape) and tokens.dtype == card.dtype
+        _require(fits, "another shape or dtype")
         _require(np.array_equal(tokens.fill_value, fill, equal_nan=card.dtype == "float16"), "another fill value")
     except Exception as error:
         raise damaged(f"{file} does not fit the store", file, error) from error

@@ -70,7 +70,7 @@ class MirroredReader(MappedReader):
         return self._folder / f"{self._digest(shard)}.shard"
 
     def _digest(self, shard: int) -> str:
-        return self._sha256[shard].tobytes().hex()
+        return bytes(self._sha256[shard]).hex()
 
     def _fetch_all(self, frames: NDArray[np.int64]) -> None:
         shards = np.unique(frames // self._card.frames_per_shard).tolist()

@@ -88,7 +88,7 @@ def _not_finite(value: Any, name: str = "the value") -> str | None:
     """Return the key of the first number of a JSON value that is not finite."""
     if isinstance(value, float):
         return None if math.isfinite(value) else name
-    items = value.items() if isinstance(value, dict) else []
+    items = list(value.items()) if isinstance(value, dict) else []
     if isinstance(value, list | tuple):
-        items = ((name, item) for item in value)
+        items = [(name, item) for item in value]
     return next((found for key, item in items if (found := _not_finite(item, str(key)))), None)

@@ -26,7 +26,7 @@ def ffmpeg() -> str:
     """Return the FFmpeg of IMAGEIO_FFMPEG_EXE, of imageio-ffmpeg, or of the system; raise UserError where there is none."""
     program = "ffmpeg"
     try:
-        program = imageio_ffmpeg.get_ffmpeg_exe()
+        program = str(imageio_ffmpeg.get_ffmpeg_exe())
         _version(program)
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         raise UserError(f"ffmpeg cannot be started ({reason(error)}): {program}; {HINT}") from error
