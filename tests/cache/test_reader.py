@@ -104,8 +104,8 @@ def rewrite_tokens(path: Path, *, adopt: bool = True, **layout: Any) -> Path:
     array[:] = values
     shutil.move(path / "commits", path / "tokens" / "commits")
     if adopt:
-        layout = sha256_of(path / "tokens" / "zarr.json")
-        write_attributes(path, {**read_attributes(path), "layout": layout})
+        digest = sha256_of(path / "tokens" / "zarr.json")
+        write_attributes(path, {**read_attributes(path), "layout": digest})
     return path
 
 
