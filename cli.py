@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 from wmcache import __version__
-from wmcache.commands import bench, data, decode, probe, stores, weights
+from wmcache.commands import bench, data, decode, probe, stores
 from wmcache.commands.command import Group
 from wmcache.commands.plan import wmplan
 from wmcache.commands.sbatch import sbatch
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 for known in (
-    *(data.collect, data.import_, data.fit, data.extract, data.derive, data.encoders, weights.weights),
+    *(data.collect, data.import_, data.fit, data.extract, data.derive, data.encoders, data.weights),
     *(stores.list_, stores.info, stores.verify, stores.finalize, stores.repair, stores.preview, stores.rm),
     *(probe.probe, bench.bench, bench.plan_job, import_run, decode.imagine, study, sbatch),
 ):

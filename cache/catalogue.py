@@ -17,14 +17,7 @@ from wmcache.common.paths import remove as remove_all
 
 @dataclass(frozen=True)
 class Entry:
-    """A store in a list.
-
-    Attributes:
-        bytes: on disk.
-        shards_done: how many shards have a record.
-        fault: why it cannot be read, or empty.
-        damaged: whether that is damage, and not permissions, the disk or the network.
-    """
+    """A store in a list; `fault` is why it cannot be read, `damaged` whether that is damage, and not permissions, disk or network."""
 
     path: str
     encoder: str = ""
@@ -85,25 +78,14 @@ def describe(path: AnyPath) -> dict[str, Any]:
 
 
 def check_removable(path: AnyPath) -> None:
-    """Check that a path is a store, whole or damaged.
-
-    Raises:
-        UserError: it does not exist, is a link, or is not a store.
-    """
-    if is_local(path) and path.is_symlink():
-        raise UserError(f"{path} is a link and was not deleted; delete the store that it leads to: {path.resolve()}")
-    if not exists(path):
-        raise UserError(f"{path} does not exist; list stores with: wmcache ls")
-    if not has_commits(path.resolve()) and summarise(path.resolve()).fault:
+    """Raise UserError unless a path is a store, whole or damaged, and not a link."""
+    is_link = is_local(path) and path.is_symlink()
+    if is_link or not exists(path) or (not has_commits(path.resolve()) and summarise(path.resolve()).fault):
         raise UserError(f"{path} is not a token store and was not deleted; list stores with: wmcache ls")
 
 
 def remove(path: AnyPath) -> int:
-    """Delete a store; return the bytes that are free again.
-
-    Raises:
-        UserError: as `check_removable`, or it cannot be deleted.
-    """
+    """Delete a store, and return the bytes that are free again; raise UserError as `check_removable`, or where it cannot be deleted."""
     check_removable(path)
     try:
         path = path.resolve()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wmcache.cache.store import TokenStore
-from wmcache.common.errors import MissingError, UnreadableError, UserError, command
+from wmcache.common.errors import UnreadableError, UserError, command
 from wmcache.common.paths import AnyPath
 
 
@@ -13,17 +13,11 @@ def change_maps_path(store: AnyPath, frameskip: int) -> AnyPath:
 
 
 def open_change_maps(store: TokenStore, frameskip: int) -> TokenStore:
-    """Open a store's change maps: for each frame what has changed since the one `frameskip` env steps before, [N, 4] cells.
-
-    Raises:
-        UserError: they do not exist, or are of other frames or of another grid.
-    """
+    """Open a store's change maps, [N, 4] cells a frame; raise UserError where they are missing, or of other frames or another grid."""
     path = change_maps_path(store.path, frameskip)
     make = command("wmcache", "derive", "change-maps", store.path, "--frameskip", frameskip)
     try:
         maps = TokenStore.open(path, mirrored=True)
-    except MissingError as error:
-        raise UserError(f"there are no change maps {path}; make them with: {make}") from error
     except UnreadableError:
         raise
     except UserError as error:

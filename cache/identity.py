@@ -46,7 +46,7 @@ class Identity:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any], where: str) -> Identity:
+    def from_json(cls, value: object, where: str) -> Identity:
         """Read what `to_json` returned; raise UserError, naming the file `where`, for other fields or values."""
         return parse(cls, value, f"the identity in {where}", RESTORE)
 

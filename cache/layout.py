@@ -26,7 +26,6 @@ from pydantic import Field
 
 from wmcache.cache.identity import FORMAT_VERSION, RESTORE
 from wmcache.common.errors import MissingError, UnreadableError, UserError, reason
-from wmcache.common.folders import did_you_mean
 from wmcache.common.jsonfiles import json_digest, read_json, require_seal, seal, write_json
 from wmcache.common.paths import AnyPath, cause_outside, exists, files_in, is_local, readable, unreadable
 from wmcache.common.schema import Count, Finite, Name, Size, parse
@@ -59,7 +58,6 @@ class StoreCard:
         encoder: how to build the same encoder again: name, weights, options.
         dataset: what the frames show: name, path, environment, maze, image size, fps.
         token_grid: rows and columns of the patch tokens; (1, 1) for a single token.
-        token_dim: D.
     """
 
     encoder: dict[str, Any]
@@ -118,14 +116,7 @@ def shard_number(name: str, shards: int) -> int | None:
 
 
 def shard_sizes(path: AnyPath, shards: int) -> tuple[NDArray[np.int64], dict[int, str]]:
-    """List a store's shards.
-
-    Returns:
-        Bytes of each shard's file, int64 [shards], -1 where there is none; and shard -> tag, where an object store has one.
-
-    Raises:
-        OSError: it cannot be listed.
-    """
+    """Return the bytes of each shard's file, int64 [shards], -1 where there is none, and {shard: tag of an object store}; raise OSError."""
     sizes, tags = np.full(shards, -1, np.int64), {}
     for name, found in files_in(path / "tokens", "c."):
         if (shard := shard_number(name, shards)) is not None:
@@ -141,51 +132,41 @@ def has_commits(path: AnyPath) -> bool:
 
 
 def read_attributes(path: AnyPath) -> dict[str, Any]:
-    """Return the attributes of the store at `path`.
-
-    Raises:
-        DamagedError: they are missing or differ from what was written.
-        UserError: there is no store, or one of another format.
-    """
+    """Return the attributes of the store at `path`; raise DamagedError where they are damaged, UserError where there is no store."""
     file = path / "zarr.json"
     with readable(path):
         is_store = has_commits(path)
         if not is_store and not exists(path):
-            raise MissingError(f"{path} does not exist; {did_you_mean(path, 'store', NEW)}")
+            raise MissingError(f"{path} does not exist; {NEW}")
+    hint = AGAIN if is_store else NEW
     try:
-        metadata = read_json(file, AGAIN if is_store else NEW)
+        metadata = read_json(file, hint)
     except UnreadableError:
         raise
     except UserError as error:
         raise (DamagedError(str(error)) if is_store else error) from error
     attributes = metadata.get("attributes")
     if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
-        if is_store:
-            raise DamagedError(f"{file} has lost its attributes; {AGAIN}")
-        raise UserError(f"{path} is not a token store; {NEW}")
-    known = attributes.get("format_version") == FORMAT_VERSION
+        raise (DamagedError if is_store else UserError)(f"{file} has no attributes of a token store; {hint}")
+    found = attributes.get("format_version")
     try:
         require_seal(attributes, file, AGAIN)
-        if known:
-            parse(StoreCard, attributes.get("card"), f"the card in {file}", AGAIN)
+        if found == FORMAT_VERSION:
+            read_card(attributes, file)
             parse(_Attributes, attributes, file, AGAIN, exact=False)
     except UserError as error:
         raise DamagedError(str(error)) from error
-    if not known:
-        found = str(attributes.get("format_version"))[:20]
-        raise UserError(f"{path} has format {found}, this wmcache reads {FORMAT_VERSION}; extract into another --out")
-    if (metadata.get("node_type"), metadata.get("zarr_format")) != ("group", 3):
-        raise DamagedError(f"{file} does not describe a group; {AGAIN}")
+    if found != FORMAT_VERSION:
+        raise UserError(f"{path} has format {found!s:.20}, not {FORMAT_VERSION}; extract into another --out")
     # Stores made before wmcache wrote consolidated metadata may have some from zarr.
-    if attributes.get("consolidated") not in (None, json_digest(metadata.get("consolidated_metadata"))):
-        raise DamagedError(f"the consolidated metadata differ from their checksum: {file}; {AGAIN}")
+    consolidated = attributes.get("consolidated") in (None, json_digest(metadata.get("consolidated_metadata")))
+    if not consolidated or (metadata.get("node_type"), metadata.get("zarr_format")) != ("group", 3):
+        raise DamagedError(f"{file} is damaged; {AGAIN}")
     return attributes
 
 
 @dataclass(frozen=True)
 class _Attributes:
-    """The attributes, read by `parse`."""
-
     complete: bool
     identity: dict[str, Any]
     card: StoreCard
@@ -198,18 +179,12 @@ class _Attributes:
 
     def __post_init__(self) -> None:
         card, columns = self.card, set(self.columns)
-        problem = None
-        if not {*STEP_COLUMNS} <= columns <= {*STEP_COLUMNS, *SHARD_COLUMNS}:
-            problem = f"its columns are {', '.join(sorted(columns))[:80]}"
-        elif card.num_shards > MOST_SHARDS:
-            problem = f"it has {card.num_shards} shards"
-        elif self.complete:
-            if {len(values or ()) for values in (self.mean, self.std)} != {card.token_dim} or "sha256" not in columns:
-                problem = "statistics or the checksums of shards are missing"
-            elif (card.dtype == "int8") != ("scale" in columns):
-                problem = f"its columns do not fit {card.dtype}"
-        if problem:
-            raise ValueError(problem)
+        known = {*STEP_COLUMNS} <= columns <= {*STEP_COLUMNS, *SHARD_COLUMNS} and card.num_shards <= MOST_SHARDS
+        if known and self.complete:
+            statistics = {len(values or ()) for values in (self.mean, self.std)} == {card.token_dim}
+            known = statistics and "sha256" in columns and (card.dtype == "int8") == ("scale" in columns)
+        if not known:
+            raise ValueError("columns, statistics or the number of shards are not those of a store")
 
 
 def write_attributes(path: AnyPath, attributes: Mapping[str, Any]) -> None:
@@ -222,15 +197,9 @@ def write_attributes(path: AnyPath, attributes: Mapping[str, Any]) -> None:
     write_json(path / "zarr.json", {**metadata, "consolidated_metadata": consolidated, "attributes": seal(known)})
 
 
-def require_identity(values: Mapping[str, Any], where: AnyPath, hint: str) -> None:
-    """Raise UserError unless a store's attributes, or a run's `identity.json`, have an identity and a card."""
-    if not isinstance(values.get("identity"), dict) or not isinstance(values.get("card"), dict):
-        raise UserError(f"{where} has lost the store's identity or card; {hint}")
-
-
-def read_card(attributes: Mapping[str, Any]) -> StoreCard:
-    """Return the card in a store's attributes; raise UserError where its values are not a card's."""
-    return parse(StoreCard, attributes.get("card"), "the store's card", RESTORE)
+def read_card(attributes: Mapping[str, Any], where: AnyPath | str = "the store") -> StoreCard:
+    """Return the card in a store's attributes; raise UserError, naming `where`, unless it is one."""
+    return parse(StoreCard, attributes.get("card"), f"the card in {where}", RESTORE)
 
 
 def damaged(what: str, where: AnyPath, error: Exception) -> UserError:

@@ -1,8 +1,7 @@
 """Reading a remote store through local files: complete shards, fetched when they are needed, in `$WMCACHE_HOME/mirror`.
 
 A shard's file is named by its SHA-256, so stores, runs and processes share the folder, and its files never become outdated. Above
-`$WMCACHE_MIRROR_BYTES` (as in 200GB; by default 80 % of the free space) the least recently used files are deleted. A process that has
-mapped one keeps it.
+`$WMCACHE_MIRROR_BYTES` (as in 200GB; by default 80 % of the free space) the least recently used files are deleted.
 """
 
 from __future__ import annotations
@@ -39,11 +38,7 @@ class MirroredReader(MappedReader):
     """Gathers frames from memory maps of local copies, compared with their checksums on arrival and when a process first uses them."""
 
     def __init__(self, store: AnyPath, card: StoreCard, sha256: NDArray[np.uint8]) -> None:
-        """Take the checksums of the store's shards, uint8 [shards, 32].
-
-        Raises:
-            UserError: WMCACHE_MIRROR_BYTES is not a number of bytes, or there is no room for one shard.
-        """
+        """Take the checksums of the store's shards, uint8 [shards, 32]; raise UserError where there is no room for one shard."""
         super().__init__(store, card)
         self._sha256 = sha256
         self._folder = home() / "mirror"
@@ -52,8 +47,7 @@ class MirroredReader(MappedReader):
         if self._most < shard:
             raise UserError(f"{self._folder} has room for {room}, a shard of {store} has {human_bytes(shard)}; {HINT}")
         if self._most < card.num_shards * shard:
-            size = human_bytes(card.token_bytes)
-            line = f"{self._folder} has room for {room} of the {size} of {store}: shards will be fetched repeatedly; {HINT}"
+            line = f"{self._folder} has room for {room}, shards of {store} will be fetched repeatedly; {HINT}"
             tqdm.write(one_line(line), file=sys.stderr)
             # Deleted files take room while they are mapped.
             self._max_shards = max(1, min(self._max_shards, self._most // shard // 2))
@@ -95,7 +89,6 @@ class MirroredReader(MappedReader):
         raise UserError(f"{self._folder} is too small for the processes that share it; {HINT}")
 
     def _fetch(self, shard: int) -> None:
-        """Make sure that a shard's file exists and is sound."""
         file = self._file(shard)
         with exclusive(file.with_suffix(".lock"), self._folder):
             if not self._is_sound(shard, file):
@@ -121,7 +114,7 @@ class MirroredReader(MappedReader):
         with exclusive(self._folder / "room.lock", self._folder):
             sweep(self._folder)
             file.unlink(missing_ok=True)
-            known = sorted((found.st_mtime_ns, found.st_size, path) for path, found in files_of(self._folder))
+            known = sorted((found.st_mtime_ns, found.st_size, path) for path, found in _copies(self._folder))
             total = sum(size for _, size, _ in known)
             for _, size, path in known:
                 if total + len(data) <= self._most:
@@ -132,8 +125,7 @@ class MirroredReader(MappedReader):
                 stream.write(data)
 
 
-def files_of(folder: Path) -> list[tuple[Path, os.stat_result]]:
-    """Return the shards in a mirror, while no process writes there."""
+def _copies(folder: Path) -> list[tuple[Path, os.stat_result]]:
     return [(path, path.stat()) for path in folder.glob("*.shard")]
 
 
@@ -149,5 +141,5 @@ def most_bytes(folder: Path) -> int:
         if most < 1:
             raise UserError(f"WMCACHE_MIRROR_BYTES is not a number of bytes, as in 200GB: {setting!r}")
         return most
-    held = sum(found.st_size for _, found in files_of(folder)) if folder.exists() else 0
+    held = sum(found.st_size for _, found in _copies(folder))
     return int(SHARE_OF_FREE * ((free_space(folder) or 0) + held))

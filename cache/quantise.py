@@ -42,8 +42,7 @@ def dequantise(
     """Return float16 tokens of int8 [n, N, D], with scale and middle of each frame's shard, [n, D]."""
     import torch  # slow to import, and not needed to list or verify stores
 
-    if out is None:
-        out = np.empty(stored.shape, np.float16)
+    out = np.empty(stored.shape, np.float16) if out is None else out
     steps, result = torch.from_numpy(np.require(stored, requirements="W")), torch.from_numpy(out)
     scales, middles = torch.tensor(scale), torch.tensor(middle)
     for start in range(0, len(stored), BLOCK):

@@ -1,8 +1,7 @@
 """Reading frames from sharded Zarr arrays at the speed of memory.
 
 In a Zarr v3 shard each uncompressed inner chunk, one frame, ends in a crc32c of 4 bytes. The file ends in an index of (offset, bytes)
-pairs, 16 bytes each, with a crc32c of its own. `MappedReader` maps the files, reads each index once, and copies frames from the map; the
-zarr API runs a coroutine and switches threads for every frame. `ZarrReader` uses that API, for stores that are compressed or remote.
+pairs, 16 bytes each, with a crc32c of its own. The zarr API, which runs a coroutine for every frame, reads compressed and remote stores.
 """
 
 from __future__ import annotations
@@ -125,10 +124,7 @@ class _Shard:
 
 
 class MappedReader(Reader):
-    """Gathers frames from memory maps. A frame is compared with its checksum the first time that this reader reads it.
-
-    Where the file system has no maps, frames are read from the file instead.
-    """
+    """Gathers frames from memory maps, or files without. A frame is compared with its checksum the first time that it is read."""
 
     def __init__(self, path: AnyPath, card: StoreCard) -> None:
         """Open nothing yet."""
@@ -144,11 +140,7 @@ class MappedReader(Reader):
         self._warned = False
 
     def gather(self, frames: NDArray[np.int64], out: Stored) -> None:
-        """See `Reader.gather`.
-
-        Raises:
-            UserError: a shard is missing or damaged, naming the shard and if possible the frame.
-        """
+        """See `Reader.gather`; raise UserError with the shard, and if possible the frame, that is missing or damaged."""
         order = np.argsort(frames, kind="stable")
         shards, rows = np.divmod(frames[order], self._card.frames_per_shard)
         bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(order)] if len(order) else [0]
@@ -193,12 +185,6 @@ class MappedReader(Reader):
             future.result()
 
     def _shard(self, shard: int) -> _Shard:
-        """Open a shard, mapped if possible.
-
-        Raises:
-            UnreadableError: the system cannot read it.
-            UserError: it is missing or damaged.
-        """
         if (known := self._shards.get(shard)) is not None:
             return known
         if len(self._shards) >= self._max_shards:
@@ -216,45 +202,43 @@ class MappedReader(Reader):
         if not (found.is_mapped or self._warned):
             self._warned = True
             tqdm.write(
-                f"{self._path} is on a file system without memory maps: frames are read one by one; "
-                "a copy on a local disk is read faster",
-                file=sys.stderr,
+                f"no memory maps, frames are read one by one; copy it to a local disk: {self._path}", file=sys.stderr
             )
         self._shards[shard] = found
         return found
 
     def _first_offset(self, stream: IO[bytes], shard: int, file: AnyPath) -> int:
-        """Return the offset of the first frame; raise UserError unless the index has all others after it at a constant stride."""
+        # Of a sound index, which has all other frames after it at a constant stride.
         size, stride = os.fstat(stream.fileno()).st_size, self._card.frame_bytes + CRC_BYTES
+        damaged = UserError(f"the size or the index of shard {file} is damaged; {self._hint}")
         if size != self._card.shard_bytes(shard):
-            raise UserError(f"shard {file} has {size} bytes instead of {self._card.shard_bytes(shard)}; {self._hint}")
+            raise damaged
         stream.seek(size - self._card.frames_per_shard * INDEX_ENTRY_BYTES - CRC_BYTES)
-        index = stream.read()
-        entries = index[:-CRC_BYTES]
-        if google_crc32c.value(entries) != int.from_bytes(index[-CRC_BYTES:], "little"):
-            raise UserError(f"the index of shard {file} is damaged; {self._hint}")
+        index = np.frombuffer(stream.read(), np.uint8)
+        if not _is_whole(index):
+            raise damaged
         frames = self._card.shard_frames(shard)
-        offset, sizes = np.frombuffer(entries, "<u8").reshape(-1, 2)[: len(frames)].T
+        offset, sizes = index[:-CRC_BYTES].view("<u8").reshape(-1, 2)[: len(frames)].T
         if (offset == ABSENT).any():
             raise UserError(f"shard {file} lacks frame {frames[int(np.argmax(offset == ABSENT))]}; {self._hint}")
         first = int(offset[0])
         within = first + len(frames) * stride <= size
         if not within or (sizes != stride).any() or (np.diff(offset.astype(np.int64)) != stride).any():
-            raise UserError(f"shard {file} is not laid out as this wmcache writes it; {self._hint}")
+            raise damaged
         return first
 
-    def _file(self, shard: int) -> AnyPath:
-        return shard_file(self._path, shard)
+    def _file(self, shard: int) -> Path:
+        return Path(str(shard_file(self._path, shard)))
 
     def _open(self, shard: int) -> IO[bytes]:
-        return Path(str(self._file(shard))).open("rb")
+        return self._file(shard).open("rb")
 
 
 class ZarrReader(Reader):
     """Gathers frames through the zarr API."""
 
     def __init__(self, tokens: zarr.Array[Any], card: StoreCard, where: AnyPath) -> None:
-        """Take the array of the store at `where`."""
+        """Read the array of the store at `where`."""
         self._tokens, self._where = tokens, where
         self._fill = np.asarray(FILL[card.dtype], card.dtype)
 
@@ -290,7 +274,7 @@ class MemoryReader(Reader):
 
 
 def _is_whole(chunk: NDArray[np.uint8]) -> bool:
-    """Return whether a frame's bytes match the checksum after them."""
+    """Return whether the bytes of a frame or an index match the checksum after them."""
     stored = int.from_bytes(chunk[-CRC_BYTES:].tobytes(), "little")
     return int(google_crc32c.value(chunk[:-CRC_BYTES])) == stored
 

@@ -4,8 +4,7 @@
     tokens/commits/000012.lock              while a process works on that shard
     tokens/commits/block-000003.safetensors the records of shards 3000 to 3999, once all of them are done
 
-The process that finishes the last shard of a thousand folds their records into a block and deletes them, so that a store of a million
-shards has a thousand of these files. A record beside a block is newer than the block.
+A record beside a block is newer than the block.
 """
 
 from __future__ import annotations
@@ -86,10 +85,8 @@ class Block:
     """The records of some shards, a row for each, in ascending order.
 
     Attributes:
-        shard, bytes: [n].
-        sha256: uint8 [n, 32]. tag: uint8 [n, 16]; 0 where there is none.
-        sum, sum_of_squares: [n, D].
-        scale, middle: [n, D]; [n, 0] where the store is not int8.
+        sha256: [n, 32]. tag: [n, 16]; 0 where there is none.
+        scale, middle: [n, D] as the sums; [n, 0] where the store is not int8.
     """
 
     shard: NDArray[np.int64]
@@ -110,8 +107,9 @@ class Block:
             name: np.array([getattr(record, name) or [] for record in records], dtype)
             for name, dtype in NUMBERS.items()
         }
-        sha256, tag = ([record.sha256 for record in records], [record.tag or "0" * 32 for record in records])
-        return cls(shard=np.array(shards, np.int64), sha256=_digits(sha256, 32), tag=_digits(tag, 16), **numbers)
+        digits = ("".join(record.sha256 for record in records), "".join(record.tag or "0" * 32 for record in records))
+        sha256, tag = (np.frombuffer(bytes.fromhex(text), np.uint8).reshape(len(records), -1) for text in digits)
+        return cls(shard=np.array(shards, np.int64), sha256=sha256, tag=tag, **numbers)
 
     def row(self, shard: int, card: StoreCard, identity: Identity) -> Record | None:
         """Return the record of a shard, if it is one of these."""
@@ -132,23 +130,14 @@ class Block:
         return Block(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
-def _pack(block: Block, identity: Identity) -> bytes:
-    """Return the content of a block's file."""
-    digest = np.frombuffer(bytes.fromhex(identity.digest()), np.uint8)
-    tensors = {field.name: np.ascontiguousarray(getattr(block, field.name)) for field in fields(block)}
-    data: bytes = save_tensors({**tensors, "identity": digest, "checksum": np.array([_crc(block, digest)], np.int64)})
-    return data
-
-
 def _unpack(data: bytes, identity: Identity, shards: range) -> Block:
-    """Read what `_pack` returned for some of these shards; raise ValueError, or a library's error, for anything else."""
+    """Read what `Records.write_block` wrote for some of these shards; raise ValueError, or a library's error, for anything else."""
     tensors = load_tensors(data)
     checksum, digest = tensors.pop("checksum"), tensors.pop("identity")
     block = Block(**tensors)
-    if checksum.tolist() != [_crc(block, digest)]:
-        raise ValueError("it differs from its checksum")
-    if digest.tobytes().hex() != identity.digest() or not set(block.shard.tolist()) <= set(shards):
-        raise ValueError("it is of another store or other shards")
+    is_whole = checksum.tolist() == [_crc(block, digest)]
+    if not is_whole or digest.tobytes().hex() != identity.digest() or not set(block.shard.tolist()) <= set(shards):
+        raise ValueError("it differs from its checksum, or is of another store or other shards")
     return block
 
 
@@ -157,10 +146,6 @@ def _crc(block: Block, identity: NDArray[np.uint8]) -> int:
     for field in fields(block):
         crc = google_crc32c.extend(crc, np.ascontiguousarray(getattr(block, field.name)).tobytes())
     return int(crc)
-
-
-def _digits(hexadecimal: list[str], width: int) -> NDArray[np.uint8]:
-    return np.frombuffer(bytes.fromhex("".join(hexadecimal)), np.uint8).reshape(-1, width)
 
 
 def commits(path: AnyPath) -> AnyPath:
@@ -193,11 +178,7 @@ class Records:
         self._last: tuple[str, object, Block] | None = None
 
     def read(self, shard: int) -> Record:
-        """Return the record of a shard.
-
-        Raises:
-            UserError: it is missing, damaged, or of another shard or identity.
-        """
+        """Return the record of a shard; raise UserError where it is missing, damaged, or of another shard or identity."""
         try:
             return self._read_json(shard)
         except MissingError:
@@ -232,13 +213,13 @@ class Records:
         with self._folding(shard):
             if not self._can_fold(wanted):
                 return  # another process was faster
-            rows = {number: record for number, record in self._read_all(wanted) if isinstance(record, Record)}
+            rows = {number: record for number, record in self._read_all(wanted) if record is not None}
             if len(rows) == IN_A_BLOCK:  # else one is damaged: the process that does that shard again folds them
                 self.write_block(Block.of(rows))
                 remove_files([record_file(self.path, number) for number in wanted])
 
     def _can_fold(self, wanted: range) -> bool:
-        """Return whether there are records beside the block, and all of a thousand with those in it."""
+        # Whether there are records beside the block, and all of a thousand with those in it.
         single = set(self._single(wanted.start)) & set(wanted)
         if len(single) in (0, len(wanted)):
             return bool(single)
@@ -247,17 +228,19 @@ class Records:
 
     def write_block(self, block: Block) -> None:
         """Write a thousand's records."""
-        write_whole(block_file(self.path, int(block.shard[0])), _pack(block, self._identity))
+        digest = np.frombuffer(bytes.fromhex(self._identity.digest()), np.uint8)
+        tensors = {field.name: np.ascontiguousarray(getattr(block, field.name)) for field in fields(block)}
+        tensors |= {"identity": digest, "checksum": np.array([_crc(block, digest)], np.int64)}
+        write_whole(block_file(self.path, int(block.shard[0])), save_tensors(tensors))
 
     def recorded(self) -> NDArray[np.int64]:
         """Return the bytes of each shard's file by its record, int64 [shards]; -1 where there is none, or a damaged one."""
-        found = np.full(self._card.num_shards, -1, np.int64)
-        single = self._single()
+        found, single = np.full(self._card.num_shards, -1, np.int64), self._single()
         for first in self._block_starts():
             if (block := self._sound_block(first)) is not None:
                 found[block.shard] = block.bytes
         for shard, record in self._read_all(single):
-            found[shard] = record.bytes if isinstance(record, Record) else -1
+            found[shard] = -1 if record is None else record.bytes
         return found
 
     def count(self) -> int:
@@ -275,28 +258,25 @@ class Records:
             self.fold(first)
             block = self._sound_block(first)
             if block is None or len(block.shard) < len(wanted):
-                rows = {}
-                for shard, record in self._read_all(wanted):
-                    if isinstance(record, UserError):
-                        raise record
-                    rows[shard] = record
-                block = Block.of(rows)
+                block = Block.of(
+                    {shard: self.read(shard) if found is None else found for shard, found in self._read_all(wanted)}
+                )
             yield block
 
     def claimed(self) -> list[int]:
         """Return the shards that have a lock file: of a process that works on them, or died there."""
         return self._numbers(".lock")
 
-    def _read_all(self, shards: Iterable[int]) -> Iterator[tuple[int, Record | UserError]]:
-        """Read records that another process may be folding, from an object store several at once."""
+    def _read_all(self, shards: Iterable[int]) -> Iterator[tuple[int, Record | None]]:
+        """Read records, from an object store several at once; None is a missing or damaged one."""
 
-        def read(shard: int) -> tuple[int, Record | UserError]:
+        def read(shard: int) -> tuple[int, Record | None]:
             try:
                 return shard, self.read(shard)
             except UnreadableError:
                 raise
-            except UserError as error:
-                return shard, error
+            except UserError:
+                return shard, None
 
         if is_local(self.path):
             yield from map(read, shards)
@@ -326,16 +306,14 @@ class Records:
         return exclusive(block_file(self.path, shard).with_suffix(".lock"), self.path)
 
     def _read_json(self, shard: int) -> Record:
-        """Return a shard's own record; raise MissingError where it has none."""
         file, frames = record_file(self.path, shard), self._card.shard_frames(shard)
         values = require_seal(read_json(file, self._hint), file, self._hint)
         known = {name: value for name, value in values.items() if name != "checksum"}
         record = parse(Record, known, file, self._hint)
         lists = [record.sum, record.sum_of_squares]
         lists += [record.scale or [], record.middle or []] * (self._card.dtype == "int8")
-        if any(len(values) != self._card.token_dim for values in lists):
-            raise UserError(f"{file} has statistics of another length; {self._hint}")
-        if record.identity != self._identity.digest() or record.frames != (frames.start, frames.stop):
+        fits = all(len(values) == self._card.token_dim for values in lists)
+        if not fits or (record.identity, record.frames) != (self._identity.digest(), (frames.start, frames.stop)):
             raise UserError(f"{file} is the record of another shard or store; {self._hint}")
         return record
 
@@ -349,7 +327,6 @@ class Records:
             return None
 
     def _read_block(self, shard: int) -> Block | None:
-        """Return the block of a shard, None where there is none; raise UserError where it is damaged."""
         file = block_file(self.path, shard)
         try:
             now = stamp(file)

@@ -1,8 +1,4 @@
-"""The token store, for reading: checked when it is opened, and watched while it is read.
-
-Any Zarr reader opens a store (`zarr.open_group`); `TokenStore` reads it through memory maps and compares it with its checksums. See
-`layout.py` for what is where, and `writer.py` for how it is written.
-"""
+"""The token store, for reading: checked when it is opened, and watched while it is read."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ from tqdm import tqdm
 
 from wmcache.cache.arrays import SMALL, is_mappable, open_group, open_tokens, read_column
 from wmcache.cache.identity import Identity
-from wmcache.cache.layout import STEP_COLUMNS, read_attributes, read_card, shard_file, shard_sizes
+from wmcache.cache.layout import AGAIN, STEP_COLUMNS, read_attributes, read_card, shard_file, shard_sizes
 from wmcache.cache.mirror import MirroredReader
 from wmcache.cache.quantise import dequantise
 from wmcache.cache.reader import MappedReader, MemoryReader, Reader, Stored, ZarrReader
@@ -66,29 +62,21 @@ class TokenStore:
                 getattr(self, name)
         self.scale = self._column("scale") if "scale" in self._columns else None
         if self.card.dtype == "int8" and self.scale is None:
-            raise UserError(
-                f"{path} can be read only when it is complete; finish it by running its wmcache extract again"
-            )
+            raise UserError(f"{path} is incomplete; {AGAIN}")
 
     @classmethod
     def open(cls, path: str | AnyPath, *, allow_incomplete: bool = False, mirrored: bool = False) -> TokenStore:
-        """Open a store.
+        """Open a store at a path or URL; raise UserError where it is missing, damaged, not a store, or incomplete (unless allowed).
 
         Args:
-            path: its folder, or its URL (`s3://…`).
-            allow_incomplete: read what an extraction has done so far.
-            mirrored: keep complete shards of a remote store in local files (`MirroredReader`), to read all of it many times. By default,
-                frames are fetched one by one through the zarr API.
-
-        Raises:
-            UserError: it is missing, damaged, not a store, or incomplete (unless allowed).
+            mirrored: keep complete shards of a remote store in local files, to read all of it many times, instead of fetching frames.
         """
         where = as_path(path)
         stamped = _stamp(where)
         attributes = read_attributes(where)
         group = open_group(where)
         if not attributes["complete"] and not allow_incomplete:
-            raise UserError(f"{path} is incomplete; finish it by running its wmcache extract again")
+            raise UserError(f"{path} is incomplete; {AGAIN}")
         return cls(where, group, attributes, stamped, mirrored=mirrored)
 
     @cached_property
@@ -127,14 +115,12 @@ class TokenStore:
         """Return the tokens of frames [n], float16 [n, N, D], in the given order and with duplicates; in `out`, if given.
 
         Raises:
-            IndexError: a number is out of range.
             UserError: a shard is missing or damaged, or the store has changed since it was opened.
         """
         if self.scale is None:
             return self.gather_stored(frames, out)
-        frames = np.asarray(frames)
         stored = self.gather_stored(frames)
-        scale, middle = np.moveaxis(self.scale[frames // self.card.frames_per_shard], 1, 0)
+        scale, middle = np.moveaxis(self.scale[np.asarray(frames) // self.card.frames_per_shard], 1, 0)
         return dequantise(stored, scale, middle, out)
 
     def gather_stored(self, frames: NDArray[np.integer], out: Stored | None = None) -> Stored:
@@ -144,8 +130,7 @@ class TokenStore:
             raise IndexError(f"frames must be a vector, not of shape {wanted.shape}")
         if len(wanted) and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise IndexError(f"frames must be in [0, {len(self)}), not in [{wanted.min()}, {wanted.max()}]")
-        if out is None:
-            out = np.empty((len(wanted), *self.card.frame_shape), self.card.dtype)
+        out = np.empty((len(wanted), *self.card.frame_shape), self.card.dtype) if out is None else out
         with self._unchanged():
             self._reader.gather(wanted, out)
         return out
@@ -155,11 +140,7 @@ class TokenStore:
         self._reader.prefetch(np.asarray(frames, dtype=np.int64))
 
     def load(self, *, quiet: bool = False) -> Stored:
-        """Read all tokens into memory, in the store's own dtype, [frames, N, D]; `gather` then reads them there.
-
-        Raises:
-            UserError: as `gather`; or there is too little memory.
-        """
+        """Read all tokens into memory, in the store's own dtype, [frames, N, D]; `gather` then reads them there."""
         if isinstance(self._reader, MemoryReader):
             return self._reader.tokens
         try:
@@ -185,24 +166,13 @@ class TokenStore:
         seed: int = 42,
         fraction: float = 1.0,
     ) -> Windows:
-        """Return all training windows of a split of the episodes.
-
-        Args:
-            history, predict: context and target frames of a window.
-            frameskip: env steps between the frames of a window.
-            split: `train` (90 % of the episodes), `val` (the others) or `all`.
-            seed: of the split (DINO-WM: 42).
-            fraction: share of the split's episodes, see `split_episodes`.
-
-        Raises:
-            UserError: no episode of the split is long enough.
-        """
+        """Return all training windows of a split (see `split_episodes`); raise UserError where no episode is long enough."""
         episodes = split_episodes(self.episodes, split, seed, fraction)
         starts, dropped = window_starts(self.episode, episodes, (history + predict) * frameskip)
         if not len(starts):
             raise UserError(
-                f"no episode of {self.path} ({split}) has the {(history + predict) * frameskip} frames that a window of "
-                f"{history} + {predict} frames, {frameskip} apart, takes; collect longer episodes or lower --history or --frameskip"
+                f"no episode of {self.path} ({split}) has the {(history + predict) * frameskip} frames of a window; "
+                "collect longer episodes or lower --history or --frameskip"
             )
         return Windows(self, starts, history, predict, frameskip, dropped)
 
@@ -213,13 +183,11 @@ class TokenStore:
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
-        """Raise UserError where the store changed since it was opened: writers change the attributes before anything else.
-
-        Mirrored shards are known by their checksums, so the server is not asked.
-        """
+        """Raise UserError where the store changed since it was opened: writers change the attributes before anything else."""
         try:
             yield
         finally:
+            # Mirrored shards are known by their checksums, so the server is not asked.
             now = self._stamp if isinstance(self._reader, MirroredReader) else _stamp(self.path)
             # A server that does not answer has failed the read itself.
             if now != self._stamp and (now is not None or is_local(self.path)):
@@ -231,14 +199,11 @@ class TokenStore:
         expected = np.full(self.card.num_shards, self.card.shard_bytes(0))
         expected[-1] = self.card.shard_bytes(self.card.num_shards - 1)
         if len(bad := np.flatnonzero(sizes != expected)):
-            raise UserError(
-                f"{len(bad)} of {self.card.num_shards} shards are missing or cut short, the first is "
-                f"{shard_file(self.path, int(bad[0]))}; repair it with: {command('wmcache', 'repair', self.path)}"
-            )
+            first, repair = shard_file(self.path, int(bad[0])), command("wmcache", "repair", self.path)
+            raise UserError(f"{len(bad)} shards are missing or cut short, such as {first}; repair it with: {repair}")
 
 
 def _stamp(path: AnyPath) -> object:
-    """Return a value that differs whenever the attributes are written or the store is replaced; None where it cannot be read."""
     file = path / "zarr.json"
     try:
         return stamp(file)

@@ -19,9 +19,6 @@ from wmcache.common.files import sha256_of
 from wmcache.common.paths import MISSING, AnyPath, is_local, names_in, readable, size_of, unreadable
 from wmcache.common.progress import seconds_between_updates
 
-MOST_FAULTS = 1000
-"""Faults after which `verify` stops."""
-
 
 @dataclass(frozen=True)
 class Fault:
@@ -37,8 +34,6 @@ class Verification:
     """What `verify` found.
 
     Attributes:
-        complete: whether the store is declared so.
-        shards_done: how many shards have a sound record.
         leftovers: files of writers that died, or of other programs. They do no harm.
         drift: how far the tokens are from encoding a sample of frames again; None where that was not asked for.
     """
@@ -61,11 +56,7 @@ class Verification:
 def verify(path: AnyPath) -> Verification:
     """Compare the whole store with its records: metadata, columns, counts, sizes, and every byte of every shard.
 
-    A missing shard of an incomplete store is not a fault.
-
-    Raises:
-        UnreadableError: the system cannot read a file of it.
-        UserError: there is no store at `path`.
+    A missing shard of an incomplete store is not a fault. Raise UserError where there is no store, or one that the system cannot read.
     """
     try:
         attributes = read_attributes(path)
@@ -76,7 +67,7 @@ def verify(path: AnyPath) -> Verification:
     faults, mappable = [], False
     try:
         group = open_group(path)
-        mappable = is_mappable(open_tokens(group, card, attributes, path), card)
+        mappable = is_mappable(open_tokens(group, card, attributes, path), card) and is_local(path)
         check_columns(group, card, attributes["columns"], path, thorough=True)
     except DamagedError as error:
         faults.append(Fault(str(path), str(error)))
@@ -87,11 +78,8 @@ def verify(path: AnyPath) -> Verification:
         for shard in range(card.num_shards):
             if complete or recorded[shard]:
                 expected = None if declared is None else declared[shard].tobytes().hex()
-                found = check_shard(records, shard, card, expected, mappable=mappable)
+                found = _check_shard(records, shard, card, expected, mappable=mappable)
                 faults += found
-                if len(faults) >= MOST_FAULTS:
-                    faults.append(Fault(str(path), f"shards from {shard + 1} on were not checked"))
-                    break
                 done += not found
             bar.update(len(card.shard_frames(shard)))
     return Verification(str(path), complete, card.num_shards, done, card.frames, faults, others)
@@ -108,13 +96,7 @@ def declared_shards(path: AnyPath) -> NDArray[np.uint8] | None:
     return None
 
 
-def check_shard(
-    records: Records, shard: int, card: StoreCard, declared: str | None = None, *, mappable: bool
-) -> list[Fault]:
-    """Return what is wrong with a shard: its record, its size, its bytes, and, if those differ, which frames.
-
-    `declared` is the checksum that a complete store has for it.
-    """
+def _check_shard(records: Records, shard: int, card: StoreCard, declared: str | None, *, mappable: bool) -> list[Fault]:
     path, file = records.path, shard_file(records.path, shard)
     try:
         record = records.read(shard)
@@ -130,36 +112,28 @@ def check_shard(
             raise unreadable(file, error) from error
         return [Fault(str(file), "it does not exist", shard)]
     if size != record.bytes:
-        reason = f"it has {size} bytes instead of {record.bytes}"
-    elif sha256 != record.sha256:
-        reason = "it differs from its checksum" + (_bad_frames(path, shard, card) if mappable else "")
-    elif declared not in (None, sha256):
-        reason = "it is not the one that the store was declared complete with"
-    else:
+        return [Fault(str(file), f"it has {size} bytes instead of {record.bytes}", shard)]
+    if sha256 == record.sha256 and declared in (None, sha256):
         return []
-    return [Fault(str(file), reason, shard)]
+    return [
+        Fault(str(file), f"it differs from its checksum{_bad_frames(path, shard, card) if mappable else ''}", shard)
+    ]
 
 
 def _bad_frames(path: AnyPath, shard: int, card: StoreCard) -> str:
-    """Return which frames of a local shard are damaged, for the end of a reason."""
-    if not is_local(path):
-        return ""
     try:
-        _, bad = MappedReader(path, card).scan(shard)
+        bad = MappedReader(path, card).scan(shard)[1]
     except UnreadableError:
         raise
     except UserError as error:
         return f": {error}"
-    return f", in frames {', '.join(map(str, bad))}" if bad else ", though every frame is whole"
+    return f", in frames {', '.join(map(str, bad))}" if bad else ""
 
 
 def whole_tokens(path: AnyPath, shard: int, card: StoreCard) -> NDArray[np.float16] | None:
-    """Return a shard's tokens if every frame matches its own checksum and is finite; else None.
-
-    None for an int8 store too, whose scales are in the lost record, and for a remote store, whose files cannot be mapped.
-    """
+    """Return a local float16 shard's tokens if every frame matches its own checksum and is finite; else None."""
     if card.dtype != "float16" or not is_local(path):
-        return None
+        return None  # the scales of int8 are in the lost record
     try:
         tokens, bad = MappedReader(path, card).scan(shard)
     except UnreadableError:

@@ -31,7 +31,7 @@ class Windows:
         history, predict: context and target frames.
         frameskip: f, env steps between frames.
         dropped_episodes: how many episodes of the split are too short for one window.
-        extras: stores with a row for each frame of `source`, by the name that batches have for these rows.
+        extras: name in a batch -> store with a row for each frame of `source`.
     """
 
     source: TokenStore
@@ -60,15 +60,7 @@ class Windows:
         return self.starts[windows][:, None] + self.frameskip * np.arange(self.length)
 
     def batch(self, windows: Int, out: NDArray[np.float16] | None = None) -> dict[str, NDArray[Any]]:
-        """Read the data of some windows.
-
-        Args:
-            windows: [B], numbers in [0, len(self)).
-            out: float16 [B * T, N, D] to fill with the tokens.
-
-        Returns:
-            tokens float16 [B, T, N, D], and what `steps` returns.
-        """
+        """Read windows [B]: tokens float16 [B, T, N, D], in `out` [B * T, N, D] if given, and what `steps` returns."""
         frames = self.frames(windows)
         tokens = self.source.gather(frames.ravel(), out)
         return {"tokens": tokens.reshape(*frames.shape, *tokens.shape[1:]), **self.steps(frames)}
@@ -77,8 +69,8 @@ class Windows:
         """Read what accompanies the tokens of frames [B, T].
 
         Returns:
-            proprio float32 [B, T, P]; action float32 [B, T, f * A], the f env actions from each frame to the next, one after another; and
-            a float16 array [B, T, …] for each of `extras`.
+            proprio float32 [B, T, P]; action float32 [B, T, f * A], the f env actions from each frame to the next; float16 [B, T, …] of
+            each of `extras`.
         """
         following = frames[:, :, None] + np.arange(self.frameskip)
         rows = {name: store.gather(frames.ravel()) for name, store in self.extras.items()}
@@ -90,14 +82,9 @@ class Windows:
 
 
 def split_episodes(episodes: int, split: str, seed: int, fraction: float = 1.0) -> Int:
-    """Choose the episodes of a split: 90 % train, and at least one val where there are two or more. No window is in both.
+    """Choose the episodes of `train`, `val` or `all`: 90 % train, and at least one val where there are two or more.
 
-    Args:
-        episodes: how many there are. split: `train`, `val` or `all`. seed: of the split.
-        fraction: share of the split's episodes, at least one; a larger share contains every smaller one.
-
-    Raises:
-        UserError: unknown split, or a split that would be empty.
+    A larger `fraction` of a split's episodes contains every smaller one. Raise UserError for an unknown or an empty split.
     """
     order = np.random.default_rng(seed).permutation(episodes)
     cut = min(round(TRAIN_FRACTION * episodes), episodes - 1)
@@ -112,10 +99,7 @@ def split_episodes(episodes: int, split: str, seed: int, fraction: float = 1.0) 
 def window_starts(episode: NDArray[np.integer], episodes: Int, span: int) -> tuple[Int, int]:
     """Find the first frames of all windows of `span` consecutive frames inside the given episodes.
 
-    Args:
-        episode: [frames], non-decreasing: the episode of each frame.
-        episodes: which to use.
-        span: (history + predict) * frameskip; the actions after the last frame of a window belong to it.
+    `episode` [frames] is the episode of each frame, ascending. The actions after the last frame of a window belong to its span.
 
     Returns:
         int64 [windows], ascending, and the number of episodes that are shorter than `span`.
@@ -135,10 +119,10 @@ def epoch_order(windows: int, seed: int, epoch: int) -> Int:
 
 
 def batch_windows(windows: int, seed: int, step: int, batch: int, rank: int = 0, world_size: int = 1) -> Int:
-    """Return the windows of a training step, or the slice of them for one of several processes; it depends on the arguments alone.
+    """Return the windows of a training step, or a rank's slice of them; it depends on the arguments alone.
 
-    The orders of epochs 0, 1, … one after another are cut into batches, and each batch into `world_size` equal slices. So a run that is
-    resumed at any step continues with the same batches, with any number of processes. With another batch size, a step sees other windows.
+    The orders of epochs 0, 1, … one after another are cut into batches, and each batch into `world_size` equal slices, so a resumed run
+    continues with the same batches, with any number of processes.
     """
     if batch % world_size:
         raise ValueError(f"a batch of {batch} cannot be cut into {world_size} equal slices")

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from zarr.storage import MemoryStore
 from wmcache.cache.arrays import check_columns, create_arrays, open_group, open_tokens, write_column
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import (
+    AGAIN,
     SHARD_COLUMNS,
     STEP_COLUMNS,
     DamagedError,
@@ -52,6 +54,7 @@ BLOCK = 16
 """Frames converted at once, so that no shard is copied to a wider type as a whole."""
 
 Tokens = NDArray[np.float16]
+Sums = NDArray[np.float64]
 
 
 class LackingError(UserError):
@@ -61,8 +64,7 @@ class LackingError(UserError):
 class StoreWriter:
     """Writes a store. Writers in several processes share the work: one claims a shard, the others wait for it or skip it.
 
-    An object store has no locks, so no claims: two writers may do a shard twice there, and `finish` detects files and records that do
-    not belong together.
+    An object store has no claims: there `finish` detects files and records of two writers that do not belong together.
     """
 
     def __init__(self, path: AnyPath, card: StoreCard, identity: Identity) -> None:
@@ -75,11 +77,7 @@ class StoreWriter:
     def create(
         cls, path: AnyPath, card: StoreCard, identity: Identity, steps: Mapping[str, NDArray[Any]]
     ) -> StoreWriter:
-        """Start a store, or resume the one with the same identity; write its metadata again where it is damaged.
-
-        Args:
-            path: of the group, ending in `.zarr`.
-            steps: the step table: action [frames, 2], state [frames, 4], episode [frames], step [frames].
+        """Start a store with the columns of a step table, or resume that of this identity; write its metadata again where it is damaged.
 
         Raises:
             UserError: a store of another identity exists, naming the fields that differ; or the folder is not a store.
@@ -99,7 +97,7 @@ class StoreWriter:
 
     @classmethod
     def _existing(cls, path: AnyPath, card: StoreCard, identity: Identity) -> StoreWriter | None:
-        """Resume the store of this identity; return None where there is none, or where its metadata has to be written again."""
+        # None where there is none, or where its metadata has to be written again.
         with _writing(path):
             if not exists(path if is_local(path) else path / "zarr.json"):
                 # Objects appear one by one: a creator that died may have left some.
@@ -109,19 +107,14 @@ class StoreWriter:
         try:
             found = cls.resume(path, identity)
         except DamagedError:
-            _require_identity_of(path, card, identity)
+            _require_same_damaged(path, card, identity)
             return None
         shapes = {(it.frames, it.frames_per_shard, it.token_grid, it.token_dim, it.dtype) for it in (found.card, card)}
         return found if len(shapes) == 1 else None
 
     @classmethod
     def resume(cls, path: AnyPath, identity: Identity) -> StoreWriter:
-        """Open the store at `path` to write what it lacks.
-
-        Raises:
-            DamagedError: its metadata is damaged; `create` writes it again.
-            UserError: it is missing, not a store, or of another identity, naming the fields that differ.
-        """
+        """Open the store at `path` to write what it lacks; raise DamagedError, or UserError as `create`."""
         attributes = read_attributes(path)
         _require_same(attributes, identity, path)
         card, group = read_card(attributes), open_group(path)
@@ -134,7 +127,6 @@ class StoreWriter:
         return self._list()[0]
 
     def _list(self) -> tuple[list[int], dict[int, str]]:
-        """Return the pending shards, and the tags of the files, from one listing."""
         with _writing(self.path):
             sizes, tags = shard_sizes(self.path, self.card.num_shards)
             recorded = self._records.recorded()
@@ -160,22 +152,15 @@ class StoreWriter:
         found = set()
         for shard in self._records.claimed():
             with self.claim(shard) as is_free:
-                if not is_free:
-                    found.add(shard)
+                found |= set() if is_free else {shard}
         return found
 
     def claim(self, shard: int, *, wait: bool = False) -> AbstractContextManager[bool]:
-        """Hold a shard against all other writers, if it is free or with `wait`; enter to learn whether it is held.
-
-        The operating system ends the claim of a process that dies.
-        """
+        """Hold a shard against all other writers, if it is free or with `wait`; enter to learn whether it is held."""
         return exclusive(lock_file(self.path, shard), self.path, wait=wait)
 
     def write_shard(self, shard: int, tokens: Tokens) -> None:
-        """Write a complete shard, then its record.
-
-        Args:
-            tokens: float16 [frames of the shard, N, D].
+        """Write a complete shard, float16 [frames of the shard, N, D], then its record.
 
         Raises:
             UserError: a value is not finite (or overflowed float16), naming the frame; or the disk is full.
@@ -188,7 +173,7 @@ class StoreWriter:
         if not np.isfinite(squares).all():  # not finite if one value of the channel is not
             frame = frames[int(np.argmin(np.isfinite(tokens).all(axis=(1, 2))))]
             raise UserError(
-                f"the encoder gave a value that float16 cannot represent: frame {frame}; check its weights, or try --dtype float32"
+                f"tokens are not finite in float16: frame {frame}; check the weights, or try --dtype float32"
             )
         stored, scale, middle = quantise(tokens) if self.card.dtype == "int8" else (tokens, None, None)
         with _writing(self.path):
@@ -198,52 +183,32 @@ class StoreWriter:
             self._records.drop(shard)
             sweep(self.path / "tokens")
             sweep(commits(self.path))
-            data = self._encode(shard, stored)
+            # The file as zarr writes it.
+            files = {"zarr.json": default_buffer_prototype().buffer.from_bytes(self._layout)}
+            zarr.open_array(MemoryStore(files), mode="r+")[frames.start : frames.stop] = stored
+            data = files[shard_file(self.path, shard).name].to_bytes()
             tag = write_whole(shard_file(self.path, shard), data)
             record = self._record(shard, len(data), hashlib.sha256(data).hexdigest(), total, squares)
             if scale is not None and middle is not None:
-                record |= {"scale": scale.tolist(), "middle": middle.tolist()}
-            self._records.write(shard, Record(**record, tag=tag))
-
-    def _encode(self, shard: int, stored: NDArray[Any]) -> bytes:
-        """Return a shard's file, as zarr writes it."""
-        files = {"zarr.json": default_buffer_prototype().buffer.from_bytes(self._layout)}
-        frames = self.card.shard_frames(shard)
-        zarr.open_array(MemoryStore(files), mode="r+")[frames.start : frames.stop] = stored
-        return files[shard_file(self.path, shard).name].to_bytes()
+                record = replace(record, scale=scale.tolist(), middle=middle.tolist())
+            self._records.write(shard, replace(record, tag=tag))
 
     def record(self, shard: int, tokens: Tokens) -> None:
         """Write the record of a float16 shard that has lost it; `tokens` are those in its file."""
         file = shard_file(self.path, shard)
         with _writing(self.path):
-            record = self._record(shard, size_of(file), sha256_of(file), *channel_sums(tokens))
-            self._records.write(shard, Record(**record))
+            self._records.write(shard, self._record(shard, size_of(file), sha256_of(file), *channel_sums(tokens)))
 
-    def _record(
-        self, shard: int, size: int, sha256: str, total: NDArray[np.float64], squares: NDArray[np.float64]
-    ) -> dict[str, Any]:
+    def _record(self, shard: int, size: int, sha256: str, total: Sums, squares: Sums) -> Record:
         frames = self.card.shard_frames(shard)
-        return {
-            "frames": (frames.start, frames.stop),
-            "bytes": size,
-            "sha256": sha256,
-            "identity": self.identity.digest(),
-            "sum": total.tolist(),
-            "sum_of_squares": squares.tolist(),
-        }
+        identity = self.identity.digest()
+        return Record((frames.start, frames.stop), size, sha256, identity, total.tolist(), squares.tolist())
 
     def finish(self) -> None:
-        """Compute the statistics and declare the store complete; a complete store is not changed.
-
-        Raises:
-            LackingError: shards are missing, or two writers have written one at once.
-            UserError: the disk is full.
-        """
+        """Compute the statistics and declare the store complete; raise LackingError where shards are missing, or of two writers."""
         if missing := self.try_finish():
             first = ", ".join(map(str, missing[:5])) + ", …" * (len(missing) > 5)
-            raise LackingError(
-                f"{self.path} lacks {len(missing)} of {self.card.num_shards} shards ({first}); run the same wmcache extract again"
-            )
+            raise LackingError(f"{self.path} lacks {len(missing)} of {self.card.num_shards} shards ({first}); {AGAIN}")
 
     def try_finish(self) -> list[int]:
         """Finish the store unless shards are missing; return those. Raise as `finish`."""
@@ -264,16 +229,13 @@ class StoreWriter:
         return []
 
     def _summarise(self, tags: Mapping[int, str]) -> tuple[dict[str, NDArray[Any]], dict[str, list[float]]]:
-        """Return the columns with a row for each shard, and mean and std, from all records."""
         total, squares = np.zeros(self.card.token_dim), np.zeros(self.card.token_dim)
         sha256, scales = [], []
         for block in self._records.thousands():
             for shard, tag in zip(block.shard.tolist() if tags else (), block.tag, strict=False):
                 if tag.any() and tags.get(shard) not in (None, tag.tobytes().hex()):
                     self._records.drop(shard)
-                    raise LackingError(
-                        f"shard {shard} of {self.path} was written by two processes at once; run the same wmcache extract again"
-                    )
+                    raise LackingError(f"shard {shard} of {self.path} was written by two processes at once; {AGAIN}")
             total += block.sum.sum(0)
             squares += block.sum_of_squares.sum(0)
             sha256.append(block.sha256)
@@ -315,7 +277,7 @@ def _writing(path: AnyPath) -> Iterator[None]:
         raise not_written(path, cause) from error
 
 
-def channel_sums(tokens: Tokens) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def channel_sums(tokens: Tokens) -> tuple[Sums, Sums]:
     """Return sum and sum of squares of each channel, float64 [D]."""
     total, squares = np.zeros(tokens.shape[-1]), np.zeros(tokens.shape[-1])
     for start in range(0, len(tokens), BLOCK):
@@ -330,7 +292,7 @@ def _require_same(attributes: Mapping[str, Any], identity: Identity, path: AnyPa
         raise UserError(f"{path} was extracted with other settings ({'; '.join(different)}); choose another --out")
 
 
-def _require_identity_of(path: AnyPath, card: StoreCard, identity: Identity) -> None:
+def _require_same_damaged(path: AnyPath, card: StoreCard, identity: Identity) -> None:
     """Raise UserError unless the attributes, or else a shard's record, show that a damaged store has this identity."""
     try:
         _require_same(read_attributes(path), identity, path)

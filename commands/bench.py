@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from wmcache.trainer.presets import PRESETS
 
 MEASURED = "dino-wm"
 """The world model that `bench.reference` has in the reference's own code, to compare with."""
+number_option = partial(click.option, type=shared.NUMBER)
 
 
 @click.group(cls=Group)
@@ -92,13 +94,7 @@ def bench_codecs(store: AnyPath, frames: int) -> None:
 
 
 @bench.command("shards")
-@click.option(
-    "--shards",
-    multiple=True,
-    type=shared.NUMBER,
-    default=(1000, 10_000, 100_000),
-    help="Shards of a store, as 1e6; repeatable.",
-)
+@number_option("--shards", multiple=True, default=(1000, 10_000, 100_000), help="Shards, as 1e6; repeatable.")
 @shared.count_option("--frames-per-shard", default=512, help="Frames in each shard.")
 @shared.file_option("--keep", help="Folder to make the stores in, and to leave them in.")
 @shared.json_option
@@ -159,61 +155,42 @@ def bench_memory(episodes: int) -> None:
 @options_of(PlanOptions, only=("dtype", "device"), device={"group": "Options"}, dtype={"group": "Options"})
 @shared.json_option
 def bench_plan(
-    run: Path | None,
-    runs: tuple[Path, ...],
-    episodes: int,
-    context: int | None,
-    landscape: Path | None,
-    weights: Path | None,
-    cache: AnyPath | None,
-    dtype: Any,
-    device: str,
-    **search: int,
+    run: Path | None, runs: tuple[Path, ...], episodes: int, landscape: Path | None, **settings: Any
 ) -> None:
     """One plan of DINO-WM's code against this implementation, or several --model against each other: speed, success, landscape."""
+    from wmcache.bench.compare import compare_runs
     from wmcache.bench.reference import bench_run
     from wmcache.planner.context import EvalContext
 
     if (run is None) == (not runs):
         raise click.UsageError("give one --run, to measure it against DINO-WM's own code, or one --model or more")
+    moved = {name: settings.pop(name) for name in ("weights", "cache")}
+    chosen = {name: settings.pop(name) for name in ("context", "dtype", "device")}
     if run is not None:
-        setting = EvalContext(run, PlanOptions(device=device), weights=weights, cache=cache)
-        show_figures(bench_run(setting, dtype=dtype, **search))
-        return
-    from wmcache.bench.compare import compare_runs
-
-    options = PlanOptions(search=dict(search), context=context, dtype=dtype, device=device)
-    show_columns(compare_runs(runs, options, episodes, landscape, weights=weights, cache=cache))
+        setting = EvalContext(run, PlanOptions(device=chosen["device"]), **moved)
+        show_figures(bench_run(setting, dtype=chosen["dtype"], **settings))
+    else:
+        options = PlanOptions(search=settings, **chosen)
+        show_columns(compare_runs(runs, options, episodes, landscape, **moved))
 
 
 @click.command("plan-job", cls=Command)
-@click.option("--frames", type=shared.NUMBER, required=True, help="Frames to encode, such as 1e9.")
+@number_option("--frames", required=True, help="Frames to encode, such as 1e9.")
 @click.option("--encoder", default="dinov2", help="Encoder; see: wmcache encoders.")
-@click.option(
-    "--workers", type=shared.NUMBER, default=1, help="Processes that run at the same time, each with a device."
-)
+@number_option("--workers", default=1, help="Processes that run at the same time, each with a device.")
 @click.option(
     "--frames-per-second",
     type=click.FloatRange(0, min_open=True),
     help="Frames that a worker encodes per second.  [default: measured here]",
 )
-@click.option(
-    "--frames-per-shard",
-    type=shared.NUMBER,
-    help="Frames in each shard of the dataset.  [default: 512, or more for a huge dataset]",
-)
+@number_option("--frames-per-shard", help="Frames in each shard of the dataset.  [default: 512, or more if it is huge]")
 @shared.count_option("--frame-size", "image_size", default=224, help="Side of the dataset's frames.")
 @shared.store_dtype_option
 @shared.file_option("--weights", help="Weights of the encoder, to measure it.")
 @shared.device_option
 @shared.json_option
 def plan_job(
-    encoder: str,
-    frames_per_second: float | None,
-    weights: Path | None,
-    device: str,
-    store_dtype: str,
-    **settings: Any,
+    encoder: str, frames_per_second: float | None, weights: Path | None, device: str, store_dtype: str, **settings: Any
 ) -> None:
     """Estimate bytes, objects, hours, and the cost of records and scheduler for a large extraction."""
     from wmcache.bench.plan_job import measure_encoder
@@ -228,19 +205,9 @@ def plan_job(
             raise UserError(f"{error}; or pass --frames-per-second") from error
     settings |= {"token_grid": spec.token_grid, "token_dim": spec.token_dim, "frames_per_second": frames_per_second}
     plan = run(dtype=store_dtype, **settings)
-    load = plan["tasks_per_second"] / plan["scheduler_tasks_per_second"]
     rows = {
-        "shards": f"{plan['shards']} of {plan['frames_per_shard']} frames, {human_bytes(plan['shard_bytes'])} each",
-        "tokens": human_bytes(plan["token_bytes"]),
-        "objects": f"{plan['objects']}, {plan['shards']} of them shards",
-        "records": human_bytes(plan["record_bytes"]),
-        "workers": f"{plan['worker_hours']:.1f} hours at {plan['frames_per_second']:.0f} frames/s; {plan['hours']:.2f} hours with "
-        f"{settings['workers']} at once",
-        "memory of a worker": f"{human_bytes(plan['worker_memory'])}, with {human_bytes(plan['step_bytes'])} of step table",
-        "claim and record": f"{plan['commit_share']:.2%} of a shard's time",
-        "create, plan": f"{plan['create']:.1f} s, {plan['plan']:.1f} s",
-        "finalize, open": f"{plan['finish']:.1f} s, {plan['open']:.1f} s",
-        "scheduler": f"{plan['tasks_per_second']:.1f} of {plan['scheduler_tasks_per_second']:.0f} tasks/s, {load:.1%}",
+        name: human_bytes(value) if name.endswith(("_bytes", "_memory")) else f"{value:.10g}"
+        for name, value in plan.items()
+        if name != "notes"
     }
-    lines = [f"{name:20} {value}" for name, value in rows.items()]
-    show(plan, [*lines, *(f"note: {note}" for note in plan["notes"])])
+    show(plan, [*(f"{name:28} {value}" for name, value in rows.items()), *(f"note: {note}" for note in plan["notes"])])

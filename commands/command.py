@@ -17,6 +17,7 @@ from wmcache.commands.options import ByName, Option, Preset
 from wmcache.commands.output import ended_by_reader, prepare_streams, say, shell_command
 from wmcache.common.cpus import limit_threads
 from wmcache.common.errors import INTERRUPTED, STOPPED, Stopped, UserError, one_line, reason
+from wmcache.common.paths import CHECK, CHECK_REMOTE
 from wmcache.engine.signals import delay_signals
 
 CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"]}
@@ -37,14 +38,8 @@ def failures_as_lines() -> Iterator[None]:
         raise click.ClickException("not enough memory; lower --batch-size, or the N of --cluster local:N") from error
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        if "://" in where:
-            hint = "check address, credentials and network"
-        elif isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
-            hint = "check the path"
-        else:
-            hint = "free space or make it accessible"
-        line = one_line(f"{where}{reason(error)}; {hint}, then run the same command again")
-        raise click.ClickException(line) from error
+        hint = CHECK_REMOTE if "://" in where else CHECK
+        raise click.ClickException(one_line(f"{where}{reason(error)}; {hint}")) from error
 
 
 @contextmanager
@@ -139,7 +134,7 @@ class Group(Command, click.Group):
 
 
 def take_chosen(settings: dict[str, Any], *, given: bool = False) -> dict[str, Any]:
-    """Take the options of what `by` names out of a command's settings, by field; with `given`, without those at their defaults."""
+    """Pop the options of what `by` names from a command's settings, by field; with `given`, without those at their defaults."""
     ctx = click.get_current_context()
     values = {}
     for param in ctx.meta[CHOSEN]:

@@ -1,9 +1,9 @@
-"""wmcache collect, import, fit, extract, derive, encoders: from the world, or from others, to tokens."""
+"""wmcache collect, import, fit, extract, derive, encoders, weights: from the world, or from others, to tokens."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,14 +32,9 @@ ALREADY = " (already complete)"
 def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:  # noqa: ARG001 (click's signature)
     """`I/N` -> (I, N), the I-th (from 0) of N slices."""
     found = re.fullmatch("([0-9]{1,9})/([1-9][0-9]{0,8})", value)
-    if found is None:
-        raise UserError(f"--shard-slice {value!r} is not a slice; write I/N, as in 0/8 for the first of 8")
-    number, count = map(int, found.groups())
-    if number >= count:
-        raise UserError(
-            f"--shard-slice {value}: slices are numbered from 0, as the jobs of sbatch --array=0-{count - 1}"
-        )
-    return number, count
+    if found is None or int(found[1]) >= int(found[2]):
+        raise UserError(f"--shard-slice {value!r} is not a slice; write I/N, from 0/8 to 7/8 for the slices of 8")
+    return int(found[1]), int(found[2])
 
 
 @click.command(cls=Command)
@@ -60,7 +55,6 @@ def collect(env: str, out: AnyPath | None, **settings: Any) -> None:
 
 
 def _make_dataset(out: AnyPath, make: Callable[[], Any]) -> None:
-    """Make a dataset, or finish it, and print what it is."""
     from wmcache.pipeline.frames import is_complete
 
     already = is_complete(out)
@@ -124,28 +118,21 @@ FIT = ByName("encoder", "encoder", _fits, lambda name: resolve_name("wmcache.pip
 @shared.device_option
 @shared.cluster_option()
 @shared.file_option("--out", help="File to write.  [default: $WMCACHE_HOME/encoders/<dataset>-<encoder>.safetensors]")
-def fit(
-    encoder: str,
-    cluster: str,
-    device: str,
-    max_frames: int,
-    overwrite: bool,
-    base_weights: Path | None,
-    **settings: Any,
-) -> None:
+def fit(encoder: str, cluster: str, max_frames: int, overwrite: bool, **settings: Any) -> None:
     """Fit an encoder on the dataset's own frames, or an adapter on a store, and measure its latent landscape."""
     from wmcache.pipeline.fit import prepare_fit
 
     given = take_chosen(settings, given=True)
-    job = prepare_fit(encoder, given, device=device, cluster=cluster, base_weights=base_weights, **settings)
+    job = prepare_fit(encoder, given, cluster=cluster, **settings)
     already = job.out.exists() and not overwrite
-    adapter = {} if job.store is None else {"base_weights": base_weights and base_weights.absolute()}
+    device, base = settings["device"], settings["base_weights"]
+    adapter = {} if job.store is None else {"base_weights": base and base.absolute()}
     result = job.run(cluster, max_frames=max_frames, device=device, overwrite=overwrite, **adapter)
     say(f"{job.out}: fitted on {result.frames} frames{ALREADY if already else ''}")
     if (landscape := result.landscape) is None:
         click.echo(f"the landscape is not measured: {job.unmeasured}")
         return
-    rank = "none, all distances are equal" if landscape.spearman is None else f"{landscape.spearman:.3f}"
+    rank = "none" if landscape.spearman is None else f"{landscape.spearman:.3f}"
     click.echo(f"Spearman correlation of squared token distance and geodesic distance, held-out episodes: {rank}")
     click.echo(f"held-out frames from which descending that distance gets stuck: {landscape.stuck:.1%}")
 
@@ -177,23 +164,17 @@ def fit(
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and stop.")
 def extract(
-    dataset: AnyPath | None,
-    out: AnyPath | None,
-    frameskip: int | None,
-    dry_run: bool,
-    store_dtype: str,
-    batch: int,
-    cluster: str,
-    part: tuple[int, int],
-    **encoder: Any,
+    dataset: AnyPath | None, out: AnyPath | None, frameskip: int | None, dry_run: bool, part: Any, **encoder: Any
 ) -> None:
     """Encode every frame of a dataset once, several encoders in one pass. Run again, or beside itself, it does what is missing."""
     from wmcache.pipeline.extract import extract_together
     from wmcache.pipeline.fit import open_inputs
     from wmcache.pipeline.stores import default_store
 
+    settings: dict[str, Any] = {name: encoder.pop(name) for name in ("batch", "cluster")}
+    settings |= {"dtype": encoder.pop("store_dtype"), "part": part}
     frames, networks = open_inputs(dataset, encoder)
-    paths: list[AnyPath] = [default_store(frames.card.name, network, store_dtype) for network in networks]
+    paths: list[AnyPath] = [default_store(frames.card.name, network, settings["dtype"]) for network in networks]
     if out is not None:
         paths = [out] if len(networks) == 1 else [out / path.name for path in paths]
     stores = list(zip(networks, paths, strict=True))
@@ -205,34 +186,30 @@ def extract(
             (changes_for(network.token_grid, frameskip, device="cpu"), change_maps_path(path, frameskip))
             for network, path in stores
         ]
-    settings: dict[str, Any] = {"dtype": store_dtype, "batch": batch, "cluster": cluster, "part": part}
     if dry_run:
         _forecast(frames, stores, settings)
         return
     done = extract_together(frames, stores, device=encoder["device"], **settings)
-    count = -(-frames.card.frames // frames.card.frames_per_shard)
     for (network, path), (worked, missing) in zip(stores, done, strict=True):
         if missing:
-            say(
-                f"{path}: slice {part[0]} of {part[1]} is done, {len(missing)} of {count} shards of other slices are not; "
-                f"the last slice completes the store, or: {command('wmcache', 'finalize', path)}"
-            )
+            slices = f"slice {part[0]} of {part[1]} is done, {len(missing)} shards of other slices are not"
+            say(f"{path}: {slices}; the last slice completes the store, or: {command('wmcache', 'finalize', path)}")
         else:
             say(f"{path}: {_size(frames.card.frames, network)}{'' if worked else ALREADY}")
 
 
 def _forecast(frames: FrameDataset, stores: list[tuple[Encoder, AnyPath]], settings: dict[str, Any]) -> None:
-    """Print what an extraction would do."""
     from wmcache.cluster.tasks import parse_cluster
     from wmcache.pipeline.extract import forecast
 
     workers = parse_cluster(settings["cluster"]).workers
-    whose = "" if workers == 1 else f" of {workers or 'a single'} workers like this process"
     for network, path in stores:
         plan = forecast(frames, network, path, **settings)
         say(f"{plan.out}: {plan.shards} shards, {plan.frames} frames to do")
         free = "" if plan.bytes_free is None else f"{human_bytes(plan.bytes_free)} free, "
-        click.echo(f"{human_bytes(plan.bytes_needed)} needed, {free}about {plan.seconds:.0f} s{whose}")
+        click.echo(
+            f"{human_bytes(plan.bytes_needed)} needed, {free}about {plan.seconds:.0f} s of {workers or 1} workers"
+        )
 
 
 def _size(frames: int, network: Encoder) -> str:
@@ -316,3 +293,51 @@ def encoders() -> None:
         lines.append(f"{spec.name:22} {grid:>8} {spec.token_dim:>5} {spec.image_size:>4} px  {about}")
     rows = [{**asdict(spec), "token_grid": spec.token_grid, "fitted": fitted} for spec, fitted in known]
     show(rows, lines)
+
+
+@click.command(cls=Command)
+@shared.json_option
+def weights() -> None:
+    """List the sources of encoders' weights, and the weights that were fitted here ($WMCACHE_HOME/encoders)."""
+    from wmcache.pipeline.encoders.weights import list_fitted
+
+    sources = _sources()
+    fitted = [{**asdict(file), "path": str(file.path)} for file in list_fitted(home() / "encoders")]
+    show({"sources": sources, "fitted": fitted}, _weight_lines(sources, fitted))
+
+
+def _weight_lines(sources: list[dict[str, Any]], fitted: list[dict[str, Any]]) -> Iterator[str]:
+    yield f"{'state':>8} {'size':>9} {'revision':12}  source"
+    for row in sources:
+        size = human_bytes(row["bytes"]) if row["bytes"] else "-"
+        yield f"{row['state']:>8} {size:>9} {row['revision'][:12] or '-':12}  {row['source']}"
+        yield f"{'':33}{', '.join(row['encoders'])}"
+        if row["path"]:
+            yield f"{'':33}{row['path']}{row['fault'] and ': '}{row['fault']}"
+    yield ""
+    yield f"{'encoder':>20} {'size':>9} {'dataset':12}  fitted here"
+    for row in fitted:
+        size = human_bytes(row["bytes"])
+        yield f"{row['encoder'] or 'unknown':>20} {size:>9} {row['dataset'][:12] or '-':12}  {row['path']}"
+        if row["base"] or row["fault"]:
+            where = f" ({row['base_weights']})" if row["base_weights"] else ""
+            yield f"{'':45}{row['fault'] or 'on ' + row['base'] + where}"
+
+
+def _sources() -> list[dict[str, Any]]:
+    from wmcache.pipeline.encoders import get_entry, specs
+    from wmcache.pipeline.encoders.hub import REPOSITORY, look_up
+
+    groups: dict[tuple[str, str], list[str]] = {}
+    for spec in specs():
+        if get_entry(spec.name).load and REPOSITORY.fullmatch(spec.source):
+            groups.setdefault((spec.source, spec.revision), []).append(spec.name)
+    rows = []
+    for (source, revision), names in sorted(groups.items()):
+        found = look_up(source, revision)
+        state = "absent" if found is None else "damaged" if found.fault else "present"
+        known: dict[str, Any] = {"path": "", "revision": revision, "bytes": 0, "fault": ""}
+        if found:
+            known = {**asdict(found), "path": str(found.path)}
+        rows.append({"source": source, "encoders": names, "state": state, **known})
+    return rows

@@ -42,7 +42,14 @@ def decoder(cache: AnyPath, dataset: AnyPath | None, out: Path | None, overwrite
     out = out or home() / "decoders" / name_of(cache)
     options = DecoderOptions(decoder_options=take_chosen(settings, given=True), **settings)
     result = train_decoder(cache, _frames_of(cache, dataset), out, options, overwrite=overwrite)
-    show(result, _decoder_lines(result, out))
+    lines = [f"{out}: {result['frames']} held-out frames, {_figures(result)}"]
+    if "mean_frame" in result:  # a decoder of an earlier version has no such figures
+        lines += [
+            f"the mean frame, for comparison: {_figures(result['mean_frame'])}",
+            _explain_moving(result["moving"]),
+        ]
+    draw = command("wmcache", "imagine", "--run", "RUN", "--decoder", out)
+    show(result, [*lines, *_absence(result), f"draw what a world model imagines with: {draw}"])
 
 
 @click.command(cls=Command)
@@ -54,12 +61,7 @@ def decoder(cache: AnyPath, dataset: AnyPath | None, out: Path | None, overwrite
 @file_option("--out", help="Folder of the pictures.  [default: RUN/imagine]")
 @json_option
 def imagine(
-    run: Path,
-    decoder: Path,
-    dataset: AnyPath | None,
-    cache: AnyPath | None,
-    out: Path | None,
-    **settings: Any,
+    run: Path, decoder: Path, dataset: AnyPath | None, cache: AnyPath | None, out: Path | None, **settings: Any
 ) -> None:
     """Draw what a world model imagines beside what then happened: videos, a picture, and figures for each step."""
     from wmcache.planner.imagine import imagine as draw
@@ -72,20 +74,10 @@ def imagine(
 
 
 def _frames_of(cache: AnyPath, dataset: AnyPath | None) -> Any:
-    """Open the `FrameDataset` that a store was made of."""
     from wmcache.cache.store import TokenStore
     from wmcache.pipeline.stores import frames_of
 
     return frames_of(TokenStore.open(cache), dataset)
-
-
-def _decoder_lines(result: dict[str, Any], out: Path) -> Iterator[str]:
-    yield f"{out}: {result['frames']} held-out frames, {_figures(result)}"
-    if "mean_frame" in result:  # a decoder of an earlier version has no such figures
-        yield f"the mean frame, for comparison: {_figures(result['mean_frame'])}"
-        yield _explain_moving(result["moving"])
-    yield from _absence(result)
-    yield f"draw what a world model imagines with: {command('wmcache', 'imagine', '--run', 'RUN', '--decoder', out)}"
 
 
 def _figures(result: dict[str, Any]) -> str:
@@ -97,7 +89,7 @@ def _figure(name: str, value: float | None) -> str:
 
 
 def _step_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Format a block for each metric: pictures as lines, up to 10 model steps as columns."""
+    # A block for each metric: pictures as lines, up to 10 model steps as columns.
     from wmcache.planner.imagine import PICTURES
 
     count = min(len(rows), 10)
@@ -113,8 +105,7 @@ def _step_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
 def _explain_moving(share: float) -> str:
     from wmcache.trainer.metrics import MOVING
 
-    rule = f"where the real frame differs from the mean train frame by more than {MOVING}"
-    return f"moving: {share:.2%} of the pixels, {rule}" if share else f"moving: no pixel; a pixel moves {rule}"
+    return f"moving: {share:.2%} of the pixels, where the real frame differs from the mean train frame by more than {MOVING}"
 
 
 def _absence(result: dict[str, Any]) -> list[str]:

@@ -19,12 +19,7 @@ Names = Callable[[], Iterable[str]]
 
 
 class Option(click.Option):
-    """An option under a heading of the help.
-
-    Attributes:
-        group: the heading. field: of the dataclass that declares it.
-        names: fill `{names}` in the help, when it is shown.
-    """
+    """An option under the heading `group` of the help; `field` of a dataclass declares it, `names` fill `{names}` in the help."""
 
     def __init__(
         self, *args: Any, group: str = "Options", field: str = "", names: Names | None = None, **settings: Any
@@ -94,10 +89,9 @@ class ByName:
     """An option that names a registered thing, such as `--model`; the command has the options of that thing too.
 
     Attributes:
-        param: parameter of the option. default: its value where the command has no such option.
-        noun: what is named, for errors and headings.
-        names: all of them. options: name -> the dataclass of its options.
-        every: value of the option that stands for all names.
+        options: name -> the dataclass of its options.
+        default: the name where the command has no parameter `param`.
+        every: value of the option that means all names.
     """
 
     param: str
@@ -115,11 +109,7 @@ class ByName:
         return _value_of(param.opts, words) or preset.get(param.opts[0].lstrip("-")) or str(param.default)
 
     def params(self, name: str, taken: Collection[str]) -> list[Option]:
-        """Make the options of a name, or of all where it is `every`; of several with one flag the first.
-
-        Raises:
-            UserError: unknown name, or one of its flags is taken by the command itself.
-        """
+        """Make the options of a name, or of all where it is `every`; raise UserError where a flag is one of the command's own."""
         found: dict[str, Option] = {}
         for each in self.names() if self.every and name == self.every else [name]:
             heading = f"Options of {self.noun} {each}"
@@ -132,12 +122,11 @@ class ByName:
 
     def refuse(self, flag: str, name: str) -> None:
         """Raise a UserError where the flag is one of another name's."""
-        owners = [
-            other
+        flags = {
+            other: {part for known in declared(self.options(other)) for part in known.flag.split("/")}
             for other in self.names()
-            if any(flag in known.flag.split("/") for known in declared(self.options(other)))
-        ]
-        if owners:
+        }
+        if owners := [other for other in flags if flag in flags[other]]:
             raise UserError(f"{self.noun} {name} has no option {flag}; it is one of {', '.join(owners)}; leave it out")
 
 
@@ -153,20 +142,13 @@ def to_option(known: Declared, *, prefix: str = "", **changes: Any) -> Option:
     settings: dict[str, Any] = {"type": kind, "help": known.help or None, "group": known.group, "field": known.name}
     if kind is bool:
         settings |= {"is_flag": True, "type": None}
-    if known.default is MISSING:
-        settings["required"] = True
-    elif known.default is not None:
-        settings["default"] = known.default
+    if known.default is not None:
+        settings |= {"required": True} if known.default is MISSING else {"default": known.default}
     return Option([known.flag, prefix + known.name], **(settings | changes))
 
 
 def make_options(kind: type, *, only: Collection[str] = (), **changes: Mapping[str, Any]) -> list[Option]:
-    """Make the options that a dataclass declares.
-
-    Args:
-        only: fields that are options of this command; by default all.
-        changes: field -> arguments of `Option` that win over its declaration.
-    """
+    """Make the options that a dataclass declares, or `only` some; `changes` are field -> arguments of `Option` that win."""
     wanted = [known for known in declared(kind) if not only or known.name in only]
     return [to_option(known, **changes.get(known.name, {})) for known in wanted]
 

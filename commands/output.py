@@ -36,14 +36,9 @@ def print_as_json(ctx: click.Context, parameter: click.Parameter, value: bool) -
     ctx.meta[JSON] = value
 
 
-def prints_json() -> bool:
-    """Return whether the command that runs was given `--json`."""
-    return bool(click.get_current_context().meta.get(JSON))
-
-
 def show(value: Any, lines: Iterable[str]) -> None:
     """Print lines, or with `--json` the value as strict JSON, where a figure that is not a finite number is null."""
-    if prints_json():
+    if click.get_current_context().meta.get(JSON):
         click.echo(dump_json(nulls(value), indent=2))
         return
     for line in lines:
@@ -57,8 +52,7 @@ def show_figures(figures: dict[str, float]) -> None:
 
 def show_rows(rows: list[dict[str, Any]]) -> None:
     """Print a table with a header, or JSON."""
-    cells = ([_cell(value, ".4f") for value in row.values()] for row in rows)
-    show(rows, _aligned([list(rows[0]), *cells]))
+    show(rows, _aligned([list(rows[0]), *([_cell(value, ".4f") for value in row.values()] for row in rows)]))
 
 
 def show_columns(rows: list[dict[str, Any]]) -> None:

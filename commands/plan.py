@@ -16,7 +16,6 @@ from wmcache.commands import shared
 from wmcache.commands.command import Command, take_chosen
 from wmcache.commands.options import ByName, Preset, options_of
 from wmcache.commands.output import shell_command, show
-from wmcache.common.paths import AnyPath
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.protocols import PROTOCOLS
 
@@ -36,16 +35,7 @@ _solvers = partial(resolve_name, "wmcache.planner.solvers:SOLVERS")
 @shared.file_option("--out", help="Folder of the results.  [default: RUN/plan-…, named by the settings]")
 @shared.cluster_option(also="  Batches are the tasks; results are the same wherever they are planned.")
 @shared.json_option
-def wmplan(
-    run: Path,
-    protocol: str | None,
-    weights: Path | None,
-    cache: AnyPath | None,
-    out: Path | None,
-    untrained: bool,
-    cluster: str,
-    **settings: Any,
-) -> None:
+def wmplan(run: Path, protocol: str | None, out: Path | None, untrained: bool, cluster: str, **settings: Any) -> None:
     """Plan with a trained world model, judge it, and write a report."""
     from wmcache.common.video import ffmpeg
     from wmcache.planner.context import EvalContext
@@ -54,21 +44,20 @@ def wmplan(
     from wmcache.planner.report import write_report
 
     ffmpeg()  # the report has videos; a missing program is reported before any work
+    moved = {name: settings.pop(name) for name in ("weights", "cache")}
     chosen = PlanOptions(search=take_chosen(settings, given=True), **settings)
     out = out or default_out(run, protocol, chosen)
     refuse_other_results(out, chosen)
-    setting = EvalContext(run, chosen, weights=weights, cache=cache)
+    setting = EvalContext(run, chosen, **moved)
     episodes, results = evaluate(setting, chosen, out, cluster)
     if untrained:
-        random_model = EvalContext(run, chosen, weights=weights, cache=cache, untrained=True)
+        random_model = EvalContext(run, chosen, **moved, untrained=True)
         results["baselines"]["untrained"] = evaluate(random_model, chosen, out, cluster)[1]["by_threshold"]
-    results = {"protocol": protocol, **results}
-    results = write_report(out, run, setting, episodes, results, shell_command(sys.argv))
+    results = write_report(out, run, setting, episodes, {"protocol": protocol, **results}, shell_command(sys.argv))
     show(results, _lines(results, out))
 
 
 def _lines(results: dict[str, Any], out: Path) -> Iterator[str]:
-    """Format what the planner and the baselines reached and held within each threshold, and what that cost."""
     actors = {"planner": results["by_threshold"], **results["baselines"]}
     head = f"{'within':>6} {'actions':9} {'reached':>12} {'95 % interval':>15} {'held at the end':>15} {'95 % interval':>15}"
     yield f"{head} {'env steps':>9} {'path':>5}"

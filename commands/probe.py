@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from wmcache.commands.command import Command
-from wmcache.commands.output import prints_json, say, show
+from wmcache.commands.output import say, show
 from wmcache.commands.shared import ANY_PATH, count_option, file_option, json_option, path_option
 from wmcache.common.paths import AnyPath
 
@@ -51,21 +51,16 @@ def probe(stores: tuple[AnyPath, ...], dataset: AnyPath | None, frames: int, out
     for store in stores:  # refused here, before any work
         TokenStore.open(store)
     found: list[dict[str, Any]] = []
+    lines = [row(list(LEGEND), "store")]
     for store, picture in zip(stores, pictures, strict=True):
         result = run(store, dataset=dataset, frames=frames)
-        if not found and not prints_json():
-            click.echo(row(list(LEGEND), "store"))
         if is_drawn := result.nearest is not None:
             draw_probe(store, picture, dataset=dataset)
         found.append({**result.to_json(), "picture": str(picture) if is_drawn else None})
-        if not prints_json():
-            say(row(cells(result), "/".join(store.parts[-2:])))
-    show(found, _explanations(found))
-    if prints_json():
-        return
+        lines.append(row(cells(result), "/".join(store.parts[-2:])))
+    show(found, [*lines, *_explanations(found)])
     for values in found:
-        drawn = f"drawn: {values['picture']}" if values["picture"] else "not drawn: no distances in a maze are known"
-        say(f"{values['store']}: {drawn}", err=True)
+        say(f"{values['store']}: drawn: {values['picture'] or 'nothing, no distances in a maze are known'}", err=True)
 
 
 def _explanations(found: list[dict[str, Any]]) -> Iterator[str]:
@@ -76,9 +71,7 @@ def _explanations(found: list[dict[str, Any]]) -> Iterator[str]:
             yield from ("", f"R^2 of each state column: {values['store']}", f"{'column':{width}} {'lin':>8} {'MLP':>8}")
             for name, linear in values["linear"].items():
                 yield f"{name:{width}} {rounded(linear):>8} {rounded(values['mlp'][name]):>8}"
-    yield ""
-    yield from (f"{name:8}  {meaning}" for name, meaning in LEGEND.items())
-    yield "-         not known"
+    yield from ("", *(f"{name:8}  {meaning}" for name, meaning in LEGEND.items()), "-         not known")
 
 
 def row(values: list[str], store: str) -> str:

@@ -16,10 +16,6 @@ from wmcache.common.errors import UserError, command
 from wmcache.common.folders import home
 from wmcache.common.paths import exists, unreadable
 
-NOT_IN_AN_ARRAY = {
-    "part": "--shard-slice: the script gives each job its own",
-    "dry_run": "--dry-run: it needs no cluster",
-}
 WAIT = "let the job wait for that, as with sbatch --dependency"
 
 
@@ -59,16 +55,20 @@ def sbatch(profile: str, jobs: int | None, out: Path | None, words: tuple[str, .
 
 
 def _checked_extract(words: list[str]) -> list[str]:
-    """Check the words of an extraction, so that a mistake is reported now and not in the queue."""
+    # A mistake is reported now and not in the queue.
     from wmcache.pipeline.encoders import get_entry
     from wmcache.pipeline.frames import no_dataset
 
     context = extract.make_context("wmcache extract", list(words))
-    for name, why in NOT_IN_AN_ARRAY.items():
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise UserError(f"{why}; leave it out")
+    refused = [
+        flag
+        for name, flag in (("part", "--shard-slice"), ("dry_run", "--dry-run"))
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
     if not (cluster := context.params["cluster"]).startswith("local"):
-        raise UserError(f"--cluster {cluster}: each job of the array works alone; leave it out")
+        refused.append(f"--cluster {cluster}")
+    if refused:
+        raise UserError(f"{', '.join(refused)}: the script gives each job of the array its slice; leave it out")
     for name in context.params["names"].split(","):
         get_entry(name.strip())
     dataset = context.params["dataset"] or home() / "pointmaze-umaze"
@@ -83,7 +83,6 @@ def _checked_extract(words: list[str]) -> list[str]:
 
 
 def _checked_wmtrain(words: list[str], gpus: int) -> list[str]:
-    """Check the words of a training, and add `--devices` for the GPUs of the profile."""
     context = wmtrain.make_context("wmtrain", list(words))
     _, rest, _ = wmtrain.make_parser(context).parse_args(list(words))
     if rest:

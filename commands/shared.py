@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.types import FuncParamType
 
 from wmcache.commands.options import Option, options_of
 from wmcache.commands.output import print_as_json
@@ -18,16 +20,6 @@ from wmcache.common.paths import AnyPath, as_path
 from wmcache.pipeline.options import EncoderOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class PathType(click.ParamType[AnyPath]):
-    """A folder by its path, or by its URL."""
-
-    name = "path"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> AnyPath:  # noqa: ARG002
-        """See `common.paths.as_path`."""
-        return as_path(value)
 
 
 class LocalType(click.Path):
@@ -40,25 +32,21 @@ class LocalType(click.Path):
         return super().convert(value, param, ctx)
 
 
-class NumberType(click.ParamType[int]):
-    """A whole number from 1 to 1e15, also as 1e9."""
+def number(value: Any) -> int:
+    """Read a whole number from 1 to 1e15, also as 1e9."""
+    with suppress(ValueError):
+        if 1 <= float(value) <= 1e15 and float(value).is_integer():
+            return int(float(value))
+    raise click.BadParameter(f"{value!r} is not a whole number from 1 to 1e15, as 1000000 or 1e6")
 
-    name = "number"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Refuse anything else."""
-        try:
-            number = float(value)
-        except ValueError:
-            number = 0
-        if not (1 <= number <= 1e15 and number.is_integer()):
-            self.fail(f"{value!r} is not a whole number from 1 to 1e15, as 1000000 or 1e6", param, ctx)
-        return int(number)
+def path(value: str) -> AnyPath:
+    """Read a path or URL, see `common.paths.as_path`."""
+    return as_path(value)
 
 
 PATH = LocalType(path_type=Path)
-ANY_PATH = PathType()
-NUMBER = NumberType()
+ANY_PATH, NUMBER = FuncParamType(path), FuncParamType(number)
 file_option = partial(click.option, type=PATH)
 path_option = partial(click.option, type=ANY_PATH)
 run_option = partial(click.option, cls=Option, group="Run")

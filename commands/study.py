@@ -51,7 +51,7 @@ def study(file: Path | None, out: Path | None, **flags: Any) -> None:
     from wmcache.study.statistics import tabulate
 
     file = file or DEFAULT
-    options = read_study(file, {name: _plain(name, value) for name, value in flags.items()})
+    options = read_study(file, {name: _as_toml(name, value) for name, value in flags.items()})
     out = out or home() / "studies" / file.stem
     branches, work, failures = run_study(options, out)
     rows = tabulate(branches, work, failures)
@@ -63,8 +63,7 @@ def study(file: Path | None, out: Path | None, **flags: Any) -> None:
         raise click.ClickException(f"{len(failures)} cells failed, the others are done; the first: {failed[0]}")
 
 
-def _plain(name: str, value: Any) -> Any:
-    """Convert a flag as TOML has its value."""
+def _as_toml(name: str, value: Any) -> Any:
     kind = {"seeds": int, "fractions": float}.get(name)
     if kind is None or value is None:
         return str(value) if isinstance(value, Path) else value

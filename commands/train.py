@@ -48,13 +48,7 @@ def _stages() -> list[str]:
     "and --noise draw differs with it.  [default: 1, or the number that torchrun sets]",
 )
 def wmtrain(
-    cache: AnyPath | None,
-    out: Path | None,
-    start: Path | None,
-    devices: int | None,
-    resume: bool,
-    overwrite: bool,
-    **settings: Any,
+    cache: AnyPath | None, out: Path | None, devices: int | None, resume: bool, overwrite: bool, **settings: Any
 ) -> None:
     """Train a world model purely on cached latents. Run again, it goes on where it stopped."""
     ctx = click.get_current_context()
@@ -71,7 +65,7 @@ def wmtrain(
     from wmcache.trainer.train import check_slices, train
 
     out = out or home() / "runs" / name_of(cache)
-    settings["start"] = None if start is None else str(start.absolute())
+    settings["start"] = settings["start"] and str(settings["start"].absolute())
     chosen = TrainOptions(model_options=take_chosen(settings), **settings)
     if devices and devices > 1 and not is_distributed():
         from wmcache.engine.launch import launch
@@ -91,7 +85,6 @@ def wmtrain(
 
 
 def _next_step(run: Path, cache: AnyPath, options: TrainOptions) -> str:
-    """What can be done with a trained run: its next stage, a plan where its frames have a simulator, or pictures."""
     from wmcache.trainer.models import MODELS
     from wmcache.trainer.runs import read_identity
 
@@ -101,9 +94,7 @@ def _next_step(run: Path, cache: AnyPath, options: TrainOptions) -> str:
         return f"stage {stage} is trained; go on with: {shell_command([words.get(word, word) for word in sys.argv])}"
     if read_identity(run)[0].dataset.get("maze"):
         return f"trained; plan with: {command('wmplan', '--run', run)}"
-    decode = command("wmtrain", "decoder", "--cache", cache)
-    draw = command("wmcache", "imagine", "--run", run, "--decoder", "DECODER")
-    return f"trained; its frames have no simulator, see docs/import.md; look at what it imagines with: {decode}, then: {draw}"
+    return f"trained; its frames have no simulator (docs/import.md); draw with: {command('wmtrain', 'decoder', '--cache', cache)}"
 
 
 @click.group("import-run", cls=Group)
@@ -122,6 +113,6 @@ def import_run_dino_wm(folder: Path, cache: AnyPath, out: Path, **settings: Any)
     from wmcache.trainer.import_dino_wm import import_dino_wm as run
 
     imported = run(folder, cache, out, **settings)
-    scale = "standardised with the store's statistics" if imported.standardised else "as they are, as in hydra.yaml"
-    say(f"{out}: epoch {imported.epoch}, {imported.parameters / 1e6:.2f} M parameters")
-    say(f"actions and proprio: {scale}; plan with: {command('wmplan', '--run', out)}")
+    scale = "standardised" if imported.standardised else "as they are"
+    say(f"{out}: epoch {imported.epoch}, {imported.parameters / 1e6:.2f} M parameters, actions and proprio {scale}")
+    say(f"plan with: {command('wmplan', '--run', out)}")

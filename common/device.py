@@ -66,10 +66,7 @@ def synchronise(device: torch.device) -> None:
 
 
 class Transfer:
-    """Copies from main memory to a device while the device computes.
-
-    Inside `with`, work is queued on a separate stream, and is finished when the block ends.
-    """
+    """Copies from main memory to a device while it computes; work inside `with` is queued on another stream, and finished at the end."""
 
     def __init__(self, device: torch.device) -> None:
         """Create the stream, on CUDA."""
@@ -120,9 +117,6 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def attends_plainly(x: Tensor) -> bool:
-    """Return whether attention over these queries is faster as plain products than in PyTorch's kernel.
-
-    That is bfloat16 on the CPU, where the kernel's forward pass uses float32, its backward pass is several times slower, and it has no
-    dropout.
-    """
+    """Return whether attention over these queries is faster as plain products than in PyTorch's kernel."""
+    # The kernel's forward pass in bfloat16 on the CPU uses float32, and its backward pass is several times slower.
     return is_cpu(x.device) and x.dtype == torch.bfloat16

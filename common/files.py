@@ -16,16 +16,12 @@ from typing import IO
 import psutil
 
 from wmcache.common.errors import UserError, reason
-from wmcache.common.paths import WRITING, AnyPath, is_local, open_to_read, put
+from wmcache.common.paths import CHECK, CHECK_REMOTE, AnyPath, is_local, open_to_read, put
 
 
 @contextmanager
 def atomic_write(path: AnyPath) -> Iterator[IO[bytes]]:
-    """Write a file that appears complete or not at all: through a temporary file, fsync and rename, or as one object.
-
-    Raises:
-        UserError: the folder cannot be written, or the disk is full.
-    """
+    """Write a file that appears complete or not at all, by fsync and rename or as one object; raise UserError where that fails."""
     if not is_local(path):
         with cannot_write(path), io.BytesIO() as memory:
             yield memory
@@ -62,21 +58,16 @@ def cannot_write(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise not_written(path, error, "free space or choose another path") from error
+        raise not_written(path, error) from error
 
 
-def not_written(
-    path: AnyPath, error: OSError, otherwise: str = "free space, then run the same command again"
-) -> UserError:
-    """Return the error of a path that cannot be written; `otherwise` is the hint for a local error that `WRITING` does not list."""
-    hint = WRITING.get(error.errno or 0, otherwise)
-    if not is_local(path):
-        hint = "check address, credentials and network, then run the same command again"
-    return UserError(f"cannot write {path}: {reason(error)}; {hint}")
+def not_written(path: AnyPath, error: OSError, hint: str = CHECK) -> UserError:
+    """Return the error of a path that cannot be written; `hint` is for a local one."""
+    return UserError(f"cannot write {path}: {reason(error)}; {hint if is_local(path) else CHECK_REMOTE}")
 
 
 def temporary_for(path: Path) -> Path:
-    """Return where to write what will be renamed to `path`; the name contains the process, so that `sweep` can tell whether it runs."""
+    """Return where to write what will be renamed to `path`; `sweep` reads the process from the name."""
     return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
@@ -86,11 +77,7 @@ def is_temporary(path: AnyPath) -> bool:
 
 
 def sweep(folder: AnyPath) -> list[Path]:
-    """Delete the temporary files and folders that processes of this machine left when they died.
-
-    Returns:
-        Those that stay: of running processes, and of other machines.
-    """
+    """Delete the temporary files that dead processes of this machine left; return those of running processes and of other machines."""
     staying = []
     for path in sorted(folder.glob(".*.tmp")) if is_local(folder) else ():
         owner, _, process = path.name.removesuffix(".tmp").rpartition(".")

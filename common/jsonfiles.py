@@ -9,22 +9,18 @@ from typing import Any
 
 from wmcache.common.errors import MissingError, UserError, reason
 from wmcache.common.files import write_whole
-from wmcache.common.folders import other_kind
 from wmcache.common.paths import AnyPath, cause_outside, is_local, read_bytes, unreadable
 
 MOST_JSON_BYTES = 64_000_000
 
 
 def read_json(path: AnyPath, hint: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        hint: what to do about a missing or damaged file, as the end of the error.
+    """Read a JSON object; errors end with `hint`.
 
     Raises:
         MissingError: the file does not exist.
         UnreadableError: the system cannot read it.
-        UserError: it is not a JSON object, or its folder is of another kind.
+        UserError: it is not a JSON object.
     """
     try:
         # The size of an object costs another request.
@@ -33,8 +29,6 @@ def read_json(path: AnyPath, hint: str) -> dict[str, Any]:
             raise UserError(f"{path} has more than {MOST_JSON_BYTES} bytes; {hint}")
         value = json.loads(data)
     except (FileNotFoundError, NotADirectoryError):
-        if found := other_kind(path):
-            raise UserError(f"{path.parent} is {found}; pass another path") from None
         raise MissingError(f"{path} does not exist; {hint}") from None
     except (OSError, ValueError, RecursionError) as error:
         if outside := cause_outside(error):
@@ -61,7 +55,7 @@ def dump_json(value: Any, *, indent: int | None = None, sort_keys: bool = False)
     except ValueError as error:
         if (found := _not_finite(value)) is None:
             raise
-        raise UserError(f"{found[0]} is {found[1]}; it must be a finite number") from error
+        raise UserError(f"{found} must be a finite number") from error
 
 
 def nulls(value: Any) -> Any:
@@ -90,10 +84,10 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _not_finite(value: Any, name: str = "the value") -> tuple[str, float] | None:
-    """Return the first number of a JSON value that is not finite, with its key."""
+def _not_finite(value: Any, name: str = "the value") -> str | None:
+    """Return the key of the first number of a JSON value that is not finite."""
     if isinstance(value, float):
-        return None if math.isfinite(value) else (name, value)
+        return None if math.isfinite(value) else name
     items = list(value.items()) if isinstance(value, dict) else []
     if isinstance(value, list | tuple):
         items = [(name, item) for item in value]

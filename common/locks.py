@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from filelock import FileLock, Timeout
 
 from wmcache.common.files import not_written
-from wmcache.common.paths import AnyPath, is_local
+from wmcache.common.paths import CHECK, AnyPath, is_local
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 """Error numbers of file systems without file locks."""
@@ -23,13 +23,9 @@ def exclusive(lock: AnyPath, guarded: AnyPath | None = None, *, wait: bool = Tru
     Args:
         lock: the file, which exists only while it is held. Object stores have no locks: there all processes continue.
         guarded: what the error names; `lock` by default.
-        wait: until it is released.
 
     Yields:
-        Whether this process holds it.
-
-    Raises:
-        UserError: the file cannot be created.
+        Whether this process holds it; False only without `wait`.
     """
     if not is_local(lock):
         yield True
@@ -43,11 +39,11 @@ def exclusive(lock: AnyPath, guarded: AnyPath | None = None, *, wait: bool = Tru
         yield False
         return
     except OSError as error:
-        hint = "free space, make it writable, or choose another path"
+        hint = CHECK
         if error.errno in NO_LOCKS:
             with contextlib.suppress(OSError):  # no process can hold it
                 lock.unlink(missing_ok=True)
-            hint = "its file system has no file locks: choose one that has (a local disk), or have it mounted with them"
+            hint = "choose a path on a file system with file locks, such as a local disk"
         raise not_written(guarded or lock, error, hint) from error
     try:
         yield True

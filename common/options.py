@@ -79,14 +79,10 @@ def declared(kind: type) -> tuple[Declared, ...]:
 
 
 def parse_options(kind: type[T], values: object, where: str, *, without: Collection[str] = ()) -> T:
-    """Make an options dataclass of a table of TOML or JSON, without conversions; missing fields have their defaults.
-
-    Args:
-        where: the file or option that the table is from, for errors.
-        without: fields that may not be given.
+    """Make an options dataclass of a table of TOML or JSON, without conversions; fields of `without` may not be given.
 
     Raises:
-        UserError: a key is unknown, or a value does not fit its declaration.
+        UserError: with `where` the table is from; a key is unknown, or a value does not fit its declaration.
     """
     known = [item.name for item in fields(kind) if item.name not in without]  # type: ignore[arg-type]
     if not isinstance(values, dict):
@@ -125,7 +121,6 @@ def _validate(kind: type[T], values: Mapping[str, Any], labels: Mapping[str, str
 
 
 def _metadata(kind: type, name: str) -> dict[str, Any]:
-    """What `option` was given for a field, by the class and its bases."""
     found: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         if name in (known := getattr(base, "__dataclass_fields__", {})):
@@ -144,17 +139,11 @@ def _unwrap(hint: Any) -> tuple[Any, tuple[str, ...], dict[str, Any]]:
             hint = args[0]
             for marker in args[1:]:
                 for part in getattr(marker, "metadata", [marker]):  # pydantic's Field has several
-                    bounds |= _bounds(part)
+                    for key, end in {"ge": "min", "gt": "min", "le": "max", "lt": "max"}.items():
+                        if (value := getattr(part, key, None)) is not None:
+                            bounds |= {end: value, f"{end}_open": key in ("gt", "lt")}
         elif origin in (Union, UnionType) and len(args) == 2 and NoneType in args:
             hint = args[args[0] is NoneType]
         else:
             break
     return hint, (), bounds
-
-
-def _bounds(marker: Any) -> dict[str, Any]:
-    bounds: dict[str, Any] = {}
-    for key, end in {"ge": "min", "gt": "min", "le": "max", "lt": "max"}.items():
-        if (value := getattr(marker, key, None)) is not None:
-            bounds |= {end: value, f"{end}_open": key in ("gt", "lt")}
-    return bounds

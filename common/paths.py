@@ -1,10 +1,7 @@
 """Paths and URLs behind one interface: local files and the object stores that fsspec knows.
 
 A path is a `Path`; any other address (`s3://bucket/key`, `memory://name`) is a `UPath`. Functions raise OSError, whatever a remote file
-system raises, so that callers handle a broken disk and a broken network alike.
-
-An object appears whole or not at all, but it cannot be renamed or locked. Work on objects has to be correct when two processes do it at
-once: the object first, then the record that it is complete.
+system raises. An object appears whole or not at all, but it cannot be renamed or locked: two processes may write it at once.
 """
 
 from __future__ import annotations
@@ -46,28 +43,9 @@ PATIENCE = 60.0
 SLOWEST = 1e6
 """Seconds, and bytes a second, that a server may take to receive an object."""
 
-READING: dict[int, str] = {
-    errno.ENOMEM: "raise the limit of addresses: ulimit -v",
-    errno.EMFILE: "raise the limit of open files: ulimit -n",
-    errno.ENFILE: "the machine has too many files open; close some",
-    **dict.fromkeys(
-        (errno.EIO, errno.EUCLEAN),
-        "check the disk and the mount of its file system (dmesg), then run the same command again",
-    ),
-    **dict.fromkeys(
-        (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO),
-        "check the network and the mount of its file system, then run the same command again",
-    ),
-}
-"""Error number of reading a local file -> what a user can do about it; about all others: make it readable."""
-WRITING: dict[int, str] = {
-    **READING,
-    errno.EACCES: "make it writable, or choose another path",
-    errno.EPERM: "make it writable, or choose another path",
-    errno.EROFS: "choose a path that can be written",
-    errno.EFBIG: "raise the limit of the size of files (ulimit -f), or choose another path",
-}
-"""The same for writing; about all others: free space."""
+CHECK = "check permissions, free space, mount and limits (ulimit -a), then run the same command again"
+CHECK_REMOTE = "check address, credentials and network, then run the same command again"
+"""What a user can do about an error of the system; the error's own text has the reason."""
 NO_MAPS = (errno.ENODEV, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 """Error numbers of file systems that open a file but do not map it."""
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
@@ -101,23 +79,16 @@ def as_os_errors(at: AnyPath) -> Iterator[None]:
 
 
 def as_path(text: str | AnyPath) -> AnyPath:
-    """Return the path or URL that a text names.
-
-    Raises:
-        UserError: no file system is known for the URL, or its package is not installed.
-    """
+    """Return the path or URL that a text names; raise UserError where its file system is unknown, or not installed."""
     if not isinstance(text, str):
         return text
     protocol, separator, rest = text.partition("://")
-    if not separator:
-        if re.match(r"[a-z][a-z0-9]+:/", text):
-            raise UserError(f"{text!r} is neither a path nor a URL; write ://, or ./ before a folder of that name")
+    if not (separator or re.match(r"[a-z][a-z0-9]+:/", text)):
         return Path(text)
     if protocol == "file" and rest.startswith("/"):
         return Path(rest)
     if protocol == "file" or not rest.strip("/"):
-        example = "/folder" if protocol == "file" else "bucket/folder"
-        raise UserError(f"{text!r} is not a path or URL; expected something like {protocol}://{example}")
+        raise UserError(f"{text!r} is not a path or URL; write ./folder, file:///folder or s3://bucket/folder")
     from upath import UPath  # slow to import, and needed for URLs only
 
     try:
@@ -127,11 +98,8 @@ def as_path(text: str | AnyPath) -> AnyPath:
         if protocol in EXTRAS:
             system.retries = 1  # s3fs would repeat botocore's attempts five times
     except ImportError as error:
-        extra = EXTRAS.get(protocol)
-        hint = f"pip install 'wmcache[{extra}]'" if extra else "pip install the file system that fsspec names for it"
-        raise UserError(
-            f"the file system of {protocol}:// is not installed ({reason(error)}): {text}; {hint}"
-        ) from error
+        hint = f"pip install {f'wmcache[{EXTRAS[protocol]}]' if protocol in EXTRAS else 'what fsspec names for it'}"
+        raise UserError(f"no file system is installed ({reason(error)}): {text}; {hint}") from error
     except Exception as error:  # whatever the file system raises about its settings
         raise UserError(f"{text} cannot be used ({reason(error)}); check the address and its settings") from error
     return found
@@ -286,12 +254,7 @@ def remove_files(files: Sequence[AnyPath]) -> None:
 
 
 def put(at: UPath, data: bytes, *, new: bool = False) -> str | None:
-    """Write an object, whole or not at all, and return its tag.
-
-    Raises:
-        FileExistsError: there is an object, and `new` is set.
-        OSError: it cannot be written.
-    """
+    """Write an object, whole or not at all, and return its tag; raise FileExistsError where there is one and `new` is set."""
     from fsspec.asyn import sync
 
     settings = {"mode": "create" if new else "overwrite", **PUT.get(at.protocol, {})}
@@ -329,10 +292,7 @@ def _tag(answer: Any) -> str | None:
 
 def unreadable(at: AnyPath, error: OSError) -> UnreadableError:
     """Return the error of a path that exists and cannot be read."""
-    hint = READING.get(error.errno or 0, "make it readable")
-    if not is_local(at):
-        hint = "check address, credentials and network, then run it again"
-    return UnreadableError(f"{at} cannot be read ({reason(error)}); {hint}")
+    return UnreadableError(f"{at} cannot be read ({reason(error)}); {CHECK if is_local(at) else CHECK_REMOTE}")
 
 
 @contextmanager

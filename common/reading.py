@@ -11,17 +11,7 @@ from wmcache.common.paths import AnyPath, cause_outside, unreadable
 
 @contextmanager
 def reading(path: AnyPath, fault: str, hint: str) -> Iterator[None]:
-    """Turn any error of the block into one line.
-
-    Args:
-        path: the file, for errors of the system.
-        fault: what is wrong and where; the reason is appended.
-        hint: how to fix it.
-
-    Raises:
-        UnreadableError: permissions, disk or network: the file is not damaged.
-        UserError: any other error.
-    """
+    """Turn any error of the block into a UserError, `fault (reason); hint`, or an UnreadableError where the system cannot read `path`."""
     try:
         yield
     except (UserError, MemoryError):

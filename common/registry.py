@@ -26,13 +26,7 @@ class Registry(Generic[T]):
     """
 
     def __init__(self, kind: str, *, package: str, group: str) -> None:
-        """Import nothing yet.
-
-        Args:
-            kind: what errors call an entry, such as `solver`.
-            package: its modules register the entries of wmcache.
-            group: of the entry points of other packages.
-        """
+        """Import nothing yet; errors call an entry a `kind`, `group` is that of the entry points."""
         self.kind, self.package, self.group = kind, package, group
         self._entries: dict[str, T] = {}
         self._complete = False

@@ -35,19 +35,19 @@ def parse(
 ) -> T:
     """Return plain JSON values as an instance of a dataclass, without conversions.
 
-    Args:
-        where, fault, hint: the error is `{where} {fault} (…); {hint}`.
-        exact: refuse values that the dataclass has no field for.
-
     Raises:
-        UserError: `value` is not of that kind.
+        UserError: `value` is not of that kind, or with `exact` has unknown fields: `{where} {fault} (…); {hint}`.
     """
     if exact and isinstance(value, dict) and (unknown := set(value) - {field.name for field in fields(kind)}):  # type: ignore[arg-type]
         raise UserError(f"{where} {fault} (unknown fields: {', '.join(sorted(unknown))[:80]!r}); {hint}")
     try:
         parsed: T = adapter_of(kind).validate_json(json.dumps(value), strict=True)
-    except (ValidationError, RecursionError) as error:
-        raise UserError(f"{where} {fault} ({_first(error)}); {hint}") from error
+    except RecursionError as error:
+        raise UserError(f"{where} {fault} (nested too deeply); {hint}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        found = f"{'.'.join(map(str, first['loc']))[:80]!r}: {first['msg'][:120]}"
+        raise UserError(f"{where} {fault} ({found}); {hint}") from error
     return parsed
 
 
@@ -55,10 +55,3 @@ def parse(
 def adapter_of(kind: Any) -> TypeAdapter[Any]:
     """Return pydantic's validator of a type."""
     return TypeAdapter(kind)
-
-
-def _first(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return "nested too deeply"
-    first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc']))[:80]!r}: {first['msg'][:120]}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -16,19 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmcache.common.errors import UserError, reason
-from wmcache.common.files import cannot_write
+from wmcache.common.files import not_written
 
 OLDEST = (5, 1)
 """The first FFmpeg with `-fps_mode`."""
+HINT = "pip install --upgrade imageio-ffmpeg, or correct IMAGEIO_FFMPEG_EXE"
 
 
 def ffmpeg() -> str:
     """Return the FFmpeg of IMAGEIO_FFMPEG_EXE, of imageio-ffmpeg, or of the system; raise UserError where there is none."""
+    program = "ffmpeg"
     try:
-        program: str = imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError as error:
-        raise UserError(f"ffmpeg is not installed; pip install --upgrade imageio-ffmpeg ({reason(error)})") from error
-    _version(program)
+        program = str(imageio_ffmpeg.get_ffmpeg_exe())
+        _version(program)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"ffmpeg cannot be started ({reason(error)}): {program}; {HINT}") from error
     return program
 
 
@@ -37,47 +38,27 @@ def require_ffmpeg() -> None:
     program = ffmpeg()
     found = re.match(r"n?(\d+)\.(\d+)", version := _version(program))
     if found and (int(found[1]), int(found[2])) < OLDEST:  # builds of a commit have no version number
-        hint = _remedy("pip install --upgrade imageio-ffmpeg")
-        raise UserError(f"ffmpeg {version} is too old to read videos, 5.1 or later is needed: {program}; {hint}")
+        raise UserError(f"ffmpeg {version} is too old to read videos, 5.1 or later is needed: {program}; {HINT}")
 
 
-@functools.lru_cache
-def _version(program: str) -> str:
-    try:
-        answer = subprocess.run([program, "-version"], stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    except OSError as error:
-        hint = _remedy("pip install --force-reinstall imageio-ffmpeg")
-        raise UserError(f"ffmpeg cannot be started ({reason(error)}): {program}; {hint}") from error
-    words = answer.stdout.decode(errors="replace").split(maxsplit=3)
-    return words[2] if words[:2] == ["ffmpeg", "version"] and len(words) > 2 else "of an unknown version"
-
-
-def _remedy(install: str) -> str:
-    return "unset or correct IMAGEIO_FFMPEG_EXE" if os.environ.get("IMAGEIO_FFMPEG_EXE") else install
+@functools.cache
+def _version(program: str) -> str:  # noqa: ARG001 (the key of the cache)
+    return str(imageio_ffmpeg.get_ffmpeg_version())
 
 
 def write_mp4(path: Path, frames: Sequence[NDArray[np.uint8]], fps: float) -> None:
-    """Write frames, uint8 [H, W, 3] with even sides, as H.264; the file is complete or absent.
-
-    Raises:
-        UserError: there is no FFmpeg, it has no H.264 encoder, or the file cannot be written.
-    """
-    program = ffmpeg()
-    temporary = path.with_name(f".{path.name}")
+    """Write frames, uint8 [H, W, 3] with even sides, as H.264; the file is complete or absent."""
+    program, temporary = ffmpeg(), path.with_name(f".{path.name}")
+    # By default imageio stretches frames to multiples of 16.
+    settings: dict[str, Any] = {"codec": "libx264", "quality": 8, "macro_block_size": 2}
     try:
-        with cannot_write(path):
-            # By default imageio stretches frames to multiples of 16.
-            settings: dict[str, Any] = {"codec": "libx264", "quality": 8, "macro_block_size": 2}
-            imageio.mimwrite(temporary, [*frames], format="FFMPEG", fps=fps, **settings)
-            temporary.replace(path)
-    except UserError as error:
-        cause = error.__cause__
-        if not isinstance(cause, OSError) or cause.errno is not None:
-            raise
+        imageio.mimwrite(temporary, [*frames], format="FFMPEG", fps=fps, **settings)
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno is not None:
+            raise not_written(path, error) from error
         # imageio-ffmpeg puts the output of FFmpeg into an OSError without a number.
-        lines = [line for line in str(cause).splitlines() if line.strip()]
-        raise UserError(
-            f"{path} cannot be written ({lines[-1][:160] if lines else 'no reason given'}): {program}"
-        ) from cause
+        last = str(error).strip().rpartition("\n")[2][:160]
+        raise UserError(f"{path} cannot be written ({last}): {program}; {HINT}") from error
     finally:
         temporary.unlink(missing_ok=True)

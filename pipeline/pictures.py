@@ -14,9 +14,8 @@ from wmcache.cache.store import TokenStore
 from wmcache.common.errors import UserError
 from wmcache.common.figures import png_bytes
 from wmcache.common.files import write_whole
-from wmcache.common.landscapes import descend
 from wmcache.common.paths import AnyPath, beside
-from wmcache.common.sampling import farthest_points
+from wmcache.common.sampling import descend, farthest_points
 from wmcache.envs import Maze
 from wmcache.pipeline.probe import (
     FEWEST_FRAMES,

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import split_frames
 from wmcache.common.errors import UserError
-from wmcache.common.landscapes import descend
 from wmcache.common.paths import AnyPath
 from wmcache.common.progress import seconds_between_updates
+from wmcache.common.sampling import descend
 from wmcache.envs import Maze, MazeError
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import read_for

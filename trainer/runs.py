@@ -20,11 +20,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from wmcache.cache.identity import Identity
-from wmcache.cache.layout import StoreCard, read_card, require_identity
+from wmcache.cache.layout import StoreCard, read_card
 from wmcache.cache.store import TokenStore
 from wmcache.common.errors import MissingError, UserError
 from wmcache.common.files import is_temporary
-from wmcache.common.folders import did_you_mean
 from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.locks import exclusive
 from wmcache.common.paths import AnyPath, as_path
@@ -91,10 +90,7 @@ def write_settings(out: Path, config: Mapping[str, Any], store: TokenStore) -> N
 def read_config(run: Path) -> dict[str, Any]:
     """Read the settings of a world model's run; raises UserError where the folder is not one."""
     file = run / "config.json"
-    try:
-        config = read_json(file, NO_RUN)
-    except MissingError:
-        raise MissingError(f"{file} does not exist; {did_you_mean(run, 'run', NO_RUN)}") from None
+    config = read_json(file, NO_RUN)
     parse(_Config, config, file, NO_RUN, exact=False, fault="is not a run's")
     return config
 
@@ -112,8 +108,7 @@ def read_identity(run: Path) -> tuple[StoreCard, Identity]:
     """Read the card and the identity of a run's store; raises UserError where the folder is not a run."""
     file = run / "identity.json"
     saved = read_json(file, NO_RUN)
-    require_identity(saved, file, NO_RUN)
-    return read_card(saved), Identity.from_json(saved["identity"], str(file))
+    return read_card(saved, file), Identity.from_json(saved.get("identity"), str(file))
 
 
 def foreign_identity(run: Path, identity: Identity) -> list[str]:

@@ -22,11 +22,11 @@ from upath import UPath
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
 
 from wmcache.cache import StoreCard, StoreWriter, TokenStore, reader
-from wmcache.cache.arrays import adopt_layout
-from wmcache.cache.layout import FILL, shard_file
+from wmcache.cache.layout import FILL, read_attributes, shard_file, write_attributes
 from wmcache.cache.reader import MappedReader, MemoryReader, ZarrReader
 from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
+from wmcache.common.files import sha256_of
 from wmcache.common.paths import upload
 
 Tokens = NDArray[np.float16]
@@ -104,7 +104,8 @@ def rewrite_tokens(path: Path, *, adopt: bool = True, **layout: Any) -> Path:
     array[:] = values
     shutil.move(path / "commits", path / "tokens" / "commits")
     if adopt:
-        adopt_layout(path)
+        digest = sha256_of(path / "tokens" / "zarr.json")
+        write_attributes(path, {**read_attributes(path), "layout": digest})
     return path
 
 

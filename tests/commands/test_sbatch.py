@@ -270,7 +270,7 @@ class TestRun:
         ("extract --cluster slurm", "--cluster slurm"),
         ("--profile big wmtrain --cache s.zarr --batch-size 3", "--batch-size 3"),
         ("wmtrain", "'--cache'"),
-        ("wmtrain --cache ss.zarr", "s.zarr?"),
+        ("wmtrain --cache ss.zarr", "ss.zarr"),
         ("extract --encoder pixels --dataset none", "none/dataset.json"),
         ("wmtrain --cache s.zarr --steps many", "'many'"),
         ("wmtrain --seed 1 decoder --cache s.zarr", "wmtrain decoder"),

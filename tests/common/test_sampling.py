@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from wmcache.common.landscapes import descend
-from wmcache.common.sampling import farthest_points
+from wmcache.common.sampling import descend, farthest_points
 
 
 def test_each_point_is_the_farthest_from_those_before() -> None:

@@ -12,7 +12,7 @@ import torch
 from wmcache.cache.windows import split_episodes
 from wmcache.common.device import CPU
 from wmcache.common.errors import UserError
-from wmcache.common.landscapes import descend
+from wmcache.common.sampling import descend
 from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.envs import Maze
 from wmcache.pipeline import encoders
