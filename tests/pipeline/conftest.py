@@ -1,4 +1,4 @@
-"""Copies to damage, interruptions, and snapshots of bytes."""
+"""Copies to damage, made-up stores, and interruptions."""
 
 from __future__ import annotations
 
@@ -15,23 +15,11 @@ from numpy.typing import NDArray
 
 from wmcache.cache import Identity, StoreCard, StoreWriter
 
-Snapshot = Callable[[Path], dict[str, bytes]]
-
 
 @pytest.fixture
 def copied(dataset_path: Path, tmp_path: Path) -> Path:
     """A copy of the dataset, under the same name, to damage."""
     return Path(shutil.copytree(dataset_path, tmp_path / dataset_path.name))
-
-
-@pytest.fixture(scope="session")
-def all_bytes() -> Snapshot:
-    """(folder) -> the bytes of every file in it."""
-
-    def read(path: Path) -> dict[str, bytes]:
-        return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
-
-    return read
 
 
 @pytest.fixture(scope="session")

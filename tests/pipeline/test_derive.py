@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from wmcache.cache import TokenStore
 from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
-from wmcache.pipeline.derive import create_for, derive
+from wmcache.pipeline.derive import derive
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract, extract_together
 from wmcache.pipeline.frames import FrameDataset
@@ -46,16 +46,16 @@ def test_derived_tokens_are_those_of_an_extraction(
 
 
 def test_an_unfinished_derivation_resumes(
-    layers: TokenStore, encoder: Encoder, tmp_path: Path, stop_after: Callable[..., Any], all_bytes: Snapshot
+    layers: TokenStore, encoder: Encoder, tmp_path: Path, stop_after: Callable[..., Any], contents: Snapshot
 ) -> None:
     whole, stopped = tmp_path / "whole.zarr", tmp_path / "stopped.zarr"
     derive(layers, encoder, whole)
     with stop_after(2):
         derive(layers, encoder, stopped)
-    assert len([name for name in all_bytes(stopped / "tokens") if name.startswith("c.")]) == 2
+    assert len([name for name in contents(stopped / "tokens") if name.startswith("c.")]) == 2
     assert derive(layers, encoder, stopped)
     assert not derive(layers, encoder, stopped)
-    assert all_bytes(stopped / "tokens") == all_bytes(whole / "tokens")
+    assert contents(stopped / "tokens") == contents(whole / "tokens")
 
 
 def test_missing_layers_other_weights_preprocessing_and_int8_are_refused(
@@ -77,11 +77,6 @@ def test_missing_layers_other_weights_preprocessing_and_int8_are_refused(
         assert not (tmp_path / "new.zarr").exists()
 
 
-def test_the_encoder_has_the_preprocessing_of_the_store(layers: TokenStore, store: TokenStore) -> None:
-    encoder = create_for(layers, "tcn", weights=None, base_weights=None, device="cpu")
-    assert encoder.identity(store.identity.dataset_fingerprint) == store.identity
-
-
 def test_encoders_that_share_a_backbone_run_it_once(
     dataset: FrameDataset, tcn_weights: Path, store: TokenStore, layers: TokenStore, tmp_path: Path
 ) -> None:
@@ -97,18 +92,6 @@ def test_encoders_that_share_a_backbone_run_it_once(
         together = TokenStore.open(tmp_path / path)
         assert together.identity == alone.identity
         np.testing.assert_allclose(together.gather(everything), alone.gather(everything), atol=2e-2, rtol=1e-2)
-
-
-def test_only_the_store_that_lacks_shards_is_written(
-    dataset: FrameDataset, tcn_weights: Path, tmp_path: Path, all_bytes: Snapshot
-) -> None:
-    both = [encoders.create(name, weights=tcn_weights, device="cpu") for name in ("tcn", "tcn-layers")]
-    extract(dataset, both[0], tmp_path / "tcn.zarr")
-    before = all_bytes(tmp_path / "tcn.zarr")
-    found = extract_together(dataset, [(both[0], tmp_path / "tcn.zarr"), (both[1], tmp_path / "layers.zarr")])
-    assert found == [(False, []), (True, [])]
-    assert TokenStore.open(tmp_path / "layers.zarr").complete
-    assert all_bytes(tmp_path / "tcn.zarr") == before
 
 
 def test_a_failing_encoder_leaves_the_other_store_whole(

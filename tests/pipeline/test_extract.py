@@ -13,46 +13,21 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from wmcache.cache import TokenStore
-from wmcache.cache.layout import read_attributes, write_attributes
 from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Features
 from wmcache.pipeline.encoders.weights import read_metadata
-from wmcache.pipeline.extract import encode_frames, extract, extraction_task, forecast, slice_of
+from wmcache.pipeline.extract import encode_frames, extract, extract_together, extraction_task, forecast, slice_of
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.stores import create_store
 
 Snapshot = Callable[[Path], dict[str, bytes]]
 
 
-@pytest.fixture
-def interrupted(store_path: Path, tmp_path: Path) -> Path:
-    """A store of a killed process: shard 3 is torn and has no record, and the store is not complete."""
-    path = Path(shutil.copytree(store_path, tmp_path / store_path.name))
-    attributes = read_attributes(path)
-    for name in ("mean", "std"):
-        del attributes[name]
-    write_attributes(path, {**attributes, "complete": False})
-    (path / "tokens/commits/000003.json").unlink()
-    (path / "tokens/c.3.0.0").write_bytes(b"torn")
-    return path
-
-
-def test_a_store_holds_the_encoders_tokens(dataset: FrameDataset, encoder: Encoder, store: TokenStore) -> None:
-    chosen = [0, 63, 64, 359]
-    live = encoder(dataset.read_frames(chosen)).numpy()
-    # Another batch size rounds differently in the last bits.
-    np.testing.assert_allclose(store.gather(np.array(chosen)), live, atol=2e-2, rtol=1e-2)
-    assert store.identity == encoder.identity(dataset.card.fingerprint)
-    for name, values in dataset.steps.columns().items():
-        np.testing.assert_array_equal(getattr(store, name), values)
-    assert store.card.dataset["maze"] == dataset.card.maze
-
-
 def test_the_number_of_processes_and_threads_changes_no_bit(
-    dataset: FrameDataset, encoder: Encoder, store_path: Path, tmp_path: Path, all_bytes: Snapshot
+    dataset: FrameDataset, encoder: Encoder, store_path: Path, tmp_path: Path, contents: Snapshot
 ) -> None:
     extract(dataset, encoder, tmp_path / "processes.zarr", cluster="local:2")
     threads = torch.get_num_threads()
@@ -63,46 +38,22 @@ def test_the_number_of_processes_and_threads_changes_no_bit(
     for name in ("processes.zarr", "threads.zarr"):
         found = TokenStore.open(tmp_path / name).gather(every)
         np.testing.assert_array_equal(found.view(np.uint16), reference.gather(every).view(np.uint16))
-        assert all_bytes(tmp_path / name / "tokens") == all_bytes(store_path / "tokens")
+        assert contents(tmp_path / name / "tokens") == contents(store_path / "tokens")
 
 
-def test_an_interrupted_extraction_does_only_what_is_missing(
-    dataset: FrameDataset, encoder: Encoder, store_path: Path, interrupted: Path, all_bytes: Snapshot
-) -> None:
-    plan = forecast(dataset, encoder, interrupted)
-    assert (plan.shards, plan.frames) == (1, 64)
-    kept = (interrupted / "tokens/c.2.0.0").stat().st_mtime_ns
-    with pytest.raises(UserError, match="wmcache extract"):
-        TokenStore.open(interrupted)
-    assert extract(dataset, encoder, interrupted)
-    assert (interrupted / "tokens/c.2.0.0").stat().st_mtime_ns == kept
-    assert all_bytes(interrupted / "tokens") == all_bytes(store_path / "tokens")
-    again, reference = TokenStore.open(interrupted), TokenStore.open(store_path)
-    np.testing.assert_array_equal(again.mean, reference.mean)
-    np.testing.assert_array_equal(again.std, reference.std)
+def test_the_forecast_counts_missing_shards(dataset: FrameDataset, encoder: Encoder, tmp_path: Path) -> None:
+    out, (n, d) = tmp_path / "new.zarr", encoder.frame_shape
+    for shards, frames in ((6, 360), (5, 296)):
+        plan = forecast(dataset, encoder, out)
+        assert (plan.shards, plan.frames, plan.bytes_needed) == (shards, frames, frames * n * d * 2)
+        assert plan.seconds > 0
+        extract_together(dataset, [(encoder, out)], part=(0, 6))
 
 
-def test_a_finished_store_is_left_alone(dataset: FrameDataset, encoder: Encoder, store_path: Path) -> None:
-    def times() -> dict[Path, int]:
-        return {file: file.stat().st_mtime_ns for file in (store_path / "tokens").rglob("*") if file.is_file()}
-
-    before = times()
-    assert not extract(dataset, encoder, store_path)
-    assert times() == before
-    plan = forecast(dataset, encoder, store_path)
-    assert (plan.shards, plan.frames, plan.bytes_needed, plan.seconds) == (0, 0, 0, 0.0)
-
-
-def test_another_encoder_and_another_dataset_are_refused_naming_the_field(
-    dataset: FrameDataset, encoder: Encoder, tcn_weights: Path, store_path: Path, all_bytes: Snapshot
-) -> None:
-    other = encoders.create("tcn", weights=tcn_weights, normalisation="imagenet", device="cpu")
-    others = FrameDataset(dataset.path, dataclasses.replace(dataset.card, fingerprint="00" * 32), dataset.steps)
-    before = all_bytes(store_path)
-    for frames, network, field in ((dataset, other, "normalisation"), (others, encoder, "dataset_fingerprint")):
-        with pytest.raises(UserError, match=f"{store_path} .*{field}: "):
-            extract(frames, network, store_path)
-    assert all_bytes(store_path) == before
+def test_the_store_of_another_dataset_is_refused(dataset: FrameDataset, encoder: Encoder, store_path: Path) -> None:
+    other = FrameDataset(dataset.path, dataclasses.replace(dataset.card, fingerprint="00" * 32), dataset.steps)
+    with pytest.raises(UserError, match=f"{store_path} .*dataset_fingerprint: "):
+        extract(other, encoder, store_path)
 
 
 def test_a_dataset_replaced_at_its_path_is_read_again(encoder: Encoder, tmp_path: Path) -> None:
@@ -137,15 +88,6 @@ def test_a_batch_that_does_not_fit_the_device_is_halved(dataset: FrameDataset, e
     room = 0
     with pytest.raises(UserError, match="--device cpu"):
         encode_frames([SmallDevice()], frames, 16)
-
-
-def test_the_forecast_counts_missing_shards(dataset: FrameDataset, encoder: Encoder, tmp_path: Path) -> None:
-    plan = forecast(dataset, encoder, tmp_path / "new.zarr")
-    n, d = encoder.frame_shape
-    assert (plan.shards, plan.frames, plan.bytes_needed) == (6, 360, 360 * n * d * 2)
-    assert plan.seconds > 0
-    assert plan.bytes_free > plan.bytes_needed
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 6, 9])

@@ -23,13 +23,12 @@ from wmcache.pipeline.encoders.tcn import TcnOptions
 from wmcache.pipeline.fit import FitTask, Fitted, fit, load_images, read_fit
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.probe import neighbours
-from wmcache.pipeline.stores import default_store, default_weights
 
 
 def fit_on_cpu(
-    dataset: FrameDataset, out: Path, options: TcnOptions, *, name: str = "tcn", max_frames: int = 1000, **more: bool
+    dataset: FrameDataset, out: Path, options: TcnOptions, *, max_frames: int = 1000, **more: bool
 ) -> Fitted:
-    return fit(dataset, name, out, options, max_frames=max_frames, device="cpu", **more)
+    return fit(dataset, "tcn", out, options, max_frames=max_frames, device="cpu", **more)
 
 
 def test_the_same_fit_again_only_measures(dataset: FrameDataset, tcn_weights: Path) -> None:
@@ -43,14 +42,13 @@ def test_the_same_fit_again_only_measures(dataset: FrameDataset, tcn_weights: Pa
     assert again.frames == 5 * 60
 
 
-@pytest.mark.parametrize(("steps", "seed"), [(19, 0), (20, 1)])
-def test_other_files_are_kept(dataset: FrameDataset, tcn_weights: Path, tmp_path: Path, steps: int, seed: int) -> None:
+def test_other_files_are_kept(dataset: FrameDataset, tcn_weights: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.safetensors"
     mine.write_bytes(b"precious")
     for file in (tcn_weights, mine):
         before = file.read_bytes()
         with pytest.raises(UserError, match=rf"{file}.*--out"):
-            fit_on_cpu(dataset, file, TcnOptions(steps=steps, batch=16, seed=seed))
+            fit_on_cpu(dataset, file, TcnOptions(steps=20, batch=16, seed=1))
         assert file.read_bytes() == before
 
 
@@ -95,19 +93,9 @@ def test_a_stopped_fit_resumes_exactly_and_leaves_only_its_weights(
     assert sorted(file.stem for file in tmp_path.iterdir()) == ["changed", "other", "same", "straight"]
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "named"),
-    [
-        ("tcn", TcnOptions(steps=20, batch=8, learning_rate=1e30), r"new\.safetensors.*--lr"),
-        ("tcn", TcnOptions(), r"300 .*256.*--batch-size"),
-        ("dinov2", TcnOptions(), r"dinov2 .*tcn"),
-    ],
-)
-def test_a_fit_that_is_not_possible_leaves_no_file(
-    dataset: FrameDataset, tmp_path: Path, name: str, options: TcnOptions, named: str
-) -> None:
-    with pytest.raises(UserError, match=named):
-        fit_on_cpu(dataset, tmp_path / "new.safetensors", options, name=name)
+def test_a_fit_whose_loss_is_not_finite_leaves_no_file(dataset: FrameDataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"new\.safetensors.*--lr"):
+        fit_on_cpu(dataset, tmp_path / "new.safetensors", TcnOptions(steps=20, batch=8, learning_rate=1e30))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -139,10 +127,3 @@ def test_descent_is_judged_by_where_it_ends() -> None:
     other_arm = (xy[:, 0] < 1.2) & (xy[:, 1] < 2.0)
     assert way[ends][other_arm].min() > 3.0
     assert way[ends][xy[:, 0] > 2.4].max() < 0.5
-
-
-def test_weights_and_stores_are_in_the_home(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("WMCACHE_HOME", str(tmp_path))
-    assert default_weights("umaze", "tcn") == tmp_path / "encoders/umaze-tcn.safetensors"
-    assert default_store("umaze", encoder) == tmp_path / "stores/umaze/tcn-64.zarr"
-    assert default_store("umaze", encoder, "int8") == tmp_path / "stores/umaze/tcn-64-int8.zarr"

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from wmcache.common.errors import UserError
 from wmcache.pipeline.frames import FrameDataset
 
 
@@ -41,39 +37,3 @@ def test_pyarrow_reads_the_steps(dataset_path: Path, dataset: FrameDataset) -> N
     assert table["step"].to_pylist() == [*range(60)] * 6
     np.testing.assert_array_equal(table["action"].to_pylist(), dataset.steps.action)
     np.testing.assert_array_equal(table["state"].to_pylist(), dataset.steps.state)
-
-
-def test_a_missing_dataset_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere/dataset\.json .*wmcache collect"):
-        FrameDataset.open(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '"frames"', "{}", '{"colour": "blue"}'])
-def test_a_garbled_card_and_another_format_are_refused(copied: Path, text: str) -> None:
-    card = json.loads((copied / "dataset.json").read_bytes())
-    (copied / "dataset.json").write_text(text)
-    with pytest.raises(UserError, match=r"dataset\.json"):
-        FrameDataset.open(copied)
-    (copied / "dataset.json").write_text(json.dumps(card | {"format_version": 99}))
-    with pytest.raises(UserError, match=r"99.* 1;"):
-        FrameDataset.open(copied)
-
-
-def _edit_table(edit: Callable[[pa.Table], pa.Table]) -> Callable[[Path], object]:
-    return lambda file: pq.write_table(edit(pq.read_table(file)), file)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        pytest.param(_edit_table(lambda table: table.take(list(range(len(table)))[::-1])), id="reversed"),
-        pytest.param(_edit_table(lambda table: table.drop_columns(["state"])), id="column lost"),
-        pytest.param(lambda file: file.write_bytes(b""), id="empty"),
-        pytest.param(lambda file: file.write_bytes(file.read_bytes()[:-1]), id="last byte lost"),
-        pytest.param(lambda file: file.unlink(), id="missing"),
-    ],
-)
-def test_damaged_steps_are_named(copied: Path, damage: Callable[[Path], object]) -> None:
-    damage(copied / "steps.parquet")
-    with pytest.raises(UserError, match=r"steps\.parquet"):
-        FrameDataset.open(copied)

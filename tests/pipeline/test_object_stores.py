@@ -68,10 +68,10 @@ def collect_again(out: UPath) -> None:
 
 
 def test_frames_are_collected_into_a_bucket_as_into_a_folder(
-    bucket: UPath, dataset_path: Path, dataset: FrameDataset, all_bytes: Snapshot
+    bucket: UPath, dataset_path: Path, dataset: FrameDataset, contents: Snapshot
 ) -> None:
     collect_again(bucket / dataset_path.name)
-    assert objects(bucket / dataset_path.name) == all_bytes(dataset_path)
+    assert objects(bucket / dataset_path.name) == contents(dataset_path)
     found = FrameDataset.open(f"memory://bucket/{dataset_path.name}")
     assert found.card == dataset.card
     np.testing.assert_array_equal(found.steps.state, dataset.steps.state)
@@ -96,7 +96,7 @@ def failing_once(bucket: UPath, name: str) -> Iterator[list[str]]:
         yield written
 
 
-def test_a_collection_into_a_bucket_resumes(bucket: UPath, dataset_path: Path, all_bytes: Snapshot) -> None:
+def test_a_collection_into_a_bucket_resumes(bucket: UPath, dataset_path: Path, contents: Snapshot) -> None:
     out = bucket / dataset_path.name
     with failing_once(bucket, "frames-000003.tar") as written:
         with pytest.raises(UserError, match=r"^.*memory://bucket/.*timeout.*$"):
@@ -107,7 +107,7 @@ def test_a_collection_into_a_bucket_resumes(bucket: UPath, dataset_path: Path, a
         written.clear()
         collect_again(out)
         assert not whole & set(written)
-    assert objects(out) == all_bytes(dataset_path)
+    assert objects(out) == contents(dataset_path)
 
 
 @pytest.mark.parametrize("name", ["frames-000002.tar", "steps.parquet", "dataset.json"])
@@ -123,10 +123,10 @@ def test_damaged_and_missing_frames_in_a_bucket_are_named(bucket: UPath, dataset
 
 
 def test_tokens_are_extracted_into_a_bucket_as_into_a_folder(
-    bucket: UPath, dataset: FrameDataset, encoder: Encoder, store_path: Path, all_bytes: Snapshot
+    bucket: UPath, dataset: FrameDataset, encoder: Encoder, store_path: Path, contents: Snapshot
 ) -> None:
     extract(dataset, encoder, bucket / "tcn-64.zarr")
-    assert objects(bucket / "tcn-64.zarr") == all_bytes(store_path)
+    assert objects(bucket / "tcn-64.zarr") == contents(store_path)
     assert verify(bucket / "tcn-64.zarr").sound
 
 
@@ -150,7 +150,7 @@ def test_a_store_in_a_bucket_of_frames_in_a_bucket_is_read_through_the_mirror(
 
 
 def test_an_extraction_into_a_bucket_resumes(
-    bucket: UPath, dataset: FrameDataset, encoder: Encoder, store_path: Path, all_bytes: Snapshot
+    bucket: UPath, dataset: FrameDataset, encoder: Encoder, store_path: Path, contents: Snapshot
 ) -> None:
     path = bucket / "tcn-64.zarr"
     with failing_once(bucket, "c.3.0.0") as written:
@@ -165,7 +165,7 @@ def test_an_extraction_into_a_bucket_resumes(
         written.clear()
         extract(dataset, encoder, path)
         assert not whole & set(written)
-    assert objects(path) == all_bytes(store_path)
+    assert objects(path) == contents(store_path)
 
 
 def test_simultaneous_extractions_make_one_sound_store(
@@ -183,7 +183,7 @@ def test_a_shard_that_another_process_starts_again_at_the_end_is_extracted_again
     dataset: FrameDataset,
     encoder: Encoder,
     store_path: Path,
-    all_bytes: Snapshot,
+    contents: Snapshot,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path, finish, begun = bucket / "tcn-64.zarr", StoreWriter.try_finish, list[int]()
@@ -197,7 +197,7 @@ def test_a_shard_that_another_process_starts_again_at_the_end_is_extracted_again
     monkeypatch.setattr(StoreWriter, "try_finish", finish_with_another)
     extract(dataset, encoder, path)
     assert begun
-    assert objects(path) == all_bytes(store_path)
+    assert objects(path) == contents(store_path)
 
 
 def test_a_shard_that_another_process_has_done_is_not_written(
@@ -222,28 +222,26 @@ DAMAGE: dict[str, Callable[[UPath], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_store_in_a_bucket_is_repaired(
-    far: UPath, store_path: Path, all_bytes: Snapshot, damage: str
-) -> None:
+def test_a_damaged_store_in_a_bucket_is_repaired(far: UPath, store_path: Path, contents: Snapshot, damage: str) -> None:
     assert verify(far).sound
     DAMAGE[damage](far)
     found = verify(far)
     assert not found.sound
     assert {fault.shard for fault in found.faults} == ({2} if "shard" in damage or "record" in damage else {None})
     repair(far, device="cpu")
-    assert objects(far) == all_bytes(store_path)
+    assert objects(far) == contents(store_path)
     assert verify(far).sound
 
 
 def test_a_lost_description_is_written_again(
-    far: UPath, dataset: FrameDataset, encoder: Encoder, store_path: Path, all_bytes: Snapshot
+    far: UPath, dataset: FrameDataset, encoder: Encoder, store_path: Path, contents: Snapshot
 ) -> None:
     shards = dict(files_in(far / "tokens", "c."))
     put(far / "zarr.json", b"{")
     with pytest.raises(UserError, match=r"zarr\.json .*wmcache extract"):
         TokenStore.open(far)
     extract(dataset, encoder, far)
-    assert objects(far) == all_bytes(store_path)
+    assert objects(far) == contents(store_path)
     assert dict(files_in(far / "tokens", "c.")) == shards
 
 
