@@ -24,7 +24,7 @@ from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.pictures import draw_probe, picture_paths, spread
+from wmcache.pipeline.pictures import draw_probe, spread
 from wmcache.pipeline.probe import (
     PROBED_FRAMES,
     choose_frames,
@@ -194,35 +194,21 @@ def test_no_held_out_episode_trains_a_probe(store: TokenStore) -> None:
     np.testing.assert_array_equal(choose_frames(store, 300)[1], val)
 
 
-def test_a_store_without_a_maze_has_no_distances_but_its_dataset_may(
-    make: Make, steps: dict[str, NDArray[Any]], dataset: FrameDataset, dataset_path: Path, tmp_path: Path
+def test_the_maze_of_a_store_without_one_is_read_from_its_dataset(
+    make: Make, dataset: FrameDataset, dataset_path: Path
 ) -> None:
-    path = make(position_tokens(steps), maze=False)
+    path = make(noise(1, 2), maze=False)
     assert find_maze(TokenStore.open(path)) is None
     assert find_maze(TokenStore.open(path), dataset_path).rows == tuple(dataset.card.maze)
-    found = probe(path)
-    assert (found.spearman, found.stuck, found.nearest, found.nearest_90) == (None, None, None, None)
-    assert list(found.linear) == ["state_0", "state_1", "state_2", "state_3"]
-    assert found.linear["state_0"] > 0.999
-    with pytest.raises(UserError, match=str(path)):
-        draw_probe(path, tmp_path / "picture.png")
-    assert not (tmp_path / "picture.png").exists()
-
-
-@pytest.mark.parametrize(
-    ("part", "key", "value"),
-    [("identity", "dataset_fingerprint", "ef" * 32)]
-    + [("dataset", "maze", maze) for maze in ("#####", [["#"]], 7, ["###", "#O#", "###", "#"])],
-)
-def test_frames_of_another_dataset_and_an_invalid_maze_are_refused(
-    make: Make, dataset_path: Path, part: str, key: str, value: object
-) -> None:
-    path = make(noise(1, 2))
     attributes = read_attributes(path)
-    (attributes | attributes["card"])[part][key] = value
+    attributes["identity"]["dataset_fingerprint"] = "ef" * 32
     write_attributes(path, attributes)
     with pytest.raises(UserError, match=str(path)):
-        probe(path, dataset=dataset_path if part == "identity" else None)
+        probe(path, dataset=dataset_path)
+    attributes["card"]["dataset"]["maze"] = ["###", "#O#", "###", "#"]
+    write_attributes(path, attributes)
+    with pytest.raises(UserError, match=str(path)):
+        probe(path)
 
 
 def test_constant_and_missing_states_and_moves_have_no_figures(make: Make, steps: dict[str, NDArray[Any]]) -> None:
@@ -252,15 +238,14 @@ def test_too_few_frames_constant_tokens_and_incomplete_stores_are_refused(make: 
 
 def test_the_picture_is_a_png_with_a_star_for_each_goal(store_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "new folder" / "picture.png"
-    draw_probe(store_path, out, goals=2)
-    with Image.open(out) as image:
-        assert image.format == "PNG"
-        narrow = image.size
-    draw_probe(store_path, out, goals=4)
-    with Image.open(out) as image:
-        assert image.size[0] > 1.5 * narrow[0]
-        colours = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)
-    assert len(colours) > 200
+    widths = []
+    for goals in (2, 4):
+        draw_probe(store_path, out, goals=goals)
+        with Image.open(out) as image:
+            assert image.format == "PNG"
+            widths.append(image.size[0])
+            assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 200
+    assert widths[1] > 1.5 * widths[0]
     assert [file.name for file in out.parent.iterdir()] == ["picture.png"]
 
 
@@ -273,15 +258,6 @@ def test_goals_are_far_from_each_other() -> None:
     np.testing.assert_array_equal(lengths[1], maze.geodesic(xy[chosen[1]], xy))
     assert min(lengths[0][chosen[1]], lengths[0][chosen[2]], lengths[1][chosen[2]]) > 1.5
     assert len(spread(xy[:2], maze, 5)[0]) == 2
-
-
-def test_pictures_are_beside_their_stores_or_in_a_folder(tmp_path: Path) -> None:
-    stores = [tmp_path / "umaze/tcn-64.zarr", tmp_path / "large/tcn-64.zarr"]
-    assert picture_paths(stores) == [tmp_path / "umaze/tcn-64.probe.png", tmp_path / "large/tcn-64.probe.png"]
-    folder = Path("pictures")
-    assert picture_paths(stores, folder) == [folder / "umaze-tcn-64.probe.png", folder / "large-tcn-64.probe.png"]
-    with pytest.raises(UserError, match=r"umaze-tcn-64\.probe\.png"):
-        picture_paths([*stores, tmp_path / "more/umaze/tcn-64.zarr"], folder)
 
 
 THOROUGH = (
