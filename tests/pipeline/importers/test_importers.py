@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from PIL import Image
 
 from wmcache.cli import main
 from wmcache.common.errors import UserError
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.importers import Source, write_dataset
-from wmcache.pipeline.importers.conversions import ImageImporter, as_columns
+from wmcache.pipeline.importers.conversions import as_columns
 from wmcache.pipeline.tars import Frames
 
 
@@ -54,18 +53,6 @@ def test_other_values_or_steps_out_of_order_are_refused(
     with pytest.raises(UserError, match="here"):
         write_dataset(disordered, tmp_path / "new", frames_per_shard=100)
     assert not (tmp_path / "new").exists()
-
-
-def test_images_are_cropped_and_resized_on_request() -> None:
-    pixels = np.zeros((8, 14, 3), np.uint8)
-    pixels[:, 3:11] = 200
-    image = Image.fromarray(pixels)
-    np.testing.assert_array_equal(ImageImporter("", "center").frame(image, 8, "it"), np.full((8, 8, 3), 200))
-    np.testing.assert_array_equal(ImageImporter("", "center", 4).frame(image, 4, "it"), np.full((4, 4, 3), 200))
-    with pytest.raises(UserError, match=r"it .*14 x 8 .*--crop"):
-        ImageImporter("").frame(image, 8, "it")
-    with pytest.raises(UserError, match=r"it .*10 .*8.*--image-size"):
-        ImageImporter("").frame(Image.new("RGB", (10, 10)), 8, "it")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e300])
