@@ -51,7 +51,7 @@ def reference_tokens(vit: nn.Module, dinov2: Encoder, frames: np.ndarray) -> Ten
     return vit.forward_features(dinov2.preprocess(torch.from_numpy(frames)))[:, 1:]
 
 
-@pytest.mark.parametrize("size", [32, 112, 224, 300])
+@pytest.mark.parametrize("size", [32, 300])
 def test_preprocessing_is_dino_wms(dinov2: Encoder, noise: Noise, size: int) -> None:
     # DINO-WM: to 224 and [-1, 1] in the dataset, to 196 before the encoder (models/visual_world_model.py).
     frames = torch.from_numpy(noise(2, size, size))
@@ -94,10 +94,10 @@ def test_the_identity_describes_how_tokens_were_made(weights: Path) -> None:
     assert identity.normalisation == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-@pytest.mark.parametrize("of", ["timm", "official", "transformers", "transformers folder"])
+@pytest.mark.parametrize("of", ["timm", "official", "transformers"])
 def test_weights_with_register_tokens_are_refused(tmp_path: Path, of: str) -> None:
     path, tiny = tmp_path / "model.safetensors", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    if of.startswith("transformers"):
+    if of == "transformers":
         Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**tiny, image_size=56)).save_pretrained(tmp_path)
     else:
         vit = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=56, num_classes=0, embed_dim=36, depth=1)
@@ -106,7 +106,7 @@ def test_weights_with_register_tokens_are_refused(tmp_path: Path, of: str) -> No
             weights["register_tokens"] = weights.pop("reg_token")
         save_file(weights, path)
     with pytest.raises(UserError, match=r"reg_token|register_tokens"):
-        encoders.create("dinov2", weights=tmp_path if of == "transformers folder" else path, device="cpu")
+        encoders.create("dinov2", weights=tmp_path if of == "transformers" else path, device="cpu")
 
 
 def test_the_architecture_of_a_timm_folder_gives_the_number_of_registers(noise: Noise, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from PIL import Image
 
 from wmcache.cache import TokenStore
 from wmcache.common.errors import UserError
-from wmcache.common.video import require_ffmpeg, write_mp4
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.tcn import TcnOptions
 from wmcache.pipeline.extract import extract
@@ -415,48 +414,6 @@ def test_a_number_missing_elsewhere_is_named_as_the_file_counts_it(
         )
     with pytest.raises(UserError, match=rf"^{names[0]} .*steps\.{kind}, {row}"):
         given.import_table(table, tmp_path / "out")
-
-
-@pytest.fixture
-def fake_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """(version) -> a program that reports this version of FFmpeg, in use."""
-
-    def make(version: str) -> Path:
-        path = tmp_path / f"ffmpeg {version}"
-        path.write_text(f"#!/bin/sh\necho 'ffmpeg version {version} Copyright (c)'\n")
-        path.chmod(0o755)
-        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(path))
-        return path
-
-    return make
-
-
-@pytest.mark.parametrize("version", ["4.4.2-0ubuntu0.22.04.1", "n5.0"])
-def test_an_old_ffmpeg_is_named(given: Given, tmp_path: Path, fake_ffmpeg: Callable[[str], Path], version: str) -> None:
-    as_videos(given)
-    program = fake_ffmpeg(version)
-    with pytest.raises(UserError, match=r"5\.1") as refused:
-        given.import_to(tmp_path / "out")
-    assert all(word in str(refused.value) for word in (version, str(program), "IMAGEIO_FFMPEG_EXE"))
-    assert ".mkv" not in str(refused.value)
-
-
-@pytest.mark.parametrize("version", ["5.1", "n9.0.2-17-g2a571b6068", "N-110000-g1234567"])
-def test_a_newer_ffmpeg_is_used(fake_ffmpeg: Callable[[str], Path], version: str) -> None:
-    fake_ffmpeg(version)
-    require_ffmpeg()
-
-
-@pytest.mark.parametrize("broken", [Path.unlink, lambda program: program.chmod(0o644)], ids=["gone", "not executable"])
-def test_an_ffmpeg_that_cannot_be_started_is_named(
-    given: Given, tmp_path: Path, fake_ffmpeg: Callable[[str], Path], broken: Callable[[Path], object]
-) -> None:
-    as_videos(given)
-    program = fake_ffmpeg("7.0")
-    broken(program)
-    for work in (lambda: given.import_to(tmp_path / "out"), lambda: write_mp4(tmp_path / "a.mp4", [*given.frames], 7)):
-        with pytest.raises(UserError, match=str(program)):
-            work()
 
 
 def test_the_command_imports_and_fails_in_one_line(
