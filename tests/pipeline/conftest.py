@@ -1,11 +1,10 @@
-"""Copies to damage, made-up stores, and interruptions."""
+"""Copies to damage, and stores of made-up tokens."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +35,3 @@ def write_tokens() -> Callable[..., Path]:
         return path
 
     return write
-
-
-@pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
-    """(shards) -> a block that Ctrl-C ends when as many shards are written."""
-
-    @contextmanager
-    def stop(shards: int) -> Iterator[None]:
-        write, written = StoreWriter.write_shard, []
-
-        def write_some(self: StoreWriter, shard: int, tokens: Any) -> None:
-            if len(written) == shards:
-                raise KeyboardInterrupt
-            written.append(shard)
-            write(self, shard, tokens)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
-            patch.setattr(StoreWriter, "write_shard", write_some)
-            yield
-
-    return stop

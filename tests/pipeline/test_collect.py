@@ -1,14 +1,17 @@
+"""Frame datasets: collected, and read back. Damaged and hostile ones are tested in tests/faults."""
+
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import webdataset
 
 from wmcache.common.errors import UserError
 from wmcache.envs import PointMazeEnv
@@ -104,14 +107,6 @@ def test_other_settings_are_refused_naming_the_field(
     assert contents(copied) == before
 
 
-def test_a_folder_that_is_used_again_gets_new_frames(tmp_path: Path) -> None:
-    for name, seed in (("again", 0), ("again", 1), ("fresh", 1)):
-        shutil.rmtree(tmp_path / name, ignore_errors=True)
-        collect(ENV, tmp_path / name, episodes=1, length=5, seed=seed, image_size=32, frames_per_shard=5)
-    frames = [FrameDataset.open(tmp_path / name).read_shard(0) for name in ("again", "fresh")]
-    np.testing.assert_array_equal(*frames)
-
-
 def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
@@ -129,3 +124,30 @@ def test_a_users_maze_is_collected_and_remembered_in_any_folder(tmp_path: Path) 
     assert again.card.maze == ["####", "#OO#", "####"]
     assert (again.steps.state[:, 0] < 1.3).all()
     assert again.read_frames(range(10)).any()
+
+
+def test_frames_are_read_in_any_order(dataset: FrameDataset) -> None:
+    everything = np.concatenate([dataset.read_shard(shard) for shard in range(dataset.num_shards)])
+    wanted = [359, 0, 64, 63, 0]
+    np.testing.assert_array_equal(dataset.read_frames(wanted), everything[wanted])
+    assert everything.shape == (360, 32, 32, 3)
+    assert [record["frames"] for record in dataset.card.shards] == [64] * 5 + [40]
+
+
+# webdataset leaves open tars to the garbage collector.
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning")
+def test_webdataset_reads_the_shards(dataset_path: Path, dataset: FrameDataset) -> None:
+    tars = [str(tar) for tar in sorted(dataset_path.glob("*.tar"))]
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False).decode("rgb8"))
+    keys = [f"{episode:06d}-{step:05d}" for episode in range(6) for step in range(60)]
+    assert [sample["__key__"] for sample in samples] == keys
+    np.testing.assert_array_equal([sample["png"] for sample in samples], dataset.read_frames(range(360)))
+
+
+def test_pyarrow_reads_the_steps(dataset_path: Path, dataset: FrameDataset) -> None:
+    table = pq.read_table(dataset_path / "steps.parquet")
+    assert table.schema.names == ["episode", "step", "action", "state"]
+    assert table["episode"].to_pylist() == np.repeat(np.arange(6), 60).tolist()
+    assert table["step"].to_pylist() == [*range(60)] * 6
+    np.testing.assert_array_equal(table["action"].to_pylist(), dataset.steps.action)
+    np.testing.assert_array_equal(table["state"].to_pylist(), dataset.steps.state)

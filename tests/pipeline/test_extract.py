@@ -1,9 +1,12 @@
+"""Stores that are extracted from frames or derived from other stores."""
+
 from __future__ import annotations
 
 import dataclasses
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from wmcache.cache import TokenStore
+from wmcache.cache import StoreWriter, TokenStore
 from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
-from wmcache.pipeline.collect import collect
+from wmcache.pipeline.derive import derive
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Features
 from wmcache.pipeline.encoders.weights import read_metadata
@@ -54,19 +57,6 @@ def test_the_store_of_another_dataset_is_refused(dataset: FrameDataset, encoder:
     other = FrameDataset(dataset.path, dataclasses.replace(dataset.card, fingerprint="00" * 32), dataset.steps)
     with pytest.raises(UserError, match=f"{store_path} .*dataset_fingerprint: "):
         extract(other, encoder, store_path)
-
-
-def test_a_dataset_replaced_at_its_path_is_read_again(encoder: Encoder, tmp_path: Path) -> None:
-    path = tmp_path / "data"
-    for seed in (0, 1):
-        fresh = tmp_path / f"seed-{seed}"
-        collect("UMaze", fresh, episodes=1, length=4, seed=seed, image_size=32, frames_per_shard=4)
-        shutil.rmtree(path, ignore_errors=True)
-        fresh.rename(path)
-        frames = FrameDataset.open(path)
-        extract(frames, encoder, tmp_path / f"{seed}.zarr")
-    live = encoder(frames.read_shard(0)).numpy()
-    np.testing.assert_allclose(TokenStore.open(tmp_path / "1.zarr").gather(np.arange(4)), live, atol=2e-2, rtol=1e-2)
 
 
 def test_a_batch_that_does_not_fit_the_device_is_halved(dataset: FrameDataset, encoder: Encoder) -> None:
@@ -109,3 +99,91 @@ def test_a_worker_with_other_weights_refuses(dataset: FrameDataset, tcn_weights:
     with pytest.raises(UserError, match=r"tcn .*weights_sha256"):
         other(4)
     assert 4 in writer.pending()
+
+
+@pytest.fixture(scope="module")
+def layers(dataset: FrameDataset, tcn_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    """tcn's stem, first block and tokens."""
+    path = tmp_path_factory.mktemp("layers") / "tcn-layers-64.zarr"
+    extract(dataset, encoders.create("tcn-layers", weights=tcn_weights, device="cpu"), path)
+    return TokenStore.open(path)
+
+
+def test_derived_tokens_are_those_of_an_extraction(
+    layers: TokenStore, encoder: Encoder, store: TokenStore, tmp_path: Path
+) -> None:
+    derive(layers, encoder, tmp_path / "tcn-64.zarr", batch=7)
+    derived = TokenStore.open(tmp_path / "tcn-64.zarr")
+    everything = np.arange(len(store))
+    np.testing.assert_array_equal(derived.gather(everything), layers.gather(everything)[:, :, -32:])
+    # Two runs of a network differ by the order of additions.
+    np.testing.assert_allclose(derived.gather(everything), store.gather(everything), atol=2e-2, rtol=1e-2)
+    assert derived.identity == store.identity
+    assert derived.card == store.card
+    for name in ("action", "state", "episode", "step"):
+        np.testing.assert_array_equal(getattr(derived, name), getattr(store, name))
+    np.testing.assert_allclose(derived.mean, store.mean, atol=1e-2)
+
+
+def test_an_unfinished_derivation_resumes(
+    layers: TokenStore, encoder: Encoder, tmp_path: Path, contents: Snapshot
+) -> None:
+    out = tmp_path / "tcn-64.zarr"
+    assert derive(layers, encoder, out)
+    whole = contents(out / "tokens")
+    StoreWriter.resume(out, TokenStore.open(out).identity).reopen([1, 4])
+    kept = {file: file.stat().st_mtime_ns for file in (out / "tokens").glob("c.[0235].*")}
+    assert derive(layers, encoder, out)
+    assert not derive(layers, encoder, out)
+    assert contents(out / "tokens") == whole
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+
+
+def test_missing_layers_other_weights_preprocessing_and_int8_are_refused(
+    dataset: FrameDataset, layers: TokenStore, store: TokenStore, encoder: Encoder, tcn_weights: Path, tmp_path: Path
+) -> None:
+    weights = {name: value + 0.1 for name, value in encoder.backbone.get_submodule("network").state_dict().items()}
+    save_file(weights, tmp_path / "other.safetensors")
+    create = partial(encoders.create, device="cpu")
+    all_layers = create("tcn-layers", weights=tcn_weights)
+    extract(dataset, all_layers, tmp_path / "int8.zarr", dtype="int8")
+    for source, wanted, named in (
+        (store, all_layers, "stem, block 1"),
+        (layers, create("tcn", weights=tmp_path / "other.safetensors"), str(layers.path)),
+        (layers, create("tcn", weights=tcn_weights, normalisation="imagenet"), "normalisation"),
+        (TokenStore.open(tmp_path / "int8.zarr"), encoder, "store_dtype int8"),
+    ):
+        with pytest.raises(UserError, match=named):
+            derive(source, wanted, tmp_path / "new.zarr")
+        assert not (tmp_path / "new.zarr").exists()
+
+
+def test_encoders_that_share_a_backbone_run_it_once(
+    dataset: FrameDataset, tcn_weights: Path, store: TokenStore, layers: TokenStore, tmp_path: Path
+) -> None:
+    both = [encoders.create(name, weights=tcn_weights, device="cpu") for name in ("tcn", "tcn-layers")]
+    seen: list[int] = []
+    for encoder in both:
+        encoder.backbone.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    extract_together(dataset, [(both[0], tmp_path / "tcn.zarr"), (both[1], tmp_path / "layers.zarr")])
+    assert sum(seen) == len(dataset.steps)
+    assert both[0].backbone is both[1].backbone
+    everything = np.arange(len(store))
+    for path, alone in (("tcn.zarr", store), ("layers.zarr", layers)):
+        together = TokenStore.open(tmp_path / path)
+        assert together.identity == alone.identity
+        np.testing.assert_allclose(together.gather(everything), alone.gather(everything), atol=2e-2, rtol=1e-2)
+
+
+def test_a_failing_encoder_leaves_the_other_store_whole(
+    dataset: FrameDataset, tcn_weights: Path, tmp_path: Path
+) -> None:
+    good = encoders.create("tcn", weights=tcn_weights, device="cpu")
+    bad = encoders.create("tcn", weights=tcn_weights, normalisation="imagenet", device="cpu")
+    with torch.no_grad():
+        bad.backbone.get_parameter("network.head.1.bias").fill_(1e9)
+    stores = [(bad, tmp_path / "bad.zarr"), (good, tmp_path / "good.zarr")]
+    with pytest.raises(UserError, match=r"^6 of 6 .*bad\.zarr"):
+        extract_together(dataset, stores)
+    extract(dataset, good, tmp_path / "good.zarr")
+    assert TokenStore.open(tmp_path / "good.zarr").complete

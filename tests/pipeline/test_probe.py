@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import VJEPA2Config, VJEPA2Model
 
 import wmcache.pipeline.probe
 from wmcache import envs
@@ -20,9 +18,7 @@ from wmcache.cache import TokenStore
 from wmcache.cache.layout import read_attributes, write_attributes
 from wmcache.common.errors import UserError
 from wmcache.envs import Maze
-from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
-from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.pictures import draw_probe, spread
 from wmcache.pipeline.probe import (
@@ -170,21 +166,6 @@ def test_the_landscape_is_that_of_the_encoder(store_path: Path, dataset: FrameDa
     assert probe(store_path, frames=100) == cached
     assert cached.spearman == pytest.approx(live.spearman, abs=1e-3)
     assert cached.stuck == pytest.approx(live.stuck, abs=0.02)
-
-
-def test_an_encoder_of_pairs_sees_the_earlier_frames(dataset: FrameDataset, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    size = {"hidden_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2, "crop_size": 64, "frames_per_clip": 4}
-    predictor = {"pred_hidden_size": 24, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1}
-    VJEPA2Model(VJEPA2Config(**size, **predictor, initializer_range=0.2)).save_pretrained(tmp_path / "tiny")
-    pair, alone = (
-        encoders.create(name, weights=tmp_path / "tiny", image_size=64, device="cpu")
-        for name in ("vjepa2-pair", "vjepa2")
-    )
-    extract(dataset, pair, tmp_path / "pair.zarr")
-    live, cached = probe_landscape(dataset, pair), probe(tmp_path / "pair.zarr", frames=100)
-    assert cached.spearman == pytest.approx(live.spearman, abs=1e-3)
-    assert live.spearman != pytest.approx(probe_landscape(dataset, alone).spearman, abs=1e-2)
 
 
 def test_no_held_out_episode_trains_a_probe(store: TokenStore) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,7 @@ from wmcache.cache import TokenStore
 from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline import fit as fit_module
-from wmcache.pipeline.encoders import Encoder, FitOptions, get_fit
+from wmcache.pipeline.encoders import Encoder, FitOptions
 from wmcache.pipeline.encoders.base import EARLY, LAST, Features
 from wmcache.pipeline.encoders.dino_tok import DinoTokOptions, DinoTokVqOptions
 from wmcache.pipeline.encoders.pca import PcaOptions
@@ -26,7 +27,7 @@ from wmcache.pipeline.encoders.tcn import TcnOptions
 from wmcache.pipeline.encoders.vae import BetaVaeOptions, VaeOptions
 from wmcache.pipeline.encoders.vfm_vae import VfmVaeOptions
 from wmcache.pipeline.extract import extract
-from wmcache.pipeline.fit import fit, fit_adapter
+from wmcache.pipeline.fit import FitTask, fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
 
 ADAPTERS: dict[str, FitOptions] = {
@@ -59,27 +60,25 @@ def fit_any(dataset: FrameDataset, tcn_layers: TokenStore, tmp_path: Path) -> Ca
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_an_interrupted_fit_continues_to_the_same_weights(
+def test_a_stopped_fit_continues_to_the_same_weights_and_leaves_only_them(
     fit_any: Callable[..., Encoder], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = fit_any(name, "whole")
-    assert fit_any(name, "again").weights_sha256 == expected.weights_sha256
-    kind: Any = get_fit(name)[1]
-    calls, loss = [], kind.loss
+    expected, before_step, steps = fit_any(name, "whole"), FitTask.before_step, list[int]()
 
-    def interrupted(self: Any, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return loss(self, rows)
+    def stop_once(task: FitTask, step: int) -> None:
+        before_step(task, step)
+        steps.append(step)
+        if steps == [0, 1, 2]:
+            os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(fit_module, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
-    monkeypatch.setattr(kind, "loss", interrupted)
+    monkeypatch.setattr(FitTask, "before_step", stop_once)
     with pytest.raises(KeyboardInterrupt):
         fit_any(name, "cut")
     assert not (tmp_path / "cut.safetensors").exists()
+    (tmp_path / ".cut.safetensors.partial").touch()  # of an older version
     assert fit_any(name, "cut").weights_sha256 == expected.weights_sha256
-    assert len(calls) == 5  # two steps, the interrupted one, the same again, and the last
+    assert steps == [0, 1, 2, 3]
+    assert sorted(file.stem for file in tmp_path.iterdir()) == ["cut", "whole"]
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -15,7 +15,6 @@ import torch
 import torchvision
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torchvision.models import ResNet18_Weights
 
 from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
@@ -69,16 +68,6 @@ def test_tokens_are_torchvisions(reference: nn.Module, weights: dict[str, Path],
     assert (pooled.token_grid, whole.token_grid) == ((1, 1), (7, 7))
     torch.testing.assert_close(tokens_of_map, body(images).flatten(2).mT.half(), atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(tokens, reference.avgpool(body(images)).flatten(2).mT.half(), atol=2e-3, rtol=2e-3)
-
-
-@FAMILY
-@pytest.mark.parametrize("size", [64, 300])
-def test_preprocessing_is_torchvisions_without_its_crop(
-    weights: dict[str, Path], noise: Noise, family: str, size: int
-) -> None:
-    frames = torch.from_numpy(noise(2, size, size))
-    expected = ResNet18_Weights.IMAGENET1K_V1.transforms(resize_size=224)(frames.permute(0, 3, 1, 2).float() / 255)
-    torch.testing.assert_close(create(family, weights[family]).preprocess(frames), expected, atol=1e-5, rtol=0)
 
 
 def test_classifier_batch_counts_and_prefixes_are_no_part_of_the_identity(

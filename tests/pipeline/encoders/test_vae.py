@@ -93,15 +93,6 @@ def test_free_bits_are_counted_by_frame(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(found["loss"] - found["error"], torch.tensor((3 * 8.0 + 16.0) / 4), rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_loss_does_not_depend_on_the_size_of_the_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
-    fitting = make_fitting(name, noise_images(4))
-    whole = fitting.loss(np.arange(4))["loss"]
-    parts = torch.stack([fitting.loss(np.array([i]))["loss"] for i in range(4)])
-    torch.testing.assert_close(parts.mean(), whole, rtol=1e-5, atol=1e-3)
-
-
 @pytest.mark.parametrize(("name", "foreground"), [("vae", False), ("beta-vae", True)])
 def test_the_loss_falls(dataset: FrameDataset, name: str, foreground: bool) -> None:
     images = load_images(dataset, np.arange(0, 64, 4), PREPROCESS)

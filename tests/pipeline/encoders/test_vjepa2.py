@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import VJEPA2Config, VJEPA2ForVideoClassification, VJEPA2Model, VJEPA2VideoProcessor
+from transformers import VJEPA2Config, VJEPA2ForVideoClassification, VJEPA2Model
 
 from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
@@ -58,17 +58,6 @@ def test_a_frame_is_a_clip_of_one_or_two_equal_frames(model: VJEPA2Model, folder
     images, tokens = encoder.preprocess(torch.from_numpy(frames)), encoder(frames)
     for clip in ([images], [images, images]):
         torch.testing.assert_close(tokens, reference(model, *clip), atol=2e-3, rtol=2e-3)
-
-
-@pytest.mark.parametrize("size", [48, 100])
-def test_preprocessing_is_the_librarys_without_its_crop(folder: Path, noise: Noise, size: int) -> None:
-    frames = torch.from_numpy(noise(2, size, size))
-    processor = VJEPA2VideoProcessor(do_rescale=False, do_center_crop=False)
-    images = processor(
-        [frames.permute(0, 3, 1, 2).float() / 255], size={"height": SIZE, "width": SIZE}, return_tensors="pt"
-    )
-    preprocess = create("vjepa2", folder).preprocess
-    torch.testing.assert_close(preprocess(frames), images["pixel_values_videos"][0], atol=1e-5, rtol=0)
 
 
 def test_a_pair_is_a_tubelet_of_the_earlier_frame_and_the_frame(model: VJEPA2Model, folder: Path, noise: Noise) -> None:
