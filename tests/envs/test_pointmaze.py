@@ -30,6 +30,9 @@ def test_gymnasiums_checker_passes_for_every_layout(name: str) -> None:
     env = gym.make(name, image_size=32, render_mode="rgb_array")
     check_env(env.unwrapped)
     env.close()
+    vector = gym.make_vec(name, num_envs=2, image_size=32)
+    assert isinstance(vector.unwrapped, PointMazeVectorEnv)  # many balls share one simulator
+    vector.close()
 
 
 @pytest.mark.parametrize("option", ["state", "goal"])

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from wmcache.cache import Identity, StoreCard, StoreWriter
+from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
+from wmcache.pipeline import encoders
+from wmcache.pipeline.extract import extract
+from wmcache.pipeline.frames import FrameDataset
 
 
 @pytest.fixture
@@ -35,3 +38,11 @@ def write_tokens() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tcn_layers(dataset: FrameDataset, tcn_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    """2 x 2 tokens of 64, 64 and 32 channels, no prefix."""
+    path = tmp_path_factory.mktemp("stores") / "tcn-layers.zarr"
+    extract(dataset, encoders.create("tcn-layers", weights=tcn_weights, device="cpu"), path)
+    return TokenStore.open(path)

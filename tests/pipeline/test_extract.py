@@ -101,21 +101,13 @@ def test_a_worker_with_other_weights_refuses(dataset: FrameDataset, tcn_weights:
     assert 4 in writer.pending()
 
 
-@pytest.fixture(scope="module")
-def layers(dataset: FrameDataset, tcn_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
-    """tcn's stem, first block and tokens."""
-    path = tmp_path_factory.mktemp("layers") / "tcn-layers-64.zarr"
-    extract(dataset, encoders.create("tcn-layers", weights=tcn_weights, device="cpu"), path)
-    return TokenStore.open(path)
-
-
 def test_derived_tokens_are_those_of_an_extraction(
-    layers: TokenStore, encoder: Encoder, store: TokenStore, tmp_path: Path
+    tcn_layers: TokenStore, encoder: Encoder, store: TokenStore, tmp_path: Path
 ) -> None:
-    derive(layers, encoder, tmp_path / "tcn-64.zarr", batch=7)
+    derive(tcn_layers, encoder, tmp_path / "tcn-64.zarr", batch=7)
     derived = TokenStore.open(tmp_path / "tcn-64.zarr")
     everything = np.arange(len(store))
-    np.testing.assert_array_equal(derived.gather(everything), layers.gather(everything)[:, :, -32:])
+    np.testing.assert_array_equal(derived.gather(everything), tcn_layers.gather(everything)[:, :, -32:])
     # Two runs of a network differ by the order of additions.
     np.testing.assert_allclose(derived.gather(everything), store.gather(everything), atol=2e-2, rtol=1e-2)
     assert derived.identity == store.identity
@@ -126,21 +118,26 @@ def test_derived_tokens_are_those_of_an_extraction(
 
 
 def test_an_unfinished_derivation_resumes(
-    layers: TokenStore, encoder: Encoder, tmp_path: Path, contents: Snapshot
+    tcn_layers: TokenStore, encoder: Encoder, tmp_path: Path, contents: Snapshot
 ) -> None:
     out = tmp_path / "tcn-64.zarr"
-    assert derive(layers, encoder, out)
+    assert derive(tcn_layers, encoder, out)
     whole = contents(out / "tokens")
     StoreWriter.resume(out, TokenStore.open(out).identity).reopen([1, 4])
     kept = {file: file.stat().st_mtime_ns for file in (out / "tokens").glob("c.[0235].*")}
-    assert derive(layers, encoder, out)
-    assert not derive(layers, encoder, out)
+    assert derive(tcn_layers, encoder, out)
+    assert not derive(tcn_layers, encoder, out)
     assert contents(out / "tokens") == whole
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
 
 
 def test_missing_layers_other_weights_preprocessing_and_int8_are_refused(
-    dataset: FrameDataset, layers: TokenStore, store: TokenStore, encoder: Encoder, tcn_weights: Path, tmp_path: Path
+    dataset: FrameDataset,
+    tcn_layers: TokenStore,
+    store: TokenStore,
+    encoder: Encoder,
+    tcn_weights: Path,
+    tmp_path: Path,
 ) -> None:
     weights = {name: value + 0.1 for name, value in encoder.backbone.get_submodule("network").state_dict().items()}
     save_file(weights, tmp_path / "other.safetensors")
@@ -149,8 +146,8 @@ def test_missing_layers_other_weights_preprocessing_and_int8_are_refused(
     extract(dataset, all_layers, tmp_path / "int8.zarr", dtype="int8")
     for source, wanted, named in (
         (store, all_layers, "stem, block 1"),
-        (layers, create("tcn", weights=tmp_path / "other.safetensors"), str(layers.path)),
-        (layers, create("tcn", weights=tcn_weights, normalisation="imagenet"), "normalisation"),
+        (tcn_layers, create("tcn", weights=tmp_path / "other.safetensors"), str(tcn_layers.path)),
+        (tcn_layers, create("tcn", weights=tcn_weights, normalisation="imagenet"), "normalisation"),
         (TokenStore.open(tmp_path / "int8.zarr"), encoder, "store_dtype int8"),
     ):
         with pytest.raises(UserError, match=named):
@@ -159,7 +156,7 @@ def test_missing_layers_other_weights_preprocessing_and_int8_are_refused(
 
 
 def test_encoders_that_share_a_backbone_run_it_once(
-    dataset: FrameDataset, tcn_weights: Path, store: TokenStore, layers: TokenStore, tmp_path: Path
+    dataset: FrameDataset, tcn_weights: Path, store: TokenStore, tcn_layers: TokenStore, tmp_path: Path
 ) -> None:
     both = [encoders.create(name, weights=tcn_weights, device="cpu") for name in ("tcn", "tcn-layers")]
     seen: list[int] = []
@@ -169,7 +166,7 @@ def test_encoders_that_share_a_backbone_run_it_once(
     assert sum(seen) == len(dataset.steps)
     assert both[0].backbone is both[1].backbone
     everything = np.arange(len(store))
-    for path, alone in (("tcn.zarr", store), ("layers.zarr", layers)):
+    for path, alone in (("tcn.zarr", store), ("layers.zarr", tcn_layers)):
         together = TokenStore.open(tmp_path / path)
         assert together.identity == alone.identity
         np.testing.assert_allclose(together.gather(everything), alone.gather(everything), atol=2e-2, rtol=1e-2)

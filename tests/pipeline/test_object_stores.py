@@ -66,17 +66,6 @@ def collect_again(out: UPath) -> None:
     collect("wmcache/PointMaze-UMaze-v0", out, **settings, cluster="local:1")
 
 
-def test_frames_are_collected_into_a_bucket_as_into_a_folder(
-    bucket: UPath, dataset_path: Path, dataset: FrameDataset, contents: Snapshot
-) -> None:
-    collect_again(bucket / dataset_path.name)
-    assert objects(bucket / dataset_path.name) == contents(dataset_path)
-    found = FrameDataset.open(f"memory://bucket/{dataset_path.name}")
-    assert found.card == dataset.card
-    np.testing.assert_array_equal(found.steps.state, dataset.steps.state)
-    np.testing.assert_array_equal(found.read_frames([359, 0, 64]), dataset.read_frames([359, 0, 64]))
-
-
 @contextmanager
 def failing_once(bucket: UPath, name: str) -> Iterator[list[str]]:
     """Let the first attempt to write an object of this name fail; yields the names that are written."""
@@ -94,7 +83,9 @@ def failing_once(bucket: UPath, name: str) -> Iterator[list[str]]:
         yield written
 
 
-def test_a_collection_into_a_bucket_resumes(bucket: UPath, dataset_path: Path, contents: Snapshot) -> None:
+def test_a_collection_into_a_bucket_resumes_and_is_read_like_a_folder(
+    bucket: UPath, dataset_path: Path, dataset: FrameDataset, contents: Snapshot
+) -> None:
     out = bucket / dataset_path.name
     with failing_once(bucket, "frames-000003.tar") as written:
         with pytest.raises(UserError, match=r"^.*memory://bucket/.*timeout.*$"):
@@ -106,6 +97,10 @@ def test_a_collection_into_a_bucket_resumes(bucket: UPath, dataset_path: Path, c
         collect_again(out)
         assert not whole & set(written)
     assert objects(out) == contents(dataset_path)
+    found = FrameDataset.open(str(out))
+    assert found.card == dataset.card
+    np.testing.assert_array_equal(found.steps.state, dataset.steps.state)
+    np.testing.assert_array_equal(found.read_frames([359, 0, 64]), dataset.read_frames([359, 0, 64]))
 
 
 @pytest.mark.parametrize("name", ["frames-000002.tar", "steps.parquet", "dataset.json"])

@@ -14,7 +14,7 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
@@ -129,25 +129,17 @@ def test_folders_of_something_else_are_refused(folder: Path, tmp_path: Path, tex
 
 
 @FAMILY
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (lambda tensors, prefix: tensors.pop(f"{prefix}layer4.1.bn2.running_mean"), r"layer4\.1\.bn2\.running_mean"),
-        (lambda tensors, prefix: tensors.update({f"{prefix}layer5.weight": torch.zeros(3)}), "layer5"),
-        (lambda tensors, prefix: tensors.update({f"{prefix}bn1.bias": torch.zeros(3)}), r"bn1\.bias"),
-    ],
-)
+@pytest.mark.parametrize("name", ["layer4.1.bn2.running_mean", "layer5.weight", "bn1.bias"])
 def test_weights_that_are_not_the_networks_are_named(
-    weights: dict[str, Path],
-    tmp_path: Path,
-    family: str,
-    change: Callable[[dict[str, Tensor], str], object],
-    named: str,
+    weights: dict[str, Path], tmp_path: Path, family: str, name: str
 ) -> None:
-    tensors = load_file(weights[family])
-    change(tensors, "module.convnet." if family == "r3m" else "")
+    tensors, full_name = load_file(weights[family]), f"{'module.convnet.' if family == 'r3m' else ''}{name}"
+    if name == "layer4.1.bn2.running_mean":
+        del tensors[full_name]
+    else:  # another shape, or a name that the network does not have
+        tensors[full_name] = torch.zeros(3)
     save_file(tensors, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=rf"other\.safetensors .*{family} .*{named}"):
+    with pytest.raises(UserError, match=rf"other\.safetensors .*{family} .*{re.escape(name)}"):
         create(family, tmp_path / "other.safetensors")
 
 
