@@ -18,6 +18,11 @@ from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 
 
+def contents(path: Path) -> dict[str, bytes]:
+    """The files in a folder, with their content."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
 @pytest.fixture
 def copied(dataset_path: Path, tmp_path: Path) -> Path:
     """A copy of the dataset, under the same name, to damage."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from wmcache.envs import PointMazeEnv
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.frames import DatasetCard, FrameDataset
 
+from .conftest import contents
+
 ENV = "wmcache/PointMaze-UMaze-v0"
-Snapshot = Callable[[Path], dict[str, bytes]]
 
 
 def collect_again(path: Path, **other: Any) -> DatasetCard:
@@ -29,7 +29,7 @@ def collect_again(path: Path, **other: Any) -> DatasetCard:
 
 
 def test_processes_size_of_shards_and_number_of_episodes_change_no_frame(
-    dataset_path: Path, dataset: FrameDataset, tmp_path: Path, contents: Snapshot
+    dataset_path: Path, dataset: FrameDataset, tmp_path: Path
 ) -> None:
     path = tmp_path / dataset_path.name
     collect_again(path, cluster="local:2")
@@ -64,9 +64,7 @@ def test_the_frames_are_those_of_a_live_episode(dataset: FrameDataset) -> None:
     env.close()
 
 
-def test_a_lost_tar_is_drawn_again_and_a_damaged_one_named(
-    copied: Path, dataset_path: Path, contents: Snapshot
-) -> None:
+def test_a_lost_tar_is_drawn_again_and_a_damaged_one_named(copied: Path, dataset_path: Path) -> None:
     tar = copied / "frames-000002.tar"
     tar.unlink()
     kept = {tar: tar.stat().st_mtime_ns for tar in copied.glob("*.tar")}
@@ -92,7 +90,7 @@ def test_a_lost_tar_is_drawn_again_and_a_damaged_one_named(
     ],
 )
 def test_other_settings_are_refused_naming_the_field(
-    copied: Path, contents: Snapshot, finished: bool, setting: str, value: Any, field: str
+    copied: Path, finished: bool, setting: str, value: Any, field: str
 ) -> None:
     if not finished:
         card = json.loads((copied / "dataset.json").read_bytes()) | {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,11 +26,11 @@ from wmcache.pipeline.extract import encode_frames, extract, extract_together, e
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.stores import create_store
 
-Snapshot = Callable[[Path], dict[str, bytes]]
+from .conftest import contents
 
 
 def test_the_number_of_processes_and_threads_changes_no_bit(
-    dataset: FrameDataset, encoder: Encoder, store_path: Path, tmp_path: Path, contents: Snapshot
+    dataset: FrameDataset, encoder: Encoder, store_path: Path, tmp_path: Path
 ) -> None:
     extract(dataset, encoder, tmp_path / "processes.zarr", cluster="local:2")
     threads = torch.get_num_threads()
@@ -117,9 +117,7 @@ def test_derived_tokens_are_those_of_an_extraction(
     np.testing.assert_allclose(derived.mean, store.mean, atol=1e-2)
 
 
-def test_an_unfinished_derivation_resumes(
-    tcn_layers: TokenStore, encoder: Encoder, tmp_path: Path, contents: Snapshot
-) -> None:
+def test_an_unfinished_derivation_resumes(tcn_layers: TokenStore, encoder: Encoder, tmp_path: Path) -> None:
     out = tmp_path / "tcn-64.zarr"
     assert derive(tcn_layers, encoder, out)
     whole = contents(out / "tokens")

@@ -31,7 +31,7 @@ from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.repair import repair, verify_deep
 
-Snapshot = Callable[[Path], dict[str, bytes]]
+from .conftest import contents
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def failing_once(bucket: UPath, name: str) -> Iterator[list[str]]:
 
 
 def test_a_collection_into_a_bucket_resumes_and_is_read_like_a_folder(
-    bucket: UPath, dataset_path: Path, dataset: FrameDataset, contents: Snapshot
+    bucket: UPath, dataset_path: Path, dataset: FrameDataset
 ) -> None:
     out = bucket / dataset_path.name
     with failing_once(bucket, "frames-000003.tar") as written:
@@ -133,7 +133,7 @@ def test_a_store_in_a_bucket_of_frames_in_a_bucket_is_read_through_the_mirror(
 
 
 def test_an_extraction_into_a_bucket_resumes(
-    bucket: UPath, dataset: FrameDataset, encoder: Encoder, store_path: Path, contents: Snapshot
+    bucket: UPath, dataset: FrameDataset, encoder: Encoder, store_path: Path
 ) -> None:
     path = bucket / "tcn-64.zarr"
     with failing_once(bucket, "c.3.0.0") as written:
@@ -157,7 +157,6 @@ def test_a_shard_that_another_process_starts_again_at_the_end_is_extracted_again
     dataset: FrameDataset,
     encoder: Encoder,
     store_path: Path,
-    contents: Snapshot,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path, finish, begun = bucket / "tcn-64.zarr", StoreWriter.try_finish, list[int]()
@@ -196,7 +195,7 @@ DAMAGE: dict[str, Callable[[UPath], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_store_in_a_bucket_is_repaired(far: UPath, store_path: Path, contents: Snapshot, damage: str) -> None:
+def test_a_damaged_store_in_a_bucket_is_repaired(far: UPath, store_path: Path, damage: str) -> None:
     assert verify(far).sound
     DAMAGE[damage](far)
     found = verify(far)

@@ -22,7 +22,7 @@ from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.repair import live_encoder, repair, verify_deep
 
-Snapshot = Callable[[Path], dict[str, bytes]]
+from .conftest import contents
 
 
 def times(path: Path) -> dict[Path, tuple[int, int]]:
@@ -54,7 +54,7 @@ def others(tcn_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.mark.parametrize("lost", [(), (1, 4)])
-def test_an_unfinished_store_is_finished(path: Path, store_path: Path, contents: Snapshot, lost: tuple[int]) -> None:
+def test_an_unfinished_store_is_finished(path: Path, store_path: Path, lost: tuple[int]) -> None:
     attributes = read_attributes(path)
     for name in ("mean", "std"):
         del attributes[name]
@@ -67,12 +67,15 @@ def test_an_unfinished_store_is_finished(path: Path, store_path: Path, contents:
     assert (found.complete, found.shards_done, found.faults) == (False, 6 - len(lost), [])
     assert contents(path) == contents(store_path)
     assert {file: times(path)[file] for file in when} == when
+    when = times(path)
+    assert repair(path, device="cpu").sound
+    assert times(path) == when
 
 
 @pytest.mark.parametrize("call", [repair, verify_deep, live_encoder])
 @pytest.mark.parametrize(("other", "field"), [("dataset", "dataset_fingerprint"), ("weights", "weights_sha256")])
 def test_other_frames_and_weights_are_refused_before_anything_is_changed(
-    path: Path, others: dict[str, Path], contents: Snapshot, call: Callable[..., object], other: str, field: str
+    path: Path, others: dict[str, Path], call: Callable[..., object], other: str, field: str
 ) -> None:
     if call is repair:
         flip(shard_file(path, 2), 5)
@@ -102,7 +105,6 @@ def test_a_shard_is_encoded_again_and_a_block_written_again(
     encoder: Encoder,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    contents: Snapshot,
     dtype: str,
 ) -> None:
     monkeypatch.setattr("wmcache.cache.records.IN_A_BLOCK", 4)
