@@ -36,7 +36,7 @@ def test_processes_size_of_shards_and_number_of_episodes_change_no_frame(
     assert contents(path) == contents(dataset_path)
     collect_again(tmp_path / "other", episodes=5, frames_per_shard=100)
     other = FrameDataset.open(tmp_path / "other")
-    assert other.num_shards == 3
+    assert len(other.card.shards) == 3
     np.testing.assert_array_equal(other.steps.action, dataset.steps.action[:300])
     np.testing.assert_array_equal(other.read_frames(range(300)), dataset.read_frames(range(300)))
 
@@ -125,7 +125,7 @@ def test_a_users_maze_is_collected_and_remembered_in_any_folder(tmp_path: Path) 
 
 
 def test_frames_are_read_in_any_order(dataset: FrameDataset) -> None:
-    everything = np.concatenate([dataset.read_shard(shard) for shard in range(dataset.num_shards)])
+    everything = np.concatenate([dataset.read_shard(shard) for shard in range(len(dataset.card.shards))])
     wanted = [359, 0, 64, 63, 0]
     np.testing.assert_array_equal(dataset.read_frames(wanted), everything[wanted])
     assert everything.shape == (360, 32, 32, 3)

@@ -12,8 +12,6 @@ import torch
 from wmcache.cache.windows import split_episodes
 from wmcache.common.device import CPU
 from wmcache.common.errors import UserError
-from wmcache.common.landscapes import descend
-from wmcache.envs import Maze
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Preprocess
@@ -21,7 +19,6 @@ from wmcache.pipeline.encoders.fitting import FitData
 from wmcache.pipeline.encoders.tcn import TcnOptions
 from wmcache.pipeline.fit import FitTask, Fitted, fit, load_images, read_fit
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.probe import neighbours
 
 
 def fit_on_cpu(
@@ -102,16 +99,3 @@ def test_training_images_are_preprocessed_once(dataset: FrameDataset) -> None:
     # Rounding to whole values, and what bicubic overshoots at the edges of black, are all that may differ.
     seen = see.normalise(see.resize(torch.from_numpy(dataset.read_frames(chosen))).clamp(0, 1))
     torch.testing.assert_close(data.pixels(chosen), seen, atol=0.51 / 255 / 0.224, rtol=0)
-
-
-def test_descent_is_judged_by_where_it_ends() -> None:
-    maze, rng = Maze.load("UMaze"), np.random.default_rng(0)
-    xy, goal = np.stack([maze.sample_xy(rng) for _ in range(400)]), np.array([2.8, 0.8])
-    near, way = neighbours(maze, xy), maze.geodesic(goal, xy)
-    assert not near[(xy[:, 0] < 1.2) & (xy[:, 1] < 2.0)][:, (xy[:, 0] > 2.4)].any()
-    assert way[descend(way, near)].max() < 0.5
-    # As the crow flies, the goal draws the ball against the inner wall.
-    ends = descend(np.linalg.norm(xy - goal, axis=1), near)
-    other_arm = (xy[:, 0] < 1.2) & (xy[:, 1] < 2.0)
-    assert way[ends][other_arm].min() > 3.0
-    assert way[ends][xy[:, 0] > 2.4].max() < 0.5

@@ -135,6 +135,17 @@ def test_equal_distances_have_no_rank_correlation() -> None:
     assert 0 <= found.stuck <= 1
 
 
+def test_descent_on_distances_through_walls_gets_stuck() -> None:
+    maze, rng = Maze.load("UMaze"), np.random.default_rng(0)
+    xy = np.stack([maze.sample_xy(rng) for _ in range(200)])
+    along = measure_landscape(np.stack([maze.geodesic(goal, xy) for goal in xy]), xy, maze)
+    assert (along.spearman, along.stuck) == (pytest.approx(1), 0)
+    # As the crow flies, a goal in one arm draws the ball in the other one against the inner wall.
+    through = measure_landscape(squared_distances(xy, xy), xy, maze)
+    assert through.spearman < 0.99
+    assert through.stuck > 0.2
+
+
 def test_fewer_coordinates_have_the_same_distances() -> None:
     for shape in ((50, 3, 4), (50, 30, 40), (30, 200, 64)):
         tokens = noise(*shape[1:], shape[0]).astype(np.float16)

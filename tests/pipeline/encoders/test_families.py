@@ -197,7 +197,7 @@ def test_layers_are_outputs_of_blocks_and_the_norm(kind: Kind, noise: Noise) -> 
     for handle in handles:
         handle.remove()
     assert len(outputs) == DEPTH
-    parts = encoder.head.by_layer(encoder(frames))
+    parts = encoder.head.restore(encoder(frames)).layers
     assert list(parts) == [EARLY, MIDDLE, LAST]
     for part, output in ((EARLY, outputs[0]), (MIDDLE, outputs[2]), (LAST, expected)):
         assert_close(parts[part], output)

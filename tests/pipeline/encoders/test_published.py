@@ -136,18 +136,17 @@ def test_official_files_with_a_mask_token_and_518_px_positions_load(noise: Noise
 
 
 @pytest.mark.parametrize("of", ["timm", "official", "transformers"])
-def test_weights_of_dinov2_with_register_tokens_are_refused(tmp_path: Path, of: str) -> None:
+def test_dinov2_refuses_weights_with_register_tokens(tmp_path: Path, of: str) -> None:
     path = tmp_path / "model.safetensors"
     if of == "transformers":
         config = Dinov2WithRegistersConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=56)
         Dinov2WithRegistersModel(config).save_pretrained(tmp_path)
     else:
-        vit = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=56, num_classes=0, **TINY_VIT)
-        weights = vit.state_dict()
+        weights = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=196, num_classes=0).state_dict()
         if of == "official":
             weights["register_tokens"] = weights.pop("reg_token")
         save_file(weights, path)
-    with pytest.raises(UserError, match=r"reg_token|register_tokens"):
+    with pytest.raises(UserError, match="reg"):
         encoders.create("dinov2", weights=tmp_path if of == "transformers" else path, device="cpu")
 
 

@@ -60,6 +60,14 @@ def test_a_frame_is_a_clip_of_one_or_two_equal_frames(model: VJEPA2Model, folder
         torch.testing.assert_close(tokens, reference(model, *clip), atol=2e-3, rtol=2e-3)
 
 
+def test_the_spec_describes_the_published_configuration() -> None:
+    spec, config = encoders.get_spec("vjepa2"), VJEPA2Config()
+    grid = config.crop_size // config.patch_size
+    assert (spec.image_size, spec.patch) == (config.crop_size, config.patch_size)
+    assert (spec.token_grid, spec.token_dim, spec.lag) == ((grid, grid), config.hidden_size, 0)
+    assert encoders.get_spec("vjepa2-layers").token_dim == 3 * config.hidden_size
+
+
 def test_a_pair_is_a_tubelet_of_the_earlier_frame_and_the_frame(model: VJEPA2Model, folder: Path, noise: Noise) -> None:
     pair, earlier, frames = create("vjepa2-pair", folder), noise(2, SIZE, SIZE), noise(2, SIZE, SIZE, seed=1)
     first, second = (pair.preprocess(torch.from_numpy(some)) for some in (earlier, frames))
@@ -116,7 +124,7 @@ def test_a_file_alone_has_the_published_size(folder: Path) -> None:
         ({"tubelet_size": 4}, "4"),
         ({"patch_size": [16, 8]}, r"\[16, 8\]"),
         ({"patch_size": 24}, "--image-size 64 .*24"),
-        ({"hidden_size": 50, "num_attention_heads": 3}, r"config\.json"),
+        ({"hidden_size": 50, "num_attention_heads": 3}, "tiny"),
     ],
 )
 def test_a_folder_of_another_model_is_refused(folder: Path, change: dict[str, object], named: str) -> None:

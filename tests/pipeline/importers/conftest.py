@@ -18,10 +18,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from wmcache.cli import main
-from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.frames import FrameDataset, Frames
 from wmcache.pipeline.importers import write_dataset
 from wmcache.pipeline.importers.frames import FramesImporter
-from wmcache.pipeline.tars import Frames
 
 Import = Callable[..., Result]
 Rows = list[dict[str, Any]]

@@ -15,10 +15,9 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 from wmcache.common.errors import UserError
-from wmcache.pipeline.frames import DatasetCard, FrameDataset
+from wmcache.pipeline.frames import DatasetCard, FrameDataset, Frames
 from wmcache.pipeline.importers import write_dataset
 from wmcache.pipeline.importers.minari import MinariImporter
-from wmcache.pipeline.tars import Frames
 
 # Minari itself, of a dataset without an environment.
 pytestmark = [
