@@ -58,7 +58,7 @@ def test_missing_and_damaged_maps_name_the_command_that_makes_them(own: TokenSto
     with pytest.raises(UserError, match=rf"tcn-64\.changes-5\.zarr.* change-maps {own.path} --frameskip 5$"):
         open_change_maps(own, 5)
     (path / "tokens" / "c.1.0.0").unlink()
-    with pytest.raises(UserError, match=f"1 of 6 .*wmcache repair {path}"):
+    with pytest.raises(UserError, match=f"wmcache repair {path}"):
         open_change_maps(own, 4)
     repair(path, device="cpu")
     assert open_change_maps(own, 4).complete
