@@ -1,11 +1,10 @@
-"""Copies to damage, interruptions, and snapshots of bytes."""
+"""Copies to damage, and stores of made-up tokens."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,21 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from wmcache.cache import Identity, StoreCard, StoreWriter
+from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
+from wmcache.pipeline import encoders
+from wmcache.pipeline.extract import extract
+from wmcache.pipeline.frames import FrameDataset
 
-Snapshot = Callable[[Path], dict[str, bytes]]
+
+def contents(path: Path) -> dict[str, bytes]:
+    """The files in a folder, with their content."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
 @pytest.fixture
 def copied(dataset_path: Path, tmp_path: Path) -> Path:
     """A copy of the dataset, under the same name, to damage."""
     return Path(shutil.copytree(dataset_path, tmp_path / dataset_path.name))
-
-
-@pytest.fixture(scope="session")
-def all_bytes() -> Snapshot:
-    """(folder) -> the bytes of every file in it."""
-
-    def read(path: Path) -> dict[str, bytes]:
-        return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
-
-    return read
 
 
 @pytest.fixture(scope="session")
@@ -50,22 +45,9 @@ def write_tokens() -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
-    """(shards) -> a block that Ctrl-C ends when as many shards are written."""
-
-    @contextmanager
-    def stop(shards: int) -> Iterator[None]:
-        write, written = StoreWriter.write_shard, []
-
-        def write_some(self: StoreWriter, shard: int, tokens: Any) -> None:
-            if len(written) == shards:
-                raise KeyboardInterrupt
-            written.append(shard)
-            write(self, shard, tokens)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
-            patch.setattr(StoreWriter, "write_shard", write_some)
-            yield
-
-    return stop
+@pytest.fixture(scope="session")
+def tcn_layers(dataset: FrameDataset, tcn_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    """2 x 2 tokens of 64, 64 and 32 channels, no prefix."""
+    path = tmp_path_factory.mktemp("stores") / "tcn-layers.zarr"
+    extract(dataset, encoders.create("tcn-layers", weights=tcn_weights, device="cpu"), path)
+    return TokenStore.open(path)

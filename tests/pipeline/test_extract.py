@@ -1,9 +1,12 @@
+"""Stores that are extracted from frames or derived from other stores."""
+
 from __future__ import annotations
 
 import dataclasses
 import pickle
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,47 +15,22 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from wmcache.cache import TokenStore
-from wmcache.cache.layout import read_attributes, write_attributes
+from wmcache.cache import StoreWriter, TokenStore
 from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
-from wmcache.pipeline.collect import collect
+from wmcache.pipeline.derive import derive
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Features
 from wmcache.pipeline.encoders.weights import read_metadata
-from wmcache.pipeline.extract import encode_frames, extract, extraction_task, forecast, slice_of
+from wmcache.pipeline.extract import encode_frames, extract, extract_together, extraction_task, forecast, slice_of
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.stores import create_store
 
-Snapshot = Callable[[Path], dict[str, bytes]]
-
-
-@pytest.fixture
-def interrupted(store_path: Path, tmp_path: Path) -> Path:
-    """A store of a killed process: shard 3 is torn and has no record, and the store is not complete."""
-    path = Path(shutil.copytree(store_path, tmp_path / store_path.name))
-    attributes = read_attributes(path)
-    for name in ("mean", "std"):
-        del attributes[name]
-    write_attributes(path, {**attributes, "complete": False})
-    (path / "tokens/commits/000003.json").unlink()
-    (path / "tokens/c.3.0.0").write_bytes(b"torn")
-    return path
-
-
-def test_a_store_holds_the_encoders_tokens(dataset: FrameDataset, encoder: Encoder, store: TokenStore) -> None:
-    chosen = [0, 63, 64, 359]
-    live = encoder(dataset.read_frames(chosen)).numpy()
-    # Another batch size rounds differently in the last bits.
-    np.testing.assert_allclose(store.gather(np.array(chosen)), live, atol=2e-2, rtol=1e-2)
-    assert store.identity == encoder.identity(dataset.card.fingerprint)
-    for name, values in dataset.steps.columns().items():
-        np.testing.assert_array_equal(getattr(store, name), values)
-    assert store.card.dataset["maze"] == dataset.card.maze
+from .conftest import contents
 
 
 def test_the_number_of_processes_and_threads_changes_no_bit(
-    dataset: FrameDataset, encoder: Encoder, store_path: Path, tmp_path: Path, all_bytes: Snapshot
+    dataset: FrameDataset, encoder: Encoder, store_path: Path, tmp_path: Path
 ) -> None:
     extract(dataset, encoder, tmp_path / "processes.zarr", cluster="local:2")
     threads = torch.get_num_threads()
@@ -63,59 +41,22 @@ def test_the_number_of_processes_and_threads_changes_no_bit(
     for name in ("processes.zarr", "threads.zarr"):
         found = TokenStore.open(tmp_path / name).gather(every)
         np.testing.assert_array_equal(found.view(np.uint16), reference.gather(every).view(np.uint16))
-        assert all_bytes(tmp_path / name / "tokens") == all_bytes(store_path / "tokens")
+        assert contents(tmp_path / name / "tokens") == contents(store_path / "tokens")
 
 
-def test_an_interrupted_extraction_does_only_what_is_missing(
-    dataset: FrameDataset, encoder: Encoder, store_path: Path, interrupted: Path, all_bytes: Snapshot
-) -> None:
-    plan = forecast(dataset, encoder, interrupted)
-    assert (plan.shards, plan.frames) == (1, 64)
-    kept = (interrupted / "tokens/c.2.0.0").stat().st_mtime_ns
-    with pytest.raises(UserError, match="wmcache extract"):
-        TokenStore.open(interrupted)
-    assert extract(dataset, encoder, interrupted)
-    assert (interrupted / "tokens/c.2.0.0").stat().st_mtime_ns == kept
-    assert all_bytes(interrupted / "tokens") == all_bytes(store_path / "tokens")
-    again, reference = TokenStore.open(interrupted), TokenStore.open(store_path)
-    np.testing.assert_array_equal(again.mean, reference.mean)
-    np.testing.assert_array_equal(again.std, reference.std)
+def test_the_forecast_counts_missing_shards(dataset: FrameDataset, encoder: Encoder, tmp_path: Path) -> None:
+    out, (n, d) = tmp_path / "new.zarr", encoder.frame_shape
+    for shards, frames in ((6, 360), (5, 296)):
+        plan = forecast(dataset, encoder, out)
+        assert (plan.shards, plan.frames, plan.bytes_needed) == (shards, frames, frames * n * d * 2)
+        assert plan.seconds > 0
+        extract_together(dataset, [(encoder, out)], part=(0, 6))
 
 
-def test_a_finished_store_is_left_alone(dataset: FrameDataset, encoder: Encoder, store_path: Path) -> None:
-    def times() -> dict[Path, int]:
-        return {file: file.stat().st_mtime_ns for file in (store_path / "tokens").rglob("*") if file.is_file()}
-
-    before = times()
-    assert not extract(dataset, encoder, store_path)
-    assert times() == before
-    plan = forecast(dataset, encoder, store_path)
-    assert (plan.shards, plan.frames, plan.bytes_needed, plan.seconds) == (0, 0, 0, 0.0)
-
-
-def test_another_encoder_and_another_dataset_are_refused_naming_the_field(
-    dataset: FrameDataset, encoder: Encoder, tcn_weights: Path, store_path: Path, all_bytes: Snapshot
-) -> None:
-    other = encoders.create("tcn", weights=tcn_weights, normalisation="imagenet", device="cpu")
-    others = FrameDataset(dataset.path, dataclasses.replace(dataset.card, fingerprint="00" * 32), dataset.steps)
-    before = all_bytes(store_path)
-    for frames, network, field in ((dataset, other, "normalisation"), (others, encoder, "dataset_fingerprint")):
-        with pytest.raises(UserError, match=f"{store_path} .*{field}: "):
-            extract(frames, network, store_path)
-    assert all_bytes(store_path) == before
-
-
-def test_a_dataset_replaced_at_its_path_is_read_again(encoder: Encoder, tmp_path: Path) -> None:
-    path = tmp_path / "data"
-    for seed in (0, 1):
-        fresh = tmp_path / f"seed-{seed}"
-        collect("UMaze", fresh, episodes=1, length=4, seed=seed, image_size=32, frames_per_shard=4)
-        shutil.rmtree(path, ignore_errors=True)
-        fresh.rename(path)
-        frames = FrameDataset.open(path)
-        extract(frames, encoder, tmp_path / f"{seed}.zarr")
-    live = encoder(frames.read_shard(0)).numpy()
-    np.testing.assert_allclose(TokenStore.open(tmp_path / "1.zarr").gather(np.arange(4)), live, atol=2e-2, rtol=1e-2)
+def test_the_store_of_another_dataset_is_refused(dataset: FrameDataset, encoder: Encoder, store_path: Path) -> None:
+    other = FrameDataset(dataset.path, dataclasses.replace(dataset.card, fingerprint="00" * 32), dataset.steps)
+    with pytest.raises(UserError, match=f"{store_path} .*dataset_fingerprint: "):
+        extract(other, encoder, store_path)
 
 
 def test_a_batch_that_does_not_fit_the_device_is_halved(dataset: FrameDataset, encoder: Encoder) -> None:
@@ -139,15 +80,6 @@ def test_a_batch_that_does_not_fit_the_device_is_halved(dataset: FrameDataset, e
         encode_frames([SmallDevice()], frames, 16)
 
 
-def test_the_forecast_counts_missing_shards(dataset: FrameDataset, encoder: Encoder, tmp_path: Path) -> None:
-    plan = forecast(dataset, encoder, tmp_path / "new.zarr")
-    n, d = encoder.frame_shape
-    assert (plan.shards, plan.frames, plan.bytes_needed) == (6, 360, 360 * n * d * 2)
-    assert plan.seconds > 0
-    assert plan.bytes_free > plan.bytes_needed
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("count", [1, 2, 4, 6, 9])
 def test_slices_are_contiguous_and_together_all_shards(count: int) -> None:
     parts = [slice_of(6, (number, count)) for number in range(count)]
@@ -167,3 +99,86 @@ def test_a_worker_with_other_weights_refuses(dataset: FrameDataset, tcn_weights:
     with pytest.raises(UserError, match=r"tcn .*weights_sha256"):
         other(4)
     assert 4 in writer.pending()
+
+
+def test_derived_tokens_are_those_of_an_extraction(
+    tcn_layers: TokenStore, encoder: Encoder, store: TokenStore, tmp_path: Path
+) -> None:
+    derive(tcn_layers, encoder, tmp_path / "tcn-64.zarr", batch=7)
+    derived = TokenStore.open(tmp_path / "tcn-64.zarr")
+    everything = np.arange(len(store))
+    np.testing.assert_array_equal(derived.gather(everything), tcn_layers.gather(everything)[:, :, -32:])
+    # Two runs of a network differ by the order of additions.
+    np.testing.assert_allclose(derived.gather(everything), store.gather(everything), atol=2e-2, rtol=1e-2)
+    assert derived.identity == store.identity
+    assert derived.card == store.card
+    for name in ("action", "state", "episode", "step"):
+        np.testing.assert_array_equal(getattr(derived, name), getattr(store, name))
+    np.testing.assert_allclose(derived.mean, store.mean, atol=1e-2)
+
+
+def test_an_unfinished_derivation_resumes(tcn_layers: TokenStore, encoder: Encoder, tmp_path: Path) -> None:
+    out = tmp_path / "tcn-64.zarr"
+    assert derive(tcn_layers, encoder, out)
+    whole = contents(out / "tokens")
+    StoreWriter.resume(out, TokenStore.open(out).identity).reopen([1, 4])
+    kept = {file: file.stat().st_mtime_ns for file in (out / "tokens").glob("c.[0235].*")}
+    assert derive(tcn_layers, encoder, out)
+    assert not derive(tcn_layers, encoder, out)
+    assert contents(out / "tokens") == whole
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+
+
+def test_missing_layers_other_weights_preprocessing_and_int8_are_refused(
+    dataset: FrameDataset,
+    tcn_layers: TokenStore,
+    store: TokenStore,
+    encoder: Encoder,
+    tcn_weights: Path,
+    tmp_path: Path,
+) -> None:
+    weights = {name: value + 0.1 for name, value in encoder.backbone.get_submodule("network").state_dict().items()}
+    save_file(weights, tmp_path / "other.safetensors")
+    create = partial(encoders.create, device="cpu")
+    all_layers = create("tcn-layers", weights=tcn_weights)
+    extract(dataset, all_layers, tmp_path / "int8.zarr", dtype="int8")
+    for source, wanted, named in (
+        (store, all_layers, "stem, block 1"),
+        (tcn_layers, create("tcn", weights=tmp_path / "other.safetensors"), str(tcn_layers.path)),
+        (tcn_layers, create("tcn", weights=tcn_weights, normalisation="imagenet"), "normalisation"),
+        (TokenStore.open(tmp_path / "int8.zarr"), encoder, "store_dtype int8"),
+    ):
+        with pytest.raises(UserError, match=named):
+            derive(source, wanted, tmp_path / "new.zarr")
+        assert not (tmp_path / "new.zarr").exists()
+
+
+def test_encoders_that_share_a_backbone_run_it_once(
+    dataset: FrameDataset, tcn_weights: Path, store: TokenStore, tcn_layers: TokenStore, tmp_path: Path
+) -> None:
+    both = [encoders.create(name, weights=tcn_weights, device="cpu") for name in ("tcn", "tcn-layers")]
+    seen: list[int] = []
+    for encoder in both:
+        encoder.backbone.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    extract_together(dataset, [(both[0], tmp_path / "tcn.zarr"), (both[1], tmp_path / "layers.zarr")])
+    assert sum(seen) == len(dataset.steps)
+    assert both[0].backbone is both[1].backbone
+    everything = np.arange(len(store))
+    for path, alone in (("tcn.zarr", store), ("layers.zarr", tcn_layers)):
+        together = TokenStore.open(tmp_path / path)
+        assert together.identity == alone.identity
+        np.testing.assert_allclose(together.gather(everything), alone.gather(everything), atol=2e-2, rtol=1e-2)
+
+
+def test_a_failing_encoder_leaves_the_other_store_whole(
+    dataset: FrameDataset, tcn_weights: Path, tmp_path: Path
+) -> None:
+    good = encoders.create("tcn", weights=tcn_weights, device="cpu")
+    bad = encoders.create("tcn", weights=tcn_weights, normalisation="imagenet", device="cpu")
+    with torch.no_grad():
+        bad.backbone.get_parameter("network.head.1.bias").fill_(1e9)
+    stores = [(bad, tmp_path / "bad.zarr"), (good, tmp_path / "good.zarr")]
+    with pytest.raises(UserError, match=r"^6 of 6 .*bad\.zarr"):
+        extract_together(dataset, stores)
+    extract(dataset, good, tmp_path / "good.zarr")
+    assert TokenStore.open(tmp_path / "good.zarr").complete

@@ -12,9 +12,6 @@ import torch
 from wmcache.cache.windows import split_episodes
 from wmcache.common.device import CPU
 from wmcache.common.errors import UserError
-from wmcache.common.sampling import descend
-from wmcache.engine.checkpoint import last_checkpoint
-from wmcache.envs import Maze
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Preprocess
@@ -22,14 +19,12 @@ from wmcache.pipeline.encoders.fitting import FitData
 from wmcache.pipeline.encoders.tcn import TcnOptions
 from wmcache.pipeline.fit import FitTask, Fitted, fit, load_images, read_fit
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.probe import neighbours
-from wmcache.pipeline.stores import default_store, default_weights
 
 
 def fit_on_cpu(
-    dataset: FrameDataset, out: Path, options: TcnOptions, *, name: str = "tcn", max_frames: int = 1000, **more: bool
+    dataset: FrameDataset, out: Path, options: TcnOptions, *, max_frames: int = 1000, **more: bool
 ) -> Fitted:
-    return fit(dataset, name, out, options, max_frames=max_frames, device="cpu", **more)
+    return fit(dataset, "tcn", out, options, max_frames=max_frames, device="cpu", **more)
 
 
 def test_the_same_fit_again_only_measures(dataset: FrameDataset, tcn_weights: Path) -> None:
@@ -43,14 +38,13 @@ def test_the_same_fit_again_only_measures(dataset: FrameDataset, tcn_weights: Pa
     assert again.frames == 5 * 60
 
 
-@pytest.mark.parametrize(("steps", "seed"), [(19, 0), (20, 1)])
-def test_other_files_are_kept(dataset: FrameDataset, tcn_weights: Path, tmp_path: Path, steps: int, seed: int) -> None:
+def test_other_files_are_kept(dataset: FrameDataset, tcn_weights: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.safetensors"
     mine.write_bytes(b"precious")
     for file in (tcn_weights, mine):
         before = file.read_bytes()
         with pytest.raises(UserError, match=rf"{file}.*--out"):
-            fit_on_cpu(dataset, file, TcnOptions(steps=steps, batch=16, seed=seed))
+            fit_on_cpu(dataset, file, TcnOptions(steps=20, batch=16, seed=1))
         assert file.read_bytes() == before
 
 
@@ -69,45 +63,24 @@ def test_the_same_seed_gives_the_same_weights_and_another_needs_overwrite(
     assert read_fit(tmp_path / "b.safetensors")["frames"] == "80"
 
 
-def test_a_stopped_fit_resumes_exactly_and_leaves_only_its_weights(
+def test_a_fit_with_other_options_does_not_continue_a_stopped_one(
     dataset: FrameDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def weights_hash(name: str, seed: int = 0) -> str:
-        out = fit_on_cpu(dataset, tmp_path / f"{name}.safetensors", TcnOptions(steps=6, batch=16, seed=seed)).weights
+    def weights_hash(name: str, seed: int) -> str:
+        out = fit_on_cpu(dataset, tmp_path / f"{name}.safetensors", TcnOptions(steps=3, batch=16, seed=seed)).weights
         return encoders.create("tcn", weights=out, device="cpu").weights_sha256
 
-    def stopped(task: FitTask, step: int) -> None:
-        seed(task, step)
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    straight, other, seed = weights_hash("straight"), weights_hash("other", seed=1), FitTask.before_step
-    for name in ("same", "changed"):
-        with monkeypatch.context() as patch:
-            patch.setattr(FitTask, "before_step", stopped)
-            with pytest.raises(KeyboardInterrupt):
-                weights_hash(name)
-    (folder,) = tmp_path.glob(".same.*")
-    assert last_checkpoint(folder).name == "step-00000003"
-    (tmp_path / ".same.safetensors.partial").touch()  # of an older version
-    assert weights_hash("same") == straight
-    assert weights_hash("changed", seed=1) == other
-    assert sorted(file.stem for file in tmp_path.iterdir()) == ["changed", "other", "same", "straight"]
+    with monkeypatch.context() as patch:
+        patch.setattr(FitTask, "before_step", lambda task, step: step and os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            weights_hash("changed", 0)
+    assert weights_hash("changed", 1) == weights_hash("straight", 1)
+    assert sorted(file.stem for file in tmp_path.iterdir()) == ["changed", "straight"]
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "named"),
-    [
-        ("tcn", TcnOptions(steps=20, batch=8, learning_rate=1e30), r"new\.safetensors.*--lr"),
-        ("tcn", TcnOptions(), r"300 .*256.*--batch-size"),
-        ("dinov2", TcnOptions(), r"dinov2 .*tcn"),
-    ],
-)
-def test_a_fit_that_is_not_possible_leaves_no_file(
-    dataset: FrameDataset, tmp_path: Path, name: str, options: TcnOptions, named: str
-) -> None:
-    with pytest.raises(UserError, match=named):
-        fit_on_cpu(dataset, tmp_path / "new.safetensors", options, name=name)
+def test_a_fit_whose_loss_is_not_finite_leaves_no_file(dataset: FrameDataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"new\.safetensors.*--lr"):
+        fit_on_cpu(dataset, tmp_path / "new.safetensors", TcnOptions(steps=20, batch=8, learning_rate=1e30))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -126,23 +99,3 @@ def test_training_images_are_preprocessed_once(dataset: FrameDataset) -> None:
     # Rounding to whole values, and what bicubic overshoots at the edges of black, are all that may differ.
     seen = see.normalise(see.resize(torch.from_numpy(dataset.read_frames(chosen))).clamp(0, 1))
     torch.testing.assert_close(data.pixels(chosen), seen, atol=0.51 / 255 / 0.224, rtol=0)
-
-
-def test_descent_is_judged_by_where_it_ends() -> None:
-    maze, rng = Maze.load("UMaze"), np.random.default_rng(0)
-    xy, goal = np.stack([maze.sample_xy(rng) for _ in range(400)]), np.array([2.8, 0.8])
-    near, way = neighbours(maze, xy), maze.geodesic(goal, xy)
-    assert not near[(xy[:, 0] < 1.2) & (xy[:, 1] < 2.0)][:, (xy[:, 0] > 2.4)].any()
-    assert way[descend(way, near)].max() < 0.5
-    # As the crow flies, the goal draws the ball against the inner wall.
-    ends = descend(np.linalg.norm(xy - goal, axis=1), near)
-    other_arm = (xy[:, 0] < 1.2) & (xy[:, 1] < 2.0)
-    assert way[ends][other_arm].min() > 3.0
-    assert way[ends][xy[:, 0] > 2.4].max() < 0.5
-
-
-def test_weights_and_stores_are_in_the_home(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("WMCACHE_HOME", str(tmp_path))
-    assert default_weights("umaze", "tcn") == tmp_path / "encoders/umaze-tcn.safetensors"
-    assert default_store("umaze", encoder) == tmp_path / "stores/umaze/tcn-64.zarr"
-    assert default_store("umaze", encoder, "int8") == tmp_path / "stores/umaze/tcn-64-int8.zarr"

@@ -24,15 +24,14 @@ from wmcache.cache.records import record_file
 from wmcache.cache.verify import verify
 from wmcache.cli import main
 from wmcache.common.errors import UserError
-from wmcache.common.paths import files_in, put, read_bytes, remove, upload
+from wmcache.common.paths import put, read_bytes, remove, upload
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.repair import repair, verify_deep
 
-Snapshot = Callable[[Path], dict[str, bytes]]
-EVERY = np.arange(360)
+from .conftest import contents
 
 
 @pytest.fixture
@@ -67,18 +66,6 @@ def collect_again(out: UPath) -> None:
     collect("wmcache/PointMaze-UMaze-v0", out, **settings, cluster="local:1")
 
 
-def test_frames_are_collected_into_a_bucket_as_into_a_folder(
-    bucket: UPath, dataset_path: Path, dataset: FrameDataset, all_bytes: Snapshot
-) -> None:
-    collect_again(bucket / dataset_path.name)
-    assert objects(bucket / dataset_path.name) == all_bytes(dataset_path)
-    found = FrameDataset.open(f"memory://bucket/{dataset_path.name}")
-    assert found.card == dataset.card
-    np.testing.assert_array_equal(found.steps.state, dataset.steps.state)
-    chosen = [359, 0, 63, 64]
-    np.testing.assert_array_equal(found.read_frames(chosen), dataset.read_frames(chosen))
-
-
 @contextmanager
 def failing_once(bucket: UPath, name: str) -> Iterator[list[str]]:
     """Let the first attempt to write an object of this name fail; yields the names that are written."""
@@ -96,7 +83,9 @@ def failing_once(bucket: UPath, name: str) -> Iterator[list[str]]:
         yield written
 
 
-def test_a_collection_into_a_bucket_resumes(bucket: UPath, dataset_path: Path, all_bytes: Snapshot) -> None:
+def test_a_collection_into_a_bucket_resumes_and_is_read_like_a_folder(
+    bucket: UPath, dataset_path: Path, dataset: FrameDataset
+) -> None:
     out = bucket / dataset_path.name
     with failing_once(bucket, "frames-000003.tar") as written:
         with pytest.raises(UserError, match=r"^.*memory://bucket/.*timeout.*$"):
@@ -107,27 +96,21 @@ def test_a_collection_into_a_bucket_resumes(bucket: UPath, dataset_path: Path, a
         written.clear()
         collect_again(out)
         assert not whole & set(written)
-    assert objects(out) == all_bytes(dataset_path)
+    assert objects(out) == contents(dataset_path)
+    found = FrameDataset.open(str(out))
+    assert found.card == dataset.card
+    np.testing.assert_array_equal(found.steps.state, dataset.steps.state)
+    np.testing.assert_array_equal(found.read_frames([359, 0, 64]), dataset.read_frames([359, 0, 64]))
 
 
 @pytest.mark.parametrize("name", ["frames-000002.tar", "steps.parquet", "dataset.json"])
 def test_damaged_and_missing_frames_in_a_bucket_are_named(bucket: UPath, dataset_path: Path, name: str) -> None:
     path = bucket / dataset_path.name
     upload(dataset_path, path, last="dataset.json")
-    flip(path / name)
-    with pytest.raises(UserError, match=name):
-        FrameDataset.open(path).read_frames([64, 128, 200])
-    remove(path / name)
-    with pytest.raises(UserError, match=name):
-        FrameDataset.open(path).read_frames([64, 128, 200])
-
-
-def test_tokens_are_extracted_into_a_bucket_as_into_a_folder(
-    bucket: UPath, dataset: FrameDataset, encoder: Encoder, store_path: Path, all_bytes: Snapshot
-) -> None:
-    extract(dataset, encoder, bucket / "tcn-64.zarr")
-    assert objects(bucket / "tcn-64.zarr") == all_bytes(store_path)
-    assert verify(bucket / "tcn-64.zarr").sound
+    for damage in (flip, remove):
+        damage(path / name)
+        with pytest.raises(UserError, match=name):
+            FrameDataset.open(path).read_frames([64, 128, 200])
 
 
 def test_a_store_in_a_bucket_of_frames_in_a_bucket_is_read_through_the_mirror(
@@ -150,7 +133,7 @@ def test_a_store_in_a_bucket_of_frames_in_a_bucket_is_read_through_the_mirror(
 
 
 def test_an_extraction_into_a_bucket_resumes(
-    bucket: UPath, dataset: FrameDataset, encoder: Encoder, store_path: Path, all_bytes: Snapshot
+    bucket: UPath, dataset: FrameDataset, encoder: Encoder, store_path: Path
 ) -> None:
     path = bucket / "tcn-64.zarr"
     with failing_once(bucket, "c.3.0.0") as written:
@@ -165,17 +148,8 @@ def test_an_extraction_into_a_bucket_resumes(
         written.clear()
         extract(dataset, encoder, path)
         assert not whole & set(written)
-    assert objects(path) == all_bytes(store_path)
-
-
-def test_simultaneous_extractions_make_one_sound_store(
-    bucket: UPath, dataset: FrameDataset, encoder: Encoder, store: TokenStore
-) -> None:
-    path = bucket / "tcn-64.zarr"
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda _: extract(dataset, encoder, path), range(3)))
+    assert objects(path) == contents(store_path)
     assert verify(path).sound
-    np.testing.assert_array_equal(TokenStore.open(path).gather(EVERY), store.gather(EVERY))
 
 
 def test_a_shard_that_another_process_starts_again_at_the_end_is_extracted_again(
@@ -183,7 +157,6 @@ def test_a_shard_that_another_process_starts_again_at_the_end_is_extracted_again
     dataset: FrameDataset,
     encoder: Encoder,
     store_path: Path,
-    all_bytes: Snapshot,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path, finish, begun = bucket / "tcn-64.zarr", StoreWriter.try_finish, list[int]()
@@ -197,7 +170,7 @@ def test_a_shard_that_another_process_starts_again_at_the_end_is_extracted_again
     monkeypatch.setattr(StoreWriter, "try_finish", finish_with_another)
     extract(dataset, encoder, path)
     assert begun
-    assert objects(path) == all_bytes(store_path)
+    assert objects(path) == contents(store_path)
 
 
 def test_a_shard_that_another_process_has_done_is_not_written(
@@ -222,82 +195,50 @@ DAMAGE: dict[str, Callable[[UPath], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_store_in_a_bucket_is_repaired(
-    far: UPath, store_path: Path, all_bytes: Snapshot, damage: str
-) -> None:
+def test_a_damaged_store_in_a_bucket_is_repaired(far: UPath, store_path: Path, damage: str) -> None:
     assert verify(far).sound
     DAMAGE[damage](far)
     found = verify(far)
     assert not found.sound
     assert {fault.shard for fault in found.faults} == ({2} if "shard" in damage or "record" in damage else {None})
     repair(far, device="cpu")
-    assert objects(far) == all_bytes(store_path)
+    assert objects(far) == contents(store_path)
     assert verify(far).sound
-
-
-def test_a_lost_description_is_written_again(
-    far: UPath, dataset: FrameDataset, encoder: Encoder, store_path: Path, all_bytes: Snapshot
-) -> None:
-    shards = dict(files_in(far / "tokens", "c."))
-    put(far / "zarr.json", b"{")
-    with pytest.raises(UserError, match=r"zarr\.json .*wmcache extract"):
-        TokenStore.open(far)
-    extract(dataset, encoder, far)
-    assert objects(far) == all_bytes(store_path)
-    assert dict(files_in(far / "tokens", "c.")) == shards
 
 
 def run(*words: str) -> Result:
     return CliRunner().invoke(main, words, prog_name="wmcache")
 
 
-class TestCommands:
-    def test_stores_are_listed(self, bucket: UPath, far: UPath, store_path: Path) -> None:
-        upload(store_path, bucket / "more" / "deeper" / "b.zarr", last="zarr.json")
-        put(bucket / "more" / "damaged.zarr" / "zarr.json", b"{")
-        result = run("ls", "memory://bucket", "--json")
-        assert result.exit_code == 0, result.output
-        found = {entry["path"]: entry for entry in json.loads(result.stdout)}
-        assert list(found) == [
-            "memory://bucket/more/damaged.zarr",
-            "memory://bucket/more/deeper/b.zarr",
-            "memory://bucket/tcn-64.zarr",
-        ]
-        assert [entry["complete"] for entry in found.values()] == [False, True, True]
-        (here,) = list_stores(store_path.parent)
-        assert found["memory://bucket/tcn-64.zarr"] == {**here.__dict__, "path": "memory://bucket/tcn-64.zarr"}
-        assert "memory://bucket/tcn-64.zarr" in run("ls", "memory://bucket").stdout
+def test_stores_are_listed(bucket: UPath, far: UPath, store_path: Path) -> None:
+    upload(store_path, bucket / "more" / "deeper" / "b.zarr", last="zarr.json")
+    put(bucket / "more" / "damaged.zarr" / "zarr.json", b"{")
+    result = run("ls", "memory://bucket", "--json")
+    assert result.exit_code == 0, result.output
+    found = {entry["path"]: entry for entry in json.loads(result.stdout)}
+    assert list(found) == [
+        "memory://bucket/more/damaged.zarr",
+        "memory://bucket/more/deeper/b.zarr",
+        "memory://bucket/tcn-64.zarr",
+    ]
+    assert [entry["complete"] for entry in found.values()] == [False, True, True]
+    (here,) = list_stores(store_path.parent)
+    assert found["memory://bucket/tcn-64.zarr"] == {**here.__dict__, "path": "memory://bucket/tcn-64.zarr"}
+    assert "memory://bucket/tcn-64.zarr" in run("ls", "memory://bucket").stdout
 
-    def test_a_store_is_described_verified_and_repaired(self, far: UPath) -> None:
-        assert json.loads(run("info", str(far), "--json").stdout)["path"] == str(far)
-        assert run("verify", str(far)).exit_code == 0
-        flip(shard_file(far, 1))  # type: ignore[arg-type]
-        result = run("verify", str(far))
+
+def test_only_the_named_store_is_deleted(bucket: UPath, far: UPath, store_path: Path) -> None:
+    put(bucket / "frames" / "dataset.json", b"{}")
+    upload(store_path, bucket / "tcn-64.zarr.old", last="zarr.json")
+    neighbours = len(objects(bucket / "tcn-64.zarr.old"))
+    result = run("rm", "--yes", str(far))
+    assert result.exit_code == 0, result.output
+    assert len(objects(bucket)) == neighbours + 1
+    for name in (str(far), "memory://bucket/frames", "memory://bucket/frames/dataset.json"):
+        result = run("rm", "--yes", name)
         assert result.exit_code == 1
-        assert f"{far}/tokens/c.1.0.0" in result.stdout
-        assert f"wmcache repair {far}" in result.stderr
-        assert run("repair", str(far), "--device", "cpu").exit_code == 0
-        assert run("verify", str(far)).exit_code == 0
-
-    def test_only_the_named_store_is_deleted(self, bucket: UPath, far: UPath, store_path: Path) -> None:
-        put(bucket / "frames" / "dataset.json", b"{}")
-        upload(store_path, bucket / "tcn-64.zarr.old", last="zarr.json")
-        neighbours = len(objects(bucket / "tcn-64.zarr.old"))
-        result = run("rm", "--yes", str(far))
-        assert result.exit_code == 0, result.output
-        assert len(objects(bucket)) == neighbours + 1
-        for name in (str(far), "memory://bucket/frames", "memory://bucket/frames/dataset.json"):
-            result = run("rm", "--yes", name)
-            assert result.exit_code == 1
-            assert name in result.stderr
-        assert len(objects(bucket)) == neighbours + 1
-
-    @pytest.mark.parametrize("command", ["info", "verify", "repair", "finalize", "preview"])
-    def test_a_missing_store_is_one_line_of_error(self, bucket: UPath, command: str) -> None:
-        result = run(command, "memory://bucket/none.zarr")
-        assert result.exit_code == 1
-        assert result.stderr.startswith("Error: memory://bucket/none.zarr ")
-        assert result.stderr.count("\n") == 1
+        assert name in result.stderr
+    assert len(objects(bucket)) == neighbours + 1
 
 
 def test_two_processes_create_a_store_at_the_same_moment(

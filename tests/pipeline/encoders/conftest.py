@@ -51,14 +51,6 @@ def most_changed() -> Callable[[torch.Tensor], list[int]]:
 
 
 @pytest.fixture(scope="session")
-def tcn_layers(dataset: FrameDataset, tcn_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
-    """2 x 2 tokens of 64, 64 and 32 channels, no prefix."""
-    path = tmp_path_factory.mktemp("stores") / "tcn-layers.zarr"
-    extract(dataset, encoders.create("tcn-layers", weights=tcn_weights, device="cpu"), path)
-    return TokenStore.open(path)
-
-
-@pytest.fixture(scope="session")
 def vit_layers(dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     """A class token and 4 x 4 others of three times 192 channels."""
     path = tmp_path_factory.mktemp("stores") / "random-vit-layers.zarr"

@@ -8,7 +8,7 @@ import torch
 
 from wmcache.cache import TokenStore
 from wmcache.cache.windows import split_episodes
-from wmcache.engine.codebook import MovingMeans, nearest
+from wmcache.engine.codebook import nearest
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import LAST, Features
 from wmcache.pipeline.encoders.dino_tok import (
@@ -16,8 +16,6 @@ from wmcache.pipeline.encoders.dino_tok import (
     DinoTokOptions,
     DinoTokVqOptions,
     DominantSubspace,
-    Quantiser,
-    move_codes,
 )
 from wmcache.pipeline.encoders.fitting import FitData
 from wmcache.pipeline.encoders.pca import principal_axes
@@ -90,20 +88,6 @@ def test_a_subspace_explains_its_share_of_the_variance_with_the_fewest_axes() ->
         assert torch.linalg.matrix_rank(subspace.projection) == rank
         assert kept.var(0).sum() >= (share - 1e-3) * tokens.var(0).sum()
         torch.testing.assert_close(subspace(kept), kept, atol=1e-5, rtol=1e-5)
-
-
-def test_unused_codes_are_replaced_by_tokens() -> None:
-    generator = torch.Generator().manual_seed(0)
-    centres, book = 10 * torch.randn(4, 3, generator=generator), Quantiser(6, 3)
-    book.codes.copy_(torch.cat([centres[:1] + torch.eye(3), 1e3 + torch.eye(3)]))
-    means = MovingMeans(torch.ones(6), book.codes.clone(), 0.95)
-    torch.manual_seed(0)
-    for _ in range(150):
-        tokens = centres.repeat(50, 1) + 0.1 * torch.randn(200, 3, generator=generator)
-        move_codes(book, means, tokens)
-    assert set(nearest(tokens, book.codes).tolist()) == set(range(6))
-    # Codes are means of their tokens.
-    assert torch.cdist(book.codes, centres).min(1).values.max() < 0.5
 
 
 def test_after_a_fit_all_codes_are_in_use(tcn_layers: TokenStore, fitted: Fit, restored: Restore) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,7 @@ from wmcache.cache import TokenStore
 from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline import fit as fit_module
-from wmcache.pipeline.encoders import Encoder, FitOptions, get_fit
+from wmcache.pipeline.encoders import Encoder, FitOptions
 from wmcache.pipeline.encoders.base import EARLY, LAST, Features
 from wmcache.pipeline.encoders.dino_tok import DinoTokOptions, DinoTokVqOptions
 from wmcache.pipeline.encoders.pca import PcaOptions
@@ -26,7 +27,7 @@ from wmcache.pipeline.encoders.tcn import TcnOptions
 from wmcache.pipeline.encoders.vae import BetaVaeOptions, VaeOptions
 from wmcache.pipeline.encoders.vfm_vae import VfmVaeOptions
 from wmcache.pipeline.extract import extract
-from wmcache.pipeline.fit import fit, fit_adapter
+from wmcache.pipeline.fit import FitTask, fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
 
 ADAPTERS: dict[str, FitOptions] = {
@@ -59,34 +60,25 @@ def fit_any(dataset: FrameDataset, tcn_layers: TokenStore, tmp_path: Path) -> Ca
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_an_interrupted_fit_continues_to_the_same_weights(
+def test_a_stopped_fit_continues_to_the_same_weights_and_leaves_only_them(
     fit_any: Callable[..., Encoder], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = fit_any(name, "whole")
-    assert fit_any(name, "again").weights_sha256 == expected.weights_sha256
-    kind: Any = get_fit(name)[1]
-    calls, loss = [], kind.loss
+    expected, before_step, steps = fit_any(name, "whole"), FitTask.before_step, list[int]()
 
-    def interrupted(self: Any, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return loss(self, rows)
+    def stop_once(task: FitTask, step: int) -> None:
+        before_step(task, step)
+        steps.append(step)
+        if steps == [0, 1, 2]:
+            os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(fit_module, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
-    monkeypatch.setattr(kind, "loss", interrupted)
+    monkeypatch.setattr(FitTask, "before_step", stop_once)
     with pytest.raises(KeyboardInterrupt):
         fit_any(name, "cut")
     assert not (tmp_path / "cut.safetensors").exists()
+    (tmp_path / ".cut.safetensors.partial").touch()  # of an older version
     assert fit_any(name, "cut").weights_sha256 == expected.weights_sha256
-    assert len(calls) == 5  # two steps, the interrupted one, the same again, and the last
-
-
-@pytest.mark.parametrize("name", [*ON_FRAMES, *ADAPTERS])
-def test_tokens_do_not_depend_on_the_batch(dataset: FrameDataset, fit_any: Callable[..., Encoder], name: str) -> None:
-    encoder, frames = fit_any(name), dataset.read_shard(0)[:12]
-    parts = torch.cat([encoder(frames[start : start + 5]) for start in range(0, 12, 5)])
-    torch.testing.assert_close(parts, encoder(frames), atol=2e-3, rtol=2e-3)
+    assert steps == [0, 1, 2, 3]
+    assert sorted(file.stem for file in tmp_path.iterdir()) == ["cut", "whole"]
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -119,15 +111,11 @@ def test_a_decoder_of_pixels_needs_frames_and_every_decoder_needs_the_layers(
     [
         ("dino-tok", {"shallow": 1}, "shallow"),
         ("dino-tok-vq", {"codes": 0}, "codes"),
-        ("dino-tok-vq", {"variance": 0.0}, "variance"),
         ("dino-tok-vq", {"variance": 1.5}, "variance"),
         ("vfm-vae", {"decoder": "gan"}, "decoder"),
-        ("vfm-vae", {"latent": 0}, "latent"),
         ("vfm-vae", {"kl": -1.0}, "kl"),
         ("vae", {"beta": -1.0}, "beta"),
-        ("vae", {"free_bits": -0.5}, "free_bits"),
         ("pca", {"dim": 0}, "dim"),
-        ("pca", {"sampled_frames": 0}, "sampled_frames"),
         ("tcn", {"steps": 0}, "steps"),
         ("tcn", {"codes": 8}, "codes"),
     ],
@@ -145,9 +133,7 @@ def test_weights_that_do_not_fit_are_refused(fit_any: Callable[..., Encoder], tm
     assert good is not None
     tensors, header = load_file(good), fit_module.read_fit(good)
     first = sorted(tensors)[0]
-    cases: dict[str, bytes | tuple[dict[str, torch.Tensor], dict[str, str]]] = {
-        "page": b"<html>404</html>",
-        "short": good.read_bytes()[: good.stat().st_size // 2],
+    cases: dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]] = {
         "less": ({key: value for key, value in tensors.items() if key != first}, header),
         "bare": (tensors, {"encoder": name}) if name != "tcn" else ({"other": torch.zeros(3)}, {}),
         "other": (tensors, {**header, "encoder": "something"}) if name != "tcn" else ({}, {}),
@@ -155,10 +141,7 @@ def test_weights_that_do_not_fit_are_refused(fit_any: Callable[..., Encoder], tm
     }
     for case, content in cases.items():
         file = tmp_path / f"{case}.safetensors"
-        if isinstance(content, bytes):
-            file.write_bytes(content)
-        else:
-            save_file(content[0], file, content[1])
+        save_file(content[0], file, content[1])
         with pytest.raises(UserError, match=rf"{case}\.safetensors"):
             encoders.create(name, weights=file, device="cpu")
 

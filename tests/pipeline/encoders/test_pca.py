@@ -56,19 +56,6 @@ def test_tokens_are_the_components_of_the_training_frames_patches(store: TokenSt
     assert (tokens.flatten(0, 1).var(0).diff() <= 0).all()
 
 
-def test_a_prefix_is_left_out(vit_layers: TokenStore, fitted: Fit) -> None:
-    assert fitted(vit_layers, "pca", PcaOptions(dim=3)).token_grid == (4, 4)
-
-
-def test_a_sample_of_frames_is_enough(store: TokenStore, fitted: Fit) -> None:
-    few, all_frames = (
-        fitted(store, "pca", PcaOptions(dim=2, sampled_frames=frames), out=str(frames)).head.axes
-        for frames in (100, 300)
-    )
-    assert not torch.equal(few, all_frames)
-    assert ((few * all_frames).sum(1) > 0.95).all()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [(PcaOptions(dim=33), "--dim is 33.* 32"), (PcaOptions(steps=10), "--steps is 10.*pca")],

@@ -15,8 +15,6 @@ import torch
 
 from wmcache.common.errors import UserError
 from wmcache.envs import MazeError
-from wmcache.pipeline.encoders import Encoder
-from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset, Frames
 from wmcache.pipeline.importers import write_dataset
 from wmcache.pipeline.importers.dino_wm import DinoWmImporter, require_safe_torch
@@ -70,30 +68,22 @@ def test_frames_actions_and_states_keep_their_exact_values(
     assert card.policy == "imported from dino-wm"
 
 
-def as_published(folder: Path) -> None:
-    pass
-
-
-def without_zip(folder: Path) -> None:
-    for kind in KINDS:
-        tensor = torch.load(folder / kind, weights_only=True)
-        torch.save(tensor, folder / kind, _use_new_zipfile_serialization=False)
-
-
-def other_digits(folder: Path) -> None:
-    for file in (folder / "obses").iterdir():
+def other_files(folder: Path) -> None:
+    """Other numbers of digits, files that are no zip, and actions in double precision."""
+    for file in sorted((folder / "obses").iterdir()):
         number = int(file.stem[-3:])
         file.rename(file.with_name(f"episode_{number:0{1 + 4 * (number % 2)}d}.pth"))
+    for file in folder.rglob("*.pth"):
+        torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
+    edit(folder / "actions.pth", lambda actions: actions.double())
 
 
-@pytest.mark.parametrize(
-    "change",
-    [as_published, without_zip, other_digits, lambda folder: edit(folder / "actions.pth", lambda t: t.double())],
-)
+@pytest.mark.parametrize("change", [None, other_files])
 def test_the_format_of_the_files_does_not_change_the_fingerprint(
-    published: Path, dataset: FrameDataset, tmp_path: Path, change: Callable[[Path], None]
+    published: Path, dataset: FrameDataset, tmp_path: Path, change: Callable[[Path], None] | None
 ) -> None:
-    change(published)
+    if change:
+        change(published)
     assert import_again(published, tmp_path / "out").card.fingerprint == dataset.card.fingerprint
 
 
@@ -168,28 +158,25 @@ def compress(folder: Path) -> None:
             archive.writestr(name, data)
 
 
+def another(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "obses" / name).write_bytes(b"")
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no states": (lambda folder: (folder / "states.pth").unlink(), r"states\.pth"),
     "no folder of images": (lambda folder: (folder / "obses").rename(folder / "images"), r"episode_000\.pth"),
     "an episode less": (lambda folder: (folder / KINDS[3]).unlink(), r"episode_002\.pth"),
-    "an episode more": (
-        lambda folder: (folder / KINDS[3]).with_name("episode_006.pth").write_bytes(b""), r"episode_006\.pth"
-    ),
-    "an episode twice": (
-        lambda folder: (folder / KINDS[3]).with_name("episode_2.pth").write_bytes(b""), r"episode_2\.pth"
-    ),
-    "fewer actions": (damage("actions.pth", lambda t: t[:5].clone()), r"actions\.pth .*\(5, 60, 2\)"),
-    "shorter actions": (damage("actions.pth", lambda t: t[:, :9].clone()), r"actions\.pth .*\(6, 9, 2\)"),
+    "an episode more": (another("episode_006.pth"), r"episode_006\.pth"),
+    "an episode twice": (another("episode_2.pth"), r"episode_2\.pth"),
+    "fewer actions": (damage("actions.pth", lambda t: t[:5].clone()), r"actions\.pth .*5.* 60"),
     "wider actions": (damage("actions.pth", lambda t: t.repeat(1, 1, 2)), r"actions\.pth .*\(6, 60, 4\)"),
     "flat states": (damage("states.pth", lambda t: t.flatten(0, 1)), r"states\.pth .*\(360, 4\)"),
     "whole states": (damage("states.pth", lambda t: t.long()), r"states\.pth .*int64"),
     "fewer lengths": (damage("seq_lengths.pth", lambda t: t[:5].clone()), r"seq_lengths\.pth .*\(5,\)"),
     "a length too long": (put("seq_lengths.pth", (3,), 61), r"seq_lengths\.pth .*3 .*61"),
-    "a length of 0": (put("seq_lengths.pth", (3,), 0), r"seq_lengths\.pth .*3 .*0"),
     "half a length": (damage("seq_lengths.pth", lambda t: t - 0.5), r"seq_lengths\.pth .*0 .*59\.5"),
     "a dictionary": (damage("states.pth", lambda t: {"states": t}), r"states\.pth .*dict"),
     "a NaN state": (put("states.pth", (1, 5, 2), float("nan")), r"states\.pth at \[1, 5, 2\]"),
-    "an infinite action": (put("actions.pth", (1, 5, 1), float("inf")), r"actions\.pth at \[1, 5, 1\]"),
     "finer actions": (damage("actions.pth", lambda t: t.double() / 3), r"actions\.pth .*float32"),
     "a state in a wall": (put("states.pth", (4, 7, 0), -0.5), r"UMaze.* 4 .* 7 .*--maze"),
     "float images": (damage(KINDS[3], lambda t: t.float()), r"episode_002\.pth .*float32"),
@@ -197,15 +184,12 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "oblong images": (damage(KINDS[3], lambda t: t[:, :30].clone()), r"episode_002\.pth .*32 x 30"),
     "other images": (damage(KINDS[3], lambda t: t[:, :30, :30].clone()), r"episode_002\.pth .*30 .*32"),
     "fewer images": (damage(KINDS[3], lambda t: t[:59].clone()), r"episode_002\.pth .*59"),
-    "more images": (damage(KINDS[3], lambda t: t.repeat(2, 1, 1, 1)), r"episode_002\.pth .*120"),
     "images without bytes": (
         damage(KINDS[3], lambda t: t[:1, :1, :1, :1].expand(60, 2048, 2048, 3)), r"episode_002\.pth .*754974720"
     ),
     "a compressed zip": (compress, r"episode_002\.pth .*zip"),
-    "a cut file": (
-        lambda folder: (folder / KINDS[3]).write_bytes((folder / KINDS[3]).read_bytes()[:5000]), r"episode_002\.pth"
-    ),
-    "an empty file": (lambda folder: (folder / "actions.pth").write_bytes(b""), r"actions\.pth"),
+    "a cut file": (lambda folder: os.truncate(folder / KINDS[3], 5000), r"episode_002\.pth"),
+    "an empty file": (lambda folder: os.truncate(folder / "actions.pth", 0), r"actions\.pth"),
 }  # fmt: skip
 
 
@@ -255,15 +239,6 @@ write_dataset(DinoWmImporter(sys.argv[1]).open(), Path(sys.argv[2]), frames_per_
         FrameDataset.open(out)
     assert import_again(published, out).card.fingerprint == dataset.card.fingerprint
     assert {name: (out / name).stat().st_mtime_ns for name in times} == times
-
-
-def test_an_import_is_extracted_like_what_was_collected(
-    published: Path, encoder: Encoder, dataset: FrameDataset, store_path: Path, tmp_path: Path
-) -> None:
-    extract(import_again(published, tmp_path / "out"), encoder, tmp_path / "store.zarr")
-    for shard in range(dataset.card.num_shards):
-        file = f"tokens/c.{shard}.0.0"
-        assert (tmp_path / "store.zarr" / file).read_bytes() == (store_path / file).read_bytes()
 
 
 def test_the_command_imports_and_prints_the_result(
