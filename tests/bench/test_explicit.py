@@ -18,11 +18,3 @@ def test_it_predicts_the_same(variant: dict[str, Any]) -> None:
         torch.testing.assert_close(found, explicit)
 
 
-def test_frames_older_than_the_history_are_forgotten() -> None:
-    model = make_trained_model(position="rope", depth=1)
-    inputs = model_inputs(model, make_batch(frames=5))
-    older = (inputs[0].clone(), *inputs[1:])
-    older[0][:, 0] += 1
-    before, after = explicit_predict(model, *inputs)[0], explicit_predict(model, *older)[0]
-    assert torch.equal(before[:, model.shape.history :], after[:, model.shape.history :])
-    assert not torch.isclose(before[:, : model.shape.history], after[:, : model.shape.history]).all()

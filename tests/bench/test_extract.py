@@ -50,10 +50,9 @@ def test_rates_count_the_frames_of_each_part_and_ratios_follow_from_them(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("size", [20 * MB, 150 * MB])
-def test_the_peak_includes_memory_that_was_freed(size: int) -> None:
-    script = f"import time; data = b'1' * {size}; time.sleep(0.2); del data; time.sleep(0.1)"
-    assert size < peak_memory("python", ["-c", script]) < size + 50 * MB
+def test_the_peak_includes_memory_that_was_freed() -> None:
+    script = f"import time; data = b'1' * {150 * MB}; time.sleep(0.2); del data; time.sleep(0.1)"
+    assert 150 * MB < peak_memory("python", ["-c", script]) < 200 * MB
 
 
 def test_the_peak_does_not_include_pages_of_files(tmp_path: Path) -> None:

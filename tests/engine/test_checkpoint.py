@@ -119,6 +119,3 @@ def test_a_state_from_before_stages_is_read(tmp_path: Path) -> None:
     assert read_progress(last_checkpoint(tmp_path)) == Progress(2)
 
 
-def test_no_checkpoint_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"{tmp_path}"):
-        last_checkpoint(tmp_path)

@@ -48,13 +48,6 @@ class RecordingEncoder:
         return sum(map(len, self.calls))
 
 
-@pytest.fixture
-def recorded(context: EvalContext, monkeypatch: pytest.MonkeyPatch) -> RecordingEncoder:
-    recording = RecordingEncoder(context.encoder)
-    monkeypatch.setattr(context, "encoder", recording)
-    return recording
-
-
 def load(run: Path, options: PlanOptions) -> tuple[EvalContext, RecordingEncoder]:
     context: Any = EvalContext(run, options)
     context.encoder = RecordingEncoder(context.encoder)
@@ -63,15 +56,7 @@ def load(run: Path, options: PlanOptions) -> tuple[EvalContext, RecordingEncoder
 
 @pytest.mark.parametrize(
     "changed",
-    [
-        {},
-        {"search": {"samples": 20, "elites": 3, "iterations": 4}},
-        {"horizon": 3},
-        {"batch": 2},
-        {"solver": "gd", "search": QUICK["gd"]},
-        {"distance": "graph"},
-        {"context": 3},
-    ],
+    [{"horizon": 3}, {"batch": 2, "context": 3}, {"solver": "gd", "search": QUICK["gd"]}, {"distance": "graph"}],
     ids=str,
 )
 def test_a_frame_is_encoded_once_per_goal_and_per_replan(
@@ -95,26 +80,17 @@ class TestObservedFrames:
         [
             (1, 3, 20, [5, 10, 15]),
             (2, 1, 20, [10]),
-            (2, 2, 30, [5, 10, 15, 20]),
             (3, 2, 45, [10, 15, 25, 30]),
             # The budget ends within a chunk, and within a model step.
             (2, 2, 27, [5, 10, 15, 20]),
-            (3, 2, 23, [10, 15]),
             (3, 2, 7, []),
         ],
     )
     def test_only_frames_that_a_plan_starts_from_are_encoded(
-        self,
-        run_path: Path,
-        tiny_plan: PlanOptions,
-        execute: int,
-        observed: int,
-        budget: int,
-        seen_after: list[int],
+        self, run_path: Path, tiny_plan: PlanOptions, execute: int, observed: int, budget: int, seen_after: list[int]
     ) -> None:
-        options = replace(
-            tiny_plan, episodes=2, horizon=3, execute=execute, context=3, observed=observed, budget=budget
-        )
+        few = replace(tiny_plan, episodes=2, horizon=3, context=3)
+        options = replace(few, execute=execute, observed=observed, budget=budget)
         context, recorded = load(run_path, options)
         episodes = run_episodes(context, options, range(2))
         assert episodes.states.shape == (2, budget, 4)
@@ -127,7 +103,7 @@ class TestObservedFrames:
             np.testing.assert_array_equal(frames, env.reset(options={"state": state})[0]["image"])
         env.close()
 
-    @pytest.mark.parametrize("lag", [1, 3, 5])
+    @pytest.mark.parametrize("lag", [1, 5])
     def test_an_encoder_of_pairs_receives_the_frame_before(
         self, run_path: Path, tiny_plan: PlanOptions, lag: int
     ) -> None:
@@ -149,16 +125,9 @@ class TestObservedFrames:
 
     @pytest.mark.parametrize(("execute", "frames", "actions"), [(1, [1, 2, 3, 3], [0, 1, 2, 2]), (2, [1, 3], [0, 2])])
     def test_a_plan_receives_the_actions_between_its_frames(
-        self,
-        run_path: Path,
-        tiny_plan: PlanOptions,
-        monkeypatch: pytest.MonkeyPatch,
-        execute: int,
-        frames: list[int],
-        actions: list[int],
+        self, run_path: Path, tiny_plan: PlanOptions, execute: int, frames: list[int], actions: list[int]
     ) -> None:
         options = replace(tiny_plan, episodes=2, horizon=2, execute=execute, context=3, observed=3, budget=20)
-        context = EvalContext(run_path, options)
         plan, seen, plans = Mpc.plan, [], []
 
         def watched(mpc: Mpc, tokens: Any, proprio: Any, previous: Any, generators: Any, past: Any = None) -> Any:
@@ -166,8 +135,9 @@ class TestObservedFrames:
             plans.append(plan(mpc, tokens, proprio, previous, generators, past))
             return plans[-1]
 
-        monkeypatch.setattr(Mpc, "plan", watched)
-        episodes = run_episodes(context, options, range(2))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Mpc, "plan", watched)
+            episodes = run_episodes(EvalContext(run_path, options), options, range(2))
         assert [tokens.shape[1] for tokens, _, _ in seen] == frames
         assert [0 if past is None else past.shape[1] for _, _, past in seen] == actions
         executed = torch.cat([found[:, :execute] for found in plans], 1)
@@ -244,24 +214,15 @@ def write_goals(path: Path, x: float, count: int) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(
-    ("goals", "out", "named"),
-    [("random-state", "file/plan", "file"), ("goals.parquet", "plan", r"goals\.parquet.* 2 rows.* 2;.*--episodes")],
-)
 def test_what_cannot_work_is_refused_before_any_frame_is_encoded(
-    context: EvalContext,
-    tiny_plan: PlanOptions,
-    recorded: RecordingEncoder,
-    tmp_path: Path,
-    goals: str,
-    out: str,
-    named: str,
+    run_path: Path, tiny_plan: PlanOptions, tmp_path: Path
 ) -> None:
+    context, recorded = load(run_path, tiny_plan)
     (tmp_path / "file").touch()
-    file = write_goals(tmp_path / "goals.parquet", 1.0, 2)
-    options = replace(tiny_plan, batch=1, goals=file if goals.endswith("parquet") else goals)
-    with pytest.raises(UserError, match=named):
-        evaluate(context, options, tmp_path / out)
+    goals = write_goals(tmp_path / "goals.parquet", 1.0, 2)
+    for given, out, named in (("random-state", "file/plan", "file"), (goals, "plan", f"{goals}.*--episodes")):
+        with pytest.raises(UserError, match=named):
+            evaluate(context, replace(tiny_plan, batch=1, goals=given), tmp_path / out)
     assert recorded.frames == 0
     assert not (tmp_path / "plan").exists()
 

@@ -60,16 +60,10 @@ def options_by(protocol: str | None, changed: dict[str, Any]) -> PlanOptions:
 @pytest.mark.parametrize(
     ("protocol", "changed", "name"),
     [
-        (None, {}, "plan-all-x1-50x100"),
         (None, {"objective": "last", "execute": 5}, "plan-last-x5-50x100"),
-        ("dino-wm", {}, "plan-dino-wm-50x100"),
-        (None, {"solver": "gd"}, "plan-all-x1-gd-50x100"),
-        (None, {"distance": "graph"}, "plan-all-x1-graph-50x100"),
         (None, {"goals": "dataset"}, "plan-all-x1-dataset-50x100"),
-        (None, {"env": "Medium"}, "plan-all-x1-50x100-Medium"),
         (None, {"env": "wmcache/PointMaze-Medium-v0"}, "plan-all-x1-50x100-PointMaze-Medium-v0"),
         ("dino-wm", {"solver": "icem", "distance": "graph", "episodes": 8}, "plan-dino-wm-icem-graph-8x100"),
-        (None, {"search": {"samples": 32}}, "plan-all-x1-samples32-50x100"),
         (None, {"search": {"samples": 32, "optimiser": "adam"}}, "plan-all-x1-samples32-optimiser-adam-50x100"),
         (None, {"strict": False}, "plan-all-x1-no-strict-50x100"),
         ("dino-wm", {"strict": True}, "plan-dino-wm-strict-50x100"),

@@ -37,35 +37,6 @@ def test_it_equals_attention_under_a_mask(queries: int, keys: int, window: int) 
     torch.testing.assert_close(attend(q, k, v, TOKENS, window), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("window", [1, 2, 3])
-@pytest.mark.parametrize("rotary", [False, True])
-@pytest.mark.parametrize("conditioned", [False, True])
-def test_a_block_that_reuses_keys_and_values_equals_one_over_all_frames(
-    window: int, rotary: bool, conditioned: bool
-) -> None:
-    block, x = make_block(conditioned=conditioned, rotary=rotary), random(2, 5, TOKENS, WIDTH)
-    for parameter in block.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    condition = random(2, 5, WIDTH, seed=1) if conditioned else None
-    expected, _ = block(x, window=window, condition=condition)
-    parts, past = [], None
-    for frames in (slice(0, 2), slice(2, 3), slice(3, 5)):
-        own = None if condition is None else condition[:, frames]
-        out, past = block(x[:, frames], window=window, past=past, condition=own, first=frames.start)
-        assert past.keys.shape[2] <= (window - 1) * TOKENS
-        parts.append(out)
-    torch.testing.assert_close(torch.cat(parts, 1), expected)
-
-
-def test_computing_only_keys_and_values_gives_the_same_ones() -> None:
-    block, x = make_block(rotary=True), random(2, 3, TOKENS, WIDTH)
-    _, kept = block(x, window=3)
-    untouched, kept_alone = block(x, window=3, only_keys=True)
-    assert torch.equal(untouched, x)
-    assert torch.equal(kept_alone.keys, kept.keys)
-    assert torch.equal(kept_alone.values, kept.values)
-
-
 def test_rotary_attention_depends_on_distances_of_frames_alone() -> None:
     block, x = make_block(rotary=True), random(2, 4, TOKENS, WIDTH)
     for first in (1, 7, 60):

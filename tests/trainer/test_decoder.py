@@ -119,15 +119,9 @@ def test_it_trains_on_train_episodes_and_is_measured_on_the_others(store: TokenS
     windows = store.windows(1, 1, 5, "val", seed=TINY.split_seed)
     assert set(store.episode[windows.starts]) == set(store.episode[held_out])
     assert len(frames) + len(held_out) == len(store)
-
-
-def test_max_frames_takes_a_sample(store: TokenStore) -> None:
     some, _ = choose_frames(store, replace(TINY, max_frames=50))
-    every, _ = choose_frames(store, TINY)
-    assert len(some) == 50
-    assert set(some) < set(every)
-    assert (np.diff(some) > 0).all()
-    np.testing.assert_array_equal(some, choose_frames(store, replace(TINY, max_frames=50))[0])
+    assert (len(some), bool((np.diff(some) > 0).all())) == (50, True)
+    assert set(some) < set(frames)
 
 
 def test_a_loaded_decoder_draws_what_was_measured(go: Go, store: TokenStore, dataset: FrameDataset, out: Path) -> None:
@@ -149,10 +143,7 @@ def test_a_loaded_decoder_draws_what_was_measured(go: Go, store: TokenStore, dat
     "changed",
     [
         {"learning_rate": 1e-3},
-        {"batch": 4},
-        {"seed": 1},
         {"split_seed": 1},
-        {"max_frames": 20},
         {"decoder_options": {"channels": 16}},
         {"decoder": "transposed-conv", "decoder_options": {}},
     ],
@@ -188,30 +179,18 @@ def test_a_folder_that_is_not_a_decoder_is_never_touched(go: Go, out: Path, over
     assert files_of(out) == {"config.json": b'{"precious": true}'}
 
 
-@pytest.mark.parametrize(
-    "impossible", [{"learning_rate": 0.0}, {"max_frames": 0}, {"device": "abacus"}], ids=lambda value: next(iter(value))
-)
-def test_options_that_are_refused_cost_no_decoder(go: Go, out: Path, impossible: dict[str, Any]) -> None:
-    with pytest.raises(UserError):
-        go(out, **impossible)
-    assert not out.exists()
-
-
-def test_a_loss_that_is_not_finite_is_never_saved_or_validated(go: Go, out: Path) -> None:
-    with pytest.raises(UserError, match=f"{out}.*--lr"):
-        go(out, learning_rate=1e30)
-    assert not (out / "validation.json").exists()
-    assert not (out / "checkpoints").exists()
+def test_options_that_are_refused_cost_no_decoder(go: Go, out: Path) -> None:
+    for impossible in ({"learning_rate": 0.0}, {"device": "abacus"}):
+        with pytest.raises(UserError):
+            go(out, **impossible)
+        assert not out.exists()
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("decoder", "gan"),
         ("decoder_options", {"channels": 10**9}),
         ("decoder_options", {"channels": 16}),
-        ("decoder_options", {"width": 3}),
-        ("shape", {"rows": 2, "columns": 2, "token_dim": 32, "image_size": 10**9}),
         ("shape", {"rows": 2, "columns": 2, "token_dim": 31, "image_size": 32}),
         ("split_seed", "x"),
     ],

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from wmcache.cache import TokenStore
@@ -49,13 +48,10 @@ def no_change(tokens: Tensor, *_: Tensor) -> Tensor:
     [
         (196, [5] * 100, 8),
         (196, [6] * 100, 16),
-        (196, [1] * 100, 2),
         # One step in a hundred may have more.
         (196, [3] * 1000 + [100] * 5, 8),
         (196, [3] * 1000 + [100] * 20, 98),
-        (9, [7] * 100, 4),
         (3, [3] * 100, 1),
-        (2, [0] * 100, 1),
         (196, [], 1),
     ],
 )
@@ -88,15 +84,8 @@ def test_k_comes_from_the_changes_in_the_steps_of_the_windows(
 def test_a_constant_channel_hides_no_change(ddp_store_path: Path) -> None:
     store = TokenStore.open(ddp_store_path)
     expected = configured(store, labels="features")
-    store.std[0] = 0
-    gather = store.gather
-
-    def constant(*args: Any) -> NDArray[np.float16]:
-        tokens = gather(*args)
-        tokens[..., 0] = 0
-        return tokens
-
-    store.gather = constant  # type: ignore[method-assign]
+    store.std[0], gather = 0, store.gather
+    store.gather = lambda *args: gather(*args) * (np.arange(store.card.token_dim) > 0)  # type: ignore[method-assign]
     assert configured(store, labels="features") == expected
 
 
@@ -132,8 +121,9 @@ def test_a_constant_answer_is_right_as_often_as_those_patches_change(ddp_store_p
     )
 
 
-@pytest.mark.parametrize("threshold", [0.5, 1.0])
-def test_a_true_answer_finds_all_changes_but_those_that_k_leaves_out(store: TokenStore, threshold: float) -> None:
+def test_a_true_answer_finds_all_changes_but_those_that_k_leaves_out(store: TokenStore) -> None:
+    threshold = 0.5
+
     def answers(tokens: Tensor, *_: Tensor) -> Tensor:
         change = tokens.float().diff(dim=1) / torch.from_numpy(store.std)
         return (change.square().mean(-1).sqrt() - threshold)[..., None].expand(-1, -1, -1, 4)

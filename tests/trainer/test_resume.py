@@ -25,9 +25,6 @@ SIZES = {
     **{"locator_width": 8, "locator_depth": 1, "locator_heads": 2, "locator_mlp": 8},
     **{"fusion_heads": 2, "correction_heads": 2, "foreground": 2},
 }
-AS_STORED = {"width": 0, "head_dim": 4, "proprio": "embedding", "predict": "frame", "standardise": False}
-
-
 @pytest.fixture(scope="module")
 def go(ddp_store_path: Path, tiny: TrainOptions) -> Go:
     """Train three stages of four steps, with a checkpoint in the middle of each."""
@@ -101,14 +98,6 @@ class TestOneAfterAnother:
             Progress(12, "lrm", 8, finished=True),
         ]
 
-    def test_a_loaded_model_uses_all_stages(self, straight: Path) -> None:
-        inputs = torch.rand(1, 1, 4, 32), torch.rand(1, 1, 4), torch.rand(1, 3, 10)
-        model = load_model(straight, torch.device("cpu"))
-        corrected = model.rollout(*inputs)[0]
-        model.stage.fill_(2)
-        assert not torch.isclose(model.rollout(*inputs)[0], corrected).all()
-
-
 class TestResume:
     @pytest.mark.parametrize(
         ("stop", "by_signal", "left"),
@@ -116,7 +105,6 @@ class TestResume:
             (3, False, Progress(2, "localization", 0)),
             (5, False, Progress(4, "localization", 0, finished=True)),
             (7, False, Progress(6, "primary", 4)),
-            (9, False, Progress(8, "primary", 4, finished=True)),
             (12, False, Progress(10, "lrm", 8)),
             (4, True, Progress(4, "localization", 0, finished=True)),
             (5, True, Progress(6, "primary", 4)),
@@ -135,11 +123,10 @@ class TestResume:
         ("options", "stop"),
         [
             ({"model_options": {"labels": "features"}}, 4),
-            ({"model_options": AS_STORED}, 4),
-            ({"model_options": {"proprio": "none", "foreground": 0}}, 4),
+            ({"model_options": {"proprio": "none", "foreground": 0, "standardise": False}}, 4),
             ({"history": 1}, 2),  # parameters for earlier frames get no gradient
         ],
-        ids=["features", "reference", "no-proprio", "no-history"],
+        ids=["features", "no-proprio", "no-history"],
     )
     def test_a_stopped_run_of_another_variant_resumes_exactly(
         self, go: Go, tmp_path: Path, options: dict[str, Any], stop: int
@@ -157,14 +144,6 @@ class TestResume:
         go(run, stage="lrm", steps=1)
         assert [step for step, _ in ends_of(run)] == [2, 5, 6]
         assert read_config(run)["steps"] == 1
-
-    @pytest.mark.parametrize("changed", [{"split_seed": 4}, {"seed": 1}, {"history": 2}])
-    def test_other_settings_are_refused(self, go: Go, run: Path, located: Path, changed: dict[str, int]) -> None:
-        copytree(located, run, symlinks=True)
-        before = files_of(run)
-        with pytest.raises(UserError, match=next(iter(changed))):
-            go(run, stage="primary", **changed)
-        assert files_of(run) == before
 
     @pytest.mark.parametrize("stage", ["all", "lrm"])
     def test_where_no_stage_begins_other_steps_need_resume(self, go: Go, run: Path, straight: Path, stage: str) -> None:
@@ -229,7 +208,6 @@ class TestStart:
             ("lrm", "located", "located .*primary.*--stage primary"),
             ("primary", "nowhere", "nowhere"),
             ("localization", "located", "--stage localization .*--from"),
-            ("all", "located", "--from"),
         ],
     )
     def test_a_start_without_the_stage_before_is_refused(
@@ -244,10 +222,9 @@ class TestStart:
                 {"model_options": {"fusion_heads": 1, "labels": "features"}},
                 "fusion_heads 2 != 1; labels pixels != features",
             ),
-            ({"model_options": {"standardise": False}}, "standardise True != False"),
             ({"split_seed": 7}, "split_seed 42 != 7"),
         ],
-        ids=["options", "as-stored", "split"],
+        ids=["options", "split"],
     )
     def test_a_start_of_another_model_is_refused(
         self, go: Go, run: Path, located: Path, changed: dict[str, Any], named: str
@@ -287,32 +264,27 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("chosen", "named"),
         [
-            ({"stage": "primary"}, "--stage localization.*--from"),
             ({"stage": "lrm"}, "--stage primary.*--from"),
             ({"stage": "dreams"}, "dreams.*localization, primary, lrm"),
             ({"pool": 2}, "--pool"),
         ],
-        ids=["primary", "lrm", "unknown", "pool"],
+        ids=["lrm", "unknown", "pool"],
     )
     def test_what_cannot_be_trained_costs_no_run(
         self, go: Go, run: Path, located: Path, chosen: dict[str, Any], named: str
     ) -> None:
         check_refusal(go, run, named, located, **chosen)
 
-    @pytest.mark.parametrize(("stage", "before", "stop"), [("primary", "localization", 3), ("lrm", "primary", 7)])
-    def test_a_stage_needs_a_finished_one_before(
-        self, go: Go, tmp_path: Path, stage: str, before: str, stop: int
-    ) -> None:
+    def test_a_stage_needs_a_finished_one_before(self, go: Go, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        with stopped_at(stop):
+        with stopped_at(7):
             go(run)
         files = files_of(run)
-        with pytest.raises(UserError, match=f"{run} .*--stage {before}.*--from") as refused:
-            go(run, stage=stage, steps=9)
-        assert "\n" not in str(refused.value)
+        with pytest.raises(UserError, match=f"{run} .*--stage primary.*--from"):
+            go(run, stage="lrm", steps=9)
         assert files_of(run) == files
-        with pytest.raises(UserError, match=f"{run} .*--stage {before}"):
-            go(tmp_path / "new", stage=stage, start=str(run))
+        with pytest.raises(UserError, match=f"{run} .*--stage primary"):
+            go(tmp_path / "new", stage="lrm", start=str(run))
         assert not (tmp_path / "new").exists()
 
     def test_a_store_without_what_the_model_needs_is_refused_before_a_run_exists(

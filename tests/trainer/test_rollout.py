@@ -81,13 +81,6 @@ def test_many_futures_are_as_many_rollouts(name: str, options: dict[str, Any], o
 
 
 @each_case
-def test_a_single_future_may_have_its_own_dimension(name: str, options: dict[str, Any]) -> None:
-    model, (tokens, proprio, actions) = make_trained(name, **options), make_observed(observed=2)
-    one, plain = model.rollout(tokens, proprio, actions[:, None]), model.rollout(tokens, proprio, actions)
-    assert all(torch.equal(a[:, 0], b) for a, b in zip(one, plain, strict=True))
-
-
-@each_case
 def test_a_future_does_not_depend_on_the_rest_of_the_batch(name: str, options: dict[str, Any]) -> None:
     # In the reference of DDP-WM the busiest sequence decides how many tokens of all are computed.
     model, batch = make_trained(name, **options), make_batch(batch=6, frames=4)

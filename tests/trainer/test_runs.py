@@ -59,21 +59,12 @@ def remove_checkpoints(run: Path) -> Path:
     return run
 
 
-def write_config(content: str) -> Callable[[Path], Path]:
-    def change(run: Path) -> Path:
-        (run / "config.json").unlink()
-        if content:
-            (run / "config.json").write_text(content)
-        return run / "config.json"
-
-    return change
+def cut_config(run: Path) -> Path:
+    (run / "config.json").write_text('{"model": "dino-wm"}')
+    return run / "config.json"
 
 
-@pytest.mark.parametrize(
-    "change",
-    [set_depth, remove_checkpoints, *map(write_config, ("", "[]", "{}", '{"model": "dino-wm"}'))],
-    ids=["other-sizes", "no-checkpoint", "no-config", "list", "empty", "partial"],
-)
+@pytest.mark.parametrize("change", [set_depth, remove_checkpoints, cut_config])
 def test_what_cannot_be_loaded_is_named(run: Path, change: Callable[[Path], Path]) -> None:
     with pytest.raises(UserError, match=f"{change(run)}") as refused:
         load_model(run, CPU)
