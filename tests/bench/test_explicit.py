@@ -16,5 +16,3 @@ def test_it_predicts_the_same(variant: dict[str, Any]) -> None:
     inputs = model_inputs(model, make_batch())
     for found, explicit in zip(model.predict(*inputs), explicit_predict(model, *inputs), strict=True):
         torch.testing.assert_close(found, explicit)
-
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from shutil import copytree, rmtree
+from shutil import copytree
 
 import pytest
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from wmcache.common.errors import UserError
 from wmcache.common.jsonfiles import read_json, seal, write_json
 from wmcache.engine.checkpoint import (
-    FILES,
     Progress,
     checkpoints,
     last_checkpoint,
@@ -93,18 +92,6 @@ def test_leftovers_of_a_killed_writer_and_a_copied_link_are_replaced(tmp_path: P
     assert last.readlink() == Path("step-00000002")
 
 
-@pytest.mark.parametrize("name", [*FILES, "state.json"])
-def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used_without_it(tmp_path: Path, name: str) -> None:
-    save(tmp_path, Progress(1))
-    file = save(tmp_path, Progress(2)) / name
-    file.write_bytes(file.read_bytes()[:-20])
-    network = Network()
-    with pytest.raises(UserError, match=str(file)):
-        load_training_state(tmp_path, network, OPTIMISERS["adam"](network.parameters()))
-    rmtree(file.parent)
-    assert load_training_state(tmp_path, network, OPTIMISERS["adam"](network.parameters())) == 1
-
-
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, Progress(1))
     with pytest.raises(UserError, match=f"{folder}") as refused:
@@ -117,5 +104,3 @@ def test_a_state_from_before_stages_is_read(tmp_path: Path) -> None:
     state = read_json(folder / "state.json", "")
     write_json(folder / "state.json", seal({name: state[name] for name in ("step", "sha256")}))
     assert read_progress(last_checkpoint(tmp_path)) == Progress(2)
-
-

@@ -15,11 +15,7 @@ from wmcache.cache import TokenStore
 from wmcache.cache.windows import split_episodes
 from wmcache.common.errors import UserError
 from wmcache.envs import Maze, PointMazeSimulator, longest_move, sample_state
-from wmcache.planner.context import EvalContext
-from wmcache.planner.evaluate import run_episodes
 from wmcache.planner.goals import SOURCES, Separation, start_and_goal
-from wmcache.planner.options import PlanOptions
-from wmcache.planner.report import write_episodes
 
 MakeStore = Callable[..., TokenStore]
 UMAZE = Maze.load("UMaze")
@@ -125,12 +121,6 @@ class TestSeparation:
             longest = max(longest, float(np.linalg.norm((state - start)[:2])))
         assert 0.8 * longest_move(steps) < longest <= longest_move(steps) + 1e-9
 
-    @pytest.mark.parametrize(("source", "steps"), [("random-state", 0), ("dataset", 3), ("random-action", 3)])
-    def test_a_maze_without_such_pairs_is_refused(self, store: TokenStore, source: str, steps: int) -> None:
-        separation = Separation(0.5, longest_move(20)) if source == "random-state" else SEPARATION
-        with pytest.raises(UserError, match="--no-strict"):
-            start_and_goal(source, [0], UMAZE, store, steps, separation=separation)
-
 
 def write(path: Path, columns: dict[str, Any]) -> str:
     pq.write_table(pa.table(columns), path)
@@ -138,15 +128,6 @@ def write(path: Path, columns: dict[str, Any]) -> str:
 
 
 class TestFiles:
-    def test_an_evaluation_can_be_planned_again_from_its_own_episodes(
-        self, context: EvalContext, tiny_plan: PlanOptions, tmp_path: Path
-    ) -> None:
-        episodes = run_episodes(context, tiny_plan, range(3))
-        write_episodes(tmp_path / "episodes.parquet", episodes)
-        start, goal = start_and_goal(str(tmp_path / "episodes.parquet"), [0, 1, 2], UMAZE, context.store, 10)
-        np.testing.assert_array_equal(start, episodes.start)
-        np.testing.assert_array_equal(goal, episodes.goal)
-
     def test_episode_n_takes_row_n_at_any_distance(self, store: TokenStore, tmp_path: Path) -> None:
         file = write(
             tmp_path / "some.parquet", {"start": [IN, IN_TOO, IN], "goal": [IN_TOO, IN, IN], "more": [1, 2, 3]}

@@ -121,6 +121,7 @@ class TestNear:
         found = distances(graph, at(3.0) + offset, at(3.0))
         torch.testing.assert_close(found, offset.norm(dim=(1, 2)), atol=2e-3, rtol=0)
 
+
 class TestGradients:
     def test_they_are_finite_everywhere(self, graph: LatentGraph) -> None:
         # On nodes and on the goal a norm has no derivative.

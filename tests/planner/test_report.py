@@ -173,4 +173,3 @@ def test_a_video_shows_the_start_and_every_env_step(plan: Plan) -> None:
         assert len(frames) == 12 + 1
         # The live view and, right of a gap, the goal are not black.
         assert min(frames[0][:, :224].std(), frames[0][:, 240:].std()) > 5
-

@@ -156,6 +156,7 @@ class TestCem:
         found = Cem(samples=16, elites=4, iterations=1, momentum=0.15)(cost, start, generators())
         torch.testing.assert_close(found, 0.15 * start + 0.85 * fitted)
 
+
 class TestMppi:
     @pytest.mark.parametrize("temperature", [0.0, 2.0])
     def test_the_mean_weights_the_elites_by_their_cost(self, cost: Any, temperature: float) -> None:
@@ -237,6 +238,7 @@ class TestGd:
         assert all(parameter.grad is None for parameter in network.parameters())
         assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
         assert not found.requires_grad
+
 
 class TestIcem:
     def test_each_iteration_has_fewer_candidates_but_twice_the_elites(self, cost: Any) -> None:

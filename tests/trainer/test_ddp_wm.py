@@ -26,7 +26,7 @@ from model_tools import (
     model_inputs,
     name_of,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from wmcache.common.device import autocast
 from wmcache.trainer.models.ddp_wm import DdpWm
@@ -87,6 +87,7 @@ class TestRollout:
         assert (same.sum(-1) == SHAPE.tokens - K).all()
         assert same.all(1).sum() < 2 * (SHAPE.tokens - K)  # not always the same ones
 
+
 class TestLocalization:
     def test_a_step_is_located_by_the_frames_of_its_history(self) -> None:
         model, batch = make_ddp_model(), make_batch(frames=6)
@@ -96,13 +97,6 @@ class TestLocalization:
             frames = zip(*(value[one, seen] for value in inputs), strict=True)
             fused = naive_models.fuse(model.fusion, [naive_models.join(model, *frame) for frame in frames])
             torch.testing.assert_close(logits[one, step], model.localiser(fused[None])[0], rtol=1e-4, atol=1e-4)
-
-    @pytest.mark.parametrize(("threshold", "least"), [(0.0, 0.1), (0.5, 0.5)])
-    def test_labels_of_pixels_come_from_the_map_of_the_next_frame(self, threshold: float, least: float) -> None:
-        model, batch = make_ddp_model(threshold=threshold), make_ddp_batch()
-        labels = model.labels(batch["tokens"], batch)
-        assert torch.equal(labels, batch["changes"][:, 1:] > least)
-        assert labels.shape == (2, 3, SHAPE.tokens, 4)
 
     @pytest.mark.parametrize(("threshold", "expected"), [(0.0, [3, 6]), (0.35, [3, 5, 6])])
     def test_labels_of_features_mark_all_cells_of_a_patch(self, threshold: float, expected: list[int]) -> None:

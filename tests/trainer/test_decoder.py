@@ -82,13 +82,6 @@ def test_a_stopped_decoder_resumes_exactly(go: Go, tmp_path: Path, sizes: dict[s
     assert read_log(tmp_path / "stopped") == read_log(tmp_path / "straight")
 
 
-def test_more_steps_continue_a_finished_decoder(go: Go, tmp_path: Path) -> None:
-    go(tmp_path / "twice", steps=4)
-    go(tmp_path / "twice")
-    go(tmp_path / "once")
-    assert weights_of(tmp_path / "twice") == weights_of(tmp_path / "once")
-
-
 def test_a_finished_decoder_stays_as_it_is_and_so_does_the_store(go: Go, store_path: Path, out: Path) -> None:
     tokens = files_of(store_path)
     first = go(out)
@@ -149,33 +142,32 @@ def test_a_loaded_decoder_draws_what_was_measured(go: Go, store: TokenStore, dat
     ],
     ids=lambda changed: next(iter(changed)),
 )
-def test_other_settings_are_refused_by_name(go: Go, trained: Path, out: Path, changed: dict[str, Any]) -> None:
+def test_other_settings_and_stores_are_refused_by_name(
+    go: Go, planted_path: Path, trained: Path, out: Path, changed: dict[str, Any]
+) -> None:
     copytree(trained, out, symlinks=True)
     before = files_of(out)
     with pytest.raises(UserError, match=f"{out} .*{next(iter(changed))} .*--out"):
         go(out, **changed)
+    with pytest.raises(UserError, match="identity"):
+        go(out, cache=planted_path, steps=1)
     assert files_of(out) == before
 
 
-def test_another_store_is_refused(go: Go, planted_path: Path, trained: Path, out: Path) -> None:
-    copytree(trained, out, symlinks=True)
-    with pytest.raises(UserError, match="identity"):
-        go(out, cache=planted_path, steps=1)
-
-
-def test_overwrite_starts_from_scratch(go: Go, tmp_path: Path) -> None:
+def test_overwrite_starts_from_scratch_and_more_steps_continue(go: Go, tmp_path: Path) -> None:
     go(tmp_path / "out", seed=1)
     go(tmp_path / "out", steps=4, overwrite=True)
-    go(tmp_path / "fresh", steps=4)
-    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "fresh")
+    go(tmp_path / "out")
+    go(tmp_path / "once")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "once")
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_that_is_not_a_decoder_is_never_touched(go: Go, out: Path, overwrite: bool) -> None:
+def test_a_folder_that_is_not_a_decoder_is_never_touched(go: Go, out: Path) -> None:
     out.mkdir()
     (out / "config.json").write_text('{"precious": true}')
-    with pytest.raises(UserError, match=f"{out}.*--out"):
-        go(out, overwrite=overwrite)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=f"{out}.*--out"):
+            go(out, overwrite=overwrite)
     assert files_of(out) == {"config.json": b'{"precious": true}'}
 
 
@@ -188,12 +180,7 @@ def test_options_that_are_refused_cost_no_decoder(go: Go, out: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [
-        ("decoder_options", {"channels": 10**9}),
-        ("decoder_options", {"channels": 16}),
-        ("shape", {"rows": 2, "columns": 2, "token_dim": 31, "image_size": 32}),
-        ("split_seed", "x"),
-    ],
+    [("decoder_options", {"channels": 10**9}), ("decoder_options", {"channels": 16}), ("split_seed", "x")],
 )
 def test_settings_that_cannot_be_true_are_refused(trained: Path, out: Path, field: str, value: object) -> None:
     copytree(trained, out, symlinks=True)

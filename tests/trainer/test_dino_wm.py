@@ -212,11 +212,6 @@ class TestLoss:
         for name, value in model.loss(batch, pool=2).items():
             torch.testing.assert_close(value, expected[name])
 
-    @pytest.mark.parametrize("pool", [3, 4, 16])
-    def test_squares_that_do_not_fit_the_grid_are_refused(self, pool: int) -> None:
-        with pytest.raises(UserError, match=rf"--pool {pool} .* 2 x 4 "):
-            make_model().check_pool(pool)
-
     def test_a_constant_channel_gives_a_finite_loss(self) -> None:
         statistics, batch = make_statistics(), make_batch(frames=4)
         statistics["tokens_std"][0] = 0
@@ -244,33 +239,18 @@ class TestBuilding:
     @pytest.mark.parametrize(
         ("name", "options", "named"),
         [
-            ("dreamer", {}, "'dreamer'.* dino-wm"),
             ("dino-wm", {"layers": 3}, "layers"),
-            ("dino-wm", {"combine": "patches"}, "combine"),
             ("dino-wm", {"width": 16.5}, "width"),
-            ("dino-wm", {"heads": 0}, "heads"),
-            ("dino-wm", {"noise": float("nan")}, "noise"),
-            ("dino-wm", {"width": 18, "heads": 6}, "--width, --heads or --head-dim"),
             ("dino-wm", {"width": 16, "head_dim": 5}, "--width, --heads or --head-dim"),
             ("ddp-wm", {"width": 15}, "--width 15 .*--heads 2.*--head-dim"),
-            ("ddp-wm", {"width": 0, "proprio": "none"}, "--width 0 .*--head-dim"),
             ("ddp-wm", {"width": 0, "head_dim": 4}, "--width 0 .*--proprio"),
-            ("ddp-wm", {"foreground": 8}, "--foreground 8 .* 8 tokens"),
             ("ddp-wm", {"locator_width": 7}, "--locator-width 7 .*--locator-heads 2"),
-            ("ddp-wm", {"combine": "features"}, "combine"),
         ],
     )
     def test_options_that_do_not_fit_are_refused_by_name(self, name: str, options: dict[str, Any], named: str) -> None:
         sizes = DDP_SIZES | {"head_dim": 0} if name == "ddp-wm" else {}
-        with pytest.raises(UserError, match=named) as refusal:
+        with pytest.raises(UserError, match=named):
             build(name, SHAPE, sizes | options, make_statistics())
-        assert "\n" not in str(refusal.value)
-
-    def test_sizes_of_the_data_that_do_not_fit_are_refused(self) -> None:
-        with pytest.raises(UserError, match=r"--rollout-loss .*--history"):
-            make_model(shape=replace(SHAPE, history=1), rollout_loss=1.0)
-        with pytest.raises(UserError, match="--model dino-wm"):
-            build("ddp-wm", replace(SHAPE, tokens=1, columns=1), DDP_SIZES, make_statistics())
 
     def test_heads_of_a_given_size_need_not_divide_the_width(self) -> None:
         assert isinstance(make_model(width=15, heads=4, head_dim=6), DinoWm)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -198,11 +197,3 @@ def test_a_given_residence_is_taken_and_an_unknown_one_refused_with_those_that_e
         assert choose_residence(store, device, wanted)[0] == wanted
     with pytest.raises(UserError, match=r"'Disk'.* auto, device, ram, disk"):
         choose_residence(store, CPU, "Disk")
-
-
-@pytest.mark.parametrize(("device", "figures"), [(CUDA, ["92.2 kB", "3.0 GB", "5.0 GB"]), (CPU, ["92.2 kB", "5.0 GB"])])
-def test_the_reason_has_the_measured_sizes(
-    store: TokenStore, has: Has, device: torch.device, figures: list[str]
-) -> None:
-    has(3 * 10**9, 5 * 10**9)
-    assert re.findall(r"[\d.]+ [kG]B", choose_residence(store, device)[1]) == figures
