@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from wmcache.bench import read as bench
-from wmcache.bench import timing
 from wmcache.bench.read import bench_codecs, bench_read
 from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cache.verify import verify
@@ -31,10 +28,8 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_rates_and_ratios_count_the_windows_of_each_contender(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # By this clock all that is timed takes a second.
-    ticks = itertools.count()
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+@pytest.mark.usefixtures("ticking")
+def test_rates_and_ratios_count_the_windows_of_each_contender(scratch: Path) -> None:
     found = bench_read(200, tokens=2, dim=3, batch=5)
     rates = {name: value for name, value in found.items() if name.endswith("_windows_per_second")}
     assert rates == {name: 5 * (1 if name.startswith("zarr") else bench.BATCHES) for name in rates}

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from wmcache.bench import timing
 from wmcache.bench.train import ROUNDS, bench_train
 from wmcache.trainer.feed import RESIDENCES
 
@@ -29,10 +26,8 @@ class Encoder:
         return torch.zeros(count, 2, 3, dtype=torch.float16)
 
 
-def test_rates_and_ratios_count_the_steps_of_each_source(planted_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Whatever is timed takes one second.
-    ticks = itertools.count()
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+@pytest.mark.usefixtures("ticking")
+def test_rates_and_ratios_count_the_steps_of_each_source(planted_path: Path) -> None:
     encode = Encoder()
     found = bench_train(planted_path, MODEL, encode, batch=4, steps=20, device="cpu")
     assert (found["memory_steps_per_second"], found["store_steps_per_second"]) == (20, 20)

@@ -15,14 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import click
 import psutil
 import pytest
 import torch
-from click.testing import CliRunner
 
-from wmcache.commands.command import Command
-from wmcache.common.errors import Stopped, UserError
+from wmcache.common.errors import UserError
 from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.engine.ranks import SINGLE, Ranks
 from wmcache.trainer.options import TrainOptions
@@ -288,30 +285,6 @@ def test_the_name_of_the_machine_need_not_resolve(planted_path: Path, tmp_path: 
     words = [BIN / "wmtrain", "--devices", "2", "--cache", planted_path, "--out", tmp_path / "run", *WORDS]
     ended = work(["unshare", "-u", "sh", "-c", program, "sh", *words, "--steps", "5"])
     assert ended.status == 0, ended.stderr
-
-
-@pytest.mark.parametrize(
-    ("rank", "reports"), [({}, True), ({"RANK": "0"}, True), ({"RANK": "1"}, False)], ids=["single", "first", "second"]
-)
-def test_rank_0_reports_that_all_are_stopped(
-    rank: dict[str, str], reports: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Even before they have joined: torchrun stops the others when one has failed."""
-
-    @click.command(cls=Command)
-    def command() -> None:
-        raise Stopped
-
-    for name, value in rank.items():
-        monkeypatch.setenv(name, value)
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    ended = CliRunner().invoke(command)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    assert ended.exit_code == 75
-    assert ended.output.strip().startswith(STOPPED) == reports
-    assert bool(ended.output.strip()) == reports
 
 
 @pytest.mark.cluster

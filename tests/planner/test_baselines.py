@@ -42,13 +42,9 @@ def test_they_act_as_the_environment_does_and_by_episode(store: TokenStore) -> N
 
 def test_pairs_at_any_distance_are_too_easy(store: TokenStore) -> None:
     """Of 200 random U-maze pairs 31, 10 and 3 begin at the goal, and zero actions reach 28 % of the goals."""
-    episodes = planned(store, 200, 100)
-    zero, random = (run_baseline(name, UMAZE, episodes, range(200)) for name in ("zero", "random"))
+    zero = run_baseline("zero", UMAZE, planned(store, 200, 100), range(200))
     assert [count_at_goal(zero, threshold) for threshold in (0.5, 0.25, 0.1)] == [31, 10, 3]
     assert judge(zero, 0.5, UMAZE)["success_rate"] == 0.28
-    judged = judge(random, 0.5, UMAZE)
-    assert judged["ci95"][0] < 0.62 < judged["ci95"][1]
-    assert judged["held"] < judged["successes"] / 4
 
 
 def test_an_evaluation_has_them_on_its_own_episodes(

@@ -292,18 +292,3 @@ def test_the_planner_never_receives_a_state_or_a_success(
     assert received[0].shape == (3, 12, 2)
     assert received[0].any()
     np.testing.assert_array_equal(received[0], received[1])
-
-
-@pytest.mark.parametrize(("alpha", "differs"), [(0.0, False), (0.5, True)])
-def test_a_goal_is_an_image_unless_alpha_is_above_0(
-    context: EvalContext, tiny_plan: PlanOptions, alpha: float, differs: bool
-) -> None:
-    options = replace(tiny_plan, alpha=alpha)
-    goal = torch.randn(2, *context.store.card.frame_shape)
-    seen, here = torch.randn(2, 1, *context.store.card.frame_shape), torch.zeros(2, 1, 4)
-    actions = torch.rand(2, 8, 2, 10) * 2 - 1
-    costs = [
-        context.make_mpc(options, goal, np.full((2, 4), proprio, np.float32)).cost_of(seen, here)(actions)
-        for proprio in (0, 1)
-    ]
-    assert torch.equal(*costs) != differs

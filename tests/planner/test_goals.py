@@ -95,21 +95,6 @@ class TestSeparation:
         assert same.tolist() == [SEPARATION.allows(UMAZE, *pair) for pair in zip(*loose, strict=True)]
         assert 5 < same.sum() < 55
 
-    def test_the_path_counts_and_not_the_straight_line(self) -> None:
-        # On both sides of the U-maze's wall.
-        start, goal = np.array([1.0, 1.0, 0, 0]), np.array([3.0, 1.0, 0, 0])
-        assert SEPARATION.allows(UMAZE, start, goal)
-        assert not Separation(2.1, 1.0).allows(UMAZE, start, goal)
-        assert not SEPARATION.allows(UMAZE, start, np.array([1.0, 3.0, 0, 0]))
-
-    def test_no_ball_arrives_within_its_first_model_step(self, store: TokenStore) -> None:
-        simulator = PointMazeSimulator(UMAZE)
-        pairs = start_and_goal("random-state", range(40), UMAZE, store, 0, separation=SEPARATION)
-        for state, goal in zip(*pairs, strict=True):
-            for _ in range(5):
-                state = simulator.step(state, 100 * (goal - state)[:2])  # full force towards the goal
-                assert np.linalg.norm(state[:2] - goal[:2]) >= 0.5
-
     def test_the_longest_move_is_never_exceeded(self) -> None:
         simulator, rng, steps = PointMazeSimulator(Maze.load("Open")), np.random.default_rng(0), 5
         longest = 0.0

@@ -101,17 +101,6 @@ class TestAcrossWalls:
         assert torch.cat([here, there]).isfinite().all()
         assert here.max() < there.min()
 
-    def test_a_goal_without_any_path_is_far_from_all_others(
-        self, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        moving = np.column_stack([np.arange(20.0), np.zeros(20)])
-        monkeypatch.setattr(graph_module, "FRAMES_PER_NODE", 1)
-        graph = LatentGraph.from_store(make_store([moving, np.full((4, 2), 50.0)]), 1, CPU)
-        to_goal = graph.to_goal(torch.full((1, 1, 2), 50.0))[0]
-        still = (graph.nodes == 50).all(1)
-        assert to_goal[still].min() == 0
-        assert to_goal[~still].min() > graph.reach
-
 
 class TestNear:
     def test_within_reach_it_is_the_latent_distance(self, graph: LatentGraph) -> None:

@@ -38,14 +38,6 @@ def test_each_candidate_is_compared_with_its_own_episodes_goal(mode: str, alpha:
         torch.testing.assert_close(objective(latents[part], proprio[part], part), distance[part])
 
 
-def test_without_alpha_proprio_is_ignored() -> None:
-    latents, goal = random(2, 3, 4, 5, 6), random(2, 5, 6, seed=2)
-    unknown = torch.full((2, 3, 4, 7), torch.nan)
-    found = GoalDistance(goal, "all", 0.0, torch.full((2, 7), torch.nan))(latents, unknown, ALL)
-    assert torch.equal(found, GoalDistance(goal, "all")(latents, unknown, ALL))
-    assert found.isfinite().all()
-
-
 class Ruler:
     """A graph whose distance is how far the first number of a frame is from 10."""
 

@@ -16,11 +16,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from matplotlib.figure import Figure
-from matplotlib.patches import Circle
 
 from wmcache import __version__
-from wmcache.bench.compare import draw_landscapes
 from wmcache.commands.output import shell_command
 from wmcache.common.errors import UserError
 from wmcache.planner.context import EvalContext
@@ -28,7 +25,7 @@ from wmcache.planner.episodes import Episodes
 from wmcache.planner.evaluate import evaluate
 from wmcache.planner.judge import env_steps
 from wmcache.planner.options import PlanOptions
-from wmcache.planner.report import draw_paths, draw_training, write_report
+from wmcache.planner.report import draw_training, write_report
 
 Plan = tuple[Path, Episodes, dict[str, Any]]
 
@@ -81,23 +78,6 @@ def test_the_episodes_can_be_read_by_other_tools(plan: Plan) -> None:
         reached = (episodes.distances() < threshold).any(1)
         expected = np.where(reached, env_steps(episodes, threshold), -1)
         assert rows[f"env_steps_{threshold}"] == expected.tolist()
-
-
-def test_pictures_name_their_signs_axes_and_colours(
-    plan: Plan, context: EvalContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    draw_paths(plan[1], context.maze, 0.5)
-    (legend,) = drawn[0].legends
-    assert {text.get_text() for text in legend.get_texts()} == {"path", "start", "goal", "within 0.5"}
-    (circle, *_) = drawn[0].axes[0].patches
-    assert isinstance(circle, Circle)
-    assert circle.radius == 0.5
-    np.testing.assert_array_equal(circle.center, plan[1].goal[0, :2])
-    draw_landscapes({"one": np.random.default_rng(0).random((1, 5, 5)), "flat": np.zeros((1, 5, 5))})
-    first, second, bar = drawn[1].axes
-    assert all((first.get_xlabel(), first.get_ylabel(), second.get_xlabel(), bar.get_ylabel(), drawn[1].legends))
 
 
 class TestPage:

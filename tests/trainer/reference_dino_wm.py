@@ -6,8 +6,7 @@ import functools
 import math
 import sys
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,31 +134,17 @@ WHERE = {
 }
 
 
-@contextmanager
-def reference_modules() -> Iterator[None]:
-    """Give the classes the modules of the reference's repository, which exist only while something is saved."""
-    modules: dict[str, Any] = {}
-    before = {cls: cls.__module__ for classes in WHERE.values() for cls in classes}
-    for name, classes in WHERE.items():
-        parts = name.split(".")
-        for end in range(1, len(parts) + 1):
-            modules.setdefault(".".join(parts[:end]), types.ModuleType(parts[end - 1]))
-        for cls in classes:
-            cls.__module__ = name
-            setattr(modules[name], cls.__name__, cls)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in modules.items():
-            patch.setitem(sys.modules, name, module)
-        try:
-            yield
-        finally:
-            for cls, name in before.items():
-                cls.__module__ = name
-
-
 def save(value: Any, file: Path, **settings: Any) -> None:
+    """Save as the reference's repository does; its modules exist only while something is saved."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with reference_modules():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, classes in WHERE.items():
+            module = types.ModuleType(name)
+            for end in range(1, name.count(".") + 2):
+                patch.setitem(sys.modules, ".".join(name.split(".")[:end]), module)
+            for cls in classes:
+                patch.setattr(cls, "__module__", name)
+                setattr(module, cls.__name__, cls)
         torch.save(value, file, **settings)
 
 

@@ -29,7 +29,6 @@ from torch import Tensor
 from wmcache.common.device import autocast
 from wmcache.common.errors import UserError
 from wmcache.trainer.models import MODELS, WorldModel, build
-from wmcache.trainer.models.dino_wm import DinoWm
 
 GRADIENT_STEPS = 3
 
@@ -251,6 +250,3 @@ class TestBuilding:
         sizes = DDP_SIZES | {"head_dim": 0} if name == "ddp-wm" else {}
         with pytest.raises(UserError, match=named):
             build(name, SHAPE, sizes | options, make_statistics())
-
-    def test_heads_of_a_given_size_need_not_divide_the_width(self) -> None:
-        assert isinstance(make_model(width=15, heads=4, head_dim=6), DinoWm)

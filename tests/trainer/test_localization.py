@@ -13,7 +13,7 @@ from torch import Tensor
 from wmcache.cache import TokenStore
 from wmcache.cache.change_maps import open_change_maps
 from wmcache.cache.windows import Windows
-from wmcache.trainer.models import MODELS, build, read_options
+from wmcache.trainer.models import build, read_options
 from wmcache.trainer.models.ddp_wm import DdpWm
 from wmcache.trainer.models.ddp_wm.localization import foreground_size, localization
 from wmcache.trainer.options import TrainOptions
@@ -87,14 +87,6 @@ def test_a_constant_channel_hides_no_change(ddp_store_path: Path) -> None:
     store.std[0], gather = 0, store.gather
     store.gather = lambda *args: gather(*args) * (np.arange(store.card.token_dim) > 0)  # type: ignore[method-assign]
     assert configured(store, labels="features") == expected
-
-
-@pytest.mark.parametrize("model", list(MODELS))
-def test_options_that_are_given_stay_as_they_are(store: TokenStore, model: str) -> None:
-    given = {"foreground": 3, "labels": "features"} if model == "ddp-wm" else {}
-    options, windows = read_options(model, {"width": 12, **given}), store.windows(3, 1, 5, "train")
-    assert MODELS.get(model).configure(store, windows, options) == options
-    assert MODELS.get(model).extras(store, windows, options) == {}
 
 
 def test_a_constant_answer_is_right_as_often_as_those_patches_change(ddp_store_path: Path) -> None:

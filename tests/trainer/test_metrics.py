@@ -61,12 +61,6 @@ class TestImageMetrics:
         np.testing.assert_allclose(found(images, images, images[0])["lpips"], [0, 0], atol=1e-6)
         assert (found(images, -images, images[0])["lpips"] > 0.01).all()
 
-    @pytest.mark.parametrize("lpips", [True, False])
-    def test_what_was_not_computed_has_a_reason(self, lpips: bool) -> None:
-        absent = ImageMetrics(16, CPU, lpips=lpips).lpips_absent
-        assert absent
-        assert ("16 px" in absent) == lpips
-
     def test_images_too_small_to_compare_are_refused(self) -> None:
         with pytest.raises(UserError, match=r"8 px .*11"):
             ImageMetrics(8, CPU)

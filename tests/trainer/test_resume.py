@@ -168,14 +168,6 @@ class TestResume:
         assert read_log(run)[: len(logged)] == logged
         assert [step for step, _ in ends_of(run)] == [4, 6, 8]
 
-    def test_an_unfinished_stage_needs_more_steps_than_it_has_had(self, go: Go, run: Path) -> None:
-        with stopped_at(7):
-            go(run)
-        before = files_of(run)
-        with pytest.raises(UserError, match=r"primary .* 2 steps.*--steps"):
-            go(run, steps=2, resume=True)
-        assert files_of(run) == before
-
 
 class TestStart:
     def test_a_stage_starts_from_the_end_of_the_one_before(

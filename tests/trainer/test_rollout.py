@@ -132,15 +132,6 @@ def test_a_frame_depends_only_on_the_actions_before_it(name: str, options: dict[
     assert not torch.isclose(before[:, 2:], after[:, 2:]).flatten(2).all(-1).any()
 
 
-@each_case
-def test_frames_older_than_the_history_are_forgotten(name: str, options: dict[str, Any]) -> None:
-    model, observation = make_trained(name, **options), make_observed(observed=5)
-    whole = model.rollout(*observation)
-    assert_near(model.rollout(*(value[:, 2:] for value in observation)), whole)
-    assert torch.equal(model.rollout(*observation, context=9)[0], whole[0])
-    assert not torch.isclose(model.rollout(*(value[:, 3:] for value in observation))[0], whole[0]).all()
-
-
 def test_latents_are_in_the_units_of_the_store_and_proprio_is_embedded() -> None:
     statistics, model, batch = make_statistics(), make_trained_model(), make_batch()
     tokens, embedding = predict(model, batch)
