@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from shutil import copytree
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from wmcache.common.errors import UserError
 from wmcache.common.jsonfiles import read_json, seal, write_json
 from wmcache.engine.checkpoint import (
     Progress,
-    checkpoints,
     last_checkpoint,
     load_training_state,
     load_weights,
@@ -53,10 +51,6 @@ def save(run: Path, progress: Progress) -> Path:
     return save_checkpoint(run, progress, network, OPTIMISERS["adam"](network.parameters()))
 
 
-def names_of(run: Path) -> list[str]:
-    return sorted(file.name for file in (run / "checkpoints").iterdir())
-
-
 @pytest.mark.parametrize("make", OPTIMISERS.values(), ids=OPTIMISERS)
 def test_a_loaded_training_continues_exactly(tmp_path: Path, make: Make) -> None:
     networks, optimisers = [], []
@@ -71,25 +65,6 @@ def test_a_loaded_training_continues_exactly(tmp_path: Path, make: Make) -> None
     step(networks[1], optimisers[1])
     for name, value in networks[0].state_dict().items():
         assert torch.equal(networks[1].state_dict()[name], value), name
-
-
-def test_the_newest_two_and_ends_of_stages_stay(tmp_path: Path) -> None:
-    for number in range(1, 6):
-        save(tmp_path, Progress(number, "first" if number < 3 else "second", finished=number == 2))
-    assert names_of(tmp_path) == ["last", "step-00000002", "step-00000004", "step-00000005"]
-    assert (tmp_path / "checkpoints" / "last").readlink() == Path("step-00000005")
-    assert read_progress(checkpoints(tmp_path)[0]) == Progress(2, "first", finished=True)
-
-
-def test_leftovers_of_a_killed_writer_and_a_copied_link_are_replaced(tmp_path: Path) -> None:
-    first = save(tmp_path, Progress(1))
-    last = first.with_name("last")
-    last.unlink()
-    copytree(first, last)
-    first.with_name(".step-00000002.tmp").mkdir()
-    save(tmp_path, Progress(2))
-    assert names_of(tmp_path) == ["last", "step-00000001", "step-00000002"]
-    assert last.readlink() == Path("step-00000002")
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:

@@ -148,20 +148,6 @@ def test_a_stopped_run_resumes_exactly(out: Path, other: Path, by_signal: bool, 
     assert read_log(out) == read_log(other)
 
 
-def test_a_stage_has_steps_of_its_own(out: Path) -> None:
-    task = Regression(out)
-    run(task, OPTIONS, out, Progress(5, "second", 5))
-    assert task.calls[0] == ("before", 5)
-    assert read_progress(last_checkpoint(out)) == Progress(13, "second", 5, finished=True)
-
-
-def test_nothing_is_left_of_a_finished_stage(out: Path) -> None:
-    train(out)
-    before = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
-    assert run(Regression(out), OPTIONS, out, Progress(8)) == {}
-    assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == before
-
-
 def test_two_micro_batches_are_one_batch(out: Path, other: Path) -> None:
     class Joined(Regression):
         def batches(self, first: int) -> AbstractContextManager[Iterator[Tensor]]:

@@ -1,15 +1,14 @@
-"""The judge: when a goal counts as reached, whether it is held, and how direct the path is. And episodes on disk."""
+"""The judge: when a goal counts as reached, whether it is held, and how direct the path is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from wmcache.envs import Maze
-from wmcache.planner.episodes import Episodes, join, load_episodes, save_episodes
+from wmcache.planner.episodes import Episodes
 from wmcache.planner.judge import env_steps, judge, path_lengths, shortest_path_lengths
 
 NEAR, FAR = 0.2, 5.0
@@ -108,14 +107,3 @@ class TestDirectness:
         rooms = Maze("Rooms", ("#####", "#O#O#", "#####"))
         judged = judge(travelling([(1, 1), (1, 1)], [(1, 3), (1, 3)], goal=(1, 3)), 0.5, rooms)
         assert (judged["successes"], judged["spl"]) == (1, 0.5)
-
-
-def test_batches_are_restored_and_joined_in_order(tmp_path: Path) -> None:
-    parts = [make_episodes(arriving(5), arriving()), make_episodes(arriving(12))]
-    for number, part in enumerate(parts):
-        save_episodes(tmp_path / f"{number}.npz", part)
-    both = join([load_episodes(tmp_path / f"{number}.npz") for number in range(2)])
-    for name in ("start", "goal", "states"):
-        np.testing.assert_array_equal(getattr(both, name), np.concatenate([getattr(part, name) for part in parts]))
-    assert (both.chunk, both.encoder_frames, both.seconds) == (5, 0, 0.0)
-    assert env_steps(both, 0.5).tolist() == [5, 12, 12]

@@ -11,13 +11,11 @@ import torch.nn.functional as F
 from model_tools import (
     DDP_SIZES,
     SHAPE,
-    SIZES,
     build_preset,
     each_variant,
     make_batch,
     make_model,
     make_statistics,
-    make_trained,
     make_trained_model,
     model_inputs,
     name_of,
@@ -28,7 +26,7 @@ from torch import Tensor
 
 from wmcache.common.device import autocast
 from wmcache.common.errors import UserError
-from wmcache.trainer.models import MODELS, WorldModel, build
+from wmcache.trainer.models import build
 
 GRADIENT_STEPS = 3
 
@@ -219,22 +217,6 @@ class TestLoss:
 
 
 class TestBuilding:
-    @pytest.mark.parametrize("name", list(MODELS))
-    def test_every_registered_model_is_a_world_model_that_is_planned_with_after_its_stages(self, name: str) -> None:
-        model = build(name, SHAPE, SIZES, make_statistics())
-        assert isinstance(model, WorldModel)
-        assert model.stage_name == ""
-        ready = [not model.stage_before_planning(stage) for stage in ("", *model.stages)]
-        assert ready == ([False, False, True, True] if model.stages else [True])
-
-    @pytest.mark.parametrize(("name", "sizes"), [("dino-wm", SIZES), ("ddp-wm", DDP_SIZES)])
-    def test_its_weights_include_the_statistics_and_the_stage(self, name: str, sizes: dict[str, Any]) -> None:
-        batch, model = make_batch(), make_trained(name)
-        other = build(name, SHAPE, sizes, make_statistics(seed=9)).eval()
-        other.load_state_dict(model.state_dict())
-        assert other.stage_name == model.stage_name
-        assert torch.equal(model.rollout(*batch.values())[0], other.rollout(*batch.values())[0])
-
     @pytest.mark.parametrize(
         ("name", "options", "named"),
         [
