@@ -48,18 +48,14 @@ def test_the_centre_of_a_landscape_is_the_plan(
     monkeypatch.setattr(compare, "GRID", 5)
     planes = landscape(context, tiny_plan, episodes=2)
     assert planes.shape == (2, 5, 5)
-    planned: list[float] = []
+    planned, solver = [], context.solver
 
-    class Watched:
-        """The solver, and the cost of each of its plans."""
+    def watched(cost: Cost, start: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        plan = solver(cost, start, generators)
+        planned.append(cost(plan[:, None]).item())
+        return plan
 
-        def __call__(self, cost: Cost, start: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-            plan = solver(cost, start, generators)
-            planned.append(cost(plan[:, None]).item())
-            return plan
-
-    solver = context.solver
-    monkeypatch.setattr(context, "solver", Watched())
+    monkeypatch.setattr(context, "solver", watched)
     np.testing.assert_array_equal(planes, landscape(context, tiny_plan, episodes=2))
     assert planes[:, 2, 2].tolist() == pytest.approx(planned)
 

@@ -248,5 +248,5 @@ def test_the_preset_has_as_many_parameters_as_the_reference() -> None:
     assert left_out == {"threshold"}
     counts = {name: sum(value.numel() for value in part.parameters()) for name, part in model.named_children()}
     sizes = {"fusion": 814_464, "localiser": 3_149_988, "primary": 19_964_232, "correction": 734_472}
-    assert counts == {"embed_proprio": 50, "embed_action": 110, **sizes}
+    assert counts == {"embed_proprio": 50, "embed_action": 110, "project_in": 0, **sizes}
     assert (model.foreground, model.primary.position.shape) == (32, (196, 404))
