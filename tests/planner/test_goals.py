@@ -47,7 +47,7 @@ def test_an_episode_is_a_function_of_its_number(store: TokenStore, source: str, 
 
 
 class TestDataset:
-    @pytest.mark.parametrize(("steps", "seed"), [(1, 42), (59, 42), (10, 0), (10, 1)])
+    @pytest.mark.parametrize(("steps", "seed"), [(1, 42), (59, 42), (10, 1)])
     def test_pairs_are_so_many_steps_apart_in_an_episode_held_out_by_the_runs_split(
         self, store: TokenStore, steps: int, seed: int
     ) -> None:
@@ -125,7 +125,6 @@ class TestFiles:
         ("columns", "numbers", "named"),
         [
             ({"start": [IN]}, [0], "goal"),
-            ({"start": [IN[:3]], "goal": [IN[:3]]}, [0], " 4 "),
             ({"start": [IN, IN[:2]], "goal": [IN, IN]}, [0], "start"),
             ({"start": [1.0], "goal": [2.0]}, [0], " 4 "),
             ({"start": [[np.nan, 1.0, 0.0, 0.0]], "goal": [IN]}, [0], " 4 "),

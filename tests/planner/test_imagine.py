@@ -143,11 +143,8 @@ def test_videos_show_windows_side_by_side_and_old_ones_are_replaced(
     run_path: Path, decoder_path: Path, dataset: FrameDataset, imagined: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     side = 32 * 7 + 8
-    first = pixels(imagined[0] / "rollout-000.mp4", 2 * side, 4 * side)
-    assert len(first) == 5
+    assert len(pixels(imagined[0] / "rollout-000.mp4", 2 * side, 4 * side)) == 5
     assert len(pixels(imagined[0] / "rollout-001.mp4", 2 * side, 2 * side)) == 5
-    # They begin with the maze, which is neither black nor white.
-    assert min(first[:, :side].std(), first[:, side:].std()) > 5
     copytree(imagined[0], tmp_path / "out")
     imagine(run_path, decoder_path, dataset, tmp_path / "out", replace(OPTIONS, videos=1))
     assert [file.name for file in tmp_path.rglob("*.mp4")] == ["rollout-000.mp4"]

@@ -61,12 +61,10 @@ def options_by(protocol: str | None, changed: dict[str, Any]) -> PlanOptions:
     ("protocol", "changed", "name"),
     [
         (None, {"objective": "last", "execute": 5}, "plan-last-x5-50x100"),
-        (None, {"goals": "dataset"}, "plan-all-x1-dataset-50x100"),
         (None, {"env": "wmcache/PointMaze-Medium-v0"}, "plan-all-x1-50x100-PointMaze-Medium-v0"),
         ("dino-wm", {"solver": "icem", "distance": "graph", "episodes": 8}, "plan-dino-wm-icem-graph-8x100"),
         (None, {"search": {"samples": 32, "optimiser": "adam"}}, "plan-all-x1-samples32-optimiser-adam-50x100"),
         (None, {"strict": False}, "plan-all-x1-no-strict-50x100"),
-        ("dino-wm", {"strict": True}, "plan-dino-wm-strict-50x100"),
         ("dino-wm", {"execute": 2, "objective": "all"}, "plan-dino-wm-x2-all-50x100"),
         ("mpc-100", {}, "plan-mpc-100-50x100"),
         (None, {"horizon": 6, "seed": 50, "threshold": 1.0}, "plan-all-x1-threshold1.0-horizon6-seed50-50x100"),

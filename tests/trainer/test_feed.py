@@ -72,20 +72,6 @@ def test_batches_follow_the_order_from_any_residence(
                 np.testing.assert_array_equal(batch[name].cpu().numpy(), value, err_msg=f"{name} of step {step}")
 
 
-def test_int8_tokens_are_dequantised(paths: dict[str, Path], store: TokenStore) -> None:
-    narrow = TokenStore.open(paths["int8"])
-    windows = narrow.windows(3, 1, 5, "train")
-    with Feed(narrow, windows, batch=16, seed=0, device=CPU) as feed:
-        tokens = feed.next()["tokens"]
-    frames = windows.frames(batch_windows(len(windows), 0, 0, 16))
-    truth = store.gather(frames.ravel()).reshape(16, 4, 4, 32).astype(np.float32)
-    assert tokens.dtype == torch.float16
-    assert narrow.scale is not None
-    # Within half a step of the shard, and the rounding to float16.
-    step = narrow.scale[frames // 64, 0][:, :, None]
-    assert (np.abs(tokens.float().numpy() - truth) <= step / 2 + 2**-10 * np.abs(truth)).all()
-
-
 @pytest.mark.parametrize("residence", RESIDENCES)
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_a_batch_is_not_changed_while_the_next_one_is_read(paths: dict[str, Path], dtype: str, residence: str) -> None:

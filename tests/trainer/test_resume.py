@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
@@ -61,17 +62,21 @@ def assert_equal_runs(run: Path, other: Path) -> None:
     assert read_log(run) == read_log(other)
 
 
-def check_refusal(go: Go, run: Path, named: str, located: Path, **options: Any) -> None:
-    """In one line; no folder becomes a run, and no run is overwritten."""
-    with pytest.raises(UserError, match=named) as refused:
-        go(run, **options)
-    assert "\n" not in str(refused.value)
-    assert not run.exists()
-    copytree(located, run, symlinks=True)
-    before = files_of(run)
-    with pytest.raises(UserError, match=named):
-        go(run, overwrite=True, **options)
-    assert files_of(run) == before
+@pytest.fixture
+def refuses(go: Go, run: Path, located: Path) -> Callable[..., None]:
+    """(named, **options): they are refused; no folder becomes a run, and no run is overwritten."""
+
+    def check(named: str, **options: Any) -> None:
+        with pytest.raises(UserError, match=named):
+            go(run, **options)
+        assert not run.exists()
+        copytree(located, run, symlinks=True)
+        before = files_of(run)
+        with pytest.raises(UserError, match=named):
+            go(run, overwrite=True, **options)
+        assert files_of(run) == before
+
+    return check
 
 
 class TestOneAfterAnother:
@@ -206,33 +211,22 @@ class TestStart:
         ],
     )
     def test_a_start_without_the_stage_before_is_refused(
-        self, go: Go, run: Path, located: Path, stage: str, start: str, named: str
+        self, refuses: Callable[..., None], located: Path, stage: str, start: str, named: str
     ) -> None:
-        check_refusal(go, run, named, located, stage=stage, start=str(located.with_name(start)))
+        refuses(named, stage=stage, start=str(located.with_name(start)))
 
-    @pytest.mark.parametrize(
-        ("changed", "named"),
-        [
-            (
-                {"model_options": {"fusion_heads": 1, "labels": "features"}},
-                "fusion_heads 2 != 1; labels pixels != features",
-            ),
-            ({"split_seed": 7}, "split_seed 42 != 7"),
-        ],
-        ids=["options", "split"],
-    )
-    def test_a_start_of_another_model_is_refused(
-        self, go: Go, run: Path, located: Path, changed: dict[str, Any], named: str
+    def test_a_start_of_another_model_is_refused(self, refuses: Callable[..., None], located: Path) -> None:
+        changed = {"split_seed": 7, "model_options": {"fusion_heads": 1, "labels": "features"}}
+        named = f"{located} .*split_seed 42 != 7.*fusion_heads 2 != 1; labels pixels != features.*--from"
+        refuses(named, stage="primary", start=str(located), **changed)
+
+    def test_a_start_on_another_store_is_refused(
+        self, refuses: Callable[..., None], tmp_path: Path, located: Path
     ) -> None:
-        options = {"stage": "primary", "start": str(located), **changed}
-        check_refusal(go, run, f"{located} .*{named}.*--from", located, **options)
-
-    def test_a_start_on_another_store_is_refused(self, go: Go, tmp_path: Path, located: Path) -> None:
         other = copytree(located, tmp_path / "other", symlinks=True)
         text = (other / "identity.json").read_text()
         (other / "identity.json").write_text(text.replace('"image_size": 64', '"image_size": 96'))
-        named = f"{other} .*image_size: 96 != 64"
-        check_refusal(go, tmp_path / "run", named, located, stage="primary", start=str(other))
+        refuses(f"{other} .*image_size: 96 != 64", stage="primary", start=str(other))
 
     def test_an_option_that_a_stage_does_not_depend_on_may_change(self, go: Go, tmp_path: Path, located: Path) -> None:
         run = tmp_path / "run"

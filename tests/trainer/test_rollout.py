@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import naive_models
@@ -17,6 +20,7 @@ from model_tools import (
     SHAPE,
     SIZES,
     VARIANTS,
+    each_variant,
     make_batch,
     make_futures,
     make_observed,
@@ -29,7 +33,11 @@ from model_tools import (
 from torch import Tensor
 
 from wmcache.common.device import autocast
+from wmcache.engine.checkpoint import Progress, save_checkpoint
 from wmcache.trainer.models import build
+from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.runs import load_model
+from wmcache.trainer.train import make_optimiser
 
 # All that decides which keys and values are kept, and how.
 TRANSFORMERS = [("dino-wm", variant) for variant in some_variants(proprio="embedding", predict="change", width=0)]
@@ -167,3 +175,16 @@ def test_an_untrained_model_of_changes_copies_the_observed_frame(name: str, opti
     imagined, embedding = model.rollout(tokens, proprio, actions)
     torch.testing.assert_close(imagined, tokens.expand(-1, IMAGINED, -1, -1))
     torch.testing.assert_close(embedding, model.encode_proprio(proprio).expand(-1, IMAGINED, -1))
+
+
+@each_variant
+def test_a_loaded_run_rolls_out_as_the_model_that_was_saved(tmp_path: Path, variant: dict[str, Any]) -> None:
+    options = {**variant, "standardise": variant["predict"] == "change"}
+    model, batch = make_trained_model(**options), make_batch()
+    save_checkpoint(tmp_path, Progress(1), model, make_optimiser(model, TrainOptions()))
+    config = TrainOptions(model_options=SIZES | options)
+    (tmp_path / "config.json").write_text(json.dumps({**asdict(config), "cache": "x", "shape": asdict(SHAPE)}))
+    found = load_model(tmp_path, torch.device("cpu"))
+    assert not any(parameter.requires_grad for parameter in found.parameters())
+    for saved, loaded in zip(model.rollout(*batch.values()), found.rollout(*batch.values()), strict=True):
+        assert torch.equal(saved, loaded)
