@@ -49,8 +49,7 @@ class TestSuccess:
         assert (judged["successes"], judged["success_rate"]) == (3, 0.6)
         # An episode that never arrives counts with its whole budget.
         assert judged["mean_env_steps"] == (12 + 5 + 10 + 12 + 12) / 5
-
-    def test_on_the_threshold_is_not_within_it(self) -> None:
+        # On the threshold is not within it.
         assert judge(make_episodes([0.5] * 5), 0.5, HALL)["successes"] == 0
 
     @pytest.mark.parametrize(

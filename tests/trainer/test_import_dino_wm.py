@@ -181,7 +181,6 @@ ATTENTION, MLP = "predictor.transformer.layers.0.0", "predictor.transformer.laye
 @pytest.mark.parametrize(
     ("apply", "named"),
     [
-        (without("epoch"), "epoch"),
         (without("action_encoder"), "action_encoder"),
         (state_dict, "predictor"),
         (change("predictor.pos_embedding", nn.Parameter(torch.zeros(1, 8, 24))), "pos_embedding is (1, 8, 24)"),
