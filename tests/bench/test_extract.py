@@ -51,17 +51,6 @@ def test_the_peak_includes_memory_that_was_freed() -> None:
     assert 150 * MB < peak_memory("python", ["-c", script]) < 200 * MB
 
 
-def test_the_peak_does_not_include_pages_of_files(tmp_path: Path) -> None:
-    file = tmp_path / "large"
-    with file.open("wb") as stream:
-        stream.truncate(200 * MB)
-    script = (
-        "import mmap, sys, time; file = open(sys.argv[1], 'rb'); data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ); "
-        "touched = sum(data[start] for start in range(0, len(data), 4096)); time.sleep(0.2)"
-    )
-    assert 1 * MB < peak_memory("python", ["-c", script, str(file)]) < 50 * MB
-
-
 def test_a_command_that_fails_is_one_line_of_error(tmp_path: Path) -> None:
     assert 1 * MB < peak_memory("wmcache", ["--version"]) < 500 * MB
     with pytest.raises(UserError, match=r"^wmcache info .*none\.zarr") as caught:
