@@ -1,4 +1,4 @@
-"""DDP-WM: which tokens of a frame are computed, what each stage trains, and what it takes from the data. Rollouts are in test_rollout.py."""
+"""DDP-WM: which tokens of a frame are computed, what each stage trains, what it takes from the data. Rollouts are in test_rollout.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training a decoder: it learns from cached tokens alone, resumes exactly, never spoils another one; and what measures it: MSE, SSIM, LPIPS."""
+"""Training a decoder: it learns from cached tokens alone, resumes exactly, never spoils another one; and the metrics of its images."""
 
 from __future__ import annotations
 
