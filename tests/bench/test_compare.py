@@ -33,9 +33,6 @@ class TestRoughness:
         assert rough["stuck"] > 0.5
         assert rough["curvature"] > 5 * found["curvature"]
 
-    def test_a_plain_has_no_curvature(self) -> None:
-        assert roughness(np.ones((1, GRID, GRID)))["curvature"] == 0
-
     def test_half_of_two_equal_bowls_descends_into_the_other_one(self) -> None:
         x = np.linspace(-2, 2, 41)
         two = np.square(np.abs(x) - 1)[:, None] + np.square(x)
@@ -51,37 +48,29 @@ def test_the_centre_of_a_landscape_is_the_plan(
     monkeypatch.setattr(compare, "GRID", 5)
     planes = landscape(context, tiny_plan, episodes=2)
     assert planes.shape == (2, 5, 5)
-    planned: list[float] = []
+    planned, solver = [], context.solver
 
-    class Watched:
-        """The solver, and the cost of each of its plans."""
+    def watched(cost: Cost, start: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        plan = solver(cost, start, generators)
+        planned.append(cost(plan[:, None]).item())
+        return plan
 
-        def __call__(self, cost: Cost, start: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-            plan = solver(cost, start, generators)
-            planned.append(cost(plan[:, None]).item())
-            return plan
-
-    solver = context.solver
-    monkeypatch.setattr(context, "solver", Watched())
+    monkeypatch.setattr(context, "solver", watched)
     np.testing.assert_array_equal(planes, landscape(context, tiny_plan, episodes=2))
     assert planes[:, 2, 2].tolist() == pytest.approx(planned)
 
 
 def test_runs_are_compared_with_the_first(
-    run_path: Path,
-    ddp_run: Path,
-    run_until: Callable[[int], Path],
-    tiny_plan: PlanOptions,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run_path: Path, ddp_run: Path, run_until: Callable[[int], Path], tiny_plan: PlanOptions, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(compare, "ROUNDS", 1)
-    monkeypatch.setattr(compare, "GRID", 5)
     protocol = PROTOCOLS.get("mpc-100")
     assert isinstance(protocol, dict)
-    for name, value in {"budget": 5, "horizon": 2}.items():
-        monkeypatch.setitem(protocol, name, value)
-    rows = compare_runs((run_path, run_until(2), ddp_run), tiny_plan, 2, tmp_path / "landscape.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "ROUNDS", 1)
+        patch.setattr(compare, "GRID", 5)
+        for name, value in {"budget": 5, "horizon": 2}.items():
+            patch.setitem(protocol, name, value)
+        rows = compare_runs((run_path, run_until(2), ddp_run), tiny_plan, 2, tmp_path / "landscape.png")
     assert [row["model"] for row in rows] == ["dino-wm", "ddp-wm, primary", "ddp-wm, lrm"]
     assert [row["fewer_flop"] for row in rows] == [rows[0]["gflop_per_step"] / row["gflop_per_step"] for row in rows]
     assert rows[1]["gflop_per_step"] < rows[2]["gflop_per_step"]
@@ -105,7 +94,6 @@ def test_the_command_prints_a_table_or_json(run_path: Path, ddp_run: Path, monke
 @pytest.mark.parametrize(
     ("words", "status", "named"),
     [
-        ([], 2, "--run"),
         (["--run", "{run}", "--model", "{run}"], 2, "--model"),
         (["--model", "{run}", "--model", "{run}"], 1, "--model"),
         (["--run", "{run}"], 1, "{run}"),  # this model has no reference

@@ -1,4 +1,4 @@
-"""DINO-WM's plan and this implementation's: the same costs, and the frames that each encodes."""
+"""DINO-WM's plan and this implementation's: the same costs, the frames that each encodes, and explicit attention under a mask."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from model_tools import each_variant, make_batch, make_trained_model, model_inputs
 
-from wmcache.bench import reference as bench
+from wmcache.bench import plan as bench
+from wmcache.bench.explicit import explicit_predict
 from wmcache.planner.context import EvalContext
 from wmcache.planner.options import PlanOptions
 
@@ -47,3 +50,11 @@ def test_both_have_the_same_costs_and_plans(
     # The goal, the present frame in two precisions, then the reference's copies of it.
     assert sizes[:5] == [1, 1, 1, 30, 10]
     assert (figures["ours_encoder_frames"], figures["reference_encoder_frames"]) == (2, 40 + 1)
+
+
+@each_variant
+def test_explicit_attention_predicts_the_same(variant: dict[str, Any]) -> None:
+    model = make_trained_model(**variant)
+    inputs = model_inputs(model, make_batch())
+    for found, explicit in zip(model.predict(*inputs), explicit_predict(model, *inputs), strict=True):
+        torch.testing.assert_close(found, explicit)

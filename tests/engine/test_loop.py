@@ -123,12 +123,6 @@ def other(tmp_path: Path) -> Path:
     return tmp_path / "other"
 
 
-def test_it_learns(out: Path) -> None:
-    train(out, replace(OPTIONS, steps=300), dropout=0.0)
-    losses = [line["loss"] for line in read_log(out) if "loss" in line]
-    assert losses[-1] < 0.1 * losses[0]
-
-
 def test_hooks_and_log_follow_the_steps(out: Path) -> None:
     task = train(out, rate=lambda step: 0.01 * (step + 1))
     assert task.calls == [call for step in range(8) for call in (("before", step), "after")]
@@ -152,20 +146,6 @@ def test_a_stopped_run_resumes_exactly(out: Path, other: Path, by_signal: bool, 
     train(out, options)
     assert weights_of(out) == weights_of(other)
     assert read_log(out) == read_log(other)
-
-
-def test_a_stage_has_steps_of_its_own(out: Path) -> None:
-    task = Regression(out)
-    run(task, OPTIONS, out, Progress(5, "second", 5))
-    assert task.calls[0] == ("before", 5)
-    assert read_progress(last_checkpoint(out)) == Progress(13, "second", 5, finished=True)
-
-
-def test_nothing_is_left_of_a_finished_stage(out: Path) -> None:
-    train(out)
-    before = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
-    assert run(Regression(out), OPTIONS, out, Progress(8)) == {}
-    assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == before
 
 
 def test_two_micro_batches_are_one_batch(out: Path, other: Path) -> None:

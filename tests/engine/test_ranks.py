@@ -11,37 +11,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import click
 import psutil
 import pytest
 import torch
-from click.testing import CliRunner
 
-from wmcache.commands.command import Command
-from wmcache.common.errors import Stopped, UserError
-from wmcache.engine.checkpoint import checkpoints, last_checkpoint
+from wmcache.common.errors import UserError
+from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.engine.ranks import SINGLE, Ranks
-from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.train import train
 
 BIN = Path(sys.executable).parent
 TORCHRUN = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"]
 SETTINGS = """--width 16 --depth 1 --heads 2 --dropout 0 --batch-size 8 --steps 200 --dtype float32 --device cpu
     --log-every 1 --validate-every 200 --checkpoint-every 40"""
-WORDS = SETTINGS.split()
 STOPPED = "stopped; "
 """Start of the line that names the command to resume with."""
-
-
-@pytest.fixture(scope="module")
-def options(tiny: TrainOptions) -> TrainOptions:
-    """The same as SETTINGS."""
-    sizes = tiny.model_options | {"dropout": 0.0}
-    return replace(tiny, model_options=sizes, steps=200, validate_every=200, checkpoint_every=40)
 
 
 class Ended(NamedTuple):
@@ -99,11 +85,15 @@ def lines_of(stderr: str) -> list[str]:
     return [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not re.match(r"(wmtrain|load): ", line)]
 
 
+def wmtrain(store: Path, run: Path, *more: str) -> list[object]:
+    return [BIN / "wmtrain", "--cache", store, "--out", run, *SETTINGS.split(), *more]
+
+
 @pytest.fixture(scope="module")
-def straight(planted_path: Path, tmp_path_factory: pytest.TempPathFactory, options: TrainOptions) -> Path:
+def straight(planted_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
     run = tmp_path_factory.mktemp("straight") / "run"
-    train(planted_path, run, options)
+    assert work(wmtrain(planted_path, run)).status == 0
     return run
 
 
@@ -118,14 +108,14 @@ class Story(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def story(planted_path: Path, tmp_path_factory: pytest.TempPathFactory, options: TrainOptions) -> Story:
+def story(planted_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
     run = tmp_path_factory.mktemp("story") / "run"
-    command = [BIN / "wmtrain", "--devices", "2", "--cache", planted_path, "--out", run, *WORDS]
+    command = wmtrain(planted_path, run, "--devices", "2")
     stopped = work(command, lambda job: job.send_signal(signal.SIGUSR1), run)
     stopped_at = newest(run)
     killed = work(command, lambda job: ranks_of(job)[1].kill(), run)
     killed_at = newest(run)
-    train(planted_path, run, options)
+    assert work(wmtrain(planted_path, run)).status == 0
     return Story(run, stopped, stopped_at, killed, killed_at)
 
 
@@ -135,7 +125,7 @@ class TestStory:
         assert story.stopped.status == 75
         (line,) = lines_of(story.stopped.stderr)
         assert line.startswith(STOPPED)
-        assert "wmtrain --devices 2" in line
+        assert "--devices 2" in line
         assert story.stopped_at >= 35
         assert story.stopped_at % 40
 
@@ -157,7 +147,7 @@ class TestStory:
 @pytest.mark.cluster
 def test_torchrun_starts_ranks_and_a_signal_to_one_ends_all(planted_path: Path, tmp_path: Path, straight: Path) -> None:
     run = tmp_path / "run"
-    command = [*TORCHRUN, BIN / "wmtrain", "--cache", planted_path, "--out", run, *WORDS]
+    command = [*TORCHRUN, *wmtrain(planted_path, run)]
     ended = work(command, lambda job: ranks_of(job)[1].terminate(), run)
     assert ended.status == 1  # torchrun's own status
     assert ended.stderr.count(STOPPED) == 1
@@ -166,47 +156,29 @@ def test_torchrun_starts_ranks_and_a_signal_to_one_ends_all(planted_path: Path, 
     assert losses == pytest.approx(curve(straight)[: len(losses)], abs=1e-4)
 
 
-@pytest.fixture(scope="module")
-def accumulated(planted_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], Path, Ended]:
-    """The words, the folder and the end of a finished run that accumulates gradients."""
-    run = tmp_path_factory.mktemp("accumulated") / "run"
-    words = [*WORDS, "--steps", "30", "--accumulate", "3"]
-    command = [BIN / "wmtrain", "--devices", "2", "--cache", planted_path, "--out", run, *words]
-    return command, run, work(command)
-
-
-def test_gradients_accumulate_as_in_one_process(
-    planted_path: Path, tmp_path: Path, options: TrainOptions, accumulated: tuple[list[object], Path, Ended]
-) -> None:
-    _, run, ended = accumulated
+def test_gradients_accumulate_as_in_one_process_and_rank_0_alone_prints(planted_path: Path, tmp_path: Path) -> None:
+    more = "--steps", "30", "--accumulate", "3"
+    run, single = tmp_path / "run", tmp_path / "single"
+    command = wmtrain(planted_path, run, "--devices", "2", *more)
+    ended = work(command)
     assert ended.status == 0, ended.stderr
-    train(planted_path, tmp_path / "run", replace(options, steps=30, accumulate=3))
-    for key in ("loss", "gradient_norm"):
-        assert len(curve(run, key)) == 30
-        assert curve(run, key) == pytest.approx(curve(tmp_path / "run", key), abs=1e-4)
-
-
-def test_rank_0_alone_writes_and_prints(accumulated: tuple[list[object], Path, Ended]) -> None:
-    _, run, ended = accumulated
-    assert ended.stdout.count(": trained; ") == ended.stdout.count("2 x cpu float32") == 1
+    assert ended.stdout.count("2 x cpu float32") == 1
     assert lines_of(ended.stderr) == []
     assert len(list((run / "tensorboard").iterdir())) == 1
-
-
-def test_what_rank_0_refuses_is_one_line(accumulated: tuple[list[object], Path, Ended]) -> None:
-    command, run, _ = accumulated
-    before = checkpoints(run)
-    ended = work([*command, "--seed", "3"])
-    assert ended.status == 1
-    (line,) = ended.stderr.splitlines()
+    assert work(wmtrain(planted_path, single, *more)).status == 0
+    for key in ("loss", "gradient_norm"):
+        assert len(curve(run, key)) == 30
+        assert curve(run, key) == pytest.approx(curve(single, key), abs=1e-4)
+    refused = work([*command, "--seed", "3"])
+    assert refused.status == 1
+    (line,) = refused.stderr.splitlines()
     assert re.match(f"Error: {run} .*seed 0 != 3", line)
-    assert checkpoints(run) == before
 
 
 @contextmanager
 def start(store: Path, run: Path) -> Iterator[psutil.Popen]:
     """A training of two ranks that takes longer than the test; what still runs at the end is killed."""
-    words = [BIN / "wmtrain", "--devices", "2", "--cache", store, "--out", run, *WORDS, "--steps", "100000"]
+    words = wmtrain(store, run, "--devices", "2", "--steps", "100000")
     with psutil.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True) as job:
         children: list[psutil.Process] = []
         try:
@@ -256,14 +228,18 @@ def reach_work(job: psutil.Process) -> None:
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("moment", [reach_imports, reach_start, reach_rendezvous, reach_work])
+@pytest.mark.parametrize(
+    ("moment", "number", "status"),
+    [
+        (reach_imports, signal.SIGTERM, 75),
+        (reach_start, signal.SIGINT, 130),
+        (reach_rendezvous, signal.SIGTERM, 75),
+        (reach_rendezvous, signal.SIGINT, 130),
+        (reach_work, signal.SIGINT, 130),
+    ],
+)
 def test_a_launcher_ends_when_it_gets_a_signal_and_so_do_its_ranks(
-    planted_path: Path,
-    tmp_path: Path,
-    moment: Callable[[psutil.Process], None],
-    number: signal.Signals,
-    status: int,
+    planted_path: Path, tmp_path: Path, moment: Callable[[psutil.Process], None], number: signal.Signals, status: int
 ) -> None:
     with start(planted_path, tmp_path / "run") as job:
         moment(job)
@@ -298,33 +274,9 @@ def test_a_second_ctrl_c_kills_ranks_that_do_not_end(planted_path: Path, tmp_pat
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may change the host's name, in a namespace")
 def test_the_name_of_the_machine_need_not_resolve(planted_path: Path, tmp_path: Path) -> None:
     program = 'hostname no-such-host-x; exec "$@"'
-    words = [BIN / "wmtrain", "--devices", "2", "--cache", planted_path, "--out", tmp_path / "run", *WORDS]
-    ended = work(["unshare", "-u", "sh", "-c", program, "sh", *words, "--steps", "5"])
+    words = wmtrain(planted_path, tmp_path / "run", "--devices", "2", "--steps", "5")
+    ended = work(["unshare", "-u", "sh", "-c", program, "sh", *words])
     assert ended.status == 0, ended.stderr
-
-
-@pytest.mark.parametrize(
-    ("rank", "reports"), [({}, True), ({"RANK": "0"}, True), ({"RANK": "1"}, False)], ids=["single", "first", "second"]
-)
-def test_rank_0_reports_that_all_are_stopped(
-    rank: dict[str, str], reports: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Even before they have joined: torchrun stops the others when one has failed."""
-
-    @click.command(cls=Command)
-    def command() -> None:
-        raise Stopped
-
-    for name, value in rank.items():
-        monkeypatch.setenv(name, value)
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    ended = CliRunner().invoke(command)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    assert ended.exit_code == 75
-    assert ended.output.strip().startswith(STOPPED) == reports
-    assert bool(ended.output.strip()) == reports
 
 
 @pytest.mark.cluster

@@ -16,7 +16,7 @@ def test_warmup_constant_decay() -> None:
     np.testing.assert_allclose(rates[60:], 2.0 * (1 - np.sqrt(np.arange(41) / 40)), atol=1e-12)
 
 
-@pytest.mark.parametrize(("warmup", "decay"), [(0, 0), (0, 1), (1, 0), (0.001, 0.001)])
+@pytest.mark.parametrize(("warmup", "decay"), [(0, 0), (1, 0), (0.001, 0.001)])
 def test_every_step_has_a_rate_above_0(warmup: float, decay: float) -> None:
     assert all(0 < warmup_constant_decay(step, 7, 2.0, warmup, decay) <= 2.0 for step in range(7))
 

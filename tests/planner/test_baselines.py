@@ -14,7 +14,6 @@ from wmcache.planner.episodes import Episodes, count_at_goal, judge
 from wmcache.planner.evaluate import BASELINES, evaluate, run_baseline
 from wmcache.planner.goals import start_and_goal
 from wmcache.planner.options import PlanOptions
-from wmcache.trainer.runs import load_model
 
 UMAZE = Maze.load("UMaze")
 
@@ -41,13 +40,9 @@ def test_they_act_as_the_environment_does_and_by_episode(store: TokenStore) -> N
 
 def test_pairs_at_any_distance_are_too_easy(store: TokenStore) -> None:
     """Of 200 random U-maze pairs 31, 10 and 3 begin at the goal, and zero actions reach 28 % of the goals."""
-    episodes = planned(store, 200, 100)
-    zero, random = (run_baseline(name, UMAZE, episodes, range(200)) for name in ("zero", "random"))
+    zero = run_baseline("zero", UMAZE, planned(store, 200, 100), range(200))
     assert [count_at_goal(zero, threshold) for threshold in (0.5, 0.25, 0.1)] == [31, 10, 3]
     assert judge(zero, 0.5, UMAZE)["success_rate"] == 0.28
-    judged = judge(random, 0.5, UMAZE)
-    assert judged["ci95"][0] < 0.62 < judged["ci95"][1]
-    assert judged["held"] < judged["successes"] / 4
 
 
 def test_an_evaluation_has_them_on_its_own_episodes(
@@ -61,21 +56,14 @@ def test_an_evaluation_has_them_on_its_own_episodes(
         assert rows == [judge(done, threshold, context.maze) for threshold in (0.5, 0.25, 0.1)]
 
 
-def test_an_untrained_model_has_other_weights_and_the_same_sizes_and_statistics(run_path: Path) -> None:
-    trained, other, again = (load_model(run_path, torch.device("cpu"), untrained=flag) for flag in (False, True, True))
-    buffers = {name for name, _ in trained.named_buffers()}
-    states = [model.state_dict() for model in (trained, other, again)]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in buffers)
-    parameters = [name for name, value in trained.named_parameters() if value.ndim > 1]
-    assert not any(torch.equal(states[0][name], states[1][name]) for name in parameters)
-    assert all(torch.equal(states[1][name], states[2][name]) for name in states[0])
-    assert not any(value.requires_grad for value in other.parameters())
-
-
-def test_episodes_of_the_untrained_model_are_not_reused_for_the_run(
+def test_an_untrained_model_has_the_same_statistics_and_no_episodes_of_the_run(
     run_path: Path, context: EvalContext, tiny_plan: PlanOptions, tmp_path: Path
 ) -> None:
     untrained = EvalContext(run_path, tiny_plan, untrained=True)
+    own, other = context.model.state_dict(), untrained.model.state_dict()
+    same = {name for name in own if torch.equal(own[name], other[name])}
+    assert same >= {name for name, _ in context.model.named_buffers()}
+    assert not any(name in same for name, value in context.model.named_parameters() if value.ndim > 1)
     assert untrained.fingerprint(tiny_plan) != context.fingerprint(tiny_plan)
     episodes = [evaluate(one, tiny_plan, tmp_path)[0] for one in (context, untrained, context)]
     np.testing.assert_array_equal(episodes[0].states, episodes[2].states)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -48,11 +48,6 @@ def rewritten(run: Path, to: Path, file: str = "config.json", **changed: Any) ->
 
 
 class TestEncoder:
-    def test_live_encoding_reproduces_the_store(self, store: TokenStore, encoder: Encoder) -> None:
-        drift = live_drift(store, encoder)
-        assert 0.999 < drift["cosine"] <= 1 + 1e-6
-        assert 0 <= drift["relative_error"] < 0.05
-
     def test_other_weights_are_noticed_by_name_and_by_what_they_compute(
         self, run_path: Path, tiny_plan: PlanOptions, store: TokenStore, other_weights: Path
     ) -> None:
@@ -83,84 +78,39 @@ class TestFiles:
         assert context.store.path == cache
         assert context.drift["cosine"] > 0.999
 
-    def test_a_missing_store_is_named(self, run_path: Path, tiny_plan: PlanOptions, tmp_path: Path) -> None:
+    def test_missing_stores_and_weights_are_named(self, run_path: Path, tiny_plan: PlanOptions, tmp_path: Path) -> None:
         run = rewritten(run_path, tmp_path / "run", cache=str(tmp_path / "gone.zarr"))
         for name, cache in (("gone", None), ("lost", tmp_path / "lost.zarr")):
-            with pytest.raises(UserError, match=rf"{name}\.zarr.*--cache") as refusal:
+            with pytest.raises(UserError, match=rf"{name}\.zarr.*--cache"):
                 EvalContext(run, tiny_plan, cache=cache)
-            assert "extract" not in str(refusal.value)
-
-    def test_missing_weights_are_named(self, run_path: Path, tiny_plan: PlanOptions, tmp_path: Path) -> None:
         card = json.loads((run_path / "identity.json").read_text())["card"]
         card["encoder"]["weights"] = str(tmp_path / "gone.safetensors")
-        run = rewritten(run_path, tmp_path / "run", "identity.json", card=card)
-        with pytest.raises(UserError, match=r"gone\.safetensors.*--weights") as refusal:
+        run = rewritten(run_path, tmp_path / "other", "identity.json", card=card)
+        with pytest.raises(UserError, match=r"gone\.safetensors.*--weights"):
             EvalContext(run, tiny_plan)
-        assert "fit" not in str(refusal.value)
 
-    def test_the_store_of_another_run_is_refused(
+    def test_the_store_of_another_run_and_a_model_that_is_not_registered_are_refused(
         self, run_path: Path, store: TokenStore, tiny_plan: PlanOptions, tmp_path: Path
     ) -> None:
         other = copy_store(store, tmp_path / "other.zarr", store.card, dataset_fingerprint="another")
         with pytest.raises(UserError, match=r"dataset_fingerprint.*--cache"):
             EvalContext(run_path, tiny_plan, cache=other)
-
-    def test_a_model_that_is_not_registered_is_not_to_be_trained_again(
-        self, run_path: Path, tiny_plan: PlanOptions, tmp_path: Path
-    ) -> None:
-        with pytest.raises(UserError, match="my-own") as refusal:
+        with pytest.raises(UserError, match="my-own"):
             EvalContext(rewritten(run_path, tmp_path / "run", model="my-own"), tiny_plan)
-        assert "train again" not in str(refusal.value)
 
-    @pytest.mark.parametrize("file", ["config.json", "identity.json"])
-    @pytest.mark.parametrize("content", [None, "{", "{}"], ids=["none", "cut", "other"])
-    def test_a_folder_that_is_not_a_run_is_refused(
-        self, run_path: Path, tiny_plan: PlanOptions, tmp_path: Path, file: str, content: str | None
-    ) -> None:
-        run = copytree(run_path, tmp_path / "run", symlinks=True)
-        (run / file).unlink()
-        if content is not None:
-            (run / file).write_text(content)
-        with pytest.raises(UserError, match=file.replace(".", r"\.")):
-            EvalContext(run, tiny_plan)
-
-    @pytest.mark.parametrize("env", [None, "UMaze"])
     def test_a_run_on_frames_without_a_maze_is_refused(
-        self, store: TokenStore, train_run: Callable[..., Path], tiny_plan: PlanOptions, tmp_path: Path, env: str | None
+        self, store: TokenStore, train_run: Callable[..., Path], tiny_plan: PlanOptions, tmp_path: Path
     ) -> None:
         imported = replace(store.card, dataset={**store.card.dataset, "maze": []})
         run = train_run(copy_store(store, tmp_path / "store.zarr", imported))
-        with pytest.raises(UserError, match=r"docs/import\.md") as refusal:
-            EvalContext(run, replace(tiny_plan, env=env))
-        assert "\n" not in str(refusal.value)
+        for env in (None, "UMaze"):
+            with pytest.raises(UserError, match=r"docs/import\.md"):
+                EvalContext(run, replace(tiny_plan, env=env))
 
 
-class TestOptions:
-    def test_proprio_must_be_the_models(self, run_path: Path, blind_run_path: Path, tiny_plan: PlanOptions) -> None:
-        with pytest.raises(UserError, match=r"wmtrain --proprio none"):
-            EvalContext(run_path, replace(tiny_plan, proprio="none"))
-        with pytest.raises(UserError, match=r"--alpha 0\.1"):
-            EvalContext(blind_run_path, replace(tiny_plan, alpha=0.1))
-
-    def test_frames_are_at_most_the_models_history(self, run_path: Path, tiny_plan: PlanOptions) -> None:
-        assert EvalContext(run_path, replace(tiny_plan, context=12)).context_frames == 3
-        with pytest.raises(UserError, match=r"--observed 2 .* 1 .*--context"):
-            EvalContext(run_path, replace(tiny_plan, observed=2))
-
-    @staticmethod
-    def invalid() -> Iterator[tuple[str, Any]]:
-        for name, value in asdict(PlanOptions()).items():
-            if isinstance(value, int | float) and name not in ("seed", "alpha", "mask", "strict"):
-                yield from ((name, 0), (name, -1))
-        yield from ((name, value) for name in ("context", "observed", "goal_steps") for value in (0, -1))
-        yield from (("alpha", -1), ("alpha", float("nan")), ("threshold", float("nan")), ("execute", 6))
-        yield from (("objective", "first"), ("distance", "far"), ("proprio", "some"), ("solver", "guess"))
-        yield from (("elites", {"elites": 65}), ("sample", {"sample": 3}))
-        yield from (("device", "abacus"), ("dtype", "float8"))
-
-    @pytest.mark.parametrize(("name", "value"), list(invalid()))
-    def test_invalid_ones_are_refused_by_name(self, run_path: Path, name: str, value: Any) -> None:
-        changed = {"search": value} if isinstance(value, dict) else {name: value}
-        with pytest.raises(UserError, match=name.replace("_", ".")) as refusal:
-            EvalContext(run_path, replace(PlanOptions(device="cpu"), **changed))
-        assert "\n" not in str(refusal.value)
+def test_proprio_is_the_models_and_frames_are_at_most_its_history(
+    run_path: Path, blind_run_path: Path, tiny_plan: PlanOptions
+) -> None:
+    with pytest.raises(UserError, match=r"--alpha 0\.1"):
+        EvalContext(blind_run_path, replace(tiny_plan, alpha=0.1))
+    assert EvalContext(run_path, replace(tiny_plan, context=12)).context_frames == 3

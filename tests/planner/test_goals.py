@@ -15,11 +15,7 @@ from wmcache.cache import TokenStore
 from wmcache.cache.windows import split_episodes
 from wmcache.common.errors import UserError
 from wmcache.envs import Maze, PointMazeSimulator, longest_move, sample_state
-from wmcache.planner.context import EvalContext
-from wmcache.planner.evaluate import run_episodes
-from wmcache.planner.goals import Separation, start_and_goal
-from wmcache.planner.options import SOURCES, PlanOptions
-from wmcache.planner.report import write_episodes
+from wmcache.planner.goals import SOURCES, Separation, start_and_goal
 
 MakeStore = Callable[..., TokenStore]
 UMAZE = Maze.load("UMaze")
@@ -51,7 +47,7 @@ def test_an_episode_is_a_function_of_its_number(store: TokenStore, source: str, 
 
 
 class TestDataset:
-    @pytest.mark.parametrize(("steps", "seed"), [(1, 42), (10, 42), (59, 42), *((10, seed) for seed in range(4))])
+    @pytest.mark.parametrize(("steps", "seed"), [(1, 42), (59, 42), (10, 1)])
     def test_pairs_are_so_many_steps_apart_in_an_episode_held_out_by_the_runs_split(
         self, store: TokenStore, steps: int, seed: int
     ) -> None:
@@ -99,24 +95,8 @@ class TestSeparation:
         assert same.tolist() == [SEPARATION.allows(UMAZE, *pair) for pair in zip(*loose, strict=True)]
         assert 5 < same.sum() < 55
 
-    def test_the_path_counts_and_not_the_straight_line(self) -> None:
-        # On both sides of the U-maze's wall.
-        start, goal = np.array([1.0, 1.0, 0, 0]), np.array([3.0, 1.0, 0, 0])
-        assert SEPARATION.allows(UMAZE, start, goal)
-        assert not Separation(2.1, 1.0).allows(UMAZE, start, goal)
-        assert not SEPARATION.allows(UMAZE, start, np.array([1.0, 3.0, 0, 0]))
-
-    def test_no_ball_arrives_within_its_first_model_step(self, store: TokenStore) -> None:
-        simulator = PointMazeSimulator(UMAZE)
-        pairs = start_and_goal("random-state", range(40), UMAZE, store, 0, separation=SEPARATION)
-        for state, goal in zip(*pairs, strict=True):
-            for _ in range(5):
-                state = simulator.step(state, 100 * (goal - state)[:2])  # full force towards the goal
-                assert np.linalg.norm(state[:2] - goal[:2]) >= 0.5
-
-    @pytest.mark.parametrize("steps", [1, 5])
-    def test_the_longest_move_is_never_exceeded(self, steps: int) -> None:
-        simulator, rng = PointMazeSimulator(Maze.load("Open")), np.random.default_rng(0)
+    def test_the_longest_move_is_never_exceeded(self) -> None:
+        simulator, rng, steps = PointMazeSimulator(Maze.load("Open")), np.random.default_rng(0), 5
         longest = 0.0
         for _ in range(200):
             start = state = sample_state(simulator.maze, rng)
@@ -126,14 +106,6 @@ class TestSeparation:
             longest = max(longest, float(np.linalg.norm((state - start)[:2])))
         assert 0.8 * longest_move(steps) < longest <= longest_move(steps) + 1e-9
 
-    @pytest.mark.parametrize(("source", "steps"), [("random-state", 0), ("dataset", 3), ("random-action", 3)])
-    def test_a_maze_without_such_pairs_is_refused(self, store: TokenStore, source: str, steps: int) -> None:
-        separation = Separation(0.5, longest_move(20)) if source == "random-state" else SEPARATION
-        with pytest.raises(UserError, match="--no-strict") as refusal:
-            start_and_goal(source, [0], UMAZE, store, steps, separation=separation)
-        assert "\n" not in str(refusal.value)
-        assert ("--goal-steps" in str(refusal.value)) == (source != "random-state")
-
 
 def write(path: Path, columns: dict[str, Any]) -> str:
     pq.write_table(pa.table(columns), path)
@@ -141,15 +113,6 @@ def write(path: Path, columns: dict[str, Any]) -> str:
 
 
 class TestFiles:
-    def test_an_evaluation_can_be_planned_again_from_its_own_episodes(
-        self, context: EvalContext, tiny_plan: PlanOptions, tmp_path: Path
-    ) -> None:
-        episodes = run_episodes(context, tiny_plan, range(3))
-        write_episodes(tmp_path / "episodes.parquet", episodes)
-        start, goal = start_and_goal(str(tmp_path / "episodes.parquet"), [0, 1, 2], UMAZE, context.store, 10)
-        np.testing.assert_array_equal(start, episodes.start)
-        np.testing.assert_array_equal(goal, episodes.goal)
-
     def test_episode_n_takes_row_n_at_any_distance(self, store: TokenStore, tmp_path: Path) -> None:
         file = write(
             tmp_path / "some.parquet", {"start": [IN, IN_TOO, IN], "goal": [IN_TOO, IN, IN], "more": [1, 2, 3]}
@@ -162,13 +125,9 @@ class TestFiles:
         ("columns", "numbers", "named"),
         [
             ({"start": [IN]}, [0], "goal"),
-            ({"goal": [IN], "begin": [IN]}, [0], "start"),
-            ({"start": [IN[:3]], "goal": [IN[:3]]}, [0], " 4 "),
             ({"start": [IN, IN[:2]], "goal": [IN, IN]}, [0], "start"),
             ({"start": [1.0], "goal": [2.0]}, [0], " 4 "),
             ({"start": [[np.nan, 1.0, 0.0, 0.0]], "goal": [IN]}, [0], " 4 "),
-            ({"start": [[1e300, 0.0, 0.0, 0.0]], "goal": [IN]}, [0], " 4 "),
-            ({"start": [None], "goal": [IN]}, [0], " 4 "),
             ({"start": ["here"], "goal": ["there"]}, [0], "start"),
             ({"start": [IN], "goal": [IN_TOO]}, [0, 1], " 1 rows.*--episodes"),
             ({"start": [WALL, IN], "goal": [IN, IN]}, [0, 1], "row 0.*UMaze"),
@@ -180,20 +139,11 @@ class TestFiles:
         self, store: TokenStore, tmp_path: Path, columns: dict[str, Any], numbers: list[int], named: str
     ) -> None:
         file = write(tmp_path / "some.parquet", columns)
-        with pytest.raises(UserError, match=named) as refusal:
+        with pytest.raises(UserError, match=f"{file}.*{named}|{named}.*{file}"):
             start_and_goal(file, numbers, UMAZE, store, 10)
-        assert file in str(refusal.value)
-        assert "\n" not in str(refusal.value)
 
-    @pytest.mark.parametrize("kind", ["missing", "folder", "text", "empty"])
-    def test_what_is_not_a_parquet_file_is_refused_with_the_sources(
-        self, store: TokenStore, tmp_path: Path, kind: str
-    ) -> None:
-        file = tmp_path / "some"
-        if kind == "folder":
-            file.mkdir()
-        elif kind != "missing":
-            file.write_text("start,goal\n" * (kind == "text"))
-        with pytest.raises(UserError, match=", ".join(SOURCES)) as refusal:
-            start_and_goal(str(file), [0], UMAZE, store, 10)
-        assert "\n" not in str(refusal.value)
+    def test_what_is_not_a_parquet_file_is_refused_with_the_sources(self, store: TokenStore, tmp_path: Path) -> None:
+        (tmp_path / "text").write_text("start,goal\n")
+        for file in (tmp_path, tmp_path / "text", tmp_path / "missing"):
+            with pytest.raises(UserError, match=", ".join(SOURCES)):
+                start_and_goal(str(file), [0], UMAZE, store, 10)

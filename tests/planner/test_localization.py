@@ -1,22 +1,20 @@
-"""Models that predict where a frame changes: planned with by every solver, masked costs, and a picture in the report."""
+"""Models that predict where a frame changes: planned with by a gradient, masked costs, and a picture in the report."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from wmcache.common.errors import UserError
 from wmcache.planner.context import EvalContext
 from wmcache.planner.evaluate import evaluate, run_episodes
+from wmcache.planner.localization import locate
 from wmcache.planner.options import PlanOptions
-from wmcache.planner.report import draw_localization, locate, write_report
-from wmcache.planner.solvers import SOLVERS
+from wmcache.planner.report import write_report
 
 
 @pytest.fixture(scope="module")
@@ -24,18 +22,12 @@ def ddp_context(ddp_run: Path, tiny_plan: PlanOptions) -> EvalContext:
     return EvalContext(ddp_run, tiny_plan)
 
 
-@pytest.mark.parametrize("solver", [*SOLVERS])
-def test_every_solver_plans_with_it(ddp_run: Path, tiny_plan: PlanOptions, solver: str) -> None:
-    search = {"steps": 3, "restarts": 2} if solver == "gd" else tiny_plan.search
-    options = replace(tiny_plan, solver=solver, search=search)
-    episodes = run_episodes(EvalContext(ddp_run, options), options, range(2))
-    assert episodes.states.shape == (2, options.budget, 4)
-    assert np.isfinite(episodes.states).all()
-
-
-def test_an_episode_does_not_depend_on_the_others(ddp_context: EvalContext, tiny_plan: PlanOptions) -> None:
-    together, alone = (run_episodes(ddp_context, tiny_plan, numbers) for numbers in (range(3), [2]))
-    np.testing.assert_allclose(together.states[2], alone.states[0], atol=1e-4)
+def test_an_episode_does_not_depend_on_the_others(ddp_run: Path, tiny_plan: PlanOptions) -> None:
+    descent = replace(tiny_plan, solver="gd", search={"steps": 3, "restarts": 2})
+    for options in (tiny_plan, descent):
+        context = EvalContext(ddp_run, options)
+        together, alone = (run_episodes(context, options, numbers) for numbers in (range(3), [2]))
+        np.testing.assert_allclose(together.states[2], alone.states[0], atol=1e-4)
 
 
 def test_a_stage_too_early_for_planning_is_refused(run_until: Callable[[int], Path], tiny_plan: PlanOptions) -> None:
@@ -52,17 +44,6 @@ def test_only_the_report_of_such_a_model_has_the_picture(
         write_report(out, loaded.run, loaded, episodes, results, "wmplan")
         assert (out / "figures" / "localization.png").exists() == shown
         assert ('alt="localization"' in (out / "report.html").read_text()) == shown
-
-
-def test_the_picture_follows_the_predicted_changes(ddp_run: Path, tiny_plan: PlanOptions) -> None:
-    context = EvalContext(ddp_run, tiny_plan)
-    pictures = []
-    for bias in (-100, 100):
-        context.model.localiser.head[-1].bias.data.fill_(bias)
-        pictures.append(np.asarray(Image.open(io.BytesIO(draw_localization(context)))))
-    assert pictures[0].shape == pictures[1].shape
-    assert (pictures[0] != pictures[1]).any()
-    assert pictures[0].shape[1] > pictures[0].shape[0]
 
 
 def test_changes_of_tokens_are_located_in_the_tokens(train_ddp: Callable[..., Path], tiny_plan: PlanOptions) -> None:
@@ -89,7 +70,3 @@ class TestMasks:
             for options in (tiny_plan, replace(tiny_plan, mask=True))
         ]
         assert (plans[0] != plans[1]).any()
-
-    def test_a_graph_has_no_tokens_to_mask(self, ddp_run: Path, tiny_plan: PlanOptions) -> None:
-        with pytest.raises(UserError, match=r"--mask.*--distance graph"):
-            EvalContext(ddp_run, replace(tiny_plan, mask=True, distance="graph"))

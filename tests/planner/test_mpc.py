@@ -1,7 +1,8 @@
-"""Receding-horizon planning with an exact world model, so that errors are the planner's; and with a real one."""
+"""Receding-horizon planning with an exact world model, so that errors are the planner's; with a real one; and its objective."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from wmcache.planner import mpc as mpc_module
 from wmcache.planner.base import Cost
 from wmcache.planner.mpc import Mpc
-from wmcache.planner.objective import GoalDistance
+from wmcache.planner.objective import MODES, GoalDistance
 from wmcache.planner.solvers import SOLVERS, make_solver
 from wmcache.planner.solvers.cem import Cem
 from wmcache.trainer.models import DataShape, WorldModel, build
@@ -81,20 +82,15 @@ def test_with_an_exact_model_it_arrives_and_stays(problem: dict[str, Tensor]) ->
     tokens, proprio = problem["tokens"], problem["proprio"]
     random = generators()
     for _ in range(20):
-        plan = mpc.plan(tokens, proprio, plan, random)
+        plan = mpc.plan(tokens.half(), proprio, plan, random)
+        assert plan.shape == (4, 5, 4)
+        assert plan.abs().max() <= 1
         positions, states = mpc.model.rollout(tokens, proprio, plan[:, None, :1])
         tokens, proprio = positions[:, 0], states[:, 0]
         plan = mpc.shift(plan, 1)
         distances.append((tokens[:, 0] - mpc.objective.goal).norm(dim=-1).max().item())
     assert distances[0] > 1
     assert max(distances[-5:]) < 0.3
-
-
-def test_plans_are_in_env_units_for_the_whole_horizon(problem: dict[str, Tensor]) -> None:
-    half = {**problem, "tokens": problem["tokens"].half()}
-    plan = make_mpc().plan(**half, previous=None, generators=generators())
-    assert plan.shape == (4, 5, 4)
-    assert plan.abs().max() <= 1
 
 
 def test_the_first_guess_is_the_previous_plan_or_zeros(problem: dict[str, Tensor]) -> None:
@@ -198,27 +194,66 @@ def test_gradients_are_those_of_the_actions_alone_and_do_not_depend_on_memory(
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-9, rtol=1e-9)
 
 
-class TestObservedFrames:
-    def test_candidates_follow_the_actions_between_them(self, model: Any) -> None:
-        mpc, arguments = imagined(model, "cem")
-        tokens, proprio, past = (arguments[name] for name in ("tokens", "proprio", "past"))
-        actions = torch.rand(4, 6, 2, 10, generator=torch.Generator().manual_seed(2)) * 2 - 1
-        costs = mpc.cost_of(tokens, proprio, past)(actions)
-        for episode in range(4):
-            one = slice(episode, episode + 1)
-            for sample in range(6):
-                futures = torch.cat([past[one], actions[one, sample]], 1)
-                latents, embedding = model.rollout(tokens[one], proprio[one], futures, 3)
-                expected = mpc.objective(latents[:, None], embedding[:, None], one)[0, 0]
-                torch.testing.assert_close(costs[episode, sample], expected, atol=1e-9, rtol=1e-9)
+def test_candidates_follow_the_actions_between_observed_frames(model: Any) -> None:
+    mpc, arguments = imagined(model, "cem")
+    tokens, proprio, past = (arguments[name] for name in ("tokens", "proprio", "past"))
+    actions = torch.rand(4, 6, 2, 10, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    costs = mpc.cost_of(tokens, proprio, past)(actions)
+    for episode, sample in itertools.product(range(4), range(6)):
+        one = slice(episode, episode + 1)
+        futures = torch.cat([past[one], actions[one, sample]], 1)
+        latents, embedding = model.rollout(tokens[one], proprio[one], futures, 3)
+        expected = mpc.objective(latents[:, None], embedding[:, None], one)[0, 0]
+        torch.testing.assert_close(costs[episode, sample], expected, atol=1e-9, rtol=1e-9)
 
-    def test_every_one_of_them_matters(self, model: Any) -> None:
-        mpc, arguments = imagined(model, "cem")
-        actions = torch.rand(4, 6, 2, 10, generator=torch.Generator().manual_seed(2)) * 2 - 1
-        given = {key: arguments[key] for key in ("tokens", "proprio", "past")}
-        costs = mpc.cost_of(**given)(actions)
-        for name, values in given.items():
-            for frame in range(values.shape[1]):
-                changed = values.clone()
-                changed[:, frame] += 0.5
-                assert not torch.allclose(mpc.cost_of(**given | {name: changed})(actions), costs, atol=1e-4), name
+
+ALL = slice(None)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
+@pytest.mark.parametrize("masked", [False, True])
+def test_each_candidate_is_compared_with_its_own_episodes_goal(mode: str, alpha: float, masked: bool) -> None:
+    latents, proprio = random(2, 3, 4, 5, 6), random(2, 3, 4, 7, seed=1)
+    goal, goal_proprio = random(2, 5, 6, seed=2), random(2, 7, seed=3)
+    mask = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 0, 0, 0]]).bool()
+    objective = GoalDistance(goal, mode, alpha, goal_proprio, mask=mask if masked else None)
+    distance = objective(latents, proprio, ALL)
+    assert distance.shape == (2, 3)
+    scored = {"last": [3], "all": [0, 1, 2, 3]}[mode]
+    for episode in range(2):
+        tokens = mask[episode] if masked else torch.ones(5).bool()
+        for sample in range(3):
+            seen = (latents[episode, sample, scored] - goal[episode])[:, tokens].square().mean()
+            felt = (proprio[episode, sample, scored] - goal_proprio[episode]).square().mean()
+            torch.testing.assert_close(distance[episode, sample], seen + alpha * felt)
+    for part in (slice(0, 1), slice(1, 2)):
+        torch.testing.assert_close(objective(latents[part], proprio[part], part), distance[part])
+
+
+class Ruler:
+    """A graph whose distance is how far the first number of a frame is from 10."""
+
+    def __init__(self) -> None:
+        self.received: list[tuple[Tensor, Tensor]] = []
+
+    def distance(self, latents: Tensor, goal: Tensor, to_goal: Tensor) -> Tensor:
+        self.received.append((goal, to_goal))
+        return 10 - latents[..., 0, 0]
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("last", [[7.0], [4.0]]), ("all", [[8.0], [5.0]])])
+def test_with_a_graph_it_is_the_graphs_distance(mode: str, expected: list[list[float]]) -> None:
+    latents = torch.arange(1.0, 7.0).view(2, 1, 3, 1, 1)
+    goal, to_goal = random(2, 1, 1), random(2, 8)
+    ruler: Any = Ruler()
+    objective = GoalDistance(goal, mode, graph=ruler, to_goal=to_goal)
+    assert objective(latents, torch.zeros(2, 1, 3, 0), ALL).tolist() == expected
+    assert objective(latents[1:], torch.zeros(1, 1, 3, 0), slice(1, 2)).tolist() == expected[1:]
+    # Each episode's own goal, and path lengths to it.
+    assert torch.equal(ruler.received[1][0], goal[1:])
+    assert torch.equal(ruler.received[1][1], to_goal[1:])

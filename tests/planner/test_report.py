@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
-from html.parser import HTMLParser
 from pathlib import Path
-from shutil import copytree
 from typing import Any
 
 import imageio.v2 as imageio
@@ -17,18 +16,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from matplotlib.figure import Figure
-from matplotlib.patches import Circle
 
 from wmcache import __version__
-from wmcache.bench.compare import draw_landscapes
 from wmcache.commands.output import shell_command
 from wmcache.common.errors import UserError
 from wmcache.planner.context import EvalContext
 from wmcache.planner.episodes import Episodes, env_steps
 from wmcache.planner.evaluate import evaluate
 from wmcache.planner.options import PlanOptions
-from wmcache.planner.report import draw_distance_map, draw_paths, draw_success, draw_training, write_report
+from wmcache.planner.report import draw_training, write_report
 
 Plan = tuple[Path, Episodes, dict[str, Any]]
 
@@ -83,60 +79,13 @@ def test_the_episodes_can_be_read_by_other_tools(plan: Plan) -> None:
         assert rows[f"env_steps_{threshold}"] == expected.tolist()
 
 
-def test_pictures_name_their_signs_axes_and_colours(
-    plan: Plan, context: EvalContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    draw_paths(plan[1], context.maze, 0.5)
-    (legend,) = drawn[0].legends
-    assert {text.get_text() for text in legend.get_texts()} == {"path", "start", "goal", "within 0.5"}
-    (circle, *_) = drawn[0].axes[0].patches
-    assert isinstance(circle, Circle)
-    assert circle.radius == 0.5
-    np.testing.assert_array_equal(circle.center, plan[1].goal[0, :2])
-    draw_landscapes({"one": np.random.default_rng(0).random((1, 5, 5)), "flat": np.zeros((1, 5, 5))})
-    first, second, bar = drawn[1].axes
-    assert all((first.get_xlabel(), first.get_ylabel(), second.get_xlabel(), bar.get_ylabel(), drawn[1].legends))
-
-
-class Page(HTMLParser):
-    """The tags, links and table cells of a page."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.rows: list[list[str]] = []
-        self.inside = False
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "poster", "srcset", "data")]
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-            self.inside = True
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = self.inside and tag not in ("td", "th")
-
-    def handle_data(self, data: str) -> None:
-        if self.inside:
-            self.rows[-1][-1] += data
-
-
 class TestPage:
     def test_it_needs_no_other_file(self, html: str) -> None:
-        page = Page(html)
         # Four pictures and a video for each of the three episodes.
-        assert len(page.links) == 7
-        assert all(link.startswith(("data:image/png;base64,", "data:video/mp4;base64,")) for link in page.links)
-        assert {"script", "link", "iframe"}.isdisjoint(page.tags)
-        assert "url(" not in html
-        assert "@import" not in html
+        links = re.findall(r'(?:src|href|poster|srcset|data)="([^"]*)"', html)
+        assert len(links) == 7
+        assert all(link.startswith(("data:image/png;base64,", "data:video/mp4;base64,")) for link in links)
+        assert not re.search(r"<(?:script|link|iframe)|url\(|@import|https?://", html)
 
     def test_the_command_is_escaped(self, html: str) -> None:
         assert "<b>runs" not in html
@@ -145,7 +94,8 @@ class TestPage:
 
     def test_heading_and_table_have_the_counts_of_each_threshold_and_policy(self, plan: Plan, html: str) -> None:
         assert f"<h1>{plan[2]['successes']} of 3 goals reached, {plan[2]['held']} held</h1>" in html
-        header, *rows = Page(html).rows
+        cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in html.split("<tr")[1:]]
+        header, *rows = [[re.sub("<[^>]+>", "", cell) for cell in row] for row in cells]
         assert len(header) == 7
         actors = {"planner": plan[2]["by_threshold"], **plan[2]["baselines"]}
         expected = [item for rows in zip(*actors.values(), strict=True) for item in zip(actors, rows, strict=True)]
@@ -159,99 +109,46 @@ class TestPage:
         assert html.count("<table") == html.count('<div class="scroll"><table') > 0  # narrow screens scroll
 
     def test_it_names_what_planned_and_the_options_as_they_were_used(
-        self, run_path: Path, blind_run_path: Path, tiny_plan: PlanOptions, tmp_path: Path, html: str
+        self, blind_run_path: Path, tiny_plan: PlanOptions, tmp_path: Path, html: str
     ) -> None:
         other = replace(tiny_plan, episodes=1, goals="random-action", strict=False, distance="graph")
         other = replace(other, device="auto", dtype="auto", solver="gd", search={"steps": 3, "restarts": 2, "lr": 0.1})
-        pages = [html, page_of(run_path, other, tmp_path / "other", "dino-wm")]
-        pages.append(page_of(blind_run_path, replace(tiny_plan, episodes=1), tmp_path / "blind"))
-        for part, shown in {
-            "olver cem, 16 ": [True, False, True],
-            "olver gd, 8 ": [False, True, False],
-            "dino-wm": [False, True, False],
-            "--no-strict": [False, True, False],
-            "along the cached": [False, True, False],
-            "and proprioception": [True, True, False],
-        }.items():
-            assert [part in page for page in pages] == shown, part
-        settings = pages[1][pages[1].rindex("<pre>") : pages[1].rindex("</pre>")]
+        context = EvalContext(blind_run_path, other)
+        episodes, results = evaluate(context, other, tmp_path)
+        write_report(tmp_path, blind_run_path, context, episodes, {"protocol": "dino-wm", **results}, "wmplan")
+        page = " ".join((tmp_path / "report.html").read_text().split())
+        for own, others in (("olver cem, 16 ", "olver gd, 8 "), ("and proprioception", "along the cached")):
+            assert (own in html, own in page, others in html, others in page) == (True, False, False, True)
+        settings = page[page.rindex("<pre>") : page.rindex("</pre>")]
         assert "None" not in settings
         assert "auto" not in settings.replace("proprio = auto", "")
-        for line in ("context = 1", "observed = 1", "goal_steps = 10", "env = ", "dtype = ", "device = "):
+        for line in ("context = ", "observed = ", "goal_steps = 10", "env = ", "dtype = ", "device = "):
             assert line in settings
-        made = json.loads((tmp_path / "other" / "results.json").read_text())["made"]
-        assert made["date"] in pages[1]
-        assert made["machine"].split(",")[0] in pages[1]
+        made = json.loads((tmp_path / "results.json").read_text())["made"]
+        for shown in ("dino-wm", "--no-strict", made["date"], made["machine"].split(",")[0]):
+            assert shown in page
 
 
-def page_of(run: Path, options: PlanOptions, out: Path, protocol: str | None = None) -> str:
-    context = EvalContext(run, options)
-    episodes, results = evaluate(context, options, out)
-    write_report(out, run, context, episodes, {"protocol": protocol, **results}, "wmplan")
-    return " ".join((out / "report.html").read_text().split())
+@pytest.mark.parametrize("undefined", ["null", "NaN"])  # as it is written, and as earlier versions wrote it
+def test_losses_are_drawn_without_a_defined_skill_and_unreadable_metrics_refused(
+    tmp_path: Path, undefined: str
+) -> None:
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(f'{{"step": 1, "loss": 2.0}}\n{{"step": 1, "skill_1": {undefined}}}\n')
+    assert imageio.imread(draw_training(tmp_path)).std() > 10
+    log.write_text("{")
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        draw_training(tmp_path)
 
 
-def pixels(picture: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return np.asarray(imageio.imread(picture))
-
-
-class TestFigures:
-    def test_a_run_without_metrics_has_an_empty_panel(
-        self, run_path: Path, context: EvalContext, plan: Plan, tmp_path: Path
-    ) -> None:
-        run = copytree(run_path, tmp_path / "imported", symlinks=True)
-        (run / "metrics.jsonl").write_text("")
-        write_report(tmp_path / "plan", run, context, plan[1], plan[2], "wmplan")
-        empty, full = (pixels((out / "figures/training.png").read_bytes()) for out in (tmp_path / "plan", plan[0]))
-        assert empty.shape == full.shape
-        assert (empty < 250).sum() < (full < 250).sum()
-
-    @pytest.mark.parametrize("undefined", ["null", "NaN"])  # as it is written, and as earlier versions wrote it
-    def test_losses_are_drawn_without_a_defined_skill(self, run_path: Path, tmp_path: Path, undefined: str) -> None:
-        pictures = []
-        for skill in ("", f'{{"step": 1, "skill_1": {undefined}}}\n'):
-            (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n' + skill)
-            pictures.append(pixels(draw_training(tmp_path)))
-        assert not np.array_equal(*pictures)  # the reason is another
-        assert not np.array_equal(pictures[0], pixels(draw_training(run_path)))
-
-    @pytest.mark.parametrize("content", [None, "{"])
-    def test_unreadable_metrics_are_refused(self, tmp_path: Path, content: str | None) -> None:
-        if content is not None:
-            (tmp_path / "metrics.jsonl").write_text(content)
-        with pytest.raises(UserError, match=r"metrics\.jsonl"):
-            draw_training(tmp_path)
-
-    def test_the_graphs_map_differs_from_the_latent_one(
-        self, context: EvalContext, run_path: Path, tiny_plan: PlanOptions
-    ) -> None:
-        graph = EvalContext(run_path, replace(tiny_plan, distance="graph")).graph
-        latent, along = (pixels(draw_distance_map(context.store, given)) for given in (None, graph))
-        assert latent.shape == along.shape
-        # On the left are other colours; on the right only labels of another width move things.
-        half = latent.shape[1] // 2
-        different = (latent != along).any(2).mean(0)
-        assert different[:half].sum() > 2 * different[half:].sum()
-
-    def test_an_arrival_at_the_end_of_the_budget_is_visible(self) -> None:
-        goal = np.array([[1.0, 1.0, 0.0, 0.0]])
-        far = np.full((1, 10, 4), 3.0)
-        arrived = far.copy()
-        arrived[0, -1] = goal[0]
-        pictures = [
-            pixels(draw_success(Episodes(far[:, 0], goal, states, 10, 0, 0, 0.0))).astype(int)
-            for states in (far, arrived)
-        ]
-        assert np.ptp(np.flatnonzero((pictures[0] != pictures[1]).any((0, 2)))) > 5
-
-    def test_a_video_shows_the_start_and_every_env_step(self, plan: Plan) -> None:
-        videos = sorted((plan[0] / "videos").iterdir())
-        assert [video.name for video in videos] == [f"episode-{i:03d}.mp4" for i in range(3)]
-        for video in videos:
-            # imageio.mimread leaves its pipes to the garbage collector, which warns.
-            decode = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", video, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
-            raw = subprocess.run(decode, capture_output=True, check=True).stdout
-            frames = np.frombuffer(raw, np.uint8).reshape(-1, 224, 464, 3)
-            assert len(frames) == 12 + 1
-            # The live view and, right of a gap, the goal are not black.
-            assert min(frames[0][:, :224].std(), frames[0][:, 240:].std()) > 5
+def test_a_video_shows_the_start_and_every_env_step(plan: Plan) -> None:
+    videos = sorted((plan[0] / "videos").iterdir())
+    assert [video.name for video in videos] == [f"episode-{i:03d}.mp4" for i in range(3)]
+    for video in videos:
+        # imageio.mimread leaves its pipes to the garbage collector, which warns.
+        decode = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", video, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+        raw = subprocess.run(decode, capture_output=True, check=True).stdout
+        frames = np.frombuffer(raw, np.uint8).reshape(-1, 224, 464, 3)
+        assert len(frames) == 12 + 1
+        # The live view and, right of a gap, the goal are not black.
+        assert min(frames[0][:, :224].std(), frames[0][:, 240:].std()) > 5

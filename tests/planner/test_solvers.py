@@ -129,34 +129,15 @@ def test_options_are_checked_by_name(name: str) -> None:
         make_solver(name, sigma=0.5, evaluations=3, speed=1)
 
 
-def test_an_unknown_solver_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"newton.*cem, gd, icem, mppi"):
-        make_solver("newton")
-
-
 @pytest.mark.parametrize(
     ("name", "options", "wrong"),
     [
-        ("cem", {"elites": 1}, "elites is 1"),
         ("cem", {"samples": 8, "elites": 9}, "elites is 9.* 8"),
-        ("cem", {"iterations": 0}, "iterations is 0"),
-        ("cem", {"sigma": 0.0}, "sigma is 0.0"),
         ("cem", {"sigma": float("nan")}, "sigma is nan"),
-        ("cem", {"momentum": 1.0}, "momentum is 1.0"),
         ("icem", {"samples": 8, "elites": 5}, "elites is 5.* 4"),
-        ("icem", {"beta": -1.0}, "beta is -1.0"),
-        ("icem", {"frameskip": 0}, "frameskip is 0"),
         ("icem", {"decay": 0.5}, "decay is 0.5"),
-        ("icem", {"keep": 1.5}, "keep is 1.5"),
-        ("icem", {"momentum": -0.1}, "momentum is -0.1"),
-        ("mppi", {"temperature": -1.0}, "temperature is -1.0"),
-        ("mppi", {"elites": 600}, "elites is 600.* 512"),
         ("mppi", {"min_sigma": 0.9}, "min_sigma is 0.9.* 0.6"),
         ("gd", {"optimiser": "lbfgs"}, "optimiser is 'lbfgs'.*'sgd'.*'adam'"),
-        ("gd", {"steps": 0}, "steps is 0"),
-        ("gd", {"restarts": 0}, "restarts is 0"),
-        ("gd", {"lr": 0.0}, "lr is 0.0"),
-        ("gd", {"noise": -0.1}, "noise is -0.1"),
     ],
 )
 def test_invalid_values_are_refused(name: str, options: dict[str, Any], wrong: str) -> None:
@@ -175,13 +156,6 @@ class TestCem:
         found = Cem(samples=16, elites=4, iterations=1, momentum=0.15)(cost, start, generators())
         torch.testing.assert_close(found, 0.15 * start + 0.85 * fitted)
 
-    def test_momentum_keeps_a_share_of_the_last_deviation(self, cost: Any) -> None:
-        for momentum in (0.0, 0.5):
-            Cem(samples=64, elites=8, iterations=4, sigma=0.3, momentum=momentum)(cost, zeros(), generators())
-        spreads = [actions[:, 1:].std(1).mean() for actions in cost.actions]
-        assert spreads[4] == spreads[0]
-        assert spreads[7] > 1.3 * spreads[3]
-
 
 class TestMppi:
     @pytest.mark.parametrize("temperature", [0.0, 2.0])
@@ -193,16 +167,13 @@ class TestMppi:
             weights = torch.exp(-temperature * excess / excess.mean())
             torch.testing.assert_close(found[i], torch.einsum("s,sta->ta", weights / weights.sum(), actions[order]))
 
-    @pytest.mark.parametrize(("factor", "offset"), [(1e-3, 0.0), (1e4, 0.0), (1.0, 5.0)])
-    def test_units_and_zero_of_the_cost_do_not_matter(self, cost: Any, factor: float, offset: float) -> None:
+    def test_units_and_zero_of_the_cost_do_not_matter(self, cost: Any) -> None:
         solver = Mppi(samples=32, elites=8, iterations=4)
         found = solver(cost, zeros(), generators())
-        other = solver(lambda actions: factor * cost(actions) + offset, zeros(), generators())
-        torch.testing.assert_close(found, other, atol=1e-3, rtol=0)
-
-    def test_equal_costs_do_not_divide_by_zero(self) -> None:
-        solver = Mppi(samples=12, elites=5, iterations=3)
-        assert solver(lambda actions: actions.new_zeros(actions.shape[:2]), zeros(), generators()).isfinite().all()
+        for factor, offset in ((1e-3, 0.0), (1e4, 0.0), (1.0, 5.0)):
+            other = solver(lambda a, f=factor, o=offset: f * cost(a) + o, zeros(), generators())
+            torch.testing.assert_close(found, other, atol=1e-3, rtol=0)
+        assert solver(lambda a: a.new_zeros(a.shape[:2]), zeros(), generators()).isfinite().all()  # no division by zero
 
     def test_the_deviation_is_between_its_bounds(self, cost: Any) -> None:
         Mppi(samples=256, elites=32, iterations=12, sigma=0.2, min_sigma=0.1)(cost, zeros(), generators())
@@ -251,14 +222,7 @@ class TestGd:
         assert (one[:, 0, 0] < 0.5).all()
         assert (many[:, 0, 0] == 1).all()
 
-    def test_more_restarts_do_not_change_the_first(self, cost: Any) -> None:
-        for restarts in (1, 4):
-            Gd(steps=4, lr=0.1, optimiser="sgd", noise=0.0, restarts=restarts)(cost, zeros(), generators())
-        for alone, among in zip(cost.actions[:5], cost.actions[5:], strict=True):
-            torch.testing.assert_close(alone[:, 0], among[:, 0])
-
-    @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
-    def test_gradients_go_through_a_network_and_leave_it_unchanged(self, optimiser: Any) -> None:
+    def test_gradients_go_through_a_network_and_leave_it_unchanged(self) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             network = nn.Sequential(nn.Flatten(2), nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
@@ -269,16 +233,11 @@ class TestGd:
             return (imagined - goal).square().mean(2)
 
         before = {name: value.clone() for name, value in network.state_dict().items()}
-        found = Gd(steps=50, optimiser=optimiser)(cost, zeros(), generators())
+        found = Gd(steps=50)(cost, zeros(), generators())
         assert (cost(found[:, None]) < 0.05 * cost(zeros()[:, None])).all()
         assert all(parameter.grad is None for parameter in network.parameters())
         assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
         assert not found.requires_grad
-
-    def test_adam_does_not_depend_on_the_units_of_the_cost(self, cost: Any) -> None:
-        solver = Gd(steps=10, optimiser="adam", noise=0.0)
-        found, scaled = (solver(lambda a, k=k: k * cost(a), zeros(), generators()) for k in (1, 100))
-        torch.testing.assert_close(found, scaled, atol=1e-4, rtol=0)
 
 
 class TestIcem:
@@ -318,13 +277,6 @@ class TestIcem:
         # The mean is the first candidate of the last iteration.
         torch.testing.assert_close(calls[2][:, 0], elites.mean(1))
 
-    def test_momentum_keeps_a_share_of_the_last_mean(self, cost: Any) -> None:
-        start = torch.full(SHAPE, 0.2)
-        Icem(samples=16, elites=4, iterations=2, momentum=0.25, beta=0.0)(cost, start, generators())
-        best = cost.costs[0].argsort(1)[:, :4]
-        fitted = torch.take_along_dim(cost.actions[0], best[:, :, None, None], 1).mean(1)
-        torch.testing.assert_close(cost.actions[1][:, 0], 0.25 * start + 0.75 * fitted)
-
     def test_noise_is_coloured_over_the_env_steps_of_model_steps(self, cost: Any) -> None:
         # Frame by frame: x and y of the first env action, x and y of the second, and so on.
         cost.cost = lambda actions: actions.sum((2, 3))
@@ -351,8 +303,8 @@ class TestColouredNoise:
     def white(self) -> Tensor:
         return torch.randn(1, 4000, 25, 2, generator=torch.Generator().manual_seed(0))
 
-    @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 2.0, 4.0])
-    @pytest.mark.parametrize("steps", [1, 2, 24, 25])
+    @pytest.mark.parametrize("beta", [0.0, 0.5, 4.0])
+    @pytest.mark.parametrize("steps", [1, 2, 25])
     def test_it_has_unit_variance_at_every_step(self, white: Tensor, beta: float, steps: int) -> None:
         noise = coloured(white[:, :, :steps], beta)
         assert noise.shape == (1, 4000, steps, 2)

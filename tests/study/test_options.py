@@ -28,16 +28,13 @@ def test_the_default_study_needs_no_download() -> None:
     assert [plan.name for plan in options.plan] == ["mpc-100", "open-loop-lite"]
 
 
-@pytest.mark.parametrize(
-    ("beside", "search"),
-    [
+def test_settings_beside_a_protocol_win(tmp_path: Path) -> None:
+    for beside, search in (
         ("samples = 50\n", {"samples": 50, "elites": 30, "iterations": 20, "sigma": 0.577}),
         ("solver = 'gd'\n", {"sigma": 0.577}),  # it has only this option of the protocol's
-    ],
-)
-def test_settings_beside_a_protocol_win(tmp_path: Path, beside: str, search: dict[str, float]) -> None:
-    (plan,) = read(tmp_path, TCN + '[[plan]]\nprotocol = "open-loop"\nbudget = 25\n' + beside).plan
-    assert (plan.options.horizon, plan.options.budget, plan.options.search) == (6, 25, search)
+    ):
+        (plan,) = read(tmp_path, TCN + '[[plan]]\nprotocol = "open-loop"\nbudget = 25\n' + beside).plan
+        assert (plan.options.horizon, plan.options.budget, plan.options.search) == (6, 25, search)
 
 
 def test_a_dataset_that_is_named_is_not_collected(tmp_path: Path) -> None:
@@ -71,39 +68,22 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         (TCN + "steps = 3\n", "encoder 1.*steps.*store_dtype"),
         ("seedz = [1]\n" + TCN, r"study\.toml.*seedz.*seeds"),
         ("seeds = [-1]\n" + TCN, r"study\.toml: seeds\.0"),
-        ("seeds = []\n" + TCN, r"study\.toml: seeds"),
-        ("fractions = [0.0]\n" + TCN, r"study\.toml: fractions\.0"),
         ("others = []\n" + TCN, "others"),
-        ("encoders = 3\n", "encoders"),
         ("train = 3\n" + TCN, "train"),
         (TCN + "[train]\nsteps = '9'\n", "train: steps"),
-        (TCN + "[train]\nframeskip = -5\n", "train: frameskip.*-5"),
-        (TCN + "[train]\nlearning_rate = nan\n", "train: learning_rate.*nan"),
         (TCN + "[train]\nseed = 1\n", "train: seed.*seeds"),
         (TCN + "[train.model_options]\nwidht = 1\n", "train.*widht.*width"),
-        (TCN + "[train]\nmodel = 'dinowm'\n", "train.*dinowm.*dino-wm"),
         (TCN + "fit = {step = 3}\n", "tcn.*step.*steps"),
         (TCN + "fit = {seed = 3}\n", r"tcn.*fit\.seed.*seeds"),
         (TCN + "fit = {steps = 0}\n", "tcn.*steps"),
         (TCN + "fit = {steps = 3}\nweights = 'a'\n", "tcn.*weights and fit"),
-        (TCN + "base = 'dinov2'\n", "tcn.*base"),
         (TCN + "base_weights = 'a'\n", "tcn.*base_weights"),
-        (TCN + "label = 1979-05-27\n", "encoder 1"),
-        (TCN + "image_size = 0\n", "encoder 1: image_size"),
-        (TCN + "store_dtype = 'int4'\n", "encoder 1: store_dtype"),
         (TCN + TCN, "'tcn'"),
         ("[[encoders]]\nname = 'tnc'\n", "'tnc'.*tcn"),
         (TCN + "[[plan]]\nprotocol = 'mpc'\n", "plan 1.*'mpc'.*mpc-100"),
-        (TCN + "[[plan]]\nsampels = 3\n", "plan 1.*sampels.*samples"),
-        (TCN + "[[plan]]\nsolver = 'cme'\n", "plan 1.*'cme'.*cem"),
         (TCN + "[[plan]]\nexecute = 9\n", "plan 1.*--execute 9.*--horizon"),
-        (TCN + "[[plan]]\nsamples = 0\n", "plan 1: samples"),
-        (TCN + "[[plan]]\nprotocol = []\n", "plan 1: protocol"),
-        (TCN + "[[plan]]\nsolver = {}\n", "plan 1: solver"),
-        (TCN + "[[plan]]\nseed = -1\n", "plan 1: seed"),
         (TCN + "[[plan]]\nprotocol = 'mpc-100'\nthreshold = inf\n", "plan 1: threshold.*inf"),
         (TCN + "[[plan]]\n[[plan]]\n", "'plan'"),
-        (TCN + "[collect]\nseed = -1\n", "collect: seed"),
     ],
 )
 def test_a_bad_setting_is_one_line_that_names_it(tmp_path: Path, text: str, named: str) -> None:

@@ -18,18 +18,35 @@ from wmcache.common.errors import UserError
 from wmcache.common.locks import exclusive
 from wmcache.envs import find_maze
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.study import cells, run
-from wmcache.study.cells import make_branches
+from wmcache.study import cells, run, work
+from wmcache.study.cells import Branch, make_branches
 from wmcache.study.options import Collect, StudyOptions, read_study
 
 from .conftest import ADAPTER, FAILING
 from .conftest import run as run_command
 
 Write = Callable[..., Path]
+Branches = Callable[..., list[Branch]]
 
 
 def cell_files(out: Path) -> dict[str, tuple[int, bytes]]:
     return {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in (out / "cells").iterdir()}
+
+
+@pytest.fixture
+def branches(write_study: Write, dataset: FrameDataset, tmp_path: Path) -> Branches:
+    """(old text, new text, **arguments of `write_study`) -> the branches of the study with that change of its file."""
+
+    def make(old: str = "", new: str = "", **given: Any) -> list[Branch]:
+        file = write_study(tmp_path, **given)
+        file.write_text(file.read_text().replace(old, new, 1))
+        return make_branches(read_study(file), dataset.card.fingerprint)
+
+    return make
+
+
+def keys_of(branches: list[Branch], name: str) -> list[str]:
+    return [cell.key for branch in branches if branch.choice.name == name for cell in branch.cells()]
 
 
 def test_seeds_share_what_needs_no_fit_and_nothing_else(study_path: Path) -> None:
@@ -53,21 +70,15 @@ def test_the_error_is_a_share_of_the_variance_over_frames(study_path: Path) -> N
     (path,) = (study_path / "stores").glob("pixels-*.zarr")
     store = TokenStore.open(path)
     tokens = store.gather(np.arange(len(store))).astype(np.float64)
-    assert cells.token_variance(store) == pytest.approx(np.square(tokens - tokens.mean(0)).mean(), rel=1e-3)
+    assert work.token_variance(store) == pytest.approx(np.square(tokens - tokens.mean(0)).mean(), rel=1e-3)
 
 
 def test_an_evaluation_of_any_pairs_has_the_key_that_it_had_before_strict(
-    write_study: Write, dataset: FrameDataset, tmp_path: Path
+    branches: Branches,
 ) -> None:
-    file = write_study(tmp_path)
-    settings = []
-    for flag in ("true", "false"):
-        file.write_text(file.read_text().replace("budget = 10", f"strict = {flag}\nbudget = 10", 1))
-        (plan, *_) = make_branches(read_study(file), dataset.card.fingerprint)[0].plan.values()
-        settings.append(plan.settings)
-        file.write_text(file.read_text().replace(f"strict = {flag}\n", ""))
-    assert settings[0]["strict"] is True
-    assert "strict" not in settings[1]
+    for flag, saved in (("true", {"strict": True}), ("false", {})):
+        (plan, *_) = branches("budget = 10", f"strict = {flag}\nbudget = 10")[0].plan.values()
+        assert {name: value for name, value in plan.settings.items() if name == "strict"} == saved
 
 
 def test_a_second_run_does_nothing(study_path: Path, write_study: Write, copy: Path, tmp_path: Path) -> None:
@@ -86,13 +97,12 @@ def test_a_study_that_is_killed_goes_on_with_what_is_not_done(
     lost = [file for file in (copy / "cells").iterdir() if file.name.startswith("plan")]
     for file in lost:
         file.unlink()
-    done: list[cells.Cell] = []
+    left = iter(range(3))
 
     def do_and_die(space: cells.Workspace, cell: cells.Cell, **settings: Any) -> None:
-        if len(done) == 3:
+        if next(left, None) is None:
             raise KeyboardInterrupt
-        done.append(cell)
-        cells.do_cell(space, cell, **settings)
+        work.do_cell(space, cell, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "do_cell", do_and_die)
@@ -101,35 +111,19 @@ def test_a_study_that_is_killed_goes_on_with_what_is_not_done(
     run_command(write_study(tmp_path), copy)
     after = cell_files(copy)
     assert after.keys() == before.keys()
-    reached = {name: json.loads(content)["result"] for name, (_, content) in after.items() if name.startswith("plan")}
-    assert all(
-        result["reached"] == json.loads(before[name][1])["result"]["reached"] for name, result in reached.items()
-    )
+    for name in after:
+        if name.startswith("plan"):
+            results = [json.loads(files[name][1])["result"] for files in (before, after)]
+            assert results[0]["reached"] == results[1]["reached"]
 
 
-def test_other_options_of_one_encoder_leave_the_cells_of_the_others(
-    write_study: Write, dataset: FrameDataset, tmp_path: Path
+def test_other_options_of_one_encoder_and_labels_leave_the_cells_of_the_others(
+    branches: Branches,
 ) -> None:
-    def keys(steps: int) -> dict[str, set[str]]:
-        options = read_study(write_study(tmp_path, steps=steps))
-        branches = make_branches(options, dataset.card.fingerprint)
-        return {
-            name: {cell.key for branch in branches if branch.choice.name == name for cell in branch.cells()}
-            for name in ("tcn", "pixels")
-        }
-
-    first, second = keys(4), keys(5)
-    assert first["pixels"] == second["pixels"]
-    assert not first["tcn"] & second["tcn"]
-
-
-def test_a_label_changes_no_key(write_study: Write, dataset: FrameDataset, tmp_path: Path) -> None:
-    file = write_study(tmp_path)
-    before = make_branches(read_study(file), dataset.card.fingerprint)
-    file.write_text(file.read_text().replace('name = "pixels"', 'name = "pixels"\nlabel = "a baseline"'))
-    after = make_branches(read_study(file), dataset.card.fingerprint)
-    assert after[-1].choice.label == "a baseline"
-    assert [[c.key for c in b.cells()] for b in before] == [[c.key for c in b.cells()] for b in after]
+    first, second = branches(), branches('name = "pixels"', 'name = "pixels"\nlabel = "a baseline"', steps=5)
+    assert second[-1].choice.label == "a baseline"
+    assert keys_of(first, "pixels") == keys_of(second, "pixels")
+    assert not set(keys_of(first, "tcn")) & set(keys_of(second, "tcn"))
 
 
 def test_an_encoder_that_fails_is_reported_and_leaves_the_others(
@@ -169,27 +163,28 @@ def test_frames_are_collected_once_and_others_are_refused(tmp_path: Path) -> Non
         run.open_frames(replace(options, collect=replace(wanted, env="Medium")))
 
 
-def test_a_mistyped_dataset_is_not_collected(write_study: Write, tmp_path: Path) -> None:
-    file = write_study(tmp_path, more="[collect]\nepisodes = 2\n")
-    result = run_command(file, tmp_path / "out", "--dataset", str(tmp_path / "pointmaze-umazee"), status=1)
-    assert "pointmaze-umazee" in result.stderr.strip().splitlines()[-1]
+@pytest.mark.parametrize(
+    ("more", "dataset", "named"),
+    [
+        ("[collect]\nepisodes = 2\n", "pointmaze-umazee", "pointmaze-umazee"),  # mistyped, so not collected
+        (FAILING.format(weights='"nowhere.safetensors"'), "", "--weights nowhere.safetensors"),
+    ],
+)
+def test_missing_frames_and_weights_are_one_line(
+    write_study: Write, tmp_path: Path, more: str, dataset: str, named: str
+) -> None:
+    flags = ["--dataset", str(tmp_path / dataset)] if dataset else []
+    result = run_command(write_study(tmp_path, more=more), tmp_path / "out", *flags, status=1)
+    assert named in result.stderr.strip().splitlines()[-1]
     assert not (tmp_path / "pointmaze-umazee").exists()
 
 
-def test_missing_weights_are_one_line(write_study: Write, tmp_path: Path) -> None:
-    more = FAILING.format(weights='"nowhere.safetensors"')
-    result = run_command(write_study(tmp_path, more=more), tmp_path / "out", status=1)
-    assert result.stderr.strip().splitlines()[-1].startswith("Error: --weights nowhere.safetensors")
-
-
 def test_a_store_that_was_deleted_is_made_again_only_where_it_is_needed(
-    write_study: Write, dataset: FrameDataset, copy: Path, tmp_path: Path
+    branches: Branches, dataset: FrameDataset, copy: Path
 ) -> None:
-    options = read_study(write_study(tmp_path))
-    space = cells.Workspace(copy, dataset.path, "cpu", 32)
-    branches = make_branches(options, dataset.card.fingerprint)
-    everything = [cell for branch in branches for cell in branch.cells()]
-    pixels = branches[-1]
+    space, made = cells.Workspace(copy, dataset.path, "cpu", 32), branches()
+    everything = [cell for branch in made for cell in branch.cells()]
+    pixels = made[-1]
     rmtree(space.product(pixels.extract))
     assert run.pending(space, everything) == []
     space.file(pixels.train[0.5]).unlink()
@@ -211,11 +206,10 @@ def test_processes_do_the_same_as_one_and_go_on_past_a_failure(write_study: Writ
     assert "extract broken" in result.output
 
 
-def test_fits_come_first_then_one_pass_for_each_seed(write_study: Write, dataset: FrameDataset, tmp_path: Path) -> None:
-    file = write_study(tmp_path, more=ADAPTER)
-    branches = make_branches(read_study(file), dataset.card.fingerprint)
+def test_fits_come_first_then_one_pass_for_each_seed(branches: Branches, dataset: FrameDataset, tmp_path: Path) -> None:
     space = cells.Workspace(tmp_path / "out", dataset.path, "cpu", 32)
-    tasks = run.group(run.pending(space, [cell for branch in branches for cell in branch.cells()]))
+    everything = [cell for branch in branches(more=ADAPTER) for cell in branch.cells()]
+    tasks = run.group(run.pending(space, everything))
     grouped = [[(cell.stage, cell.name) for cell in task] for task in tasks]
     assert grouped[:2] == [[("fit", "tcn")]] * 2
     assert grouped[2] == [("extract", "tcn"), ("extract", "tcn-layers"), ("extract", "pixels")]

@@ -6,8 +6,8 @@ import functools
 import math
 import sys
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,31 +135,17 @@ WHERE = {
 }
 
 
-@contextmanager
-def reference_modules() -> Iterator[None]:
-    """Give the classes the modules of the reference's repository, which exist only while something is saved."""
-    modules: dict[str, Any] = {}
-    before = {cls: cls.__module__ for classes in WHERE.values() for cls in classes}
-    for name, classes in WHERE.items():
-        parts = name.split(".")
-        for end in range(1, len(parts) + 1):
-            modules.setdefault(".".join(parts[:end]), types.ModuleType(parts[end - 1]))
-        for cls in classes:
-            cls.__module__ = name
-            setattr(modules[name], cls.__name__, cls)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in modules.items():
-            patch.setitem(sys.modules, name, module)
-        try:
-            yield
-        finally:
-            for cls, name in before.items():
-                cls.__module__ = name
-
-
 def save(value: Any, file: Path, **settings: Any) -> None:
+    """Save as the reference's repository does; its modules exist only while something is saved."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with reference_modules():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, classes in WHERE.items():
+            module = types.ModuleType(name)
+            for end in range(1, name.count(".") + 2):
+                patch.setitem(sys.modules, ".".join(name.split(".")[:end]), module)
+            for cls in classes:
+                patch.setattr(cls, "__module__", name)
+                setattr(module, cls.__name__, cls)
         torch.save(value, file, **settings)
 
 
@@ -182,9 +168,12 @@ def make_parts(concat_dim: int, sizes: dict[str, Any] = TINY, dropout: float = 0
     return parts
 
 
+def target(name: str) -> dict[str, Any]:
+    return {"_target_": f"models.{name}"}
+
+
 def make_hydra(concat_dim: int = 1, sizes: dict[str, Any] = TINY) -> dict[str, Any]:
     return {
-        "ckpt_base_path": "./",
         "training": {"seed": 0, "epochs": 100, "batch_size": 32, "predictor_lr": 0.0005},
         "img_size": 16 * sizes["side"],
         "frameskip": FRAMESKIP,
@@ -197,18 +186,12 @@ def make_hydra(concat_dim: int = 1, sizes: dict[str, Any] = TINY) -> dict[str, A
         "num_hist": HISTORY,
         "num_pred": 1,
         "has_predictor": True,
-        "has_decoder": True,
-        "model": {"_target_": "models.visual_world_model.VWorldModel", "train_encoder": False, "train_predictor": True},
+        "model": {**target("visual_world_model.VWorldModel"), "train_encoder": False, "train_predictor": True},
         "env": {"name": "point_maze", "dataset": {"n_rollout": None, "normalize_action": True}},
-        "encoder": {
-            "_target_": "models.dino.DinoV2Encoder",
-            "name": "dinov2_vits14",
-            "feature_key": "x_norm_patchtokens",
-        },
-        "predictor": {"_target_": "models.vit.ViTPredictor", "depth": DEPTH, "heads": HEADS, "mlp_dim": 20},
-        "action_encoder": {"_target_": "models.proprio.ProprioceptiveEmbedding"},
-        "proprio_encoder": {"_target_": "models.proprio.ProprioceptiveEmbedding"},
-        "saved_folder": "outputs/2024-01-01/00-00-00",
+        "encoder": {**target("dino.DinoV2Encoder"), "name": "dinov2_vits14", "feature_key": "x_norm_patchtokens"},
+        "predictor": {**target("vit.ViTPredictor"), "depth": DEPTH, "heads": HEADS, "mlp_dim": 20},
+        "action_encoder": target("proprio.ProprioceptiveEmbedding"),
+        "proprio_encoder": target("proprio.ProprioceptiveEmbedding"),
     }
 
 
@@ -252,20 +235,9 @@ def make_store(path: Path, side: int, dim: int, **changes: Any) -> Path:
     episodes, length = 4, 30
     rng = np.random.default_rng(0)
     frames = episodes * length
-    size = 14 * side
-    settings = {
-        "encoder": "dinov2",
-        "weights_source": "timm/vit_small_patch14_dinov2.lvd142m",
-        "weights_sha256": "0",
-        "layer": "norm",
-        "token_selection": "patch",
-        "image_size": size,
-        "resize": f"bilinear antialias {16 * side}>{size}",
-        "normalisation": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-        "compute_dtype": "float32",
-        "store_dtype": "float16",
-        "dataset_fingerprint": "0",
-    }
+    size, half = 14 * side, (0.5, 0.5, 0.5)
+    weights, resize = "timm/vit_small_patch14_dinov2.lvd142m", f"bilinear antialias {16 * side}>{size}"
+    identity = Identity("dinov2", weights, "0", "norm", "patch", size, resize, (half, half), "float32", "float16", "0")
     card = StoreCard({}, {}, (side, side), dim, frames=frames, frames_per_shard=frames)
     steps: dict[str, Any] = {
         "action": rng.uniform(-1, 1, (frames, 2)).astype(np.float32),
@@ -273,7 +245,7 @@ def make_store(path: Path, side: int, dim: int, **changes: Any) -> Path:
         "episode": np.repeat(np.arange(episodes, dtype=np.int32), length),
         "step": np.tile(np.arange(length, dtype=np.int32), episodes),
     }
-    writer = StoreWriter.create(path, card, Identity(**{**settings, **changes}), steps)
+    writer = StoreWriter.create(path, card, replace(identity, **changes), steps)
     writer.write_shard(0, rng.normal(size=(frames, side * side, dim)).astype(np.float16))
     writer.finish()
     return path

@@ -1,12 +1,14 @@
-"""DDP-WM: which tokens of a frame are computed, from what, and what each stage trains. Rollouts are tested in `test_rollout.py`."""
+"""DDP-WM: which tokens of a frame are computed, what each stage trains, what it takes from the data. Rollouts are in test_rollout.py."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import naive_models
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,12 +28,17 @@ from model_tools import (
     model_inputs,
     name_of,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
+from wmcache.cache import TokenStore
+from wmcache.cache.change_maps import open_change_maps
+from wmcache.cache.windows import Windows
 from wmcache.common.device import autocast
+from wmcache.trainer.models import build, read_options
 from wmcache.trainer.models.ddp_wm import DdpWm
+from wmcache.trainer.models.ddp_wm.localization import foreground_size, localization
 from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.train import make_optimiser
+from wmcache.trainer.train import data_shape, make_optimiser, statistics_of
 
 STAGES = DdpWm.stages
 each_stage = pytest.mark.parametrize("stage", STAGES)
@@ -47,13 +54,6 @@ def make_ddp_batch(frames: int = 4) -> dict[str, Tensor]:
 def locate(model: Any, batch: dict[str, Tensor]) -> Tensor:
     logits: Tensor = model.locate(batch["tokens"], batch["proprio"], batch["action"])
     return logits
-
-
-def changed(batch: dict[str, Tensor], frame: int, patch: int) -> dict[str, Tensor]:
-    """The batch with 1 added to a token of the first sequence."""
-    other = {**batch, "tokens": batch["tokens"].clone()}
-    other["tokens"][0, frame, patch] += 1
-    return other
 
 
 class TestRollout:
@@ -94,25 +94,8 @@ class TestRollout:
         assert (same.sum(-1) == SHAPE.tokens - K).all()
         assert same.all(1).sum() < 2 * (SHAPE.tokens - K)  # not always the same ones
 
-    @pytest.mark.parametrize("stage", ["primary", "lrm"])
-    @each_ddp_variant
-    def test_the_last_stage_corrects_tokens_and_proprio_moves_in_any(self, variant: dict[str, Any], stage: str) -> None:
-        model, (tokens, proprio, actions) = make_ddp_model(stage, **variant), make_observed(1)
-        latents, embeddings = model.rollout(tokens, proprio, actions)
-        frames, known = torch.cat([tokens, latents], 1), torch.cat([model.encode_proprio(proprio), embeddings], 1)
-        assert bool(torch.isclose(frames[:, 1:], frames[:, :-1]).all(-1).any()) == (stage == "primary")
-        assert variant["proprio"] == "none" or not torch.isclose(known[:, 1:], known[:, :-1]).all(-1).any()
-
 
 class TestLocalization:
-    def test_the_k_patches_of_the_largest_cells_are_selected_in_the_order_of_the_frame(self) -> None:
-        logits = torch.full((2, SHAPE.tokens, 4), -5.0)
-        # One large cell counts more than four that are nearly as large.
-        logits[0, [6, 1, 4], [0, 3, 2]] = torch.tensor([3.0, 1.0, 2.0])
-        logits[0, 2] = 0.9
-        logits[1, [7, 0, 3], [1, 1, 1]] = torch.tensor([-1.0, -2.0, -3.0])
-        assert make_ddp_model().select(logits).tolist() == [[1, 4, 6], [0, 3, 7]]
-
     def test_a_step_is_located_by_the_frames_of_its_history(self) -> None:
         model, batch = make_ddp_model(), make_batch(frames=6)
         logits, inputs = locate(model, batch), model_inputs(model, batch)
@@ -121,33 +104,6 @@ class TestLocalization:
             frames = zip(*(value[one, seen] for value in inputs), strict=True)
             fused = naive_models.fuse(model.fusion, [naive_models.join(model, *frame) for frame in frames])
             torch.testing.assert_close(logits[one, step], model.localiser(fused[None])[0], rtol=1e-4, atol=1e-4)
-
-    def test_the_key_of_a_frame_depends_on_its_age_and_not_on_the_length_of_the_history(self) -> None:
-        fusion = make_ddp_model().fusion
-        seen: list[Tensor] = []
-        fusion.attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1].keys))
-        older, old, newest = torch.randn(3, 1, SHAPE.tokens, 11).unbind()
-        past = [fusion.remember(older), fusion.remember(old)]
-        for frames in (past[1:], past, past[:1]):
-            fusion(newest, frames)
-        short, long, aged = seen
-        assert torch.equal(short, long[:, :, SHAPE.tokens :])
-        assert not torch.isclose(aged, long[:, :, : SHAPE.tokens]).all()
-
-    def test_a_frame_without_history_is_normed_too(self) -> None:
-        fusion = make_ddp_model().fusion
-        nn.init.zeros_(fusion.attention.out.weight)
-        nn.init.zeros_(fusion.attention.out.bias)
-        frame, other = torch.randn(2, 1, SHAPE.tokens, 11).unbind()
-        torch.testing.assert_close(fusion(frame, []), fusion(frame, [fusion.remember(other)]))
-        assert not torch.isclose(fusion(frame, []), frame).all()
-
-    @pytest.mark.parametrize(("threshold", "least"), [(0.0, 0.1), (0.5, 0.5)])
-    def test_labels_of_pixels_come_from_the_map_of_the_next_frame(self, threshold: float, least: float) -> None:
-        model, batch = make_ddp_model(threshold=threshold), make_ddp_batch()
-        labels = model.labels(batch["tokens"], batch)
-        assert torch.equal(labels, batch["changes"][:, 1:] > least)
-        assert labels.shape == (2, 3, SHAPE.tokens, 4)
 
     @pytest.mark.parametrize(("threshold", "expected"), [(0.0, [3, 6]), (0.35, [3, 5, 6])])
     def test_labels_of_features_mark_all_cells_of_a_patch(self, threshold: float, expected: list[int]) -> None:
@@ -242,14 +198,6 @@ class TestLoss:
         expected = F.binary_cross_entropy_with_logits(locate(model, batch), labels, pos_weight=torch.tensor(10.0))
         torch.testing.assert_close(model.loss(batch)["loss"], expected)
 
-    def test_the_change_map_of_the_first_frame_does_not_count(self) -> None:
-        model, batch = make_ddp_model("localization"), make_ddp_batch()
-        loss = model.loss(batch)["loss"]
-        for frame, counts in ((0, False), (1, True), (3, True)):
-            other = {**batch, "changes": batch["changes"].clone()}
-            other["changes"][:, frame] = 1
-            assert torch.equal(model.loss(other)["loss"], loss) != counts
-
     @each_ddp_variant
     def test_the_primary_predictor_is_trained_on_selected_tokens_of_frames_as_a_rollout_makes_them(
         self, variant: dict[str, Any]
@@ -280,19 +228,6 @@ class TestLoss:
         of_proprio = torch.stack(proprio_errors).mean() if proprio_errors else None
         check_losses(model, model.loss(batch), torch.stack(errors).mean(), of_proprio)
 
-    def test_the_primary_predictor_sees_only_selected_tokens_of_a_later_frame(self) -> None:
-        # The paper's intention; the reference's code keeps the first frame instead.
-        model, batch = make_ddp_model("primary"), make_ddp_batch(frames=3)
-        tokens, embedding, action = (value[0] for value in model_inputs(model, batch))
-        step = naive_models.step_ddp(model, tokens[:1], embedding[:1], action[:1])
-        seen: list[Tensor] = []
-        model.fusion.attention.q.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0][0]))
-        model.loss(batch)
-        for patch in range(SHAPE.tokens):
-            model.loss(changed(batch, 1, patch))
-            differs = (seen[-1] != seen[0]).any(-1).nonzero()[:, 0].tolist()
-            assert differs == [patch] * (patch in step.chosen)
-
     @each_stage
     def test_bfloat16_differs_by_rounding_alone(self, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
         # Where two tokens are equally likely to change, rounding would select the other one.
@@ -318,20 +253,119 @@ def check_losses(model: Any, losses: dict[str, Tensor], of_tokens: Tensor, of_pr
 def test_the_preset_has_as_many_parameters_as_the_reference() -> None:
     model, left_out = build_preset("ddp-wm")
     assert left_out == {"threshold"}
-    attention = 4 * (404 * 404 + 404) + 2 * 404
-    block = 2 * 404 + 404 * 3 * 1024 + 1024 * 404 + 404 + 2 * 404 + 404 * 2048 + 2048 + 2048 * 404 + 404
-    small = 2 * 212 + 212 * 3 * 192 + 192 * 212 + 212 + 2 * 212 + 212 * 768 + 768 + 768 * 212 + 212
-    head = 2 * (212 * 212 + 212) + 212 * 4 + 4
-    expected = {
-        "embed_proprio": 4 * 10 + 10,
-        "embed_action": 10 * 10 + 10,
-        "fusion": attention + (2 * 196 + 2) * 404,
-        "localiser": 384 * 192 + 192 + 196 * 212 + 6 * small + 2 * 212 + head,
-        "primary": 196 * 404 + 6 * block + 2 * 404,
-        "correction": attention + 196 * 404,
-    }
-    counts = dict.fromkeys(expected, 0)
-    for name, value in model.named_parameters():
-        counts[name.partition(".")[0]] += value.numel()
-    assert counts == expected
+    counts = {name: sum(value.numel() for value in part.parameters()) for name, part in model.named_children()}
+    sizes = {"fusion": 814_464, "localiser": 3_149_988, "primary": 19_964_232, "correction": 734_472}
+    assert counts == {"embed_proprio": 50, "embed_action": 110, "project_in": 0, **sizes}
     assert (model.foreground, model.primary.position.shape) == (32, (196, 404))
+
+
+def configured(store: TokenStore, **options: Any) -> int:
+    """K for the windows of a store."""
+    windows = store.windows(3, 1, 5, "train")
+    return DdpWm.configure(store, windows, read_options("ddp-wm", options)).foreground
+
+
+def figures_of(store: TokenStore, answers: Any, **chosen: Any) -> tuple[dict[str, float | None], Windows]:
+    """Localization of a model that predicts `answers`, in all windows of one observed frame and five that follow."""
+    options = TrainOptions(model="ddp-wm", model_options={"foreground": 1, "width": 12, **chosen})
+    model = build("ddp-wm", data_shape(store, options), options.model_options, statistics_of(store, 5))
+    assert isinstance(model, DdpWm)
+    model.locate = answers  # type: ignore[method-assign]
+    windows = store.windows(1, 5, 5, "all")
+    windows = windows.with_extras(DdpWm.extras(store, windows, model.options))
+    return localization(model, windows, torch.device("cpu"), torch.float32), windows
+
+
+def no_change(tokens: Tensor, *_: Tensor) -> Tensor:
+    return torch.full((len(tokens), tokens.shape[1] - 1, 4, 4), -1.0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "counts", "expected"),
+    [
+        (196, [5] * 100, 8),
+        (196, [6] * 100, 16),
+        # One step in a hundred may have more.
+        (196, [3] * 1000 + [100] * 5, 8),
+        (196, [3] * 1000 + [100] * 20, 98),
+        (3, [3] * 100, 1),
+        (196, [], 1),
+    ],
+)
+def test_k_is_the_least_power_of_two_that_nearly_always_has_room_to_spare_and_at_most_half(
+    tokens: int, counts: list[int], expected: int
+) -> None:
+    steps = np.random.default_rng(0).permutation(counts)
+    assert foreground_size(np.arange(tokens) < steps[:, None]) == expected
+
+
+@pytest.mark.parametrize(("labels", "thresholds"), [("pixels", (0.1, 0.2, 1.0)), ("features", (0.5, 1.5, 100.0))])
+def test_k_comes_from_the_changes_in_the_steps_of_the_windows(
+    ddp_store_path: Path, labels: str, thresholds: tuple[float, ...]
+) -> None:
+    store = TokenStore.open(ddp_store_path)
+    windows = store.windows(3, 1, 5, "train")
+    frames = windows.frames(np.arange(len(windows)))
+    if labels == "pixels":
+        changes = open_change_maps(store, 5).gather(frames[:, 1:].ravel()).max(-1)
+    else:
+        tokens = store.gather(frames.ravel()).reshape(*frames.shape, 4, 32) / store.std
+        changes = np.sqrt(np.square(np.diff(tokens, axis=1)).mean(-1)).reshape(-1, 4)
+    expected = [foreground_size(changes > threshold) for threshold in thresholds]
+    assert [configured(store, labels=labels, threshold=threshold) for threshold in thresholds] == expected
+    assert (expected[0], expected[-1]) == (2, 1)
+    assert configured(store, labels=labels) == expected[0]  # the usual threshold
+    assert configured(store, labels=labels, foreground=3) == 3
+
+
+def test_a_constant_channel_hides_no_change(ddp_store_path: Path) -> None:
+    store = TokenStore.open(ddp_store_path)
+    expected = configured(store, labels="features")
+    store.std[0], gather = 0, store.gather
+    store.gather = lambda *args: gather(*args) * (np.arange(store.card.token_dim) > 0)  # type: ignore[method-assign]
+    assert configured(store, labels="features") == expected
+
+
+def test_a_constant_answer_is_right_as_often_as_those_patches_change(ddp_store_path: Path) -> None:
+    store = TokenStore.open(ddp_store_path)
+
+    def answers(tokens: Tensor, *_: Tensor) -> Tensor:
+        logits = no_change(tokens)
+        logits[:, :, 1, 2], logits[:, :, 2, 0] = 1.0, 2.0
+        return logits
+
+    figures, windows = figures_of(store, answers)
+    frames = windows.frames(np.arange(len(windows)))[:, 1:]  # each has what changed since the frame before it
+    changed = (open_change_maps(store, 5).gather(frames.ravel()) > 0.1).any(-1)
+    changing = changed.sum()
+    assert 0 < changed[:, 2].sum() < changed[:, [1, 2]].sum() < changing
+    assert figures == pytest.approx(
+        {
+            "recall": changed[:, 2].sum() / changing,
+            "precision": changed[:, 2].mean(),
+            "recall_likely": changed[:, [1, 2]].sum() / changing,
+            "precision_likely": changed[:, [1, 2]].mean(),
+            "changed": changed.mean(),
+        }
+    )
+
+
+def test_a_true_answer_finds_all_changes_but_those_that_k_leaves_out(store: TokenStore) -> None:
+    threshold = 0.5
+
+    def answers(tokens: Tensor, *_: Tensor) -> Tensor:
+        change = tokens.float().diff(dim=1) / torch.from_numpy(store.std)
+        return (change.square().mean(-1).sqrt() - threshold)[..., None].expand(-1, -1, -1, 4)
+
+    figures, windows = figures_of(store, answers, labels="features", threshold=threshold)
+    change = np.diff(windows.batch(np.arange(len(windows)))["tokens"].astype(np.float32) / store.std, axis=1)
+    changed = np.sqrt((change**2).mean(-1)) > threshold
+    assert (figures["recall_likely"], figures["precision_likely"]) == (1, 1)
+    assert figures["changed"] == pytest.approx(changed.mean())
+    # One patch is computed in each step, and it is a right one wherever there is one.
+    assert figures["recall"] == pytest.approx(changed.any(-1).sum() / changed.sum())
+    assert figures["precision"] == pytest.approx(changed.any(-1).mean())
+
+
+def test_without_changes_all_figures_are_zero(store: TokenStore) -> None:
+    assert set(figures_of(store, no_change, labels="features", threshold=1e3)[0].values()) == {0.0}

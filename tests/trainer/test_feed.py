@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from wmcache.cache import StoreWriter, TokenStore
+from wmcache.cache import TokenStore
 from wmcache.cache.change_maps import open_change_maps
 from wmcache.cache.layout import shard_file
 from wmcache.cache.windows import batch_windows
 from wmcache.common.errors import UserError
+from wmcache.pipeline.encoders import Encoder
+from wmcache.pipeline.extract import extract
+from wmcache.pipeline.frames import FrameDataset
 from wmcache.trainer import feed as feeding
-from wmcache.trainer.feed import RESIDENCES, Feed, choose_residence, load_on_device
+from wmcache.trainer.feed import RESIDENCES, Feed, choose_residence
 
 Has = Callable[[int, int], None]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -42,28 +43,14 @@ def test_a_rank_reads_its_slice_with_the_rows_of_extra_stores(ddp_store_path: Pa
             np.testing.assert_array_equal(batch["tokens"].numpy(), windows.batch(chosen)["tokens"])
 
 
-def test_damage_found_by_the_reader_is_raised_by_next(store_path: Path, tmp_path: Path) -> None:
-    copy = copytree(store_path, tmp_path / "store.zarr")
-    store = TokenStore.open(copy)
-    for shard in range(6):
-        shard_file(copy, shard).write_bytes(b"not a shard")
-    windows = store.windows(3, 1, 5, "train")
-    with Feed(store, windows, batch=8, seed=0, device=CPU) as feed, pytest.raises(UserError, match="wmcache repair"):
-        feed.next()
-
-
 @pytest.fixture(scope="module")
-def paths(store: TokenStore, store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def paths(
+    dataset: FrameDataset, encoder: Encoder, store_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """The same tokens in each dtype, 360 frames in shards of 64; read only."""
-    steps = {name: getattr(store, name) for name in ("action", "state", "episode", "step")}
-    card = dataclasses.replace(store.card, dtype="int8")
-    identity = dataclasses.replace(store.identity, store_dtype="int8")
-    writer = StoreWriter.create(tmp_path_factory.mktemp("int8") / "int8.zarr", card, identity, steps)
-    for shard in writer.pending():
-        rows = card.shard_frames(shard)
-        writer.write_shard(shard, store.gather(np.arange(rows.start, rows.stop)))
-    writer.finish()
-    return {"float16": store_path, "int8": writer.path}
+    narrow = tmp_path_factory.mktemp("int8") / "int8.zarr"
+    extract(dataset, encoder, narrow, dtype="int8")
+    return {"float16": store_path, "int8": narrow}
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
@@ -85,20 +72,6 @@ def test_batches_follow_the_order_from_any_residence(
                 np.testing.assert_array_equal(batch[name].cpu().numpy(), value, err_msg=f"{name} of step {step}")
 
 
-def test_int8_tokens_are_dequantised(paths: dict[str, Path], store: TokenStore) -> None:
-    narrow = TokenStore.open(paths["int8"])
-    windows = narrow.windows(3, 1, 5, "train")
-    with Feed(narrow, windows, batch=16, seed=0, device=CPU) as feed:
-        tokens = feed.next()["tokens"]
-    frames = windows.frames(batch_windows(len(windows), 0, 0, 16))
-    truth = store.gather(frames.ravel()).reshape(16, 4, 4, 32).astype(np.float32)
-    assert tokens.dtype == torch.float16
-    assert narrow.scale is not None
-    # Within half a step of the shard, and the rounding to float16.
-    step = narrow.scale[frames // 64, 0][:, :, None]
-    assert (np.abs(tokens.float().numpy() - truth) <= step / 2 + 2**-10 * np.abs(truth)).all()
-
-
 @pytest.mark.parametrize("residence", RESIDENCES)
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_a_batch_is_not_changed_while_the_next_one_is_read(paths: dict[str, Path], dtype: str, residence: str) -> None:
@@ -110,15 +83,6 @@ def test_a_batch_is_not_changed_while_the_next_one_is_read(paths: dict[str, Path
         before = {name: value.clone() for name, value in batch.items()}
     # Leaving waits for the read of the batch after it.
     assert all(torch.equal(batch[name], value) for name, value in before.items())
-
-
-@pytest.mark.parametrize("device", DEVICES, ids=str)
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_a_table_on_the_device_equals_the_store(paths: dict[str, Path], dtype: str, device: torch.device) -> None:
-    store = TokenStore.open(paths[dtype])
-    table = load_on_device(store, device)
-    assert (table.device.type, table.dtype) == (device.type, getattr(torch, dtype))
-    np.testing.assert_array_equal(table.cpu().numpy(), TokenStore.open(paths[dtype]).gather_stored(np.arange(360)))
 
 
 @pytest.mark.parametrize("residence", ["ram", "device"])
@@ -136,17 +100,25 @@ def test_tokens_in_memory_are_not_read_from_disk(
             np.testing.assert_array_equal(feed.next()["tokens"].numpy(), expected.reshape(8, 4, 4, 32))
 
 
-@pytest.mark.parametrize("residence", ["ram", "device"])
-def test_damage_is_found_before_the_first_step_where_tokens_are_loaded(
+@pytest.mark.parametrize("residence", RESIDENCES)
+def test_damage_is_found_before_the_first_step_where_tokens_are_loaded_and_else_by_next(
     store_path: Path, tmp_path: Path, residence: str
 ) -> None:
     copy = Path(copytree(store_path, tmp_path / "store.zarr"))
-    data = bytearray(shard_file(copy, 4).read_bytes())
-    data[3] ^= 1
-    shard_file(copy, 4).write_bytes(data)
-    store = TokenStore.open(copy)
-    with pytest.raises(UserError, match="frame 256 "):
-        Feed(store, store.windows(3, 1, 5, "train"), batch=8, seed=0, device=CPU, residence=residence)
+    for shard in range(6):
+        data = bytearray(shard_file(copy, shard).read_bytes())
+        data[3] ^= 1
+        shard_file(copy, shard).write_bytes(data)
+    store, started = TokenStore.open(copy), []
+
+    def read() -> None:
+        with Feed(store, store.windows(3, 1, 5, "train"), 8, 0, CPU, residence=residence) as feed:
+            started.append(feed)
+            feed.next()
+
+    with pytest.raises(UserError, match=r"frame \d+ "):
+        read()
+    assert bool(started) == (residence == "disk")
 
 
 def test_waiting_time_is_counted(store: TokenStore) -> None:
@@ -180,14 +152,12 @@ def has(monkeypatch: pytest.MonkeyPatch) -> Has:
         ("float16", CUDA, 2 * SIZE, 0, 1, "device"),
         ("float16", CUDA, 2 * SIZE - 1, 2 * SIZE, 1, "ram"),
         ("float16", CUDA, 2 * SIZE - 1, 2 * SIZE - 1, 1, "disk"),
-        ("float16", CUDA, 100 * SIZE, 100 * SIZE, 1, "device"),
         ("int8", CUDA, SIZE, 0, 1, "device"),
         # The memory of the CPU is main memory.
         ("float16", CPU, 100 * SIZE, 2 * SIZE, 1, "ram"),
         ("float16", CPU, 100 * SIZE, 2 * SIZE - 1, 1, "disk"),
         # Processes share main memory and have a device each.
         ("float16", CUDA, 2 * SIZE, 2 * SIZE, 2, "device"),
-        ("float16", CPU, 2 * SIZE, 2 * SIZE, 2, "disk"),
         ("float16", CPU, 2 * SIZE, 4 * SIZE, 2, "ram"),
     ],
 )
@@ -205,21 +175,11 @@ def test_auto_takes_the_fastest_residence_with_room_to_spare(
     assert choose_residence(TokenStore.open(paths[dtype]), device, sharing=sharing)[0] == chosen
 
 
-@pytest.mark.parametrize("wanted", RESIDENCES)
-def test_a_given_residence_is_taken(store: TokenStore, has: Has, wanted: str) -> None:
-    for device, free in itertools.product((CPU, CUDA), (0, 100 * SIZE)):
+def test_a_given_residence_is_taken_and_an_unknown_one_refused_with_those_that_exist(
+    store: TokenStore, has: Has
+) -> None:
+    for device, free, wanted in itertools.product((CPU, CUDA), (0, 100 * SIZE), RESIDENCES):
         has(free, free)
         assert choose_residence(store, device, wanted)[0] == wanted
-
-
-def test_an_unknown_residence_lists_those_that_exist(store: TokenStore) -> None:
     with pytest.raises(UserError, match=r"'Disk'.* auto, device, ram, disk"):
         choose_residence(store, CPU, "Disk")
-
-
-@pytest.mark.parametrize(("device", "figures"), [(CUDA, ["92.2 kB", "3.0 GB", "5.0 GB"]), (CPU, ["92.2 kB", "5.0 GB"])])
-def test_the_reason_has_the_measured_sizes(
-    store: TokenStore, has: Has, device: torch.device, figures: list[str]
-) -> None:
-    has(3 * 10**9, 5 * 10**9)
-    assert re.findall(r"[\d.]+ [kG]B", choose_residence(store, device)[1]) == figures

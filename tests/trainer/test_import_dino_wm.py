@@ -181,33 +181,25 @@ ATTENTION, MLP = "predictor.transformer.layers.0.0", "predictor.transformer.laye
 @pytest.mark.parametrize(
     ("apply", "named"),
     [
-        (without("epoch"), "epoch"),
-        (without("predictor"), "predictor"),
         (without("action_encoder"), "action_encoder"),
         (state_dict, "predictor"),
         (change("predictor.pos_embedding", nn.Parameter(torch.zeros(1, 8, 24))), "pos_embedding is (1, 8, 24)"),
         (change("predictor.extra", nn.Linear(2, 2)), "predictor.extra"),
         (change(f"{ATTENTION}.bias", torch.ones(1, 1, 12, 12)), "Attention.bias"),
-        (change(f"{ATTENTION}.bias", None), "Attention.bias"),
         (change(f"{ATTENTION}.heads", 5), "5 heads"),
         (change(f"{ATTENTION}.heads", 4), "scales"),
-        (change(f"{ATTENTION}.scale", 1.0), "1.0"),
         (change(f"{ATTENTION}.attend", nn.Softmax(dim=1)), "attend.dim"),
         (change(f"{ATTENTION}.dropout.p", 0.2), "dropouts"),
-        (change(f"{ATTENTION}.to_out", nn.Identity()), "to_out"),
         (change(f"{ATTENTION}.to_qkv", nn.Linear(24, 48)), "to_qkv.bias"),
         (change(f"{ATTENTION}.norm.eps", 1e-6), "norm.eps"),
-        (change(f"{ATTENTION}.norm", nn.LayerNorm(24, elementwise_affine=False)), "norm.bias"),
         (change(f"{MLP}.net", nn.Sequential(nn.Linear(2, 2))), "net.0"),
         (change(f"{MLP}.net.1", nn.Linear(24, 21)), "blocks.1.mlp.0.bias is (21,)"),
         (change(f"{MLP}.net.1.weight", nn.Parameter(torch.full((20, 24), math.nan))), "net.1.weight"),
         (change(f"{MLP}.net.1.weight", nn.Parameter(torch.zeros(20, 24).double())), "float64"),
-        (change(f"{ATTENTION}.to_qkv.weight", nn.Parameter(torch.zeros(0, 24))), "to_qkv"),
         (change("action_encoder.patch_embed.bias", nn.Parameter(torch.tensor(0.0))), "action_encoder makes 1"),
         (change("predictor.dropout.p", 0.1), "emb_dropout"),
         (change("action_encoder.patch_embed", nn.Conv1d(15, 6, 1)), "embed_action.weight is (6, 15)"),
         (change("action_encoder.patch_embed", nn.Conv1d(10, 6, 2)), "tubelet_size"),
-        (change("action_encoder.patch_embed", nn.Conv1d(10, 6, 1, padding=1)), "padding"),
         (change("proprio_encoder.patch_embed", nn.Conv1d(4, 5, 1)), "proprio_encoder makes 5"),
         (change("proprio_encoder.patch_embed", nn.Linear(4, 6)), "proprio_encoder.patch_embed"),
         (hook, "hooks"),
@@ -225,23 +217,15 @@ def test_modules_that_differ_from_the_reference_are_named(
     ("name", "value"),
     [
         ("num_hist", 0),
-        ("num_hist", None),
         ("num_hist", True),
         ("frameskip", "5"),
         ("concat_dim", 2),
-        ("num_pred", 2),
         ("num_action_repeat", 7),
-        ("num_proprio_repeat", 2),
-        ("has_predictor", False),
         ("normalize_action", 1),
         ("model.train_encoder", True),
-        ("env.name", "pusht"),
         ("env.dataset.n_rollout", 3),
         ("encoder.name", "dinov2_vitb14"),
-        ("encoder.feature_key", "x_norm_clstoken"),
-        ("encoder._target_", "models.encoder.r3m.R3M"),
         ("predictor._target_", "models.mlp.MLP"),
-        ("action_encoder._target_", "models.dummy.DummyModel"),
     ],
 )
 def test_a_setting_that_is_not_implemented_is_named(
@@ -259,33 +243,22 @@ def test_a_setting_that_is_not_implemented_is_named(
 @pytest.mark.parametrize(
     "written",
     [
-        "num_hist: !!python/object/apply:os.system ['touch {}']",
-        "num_hist: !!python/object/new:os.system ['touch {}']",
+        "num_hist: !!python/object/apply:os.system ['touch CANARY']",
         "num_hist: !!python/name:os.system",
         "num_hist: [",
         "[" * 1500,
         "\0",
         "2024-99-99",
         "x: &x [*x, *x]",
-        "a: &a [1, 1]\n"
-        + "".join(
-            f"{new}: &{new} [*{old}, *{old}]\n" for old, new in zip("abcdefghij" * 3, "bcdefghijk" * 3, strict=True)
-        )
-        + "env: {{name: *k}}",
-        "",
+        # An alias of aliases of aliases: 2**30 values.
+        "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 31)) + "env: *a30",
         "12",
         "# " + "x" * 2_000_000,
-        None,
     ],
-    ids=range(13),
+    ids=range(10),
 )
-def test_settings_are_plain_values(folder: Path, cache: Path, tmp_path: Path, written: str | None) -> None:
-    if written is None:
-        (folder / "hydra.yaml").unlink()
-    else:
-        plain = written.replace("{{", "{").replace("}}", "}")
-        text = written.format(tmp_path / "canary") if "touch" in written else plain
-        (folder / "hydra.yaml").write_text(text)
+def test_settings_are_plain_values(folder: Path, cache: Path, tmp_path: Path, written: str) -> None:
+    (folder / "hydra.yaml").write_text(written.replace("CANARY", str(tmp_path / "canary")))
     refuse(folder, cache, tmp_path, "hydra.yaml")
 
 
@@ -293,10 +266,8 @@ def test_settings_are_plain_values(folder: Path, cache: Path, tmp_path: Path, wr
     ("name", "value"),
     [
         ("encoder", "tcn"),
-        ("image_size", 42),
         ("resize", "bilinear antialias 28"),
         ("normalisation", ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
-        ("token_selection", "cls"),
     ],
 )
 def test_a_store_of_other_tokens_is_refused(folder: Path, tmp_path: Path, name: str, value: Any) -> None:

@@ -25,7 +25,6 @@ from wmcache.trainer.runs import read_config
 
 WMTRAIN = Path(sys.executable).with_name("wmtrain")
 SKILLS = [f"skill_{k}" for k in range(1, 6)]
-AS_STORED = {"width": 0, "head_dim": 4, "proprio": "embedding", "predict": "frame", "standardise": False}
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +50,9 @@ def test_it_learns_a_planted_linear_system(go: Go, planted_path: Path, run: Path
         {"pool": 2, "pool_until": 0.5},  # saved at step 4: as the grid changes, and before it
         {"pool": 2, "pool_until": 0.6},
         {"model_options": {"condition": "adaln", "position": "rope", "rollout_loss": 1.0}},
-        {"model_options": AS_STORED},
-        {"model_options": {"combine": "tokens", "proprio": "none", "noise": 0.1}},
+        {"model_options": {"combine": "tokens", "proprio": "none", "noise": 0.1, "standardise": False}},
     ],
-    ids=["plain", "accumulate", "decay", "pool-at", "pool-before", "adaln-rope-rollout", "reference", "tokens-noise"],
+    ids=["plain", "accumulate", "decay", "pool-at", "pool-before", "adaln-rope-rollout", "tokens-noise"],
 )
 def test_a_stopped_run_resumes_exactly(go: Go, tmp_path: Path, options: dict[str, Any]) -> None:
     go(tmp_path / "straight", **options)
@@ -76,17 +74,7 @@ def test_a_finished_run_stays_as_it_is(go: Go, run: Path) -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [
-        {"learning_rate": 1e-3},
-        {"batch": 4},
-        {"history": 2},
-        {"frameskip": 4},
-        {"seed": 1},
-        {"split_seed": 1},
-        {"episodes_fraction": 0.5},
-        {"model_options": {"width": 32, "heads": 4}},
-        {"steps": 9},
-    ],
+    [{"learning_rate": 1e-3}, {"history": 2}, {"model_options": {"width": 32, "heads": 4}}, {"steps": 9}],
     ids=lambda changed: next(iter(changed)),
 )
 def test_other_settings_are_refused_by_name(go: Go, run: Path, changed: dict[str, Any]) -> None:
@@ -124,33 +112,20 @@ def test_overwrite_starts_from_scratch(go: Go, planted_path: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("precious", ["thesis.tex", "config.json"])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_that_is_not_a_run_is_never_touched(go: Go, run: Path, precious: str, overwrite: bool) -> None:
+def test_a_folder_that_is_not_a_run_is_never_touched(go: Go, run: Path, precious: str) -> None:
     run.mkdir()
     # Many programs keep a config.json.
     (run / precious).write_text('{"precious": true}')
-    with pytest.raises(UserError, match=f"{run}.*--out"):
-        go(run, overwrite=overwrite)
-    assert files_of(run) == {precious: b'{"precious": true}'}
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=f"{run}.*--out"):
+            go(run, overwrite=overwrite)
+        assert files_of(run) == {precious: b'{"precious": true}'}
 
 
 @pytest.mark.parametrize(
     "impossible",
-    [
-        {"model": "dreamer"},
-        {"model_options": {"heads": 3}},
-        {"dtype": "float8"},
-        {"device": "abacus"},
-        {"history": 12},
-        {"pool": 3},
-        {"clip": -1.0},
-        {"episodes_fraction": 0.0},
-        {"episodes_fraction": 1.5},
-        {"episodes_fraction": float("nan")},
-        {"stage": "primary"},
-        {"start": "other"},
-    ],
-    ids=lambda impossible: "-".join(map(str, impossible.items())),
+    [{"model_options": {"heads": 3}}, {"history": 12}, {"pool": 3}, {"episodes_fraction": float("nan")}],
+    ids=lambda impossible: next(iter(impossible)),
 )
 def test_options_that_are_refused_cost_no_run(go: Go, run: Path, impossible: dict[str, Any]) -> None:
     with pytest.raises(UserError):
@@ -161,12 +136,6 @@ def test_options_that_are_refused_cost_no_run(go: Go, run: Path, impossible: dic
     with pytest.raises(UserError):
         go(run, **impossible, overwrite=True)
     assert files_of(run) == before
-
-
-def test_a_folder_that_cannot_be_written_is_named(go: Go, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=f"{tmp_path / 'file'}"):
-        go(tmp_path / "file" / "run")
 
 
 def test_the_windows_of_a_loss_that_is_not_finite_are_written(
@@ -219,7 +188,6 @@ def test_a_share_of_the_episodes_trains_on_fewer_of_the_same(
 
 
 def test_validation_needs_no_more_than_its_own_episodes_have(go: Go, uneven_path: Path, run: Path) -> None:
-    assert TokenStore.open(uneven_path).longest_episode() == 420
     assert list(go(run, cache=uneven_path, history=1, steps=1)) == SKILLS[:3]
 
 
@@ -233,7 +201,7 @@ def test_a_run_that_is_older_than_an_option_resumes(go: Go, run: Path) -> None:
         go(run, episodes_fraction=0.5)
 
 
-@pytest.mark.parametrize(("epochs", "batch", "accumulate"), [(1, 64, 1), (2, 50, 3), (1, 500, 1)])
+@pytest.mark.parametrize(("epochs", "batch", "accumulate"), [(2, 50, 3), (1, 500, 1)])
 def test_epochs_are_passes_over_all_windows(
     go: Go, store_path: Path, tiny: TrainOptions, run: Path, epochs: int, batch: int, accumulate: int
 ) -> None:
@@ -249,7 +217,7 @@ def test_epochs_are_passes_over_all_windows(
     assert list(read_curve(run)) == list(range(1, read_config(run)["steps"] + 1))
 
 
-@pytest.mark.parametrize(("pool", "until", "coarse"), [(2, 0.5, 4), (2, 0.3, 3), (2, 0.0, 0), (2, 1.0, 8), (1, 0.5, 0)])
+@pytest.mark.parametrize(("pool", "until", "coarse"), [(2, 0.3, 3), (2, 0.0, 0), (2, 1.0, 8), (1, 0.5, 0)])
 def test_the_grid_is_coarse_in_the_first_share_of_the_steps(
     go: Go, run: Path, monkeypatch: pytest.MonkeyPatch, pool: int, until: float, coarse: int
 ) -> None:
@@ -304,7 +272,6 @@ def test_compile_without_a_compiler_is_one_line_and_the_run_resumes_without_it(
     failed = subprocess.run([*program, "--compile"], env=environment, capture_output=True, text=True, check=False)
     assert failed.returncode == 1
     (line,) = [line for line in failed.stderr.splitlines() if line.startswith("Error: ")]
-    assert "--compile" in line
-    assert "no-such-c++" in line
+    assert all(word in line for word in ("--compile", "no-such-c++"))
     assert "Traceback" not in failed.stderr
     subprocess.run(program, env=environment, capture_output=True, check=True)
