@@ -191,16 +191,6 @@ class TestBound:
             assert kept() == expected
             assert sum(file.stat().st_size for file in folder.iterdir()) <= 2 * SHARD_BYTES + 100
 
-    def test_a_store_is_read_through_a_mirror_of_one_shard(
-        self, far: UPath, folder: Path, monkeypatch: pytest.MonkeyPatch, tokens: Tokens
-    ) -> None:
-        monkeypatch.setenv("WMCACHE_MIRROR_BYTES", str(SHARD_BYTES))
-        store = TokenStore.open(far, mirrored=True)
-        for seed in range(3):
-            frames = np.random.default_rng(seed).permutation(50)
-            np.testing.assert_array_equal(store.gather(frames), tokens[frames])
-        assert len(copies(folder)) == 1
-
     @pytest.mark.parametrize("text", [str(SHARD_BYTES - 1), "lots", "10 apples", "GB GB", "-", "1e"])
     def test_a_bound_below_one_shard_and_other_text_are_refused(
         self, far: UPath, monkeypatch: pytest.MonkeyPatch, text: str

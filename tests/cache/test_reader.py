@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import os
 import resource
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,16 +52,6 @@ def test_gather_reads_what_was_written_in_any_layout(
     path = write_store(tmp_path_factory.mktemp("layout") / "some.zarr", card, store, np.arange(frames), tokens)
     chosen = np.array(data.draw(st.lists(st.integers(0, frames - 1))), dtype=np.int64)
     np.testing.assert_array_equal(TokenStore.open(path).gather(chosen), tokens[chosen])
-
-
-def test_gather_copies_into_out(store: TokenStore) -> None:
-    frames = np.array([5, 300, 5])
-    expected = store.gather(frames)
-    out = np.full(expected.shape, np.nan, np.float16)
-    assert store.gather(frames, out) is out
-    np.testing.assert_array_equal(out, expected)
-    out[:] = 7
-    np.testing.assert_array_equal(store.gather(frames), expected)
 
 
 @pytest.mark.parametrize("frames", [[360], [-1], [0, 10**9], [[0, 1], [2, 3]]])
@@ -156,40 +143,6 @@ def test_every_reader_returns_the_bytes_of_zarr(
                 tested.prefetch(frames)
                 tested.gather(frames, out)
             assert out.tobytes() == whole[frames].tobytes(), type(tested).__name__
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_large_batch_is_copied_by_several_threads(
-    stores: dict[str, Path], dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reader, "COPY_THREADS", 3)
-    monkeypatch.setattr(reader, "BYTES_WORTH_A_THREAD", 1000)
-    frames = np.random.default_rng(0).integers(0, 50, 400)
-    found = TokenStore.open(stores[dtype]).gather_stored(frames)
-    np.testing.assert_array_equal(found, np.asarray(stored(stores[dtype]))[frames])
-    assert any(thread.name.startswith("gather") for thread in threading.enumerate())
-
-
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # the threads are tested
-def test_a_process_forked_after_reading_reads_the_same(
-    stores: dict[str, Path], tokens: Tokens, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reader, "BYTES_WORTH_A_THREAD", 100)
-    monkeypatch.setattr(reader, "COPY_THREADS", 2)
-    store, frames = TokenStore.open(stores["float16"]), np.arange(50)
-    store.gather(frames)
-
-    def read() -> None:
-        os._exit(0 if np.array_equal(store.gather(frames), tokens) else 1)
-
-    child = multiprocessing.get_context("fork").Process(target=read)
-    child.start()
-    child.join(20)
-    try:
-        assert child.exitcode == 0
-    finally:
-        child.kill()
-        child.join()
 
 
 @pytest.fixture

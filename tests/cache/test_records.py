@@ -24,7 +24,6 @@ from wmcache.cache.records import Record, Records, block_file, commits, record_f
 from wmcache.cache.verify import verify
 from wmcache.cache.writer import channel_sums
 from wmcache.common.errors import UserError
-from wmcache.common.jsonfiles import read_json, seal, write_json
 from wmcache.common.paths import AnyPath, names_in
 
 Tokens = NDArray[np.float16]
@@ -56,41 +55,6 @@ def test_a_record_is_read_as_it_was_written(
     Records(path, card, identity).write(3, record)
     assert Records(path, card, identity).read(3) == record
     assert [file.name for file in record_file(path, 3).parent.iterdir()] == ["000003.json"]
-
-
-@pytest.fixture
-def recorded(tmp_path: Path, card: StoreCard, identity: Identity) -> Path:
-    """A folder with the record of shard 1."""
-    record = Record((16, 32), 1000, "ab" * 32, identity.digest(), [1.5] * 4, [2.5] * 4)
-    Records(tmp_path, card, identity).write(1, record)
-    return tmp_path
-
-
-def test_the_record_of_another_shard_or_identity_is_refused(
-    recorded: Path, card: StoreCard, identity: Identity
-) -> None:
-    with pytest.raises(UserError, match=r"000001\.json"):
-        Records(recorded, card, dataclasses.replace(identity, image_size=96)).read(1)
-    with pytest.raises(UserError, match=r"000001\.json"):
-        Records(recorded, dataclasses.replace(card, frames_per_shard=17), identity).read(1)
-    record_file(recorded, 1).rename(record_file(recorded, 2))
-    with pytest.raises(UserError, match=r"000002\.json"):
-        Records(recorded, card, identity).read(2)
-
-
-@pytest.mark.parametrize("field", ["frames", "bytes", "sha256", "identity", "sum", "sum_of_squares"])
-def test_every_field_of_a_record_is_sealed_and_required(
-    recorded: Path, card: StoreCard, identity: Identity, field: str
-) -> None:
-    file = record_file(recorded, 1)
-    values = read_json(file, "")
-    write_json(file, {**values, field: "another"})
-    with pytest.raises(UserError, match=r"000001\.json"):
-        Records(recorded, card, identity).read(1)
-    del values["checksum"], values[field]
-    write_json(file, seal(values))
-    with pytest.raises(UserError, match=rf"000001\.json.*'{field}'"):
-        Records(recorded, card, identity).read(1)
 
 
 # Blocks, of ten shards here.
@@ -241,25 +205,17 @@ def _flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-def _edit(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
-    def edit(file: Path) -> None:
-        tensors = load_file(file)
-        tensors[name] = np.ascontiguousarray(change(tensors[name]))
-        save_file(tensors, file)
-
-    return edit
+def _add_to_sums(file: Path) -> None:
+    tensors = load_file(file)
+    save_file({**tensors, "sum": tensors["sum"] + 1}, file)
 
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {
-    "emptied": lambda file: file.write_bytes(b""),
     "cut": lambda file: file.write_bytes(file.read_bytes()[:-5]),
-    "not a safetensors file": lambda file: file.write_text("{}"),
     "a flipped bit": _flip,
     "without its checksum": lambda file: save_file({k: v for k, v in load_file(file).items() if k != "checksum"}, file),
     "another tensor": lambda file: save_file({**load_file(file), "more": np.zeros(1)}, file),
-    "other sums": _edit("sum", lambda it: it + 1),
-    "other shards": _edit("shard", lambda it: it + 1),
-    "an empty checksum": _edit("checksum", lambda it: it[:0]),
+    "other sums": _add_to_sums,
     "the block of other shards": lambda file: file.write_bytes(file.with_name("block-000000.safetensors").read_bytes()),
     "lost": lambda file: file.unlink(),
 }

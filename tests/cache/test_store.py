@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from wmcache.cache import Identity, StoreWriter, TokenStore
 from wmcache.cache.layout import DamagedError, read_attributes, write_attributes
-from wmcache.common.errors import MissingError, UserError
+from wmcache.common.errors import UserError
 
 Tokens = NDArray[np.float16]
 MakeWriter = Callable[..., StoreWriter]
@@ -95,11 +95,6 @@ def test_another_folder_is_not_written_to(tmp_path: Path, make_writer: MakeWrite
     with pytest.raises(UserError, match=r"mine\.zarr"):
         make_writer(tmp_path / "mine.zarr")
     assert contents(tmp_path) == {"mine.zarr/thesis.txt": b"years of work"}
-
-
-def test_a_missing_store_is_refused_with_the_command_that_makes_one() -> None:
-    with pytest.raises(MissingError, match=r"no/where\.zarr .*wmcache extract"):
-        TokenStore.open("no/where.zarr")
 
 
 @pytest.mark.parametrize("attributes", [{"format": "another"}, {}])
