@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import resource
 import struct
+import tarfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +21,13 @@ import google_crc32c
 import numpy as np
 import psutil
 import torch
-import zarr
 from fault_workers import Sample, content
 from numpy.typing import NDArray
+from PIL import Image
 
 from wmcache.cache import StoreCard, TokenStore
-from wmcache.cache.layout import read_attributes, read_card, shard_file
-from wmcache.cache.reader import ABSENT, ZarrReader
+from wmcache.cache.layout import shard_file
+from wmcache.cache.reader import ABSENT
 from wmcache.cache.records import record_file
 from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
@@ -56,14 +58,12 @@ def replace(file: Path, data: bytes) -> None:
 
 
 def flip(file: Path, offset: int, mask: int = 1) -> None:
-    """Flip bits of a byte."""
     data = bytearray(file.read_bytes())
     data[offset] ^= mask
     replace(file, bytes(data))
 
 
 def edit_json(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Change the value in a JSON file."""
     value = json.loads(file.read_bytes())
     edit(value)
     replace(file, (json.dumps(value, indent=2) + "\n").encode())
@@ -81,7 +81,6 @@ def forge(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 def forge_record(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Change the record of a shard and seal it again."""
     values = json.loads(file.read_bytes())
     values.pop("checksum", None)
     edit(values)
@@ -99,8 +98,39 @@ def update_checksums(dataset: Path, shard: int) -> None:
     edit_json(dataset / "dataset.json", edit)
 
 
+Members = list[tuple[str, bytes]]
+
+
+def members(tar: Path) -> Members:
+    with tarfile.open(tar) as opened:
+        return [(member.name, opened.extractfile(member).read()) for member in opened]
+
+
+def entry(name: str, data: bytes = b"", **header: Any) -> tuple[tarfile.TarInfo, bytes]:
+    """A member with any header."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for key, value in header.items():
+        setattr(info, key, value)
+    return info, data
+
+
+def write_tar(tar: Path, entries: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as opened:
+        for info, data in entries:
+            opened.addfile(info, io.BytesIO(data))
+    replace(tar, buffer.getvalue())
+
+
+def image_of(mode: str, side: int = 16, kind: str = "PNG") -> bytes:
+    """Return the file of a black image."""
+    buffer = io.BytesIO()
+    Image.new(mode, (side, side)).save(buffer, kind)
+    return buffer.getvalue()
+
+
 def index_bytes(card: StoreCard) -> int:
-    """Return the length of a shard's index with its checksum."""
     return 16 * card.frames_per_shard + 4
 
 
@@ -115,25 +145,17 @@ def rewrite_index(file: Path, card: StoreCard, entries: dict[int, tuple[int, int
 
 
 def lose_chunk(file: Path, card: StoreCard, row: int) -> None:
-    """Mark one frame as missing in a shard's index."""
     rewrite_index(file, card, {row: (int(ABSENT), int(ABSENT))})
 
 
 def stamps(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Return inode and time of every file: they change when a file is written again."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A copy of an undisturbed store, to be damaged.
-
-    Attributes:
-        sample: frames and weights; without them nothing can be encoded again.
-        whole: the undisturbed store.
-        path: the copy.
-    """
+    """A copy of an undisturbed store, to be damaged."""
 
     sample: Sample
     whole: Path
@@ -142,7 +164,6 @@ class Copy:
 
     @property
     def tokens(self) -> NDArray[np.float16]:
-        """The undisturbed tokens of every frame."""
         return TokenStore.open(self.whole).gather(EVERY)
 
     @property
@@ -151,23 +172,18 @@ class Copy:
         return content(self.path) == content(self.whole) and verify(self.path).sound
 
     def shard(self, number: int) -> Path:
-        """Return the path of a shard's file."""
         return Path(str(shard_file(self.path, number)))
 
     def record(self, number: int) -> Path:
-        """Return the path of a shard's record."""
         return Path(str(record_file(self.path, number)))
 
     def extract(self) -> None:
-        """Run the extraction that made the store."""
         self.sample.extract(self.path, self.dtype)
 
     def repair(self) -> None:
-        """Run `wmcache repair`."""
         repair(self.path, device="cpu")
 
     def stamps(self, *, records: bool = True, without: int = -1) -> dict[Path, tuple[int, int]]:
-        """Return `stamps` of shards and records, without those of one shard."""
         skipped = (self.shard(without), self.record(without)) if without >= 0 else ()
         return {
             file: stamp
@@ -185,13 +201,7 @@ class Copy:
         assert self.restored
 
 
-def zarr_reader(path: Path) -> ZarrReader:
-    """Open a local store with the reader of remote stores."""
-    return ZarrReader(zarr.open_group(path, mode="r")["tokens"], read_card(read_attributes(path)), path)
-
-
 def vouch(path: Path) -> None:
-    """Update the checksum of the tokens' description in a store's attributes."""
     forge(path, lambda attributes: attributes.update(layout=sha256_of(path / "tokens" / "zarr.json")))
 
 
@@ -262,38 +272,22 @@ class Warden:
         return kind, message
 
     def close(self) -> None:
-        """Kill it."""
         self._calls.close()
         self._process.kill()
         self._process.join()
 
 
-def peak(function: Callable[..., Any], *arguments: Any) -> tuple[str, int]:
-    """Return the error of a function, and the growth of the peak memory in bytes."""
-    torch.set_num_threads(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    try:
-        function(*arguments)
-        refusal = ""
-    except UserError as error:
-        refusal = str(error)
-    return refusal, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-
-
 def open_and_gather(path: str | Path) -> None:
-    """Read all of a store."""
     store = TokenStore.open(path)
     for shard in range(store.card.num_shards):
         store.gather(np.asarray(store.card.shard_frames(shard)))
 
 
 def read_shard(dataset: Path, shard: int) -> None:
-    """Read one tar."""
     FrameDataset.open(dataset).read_shard(shard)
 
 
 def create_encoder(weights: Path) -> None:
-    """Load weights, as `--weights` does."""
     encoders.create("tcn", weights=weights, device="cpu")
 
 
@@ -305,7 +299,6 @@ def resume_run(store: Path, run: Path) -> None:
 
 
 def load_model_on_cpu(run: Path) -> None:
-    """Load a model, as wmplan does."""
     load_model(run, torch.device("cpu"))
 
 

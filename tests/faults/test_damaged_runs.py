@@ -41,21 +41,17 @@ def resume_from(run: Path, store: Path, tiny: TrainOptions, first: int) -> None:
 
 TENSORS: dict[str, Damage] = {
     "missing": lambda file: file.unlink(),
-    "empty": lambda file: replace(file, b""),
     "cut in the header": lambda file: replace(file, file.read_bytes()[:500]),
     "cut in half": lambda file: replace(file, file.read_bytes()[: file.stat().st_size // 2]),
-    "cut by a byte": lambda file: replace(file, file.read_bytes()[:-1]),
     "zeroed": lambda file: replace(file, bytes(file.stat().st_size)),
     "header's length absurd": lambda file: flip(file, 7, 0x40),
     "a shape flipped": lambda file: flip_in_header(file, b"16]"),
-    "a type flipped": lambda file: flip_in_header(file, b"F32"),
     "a name flipped": lambda file: flip_in_header(file, b"blocks.0.mlp.0.bias"),
     "a value flipped": lambda file: flip(file, file.stat().st_size - 6),
 }
-STATES = ("", "{", "[]", "{}", "\0\0", '{"step": null}', '{"step": -1}', '{"step": 9}')
+STATES = ("", "[]", "{}", '{"step": null}', '{"step": 9}')
 CHECKPOINTS: dict[tuple[str, str], Damage] = {
     **{(f"{name}.safetensors", how): damage for name in ("model", "optimizer") for how, damage in TENSORS.items()},
-    ("optimizer.safetensors", "the generator's name flipped"): lambda file: flip_in_header(file, b"rng.cpu"),
     **{("state.json", text or "empty"): lambda file, text=text: file.write_text(text) for text in STATES},
     ("state.json", "missing"): lambda file: file.unlink(),
 }
@@ -124,7 +120,7 @@ def test_a_damaged_end_of_the_log_does_not_stop_a_run(
 
 
 @pytest.mark.parametrize("name", ["config.json", "identity.json"])
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\0\0"], ids=["empty", "cut", "list", "other", "zeros"])
+@pytest.mark.parametrize("text", ["{", "[]", "{}"], ids=["cut", "list", "other"])
 def test_a_run_with_damaged_settings_is_refused(
     run: Path, store_path: Path, tiny: TrainOptions, name: str, text: str
 ) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from damage_tools import (
     EVERY,
     FRAMES,
     PER_SHARD,
-    SHARDS,
     Copy,
     flip,
     gather_around_a_cut,
@@ -25,13 +25,13 @@ from damage_tools import (
     replace,
     rewrite_index,
     stamps,
-    zarr_reader,
 )
 from fault_workers import Child, Sample, command, content
 from upath import UPath
 
 from wmcache.cache import TokenStore
 from wmcache.cache.catalogue import remove
+from wmcache.cache.reader import ZarrReader
 from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
 from wmcache.common.paths import as_path, upload
@@ -48,14 +48,9 @@ BOTH = pytest.mark.parametrize("dtype", ["float16", "int8"])
 # (stride of a frame, size of a shard) -> (shard, offset)
 POSITIONS: dict[str, Callable[[int, int], tuple[int, int]]] = {
     "first byte of a shard": lambda stride, size: (2, 0),
-    "first byte of a frame": lambda stride, size: (2, stride),
     "last byte of a frame's tokens": lambda stride, size: (2, 2 * stride - 5),
-    "first byte of a frame's checksum": lambda stride, size: (2, 2 * stride - 4),
     "last byte of a frame's checksum": lambda stride, size: (2, 2 * stride - 1),
-    "first byte of the index": lambda stride, size: (2, PER_SHARD * stride),
     "a length in the index": lambda stride, size: (2, PER_SHARD * stride + 16 + 8),
-    "last byte of the index": lambda stride, size: (2, size - 5),
-    "first byte of the index's checksum": lambda stride, size: (2, size - 4),
     "last byte of a shard": lambda stride, size: (2, size - 1),
     "last frame of the short shard": lambda stride, size: (5, stride),
     "index of a frame that the short shard does not have": lambda stride, size: (5, 2 * stride + 2 * 16 + 3),
@@ -83,8 +78,9 @@ def test_a_flipped_bit_is_named_found_and_repaired(copy: Copy, position: str) ->
         )
     sound = [number for number in EVERY if number // PER_SHARD != shard or frame not in (None, number)]
     np.testing.assert_array_equal(store.gather(np.array(sound)), tokens[sound])
+    remote = ZarrReader(zarr.open_group(copy.path, mode="r")["tokens"], card, copy.path)
     with pytest.raises(UserError, match="tokens"):
-        zarr_reader(copy.path).gather(EVERY, np.empty((FRAMES, *card.frame_shape), card.dtype))
+        remote.gather(EVERY, np.empty((FRAMES, *card.frame_shape), card.dtype))
     assert frame is None or verify(copy.path).faults[0].reason.endswith(f" {frame}")
     copy.check_repair(shard)
     # A new file may get the inode of the deleted one.
@@ -95,16 +91,10 @@ def test_a_flipped_bit_is_named_found_and_repaired(copy: Copy, position: str) ->
 OTHERS: dict[str, Callable[[bytes], bytes | None]] = {
     "missing": lambda data: None,
     "emptied": lambda data: b"",
-    "cut to a byte": lambda data: data[:1],
-    "cut after a frame": lambda data: data[:260],
     "cut before its index": lambda data: data[: -(16 * PER_SHARD + 4)],
-    "cut by a byte": lambda data: data[:-1],
-    "cut in the middle, both ends there": lambda data: data[:300] + data[400:],
     "appended to": lambda data: data + b"\0",
-    "written twice": lambda data: data + data,
     "zeroed": lambda data: bytes(len(data)),
     "zeroed from the middle on": lambda data: data[:500] + bytes(len(data) - 500),
-    "zeroed up to the middle": lambda data: bytes(500) + data[500:],
     "shifted by a byte": lambda data: data[1:] + b"\0",
 }
 
@@ -141,54 +131,16 @@ def test_an_index_that_swaps_two_frames_is_refused(copy: Copy) -> None:
     copy.check_repair(2)
 
 
-def break_several(copy: Copy) -> None:
+def test_damage_of_several_kinds_is_repaired_at_once(copy: Copy) -> None:
     flip(copy.shard(0), 10)
     flip(copy.shard(0), 600)
+    shutil.rmtree(copy.path / "state" / "c")
+    replace(copy.shard(2), copy.shard(1).read_bytes())
+    copy.record(2).unlink()
     copy.shard(3).unlink()
     copy.record(4).unlink()
     os.truncate(copy.shard(5), 99)
-
-
-def replace_and_forget(copy: Copy) -> None:
-    replace(copy.shard(2), copy.shard(1).read_bytes())
-    copy.record(2).unlink()
-
-
-def flip_and_spoil_a_column(copy: Copy) -> None:
-    flip(copy.shard(2), 300)
-    shutil.rmtree(copy.path / "state" / "c")
-
-
-def lose_all(copy: Copy) -> None:
-    for shard in range(SHARDS):
-        copy.shard(shard).unlink()
-
-
-@pytest.mark.parametrize(
-    ("damage", "shards"),
-    [
-        (break_several, {0, 3, 4, 5}),
-        (replace_and_forget, {2}),
-        (flip_and_spoil_a_column, {None, 2}),
-        (lose_all, {*range(SHARDS)}),
-    ],
-)
-def test_damage_of_several_kinds_is_repaired_at_once(
-    copy: Copy, damage: Callable[[Copy], None], shards: set[int | None]
-) -> None:
-    damage(copy)
-    assert {fault.shard for fault in verify(copy.path).faults} <= shards
-    copy.repair()
-    assert copy.restored
-
-
-@pytest.mark.parametrize("missing", [False, True])
-def test_the_same_extraction_repairs_what_it_sees_and_repair_the_rest(copy: Copy, missing: bool) -> None:
-    flip(copy.shard(2), 700)
-    if missing:
-        copy.shard(2).unlink()
-    copy.extract()
-    assert verify(copy.path).sound == missing
+    assert {fault.shard for fault in verify(copy.path).faults} == {None, 0, 2, 3, 4, 5}
     copy.repair()
     assert copy.restored
 
@@ -203,7 +155,7 @@ def test_what_cannot_be_made_again_is_not_dropped(orphan: Copy) -> None:
     np.testing.assert_array_equal(TokenStore.open(orphan.path).gather(sound), orphan.tokens[sound])
 
 
-@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 9000])
+@pytest.mark.parametrize("size", [0, 4095, 9000])
 def test_a_file_that_is_cut_while_it_is_mapped_is_an_error_and_no_crash(
     store_path: Path, tmp_path: Path, start: Start, size: int
 ) -> None:
@@ -248,16 +200,11 @@ def by_repair(copy: Copy) -> None:
     copy.repair()
 
 
-def by_extraction(copy: Copy) -> None:
-    copy.shard(2).unlink()
-    copy.extract()
-
-
 def by_moving(copy: Copy) -> None:
     copy.path.rename(copy.path.with_name("moved.zarr"))
 
 
-@pytest.mark.parametrize("change", [by_another, by_repair, by_extraction, by_moving, lambda copy: remove(copy.path)])
+@pytest.mark.parametrize("change", [by_another, by_repair, by_moving, lambda copy: remove(copy.path)])
 @pytest.mark.parametrize("loaded", [False, True], ids=["mapped", "in memory"])
 def test_a_reader_notices_that_its_store_has_changed(copy: Copy, change: Callable[[Copy], None], loaded: bool) -> None:
     store, cold = TokenStore.open(copy.path), TokenStore.open(copy.path)

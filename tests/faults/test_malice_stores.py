@@ -6,7 +6,6 @@ import io
 import json
 import os
 import pickle
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ import google_crc32c
 import numpy as np
 import pytest
 import torch
-import zarr
 from damage_tools import (
     FRAMES,
     PER_SHARD,
@@ -36,7 +34,6 @@ from damage_tools import (
     vouch,
     vouch_for,
 )
-from fault_workers import Child
 
 from wmcache.cache import TokenStore
 from wmcache.cache.catalogue import list_stores
@@ -45,7 +42,6 @@ from wmcache.common.files import sha256_of
 from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.pipeline.repair import repair
 
-Start = Callable[..., Child]
 Edit = Callable[[dict[str, Any]], object]
 Outcome = Callable[..., tuple[str, str]]
 Refused = Callable[..., str]
@@ -78,23 +74,19 @@ ATTRIBUTES: dict[str, Edit] = {
             "token_dim": [-32, 2**70, 1e3],
             "token_grid": [["2", "2"], 4, [2**39, 2**39], [[2], [2]]],
             "dtype": ["object", "float64", []],
-            "dataset": [[], None],
-            "encoder": ["tcn"],
+            "dataset": [None],
             "_target_": ["os.system"],
         }.items()
         for value in values
     },
     "no card": lambda it: it.pop("card"),
     "identity with another field": lambda it: it["identity"].update(_target_="os.system"),
-    "columns a list": lambda it: it.update(columns=["state"]),
     "columns none": lambda it: it.update(columns=None),
     "a column outside": lambda it: it["columns"].update({"../../etc": "0"}),
     "the tokens a column": lambda it: it["columns"].update(tokens="0"),
     "no state": lambda it: it["columns"].pop("state"),
-    "complete missing": lambda it: it.pop("complete"),
     "mean too short": lambda it: it.update(mean=[0.0]),
     "std of infinity": lambda it: it.update(std=[float("inf")] * 32),
-    "no layout": lambda it: it.pop("layout"),
 }
 
 
@@ -147,10 +139,8 @@ def test_an_absurd_number_of_frames_is_refused_though_all_descriptions_agree(
 
 ARRAYS: dict[str, Edit] = {
     "10**15 rows": lambda it: it["shape"].__setitem__(0, 10**15),
-    "rows of rows of rows": lambda it: it.update(shape=[FRAMES] + [2**20] * 40),
     "codecs by the thousand": lambda it: it.update(codecs=it["codecs"] + [{"name": "crc32c"}] * 5000),
     "an import path for a codec": lambda it: it.update(codecs=[{"name": "os.system", "configuration": {"command": "x"}}]),
-    "a pickle for a codec": lambda it: it["codecs"].append({"name": "numcodecs.pickle", "configuration": {}}),
     "chunks of 10**15": lambda it: it["chunk_grid"]["configuration"].update(chunk_shape=[10**15] * len(it["shape"])),
     "chunks elsewhere": lambda it: it.update(chunk_key_encoding={"name": "default", "configuration": {"separator": "/../"}}),
 }  # fmt: skip
@@ -169,7 +159,7 @@ PICKLED = {"zarr_format": 2, "shape": [FRAMES, 4], "chunks": [FRAMES, 4], "dtype
 PICKLED |= {"filters": [{"id": "pickle", "protocol": 5}], "compressor": None, "attributes": {}}
 
 
-@pytest.mark.parametrize("where", ["consolidated", "beside", "by URL"])
+@pytest.mark.parametrize("where", ["consolidated", "beside"])
 def test_pickles_in_a_column_are_refused(copy: Copy, refused: Refused, canary: Path, where: str) -> None:
     store, names = copy.path, ("tokens", "action", "episode", "step")
     (store / "state" / "0.0").write_bytes(pickle.dumps(Hostile(canary)))
@@ -179,18 +169,8 @@ def test_pickles_in_a_column_are_refused(copy: Copy, refused: Refused, canary: P
         edit_json(store / "zarr.json", lambda it: it.update(consolidated_metadata=inline))
     else:
         (store / "state" / ".zarray").write_text(json.dumps(PICKLED))
-    if where == "beside":
         (store / "state" / "zarr.json").unlink()
-    elif where == "by URL":
-        attributes = json.loads((store / "zarr.json").read_bytes())["attributes"]
-        (store / "zarr.json").unlink()
-        (store / ".zgroup").write_text('{"zarr_format": 2}')
-        (store / ".zattrs").write_text(json.dumps(attributes))
-        for name in names:
-            array = zarr.open_array(copy.whole / name, mode="r")
-            shutil.rmtree(store / name)
-            zarr.create_array(store / name, data=array[:], fill_value=array.fill_value, zarr_format=2)
-    assert is_refusal(refused(open_and_gather, f"file://{store}" if where == "by URL" else store))
+    assert is_refusal(refused(open_and_gather, store))
 
 
 # Shards, records, and what a repair reads.
@@ -246,7 +226,6 @@ def test_absurd_shards_and_records_with_matching_checksums_are_found_and_made_ag
 
 CARDS: dict[str, dict[str, Any]] = {
     "unknown encoder": {"encoder": {"name": "os.system"}},
-    "another argument": {"encoder": {"name": "tcn", "_target_": "os.system"}},
     "image size absurd": {"encoder": {"name": "tcn", "image_size": 32 * 10**6}},
     "dtype": {"encoder": {"name": "tcn", "dtype": "object"}},
     **{
@@ -272,10 +251,6 @@ def test_hostile_names_stay_on_one_line(copy: Copy, refused: Refused) -> None:
 # Weights, checkpoints and settings of runs.
 
 
-def pickled(canary: Path) -> bytes:
-    return pickle.dumps(Hostile(canary))
-
-
 def saved_by_torch(canary: Path) -> bytes:
     buffer = io.BytesIO()
     torch.save({"stem.0.weight": Hostile(canary)}, buffer)
@@ -289,14 +264,12 @@ def header(value: Any, data: bytes = b"") -> Callable[[Path], bytes]:
 
 
 WEIGHTS: dict[str, Callable[[Path], bytes]] = {
-    "a pickle": pickled,
+    "a pickle": lambda canary: pickle.dumps(Hostile(canary)),
     "saved by torch": saved_by_torch,
-    "a page": lambda canary: b"<html>404</html>",
     "a header of 2**62 bytes": lambda canary: struct.pack("<Q", 2**62) + b"{}",
     "a nested header": header(b"[" * 10**5 + b"]" * 10**5),
     "an absurd shape": header({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}, b"abcd"),
     "data elsewhere": header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [10**12, 10**12 + 4]}}, b"abcd"),
-    "an unknown type": header({"a": {"dtype": "O", "shape": [1], "data_offsets": [0, 4]}}, b"abcd"),
     "no tensors": header({}),
 }
 
@@ -308,9 +281,9 @@ def test_other_files_than_weights_are_refused(tmp_path: Path, refused: Refused, 
     assert is_refusal(refused(create_encoder, file), file)
 
 
-@pytest.mark.parametrize("name", ["evil.pt", "evil.pkl", "evil.bin", "evil", "evil.safetensors.pt"])
+@pytest.mark.parametrize("name", ["evil.pt", "evil", "evil.safetensors.pt"])
 def test_weights_of_another_suffix_are_not_opened(tmp_path: Path, refused: Refused, canary: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(pickled(canary))
+    (tmp_path / name).write_bytes(pickle.dumps(Hostile(canary)))
     assert is_refusal(refused(create_encoder, tmp_path / name), name, ".safetensors")
 
 
@@ -331,13 +304,11 @@ SETTINGS: dict[str, Edit] = {
     "a class for a model": lambda it: it.update(model="os.system"),
     "a class in the options": lambda it: it["model_options"].update(_target_="os.system"),
     "width 10**9": lambda it: it["model_options"].update(width=10**9),
-    "width a text": lambda it: it["model_options"].update(width="16"),
     "no heads": lambda it: it["model_options"].update(heads=0),
     "depth 10**8": lambda it: it["model_options"].update(depth=10**8),
     "mlp of 10**12": lambda it: it["model_options"].update(mlp_ratio=1e12),
     "shape with another field": lambda it: it["shape"].update(_target_="os.system"),
     "10**9 tokens": lambda it: it["shape"].update(tokens=10**9),
-    "dimensions in text": lambda it: it["shape"].update(token_dim="32"),
 }
 
 
