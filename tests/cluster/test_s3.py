@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ import pytest
 from click.testing import CliRunner
 from s3_server import S3Server
 
-from wmcache.cache import TokenStore
 from wmcache.cli import main, wmtrain
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
@@ -33,11 +30,6 @@ TRAIN = ["wmtrain", "--width", "16", "--depth", "1", "--heads", "2", "--dropout"
 TRAIN += ["--dtype", "float32", "--residence", "disk", "--batch-size", "2", "--log-every", "1"]
 TRAIN += ["--validate-every", "24", "--checkpoint-every", "4"]
 STEPS = 24
-LOAD = """
-import hashlib, sys
-from wmcache.cache import TokenStore
-print(hashlib.sha256(TokenStore.open(sys.argv[1], mirrored=True).load().tobytes()).hexdigest())
-"""
 SHARDS = 30
 PATIENCE = 120.0
 
@@ -277,26 +269,6 @@ def test_a_training_resumes_after_the_server_was_killed(
     assert losses(out) == pytest.approx(curve)
 
 
-def test_a_training_fetches_only_missing_and_damaged_shards_of_its_mirror(
-    s3: S3Server, run: Run, home: Path, local: Path, curve: dict[int, float]
-) -> None:
-    store = upload(s3, local, "mirrored.zarr")
-    TokenStore.open(store, mirrored=True).load()
-    mirror = {path: path.read_bytes() for path in (home / "mirror").iterdir()}
-    shards = shards_in(local)
-    assert sorted(mirror.values()) == sorted(shards.values())
-    # The server keeps only the shard that is damaged in the mirror.
-    damaged, whole = next((path, content) for path, content in mirror.items() if content == shards["tokens/c.20.0.0"])
-    damaged.write_bytes(whole[:50] + bytes([whole[50] ^ 1]) + whole[51:])
-    with s3.client() as client:
-        for name, content in shards.items():
-            if content != whole:
-                client.put_object(Bucket="bucket", Key=f"mirrored.zarr/{name}", Body=bytes(len(content)))
-    run(train(store, home / "run")).well()
-    assert losses(home / "run") == pytest.approx(curve)
-    assert damaged.read_bytes() == whole
-
-
 def test_two_trainings_share_a_mirror(
     s3: S3Server, start: Start, home: Path, local: Path, curve: dict[int, float]
 ) -> None:
@@ -310,24 +282,6 @@ def test_two_trainings_share_a_mirror(
     # Each shard once, in two requests, and twice the description, in 40; if both fetched each shard, it would be 200.
     assert s3.requests("bucket")["GET"] - before < 5 * SHARDS
     assert all(path.suffix == ".shard" for path in (home / "mirror").iterdir())
-
-
-def test_a_mirror_keeps_its_limit(s3: S3Server, start: Start, home: Path, local: Path) -> None:
-    store = upload(s3, local, "bounded.zarr")
-    bound = 10 * max(map(len, shards_in(local).values()))
-    reading = start(["python", "-c", LOAD, store], WMCACHE_MIRROR_BYTES=str(bound))
-    most = 0
-    while reading.poll() is None:
-        held = 0
-        for path in (home / "mirror").glob("*.shard"):
-            with suppress(FileNotFoundError):  # evicted just now
-                held += path.stat().st_size
-        most = max(most, held)
-        time.sleep(0.001)
-    warning, digest = wait(reading).well()
-    assert "WMCACHE_MIRROR_BYTES" in warning
-    assert digest == hashlib.sha256(TokenStore.open(local).load().tobytes()).hexdigest()
-    assert 0 < most <= bound
 
 
 EXTRACT_THERE = [*EXTRACT, "--dataset", "DATASET", "--out", "s3://bucket/refused.zarr"]

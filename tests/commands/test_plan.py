@@ -100,18 +100,6 @@ class TestOptions:
         assert ", ".join(SOLVERS) in text
         assert ("--gd-steps" in text, "--samples" in text) == (solver == "gd", solver != "gd")
 
-    def test_goals_and_distances_arrive(self, parse: Parse) -> None:
-        given = {
-            "goals": "random-action",
-            "goal_steps": 12,
-            "distance": "graph",
-            "alpha": 0.5,
-            "context": 3,
-            "observed": 2,
-        }
-        line = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
-        assert flat(parse(line)) == {**flat(PlanOptions()), **given}
-
 
 @pytest.fixture(scope="module")
 def planned(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -184,11 +172,6 @@ class TestResults:
         # The pairs of a file are the same either way.
         (tmp_path / "results.json").write_text(json.dumps({"options": {**options, "goals": "some.parquet"}}))
         results.refuse_other_results(tmp_path, PlanOptions(goals="some.parquet"))
-
-    def test_a_sweep_writes_a_folder_for_each_setting(self, planned: Path) -> None:
-        for flags in ("", "--samples 5", "--no-strict", "--seed 3"):
-            succeed(f"{QUICK} {flags}", run=planned)
-        assert len(list(planned.glob("plan-all-x1-*/results.json"))) == 4
 
 
 def test_planning_is_measured_against_the_reference(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:

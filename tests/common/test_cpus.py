@@ -86,11 +86,6 @@ def test_slurm(monkeypatch: pytest.MonkeyPatch, value: str, expected: int) -> No
     assert available_cpus() == expected
 
 
-def test_other_text_is_not_a_limit(many: None, enter: Callable[[str], Path]) -> None:
-    set_v2(enter("0::/job\n") / "job", "nonsense")
-    assert available_cpus() == 64
-
-
 @pytest.fixture
 def environment(many: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The empty environment of a process on 64 CPUs."""
@@ -100,13 +95,10 @@ def environment(many: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return variables
 
 
-def test_without_a_limit_torch_chooses_the_number_of_threads(environment: dict[str, str]) -> None:
+def test_only_a_limit_of_cpus_limits_threads(environment: dict[str, str]) -> None:
     CliRunner().invoke(main, ["--version"])
     assert "OMP_NUM_THREADS" not in environment
     assert environment.items() >= cpus.SPINS.items()
-
-
-def test_slurm_limits_threads(environment: dict[str, str]) -> None:
     environment["SLURM_CPUS_PER_TASK"] = "6"
     CliRunner().invoke(main, ["--version"])
     assert environment["OMP_NUM_THREADS"] == "6"

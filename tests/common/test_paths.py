@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from wmcache.common.files import atomic_write, sha256_of, write_whole
 from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.paths import (
     AnyPath,
-    Found,
     absolute,
     as_os_errors,
     as_path,
@@ -98,27 +96,6 @@ def test_paths_import_no_object_store() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
-
-
-def test_a_file_is_written_read_and_removed(somewhere: AnyPath) -> None:
-    at = somewhere / "a" / "file.bin"
-    assert not exists(at)
-    assert not exists(somewhere / "a")
-    with atomic_write(at) as file:
-        file.write(b"content")
-        assert not exists(at)
-    assert names_in(at.parent) == ["file.bin"]
-    assert exists(somewhere / "a")
-    assert (read_bytes(at), size_of(at)) == (b"content", 7)
-    assert sha256_of(at) == hashlib.sha256(b"content").hexdigest()
-    with open_to_read(at) as opened:
-        assert opened.read() == b"content"
-        opened.seek(3)
-        assert opened.read(2) == b"te"
-    remove(at)
-    assert not exists(at)
-    remove(at)
-    remove(somewhere / "none" / "deeper")
 
 
 def test_a_folder_is_removed_with_its_content(somewhere: AnyPath) -> None:
@@ -225,11 +202,6 @@ def test_whatever_is_raised_is_an_os_error_of_one_line(error: Exception, number:
     assert (caught.value.errno, caught.value.strerror, caught.value.filename) == (number, text, "bucket/x")
 
 
-def test_ctrl_c_is_not_an_os_error() -> None:
-    with pytest.raises(KeyboardInterrupt), as_os_errors(Path("x")):
-        raise KeyboardInterrupt
-
-
 FAILING: list[Callable[[AnyPath], Any]] = [
     exists,
     read_bytes,
@@ -277,8 +249,3 @@ def test_an_object_store_has_no_limit(bucket: UPath, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"the store .*1000000\.0 TB.*{missing}"):
         require_space(missing, 10**18, "the store")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_files_of_memory_have_no_tag(bucket: UPath) -> None:
-    put(bucket / "x", b"abc")
-    assert dict(files_in(bucket)) == {"x": Found(3)}
