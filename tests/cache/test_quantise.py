@@ -83,24 +83,6 @@ def test_a_channel_uses_the_whole_range() -> None:
     assert middle == pytest.approx(2)
 
 
-def test_channels_are_independent() -> None:
-    rng = np.random.default_rng(0)
-    one, other = (rng.normal(0, spread, (20, 3, 1)).astype(np.float16) for spread in (1, 1000))
-    together = quantise(np.concatenate([one, other], axis=2))
-    for channel, alone in enumerate((quantise(one), quantise(other))):
-        for both, single in zip(together, alone, strict=True):
-            np.testing.assert_array_equal(both[..., channel], single[..., 0])
-
-
-def test_every_frame_has_its_own_scale() -> None:
-    stored = np.full((40, 2, 1), 2, np.int8)
-    scale, middle = np.arange(40, dtype=np.float32)[:, None], np.full((40, 1), 0.5, np.float32)
-    out = np.empty((40, 2, 1), np.float16)
-    assert dequantise(stored, scale, middle, out) is out
-    np.testing.assert_array_equal(out[:, 0, 0], 2 * np.arange(40) + 0.5)
-    np.testing.assert_array_equal(out[:, 1], out[:, 0])
-
-
 @pytest.fixture(scope="module")
 def int8_path(
     tmp_path_factory: pytest.TempPathFactory, make_writer: Callable[..., StoreWriter], write: Callable[..., None]

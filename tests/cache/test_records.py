@@ -6,7 +6,9 @@ import dataclasses
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -265,25 +267,13 @@ class TestDamage:
         assert records_of(folded).count() == SHARDS
 
 
-SCRIPT = """
+KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
 from wmcache.cache import StoreWriter, Identity, records
 from wmcache.cache.layout import read_attributes
 
-records.IN_A_BLOCK = 10
-
-def resume(path):
-    return StoreWriter.resume(path, Identity.from_json(read_attributes(path)["identity"], "here"))
-"""
-
-
-def run(body: str, *words: object) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", SCRIPT + body, *map(str, words)])
-
-
-KILLED = """
 def die_after(calls, owner, name, counts):
     real, left = getattr(owner, name), calls
 
@@ -296,7 +286,9 @@ def die_after(calls, owner, name, counts):
 
     setattr(owner, name, call)
 
-writer, calls = resume(Path(sys.argv[1])), int(sys.argv[4])
+records.IN_A_BLOCK = 10
+path, calls = Path(sys.argv[1]), int(sys.argv[4])
+writer = StoreWriter.resume(path, Identity.from_json(read_attributes(path)["identity"], "here"))
 if sys.argv[3] == "block":
     die_after(calls, records, "save_tensors", lambda _: True)
 else:  # locks and temporary files are deleted too
@@ -325,7 +317,8 @@ def test_a_kill_while_folding_loses_nothing(
     writer = make_folding(tmp_path / "killed.zarr")
     write(writer, range(9))
     np.save(tmp_path / "tokens.npy", tokens[18:20])
-    assert run(KILLED, writer.path, tmp_path / "tokens.npy", moment, calls).wait(60) == -signal.SIGKILL
+    words = [sys.executable, "-c", KILLED, writer.path, tmp_path / "tokens.npy", moment, str(calls)]
+    assert subprocess.run(words, check=False, timeout=60).returncode == -signal.SIGKILL
     left = [name for name in names(writer) if not name.endswith((".tmp", ".lock"))]
     assert (sum(name.startswith("block") for name in left), sum(name.endswith(".json") for name in left)) == expected
     assert writer.pending() == [*range(10, SHARDS)]
@@ -337,32 +330,21 @@ def test_a_kill_while_folding_loses_nothing(
     assert verify(writer.path).sound
 
 
-TOGETHER = """
-folder, shard, mates = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3].split(",")
-tokens = np.load(folder / "tokens.npy")
-for path in sorted(folder.glob("*.zarr")):
-    writer = resume(path)
-    rows = writer.card.shard_frames(shard)
-    (folder / f"{path.name}-{shard}").touch()
-    while not all((folder / f"{path.name}-{mate}").exists() for mate in mates):
-        pass
-    with writer.claim(shard) as claimed:
-        assert claimed
-        writer.write_shard(shard, tokens[rows.start : rows.stop])
-"""
-
-
 @pytest.mark.usefixtures("tens")
-def test_processes_that_finish_a_block_at_once_write_one(
-    tmp_path: Path, make_folding: MakeFolding, write: Write, tokens: Tokens
+def test_writers_that_finish_a_block_at_once_write_one(
+    tmp_path: Path, make_folding: MakeFolding, write: Write, tokens: Tokens, identity: Identity
 ) -> None:
-    writers = [make_folding(tmp_path / f"{number}.zarr") for number in range(8)]
-    for writer in writers:
+    for number in range(8):
+        writer, together = make_folding(tmp_path / f"{number}.zarr"), threading.Barrier(2)
         write(writer, range(8))
-    np.save(tmp_path / "tokens.npy", tokens)
-    processes = [run(TOGETHER, tmp_path, shard, "8,9") for shard in (8, 9)]
-    assert [process.wait(100) for process in processes] == [0, 0]
-    for writer in writers:
+
+        def finish(shard: int, path: Path = writer.path, together: threading.Barrier = together) -> None:
+            resumed = StoreWriter.resume(path, identity)
+            together.wait(10)
+            write(resumed, [shard])
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(finish, (8, 9), timeout=60))
         assert names(writer) == BLOCKED[:1]
         assert writer.pending() == [*range(10, SHARDS)]
         found = [records_of(writer).read(shard).sum for shard in (0, 8, 9)]

@@ -269,21 +269,6 @@ def test_a_training_resumes_after_the_server_was_killed(
     assert losses(out) == pytest.approx(curve)
 
 
-def test_two_trainings_share_a_mirror(
-    s3: S3Server, start: Start, home: Path, local: Path, curve: dict[int, float]
-) -> None:
-    store = upload(s3, local, "shared-mirror.zarr")
-    before = s3.requests("bucket")["GET"]
-    both = [start(train(store, home / name)) for name in ("one", "other")]
-    for process in both:
-        wait(process).well()
-    for name in ("one", "other"):
-        assert losses(home / name) == pytest.approx(curve)
-    # Each shard once, in two requests, and twice the description, in 40; if both fetched each shard, it would be 200.
-    assert s3.requests("bucket")["GET"] - before < 5 * SHARDS
-    assert all(path.suffix == ".shard" for path in (home / "mirror").iterdir())
-
-
 EXTRACT_THERE = [*EXTRACT, "--dataset", "DATASET", "--out", "s3://bucket/refused.zarr"]
 COLLECT_THERE = ["wmcache", "collect", "--episodes", "1", "--image-size", "32", "--cluster", "local:1", "--out"]
 INFO = ["wmcache", "info", "s3://bucket/x.zarr"]

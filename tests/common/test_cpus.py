@@ -69,16 +69,6 @@ def test_a_quota_is_rounded_up(groups: tuple[Path, SetLimits], limit: str, expec
     assert available_cpus() == expected
 
 
-@pytest.mark.parametrize("tightest", ["", "job", "job/step"])
-def test_the_tightest_of_all_groups_above_counts(groups: tuple[Path, SetLimits], tightest: str) -> None:
-    root, set_limit = groups
-    for name in ("", "job", "job/step"):
-        set_limit(root / name, "300000 100000" if name == tightest else "max 100000")
-    set_limit(root / "beside", "100000 100000")
-    set_limit(root / "job/step/below", "100000 100000")
-    assert available_cpus() == 3
-
-
 @pytest.mark.parametrize(("value", "expected"), [("8", 8), ("128", 64), ("0", 1), ("", 64), ("all", 64)])
 @pytest.mark.usefixtures("many")
 def test_slurm(monkeypatch: pytest.MonkeyPatch, value: str, expected: int) -> None:

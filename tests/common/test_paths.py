@@ -202,6 +202,11 @@ def test_whatever_is_raised_is_an_os_error_of_one_line(error: Exception, number:
     assert (caught.value.errno, caught.value.strerror, caught.value.filename) == (number, text, "bucket/x")
 
 
+def test_ctrl_c_is_not_an_os_error() -> None:
+    with pytest.raises(KeyboardInterrupt), as_os_errors(Path("x")):
+        raise KeyboardInterrupt
+
+
 FAILING: list[Callable[[AnyPath], Any]] = [
     exists,
     read_bytes,
