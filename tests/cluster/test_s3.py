@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,8 @@ from wmcache.pipeline.collect import collect
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 
+from .conftest import Running, lines_of
+
 COLLECT = ["wmcache", "collect", "--env", "UMaze", "--episodes", "8", "--length", "60", "--image-size", "32"]
 COLLECT += ["--frames-per-shard", "16", "--cluster", "local:1"]
 EXTRACT = ["wmcache", "extract", "--encoder", "pixels", "--image-size", "16", "--device", "cpu"]
@@ -31,11 +30,11 @@ TRAIN += ["--dtype", "float32", "--residence", "disk", "--batch-size", "2", "--l
 TRAIN += ["--validate-every", "24", "--checkpoint-every", "4"]
 STEPS = 24
 SHARDS = 30
-PATIENCE = 120.0
 
 pytestmark = pytest.mark.cluster
 
-Start = Callable[..., "subprocess.Popen[str]"]
+Launch = Callable[..., Running]
+Start = Callable[..., Running]
 Run = Callable[[list[str]], "Done"]
 
 
@@ -81,45 +80,22 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start(s3: S3Server, home: Path) -> Iterator[Start]:
+def start(s3: S3Server, home: Path, launch: Launch) -> Start:
     """(words, identity=…, **environment) -> the running command; None removes a variable."""
-    started: list[subprocess.Popen[str]] = []
 
-    def begin(words: list[str], *, identity: str = "full", **variables: str | None) -> subprocess.Popen[str]:
+    def begin(words: list[str], *, identity: str = "full", **variables: str | None) -> Running:
         known = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "WMCACHE_"))}
         # Nothing of the user's own settings, and no search for the metadata service of a cloud.
         alone = {"HOME": str(home), "WMCACHE_HOME": str(home), "AWS_EC2_METADATA_DISABLED": "true"}
-        wanted = {**known, **alone, "OMP_NUM_THREADS": "1", **s3.environment(identity), **variables}
-        process = subprocess.Popen(
-            [Path(sys.executable).with_name(words[0]), *words[1:]],
-            env={name: value for name, value in wanted.items() if value is not None},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        started.append(process)
-        return process
+        wanted = {**known, **alone, **s3.environment(identity), **variables}
+        return launch(words, **{name: value for name, value in wanted.items() if value is not None})
 
-    yield begin
-    for process in started:
-        process.kill()
-        process.communicate()
+    return begin
 
 
-def wait(process: subprocess.Popen[str]) -> Done:
+def wait(running: Running) -> Done:
     """Wait for the end of a command."""
-    try:
-        output, _ = process.communicate(timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise AssertionError(f"it hangs: {process.communicate()[0]}") from None
-    return Done(process.returncode, lines_of(output))
-
-
-def lines_of(output: str) -> list[str]:
-    """The lines without progress bars."""
-    lines = [line.strip() for line in re.split(r"[\r\n]", output)]
-    return [line for line in lines if line and not re.search(r"\d+%\||\d+/\d+ \[|B/s\]$", line)]
+    return Done(running.wait(), running.lines)
 
 
 @pytest.fixture
@@ -169,15 +145,11 @@ def download(s3: S3Server, url: str, prefix: str = "") -> dict[str, bytes]:
         return {name: client.get_object(Bucket=bucket, Key=f"{folder}/{name}")["Body"].read() for name in names}
 
 
-def kill_after(s3: S3Server, happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def kill_after(s3: S3Server, happened: Callable[[], bool], running: Running) -> None:
     """Kill the server when `happened` is true, while the command runs."""
-    end = time.monotonic() + PATIENCE
-    while not happened():
-        assert process.poll() is None, f"it ended too early: {process.communicate()[0]}"
-        assert time.monotonic() < end, "it makes no progress"
-        time.sleep(0.002)
+    running.wait_for(happened)
     s3.kill()
-    assert process.poll() is None, "it ended before the server was killed: give it more to do"
+    assert running.process.poll() is None, "it ended before the server was killed: give it more to do"
 
 
 @pytest.fixture(scope="module")
