@@ -12,39 +12,21 @@ import pytest
 
 from wmcache.bench import plan as bench
 from wmcache.common.errors import UserError
-from wmcache.planner import context, results
+from wmcache.planner import results
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import SOLVERS, make_solver, option_names
 from wmcache.trainer.train import train
 
-from .conftest import TINY, error_of, run, succeed
+from .conftest import TINY, error_of, flat, parser, run, succeed
 
 Parse = Callable[[str], PlanOptions]
 QUICK = "wmplan --run {run} --episodes 2 --budget 10 --horizon 2 --samples 6 --elites 2 --iterations 1 --device cpu"
 
 
 @pytest.fixture
-def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Parse:
-    """The settings that a command line results in, without planning."""
-
-    def settings_of(line: str) -> PlanOptions:
-        received: list[PlanOptions] = []
-
-        def receive(run: Path, options: PlanOptions, **_: Any) -> None:
-            received.append(options)
-            raise UserError("received")
-
-        monkeypatch.setattr(context, "EvalContext", receive)
-        assert error_of(run(f"wmplan --run {{run}} {line}", run=tmp_path)) == "Error: received"
-        return received[0]
-
-    return settings_of
-
-
-def flat(options: PlanOptions) -> dict[str, Any]:
-    values = asdict(options)
-    return {**values.pop("search"), **values}
+def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
+    return parser(monkeypatch, "wmcache.planner.context.EvalContext", PlanOptions, "wmplan --run nowhere")
 
 
 class TestProtocols:
@@ -67,7 +49,11 @@ class TestProtocols:
     def test_every_value_arrives_and_an_option_beside_a_protocol_wins(
         self, parse: Parse, name: str, flags: str, expected: dict[str, Any], order: str
     ) -> None:
-        assert flat(parse(order.format(flags, name))) == {**flat(PlanOptions()), **PROTOCOLS.get(name), **expected}
+        assert flat(parse(order.format(flags, name)), "search") == {
+            **flat(PlanOptions(), "search"),
+            **PROTOCOLS.get(name),
+            **expected,
+        }
 
     @pytest.mark.parametrize("solver", list(SOLVERS))
     def test_another_solver_receives_the_options_that_it_has(self, parse: Parse, solver: str) -> None:

@@ -47,7 +47,6 @@ Start = Callable[..., Child]
 
 @pytest.fixture(scope="session")
 def processes() -> ForkServerContext:
-    """Start processes in which everything slow is already imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
@@ -68,7 +67,6 @@ def start(processes: ForkServerContext) -> Iterator[Start]:
 
 
 def make_sample(dataset: Path, weights: Path) -> Sample:
-    """Extract the undisturbed store of each dtype."""
     sample = Sample(dataset, weights, {dtype: dataset.with_name(f"{dtype}.zarr") for dtype in ("float16", "int8")})
     for dtype, path in sample.stores.items():
         sample.extract(path, dtype)
@@ -120,14 +118,12 @@ def dtype() -> str:
 
 @pytest.fixture
 def copy(small: Sample, dtype: str, tmp_path: Path) -> Copy:
-    """A copy of the small store, to be damaged."""
     path = Path(shutil.copytree(small.stores[dtype], tmp_path / "in" / "copy.zarr"))
     return Copy(small, small.stores[dtype], path, dtype)
 
 
 @pytest.fixture(scope="session")
 def orphaned(small: Sample, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store whose frames and weights are deleted; read only."""
     root = tmp_path_factory.mktemp("orphan")
     dataset = Path(shutil.copytree(small.dataset, root / "small"))
     weights = Path(shutil.copy(small.weights, root / "tcn.safetensors"))
@@ -139,7 +135,6 @@ def orphaned(small: Sample, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def orphan(small: Sample, orphaned: Path, tmp_path: Path) -> Copy:
-    """A copy of a store of which nothing can be encoded again."""
     return Copy(small, orphaned, Path(shutil.copytree(orphaned, tmp_path / "orphan.zarr")))
 
 
@@ -193,7 +188,6 @@ def refused(outcome: Callable[..., tuple[str, str]]) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def trained(store_path: Path, tmp_path_factory: pytest.TempPathFactory, tiny: TrainOptions) -> Path:
-    """A finished run; read only."""
     run = tmp_path_factory.mktemp("runs") / "run"
     train(store_path, run, tiny)
     return run
@@ -201,5 +195,4 @@ def trained(store_path: Path, tmp_path_factory: pytest.TempPathFactory, tiny: Tr
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A copy of that run, to be damaged."""
     return Path(shutil.copytree(trained, tmp_path / "in" / "run", symlinks=True))

@@ -64,7 +64,6 @@ def test_all_lost_records_are_written_again_without_encoding(orphan: Copy, folde
 
 
 def change_digit(file: Path, key: str) -> None:
-    """Change one digit of the first number after a key, as text."""
     text = file.read_text()
     start = text.index(f'"{key}"')
     at = next(i for i in range(start + len(key) + 2, len(text)) if text[i].isdigit())
@@ -106,7 +105,6 @@ def test_a_damaged_zarr_json_is_refused_and_written_again_by_the_same_extraction
 
 
 def make_incomplete(copy: Copy, lost: int) -> None:
-    """Leave a store as a kill does before it is complete, without one shard."""
     attributes = read_attributes(copy.path)
     kept = {name: value for name, value in attributes.items() if name not in ("mean", "std")}
     columns = {name: kept["columns"][name] for name in STEP_COLUMNS}
@@ -148,7 +146,6 @@ def test_a_damaged_description_of_the_tokens_is_refused_and_written_again(copy: 
 
 
 def chunk_of(column: Path) -> Path:
-    """Return the only file with the values of a column."""
     [file] = [part for part in (column / "c").rglob("*") if part.is_file()]
     return file
 

@@ -21,7 +21,6 @@ Damage = Callable[[Path], object]
 
 
 def flip_in_header(file: Path, word: bytes) -> None:
-    """Change the first letter of a word in the header of a safetensors file."""
     at = file.read_bytes().index(word)
     assert at < int.from_bytes(file.read_bytes()[:8], "little")
     flip(file, at)
@@ -71,14 +70,12 @@ def test_a_damaged_checkpoint_is_named_and_without_it_the_one_before_is_used(
 
 
 def as_text(last: Path) -> None:
-    """Copy a link as tools without links do."""
     name = last.readlink()
     last.unlink()
     last.write_text(str(name))
 
 
 def as_folder(last: Path) -> None:
-    """Copy a link as `cp -L` does."""
     folder = last.resolve()
     last.unlink()
     shutil.copytree(folder, last)

@@ -54,14 +54,12 @@ def mine(small: Sample, tmp_path: Path) -> Sample:
 
 
 def in_tar(data: bytes, member: int, part: str) -> int:
-    """Return the offset in a tar of a member's header or data."""
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         found = tar.getmembers()[member]
     return found.offset if part == "header" else found.offset_data
 
 
 def without_end(data: bytes) -> bytes:
-    """Cut the blocks of zeros after the last member."""
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         last = tar.getmembers()[-1]
     return data[: last.offset_data + -(-last.size // 512) * 512]
@@ -110,7 +108,6 @@ ONE_FRAME = {
 
 
 def break_tar(dataset: Path, damage: str) -> bytes:
-    """Damage a tar; returns its bytes before."""
     tar = dataset / NAME
     whole = tar.read_bytes()
     if damage == "another tar":
@@ -148,7 +145,6 @@ def portable(store: Path) -> dict[str, Any]:
 
 
 def check_continued(mine: Sample, small: Sample) -> None:
-    """Extract again with the restored tar."""
     mine.extract(mine.store)
     assert portable(mine.store) == portable(small.store)
     assert verify(mine.store).sound
