@@ -6,30 +6,30 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import zarr
 
-from wmcache.cache import StoreWriter, TokenStore
+from wmcache.cache import TokenStore
 from wmcache.cache.catalogue import Entry, list_stores, remove, summarise
 from wmcache.cache.records import record_file
 from wmcache.common.errors import UserError
 from wmcache.common.paths import usage
 
-MakeWriter = Callable[..., StoreWriter]
-Contents = Callable[[Path], dict[str, bytes]]
+from ..conftest import contents, make_writer, write
 
 
 @pytest.fixture
-def unfinished(tmp_path: Path, make_writer: MakeWriter, write: Callable[..., None]) -> Path:
+def unfinished(tmp_path: Path) -> Path:
     """2 of 4 shards are done."""
     write(make_writer(tmp_path / "unfinished.zarr"), [3, 0])
     return tmp_path / "unfinished.zarr"
 
 
-def test_a_complete_store(finished: Path, contents: Contents) -> None:
+def test_a_complete_store(finished: Path) -> None:
     entry = summarise(finished)
     size = sum(map(len, contents(finished).values()))
     assert entry == Entry(str(finished), "made-up", "made-up", 50, 6, 4, "float16", size, 4, 4, True, "")
@@ -61,34 +61,28 @@ def test_all_stores_under_a_folder_are_listed_in_order(tmp_path: Path, finished:
     assert list_stores(tmp_path / "none") == []
 
 
-CHURN = """
-import itertools, pathlib, sys
-folder = pathlib.Path(sys.argv[1])
-print("started", flush=True)
-for number in itertools.count():
-    made = folder / f"x{number % 7}"
-    made.mkdir()
-    (made / "file").write_text("x")
-    (made / "file").unlink()
-    made.rmdir()
-"""
-
-
 def test_a_store_can_be_summarised_while_it_is_written(unfinished: Path) -> None:
     # Writers delete torn shards and rename temporary files between the listing and the sizes.
-    tokens = str(unfinished / "tokens")
-    process = subprocess.Popen([sys.executable, "-c", CHURN, tokens], stdout=subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        process.stdout.readline()
-        for _ in range(400):
-            assert summarise(unfinished).state == "2 of 4 shards"
-    finally:
-        process.kill()
-        process.communicate()
+    made, done = unfinished / "tokens" / "x", threading.Event()
+
+    def churn() -> None:
+        while not done.is_set():
+            made.mkdir()
+            (made / "file").write_text("x")
+            (made / "file").unlink()
+            made.rmdir()
+
+    with ThreadPoolExecutor(1) as pool:
+        churning = pool.submit(churn)
+        try:
+            for _ in range(400):
+                assert summarise(unfinished).state == "2 of 4 shards"
+        finally:
+            done.set()
+        churning.result(10)
 
 
-def test_only_the_store_is_deleted(tmp_path: Path, finished: Path, unfinished: Path, contents: Contents) -> None:
+def test_only_the_store_is_deleted(tmp_path: Path, finished: Path, unfinished: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -101,7 +95,7 @@ def test_only_the_store_is_deleted(tmp_path: Path, finished: Path, unfinished: P
         remove(finished)
 
 
-def test_other_folders_files_and_links_are_not_deleted(tmp_path: Path, finished: Path, contents: Contents) -> None:
+def test_other_folders_files_and_links_are_not_deleted(tmp_path: Path, finished: Path) -> None:
     zarr.create_group(tmp_path / "other.zarr", attributes={"format": "another"})
     (tmp_path / "thesis.txt").write_text("years of work")
     (tmp_path / "link.zarr").symlink_to(finished)

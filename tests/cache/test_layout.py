@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from wmcache.cache import Identity, StoreCard, StoreWriter
+from wmcache.cache import Identity
 from wmcache.cache.layout import read_card
 from wmcache.common.errors import UserError
 from wmcache.common.jsonfiles import require_seal, seal
 
-Tokens = NDArray[np.float16]
-MakeWriter = Callable[..., StoreWriter]
+from ..conftest import CARD, IDENTITY
+
 WHERE = Path("some/file.json")
 
 json_values = st.recursive(
@@ -64,20 +61,20 @@ def test_a_lost_value_is_detected(lost: str) -> None:
         require_seal(sealed, WHERE, "HINT")
 
 
-def test_a_card_needs_all_fields_but_the_dtype(card: StoreCard) -> None:
-    values = dataclasses.asdict(card)
+def test_a_card_needs_all_fields_but_the_dtype() -> None:
+    values = dataclasses.asdict(CARD)
     for name in values:
         rest = {"card": {field: value for field, value in values.items() if field != name}}
         if name == "dtype":
-            assert read_card(rest) == card
+            assert read_card(rest) == CARD
         else:
             with pytest.raises(UserError, match=name):
                 read_card(rest)
 
 
-def test_shards_cover_every_frame_once(card: StoreCard) -> None:
+def test_shards_cover_every_frame_once() -> None:
     for frames in (1, 15, 16, 17, 32, 50):
-        some = dataclasses.replace(card, frames=frames)
+        some = dataclasses.replace(CARD, frames=frames)
         assert [frame for shard in range(some.num_shards) for frame in some.shard_frames(shard)] == [*range(frames)]
 
 
@@ -92,27 +89,27 @@ def changed(identity: Identity, field: str) -> Identity:
     return dataclasses.replace(identity, **{field: other})
 
 
-def test_an_identity_survives_json(identity: Identity) -> None:
-    assert Identity.from_json(json.loads(json.dumps(identity.to_json())), "here") == identity
+def test_an_identity_survives_json() -> None:
+    assert Identity.from_json(json.loads(json.dumps(IDENTITY.to_json())), "here") == IDENTITY
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_a_different_field_is_named(identity: Identity, field: str) -> None:
-    other = changed(identity, field)
-    assert identity.differences(other) == [f"{field}: {getattr(identity, field)} != {getattr(other, field)}"]
+def test_a_different_field_is_named(field: str) -> None:
+    other = changed(IDENTITY, field)
+    assert IDENTITY.differences(other) == [f"{field}: {getattr(IDENTITY, field)} != {getattr(other, field)}"]
 
 
-def test_all_differences_are_named(identity: Identity) -> None:
-    other = changed(changed(identity, "layer"), "image_size")
-    assert [text.split(":")[0] for text in identity.differences(other)] == ["layer", "image_size"]
-    assert identity.differences(identity) == []
+def test_all_differences_are_named() -> None:
+    other = changed(changed(IDENTITY, "layer"), "image_size")
+    assert [text.split(":")[0] for text in IDENTITY.differences(other)] == ["layer", "image_size"]
+    assert IDENTITY.differences(IDENTITY) == []
 
 
 @pytest.mark.parametrize(
     ("change", "named"), [({"colour": "blue"}, "colour"), ({"normalisation": [0.5]}, "normalisation"), ({}, "layer")]
 )
-def test_wrong_fields_are_named(identity: Identity, change: dict[str, Any], named: str) -> None:
-    value = {**identity.to_json(), **change}
+def test_wrong_fields_are_named(change: dict[str, Any], named: str) -> None:
+    value = {**IDENTITY.to_json(), **change}
     if not change:
         del value["layer"]
     with pytest.raises(UserError, match=rf"some\.zarr .*{named}"):

@@ -26,8 +26,9 @@ from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
 from wmcache.common.paths import upload
 
+from ..conftest import TOKENS, make_writer, write
+
 Tokens = NDArray[np.float16]
-MakeWriter = Callable[..., StoreWriter]
 DTYPES = ("float16", "int8")
 INDEX_BYTES = 16 * 16 + 4
 STRIDE = 6 * 4 * 2 + 4
@@ -105,9 +106,7 @@ def flip(file: Path, offset: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def stores(
-    tmp_path_factory: pytest.TempPathFactory, make_writer: MakeWriter, write: Callable[..., None]
-) -> dict[str, Path]:
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A store of each dtype, of the same 50 frames; read-only."""
     folder = tmp_path_factory.mktemp("parity")
     for dtype in DTYPES:
@@ -277,18 +276,18 @@ def test_a_wrong_address_is_one_line_of_error(address: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_checksums_are_compared_on_the_first_read_only(finished: Path, tokens: Tokens) -> None:
+def test_checksums_are_compared_on_the_first_read_only(finished: Path) -> None:
     store = TokenStore.open(finished)
     store.gather(np.array([20]))
     for frame in (20, 21):
         flip(shard_file(finished, 1), (frame - 16) * STRIDE)
     found = store.gather(np.array([20]))
-    assert found[0].view(np.uint16)[0, 0] == tokens[20].view(np.uint16)[0, 0] ^ 1
+    assert found[0].view(np.uint16)[0, 0] == TOKENS[20].view(np.uint16)[0, 0] ^ 1
     with pytest.raises(UserError, match=r"frame 21 in .*tokens/c\.1\.0\.0 .* wmcache repair"):
         store.gather(np.array([20, 21]))
     with pytest.raises(UserError, match="frame 20 "):
         TokenStore.open(finished).gather(np.array([20]))
-    np.testing.assert_array_equal(TokenStore.open(finished).gather(np.array([19, 22])), tokens[[19, 22]])
+    np.testing.assert_array_equal(TokenStore.open(finished).gather(np.array([19, 22])), TOKENS[[19, 22]])
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from wmcache.cache import StoreWriter, TokenStore
+from wmcache.cache import TokenStore
 from wmcache.cache.layout import shard_file
 from wmcache.cache.records import record_file
 from wmcache.cache.verify import verify
 
-Tokens = NDArray[np.float16]
-MakeWriter = Callable[..., StoreWriter]
-Write = Callable[..., None]
+from ..conftest import make_writer, write
+
 STRIDE = 6 * 4 * 2 + 4
 
 
@@ -33,7 +30,7 @@ def flip(file: Path, *offsets: int) -> None:
 
 
 @pytest.fixture
-def int8_path(tmp_path: Path, make_writer: MakeWriter, write: Write) -> Path:
+def int8_path(tmp_path: Path) -> Path:
     write(make_writer(tmp_path / "int8.zarr", dtype="int8"))
     return tmp_path / "int8.zarr"
 

@@ -7,26 +7,21 @@ import dataclasses
 import errno
 import shutil
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from filelock import FileLock
-from numpy.typing import NDArray
 
-from wmcache.cache import Identity, StoreWriter, TokenStore
+from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cache.layout import DamagedError, shard_file
 from wmcache.cache.records import lock_file, record_file
 from wmcache.cache.writer import channel_sums
 from wmcache.common.errors import UserError
 from wmcache.common.locks import exclusive
 
-Tokens = NDArray[np.float16]
-MakeWriter = Callable[..., StoreWriter]
-Write = Callable[..., None]
-Contents = Callable[[Path], dict[str, bytes]]
+from ..conftest import IDENTITY, TOKENS, contents, make_writer, write
 
 
 def times(path: Path) -> dict[Path, tuple[int, int]]:
@@ -34,7 +29,7 @@ def times(path: Path) -> dict[Path, tuple[int, int]]:
 
 
 class TestClaims:
-    def test_a_shard_is_claimed_by_one_writer_at_a_time(self, tmp_path: Path, make_writer: MakeWriter) -> None:
+    def test_a_shard_is_claimed_by_one_writer_at_a_time(self, tmp_path: Path) -> None:
         first, second = (make_writer(tmp_path / "some.zarr") for _ in range(2))
         with first.claim(1) as one, second.claim(1) as same, second.claim(2) as another:
             assert (one, same, another) == (True, False, True)
@@ -47,7 +42,7 @@ class TestClaims:
         with second.claim(1) as claimed:
             assert claimed
 
-    def test_waiting_writers_get_a_shard_one_after_another(self, tmp_path: Path, make_writer: MakeWriter) -> None:
+    def test_waiting_writers_get_a_shard_one_after_another(self, tmp_path: Path) -> None:
         first, *writers = [make_writer(tmp_path / "some.zarr") for _ in range(7)]
         inside, counts = [], []
 
@@ -71,7 +66,7 @@ class TestClaims:
         assert list((tmp_path / "some.zarr" / "tokens" / "commits").iterdir()) == []
 
     def test_a_claim_taken_at_the_moment_of_release_is_kept(
-        self, tmp_path: Path, make_writer: MakeWriter, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         writer, release = make_writer(tmp_path / "some.zarr"), FileLock.release
         waiting = FileLock(lock_file(writer.path, 1))
@@ -92,16 +87,10 @@ class TestClaims:
 
 class TestPending:
     def test_a_shard_is_not_done_after_its_second_write_failed(
-        self,
-        finished: Path,
-        identity: Identity,
-        tokens: Tokens,
-        write: Write,
-        contents: Contents,
-        monkeypatch: pytest.MonkeyPatch,
+        self, finished: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         before = contents(finished)
-        writer = StoreWriter.resume(finished, identity)
+        writer = StoreWriter.resume(finished, IDENTITY)
 
         def full(path: Path) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -109,7 +98,7 @@ class TestPending:
         with monkeypatch.context() as patch:
             patch.setattr("wmcache.common.files.sync", full)  # called after the rename
             with pytest.raises(UserError, match=r"made-up\.zarr: No space left on device"):
-                writer.write_shard(1, tokens[:16])
+                writer.write_shard(1, TOKENS[:16])
         assert shard_file(finished, 1).stat().st_size == writer.card.shard_bytes(1)
         assert writer.pending() == [1]
         write(writer)
@@ -125,20 +114,16 @@ class TestPending:
 
 
 class TestFinish:
-    def test_resuming_and_finishing_a_complete_store_changes_nothing(
-        self, finished: Path, identity: Identity, make_writer: MakeWriter, contents: Contents
-    ) -> None:
+    def test_resuming_and_finishing_a_complete_store_changes_nothing(self, finished: Path) -> None:
         before, when = contents(finished), times(finished)
         make_writer(finished)
-        StoreWriter.resume(finished, identity).finish()
+        StoreWriter.resume(finished, IDENTITY).finish()
         assert contents(finished) == before
         assert times(finished) == when
 
-    def test_a_reopened_store_is_incomplete_and_lacks_just_those_shards(
-        self, finished: Path, identity: Identity, write: Write, contents: Contents
-    ) -> None:
+    def test_a_reopened_store_is_incomplete_and_lacks_just_those_shards(self, finished: Path) -> None:
         before, when = contents(finished), shard_file(finished, 0).stat()
-        writer = StoreWriter.resume(finished, identity)
+        writer = StoreWriter.resume(finished, IDENTITY)
         writer.reopen([1, 3])
         assert writer.pending() == [1, 3]
         assert not shard_file(finished, 1).exists()
@@ -149,8 +134,8 @@ class TestFinish:
         now = shard_file(finished, 0).stat()
         assert (now.st_mtime_ns, now.st_ino) == (when.st_mtime_ns, when.st_ino)
 
-    def test_reopening_waits_for_a_claimed_shard(self, finished: Path, identity: Identity) -> None:
-        first, second = (StoreWriter.resume(finished, identity) for _ in range(2))
+    def test_reopening_waits_for_a_claimed_shard(self, finished: Path) -> None:
+        first, second = (StoreWriter.resume(finished, IDENTITY) for _ in range(2))
         with ThreadPoolExecutor(1) as pool:
             with first.claim(1):
                 done = pool.submit(second.reopen, [1])
@@ -163,7 +148,7 @@ class TestFinish:
 
 class TestResume:
     def test_a_store_that_appears_while_another_process_starts_it_is_resumed(
-        self, tmp_path: Path, make_writer: MakeWriter, finished: Path, contents: Contents
+        self, tmp_path: Path, finished: Path
     ) -> None:
         path = tmp_path / "late.zarr"
         with ThreadPoolExecutor(1) as pool:
@@ -178,20 +163,16 @@ class TestResume:
 
 
 class TestRepair:
-    def test_damaged_metadata_is_not_written_again_for_another_identity(
-        self, finished: Path, identity: Identity, make_writer: MakeWriter, contents: Contents
-    ) -> None:
+    def test_damaged_metadata_is_not_written_again_for_another_identity(self, finished: Path) -> None:
         (finished / "zarr.json").write_text("")
         damaged = contents(finished), times(finished)
         with pytest.raises(DamagedError, match=r"made-up\.zarr.* wmcache extract"):
-            StoreWriter.resume(finished, identity)
+            StoreWriter.resume(finished, IDENTITY)
         with pytest.raises(UserError, match=r"image_size|--out"):
-            make_writer(finished, dataclasses.replace(identity, image_size=96))
+            make_writer(finished, dataclasses.replace(IDENTITY, image_size=96))
         assert (contents(finished), times(finished)) == damaged
 
-    def test_one_sound_record_identifies_a_damaged_store(
-        self, finished: Path, make_writer: MakeWriter, write: Write, contents: Contents
-    ) -> None:
+    def test_one_sound_record_identifies_a_damaged_store(self, finished: Path) -> None:
         complete = contents(finished)
         for file in (finished / "zarr.json", *(record_file(finished, shard) for shard in (0, 1, 2))):
             file.write_text("{")

@@ -78,21 +78,6 @@ def test_a_dry_run_writes_nothing(road: Path, tmp_path: Path) -> None:
     assert contents(road, tmp_path) == before
 
 
-def test_residence_changes_no_number(road: Path, tmp_path: Path) -> None:
-    logged = {}
-    for residence in ("device", "ram", "disk", "auto"):
-        out = tmp_path / residence
-        line = f"wmtrain --cache {STORE} --out {{out}} --steps 6 --log-every 1 --residence {residence} {MODEL}"
-        succeed(line, road, out=out)
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        measured = ("windows_per_second", "waiting_share")
-        logged[residence] = [{key: row[key] for key in row if key not in measured} for row in rows]
-    assert len(logged["disk"]) == 7
-    assert logged["device"] == logged["ram"] == logged["disk"] == logged["auto"]
-    line = f"wmtrain --cache {STORE} --out {{out}} {MODEL} --steps 8 --residence disk --resume"
-    assert "6 to 8" in succeed(line, road, out=tmp_path / "ram").output
-
-
 @pytest.fixture(scope="module")
 def narrow(road: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with a store of int8, a run and a plan on it."""

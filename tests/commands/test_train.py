@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from wmcache.engine.checkpoint import Progress, last_checkpoint, read_progress
 from wmcache.trainer.models import MODELS, read_options
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
@@ -118,15 +117,3 @@ class TestModels:
         # Absolute, because a run is resumed from any working directory.
         monkeypatch.chdir(tmp_path)
         assert parse(f"--model ddp-wm --stage {stage} --from runs/a").start == str(tmp_path / "runs" / "a")
-
-    def test_stages_are_trained_one_by_one_from_run_to_run(self, ddp_store_path: Path, tmp_path: Path) -> None:
-        paths = {"store": ddp_store_path, "one": tmp_path / "one", "two": tmp_path / "two"}
-        line = f"wmtrain --model ddp-wm --cache {{store}} {TINY} --width 12"
-        for words in (
-            "--steps 1 --out {one} --stage localization",
-            "--steps 1 --out {two} --stage primary --from {one}",
-            "--steps 2 --out {two} --stage lrm",
-        ):
-            succeed(f"{line} {words}", **paths)
-        assert read_progress(last_checkpoint(tmp_path / "two")) == Progress(3, "lrm", 1, finished=True)
-        assert int(load_model(tmp_path / "two", torch.device("cpu")).stage) == 3

@@ -11,7 +11,7 @@ import pytest
 
 from wmcache.common.errors import UserError, one_line, reason
 from wmcache.common.files import atomic_write
-from wmcache.common.folders import did_you_mean, home
+from wmcache.common.folders import home
 from wmcache.common.jsonfiles import dump_json, nulls, read_json, write_json
 
 
@@ -27,38 +27,6 @@ def test_json_that_cannot_be_read_is_named_with_the_hint(tmp_path: Path, text: b
         (tmp_path / "value.json").write_bytes(text)
     with pytest.raises(UserError, match=r"value\.json.*; HINT$"):
         read_json(tmp_path / "value.json", "HINT")
-
-
-@pytest.mark.parametrize("marker", ["zarr.json", "dataset.json", "identity.json"])
-def test_a_folder_of_another_kind_is_named(tmp_path: Path, marker: str) -> None:
-    (tmp_path / marker).touch()
-    for wanted in {"zarr.json", "dataset.json", "config.json"} - {marker}:
-        with pytest.raises(UserError, match=str(tmp_path)) as caught:
-            read_json(tmp_path / wanted, "HINT")
-        of_a_run = {wanted, marker} == {"config.json", "identity.json"}
-        assert str(caught.value).endswith("HINT") == of_a_run
-    with pytest.raises(UserError, match=rf"{tmp_path / marker} is a file"):
-        read_json(tmp_path / marker / "zarr.json", "HINT")
-
-
-@pytest.mark.parametrize(
-    ("kind", "folder", "file"),
-    [
-        ("store", "stores/maze/dinov2.zarr", "zarr.json"),
-        ("dataset", "maze", "dataset.json"),
-        ("run", "runs/maze-1", "config.json"),
-    ],
-)
-def test_a_hint_names_the_folder_that_was_meant(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, folder: str, file: str
-) -> None:
-    monkeypatch.setenv("WMCACHE_HOME", str(tmp_path))
-    (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / folder / file).touch()
-    similar = Path(folder).with_name(Path(folder).stem + "s" + Path(folder).suffix)
-    for missing in (Path(folder), Path("elsewhere") / Path(folder).name, similar):
-        assert str(tmp_path / folder) in did_you_mean(missing, kind, "HINT")
-    assert did_you_mean(Path("entirely/different"), kind, "HINT") == "HINT"
 
 
 def test_home_is_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import pytest
 # Child processes import what they run from here; they inherit this path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from damage_tools import AT_ONCE, FRAMES, PER_SHARD, ROOM, Copy, Warden, is_refusal, open_and_gather, read_shard
+from damage_tools import AT_ONCE, FRAMES, PER_SHARD, ROOM, Copy, is_refusal, with_little_memory
 from fault_workers import Child, Sample, collect_few
 
 from wmcache.cache import Identity, StoreCard, StoreWriter
@@ -149,23 +149,13 @@ def canary(tmp_path: Path) -> Iterator[Path]:
     assert not path.exists()
 
 
-@pytest.fixture(scope="module")
-def warden(processes: ForkServerContext, small: Sample) -> Iterator[Warden]:
-    warden = Warden(processes)
-    # Libraries reserve memory for themselves at the first call.
-    for function, arguments in ((read_shard, (small.dataset, 1)), (open_and_gather, (small.store,))):
-        assert warden.ask(10 * ROOM, AT_ONCE, function, *arguments) == ("returned", "")
-    yield warden
-    warden.close()
-
-
 @pytest.fixture
-def outcome(warden: Warden, tmp_path: Path) -> Callable[..., tuple[str, str]]:
+def outcome(start: Start, small: Sample, tmp_path: Path) -> Callable[..., tuple[str, Any]]:
     """(function, *arguments) -> outcome and error of the call, which takes bounded memory and time and makes no file."""
 
-    def call(function: Callable[..., Any], *arguments: Any, room: int = ROOM) -> tuple[str, str]:
+    def call(function: Callable[..., Any], *arguments: Any, room: int = ROOM) -> tuple[str, Any]:
         before = sorted(tmp_path.rglob("*"))
-        kind, line = warden.ask(room, AT_ONCE, function, *arguments)
+        kind, line = start(with_little_memory, small, room, function, *arguments).outcome(AT_ONCE)
         assert kind in ("returned", "refused"), f"{kind}: {line}"
         assert sorted(tmp_path.rglob("*")) == before
         assert kind == "returned" or is_refusal(line), line
@@ -175,7 +165,7 @@ def outcome(warden: Warden, tmp_path: Path) -> Callable[..., tuple[str, str]]:
 
 
 @pytest.fixture
-def refused(outcome: Callable[..., tuple[str, str]]) -> Callable[..., str]:
+def refused(outcome: Callable[..., tuple[str, Any]]) -> Callable[..., str]:
     """(function, *arguments) -> the one line of the call's error."""
 
     def call(function: Callable[..., Any], *arguments: Any, room: int = ROOM) -> str:

@@ -9,11 +9,8 @@ import os
 import resource
 import struct
 import tarfile
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -224,57 +221,15 @@ def is_refusal(error: UserError | str, *words: object) -> bool:
 # Run by child processes.
 
 
-def serve(calls: Connection) -> None:
-    """Run functions one after another, each with a limit on additional memory, and send back the outcomes."""
+def with_little_memory(sample: Sample, memory: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """Run a function with a limit on additional memory."""
     torch.set_num_threads(1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    # Libraries reserve memory for themselves at the first call.
+    read_shard(sample.dataset, 1)
+    open_and_gather(sample.store)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    while True:
-        memory, function, arguments = calls.recv()
-        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + memory, hard))
-        try:
-            function(*arguments)
-            found = ("returned", "")
-        except UserError as error:
-            found = ("refused", str(error))
-        except BaseException:  # noqa: BLE001 (the test receives it)
-            found = ("crashed", traceback.format_exc())
-        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-        calls.send(found)
-
-
-class Warden:
-    """Keep a process that reads hostile inputs, and start another one when it dies."""
-
-    def __init__(self, processes: ForkServerContext) -> None:
-        self._processes = processes
-        self._start()
-
-    def _start(self) -> None:
-        self._calls, far_end = self._processes.Pipe()
-        self._process = self._processes.Process(target=serve, args=(far_end,))
-        self._process.start()
-        far_end.close()
-
-    def ask(self, memory: int, patience: float, function: Callable[..., Any], *arguments: Any) -> tuple[str, str]:
-        """Return the outcome of a call ("returned", "refused", "crashed", "died" or "hangs") and its message."""
-        self._calls.send((memory, function, arguments))
-        kind, message = "hangs", f"nothing after {patience} s"
-        if self._calls.poll(patience):
-            try:
-                return self._calls.recv()
-            except EOFError:
-                kind, message = "died", ""
-        self.close()
-        self._start()
-        return kind, message
-
-    def close(self) -> None:
-        self._calls.close()
-        self._process.kill()
-        self._process.join()
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + memory, hard))
+    function(*arguments)
 
 
 def open_and_gather(path: str | Path) -> None:

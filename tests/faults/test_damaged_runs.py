@@ -20,12 +20,6 @@ from wmcache.trainer.train import train
 Damage = Callable[[Path], object]
 
 
-def flip_in_header(file: Path, word: bytes) -> None:
-    at = file.read_bytes().index(word)
-    assert at < int.from_bytes(file.read_bytes()[:8], "little")
-    flip(file, at)
-
-
 def resume_from(run: Path, store: Path, tiny: TrainOptions, first: int) -> None:
     """Resume, and check that it continued from the checkpoint of step `first`."""
     before = (run / "metrics.jsonl").read_text().splitlines()
@@ -44,8 +38,8 @@ TENSORS: dict[str, Damage] = {
     "cut in half": lambda file: replace(file, file.read_bytes()[: file.stat().st_size // 2]),
     "zeroed": lambda file: replace(file, bytes(file.stat().st_size)),
     "header's length absurd": lambda file: flip(file, 7, 0x40),
-    "a shape flipped": lambda file: flip_in_header(file, b"16]"),
-    "a name flipped": lambda file: flip_in_header(file, b"blocks.0.mlp.0.bias"),
+    "a shape flipped": lambda file: flip(file, file.read_bytes().index(b"16]")),
+    "a name flipped": lambda file: flip(file, file.read_bytes().index(b"blocks.0.mlp.0.bias")),
     "a value flipped": lambda file: flip(file, file.stat().st_size - 6),
 }
 STATES = ("", "[]", "{}", '{"step": null}', '{"step": 9}')
