@@ -17,7 +17,6 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import psutil
-import torch
 from fault_workers import Sample, content
 from numpy.typing import NDArray
 from PIL import Image
@@ -30,11 +29,9 @@ from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
 from wmcache.common.files import sha256_of
 from wmcache.common.jsonfiles import seal
-from wmcache.pipeline import encoders
 from wmcache.pipeline.frames import FrameDataset, fingerprint
 from wmcache.pipeline.repair import repair
 from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.runs import load_model
 from wmcache.trainer.train import train
 
 FRAMES, PER_SHARD, SHARDS = 22, 4, 6
@@ -223,7 +220,6 @@ def is_refusal(error: UserError | str, *words: object) -> bool:
 
 def with_little_memory(sample: Sample, memory: int, function: Callable[..., Any], *arguments: Any) -> None:
     """Run a function with a limit on additional memory."""
-    torch.set_num_threads(1)
     # Libraries reserve memory for themselves at the first call.
     read_shard(sample.dataset, 1)
     open_and_gather(sample.store)
@@ -242,19 +238,11 @@ def read_shard(dataset: Path, shard: int) -> None:
     FrameDataset.open(dataset).read_shard(shard)
 
 
-def create_encoder(weights: Path) -> None:
-    encoders.create("tcn", weights=weights, device="cpu")
-
-
 def resume_run(store: Path, run: Path) -> None:
     """Resume a run with its own settings and more steps."""
     config = json.loads((run / "config.json").read_bytes())
     options = TrainOptions(**{key: config[key] for key in config if key not in ("cache", "shape")})
     train(store, run, dataclasses.replace(options, steps=options.steps + 1), resume=True)
-
-
-def load_model_on_cpu(run: Path) -> None:
-    load_model(run, torch.device("cpu"))
 
 
 def gather_around_a_cut(path: Path, shard: Path, size: int) -> None:

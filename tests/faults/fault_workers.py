@@ -105,6 +105,7 @@ def _report(answer: Connection, function: Callable[..., Any], arguments: tuple[A
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
+    torch.set_num_threads(1)
     answer.send("began")
     try:
         found = ("returned", function(*arguments))
@@ -139,13 +140,11 @@ class Sample:
         return ["--dataset", self.dataset, "--weights", self.weights, "--device", "cpu"]
 
     def extract(self, out: Path, dtype: str = "float16") -> None:
-        torch.set_num_threads(1)
         extract(self.frames, encoders.create("tcn", weights=self.weights, device="cpu"), out, dtype=dtype)
 
 
 def extract_slice(out: Path, data: Path, weights: Path, part: tuple[int, int], dies: bool = False) -> None:
     """As `wmcache extract --shard-slice`; or die with a shard encoded that is not written yet."""
-    torch.set_num_threads(1)
     if dies:
         StoreWriter.write_shard = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment]
     encoder = encoders.create("tcn", weights=weights, device="cpu")
@@ -156,7 +155,6 @@ def extract_beside(
     out: Path, data: Path, weights: Path, together: Barrier, log: Path, settings: dict[str, str], dies_at: int = 0
 ) -> None:
     """As `Sample.extract`, at the same moment as others; log what is encoded, or die at shard number `dies_at` while the others start."""
-    torch.set_num_threads(1)
     encode, numbers = extraction.encode_frames, itertools.count(1)
 
     def noted(loaded: Sequence[Encoder], frames: Frames, batch: int) -> list[NDArray[np.float16]]:
@@ -191,7 +189,6 @@ def repair_beside(path: Path, together: Barrier, later: float) -> None:
 
 
 def repair_store(path: Path) -> None:
-    torch.set_num_threads(1)
     repair(path, device="cpu")
 
 
@@ -203,13 +200,11 @@ def collect_few(out: Path) -> None:
 
 
 def train_run(out: Path, cache: Path, options: TrainOptions) -> None:
-    torch.set_num_threads(1)
     train(cache, out, options)
 
 
 def save_step(run: Path, step: int) -> None:
     """Save the checkpoint that a small model has after so many optimiser steps."""
-    torch.set_num_threads(1)
     model, optimiser = small_model()
     for number in range(step):
         optimiser.zero_grad()
@@ -261,7 +256,6 @@ def command(*words: object) -> tuple[int, str]:
     """Run a command line in this process; returns its exit status and all that it prints. Exceptions that it lets through are raised."""
     from wmcache import cli
 
-    torch.set_num_threads(1)
     sys.argv = [str(word) for word in words]
     program = {"wmcache": cli.main, "wmtrain": cli.wmtrain}[sys.argv[0]]
     with io.StringIO() as output, contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):

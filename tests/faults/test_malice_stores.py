@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,11 @@ from damage_tools import (
     PER_SHARD,
     ROOM,
     Copy,
-    create_encoder,
     edit_json,
     flip,
     forge,
     forge_record,
     is_refusal,
-    load_model_on_cpu,
     open_and_gather,
     replace,
     resume_run,
@@ -40,8 +39,11 @@ from wmcache.cache.catalogue import list_stores
 from wmcache.cache.verify import verify
 from wmcache.common.files import sha256_of
 from wmcache.engine.checkpoint import last_checkpoint
+from wmcache.pipeline import encoders
 from wmcache.pipeline.repair import repair
+from wmcache.trainer.runs import load_model
 
+CPU = torch.device("cpu")
 Edit = Callable[[dict[str, Any]], object]
 Outcome = Callable[..., tuple[str, str]]
 Refused = Callable[..., str]
@@ -278,13 +280,15 @@ WEIGHTS: dict[str, Callable[[Path], bytes]] = {
 def test_other_files_than_weights_are_refused(tmp_path: Path, refused: Refused, canary: Path, weights: str) -> None:
     file = tmp_path / "evil.safetensors"
     file.write_bytes(WEIGHTS[weights](canary))
-    assert is_refusal(refused(create_encoder, file), file)
+    assert is_refusal(refused(partial(encoders.create, "tcn", weights=file, device="cpu")), file)
 
 
 @pytest.mark.parametrize("name", ["evil.pt", "evil", "evil.safetensors.pt"])
 def test_weights_of_another_suffix_are_not_opened(tmp_path: Path, refused: Refused, canary: Path, name: str) -> None:
     (tmp_path / name).write_bytes(pickle.dumps(Hostile(canary)))
-    assert is_refusal(refused(create_encoder, tmp_path / name), name, ".safetensors")
+    assert is_refusal(
+        refused(partial(encoders.create, "tcn", weights=tmp_path / name, device="cpu")), name, ".safetensors"
+    )
 
 
 @pytest.mark.parametrize("weights", [kind for kind in WEIGHTS if kind != "no tensors"])
@@ -297,7 +301,7 @@ def test_another_file_than_a_checkpoint_is_refused(
     vouch_for(file.parent)
     assert is_refusal(refused(resume_run, store_path, run), file.parent)
     if name == "model.safetensors":
-        assert is_refusal(refused(load_model_on_cpu, run), file.parent)
+        assert is_refusal(refused(load_model, run, CPU), file.parent)
 
 
 SETTINGS: dict[str, Edit] = {
@@ -315,4 +319,4 @@ SETTINGS: dict[str, Edit] = {
 @pytest.mark.parametrize("edit", SETTINGS)
 def test_absurd_settings_of_a_run_are_refused(run: Path, refused: Refused, edit: str) -> None:
     edit_json(run / "config.json", SETTINGS[edit])
-    assert is_refusal(refused(load_model_on_cpu, run, room=2 * ROOM), run)
+    assert is_refusal(refused(load_model, run, CPU, room=2 * ROOM), run)
