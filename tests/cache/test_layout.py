@@ -89,10 +89,6 @@ def changed(identity: Identity, field: str) -> Identity:
     return dataclasses.replace(identity, **{field: other})
 
 
-def test_an_identity_survives_json() -> None:
-    assert Identity.from_json(json.loads(json.dumps(IDENTITY.to_json())), "here") == IDENTITY
-
-
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_different_field_is_named(field: str) -> None:
     other = changed(IDENTITY, field)
@@ -103,14 +99,3 @@ def test_all_differences_are_named() -> None:
     other = changed(changed(IDENTITY, "layer"), "image_size")
     assert [text.split(":")[0] for text in IDENTITY.differences(other)] == ["layer", "image_size"]
     assert IDENTITY.differences(IDENTITY) == []
-
-
-@pytest.mark.parametrize(
-    ("change", "named"), [({"colour": "blue"}, "colour"), ({"normalisation": [0.5]}, "normalisation"), ({}, "layer")]
-)
-def test_wrong_fields_are_named(change: dict[str, Any], named: str) -> None:
-    value = {**IDENTITY.to_json(), **change}
-    if not change:
-        del value["layer"]
-    with pytest.raises(UserError, match=rf"some\.zarr .*{named}"):
-        Identity.from_json(value, "some.zarr")

@@ -181,16 +181,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "blosc, no shards": {"chunks": (7, 6, 4), "compressors": BloscCodec(cname="lz4")},
     "blosc, frames in parts": {"chunks": (5, 3, 2), "shards": (10, 6, 4), "compressors": BloscCodec(cname="zstd")},
     "gzip, one chunk": {"chunks": (50, 6, 4), "compressors": GzipCodec()},
-    "plain, two frames a chunk": {**PLAIN, "chunks": (2, 6, 4)},
-    "plain, other shards": {**PLAIN, "shards": (8, 6, 4)},
     "plain, no checksums": {**PLAIN, "compressors": None},
     "plain, big-endian": {**PLAIN, "serializer": BytesCodec(endian="big")},
-    "plain, two checksums": {**PLAIN, "compressors": (Crc32cCodec(), Crc32cCodec())},
     "plain, transposed": {**PLAIN, "filters": TransposeCodec(order=(0, 2, 1))},
     "plain, the index in front": {**PLAIN, "shards": {"shape": (16, 6, 4), "index_location": "start"}},
     "plain, other names of shards": {**PLAIN, "chunk_key_encoding": {"name": "v2", "separator": "/"}},
     "plain, an index without a checksum": with_index(BytesCodec()),
-    "plain, an index of the other byte order": with_index(BytesCodec(endian="big"), Crc32cCodec()),
 }
 
 

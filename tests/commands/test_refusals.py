@@ -119,6 +119,7 @@ def test_options_that_do_not_fit(refused: Refused, line: str, named: list[str]) 
     [
         ("--history 12", ["longer episodes"]),
         ("--width 16 --heads 3", ["--heads 3"]),
+        *((f"--device {name}", [name]) for name in ("abacus", "cuda:99", "cpu:x")),
         ("--preset dino-wm --proprio raw", ["--width 0", "--proprio"]),
         ("--preset dino-wm --head-dim 0", ["--width 0", "--head-dim"]),
         ("--preset jepa-wm --history 1", ["--rollout-loss", "--history"]),
