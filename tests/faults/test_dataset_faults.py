@@ -11,22 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import damage_tools as tools
 import numpy as np
 import pytest
-from damage_tools import (
-    EVERY,
-    FRAMES,
-    PER_SHARD,
-    SHARDS,
-    Members,
-    entry,
-    image_of,
-    is_refusal,
-    members,
-    replace,
-    update_checksums,
-    write_tar,
-)
+from damage_tools import is_refusal
 from fault_workers import Child, Sample, command, content
 from safetensors.torch import load_file, save_file
 
@@ -43,7 +31,7 @@ Start = Callable[..., Child]
 
 BAD = 2
 NAME = f"frames-{BAD:06d}.tar"
-FIRST = BAD * PER_SHARD
+FIRST = BAD * tools.PER_SHARD
 
 
 @pytest.fixture
@@ -78,10 +66,10 @@ FILES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def second(data: bytes | None = None, suffix: str = "png", cut: int = 0) -> Callable[[Members], Members]:
+def second(data: bytes | None = None, suffix: str = "png", cut: int = 0) -> Callable[[tools.Members], tools.Members]:
     """Replace or cut the image of the second member."""
 
-    def edit(members: Members) -> Members:
+    def edit(members: tools.Members) -> tools.Members:
         name, image = members[1]
         image = image[: len(image) - cut] if data is None else data
         return [members[0], (name.replace("png", suffix), image), *members[2:]]
@@ -89,13 +77,13 @@ def second(data: bytes | None = None, suffix: str = "png", cut: int = 0) -> Call
     return edit
 
 
-MEMBERS: dict[str, Callable[[Members], Members]] = {
+MEMBERS: dict[str, Callable[[tools.Members], tools.Members]] = {
     "a duplicate": lambda members: [members[0], members[0], *members[2:]],
     "a member more": lambda members: [*members, ("000000-00012.png", members[0][1])],
     "out of order": lambda members: [members[1], members[0], *members[2:]],
     "a member missing": lambda members: [members[0], *members[2:]],
     "the last member missing": lambda members: members[:-1],
-    "a small image": second(image_of("RGB", 8)),
+    "a small image": second(tools.image_of("RGB", 8)),
     "an image cut": second(cut=30),
     "another kind of file": second(b"x", "txt"),
     "folders in names": lambda members: [(f"./{name}", data) for name, data in members],
@@ -111,11 +99,11 @@ def break_tar(dataset: Path, damage: str) -> bytes:
     tar = dataset / NAME
     whole = tar.read_bytes()
     if damage == "another tar":
-        replace(tar, tar.with_name("frames-000001.tar").read_bytes())
+        tools.replace(tar, tar.with_name("frames-000001.tar").read_bytes())
     elif damage in FILES:
-        replace(tar, FILES[damage](whole))
+        tools.replace(tar, FILES[damage](whole))
     else:
-        write_tar(tar, [entry(*member) for member in MEMBERS[damage](members(tar))])
+        tools.write_tar(tar, [tools.entry(*member) for member in MEMBERS[damage](tools.members(tar))])
     return whole
 
 
@@ -124,16 +112,16 @@ def check_failed(mine: Sample, small: Sample) -> UserError:
         mine.extract(mine.store)
     assert is_refusal(refusal.value, mine.dataset / NAME)
     found = verify(mine.store)
-    assert (found.complete, found.shards_done, found.faults, found.leftovers) == (False, SHARDS - 1, [], [])
+    assert (found.complete, found.shards_done, found.faults, found.leftovers) == (False, tools.SHARDS - 1, [], [])
     assert not record_file(mine.store, BAD).exists()
     assert not shard_file(mine.store, BAD).exists()
     with pytest.raises(UserError):
         TokenStore.open(mine.store)
     store = TokenStore.open(mine.store, allow_incomplete=True)
-    others = EVERY[EVERY // PER_SHARD != BAD]
+    others = tools.EVERY[tools.EVERY // tools.PER_SHARD != BAD]
     np.testing.assert_array_equal(store.gather(others), TokenStore.open(small.store).gather(others))
     with pytest.raises(UserError, match=r"tokens/c\.2\.0\.0"):
-        store.gather(EVERY)
+        store.gather(tools.EVERY)
     return refusal.value
 
 
@@ -157,24 +145,26 @@ def test_a_broken_tar_fails_its_shard_and_no_other_until_it_is_restored(
 ) -> None:
     whole = break_tar(mine.dataset, damage)
     if matching:
-        update_checksums(mine.dataset, BAD)
+        tools.update_checksums(mine.dataset, BAD)
     refusal = str(check_failed(mine, small))
     if matching and damage in ONE_FRAME:
         assert f"000000-{FIRST + 1:05d}" in refusal or "frame 1;" in refusal
     if not matching:
-        replace(mine.dataset / NAME, whole)
+        tools.replace(mine.dataset / NAME, whole)
         check_continued(mine, small)
 
 
 def test_a_tar_without_its_end_is_refused_unless_its_checksum_matches(mine: Sample, small: Sample) -> None:
-    replace(mine.dataset / NAME, without_end((mine.dataset / NAME).read_bytes()))
+    tools.replace(mine.dataset / NAME, without_end((mine.dataset / NAME).read_bytes()))
     with pytest.raises(UserError, match=NAME):
         mine.extract(mine.store)
     # Every frame is there and named; the zeros after them add nothing.
-    update_checksums(mine.dataset, BAD)
+    tools.update_checksums(mine.dataset, BAD)
     other = mine.store.with_name("other.zarr")
     mine.extract(other)
-    np.testing.assert_array_equal(TokenStore.open(other).gather(EVERY), TokenStore.open(small.store).gather(EVERY))
+    np.testing.assert_array_equal(
+        TokenStore.open(other).gather(tools.EVERY), TokenStore.open(small.store).gather(tools.EVERY)
+    )
 
 
 @pytest.mark.parametrize("damage", ["missing", "folder", "dangling link", "link to itself"])
@@ -195,7 +185,7 @@ def test_a_tar_that_is_not_a_file_fails_its_shard_and_no_other(mine: Sample, sma
 
 
 def test_every_broken_tar_is_counted_and_the_first_is_named(mine: Sample) -> None:
-    for shard in range(SHARDS):
+    for shard in range(tools.SHARDS):
         os.truncate(mine.dataset / f"frames-{shard:06d}.tar", 1000 * (shard % 2))
     with pytest.raises(UserError, match=r"6 of 6 shards.*frames-00000\d\.tar"):
         mine.extract(mine.store)
@@ -214,8 +204,8 @@ def test_repair_with_broken_frames_makes_the_other_shards(mine: Sample, dtype: s
         repair(mine.store, device="cpu")
     assert is_refusal(refusal.value, mine.dataset / NAME)
     assert verify(mine.store).faults == []
-    assert verify(mine.store).shards_done == SHARDS - 1
-    replace(mine.dataset / NAME, whole)
+    assert verify(mine.store).shards_done == tools.SHARDS - 1
+    tools.replace(mine.dataset / NAME, whole)
     repair(mine.store, device="cpu")
     assert content(mine.store) == before
 
@@ -234,7 +224,7 @@ def test_the_command_ends_with_status_1_and_one_line_then_continues(mine: Sample
         status, output = start(command, "wmcache", *words).returned()
         assert status == expected
         assert "5 of 6 shards" in output
-    replace(mine.dataset / NAME, whole)
+    tools.replace(mine.dataset / NAME, whole)
     assert start(command, *extract).returned()[0] == 0
     assert portable(mine.store) == portable(small.store)
 
@@ -248,10 +238,10 @@ def overflowing(small: Sample, tmp_path_factory: pytest.TempPathFactory) -> Samp
     root = tmp_path_factory.mktemp("overflow")
     dataset = Path(shutil.copytree(small.dataset, root / "white"))
     steps, image = FrameDataset.open(dataset).steps, np.zeros((16, 16, 3), np.uint8)
-    for shard in range(SHARDS):
-        frames = range(shard * PER_SHARD, min(FRAMES, (shard + 1) * PER_SHARD))
+    for shard in range(tools.SHARDS):
+        frames = range(shard * tools.PER_SHARD, min(tools.FRAMES, (shard + 1) * tools.PER_SHARD))
         write_shard(dataset, shard, [(steps.key(frame), image + 255 * (frame == 9)) for frame in frames])
-        update_checksums(dataset, shard)
+        tools.update_checksums(dataset, shard)
     encoder = encoders.create("tcn", weights=small.weights, device="cpu")
     black, white = encoder(np.stack([image, image + 255])).float().abs().amax(1)
     channel = (white / black).argmax()

@@ -13,23 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import damage_tools as tools
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from damage_tools import (
-    FRAMES,
-    SHARDS,
-    edit_json,
-    entry,
-    image_of,
-    is_refusal,
-    members,
-    read_shard,
-    replace,
-    update_checksums,
-    write_tar,
-)
+from damage_tools import is_refusal
 from fault_workers import Sample
 
 from wmcache.common.errors import UserError
@@ -55,8 +44,8 @@ TAR = "frames-000001.tar"
 
 def put(copied: Path, entries: list[tuple[tarfile.TarInfo, bytes]]) -> None:
     """Replace a tar by one of these members, and update the checksums of the dataset."""
-    write_tar(copied / TAR, entries)
-    update_checksums(copied, 1)
+    tools.write_tar(copied / TAR, entries)
+    tools.update_checksums(copied, 1)
 
 
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -79,18 +68,24 @@ def test_a_member_that_is_not_a_frame_is_refused(
     copied: Path, tmp_path: Path, refused: Refused, canary: Path, other: str, where: str
 ) -> None:
     name, header = OTHERS[other]
-    whole = [entry(*member) for member in members(copied / TAR)]
-    odd = entry(name.format(root=tmp_path), b"" if "type" in header else b"MZ", **header)
+    whole = [tools.entry(*member) for member in tools.members(copied / TAR)]
+    odd = tools.entry(name.format(root=tmp_path), b"" if "type" in header else b"MZ", **header)
     put(copied, [odd, *whole[1:]] if where == "first" else [*whole[:-1], odd])
-    assert is_refusal(refused(read_shard, copied, 1), copied / TAR)
+    assert is_refusal(refused(tools.read_shard, copied, 1), copied / TAR)
     assert not (tmp_path / "escape.png").exists()
 
 
 @pytest.mark.parametrize("size", [10**10, 10**15])
 def test_a_sparse_member_is_refused(copied: Path, refused: Refused, size: int) -> None:
     headers = {"GNU.sparse.size": str(size), "GNU.sparse.map": "0,0", "GNU.sparse.name": "000000-00004.png"}
-    put(copied, [entry("000000-00004.png", pax_headers=headers), *(entry(*one) for one in members(copied / TAR)[1:])])
-    assert is_refusal(refused(read_shard, copied, 1), TAR)
+    put(
+        copied,
+        [
+            tools.entry("000000-00004.png", pax_headers=headers),
+            *(tools.entry(*one) for one in tools.members(copied / TAR)[1:]),
+        ],
+    )
+    assert is_refusal(refused(tools.read_shard, copied, 1), TAR)
 
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
@@ -98,10 +93,10 @@ def test_a_sparse_member_is_refused(copied: Path, refused: Refused, size: int) -
 def test_a_header_that_claims_more_than_there_is_is_refused(
     copied: Path, refused: Refused, kind: bytes, size: int
 ) -> None:
-    info, _ = entry("000000-00004.png", type=kind, size=size)
-    replace(copied / TAR, info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
-    update_checksums(copied, 1)
-    assert is_refusal(refused(read_shard, copied, 1), TAR)
+    info, _ = tools.entry("000000-00004.png", type=kind, size=size)
+    tools.replace(copied / TAR, info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    tools.update_checksums(copied, 1)
+    assert is_refusal(refused(tools.read_shard, copied, 1), TAR)
 
 
 def test_a_compressed_tar_does_not_unpack_to_more_than_its_frames(copied: Path, refused: Refused) -> None:
@@ -109,12 +104,12 @@ def test_a_compressed_tar_does_not_unpack_to_more_than_its_frames(copied: Path, 
     size = 2**28
     packed = io.BytesIO()
     with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=1) as stream:
-        stream.write(entry("000000-00004.png", size=size)[0].tobuf())
+        stream.write(tools.entry("000000-00004.png", size=size)[0].tobuf())
         for _ in range(size // 2**20):
             stream.write(bytes(2**20))
-    replace(copied / TAR, packed.getvalue())
-    update_checksums(copied, 1)
-    assert is_refusal(refused(read_shard, copied, 1, room=2**27), TAR)
+    tools.replace(copied / TAR, packed.getvalue())
+    tools.update_checksums(copied, 1)
+    assert is_refusal(refused(tools.read_shard, copied, 1, room=2**27), TAR)
 
 
 # Images.
@@ -138,9 +133,9 @@ IMAGES: dict[str, Callable[[], bytes]] = {
     "text that unpacks to 256 megabytes": lambda: png_by_hand(
         16, 16, ROWS, extra=png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**28), 1))
     ),
-    "RGBA": lambda: image_of("RGBA"),
-    "palette": lambda: image_of("P"),
-    "a JPEG": lambda: image_of("RGB", kind="JPEG"),
+    "RGBA": lambda: tools.image_of("RGBA"),
+    "palette": lambda: tools.image_of("P"),
+    "a JPEG": lambda: tools.image_of("RGB", kind="JPEG"),
     "a page": lambda: b"<html>404</html>",
     "PostScript": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n(touch canary) (w) file\n",
 }
@@ -148,9 +143,12 @@ IMAGES: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("image", IMAGES)
 def test_a_frame_that_is_another_image_is_refused(copied: Path, refused: Refused, image: str) -> None:
-    whole = members(copied / TAR)
-    put(copied, [entry(*whole[0]), entry(whole[1][0], IMAGES[image]()), *(entry(*one) for one in whole[2:])])
-    line = refused(read_shard, copied, 1, room=2**27)
+    whole = tools.members(copied / TAR)
+    put(
+        copied,
+        [tools.entry(*whole[0]), tools.entry(whole[1][0], IMAGES[image]()), *(tools.entry(*one) for one in whole[2:])],
+    )
+    line = refused(tools.read_shard, copied, 1, room=2**27)
     assert is_refusal(line, TAR, whole[1][0])
 
 
@@ -166,7 +164,7 @@ def edit_card(copied: Path, edit: Edit) -> None:
         except (KeyError, TypeError):
             return
 
-    edit_json(copied / "dataset.json", both)
+    tools.edit_json(copied / "dataset.json", both)
 
 
 ABSURD = {
@@ -175,7 +173,7 @@ ABSURD = {
     "frames_per_shard": [0, -4, 10**11, 4.0, "4", None],
     "episodes": [0, -1, 1.0, "1", None],
     "fps": [0, -20, "20", None],
-    "shards": [None, 5, {}, "frames", [None] * SHARDS, [[]] * SHARDS, [{}] * SHARDS, []],
+    "shards": [None, 5, {}, "frames", [None] * tools.SHARDS, [[]] * tools.SHARDS, [{}] * tools.SHARDS, []],
     "maze": [None, 5, "###", [5], [None]],
     "name": [None, 5, [], {}],
     "format_version": [None, "1", [1], 2],
@@ -210,7 +208,7 @@ def test_a_datasets_name_does_not_leave_the_home_folder(
 @pytest.mark.parametrize("huge", [False, True], ids=["nested", "huge"])
 def test_a_nested_or_huge_card_is_refused(copied: Path, refused: Refused, huge: bool) -> None:
     file = copied / "dataset.json"
-    replace(file, b'{"attributes": ' + b"[" * 10**6 + b"]" * 10**6 + b"}")
+    tools.replace(file, b'{"attributes": ' + b"[" * 10**6 + b"]" * 10**6 + b"}")
     if huge:
         os.truncate(file, 10**10)  # sparse: takes no room on the disk
     assert is_refusal(refused(FrameDataset.open, copied), copied)
@@ -225,12 +223,12 @@ def column(name: str, values: Any) -> Callable[[pa.Table], pa.Table]:
 
 TABLES: dict[str, Callable[[pa.Table], pa.Table]] = {
     "a row fewer": lambda table: table.slice(1),
-    "no episodes": column("episode", pa.nulls(FRAMES)),
-    "steps beyond 32 bits": column("step", [10**12] * FRAMES),
-    "states of all lengths": column("state", [[1.0] * (i % 3) for i in range(FRAMES)]),
-    "states of lists of text": column("state", [["x"]] * FRAMES),
-    "states of NaN": column("state", [[float("nan")] * 4] * FRAMES),
-    "empty actions": column("action", [[]] * FRAMES),
+    "no episodes": column("episode", pa.nulls(tools.FRAMES)),
+    "steps beyond 32 bits": column("step", [10**12] * tools.FRAMES),
+    "states of all lengths": column("state", [[1.0] * (i % 3) for i in range(tools.FRAMES)]),
+    "states of lists of text": column("state", [["x"]] * tools.FRAMES),
+    "states of NaN": column("state", [[float("nan")] * 4] * tools.FRAMES),
+    "empty actions": column("action", [[]] * tools.FRAMES),
 }
 
 

@@ -12,27 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import damage_tools as tools
 import google_crc32c
 import numpy as np
 import pytest
 import torch
-from damage_tools import (
-    FRAMES,
-    PER_SHARD,
-    ROOM,
-    Copy,
-    edit_json,
-    flip,
-    forge,
-    forge_record,
-    is_refusal,
-    open_and_gather,
-    replace,
-    resume_run,
-    rewrite_index,
-    vouch,
-    vouch_for,
-)
+from damage_tools import is_refusal
 
 from wmcache.cache import TokenStore
 from wmcache.cache.catalogue import list_stores
@@ -93,49 +78,49 @@ ATTRIBUTES: dict[str, Edit] = {
 
 
 @pytest.mark.parametrize("edit", ATTRIBUTES)
-def test_absurd_attributes_with_a_matching_seal_are_refused(copy: Copy, refused: Refused, edit: str) -> None:
-    forge(copy.path, ATTRIBUTES[edit])
-    assert is_refusal(refused(open_and_gather, copy.path), copy.path)
+def test_absurd_attributes_with_a_matching_seal_are_refused(copy: tools.Copy, refused: Refused, edit: str) -> None:
+    tools.forge(copy.path, ATTRIBUTES[edit])
+    assert is_refusal(refused(tools.open_and_gather, copy.path), copy.path)
 
 
 @pytest.mark.parametrize("edit", ["frames 1000000000000000", "frames_per_shard 0", "columns none", "dtype []"])
 @pytest.mark.parametrize("function", [verify, list_stores, repair])
 def test_absurd_attributes_stop_no_other_command(
-    copy: Copy, outcome: Outcome, function: Callable[..., Any], edit: str
+    copy: tools.Copy, outcome: Outcome, function: Callable[..., Any], edit: str
 ) -> None:
     # `wmcache ls` of a folder with such a store still lists the others.
-    forge(copy.path, ATTRIBUTES[edit])
+    tools.forge(copy.path, ATTRIBUTES[edit])
     kind, _ = outcome(function, copy.path.parent if function is list_stores else copy.path)
     assert kind == "returned" or function is not list_stores
 
 
 @pytest.mark.parametrize("huge", [False, True], ids=["nested", "huge"])
 @pytest.mark.parametrize("where", ["zarr.json", "tokens/zarr.json", "tokens/commits/000002.json"])
-def test_a_nested_or_huge_json_file_is_refused(copy: Copy, refused: Refused, where: str, huge: bool) -> None:
-    replace(copy.path / where, b'{"attributes": ' + b"[" * 10**6 + b"]" * 10**6 + b"}")
+def test_a_nested_or_huge_json_file_is_refused(copy: tools.Copy, refused: Refused, where: str, huge: bool) -> None:
+    tools.replace(copy.path / where, b'{"attributes": ' + b"[" * 10**6 + b"]" * 10**6 + b"}")
     if huge:
         os.truncate(copy.path / where, 10**10)  # sparse: takes no room on the disk
     if where.startswith("tokens/commits"):
         assert [fault.shard for fault in verify(copy.path).faults] == [2]
     else:
-        assert is_refusal(refused(open_and_gather, copy.path), copy.path)
+        assert is_refusal(refused(tools.open_and_gather, copy.path), copy.path)
 
 
 @pytest.mark.parametrize("frames", [10**9, 2**39])
 def test_an_absurd_number_of_frames_is_refused_though_all_descriptions_agree(
-    copy: Copy, refused: Refused, frames: int
+    copy: tools.Copy, refused: Refused, frames: int
 ) -> None:
-    forge(copy.path, lambda it: it["card"].update(frames=frames, frames_per_shard=1))
+    tools.forge(copy.path, lambda it: it["card"].update(frames=frames, frames_per_shard=1))
 
     def lengthen(metadata: dict[str, Any], chunk: int) -> None:
         metadata["shape"][0] = frames
         metadata["chunk_grid"]["configuration"]["chunk_shape"][0] = chunk
 
-    edit_json(copy.path / "tokens" / "zarr.json", lambda it: lengthen(it, 1))
+    tools.edit_json(copy.path / "tokens" / "zarr.json", lambda it: lengthen(it, 1))
     for name in ("action", "state", "episode", "step"):
-        edit_json(copy.path / name / "zarr.json", lambda it: lengthen(it, frames))
-    vouch(copy.path)
-    for function in (open_and_gather, repair):
+        tools.edit_json(copy.path / name / "zarr.json", lambda it: lengthen(it, frames))
+    tools.vouch(copy.path)
+    for function in (tools.open_and_gather, repair):
         assert is_refusal(refused(function, copy.path), copy.path)
 
 
@@ -150,29 +135,36 @@ ARRAYS: dict[str, Edit] = {
 
 @pytest.mark.parametrize("edit", ARRAYS)
 @pytest.mark.parametrize("name", ["tokens", "state"])
-def test_an_absurd_array_is_refused(copy: Copy, refused: Refused, name: str, edit: str) -> None:
-    edit_json(copy.path / name / "zarr.json", ARRAYS[edit])
-    vouch(copy.path)
-    assert is_refusal(refused(open_and_gather, copy.path), copy.path)
+def test_an_absurd_array_is_refused(copy: tools.Copy, refused: Refused, name: str, edit: str) -> None:
+    tools.edit_json(copy.path / name / "zarr.json", ARRAYS[edit])
+    tools.vouch(copy.path)
+    assert is_refusal(refused(tools.open_and_gather, copy.path), copy.path)
 
 
 # Zarr format 2 had codecs that run code.
-PICKLED = {"zarr_format": 2, "shape": [FRAMES, 4], "chunks": [FRAMES, 4], "dtype": "|O", "fill_value": 0, "order": "C"}
+PICKLED = {
+    "zarr_format": 2,
+    "shape": [tools.FRAMES, 4],
+    "chunks": [tools.FRAMES, 4],
+    "dtype": "|O",
+    "fill_value": 0,
+    "order": "C",
+}
 PICKLED |= {"filters": [{"id": "pickle", "protocol": 5}], "compressor": None, "attributes": {}}
 
 
 @pytest.mark.parametrize("where", ["consolidated", "beside"])
-def test_pickles_in_a_column_are_refused(copy: Copy, refused: Refused, canary: Path, where: str) -> None:
+def test_pickles_in_a_column_are_refused(copy: tools.Copy, refused: Refused, canary: Path, where: str) -> None:
     store, names = copy.path, ("tokens", "action", "episode", "step")
     (store / "state" / "0.0").write_bytes(pickle.dumps(Hostile(canary)))
     if where == "consolidated":
         arrays = {name: json.loads((store / name / "zarr.json").read_bytes()) for name in names}
         inline = {"kind": "inline", "must_understand": False, "metadata": {**arrays, "state": PICKLED}}
-        edit_json(store / "zarr.json", lambda it: it.update(consolidated_metadata=inline))
+        tools.edit_json(store / "zarr.json", lambda it: it.update(consolidated_metadata=inline))
     else:
         (store / "state" / ".zarray").write_text(json.dumps(PICKLED))
         (store / "state" / "zarr.json").unlink()
-    assert is_refusal(refused(open_and_gather, store))
+    assert is_refusal(refused(tools.open_and_gather, store))
 
 
 # Shards, records, and what a repair reads.
@@ -180,33 +172,35 @@ def test_pickles_in_a_column_are_refused(copy: Copy, refused: Refused, canary: P
 
 @pytest.mark.parametrize("first", [2**64 - 2, 2**63, 2**63 - 1, 2**32])
 @pytest.mark.parametrize("length", [1, 0, 2**62 + 1])
-def test_an_index_that_points_beyond_its_file_is_refused(copy: Copy, refused: Refused, first: int, length: int) -> None:
+def test_an_index_that_points_beyond_its_file_is_refused(
+    copy: tools.Copy, refused: Refused, first: int, length: int
+) -> None:
     # From 2**64 - 2 on, the next offsets at the right distance overflow to small numbers.
     card = TokenStore.open(copy.path).card
     stride = card.frame_bytes + 4
-    entries = {row: ((first + stride * row) % 2**64, stride * length % 2**64) for row in range(PER_SHARD)}
-    rewrite_index(copy.shard(2), card, entries)
-    assert is_refusal(refused(open_and_gather, copy.path), copy.shard(2))
+    entries = {row: ((first + stride * row) % 2**64, stride * length % 2**64) for row in range(tools.PER_SHARD)}
+    tools.rewrite_index(copy.shard(2), card, entries)
+    assert is_refusal(refused(tools.open_and_gather, copy.path), copy.shard(2))
     copy.check_repair(2)
 
 
-def put_nan(copy: Copy) -> None:
+def put_nan(copy: tools.Copy) -> None:
     # No extraction writes NaN, because missing frames are read as NaN.
     size, file = TokenStore.open(copy.path).card.frame_bytes, copy.shard(2)
     frame = np.full(size // 2, np.nan, np.float16).tobytes()
-    replace(file, frame + struct.pack("<I", google_crc32c.value(frame)) + file.read_bytes()[size + 4 :])
+    tools.replace(file, frame + struct.pack("<I", google_crc32c.value(frame)) + file.read_bytes()[size + 4 :])
 
 
-def replace_with_record(copy: Copy) -> None:
-    replace(copy.shard(2), copy.shard(1).read_bytes())
-    forge_record(copy.record(2), lambda it: it.update(sha256=sha256_of(copy.shard(2))))
+def replace_with_record(copy: tools.Copy) -> None:
+    tools.replace(copy.shard(2), copy.shard(1).read_bytes())
+    tools.forge_record(copy.record(2), lambda it: it.update(sha256=sha256_of(copy.shard(2))))
 
 
-def forge_values(**values: Any) -> Callable[[Copy], None]:
-    return lambda copy: forge_record(copy.record(2), lambda it: it.update(values))
+def forge_values(**values: Any) -> Callable[[tools.Copy], None]:
+    return lambda copy: tools.forge_record(copy.record(2), lambda it: it.update(values))
 
 
-FORGED: dict[str, Callable[[Copy], None]] = {
+FORGED: dict[str, Callable[[tools.Copy], None]] = {
     "NaN": put_nan,
     "another shard": replace_with_record,
     "bytes absurd": forge_values(bytes=10**18),
@@ -218,7 +212,7 @@ FORGED: dict[str, Callable[[Copy], None]] = {
 
 @pytest.mark.parametrize("damage", FORGED)
 def test_absurd_shards_and_records_with_matching_checksums_are_found_and_made_again(
-    copy: Copy, outcome: Outcome, damage: str
+    copy: tools.Copy, outcome: Outcome, damage: str
 ) -> None:
     FORGED[damage](copy)
     assert [fault.shard for fault in verify(copy.path).faults] == [2]
@@ -238,15 +232,17 @@ CARDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("card", CARDS)
-def test_a_repair_with_an_absurd_encoder_or_absurd_frames_is_refused(copy: Copy, refused: Refused, card: str) -> None:
-    forge(copy.path, lambda it: [it["card"][key].update(value) for key, value in CARDS[card].items()])
-    flip(copy.shard(2), 300)
+def test_a_repair_with_an_absurd_encoder_or_absurd_frames_is_refused(
+    copy: tools.Copy, refused: Refused, card: str
+) -> None:
+    tools.forge(copy.path, lambda it: [it["card"][key].update(value) for key, value in CARDS[card].items()])
+    tools.flip(copy.shard(2), 300)
     assert is_refusal(refused(repair, copy.path), "--dataset" if "dataset" in CARDS[card] else "")
 
 
-def test_hostile_names_stay_on_one_line(copy: Copy, refused: Refused) -> None:
+def test_hostile_names_stay_on_one_line(copy: tools.Copy, refused: Refused) -> None:
     # A terminal would execute these characters.
-    forge(copy.path, lambda it: it["identity"].update(layer="head\n\x1b[2JAll is well."))
+    tools.forge(copy.path, lambda it: it["identity"].update(layer="head\n\x1b[2JAll is well."))
     assert is_refusal(refused(copy.sample.extract, copy.path), copy.path, "layer")
 
 
@@ -298,8 +294,8 @@ def test_another_file_than_a_checkpoint_is_refused(
 ) -> None:
     file = last_checkpoint(run) / name
     file.write_bytes(WEIGHTS[weights](canary))
-    vouch_for(file.parent)
-    assert is_refusal(refused(resume_run, store_path, run), file.parent)
+    tools.vouch_for(file.parent)
+    assert is_refusal(refused(tools.resume_run, store_path, run), file.parent)
     if name == "model.safetensors":
         assert is_refusal(refused(load_model, run, CPU), file.parent)
 
@@ -318,5 +314,5 @@ SETTINGS: dict[str, Edit] = {
 
 @pytest.mark.parametrize("edit", SETTINGS)
 def test_absurd_settings_of_a_run_are_refused(run: Path, refused: Refused, edit: str) -> None:
-    edit_json(run / "config.json", SETTINGS[edit])
-    assert is_refusal(refused(load_model, run, CPU, room=2 * ROOM), run)
+    tools.edit_json(run / "config.json", SETTINGS[edit])
+    assert is_refusal(refused(load_model, run, CPU, room=2 * tools.ROOM), run)
