@@ -131,11 +131,11 @@ def test_the_last_object_of_a_folder_is_put_last(
 ) -> None:
     for name in ("zarr.json", "a/zarr.json", "z/c/0"):
         write_whole(tmp_path / "x" / name, name.encode())
-    order = []
+    order, put = [], paths.put
 
     def note(at: UPath, data: bytes, *, new: bool = False) -> str | None:
         order.append(str(at).removeprefix(str(bucket)))
-        return paths.put(at, data, new=new)
+        return put(at, data, new=new)
 
     monkeypatch.setattr("wmcache.common.paths.put", note)
     assert paths.upload(tmp_path / "x", bucket / "x", last="zarr.json")
