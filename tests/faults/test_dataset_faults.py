@@ -234,7 +234,7 @@ def test_the_command_ends_with_status_1_and_one_line_then_continues(mine: Sample
 
 @pytest.fixture(scope="module")
 def overflowing(small: Sample, tmp_path_factory: pytest.TempPathFactory) -> Sample:
-    """Black frames and a white one, frame 9; and weights of which one channel overflows float16 for white alone."""
+    """Black frames and a white one, frame 9; and weights whose tokens overflow float16 in one channel for white alone."""
     root = tmp_path_factory.mktemp("overflow")
     dataset = Path(shutil.copytree(small.dataset, root / "white"))
     steps, image = FrameDataset.open(dataset).steps, np.zeros((16, 16, 3), np.uint8)
