@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from numpy.typing import NDArray
 from upath import UPath
 
 from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
@@ -125,10 +124,7 @@ def ddp_store_path(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 MakeWriter = Callable[..., StoreWriter]
-
-
 TrainRun = Callable[..., Path]
-
 
 IDENTITY = Identity(
     encoder="made-up",
@@ -143,14 +139,42 @@ IDENTITY = Identity(
     store_dtype="float16",
     dataset_fingerprint="cd" * 32,
 )
-CARD = StoreCard(
-    encoder={"name": "made-up"},
-    dataset={"name": "made-up"},
-    token_grid=(2, 3),
-    token_dim=4,
-    frames=50,
-    frames_per_shard=16,
-)
+# 50 frames of [6, 4] in shards of 16.
+CARD = StoreCard({"name": "made-up"}, {"name": "made-up"}, (2, 3), 4, frames=50, frames_per_shard=16)
+TOKENS = np.random.default_rng(0).normal(3, 2, (CARD.frames, 6, 4)).astype(np.float16)
+# Some frames and one shard are zeros, which zarr would not write by default.
+TOKENS[[0, 7, 49]] = 0
+TOKENS[32:48] = 0
+TOKENS.flags.writeable = False
+# Two episodes, 20 and 30 frames long.
+STEPS = {
+    "action": np.random.default_rng(1).uniform(-1, 1, (CARD.frames, 2)).astype(np.float32),
+    "state": np.random.default_rng(2).normal(size=(CARD.frames, 4)),
+    "episode": np.repeat(np.arange(2, dtype=np.int32), (20, 30)),
+    "step": np.concatenate([np.arange(length, dtype=np.int32) for length in (20, 30)]),
+}
+
+
+def make_writer(path: AnyPath, identity: Identity = IDENTITY, **changes: Any) -> StoreWriter:
+    """Start a store of 4 shards, with these changes of its card."""
+    card = dataclasses.replace(CARD, **changes)
+    return StoreWriter.create(path, card, dataclasses.replace(identity, store_dtype=card.dtype), STEPS)
+
+
+def write(writer: StoreWriter, shards: Iterable[int] | None = None) -> None:
+    """Write these shards; or those that are pending, and finish the store."""
+    for shard in writer.pending() if shards is None else shards:
+        rows = writer.card.shard_frames(shard)
+        with writer.claim(shard) as claimed:
+            assert claimed
+            writer.write_shard(shard, TOKENS[rows.start : rows.stop])
+    if shards is None:
+        writer.finish()
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Return the files in a folder, with their content."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
 @pytest.fixture(scope="session")
@@ -160,72 +184,16 @@ def identity() -> Identity:
 
 @pytest.fixture(scope="session")
 def card() -> StoreCard:
-    """50 frames of [6, 4] in shards of 16."""
     return CARD
 
 
-@pytest.fixture(scope="session")
-def tokens() -> NDArray[np.float16]:
-    """50 frames [6, 4]. Some frames and one shard are zeros, which zarr would not write by default."""
-    tokens = np.random.default_rng(0).normal(3, 2, (CARD.frames, 6, 4)).astype(np.float16)
-    tokens[[0, 7, 49]] = 0
-    tokens[32:48] = 0
-    return tokens
-
-
-@pytest.fixture(scope="session")
-def steps() -> dict[str, NDArray[Any]]:
-    """Two episodes, 20 and 30 frames long."""
-    rng = np.random.default_rng(1)
-    lengths = (20, 30)
-    return {
-        "action": rng.uniform(-1, 1, (CARD.frames, 2)).astype(np.float32),
-        "state": rng.normal(size=(CARD.frames, 4)),
-        "episode": np.repeat(np.arange(2, dtype=np.int32), lengths),
-        "step": np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
-    }
-
-
-@pytest.fixture(scope="session")
-def make_writer(steps: dict[str, NDArray[Any]]) -> MakeWriter:
-    """(path, identity, **changes of the card): a writer of a store of 4 shards."""
-
-    def make(path: AnyPath, identity: Identity = IDENTITY, **changes: Any) -> StoreWriter:
-        card = dataclasses.replace(CARD, **changes)
-        identity = dataclasses.replace(identity, store_dtype=card.dtype)
-        return StoreWriter.create(path, card, identity, steps)
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def write(tokens: NDArray[np.float16]) -> Callable[..., None]:
-    """(writer, shards): write these shards; (writer): write those that are pending, and finish the store."""
-
-    def write(writer: StoreWriter, shards: Iterable[int] | None = None) -> None:
-        for shard in writer.pending() if shards is None else shards:
-            rows = writer.card.shard_frames(shard)
-            with writer.claim(shard) as claimed:
-                assert claimed
-                writer.write_shard(shard, tokens[rows.start : rows.stop])
-        if shards is None:
-            writer.finish()
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def contents() -> Callable[[Path], dict[str, bytes]]:
-    """(path): the files in a folder, with their content."""
-
-    def contents(path: Path) -> dict[str, bytes]:
-        return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
-
-    return contents
+@pytest.fixture(scope="session", name="make_writer")
+def _make_writer() -> MakeWriter:
+    return make_writer
 
 
 @pytest.fixture
-def finished(tmp_path: Path, make_writer: MakeWriter, write: Callable[..., None]) -> Path:
+def finished(tmp_path: Path) -> Path:
     """A finished store, to be damaged."""
     writer = make_writer(tmp_path / "made-up.zarr")
     write(writer)

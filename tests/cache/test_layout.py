@@ -1,29 +1,23 @@
-"""Where things are in a store, and how a change of them is detected."""
+"""Seals, cards and identities: how a change of them is detected and named."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import zarr
 from hypothesis import example, given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from wmcache.cache import Identity, StoreCard, StoreWriter
-from wmcache.cache.arrays import column_sha256
-from wmcache.cache.layout import DamagedError, read_attributes, read_card, shard_file, write_attributes
-from wmcache.cache.records import Records
+from wmcache.cache import Identity
+from wmcache.cache.layout import read_card
 from wmcache.common.errors import UserError
 from wmcache.common.jsonfiles import require_seal, seal
 
-Tokens = NDArray[np.float16]
-MakeWriter = Callable[..., StoreWriter]
+from ..conftest import CARD, IDENTITY
+
 WHERE = Path("some/file.json")
 
 json_values = st.recursive(
@@ -67,93 +61,41 @@ def test_a_lost_value_is_detected(lost: str) -> None:
         require_seal(sealed, WHERE, "HINT")
 
 
-def test_a_changed_byte_of_the_attributes_is_detected(finished: Path) -> None:
-    file = finished / "zarr.json"
-    whole, expected = file.read_bytes(), read_attributes(finished)
-    refused = []
-    for offset in np.random.default_rng(0).choice(len(whole), 300, replace=False).tolist():
-        data = bytearray(whole)
-        data[offset] ^= 1
-        file.write_bytes(data)
-        try:
-            found = read_attributes(finished)
-        except DamagedError as error:
-            refused.append(str(error))
-            continue
-        # White space, or a byte outside of the attributes.
-        assert found == expected, f"byte {offset}"
-    assert len(refused) > 200
-    assert all(str(file) in line and "\n" not in line for line in refused)
-
-
-def test_attributes_are_replaced_and_sealed_again(finished: Path) -> None:
-    before = read_attributes(finished)
-    write_attributes(finished, {**before, "complete": False, "mean": [1.5] * 4})
-    after = read_attributes(finished)
-    assert after["checksum"] != before["checksum"]
-    assert {**after, "checksum": 0} == {**before, "complete": False, "mean": [1.5] * 4, "checksum": 0}
-    assert zarr.open_group(finished, mode="r").attrs["mean"] == [1.5] * 4
-    write_attributes(finished, before)
-    assert read_attributes(finished) == before
-
-
-def test_a_card_needs_all_fields_but_the_dtype(card: StoreCard) -> None:
-    values = dataclasses.asdict(card)
+def test_a_card_needs_all_fields_but_the_dtype() -> None:
+    values = dataclasses.asdict(CARD)
     for name in values:
         rest = {"card": {field: value for field, value in values.items() if field != name}}
         if name == "dtype":
-            assert read_card(rest) == card
+            assert read_card(rest) == CARD
         else:
             with pytest.raises(UserError, match=name):
                 read_card(rest)
 
 
-def test_shards_cover_every_frame_once(card: StoreCard) -> None:
+def test_shards_cover_every_frame_once() -> None:
     for frames in (1, 15, 16, 17, 32, 50):
-        some = dataclasses.replace(card, frames=frames)
+        some = dataclasses.replace(CARD, frames=frames)
         assert [frame for shard in range(some.num_shards) for frame in some.shard_frames(shard)] == [*range(frames)]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
-@pytest.mark.parametrize(
-    ("frames", "frames_per_shard", "grid", "dim"),
-    [
-        (50, 16, (2, 3), 4),
-        (32, 16, (2, 3), 4),
-        (1, 1, (1, 1), 1),
-        (3, 7, (1, 1), 5),
-        (9, 2, (3, 1), 3),
-        (33, 11, (1, 5), 2),
-    ],
-)
-def test_a_shards_file_has_the_expected_size(
-    tmp_path: Path,
-    card: StoreCard,
-    identity: Identity,
-    steps: dict[str, NDArray[Any]],
-    dtype: str,
-    frames: int,
-    frames_per_shard: int,
-    grid: Any,
-    dim: int,
-) -> None:
-    some = StoreCard({}, {}, grid, dim, frames, frames_per_shard, dtype)
-    rows = {name: values[:frames] for name, values in steps.items()}
-    writer = StoreWriter.create(tmp_path / "some.zarr", some, identity, rows)
-    tokens = np.random.default_rng(0).normal(size=(frames, *some.frame_shape)).astype(np.float16)
-    tokens[0] = 0  # zarr would leave out its fill value
-    for shard in writer.pending():
-        part = some.shard_frames(shard)
-        writer.write_shard(shard, tokens[part.start : part.stop])
-        assert shard_file(writer.path, shard).stat().st_size == some.shard_bytes(shard)
-        assert Records(writer.path, some, identity).read(shard).bytes == some.shard_bytes(shard)
-    assert sum(len(some.shard_frames(shard)) for shard in range(some.num_shards)) == frames
-    assert some.token_bytes == tokens.nbytes // (2 if dtype == "int8" else 1)
+# Identities.
+
+FIELDS = [field.name for field in dataclasses.fields(Identity)]
 
 
-def test_a_columns_checksum_covers_dtype_shape_and_values() -> None:
-    values = np.arange(6, dtype=np.int32)
-    others = [values.reshape(2, 3), values.view(np.float32), values.astype(np.int64), values[::-1], values + 1]
-    sums = [column_sha256(other) for other in (values, *others)]
-    assert len(set(sums)) == len(sums)
-    assert column_sha256(values[::-1]) == column_sha256(values[::-1].copy())
+def changed(identity: Identity, field: str) -> Identity:
+    value = getattr(identity, field)
+    other = {int: -1, str: "another", tuple: ((0.0,), (1.0,))}[type(value)]
+    return dataclasses.replace(identity, **{field: other})
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_different_field_is_named(field: str) -> None:
+    other = changed(IDENTITY, field)
+    assert IDENTITY.differences(other) == [f"{field}: {getattr(IDENTITY, field)} != {getattr(other, field)}"]
+
+
+def test_all_differences_are_named() -> None:
+    other = changed(changed(IDENTITY, "layer"), "image_size")
+    assert [text.split(":")[0] for text in IDENTITY.differences(other)] == ["layer", "image_size"]
+    assert IDENTITY.differences(IDENTITY) == []

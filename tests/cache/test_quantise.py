@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from wmcache.cache import StoreWriter, TokenStore
+from wmcache.cache import TokenStore
 from wmcache.cache.quantise import LEVELS, dequantise, quantise
 from wmcache.common.errors import UserError
+
+from ..conftest import TOKENS, make_writer, write
 
 Tokens = NDArray[np.float16]
 
@@ -83,28 +84,8 @@ def test_a_channel_uses_the_whole_range() -> None:
     assert middle == pytest.approx(2)
 
 
-def test_channels_are_independent() -> None:
-    rng = np.random.default_rng(0)
-    one, other = (rng.normal(0, spread, (20, 3, 1)).astype(np.float16) for spread in (1, 1000))
-    together = quantise(np.concatenate([one, other], axis=2))
-    for channel, alone in enumerate((quantise(one), quantise(other))):
-        for both, single in zip(together, alone, strict=True):
-            np.testing.assert_array_equal(both[..., channel], single[..., 0])
-
-
-def test_every_frame_has_its_own_scale() -> None:
-    stored = np.full((40, 2, 1), 2, np.int8)
-    scale, middle = np.arange(40, dtype=np.float32)[:, None], np.full((40, 1), 0.5, np.float32)
-    out = np.empty((40, 2, 1), np.float16)
-    assert dequantise(stored, scale, middle, out) is out
-    np.testing.assert_array_equal(out[:, 0, 0], 2 * np.arange(40) + 0.5)
-    np.testing.assert_array_equal(out[:, 1], out[:, 0])
-
-
 @pytest.fixture(scope="module")
-def int8_path(
-    tmp_path_factory: pytest.TempPathFactory, make_writer: Callable[..., StoreWriter], write: Callable[..., None]
-) -> Path:
+def int8_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """50 frames in shards of 16, 16, 16 and 2, one shard of zeros; read-only."""
     path = tmp_path_factory.mktemp("int8") / "int8.zarr"
     write(make_writer(path, dtype="int8"))
@@ -116,14 +97,14 @@ def int8_store(int8_path: Path) -> TokenStore:
     return TokenStore.open(int8_path)
 
 
-def test_a_store_gives_the_dequantised_tokens(int8_store: TokenStore, tokens: Tokens) -> None:
+def test_a_store_gives_the_dequantised_tokens(int8_store: TokenStore) -> None:
     parts = []
     for shard in range(4):
         rows = int8_store.card.shard_frames(shard)
-        stored, scale, middle = quantise(tokens[rows.start : rows.stop])
+        stored, scale, middle = quantise(TOKENS[rows.start : rows.stop])
         parts.append(dequantise(stored, per_frame(scale, len(rows)), per_frame(middle, len(rows))))
     expected = np.concatenate(parts)
-    assert np.abs(expected.astype(float) - tokens).max() < 0.1
+    assert np.abs(expected.astype(float) - TOKENS).max() < 0.1
     np.testing.assert_array_equal(int8_store.gather(np.arange(50)), expected)
     frames = np.random.default_rng(0).integers(0, 50, 70)
     out = np.full((70, 6, 4), np.nan, np.float16)
@@ -136,17 +117,15 @@ def test_a_store_gives_the_dequantised_tokens(int8_store: TokenStore, tokens: To
     np.testing.assert_array_equal(dequantise(stored, scale, middle), out)
 
 
-def test_statistics_and_sizes_are_those_of_the_tokens(int8_path: Path, int8_store: TokenStore, tokens: Tokens) -> None:
-    np.testing.assert_allclose(int8_store.mean, tokens.astype(np.float64).mean((0, 1)), rtol=1e-5)
-    np.testing.assert_allclose(int8_store.std, tokens.astype(np.float64).std((0, 1)), rtol=1e-5)
-    assert int8_store.card.token_bytes == tokens.nbytes // 2
+def test_statistics_and_sizes_are_those_of_the_tokens(int8_path: Path, int8_store: TokenStore) -> None:
+    np.testing.assert_allclose(int8_store.mean, TOKENS.astype(np.float64).mean((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(int8_store.std, TOKENS.astype(np.float64).std((0, 1)), rtol=1e-5)
+    assert int8_store.card.token_bytes == TOKENS.nbytes // 2
     assert zarr.open_array(int8_path / "tokens", mode="r").fill_value == -128
 
 
 @pytest.mark.parametrize("allowed", [False, True])
-def test_an_incomplete_int8_store_cannot_be_read(
-    tmp_path: Path, make_writer: Callable[..., StoreWriter], allowed: bool
-) -> None:
+def test_an_incomplete_int8_store_cannot_be_read(tmp_path: Path, allowed: bool) -> None:
     # Scales become a column when the store is finished.
     make_writer(tmp_path / "some.zarr", dtype="int8")
     with pytest.raises(UserError, match=r"some\.zarr .*wmcache extract"):

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import os
 import resource
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,8 +26,9 @@ from wmcache.common.errors import UserError
 from wmcache.common.files import sha256_of
 from wmcache.common.paths import upload
 
+from ..conftest import TOKENS, make_writer, write
+
 Tokens = NDArray[np.float16]
-MakeWriter = Callable[..., StoreWriter]
 DTYPES = ("float16", "int8")
 INDEX_BYTES = 16 * 16 + 4
 STRIDE = 6 * 4 * 2 + 4
@@ -55,16 +53,6 @@ def test_gather_reads_what_was_written_in_any_layout(
     path = write_store(tmp_path_factory.mktemp("layout") / "some.zarr", card, store, np.arange(frames), tokens)
     chosen = np.array(data.draw(st.lists(st.integers(0, frames - 1))), dtype=np.int64)
     np.testing.assert_array_equal(TokenStore.open(path).gather(chosen), tokens[chosen])
-
-
-def test_gather_copies_into_out(store: TokenStore) -> None:
-    frames = np.array([5, 300, 5])
-    expected = store.gather(frames)
-    out = np.full(expected.shape, np.nan, np.float16)
-    assert store.gather(frames, out) is out
-    np.testing.assert_array_equal(out, expected)
-    out[:] = 7
-    np.testing.assert_array_equal(store.gather(frames), expected)
 
 
 @pytest.mark.parametrize("frames", [[360], [-1], [0, 10**9], [[0, 1], [2, 3]]])
@@ -119,9 +107,7 @@ def flip(file: Path, offset: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def stores(
-    tmp_path_factory: pytest.TempPathFactory, make_writer: MakeWriter, write: Callable[..., None]
-) -> dict[str, Path]:
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A store of each dtype, of the same 50 frames; read-only."""
     folder = tmp_path_factory.mktemp("parity")
     for dtype in DTYPES:
@@ -157,40 +143,6 @@ def test_every_reader_returns_the_bytes_of_zarr(
                 tested.prefetch(frames)
                 tested.gather(frames, out)
             assert out.tobytes() == whole[frames].tobytes(), type(tested).__name__
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_large_batch_is_copied_by_several_threads(
-    stores: dict[str, Path], dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reader, "COPY_THREADS", 3)
-    monkeypatch.setattr(reader, "BYTES_WORTH_A_THREAD", 1000)
-    frames = np.random.default_rng(0).integers(0, 50, 400)
-    found = TokenStore.open(stores[dtype]).gather_stored(frames)
-    np.testing.assert_array_equal(found, np.asarray(stored(stores[dtype]))[frames])
-    assert any(thread.name.startswith("gather") for thread in threading.enumerate())
-
-
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # the threads are tested
-def test_a_process_forked_after_reading_reads_the_same(
-    stores: dict[str, Path], tokens: Tokens, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reader, "BYTES_WORTH_A_THREAD", 100)
-    monkeypatch.setattr(reader, "COPY_THREADS", 2)
-    store, frames = TokenStore.open(stores["float16"]), np.arange(50)
-    store.gather(frames)
-
-    def read() -> None:
-        os._exit(0 if np.array_equal(store.gather(frames), tokens) else 1)
-
-    child = multiprocessing.get_context("fork").Process(target=read)
-    child.start()
-    child.join(20)
-    try:
-        assert child.exitcode == 0
-    finally:
-        child.kill()
-        child.join()
 
 
 @pytest.fixture
@@ -230,16 +182,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "blosc, no shards": {"chunks": (7, 6, 4), "compressors": BloscCodec(cname="lz4")},
     "blosc, frames in parts": {"chunks": (5, 3, 2), "shards": (10, 6, 4), "compressors": BloscCodec(cname="zstd")},
     "gzip, one chunk": {"chunks": (50, 6, 4), "compressors": GzipCodec()},
-    "plain, two frames a chunk": {**PLAIN, "chunks": (2, 6, 4)},
-    "plain, other shards": {**PLAIN, "shards": (8, 6, 4)},
     "plain, no checksums": {**PLAIN, "compressors": None},
     "plain, big-endian": {**PLAIN, "serializer": BytesCodec(endian="big")},
-    "plain, two checksums": {**PLAIN, "compressors": (Crc32cCodec(), Crc32cCodec())},
     "plain, transposed": {**PLAIN, "filters": TransposeCodec(order=(0, 2, 1))},
     "plain, the index in front": {**PLAIN, "shards": {"shape": (16, 6, 4), "index_location": "start"}},
     "plain, other names of shards": {**PLAIN, "chunk_key_encoding": {"name": "v2", "separator": "/"}},
     "plain, an index without a checksum": with_index(BytesCodec()),
-    "plain, an index of the other byte order": with_index(BytesCodec(endian="big"), Crc32cCodec()),
 }
 
 
@@ -325,18 +273,18 @@ def test_a_wrong_address_is_one_line_of_error(address: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_checksums_are_compared_on_the_first_read_only(finished: Path, tokens: Tokens) -> None:
+def test_checksums_are_compared_on_the_first_read_only(finished: Path) -> None:
     store = TokenStore.open(finished)
     store.gather(np.array([20]))
     for frame in (20, 21):
         flip(shard_file(finished, 1), (frame - 16) * STRIDE)
     found = store.gather(np.array([20]))
-    assert found[0].view(np.uint16)[0, 0] == tokens[20].view(np.uint16)[0, 0] ^ 1
+    assert found[0].view(np.uint16)[0, 0] == TOKENS[20].view(np.uint16)[0, 0] ^ 1
     with pytest.raises(UserError, match=r"frame 21 in .*tokens/c\.1\.0\.0 .* wmcache repair"):
         store.gather(np.array([20, 21]))
     with pytest.raises(UserError, match="frame 20 "):
         TokenStore.open(finished).gather(np.array([20]))
-    np.testing.assert_array_equal(TokenStore.open(finished).gather(np.array([19, 22])), tokens[[19, 22]])
+    np.testing.assert_array_equal(TokenStore.open(finished).gather(np.array([19, 22])), TOKENS[[19, 22]])
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -4,42 +4,35 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import zarr
-from numpy.typing import NDArray
 
-from wmcache.cache import Identity, StoreWriter, TokenStore
+from wmcache.cache import TokenStore
 from wmcache.cache.layout import DamagedError, read_attributes, write_attributes
-from wmcache.common.errors import MissingError, UserError
+from wmcache.common.errors import UserError
 
-Tokens = NDArray[np.float16]
-MakeWriter = Callable[..., StoreWriter]
-Write = Callable[..., None]
-Contents = Callable[[Path], dict[str, bytes]]
+from ..conftest import IDENTITY, STEPS, TOKENS, contents, make_writer, write
 
 
-def test_a_store_gives_back_what_was_written(
-    finished: Path, tokens: Tokens, identity: Identity, steps: dict[str, NDArray[Any]]
-) -> None:
+def test_a_store_gives_back_what_was_written(finished: Path) -> None:
     store = TokenStore.open(finished)
     assert len(store) == 50
     assert store.episodes == 2
-    assert store.identity == identity
+    assert store.identity == IDENTITY
     assert store.complete
-    np.testing.assert_array_equal(store.gather(np.arange(50)), tokens)
-    for name, values in steps.items():
+    np.testing.assert_array_equal(store.gather(np.arange(50)), TOKENS)
+    for name, values in STEPS.items():
         np.testing.assert_array_equal(getattr(store, name), values)
-    wide = tokens.astype(np.float64)
+    wide = TOKENS.astype(np.float64)
     np.testing.assert_allclose(store.mean, wide.mean((0, 1)), rtol=1e-5)
     np.testing.assert_allclose(store.std, wide.std((0, 1)), rtol=1e-5)
 
 
-def test_plain_zarr_opens_a_store(finished: Path, tokens: Tokens) -> None:
+def test_plain_zarr_opens_a_store(finished: Path) -> None:
     # In a process that does not import wmcache, with warnings as errors.
     script = (
         "import sys, numpy as np, zarr; group = zarr.open_group(sys.argv[1], mode='r'); "
@@ -49,57 +42,48 @@ def test_plain_zarr_opens_a_store(finished: Path, tokens: Tokens) -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "['action', 'episode', 'sha256', 'state', 'step', 'tokens']"
-    np.testing.assert_array_equal(np.load(finished.parent / "tokens.npy"), tokens)
+    np.testing.assert_array_equal(np.load(finished.parent / "tokens.npy"), TOKENS)
 
 
-def test_an_incomplete_store_is_read_only_on_request(
-    tmp_path: Path, make_writer: MakeWriter, write: Write, tokens: Tokens
-) -> None:
+def test_an_incomplete_store_is_read_only_on_request(tmp_path: Path) -> None:
     path = tmp_path / "some.zarr"
     write(make_writer(path), [2])
     with pytest.raises(UserError, match=r"some\.zarr .*wmcache extract"):
         TokenStore.open(path)
     store = TokenStore.open(path, allow_incomplete=True)
     assert not store.complete
-    np.testing.assert_array_equal(store.gather(np.array([32, 47])), tokens[[32, 47]])
+    np.testing.assert_array_equal(store.gather(np.array([32, 47])), TOKENS[[32, 47]])
     with pytest.raises(UserError, match=r"tokens/c\.0\.0\.0"):
         store.gather(np.array([32, 3]))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_refused_with_their_frame(
-    tmp_path: Path, make_writer: MakeWriter, write: Write, contents: Contents, tokens: Tokens, dtype: str, value: float
-) -> None:
+def test_values_that_are_not_finite_are_refused_with_their_frame(tmp_path: Path, dtype: str, value: float) -> None:
     writer = make_writer(tmp_path / "some.zarr", dtype=dtype)
     write(writer)
-    before, bad = contents(writer.path), tokens[16:32].copy()
+    before, bad = contents(writer.path), TOKENS[16:32].copy()
     bad[5, 2, 1] = value
     with pytest.raises(UserError, match="frame 21;"):
         writer.write_shard(1, bad)
     assert contents(writer.path) == before
 
 
-def test_a_shard_of_another_shape_or_dtype_is_refused(tmp_path: Path, make_writer: MakeWriter, tokens: Tokens) -> None:
+def test_a_shard_of_another_shape_or_dtype_is_refused(tmp_path: Path) -> None:
     writer = make_writer(tmp_path / "some.zarr")
     with pytest.raises(ValueError, match=r"\(16, 6, 4\)"):
-        writer.write_shard(0, tokens[:15])
+        writer.write_shard(0, TOKENS[:15])
     with pytest.raises(ValueError, match="float32"):
-        writer.write_shard(0, tokens[:16].astype(np.float32))
+        writer.write_shard(0, TOKENS[:16].astype(np.float32))
     assert writer.pending() == [0, 1, 2, 3]
 
 
-def test_another_folder_is_not_written_to(tmp_path: Path, make_writer: MakeWriter, contents: Contents) -> None:
+def test_another_folder_is_not_written_to(tmp_path: Path) -> None:
     (tmp_path / "mine.zarr").mkdir()
     (tmp_path / "mine.zarr" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"mine\.zarr"):
         make_writer(tmp_path / "mine.zarr")
     assert contents(tmp_path) == {"mine.zarr/thesis.txt": b"years of work"}
-
-
-def test_a_missing_store_is_refused_with_the_command_that_makes_one() -> None:
-    with pytest.raises(MissingError, match=r"no/where\.zarr .*wmcache extract"):
-        TokenStore.open("no/where.zarr")
 
 
 @pytest.mark.parametrize("attributes", [{"format": "another"}, {}])

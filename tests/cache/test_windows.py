@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wmcache.cache import StoreWriter, TokenStore
+from wmcache.cache import TokenStore
 from wmcache.cache.windows import batch_windows, epoch_order, split_episodes, window_starts
 from wmcache.common.errors import UserError
 
@@ -85,16 +84,6 @@ def test_a_smaller_share_of_the_episodes_is_a_part_of_every_larger_one(
     assert abs(len(more) - large * len(whole)) <= 1
 
 
-def test_the_windows_of_train_and_val_share_no_frame(store: TokenStore) -> None:
-    def frames(split: str) -> set[int]:
-        windows = store.windows(split=split)
-        spans = windows.frames(np.arange(len(windows)))[:, :, None] + np.arange(windows.frameskip)
-        return set(spans.ravel().tolist())
-
-    assert not frames("train") & frames("val")
-    assert len(frames("train")) + len(frames("val")) == len(store)
-
-
 def test_the_split_depends_on_its_seed() -> None:
     assert split_episodes(50, "val", 1).tolist() == split_episodes(50, "val", 1).tolist()
     assert split_episodes(50, "val", 1).tolist() != split_episodes(50, "val", 2).tolist()
@@ -105,13 +94,6 @@ def test_splits_that_do_not_exist_are_refused() -> None:
         split_episodes(10, "test", 0)
     with pytest.raises(UserError, match=r"1 episodes .*train"):
         split_episodes(1, "train", 0)
-
-
-def test_episodes_that_are_too_short_are_counted(finished: Path) -> None:
-    # 20 and 30 frames: a span of 25 fits only the second.
-    windows = TokenStore.open(finished).windows(history=4, predict=1, frameskip=5)
-    assert windows.dropped_episodes == 1
-    assert windows.starts.tolist() == [20, 21, 22, 23, 24, 25]
 
 
 def test_no_episode_long_enough_is_an_error(finished: Path) -> None:
@@ -165,9 +147,3 @@ def test_epochs_and_seeds_have_different_orders_of_all_windows() -> None:
     assert {tuple(sorted(order)) for order in orders} == {tuple(range(100))}
     epoch_order.cache_clear()  # another process computes them again
     assert orders[:5] == [tuple(epoch_order(100, 0, epoch).tolist()) for epoch in range(5)]
-
-
-def test_a_window_in_a_missing_shard_is_refused(tmp_path: Path, make_writer: Callable[..., StoreWriter]) -> None:
-    store = TokenStore.open(make_writer(tmp_path / "some.zarr").path, allow_incomplete=True)
-    with pytest.raises(UserError, match=r"tokens/c\.0\.0\.0"):
-        store.windows().batch(np.array([0]))

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from numpy.typing import NDArray
 
-from wmcache.cache import Identity, StoreWriter, TokenStore
+from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cache.layout import DamagedError, read_attributes
 from wmcache.cache.verify import verify
 from wmcache.common.files import sha256_of
 from wmcache.common.jsonfiles import read_json, seal, write_json
 
-MakeWriter = Callable[..., StoreWriter]
-Write = Callable[..., None]
+from ..conftest import IDENTITY, TOKENS, make_writer, write
+
 EVERY = np.arange(50)
 
 
@@ -50,16 +49,14 @@ def test_xarray_opens_a_store(finished: Path, open_: Callable[[Path], xr.Dataset
     assert found.tokens.isel(frame=found.episode.values == 1).shape == (30, 6, 4)
 
 
-def test_xarray_opens_an_incomplete_store(
-    tmp_path: Path, make_writer: MakeWriter, write: Write, tokens: NDArray[np.float16]
-) -> None:
+def test_xarray_opens_an_incomplete_store(tmp_path: Path) -> None:
     write(make_writer(tmp_path / "part.zarr"), [0])
     found = xr.open_zarr(tmp_path / "part.zarr")
-    np.testing.assert_array_equal(found.tokens[:16].values, tokens[:16])
+    np.testing.assert_array_equal(found.tokens[:16].values, TOKENS[:16])
     assert np.isnan(found.tokens[16:].values).all()
 
 
-def test_xarray_opens_an_int8_store(tmp_path: Path, make_writer: MakeWriter, write: Write) -> None:
+def test_xarray_opens_an_int8_store(tmp_path: Path) -> None:
     path = tmp_path / "int8.zarr"
     write(make_writer(path, dtype="int8"))
     found = xr.open_zarr(path)
@@ -82,34 +79,25 @@ def test_consolidating_again_with_zarr_is_not_damage(finished: Path) -> None:
     assert verify(finished).sound
 
 
-def test_a_store_without_names_is_read_and_verified(finished: Path, tokens: NDArray[np.float16]) -> None:
+def test_a_store_without_names_is_read_and_verified(finished: Path) -> None:
     age(finished)
     assert verify(finished).sound
-    np.testing.assert_array_equal(TokenStore.open(finished).gather(EVERY), tokens)
+    np.testing.assert_array_equal(TokenStore.open(finished).gather(EVERY), TOKENS)
 
 
-def test_a_store_without_names_is_resumed_and_finished(
-    finished: Path,
-    tmp_path: Path,
-    make_writer: MakeWriter,
-    write: Write,
-    tokens: NDArray[np.float16],
-    identity: Identity,
-) -> None:
+def test_a_store_without_names_is_resumed_and_finished(finished: Path, tmp_path: Path) -> None:
     half = tmp_path / "half.zarr"
     write(make_writer(half), [0])
     age(half)
-    write(StoreWriter.resume(half, identity), [2])
+    write(StoreWriter.resume(half, IDENTITY), [2])
     write(make_writer(half))
     assert verify(half).sound
-    np.testing.assert_array_equal(TokenStore.open(half).gather(EVERY), tokens)
+    np.testing.assert_array_equal(TokenStore.open(half).gather(EVERY), TOKENS)
     # The names of dimensions do not change the shards.
     assert sha256_of(half / "tokens" / "c.1.0.0") == sha256_of(finished / "tokens" / "c.1.0.0")
 
 
-def test_a_store_without_names_gets_them_when_its_metadata_is_written_again(
-    finished: Path, make_writer: MakeWriter
-) -> None:
+def test_a_store_without_names_gets_them_when_its_metadata_is_written_again(finished: Path) -> None:
     age(finished)
     layout = read_attributes(finished)["layout"]
     (finished / "zarr.json").write_text("{")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,64 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from s3_server import S3Server
+
+PATIENCE = 120.0
+
+
+def lines_of(output: str) -> list[str]:
+    """Return the lines without progress bars."""
+    lines = [line.strip() for line in re.split(r"[\r\n]", output)]
+    return [line for line in lines if line and not re.search(r"\d+%\||\d+/\d+ \[|B/s\]$", line)]
+
+
+class Running:
+    """A command that runs in a working directory, and its output."""
+
+    def __init__(self, words: list[str], output: Path, cwd: Path, environment: dict[str, str]) -> None:
+        self._output = output
+        with output.open("wb") as file:
+            program = Path(sys.executable).with_name(words[0])
+            self.process = subprocess.Popen(
+                [program, *words[1:]], cwd=cwd, env={**environment, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=file
+            )
+
+    @property
+    def lines(self) -> list[str]:
+        return lines_of(self._output.read_text())
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.process.poll() is None, f"it has ended: {self.lines}"
+            assert time.monotonic() < end, f"it makes no progress: {self.lines}"
+            time.sleep(0.005)
+
+    def wait(self) -> int:
+        """Wait for the end, and return the exit status."""
+        try:
+            return self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it hangs: {self.lines}") from None
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """(words, cwd=…, **environment) -> the running command; it is killed at the end of the test."""
+    started: list[Running] = []
+
+    def begin(words: list[str], cwd: Path | None = None, **environment: str) -> Running:
+        folder = tmp_path / f"command-{len(started)}"
+        folder.mkdir()
+        started.append(Running(words, folder / "output", cwd or folder, environment or dict(os.environ)))
+        return started[-1]
+
+    yield begin
+    for running in started:
+        running.kill()
 
 
 @pytest.fixture(scope="session")

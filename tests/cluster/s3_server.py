@@ -9,14 +9,11 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -59,7 +56,7 @@ class S3Server:
             for name, actions in IDENTITIES.items()
         ]
         (folder / "identities.json").write_text(json.dumps({"identities": identities}))
-        self._ports = dict(zip(("master", "volume", "filer", "s3", "metrics"), free_ports(5), strict=True))
+        self._ports = dict(zip(("master", "volume", "filer", "s3"), free_ports(4), strict=True))
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> S3Server:
@@ -103,16 +100,6 @@ class S3Server:
             listed = client.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])
         return {entry["Key"].removeprefix(prefix).lstrip("/"): entry["Size"] for entry in listed}
 
-    def requests(self, bucket: str) -> Counter[str]:
-        """Number of answered requests for a bucket since the start, by kind (GET, PUT, LIST, …)."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self._ports['metrics']}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
-        counts = Counter[str]()
-        for labels, count in re.findall(r"^SeaweedFS_s3_request_total\{(.*)\} (.*)$", text, flags=re.MULTILINE):
-            if f'bucket="{bucket}"' in labels:
-                counts[re.findall(r'type="(\w+)"', labels)[0]] += int(float(count))
-        return counts
-
     def start(self) -> None:
         """Start it on its data, unless it runs, and wait until it writes and reads."""
         if self._process is not None:
@@ -136,7 +123,6 @@ class S3Server:
             "s3.autoCreateBucket": "false",
             "s3.port.iceberg": 0,
             "s3.port.lance": 0,
-            "metricsPort": ports["metrics"],
         }
         # By default it makes seven volumes for the first object of each bucket.
         environment = os.environ | {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +14,13 @@ import pytest
 from click.testing import CliRunner
 from s3_server import S3Server
 
-from wmcache.cache import TokenStore
 from wmcache.cli import main, wmtrain
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
+
+from .conftest import Running, lines_of
 
 COLLECT = ["wmcache", "collect", "--env", "UMaze", "--episodes", "8", "--length", "60", "--image-size", "32"]
 COLLECT += ["--frames-per-shard", "16", "--cluster", "local:1"]
@@ -33,17 +29,12 @@ TRAIN = ["wmtrain", "--width", "16", "--depth", "1", "--heads", "2", "--dropout"
 TRAIN += ["--dtype", "float32", "--residence", "disk", "--batch-size", "2", "--log-every", "1"]
 TRAIN += ["--validate-every", "24", "--checkpoint-every", "4"]
 STEPS = 24
-LOAD = """
-import hashlib, sys
-from wmcache.cache import TokenStore
-print(hashlib.sha256(TokenStore.open(sys.argv[1], mirrored=True).load().tobytes()).hexdigest())
-"""
 SHARDS = 30
-PATIENCE = 120.0
 
 pytestmark = pytest.mark.cluster
 
-Start = Callable[..., "subprocess.Popen[str]"]
+Launch = Callable[..., Running]
+Start = Callable[..., Running]
 Run = Callable[[list[str]], "Done"]
 
 
@@ -89,45 +80,22 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start(s3: S3Server, home: Path) -> Iterator[Start]:
+def start(s3: S3Server, home: Path, launch: Launch) -> Start:
     """(words, identity=…, **environment) -> the running command; None removes a variable."""
-    started: list[subprocess.Popen[str]] = []
 
-    def begin(words: list[str], *, identity: str = "full", **variables: str | None) -> subprocess.Popen[str]:
+    def begin(words: list[str], *, identity: str = "full", **variables: str | None) -> Running:
         known = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "WMCACHE_"))}
         # Nothing of the user's own settings, and no search for the metadata service of a cloud.
         alone = {"HOME": str(home), "WMCACHE_HOME": str(home), "AWS_EC2_METADATA_DISABLED": "true"}
-        wanted = {**known, **alone, "OMP_NUM_THREADS": "1", **s3.environment(identity), **variables}
-        process = subprocess.Popen(
-            [Path(sys.executable).with_name(words[0]), *words[1:]],
-            env={name: value for name, value in wanted.items() if value is not None},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        started.append(process)
-        return process
+        wanted = {**known, **alone, **s3.environment(identity), **variables}
+        return launch(words, **{name: value for name, value in wanted.items() if value is not None})
 
-    yield begin
-    for process in started:
-        process.kill()
-        process.communicate()
+    return begin
 
 
-def wait(process: subprocess.Popen[str]) -> Done:
+def wait(running: Running) -> Done:
     """Wait for the end of a command."""
-    try:
-        output, _ = process.communicate(timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise AssertionError(f"it hangs: {process.communicate()[0]}") from None
-    return Done(process.returncode, lines_of(output))
-
-
-def lines_of(output: str) -> list[str]:
-    """The lines without progress bars."""
-    lines = [line.strip() for line in re.split(r"[\r\n]", output)]
-    return [line for line in lines if line and not re.search(r"\d+%\||\d+/\d+ \[|B/s\]$", line)]
+    return Done(running.wait(), running.lines)
 
 
 @pytest.fixture
@@ -177,15 +145,11 @@ def download(s3: S3Server, url: str, prefix: str = "") -> dict[str, bytes]:
         return {name: client.get_object(Bucket=bucket, Key=f"{folder}/{name}")["Body"].read() for name in names}
 
 
-def kill_after(s3: S3Server, happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def kill_after(s3: S3Server, happened: Callable[[], bool], running: Running) -> None:
     """Kill the server when `happened` is true, while the command runs."""
-    end = time.monotonic() + PATIENCE
-    while not happened():
-        assert process.poll() is None, f"it ended too early: {process.communicate()[0]}"
-        assert time.monotonic() < end, "it makes no progress"
-        time.sleep(0.002)
+    running.wait_for(happened)
     s3.kill()
-    assert process.poll() is None, "it ended before the server was killed: give it more to do"
+    assert running.process.poll() is None, "it ended before the server was killed: give it more to do"
 
 
 @pytest.fixture(scope="module")
@@ -275,59 +239,6 @@ def test_a_training_resumes_after_the_server_was_killed(
     s3.start()
     run(train(store, out)).well()
     assert losses(out) == pytest.approx(curve)
-
-
-def test_a_training_fetches_only_missing_and_damaged_shards_of_its_mirror(
-    s3: S3Server, run: Run, home: Path, local: Path, curve: dict[int, float]
-) -> None:
-    store = upload(s3, local, "mirrored.zarr")
-    TokenStore.open(store, mirrored=True).load()
-    mirror = {path: path.read_bytes() for path in (home / "mirror").iterdir()}
-    shards = shards_in(local)
-    assert sorted(mirror.values()) == sorted(shards.values())
-    # The server keeps only the shard that is damaged in the mirror.
-    damaged, whole = next((path, content) for path, content in mirror.items() if content == shards["tokens/c.20.0.0"])
-    damaged.write_bytes(whole[:50] + bytes([whole[50] ^ 1]) + whole[51:])
-    with s3.client() as client:
-        for name, content in shards.items():
-            if content != whole:
-                client.put_object(Bucket="bucket", Key=f"mirrored.zarr/{name}", Body=bytes(len(content)))
-    run(train(store, home / "run")).well()
-    assert losses(home / "run") == pytest.approx(curve)
-    assert damaged.read_bytes() == whole
-
-
-def test_two_trainings_share_a_mirror(
-    s3: S3Server, start: Start, home: Path, local: Path, curve: dict[int, float]
-) -> None:
-    store = upload(s3, local, "shared-mirror.zarr")
-    before = s3.requests("bucket")["GET"]
-    both = [start(train(store, home / name)) for name in ("one", "other")]
-    for process in both:
-        wait(process).well()
-    for name in ("one", "other"):
-        assert losses(home / name) == pytest.approx(curve)
-    # Each shard once, in two requests, and twice the description, in 40; if both fetched each shard, it would be 200.
-    assert s3.requests("bucket")["GET"] - before < 5 * SHARDS
-    assert all(path.suffix == ".shard" for path in (home / "mirror").iterdir())
-
-
-def test_a_mirror_keeps_its_limit(s3: S3Server, start: Start, home: Path, local: Path) -> None:
-    store = upload(s3, local, "bounded.zarr")
-    bound = 10 * max(map(len, shards_in(local).values()))
-    reading = start(["python", "-c", LOAD, store], WMCACHE_MIRROR_BYTES=str(bound))
-    most = 0
-    while reading.poll() is None:
-        held = 0
-        for path in (home / "mirror").glob("*.shard"):
-            with suppress(FileNotFoundError):  # evicted just now
-                held += path.stat().st_size
-        most = max(most, held)
-        time.sleep(0.001)
-    warning, digest = wait(reading).well()
-    assert "WMCACHE_MIRROR_BYTES" in warning
-    assert digest == hashlib.sha256(TokenStore.open(local).load().tobytes()).hexdigest()
-    assert 0 < most <= bound
 
 
 EXTRACT_THERE = [*EXTRACT, "--dataset", "DATASET", "--out", "s3://bucket/refused.zarr"]

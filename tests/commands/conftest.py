@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -13,6 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from wmcache.cli import main, wmplan, wmtrain
+from wmcache.common.errors import UserError
 from wmcache.trainer.options import TrainOptions
 
 COMMANDS: dict[str, click.Command] = {"wmcache": main, "wmtrain": wmtrain, "wmplan": wmplan}
@@ -58,6 +61,28 @@ def error_of(result: Result) -> str:
     assert all(line == "" or line.startswith(("Usage: ", "Try ")) for line in usage), result.stderr
     assert error.startswith("Error: ")
     return error
+
+
+def parser(patch: pytest.MonkeyPatch, target: str, kind: type, command: str) -> Callable[[str], Any]:
+    """Return what gives the options that a command line results in, without calling the target."""
+
+    def settings_of(line: str) -> Any:
+        received: list[Any] = []
+
+        def receive(*arguments: object, **_: object) -> None:
+            received.extend(value for value in arguments if isinstance(value, kind))
+            raise UserError("received")
+
+        patch.setattr(target, receive)
+        assert error_of(run(f"{command} {line}")) == "Error: received"
+        return received[0]
+
+    return settings_of
+
+
+def flat(options: Any, nested: str) -> dict[str, Any]:
+    values = asdict(options)
+    return {**values.pop(nested), **values}
 
 
 def contents(*folders: Path) -> dict[Path, tuple[int, int]]:

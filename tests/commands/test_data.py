@@ -32,14 +32,6 @@ def shards(store: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in store.glob("tokens/c.*")}
 
 
-def test_several_encoders_are_extracted_in_one_pass(stores: Path) -> None:
-    result = succeed("wmcache extract --encoder tcn,pixels,tcn-layers --device cpu")
-    paths = sorted(stores.glob("*.zarr"))
-    assert [path.name for path in paths] == ["pixels-32.zarr", "tcn-64.zarr", "tcn-layers-64.zarr"]
-    assert all(TokenStore.open(path).complete for path in paths)
-    assert f"{stores / 'pixels-32.zarr'}: 360 frames, 4 x 4 tokens of 192" in result.output
-
-
 def test_a_finished_extraction_is_reported_and_one_that_lost_a_shard_is_not(stores: Path) -> None:
     line, store = "wmcache extract --device cpu --change-maps", stores / "tcn-64.zarr"
     assert [succeed(line).output.count(ALREADY) for _ in range(2)] == [0, 2]
@@ -134,19 +126,6 @@ def test_the_first_word_of_derive_may_be_left_out(home: Path, store_path: Path, 
     result = succeed(f"wmcache {words} --device cpu --out {{out}}", store=store_path, out=out)
     assert f"{out}: 360 frames, 2 x 2 tokens of 32, derived from {store_path}" in result.stdout
     assert TokenStore.open(out).identity == TokenStore.open(store_path).identity
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("derive --help", ("change-maps", "tokens", "wmcache derive STORE")),
-        ("derive some.zarr --help", ("--encoder", "--base-weights")),
-        ("derive change-maps --help", ("--frameskip", "--dataset")),
-    ],
-)
-def test_help_of_derive_names_both(line: str, words: tuple[str, ...]) -> None:
-    text = succeed(f"wmcache {line}").stdout
-    assert all(word in text for word in words), text
 
 
 @pytest.mark.parametrize("encoder", ["tcn", "vae", "pca", "dino-tok-vq"])

@@ -10,41 +10,23 @@ from typing import Any
 
 import pytest
 
-from wmcache.bench import reference as bench
+from wmcache.bench import plan as bench
 from wmcache.common.errors import UserError
-from wmcache.planner import context
-from wmcache.planner.options import PlanOptions, refuse_other_results
+from wmcache.planner import results
+from wmcache.planner.options import PlanOptions
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import SOLVERS, make_solver, option_names
 from wmcache.trainer.train import train
 
-from .conftest import TINY, error_of, run, succeed
+from .conftest import TINY, error_of, flat, parser, run, succeed
 
 Parse = Callable[[str], PlanOptions]
 QUICK = "wmplan --run {run} --episodes 2 --budget 10 --horizon 2 --samples 6 --elites 2 --iterations 1 --device cpu"
 
 
 @pytest.fixture
-def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Parse:
-    """The settings that a command line results in, without planning."""
-
-    def settings_of(line: str) -> PlanOptions:
-        received: list[PlanOptions] = []
-
-        def receive(run: Path, options: PlanOptions, **_: Any) -> None:
-            received.append(options)
-            raise UserError("received")
-
-        monkeypatch.setattr(context, "EvalContext", receive)
-        assert error_of(run(f"wmplan --run {{run}} {line}", run=tmp_path)) == "Error: received"
-        return received[0]
-
-    return settings_of
-
-
-def flat(options: PlanOptions) -> dict[str, Any]:
-    values = asdict(options)
-    return {**values.pop("search"), **values}
+def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
+    return parser(monkeypatch, "wmcache.planner.context.EvalContext", PlanOptions, "wmplan --run nowhere")
 
 
 class TestProtocols:
@@ -67,7 +49,11 @@ class TestProtocols:
     def test_every_value_arrives_and_an_option_beside_a_protocol_wins(
         self, parse: Parse, name: str, flags: str, expected: dict[str, Any], order: str
     ) -> None:
-        assert flat(parse(order.format(flags, name))) == {**flat(PlanOptions()), **PROTOCOLS.get(name), **expected}
+        assert flat(parse(order.format(flags, name)), "search") == {
+            **flat(PlanOptions(), "search"),
+            **PROTOCOLS.get(name),
+            **expected,
+        }
 
     @pytest.mark.parametrize("solver", list(SOLVERS))
     def test_another_solver_receives_the_options_that_it_has(self, parse: Parse, solver: str) -> None:
@@ -99,18 +85,6 @@ class TestOptions:
         text = run(f"wmplan --solver {solver} --help").stdout
         assert ", ".join(SOLVERS) in text
         assert ("--gd-steps" in text, "--samples" in text) == (solver == "gd", solver != "gd")
-
-    def test_goals_and_distances_arrive(self, parse: Parse) -> None:
-        given = {
-            "goals": "random-action",
-            "goal_steps": 12,
-            "distance": "graph",
-            "alpha": 0.5,
-            "context": 3,
-            "observed": 2,
-        }
-        line = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
-        assert flat(parse(line)) == {**flat(PlanOptions()), **given}
 
 
 @pytest.fixture(scope="module")
@@ -178,17 +152,12 @@ class TestResults:
         options = asdict(PlanOptions())
         del options["strict"]
         (tmp_path / "results.json").write_text(json.dumps({"options": options}))
-        refuse_other_results(tmp_path, PlanOptions(strict=False))
+        results.refuse_other_results(tmp_path, PlanOptions(strict=False))
         with pytest.raises(UserError, match="strict False != True"):
-            refuse_other_results(tmp_path, PlanOptions())
+            results.refuse_other_results(tmp_path, PlanOptions())
         # The pairs of a file are the same either way.
         (tmp_path / "results.json").write_text(json.dumps({"options": {**options, "goals": "some.parquet"}}))
-        refuse_other_results(tmp_path, PlanOptions(goals="some.parquet"))
-
-    def test_a_sweep_writes_a_folder_for_each_setting(self, planned: Path) -> None:
-        for flags in ("", "--samples 5", "--no-strict", "--seed 3"):
-            succeed(f"{QUICK} {flags}", run=planned)
-        assert len(list(planned.glob("plan-all-x1-*/results.json"))) == 4
+        results.refuse_other_results(tmp_path, PlanOptions(goals="some.parquet"))
 
 
 def test_planning_is_measured_against_the_reference(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:

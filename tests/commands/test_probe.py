@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from wmcache.cache import StoreWriter, TokenStore
-from wmcache.commands.probe import LEGEND, row
+from wmcache.commands.probe import LEGEND
 
 from .conftest import error_of, run, succeed
 
@@ -62,11 +62,6 @@ def test_every_header_is_explained_in_the_output_and_in_the_docs(lines: list[str
     for name, meaning in LEGEND.items():
         assert f"{name:8}  {meaning}" in lines
         assert f"| `{name}` | {meaning} |" in docs
-
-
-@pytest.mark.parametrize("value", ["-12345.678", "12345.678"])
-def test_columns_never_run_together(value: str) -> None:
-    assert row([value] * len(LEGEND), "a/b.zarr").split() == [value] * len(LEGEND) + ["a/b.zarr"]
 
 
 def test_json_has_all_figures_and_the_table_every_other_state_column(

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from shutil import copytree
 
@@ -18,11 +13,9 @@ from click.testing import CliRunner
 from wmcache import __version__
 from wmcache.cache import TokenStore
 from wmcache.cli import main
-from wmcache.engine.log import Log
 
 from .conftest import COMMANDS, MODEL, PLAN, PLAN_FOLDER, STORE, contents, run, succeed
 
-BENCHMARKS = ["extract", "read", "train", "memory", "codecs", "plan", "cluster", "shards"]
 INT8 = "{home}/stores/pointmaze-umaze/tcn-64-int8.zarr"
 
 
@@ -74,15 +67,6 @@ def test_version(road: Path, command: str) -> None:
     assert run(f"{command} --version", road).stdout == f"{command}, version {__version__}\n"
 
 
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-@pytest.mark.parametrize(
-    "command",
-    [*COMMANDS, *(f"wmcache {name}" for name in [*main.commands, *(f"bench {name}" for name in BENCHMARKS)])],
-)
-def test_help(road: Path, command: str, flag: str) -> None:
-    assert succeed(f"{command} {flag}", road).stdout.startswith(f"Usage: {command} ")
-
-
 def test_a_dry_run_writes_nothing(road: Path, tmp_path: Path) -> None:
     before = contents(road, tmp_path)
     line, out = "wmcache extract --dry-run --device cpu", tmp_path / "new.zarr"
@@ -92,21 +76,6 @@ def test_a_dry_run_writes_nothing(road: Path, tmp_path: Path) -> None:
     assert "30.7 kB" in succeed(f"{line} --store-dtype int8 --out {{out}}", road, out=out).stdout
     assert "0 shards, 0 frames" in succeed(line, road).stdout
     assert contents(road, tmp_path) == before
-
-
-def test_residence_changes_no_number(road: Path, tmp_path: Path) -> None:
-    logged = {}
-    for residence in ("device", "ram", "disk", "auto"):
-        out = tmp_path / residence
-        line = f"wmtrain --cache {STORE} --out {{out}} --steps 6 --log-every 1 --residence {residence} {MODEL}"
-        succeed(line, road, out=out)
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        measured = ("windows_per_second", "waiting_share")
-        logged[residence] = [{key: row[key] for key in row if key not in measured} for row in rows]
-    assert len(logged["disk"]) == 7
-    assert logged["device"] == logged["ram"] == logged["disk"] == logged["auto"]
-    line = f"wmtrain --cache {STORE} --out {{out}} {MODEL} --steps 8 --residence disk --resume"
-    assert "6 to 8" in succeed(line, road, out=tmp_path / "ram").output
 
 
 @pytest.fixture(scope="module")
@@ -155,61 +124,12 @@ class TestInt8:
         assert "store_dtype: float16 != int8" in result.stderr
 
 
-def test_an_interrupted_training_ends_with_the_command_that_resumes(
-    road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Log, "write", interrupt)
-    result = run(f"wmtrain --cache {STORE} --out {{out}} {MODEL}", road, out=tmp_path / "run")
-    assert result.exit_code == 130
-    assert "go on with: " in result.stderr.splitlines()[-1]
-
-
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_stopped_extraction_is_finished_by_the_same_command(
-    road: Path, tmp_path: Path, sent: signal.Signals, status: int
-) -> None:
-    data = copytree(road / "pointmaze-umaze", tmp_path / "data")
-    # A tar that never answers, as on a hanging file system: the signal arrives while it is being read, on any machine.
-    tar = data / "frames-000001.tar"
-    whole = tar.read_bytes()
-    tar.unlink()
-    os.mkfifo(tar)
-    store, weights = tmp_path / "store.zarr", road / "encoders" / "pointmaze-umaze-tcn.safetensors"
-    words = ["extract", "--dataset", data, "--weights", weights, "--out", store, "--device", "cpu"]
-    process = subprocess.Popen(
-        [Path(sys.executable).with_name("wmcache"), *words],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    with tar.open("wb"):  # opening waits for the reader
-        process.send_signal(sent)
-    _, output = process.communicate(timeout=60)
-    assert process.returncode == status
-    assert output.splitlines()[-1].endswith(shlex.join(["wmcache", *map(str, words)]))
-    assert "Traceback" not in output
-    assert "incomplete" in run("wmtrain --cache {store}", road, store=store).stderr
-    tar.unlink()
-    tar.write_bytes(whole)
-    assert CliRunner().invoke(main, [str(word) for word in words]).exit_code == 0
-    straight, resumed = (TokenStore.open(path).gather(np.arange(240)) for path in (STORE.format(home=road), store))
-    np.testing.assert_array_equal(resumed, straight)
-
-
 class TestBenchmarks:
-    @pytest.mark.parametrize("dtype", ["float16", "int8"])
-    def test_reading(self, road: Path, tmp_path: Path, dtype: str) -> None:
-        size = "--frames 100 --tokens 2 --dim 4 --batch-size 2"
-        line = f"wmcache bench read {size} --store-dtype {dtype} --keep {{keep}}"
-        figures = json.loads(run(f"{line} --json", road, keep=tmp_path / "kept").stdout)
+    def test_reading(self, road: Path) -> None:
+        line = "wmcache bench read --frames 100 --tokens 2 --dim 4 --batch-size 2"
+        figures = json.loads(run(f"{line} --json", road).stdout)
         assert figures["frames"] == 100
-        assert all(value > 0 for value in figures.values())
-        assert np.load(tmp_path / "kept/bench.npy").dtype == dtype
-        rows = dict(row.split() for row in run(line, road, keep=tmp_path / "kept").stdout.splitlines())
-        assert rows.keys() == figures.keys()
+        assert {row.split()[0] for row in run(line, road).stdout.splitlines()} == figures.keys()
 
     def test_extraction_and_training(self, road: Path) -> None:
         figures = json.loads(run("wmcache bench extract --json --device cpu", road).stdout)

@@ -59,12 +59,6 @@ def test_stores_of_every_state_are_listed_for_programs(road: Path, store: Path) 
     assert "damaged" in run("wmcache ls {folder}", road, folder=folder).stdout
 
 
-def test_where_there_are_no_stores_none_are_listed(tmp_path: Path) -> None:
-    assert json.loads(run("wmcache ls --json", tmp_path).stdout) == []
-    assert len(run("wmcache ls", tmp_path).stdout.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_info_shows_identity_card_and_versions(road: Path) -> None:
     values = json.loads(run(f"wmcache info {STORE} --json", road).stdout)
     store = TokenStore.open(road / "stores/pointmaze-umaze/tcn-64.zarr")
@@ -123,20 +117,6 @@ def test_wrong_tokens_are_found_by_encoding_again(road: Path, store: Path) -> No
     assert "gives other tokens" in result.stdout
 
 
-def test_an_unfinished_store_is_incomplete(road: Path, store: Path) -> None:
-    StoreWriter.resume(store, TokenStore.open(store).identity).reopen([2])
-    result = run("wmcache verify {store}", road, store=store)
-    assert result.exit_code == 1
-    assert "3 of 4 shards" in result.stdout
-    assert "is incomplete; " in result.stderr.splitlines()[-1]
-    assert "3 of 4 shards" in run("wmcache ls {folder}", road, folder=store.parent).stdout
-
-
-def test_a_file_of_no_shard_is_named(road: Path, store: Path) -> None:
-    (store / "tokens/commits/notes.txt").write_text("mine")
-    assert f": {store}/tokens/commits/notes.txt" in succeed("wmcache verify {store}", road, store=store).stdout
-
-
 def test_a_damaged_store_is_repaired_with_the_command_of_the_error(road: Path, damaged: Path) -> None:
     assert run("wmtrain --cache {store} --out {out}", road, store=damaged, out=damaged.parent / "run").exit_code == 1
     error = run("wmcache verify {store}", road, store=damaged).stderr.splitlines()[-1]
@@ -147,12 +127,6 @@ def test_a_damaged_store_is_repaired_with_the_command_of_the_error(road: Path, d
     original = road / "stores/pointmaze-umaze/tcn-64.zarr"
     for file in original.rglob("*"):
         assert file.is_dir() or (damaged / file.relative_to(original)).read_bytes() == file.read_bytes()
-
-
-def test_a_sound_store_needs_no_repair(road: Path) -> None:
-    before = contents(road)
-    assert run(f"wmcache repair {STORE}", road).stdout == f"{STORE.format(home=road)}: complete\n"
-    assert contents(road) == before
 
 
 def test_frames_and_weights_may_move(road: Path, tmp_path: Path) -> None:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from wmcache.common.errors import UserError
-from wmcache.engine.checkpoint import Progress, last_checkpoint, read_progress
 from wmcache.trainer.models import MODELS, read_options
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
 from wmcache.trainer.runs import load_model, read_config
 
-from .conftest import error_of, run, succeed
+from .conftest import flat, parser, run, succeed
 
 TINY = "--depth 1 --heads 2 --head-dim 4 --mlp 8 --batch-size 8 --device cpu"
 Parse = Callable[[str], TrainOptions]
@@ -25,25 +22,7 @@ Parse = Callable[[str], TrainOptions]
 
 @pytest.fixture
 def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
-    """The settings that a command line results in, without a training."""
-
-    def settings_of(line: str) -> TrainOptions:
-        received: list[TrainOptions] = []
-
-        def receive(cache: object, out: object, options: TrainOptions, **_: object) -> None:
-            received.append(options)
-            raise UserError("received")
-
-        monkeypatch.setattr("wmcache.trainer.train.train", receive)
-        assert error_of(run(f"wmtrain --cache x.zarr {line}")) == "Error: received"
-        return received[0]
-
-    return settings_of
-
-
-def flat(options: TrainOptions) -> dict[str, Any]:
-    values = asdict(options)
-    return {**values.pop("model_options"), **values}
+    return parser(monkeypatch, "wmcache.trainer.train.train", TrainOptions, "wmtrain --cache x.zarr")
 
 
 class TestPresets:
@@ -51,8 +30,8 @@ class TestPresets:
     def test_every_value_arrives_and_no_other_changes(self, parse: Parse, preset: str) -> None:
         names = {"batch-size": "batch", "lr": "learning_rate"}
         values = {names.get(flag, flag.replace("-", "_")): value for flag, value in PRESETS[preset].items()}
-        plain = flat(parse(f"--model {PRESETS[preset]['model']}"))
-        assert flat(parse(f"--preset {preset}")) == plain | values
+        plain = flat(parse(f"--model {PRESETS[preset]['model']}"), "model_options")
+        assert flat(parse(f"--preset {preset}"), "model_options") == plain | values
 
     @pytest.mark.parametrize(
         ("preset", "lr", "batch", "epochs"), [("dino-wm", 5e-4, 32, 100), ("ddp-wm", 7e-4, 64, 10)]
@@ -82,7 +61,7 @@ class TestPresets:
     def test_an_option_beside_a_preset_wins(
         self, parse: Parse, order: str, given: str, name: str, value: object
     ) -> None:
-        options = flat(parse(order.format(given)))
+        options = flat(parse(order.format(given)), "model_options")
         assert options[name] == value
         assert options["epochs"] == {"steps": None, "epochs": 3}.get(name, 100)
 
@@ -138,15 +117,3 @@ class TestModels:
         # Absolute, because a run is resumed from any working directory.
         monkeypatch.chdir(tmp_path)
         assert parse(f"--model ddp-wm --stage {stage} --from runs/a").start == str(tmp_path / "runs" / "a")
-
-    def test_stages_are_trained_one_by_one_from_run_to_run(self, ddp_store_path: Path, tmp_path: Path) -> None:
-        paths = {"store": ddp_store_path, "one": tmp_path / "one", "two": tmp_path / "two"}
-        line = f"wmtrain --model ddp-wm --cache {{store}} {TINY} --width 12"
-        for words in (
-            "--steps 1 --out {one} --stage localization",
-            "--steps 1 --out {two} --stage primary --from {one}",
-            "--steps 2 --out {two} --stage lrm",
-        ):
-            succeed(f"{line} {words}", **paths)
-        assert read_progress(last_checkpoint(tmp_path / "two")) == Progress(3, "lrm", 1, finished=True)
-        assert int(load_model(tmp_path / "two", torch.device("cpu")).stage) == 3

@@ -69,26 +69,11 @@ def test_a_quota_is_rounded_up(groups: tuple[Path, SetLimits], limit: str, expec
     assert available_cpus() == expected
 
 
-@pytest.mark.parametrize("tightest", ["", "job", "job/step"])
-def test_the_tightest_of_all_groups_above_counts(groups: tuple[Path, SetLimits], tightest: str) -> None:
-    root, set_limit = groups
-    for name in ("", "job", "job/step"):
-        set_limit(root / name, "300000 100000" if name == tightest else "max 100000")
-    set_limit(root / "beside", "100000 100000")
-    set_limit(root / "job/step/below", "100000 100000")
-    assert available_cpus() == 3
-
-
 @pytest.mark.parametrize(("value", "expected"), [("8", 8), ("128", 64), ("0", 1), ("", 64), ("all", 64)])
 @pytest.mark.usefixtures("many")
 def test_slurm(monkeypatch: pytest.MonkeyPatch, value: str, expected: int) -> None:
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", value)
     assert available_cpus() == expected
-
-
-def test_other_text_is_not_a_limit(many: None, enter: Callable[[str], Path]) -> None:
-    set_v2(enter("0::/job\n") / "job", "nonsense")
-    assert available_cpus() == 64
 
 
 @pytest.fixture
@@ -100,13 +85,10 @@ def environment(many: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return variables
 
 
-def test_without_a_limit_torch_chooses_the_number_of_threads(environment: dict[str, str]) -> None:
+def test_only_a_limit_of_cpus_limits_threads(environment: dict[str, str]) -> None:
     CliRunner().invoke(main, ["--version"])
     assert "OMP_NUM_THREADS" not in environment
     assert environment.items() >= cpus.SPINS.items()
-
-
-def test_slurm_limits_threads(environment: dict[str, str]) -> None:
     environment["SLURM_CPUS_PER_TASK"] = "6"
     CliRunner().invoke(main, ["--version"])
     assert environment["OMP_NUM_THREADS"] == "6"

@@ -1,44 +1,24 @@
-"""Files are complete or absent, and JSON is strict."""
+"""Files are complete or absent, JSON is strict, and hints name the folder that was meant."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from wmcache.common.errors import UserError, one_line, reason
-from wmcache.common.files import atomic_write, is_temporary, sweep, temporary_for
+from wmcache.common.files import atomic_write
 from wmcache.common.folders import home
 from wmcache.common.jsonfiles import dump_json, nulls, read_json, write_json
-from wmcache.common.space import human_bytes
 
 
 def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="file/deeper"), atomic_write(tmp_path / "file" / "deeper"):
         pass
-
-
-def test_only_files_of_dead_processes_of_this_machine_are_swept(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    own = temporary_for(tmp_path / "x")
-    own.touch()
-    (tmp_path / f".folder.{platform.node()}.{dead.pid}.tmp" / "deeper").mkdir(parents=True)
-    (tmp_path / f".x.{platform.node()}.{dead.pid}.tmp").touch()
-    elsewhere = tmp_path / f".x.another-machine.{dead.pid}.tmp"
-    elsewhere.touch()
-    assert sweep(tmp_path) == sorted([own, elsewhere])
-    assert sorted(tmp_path.iterdir()) == sorted([own, elsewhere])
-    assert is_temporary(own)
-    assert str(os.getpid()) in own.name
 
 
 @pytest.mark.parametrize("text", [None, b"", b"{", b"[1]", b"\xff\xfe"])
@@ -57,13 +37,6 @@ def test_home_is_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
         home()
     monkeypatch.delenv("WMCACHE_HOME")
     assert home() == Path("data")
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (30_100_000_000, "30.1 GB"), (2e15, "2000.0 TB")]
-)
-def test_sizes_have_decimal_units(count: float, text: str) -> None:
-    assert human_bytes(count) == text
 
 
 def test_reasons_and_names_are_one_line() -> None:

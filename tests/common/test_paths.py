@@ -13,32 +13,11 @@ from typing import Any
 import pytest
 from upath import UPath
 
+from wmcache.common import paths
 from wmcache.common.errors import MissingError, UserError
 from wmcache.common.files import atomic_write, sha256_of, write_whole
 from wmcache.common.jsonfiles import read_json, write_json
-from wmcache.common.paths import (
-    AnyPath,
-    Found,
-    absolute,
-    as_os_errors,
-    as_path,
-    cause_outside,
-    exists,
-    files_in,
-    free_space,
-    is_local,
-    names_in,
-    open_to_read,
-    put,
-    read_bytes,
-    remove,
-    remove_files,
-    size_of,
-    stamp,
-    unreadable,
-    upload,
-    usage,
-)
+from wmcache.common.paths import AnyPath, as_path
 from wmcache.common.space import require_space
 
 
@@ -61,17 +40,9 @@ def test_a_path_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert as_path(text) == Path(text)
     assert as_path(f"file://{tmp_path}/x.zarr") == tmp_path / "x.zarr"
     assert as_path(tmp_path) is tmp_path
-    assert is_local(as_path("x"))
+    assert paths.is_local(as_path("x"))
     monkeypatch.chdir(tmp_path)
-    assert absolute(Path("x.zarr")) == str(tmp_path / "x.zarr")
-
-
-def test_a_url_keeps_its_text(bucket: UPath) -> None:
-    found = as_path("memory://bucket/a/x.zarr")
-    assert not is_local(found)
-    assert str(found) == absolute(found) == "memory://bucket/a/x.zarr"
-    assert str(found / "tokens" / "c.0.0.0") == "memory://bucket/a/x.zarr/tokens/c.0.0.0"
-    assert as_path(found) is found
+    assert paths.absolute(Path("x.zarr")) == str(tmp_path / "x.zarr")
 
 
 @pytest.mark.parametrize(
@@ -100,36 +71,26 @@ def test_paths_import_no_object_store() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_a_file_is_written_read_and_removed(somewhere: AnyPath) -> None:
-    at = somewhere / "a" / "file.bin"
-    assert not exists(at)
-    assert not exists(somewhere / "a")
-    with atomic_write(at) as file:
-        file.write(b"content")
-        assert not exists(at)
-    assert names_in(at.parent) == ["file.bin"]
-    assert exists(somewhere / "a")
-    assert (read_bytes(at), size_of(at)) == (b"content", 7)
-    assert sha256_of(at) == hashlib.sha256(b"content").hexdigest()
-    with open_to_read(at) as opened:
-        assert opened.read() == b"content"
-        opened.seek(3)
-        assert opened.read(2) == b"te"
-    remove(at)
-    assert not exists(at)
-    remove(at)
-    remove(somewhere / "none" / "deeper")
-
-
-def test_a_folder_is_removed_with_its_content(somewhere: AnyPath) -> None:
-    for name in ("a/b/c", "a/d", "e", "f", "g"):
-        write_whole(somewhere / name, b"xy")
-    assert names_in(somewhere) == ["a", "e", "f", "g"]
-    assert usage(somewhere) == 10
-    remove(somewhere / "a")
-    remove_files([somewhere / "e", somewhere / "none", somewhere / "f"])
-    assert names_in(somewhere) == ["g"]
-    assert not exists(somewhere / "a")
+def test_files_are_written_listed_and_removed(somewhere: AnyPath) -> None:
+    for name in ("a/c.1", "a/c.10", "a/d", "a/c.2/inside", "e", "f"):
+        write_whole(somewhere / name, name.encode())
+    assert (paths.read_bytes(somewhere / "e"), paths.size_of(somewhere / "a" / "c.10")) == (b"e", 6)
+    assert sha256_of(somewhere / "e") == hashlib.sha256(b"e").hexdigest()
+    with paths.open_to_read(somewhere / "a" / "d") as opened:
+        opened.seek(2)
+        assert opened.read() == b"d"
+    assert {name: found.bytes for name, found in paths.files_in(somewhere / "a", "c.")} == {"c.1": 5, "c.10": 6}
+    assert set(paths.names_in(somewhere / "a", "c.1")) == {"c.1", "c.10"}
+    assert paths.usage(somewhere) == 5 + 6 + 3 + 12 + 2
+    first = paths.stamp(somewhere / "e")
+    write_whole(somewhere / "e", b"x")
+    assert paths.stamp(somewhere / "e") not in (first, None)
+    paths.remove(somewhere / "a")
+    paths.remove_files([somewhere / "e", somewhere / "none"])
+    paths.remove(somewhere / "none" / "deeper")
+    assert paths.names_in(somewhere) == ["f"]
+    assert paths.names_in(somewhere / "none") == list(paths.files_in(somewhere / "none")) == []
+    assert not paths.exists(somewhere / "a")
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -143,31 +104,11 @@ def test_a_file_that_is_not_finished_does_not_appear(somewhere: AnyPath, error: 
     for name in ("known.json", "new.json"):
         with pytest.raises(error):
             fail_halfway(somewhere / name)
-    assert names_in(somewhere) == ["known.json"]
+    assert paths.names_in(somewhere) == ["known.json"]
     assert read_json(somewhere / "known.json", "") == {"a": 1}
 
 
-def test_a_folder_is_listed_by_prefix(somewhere: AnyPath) -> None:
-    for name in ("c.1.0.0", "c.10.0.0", "d", "c.2/inside"):
-        write_whole(somewhere / name, b"x" * len(name))
-    files = dict(files_in(somewhere, "c."))
-    assert {name: found.bytes for name, found in files.items()} == {"c.1.0.0": 7, "c.10.0.0": 8}
-    assert set(names_in(somewhere, "c.1")) == {"c.1.0.0", "c.10.0.0"}
-    assert list(files_in(somewhere / "none")) == []
-    assert names_in(somewhere / "none") == []
-
-
-def test_a_stamp_changes_with_every_write(somewhere: AnyPath) -> None:
-    at = somewhere / "file"
-    stamps = set()
-    for content in (b"a", b"bc", b"d"):
-        write_whole(at, content)
-        stamps.add(stamp(at))
-        assert stamp(at) in stamps
-    assert len(stamps) == 3
-
-
-@pytest.mark.parametrize("function", [read_bytes, size_of, sha256_of, stamp])
+@pytest.mark.parametrize("function", [paths.read_bytes, paths.size_of, sha256_of, paths.stamp])
 def test_a_missing_file_is_file_not_found(somewhere: AnyPath, function: Callable[[AnyPath], Any]) -> None:
     with pytest.raises(FileNotFoundError):
         function(somewhere / "none")
@@ -177,12 +118,12 @@ def test_a_missing_file_is_file_not_found(somewhere: AnyPath, function: Callable
 
 def test_an_object_can_be_put_only_where_there_is_none(bucket: UPath) -> None:
     at = bucket / "x"
-    put(at, b"first", new=True)
+    paths.put(at, b"first", new=True)
     with pytest.raises(FileExistsError):
-        put(at, b"second", new=True)
-    assert read_bytes(at) == b"first"
-    put(at, b"third")
-    assert read_bytes(at) == b"third"
+        paths.put(at, b"second", new=True)
+    assert paths.read_bytes(at) == b"first"
+    paths.put(at, b"third")
+    assert paths.read_bytes(at) == b"third"
 
 
 def test_the_last_object_of_a_folder_is_put_last(
@@ -190,19 +131,19 @@ def test_the_last_object_of_a_folder_is_put_last(
 ) -> None:
     for name in ("zarr.json", "a/zarr.json", "z/c/0"):
         write_whole(tmp_path / "x" / name, name.encode())
-    order = []
+    order, put = [], paths.put
 
     def note(at: UPath, data: bytes, *, new: bool = False) -> str | None:
         order.append(str(at).removeprefix(str(bucket)))
         return put(at, data, new=new)
 
     monkeypatch.setattr("wmcache.common.paths.put", note)
-    assert upload(tmp_path / "x", bucket / "x", last="zarr.json")
+    assert paths.upload(tmp_path / "x", bucket / "x", last="zarr.json")
     assert order[-1] == "/x/zarr.json"
     assert sorted(order) == ["/x/a/zarr.json", "/x/z/c/0", "/x/zarr.json"]
     (tmp_path / "x" / "zarr.json").write_text("another")
-    assert not upload(tmp_path / "x", bucket / "x", last="zarr.json")
-    assert read_bytes(bucket / "x" / "zarr.json") == b"zarr.json"
+    assert not paths.upload(tmp_path / "x", bucket / "x", last="zarr.json")
+    assert paths.read_bytes(bucket / "x" / "zarr.json") == b"zarr.json"
 
 
 class FailedError(Exception):
@@ -220,24 +161,24 @@ class FailedError(Exception):
     ],
 )
 def test_whatever_is_raised_is_an_os_error_of_one_line(error: Exception, number: int, text: str) -> None:
-    with pytest.raises(OSError, match="bucket/x") as caught, as_os_errors(Path("bucket/x")):
+    with pytest.raises(OSError, match="bucket/x") as caught, paths.as_os_errors(Path("bucket/x")):
         raise error
     assert (caught.value.errno, caught.value.strerror, caught.value.filename) == (number, text, "bucket/x")
 
 
 def test_ctrl_c_is_not_an_os_error() -> None:
-    with pytest.raises(KeyboardInterrupt), as_os_errors(Path("x")):
+    with pytest.raises(KeyboardInterrupt), paths.as_os_errors(Path("x")):
         raise KeyboardInterrupt
 
 
 FAILING: list[Callable[[AnyPath], Any]] = [
-    exists,
-    read_bytes,
-    size_of,
-    stamp,
-    remove,
-    names_in,
-    open_to_read,
+    paths.exists,
+    paths.read_bytes,
+    paths.size_of,
+    paths.stamp,
+    paths.remove,
+    paths.names_in,
+    paths.open_to_read,
 ]
 
 
@@ -248,13 +189,13 @@ def test_a_server_that_fails_is_an_os_error(
     def fail(*_: Any, **__: Any) -> Any:
         raise FailedError("503 Slow Down")
 
-    put(bucket / "x", b"x")
+    paths.put(bucket / "x", b"x")
     with monkeypatch.context() as patch:
         for name in ("exists", "cat_file", "info", "find", "rm", "ls"):
             patch.setattr(type(bucket.fs), name, fail)
         with pytest.raises(OSError, match="503 Slow Down") as caught:
             function(bucket / "x")
-    assert cause_outside(caught.value) is caught.value
+    assert paths.cause_outside(caught.value) is caught.value
 
 
 def test_a_server_that_refuses_a_write_is_one_line(bucket: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,20 +206,15 @@ def test_a_server_that_refuses_a_write_is_one_line(bucket: UPath, monkeypatch: p
         patch.setattr(type(bucket.fs), "pipe_file", deny)
         with pytest.raises(UserError, match=r"memory://bucket/x: AccessDenied; .*credentials"):
             write_json(bucket / "x", {})
-    assert "credentials" in str(unreadable(bucket, OSError()))
-    assert "credentials" not in str(unreadable(Path("x"), OSError()))
+    assert "credentials" in str(paths.unreadable(bucket, OSError()))
+    assert "credentials" not in str(paths.unreadable(Path("x"), OSError()))
 
 
 def test_an_object_store_has_no_limit(bucket: UPath, tmp_path: Path) -> None:
-    assert free_space(bucket) is None
+    assert paths.free_space(bucket) is None
     require_space(bucket, 10**18, "the store")
     missing = tmp_path / "not" / "yet"
     require_space(missing, 1, "the store")
     with pytest.raises(UserError, match=rf"the store .*1000000\.0 TB.*{missing}"):
         require_space(missing, 10**18, "the store")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_files_of_memory_have_no_tag(bucket: UPath) -> None:
-    put(bucket / "x", b"abc")
-    assert dict(files_in(bucket)) == {"x": Found(3)}

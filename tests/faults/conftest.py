@@ -16,7 +16,7 @@ import pytest
 # Child processes import what they run from here; they inherit this path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from damage_tools import AT_ONCE, FRAMES, PER_SHARD, ROOM, Copy, Warden, is_refusal, open_and_gather, read_shard
+from damage_tools import AT_ONCE, FRAMES, PER_SHARD, ROOM, Copy, is_refusal, with_little_memory
 from fault_workers import Child, Sample, collect_few
 
 from wmcache.cache import Identity, StoreCard, StoreWriter
@@ -47,7 +47,6 @@ Start = Callable[..., Child]
 
 @pytest.fixture(scope="session")
 def processes() -> ForkServerContext:
-    """Start processes in which everything slow is already imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
@@ -68,7 +67,6 @@ def start(processes: ForkServerContext) -> Iterator[Start]:
 
 
 def make_sample(dataset: Path, weights: Path) -> Sample:
-    """Extract the undisturbed store of each dtype."""
     sample = Sample(dataset, weights, {dtype: dataset.with_name(f"{dtype}.zarr") for dtype in ("float16", "int8")})
     for dtype, path in sample.stores.items():
         sample.extract(path, dtype)
@@ -120,14 +118,12 @@ def dtype() -> str:
 
 @pytest.fixture
 def copy(small: Sample, dtype: str, tmp_path: Path) -> Copy:
-    """A copy of the small store, to be damaged."""
     path = Path(shutil.copytree(small.stores[dtype], tmp_path / "in" / "copy.zarr"))
     return Copy(small, small.stores[dtype], path, dtype)
 
 
 @pytest.fixture(scope="session")
 def orphaned(small: Sample, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store whose frames and weights are deleted; read only."""
     root = tmp_path_factory.mktemp("orphan")
     dataset = Path(shutil.copytree(small.dataset, root / "small"))
     weights = Path(shutil.copy(small.weights, root / "tcn.safetensors"))
@@ -139,7 +135,6 @@ def orphaned(small: Sample, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def orphan(small: Sample, orphaned: Path, tmp_path: Path) -> Copy:
-    """A copy of a store of which nothing can be encoded again."""
     return Copy(small, orphaned, Path(shutil.copytree(orphaned, tmp_path / "orphan.zarr")))
 
 
@@ -154,23 +149,13 @@ def canary(tmp_path: Path) -> Iterator[Path]:
     assert not path.exists()
 
 
-@pytest.fixture(scope="module")
-def warden(processes: ForkServerContext, small: Sample) -> Iterator[Warden]:
-    warden = Warden(processes)
-    # Libraries reserve memory for themselves at the first call.
-    for function, arguments in ((read_shard, (small.dataset, 1)), (open_and_gather, (small.store,))):
-        assert warden.ask(10 * ROOM, AT_ONCE, function, *arguments) == ("returned", "")
-    yield warden
-    warden.close()
-
-
 @pytest.fixture
-def outcome(warden: Warden, tmp_path: Path) -> Callable[..., tuple[str, str]]:
+def outcome(start: Start, small: Sample, tmp_path: Path) -> Callable[..., tuple[str, Any]]:
     """(function, *arguments) -> outcome and error of the call, which takes bounded memory and time and makes no file."""
 
-    def call(function: Callable[..., Any], *arguments: Any, room: int = ROOM) -> tuple[str, str]:
+    def call(function: Callable[..., Any], *arguments: Any, room: int = ROOM) -> tuple[str, Any]:
         before = sorted(tmp_path.rglob("*"))
-        kind, line = warden.ask(room, AT_ONCE, function, *arguments)
+        kind, line = start(with_little_memory, small, room, function, *arguments).outcome(AT_ONCE)
         assert kind in ("returned", "refused"), f"{kind}: {line}"
         assert sorted(tmp_path.rglob("*")) == before
         assert kind == "returned" or is_refusal(line), line
@@ -180,7 +165,7 @@ def outcome(warden: Warden, tmp_path: Path) -> Callable[..., tuple[str, str]]:
 
 
 @pytest.fixture
-def refused(outcome: Callable[..., tuple[str, str]]) -> Callable[..., str]:
+def refused(outcome: Callable[..., tuple[str, Any]]) -> Callable[..., str]:
     """(function, *arguments) -> the one line of the call's error."""
 
     def call(function: Callable[..., Any], *arguments: Any, room: int = ROOM) -> str:
@@ -193,7 +178,6 @@ def refused(outcome: Callable[..., tuple[str, str]]) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def trained(store_path: Path, tmp_path_factory: pytest.TempPathFactory, tiny: TrainOptions) -> Path:
-    """A finished run; read only."""
     run = tmp_path_factory.mktemp("runs") / "run"
     train(store_path, run, tiny)
     return run
@@ -201,5 +185,4 @@ def trained(store_path: Path, tmp_path_factory: pytest.TempPathFactory, tiny: Tr
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A copy of that run, to be damaged."""
     return Path(shutil.copytree(trained, tmp_path / "in" / "run", symlinks=True))

@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import resource
 import struct
-import traceback
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import psutil
-import torch
-import zarr
 from fault_workers import Sample, content
 from numpy.typing import NDArray
+from PIL import Image
 
 from wmcache.cache import StoreCard, TokenStore
-from wmcache.cache.layout import read_attributes, read_card, shard_file
-from wmcache.cache.reader import ABSENT, ZarrReader
+from wmcache.cache.layout import shard_file
+from wmcache.cache.reader import ABSENT
 from wmcache.cache.records import record_file
 from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
 from wmcache.common.files import sha256_of
 from wmcache.common.jsonfiles import seal
-from wmcache.pipeline import encoders
 from wmcache.pipeline.frames import FrameDataset, fingerprint
 from wmcache.pipeline.repair import repair
 from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.runs import load_model
 from wmcache.trainer.train import train
 
 FRAMES, PER_SHARD, SHARDS = 22, 4, 6
@@ -56,14 +52,12 @@ def replace(file: Path, data: bytes) -> None:
 
 
 def flip(file: Path, offset: int, mask: int = 1) -> None:
-    """Flip bits of a byte."""
     data = bytearray(file.read_bytes())
     data[offset] ^= mask
     replace(file, bytes(data))
 
 
 def edit_json(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Change the value in a JSON file."""
     value = json.loads(file.read_bytes())
     edit(value)
     replace(file, (json.dumps(value, indent=2) + "\n").encode())
@@ -81,7 +75,6 @@ def forge(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 def forge_record(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Change the record of a shard and seal it again."""
     values = json.loads(file.read_bytes())
     values.pop("checksum", None)
     edit(values)
@@ -99,8 +92,39 @@ def update_checksums(dataset: Path, shard: int) -> None:
     edit_json(dataset / "dataset.json", edit)
 
 
+Members = list[tuple[str, bytes]]
+
+
+def members(tar: Path) -> Members:
+    with tarfile.open(tar) as opened:
+        return [(member.name, opened.extractfile(member).read()) for member in opened]
+
+
+def entry(name: str, data: bytes = b"", **header: Any) -> tuple[tarfile.TarInfo, bytes]:
+    """A member with any header."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for key, value in header.items():
+        setattr(info, key, value)
+    return info, data
+
+
+def write_tar(tar: Path, entries: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as opened:
+        for info, data in entries:
+            opened.addfile(info, io.BytesIO(data))
+    replace(tar, buffer.getvalue())
+
+
+def image_of(mode: str, side: int = 16, kind: str = "PNG") -> bytes:
+    """Return the file of a black image."""
+    buffer = io.BytesIO()
+    Image.new(mode, (side, side)).save(buffer, kind)
+    return buffer.getvalue()
+
+
 def index_bytes(card: StoreCard) -> int:
-    """Return the length of a shard's index with its checksum."""
     return 16 * card.frames_per_shard + 4
 
 
@@ -115,25 +139,17 @@ def rewrite_index(file: Path, card: StoreCard, entries: dict[int, tuple[int, int
 
 
 def lose_chunk(file: Path, card: StoreCard, row: int) -> None:
-    """Mark one frame as missing in a shard's index."""
     rewrite_index(file, card, {row: (int(ABSENT), int(ABSENT))})
 
 
 def stamps(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Return inode and time of every file: they change when a file is written again."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A copy of an undisturbed store, to be damaged.
-
-    Attributes:
-        sample: frames and weights; without them nothing can be encoded again.
-        whole: the undisturbed store.
-        path: the copy.
-    """
+    """A copy of an undisturbed store, to be damaged."""
 
     sample: Sample
     whole: Path
@@ -142,7 +158,6 @@ class Copy:
 
     @property
     def tokens(self) -> NDArray[np.float16]:
-        """The undisturbed tokens of every frame."""
         return TokenStore.open(self.whole).gather(EVERY)
 
     @property
@@ -151,23 +166,18 @@ class Copy:
         return content(self.path) == content(self.whole) and verify(self.path).sound
 
     def shard(self, number: int) -> Path:
-        """Return the path of a shard's file."""
         return Path(str(shard_file(self.path, number)))
 
     def record(self, number: int) -> Path:
-        """Return the path of a shard's record."""
         return Path(str(record_file(self.path, number)))
 
     def extract(self) -> None:
-        """Run the extraction that made the store."""
         self.sample.extract(self.path, self.dtype)
 
     def repair(self) -> None:
-        """Run `wmcache repair`."""
         repair(self.path, device="cpu")
 
     def stamps(self, *, records: bool = True, without: int = -1) -> dict[Path, tuple[int, int]]:
-        """Return `stamps` of shards and records, without those of one shard."""
         skipped = (self.shard(without), self.record(without)) if without >= 0 else ()
         return {
             file: stamp
@@ -185,13 +195,7 @@ class Copy:
         assert self.restored
 
 
-def zarr_reader(path: Path) -> ZarrReader:
-    """Open a local store with the reader of remote stores."""
-    return ZarrReader(zarr.open_group(path, mode="r")["tokens"], read_card(read_attributes(path)), path)
-
-
 def vouch(path: Path) -> None:
-    """Update the checksum of the tokens' description in a store's attributes."""
     forge(path, lambda attributes: attributes.update(layout=sha256_of(path / "tokens" / "zarr.json")))
 
 
@@ -214,87 +218,24 @@ def is_refusal(error: UserError | str, *words: object) -> bool:
 # Run by child processes.
 
 
-def serve(calls: Connection) -> None:
-    """Run functions one after another, each with a limit on additional memory, and send back the outcomes."""
-    torch.set_num_threads(1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+def with_little_memory(sample: Sample, memory: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """Run a function with a limit on additional memory."""
+    # Libraries reserve memory for themselves at the first call.
+    read_shard(sample.dataset, 1)
+    open_and_gather(sample.store)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    while True:
-        memory, function, arguments = calls.recv()
-        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + memory, hard))
-        try:
-            function(*arguments)
-            found = ("returned", "")
-        except UserError as error:
-            found = ("refused", str(error))
-        except BaseException:  # noqa: BLE001 (the test receives it)
-            found = ("crashed", traceback.format_exc())
-        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-        calls.send(found)
-
-
-class Warden:
-    """Keep a process that reads hostile inputs, and start another one when it dies."""
-
-    def __init__(self, processes: ForkServerContext) -> None:
-        self._processes = processes
-        self._start()
-
-    def _start(self) -> None:
-        self._calls, far_end = self._processes.Pipe()
-        self._process = self._processes.Process(target=serve, args=(far_end,))
-        self._process.start()
-        far_end.close()
-
-    def ask(self, memory: int, patience: float, function: Callable[..., Any], *arguments: Any) -> tuple[str, str]:
-        """Return the outcome of a call ("returned", "refused", "crashed", "died" or "hangs") and its message."""
-        self._calls.send((memory, function, arguments))
-        kind, message = "hangs", f"nothing after {patience} s"
-        if self._calls.poll(patience):
-            try:
-                return self._calls.recv()
-            except EOFError:
-                kind, message = "died", ""
-        self.close()
-        self._start()
-        return kind, message
-
-    def close(self) -> None:
-        """Kill it."""
-        self._calls.close()
-        self._process.kill()
-        self._process.join()
-
-
-def peak(function: Callable[..., Any], *arguments: Any) -> tuple[str, int]:
-    """Return the error of a function, and the growth of the peak memory in bytes."""
-    torch.set_num_threads(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    try:
-        function(*arguments)
-        refusal = ""
-    except UserError as error:
-        refusal = str(error)
-    return refusal, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + memory, hard))
+    function(*arguments)
 
 
 def open_and_gather(path: str | Path) -> None:
-    """Read all of a store."""
     store = TokenStore.open(path)
     for shard in range(store.card.num_shards):
         store.gather(np.asarray(store.card.shard_frames(shard)))
 
 
 def read_shard(dataset: Path, shard: int) -> None:
-    """Read one tar."""
     FrameDataset.open(dataset).read_shard(shard)
-
-
-def create_encoder(weights: Path) -> None:
-    """Load weights, as `--weights` does."""
-    encoders.create("tcn", weights=weights, device="cpu")
 
 
 def resume_run(store: Path, run: Path) -> None:
@@ -302,11 +243,6 @@ def resume_run(store: Path, run: Path) -> None:
     config = json.loads((run / "config.json").read_bytes())
     options = TrainOptions(**{key: config[key] for key in config if key not in ("cache", "shape")})
     train(store, run, dataclasses.replace(options, steps=options.steps + 1), resume=True)
-
-
-def load_model_on_cpu(run: Path) -> None:
-    """Load a model, as wmplan does."""
-    load_model(run, torch.device("cpu"))
 
 
 def gather_around_a_cut(path: Path, shard: Path, size: int) -> None:

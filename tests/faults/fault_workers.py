@@ -24,11 +24,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from wmcache.cache import Identity, StoreWriter, TokenStore
+from wmcache.cache import Identity, StoreWriter, TokenStore, reader
 from wmcache.cache.layout import read_attributes
-from wmcache.cache.windows import Windows, batch_windows
+from wmcache.cache.windows import batch_windows
 from wmcache.common.errors import UserError
 from wmcache.engine.checkpoint import Progress, save_checkpoint
 from wmcache.pipeline import encoders
@@ -62,12 +62,10 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Process id."""
         assert self.process.pid is not None
         return self.process.pid
 
     def kill(self) -> None:
-        """Send SIGKILL and wait for the end."""
         self.process.kill()
         self.process.join(PATIENCE)
         assert self.process.exitcode is not None
@@ -96,7 +94,6 @@ class Child:
         return value
 
     def refused(self, patience: float = PATIENCE) -> str:
-        """Wait for a UserError and return its message; anything else fails the test."""
         kind, value = self.outcome(patience)
         assert kind == "refused", f"{kind}: {value}"
         return str(value)
@@ -107,6 +104,7 @@ def _report(answer: Connection, function: Callable[..., Any], arguments: tuple[A
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
+    torch.set_num_threads(1)
     answer.send("began")
     try:
         found = ("returned", function(*arguments))
@@ -129,12 +127,10 @@ class Sample:
 
     @property
     def store(self) -> Path:
-        """The undisturbed float16 store."""
         return self.stores["float16"]
 
     @property
     def frames(self) -> FrameDataset:
-        """The opened frame dataset."""
         return FrameDataset.open(self.dataset)
 
     @property
@@ -143,14 +139,11 @@ class Sample:
         return ["--dataset", self.dataset, "--weights", self.weights, "--device", "cpu"]
 
     def extract(self, out: Path, dtype: str = "float16") -> None:
-        """Run the extraction that made the store."""
-        torch.set_num_threads(1)
         extract(self.frames, encoders.create("tcn", weights=self.weights, device="cpu"), out, dtype=dtype)
 
 
 def extract_slice(out: Path, data: Path, weights: Path, part: tuple[int, int], dies: bool = False) -> None:
     """As `wmcache extract --shard-slice`; or die with a shard encoded that is not written yet."""
-    torch.set_num_threads(1)
     if dies:
         StoreWriter.write_shard = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment]
     encoder = encoders.create("tcn", weights=weights, device="cpu")
@@ -161,7 +154,6 @@ def extract_beside(
     out: Path, data: Path, weights: Path, together: Barrier, log: Path, settings: dict[str, str], dies_at: int = 0
 ) -> None:
     """As `Sample.extract`, at the same moment as others; log what is encoded, or die at shard number `dies_at` while the others start."""
-    torch.set_num_threads(1)
     encode, numbers = extraction.encode_frames, itertools.count(1)
 
     def noted(loaded: Sequence[Encoder], frames: Frames, batch: int) -> list[NDArray[np.float16]]:
@@ -182,7 +174,6 @@ def extract_beside(
 
 
 def finish_beside(stores: list[Path], together: Barrier) -> None:
-    """Finish stores whose shards are done, one after the other, each at the same moment as another process."""
     for path in stores:
         writer = StoreWriter.resume(path, Identity.from_json(read_attributes(path)["identity"], str(path)))
         together.wait(PATIENCE)
@@ -197,8 +188,6 @@ def repair_beside(path: Path, together: Barrier, later: float) -> None:
 
 
 def repair_store(path: Path) -> None:
-    """As `wmcache repair`."""
-    torch.set_num_threads(1)
     repair(path, device="cpu")
 
 
@@ -210,14 +199,11 @@ def collect_few(out: Path) -> None:
 
 
 def train_run(out: Path, cache: Path, options: TrainOptions) -> None:
-    """As `wmtrain`."""
-    torch.set_num_threads(1)
     train(cache, out, options)
 
 
 def save_step(run: Path, step: int) -> None:
     """Save the checkpoint that a small model has after so many optimiser steps."""
-    torch.set_num_threads(1)
     model, optimiser = small_model()
     for number in range(step):
         optimiser.zero_grad()
@@ -227,7 +213,6 @@ def save_step(run: Path, step: int) -> None:
 
 
 def small_model() -> tuple[torch.nn.Module, torch.optim.AdamW]:
-    """A model and its optimiser, before the first step."""
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3)
     return model, torch.optim.AdamW(model.parameters(), fused=True)
@@ -270,7 +255,6 @@ def command(*words: object) -> tuple[int, str]:
     """Run a command line in this process; returns its exit status and all that it prints. Exceptions that it lets through are raised."""
     from wmcache import cli
 
-    torch.set_num_threads(1)
     sys.argv = [str(word) for word in words]
     program = {"wmcache": cli.main, "wmtrain": cli.wmtrain}[sys.argv[0]]
     with io.StringIO() as output, contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
@@ -281,24 +265,17 @@ def command(*words: object) -> tuple[int, str]:
         return (status if isinstance(status, int) else 1), output.getvalue()
 
 
-class Batches(Dataset[dict[str, NDArray[Any]]]):
-    """Batches of windows, for a `DataLoader`."""
-
-    def __init__(self, windows: Windows, count: int) -> None:
-        self.windows, self.count = windows, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, step: int) -> dict[str, NDArray[Any]]:
-        return self.windows.batch(batch_windows(len(self.windows), 0, step, 16))
-
-
 def load_in_forks(path: Path) -> int:
     """Read windows through a `DataLoader` with two forks of a process that has read; returns the number of right batches."""
-    batches = Batches(TokenStore.open(path).windows(), 12)
-    expected = [batches[step] for step in range(len(batches))]
-    loader = DataLoader(batches, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=20)
+    windows = TokenStore.open(path).windows()
+    reader.BYTES_WORTH_A_THREAD, reader.COPY_THREADS = 100, 2  # a fork has none of the threads
+
+    def read(step: int) -> dict[str, NDArray[Any]]:
+        return windows.batch(batch_windows(len(windows), 0, step, 16))
+
+    expected = [read(step) for step in range(12)]
+    options = {"batch_size": None, "num_workers": 2, "multiprocessing_context": "fork", "timeout": 20}
+    loader = DataLoader[Any](range(12), collate_fn=read, **options)  # type: ignore[arg-type]
     return sum(
         all(np.array_equal(found[name], values) for name, values in wanted.items())
         for found, wanted in zip(loader, expected, strict=True)

@@ -43,7 +43,6 @@ def private_mounts() -> None:
 
 
 def mount(*words: str | Path) -> None:
-    """Run the command `mount`."""
     done = subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise NotAllowedError(f"mount {words}: {done.stderr}")
@@ -53,13 +52,7 @@ def mount(*words: str | Path) -> None:
 class Attempt:
     """A command with too little room, and the same command again when there is enough.
 
-    Attributes:
-        limit: the limit.
-        status, output: of the first run.
-        opened: the error of opening the store after it; None if it opens.
-        faults: the faults that `verify` finds then.
-        again: status and output of the second run.
-        content: the files at the end.
+    `opened` is the error of opening the store in between, and `faults` are those that `verify` finds then.
     """
 
     limit: str
@@ -75,14 +68,11 @@ ROOM = "remount,size=64m,nr_inodes=10000"
 
 
 def on_small_disks(disks: Path, resource: str, every: int, last: int, words: list[Any]) -> list[Attempt]:
-    """Try a command that writes to `{out}` on disks that are too small by more and more.
+    """Try a command that writes to `{out}` on disks with fewer and fewer inodes (`nr_inodes`) or pages (`size`).
 
     Args:
-        disks: folder of the mounts.
-        resource: what is scarce: `nr_inodes`, or `size`, in pages.
         every: step from one limit to the next.
         last: try only this many of the largest limits; 0 for all.
-        words: the command.
     """
     private_mounts()
     page = 4096
@@ -141,8 +131,7 @@ def _attempt(limit: str, out: Path, run: Callable[[Path], tuple[int, str]], make
 def save_on_small_disks(disks: Path, resource: str) -> list[tuple[str | None, int, dict[str, bytes], dict[str, bytes]]]:
     """Save a second checkpoint where there is room for the first and a little more.
 
-    Returns:
-        For each amount of room: the error or None, the step of the newest checkpoint, its files, and its files once there is room.
+    Returns for each amount of room the error or None, the step of the newest checkpoint, its files, and its files once there is room.
     """
     private_mounts()
     found = []
@@ -207,7 +196,6 @@ def train_in_little_memory(out: Path, cache: Path, options: TrainOptions, group:
 
 
 def new_control_group() -> Path:
-    """Return the path of a new memory control group below the one of this process."""
     names = {line.split(":")[1]: line.split(":")[2] for line in Path("/proc/self/cgroup").read_text().splitlines()}
     root = Path("/sys/fs/cgroup/memory" if "memory" in names else "/sys/fs/cgroup")
     return root / names.get("memory", names.get("", "/")).lstrip("/") / f"wmcache-test-{os.getpid()}"

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from damage_tools import EVERY, FRAMES, SHARDS, Copy, edit_json, flip, forge_record, is_refusal, replace
-from fault_workers import content
 
 from wmcache.cache import TokenStore
-from wmcache.cache.catalogue import remove
 from wmcache.cache.layout import STEP_COLUMNS, DamagedError, read_attributes, write_attributes
 from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
@@ -27,11 +22,8 @@ BOTH = pytest.mark.parametrize("dtype", ["float16", "int8"])
 RECORDS: dict[str, Damage] = {
     "missing": lambda file: file.unlink(),
     "empty": lambda file: replace(file, b""),
-    "cut": lambda file: replace(file, file.read_bytes()[:-100]),
-    "garbled": lambda file: replace(file, b"\xff\x00 <html>404</html>"),
     "another object": lambda file: replace(file, b"{}"),
     "a digit of a sum changed": lambda file: edit_json(file, lambda it: it["sum"].__setitem__(3, it["sum"][3] + 1e-9)),
-    "a digit of the checksum changed": lambda file: edit_json(file, lambda it: it.update(sha256="0" * 64)),
     "of another shard": lambda file: shutil.copy(file.with_name("000001.json"), file),
     "of another store": lambda file: forge_record(file, lambda it: it.update(identity="0" * 64)),
     "without its sums": lambda file: forge_record(file, lambda it: it.pop("sum")),
@@ -72,7 +64,6 @@ def test_all_lost_records_are_written_again_without_encoding(orphan: Copy, folde
 
 
 def change_digit(file: Path, key: str) -> None:
-    """Change one digit of the first number after a key, as text."""
     text = file.read_text()
     start = text.index(f'"{key}"')
     at = next(i for i in range(start + len(key) + 2, len(text)) if text[i].isdigit())
@@ -81,19 +72,11 @@ def change_digit(file: Path, key: str) -> None:
 
 DESCRIPTIONS: dict[str, Damage] = {
     "missing": lambda file: file.unlink(),
-    "empty": lambda file: replace(file, b""),
     "cut": lambda file: replace(file, file.read_bytes()[:1000]),
-    "garbled": lambda file: replace(file, os.urandom(50)),
-    "zeroed": lambda file: replace(file, bytes(file.stat().st_size)),
     "a digit of a mean changed": lambda file: change_digit(file, "mean"),
-    "a digit of the identity changed": lambda file: change_digit(file, "image_size"),
-    "a digit of the card changed": lambda file: change_digit(file, "token_dim"),
     "a digit of the format changed": lambda file: change_digit(file, "format_version"),
-    "a digit of a column's checksum changed": lambda file: change_digit(file, "state"),
     "attributes lost": lambda file: edit_json(file, lambda it: it.pop("attributes")),
-    "attributes a list": lambda file: edit_json(file, lambda it: it.update(attributes=[])),
     "of another format": lambda file: edit_json(file, lambda it: it["attributes"].update(format="other")),
-    "node type lost": lambda file: edit_json(file, lambda it: it.pop("node_type")),
     "an array": lambda file: edit_json(file, lambda it: it.update(node_type="array")),
 }
 
@@ -122,7 +105,6 @@ def test_a_damaged_zarr_json_is_refused_and_written_again_by_the_same_extraction
 
 
 def make_incomplete(copy: Copy, lost: int) -> None:
-    """Leave a store as a kill does before it is complete, without one shard."""
     attributes = read_attributes(copy.path)
     kept = {name: value for name, value in attributes.items() if name not in ("mean", "std")}
     columns = {name: kept["columns"][name] for name in STEP_COLUMNS}
@@ -144,64 +126,26 @@ def test_a_store_that_was_declared_complete_by_hand_is_refused_and_finished(copy
     assert copy.restored
 
 
-def test_a_damaged_description_without_any_record_is_left_alone(copy: Copy) -> None:
-    # Nothing identifies these tokens any more.
-    (copy.path / "zarr.json").write_text("{")
-    for shard in range(SHARDS):
-        copy.record(shard).unlink()
-    before = content(copy.path)
-    with pytest.raises(UserError) as refusal:
-        copy.extract()
-    assert is_refusal(refusal.value, copy.path, "--out")
-    assert content(copy.path) == before
-    remove(copy.path)
-    copy.extract()
-    assert copy.restored
-
-
 # The descriptions of the arrays.
 
 
-def inner(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the sharding codec."""
-    found: dict[str, Any] = metadata["codecs"][0]["configuration"]
-    return found
-
-
-TRANSPOSE = {"name": "transpose", "configuration": {"order": [0, 2, 1]}}
-ZSTD = {"name": "zstd", "configuration": {"level": 0, "checksum": False}}
-ARRAYS: dict[str, Callable[[dict[str, Any]], object]] = {
-    "fewer frames": lambda it: it["shape"].__setitem__(0, FRAMES - 1),
-    "other axes": lambda it: it["shape"].reverse(),
-    "another type": lambda it: it.update(data_type="int16", fill_value=0),
-    "another fill value": lambda it: it.update(fill_value=0.0),
-    "an unknown codec": lambda it: it["codecs"].append({"name": "rot13"}),
-    "no checksums": lambda it: inner(it)["codecs"].pop(),
-    "the other byte order": lambda it: inner(it)["codecs"][0]["configuration"].update(endian="big"),
-    "tokens transposed": lambda it: inner(it)["codecs"].insert(0, TRANSPOSE),
-    "tokens compressed": lambda it: inner(it)["codecs"].insert(1, ZSTD),
-    "the index in front": lambda it: inner(it).update(index_location="start"),
-    "other chunks": lambda it: inner(it)["chunk_shape"].__setitem__(0, 2),
-    "other shards": lambda it: it["chunk_grid"]["configuration"]["chunk_shape"].__setitem__(0, 2),
-    "other names of shards": lambda it: it["chunk_key_encoding"]["configuration"].update(separator="."),
-    "a group": lambda it: (it.clear(), it.update(zarr_format=3, node_type="group", attributes={})),
+ARRAYS: dict[str, Damage] = {
+    "missing": DESCRIPTIONS["missing"],
+    "cut": DESCRIPTIONS["cut"],
+    "fewer frames": lambda file: edit_json(file, lambda it: it["shape"].__setitem__(0, FRAMES - 1)),
+    "another fill value": lambda file: edit_json(file, lambda it: it.update(fill_value=0.0)),
+    "an unknown codec": lambda file: edit_json(file, lambda it: it["codecs"].append({"name": "rot13"})),
+    "a group": lambda file: replace(file, b'{"zarr_format": 3, "node_type": "group"}'),
 }
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "garbled", *ARRAYS])
+@pytest.mark.parametrize("damage", ARRAYS)
 def test_a_damaged_description_of_the_tokens_is_refused_and_written_again(copy: Copy, damage: str) -> None:
-    file = copy.path / "tokens" / "zarr.json"
-    if damage in ARRAYS:
-        edit_json(file, ARRAYS[damage])
-        with contextlib.suppress(UserError):  # by URL too, other numbers are never returned
-            np.testing.assert_array_equal(TokenStore.open(f"file://{copy.path}").gather(EVERY), copy.tokens)
-    else:
-        DESCRIPTIONS[damage](file)
-    check_description(copy, file)
+    ARRAYS[damage](copy.path / "tokens" / "zarr.json")
+    check_description(copy, copy.path / "tokens" / "zarr.json")
 
 
 def chunk_of(column: Path) -> Path:
-    """Return the only file with the values of a column."""
     [file] = [part for part in (column / "c").rglob("*") if part.is_file()]
     return file
 
@@ -214,13 +158,10 @@ def replace_by_another(column: Path) -> None:
 COLUMNS: dict[str, Damage] = {
     "missing": lambda column: shutil.rmtree(column),
     "chunk missing": lambda column: chunk_of(column).unlink(),
-    "chunk empty": lambda column: replace(chunk_of(column), b""),
     "chunk cut": lambda column: replace(chunk_of(column), chunk_of(column).read_bytes()[:-5]),
     "byte flipped": lambda column: flip(chunk_of(column), chunk_of(column).stat().st_size // 2),
-    "zarr.json missing": lambda column: (column / "zarr.json").unlink(),
     "zarr.json garbled": lambda column: replace(column / "zarr.json", b"{"),
     "type edited": lambda column: edit_json(column / "zarr.json", lambda it: it.update(data_type="int16")),
-    "length edited": lambda column: edit_json(column / "zarr.json", lambda it: it["shape"].__setitem__(0, 21)),
     "another column": replace_by_another,
     "a group": lambda column: replace(column / "zarr.json", b'{"zarr_format": 3, "node_type": "group"}'),
 }

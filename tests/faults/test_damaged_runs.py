@@ -20,13 +20,6 @@ from wmcache.trainer.train import train
 Damage = Callable[[Path], object]
 
 
-def flip_in_header(file: Path, word: bytes) -> None:
-    """Change the first letter of a word in the header of a safetensors file."""
-    at = file.read_bytes().index(word)
-    assert at < int.from_bytes(file.read_bytes()[:8], "little")
-    flip(file, at)
-
-
 def resume_from(run: Path, store: Path, tiny: TrainOptions, first: int) -> None:
     """Resume, and check that it continued from the checkpoint of step `first`."""
     before = (run / "metrics.jsonl").read_text().splitlines()
@@ -41,21 +34,17 @@ def resume_from(run: Path, store: Path, tiny: TrainOptions, first: int) -> None:
 
 TENSORS: dict[str, Damage] = {
     "missing": lambda file: file.unlink(),
-    "empty": lambda file: replace(file, b""),
     "cut in the header": lambda file: replace(file, file.read_bytes()[:500]),
     "cut in half": lambda file: replace(file, file.read_bytes()[: file.stat().st_size // 2]),
-    "cut by a byte": lambda file: replace(file, file.read_bytes()[:-1]),
     "zeroed": lambda file: replace(file, bytes(file.stat().st_size)),
     "header's length absurd": lambda file: flip(file, 7, 0x40),
-    "a shape flipped": lambda file: flip_in_header(file, b"16]"),
-    "a type flipped": lambda file: flip_in_header(file, b"F32"),
-    "a name flipped": lambda file: flip_in_header(file, b"blocks.0.mlp.0.bias"),
+    "a shape flipped": lambda file: flip(file, file.read_bytes().index(b"16]")),
+    "a name flipped": lambda file: flip(file, file.read_bytes().index(b"blocks.0.mlp.0.bias")),
     "a value flipped": lambda file: flip(file, file.stat().st_size - 6),
 }
-STATES = ("", "{", "[]", "{}", "\0\0", '{"step": null}', '{"step": -1}', '{"step": 9}')
+STATES = ("", "[]", "{}", '{"step": null}', '{"step": 9}')
 CHECKPOINTS: dict[tuple[str, str], Damage] = {
     **{(f"{name}.safetensors", how): damage for name in ("model", "optimizer") for how, damage in TENSORS.items()},
-    ("optimizer.safetensors", "the generator's name flipped"): lambda file: flip_in_header(file, b"rng.cpu"),
     **{("state.json", text or "empty"): lambda file, text=text: file.write_text(text) for text in STATES},
     ("state.json", "missing"): lambda file: file.unlink(),
 }
@@ -75,14 +64,12 @@ def test_a_damaged_checkpoint_is_named_and_without_it_the_one_before_is_used(
 
 
 def as_text(last: Path) -> None:
-    """Copy a link as tools without links do."""
     name = last.readlink()
     last.unlink()
     last.write_text(str(name))
 
 
 def as_folder(last: Path) -> None:
-    """Copy a link as `cp -L` does."""
     folder = last.resolve()
     last.unlink()
     shutil.copytree(folder, last)
@@ -124,7 +111,7 @@ def test_a_damaged_end_of_the_log_does_not_stop_a_run(
 
 
 @pytest.mark.parametrize("name", ["config.json", "identity.json"])
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\0\0"], ids=["empty", "cut", "list", "other", "zeros"])
+@pytest.mark.parametrize("text", ["{", "[]", "{}"], ids=["cut", "list", "other"])
 def test_a_run_with_damaged_settings_is_refused(
     run: Path, store_path: Path, tiny: TrainOptions, name: str, text: str
 ) -> None:

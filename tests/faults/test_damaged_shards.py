@@ -9,29 +9,17 @@ from collections.abc import Callable
 from dataclasses import replace as with_other
 from pathlib import Path
 
+import damage_tools as tools
 import numpy as np
 import pytest
-from damage_tools import (
-    EVERY,
-    FRAMES,
-    PER_SHARD,
-    SHARDS,
-    Copy,
-    flip,
-    gather_around_a_cut,
-    index_bytes,
-    is_refusal,
-    lose_chunk,
-    replace,
-    rewrite_index,
-    stamps,
-    zarr_reader,
-)
+import zarr
+from damage_tools import is_refusal
 from fault_workers import Child, Sample, command, content
 from upath import UPath
 
 from wmcache.cache import TokenStore
 from wmcache.cache.catalogue import remove
+from wmcache.cache.reader import ZarrReader
 from wmcache.cache.verify import verify
 from wmcache.common.errors import UserError
 from wmcache.common.paths import as_path, upload
@@ -48,14 +36,9 @@ BOTH = pytest.mark.parametrize("dtype", ["float16", "int8"])
 # (stride of a frame, size of a shard) -> (shard, offset)
 POSITIONS: dict[str, Callable[[int, int], tuple[int, int]]] = {
     "first byte of a shard": lambda stride, size: (2, 0),
-    "first byte of a frame": lambda stride, size: (2, stride),
     "last byte of a frame's tokens": lambda stride, size: (2, 2 * stride - 5),
-    "first byte of a frame's checksum": lambda stride, size: (2, 2 * stride - 4),
     "last byte of a frame's checksum": lambda stride, size: (2, 2 * stride - 1),
-    "first byte of the index": lambda stride, size: (2, PER_SHARD * stride),
-    "a length in the index": lambda stride, size: (2, PER_SHARD * stride + 16 + 8),
-    "last byte of the index": lambda stride, size: (2, size - 5),
-    "first byte of the index's checksum": lambda stride, size: (2, size - 4),
+    "a length in the index": lambda stride, size: (2, tools.PER_SHARD * stride + 16 + 8),
     "last byte of a shard": lambda stride, size: (2, size - 1),
     "last frame of the short shard": lambda stride, size: (5, stride),
     "index of a frame that the short shard does not have": lambda stride, size: (5, 2 * stride + 2 * 16 + 3),
@@ -68,55 +51,50 @@ POSITIONS: dict[str, Callable[[int, int], tuple[int, int]]] = {
 
 @BOTH
 @pytest.mark.parametrize("position", POSITIONS)
-def test_a_flipped_bit_is_named_found_and_repaired(copy: Copy, position: str) -> None:
+def test_a_flipped_bit_is_named_found_and_repaired(copy: tools.Copy, position: str) -> None:
     tokens, card = copy.tokens, TokenStore.open(copy.path).card
     shard, offset = POSITIONS[position](card.frame_bytes + 4, card.shard_bytes(2))
     row, file = offset // (card.frame_bytes + 4), copy.shard(shard)
     frame = card.shard_frames(shard)[row] if row < len(card.shard_frames(shard)) else None
-    flip(file, offset)
+    tools.flip(file, offset)
     store, damaged = TokenStore.open(copy.path), file.stat()
-    for frames in (EVERY, np.array([frame or shard * PER_SHARD])):
+    for frames in (tools.EVERY, np.array([frame or shard * tools.PER_SHARD])):
         with pytest.raises(UserError) as refusal:
             store.gather(frames)
         assert is_refusal(
             refusal.value, file, f"wmcache repair {copy.path}", "" if frame is None else f"frame {frame} "
         )
-    sound = [number for number in EVERY if number // PER_SHARD != shard or frame not in (None, number)]
+    sound = [number for number in tools.EVERY if number // tools.PER_SHARD != shard or frame not in (None, number)]
     np.testing.assert_array_equal(store.gather(np.array(sound)), tokens[sound])
+    remote = ZarrReader(zarr.open_group(copy.path, mode="r")["tokens"], card, copy.path)
     with pytest.raises(UserError, match="tokens"):
-        zarr_reader(copy.path).gather(EVERY, np.empty((FRAMES, *card.frame_shape), card.dtype))
+        remote.gather(tools.EVERY, np.empty((tools.FRAMES, *card.frame_shape), card.dtype))
     assert frame is None or verify(copy.path).faults[0].reason.endswith(f" {frame}")
     copy.check_repair(shard)
     # A new file may get the inode of the deleted one.
     assert (file.stat().st_ino, file.stat().st_mtime_ns) != (damaged.st_ino, damaged.st_mtime_ns)
-    np.testing.assert_array_equal(TokenStore.open(copy.path).gather(EVERY), tokens)
+    np.testing.assert_array_equal(TokenStore.open(copy.path).gather(tools.EVERY), tokens)
 
 
 OTHERS: dict[str, Callable[[bytes], bytes | None]] = {
     "missing": lambda data: None,
     "emptied": lambda data: b"",
-    "cut to a byte": lambda data: data[:1],
-    "cut after a frame": lambda data: data[:260],
-    "cut before its index": lambda data: data[: -(16 * PER_SHARD + 4)],
-    "cut by a byte": lambda data: data[:-1],
-    "cut in the middle, both ends there": lambda data: data[:300] + data[400:],
+    "cut before its index": lambda data: data[: -(16 * tools.PER_SHARD + 4)],
     "appended to": lambda data: data + b"\0",
-    "written twice": lambda data: data + data,
     "zeroed": lambda data: bytes(len(data)),
     "zeroed from the middle on": lambda data: data[:500] + bytes(len(data) - 500),
-    "zeroed up to the middle": lambda data: bytes(500) + data[500:],
     "shifted by a byte": lambda data: data[1:] + b"\0",
 }
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_a_shard_of_other_bytes_is_refused_found_and_repaired(copy: Copy, other: str) -> None:
+def test_a_shard_of_other_bytes_is_refused_found_and_repaired(copy: tools.Copy, other: str) -> None:
     file, opened = copy.shard(2), TokenStore.open(copy.path)
     data = OTHERS[other](file.read_bytes())
     file.unlink()
     if data is not None:
         file.write_bytes(data)
-    for read in (lambda: TokenStore.open(copy.path).gather(EVERY), lambda: opened.gather(EVERY)):
+    for read in (lambda: TokenStore.open(copy.path).gather(tools.EVERY), lambda: opened.gather(tools.EVERY)):
         with pytest.raises(UserError) as refusal:
             read()
         assert is_refusal(refusal.value, file, f"wmcache repair {copy.path}")
@@ -125,77 +103,39 @@ def test_a_shard_of_other_bytes_is_refused_found_and_repaired(copy: Copy, other:
 
 @BOTH
 @pytest.mark.parametrize("other", [1, 5])
-def test_a_shard_replaced_by_another_is_found_and_made_again(copy: Copy, other: int) -> None:
+def test_a_shard_replaced_by_another_is_found_and_made_again(copy: tools.Copy, other: int) -> None:
     # Every frame matches its own checksum; only the record shows that these are the frames of another shard.
-    replace(copy.shard(2), copy.shard(other).read_bytes())
+    tools.replace(copy.shard(2), copy.shard(other).read_bytes())
     copy.check_repair(2)
 
 
-def test_an_index_that_swaps_two_frames_is_refused(copy: Copy) -> None:
+def test_an_index_that_swaps_two_frames_is_refused(copy: tools.Copy) -> None:
     # Each frame matches its own checksum, and the index its own.
     card, file = TokenStore.open(copy.path).card, copy.shard(2)
-    entries = np.frombuffer(file.read_bytes()[-index_bytes(card) : -4], "<u8").reshape(-1, 2)
-    rewrite_index(file, card, {0: tuple(entries[1].tolist()), 1: tuple(entries[0].tolist())})
+    entries = np.frombuffer(file.read_bytes()[-tools.index_bytes(card) : -4], "<u8").reshape(-1, 2)
+    tools.rewrite_index(file, card, {0: tuple(entries[1].tolist()), 1: tuple(entries[0].tolist())})
     with pytest.raises(UserError, match="wmcache repair"):
-        TokenStore.open(copy.path).gather(EVERY)
+        TokenStore.open(copy.path).gather(tools.EVERY)
     copy.check_repair(2)
 
 
-def break_several(copy: Copy) -> None:
-    flip(copy.shard(0), 10)
-    flip(copy.shard(0), 600)
+def test_damage_of_several_kinds_is_repaired_at_once(copy: tools.Copy) -> None:
+    tools.flip(copy.shard(0), 10)
+    tools.flip(copy.shard(0), 600)
+    shutil.rmtree(copy.path / "state" / "c")
+    tools.replace(copy.shard(2), copy.shard(1).read_bytes())
+    copy.record(2).unlink()
     copy.shard(3).unlink()
     copy.record(4).unlink()
     os.truncate(copy.shard(5), 99)
-
-
-def replace_and_forget(copy: Copy) -> None:
-    replace(copy.shard(2), copy.shard(1).read_bytes())
-    copy.record(2).unlink()
-
-
-def flip_and_spoil_a_column(copy: Copy) -> None:
-    flip(copy.shard(2), 300)
-    shutil.rmtree(copy.path / "state" / "c")
-
-
-def lose_all(copy: Copy) -> None:
-    for shard in range(SHARDS):
-        copy.shard(shard).unlink()
-
-
-@pytest.mark.parametrize(
-    ("damage", "shards"),
-    [
-        (break_several, {0, 3, 4, 5}),
-        (replace_and_forget, {2}),
-        (flip_and_spoil_a_column, {None, 2}),
-        (lose_all, {*range(SHARDS)}),
-    ],
-)
-def test_damage_of_several_kinds_is_repaired_at_once(
-    copy: Copy, damage: Callable[[Copy], None], shards: set[int | None]
-) -> None:
-    damage(copy)
-    assert {fault.shard for fault in verify(copy.path).faults} <= shards
+    assert {fault.shard for fault in verify(copy.path).faults} == {None, 0, 2, 3, 4, 5}
     copy.repair()
     assert copy.restored
 
 
-@pytest.mark.parametrize("missing", [False, True])
-def test_the_same_extraction_repairs_what_it_sees_and_repair_the_rest(copy: Copy, missing: bool) -> None:
-    flip(copy.shard(2), 700)
-    if missing:
-        copy.shard(2).unlink()
-    copy.extract()
-    assert verify(copy.path).sound == missing
-    copy.repair()
-    assert copy.restored
-
-
-def test_what_cannot_be_made_again_is_not_dropped(orphan: Copy) -> None:
-    flip(orphan.shard(2), 300)
-    before, sound = content(orphan.path), np.delete(EVERY, 9)
+def test_what_cannot_be_made_again_is_not_dropped(orphan: tools.Copy) -> None:
+    tools.flip(orphan.shard(2), 300)
+    before, sound = content(orphan.path), np.delete(tools.EVERY, 9)
     with pytest.raises(UserError) as refusal:
         orphan.repair()
     assert is_refusal(refusal.value, "dataset.json", "--dataset")
@@ -203,7 +143,7 @@ def test_what_cannot_be_made_again_is_not_dropped(orphan: Copy) -> None:
     np.testing.assert_array_equal(TokenStore.open(orphan.path).gather(sound), orphan.tokens[sound])
 
 
-@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 9000])
+@pytest.mark.parametrize("size", [0, 4095, 9000])
 def test_a_file_that_is_cut_while_it_is_mapped_is_an_error_and_no_crash(
     store_path: Path, tmp_path: Path, start: Start, size: int
 ) -> None:
@@ -211,21 +151,21 @@ def test_a_file_that_is_cut_while_it_is_mapped_is_an_error_and_no_crash(
     path = Path(shutil.copytree(store_path, tmp_path / "copy.zarr"))
     file = path / "tokens" / "c.3.0.0"
     assert file.stat().st_size > 3 * 4096
-    assert is_refusal(start(gather_around_a_cut, path, file, size).refused(), file, "wmcache repair")
+    assert is_refusal(start(tools.gather_around_a_cut, path, file, size).refused(), file, "wmcache repair")
 
 
 @BOTH
 @pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "URL"])
-def test_a_missing_frame_is_an_error_and_never_zeros(copy: Copy, mapped: bool) -> None:
+def test_a_missing_frame_is_an_error_and_never_zeros(copy: tools.Copy, mapped: bool) -> None:
     tokens, card = copy.tokens, TokenStore.open(copy.path).card
-    lose_chunk(copy.shard(2), card, 1)
-    sound = np.setdiff1d(EVERY, [8, 9, 10, 11] if mapped else [9])
+    tools.lose_chunk(copy.shard(2), card, 1)
+    sound = np.setdiff1d(tools.EVERY, [8, 9, 10, 11] if mapped else [9])
     far = as_path("memory://damaged/copy.zarr")
     assert isinstance(far, UPath)
     remove_all(far)
     upload(copy.path, far, last="zarr.json")
     store = TokenStore.open(copy.path if mapped else far)
-    for frames in (EVERY, np.array([9, 9])):
+    for frames in (tools.EVERY, np.array([9, 9])):
         with pytest.raises(UserError, match="frame 9;"):
             store.gather(frames)
     np.testing.assert_array_equal(store.gather(sound), tokens[sound])
@@ -236,62 +176,59 @@ def test_a_missing_frame_is_an_error_and_never_zeros(copy: Copy, mapped: bool) -
 # Under an open reader.
 
 
-def by_another(copy: Copy) -> None:
+def by_another(copy: tools.Copy) -> None:
     fresh = copy.path.with_name("fresh.zarr")
     copy.sample.extract(fresh)
     shutil.rmtree(copy.path)
     fresh.rename(copy.path)
 
 
-def by_repair(copy: Copy) -> None:
-    flip(copy.shard(2), 300)
+def by_repair(copy: tools.Copy) -> None:
+    tools.flip(copy.shard(2), 300)
     copy.repair()
 
 
-def by_extraction(copy: Copy) -> None:
-    copy.shard(2).unlink()
-    copy.extract()
-
-
-def by_moving(copy: Copy) -> None:
+def by_moving(copy: tools.Copy) -> None:
     copy.path.rename(copy.path.with_name("moved.zarr"))
 
 
-@pytest.mark.parametrize("change", [by_another, by_repair, by_extraction, by_moving, lambda copy: remove(copy.path)])
+@pytest.mark.parametrize("change", [by_another, by_repair, by_moving, lambda copy: remove(copy.path)])
 @pytest.mark.parametrize("loaded", [False, True], ids=["mapped", "in memory"])
-def test_a_reader_notices_that_its_store_has_changed(copy: Copy, change: Callable[[Copy], None], loaded: bool) -> None:
+def test_a_reader_notices_that_its_store_has_changed(
+    copy: tools.Copy, change: Callable[[tools.Copy], None], loaded: bool
+) -> None:
     store, cold = TokenStore.open(copy.path), TokenStore.open(copy.path)
     if loaded:
         store.load()
-    np.testing.assert_array_equal(store.gather(EVERY), copy.tokens)
+    np.testing.assert_array_equal(store.gather(tools.EVERY), copy.tokens)
     change(copy)
     for reader in (store, cold):
         with pytest.raises(UserError) as refusal:
-            reader.gather(EVERY)
+            reader.gather(tools.EVERY)
         assert is_refusal(refusal.value, copy.path)
 
 
-def test_a_reader_is_not_disturbed_by_commands_that_change_nothing(copy: Copy) -> None:
+def test_a_reader_is_not_disturbed_by_commands_that_change_nothing(copy: tools.Copy) -> None:
     store = TokenStore.open(copy.path)
     copy.extract()
     copy.repair()
     verify(copy.path)
-    np.testing.assert_array_equal(store.gather(EVERY), copy.tokens)
+    np.testing.assert_array_equal(store.gather(tools.EVERY), copy.tokens)
 
 
 # Copies, and names of all kinds.
 
 
 @pytest.mark.parametrize("time", [None, 0, 2**31], ids=["new", "zero", "in the future"])
-def test_nothing_depends_on_times(copy: Copy, time: int | None) -> None:
+def test_nothing_depends_on_times(copy: tools.Copy, time: int | None) -> None:
     for file in (copy.path, *copy.path.rglob("*")):
         os.utime(file, None if time is None else (time, time))
-    before = stamps(copy.path)
-    np.testing.assert_array_equal(TokenStore.open(copy.path).gather(EVERY), copy.tokens)
+    before = tools.stamps(copy.path)
+    np.testing.assert_array_equal(TokenStore.open(copy.path).gather(tools.EVERY), copy.tokens)
     assert (verify(copy.path).sound, verify(copy.path).leftovers) == (True, [])
     copy.extract()
-    assert stamps(copy.path) == before
-    flip(copy.shard(2), 300)
+    assert tools.stamps(copy.path) == before
+    tools.flip(copy.shard(2), 300)
     copy.check_repair(2)
 
 

@@ -71,7 +71,6 @@ def die_everywhere(start: Start, tmp_path: Path) -> DieEverywhere:
 
 
 def finished_shards(store: Path) -> dict[Path, tuple[int, int]]:
-    """Return inode and time of each record and of its shard."""
     done = {int(file.stem) for file in (store / "tokens" / "commits").glob("[0-9]*.json")}
     names = {f"{shard:06d}.json" for shard in done} | {f"c.{shard}.0.0" for shard in done}
     return {file: stamp for file, stamp in stamps(store / "tokens").items() if file.name in names}

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import numpy as np
 import pytest
 from damage_tools import DESTROYS
 from fault_workers import command
@@ -64,18 +63,6 @@ def test_a_file_that_this_user_may_not_read_is_not_called_damaged(
         assert not [word for word in DESTROYS if word in message.partition(";")[2]], message
     assert status == 1
     assert verify(copied).sound
-
-
-def test_a_shard_that_this_user_may_not_read_is_named_and_the_others_are_read(
-    copied: Path, another_user: AnotherUser
-) -> None:
-    (copied / "tokens" / "c.1.0.0").chmod(0)
-    store = TokenStore.open(copied)
-    first = store.card.frames_per_shard
-    with another_user():
-        assert len(store.gather(np.arange(first))) == first
-        with pytest.raises(UnreadableError, match=r"c\.1\.0\.0"):
-            store.gather(np.array([first]))
 
 
 def test_a_store_that_this_user_may_not_read_is_not_listed_as_damaged(copied: Path, another_user: AnotherUser) -> None:

@@ -135,7 +135,6 @@ def spoilt(few: Sample, store_path: Path, tmp_path: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Path:
-    """The folder of a read-only mount."""
     path = tmp_path / "read-only"
     path.mkdir()
     return path

@@ -10,8 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,26 +80,13 @@ class Command:
         assert "Traceback" not in self.stderr
         assert psutil.wait_procs(self._started, timeout=20)[1] == []
 
-    def kill(self) -> None:
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-
-
-@dataclass
-class Stopped:
-    """An extraction that received a signal while it waited for a tar: command, frames, store, and bytes of the finished shards."""
-
-    command: Command
-    data: Path
-    out: Path
-    done: dict[str, bytes]
-
-
-CASES = {
-    "SIGUSR1": (signal.SIGUSR1, 1, False),
-    "Ctrl-C to all of 3 processes": (signal.SIGINT, 2, True),
-}
 
 
 def open_for_writing(fifo: Path) -> int | None:
@@ -111,61 +97,48 @@ def open_for_writing(fifo: Path) -> int | None:
         return None
 
 
-@pytest.fixture(scope="module")
-def stopped(few: Sample, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stopped]]:
-    """All cases at the same time, because each spends seconds on its imports and at its end."""
-    cases = {}
-    for name, (_, workers, _) in CASES.items():
-        folder = tmp_path_factory.mktemp("stopped")
-        data, out = Path(shutil.copytree(few.dataset, folder / "few")), folder / "some.zarr"
-        # A tar that blocks: the signal arrives in the middle of the work on any machine.
-        (data / "frames-000001.tar").unlink()
-        os.mkfifo(data / "frames-000001.tar")
-        words = ["--dataset", data, "--weights", few.weights, "--out", out, "--device", "cpu"]
-        words += ["--cluster", f"local:{workers}"]
-        cases[name] = Stopped(Command("wmcache", "extract", *words, stderr=folder / "stderr"), data, out, {})
-    try:
-        for name, case in cases.items():
-            fifo, commits = case.data / "frames-000001.tar", case.out / "tokens" / "commits"
-            pipe = case.command.wait_for(lambda fifo=fifo: open_for_writing(fifo))
-            case.command.wait_for(lambda commits=commits: len(list(commits.glob("[0-9]*.json"))) == 2)
-            case.done = content(case.out / "tokens")
-            sent, _, to_all = CASES[name]
-            case.command.send(sent, to_all=to_all)
-            # The signal is handled before the tar answers.
-            time.sleep(0.3)
-            os.close(pipe)
-            fifo.unlink()
-            shutil.copy(few.dataset / fifo.name, fifo)
-        yield cases
-    finally:
-        for case in cases.values():
-            case.command.kill()
-
-
-@pytest.mark.parametrize("name", list(CASES))
-def test_a_stopped_extraction_continues(stopped: dict[str, Stopped], start: Start, few: Sample, name: str) -> None:
-    case = stopped[name]
-    case.command.check_stopped()
-    assert content(case.out / "tokens") == case.done
+@pytest.mark.parametrize(
+    ("sent", "workers", "to_all"),
+    [(signal.SIGUSR1, 1, False), (signal.SIGINT, 2, True)],
+    ids=["SIGUSR1", "Ctrl-C to all of 3 processes"],
+)
+def test_a_stopped_extraction_continues(
+    start: Start, few: Sample, tmp_path: Path, sent: signal.Signals, workers: int, to_all: bool
+) -> None:
+    data, out = Path(shutil.copytree(few.dataset, tmp_path / "few")), tmp_path / "some.zarr"
+    # A tar that blocks: the signal arrives in the middle of the work on any machine.
+    fifo = data / "frames-000001.tar"
+    fifo.unlink()
+    os.mkfifo(fifo)
+    sample = Sample(data, few.weights, {})
+    words = [*sample.words, "--out", out, "--cluster", f"local:{workers}"]
+    with Command("wmcache", "extract", *words, stderr=tmp_path / "stderr") as command:
+        pipe = command.wait_for(lambda: open_for_writing(fifo))
+        command.wait_for(lambda: len(list((out / "tokens" / "commits").glob("[0-9]*.json"))) == 2)
+        done = content(out / "tokens")
+        command.send(sent, to_all=to_all)
+        # The signal is handled before the tar answers.
+        time.sleep(0.3)
+        os.close(pipe)
+        fifo.unlink()
+        shutil.copy(few.dataset / fifo.name, fifo)
+        command.check_stopped()
+    assert content(out / "tokens") == done
     with pytest.raises(UserError):
-        TokenStore.open(case.out)
-    start(Sample(case.data, few.weights, {}).extract, case.out).returned()
-    assert content(case.out / "tokens") == content(few.store / "tokens")
-    assert {**content(case.out / "tokens"), **case.done} == content(case.out / "tokens")
+        TokenStore.open(out)
+    start(sample.extract, out).returned()
+    assert content(out / "tokens") == content(few.store / "tokens")
+    assert done.items() <= content(out / "tokens").items()
 
 
 def test_an_extraction_that_waits_for_another_can_be_stopped(few: Sample, tmp_path: Path) -> None:
     out = Path(shutil.copytree(few.store, tmp_path / "some.zarr"))
     (out / "tokens" / "commits" / "000001.json").unlink()
-    with exclusive(lock_file(out, 1)):
-        command = Command("wmcache", "extract", *few.words, "--out", out, stderr=tmp_path / "stderr")
-        try:
-            command.wait_for(lambda: "another extraction" in command.stderr)
-            command.send(signal.SIGTERM)
-            command.check_stopped(20)
-        finally:
-            command.kill()
+    words = ["wmcache", "extract", *few.words, "--out", out]
+    with exclusive(lock_file(out, 1)), Command(*words, stderr=tmp_path / "stderr") as command:
+        command.wait_for(lambda: "another extraction" in command.stderr)
+        command.send(signal.SIGTERM)
+        command.check_stopped(20)
 
 
 def test_a_stopped_wmtrain_continues(start: Start, store_path: Path, tmp_path: Path) -> None:
@@ -173,13 +146,10 @@ def test_a_stopped_wmtrain_continues(start: Start, store_path: Path, tmp_path: P
     model = {"width": 16, "depth": 1, "heads": 2, "dropout": 0.1}
     settings = {"steps": 150, "batch": 8, "device": "cpu", "checkpoint_every": 10, "log_every": 1}
     words = [word for name, value in {**model, **settings}.items() for word in (f"--{FLAGS.get(name, name)}", value)]
-    command = Command("wmtrain", "--cache", store_path, "--out", run, *words, stderr=tmp_path / "stderr")
-    try:
+    with Command("wmtrain", "--cache", store_path, "--out", run, *words, stderr=tmp_path / "stderr") as command:
         command.wait_for(lambda: list((run / "checkpoints").glob("step-*")))
         command.send(signal.SIGTERM)
         command.check_stopped()
-    finally:
-        command.kill()
     options = TrainOptions(model_options=model, **settings)
     assert last_checkpoint(run).name < "step-00000150"
     for out in (run, straight):

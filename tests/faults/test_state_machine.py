@@ -48,24 +48,15 @@ CHANCE = st.randoms(use_true_random=True)
 
 @dataclass(frozen=True)
 class World:
-    """Constants of the machine.
-
-    Attributes:
-        sample: frames, weights, and the undisturbed store.
-        good: the bytes of each of its files.
-        begun, reopened: its description before the first shard, and after it was declared incomplete again.
-        tokens: of every frame.
-        changes: changes of files that a whole extraction makes.
-        root: folder for stores.
-    """
+    """Constants of the machine."""
 
     sample: Sample
-    good: dict[str, bytes]
-    begun: bytes
-    reopened: bytes
+    good: dict[str, bytes]  # name -> content of each file of the undisturbed store
+    begun: bytes  # its description before the first shard
+    reopened: bytes  # and after it was declared incomplete again
     card: StoreCard
     tokens: NDArray[np.float16]
-    changes: int
+    changes: int  # of files, by a whole extraction
     root: Path
     processes: ForkServerContext
 
@@ -84,7 +75,6 @@ def world(small: Sample, tmp_path_factory: pytest.TempPathFactory, processes: Fo
 
 
 def flipped(chance: Random, data: bytes, *, in_json: bool) -> bytes:
-    """Return the data with one byte changed."""
     offsets, mask = [chance.randrange(len(data)), len(data) - 1], chance.randrange(1, 256)
     if in_json:
         # A bit in a blank or in the last digit of a number may mean nothing, so change a checksum if one is left.
@@ -145,7 +135,6 @@ class StoreMachine(RuleBasedStateMachine):
         return [shard for shard in range(SHARDS) if not (self.has(RECORD[shard]) and self.has_size(shard))]
 
     def bad_frames(self) -> set[int]:
-        """The frames that cannot be read."""
         assert self.files is not None
         bad: set[int] = set()
         stride, index = self.world.card.frame_bytes + 4, index_bytes(self.world.card)
@@ -160,7 +149,6 @@ class StoreMachine(RuleBasedStateMachine):
         return bad
 
     def on_disk(self) -> dict[str, bytes] | None:
-        """The perishable files on disk."""
         if not self.path.exists():
             return None
         return {name: (self.path / name).read_bytes() for name in PERISHABLE if (self.path / name).is_file()}
@@ -257,7 +245,6 @@ class StoreMachine(RuleBasedStateMachine):
         self.check_others()
 
     def put(self, name: str, data: bytes | None) -> None:
-        """Replace a file, or delete it."""
         assert self.files is not None
         if data is None:
             (self.path / name).unlink()
@@ -341,7 +328,6 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def hold(self) -> None:
-        """Open the store, to read it later."""
         with contextlib.suppress(UserError):
             self.held = TokenStore.open(self.path)
 
@@ -351,7 +337,6 @@ class StoreMachine(RuleBasedStateMachine):
         self.read_held(self.some_frames(chance))
 
     def some_frames(self, chance: Random) -> list[int]:
-        """All frames, or some in any order."""
         return EVERY.tolist() if chance.random() < 0.3 else chance.choices(EVERY.tolist(), k=chance.randrange(9))
 
     def read_held(self, frames: list[int]) -> None:
