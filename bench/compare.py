@@ -22,7 +22,7 @@ from wmcache.bench.reference import count_flops
 from wmcache.bench.timing import seconds
 from wmcache.common.errors import UserError
 from wmcache.common.figures import png_bytes
-from wmcache.common.files import atomic_write, make_folder
+from wmcache.common.files import atomic_write
 from wmcache.common.paths import AnyPath
 from wmcache.common.sampling import descend
 from wmcache.planner.base import Cost

@@ -11,8 +11,8 @@ import pytest
 import torch
 from model_tools import each_variant, make_batch, make_trained_model, model_inputs
 
-from wmcache.bench import plan as bench
-from wmcache.bench.explicit import explicit_predict
+from wmcache.bench import reference as bench
+from wmcache.bench.reference import explicit_predict
 from wmcache.planner.context import EvalContext
 from wmcache.planner.options import PlanOptions
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wmcache.bench.train import ROUNDS, bench_train
+from wmcache.bench.reference import ROUNDS, bench_train
 from wmcache.trainer.feed import RESIDENCES
 
 MODEL: dict[str, Any] = {"width": 16, "depth": 1, "heads": 2, "dropout": 0.1}

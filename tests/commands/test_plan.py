@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from wmcache.bench import plan as bench
+from wmcache.bench import reference as bench
 from wmcache.common.errors import UserError
-from wmcache.planner import results
-from wmcache.planner.options import PlanOptions
+from wmcache.planner.options import PlanOptions, refuse_other_results
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import SOLVERS, make_solver, option_names
 from wmcache.trainer.train import train
@@ -152,12 +151,12 @@ class TestResults:
         options = asdict(PlanOptions())
         del options["strict"]
         (tmp_path / "results.json").write_text(json.dumps({"options": options}))
-        results.refuse_other_results(tmp_path, PlanOptions(strict=False))
+        refuse_other_results(tmp_path, PlanOptions(strict=False))
         with pytest.raises(UserError, match="strict False != True"):
-            results.refuse_other_results(tmp_path, PlanOptions())
+            refuse_other_results(tmp_path, PlanOptions())
         # The pairs of a file are the same either way.
         (tmp_path / "results.json").write_text(json.dumps({"options": {**options, "goals": "some.parquet"}}))
-        results.refuse_other_results(tmp_path, PlanOptions(goals="some.parquet"))
+        refuse_other_results(tmp_path, PlanOptions(goals="some.parquet"))
 
 
 def test_planning_is_measured_against_the_reference(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ from wmcache.cache import TokenStore
 from wmcache.cache.windows import split_episodes
 from wmcache.common.errors import UserError
 from wmcache.envs import Maze, PointMazeSimulator, longest_move, sample_state
-from wmcache.planner.goals import SOURCES, Separation, start_and_goal
+from wmcache.planner.goals import Separation, start_and_goal
+from wmcache.planner.options import SOURCES
 
 MakeStore = Callable[..., TokenStore]
 UMAZE = Maze.load("UMaze")

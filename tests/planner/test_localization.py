@@ -12,9 +12,8 @@ import pytest
 from wmcache.common.errors import UserError
 from wmcache.planner.context import EvalContext
 from wmcache.planner.evaluate import evaluate, run_episodes
-from wmcache.planner.localization import locate
 from wmcache.planner.options import PlanOptions
-from wmcache.planner.report import write_report
+from wmcache.planner.report import locate, write_report
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from wmcache.common.errors import UserError
 from wmcache.common.locks import exclusive
 from wmcache.envs import find_maze
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.study import cells, run, work
+from wmcache.study import cells, run
 from wmcache.study.cells import Branch, make_branches
 from wmcache.study.options import Collect, StudyOptions, read_study
 
@@ -70,7 +70,7 @@ def test_the_error_is_a_share_of_the_variance_over_frames(study_path: Path) -> N
     (path,) = (study_path / "stores").glob("pixels-*.zarr")
     store = TokenStore.open(path)
     tokens = store.gather(np.arange(len(store))).astype(np.float64)
-    assert work.token_variance(store) == pytest.approx(np.square(tokens - tokens.mean(0)).mean(), rel=1e-3)
+    assert cells.token_variance(store) == pytest.approx(np.square(tokens - tokens.mean(0)).mean(), rel=1e-3)
 
 
 def test_an_evaluation_of_any_pairs_has_the_key_that_it_had_before_strict(
@@ -102,7 +102,7 @@ def test_a_study_that_is_killed_goes_on_with_what_is_not_done(
     def do_and_die(space: cells.Workspace, cell: cells.Cell, **settings: Any) -> None:
         if next(left, None) is None:
             raise KeyboardInterrupt
-        work.do_cell(space, cell, **settings)
+        cells.do_cell(space, cell, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "do_cell", do_and_die)

@@ -17,8 +17,7 @@ from wmcache.common.errors import UserError
 from wmcache.engine.checkpoint import Progress, checkpoints, last_checkpoint, read_progress
 from wmcache.trainer.models.ddp_wm import DdpWm
 from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.resume import finished_stage
-from wmcache.trainer.runs import read_config
+from wmcache.trainer.runs import finished_stage, read_config
 
 STAGES = DdpWm.stages
 STEPS = 4
