@@ -269,7 +269,7 @@ def test_a_training_run_killed_at_random_moments_ends_with_the_same_weights(
 def test_a_killed_job_of_an_array_is_done_by_its_second_try(start: Start, few: Sample, tmp_path: Path) -> None:
     out, sample = tmp_path / "store.zarr", (few.dataset, few.weights)
     start(workers.extract_slice, out, *sample, (0, 2)).returned()
-    with pytest.raises(UserError, match=r"2 of 3 shards \(1, 2\).*--dataset"):
+    with pytest.raises(UserError, match=r"2 of 3 shards \(1, 2\).*wmcache repair"):
         finalize(out)
     assert start(workers.extract_slice, out, *sample, (1, 2), True).outcome() == KILLED
     with pytest.raises(UserError):
