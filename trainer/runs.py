@@ -178,7 +178,7 @@ def find_stages(
     """
     wanted = config["stage"]
     if wanted != "all" and wanted not in model.stages:
-        raise UserError(f"no stage {wanted!r}; known are {', '.join((*model.stages, 'all'))}")
+        raise UserError(f"--stage {wanted} is unknown; known are {', '.join((*model.stages, 'all'))}")
     stages = model.stages or ("",) if wanted == "all" else (wanted,)
     progress = _find_progress(out, model, stages[0], config, identity, overwrite=overwrite)
     begins = model.stage_number(wanted) > model.stage_number(progress.stage) > 0
