@@ -200,7 +200,8 @@ class TokenStore:
         expected[-1] = self.card.shard_bytes(self.card.num_shards - 1)
         if len(bad := np.flatnonzero(sizes != expected)):
             first, repair = shard_file(self.path, int(bad[0])), command("wmcache", "repair", self.path)
-            raise UserError(f"{len(bad)} shards are missing or cut short, such as {first}; repair it with: {repair}")
+            count = f"{len(bad)} of {self.card.num_shards}"
+            raise UserError(f"{count} shards are missing or cut short, such as {first}; repair it with: {repair}")
 
 
 def _stamp(path: AnyPath) -> object:
