@@ -26,6 +26,7 @@ from pydantic import Field
 
 from wmcache.cache.identity import FORMAT_VERSION, RESTORE
 from wmcache.common.errors import MissingError, UnreadableError, UserError, reason
+from wmcache.common.folders import did_you_mean
 from wmcache.common.jsonfiles import json_digest, read_json, require_seal, seal, write_json
 from wmcache.common.paths import AnyPath, cause_outside, exists, files_in, is_local, readable, unreadable
 from wmcache.common.schema import Count, Finite, Name, Size, parse
@@ -137,7 +138,7 @@ def read_attributes(path: AnyPath) -> dict[str, Any]:
     with readable(path):
         is_store = has_commits(path)
         if not is_store and not exists(path):
-            raise MissingError(f"{path} does not exist; {NEW}")
+            raise MissingError(f"{path} does not exist; {did_you_mean(path, 'store', NEW)}")
     hint = AGAIN if is_store else NEW
     try:
         metadata = read_json(file, hint)

@@ -9,6 +9,7 @@ from typing import Any
 
 from wmcache.common.errors import MissingError, UserError, reason
 from wmcache.common.files import write_whole
+from wmcache.common.folders import other_kind
 from wmcache.common.paths import AnyPath, cause_outside, is_local, read_bytes, unreadable
 
 MOST_JSON_BYTES = 64_000_000
@@ -29,6 +30,8 @@ def read_json(path: AnyPath, hint: str) -> dict[str, Any]:
             raise UserError(f"{path} has more than {MOST_JSON_BYTES} bytes; {hint}")
         value = json.loads(data)
     except (FileNotFoundError, NotADirectoryError):
+        if found := other_kind(path):
+            raise UserError(f"{path.parent} is {found}; pass another path") from None
         raise MissingError(f"{path} does not exist; {hint}") from None
     except (OSError, ValueError, RecursionError) as error:
         if outside := cause_outside(error):

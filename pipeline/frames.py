@@ -29,6 +29,7 @@ from typing_extensions import TypedDict
 from wmcache.common.cpus import available_cpus
 from wmcache.common.errors import MissingError, UserError, command, reason
 from wmcache.common.files import atomic_write, cannot_write, is_temporary, sha256_of, sweep
+from wmcache.common.folders import did_you_mean
 from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.memory import available_ram
 from wmcache.common.paths import (
@@ -233,7 +234,7 @@ def _collect_hint(path: AnyPath) -> str:
 
 def no_dataset(path: AnyPath) -> MissingError:
     """Return the error for a missing dataset."""
-    return MissingError(f"{path / 'dataset.json'} does not exist; {_collect_hint(path)}")
+    return MissingError(f"{path / 'dataset.json'} does not exist; {did_you_mean(path, 'dataset', _collect_hint(path))}")
 
 
 def is_complete(path: AnyPath) -> bool:

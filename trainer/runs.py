@@ -24,6 +24,7 @@ from wmcache.cache.layout import StoreCard, read_card
 from wmcache.cache.store import TokenStore
 from wmcache.common.errors import MissingError, UserError
 from wmcache.common.files import is_temporary
+from wmcache.common.folders import did_you_mean
 from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.locks import exclusive
 from wmcache.common.paths import AnyPath, as_path
@@ -90,7 +91,10 @@ def write_settings(out: Path, config: Mapping[str, Any], store: TokenStore) -> N
 def read_config(run: Path) -> dict[str, Any]:
     """Read the settings of a world model's run; raises UserError where the folder is not one."""
     file = run / "config.json"
-    config = read_json(file, NO_RUN)
+    try:
+        config = read_json(file, NO_RUN)
+    except MissingError:
+        raise MissingError(f"{file} does not exist; {did_you_mean(run, 'run', NO_RUN)}") from None
     parse(_Config, config, file, NO_RUN, exact=False, fault="is not a run's")
     return config
 

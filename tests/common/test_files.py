@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from wmcache.common.errors import UserError, one_line, reason
-from wmcache.common.files import atomic_write
+from wmcache.common.files import atomic_write, is_temporary, sweep, temporary_for
 from wmcache.common.folders import home
 from wmcache.common.jsonfiles import dump_json, nulls, read_json, write_json
+
+
+def test_only_files_of_dead_processes_of_this_machine_are_swept(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    own = temporary_for(tmp_path / "x")
+    own.touch()
+    (tmp_path / f".folder.{platform.node()}.{dead.pid}.tmp" / "deeper").mkdir(parents=True)
+    (tmp_path / f".x.{platform.node()}.{dead.pid}.tmp").touch()
+    elsewhere = tmp_path / f".x.another-machine.{dead.pid}.tmp"
+    elsewhere.touch()
+    assert sweep(tmp_path) == sorted([own, elsewhere])
+    assert sorted(tmp_path.iterdir()) == sorted([own, elsewhere])
+    assert is_temporary(own)
+    assert str(os.getpid()) in own.name
 
 
 def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
