@@ -26,6 +26,7 @@ from wmcache.cache.layout import (
     recorded_versions,
     write_attributes,
 )
+from wmcache.common.columns import MAX_COLUMN_WIDTH
 from wmcache.common.files import sha256_of
 from wmcache.common.paths import AnyPath, is_local, read_bytes
 
@@ -42,7 +43,6 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
 ROWS_IN_A_CHUNK = 2**20
 SMALL = 2**22
 """Columns of up to this many rows are read on open, so that corruption is reported before any work starts; longer ones on first use."""
-MAX_COLUMN_WIDTH = 4096
 
 
 def create_arrays(path: Path, card: StoreCard, identity: Identity, steps: Mapping[str, NDArray[Any]]) -> None:

@@ -61,12 +61,14 @@ class Landscape:
 
 
 def probe_landscape(dataset: FrameDataset, encoder: Encoder) -> Landscape:
-    """Measure an encoder on held-out frames of a dataset with a maze."""
+    """Measure an encoder on held-out frames of a dataset with a maze; raises UserError where it has no state."""
+    if (state := dataset.steps.state) is None:
+        raise UserError(f"{dataset.path} has no column with the role state, which the probe needs")
     chosen = _sample(dataset.steps.episode, "val", PROBED_FRAMES)
     parts = np.array_split(read_for(encoder, dataset, chosen), max(1, len(chosen) // 64))
     tokens = torch.cat([encoder(part).float().cpu() for part in parts]).flatten(1).double().numpy()
     maze = _make_maze(dataset.card.name, dataset.card.maze, dataset.path)
-    return measure_landscape(squared_distances(tokens, tokens), dataset.steps.state[chosen, :2], maze)
+    return measure_landscape(squared_distances(tokens, tokens), state[chosen, :2], maze)
 
 
 def measure_landscape(distances: NDArray[np.floating], xy: Float, maze: Maze) -> Landscape:

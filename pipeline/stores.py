@@ -90,7 +90,7 @@ def store_card(dataset: FrameDataset, encoder: Encoder, dtype: str) -> StoreCard
 def create_store(dataset: FrameDataset, encoder: Encoder, path: AnyPath, dtype: str = "float16") -> StoreWriter:
     """Create the store of an encoder's tokens, or resume it."""
     identity = encoder.identity(dataset.card.fingerprint, dtype)
-    return StoreWriter.create(path, store_card(dataset, encoder, dtype), identity, dataset.steps.columns())
+    return StoreWriter.create(path, store_card(dataset, encoder, dtype), identity, dataset.steps.store_columns())
 
 
 def open_frames(card: StoreCard, dataset: AnyPath | None) -> FrameDataset:

@@ -87,7 +87,7 @@ def write_dataset(source: Source, out: AnyPath, *, frames_per_shard: int) -> Dat
     if not exists(out):
         require_space(out, len(first) * len(steps) // 2, f"a dataset of {len(steps)} frames")
     writer = FrameDatasetWriter(out, card, steps)
-    if read_steps(out, len(steps)).sha256() != steps.sha256():
+    if read_steps(out, len(steps), steps.described).sha256() != steps.sha256():
         raise UserError(f"{out} was started with other steps than those of {source.origin}; choose another --out")
 
     def write(shard: int) -> int:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from wmcache.cache.arrays import MAX_COLUMN_WIDTH
+from wmcache.common.columns import MAX_COLUMN_WIDTH
 from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, option
 from wmcache.common.paths import AnyPath
@@ -91,7 +91,7 @@ def make_steps(episodes: Sequence[tuple[NDArray[Any], NDArray[Any]]], where: Any
     number = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     step = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
     action, state = (np.concatenate(values) for values in zip(*episodes, strict=True))
-    return Steps(
+    return Steps.plain(
         number, step, *as_columns(action, state, where, lambda row: f"episode {number[row]}, step {step[row]}")
     )
 

@@ -59,7 +59,7 @@ def read_table(path: Path) -> StepTable:
     kept = ~missing
     order = order[kept]
     actions, states = as_columns(action[kept], state[kept], path, lambda frame: _row(path, int(order[frame])))
-    steps = Steps(episode[kept].astype(np.int32), step[kept].astype(np.int32), actions, states)
+    steps = Steps.plain(episode[kept].astype(np.int32), step[kept].astype(np.int32), actions, states)
     kind = _kind(rows, path)
     return StepTable(kind, rows[kind].to_numpy(zero_copy_only=False)[order], steps, missing[last])
 
