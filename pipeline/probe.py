@@ -113,7 +113,7 @@ def find_maze(store: TokenStore, dataset: AnyPath | None = None) -> Maze | None:
         frames = FrameDataset.open(dataset)
         require_frames(store, frames)
         rows = rows or frames.card.maze
-    return _make_maze(str(name), rows, store.path) if rows and store.state.shape[1] >= 2 else None
+    return _make_maze(str(name), rows, store.path) if rows and store.require_state().shape[1] >= 2 else None
 
 
 def _make_maze(name: str, rows: Any, where: AnyPath) -> Maze:
@@ -183,7 +183,7 @@ def probe(path: AnyPath, *, dataset: AnyPath | None = None, frames: int = 2000) 
     standardised = principal_coordinates(tokens, store.std)
     channels = participation(tokens[:: max(1, len(chosen) // CHANNEL_FRAMES)])
     del tokens
-    state = store.state[chosen]
+    state = store.require_state()[chosen]
     names = STATE if maze and state.shape[1] == len(STATE) else tuple(f"state_{i}" for i in range(state.shape[1]))
     cut = len(train)
     distances: dict[str, float | None] = dict.fromkeys(("spearman", "stuck", "nearest", "nearest_90"))
