@@ -71,7 +71,9 @@ class DrawShard(WorkerTask[int, Steps]):
         """Draw a shard; returns its frames."""
         frames = self.card.shard_frames(item)
         render = _simulator_of_thread(self.maze, self.card.image_size).render
-        write_shard(as_path(self.out), item, ((state.key(frame), render(state.columns["state"][frame])) for frame in frames))
+        write_shard(
+            as_path(self.out), item, ((state.key(frame), render(state.columns["state"][frame])) for frame in frames)
+        )
         return len(frames)
 
 
