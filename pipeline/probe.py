@@ -107,13 +107,14 @@ def neighbours(maze: Maze, xy: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def find_maze(store: TokenStore, dataset: AnyPath | None = None) -> Maze | None:
-    """Find the maze of a store's frames, in its card or else in its dataset; None for frames without one."""
+    """Find the maze of a store's frames, in its card or else in its dataset; None for frames without one, or without a position."""
     name, rows = store.card.dataset.get("name", ""), store.card.dataset.get("maze")
     if dataset is not None:
         frames = FrameDataset.open(dataset)
         require_frames(store, frames)
         rows = rows or frames.card.maze
-    return _make_maze(str(name), rows, store.path) if rows and store.require_state().shape[1] >= 2 else None
+    has_xy = store.state is not None and store.state.shape[1] >= 2
+    return _make_maze(str(name), rows, store.path) if rows and has_xy else None
 
 
 def _make_maze(name: str, rows: Any, where: AnyPath) -> Maze:
@@ -130,7 +131,7 @@ class Probe:
     Attributes:
         frames, held_out: frames that train the probes, and that score them.
         linear, mlp: R^2 of a ridge regression and of a network with one hidden layer, from all tokens of a frame to each column of its
-            state: 1 is perfect, 0 no better than the mean; None for a constant column.
+            state: 1 is perfect, 0 no better than the mean; None for a constant column. Empty where the store has no state.
         spearman, stuck: see `Landscape`; None without a maze, as are the next two.
         nearest, nearest_90: median and 90 % quantile of the distance in the maze (Euclidean; a cell is 1 wide) to the frame of another
             episode whose tokens are nearest.
@@ -183,7 +184,7 @@ def probe(path: AnyPath, *, dataset: AnyPath | None = None, frames: int = 2000) 
     standardised = principal_coordinates(tokens, store.std)
     channels = participation(tokens[:: max(1, len(chosen) // CHANNEL_FRAMES)])
     del tokens
-    state = store.require_state()[chosen]
+    state = np.zeros((len(chosen), 0)) if store.state is None else store.state[chosen]
     names = STATE if maze and state.shape[1] == len(STATE) else tuple(f"state_{i}" for i in range(state.shape[1]))
     cut = len(train)
     distances: dict[str, float | None] = dict.fromkeys(("spearman", "stuck", "nearest", "nearest_90"))

@@ -43,7 +43,7 @@ def test_a_description_is_the_same_after_json_and_the_default_is_left_out() -> N
     ],
 )
 def test_a_description_that_contradicts_itself_is_refused(values: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         Column(**{"roles": ("action",), "dtype": "float32", "shape": (2,), **values})
 
 
@@ -59,7 +59,7 @@ def test_a_description_that_contradicts_itself_is_refused(values: dict[str, Any]
     ],
 )
 def test_columns_that_no_store_can_have_are_refused(columns: dict[str, Column]) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         require_columns(columns)
 
 
