@@ -89,7 +89,7 @@ def test_a_folder_of_another_kind(refused: Refused, line: str) -> None:
         ("wmcache extract --image-size 65", ["--image-size 65", "32"]),
         ("wmcache extract --image-size 96", ["96 px"]),
         ("wmcache extract --normalisation imagenet --device cpu", ["normalisation: "]),
-        ("wmcache extract --shard-slice 4/4", ["--array=0-3"]),
+        ("wmcache extract --shard-slice 4/4", ["--array=0-7"]),
         *((f"wmcache extract --shard-slice {value}", ["0/8"]) for value in ("1", "-1/4", "0/0")),
         ("wmcache extract --cluster local:0", ["'local:0'"]),
         ("wmcache extract --cluster slurm:nowhere", ["nowhere.toml"]),
