@@ -138,9 +138,3 @@ def test_a_package_that_cannot_be_imported_is_one_line(tmp_path: Path) -> None:
     refused = Shell(tmp_path)("main", "encoders", status=1).stderr
     assert refused.count("\n") == 1
     assert "bad.nowhere" in refused
-
-
-def test_a_maze_of_a_contributor_is_collected(shell: Shell) -> None:
-    (shell.folder / "Mine.txt").write_text("#####\n#OOO#\n#O#O#\n#####\n")
-    shell("main", "collect --env Mine.txt --episodes 1 --length 4 --image-size 32 --cluster local:1 --out mine")
-    assert FrameDataset.open(shell.folder / "mine").card.frames == 4

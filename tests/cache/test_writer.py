@@ -114,13 +114,6 @@ class TestPending:
 
 
 class TestFinish:
-    def test_resuming_and_finishing_a_complete_store_changes_nothing(self, finished: Path) -> None:
-        before, when = contents(finished), times(finished)
-        make_writer(finished)
-        StoreWriter.resume(finished, IDENTITY).finish()
-        assert contents(finished) == before
-        assert times(finished) == when
-
     def test_a_reopened_store_is_incomplete_and_lacks_just_those_shards(self, finished: Path) -> None:
         before, when = contents(finished), shard_file(finished, 0).stat()
         writer = StoreWriter.resume(finished, IDENTITY)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from wmcache.common.errors import UserError, one_line, reason
-from wmcache.common.files import atomic_write, is_temporary, sweep, temporary_for
+from wmcache.common.files import is_temporary, sweep, temporary_for
 from wmcache.common.folders import home
 from wmcache.common.jsonfiles import dump_json, nulls, read_json, write_json
 
@@ -32,12 +32,6 @@ def test_only_files_of_dead_processes_of_this_machine_are_swept(tmp_path: Path) 
     assert sorted(tmp_path.iterdir()) == sorted([own, elsewhere])
     assert is_temporary(own)
     assert str(os.getpid()) in own.name
-
-
-def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="file/deeper"), atomic_write(tmp_path / "file" / "deeper"):
-        pass
 
 
 @pytest.mark.parametrize("text", [None, b"", b"{", b"[1]", b"\xff\xfe"])

@@ -270,16 +270,3 @@ def test_a_frame_whose_tokens_overflow_fails_its_shard_and_no_other(
     assert (found.complete, found.shards_done, found.faults) == (False, 5, [])
     with pytest.raises(UserError):
         TokenStore.open(path)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_not_finite_are_refused_before_a_store_is_made(
-    small: Sample, tmp_path: Path, value: float
-) -> None:
-    weights = load_file(small.weights)
-    weights["stem.0.weight"][0, 0, 0, 0] = value
-    save_file(weights, tmp_path / "bad.safetensors")
-    with pytest.raises(UserError) as refusal:
-        Sample(small.dataset, tmp_path / "bad.safetensors", {}).extract(tmp_path / "some.zarr")
-    assert is_refusal(refusal.value, tmp_path / "bad.safetensors")
-    assert not (tmp_path / "some.zarr").exists()

@@ -9,7 +9,6 @@ import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -104,25 +103,6 @@ def test_a_decoder_of_pixels_needs_frames_and_every_decoder_needs_the_layers(
     assert fitted(tcn_layers, name, pixels, dataset).frame_shape[0] == 4
     with pytest.raises(UserError, match=rf"{EARLY}.*{LAST}.*--encoder"):
         fitted(store, name, ADAPTERS[name], out="other")
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "named"),
-    [
-        ("dino-tok", {"shallow": 1}, "shallow"),
-        ("dino-tok-vq", {"codes": 0}, "codes"),
-        ("dino-tok-vq", {"variance": 1.5}, "variance"),
-        ("vfm-vae", {"decoder": "gan"}, "decoder"),
-        ("vfm-vae", {"kl": -1.0}, "kl"),
-        ("vae", {"beta": -1.0}, "beta"),
-        ("pca", {"dim": 0}, "dim"),
-        ("tcn", {"steps": 0}, "steps"),
-        ("tcn", {"codes": 8}, "codes"),
-    ],
-)
-def test_an_unknown_option_or_one_out_of_range_is_named(name: str, settings: dict[str, Any], named: str) -> None:
-    with pytest.raises(UserError, match=rf"{name}.*{named}"):
-        encoders.fit_options(name, settings)
 
 
 @pytest.mark.parametrize("name", ["tcn", "vae", "dino-tok"])
