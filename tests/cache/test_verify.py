@@ -12,16 +12,9 @@ from wmcache.cache import TokenStore
 from wmcache.cache.layout import shard_file
 from wmcache.cache.verify import verify
 
-from ..conftest import contents, make_writer, write
+from ..conftest import contents, flip, make_writer, write
 
 STRIDE = 6 * 4 * 2 + 4
-
-
-def flip(file: Path, *offsets: int) -> None:
-    data = bytearray(file.read_bytes())
-    for offset in offsets:
-        data[offset] ^= 1
-    file.write_bytes(data)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from wmcache.bench import extract as bench
 from wmcache.cache import TokenStore
 from wmcache.cache.change_maps import open_change_maps
 from wmcache.cluster import tasks as cluster
@@ -142,12 +141,3 @@ def test_all_encoders_are_listed() -> None:
     assert (rows["tcn"]["fitted"], rows["dinov2"]["fitted"]) == (True, False)
     for line in run("wmcache encoders").stdout.splitlines()[1:]:
         assert line.split()[0] in rows
-
-
-@pytest.mark.usefixtures("home")
-def test_encoders_in_one_pass_are_measured_against_one_pass_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "ROUNDS", 1)
-    figures = json.loads(succeed("wmcache bench extract --encoder tcn,tcn-layers --json --device cpu").stdout)
-    assert figures["frames"] == 360
-    assert figures["more_than_first"] > -1
-    assert figures["one_after_the_other"] > 0

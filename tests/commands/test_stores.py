@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cli import main
 
-from .conftest import STORE, contents, error_of, run, succeed
+from .conftest import STORE, contents, run, succeed
 
 
 @pytest.fixture
@@ -161,15 +161,6 @@ def test_a_store_is_deleted_also_if_it_is_damaged(store: Path, options: list[str
     assert result.exit_code == 0
     assert result.stdout.splitlines()[-1].startswith(f"{store}: deleted, ")
     assert list(store.parent.iterdir()) == []
-
-
-@pytest.mark.parametrize("command", ["info", "verify", "repair", "preview --count 1", "rm --yes"])
-def test_a_store_can_be_named_from_inside(
-    road: Path, store: Path, monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
-    monkeypatch.chdir(store)
-    result = run(f"wmcache {command} .", road)
-    assert result.exit_code == 0 or error_of(result)
 
 
 @pytest.mark.parametrize("command", ["info", "verify", "repair", "preview --count 1"])

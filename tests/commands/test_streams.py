@@ -10,13 +10,8 @@ from pathlib import Path
 from shutil import copytree
 
 import pytest
-from click.testing import CliRunner
 
-from wmcache.cache import TokenStore
-from wmcache.cache.verify import verify
-from wmcache.cli import main
 from wmcache.common.errors import command
-from wmcache.pipeline.frames import FrameDataset
 
 BIN = Path(sys.executable).parent
 
@@ -74,16 +69,6 @@ def test_closed_streams_do_not_stop_a_command(closed: str, store_path: Path) -> 
     assert bool(stdout) == (closed == "stderr")
 
 
-def test_an_extraction_with_closed_streams_is_as_any_other(
-    dataset: FrameDataset, tcn_weights: Path, store_path: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "store.zarr"
-    words = f"wmcache extract --device cpu --dataset {dataset.path} --weights {tcn_weights} --out {out}"
-    assert run(words, closed="stdout stderr")[0] == 0
-    assert verify(out).sound
-    assert TokenStore.open(out).identity == TokenStore.open(store_path).identity
-
-
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
 def test_what_the_terminal_cannot_show_is_escaped(strange: Path, encoding: str) -> None:
     status, stdout, _ = run("wmcache ls", strange, PYTHONIOENCODING=encoding)
@@ -92,13 +77,6 @@ def test_what_the_terminal_cannot_show_is_escaped(strange: Path, encoding: str) 
     assert "\x1b" not in stdout
     assert r"line\nbreak\x1b[31m.zarr" in stdout
     assert ("迷路.zarr" if encoding == "utf-8" else r"\u8ff7\u8def.zarr") in stdout
-
-
-def test_a_refusal_is_one_line_whatever_the_name_is() -> None:
-    refused = CliRunner().invoke(main, ["info", "/none\x1b[31m/line\nbreak"])
-    assert refused.exit_code == 1
-    assert len(refused.stderr.splitlines()) == 1
-    assert r"/none\x1b[31m/line\nbreak" in refused.stderr
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

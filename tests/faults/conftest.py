@@ -24,6 +24,8 @@ from wmcache.pipeline.collect import collect
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.train import train
 
+from ..conftest import episodes_of
+
 PRELOADED = [
     "pytest",
     "torch",
@@ -98,8 +100,7 @@ def big_store(identity: Identity, tmp_path_factory: pytest.TempPathFactory) -> I
     steps = {
         "action": rng.uniform(-1, 1, (card.frames, 2)).astype(np.float32),
         "state": rng.normal(size=(card.frames, 4)),
-        "episode": np.repeat(np.arange(episodes, dtype=np.int32), length),
-        "step": np.tile(np.arange(length, dtype=np.int32), episodes),
+        **episodes_of([length] * episodes),
     }
     writer = StoreWriter.create(tmp_path_factory.mktemp("big") / "big.zarr", card, identity, steps)
     tokens = rng.normal(size=(card.frames_per_shard, *card.frame_shape)).astype(np.float16)

@@ -122,7 +122,7 @@ def test_an_index_that_swaps_two_frames_is_refused(copy: tools.Copy) -> None:
 @BOTH
 def test_damage_of_several_kinds_is_repaired_at_once(copy: tools.Copy, dtype: str) -> None:
     tools.flip(copy.shard(0), 10)
-    tools.flip(copy.shard(0), 600)
+    tools.flip(copy.shard(0), 500)
     shutil.rmtree(copy.path / ("scale" if dtype == "int8" else "state") / "c")
     tools.replace(copy.shard(2), copy.shard(1).read_bytes())
     copy.record(2).unlink()

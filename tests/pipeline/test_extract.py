@@ -25,7 +25,7 @@ from wmcache.pipeline.extract import encode_frames, extract, extract_together, e
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.stores import create_store
 
-from .conftest import contents
+from ..conftest import contents
 
 
 def test_the_number_of_processes_and_threads_changes_no_bit(

@@ -31,7 +31,7 @@ from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.repair import repair, verify_deep
 
-from .conftest import contents
+from ..conftest import contents
 
 
 @pytest.fixture
@@ -101,16 +101,6 @@ def test_a_collection_into_a_bucket_resumes_and_is_read_like_a_folder(
     assert found.card == dataset.card
     np.testing.assert_array_equal(found.steps.state, dataset.steps.state)
     np.testing.assert_array_equal(found.read_frames([359, 0, 64]), dataset.read_frames([359, 0, 64]))
-
-
-@pytest.mark.parametrize("name", ["frames-000002.tar", "steps.parquet", "dataset.json"])
-def test_damaged_and_missing_frames_in_a_bucket_are_named(bucket: UPath, dataset_path: Path, name: str) -> None:
-    path = bucket / dataset_path.name
-    upload(dataset_path, path, last="dataset.json")
-    for damage in (flip, remove):
-        damage(path / name)
-        with pytest.raises(UserError, match=name):
-            FrameDataset.open(path).read_frames([64, 128, 200])
 
 
 def test_a_store_in_a_bucket_of_frames_in_a_bucket_is_read_through_the_mirror(

@@ -32,6 +32,8 @@ from wmcache.pipeline.probe import (
     squared_distances,
 )
 
+from ..conftest import episodes_of, write_tokens
+
 EPISODES, LENGTH = 150, 8
 FRAMES = EPISODES * LENGTH
 Make = Callable[..., Path]
@@ -54,13 +56,12 @@ def steps() -> dict[str, NDArray[Any]]:
     return {
         "action": np.zeros((len(xy), 2), np.float32),
         "state": state,
-        "episode": np.repeat(np.arange(EPISODES, dtype=np.int32), LENGTH),
-        "step": np.tile(np.arange(LENGTH, dtype=np.int32), EPISODES),
+        **episodes_of([LENGTH] * EPISODES),
     }
 
 
 @pytest.fixture
-def make(store: TokenStore, steps: dict[str, NDArray[Any]], tmp_path: Path, write_tokens: Make) -> Make:
+def make(store: TokenStore, steps: dict[str, NDArray[Any]], tmp_path: Path) -> Make:
     """(tokens [n, N, D], name=…, maze=…, **columns) -> a finished store of them."""
 
     def write(tokens: NDArray[Any], name: str = "made-up.zarr", *, maze: bool = True, **columns: NDArray[Any]) -> Path:
