@@ -45,6 +45,16 @@ torch.set_num_threads(1)
 NOBODY = 65534
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _restore_the_process() -> Iterator[None]:
+    """Commands that run in this process set handlers and threads."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    torch.set_num_threads(1)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @contextmanager
 def _as_another_user() -> Iterator[None]:
     if os.geteuid():

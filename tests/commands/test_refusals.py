@@ -62,8 +62,6 @@ def test_a_missing_path_is_named_with_the_command_that_makes_it(refused: Refused
         "wmcache info {home}/pointmaze-umaze",
         "wmcache verify --deep {home}/runs/pointmaze-umaze-tcn-64",
         "wmcache preview {home}/stores/pointmaze-umaze/tcn-64.zarr --dataset {home}/stores",
-        "wmcache rm --yes {home}/pointmaze-umaze",
-        "wmcache rm --yes {home}/runs/pointmaze-umaze-tcn-64",
         "wmcache rm --yes {home}/stores/pointmaze-umaze/tcn-64.zarr/tokens",
         "wmtrain --cache {home}/pointmaze-umaze",
         "wmplan --run {home}/stores/pointmaze-umaze/tcn-64.zarr",

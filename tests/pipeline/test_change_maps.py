@@ -74,16 +74,3 @@ def test_maps_of_another_store_are_refused(
         extract(frames, changes_for(grid, frameskip, "cpu"), path)
     with pytest.raises(UserError, match=f"{path} .*wmcache derive change-maps {own.path} --frameskip 5$"):
         open_change_maps(own, 5)
-
-
-def test_moved_frames_are_passed_by_option_and_others_refused(
-    copied: Path, encoder: Encoder, other_frames: Path, tmp_path: Path
-) -> None:
-    extract(FrameDataset.open(copied), encoder, tmp_path / "tcn-64.zarr")
-    store, moved = TokenStore.open(tmp_path / "tcn-64.zarr"), copied.rename(tmp_path / "moved")
-    for others, named in ((None, "--dataset"), (other_frames, f"{store.path}; .*--dataset")):
-        with pytest.raises(UserError, match=named):
-            derive_change_maps(store, dataset=others)
-    assert sorted(tmp_path.iterdir()) == [moved, store.path]
-    derive_change_maps(store, dataset=moved)
-    assert open_change_maps(store, 5).complete

@@ -22,7 +22,6 @@ from wmcache.cache import TokenStore
 from wmcache.commands.decode import decoder as decoder_command
 from wmcache.commands.decode import imagine as imagine_command
 from wmcache.common.errors import UserError
-from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
@@ -200,16 +199,3 @@ class TestCommands:
         printed = run(imagine_command, *words, "--out", tmp_path / "out").stdout
         assert max(map(len, printed.splitlines()[:-1])) <= 120
         assert printed.count("mean frame") == 3  # of each metric
-
-    def test_frames_of_another_dataset_are_refused(
-        self, run: Run, store_path: Path, run_path: Path, decoder_path: Path, tmp_path: Path
-    ) -> None:
-        sizes = {"episodes": 1, "length": 5, "image_size": 32, "frames_per_shard": 5}
-        collect("wmcache/PointMaze-UMaze-v0", tmp_path / "other", cluster="local:1", **sizes)  # type: ignore[arg-type]
-        for command, words in (
-            (decoder_command, ("--cache", store_path)),
-            (imagine_command, ("--run", run_path, "--decoder", decoder_path)),
-        ):
-            result = run(command, *words, "--frames", tmp_path / "other")
-            assert result.exit_code == 1
-            assert str(tmp_path / "other") in result.stderr
