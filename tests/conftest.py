@@ -133,7 +133,6 @@ def ddp_store_path(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -
     return path
 
 
-MakeWriter = Callable[..., StoreWriter]
 TrainRun = Callable[..., Path]
 
 
@@ -216,21 +215,6 @@ def flip(file: Path, *offsets: int) -> None:
 def contents(path: Path) -> dict[str, bytes]:
     """Return the files in a folder, with their content."""
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
-
-
-@pytest.fixture(scope="session")
-def identity() -> Identity:
-    return IDENTITY
-
-
-@pytest.fixture(scope="session")
-def card() -> StoreCard:
-    return CARD
-
-
-@pytest.fixture(scope="session", name="make_writer")
-def _make_writer() -> MakeWriter:
-    return make_writer
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from wmcache.cache import StoreWriter, TokenStore
+from wmcache.cache import StoreWriter
 from wmcache.cache.layout import DamagedError, shard_file
-from wmcache.cache.records import lock_file, record_file
+from wmcache.cache.records import lock_file
 from wmcache.cache.writer import channel_sums
 from wmcache.common.errors import UserError
 from wmcache.common.locks import exclusive
@@ -114,19 +114,6 @@ class TestPending:
 
 
 class TestFinish:
-    def test_a_reopened_store_is_incomplete_and_lacks_just_those_shards(self, finished: Path) -> None:
-        before, when = contents(finished), shard_file(finished, 0).stat()
-        writer = StoreWriter.resume(finished, IDENTITY)
-        writer.reopen([1, 3])
-        assert writer.pending() == [1, 3]
-        assert not shard_file(finished, 1).exists()
-        with pytest.raises(UserError, match=r"made-up\.zarr"):
-            TokenStore.open(finished)
-        write(writer)
-        assert contents(finished) == before
-        now = shard_file(finished, 0).stat()
-        assert (now.st_mtime_ns, now.st_ino) == (when.st_mtime_ns, when.st_ino)
-
     def test_reopening_waits_for_a_claimed_shard(self, finished: Path) -> None:
         first, second = (StoreWriter.resume(finished, IDENTITY) for _ in range(2))
         with ThreadPoolExecutor(1) as pool:
@@ -164,10 +151,3 @@ class TestRepair:
         with pytest.raises(UserError, match=r"image_size|--out"):
             make_writer(finished, dataclasses.replace(IDENTITY, image_size=96))
         assert (contents(finished), times(finished)) == damaged
-
-    def test_one_sound_record_identifies_a_damaged_store(self, finished: Path) -> None:
-        complete = contents(finished)
-        for file in (finished / "zarr.json", *(record_file(finished, shard) for shard in (0, 1, 2))):
-            file.write_text("{")
-        write(make_writer(finished))
-        assert contents(finished) == complete

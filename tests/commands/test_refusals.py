@@ -87,7 +87,6 @@ def test_a_folder_of_another_kind(refused: Refused, line: str) -> None:
         ("wmcache extract --image-size 96", ["96 px"]),
         ("wmcache extract --normalisation imagenet --device cpu", ["normalisation: "]),
         *((f"wmcache extract --shard-slice {value}", ["0/8"]) for value in ("1", "-1/4", "0/0", "4/4")),
-        ("wmcache extract --cluster local:0", ["'local:0'"]),
         ("wmcache extract --cluster slurm:nowhere", ["nowhere.toml"]),
         ("wmcache collect --cluster lokal", ["'lokal'"]),
         ("wmcache bench cluster --encoder pixels", ["local:N"]),

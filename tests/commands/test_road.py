@@ -100,17 +100,6 @@ class TestInt8:
         identity = json.loads((folder / "identity.json").read_text())
         assert (identity["identity"]["store_dtype"], identity["card"]["dtype"]) == ("int8", "int8")
 
-    def test_it_is_verified_drawn_and_finished_again_like_the_other(self, narrow: Path, tmp_path: Path) -> None:
-        store = Path(INT8.format(home=narrow))
-        before = contents(store)
-        for line in (
-            f"wmcache verify --deep --device cpu {INT8}",
-            f"wmcache preview {INT8} --out {{tmp}}/x.png --count 1",
-            "wmcache extract --store-dtype int8 --device cpu",
-        ):
-            succeed(line, narrow, tmp=tmp_path)
-        assert contents(store) == before
-
     def test_one_is_not_taken_for_the_other(self, narrow: Path) -> None:
         result = run(f"wmcache extract --device cpu --out {INT8}", narrow)
         assert "store_dtype: int8 != float16" in result.stderr

@@ -36,17 +36,7 @@ def damaged(store: Path) -> Path:
     return store
 
 
-def test_stores_are_listed_for_people(road: Path) -> None:
-    header, *rows = run("wmcache ls", road).stdout.splitlines()
-    assert header.split() == ["state", "size", "frames", "tokens", "dtype", "store"]
-    (row,) = (row for row in rows if "tcn-64.zarr" in row)
-    assert row.split()[0] == "complete"
-    assert " 240 " in row
-    assert " 4 x 32 " in row
-    assert row.endswith(str(road / "stores/pointmaze-umaze/tcn-64.zarr"))
-
-
-def test_stores_of_every_state_are_listed_for_programs(road: Path, store: Path) -> None:
+def test_stores_of_every_state_are_listed(road: Path, store: Path) -> None:
     folder = store.parent
     copytree(store, folder / "b.zarr")
     (folder / "b.zarr" / "zarr.json").write_text("{")
@@ -56,7 +46,10 @@ def test_stores_of_every_state_are_listed_for_programs(road: Path, store: Path) 
     assert (whole["encoder"], whole["dataset"], whole["shards_done"]) == ("tcn", "pointmaze-umaze", 4)
     assert (broken["path"], broken["complete"]) == (str(folder / "b.zarr"), False)
     assert "zarr.json" in broken["fault"]
-    assert "damaged" in run("wmcache ls {folder}", road, folder=folder).stdout
+    header, *rows = run("wmcache ls {folder}", road, folder=folder).stdout.splitlines()
+    assert header.split() == ["state", "size", "frames", "tokens", "dtype", "store"]
+    assert [row.split()[0] for row in rows] == ["damaged", "complete"]
+    assert all(part in rows[1] for part in (" 240 ", " 4 x 32 ", str(store)))
 
 
 def test_info_shows_identity_card_and_versions(road: Path) -> None:

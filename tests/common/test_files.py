@@ -34,14 +34,6 @@ def test_only_files_of_dead_processes_of_this_machine_are_swept(tmp_path: Path) 
     assert str(os.getpid()) in own.name
 
 
-@pytest.mark.parametrize("text", [None, b"", b"{", b"[1]", b"\xff\xfe"])
-def test_json_that_cannot_be_read_is_named_with_the_hint(tmp_path: Path, text: bytes | None) -> None:
-    if text is not None:
-        (tmp_path / "value.json").write_bytes(text)
-    with pytest.raises(UserError, match=r"value\.json.*; HINT$"):
-        read_json(tmp_path / "value.json", "HINT")
-
-
 def test_home_is_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WMCACHE_HOME", "/some where")
     assert home() == Path("/some where")

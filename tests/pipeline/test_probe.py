@@ -15,7 +15,6 @@ from PIL import Image
 import wmcache.pipeline.probe
 from wmcache import envs
 from wmcache.cache import TokenStore
-from wmcache.cache.layout import read_attributes, write_attributes
 from wmcache.common.errors import UserError
 from wmcache.envs import Maze
 from wmcache.pipeline.encoders import Encoder
@@ -187,11 +186,6 @@ def test_the_maze_of_a_store_without_one_is_read_from_its_dataset(
     path = make(noise(1, 2), maze=False)
     assert find_maze(TokenStore.open(path)) is None
     assert find_maze(TokenStore.open(path), dataset_path).rows == tuple(dataset.card.maze)
-    attributes = read_attributes(path)
-    attributes["identity"]["dataset_fingerprint"] = "ef" * 32
-    write_attributes(path, attributes)
-    with pytest.raises(UserError, match=str(path)):
-        probe(path, dataset=dataset_path)
 
 
 def test_constant_and_missing_states_and_moves_have_no_figures(make: Make, steps: dict[str, NDArray[Any]]) -> None:
