@@ -205,6 +205,14 @@ def write_tokens(path: Path, tokens: Any, card: StoreCard, identity: Identity, c
     return path
 
 
+def shards_of(store: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (store / "tokens").glob("c.*")}
+
+
+def times(path: Path) -> dict[Path, tuple[int, int]]:
+    return {file: (file.stat().st_mtime_ns, file.stat().st_ino) for file in path.rglob("*") if file.is_file()}
+
+
 def flip(file: Path, *offsets: int) -> None:
     data = bytearray(file.read_bytes())
     for offset in offsets:

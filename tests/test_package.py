@@ -10,13 +10,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from configparser import ConfigParser
-from importlib.metadata import entry_points, metadata
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import click
 import pytest
 
-import wmcache
 from wmcache.cli import main, wmplan, wmtrain
 
 BIN = Path(sys.executable).parent
@@ -53,10 +52,6 @@ def test_the_linter_passes_in_a_folder_of_any_name(folder: str, tmp_path: Path) 
         [BIN / "ruff", "check", "--no-cache", "."], cwd=tmp_path / folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
-
-
-def test_the_version_is_the_one_that_is_installed() -> None:
-    assert metadata("wmcache")["Version"] == wmcache.__version__
 
 
 FRAGMENTS = {"As", "By", "In", "Its", "Of", "On", "That", "To"}

@@ -21,11 +21,7 @@ from wmcache.cache.writer import channel_sums
 from wmcache.common.errors import UserError
 from wmcache.common.locks import exclusive
 
-from ..conftest import IDENTITY, TOKENS, contents, make_writer, write
-
-
-def times(path: Path) -> dict[Path, tuple[int, int]]:
-    return {file: (file.stat().st_mtime_ns, file.stat().st_ino) for file in path.rglob("*")}
+from ..conftest import IDENTITY, TOKENS, contents, make_writer, times, write
 
 
 class TestClaims:
@@ -113,41 +109,36 @@ class TestPending:
         np.testing.assert_allclose(squares, (wide**2).sum((0, 1)), rtol=1e-12)
 
 
-class TestFinish:
-    def test_reopening_waits_for_a_claimed_shard(self, finished: Path) -> None:
-        first, second = (StoreWriter.resume(finished, IDENTITY) for _ in range(2))
-        with ThreadPoolExecutor(1) as pool:
-            with first.claim(1):
-                done = pool.submit(second.reopen, [1])
-                with pytest.raises(TimeoutError):
-                    done.result(timeout=0.2)
-                assert first.is_done(1)
-            done.result(timeout=10)
-        assert not first.is_done(1)
+def test_reopening_waits_for_a_claimed_shard(finished: Path) -> None:
+    first, second = (StoreWriter.resume(finished, IDENTITY) for _ in range(2))
+    with ThreadPoolExecutor(1) as pool:
+        with first.claim(1):
+            done = pool.submit(second.reopen, [1])
+            with pytest.raises(TimeoutError):
+                done.result(timeout=0.2)
+            assert first.is_done(1)
+        done.result(timeout=10)
+    assert not first.is_done(1)
 
 
-class TestResume:
-    def test_a_store_that_appears_while_another_process_starts_it_is_resumed(
-        self, tmp_path: Path, finished: Path
-    ) -> None:
-        path = tmp_path / "late.zarr"
-        with ThreadPoolExecutor(1) as pool:
-            with exclusive(path.with_name(f".{path.name}.lock")):
-                late = pool.submit(make_writer, path)
-                time.sleep(0.2)
-                shutil.copytree(finished, path)
-                when = times(path)
-            assert late.result(timeout=10).pending() == []
-        assert contents(path) == contents(finished)
-        assert times(path) == when
+def test_a_store_that_appears_while_another_process_starts_it_is_resumed(tmp_path: Path, finished: Path) -> None:
+    path = tmp_path / "late.zarr"
+    with ThreadPoolExecutor(1) as pool:
+        with exclusive(path.with_name(f".{path.name}.lock")):
+            late = pool.submit(make_writer, path)
+            time.sleep(0.2)
+            shutil.copytree(finished, path)
+            when = times(path)
+        assert late.result(timeout=10).pending() == []
+    assert contents(path) == contents(finished)
+    assert times(path) == when
 
 
-class TestRepair:
-    def test_damaged_metadata_is_not_written_again_for_another_identity(self, finished: Path) -> None:
-        (finished / "zarr.json").write_text("")
-        damaged = contents(finished), times(finished)
-        with pytest.raises(DamagedError, match=r"made-up\.zarr.* wmcache extract"):
-            StoreWriter.resume(finished, IDENTITY)
-        with pytest.raises(UserError, match=r"image_size|--out"):
-            make_writer(finished, dataclasses.replace(IDENTITY, image_size=96))
-        assert (contents(finished), times(finished)) == damaged
+def test_damaged_metadata_is_not_written_again_for_another_identity(finished: Path) -> None:
+    (finished / "zarr.json").write_text("")
+    damaged = contents(finished), times(finished)
+    with pytest.raises(DamagedError, match=r"made-up\.zarr.* wmcache extract"):
+        StoreWriter.resume(finished, IDENTITY)
+    with pytest.raises(UserError, match=r"image_size|--out"):
+        make_writer(finished, dataclasses.replace(IDENTITY, image_size=96))
+    assert (contents(finished), times(finished)) == damaged

@@ -22,6 +22,7 @@ PLAN = "--episodes 2 --budget 10 --samples 8 --elites 3 --iterations 2 --horizon
 PLAN_FOLDER = "plan-all-x1-horizon2-device-cpu-samples8-elites3-iterations2-2x10"
 STORE = "{home}/stores/pointmaze-umaze/tcn-64.zarr"
 RUN = "{home}/runs/pointmaze-umaze-tcn-64"
+ADAPTER = "wmcache fit --encoder dino-tok --steps 2 --batch-size 8 --shallow 4 --device cpu"
 SIZES = {"width": 16, "depth": 1, "heads": 2, "dropout": 0.0}
 TINY = TrainOptions(model_options=SIZES, steps=4, batch=8, dtype="float32", device="cpu")
 

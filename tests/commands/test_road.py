@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import metadata
 from pathlib import Path
 from shutil import copytree
 
 import numpy as np
 import pytest
 
-from wmcache import __version__
 from wmcache.bench import extract as extract_bench
 from wmcache.bench import reference as reference_bench
 from wmcache.cache import TokenStore
@@ -58,7 +58,7 @@ def test_training_ends_with_the_next_command(road: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_version(road: Path, command: str) -> None:
-    assert run(f"{command} --version", road).stdout == f"{command}, version {__version__}\n"
+    assert run(f"{command} --version", road).stdout == f"{command}, version {metadata('wmcache')['Version']}\n"
 
 
 def test_a_dry_run_writes_nothing(road: Path, tmp_path: Path) -> None:
@@ -94,11 +94,12 @@ class TestInt8:
         first, second = (TokenStore.open(Path(row["path"])).gather(np.arange(240)) for row in (wide, small))
         np.testing.assert_allclose(second, first, atol=0.05)
 
-    def test_it_is_trained_and_planned_on(self, narrow: Path) -> None:
+    def test_it_is_trained_and_planned_on_and_verified(self, narrow: Path) -> None:
         folder = narrow / "runs/pointmaze-umaze-tcn-64-int8"
         assert json.loads((folder / PLAN_FOLDER / "results.json").read_text())["episodes"] == 2
         identity = json.loads((folder / "identity.json").read_text())
         assert (identity["identity"]["store_dtype"], identity["card"]["dtype"]) == ("int8", "int8")
+        succeed(f"wmcache verify --deep --device cpu {INT8}", narrow)
 
     def test_one_is_not_taken_for_the_other(self, narrow: Path) -> None:
         result = run(f"wmcache extract --device cpu --out {INT8}", narrow)

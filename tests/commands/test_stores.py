@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from wmcache.cache import StoreWriter, TokenStore
 from wmcache.cli import main
 
-from .conftest import STORE, contents, run, succeed
+from .conftest import STORE, contents, error_of, run, succeed
 
 
 @pytest.fixture
@@ -124,7 +124,10 @@ def test_frames_and_weights_may_move(road: Path, tmp_path: Path) -> None:
     succeed(f"wmcache repair {{tmp}}/a.zarr {at}", road, tmp=tmp_path)
     succeed(f"wmcache verify --deep {{tmp}}/a.zarr {at}", road, tmp=tmp_path)
     assert run("wmcache verify --deep {tmp}/a.zarr", road, tmp=tmp_path).exit_code == 1
-    succeed("wmcache preview {tmp}/a.zarr --dataset {tmp}/b --count 2", road, tmp=tmp_path)
+    for line in ("wmcache preview {tmp}/a.zarr --dataset", "wmcache derive change-maps {tmp}/a.zarr --dataset"):
+        assert run(f"{line} {{home}}/pointmaze-umaze", road, tmp=tmp_path).exit_code == 1
+        succeed(f"{line} {{tmp}}/b", road, tmp=tmp_path)
+    error_of(run("wmtrain decoder --cache {tmp}/a.zarr --frames {home}/pointmaze-umaze", road, tmp=tmp_path))
 
 
 def test_a_picture_is_written_beside_its_store(road: Path, store: Path) -> None:

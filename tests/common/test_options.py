@@ -34,11 +34,10 @@ class Deep(Base):
     depth: Annotated[int, Field(gt=1, le=99)] = option(12)
 
 
-class TestDeclarations:
-    def test_a_subclass_inherits_help_and_group(self) -> None:
-        depth = declared(Deep)[0]
-        assert (depth.help, depth.group, depth.default) == ("Number of blocks.", "Model", 12)
-        assert depth.bounds == {"min": 1, "min_open": True, "max": 99, "max_open": False}
+def test_a_subclass_inherits_help_and_group() -> None:
+    depth = declared(Deep)[0]
+    assert (depth.help, depth.group, depth.default) == ("Number of blocks.", "Model", 12)
+    assert depth.bounds == {"min": 1, "min_open": True, "max": 99, "max_open": False}
 
 
 class TestValues:

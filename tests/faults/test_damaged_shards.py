@@ -204,6 +204,7 @@ def test_a_reader_notices_that_its_store_has_changed(
     np.testing.assert_array_equal(store.gather(tools.EVERY), copy.tokens)
     change(copy)
     for reader in (store, cold):
+        reader.prefetch(tools.EVERY)
         with pytest.raises(UserError) as refusal:
             reader.gather(tools.EVERY)
         assert is_refusal(refusal.value, copy.path)

@@ -126,19 +126,6 @@ def test_weights_that_do_not_fit_are_refused(fit_any: Callable[..., Encoder], tm
             encoders.create(name, weights=file, device="cpu")
 
 
-def test_a_backbone_is_hashed_once_and_shared_with_the_adapter(
-    tcn_layers: TokenStore, fitted: Callable[..., Encoder], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoder = fitted(tcn_layers, "dino-tok", ADAPTERS["dino-tok"])
-    again = encoders.create_again(encoder.recipe(), device="cpu")
-    base = encoders.create_again(tcn_layers.card.encoder, device="cpu")
-    assert again.weights_sha256 == encoder.weights_sha256 != again.backbone_sha256
-    assert again.backbone_sha256 == base.backbone_sha256
-    assert again.identity("x").layer == "stem+head"
-    other = fitted(tcn_layers, "dino-tok", replace(ADAPTERS["dino-tok"], steps=3), out="other").identity("x")
-    assert [line.partition(":")[0] for line in again.identity("x").differences(other)] == ["weights_sha256"]
-
-
 def test_a_base_is_found_at_its_path_or_beside_the_adapter_and_no_other_is_taken(
     dataset: FrameDataset, tcn_weights: Path, tmp_path: Path
 ) -> None:
