@@ -13,7 +13,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from wmcache.common.errors import UserError
 from wmcache.envs import PointMazeVectorEnv
 from wmcache.pipeline.encoders import Encoder
 from wmcache.planner import evaluate as evaluate_module
@@ -211,19 +210,6 @@ def write_goals(path: Path, x: float, count: int) -> str:
     states = [[x, 1.0, 0.0, 0.0]] * count
     pq.write_table(pa.table({"start": states, "goal": states}), path)
     return str(path)
-
-
-def test_what_cannot_work_is_refused_before_any_frame_is_encoded(
-    run_path: Path, tiny_plan: PlanOptions, tmp_path: Path
-) -> None:
-    context, recorded = load(run_path, tiny_plan)
-    (tmp_path / "file").touch()
-    goals = write_goals(tmp_path / "goals.parquet", 1.0, 2)
-    for given, out, named in (("random-state", "file/plan", "file"), (goals, "plan", f"{goals}.*--episodes")):
-        with pytest.raises(UserError, match=named):
-            evaluate(context, replace(tiny_plan, batch=1, goals=given), tmp_path / out)
-    assert recorded.frames == 0
-    assert not (tmp_path / "plan").exists()
 
 
 def test_unfinished_episodes_to_other_goals_are_not_resumed(
