@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,12 @@ from wmcache.envs import ENVIRONMENTS, Environment, open_environment
 
 SIZE = 32
 COUNT = 2
-NAMES = list(ENVIRONMENTS)
+PYGAME = pytest.mark.skipif(find_spec("pygame") is None, reason="pygame is not installed")
+NAMES = [
+    *(name for name in ENVIRONMENTS if name != "gym:ID"),
+    *(pytest.param(f"gym:{name}", marks=PYGAME) for name in ("CartPole-v1", "Pendulum-v1", "FrozenLake-v1")),
+    *("gym:InvertedPendulum-v5", "gym:Reacher-v5"),
+]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -79,6 +85,11 @@ def test_a_state_is_drawn_as_the_live_frame(env: Environment) -> None:
     seen = env.observe()
     env.reset(tasks(env, seed=3))
     np.testing.assert_array_equal(env.render(seen.columns["state"]), seen.image)
+
+
+def test_mujoco_environments_draw_a_given_state() -> None:
+    assert open_environment("gym:Reacher-v5", 1, SIZE).spec.renders_states
+    assert open_environment("gym:InvertedPendulum-v5", 1, SIZE).spec.renders_states
 
 
 def test_distances_are_zero_at_the_goal_alone(env: Environment) -> None:
