@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -98,18 +98,22 @@ def _plain(value: Any) -> Any:
 
 def require_columns(columns: Columns) -> None:
     """Raise ValueError unless these can be the columns of a dataset."""
-    for name in columns:
-        if not NAME.fullmatch(name) or name.lower() in RESERVED:
-            raise ValueError(
-                f"column {name[:80]!r} needs another name: letters, digits and _, not one of a store's own"
-            )
-    if len({name.lower() for name in columns}) < len(columns):
-        raise ValueError("names of columns must differ in more than case")
+    require_names(columns)
     for role in SCALARS:
         if len(found := of_role(columns, role)) > 1:
             raise ValueError(f"columns {', '.join(found)} have the role {role}; one may have it")
     if not of_role(columns, "action"):
         raise ValueError("no column has the role action")
+
+
+def require_names(names: Iterable[str]) -> None:
+    """Raise ValueError unless these can be the names of columns."""
+    known: set[str] = set()
+    for name in names:
+        if not NAME.fullmatch(name) or name.lower() in RESERVED | known:
+            allowed = "letters, digits and _, unlike the others and a store's own arrays"
+            raise ValueError(f"column {name[:80]!r} needs another name: {allowed}")
+        known.add(name.lower())
 
 
 def of_role(columns: Columns, role: Role) -> list[str]:

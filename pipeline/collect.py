@@ -46,7 +46,7 @@ def simulate(maze: Maze, policy: Policy, episodes: int, length: int, seed: int) 
         action[episode] = policy(rng, length)
         for t in range(length - 1):
             state[episode, t + 1] = simulator.step(state[episode, t], action[episode, t])
-    return Steps(
+    return Steps.plain(
         np.repeat(np.arange(episodes, dtype=np.int32), length),
         np.tile(np.arange(length, dtype=np.int32), episodes),
         action.reshape(-1, 2),
@@ -71,7 +71,9 @@ class DrawShard(WorkerTask[int, Steps]):
         """Draw a shard; returns its frames."""
         frames = self.card.shard_frames(item)
         render = _simulator_of_thread(self.maze, self.card.image_size).render
-        write_shard(as_path(self.out), item, ((state.key(frame), render(state.state[frame])) for frame in frames))
+        write_shard(
+            as_path(self.out), item, ((state.key(frame), render(state.columns["state"][frame])) for frame in frames)
+        )
         return len(frames)
 
 

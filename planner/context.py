@@ -162,9 +162,9 @@ def live_drift(store: TokenStore, encoder: Encoder) -> dict[str, float]:
     """
     frames = np.linspace(0, len(store) - 1, CHECKED_FRAMES).astype(int)
     maze, size = cached_maze(store.card), int(store.card.dataset["image_size"])
-    live = render(maze, size, store.state[frames])
+    live = render(maze, size, store.require_state()[frames])
     if encoder.lag:
-        before = store.state[frames - np.minimum(encoder.lag, store.step[frames])]
+        before = store.require_state()[frames - np.minimum(encoder.lag, store.step[frames])]
         live = np.stack([render(maze, size, before), live], 1)
     drift = encoder.drift(live, store.gather(frames))
     if not drift["cosine"] > COSINE_TOLERANCE:

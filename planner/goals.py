@@ -89,7 +89,9 @@ def _draw_from(source: str, maze: Maze, store: TokenStore, steps: int, split_see
 
         def draw_frames(rng: np.random.Generator) -> tuple[States, States]:
             first = int(rng.choice(candidates))
-            return np.asarray(store.state[first], np.float64), np.asarray(store.state[first + steps], np.float64)
+            return np.asarray(store.require_state()[first], np.float64), np.asarray(
+                store.require_state()[first + steps], np.float64
+            )
 
         return draw_frames
     simulator = PointMazeSimulator(maze)

@@ -84,7 +84,7 @@ def is_run(out: Path) -> bool:
 
 def write_settings(out: Path, config: Mapping[str, Any], store: TokenStore) -> None:
     """Write what a run is: config.json and identity.json."""
-    write_json(out / "identity.json", {"identity": store.identity.to_json(), "card": asdict(store.card)})
+    write_json(out / "identity.json", {"identity": store.identity.to_json(), "card": store.card.to_json()})
     write_json(out / "config.json", dict(config))
 
 
@@ -273,8 +273,13 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Colle
     """Describe the settings and the model's options among `names` that differ; for another model only that."""
     if before["model"] != now["model"]:
         return [f"model {before['model']} != {now['model']}"]
-    # Options that are newer than the run had their defaults.
+    # Options and sizes that are newer than the run had their defaults.
     old, new = (
-        {**config, **asdict(read_options(config["model"], config["model_options"]))} for config in (before, now)
+        {
+            **config,
+            "shape": asdict(DataShape(**config["shape"])),
+            **asdict(read_options(config["model"], config["model_options"])),
+        }
+        for config in (before, now)
     )
     return differences(old, new, names)

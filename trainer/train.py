@@ -218,18 +218,28 @@ def make_optimiser(model: WorldModel, options: TrainOptions) -> torch.optim.Adam
 
 def data_shape(store: TokenStore, options: TrainOptions) -> DataShape:
     """Return the sizes of a store's data for a model."""
-    card, actions = store.card, options.frameskip * store.action.shape[1]
-    proprio, columns = store.state.shape[1], card.token_grid[1]
-    return DataShape(card.tokens_per_frame, card.token_dim, proprio, actions, options.history, columns)
+    card = store.card
+    return DataShape(
+        tokens=card.tokens_per_frame,
+        token_dim=card.token_dim,
+        proprio_dim=0 if store.proprio is None else store.proprio.shape[1],
+        action_dim=options.frameskip * store.action.shape[1],
+        history=options.history,
+        columns=card.token_grid[1],
+        has_reward=store.reward is not None,
+        has_end=store.terminated is not None,
+    )
 
 
 def statistics_of(store: TokenStore, frameskip: int) -> dict[str, Tensor]:
     """Return mean and standard deviation of tokens, proprio and action, for a model's buffers."""
+    proprio = store.role("proprio")  # at its own precision
+    proprio = np.zeros((len(store), 0)) if proprio is None else proprio
     values = {
         "tokens_mean": store.mean,
         "tokens_std": store.std,
-        "proprio_mean": store.state.mean(0),
-        "proprio_std": store.state.std(0, ddof=1),
+        "proprio_mean": proprio.mean(0),
+        "proprio_std": proprio.std(0, ddof=1),
         "action_mean": np.tile(store.action.mean(0), frameskip),
         "action_std": np.tile(store.action.std(0, ddof=1), frameskip),
     }

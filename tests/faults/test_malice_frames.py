@@ -242,7 +242,7 @@ def test_another_step_table_is_refused(copied: Path, refused: Refused, edit: str
 def test_a_step_table_of_nan_is_refused_though_its_checksum_matches(copied: Path, refused: Refused) -> None:
     file = copied / "steps.parquet"
     pq.write_table(TABLES["states of NaN"](pq.read_table(file)), file)
-    steps = Steps.from_table(pq.read_table(file))
+    steps = Steps.from_table(pq.read_table(file), {})
     edit_card(copied, lambda card: card.update(steps_sha256=steps.sha256()))
     assert is_refusal(refused(FrameDataset.open, copied), file)
 

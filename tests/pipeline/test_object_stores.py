@@ -252,7 +252,7 @@ def test_two_processes_create_a_store_at_the_same_moment(
 
     monkeypatch.setattr(writer_module, "create_arrays", create_arrays)
     with ThreadPoolExecutor(2) as pool:
-        settings = (bucket / "some.zarr", store.card, store.identity, dataset.steps.columns())
+        settings = (bucket / "some.zarr", store.card, store.identity, dataset.steps.store_columns())
         first, second = (future.result() for future in [pool.submit(StoreWriter.create, *settings) for _ in range(2)])
     assert first.pending() == second.pending() == list(range(store.card.num_shards))
 

@@ -27,7 +27,7 @@ def make(store: TokenStore, dataset: FrameDataset, tmp_path: Path, write_tokens:
 
     def write(tokens: Tokens, grid: tuple[int, int], dtype: str = "float16") -> Path:
         card = dataclasses.replace(store.card, token_grid=grid, dtype=dtype)
-        return write_tokens(tmp_path / "made-up.zarr", tokens, card, store.identity, dataset.steps.columns())
+        return write_tokens(tmp_path / "made-up.zarr", tokens, card, store.identity, dataset.steps.store_columns())
 
     return write
 
@@ -81,7 +81,9 @@ def test_a_short_store_is_drawn_whole_and_other_frames_are_refused(
     frames = FrameDataset.open(short)
     card = dataclasses.replace(store.card, frames_per_shard=4, dataset={"path": str(short)})
     identity = dataclasses.replace(store.identity, dataset_fingerprint=frames.card.fingerprint)
-    path = write_tokens(tmp_path / "short.zarr", store.gather(np.arange(3)), card, identity, frames.steps.columns())
+    path = write_tokens(
+        tmp_path / "short.zarr", store.gather(np.arange(3)), card, identity, frames.steps.store_columns()
+    )
     assert preview(path, out, count=8).tolist() == [0, 1, 2]
 
 

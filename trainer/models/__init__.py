@@ -28,14 +28,20 @@ Frames = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class DataShape:
-    """Sizes of the data: N, D, P, f * A, H context frames, and the columns of the token grid, which has N / columns rows."""
+    """Sizes of the data: N, D, P, f * A, H context frames, and the columns of the token grid, which has N / columns rows.
+
+    Attributes:
+        has_reward, has_end: whether batches have `reward` and `terminated`.
+    """
 
     tokens: Size
     token_dim: Size
-    proprio_dim: Size
+    proprio_dim: Annotated[int, Field(ge=0, le=2**16)]
     action_dim: Size
     history: Annotated[int, Field(gt=0, le=1024)]
     columns: Size = 1
+    has_reward: bool = False
+    has_end: bool = False
 
 
 class WorldModel(nn.Module, ABC):
