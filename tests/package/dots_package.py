@@ -1,14 +1,5 @@
 """A package of a user, with environments that wmcache does not know."""
 
-from __future__ import annotations
-
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-
-PACKAGE = '''
 import gymnasium as gym
 import numpy as np
 
@@ -16,7 +7,7 @@ import numpy as np
 class Dots(gym.Env):
     """Push a dot to the right edge; a lamp in one of three places is lit."""
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 12}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 12}  # noqa: RUF012
 
     def __init__(self, render_mode=None, careless=False):
         self.render_mode, self.careless = render_mode, careless
@@ -37,7 +28,8 @@ class Dots(gym.Env):
 
     def step(self, action):
         assert self.action_space.contains(action)
-        noise = np.random.normal(size=2) if self.careless and self.count == 3 else self.np_random.normal(size=2)
+        rng = np.random.default_rng() if self.careless and self.count == 3 else self.np_random
+        noise = rng.normal(size=2)
         self.xy = np.clip(self.xy + 0.05 * action + 0.001 * noise, 0.0, 1.0)
         self.count += 1
         return self._look(), float(self.xy[0]), bool(self.xy[0] >= 1.0), False, {}
@@ -60,7 +52,7 @@ class Unbounded(Dots):
 
 
 class Blind(Dots):
-    metadata = {"render_modes": ["human"], "render_fps": 12}
+    metadata = {"render_modes": ["human"], "render_fps": 12}  # noqa: RUF012
 
 
 class Grey(Dots):
@@ -76,14 +68,3 @@ class Broken(Dots):
 for kind in (Dots, Unbounded, Blind, Grey, Broken):
     gym.register(id=f"{kind.__name__}-v0", entry_point=kind, max_episode_steps=9)
 gym.register(id="Careless-v0", entry_point=Dots, kwargs={"careless": True})
-'''
-
-
-@pytest.fixture(scope="session")
-def user_package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Its name; it can be imported."""
-    folder: Path = tmp_path_factory.mktemp("site")
-    (folder / "dots_package.py").write_text(PACKAGE)
-    sys.path.insert(0, str(folder))
-    yield "dots_package"
-    sys.path.remove(str(folder))
