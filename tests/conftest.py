@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -83,6 +84,18 @@ def open_folder() -> Iterator[Path]:
         for inside in (path, *path.rglob("*")):
             if inside.is_dir() and not inside.is_symlink():
                 inside.chmod(0o755)
+
+
+@pytest.fixture(scope="session")
+def user_package() -> Iterator[str]:
+    """The name of a package with environments, which can be imported here and in other processes."""
+    folder = str(Path(__file__).parent / "package")
+    before = os.environ.get("PYTHONPATH")
+    sys.path.insert(0, folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, before]))
+    yield "dots_package"
+    sys.path.remove(folder)
+    os.environ["PYTHONPATH"] = before or ""
 
 
 @pytest.fixture(scope="session")
