@@ -69,7 +69,7 @@ class Imagined:
 class WorldModel(nn.Module, ABC):
     """An action-conditioned predictor of latents. Latents and actions are in the store's units.
 
-    `loss`, `start`, `observe` and `imagine` have no default.
+    `loss`, `observe` and `imagine` have no default.
 
     Attributes:
         context: frames, observed or imagined, that an imagined step sees; the history, unless a planner lowers it.
@@ -173,9 +173,9 @@ class WorldModel(nn.Module, ABC):
         """Embed proprio as `imagine` predicts it, [B, T, P] -> [B, T, Q]. Q is 0 for a model that sees no proprio, the default."""
         return proprio[..., :0]
 
-    @abstractmethod
-    def start(self, count: int) -> Belief:
-        """Return the belief of so many episodes before their first frame."""
+    def start(self, count: int) -> Belief:  # noqa: ARG002
+        """Return the belief of so many episodes before their first frame; default: nothing."""
+        return {}
 
     @abstractmethod
     def observe(self, belief: Belief, tokens: Tensor, proprio: Tensor, previous_action: Tensor | None) -> Belief:
