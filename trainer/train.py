@@ -85,11 +85,12 @@ def _train(
     resume: bool,
     overwrite: bool,
 ) -> loop.Figures:
+    kind, chosen = MODELS.get(options.model), read_options(options.model, options.model_options)
+    seen = kind.window(chosen, options.history) - 1
     windows = store.windows(
-        options.history, 1, options.frameskip, "train", seed=options.split_seed, fraction=options.episodes_fraction
+        seen, 1, options.frameskip, "train", seed=options.split_seed, fraction=options.episodes_fraction
     )
-    kind = MODELS.get(options.model)
-    chosen = kind.configure(store, windows, read_options(options.model, options.model_options))
+    chosen = kind.configure(store, windows, chosen)
     extras = kind.extras(store, windows, chosen)
     options = replace(options, model_options=asdict(chosen))
     if options.epochs:
