@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: setup test test-long lint demo study mazes pictures clean
 
 setup: $(VENV)/.linked
-	@$(BIN)/python -m wmcache.envs.check >/dev/null 2>&1 || scripts/install-gl.sh $(BIN)/python
+	@$(BIN)/python -m wmcache.envs.check >/dev/null 2>&1 && $(BIN)/python -c 'import cv2' 2>/dev/null || scripts/install-gl.sh $(BIN)/python
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
