@@ -120,7 +120,8 @@ def _first_cost(context: EvalContext, options: PlanOptions, number: int) -> Cost
     tokens, goal_tokens = (context.encoder(frame[None]) for frame in frames)
     mpc = make_mpc(context, options, goal_tokens, goal[None].astype(np.float32))
     proprio = torch.from_numpy(start.astype(np.float32)).to(context.device)
-    return mpc.cost_of(tokens[:, None], proprio[None, None])
+    belief = context.model.observe(context.model.start(1), tokens, proprio[None], None)
+    return mpc.cost_of(belief, [torch.Generator().manual_seed(number)])
 
 
 def landscape(context: EvalContext, options: PlanOptions, episodes: int = 8) -> NDArray[np.float64]:

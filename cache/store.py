@@ -182,7 +182,7 @@ class TokenStore:
         if self.scale is None:
             return self.gather_stored(frames, out)
         stored = self.gather_stored(frames)
-        scale, middle = np.moveaxis(self.scale[np.asarray(frames) // self.card.frames_per_shard], 1, 0)
+        scale, middle = np.moveaxis(self.scale[self.shard_of(np.asarray(frames))], 1, 0)
         return dequantise(stored, scale, middle, out)
 
     def gather_stored(self, frames: NDArray[np.integer], out: Stored | None = None) -> Stored:
@@ -196,6 +196,10 @@ class TokenStore:
         with self._unchanged():
             self._reader.gather(wanted, out)
         return out
+
+    def shard_of(self, frames: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the shard of each frame, a row of `scale`."""
+        return frames // self.card.frames_per_shard
 
     def prefetch(self, frames: NDArray[np.integer]) -> None:
         """Start to read frames from disk that will be gathered soon."""
@@ -229,7 +233,7 @@ class TokenStore:
         fraction: float = 1.0,
     ) -> Windows:
         """Return all training windows of a split (see `split_episodes`); raise UserError where no episode is long enough."""
-        episodes = split_episodes(self.episodes, split, seed, fraction)
+        episodes = self.split(split, seed, fraction)
         starts, dropped = window_starts(self.episode, episodes, (history + predict) * frameskip)
         if not len(starts):
             raise UserError(
@@ -241,7 +245,15 @@ class TokenStore:
     def longest_episode(self, split: str = "all", *, seed: int = 42) -> int:
         """Return the frames of the longest episode of a split, see `windows`."""
         lengths = np.bincount(self.episode)
-        return int(lengths[split_episodes(len(lengths), split, seed)].max())
+        return int(lengths[self.split(split, seed)].max())
+
+    def split(self, split: str, seed: int = 42, fraction: float = 1.0) -> NDArray[np.int64]:
+        """Return the episodes of a split, see `split_episodes`."""
+        return split_episodes(self.episodes, split, seed, fraction)
+
+    def frames_of(self, split: str, seed: int = 42) -> NDArray[np.int64]:
+        """Return the frames of a split, ascending."""
+        return np.flatnonzero(np.isin(self.episode, self.split(split, seed)))
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:

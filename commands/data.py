@@ -33,7 +33,7 @@ def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> t
     """`I/N` -> (I, N), the I-th (from 0) of N slices."""
     found = re.fullmatch("([0-9]{1,9})/([1-9][0-9]{0,8})", value)
     if found is None or int(found[1]) >= int(found[2]):
-        raise UserError(f"--shard-slice {value!r} is not a slice; write I/N, from 0/8 to 7/8 for the slices of 8")
+        raise UserError(f"--shard-slice {value!r} is not a slice; write I/N, 0/8 to 7/8 for the 8 jobs of --array=0-7")
     return int(found[1]), int(found[2])
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -94,11 +92,6 @@ def test_splits_that_do_not_exist_are_refused() -> None:
         split_episodes(10, "test", 0)
     with pytest.raises(UserError, match=r"1 episodes .*train"):
         split_episodes(1, "train", 0)
-
-
-def test_no_episode_long_enough_is_an_error(finished: Path) -> None:
-    with pytest.raises(UserError, match="35 frames"):
-        TokenStore.open(finished).windows(history=6, predict=1, frameskip=5)
 
 
 @given(

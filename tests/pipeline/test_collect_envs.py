@@ -14,7 +14,7 @@ from wmcache.pipeline.collect import collect
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.play import Player
 
-from .conftest import contents
+from ..conftest import contents
 
 SETTINGS = {"episodes": 4, "length": 12, "image_size": 16, "frames_per_shard": 10}
 
