@@ -16,7 +16,10 @@ SIZE = 32
 COUNT = 2
 PYGAME = pytest.mark.skipif(find_spec("pygame") is None, reason="pygame is not installed")
 NAMES = [
-    *(name for name in ENVIRONMENTS if name != "gym:ID"),
+    *(name for name in ENVIRONMENTS if name not in ("gym:ID", "PushT")),
+    pytest.param(
+        "PushT", marks=pytest.mark.skipif(find_spec("gym_pusht") is None, reason="gym-pusht is not installed")
+    ),
     *(pytest.param(f"gym:{name}", marks=PYGAME) for name in ("CartPole-v1", "Pendulum-v1", "FrozenLake-v1")),
     *("gym:InvertedPendulum-v5", "gym:Reacher-v5"),
 ]
