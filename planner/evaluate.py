@@ -16,7 +16,8 @@ from wmcache.common.files import make_folder
 from wmcache.common.paths import absolute, as_path
 from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, longest_move
 from wmcache.planner.context import EvalContext
-from wmcache.planner.episodes import Episodes, count_at_goal, judge, reported_thresholds, shortest_path_lengths
+from wmcache.planner.episodes import Episodes
+from wmcache.planner.judge import count_at_goal, judge, reported_thresholds, shortest_path_lengths
 from wmcache.planner.goals import Separation, start_and_goal
 from wmcache.planner.mpc import MpcPolicy, Observation
 from wmcache.planner.options import SOURCES, PlanOptions, Precision, absolute_file

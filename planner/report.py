@@ -40,7 +40,8 @@ from wmcache.common.video import write_mp4
 from wmcache.envs import FPS, Maze
 from wmcache.pipeline.encoders.changes import changes_for
 from wmcache.planner.context import EvalContext, cached_maze, render
-from wmcache.planner.episodes import THRESHOLDS, Episodes, env_steps, shortest_path_lengths, wilson
+from wmcache.planner.episodes import Episodes
+from wmcache.planner.judge import THRESHOLDS, env_steps, shortest_path_lengths, wilson
 from wmcache.planner.graph import LatentGraph
 from wmcache.planner.options import SOURCES
 from wmcache.trainer.models import Localizes

@@ -10,7 +10,8 @@ import torch
 from wmcache.cache import TokenStore
 from wmcache.envs import Maze, PointMazeVectorEnv
 from wmcache.planner.context import EvalContext
-from wmcache.planner.episodes import Episodes, count_at_goal, judge
+from wmcache.planner.episodes import Episodes
+from wmcache.planner.judge import count_at_goal, judge
 from wmcache.planner.evaluate import BASELINES, evaluate, run_baseline
 from wmcache.planner.goals import start_and_goal
 from wmcache.planner.options import PlanOptions
