@@ -1,13 +1,15 @@
-"""The contract of solvers, and what those that sample candidates share."""
+"""The contracts of policies and solvers, and what solvers that sample candidates share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
+import numpy as np
 import torch
 from annotated_types import Ge, Gt
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wmcache.common.errors import UserError
@@ -15,6 +17,47 @@ from wmcache.common.options import Positive, option
 
 Cost = Callable[[Tensor], Tensor]
 """Actions [E, S, T, A] -> cost [E, S]."""
+Reads = Literal["frames", "state", "nothing"]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a policy sees of E episodes.
+
+    Attributes:
+        image: uint8 [E, S, S, 3].
+        proprio: float32 [E, P].
+        earlier: the frame the encoder's lag before, for encoders of frame pairs.
+        state: float64 [E, states], only for policies that read it.
+    """
+
+    image: NDArray[np.uint8]
+    proprio: NDArray[np.float32]
+    earlier: NDArray[np.uint8] | None = None
+    state: NDArray[np.float64] | None = None
+
+
+class Policy(Protocol):
+    """Acts in E episodes at once; it never receives a success.
+
+    Attributes:
+        reads: `frames`, `nothing`, or `state`. A policy that reads the simulator's state is a reference, and is marked so in results.
+        seconds: spent on encoding and deciding. encoder_frames, decisions: counts over all episodes.
+    """
+
+    reads: ClassVar[Reads]
+    seconds: float
+    encoder_frames: int
+    decisions: int
+
+    def reset(self, goal: Observation, generators: Sequence[torch.Generator]) -> None:
+        """Begin new episodes: with a goal and a random generator each, so that results do not depend on the batch."""
+
+    def observe(self, observation: Observation) -> None:
+        """Receive a frame that the next decision starts from, the newest last."""
+
+    def act(self) -> Tensor:
+        """Return the model steps to execute next, [E, k, f * A] in env units."""
 
 
 class Solver(Protocol):

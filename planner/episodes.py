@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,11 +51,20 @@ class Episodes:
     @classmethod
     def load(cls, files: Iterable[Path]) -> Episodes:
         """Read files of `save`, and join their episodes."""
-        found: dict[str, list[NDArray[Any]]] = defaultdict(list)
-        for file in files:
-            with np.load(file) as arrays:
-                for name, array in arrays.items():
-                    found[name].append(array)
-        joined: dict[str, Any] = {name: np.concatenate(found[name]) for name in ("start", "goal", "states")}
-        joined |= {name: np.sum(found[name]).item() for name in ("encoder_frames", "replans", "seconds")}
-        return cls(chunk=found["chunk"][0].item(), **joined)
+        return cls.join([cls._read(file) for file in files])
+
+    @classmethod
+    def join(cls, parts: Sequence[Episodes]) -> Episodes:
+        """Join the episodes of several batches."""
+        joined: dict[str, Any] = {
+            name: np.concatenate([getattr(part, name) for part in parts]) for name in ("start", "goal", "states")
+        }
+        joined |= {
+            name: sum(getattr(part, name) for part in parts) for name in ("encoder_frames", "replans", "seconds")
+        }
+        return cls(chunk=parts[0].chunk, **joined)
+
+    @classmethod
+    def _read(cls, file: Path) -> Episodes:
+        with np.load(file) as arrays:
+            return cls(**{name: array if array.ndim else array.item() for name, array in arrays.items()})

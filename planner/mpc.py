@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from wmcache.common.device import autocast
-from wmcache.planner.base import Cost, Solver
+from wmcache.planner.base import Cost, Observation, Reads, Solver
 from wmcache.planner.context import EvalContext
 from wmcache.planner.objective import GoalDistance, Objective
 from wmcache.planner.options import PlanOptions
@@ -105,30 +106,23 @@ def make_mpc(context: EvalContext, options: PlanOptions, goal: Tensor, goal_prop
     """Create a planner to goals [E, N, D]; their proprio [E, P] is used only where `alpha` is above 0."""
     proprio = None
     if options.alpha:
-        proprio = context.model.encode_proprio(torch.from_numpy(goal_proprio).to(context.device)[:, None])[:, 0]
+        proprio = context.world_model.encode_proprio(torch.from_numpy(goal_proprio).to(context.device)[:, None])[:, 0]
     goal, graph = goal.float(), context.graph
     to_goal = None if graph is None else graph.to_goal(goal)
     objective = GoalDistance(goal, options.objective, options.alpha, proprio, graph, to_goal)
     sizes = (options.horizon, context.context_frames, context.frameskip)
-    return Mpc(context.model, context.solver, objective, *sizes, context.device, context.dtype)
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What a policy sees of E episodes; never a state. `earlier` is the frame the encoder's lag before, for encoders of frame pairs."""
-
-    image: NDArray[np.uint8]  # [E, S, S, 3]
-    proprio: NDArray[np.float32]  # [E, P]
-    earlier: NDArray[np.uint8] | None = None
+    return Mpc(context.world_model, context.solver, objective, *sizes, context.device, context.dtype)
 
 
 class MpcPolicy:
-    """Plans by MPC and executes the first model steps of each plan; counts as `Episodes` does."""
+    """A `Policy`: plans by MPC and executes the first model steps of each plan."""
+
+    reads: ClassVar[Reads] = "frames"
 
     def __init__(self, context: EvalContext, options: PlanOptions) -> None:
-        """Call `reset` before the first plan."""
-        self.context, self.options = context, options
-        self.seconds, self.encoder_frames, self.replans = 0.0, 0, 0
+        """Raise UserError for the run of a policy."""
+        self.context, self.options, self.model = context, options, context.world_model
+        self.seconds, self.encoder_frames, self.decisions = 0.0, 0, 0
 
     def reset(self, goal: Observation, generators: Sequence[torch.Generator]) -> None:
         """Begin new episodes: with a goal and a random generator each."""
@@ -163,11 +157,10 @@ class MpcPolicy:
         actions = plan[:, : self.options.execute]
         self._executed += actions.unbind(1)
         self._plan = self._mpc.shift(plan, self.options.execute)
-        self.replans += len(actions)
+        self.decisions += len(actions)
         self.seconds += time.perf_counter() - begun
         return actions
 
     def _encode(self, observation: Observation) -> Tensor:
-        image, earlier = observation.image, observation.earlier
-        self.encoder_frames += len(image)
-        return self.context.encoder(image if earlier is None else np.stack([earlier, image], 1))
+        self.encoder_frames += len(observation.image)
+        return self.context.encode(observation)
