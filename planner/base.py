@@ -66,6 +66,7 @@ class Solver(Protocol):
     A field named `frameskip` is set to the run's, unless the user sets it.
 
     Attributes:
+        discrete: it searches among one-hot actions; solvers without the attribute do not.
         differentiates: costs must carry gradients to the actions. Then the solver must not be called in `torch.inference_mode`, and it
             evaluates costs of actions that require grad, with autograd enabled.
     """
@@ -78,7 +79,7 @@ class Solver(Protocol):
         """Count the candidates that one call evaluates per episode."""
 
     def __call__(self, cost: Cost, start: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Return actions [E, T, A] in [-1, 1] of low cost, from the first guess `start` [E, T, A] in env units.
+        """Return actions [E, T, A] in [-1, 1] of low cost, from the first guess `start` [E, T, A]; -1 and 1 are the env's bounds.
 
         Each episode has a generator on the CPU, so that its result does not depend on the other episodes of the batch.
         """
@@ -98,8 +99,8 @@ def around(mean: Tensor, deviation: Tensor, samples: int, generators: Sequence[t
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """A solver that draws candidates around a mean, scores them, and fits mean and deviation to the best, the elites."""
+class Population:
+    """A solver that draws candidates, scores them, and fits what it draws from to the best, the elites."""
 
     differentiates: ClassVar[bool] = False
 
@@ -107,7 +108,6 @@ class Sampling:
     samples: Positive = option(64, "Candidates in each iteration; DINO-WM has 300.", group="Solver")
     elites: Annotated[int, Ge(2)] = option(6, "Best candidates of each iteration; DINO-WM has 30.")
     iterations: Positive = option(5, "Iterations of the search; DINO-WM has 10.")
-    sigma: Annotated[float, Gt(0)] = option(0.4, "First standard deviation of the candidates, in env units.")
 
     def __post_init__(self) -> None:
         """Raise UserError for more elites than samples."""
@@ -123,3 +123,12 @@ class Sampling:
     def evaluations(self) -> int:
         """See `Solver`."""
         return self.samples * self.iterations
+
+
+@dataclass(frozen=True)
+class Sampling(Population):
+    """A solver that draws candidates around a mean, with a deviation."""
+
+    sigma: Annotated[float, Gt(0)] = option(
+        0.4, "First standard deviation of the candidates, where env actions are in [-1, 1]."
+    )
