@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from wmcache.envs.maze import Maze
 from wmcache.envs.simulator import PointMazeSimulator
 
-LOOK_AHEAD = 0.4
-"""Distance along the path of the point that is steered to, in maze units: corners are cut by less than the corridor allows."""
-SPEED_GAIN = 4.0
+LOOK_AHEAD = 0.6
+"""Distance along the path of the point that is steered to, in maze units."""
+SPEED_GAIN = 8.0
 """Wanted speed for each unit of distance, per second."""
 FORCE_GAIN = 0.8
 """Force for each unit of speed that is missing; a full force changes the speed by 1.2 in an env step."""

@@ -43,7 +43,9 @@ class EvalContext:
     Attributes:
         drift: see `live_drift`.
         blind: the model sees no proprio.
-        context_frames: frames that an imagined step sees. observed: live frames that a plan starts from.
+        context_frames: frames that an imagined step sees. With velocity in proprio a single frame is the whole state, and a longer
+            context costs more and accumulates the model's own errors.
+        observed: newest live frames of those between two plans that the model observes.
         graph: with `--distance graph`, else None.
         action_bounds: float32 [A] each, lowest and highest env actions.
     """
@@ -82,6 +84,8 @@ class EvalContext:
         self.drift = live_drift(self.store, self.encoder)
         self.blind = self.model.blind
         self.context_frames, self.observed = self._count_frames(options)
+        if isinstance(self.model, WorldModel):
+            self.model.context, self.model.observed = self.context_frames, self.observed
         own = {"frameskip": self.frameskip} if "frameskip" in option_names(options.solver) else {}
         self.solver = make_solver(options.solver, **{**own, **options.search})
         self.graph = self.cached_graph if options.distance == "graph" else None
@@ -110,6 +114,12 @@ class EvalContext:
             raise UserError(f"--alpha {options.alpha} weights proprio, which {self.run} has not; leave it at 0")
         if not isinstance(self.model, WorldModel):
             return 1, 1
+        if self.model.recurrent:
+            if options.context or options.observed:
+                raise UserError(
+                    f"--context and --observed: the model of {self.run} remembers all frames; leave them out"
+                )
+            return 1, options.execute
         history = self.model.shape.history
         usual = history if self.blind else 1  # a single frame shows no velocity
         context = min(options.context or usual, history)
@@ -161,9 +171,10 @@ class EvalContext:
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        unused = {"goal_steps"} if options.goals == "random-state" else set()
+        unused = set() if isinstance(self.model, WorldModel) and not self.model.recurrent else {"context", "observed"}
+        unused |= {"goal_steps"} if options.goals == "random-state" else set()
         if options.goals not in SOURCES:
-            unused = {"goal_steps", "strict"}
+            unused |= {"goal_steps", "strict"}
         return {name: value for name, value in used.items() if name not in unused}
 
     def fingerprint(self, options: PlanOptions) -> str:

@@ -289,8 +289,13 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Colle
     """Describe the settings and the model's options among `names` that differ; for another model only that."""
     if before["model"] != now["model"]:
         return [f"model {before['model']} != {now['model']}"]
-    # Options that are newer than the run had their defaults.
+    # Options and sizes that are newer than the run had their defaults.
     old, new = (
-        {**config, **asdict(read_options(config["model"], config["model_options"]))} for config in (before, now)
+        {
+            **config,
+            "shape": asdict(DataShape(**config["shape"])),
+            **asdict(read_options(config["model"], config["model_options"])),
+        }
+        for config in (before, now)
     )
     return differences(old, new, names)

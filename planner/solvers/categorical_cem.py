@@ -42,25 +42,25 @@ class CategoricalCem(Population):
         guess = rearrange(start.clamp(-1.0, 1.0) + 1, "e t (f a) -> e t f a", f=self.frameskip)
         guess = guess + torch.finfo(guess.dtype).tiny
         chances, mode = guess / guess.sum(-1, keepdim=True), guess.argmax(-1)
-        best, lowest = self._one_hot(mode, size), torch.full_like(start[:, 0, 0], float("inf"))
+        best, lowest = self._one_hot(mode, start), torch.full_like(start[:, 0, 0], float("inf"))
         for _ in range(self.iterations):
             chances = chances.lerp(torch.full_like(chances, 1 / chances.shape[-1]), self.smoothing)
             taken = draw(chances, self.samples, generators)
             taken[:, 0] = mode
-            actions = self._one_hot(taken, size)
+            actions = self._one_hot(taken, start)
             costs, order = cost(actions).topk(self.elites, dim=1, largest=False)
             elites = torch.take_along_dim(taken, order[:, :, None, None], dim=1)
             better = costs[:, 0] < lowest
-            best = torch.where(better[:, None, None], self._one_hot(elites[:, 0], size), best)
+            best = torch.where(better[:, None, None], self._one_hot(elites[:, 0], start), best)
             lowest = torch.where(better, costs[:, 0], lowest)
             fitted = F.one_hot(elites, chances.shape[-1]).to(chances.dtype).mean(1)
             chances = fitted.lerp(chances, self.momentum)
             mode = chances.argmax(-1)
         return best
 
-    def _one_hot(self, taken: Tensor, size: int) -> Tensor:
-        """[…, T, f] -> [… T, f * A], 1 for the action that is taken and -1 for the others."""
-        return (2 * F.one_hot(taken, size // self.frameskip) - 1).flatten(-2).float()
+    def _one_hot(self, taken: Tensor, start: Tensor) -> Tensor:
+        """[…, T, f] -> […, T, f * A] as `start`, 1 for the action that is taken and -1 for the others."""
+        return (2 * F.one_hot(taken, start.shape[2] // self.frameskip) - 1).flatten(-2).to(start.dtype)
 
 
 def draw(chances: Tensor, samples: int, generators: Sequence[torch.Generator]) -> Tensor:

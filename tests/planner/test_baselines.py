@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from wmcache.planner.evaluate import evaluate, run_baseline
 from wmcache.planner.judge import count_at_goal, judge
 from wmcache.planner.options import PlanOptions
 
-ANY_PAIR = {"episodes": 200, "budget": 100, "strict": False}
+ANY_PAIR: dict[str, Any] = {"episodes": 200, "budget": 100, "strict": False}
 
 
 @pytest.mark.parametrize("name", ["random", "zero"])

@@ -24,7 +24,7 @@ from wmcache.planner.options import PlanOptions
 from wmcache.planner.solvers import SOLVERS
 
 QUICK: dict[str, dict[str, Any]] = {
-    **{name: {"samples": 8, "elites": 3, "iterations": 2} for name in ("cem", "icem", "mppi")},
+    **{name: {"samples": 8, "elites": 3, "iterations": 2} for name in ("cem", "icem", "mppi", "categorical-cem")},
     "gd": {"steps": 2, "optimiser": "adam"},
 }
 
@@ -131,24 +131,23 @@ class TestObservedFrames:
         options = replace(tiny_plan, episodes=2, horizon=2, execute=execute, context=3, observed=3, budget=20)
         plan, seen, plans = Mpc.plan, [], []
 
-        def watched(mpc: Mpc, tokens: Any, proprio: Any, previous: Any, generators: Any, past: Any = None) -> Any:
-            seen.append((tokens.clone(), proprio.clone(), past))
-            plans.append(plan(mpc, tokens, proprio, previous, generators, past))
+        def watched(mpc: Mpc, belief: Any, previous: Any, generators: Any) -> Any:
+            seen.append(tuple(belief[name].clone() for name in ("tokens", "proprio", "actions")))
+            plans.append(plan(mpc, belief, previous, generators))
             return plans[-1]
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Mpc, "plan", watched)
             episodes = run_episodes(EvalContext(run_path, options), options, range(2))
         assert [tokens.shape[1] for tokens, _, _ in seen] == frames
-        assert [0 if past is None else past.shape[1] for _, _, past in seen] == actions
+        assert [past.shape[1] for _, _, past in seen] == actions
         executed = torch.cat([found[:, :execute] for found in plans], 1)
         states = np.concatenate([episodes.start[:, None], episodes.states], 1)[:, ::5].astype(np.float32)
         for number, (_, proprio, past) in enumerate(seen):
             now = number * execute
             first = now + 1 - proprio.shape[1]
             np.testing.assert_allclose(proprio.numpy(), states[:, first : now + 1], atol=1e-6)
-            if past is not None:
-                assert torch.equal(past, executed[:, first:now])
+            assert torch.equal(past, executed[:, first:now])
 
 
 class OtherProprio(PointMazeVectorEnv):

@@ -30,6 +30,7 @@ from wmcache.planner.imagine import imagine, write_video
 from wmcache.planner.options import ImagineOptions
 from wmcache.trainer.decoder import load_decoder, train_decoder
 from wmcache.trainer.metrics import to_unit
+from wmcache.trainer.models import Belief, Imagined
 from wmcache.trainer.options import DecoderOptions
 
 OPTIONS = ImagineOptions(steps=4, windows=6, videos=2, device="cpu", dtype="float32", lpips=False)
@@ -112,11 +113,20 @@ def test_a_perfect_world_model_reaches_the_floor(
     batch = {name: torch.from_numpy(value).float() for name, value in windows.batch(chosen).items()}
 
     class Oracle:
-        def rollout(self, tokens: Tensor, proprio: Tensor, action: Tensor, _: Any = None) -> tuple[Tensor, Tensor]:
-            torch.testing.assert_close(tokens[:, 0], batch["tokens"][:, 0])
-            torch.testing.assert_close(proprio[:, 0], batch["proprio"][:, 0])
-            torch.testing.assert_close(action, batch["action"][:, :4])
-            return batch["tokens"][:, 1:], proprio
+        context = 1
+
+        def start(self, count: int) -> Belief:
+            return {"number": torch.arange(count)}
+
+        def observe(self, belief: Belief, tokens: Tensor, proprio: Tensor, _: Tensor | None) -> Belief:
+            torch.testing.assert_close(tokens, batch["tokens"][:, 0])
+            torch.testing.assert_close(proprio, batch["proprio"][:, 0])
+            return belief
+
+        def imagine(self, belief: Belief, actions: Tensor) -> Imagined:
+            torch.testing.assert_close(actions[:, 0], batch["action"][:, :4])
+            latents = batch["tokens"][belief["number"], None, 1:]
+            return Imagined(latents, latents[..., 0, :0])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("wmcache.planner.imagine.load_model", lambda *_: Oracle())

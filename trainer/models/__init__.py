@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,12 +20,47 @@ from wmcache.trainer.models.trainable import DataShape as DataShape
 from wmcache.trainer.models.trainable import Trainable as Trainable
 
 VALIDATION_WINDOWS, BATCH = 256, 64
-Frames = tuple[Tensor, Tensor]
-"""Latents and embeddings of proprio."""
+Belief = Mapping[str, Tensor]
+"""What a model remembers of E episodes. Each tensor is [E, …], so a belief is cut and repeated along its episodes."""
+
+
+@dataclass(frozen=True)
+class Imagined:
+    """What a model imagines of E episodes, S futures, T model steps; latents and reward in the store's units.
+
+    Attributes:
+        latents: [E, S, T, N, D].
+        proprio: [E, S, T, Q], embedded as `WorldModel.encode_proprio` does.
+        reward: [E, S, T], of a model that predicts it.
+        continues: [E, S, T], the probability that the episode goes on, of a model that predicts it.
+    """
+
+    latents: Tensor
+    proprio: Tensor
+    reward: Tensor | None = None
+    continues: Tensor | None = None
+
+    def last(self) -> Imagined:
+        """Return the last model step alone."""
+        values = {name: value[:, :, -1:] for name, value in vars(self).items() if value is not None}
+        return replace(self, **values)
 
 
 class WorldModel(Trainable):
-    """An action-conditioned predictor of latents. `loss` and `rollout` have no default."""
+    """An action-conditioned predictor of latents. `loss`, `start`, `observe` and `imagine` have no default.
+
+    Attributes:
+        context: frames, observed or imagined, that an imagined step sees; the history, unless a planner lowers it.
+        observed: newest frames that a belief keeps; the history, unless a planner lowers it.
+    """
+
+    recurrent: ClassVar[bool] = False  # remembers every frame of an episode, so a planner must observe each model step
+    draws: ClassVar[bool] = False  # whether `imagine` uses its generators
+
+    def __init__(self, shape: DataShape, options: Any, statistics: Mapping[str, Tensor]) -> None:
+        """See `Trainable`."""
+        super().__init__(shape, options, statistics)
+        self.context = self.observed = shape.history
 
     @property
     def blind(self) -> bool:
@@ -41,22 +77,53 @@ class WorldModel(Trainable):
         return {f"skill_{k}": value for k, value in enumerate(found, start=1)}
 
     def encode_proprio(self, proprio: Tensor) -> Tensor:
-        """Embed proprio as `rollout` predicts it, [B, T, P] -> [B, T, Q]. Q is 0 for a model that sees no proprio, the default."""
+        """Embed proprio as `imagine` predicts it, [B, T, P] -> [B, T, Q]. Q is 0 for a model that sees no proprio, the default."""
         return proprio[..., :0]
 
     @abstractmethod
-    def rollout(self, tokens: Tensor, proprio: Tensor, actions: Tensor, context: int | None = None) -> Frames:
+    def start(self, count: int) -> Belief:
+        """Return the belief of so many episodes before their first frame."""
+
+    @abstractmethod
+    def observe(self, belief: Belief, tokens: Tensor, proprio: Tensor, previous_action: Tensor | None) -> Belief:
+        """Return the belief after one more frame.
+
+        Args:
+            tokens: [E, N, D]. proprio: [E, P].
+            previous_action: [E, f * A], which led to this frame; None for the first frame.
+        """
+
+    @abstractmethod
+    def imagine(self, belief: Belief, actions: Tensor, generators: Sequence[torch.Generator] | None = None) -> Imagined:
         """Imagine what actions lead to.
 
         Args:
-            tokens: [B, n, N, D], n >= 1 observed frames. proprio: [B, n, P] of those frames.
-            actions: [B, n - 1 + t, f * A]; action k leads from frame k to frame k + 1. Or [B, S, n - 1 + t, f * A], S futures of each
-                observed sequence, whose first n - 1 actions, the past, are the same.
-            context: frames, observed or imagined, that a step sees; None means the model's history.
-
-        Returns:
-            Latents [B, t, N, D] and proprio embeddings [B, t, Q] of the t frames after the observed ones; [B, S, t, …] for S futures.
+            belief: of E episodes, with at least one frame.
+            actions: [E, S, T, f * A], S futures of each episode.
+            generators: one on the CPU for each episode, whose futures all see the same noise; None: imagine without noise.
         """
+
+    def cost(self, imagined: Imagined, goal: Tensor) -> Tensor:
+        """Score imagined frames against goals [E, N, D], [E, S, T]; default: `latent_distance`."""
+        return latent_distance(imagined, goal)
+
+
+def latent_distance(imagined: Imagined, goal: Tensor) -> Tensor:
+    """Compute the mean squared difference of imagined latents from goals [E, N, D], [E, S, T]."""
+    return (imagined.latents - goal[:, None, None]).square().mean((3, 4))
+
+
+def rollout(model: WorldModel, tokens: Tensor, proprio: Tensor, actions: Tensor) -> Imagined:
+    """Observe n frames, then imagine one future, without noise.
+
+    Args:
+        tokens: [B, n, N, D], n >= 1. proprio: [B, n, P].
+        actions: [B, n - 1 + T, f * A]; action k leads from frame k to frame k + 1.
+    """
+    belief, observed = model.start(len(tokens)), tokens.shape[1]
+    for t in range(observed):
+        belief = model.observe(belief, tokens[:, t], proprio[:, t], actions[:, t - 1] if t else None)
+    return model.imagine(belief, actions[:, None, observed - 1 :])
 
 
 @torch.inference_mode()
@@ -72,7 +139,7 @@ def rollout_errors(
         data = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(part).items()}
         tokens = data["tokens"].float()
         with autocast(device, dtype):
-            imagined, _ = model.rollout(tokens[:, :1], data["proprio"][:, :1], data["action"][:, :steps])
+            imagined = rollout(model, tokens[:, :1], data["proprio"][:, :1], data["action"][:, :steps]).latents[:, 0]
         error += (imagined - tokens[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
         copying += (tokens[:, :1] - tokens[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
     return error / len(chosen), copying / len(chosen)

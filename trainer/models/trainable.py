@@ -19,7 +19,11 @@ from wmcache.common.schema import Size
 
 @dataclass(frozen=True)
 class DataShape:
-    """Sizes of the data: N, D, P, f * A, H context frames, and the columns of the token grid, which has N / columns rows."""
+    """Sizes of the data: N, D, P, f * A, H context frames, and the columns of the token grid, which has N / columns rows.
+
+    Attributes:
+        has_reward, has_end: whether batches have `reward` and `terminated`.
+    """
 
     tokens: Size
     token_dim: Size
@@ -27,6 +31,8 @@ class DataShape:
     action_dim: Size
     history: Annotated[int, Field(gt=0, le=1024)]
     columns: Size = 1
+    has_reward: bool = False
+    has_end: bool = False
 
 
 class Trainable(nn.Module, ABC):
@@ -104,8 +110,9 @@ class Trainable(nn.Module, ABC):
         """Compute the training loss, of the present stage where there are stages.
 
         Args:
-            batch: see `Windows.batch`: tokens [B, T, N, D], proprio [B, T, P], action [B, T, f * A], T = `window`, and a row of each of
-                `extras` [B, T, …]; with `goals` also goal_tokens [B, N, D] and goal_steps [B].
+            batch: tokens [B, T, N, D], proprio [B, T, P], action [B, T, f * A], and a row of each of `extras` [B, T, …]; T of `window`.
+                Where the shape has them also reward [B, T] and terminated [B, T], of the env steps from each frame to the next. With
+                `goals` also goal_tokens [B, N, D] and goal_steps [B], see `Windows.batch`.
             pool: side of the squares of the token grid to average first; above 1 only where `check_pool` allows it.
 
         Returns:
