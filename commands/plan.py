@@ -46,9 +46,10 @@ def wmplan(run: Path, protocol: str | None, out: Path | None, untrained: bool, c
     moved = {name: settings.pop(name) for name in ("weights", "cache")}
     chosen = PlanOptions(search=take_chosen(settings, given=True), **settings)
     untrained = untrained or "untrained" in chosen.baselines.split(",")
-    out = out or default_out(run, protocol, chosen)
-    refuse_other_results(out, chosen)
     setting = EvalContext(run, chosen, **moved)
+    chosen = setting.settled(chosen)
+    out = out or default_out(run, protocol, chosen, setting.env.spec.thresholds[0])
+    refuse_other_results(out, chosen)
     episodes, results = evaluate(setting, chosen, out, cluster)
     if untrained:
         random_model = EvalContext(run, chosen, **moved, untrained=True)

@@ -21,6 +21,8 @@ Steps = dict[str, Array]
 """Column -> values, [E, ...] of one frame or [E, k, ...] of k env steps."""
 Act = Callable[[Steps], NDArray[np.float32]]
 """Columns of the current frame, without the axis of episodes -> action [A]."""
+Expert = Callable[[States, States, int], NDArray[np.floating]]
+"""(state [S], goal [S], env steps) -> actions [env steps, A] that lead from the state towards the goal."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,14 @@ class Geometry(Protocol):
     """Free space of a world, and shortest paths through it.
 
     Attributes:
+        name: of this world.
         walls: bool [rows, columns], a coarse picture of the world; the row runs along x, the column along y.
         extent: x_min, x_max, y_min, y_max of that picture, in the coordinates of positions.
     """
+
+    @property
+    def name(self) -> str:
+        """See the attributes."""
 
     @property
     def walls(self) -> NDArray[np.bool_]:
@@ -158,6 +165,14 @@ class Environment(Protocol):
 
     def distance(self, states: States, goal: States) -> States:
         """Compute the distance of states [..., S] to a goal [..., S], as the judge compares it with `spec.thresholds`."""
+
+    def longest_move(self, env_steps: int) -> float:  # noqa: ARG002 (for worlds with a geometry)
+        """Return the longest path, in units of `geometry`, that some env steps can cover; 0 where it is not known."""
+        return 0.0
+
+    def expert(self) -> Expert | None:
+        """Return what reaches goals with knowledge of the physics, a reference for policies; None where there is none."""
+        return None
 
     def close(self) -> None:
         """Free windows and GL contexts."""

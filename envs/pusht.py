@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from wmcache.common.columns import Column
 from wmcache.common.errors import UserError, reason
+from wmcache.envs import base
 from wmcache.envs.base import ENVIRONMENTS, Environment, EnvSpec, Frames, Observation, States, Steps, Task
 from wmcache.envs.gym import resized
 
@@ -170,9 +171,7 @@ class PushT(Environment):
         states = np.empty((*actions.shape[:2], 7))
         for i, sequence in enumerate(actions):
             for t, action in enumerate(sequence):
-                position = np.array(self._worlds[i].agent.position)
-                target = position + SCALE * np.clip(np.asarray(action, np.float64), -1.0, 1.0)
-                self._worlds[i].step(np.clip(target, LOW, HIGH))
+                _move(self._worlds[i], action)
                 states[i, t] = _state(self._worlds[i])
         return {"state": states, "proprio": states[..., PROPRIO]}
 
@@ -197,6 +196,25 @@ class PushT(Environment):
         position = np.linalg.norm(states[..., :4] - goal[..., :4], axis=-1) / POSITION_TOLERANCE
         angle = np.abs(wrapped(states[..., 4] - goal[..., 4])) / ANGLE_TOLERANCE
         return np.asarray(np.maximum(position, angle))
+
+    def expert(self) -> base.Expert:
+        """Push as `Expert` does, without its noise."""
+        world = _make_world()
+
+        def act(state: States, goal: States, steps: int) -> NDArray[np.floating]:
+            _set_state(world, state)
+            actions = np.empty((steps, 2))
+            for i in range(steps):
+                actions[i] = (push_towards(_state(world), goal) / SCALE).clip(-1.0, 1.0)
+                _move(world, actions[i])
+            return actions
+
+        return act
+
+
+def _move(world: Any, action: NDArray[np.floating]) -> None:
+    target = np.array(world.agent.position) + SCALE * np.clip(np.asarray(action, np.float64), -1.0, 1.0)
+    world.step(np.clip(target, LOW, HIGH))
 
 
 def _make_world(**options: Any) -> Any:

@@ -1,10 +1,9 @@
-"""A run loaded for planning: its model, encoder, maze and store, checked against each other."""
+"""A run loaded for planning: its model, encoder, environment and store, checked against each other."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wmcache.cache.identity import Identity
-from wmcache.cache.layout import StoreCard
 from wmcache.cache.store import TokenStore
 from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError
@@ -22,7 +20,7 @@ from wmcache.common.files import sha256_of
 from wmcache.common.jsonfiles import dump_json
 from wmcache.common.paths import AnyPath
 from wmcache.engine.checkpoint import last_checkpoint
-from wmcache.envs import Maze, PointMazeSimulator, find_maze
+from wmcache.envs import Environment
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
 from wmcache.pipeline.encoders.changes import LEAST_CHANGE, changes_for
@@ -31,6 +29,7 @@ from wmcache.planner.goals import start_and_goal
 from wmcache.planner.graph import LatentGraph
 from wmcache.planner.options import SOURCES, PlanOptions, check_options, recorded
 from wmcache.planner.solvers import make_solver, option_names
+from wmcache.planner.world import draw_states, open_world, world_name
 from wmcache.trainer.models import WorldModel
 from wmcache.trainer.runs import load_trained, needs_world_model, open_store, read_config, read_identity
 
@@ -48,6 +47,8 @@ class EvalContext:
         observed: newest live frames of those between two plans that the model observes.
         graph: with `--distance graph`, else None.
         action_bounds: float32 [A] each, lowest and highest env actions.
+        discrete: whether actions are one-hot.
+        env: for its spec, geometry and distance; episodes run in others, see `open_env`.
     """
 
     def __init__(
@@ -77,9 +78,8 @@ class EvalContext:
         self.frameskip = int(self.config["frameskip"])
         self.encoder = self._load_encoder(identity, options.device)
         self.store = open_store(run, cache)
-        if not self.card.dataset.get("maze"):
-            raise UserError(f"imported frames have no maze to plan in: {run}; plan as in docs/import.md")
-        self.maze = find_maze(options.env) if options.env else cached_maze(self.card)
+        self._env_name = options.env
+        self.env = self._open_checked()
         self.image_size = int(self.card.dataset["image_size"])
         self.drift = live_drift(self.store, self.encoder)
         self.blind = self.model.blind
@@ -87,11 +87,30 @@ class EvalContext:
         if isinstance(self.model, WorldModel):
             self.model.context, self.model.observed = self.context_frames, self.observed
         own = {"frameskip": self.frameskip} if "frameskip" in option_names(options.solver) else {}
+        self.discrete = any(column.discrete for column in self.store.columns.values() if "action" in column.roles)
         self.solver = make_solver(options.solver, **{**own, **options.search})
+        if self.discrete and not getattr(self.solver, "discrete", False) and isinstance(self.model, WorldModel):
+            raise UserError(f"--solver {options.solver} has no discrete actions; plan with --solver categorical-cem")
         self.graph = self.cached_graph if options.distance == "graph" else None
-        ones = np.ones(self.store.action.shape[1], np.float32)
-        self.action_bounds = (-ones, ones)
+        self.action_bounds = self.store.bounds
         self._changes = changes_for(self.card.token_grid, self.frameskip, options.device) if options.mask else None
+
+    def open_env(self, count: int = 1) -> Environment:
+        """Open `count` copies of the environment to plan in."""
+        return open_world(self.card, self._env_name, count=count)
+
+    def draw(self, states: NDArray[np.float64], image_size: int | None = None) -> NDArray[np.uint8]:
+        """Render frames [n, S, S, 3] of states [n, S] of the environment to plan in."""
+        return draw_states(self.card, states, name=self._env_name, image_size=image_size)
+
+    def _open_checked(self) -> Environment:
+        env = self.open_env()
+        if env.spec.action.width != self.store.action.shape[1]:
+            wanted = f"{env.spec.action.width} action values, not the {self.store.action.shape[1]} of {self.store.path}"
+            raise UserError(f"environment {env.spec.id} has {wanted}; choose another --env")
+        if not env.spec.renders_states or not env.spec.thresholds:
+            raise UserError(f"environment {env.spec.id} has no goal states to plan to; plan as in docs/import.md")
+        return env
 
     def _load_encoder(self, identity: Identity, device: str) -> Encoder:
         kept = self.card.encoder.get("weights")
@@ -154,6 +173,10 @@ class EvalContext:
         differs = (self._changes(np.stack([images, goal_images], 1)) > LEAST_CHANGE).any(-1)
         return differs | ~differs.any(1, keepdim=True)
 
+    def settled(self, options: PlanOptions) -> PlanOptions:
+        """Replace a threshold of None by the environment's first."""
+        return replace(options, threshold=options.threshold or self.env.spec.thresholds[0])
+
     def goal_steps(self, options: PlanOptions) -> int:
         """Return the env steps from start to goal, for sources of goals that need them."""
         return options.goal_steps or options.horizon * self.frameskip
@@ -166,7 +189,7 @@ class EvalContext:
             "context": self.context_frames,
             "observed": self.observed,
             "search": asdict(self.solver),
-            "env": self.maze.name,
+            "env": world_name(self.env),
             "goal_steps": self.goal_steps(options),
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -178,17 +201,13 @@ class EvalContext:
         return {name: value for name, value in used.items() if name not in unused}
 
     def fingerprint(self, options: PlanOptions) -> str:
-        """Hash all that the episodes depend on: options, the model's weights, goals, maze and the store's identity."""
+        """Hash all that the episodes depend on: options, the model's weights, goals, environment and the store's identity."""
         weights = sha256_of(last_checkpoint(self.run) / "model.safetensors")
         goals = "" if options.goals in SOURCES else sha256_of(Path(options.goals))
-        parts = [recorded(options), weights, goals, self.store.identity.to_json(), self.maze.rows]
+        world = self.env.spec.layout or self.env.spec.id
+        parts = [recorded(options), weights, goals, self.store.identity.to_json(), world]
         known = dump_json([*parts, "untrained"] if self.untrained else parts)
         return hashlib.sha256(known.encode()).hexdigest()[:16]
-
-
-def cached_maze(card: StoreCard) -> Maze:
-    """Return the maze of a store's frames."""
-    return Maze(Path(card.dataset["env"]).stem, tuple(card.dataset["maze"]))
 
 
 def live_drift(store: TokenStore, encoder: Encoder) -> dict[str, float]:
@@ -198,11 +217,10 @@ def live_drift(store: TokenStore, encoder: Encoder) -> dict[str, float]:
         UserError: the cosine is below `COSINE_TOLERANCE`, so plans would be made in another latent space than the model's.
     """
     frames = np.linspace(0, len(store) - 1, CHECKED_FRAMES).astype(int)
-    maze, size = cached_maze(store.card), int(store.card.dataset["image_size"])
-    live = render(maze, size, store.require_state()[frames])
+    live = draw_states(store.card, store.require_state()[frames])
     if encoder.lag:
         before = store.require_state()[frames - np.minimum(encoder.lag, store.step[frames])]
-        live = np.stack([render(maze, size, before), live], 1)
+        live = np.stack([draw_states(store.card, before), live], 1)
     drift = encoder.drift(live, store.gather(frames))
     if not drift["cosine"] > COSINE_TOLERANCE:
         raise UserError(
@@ -212,15 +230,7 @@ def live_drift(store: TokenStore, encoder: Encoder) -> dict[str, float]:
     return drift
 
 
-def render(maze: Maze, size: int, states: Iterable[NDArray[np.float64]]) -> NDArray[np.uint8]:
-    """Render frames [n, S, S, 3] of states [4]."""
-    simulator = PointMazeSimulator(maze, size)
-    frames = np.stack([simulator.render(state) for state in states])
-    simulator.close()
-    return frames
-
-
 def random_episode(context: EvalContext, number: int) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
-    """Return states [2, 4] of the random start and goal of an episode, and frames [2, S, S, 3] of them."""
-    states = np.concatenate(start_and_goal("random-state", [number], context.maze, context.store, 0))
-    return states, render(context.maze, context.image_size, states)
+    """Return states [2, S] of the random start and goal of an episode, and frames [2, S, S, 3] of them."""
+    states = np.concatenate(start_and_goal("random-state", [number], context.env, context.store, 0))
+    return states, context.draw(states)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,21 @@ from numpy.typing import NDArray
 
 from wmcache.common.files import atomic_write
 
+Distance = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
+"""States [..., S] and goals [..., S] -> what the judge compares with thresholds."""
+
 
 @dataclass(frozen=True)
 class Episodes:
     """Recorded episodes, for the judge and the report.
 
     Attributes:
-        start, goal: float64 [E, 4].
-        states: float64 [E, budget, 4], after each env step.
+        start, goal: float64 [E, S].
+        states: float64 [E, budget, S], after each env step.
         chunk: env steps between replans.
         encoder_frames, replans: counts over all episodes.
         seconds: spent on encoding live frames and planning.
+        distance: the environment's; not saved.
     """
 
     start: NDArray[np.float64]
@@ -32,11 +36,11 @@ class Episodes:
     encoder_frames: int
     replans: int
     seconds: float
+    distance: Distance
 
     def distances(self) -> NDArray[np.float64]:
-        """Compute the distance in (x, y) to the goal at the end of every executed chunk, [E, chunks]."""
-        offset = self.states[:, self.chunk_ends() - 1, :2] - self.goal[:, None, :2]
-        return np.asarray(np.linalg.norm(offset, axis=-1))
+        """Compute the distance to the goal at the end of every executed chunk, [E, chunks]."""
+        return self.distance(self.states[:, self.chunk_ends() - 1], self.goal[:, None])
 
     def chunk_ends(self) -> NDArray[np.int64]:
         """List the env steps after which a chunk ended, [chunks]; the last is the budget."""
@@ -46,12 +50,13 @@ class Episodes:
     def save(self, file: Path) -> None:
         """Write a finished batch, atomically."""
         with atomic_write(file) as stream:
-            np.savez(stream, allow_pickle=False, **{name: np.asarray(value) for name, value in vars(self).items()})
+            saved = {name: np.asarray(value) for name, value in vars(self).items() if name != "distance"}
+            np.savez(stream, allow_pickle=False, **saved)
 
     @classmethod
-    def load(cls, files: Iterable[Path]) -> Episodes:
+    def load(cls, files: Iterable[Path], distance: Distance) -> Episodes:
         """Read files of `save`, and join their episodes."""
-        return cls.join([cls._read(file) for file in files])
+        return cls.join([cls._read(file, distance) for file in files])
 
     @classmethod
     def join(cls, parts: Sequence[Episodes]) -> Episodes:
@@ -62,9 +67,10 @@ class Episodes:
         joined |= {
             name: sum(getattr(part, name) for part in parts) for name in ("encoder_frames", "replans", "seconds")
         }
-        return cls(chunk=parts[0].chunk, **joined)
+        return cls(chunk=parts[0].chunk, distance=parts[0].distance, **joined)
 
     @classmethod
-    def _read(cls, file: Path) -> Episodes:
+    def _read(cls, file: Path, distance: Distance) -> Episodes:
         with np.load(file) as arrays:
-            return cls(**{name: array if array.ndim else array.item() for name, array in arrays.items()})
+            saved = {name: array if array.ndim else array.item() for name, array in arrays.items()}
+            return cls(**saved, distance=distance)

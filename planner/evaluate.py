@@ -16,21 +16,16 @@ from wmcache.cluster.tasks import WorkerTask, report, run_tasks
 from wmcache.common.errors import UserError
 from wmcache.common.files import make_folder
 from wmcache.common.paths import absolute, as_path
-from wmcache.envs import PointMazeVectorEnv, longest_move
-from wmcache.planner.base import Observation
+from wmcache.envs import Environment, Task
+from wmcache.envs import Observation as Seen
+from wmcache.planner.base import Observation, Policy
 from wmcache.planner.context import EvalContext
 from wmcache.planner.episodes import Episodes
 from wmcache.planner.goals import Separation, start_and_goal
 from wmcache.planner.judge import count_at_goal, judge, reported_thresholds, shortest_path_lengths
 from wmcache.planner.options import SOURCES, PlanOptions, Precision, absolute_file
 from wmcache.planner.policies import PLAN_POLICIES, make_policy
-
-
-class _Undrawn(PointMazeVectorEnv):
-    """Draws nothing, for policies that see no frame."""
-
-    def render(self) -> tuple[NDArray[np.uint8], ...]:
-        return (np.zeros((1, 1, 3), np.uint8),) * self.num_envs
+from wmcache.planner.world import states_of, world_name
 
 
 def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[int]) -> Episodes:
@@ -42,15 +37,10 @@ def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[i
     numbers, frameskip = list(numbers), context.frameskip
     start, goal = _start_and_goal(context, options, numbers)
     policy = make_policy(context, options)
-    env = (PointMazeVectorEnv if policy.reads == "frames" else _Undrawn)(len(numbers), context.maze, context.image_size)
-
-    def seen(state: NDArray[np.float64], earlier: NDArray[np.uint8] | None = None) -> Observation:
-        return Observation(**env.observe(), earlier=earlier, state=state if policy.reads == "state" else None)
-
-    env.reset(options={"state": goal, "goal": goal})
-    policy.reset(seen(goal), [torch.Generator().manual_seed(99 * number + 1) for number in numbers])
-    env.reset(options={"state": start, "goal": goal})
-    policy.observe(seen(start))
+    env = context.open_env(len(numbers))
+    goals = env.reset([Task(state) for state in goal])
+    policy.reset(_shown(policy, env, goals), [torch.Generator().manual_seed(99 * number + 1) for number in numbers])
+    policy.observe(_shown(policy, env, env.reset([Task(state) for state in start])))
     states: list[NDArray[np.float64]] = []
     done, chunk = 0, options.execute * frameskip
     while done < options.budget:
@@ -65,34 +55,46 @@ def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[i
                 break
             # Of the frames within a chunk only those are encoded that the next decision starts from.
             if decides_again and options.execute - step <= context.observed:
-                policy.observe(seen(moved[-1][:, -1], earlier))
+                policy.observe(_shown(policy, env, env.observe(), earlier))
         report(len(numbers))
     env.close()
     counts = (policy.encoder_frames, policy.decisions, policy.seconds)
-    return Episodes(start, goal, np.concatenate(states, 1), chunk, *counts)
+    return Episodes(start, goal, np.concatenate(states, 1), chunk, *counts, distance=context.env.distance)
+
+
+def _shown(policy: Policy, env: Environment, seen: Seen, earlier: NDArray[np.uint8] | None = None) -> Observation:
+    """Keep what the policy reads; a frame that it does not read is not drawn."""
+    count = len(next(iter(seen.columns.values())))
+    image = seen.image if policy.reads == "frames" else np.zeros((count, 1, 1, 3), np.uint8)
+    proprio = np.zeros((count, 0), np.float32) if seen.proprio is None else seen.proprio
+    state = states_of(env.spec, seen.columns) if policy.reads == "state" else None
+    return Observation(image, proprio, earlier, state)
 
 
 def _advance(
-    env: PointMazeVectorEnv, actions: NDArray[np.floating], lag: int
+    env: Environment, actions: NDArray[np.floating], lag: int
 ) -> tuple[list[NDArray[np.float64]], NDArray[np.uint8] | None]:
-    """Execute actions [E, k, A]; returns the states in parts [E, k', 4], and the frame `lag` env steps before the end."""
+    """Execute actions [E, k, A]; returns the states in parts [E, k', S], and the frame `lag` env steps before the end."""
     if not lag:
-        return [env.advance(actions)], None
+        return [states_of(env.spec, env.step(actions))], None
     before = actions.shape[1] - min(lag, actions.shape[1])
-    states = [env.advance(actions[:, :before])]
-    earlier = np.stack(env.render())
-    return [*states, env.advance(actions[:, before:])], earlier
+    states = [states_of(env.spec, env.step(actions[:, :before]))] if before else []
+    earlier = env.observe().image
+    return [*states, states_of(env.spec, env.step(actions[:, before:]))], earlier
 
 
 def _start_and_goal(
     context: EvalContext, options: PlanOptions, numbers: Sequence[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    separation = None
+    separation, env = None, context.open_env()
     if options.strict:
-        separation = Separation(reported_thresholds(options.threshold)[0], longest_move(context.frameskip))
+        largest = reported_thresholds(env.spec.thresholds, options.threshold)[0]
+        separation = Separation(largest, env.longest_move(context.frameskip))
     split_seed = int(context.config.get("split_seed", 42))
     steps = context.goal_steps(options)
-    return start_and_goal(options.goals, numbers, context.maze, context.store, steps, split_seed, separation)
+    found = start_and_goal(options.goals, numbers, env, context.store, steps, split_seed, separation)
+    env.close()
+    return found
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ def evaluate(
         out: folder that keeps finished batches, so that a stopped evaluation resumes.
         cluster: that plans the batches, see `parse_cluster`.
     """
+    options = context.settled(options)
     numbers = range(options.seed, options.seed + options.episodes)
     # What cannot work is reported before any work.
     _start_and_goal(context, options, numbers)
@@ -172,17 +175,19 @@ def evaluate(
         what="batches",
         more="a smaller --batch-size makes more of them",
     )
-    episodes = Episodes.load(_batch_file(folder, first) for first in firsts)
+    episodes = Episodes.load((_batch_file(folder, first) for first in firsts), context.env.distance)
     return episodes, summarise(context, options, episodes)
 
 
 def summarise(context: EvalContext, options: PlanOptions, episodes: Episodes) -> dict[str, Any]:
     """Judge episodes, and the baselines on the same starts and goals; returns the content of `results.json`."""
-    thresholds = reported_thresholds(options.threshold)
-    shortest = shortest_path_lengths(episodes, context.maze)
+    options, geometry = context.settled(options), context.env.geometry
+    assert options.threshold is not None
+    thresholds = reported_thresholds(context.env.spec.thresholds, options.threshold)
+    shortest = None if geometry is None else shortest_path_lengths(episodes, geometry)
 
     def judge_all(done: Episodes) -> list[dict[str, Any]]:
-        return [judge(done, threshold, context.maze, shortest) for threshold in thresholds]
+        return [judge(done, threshold, geometry, shortest) for threshold in thresholds]
 
     by_threshold = judge_all(episodes)
     headline = by_threshold[thresholds.index(options.threshold)]
@@ -204,7 +209,7 @@ def summarise(context: EvalContext, options: PlanOptions, episodes: Episodes) ->
         "by_threshold": by_threshold,
         "baselines": {name: judge_all(run_baseline(context, options, name)) for name in baselines_of(context, options)},
         "live_drift": context.drift,
-        "maze": context.maze.name,
+        "maze" if geometry else "env": world_name(context.env),
         "options": asdict(options),
         "resolved": context.resolved(options),
     }
@@ -230,12 +235,8 @@ def run_baseline(context: EvalContext, options: PlanOptions, name: str) -> Episo
 def operations_per_decision(context: EvalContext, options: PlanOptions) -> int:
     """Count the floating-point operations of networks, the encoder's included, of a decision in one episode."""
     start, goal = _start_and_goal(context, options, [options.seed])
-    policy = make_policy(context, options)
-    env = PointMazeVectorEnv(1, context.maze, context.image_size)
-    observations = []
-    for state in (goal, start):
-        env.reset(options={"state": state, "goal": goal})
-        observations.append(Observation(**env.observe(), state=state if policy.reads == "state" else None))
+    policy, env = make_policy(context, options), context.open_env()
+    observations = [_shown(policy, env, env.reset([Task(state[0])])) for state in (goal, start)]
     env.close()
     policy.reset(observations[0], [torch.Generator().manual_seed(99 * options.seed + 1)])
     with FlopCounterMode(display=False) as counter:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import window_starts
 from wmcache.common.errors import UserError, reason
-from wmcache.envs import Maze, PointMazeSimulator, sample_state
+from wmcache.envs import Environment, Task
 from wmcache.planner.options import SOURCES
+from wmcache.planner.world import state_size, states_of, world_name
 
 MAX_DRAWS = 2000
 """Pairs that are drawn for an episode before it is refused."""
@@ -28,8 +29,8 @@ Draw = Callable[[np.random.Generator], tuple[States, States]]
 class Separation:
     """How far apart start and goal are at least, so that no episode begins at its goal or arrives with its first model step.
 
-    The straight distance, which the judge compares with thresholds, is at least `threshold`, the largest one that is reported. The shortest
-    path through the maze is at least `threshold` + `step`, the longest move of a model step, see `envs.longest_move`.
+    The environment's distance, which the judge compares with thresholds, is at least `threshold`, the largest one that is reported. Where
+    the geometry is known, the shortest path is at least `threshold` + `step`, the longest move of a model step.
     """
 
     threshold: float = 0.0
@@ -40,18 +41,20 @@ class Separation:
         """The least path length."""
         return self.threshold + self.step
 
-    def allows(self, maze: Maze, start: States, goal: States) -> bool:
-        """Return whether states [4] are that far apart."""
-        straight = float(np.linalg.norm(start[:2] - goal[:2]))
+    def allows(self, env: Environment, start: States, goal: States) -> bool:
+        """Return whether states [S] are that far apart."""
+        straight = float(env.distance(start, goal))
         if straight >= self.path:  # no path is shorter
             return True
-        return straight >= self.threshold and float(maze.geodesic(start[:2], goal[None, :2])[0]) >= self.path
+        if straight < self.threshold or env.geometry is None:
+            return False
+        return float(env.geometry.distance(start, goal[None])[0]) >= self.path
 
 
 def start_and_goal(
     source: str,
     numbers: Sequence[int],
-    maze: Maze,
+    env: Environment,
     store: TokenStore,
     steps: int,
     split_seed: int = 42,
@@ -60,28 +63,28 @@ def start_and_goal(
     """Return start and goal states of episodes. Episode n depends on n alone, by a generator of seed 99 n + 1 (DINO-WM, plan.py).
 
     Args:
-        source: `random-state`: random positions and velocities. `dataset`: frames of a held-out episode, `steps` env steps apart.
+        source: `random-state`: two tasks of the environment. `dataset`: frames of a held-out episode, `steps` env steps apart.
             `random-action`: a random state, and where Gaussian actions lead from it in `steps` env steps. Else a Parquet file with
-            columns `start` and `goal`, states (x, y, vx, vy); episode n takes row n. An evaluation's episodes.parquet is such a file.
+            columns `start` and `goal`, states; episode n takes row n. An evaluation's episodes.parquet is such a file.
         steps: env steps from start to goal, for `dataset` and `random-action`.
         separation: closer pairs are drawn again from the same generator. A file's pairs are taken as they are.
 
     Returns:
-        float64 [E, 4] each.
+        float64 [E, S] each.
     """
     if source not in SOURCES:
-        return _read_states(Path(source), numbers, maze)
-    draw = _draw_from(source, maze, store, steps, split_seed)
+        return _read_states(Path(source), numbers, env)
+    draw = _draw_from(source, env, store, steps, split_seed)
     separation = separation or Separation()
-    start, goal = np.stack([_draw_pair(draw, source, number, maze, separation) for number in numbers], 1)
-    if not maze.is_clear(np.concatenate([start, goal])[:, :2], 0.0).all():
+    start, goal = np.stack([_draw_pair(draw, source, number, env, separation) for number in numbers], 1)
+    if env.geometry and not env.geometry.is_free(np.concatenate([start, goal])).all():
         raise UserError(
-            f"--goals {source}: frames of {store.path} are in walls of maze {maze.name}; choose another --goals or --env"
+            f"--goals {source}: frames of {store.path} are in walls of {env.geometry.name}; choose another --goals or --env"
         )
     return start, goal
 
 
-def _draw_from(source: str, maze: Maze, store: TokenStore, steps: int, split_seed: int) -> Draw:
+def _draw_from(source: str, env: Environment, store: TokenStore, steps: int, split_seed: int) -> Draw:
     if source == "dataset":
         candidates, _ = window_starts(store.episode, store.split("val", split_seed), steps + 1)
         if not len(candidates):
@@ -94,33 +97,33 @@ def _draw_from(source: str, maze: Maze, store: TokenStore, steps: int, split_see
             )
 
         return draw_frames
-    simulator = PointMazeSimulator(maze)
 
     def draw_states(rng: np.random.Generator) -> tuple[States, States]:
-        start = goal = sample_state(maze, rng)
+        task = env.sample_task(rng, goal=source == "random-state")
+        start = np.asarray(task.start, np.float64)
         if source == "random-state":
-            return start, sample_state(maze, rng)
-        for action in rng.normal(size=(steps, 2)):
-            goal = simulator.step(goal, action)
-        return start, goal
+            return start, np.asarray(task.goal, np.float64)
+        env.reset([Task(start)])
+        moved = env.step(rng.normal(size=(1, steps, env.spec.action.width)))
+        return start, states_of(env.spec, moved)[0, -1]
 
     return draw_states
 
 
-def _draw_pair(draw: Draw, source: str, number: int, maze: Maze, separation: Separation) -> tuple[States, States]:
+def _draw_pair(draw: Draw, source: str, number: int, env: Environment, separation: Separation) -> tuple[States, States]:
     rng = np.random.default_rng(99 * number + 1)
     for _ in range(MAX_DRAWS):
         start, goal = draw(rng)
-        if separation.allows(maze, start, goal):
+        if separation.allows(env, start, goal):
             return start, goal
     hint = "" if source == "random-state" else "raise --goal-steps, or "
     raise UserError(
-        f"--goals {source}: episode {number}: none of {MAX_DRAWS} pairs in maze {maze.name} is {separation.path:.2f} apart, the largest "
+        f"--goals {source}: episode {number}: none of {MAX_DRAWS} pairs in {world_name(env)} is {separation.path:.2f} apart, the largest "
         f"threshold and one model step; {hint}draw pairs at any distance with --no-strict"
     )
 
 
-def _read_states(file: Path, numbers: Sequence[int], maze: Maze) -> tuple[States, States]:
+def _read_states(file: Path, numbers: Sequence[int], env: Environment) -> tuple[States, States]:
     try:
         table = pq.read_table(file, columns=["start", "goal"])
         both = [np.array(table[name].to_pylist(), dtype=np.float64) for name in ("start", "goal")]
@@ -128,12 +131,14 @@ def _read_states(file: Path, numbers: Sequence[int], maze: Maze) -> tuple[States
         raise UserError(
             f"--goals {file} is neither {', '.join(SOURCES)} nor a Parquet file with columns start and goal: {reason(error)}"
         ) from error
-    if any(states.shape != (len(table), 4) or not (np.abs(states) < 1e6).all() for states in both):
-        raise UserError(f"--goals {file}: each start and goal must be 4 finite numbers, x, y, vx, vy")
+    size = state_size(env.spec)
+    if any(states.shape != (len(table), size) or not (np.abs(states) < 1e6).all() for states in both):
+        raise UserError(f"--goals {file}: each start and goal must be {size} finite numbers, a state of {env.spec.id}")
     if max(numbers) >= len(table):
         raise UserError(f"--goals {file} has {len(table)} rows, none for episode {max(numbers)}; lower --episodes")
     start, goal = (states[list(numbers)] for states in both)
-    if (walled := ~(maze.is_clear(start[:, :2], 0.0) & maze.is_clear(goal[:, :2], 0.0))).any():
+    space = env.geometry
+    if space and (walled := ~(space.is_free(start) & space.is_free(goal))).any():
         row = numbers[int(walled.argmax())]
-        raise UserError(f"--goals {file}: row {row} is in a wall of maze {maze.name}; choose the right --env")
+        raise UserError(f"--goals {file}: row {row} is in a wall of {space.name}; choose the right --env")
     return start, goal

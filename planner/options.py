@@ -33,8 +33,9 @@ class PlanOptions:
 
     episodes: Positive = option(50, "Episodes to plan.", group="Evaluation")
     budget: Positive = option(100, "Env steps of each episode.")
-    threshold: Annotated[float, Gt(0)] = option(
-        0.5, "Distance below which a goal is reached; 0.5, 0.25 and 0.1 are always reported."
+    threshold: Annotated[float, Gt(0)] | None = option(
+        None,
+        "Distance below which a goal is reached; the environment's are always reported.  [default: the environment's largest]",
     )
     goals: str = option("random-state", "Starts and goals: random-state, dataset, random-action, or a Parquet file.")
     goal_steps: Positive | None = option(
@@ -106,6 +107,7 @@ def recorded(options: PlanOptions) -> dict[str, Any]:
     """Return the options by which an evaluation is known: not the baselines, nor those at their defaults that are newer than others."""
     known, usual = asdict(options), asdict(PlanOptions())
     del known["baselines"]
+    known["threshold"] = known["threshold"] or 0.5  # as it was before it depended on the environment
     for name in ("policy", "subgoals"):
         if known[name] == usual[name]:
             del known[name]
@@ -119,9 +121,13 @@ def absolute_file(name: str) -> str:
     return str(Path(name).absolute()) if Path(name).exists() else name
 
 
-def default_out(run: Path, protocol: str | None, options: PlanOptions) -> Path:
-    """Return the folder of an evaluation in its run: named by protocol, sizes and every option that differs from the protocol's."""
-    usual = {**asdict(PlanOptions()), **(PROTOCOLS.get(protocol) if protocol else {})}
+def default_out(run: Path, protocol: str | None, options: PlanOptions, threshold: float | None = None) -> Path:
+    """Return the folder of an evaluation in its run: named by protocol, sizes and every option that differs from the protocol's.
+
+    Args:
+        threshold: the environment's, which `None` stands for.
+    """
+    usual = {**asdict(PlanOptions()), "threshold": threshold, **(PROTOCOLS.get(protocol) if protocol else {})}
     known = {**asdict(options), **options.search}
     in_every_name = {
         "search",

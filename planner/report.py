@@ -8,6 +8,7 @@ import math
 import platform
 import re
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -37,13 +38,14 @@ from wmcache.common.figures import png_bytes
 from wmcache.common.files import atomic_write, make_folder
 from wmcache.common.jsonfiles import write_json
 from wmcache.common.video import write_mp4
-from wmcache.envs import FPS, Maze
+from wmcache.envs import Geometry
 from wmcache.pipeline.encoders.changes import changes_for
-from wmcache.planner.context import EvalContext, cached_maze, render
+from wmcache.planner.context import EvalContext
 from wmcache.planner.episodes import Episodes
 from wmcache.planner.graph import LatentGraph
-from wmcache.planner.judge import THRESHOLDS, env_steps, shortest_path_lengths, wilson
+from wmcache.planner.judge import env_steps, shortest_path_lengths, wilson
 from wmcache.planner.options import SOURCES
+from wmcache.planner.world import draw_states, open_world
 from wmcache.trainer.models import Localizes
 
 VIDEOS = 4
@@ -71,14 +73,12 @@ def write_report(
 ) -> dict[str, Any]:
     """Write all files of a plan, and return the content of results.json: `results`, and when and where they were made."""
     results = {**results, "made": describe_making(context.device)}
-    options, actors = results["options"], actors_of(results)
-    write_episodes(out / "episodes.parquet", episodes)
-    pictures = {
-        "success": draw_success(episodes),
-        "training": draw_training(run),
-        "distance": draw_distance_map(context.store, context.graph),
-        "paths": draw_paths(episodes, context.maze, results["threshold"]),
-    }
+    options, actors, env = results["options"], actors_of(results), context.env
+    write_episodes(out / "episodes.parquet", episodes, env.spec.thresholds)
+    pictures = {"success": draw_success(episodes, env.spec.thresholds), "training": draw_training(run)}
+    if env.geometry:
+        pictures["distance"] = draw_distance_map(context.store, context.graph)
+        pictures["paths"] = draw_paths(episodes, env.geometry, results["threshold"])
     if isinstance(context.model, Localizes):
         pictures["localization"] = draw_localization(context)
     for name, picture in pictures.items():
@@ -140,11 +140,11 @@ def describe_making(device: torch.device) -> dict[str, str]:
     return {"wmcache": __version__, "date": date, "machine": ", ".join(parts)}
 
 
-def write_episodes(path: Path, episodes: Episodes) -> None:
+def write_episodes(path: Path, episodes: Episodes, thresholds: Sequence[float]) -> None:
     """Write a row per episode: start, goal, the states after each env step, and env steps to each threshold (-1: never)."""
     columns: dict[str, Any] = {"episode": np.arange(len(episodes.start))}
     columns |= {"start": list(episodes.start), "goal": list(episodes.goal)}
-    for threshold in THRESHOLDS:
+    for threshold in thresholds:
         reached = (episodes.distances() < threshold).any(1)
         columns[f"env_steps_{threshold}"] = np.where(reached, env_steps(episodes, threshold), -1)
     columns["states"] = [states.tolist() for states in episodes.states]
@@ -153,13 +153,13 @@ def write_episodes(path: Path, episodes: Episodes) -> None:
 
 
 @matplotlib.rc_context(RC)
-def draw_success(episodes: Episodes) -> bytes:
+def draw_success(episodes: Episodes, thresholds: Sequence[float]) -> bytes:
     """Draw the share of episodes that have reached the goal by env steps, with Wilson's 95 % band, for each threshold."""
     count, budget = episodes.states.shape[:2]
     figure, axes = _new_figure(4.6, 3.2)
     # A little beyond the budget, so that arrivals at its end are visible.
     ends = np.concatenate([[0], episodes.chunk_ends(), [1.03 * budget]])
-    for threshold, colour in zip(THRESHOLDS, COLOURS, strict=False):
+    for threshold, colour in zip(thresholds, COLOURS, strict=False):
         reached = np.maximum.accumulate(episodes.distances() < threshold, axis=1).sum(0)
         counts = np.concatenate([[0], reached, reached[-1:]]).astype(int)
         low, high = zip(*(wilson(int(k), count) for k in counts), strict=True)
@@ -207,10 +207,13 @@ def draw_training(run: Path) -> bytes:
 
 @matplotlib.rc_context(RC)
 def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> bytes:
-    """Draw cached frames at the ball's position, coloured by distance to a goal: in the latent space or along `graph`, and in the maze."""
+    """Draw cached frames at their positions, coloured by distance to a goal: in the latent space or along `graph`, and of the path."""
     chosen = np.random.default_rng(0).choice(len(store), min(MAPPED_FRAMES, len(store)), replace=False)
-    xy = store.require_state()[chosen, :2]
-    goal = int(np.argmax(xy[:, 0] - xy[:, 1]))  # an end of the U-maze
+    geometry = open_world(store.card).geometry
+    assert geometry is not None
+    states = store.require_state()[chosen]
+    xy = geometry.position(states)
+    goal = int(np.argmax(xy[:, 0] - xy[:, 1]))  # a corner
     tokens = store.gather(chosen).astype(np.float32)
     if graph is None:
         title, latent = "latent distance", np.square(tokens - tokens[goal]).sum((1, 2))
@@ -219,12 +222,11 @@ def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> by
         target = latents[goal : goal + 1]
         title = "distance along the cached frames"
         latent = graph.distance(latents[None, :, None], target, graph.to_goal(target))[0, :, 0].cpu().numpy()
-    maze = cached_maze(store.card)
-    true = maze.geodesic(xy[goal], xy)
+    true = geometry.distance(states[goal], states)
     correlation = f"{spearmanr(latent, true).statistic:.2f}" if np.ptp(latent) and np.ptp(true) else "none"
     figure, panels = _new_figure(7.2, 3.2, columns=2)
-    for axes, values, name in zip(panels, (latent, true), (title, "true distance along the maze"), strict=True):
-        _draw_walls(axes, maze)
+    for axes, values, name in zip(panels, (latent, true), (title, "length of the shortest path"), strict=True):
+        _draw_walls(axes, geometry)
         points = axes.scatter(xy[:, 0], xy[:, 1], c=values, s=3, cmap="viridis_r", linewidths=0)
         axes.plot(*xy[goal], "*", color="#d1272b", markersize=12)
         axes.set_title(name, fontsize=9)
@@ -234,16 +236,16 @@ def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> by
 
 
 @matplotlib.rc_context(RC)
-def draw_paths(episodes: Episodes, maze: Maze, threshold: float) -> bytes:
-    """Draw the ball's paths in some episodes, from start to goal, with a circle of the threshold around the goal."""
+def draw_paths(episodes: Episodes, geometry: Geometry, threshold: float) -> bytes:
+    """Draw the paths in some episodes, from start to goal, with a circle of the threshold around the goal."""
     figure, axes = _new_figure(3.8, 3.9)
-    _draw_walls(axes, maze)
+    _draw_walls(axes, geometry)
     palette = matplotlib.colormaps["tab20"]
     for i in range(min(DRAWN_PATHS, len(episodes.start))):
-        path = np.concatenate([episodes.start[i : i + 1], episodes.states[i]])
+        path = geometry.position(np.concatenate([episodes.start[i : i + 1], episodes.states[i]]))
         axes.plot(path[:, 0], path[:, 1], color=palette(i), linewidth=0.9)
-        axes.plot(*path[0, :2], ".", color=palette(i))
-        x, y = episodes.goal[i, :2].tolist()
+        axes.plot(*path[0], ".", color=palette(i))
+        x, y = geometry.position(episodes.goal[i]).tolist()
         axes.plot(x, y, "*", color=palette(i), markersize=9)
         axes.add_patch(Circle((x, y), threshold, fill=False, color=palette(i), linewidth=0.6))
     handles = [Line2D([], [], color="#555", linewidth=0.9, label="path")]
@@ -291,7 +293,7 @@ def locate(context: EvalContext) -> tuple[NDArray[np.uint8], dict[str, NDArray[n
     steps = max(1, min(MOST_STEPS, store.longest_episode("val", seed=seed) // frameskip - 1))
     windows, first = store.windows(1, steps, frameskip, "val", seed=seed), np.zeros(1, int)
     batch = {name: torch.from_numpy(value).to(context.device) for name, value in windows.batch(first).items()}
-    images = render(cached_maze(context.card), SIDE, store.require_state()[windows.frames(first)[0]])
+    images = draw_states(context.card, store.require_state()[windows.frames(first)[0]], image_size=SIDE)
     if model.labels_from_pixels:  # a first frame has no changes, as in a store of change maps
         changes = changes_for(context.card.token_grid, frameskip, "cpu")(np.stack([images[:-1], images[1:]], 1))
         batch["changes"] = torch.cat([torch.zeros_like(changes[:1]), changes])[None].to(context.device)
@@ -302,14 +304,20 @@ def locate(context: EvalContext) -> tuple[NDArray[np.uint8], dict[str, NDArray[n
 def write_videos(folder: Path, episodes: Episodes, context: EvalContext) -> list[tuple[str, Path]]:
     """Write videos of the episodes with the longest shortest paths, the live frame beside the goal's; returns captions and files."""
     make_folder(folder)
-    lengths = shortest_path_lengths(episodes, context.maze)
+    env = context.env
+    lengths = (
+        shortest_path_lengths(episodes, env.geometry)
+        if env.geometry
+        else episodes.distance(episodes.start, episodes.goal)
+    )
     chosen = np.argsort(-np.where(np.isfinite(lengths), lengths, -1.0), kind="stable")[:VIDEOS]
     gap = np.full((SIDE, 16, 3), 255, np.uint8)
-    threshold, written = THRESHOLDS[0], []
+    threshold, written = env.spec.thresholds[0], []
     for i in chosen.tolist():
-        goal, *frames = render(context.maze, SIDE, [episodes.goal[i], episodes.start[i], *episodes.states[i]])
+        states = np.concatenate([episodes.goal[i : i + 1], episodes.start[i : i + 1], episodes.states[i]])
+        goal, *frames = context.draw(states, SIDE)
         path = folder / f"episode-{i:03d}.mp4"
-        write_mp4(path, [np.concatenate([frame, gap, goal], axis=1) for frame in frames], FPS)
+        write_mp4(path, [np.concatenate([frame, gap, goal], axis=1) for frame in frames], max(1, round(env.spec.fps)))
         arrived = bool((episodes.distances()[i] < threshold).any())
         steps = int(env_steps(episodes, threshold)[i])
         outcome = f"within {threshold} after {steps} env steps" if arrived else "not reached"
@@ -317,9 +325,9 @@ def write_videos(folder: Path, episodes: Episodes, context: EvalContext) -> list
     return written
 
 
-def _draw_walls(axes: Axes, maze: Maze) -> None:
-    walls = (~maze.free).T
-    axes.imshow(walls, origin="lower", extent=maze.extent, cmap="Greys", vmin=0, vmax=2.5, interpolation="nearest")
+def _draw_walls(axes: Axes, geometry: Geometry) -> None:
+    walls = geometry.walls.T
+    axes.imshow(walls, origin="lower", extent=geometry.extent, cmap="Greys", vmin=0, vmax=2.5, interpolation="nearest")
     axes.set(aspect="equal", xticks=[], yticks=[])
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)

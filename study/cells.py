@@ -38,10 +38,9 @@ from wmcache.pipeline.pictures import draw_probe
 from wmcache.pipeline.probe import probe
 from wmcache.planner.context import EvalContext
 from wmcache.planner.evaluate import evaluate
-from wmcache.planner.judge import THRESHOLDS
 from wmcache.planner.options import SOURCES, PlanOptions, absolute_file, recorded
 from wmcache.planner.report import write_episodes
-from wmcache.study.options import EncoderChoice, StudyOptions
+from wmcache.study.options import THRESHOLDS, EncoderChoice, StudyOptions
 from wmcache.trainer.models import rollout_errors, skills
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.runs import load_model
@@ -319,11 +318,11 @@ def _plan(work: Workspace, cell: Cell) -> dict[str, Any]:
     weights, cache = _weights_of(work, extracted), work.product(extracted)
     setting = EvalContext(work.product(cell.inputs["train"]), options, weights=weights, cache=cache)
     episodes, results = evaluate(setting, options, out)
-    write_episodes(out / "episodes.parquet", episodes)
+    write_episodes(out / "episodes.parquet", episodes, THRESHOLDS)
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
     distances = episodes.distances()
-    reached = {str(at): (distances < at).any(1).astype(int).tolist() for at in (*THRESHOLDS, options.threshold)}
+    reached = {str(at): (distances < at).any(1).astype(int).tolist() for at in (*THRESHOLDS, results["threshold"])}
     return {**results, "reached": reached}
 
 

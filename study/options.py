@@ -23,6 +23,9 @@ from wmcache.planner.solvers import SOLVERS
 from wmcache.trainer.models import read_options as read_model_options
 from wmcache.trainer.options import TrainOptions
 
+THRESHOLDS = (0.5, 0.25, 0.1)
+"""Distances of a study's tables."""
+
 
 @dataclass(frozen=True)
 class Collect(CollectOptions):

@@ -19,11 +19,10 @@ from matplotlib.figure import Figure
 from wmcache.common.device import CPU
 from wmcache.common.figures import png_bytes
 from wmcache.common.files import atomic_write
-from wmcache.planner.judge import THRESHOLDS
 from wmcache.planner.options import BASELINES
 from wmcache.planner.report import COLOURS, RC, describe_making, write_page
 from wmcache.study.cells import Branch, Workspace
-from wmcache.study.options import Evaluation, StudyOptions
+from wmcache.study.options import THRESHOLDS, Evaluation, StudyOptions
 from wmcache.study.statistics import LEVEL, Row, compare, episodes_needed, pooled, rank, separated, smallest_p
 from wmcache.trainer.train import ROLLOUT_STEPS
 

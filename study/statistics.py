@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from wmcache.planner.judge import THRESHOLDS
 from wmcache.planner.options import BASELINES
 from wmcache.study.cells import Branch, Workspace
+from wmcache.study.options import THRESHOLDS
 from wmcache.trainer.train import ROLLOUT_STEPS
 
 LEVEL = 0.05

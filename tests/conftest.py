@@ -352,7 +352,7 @@ def run_path(store_path: Path, train_run: TrainRun) -> Path:
 def tiny_plan() -> PlanOptions:
     # The budget is not a multiple of a chunk of 5 env steps.
     search = {"samples": 8, "elites": 3, "iterations": 2}
-    return PlanOptions(episodes=3, budget=12, horizon=2, search=search, device="cpu", dtype="float32")
+    return PlanOptions(episodes=3, threshold=0.5, budget=12, horizon=2, search=search, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmcache.common.columns import default_columns
-from wmcache.envs.base import Environment, EnvSpec, Frames, Observation, States, Steps, Task
+from wmcache.envs.base import Environment, EnvSpec, Expert, Frames, Observation, States, Steps, Task
+from wmcache.envs.pointmaze.expert import PathFollower
 from wmcache.envs.pointmaze.gym_envs import check_state, sample_state
 from wmcache.envs.pointmaze.maze import ENV_PREFIX, Maze, env_id, find_maze
-from wmcache.envs.pointmaze.simulator import FPS, PointMazeSimulator
+from wmcache.envs.pointmaze.simulator import FPS, PointMazeSimulator, longest_move
 
 THRESHOLDS = (0.5, 0.25, 0.1)
 
@@ -72,6 +73,14 @@ class PointMaze(Environment):
     def distance(self, states: States, goal: States) -> States:
         """Compute the distance in (x, y); velocity does not matter (DINO-WM, pointmaze eval)."""
         return np.asarray(np.linalg.norm(states[..., :2] - goal[..., :2], axis=-1))
+
+    def longest_move(self, env_steps: int) -> float:
+        """Compute it at full speed and force."""
+        return longest_move(env_steps)
+
+    def expert(self) -> Expert:
+        """Follow the shortest path."""
+        return PathFollower(self.maze).act
 
     def close(self) -> None:
         """Free the GL context."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wmcache.envs.pointmaze.expert import PathFollower
+from wmcache.common.errors import UserError
 from wmcache.planner.base import Observation, Reads
 from wmcache.planner.context import EvalContext
 from wmcache.planner.options import PlanOptions
@@ -23,9 +23,12 @@ class ExpertPolicy:
     reads: ClassVar[Reads] = "state"
 
     def __init__(self, context: EvalContext, options: PlanOptions) -> None:
-        """See `Policy`."""
+        """Raise UserError for an environment without an expert."""
         self.seconds, self.encoder_frames, self.decisions = 0.0, 0, 0
-        self._expert = PathFollower(context.maze)
+        expert = context.env.expert()
+        if expert is None:
+            raise UserError(f"--policy expert: environment {context.env.spec.id} has none; choose another policy")
+        self._expert = expert
         self._steps, self._frameskip = options.execute, context.frameskip
 
     def reset(self, goal: Observation, generators: Sequence[torch.Generator]) -> None:  # noqa: ARG002
@@ -42,6 +45,6 @@ class ExpertPolicy:
         """See `Policy`."""
         steps = self._steps * self._frameskip
         pairs = zip(self._state, self._goal, strict=True)
-        actions = np.stack([self._expert.act(state, goal, steps) for state, goal in pairs])
+        actions = np.stack([self._expert(state, goal, steps) for state, goal in pairs])
         self.decisions += len(actions)
         return torch.from_numpy(actions).view(len(actions), self._steps, -1)

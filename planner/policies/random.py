@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wmcache.planner.base import Observation, Reads
@@ -17,7 +18,7 @@ from wmcache.planner.policies import PLAN_POLICIES
 
 @PLAN_POLICIES.register("random")
 class RandomPolicy:
-    """A `Policy`: normal actions, clipped to the bounds, which depend on the episode's generator alone."""
+    """A `Policy`: normal actions, clipped to the bounds, or uniform discrete ones; they depend on the episode's generator alone."""
 
     reads: ClassVar[Reads] = "nothing"
 
@@ -26,6 +27,7 @@ class RandomPolicy:
         self.seconds, self.encoder_frames, self.decisions = 0.0, 0, 0
         self._steps, self._frameskip = options.execute, context.frameskip
         self._low, self._high = context.action_bounds
+        self._discrete = context.discrete
 
     def reset(self, goal: Observation, generators: Sequence[torch.Generator]) -> None:  # noqa: ARG002
         """See `Policy`."""
@@ -37,7 +39,13 @@ class RandomPolicy:
 
     def act(self) -> Tensor:
         """See `Policy`."""
-        shape = (self._steps * self._frameskip, len(self._low))
-        actions = np.stack([rng.normal(size=shape).clip(self._low, self._high) for rng in self._rngs])
+        actions = np.stack([self._draw(rng) for rng in self._rngs])
         self.decisions += len(actions)
         return torch.from_numpy(actions).view(len(actions), self._steps, -1)
+
+    def _draw(self, rng: np.random.Generator) -> NDArray[np.float64]:
+        steps, size = self._steps * self._frameskip, len(self._low)
+        if self._discrete:
+            return np.eye(size)[rng.integers(size, size=steps)]
+        middle, half = (self._low + self._high) / 2, (self._high - self._low) / 2
+        return np.asarray(middle + half * rng.normal(size=(steps, size)), np.float64).clip(self._low, self._high)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,14 +17,16 @@ from wmcache.planner.policies import PLAN_POLICIES
 
 @PLAN_POLICIES.register("zero")
 class ZeroPolicy:
-    """A `Policy`: no action at all, so what the environment does by itself."""
+    """A `Policy`: the action nearest to zero, or the first of discrete ones, so what the environment does by itself."""
 
     reads: ClassVar[Reads] = "nothing"
 
     def __init__(self, context: EvalContext, options: PlanOptions) -> None:
         """See `Policy`."""
         self.seconds, self.encoder_frames, self.decisions = 0.0, 0, 0
-        self._shape = (options.execute, context.model.shape.action_dim)
+        low, high = context.action_bounds
+        action = np.eye(len(low))[0] if context.discrete else np.zeros(len(low)).clip(low, high)
+        self._actions = torch.from_numpy(np.tile(action, (options.execute, context.frameskip)))
 
     def reset(self, goal: Observation, generators: Sequence[torch.Generator]) -> None:  # noqa: ARG002
         """See `Policy`."""
@@ -35,4 +38,4 @@ class ZeroPolicy:
     def act(self) -> Tensor:
         """See `Policy`."""
         self.decisions += self._episodes
-        return torch.zeros(self._episodes, *self._shape, dtype=torch.float64)
+        return self._actions.repeat(self._episodes, 1, 1)

@@ -25,7 +25,7 @@ def test_they_act_as_the_environment_does_and_by_episode(
     context: EvalContext, tiny_plan: PlanOptions, name: str
 ) -> None:
     found = run_baseline(context, tiny_plan, name)
-    env = PointMazeVectorEnv(3, context.maze, 32)
+    env = PointMazeVectorEnv(3, context.env.geometry, 32)
     env.reset(options={"state": found.start, "goal": found.goal})
     rngs = [np.random.default_rng((99 * number + 1, 1)) for number in range(3)]
     random = np.stack([rng.normal(size=(12, 2)).clip(-1.0, 1.0) for rng in rngs])
@@ -43,12 +43,14 @@ def test_pairs_at_any_distance_are_too_easy(context: EvalContext, tiny_plan: Pla
     options = replace(tiny_plan, **ANY_PAIR)
     zero, random = (run_baseline(context, options, name) for name in ("zero", "random"))
     assert [count_at_goal(zero, threshold) for threshold in (0.5, 0.25, 0.1)] == [31, 10, 3]
-    assert judge(zero, 0.5, context.maze)["success_rate"] == 0.28
-    assert judge(random, 0.5, context.maze)["successes"] == 119
+    assert judge(zero, 0.5, context.env.geometry)["success_rate"] == 0.28
+    assert judge(random, 0.5, context.env.geometry)["successes"] == 119
 
 
 def test_the_expert_reaches_every_goal(context: EvalContext, tiny_plan: PlanOptions) -> None:
-    judged = judge(run_baseline(context, replace(tiny_plan, episodes=50, budget=100), "expert"), 0.1, context.maze)
+    judged = judge(
+        run_baseline(context, replace(tiny_plan, episodes=50, budget=100), "expert"), 0.1, context.env.geometry
+    )
     assert (judged["successes"], judged["held"]) == (50, 50)
     assert judged["path_ratio"] < 1.3
 
@@ -61,7 +63,7 @@ def test_an_evaluation_has_them_on_its_own_episodes(
     assert list(results["baselines"]) == ["zero", "expert"]
     for name, rows in results["baselines"].items():
         done = run_baseline(context, tiny_plan, name)
-        assert rows == [judge(done, threshold, context.maze) for threshold in (0.5, 0.25, 0.1)]
+        assert rows == [judge(done, threshold, context.env.geometry) for threshold in (0.5, 0.25, 0.1)]
 
 
 @pytest.mark.parametrize("name", ["mpc", "nothing"])

@@ -87,10 +87,10 @@ class TestFiles:
         with pytest.raises(UserError, match="my-own"):
             EvalContext(rewritten(run_path, tmp_path / "run", model="my-own"), tiny_plan)
 
-    def test_a_run_on_frames_without_a_maze_is_refused(
+    def test_a_run_on_frames_without_an_environment_is_refused(
         self, store: TokenStore, train_run: Callable[..., Path], tiny_plan: PlanOptions, tmp_path: Path
     ) -> None:
-        imported = replace(store.card, dataset={**store.card.dataset, "maze": []})
+        imported = replace(store.card, dataset={**store.card.dataset, "maze": [], "env": "frames of images"})
         tokens = store.gather(np.arange(len(store)))
         run = train_run(write_tokens(tmp_path / "store.zarr", tokens, imported, store.identity, columns_of(store)))
         for env in (None, "UMaze"):

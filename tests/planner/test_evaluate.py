@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +13,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from wmcache.envs import PointMazeVectorEnv
+from wmcache.envs import Observation, PointMazeVectorEnv, Steps
+from wmcache.envs.pointmaze import PointMaze
 from wmcache.pipeline.encoders import Encoder
-from wmcache.planner import evaluate as evaluate_module
+from wmcache.planner import world as world_module
 from wmcache.planner.context import EvalContext
 from wmcache.planner.evaluate import evaluate, run_episodes
 from wmcache.planner.mpc import Mpc
@@ -97,7 +98,7 @@ class TestObservedFrames:
         assert episodes.replans == 2 * -(-budget // (5 * execute))
         assert episodes.encoder_frames == recorded.frames == 2 * (2 + len(seen_after))
         # The goal, the start, and what the camera sees after these env steps.
-        env = PointMazeVectorEnv(2, context.maze, context.image_size)
+        env = PointMazeVectorEnv(2, context.env.geometry, context.image_size)
         states = [episodes.goal, episodes.start, *(episodes.states[:, step - 1] for step in seen_after)]
         for state, frames in zip(states, recorded.calls, strict=True):
             np.testing.assert_array_equal(frames, env.reset(options={"state": state})[0]["image"])
@@ -112,7 +113,7 @@ class TestObservedFrames:
         recorded.lag = lag
         episodes = run_episodes(context, options, range(2))
         assert episodes.states.shape == (2, 23, 4)
-        env = PointMazeVectorEnv(2, context.maze, context.image_size)
+        env = PointMazeVectorEnv(2, context.env.geometry, context.image_size)
 
         def seen(after: int) -> NDArray[np.uint8]:
             state = episodes.states[:, after - 1] if after else episodes.start
@@ -149,14 +150,15 @@ class TestObservedFrames:
             assert torch.equal(past, executed[:, first:now])
 
 
-class OtherProprio(PointMazeVectorEnv):
+class OtherProprio(PointMaze):
     """Adds a value to the proprio that it reports."""
 
     added = 0.0
 
-    def observe(self) -> Any:
+    def observe(self) -> Observation:
         seen = super().observe()
-        return {"image": seen["image"], "proprio": seen["proprio"] + np.float32(self.added)}
+        columns = {"state": seen.columns["state"] + self.added}
+        return Observation(columns, self.spec.columns, lambda: seen.image)
 
 
 def test_a_model_without_proprio_plans_from_pixels_alone(
@@ -170,7 +172,7 @@ def test_a_model_without_proprio_plans_from_pixels_alone(
             straight = run_episodes(context, options, range(3))
             assert np.ptp(straight.states[..., :2], axis=1).any()
             patch.setattr(OtherProprio, "added", added)
-            patch.setattr(evaluate_module, "PointMazeVectorEnv", OtherProprio)
+            patch.setattr(world_module, "open_environment", OtherProprio)
             assert np.array_equal(run_episodes(context, options, range(3)).states, straight.states) == same
 
 
@@ -224,25 +226,24 @@ def test_unfinished_episodes_to_other_goals_are_not_resumed(
     assert goals == [1.0, 1.2]
 
 
-class RecordingEnv(PointMazeVectorEnv):
-    """Records the actions that it receives."""
+class RecordingEnv(PointMaze):
+    """Records the actions that it receives in episodes, which run together."""
 
-    received: list[NDArray[np.floating]]
+    received: ClassVar[list[NDArray[np.floating]]] = []
     shift = 0.0
 
-    def advance(self, actions: NDArray[np.floating]) -> NDArray[np.float64]:
+    def step(self, actions: NDArray[np.floating]) -> Steps:
+        moved = super().step(actions)
+        if self.count == 1:  # draws goals
+            return moved
         self.received.append(actions.copy())
-        return super().advance(actions) + self.shift
+        return {"state": moved["state"] + self.shift}
 
 
 class LyingEnv(RecordingEnv):
-    """Reports wrong states, distances and success; its camera and its proprio are right."""
+    """Reports wrong states; its camera and its proprio are right."""
 
     shift = 100.0
-
-    def _info(self) -> dict[str, Any]:
-        info = super()._info()
-        return {"state": info["state"] + 100.0, "goal": info["goal"] - 7.0, "distance": 0.0, "success": True}
 
 
 HONEST: dict[str, dict[str, Any]] = {
@@ -265,10 +266,11 @@ def test_the_planner_never_receives_a_state_or_a_success(
     context = EvalContext(run_path, options)
     received = []
     for env in (RecordingEnv, LyingEnv):
-        env.received = []
-        monkeypatch.setattr(evaluate_module, "PointMazeVectorEnv", env)
-        run_episodes(context, options, range(3))
-        received.append(np.concatenate(env.received, axis=1))
+        with monkeypatch.context() as patch:
+            patch.setattr(RecordingEnv, "received", [])
+            patch.setattr(world_module, "open_environment", env)
+            run_episodes(context, options, range(3))
+            received.append(np.concatenate(env.received, axis=1))
     assert received[0].shape == (3, 12, 2)
     assert received[0].any()
     np.testing.assert_array_equal(received[0], received[1])

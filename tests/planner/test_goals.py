@@ -14,12 +14,13 @@ import pytest
 from wmcache.cache import TokenStore
 from wmcache.cache.windows import split_episodes
 from wmcache.common.errors import UserError
-from wmcache.envs import Maze, PointMazeSimulator, longest_move, sample_state
+from wmcache.envs import Maze, PointMazeSimulator, longest_move, open_environment, sample_state
 from wmcache.planner.goals import Separation, start_and_goal
 from wmcache.planner.options import SOURCES
 
 MakeStore = Callable[..., TokenStore]
 UMAZE = Maze.load("UMaze")
+WORLD = open_environment("UMaze")
 SEPARATION = Separation(0.5, longest_move(5))
 IN, IN_TOO, WALL = [1.0, 1.0, 0.0, 0.0], [1.0, 3.0, 0.5, -0.5], [2.0, 1.0, 0.0, 0.0]
 
@@ -30,10 +31,10 @@ def test_an_episode_is_a_function_of_its_number(store: TokenStore, source: str, 
     # The one held-out episode does not go far.
     far = Separation(0.2, longest_move(1)) if source == "dataset" else SEPARATION
     separation = far if strict else Separation()
-    start, goal = start_and_goal(source, range(10), UMAZE, store, 40 if strict else 10, separation=separation)
+    start, goal = start_and_goal(source, range(10), WORLD, store, 40 if strict else 10, separation=separation)
     assert start.shape == goal.shape == (10, 4)
     assert start.dtype == goal.dtype == np.float64
-    others = start_and_goal(source, [7, 3], UMAZE, store, 40 if strict else 10, separation=separation)
+    others = start_and_goal(source, [7, 3], WORLD, store, 40 if strict else 10, separation=separation)
     np.testing.assert_array_equal(others, (start[[7, 3]], goal[[7, 3]]))
     # Episodes differ, and are where the ball can be.
     if not strict:
@@ -53,7 +54,7 @@ class TestDataset:
         self, store: TokenStore, steps: int, seed: int
     ) -> None:
         held_out = split_episodes(6, "val", seed)
-        for start, goal in zip(*start_and_goal("dataset", range(20), UMAZE, store, steps, seed), strict=True):
+        for start, goal in zip(*start_and_goal("dataset", range(20), WORLD, store, steps, seed), strict=True):
             frame = int(np.flatnonzero((store.state == start).all(1))[0])
             np.testing.assert_array_equal(store.state[frame + steps], goal)
             assert store.episode[frame] == store.episode[frame + steps]
@@ -61,7 +62,7 @@ class TestDataset:
 
     def test_every_frame_of_an_episode_can_be_a_start(self, make_store: MakeStore) -> None:
         state = np.column_stack([np.arange(1.0, 17.0), np.ones(16), np.zeros((16, 2))])
-        hall = Maze("Hall", ("###", *["#O#"] * 17, "###"))
+        hall = open_environment("Hall", layout=("###", *["#O#"] * 17, "###"))
         store = make_store([np.zeros((8, 1))] * 2, state)
         start, _ = start_and_goal("dataset", range(60), hall, store, 5)
         first = 1 + 8 * int(split_episodes(2, "val", 42)[0])
@@ -69,13 +70,13 @@ class TestDataset:
 
     def test_episodes_too_short_and_frames_of_another_maze_are_refused(self, store: TokenStore) -> None:
         with pytest.raises(UserError, match=r" 61 .*--goal-steps"):
-            start_and_goal("dataset", [0], UMAZE, store, 60)
+            start_and_goal("dataset", [0], WORLD, store, 60)
         with pytest.raises(UserError, match=r"--goals dataset: .* Narrow"):
-            start_and_goal("dataset", range(20), Maze("Narrow", ("###", "#O#", "###")), store, 10)
+            start_and_goal("dataset", range(20), open_environment("Narrow", layout=("###", "#O#", "###")), store, 10)
 
 
 def test_random_actions_lead_from_the_start_to_the_goal(store: TokenStore) -> None:
-    start, goal = start_and_goal("random-action", range(4), UMAZE, store, 25)
+    start, goal = start_and_goal("random-action", range(4), WORLD, store, 25)
     simulator = PointMazeSimulator(UMAZE)
     for number in range(4):
         rng = np.random.default_rng(99 * number + 1)
@@ -89,11 +90,11 @@ def test_random_actions_lead_from_the_start_to_the_goal(store: TokenStore) -> No
 class TestSeparation:
     def test_only_pairs_that_are_too_close_are_drawn_again(self, store: TokenStore) -> None:
         strict, loose = (
-            start_and_goal("random-state", range(60), UMAZE, store, steps, separation=separation)
+            start_and_goal("random-state", range(60), WORLD, store, steps, separation=separation)
             for steps, separation in ((0, SEPARATION), (50, None))
         )
         same = (strict[0] == loose[0]).all(1)
-        assert same.tolist() == [SEPARATION.allows(UMAZE, *pair) for pair in zip(*loose, strict=True)]
+        assert same.tolist() == [SEPARATION.allows(WORLD, *pair) for pair in zip(*loose, strict=True)]
         assert 5 < same.sum() < 55
 
     def test_the_longest_move_is_never_exceeded(self) -> None:
@@ -118,7 +119,7 @@ class TestFiles:
         file = write(
             tmp_path / "some.parquet", {"start": [IN, IN_TOO, IN], "goal": [IN_TOO, IN, IN], "more": [1, 2, 3]}
         )
-        start, goal = start_and_goal(file, [1, 2], UMAZE, store, 10, separation=SEPARATION)
+        start, goal = start_and_goal(file, [1, 2], WORLD, store, 10, separation=SEPARATION)
         assert start.tolist() == [IN_TOO, IN]
         assert goal.tolist() == [IN, IN]
 
@@ -141,10 +142,10 @@ class TestFiles:
     ) -> None:
         file = write(tmp_path / "some.parquet", columns)
         with pytest.raises(UserError, match=f"{file}.*{named}|{named}.*{file}"):
-            start_and_goal(file, numbers, UMAZE, store, 10)
+            start_and_goal(file, numbers, WORLD, store, 10)
 
     def test_what_is_not_a_parquet_file_is_refused_with_the_sources(self, store: TokenStore, tmp_path: Path) -> None:
         (tmp_path / "text").write_text("start,goal\n")
         for file in (tmp_path, tmp_path / "text", tmp_path / "missing"):
             with pytest.raises(UserError, match=", ".join(SOURCES)):
-                start_and_goal(str(file), [0], UMAZE, store, 10)
+                start_and_goal(str(file), [0], WORLD, store, 10)

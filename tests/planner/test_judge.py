@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from wmcache.envs import Maze
+from wmcache.envs import Maze, open_environment
 from wmcache.planner.episodes import Episodes
 from wmcache.planner.judge import env_steps, judge, path_lengths, shortest_path_lengths
 
 NEAR, FAR = 0.2, 5.0
 HALL = Maze("Hall", ("#" * 8, "#" + "O" * 6 + "#", "#" + "O" * 6 + "#", "#" * 8))
 """x from 0.3 to 2.3, y from 0.3 to 6.3."""
+DISTANCE = open_environment("UMaze").distance
 Point = tuple[float, float]
 
 
@@ -24,7 +25,7 @@ def make_episodes(*distances: list[float], chunk: int = 5) -> Episodes:
     states = np.zeros((*distance.shape, 4))
     states[..., :2] = goal[:, None, :2]
     states[..., 1] += distance
-    return Episodes(goal + 1, goal, states, chunk, encoder_frames=0, replans=0, seconds=0.0)
+    return Episodes(goal + 1, goal, states, chunk, encoder_frames=0, replans=0, seconds=0.0, distance=DISTANCE)
 
 
 def arriving(*near: int, budget: int = 12) -> list[float]:
@@ -38,7 +39,9 @@ def travelling(*paths: Sequence[Point], goal: Point, chunk: int = 1) -> Episodes
     points = np.array([[*path, *[path[-1]] * (length - len(path))] for path in paths])
     states = np.concatenate([points, np.zeros_like(points)], 2)
     goals = np.tile([*goal, 0.0, 0.0], (len(paths), 1))
-    return Episodes(states[:, 0], goals, states[:, 1:], chunk, encoder_frames=0, replans=0, seconds=0.0)
+    return Episodes(
+        states[:, 0], goals, states[:, 1:], chunk, encoder_frames=0, replans=0, seconds=0.0, distance=DISTANCE
+    )
 
 
 class TestSuccess:
@@ -99,10 +102,14 @@ class TestDirectness:
     def test_the_shortest_path_goes_around_walls(self) -> None:
         episodes = travelling([(1, 1), (1, 3), (3, 3), (3, 1.49)], goal=(3, 1))
         maze = Maze.load("UMaze")
-        assert path_lengths(episodes, 0.5) == pytest.approx([5.51])
+        assert path_lengths(episodes, 0.5, maze) == pytest.approx([5.51])
         assert 3.5 < shortest_path_lengths(episodes, maze)[0] < 6  # corners can be cut
 
     def test_a_goal_that_cannot_be_reached_is_a_failure(self) -> None:
         rooms = Maze("Rooms", ("#####", "#O#O#", "#####"))
         judged = judge(travelling([(1, 1), (1, 1)], [(1, 3), (1, 3)], goal=(1, 3)), 0.5, rooms)
         assert (judged["successes"], judged["spl"]) == (1, 0.5)
+
+    def test_without_a_geometry_there_are_only_rates(self) -> None:
+        judged = judge(make_episodes(arriving(5), arriving()), 0.5, None)
+        assert (judged["successes"], judged["path_ratio"], judged["spl"]) == (1, None, None)

@@ -1,0 +1,68 @@
+"""The environment of a store's frames: opened from the store's card, and what evaluations read of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmcache.cache.layout import StoreCard
+from wmcache.common.columns import of_role
+from wmcache.common.errors import UserError
+from wmcache.envs import Environment, EnvSpec, Steps, find_environment, open_environment
+
+States = NDArray[np.float64]
+
+
+def open_world(
+    card: StoreCard, name: str | None = None, *, count: int = 1, image_size: int | None = None
+) -> Environment:
+    """Open the environment of a store's frames, or `name` in its place.
+
+    Args:
+        image_size: side of the frames in pixels; None takes the store's.
+
+    Raises:
+        UserError: the frames are imported from elsewhere, or the environment cannot be opened.
+    """
+    recorded, layout = str(card.dataset.get("env")), tuple(card.dataset.get("maze") or ())
+    size = image_size or int(card.dataset["image_size"])
+    try:
+        find_environment(recorded, layout)
+    except UserError as error:
+        raise UserError(
+            f"the frames of {recorded!r} have no environment to plan in; plan as in docs/import.md"
+        ) from error
+    return open_environment(name, count, size) if name else open_environment(recorded, count, size, layout)
+
+
+def world_name(env: Environment) -> str:
+    """Return the name of an environment in results."""
+    return env.geometry.name if env.geometry else env.spec.id
+
+
+def states_of(spec: EnvSpec, columns: Steps) -> States:
+    """Join the columns of role `state`, [E, ..., S] float64."""
+    parts = []
+    for name in of_role(spec.columns, "state"):
+        values = np.asarray(columns[name], np.float64)
+        parts.append(values.reshape(*values.shape[: values.ndim - len(spec.columns[name].shape)], -1))
+    if not parts:
+        raise UserError(f"environment {spec.id} has no column with the role state, which an evaluation records")
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
+
+
+def state_size(spec: EnvSpec) -> int:
+    """Count the numbers of a state."""
+    return sum(spec.columns[name].width for name in of_role(spec.columns, "state"))
+
+
+def draw_states(
+    card: StoreCard, states: Sequence[States] | States, *, name: str | None = None, image_size: int | None = None
+) -> NDArray[np.uint8]:
+    """Render frames [n, S, S, 3] of states [n, S]; arguments as for `open_world`."""
+    env = open_world(card, name, image_size=image_size)
+    frames = env.render(np.stack(list(states)))
+    env.close()
+    return frames
