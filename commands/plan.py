@@ -48,12 +48,13 @@ def wmplan(run: Path, protocol: str | None, out: Path | None, untrained: bool, c
     untrained = untrained or "untrained" in chosen.baselines.split(",")
     setting = EvalContext(run, chosen, **moved)
     chosen = setting.settled(chosen)
-    out = out or default_out(run, protocol, chosen, setting.env.spec.thresholds[0])
+    out = out or default_out(run, protocol, chosen, next(iter(setting.env.spec.thresholds), None))
     refuse_other_results(out, chosen)
     episodes, results = evaluate(setting, chosen, out, cluster)
     if untrained:
         random_model = EvalContext(run, chosen, **moved, untrained=True)
-        results["baselines"]["untrained"] = evaluate(random_model, chosen, out, cluster)[1]["by_threshold"]
+        found = evaluate(random_model, chosen, out, cluster)[1]
+        results["baselines"]["untrained"] = found["return" if "return" in found else "by_threshold"]
     results = write_report(out, run, setting, episodes, {"protocol": protocol, **results}, shell_command(sys.argv))
     show(results, _lines(results, out))
 
@@ -62,6 +63,20 @@ def _lines(results: dict[str, Any], out: Path) -> Iterator[str]:
     from wmcache.planner.report import actors_of
 
     actors = actors_of(results)
+    yield from _returns(actors) if "return" in results else _reached(results, actors)
+    cost = f"{results['replans']} replans at {results['seconds_per_replan']:.3f} s"
+    yield f"{results['budget_env_steps']} env steps an episode, {cost}, {results['encoder_frames']} frames encoded"
+    yield f"report: {out / 'report.html'}"
+
+
+def _returns(actors: dict[str, Any]) -> Iterator[str]:
+    yield f"{'actions':9} {'mean return':>12} {'95 % interval':>22} {'lowest':>10} {'highest':>10}"
+    for name, row in actors.items():
+        interval = "-" if row["ci95"] is None else "{:.2f} to {:.2f}".format(*row["ci95"])
+        yield f"{name:9} {row['mean']:>12.2f} {interval:>22} {row['lowest']:>10.2f} {row['highest']:>10.2f}"
+
+
+def _reached(results: dict[str, Any], actors: dict[str, Any]) -> Iterator[str]:
     head = f"{'within':>6} {'actions':9} {'reached':>12} {'95 % interval':>15} {'held at the end':>15} {'95 % interval':>15}"
     yield f"{head} {'env steps':>9} {'path':>5}"
     for judged in zip(*actors.values(), strict=True):
@@ -73,6 +88,3 @@ def _lines(results: dict[str, Any], out: Path) -> Iterator[str]:
             yield f"{line} {row['mean_env_steps']:>9.1f} {path:>5}"
     began = ", ".join(f"{count} within {threshold}" for threshold, count in results["began_at_goal"].items())
     yield f"began at the goal: {began}, of {results['episodes']} episodes"
-    cost = f"{results['replans']} replans at {results['seconds_per_replan']:.3f} s"
-    yield f"{results['budget_env_steps']} env steps an episode, {cost}, {results['encoder_frames']} frames encoded"
-    yield f"report: {out / 'report.html'}"

@@ -77,6 +77,8 @@ def store_card(dataset: FrameDataset, encoder: Encoder, dtype: str) -> StoreCard
     """Describe the store of an encoder's tokens."""
     card = dataset.card
     copied = {name: getattr(card, name) for name in ("env", "maze", "image_size", "policy", "fps")}
+    if not is_default(card.columns):  # stores of earlier versions stay as they are
+        copied["seed"] = card.seed
     return StoreCard(
         encoder=encoder.recipe(),
         dataset={"name": card.name, "path": absolute(dataset.path), **copied},

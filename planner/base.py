@@ -41,6 +41,7 @@ class Policy(Protocol):
     """Acts in E episodes at once; it never receives a success.
 
     Attributes:
+        needs_goal: it cannot act where success is a return; policies without the attribute do.
         reads: `frames`, `nothing`, or `state`. A policy that reads the simulator's state is a reference, and is marked so in results.
         seconds: spent on encoding and deciding. encoder_frames, decisions: counts over all episodes.
     """
@@ -51,7 +52,10 @@ class Policy(Protocol):
     decisions: int
 
     def reset(self, goal: Observation, generators: Sequence[torch.Generator]) -> None:
-        """Begin new episodes: with a goal and a random generator each, so that results do not depend on the batch."""
+        """Begin new episodes: with a goal and a random generator each, so that results do not depend on the batch.
+
+        Where success is a return the goal has no pixels.
+        """
 
     def observe(self, observation: Observation) -> None:
         """Receive a frame that the next decision starts from, the newest last."""

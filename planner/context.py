@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wmcache.cache.identity import Identity
 from wmcache.cache.store import TokenStore
+from wmcache.common.columns import of_role
 from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError
 from wmcache.common.files import sha256_of
@@ -29,11 +30,12 @@ from wmcache.planner.goals import start_and_goal
 from wmcache.planner.graph import LatentGraph
 from wmcache.planner.options import SOURCES, PlanOptions, check_options, recorded
 from wmcache.planner.solvers import make_solver, option_names
-from wmcache.planner.world import draw_states, open_world, world_name
+from wmcache.planner.world import draw_again, draw_states, open_world, world_name
 from wmcache.trainer.models import WorldModel
 from wmcache.trainer.runs import load_trained, needs_world_model, open_store, read_config, read_identity
 
 CHECKED_FRAMES = 16
+DISCRETE_SOLVER = "categorical-cem"
 
 
 class EvalContext:
@@ -48,6 +50,7 @@ class EvalContext:
         graph: with `--distance graph`, else None.
         action_bounds: float32 [A] each, lowest and highest env actions.
         discrete: whether actions are one-hot.
+        by_return: the environment has no goal, and success is its return.
         env: for its spec, geometry and distance; episodes run in others, see `open_env`.
     """
 
@@ -80,6 +83,9 @@ class EvalContext:
         self.store = open_store(run, cache)
         self._env_name = options.env
         self.env = self._open_checked()
+        self.by_return = not self.env.spec.thresholds
+        self.discrete = any(column.discrete for column in self.store.columns.values() if "action" in column.roles)
+        options = self.settled(options)
         self.image_size = int(self.card.dataset["image_size"])
         self.drift = live_drift(self.store, self.encoder)
         self.blind = self.model.blind
@@ -87,7 +93,6 @@ class EvalContext:
         if isinstance(self.model, WorldModel):
             self.model.context, self.model.observed = self.context_frames, self.observed
         own = {"frameskip": self.frameskip} if "frameskip" in option_names(options.solver) else {}
-        self.discrete = any(column.discrete for column in self.store.columns.values() if "action" in column.roles)
         self.solver = make_solver(options.solver, **{**own, **options.search})
         if self.discrete and not getattr(self.solver, "discrete", False) and isinstance(self.model, WorldModel):
             raise UserError(f"--solver {options.solver} has no discrete actions; plan with --solver categorical-cem")
@@ -95,9 +100,9 @@ class EvalContext:
         self.action_bounds = self.store.bounds
         self._changes = changes_for(self.card.token_grid, self.frameskip, options.device) if options.mask else None
 
-    def open_env(self, count: int = 1) -> Environment:
-        """Open `count` copies of the environment to plan in."""
-        return open_world(self.card, self._env_name, count=count)
+    def open_env(self, count: int = 1, image_size: int | None = None) -> Environment:
+        """Open `count` copies of the environment to plan in; arguments as for `open_world`."""
+        return open_world(self.card, self._env_name, count=count, image_size=image_size)
 
     def draw(self, states: NDArray[np.float64], image_size: int | None = None) -> NDArray[np.uint8]:
         """Render frames [n, S, S, 3] of states [n, S] of the environment to plan in."""
@@ -108,8 +113,8 @@ class EvalContext:
         if env.spec.action.width != self.store.action.shape[1]:
             wanted = f"{env.spec.action.width} action values, not the {self.store.action.shape[1]} of {self.store.path}"
             raise UserError(f"environment {env.spec.id} has {wanted}; choose another --env")
-        if not env.spec.renders_states or not env.spec.thresholds:
-            raise UserError(f"environment {env.spec.id} has no goal states to plan to; plan as in docs/import.md")
+        if not env.spec.thresholds and not of_role(env.spec.columns, "reward"):
+            raise UserError(f"environment {env.spec.id} has neither thresholds nor a reward, so nothing can be judged")
         return env
 
     def _load_encoder(self, identity: Identity, device: str) -> Encoder:
@@ -174,8 +179,23 @@ class EvalContext:
         return differs | ~differs.any(1, keepdim=True)
 
     def settled(self, options: PlanOptions) -> PlanOptions:
-        """Replace a threshold of None by the environment's first."""
-        return replace(options, threshold=options.threshold or self.env.spec.thresholds[0])
+        """Replace what depends on the environment: the threshold, and without a goal the objective; the solver of discrete actions.
+
+        Raises:
+            UserError: an option that needs a goal, where the environment has none.
+        """
+        if self.discrete and options.solver == PlanOptions().solver:
+            known = option_names(DISCRETE_SOLVER)
+            search = {name: value for name, value in options.search.items() if name in known}
+            options = replace(options, solver=DISCRETE_SOLVER, search=search)
+        if not self.by_return:
+            return replace(options, threshold=options.threshold or self.env.spec.thresholds[0])
+        usual = PlanOptions()
+        for name in ("threshold", "goals", "goal_steps", "distance", "alpha", "mask"):
+            if getattr(options, name) != getattr(usual, name):
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} needs a goal, and environment {self.env.spec.id} has none; leave it out")
+        return replace(options, objective="return")
 
     def goal_steps(self, options: PlanOptions) -> int:
         """Return the env steps from start to goal, for sources of goals that need them."""
@@ -196,6 +216,7 @@ class EvalContext:
         }
         unused = set() if isinstance(self.model, WorldModel) and not self.model.recurrent else {"context", "observed"}
         unused |= {"goal_steps"} if options.goals == "random-state" else set()
+        unused |= {"goals", "threshold", "strict", "distance", "alpha", "mask", "subgoals"} if self.by_return else set()
         if options.goals not in SOURCES:
             unused |= {"goal_steps", "strict"}
         return {name: value for name, value in used.items() if name not in unused}
@@ -217,10 +238,9 @@ def live_drift(store: TokenStore, encoder: Encoder) -> dict[str, float]:
         UserError: the cosine is below `COSINE_TOLERANCE`, so plans would be made in another latent space than the model's.
     """
     frames = np.linspace(0, len(store) - 1, CHECKED_FRAMES).astype(int)
-    live = draw_states(store.card, store.require_state()[frames])
+    live = draw_again(store, frames)
     if encoder.lag:
-        before = store.require_state()[frames - np.minimum(encoder.lag, store.step[frames])]
-        live = np.stack([draw_states(store.card, before), live], 1)
+        live = np.stack([draw_again(store, frames - np.minimum(encoder.lag, store.step[frames])), live], 1)
     drift = encoder.drift(live, store.gather(frames))
     if not drift["cosine"] > COSINE_TOLERANCE:
         raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ class Episodes:
     """Recorded episodes, for the judge and the report.
 
     Attributes:
-        start, goal: float64 [E, S].
+        start, goal: float64 [E, S]; a goal is [E, 0] where success is a return.
         states: float64 [E, budget, S], after each env step.
         chunk: env steps between replans.
         encoder_frames, replans: counts over all episodes.
         seconds: spent on encoding live frames and planning.
         distance: the environment's; not saved.
+        rewards: float64 [E, budget] of each env step; [E, 0] where there are none.
+        actions: float32 [E, budget, A], to replay episodes whose states cannot be drawn; else [E, 0, 0].
     """
 
     start: NDArray[np.float64]
@@ -37,6 +39,8 @@ class Episodes:
     replans: int
     seconds: float
     distance: Distance
+    rewards: NDArray[np.float64] = field(default_factory=lambda: np.zeros((1, 0)))
+    actions: NDArray[np.float32] = field(default_factory=lambda: np.zeros((1, 0, 0), np.float32))
 
     def distances(self) -> NDArray[np.float64]:
         """Compute the distance to the goal at the end of every executed chunk, [E, chunks]."""
@@ -62,7 +66,8 @@ class Episodes:
     def join(cls, parts: Sequence[Episodes]) -> Episodes:
         """Join the episodes of several batches."""
         joined: dict[str, Any] = {
-            name: np.concatenate([getattr(part, name) for part in parts]) for name in ("start", "goal", "states")
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in ("start", "goal", "states", "rewards", "actions")
         }
         joined |= {
             name: sum(getattr(part, name) for part in parts) for name in ("encoder_frames", "replans", "seconds")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,16 +13,17 @@ from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
 from wmcache.cluster.tasks import WorkerTask, report, run_tasks
+from wmcache.common.columns import of_role
 from wmcache.common.errors import UserError
 from wmcache.common.files import make_folder
 from wmcache.common.paths import absolute, as_path
-from wmcache.envs import Environment, Task
+from wmcache.envs import Environment, Steps, Task
 from wmcache.envs import Observation as Seen
 from wmcache.planner.base import Observation, Policy
 from wmcache.planner.context import EvalContext
 from wmcache.planner.episodes import Episodes
 from wmcache.planner.goals import Separation, start_and_goal
-from wmcache.planner.judge import count_at_goal, judge, reported_thresholds, shortest_path_lengths
+from wmcache.planner.judge import count_at_goal, judge, judge_return, reported_thresholds, shortest_path_lengths
 from wmcache.planner.options import SOURCES, PlanOptions, Precision, absolute_file
 from wmcache.planner.policies import PLAN_POLICIES, make_policy
 from wmcache.planner.world import states_of, world_name
@@ -34,14 +35,15 @@ def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[i
     The policy receives frames and proprio, never a distance or a success, and a state only where it says so; MPC with `alpha` above 0
     also receives the goal's proprio.
     """
-    numbers, frameskip = list(numbers), context.frameskip
-    start, goal = _start_and_goal(context, options, numbers)
-    policy = make_policy(context, options)
+    numbers, frameskip, options = list(numbers), context.frameskip, context.settled(options)
+    tasks, policy = tasks_of(context, options, numbers), make_policy(context, options)
     env = context.open_env(len(numbers))
-    goals = env.reset([Task(state) for state in goal])
-    policy.reset(_shown(policy, env, goals), [torch.Generator().manual_seed(99 * number + 1) for number in numbers])
-    policy.observe(_shown(policy, env, env.reset([Task(state) for state in start])))
-    states: list[NDArray[np.float64]] = []
+    generators = [torch.Generator().manual_seed(99 * number + 1) for number in numbers]
+    policy.reset(_shown_goals(policy, env, tasks), generators)
+    seen = env.reset(tasks)
+    policy.observe(_shown(policy, env, seen))
+    steps: list[Steps] = []
+    executed: list[NDArray[np.floating]] = []
     done, chunk = 0, options.execute * frameskip
     while done < options.budget:
         actions = policy.act()
@@ -49,7 +51,8 @@ def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[i
         for step, action in enumerate(actions.unbind(1)):
             raw = action.reshape(len(numbers), frameskip, -1).cpu().numpy()[:, : options.budget - done]
             moved, earlier = _advance(env, raw, context.encoder.lag if policy.reads == "frames" else 0)
-            states += moved
+            steps += moved
+            executed.append(raw)
             done += raw.shape[1]
             if done >= options.budget:
                 break
@@ -58,8 +61,48 @@ def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[i
                 policy.observe(_shown(policy, env, env.observe(), earlier))
         report(len(numbers))
     env.close()
-    counts = (policy.encoder_frames, policy.decisions, policy.seconds)
-    return Episodes(start, goal, np.concatenate(states, 1), chunk, *counts, distance=context.env.distance)
+    start = states_of(env.spec, seen.columns)
+    recorded = _recorded(context, tasks, start, steps, np.concatenate(executed, 1))
+    return Episodes(
+        chunk=chunk,
+        encoder_frames=policy.encoder_frames,
+        replans=policy.decisions,
+        seconds=policy.seconds,
+        distance=context.env.distance,
+        **recorded,
+    )
+
+
+def _recorded(
+    context: EvalContext,
+    tasks: Sequence[Task],
+    start: NDArray[np.float64],
+    steps: Sequence[Steps],
+    actions: NDArray[np.floating],
+) -> dict[str, NDArray[Any]]:
+    """Return start, goal, states, rewards and actions, see `Episodes`."""
+    spec = context.env.spec
+    states = np.concatenate([states_of(spec, part) for part in steps], 1)
+    if not context.by_return:
+        start, goal = (
+            np.array(ends, np.float64) for ends in zip(*((task.start, task.goal) for task in tasks), strict=True)
+        )
+        nothing: dict[str, NDArray[Any]] = {
+            "rewards": states[:, :0, 0],
+            "actions": np.zeros((len(tasks), 0, 0), np.float32),
+        }
+        return {"start": start, "goal": goal, "states": states, **nothing}
+    (name,) = of_role(spec.columns, "reward")
+    rewards = np.concatenate([part[name].reshape(part[name].shape[:2]) for part in steps], 1)
+    kept: dict[str, NDArray[Any]] = {"rewards": rewards.astype(np.float64), "actions": actions.astype(np.float32)}
+    return {"start": start, "goal": start[:, :0], "states": states, **kept}
+
+
+def _shown_goals(policy: Policy, env: Environment, tasks: Sequence[Task]) -> Observation:
+    """Show the goals; without one, no pixels."""
+    if tasks[0].goal is None:
+        return Observation(np.zeros((len(tasks), 0, 0, 3), np.uint8), np.zeros((len(tasks), 0), np.float32))
+    return _shown(policy, env, env.reset([Task(task.goal) for task in tasks if task.goal is not None]))
 
 
 def _shown(policy: Policy, env: Environment, seen: Seen, earlier: NDArray[np.uint8] | None = None) -> Observation:
@@ -71,30 +114,31 @@ def _shown(policy: Policy, env: Environment, seen: Seen, earlier: NDArray[np.uin
     return Observation(image, proprio, earlier, state)
 
 
-def _advance(
-    env: Environment, actions: NDArray[np.floating], lag: int
-) -> tuple[list[NDArray[np.float64]], NDArray[np.uint8] | None]:
-    """Execute actions [E, k, A]; returns the states in parts [E, k', S], and the frame `lag` env steps before the end."""
+def _advance(env: Environment, actions: NDArray[np.floating], lag: int) -> tuple[list[Steps], NDArray[np.uint8] | None]:
+    """Execute actions [E, k, A]; returns the columns in parts [E, k', ...], and the frame `lag` env steps before the end."""
     if not lag:
-        return [states_of(env.spec, env.step(actions))], None
+        return [env.step(actions)], None
     before = actions.shape[1] - min(lag, actions.shape[1])
-    states = [states_of(env.spec, env.step(actions[:, :before]))] if before else []
+    parts = [env.step(actions[:, :before])] if before else []
     earlier = env.observe().image
-    return [*states, states_of(env.spec, env.step(actions[:, before:]))], earlier
+    return [*parts, env.step(actions[:, before:])], earlier
 
 
-def _start_and_goal(
-    context: EvalContext, options: PlanOptions, numbers: Sequence[int]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def tasks_of(context: EvalContext, options: PlanOptions, numbers: Sequence[int]) -> list[Task]:
+    """Draw the tasks of episodes; that of episode n depends on n alone."""
     separation, env = None, context.open_env()
+    if context.by_return:
+        tasks = [env.sample_task(np.random.default_rng(99 * number + 1), goal=False) for number in numbers]
+        env.close()
+        return tasks
     if options.strict:
         largest = reported_thresholds(env.spec.thresholds, options.threshold)[0]
         separation = Separation(largest, env.longest_move(context.frameskip))
     split_seed = int(context.config.get("split_seed", 42))
     steps = context.goal_steps(options)
-    found = start_and_goal(options.goals, numbers, env, context.store, steps, split_seed, separation)
+    start, goal = start_and_goal(options.goals, numbers, env, context.store, steps, split_seed, separation)
     env.close()
-    return found
+    return [Task(one, other) for one, other in zip(start, goal, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -142,7 +186,7 @@ def evaluate(
     options = context.settled(options)
     numbers = range(options.seed, options.seed + options.episodes)
     # What cannot work is reported before any work.
-    _start_and_goal(context, options, numbers)
+    tasks_of(context, options, numbers)
     make_policy(context, options)
     baselines_of(context, options)
     fingerprint = context.fingerprint(options)
@@ -180,9 +224,37 @@ def evaluate(
 
 
 def summarise(context: EvalContext, options: PlanOptions, episodes: Episodes) -> dict[str, Any]:
-    """Judge episodes, and the baselines on the same starts and goals; returns the content of `results.json`."""
-    options, geometry = context.settled(options), context.env.geometry
+    """Judge episodes, and the baselines on the same tasks; returns the content of `results.json`."""
+    options = context.settled(options)
+    own, judged = _judge_return(episodes) if context.by_return else _judge_goals(context, options, episodes)
+    return {
+        "episodes": options.episodes,
+        **own,
+        "budget_env_steps": options.budget,
+        "encoder_frames": episodes.encoder_frames,
+        "replans": episodes.replans,
+        "candidates_per_replan": context.solver.evaluations if context.policy(options) == "mpc" else 0,
+        "seconds_per_replan": episodes.seconds / episodes.replans,
+        "operations_per_decision": operations_per_decision(context, options),
+        "policy": context.policy(options),
+        "reads_state": make_policy(context, options).reads == "state",
+        "baselines": {name: judged(run_baseline(context, options, name)) for name in baselines_of(context, options)},
+        "live_drift": context.drift,
+        "maze" if context.env.geometry else "env": world_name(context.env),
+        "options": asdict(options),
+        "resolved": context.resolved(options),
+    }
+
+
+def _judge_return(episodes: Episodes) -> tuple[dict[str, Any], Callable[[Episodes], Any]]:
+    return {"return": judge_return(episodes)}, judge_return
+
+
+def _judge_goals(
+    context: EvalContext, options: PlanOptions, episodes: Episodes
+) -> tuple[dict[str, Any], Callable[[Episodes], Any]]:
     assert options.threshold is not None
+    geometry = context.env.geometry
     thresholds = reported_thresholds(context.env.spec.thresholds, options.threshold)
     shortest = None if geometry is None else shortest_path_lengths(episodes, geometry)
 
@@ -191,28 +263,14 @@ def summarise(context: EvalContext, options: PlanOptions, episodes: Episodes) ->
 
     by_threshold = judge_all(episodes)
     headline = by_threshold[thresholds.index(options.threshold)]
-    names = ("successes", "success_rate", "ci95", "held", "held_rate", "held_ci95")
-    return {
-        "episodes": options.episodes,
+    names = ("successes", "success_rate", "ci95", "held", "held_rate", "held_ci95", "mean_env_steps")
+    found = {
         **{name: headline[name] for name in names},
         "began_at_goal": {str(threshold): count_at_goal(episodes, threshold) for threshold in thresholds},
         "threshold": options.threshold,
-        "budget_env_steps": options.budget,
-        "mean_env_steps": headline["mean_env_steps"],
-        "encoder_frames": episodes.encoder_frames,
-        "replans": episodes.replans,
-        "candidates_per_replan": context.solver.evaluations if context.policy(options) == "mpc" else 0,
-        "seconds_per_replan": episodes.seconds / episodes.replans,
-        "operations_per_decision": operations_per_decision(context, options),
-        "policy": context.policy(options),
-        "reads_state": make_policy(context, options).reads == "state",
         "by_threshold": by_threshold,
-        "baselines": {name: judge_all(run_baseline(context, options, name)) for name in baselines_of(context, options)},
-        "live_drift": context.drift,
-        "maze" if geometry else "env": world_name(context.env),
-        "options": asdict(options),
-        "resolved": context.resolved(options),
     }
+    return found, judge_all
 
 
 def baselines_of(context: EvalContext, options: PlanOptions) -> list[str]:
@@ -234,9 +292,9 @@ def run_baseline(context: EvalContext, options: PlanOptions, name: str) -> Episo
 
 def operations_per_decision(context: EvalContext, options: PlanOptions) -> int:
     """Count the floating-point operations of networks, the encoder's included, of a decision in one episode."""
-    start, goal = _start_and_goal(context, options, [options.seed])
+    tasks = tasks_of(context, options, [options.seed])
     policy, env = make_policy(context, options), context.open_env()
-    observations = [_shown(policy, env, env.reset([Task(state[0])])) for state in (goal, start)]
+    observations = [_shown_goals(policy, env, tasks), _shown(policy, env, env.reset(tasks))]
     env.close()
     policy.reset(observations[0], [torch.Generator().manual_seed(99 * options.seed + 1)])
     with FlopCounterMode(display=False) as counter:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
+from scipy.stats import t as student
 
 from wmcache.envs import Geometry
 from wmcache.planner.episodes import Episodes
@@ -62,6 +64,16 @@ def _directness(
     inverse = np.where(needed > 0, needed / np.maximum(taken, np.maximum(needed, 1e-9)), 1.0)
     ratio = float(taken.sum() / needed.sum()) if needed.any() else None
     return {"path_ratio": ratio, "spl": float(inverse.sum()) / len(reached)}
+
+
+def judge_return(episodes: Episodes) -> dict[str, Any]:
+    """Judge episodes by the sum of their rewards: `mean` with Student's interval `ci95` (None of one episode), `lowest`, `highest`."""
+    returns = episodes.rewards.sum(1)
+    mean, count, interval = float(returns.mean()), len(returns), None
+    if count > 1:
+        half = float(student.ppf(0.975, count - 1)) * float(returns.std(ddof=1)) / math.sqrt(count)
+        interval = [mean - half, mean + half]
+    return {"mean": mean, "ci95": interval, "lowest": float(returns.min()), "highest": float(returns.max())}
 
 
 def wilson(successes: int, count: int) -> list[float]:

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from wmcache.common.device import autocast
+from wmcache.common.errors import UserError
 from wmcache.planner.base import Cost, Solver
 from wmcache.planner.context import EvalContext
-from wmcache.planner.objective import GoalDistance, Objective
+from wmcache.planner.objective import GoalDistance, Objective, negative_return
 from wmcache.planner.options import PlanOptions
 from wmcache.trainer.models import Belief, WorldModel
 
@@ -106,6 +107,31 @@ def make_mpc(context: EvalContext, options: PlanOptions, goal: Tensor, goal_prop
     to_goal = None if graph is None else graph.to_goal(goal)
     cost = context.world_model.cost
     objective = GoalDistance(goal, options.objective, options.alpha, proprio, graph, to_goal, cost=cost)
+    return _mpc_of(context, options, objective)
+
+
+def make_return_mpc(context: EvalContext, options: PlanOptions) -> Mpc:
+    """Create a planner of the highest predicted return."""
+    return _mpc_of(context, options, negative_return)
+
+
+def require_reward(context: EvalContext) -> None:
+    """Raise UserError where the model predicts no reward."""
+    model, shape = context.world_model, context.world_model.shape
+    zeros = [
+        torch.zeros(1, *size, device=context.device) for size in ((shape.tokens, shape.token_dim), (shape.proprio_dim,))
+    ]
+    with torch.inference_mode(), autocast(context.device, context.dtype):
+        belief = model.observe(model.start(1), zeros[0], zeros[1], None)
+        imagined = model.imagine(belief, torch.zeros(1, 1, 1, shape.action_dim, device=context.device))
+    if imagined.reward is None:
+        raise UserError(
+            f"the model of {context.run} predicts no reward, which a plan without a goal needs; train one that does on a store with "
+            "rewards: wmtrain --model mdn-rnn, or compare with --policy random"
+        )
+
+
+def _mpc_of(context: EvalContext, options: PlanOptions, objective: Objective) -> Mpc:
     sizes = (options.horizon, context.frameskip)
     low, high = (
         torch.from_numpy(np.tile(bound, context.frameskip)).to(context.device) for bound in context.action_bounds

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from wmcache.planner.graph import LatentGraph
@@ -13,6 +14,16 @@ from wmcache.trainer.models import Imagined, latent_distance
 MODES = ("last", "all")
 Objective = Callable[[Imagined, slice], Tensor]
 """Scores imagined futures of these e episodes of all -> costs [e, S]."""
+
+
+def negative_return(imagined: Imagined, episodes: slice) -> Tensor:  # noqa: ARG001 (an objective's signature)
+    """Sum the predicted rewards, each weighted by the chance that the episode still goes on; an `Objective`."""
+    assert imagined.reward is not None
+    rewards = imagined.reward
+    if imagined.continues is not None:
+        going = imagined.continues.cumprod(2)
+        rewards = torch.cat([rewards[:, :, :1], rewards[:, :, 1:] * going[:, :, :-1]], 2)
+    return -rewards.sum(2)
 
 
 @dataclass(frozen=True)

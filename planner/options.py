@@ -20,6 +20,8 @@ SOURCES = ("random-state", "dataset", "random-action")
 BASELINES = ("random", "zero")
 """Of every evaluation that names no others."""
 LONGEST_NAME = 120
+EARLIER_THRESHOLD = 0.5
+"""What options without a threshold are recorded with, as before it depended on the environment."""
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -59,7 +61,10 @@ class PlanOptions:
     )
     horizon: Positive = option(5, "Model steps of a plan.", group="Planning")
     execute: Positive = option(1, "Model steps before the next plan.")
-    objective: Literal["last", "all"] = option("all", "Score the last imagined frame (DINO-WM) or all.")
+    objective: Literal["last", "all", "return"] = option(
+        "all",
+        "Score the last imagined frame (DINO-WM), all, or the predicted rewards; return where an environment has no goal.",
+    )
     distance: Literal["latent", "graph"] = option(
         "latent",
         "Distance to the goal: between latents (DINO-WM), or along the cached frames, for goals beyond the horizon.",
@@ -107,7 +112,7 @@ def recorded(options: PlanOptions) -> dict[str, Any]:
     """Return the options by which an evaluation is known: not the baselines, nor those at their defaults that are newer than others."""
     known, usual = asdict(options), asdict(PlanOptions())
     del known["baselines"]
-    known["threshold"] = known["threshold"] or 0.5  # as it was before it depended on the environment
+    known["threshold"] = known["threshold"] or EARLIER_THRESHOLD
     for name in ("policy", "subgoals"):
         if known[name] == usual[name]:
             del known[name]
@@ -170,6 +175,7 @@ def refuse_other_results(out: Path, options: PlanOptions) -> None:
         return
     usual = {"strict": False, "policy": None, "subgoals": PlanOptions().subgoals}
     kept = {**usual, **read_json(out / "results.json", "choose another --out").get("options", {})}
+    kept["threshold"] = kept.get("threshold") or EARLIER_THRESHOLD
     wanted = {**usual, **recorded(options)}
     if options.goals not in SOURCES:
         kept["strict"] = False

@@ -75,7 +75,11 @@ def write_report(
     results = {**results, "made": describe_making(context.device)}
     options, actors, env = results["options"], actors_of(results), context.env
     write_episodes(out / "episodes.parquet", episodes, env.spec.thresholds)
-    pictures = {"success": draw_success(episodes, env.spec.thresholds), "training": draw_training(run)}
+    pictures = {"training": draw_training(run)}
+    if context.by_return:
+        pictures["returns"] = draw_returns(episodes)
+    else:
+        pictures["success"] = draw_success(episodes, env.spec.thresholds)
     if env.geometry:
         pictures["distance"] = draw_distance_map(context.store, context.graph)
         pictures["paths"] = draw_paths(episodes, env.geometry, results["threshold"])
@@ -84,14 +88,16 @@ def write_report(
     for name, picture in pictures.items():
         with atomic_write(out / "figures" / f"{name}.png") as file:
             file.write(picture)
-    videos = write_videos(out / "videos", episodes, context)
+    videos = write_videos(out / "videos", episodes, context, options["seed"])
     write_page(
         out / "report.html",
         "wmcache.planner",
-        "report.html.jinja",
+        "returns.html.jinja" if context.by_return else "report.html.jinja",
         results=results,
         options=options,
-        table=[dict(zip(actors, judged, strict=True)) for judged in zip(*actors.values(), strict=True)],
+        table=[]
+        if context.by_return
+        else [dict(zip(actors, rows, strict=True)) for rows in zip(*actors.values(), strict=True)],
         actors=actors,
         pairs=("strict" if options["strict"] else "any") if options["goals"] in SOURCES else "file",
         pictures=pictures,
@@ -108,10 +114,11 @@ def write_report(
     return results
 
 
-def actors_of(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Return the judgements by threshold of the policy, first, and of the baselines, by name."""
+def actors_of(results: dict[str, Any]) -> dict[str, Any]:
+    """Return the judgements of the policy, first, and of the baselines, by name: a list by threshold, or a return's."""
     policy = results["policy"]
-    return {"planner" if policy == "mpc" else policy: results["by_threshold"], **results["baselines"]}
+    own = results["return"] if "return" in results else results["by_threshold"]
+    return {"planner" if policy == "mpc" else policy: own, **results["baselines"]}
 
 
 def write_page(path: Path, package: str, template: str, **values: Any) -> None:
@@ -144,6 +151,8 @@ def write_episodes(path: Path, episodes: Episodes, thresholds: Sequence[float]) 
     """Write a row per episode: start, goal, the states after each env step, and env steps to each threshold (-1: never)."""
     columns: dict[str, Any] = {"episode": np.arange(len(episodes.start))}
     columns |= {"start": list(episodes.start), "goal": list(episodes.goal)}
+    if episodes.rewards.size:
+        columns |= {"return": episodes.rewards.sum(1), "rewards": list(episodes.rewards)}
     for threshold in thresholds:
         reached = (episodes.distances() < threshold).any(1)
         columns[f"env_steps_{threshold}"] = np.where(reached, env_steps(episodes, threshold), -1)
@@ -167,6 +176,18 @@ def draw_success(episodes: Episodes, thresholds: Sequence[float]) -> bytes:
         axes.fill_between(ends, low, high, step="post", color=colour, alpha=0.15, linewidth=0)
     axes.set(xlabel="env steps", ylabel="episodes that reached the goal", ylim=(0, 1.02), xlim=(0, ends[-1]))
     axes.legend(loc="lower right")
+    return png_bytes(figure)
+
+
+@matplotlib.rc_context(RC)
+def draw_returns(episodes: Episodes) -> bytes:
+    """Draw the sum of rewards so far by env steps: each episode, and their mean."""
+    figure, axes = _new_figure(4.6, 3.2)
+    sums = episodes.rewards.cumsum(1)
+    env_steps = np.arange(1, sums.shape[1] + 1)
+    axes.plot(env_steps, sums.T, color="#888", linewidth=0.6, alpha=0.5)
+    axes.plot(env_steps, sums.mean(0), color=COLOURS[0], linewidth=2)
+    axes.set(xlabel="env steps", ylabel="return so far")
     return png_bytes(figure)
 
 
@@ -301,9 +322,11 @@ def locate(context: EvalContext) -> tuple[NDArray[np.uint8], dict[str, NDArray[n
         return images, {name: mask[0].cpu().numpy() for name, mask in model.change_masks(batch).items()}
 
 
-def write_videos(folder: Path, episodes: Episodes, context: EvalContext) -> list[tuple[str, Path]]:
+def write_videos(folder: Path, episodes: Episodes, context: EvalContext, seed: int) -> list[tuple[str, Path]]:
     """Write videos of the episodes with the longest shortest paths, the live frame beside the goal's; returns captions and files."""
     make_folder(folder)
+    if context.by_return:
+        return _write_return_videos(folder, episodes, context, seed)
     env = context.env
     lengths = (
         shortest_path_lengths(episodes, env.geometry)
@@ -322,6 +345,21 @@ def write_videos(folder: Path, episodes: Episodes, context: EvalContext) -> list
         steps = int(env_steps(episodes, threshold)[i])
         outcome = f"within {threshold} after {steps} env steps" if arrived else "not reached"
         written.append((f"episode {i}, {lengths[i]:.1f} from the goal: {outcome}", path))
+    return written
+
+
+def _write_return_videos(folder: Path, episodes: Episodes, context: EvalContext, seed: int) -> list[tuple[str, Path]]:
+    written, returns, env = [], episodes.rewards.sum(1), context.open_env(image_size=SIDE)
+    for i in np.argsort(-returns, kind="stable")[:VIDEOS].tolist():
+        seen = env.reset([env.sample_task(np.random.default_rng(99 * (seed + i) + 1), goal=False)])
+        frames = [seen.image[0]]
+        for action in episodes.actions[i]:
+            env.step(action[None, None])
+            frames.append(env.observe().image[0])
+        path = folder / f"episode-{i:03d}.mp4"
+        write_mp4(path, frames, max(1, round(env.spec.fps)))
+        written.append((f"episode {i}: return {returns[i]:.1f}", path))
+    env.close()
     return written
 
 

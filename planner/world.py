@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from wmcache.cache.joined import JoinedStore
 from wmcache.cache.layout import StoreCard
+from wmcache.cache.store import TokenStore
 from wmcache.common.columns import of_role
 from wmcache.common.errors import UserError
 from wmcache.envs import Environment, EnvSpec, Steps, find_environment, open_environment
@@ -66,3 +68,31 @@ def draw_states(
     frames = env.render(np.stack(list(states)))
     env.close()
     return frames
+
+
+def draw_again(store: TokenStore, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Draw cached frames in ascending order as live ones are, [n, S, S, 3]: from their states, or by replaying their episodes up to them.
+
+    Raises:
+        UserError: the store was extracted before the seed of its episodes was recorded.
+    """
+    if isinstance(store, JoinedStore):
+        starts = np.cumsum([0, *map(len, store.parts)])
+        owners = np.searchsorted(starts, frames, "right") - 1
+        return np.concatenate(
+            [draw_again(store.parts[owner], frames[owners == owner] - starts[owner]) for owner in np.unique(owners)]
+        )
+    env, images = open_world(store.card), []
+    if env.spec.renders_states:
+        images = list(env.render(store.require_state()[frames]))
+    else:
+        if (seed := store.card.dataset.get("seed")) is None:
+            raise UserError(f"{store.path} does not record the seed of its episodes; extract it again")
+        for frame in frames.tolist():
+            rng = np.random.default_rng((int(seed), int(store.episode[frame])))
+            env.reset([env.sample_task(rng, goal=False)])
+            for action in store.action[frame - store.step[frame] : frame]:
+                env.step(action[None, None])
+            images.append(env.observe().image[0])
+    env.close()
+    return np.stack(images)

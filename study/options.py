@@ -172,7 +172,7 @@ def _evaluation(table: dict[str, Any], where: str) -> Evaluation:
     own = {item.name for item in fields(PlanOptions)} - {"search", "device", "baselines"}
     with _errors_at(where):
         usual: Mapping[str, Any] = {} if protocol is None else PROTOCOLS.get(protocol)
-        flat = {"solver": PlanOptions().solver, **usual, **table}
+        flat = {"solver": PlanOptions().solver, "threshold": THRESHOLDS[0], **usual, **table}
         solver: Any = SOLVERS.get(flat["solver"])
     # A protocol's options of its own solver do not concern another one.
     known = {*table, *(item.name for item in fields(solver))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from wmcache.common.errors import UserError
 from wmcache.common.registry import Registry
 from wmcache.planner.base import Policy
 from wmcache.planner.context import EvalContext
@@ -17,7 +18,12 @@ PLAN_POLICIES: Registry[Callable[[EvalContext, PlanOptions], Policy]] = Registry
 
 def make_policy(context: EvalContext, options: PlanOptions) -> Policy:
     """Create the policy of an evaluation; raises UserError for an unknown one, or where the run does not suit it."""
-    return PLAN_POLICIES.get(context.policy(options))(context, options)
+    policy = PLAN_POLICIES.get(context.policy(options))(context, options)
+    if context.by_return and getattr(policy, "needs_goal", True):
+        raise UserError(
+            f"--policy {context.policy(options)} needs a goal, and {context.env.spec.id} has none; choose another"
+        )
+    return policy
 
 
 __all__ = ["PLAN_POLICIES", "Policy", "make_policy"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wmcache.planner.base import Observation, Reads
 from wmcache.planner.context import EvalContext
-from wmcache.planner.mpc import make_mpc
+from wmcache.planner.mpc import make_mpc, make_return_mpc, require_reward
 from wmcache.planner.objective import GoalDistance
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.policies import PLAN_POLICIES
@@ -22,20 +22,26 @@ from wmcache.planner.policies import PLAN_POLICIES
 class MpcPolicy:
     """A `Policy`: plans by MPC and executes the first model steps of each plan."""
 
+    needs_goal: ClassVar[bool] = False
     reads: ClassVar[Reads] = "frames"
 
     def __init__(self, context: EvalContext, options: PlanOptions) -> None:
-        """Raise UserError for the run of a policy."""
+        """Raise UserError for the run of a policy, or a model without the reward that the objective needs."""
         self.context, self.options, self.model = context, options, context.world_model
+        if options.objective == "return":
+            require_reward(context)
         self.seconds, self.encoder_frames, self.decisions = 0.0, 0, 0
 
     def reset(self, goal: Observation, generators: Sequence[torch.Generator]) -> None:
         """See `Policy`."""
         begun = time.perf_counter()
         self._goal_images, self._generators = goal.image, generators
-        self._mpc = make_mpc(self.context, self.options, self._encode(goal), goal.proprio)
+        if self.options.objective == "return":
+            self._mpc = make_return_mpc(self.context, self.options)
+        else:
+            self._mpc = make_mpc(self.context, self.options, self._encode(goal), goal.proprio)
         self._plan: Tensor | None = None
-        self._belief = self.model.start(len(goal.image))
+        self._belief = self.model.start(len(generators))
         self._led: Iterator[Tensor | None] = iter([None])
         self.seconds += time.perf_counter() - begun
 

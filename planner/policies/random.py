@@ -20,6 +20,7 @@ from wmcache.planner.policies import PLAN_POLICIES
 class RandomPolicy:
     """A `Policy`: normal actions, clipped to the bounds, or uniform discrete ones; they depend on the episode's generator alone."""
 
+    needs_goal: ClassVar[bool] = False
     reads: ClassVar[Reads] = "nothing"
 
     def __init__(self, context: EvalContext, options: PlanOptions) -> None:

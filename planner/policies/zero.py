@@ -19,6 +19,7 @@ from wmcache.planner.policies import PLAN_POLICIES
 class ZeroPolicy:
     """A `Policy`: the action nearest to zero, or the first of discrete ones, so what the environment does by itself."""
 
+    needs_goal: ClassVar[bool] = False
     reads: ClassVar[Reads] = "nothing"
 
     def __init__(self, context: EvalContext, options: PlanOptions) -> None:

@@ -110,7 +110,7 @@ class TestResults:
         assert written["protocol"] == "mpc-100"
         search = {"samples": 6, "elites": 2, "iterations": 1}
         goals = {"goals": "random-action", "goal_steps": 6, "strict": False}
-        expected = PlanOptions(episodes=2, budget=10, horizon=2, search=search, device="cpu", **goals)  # type: ignore[arg-type]
+        expected = PlanOptions(episodes=2, budget=10, horizon=2, search=search, device="cpu", threshold=0.5, **goals)  # type: ignore[arg-type]
         assert written["options"] == asdict(expected)
         assert written["candidates_per_replan"] == 6
 
