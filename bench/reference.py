@@ -30,7 +30,7 @@ from wmcache.planner.mpc import Mpc
 from wmcache.planner.objective import GoalDistance
 from wmcache.planner.solvers.cem import Cem
 from wmcache.trainer.feed import Feed, choose_residence
-from wmcache.trainer.models import build
+from wmcache.trainer.models import Imagined, build
 from wmcache.trainer.models.attention import Block, gated, modulated, rotate
 from wmcache.trainer.models.dino_wm import DinoWm
 from wmcache.trainer.options import TrainOptions
@@ -59,6 +59,7 @@ class PlanRace:
         if not isinstance(context.model, DinoWm):
             raise UserError(f"not a DINO-WM model: {context.run}; compare runs with --model")
         self.context, self.solver, self.horizon, self.model = context, solver, horizon, context.model
+        self.model.context = self.model.shape.history  # as the reference
         (start, _), frames = random_episode(context, 0)
         self.frame, goal = map(torch.from_numpy, frames)
         self.proprio = torch.from_numpy(start.astype(np.float32)).to(context.device)
@@ -71,14 +72,15 @@ class PlanRace:
             seen = self.context.encoder(self.frame.expand(len(chunk), *self.frame.shape))
             proprio = self.proprio.expand(len(chunk), 1, -1)
             latents = reference_rollout(self.model, seen[:, None].float(), proprio, chunk)
-            costs.append(self.objective(latents[None], latents[None, :, :, :0, 0], slice(0, 1)))
+            costs.append(self.objective(Imagined(latents[None], latents[None, :, :, :0, 0]), slice(0, 1)))
         return torch.cat(costs, 1)
 
     def cost_in(self, dtype: torch.dtype) -> Cost:
         """Encode the present frame once; returns the cost of this implementation."""
-        history, device = self.model.shape.history, self.context.device
-        mpc = Mpc(self.model, self.solver, self.objective, self.horizon, history, self.context.frameskip, device, dtype)
-        return mpc.cost_of(self.context.encoder(self.frame[None])[:, None], self.proprio[None, None])
+        context, model = self.context, self.model
+        mpc = Mpc(model, self.solver, self.objective, self.horizon, context.frameskip, context.device, dtype)
+        belief = model.observe(model.start(1), context.encoder(self.frame[None]), self.proprio[None], None)
+        return mpc.cost_of(belief, [torch.Generator()])
 
     def time(self, begin: Callable[[], Cost], bar: tqdm[Any]) -> Timed:
         """Time a plan, from the first encoding on."""

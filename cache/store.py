@@ -18,7 +18,7 @@ from wmcache.cache.layout import AGAIN, read_attributes, read_card, shard_file, 
 from wmcache.cache.mirror import MirroredReader
 from wmcache.cache.quantise import dequantise
 from wmcache.cache.reader import MappedReader, MemoryReader, Reader, Stored, ZarrReader
-from wmcache.cache.windows import Windows, split_episodes, window_starts
+from wmcache.cache.windows import Goals, Windows, split_episodes, window_starts
 from wmcache.common.columns import Column, Role, action_bounds, default_columns, join_role
 from wmcache.common.errors import UserError, command
 from wmcache.common.paths import MISSING, AnyPath, as_path, is_local, readable, stamp, unreadable
@@ -182,7 +182,7 @@ class TokenStore:
         if self.scale is None:
             return self.gather_stored(frames, out)
         stored = self.gather_stored(frames)
-        scale, middle = np.moveaxis(self.scale[np.asarray(frames) // self.card.frames_per_shard], 1, 0)
+        scale, middle = np.moveaxis(self.scale[self.shard_of(np.asarray(frames))], 1, 0)
         return dequantise(stored, scale, middle, out)
 
     def gather_stored(self, frames: NDArray[np.integer], out: Stored | None = None) -> Stored:
@@ -196,6 +196,10 @@ class TokenStore:
         with self._unchanged():
             self._reader.gather(wanted, out)
         return out
+
+    def shard_of(self, frames: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the shard of each frame, a row of `scale`."""
+        return frames // self.card.frames_per_shard
 
     def prefetch(self, frames: NDArray[np.integer]) -> None:
         """Start to read frames from disk that will be gathered soon."""
@@ -227,21 +231,34 @@ class TokenStore:
         *,
         seed: int = 42,
         fraction: float = 1.0,
+        goals: Goals | None = None,
     ) -> Windows:
-        """Return all training windows of a split (see `split_episodes`); raise UserError where no episode is long enough."""
-        episodes = split_episodes(self.episodes, split, seed, fraction)
-        starts, dropped = window_starts(self.episode, episodes, (history + predict) * frameskip)
+        """Return all training windows of a split (see `split_episodes`); raise UserError where no episode is long enough.
+
+        With `goals`, at least one goal follows each window.
+        """
+        episodes = self.split(split, seed, fraction)
+        span = (history + predict) * frameskip + (goals is not None)
+        starts, dropped = window_starts(self.episode, episodes, span)
         if not len(starts):
             raise UserError(
-                f"no episode of {self.path} ({split}) has the {(history + predict) * frameskip} frames of a window; "
+                f"no episode of {self.path} ({split}) has the {span} frames of a window; "
                 "collect longer episodes or lower --history or --frameskip"
             )
-        return Windows(self, starts, history, predict, frameskip, dropped)
+        return Windows(self, starts, history, predict, frameskip, dropped, goals=goals)
 
     def longest_episode(self, split: str = "all", *, seed: int = 42) -> int:
         """Return the frames of the longest episode of a split, see `windows`."""
         lengths = np.bincount(self.episode)
-        return int(lengths[split_episodes(len(lengths), split, seed)].max())
+        return int(lengths[self.split(split, seed)].max())
+
+    def split(self, split: str, seed: int = 42, fraction: float = 1.0) -> NDArray[np.int64]:
+        """Return the episodes of a split, see `split_episodes`."""
+        return split_episodes(self.episodes, split, seed, fraction)
+
+    def frames_of(self, split: str, seed: int = 42) -> NDArray[np.int64]:
+        """Return the frames of a split, ascending."""
+        return np.flatnonzero(np.isin(self.episode, self.split(split, seed)))
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:

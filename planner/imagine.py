@@ -34,7 +34,7 @@ from wmcache.planner.options import ImagineOptions
 from wmcache.trainer.decoder import load_decoder, read_decoder_config
 from wmcache.trainer.decoders import Decoder
 from wmcache.trainer.metrics import MOVING, ImageMetrics, Images, summarise, to_pixels, to_unit
-from wmcache.trainer.models import WorldModel
+from wmcache.trainer.models import WorldModel, rollout
 from wmcache.trainer.runs import load_model, open_store, read_config, read_identity
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -85,6 +85,7 @@ def imagine(
     device = choose_device(options.device)
     store, windows = _open(run, decoder, cache, options.steps)
     model, draw = load_model(run, device), load_decoder(decoder, device)
+    model.context = min(options.context or model.context, model.context)
     metrics = ImageMetrics(draw.shape.image_size, device, lpips=options.lpips)
     dtype = choose_dtype(options.dtype, device)
     chosen = np.random.default_rng(options.seed).permutation(len(windows))[: options.windows]
@@ -96,7 +97,7 @@ def imagine(
         for batch in np.array_split(chosen, math.ceil(len(chosen) / BATCH)):
             real = images[np.searchsorted(frames, windows.frames(batch))]
             data = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(batch).items()}
-            rollouts, drawn = _roll_out(model, draw, data, real, options.context, dtype)
+            rollouts, drawn = _roll_out(model, draw, data, real, dtype)
             for step, found in enumerate(compared):
                 for name, part in drawn.items():
                     found[name].append(metrics(part[:, step], to_unit(real[:, step + 1]), draw.images_mean))
@@ -142,12 +143,12 @@ def _open(run: Path, decoder: Path, cache: AnyPath | None, steps: int) -> tuple[
 
 @torch.inference_mode()
 def _roll_out(
-    model: WorldModel, draw: Decoder, data: dict[str, Tensor], real: Images, context: int | None, dtype: torch.dtype
+    model: WorldModel, draw: Decoder, data: dict[str, Tensor], real: Images, dtype: torch.dtype
 ) -> tuple[Rollouts, dict[str, Tensor]]:
     """Imagine and decode windows; returns frames to show, and by PICTURES, images [B, steps, 3, S, S] in [-1, 1] to compare."""
     tokens, steps = data["tokens"].float(), real.shape[1] - 1
     with autocast(tokens.device, dtype):
-        latents, _ = model.rollout(tokens[:, :1], data["proprio"][:, :1], data["action"][:, :steps], context)
+        latents = rollout(model, tokens[:, :1], data["proprio"][:, :1], data["action"][:, :steps]).latents[:, 0]
     reconstructed, imagined = _decode(draw, tokens), _decode(draw, latents)
     seen = torch.cat([reconstructed[:, :1], imagined], 1)
     copying = to_unit(real[:, 0]).to(tokens.device)[:, None].expand_as(imagined)

@@ -1,11 +1,10 @@
-"""Receding-horizon planning: imagine candidates from the newest frames, execute the first steps of the best, replan."""
+"""Planning: imagine candidates from what the model remembers, and search for the best."""
 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from wmcache.planner.base import Cost, Solver
 from wmcache.planner.context import EvalContext
 from wmcache.planner.objective import GoalDistance, Objective
 from wmcache.planner.options import PlanOptions
-from wmcache.trainer.models import WorldModel
+from wmcache.trainer.models import Belief, WorldModel
 
 TOKENS_IN_FLIGHT = 2**17
 """Tokens of all candidates in one call of the model; bounds the memory of a plan for any number of samples and episodes."""
@@ -26,61 +25,58 @@ TOKENS_IN_FLIGHT = 2**17
 
 @dataclass
 class Mpc:
-    """Plans for E episodes at once from latents and proprio; it receives no state and no success.
+    """Plans for E episodes at once from what the model remembers of them; it receives no state and no success.
 
     Attributes:
         horizon: model steps of a plan.
-        context: frames that an imagined step sees. With velocity in proprio a single frame is the whole state, and a longer context costs
-            more and accumulates the model's own errors.
         frameskip: env steps of a model step.
+        bounds: lowest and highest actions of a model step in env units, [f * A] each; None: -1 and 1.
     """
 
     model: WorldModel
     solver: Solver
     objective: Objective
     horizon: int
-    context: int
     frameskip: int
     device: torch.device
     dtype: torch.dtype
+    bounds: tuple[Tensor, Tensor] | None = None
 
-    def plan(
-        self,
-        tokens: Tensor,
-        proprio: Tensor,
-        previous: Tensor | None,
-        generators: Sequence[torch.Generator],
-        past: Tensor | None = None,
-    ) -> Tensor:
+    def plan(self, belief: Belief, previous: Tensor | None, generators: Sequence[torch.Generator]) -> Tensor:
         """Find actions [E, T, f * A] of low cost in env units, T = horizon.
 
         Args:
-            tokens, proprio: [E, n, N, D] and [E, n, P] of the newest n frames, a model step apart.
+            belief: of the E episodes, see `WorldModel.observe`.
             previous: [E, T, f * A], a first guess (see `shift`); None: zeros.
-            past: [E, n - 1, f * A], the actions between those frames; needed where n > 1.
+            generators: one of each episode, on the CPU.
         """
         if previous is None:
-            previous = torch.zeros(len(tokens), self.horizon, self.model.shape.action_dim, device=self.device)
-        cost = self.cost_of(tokens, proprio, past)
+            previous = torch.zeros(len(generators), self.horizon, self.model.shape.action_dim, device=self.device)
+        cost = self.cost_of(belief, generators)
         with torch.enable_grad() if self.solver.differentiates else torch.inference_mode():
-            return self.solver(cost, previous, generators)
+            if self.bounds is None:
+                return self.solver(cost, previous, generators)
+            middle, half = (self.bounds[0] + self.bounds[1]) / 2, (self.bounds[1] - self.bounds[0]) / 2
+            found = self.solver(lambda actions: cost(middle + half * actions), (previous - middle) / half, generators)
+            return middle + half * found
 
-    def cost_of(self, tokens: Tensor, proprio: Tensor, past: Tensor | None = None) -> Cost:
+    def cost_of(self, belief: Belief, generators: Sequence[torch.Generator]) -> Cost:
         """Return the function that the solver minimises: the objective of imagined futures; arguments as for `plan`."""
-        episodes, tokens = len(tokens), tokens.float()
-        frame_tokens = tokens.shape[2] * (self.horizon + tokens.shape[1] - 1)
-        if past is None:
-            past = torch.zeros(episodes, 0, self.model.shape.action_dim, device=self.device)
+        episodes, shape = len(generators), self.model.shape
+        frame_tokens = shape.tokens * (self.horizon + self.model.observed - 1)
+        # Every call begins with the same seeds, so that all candidates of a plan see the same noise.
+        seeds = [int(torch.randint(2**62, (), generator=one)) for one in generators] if self.model.draws else None
 
-        def score(futures: Tensor, part: slice) -> Tensor:
+        def score(actions: Tensor, part: slice) -> Tensor:
+            fresh = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+            own = {name: value[part] for name, value in belief.items()}
             with autocast(self.device, self.dtype):
-                latents, imagined = self.model.rollout(tokens[part], proprio[part], futures, self.context)
-            return self.objective(latents, imagined, part)
+                imagined = self.model.imagine(own, actions, fresh)
+            return self.objective(imagined, part)
 
         def cost(actions: Tensor) -> Tensor:
             """[E, S, T, A] -> [E, S], in chunks of at most TOKENS_IN_FLIGHT."""
             samples = actions.shape[1]
-            futures = torch.cat([past[:, None].expand(-1, samples, -1, -1), actions], 2)
             room = max(1, TOKENS_IN_FLIGHT // frame_tokens)
             episodes_at_once, samples_at_once = max(1, room // samples), min(samples, room)
             rows = []
@@ -90,7 +86,7 @@ class Mpc:
             scored = functools.partial(checkpoint, score, use_reentrant=False) if again else score
             for first in range(0, episodes, episodes_at_once):
                 part = slice(first, first + episodes_at_once)
-                chunks = torch.split(futures[part], samples_at_once, 1)
+                chunks = torch.split(actions[part], samples_at_once, 1)
                 rows.append(torch.cat([scored(chunk, part) for chunk in chunks], 1))
             return torch.cat(rows)
 
@@ -105,69 +101,14 @@ def make_mpc(context: EvalContext, options: PlanOptions, goal: Tensor, goal_prop
     """Create a planner to goals [E, N, D]; their proprio [E, P] is used only where `alpha` is above 0."""
     proprio = None
     if options.alpha:
-        proprio = context.model.encode_proprio(torch.from_numpy(goal_proprio).to(context.device)[:, None])[:, 0]
+        proprio = context.world_model.encode_proprio(torch.from_numpy(goal_proprio).to(context.device)[:, None])[:, 0]
     goal, graph = goal.float(), context.graph
     to_goal = None if graph is None else graph.to_goal(goal)
-    objective = GoalDistance(goal, options.objective, options.alpha, proprio, graph, to_goal)
-    sizes = (options.horizon, context.context_frames, context.frameskip)
-    return Mpc(context.model, context.solver, objective, *sizes, context.device, context.dtype)
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What a policy sees of E episodes; never a state. `earlier` is the frame the encoder's lag before, for encoders of frame pairs."""
-
-    image: NDArray[np.uint8]  # [E, S, S, 3]
-    proprio: NDArray[np.float32]  # [E, P]
-    earlier: NDArray[np.uint8] | None = None
-
-
-class MpcPolicy:
-    """Plans by MPC and executes the first model steps of each plan; counts as `Episodes` does."""
-
-    def __init__(self, context: EvalContext, options: PlanOptions) -> None:
-        """Call `reset` before the first plan."""
-        self.context, self.options = context, options
-        self.seconds, self.encoder_frames, self.replans = 0.0, 0, 0
-
-    def reset(self, goal: Observation, generators: Sequence[torch.Generator]) -> None:
-        """Begin new episodes: with a goal and a random generator each."""
-        begun = time.perf_counter()
-        self._goal_images, self._generators = goal.image, generators
-        self._mpc = make_mpc(self.context, self.options, self._encode(goal), goal.proprio)
-        self._plan: Tensor | None = None
-        self._frames: list[tuple[Tensor, Tensor]] = []
-        self._executed: list[Tensor] = []
-        self.seconds += time.perf_counter() - begun
-
-    def observe(self, observation: Observation) -> None:
-        """Encode a frame that the next plan starts from, the newest last."""
-        begun = time.perf_counter()
-        proprio = torch.from_numpy(observation.proprio).to(self.context.device)
-        self._frames.append((self._encode(observation), proprio))
-        self._images = observation.image
-        self.seconds += time.perf_counter() - begun
-
-    def act(self) -> Tensor:
-        """Plan from the newest observed frames; returns the model steps to execute, [E, execute, f * A]."""
-        begun = time.perf_counter()
-        self._frames = self._frames[-self.context.observed :]
-        self._executed = self._executed[len(self._executed) - len(self._frames) + 1 :]
-        tokens, proprio = (torch.stack(parts, 1) for parts in zip(*self._frames, strict=True))
-        past = torch.stack(self._executed, 1) if self._executed else None
-        if self.options.mask:
-            assert isinstance(self._mpc.objective, GoalDistance)
-            mask = self.context.mask(self._images, self._goal_images)
-            self._mpc.objective = replace(self._mpc.objective, mask=mask)
-        plan = self._mpc.plan(tokens, proprio, self._plan, self._generators, past)
-        actions = plan[:, : self.options.execute]
-        self._executed += actions.unbind(1)
-        self._plan = self._mpc.shift(plan, self.options.execute)
-        self.replans += len(actions)
-        self.seconds += time.perf_counter() - begun
-        return actions
-
-    def _encode(self, observation: Observation) -> Tensor:
-        image, earlier = observation.image, observation.earlier
-        self.encoder_frames += len(image)
-        return self.context.encoder(image if earlier is None else np.stack([earlier, image], 1))
+    cost = context.world_model.cost
+    objective = GoalDistance(goal, options.objective, options.alpha, proprio, graph, to_goal, cost=cost)
+    sizes = (options.horizon, context.frameskip)
+    low, high = (
+        torch.from_numpy(np.tile(bound, context.frameskip)).to(context.device) for bound in context.action_bounds
+    )
+    bounds = None if (low == -1).all() and (high == 1).all() else (low, high)
+    return Mpc(context.world_model, context.solver, objective, *sizes, context.device, context.dtype, bounds)

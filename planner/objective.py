@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from wmcache.planner.graph import LatentGraph
+from wmcache.trainer.models import Imagined, latent_distance
 
 MODES = ("last", "all")
-Objective = Callable[[Tensor, Tensor, slice], Tensor]
-"""Scores imagined futures: latents [e, S, T, N, D] and proprio embeddings [e, S, T, Q] of these episodes of all -> costs [e, S]."""
+Objective = Callable[[Imagined, slice], Tensor]
+"""Scores imagined futures of these e episodes of all -> costs [e, S]."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,10 @@ class GoalDistance:
             over all imagined frames, so it prefers to arrive early and to stay.
         alpha: weight of the mean squared difference of proprio embeddings; DINO-WM has 0 for PointMaze.
         goal_proprio: [E, Q], needed where alpha is above 0.
-        graph: measures distances along the cached frames; None takes the mean squared difference of latents, as DINO-WM does.
+        graph: measures distances along the cached frames, in place of `cost`.
         to_goal: [E, K], see `LatentGraph.to_goal`.
         mask: bool [E, N], the tokens that count (DDP-WM: those in which the present frame differs from the goal's); None: all.
+        cost: the world model's, see `WorldModel.cost`; the default is DINO-WM's.
     """
 
     goal: Tensor
@@ -36,20 +38,21 @@ class GoalDistance:
     graph: LatentGraph | None = None
     to_goal: Tensor | None = None
     mask: Tensor | None = None
+    cost: Callable[[Imagined, Tensor], Tensor] = latent_distance
 
-    def __call__(self, latents: Tensor, proprio: Tensor, episodes: slice) -> Tensor:
+    def __call__(self, imagined: Imagined, episodes: slice) -> Tensor:
         """See `Objective`."""
         if self.mode == "last":
-            latents, proprio = latents[:, :, -1:], proprio[:, :, -1:]
-        goal = self.goal[episodes]
+            imagined = imagined.last()
+        latents, goal = imagined.latents, self.goal[episodes]
         if self.mask is not None:
             counts = self.mask[episodes, None, None].to(latents.dtype)
             distance = ((latents - goal[:, None, None]).square().mean(4) * counts).sum(3) / counts.sum(3)
         elif self.graph is None or self.to_goal is None:
-            distance = (latents - goal[:, None, None]).square().mean((3, 4))
+            distance = self.cost(imagined, goal)
         else:
             distance = self.graph.distance(latents, goal, self.to_goal[episodes])
         if self.alpha and self.goal_proprio is not None:
-            difference = (proprio - self.goal_proprio[episodes][:, None, None]).square().mean(3)
+            difference = (imagined.proprio - self.goal_proprio[episodes][:, None, None]).square().mean(3)
             distance = distance + self.alpha * difference
         return distance.mean(2)

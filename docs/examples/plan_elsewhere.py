@@ -29,18 +29,19 @@ def plan_elsewhere(run: Path, simulator: Any, goal_image: np.ndarray, env_steps:
         solver=make_solver("cem", samples=100, elites=10, iterations=5),
         objective=GoalDistance(encoder(goal_image[None]).float(), "all"),
         horizon=5,  # model steps of `frameskip` env steps each
-        context=1,
         frameskip=frameskip,
         device=torch.device(device),
         dtype=torch.float32,
     )
+    model.context = model.observed = 1  # proprio has the velocity, so one frame is enough
     generators, plan = [torch.Generator().manual_seed(0)], None
     executed: list[Any] = []
     while len(executed) < env_steps:
         image, state = simulator.observe()
         proprio = torch.tensor(np.asarray(state), dtype=torch.float32, device=device)
-        # One episode, one frame: tokens [1, 1, N, D], proprio [1, 1, P], plan [1, horizon, frameskip * A].
-        plan = mpc.plan(encoder(image[None])[:, None], proprio[None, None], plan, generators)
+        # One episode, one frame: tokens [1, N, D], proprio [1, P], plan [1, horizon, frameskip * A].
+        belief = model.observe(model.start(1), encoder(image[None]), proprio[None], None)
+        plan = mpc.plan(belief, plan, generators)
         for action in plan[0, 0].reshape(frameskip, -1).cpu().numpy():
             simulator.step(action)
             executed.append(action)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wmcache.trainer.models import MODELS, read_options
+from wmcache.trainer.models import MODELS, read_options, rollout
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
 from wmcache.trainer.runs import load_model, read_config
@@ -78,9 +78,9 @@ class TestPresets:
         assert config["model"] == PRESETS[preset]["model"]
         assert config["model_options"]["embedding"] == PRESETS[preset]["embedding"]
         model = load_model(tmp_path / "run", torch.device("cpu"))
-        tokens, proprio = model.rollout(torch.rand(1, 1, 4, 32), torch.rand(1, 1, 4), torch.rand(1, 5, 10))
-        assert tokens.shape == (1, 5, 4, 32)
-        assert proprio.isfinite().all()
+        imagined = rollout(model, torch.rand(1, 1, 4, 32), torch.rand(1, 1, 4), torch.rand(1, 5, 10))
+        assert imagined.latents.shape == (1, 1, 5, 4, 32)
+        assert imagined.proprio.isfinite().all()
 
     def test_options_of_another_model_in_it_are_left_out(self, parse: Parse) -> None:
         chosen = parse("--preset jepa-wm --model ddp-wm").model_options

@@ -205,15 +205,6 @@ def test_a_datasets_name_does_not_leave_the_home_folder(
     assert Path(os.path.normpath(weights)).is_relative_to(home / "encoders")
 
 
-@pytest.mark.parametrize("huge", [False, True], ids=["nested", "huge"])
-def test_a_nested_or_huge_card_is_refused(copied: Path, refused: Refused, huge: bool) -> None:
-    file = copied / "dataset.json"
-    tools.replace(file, b'{"attributes": ' + b"[" * 10**6 + b"]" * 10**6 + b"}")
-    if huge:
-        os.truncate(file, 10**10)  # sparse: takes no room on the disk
-    assert is_refusal(refused(FrameDataset.open, copied), copied)
-
-
 # Step tables.
 
 

@@ -23,7 +23,7 @@ from wmcache.pipeline.repair import repair
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.train import train
 
-from .conftest import contents
+from ..conftest import contents
 
 KEPT = Path(__file__).parents[1] / "data" / "before-columns.tar.xz"
 SIZES = {"width": 2, "depth": 1, "heads": 1, "embedding": 2, "dropout": 0.0}

@@ -17,7 +17,7 @@ from wmcache.planner.mpc import Mpc
 from wmcache.planner.objective import MODES, GoalDistance
 from wmcache.planner.solvers import SOLVERS, make_solver
 from wmcache.planner.solvers.cem import Cem
-from wmcache.trainer.models import DataShape, WorldModel, build
+from wmcache.trainer.models import Belief, DataShape, Imagined, WorldModel, build, rollout
 
 
 class DoubleIntegrator(WorldModel):
@@ -32,19 +32,19 @@ class DoubleIntegrator(WorldModel):
     def encode_proprio(self, proprio: Tensor) -> Tensor:
         return proprio
 
-    def rollout(
-        self, tokens: Tensor, proprio: Tensor, actions: Tensor, context: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        samples = actions.shape[1]
-        position, velocity = tokens[:, -1].expand(-1, samples, -1), proprio[:, -1:, 2:].expand(-1, samples, -1)
+    def observe(self, belief: Belief, tokens: Tensor, proprio: Tensor, previous_action: Tensor | None) -> Belief:
+        return {"position": tokens.float(), "velocity": proprio[:, None, 2:]}
+
+    def imagine(self, belief: Belief, actions: Tensor, generators: Sequence[torch.Generator] | None = None) -> Imagined:
+        position, velocity = (belief[name].expand(-1, actions.shape[1], -1) for name in ("position", "velocity"))
         positions, states = [], []
-        for action in actions[:, :, tokens.shape[1] - 1 :].unbind(2):
+        for action in actions.unbind(2):
             for push in action.split(2, dim=2):
                 velocity = 0.9 * velocity + 0.3 * push
                 position = position + 0.3 * velocity
             positions.append(position[:, :, None])
             states.append(torch.cat([position, velocity], 2))
-        return torch.stack(positions, 2), torch.stack(states, 2)
+        return Imagined(torch.stack(positions, 2), torch.stack(states, 2))
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ def make_mpc() -> Mpc:
     """A planner for 4 episodes."""
     goal = torch.rand(4, 1, 2, generator=torch.Generator().manual_seed(4)) * 2 - 1
     solver = Cem(samples=64, elites=8, iterations=5, sigma=0.4)
-    return Mpc(DoubleIntegrator(), solver, GoalDistance(goal, "all"), 5, 1, 2, torch.device("cpu"), torch.float32)
+    return Mpc(DoubleIntegrator(), solver, GoalDistance(goal, "all"), 5, 2, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture
 def problem() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     state = torch.cat([torch.rand(4, 2, generator=generator) * 4 - 2, torch.randn(4, 2, generator=generator)], 1)
-    return {"tokens": state[:, None, None, :2], "proprio": state[:, None]}
+    return {"tokens": state[:, None, :2], "proprio": state}
 
 
 def test_with_an_exact_model_it_arrives_and_stays(problem: dict[str, Tensor]) -> None:
@@ -82,22 +82,39 @@ def test_with_an_exact_model_it_arrives_and_stays(problem: dict[str, Tensor]) ->
     tokens, proprio = problem["tokens"], problem["proprio"]
     random = generators()
     for _ in range(20):
-        plan = mpc.plan(tokens.half(), proprio, plan, random)
+        belief = mpc.model.observe(mpc.model.start(4), tokens.half(), proprio, None)
+        plan = mpc.plan(belief, plan, random)
         assert plan.shape == (4, 5, 4)
         assert plan.abs().max() <= 1
-        positions, states = mpc.model.rollout(tokens, proprio, plan[:, None, :1])
-        tokens, proprio = positions[:, 0], states[:, 0]
+        moved = mpc.model.imagine(mpc.model.observe(belief, tokens, proprio, None), plan[:, None, :1])
+        tokens, proprio = moved.latents[:, 0, 0], moved.proprio[:, 0, 0]
         plan = mpc.shift(plan, 1)
-        distances.append((tokens[:, 0] - mpc.objective.goal).norm(dim=-1).max().item())
+        distances.append((tokens - mpc.objective.goal).norm(dim=-1).max().item())
     assert distances[0] > 1
     assert max(distances[-5:]) < 0.3
 
 
+def test_actions_are_within_the_bounds_of_the_environment(problem: dict[str, Tensor]) -> None:
+    bounds = (torch.tensor([-2.0, 0.0, -2.0, 0.0]), torch.tensor([2.0, 0.5, 2.0, 0.5]))
+    mpc, seen = replace(make_mpc(), bounds=bounds), []
+    belief = mpc.model.observe(mpc.model.start(4), problem["tokens"], problem["proprio"], None)
+    imagine = mpc.model.imagine
+    mpc.model.imagine = lambda belief, actions, generators: seen.append(actions) or imagine(belief, actions)  # type: ignore
+    plan = mpc.plan(belief, None, generators())
+    for actions in (plan, *seen):
+        assert (actions >= bounds[0]).all()
+        assert (actions <= bounds[1]).all()
+    assert plan.abs().max() > 1
+    first = replace(mpc, solver=NoSearch()).plan(belief, plan, generators())
+    torch.testing.assert_close(first, plan)
+
+
 def test_the_first_guess_is_the_previous_plan_or_zeros(problem: dict[str, Tensor]) -> None:
     mpc = replace(make_mpc(), solver=NoSearch())
-    assert torch.equal(mpc.plan(**problem, previous=None, generators=generators()), torch.zeros(4, 5, 4))
+    belief = mpc.model.observe(mpc.model.start(4), **problem, previous_action=None)
+    assert torch.equal(mpc.plan(belief, None, generators()), torch.zeros(4, 5, 4))
     previous = torch.rand(4, 5, 4)
-    assert torch.equal(mpc.plan(**problem, previous=previous, generators=generators()), previous)
+    assert torch.equal(mpc.plan(belief, previous, generators()), previous)
 
 
 @pytest.mark.parametrize(("executed", "expected"), [(1, [2, 3, 0]), (2, [3, 0, 0]), (3, [0, 0, 0])])
@@ -108,7 +125,7 @@ def test_a_shifted_plan_ends_with_zeros(executed: int, expected: list[int]) -> N
 
 QUICK: dict[str, dict[str, Any]] = {
     **{name: {"samples": 16, "elites": 4, "iterations": 3} for name in ("cem", "mppi")},
-    "icem": {"samples": 16, "elites": 4, "iterations": 3, "frameskip": 5},
+    **{name: {"samples": 16, "elites": 4, "iterations": 3, "frameskip": 5} for name in ("icem", "categorical-cem")},
     "gd": {"steps": 4, "restarts": 5, "optimiser": "adam"},
 }
 SHAPE = DataShape(tokens=3, token_dim=5, proprio_dim=4, action_dim=10, history=3)
@@ -134,16 +151,17 @@ def imagined(model: Any, solver: str, episodes: slice = slice(None)) -> tuple[Mp
     """
     generator = torch.Generator().manual_seed(1)
     goal, proprio = torch.randn(4, 3, 5, generator=generator), torch.randn(4, 4, generator=generator)
-    arguments: dict[str, Any] = {
-        "tokens": torch.randn(4, 3, 3, 5, generator=generator)[episodes].double(),
-        "proprio": torch.randn(4, 3, 4, generator=generator)[episodes].double(),
-        "past": (torch.rand(4, 2, 10, generator=generator) * 2 - 1)[episodes].double(),
-        "generators": generators()[episodes],
-    }
-    arguments["previous"] = torch.zeros(len(arguments["tokens"]), 2, 10).double()
+    tokens, seen = torch.randn(4, 3, 3, 5, generator=generator), torch.randn(4, 3, 4, generator=generator)
+    past = torch.rand(4, 2, 10, generator=generator) * 2 - 1
+    belief = model.start(len(goal[episodes]))
+    for t in range(3):
+        led = past[episodes, t - 1].double() if t else None
+        belief = model.observe(belief, tokens[episodes, t], seen[episodes, t].double(), led)
+    arguments: dict[str, Any] = {"belief": belief, "generators": generators()[episodes]}
+    arguments["previous"] = torch.zeros(len(goal[episodes]), 2, 10).double()
     objective = GoalDistance(goal[episodes].double(), "all", 0.5, proprio[episodes].double())
     device = torch.device("cpu")
-    return Mpc(model, make_solver(solver, **QUICK[solver]), objective, 2, 3, 5, device, torch.float32), arguments
+    return Mpc(model, make_solver(solver, **QUICK[solver]), objective, 2, 5, device, torch.float32), arguments
 
 
 @pytest.mark.parametrize("solver", [*SOLVERS])
@@ -155,13 +173,13 @@ def test_a_plan_does_not_depend_on_memory_or_on_other_episodes(
     for i in range(4):
         mpc, arguments = imagined(model, solver, slice(i, i + 1))
         torch.testing.assert_close(mpc.plan(**arguments), whole[i : i + 1], atol=1e-9, rtol=0)
-    rollout, sizes = model.rollout, []
+    imagine, sizes = model.imagine, []
 
-    def watched(tokens: Tensor, proprio: Tensor, actions: Tensor, context: int) -> Any:
+    def watched(belief: Belief, actions: Tensor, generators: Any) -> Any:
         sizes.append(actions.shape[0] * actions.shape[1])
-        return rollout(tokens, proprio, actions, context)
+        return imagine(belief, actions, generators)
 
-    monkeypatch.setattr(model, "rollout", watched)
+    monkeypatch.setattr(model, "imagine", watched)
     for room in (1, 60, 500):
         sizes.clear()
         monkeypatch.setattr(mpc_module, "TOKENS_IN_FLIGHT", room)
@@ -178,7 +196,7 @@ def test_gradients_are_those_of_the_actions_alone_and_do_not_depend_on_memory(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mpc, arguments = imagined(model, "gd")
-    cost = mpc.cost_of(arguments["tokens"], arguments["proprio"], arguments["past"])
+    cost = mpc.cost_of(arguments["belief"], generators())
     generator = torch.Generator().manual_seed(2)
     actions = (torch.rand(4, 6, 2, 10, generator=generator, dtype=torch.float64) * 2 - 1).requires_grad_()
     assert any(parameter.requires_grad for parameter in model.parameters())
@@ -196,14 +214,14 @@ def test_gradients_are_those_of_the_actions_alone_and_do_not_depend_on_memory(
 
 def test_candidates_follow_the_actions_between_observed_frames(model: Any) -> None:
     mpc, arguments = imagined(model, "cem")
-    tokens, proprio, past = (arguments[name] for name in ("tokens", "proprio", "past"))
+    belief = arguments["belief"]
     actions = torch.rand(4, 6, 2, 10, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    costs = mpc.cost_of(tokens, proprio, past)(actions)
+    costs = mpc.cost_of(belief, generators())(actions)
     for episode, sample in itertools.product(range(4), range(6)):
         one = slice(episode, episode + 1)
-        futures = torch.cat([past[one], actions[one, sample]], 1)
-        latents, embedding = model.rollout(tokens[one], proprio[one], futures, 3)
-        expected = mpc.objective(latents[:, None], embedding[:, None], one)[0, 0]
+        tokens, proprio, past = (belief[name][one] for name in ("tokens", "proprio", "actions"))
+        future = rollout(model, tokens, proprio, torch.cat([past, actions[one, sample]], 1))
+        expected = mpc.objective(future, one)[0, 0]
         torch.testing.assert_close(costs[episode, sample], expected, atol=1e-9, rtol=1e-9)
 
 
@@ -222,7 +240,7 @@ def test_each_candidate_is_compared_with_its_own_episodes_goal(mode: str, alpha:
     goal, goal_proprio = random(2, 5, 6, seed=2), random(2, 7, seed=3)
     mask = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 0, 0, 0]]).bool()
     objective = GoalDistance(goal, mode, alpha, goal_proprio, mask=mask if masked else None)
-    distance = objective(latents, proprio, ALL)
+    distance = objective(Imagined(latents, proprio), ALL)
     assert distance.shape == (2, 3)
     scored = {"last": [3], "all": [0, 1, 2, 3]}[mode]
     for episode in range(2):
@@ -232,7 +250,7 @@ def test_each_candidate_is_compared_with_its_own_episodes_goal(mode: str, alpha:
             felt = (proprio[episode, sample, scored] - goal_proprio[episode]).square().mean()
             torch.testing.assert_close(distance[episode, sample], seen + alpha * felt)
     for part in (slice(0, 1), slice(1, 2)):
-        torch.testing.assert_close(objective(latents[part], proprio[part], part), distance[part])
+        torch.testing.assert_close(objective(Imagined(latents[part], proprio[part]), part), distance[part])
 
 
 class Ruler:
@@ -252,8 +270,8 @@ def test_with_a_graph_it_is_the_graphs_distance(mode: str, expected: list[list[f
     goal, to_goal = random(2, 1, 1), random(2, 8)
     ruler: Any = Ruler()
     objective = GoalDistance(goal, mode, graph=ruler, to_goal=to_goal)
-    assert objective(latents, torch.zeros(2, 1, 3, 0), ALL).tolist() == expected
-    assert objective(latents[1:], torch.zeros(1, 1, 3, 0), slice(1, 2)).tolist() == expected[1:]
+    assert objective(Imagined(latents, torch.zeros(2, 1, 3, 0)), ALL).tolist() == expected
+    assert objective(Imagined(latents[1:], torch.zeros(1, 1, 3, 0)), slice(1, 2)).tolist() == expected[1:]
     # Each episode's own goal, and path lengths to it.
     assert torch.equal(ruler.received[1][0], goal[1:])
     assert torch.equal(ruler.received[1][1], to_goal[1:])

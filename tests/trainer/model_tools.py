@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wmcache.trainer.models import MODELS, DataShape, build
+from wmcache.trainer.models import MODELS, DataShape, build, rollout
 from wmcache.trainer.presets import PRESETS
 
 SHAPE = DataShape(tokens=8, token_dim=5, proprio_dim=4, action_dim=10, history=3, columns=4)
@@ -142,6 +142,21 @@ def make_futures(actions: Tensor, past: int) -> Tensor:
     noise = torch.randn(FUTURES, *actions.shape[1:], generator=torch.Generator().manual_seed(3))
     noise[:, :past] = 0
     return actions[:, None] + noise
+
+
+def roll_out(
+    model: Any, tokens: Tensor, proprio: Tensor, actions: Tensor, context: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Latents and proprio of one future [B, n - 1 + T, f * A] of each sequence, or of several [B, S, n - 1 + T, f * A]."""
+    model.context = context or model.shape.history
+    if actions.ndim == 3:
+        found = rollout(model, tokens, proprio, actions)
+        return found.latents[:, 0], found.proprio[:, 0]
+    belief, observed = model.start(len(tokens)), tokens.shape[1]
+    for t in range(observed):
+        belief = model.observe(belief, tokens[:, t], proprio[:, t], actions[:, 0, t - 1] if t else None)
+    found = model.imagine(belief, actions[:, :, observed - 1 :])
+    return found.latents, found.proprio
 
 
 def model_inputs(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

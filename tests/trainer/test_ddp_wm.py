@@ -27,6 +27,7 @@ from model_tools import (
     make_observed,
     model_inputs,
     name_of,
+    roll_out,
 )
 from torch import Tensor
 
@@ -60,10 +61,10 @@ class TestRollout:
     @pytest.mark.parametrize("variant", [DEFAULTS, REFERENCE], ids=name_of)
     def test_a_model_without_history_sees_the_newest_frame_alone(self, variant: dict[str, Any]) -> None:
         model, observation = make_ddp_model(shape=replace(SHAPE, history=1), **variant), make_observed(observed=3)
-        found = model.rollout(*observation)
+        found = roll_out(model, *observation)
         for one, expected in zip(found, naive_models.roll_out("ddp-wm", model, *observation, 1), strict=True):
             torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4)
-        assert torch.equal(model.rollout(*(value[:, 2:] for value in observation))[0], found[0])
+        assert torch.equal(roll_out(model, *(value[:, 2:] for value in observation))[0], found[0])
 
     @pytest.mark.parametrize("batch", [1, 5])
     @pytest.mark.parametrize("foreground", [1, 4, 7])
@@ -71,8 +72,8 @@ class TestRollout:
         model, data = make_ddp_model(foreground=foreground), make_batch(batch=batch, frames=3)
         seen: list[tuple[int, ...]] = []
         model.primary.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[:3])))
-        model.rollout(*data.values())
-        model.rollout(data["tokens"][:, :1], data["proprio"][:, :1], make_futures(data["action"], past=0))
+        roll_out(model, *data.values())
+        roll_out(model, data["tokens"][:, :1], data["proprio"][:, :1], make_futures(data["action"], past=0))
         assert seen == [(batch, 1, foreground)] + [(FUTURES * batch, 1, foreground)] * 3
 
     @pytest.mark.parametrize("observed", [1, 3])
@@ -80,7 +81,7 @@ class TestRollout:
         model, (tokens, proprio, actions) = make_ddp_model(), make_observed(observed)
         remembered: list[int] = []
         model.fusion.attention.v.register_forward_pre_hook(lambda _, inputs: remembered.append(len(inputs[0])))
-        model.rollout(tokens, proprio, make_futures(actions, past=observed - 1))
+        roll_out(model, tokens, proprio, make_futures(actions, past=observed - 1))
         # No later frame attends to the last two: the newest, and the one that it is imagined from.
         assert remembered == [len(tokens)] * (observed - 1) + [FUTURES * len(tokens)] * (IMAGINED - 1)
 
@@ -89,7 +90,7 @@ class TestRollout:
     def test_before_the_last_stage_unchanged_tokens_are_copied_bit_for_bit(self, predict: str, stage: str) -> None:
         model = make_ddp_model(stage, predict=predict, standardise=False)
         tokens, proprio, actions = make_observed(1)
-        frames = torch.cat([tokens, model.rollout(tokens, proprio, actions)[0]], 1)
+        frames = torch.cat([tokens, roll_out(model, tokens, proprio, actions)[0]], 1)
         same = (frames[:, 1:] == frames[:, :-1]).all(-1)
         assert (same.sum(-1) == SHAPE.tokens - K).all()
         assert same.all(1).sum() < 2 * (SHAPE.tokens - K)  # not always the same ones

@@ -20,6 +20,7 @@ from model_tools import (
     model_inputs,
     name_of,
     predict,
+    roll_out,
     some_variants,
 )
 from torch import Tensor
@@ -106,7 +107,7 @@ class TestVariants:
         for name in ("proprio_mean", "proprio_std", "action_mean", "action_std"):
             setattr(models[1], name, getattr(models[0], name))
         batch = make_batch(frames=4)
-        assert torch.equal(*(model.rollout(*batch.values())[0] for model in models))
+        assert torch.equal(*(roll_out(model, *batch.values())[0] for model in models))
         assert torch.equal(model_inputs(models[0], batch)[0], batch["tokens"])
 
     def test_the_preset_has_as_many_parameters_as_the_reference(self) -> None:
@@ -161,7 +162,7 @@ class TestLoss:
         twice = make_trained_model(**variant, rollout_loss=0.5)
         losses = twice.loss(batch)
         observed = batch["tokens"][:, :1], batch["proprio"][:, :1]
-        imagined, embeddings = twice.rollout(*observed, batch["action"][:, :2], context=1)
+        imagined, embeddings = roll_out(twice, *observed, batch["action"][:, :2], context=1)
         tokens, embedding, _ = model_inputs(twice, batch)
         second = F.mse_loss((imagined[:, 1] - twice.tokens_mean) / twice.tokens_std, tokens[:, 2])
         if variant["proprio"] == "none":

@@ -42,6 +42,7 @@ from wmcache.pipeline.collect import collect
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.trainer.import_dino_wm import import_dino_wm
+from wmcache.trainer.models import rollout
 from wmcache.trainer.runs import load_model, read_config
 
 CPU = torch.device("cpu")
@@ -72,7 +73,8 @@ def test_rollouts_give_the_numbers_of_the_reference(
     store = TokenStore.open(cache)
     scaled = standardised(store, "state", proprio), standardised(store, "action", action)
     expected = imagine(parts, concat_dim, tokens, *scaled)
-    imagined, embedding = load_model(tmp_path / "run", CPU).rollout(tokens, proprio, action)
+    found = rollout(load_model(tmp_path / "run", CPU), tokens, proprio, action)
+    imagined, embedding = found.latents[:, 0], found.proprio[:, 0]
     assert imagined.shape[1] == 5
     torch.testing.assert_close(imagined, expected[:, :, :patches, :dim], atol=1e-5, rtol=0)
     wanted = expected[:, :, 0, dim : dim + TINY["embedding"]] if concat_dim else expected[:, :, patches]

@@ -1,127 +1,72 @@
-"""World models: a file or a folder for each, registered by `@MODELS.register("name")`."""
+"""World models and policies: a file or a folder for each, registered by `@MODELS.register("name")`."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows
 from wmcache.common.device import autocast
-from wmcache.common.errors import UserError
 from wmcache.common.options import parse_options
 from wmcache.common.registry import Registry
-from wmcache.common.schema import Size
+from wmcache.trainer.models.trainable import DataShape as DataShape
+from wmcache.trainer.models.trainable import Trainable as Trainable
 
 VALIDATION_WINDOWS, BATCH = 256, 64
-Frames = tuple[Tensor, Tensor]
-"""Latents and embeddings of proprio."""
+Belief = Mapping[str, Tensor]
+"""What a model remembers of E episodes. Each tensor is [E, …], so a belief is cut and repeated along its episodes."""
 
 
 @dataclass(frozen=True)
-class DataShape:
-    """Sizes of the data: N, D, P, f * A, H context frames, and the columns of the token grid, which has N / columns rows.
+class Imagined:
+    """What a model imagines of E episodes, S futures, T model steps; latents and reward in the store's units.
 
     Attributes:
-        has_reward, has_end: whether batches have `reward` and `terminated`.
+        latents: [E, S, T, N, D].
+        proprio: [E, S, T, Q], embedded as `WorldModel.encode_proprio` does.
+        reward: [E, S, T], of a model that predicts it.
+        continues: [E, S, T], the probability that the episode goes on, of a model that predicts it.
     """
 
-    tokens: Size
-    token_dim: Size
-    proprio_dim: Annotated[int, Field(ge=0, le=2**16)]
-    action_dim: Size
-    history: Annotated[int, Field(gt=0, le=1024)]
-    columns: Size = 1
-    has_reward: bool = False
-    has_end: bool = False
+    latents: Tensor
+    proprio: Tensor
+    reward: Tensor | None = None
+    continues: Tensor | None = None
+
+    def last(self) -> Imagined:
+        """Return the last model step alone."""
+        values = {name: value[:, :, -1:] for name, value in vars(self).items() if value is not None}
+        return replace(self, **values)
 
 
-class WorldModel(nn.Module, ABC):
-    """An action-conditioned predictor of latents. Latents and actions are in the store's units. `loss` and `rollout` have no default."""
+class WorldModel(Trainable):
+    """An action-conditioned predictor of latents. `loss`, `start`, `observe` and `imagine` have no default.
 
-    Options: ClassVar[type[Any]]  # dataclass, whose fields become options of the command line
-    stages: ClassVar[tuple[str, ...]] = ()  # empty for a model that is trained in one go
-    plannable_after: ClassVar[str] = ""  # the first stage after which `rollout` is meaningful
-    pools: ClassVar[bool] = False  # whether `loss` can average the token grid (`--pool`)
-    stage: Tensor  # of a model with stages: number of the one that is or was trained last, from 1; 0 before the first
+    Attributes:
+        context: frames, observed or imagined, that an imagined step sees; the history, unless a planner lowers it.
+        observed: newest frames that a belief keeps; the history, unless a planner lowers it.
+    """
+
+    recurrent: ClassVar[bool] = False  # remembers every frame of an episode, so a planner must observe each model step
+    draws: ClassVar[bool] = False  # whether `imagine` uses its generators
 
     def __init__(self, shape: DataShape, options: Any, statistics: Mapping[str, Tensor]) -> None:
-        """Keep `{tokens,proprio,action}_{mean,std}`, float32 vectors, as buffers, so that a planner opens no store."""
-        super().__init__()
-        self.shape, self.options = shape, options
-        for name, value in statistics.items():
-            self.register_buffer(name, value)
-        if self.stages:
-            self.register_buffer("stage", torch.zeros((), dtype=torch.int64))
-
-    @classmethod
-    def configure(cls, store: TokenStore, windows: Windows, options: Any) -> Any:  # noqa: ARG003
-        """Fill in what depends on the data; raises UserError where the model cannot be trained on this store."""
-        return options
-
-    @classmethod
-    def extras(cls, store: TokenStore, windows: Windows, options: Any) -> dict[str, TokenStore]:  # noqa: ARG003
-        """Open stores whose rows batches have beside tokens (`Windows.with_extras`); raises UserError where one is missing."""
-        return {}
-
-    @classmethod
-    def may_change_after(cls, stage: str) -> frozenset[str]:  # noqa: ARG003
-        """Return the options that what was trained up to this stage does not depend on."""
-        return frozenset()
-
-    @classmethod
-    def stage_before_planning(cls, reached: str) -> str:
-        """Return the stage to train next where `rollout` is not meaningful after stage `reached` ("": none), else ""."""
-        done = cls.stage_number(reached)
-        return cls.stages[done] if done < cls.stage_number(cls.plannable_after) else ""
-
-    @classmethod
-    def stage_number(cls, stage: str) -> int:
-        """Return the position of a stage, from 1; 0 for none."""
-        return cls.stages.index(stage) + 1 if stage in cls.stages else 0
+        """See `Trainable`."""
+        super().__init__(shape, options, statistics)
+        self.context = self.observed = shape.history
 
     @property
-    def stage_name(self) -> str:
-        """Name of the stage that is or was trained last; "" for none."""
-        number = int(self.stage) if self.stages else 0
-        return self.stages[number - 1] if number else ""
-
-    def begin(self, stage: str) -> None:
-        """Prepare to train a stage. A model with stages also freezes here what the stage does not train."""
-        self.stage.fill_(self.stage_number(stage))
-
-    def check_pool(self, pool: int) -> None:
-        """Raise UserError where `loss` cannot average squares of `pool` x `pool` tokens."""
-        rows, columns = self.shape.tokens // self.shape.columns, self.shape.columns
-        if (pool > 1 and not self.pools) or rows % pool or columns % pool:
-            raise UserError(f"--pool {pool} suits no {rows} x {columns} tokens of this model; choose 1, or divide both")
-
-    @abstractmethod
-    def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:
-        """Compute the training loss, of the present stage where there are stages.
-
-        Args:
-            batch: tokens [B, T, N, D], proprio [B, T, P], action [B, T, f * A], T = H + 1, and a row of each of `extras` [B, T, …].
-            pool: side of the squares of the token grid to average first; above 1 only where `check_pool` allows it.
-
-        Returns:
-            `loss`, and parts of it to log; scalars.
-        """
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return groups for the optimiser; keys beside `params` override its settings. Default: all trainable parameters in one group."""
-        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
-
-    def after_step(self) -> None:
-        """Update what no gradient moves, such as target networks; called after each optimiser step."""
+    def blind(self) -> bool:
+        """See `Trainable.blind`."""
+        no_proprio = torch.zeros(1, 1, self.shape.proprio_dim, device=next(self.parameters()).device)
+        return not self.encode_proprio(no_proprio).numel()
 
     def validate(self, windows: Windows, device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
         """Measure the model on held-out windows of one observed frame and some that follow; they have the model's `extras`.
@@ -132,22 +77,53 @@ class WorldModel(nn.Module, ABC):
         return {f"skill_{k}": value for k, value in enumerate(found, start=1)}
 
     def encode_proprio(self, proprio: Tensor) -> Tensor:
-        """Embed proprio as `rollout` predicts it, [B, T, P] -> [B, T, Q]. Q is 0 for a model that sees no proprio, the default."""
+        """Embed proprio as `imagine` predicts it, [B, T, P] -> [B, T, Q]. Q is 0 for a model that sees no proprio, the default."""
         return proprio[..., :0]
 
+    def start(self, count: int) -> Belief:  # noqa: ARG002
+        """Return the belief of so many episodes before their first frame; default: nothing."""
+        return {}
+
     @abstractmethod
-    def rollout(self, tokens: Tensor, proprio: Tensor, actions: Tensor, context: int | None = None) -> Frames:
+    def observe(self, belief: Belief, tokens: Tensor, proprio: Tensor, previous_action: Tensor | None) -> Belief:
+        """Return the belief after one more frame.
+
+        Args:
+            tokens: [E, N, D]. proprio: [E, P].
+            previous_action: [E, f * A], which led to this frame; None for the first frame.
+        """
+
+    @abstractmethod
+    def imagine(self, belief: Belief, actions: Tensor, generators: Sequence[torch.Generator] | None = None) -> Imagined:
         """Imagine what actions lead to.
 
         Args:
-            tokens: [B, n, N, D], n >= 1 observed frames. proprio: [B, n, P] of those frames.
-            actions: [B, n - 1 + t, f * A]; action k leads from frame k to frame k + 1. Or [B, S, n - 1 + t, f * A], S futures of each
-                observed sequence, whose first n - 1 actions, the past, are the same.
-            context: frames, observed or imagined, that a step sees; None means the model's history.
-
-        Returns:
-            Latents [B, t, N, D] and proprio embeddings [B, t, Q] of the t frames after the observed ones; [B, S, t, …] for S futures.
+            belief: of E episodes, with at least one frame.
+            actions: [E, S, T, f * A], S futures of each episode.
+            generators: one on the CPU for each episode, whose futures all see the same noise; None: imagine without noise.
         """
+
+    def cost(self, imagined: Imagined, goal: Tensor) -> Tensor:
+        """Score imagined frames against goals [E, N, D], [E, S, T]; default: `latent_distance`."""
+        return latent_distance(imagined, goal)
+
+
+def latent_distance(imagined: Imagined, goal: Tensor) -> Tensor:
+    """Compute the mean squared difference of imagined latents from goals [E, N, D], [E, S, T]."""
+    return (imagined.latents - goal[:, None, None]).square().mean((3, 4))
+
+
+def rollout(model: WorldModel, tokens: Tensor, proprio: Tensor, actions: Tensor) -> Imagined:
+    """Observe n frames, then imagine one future, without noise.
+
+    Args:
+        tokens: [B, n, N, D], n >= 1. proprio: [B, n, P].
+        actions: [B, n - 1 + T, f * A]; action k leads from frame k to frame k + 1.
+    """
+    belief, observed = model.start(len(tokens)), tokens.shape[1]
+    for t in range(observed):
+        belief = model.observe(belief, tokens[:, t], proprio[:, t], actions[:, t - 1] if t else None)
+    return model.imagine(belief, actions[:, None, observed - 1 :])
 
 
 @torch.inference_mode()
@@ -163,7 +139,7 @@ def rollout_errors(
         data = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(part).items()}
         tokens = data["tokens"].float()
         with autocast(device, dtype):
-            imagined, _ = model.rollout(tokens[:, :1], data["proprio"][:, :1], data["action"][:, :steps])
+            imagined = rollout(model, tokens[:, :1], data["proprio"][:, :1], data["action"][:, :steps]).latents[:, 0]
         error += (imagined - tokens[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
         copying += (tokens[:, :1] - tokens[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
     return error / len(chosen), copying / len(chosen)
@@ -190,7 +166,7 @@ class Localizes(Protocol):
         """Mark patches for each step of a batch, bool [B, T - 1, N]: those that `changes`, are `computed` and are `likely to change`."""
 
 
-MODELS: Registry[type[WorldModel]] = Registry("world model", package=__name__, group="wmcache.models")
+MODELS: Registry[type[Trainable]] = Registry("model", package=__name__, group="wmcache.models")
 
 
 def read_options(name: str, options: Mapping[str, Any]) -> Any:
@@ -198,6 +174,6 @@ def read_options(name: str, options: Mapping[str, Any]) -> Any:
     return parse_options(MODELS.get(name).Options, dict(options), f"world model {name}")
 
 
-def build(name: str, shape: DataShape, options: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> WorldModel:
-    """Make a new model, see `WorldModel`; raises UserError for an unknown name or option, or sizes that do not fit."""
+def build(name: str, shape: DataShape, options: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> Trainable:
+    """Make a new model, see `Trainable`; raises UserError for an unknown name or option, or sizes that do not fit."""
     return MODELS.get(name)(shape, read_options(name, options), statistics)

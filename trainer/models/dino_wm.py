@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
 from wmcache.common.options import Weight, option
-from wmcache.trainer.models import MODELS, DataShape, Frames
+from wmcache.trainer.models import MODELS, DataShape
 from wmcache.trainer.models.attention import Block, KeysValues, zero_init
-from wmcache.trainer.models.latent import LatentModel, LatentOptions, append, pool_grid
+from wmcache.trainer.models.latent import Frames, LatentModel, LatentOptions, append, pool_grid
 
 Kept = list[KeysValues | None]
 """Of each block."""
@@ -116,8 +116,8 @@ class DinoWm(LatentModel):
             x, _ = block(x, condition=condition, window=self.shape.history)
         return self.split(x, tokens, embedding)
 
-    def imagine(self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int) -> list[Frames]:
-        """See `LatentModel.imagine`."""
+    def roll_out(self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int) -> list[Frames]:
+        """See `LatentModel.roll_out`."""
         # Keys and values of a frame are kept while its position in the window stays: until it is full, with rotary positions always.
         past = futures[::samples]
         observed = tokens.shape[1]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -18,10 +17,12 @@ from wmcache.cache.windows import Windows
 from wmcache.common.errors import UserError
 from wmcache.common.options import ShareBelowOne, option
 from wmcache.common.schema import Size
-from wmcache.trainer.models import DataShape, Frames, WorldModel
+from wmcache.trainer.models import Belief, DataShape, Imagined, WorldModel
 
 SizeOrNone = Annotated[int, Field(ge=0, le=2**16)]
 
+Frames = tuple[Tensor, Tensor]
+"""Tokens and embeddings of proprio."""
 MIN_STD = 1e-6  # standard deviation of a channel that never changes
 
 
@@ -122,19 +123,43 @@ class LatentModel(WorldModel):
         loss = (1 - share) * token_loss + share * proprio_loss
         return {"loss": loss, "tokens": token_loss.detach(), "proprio": proprio_loss.detach()}
 
-    def rollout(self, tokens: Tensor, proprio: Tensor, actions: Tensor, context: int | None = None) -> Frames:
-        """See `WorldModel.rollout`."""
-        lead = actions.shape[:-2]
-        tokens, proprio, futures = self.standardise(tokens, proprio, actions.flatten(0, -3))
-        context = min(context or self.shape.history, self.shape.history)
-        imagined = self.imagine(tokens, self.embed(proprio), futures, math.prod(lead[1:]), context)
+    def start(self, count: int) -> Belief:
+        """See `WorldModel.start`. A belief has the newest n frames, and the n - 1 actions between them, in the store's units."""
+        shape, device = self.shape, self.action_mean.device
+        return {
+            "tokens": torch.zeros(count, 0, shape.tokens, shape.token_dim, device=device),
+            "proprio": torch.zeros(count, 0, shape.proprio_dim, device=device),
+            "actions": torch.zeros(count, 0, shape.action_dim, device=device),
+        }
+
+    def observe(self, belief: Belief, tokens: Tensor, proprio: Tensor, previous_action: Tensor | None) -> Belief:
+        """See `WorldModel.observe`."""
+        seen = torch.cat([belief["tokens"], tokens[:, None].float()], 1)[:, -self.observed :]
+        known = torch.cat([belief["proprio"], proprio[:, None]], 1)[:, -self.observed :]
+        actions = belief["actions"]
+        if previous_action is not None:
+            actions = torch.cat([actions, previous_action[:, None]], 1)
+        return {"tokens": seen, "proprio": known, "actions": actions[:, actions.shape[1] + 1 - seen.shape[1] :]}
+
+    def imagine(
+        self,
+        belief: Belief,
+        actions: Tensor,
+        generators: Sequence[torch.Generator] | None = None,  # noqa: ARG002 (see `draws`)
+    ) -> Imagined:
+        """See `WorldModel.imagine`."""
+        lead = actions.shape[:2]
+        past = belief["actions"][:, None].expand(-1, lead[1], -1, -1)
+        futures = torch.cat([past, actions], 2).flatten(0, 1)
+        tokens, proprio, futures = self.standardise(belief["tokens"], belief["proprio"], futures)
+        imagined = self.roll_out(tokens, self.embed(proprio), futures, lead[1], self.context)
         latents, embeddings = (torch.cat(frames, 1) for frames in zip(*imagined, strict=True))
         latents, embeddings = latents * self.tokens_std + self.tokens_mean, embeddings[:, :, 0]
-        return latents.reshape(lead + latents.shape[1:]), embeddings.reshape(lead + embeddings.shape[1:])
+        return Imagined(latents.reshape(lead + latents.shape[1:]), embeddings.reshape(lead + embeddings.shape[1:]))
 
     @abstractmethod
-    def imagine(self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int) -> list[Frames]:
-        """Roll out, everything standardised.
+    def roll_out(self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int) -> list[Frames]:
+        """Imagine with everything standardised.
 
         Args:
             tokens: [B, n, N, D] observed. embedding: [B, n, 1, Q] of their proprio.

@@ -30,10 +30,10 @@ from wmcache.common.device import autocast
 from wmcache.common.errors import UserError
 from wmcache.common.options import Weight, option
 from wmcache.common.schema import Size
-from wmcache.trainer.models import MODELS, DataShape, Frames
+from wmcache.trainer.models import MODELS, DataShape
 from wmcache.trainer.models.attention import KeysValues, zero_init
 from wmcache.trainer.models.ddp_wm.parts import CELLS, Correction, Fusion, Localizer, Vit, put, take
-from wmcache.trainer.models.latent import MIN_STD, LatentModel, LatentOptions, SizeOrNone, append
+from wmcache.trainer.models.latent import MIN_STD, Frames, LatentModel, LatentOptions, SizeOrNone, append
 
 SAMPLED_WINDOWS, BATCH = 2048, 64
 COVERED, SPARE = 0.99, 1.5
@@ -312,8 +312,8 @@ class DdpWm(LatentModel):
             new_embedding = None if new_embedding is None else embedding + new_embedding
         return new_tokens, new_embedding
 
-    def imagine(self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int) -> list[Frames]:
-        """See `LatentModel.imagine`. Before the last stage the tokens that are not chosen are copied."""
+    def roll_out(self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int) -> list[Frames]:
+        """See `LatentModel.roll_out`. Before the last stage the tokens that are not chosen are copied."""
         observed, shared = tokens.shape[1], futures[::samples]
         corrects = self.stage_name == self.stages[-1]
         past = [
