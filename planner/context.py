@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -92,6 +93,13 @@ class EvalContext:
         ones = np.ones(self.store.action.shape[1], np.float32)
         self.action_bounds = (-ones, ones)
         self._changes = changes_for(self.card.token_grid, self.frameskip, options.device) if options.mask else None
+
+    def proprio(self, observation: Observation) -> Tensor:
+        """Return the proprio that the model sees, float32 [E, P]; P is 0 where its store had none."""
+        wanted, found = self.model.shape.proprio_dim, observation.proprio.shape[1]
+        if wanted not in (0, found):
+            raise UserError(f"{self.run} was trained with {wanted} numbers of proprio, its environment has {found}")
+        return torch.from_numpy(observation.proprio[:, :wanted]).to(self.device)
 
     def _load_encoder(self, identity: Identity, device: str) -> Encoder:
         kept = self.card.encoder.get("weights")

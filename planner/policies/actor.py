@@ -51,7 +51,7 @@ class ActorPolicy:
         """See `Policy`."""
         begun = time.perf_counter()
         self._tokens = self._encode(observation)
-        self._proprio = torch.from_numpy(observation.proprio).to(self._context.device)
+        self._proprio = self._context.proprio(observation)
         self.seconds += time.perf_counter() - begun
 
     @torch.inference_mode()
