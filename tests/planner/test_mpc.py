@@ -32,9 +32,6 @@ class DoubleIntegrator(WorldModel):
     def encode_proprio(self, proprio: Tensor) -> Tensor:
         return proprio
 
-    def start(self, count: int) -> Belief:
-        return {"position": torch.zeros(count, 1, 2), "velocity": torch.zeros(count, 1, 2)}
-
     def observe(self, belief: Belief, tokens: Tensor, proprio: Tensor, previous_action: Tensor | None) -> Belief:
         return {"position": tokens.float(), "velocity": proprio[:, None, 2:]}
 

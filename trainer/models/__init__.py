@@ -47,7 +47,7 @@ class Imagined:
 
 
 class WorldModel(Trainable):
-    """An action-conditioned predictor of latents. `loss`, `start`, `observe` and `imagine` have no default.
+    """An action-conditioned predictor of latents. `loss`, `observe` and `imagine` have no default.
 
     Attributes:
         context: frames, observed or imagined, that an imagined step sees; the history, unless a planner lowers it.
@@ -80,9 +80,9 @@ class WorldModel(Trainable):
         """Embed proprio as `imagine` predicts it, [B, T, P] -> [B, T, Q]. Q is 0 for a model that sees no proprio, the default."""
         return proprio[..., :0]
 
-    @abstractmethod
-    def start(self, count: int) -> Belief:
-        """Return the belief of so many episodes before their first frame."""
+    def start(self, count: int) -> Belief:  # noqa: ARG002
+        """Return the belief of so many episodes before their first frame; default: nothing."""
+        return {}
 
     @abstractmethod
     def observe(self, belief: Belief, tokens: Tensor, proprio: Tensor, previous_action: Tensor | None) -> Belief:
