@@ -171,7 +171,7 @@ MODELS: Registry[type[Trainable]] = Registry("model", package=__name__, group="w
 
 def read_options(name: str, options: Mapping[str, Any]) -> Any:
     """Make a model's options from some of their values; raises UserError for an unknown model or option, or values that do not fit."""
-    return parse_options(MODELS.get(name).Options, dict(options), f"world model {name}")
+    return parse_options(MODELS.get(name).Options, dict(options), f"model {name}")
 
 
 def build(name: str, shape: DataShape, options: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> Trainable:
