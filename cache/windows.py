@@ -128,16 +128,19 @@ class Windows:
         """Read what accompanies the tokens of frames [B, T].
 
         Returns:
-            proprio float32 [B, T, P]; action float32 [B, T, f * A], the f env actions from each frame to the next; float16 [B, T, …] of
-            each of `extras`.
+            proprio float32 [B, T, P], P = 0 where the store has none; action float32 [B, T, f * A], the f env actions from each frame to
+            the next; where the store has them, reward float32 [B, T], the sum over those env steps, and terminated bool [B, T], whether
+            one of them ends the episode; float16 [B, T, …] of each of `extras`.
         """
-        following = frames[:, :, None] + np.arange(self.frameskip)
-        rows = {name: store.gather(frames.ravel()) for name, store in self.extras.items()}
-        return {
-            "proprio": self.source.state[frames].astype(np.float32),
-            "action": self.source.action[following].reshape(*frames.shape, -1).astype(np.float32),
-            **{name: values.reshape(*frames.shape, *values.shape[1:]) for name, values in rows.items()},
-        }
+        source, following = self.source, frames[:, :, None] + np.arange(self.frameskip)
+        found = {name: store.gather(frames.ravel()) for name, store in self.extras.items()}
+        rows = {name: values.reshape(*frames.shape, *values.shape[1:]) for name, values in found.items()}
+        if source.reward is not None:
+            rows["reward"] = source.reward[following].sum(-1)
+        if source.terminated is not None:
+            rows["terminated"] = source.terminated[following].any(-1)
+        proprio = np.zeros((*frames.shape, 0), np.float32) if source.proprio is None else source.proprio[frames]
+        return {"proprio": proprio, "action": source.action[following].reshape(*frames.shape, -1), **rows}
 
 
 def split_episodes(episodes: int, split: str, seed: int, fraction: float = 1.0) -> Int:

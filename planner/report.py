@@ -209,7 +209,7 @@ def draw_training(run: Path) -> bytes:
 def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> bytes:
     """Draw cached frames at the ball's position, coloured by distance to a goal: in the latent space or along `graph`, and in the maze."""
     chosen = np.random.default_rng(0).choice(len(store), min(MAPPED_FRAMES, len(store)), replace=False)
-    xy = store.state[chosen, :2]
+    xy = store.require_state()[chosen, :2]
     goal = int(np.argmax(xy[:, 0] - xy[:, 1]))  # an end of the U-maze
     tokens = store.gather(chosen).astype(np.float32)
     if graph is None:
@@ -291,7 +291,7 @@ def locate(context: EvalContext) -> tuple[NDArray[np.uint8], dict[str, NDArray[n
     steps = max(1, min(MOST_STEPS, store.longest_episode("val", seed=seed) // frameskip - 1))
     windows, first = store.windows(1, steps, frameskip, "val", seed=seed), np.zeros(1, int)
     batch = {name: torch.from_numpy(value).to(context.device) for name, value in windows.batch(first).items()}
-    images = render(cached_maze(context.card), SIDE, store.state[windows.frames(first)[0]])
+    images = render(cached_maze(context.card), SIDE, store.require_state()[windows.frames(first)[0]])
     if model.labels_from_pixels:  # a first frame has no changes, as in a store of change maps
         changes = changes_for(context.card.token_grid, frameskip, "cpu")(np.stack([images[:-1], images[1:]], 1))
         batch["changes"] = torch.cat([torch.zeros_like(changes[:1]), changes])[None].to(context.device)

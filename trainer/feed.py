@@ -134,7 +134,7 @@ class Feed(AbstractContextManager["Feed"]):
             stored = self._transfer.send(buffer).index_select(0, torch.from_numpy(rows).to(self.device))
         if self._scale is None:
             return stored
-        scale = self._scale[torch.from_numpy(frames // self._store.card.frames_per_shard).to(self.device)]
+        scale = self._scale[torch.from_numpy(self._store.shard_of(frames)).to(self.device)]
         return restore(stored, scale[:, 0], scale[:, 1]).to(torch.float16)
 
     def __exit__(self, *_: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wmcache.cache.joined import open_stores
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Goals, Windows, batch_windows
 from wmcache.common.device import choose_dtype
@@ -21,7 +22,7 @@ from wmcache.common.errors import UserError, reason
 from wmcache.common.files import not_written
 from wmcache.common.jsonfiles import write_json
 from wmcache.common.options import check_options
-from wmcache.common.paths import AnyPath, absolute
+from wmcache.common.paths import AnyPath
 from wmcache.engine import loop
 from wmcache.engine.checkpoint import Progress, last_checkpoint, load_training_state, load_weights
 from wmcache.engine.optimisers import decay_groups, warmup_constant_decay
@@ -29,7 +30,7 @@ from wmcache.engine.ranks import SINGLE, Ranks
 from wmcache.trainer.feed import Feed, choose_residence
 from wmcache.trainer.models import MODELS, DataShape, Trainable, build, read_options
 from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.runs import find_stages, lock_run, prepare_run
+from wmcache.trainer.runs import describe_caches, find_stages, lock_run, prepare_run
 
 ROLLOUT_STEPS = 5
 UNDEFINED = "no skill (null in metrics.jsonl): held-out tokens do not change, or the rollout is not finite"
@@ -41,6 +42,7 @@ def train(
     out: Path,
     options: TrainOptions,
     *,
+    more: Sequence[AnyPath] = (),
     resume: bool = False,
     overwrite: bool = False,
     ranks: Ranks = SINGLE,
@@ -51,7 +53,11 @@ def train(
     order of sums. A run may continue with another number of ranks. Dropout and noise depend on it: a single process continues with the
     generator in the checkpoint, ranks draw by seed, rank and step.
 
+    Several stores are read as one (`JoinedStore`). A run that is resumed may have more of them, after those that it had: it keeps the
+    statistics of its first stores, and from that step on its batches are drawn from all windows.
+
     Args:
+        more: stores to read as one with `cache`.
         resume: require a run to continue; allows other `steps` and another `learning_rate`.
         overwrite: start from scratch where a run exists.
 
@@ -60,17 +66,24 @@ def train(
     """
     check_options(options)
     check_slices(options.batch, ranks.world)
-    store = TokenStore.open(cache, mirrored=True)
+    store = open_stores([cache, *more], mirrored=True)
     with lock_run(out) if ranks.is_main else nullcontext():
         try:
-            return _train(store, cache, out, options, ranks, resume=resume, overwrite=overwrite)
+            return _train(store, [cache, *more], out, options, ranks, resume=resume, overwrite=overwrite)
         except OSError as error:
             file = Path(os.fsdecode(error.filename or out))  # one of the run's own, or for example one of the store
             raise not_written(out if file.is_relative_to(out) else file, error) from error
 
 
 def _train(
-    store: TokenStore, cache: AnyPath, out: Path, options: TrainOptions, ranks: Ranks, *, resume: bool, overwrite: bool
+    store: TokenStore,
+    caches: list[AnyPath],
+    out: Path,
+    options: TrainOptions,
+    ranks: Ranks,
+    *,
+    resume: bool,
+    overwrite: bool,
 ) -> loop.Figures:
     kind, chosen = MODELS.get(options.model), read_options(options.model, options.model_options)
     windows = training_windows(store, options, kind, chosen)
@@ -83,7 +96,7 @@ def _train(
     torch.manual_seed(options.seed)
     model = build(options.model, shape, options.model_options, statistics_of(store, options.frameskip)).to(device)
     model.check_pool(options.pool)
-    config = {**asdict(options), "cache": absolute(cache), "shape": asdict(shape)}
+    config = {**asdict(options), "cache": describe_caches(caches), "shape": asdict(shape)}
     left, begins = find_stages(out, model, config, store.identity, overwrite=overwrite)
     # Written only now: an option that is refused must not cost a run.
     resumes = ranks.is_main and prepare_run(
@@ -216,18 +229,28 @@ def make_optimiser(model: Trainable, options: TrainOptions) -> torch.optim.AdamW
 
 def data_shape(store: TokenStore, options: TrainOptions) -> DataShape:
     """Return the sizes of a store's data for a model."""
-    card, actions = store.card, options.frameskip * store.action.shape[1]
-    proprio, columns = store.state.shape[1], card.token_grid[1]
-    return DataShape(card.tokens_per_frame, card.token_dim, proprio, actions, options.history, columns)
+    card = store.card
+    return DataShape(
+        tokens=card.tokens_per_frame,
+        token_dim=card.token_dim,
+        proprio_dim=0 if store.proprio is None else store.proprio.shape[1],
+        action_dim=options.frameskip * store.action.shape[1],
+        history=options.history,
+        columns=card.token_grid[1],
+        has_reward=store.reward is not None,
+        has_end=store.terminated is not None,
+    )
 
 
 def statistics_of(store: TokenStore, frameskip: int) -> dict[str, Tensor]:
     """Return mean and standard deviation of tokens, proprio and action, for a model's buffers."""
+    proprio = store.role("proprio")  # at its own precision
+    proprio = np.zeros((len(store), 0)) if proprio is None else proprio
     values = {
         "tokens_mean": store.mean,
         "tokens_std": store.std,
-        "proprio_mean": store.state.mean(0),
-        "proprio_std": store.state.std(0, ddof=1),
+        "proprio_mean": proprio.mean(0),
+        "proprio_std": proprio.std(0, ddof=1),
         "action_mean": np.tile(store.action.mean(0), frameskip),
         "action_std": np.tile(store.action.std(0, ddof=1), frameskip),
     }

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wmcache.envs.expert import PathFollower
+from wmcache.envs.pointmaze.expert import PathFollower
 from wmcache.planner.base import Observation, Reads
 from wmcache.planner.context import EvalContext
 from wmcache.planner.options import PlanOptions

@@ -96,11 +96,6 @@ def test_splits_that_do_not_exist_are_refused() -> None:
         split_episodes(1, "train", 0)
 
 
-def test_no_episode_long_enough_is_an_error(finished: Path) -> None:
-    with pytest.raises(UserError, match="35 frames"):
-        TokenStore.open(finished).windows(history=6, predict=1, frameskip=5)
-
-
 @given(
     windows=st.integers(1, 60),
     batch=st.integers(1, 70),

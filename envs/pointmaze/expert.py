@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from wmcache.envs.maze import Maze
-from wmcache.envs.simulator import PointMazeSimulator
+from wmcache.envs.pointmaze.maze import Maze
+from wmcache.envs.pointmaze.simulator import PointMazeSimulator
 
 LOOK_AHEAD = 0.6
 """Distance along the path of the point that is steered to, in maze units."""

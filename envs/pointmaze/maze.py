@@ -2,7 +2,7 @@
 
 A layout is a text file of `#` (wall) and `O` or `G` (free). Row r, column c of the text covers the square
 [r - 0.7, r + 0.3] x [c - 0.7, c + 0.3] of the ball's coordinates, as in D4RL: the row runs along x, the column along y.
-Every file in `mazes/` is registered as an environment of its name.
+Every file in `mazes/` is an environment of its name.
 """
 
 from __future__ import annotations
@@ -100,6 +100,23 @@ class Maze:
             xy = rng.uniform((x_min, y_min), (x_max, y_max))
             if self.is_clear(xy, START_MARGIN):
                 return xy
+
+    @property
+    def walls(self) -> NDArray[np.bool_]:
+        """[rows, columns]; True where the ball cannot be."""
+        return ~self.free
+
+    def position(self, states: Float) -> Float:
+        """Return (x, y) of states [..., 4], or of positions [..., 2]."""
+        return states[..., :2]
+
+    def is_free(self, states: Float) -> NDArray[np.bool_]:
+        """Return whether states [..., 4] are outside the walls."""
+        return self.is_clear(states[..., :2], 0.0)
+
+    def distance(self, start: Float, ends: Float) -> Float:
+        """Compute `geodesic` of states [4] and [n, 4]."""
+        return self.geodesic(start[:2], ends[:, :2])
 
     @cached_property
     def _lattice(self) -> tuple[KDTree, csr_array]:
