@@ -18,7 +18,7 @@ from zarr.codecs import BloscCodec, ZstdCodec
 
 from wmcache.bench.timing import median_ratio, seconds
 from wmcache.cache.identity import Identity
-from wmcache.cache.layout import STEP_COLUMNS, StoreCard
+from wmcache.cache.layout import StoreCard
 from wmcache.cache.reader import ZarrReader
 from wmcache.cache.store import Tokens, TokenStore
 from wmcache.cache.windows import Windows, batch_windows
@@ -167,7 +167,7 @@ def _make_formats(
     """Write the tokens in every format; returns by name how to read it, and its bytes."""
     readers: dict[str, Read] = {}
     sizes: dict[str, int] = {}
-    steps = {name: getattr(source, name)[: card.frames] for name in STEP_COLUMNS}
+    steps = {name: values[: card.frames] for name, values in source.step_columns().items()}
     for dtype in ("float16", "int8"):
         identity, stored = replace(source.identity, store_dtype=dtype), replace(card, dtype=dtype)
         writer = StoreWriter.create(folder / f"{dtype}.zarr", stored, identity, steps)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +19,38 @@ from wmcache.cache.layout import (
     FILL,
     FORMAT,
     SHARD_COLUMNS,
-    STEP_COLUMNS,
     StoreCard,
     damaged,
     recorded_versions,
     write_attributes,
 )
+from wmcache.common.columns import MAX_COLUMN_WIDTH
 from wmcache.common.files import sha256_of
 from wmcache.common.paths import AnyPath, is_local, read_bytes
 
 DIMENSIONS: dict[str, tuple[str, ...]] = {
     "tokens": ("frame", "token", "channel"),
-    "action": ("frame", "action_dim"),
-    "state": ("frame", "state_dim"),
-    "episode": ("frame",),
-    "step": ("frame",),
     "sha256": ("shard", "byte"),
     "scale": ("shard", "scale_and_middle", "channel"),
 }
-"""Names of the arrays' dimensions, for xarray; stores made before 2026-10 have none."""
+"""Names of the dimensions of arrays that are no columns of the step table; stores made before 2026-10 have none."""
 ROWS_IN_A_CHUNK = 2**20
 SMALL = 2**22
 """Columns of up to this many rows are read on open, so that corruption is reported before any work starts; longer ones on first use."""
-MAX_COLUMN_WIDTH = 4096
 
 
 def create_arrays(path: Path, card: StoreCard, identity: Identity, steps: Mapping[str, NDArray[Any]]) -> None:
     """Write a store without tokens: the group, the arrays' metadata and the step table."""
     group = zarr.create_group(path, zarr_format=3)
     _create_tokens(group, card)
-    columns = {name: _create_column(group, name, steps[name]) for name in STEP_COLUMNS}
+    columns = {name: _create_column(group, name, steps[name]) for name in card.step_columns}
     (path / "tokens" / "commits").mkdir()
     attributes = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "complete": False,
         "identity": identity.to_json(),
-        "card": asdict(card),
+        "card": card.to_json(),
         "columns": columns,
         "layout": sha256_of(path / "tokens" / "zarr.json"),
         "versions": recorded_versions(),
@@ -104,6 +98,14 @@ def is_mappable(tokens: zarr.Array[Any], card: StoreCard) -> bool:
     return all(getattr(tokens.metadata, part, None) == getattr(expected, part) for part in parts)
 
 
+def dimension_names(name: str, dimensions: int) -> tuple[str, ...]:
+    """Return the names of an array's dimensions, for xarray."""
+    if name in DIMENSIONS:
+        return DIMENSIONS[name]
+    own = [f"{name}_dim"] if dimensions == 2 else [f"{name}_dim_{number}" for number in range(dimensions - 1)]
+    return ("frame", *own)
+
+
 def _create_column(group: zarr.Group, name: str, values: NDArray[Any]) -> str:
     """Write a column, replacing an existing one; return its checksum."""
     column = group.create_array(
@@ -112,7 +114,7 @@ def _create_column(group: zarr.Group, name: str, values: NDArray[Any]) -> str:
         dtype=values.dtype,
         chunks=(min(len(values), ROWS_IN_A_CHUNK), *values.shape[1:]),
         config={"write_empty_chunks": True},  # by default, zeros would look like a lost chunk
-        dimension_names=DIMENSIONS[name],
+        dimension_names=dimension_names(name, values.ndim),
         overwrite=True,
     )
     for start in range(0, len(values), ROWS_IN_A_CHUNK):
@@ -126,7 +128,8 @@ def write_column(path: AnyPath, name: str, values: NDArray[Any]) -> str:
     try:
         column, sha256 = _array(group, name), column_sha256(values)
         # Without locks, another process may have written it and finished the store.
-        if column.metadata.dimension_names == DIMENSIONS[name] and column_sha256(column) == sha256:  # type: ignore[union-attr]
+        names = dimension_names(name, values.ndim)
+        if column.metadata.dimension_names == names and column_sha256(column) == sha256:  # type: ignore[union-attr]
             return sha256
     except Exception:  # noqa: BLE001 (whatever zarr raises about a missing or damaged array)
         pass
@@ -169,6 +172,9 @@ def _column(group: zarr.Group, card: StoreCard, name: str) -> zarr.Array[Any]:
     # Before anything is allocated: the metadata may be wrong.
     _require(array.shape[0] == rows, f"it has {array.shape[0]} rows for {rows}")
     _require(width <= MAX_COLUMN_WIDTH or name == "scale", f"it has {width} values in a row")
+    if described := card.columns.get(name):
+        fits = array.dtype == np.dtype(described.dtype) and array.shape[1:] == described.shape
+        _require(fits, f"it is {array.dtype} {array.shape}, and not as the card describes it")
     _require(array.nchunks == array.nchunks_initialized, "a chunk is missing")  # zarr would read zeros
     return array
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from wmcache.cache.joined import JoinedStore
 from wmcache.cache.store import TokenStore
 from wmcache.common.errors import UnreadableError, UserError, command
 from wmcache.common.paths import AnyPath
@@ -14,6 +15,8 @@ def change_maps_path(store: AnyPath, frameskip: int) -> AnyPath:
 
 def open_change_maps(store: TokenStore, frameskip: int) -> TokenStore:
     """Open a store's change maps, [N, 4] cells a frame; raise UserError where they are missing, or of other frames or another grid."""
+    if isinstance(store, JoinedStore):
+        return JoinedStore([open_change_maps(part, frameskip) for part in store.parts])
     path = change_maps_path(store.path, frameskip)
     make = command("wmcache", "derive", "change-maps", store.path, "--frameskip", frameskip)
     try:

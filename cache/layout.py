@@ -4,7 +4,7 @@
                                     Also consolidated metadata: copies of the arrays' own, for other readers (xarray); not read here
     tokens/c.S.0.0                  shard S: the tokens of the frames of tar S, one frame in an inner chunk, crc32c on each
     tokens/commits/                 which shards are done: frames, bytes, sha256, sums; see records.py
-    action state episode step       the step table again, so that a store is all that training needs
+    episode step action state …     the step table again, so that a store is all that training needs; the card describes its columns
     sha256                          complete stores: of each shard's file
     scale                           int8 stores: scale and middle of each channel in each shard
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from wmcache.cache.identity import FORMAT_VERSION, RESTORE
+from wmcache.common.columns import Column, described_in_json, require_columns
 from wmcache.common.errors import MissingError, UnreadableError, UserError, reason
 from wmcache.common.folders import did_you_mean
 from wmcache.common.jsonfiles import json_digest, read_json, require_seal, seal, write_json
@@ -33,6 +34,7 @@ from wmcache.common.schema import Count, Finite, Name, Size, parse
 
 FORMAT = "wmcache-token-store"
 STEP_COLUMNS = ("action", "state", "episode", "step")
+"""Of a store whose card describes no columns."""
 SHARD_COLUMNS = ("sha256", "scale")
 """With a row for each shard instead of each frame."""
 RECORDED_PACKAGES = ("torch", "timm", "transformers", "numpy", "zarr", "pillow")
@@ -59,6 +61,7 @@ class StoreCard:
         encoder: how to build the same encoder again: name, weights, options.
         dataset: what the frames show: name, path, environment, maze, image size, fps.
         token_grid: rows and columns of the patch tokens; (1, 1) for a single token.
+        columns: of the step table; empty, and left out of the file, where they are the default (`default_columns`).
     """
 
     encoder: dict[str, Any]
@@ -68,6 +71,23 @@ class StoreCard:
     frames: Count
     frames_per_shard: Count
     dtype: Annotated[str, Field(pattern="^(float16|int8)$")] = "float16"
+    columns: dict[str, Column] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for columns that no store can have."""
+        if self.columns:
+            require_columns(self.columns)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the card as it is in files."""
+        values = asdict(self)
+        del values["columns"]
+        return values | described_in_json(self.columns)
+
+    @property
+    def step_columns(self) -> tuple[str, ...]:
+        """Names of the arrays with a row for each frame, beside the tokens."""
+        return (*sorted(self.columns), "episode", "step") if self.columns else STEP_COLUMNS
 
     @property
     def tokens_per_frame(self) -> int:
@@ -180,7 +200,8 @@ class _Attributes:
 
     def __post_init__(self) -> None:
         card, columns = self.card, set(self.columns)
-        known = {*STEP_COLUMNS} <= columns <= {*STEP_COLUMNS, *SHARD_COLUMNS} and card.num_shards <= MOST_SHARDS
+        of_frames = {*card.step_columns}
+        known = of_frames <= columns <= {*of_frames, *SHARD_COLUMNS} and card.num_shards <= MOST_SHARDS
         if known and self.complete:
             statistics = {len(values or ()) for values in (self.mean, self.std)} == {card.token_dim}
             known = statistics and "sha256" in columns and (card.dtype == "int8") == ("scale" in columns)

@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from wmcache.cache.arrays import SMALL, is_mappable, open_group, open_tokens, read_column
 from wmcache.cache.identity import Identity
-from wmcache.cache.layout import AGAIN, STEP_COLUMNS, read_attributes, read_card, shard_file, shard_sizes
+from wmcache.cache.layout import AGAIN, read_attributes, read_card, shard_file, shard_sizes
 from wmcache.cache.mirror import MirroredReader
 from wmcache.cache.quantise import dequantise
 from wmcache.cache.reader import MappedReader, MemoryReader, Reader, Stored, ZarrReader
-from wmcache.cache.windows import Windows, split_episodes, window_starts
+from wmcache.cache.windows import Goals, Windows, split_episodes, window_starts
+from wmcache.common.columns import Column, Role, action_bounds, default_columns, join_role
 from wmcache.common.errors import UserError, command
 from wmcache.common.paths import MISSING, AnyPath, as_path, is_local, readable, stamp, unreadable
 from wmcache.common.progress import seconds_between_updates
@@ -45,7 +46,8 @@ class TokenStore:
         self.complete = bool(attributes["complete"])
         self.mean = np.asarray(attributes.get("mean", np.zeros(self.card.token_dim)), dtype=np.float32)
         self.std = np.asarray(attributes.get("std", np.ones(self.card.token_dim)), dtype=np.float32)
-        self._group, self._columns, self._stamp = group, attributes["columns"], stamped
+        self._group, self._checksums, self._stamp = group, attributes["columns"], stamped
+        self._columns: dict[str, NDArray[Any]] = {}
         tokens = open_tokens(group, self.card, attributes, path)
         mappable = is_mappable(tokens, self.card)
         if mappable and self.complete:
@@ -58,9 +60,9 @@ class TokenStore:
         else:
             self._reader = ZarrReader(tokens, self.card, path)
         if self.card.frames <= SMALL:
-            for name in STEP_COLUMNS:
-                getattr(self, name)
-        self.scale = self._column("scale") if "scale" in self._columns else None
+            for name in self.card.step_columns:
+                self.column(name)
+        self.scale = self._column("scale") if "scale" in self._checksums else None
         if self.card.dtype == "int8" and self.scale is None:
             raise UserError(f"{path} is incomplete; {AGAIN}")
 
@@ -80,27 +82,87 @@ class TokenStore:
         return cls(where, group, attributes, stamped, mirrored=mirrored)
 
     @cached_property
+    def columns(self) -> dict[str, Column]:
+        """What the columns are, by name."""
+        if self.card.columns:
+            return self.card.columns
+        return default_columns(self.column("action").shape[1], self.column("state").shape[1])
+
+    def column(self, name: str) -> NDArray[Any]:
+        """Return a column of the step table, [frames, …]; raises KeyError for an unknown one."""
+        if name not in self.card.step_columns:
+            raise KeyError(name)
+        if name not in self._columns:
+            self._columns[name] = self._column(name)
+        return self._columns[name]
+
+    def step_columns(self) -> dict[str, NDArray[Any]]:
+        """Return all columns of the step table, as `StoreWriter.create` takes them."""
+        return {name: self.column(name) for name in self.card.step_columns}
+
+    def role(self, role: Role, dtype: str | None = None) -> NDArray[Any] | None:
+        """Return the columns of a role one after another, [frames, numbers]; None where no column has it."""
+        return join_role({name: self.column(name) for name in self.columns}, self.columns, role, dtype)
+
+    @cached_property
     def action(self) -> NDArray[Any]:
-        """float32 [frames, 2]: taken at that frame."""
-        return self._column("action")
+        """float32 [frames, A]: taken at that frame."""
+        joined = self.role("action", "float32")
+        assert joined is not None
+        return joined
 
     @cached_property
-    def state(self) -> NDArray[Any]:
-        """float64 [frames, 4]: of that frame."""
-        return self._column("state")
+    def bounds(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Lowest and highest actions, float32 [A] each; those in the store where the bounds are unknown."""
+        return action_bounds({name: self.column(name) for name in self.columns}, self.columns)
 
     @cached_property
+    def proprio(self) -> NDArray[Any] | None:
+        """float32 [frames, P]: what models and policies see of that frame beside its image; None where the store has none."""
+        return self.role("proprio", "float32")
+
+    @cached_property
+    def state(self) -> NDArray[Any] | None:
+        """[frames, S], float64 in datasets of today: of that frame; None where the store has none."""
+        return self.role("state")
+
+    def require_state(self) -> NDArray[Any]:
+        """Return `state`; raises UserError where there is none."""
+        if self.state is None:
+            raise UserError(f"{self.path} has no state, which this needs; collect or import data with a state")
+        return self.state
+
+    @cached_property
+    def reward(self) -> NDArray[Any] | None:
+        """float32 [frames]: of the env step that starts at that frame; None where the store has none."""
+        return self._scalar("reward", "float32")
+
+    @cached_property
+    def terminated(self) -> NDArray[Any] | None:
+        """bool [frames]: whether that env step ends the episode for good; None where the store does not know."""
+        return self._scalar("terminated", "bool")
+
+    @cached_property
+    def truncated(self) -> NDArray[Any] | None:
+        """bool [frames]: whether that env step is the last one that was recorded; None where the store does not know."""
+        return self._scalar("truncated", "bool")
+
+    def _scalar(self, role: Role, dtype: str) -> NDArray[Any] | None:
+        joined = self.role(role, dtype)
+        return None if joined is None else joined[:, 0]
+
+    @property
     def episode(self) -> NDArray[Any]:
         """int32 [frames], ascending."""
-        return self._column("episode")
+        return self.column("episode")
 
-    @cached_property
+    @property
     def step(self) -> NDArray[Any]:
         """int32 [frames], from 0 in each episode."""
-        return self._column("step")
+        return self.column("step")
 
     def _column(self, name: str) -> NDArray[Any]:
-        return read_column(self._group, self.card, name, self._columns, self.path)
+        return read_column(self._group, self.card, name, self._checksums, self.path)
 
     def __len__(self) -> int:
         """Number of frames."""
@@ -120,7 +182,7 @@ class TokenStore:
         if self.scale is None:
             return self.gather_stored(frames, out)
         stored = self.gather_stored(frames)
-        scale, middle = np.moveaxis(self.scale[np.asarray(frames) // self.card.frames_per_shard], 1, 0)
+        scale, middle = np.moveaxis(self.scale[self.shard_of(np.asarray(frames))], 1, 0)
         return dequantise(stored, scale, middle, out)
 
     def gather_stored(self, frames: NDArray[np.integer], out: Stored | None = None) -> Stored:
@@ -134,6 +196,10 @@ class TokenStore:
         with self._unchanged():
             self._reader.gather(wanted, out)
         return out
+
+    def shard_of(self, frames: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the shard of each frame, a row of `scale`."""
+        return frames // self.card.frames_per_shard
 
     def prefetch(self, frames: NDArray[np.integer]) -> None:
         """Start to read frames from disk that will be gathered soon."""
@@ -165,21 +231,34 @@ class TokenStore:
         *,
         seed: int = 42,
         fraction: float = 1.0,
+        goals: Goals | None = None,
     ) -> Windows:
-        """Return all training windows of a split (see `split_episodes`); raise UserError where no episode is long enough."""
-        episodes = split_episodes(self.episodes, split, seed, fraction)
-        starts, dropped = window_starts(self.episode, episodes, (history + predict) * frameskip)
+        """Return all training windows of a split (see `split_episodes`); raise UserError where no episode is long enough.
+
+        With `goals`, at least one goal follows each window.
+        """
+        episodes = self.split(split, seed, fraction)
+        span = (history + predict) * frameskip + (goals is not None)
+        starts, dropped = window_starts(self.episode, episodes, span)
         if not len(starts):
             raise UserError(
-                f"no episode of {self.path} ({split}) has the {(history + predict) * frameskip} frames of a window; "
+                f"no episode of {self.path} ({split}) has the {span} frames of a window; "
                 "collect longer episodes, or lower --frameskip or the frames of a window: --history, or the model's own option"
             )
-        return Windows(self, starts, history, predict, frameskip, dropped)
+        return Windows(self, starts, history, predict, frameskip, dropped, goals=goals)
 
     def longest_episode(self, split: str = "all", *, seed: int = 42) -> int:
         """Return the frames of the longest episode of a split, see `windows`."""
         lengths = np.bincount(self.episode)
-        return int(lengths[split_episodes(len(lengths), split, seed)].max())
+        return int(lengths[self.split(split, seed)].max())
+
+    def split(self, split: str, seed: int = 42, fraction: float = 1.0) -> NDArray[np.int64]:
+        """Return the episodes of a split, see `split_episodes`."""
+        return split_episodes(self.episodes, split, seed, fraction)
+
+    def frames_of(self, split: str, seed: int = 42) -> NDArray[np.int64]:
+        """Return the frames of a split, ascending."""
+        return np.flatnonzero(np.isin(self.episode, self.split(split, seed)))
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:

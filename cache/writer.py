@@ -22,7 +22,6 @@ from wmcache.cache.identity import Identity
 from wmcache.cache.layout import (
     AGAIN,
     SHARD_COLUMNS,
-    STEP_COLUMNS,
     DamagedError,
     StoreCard,
     read_attributes,
@@ -92,7 +91,7 @@ class StoreWriter:
                 return found
             with _writing(path), _skeleton(path) as skeleton:
                 create_arrays(skeleton, card, identity, steps)
-                _replace_metadata(path, skeleton, described=described)
+                _replace_metadata(path, skeleton, card, described=described)
         return cls(path, card, identity)
 
     @classmethod
@@ -101,7 +100,7 @@ class StoreWriter:
         with _writing(path):
             if not exists(path if is_local(path) else path / "zarr.json"):
                 # Objects appear one by one: a creator that died may have left some.
-                if other := set(names_in(path)) - {"tokens", *STEP_COLUMNS, *SHARD_COLUMNS}:
+                if other := set(names_in(path)) - {"tokens", *card.step_columns, *SHARD_COLUMNS}:
                     raise UserError(f"{path} is not a token store, it contains {min(other)!r}; choose another --out")
                 return None
         try:
@@ -254,7 +253,7 @@ class StoreWriter:
             with self._metadata_lock(), _writing(self.path):
                 attributes = read_attributes(self.path)
                 # Without the columns of `finish`, which may be left half written by a process that dies.
-                columns = {name: attributes["columns"][name] for name in STEP_COLUMNS}
+                columns = {name: attributes["columns"][name] for name in self.card.step_columns}
                 write_attributes(self.path, {**attributes, "columns": columns, "complete": False})
         for shard in shards:
             with self.claim(shard, wait=True), _writing(self.path):
@@ -319,7 +318,7 @@ def _skeleton(path: AnyPath) -> Iterator[Path]:
         shutil.rmtree(skeleton, ignore_errors=True)
 
 
-def _replace_metadata(path: AnyPath, skeleton: Path, *, described: bool) -> None:
+def _replace_metadata(path: AnyPath, skeleton: Path, card: StoreCard, *, described: bool) -> None:
     """Move a store without tokens to its path: as a new store, or over the metadata of the one that exists."""
     if not is_local(path):
         if described:
@@ -329,7 +328,7 @@ def _replace_metadata(path: AnyPath, skeleton: Path, *, described: bool) -> None
         skeleton.rename(path)
         sync(path.parent)
     else:
-        for name in STEP_COLUMNS:
+        for name in card.step_columns:
             shutil.rmtree(path / name, ignore_errors=True)
             (skeleton / name).rename(path / name)
         (path / "tokens").mkdir(exist_ok=True)

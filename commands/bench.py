@@ -205,9 +205,19 @@ def plan_job(
             raise UserError(f"{error}; or pass --frames-per-second") from error
     settings |= {"token_grid": spec.token_grid, "token_dim": spec.token_dim, "frames_per_second": frames_per_second}
     plan = run(dtype=store_dtype, **settings)
+    load = plan["tasks_per_second"] / plan["scheduler_tasks_per_second"]
     rows = {
-        name: human_bytes(value) if name.endswith(("_bytes", "_memory")) else f"{value:.10g}"
-        for name, value in plan.items()
-        if name != "notes"
+        "shards": f"{plan['shards']} of {plan['frames_per_shard']} frames, {human_bytes(plan['shard_bytes'])} each",
+        "tokens": human_bytes(plan["token_bytes"]),
+        "objects": f"{plan['objects']}, {plan['shards']} of them shards",
+        "records": human_bytes(plan["record_bytes"]),
+        "workers": f"{plan['worker_hours']:.1f} hours at {plan['frames_per_second']:.0f} frames/s; {plan['hours']:.2f} hours with "
+        f"{settings['workers']} at once",
+        "memory of a worker": f"{human_bytes(plan['worker_memory'])}, with {human_bytes(plan['step_bytes'])} of step table",
+        "claim and record": f"{plan['commit_share']:.2%} of a shard's time",
+        "create, plan": f"{plan['create']:.1f} s, {plan['plan']:.1f} s",
+        "finalize, open": f"{plan['finish']:.1f} s, {plan['open']:.1f} s",
+        "scheduler": f"{plan['tasks_per_second']:.1f} of {plan['scheduler_tasks_per_second']:.0f} tasks/s, {load:.1%}",
     }
-    show(plan, [*(f"{name:28} {value}" for name, value in rows.items()), *(f"note: {note}" for note in plan["notes"])])
+    lines = [f"{name:20} {value}" for name, value in rows.items()]
+    show(plan, [*lines, *(f"note: {note}" for note in plan["notes"])])

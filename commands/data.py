@@ -33,24 +33,25 @@ def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> t
     """`I/N` -> (I, N), the I-th (from 0) of N slices."""
     found = re.fullmatch("([0-9]{1,9})/([1-9][0-9]{0,8})", value)
     if found is None or int(found[1]) >= int(found[2]):
-        raise UserError(f"--shard-slice {value!r} is not a slice; write I/N, from 0/8 to 7/8 for the slices of 8")
+        raise UserError(f"--shard-slice {value!r} is not a slice; write I/N, 0/8 to 7/8 for the 8 jobs of --array=0-7")
     return int(found[1]), int(found[2])
 
 
 @click.command(cls=Command)
 @options_of(CollectOptions)
 @shared.cluster_option("local")
-@shared.path_option("--out", help="Folder of the dataset.  [default: $WMCACHE_HOME/pointmaze-<maze>]")
+@shared.path_option("--out", help="Folder of the dataset.  [default: $WMCACHE_HOME/<environment>]")
 def collect(env: str, out: AnyPath | None, **settings: Any) -> None:
     """Collect a dataset of frames. Run again, it goes on where it stopped."""
-    from wmcache.envs import find_maze
+    from wmcache.envs import open_environment
     from wmcache.pipeline.collect import collect as run
 
     try:
-        maze = find_maze(env)
+        opened = open_environment(env)
     except UserError as error:
-        raise UserError(f"--env: {error}; for frames of other environments: wmcache import frames") from error
-    out = out or home() / f"pointmaze-{maze.name.lower()}"
+        raise UserError(f"--env: {error}; for frames that exist already: wmcache import frames") from error
+    opened.close()
+    out = out or home() / opened.spec.dataset
     _make_dataset(out, partial(run, env, out, **settings))
 
 

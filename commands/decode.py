@@ -14,7 +14,7 @@ from wmcache.commands.command import Command, take_chosen
 from wmcache.commands.options import ByName, options_of
 from wmcache.commands.output import show
 from wmcache.commands.shared import file_option, json_option, moved_cache_option, name_of, path_option
-from wmcache.common.errors import command
+from wmcache.common.errors import UserError, command
 from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath
 from wmcache.planner.options import ImagineOptions
@@ -65,9 +65,12 @@ def imagine(
 ) -> None:
     """Draw what a world model imagines beside what then happened: videos, a picture, and figures for each step."""
     from wmcache.planner.imagine import imagine as draw
-    from wmcache.trainer.runs import read_config
+    from wmcache.trainer.runs import caches_of, read_config
 
-    cache, out = cache or Path(read_config(run)["cache"]), out or run / "imagine"
+    caches, out = caches_of(read_config(run)), out or run / "imagine"
+    if len(caches) > 1:
+        raise UserError(f"{run} was trained on {len(caches)} stores; imagine draws the frames of a run with one store")
+    cache = cache or caches[0]
     result = draw(run, decoder, _frames_of(cache, dataset), out, ImagineOptions(**settings), cache=cache)
     lines = [*_step_lines(result["steps"]), *_absence(result), f"pictures: {out}"]
     show(result, lines)

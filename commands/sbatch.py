@@ -88,13 +88,13 @@ def _checked_wmtrain(words: list[str], gpus: int) -> list[str]:
     if rest:
         wmtrain.resolve_command(context, rest)
         raise UserError(f"wmtrain {rest[0]} has no batch script; write one that runs: {command('wmtrain', *words)}")
-    store = context.params["cache"]
-    if store is None:
+    if not (stores := context.params["caches"]):
         raise click.MissingParameter(ctx=context, param_type="option", param_hint="'--cache'")
     from wmcache.cache.layout import read_attributes
 
-    if not read_attributes(store)["complete"]:
-        say(f"{store} is not complete yet: {WAIT}", err=True)
+    for store in stores:
+        if not read_attributes(store)["complete"]:
+            say(f"{store} is not complete yet: {WAIT}", err=True)
     devices = context.params["devices"]
     if devices is not None and devices > max(1, gpus) and context.params["device"] != "cpu":
         raise UserError(f"--devices {devices} is more than the {gpus} GPUs of the profile; leave it out, or raise gpus")

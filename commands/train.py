@@ -33,7 +33,13 @@ def _stages() -> list[str]:
 
 @click.group(cls=Group, by=MODEL, invoke_without_command=True)
 @click.version_option(__version__, prog_name="wmtrain")
-@run_option("--cache", type=ANY_PATH, help="The token store; nothing else is read.  [required]")
+@run_option(
+    "--cache",
+    "caches",
+    type=ANY_PATH,
+    multiple=True,
+    help="The token store; nothing else is read. Repeat it for several stores of one encoder, which are read as one.  [required]",
+)
 @run_option("--out", type=PATH, help="Folder of the run.  [default: $WMCACHE_HOME/runs/<dataset>-<store>]")
 @run_option("--preset", cls=Preset, presets=PRESETS, expose_value=False, help="Known settings; options beside it win.")
 @run_option("--resume", is_flag=True, help="Continue the run in --out; --steps, --epochs and --lr may then differ.")
@@ -48,13 +54,13 @@ def _stages() -> list[str]:
     "and --noise draw differs with it.  [default: 1, or the number that torchrun sets]",
 )
 def wmtrain(
-    cache: AnyPath | None, out: Path | None, devices: int | None, resume: bool, overwrite: bool, **settings: Any
+    caches: tuple[AnyPath, ...], out: Path | None, devices: int | None, resume: bool, overwrite: bool, **settings: Any
 ) -> None:
     """Train a world model purely on cached latents. Run again, it goes on where it stopped."""
     ctx = click.get_current_context()
     if ctx.invoked_subcommand:
         return
-    if cache is None:
+    if not caches:
         raise click.MissingParameter(ctx=ctx, param_type="option", param_hint="'--cache'")
     typed = [name for name in ("steps", "epochs") if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if len(typed) == 2:
@@ -64,7 +70,7 @@ def wmtrain(
     from wmcache.engine.ranks import ReportedError, is_distributed, joined
     from wmcache.trainer.train import check_slices, train
 
-    out = out or home() / "runs" / name_of(cache)
+    out = out or home() / "runs" / name_of(caches[0])
     settings["start"] = settings["start"] and str(settings["start"].absolute())
     chosen = TrainOptions(model_options=take_chosen(settings), **settings)
     if devices and devices > 1 and not is_distributed():
@@ -76,12 +82,12 @@ def wmtrain(
         with joined(chosen.device) as ranks:
             if devices and devices != ranks.local_world:
                 raise UserError(f"--devices {devices}: torchrun has started {ranks.local_world}; leave it out")
-            train(cache, out, chosen, resume=resume, overwrite=overwrite, ranks=ranks)
+            train(caches[0], out, chosen, more=caches[1:], resume=resume, overwrite=overwrite, ranks=ranks)
     except ReportedError as reported:
         cause = reported.__cause__
         ctx.exit(STOPPED if isinstance(cause, Stopped) else INTERRUPTED if isinstance(cause, KeyboardInterrupt) else 1)
     if ranks.is_main:
-        say(f"{out}: {_next_step(out, cache, chosen)}")
+        say(f"{out}: {_next_step(out, caches[0], chosen)}")
 
 
 def _next_step(run: Path, cache: AnyPath, options: TrainOptions) -> str:

@@ -1,34 +1,56 @@
-"""The world: maze layouts, PointMaze's physics and camera, gymnasium environments and behaviour policies."""
+"""The world: the contract of environments, their registry, implementations and behaviour policies."""
 
-import gymnasium
-
-from wmcache.envs.maze import ENV_PREFIX, Maze, MazeError, env_id, find_maze, maze_names
-from wmcache.envs.pointmaze import PointMazeEnv, PointMazeVectorEnv, sample_state
+from wmcache.envs.base import (
+    ENVIRONMENTS,
+    Environment,
+    EnvSpec,
+    Geometry,
+    Observation,
+    Steps,
+    Task,
+    find_environment,
+    open_environment,
+)
+from wmcache.envs.mujoco_gl import RendererError
+from wmcache.envs.pointmaze import (
+    ENV_PREFIX,
+    FPS,
+    Maze,
+    MazeError,
+    PointMazeEnv,
+    PointMazeSimulator,
+    PointMazeVectorEnv,
+    env_id,
+    find_maze,
+    longest_move,
+    maze_names,
+    sample_state,
+)
 from wmcache.envs.policies import POLICIES, Policy
-from wmcache.envs.simulator import FPS, PointMazeSimulator, RendererError, longest_move
-
-for _name in maze_names():
-    gymnasium.register(
-        id=f"{ENV_PREFIX}{_name}-v0",
-        entry_point="wmcache.envs.pointmaze:PointMazeEnv",
-        vector_entry_point="wmcache.envs.pointmaze:PointMazeVectorEnv",
-        kwargs={"maze": _name},
-    )
 
 __all__ = [
+    "ENVIRONMENTS",
     "ENV_PREFIX",
     "FPS",
     "POLICIES",
+    "EnvSpec",
+    "Environment",
+    "Geometry",
     "Maze",
     "MazeError",
+    "Observation",
     "PointMazeEnv",
     "PointMazeSimulator",
     "PointMazeVectorEnv",
     "Policy",
     "RendererError",
+    "Steps",
+    "Task",
     "env_id",
+    "find_environment",
     "find_maze",
     "longest_move",
     "maze_names",
+    "open_environment",
     "sample_state",
 ]

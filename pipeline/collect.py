@@ -1,57 +1,72 @@
-"""Environment -> frame dataset: simulate all episodes, then draw each row of the step table in independent tasks, one per tar shard."""
+"""Environment -> frame dataset: play all episodes, then draw each row of the step table in independent tasks, one per tar shard."""
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from wmcache.cluster.tasks import WorkerTask, run_tasks
+from wmcache.cluster.tasks import WorkerTask, log, run_tasks
+from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath, absolute, as_path
 from wmcache.common.space import require_space
-from wmcache.envs import FPS, POLICIES, Maze, PointMazeSimulator, Policy, find_maze, sample_state
-from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, write_shard
+from wmcache.envs import POLICIES, Environment
+from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, Frames, write_shard
 from wmcache.pipeline.options import CollectOptions
+from wmcache.pipeline.play import Player, Rows, play_all
 from wmcache.pipeline.steps import Steps, read_steps
 
 
 def collect(env: str, out: AnyPath, *, cluster: str = "local:1", **settings: Any) -> DatasetCard:
     """Collect a dataset of `CollectOptions(env, **settings)`; run again, it draws only missing shards."""
     options = CollectOptions(env, **settings)
-    policy, maze, frames = POLICIES.get(options.policy), find_maze(env), options.episodes * options.length
+    most = options.episodes * options.length
+    player = Player(env, (), options.image_size, options.seed, options.policy, options.length)
+    opened = player.open()
+    if options.policy not in opened.policies:
+        POLICIES.get(options.policy)
     # A frame of a maze is about 2 kB at 112 px as PNG; twice the pixels, twice the edges.
-    require_space(out, 30 * options.image_size * frames, f"a dataset of {frames} frames")
-    PointMazeSimulator(maze, options.image_size).render(np.zeros(4))  # fails before anything is written, without OpenGL
-    steps = simulate(maze, policy, options.episodes, options.length, options.seed)
+    require_space(out, 30 * options.image_size * most, f"a dataset of {most} frames")
+    spec = opened.spec
+    if not spec.renders_states:
+        check_replay(player)
+    draw_one(opened)
+    steps = play_all(player, options.episodes, cluster)
     shared = {name: value for name, value in asdict(options).items() if name != "length"}
-    card = DatasetCard(name=out.name, maze=list(maze.rows), frames=frames, fps=FPS, **shared)
+    fps = max(1, round(spec.fps))
+    card = DatasetCard(name=out.name, maze=list(spec.layout), frames=len(steps), fps=fps, **shared)
     writer = FrameDatasetWriter(out, card, steps)
     pending = writer.pending()
     total = sum(len(card.shard_frames(shard)) for shard in pending)
-    task = DrawShard(absolute(out), steps.sha256(), maze, card)
+    task = DrawShard(absolute(out), steps.sha256(), writer.card)
     run_tasks(task, pending, cluster=cluster, total=total, label="collect")
     return writer.finish()
 
 
-def simulate(maze: Maze, policy: Policy, episodes: int, length: int, seed: int) -> Steps:
-    """Simulate a dataset's step table without drawing; episode e is a function of (seed, e)."""
-    simulator = PointMazeSimulator(maze)
-    action = np.empty((episodes, length, 2), np.float32)
-    state = np.empty((episodes, length, 4))
-    for episode in range(episodes):
-        rng = np.random.default_rng((seed, episode))
-        state[episode, 0] = sample_state(maze, rng)
-        action[episode] = policy(rng, length)
-        for t in range(length - 1):
-            state[episode, t + 1] = simulator.step(state[episode, t], action[episode, t])
-    return Steps(
-        np.repeat(np.arange(episodes, dtype=np.int32), length),
-        np.tile(np.arange(length, dtype=np.int32), episodes),
-        action.reshape(-1, 2),
-        state.reshape(-1, 4),
-    )
+def draw_one(env: Environment) -> None:
+    """Draw a frame; raises UserError without OpenGL, before anything is written."""
+    seen = env.reset([env.sample_task(np.random.default_rng(0), goal=False)])
+    size = env.spec.image_size
+    if seen.image.shape != (1, size, size, 3):
+        raise UserError(f"environment {env.spec.id} draws frames {seen.image.shape}, not (1, {size}, {size}, 3)")
+
+
+def check_replay(player: Player) -> None:
+    """Play the first episode, then compare its replay and two drawings of it; raises UserError where something differs."""
+    (recorded,) = player.play([0])
+    actions, drift, images = recorded["action"], 0.0, []
+    for _ in range(2):
+        for t, row in enumerate(player.replay(0, actions, recorded)):
+            drift = max(drift, float(row["drift"]))
+            images.append(row["image"])
+            if len(images) > len(actions) and not np.array_equal(row["image"], images[t]):
+                raise UserError(
+                    f"environment {player.env} does not replay: the frame of episode 0 differs at step {t}; take all of its random "
+                    "numbers from the seed of reset"
+                )
+    log(f"collect: {player.env} is drawn by replay; largest difference of episode 0: {drift:.2g}")
 
 
 @dataclass(frozen=True)
@@ -60,27 +75,35 @@ class DrawShard(WorkerTask[int, Steps]):
 
     out: str
     steps_sha256: str
-    maze: Maze
     card: DatasetCard
 
     def setup(self) -> Steps:
         """Read the step table."""
-        return read_steps(as_path(self.out))
+        return read_steps(as_path(self.out), described=self.card.columns)
 
     def run(self, state: Steps, item: int) -> int:
         """Draw a shard; returns its frames."""
-        frames = self.card.shard_frames(item)
-        render = _simulator_of_thread(self.maze, self.card.image_size).render
-        write_shard(as_path(self.out), item, ((state.key(frame), render(state.state[frame])) for frame in frames))
+        card, frames = self.card, self.card.shard_frames(item)
+        player = Player(card.env, tuple(card.maze), card.image_size, card.seed, card.policy, length=0)
+        env = player.open()
+        images: Iterator[Frames] = _replayed(player, state, frames)
+        if env.spec.renders_states:
+            images = (env.render(state.columns["state"][frame : frame + 1])[0] for frame in frames)
+        samples = ((state.key(frame), image) for frame, image in zip(frames, images, strict=True))
+        write_shard(as_path(self.out), item, samples)
         return len(frames)
 
 
-_thread = threading.local()
-
-
-def _simulator_of_thread(maze: Maze, image_size: int) -> PointMazeSimulator:
-    """Return the simulator of this thread: an OpenGL context takes 0.1 s to open, and is used and freed in one thread only."""
-    simulator: PointMazeSimulator | None = getattr(_thread, "simulator", None)
-    if simulator is None or (simulator.maze, simulator.image_size) != (maze, image_size):
-        _thread.simulator = simulator = PointMazeSimulator(maze, image_size)
-    return simulator
+def _replayed(player: Player, steps: Steps, frames: range) -> Iterator[Frames]:
+    """Draw frames by replaying the episodes that overlap them."""
+    drift = 0.0
+    for episode in np.unique(steps.episode[frames.start : frames.stop]).tolist():
+        first, end = np.searchsorted(steps.episode, [episode, episode + 1]).tolist()
+        last = min(end, frames.stop)
+        recorded: Rows = {name: values[first:end] for name, values in steps.columns.items()}
+        for row, seen in enumerate(player.replay(episode, recorded["action"][: last - first], recorded), first):
+            if row >= frames.start:
+                yield seen["image"]
+            drift = max(drift, float(seen["drift"]))
+    if drift:
+        log(f"collect: largest difference of the replay of frames {frames.start} to {frames.stop - 1}: {drift:.2g}")

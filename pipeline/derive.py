@@ -68,9 +68,8 @@ def derive(
     card = replace(source.card, encoder=encoder.recipe(), token_grid=grid, token_dim=dim, dtype=dtype)
     if not exists(out):
         require_space(out, card.token_bytes, f"the store of {card.frames} frames")
-    steps = {name: getattr(source, name) for name in ("action", "state", "episode", "step")}
     identity = encoder.identity(source.identity.dataset_fingerprint, dtype)
-    writer = StoreWriter.create(out, card, identity, steps)
+    writer = StoreWriter.create(out, card, identity, source.step_columns())
     if not has_work(writer):
         return False
     pending = writer.pending()

@@ -166,7 +166,8 @@ def _header(name: str, fingerprint: str, frames: int, options: FitOptions) -> di
 
 
 def _measure_landscape(dataset: FrameDataset, name: str, weights: Path, device: str) -> Landscape | None:
-    if not dataset.card.maze or dataset.steps.state.shape[1] < 2:
+    state = dataset.steps.state
+    if not dataset.card.maze or state is None or state.shape[1] < 2:
         return None
     return probe_landscape(dataset, encoders.create(name, weights=weights, device=device))
 

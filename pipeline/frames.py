@@ -1,7 +1,7 @@
 """The frame dataset: WebDataset tar shards of lossless frames, beside one Parquet table of steps.
 
     dataset.json         description with a fingerprint; written last, so its presence means that the dataset is whole
-    steps.parquet        one row per frame: episode, step, action, state
+    steps.parquet        one row per frame: episode, step, and the columns that dataset.json describes (default: action, state)
     frames-000000.tar    exactly `frames_per_shard` frames in global order (the last shard has the rest), key EEEEEE-SSSSS
 
 Tar i has the frames of Zarr shard i of a token store: an extraction task reads one file and writes one file.
@@ -15,7 +15,7 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from PIL import Image
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from wmcache.common.columns import Column, described_in_json, require_columns
 from wmcache.common.cpus import available_cpus
 from wmcache.common.errors import MissingError, UserError, command, reason
 from wmcache.common.files import atomic_write, cannot_write, is_temporary, sha256_of, sweep
@@ -76,6 +77,7 @@ class DatasetCard:
         maze: text grid of the layout, so that the environment can be built again anywhere.
         policy: behaviour policy that chose the actions.
         fps: env steps per simulated second.
+        columns: of the step table; empty until the table is known. Left out of the file where it is the default (`default_columns`).
         fingerprint: over shards and steps; equal fingerprints mean equal frames.
     """
 
@@ -89,10 +91,22 @@ class DatasetCard:
     frames: Count
     frames_per_shard: Count
     fps: Count
+    columns: dict[str, Column] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     shards: list[ShardRecord] = field(default_factory=list)
     steps_sha256: str = ""
     fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for columns that no dataset can have."""
+        if self.columns:
+            require_columns(self.columns)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of `dataset.json`."""
+        values = asdict(self)
+        del values["columns"]
+        return values | described_in_json(self.columns)
 
     @property
     def num_shards(self) -> int:
@@ -109,7 +123,7 @@ class FrameDatasetWriter:
 
     def __init__(self, path: AnyPath, card: DatasetCard, steps: Steps) -> None:
         """Start or resume a dataset; raises UserError if the folder is a dataset with other settings, or something else."""
-        self.path, self.card, self.steps = path, card, steps
+        self.path, self.card, self.steps = path, replace(card, columns=steps.described), steps
         require_name(path)
         self._unfinished = path / "unfinished.json"
         with cannot_write(path):
@@ -120,7 +134,7 @@ class FrameDatasetWriter:
             elif any(not is_temporary(path / name) for name in names):
                 raise UserError(f"{path} exists and is not a wmcache dataset; choose another --out")
             else:
-                write_json(self._unfinished, asdict(card))
+                write_json(self._unfinished, self.card.to_json())
             if is_local(path):
                 sweep(path)
             if "steps.parquet" not in names:
@@ -128,7 +142,7 @@ class FrameDatasetWriter:
                     pq.write_table(steps.to_table(), file)
 
     def _compare(self, found: dict[str, Any]) -> None:
-        for name, value in asdict(self.card).items():
+        for name, value in {"columns": None, **self.card.to_json()}.items():
             if value not in ([], "") and found.get(name) != value:
                 differs = f"{name} {found.get(name)!r}, not {value!r}"
                 raise UserError(f"{self.path} is a dataset with {differs}; use its settings, or another --out")
@@ -162,9 +176,9 @@ class FrameDatasetWriter:
             tar, frames = self.path / shard_name(shard), len(self.card.shard_frames(shard))
             shards.append({"name": tar.name, "frames": frames, "bytes": size_of(tar), "sha256": sha256_of(tar)})
         steps_sha256 = self.steps.sha256()
-        values = asdict(self.card) | {"shards": shards, "steps_sha256": steps_sha256}
-        card = DatasetCard(**values | {"fingerprint": fingerprint(steps_sha256, shards)})
-        write_json(self.path / "dataset.json", asdict(card))
+        known = fingerprint(steps_sha256, shards)
+        card = replace(self.card, shards=shards, steps_sha256=steps_sha256, fingerprint=known)
+        write_json(self.path / "dataset.json", card.to_json())
         return card
 
 
@@ -192,10 +206,10 @@ class FrameDataset:
             raise UserError(f"{path} has format {found}, not {FORMAT_VERSION}; collect into another --out")
         if not _is_consistent(card):
             raise UserError(f"{path / 'dataset.json'} is damaged (its name, shards or fingerprint); {hint}")
-        steps = read_steps(path, card.frames)
+        steps = read_steps(path, card.frames, card.columns)
         if steps.sha256() != card.steps_sha256 or not steps.in_order():
             raise UserError(f"{path / 'steps.parquet'} does not match dataset.json; {hint}")
-        return cls(path, card, steps)
+        return cls(path, replace(card, columns=steps.described), steps)
 
     def read_shard(self, shard: int) -> Frames:
         """Decode all frames of a shard, uint8 [frames, image_size, image_size, 3]; raises UserError for a damaged tar."""

@@ -14,10 +14,12 @@ from wmcache.common.options import Natural, Positive, option
 class CollectOptions:
     """Settings of `pipeline.collect.collect`; the same settings give the same bytes."""
 
-    env: str = option("wmcache/PointMaze-UMaze-v0", "Environment id, layout name (UMaze), or a .txt grid.")
+    env: str = option(
+        "wmcache/PointMaze-UMaze-v0", "Environment: UMaze, a .txt grid, PushT, gym:CartPole-v1, package:MyEnv-v0."
+    )
     episodes: Positive = option(2000, "Episodes to collect; DINO-WM has 2000.")
-    length: Positive = option(100, "Frames in each episode.")
-    policy: str = option("random", "Behaviour policy, such as random (DINO-WM) or held.")
+    length: Positive = option(100, "Frames in each episode; fewer where the environment ends it.")
+    policy: str = option("random", "Behaviour policy, such as random (DINO-WM), held, or the environment's own expert.")
     seed: Natural = option(0, "Seed of the dataset; the same seed gives the same bytes.")
     image_size: Annotated[int, Ge(8), Le(2048)] = option(224, "Side of the frames in pixels.")
     frames_per_shard: Positive = option(512, "Frames in each tar, and in each Zarr shard made from it.")

@@ -91,7 +91,7 @@ def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goal
     if maze is None:
         raise UserError(f"{path} has no maze, so there are no true distances to draw; its other figures: wmcache probe")
     _, val = choose_frames(store, FEWEST_FRAMES)
-    tokens, xy = store.gather(val).astype(np.float32), store.state[val, :2]
+    tokens, xy = store.gather(val).astype(np.float32), store.require_state()[val, :2]
     chosen, true = spread(xy, maze, goals)
     latent = np.stack([np.square(tokens - tokens[goal]).sum((1, 2)) for goal in chosen])
     low, high = _bounds(maze)

@@ -61,12 +61,14 @@ class Landscape:
 
 
 def probe_landscape(dataset: FrameDataset, encoder: Encoder) -> Landscape:
-    """Measure an encoder on held-out frames of a dataset with a maze."""
+    """Measure an encoder on held-out frames of a dataset with a maze; raises UserError where it has no state."""
+    if (state := dataset.steps.state) is None:
+        raise UserError(f"{dataset.path} has no column with the role state, which the probe needs")
     chosen = _sample(dataset.steps.episode, "val", PROBED_FRAMES)
     parts = np.array_split(read_for(encoder, dataset, chosen), max(1, len(chosen) // 64))
     tokens = torch.cat([encoder(part).float().cpu() for part in parts]).flatten(1).double().numpy()
     maze = _make_maze(dataset.card.name, dataset.card.maze, dataset.path)
-    return measure_landscape(squared_distances(tokens, tokens), dataset.steps.state[chosen, :2], maze)
+    return measure_landscape(squared_distances(tokens, tokens), state[chosen, :2], maze)
 
 
 def measure_landscape(distances: NDArray[np.floating], xy: Float, maze: Maze) -> Landscape:
@@ -105,13 +107,14 @@ def neighbours(maze: Maze, xy: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def find_maze(store: TokenStore, dataset: AnyPath | None = None) -> Maze | None:
-    """Find the maze of a store's frames, in its card or else in its dataset; None for frames without one."""
+    """Find the maze of a store's frames, in its card or else in its dataset; None for frames without one, or without a position."""
     name, rows = store.card.dataset.get("name", ""), store.card.dataset.get("maze")
     if dataset is not None:
         frames = FrameDataset.open(dataset)
         require_frames(store, frames)
         rows = rows or frames.card.maze
-    return _make_maze(str(name), rows, store.path) if rows and store.state.shape[1] >= 2 else None
+    has_xy = store.state is not None and store.state.shape[1] >= 2
+    return _make_maze(str(name), rows, store.path) if rows and has_xy else None
 
 
 def _make_maze(name: str, rows: Any, where: AnyPath) -> Maze:
@@ -128,7 +131,7 @@ class Probe:
     Attributes:
         frames, held_out: frames that train the probes, and that score them.
         linear, mlp: R^2 of a ridge regression and of a network with one hidden layer, from all tokens of a frame to each column of its
-            state: 1 is perfect, 0 no better than the mean; None for a constant column.
+            state: 1 is perfect, 0 no better than the mean; None for a constant column. Empty where the store has no state.
         spearman, stuck: see `Landscape`; None without a maze, as are the next two.
         nearest, nearest_90: median and 90 % quantile of the distance in the maze (Euclidean; a cell is 1 wide) to the frame of another
             episode whose tokens are nearest.
@@ -181,7 +184,7 @@ def probe(path: AnyPath, *, dataset: AnyPath | None = None, frames: int = 2000) 
     standardised = principal_coordinates(tokens, store.std)
     channels = participation(tokens[:: max(1, len(chosen) // CHANNEL_FRAMES)])
     del tokens
-    state = store.state[chosen]
+    state = np.zeros((len(chosen), 0)) if store.state is None else store.state[chosen]
     names = STATE if maze and state.shape[1] == len(STATE) else tuple(f"state_{i}" for i in range(state.shape[1]))
     cut = len(train)
     distances: dict[str, float | None] = dict.fromkeys(("spearman", "stuck", "nearest", "nearest_90"))

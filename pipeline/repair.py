@@ -59,7 +59,7 @@ def repair(
             source = frames, _ = open_source(card, identity, dataset=dataset, weights=weights, device=device)
             if (frames.card.frames, frames.card.frames_per_shard) != (card.frames, card.frames_per_shard):
                 raise DamagedError(f"{path / 'zarr.json'} does not fit its frames; {AGAIN}")
-            writer = StoreWriter.create(path, card, identity, frames.steps.columns())
+            writer = StoreWriter.create(path, card, identity, frames.steps.store_columns())
         writer.reopen([shard for shard in bad if shard not in whole])
         for shard, tokens in whole.items():
             with writer.claim(shard, wait=True):

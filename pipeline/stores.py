@@ -11,6 +11,7 @@ from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard, read_attributes, read_card
 from wmcache.cache.store import TokenStore
 from wmcache.cache.writer import StoreWriter
+from wmcache.common.columns import is_default
 from wmcache.common.errors import UserError, command
 from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath, absolute, as_path
@@ -84,13 +85,14 @@ def store_card(dataset: FrameDataset, encoder: Encoder, dtype: str) -> StoreCard
         frames=card.frames,
         frames_per_shard=card.frames_per_shard,
         dtype=dtype,
+        columns={} if is_default(card.columns) else card.columns,
     )
 
 
 def create_store(dataset: FrameDataset, encoder: Encoder, path: AnyPath, dtype: str = "float16") -> StoreWriter:
     """Create the store of an encoder's tokens, or resume it."""
     identity = encoder.identity(dataset.card.fingerprint, dtype)
-    return StoreWriter.create(path, store_card(dataset, encoder, dtype), identity, dataset.steps.columns())
+    return StoreWriter.create(path, store_card(dataset, encoder, dtype), identity, dataset.steps.store_columns())
 
 
 def open_frames(card: StoreCard, dataset: AnyPath | None) -> FrameDataset:

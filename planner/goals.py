@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from wmcache.cache.store import TokenStore
-from wmcache.cache.windows import split_episodes, window_starts
+from wmcache.cache.windows import window_starts
 from wmcache.common.errors import UserError, reason
 from wmcache.envs import Maze, PointMazeSimulator, sample_state
 from wmcache.planner.options import SOURCES
@@ -83,13 +83,15 @@ def start_and_goal(
 
 def _draw_from(source: str, maze: Maze, store: TokenStore, steps: int, split_seed: int) -> Draw:
     if source == "dataset":
-        candidates, _ = window_starts(store.episode, split_episodes(store.episodes, "val", split_seed), steps + 1)
+        candidates, _ = window_starts(store.episode, store.split("val", split_seed), steps + 1)
         if not len(candidates):
             raise UserError(f"no held-out episode of {store.path} has {steps + 1} frames; lower --goal-steps")
 
         def draw_frames(rng: np.random.Generator) -> tuple[States, States]:
             first = int(rng.choice(candidates))
-            return np.asarray(store.state[first], np.float64), np.asarray(store.state[first + steps], np.float64)
+            return np.asarray(store.require_state()[first], np.float64), np.asarray(
+                store.require_state()[first + steps], np.float64
+            )
 
         return draw_frames
     simulator = PointMazeSimulator(maze)

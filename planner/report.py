@@ -40,8 +40,9 @@ from wmcache.common.video import write_mp4
 from wmcache.envs import FPS, Maze
 from wmcache.pipeline.encoders.changes import changes_for
 from wmcache.planner.context import EvalContext, cached_maze, render
-from wmcache.planner.episodes import THRESHOLDS, Episodes, env_steps, shortest_path_lengths, wilson
+from wmcache.planner.episodes import Episodes
 from wmcache.planner.graph import LatentGraph
+from wmcache.planner.judge import THRESHOLDS, env_steps, shortest_path_lengths, wilson
 from wmcache.planner.options import SOURCES
 from wmcache.trainer.models import Localizes
 
@@ -70,7 +71,7 @@ def write_report(
 ) -> dict[str, Any]:
     """Write all files of a plan, and return the content of results.json: `results`, and when and where they were made."""
     results = {**results, "made": describe_making(context.device)}
-    options, actors = results["options"], {"planner": results["by_threshold"], **results["baselines"]}
+    options, actors = results["options"], actors_of(results)
     write_episodes(out / "episodes.parquet", episodes)
     pictures = {
         "success": draw_success(episodes),
@@ -105,6 +106,12 @@ def write_report(
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
     return results
+
+
+def actors_of(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return the judgements by threshold of the policy, first, and of the baselines, by name."""
+    policy = results["policy"]
+    return {"planner" if policy == "mpc" else policy: results["by_threshold"], **results["baselines"]}
 
 
 def write_page(path: Path, package: str, template: str, **values: Any) -> None:
@@ -202,7 +209,7 @@ def draw_training(run: Path) -> bytes:
 def draw_distance_map(store: TokenStore, graph: LatentGraph | None = None) -> bytes:
     """Draw cached frames at the ball's position, coloured by distance to a goal: in the latent space or along `graph`, and in the maze."""
     chosen = np.random.default_rng(0).choice(len(store), min(MAPPED_FRAMES, len(store)), replace=False)
-    xy = store.state[chosen, :2]
+    xy = store.require_state()[chosen, :2]
     goal = int(np.argmax(xy[:, 0] - xy[:, 1]))  # an end of the U-maze
     tokens = store.gather(chosen).astype(np.float32)
     if graph is None:
@@ -284,7 +291,7 @@ def locate(context: EvalContext) -> tuple[NDArray[np.uint8], dict[str, NDArray[n
     steps = max(1, min(MOST_STEPS, store.longest_episode("val", seed=seed) // frameskip - 1))
     windows, first = store.windows(1, steps, frameskip, "val", seed=seed), np.zeros(1, int)
     batch = {name: torch.from_numpy(value).to(context.device) for name, value in windows.batch(first).items()}
-    images = render(cached_maze(context.card), SIDE, store.state[windows.frames(first)[0]])
+    images = render(cached_maze(context.card), SIDE, store.require_state()[windows.frames(first)[0]])
     if model.labels_from_pixels:  # a first frame has no changes, as in a store of change maps
         changes = changes_for(context.card.token_grid, frameskip, "cpu")(np.stack([images[:-1], images[1:]], 1))
         batch["changes"] = torch.cat([torch.zeros_like(changes[:1]), changes])[None].to(context.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -45,6 +46,16 @@ torch.set_num_threads(1)
 NOBODY = 65534
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _restore_the_process() -> Iterator[None]:
+    """Commands that run in this process set handlers and threads."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    torch.set_num_threads(1)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @contextmanager
 def _as_another_user() -> Iterator[None]:
     if os.geteuid():
@@ -73,6 +84,18 @@ def open_folder() -> Iterator[Path]:
         for inside in (path, *path.rglob("*")):
             if inside.is_dir() and not inside.is_symlink():
                 inside.chmod(0o755)
+
+
+@pytest.fixture(scope="session")
+def user_package() -> Iterator[str]:
+    """The name of a package with environments, which can be imported here and in other processes."""
+    folder = str(Path(__file__).parent / "package")
+    before = os.environ.get("PYTHONPATH")
+    sys.path.insert(0, folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, before]))
+    yield "dots_package"
+    sys.path.remove(folder)
+    os.environ["PYTHONPATH"] = before or ""
 
 
 @pytest.fixture(scope="session")
@@ -123,8 +146,16 @@ def ddp_store_path(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -
     return path
 
 
-MakeWriter = Callable[..., StoreWriter]
 TrainRun = Callable[..., Path]
+
+
+def episodes_of(lengths: Sequence[int]) -> dict[str, Any]:
+    """Return the step columns of episodes of these lengths that contain no numbers of the env."""
+    return {
+        "episode": np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+        "step": np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+    }
+
 
 IDENTITY = Identity(
     encoder="made-up",
@@ -150,8 +181,7 @@ TOKENS.flags.writeable = False
 STEPS = {
     "action": np.random.default_rng(1).uniform(-1, 1, (CARD.frames, 2)).astype(np.float32),
     "state": np.random.default_rng(2).normal(size=(CARD.frames, 4)),
-    "episode": np.repeat(np.arange(2, dtype=np.int32), (20, 30)),
-    "step": np.concatenate([np.arange(length, dtype=np.int32) for length in (20, 30)]),
+    **episodes_of((20, 30)),
 }
 
 
@@ -172,24 +202,40 @@ def write(writer: StoreWriter, shards: Iterable[int] | None = None) -> None:
         writer.finish()
 
 
+def columns_of(store: TokenStore, rows: Any = slice(None)) -> dict[str, Any]:
+    """Return the step columns of a store, or these rows of them."""
+    return {name: getattr(store, name)[rows] for name in ("action", "state", "episode", "step")}
+
+
+def write_tokens(path: Path, tokens: Any, card: StoreCard, identity: Identity, columns: dict[str, Any]) -> Path:
+    """Write a finished store of tokens [n, N, D]; number and width of the frames are theirs, not the card's."""
+    card = dataclasses.replace(card, token_dim=tokens.shape[2], frames=len(tokens))
+    writer = StoreWriter.create(path, card, identity, columns)
+    for shard in writer.pending():
+        rows = card.shard_frames(shard)
+        writer.write_shard(shard, tokens[rows.start : rows.stop].astype(np.float16))
+    writer.finish()
+    return path
+
+
+def shards_of(store: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (store / "tokens").glob("c.*")}
+
+
+def times(path: Path) -> dict[Path, tuple[int, int]]:
+    return {file: (file.stat().st_mtime_ns, file.stat().st_ino) for file in path.rglob("*") if file.is_file()}
+
+
+def flip(file: Path, *offsets: int) -> None:
+    data = bytearray(file.read_bytes())
+    for offset in offsets:
+        data[offset] ^= 1
+    file.write_bytes(data)
+
+
 def contents(path: Path) -> dict[str, bytes]:
     """Return the files in a folder, with their content."""
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
-
-
-@pytest.fixture(scope="session")
-def identity() -> Identity:
-    return IDENTITY
-
-
-@pytest.fixture(scope="session")
-def card() -> StoreCard:
-    return CARD
-
-
-@pytest.fixture(scope="session", name="make_writer")
-def _make_writer() -> MakeWriter:
-    return make_writer
 
 
 @pytest.fixture
@@ -275,13 +321,9 @@ def plant(path: Path, tokens: int, lengths: Sequence[int] = (40,) * 20, *, still
     steps = {
         "action": action.reshape(-1, 2),
         "state": state.reshape(-1, 4),
-        "episode": np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
-        "step": np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+        **episodes_of(lengths),
     }
-    writer = StoreWriter.create(path, card, identity, steps)
-    writer.write_shard(0, latents)
-    writer.finish()
-    return writer.path
+    return write_tokens(path, latents, card, identity, steps)
 
 
 @pytest.fixture(scope="session")

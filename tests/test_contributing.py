@@ -97,29 +97,6 @@ def test_the_package_collects_extracts_trains_and_plans(shell: Shell) -> None:
     assert "'mover'" in refused
 
 
-def test_the_right_token_of_the_encoder_changes(shell: Shell) -> None:
-    script = """
-import numpy as np
-from wmcache.pipeline import encoders
-encoder = encoders.create("convnext", weights="weights.safetensors", dtype="float32", device="cpu")
-frames = np.zeros((2, 224, 224, 3), np.uint8)
-frames[1, 96:128, 160:192] = 255
-black, moved = encoder(frames).float()
-print((moved - black).norm(dim=1).argmax().item(), encoder.token_grid)
-"""
-    torch.manual_seed(0)
-    save_file(timm.create_model("convnext_atto", num_classes=0).state_dict(), shell.folder / "weights.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=shell.folder,
-        env=shell.environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split(maxsplit=1) == ["26", "(7, 7)\n"]
-
-
 def test_the_import_format_has_a_command_with_its_options(shell: Shell) -> None:
     rng = np.random.default_rng(0)
     (shell.folder / "episodes").mkdir()
@@ -138,9 +115,3 @@ def test_a_package_that_cannot_be_imported_is_one_line(tmp_path: Path) -> None:
     refused = Shell(tmp_path)("main", "encoders", status=1).stderr
     assert refused.count("\n") == 1
     assert "bad.nowhere" in refused
-
-
-def test_a_maze_of_a_contributor_is_collected(shell: Shell) -> None:
-    (shell.folder / "Mine.txt").write_text("#####\n#OOO#\n#O#O#\n#####\n")
-    shell("main", "collect --env Mine.txt --episodes 1 --length 4 --image-size 32 --cluster local:1 --out mine")
-    assert FrameDataset.open(shell.folder / "mine").card.frames == 4

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wmcache.cache.store import TokenStore
-from wmcache.cache.windows import batch_windows, split_frames
+from wmcache.cache.windows import batch_windows
 from wmcache.common.device import choose_device, choose_dtype
 from wmcache.common.errors import UserError
 from wmcache.common.files import not_written
@@ -192,7 +192,7 @@ def choose_frames(store: TokenStore, options: DecoderOptions) -> tuple[NDArray[n
     """Choose frames to train on and held-out ones to validate on; ascending, and the same for the same options."""
     chosen = []
     for split, most in (("train", options.max_frames), ("val", VALIDATION_FRAMES)):
-        frames = split_frames(store.episode, split, options.split_seed)
+        frames = store.frames_of(split, options.split_seed)
         if len(frames) > most:
             frames = np.sort(np.random.default_rng(options.seed).choice(frames, most, replace=False))
         chosen.append(frames)

@@ -9,7 +9,7 @@ checkpoints/                        see `engine.checkpoint`
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from wmcache.cache.identity import Identity
+from wmcache.cache.joined import grows, open_stores
 from wmcache.cache.layout import StoreCard, read_card
 from wmcache.cache.store import TokenStore
 from wmcache.common.errors import MissingError, UserError
@@ -27,7 +28,7 @@ from wmcache.common.files import is_temporary
 from wmcache.common.folders import did_you_mean
 from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.locks import exclusive
-from wmcache.common.paths import AnyPath, as_path
+from wmcache.common.paths import AnyPath, absolute, as_path
 from wmcache.common.schema import Size, parse
 from wmcache.engine.checkpoint import (
     FILES,
@@ -39,7 +40,7 @@ from wmcache.engine.checkpoint import (
     misfit,
     read_progress,
 )
-from wmcache.trainer.models import DataShape, WorldModel, build, read_options
+from wmcache.trainer.models import DataShape, Trainable, WorldModel, build, read_options
 from wmcache.trainer.options import TrainOptions
 
 N = TypeVar("N", bound=nn.Module)
@@ -60,7 +61,7 @@ class _Config:  # validated before a model is built of it
     model: str
     model_options: dict[str, bool | Annotated[float, Field(ge=0, le=2**16)] | Annotated[str, Field(max_length=32)]]
     shape: DataShape
-    cache: str
+    cache: str | list[str]
     frameskip: Size
 
 
@@ -82,9 +83,21 @@ def is_run(out: Path) -> bool:
     return found
 
 
+def describe_caches(caches: Sequence[AnyPath]) -> str | list[str]:
+    """Return the entry `cache` of config.json: a path, or the paths of several stores that are read as one."""
+    paths = [absolute(path) for path in caches]
+    return paths[0] if len(paths) == 1 else paths
+
+
+def caches_of(config: Mapping[str, Any]) -> list[AnyPath]:
+    """Return the paths of a run's stores."""
+    cache = config["cache"]
+    return [as_path(path) for path in ([cache] if isinstance(cache, str) else cache)]
+
+
 def write_settings(out: Path, config: Mapping[str, Any], store: TokenStore) -> None:
     """Write what a run is: config.json and identity.json."""
-    write_json(out / "identity.json", {"identity": store.identity.to_json(), "card": asdict(store.card)})
+    write_json(out / "identity.json", {"identity": store.identity.to_json(), "card": store.card.to_json()})
     write_json(out / "config.json", dict(config))
 
 
@@ -122,9 +135,11 @@ def foreign_identity(run: Path, identity: Identity) -> list[str]:
 
 def open_store(run: Path, cache: AnyPath | None = None) -> TokenStore:
     """Open the store that a run was trained on, at `cache` if it has moved; raises UserError where it is missing or another one."""
-    path = as_path(cache or read_config(run)["cache"])
+    caches = caches_of(read_config(run))
+    if cache is not None and len(caches) > 1:
+        raise UserError(f"{run} has {len(caches)} stores, so --cache {cache} cannot replace them; move them back")
     try:
-        store = TokenStore.open(path)
+        store = open_stores([cache] if cache is not None else caches)
     except MissingError as error:
         raise UserError(f"{error}; if the store of {run} has moved, pass its path now with --cache") from error
     if different := foreign_identity(run, store.identity):
@@ -133,11 +148,27 @@ def open_store(run: Path, cache: AnyPath | None = None) -> TokenStore:
     return store
 
 
-def load_model(run: Path, device: torch.device, *, untrained: bool = False) -> WorldModel:
-    """Load the newest model of a run, frozen; `untrained` draws random weights instead, and keeps the buffers."""
+def load_model(run: Path, device: torch.device) -> WorldModel:
+    """Load the newest world model of a run, frozen; raises UserError where the run is of a policy."""
+    model = load_trained(run, device)
+    if not isinstance(model, WorldModel):
+        raise needs_world_model(run)
+    return model
+
+
+def needs_world_model(run: Path) -> UserError:
+    """Return the error for a run of a policy where a world model is needed."""
+    kind = read_config(run)["model"]
+    return UserError(
+        f"{run} is a policy, {kind}, and no world model; name the run of a world model, or act with: wmplan --policy actor"
+    )
+
+
+def load_trained(run: Path, device: torch.device, *, untrained: bool = False) -> Trainable:
+    """Load the newest model or policy of a run, frozen; `untrained` draws random weights instead, and keeps the buffers."""
     config = read_config(run)
 
-    def make(statistics: dict[str, Tensor]) -> WorldModel:
+    def make(statistics: dict[str, Tensor]) -> Trainable:
         return build(config["model"], DataShape(**config["shape"]), config["model_options"], statistics)
 
     model = load_network(run, make, device)
@@ -173,7 +204,7 @@ def _statistics(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def find_stages(
-    out: Path, model: WorldModel, config: Mapping[str, Any], identity: Identity, *, overwrite: bool
+    out: Path, model: Trainable, config: Mapping[str, Any], identity: Identity, *, overwrite: bool
 ) -> tuple[list[Progress], bool]:
     """Find what is left to train, without writing anything; where a run starts from another one, load its weights into `model`.
 
@@ -201,7 +232,7 @@ def find_stages(
 
 
 def _find_progress(
-    out: Path, model: WorldModel, stage: str, config: Mapping[str, Any], identity: Identity, *, overwrite: bool
+    out: Path, model: Trainable, stage: str, config: Mapping[str, Any], identity: Identity, *, overwrite: bool
 ) -> Progress:
     before = max(0, model.stage_number(stage) - 1)
     previous = model.stages[before - 1] if before else ""
@@ -223,7 +254,7 @@ def _find_progress(
     return progress
 
 
-def _load_start(start: Path, model: WorldModel, stage: str, identity: Identity, config: Mapping[str, Any]) -> None:
+def _load_start(start: Path, model: Trainable, stage: str, identity: Identity, config: Mapping[str, Any]) -> None:
     folder = finished_stage(start, stage)
     names = {"history", "frameskip", "split_seed", "episodes_fraction", *config["model_options"]}
     different = _differences(read_config(start), config, names - model.may_change_after(stage))
@@ -256,7 +287,8 @@ def prepare_run(
         free = MAY_CHANGE_WITH_THE_STAGE if begins else MAY_CHANGE_ON_RESUME if resume else MAY_CHANGE
         names = {*config, *config["model_options"]} - {*free, "model_options"}
         different = _differences({**asdict(TrainOptions()), **before}, config, names)
-        foreign = foreign_identity(out, store.identity)
+        grown = resume and grows(read_identity(out)[1], store.identity)
+        foreign = [] if grown else foreign_identity(out, store.identity)
         if different or foreign:
             resumes = not foreign and names & MAY_CHANGE_ON_RESUME & {text.split()[0] for text in different}
             hint = "continue it with --resume and its other options, or " if resumes and checkpoints(out) else ""

@@ -1,10 +1,10 @@
-"""Trains world models on cached latents. Opens no image and loads no encoder."""
+"""Trains world models and policies on cached latents. Opens no image and loads no encoder."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,22 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wmcache.cache.joined import open_stores
 from wmcache.cache.store import TokenStore
-from wmcache.cache.windows import Windows, batch_windows
+from wmcache.cache.windows import Goals, Windows, batch_windows
 from wmcache.common.device import choose_dtype
 from wmcache.common.errors import UserError, reason
 from wmcache.common.files import not_written
 from wmcache.common.jsonfiles import write_json
 from wmcache.common.options import check_options
-from wmcache.common.paths import AnyPath, absolute
+from wmcache.common.paths import AnyPath
 from wmcache.engine import loop
 from wmcache.engine.checkpoint import Progress, last_checkpoint, load_training_state, load_weights
 from wmcache.engine.optimisers import decay_groups, warmup_constant_decay
 from wmcache.engine.ranks import SINGLE, Ranks
 from wmcache.trainer.feed import Feed, choose_residence
-from wmcache.trainer.models import MODELS, DataShape, WorldModel, build, read_options
+from wmcache.trainer.models import MODELS, DataShape, Trainable, build, read_options
 from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.runs import find_stages, lock_run, prepare_run
+from wmcache.trainer.runs import describe_caches, find_stages, lock_run, prepare_run
 
 ROLLOUT_STEPS = 5
 UNDEFINED = "no skill (null in metrics.jsonl): held-out tokens do not change, or the rollout is not finite"
@@ -41,6 +42,7 @@ def train(
     out: Path,
     options: TrainOptions,
     *,
+    more: Sequence[AnyPath] = (),
     resume: bool = False,
     overwrite: bool = False,
     ranks: Ranks = SINGLE,
@@ -51,7 +53,11 @@ def train(
     order of sums. A run may continue with another number of ranks. Dropout and noise depend on it: a single process continues with the
     generator in the checkpoint, ranks draw by seed, rank and step.
 
+    Several stores are read as one (`JoinedStore`). A run that is resumed may have more of them, after those that it had: it keeps the
+    statistics of its first stores, and from that step on its batches are drawn from all windows.
+
     Args:
+        more: stores to read as one with `cache`.
         resume: require a run to continue; allows other `steps` and another `learning_rate`.
         overwrite: start from scratch where a run exists.
 
@@ -60,23 +66,27 @@ def train(
     """
     check_options(options)
     check_slices(options.batch, ranks.world)
-    store = TokenStore.open(cache, mirrored=True)
+    store = open_stores([cache, *more], mirrored=True)
     with lock_run(out) if ranks.is_main else nullcontext():
         try:
-            return _train(store, cache, out, options, ranks, resume=resume, overwrite=overwrite)
+            return _train(store, [cache, *more], out, options, ranks, resume=resume, overwrite=overwrite)
         except OSError as error:
             file = Path(os.fsdecode(error.filename or out))  # one of the run's own, or for example one of the store
             raise not_written(out if file.is_relative_to(out) else file, error) from error
 
 
 def _train(
-    store: TokenStore, cache: AnyPath, out: Path, options: TrainOptions, ranks: Ranks, *, resume: bool, overwrite: bool
+    store: TokenStore,
+    caches: list[AnyPath],
+    out: Path,
+    options: TrainOptions,
+    ranks: Ranks,
+    *,
+    resume: bool,
+    overwrite: bool,
 ) -> loop.Figures:
     kind, chosen = MODELS.get(options.model), read_options(options.model, options.model_options)
-    seen = kind.window(chosen, options.history) - 1
-    windows = store.windows(
-        seen, 1, options.frameskip, "train", seed=options.split_seed, fraction=options.episodes_fraction
-    )
+    windows = training_windows(store, options, kind, chosen)
     chosen = kind.configure(store, windows, chosen)
     extras = kind.extras(store, windows, chosen)
     options = replace(options, model_options=asdict(chosen))
@@ -86,7 +96,7 @@ def _train(
     torch.manual_seed(options.seed)
     model = build(options.model, shape, options.model_options, statistics_of(store, options.frameskip)).to(device)
     model.check_pool(options.pool)
-    config = {**asdict(options), "cache": absolute(cache), "shape": asdict(shape)}
+    config = {**asdict(options), "cache": describe_caches(caches), "shape": asdict(shape)}
     left, begins = find_stages(out, model, config, store.identity, overwrite=overwrite)
     # Written only now: an option that is refused must not cost a run.
     resumes = ranks.is_main and prepare_run(
@@ -98,7 +108,7 @@ def _train(
         load_training_state(out, model, make_optimiser(model, options))  # reports damage
         ranks.log(f"{out}: all steps are done")
         return {}
-    held_out = validation_windows(store, options).with_extras(extras)
+    held_out = validation_windows(store, options, kind.goals(chosen)).with_extras(extras)
     same = ("steps", "batch", "accumulate", "log_every", "validate_every", "checkpoint_every")
     shared = {name: getattr(options, name) for name in same}
     how = loop.LoopOptions(
@@ -116,7 +126,7 @@ def _train(
 class _WorldModelTask(loop.Task[Batch]):
     """A stage of a world model, or all of a model without stages, for the training loop; `begin` is where it begins or continues."""
 
-    network: WorldModel
+    network: Trainable
     store: TokenStore
     windows: Windows
     held_out: Windows
@@ -211,7 +221,7 @@ def check_slices(batch: int, world: int) -> None:
         raise UserError(f"--batch-size {batch} is not divisible by {world} devices; choose a multiple of {world}")
 
 
-def make_optimiser(model: WorldModel, options: TrainOptions) -> torch.optim.AdamW:
+def make_optimiser(model: Trainable, options: TrainOptions) -> torch.optim.AdamW:
     """Return AdamW of the parameters that the model trains now."""
     groups = decay_groups(model.parameter_groups(), options.weight_decay, decay_all=options.decay_all)
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, options.beta2), fused=True)
@@ -219,26 +229,43 @@ def make_optimiser(model: WorldModel, options: TrainOptions) -> torch.optim.Adam
 
 def data_shape(store: TokenStore, options: TrainOptions) -> DataShape:
     """Return the sizes of a store's data for a model."""
-    card, actions = store.card, options.frameskip * store.action.shape[1]
-    proprio, columns = store.state.shape[1], card.token_grid[1]
-    return DataShape(card.tokens_per_frame, card.token_dim, proprio, actions, options.history, columns)
+    card = store.card
+    return DataShape(
+        tokens=card.tokens_per_frame,
+        token_dim=card.token_dim,
+        proprio_dim=0 if store.proprio is None else store.proprio.shape[1],
+        action_dim=options.frameskip * store.action.shape[1],
+        history=options.history,
+        columns=card.token_grid[1],
+        has_reward=store.reward is not None,
+        has_end=store.terminated is not None,
+    )
 
 
 def statistics_of(store: TokenStore, frameskip: int) -> dict[str, Tensor]:
     """Return mean and standard deviation of tokens, proprio and action, for a model's buffers."""
+    proprio = store.role("proprio")  # at its own precision
+    proprio = np.zeros((len(store), 0)) if proprio is None else proprio
     values = {
         "tokens_mean": store.mean,
         "tokens_std": store.std,
-        "proprio_mean": store.state.mean(0),
-        "proprio_std": store.state.std(0, ddof=1),
+        "proprio_mean": proprio.mean(0),
+        "proprio_std": proprio.std(0, ddof=1),
         "action_mean": np.tile(store.action.mean(0), frameskip),
         "action_std": np.tile(store.action.std(0, ddof=1), frameskip),
     }
     return {name: torch.from_numpy(np.asarray(value, dtype=np.float32)) for name, value in values.items()}
 
 
-def validation_windows(store: TokenStore, options: TrainOptions) -> Windows:
-    """Return windows of one observed frame and up to 5 that follow, from the val episodes."""
+def training_windows(store: TokenStore, options: TrainOptions, kind: type[Trainable], chosen: Any) -> Windows:
+    """Return the windows of the train episodes, as a kind of model with options `chosen` needs them."""
+    seen, goals = kind.window(chosen, options.history) - 1, kind.goals(chosen)
+    settings: dict[str, Any] = {"seed": options.split_seed, "fraction": options.episodes_fraction, "goals": goals}
+    return store.windows(seen, 1, options.frameskip, "train", **settings)
+
+
+def validation_windows(store: TokenStore, options: TrainOptions, goals: Goals | None = None) -> Windows:
+    """Return windows of one observed frame and up to 5 that follow, from the val episodes; with `goals`, of one frame and a goal."""
     longest = store.longest_episode("val", seed=options.split_seed)
-    steps = max(1, min(ROLLOUT_STEPS, longest // options.frameskip - 1))
-    return store.windows(1, steps, options.frameskip, "val", seed=options.split_seed)
+    seen, steps = (0, 1) if goals else (1, max(1, min(ROLLOUT_STEPS, longest // options.frameskip - 1)))
+    return store.windows(seen, steps, options.frameskip, "val", seed=options.split_seed, goals=goals)

@@ -10,6 +10,7 @@ import numpy as np
 
 from wmcache.cluster.tasks import run_tasks
 from wmcache.common.errors import UserError
+from wmcache.common.jsonfiles import read_json
 from wmcache.common.paths import AnyPath, exists
 from wmcache.common.registry import Registry
 from wmcache.common.space import require_space
@@ -67,7 +68,7 @@ IMPORTERS: Registry[type[Importer]] = Registry(
 
 def write_dataset(source: Source, out: AnyPath, *, frames_per_shard: int) -> DatasetCard:
     """Write a source as a frame dataset; a repeated call continues where the last one stopped."""
-    steps = source.steps
+    steps = _as_started(source.steps, out)
     if not steps.in_order():
         raise UserError(f"{source.origin} has no frames, or its steps are out of order")
     # Read the first frame before anything is written: it shows most faults, and the size of a frame.
@@ -87,7 +88,7 @@ def write_dataset(source: Source, out: AnyPath, *, frames_per_shard: int) -> Dat
     if not exists(out):
         require_space(out, len(first) * len(steps) // 2, f"a dataset of {len(steps)} frames")
     writer = FrameDatasetWriter(out, card, steps)
-    if read_steps(out, len(steps)).sha256() != steps.sha256():
+    if read_steps(out, len(steps), steps.described).sha256() != steps.sha256():
         raise UserError(f"{out} was started with other steps than those of {source.origin}; choose another --out")
 
     def write(shard: int) -> int:
@@ -98,6 +99,16 @@ def write_dataset(source: Source, out: AnyPath, *, frames_per_shard: int) -> Dat
     pending = writer.pending()
     run_tasks(write, pending, total=sum(len(writer.card.shard_frames(shard)) for shard in pending), label="import")
     return writer.finish()
+
+
+def _as_started(steps: Steps, out: AnyPath) -> Steps:
+    """Return the columns that `out` was started with: an import without a description has actions and states alone."""
+    for name in ("dataset.json", "unfinished.json"):
+        if exists(out / name):
+            undescribed = "columns" not in read_json(out / name, "restore it, or choose another --out")
+            if undescribed and steps.state is not None and steps.columns.keys() >= {"action", "state"}:
+                return Steps.plain(steps.episode, steps.step, steps.columns["action"], steps.columns["state"])
+    return steps
 
 
 def _samples(source: Source, frames: range) -> Iterator[tuple[str, Frames]]:

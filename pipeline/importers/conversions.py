@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from wmcache.cache.arrays import MAX_COLUMN_WIDTH
+from wmcache.common.columns import MAX_COLUMN_WIDTH, Column, DType, Role
 from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, option
 from wmcache.common.paths import AnyPath
@@ -61,39 +62,53 @@ class ImageImporter(Importer):
         return np.asarray(image)
 
 
-def as_columns(
-    action: NDArray[Any], state: NDArray[Any], where: AnyPath | str, row: Callable[[int], str] = "row {}".format
-) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Convert actions [frames, A] and states [frames, P] to the types of `Steps`; actions are rounded to float32.
+ACTION: tuple[Role, ...] = ("action",)
+STATE: tuple[Role, ...] = ("state", "proprio")
+"""Of a state where the source has no proprio of its own."""
 
-    Raises UserError, naming the file (`where`) and the row as `row` calls it, if a number is not finite, or a row has too many.
+
+def describe(
+    name: str, values: NDArray[Any], roles: tuple[Role, ...], dtype: DType, where: AnyPath | str, **more: Any
+) -> Column:
+    """Describe a column [frames, …] of the source; `more` as of `Column`. Raises UserError if a row has too many numbers."""
+    width = math.prod(values.shape[1:])
+    if not 0 < width <= MAX_COLUMN_WIDTH:
+        raise UserError(f"{where} has {width} numbers in each {name}; use 1 to {MAX_COLUMN_WIDTH}")
+    return Column(roles, dtype, values.shape[1:], **more)
+
+
+def describe_action(values: NDArray[Any], where: AnyPath | str) -> Column:
+    """Describe actions [frames, A] whose bounds the source does not name: [-1, 1] where all are in it, else unknown."""
+    width = values.shape[1]
+    within = bool(np.nanmax(np.abs(values), initial=0.0) <= 1.0)
+    bounds = {"low": (-1.0,) * width, "high": (1.0,) * width} if within else {}
+    return describe("action", values, ACTION, "float32", where, **bounds)
+
+
+def make_steps(
+    episode: NDArray[np.int32],
+    step: NDArray[np.int32],
+    values: Mapping[str, NDArray[Any]],
+    described: Mapping[str, Column],
+    where: AnyPath | str,
+    row: Callable[[int], str] | None = None,
+) -> Steps:
+    """Make the step table of columns [frames, …], converted to their dtypes; actions are rounded to float32.
+
+    Raises UserError, naming the file (`where`) and the row as `row` calls it, if a number is not finite.
     """
-    for name, values in (("action", action), ("state", state)):
-        if not 0 < values.shape[1] <= MAX_COLUMN_WIDTH:
-            raise UserError(f"{where} has {values.shape[1]} numbers in each {name}; use 1 to {MAX_COLUMN_WIDTH}")
-    with np.errstate(over="ignore"):
-        actions, states = np.ascontiguousarray(action, np.float32), np.ascontiguousarray(state, np.float64)
-    for name, values, kept in (("action", action, actions), ("state", state, states)):
+    columns = {}
+    for name, column in described.items():
+        with np.errstate(over="ignore"):
+            columns[name] = kept = np.ascontiguousarray(values[name], column.dtype)
         if len(wrong := np.argwhere(~np.isfinite(kept))):
-            at, column = wrong[0].tolist()
+            at, *number = wrong[0].tolist()
+            named = row(at) if row else f"episode {episode[at]}, step {step[at]}"
             raise UserError(
-                f"{name}_{column} is {values[at, column]:g}, not a finite number (actions are float32): {where}, {row(at)}; "
-                "correct it, or end the episode before it (only its last row may lack the action)"
+                f"{'_'.join(map(str, (name, *number)))} is {values[name][tuple(wrong[0])]:g}, not a finite number (actions are float32): "
+                f"{where}, {named}; correct it, or end the episode before it (only its last row may lack the action)"
             )
-    return actions, states
-
-
-def make_steps(episodes: Sequence[tuple[NDArray[Any], NDArray[Any]]], where: AnyPath | str) -> Steps:
-    """Make the step table of episodes of actions [T, A] and states [T, P]; raises as `as_columns`."""
-    if not episodes:
-        raise UserError(f"{where} has no episodes")
-    lengths = [len(action) for action, _ in episodes]
-    number = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    step = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
-    action, state = (np.concatenate(values) for values in zip(*episodes, strict=True))
-    return Steps(
-        number, step, *as_columns(action, state, where, lambda row: f"episode {number[row]}, step {step[row]}")
-    )
+    return Steps(episode, step, columns, dict(described))
 
 
 def is_action_missing(action: NDArray[Any]) -> NDArray[np.bool_]:

@@ -136,15 +136,16 @@ def _steps(folder: Path, state: NDArray[Any], action: NDArray[Any], lengths: NDA
             f"{folder / 'actions.pth'} has values beyond float32 at {inexact[0].tolist()}; to round them, save actions.float()"
         )
     episode, step = np.nonzero(counts)
-    return Steps(
+    return Steps.plain(
         episode.astype(np.int32), step.astype(np.int32), rounded[counts], state[counts].astype(np.float64, copy=False)
     )
 
 
 def _require_inside(layout: Maze, steps: Steps, folder: Path) -> None:
-    if len(outside := np.flatnonzero(~layout.is_clear(steps.state[:, :2], 0.0))):
+    xy = steps.columns["state"][:, :2]
+    if len(outside := np.flatnonzero(~layout.is_clear(xy, 0.0))):
         frame = outside[0]
-        x, y = steps.state[frame, :2]
+        x, y = xy[frame]
         raise UserError(
             f"{folder / 'states.pth'} does not fit maze {layout.name}: episode {steps.episode[frame]} is inside a wall "
             f"at step {steps.step[frame]} (x {x:.3f}, y {y:.3f}); pass the maze of the data with --maze"

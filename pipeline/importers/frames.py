@@ -1,4 +1,4 @@
-"""Images or videos beside a table of actions and states -> frame dataset; docs/import.md describes the table's columns."""
+"""Images or videos beside a table of actions and other columns -> frame dataset; docs/import.md describes the table's columns."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ class FramesImporter(ImageImporter):
 
     local: ClassVar[frozenset[str]] = frozenset({"source", "actions"})
     actions: str = field(
-        metadata={"help": "CSV or Parquet, a row a frame: episode, step, file or video, action_0 ..., state_0 ..."}
+        metadata={
+            "help": "CSV or Parquet, a row a frame: episode, step, file or video, action_0 ..., and other numbers."
+        }
     )
 
     def open(self) -> Source:

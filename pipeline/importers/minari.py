@@ -17,16 +17,29 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from wmcache.common.columns import Column
 from wmcache.common.errors import UserError, command
 from wmcache.common.options import option
 from wmcache.common.progress import seconds_between_updates
 from wmcache.common.reading import reading
 from wmcache.pipeline.frames import Frames
 from wmcache.pipeline.importers.base import IMPORTERS, Source
-from wmcache.pipeline.importers.conversions import ImageImporter, is_action_missing, make_steps, note
+from wmcache.pipeline.importers.conversions import (
+    ACTION,
+    STATE,
+    ImageImporter,
+    describe,
+    is_action_missing,
+    make_steps,
+    note,
+)
+from wmcache.pipeline.steps import Steps
 
 if TYPE_CHECKING:
     from minari.dataset.minari_storage import MinariStorage
+
+SCALARS = {"reward": "rewards", "terminated": "terminations", "truncated": "truncations"}
+"""Column -> Minari's name of it."""
 
 
 @IMPORTERS.register("minari")
@@ -39,7 +52,7 @@ class MinariImporter(ImageImporter):
     image_key: str | None = option(
         None, "Observation that is the image, as in pixels or agent.image.  [default: the only one]"
     )
-    state_key: str | None = option(None, "Observation that is the state.  [default: the only vector]")
+    state_key: str | None = option(None, "Observation that is the state.  [default: the only vector, if any]")
 
     def open(self) -> Source:
         """See `Importer.open`; actions are rounded to float32."""
@@ -58,9 +71,9 @@ class MinariImporter(ImageImporter):
         every = seconds_between_updates()
         with tqdm(range(data.storage.total_episodes), desc="read", unit=" episodes", mininterval=every) as bar:
             episodes = [load(episode)[1:] for episode in bar]
-        steps = make_steps([(action, state) for action, state, _ in episodes], f"Minari dataset {self.source}")
-        if short := sum(missing for *_, missing in episodes):
+        if short := sum(missing for _, missing in episodes):
             note(f"{short} of {len(episodes)} episodes of {self.source} have no last action; its frame is not imported")
+        steps = data.steps([columns for columns, _ in episodes])
         env = f"minari {data.storage.metadata.get('dataset_id', self.source)}{self.changes}"
         return Source(self.source, steps, size, read, env, (), "imported from minari", self.fps)
 
@@ -77,30 +90,72 @@ class _Dataset:
         if image_key is None and len(colour) == 1:
             image_key = colour[0]  # preferred to grey images and channels first
         self.image_key = _choose(known, images, image_key, "--image-key", name)
-        self.state_key = _choose(known, vectors, state_key, "--state-key", name)
-        if not _is_vector(self.storage.action_space):
-            raise UserError(f"actions of Minari dataset {name} are {self.storage.action_space}, not vectors of numbers")
-        self.image_shape, self.state_shape = known[self.image_key].shape, known[self.state_key].shape
+        has_state = bool(vectors) or state_key is not None
+        self.state_key = _choose(known, vectors, state_key, "--state-key", name) if has_state else None
+        self.action_space = self.storage.action_space
+        if not _is_vector(self.action_space) and not isinstance(self.action_space, spaces.Discrete):
+            raise UserError(f"actions of Minari dataset {name} are {self.action_space}, neither vectors nor Discrete")
+        self.image_shape = known[self.image_key].shape
+        self.state_shape = () if self.state_key is None else known[self.state_key].shape
 
-    def load(self, episode: int) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[Any], bool]:
-        """Read images, actions [T, A] and states [T, P], and whether a further observation had NaN as its action."""
+    def load(self, episode: int) -> tuple[NDArray[np.uint8], dict[str, NDArray[Any]], bool]:
+        """Read images, columns [T, …] by name, and whether a further observation had NaN as its action."""
         fault = f"episode {episode} of Minari dataset {self.name} cannot be read"
         with reading(Path(self.name), fault, "restore its files"):
             found = next(iter(self.storage.get_episodes([episode])))
-            images, state = (_at(found["observations"], key) for key in (self.image_key, self.state_key))
-            action = np.asarray(found["actions"])
-        count, action_shape = len(action), self.storage.action_space.shape
-        kinds = (images.dtype, images.shape[1:], state.shape[1:], action.shape[1:])
-        wanted = (np.dtype(np.uint8), self.image_shape, self.state_shape, action_shape)
-        if not count or kinds != wanted or not {len(images), len(state)} <= {count, count + 1}:
+            images, action = _at(found["observations"], self.image_key), np.asarray(found["actions"])
+            state = images if self.state_key is None else _at(found["observations"], self.state_key)
+            columns = {name: np.asarray(found[key]) for name, key in SCALARS.items()}
+        count, action_shape = len(action), self.action_space.shape
+        kinds = (images.dtype, images.shape[1:], action.shape[1:], *(values.shape for values in columns.values()))
+        wanted = (np.dtype(np.uint8), self.image_shape, action_shape, *((count,) for _ in columns))
+        fits = kinds == wanted and (self.state_key is None or state.shape[1:] == self.state_shape)
+        if not count or not fits or not {len(images), len(state)} <= {count, count + 1}:
             shapes = f"{images.dtype} images {images.shape}, states {state.shape} and actions {action.shape}"
             raise UserError(
                 f"episode {episode} of Minari dataset {self.name} has {shapes}, which its spaces or the number of actions do not "
                 "allow; record it again, or leave it out with filter_episodes"
             )
-        missing = bool(count > 1 and is_action_missing(action[-1:])[0])
+        columns["action"] = self._one_hot(action, episode) if isinstance(self.action_space, spaces.Discrete) else action
+        if self.state_key is not None:
+            columns["state"] = state
+        missing = bool(count > 1 and is_action_missing(columns["action"][-1:])[0])
         count -= missing
-        return images[:count], action[:count], state[:count], missing
+        return images[:count], {name: values[:count] for name, values in columns.items()}, missing
+
+    def _one_hot(self, action: NDArray[Any], episode: int) -> NDArray[np.float32]:
+        space = self.action_space
+        numbers = action - space.start
+        if len(wrong := np.flatnonzero(~np.isin(numbers, np.arange(space.n)))):
+            where = f"{wrong[0]} of episode {episode} of Minari dataset {self.name}"
+            raise UserError(f"action {action[wrong[0]]} at step {where} is not in {space}; record it again")
+        one_hot: NDArray[np.float32] = np.eye(int(space.n), dtype=np.float32)[numbers]
+        return one_hot
+
+    def steps(self, episodes: list[dict[str, NDArray[Any]]]) -> Steps:
+        """Make the step table of the columns of all episodes."""
+        where = f"Minari dataset {self.name}"
+        if not episodes:
+            raise UserError(f"{where} has no episodes")
+        lengths = [len(columns["action"]) for columns in episodes]
+        episode = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        step = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+        values = {name: np.concatenate([columns[name] for columns in episodes]) for name in episodes[0]}
+        described = {"action": describe("action", values["action"], ACTION, "float32", where, **self._bounds())}
+        if "state" in values:
+            described["state"] = describe("state", values["state"], STATE, "float64", where)
+        described["reward"] = Column(("reward",), "float64")
+        described["terminated"] = Column(("terminated",), "bool")
+        described["truncated"] = Column(("truncated",), "bool")
+        return make_steps(episode, step, values, described, where)
+
+    def _bounds(self) -> dict[str, Any]:
+        """Return the bounds of actions, as of `Column`; none where the space has none."""
+        space = self.action_space
+        if isinstance(space, spaces.Discrete):
+            return {"low": (0.0,) * int(space.n), "high": (1.0,) * int(space.n), "discrete": True}
+        bounded = np.isfinite(space.low).all() and np.isfinite(space.high).all()
+        return {"low": tuple(space.low.tolist()), "high": tuple(space.high.tolist())} if bounded else {}
 
 
 def _open(dataset: str) -> MinariStorage:

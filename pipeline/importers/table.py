@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from wmcache.common.columns import SCALARS, DType, Role, require_names
 from wmcache.common.errors import UserError
 from wmcache.common.reading import reading
-from wmcache.pipeline.importers.conversions import as_columns, is_action_missing, note
+from wmcache.pipeline.importers.conversions import STATE, describe, describe_action, is_action_missing, make_steps, note
 from wmcache.pipeline.steps import Steps
 
-COLUMNS = r"episode|step|file|video|(action|state)(_\d+)?"
+COLUMNS = r"episode|step|file|video|(action|state|proprio)(_\d+)?|reward|terminated|truncated"
 PANDAS_INDEX = r"Unnamed: \d+(\.\d+)*|__index_level_\d+__|index|level_\d+"
 """Names that pandas gives to an index without a name."""
 
@@ -44,7 +46,7 @@ def read_table(path: Path) -> StepTable:
     rows = _read_rows(path)
     episode, step, order = _in_order(rows, path)
     new = step == 0
-    action, state = _matrix(rows, "action", path)[order], _matrix(rows, "state", path)[order]
+    action = _matrix(rows, "action", path)[order]
     last = np.append(new[1:], True)
     missing = last & is_action_missing(action)
     if len(alone := np.flatnonzero(missing & new)):
@@ -58,10 +60,59 @@ def read_table(path: Path) -> StepTable:
         )
     kept = ~missing
     order = order[kept]
-    actions, states = as_columns(action[kept], state[kept], path, lambda frame: _row(path, int(order[frame])))
-    steps = Steps(episode[kept].astype(np.int32), step[kept].astype(np.int32), actions, states)
+    values, described = {"action": action[kept]}, {"action": describe_action(action[kept], path)}
+    for name, column, roles, dtype in _other_columns(rows, order, path):
+        values[name], described[name] = column, describe(name, column, roles, dtype, path)
+    numbers = episode[kept].astype(np.int32), step[kept].astype(np.int32)
+    steps = make_steps(*numbers, values, described, path, lambda frame: _row(path, int(order[frame])))
     kind = _kind(rows, path)
     return StepTable(kind, rows[kind].to_numpy(zero_copy_only=False)[order], steps, missing[last])
+
+
+def _other_columns(
+    rows: pa.Table, order: NDArray[np.int64], table: Path
+) -> Iterator[tuple[str, NDArray[Any], tuple[Role, ...], DType]]:
+    """Yield name, values of the rows in this order, roles and dtype of all columns but episode, step, file and action."""
+    has_proprio = any(re.fullmatch(r"proprio(_\d+)?", name) for name in rows.column_names)
+    state: tuple[Role, ...] = ("state",) if has_proprio else STATE
+    vectors: tuple[tuple[str, tuple[Role, ...]], ...] = (("state", state), ("proprio", ("proprio",)))
+    for vector, roles in vectors:
+        if any(re.fullmatch(rf"{vector}(_\d+)?", name) for name in rows.column_names):
+            yield vector, _matrix(rows, vector, table)[order], roles, "float64"
+    for name in rows.column_names:
+        if re.fullmatch(COLUMNS, name) and name not in SCALARS:
+            continue
+        column = rows[name].combine_chunks()
+        if len(empty := np.flatnonzero(pc.is_null(column.take(pa.array(order))))):
+            where = f"{table}, {_row(table, int(order[empty[0]]))}"
+            raise UserError(f"{name} is empty: {where}; fill it in, or remove the row")
+        values, dtype = _numbers_of(column, name, table)
+        role: Role = next((known for known in SCALARS if known == name), "extra")
+        if role in ("terminated", "truncated"):
+            if not np.isin(values, (0, 1)).all():
+                raise UserError(f"{table}: the column {name} has other values than true and false, or 0 and 1")
+            dtype = "bool"
+        yield name, values[order], (role,), dtype
+
+
+def _numbers_of(column: pa.Array, name: str, table: Path) -> tuple[NDArray[Any], DType]:
+    """Read a column of numbers, or of lists of as many numbers each, and find the dtype to keep; empty cells are 0."""
+    lists = isinstance(column, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray)
+    if lists:
+        return _lists(column, name, table), "float64"
+    kinds: tuple[tuple[Any, DType], ...] = (
+        (pa.types.is_boolean, "bool"),
+        (pa.types.is_uint8, "uint8"),
+        (pa.types.is_int32, "int32"),
+        (pa.types.is_integer, "int64"),
+        (pa.types.is_float32, "float32"),
+        (pa.types.is_floating, "float64"),
+    )
+    dtype = next((dtype for is_kind, dtype in kinds if is_kind(column.type)), None)
+    if dtype is None:
+        raise UserError(f"{table}: the column {name} has type {column.type}, not numbers; remove it from a copy")
+    zero = pa.scalar(0, pa.int8()).cast(column.type)
+    return pc.fill_null(column, zero).to_numpy(zero_copy_only=False).astype(dtype), dtype
 
 
 def _read_rows(path: Path) -> pa.Table:
@@ -80,11 +131,12 @@ def _read_rows(path: Path) -> pa.Table:
     names = rows.column_names
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{path} has several columns {sorted(twice)[0]!r}")
-    if unknown := [name for name in names if not re.fullmatch(COLUMNS, name)]:
-        listed = ", ".join(name or "without a name" for name in unknown)
-        raise UserError(f"{path} has columns that a frame dataset does not keep: {listed}; remove them from a copy")
-    for name in names:
-        if rows[name].null_count and not name.startswith(("action", "state")):
+    try:
+        require_names(name for name in names if not re.fullmatch(COLUMNS, name))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; rename it in a copy") from error
+    for name in ("episode", "step", "file", "video"):
+        if name in names and rows[name].null_count:
             row = int(pc.index(pc.is_null(rows[name]), True).as_py())
             raise UserError(f"{name} is empty: {path}, {_row(path, row)}; fill it in, or remove the row")
     return rows

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from wmcache.bench.reference import ROUNDS, bench_train
-from wmcache.trainer.feed import RESIDENCES
 
 MODEL: dict[str, Any] = {"width": 16, "depth": 1, "heads": 2, "dropout": 0.1}
 
@@ -34,14 +33,3 @@ def test_rates_and_ratios_count_the_steps_of_each_source(planted_path: Path) -> 
     assert (found["encoding_steps_per_second"], found["reference_steps_per_second"]) == (2, 2)
     assert (found["ratio_to_memory"], found["ratio_to_encoding"], found["ratio_to_reference"]) == (1, 10, 10)
     assert len(encode.calls) == 2 * (1 + 2 * ROUNDS)
-
-
-@pytest.mark.parametrize("residence", RESIDENCES)
-def test_the_residence_is_used_and_reported(
-    planted_path: Path, capsys: pytest.CaptureFixture[str], residence: str
-) -> None:
-    found = bench_train(planted_path, MODEL, Encoder(), batch=4, steps=2, device="cpu", residence=residence)
-    assert all(0 < value < float("inf") for name, value in found.items() if name != "waiting_share")
-    assert 0 <= found["waiting_share"] <= 1
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "kB" in line]
-    assert residence in line

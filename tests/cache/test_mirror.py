@@ -19,7 +19,7 @@ from wmcache.cache import TokenStore
 from wmcache.cache.layout import shard_file
 from wmcache.cache.mirror import most_bytes
 from wmcache.common.errors import UnreadableError, UserError
-from wmcache.common.paths import AnyPath, put, read_bytes, remove, upload
+from wmcache.common.paths import AnyPath, put, read_bytes, remove
 
 from ..conftest import TOKENS, make_writer, write
 
@@ -129,16 +129,6 @@ def test_reading_continues_after_a_failure_of_the_server(far: UPath, monkeypatch
         with pytest.raises(UnreadableError, match=r"c\.0\.0\.0"):
             store.gather(EVERY)
     np.testing.assert_array_equal(store.gather(EVERY), TOKENS)
-
-
-def test_stores_with_equal_shards_share_copies(
-    far: UPath, bucket: UPath, finished: Path, folder: Path, fetched: Counter[str]
-) -> None:
-    upload(finished, bucket / "twin.zarr", last="zarr.json")
-    for path in (far, bucket / "twin.zarr"):
-        np.testing.assert_array_equal(TokenStore.open(path, mirrored=True).gather(EVERY), TOKENS)
-    assert fetched == {f"c.{shard}.0.0": 1 for shard in range(4)}
-    assert len(copies(folder)) == 4
 
 
 def test_a_store_that_is_written_again_is_not_read_from_old_copies(far: UPath) -> None:

@@ -14,18 +14,14 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from wmcache.cache import StoreWriter, TokenStore
+from wmcache.cache import StoreWriter
 from wmcache.cache.layout import DamagedError, shard_file
-from wmcache.cache.records import lock_file, record_file
+from wmcache.cache.records import lock_file
 from wmcache.cache.writer import channel_sums
 from wmcache.common.errors import UserError
 from wmcache.common.locks import exclusive
 
-from ..conftest import IDENTITY, TOKENS, contents, make_writer, write
-
-
-def times(path: Path) -> dict[Path, tuple[int, int]]:
-    return {file: (file.stat().st_mtime_ns, file.stat().st_ino) for file in path.rglob("*")}
+from ..conftest import IDENTITY, TOKENS, contents, make_writer, times, write
 
 
 class TestClaims:
@@ -113,68 +109,36 @@ class TestPending:
         np.testing.assert_allclose(squares, (wide**2).sum((0, 1)), rtol=1e-12)
 
 
-class TestFinish:
-    def test_resuming_and_finishing_a_complete_store_changes_nothing(self, finished: Path) -> None:
-        before, when = contents(finished), times(finished)
-        make_writer(finished)
-        StoreWriter.resume(finished, IDENTITY).finish()
-        assert contents(finished) == before
-        assert times(finished) == when
-
-    def test_a_reopened_store_is_incomplete_and_lacks_just_those_shards(self, finished: Path) -> None:
-        before, when = contents(finished), shard_file(finished, 0).stat()
-        writer = StoreWriter.resume(finished, IDENTITY)
-        writer.reopen([1, 3])
-        assert writer.pending() == [1, 3]
-        assert not shard_file(finished, 1).exists()
-        with pytest.raises(UserError, match=r"made-up\.zarr"):
-            TokenStore.open(finished)
-        write(writer)
-        assert contents(finished) == before
-        now = shard_file(finished, 0).stat()
-        assert (now.st_mtime_ns, now.st_ino) == (when.st_mtime_ns, when.st_ino)
-
-    def test_reopening_waits_for_a_claimed_shard(self, finished: Path) -> None:
-        first, second = (StoreWriter.resume(finished, IDENTITY) for _ in range(2))
-        with ThreadPoolExecutor(1) as pool:
-            with first.claim(1):
-                done = pool.submit(second.reopen, [1])
-                with pytest.raises(TimeoutError):
-                    done.result(timeout=0.2)
-                assert first.is_done(1)
-            done.result(timeout=10)
-        assert not first.is_done(1)
+def test_reopening_waits_for_a_claimed_shard(finished: Path) -> None:
+    first, second = (StoreWriter.resume(finished, IDENTITY) for _ in range(2))
+    with ThreadPoolExecutor(1) as pool:
+        with first.claim(1):
+            done = pool.submit(second.reopen, [1])
+            with pytest.raises(TimeoutError):
+                done.result(timeout=0.2)
+            assert first.is_done(1)
+        done.result(timeout=10)
+    assert not first.is_done(1)
 
 
-class TestResume:
-    def test_a_store_that_appears_while_another_process_starts_it_is_resumed(
-        self, tmp_path: Path, finished: Path
-    ) -> None:
-        path = tmp_path / "late.zarr"
-        with ThreadPoolExecutor(1) as pool:
-            with exclusive(path.with_name(f".{path.name}.lock")):
-                late = pool.submit(make_writer, path)
-                time.sleep(0.2)
-                shutil.copytree(finished, path)
-                when = times(path)
-            assert late.result(timeout=10).pending() == []
-        assert contents(path) == contents(finished)
-        assert times(path) == when
+def test_a_store_that_appears_while_another_process_starts_it_is_resumed(tmp_path: Path, finished: Path) -> None:
+    path = tmp_path / "late.zarr"
+    with ThreadPoolExecutor(1) as pool:
+        with exclusive(path.with_name(f".{path.name}.lock")):
+            late = pool.submit(make_writer, path)
+            time.sleep(0.2)
+            shutil.copytree(finished, path)
+            when = times(path)
+        assert late.result(timeout=10).pending() == []
+    assert contents(path) == contents(finished)
+    assert times(path) == when
 
 
-class TestRepair:
-    def test_damaged_metadata_is_not_written_again_for_another_identity(self, finished: Path) -> None:
-        (finished / "zarr.json").write_text("")
-        damaged = contents(finished), times(finished)
-        with pytest.raises(DamagedError, match=r"made-up\.zarr.* wmcache extract"):
-            StoreWriter.resume(finished, IDENTITY)
-        with pytest.raises(UserError, match=r"image_size|--out"):
-            make_writer(finished, dataclasses.replace(IDENTITY, image_size=96))
-        assert (contents(finished), times(finished)) == damaged
-
-    def test_one_sound_record_identifies_a_damaged_store(self, finished: Path) -> None:
-        complete = contents(finished)
-        for file in (finished / "zarr.json", *(record_file(finished, shard) for shard in (0, 1, 2))):
-            file.write_text("{")
-        write(make_writer(finished))
-        assert contents(finished) == complete
+def test_damaged_metadata_is_not_written_again_for_another_identity(finished: Path) -> None:
+    (finished / "zarr.json").write_text("")
+    damaged = contents(finished), times(finished)
+    with pytest.raises(DamagedError, match=r"made-up\.zarr.* wmcache extract"):
+        StoreWriter.resume(finished, IDENTITY)
+    with pytest.raises(UserError, match=r"image_size|--out"):
+        make_writer(finished, dataclasses.replace(IDENTITY, image_size=96))
+    assert (contents(finished), times(finished)) == damaged

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,24 +35,30 @@ class Running:
         with output.open("wb") as file:
             program = Path(sys.executable).with_name(words[0])
             self.process = subprocess.Popen(
-                [program, *words[1:]], cwd=cwd, env={**environment, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=file
+                [program, *words[1:]],
+                cwd=cwd,
+                env={**environment, "OMP_NUM_THREADS": "1"},
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
             )
 
     @property
     def lines(self) -> list[str]:
         return lines_of(self._output.read_text())
 
-    def wait_for(self, condition: Callable[[], object]) -> None:
+    def wait_for(self, condition: Callable[[], Any]) -> Any:
         end = time.monotonic() + PATIENCE
-        while not condition():
+        while not (found := condition()):
             assert self.process.poll() is None, f"it has ended: {self.lines}"
             assert time.monotonic() < end, f"it makes no progress: {self.lines}"
             time.sleep(0.005)
+        return found
 
-    def wait(self) -> int:
+    def wait(self, patience: float = PATIENCE) -> int:
         """Wait for the end, and return the exit status."""
         try:
-            return self.process.wait(PATIENCE)
+            return self.process.wait(patience)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"it hangs: {self.lines}") from None
 

@@ -15,6 +15,7 @@ from wmcache.pipeline.collect import collect
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 
+from ..conftest import shards_of
 from .conftest import Running
 
 pytestmark = pytest.mark.cluster
@@ -58,22 +59,18 @@ def words(frames: Path, address: str) -> list[str]:
     return ["wmcache", "extract", "--dataset", frames.name, *encoder, "--out", "store.zarr", "--cluster", address]
 
 
-def tokens(store: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in (store / "tokens").glob("c.*")}
-
-
 def test_a_killed_worker_costs_only_time(launch: Launch, frames: Path, serial: Path) -> None:
     store = frames.parent / "store.zarr"
     _, address = start_scheduler(launch)
     killed, _ = start_worker(launch, address), start_worker(launch, address)
     command = launch(words(frames, address), cwd=frames.parent)
-    command.wait_for(lambda: len(tokens(store)) >= 4)
+    command.wait_for(lambda: len(shards_of(store)) >= 4)
     killed.kill()
-    assert len(tokens(store)) < SHARDS - 4
+    assert len(shards_of(store)) < SHARDS - 4
     assert command.wait() == 0, command.lines
     found, expected = TokenStore.open(store), TokenStore.open(serial)
     assert found.complete
-    assert tokens(store) == tokens(serial)
+    assert shards_of(store) == shards_of(serial)
     assert found.identity == expected.identity
     assert found.mean.tolist() == expected.mean.tolist()
 
@@ -88,16 +85,16 @@ def test_a_killed_scheduler_is_one_line_and_another_one_resumes(launch: Launch, 
     start = f"{WORKER_VARIABLES} dask worker {address} --nthreads 2"
     command.wait_for(lambda: any(line.endswith(start) for line in command.lines))
     start_worker(launch, address)
-    command.wait_for(lambda: len(tokens(store)) >= 4)
+    command.wait_for(lambda: len(shards_of(store)) >= 4)
     scheduler.kill()
     assert command.wait() == 1
     (error,) = [line for line in command.lines if not line.startswith(("extract random-vit:", "dashboard:", address))]
     assert error.startswith("Error: ")
     assert address in error
-    assert 4 <= len(tokens(store)) < SHARDS
+    assert 4 <= len(shards_of(store)) < SHARDS
     _, address = start_scheduler(launch)
     start_worker(launch, address)
     again = launch(words(frames, address), cwd=folder)
     assert again.wait() == 0, again.lines
     assert TokenStore.open(store).complete
-    assert tokens(store) == tokens(serial)
+    assert shards_of(store) == shards_of(serial)

@@ -46,15 +46,6 @@ def test_a_path_may_be_outside_the_home_and_slurm_has_defaults_until_it_has_a_fi
     assert read_profile("slurm") == Profile(jobs=7)
 
 
-def test_a_missing_profile_names_the_existing_ones(profiles: Path) -> None:
-    (profiles / "a100.toml").touch()
-    (profiles / "cpu.toml").touch()
-    with pytest.raises(UserError, match=r"profiles/gpu\.toml .*: a100, cpu$"):
-        read_profile("gpu")
-    with pytest.raises(UserError, match=r"nowhere/gpu\.toml "):
-        read_profile("nowhere/gpu.toml")
-
-
 @pytest.mark.parametrize(
     ("text", "named"),
     [

@@ -22,8 +22,6 @@ from wmcache.pipeline.frames import FrameDataset
 
 from .conftest import Running, lines_of
 
-COLLECT = ["wmcache", "collect", "--env", "UMaze", "--episodes", "8", "--length", "60", "--image-size", "32"]
-COLLECT += ["--frames-per-shard", "16", "--cluster", "local:1"]
 EXTRACT = ["wmcache", "extract", "--encoder", "pixels", "--image-size", "16", "--device", "cpu"]
 TRAIN = ["wmtrain", "--width", "16", "--depth", "1", "--heads", "2", "--dropout", "0.1", "--device", "cpu"]
 TRAIN += ["--dtype", "float32", "--residence", "disk", "--batch-size", "2", "--log-every", "1"]
@@ -161,17 +159,6 @@ def curve(local: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, fl
     found = losses(out)
     assert len(found) == STEPS
     return found
-
-
-def test_a_collected_dataset_is_the_same_on_the_server_and_on_disk(
-    s3: S3Server, run: Run, frames: FrameDataset
-) -> None:
-    run([*COLLECT, "--out", "s3://bucket/collected"]).well()
-    on_disk = {path.name: path.read_bytes() for path in frames.path.iterdir() if path.suffix in (".tar", ".parquet")}
-    assert len(on_disk) == SHARDS + 1
-    on_server = download(s3, "s3://bucket/collected")
-    assert on_disk.items() <= on_server.items()
-    assert set(on_server) == {*on_disk, "dataset.json"}
 
 
 def test_an_extraction_resumes_after_the_server_was_killed(

@@ -146,11 +146,6 @@ def test_the_scheduler_has_only_a_few_tasks_per_thread(tmp_path: Path) -> None:
     assert {int(file.name) for file in tmp_path.iterdir()} == set(range(200))
 
 
-def test_fewer_items_than_workers_are_noted_with_the_hint(capsys: pytest.CaptureFixture[str]) -> None:
-    run_tasks(len, ["a"], cluster="local:3", total=1, label="test", what="batches", more="lower --batch-size")
-    assert "test: 1 batches for 3 workers; lower --batch-size" in capsys.readouterr().err.splitlines()
-
-
 def note_process(folder: Path) -> WorkerTask[int, str]:
     """A task that notes its set-ups and its items as files."""
 

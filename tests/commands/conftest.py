@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from wmcache.cli import main, wmplan, wmtrain
@@ -24,19 +22,9 @@ PLAN = "--episodes 2 --budget 10 --samples 8 --elites 3 --iterations 2 --horizon
 PLAN_FOLDER = "plan-all-x1-horizon2-device-cpu-samples8-elites3-iterations2-2x10"
 STORE = "{home}/stores/pointmaze-umaze/tcn-64.zarr"
 RUN = "{home}/runs/pointmaze-umaze-tcn-64"
+ADAPTER = "wmcache fit --encoder dino-tok --steps 2 --batch-size 8 --shallow 4 --device cpu"
 SIZES = {"width": 16, "depth": 1, "heads": 2, "dropout": 0.0}
 TINY = TrainOptions(model_options=SIZES, steps=4, batch=8, dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _restore_the_process() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for each other's threads
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def run(line: str, home: Path | None = None, **paths: object) -> Result:

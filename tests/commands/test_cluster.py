@@ -15,9 +15,8 @@ from wmcache.planner.evaluate import evaluate
 from wmcache.planner.options import PlanOptions
 from wmcache.trainer.train import train
 
-from .conftest import TINY, error_of, run, succeed
-
-ADAPTER = "wmcache fit --encoder dino-tok --steps 2 --batch-size 8 --shallow 4 --device cpu"
+from ..conftest import shards_of
+from .conftest import ADAPTER, TINY, error_of, run, succeed
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +40,6 @@ def stores(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home / "stores/pointmaze-umaze"
 
 
-def tokens(store: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in (store / "tokens").glob("c.*")}
-
-
 def test_frames_are_collected(scheduler: str, dataset_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "pointmaze-umaze"
     line = "wmcache collect --episodes 6 --length 60 --image-size 32 --frames-per-shard 64 --cluster {at} --out {out}"
@@ -61,7 +56,7 @@ def test_stores_are_extracted_and_derived_and_weights_fitted(scheduler: str, sto
         f"wmcache derive {layers} --encoder dino-tok --device cpu",
     ):
         succeed(f"{line} --cluster {scheduler}")
-    assert tokens(stores / "tcn-64.zarr") == tokens(store_path)
+    assert shards_of(stores / "tcn-64.zarr") == shards_of(store_path)
     assert TokenStore.open(stores / "dino-tok-64.zarr").complete
     weights = "home/encoders/pointmaze-umaze-dino-tok.safetensors"
     assert f"{weights}: fitted on" in succeed(f"{ADAPTER} --cache {layers}").stdout
@@ -73,7 +68,7 @@ def test_weights_that_were_fitted_again_are_loaded_again(scheduler: str, stores:
         succeed("wmcache fit --steps 3 --batch-size 16 --seed 5 --overwrite --device cpu")
     one, two = (TokenStore.open(tmp_path / name) for name in ("one.zarr", "two.zarr"))
     assert one.identity.weights_sha256 != two.identity.weights_sha256
-    assert tokens(tmp_path / "one.zarr") != tokens(tmp_path / "two.zarr")
+    assert shards_of(tmp_path / "one.zarr") != shards_of(tmp_path / "two.zarr")
 
 
 def test_plans_are_the_same_wherever_they_are_made(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from wmcache.bench import extract as bench
 from wmcache.cache import TokenStore
 from wmcache.cache.change_maps import open_change_maps
 from wmcache.cluster import tasks as cluster
@@ -16,9 +15,9 @@ from wmcache.pipeline import encoders
 from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.frames import FrameDataset
 
-from .conftest import run, succeed
+from ..conftest import shards_of
+from .conftest import ADAPTER, run, succeed
 
-ADAPTER = "wmcache fit --encoder dino-tok --steps 2 --batch-size 8 --shallow 4 --device cpu"
 ALREADY = "already complete"
 
 
@@ -26,10 +25,6 @@ ALREADY = "already complete"
 def stores(home: Path) -> Path:
     """Where extract puts the stores."""
     return home / "stores/pointmaze-umaze"
-
-
-def shards(store: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in store.glob("tokens/c.*")}
 
 
 def test_a_finished_extraction_is_reported_and_one_that_lost_a_shard_is_not(stores: Path) -> None:
@@ -90,12 +85,12 @@ def test_change_maps_come_with_the_tokens_or_later_and_are_the_same(stores: Path
     assert sorted(path.name for path in stores.glob("*.zarr")) == names
     maps = stores / "pixels-32.changes-5.zarr"
     assert f"{maps}: 360 frames, 4 x 4 tokens of 4" in result.stdout
-    source, extracted = TokenStore.open(stores / "pixels-32.zarr"), shards(maps)
+    source, extracted = TokenStore.open(stores / "pixels-32.zarr"), shards_of(maps)
     identity = open_change_maps(source, 5).identity
     succeed("wmcache rm {maps} --yes", maps=maps)
     result = succeed("wmcache derive change-maps {store}", store=source.path)
     assert result.stdout == f"{maps}: 360 frames, 8 x 8 cells, since 5 env steps before\n"
-    assert (open_change_maps(source, 5).identity, shards(maps)) == (identity, extracted)
+    assert (open_change_maps(source, 5).identity, shards_of(maps)) == (identity, extracted)
 
 
 def test_change_maps_are_made_where_they_are_missing_and_nowhere_else(stores: Path) -> None:
@@ -142,12 +137,3 @@ def test_all_encoders_are_listed() -> None:
     assert (rows["tcn"]["fitted"], rows["dinov2"]["fitted"]) == (True, False)
     for line in run("wmcache encoders").stdout.splitlines()[1:]:
         assert line.split()[0] in rows
-
-
-@pytest.mark.usefixtures("home")
-def test_encoders_in_one_pass_are_measured_against_one_pass_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "ROUNDS", 1)
-    figures = json.loads(succeed("wmcache bench extract --encoder tcn,tcn-layers --json --device cpu").stdout)
-    assert figures["frames"] == 360
-    assert figures["more_than_first"] > -1
-    assert figures["one_after_the_other"] > 0

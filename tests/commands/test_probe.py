@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wmcache.cache import StoreWriter, TokenStore
+from wmcache.cache import TokenStore
 from wmcache.commands.probe import LEGEND
 
+from ..conftest import columns_of, write_tokens
 from .conftest import error_of, run, succeed
 
 PROBE = "wmcache probe {maze} {bare} --frames 100"
@@ -26,11 +27,7 @@ def stores(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Stores
     copy, bare = Path(shutil.copytree(store_path, folder / "tcn-64.zarr")), folder / "bare.zarr"
     like = TokenStore.open(copy)
     card = dataclasses.replace(like.card, dataset={"name": "other"})
-    columns = {name: getattr(like, name) for name in ("action", "state", "episode", "step")}
-    writer = StoreWriter.create(bare, card, like.identity, columns)
-    for shard in writer.pending():
-        writer.write_shard(shard, like.gather(np.array(card.shard_frames(shard))))
-    writer.finish()
+    write_tokens(bare, like.gather(np.arange(len(like))), card, like.identity, columns_of(like))
     return {"maze": copy, "bare": bare}
 
 

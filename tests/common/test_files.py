@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from wmcache.common.errors import UserError, one_line, reason
-from wmcache.common.files import atomic_write, is_temporary, sweep, temporary_for
+from wmcache.common.files import is_temporary, sweep, temporary_for
 from wmcache.common.folders import home
 from wmcache.common.jsonfiles import dump_json, nulls, read_json, write_json
 
@@ -32,20 +32,6 @@ def test_only_files_of_dead_processes_of_this_machine_are_swept(tmp_path: Path) 
     assert sorted(tmp_path.iterdir()) == sorted([own, elsewhere])
     assert is_temporary(own)
     assert str(os.getpid()) in own.name
-
-
-def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="file/deeper"), atomic_write(tmp_path / "file" / "deeper"):
-        pass
-
-
-@pytest.mark.parametrize("text", [None, b"", b"{", b"[1]", b"\xff\xfe"])
-def test_json_that_cannot_be_read_is_named_with_the_hint(tmp_path: Path, text: bytes | None) -> None:
-    if text is not None:
-        (tmp_path / "value.json").write_bytes(text)
-    with pytest.raises(UserError, match=r"value\.json.*; HINT$"):
-        read_json(tmp_path / "value.json", "HINT")
 
 
 def test_home_is_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,8 +127,8 @@ def test_a_group_leaves_its_limit_minus_its_usage(
 
 
 @pytest.mark.parametrize("tightest", range(4))
-def test_the_tightest_of_all_groups_above_counts(
-    version: tuple[Callable[[str], Path], MakeGroup], tightest: int
+def test_the_tightest_of_all_groups_above_the_machine_and_the_process_counts(
+    version: tuple[Callable[[str], Path], MakeGroup], monkeypatch: pytest.MonkeyPatch, tightest: int
 ) -> None:
     enter, make = version
     root = enter("/a/b/c")
@@ -137,6 +137,10 @@ def test_the_tightest_of_all_groups_above_counts(
     for other in (root / "beside", root / "a/b/c/below", root.parent / "not-a-group"):
         make(other, GB)
     assert memory.available_ram() == 4 * GB
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * GB))
+    assert memory.available_ram() == 3 * GB
+    monkeypatch.setattr(memory, "address_space_left", lambda: 2 * GB)
+    assert memory.available_ram() == 2 * GB
 
 
 def test_max_and_the_largest_number_are_not_limits(machine: Callable[[str], Path]) -> None:
@@ -157,14 +161,3 @@ def test_groups_of_both_versions_count(machine: Callable[[str], Path]) -> None:
     assert memory.available_ram() == 20 * GB
     group_v1(root / "memory" / "job", 10 * GB)
     assert memory.available_ram() == 10 * GB
-
-
-def test_the_machine_may_be_the_tightest(
-    version: tuple[Callable[[str], Path], MakeGroup], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    enter, make = version
-    make(enter("/job") / "job", 10 * GB)
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=6 * GB))
-    assert memory.available_ram() == 6 * GB
-    monkeypatch.setattr(memory, "address_space_left", lambda: 2 * GB)
-    assert memory.available_ram() == 2 * GB

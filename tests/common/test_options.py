@@ -34,31 +34,10 @@ class Deep(Base):
     depth: Annotated[int, Field(gt=1, le=99)] = option(12)
 
 
-class TestDeclarations:
-    def test_flags_follow_the_names_of_fields_unless_given(self) -> None:
-        assert [known.flag for known in declared(Base)] == [
-            "--depth",
-            "--lr",
-            "--kind",
-            "--limit",
-            "--shuffle/--no-shuffle",
-            "--plain",
-        ]
-
-    def test_types_ranges_and_choices(self) -> None:
-        assert [known.kind for known in declared(Base)] == [int, float, str, int, bool, int]
-        depth, rate, kind, limit, _, plain = declared(Base)
-        assert depth.bounds == {"min": 1, "min_open": False}
-        assert rate.bounds == {"min": 0, "min_open": True, "max": 1, "max_open": True}
-        assert (kind.choices, limit.default, plain.bounds, plain.help) == (("small", "large"), None, {}, "")
-
-    def test_a_group_continues_until_the_next(self) -> None:
-        assert [known.group for known in declared(Base)] == ["Model"] * 3 + ["Data"] * 3
-
-    def test_a_subclass_inherits_help_and_group(self) -> None:
-        depth = declared(Deep)[0]
-        assert (depth.help, depth.group, depth.default) == ("Number of blocks.", "Model", 12)
-        assert depth.bounds == {"min": 1, "min_open": True, "max": 99, "max_open": False}
+def test_a_subclass_inherits_help_and_group() -> None:
+    depth = declared(Deep)[0]
+    assert (depth.help, depth.group, depth.default) == ("Number of blocks.", "Model", 12)
+    assert depth.bounds == {"min": 1, "min_open": True, "max": 99, "max_open": False}
 
 
 class TestValues:

@@ -62,15 +62,6 @@ def test_the_error_of_a_missing_file_system_is_how_to_install_it(text: str, modu
     assert done.stdout.count("\n") == 1
 
 
-def test_paths_import_no_object_store() -> None:
-    script = (
-        "import sys; from wmcache.common.paths import as_path; as_path('a/b'); as_path('file:///a');"
-        "print([name for name in ('upath', 's3fs') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == "[]\n"
-
-
 def test_files_are_written_listed_and_removed(somewhere: AnyPath) -> None:
     for name in ("a/c.1", "a/c.10", "a/d", "a/c.2/inside", "e", "f"):
         write_whole(somewhere / name, name.encode())

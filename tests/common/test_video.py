@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from wmcache.common.errors import UserError
-from wmcache.common.video import require_ffmpeg, write_mp4
+from wmcache.common.video import require_ffmpeg
 
 Fake = Callable[[str], Path]
 
@@ -40,14 +39,3 @@ def test_an_old_ffmpeg_is_named(fake_ffmpeg: Fake, version: str) -> None:
 def test_a_newer_ffmpeg_is_used(fake_ffmpeg: Fake, version: str) -> None:
     fake_ffmpeg(version)
     require_ffmpeg()
-
-
-@pytest.mark.parametrize("broken", [Path.unlink, lambda program: program.chmod(0o644)], ids=["gone", "not executable"])
-def test_an_ffmpeg_that_cannot_be_started_is_named(
-    fake_ffmpeg: Fake, tmp_path: Path, broken: Callable[[Path], object]
-) -> None:
-    program = fake_ffmpeg("7.0")
-    broken(program)
-    for work in (require_ffmpeg, lambda: write_mp4(tmp_path / "a.mp4", [np.zeros((32, 32, 3), np.uint8)], 7)):
-        with pytest.raises(UserError, match=str(program)):
-            work()

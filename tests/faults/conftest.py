@@ -19,10 +19,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from damage_tools import AT_ONCE, FRAMES, PER_SHARD, ROOM, Copy, is_refusal, with_little_memory
 from fault_workers import Child, Sample, collect_few
 
-from wmcache.cache import Identity, StoreCard, StoreWriter
+from wmcache.cache import StoreCard, StoreWriter
 from wmcache.pipeline.collect import collect
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.train import train
+
+from ..conftest import IDENTITY, episodes_of
 
 PRELOADED = [
     "pytest",
@@ -90,7 +92,7 @@ def small(tcn_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Sample
 
 
 @pytest.fixture(scope="session")
-def big_store(identity: Identity, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def big_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """5 600 frames of 75 kB with generated tokens, 420 MB: more than the memory limits leave; read only."""
     rng = np.random.default_rng(0)
     episodes, length = 56, 100
@@ -98,10 +100,9 @@ def big_store(identity: Identity, tmp_path_factory: pytest.TempPathFactory) -> I
     steps = {
         "action": rng.uniform(-1, 1, (card.frames, 2)).astype(np.float32),
         "state": rng.normal(size=(card.frames, 4)),
-        "episode": np.repeat(np.arange(episodes, dtype=np.int32), length),
-        "step": np.tile(np.arange(length, dtype=np.int32), episodes),
+        **episodes_of([length] * episodes),
     }
-    writer = StoreWriter.create(tmp_path_factory.mktemp("big") / "big.zarr", card, identity, steps)
+    writer = StoreWriter.create(tmp_path_factory.mktemp("big") / "big.zarr", card, IDENTITY, steps)
     tokens = rng.normal(size=(card.frames_per_shard, *card.frame_shape)).astype(np.float16)
     for shard in writer.pending():
         writer.write_shard(shard, tokens[: len(card.shard_frames(shard))])

@@ -176,16 +176,6 @@ def test_a_damaged_column_is_refused_and_written_again_by_the_same_extraction(
     check_description(copy, copy.path / column)
 
 
-@pytest.mark.parametrize("dtype", ["int8"])
-@pytest.mark.parametrize("damage", ["missing", "byte flipped", "zarr.json garbled"])
-def test_a_damaged_scale_is_written_again_by_a_repair(copy: Copy, damage: str) -> None:
-    COLUMNS[damage](copy.path / "scale")
-    before = copy.stamps()
-    copy.repair()
-    assert copy.stamps() == before
-    assert copy.restored
-
-
 FILES = [
     "zarr.json",
     "tokens/zarr.json",

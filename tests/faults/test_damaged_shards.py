@@ -119,10 +119,11 @@ def test_an_index_that_swaps_two_frames_is_refused(copy: tools.Copy) -> None:
     copy.check_repair(2)
 
 
-def test_damage_of_several_kinds_is_repaired_at_once(copy: tools.Copy) -> None:
+@BOTH
+def test_damage_of_several_kinds_is_repaired_at_once(copy: tools.Copy, dtype: str) -> None:
     tools.flip(copy.shard(0), 10)
-    tools.flip(copy.shard(0), 600)
-    shutil.rmtree(copy.path / "state" / "c")
+    tools.flip(copy.shard(0), 500)
+    shutil.rmtree(copy.path / ("scale" if dtype == "int8" else "state") / "c")
     tools.replace(copy.shard(2), copy.shard(1).read_bytes())
     copy.record(2).unlink()
     copy.shard(3).unlink()
@@ -203,6 +204,7 @@ def test_a_reader_notices_that_its_store_has_changed(
     np.testing.assert_array_equal(store.gather(tools.EVERY), copy.tokens)
     change(copy)
     for reader in (store, cold):
+        reader.prefetch(tools.EVERY)
         with pytest.raises(UserError) as refusal:
             reader.gather(tools.EVERY)
         assert is_refusal(refusal.value, copy.path)

@@ -279,14 +279,6 @@ def test_other_files_than_weights_are_refused(tmp_path: Path, refused: Refused, 
     assert is_refusal(refused(partial(encoders.create, "tcn", weights=file, device="cpu")), file)
 
 
-@pytest.mark.parametrize("name", ["evil.pt", "evil", "evil.safetensors.pt"])
-def test_weights_of_another_suffix_are_not_opened(tmp_path: Path, refused: Refused, canary: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(pickle.dumps(Hostile(canary)))
-    assert is_refusal(
-        refused(partial(encoders.create, "tcn", weights=tmp_path / name, device="cpu")), name, ".safetensors"
-    )
-
-
 @pytest.mark.parametrize("weights", [kind for kind in WEIGHTS if kind != "no tensors"])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
 def test_another_file_than_a_checkpoint_is_refused(

@@ -7,12 +7,9 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -25,40 +22,19 @@ from wmcache.common.locks import exclusive
 from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.trainer.options import TrainOptions
 
+from ..cluster.conftest import Running
+
 Start = Callable[..., Child]
-PATIENCE = 60.0
 FLAGS = {"batch": "batch-size", "checkpoint_every": "checkpoint-every", "log_every": "log-every"}
 STATUS = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
 
 
-class Command:
+class Command(Running):
     """A real command in its own process group, as a shell or a batch system runs it."""
 
-    def __init__(self, *words: Any, stderr: Path) -> None:
+    def __init__(self, *words: object, folder: Path) -> None:
         self.words = [str(word) for word in words]
-        self._stderr = stderr
-        with stderr.open("wb") as file:
-            program = Path(sys.executable).with_name(self.words[0])
-            self.process = subprocess.Popen(
-                [program, *self.words[1:]],
-                stdout=subprocess.DEVNULL,
-                stderr=file,
-                start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-        self._started: list[psutil.Process] = []
-
-    @property
-    def stderr(self) -> str:
-        return self._stderr.read_text()
-
-    def wait_for(self, condition: Callable[[], Any]) -> Any:
-        end = time.monotonic() + PATIENCE
-        while not (found := condition()):
-            assert self.process.poll() is None, self.stderr
-            assert time.monotonic() < end, f"it did not happen: {self.stderr}"
-            time.sleep(0.01)
-        return found
+        super().__init__(self.words, folder / "output", folder, dict(os.environ))
 
     def send(self, sent: signal.Signals, *, to_all: bool = False) -> None:
         """Send a signal to the process, or to its group as Ctrl-C in a terminal does."""
@@ -69,15 +45,11 @@ class Command:
         else:
             self.process.send_signal(sent)
 
-    def check_stopped(self, patience: float = PATIENCE) -> None:
+    def check_stopped(self, patience: float = 60.0) -> None:
         """Wait for the end; check the exit status, the command that continues, and that no process stays."""
-        try:
-            self.process.wait(patience)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"{patience} s after {self._sent.name} it still runs: {self.stderr}")
-        assert self.process.returncode == STATUS[self._sent], self.stderr
-        assert self.stderr.splitlines()[-1].endswith(f": {shlex.join(self.words)}")
-        assert "Traceback" not in self.stderr
+        assert self.wait(patience) == STATUS[self._sent], self.lines
+        assert self.lines[-1].endswith(f": {shlex.join(self.words)}")
+        assert not any("Traceback" in line for line in self.lines)
         assert psutil.wait_procs(self._started, timeout=20)[1] == []
 
     def __enter__(self) -> Command:
@@ -112,7 +84,7 @@ def test_a_stopped_extraction_continues(
     os.mkfifo(fifo)
     sample = Sample(data, few.weights, {})
     words = [*sample.words, "--out", out, "--cluster", f"local:{workers}"]
-    with Command("wmcache", "extract", *words, stderr=tmp_path / "stderr") as command:
+    with Command("wmcache", "extract", *words, folder=tmp_path) as command:
         pipe = command.wait_for(lambda: open_for_writing(fifo))
         command.wait_for(lambda: len(list((out / "tokens" / "commits").glob("[0-9]*.json"))) == 2)
         done = content(out / "tokens")
@@ -135,8 +107,8 @@ def test_an_extraction_that_waits_for_another_can_be_stopped(few: Sample, tmp_pa
     out = Path(shutil.copytree(few.store, tmp_path / "some.zarr"))
     (out / "tokens" / "commits" / "000001.json").unlink()
     words = ["wmcache", "extract", *few.words, "--out", out]
-    with exclusive(lock_file(out, 1)), Command(*words, stderr=tmp_path / "stderr") as command:
-        command.wait_for(lambda: "another extraction" in command.stderr)
+    with exclusive(lock_file(out, 1)), Command(*words, folder=tmp_path) as command:
+        command.wait_for(lambda: any("another extraction" in line for line in command.lines))
         command.send(signal.SIGTERM)
         command.check_stopped(20)
 
@@ -146,7 +118,7 @@ def test_a_stopped_wmtrain_continues(start: Start, store_path: Path, tmp_path: P
     model = {"width": 16, "depth": 1, "heads": 2, "dropout": 0.1}
     settings = {"steps": 150, "batch": 8, "device": "cpu", "checkpoint_every": 10, "log_every": 1}
     words = [word for name, value in {**model, **settings}.items() for word in (f"--{FLAGS.get(name, name)}", value)]
-    with Command("wmtrain", "--cache", store_path, "--out", run, *words, stderr=tmp_path / "stderr") as command:
+    with Command("wmtrain", "--cache", store_path, "--out", run, *words, folder=tmp_path) as command:
         command.wait_for(lambda: list((run / "checkpoints").glob("step-*")))
         command.send(signal.SIGTERM)
         command.check_stopped()

@@ -64,7 +64,7 @@ class World:
 @pytest.fixture(scope="module")
 def world(small: Sample, tmp_path_factory: pytest.TempPathFactory, processes: ForkServerContext) -> World:
     root, store = tmp_path_factory.mktemp("machine"), TokenStore.open(small.store)
-    begun = StoreWriter.create(root / "begun.zarr", store.card, store.identity, small.frames.steps.columns()).path
+    begun = StoreWriter.create(root / "begun.zarr", store.card, store.identity, small.frames.steps.store_columns()).path
     reopened = Path(shutil.copytree(small.store, root / "reopened.zarr"))
     StoreWriter.resume(reopened, store.identity).reopen([])
     counted, good = root / "counted" / "some.zarr", content(small.store)

@@ -15,9 +15,8 @@ from wmcache.pipeline.collect import collect
 from wmcache.pipeline.derive import derive_change_maps
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.changes import changes_for
-from wmcache.pipeline.extract import extract, extract_together
+from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.repair import repair
 
 
 @pytest.fixture
@@ -60,8 +59,6 @@ def test_missing_and_damaged_maps_name_the_command_that_makes_them(own: TokenSto
     (path / "tokens" / "c.1.0.0").unlink()
     with pytest.raises(UserError, match=f"wmcache repair {path}"):
         open_change_maps(own, 4)
-    repair(path, device="cpu")
-    assert open_change_maps(own, 4).complete
 
 
 @pytest.mark.parametrize("others", ["frames", "grid", "frameskip", "tokens"])
@@ -77,26 +74,3 @@ def test_maps_of_another_store_are_refused(
         extract(frames, changes_for(grid, frameskip, "cpu"), path)
     with pytest.raises(UserError, match=f"{path} .*wmcache derive change-maps {own.path} --frameskip 5$"):
         open_change_maps(own, 5)
-
-
-def test_maps_of_an_int8_store_are_those_extracted_with_it(
-    dataset: FrameDataset, encoder: Encoder, tmp_path: Path
-) -> None:
-    path = tmp_path / "tcn-64-int8.zarr"
-    maps = changes_for((2, 2), 5, "cpu")
-    extract_together(dataset, [(encoder, path), (maps, change_maps_path(path, 5))], dtype="int8")
-    store = TokenStore.open(path)
-    assert derive_change_maps(store) == open_change_maps(store, 5).path
-
-
-def test_moved_frames_are_passed_by_option_and_others_refused(
-    copied: Path, encoder: Encoder, other_frames: Path, tmp_path: Path
-) -> None:
-    extract(FrameDataset.open(copied), encoder, tmp_path / "tcn-64.zarr")
-    store, moved = TokenStore.open(tmp_path / "tcn-64.zarr"), copied.rename(tmp_path / "moved")
-    for others, named in ((None, "--dataset"), (other_frames, f"{store.path}; .*--dataset")):
-        with pytest.raises(UserError, match=named):
-            derive_change_maps(store, dataset=others)
-    assert sorted(tmp_path.iterdir()) == [moved, store.path]
-    derive_change_maps(store, dataset=moved)
-    assert open_change_maps(store, 5).complete

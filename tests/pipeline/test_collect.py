@@ -17,7 +17,7 @@ from wmcache.envs import PointMazeEnv
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.frames import DatasetCard, FrameDataset
 
-from .conftest import contents
+from ..conftest import contents
 
 ENV = "wmcache/PointMaze-UMaze-v0"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 import shutil
 from collections.abc import Sequence
@@ -22,11 +21,11 @@ from wmcache.pipeline.derive import derive
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Features
 from wmcache.pipeline.encoders.weights import read_metadata
-from wmcache.pipeline.extract import encode_frames, extract, extract_together, extraction_task, forecast, slice_of
+from wmcache.pipeline.extract import encode_frames, extract, extract_together, extraction_task, slice_of
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.stores import create_store
 
-from .conftest import contents
+from ..conftest import contents
 
 
 def test_the_number_of_processes_and_threads_changes_no_bit(
@@ -42,21 +41,6 @@ def test_the_number_of_processes_and_threads_changes_no_bit(
         found = TokenStore.open(tmp_path / name).gather(every)
         np.testing.assert_array_equal(found.view(np.uint16), reference.gather(every).view(np.uint16))
         assert contents(tmp_path / name / "tokens") == contents(store_path / "tokens")
-
-
-def test_the_forecast_counts_missing_shards(dataset: FrameDataset, encoder: Encoder, tmp_path: Path) -> None:
-    out, (n, d) = tmp_path / "new.zarr", encoder.frame_shape
-    for shards, frames in ((6, 360), (5, 296)):
-        plan = forecast(dataset, encoder, out)
-        assert (plan.shards, plan.frames, plan.bytes_needed) == (shards, frames, frames * n * d * 2)
-        assert plan.seconds > 0
-        extract_together(dataset, [(encoder, out)], part=(0, 6))
-
-
-def test_the_store_of_another_dataset_is_refused(dataset: FrameDataset, encoder: Encoder, store_path: Path) -> None:
-    other = FrameDataset(dataset.path, dataclasses.replace(dataset.card, fingerprint="00" * 32), dataset.steps)
-    with pytest.raises(UserError, match=f"{store_path} .*dataset_fingerprint: "):
-        extract(other, encoder, store_path)
 
 
 def test_a_batch_that_does_not_fit_the_device_is_halved(dataset: FrameDataset, encoder: Encoder) -> None:

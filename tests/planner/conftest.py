@@ -12,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wmcache.cache import Identity, StoreCard, StoreWriter, TokenStore
+from wmcache.cache import StoreCard, TokenStore
 from wmcache.planner.base import Cost
+
+from ..conftest import IDENTITY, episodes_of, write_tokens
 
 MakeStore = Callable[..., TokenStore]
 TrainRun = Callable[..., Path]
@@ -61,21 +63,14 @@ def make_store(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
         episodes: Sequence[NDArray[Any]], state: NDArray[Any] | None = None, dataset: dict[str, Any] | None = None
     ) -> TokenStore:
         tokens = np.concatenate(episodes)[:, None].astype(np.float16)
-        frames, lengths = len(tokens), [len(episode) for episode in episodes]
+        frames = len(tokens)
         card = StoreCard({}, dataset or {}, (1, 1), tokens.shape[2], frames=frames, frames_per_shard=frames)
         steps = {
             "action": np.zeros((frames, 2), np.float32),
             "state": np.zeros((frames, 4)) if state is None else state,
-            "episode": np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
-            "step": np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+            **episodes_of([len(episode) for episode in episodes]),
         }
-        identity = Identity(
-            "made up", "file", "0", "norm", "patch", 8, "none", ((0.5,), (0.5,)), "float32", "float16", "0"
-        )
         path = tmp_path_factory.mktemp("stores") / "made-up.zarr"
-        writer = StoreWriter.create(path, card, identity, steps)
-        writer.write_shard(0, tokens)
-        writer.finish()
-        return TokenStore.open(path)
+        return TokenStore.open(write_tokens(path, tokens, card, IDENTITY, steps))
 
     return make

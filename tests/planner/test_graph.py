@@ -102,13 +102,12 @@ class TestAcrossWalls:
         assert here.max() < there.min()
 
 
-class TestNear:
-    def test_within_reach_it_is_the_latent_distance(self, graph: LatentGraph) -> None:
-        assert graph.reach == pytest.approx(FRAMESKIP * 0.08, rel=0.1)  # a model step
-        offset = torch.randn(50, 1, 2, generator=torch.Generator().manual_seed(0))
-        offset *= torch.linspace(0, 0.95, 50)[:, None, None] * graph.reach / offset.norm(dim=2, keepdim=True)
-        found = distances(graph, at(3.0) + offset, at(3.0))
-        torch.testing.assert_close(found, offset.norm(dim=(1, 2)), atol=2e-3, rtol=0)
+def test_within_reach_the_distance_is_the_latent_distance(graph: LatentGraph) -> None:
+    assert graph.reach == pytest.approx(FRAMESKIP * 0.08, rel=0.1)  # a model step
+    offset = torch.randn(50, 1, 2, generator=torch.Generator().manual_seed(0))
+    offset *= torch.linspace(0, 0.95, 50)[:, None, None] * graph.reach / offset.norm(dim=2, keepdim=True)
+    found = distances(graph, at(3.0) + offset, at(3.0))
+    torch.testing.assert_close(found, offset.norm(dim=(1, 2)), atol=2e-3, rtol=0)
 
 
 class TestGradients:

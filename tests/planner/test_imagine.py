@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
 
+import click
 import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
@@ -22,7 +22,6 @@ from wmcache.cache import TokenStore
 from wmcache.commands.decode import decoder as decoder_command
 from wmcache.commands.decode import imagine as imagine_command
 from wmcache.common.errors import UserError
-from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
@@ -184,42 +183,21 @@ def test_other_stores_and_splits_and_too_many_steps_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-Run = Callable[..., Result]
+def test_from_a_store_to_pictures(store_path: Path, run_path: Path, dataset_path: Path, tmp_path: Path) -> None:
+    def run(command: click.Command, *words: object) -> Result:
+        return CliRunner(env={"WMCACHE_HOME": str(tmp_path / "home")}).invoke(command, list(map(str, words)))
 
-
-class TestCommands:
-    @pytest.fixture
-    def run(self, tmp_path: Path) -> Run:
-        environment = {"WMCACHE_HOME": str(tmp_path / "home")}
-        return lambda command, *words: CliRunner(env=environment).invoke(command, list(map(str, words)))
-
-    def test_from_a_store_to_pictures(
-        self, run: Run, store_path: Path, run_path: Path, dataset_path: Path, tmp_path: Path
-    ) -> None:
-        sizes = ("--channels", 8, "--residual", 4, "--blocks", 1)
-        settings = ("--steps", 2, "--batch-size", 8, "--device", "cpu", "--no-lpips")
-        trained = run(decoder_command, "--cache", store_path, "--frames", dataset_path, *sizes, *settings)
-        assert trained.exit_code == 0, trained.output
-        assert "mse 0.0" in trained.output
-        (folder,) = (tmp_path / "home" / "decoders").glob("*-tcn-64")
-        words = ("--run", run_path, "--decoder", folder, "--steps", 2, "--windows", 2, "--device", "cpu", "--no-lpips")
-        drawn = run(imagine_command, *words, "--out", tmp_path / "out", "--json")
-        assert drawn.exit_code == 0, drawn.output
-        assert len(json.loads(drawn.stdout)["steps"]) == 2
-        assert (tmp_path / "out" / "rollout-000.mp4").exists()
-        printed = run(imagine_command, *words, "--out", tmp_path / "out").stdout
-        assert max(map(len, printed.splitlines()[:-1])) <= 120
-        assert printed.count("mean frame") == 3  # of each metric
-
-    def test_frames_of_another_dataset_are_refused(
-        self, run: Run, store_path: Path, run_path: Path, decoder_path: Path, tmp_path: Path
-    ) -> None:
-        sizes = {"episodes": 1, "length": 5, "image_size": 32, "frames_per_shard": 5}
-        collect("wmcache/PointMaze-UMaze-v0", tmp_path / "other", cluster="local:1", **sizes)  # type: ignore[arg-type]
-        for command, words in (
-            (decoder_command, ("--cache", store_path)),
-            (imagine_command, ("--run", run_path, "--decoder", decoder_path)),
-        ):
-            result = run(command, *words, "--frames", tmp_path / "other")
-            assert result.exit_code == 1
-            assert str(tmp_path / "other") in result.stderr
+    sizes = ("--channels", 8, "--residual", 4, "--blocks", 1)
+    settings = ("--steps", 2, "--batch-size", 8, "--device", "cpu", "--no-lpips")
+    trained = run(decoder_command, "--cache", store_path, "--frames", dataset_path, *sizes, *settings)
+    assert trained.exit_code == 0, trained.output
+    assert "mse 0.0" in trained.output
+    (folder,) = (tmp_path / "home" / "decoders").glob("*-tcn-64")
+    words = ("--run", run_path, "--decoder", folder, "--steps", 2, "--windows", 2, "--device", "cpu", "--no-lpips")
+    drawn = run(imagine_command, *words, "--out", tmp_path / "out", "--json")
+    assert drawn.exit_code == 0, drawn.output
+    assert len(json.loads(drawn.stdout)["steps"]) == 2
+    assert (tmp_path / "out" / "rollout-000.mp4").exists()
+    printed = run(imagine_command, *words, "--out", tmp_path / "out").stdout
+    assert max(map(len, printed.splitlines()[:-1])) <= 120
+    assert printed.count("mean frame") == 3  # of each metric

@@ -6,10 +6,6 @@ import runpy
 from pathlib import Path
 
 import numpy as np
-import pytest
-from click.testing import CliRunner
-
-from wmcache.cli import main
 
 EXAMPLE = Path(__file__).parents[2] / "docs/examples/plan_elsewhere.py"
 
@@ -38,10 +34,3 @@ def test_a_run_plans_in_the_user_s_simulator(run_path: Path) -> None:
     for action in executed:
         moved.step(action)
     np.testing.assert_array_equal(moved.position, point.position)
-
-
-@pytest.mark.parametrize("env", ["CartPole-v1", "nowhere.txt"])
-def test_collect_lists_the_known_environments(tmp_path: Path, env: str) -> None:
-    result = CliRunner().invoke(main, ["collect", "--env", env, "--out", str(tmp_path / "out")])
-    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
-    assert all(word in result.stderr for word in ("--env", "UMaze", ".txt", "wmcache import frames"))

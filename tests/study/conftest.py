@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
 
@@ -56,14 +55,6 @@ fit = { dim = 8 }
 """
 
 Study = Callable[..., Result]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _leave_the_process_as_it_was() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

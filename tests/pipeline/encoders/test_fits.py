@@ -9,7 +9,6 @@ import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -106,25 +105,6 @@ def test_a_decoder_of_pixels_needs_frames_and_every_decoder_needs_the_layers(
         fitted(store, name, ADAPTERS[name], out="other")
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "named"),
-    [
-        ("dino-tok", {"shallow": 1}, "shallow"),
-        ("dino-tok-vq", {"codes": 0}, "codes"),
-        ("dino-tok-vq", {"variance": 1.5}, "variance"),
-        ("vfm-vae", {"decoder": "gan"}, "decoder"),
-        ("vfm-vae", {"kl": -1.0}, "kl"),
-        ("vae", {"beta": -1.0}, "beta"),
-        ("pca", {"dim": 0}, "dim"),
-        ("tcn", {"steps": 0}, "steps"),
-        ("tcn", {"codes": 8}, "codes"),
-    ],
-)
-def test_an_unknown_option_or_one_out_of_range_is_named(name: str, settings: dict[str, Any], named: str) -> None:
-    with pytest.raises(UserError, match=rf"{name}.*{named}"):
-        encoders.fit_options(name, settings)
-
-
 @pytest.mark.parametrize("name", ["tcn", "vae", "dino-tok"])
 def test_weights_that_do_not_fit_are_refused(fit_any: Callable[..., Encoder], tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=f"wmcache fit --encoder {name}"):
@@ -144,19 +124,6 @@ def test_weights_that_do_not_fit_are_refused(fit_any: Callable[..., Encoder], tm
         save_file(content[0], file, content[1])
         with pytest.raises(UserError, match=rf"{case}\.safetensors"):
             encoders.create(name, weights=file, device="cpu")
-
-
-def test_a_backbone_is_hashed_once_and_shared_with_the_adapter(
-    tcn_layers: TokenStore, fitted: Callable[..., Encoder], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoder = fitted(tcn_layers, "dino-tok", ADAPTERS["dino-tok"])
-    again = encoders.create_again(encoder.recipe(), device="cpu")
-    base = encoders.create_again(tcn_layers.card.encoder, device="cpu")
-    assert again.weights_sha256 == encoder.weights_sha256 != again.backbone_sha256
-    assert again.backbone_sha256 == base.backbone_sha256
-    assert again.identity("x").layer == "stem+head"
-    other = fitted(tcn_layers, "dino-tok", replace(ADAPTERS["dino-tok"], steps=3), out="other").identity("x")
-    assert [line.partition(":")[0] for line in again.identity("x").differences(other)] == ["weights_sha256"]
 
 
 def test_a_base_is_found_at_its_path_or_beside_the_adapter_and_no_other_is_taken(

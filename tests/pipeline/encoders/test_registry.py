@@ -10,7 +10,10 @@ from wmcache.pipeline.encoders import EncoderSpec
 
 
 @pytest.mark.parametrize("spec", encoders.specs(), ids=lambda spec: spec.name)
-def test_every_encoders_default_size_fits_it(spec: EncoderSpec) -> None:
+def test_every_encoder_has_a_source_a_licence_and_a_default_size_that_fits(spec: EncoderSpec) -> None:
+    assert spec.source
+    assert spec.licence
+    assert len(spec.summary.splitlines()) == 1
     rows, columns = spec.patch_grid(spec.image_size)
     assert rows == columns == spec.image_size // spec.patch
     assert min(spec.token_grid) > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Callable
@@ -94,19 +93,6 @@ def test_the_architecture_of_a_timm_folder_is_used(folder: Path, noise: Noise) -
     expected = reference.forward_features(encoder.preprocess(torch.from_numpy(frames)))
     assert (encoder.token_grid, encoder.token_dim) == ((2, 2), reference.num_features)
     torch.testing.assert_close(encoder(frames), expected.flatten(2).mT.half(), atol=2e-3, rtol=2e-3)
-
-
-@FAMILY
-@pytest.mark.parametrize(("arguments", "is_same"), [({}, True), ({"act_layer": "gelu"}, False)])
-def test_architecture_arguments_are_part_of_the_identity(
-    weights: dict[str, Path], tmp_path: Path, family: str, arguments: dict[str, str], is_same: bool
-) -> None:
-    bare = {name: value for name, value in load_file(weights["resnet18"]).items() if not name.startswith("fc.")}
-    save_file(bare, tmp_path / "model.safetensors")
-    config = {"architecture": "resnet18", "pretrained_cfg": {}, "model_args": arguments}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    file, folder = (create(family, path).weights_sha256 for path in (tmp_path / "model.safetensors", tmp_path))
-    assert (file == folder) == is_same
 
 
 @pytest.mark.parametrize(

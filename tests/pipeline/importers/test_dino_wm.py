@@ -60,9 +60,9 @@ def test_frames_actions_and_states_keep_their_exact_values(
 ) -> None:
     found = import_again(published, tmp_path / "out", frames_per_shard=50)
     np.testing.assert_array_equal(found.read_frames(range(360)), everything)
-    for name, values in dataset.steps.columns().items():
-        np.testing.assert_array_equal(found.steps.columns()[name], values)
-        assert found.steps.columns()[name].dtype == values.dtype
+    for name, values in dataset.steps.store_columns().items():
+        np.testing.assert_array_equal(found.steps.store_columns()[name], values)
+        assert found.steps.store_columns()[name].dtype == values.dtype
     card = found.card
     assert (card.env, card.maze, card.fps) == (dataset.card.env, dataset.card.maze, dataset.card.fps)
     assert card.policy == "imported from dino-wm"

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import pytest
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
+from wmcache.common.columns import Column
 from wmcache.common.errors import UserError
 from wmcache.pipeline.frames import DatasetCard, FrameDataset, Frames
 from wmcache.pipeline.importers import write_dataset
 from wmcache.pipeline.importers.minari import MinariImporter
+from wmcache.pipeline.steps import Steps
 
 # Minari itself, of a dataset without an environment.
 pytestmark = [
@@ -48,19 +51,21 @@ def create(
     more: dict[str, spaces.Box] | None = None,
     action: spaces.Space[Any] = ACTION,
     image: spaces.Box = IMAGE,
+    state: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A real Minari dataset of some frames, and the actions and states in it, one row a frame."""
     inner = {"pixels": image, "speed": spaces.Box(-1, 1, (), np.float32)}
-    space = spaces.Dict({"state": STATE, "camera": spaces.Dict(inner), **(more or {})})
+    own = {"state": STATE} if state else {}
+    space = spaces.Dict({**own, "camera": spaces.Dict(inner), **(more or {})})
     rng = np.random.default_rng(0)
     buffers, actions, states, start = [], [], [], 0
     for number, length in enumerate(LENGTHS):
         states.append(rng.normal(size=(length + 1, 4)))
         actions.append(rng.uniform(-1, 1, (length, 2)).astype(np.float32))
         camera = {"pixels": frames[start : start + length + 1], "speed": np.zeros(length + 1, np.float32)}
-        observed: dict[str, Any] = {"state": states[-1], "camera": camera}
+        observed: dict[str, Any] = {**({"state": states[-1]} if state else {}), "camera": camera}
         observed |= {key: np.zeros((length + 1, *box.shape), box.dtype) for key, box in (more or {}).items()}
-        chosen = actions[-1] if isinstance(action, spaces.Box) else np.zeros(length, np.int64)
+        chosen = actions[-1] if isinstance(action, spaces.Box) else np.zeros((length, *action.shape), np.int64)
         ends = [False] * (length - 1) + [True]
         buffers.append(EpisodeBuffer(number, None, None, observed, chosen, [0.0] * length, ends, ends, {}))
         start += length
@@ -137,10 +142,71 @@ def test_shape_and_type_of_other_images_are_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_actions_that_are_no_vectors_are_refused(home: Path, everything: Frames, tmp_path: Path) -> None:
-    create(everything, action=spaces.Discrete(4))
-    with pytest.raises(UserError, match=r"Discrete\(4\)"):
+def test_actions_that_are_neither_vectors_nor_discrete_are_refused(
+    home: Path, everything: Frames, tmp_path: Path
+) -> None:
+    create(everything, action=spaces.MultiDiscrete([4]))
+    with pytest.raises(UserError, match=r"MultiDiscrete\(\[4\]\)"):
         import_minari(NAME, tmp_path / "out")
+
+
+def test_discrete_actions_become_one_hot(home: Path, everything: Frames, tmp_path: Path) -> None:
+    create(everything, action=spaces.Discrete(4, start=-1))
+    edit(home, "actions", lambda values: np.arange(len(values)) % 4 - 1)
+    import_minari(NAME, tmp_path / "out")
+    steps = FrameDataset.open(tmp_path / "out").steps
+    assert steps.described["action"] == Column(("action",), "float32", (4,), (0.0,) * 4, (1.0,) * 4, discrete=True)
+    np.testing.assert_array_equal(steps.action[5:14], np.eye(4)[np.arange(9) % 4])
+    np.testing.assert_array_equal(steps.action[:5], np.eye(4)[[1] * 5])
+    edit(home, "actions", lambda values: values + 1)
+    with pytest.raises(UserError, match=r"3 at step 3 of episode 1 .*Discrete\(4"):
+        import_minari(NAME, tmp_path / "other")
+
+
+@pytest.mark.parametrize(("low", "high"), [((-2.0, 0.0), (2.0, 3.0)), ((-np.inf, 0.0), (2.0, 3.0))])
+def test_rewards_ends_and_bounds_are_kept(
+    home: Path, everything: Frames, tmp_path: Path, low: tuple[float, ...], high: tuple[float, ...]
+) -> None:
+    create(everything, action=spaces.Box(np.float32(low), np.float32(high)))
+    for episode in range(len(LENGTHS)):
+        edit(home, "rewards", lambda values: np.arange(len(values)) + 0.1, episode)
+        edit(home, "truncations", lambda values: np.zeros_like(values), episode)
+    card = import_minari(NAME, tmp_path / "out")
+    steps = FrameDataset.open(tmp_path / "out").steps
+    known = {"low": low, "high": high} if np.isfinite(low).all() else {}
+    assert card.columns["action"] == Column(("action",), "float32", (2,), **known)
+    assert {name: column.roles for name, column in card.columns.items() if name != "action"} == {
+        "state": ("state", "proprio"),
+        "reward": ("reward",),
+        "terminated": ("terminated",),
+        "truncated": ("truncated",),
+    }
+    np.testing.assert_array_equal(steps.columns["reward"], steps.step + 0.1)
+    np.testing.assert_array_equal(np.flatnonzero(steps.columns["terminated"]), np.cumsum(LENGTHS) - 1)
+    assert not steps.columns["truncated"].any()
+
+
+def test_an_image_alone_is_imported_without_a_state(home: Path, everything: Frames, tmp_path: Path) -> None:
+    create(everything, state=False)
+    card = import_minari(NAME, tmp_path / "out")
+    assert "state" not in card.columns
+    assert FrameDataset.open(tmp_path / "out").steps.state is None
+    with pytest.raises(UserError, match="--state-key"):
+        import_minari(NAME, tmp_path / "other", state_key="state")
+
+
+def test_an_import_from_before_columns_were_described_continues_with_its_own(
+    home: Path, everything: Frames, tmp_path: Path
+) -> None:
+    create(everything)
+    steps = MinariImporter(NAME).open().steps
+    source = replace(
+        MinariImporter(NAME).open(),
+        steps=Steps.plain(steps.episode, steps.step, steps.columns["action"], steps.columns["state"]),
+    )
+    before = write_dataset(source, tmp_path / "out", frames_per_shard=8)
+    (tmp_path / "out" / "frames-000001.tar").unlink()
+    assert import_minari(NAME, tmp_path / "out") == before
 
 
 def test_a_colour_image_is_chosen_before_grey_ones(home: Path, everything: Frames, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from wmcache.common.columns import Column
 from wmcache.common.errors import UserError
 from wmcache.pipeline.importers import write_dataset
 from wmcache.pipeline.importers.frames import FramesImporter
@@ -60,8 +61,41 @@ def test_an_index_in_pandas_metadata_is_ignored_unless_it_is_a_known_column(give
     pq.write_table(table, tmp_path / "noted.parquet")
     found = given.import_table(tmp_path / "noted.parquet", tmp_path / "out")
     assert found.card.fingerprint == plain.card.fingerprint
-    with pytest.raises(UserError, match="stamp"):
-        given.import_to(tmp_path / "other", "parquet")
+    assert given.import_to(tmp_path / "other", "parquet").card.columns["stamp"].roles == ("extra",)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_rewards_ends_and_other_numbers_are_kept(given: Given, tmp_path: Path, kind: str) -> None:
+    ends = [number in (4, 13, 19) for number in range(ROWS)]
+    for number, row in enumerate(given.rows):
+        row |= {"reward": number / 7, "terminated": ends[number], "truncated": int(ends[number]), "lives": number % 3}
+        row |= {"proprio_0": number / 3} | ({"joints": [number / 2, 1.5]} if kind == "parquet" else {})
+    missing_last(given, None if kind == "parquet" else "", (1,))  # a frame that is not imported needs no reward
+    given.rows[13]["reward"] = None if kind == "parquet" else ""
+    kept = np.delete(np.arange(ROWS), 13)
+    found = given.import_to(tmp_path / "out", kind).steps
+    expected = {"reward": ("reward",), "terminated": ("terminated",), "truncated": ("truncated",), "lives": ("extra",)}
+    expected |= {"action": ("action",), "state": ("state",), "proprio": ("proprio",)}
+    expected |= {"joints": ("extra",)} if kind == "parquet" else {}
+    assert {name: column.roles for name, column in found.described.items()} == expected
+    np.testing.assert_array_equal(found.columns["reward"], kept / 7)
+    np.testing.assert_array_equal(found.columns["terminated"], np.array(ends)[kept])
+    assert found.columns["terminated"].dtype == found.columns["truncated"].dtype == bool
+    np.testing.assert_array_equal(found.columns["lives"], kept % 3)
+    np.testing.assert_array_equal(found.proprio, np.float32(kept / 3)[:, None])
+    if kind == "parquet":
+        np.testing.assert_array_equal(found.columns["joints"], np.column_stack([kept / 2, np.full(19, 1.5)]))
+
+
+def test_an_action_alone_is_enough_and_its_bounds_are_unknown_beyond_1(given: Given, tmp_path: Path) -> None:
+    for row in given.rows:
+        del row["state_0"], row["state_1"]
+    found = given.import_to(tmp_path / "out")
+    assert found.card.columns == {"action": Column(("action",), "float32", (3,))}
+    for row in given.rows:
+        row["action_0"] = row["action_1"] = row["action_2"] = 0.5
+    column = given.import_to(tmp_path / "within").card.columns["action"]
+    assert (column.low, column.high) == ((-1.0,) * 3, (1.0,) * 3)
 
 
 def missing_last(given: Given, value: Any, episodes: tuple[int, ...] = (0, 1, 2)) -> None:

@@ -122,6 +122,7 @@ class DdpWm(LatentModel):
         """Choose K from how much changes in the data where it is not given; see `WorldModel.configure`."""
         if store.card.tokens_per_frame < 2:
             raise UserError(f"ddp-wm needs several tokens of a frame: {store.path}; choose --model dino-wm")
+        options = super().configure(store, windows, options)
         if options.foreground:
             return options
         windows = windows.with_extras(cls.extras(store, windows, options))

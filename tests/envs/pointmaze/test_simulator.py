@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from wmcache.envs import POLICIES, Maze, PointMazeSimulator, maze_names, sample_state
+from wmcache.envs import Maze, PointMazeSimulator, maze_names, sample_state
 
 MASS = 1000 * 4 / 3 * np.pi * 0.1**3
 REST = np.array([0.8, 1.8, 0.0, 0.0])
@@ -121,22 +121,3 @@ def test_physics_runs_without_opengl() -> None:
     done = run_with("disabled", "-c", script)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) > 1.0
-
-
-@pytest.mark.parametrize("name", list(POLICIES))
-def test_policies_push_within_bounds_and_repeat(name: str) -> None:
-    policy = POLICIES.get(name)
-    actions = policy(np.random.default_rng(5), 500)
-    assert actions.shape == (500, 2)
-    assert actions.dtype == np.float32
-    assert np.abs(actions).max() <= 1.0
-    assert np.abs(actions).max() > 0.9
-    np.testing.assert_array_equal(actions, policy(np.random.default_rng(5), 500))
-    assert (actions != policy(np.random.default_rng(6), 500)).any()
-
-
-def test_held_pushes_last_1_to_10_steps() -> None:
-    actions = POLICIES.get("held")(np.random.default_rng(0), 2000)
-    changes = np.flatnonzero((np.diff(actions, axis=0) != 0).any(1))
-    lengths = np.diff(changes)
-    assert set(lengths.tolist()) == set(range(1, 11))

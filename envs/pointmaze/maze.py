@@ -2,7 +2,7 @@
 
 A layout is a text file of `#` (wall) and `O` or `G` (free). Row r, column c of the text covers the square
 [r - 0.7, r + 0.3] x [c - 0.7, c + 0.3] of the ball's coordinates, as in D4RL: the row runs along x, the column along y.
-Every file in `mazes/` is registered as an environment of its name.
+Every file in `mazes/` is an environment of its name.
 """
 
 from __future__ import annotations
@@ -101,6 +101,23 @@ class Maze:
             if self.is_clear(xy, START_MARGIN):
                 return xy
 
+    @property
+    def walls(self) -> NDArray[np.bool_]:
+        """[rows, columns]; True where the ball cannot be."""
+        return ~self.free
+
+    def position(self, states: Float) -> Float:
+        """Return (x, y) of states [..., 4], or of positions [..., 2]."""
+        return states[..., :2]
+
+    def is_free(self, states: Float) -> NDArray[np.bool_]:
+        """Return whether states [..., 4] are outside the walls."""
+        return self.is_clear(states[..., :2], 0.0)
+
+    def distance(self, start: Float, ends: Float) -> Float:
+        """Compute `geodesic` of states [4] and [n, 4]."""
+        return self.geodesic(start[:2], ends[:, :2])
+
     @cached_property
     def _lattice(self) -> tuple[KDTree, csr_array]:
         """Free lattice points [n, 2], and the symmetric graph of straight moves between them (16 directions, at most 2.7 % too long)."""
@@ -130,6 +147,36 @@ class Maze:
         # Within a few lattice steps the lattice's own error dominates, and the path is straight.
         result: Float = np.where(straight < 2 * LATTICE_STEP, straight, np.maximum(length, straight))
         return result
+
+    def toward(self, start: Float, end: Float, ahead: float) -> Float:
+        """Return the point [2] that is `ahead` along the shortest path from start [2] to end [2]; `end` where that is nearer.
+
+        Raises:
+            MazeError: no path leads to the end.
+        """
+        if np.linalg.norm(end - start) <= ahead:
+            return end
+        points, _ = self._lattice
+        here, there = points.query(np.stack([start, end]))[1]
+        next_points = self._next_points(int(there))
+        length, point = 0.0, int(here)
+        while length < ahead and point != there:
+            if (following := int(next_points[point])) < 0:
+                raise MazeError(f"maze {self.name}: no path leads from {start.round(2)} to {end.round(2)}")
+            length += float(np.linalg.norm(points.data[following] - points.data[point]))
+            point = following
+        return end if point == there else np.asarray(points.data[point])
+
+    def _next_points(self, end: int) -> NDArray[np.int32]:
+        """Return for each lattice point the next one on its shortest path to the lattice point `end`; negative for none."""
+        if end not in self._paths:
+            _, previous = dijkstra(self._lattice[1], indices=end, return_predecessors=True)
+            self._paths[end] = previous
+        return self._paths[end]
+
+    @cached_property
+    def _paths(self) -> dict[int, NDArray[np.int32]]:
+        return {}
 
 
 def maze_names() -> list[str]:

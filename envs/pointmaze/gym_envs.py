@@ -11,8 +11,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from wmcache.envs.maze import Maze, MazeError
-from wmcache.envs.simulator import FPS, Float, Frame, PointMazeSimulator
+from wmcache.envs.pointmaze.maze import Maze, MazeError
+from wmcache.envs.pointmaze.simulator import FPS, Float, Frame, PointMazeSimulator
 
 SUCCESS_DISTANCE = 0.5
 """A goal is reached below this distance in (x, y); velocity does not matter (DINO-WM, pointmaze eval)."""

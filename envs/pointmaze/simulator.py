@@ -6,41 +6,13 @@ with damping 1, motors of gear 100, a ball of radius 0.1 and density 1000, no gr
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
-import os
-import sys
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wmcache.common.errors import UserError
-from wmcache.envs.maze import BALL_RADIUS, Maze
-
-# MuJoCo reads MUJOCO_GL once, at import. Without a screen, EGL works; the user's own choice is kept.
-if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-    os.environ.setdefault("MUJOCO_GL", "egl")
-
-# Triton, which torch may import at any time, and Mesa each bring an LLVM; Triton crashes the process if it is loaded second.
-with contextlib.suppress(ImportError):
-    importlib.import_module("triton")
-
-gl_failure: Exception | None = None
-try:
-    import mujoco
-except Exception as error:  # noqa: BLE001 (from ImportError to AttributeError, depending on the backend)
-    gl_failure = error
-    for _name in [name for name in sys.modules if name == "mujoco" or name.startswith("mujoco.")]:
-        del sys.modules[_name]
-    _chosen = os.environ.get("MUJOCO_GL")
-    os.environ["MUJOCO_GL"] = "disabled"
-    import mujoco
-
-    if _chosen is None:
-        del os.environ["MUJOCO_GL"]
-    else:
-        os.environ["MUJOCO_GL"] = _chosen
+from wmcache.envs.mujoco_gl import mujoco, open_renderer
+from wmcache.envs.pointmaze.maze import BALL_RADIUS, Maze
 
 PHYSICS_STEPS = 5
 MAX_SPEED = 5.0
@@ -99,10 +71,6 @@ def _mjcf(maze: Maze, image_size: int) -> str:
 </mujoco>"""
 
 
-class RendererError(UserError):
-    """OpenGL is not available; the message names the MUJOCO_GL to choose and what to install."""
-
-
 class PointMazeSimulator:
     """Moves balls and draws them, without keeping their states: (x, y, vx, vy) in maze units and units per second, float64."""
 
@@ -136,24 +104,12 @@ class PointMazeSimulator:
     def render(self, state: Float) -> Frame:
         """Draw the frame [image_size, image_size, 3] from above, without a goal marker; raises RendererError without OpenGL."""
         if self._renderer is None:
-            self._renderer = self._open_renderer()
+            self._renderer = open_renderer(self._model, self.image_size)
         self._data.qpos[:] = state[:2]
         mujoco.mj_forward(self._model, self._data)
         self._renderer.update_scene(self._data, camera="top")
         frame: Frame = self._renderer.render()
         return frame
-
-    def _open_renderer(self) -> mujoco.Renderer:
-        try:
-            if gl_failure is not None:
-                raise gl_failure  # noqa: TRY301 (it ends as the same RendererError)
-            return mujoco.Renderer(self._model, self.image_size, self.image_size)
-        except Exception as error:  # from ImportError to AttributeError, depending on the backend
-            chosen = os.environ.get("MUJOCO_GL", "")
-            raise RendererError(
-                f"MuJoCo cannot draw with MUJOCO_GL={chosen!r} ({type(error).__name__}: {error}); choose MUJOCO_GL=egl "
-                "(headless; Debian: apt-get install libegl1 libgl1), osmesa (headless, software; libosmesa6) or glfw (a screen)"
-            ) from error
 
     def close(self) -> None:
         """Free the GL context."""

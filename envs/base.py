@@ -1,0 +1,193 @@
+"""The contract of environments, and the registry that finds them by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmcache.common.columns import Column, join_role
+from wmcache.common.errors import UserError, suggest
+from wmcache.common.registry import Registry
+
+Array = NDArray[Any]
+Frames = NDArray[np.uint8]
+States = NDArray[np.float64]
+Steps = dict[str, Array]
+"""Column -> values, [E, ...] of one frame or [E, k, ...] of k env steps."""
+Act = Callable[[Steps], NDArray[np.float32]]
+"""Columns of the current frame, without the axis of episodes -> action [A]."""
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """What an environment is.
+
+    Attributes:
+        id: name that opens it again, together with `layout`.
+        fps: env steps per simulated second.
+        columns: of the step table. `action` is always there; the others describe a frame, or the env step that starts at it.
+        image_size: side of the square frames in pixels.
+        renders_states: a frame is a picture of a state; else of a replay.
+        thresholds: of `distance`, the largest first; () where success is a return.
+        dataset: default name of a dataset's folder.
+        layout: lines of text that describe this world beyond its id.
+    """
+
+    id: str
+    fps: float
+    columns: dict[str, Column]
+    image_size: int
+    renders_states: bool
+    thresholds: tuple[float, ...]
+    dataset: str
+    layout: tuple[str, ...] = ()
+
+    @property
+    def action(self) -> Column:
+        """The action space."""
+        return self.columns["action"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where an episode starts, and the goal it should reach: states [S], or seeds in a world that only starts from one.
+
+    Attributes:
+        goal: None where success is a return.
+    """
+
+    start: States | int
+    goal: States | int | None = None
+
+
+class Observation:
+    """What `count` episodes look like now.
+
+    Attributes:
+        columns: those that describe a frame, [E, ...] each.
+    """
+
+    def __init__(self, columns: Steps, described: Mapping[str, Column], draw: Callable[[], Frames]) -> None:
+        """`draw` is called when the image is read, which must be before the next env step."""
+        self.columns, self._described, self._draw = columns, described, draw
+
+    @cached_property
+    def image(self) -> Frames:
+        """Frames, uint8 [E, S, S, 3]."""
+        return self._draw()
+
+    @cached_property
+    def proprio(self) -> NDArray[np.float32] | None:
+        """Proprioception, float32 [E, P]."""
+        described = {name: self._described[name] for name in self.columns}
+        return cast("NDArray[np.float32] | None", join_role(self.columns, described, "proprio", "float32"))
+
+
+class Geometry(Protocol):
+    """Free space of a world, and shortest paths through it.
+
+    Attributes:
+        walls: bool [rows, columns], a coarse picture of the world; the row runs along x, the column along y.
+        extent: x_min, x_max, y_min, y_max of that picture, in the coordinates of positions.
+    """
+
+    @property
+    def walls(self) -> NDArray[np.bool_]:
+        """See the attributes."""
+
+    @property
+    def extent(self) -> tuple[float, float, float, float]:
+        """See the attributes."""
+
+    def position(self, states: States) -> States:
+        """Return positions [..., 2] of states [..., S]."""
+
+    def is_free(self, states: States) -> NDArray[np.bool_]:
+        """Return whether states [..., S] are outside the walls."""
+
+    def distance(self, start: States, ends: States) -> States:
+        """Compute shortest path lengths from a state [S] to states [n, S]; inf if unreachable."""
+
+
+class Environment(Protocol):
+    """`count` copies of one world, stepped together. An implementation derives from this class.
+
+    Attributes:
+        geometry: shortest paths, where they are known.
+        policies: behaviour policies of this environment alone: name -> function of a generator and the action space.
+    """
+
+    spec: EnvSpec
+    count: int
+    geometry: Geometry | None = None
+    policies: ClassVar[Mapping[str, Callable[[np.random.Generator, Column], Act]]] = {}
+
+    def __init__(self, name: str, count: int = 1, image_size: int = 224, layout: Sequence[str] = ()) -> None:
+        """Open `name`; raises UserError where that is not possible. With `layout`, see `EnvSpec`, no file is read."""
+
+    @classmethod
+    def accepts(cls, name: str, layout: Sequence[str] = ()) -> bool:  # noqa: ARG003 (for a family of environments)
+        """Return whether a name that is not registered is one of this family's."""
+        return False
+
+    def sample_task(self, rng: np.random.Generator, *, goal: bool = True) -> Task:
+        """Draw a start, then a goal unless `goal` is false."""
+
+    def reset(self, tasks: Sequence[Task]) -> Observation:
+        """Start `count` episodes."""
+
+    def step(self, actions: NDArray[np.floating]) -> Steps:
+        """Execute actions [E, k, A].
+
+        An episode that has ended does not move: its columns stay, its reward is 0.
+
+        Returns:
+            Columns [E, k, ...]: what describes a frame, after each env step; reward and ends, of that env step.
+        """
+
+    def observe(self) -> Observation:
+        """Return the current observations."""
+
+    def render(self, states: States) -> Frames:
+        """Draw states [n, S], uint8 [n, S, S, 3], the same as live frames; only where `spec.renders_states`."""
+
+    def distance(self, states: States, goal: States) -> States:
+        """Compute the distance of states [..., S] to a goal [..., S], as the judge compares it with `spec.thresholds`."""
+
+    def close(self) -> None:
+        """Free windows and GL contexts."""
+
+
+ENVIRONMENTS: Registry[type[Environment]] = Registry(
+    "environment", package="wmcache.envs", group="wmcache.environments"
+)
+
+
+def find_environment(name: str, layout: Sequence[str] = ()) -> type[Environment]:
+    """Find the class that opens a name; raises UserError that lists what exists."""
+    known = list(ENVIRONMENTS)
+    if name in known:
+        return ENVIRONMENTS.get(name)
+    for kind in dict.fromkeys(ENVIRONMENTS.get(other) for other in known):
+        if kind.accepts(name, layout):
+            return kind
+    raise UserError(f"unknown environment {name!r}; {suggest(name, known)}")
+
+
+def open_environment(name: str, count: int = 1, image_size: int = 224, layout: Sequence[str] = ()) -> Environment:
+    """Open `count` copies of an environment by its name.
+
+    Args:
+        name: such as `UMaze`, `wmcache/PointMaze-UMaze-v0`, a path of a .txt grid, `PushT`, `gym:CartPole-v1` or
+            `my_package:MyEnv-v0`, as gymnasium spells it.
+        layout: of the environment's spec, or of a dataset's card.
+
+    Raises:
+        UserError: no environment has that name, or it cannot be opened.
+    """
+    return find_environment(name, layout)(name, count, image_size, layout)

@@ -1,0 +1,78 @@
+"""PointMaze behind the contract of environments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmcache.common.columns import default_columns
+from wmcache.envs.base import Environment, EnvSpec, Frames, Observation, States, Steps, Task
+from wmcache.envs.pointmaze.gym_envs import check_state, sample_state
+from wmcache.envs.pointmaze.maze import ENV_PREFIX, Maze, env_id, find_maze
+from wmcache.envs.pointmaze.simulator import FPS, PointMazeSimulator
+
+THRESHOLDS = (0.5, 0.25, 0.1)
+
+
+class PointMaze(Environment):
+    """Balls in a maze. A state is (x, y, vx, vy), which is also the proprio; distance is that of (x, y)."""
+
+    def __init__(self, name: str, count: int = 1, image_size: int = 224, layout: Sequence[str] = ()) -> None:
+        """Open a layout by its name (`UMaze`), its id or its .txt file; `layout` is a grid."""
+        self.maze = self.geometry = Maze(Path(name).stem, tuple(layout)) if layout else find_maze(name)
+        self.count = count
+        self.spec = EnvSpec(
+            env_id(self.maze),
+            FPS,
+            default_columns(2, 4),
+            image_size,
+            renders_states=True,
+            thresholds=THRESHOLDS,
+            dataset=f"pointmaze-{self.maze.name.lower()}",
+            layout=self.maze.rows,
+        )
+        self._simulator = PointMazeSimulator(self.maze, image_size)
+        self._states: States = np.zeros((count, 4))
+
+    @classmethod
+    def accepts(cls, name: str, layout: Sequence[str] = ()) -> bool:
+        """Accept ids, text files and grids."""
+        return bool(layout) or name.startswith(ENV_PREFIX) or Path(name).suffix == ".txt"
+
+    def sample_task(self, rng: np.random.Generator, *, goal: bool = True) -> Task:
+        """Draw states, see `sample_state`."""
+        start = sample_state(self.maze, rng)
+        return Task(start, sample_state(self.maze, rng) if goal else None)
+
+    def reset(self, tasks: Sequence[Task]) -> Observation:
+        """Start at states; raises MazeError for one in a wall."""
+        self._states = np.stack([check_state(self.maze, task.start) for task in tasks])
+        return self.observe()
+
+    def step(self, actions: NDArray[np.floating]) -> Steps:
+        """Push; an episode never ends by itself."""
+        states = np.empty((*actions.shape[:2], 4))
+        for i, sequence in enumerate(actions):
+            for t, action in enumerate(sequence):
+                self._states[i] = states[i, t] = self._simulator.step(self._states[i], action)
+        return {"state": states}
+
+    def observe(self) -> Observation:
+        """Return frames and states."""
+        states = self._states.copy()
+        return Observation({"state": states}, self.spec.columns, lambda: self.render(states))
+
+    def render(self, states: States) -> Frames:
+        """Draw the maze from above; raises RendererError without OpenGL."""
+        return np.stack([self._simulator.render(state) for state in states])
+
+    def distance(self, states: States, goal: States) -> States:
+        """Compute the distance in (x, y); velocity does not matter (DINO-WM, pointmaze eval)."""
+        return np.asarray(np.linalg.norm(states[..., :2] - goal[..., :2], axis=-1))
+
+    def close(self) -> None:
+        """Free the GL context."""
+        self._simulator.close()

@@ -1,0 +1,196 @@
+"""Episodes of an environment: played to make a step table, and replayed to draw it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from time import monotonic
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from wmcache.cluster.tasks import open_pool, parse_cluster
+from wmcache.common.errors import UserError
+from wmcache.common.progress import seconds_between_updates
+from wmcache.envs import POLICIES, Environment, open_environment
+from wmcache.pipeline.steps import Steps
+
+Rows = dict[str, NDArray[Any]]
+"""Column -> values, [frames, ...]."""
+
+ENDS = ("terminated", "truncated")
+PATIENCE = 10.0
+"""Seconds for which this process plays episodes alone, before workers help."""
+TOLERANCE = 1e-6
+"""Largest difference of a replayed value, relative to the value, or to 1 where it is smaller."""
+
+_thread = threading.local()
+
+
+@dataclass(frozen=True)
+class Player:
+    """Plays episodes; episode e is a function of `seed` and e.
+
+    Attributes:
+        layout: see `EnvSpec`.
+        policy: behaviour policy.
+        length: most frames of an episode.
+    """
+
+    env: str
+    layout: tuple[str, ...]
+    image_size: int
+    seed: int
+    policy: str
+    length: int
+
+    def open(self) -> Environment:
+        """Return the environment of this thread: a GL context takes 0.1 s to open, and is used and freed in one thread only."""
+        key = (self.env, self.layout, self.image_size)
+        if getattr(_thread, "key", None) != key:
+            if hasattr(_thread, "environment"):
+                _thread.environment.close()
+            _thread.environment = open_environment(self.env, 1, self.image_size, self.layout)
+            _thread.key = key
+        environment: Environment = _thread.environment
+        return environment
+
+    def play(self, episodes: Sequence[int]) -> list[Rows]:
+        """Play episodes without drawing."""
+        return [self._play(self.open(), episode) for episode in episodes]
+
+    def _play(self, env: Environment, episode: int) -> Rows:
+        rng = np.random.default_rng((self.seed, episode))
+        first = env.reset([env.sample_task(rng, goal=False)]).columns
+        if self.policy in env.policies:
+            actions, moved = self._react(env, rng, first)
+        else:
+            actions = self._planned_actions(env, rng)
+            moved = env.step(actions[None, :-1]) if self.length > 1 else {}
+        return _joined(env, actions, first, moved)
+
+    def _planned_actions(self, env: Environment, rng: np.random.Generator) -> NDArray[np.float32]:
+        space = env.spec.action
+        actions = np.asarray(POLICIES.get(self.policy)(rng, self.length, space), np.float32)
+        if actions.shape != (self.length, space.width) or not np.isfinite(actions).all():
+            wanted = f"({self.length}, {space.width}) finite numbers"
+            raise UserError(f"policy {self.policy} returned actions {actions.shape} for {self.env}, not {wanted}")
+        return actions
+
+    def _react(self, env: Environment, rng: np.random.Generator, first: Rows) -> tuple[NDArray[np.float32], Rows]:
+        act = env.policies[self.policy](rng, env.spec.action)
+        seen = {name: values[0] for name, values in first.items()}
+        actions, moved = [act(seen)], []
+        while len(actions) < self.length:
+            moved.append(env.step(actions[-1][None, None]))
+            seen = {name: moved[-1][name][0, 0] for name in first}
+            actions.append(act(seen))
+            if any(moved[-1][name].any() for name in ENDS if name in moved[-1]):
+                break
+        joined = {name: np.concatenate([part[name] for part in moved], 1) for name in (moved[0] if moved else ())}
+        return np.stack(actions), joined
+
+    def replay(self, episode: int, actions: NDArray[np.float32], recorded: Rows | None = None) -> Iterator[Rows]:
+        """Execute recorded actions [frames, A] again; yields the columns of each frame and the `image` after it was compared.
+
+        Args:
+            recorded: the frames' columns in the table.
+
+        Yields:
+            Columns of a frame without an axis, `image` [S, S, 3], and `drift`: the largest relative difference so far.
+
+        Raises:
+            UserError: the episode differs from the table; names the first step.
+        """
+        env = self.open()
+        seen = env.reset([env.sample_task(np.random.default_rng((self.seed, episode)), goal=False)])
+        drift = 0.0
+        for t in range(len(actions)):
+            now = {name: values[0] for name, values in seen.columns.items()}
+            if recorded is not None:
+                drift = max(drift, *(self._difference(name, now, recorded, episode, t) for name in now), 0.0)
+            yield {**now, "image": seen.image[0], "drift": np.asarray(drift)}
+            if t + 1 < len(actions):
+                moved = env.step(actions[None, t : t + 1])
+                seen = env.observe()
+                if recorded is not None:
+                    after = {name: values[0, 0] for name, values in moved.items() if name not in now}
+                    drift = max(drift, *(self._difference(name, after, recorded, episode, t) for name in after), 0.0)
+
+    def _difference(self, name: str, found: Rows, recorded: Rows, episode: int, step: int) -> float:
+        one, two = (np.asarray(values, np.float64) for values in (found[name], recorded[name][step]))
+        difference = float((np.abs(one - two) / np.maximum(1.0, np.abs(two))).max())
+        if difference > TOLERANCE:
+            raise UserError(
+                f"environment {self.env} does not replay: {name} of episode {episode} differs at step {step} by {difference:.2g}; "
+                "take all of its random numbers from the seed of reset"
+            )
+        return difference
+
+
+def play_all(player: Player, episodes: int, cluster: str = "local:1") -> Steps:
+    """Play all episodes of a dataset; after `PATIENCE` the cluster's workers play the others."""
+    where, begun = parse_cluster(cluster), monotonic()
+    alone = not where.elsewhere and where.workers == 1
+    played: dict[int, Rows] = {}
+    with tqdm(total=episodes, desc="play", unit=" episodes", mininterval=seconds_between_updates(), delay=5) as bar:
+        while len(played) < episodes and (alone or monotonic() - begun < PATIENCE):
+            played[len(played)] = player.play([len(played)])[0]
+            bar.update()
+        for episode, rows in _play_on_workers(player, range(len(played), episodes), cluster):
+            played[episode] = rows
+            bar.update()
+    described = player.open().spec.columns
+    ordered = [played[episode] for episode in range(episodes)]
+    lengths = [len(rows["action"]) for rows in ordered]
+    return Steps(
+        np.repeat(np.arange(episodes, dtype=np.int32), lengths),
+        np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+        {name: np.concatenate([rows[name] for rows in ordered]) for name in described},
+        described,
+    )
+
+
+def _play_on_workers(player: Player, episodes: range, cluster: str) -> Iterator[tuple[int, Rows]]:
+    """Play episodes in tasks of a few; yields them as they finish."""
+    if not episodes:
+        return
+    size = max(1, min(16, len(episodes) // (4 * max(1, parse_cluster(cluster).workers))))
+    parts = [episodes[first : first + size] for first in range(0, len(episodes), size)]
+    with open_pool(cluster, most=len(parts), label="collect") as pool:
+        waiting = iter(parts)
+        while True:
+            pool.submit((part, partial(player.play, part)) for part in islice(waiting, pool.room))
+            if not pool.running:
+                return
+            for part, played in pool.finished():
+                if isinstance(played, UserError):
+                    raise played
+                yield from zip(part, played, strict=True)
+
+
+def _joined(env: Environment, actions: NDArray[np.float32], first: Rows, moved: Rows) -> Rows:
+    """Join the first frame and those after each env step, up to the end of the episode.
+
+    Rewards and ends belong to the frame that an env step starts at, so the last frame has none.
+    """
+    rows = {"action": actions}
+    for name, column in env.spec.columns.items():
+        if name in first:
+            rows[name] = np.concatenate([first[name], *([moved[name][0]] if moved else [])])
+        elif name != "action":
+            last = np.zeros((1, *column.shape), column.dtype)
+            rows[name] = np.concatenate([*([moved[name][0]] if moved else []), last])
+    ended = np.zeros(len(actions), bool)
+    for name in ENDS:
+        ended |= rows.get(name, False)
+    frames = int(ended.argmax()) + 2 if ended.any() else len(ended)
+    rows = {name: values[:frames].copy() for name, values in rows.items()}
+    for name in set(rows) - set(first) - {"action"}:
+        rows[name][-1] = 0
+    return rows
