@@ -43,7 +43,7 @@ def remember(model: Any, batch: dict[str, Tensor], frames: int) -> Any:
 
 
 def slow_outputs(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs of torch's own LSTM after each frame but the last [B, T - 1, hidden], and the standardised frames [B, T, …]."""
+    """Outputs of torch's own LSTM after each frame [B, T, hidden], and the standardised frames [B, T, …]."""
     tokens = ((batch["tokens"] - model.tokens_mean) / model.tokens_std).flatten(2)
     proprio = (batch["proprio"] - model.proprio_mean) / model.proprio_std
     action = (batch["action"] - model.action_mean) / model.action_std
@@ -54,7 +54,7 @@ def slow_outputs(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, 
     with torch.no_grad():
         for own, value in zip(lstm.parameters(), values, strict=True):
             own.copy_(value)
-    hidden, _ = lstm(torch.cat([tokens, proprio, action], 2)[:, :-1])
+    hidden, _ = lstm(torch.cat([tokens, proprio, action], 2))
     return hidden, tokens, proprio
 
 
@@ -79,11 +79,11 @@ def test_the_loss_is_the_likelihood_of_a_mixture_and_that_of_the_heads(mixture: 
                 joint = Independent(Normal(means.T, sigmas.T), 1)
                 total -= MixtureSameFamily(Categorical(logits=logits[0]), joint).log_prob(target).item()
     moved = proprio[:, 1:] - (proprio[:, :-1] if changes else 0)
-    ends = batch["terminated"][:, :-1].float()
+    ends = batch["terminated"].float()
     expected = {
         "nll": torch.tensor(total / (3 * 4 * VALUES)),
-        "proprio": (model.heads["proprio"](hidden) - moved).square().mean(),
-        "reward": (model.heads["reward"](hidden)[..., 0] - batch["reward"][:, :-1]).square().mean(),
+        "proprio": (model.heads["proprio"](hidden[:, :-1]) - moved).square().mean(),
+        "reward": (model.heads["reward"](hidden)[..., 0] - batch["reward"]).square().mean(),
         "end": F.binary_cross_entropy_with_logits(model.heads["end"](hidden)[..., 0], ends),
     }
     losses = model.loss(batch)

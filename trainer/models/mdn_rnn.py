@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
+from wmcache.cache.store import TokenStore
+from wmcache.cache.windows import Windows
 from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, Weight, option
 from wmcache.trainer.models import MODELS, Belief, DataShape, Imagined, WorldModel
@@ -95,6 +97,11 @@ class MdnRnn(WorldModel):
         self.heads = nn.ModuleDict({name: nn.Linear(options.hidden, size) for name, size in heads.items() if size})
 
     @classmethod
+    def configure(cls, store: TokenStore, windows: Windows, options: MdnRnnOptions) -> MdnRnnOptions:  # noqa: ARG003
+        """Use pixels alone where the store has no proprio; see `WorldModel.configure`."""
+        return replace(options, proprio="none") if store.proprio is None else options
+
+    @classmethod
     def window(cls, options: MdnRnnOptions, history: int) -> int:  # noqa: ARG003
         """See `WorldModel.window`: a sequence, whatever the history."""
         return options.sequence
@@ -109,19 +116,20 @@ class MdnRnn(WorldModel):
         These are the MSE of proprio and reward, and the cross-entropy of `terminated`; see `WorldModel.loss`.
         """
         tokens, proprio = self._flatten(batch["tokens"]), self.encode_proprio(batch["proprio"])
-        hidden = self._read(tokens[:, :-1], proprio[:, :-1], batch["action"][:, :-1])
+        outputs = self._read(tokens, proprio, batch["action"])
+        hidden = outputs[:, :-1]
         changes = self.options.predict == "change"
         target = tokens[:, 1:] - tokens[:, :-1] if changes else tokens[:, 1:]
         losses = {"nll": negative_log_likelihood(self._mixture(hidden), target)}
-        found = {name: head(hidden).float() for name, head in self.heads.items()}
+        found = {name: head(outputs).float() for name, head in self.heads.items()}
         if "proprio" in found:
             moved = proprio[:, 1:] - proprio[:, :-1] if changes else proprio[:, 1:]
-            losses["proprio"] = F.mse_loss(found["proprio"], moved)
+            losses["proprio"] = F.mse_loss(found["proprio"][:, :-1], moved)
+        # An episode ends after the last frame of a window: no frame follows its end.
         if "reward" in found:
-            losses["reward"] = F.mse_loss(found["reward"][..., 0], batch["reward"][:, :-1].float())
+            losses["reward"] = F.mse_loss(found["reward"][..., 0], batch["reward"].float())
         if "end" in found:
-            ends = batch["terminated"][:, :-1].float()
-            losses["end"] = F.binary_cross_entropy_with_logits(found["end"][..., 0], ends)
+            losses["end"] = F.binary_cross_entropy_with_logits(found["end"][..., 0], batch["terminated"].float())
         return {"loss": torch.stack([*losses.values()]).sum(), **{name: one.detach() for name, one in losses.items()}}
 
     def start(self, count: int) -> Belief:
