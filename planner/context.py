@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -48,8 +49,7 @@ class EvalContext:
             context costs more and accumulates the model's own errors.
         observed: newest live frames of those between two plans that the model observes.
         graph: with `--distance graph`, else None.
-        action_bounds: float32 [A] each, lowest and highest env actions.
-        discrete: whether actions are one-hot.
+        action_bounds: float32 [A] each, lowest and highest env actions. discrete: they are one-hot.
         by_return: the environment has no goal, and success is its return.
         env: for its spec, geometry and distance; episodes run in others, see `open_env`.
     """
@@ -94,11 +94,19 @@ class EvalContext:
             self.model.context, self.model.observed = self.context_frames, self.observed
         own = {"frameskip": self.frameskip} if "frameskip" in option_names(options.solver) else {}
         self.solver = make_solver(options.solver, **{**own, **options.search})
-        if self.discrete and not getattr(self.solver, "discrete", False) and isinstance(self.model, WorldModel):
-            raise UserError(f"--solver {options.solver} has no discrete actions; plan with --solver categorical-cem")
         self.graph = self.cached_graph if options.distance == "graph" else None
         self.action_bounds = self.store.bounds
+        if self.policy(options) == "mpc" and getattr(self.solver, "discrete", False) != self.discrete:
+            kind = "one-hot, so choose --solver categorical-cem" if self.discrete else "not discrete; choose another"
+            raise UserError(f"--solver {options.solver}: the actions of {self.run} are {kind}")
         self._changes = changes_for(self.card.token_grid, self.frameskip, options.device) if options.mask else None
+
+    def proprio(self, observation: Observation) -> Tensor:
+        """Return the proprio that the model sees, float32 [E, P]; P is 0 where its store had none."""
+        wanted, found = self.model.shape.proprio_dim, observation.proprio.shape[1]
+        if wanted not in (0, found):
+            raise UserError(f"{self.run} was trained with {wanted} numbers of proprio, its environment has {found}")
+        return torch.from_numpy(observation.proprio[:, :wanted]).to(self.device)
 
     def open_env(self, count: int = 1, image_size: int | None = None) -> Environment:
         """Open `count` copies of the environment to plan in; arguments as for `open_world`."""
