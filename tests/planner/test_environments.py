@@ -1,0 +1,130 @@
+"""Other environments than mazes, from frames to a report: judged by return without a goal, and by their own distance with one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from wmcache.cache import TokenStore
+from wmcache.common.errors import UserError
+from wmcache.envs import open_environment
+from wmcache.pipeline import encoders
+from wmcache.pipeline.collect import collect
+from wmcache.pipeline.extract import extract
+from wmcache.pipeline.frames import FrameDataset
+from wmcache.planner.context import EvalContext
+from wmcache.planner.evaluate import evaluate, run_baseline, run_episodes
+from wmcache.planner.options import PlanOptions
+from wmcache.planner.report import write_report
+from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
+
+MakeRun = Callable[..., Path]
+SIZES: dict[str, dict[str, Any]] = {
+    "mdn-rnn": {"hidden": 16, "mixtures": 2, "sequence": 6},
+    "dino-wm": {"width": 16, "depth": 1, "heads": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
+    """(environment, model, frameskip, settings of the frames) -> a run."""
+
+    def make(env: str, model: str, frameskip: int, **frames: Any) -> Path:
+        folder = tmp_path_factory.mktemp("other")
+        collect(env, folder / "frames", **{"episodes": 6, "length": 40, "image_size": 32, **frames})
+        extract(FrameDataset.open(folder / "frames"), encoders.create("pixels", device="cpu"), folder / "pixels.zarr")
+        settings = TrainOptions(
+            model=model,
+            model_options=SIZES[model],
+            frameskip=frameskip,
+            steps=5,
+            batch=8,
+            dtype="float32",
+            device="cpu",
+        )
+        train(folder / "pixels.zarr", folder / "run", settings)
+        return folder / "run"
+
+    return make
+
+
+@pytest.fixture
+def quick() -> PlanOptions:
+    search = {"samples": 8, "elites": 3, "iterations": 2}
+    return PlanOptions(episodes=3, budget=12, horizon=2, search=search, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("env", ["gym:Pendulum-v1", "gym:CartPole-v1"])
+def test_without_a_goal_the_predicted_return_is_maximised(
+    make_run: MakeRun, quick: PlanOptions, tmp_path: Path, env: str
+) -> None:
+    run = make_run(env, "mdn-rnn", 1)
+    context = EvalContext(run, quick)
+    assert context.drift["cosine"] > 0.999  # frames are drawn by replay
+    episodes, results = evaluate(context, quick, tmp_path)
+    write_report(tmp_path, run, context, episodes, results, "wmplan")
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert {"report.html", "episodes.parquet"} <= {file.name for file in tmp_path.iterdir()}
+    assert len(list((tmp_path / "videos").iterdir())) == 3
+    returns = episodes.rewards.sum(1)
+    assert written["return"]["mean"] == pytest.approx(returns.mean())
+    low, high = written["return"]["ci95"]
+    assert low <= returns.mean() <= high
+    assert list(written["baselines"]) == ["random", "zero"]
+    assert written["env"] == env
+    assert written["options"]["objective"] == "return"
+    one_hot = written["options"]["solver"] == "categorical-cem"
+    assert one_hot == (env == "gym:CartPole-v1")
+    if one_hot:
+        assert (np.sort(episodes.actions, -1) == [0, 1]).all()
+    # The recorded episode is what the environment does, and depends on its number alone.
+    again = open_environment(env)
+    again.reset([again.sample_task(np.random.default_rng(99 * 2 + 1), goal=False)])
+    np.testing.assert_allclose(again.step(episodes.actions[2:])["reward"], episodes.rewards[2:])
+    alone = run_episodes(context, quick, [2])
+    np.testing.assert_allclose(alone.rewards, episodes.rewards[2:], rtol=1e-3)
+
+
+def test_without_a_goal_or_a_reward_what_needs_one_is_refused(
+    make_run: MakeRun, quick: PlanOptions, tmp_path: Path
+) -> None:
+    run = make_run("gym:Pendulum-v1", "dino-wm", 2)
+    with pytest.raises(UserError, match="mdn-rnn"):
+        evaluate(EvalContext(run, quick), quick, tmp_path / "plan")
+    for changed, flag in (
+        ({"goals": "dataset"}, "--goals"),
+        ({"threshold": 0.5}, "--threshold"),
+        ({"mask": True}, "--mask"),
+    ):
+        with pytest.raises(UserError, match=f"{flag} .*gym:Pendulum-v1"):
+            EvalContext(run, replace(quick, **changed))
+    with pytest.raises(UserError, match="--policy expert"):
+        evaluate(EvalContext(run, quick), replace(quick, policy="expert"), tmp_path / "plan")
+    assert not (tmp_path / "plan").exists()
+    random = run_baseline(EvalContext(run, quick), quick, "random")
+    assert (np.abs(random.actions) <= 2).all()
+    assert (np.abs(random.actions) > 1).any()
+
+
+def test_pusht_is_planned_to_frames_of_held_out_episodes(make_run: MakeRun, quick: PlanOptions, tmp_path: Path) -> None:
+    run = make_run("PushT", "dino-wm", 5, policy="expert", length=60)
+    options = replace(quick, goals="dataset", goal_steps=25, budget=30, baselines="zero,expert")
+    context = EvalContext(run, options)
+    episodes, results = evaluate(context, options, tmp_path)
+    write_report(tmp_path, run, context, episodes, results, "wmplan")
+    assert (results["threshold"], results["env"]) == (1.0, "PushT")
+    assert [row["threshold"] for row in results["by_threshold"]] == [1.0]
+    assert results["by_threshold"][0]["path_ratio"] is None
+    assert results["baselines"]["expert"][0]["successes"] > results["baselines"]["zero"][0]["successes"]
+    assert {file.stem for file in (tmp_path / "figures").iterdir()} == {"success", "training"}
+    state = TokenStore.open(run.parent / "pixels.zarr").require_state()
+    for start, goal in zip(episodes.start, episodes.goal, strict=True):
+        frame = int(np.flatnonzero((state == start).all(1))[0])
+        np.testing.assert_array_equal(state[frame + 25], goal)
