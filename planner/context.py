@@ -259,6 +259,12 @@ def live_drift(store: TokenStore, encoder: Encoder) -> dict[str, float]:
 
 
 def random_episode(context: EvalContext, number: int) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
-    """Return states [2, S] of the random start and goal of an episode, and frames [2, S, S, 3] of them."""
+    """Return states [2, S] of the random start and goal of an episode, and frames [2, S, S, 3] of them.
+
+    Raises:
+        UserError: the environment has no goal.
+    """
+    if context.by_return:
+        raise UserError(f"environment {context.env.spec.id} has no goal; choose a run of another environment")
     states = np.concatenate(start_and_goal("random-state", [number], context.env, context.store, 0))
     return states, context.draw(states)

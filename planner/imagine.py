@@ -29,7 +29,6 @@ from wmcache.common.jsonfiles import write_json
 from wmcache.common.paths import AnyPath
 from wmcache.common.progress import seconds_between_updates
 from wmcache.common.video import ffmpeg, write_mp4
-from wmcache.envs import FPS
 from wmcache.planner.options import ImagineOptions
 from wmcache.trainer.decoder import load_decoder, read_decoder_config
 from wmcache.trainer.decoders import Decoder
@@ -40,6 +39,8 @@ from wmcache.trainer.runs import load_model, open_store, read_config, read_ident
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 BATCH = 16
+DEFAULT_FPS = 20
+"""Of stores that record none."""
 SIDE_BY_SIDE = 4
 """Windows in a video."""
 PICTURED = 3
@@ -117,7 +118,8 @@ def imagine(
     }
     if metrics.lpips_absent is not None:
         result["lpips_absent"] = metrics.lpips_absent
-    _write(out, shown, windows.frameskip, options.videos, result)
+    fps = float(store.card.dataset.get("fps") or DEFAULT_FPS) / windows.frameskip
+    _write(out, shown, fps, options.videos, result)
     return result
 
 
@@ -167,14 +169,14 @@ def _join(parts: Sequence[Mapping[str, NDArray[Scalar]]]) -> dict[str, NDArray[S
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _write(out: Path, parts: list[Rollouts], frameskip: int, videos: int, result: dict[str, Any]) -> None:
+def _write(out: Path, parts: list[Rollouts], fps: float, videos: int, result: dict[str, Any]) -> None:
     make_folder(out)
     for old in (*out.glob("rollout-*.mp4"), out / "metrics.json"):
         old.unlink(missing_ok=True)
     rollouts = _join(parts)
     for number, first in enumerate(range(0, min(SIDE_BY_SIDE * videos, len(rollouts["real"])), SIDE_BY_SIDE)):
         real, imagined = (rollouts[name][first : first + SIDE_BY_SIDE] for name in ("real", "imagined"))
-        write_video(out / f"rollout-{number:03d}.mp4", real, imagined, FPS / frameskip)
+        write_video(out / f"rollout-{number:03d}.mp4", real, imagined, fps)
     for name, picture in (("rollouts", draw_rollouts(rollouts)), ("errors", draw_errors(result["steps"]))):
         with atomic_write(out / f"{name}.png") as file:
             file.write(picture)

@@ -83,7 +83,7 @@ def write_report(
     if env.geometry:
         pictures["distance"] = draw_distance_map(context.store, context.graph)
         pictures["paths"] = draw_paths(episodes, env.geometry, results["threshold"])
-    if isinstance(context.model, Localizes):
+    if isinstance(context.model, Localizes) and env.spec.renders_states:
         pictures["localization"] = draw_localization(context)
     for name, picture in pictures.items():
         with atomic_write(out / "figures" / f"{name}.png") as file:

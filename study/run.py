@@ -26,7 +26,7 @@ from wmcache.common.jsonfiles import write_json
 from wmcache.common.locks import exclusive
 from wmcache.common.paths import absolute, as_path
 from wmcache.common.progress import seconds_between_updates
-from wmcache.envs import find_maze
+from wmcache.envs import open_environment
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract_together
@@ -41,8 +41,8 @@ Task = tuple[Cell, ...]
 def open_frames(options: StudyOptions) -> FrameDataset:
     """Open the study's frames, collected first if they are missing; raise UserError where their settings are not the study's."""
     wanted = options.collect
-    name = "umaze" if wanted is None else find_maze(wanted.env).name.lower()
-    path = Path(options.dataset) if options.dataset else home() / f"pointmaze-{name}"
+    spec = None if wanted is None else open_environment(wanted.env).spec
+    path = Path(options.dataset) if options.dataset else home() / (spec.dataset if spec else "pointmaze-umaze")
     if wanted is not None and not (path / "dataset.json").exists():
         settings = asdict(wanted)
         collect(settings.pop("env"), path, cluster=options.cluster, **settings)
@@ -50,8 +50,8 @@ def open_frames(options: StudyOptions) -> FrameDataset:
     if wanted is not None:
         there = {**asdict(dataset.card), "length": dataset.card.frames // dataset.card.episodes}
         settings = asdict(wanted)
-        if list(find_maze(settings["env"]).rows) == list(dataset.card.maze or ()):
-            del settings["env"]  # a maze has several names
+        if spec and spec.layout and list(spec.layout) == list(dataset.card.maze or ()):
+            del settings["env"]  # a layout has several names
         if different := [f"{key} {there[key]} != {value}" for key, value in settings.items() if there[key] != value]:
             raise UserError(
                 f"{path} has frames of other settings than the study's ({'; '.join(different)}); choose another dataset"

@@ -61,10 +61,11 @@ def quick() -> PlanOptions:
     return PlanOptions(episodes=3, budget=12, horizon=2, search=search, device="cpu", dtype="float32")
 
 
-@pytest.mark.parametrize("env", ["gym:Pendulum-v1", "gym:CartPole-v1"])
+@pytest.mark.parametrize("env", ["gym:Pendulum-v1", "gym:CartPole-v1", "{package}:Dots-v0"])
 def test_without_a_goal_the_predicted_return_is_maximised(
-    make_run: MakeRun, quick: PlanOptions, tmp_path: Path, env: str
+    make_run: MakeRun, quick: PlanOptions, tmp_path: Path, user_package: str, env: str
 ) -> None:
+    env = env.format(package=user_package)
     run = make_run(env, "mdn-rnn", 1)
     context = EvalContext(run, quick)
     assert context.drift["cosine"] > 0.999  # frames are drawn by replay
