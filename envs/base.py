@@ -191,3 +191,10 @@ def open_environment(name: str, count: int = 1, image_size: int = 224, layout: S
         UserError: no environment has that name, or it cannot be opened.
     """
     return find_environment(name, layout)(name, count, image_size, layout)
+
+
+def open_geometry(name: str, layout: Sequence[str]) -> Geometry | None:
+    """Return the geometry of an environment, None where none is known; raises UserError as `open_environment` does."""
+    opened = open_environment(name, layout=layout)
+    opened.close()
+    return opened.geometry

@@ -16,13 +16,13 @@ from wmcache.common.figures import png_bytes
 from wmcache.common.files import write_whole
 from wmcache.common.paths import AnyPath, beside
 from wmcache.common.sampling import descend, farthest_points
-from wmcache.envs import Maze
+from wmcache.envs import Geometry
 from wmcache.pipeline.probe import (
     FEWEST_FRAMES,
     STUCK_DISTANCE,
     Float,
     choose_frames,
-    find_maze,
+    find_geometry,
     neighbours,
     rank_correlation,
 )
@@ -81,20 +81,21 @@ def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goal
     """Draw held-out frames at their positions, coloured by their distance to some goals: of tokens above, along the maze below.
 
     Red points mark frames from which descent of the token distance does not end at the goal. Raises UserError as `probe` does, and for
-    frames without a maze.
+    frames whose geometry is not known.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     store = TokenStore.open(path)
-    maze = find_maze(store, dataset)
-    if maze is None:
+    geometry = find_geometry(store, dataset)
+    if geometry is None:
         raise UserError(f"{path} has no maze, so there are no true distances to draw; its other figures: wmcache probe")
     _, val = choose_frames(store, FEWEST_FRAMES)
-    tokens, xy = store.gather(val).astype(np.float32), store.require_state()[val, :2]
-    chosen, true = spread(xy, maze, goals)
+    tokens, states = store.gather(val).astype(np.float32), store.require_state()[val]
+    xy = geometry.position(states)
+    chosen, true = spread(states, geometry, goals)
     latent = np.stack([np.square(tokens - tokens[goal]).sum((1, 2)) for goal in chosen])
-    low, high = _bounds(maze)
+    low, high = _bounds(geometry)
     across, up = high - low
     width = 2.2 if up < 1.2 * across else 1.9
     figure = Figure(
@@ -107,10 +108,10 @@ def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goal
     for axes_row, (label, distances) in zip(panels, rows, strict=True):
         most = float(np.quantile(distances[np.isfinite(distances)], 0.995))
         for axes, goal, values in zip(axes_row, chosen, distances, strict=True):
-            dots = _draw_distances(axes, maze, xy, goal, values, most)
+            dots = _draw_distances(axes, geometry, xy, goal, values, most)
         axes_row[0].set_ylabel(label, fontsize=9)
         figure.colorbar(dots, ax=list(axes_row), shrink=0.85, aspect=18, pad=0.01).outline.set_visible(False)
-    near = neighbours(maze, xy)
+    near = neighbours(geometry, states)
     for axes, values, lengths in zip(panels[0], latent, true, strict=True):
         _mark_stuck(axes, xy, lengths, descend(values, near), values)
     figure.suptitle(
@@ -122,16 +123,20 @@ def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goal
     write_whole(out, png_bytes(figure))
 
 
-def _bounds(maze: Maze) -> tuple[Float, Float]:
+def _bounds(geometry: Geometry) -> tuple[Float, Float]:
     # Corners of the free cells, without most of the outer walls.
-    free = np.argwhere(maze.free)
-    return free.min(0) - 0.85, free.max(0) + 0.45
+    x_min, x_max, y_min, y_max = geometry.extent
+    cell = np.array([x_max - x_min, y_max - y_min]) / geometry.walls.shape
+    free = np.argwhere(~geometry.walls)
+    return (x_min, y_min) + (free.min(0) - 0.15) * cell, (x_min, y_min) + (free.max(0) + 1.15) * cell
 
 
-def _draw_distances(axes: Axes, maze: Maze, xy: Float, goal: int, values: NDArray[np.floating], most: float) -> Any:
-    low, high = _bounds(maze)
-    walls = np.where(maze.free, np.nan, 1.0).T
-    axes.imshow(walls, origin="lower", extent=maze.extent, cmap="Greys", vmin=0, vmax=3, interpolation="nearest")
+def _draw_distances(
+    axes: Axes, geometry: Geometry, xy: Float, goal: int, values: NDArray[np.floating], most: float
+) -> Any:
+    low, high = _bounds(geometry)
+    walls = np.where(geometry.walls, 1.0, np.nan).T
+    axes.imshow(walls, origin="lower", extent=geometry.extent, cmap="Greys", vmin=0, vmax=3, interpolation="nearest")
     order = np.argsort(-values)  # points near the goal on top
     dots = axes.scatter(
         xy[order, 0], xy[order, 1], c=values[order], s=11, cmap="viridis_r", vmin=0, vmax=most, linewidths=0
@@ -163,13 +168,13 @@ def picture_paths(stores: Sequence[AnyPath], out: Path | None = None) -> list[Pa
     return paths
 
 
-def spread(xy: Float, maze: Maze, count: int) -> tuple[list[int], Float]:
-    """Choose at most `count` positions of xy [n, 2], far from each other; returns them and their path lengths to all, [count, n]."""
+def spread(states: Float, geometry: Geometry, count: int) -> tuple[list[int], Float]:
+    """Choose at most `count` of states [n, S], far from each other; returns them and their path lengths to all, [count, n]."""
     lengths: dict[int, Float] = {}
 
     def distances(index: int) -> torch.Tensor:
-        lengths[index] = maze.geodesic(xy[index], xy)
+        lengths[index] = geometry.distance(states[index], states)
         return torch.from_numpy(np.where(np.isfinite(lengths[index]), lengths[index], -1.0))
 
-    chosen = farthest_points(distances, min(count, len(xy)), first=int(distances(0).argmax()))
+    chosen = farthest_points(distances, min(count, len(states)), first=int(distances(0).argmax()))
     return chosen, np.stack([lengths[index] for index in chosen])

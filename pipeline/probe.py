@@ -20,7 +20,7 @@ from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath
 from wmcache.common.progress import seconds_between_updates
 from wmcache.common.sampling import descend
-from wmcache.envs import Maze, MazeError
+from wmcache.envs import Geometry, open_geometry
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import read_for
 from wmcache.pipeline.frames import FrameDataset
@@ -61,24 +61,24 @@ class Landscape:
 
 
 def probe_landscape(dataset: FrameDataset, encoder: Encoder) -> Landscape:
-    """Measure an encoder on held-out frames of a dataset with a maze; raises UserError where it has no state."""
+    """Measure an encoder on held-out frames of a dataset whose geometry is known; raises UserError where it has no state."""
     if (state := dataset.steps.state) is None:
         raise UserError(f"{dataset.path} has no column with the role state, which the probe needs")
     chosen = _sample(dataset.steps.episode, "val", PROBED_FRAMES)
     parts = np.array_split(read_for(encoder, dataset, chosen), max(1, len(chosen) // 64))
     tokens = torch.cat([encoder(part).float().cpu() for part in parts]).flatten(1).double().numpy()
-    maze = _make_maze(dataset.card.name, dataset.card.maze, dataset.path)
-    return measure_landscape(squared_distances(tokens, tokens), state[chosen, :2], maze)
+    geometry = _open_geometry(dataset.card.env, dataset.card.maze, dataset.path)
+    return measure_landscape(squared_distances(tokens, tokens), state[chosen], geometry)
 
 
-def measure_landscape(distances: NDArray[np.floating], xy: Float, maze: Maze) -> Landscape:
-    """Measure squared token distances [n, n] between frames at the positions xy [n, 2] of a maze."""
-    goals = np.random.default_rng(0).choice(len(xy), min(PROBED_GOALS, len(xy)), replace=False)
+def measure_landscape(distances: NDArray[np.floating], states: Float, geometry: Geometry) -> Landscape:
+    """Measure squared token distances [n, n] between frames of states [n, S]."""
+    goals = np.random.default_rng(0).choice(len(states), min(PROBED_GOALS, len(states)), replace=False)
     latent, update = distances[goals], seconds_between_updates()
     with tqdm(goals, desc="distances", unit=" goals", delay=2, leave=False, mininterval=update) as bar:
-        true = np.stack([maze.geodesic(xy[goal], xy) for goal in bar])
+        true = np.stack([geometry.distance(states[goal], states) for goal in bar])
     reachable = np.isfinite(true)
-    near = neighbours(maze, xy)
+    near = neighbours(geometry, states)
     ends = [descend(values, near) for values in latent]
     stuck = [(true[i, end] > STUCK_DISTANCE)[reachable[i]].mean() for i, end in enumerate(ends)]
     return Landscape(rank_correlation(latent[reachable], true[reachable]), float(np.mean(stuck)))
@@ -98,30 +98,34 @@ def squared_distances(points: Float, others: Float) -> Float:
     return np.asarray(euclidean_distances(points, others, squared=True))
 
 
-def neighbours(maze: Maze, xy: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Find the positions that see each other within STEP_DISTANCE, [n, n]."""
+def neighbours(geometry: Geometry, states: Float) -> NDArray[np.bool_]:
+    """Find the states whose positions see each other within STEP_DISTANCE, [n, n]."""
+    xy = geometry.position(states)
     near: NDArray[np.bool_] = np.linalg.norm(xy[:, None] - xy, axis=-1) < STEP_DISTANCE
     for share in (0.25, 0.5, 0.75):
-        near &= maze.is_clear(share * xy[:, None] + (1 - share) * xy, 0.0)
+        near &= geometry.is_free(share * states[:, None] + (1 - share) * states)
     return near
 
 
-def find_maze(store: TokenStore, dataset: AnyPath | None = None) -> Maze | None:
-    """Find the maze of a store's frames, in its card or else in its dataset; None for frames without one, or without a position."""
-    name, rows = store.card.dataset.get("name", ""), store.card.dataset.get("maze")
+def find_geometry(store: TokenStore, dataset: AnyPath | None = None) -> Geometry | None:
+    """Find the geometry of a store's frames, by its card or else its dataset; None where it is not known, or no state is."""
+    name, layout = store.card.dataset.get("env", ""), store.card.dataset.get("maze")
     if dataset is not None:
         frames = FrameDataset.open(dataset)
         require_frames(store, frames)
-        rows = rows or frames.card.maze
+        layout = layout or frames.card.maze
     has_xy = store.state is not None and store.state.shape[1] >= 2
-    return _make_maze(str(name), rows, store.path) if rows and has_xy else None
+    return _open_geometry(name, layout, store.path) if layout and has_xy else None
 
 
-def _make_maze(name: str, rows: Any, where: AnyPath) -> Maze:
+def _open_geometry(name: Any, layout: Any, where: AnyPath) -> Geometry:
     try:
-        return Maze(name, tuple(rows))
-    except (MazeError, TypeError, AttributeError) as error:
+        geometry = open_geometry(str(name), tuple(layout))
+    except (UserError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: the maze in its card is invalid ({error}); extract or import it again") from error
+    if geometry is None:
+        raise UserError(f"{where}: no geometry of environment {name} is known; extract or import it again")
+    return geometry
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ class Probe:
         frames, held_out: frames that train the probes, and that score them.
         linear, mlp: R^2 of a ridge regression and of a network with one hidden layer, from all tokens of a frame to each column of its
             state: 1 is perfect, 0 no better than the mean; None for a constant column. Empty where the store has no state.
-        spearman, stuck: see `Landscape`; None without a maze, as are the next two.
+        spearman, stuck: see `Landscape`; None where no geometry is known, as are the next two.
         nearest, nearest_90: median and 90 % quantile of the distance in the maze (Euclidean; a cell is 1 wide) to the frame of another
             episode whose tokens are nearest.
         effective_rank: exp of the entropy of the normalised singular values of the centred frames (Roy and Vetterli, EUSIPCO 2007);
@@ -174,7 +178,7 @@ def probe(path: AnyPath, *, dataset: AnyPath | None = None, frames: int = 2000) 
         UserError: an unusable store, another dataset, an invalid maze, too few frames, or constant tokens.
     """
     store = TokenStore.open(path)
-    maze = find_maze(store, dataset)
+    geometry = find_geometry(store, dataset)
     train, val = choose_frames(store, frames)
     chosen = np.concatenate([train, val])
     tokens = store.gather(chosen)
@@ -185,13 +189,13 @@ def probe(path: AnyPath, *, dataset: AnyPath | None = None, frames: int = 2000) 
     channels = participation(tokens[:: max(1, len(chosen) // CHANNEL_FRAMES)])
     del tokens
     state = np.zeros((len(chosen), 0)) if store.state is None else store.state[chosen]
-    names = STATE if maze and state.shape[1] == len(STATE) else tuple(f"state_{i}" for i in range(state.shape[1]))
+    names = STATE if geometry and state.shape[1] == len(STATE) else tuple(f"state_{i}" for i in range(state.shape[1]))
     cut = len(train)
     distances: dict[str, float | None] = dict.fromkeys(("spearman", "stuck", "nearest", "nearest_90"))
-    if maze:
-        xy, other = state[:, :2], store.episode[chosen] != store.episode[val][:, None]
+    if geometry:
+        xy, other = geometry.position(state), store.episode[chosen] != store.episode[val][:, None]
         squares = squared_distances(plain[cut:], plain)
-        found = measure_landscape(squares[:, cut:], xy[cut:], maze)
+        found = measure_landscape(squares[:, cut:], state[cut:], geometry)
         near = np.linalg.norm(xy[cut:] - xy[np.where(other, squares, np.inf).argmin(1)], axis=1)
         distances = {
             "spearman": found.spearman,

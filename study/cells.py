@@ -25,7 +25,7 @@ from wmcache.common.errors import UserError
 from wmcache.common.files import make_folder, sha256_of
 from wmcache.common.jsonfiles import nulls, read_json, write_json
 from wmcache.common.paths import AnyPath
-from wmcache.envs import find_maze
+from wmcache.envs import open_environment
 from wmcache.pipeline import encoders
 from wmcache.pipeline.derive import derive
 from wmcache.pipeline.encoders import Encoder
@@ -188,7 +188,7 @@ def _plan_settings(options: PlanOptions) -> tuple[dict[str, Any], dict[str, str]
     settings, files = recorded(options), {}
     if options.env:
         files["env"] = absolute_file(options.env)
-        settings["env"] = list(find_maze(options.env).rows)
+        settings["env"] = list(open_environment(options.env).spec.layout) or options.env
     if options.goals not in SOURCES:
         files["goals"] = absolute_file(options.goals)
         if not Path(options.goals).is_file():

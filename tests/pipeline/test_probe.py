@@ -23,7 +23,7 @@ from wmcache.pipeline.pictures import draw_probe, spread
 from wmcache.pipeline.probe import (
     PROBED_FRAMES,
     choose_frames,
-    find_maze,
+    find_geometry,
     measure_landscape,
     principal_coordinates,
     probe,
@@ -184,8 +184,8 @@ def test_the_maze_of_a_store_without_one_is_read_from_its_dataset(
     make: Make, dataset: FrameDataset, dataset_path: Path
 ) -> None:
     path = make(noise(1, 2), maze=False)
-    assert find_maze(TokenStore.open(path)) is None
-    assert find_maze(TokenStore.open(path), dataset_path).rows == tuple(dataset.card.maze)
+    assert find_geometry(TokenStore.open(path)) is None
+    assert find_geometry(TokenStore.open(path), dataset_path).rows == tuple(dataset.card.maze)
 
 
 def test_constant_and_missing_states_and_moves_have_no_figures(make: Make, steps: dict[str, NDArray[Any]]) -> None:
