@@ -70,7 +70,7 @@ def compare_runs(
     rows: list[dict[str, Any]] = []
     planes: dict[str, NDArray[np.float64]] = {}
     for name, context in contexts.items():
-        model = ", ".join(filter(None, [context.config["model"], context.model.stage_name]))
+        model = ", ".join(filter(None, [context.config["model"], context.world_model.stage_name]))
         row: dict[str, Any] = {"run": name, "model": model, "context": context.context_frames, **speed[name]}
         row["fewer_flop"] = first["gflop_per_step"] / row["gflop_per_step"]
         row["faster"] = row["rollouts_per_second"] / first["rollouts_per_second"]
@@ -102,7 +102,7 @@ def compare_speed(contexts: Mapping[str, EvalContext], options: PlanOptions) -> 
             replans[name].append(seconds(solver, cost, start, random, device=context.device))
     return {
         name: {
-            "parameters_m": sum(value.numel() for value in context.model.parameters()) / 1e6,
+            "parameters_m": sum(value.numel() for value in context.world_model.parameters()) / 1e6,
             "gflop_per_step": count_flops(costs[name], _zeros(context, options, 2)) / (2 * options.horizon) / 1e9,
             "rollouts_per_second": CANDIDATES / statistics.median(rollouts[name][1:]),  # the first includes set-up
             "seconds_per_replan": statistics.median(replans[name][1:]),
@@ -112,7 +112,7 @@ def compare_speed(contexts: Mapping[str, EvalContext], options: PlanOptions) -> 
 
 
 def _zeros(context: EvalContext, options: PlanOptions, samples: int) -> torch.Tensor:
-    return torch.zeros(1, samples, options.horizon, context.model.shape.action_dim, device=context.device)
+    return torch.zeros(1, samples, options.horizon, context.world_model.shape.action_dim, device=context.device)
 
 
 def _first_cost(context: EvalContext, options: PlanOptions, number: int) -> Cost:
@@ -120,7 +120,7 @@ def _first_cost(context: EvalContext, options: PlanOptions, number: int) -> Cost
     tokens, goal_tokens = (context.encoder(frame[None]) for frame in frames)
     mpc = make_mpc(context, options, goal_tokens, goal[None].astype(np.float32))
     proprio = torch.from_numpy(start.astype(np.float32)).to(context.device)
-    belief = context.model.observe(context.model.start(1), tokens, proprio[None], None)
+    belief = context.world_model.observe(context.world_model.start(1), tokens, proprio[None], None)
     return mpc.cost_of(belief, [torch.Generator().manual_seed(number)])
 
 

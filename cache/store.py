@@ -18,7 +18,7 @@ from wmcache.cache.layout import AGAIN, read_attributes, read_card, shard_file, 
 from wmcache.cache.mirror import MirroredReader
 from wmcache.cache.quantise import dequantise
 from wmcache.cache.reader import MappedReader, MemoryReader, Reader, Stored, ZarrReader
-from wmcache.cache.windows import Windows, split_episodes, window_starts
+from wmcache.cache.windows import Goals, Windows, split_episodes, window_starts
 from wmcache.common.columns import Column, Role, action_bounds, default_columns, join_role
 from wmcache.common.errors import UserError, command
 from wmcache.common.paths import MISSING, AnyPath, as_path, is_local, readable, stamp, unreadable
@@ -231,16 +231,21 @@ class TokenStore:
         *,
         seed: int = 42,
         fraction: float = 1.0,
+        goals: Goals | None = None,
     ) -> Windows:
-        """Return all training windows of a split (see `split_episodes`); raise UserError where no episode is long enough."""
+        """Return all training windows of a split (see `split_episodes`); raise UserError where no episode is long enough.
+
+        With `goals`, at least one goal follows each window.
+        """
         episodes = self.split(split, seed, fraction)
-        starts, dropped = window_starts(self.episode, episodes, (history + predict) * frameskip)
+        span = (history + predict) * frameskip + (goals is not None)
+        starts, dropped = window_starts(self.episode, episodes, span)
         if not len(starts):
             raise UserError(
-                f"no episode of {self.path} ({split}) has the {(history + predict) * frameskip} frames of a window; "
+                f"no episode of {self.path} ({split}) has the {span} frames of a window; "
                 "collect longer episodes or lower --history or --frameskip"
             )
-        return Windows(self, starts, history, predict, frameskip, dropped)
+        return Windows(self, starts, history, predict, frameskip, dropped, goals=goals)
 
     def longest_episode(self, split: str = "all", *, seed: int = 42) -> int:
         """Return the frames of the longest episode of a split, see `windows`."""

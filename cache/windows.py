@@ -23,6 +23,30 @@ SPLIT_SEED = 42
 
 
 @dataclass(frozen=True)
+class Goals:
+    """How goals are drawn in hindsight (arXiv 1707.01495): a later frame of the same episode, k model steps after a window's last frame.
+
+    Attributes:
+        horizon: largest k; None: up to the end of the episode.
+        discount: k is geometric with this discount, cut off at its largest value; 1: uniform.
+    """
+
+    horizon: int | None = None
+    discount: float = 1.0
+
+    def steps(self, most: Int, draws: NDArray[np.float64]) -> Int:
+        """Return k from 1 to `most` [B], by inverting the distribution at `draws` [B] in [0, 1)."""
+        most = most if self.horizon is None else np.minimum(most, self.horizon)
+        if self.discount < 1:
+            reached = 1 - self.discount**most
+            k = 1 + np.floor(np.log1p(-draws * reached) / np.log(self.discount)).astype(np.int64)
+        else:
+            k = 1 + (draws * most).astype(np.int64)
+        chosen: Int = np.clip(k, 1, most)
+        return chosen
+
+
+@dataclass(frozen=True)
 class Windows:
     """Training windows: frames s, s + f, s + 2f, … with the f env actions that follow each (DINO-WM, datasets/traj_dset.py).
 
@@ -32,6 +56,7 @@ class Windows:
         frameskip: f, env steps between frames.
         dropped_episodes: how many episodes of the split are too short for one window.
         extras: name in a batch -> store with a row for each frame of `source`.
+        goals: how batches draw goal frames; None: they have none.
     """
 
     source: TokenStore
@@ -41,6 +66,7 @@ class Windows:
     frameskip: int
     dropped_episodes: int
     extras: Mapping[str, TokenStore] = field(default_factory=dict)
+    goals: Goals | None = None
 
     def __len__(self) -> int:
         """Number of windows."""
@@ -55,15 +81,48 @@ class Windows:
         """Return the same windows with rows of other stores beside the tokens."""
         return replace(self, extras=extras)
 
+    @property
+    def gathered(self) -> int:
+        """Frames whose tokens a window needs: T, and the goal's."""
+        return self.length + (self.goals is not None)
+
     def frames(self, windows: Int) -> Int:
         """Return the frames of some windows, int64 [B, T]."""
         return self.starts[windows][:, None] + self.frameskip * np.arange(self.length)
 
-    def batch(self, windows: Int, out: NDArray[np.float16] | None = None) -> dict[str, NDArray[Any]]:
-        """Read windows [B]: tokens float16 [B, T, N, D], in `out` [B * T, N, D] if given, and what `steps` returns."""
+    def with_goals(self, frames: Int, draws: NDArray[np.float64] | None) -> tuple[Int, dict[str, Int]]:
+        """Append the goal's frame, drawn by `draws` (see `goal_draws`), to frames [B, T], where batches have goals; see `batch`."""
+        if self.goals is None:
+            return frames, {}
+        assert draws is not None
+        last = frames[:, -1]
+        ends = np.searchsorted(self.source.episode, self.source.episode[last], side="right") - 1
+        steps = self.goals.steps((ends - last) // self.frameskip, draws)
+        return np.concatenate([frames, (last + steps * self.frameskip)[:, None]], 1), {"goal_steps": steps}
+
+    def batch(
+        self, windows: Int, out: NDArray[np.float16] | None = None, draws: NDArray[np.float64] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Read windows [B].
+
+        Args:
+            out: [B * gathered, N, D], for the tokens.
+            draws: float64 [B] in [0, 1), needed where there are goals, see `goal_draws`.
+
+        Returns:
+            tokens float16 [B, T, N, D], what `steps` returns, and where there are goals goal_tokens float16 [B, N, D] and goal_steps
+            int64 [B], the model steps from the window's last frame to the goal's.
+        """
         frames = self.frames(windows)
-        tokens = self.source.gather(frames.ravel(), out)
-        return {"tokens": tokens.reshape(*frames.shape, *tokens.shape[1:]), **self.steps(frames)}
+        gathered, goal = self.with_goals(frames, draws)
+        tokens = self.source.gather(gathered.ravel(), out)
+        return {**self.split(tokens.reshape(*gathered.shape, *tokens.shape[1:])), **goal, **self.steps(frames)}
+
+    def split(self, tokens: Any) -> dict[str, Any]:
+        """Name the tokens of a batch, [B, gathered, N, D]."""
+        if self.goals is None:
+            return {"tokens": tokens}
+        return {"tokens": tokens[:, :-1], "goal_tokens": tokens[:, -1]}
 
     def steps(self, frames: Int) -> dict[str, NDArray[Any]]:
         """Read what accompanies the tokens of frames [B, T].
@@ -134,6 +193,12 @@ def batch_windows(windows: int, seed: int, step: int, batch: int, rank: int = 0,
     epochs, positions = np.divmod(np.arange(first, first + size), windows)
     parts = [epoch_order(windows, seed, epoch)[positions[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
     return np.concatenate(parts)
+
+
+def goal_draws(seed: int, step: int, batch: int, rank: int = 0, world_size: int = 1) -> NDArray[np.float64]:
+    """Draw float64 in [0, 1) for the goals of a training step, or a rank's slice of them; it depends on the arguments alone."""
+    size = batch // world_size
+    return np.random.default_rng((seed, step, 1)).random(batch)[rank * size : (rank + 1) * size]
 
 
 def split_frames(episode: NDArray[np.integer], split: str, seed: int = SPLIT_SEED) -> Int:

@@ -67,10 +67,12 @@ def imagine(
     from wmcache.planner.imagine import imagine as draw
     from wmcache.trainer.runs import caches_of, read_config
 
-    caches, out = caches_of(read_config(run)), out or run / "imagine"
-    if len(caches) > 1:
-        raise UserError(f"{run} was trained on {len(caches)} stores; imagine draws the frames of a run with one store")
-    cache = cache or caches[0]
+    out = out or run / "imagine"
+    if cache is None:
+        caches = caches_of(read_config(run))
+        if len(caches) > 1:
+            raise UserError(f"{run} was trained on {len(caches)} stores; imagine draws the frames of a run with one")
+        cache = caches[0]
     result = draw(run, decoder, _frames_of(cache, dataset), out, ImagineOptions(**settings), cache=cache)
     lines = [*_step_lines(result["steps"]), *_absence(result), f"pictures: {out}"]
     show(result, lines)

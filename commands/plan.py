@@ -20,23 +20,22 @@ from wmcache.planner.options import PlanOptions
 from wmcache.planner.protocols import PROTOCOLS
 
 _solvers = partial(resolve_name, "wmcache.planner.solvers:SOLVERS")
+_policies = partial(resolve_name, "wmcache.planner.policies:PLAN_POLICIES")
 
 
 @click.command(cls=Command, by=ByName("solver", "solver", _solvers, lambda name: _solvers().get(name)))
 @click.version_option(__version__, prog_name="wmplan")
 @shared.run_option("--run", type=shared.PATH, required=True, help="Folder of the run.")
 @shared.run_option("--protocol", cls=Preset, presets=PROTOCOLS, help="A known evaluation; options beside it win.")
-@options_of(PlanOptions, solver={"names": _solvers})
-@click.option(
-    "--untrained", is_flag=True, help="Evaluate the model with random weights too, as a baseline; takes as long again."
-)
+@options_of(PlanOptions, solver={"names": _solvers}, policy={"names": _policies})
+@click.option("--untrained", is_flag=True, hidden=True)
 @shared.moved_weights_option
 @shared.moved_cache_option
 @shared.file_option("--out", help="Folder of the results.  [default: RUN/plan-…, named by the settings]")
 @shared.cluster_option(also="  Batches are the tasks; results are the same wherever they are planned.")
 @shared.json_option
 def wmplan(run: Path, protocol: str | None, out: Path | None, untrained: bool, cluster: str, **settings: Any) -> None:
-    """Plan with a trained world model, judge it, and write a report."""
+    """Act with a trained world model or policy, judge it, and write a report."""
     from wmcache.common.video import ffmpeg
     from wmcache.planner.context import EvalContext
     from wmcache.planner.evaluate import evaluate
@@ -46,6 +45,7 @@ def wmplan(run: Path, protocol: str | None, out: Path | None, untrained: bool, c
     ffmpeg()  # the report has videos; a missing program is reported before any work
     moved = {name: settings.pop(name) for name in ("weights", "cache")}
     chosen = PlanOptions(search=take_chosen(settings, given=True), **settings)
+    untrained = untrained or "untrained" in chosen.baselines.split(",")
     out = out or default_out(run, protocol, chosen)
     refuse_other_results(out, chosen)
     setting = EvalContext(run, chosen, **moved)
@@ -58,7 +58,9 @@ def wmplan(run: Path, protocol: str | None, out: Path | None, untrained: bool, c
 
 
 def _lines(results: dict[str, Any], out: Path) -> Iterator[str]:
-    actors = {"planner": results["by_threshold"], **results["baselines"]}
+    from wmcache.planner.report import actors_of
+
+    actors = actors_of(results)
     head = f"{'within':>6} {'actions':9} {'reached':>12} {'95 % interval':>15} {'held at the end':>15} {'95 % interval':>15}"
     yield f"{head} {'env steps':>9} {'path':>5}"
     for judged in zip(*actors.values(), strict=True):

@@ -52,6 +52,9 @@ def info(store: AnyPath) -> None:
     groups = ("identity", "card", "versions")
     rows = {name: value for name, value in values.items() if name not in groups}
     rows |= {f"{group}.{name}": value for group in groups for name, value in values[group].items()}
+    for name, column in rows.pop("card.columns", {}).items():
+        size = " x ".join(map(str, column["shape"])) or "1"
+        rows[f"column {name}"] = f"{', '.join(column['roles'])}: {column['dtype']}, {size}"
     show(values, (f"{name:28} {value}" for name, value in rows.items()))
 
 

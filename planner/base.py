@@ -1,13 +1,15 @@
-"""The contract of solvers, and what those that sample candidates share."""
+"""The contracts of policies and solvers, and what solvers that sample candidates share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
+import numpy as np
 import torch
 from annotated_types import Ge, Gt
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wmcache.common.errors import UserError
@@ -15,6 +17,47 @@ from wmcache.common.options import Positive, option
 
 Cost = Callable[[Tensor], Tensor]
 """Actions [E, S, T, A] -> cost [E, S]."""
+Reads = Literal["frames", "state", "nothing"]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a policy sees of E episodes.
+
+    Attributes:
+        image: uint8 [E, S, S, 3].
+        proprio: float32 [E, P].
+        earlier: the frame the encoder's lag before, for encoders of frame pairs.
+        state: float64 [E, states], only for policies that read it.
+    """
+
+    image: NDArray[np.uint8]
+    proprio: NDArray[np.float32]
+    earlier: NDArray[np.uint8] | None = None
+    state: NDArray[np.float64] | None = None
+
+
+class Policy(Protocol):
+    """Acts in E episodes at once; it never receives a success.
+
+    Attributes:
+        reads: `frames`, `nothing`, or `state`. A policy that reads the simulator's state is a reference, and is marked so in results.
+        seconds: spent on encoding and deciding. encoder_frames, decisions: counts over all episodes.
+    """
+
+    reads: ClassVar[Reads]
+    seconds: float
+    encoder_frames: int
+    decisions: int
+
+    def reset(self, goal: Observation, generators: Sequence[torch.Generator]) -> None:
+        """Begin new episodes: with a goal and a random generator each, so that results do not depend on the batch."""
+
+    def observe(self, observation: Observation) -> None:
+        """Receive a frame that the next decision starts from, the newest last."""
+
+    def act(self) -> Tensor:
+        """Return the model steps to execute next, [E, k, f * A] in env units."""
 
 
 class Solver(Protocol):
@@ -23,6 +66,7 @@ class Solver(Protocol):
     A field named `frameskip` is set to the run's, unless the user sets it.
 
     Attributes:
+        discrete: it searches among one-hot actions; solvers without the attribute do not.
         differentiates: costs must carry gradients to the actions. Then the solver must not be called in `torch.inference_mode`, and it
             evaluates costs of actions that require grad, with autograd enabled.
     """
@@ -35,7 +79,7 @@ class Solver(Protocol):
         """Count the candidates that one call evaluates per episode."""
 
     def __call__(self, cost: Cost, start: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Return actions [E, T, A] in [-1, 1] of low cost, from the first guess `start` [E, T, A] in env units.
+        """Return actions [E, T, A] in [-1, 1] of low cost, from the first guess `start` [E, T, A]; -1 and 1 are the env's bounds.
 
         Each episode has a generator on the CPU, so that its result does not depend on the other episodes of the batch.
         """
@@ -55,8 +99,8 @@ def around(mean: Tensor, deviation: Tensor, samples: int, generators: Sequence[t
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """A solver that draws candidates around a mean, scores them, and fits mean and deviation to the best, the elites."""
+class Population:
+    """A solver that draws candidates, scores them, and fits what it draws from to the best, the elites."""
 
     differentiates: ClassVar[bool] = False
 
@@ -64,7 +108,6 @@ class Sampling:
     samples: Positive = option(64, "Candidates in each iteration; DINO-WM has 300.", group="Solver")
     elites: Annotated[int, Ge(2)] = option(6, "Best candidates of each iteration; DINO-WM has 30.")
     iterations: Positive = option(5, "Iterations of the search; DINO-WM has 10.")
-    sigma: Annotated[float, Gt(0)] = option(0.4, "First standard deviation of the candidates, in env units.")
 
     def __post_init__(self) -> None:
         """Raise UserError for more elites than samples."""
@@ -80,3 +123,12 @@ class Sampling:
     def evaluations(self) -> int:
         """See `Solver`."""
         return self.samples * self.iterations
+
+
+@dataclass(frozen=True)
+class Sampling(Population):
+    """A solver that draws candidates around a mean, with a deviation."""
+
+    sigma: Annotated[float, Gt(0)] = option(
+        0.4, "First standard deviation of the candidates, where env actions are in [-1, 1]."
+    )

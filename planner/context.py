@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,11 +26,13 @@ from wmcache.envs import Maze, PointMazeSimulator, find_maze
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
 from wmcache.pipeline.encoders.changes import LEAST_CHANGE, changes_for
+from wmcache.planner.base import Observation
 from wmcache.planner.goals import start_and_goal
 from wmcache.planner.graph import LatentGraph
 from wmcache.planner.options import SOURCES, PlanOptions, check_options, recorded
 from wmcache.planner.solvers import make_solver, option_names
-from wmcache.trainer.runs import load_model, open_store, read_config, read_identity
+from wmcache.trainer.models import WorldModel
+from wmcache.trainer.runs import load_trained, needs_world_model, open_store, read_config, read_identity
 
 CHECKED_FRAMES = 16
 
@@ -45,6 +47,7 @@ class EvalContext:
             context costs more and accumulates the model's own errors.
         observed: newest live frames of those between two plans that the model observes.
         graph: with `--distance graph`, else None.
+        action_bounds: float32 [A] each, lowest and highest env actions.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class EvalContext:
         self.card, identity = read_identity(run)
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(options.dtype, self.device)
-        self.model = load_model(run, self.device, untrained=untrained)
+        self.model = load_trained(run, self.device, untrained=untrained)
         if missing := self.model.stage_before_planning(self.model.stage_name):
             raise UserError(f"not ready for planning: {run}; train it with the same options and --stage {missing}")
         self.frameskip = int(self.config["frameskip"])
@@ -79,15 +82,15 @@ class EvalContext:
         self.maze = find_maze(options.env) if options.env else cached_maze(self.card)
         self.image_size = int(self.card.dataset["image_size"])
         self.drift = live_drift(self.store, self.encoder)
-        no_proprio = torch.zeros(1, 1, self.model.shape.proprio_dim, device=self.device)
-        self.blind = not self.model.encode_proprio(no_proprio).numel()
+        self.blind = self.model.blind
         self.context_frames, self.observed = self._count_frames(options)
-        self.model.context, self.model.observed = self.context_frames, self.observed
+        if isinstance(self.model, WorldModel):
+            self.model.context, self.model.observed = self.context_frames, self.observed
         own = {"frameskip": self.frameskip} if "frameskip" in option_names(options.solver) else {}
         self.solver = make_solver(options.solver, **{**own, **options.search})
-        self.graph = (
-            LatentGraph.from_store(self.store, self.frameskip, self.device) if options.distance == "graph" else None
-        )
+        self.graph = self.cached_graph if options.distance == "graph" else None
+        ones = np.ones(self.store.action.shape[1], np.float32)
+        self.action_bounds = (-ones, ones)
         self._changes = changes_for(self.card.token_grid, self.frameskip, options.device) if options.mask else None
 
     def _load_encoder(self, identity: Identity, device: str) -> Encoder:
@@ -109,6 +112,8 @@ class EvalContext:
             raise UserError(f"{self.run} was trained with proprio; train without: wmtrain --proprio none --out RUN")
         if options.alpha and self.blind:
             raise UserError(f"--alpha {options.alpha} weights proprio, which {self.run} has not; leave it at 0")
+        if not isinstance(self.model, WorldModel):
+            return 1, 1
         if self.model.recurrent:
             if options.context or options.observed:
                 raise UserError(
@@ -121,6 +126,27 @@ class EvalContext:
         if (options.observed or 0) > context:
             raise UserError(f"--observed {options.observed} is more than the {context} frames of --context; raise it")
         return context, min(options.observed or usual, context)
+
+    @cached_property
+    def cached_graph(self) -> LatentGraph:
+        """Graph of the store's frames."""
+        return LatentGraph.from_store(self.store, self.frameskip, self.device)
+
+    @property
+    def world_model(self) -> WorldModel:
+        """The model, to imagine with; raises UserError where the run is of a policy."""
+        if not isinstance(self.model, WorldModel):
+            raise needs_world_model(self.run)
+        return self.model
+
+    def policy(self, options: PlanOptions) -> str:
+        """Return the name of the policy that acts."""
+        return options.policy or ("mpc" if isinstance(self.model, WorldModel) else "actor")
+
+    def encode(self, observation: Observation) -> Tensor:
+        """Encode live frames, float [E, N, D]."""
+        image, earlier = observation.image, observation.earlier
+        return self.encoder(image if earlier is None else np.stack([earlier, image], 1))
 
     def mask(self, images: NDArray[np.uint8], goal_images: NDArray[np.uint8]) -> Tensor:
         """Mark the tokens in which frames [E, S, S, 3] differ from the goal's, bool [E, N]; all tokens of equal frames."""
@@ -136,6 +162,7 @@ class EvalContext:
         """Return the options as they were used: with the values that `None` and `auto` stood for."""
         used = {
             **asdict(options),
+            "policy": self.policy(options),
             "context": self.context_frames,
             "observed": self.observed,
             "search": asdict(self.solver),
@@ -144,7 +171,7 @@ class EvalContext:
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        unused = {"context", "observed"} if self.model.recurrent else set()
+        unused = set() if isinstance(self.model, WorldModel) and not self.model.recurrent else {"context", "observed"}
         unused |= {"goal_steps"} if options.goals == "random-state" else set()
         if options.goals not in SOURCES:
             unused |= {"goal_steps", "strict"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -10,54 +10,70 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.flop_counter import FlopCounterMode
 
 from wmcache.cluster.tasks import WorkerTask, report, run_tasks
+from wmcache.common.errors import UserError
 from wmcache.common.files import make_folder
 from wmcache.common.paths import absolute, as_path
-from wmcache.envs import Maze, PointMazeSimulator, PointMazeVectorEnv, longest_move
+from wmcache.envs import PointMazeVectorEnv, longest_move
+from wmcache.planner.base import Observation
 from wmcache.planner.context import EvalContext
-from wmcache.planner.episodes import Episodes, count_at_goal, judge, reported_thresholds, shortest_path_lengths
+from wmcache.planner.episodes import Episodes
 from wmcache.planner.goals import Separation, start_and_goal
-from wmcache.planner.mpc import MpcPolicy, Observation
+from wmcache.planner.judge import count_at_goal, judge, reported_thresholds, shortest_path_lengths
 from wmcache.planner.options import SOURCES, PlanOptions, Precision, absolute_file
+from wmcache.planner.policies import PLAN_POLICIES, make_policy
+
+
+class _Undrawn(PointMazeVectorEnv):
+    """Draws nothing, for policies that see no frame."""
+
+    def render(self) -> tuple[NDArray[np.uint8], ...]:
+        return (np.zeros((1, 1, 3), np.uint8),) * self.num_envs
 
 
 def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[int]) -> Episodes:
-    """Plan and act in the episodes of these numbers, all at once.
+    """Act in the episodes of these numbers, all at once.
 
-    The policy receives frames and proprio, never a state, a distance or a success; with `alpha` above 0 also the goal's proprio.
+    The policy receives frames and proprio, never a distance or a success, and a state only where it says so; MPC with `alpha` above 0
+    also receives the goal's proprio.
     """
     numbers, frameskip = list(numbers), context.frameskip
     start, goal = _start_and_goal(context, options, numbers)
-    env = PointMazeVectorEnv(len(numbers), context.maze, context.image_size)
-    policy = MpcPolicy(context, options)
-    goal_seen, _ = env.reset(options={"state": goal, "goal": goal})
-    policy.reset(Observation(**goal_seen), [torch.Generator().manual_seed(99 * number + 1) for number in numbers])
-    start_seen, _ = env.reset(options={"state": start, "goal": goal})
-    policy.observe(Observation(**start_seen))
+    policy = make_policy(context, options)
+    env = (PointMazeVectorEnv if policy.reads == "frames" else _Undrawn)(len(numbers), context.maze, context.image_size)
+
+    def seen(state: NDArray[np.float64], earlier: NDArray[np.uint8] | None = None) -> Observation:
+        return Observation(**env.observe(), earlier=earlier, state=state if policy.reads == "state" else None)
+
+    env.reset(options={"state": goal, "goal": goal})
+    policy.reset(seen(goal), [torch.Generator().manual_seed(99 * number + 1) for number in numbers])
+    env.reset(options={"state": start, "goal": goal})
+    policy.observe(seen(start))
     states: list[NDArray[np.float64]] = []
     done, chunk = 0, options.execute * frameskip
     while done < options.budget:
         actions = policy.act()
-        replans_again = done + chunk < options.budget
+        decides_again = done + chunk < options.budget
         for step, action in enumerate(actions.unbind(1)):
             raw = action.reshape(len(numbers), frameskip, -1).cpu().numpy()[:, : options.budget - done]
-            moved, earlier = _advance(env, raw, context.encoder.lag)
+            moved, earlier = _advance(env, raw, context.encoder.lag if policy.reads == "frames" else 0)
             states += moved
             done += raw.shape[1]
             if done >= options.budget:
                 break
-            # Of the frames within a chunk only those are encoded that the next plan starts from.
-            if replans_again and options.execute - step <= context.observed:
-                policy.observe(Observation(**env.observe(), earlier=earlier))
+            # Of the frames within a chunk only those are encoded that the next decision starts from.
+            if decides_again and options.execute - step <= context.observed:
+                policy.observe(seen(moved[-1][:, -1], earlier))
         report(len(numbers))
     env.close()
-    counts = (policy.encoder_frames, policy.replans, policy.seconds)
+    counts = (policy.encoder_frames, policy.decisions, policy.seconds)
     return Episodes(start, goal, np.concatenate(states, 1), chunk, *counts)
 
 
 def _advance(
-    env: PointMazeVectorEnv, actions: NDArray[np.float32], lag: int
+    env: PointMazeVectorEnv, actions: NDArray[np.floating], lag: int
 ) -> tuple[list[NDArray[np.float64]], NDArray[np.uint8] | None]:
     """Execute actions [E, k, A]; returns the states in parts [E, k', 4], and the frame `lag` env steps before the end."""
     if not lag:
@@ -115,14 +131,17 @@ def _batch_file(folder: Path, first: int) -> Path:
 def evaluate(
     context: EvalContext, options: PlanOptions, out: Path, cluster: str = "local:1"
 ) -> tuple[Episodes, dict[str, Any]]:
-    """Plan all episodes in batches, then judge them; returns the episodes and the content of `results.json`.
+    """Run all episodes in batches, then judge them; returns the episodes and the content of `results.json`.
 
     Args:
         out: folder that keeps finished batches, so that a stopped evaluation resumes.
         cluster: that plans the batches, see `parse_cluster`.
     """
     numbers = range(options.seed, options.seed + options.episodes)
-    _start_and_goal(context, options, numbers)  # unusable goals are reported before any work
+    # What cannot work is reported before any work.
+    _start_and_goal(context, options, numbers)
+    make_policy(context, options)
+    baselines_of(context, options)
     fingerprint = context.fingerprint(options)
     folder = out / f"unfinished-{fingerprint}"
     make_folder(folder)
@@ -161,7 +180,6 @@ def summarise(context: EvalContext, options: PlanOptions, episodes: Episodes) ->
     """Judge episodes, and the baselines on the same starts and goals; returns the content of `results.json`."""
     thresholds = reported_thresholds(options.threshold)
     shortest = shortest_path_lengths(episodes, context.maze)
-    numbers = range(options.seed, options.seed + options.episodes)
 
     def judge_all(done: Episodes) -> list[dict[str, Any]]:
         return [judge(done, threshold, context.maze, shortest) for threshold in thresholds]
@@ -178,10 +196,13 @@ def summarise(context: EvalContext, options: PlanOptions, episodes: Episodes) ->
         "mean_env_steps": headline["mean_env_steps"],
         "encoder_frames": episodes.encoder_frames,
         "replans": episodes.replans,
-        "candidates_per_replan": context.solver.evaluations,
+        "candidates_per_replan": context.solver.evaluations if context.policy(options) == "mpc" else 0,
         "seconds_per_replan": episodes.seconds / episodes.replans,
+        "operations_per_decision": operations_per_decision(context, options),
+        "policy": context.policy(options),
+        "reads_state": make_policy(context, options).reads == "state",
         "by_threshold": by_threshold,
-        "baselines": {name: judge_all(run_baseline(name, context.maze, episodes, numbers)) for name in BASELINES},
+        "baselines": {name: judge_all(run_baseline(context, options, name)) for name in baselines_of(context, options)},
         "live_drift": context.drift,
         "maze": context.maze.name,
         "options": asdict(options),
@@ -189,20 +210,35 @@ def summarise(context: EvalContext, options: PlanOptions, episodes: Episodes) ->
     }
 
 
-BASELINES: dict[str, Callable[[int, int], NDArray[np.float64]]] = {
-    # Not the generator of start and goal, so that the actions do not depend on them.
-    "random": lambda number, steps: np.random.default_rng((99 * number + 1, 1)).normal(size=(steps, 2)).clip(-1.0, 1.0),
-    "zero": lambda _, steps: np.zeros((steps, 2)),
-}
-"""Name -> function of the number of an episode and env steps -> actions [env steps, 2] in [-1, 1]."""
+def baselines_of(context: EvalContext, options: PlanOptions) -> list[str]:
+    """List the policies of `options.baselines` that no model is needed for; raises UserError for one that sees frames."""
+    names = [name for name in dict.fromkeys(options.baselines.split(",")) if name not in ("", "untrained")]
+    for name in names:
+        if name not in PLAN_POLICIES or make_policy(context, replace(options, policy=name)).reads == "frames":
+            known = ", ".join(["untrained", *(name for name in PLAN_POLICIES if name not in ("actor", "mpc"))])
+            raise UserError(f"--baselines {options.baselines}: {name} is no baseline; known are {known}")
+    return [name for name in names if name != context.policy(options)]
 
 
-def run_baseline(name: str, maze: Maze, planned: Episodes, numbers: Sequence[int]) -> Episodes:
-    """Act in the starts, goals, budget and chunks of planned episodes with these numbers; physics alone, no frame is rendered."""
-    simulator = PointMazeSimulator(maze)
-    states = np.empty_like(planned.states)
-    for i, number in enumerate(numbers):
-        state = planned.start[i]
-        for step, action in enumerate(BASELINES[name](number, states.shape[1])):
-            state = states[i, step] = simulator.step(state, action)
-    return Episodes(planned.start, planned.goal, states, planned.chunk, encoder_frames=0, replans=0, seconds=0.0)
+def run_baseline(context: EvalContext, options: PlanOptions, name: str) -> Episodes:
+    """Let a policy that sees no frame act in the same episodes; physics alone, no frame is rendered."""
+    options = replace(options, policy=name)
+    firsts = range(options.seed, options.seed + options.episodes, options.batch)
+    return Episodes.join([run_episodes(context, options, batch_of(options, first)) for first in firsts])
+
+
+def operations_per_decision(context: EvalContext, options: PlanOptions) -> int:
+    """Count the floating-point operations of networks, the encoder's included, of a decision in one episode."""
+    start, goal = _start_and_goal(context, options, [options.seed])
+    policy = make_policy(context, options)
+    env = PointMazeVectorEnv(1, context.maze, context.image_size)
+    observations = []
+    for state in (goal, start):
+        env.reset(options={"state": state, "goal": goal})
+        observations.append(Observation(**env.observe(), state=state if policy.reads == "state" else None))
+    env.close()
+    policy.reset(observations[0], [torch.Generator().manual_seed(99 * options.seed + 1)])
+    with FlopCounterMode(display=False) as counter:
+        policy.observe(observations[1])
+        policy.act()
+    return int(counter.get_total_flops())

@@ -37,12 +37,14 @@ class LatentGraph:
         project: [N * D, d], or None where d = N * D.
         edges: [K, K] sparse, distances of neighbours.
         reach: median distance between two frames one model step apart; latent distances are trusted up to it.
+        frames: float16 [K, N, D], the tokens of the nodes.
     """
 
     nodes: Tensor
     project: Tensor | None
     edges: coo_array
     reach: float
+    frames: Tensor
 
     @classmethod
     def from_store(cls, store: TokenStore, frameskip: int, device: torch.device) -> LatentGraph:
@@ -62,13 +64,14 @@ class LatentGraph:
         here, there = (torch.from_numpy(np.searchsorted(frames, end)) for end in (chosen, chosen + frameskip))
         reach = float((points[here] - points[there]).norm(dim=1).median())
         count = max(1, min(NODES, len(points) // FRAMES_PER_NODE))
-        nodes = points[farthest_points(lambda i: (points - points[i]).square().sum(1), count)]
+        chosen_nodes = farthest_points(lambda i: (points - points[i]).square().sum(1), count)
+        nodes, tokens = points[chosen_nodes], torch.from_numpy(store.gather(frames[chosen_nodes])).to(device)
         nearest = torch.cat([torch.cdist(part, nodes).argmin(1) for part in torch.split(points, 2048)])
         pairs = np.unique(np.sort([nearest[here].cpu().numpy(), nearest[there].cpu().numpy()], axis=0), axis=1)
         pairs = pairs[:, pairs[0] != pairs[1]]
         lengths = (nodes[pairs[0]] - nodes[pairs[1]]).norm(dim=1).cpu().numpy().astype(np.float64)
         edges = coo_array((np.maximum(lengths, 1e-9), (pairs[0], pairs[1])), shape=(len(nodes), len(nodes)))
-        return cls(nodes, None if project is None else project.to(device), edges, reach)
+        return cls(nodes, None if project is None else project.to(device), edges, reach, tokens)
 
     def sketch(self, latents: Tensor) -> Tensor:
         """[..., N, D] -> [..., d]."""
@@ -85,6 +88,18 @@ class LatentGraph:
         found = np.stack(lengths)
         finite = np.where(np.isfinite(found), found, 0).max(1, keepdims=True)
         return torch.from_numpy(np.where(np.isfinite(found), found, 2 * (finite + self.reach))).float().to(goal.device)
+
+    def next_frames(self, latents: Tensor, goal: Tensor, to_goal: Tensor) -> Tensor:
+        """Choose the frames [E, N, D] to go to next from frames [E, N, D]: the goals [E, N, D] within reach, else nodes towards them.
+
+        Of the nodes within reach, or the nearest one, it is the one with the shortest path `to_goal` [E, K].
+        """
+        points = self.sketch(latents)
+        to_node = torch.cdist(points, self.nodes)
+        allowed = (to_node <= self.reach) | (to_node == to_node.amin(-1, keepdim=True))
+        node = torch.where(allowed, to_goal, torch.inf).argmin(-1)
+        near = (points - self.sketch(goal)).norm(dim=-1) <= self.reach
+        return torch.where(near[:, None, None], goal, self.frames[node].to(goal.dtype))
 
     def distance(self, latents: Tensor, goal: Tensor, to_goal: Tensor) -> Tensor:
         """Compute path lengths [e, S, T] from frames [e, S, T, N, D] to goals [e, N, D], with `to_goal` [e, K], via a node within reach."""

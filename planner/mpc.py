@@ -1,11 +1,10 @@
-"""Receding-horizon planning: imagine candidates from the newest frames, execute the first steps of the best, replan."""
+"""Planning: imagine candidates from what the model remembers, and search for the best."""
 
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ class Mpc:
     Attributes:
         horizon: model steps of a plan.
         frameskip: env steps of a model step.
+        bounds: lowest and highest actions of a model step in env units, [f * A] each; None: -1 and 1.
     """
 
     model: WorldModel
@@ -40,6 +40,7 @@ class Mpc:
     frameskip: int
     device: torch.device
     dtype: torch.dtype
+    bounds: tuple[Tensor, Tensor] | None = None
 
     def plan(self, belief: Belief, previous: Tensor | None, generators: Sequence[torch.Generator]) -> Tensor:
         """Find actions [E, T, f * A] of low cost in env units, T = horizon.
@@ -53,7 +54,11 @@ class Mpc:
             previous = torch.zeros(len(generators), self.horizon, self.model.shape.action_dim, device=self.device)
         cost = self.cost_of(belief, generators)
         with torch.enable_grad() if self.solver.differentiates else torch.inference_mode():
-            return self.solver(cost, previous, generators)
+            if self.bounds is None:
+                return self.solver(cost, previous, generators)
+            middle, half = (self.bounds[0] + self.bounds[1]) / 2, (self.bounds[1] - self.bounds[0]) / 2
+            found = self.solver(lambda actions: cost(middle + half * actions), (previous - middle) / half, generators)
+            return middle + half * found
 
     def cost_of(self, belief: Belief, generators: Sequence[torch.Generator]) -> Cost:
         """Return the function that the solver minimises: the objective of imagined futures; arguments as for `plan`."""
@@ -96,67 +101,14 @@ def make_mpc(context: EvalContext, options: PlanOptions, goal: Tensor, goal_prop
     """Create a planner to goals [E, N, D]; their proprio [E, P] is used only where `alpha` is above 0."""
     proprio = None
     if options.alpha:
-        proprio = context.model.encode_proprio(torch.from_numpy(goal_proprio).to(context.device)[:, None])[:, 0]
+        proprio = context.world_model.encode_proprio(torch.from_numpy(goal_proprio).to(context.device)[:, None])[:, 0]
     goal, graph = goal.float(), context.graph
     to_goal = None if graph is None else graph.to_goal(goal)
-    cost = context.model.cost
+    cost = context.world_model.cost
     objective = GoalDistance(goal, options.objective, options.alpha, proprio, graph, to_goal, cost=cost)
     sizes = (options.horizon, context.frameskip)
-    return Mpc(context.model, context.solver, objective, *sizes, context.device, context.dtype)
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What a policy sees of E episodes; never a state. `earlier` is the frame the encoder's lag before, for encoders of frame pairs."""
-
-    image: NDArray[np.uint8]  # [E, S, S, 3]
-    proprio: NDArray[np.float32]  # [E, P]
-    earlier: NDArray[np.uint8] | None = None
-
-
-class MpcPolicy:
-    """Plans by MPC and executes the first model steps of each plan; counts as `Episodes` does."""
-
-    def __init__(self, context: EvalContext, options: PlanOptions) -> None:
-        """Call `reset` before the first plan."""
-        self.context, self.options = context, options
-        self.seconds, self.encoder_frames, self.replans = 0.0, 0, 0
-
-    def reset(self, goal: Observation, generators: Sequence[torch.Generator]) -> None:
-        """Begin new episodes: with a goal and a random generator each."""
-        begun = time.perf_counter()
-        self._goal_images, self._generators = goal.image, generators
-        self._mpc = make_mpc(self.context, self.options, self._encode(goal), goal.proprio)
-        self._plan: Tensor | None = None
-        self._belief = self.context.model.start(len(goal.image))
-        self._led: Iterator[Tensor | None] = iter([None])
-        self.seconds += time.perf_counter() - begun
-
-    def observe(self, observation: Observation) -> None:
-        """Encode a frame that the next plan starts from, the newest last."""
-        begun = time.perf_counter()
-        tokens, proprio = self._encode(observation), torch.from_numpy(observation.proprio).to(self.context.device)
-        with torch.no_grad():
-            self._belief = self.context.model.observe(self._belief, tokens, proprio, next(self._led))
-        self._images = observation.image
-        self.seconds += time.perf_counter() - begun
-
-    def act(self) -> Tensor:
-        """Plan from the newest observed frames; returns the model steps to execute, [E, execute, f * A]."""
-        begun = time.perf_counter()
-        if self.options.mask:
-            assert isinstance(self._mpc.objective, GoalDistance)
-            mask = self.context.mask(self._images, self._goal_images)
-            self._mpc.objective = replace(self._mpc.objective, mask=mask)
-        plan = self._mpc.plan(self._belief, self._plan, self._generators)
-        actions = plan[:, : self.options.execute]
-        self._led = iter(actions.unbind(1)[-self.context.observed :])  # to the frames that are observed next
-        self._plan = self._mpc.shift(plan, self.options.execute)
-        self.replans += len(actions)
-        self.seconds += time.perf_counter() - begun
-        return actions
-
-    def _encode(self, observation: Observation) -> Tensor:
-        image, earlier = observation.image, observation.earlier
-        self.encoder_frames += len(image)
-        return self.context.encoder(image if earlier is None else np.stack([earlier, image], 1))
+    low, high = (
+        torch.from_numpy(np.tile(bound, context.frameskip)).to(context.device) for bound in context.action_bounds
+    )
+    bounds = None if (low == -1).all() and (high == 1).all() else (low, high)
+    return Mpc(context.world_model, context.solver, objective, *sizes, context.device, context.dtype, bounds)

@@ -17,6 +17,8 @@ from wmcache.planner.protocols import PROTOCOLS
 
 SOURCES = ("random-state", "dataset", "random-action")
 """Of starts and goals, beside files."""
+BASELINES = ("random", "zero")
+"""Of every evaluation that names no others."""
 LONGEST_NAME = 120
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -41,6 +43,18 @@ class PlanOptions:
     strict: bool = option(
         True,
         "Draw start and goal at least the largest reported threshold and one model step apart, or anywhere (DINO-WM).",
+    )
+    policy: str | None = option(
+        None,
+        "Who acts: {names}; expert reads the simulator's state.  [default: mpc for a world model, actor for a trained policy]",
+        group="Policy",
+    )
+    subgoals: Literal["graph", "none"] = option(
+        "graph", "What an actor steers to: frames along the cached ones, for goals beyond its reach, or the goal alone."
+    )
+    baselines: str = option(
+        ",".join(BASELINES),
+        "Baselines in the same episodes, separated by commas: untrained, or a policy that sees no frame.",
     )
     horizon: Positive = option(5, "Model steps of a plan.", group="Planning")
     execute: Positive = option(1, "Model steps before the next plan.")
@@ -89,8 +103,12 @@ class ImagineOptions:
 
 
 def recorded(options: PlanOptions) -> dict[str, Any]:
-    """Return the options by which an evaluation is known."""
-    known = asdict(options)
+    """Return the options by which an evaluation is known: not the baselines, nor those at their defaults that are newer than others."""
+    known, usual = asdict(options), asdict(PlanOptions())
+    del known["baselines"]
+    for name in ("policy", "subgoals"):
+        if known[name] == usual[name]:
+            del known[name]
     if not options.strict or options.goals not in SOURCES:  # evaluations from before it existed keep their fingerprint
         del known["strict"]
     return known
@@ -105,10 +123,17 @@ def default_out(run: Path, protocol: str | None, options: PlanOptions) -> Path:
     """Return the folder of an evaluation in its run: named by protocol, sizes and every option that differs from the protocol's."""
     usual = {**asdict(PlanOptions()), **(PROTOCOLS.get(protocol) if protocol else {})}
     known = {**asdict(options), **options.search}
-    in_every_name = {"search", "episodes", "budget", "env", *(() if protocol else ("objective", "execute"))}
+    in_every_name = {
+        "search",
+        "episodes",
+        "budget",
+        "env",
+        "baselines",
+        *(() if protocol else ("objective", "execute")),
+    }
     differ = {name: value for name, value in known.items() if name not in in_every_name and value != usual.get(name)}
     # Folders of earlier versions have these first.
-    first = [name for name in ("solver", "mask", "distance", "goals") if name in differ]
+    first = [name for name in ("policy", "solver", "mask", "distance", "goals") if name in differ]
     parts = [protocol or f"{options.objective}-x{options.execute}"]
     parts += [_name_part(name, differ[name]) for name in dict.fromkeys([*first, *differ])]
     parts += [f"{options.episodes}x{options.budget}", _name_part("env", options.env) if options.env else ""]
@@ -122,7 +147,7 @@ def _name_part(name: str, value: Any) -> str:
         return flag if value else f"no-{flag}"
     if (name == "goals" and value not in SOURCES) or (name == "env" and Path(value).suffix):
         return f"{Path(value).stem}-{_digest(value)}"  # files of several folders may have the same name
-    if name in ("solver", "distance", "objective", "goals", "env"):
+    if name in ("policy", "solver", "distance", "objective", "goals", "env"):
         return Path(value).name
     if name == "execute":
         return f"x{value}"
@@ -137,8 +162,9 @@ def refuse_other_results(out: Path, options: PlanOptions) -> None:
     """Raise UserError where `out` has results of other options."""
     if not (out / "results.json").exists():
         return
-    kept = {"strict": False, **read_json(out / "results.json", "choose another --out").get("options", {})}
-    wanted = {"strict": False, **recorded(options)}
+    usual = {"strict": False, "policy": None, "subgoals": PlanOptions().subgoals}
+    kept = {**usual, **read_json(out / "results.json", "choose another --out").get("options", {})}
+    wanted = {**usual, **recorded(options)}
     if options.goals not in SOURCES:
         kept["strict"] = False
     different = [f"{name} {kept.get(name)} != {wanted[name]}" for name in wanted if kept.get(name) != wanted[name]]

@@ -40,8 +40,9 @@ from wmcache.common.video import write_mp4
 from wmcache.envs import FPS, Maze
 from wmcache.pipeline.encoders.changes import changes_for
 from wmcache.planner.context import EvalContext, cached_maze, render
-from wmcache.planner.episodes import THRESHOLDS, Episodes, env_steps, shortest_path_lengths, wilson
+from wmcache.planner.episodes import Episodes
 from wmcache.planner.graph import LatentGraph
+from wmcache.planner.judge import THRESHOLDS, env_steps, shortest_path_lengths, wilson
 from wmcache.planner.options import SOURCES
 from wmcache.trainer.models import Localizes
 
@@ -70,7 +71,7 @@ def write_report(
 ) -> dict[str, Any]:
     """Write all files of a plan, and return the content of results.json: `results`, and when and where they were made."""
     results = {**results, "made": describe_making(context.device)}
-    options, actors = results["options"], {"planner": results["by_threshold"], **results["baselines"]}
+    options, actors = results["options"], actors_of(results)
     write_episodes(out / "episodes.parquet", episodes)
     pictures = {
         "success": draw_success(episodes),
@@ -105,6 +106,12 @@ def write_report(
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
     return results
+
+
+def actors_of(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return the judgements by threshold of the policy, first, and of the baselines, by name."""
+    policy = results["policy"]
+    return {"planner" if policy == "mpc" else policy: results["by_threshold"], **results["baselines"]}
 
 
 def write_page(path: Path, package: str, template: str, **values: Any) -> None:

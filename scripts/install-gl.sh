@@ -1,8 +1,8 @@
 #!/bin/sh
-# Install the OpenGL libraries of MuJoCo, as root or with password-free sudo; otherwise print the command that does.
+# Install the OpenGL libraries of MuJoCo, and GLib for PushT, as root or with password-free sudo; otherwise print the command that does.
 # Usage: install-gl.sh PYTHON
 set -u
-packages="libegl1 libgl1"
+packages="libegl1 libgl1 libglib2.0-0"
 install="apt-get update && apt-get install --yes --no-install-recommends $packages"
 if command -v apt-get >/dev/null; then
     if [ "$(id -u)" = 0 ]; then

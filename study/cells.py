@@ -37,8 +37,8 @@ from wmcache.pipeline.options import EncoderOptions
 from wmcache.pipeline.pictures import draw_probe
 from wmcache.pipeline.probe import probe
 from wmcache.planner.context import EvalContext
-from wmcache.planner.episodes import THRESHOLDS
 from wmcache.planner.evaluate import evaluate
+from wmcache.planner.judge import THRESHOLDS
 from wmcache.planner.options import SOURCES, PlanOptions, absolute_file, recorded
 from wmcache.planner.report import write_episodes
 from wmcache.study.options import EncoderChoice, StudyOptions

@@ -166,7 +166,7 @@ def _evaluation(table: dict[str, Any], where: str) -> Evaluation:
         if not isinstance(table.get(key, ""), str):
             raise UserError(f"{where}: {key} is {table[key]!r}; it must be a string")
     protocol, name = table.pop("protocol", None), table.pop("name", None)
-    own = {item.name for item in fields(PlanOptions)} - {"search", "device"}
+    own = {item.name for item in fields(PlanOptions)} - {"search", "device", "baselines"}
     with _errors_at(where):
         usual: Mapping[str, Any] = {} if protocol is None else PROTOCOLS.get(protocol)
         flat = {"solver": PlanOptions().solver, **usual, **table}

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from wmcache.common.device import CPU
 from wmcache.common.figures import png_bytes
 from wmcache.common.files import atomic_write
-from wmcache.planner.episodes import THRESHOLDS
-from wmcache.planner.evaluate import BASELINES
+from wmcache.planner.judge import THRESHOLDS
+from wmcache.planner.options import BASELINES
 from wmcache.planner.report import COLOURS, RC, describe_making, write_page
 from wmcache.study.cells import Branch, Workspace
 from wmcache.study.options import Evaluation, StudyOptions

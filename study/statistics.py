@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from wmcache.planner.episodes import THRESHOLDS
-from wmcache.planner.evaluate import BASELINES
+from wmcache.planner.judge import THRESHOLDS
+from wmcache.planner.options import BASELINES
 from wmcache.study.cells import Branch, Workspace
 from wmcache.trainer.train import ROLLOUT_STEPS
 

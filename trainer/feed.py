@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wmcache.cache.quantise import restore
 from wmcache.cache.store import TokenStore
-from wmcache.cache.windows import Windows, batch_windows
+from wmcache.cache.windows import Windows, batch_windows, goal_draws
 from wmcache.common.device import Transfer, is_cpu
 from wmcache.common.errors import UserError
 from wmcache.common.memory import available_ram, free_memory
@@ -80,7 +80,7 @@ class Feed(AbstractContextManager["Feed"]):
             self._table = load_on_device(store, device)
         self._scale = None if store.scale is None else torch.from_numpy(store.scale).to(device)
         # The reader fills one buffer while the other is in use.
-        shape = (batch // world_size * windows.length, *store.card.frame_shape)
+        shape = (batch // world_size * windows.gathered, *store.card.frame_shape)
         dtype = torch.float16 if is_cpu(device) else getattr(torch, store.card.dtype)
         self._buffers = [] if self._table is not None else [self._transfer.buffer(shape, dtype) for _ in range(2)]
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
@@ -100,18 +100,27 @@ class Feed(AbstractContextManager["Feed"]):
     def _chosen(self, step: int) -> NDArray[np.int64]:
         return batch_windows(len(self._windows), self._seed, step, self._batch, self._rank, self._world_size)
 
+    def _draws(self, step: int) -> NDArray[np.float64] | None:
+        if self._windows.goals is None:
+            return None
+        return goal_draws(self._seed, step, self._batch, self._rank, self._world_size)
+
     def _read(self, step: int) -> dict[str, Tensor]:
         windows, chosen = self._windows, self._chosen(step)
         if self._table is None:
-            self._store.prefetch(windows.frames(self._chosen(step + STEPS_AHEAD)).ravel())
+            ahead = step + STEPS_AHEAD
+            following, _ = windows.with_goals(windows.frames(self._chosen(ahead)), self._draws(ahead))
+            self._store.prefetch(following.ravel())
         with self._transfer:
             if is_cpu(self.device):
-                data = windows.batch(chosen, self._buffers[step % 2].numpy())
+                data = windows.batch(chosen, self._buffers[step % 2].numpy(), self._draws(step))
                 return {name: torch.from_numpy(value) for name, value in data.items()}
             frames = windows.frames(chosen)
-            steps = {name: torch.from_numpy(value).to(self.device) for name, value in windows.steps(frames).items()}
-            tokens = self._tokens(frames.ravel(), step)
-            return {"tokens": tokens.view(*frames.shape, *tokens.shape[1:]), **steps}
+            gathered, goal = windows.with_goals(frames, self._draws(step))
+            rows = {**goal, **windows.steps(frames)}
+            steps = {name: torch.from_numpy(value).to(self.device) for name, value in rows.items()}
+            tokens = self._tokens(gathered.ravel(), step)
+            return {**windows.split(tokens.view(*gathered.shape, *tokens.shape[1:])), **steps}
 
     def _tokens(self, frames: NDArray[np.int64], step: int) -> Tensor:
         """Read frames onto an accelerator and dequantise them there, float16 [n, N, D]."""

@@ -22,7 +22,7 @@ from wmcache.common.files import cannot_write, sha256_of, temporary_for
 from wmcache.common.paths import AnyPath, absolute
 from wmcache.engine.checkpoint import Progress, checkpoints, save_checkpoint
 from wmcache.trainer.dino_wm_modules import EMBEDDING, PREDICTOR, ModuleReader
-from wmcache.trainer.models import WorldModel, build
+from wmcache.trainer.models import Trainable, build
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.pickled_modules import load_modules, shown
 from wmcache.trainer.presets import PRESETS
@@ -167,7 +167,7 @@ def _check_store(store: TokenStore, cache: AnyPath, settings: _Settings, file: P
         raise UserError(f"{why}; extract a dataset of just those episodes")
 
 
-def _load_weights(model: WorldModel, weights: Mapping[str, Tensor], file: Path, cache: AnyPath) -> None:
+def _load_weights(model: Trainable, weights: Mapping[str, Tensor], file: Path, cache: AnyPath) -> None:
     sizes = {name: tuple(value.shape) for name, value in model.named_parameters()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if different := sorted(name for name in {*sizes, *found} if sizes.get(name) != found.get(name)):
@@ -178,7 +178,7 @@ def _load_weights(model: WorldModel, weights: Mapping[str, Tensor], file: Path, 
 
 
 def _write(
-    out: Path, config: dict[str, Any], store: TokenStore, model: WorldModel, training: TrainOptions, *, overwrite: bool
+    out: Path, config: dict[str, Any], store: TokenStore, model: Trainable, training: TrainOptions, *, overwrite: bool
 ) -> None:
     """Write the run beside its path, then move it there."""
     with lock_run(out, "program"):

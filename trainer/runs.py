@@ -40,7 +40,7 @@ from wmcache.engine.checkpoint import (
     misfit,
     read_progress,
 )
-from wmcache.trainer.models import DataShape, WorldModel, build, read_options
+from wmcache.trainer.models import DataShape, Trainable, WorldModel, build, read_options
 from wmcache.trainer.options import TrainOptions
 
 N = TypeVar("N", bound=nn.Module)
@@ -148,11 +148,27 @@ def open_store(run: Path, cache: AnyPath | None = None) -> TokenStore:
     return store
 
 
-def load_model(run: Path, device: torch.device, *, untrained: bool = False) -> WorldModel:
-    """Load the newest model of a run, frozen; `untrained` draws random weights instead, and keeps the buffers."""
+def load_model(run: Path, device: torch.device) -> WorldModel:
+    """Load the newest world model of a run, frozen; raises UserError where the run is of a policy."""
+    model = load_trained(run, device)
+    if not isinstance(model, WorldModel):
+        raise needs_world_model(run)
+    return model
+
+
+def needs_world_model(run: Path) -> UserError:
+    """Return the error for a run of a policy where a world model is needed."""
+    kind = read_config(run)["model"]
+    return UserError(
+        f"{run} is a policy, {kind}, and no world model; name the run of a world model, or act with: wmplan --policy actor"
+    )
+
+
+def load_trained(run: Path, device: torch.device, *, untrained: bool = False) -> Trainable:
+    """Load the newest model or policy of a run, frozen; `untrained` draws random weights instead, and keeps the buffers."""
     config = read_config(run)
 
-    def make(statistics: dict[str, Tensor]) -> WorldModel:
+    def make(statistics: dict[str, Tensor]) -> Trainable:
         return build(config["model"], DataShape(**config["shape"]), config["model_options"], statistics)
 
     model = load_network(run, make, device)
@@ -188,7 +204,7 @@ def _statistics(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def find_stages(
-    out: Path, model: WorldModel, config: Mapping[str, Any], identity: Identity, *, overwrite: bool
+    out: Path, model: Trainable, config: Mapping[str, Any], identity: Identity, *, overwrite: bool
 ) -> tuple[list[Progress], bool]:
     """Find what is left to train, without writing anything; where a run starts from another one, load its weights into `model`.
 
@@ -216,7 +232,7 @@ def find_stages(
 
 
 def _find_progress(
-    out: Path, model: WorldModel, stage: str, config: Mapping[str, Any], identity: Identity, *, overwrite: bool
+    out: Path, model: Trainable, stage: str, config: Mapping[str, Any], identity: Identity, *, overwrite: bool
 ) -> Progress:
     before = max(0, model.stage_number(stage) - 1)
     previous = model.stages[before - 1] if before else ""
@@ -238,7 +254,7 @@ def _find_progress(
     return progress
 
 
-def _load_start(start: Path, model: WorldModel, stage: str, identity: Identity, config: Mapping[str, Any]) -> None:
+def _load_start(start: Path, model: Trainable, stage: str, identity: Identity, config: Mapping[str, Any]) -> None:
     folder = finished_stage(start, stage)
     names = {"history", "frameskip", "split_seed", "episodes_fraction", *config["model_options"]}
     different = _differences(read_config(start), config, names - model.may_change_after(stage))

@@ -1,4 +1,4 @@
-"""Trains world models on cached latents. Opens no image and loads no encoder."""
+"""Trains world models and policies on cached latents. Opens no image and loads no encoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wmcache.cache.joined import open_stores
 from wmcache.cache.store import TokenStore
-from wmcache.cache.windows import Windows, batch_windows
+from wmcache.cache.windows import Goals, Windows, batch_windows
 from wmcache.common.device import choose_dtype
 from wmcache.common.errors import UserError, reason
 from wmcache.common.files import not_written
@@ -28,7 +28,7 @@ from wmcache.engine.checkpoint import Progress, last_checkpoint, load_training_s
 from wmcache.engine.optimisers import decay_groups, warmup_constant_decay
 from wmcache.engine.ranks import SINGLE, Ranks
 from wmcache.trainer.feed import Feed, choose_residence
-from wmcache.trainer.models import MODELS, DataShape, WorldModel, build, read_options
+from wmcache.trainer.models import MODELS, DataShape, Trainable, build, read_options
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.runs import describe_caches, find_stages, lock_run, prepare_run
 
@@ -86,10 +86,7 @@ def _train(
     overwrite: bool,
 ) -> loop.Figures:
     kind, chosen = MODELS.get(options.model), read_options(options.model, options.model_options)
-    seen = kind.window(chosen, options.history) - 1
-    windows = store.windows(
-        seen, 1, options.frameskip, "train", seed=options.split_seed, fraction=options.episodes_fraction
-    )
+    windows = training_windows(store, options, kind, chosen)
     chosen = kind.configure(store, windows, chosen)
     extras = kind.extras(store, windows, chosen)
     options = replace(options, model_options=asdict(chosen))
@@ -111,7 +108,7 @@ def _train(
         load_training_state(out, model, make_optimiser(model, options))  # reports damage
         ranks.log(f"{out}: all steps are done")
         return {}
-    held_out = validation_windows(store, options).with_extras(extras)
+    held_out = validation_windows(store, options, kind.goals(chosen)).with_extras(extras)
     same = ("steps", "batch", "accumulate", "log_every", "validate_every", "checkpoint_every")
     shared = {name: getattr(options, name) for name in same}
     how = loop.LoopOptions(
@@ -129,7 +126,7 @@ def _train(
 class _WorldModelTask(loop.Task[Batch]):
     """A stage of a world model, or all of a model without stages, for the training loop; `begin` is where it begins or continues."""
 
-    network: WorldModel
+    network: Trainable
     store: TokenStore
     windows: Windows
     held_out: Windows
@@ -224,7 +221,7 @@ def check_slices(batch: int, world: int) -> None:
         raise UserError(f"--batch-size {batch} is not divisible by {world} devices; choose a multiple of {world}")
 
 
-def make_optimiser(model: WorldModel, options: TrainOptions) -> torch.optim.AdamW:
+def make_optimiser(model: Trainable, options: TrainOptions) -> torch.optim.AdamW:
     """Return AdamW of the parameters that the model trains now."""
     groups = decay_groups(model.parameter_groups(), options.weight_decay, decay_all=options.decay_all)
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, options.beta2), fused=True)
@@ -260,8 +257,15 @@ def statistics_of(store: TokenStore, frameskip: int) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.asarray(value, dtype=np.float32)) for name, value in values.items()}
 
 
-def validation_windows(store: TokenStore, options: TrainOptions) -> Windows:
-    """Return windows of one observed frame and up to 5 that follow, from the val episodes."""
+def training_windows(store: TokenStore, options: TrainOptions, kind: type[Trainable], chosen: Any) -> Windows:
+    """Return the windows of the train episodes, as a kind of model with options `chosen` needs them."""
+    seen, goals = kind.window(chosen, options.history) - 1, kind.goals(chosen)
+    settings: dict[str, Any] = {"seed": options.split_seed, "fraction": options.episodes_fraction, "goals": goals}
+    return store.windows(seen, 1, options.frameskip, "train", **settings)
+
+
+def validation_windows(store: TokenStore, options: TrainOptions, goals: Goals | None = None) -> Windows:
+    """Return windows of one observed frame and up to 5 that follow, from the val episodes; with `goals`, of one frame and a goal."""
     longest = store.longest_episode("val", seed=options.split_seed)
-    steps = max(1, min(ROLLOUT_STEPS, longest // options.frameskip - 1))
-    return store.windows(1, steps, options.frameskip, "val", seed=options.split_seed)
+    seen, steps = (0, 1) if goals else (1, max(1, min(ROLLOUT_STEPS, longest // options.frameskip - 1)))
+    return store.windows(seen, steps, options.frameskip, "val", seed=options.split_seed, goals=goals)

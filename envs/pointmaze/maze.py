@@ -148,6 +148,36 @@ class Maze:
         result: Float = np.where(straight < 2 * LATTICE_STEP, straight, np.maximum(length, straight))
         return result
 
+    def toward(self, start: Float, end: Float, ahead: float) -> Float:
+        """Return the point [2] that is `ahead` along the shortest path from start [2] to end [2]; `end` where that is nearer.
+
+        Raises:
+            MazeError: no path leads to the end.
+        """
+        if np.linalg.norm(end - start) <= ahead:
+            return end
+        points, _ = self._lattice
+        here, there = points.query(np.stack([start, end]))[1]
+        next_points = self._next_points(int(there))
+        length, point = 0.0, int(here)
+        while length < ahead and point != there:
+            if (following := int(next_points[point])) < 0:
+                raise MazeError(f"maze {self.name}: no path leads from {start.round(2)} to {end.round(2)}")
+            length += float(np.linalg.norm(points.data[following] - points.data[point]))
+            point = following
+        return end if point == there else np.asarray(points.data[point])
+
+    def _next_points(self, end: int) -> NDArray[np.int32]:
+        """Return for each lattice point the next one on its shortest path to the lattice point `end`; negative for none."""
+        if end not in self._paths:
+            _, previous = dijkstra(self._lattice[1], indices=end, return_predecessors=True)
+            self._paths[end] = previous
+        return self._paths[end]
+
+    @cached_property
+    def _paths(self) -> dict[int, NDArray[np.int32]]:
+        return {}
+
 
 def maze_names() -> list[str]:
     """Return the names of the layouts that come with wmcache."""

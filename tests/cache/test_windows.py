@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from wmcache.cache import TokenStore
-from wmcache.cache.windows import batch_windows, epoch_order, split_episodes, window_starts
+from wmcache.cache.windows import Goals, batch_windows, epoch_order, goal_draws, split_episodes, window_starts
 from wmcache.common.errors import UserError
 
 
@@ -140,3 +142,37 @@ def test_epochs_and_seeds_have_different_orders_of_all_windows() -> None:
     assert {tuple(sorted(order)) for order in orders} == {tuple(range(100))}
     epoch_order.cache_clear()  # another process computes them again
     assert orders[:5] == [tuple(epoch_order(100, 0, epoch).tolist()) for epoch in range(5)]
+
+
+class TestGoals:
+    @pytest.mark.parametrize("goals", [Goals(), Goals(horizon=3), Goals(discount=0.8), Goals(horizon=4, discount=0.5)])
+    def test_a_goal_is_a_later_frame_of_the_episode(self, store: TokenStore, goals: Goals) -> None:
+        windows = store.windows(1, 1, 5, goals=goals)
+        chosen = np.arange(len(windows))
+        batch = windows.batch(chosen, draws=goal_draws(0, 0, len(chosen)))
+        assert batch["tokens"].shape[1] == 2
+        last = windows.frames(chosen)[:, -1]
+        wanted = last + 5 * batch["goal_steps"]
+        np.testing.assert_array_equal(store.episode[wanted], store.episode[last])
+        np.testing.assert_array_equal(batch["goal_tokens"], store.gather(wanted))
+        np.testing.assert_array_equal(batch["tokens"][:, 0], store.gather(windows.starts))
+        most = (59 - store.step[last]) // 5
+        assert (most >= 1).all()
+        assert (batch["goal_steps"] <= np.minimum(most, goals.horizon or 60)).all()
+        assert set(batch["goal_steps"]) >= {1, 2, 3}
+
+    @pytest.mark.parametrize(("discount", "expected"), [(1.0, [0.25] * 4), (0.5, [8 / 15, 4 / 15, 2 / 15, 1 / 15])])
+    def test_their_distances_are_uniform_or_geometric(self, discount: float, expected: list[float]) -> None:
+        found = Goals(horizon=4, discount=discount).steps(np.full(20_000, 9), goal_draws(1, 2, 20_000))
+        np.testing.assert_allclose(np.bincount(found, minlength=5)[1:] / 20_000, expected, atol=0.02)
+
+    def test_they_depend_on_seed_and_step_and_not_on_the_ranks(self) -> None:
+        whole = goal_draws(3, 7, 12)
+        np.testing.assert_array_equal(np.concatenate([goal_draws(3, 7, 12, rank, 3) for rank in range(3)]), whole)
+        assert not np.array_equal(goal_draws(3, 8, 12), whole)
+        assert not np.array_equal(goal_draws(4, 7, 12), whole)
+
+    def test_an_episode_without_a_frame_after_the_window_has_none(self, finished: Path) -> None:
+        store = TokenStore.open(finished)  # the shorter episode has 20 frames
+        assert len(store.windows(0, 1, 20, goals=Goals())) == 10
+        assert len(store.windows(0, 1, 20)) == 1 + 11

@@ -1,59 +1,76 @@
-"""Baselines: actions that depend on no observation, in the same episodes and judged alike."""
+"""Baselines: policies that see no frame, in the same episodes and judged alike."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
-from wmcache.cache import TokenStore
-from wmcache.envs import Maze, PointMazeVectorEnv
+from wmcache.common.errors import UserError
+from wmcache.envs import PointMazeVectorEnv
 from wmcache.planner.context import EvalContext
-from wmcache.planner.episodes import Episodes, count_at_goal, judge
-from wmcache.planner.evaluate import BASELINES, evaluate, run_baseline
-from wmcache.planner.goals import start_and_goal
+from wmcache.planner.evaluate import evaluate, run_baseline
+from wmcache.planner.judge import count_at_goal, judge
 from wmcache.planner.options import PlanOptions
 
-UMAZE = Maze.load("UMaze")
+ANY_PAIR: dict[str, Any] = {"episodes": 200, "budget": 100, "strict": False}
 
 
-def planned(store: TokenStore, count: int, budget: int) -> Episodes:
-    """Episodes whose states do not matter."""
-    start, goal = start_and_goal("random-state", range(count), UMAZE, store, 0)
-    return Episodes(start, goal, np.zeros((count, budget, 4)), 5, encoder_frames=0, replans=0, seconds=0.0)
+@pytest.mark.parametrize("name", ["random", "zero"])
+def test_they_act_as_the_environment_does_and_by_episode(
+    context: EvalContext, tiny_plan: PlanOptions, name: str
+) -> None:
+    found = run_baseline(context, tiny_plan, name)
+    env = PointMazeVectorEnv(3, context.maze, 32)
+    env.reset(options={"state": found.start, "goal": found.goal})
+    rngs = [np.random.default_rng((99 * number + 1, 1)) for number in range(3)]
+    random = np.stack([rng.normal(size=(12, 2)).clip(-1.0, 1.0) for rng in rngs])
+    np.testing.assert_array_equal(found.states, env.advance(random if name == "random" else np.zeros((3, 12, 2))))
+    env.close()
+    assert found.encoder_frames == 0
+    last = run_baseline(context, replace(tiny_plan, seed=2, episodes=1), name)
+    np.testing.assert_array_equal(last.states, found.states[2:])
+    several = run_baseline(context, replace(tiny_plan, batch=2, execute=2), name)
+    np.testing.assert_array_equal(several.states, found.states)
 
 
-def test_they_act_as_the_environment_does_and_by_episode(store: TokenStore) -> None:
-    episodes = planned(store, 3, 12)
-    last = Episodes(episodes.start[2:], episodes.goal[2:], episodes.states[2:], 5, 0, 0, 0.0)
-    for name, actions_of in BASELINES.items():
-        found = run_baseline(name, UMAZE, episodes, range(3)).states
-        env = PointMazeVectorEnv(3, UMAZE, 32)
-        env.reset(options={"state": episodes.start, "goal": episodes.goal})
-        actions = np.stack([actions_of(number, 12) for number in range(3)])
-        assert np.abs(actions).max() <= 1
-        np.testing.assert_array_equal(found, env.advance(actions))
-        env.close()
-        np.testing.assert_array_equal(run_baseline(name, UMAZE, last, [2]).states, found[2:])
-
-
-def test_pairs_at_any_distance_are_too_easy(store: TokenStore) -> None:
+def test_pairs_at_any_distance_are_too_easy(context: EvalContext, tiny_plan: PlanOptions) -> None:
     """Of 200 random U-maze pairs 31, 10 and 3 begin at the goal, and zero actions reach 28 % of the goals."""
-    zero = run_baseline("zero", UMAZE, planned(store, 200, 100), range(200))
+    options = replace(tiny_plan, **ANY_PAIR)
+    zero, random = (run_baseline(context, options, name) for name in ("zero", "random"))
     assert [count_at_goal(zero, threshold) for threshold in (0.5, 0.25, 0.1)] == [31, 10, 3]
-    assert judge(zero, 0.5, UMAZE)["success_rate"] == 0.28
+    assert judge(zero, 0.5, context.maze)["success_rate"] == 0.28
+    assert judge(random, 0.5, context.maze)["successes"] == 119
+
+
+def test_the_expert_reaches_every_goal(context: EvalContext, tiny_plan: PlanOptions) -> None:
+    judged = judge(run_baseline(context, replace(tiny_plan, episodes=50, budget=100), "expert"), 0.1, context.maze)
+    assert (judged["successes"], judged["held"]) == (50, 50)
+    assert judged["path_ratio"] < 1.3
 
 
 def test_an_evaluation_has_them_on_its_own_episodes(
     context: EvalContext, tiny_plan: PlanOptions, tmp_path: Path
 ) -> None:
-    episodes, results = evaluate(context, tiny_plan, tmp_path)
+    _, results = evaluate(context, replace(tiny_plan, baselines="zero,expert"), tmp_path)
     assert results["began_at_goal"] == {"0.5": 0, "0.25": 0, "0.1": 0}
-    assert list(results["baselines"]) == ["random", "zero"]
+    assert list(results["baselines"]) == ["zero", "expert"]
     for name, rows in results["baselines"].items():
-        done = run_baseline(name, context.maze, episodes, range(3))
+        done = run_baseline(context, tiny_plan, name)
         assert rows == [judge(done, threshold, context.maze) for threshold in (0.5, 0.25, 0.1)]
+
+
+@pytest.mark.parametrize("name", ["mpc", "nothing"])
+def test_what_is_no_baseline_is_refused(
+    context: EvalContext, tiny_plan: PlanOptions, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(UserError, match=f"--baselines zero,{name}"):
+        evaluate(context, replace(tiny_plan, baselines=f"zero,{name}"), tmp_path / "plan")
+    assert not (tmp_path / "plan").exists()
 
 
 def test_an_untrained_model_has_the_same_statistics_and_no_episodes_of_the_run(

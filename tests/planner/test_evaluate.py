@@ -23,7 +23,7 @@ from wmcache.planner.options import PlanOptions
 from wmcache.planner.solvers import SOLVERS
 
 QUICK: dict[str, dict[str, Any]] = {
-    **{name: {"samples": 8, "elites": 3, "iterations": 2} for name in ("cem", "icem", "mppi")},
+    **{name: {"samples": 8, "elites": 3, "iterations": 2} for name in ("cem", "icem", "mppi", "categorical-cem")},
     "gd": {"steps": 2, "optimiser": "adam"},
 }
 
@@ -65,7 +65,9 @@ def test_a_frame_is_encoded_once_per_goal_and_per_replan(
     episodes, results = evaluate(context, options, tmp_path)
     # 12 env steps in chunks of 5.
     assert results["replans"] == 3 * 3
-    assert results["encoder_frames"] == results["episodes"] + results["replans"] == recorded.frames
+    # Its goal and a frame more are encoded to count the operations of a decision.
+    assert results["encoder_frames"] == results["episodes"] + results["replans"] == recorded.frames - 2
+    assert results["operations_per_decision"] > 0
     assert episodes.states.shape == (3, 12, 4)
     assert np.isfinite(episodes.states).all()
 
@@ -200,7 +202,7 @@ def test_a_stopped_evaluation_resumes_with_the_missing_episodes(
         evaluate(context, options, tmp_path / "stopped")
     monkeypatch.setattr(context, "encoder", recorded)
     resumed = evaluate(context, options, tmp_path / "stopped")
-    assert recorded.frames == 2 * 3
+    assert recorded.frames == 2 * 3 + 2
     np.testing.assert_array_equal(resumed[0].states, straight[0].states)
     assert without_times(resumed[1]) == without_times(straight[1])
 

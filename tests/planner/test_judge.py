@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from wmcache.envs import Maze
-from wmcache.planner.episodes import Episodes, env_steps, judge, path_lengths, shortest_path_lengths
+from wmcache.planner.episodes import Episodes
+from wmcache.planner.judge import env_steps, judge, path_lengths, shortest_path_lengths
 
 NEAR, FAR = 0.2, 5.0
 HALL = Maze("Hall", ("#" * 8, "#" + "O" * 6 + "#", "#" + "O" * 6 + "#", "#" * 8))

@@ -94,6 +94,21 @@ def test_with_an_exact_model_it_arrives_and_stays(problem: dict[str, Tensor]) ->
     assert max(distances[-5:]) < 0.3
 
 
+def test_actions_are_within_the_bounds_of_the_environment(problem: dict[str, Tensor]) -> None:
+    bounds = (torch.tensor([-2.0, 0.0, -2.0, 0.0]), torch.tensor([2.0, 0.5, 2.0, 0.5]))
+    mpc, seen = replace(make_mpc(), bounds=bounds), []
+    belief = mpc.model.observe(mpc.model.start(4), problem["tokens"], problem["proprio"], None)
+    imagine = mpc.model.imagine
+    mpc.model.imagine = lambda belief, actions, generators: seen.append(actions) or imagine(belief, actions)  # type: ignore
+    plan = mpc.plan(belief, None, generators())
+    for actions in (plan, *seen):
+        assert (actions >= bounds[0]).all()
+        assert (actions <= bounds[1]).all()
+    assert plan.abs().max() > 1
+    first = replace(mpc, solver=NoSearch()).plan(belief, plan, generators())
+    torch.testing.assert_close(first, plan)
+
+
 def test_the_first_guess_is_the_previous_plan_or_zeros(problem: dict[str, Tensor]) -> None:
     mpc = replace(make_mpc(), solver=NoSearch())
     belief = mpc.model.observe(mpc.model.start(4), **problem, previous_action=None)
@@ -110,7 +125,7 @@ def test_a_shifted_plan_ends_with_zeros(executed: int, expected: list[int]) -> N
 
 QUICK: dict[str, dict[str, Any]] = {
     **{name: {"samples": 16, "elites": 4, "iterations": 3} for name in ("cem", "mppi")},
-    "icem": {"samples": 16, "elites": 4, "iterations": 3, "frameskip": 5},
+    **{name: {"samples": 16, "elites": 4, "iterations": 3, "frameskip": 5} for name in ("icem", "categorical-cem")},
     "gd": {"steps": 4, "restarts": 5, "optimiser": "adam"},
 }
 SHAPE = DataShape(tokens=3, token_dim=5, proprio_dim=4, action_dim=10, history=3)

@@ -21,8 +21,9 @@ from wmcache import __version__
 from wmcache.commands.output import shell_command
 from wmcache.common.errors import UserError
 from wmcache.planner.context import EvalContext
-from wmcache.planner.episodes import Episodes, env_steps
+from wmcache.planner.episodes import Episodes
 from wmcache.planner.evaluate import evaluate
+from wmcache.planner.judge import env_steps
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import draw_training, write_report
 

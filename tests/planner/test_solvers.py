@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ from wmcache.planner.solvers.gd import Gd
 from wmcache.planner.solvers.icem import Icem, coloured
 from wmcache.planner.solvers.mppi import Mppi
 
+from .conftest import Recorded
+
 SHAPE = (3, 4, 2)
 THOROUGH: dict[str, dict[str, Any]] = {
     "cem": {"samples": 128, "elites": 12, "iterations": 15, "sigma": 0.6},
@@ -27,7 +29,7 @@ QUICK: dict[str, dict[str, Any]] = {
     **{name: {"samples": 16, "elites": 4, "iterations": 3} for name in ("cem", "icem", "mppi")},
     "gd": {"steps": 3, "restarts": 4, "lr": 0.1},
 }
-each_solver = pytest.mark.parametrize("name", [*SOLVERS])
+each_solver = pytest.mark.parametrize("name", [name for name in SOLVERS if name != "categorical-cem"])
 
 
 def generators(seed: int = 0, count: int = SHAPE[0]) -> list[torch.Generator]:
@@ -264,6 +266,55 @@ class TestIcem:
     def test_a_frameskip_must_divide_the_actions(self, cost: Any) -> None:
         with pytest.raises(UserError, match=r"frameskip is 3.* 2 "):
             Icem(frameskip=3)(cost, zeros(), generators())
+
+
+class TestCategoricalCem:
+    """3 episodes of 4 model steps, each of 2 env steps with one of 5 actions."""
+
+    OPTIONS: ClassVar[dict[str, Any]] = {"samples": 64, "elites": 8, "iterations": 10, "frameskip": 2}
+
+    @pytest.fixture
+    def wanted(self) -> Tensor:
+        """The sequence of lowest cost, [3, 4, 10]."""
+        taken = torch.randint(5, (3, 4, 2), generator=torch.Generator().manual_seed(7))
+        return (2 * torch.nn.functional.one_hot(taken, 5) - 1).flatten(-2).float()
+
+    @pytest.fixture
+    def cost(self, wanted: Tensor) -> Recorded:
+        return Recorded(lambda actions: (actions - wanted[:, None]).square().sum((2, 3)))
+
+    def test_it_finds_the_known_optimum_among_one_hot_actions(self, cost: Recorded, wanted: Tensor) -> None:
+        found = solve("categorical-cem", self.OPTIONS, cost, torch.zeros(3, 4, 10))
+        assert torch.equal(found, wanted)
+        for actions in cost.actions:
+            steps = actions.unflatten(-1, (2, 5))
+            assert ((steps == 1).sum(-1) == 1).all()
+            assert ((steps == -1).sum(-1) == 4).all()
+        assert (
+            sum(actions.shape[1] for actions in cost.actions)
+            == make_solver("categorical-cem", **self.OPTIONS).evaluations
+        )
+
+    def test_the_first_guess_is_a_candidate_and_is_kept_where_it_is_best(self, cost: Recorded, wanted: Tensor) -> None:
+        few = {**self.OPTIONS, "samples": 4, "elites": 2, "iterations": 1}
+        assert torch.equal(solve("categorical-cem", few, cost, wanted), wanted)
+        assert torch.equal(cost.actions[0][:, 0], wanted)
+
+    def test_an_episode_does_not_depend_on_the_others(self, cost: Recorded, wanted: Tensor) -> None:
+        few = {**self.OPTIONS, "samples": 8, "elites": 2, "iterations": 3}
+        together = solve("categorical-cem", few, cost, torch.zeros(3, 4, 10))
+        assert not torch.equal(together, wanted)
+        for i in range(3):
+            alone = make_solver("categorical-cem", **few)(
+                lambda actions, i=i: (actions - wanted[i : i + 1, None]).square().sum((2, 3)),
+                torch.zeros(1, 4, 10),
+                generators(i, 1),
+            )
+            assert torch.equal(alone[0], together[i])
+
+    def test_a_frameskip_must_divide_the_actions(self, cost: Recorded) -> None:
+        with pytest.raises(UserError, match=r"frameskip is 3.* 10 "):
+            solve("categorical-cem", {**self.OPTIONS, "frameskip": 3}, cost, torch.zeros(3, 4, 10))
 
 
 class TestColouredNoise:

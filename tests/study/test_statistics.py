@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, permutation_test
 
-from wmcache.planner.episodes import wilson
+from wmcache.planner.judge import wilson
 from wmcache.study.statistics import (
     compare,
     episodes_needed,

@@ -15,7 +15,7 @@ import torch
 from wmcache.cache import TokenStore
 from wmcache.cache.change_maps import open_change_maps
 from wmcache.cache.layout import shard_file
-from wmcache.cache.windows import batch_windows
+from wmcache.cache.windows import Goals, batch_windows, goal_draws
 from wmcache.common.errors import UserError
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract
@@ -41,6 +41,21 @@ def test_a_rank_reads_its_slice_with_the_rows_of_extra_stores(ddp_store_path: Pa
             assert expected.shape == (4, 4, 4, 4)
             np.testing.assert_array_equal(batch["changes"].numpy(), expected)
             np.testing.assert_array_equal(batch["tokens"].numpy(), windows.batch(chosen)["tokens"])
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("residence", RESIDENCES)
+def test_ranks_draw_the_goals_of_the_step(store_path: Path, residence: str, device: torch.device) -> None:
+    store = TokenStore.open(store_path)
+    windows = store.windows(0, 1, 5, "train", goals=Goals(horizon=4))
+    feeds = [Feed(store, windows, 8, 3, device, 2, residence, rank, 2) for rank in (0, 1)]
+    for step in (2, 3):
+        expected = windows.batch(batch_windows(len(windows), 3, step, 8), draws=goal_draws(3, step, 8))
+        parts = [{name: value.cpu().clone() for name, value in feed.next().items()} for feed in feeds]
+        for name, value in expected.items():
+            np.testing.assert_array_equal(torch.cat([part[name] for part in parts]).numpy(), value)
+    for feed in feeds:
+        feed.__exit__()
 
 
 @pytest.fixture(scope="module")

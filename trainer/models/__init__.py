@@ -1,47 +1,27 @@
-"""World models: a file or a folder for each, registered by `@MODELS.register("name")`."""
+"""World models and policies: a file or a folder for each, registered by `@MODELS.register("name")`."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows
 from wmcache.common.device import autocast
-from wmcache.common.errors import UserError
 from wmcache.common.options import parse_options
 from wmcache.common.registry import Registry
-from wmcache.common.schema import Size
+from wmcache.trainer.models.trainable import DataShape as DataShape
+from wmcache.trainer.models.trainable import Trainable as Trainable
 
 VALIDATION_WINDOWS, BATCH = 256, 64
 Belief = Mapping[str, Tensor]
 """What a model remembers of E episodes. Each tensor is [E, …], so a belief is cut and repeated along its episodes."""
-
-
-@dataclass(frozen=True)
-class DataShape:
-    """Sizes of the data: N, D, P, f * A, H context frames, and the columns of the token grid, which has N / columns rows.
-
-    Attributes:
-        has_reward, has_end: whether batches have `reward` and `terminated`.
-    """
-
-    tokens: Size
-    token_dim: Size
-    proprio_dim: Annotated[int, Field(ge=0, le=2**16)]
-    action_dim: Size
-    history: Annotated[int, Field(gt=0, le=1024)]
-    columns: Size = 1
-    has_reward: bool = False
-    has_end: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,100 +46,27 @@ class Imagined:
         return replace(self, **values)
 
 
-class WorldModel(nn.Module, ABC):
-    """An action-conditioned predictor of latents. Latents and actions are in the store's units.
-
-    `loss`, `observe` and `imagine` have no default.
+class WorldModel(Trainable):
+    """An action-conditioned predictor of latents. `loss`, `start`, `observe` and `imagine` have no default.
 
     Attributes:
         context: frames, observed or imagined, that an imagined step sees; the history, unless a planner lowers it.
         observed: newest frames that a belief keeps; the history, unless a planner lowers it.
     """
 
-    Options: ClassVar[type[Any]]  # dataclass, whose fields become options of the command line
-    stages: ClassVar[tuple[str, ...]] = ()  # empty for a model that is trained in one go
-    plannable_after: ClassVar[str] = ""  # the first stage after which `imagine` is meaningful
-    pools: ClassVar[bool] = False  # whether `loss` can average the token grid (`--pool`)
     recurrent: ClassVar[bool] = False  # remembers every frame of an episode, so a planner must observe each model step
     draws: ClassVar[bool] = False  # whether `imagine` uses its generators
-    stage: Tensor  # of a model with stages: number of the one that is or was trained last, from 1; 0 before the first
 
     def __init__(self, shape: DataShape, options: Any, statistics: Mapping[str, Tensor]) -> None:
-        """Keep `{tokens,proprio,action}_{mean,std}`, float32 vectors, as buffers, so that a planner opens no store."""
-        super().__init__()
-        self.shape, self.options = shape, options
+        """See `Trainable`."""
+        super().__init__(shape, options, statistics)
         self.context = self.observed = shape.history
-        for name, value in statistics.items():
-            self.register_buffer(name, value)
-        if self.stages:
-            self.register_buffer("stage", torch.zeros((), dtype=torch.int64))
-
-    @classmethod
-    def configure(cls, store: TokenStore, windows: Windows, options: Any) -> Any:  # noqa: ARG003
-        """Fill in what depends on the data; raises UserError where the model cannot be trained on this store."""
-        return options
-
-    @classmethod
-    def window(cls, options: Any, history: int) -> int:  # noqa: ARG003
-        """Return the frames of a training window."""
-        return history + 1
-
-    @classmethod
-    def extras(cls, store: TokenStore, windows: Windows, options: Any) -> dict[str, TokenStore]:  # noqa: ARG003
-        """Open stores whose rows batches have beside tokens (`Windows.with_extras`); raises UserError where one is missing."""
-        return {}
-
-    @classmethod
-    def may_change_after(cls, stage: str) -> frozenset[str]:  # noqa: ARG003
-        """Return the options that what was trained up to this stage does not depend on."""
-        return frozenset()
-
-    @classmethod
-    def stage_before_planning(cls, reached: str) -> str:
-        """Return the stage to train next where `imagine` is not meaningful after stage `reached` ("": none), else ""."""
-        done = cls.stage_number(reached)
-        return cls.stages[done] if done < cls.stage_number(cls.plannable_after) else ""
-
-    @classmethod
-    def stage_number(cls, stage: str) -> int:
-        """Return the position of a stage, from 1; 0 for none."""
-        return cls.stages.index(stage) + 1 if stage in cls.stages else 0
 
     @property
-    def stage_name(self) -> str:
-        """Name of the stage that is or was trained last; "" for none."""
-        number = int(self.stage) if self.stages else 0
-        return self.stages[number - 1] if number else ""
-
-    def begin(self, stage: str) -> None:
-        """Prepare to train a stage. A model with stages also freezes here what the stage does not train."""
-        self.stage.fill_(self.stage_number(stage))
-
-    def check_pool(self, pool: int) -> None:
-        """Raise UserError where `loss` cannot average squares of `pool` x `pool` tokens."""
-        rows, columns = self.shape.tokens // self.shape.columns, self.shape.columns
-        if (pool > 1 and not self.pools) or rows % pool or columns % pool:
-            raise UserError(f"--pool {pool} suits no {rows} x {columns} tokens of this model; choose 1, or divide both")
-
-    @abstractmethod
-    def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:
-        """Compute the training loss, of the present stage where there are stages.
-
-        Args:
-            batch: tokens [B, T, N, D], proprio [B, T, P], action [B, T, f * A], and a row of each of `extras` [B, T, …]; T of `window`.
-                Where the shape has them also reward [B, T] and terminated [B, T], of the env steps from each frame to the next.
-            pool: side of the squares of the token grid to average first; above 1 only where `check_pool` allows it.
-
-        Returns:
-            `loss`, and parts of it to log; scalars.
-        """
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return groups for the optimiser; keys beside `params` override its settings. Default: all trainable parameters in one group."""
-        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
-
-    def after_step(self) -> None:
-        """Update what no gradient moves, such as target networks; called after each optimiser step."""
+    def blind(self) -> bool:
+        """See `Trainable.blind`."""
+        no_proprio = torch.zeros(1, 1, self.shape.proprio_dim, device=next(self.parameters()).device)
+        return not self.encode_proprio(no_proprio).numel()
 
     def validate(self, windows: Windows, device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
         """Measure the model on held-out windows of one observed frame and some that follow; they have the model's `extras`.
@@ -259,7 +166,7 @@ class Localizes(Protocol):
         """Mark patches for each step of a batch, bool [B, T - 1, N]: those that `changes`, are `computed` and are `likely to change`."""
 
 
-MODELS: Registry[type[WorldModel]] = Registry("world model", package=__name__, group="wmcache.models")
+MODELS: Registry[type[Trainable]] = Registry("model", package=__name__, group="wmcache.models")
 
 
 def read_options(name: str, options: Mapping[str, Any]) -> Any:
@@ -267,6 +174,6 @@ def read_options(name: str, options: Mapping[str, Any]) -> Any:
     return parse_options(MODELS.get(name).Options, dict(options), f"world model {name}")
 
 
-def build(name: str, shape: DataShape, options: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> WorldModel:
-    """Make a new model, see `WorldModel`; raises UserError for an unknown name or option, or sizes that do not fit."""
+def build(name: str, shape: DataShape, options: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> Trainable:
+    """Make a new model, see `Trainable`; raises UserError for an unknown name or option, or sizes that do not fit."""
     return MODELS.get(name)(shape, read_options(name, options), statistics)
