@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from wmcache.cluster.tasks import WorkerTask, log, run_tasks
-from wmcache.common.errors import UserError
+from wmcache.common.errors import UserError, suggest
 from wmcache.common.paths import AnyPath, absolute, as_path
 from wmcache.common.space import require_space
 from wmcache.envs import POLICIES, Environment
@@ -25,8 +25,8 @@ def collect(env: str, out: AnyPath, *, cluster: str = "local:1", **settings: Any
     most = options.episodes * options.length
     player = Player(env, (), options.image_size, options.seed, options.policy, options.length)
     opened = player.open()
-    if options.policy not in opened.policies:
-        POLICIES.get(options.policy)
+    if options.policy not in (known := sorted({*opened.policies, *POLICIES})):
+        raise UserError(f"environment {env} has no policy {options.policy!r}; {suggest(options.policy, known)}")
     # A frame of a maze is about 2 kB at 112 px as PNG; twice the pixels, twice the edges.
     require_space(out, 30 * options.image_size * most, f"a dataset of {most} frames")
     spec = opened.spec
