@@ -243,7 +243,7 @@ class TokenStore:
         if not len(starts):
             raise UserError(
                 f"no episode of {self.path} ({split}) has the {span} frames of a window; "
-                "collect longer episodes or lower --history or --frameskip"
+                "collect longer episodes, or lower --frameskip or the frames of a window: --history, or the model's own option"
             )
         return Windows(self, starts, history, predict, frameskip, dropped, goals=goals)
 

@@ -188,7 +188,7 @@ def draw_training(run: Path) -> bytes:
     figure, (left, right) = _new_figure(7.2, 2.8, columns=2)
     if losses:
         left.plot(*zip(*losses, strict=True), color=COLOURS[0])
-        left.set(yscale="log")
+        left.set(yscale="log" if all(loss > 0 for _, loss in losses) else "linear")  # a log-likelihood may be negative
     left.set(xlabel="step", ylabel="training loss")
     for k, colour in enumerate(COLOURS, start=1):
         points = [(line["step"], line[f"skill_{k}"]) for line in skills if f"skill_{k}" in line]

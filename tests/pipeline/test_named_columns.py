@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from upath import UPath
 
 from wmcache.cache import TokenStore
 from wmcache.cache.verify import verify
@@ -17,12 +18,14 @@ from wmcache.common.columns import Column
 from wmcache.common.errors import UserError
 from wmcache.common.jsonfiles import read_json
 from wmcache.pipeline import encoders
+from wmcache.pipeline.derive import derive_change_maps
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import DatasetCard, FrameDataset, FrameDatasetWriter, write_shard
 from wmcache.pipeline.probe import probe
 from wmcache.pipeline.repair import repair
 from wmcache.pipeline.steps import Steps
 from wmcache.trainer.feed import Feed
+from wmcache.trainer.models import rollout
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.runs import load_model
 from wmcache.trainer.train import train
@@ -43,7 +46,11 @@ RICH = {
 CPU = torch.device("cpu")
 SMALL = {"width": 8, "depth": 1, "heads": 2, "dropout": 0.0}
 LOCATOR = {"locator_width": 12, "locator_depth": 1, "locator_mlp": 16, "labels": "features"}
-SIZES: dict[str, dict[str, Any]] = {"dino-wm": SMALL, "ddp-wm": {**SMALL, **LOCATOR}}
+SIZES: dict[str, dict[str, Any]] = {
+    "dino-wm": SMALL,
+    "ddp-wm": {**SMALL, **LOCATOR},
+    "mdn-rnn": {"hidden": 8, "sequence": 3},
+}
 
 
 def make_store(folder: Path, described: dict[str, Column]) -> Path:
@@ -122,6 +129,17 @@ def test_a_lost_column_is_written_again_by_a_repair(rich: Path, tmp_path: Path) 
     np.testing.assert_array_equal(TokenStore.open(folder).column("grid"), TokenStore.open(rich).column("grid"))
 
 
+def test_int8_stores_change_maps_and_object_stores_have_the_columns(rich: Path, tmp_path: Path, bucket: UPath) -> None:
+    dataset, whole = FrameDataset.open(rich.parent / "frames"), TokenStore.open(rich)
+    pixels = encoders.create("pixels", image_size=16, device="cpu")
+    extract(dataset, pixels, bucket / "pixels.zarr", dtype="int8")
+    maps = derive_change_maps(whole, 2)
+    for store in (TokenStore.open(bucket / "pixels.zarr"), TokenStore.open(maps)):
+        assert store.columns == RICH
+        for name in RICH:
+            np.testing.assert_array_equal(store.column(name), whole.column(name))
+
+
 def test_a_column_of_another_shape_than_the_card_says_is_refused(tmp_path: Path) -> None:
     folder = make_store(tmp_path, {"push": ACTION})
     other = make_store(tmp_path / "other", {"push": Column(("action",), "float64", (3,))})
@@ -165,7 +183,19 @@ def test_a_model_trains_on_any_columns_and_resumes(
     assert load_model(out, CPU).shape.proprio_dim == shape["proprio_dim"]
     train(cache, out, options(model, steps=6), resume=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert max(line["step"] for line in lines) == {"dino-wm": 6, "ddp-wm": 14}[model]
+    assert max(line["step"] for line in lines) == {"ddp-wm": 14}.get(model, 6)
+
+
+def test_a_model_imagines_reward_and_whether_the_episode_goes_on(rich: Path, tmp_path: Path) -> None:
+    train(rich, tmp_path / "run", options("mdn-rnn"))
+    windows = TokenStore.open(rich).windows(history=1, predict=2, frameskip=2)
+    batch = {name: torch.from_numpy(value) for name, value in windows.batch(np.arange(4)).items()}
+    model = load_model(tmp_path / "run", CPU)
+    imagined = rollout(model, batch["tokens"][:, :1], batch["proprio"][:, :1], batch["action"])
+    assert imagined.reward is not None
+    assert imagined.continues is not None
+    assert imagined.reward.shape == imagined.continues.shape == (4, 1, 3)
+    assert ((imagined.continues > 0) & (imagined.continues < 1)).all()
 
 
 def test_a_probe_without_a_state_has_the_figures_that_need_none(bare: Path) -> None:

@@ -27,7 +27,7 @@ class DataShape:
 
     tokens: Size
     token_dim: Size
-    proprio_dim: Size
+    proprio_dim: Annotated[int, Field(ge=0, le=2**16)]
     action_dim: Size
     history: Annotated[int, Field(gt=0, le=1024)]
     columns: Size = 1

@@ -1,0 +1,231 @@
+"""The M of World Models (arXiv 1803.10122, section 2.2): an LSTM whose output is a mixture of Gaussians of the next latent.
+
+By default a mixture for each dimension, as the paper's code has it; `--mixture vector` has one for the whole latent. The means are those of
+the change from the present latent, unless `--predict frame`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Le
+from einops import rearrange
+from torch import Tensor, nn
+
+from wmcache.cache.store import TokenStore
+from wmcache.cache.windows import Windows
+from wmcache.common.errors import UserError
+from wmcache.common.options import Positive, Weight, option
+from wmcache.trainer.models import MODELS, Belief, DataShape, Imagined, WorldModel
+from wmcache.trainer.models.latent import MIN_STD
+
+LARGEST_FRAME = 4096  # values, each of which has several Gaussians
+LEAST_LOG_SIGMA = math.log(0.01)  # of standardised values
+
+
+@dataclass(frozen=True)
+class MdnRnnOptions:
+    """Sizes and variants."""
+
+    proprio: Literal["raw", "none"] = option("raw", "Predict raw proprio, or use pixels alone.", group="Model")
+    predict: Literal["change", "frame"] = option("change", "Predict the change, or the next frame.")
+    hidden: Positive = option(256, "Units of the LSTM.")
+    mixtures: Positive = option(5, "Gaussians of a mixture.")
+    mixture: Literal["dimension", "vector"] = option(
+        "dimension", "A mixture for each dimension of the latent, or one for the whole latent."
+    )
+    sequence: Annotated[int, Ge(2), Le(1024)] = option(16, "Frames of a training sequence.")
+    temperature: Weight = option(
+        0.0, "Temperature of what is drawn in plans; 0: the mean of the most probable Gaussian."
+    )
+
+
+class Memory(NamedTuple):
+    """Output and cell of an LSTM, [B, hidden] each."""
+
+    hidden: Tensor
+    cell: Tensor
+
+
+class Mixture(NamedTuple):
+    """Gaussians of the change or of the frame: logits [..., V or 1, K], means and log_sigmas [..., V, K]."""
+
+    logits: Tensor
+    means: Tensor
+    log_sigmas: Tensor
+
+
+@MODELS.register("mdn-rnn")
+class MdnRnn(WorldModel):
+    """MDN-RNN, see the module. A frame is a vector of V = N * D values; inside, tokens, proprio and actions are standardised."""
+
+    Options = MdnRnnOptions
+    recurrent = True
+    draws = True
+    options: MdnRnnOptions
+    tokens_mean: Tensor
+    tokens_std: Tensor
+    proprio_mean: Tensor
+    proprio_std: Tensor
+    action_mean: Tensor
+    action_std: Tensor
+
+    def __init__(self, shape: DataShape, options: MdnRnnOptions, statistics: Mapping[str, Tensor]) -> None:
+        """Build the model, see `WorldModel`; raises UserError for a frame of too many values."""
+        self.values = shape.tokens * shape.token_dim
+        if self.values > LARGEST_FRAME:
+            raise UserError(
+                f"mdn-rnn takes frames of at most {LARGEST_FRAME} values, not {shape.tokens} x {shape.token_dim}; "
+                "make a store of fewer with wmcache derive"
+            )
+        known = {name: value.float() for name, value in statistics.items()}
+        known |= {name: value.clamp_min(MIN_STD) for name, value in known.items() if name.endswith("std")}
+        super().__init__(shape, options, known)
+        self.proprio_size = shape.proprio_dim if options.proprio == "raw" else 0
+        self.inputs = nn.Linear(self.values + self.proprio_size + shape.action_dim, 4 * options.hidden)
+        self.recurrence = nn.Linear(options.hidden, 4 * options.hidden, bias=False)
+        logits = 1 if options.mixture == "vector" else self.values
+        sizes = {"logits": logits, "means": self.values, "log_sigmas": self.values}
+        self.mixture = nn.ModuleDict(
+            {name: nn.Linear(options.hidden, size * options.mixtures) for name, size in sizes.items()}
+        )
+        heads = {"proprio": self.proprio_size, "reward": int(shape.has_reward), "end": int(shape.has_end)}
+        self.heads = nn.ModuleDict({name: nn.Linear(options.hidden, size) for name, size in heads.items() if size})
+
+    @classmethod
+    def configure(cls, store: TokenStore, windows: Windows, options: MdnRnnOptions) -> MdnRnnOptions:  # noqa: ARG003
+        """Use pixels alone where the store has no proprio; see `WorldModel.configure`."""
+        return replace(options, proprio="none") if store.proprio is None else options
+
+    @classmethod
+    def window(cls, options: MdnRnnOptions, history: int) -> int:  # noqa: ARG003
+        """See `WorldModel.window`: a sequence, whatever the history."""
+        return options.sequence
+
+    def encode_proprio(self, proprio: Tensor) -> Tensor:
+        """See `WorldModel.encode_proprio`."""
+        return ((proprio - self.proprio_mean) / self.proprio_std)[..., : self.proprio_size]
+
+    def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:  # noqa: ARG002 (see `pools`)
+        """Compute the negative log-likelihood of the next latent per dimension, and add the losses of the heads.
+
+        These are the MSE of proprio and reward, and the cross-entropy of `terminated`; see `WorldModel.loss`.
+        """
+        tokens, proprio = self._flatten(batch["tokens"]), self.encode_proprio(batch["proprio"])
+        outputs = self._read(tokens, proprio, batch["action"])
+        hidden = outputs[:, :-1]
+        changes = self.options.predict == "change"
+        target = tokens[:, 1:] - tokens[:, :-1] if changes else tokens[:, 1:]
+        losses = {"nll": negative_log_likelihood(self._mixture(hidden), target)}
+        found = {name: head(outputs).float() for name, head in self.heads.items()}
+        if "proprio" in found:
+            moved = proprio[:, 1:] - proprio[:, :-1] if changes else proprio[:, 1:]
+            losses["proprio"] = F.mse_loss(found["proprio"][:, :-1], moved)
+        # An episode ends after the last frame of a window: no frame follows its end.
+        if "reward" in found:
+            losses["reward"] = F.mse_loss(found["reward"][..., 0], batch["reward"].float())
+        if "end" in found:
+            losses["end"] = F.binary_cross_entropy_with_logits(found["end"][..., 0], batch["terminated"].float())
+        return {"loss": torch.stack([*losses.values()]).sum(), **{name: one.detach() for name, one in losses.items()}}
+
+    def start(self, count: int) -> Belief:
+        """See `WorldModel.start`. A belief has the memory of all frames but the newest one, and that frame, standardised."""
+        sizes = {"hidden": self.options.hidden, "cell": self.options.hidden, "tokens": self.values}
+        sizes["proprio"] = self.proprio_size
+        return {name: torch.zeros(count, size, device=self.tokens_mean.device) for name, size in sizes.items()}
+
+    def observe(self, belief: Belief, tokens: Tensor, proprio: Tensor, previous_action: Tensor | None) -> Belief:
+        """See `WorldModel.observe`."""
+        memory = Memory(belief["hidden"], belief["cell"])
+        if previous_action is not None:
+            memory = self._remember(memory, self._inputs(belief["tokens"], belief["proprio"], previous_action))
+        return {**memory._asdict(), "tokens": self._flatten(tokens), "proprio": self.encode_proprio(proprio)}
+
+    def imagine(self, belief: Belief, actions: Tensor, generators: Sequence[torch.Generator] | None = None) -> Imagined:
+        """See `WorldModel.imagine`. Latents are drawn where the temperature is above 0."""
+        samples, generators = actions.shape[1], generators if self.options.temperature else None
+        parts = (belief[name].repeat_interleave(samples, 0) for name in ("hidden", "cell", "tokens", "proprio"))
+        hidden, cell, tokens, proprio = parts
+        memory, keeps = Memory(hidden, cell), self.options.predict == "change"
+        frames: dict[str, list[Tensor]] = {name: [] for name in ("tokens", "proprio", "reward", "end")}
+        for action in actions.flatten(0, 1).unbind(1):
+            memory = self._remember(memory, self._inputs(tokens, proprio, action))
+            following = self._draw(memory.hidden, generators, samples)
+            found = {name: head(memory.hidden).float() for name, head in self.heads.items()}
+            moved = found.pop("proprio", proprio[:, :0])
+            tokens, proprio = (tokens + following, proprio + moved) if keeps else (following, moved)
+            for name, value in {"tokens": tokens, "proprio": proprio, **found}.items():
+                frames[name].append(value)
+        stacked = {name: torch.stack(parts, 1) for name, parts in frames.items() if parts}
+        every = {name: rearrange(value, "(e s) ... -> e s ...", s=samples) for name, value in stacked.items()}
+        latents = rearrange(every["tokens"], "e s t (n d) -> e s t n d", n=self.shape.tokens)
+        latents = latents * self.tokens_std + self.tokens_mean
+        reward = every["reward"][..., 0] if "reward" in every else None
+        continues = torch.sigmoid(-every["end"][..., 0]) if "end" in every else None
+        return Imagined(latents, every["proprio"], reward, continues)
+
+    def _flatten(self, tokens: Tensor) -> Tensor:
+        """Standardise tokens [..., N, D] of the store, [..., V]."""
+        return ((tokens.float() - self.tokens_mean) / self.tokens_std).flatten(-2)
+
+    def _inputs(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> Tensor:
+        """Compute what frames and the actions after them add to the gates of the LSTM; actions are in the store's units."""
+        action = (action - self.action_mean) / self.action_std
+        found: Tensor = self.inputs(torch.cat([tokens, proprio, action], -1))
+        return found
+
+    def _read(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> Tensor:
+        """Read sequences [B, T, …] from the first frame on; returns the output of the LSTM, [B, T, hidden]."""
+        zeros = torch.zeros(len(tokens), self.options.hidden, device=tokens.device)
+        memory, outputs = Memory(zeros, zeros), []
+        for inputs in self._inputs(tokens, proprio, action).unbind(1):
+            memory = self._remember(memory, inputs)
+            outputs.append(memory.hidden)
+        return torch.stack(outputs, 1)
+
+    def _remember(self, memory: Memory, inputs: Tensor) -> Memory:
+        gates = (inputs + self.recurrence(memory.hidden)).float()
+        write, keep, value, read = gates.chunk(4, -1)
+        cell = torch.sigmoid(keep + 1) * memory.cell + torch.sigmoid(write) * torch.tanh(value)
+        return Memory(torch.sigmoid(read) * torch.tanh(cell), cell)
+
+    def _mixture(self, hidden: Tensor) -> Mixture:
+        shape = (-1, self.options.mixtures)
+        logits, means, log_sigmas = (layer(hidden).float().unflatten(-1, shape) for layer in self.mixture.values())
+        return Mixture(logits, means, log_sigmas.clamp_min(LEAST_LOG_SIGMA))
+
+    def _draw(self, hidden: Tensor, generators: Sequence[torch.Generator] | None, samples: int) -> Tensor:
+        """Return values [E * S, V] of the mixtures after `hidden` [E * S, hidden]; all S of an episode see the same noise."""
+        if generators is None:
+            shape = (-1, self.options.mixtures)
+            logits, means = (self.mixture[name](hidden).float().unflatten(-1, shape) for name in ("logits", "means"))
+            return chosen(means, logits.argmax(-1, keepdim=True))
+        mixture, temperature = self._mixture(hidden), self.options.temperature
+        uniform = torch.stack([torch.rand(mixture.logits.shape[1], generator=one) for one in generators])
+        normal = torch.stack([torch.randn(self.values, generator=one) for one in generators])
+        uniform, normal = (noise.to(hidden.device).repeat_interleave(samples, 0) for noise in (uniform, normal))
+        shares = (mixture.logits / temperature).softmax(-1).cumsum(-1)
+        component = (shares[..., :-1] < uniform[..., None]).sum(-1, keepdim=True)
+        sigma = chosen(mixture.log_sigmas, component).exp() * math.sqrt(temperature)
+        return chosen(mixture.means, component) + sigma * normal
+
+
+def chosen(values: Tensor, component: Tensor) -> Tensor:
+    """Select from [..., V, K] by components [..., V or 1, 1], [..., V]."""
+    return values.gather(-1, component.expand(*values.shape[:-1], 1))[..., 0]
+
+
+def negative_log_likelihood(mixture: Mixture, target: Tensor) -> Tensor:
+    """Compute the mean over targets [..., V] and their dimensions of -log p."""
+    logits, means, log_sigmas = mixture
+    errors = (target[..., None] - means) * torch.exp(-log_sigmas)
+    likelihoods = -0.5 * (errors.square() + math.log(2 * math.pi)) - log_sigmas
+    # Dimensions of one mixture for the whole vector are independent given the component.
+    joint = likelihoods if logits.shape[-2] > 1 else likelihoods.sum(-2, keepdim=True)
+    each = torch.logsumexp(logits.log_softmax(-1) + joint, -1)
+    return -each.sum() / target.numel()
