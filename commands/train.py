@@ -1,4 +1,4 @@
-"""wmtrain, wmcache import-run: a world model from cached latents, or from a checkpoint of another project."""
+"""wmtrain, wmcache import-run: a world model or policy from cached latents, or from a checkpoint of another project."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
 
 _models = partial(resolve_name, "wmcache.trainer.models:MODELS")
-MODEL = ByName("model", "world model", _models, lambda name: _models().get(name).Options)
+MODEL = ByName("model", "model", _models, lambda name: _models().get(name).Options)
 
 
 def _stages() -> list[str]:
@@ -56,7 +56,7 @@ def _stages() -> list[str]:
 def wmtrain(
     caches: tuple[AnyPath, ...], out: Path | None, devices: int | None, resume: bool, overwrite: bool, **settings: Any
 ) -> None:
-    """Train a world model purely on cached latents. Run again, it goes on where it stopped."""
+    """Train a world model or a policy purely on cached latents. Run again, it goes on where it stopped."""
     ctx = click.get_current_context()
     if ctx.invoked_subcommand:
         return

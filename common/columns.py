@@ -71,9 +71,10 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 def default_columns(action_dim: int, state_dim: int) -> dict[str, Column]:
-    """Return the columns of a dataset or a store without a description."""
+    """Return the columns of a dataset or a store without a description; no state where it has 0 numbers."""
     action = Column(("action",), "float32", (action_dim,), (-1.0,) * action_dim, (1.0,) * action_dim)
-    return {"action": action, "state": Column(("state", "proprio"), "float64", (state_dim,))}
+    state = {"state": Column(("state", "proprio"), "float64", (state_dim,))} if state_dim else {}
+    return {"action": action, **state}
 
 
 def is_default(columns: Columns) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -47,7 +48,7 @@ class EvalContext:
             context costs more and accumulates the model's own errors.
         observed: newest live frames of those between two plans that the model observes.
         graph: with `--distance graph`, else None.
-        action_bounds: float32 [A] each, lowest and highest env actions.
+        action_bounds: float32 [A] each, lowest and highest env actions. discrete: they are one-hot.
     """
 
     def __init__(
@@ -89,9 +90,19 @@ class EvalContext:
         own = {"frameskip": self.frameskip} if "frameskip" in option_names(options.solver) else {}
         self.solver = make_solver(options.solver, **{**own, **options.search})
         self.graph = self.cached_graph if options.distance == "graph" else None
-        ones = np.ones(self.store.action.shape[1], np.float32)
-        self.action_bounds = (-ones, ones)
+        self.action_bounds = self.store.bounds
+        self.discrete = any(column.discrete for column in self.store.columns.values() if "action" in column.roles)
+        if self.policy(options) == "mpc" and getattr(self.solver, "discrete", False) != self.discrete:
+            kind = "one-hot, so choose --solver categorical-cem" if self.discrete else "not discrete; choose another"
+            raise UserError(f"--solver {options.solver}: the actions of {self.run} are {kind}")
         self._changes = changes_for(self.card.token_grid, self.frameskip, options.device) if options.mask else None
+
+    def proprio(self, observation: Observation) -> Tensor:
+        """Return the proprio that the model sees, float32 [E, P]; P is 0 where its store had none."""
+        wanted, found = self.model.shape.proprio_dim, observation.proprio.shape[1]
+        if wanted not in (0, found):
+            raise UserError(f"{self.run} was trained with {wanted} numbers of proprio, its environment has {found}")
+        return torch.from_numpy(observation.proprio[:, :wanted]).to(self.device)
 
     def _load_encoder(self, identity: Identity, device: str) -> Encoder:
         kept = self.card.encoder.get("weights")

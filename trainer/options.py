@@ -17,7 +17,7 @@ Rate = Annotated[float, Ge(1e-12)]
 class TrainOptions:
     """All settings of a run; saved as `config.json`."""
 
-    model: str = option("dino-wm", "World model: {names}.", group="Run")
+    model: str = option("dino-wm", "World model or policy: {names}.", group="Run")
     model_options: dict[str, Any] = field(default_factory=dict)
     stage: str = option("all", "Stage to train, of a model that has several; each has --steps: all, {names}.")
     start: str | None = option(None, "Run whose last finished stage is continued.  [default: --out]", flag="--from")

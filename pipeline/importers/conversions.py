@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -85,7 +85,26 @@ def describe_action(values: NDArray[Any], where: AnyPath | str) -> Column:
     return describe("action", values, ACTION, "float32", where, **bounds)
 
 
-def make_steps(
+def make_steps(episodes: Sequence[tuple[NDArray[Any], NDArray[Any]]], where: AnyPath | str) -> Steps:
+    """Make the step table of episodes of actions [T, A] and states [T, S]; raises as `build_steps`."""
+    episode, step = number_steps([len(action) for action, _ in episodes], where)
+    action, state = (np.concatenate(values) for values in zip(*episodes, strict=True))
+    described = {
+        "action": describe_action(action, where),
+        "state": describe("state", state, STATE, "float64", where),
+    }
+    return build_steps(episode, step, {"action": action, "state": state}, described, where)
+
+
+def number_steps(lengths: Sequence[int], where: AnyPath | str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return episode and step of each frame of episodes of these lengths; raises UserError where there is none."""
+    if not lengths:
+        raise UserError(f"{where} has no episodes")
+    episode = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    return episode, np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+
+
+def build_steps(
     episode: NDArray[np.int32],
     step: NDArray[np.int32],
     values: Mapping[str, NDArray[Any]],

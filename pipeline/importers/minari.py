@@ -28,10 +28,11 @@ from wmcache.pipeline.importers.conversions import (
     ACTION,
     STATE,
     ImageImporter,
+    build_steps,
     describe,
     is_action_missing,
-    make_steps,
     note,
+    number_steps,
 )
 from wmcache.pipeline.steps import Steps
 
@@ -135,11 +136,7 @@ class _Dataset:
     def steps(self, episodes: list[dict[str, NDArray[Any]]]) -> Steps:
         """Make the step table of the columns of all episodes."""
         where = f"Minari dataset {self.name}"
-        if not episodes:
-            raise UserError(f"{where} has no episodes")
-        lengths = [len(columns["action"]) for columns in episodes]
-        episode = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        step = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+        numbers = number_steps([len(columns["action"]) for columns in episodes], where)
         values = {name: np.concatenate([columns[name] for columns in episodes]) for name in episodes[0]}
         described = {"action": describe("action", values["action"], ACTION, "float32", where, **self._bounds())}
         if "state" in values:
@@ -147,7 +144,7 @@ class _Dataset:
         described["reward"] = Column(("reward",), "float64")
         described["terminated"] = Column(("terminated",), "bool")
         described["truncated"] = Column(("truncated",), "bool")
-        return make_steps(episode, step, values, described, where)
+        return build_steps(*numbers, values, described, where)
 
     def _bounds(self) -> dict[str, Any]:
         """Return the bounds of actions, as of `Column`; none where the space has none."""

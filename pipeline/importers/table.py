@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 from wmcache.common.columns import SCALARS, DType, Role, require_names
 from wmcache.common.errors import UserError
 from wmcache.common.reading import reading
-from wmcache.pipeline.importers.conversions import STATE, describe, describe_action, is_action_missing, make_steps, note
+from wmcache.pipeline.importers.conversions import (
+    STATE,
+    build_steps,
+    describe,
+    describe_action,
+    is_action_missing,
+    note,
+)
 from wmcache.pipeline.steps import Steps
 
 COLUMNS = r"episode|step|file|video|(action|state|proprio)(_\d+)?|reward|terminated|truncated"
@@ -64,7 +71,7 @@ def read_table(path: Path) -> StepTable:
     for name, column, roles, dtype in _other_columns(rows, order, path):
         values[name], described[name] = column, describe(name, column, roles, dtype, path)
     numbers = episode[kept].astype(np.int32), step[kept].astype(np.int32)
-    steps = make_steps(*numbers, values, described, path, lambda frame: _row(path, int(order[frame])))
+    steps = build_steps(*numbers, values, described, path, lambda frame: _row(path, int(order[frame])))
     kind = _kind(rows, path)
     return StepTable(kind, rows[kind].to_numpy(zero_copy_only=False)[order], steps, missing[last])
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wmcache.common.device import autocast
@@ -51,7 +52,7 @@ class ActorPolicy:
         """See `Policy`."""
         begun = time.perf_counter()
         self._tokens = self._encode(observation)
-        self._proprio = torch.from_numpy(observation.proprio).to(self._context.device)
+        self._proprio = self._context.proprio(observation)
         self.seconds += time.perf_counter() - begun
 
     @torch.inference_mode()
@@ -65,6 +66,9 @@ class ActorPolicy:
             actions = self._model.act(self._tokens, self._proprio, goal)
         self.decisions += len(actions)
         self.seconds += time.perf_counter() - begun
+        if self._context.discrete:
+            scores = actions.unflatten(1, (self._context.frameskip, -1))  # type: ignore[no-untyped-call]
+            return F.one_hot(scores.argmax(-1), scores.shape[-1]).float().flatten(1)[:, None]
         return actions.float().clamp(self._low, self._high)[:, None]
 
     def _encode(self, observation: Observation) -> Tensor:

@@ -42,7 +42,7 @@ class MpcPolicy:
     def observe(self, observation: Observation) -> None:
         """See `Policy`."""
         begun = time.perf_counter()
-        tokens, proprio = self._encode(observation), torch.from_numpy(observation.proprio).to(self.context.device)
+        tokens, proprio = self._encode(observation), self.context.proprio(observation)
         with torch.no_grad():
             self._belief = self.model.observe(self._belief, tokens, proprio, next(self._led))
         self._images = observation.image

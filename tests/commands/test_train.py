@@ -105,7 +105,7 @@ class TestModels:
         }
         assert {flag for flag in set().union(*flags.values()) if flag in text} == flags[model]
         assert f"--preset [{'|'.join(PRESETS)}]" in text
-        assert ",".join(MODELS) in "".join(text.split())  # lines are wrapped
+        assert ",".join(MODELS) in "".join(text.split())  # lines break at spaces and hyphens
         assert all(f"{heading}:\n" in text for heading in ("Run", "Data", "Training", "Options"))
 
     @pytest.mark.parametrize("stage", ["localization", "primary", "lrm", "all"])

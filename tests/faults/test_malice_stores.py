@@ -52,6 +52,8 @@ def test_a_hostile_pickle_runs_when_it_is_loaded(tmp_path: Path) -> None:
 # Metadata of token stores.
 
 
+DESCRIBED: dict[str, Any] = {"roles": ["action"], "dtype": "float32", "shape": [2]}
+STATE: dict[str, Any] = {"roles": ["state"], "dtype": "float64", "shape": [4]}
 ATTRIBUTES: dict[str, Edit] = {
     **{
         f"{key} {value!r}": lambda it, key=key, value=value: it["card"].update({key: value})
@@ -65,6 +67,20 @@ ATTRIBUTES: dict[str, Edit] = {
             "_target_": ["os.system"],
         }.items()
         for value in values
+    },
+    **{
+        f"described columns {name}": lambda it, columns=columns: it["card"].update(columns=columns)
+        for name, columns in {
+            "outside": {"action": DESCRIBED, "../../etc": DESCRIBED},
+            "that are tokens": {"action": DESCRIBED, "tokens": DESCRIBED},
+            "without an action": {"state": {**DESCRIBED, "roles": ["state"]}},
+            "that are objects": {"action": {**DESCRIBED, "dtype": "object"}},
+            "of another shape": {"action": {**DESCRIBED, "shape": [3]}, "state": STATE},
+            "of a huge shape": {"action": {**DESCRIBED, "shape": [2**15] * 9}, "state": STATE},
+            "of an unknown role": {"action": {**DESCRIBED, "roles": ["action", "os.system"]}, "state": STATE},
+            "of infinite bounds": {"action": {**DESCRIBED, "low": [0, 0], "high": [0, float("inf")]}, "state": STATE},
+            "that are not there": {"action": DESCRIBED, "state": STATE, "reward": {**STATE, "roles": ["extra"]}},
+        }.items()
     },
     "no card": lambda it: it.pop("card"),
     "identity with another field": lambda it: it["identity"].update(_target_="os.system"),

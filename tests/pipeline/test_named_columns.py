@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from upath import UPath
 
 from wmcache.cache import TokenStore
 from wmcache.cache.verify import verify
@@ -17,6 +18,7 @@ from wmcache.common.columns import Column
 from wmcache.common.errors import UserError
 from wmcache.common.jsonfiles import read_json
 from wmcache.pipeline import encoders
+from wmcache.pipeline.derive import derive_change_maps
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import DatasetCard, FrameDataset, FrameDatasetWriter, write_shard
 from wmcache.pipeline.probe import probe
@@ -125,6 +127,17 @@ def test_a_lost_column_is_written_again_by_a_repair(rich: Path, tmp_path: Path) 
     repair(folder, device="cpu")
     assert verify(folder).sound
     np.testing.assert_array_equal(TokenStore.open(folder).column("grid"), TokenStore.open(rich).column("grid"))
+
+
+def test_int8_stores_change_maps_and_object_stores_have_the_columns(rich: Path, tmp_path: Path, bucket: UPath) -> None:
+    dataset, whole = FrameDataset.open(rich.parent / "frames"), TokenStore.open(rich)
+    pixels = encoders.create("pixels", image_size=16, device="cpu")
+    extract(dataset, pixels, bucket / "pixels.zarr", dtype="int8")
+    maps = derive_change_maps(whole, 2)
+    for store in (TokenStore.open(bucket / "pixels.zarr"), TokenStore.open(maps)):
+        assert store.columns == RICH
+        for name in RICH:
+            np.testing.assert_array_equal(store.column(name), whole.column(name))
 
 
 def test_a_column_of_another_shape_than_the_card_says_is_refused(tmp_path: Path) -> None:

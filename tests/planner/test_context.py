@@ -19,6 +19,7 @@ from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.planner.context import EvalContext, live_drift
+from wmcache.planner.evaluate import run_episodes
 from wmcache.planner.options import PlanOptions
 
 from ..conftest import columns_of, write_tokens
@@ -104,3 +105,15 @@ def test_proprio_is_the_models_and_frames_are_at_most_its_history(
     with pytest.raises(UserError, match=r"--alpha 0\.1"):
         EvalContext(blind_run_path, replace(tiny_plan, alpha=0.1))
     assert EvalContext(run_path, replace(tiny_plan, context=12)).context_frames == 3
+
+
+def test_a_run_of_a_store_without_proprio_plans_from_frames_alone(
+    store: TokenStore, train_run: Callable[..., Path], tiny_plan: PlanOptions, tmp_path: Path
+) -> None:
+    columns = {**store.columns, "state": replace(store.columns["state"], roles=("state",))}
+    card = replace(store.card, columns=columns)
+    tokens = store.gather(np.arange(len(store)))
+    path = write_tokens(tmp_path / "blind.zarr", tokens, card, store.identity, store.step_columns())
+    context = EvalContext(train_run(path), tiny_plan)
+    assert (context.blind, context.model.shape.proprio_dim) == (True, 0)
+    assert run_episodes(context, tiny_plan, range(2)).states.shape == (2, tiny_plan.budget, 4)

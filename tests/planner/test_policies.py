@@ -96,6 +96,8 @@ def test_a_run_that_does_not_suit_the_policy_is_refused(
         options = replace(tiny_plan, policy=name, execute=execute)
         with pytest.raises(UserError, match=str(run) if execute == 1 else "--execute 2"):
             evaluate(EvalContext(run, options), options, tmp_path / "plan")
+    with pytest.raises(UserError, match="--solver categorical-cem"):
+        EvalContext(run_path, replace(tiny_plan, solver="categorical-cem"))
     with pytest.raises(UserError, match=r"'pmc'.*mpc"):
         evaluate(EvalContext(run_path, tiny_plan), replace(tiny_plan, policy="pmc"), tmp_path / "plan")
     assert not (tmp_path / "plan").exists()

@@ -18,6 +18,8 @@ OTHER_VALUES: dict[str, list[Any]] = {
     "goals": ["dataset", "random-action"],
     "goal_steps": [3, 30],
     "strict": [True, False],
+    "policy": ["expert", "zero"],
+    "subgoals": ["none"],
     "horizon": [7, 70],
     "execute": [2, 3],
     "objective": ["last", "all"],
@@ -76,7 +78,7 @@ def test_names_stay_the_same(protocol: str | None, changed: dict[str, Any], name
 
 @pytest.mark.parametrize("protocol", [None, *PROTOCOLS])
 def test_no_two_evaluations_share_a_folder(protocol: str | None) -> None:
-    assert set(OTHER_VALUES) == set(asdict(PlanOptions())) - {"search"}  # every option is tried
+    assert set(OTHER_VALUES) == set(asdict(PlanOptions())) - {"search", "baselines"}  # every option is tried
     usual = options_by(protocol, {})
     different = [options for change in CHANGES if (options := options_by(protocol, change)) != usual]
     names = {default_out(Path("run"), protocol, options).name for options in (usual, *different)}

@@ -80,7 +80,7 @@ def test_tokens_of_large_frames_are_projected(name: str) -> None:
 
 def test_gc_idm_recovers_the_actions_of_a_linear_system(planted_path: Path, tiny: TrainOptions, tmp_path: Path) -> None:
     # The latents are a linear map of position and velocity, and an action is a step of one env step.
-    options = {"width": 64, "depth": 1, "horizon": 1, "reach": 1}
+    options = {"width": 64, "depth": 1, "goal_horizon": 1, "reach": 1}
     changed: dict[str, Any] = {
         "steps": 1200,
         "batch": 64,
@@ -95,11 +95,11 @@ def test_gc_idm_recovers_the_actions_of_a_linear_system(planted_path: Path, tiny
 
 
 def test_gc_idm_knows_the_number_of_steps(tmp_path: Path) -> None:
-    model = make("gc-idm", horizon=3, reach=2)
+    model = make("gc-idm", goal_horizon=3, reach=2)
     tokens = torch.ones(1, 3, 5)
     one, two, three = (model.decide(tokens, torch.ones(1, 4), tokens, steps) for steps in (1, 2, 3))
     assert torch.equal(model.act(tokens, torch.ones(1, 4), tokens), two)
     assert not torch.equal(one, two)
     assert not torch.equal(two, three)
     with pytest.raises(UserError, match="--reach 4"):
-        make("gc-idm", horizon=3, reach=4)
+        make("gc-idm", goal_horizon=3, reach=4)

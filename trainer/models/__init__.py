@@ -47,7 +47,7 @@ class Imagined:
 
 
 class WorldModel(Trainable):
-    """An action-conditioned predictor of latents. `loss`, `start`, `observe` and `imagine` have no default.
+    """An action-conditioned predictor of latents. `loss`, `observe` and `imagine` have no default.
 
     Attributes:
         context: frames, observed or imagined, that an imagined step sees; the history, unless a planner lowers it.
@@ -171,7 +171,7 @@ MODELS: Registry[type[Trainable]] = Registry("model", package=__name__, group="w
 
 def read_options(name: str, options: Mapping[str, Any]) -> Any:
     """Make a model's options from some of their values; raises UserError for an unknown model or option, or values that do not fit."""
-    return parse_options(MODELS.get(name).Options, dict(options), f"world model {name}")
+    return parse_options(MODELS.get(name).Options, dict(options), f"model {name}")
 
 
 def build(name: str, shape: DataShape, options: Mapping[str, Any], statistics: Mapping[str, Tensor]) -> Trainable:

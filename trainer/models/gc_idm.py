@@ -25,13 +25,13 @@ from wmcache.trainer.models.trainable import DataShape
 class GcIdmOptions(ActionOptions):
     """Options of GC-IDM."""
 
-    horizon: Size = option(5, "Most model steps between a frame and its goal in training.", flag="--goal-horizon")
+    goal_horizon: Size = option(5, "Most model steps between a frame and its goal in training.")
     reach: Positive = option(1, "Model steps in which a goal is to be reached when the policy acts.")
 
     def __post_init__(self) -> None:
         """Refuse options that do not go together."""
-        if self.reach > self.horizon:
-            raise UserError(f"--reach {self.reach} is more than --goal-horizon {self.horizon}; lower it")
+        if self.reach > self.goal_horizon:
+            raise UserError(f"--reach {self.reach} is more than --goal-horizon {self.goal_horizon}; lower it")
 
 
 @MODELS.register("gc-idm")
@@ -43,16 +43,16 @@ class GcIdm(GoalReacher):
 
     def __init__(self, shape: DataShape, options: GcIdmOptions, statistics: Mapping[str, Tensor]) -> None:
         """See `Trainable`."""
-        super().__init__(shape, options, statistics, more=options.horizon)
+        super().__init__(shape, options, statistics, more=options.goal_horizon)
 
     @classmethod
     def goals(cls, options: Any) -> Goals:
         """See `Trainable.goals`."""
-        return Goals(horizon=options.horizon)
+        return Goals(horizon=options.goal_horizon)
 
     def describe(self, steps: Tensor) -> Tensor:
         """See `GoalReacher.describe`."""
-        return F.one_hot(steps - 1, self.options.horizon).float()
+        return F.one_hot(steps - 1, self.options.goal_horizon).float()
 
     def act(self, tokens: Tensor, proprio: Tensor, goal: Tensor) -> Tensor:
         """See `ActionModel.act`."""

@@ -14,6 +14,7 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Le
+from einops import rearrange
 from torch import Tensor, nn
 
 from wmcache.cache.store import TokenStore
@@ -160,8 +161,9 @@ class MdnRnn(WorldModel):
             tokens, proprio = (tokens + following, proprio + moved) if keeps else (following, moved)
             for name, value in {"tokens": tokens, "proprio": proprio, **found}.items():
                 frames[name].append(value)
-        every = {name: torch.stack(parts, 1).unflatten(0, (-1, samples)) for name, parts in frames.items() if parts}
-        latents = every["tokens"].unflatten(-1, (self.shape.tokens, self.shape.token_dim))
+        stacked = {name: torch.stack(parts, 1) for name, parts in frames.items() if parts}
+        every = {name: rearrange(value, "(e s) ... -> e s ...", s=samples) for name, value in stacked.items()}
+        latents = rearrange(every["tokens"], "e s t (n d) -> e s t n d", n=self.shape.tokens)
         latents = latents * self.tokens_std + self.tokens_mean
         reward = every["reward"][..., 0] if "reward" in every else None
         continues = torch.sigmoid(-every["end"][..., 0]) if "end" in every else None
