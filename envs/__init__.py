@@ -10,6 +10,7 @@ from wmcache.envs.base import (
     Task,
     find_environment,
     open_environment,
+    open_geometry,
 )
 from wmcache.envs.mujoco_gl import RendererError
 from wmcache.envs.pointmaze import (
@@ -52,5 +53,6 @@ __all__ = [
     "longest_move",
     "maze_names",
     "open_environment",
+    "open_geometry",
     "sample_state",
 ]

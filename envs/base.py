@@ -127,12 +127,14 @@ class Environment(Protocol):
     Attributes:
         geometry: shortest paths, where they are known.
         policies: behaviour policies of this environment alone: name -> function of a generator and the action space.
+        forms: other names that a family accepts, as errors list them.
     """
 
     spec: EnvSpec
     count: int
     geometry: Geometry | None = None
     policies: ClassVar[Mapping[str, Callable[[np.random.Generator, Column], Act]]] = {}
+    forms: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, name: str, count: int = 1, image_size: int = 224, layout: Sequence[str] = ()) -> None:
         """Open `name`; raises UserError where that is not possible. With `layout`, see `EnvSpec`, no file is read."""
@@ -191,7 +193,8 @@ def find_environment(name: str, layout: Sequence[str] = ()) -> type[Environment]
     for kind in dict.fromkeys(ENVIRONMENTS.get(other) for other in known):
         if kind.accepts(name, layout):
             return kind
-    raise UserError(f"unknown environment {name!r}; {suggest(name, known)}")
+    forms = dict.fromkeys(form for other in known for form in ENVIRONMENTS.get(other).forms)
+    raise UserError(f"unknown environment {name!r}; {suggest(name, [*known, *forms])}")
 
 
 def open_environment(name: str, count: int = 1, image_size: int = 224, layout: Sequence[str] = ()) -> Environment:
@@ -206,3 +209,10 @@ def open_environment(name: str, count: int = 1, image_size: int = 224, layout: S
         UserError: no environment has that name, or it cannot be opened.
     """
     return find_environment(name, layout)(name, count, image_size, layout)
+
+
+def open_geometry(name: str, layout: Sequence[str]) -> Geometry | None:
+    """Return the geometry of an environment, None where none is known; raises UserError as `open_environment` does."""
+    opened = open_environment(name, layout=layout)
+    opened.close()
+    return opened.geometry

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +22,10 @@ from wmcache.envs.base import ENVIRONMENTS, Array, Environment, EnvSpec, Frames,
 from wmcache.envs.mujoco_gl import RendererError, mujoco
 from wmcache.envs.spaces import action_column, observed_parts
 
+# Without a screen, pygame draws off screen; the user's own choice is kept.
+if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+
 PREFIX = "gym:"
 QUALIFIED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z][\w./-]*")
 """An id with the module that registers it, as gymnasium spells it: `my_package:MyEnv-v0`."""
@@ -33,6 +39,8 @@ class GymEnvironment(Environment):
     Columns are the numeric parts of the observation (`observation`, or the keys of a Dict), reward and ends. Where the environment has a
     MuJoCo model, the state is qpos, qvel and act, and frames are drawn from it; elsewhere the observation is the state too.
     """
+
+    forms = ("module:ID",)
 
     def __init__(self, name: str, count: int = 1, image_size: int = 224, layout: Sequence[str] = ()) -> None:  # noqa: ARG002
         """Make an environment by its id, such as `gym:CartPole-v1` or `my_package:MyEnv-v0`."""

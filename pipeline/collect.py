@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from wmcache.cluster.tasks import WorkerTask, log, run_tasks
-from wmcache.common.errors import UserError
+from wmcache.common.errors import UserError, suggest
 from wmcache.common.paths import AnyPath, absolute, as_path
 from wmcache.common.space import require_space
 from wmcache.envs import POLICIES, Environment
@@ -25,8 +25,8 @@ def collect(env: str, out: AnyPath, *, cluster: str = "local:1", **settings: Any
     most = options.episodes * options.length
     player = Player(env, (), options.image_size, options.seed, options.policy, options.length)
     opened = player.open()
-    if options.policy not in opened.policies:
-        POLICIES.get(options.policy)
+    if options.policy not in (known := sorted({*opened.policies, *POLICIES})):
+        raise UserError(f"environment {env} has no policy {options.policy!r}; {suggest(options.policy, known)}")
     # A frame of a maze is about 2 kB at 112 px as PNG; twice the pixels, twice the edges.
     require_space(out, 30 * options.image_size * most, f"a dataset of {most} frames")
     spec = opened.spec
@@ -56,17 +56,17 @@ def draw_one(env: Environment) -> None:
 def check_replay(player: Player) -> None:
     """Play the first episode, then compare its replay and two drawings of it; raises UserError where something differs."""
     (recorded,) = player.play([0])
-    actions, drift, images = recorded["action"], 0.0, []
+    frames, largest = len(recorded["action"]), 0.0
+    first: dict[int, Frames] = {}
     for _ in range(2):
-        for t, row in enumerate(player.replay(0, actions, recorded)):
-            drift = max(drift, float(row["drift"]))
-            images.append(row["image"])
-            if len(images) > len(actions) and not np.array_equal(row["image"], images[t]):
+        for t, (seen, drift) in enumerate(player.replay(0, recorded, frames)):
+            largest = max(largest, drift)
+            if not np.array_equal(first.setdefault(t, seen.image), seen.image):
                 raise UserError(
                     f"environment {player.env} does not replay: the frame of episode 0 differs at step {t}; take all of its random "
                     "numbers from the seed of reset"
                 )
-    log(f"collect: {player.env} is drawn by replay; largest difference of episode 0: {drift:.2g}")
+    log(f"collect: {player.env} is drawn by replay; largest difference of episode 0: {largest:.2g}")
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,13 @@ class DrawShard(WorkerTask[int, Steps]):
 
 def _replayed(player: Player, steps: Steps, frames: range) -> Iterator[Frames]:
     """Draw frames by replaying the episodes that overlap them."""
-    drift = 0.0
+    largest = 0.0
     for episode in np.unique(steps.episode[frames.start : frames.stop]).tolist():
         first, end = np.searchsorted(steps.episode, [episode, episode + 1]).tolist()
-        last = min(end, frames.stop)
         recorded: Rows = {name: values[first:end] for name, values in steps.columns.items()}
-        for row, seen in enumerate(player.replay(episode, recorded["action"][: last - first], recorded), first):
+        for row, (seen, drift) in enumerate(player.replay(episode, recorded, min(end, frames.stop) - first), first):
+            largest = max(largest, drift)
             if row >= frames.start:
-                yield seen["image"]
-            drift = max(drift, float(seen["drift"]))
-    if drift:
-        log(f"collect: largest difference of the replay of frames {frames.start} to {frames.stop - 1}: {drift:.2g}")
+                yield seen.image[0]
+    if largest:
+        log(f"collect: largest difference of the replay of frames {frames.start} to {frames.stop - 1}: {largest:.2g}")

@@ -51,7 +51,7 @@ SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
 @dataclass(frozen=True)
 class Fitted:
-    """Where the weights of a fit are, its number of training frames, and the landscape, None without a geometry."""
+    """Where the weights of a fit are, its number of training frames, and the landscape of held-out frames, None where no maze is known."""
 
     weights: Path
     frames: int
@@ -167,7 +167,7 @@ def _header(name: str, fingerprint: str, frames: int, options: FitOptions) -> di
 
 def _measure_landscape(dataset: FrameDataset, name: str, weights: Path, device: str) -> Landscape | None:
     state = dataset.steps.state
-    if not dataset.card.maze or state is None:
+    if not dataset.card.maze or state is None or state.shape[1] < 2:
         return None
     return probe_landscape(dataset, encoders.create(name, weights=weights, device=device))
 
@@ -298,7 +298,7 @@ class FitJob:
     def unmeasured(self) -> str:
         """Explain why the landscape of such a fit is not known."""
         if self.frames is not None:
-            return f"{self.frames} has no geometry, so the true distances are not known"
+            return f"{self.frames} has no maze, so the true distances are not known"
         where = TokenStore.open(as_path(str(self.store))).card.dataset.get("path")
         return f"the frames of {self.store} are not at {where}; pass their location with --dataset"
 

@@ -1,4 +1,4 @@
-"""Pictures of a store: frames above their tokens, and distances of tokens above path lengths."""
+"""Pictures of a store: frames above their tokens, and distances of tokens above those along the maze."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def principal_colours(store: TokenStore, chosen: NDArray[np.int64]) -> NDArray[n
 
 
 def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goals: int = DRAWN_GOALS) -> None:
-    """Draw held-out frames at their positions, coloured by their distance to some goals: of tokens above, along the shortest path below.
+    """Draw held-out frames at their positions, coloured by their distance to some goals: of tokens above, along the maze below.
 
     Red points mark frames from which descent of the token distance does not end at the goal. Raises UserError as `probe` does, and for
-    frames without a geometry.
+    frames whose geometry is not known.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -89,9 +89,7 @@ def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goal
     store = TokenStore.open(path)
     geometry = find_geometry(store, dataset)
     if geometry is None:
-        raise UserError(
-            f"{path} has no geometry, so there are no true distances to draw; its other figures: wmcache probe"
-        )
+        raise UserError(f"{path} has no maze, so there are no true distances to draw; its other figures: wmcache probe")
     _, val = choose_frames(store, FEWEST_FRAMES)
     tokens, states = store.gather(val).astype(np.float32), store.require_state()[val]
     xy = geometry.position(states)
@@ -106,7 +104,7 @@ def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goal
         dpi=130,
     )
     panels = figure.subplots(2, len(chosen), squeeze=False)
-    rows = (("distance of tokens", np.sqrt(latent)), ("length of the shortest path", true))
+    rows = (("distance of tokens", np.sqrt(latent)), ("distance along the maze", true))
     for axes_row, (label, distances) in zip(panels, rows, strict=True):
         most = float(np.quantile(distances[np.isfinite(distances)], 0.995))
         for axes, goal, values in zip(axes_row, chosen, distances, strict=True):
@@ -127,11 +125,10 @@ def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goal
 
 def _bounds(geometry: Geometry) -> tuple[Float, Float]:
     # Corners of the free cells, without most of the outer walls.
-    free = np.argwhere(~geometry.walls)
     x_min, x_max, y_min, y_max = geometry.extent
     cell = np.array([x_max - x_min, y_max - y_min]) / geometry.walls.shape
-    corner = np.array([x_min, y_min])
-    return corner + cell * (free.min(0) - 0.15), corner + cell * (free.max(0) + 1.15)
+    free = np.argwhere(~geometry.walls)
+    return (x_min, y_min) + (free.min(0) - 0.15) * cell, (x_min, y_min) + (free.max(0) + 1.15) * cell
 
 
 def _draw_distances(

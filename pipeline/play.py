@@ -17,7 +17,7 @@ from tqdm import tqdm
 from wmcache.cluster.tasks import open_pool, parse_cluster
 from wmcache.common.errors import UserError
 from wmcache.common.progress import seconds_between_updates
-from wmcache.envs import POLICIES, Environment, open_environment
+from wmcache.envs import POLICIES, Environment, Observation, open_environment
 from wmcache.pipeline.steps import Steps
 
 Rows = dict[str, NDArray[Any]]
@@ -95,14 +95,15 @@ class Player:
         joined = {name: np.concatenate([part[name] for part in moved], 1) for name in (moved[0] if moved else ())}
         return np.stack(actions), joined
 
-    def replay(self, episode: int, actions: NDArray[np.float32], recorded: Rows | None = None) -> Iterator[Rows]:
-        """Execute recorded actions [frames, A] again; yields the columns of each frame and the `image` after it was compared.
+    def replay(self, episode: int, recorded: Rows, frames: int) -> Iterator[tuple[Observation, float]]:
+        """Execute the recorded actions of an episode again, and compare it with the table.
 
         Args:
-            recorded: the frames' columns in the table.
+            recorded: the table's columns of the episode.
+            frames: how many to replay.
 
         Yields:
-            Columns of a frame without an axis, `image` [S, S, 3], and `drift`: the largest relative difference so far.
+            The observation of each frame, whose image is to be read before the next, and the largest relative difference so far.
 
         Raises:
             UserError: the episode differs from the table; names the first step.
@@ -110,17 +111,15 @@ class Player:
         env = self.open()
         seen = env.reset([env.sample_task(np.random.default_rng((self.seed, episode)), goal=False)])
         drift = 0.0
-        for t in range(len(actions)):
-            now = {name: values[0] for name, values in seen.columns.items()}
-            if recorded is not None:
-                drift = max(drift, *(self._difference(name, now, recorded, episode, t) for name in now), 0.0)
-            yield {**now, "image": seen.image[0], "drift": np.asarray(drift)}
-            if t + 1 < len(actions):
-                moved = env.step(actions[None, t : t + 1])
+        for t in range(frames):
+            found = {name: values[0] for name, values in seen.columns.items()}
+            drift = max(drift, *(self._difference(name, found, recorded, episode, t) for name in found), 0.0)
+            yield seen, drift
+            if t + 1 < frames:
+                moved = env.step(recorded["action"][None, t : t + 1])
                 seen = env.observe()
-                if recorded is not None:
-                    after = {name: values[0, 0] for name, values in moved.items() if name not in now}
-                    drift = max(drift, *(self._difference(name, after, recorded, episode, t) for name in after), 0.0)
+                after = {name: values[0, 0] for name, values in moved.items() if name not in found}
+                drift = max(drift, *(self._difference(name, after, recorded, episode, t) for name in after), 0.0)
 
     def _difference(self, name: str, found: Rows, recorded: Rows, episode: int, step: int) -> float:
         one, two = (np.asarray(values, np.float64) for values in (found[name], recorded[name][step]))

@@ -20,7 +20,7 @@ from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath
 from wmcache.common.progress import seconds_between_updates
 from wmcache.common.sampling import descend
-from wmcache.envs import Geometry, open_environment
+from wmcache.envs import Geometry, open_geometry
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import read_for
 from wmcache.pipeline.frames import FrameDataset
@@ -61,19 +61,18 @@ class Landscape:
 
 
 def probe_landscape(dataset: FrameDataset, encoder: Encoder) -> Landscape:
-    """Measure an encoder on held-out frames of a dataset; raises UserError where it has no state or no geometry."""
+    """Measure an encoder on held-out frames of a dataset whose geometry is known; raises UserError where it has no state."""
     if (state := dataset.steps.state) is None:
         raise UserError(f"{dataset.path} has no column with the role state, which the probe needs")
     chosen = _sample(dataset.steps.episode, "val", PROBED_FRAMES)
     parts = np.array_split(read_for(encoder, dataset, chosen), max(1, len(chosen) // 64))
     tokens = torch.cat([encoder(part).float().cpu() for part in parts]).flatten(1).double().numpy()
-    if (geometry := _open_geometry(dataset.card.env, dataset.card.maze, dataset.path)) is None:
-        raise UserError(f"{dataset.path}: its environment {dataset.card.env} has no geometry, which the probe needs")
+    geometry = _open_geometry(dataset.card.env, dataset.card.maze, dataset.path)
     return measure_landscape(squared_distances(tokens, tokens), state[chosen], geometry)
 
 
 def measure_landscape(distances: NDArray[np.floating], states: Float, geometry: Geometry) -> Landscape:
-    """Measure squared token distances [n, n] between frames of the states [n, S]."""
+    """Measure squared token distances [n, n] between frames of states [n, S]."""
     goals = np.random.default_rng(0).choice(len(states), min(PROBED_GOALS, len(states)), replace=False)
     latent, update = distances[goals], seconds_between_updates()
     with tqdm(goals, desc="distances", unit=" goals", delay=2, leave=False, mininterval=update) as bar:
@@ -100,7 +99,7 @@ def squared_distances(points: Float, others: Float) -> Float:
 
 
 def neighbours(geometry: Geometry, states: Float) -> NDArray[np.bool_]:
-    """Find the states [n, S] whose positions see each other within STEP_DISTANCE, [n, n]."""
+    """Find the states whose positions see each other within STEP_DISTANCE, [n, n]."""
     xy = geometry.position(states)
     near: NDArray[np.bool_] = np.linalg.norm(xy[:, None] - xy, axis=-1) < STEP_DISTANCE
     for share in (0.25, 0.5, 0.75):
@@ -109,22 +108,24 @@ def neighbours(geometry: Geometry, states: Float) -> NDArray[np.bool_]:
 
 
 def find_geometry(store: TokenStore, dataset: AnyPath | None = None) -> Geometry | None:
-    """Find the geometry of a store's frames by its card, or else by its dataset's; None where there is none, or no state."""
-    env, layout = store.card.dataset.get("env"), store.card.dataset.get("maze")
+    """Find the geometry of a store's frames, by its card or else its dataset; None where it is not known, or no state is."""
+    name, layout = store.card.dataset.get("env", ""), store.card.dataset.get("maze")
     if dataset is not None:
         frames = FrameDataset.open(dataset)
         require_frames(store, frames)
-        env, layout = (env, layout) if layout else (frames.card.env, frames.card.maze)
-    return _open_geometry(env, layout, store.path) if layout and store.state is not None else None
+        layout = layout or frames.card.maze
+    has_xy = store.state is not None and store.state.shape[1] >= 2
+    return _open_geometry(name, layout, store.path) if layout and has_xy else None
 
 
-def _open_geometry(env: object, layout: Any, where: AnyPath) -> Geometry | None:
+def _open_geometry(name: Any, layout: Any, where: AnyPath) -> Geometry:
     try:
-        world = open_environment(str(env), layout=tuple(layout))
-        world.close()
+        geometry = open_geometry(str(name), tuple(layout))
     except (UserError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: the maze in its card is invalid ({error}); extract or import it again") from error
-    return world.geometry
+    if geometry is None:
+        raise UserError(f"{where}: no geometry of environment {name} is known; extract or import it again")
+    return geometry
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Probe:
         frames, held_out: frames that train the probes, and that score them.
         linear, mlp: R^2 of a ridge regression and of a network with one hidden layer, from all tokens of a frame to each column of its
             state: 1 is perfect, 0 no better than the mean; None for a constant column. Empty where the store has no state.
-        spearman, stuck: see `Landscape`; None without a maze, as are the next two.
+        spearman, stuck: see `Landscape`; None where no geometry is known, as are the next two.
         nearest, nearest_90: median and 90 % quantile of the distance in the maze (Euclidean; a cell is 1 wide) to the frame of another
             episode whose tokens are nearest.
         effective_rank: exp of the entropy of the normalised singular values of the centred frames (Roy and Vetterli, EUSIPCO 2007);
@@ -170,11 +171,11 @@ def probe(path: AnyPath, *, dataset: AnyPath | None = None, frames: int = 2000) 
     """Probe a store deterministically, without loading a frame or an encoder.
 
     Args:
-        dataset: the store's dataset, for a layout that the store's card lacks.
+        dataset: the store's dataset, for a maze that the store's card lacks.
         frames: most frames of training episodes that train the probes.
 
     Raises:
-        UserError: an unusable store, another dataset, an invalid layout, too few frames, or constant tokens.
+        UserError: an unusable store, another dataset, an invalid maze, too few frames, or constant tokens.
     """
     store = TokenStore.open(path)
     geometry = find_geometry(store, dataset)

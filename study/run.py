@@ -31,6 +31,7 @@ from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.options import CollectOptions
 from wmcache.study.cells import Branch, Cell, Workspace, create_encoder, do_cell, make_branches
 from wmcache.study.options import StudyOptions
 
@@ -41,8 +42,8 @@ Task = tuple[Cell, ...]
 def open_frames(options: StudyOptions) -> FrameDataset:
     """Open the study's frames, collected first if they are missing; raise UserError where their settings are not the study's."""
     wanted = options.collect
-    spec = None if wanted is None else open_environment(wanted.env).spec
-    path = Path(options.dataset) if options.dataset else home() / (spec.dataset if spec else "pointmaze-umaze")
+    world = open_environment((wanted or CollectOptions()).env).spec
+    path = Path(options.dataset) if options.dataset else home() / world.dataset
     if wanted is not None and not (path / "dataset.json").exists():
         settings = asdict(wanted)
         collect(settings.pop("env"), path, cluster=options.cluster, **settings)
@@ -50,8 +51,10 @@ def open_frames(options: StudyOptions) -> FrameDataset:
     if wanted is not None:
         there = {**asdict(dataset.card), "length": dataset.card.frames // dataset.card.episodes}
         settings = asdict(wanted)
-        if spec and spec.layout and list(spec.layout) == list(dataset.card.maze or ()):
-            del settings["env"]  # a layout has several names
+        if world.layout and list(world.layout) == dataset.card.maze:
+            del settings["env"]  # it has several names
+        if dataset.steps.described.keys() & {"terminated", "truncated"}:
+            del settings["length"]  # episodes may be shorter
         if different := [f"{key} {there[key]} != {value}" for key, value in settings.items() if there[key] != value]:
             raise UserError(
                 f"{path} has frames of other settings than the study's ({'; '.join(different)}); choose another dataset"

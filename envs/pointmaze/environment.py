@@ -21,6 +21,8 @@ THRESHOLDS = (0.5, 0.25, 0.1)
 class PointMaze(Environment):
     """Balls in a maze. A state is (x, y, vx, vy), which is also the proprio; distance is that of (x, y)."""
 
+    forms = ("a .txt grid",)
+
     def __init__(self, name: str, count: int = 1, image_size: int = 224, layout: Sequence[str] = ()) -> None:
         """Open a layout by its name (`UMaze`), its id or its .txt file; `layout` is a grid."""
         self.maze = self.geometry = Maze(Path(name).stem, tuple(layout)) if layout else find_maze(name)

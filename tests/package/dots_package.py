@@ -60,11 +60,16 @@ class Grey(Dots):
         return super().render()[..., 0]
 
 
+class Flicker(Dots):
+    def render(self):
+        return super().render() + np.random.default_rng().integers(0, 2, (20, 30, 3), np.uint8)
+
+
 class Broken(Dots):
     def step(self, action):
         raise RuntimeError("no motor")
 
 
-for kind in (Dots, Unbounded, Blind, Grey, Broken):
+for kind in (Dots, Unbounded, Blind, Grey, Flicker, Broken):
     gym.register(id=f"{kind.__name__}-v0", entry_point=kind, max_episode_steps=9)
 gym.register(id="Careless-v0", entry_point=Dots, kwargs={"careless": True})

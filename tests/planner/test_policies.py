@@ -137,6 +137,21 @@ def test_subgoals_and_bounds_change_what_an_actor_does(actor_run: Path, tiny_pla
     assert not torch.equal(found[0], found[1])
 
 
+@pytest.mark.parametrize("name", ["random", "actor"])
+def test_actions_are_those_of_the_environment(actor_run: Path, tiny_plan: PlanOptions, name: str) -> None:
+    seen = Observation(np.zeros((2, 32, 32, 3), np.uint8), np.full((2, 4), 9.0, np.float32))
+    for low, high, discrete in (([-2.0, 0.0], [3.0, 0.1], False), ([0.0, 0.0], [1.0, 1.0], True)):
+        context = EvalContext(actor_run, tiny_plan)
+        context.action_bounds, context.discrete = (np.float32(low), np.float32(high)), discrete
+        policy = make_policy(context, replace(tiny_plan, policy=name))
+        policy.reset(seen, [torch.Generator().manual_seed(number) for number in range(2)])
+        policy.observe(seen)
+        actions = torch.cat([policy.act() for _ in range(4)], 1).reshape(-1, 2).numpy()
+        assert (actions >= np.float32(low)).all()
+        assert (actions <= np.float32(high)).all()
+        assert not discrete or (np.sort(actions, 1) == [0, 1]).all()
+
+
 def test_results_of_earlier_versions_are_known_by_the_same_options(tmp_path: Path) -> None:
     assert not {"policy", "subgoals", "baselines"} & set(recorded(PlanOptions()))
     assert recorded(PlanOptions(policy="zero"))["policy"] == "zero"

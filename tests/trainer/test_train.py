@@ -72,6 +72,15 @@ def test_a_finished_run_stays_as_it_is(go: Go, run: Path) -> None:
         assert files_of(run) == before
 
 
+def test_a_run_whose_settings_lack_newer_sizes_resumes(go: Go, run: Path) -> None:
+    go(run)
+    config = read_config(run)
+    for name in ("has_reward", "has_end"):
+        del config["shape"][name]
+    (run / "config.json").write_text(json.dumps(config))
+    assert go(run, steps=10, resume=True)
+
+
 @pytest.mark.parametrize(
     "changed",
     [{"learning_rate": 1e-3}, {"history": 2}, {"model_options": {"width": 32, "heads": 4}}, {"steps": 9}],
