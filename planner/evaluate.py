@@ -61,7 +61,7 @@ def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[i
                 policy.observe(_shown(policy, env, env.observe(), earlier))
         report(len(numbers))
     env.close()
-    start = states_of(env.spec, seen.columns)
+    start = states_of(env.spec, seen.columns, (len(numbers),))
     recorded = _recorded(context, tasks, start, steps, np.concatenate(executed, 1))
     return Episodes(
         chunk=chunk,
@@ -82,7 +82,9 @@ def _recorded(
 ) -> dict[str, NDArray[Any]]:
     """Return start, goal, states, rewards and actions, see `Episodes`."""
     spec = context.env.spec
-    states = np.concatenate([states_of(spec, part) for part in steps], 1)
+    lengths = [next(iter(part.values())).shape[1] for part in steps]
+    parts = [states_of(spec, part, (len(start), length)) for part, length in zip(steps, lengths, strict=True)]
+    states = np.concatenate(parts, 1)
     if not context.by_return:
         start, goal = (
             np.array(ends, np.float64) for ends in zip(*((task.start, task.goal) for task in tasks), strict=True)
@@ -107,10 +109,10 @@ def _shown_goals(policy: Policy, env: Environment, tasks: Sequence[Task]) -> Obs
 
 def _shown(policy: Policy, env: Environment, seen: Seen, earlier: NDArray[np.uint8] | None = None) -> Observation:
     """Keep what the policy reads; a frame that it does not read is not drawn."""
-    count = len(next(iter(seen.columns.values())))
+    count = env.count
     image = seen.image if policy.reads == "frames" else np.zeros((count, 1, 1, 3), np.uint8)
     proprio = np.zeros((count, 0), np.float32) if seen.proprio is None else seen.proprio
-    state = states_of(env.spec, seen.columns) if policy.reads == "state" else None
+    state = states_of(env.spec, seen.columns, (count,)) if policy.reads == "state" else None
     return Observation(image, proprio, earlier, state)
 
 

@@ -105,7 +105,7 @@ def _draw_from(source: str, env: Environment, store: TokenStore, steps: int, spl
             return start, np.asarray(task.goal, np.float64)
         env.reset([Task(start)])
         moved = env.step(rng.normal(size=(1, steps, env.spec.action.width)))
-        return start, states_of(env.spec, moved)[0, -1]
+        return start, states_of(env.spec, moved, (1, steps))[0, -1]
 
     return draw_states
 

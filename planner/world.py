@@ -44,15 +44,13 @@ def world_name(env: Environment) -> str:
     return env.geometry.name if env.geometry else env.spec.id
 
 
-def states_of(spec: EnvSpec, columns: Steps) -> States:
-    """Join the columns of role `state`, [E, ..., S] float64."""
+def states_of(spec: EnvSpec, columns: Steps, leading: tuple[int, ...]) -> States:
+    """Join the columns of role `state`, [*leading, S] float64; S is 0 in an environment that shows none."""
     parts = []
     for name in of_role(spec.columns, "state"):
         values = np.asarray(columns[name], np.float64)
         parts.append(values.reshape(*values.shape[: values.ndim - len(spec.columns[name].shape)], -1))
-    if not parts:
-        raise UserError(f"environment {spec.id} has no column with the role state, which an evaluation records")
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
+    return np.concatenate([np.zeros((*leading, 0)), *parts], -1)
 
 
 def state_size(spec: EnvSpec) -> int:
