@@ -10,12 +10,14 @@ from pkgutil import resolve_name
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from wmcache import __version__
 from wmcache.commands import shared
 from wmcache.commands.command import Command, take_chosen
 from wmcache.commands.options import ByName, Preset, options_of
 from wmcache.commands.output import shell_command, show
+from wmcache.common.errors import UserError
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.protocols import PROTOCOLS
 
@@ -47,7 +49,10 @@ def wmplan(run: Path, protocol: str | None, out: Path | None, untrained: bool, c
     chosen = PlanOptions(search=take_chosen(settings, given=True), **settings)
     untrained = untrained or "untrained" in chosen.baselines.split(",")
     setting = EvalContext(run, chosen, **moved)
-    chosen = setting.settled(chosen)
+    typed, chosen = chosen.solver, setting.settled(chosen)
+    source = click.get_current_context().get_parameter_source("solver")
+    if typed != chosen.solver and source is ParameterSource.COMMANDLINE:
+        raise UserError(f"--solver {typed}: the actions of {run} are one-hot; plan with --solver {chosen.solver}")
     out = out or default_out(run, protocol, chosen, next(iter(setting.env.spec.thresholds), None))
     refuse_other_results(out, chosen)
     episodes, results = evaluate(setting, chosen, out, cluster)

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from wmcache.cache import TokenStore
+from wmcache.commands.plan import wmplan
 from wmcache.common.errors import UserError
 from wmcache.envs import open_environment
 from wmcache.pipeline import encoders
@@ -112,6 +114,16 @@ def test_without_a_goal_or_a_reward_what_needs_one_is_refused(
     random = run_baseline(EvalContext(run, quick), quick, "random")
     assert (np.abs(random.actions) <= 2).all()
     assert (np.abs(random.actions) > 1).any()
+
+
+def test_solvers_without_discrete_actions_are_refused(make_run: MakeRun, quick: PlanOptions, tmp_path: Path) -> None:
+    run = make_run("gym:CartPole-v1", "dino-wm", 1)
+    with pytest.raises(UserError, match="categorical-cem"):
+        EvalContext(run, replace(quick, solver="mppi"))
+    result = CliRunner().invoke(wmplan, ["--run", str(run), "--solver", "cem", "--out", str(tmp_path / "plan")])
+    assert result.exit_code == 1
+    assert "categorical-cem" in result.stderr
+    assert not (tmp_path / "plan").exists()
 
 
 def test_pusht_is_planned_to_frames_of_held_out_episodes(make_run: MakeRun, quick: PlanOptions, tmp_path: Path) -> None:
