@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -50,6 +51,8 @@ def stops_as_lines() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
+        # A stop inside zarr leaves a task behind, which asyncio would report as the process ends.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         # Of the ranks that torchrun has started, and ends when one of them fails, rank 0 reports.
         if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":
             click.echo(err=True)
