@@ -20,7 +20,6 @@ from wmcache.trainer.models.trainable import DataShape, Trainable
 VALIDATION_WINDOWS, BATCH = 2048, 256
 INPUTS = 2048
 """Most numbers of a frame that the network sees: the channels of larger frames are projected, the same way for each token."""
-MIN_STD = 1e-6  # standard deviation of a channel that never changes
 
 
 class ActionModel(Trainable):
@@ -57,18 +56,10 @@ class GoalReacher(ActionModel):
     """An MLP of a frame, its proprio, a goal frame and what `describe` adds; trained with the MSE of standardised actions."""
 
     options: ActionOptions
-    tokens_mean: Tensor
-    tokens_std: Tensor
-    proprio_mean: Tensor
-    proprio_std: Tensor
-    action_mean: Tensor
-    action_std: Tensor
 
     def __init__(self, shape: DataShape, options: ActionOptions, statistics: Mapping[str, Tensor], more: int) -> None:
         """Build the network, with `more` inputs that `describe` gives; see `Trainable` for the other arguments."""
-        known = {name: value.float() for name, value in statistics.items()}
-        known |= {name: value.clamp_min(MIN_STD) for name, value in known.items() if name.endswith("std")}
-        super().__init__(shape, options, known)
+        super().__init__(shape, options, statistics)
         channels = max(1, INPUTS // shape.tokens)
         self.project = nn.Linear(shape.token_dim, channels) if channels < shape.token_dim else None
         sizes = [2 * shape.tokens * min(channels, shape.token_dim) + more]

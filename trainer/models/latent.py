@@ -23,7 +23,6 @@ SizeOrNone = Annotated[int, Field(ge=0, le=2**16)]
 
 Frames = tuple[Tensor, Tensor]
 """Tokens and embeddings of proprio."""
-MIN_STD = 1e-6  # standard deviation of a channel that never changes
 
 
 @dataclass(frozen=True)
@@ -65,23 +64,14 @@ class LatentModel(WorldModel):
     pools = True
 
     options: LatentOptions
-    tokens_mean: Tensor
-    tokens_std: Tensor
-    proprio_mean: Tensor
-    proprio_std: Tensor
-    action_mean: Tensor
-    action_std: Tensor
 
     def __init__(
         self, shape: DataShape, options: LatentOptions, statistics: Mapping[str, Tensor], proprio: int, action: int
     ) -> None:
         """Build embeddings of proprio and action with so many dimensions; see `WorldModel` for the other arguments."""
-        known = {name: value.float() for name, value in statistics.items()}
-        known |= {name: value.clamp_min(MIN_STD) for name, value in known.items() if name.endswith("std")}
+        super().__init__(shape, options, statistics)
         if not options.standardise:
-            known["tokens_mean"] = torch.zeros_like(known["tokens_mean"])
-            known["tokens_std"] = torch.ones_like(known["tokens_std"])
-        super().__init__(shape, options, known)
+            self.tokens_mean, self.tokens_std = torch.zeros_like(self.tokens_mean), torch.ones_like(self.tokens_std)
         self.proprio_size = {"raw": shape.proprio_dim, "embedding": proprio, "none": 0}[options.proprio]
         self.embed_proprio = nn.Linear(shape.proprio_dim, proprio) if options.proprio != "none" else None
         self.embed_action = nn.Linear(shape.action_dim, action)

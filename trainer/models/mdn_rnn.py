@@ -22,7 +22,6 @@ from wmcache.cache.windows import Windows
 from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, Weight, option
 from wmcache.trainer.models import MODELS, Belief, DataShape, Imagined, WorldModel
-from wmcache.trainer.models.latent import MIN_STD
 
 LARGEST_FRAME = 4096  # values, each of which has several Gaussians
 LEAST_LOG_SIGMA = math.log(0.01)  # of standardised values
@@ -68,12 +67,6 @@ class MdnRnn(WorldModel):
     recurrent = True
     draws = True
     options: MdnRnnOptions
-    tokens_mean: Tensor
-    tokens_std: Tensor
-    proprio_mean: Tensor
-    proprio_std: Tensor
-    action_mean: Tensor
-    action_std: Tensor
 
     def __init__(self, shape: DataShape, options: MdnRnnOptions, statistics: Mapping[str, Tensor]) -> None:
         """Build the model, see `WorldModel`; raises UserError for a frame of too many values."""
@@ -83,9 +76,7 @@ class MdnRnn(WorldModel):
                 f"mdn-rnn takes frames of at most {LARGEST_FRAME} values, not {shape.tokens} x {shape.token_dim}; "
                 "make a store of fewer with wmcache derive"
             )
-        known = {name: value.float() for name, value in statistics.items()}
-        known |= {name: value.clamp_min(MIN_STD) for name, value in known.items() if name.endswith("std")}
-        super().__init__(shape, options, known)
+        super().__init__(shape, options, statistics)
         self.proprio_size = shape.proprio_dim if options.proprio == "raw" else 0
         self.inputs = nn.Linear(self.values + self.proprio_size + shape.action_dim, 4 * options.hidden)
         self.recurrence = nn.Linear(options.hidden, 4 * options.hidden, bias=False)

@@ -16,6 +16,8 @@ from wmcache.cache.windows import Goals, Windows
 from wmcache.common.errors import UserError
 from wmcache.common.schema import Size
 
+MIN_STD = 1e-6  # standard deviation of a channel that never changes
+
 
 @dataclass(frozen=True)
 class DataShape:
@@ -42,14 +44,20 @@ class Trainable(nn.Module, ABC):
     stages: ClassVar[tuple[str, ...]] = ()  # empty for a model that is trained in one go
     plannable_after: ClassVar[str] = ""  # the first stage after which a planner can use the model
     pools: ClassVar[bool] = False  # whether `loss` can average the token grid (`--pool`)
+    tokens_mean: Tensor
+    tokens_std: Tensor
+    proprio_mean: Tensor
+    proprio_std: Tensor
+    action_mean: Tensor
+    action_std: Tensor
     stage: Tensor  # of a model with stages: number of the one that is or was trained last, from 1; 0 before the first
 
     def __init__(self, shape: DataShape, options: Any, statistics: Mapping[str, Tensor]) -> None:
-        """Keep `{tokens,proprio,action}_{mean,std}`, float32 vectors, as buffers, so that a planner opens no store."""
+        """Keep `statistics`, `{tokens,proprio,action}_{mean,std}`, as float32 buffers, so that a planner opens no store."""
         super().__init__()
         self.shape, self.options = shape, options
         for name, value in statistics.items():
-            self.register_buffer(name, value)
+            self.register_buffer(name, value.float().clamp_min(MIN_STD) if name.endswith("std") else value.float())
         if self.stages:
             self.register_buffer("stage", torch.zeros((), dtype=torch.int64))
 

@@ -33,7 +33,8 @@ from wmcache.common.schema import Size
 from wmcache.trainer.models import MODELS, DataShape
 from wmcache.trainer.models.attention import KeysValues, zero_init
 from wmcache.trainer.models.ddp_wm.parts import CELLS, Correction, Fusion, Localizer, Vit, put, take
-from wmcache.trainer.models.latent import MIN_STD, Frames, LatentModel, LatentOptions, SizeOrNone, append
+from wmcache.trainer.models.latent import Frames, LatentModel, LatentOptions, SizeOrNone, append
+from wmcache.trainer.models.trainable import MIN_STD
 
 SAMPLED_WINDOWS, BATCH = 2048, 64
 COVERED, SPARE = 0.99, 1.5
