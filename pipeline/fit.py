@@ -298,7 +298,7 @@ class FitJob:
     def unmeasured(self) -> str:
         """Explain why the landscape of such a fit is not known."""
         if self.frames is not None:
-            return f"{self.frames} has no maze, so the true distances are not known"
+            return f"shortest paths are not known in the environment of {self.frames}"
         where = TokenStore.open(as_path(str(self.store))).card.dataset.get("path")
         return f"the frames of {self.store} are not at {where}; pass their location with --dataset"
 

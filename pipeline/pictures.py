@@ -89,7 +89,9 @@ def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goal
     store = TokenStore.open(path)
     geometry = find_geometry(store, dataset)
     if geometry is None:
-        raise UserError(f"{path} has no maze, so there are no true distances to draw; its other figures: wmcache probe")
+        raise UserError(
+            f"{path}: shortest paths are not known in its environment, so none are drawn; other figures: wmcache probe"
+        )
     _, val = choose_frames(store, FEWEST_FRAMES)
     tokens, states = store.gather(val).astype(np.float32), store.require_state()[val]
     xy = geometry.position(states)
