@@ -185,7 +185,7 @@ def _success(context: EvalContext, options: PlanOptions) -> dict[str, Any]:
     """Evaluate under the protocol `mpc-100`; returns counts for each threshold, and 95 % intervals and baselines for the headline's."""
     options = replace(options, **PROTOCOLS.get("mpc-100"))
     _, results = evaluate(context, options, context.run / f"bench-mpc-100-{options.episodes}")
-    threshold, words = options.threshold, {"within": "successes", "held": "held"}
+    threshold, words = results["threshold"], {"within": "successes", "held": "held"}
     counts = {
         f"{word}_{row['threshold']}": row[name] for word, name in words.items() for row in results["by_threshold"]
     }
