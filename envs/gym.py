@@ -26,10 +26,6 @@ from wmcache.envs.spaces import action_column, observed_parts
 if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
-# Without a screen, pygame would print that it looks for one.
-if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-
 PREFIX = "gym:"
 QUALIFIED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z][\w./-]*")
 """An id with the module that registers it, as gymnasium spells it: `my_package:MyEnv-v0`."""
