@@ -51,7 +51,7 @@ class JoinedStore(TokenStore):
         self.identity = replace(first.identity, dataset_fingerprint=SEPARATOR.join(fingerprints))
         self._columns, self._stamp = {}, first._stamp
         self._starts = np.cumsum([0, *map(len, parts)])
-        self._reader = _JoinedReader(parts, self._starts)
+        self._reader = _JoinedReader(self)
         self._shard_starts = np.cumsum([0, *(part.card.num_shards for part in parts)])
         self.scale = None if first.scale is None else np.concatenate([np.asarray(part.scale) for part in parts])
         share = np.diff(self._starts)[:, None] / len(self)
@@ -75,34 +75,37 @@ class JoinedStore(TokenStore):
 
     def shard_of(self, frames: Int) -> Int:
         """See `TokenStore.shard_of`; shards are numbered through all stores."""
-        part = np.searchsorted(self._starts, frames, side="right") - 1
+        part = self._part_of(frames)
         shards: Int = self._shard_starts[part] + (frames - self._starts[part]) // self.card.frames_per_shard
         return shards
+
+    def by_part(self, frames: Int) -> Iterator[tuple[TokenStore, Int, Int]]:
+        """Yield each store that has some of the frames [n], their numbers in it, and their places among the n."""
+        part = self._part_of(frames)
+        for number in np.unique(part).tolist():
+            places = np.flatnonzero(part == number)
+            yield self.parts[number], frames[places] - self._starts[number], places
+
+    def _part_of(self, frames: Int) -> Int:
+        return np.searchsorted(self._starts, frames, side="right") - 1
 
 
 class _JoinedReader(Reader):
     """Reads from the store that has each frame."""
 
-    def __init__(self, parts: Sequence[TokenStore], starts: Int) -> None:
-        self.parts, self.starts = parts, starts
+    def __init__(self, store: JoinedStore) -> None:
+        self.store = store
 
     def gather(self, frames: Int, out: Stored) -> None:
-        for part, numbers, rows in self._by_part(frames):
-            if len(rows) == len(frames):
+        for part, numbers, places in self.store.by_part(frames):
+            if len(places) == len(frames):
                 part.gather_stored(numbers, out)
             else:
-                out[rows] = part.gather_stored(numbers)
+                out[places] = part.gather_stored(numbers)
 
     def prefetch(self, frames: Int) -> None:
-        for part, numbers, _ in self._by_part(frames):
+        for part, numbers, _ in self.store.by_part(frames):
             part.prefetch(numbers)
-
-    def _by_part(self, frames: Int) -> Iterator[tuple[TokenStore, Int, Int]]:
-        """Yield each store that has some of the frames, their numbers in it, and their rows."""
-        part_of = np.searchsorted(self.starts, frames, side="right") - 1
-        for number in np.unique(part_of).tolist():
-            rows = np.flatnonzero(part_of == number)
-            yield self.parts[number], frames[rows] - self.starts[number], rows
 
 
 def grows(before: Identity, now: Identity) -> bool:

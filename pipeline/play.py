@@ -32,6 +32,12 @@ TOLERANCE = 1e-6
 _thread = threading.local()
 
 
+def begin_episode(env: Environment, seed: int, episode: int) -> tuple[Observation, np.random.Generator]:
+    """Start an episode of a dataset with this seed; returns the first frame, and the generator that the policy draws from."""
+    rng = np.random.default_rng((seed, episode))
+    return env.reset([env.sample_task(rng, goal=False)]), rng
+
+
 @dataclass(frozen=True)
 class Player:
     """Plays episodes; episode e is a function of `seed` and e.
@@ -65,8 +71,8 @@ class Player:
         return [self._play(self.open(), episode) for episode in episodes]
 
     def _play(self, env: Environment, episode: int) -> Rows:
-        rng = np.random.default_rng((self.seed, episode))
-        first = env.reset([env.sample_task(rng, goal=False)]).columns
+        begun, rng = begin_episode(env, self.seed, episode)
+        first = begun.columns
         if self.policy in env.policies:
             actions, moved = self._react(env, rng, first)
         else:
@@ -109,7 +115,7 @@ class Player:
             UserError: the episode differs from the table; names the first step.
         """
         env = self.open()
-        seen = env.reset([env.sample_task(np.random.default_rng((self.seed, episode)), goal=False)])
+        seen, _ = begin_episode(env, self.seed, episode)
         drift = 0.0
         for t in range(frames):
             found = {name: values[0] for name, values in seen.columns.items()}

@@ -70,7 +70,7 @@ class EvalContext:
             untrained: use random weights in place of the run's, as a baseline.
         """
         check_options(options)
-        self.run, self.weights, self.untrained = run, weights, untrained
+        self.run, self.weights, self.cache, self.untrained = run, weights, cache, untrained
         self.config = read_config(run)
         self.card, identity = read_identity(run)
         self.device = choose_device(options.device)

@@ -150,14 +150,14 @@ class PlanBatch(WorkerTask[int, EvalContext]):
     run_path: Path
     options: PlanOptions
     weights: Path | None
-    cache: str
+    cache: str | None
     untrained: bool
     folder: Path
     fingerprint: str  # workers keep the loaded run by all fields, and files may change under the same path
 
     def setup(self) -> EvalContext:
         """Load the run."""
-        cache = as_path(self.cache)
+        cache = None if self.cache is None else as_path(self.cache)
         return EvalContext(self.run_path, self.options, weights=self.weights, cache=cache, untrained=self.untrained)
 
     def run(self, state: EvalContext, item: int) -> int:
@@ -206,7 +206,7 @@ def evaluate(
             env=options.env and absolute_file(options.env),
         ),
         context.weights and context.weights.absolute(),
-        absolute(context.store.path),
+        None if context.cache is None else absolute(context.cache),
         context.untrained,
         folder.absolute(),
         fingerprint,

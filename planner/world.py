@@ -13,6 +13,7 @@ from wmcache.cache.store import TokenStore
 from wmcache.common.columns import of_role
 from wmcache.common.errors import UserError
 from wmcache.envs import Environment, EnvSpec, Steps, find_environment, open_environment
+from wmcache.pipeline.play import begin_episode
 
 States = NDArray[np.float64]
 
@@ -69,17 +70,17 @@ def draw_states(
 
 
 def draw_again(store: TokenStore, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Draw cached frames in ascending order as live ones are, [n, S, S, 3]: from their states, or by replaying their episodes up to them.
+    """Draw cached frames as live ones are, [n, S, S, 3]: from their states, or by replaying their episodes up to them.
 
     Raises:
         UserError: the store was extracted before the seed of its episodes was recorded.
     """
     if isinstance(store, JoinedStore):
-        starts = np.cumsum([0, *map(len, store.parts)])
-        owners = np.searchsorted(starts, frames, "right") - 1
-        return np.concatenate(
-            [draw_again(store.parts[owner], frames[owners == owner] - starts[owner]) for owner in np.unique(owners)]
-        )
+        size = int(store.card.dataset["image_size"])
+        drawn = np.empty((len(frames), size, size, 3), np.uint8)
+        for part, numbers, places in store.by_part(frames):
+            drawn[places] = draw_again(part, numbers)
+        return drawn
     env, images = open_world(store.card), []
     if env.spec.renders_states:
         images = list(env.render(store.require_state()[frames]))
@@ -87,10 +88,9 @@ def draw_again(store: TokenStore, frames: NDArray[np.int64]) -> NDArray[np.uint8
         if (seed := store.card.dataset.get("seed")) is None:
             raise UserError(f"{store.path} does not record the seed of its episodes; extract it again")
         for frame in frames.tolist():
-            rng = np.random.default_rng((int(seed), int(store.episode[frame])))
-            env.reset([env.sample_task(rng, goal=False)])
-            for action in store.action[frame - store.step[frame] : frame]:
-                env.step(action[None, None])
+            begin_episode(env, int(seed), int(store.episode[frame]))
+            if before := int(store.step[frame]):
+                env.step(store.action[None, frame - before : frame])
             images.append(env.observe().image[0])
     env.close()
     return np.stack(images)

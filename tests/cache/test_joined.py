@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.planner.context import EvalContext
-from wmcache.planner.evaluate import run_episodes
+from wmcache.planner.evaluate import evaluate, run_episodes
 from wmcache.planner.options import PlanOptions
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.train import train
@@ -109,5 +110,9 @@ def test_a_run_trains_on_several_stores_resumes_with_more_and_plans(
     plan = PlanOptions(
         episodes=2, budget=10, horizon=2, search={"samples": 6, "elites": 2, "iterations": 1}, device="cpu"
     )
-    episodes = run_episodes(EvalContext(grown, plan), plan, range(2))
+    context = EvalContext(grown, plan)
+    episodes = run_episodes(context, plan, range(2))
     assert episodes.states.shape == (2, 10, 4)
+    # Workers of a cluster open the run by themselves.
+    found, _ = evaluate(context, replace(plan, batch=1), tmp_path / "plan", "local:2")
+    np.testing.assert_array_equal(found.states, episodes.states)
