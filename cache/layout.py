@@ -16,7 +16,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from wmcache.cache.identity import FORMAT_VERSION, RESTORE
-from wmcache.common.columns import Column, described_in_json, require_columns
+from wmcache.common.columns import Column, HasColumns
 from wmcache.common.errors import MissingError, UnreadableError, UserError, reason
 from wmcache.common.folders import did_you_mean
 from wmcache.common.jsonfiles import json_digest, read_json, require_seal, seal, write_json
@@ -54,7 +54,7 @@ class DamagedError(UserError):
 
 
 @dataclass(frozen=True)
-class StoreCard:
+class StoreCard(HasColumns):
     """What a store is, beside its identity; nothing here changes a number in it.
 
     Attributes:
@@ -72,17 +72,6 @@ class StoreCard:
     frames_per_shard: Count
     dtype: Annotated[str, Field(pattern="^(float16|int8)$")] = "float16"
     columns: dict[str, Column] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for columns that no store can have."""
-        if self.columns:
-            require_columns(self.columns)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the card as it is in files."""
-        values = asdict(self)
-        del values["columns"]
-        return values | described_in_json(self.columns)
 
     @property
     def step_columns(self) -> tuple[str, ...]:

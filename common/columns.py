@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,23 @@ def default_columns(action_dim: int, state_dim: int) -> dict[str, Column]:
     action = Column(("action",), "float32", (action_dim,), (-1.0,) * action_dim, (1.0,) * action_dim)
     state = {"state": Column(("state", "proprio"), "float64", (state_dim,))} if state_dim else {}
     return {"action": action, **state}
+
+
+class HasColumns:
+    """A card, that is a dataclass, with a field `columns` of the step table: empty where they are the default (`default_columns`)."""
+
+    columns: dict[str, Column]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for columns that cannot be."""
+        if self.columns:
+            require_columns(self.columns)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the card as it is in files, which leave default columns out."""
+        values = asdict(cast(Any, self))
+        del values["columns"]
+        return values | described_in_json(self.columns)
 
 
 def is_default(columns: Columns) -> bool:

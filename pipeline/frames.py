@@ -15,7 +15,7 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from PIL import Image
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from wmcache.common.columns import Column, described_in_json, require_columns
+from wmcache.common.columns import Column, HasColumns
 from wmcache.common.cpus import available_cpus
 from wmcache.common.errors import MissingError, UserError, command, reason
 from wmcache.common.files import atomic_write, cannot_write, is_temporary, sha256_of, sweep
@@ -68,7 +68,7 @@ class ShardRecord(TypedDict):
 
 
 @dataclass(frozen=True)
-class DatasetCard:
+class DatasetCard(HasColumns):
     """The content of `dataset.json`.
 
     Attributes:
@@ -96,17 +96,6 @@ class DatasetCard:
     shards: list[ShardRecord] = field(default_factory=list)
     steps_sha256: str = ""
     fingerprint: str = ""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for columns that no dataset can have."""
-        if self.columns:
-            require_columns(self.columns)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the content of `dataset.json`."""
-        values = asdict(self)
-        del values["columns"]
-        return values | described_in_json(self.columns)
 
     @property
     def num_shards(self) -> int:
