@@ -90,11 +90,11 @@ def _draw_from(source: str, env: Environment, store: TokenStore, steps: int, spl
         if not len(candidates):
             raise UserError(f"no held-out episode of {store.path} has {steps + 1} frames; lower --goal-steps")
 
+        states = store.require_state()
+
         def draw_frames(rng: np.random.Generator) -> tuple[States, States]:
             first = int(rng.choice(candidates))
-            return np.asarray(store.require_state()[first], np.float64), np.asarray(
-                store.require_state()[first + steps], np.float64
-            )
+            return np.asarray(states[first], np.float64), np.asarray(states[first + steps], np.float64)
 
         return draw_frames
 

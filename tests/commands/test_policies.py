@@ -93,7 +93,7 @@ def test_a_reference_is_marked(model_run: Path, tmp_path: Path) -> None:
         ("--policy actor", "{run}"),
         ("--policy pmc", "'pmc'"),
         ("--baselines mpc", "--baselines mpc"),
-        ("--baselines zero,nobody", "--baselines zero,nobody"),
+        ("--baselines zero,unknown", "--baselines zero,unknown"),
     ],
 )
 def test_what_does_not_suit_the_run_is_refused(model_run: Path, tmp_path: Path, flags: str, named: str) -> None:
