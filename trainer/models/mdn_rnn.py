@@ -77,6 +77,7 @@ class MdnRnn(WorldModel):
                 "make a store of fewer with wmcache derive"
             )
         super().__init__(shape, options, statistics)
+        self.temperature = options.temperature
         self.proprio_size = shape.proprio_dim if options.proprio == "raw" else 0
         self.inputs = nn.Linear(self.values + self.proprio_size + shape.action_dim, 4 * options.hidden)
         self.recurrence = nn.Linear(options.hidden, 4 * options.hidden, bias=False)
@@ -139,20 +140,42 @@ class MdnRnn(WorldModel):
 
     def imagine(self, belief: Belief, actions: Tensor, generators: Sequence[torch.Generator] | None = None) -> Imagined:
         """See `WorldModel.imagine`. Latents are drawn where the temperature is above 0."""
-        samples, generators = actions.shape[1], generators if self.options.temperature else None
-        parts = (belief[name].repeat_interleave(samples, 0) for name in ("hidden", "cell", "tokens", "proprio"))
-        hidden, cell, tokens, proprio = parts
-        memory, keeps = Memory(hidden, cell), self.options.predict == "change"
-        frames: dict[str, list[Tensor]] = {name: [] for name in ("tokens", "proprio", "reward", "end")}
+        samples, frames = actions.shape[1], []
+        belief = {name: value.repeat_interleave(samples, 0) for name, value in belief.items()}
         for action in actions.flatten(0, 1).unbind(1):
-            memory = self._remember(memory, self._inputs(tokens, proprio, action))
-            following = self._draw(memory.hidden, generators, samples)
-            found = {name: head(memory.hidden).float() for name, head in self.heads.items()}
-            moved = found.pop("proprio", proprio[:, :0])
-            tokens, proprio = (tokens + following, proprio + moved) if keeps else (following, moved)
-            for name, value in {"tokens": tokens, "proprio": proprio, **found}.items():
-                frames[name].append(value)
-        stacked = {name: torch.stack(parts, 1) for name, parts in frames.items() if parts}
+            belief, frame = self._advance(belief, action, generators, samples)
+            frames.append(frame)
+        return self._describe(frames, samples)
+
+    def step(
+        self, belief: Belief, action: Tensor, generators: Sequence[torch.Generator] | None = None
+    ) -> tuple[Belief, Imagined]:
+        """See `Dreams.step`."""
+        belief, frame = self._advance(belief, action, generators, 1)
+        return belief, self._describe([frame], 1)
+
+    def features(self, belief: Belief) -> dict[str, Tensor]:
+        """See `Dreams.features`; `hidden` and `cell` are those before the newest frame, which the paper's C sees beside it."""
+        return {"latent": belief["tokens"], "hidden": belief["hidden"], "cell": belief["cell"]}
+
+    def _advance(
+        self, belief: Belief, action: Tensor, generators: Sequence[torch.Generator] | None, samples: int
+    ) -> tuple[Belief, dict[str, Tensor]]:
+        """Imagine a frame of S futures of E episodes; returns the belief after it, and it with the outputs of the heads, [E * S, …]."""
+        tokens, proprio = belief["tokens"], belief["proprio"]
+        memory = Memory(belief["hidden"], belief["cell"])
+        memory = self._remember(memory, self._inputs(tokens, proprio, action))
+        following = self._draw(memory.hidden, generators if self.temperature else None, samples)
+        found = {name: head(memory.hidden).float() for name, head in self.heads.items()}
+        moved = found.pop("proprio", proprio[:, :0])
+        keeps = self.options.predict == "change"
+        tokens, proprio = (tokens + following, proprio + moved) if keeps else (following, moved)
+        frame = {"tokens": tokens, "proprio": proprio}
+        return {**memory._asdict(), **frame}, {**frame, **found}
+
+    def _describe(self, frames: Sequence[Mapping[str, Tensor]], samples: int) -> Imagined:
+        """Convert T frames of `_advance` to the store's units."""
+        stacked = {name: torch.stack([frame[name] for frame in frames], 1) for name in frames[0]}
         every = {name: rearrange(value, "(e s) ... -> e s ...", s=samples) for name, value in stacked.items()}
         latents = rearrange(every["tokens"], "e s t (n d) -> e s t n d", n=self.shape.tokens)
         latents = latents * self.tokens_std + self.tokens_mean
@@ -196,7 +219,7 @@ class MdnRnn(WorldModel):
             shape = (-1, self.options.mixtures)
             logits, means = (self.mixture[name](hidden).float().unflatten(-1, shape) for name in ("logits", "means"))
             return chosen(means, logits.argmax(-1, keepdim=True))
-        mixture, temperature = self._mixture(hidden), self.options.temperature
+        mixture, temperature = self._mixture(hidden), self.temperature
         uniform = torch.stack([torch.rand(mixture.logits.shape[1], generator=one) for one in generators])
         normal = torch.stack([torch.randn(self.values, generator=one) for one in generators])
         uniform, normal = (noise.to(hidden.device).repeat_interleave(samples, 0) for noise in (uniform, normal))
