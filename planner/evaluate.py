@@ -17,14 +17,13 @@ from wmcache.common.columns import of_role
 from wmcache.common.errors import UserError
 from wmcache.common.files import make_folder
 from wmcache.common.paths import absolute, as_path
-from wmcache.envs import Environment, Steps, Task
-from wmcache.envs import Observation as Seen
-from wmcache.planner.base import Observation, Policy
+from wmcache.envs import Steps, Task
 from wmcache.planner.context import EvalContext
 from wmcache.planner.episodes import Episodes
 from wmcache.planner.goals import Separation, start_and_goal
 from wmcache.planner.judge import count_at_goal, judge, judge_return, reported_thresholds, shortest_path_lengths
-from wmcache.planner.options import SOURCES, PlanOptions, Precision, absolute_file
+from wmcache.planner.live import advance, shown, shown_goals
+from wmcache.planner.options import SOURCES, PlanOptions, Precision, absolute_file, is_policy_folder
 from wmcache.planner.policies import PLAN_POLICIES, make_policy
 from wmcache.planner.world import states_of, world_name
 
@@ -39,9 +38,9 @@ def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[i
     tasks, policy = tasks_of(context, options, numbers), make_policy(context, options)
     env = context.open_env(len(numbers))
     generators = [torch.Generator().manual_seed(99 * number + 1) for number in numbers]
-    policy.reset(_shown_goals(policy, env, tasks), generators)
+    policy.reset(shown_goals(policy, env, tasks), generators)
     seen = env.reset(tasks)
-    policy.observe(_shown(policy, env, seen))
+    policy.observe(shown(policy, env, seen))
     steps: list[Steps] = []
     executed: list[NDArray[np.floating]] = []
     done, chunk = 0, options.execute * frameskip
@@ -50,7 +49,7 @@ def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[i
         decides_again = done + chunk < options.budget
         for step, action in enumerate(actions.unbind(1)):
             raw = action.reshape(len(numbers), frameskip, -1).cpu().numpy()[:, : options.budget - done]
-            moved, earlier = _advance(env, raw, context.encoder.lag if policy.reads == "frames" else 0)
+            moved, earlier = advance(env, raw, context.encoder.lag if policy.reads == "frames" else 0)
             steps += moved
             executed.append(raw)
             done += raw.shape[1]
@@ -58,7 +57,7 @@ def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[i
                 break
             # Of the frames within a chunk only those are encoded that the next decision starts from.
             if decides_again and options.execute - step <= context.observed:
-                policy.observe(_shown(policy, env, env.observe(), earlier))
+                policy.observe(shown(policy, env, env.observe(), earlier))
         report(len(numbers))
     env.close()
     start = states_of(env.spec, seen.columns, (len(numbers),))
@@ -98,32 +97,6 @@ def _recorded(
     rewards = np.concatenate([part[name].reshape(part[name].shape[:2]) for part in steps], 1)
     kept: dict[str, NDArray[Any]] = {"rewards": rewards.astype(np.float64), "actions": actions.astype(np.float32)}
     return {"start": start, "goal": start[:, :0], "states": states, **kept}
-
-
-def _shown_goals(policy: Policy, env: Environment, tasks: Sequence[Task]) -> Observation:
-    """Show the goals; without one, no pixels."""
-    if tasks[0].goal is None:
-        return Observation(np.zeros((len(tasks), 0, 0, 3), np.uint8), np.zeros((len(tasks), 0), np.float32))
-    return _shown(policy, env, env.reset([Task(task.goal) for task in tasks if task.goal is not None]))
-
-
-def _shown(policy: Policy, env: Environment, seen: Seen, earlier: NDArray[np.uint8] | None = None) -> Observation:
-    """Keep what the policy reads; a frame that it does not read is not drawn."""
-    count = env.count
-    image = seen.image if policy.reads == "frames" else np.zeros((count, 1, 1, 3), np.uint8)
-    proprio = np.zeros((count, 0), np.float32) if seen.proprio is None else seen.proprio
-    state = states_of(env.spec, seen.columns, (count,)) if policy.reads == "state" else None
-    return Observation(image, proprio, earlier, state)
-
-
-def _advance(env: Environment, actions: NDArray[np.floating], lag: int) -> tuple[list[Steps], NDArray[np.uint8] | None]:
-    """Execute actions [E, k, A]; returns the columns in parts [E, k', ...], and the frame `lag` env steps before the end."""
-    if not lag:
-        return [env.step(actions)], None
-    before = actions.shape[1] - min(lag, actions.shape[1])
-    parts = [env.step(actions[:, :before])] if before else []
-    earlier = env.observe().image
-    return [*parts, env.step(actions[:, before:])], earlier
 
 
 def tasks_of(context: EvalContext, options: PlanOptions, numbers: Sequence[int]) -> list[Task]:
@@ -204,6 +177,9 @@ def evaluate(
             dtype=cast(Precision, str(context.dtype).removeprefix("torch.")),  # chosen here
             goals=options.goals if options.goals in SOURCES else absolute_file(options.goals),
             env=options.env and absolute_file(options.env),
+            policy=absolute_file(options.policy)
+            if options.policy and is_policy_folder(options.policy)
+            else options.policy,
         ),
         context.weights and context.weights.absolute(),
         None if context.cache is None else absolute(context.cache),
@@ -296,7 +272,7 @@ def operations_per_decision(context: EvalContext, options: PlanOptions) -> int:
     """Count the floating-point operations of networks, the encoder's included, of a decision in one episode."""
     tasks = tasks_of(context, options, [options.seed])
     policy, env = make_policy(context, options), context.open_env()
-    observations = [_shown_goals(policy, env, tasks), _shown(policy, env, env.reset(tasks))]
+    observations = [shown_goals(policy, env, tasks), shown(policy, env, env.reset(tasks))]
     env.close()
     policy.reset(observations[0], [torch.Generator().manual_seed(99 * options.seed + 1)])
     with FlopCounterMode(display=False) as counter:

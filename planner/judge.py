@@ -68,7 +68,11 @@ def _directness(
 
 def judge_return(episodes: Episodes) -> dict[str, Any]:
     """Judge episodes by the sum of their rewards: `mean` with Student's interval `ci95` (None of one episode), `lowest`, `highest`."""
-    returns = episodes.rewards.sum(1)
+    return summarise_returns(episodes.rewards.sum(1))
+
+
+def summarise_returns(returns: NDArray[np.float64]) -> dict[str, Any]:
+    """See `judge_return`, of returns [E]."""
     mean, count, interval = float(returns.mean()), len(returns), None
     if count > 1:
         half = float(student.ppf(0.975, count - 1)) * float(returns.std(ddof=1)) / math.sqrt(count)

@@ -27,10 +27,9 @@ from wmcache.common.schema import Size, parse
 from wmcache.common.tensors import load_tensors
 from wmcache.engine.checkpoint import FILES, last_checkpoint
 from wmcache.planner.context import EvalContext
-from wmcache.planner.controllers.linear import Linear, require_dreams
-from wmcache.planner.policies import weights_of
+from wmcache.planner.controllers.linear import Choice, Linear, require_dreams
+from wmcache.planner.options import policy_weights
 
-NAME = "controller"
 HINT = "train a controller with: wmcache controller --run RUN"
 
 
@@ -49,7 +48,7 @@ class ControllerConfig:
     model_sha256: str
     inputs: list[str]
     size: Size
-    choose: Literal["argmax", "thresholds"] | None
+    choose: Choice | None
     options: dict[str, Any]
 
 
@@ -66,12 +65,12 @@ def read_controller(folder: Path) -> ControllerConfig:
 
 def write_solution(folder: Path, solution: Tensor) -> None:
     """Write the parameters [n], atomically."""
-    write_whole(weights_of(folder, NAME), save({"solution": solution.float().contiguous()}))
+    write_whole(policy_weights(folder), save({"solution": solution.float().contiguous()}))
 
 
 def read_solution(folder: Path, parameters: int) -> Tensor:
     """Read the parameters [n]; raises UserError where they are missing, damaged or not so many."""
-    file = weights_of(folder, NAME)
+    file = policy_weights(folder)
     try:
         found = load_tensors(file)["solution"]
     except (OSError, SafetensorError, KeyError) as error:
@@ -81,9 +80,7 @@ def read_solution(folder: Path, parameters: int) -> Tensor:
     return found
 
 
-def linear_of(
-    context: EvalContext, inputs: Sequence[str], choose: Literal["argmax", "thresholds"] | None
-) -> Linear:
+def linear_of(context: EvalContext, inputs: Sequence[str], choose: Choice | None) -> Linear:
     """Make the controller that acts with a loaded run."""
     low, high = (torch.from_numpy(bound).to(context.device) for bound in context.action_bounds)
     return Linear.of(require_dreams(context), inputs, (low, high), context.frameskip, choose)

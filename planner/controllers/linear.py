@@ -16,6 +16,7 @@ from wmcache.planner.base import Observation, Reads
 from wmcache.planner.context import EvalContext
 from wmcache.trainer.models import Belief, Dreams, WorldModel
 
+Choice = Literal["argmax", "thresholds"]
 GOAL = "goal"
 """The input that is no feature of a belief: `latent` of the goal's frame."""
 
@@ -39,7 +40,7 @@ class Linear:
     low: Tensor
     high: Tensor
     frameskip: int
-    choose: Literal["argmax", "thresholds"] | None
+    choose: Choice | None
 
     @classmethod
     def of(
@@ -48,7 +49,7 @@ class Linear:
         inputs: Sequence[str],
         bounds: tuple[Tensor, Tensor],
         frameskip: int,
-        choose: Literal["argmax", "thresholds"] | None,
+        choose: Choice | None,
     ) -> Self:
         """Make it for a model; raises UserError for an unknown input."""
         sizes = {name: value.shape[1] for name, value in model.features(blank_belief(model)).items()}
@@ -76,7 +77,8 @@ class Linear:
             features: [C * R, …] each; R episodes of the first solution come first.
         """
         count = len(solutions)
-        seen = torch.cat([features[name] for name in self.inputs], 1).unflatten(0, (count, -1))
+        inputs = torch.cat([features[name] for name in self.inputs], 1)
+        seen = inputs.view(count, -1, self.size)
         weights = solutions.to(seen).view(count, self.outputs, self.size + 1)
         outputs = (seen @ weights[..., :-1].mT + weights[:, None, :, -1]).flatten(0, 1)
         return self._actions(outputs).repeat(1, self.frameskip)
@@ -107,7 +109,9 @@ def require_dreams(context: EvalContext) -> Dreams:
     model = context.model
     if not isinstance(model, Dreams):
         name = context.config["model"]
-        raise UserError(f"{context.run} is of a {name}, which has no features for a controller; train with: wmtrain --model mdn-rnn")
+        raise UserError(
+            f"{context.run} is of a {name}, which has no features for a controller; train with: wmtrain --model mdn-rnn"
+        )
     return model
 
 
@@ -128,10 +132,12 @@ class LinearPolicy:
         self._model, self._dreams = context.world_model, require_dreams(context)
         self.goal: Tensor | None = None
 
+    @torch.no_grad()
     def reset(self, goal: Observation, generators: Sequence[torch.Generator]) -> None:
         """See `Policy`."""
         begun = time.perf_counter()
-        self._belief, self._action = self._model.start(len(generators)), None
+        self._belief = self._model.start(len(generators))
+        self._action: Tensor | None = None
         if goal.image.size:
             self.goal = self._encode(goal)
             seen = self._model.observe(self._belief, self.goal, self.context.proprio(goal), None)
@@ -153,10 +159,11 @@ class LinearPolicy:
         features = self._dreams.features(self._belief)
         if self.needs_goal:
             features = {**features, GOAL: self._goal_feature}
-        self._action: Tensor | None = self.linear(self.solutions, features)
-        self.decisions += len(self._action)
+        actions = self.linear(self.solutions, features)
+        self._action = actions
+        self.decisions += len(actions)
         self.seconds += time.perf_counter() - begun
-        return self._action[:, None]
+        return actions[:, None]
 
     def _encode(self, observation: Observation) -> Tensor:
         self.encoder_frames += len(observation.image)

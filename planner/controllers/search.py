@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cma
 import numpy as np
 import torch
-from cma.sigma_adaptation import CMAAdaptSigmaCSA
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import save
@@ -38,7 +36,11 @@ class Search:
     """
 
     def __init__(self, size: int, *, population: int, sigma: float, seed: int) -> None:
-        """Begin; `size` is the number of parameters."""
+        """Begin; `size` is the number of parameters. Raise UserError where cma is not installed."""
+        try:
+            import cma
+        except ImportError as error:
+            raise UserError(f"cma is not installed ({error}); pip install 'wmcache[world-models]'") from error
         self._rng = np.random.default_rng(seed)
         options = {
             "popsize": population,
@@ -46,9 +48,10 @@ class Search:
             "seed": float("nan"),  # otherwise cma seeds NumPy's global generator
             "verbose": -9,  # no output, no files
             "CMA_diagonal": size > MOST_FULL,
-            "AdaptSigma": CMAAdaptSigmaCSA,
+            "AdaptSigma": cma.sigma_adaptation.CMAAdaptSigmaCSA,
         }
-        self._strategy = cma.CMAEvolutionStrategy(np.zeros(size), sigma, options)
+        self._version = str(cma.__version__)
+        self._strategy: Any = cma.CMAEvolutionStrategy(np.zeros(size), sigma, options)
 
     @property
     def generation(self) -> int:
@@ -89,7 +92,7 @@ class Search:
             column_major = isinstance(value, np.ndarray) and value.flags.fnc  # products depend on the order in memory
             kinds[path] = "transposed" if column_major else type(value).__name__
             tensors[path] = torch.from_numpy(np.array(value.T if column_major else value, order="C"))
-        about = {"cma": cma.__version__, "rng": self._rng.bit_generator.state, "kinds": kinds}
+        about = {"cma": self._version, "rng": self._rng.bit_generator.state, "kinds": kinds}
         write_whole(file, save(tensors, {"state": json.dumps(about), "sha256": _digest(tensors)}))
 
     def load(self, file: Path) -> None:
@@ -101,7 +104,7 @@ class Search:
             about = json.loads(metadata["state"])
             if _digest(tensors) != metadata["sha256"]:
                 raise ValueError("it differs from its checksum")  # noqa: TRY301
-            if about["cma"] != cma.__version__:
+            if about["cma"] != self._version:
                 raise UserError(f"{file} is of cma {about['cma']}; install that version, or choose another --out")
             self.tell(self.ask(), np.zeros(self._strategy.popsize))  # cma makes some of its attributes here
             values: dict[str, Any] = {}
@@ -132,12 +135,16 @@ def _leaves(thing: Any, path: str = "", seen: set[int] | None = None) -> Iterato
         here = f"{path}.{name}" if path else name
         if name in NOT_STATE:
             continue
-        if isinstance(value, NUMBERS) or (isinstance(value, np.ndarray) and value.dtype != object):
-            yield here, value
-        elif type(value) is list and all(isinstance(item, NUMBERS) for item in value):
+        if isinstance(value, NUMBERS) or _is_array(value):
             yield here, value
         elif type(value).__module__.partition(".")[0] == "cma" and hasattr(value, "__dict__"):
             yield from _leaves(value, here, seen)
+
+
+def _is_array(value: Any) -> bool:
+    if type(value) is list:
+        return all(isinstance(item, NUMBERS) for item in value)
+    return isinstance(value, np.ndarray) and value.dtype != object
 
 
 def _owner(thing: Any, path: str) -> tuple[Any, str]:
@@ -147,7 +154,8 @@ def _owner(thing: Any, path: str) -> tuple[Any, str]:
         thing = vars(thing)[parent]
         if type(thing).__module__.partition(".")[0] != "cma":
             raise ValueError(f"{path} is no state")
-    if not isinstance(vars(thing).get(name), (*NUMBERS, np.ndarray, list, type(None))):
+    before = vars(thing).get(name)
+    if not (before is None or isinstance(before, NUMBERS) or _is_array(before)):
         raise ValueError(f"{path} is no state")
     return thing, name
 

@@ -20,7 +20,9 @@ class ControllerPolicy(LinearPolicy):
         from wmcache.planner.controllers.folder import load_controller
 
         if options.policy is None or options.policy == "controller":
-            raise UserError("--policy controller needs its folder; write --policy FOLDER, as wmcache controller names it")
+            raise UserError(
+                "--policy controller needs its folder; write --policy FOLDER, as wmcache controller names it"
+            )
         if options.execute > 1:
             raise UserError(f"--execute {options.execute}: a controller decides after each model step; leave it out")
         linear, solution = load_controller(Path(options.policy), context)

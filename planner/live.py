@@ -1,0 +1,39 @@
+"""Live episodes: what a policy sees of them, and how its actions are executed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmcache.envs import Environment, Steps, Task
+from wmcache.envs import Observation as Seen
+from wmcache.planner.base import Observation, Policy
+from wmcache.planner.world import states_of
+
+
+def shown_goals(policy: Policy, env: Environment, tasks: Sequence[Task]) -> Observation:
+    """Show the goals; without one, no pixels."""
+    if tasks[0].goal is None:
+        return Observation(np.zeros((len(tasks), 0, 0, 3), np.uint8), np.zeros((len(tasks), 0), np.float32))
+    return shown(policy, env, env.reset([Task(task.goal) for task in tasks if task.goal is not None]))
+
+
+def shown(policy: Policy, env: Environment, seen: Seen, earlier: NDArray[np.uint8] | None = None) -> Observation:
+    """Keep what the policy reads; a frame that it does not read is not drawn."""
+    count = env.count
+    image = seen.image if policy.reads == "frames" else np.zeros((count, 1, 1, 3), np.uint8)
+    proprio = np.zeros((count, 0), np.float32) if seen.proprio is None else seen.proprio
+    state = states_of(env.spec, seen.columns, (count,)) if policy.reads == "state" else None
+    return Observation(image, proprio, earlier, state)
+
+
+def advance(env: Environment, actions: NDArray[np.floating], lag: int) -> tuple[list[Steps], NDArray[np.uint8] | None]:
+    """Execute actions [E, k, A]; returns the columns in parts [E, k', ...], and the frame `lag` env steps before the end."""
+    if not lag:
+        return [env.step(actions)], None
+    before = actions.shape[1] - min(lag, actions.shape[1])
+    parts = [env.step(actions[:, :before])] if before else []
+    earlier = env.observe().image
+    return [*parts, env.step(actions[:, before:])], earlier
