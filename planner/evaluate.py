@@ -256,7 +256,8 @@ def baselines_of(context: EvalContext, options: PlanOptions) -> list[str]:
     names = [name for name in dict.fromkeys(options.baselines.split(",")) if name not in ("", "untrained")]
     for name in names:
         if name not in PLAN_POLICIES or make_policy(context, replace(options, policy=name)).reads == "frames":
-            known = ", ".join(["untrained", *(name for name in PLAN_POLICIES if name not in ("actor", "mpc"))])
+            blind = [known for known in PLAN_POLICIES if getattr(PLAN_POLICIES.get(known), "reads", "") != "frames"]
+            known = ", ".join(["untrained", *blind])
             raise UserError(f"--baselines {options.baselines}: {name} is no baseline; known are {known}")
     return [name for name in names if name != context.policy(options)]
 

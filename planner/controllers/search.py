@@ -92,8 +92,9 @@ class Search:
             column_major = isinstance(value, np.ndarray) and value.flags.fnc  # products depend on the order in memory
             kinds[path] = "transposed" if column_major else type(value).__name__
             tensors[path] = torch.from_numpy(np.array(value.T if column_major else value, order="C"))
-        about = {"cma": self._version, "rng": self._rng.bit_generator.state, "kinds": kinds}
-        write_whole(file, save(tensors, {"state": json.dumps(about), "sha256": _digest(tensors)}))
+        rng, checksum = self._rng.bit_generator.state, _digest(tensors)
+        about = {"cma": self._version, "rng": rng, "kinds": kinds, "sha256": checksum}
+        write_whole(file, save(tensors, {"state": json.dumps(about)}))
 
     def load(self, file: Path) -> None:
         """Continue from a saved state of a search with the same arguments; raises UserError where the file is damaged."""
@@ -102,7 +103,7 @@ class Search:
                 metadata = opened.metadata() or {}
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
             about = json.loads(metadata["state"])
-            if _digest(tensors) != metadata["sha256"]:
+            if _digest(tensors) != about["sha256"]:
                 raise ValueError("it differs from its checksum")  # noqa: TRY301
             if about["cma"] != self._version:
                 raise UserError(f"{file} is of cma {about['cma']}; install that version, or choose another --out")
