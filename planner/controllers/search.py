@@ -32,7 +32,7 @@ class Search:
     """Looks for parameters of high fitness, from zeros on.
 
     Attributes:
-        generation: how many generations have been told.
+        generation: generations whose fitness is known.
     """
 
     def __init__(self, size: int, *, population: int, sigma: float, seed: int) -> None:
@@ -115,7 +115,7 @@ class Search:
                 setattr(owner, name, values[path])
             self._rng.bit_generator.state = about["rng"]
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            hint = "delete its folder, or choose another --out"
+            hint = "restore it from a copy, or choose another --out"
             raise UserError(f"{file} cannot be read ({reason(error)}); {hint}") from error
 
 
