@@ -53,7 +53,7 @@ def wmplan(run: Path, protocol: str | None, out: Path | None, untrained: bool, c
     source = click.get_current_context().get_parameter_source("solver")
     if typed != chosen.solver and source is ParameterSource.COMMANDLINE:
         raise UserError(f"--solver {typed}: the actions of {run} are one-hot; plan with --solver {chosen.solver}")
-    out = out or default_out(run, protocol, chosen, next(iter(setting.env.spec.thresholds), None))
+    out = out or default_out(run, protocol, chosen, next(iter(setting.success.thresholds), None))
     refuse_other_results(out, chosen)
     episodes, results = evaluate(setting, chosen, out, cluster)
     if untrained:
