@@ -32,7 +32,7 @@ _policies = partial(resolve_name, "wmcache.planner.policies:PLAN_POLICIES")
 @options_of(PlanOptions, solver={"names": _solvers}, policy={"names": _policies})
 @click.option("--untrained", is_flag=True, hidden=True)
 @shared.moved_weights_option
-@shared.moved_cache_option
+@shared.moved_caches_option
 @shared.file_option("--out", help="Folder of the results.  [default: RUN/plan-…, named by the settings]")
 @shared.cluster_option(also="  Batches are the tasks; results are the same wherever they are planned.")
 @shared.json_option

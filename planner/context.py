@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from wmcache.common.files import sha256_of
 from wmcache.common.jsonfiles import dump_json
 from wmcache.common.paths import AnyPath
 from wmcache.engine.checkpoint import last_checkpoint
-from wmcache.envs import Environment
+from wmcache.envs import Environment, find_environment
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
 from wmcache.pipeline.encoders.changes import LEAST_CHANGE, changes_for
@@ -34,7 +35,7 @@ from wmcache.planner.solvers import make_solver, option_names
 from wmcache.planner.success import success_of
 from wmcache.planner.world import draw_again, draw_states, open_world, world_name
 from wmcache.trainer.models import WorldModel
-from wmcache.trainer.runs import load_trained, needs_world_model, open_store, read_config, read_identity
+from wmcache.trainer.runs import load_trained, moved_caches, needs_world_model, open_store, read_config, read_identity
 
 CHECKED_FRAMES = 16
 DISCRETE_SOLVER = "categorical-cem"
@@ -61,17 +62,17 @@ class EvalContext:
         options: PlanOptions,
         *,
         weights: Path | None = None,
-        cache: AnyPath | None = None,
+        cache: AnyPath | Sequence[AnyPath] | None = None,
         untrained: bool = False,
     ) -> None:
         """Load a run, and check that live encoding reproduces its store.
 
         Args:
-            weights, cache: the encoder's weights and the store, if they have moved.
+            weights, cache: the encoder's weights and the store, or its stores in order, if they have moved.
             untrained: use random weights in place of the run's, as a baseline.
         """
         check_options(options)
-        self.run, self.weights, self.cache, self.untrained = run, weights, cache, untrained
+        self.run, self.weights, self.caches, self.untrained = run, weights, moved_caches(cache), untrained
         self.config = read_config(run)
         self.card, identity = read_identity(run)
         self.device = choose_device(options.device)
@@ -81,7 +82,7 @@ class EvalContext:
             raise UserError(f"not ready for planning: {run}; train it with the same options and --stage {missing}")
         self.frameskip = int(self.config["frameskip"])
         self.encoder = self._load_encoder(identity, options.device)
-        self.store = open_store(run, cache)
+        self.store = open_store(run, self.caches)
         self._env_name = options.env
         self.env = self._open_checked()
         self.success = success_of(self.env, self.store, options.judge_columns)
@@ -126,10 +127,24 @@ class EvalContext:
 
     def _open_checked(self) -> Environment:
         env = self.open_env()
+        if self._env_name and (different := self._kind_differs(env)):
+            raise UserError(
+                f"--env {self._env_name}: {different} of {self.store.path}; choose an environment of the same kind"
+            )
         if env.spec.action.width != self.store.action.shape[1]:
             wanted = f"{env.spec.action.width} action values, not the {self.store.action.shape[1]} of {self.store.path}"
             raise UserError(f"environment {env.spec.id} has {wanted}; choose another --env")
         return env
+
+    def _kind_differs(self, env: Environment) -> str:
+        """Describe how an environment differs from the kind of the store's; "" where it does not."""
+        recorded, layout = str(self.card.dataset.get("env")), tuple(self.card.dataset.get("maze") or ())
+        if not isinstance(env, find_environment(recorded, layout)):
+            return f"another kind than {recorded}, the environment"
+        for name, column in self.store.columns.items():
+            if name in env.spec.columns and env.spec.columns[name].shape != column.shape:
+                return f"its {name} has {env.spec.columns[name].width} numbers, not the {column.width}"
+        return ""
 
     def _load_encoder(self, identity: Identity, device: str) -> Encoder:
         kept = self.card.encoder.get("weights")

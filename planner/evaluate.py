@@ -162,15 +162,15 @@ class PlanBatch(WorkerTask[int, EvalContext]):
     run_path: Path
     options: PlanOptions
     weights: Path | None
-    cache: str | None
+    caches: tuple[str, ...]
     untrained: bool
     folder: Path
     fingerprint: str  # workers keep the loaded run by all fields, and files may change under the same path
 
     def setup(self) -> EvalContext:
         """Load the run."""
-        cache = None if self.cache is None else as_path(self.cache)
-        return EvalContext(self.run_path, self.options, weights=self.weights, cache=cache, untrained=self.untrained)
+        caches = [as_path(path) for path in self.caches]
+        return EvalContext(self.run_path, self.options, weights=self.weights, cache=caches, untrained=self.untrained)
 
     def run(self, state: EvalContext, item: int) -> int:
         """Plan the batch that begins with this episode; returns its replans."""
@@ -218,7 +218,7 @@ def evaluate(
             env=options.env and absolute_file(options.env),
         ),
         context.weights and context.weights.absolute(),
-        None if context.cache is None else absolute(context.cache),
+        tuple(map(absolute, context.caches)),
         context.untrained,
         folder.absolute(),
         fingerprint,
