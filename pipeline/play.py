@@ -17,7 +17,7 @@ from tqdm import tqdm
 from wmcache.cluster.tasks import open_pool, parse_cluster
 from wmcache.common.errors import UserError
 from wmcache.common.progress import seconds_between_updates
-from wmcache.envs import POLICIES, Environment, Observation, open_environment
+from wmcache.envs import POLICIES, Environment, Observation, Task, open_environment
 from wmcache.pipeline.steps import Steps
 
 Rows = dict[str, NDArray[Any]]
@@ -32,10 +32,16 @@ TOLERANCE = 1e-6
 _thread = threading.local()
 
 
+def task_of_episode(env: Environment, seed: int, episode: int) -> tuple[Task, np.random.Generator]:
+    """Return the task of an episode of a dataset with this seed, and the generator that the policy draws from."""
+    rng = np.random.default_rng((seed, episode))
+    return env.sample_task(rng, goal=False), rng
+
+
 def begin_episode(env: Environment, seed: int, episode: int) -> tuple[Observation, np.random.Generator]:
     """Start an episode of a dataset with this seed; returns the first frame, and the generator that the policy draws from."""
-    rng = np.random.default_rng((seed, episode))
-    return env.reset([env.sample_task(rng, goal=False)]), rng
+    task, rng = task_of_episode(env, seed, episode)
+    return env.reset([task]), rng
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -17,8 +17,6 @@ from annotated_types import Ge, Le
 from einops import rearrange
 from torch import Tensor, nn
 
-from wmcache.cache.store import TokenStore
-from wmcache.cache.windows import Windows
 from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, Weight, option
 from wmcache.trainer.models import MODELS, Belief, DataShape, Imagined, WorldModel
@@ -87,11 +85,6 @@ class MdnRnn(WorldModel):
         )
         heads = {"proprio": self.proprio_size, "reward": int(shape.has_reward), "end": int(shape.has_end)}
         self.heads = nn.ModuleDict({name: nn.Linear(options.hidden, size) for name, size in heads.items() if size})
-
-    @classmethod
-    def configure(cls, store: TokenStore, windows: Windows, options: MdnRnnOptions) -> MdnRnnOptions:  # noqa: ARG003
-        """Use pixels alone where the store has no proprio; see `WorldModel.configure`."""
-        return replace(options, proprio="none") if store.proprio is None else options
 
     @classmethod
     def window(cls, options: MdnRnnOptions, history: int) -> int:  # noqa: ARG003
