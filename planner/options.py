@@ -22,6 +22,8 @@ BASELINES = ("random", "zero")
 LONGEST_NAME = 120
 EARLIER_THRESHOLD = 0.5
 """What options without a threshold are recorded with, as before it depended on the environment."""
+NEWER = ("policy", "subgoals", "judge_columns", "model_temperature")
+"""Options that earlier versions had not; at their defaults they are not recorded."""
 PLAIN = str.maketrans({":": None, ",": "+"})
 """Characters that no folder's name has, and what replaces them."""
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -83,6 +85,9 @@ class PlanOptions:
     proprio: Literal["auto", "none"] = option("auto", "none: refuse a model that sees proprio.")
     context: Positive | None = option(None, "Frames that an imagined step sees.  [default: 1; without proprio all]")
     observed: Positive | None = option(None, "Live frames that a plan starts from.  [default: 1; without proprio all]")
+    model_temperature: Weight | None = option(
+        None, "Temperature of what the model draws; 0: nothing is drawn.  [default: the run's]"
+    )
     solver: str = option("cem", "Solver: {names}.", group="Solver")
     search: dict[str, Any] = field(default_factory=dict)
     batch: Positive = option(50, "Episodes planned at once.", flag="--batch-size", group="Run")
@@ -128,7 +133,7 @@ def recorded(options: PlanOptions) -> dict[str, Any]:
     known, usual = asdict(options), asdict(PlanOptions())
     del known["baselines"]
     known["threshold"] = known["threshold"] or EARLIER_THRESHOLD
-    for name in ("policy", "subgoals", "judge_columns"):
+    for name in NEWER:
         if known[name] == usual[name]:
             del known[name]
     if not options.strict or options.goals not in SOURCES:  # evaluations from before it existed keep their fingerprint
@@ -188,7 +193,7 @@ def refuse_other_results(out: Path, options: PlanOptions) -> None:
     """Raise UserError where `out` has results of other options."""
     if not (out / "results.json").exists():
         return
-    usual = {"strict": False, "policy": None, "subgoals": PlanOptions().subgoals, "judge_columns": ""}
+    usual = {"strict": False, **{name: getattr(PlanOptions(), name) for name in NEWER}}
     kept = {**usual, **read_json(out / "results.json", "choose another --out").get("options", {})}
     kept["threshold"] = kept.get("threshold") or EARLIER_THRESHOLD
     wanted = {**usual, **recorded(options)}

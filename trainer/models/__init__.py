@@ -52,10 +52,12 @@ class WorldModel(Trainable):
     Attributes:
         context: frames, observed or imagined, that an imagined step sees; the history, unless a planner lowers it.
         observed: newest frames that a belief keeps; the history, unless a planner lowers it.
+        temperature: of what `imagine` draws, where the model `draws`; the run's, unless a planner changes it. 0: nothing is drawn.
     """
 
     recurrent: ClassVar[bool] = False  # remembers every frame of an episode, so a planner must observe each model step
     draws: ClassVar[bool] = False  # whether `imagine` uses its generators
+    temperature: float = 0.0
 
     def __init__(self, shape: DataShape, options: Any, statistics: Mapping[str, Tensor]) -> None:
         """See `Trainable`."""
@@ -164,6 +166,28 @@ class Localizes(Protocol):
 
     def change_masks(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Mark patches for each step of a batch, bool [B, T - 1, N]: those that `changes`, are `computed` and are `likely to change`."""
+
+
+@runtime_checkable
+class Dreams(Protocol):
+    """A world model that can be stepped without frames."""
+
+    def step(
+        self, belief: Belief, action: Tensor, generators: Sequence[torch.Generator] | None = None
+    ) -> tuple[Belief, Imagined]:
+        """Imagine one model step.
+
+        Args:
+            belief: of E episodes, with at least one frame.
+            action: [E, f * A] in env units.
+            generators: one on the CPU for each episode; None: imagine without noise.
+
+        Returns:
+            The belief after the imagined frame, and that frame, with S = T = 1.
+        """
+
+    def features(self, belief: Belief) -> dict[str, Tensor]:
+        """Return what a policy may see of a belief, [E, …] each: `latent`, the newest frame, standardised; `hidden`; `cell` if any."""
 
 
 MODELS: Registry[type[Trainable]] = Registry("model", package=__name__, group="wmcache.models")
