@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -40,38 +40,72 @@ def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[i
     tasks, policy = tasks_of(context, options, numbers), make_policy(context, options)
     env = context.open_env(len(numbers))
     generators = [torch.Generator().manual_seed(99 * number + 1) for number in numbers]
-    policy.reset(_shown_goals(policy, env, tasks), generators)
+    policy.reset(shown_goals(policy, env, tasks), generators)
     seen = env.reset(tasks)
-    policy.observe(_shown(policy, env, seen))
+    policy.observe(shown(policy, env, seen))
     steps: list[Steps] = []
     executed: list[NDArray[np.floating]] = []
-    done, chunk = 0, options.execute * frameskip
-    while done < options.budget:
-        actions = policy.act()
-        decides_again = done + chunk < options.budget
-        for step, action in enumerate(actions.unbind(1)):
-            raw = action.reshape(len(numbers), frameskip, -1).cpu().numpy()[:, : options.budget - done]
-            moved, earlier = _advance(env, raw, context.encoder.lag if policy.reads == "frames" else 0)
-            steps += moved
-            executed.append(raw)
-            done += raw.shape[1]
-            if done >= options.budget:
-                break
-            # Of the frames within a chunk only those are encoded that the next decision starts from.
-            if decides_again and options.execute - step <= context.observed:
-                policy.observe(_shown(policy, env, env.observe(), earlier))
-        report(len(numbers))
+    for part in act(context, options, policy, env, options.budget):
+        steps += part.columns
+        executed.append(part.actions)
     env.close()
     start = states_of(env.spec, seen.columns, (len(numbers),), context.success.columns)
     recorded = _recorded(context, tasks, start, steps, np.concatenate(executed, 1))
     return Episodes(
-        chunk=chunk,
+        chunk=options.execute * frameskip,
         encoder_frames=policy.encoder_frames,
         replans=policy.decisions,
         seconds=policy.seconds,
         distance=context.success.distance,
         **recorded,
     )
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What a model step did in E episodes.
+
+    Attributes:
+        actions: [E, k, A], in env units.
+        columns: after each env step, [E, k', ...] in parts.
+        earlier: the frame the encoder's lag before the end, see `Observation`.
+    """
+
+    actions: NDArray[np.floating]
+    columns: list[Steps]
+    earlier: NDArray[np.uint8] | None
+
+
+def act(
+    context: EvalContext,
+    options: PlanOptions,
+    policy: Policy,
+    env: Environment,
+    env_steps: int,
+    adjust: Callable[[NDArray[np.floating]], NDArray[np.floating]] | None = None,
+) -> Iterator[Moved]:
+    """Let a policy act that has observed the current frame; yields each model step, the last one cut off at `env_steps`.
+
+    Args:
+        adjust: changes actions [E, k, A] in env units before they are executed.
+    """
+    frameskip, lag = context.frameskip, context.encoder.lag if policy.reads == "frames" else 0
+    done, chunk = 0, options.execute * frameskip
+    while done < env_steps:
+        actions = policy.act()
+        decides_again = done + chunk < env_steps
+        for step, action in enumerate(actions.unbind(1)):
+            raw = action.reshape(env.count, frameskip, -1).cpu().numpy()[:, : env_steps - done]
+            raw = raw if adjust is None else adjust(raw)
+            moved, earlier = _advance(env, raw, lag)
+            yield Moved(raw, moved, earlier)
+            done += raw.shape[1]
+            if done >= env_steps:
+                break
+            # Of the frames within a chunk only those are encoded that the next decision starts from.
+            if decides_again and options.execute - step <= context.observed:
+                policy.observe(shown(policy, env, env.observe(), earlier))
+        report(env.count)
 
 
 def _recorded(
@@ -107,14 +141,14 @@ def _recorded(
     return {"start": start, "goal": start[:, :0], "states": states, "rewards": rewards, "actions": kept}
 
 
-def _shown_goals(policy: Policy, env: Environment, tasks: Sequence[Task]) -> Observation:
+def shown_goals(policy: Policy, env: Environment, tasks: Sequence[Task]) -> Observation:
     """Show the goals; without one, no pixels."""
     if tasks[0].goal is None:
         return Observation(np.zeros((len(tasks), 0, 0, 3), np.uint8), np.zeros((len(tasks), 0), np.float32))
-    return _shown(policy, env, env.reset([Task(task.goal) for task in tasks if task.goal is not None]))
+    return shown(policy, env, env.reset([Task(task.goal) for task in tasks if task.goal is not None]))
 
 
-def _shown(policy: Policy, env: Environment, seen: Seen, earlier: NDArray[np.uint8] | None = None) -> Observation:
+def shown(policy: Policy, env: Environment, seen: Seen, earlier: NDArray[np.uint8] | None = None) -> Observation:
     """Keep what the policy reads; a frame that it does not read is not drawn."""
     count = env.count
     image = seen.image if policy.reads == "frames" else np.zeros((count, 1, 1, 3), np.uint8)
@@ -308,7 +342,7 @@ def operations_per_decision(context: EvalContext, options: PlanOptions) -> int:
     """Count the floating-point operations of networks, the encoder's included, of a decision in one episode."""
     tasks = tasks_of(context, options, [options.seed])
     policy, env = make_policy(context, options), context.open_env()
-    observations = [_shown_goals(policy, env, tasks), _shown(policy, env, env.reset(tasks))]
+    observations = [shown_goals(policy, env, tasks), shown(policy, env, env.reset(tasks))]
     env.close()
     policy.reset(observations[0], [torch.Generator().manual_seed(99 * options.seed + 1)])
     with FlopCounterMode(display=False) as counter:
