@@ -25,7 +25,7 @@ from wmcache.envs import POLICIES, Environment, Task, find_environment
 from wmcache.pipeline import collect as behaviour
 from wmcache.pipeline.frames import DatasetCard, FrameDataset, is_started
 from wmcache.pipeline.options import CollectOptions
-from wmcache.pipeline.play import ENDS, task_of_episode, join_episodes, join_rows
+from wmcache.pipeline.play import ENDS, join_episodes, join_rows, task_of_episode
 from wmcache.pipeline.steps import Steps
 from wmcache.planner.base import Observation, Policy
 from wmcache.planner.context import EvalContext
