@@ -18,6 +18,7 @@ OTHER_VALUES: dict[str, list[Any]] = {
     "goals": ["dataset", "random-action"],
     "goal_steps": [3, 30],
     "judge_columns": ["state", "state,proprio"],
+    "model_temperature": [0.5, 1.0],
     "strict": [True, False],
     "policy": ["expert", "zero"],
     "subgoals": ["none"],
