@@ -27,7 +27,7 @@ def collect(env: str, out: AnyPath, *, cluster: str = "local:1", **settings: Any
     opened = player.open()
     if options.policy not in (known := sorted({*opened.policies, *POLICIES})):
         raise UserError(f"environment {env} has no policy {options.policy!r}; {suggest(options.policy, known)}")
-    # A frame of a maze is about 2 kB at 112 px as PNG; twice the pixels, twice the edges.
+    # A frame of few colours is about 2 kB at 112 px as PNG; twice the pixels, twice the edges.
     require_space(out, 30 * options.image_size * most, f"a dataset of {most} frames")
     spec = opened.spec
     if not spec.renders_states:
@@ -84,7 +84,7 @@ class DrawShard(WorkerTask[int, Steps]):
     def run(self, state: Steps, item: int) -> int:
         """Draw a shard; returns its frames."""
         card, frames = self.card, self.card.shard_frames(item)
-        player = Player(card.env, tuple(card.maze), card.image_size, card.seed, card.policy, length=0)
+        player = Player(card.env, card.layout, card.image_size, card.seed, card.policy, length=0)
         env = player.open()
         images: Iterator[Frames] = _replayed(player, state, frames)
         if env.spec.renders_states:
