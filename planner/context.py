@@ -139,7 +139,7 @@ class EvalContext:
 
     def _kind_differs(self, env: Environment) -> str:
         """Describe how an environment differs from the kind of the store's; "" where it does not."""
-        recorded, layout = str(self.card.dataset.get("env")), tuple(self.card.dataset.get("maze") or ())
+        recorded, layout = str(self.card.dataset.get("env")), self.card.layout
         if not isinstance(env, find_environment(recorded, layout)):
             return f"another kind than {recorded}, the environment"
         for name, column in self.store.columns.items():
