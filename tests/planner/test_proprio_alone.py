@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_the_cost_is_the_distance_of_proprio(blind_run: Path, tiny_plan: PlanOpt
     [({}, "--alpha 0"), ({"alpha": 1.0, "mask": True}, "--mask"), ({"alpha": 1.0, "distance": "graph"}, "graph")],
 )
 def test_distances_of_latents_are_refused(
-    blind_run: Path, tiny_plan: PlanOptions, changes: dict[str, object], named: str
+    blind_run: Path, tiny_plan: PlanOptions, changes: dict[str, Any], named: str
 ) -> None:
     options = replace(tiny_plan, **changes)
     with pytest.raises(UserError, match=f"{named}.*--alpha 1"):
