@@ -47,7 +47,7 @@ def compare_runs(
     picture: Path | None = None,
     *,
     weights: Path | None = None,
-    cache: AnyPath | None = None,
+    cache: AnyPath | Sequence[AnyPath] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure several runs, a row for each; `fewer_flop` and `faster` are ratios to the first.
 

@@ -40,7 +40,7 @@ def compare_rollouts(
     observed: int = 1,
     windows: int = 512,
     part: Part = "latents",
-    cache: AnyPath | None = None,
+    cache: AnyPath | Sequence[AnyPath] | None = None,
     device: str = "auto",
     dtype: str = "auto",
 ) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ def compare_rollouts(
         steps: model steps that are imagined. observed: frames before them.
         windows: held-out windows; fewer where there are not so many.
         part: `latents`, in the store's units, or standardised `proprio`.
-        cache: the store, if it has moved.
+        cache: the store, or the stores of the runs in order, if they have moved.
 
     Returns:
         A row for each `step`, and one for all: `copying`, the MSE of copying the last observed frame; `runs`, the MSE of each as a share
@@ -127,7 +127,9 @@ def tabulate(errors: dict[str, Float], episodes: NDArray[np.integer]) -> list[di
     return table
 
 
-def _open(runs: Sequence[Path], cache: AnyPath | None, observed: int, steps: int) -> tuple[TokenStore, Windows]:
+def _open(
+    runs: Sequence[Path], cache: AnyPath | Sequence[AnyPath] | None, observed: int, steps: int
+) -> tuple[TokenStore, Windows]:
     """Open the store of runs, and its held-out windows."""
     settings = []
     for run in runs:

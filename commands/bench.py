@@ -151,7 +151,7 @@ def bench_memory(episodes: int) -> None:
 @shared.count_option("--context", help="Frames that an imagined step of each --model sees.  [default: as wmplan's]")
 @shared.file_option("--landscape", help="PNG of the cost of each --model around its plan.")
 @shared.moved_weights_option
-@shared.moved_cache_option
+@shared.moved_caches_option
 @options_of(PlanOptions, only=("dtype", "device"), device={"group": "Options"}, dtype={"group": "Options"})
 @shared.json_option
 def bench_plan(
@@ -191,7 +191,7 @@ def bench_plan(
     default="latents",
     help="What is compared: latents, or standardised proprio.",
 )
-@shared.moved_cache_option
+@shared.moved_caches_option
 @options_of(PlanOptions, only=("dtype", "device"), device={"group": "Options"}, dtype={"group": "Options"})
 @shared.json_option
 def bench_rollout(runs: tuple[Path, ...], **settings: Any) -> None:

@@ -18,7 +18,19 @@ from PIL import Image
 
 from wmcache.common.columns import Column
 from wmcache.common.errors import UserError, reason
-from wmcache.envs.base import ENVIRONMENTS, Array, Environment, EnvSpec, Frames, Observation, States, Steps, Task
+from wmcache.envs.base import (
+    ENVIRONMENTS,
+    Array,
+    Environment,
+    EnvSpec,
+    Frames,
+    Observation,
+    Replay,
+    Start,
+    States,
+    Steps,
+    Task,
+)
 from wmcache.envs.mujoco_gl import RendererError, mujoco
 from wmcache.envs.spaces import action_column, observed_parts
 
@@ -68,7 +80,7 @@ class GymEnvironment(Environment):
         return Task(int(rng.integers(2**31)))
 
     def reset(self, tasks: Sequence[Task]) -> Observation:
-        """Start at seeds, or at MuJoCo states."""
+        """Start at seeds, at moments of recorded episodes, or at MuJoCo states."""
         for world, task in zip(self._worlds, tasks, strict=True):
             world.reset(task.start)
         return self.observe()
@@ -143,8 +155,13 @@ class World:
         self._aimed = False
         self._ended = dict(NOT_ENDED)
 
-    def reset(self, start: States | int) -> None:
-        """Start an episode at a seed, or at a MuJoCo state [S]."""
+    def reset(self, start: Start) -> None:
+        """Start an episode at a seed, at a moment of a recorded episode, or at a MuJoCo state [S]."""
+        if isinstance(start, Replay):
+            self.reset(start.start)
+            for action in start.actions:
+                self.step(action)
+            return
         self._ended = dict(NOT_ENDED)
         with self._running("failed in reset"):
             observation, _ = self.env.reset(seed=start if isinstance(start, int) else 0)

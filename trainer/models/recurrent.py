@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from wmcache.cache.store import TokenStore
-from wmcache.cache.windows import Windows
 from wmcache.common.errors import UserError
 from wmcache.common.options import Weight, option
 from wmcache.trainer.models import Belief, DataShape, Imagined, WorldModel
@@ -52,11 +50,6 @@ class RecurrentModel(WorldModel):
         super().__init__(shape, options, statistics)
         self.temperature = options.temperature
         self.proprio_size = shape.proprio_dim if options.proprio == "raw" else 0
-
-    @classmethod
-    def configure(cls, store: TokenStore, windows: Windows, options: Any) -> Any:  # noqa: ARG003
-        """Use pixels alone where the store has no proprio; see `WorldModel.configure`."""
-        return replace(options, proprio="none") if store.proprio is None else options
 
     def encode_proprio(self, proprio: Tensor) -> Tensor:
         """See `WorldModel.encode_proprio`."""
