@@ -216,7 +216,7 @@ def _train(
             checkpoint_seconds=SECONDS_BETWEEN_CHECKPOINTS,
         )
         run(task, how, folder, Progress(done.step))
-    weights = {name: value.detach().cpu().contiguous() for name, value in task.network.kept.state_dict().items()}
+    weights = {name: value.detach().cpu().contiguous() for name, value in task.network.weights().items()}
     require_finite(task, options.steps, weights.values())
     write_whole(out, save(weights, metadata=header))
     for unfinished in out.parent.glob(f".{glob.escape(out.name)}.*.fit"):

@@ -30,7 +30,7 @@ from wmcache.pipeline import encoders
 from wmcache.pipeline.derive import derive
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.weights import require_weights, weights_file
-from wmcache.pipeline.extract import extract_together
+from wmcache.pipeline.extract import extract_together, with_log_variances
 from wmcache.pipeline.fit import fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.options import EncoderOptions
@@ -258,7 +258,7 @@ def _extract(work: Workspace, cell: Cell) -> dict[str, Any]:
     if "base" in cell.inputs:
         derive(TokenStore.open(work.product(cell.inputs["base"])), encoder, out, dtype=dtype)
     else:
-        extract_together(dataset, [(encoder, out)], dtype=dtype, batch=work.batch)
+        extract_together(dataset, with_log_variances([(encoder, out)]), dtype=dtype, batch=work.batch)
     seconds = time.perf_counter() - start
     store = TokenStore.open(out)
     return {

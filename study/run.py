@@ -29,7 +29,7 @@ from wmcache.common.progress import seconds_between_updates
 from wmcache.envs import open_environment
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
-from wmcache.pipeline.extract import extract_together
+from wmcache.pipeline.extract import extract_together, with_log_variances
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.options import CollectOptions
 from wmcache.study.cells import Branch, Cell, Workspace, create_encoder, do_cell, make_branches
@@ -177,7 +177,9 @@ def _extract_at_once(work: Workspace, cells: Sequence[Cell]) -> dict[str, dict[s
             started, count = time.perf_counter(), len(encoders)
             stores = [(encoder, work.product(cell)) for cell, encoder in encoders.items()]
             try:
-                extract_together(FrameDataset.open(work.dataset), stores, dtype=dtype, batch=work.batch)
+                extract_together(
+                    FrameDataset.open(work.dataset), with_log_variances(stores), dtype=dtype, batch=work.batch
+                )
             except Exception:  # noqa: BLE001 (each store's own attempt reports it)
                 traceback.print_exc()
                 continue
