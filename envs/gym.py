@@ -313,8 +313,10 @@ class World:
         except Exception as error:  # whatever the environment raises
             if drawing and self.data is not None:
                 raise RendererError.of(error) from error
-            kind = type(error).__name__
-            raise UserError(f"environment {self.name} {failed} ({kind}: {reason(error)}); fix or install it") from error
+            kind, hint = type(error).__name__, "fix or install it"
+            if isinstance(error, gymnasium.error.UnregisteredEnv):
+                hint = "install it, or name the module that registers it, as module:ID"
+            raise UserError(f"environment {self.name} {failed} ({kind}: {reason(error)}); {hint}") from error
 
 
 @functools.cache

@@ -128,6 +128,22 @@ class ImagineOptions:
     lpips: bool = option(True, "Try to compute LPIPS; its network is fetched once, 244 MB.")
 
 
+@dataclass(frozen=True)
+class DreamOptions:
+    """All settings of imagined episodes; saved in `dream.json`."""
+
+    episodes: Positive = option(100, "Episodes to imagine.")
+    steps: Positive | None = option(
+        None, "Most model steps of an episode.  [default: those of the longest one in the store]"
+    )
+    policy: Literal["random", "zero"] = option("random", "Who acts, as in wmplan.")
+    temperature: Weight | None = option(None, "Temperature of what the model draws.  [default: the run's]")
+    split: Literal["train", "val", "all"] = option("val", "Episodes of the store whose first frames are the starts.")
+    pictured: Natural = option(4, "Episodes in the video and the picture; 0 draws none.")
+    seed: Natural = option(0, "Number of the first episode, which is its seed.")
+    device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.")
+
+
 def recorded(options: PlanOptions) -> dict[str, Any]:
     """Return the options by which an evaluation is known: not the baselines, nor those at their defaults that are newer than others."""
     known, usual = asdict(options), asdict(PlanOptions())
