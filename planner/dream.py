@@ -20,6 +20,8 @@ from wmcache.trainer.runs import load_model, open_store, read_config
 
 LEAST_CONTINUES = 0.5
 """An imagined episode ends where the probability that it goes on is below this: the paper's logit of 0."""
+DEFAULT_FPS = 20
+"""Env steps per second, of stores that record none."""
 BLOCK = 64
 """Episodes that the model steps at once, always: the last bits of a matrix product depend on the number of rows."""
 
@@ -76,6 +78,7 @@ class Dream:
         self.action = action_space(self.store)
         self.length = max(1, (self.store.longest_episode() - 1) // self.frameskip)
         self.aimless = not (self.model.shape.has_reward or self.model.shape.has_end)
+        self._each = constant_reward(self.store)
         self._starts = np.searchsorted(self.store.episode, self.store.split(split, seed))
         self._goals = ("val" if split == "train" else split, seed)
 
@@ -83,6 +86,11 @@ class Dream:
     def temperature(self) -> float:
         """Of what the model draws."""
         return self.model.temperature
+
+    @property
+    def fps(self) -> float:
+        """Model steps per second of the environment."""
+        return float(self.store.card.dataset.get("fps") or DEFAULT_FPS) / self.frameskip
 
     @property
     def goal_latents(self) -> Tensor:
@@ -122,8 +130,9 @@ class Dream:
             actions: [E, f * A] in env units.
 
         Returns:
-            Features; rewards [E] of these env steps, or minus the distance to the goal where there is one, or 1 for each env step where
-            the model imagines ends alone; ended, bool [E].
+            Features; rewards [E] of these env steps; ended, bool [E]. The reward is minus the distance to the goal where there is one,
+            and what the model imagines, unless all rewards of the store are equal, or it has none but ends: then it is that number, or
+            1, for each env step.
         """
         actions, ended = actions.to(self.device, torch.float32), self._now.ended.clone()
         self.belief = {name: value.clone() for name, value in self.belief.items()}
@@ -146,10 +155,9 @@ class Dream:
     def _reward(self, imagined: Imagined, block: Tensor) -> Tensor:
         if self._now.goal_latents is not None:
             return -self.model.cost(imagined, self._now.goal_latents[block])[:, 0, 0]
-        if imagined.reward is not None:
+        if imagined.reward is not None and self._each is None:
             return imagined.reward[:, 0, 0]
-        each = 0 if imagined.continues is None else self.frameskip
-        return torch.full((BLOCK,), float(each), device=self.device)
+        return torch.full((BLOCK,), self.frameskip * (self._each or 0.0), device=self.device)
 
     def _features(self) -> dict[str, Tensor]:
         found = self._stepped.features(self.belief)
@@ -168,7 +176,7 @@ class Dream:
 
 def _blocks(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut rows into blocks; yields those of each block, and the same with repeated ones after them, [BLOCK]."""
-    for part in torch.split(rows, BLOCK):
+    for part in torch.split(rows, BLOCK) if len(rows) else ():
         yield part, torch.cat([part, part[:1].expand(BLOCK - len(part))])
 
 
@@ -193,6 +201,14 @@ def action_space(store: TokenStore) -> Column:
     low, high = (tuple(bound.astype(float).tolist()) for bound in store.bounds)
     discrete = any(column.discrete for column in store.columns.values() if "action" in column.roles)
     return Column(("action",), "float32", (len(low),), low, high, discrete=discrete)
+
+
+def constant_reward(store: TokenStore) -> float | None:
+    """Return the reward of every env step of a store: 1 where it has none but ends; None where rewards differ, or nothing is known."""
+    if store.reward is None:
+        return None if store.terminated is None else 1.0
+    followed = store.reward[:-1][np.diff(store.episode) == 0]  # the last frame of an episode has no reward
+    return float(followed[0]) if len(followed) and (followed == followed[0]).all() else None
 
 
 def drawn(frames: Frames, seeds: Sequence[int], stream: int) -> Frames:

@@ -138,7 +138,7 @@ class LiveRollouts:
         Files of finished tasks named by `label` are kept in the task's folder, so that a stopped call goes on.
         """
         context = self.live.context
-        tasks = tasks_of(context, context.settled(self.task.options), numbers)
+        tasks = list(tasks_of(context, context.settled(self.task.options), numbers))
         episodes = [slice(first, first + LIVE) for first in range(0, len(numbers), LIVE)]
         most = max(1, LIVE // len(numbers))
         together = max(size for size in range(1, most + 1) if len(candidates) % size == 0)

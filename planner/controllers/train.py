@@ -26,7 +26,7 @@ from wmcache.planner.controllers.folder import ControllerConfig, model_checksum,
 from wmcache.planner.controllers.options import ControllerOptions
 from wmcache.planner.controllers.search import Search
 from wmcache.planner.controllers.trial import Trial, open_trial
-from wmcache.planner.judge import summarise_returns
+from wmcache.planner.judge import mean_of
 from wmcache.planner.report import COLOURS, RC
 from wmcache.trainer.runs import differences, lock_run
 
@@ -105,7 +105,7 @@ def _generation(options: ControllerOptions, trial: Trial, search: Search) -> dic
     }
     if trial.check is not None and number % options.check_every == 0:
         checked = range(first + CHECKS, first + CHECKS + options.check_episodes)
-        line["check"] = summarise_returns(trial.check(search.mean[None], checked, f"check-{number:05d}")[0])
+        line["check"] = mean_of(trial.check(search.mean[None], checked, f"check-{number:05d}")[0])
     return {**line, "seconds": time.perf_counter() - begun}
 
 
