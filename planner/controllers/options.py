@@ -45,7 +45,9 @@ class ControllerOptions:
         "A discrete action is the one of the largest output, or the part of [-1, 1] in which a single output is.",
     )
     check_every: Natural = option(
-        5, "Generations between checks of the mean parameters in the real environment; 0: never.", group="Run"
+        5,
+        "Generations between checks of the mean parameters in the real environment; the last is checked too. 0: never.",
+        group="Run",
     )
     check_episodes: Positive = option(16, "Episodes of a check.")
     device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.")

@@ -23,6 +23,8 @@ Array = NDArray[np.float64]
 
 MOST_FULL = 1200
 """Parameters up to which the full covariance is adapted; above, its diagonal, in linear time and memory."""
+FLAT = 20
+"""Generations of equal fitness after which the search stops; `cma` has 1, but all candidates may fail at the same step for a while."""
 NUMBERS = (bool, int, float, np.number, np.bool_)
 PLAIN = frozenset({"bool", "int", "float", "list"})
 NOT_STATE = frozenset({"logger", "timer", "opts", "inopts", "inputargs"})
@@ -47,6 +49,7 @@ class Search:
             "randn": lambda *shape: self._rng.standard_normal(shape),
             "seed": float("nan"),  # otherwise cma seeds NumPy's global generator
             "verbose": -9,  # no output, no files
+            "tolflatfitness": FLAT,
             "CMA_diagonal": size > MOST_FULL,
             "AdaptSigma": cma.sigma_adaptation.CMAAdaptSigmaCSA,
         }

@@ -103,7 +103,8 @@ def _generation(options: ControllerOptions, trial: Trial, search: Search) -> dic
         "worst": float(fitness.min()),
         "sigma": search.sigma,
     }
-    if trial.check is not None and number % options.check_every == 0:
+    last = number == options.generations or search.stop()
+    if trial.check is not None and (last or number % options.check_every == 0):
         checked = range(first + CHECKS, first + CHECKS + options.check_episodes)
         line["check"] = mean_of(trial.check(search.mean[None], checked, f"check-{number:05d}")[0])
     return {**line, "seconds": time.perf_counter() - begun}
