@@ -23,6 +23,7 @@ from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
+from wmcache.planner.collect import collect as collect_with
 from wmcache.planner.context import EvalContext
 from wmcache.planner.controllers.linear import Linear
 from wmcache.planner.controllers.options import ControllerOptions
@@ -168,6 +169,17 @@ def test_a_controller_learns_in_the_dream_and_acts_in_the_environment(run: Path,
     assert results["encoder_frames"] == 3 * 5  # the goal, and before each of 4 decisions
     assert results["operations_per_decision"] > 0
     assert not results["reads_state"]
+
+    frames = tmp_path / "frames"
+    card = collect_with(
+        str(read_json(run / "identity.json", "")["card"]["dataset"]["env"]),
+        frames,
+        policy=str(out),
+        episodes=2,
+        length=12,
+    )
+    assert card.policy.startswith("controller of mdn-rnn")
+    assert card.frames == 24
 
 
 def test_the_return_of_discrete_actions_is_that_of_an_evaluation(tmp_path: Path) -> None:
