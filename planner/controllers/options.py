@@ -33,6 +33,9 @@ class ControllerOptions:
     temperature: Weight | None = option(
         None, f"Temperature of the dream.  [default: {DREAM_TEMPERATURE} where the model draws what it imagines]"
     )
+    start: str | None = option(
+        None, "Folder of a controller whose parameters the search starts from.  [default: zeros]", flag="--from"
+    )
     seed: Natural = option(0, "Seed of the search and of the episodes.")
     inputs: str | None = option(
         None,

@@ -31,14 +31,14 @@ NOT_STATE = frozenset({"logger", "timer", "opts", "inopts", "inputargs"})
 
 
 class Search:
-    """Looks for parameters of high fitness, from zeros on.
+    """Looks for parameters of high fitness.
 
     Attributes:
         generation: generations whose fitness is known.
     """
 
-    def __init__(self, size: int, *, population: int, sigma: float, seed: int) -> None:
-        """Begin; `size` is the number of parameters. Raise UserError where cma is not installed."""
+    def __init__(self, start: Array, *, population: int, sigma: float, seed: int) -> None:
+        """Begin at parameters [size]. Raise UserError where cma is not installed."""
         try:
             import cma
         except ImportError as error:
@@ -50,11 +50,11 @@ class Search:
             "seed": float("nan"),  # otherwise cma seeds NumPy's global generator
             "verbose": -9,  # no output, no files
             "tolflatfitness": FLAT,
-            "CMA_diagonal": size > MOST_FULL,
+            "CMA_diagonal": len(start) > MOST_FULL,
             "AdaptSigma": cma.sigma_adaptation.CMAAdaptSigmaCSA,
         }
         self._version = str(cma.__version__)
-        self._strategy: Any = cma.CMAEvolutionStrategy(np.zeros(size), sigma, options)
+        self._strategy: Any = cma.CMAEvolutionStrategy(start, sigma, options)
 
     @property
     def generation(self) -> int:

@@ -78,14 +78,14 @@ def test_the_search_approaches_an_optimum_and_continues_bit_by_bit(tmp_path: Pat
         return asked
 
     settings: dict[str, Any] = {"population": 16, "sigma": 0.3 if size < 100 else 0.05, "seed": 3}
-    whole = Search(size, **settings)
+    whole = Search(np.zeros(size), **settings)
     start = np.square(whole.mean - optimum).sum()
     search(whole, 30)
     whole.save(tmp_path / "state")
     following = search(whole, 60)
     assert np.square(whole.mean - optimum).sum() < start * (1e-3 if size < 100 else 1)
 
-    again = Search(size, **settings)
+    again = Search(np.zeros(size), **settings)
     again.load(tmp_path / "state")
     assert again.generation == 30
     np.testing.assert_array_equal(search(again, 60), following)
@@ -93,7 +93,7 @@ def test_the_search_approaches_an_optimum_and_continues_bit_by_bit(tmp_path: Pat
 
 
 def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
-    search = Search(5, population=6, sigma=0.1, seed=0)
+    search = Search(np.zeros(5), population=6, sigma=0.1, seed=0)
     search.tell(search.ask(), np.arange(6.0))
     file = tmp_path / "state.safetensors"
     search.save(file)
@@ -101,7 +101,7 @@ def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
     for damaged in (whole[:-9], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], b"", b"\x80\x04N."):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=str(file)):
-            Search(5, population=6, sigma=0.1, seed=0).load(file)
+            Search(np.zeros(5), population=6, sigma=0.1, seed=0).load(file)
 
 
 def test_actions_are_linear_and_within_the_bounds(run: Path) -> None:
@@ -277,6 +277,10 @@ def test_what_does_not_suit_is_refused(run: Path, run_path: Path, tmp_path: Path
     with pytest.raises(UserError, match="rollouts 2 != 3"):
         train_controller(run, replace(quick, rollouts=3), out)
     assert train_controller(run, replace(quick, generations=2), out)["generation"] == 2
+    further = replace(quick, start=str(out))
+    train_controller(run, further, tmp_path / "further")
+    with pytest.raises(UserError, match="--from"):
+        train_controller(run, replace(further, inputs="latent"), tmp_path / "other")
     for policy, changed, named in (
         (out, {"execute": 2}, "--execute 2"),
         ("controller", {}, "--policy"),
