@@ -91,6 +91,7 @@ class EvalContext:
         self.context_frames, self.observed = self._count_frames(options)
         if isinstance(self.model, WorldModel):
             self.model.context, self.model.observed = self.context_frames, self.observed
+        self.temperature = self._set_temperature(options)
         own = {"frameskip": self.frameskip} if "frameskip" in option_names(options.solver) else {}
         self.solver = make_solver(options.solver, **{**own, **options.search})
         self.graph = self.cached_graph if options.distance == "graph" else None
@@ -153,6 +154,16 @@ class EvalContext:
             raise UserError(f"--observed {options.observed} is more than the {context} frames of --context; raise it")
         return context, min(options.observed or usual, context)
 
+    def _set_temperature(self, options: PlanOptions) -> float | None:
+        """Set the model's temperature, and return it; None for a model that draws nothing."""
+        if not isinstance(self.model, WorldModel) or not self.model.draws:
+            if options.model_temperature is not None:
+                raise UserError(f"--model-temperature: the model of {self.run} draws nothing; leave it out")
+            return None
+        if options.model_temperature is not None:
+            self.model.temperature = options.model_temperature
+        return self.model.temperature
+
     @cached_property
     def cached_graph(self) -> LatentGraph:
         """Graph of the store's frames."""
@@ -210,6 +221,7 @@ class EvalContext:
             "policy": self.policy(options),
             "context": self.context_frames,
             "observed": self.observed,
+            "model_temperature": self.temperature,
             "search": asdict(self.solver),
             "env": world_name(self.env),
             "goal_steps": self.goal_steps(options),
@@ -217,6 +229,7 @@ class EvalContext:
             "dtype": str(self.dtype).removeprefix("torch."),
         }
         unused = set() if isinstance(self.model, WorldModel) and not self.model.recurrent else {"context", "observed"}
+        unused |= {"model_temperature"} if self.temperature is None else set()
         unused |= {"goal_steps"} if options.goals == "random-state" else set()
         unused |= {"goals", "threshold", "strict", "distance", "alpha", "mask", "subgoals"} if self.by_return else set()
         if options.goals not in SOURCES:

@@ -76,6 +76,9 @@ class PlanOptions:
     proprio: Literal["auto", "none"] = option("auto", "none: refuse a model that sees proprio.")
     context: Positive | None = option(None, "Frames that an imagined step sees.  [default: 1; without proprio all]")
     observed: Positive | None = option(None, "Live frames that a plan starts from.  [default: 1; without proprio all]")
+    model_temperature: Weight | None = option(
+        None, "Temperature of what the model draws; 0: nothing is drawn.  [default: the run's]"
+    )
     solver: str = option("cem", "Solver: {names}.", group="Solver")
     search: dict[str, Any] = field(default_factory=dict)
     batch: Positive = option(50, "Episodes planned at once.", flag="--batch-size", group="Run")
@@ -129,7 +132,7 @@ def recorded(options: PlanOptions) -> dict[str, Any]:
     known, usual = asdict(options), asdict(PlanOptions())
     del known["baselines"]
     known["threshold"] = known["threshold"] or EARLIER_THRESHOLD
-    for name in ("policy", "subgoals"):
+    for name in ("policy", "subgoals", "model_temperature"):
         if known[name] == usual[name]:
             del known[name]
     if not options.strict or options.goals not in SOURCES:  # evaluations from before it existed keep their fingerprint
@@ -189,7 +192,7 @@ def refuse_other_results(out: Path, options: PlanOptions) -> None:
     """Raise UserError where `out` has results of other options."""
     if not (out / "results.json").exists():
         return
-    usual = {"strict": False, "policy": None, "subgoals": PlanOptions().subgoals}
+    usual = {"strict": False, "policy": None, "subgoals": PlanOptions().subgoals, "model_temperature": None}
     kept = {**usual, **read_json(out / "results.json", "choose another --out").get("options", {})}
     kept["threshold"] = kept.get("threshold") or EARLIER_THRESHOLD
     wanted = {**usual, **recorded(options)}

@@ -1,13 +1,14 @@
 """The M of World Models (arXiv 1803.10122, section 2.2): an LSTM whose output is a mixture of Gaussians of the next latent.
 
 By default a mixture for each dimension, as the paper's code has it; `--mixture vector` has one for the whole latent. The means are those of
-the change from the present latent, unless `--predict frame`.
+the change from the present latent, unless `--predict frame`. World Models trains it on whole episodes, on latents drawn afresh for each
+batch: `--sequences episodes --latents drawn`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple
 
@@ -17,6 +18,7 @@ from annotated_types import Ge, Le
 from einops import rearrange
 from torch import Tensor, nn
 
+from wmcache.cache.log_variances import open_log_variances
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows
 from wmcache.common.errors import UserError
@@ -24,6 +26,7 @@ from wmcache.common.options import Positive, Weight, option
 from wmcache.trainer.models import MODELS, Belief, DataShape, Imagined, WorldModel
 
 LARGEST_FRAME = 4096  # values, each of which has several Gaussians
+FORGET_BIAS = 1.0
 LEAST_LOG_SIGMA = math.log(0.01)  # of standardised values
 
 
@@ -39,6 +42,13 @@ class MdnRnnOptions:
         "dimension", "A mixture for each dimension of the latent, or one for the whole latent."
     )
     sequence: Annotated[int, Ge(2), Le(1024)] = option(16, "Frames of a training sequence.")
+    sequences: Literal["windows", "episodes"] = option(
+        "windows", "Train on windows from any frame on, or on whole episodes, cut into pieces of --sequence frames."
+    )
+    latents: Literal["mean", "drawn"] = option(
+        "mean", "Train on cached tokens, or draw latents for each batch; the store then needs log-variances."
+    )
+    end_weight: Weight = option(1.0, "Weight of frames that end an episode in the loss of predicted ends.")
     temperature: Weight = option(
         0.0, "Temperature of what is drawn in plans; 0: the mean of the most probable Gaussian."
     )
@@ -99,6 +109,16 @@ class MdnRnn(WorldModel):
         """See `WorldModel.window`: a sequence, whatever the history."""
         return options.sequence
 
+    @classmethod
+    def whole_episodes(cls, options: MdnRnnOptions) -> bool:
+        """See `WorldModel.whole_episodes`."""
+        return options.sequences == "episodes"
+
+    @classmethod
+    def extras(cls, store: TokenStore, windows: Windows, options: MdnRnnOptions) -> dict[str, TokenStore]:  # noqa: ARG003
+        """See `WorldModel.extras`: log-variances, to draw latents."""
+        return {"logvar": open_log_variances(store)} if options.latents == "drawn" else {}
+
     def encode_proprio(self, proprio: Tensor) -> Tensor:
         """See `WorldModel.encode_proprio`."""
         return ((proprio - self.proprio_mean) / self.proprio_std)[..., : self.proprio_size]
@@ -108,21 +128,27 @@ class MdnRnn(WorldModel):
 
         These are the MSE of proprio and reward, and the cross-entropy of `terminated`; see `WorldModel.loss`.
         """
-        tokens, proprio = self._flatten(batch["tokens"]), self.encode_proprio(batch["proprio"])
-        outputs = self._read(tokens, proprio, batch["action"])
+        tokens, proprio = self._flatten(self._latents(batch)), self.encode_proprio(batch["proprio"])
+        weight = batch.get("weight")
+        outputs = self._read(tokens, proprio, batch["action"], fused=weight is not None)
+        after = None if weight is None else weight[:, 1:]
         hidden = outputs[:, :-1]
         changes = self.options.predict == "change"
         target = tokens[:, 1:] - tokens[:, :-1] if changes else tokens[:, 1:]
-        losses = {"nll": negative_log_likelihood(self._mixture(hidden), target)}
+        each = log_likelihoods(self._mixture(hidden), target)
+        losses = {"nll": -(each if after is None else each * after[..., None]).sum() / target.numel()}
         found = {name: head(outputs).float() for name, head in self.heads.items()}
         if "proprio" in found:
             moved = proprio[:, 1:] - proprio[:, :-1] if changes else proprio[:, 1:]
-            losses["proprio"] = F.mse_loss(found["proprio"][:, :-1], moved)
+            losses["proprio"] = average(F.mse_loss, found["proprio"][:, :-1], moved, after)
         # An episode ends after the last frame of a window: no frame follows its end.
         if "reward" in found:
-            losses["reward"] = F.mse_loss(found["reward"][..., 0], batch["reward"].float())
+            losses["reward"] = average(F.mse_loss, found["reward"][..., 0], batch["reward"].float(), weight)
         if "end" in found:
-            losses["end"] = F.binary_cross_entropy_with_logits(found["end"][..., 0], batch["terminated"].float())
+            ends = batch["terminated"].float()
+            if (rare := self.options.end_weight) != 1:
+                weight = (1 if weight is None else weight) * (1 + (rare - 1) * ends)
+            losses["end"] = average(F.binary_cross_entropy_with_logits, found["end"][..., 0], ends, weight)
         return {"loss": torch.stack([*losses.values()]).sum(), **{name: one.detach() for name, one in losses.items()}}
 
     def start(self, count: int) -> Belief:
@@ -193,8 +219,21 @@ class MdnRnn(WorldModel):
         found: Tensor = self.inputs(torch.cat([tokens, proprio, action], -1))
         return found
 
-    def _read(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> Tensor:
-        """Read sequences [B, T, …] from the first frame on; returns the output of the LSTM, [B, T, hidden]."""
+    def _latents(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the latents of a batch, drawn from their Gaussians while training where it has log-variances, [B, T, N, D]."""
+        tokens = batch["tokens"].float()
+        if not self.training or "logvar" not in batch:
+            return tokens
+        return tokens + (batch["logvar"].float() / 2).exp() * torch.randn_like(tokens)
+
+    def _read(self, tokens: Tensor, proprio: Tensor, action: Tensor, *, fused: bool) -> Tensor:
+        """Read sequences [B, T, …] from the first frame on; returns the output of the LSTM, [B, T, hidden].
+
+        Args:
+            fused: compute long sequences with PyTorch's LSTM, in float32; equal up to rounding.
+        """
+        if fused:
+            return self._read_fused(tokens, proprio, action)
         zeros = torch.zeros(len(tokens), self.options.hidden, device=tokens.device)
         memory, outputs = Memory(zeros, zeros), []
         for inputs in self._inputs(tokens, proprio, action).unbind(1):
@@ -202,10 +241,20 @@ class MdnRnn(WorldModel):
             outputs.append(memory.hidden)
         return torch.stack(outputs, 1)
 
+    def _read_fused(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> Tensor:
+        frames = torch.cat([tokens, proprio, (action - self.action_mean) / self.action_std], -1).float()
+        zeros = frames.new_zeros(1, len(frames), self.options.hidden)
+        forget = frames.new_zeros(4, self.options.hidden)
+        forget[1] = FORGET_BIAS
+        weights = [self.inputs.weight, self.recurrence.weight, self.inputs.bias, forget.flatten()]
+        with torch.autocast(frames.device.type, enabled=False):
+            outputs: Tensor = torch.lstm(frames, (zeros, zeros), weights, True, 1, 0.0, self.training, False, True)[0]
+        return outputs
+
     def _remember(self, memory: Memory, inputs: Tensor) -> Memory:
         gates = (inputs + self.recurrence(memory.hidden)).float()
         write, keep, value, read = gates.chunk(4, -1)
-        cell = torch.sigmoid(keep + 1) * memory.cell + torch.sigmoid(write) * torch.tanh(value)
+        cell = torch.sigmoid(keep + FORGET_BIAS) * memory.cell + torch.sigmoid(write) * torch.tanh(value)
         return Memory(torch.sigmoid(read) * torch.tanh(cell), cell)
 
     def _mixture(self, hidden: Tensor) -> Mixture:
@@ -234,12 +283,19 @@ def chosen(values: Tensor, component: Tensor) -> Tensor:
     return values.gather(-1, component.expand(*values.shape[:-1], 1))[..., 0]
 
 
-def negative_log_likelihood(mixture: Mixture, target: Tensor) -> Tensor:
-    """Compute the mean over targets [..., V] and their dimensions of -log p."""
+def average(loss: Callable[..., Tensor], found: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    """Average a loss of outputs [B, T, …] over all, with weights of their frames [B, T] where these differ; a scalar."""
+    if weight is None:
+        return loss(found, target)
+    errors = loss(found, target, reduction="none")
+    return (errors * weight.view(weight.shape + (1,) * (errors.ndim - 2))).mean()
+
+
+def log_likelihoods(mixture: Mixture, target: Tensor) -> Tensor:
+    """Compute log p of targets [..., V]: [..., V] by dimension, or [..., 1] of one mixture for the whole vector."""
     logits, means, log_sigmas = mixture
     errors = (target[..., None] - means) * torch.exp(-log_sigmas)
     likelihoods = -0.5 * (errors.square() + math.log(2 * math.pi)) - log_sigmas
     # Dimensions of one mixture for the whole vector are independent given the component.
     joint = likelihoods if logits.shape[-2] > 1 else likelihoods.sum(-2, keepdim=True)
-    each = torch.logsumexp(logits.log_softmax(-1) + joint, -1)
-    return -each.sum() / target.numel()
+    return torch.logsumexp(logits.log_softmax(-1) + joint, -1)

@@ -72,6 +72,11 @@ class Trainable(nn.Module, ABC):
         return history + 1
 
     @classmethod
+    def whole_episodes(cls, options: Any) -> bool:  # noqa: ARG003
+        """Return whether windows are whole episodes of at most `window` frames, padded, and batches have `weight`; default: no."""
+        return False
+
+    @classmethod
     def extras(cls, store: TokenStore, windows: Windows, options: Any) -> dict[str, TokenStore]:  # noqa: ARG003
         """Open stores whose rows batches have beside tokens (`Windows.with_extras`); raises UserError where one is missing."""
         return {}
@@ -119,6 +124,7 @@ class Trainable(nn.Module, ABC):
 
         Args:
             batch: tokens [B, T, N, D], proprio [B, T, P], action [B, T, f * A], and a row of each of `extras` [B, T, …]; T of `window`.
+                With `whole_episodes` also weight [B, T], 0 for padding, see `Windows.steps`.
                 Where the shape has them also reward [B, T] and terminated [B, T], of the env steps from each frame to the next. With
                 `goals` also goal_tokens [B, N, D] and goal_steps [B], see `Windows.batch`.
             pool: side of the squares of the token grid to average first; above 1 only where `check_pool` allows it.
