@@ -22,6 +22,10 @@ BASELINES = ("random", "zero")
 LONGEST_NAME = 120
 EARLIER_THRESHOLD = 0.5
 """What options without a threshold are recorded with, as before it depended on the environment."""
+NEWER = ("policy", "subgoals", "judge_columns", "model_temperature")
+"""Options that earlier versions had not; at their defaults they are not recorded."""
+PLAIN = str.maketrans({":": None, ",": "+"})
+"""Characters that no folder's name has, and what replaces them."""
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -42,6 +46,11 @@ class PlanOptions:
     goals: str = option("random-state", "Starts and goals: random-state, dataset, random-action, or a Parquet file.")
     goal_steps: Positive | None = option(
         None, "Env steps from start to goal (dataset, random-action).  [default: the horizon's]"
+    )
+    judge_columns: str = option(
+        "",
+        "Success is a Euclidean distance on these columns, separated by commas, below --threshold; goals are frames of held-out "
+        "episodes, --goal-steps after the start.  [default: the environment's distance, or the return]",
     )
     strict: bool = option(
         True,
@@ -93,6 +102,14 @@ def check_options(options: PlanOptions) -> None:
     validate_options(options)
     if options.mask and options.distance != "latent":
         raise UserError(f"--mask weighs tokens, and --distance {options.distance} has none; leave one of them out")
+    if options.judge_columns and options.threshold is None:
+        raise UserError(
+            f"--judge-columns {options.judge_columns} needs a --threshold, in units of these columns; add it"
+        )
+    if options.judge_columns and options.goals not in (PlanOptions().goals, "dataset"):
+        raise UserError(
+            f"--judge-columns {options.judge_columns} takes goals from frames; leave out --goals {options.goals}"
+        )
     if options.execute > options.horizon:
         raise UserError(f"--execute {options.execute} is more than the --horizon of {options.horizon} model steps")
 
@@ -132,7 +149,7 @@ def recorded(options: PlanOptions) -> dict[str, Any]:
     known, usual = asdict(options), asdict(PlanOptions())
     del known["baselines"]
     known["threshold"] = known["threshold"] or EARLIER_THRESHOLD
-    for name in ("policy", "subgoals", "model_temperature"):
+    for name in NEWER:
         if known[name] == usual[name]:
             del known[name]
     if not options.strict or options.goals not in SOURCES:  # evaluations from before it existed keep their fingerprint
@@ -181,7 +198,7 @@ def _name_part(name: str, value: Any) -> str:
         return Path(value).name
     if name == "execute":
         return f"x{value}"
-    return f"{flag}-{value.replace(':', '')}" if isinstance(value, str) else f"{flag}{value}"
+    return f"{flag}-{value.translate(PLAIN)}" if isinstance(value, str) else f"{flag}{value}"
 
 
 def _digest(text: str) -> str:
@@ -192,7 +209,7 @@ def refuse_other_results(out: Path, options: PlanOptions) -> None:
     """Raise UserError where `out` has results of other options."""
     if not (out / "results.json").exists():
         return
-    usual = {"strict": False, "policy": None, "subgoals": PlanOptions().subgoals, "model_temperature": None}
+    usual = {"strict": False, **{name: getattr(PlanOptions(), name) for name in NEWER}}
     kept = {**usual, **read_json(out / "results.json", "choose another --out").get("options", {})}
     kept["threshold"] = kept.get("threshold") or EARLIER_THRESHOLD
     wanted = {**usual, **recorded(options)}
