@@ -53,7 +53,8 @@ class Dream:
         length: most model steps of an episode, those of the longest one in the store.
         aimless: the model imagines neither reward nor end, so only a goal gives a reward.
         belief: of the newest imagined frames.
-        latents: [E, N, D] of the newest imagined frames, in the store's units.
+        latents: [E, N, D] of the newest imagined frames, in the store's units; D is 0 of a model that imagines proprio alone, whose
+            distances to goals are those of proprio.
     """
 
     belief: Belief
@@ -102,6 +103,13 @@ class Dream:
     def starts(self) -> Frames:
         """The frame of the store that each episode starts from, int64 [E]."""
         return self._now.starts
+
+    def require_latents(self) -> None:
+        """Raise UserError where the model imagines no latents to draw."""
+        if not self.model.has_latents:
+            raise UserError(
+                f"{self.run} imagines proprio alone, which no decoder draws; draw nothing with --pictured 0"
+            )
 
     @torch.no_grad()
     def reset(self, seeds: Sequence[int], *, goals: bool = False) -> dict[str, Tensor]:
@@ -153,8 +161,10 @@ class Dream:
         return self._features(), reward, ended
 
     def _reward(self, imagined: Imagined, block: Tensor) -> Tensor:
-        if self._now.goal_latents is not None:
-            return -self.model.cost(imagined, self._now.goal_latents[block])[:, 0, 0]
+        if self._now.goal_latents is not None and self._now.goal is not None:
+            if self.model.has_latents:
+                return -self.model.cost(imagined, self._now.goal_latents[block])[:, 0, 0]
+            return -(imagined.proprio[:, 0, 0] - self._now.goal[block]).square().mean(-1)
         if imagined.reward is not None and self._each is None:
             return imagined.reward[:, 0, 0]
         return torch.full((BLOCK,), self.frameskip * (self._each or 0.0), device=self.device)
@@ -171,6 +181,7 @@ class Dream:
         for rows, block in _blocks(torch.arange(len(frames), device=self.device)):
             seen = self.model.observe(self.model.start(BLOCK), latents[block], proprio.to(self.device)[block], None)
             parts.append({name: value[: len(rows)] for name, value in seen.items()})
+        latents = latents if self.model.has_latents else latents[..., :0]
         return latents, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

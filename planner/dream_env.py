@@ -49,6 +49,7 @@ class DreamEnv(gym.Env[Features, Any]):
         self._dream = Dream(Path(run), temperature=temperature, device=device, split=split)
         self._decode = None
         if render_mode is not None:
+            self._dream.require_latents()
             self._decode = open_decode(Path(run), Path(decoder) if decoder else None, device=device)
         self.metadata = {**self.metadata, "render_fps": self._dream.fps}
         self.action_space: gym.Space[Any] = space_of(self._dream.action)

@@ -67,11 +67,11 @@ def play_dreams(
         end before they are cut, with its interval.
     """
     check_options(options)
-    decode = None
+    dream, decode = Dream(run, temperature=options.temperature, device=options.device, split=options.split), None
     if options.pictured:
         ffmpeg()  # a missing program is reported before any work
+        dream.require_latents()
         decode = open_decode(run, decoder, weights=weights, device=options.device)
-    dream = Dream(run, temperature=options.temperature, device=options.device, split=options.split)
     played = play(dream, options)
     steps, ended = mean_of(played.lengths.astype(np.float64)), int(played.ended.sum())
     result = {

@@ -72,13 +72,21 @@ def maze_run(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return train_tiny(store_path, tmp_path_factory.mktemp("maze") / "run", frameskip=5, steps=5)
 
 
+@pytest.fixture(scope="module")
+def proprio_run(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of an ensemble that imagines proprio alone."""
+    options = {"tokens": "none", "hidden": 16, "ensemble": 2, "forecast": 3, "temperature": 1.0}
+    out = tmp_path_factory.mktemp("proprio") / "run"
+    return train_tiny(store_path, out, model="rwm", model_options=options, frameskip=5, steps=5)
+
+
 @pytest.fixture
 def each_run(request: pytest.FixtureRequest) -> Path:
     run: Path = request.getfixturevalue(request.param)
     return run
 
 
-every_run = pytest.mark.parametrize("each_run", ["dots_run", "cart_run", "maze_run"], indirect=True)
+every_run = pytest.mark.parametrize("each_run", ["dots_run", "cart_run", "maze_run", "proprio_run"], indirect=True)
 
 
 def actions_of(dream: Dream, seed: int) -> Tensor:
@@ -110,11 +118,11 @@ def test_an_episode_depends_on_its_seed_alone(each_run: Path) -> None:
     for seed in (3, 69):
         for one, all_of_them in zip(watch(dream, [seed]), together, strict=True):
             assert torch.equal(one[:, 0], all_of_them[:, seed])
-    latents = together[0]
-    assert len({tuple(row.flatten().tolist()) for row in latents[-1]}) == len(seeds)
+    frames = together[3]
+    assert len({tuple(row.tolist()) for row in frames[-1]}) == len(seeds)
     still = watch(Dream(each_run, temperature=0.0), [3])
-    assert not torch.equal(still[0], latents[:, 3:4])
-    assert torch.isfinite(latents).all()
+    assert not torch.equal(still[3], frames[:, 3:4])
+    assert torch.isfinite(frames).all()
 
 
 def test_an_episode_ends_where_the_model_imagines_its_end_and_then_stays(dots_run: Path) -> None:
@@ -206,6 +214,15 @@ def test_frames_are_drawn_by_the_decoder_of_the_encoder(dots_run: Path, maze_run
     assert not np.array_equal(frame, env.render())
     with pytest.raises(UserError, match="--decoder"):
         gym.make(ENV_ID, run=str(maze_run), render_mode="rgb_array")
+
+
+def test_a_model_of_proprio_alone_reaches_for_the_goals_proprio(proprio_run: Path) -> None:
+    dream = Dream(proprio_run)
+    goal = dream.reset(range(4), goals=True)["goal"]
+    features, reward, _ = dream.step(torch.zeros(4, 10))
+    torch.testing.assert_close(reward, -(features["latent"] - goal).square().mean(1))
+    with pytest.raises(UserError, match="--pictured 0"):
+        gym.make(ENV_ID, run=str(proprio_run), render_mode="rgb_array")
 
 
 def test_the_command_plays_draws_and_counts(dots_run: Path, tmp_path: Path) -> None:
