@@ -29,7 +29,15 @@ from wmcache.planner.base import Observation
 from wmcache.planner.decode import load_encoder
 from wmcache.planner.goals import start_and_goal
 from wmcache.planner.graph import LatentGraph
-from wmcache.planner.options import SOURCES, PlanOptions, check_options, recorded
+from wmcache.planner.options import (
+    SOURCES,
+    PlanOptions,
+    check_options,
+    is_policy_folder,
+    policy_name,
+    policy_weights,
+    recorded,
+)
 from wmcache.planner.solvers import make_solver, option_names
 from wmcache.planner.success import success_of
 from wmcache.planner.world import draw_again, draw_states, open_world, world_name
@@ -198,8 +206,10 @@ class EvalContext:
         return self.model
 
     def policy(self, options: PlanOptions) -> str:
-        """Return the name of the policy that acts."""
-        return options.policy or ("mpc" if isinstance(self.model, WorldModel) else "actor")
+        """Return the registered name of the policy that acts."""
+        if options.policy:
+            return policy_name(options.policy)
+        return "mpc" if isinstance(self.model, WorldModel) else "actor"
 
     def encode(self, observation: Observation) -> Tensor:
         """Encode live frames, float [E, N, D]."""
@@ -266,6 +276,8 @@ class EvalContext:
         goals = "" if options.goals in SOURCES else sha256_of(Path(options.goals))
         world = self.env.spec.layout or self.env.spec.id
         parts = [recorded(options), weights, goals, self.store.identity.to_json(), world]
+        if options.policy and is_policy_folder(options.policy):
+            parts.append(sha256_of(policy_weights(Path(options.policy))))
         known = dump_json([*parts, "untrained"] if self.untrained else parts)
         return hashlib.sha256(known.encode()).hexdigest()[:16]
 

@@ -58,7 +58,8 @@ class PlanOptions:
     )
     policy: str | None = option(
         None,
-        "Who acts: {names}; expert reads the simulator's state.  [default: mpc for a world model, actor for a trained policy]",
+        "Who acts: {names}, or the folder of a trained controller; expert reads the simulator's state.  [default: mpc for a world "
+        "model, actor for a trained policy]",
         group="Policy",
     )
     subgoals: Literal["graph", "none"] = option(
@@ -155,6 +156,27 @@ def recorded(options: PlanOptions) -> dict[str, Any]:
     if not options.strict or options.goals not in SOURCES:  # evaluations from before it existed keep their fingerprint
         del known["strict"]
     return known
+
+
+def is_policy_folder(policy: str) -> bool:
+    """Return whether `--policy` is a folder, and no registered name."""
+    return (Path(policy) / "config.json").is_file()
+
+
+def policy_name(policy: str) -> str:
+    """Return the registered name of `--policy`, which the config.json of a folder has; raises UserError where it has none."""
+    if not is_policy_folder(policy):
+        return policy
+    hint = f"name a policy, or act with a run by: wmplan --run {policy}"
+    name = read_json(Path(policy) / "config.json", hint).get("policy")
+    if not isinstance(name, str):
+        raise UserError(f"--policy {policy}: the folder is not a policy's; {hint}")
+    return name
+
+
+def policy_weights(folder: Path) -> Path:
+    """Return the file of a policy's parameters in its folder."""
+    return folder / f"{policy_name(str(folder))}.safetensors"
 
 
 def absolute_file(name: str) -> str:
