@@ -20,7 +20,7 @@ from wmcache.planner.options import DreamOptions
 @options_of(DreamOptions)
 @file_option("--decoder", help="Folder of a decoder, for an encoder that has none of its own.")
 @moved_weights_option
-@file_option("--out", help="Folder of the results.  [default: RUN/dream, or RUN/dream-TEMPERATURE]")
+@file_option("--out", help="Folder of the results.  [default: RUN/dream-…, named by policy and temperature]")
 @json_option
 def dream(run: Path, decoder: Path | None, weights: Path | None, out: Path | None, **settings: Any) -> None:
     """Play episodes in the imagination of a world model: how long they last, what they return, a video and a picture.
@@ -30,9 +30,11 @@ def dream(run: Path, decoder: Path | None, weights: Path | None, out: Path | Non
     """
     from wmcache.planner.dream_play import play_dreams
 
-    options = DreamOptions(**settings)
+    options, usual = DreamOptions(**settings), DreamOptions()
     if out is None:
-        out = run / ("dream" if options.temperature is None else f"dream-{options.temperature:g}")
+        temperature = "" if options.temperature is None else f"{options.temperature:g}"
+        policy = "" if options.policy == usual.policy else Path(options.policy).absolute().name
+        out = run / "-".join(filter(None, ("dream", policy, temperature)))
     result = play_dreams(run, out, options, decoder=decoder, weights=weights)
     show(result, _lines(result, out))
 

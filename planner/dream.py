@@ -46,7 +46,7 @@ class Dream:
     episodes have goals also `goal`, the goal's `latent`. Actions are env actions of `action`, one-hot where it is discrete.
 
     Attributes:
-        model: of the run.
+        model, dreams: of the run; the same object.
         store: of its frames.
         action: the env's action space.
         frameskip: f, env actions of a model step.
@@ -73,7 +73,7 @@ class Dream:
             UserError: the run is of a model that cannot be stepped without frames, or that draws nothing at a temperature.
         """
         self.run, self.device = run, choose_device(device)
-        self.model, self._stepped = _load(run, temperature, self.device)
+        self.model, self.dreams = _load(run, temperature, self.device)
         self.store, config = open_store(run), read_config(run)
         self.frameskip, seed = int(config["frameskip"]), int(config.get("split_seed", 42))
         self.action = action_space(self.store)
@@ -122,7 +122,7 @@ class Dream:
         self.latents, self.belief = self._observe(starts)
         if goals:
             goal_latents, remembered = self._observe(drawn(self.store.frames_of(*self._goals), seeds, 2))
-            goal = self._stepped.features(remembered)["latent"]
+            goal = self.dreams.features(remembered)["latent"]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         ended = torch.zeros(len(seeds), dtype=torch.bool, device=self.device)
         self._now = _Episodes(generators, starts, ended, goal_latents, goal)
@@ -150,7 +150,7 @@ class Dream:
             generators = [self._now.generators[row] for row in rows.tolist()]
             generators += [torch.Generator()] * (BLOCK - len(rows))
             before = {name: value[block] for name, value in self.belief.items()}
-            after, imagined = self._stepped.step(before, actions[block], generators)
+            after, imagined = self.dreams.step(before, actions[block], generators)
             for name, value in after.items():
                 self.belief[name][rows] = value[: len(rows)]
             self.latents[rows] = imagined.latents[: len(rows), 0, 0]
@@ -170,7 +170,7 @@ class Dream:
         return torch.full((BLOCK,), self.frameskip * (self._each or 0.0), device=self.device)
 
     def _features(self) -> dict[str, Tensor]:
-        found = self._stepped.features(self.belief)
+        found = self.dreams.features(self.belief)
         return found if self._now.goal is None else {**found, "goal": self._now.goal}
 
     def _observe(self, frames: Frames) -> tuple[Tensor, Belief]:

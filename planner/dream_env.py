@@ -30,7 +30,7 @@ class DreamEnv(gym.Env[Features, Any]):
 
     An observation has the features of the dream, a vector each. An action is one of the real environment's, and is repeated for the
     env steps of a model step. An episode terminates where the model imagines its end, and is truncated at the length of the longest
-    one in the data. Where the model imagines neither reward nor end, the reward is minus the distance to a goal, a held-out frame.
+    one in the data. With goals, which are held-out frames, the reward is minus the distance to the goal.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 (gymnasium's own attribute)
@@ -41,12 +41,18 @@ class DreamEnv(gym.Env[Features, Any]):
         temperature: float | None = None,
         decoder: str | Path | None = None,
         split: str = "train",
+        goals: bool | None = None,
         device: str = "cpu",
         render_mode: str | None = None,
     ) -> None:
-        """Load a run; arguments as for `Dream` and, for `render`, `open_decode`."""
+        """Load a run; arguments as for `Dream` and, for `render`, `open_decode`.
+
+        Args:
+            goals: give each episode a goal, from which the reward is; None: where the model imagines neither reward nor end.
+        """
         self.render_mode = render_mode
         self._dream = Dream(Path(run), temperature=temperature, device=device, split=split)
+        self._goals = self._dream.aimless if goals is None else goals
         self._decode = None
         if render_mode is not None:
             self._dream.require_latents()
@@ -82,7 +88,7 @@ class DreamEnv(gym.Env[Features, Any]):
         return None if self._decode is None else self._decode(self._dream.latents)[0]
 
     def _reset(self, seed: int) -> Features:
-        return _first(self._dream.reset([seed], goals=self._dream.aimless))
+        return _first(self._dream.reset([seed], goals=self._goals))
 
     def _to_model(self, action: Any) -> Tensor:
         space = self._dream.action

@@ -1,7 +1,8 @@
-"""Imagined episodes played by a simple policy: how long they last, what they return, and pictures of them."""
+"""Imagined episodes played by a policy: how long they last, what they return, and pictures of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,27 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from wmcache.common.errors import UserError, suggest
 from wmcache.common.files import atomic_write, make_folder
 from wmcache.common.jsonfiles import write_json
 from wmcache.common.options import check_options
 from wmcache.common.progress import seconds_between_updates
 from wmcache.common.video import ffmpeg, write_mp4
+from wmcache.planner.controllers.folder import load_linear
+from wmcache.planner.controllers.linear import GOAL
 from wmcache.planner.decode import Decode, open_decode
 from wmcache.planner.dream import Dream
 from wmcache.planner.judge import mean_of, wilson
-from wmcache.planner.options import DreamOptions
+from wmcache.planner.options import DreamOptions, is_policy_folder
 from wmcache.planner.policies.random import draw_actions
 from wmcache.planner.policies.zero import zero_action
 from wmcache.planner.world import draw_again
 from wmcache.trainer.metrics import Images
 
+Act = Callable[[int, dict[str, Tensor]], Tensor]
+"""(model step, features of E episodes) -> actions [E, f * A]."""
+BLIND = ("random", "zero")
+"""Policies that see nothing."""
 PANEL = 128
 """Pixels of a frame in pictures, about."""
 GAP = 4
@@ -79,7 +87,6 @@ def play_dreams(
         "run": str(run),
         "frameskip": dream.frameskip,
         "most_steps": options.steps or dream.length,
-        "goals": dream.aimless,
         "steps": steps,
         "return": mean_of(played.returns),
         "ended": {"episodes": ended, "share": ended / options.episodes, "ci95": wilson(ended, options.episodes)},
@@ -94,15 +101,15 @@ def play_dreams(
 def play(dream: Dream, options: DreamOptions) -> Played:
     """Imagine episodes; episode n is that of seed n."""
     seeds, most = range(options.seed, options.seed + options.episodes), options.steps or dream.length
-    actions = planned(dream, options.policy, seeds, most)
-    dream.reset(seeds, goals=dream.aimless)
+    act, goals = actor_of(dream, options.policy, seeds, most)
+    features = dream.reset(seeds, goals=goals)
     lengths, returns = np.zeros(len(seeds), np.int64), np.zeros(len(seeds))
     ended = torch.zeros(len(seeds), dtype=torch.bool)
     shown = [dream.latents[: options.pictured]]
     with tqdm(total=most, desc="dream", unit=" model steps", mininterval=seconds_between_updates()) as bar:
         for step in range(most):
             lengths += ~ended.numpy()
-            _, reward, found = dream.step(actions[:, step])
+            features, reward, found = dream.step(act(step, features))
             returns += reward.double().cpu().numpy()
             ended = found.cpu()
             if step < LONGEST:
@@ -111,6 +118,22 @@ def play(dream: Dream, options: DreamOptions) -> Played:
             if ended.all():
                 break
     return Played(lengths, ended.numpy(), returns, torch.stack(shown, 1))
+
+
+def actor_of(dream: Dream, policy: str, seeds: range, steps: int) -> tuple[Act, bool]:
+    """Return what acts, and whether episodes have goals; raises UserError for an unknown policy.
+
+    Args:
+        policy: see `DreamOptions`. steps: most model steps of an episode.
+    """
+    if policy in BLIND:
+        actions = planned(dream, policy, seeds, steps)
+        return lambda step, _: actions[:, step], dream.aimless
+    if not is_policy_folder(policy):
+        raise UserError(f"--policy {policy} does not act in dreams; {suggest(policy, BLIND)}, or a controller's folder")
+    low, high = (torch.tensor(bound, device=dream.device) for bound in (dream.action.low, dream.action.high))
+    linear, solution = load_linear(Path(policy), dream.run, dream.dreams, (low, high), dream.frameskip)
+    return lambda _, features: linear(solution[None].to(dream.device), features), dream.aimless or GOAL in linear.inputs
 
 
 def planned(dream: Dream, policy: str, seeds: range, steps: int) -> Tensor:

@@ -22,6 +22,8 @@ from wmcache.pipeline.encoders.vae import VaeOptions
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.fit import fit
 from wmcache.pipeline.frames import FrameDataset
+from wmcache.planner.controllers.options import ControllerOptions
+from wmcache.planner.controllers.train import train_controller
 from wmcache.planner.dream import Dream
 from wmcache.planner.dream_env import ENV_ID
 from wmcache.trainer.decoder import train_decoder
@@ -241,11 +243,31 @@ def test_the_command_plays_draws_and_counts(dots_run: Path, tmp_path: Path) -> N
     assert json.loads(again.stdout)["return"] == found["return"]
 
 
+def test_a_controller_acts_in_dreams(dots_run: Path, maze_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "controller"
+    options = ControllerOptions(generations=6, population=12, rollouts=4, sigma=1.0, check_every=0, device="cpu")
+    train_controller(dots_run, options, folder)
+    found = {}
+    for policy in ("random", str(folder)):
+        words = f"dream --run {dots_run} --policy {policy} --episodes 20 --pictured 0 --device cpu --json --out"
+        done = CliRunner().invoke(main, [*words.split(), str(tmp_path / "out")])
+        assert done.exit_code == 0, done.output
+        found[policy] = json.loads(done.stdout)["return"]["mean"]
+    assert found[str(folder)] > found["random"]
+    for run, policy in ((maze_run, str(folder)), (dots_run, "mpc")):
+        refused = CliRunner().invoke(main, ["dream", "--run", str(run), "--policy", policy, "--pictured", "0"])
+        assert refused.exit_code == 1
+        assert policy in refused.output
+
+
 def test_a_decoder_that_is_trained_on_the_store_draws_too(
     maze_run: Path, store_path: Path, dataset: FrameDataset, tmp_path: Path
 ) -> None:
     decoder = tmp_path / "decoder"
-    options = DecoderOptions(steps=2, batch=4, max_frames=40, device="cpu", lpips=False)
+    sizes = {"channels": 8, "residual": 4, "blocks": 1}
+    options = DecoderOptions(
+        decoder="vqvae", decoder_options=sizes, steps=2, batch=4, max_frames=40, device="cpu", lpips=False
+    )
     train_decoder(store_path, dataset, decoder, options)
     words = f"dream --run {maze_run} --episodes 2 --steps 3 --device cpu --out {tmp_path / 'out'}"
     done = CliRunner().invoke(main, [*words.split(), "--decoder", str(decoder)])
