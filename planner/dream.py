@@ -15,6 +15,7 @@ from wmcache.cache.store import TokenStore
 from wmcache.common.columns import Column
 from wmcache.common.device import choose_device
 from wmcache.common.errors import UserError
+from wmcache.common.paths import AnyPath
 from wmcache.trainer.models import Belief, Dreams, Imagined, WorldModel
 from wmcache.trainer.runs import load_model, open_store, read_config
 
@@ -61,20 +62,27 @@ class Dream:
     latents: Tensor
 
     def __init__(
-        self, run: Path, *, temperature: float | None = None, device: str = "cpu", split: str = "train"
+        self,
+        run: Path,
+        *,
+        temperature: float | None = None,
+        device: str = "cpu",
+        split: str = "train",
+        cache: AnyPath | Sequence[AnyPath] | None = None,
     ) -> None:
         """Load a run.
 
         Args:
             temperature: of what the model draws; None: the run's.
             split: episodes of the store whose first frames are starts: `train`, `val` or `all`.
+            cache: the store, or the stores, if they have moved.
 
         Raises:
             UserError: the run is of a model that cannot be stepped without frames, or that draws nothing at a temperature.
         """
         self.run, self.device = run, choose_device(device)
         self.model, self.dreams = _load(run, temperature, self.device)
-        self.store, config = open_store(run), read_config(run)
+        self.store, config = open_store(run, cache), read_config(run)
         self.frameskip, seed = int(config["frameskip"]), int(config.get("split_seed", 42))
         self.action = action_space(self.store)
         self.length = max(1, (self.store.longest_episode() - 1) // self.frameskip)
@@ -118,14 +126,26 @@ class Dream:
         Args:
             goals: draw a goal for each, a held-out frame of the store.
         """
-        starts, goal_latents, goal = drawn(self._starts, seeds, 1), None, None
-        self.latents, self.belief = self._observe(starts)
-        if goals:
-            goal_latents, remembered = self._observe(drawn(self.store.frames_of(*self._goals), seeds, 2))
-            goal = self.dreams.features(remembered)["latent"]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        ended = torch.zeros(len(seeds), dtype=torch.bool, device=self.device)
-        self._now = _Episodes(generators, starts, ended, goal_latents, goal)
+        self.latents, self.belief, self._now = self._begin(seeds, goals=goals)
+        return self._features()
+
+    @torch.no_grad()
+    def restart(self, rows: Sequence[int], seeds: Sequence[int]) -> dict[str, Tensor]:
+        """Start other episodes in some rows of E, with goals if the others have them; returns features of all."""
+        before, places = self._now, torch.tensor(rows, dtype=torch.int64, device=self.device)
+        latents, belief, begun = self._begin(seeds, goals=before.goal is not None)
+        self.latents = _with_rows(self.latents, places, latents)
+        self.belief = {name: _with_rows(value, places, belief[name]) for name, value in self.belief.items()}
+        generators, starts = list(before.generators), before.starts.copy()
+        for row, generator, start in zip(rows, begun.generators, begun.starts, strict=True):
+            generators[row], starts[row] = generator, start
+        ended = _with_rows(before.ended, places, begun.ended)
+        self._now = _Episodes(generators, starts, ended, before.goal_latents, before.goal)
+        if before.goal_latents is not None and before.goal is not None:
+            assert begun.goal_latents is not None
+            assert begun.goal is not None
+            aims = _with_rows(before.goal_latents, places, begun.goal_latents)
+            self._now = replace(self._now, goal_latents=aims, goal=_with_rows(before.goal, places, begun.goal))
         return self._features()
 
     @torch.no_grad()
@@ -160,6 +180,16 @@ class Dream:
         self._now = replace(self._now, ended=ended)
         return self._features(), reward, ended
 
+    def _begin(self, seeds: Sequence[int], *, goals: bool) -> tuple[Tensor, Belief, _Episodes]:
+        starts, goal_latents, goal = drawn(self._starts, seeds, 1), None, None
+        latents, belief = self._observe(starts)
+        if goals:
+            goal_latents, remembered = self._observe(drawn(self.store.frames_of(*self._goals), seeds, 2))
+            goal = self.dreams.features(remembered)["latent"]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        ended = torch.zeros(len(seeds), dtype=torch.bool, device=self.device)
+        return latents, belief, _Episodes(generators, starts, ended, goal_latents, goal)
+
     def _reward(self, imagined: Imagined, block: Tensor) -> Tensor:
         if self._now.goal_latents is not None and self._now.goal is not None:
             if self.model.has_latents:
@@ -183,6 +213,11 @@ class Dream:
             parts.append({name: value[: len(rows)] for name, value in seen.items()})
         latents = latents if self.model.has_latents else latents[..., :0]
         return latents, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _with_rows(values: Tensor, rows: Tensor, others: Tensor) -> Tensor:
+    """Return values [E, …] with others in some rows."""
+    return values.index_copy(0, rows, others)
 
 
 def _blocks(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -203,6 +203,36 @@ def test_it_is_a_gymnasium_environment(each_run: Path) -> None:
             break
 
 
+@every_run
+def test_many_episodes_at_once_start_again_by_themselves(each_run: Path) -> None:
+    envs = gym.make_vec(ENV_ID, num_envs=3, run=str(each_run))
+    dream = Dream(each_run)
+    seen, _ = envs.reset(seed=5)
+    expected = dream.reset([5, 6, 7], goals=dream.aimless)
+    alone = [dream.reset([seed], goals=dream.aimless) for seed in (5, 6, 7)]
+    for name, values in expected.items():
+        np.testing.assert_array_equal(seen[name], values)
+        np.testing.assert_array_equal(seen[name], torch.cat([one[name] for one in alone]))
+    begun = 0
+    over = np.zeros(3, bool)
+    rngs = [np.random.default_rng(seed) for seed in (5, 6, 7)]
+    envs.action_space.seed(0)
+    for _ in range(2 * dream.length + 2):
+        seen, reward, ended, truncated, _ = envs.step(envs.action_space.sample())
+        assert not reward[over].any()
+        assert not ended[over].any()
+        for row in np.flatnonzero(
+            over
+        ):  # the first frame of another episode, whose seed is the next of its own generator
+            first = dream.reset([int(rngs[row].integers(2**31))], goals=dream.aimless)
+            for name, values in first.items():
+                np.testing.assert_array_equal(seen[name][row], values[0])
+            begun += 1
+        over = ended | truncated
+    assert begun >= 3
+    envs.close()
+
+
 @CHECKED
 def test_frames_are_drawn_by_the_decoder_of_the_encoder(dots_run: Path, maze_run: Path) -> None:
     env = gym.make(ENV_ID, run=str(dots_run), render_mode="rgb_array")
