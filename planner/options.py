@@ -137,7 +137,7 @@ class DreamOptions:
     steps: Positive | None = option(
         None, "Most model steps of an episode.  [default: those of the longest one in the store]"
     )
-    policy: Literal["random", "zero"] = option("random", "Who acts, as in wmplan.")
+    policy: str = option("random", "Who acts: random or zero, as in wmplan, or the folder of a trained controller.")
     temperature: Weight | None = option(None, "Temperature of what the model draws.  [default: the run's]")
     split: Literal["train", "val", "all"] = option("val", "Episodes of the store whose first frames are the starts.")
     pictured: Natural = option(4, "Episodes in the video and the picture; 0 draws none.")
