@@ -32,7 +32,7 @@ from wmcache.planner.context import EvalContext
 from wmcache.planner.goals import Separation
 from wmcache.planner.judge import reported_thresholds
 from wmcache.planner.live import Moved, act, shown, shown_goals
-from wmcache.planner.options import PlanOptions, Precision, recorded
+from wmcache.planner.options import PlanOptions, Precision, is_policy_folder, policy_run, policy_weights, recorded
 from wmcache.planner.policies import make_policy
 
 EPISODES_AT_ONCE = 10
@@ -55,7 +55,7 @@ def collect(
     cluster: str = "local:1",
     **settings: Any,
 ) -> DatasetCard:
-    """Collect a dataset of `CollectOptions(env, **settings)`, whose policy may also be the folder of a run.
+    """Collect a dataset of `CollectOptions(env, **settings)`, whose policy may also be the folder of a run or of a trained controller.
 
     Episodes start as with any other policy. Where the environment has goals, an episode gets a new one every `plan.goal_steps` env
     steps, by default two horizons, and the policy is reset: the rule depends on time alone. `plan.goals` is `random-state`, or `dataset`
@@ -73,7 +73,10 @@ def collect(
     run = run_of(options)
     if run is None:
         return behaviour.collect(env, out, cluster=cluster, **settings)
-    context, plan = _load(run, options, plan or PlanOptions(), noise)
+    plan = plan or PlanOptions()
+    if (acts_with := policy_run(run)) is not None:
+        run, plan = acts_with, replace(plan, policy=str(run.absolute()))
+    context, plan = _load(run, options, plan, noise)
     options = replace(options, policy=_describe(context, plan, options, noise))
     known = {name: value for name, value in asdict(options).items() if name != "length"}
     if is_started(out, known) and exists(out / "dataset.json"):
@@ -116,6 +119,8 @@ def _load(run: Path, options: CollectOptions, plan: PlanOptions, noise: float) -
 def _describe(context: EvalContext, plan: PlanOptions, options: CollectOptions, noise: float) -> str:
     """Name what acts by content: its kind, its weights, and a digest of what else an action depends on."""
     known = {name: value for name, value in recorded(plan).items() if name not in UNUSED}
+    if plan.policy and is_policy_folder(plan.policy):
+        known["policy"] = sha256_of(policy_weights(Path(plan.policy)))
     weights = sha256_of(last_checkpoint(context.run) / FILES[0])
     machine = [context.device.type, str(context.dtype)]
     digest = json_digest([known, options.length, noise, machine, context.store.identity.to_json()])[:16]

@@ -174,6 +174,14 @@ def policy_name(policy: str) -> str:
     return name
 
 
+def policy_run(folder: Path) -> Path | None:
+    """Return the run that the policy of a folder acts with; None for the folder of a run or any other."""
+    if not is_policy_folder(str(folder)):
+        return None
+    run = read_json(folder / "config.json", "restore it from a copy").get("run")
+    return Path(run) if isinstance(run, str) else None
+
+
 def policy_weights(folder: Path) -> Path:
     """Return the file of a policy's parameters in its folder."""
     return folder / f"{policy_name(str(folder))}.safetensors"

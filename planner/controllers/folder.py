@@ -81,6 +81,17 @@ def read_solution(folder: Path, parameters: int) -> Tensor:
     return found
 
 
+def read_start(folder: Path, linear: Linear) -> Tensor:
+    """Read the parameters that a search for `linear` starts from; raises UserError where that is another controller."""
+    config = read_controller(folder)
+    if (tuple(config.inputs), config.size, config.choose) != (linear.inputs, linear.size, linear.choose):
+        found = f"{','.join(config.inputs)}, {config.size} numbers"
+        raise UserError(
+            f"--from {folder} has other inputs ({found}, {config.choose}); choose them with --inputs and --choose"
+        )
+    return read_solution(folder, linear.parameters)
+
+
 def linear_of(context: EvalContext, inputs: Sequence[str], choose: Choice | None) -> Linear:
     """Make the controller that acts with a loaded run."""
     low, high = (torch.from_numpy(bound).to(context.device) for bound in context.action_bounds)
