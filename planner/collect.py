@@ -29,9 +29,9 @@ from wmcache.pipeline.play import ENDS, join_episodes, join_rows, task_of_episod
 from wmcache.pipeline.steps import Steps
 from wmcache.planner.base import Observation, Policy
 from wmcache.planner.context import EvalContext
-from wmcache.planner.evaluate import Moved, act, shown, shown_goals
 from wmcache.planner.goals import Separation
 from wmcache.planner.judge import reported_thresholds
+from wmcache.planner.live import Moved, act, shown, shown_goals
 from wmcache.planner.options import PlanOptions, Precision, recorded
 from wmcache.planner.policies import make_policy
 

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wmcache.cache.identity import Identity
 from wmcache.cache.store import TokenStore
 from wmcache.common.columns import of_role
 from wmcache.common.device import choose_device, choose_dtype
@@ -24,13 +23,21 @@ from wmcache.common.jsonfiles import dump_json
 from wmcache.common.paths import AnyPath
 from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.envs import Environment, find_environment
-from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
 from wmcache.pipeline.encoders.changes import LEAST_CHANGE, changes_for
 from wmcache.planner.base import Observation
+from wmcache.planner.decode import load_encoder
 from wmcache.planner.goals import start_and_goal
 from wmcache.planner.graph import LatentGraph
-from wmcache.planner.options import SOURCES, PlanOptions, check_options, recorded
+from wmcache.planner.options import (
+    SOURCES,
+    PlanOptions,
+    check_options,
+    is_policy_folder,
+    policy_name,
+    policy_weights,
+    recorded,
+)
 from wmcache.planner.solvers import make_solver, option_names
 from wmcache.planner.success import success_of
 from wmcache.planner.world import draw_again, draw_states, open_world, world_name
@@ -74,14 +81,14 @@ class EvalContext:
         check_options(options)
         self.run, self.weights, self.caches, self.untrained = run, weights, moved_caches(cache), untrained
         self.config = read_config(run)
-        self.card, identity = read_identity(run)
+        self.card, _ = read_identity(run)
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(options.dtype, self.device)
         self.model = load_trained(run, self.device, untrained=untrained)
         if missing := self.model.stage_before_planning(self.model.stage_name):
             raise UserError(f"not ready for planning: {run}; train it with the same options and --stage {missing}")
         self.frameskip = int(self.config["frameskip"])
-        self.encoder = self._load_encoder(identity, options.device)
+        self.encoder = self._load_encoder(options.device)
         self.store = open_store(run, self.caches)
         self._env_name = options.env
         self.env = self._open_checked()
@@ -139,7 +146,7 @@ class EvalContext:
 
     def _kind_differs(self, env: Environment) -> str:
         """Describe how an environment differs from the kind of the store's; "" where it does not."""
-        recorded, layout = str(self.card.dataset.get("env")), tuple(self.card.dataset.get("maze") or ())
+        recorded, layout = str(self.card.dataset.get("env")), self.card.layout
         if not isinstance(env, find_environment(recorded, layout)):
             return f"another kind than {recorded}, the environment"
         for name, column in self.store.columns.items():
@@ -147,13 +154,8 @@ class EvalContext:
                 return f"its {name} has {env.spec.columns[name].width} numbers, not the {column.width}"
         return ""
 
-    def _load_encoder(self, identity: Identity, device: str) -> Encoder:
-        kept = self.card.encoder.get("weights")
-        if self.weights is None and kept and not Path(kept).exists():
-            raise UserError(f"the encoder's weights are missing: {kept}, of {self.run}; pass their path with --weights")
-        encoder = encoders.create_again(self.card.encoder, weights=self.weights, device=device)
-        if different := identity.differences(encoder.identity(identity.dataset_fingerprint, identity.store_dtype)):
-            raise UserError(f"not the encoder of {self.run}: {'; '.join(different)}; pass the right --weights")
+    def _load_encoder(self, device: str) -> Encoder:
+        encoder = load_encoder(self.run, self.weights, device)
         if encoder.lag > self.frameskip:
             raise UserError(
                 f"the encoder's lag of {encoder.lag} env steps is more than the frameskip of {self.run}, {self.frameskip}; "
@@ -204,8 +206,10 @@ class EvalContext:
         return self.model
 
     def policy(self, options: PlanOptions) -> str:
-        """Return the name of the policy that acts."""
-        return options.policy or ("mpc" if isinstance(self.model, WorldModel) else "actor")
+        """Return the registered name of the policy that acts."""
+        if options.policy:
+            return policy_name(options.policy)
+        return "mpc" if isinstance(self.model, WorldModel) else "actor"
 
     def encode(self, observation: Observation) -> Tensor:
         """Encode live frames, float [E, N, D]."""
@@ -272,6 +276,8 @@ class EvalContext:
         goals = "" if options.goals in SOURCES else sha256_of(Path(options.goals))
         world = self.env.spec.layout or self.env.spec.id
         parts = [recorded(options), weights, goals, self.store.identity.to_json(), world]
+        if options.policy and is_policy_folder(options.policy):
+            parts.append(sha256_of(policy_weights(Path(options.policy))))
         known = dump_json([*parts, "untrained"] if self.untrained else parts)
         return hashlib.sha256(known.encode()).hexdigest()[:16]
 

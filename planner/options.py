@@ -58,7 +58,8 @@ class PlanOptions:
     )
     policy: str | None = option(
         None,
-        "Who acts: {names}; expert reads the simulator's state.  [default: mpc for a world model, actor for a trained policy]",
+        "Who acts: {names}, or the folder of a trained controller; expert reads the simulator's state.  [default: mpc for a world "
+        "model, actor for a trained policy]",
         group="Policy",
     )
     subgoals: Literal["graph", "none"] = option(
@@ -128,6 +129,22 @@ class ImagineOptions:
     lpips: bool = option(True, "Try to compute LPIPS; its network is fetched once, 244 MB.")
 
 
+@dataclass(frozen=True)
+class DreamOptions:
+    """All settings of imagined episodes; saved in `dream.json`."""
+
+    episodes: Positive = option(100, "Episodes to imagine.")
+    steps: Positive | None = option(
+        None, "Most model steps of an episode.  [default: those of the longest one in the store]"
+    )
+    policy: Literal["random", "zero"] = option("random", "Who acts, as in wmplan.")
+    temperature: Weight | None = option(None, "Temperature of what the model draws.  [default: the run's]")
+    split: Literal["train", "val", "all"] = option("val", "Episodes of the store whose first frames are the starts.")
+    pictured: Natural = option(4, "Episodes in the video and the picture; 0 draws none.")
+    seed: Natural = option(0, "Number of the first episode, which is its seed.")
+    device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.")
+
+
 def recorded(options: PlanOptions) -> dict[str, Any]:
     """Return the options by which an evaluation is known: not the baselines, nor those at their defaults that are newer than others."""
     known, usual = asdict(options), asdict(PlanOptions())
@@ -139,6 +156,27 @@ def recorded(options: PlanOptions) -> dict[str, Any]:
     if not options.strict or options.goals not in SOURCES:  # evaluations from before it existed keep their fingerprint
         del known["strict"]
     return known
+
+
+def is_policy_folder(policy: str) -> bool:
+    """Return whether `--policy` is a folder, and no registered name."""
+    return (Path(policy) / "config.json").is_file()
+
+
+def policy_name(policy: str) -> str:
+    """Return the registered name of `--policy`, which the config.json of a folder has; raises UserError where it has none."""
+    if not is_policy_folder(policy):
+        return policy
+    hint = f"name a policy, or act with a run by: wmplan --run {policy}"
+    name = read_json(Path(policy) / "config.json", hint).get("policy")
+    if not isinstance(name, str):
+        raise UserError(f"--policy {policy}: the folder is not a policy's; {hint}")
+    return name
+
+
+def policy_weights(folder: Path) -> Path:
+    """Return the file of a policy's parameters in its folder."""
+    return folder / f"{policy_name(str(folder))}.safetensors"
 
 
 def absolute_file(name: str) -> str:

@@ -29,7 +29,7 @@ def open_world(
     Raises:
         UserError: the frames are imported from elsewhere, or the environment cannot be opened.
     """
-    recorded, layout = str(card.dataset.get("env")), tuple(card.dataset.get("maze") or ())
+    recorded, layout = str(card.dataset.get("env")), card.layout
     size = image_size or int(card.dataset["image_size"])
     try:
         find_environment(recorded, layout)
