@@ -71,7 +71,11 @@ class Mixture(NamedTuple):
 
 @MODELS.register("mdn-rnn")
 class MdnRnn(WorldModel):
-    """MDN-RNN, see the module. A frame is a vector of V = N * D values; inside, tokens, proprio and actions are standardised."""
+    """MDN-RNN, see the module.
+
+    A frame is a vector of V = N * D values. Inside, tokens, proprio and actions are standardised, but for latents that are drawn: a prior
+    keeps these near the standard normal.
+    """
 
     Options = MdnRnnOptions
     recurrent = True
@@ -88,6 +92,10 @@ class MdnRnn(WorldModel):
             )
         super().__init__(shape, options, statistics)
         self.temperature = options.temperature
+        if (
+            options.latents == "drawn"
+        ):  # the deviation of the means is near 0 where a channel of the latents is mostly noise
+            self.tokens_mean, self.tokens_std = torch.zeros_like(self.tokens_mean), torch.ones_like(self.tokens_std)
         self.proprio_size = shape.proprio_dim if options.proprio == "raw" else 0
         self.inputs = nn.Linear(self.values + self.proprio_size + shape.action_dim, 4 * options.hidden)
         self.recurrence = nn.Linear(options.hidden, 4 * options.hidden, bias=False)
