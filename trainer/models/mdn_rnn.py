@@ -256,7 +256,7 @@ class MdnRnn(WorldModel):
         forget[1] = FORGET_BIAS
         weights = [self.inputs.weight, self.recurrence.weight, self.inputs.bias, forget.flatten()]
         with torch.autocast(frames.device.type, enabled=False):
-            outputs: Tensor = torch.lstm(frames, (zeros, zeros), weights, True, 1, 0.0, self.training, False, True)[0]
+            outputs: Tensor = torch.lstm(frames, (zeros, zeros), weights, True, 1, 0.0, True, False, True)[0]
         return outputs
 
     def _remember(self, memory: Memory, inputs: Tensor) -> Memory:
