@@ -44,7 +44,7 @@ def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> t
 def collect(env: str, out: AnyPath | None, **settings: Any) -> None:
     """Collect a dataset of frames. Run again, it goes on where it stopped."""
     from wmcache.envs import open_environment
-    from wmcache.pipeline.collect import collect as run
+    from wmcache.planner.collect import collect as run
 
     try:
         opened = open_environment(env)

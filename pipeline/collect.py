@@ -22,18 +22,36 @@ from wmcache.pipeline.steps import Steps, read_steps
 def collect(env: str, out: AnyPath, *, cluster: str = "local:1", **settings: Any) -> DatasetCard:
     """Collect a dataset of `CollectOptions(env, **settings)`; run again, it draws only missing shards."""
     options = CollectOptions(env, **settings)
-    most = options.episodes * options.length
-    player = Player(env, (), options.image_size, options.seed, options.policy, options.length)
-    opened = player.open()
-    if options.policy not in (known := sorted({*opened.policies, *POLICIES})):
+    player = player_of(options)
+    if options.policy not in (known := behaviour_policies(player.open())):
         raise UserError(f"environment {env} has no policy {options.policy!r}; {suggest(options.policy, known)}")
-    # A frame of a maze is about 2 kB at 112 px as PNG; twice the pixels, twice the edges.
+    check_drawing(player, options, out)
+    return draw_dataset(out, options, play_all(player, options.episodes, cluster), cluster)
+
+
+def player_of(options: CollectOptions) -> Player:
+    """Return what plays a dataset's episodes."""
+    return Player(options.env, (), options.image_size, options.seed, options.policy, options.length)
+
+
+def behaviour_policies(env: Environment) -> list[str]:
+    """List the policies that need no trained model."""
+    return sorted({*env.policies, *POLICIES})
+
+
+def check_drawing(player: Player, options: CollectOptions, out: AnyPath) -> None:
+    """Raise UserError without disk space or OpenGL, or where the environment does not replay, before anything is written."""
+    most = options.episodes * options.length
+    # A frame of few colours is about 2 kB at 112 px as PNG; twice the pixels, twice the edges.
     require_space(out, 30 * options.image_size * most, f"a dataset of {most} frames")
-    spec = opened.spec
-    if not spec.renders_states:
+    if not player.open().spec.renders_states:
         check_replay(player)
-    draw_one(opened)
-    steps = play_all(player, options.episodes, cluster)
+    draw_one(player.open())
+
+
+def draw_dataset(out: AnyPath, options: CollectOptions, steps: Steps, cluster: str = "local:1") -> DatasetCard:
+    """Draw the frames of played episodes, and finish their dataset; run again, it draws only missing shards."""
+    spec = player_of(options).open().spec
     shared = {name: value for name, value in asdict(options).items() if name != "length"}
     fps = max(1, round(spec.fps))
     card = DatasetCard(name=out.name, maze=list(spec.layout), frames=len(steps), fps=fps, **shared)
@@ -84,7 +102,7 @@ class DrawShard(WorkerTask[int, Steps]):
     def run(self, state: Steps, item: int) -> int:
         """Draw a shard; returns its frames."""
         card, frames = self.card, self.card.shard_frames(item)
-        player = Player(card.env, tuple(card.maze), card.image_size, card.seed, card.policy, length=0)
+        player = Player(card.env, card.layout, card.image_size, card.seed, card.policy, length=0)
         env = player.open()
         images: Iterator[Frames] = _replayed(player, state, frames)
         if env.spec.renders_states:

@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -74,7 +74,7 @@ class DatasetCard(HasColumns):
     Attributes:
         name: of the folder when it was made.
         env: environment id, or origin of the frames.
-        maze: text grid of the layout, so that the environment can be built again anywhere.
+        maze: the `layout`, so that the environment can be built again anywhere.
         policy: behaviour policy that chose the actions.
         fps: env steps per simulated second.
         columns: of the step table; empty until the table is known. Left out of the file where it is the default (`default_columns`).
@@ -98,6 +98,11 @@ class DatasetCard(HasColumns):
     fingerprint: str = ""
 
     @property
+    def layout(self) -> tuple[str, ...]:
+        """Lines of text that describe the environment beyond its id, see `EnvSpec`; `maze` in files."""
+        return tuple(self.maze)
+
+    @property
     def num_shards(self) -> int:
         """Number of tar shards."""
         return -(-self.frames // self.frames_per_shard)
@@ -116,25 +121,13 @@ class FrameDatasetWriter:
         require_name(path)
         self._unfinished = path / "unfinished.json"
         with cannot_write(path):
-            names = set(names_in(path))
-            started = next((name for name in ("dataset.json", "unfinished.json") if name in names), None)
-            if started:
-                self._compare(read_json(path / started, "restore it, or choose another --out"))
-            elif any(not is_temporary(path / name) for name in names):
-                raise UserError(f"{path} exists and is not a wmcache dataset; choose another --out")
-            else:
+            if not is_started(path, {"columns": None, **self.card.to_json()}):
                 write_json(self._unfinished, self.card.to_json())
             if is_local(path):
                 sweep(path)
-            if "steps.parquet" not in names:
+            if not exists(path / "steps.parquet"):
                 with atomic_write(path / "steps.parquet") as file:
                     pq.write_table(steps.to_table(), file)
-
-    def _compare(self, found: dict[str, Any]) -> None:
-        for name, value in {"columns": None, **self.card.to_json()}.items():
-            if value not in ([], "") and found.get(name) != value:
-                differs = f"{name} {found.get(name)!r}, not {value!r}"
-                raise UserError(f"{self.path} is a dataset with {differs}; use its settings, or another --out")
 
     def pending(self) -> list[int]:
         """List the shards that are not written yet."""
@@ -248,6 +241,26 @@ def is_complete(path: AnyPath) -> bool:
     except (UserError, OSError):
         return False
     return {record["name"] for record in card.shards} <= names
+
+
+def is_started(path: AnyPath, known: Mapping[str, Any]) -> bool:
+    """Return whether a folder is a dataset, finished or not, with these values of its card; a value that is empty is not compared.
+
+    Raises:
+        UserError: it is a dataset with other values, or has other files.
+    """
+    names = set(names_in(path))
+    started = next((name for name in ("dataset.json", "unfinished.json") if name in names), None)
+    if started is None:
+        if any(not is_temporary(path / name) for name in names):
+            raise UserError(f"{path} exists and is not a wmcache dataset; choose another --out")
+        return False
+    found = read_json(path / started, "restore it, or choose another --out")
+    for name, value in known.items():
+        if value not in ([], "") and found.get(name) != value:
+            differs = f"{name} {found.get(name)!r}, not {value!r}"
+            raise UserError(f"{path} is a dataset with {differs}; use its settings, or another --out")
+    return True
 
 
 def fingerprint(steps_sha256: str, shards: list[ShardRecord]) -> str:

@@ -19,7 +19,10 @@ class CollectOptions:
     )
     episodes: Positive = option(2000, "Episodes to collect; DINO-WM has 2000.")
     length: Positive = option(100, "Frames in each episode; fewer where the environment ends it.")
-    policy: str = option("random", "Behaviour policy, such as random (DINO-WM), held, or the environment's own expert.")
+    policy: str = option(
+        "random",
+        "Behaviour policy: random (DINO-WM), held, the environment's own expert, or the folder of a run, which acts as wmplan does.",
+    )
     seed: Natural = option(0, "Seed of the dataset; the same seed gives the same bytes.")
     image_size: Annotated[int, Ge(8), Le(2048)] = option(224, "Side of the frames in pixels.")
     frames_per_shard: Positive = option(512, "Frames in each tar, and in each Zarr shard made from it.")

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from wmcache.cluster.tasks import open_pool, parse_cluster
+from wmcache.common.columns import Column
 from wmcache.common.errors import UserError
 from wmcache.common.progress import seconds_between_updates
-from wmcache.envs import POLICIES, Environment, Observation, open_environment
+from wmcache.envs import POLICIES, Environment, Observation, Task, open_environment
 from wmcache.pipeline.steps import Steps
 
 Rows = dict[str, NDArray[Any]]
@@ -32,10 +33,16 @@ TOLERANCE = 1e-6
 _thread = threading.local()
 
 
+def task_of_episode(env: Environment, seed: int, episode: int) -> tuple[Task, np.random.Generator]:
+    """Return the task of an episode of a dataset with this seed, and the generator for all that follows."""
+    rng = np.random.default_rng((seed, episode))
+    return env.sample_task(rng, goal=False), rng
+
+
 def begin_episode(env: Environment, seed: int, episode: int) -> tuple[Observation, np.random.Generator]:
     """Start an episode of a dataset with this seed; returns the first frame, and the generator that the policy draws from."""
-    rng = np.random.default_rng((seed, episode))
-    return env.reset([env.sample_task(rng, goal=False)]), rng
+    task, rng = task_of_episode(env, seed, episode)
+    return env.reset([task]), rng
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class Player:
         else:
             actions = self._planned_actions(env, rng)
             moved = env.step(actions[None, :-1]) if self.length > 1 else {}
-        return _joined(env, actions, first, moved)
+        return join_rows(env.spec.columns, actions, first, moved)
 
     def _planned_actions(self, env: Environment, rng: np.random.Generator) -> NDArray[np.float32]:
         space = env.spec.action
@@ -150,13 +157,16 @@ def play_all(player: Player, episodes: int, cluster: str = "local:1") -> Steps:
         for episode, rows in _play_on_workers(player, range(len(played), episodes), cluster):
             played[episode] = rows
             bar.update()
-    described = player.open().spec.columns
-    ordered = [played[episode] for episode in range(episodes)]
-    lengths = [len(rows["action"]) for rows in ordered]
+    return join_episodes([played[episode] for episode in range(episodes)], player.open().spec.columns)
+
+
+def join_episodes(played: Sequence[Rows], described: dict[str, Column], first: int = 0) -> Steps:
+    """Make the step table of episodes, numbered from `first`."""
+    lengths = [len(rows["action"]) for rows in played]
     return Steps(
-        np.repeat(np.arange(episodes, dtype=np.int32), lengths),
+        np.repeat(np.arange(first, first + len(played), dtype=np.int32), lengths),
         np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
-        {name: np.concatenate([rows[name] for rows in ordered]) for name in described},
+        {name: np.concatenate([rows[name] for rows in played]) for name in described},
         described,
     )
 
@@ -179,13 +189,18 @@ def _play_on_workers(player: Player, episodes: range, cluster: str) -> Iterator[
                 yield from zip(part, played, strict=True)
 
 
-def _joined(env: Environment, actions: NDArray[np.float32], first: Rows, moved: Rows) -> Rows:
+def join_rows(described: dict[str, Column], actions: NDArray[np.float32], first: Rows, moved: Rows) -> Rows:
     """Join the first frame and those after each env step, up to the end of the episode.
 
     Rewards and ends belong to the frame that an env step starts at, so the last frame has none.
+
+    Args:
+        actions: [frames, A]; the last one is not executed.
+        first: columns of the first frame, [1, ...].
+        moved: columns after each env step, [1, frames - 1, ...]; {} for an episode of one frame.
     """
     rows = {"action": actions}
-    for name, column in env.spec.columns.items():
+    for name, column in described.items():
         if name in first:
             rows[name] = np.concatenate([first[name], *([moved[name][0]] if moved else [])])
         elif name != "action":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,18 @@ class Steps:
         """Make a table of actions [frames, A] in [-1, 1] and states [frames, S], which are proprio too."""
         described = default_columns(action.shape[1], state.shape[1])
         return cls(episode, step, {"action": action, "state": state}, described)
+
+    @classmethod
+    def join(cls, parts: Sequence[Steps]) -> Steps:
+        """Join tables of the same columns, one after another."""
+        episode, step = (np.concatenate([getattr(part, name) for part in parts]) for name in ("episode", "step"))
+        described = parts[0].described
+        return cls(
+            episode,
+            step,
+            {name: np.concatenate([part.columns[name] for part in parts]) for name in described},
+            described,
+        )
 
     def __len__(self) -> int:
         """Number of frames."""

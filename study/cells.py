@@ -40,7 +40,7 @@ from wmcache.planner.context import EvalContext
 from wmcache.planner.evaluate import evaluate
 from wmcache.planner.options import SOURCES, PlanOptions, absolute_file, recorded
 from wmcache.planner.report import write_episodes
-from wmcache.study.options import THRESHOLDS, EncoderChoice, StudyOptions
+from wmcache.study.options import EncoderChoice, StudyOptions
 from wmcache.trainer.models import rollout_errors, skills
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.runs import load_model
@@ -141,7 +141,7 @@ class Branch:
 
 
 def make_branches(options: StudyOptions, fingerprint: str) -> list[Branch]:
-    """Make the cells of a study of that dataset; raise UserError where weights, goals or a maze do not exist."""
+    """Make the cells of a study of that dataset; raise UserError where weights, goals or an environment do not exist."""
     return [_branch(choice, seed, options, fingerprint) for choice in options.encoders for seed in options.seeds]
 
 
@@ -318,11 +318,12 @@ def _plan(work: Workspace, cell: Cell) -> dict[str, Any]:
     weights, cache = _weights_of(work, extracted), work.product(extracted)
     setting = EvalContext(work.product(cell.inputs["train"]), options, weights=weights, cache=cache)
     episodes, results = evaluate(setting, options, out)
-    write_episodes(out / "episodes.parquet", episodes, THRESHOLDS)
+    thresholds = setting.success.thresholds or (results["threshold"],)
+    write_episodes(out / "episodes.parquet", episodes, thresholds)
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
     distances = episodes.distances()
-    reached = {str(at): (distances < at).any(1).astype(int).tolist() for at in (*THRESHOLDS, results["threshold"])}
+    reached = {str(at): (distances < at).any(1).astype(int).tolist() for at in (*thresholds, results["threshold"])}
     return {**results, "reached": reached}
 
 

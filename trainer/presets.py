@@ -89,6 +89,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 10,
         "lr": 7e-4,
     },
+    # Sizes of the authors' code (rsl_rl_rwm): Adam, on sequences of env steps. Reduce --batch-size on a CPU.
+    "rwm": {
+        "model": "rwm",
+        "hidden": 256,
+        "layers": 2,
+        "head": 128,
+        "ensemble": 1,
+        "observed-steps": 32,
+        "forecast": 8,
+        "vary": False,
+        "step-weight": 1.0,
+        "frameskip": 1,
+        "batch-size": 5000,
+        "lr": 1e-3,
+        "warmup": 0.0,
+        "decay": 0.0,
+        "beta2": 0.999,
+        "weight-decay": 0.0,
+        "clip": 1.0,
+    },
     "world-models-car": {**WORLD_MODELS, "hidden": 256, "sequence": 1000, "temperature": 1.0, "steps": 4000},
     # Steps are not in the paper: its code trains 400 epochs, of 10 000 episodes.
     "world-models-doom": {

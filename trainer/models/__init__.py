@@ -70,6 +70,11 @@ class WorldModel(Trainable):
         no_proprio = torch.zeros(1, 1, self.shape.proprio_dim, device=next(self.parameters()).device)
         return not self.encode_proprio(no_proprio).numel()
 
+    @property
+    def has_latents(self) -> bool:
+        """Whether imagined frames have latents; else they have proprio alone, and `cost` is 0."""
+        return True
+
     def validate(self, windows: Windows, device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
         """Measure the model on held-out windows of one observed frame and some that follow; they have the model's `extras`.
 
@@ -132,7 +137,10 @@ def rollout(model: WorldModel, tokens: Tensor, proprio: Tensor, actions: Tensor)
 def rollout_errors(
     model: WorldModel, windows: Windows, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Compute the MSE of rollouts from one observed frame, and of copying that frame, float64 [model steps] each, in the store's units."""
+    """Compute the MSE of rollouts from one observed frame, and of copying that frame, float64 [model steps] each.
+
+    It is that of latents in the store's units, of a model without latents that of proprio as `encode_proprio` gives it.
+    """
     model.eval()
     steps = windows.predict
     error, copying = torch.zeros(2, steps, dtype=torch.float64)
@@ -141,9 +149,13 @@ def rollout_errors(
         data = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(part).items()}
         tokens = data["tokens"].float()
         with autocast(device, dtype):
-            imagined = rollout(model, tokens[:, :1], data["proprio"][:, :1], data["action"][:, :steps]).latents[:, 0]
-        error += (imagined - tokens[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
-        copying += (tokens[:, :1] - tokens[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
+            found = rollout(model, tokens[:, :1], data["proprio"][:, :1], data["action"][:, :steps])
+        if model.has_latents:
+            imagined, real = found.latents[:, 0], tokens
+        else:
+            imagined, real = found.proprio[:, 0, ..., None], model.encode_proprio(data["proprio"])[..., None]
+        error += (imagined - real[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
+        copying += (real[:, :1] - real[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
     return error / len(chosen), copying / len(chosen)
 
 

@@ -9,33 +9,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Le
-from einops import rearrange
 from torch import Tensor, nn
 
 from wmcache.cache.log_variances import open_log_variances
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows
-from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, Weight, option
-from wmcache.trainer.models import MODELS, Belief, DataShape, Imagined, WorldModel
+from wmcache.trainer.models import MODELS, Belief, DataShape
+from wmcache.trainer.models.recurrent import RecurrentModel, RecurrentOptions
 
-LARGEST_FRAME = 4096  # values, each of which has several Gaussians
 FORGET_BIAS = 1.0
 LEAST_LOG_SIGMA = math.log(0.01)  # of standardised values
 
 
 @dataclass(frozen=True)
-class MdnRnnOptions:
+class MdnRnnOptions(RecurrentOptions):
     """Sizes and variants."""
 
-    proprio: Literal["raw", "none"] = option("raw", "Predict raw proprio, or use pixels alone.", group="Model")
-    predict: Literal["change", "frame"] = option("change", "Predict the change, or the next frame.")
+    predict: Literal["change", "frame"] = option("change", "Predict the change, or the next frame.", group="Model")
     hidden: Positive = option(256, "Units of the LSTM.")
     mixtures: Positive = option(5, "Gaussians of a mixture.")
     mixture: Literal["dimension", "vector"] = option(
@@ -70,7 +67,7 @@ class Mixture(NamedTuple):
 
 
 @MODELS.register("mdn-rnn")
-class MdnRnn(WorldModel):
+class MdnRnn(RecurrentModel):
     """MDN-RNN, see the module.
 
     A frame is a vector of V = N * D values. Inside, tokens, proprio and actions are standardised, but for latents that are drawn: a prior
@@ -78,25 +75,14 @@ class MdnRnn(WorldModel):
     """
 
     Options = MdnRnnOptions
-    recurrent = True
-    draws = True
     options: MdnRnnOptions
 
     def __init__(self, shape: DataShape, options: MdnRnnOptions, statistics: Mapping[str, Tensor]) -> None:
         """Build the model, see `WorldModel`; raises UserError for a frame of too many values."""
-        self.values = shape.tokens * shape.token_dim
-        if self.values > LARGEST_FRAME:
-            raise UserError(
-                f"mdn-rnn takes frames of at most {LARGEST_FRAME} values, not {shape.tokens} x {shape.token_dim}; "
-                "make a store of fewer with wmcache derive"
-            )
         super().__init__(shape, options, statistics)
-        self.temperature = options.temperature
-        if (
-            options.latents == "drawn"
-        ):  # the deviation of the means is near 0 where a channel of the latents is mostly noise
+        if options.latents == "drawn":
+            # The deviation of the means is near 0 for a channel that is mostly noise.
             self.tokens_mean, self.tokens_std = torch.zeros_like(self.tokens_mean), torch.ones_like(self.tokens_std)
-        self.proprio_size = shape.proprio_dim if options.proprio == "raw" else 0
         self.inputs = nn.Linear(self.values + self.proprio_size + shape.action_dim, 4 * options.hidden)
         self.recurrence = nn.Linear(options.hidden, 4 * options.hidden, bias=False)
         logits = 1 if options.mixture == "vector" else self.values
@@ -106,11 +92,6 @@ class MdnRnn(WorldModel):
         )
         heads = {"proprio": self.proprio_size, "reward": int(shape.has_reward), "end": int(shape.has_end)}
         self.heads = nn.ModuleDict({name: nn.Linear(options.hidden, size) for name, size in heads.items() if size})
-
-    @classmethod
-    def configure(cls, store: TokenStore, windows: Windows, options: MdnRnnOptions) -> MdnRnnOptions:  # noqa: ARG003
-        """Use pixels alone where the store has no proprio; see `WorldModel.configure`."""
-        return replace(options, proprio="none") if store.proprio is None else options
 
     @classmethod
     def window(cls, options: MdnRnnOptions, history: int) -> int:  # noqa: ARG003
@@ -126,10 +107,6 @@ class MdnRnn(WorldModel):
     def extras(cls, store: TokenStore, windows: Windows, options: MdnRnnOptions) -> dict[str, TokenStore]:  # noqa: ARG003
         """See `WorldModel.extras`: log-variances, to draw latents."""
         return {"logvar": open_log_variances(store)} if options.latents == "drawn" else {}
-
-    def encode_proprio(self, proprio: Tensor) -> Tensor:
-        """See `WorldModel.encode_proprio`."""
-        return ((proprio - self.proprio_mean) / self.proprio_std)[..., : self.proprio_size]
 
     def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:  # noqa: ARG002 (see `pools`)
         """Compute the negative log-likelihood of the next latent per dimension, and add the losses of the heads.
@@ -172,22 +149,6 @@ class MdnRnn(WorldModel):
             memory = self._remember(memory, self._inputs(belief["tokens"], belief["proprio"], previous_action))
         return {**memory._asdict(), "tokens": self._flatten(tokens), "proprio": self.encode_proprio(proprio)}
 
-    def imagine(self, belief: Belief, actions: Tensor, generators: Sequence[torch.Generator] | None = None) -> Imagined:
-        """See `WorldModel.imagine`. Latents are drawn where the temperature is above 0."""
-        samples, frames = actions.shape[1], []
-        belief = {name: value.repeat_interleave(samples, 0) for name, value in belief.items()}
-        for action in actions.flatten(0, 1).unbind(1):
-            belief, frame = self._advance(belief, action, generators, samples)
-            frames.append(frame)
-        return self._describe(frames, samples)
-
-    def step(
-        self, belief: Belief, action: Tensor, generators: Sequence[torch.Generator] | None = None
-    ) -> tuple[Belief, Imagined]:
-        """See `Dreams.step`."""
-        belief, frame = self._advance(belief, action, generators, 1)
-        return belief, self._describe([frame], 1)
-
     def features(self, belief: Belief) -> dict[str, Tensor]:
         """See `Dreams.features`; `hidden` and `cell` are those before the newest frame, which the paper's C sees beside it."""
         return {"latent": belief["tokens"], "hidden": belief["hidden"], "cell": belief["cell"]}
@@ -206,20 +167,6 @@ class MdnRnn(WorldModel):
         tokens, proprio = (tokens + following, proprio + moved) if keeps else (following, moved)
         frame = {"tokens": tokens, "proprio": proprio}
         return {**memory._asdict(), **frame}, {**frame, **found}
-
-    def _describe(self, frames: Sequence[Mapping[str, Tensor]], samples: int) -> Imagined:
-        """Convert T frames of `_advance` to the store's units."""
-        stacked = {name: torch.stack([frame[name] for frame in frames], 1) for name in frames[0]}
-        every = {name: rearrange(value, "(e s) ... -> e s ...", s=samples) for name, value in stacked.items()}
-        latents = rearrange(every["tokens"], "e s t (n d) -> e s t n d", n=self.shape.tokens)
-        latents = latents * self.tokens_std + self.tokens_mean
-        reward = every["reward"][..., 0] if "reward" in every else None
-        continues = torch.sigmoid(-every["end"][..., 0]) if "end" in every else None
-        return Imagined(latents, every["proprio"], reward, continues)
-
-    def _flatten(self, tokens: Tensor) -> Tensor:
-        """Standardise tokens [..., N, D] of the store, [..., V]."""
-        return ((tokens.float() - self.tokens_mean) / self.tokens_std).flatten(-2)
 
     def _inputs(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> Tensor:
         """Compute what frames and the actions after them add to the gates of the LSTM; actions are in the store's units."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -37,6 +37,11 @@ class DataShape:
     has_end: bool = False
 
 
+def without_proprio(options: Any) -> Any:
+    """Return a model's options for data without proprio."""
+    return replace(options, proprio="none") if hasattr(options, "proprio") else options
+
+
 class Trainable(nn.Module, ABC):
     """A network that learns from windows of cached latents. Latents and actions are in the store's units."""
 
@@ -63,8 +68,11 @@ class Trainable(nn.Module, ABC):
 
     @classmethod
     def configure(cls, store: TokenStore, windows: Windows, options: Any) -> Any:  # noqa: ARG003
-        """Fill in what depends on the data; raises UserError where the model cannot be trained on this store."""
-        return options
+        """Fill in what depends on the data; raises UserError where the model cannot be trained on this store.
+
+        Default: an option `proprio` becomes `none` where the store has none.
+        """
+        return without_proprio(options) if store.proprio is None else options
 
     @classmethod
     def window(cls, options: Any, history: int) -> int:  # noqa: ARG003

@@ -1,0 +1,293 @@
+"""Frame datasets of the episodes that a trained model or policy plays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from wmcache.cluster.tasks import WorkerTask, run_tasks
+from wmcache.common.errors import UserError
+from wmcache.common.files import atomic_write, sha256_of
+from wmcache.common.jsonfiles import json_digest
+from wmcache.common.paths import AnyPath, absolute, as_path, exists, names_in, open_to_read, remove_files
+from wmcache.common.reading import reading
+from wmcache.engine.checkpoint import FILES, last_checkpoint
+from wmcache.envs import POLICIES, Environment, Task, find_environment
+from wmcache.pipeline import collect as behaviour
+from wmcache.pipeline.frames import DatasetCard, FrameDataset, is_started
+from wmcache.pipeline.options import CollectOptions
+from wmcache.pipeline.play import ENDS, join_episodes, join_rows, task_of_episode
+from wmcache.pipeline.steps import Steps
+from wmcache.planner.base import Observation, Policy
+from wmcache.planner.context import EvalContext
+from wmcache.planner.goals import Separation
+from wmcache.planner.judge import reported_thresholds
+from wmcache.planner.live import Moved, act, shown, shown_goals
+from wmcache.planner.options import PlanOptions, Precision, recorded
+from wmcache.planner.policies import make_policy
+
+EPISODES_AT_ONCE = 10
+"""Episodes of a batch. It is no option, because the last bits of what a network computes depend on it."""
+MOST_DRAWS = 200
+"""Goals that are drawn before one that is too near is used."""
+GOAL_SOURCES = ("random-state", "dataset")
+UNUSED = ("episodes", "budget", "batch", "seed", "env", "baselines", "device", "dtype")
+"""Fields of `PlanOptions` that a collection does not use, or that do not name what acts."""
+PLAYED = ".played-"
+"""Files of played batches in an unfinished dataset begin with it."""
+
+
+def collect(
+    env: str,
+    out: AnyPath,
+    *,
+    plan: PlanOptions | None = None,
+    noise: float = 0.0,
+    cluster: str = "local:1",
+    **settings: Any,
+) -> DatasetCard:
+    """Collect a dataset of `CollectOptions(env, **settings)`, whose policy may also be the folder of a run.
+
+    Episodes start as with any other policy. Where the environment has goals, an episode gets a new one every `plan.goal_steps` env
+    steps, by default two horizons, and the policy is reset: the rule depends on time alone. `plan.goals` is `random-state`, or `dataset`
+    for frames of the run's store. With `plan.strict`, a goal is at least the largest reported threshold and one model step from the
+    one before; the first, from the start.
+
+    Run again, it plays only missing batches and draws only missing shards. The same run and settings give the same bytes on the same
+    kind of device, for any number of workers.
+
+    Args:
+        plan: how the run acts; by default as `wmplan` does.
+        noise: standard deviation of Gaussian noise on the run's actions, in units of half their range.
+    """
+    options = CollectOptions(env, **settings)
+    run = run_of(options)
+    if run is None:
+        return behaviour.collect(env, out, cluster=cluster, **settings)
+    context, plan = _load(run, options, plan or PlanOptions(), noise)
+    options = replace(options, policy=_describe(context, plan, options, noise))
+    known = {name: value for name, value in asdict(options).items() if name != "length"}
+    if is_started(out, known) and exists(out / "dataset.json"):
+        steps = FrameDataset.open(out).steps
+    else:
+        behaviour.check_drawing(replace(behaviour.player_of(options), policy="random"), options, out)
+        task = PlayBatch(run.absolute(), plan, options, noise, absolute(out), context.frameskip)
+        steps = _play_all(task.with_state(context), cluster)
+    card = behaviour.draw_dataset(out, options, steps, cluster)
+    remove_files([out / name for name in names_in(out, PLAYED)])
+    return card
+
+
+def run_of(options: CollectOptions) -> Path | None:
+    """Return the folder of a run where `policy` is its path; None for the name of a behaviour policy."""
+    path = Path(options.policy)
+    if not (os.sep in options.policy or path.is_dir()) or options.policy in POLICIES:
+        return None
+    return None if options.policy in find_environment(options.env).policies else path
+
+
+def _load(run: Path, options: CollectOptions, plan: PlanOptions, noise: float) -> tuple[EvalContext, PlanOptions]:
+    """Load a run and settle how it acts; raises UserError where it cannot act in this environment."""
+    context = EvalContext(run, plan)
+    plan = replace(context.settled(plan), dtype=cast(Precision, str(context.dtype).removeprefix("torch.")))
+    wanted, own = behaviour.player_of(options).open().spec, context.env.spec
+    if (wanted.layout or wanted.id) != (own.layout or own.id):
+        name = context.card.dataset["env"]
+        raise UserError(f"--policy {run} is of environment {name}; collect with --env {name}")
+    if noise and context.discrete:
+        raise UserError(f"noise {noise}: the actions of {run} are one-hot; leave it out")
+    if not context.by_return:
+        if plan.goals not in GOAL_SOURCES:
+            raise UserError(f"goals {plan.goals}: a collection takes {' or '.join(GOAL_SOURCES)}; choose one")
+        plan = replace(plan, goal_steps=plan.goal_steps or 2 * plan.horizon * context.frameskip)
+    make_policy(context, plan)
+    return context, plan
+
+
+def _describe(context: EvalContext, plan: PlanOptions, options: CollectOptions, noise: float) -> str:
+    """Name what acts by content: its kind, its weights, and a digest of what else an action depends on."""
+    known = {name: value for name, value in recorded(plan).items() if name not in UNUSED}
+    weights = sha256_of(last_checkpoint(context.run) / FILES[0])
+    machine = [context.device.type, str(context.dtype)]
+    digest = json_digest([known, options.length, noise, machine, context.store.identity.to_json()])[:16]
+    return f"{context.policy(plan)} of {context.config['model']}, weights {weights}, settings {digest}"
+
+
+@dataclass(frozen=True)
+class PlayBatch(WorkerTask[int, EvalContext]):
+    """Plays a batch of episodes on any worker, and saves their step table in a file of `out`."""
+
+    run_path: Path
+    plan: PlanOptions
+    options: CollectOptions  # its policy names the weights: files may change under the same path
+    noise: float
+    out: str
+    frameskip: int
+
+    def setup(self) -> EvalContext:
+        """Load the run."""
+        return EvalContext(self.run_path, self.plan)
+
+    def run(self, state: EvalContext, item: int) -> int:
+        """Play the batch that begins with this episode; returns its decisions."""
+        steps = play_batch(state, self.plan, self.options, self.noise, self.episodes(item))
+        with atomic_write(self.file(item)) as file:
+            pq.write_table(steps.to_table(), file)
+        return self.decisions(item)
+
+    def episodes(self, first: int) -> range:
+        """Return the episodes of the batch that begins with this one."""
+        return range(first, min(first + EPISODES_AT_ONCE, self.options.episodes))
+
+    def decisions(self, first: int) -> int:
+        """Count the decisions of a batch."""
+        chunk = self.plan.execute * self.frameskip
+        each = sum(-(-steps // chunk) for steps in leg_lengths(self.plan, self.options.length))
+        return len(self.episodes(first)) * each
+
+    def file(self, first: int) -> AnyPath:
+        """Return where a batch is saved."""
+        return as_path(self.out) / f"{PLAYED}{json_digest(asdict(self.options))[:16]}-{first:06d}.tmp"
+
+
+def _play_all(task: PlayBatch, cluster: str) -> Steps:
+    """Play the batches that are missing; returns the step table of all episodes."""
+    firsts = range(0, task.options.episodes, EPISODES_AT_ONCE)
+    pending = [first for first in firsts if not exists(task.file(first))]
+    total = sum(task.decisions(first) for first in pending)
+    run_tasks(task, pending, cluster=cluster, total=total, label="play", unit="decisions", what="batches")
+    described, parts = behaviour.player_of(task.options).open().spec.columns, []
+    for file in map(task.file, firsts):
+        fault, hint = f"{file} cannot be read", "delete it, and run the same command again"
+        with reading(file, fault, hint), open_to_read(file) as stream:
+            parts.append(Steps.from_table(pq.read_table(stream), described))
+    return Steps.join(parts)
+
+
+def play_batch(
+    context: EvalContext, plan: PlanOptions, options: CollectOptions, noise: float, numbers: Sequence[int]
+) -> Steps:
+    """Play the episodes of these numbers, all at once; only frames that the policy sees are drawn."""
+    env, policy = context.open_env(len(numbers)), make_policy(context, plan)
+    begun = [task_of_episode(env, options.seed, number) for number in numbers]
+    tasks, rngs = [task for task, _ in begun], [rng for _, rng in begun]
+    legs = _draw_legs(context, plan, env, tasks, rngs, options.length)
+    # Before the episodes start, because an environment shows a goal by a reset.
+    goals = [shown_goals(policy, env, leg.tasks) for leg in legs]
+    first = env.reset(tasks).columns
+    adjust = partial(_to_record, bounds=context.action_bounds, noise=noise, rngs=rngs)
+    parts = list(_moves(context, plan, policy, env, list(zip(legs, goals, strict=True)), adjust))
+    env.close()
+    actions = np.concatenate([part.actions for part in parts], 1).astype(np.float32)
+    columns = [moved for part in parts for moved in part.columns]
+    # The last action of an episode is recorded and leads nowhere.
+    moved = {name: np.concatenate([part[name] for part in columns], 1)[:, :-1] for name in columns[0]}
+    played = [
+        join_rows(
+            env.spec.columns,
+            actions[row],
+            {name: values[row : row + 1] for name, values in first.items()},
+            {name: values[row : row + 1] for name, values in moved.items()} if options.length > 1 else {},
+        )
+        for row in range(len(numbers))
+    ]
+    return join_episodes(played, env.spec.columns, numbers[0])
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A part of E episodes with one goal each, or without.
+
+    Attributes:
+        tasks: for their goals.
+        generators: of the policy.
+    """
+
+    tasks: list[Task]
+    generators: list[torch.Generator]
+    env_steps: int
+
+
+def leg_lengths(plan: PlanOptions, length: int) -> list[int]:
+    """Return the env steps of each goal of an episode of `length` frames, one env step for each."""
+    every = plan.goal_steps or length
+    return [min(every, length - first) for first in range(0, length, every)]
+
+
+def _draw_legs(
+    context: EvalContext,
+    plan: PlanOptions,
+    env: Environment,
+    starts: Sequence[Task],
+    rngs: Sequence[np.random.Generator],
+    length: int,
+) -> list[Leg]:
+    """Draw goals and the policy's generators, those of an episode from its own generator."""
+    legs, tasks = [], list(starts)
+    for env_steps in leg_lengths(plan, length):
+        if not context.by_return:
+            tasks = [_draw_goal(context, plan, env, task, rng) for task, rng in zip(tasks, rngs, strict=True)]
+        generators = [torch.Generator().manual_seed(int(rng.integers(2**63))) for rng in rngs]
+        legs.append(Leg(tasks, generators, env_steps))
+    return legs
+
+
+def _draw_goal(
+    context: EvalContext, plan: PlanOptions, env: Environment, before: Task, rng: np.random.Generator
+) -> Task:
+    """Draw a goal apart from the goal before, or from the start."""
+    start = np.asarray(before.start if before.goal is None else before.goal, np.float64)
+    largest = reported_thresholds(env.spec.thresholds, plan.threshold)[0]
+    apart = Separation(largest, env.longest_move(context.frameskip)) if plan.strict else Separation()
+    states = context.store.require_state() if plan.goals == "dataset" else None
+    for _ in range(MOST_DRAWS):
+        goal = env.sample_task(rng).goal if states is None else states[rng.integers(len(states))]
+        if apart.allows(env, start, np.asarray(goal, np.float64)):
+            break
+    return Task(start, np.asarray(goal, np.float64))
+
+
+def _moves(
+    context: EvalContext,
+    plan: PlanOptions,
+    policy: Policy,
+    env: Environment,
+    legs: Sequence[tuple[Leg, Observation]],
+    adjust: Callable[[NDArray[np.floating]], NDArray[np.floating]],
+) -> Iterator[Moved]:
+    """Act towards one goal after another, until a model step after all episodes have ended."""
+    earlier, ended = None, False
+    for leg, goal in legs:
+        policy.reset(goal, leg.generators)
+        policy.observe(shown(policy, env, env.observe(), earlier))
+        for part in act(context, plan, policy, env, leg.env_steps, adjust):
+            yield part
+            if ended:
+                return
+            last = part.columns[-1]
+            ended = bool(np.any([last[name][:, -1] for name in ENDS if name in last], 0).all())
+            earlier = part.earlier
+
+
+def _to_record(
+    actions: NDArray[np.floating],
+    *,
+    bounds: tuple[NDArray[np.floating], NDArray[np.floating]],
+    noise: float,
+    rngs: Sequence[np.random.Generator],
+) -> NDArray[np.float32]:
+    """Return actions [E, k, A] as they are recorded, with noise and in the bounds."""
+    low, high = (np.asarray(bound, np.float32) for bound in bounds)
+    if noise:
+        drawn = np.stack([rng.normal(size=actions.shape[1:]) for rng in rngs])
+        actions = actions + noise * (high - low) / 2 * drawn
+    return actions.astype(np.float32).clip(low, high)
