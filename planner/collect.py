@@ -123,7 +123,7 @@ def _describe(context: EvalContext, plan: PlanOptions, options: CollectOptions, 
 
 
 @dataclass(frozen=True)
-class PlayBatch(WorkerTask[int, EvalContext]):
+class PlayBatch(WorkerTask[range, EvalContext]):
     """Plays a batch of episodes on any worker, and saves their step table in a file of `out`."""
 
     run_path: Path
@@ -137,36 +137,32 @@ class PlayBatch(WorkerTask[int, EvalContext]):
         """Load the run."""
         return EvalContext(self.run_path, self.plan)
 
-    def run(self, state: EvalContext, item: int) -> int:
-        """Play the batch that begins with this episode; returns its decisions."""
-        steps = play_batch(state, self.plan, self.options, self.noise, self.episodes(item))
+    def run(self, state: EvalContext, item: range) -> int:
+        """Play episodes of these numbers; returns their decisions."""
+        steps = play_batch(state, self.plan, self.options, self.noise, item)
         with atomic_write(self.file(item)) as file:
             pq.write_table(steps.to_table(), file)
         return self.decisions(item)
 
-    def episodes(self, first: int) -> range:
-        """Return the episodes of the batch that begins with this one."""
-        return range(first, min(first + EPISODES_AT_ONCE, self.options.episodes))
-
-    def decisions(self, first: int) -> int:
+    def decisions(self, episodes: range) -> int:
         """Count the decisions of a batch."""
         chunk = self.plan.execute * self.frameskip
-        each = sum(-(-steps // chunk) for steps in leg_lengths(self.plan, self.options.length))
-        return len(self.episodes(first)) * each
+        return len(episodes) * sum(-(-steps // chunk) for steps in leg_lengths(self.plan, self.options.length))
 
-    def file(self, first: int) -> AnyPath:
+    def file(self, episodes: range) -> AnyPath:
         """Return where a batch is saved."""
-        return as_path(self.out) / f"{PLAYED}{json_digest(asdict(self.options))[:16]}-{first:06d}.tmp"
+        return as_path(self.out) / f"{PLAYED}{json_digest(asdict(self.options))[:16]}-{episodes.start:06d}.tmp"
 
 
 def _play_all(task: PlayBatch, cluster: str) -> Steps:
     """Play the batches that are missing; returns the step table of all episodes."""
-    firsts = range(0, task.options.episodes, EPISODES_AT_ONCE)
-    pending = [first for first in firsts if not exists(task.file(first))]
-    total = sum(task.decisions(first) for first in pending)
+    episodes = range(task.options.episodes)
+    batches = [episodes[first : first + EPISODES_AT_ONCE] for first in episodes[::EPISODES_AT_ONCE]]
+    pending = [batch for batch in batches if not exists(task.file(batch))]
+    total = sum(map(task.decisions, pending))
     run_tasks(task, pending, cluster=cluster, total=total, label="play", unit="decisions", what="batches")
     described, parts = behaviour.player_of(task.options).open().spec.columns, []
-    for file in map(task.file, firsts):
+    for file in map(task.file, batches):
         fault, hint = f"{file} cannot be read", "delete it, and run the same command again"
         with reading(file, fault, hint), open_to_read(file) as stream:
             parts.append(Steps.from_table(pq.read_table(stream), described))

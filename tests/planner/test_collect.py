@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
-from wmcache.cli import main
-from wmcache.common.errors import UserError
 from wmcache.envs import open_environment
-from wmcache.pipeline import encoders
-from wmcache.pipeline.collect import collect as collect_behaviour
-from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import DatasetCard, FrameDataset
 from wmcache.planner import collect as collecting
 from wmcache.planner.collect import collect
 from wmcache.planner.options import PlanOptions
-from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.train import train
 
 from ..conftest import contents
 
