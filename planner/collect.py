@@ -83,7 +83,8 @@ def collect(
         task = PlayBatch(run.absolute(), plan, options, noise, absolute(out), context.frameskip)
         steps = _play_all(task.with_state(context), cluster)
     card = behaviour.draw_dataset(out, options, steps, cluster)
-    remove_files([out / name for name in names_in(out, PLAYED)])
+    if played := [out / name for name in names_in(out, PLAYED)]:
+        remove_files(played)
     return card
 
 

@@ -58,9 +58,7 @@ def _cells(row: Row) -> list[str]:
         interval = "-" if found["ci95"] is None else "{:.2f} to {:.2f}".format(*found["ci95"])
         return [f"{found['mean']:>12.2f}", f"{interval:>20}"]
     return [
-        "{:>11} {:>15}".format(
-            f"{judged['successes']} of {row['episodes']}", "{:.3f} - {:.3f}".format(*judged["ci95"])
-        )
+        "{:>11} {:>15}".format(f"{judged['successes']} of {row['episodes']}", "{:.3f} - {:.3f}".format(*judged["ci95"]))
         for judged in row["by_threshold"]
     ]
 
@@ -71,7 +69,9 @@ def draw_rounds(rows: Sequence[Row]) -> bytes:
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes, frames = figure.subplots(), [row["total_frames"] for row in rows]
     if "return" in rows[0]:
-        _draw_line(axes, frames, [row["return"]["mean"] for row in rows], [row["return"]["ci95"] for row in rows], 0, "run")
+        _draw_line(
+            axes, frames, [row["return"]["mean"] for row in rows], [row["return"]["ci95"] for row in rows], 0, "run"
+        )
         for name, found in rows[0]["baselines"].items():
             axes.axhline(found["mean"], color="#888", linestyle=":" if name == "zero" else "--", label=name)
         axes.set(ylabel="mean return")
@@ -81,7 +81,11 @@ def draw_rounds(rows: Sequence[Row]) -> bytes:
             values, intervals = [found["success_rate"] for found in mine], [found["ci95"] for found in mine]
             _draw_line(axes, frames, values, intervals, k, f"within {judged['threshold']}")
             for name, found in rows[0]["baselines"].items():
-                style = {"color": COLOURS[k % len(COLOURS)], "linewidth": 0.9, "linestyle": ":" if name == "zero" else "--"}
+                style = {
+                    "color": COLOURS[k % len(COLOURS)],
+                    "linewidth": 0.9,
+                    "linestyle": ":" if name == "zero" else "--",
+                }
                 axes.axhline(found[k]["success_rate"], label=f"{name}, within {judged['threshold']}", **style)
         axes.set(ylabel="episodes that reached the goal", ylim=(-0.02, 1.02))
     axes.set(xlabel="collected frames, all rounds", xticks=frames)

@@ -146,10 +146,20 @@ def test_a_second_run_does_nothing_and_a_third_round_goes_on(done: Path, tmp_pat
 
 def test_kills_change_no_byte(done: Path, tmp_path: Path) -> None:
     file, out = write(tmp_path), tmp_path / "out"
-    command = [sys.executable, "-P", "-c", "from wmcache.cli import main; main()", "rounds", str(file), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        "from wmcache.cli import main; main()",
+        "rounds",
+        str(file),
+        "--out",
+        str(out),
+    ]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     moments = ("frames/round-1/steps.parquet", "frames/round-2/.played-*", "runs/round-2/config.json")
     for moment in moments:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread)
         until = time.monotonic() + 120
         while not list(out.glob(moment)) and time.monotonic() < until and process.poll() is None:
             time.sleep(0.005)
