@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,7 +50,6 @@ def collect(
     out: AnyPath,
     *,
     plan: PlanOptions | None = None,
-    noise: float = 0.0,
     cluster: str = "local:1",
     **settings: Any,
 ) -> DatasetCard:
@@ -67,20 +65,19 @@ def collect(
 
     Args:
         plan: how the run acts; by default as `wmplan` does.
-        noise: standard deviation of Gaussian noise on the run's actions, in units of half their range.
     """
     options = CollectOptions(env, **settings)
     run = run_of(options)
     if run is None:
         return behaviour.collect(env, out, cluster=cluster, **settings)
-    context, plan = _load(run, options, plan or PlanOptions(), noise)
-    options = replace(options, policy=_describe(context, plan, options, noise))
+    context, plan = _load(run, options, plan or PlanOptions())
+    options = replace(options, policy=_describe(context, plan, options))
     known = {name: value for name, value in asdict(options).items() if name != "length"}
     if is_started(out, known) and exists(out / "dataset.json"):
         steps = FrameDataset.open(out).steps
     else:
         behaviour.check_drawing(replace(behaviour.player_of(options), policy="random"), options, out)
-        task = PlayBatch(run.absolute(), plan, options, noise, absolute(out), context.frameskip)
+        task = PlayBatch(run.absolute(), plan, options, absolute(out), context.frameskip)
         steps = _play_all(task.with_state(context), cluster)
     card = behaviour.draw_dataset(out, options, steps, cluster)
     if played := [out / name for name in names_in(out, PLAYED)]:
@@ -96,7 +93,7 @@ def run_of(options: CollectOptions) -> Path | None:
     return None if options.policy in find_environment(options.env).policies else path
 
 
-def _load(run: Path, options: CollectOptions, plan: PlanOptions, noise: float) -> tuple[EvalContext, PlanOptions]:
+def _load(run: Path, options: CollectOptions, plan: PlanOptions) -> tuple[EvalContext, PlanOptions]:
     """Load a run and settle how it acts; raises UserError where it cannot act in this environment."""
     context = EvalContext(run, plan)
     plan = replace(context.settled(plan), dtype=cast(Precision, str(context.dtype).removeprefix("torch.")))
@@ -104,8 +101,6 @@ def _load(run: Path, options: CollectOptions, plan: PlanOptions, noise: float) -
     if (wanted.layout or wanted.id) != (own.layout or own.id):
         name = context.card.dataset["env"]
         raise UserError(f"--policy {run} is of environment {name}; collect with --env {name}")
-    if noise and context.discrete:
-        raise UserError(f"noise {noise}: the actions of {run} are one-hot; leave it out")
     if not context.by_return:
         if plan.goals not in GOAL_SOURCES:
             raise UserError(f"goals {plan.goals}: a collection takes {' or '.join(GOAL_SOURCES)}; choose one")
@@ -114,12 +109,12 @@ def _load(run: Path, options: CollectOptions, plan: PlanOptions, noise: float) -
     return context, plan
 
 
-def _describe(context: EvalContext, plan: PlanOptions, options: CollectOptions, noise: float) -> str:
+def _describe(context: EvalContext, plan: PlanOptions, options: CollectOptions) -> str:
     """Name what acts by content: its kind, its weights, and a digest of what else an action depends on."""
     known = {name: value for name, value in recorded(plan).items() if name not in UNUSED}
     weights = sha256_of(last_checkpoint(context.run) / FILES[0])
     machine = [context.device.type, str(context.dtype)]
-    digest = json_digest([known, options.length, noise, machine, context.store.identity.to_json()])[:16]
+    digest = json_digest([known, options.length, machine, context.store.identity.to_json()])[:16]
     return f"{context.policy(plan)} of {context.config['model']}, weights {weights}, settings {digest}"
 
 
@@ -130,7 +125,6 @@ class PlayBatch(WorkerTask[range, EvalContext]):
     run_path: Path
     plan: PlanOptions
     options: CollectOptions  # its policy names the weights: files may change under the same path
-    noise: float
     out: str
     frameskip: int
 
@@ -140,7 +134,7 @@ class PlayBatch(WorkerTask[range, EvalContext]):
 
     def run(self, state: EvalContext, item: range) -> int:
         """Play episodes of these numbers; returns their decisions."""
-        steps = play_batch(state, self.plan, self.options, self.noise, item)
+        steps = play_batch(state, self.plan, self.options, item)
         with atomic_write(self.file(item)) as file:
             pq.write_table(steps.to_table(), file)
         return self.decisions(item)
@@ -170,9 +164,7 @@ def _play_all(task: PlayBatch, cluster: str) -> Steps:
     return Steps.join(parts)
 
 
-def play_batch(
-    context: EvalContext, plan: PlanOptions, options: CollectOptions, noise: float, numbers: Sequence[int]
-) -> Steps:
+def play_batch(context: EvalContext, plan: PlanOptions, options: CollectOptions, numbers: Sequence[int]) -> Steps:
     """Play the episodes of these numbers, all at once; only frames that the policy sees are drawn."""
     env, policy = context.open_env(len(numbers)), make_policy(context, plan)
     begun = [first_task(env, options.seed, number) for number in numbers]
@@ -181,8 +173,7 @@ def play_batch(
     # Before the episodes start, because an environment shows a goal by a reset.
     goals = [shown_goals(policy, env, leg.tasks) for leg in legs]
     first = env.reset(tasks).columns
-    adjust = partial(_to_record, bounds=context.action_bounds, noise=noise, rngs=rngs)
-    parts = list(_moves(context, plan, policy, env, list(zip(legs, goals, strict=True)), adjust))
+    parts = list(_moves(context, plan, policy, env, list(zip(legs, goals, strict=True))))
     env.close()
     actions = np.concatenate([part.actions for part in parts], 1).astype(np.float32)
     columns = [moved for part in parts for moved in part.columns]
@@ -259,32 +250,21 @@ def _moves(
     policy: Policy,
     env: Environment,
     legs: Sequence[tuple[Leg, Observation]],
-    adjust: Callable[[NDArray[np.floating]], NDArray[np.floating]],
 ) -> Iterator[Moved]:
     """Act towards one goal after another, until a model step after all episodes have ended."""
+    low, high = context.action_bounds
     earlier, ended = None, False
+
+    def as_recorded(actions: NDArray[np.floating]) -> NDArray[np.floating]:
+        return actions.astype(np.float32).clip(low, high)
+
     for leg, goal in legs:
         policy.reset(goal, leg.generators)
         policy.observe(shown(policy, env, env.observe(), earlier))
-        for part in act(context, plan, policy, env, leg.env_steps, adjust):
+        for part in act(context, plan, policy, env, leg.env_steps, as_recorded):
             yield part
             if ended:
                 return
             last = part.columns[-1]
             ended = bool(np.any([last[name][:, -1] for name in ENDS if name in last], 0).all())
             earlier = part.earlier
-
-
-def _to_record(
-    actions: NDArray[np.floating],
-    *,
-    bounds: tuple[NDArray[np.floating], NDArray[np.floating]],
-    noise: float,
-    rngs: Sequence[np.random.Generator],
-) -> NDArray[np.float32]:
-    """Return actions [E, k, A] as they are recorded, with noise and in the bounds."""
-    low, high = (np.asarray(bound, np.float32) for bound in bounds)
-    if noise:
-        drawn = np.stack([rng.normal(size=actions.shape[1:]) for rng in rngs])
-        actions = actions + noise * (high - low) / 2 * drawn
-    return actions.astype(np.float32).clip(low, high)

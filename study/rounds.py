@@ -15,7 +15,7 @@ from wmcache.common.errors import UserError
 from wmcache.common.files import sync, temporary_for
 from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.locks import exclusive
-from wmcache.common.options import Natural, Positive, Weight, option, parse_options
+from wmcache.common.options import Natural, Positive, option, parse_options
 from wmcache.pipeline import encoders
 from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.fit import fit
@@ -36,7 +36,13 @@ from wmcache.trainer.train import train
 
 SEEDS = 1000
 """Datasets of one seed; the last of `rounds` is below it."""
-MAY_CHANGE = {"rounds", "device", "cluster", "batch"}
+MAY_CHANGE = {
+    "rounds",
+    "cluster",
+    "batch",
+    "plan.batch",
+    *(f"{part}device" for part in ("", "train.", "policy.", "plan.")),
+}
 HINT = "restore it, or choose another --out"
 Row = dict[str, Any]
 
@@ -58,8 +64,7 @@ class RoundsOptions:
         encoder: fitted once, on the first round's frames, or with weights.
         train: `steps` are those of each round. Warm-up is in the first round only; each round ends with the decay of its own steps, and
             the next one begins at the learning rate of the constant phase.
-        policy: how the run acts that collects, see `planner.collect.collect`; with its baselines empty.
-        noise: standard deviation of the noise on its actions, in units of half their range.
+        policy: how the run acts that collects, see `planner.collect.collect`.
         plan: the evaluation after each round.
         batch: frames in each call of the encoder.
     """
@@ -71,7 +76,6 @@ class RoundsOptions:
     later_episodes: Positive | None = None
     train: TrainOptions = field(default_factory=TrainOptions)
     policy: PlanOptions = field(default_factory=PlanOptions)
-    noise: Weight = 0.0
     plan: PlanOptions = field(default_factory=PlanOptions)
     batch: Positive = 32
     device: str = "auto"
@@ -89,12 +93,11 @@ def read_rounds(file: Path, flags: Mapping[str, Any] | None = None) -> RoundsOpt
     _refuse(tables["collect"], ("seed",), f"{where}: collect", "set the seed of all at the top")
     _refuse(tables["train"], ("seed", "epochs", "stage", "start"), f"{where}: train", "it is set by the rounds")
     _refuse(tables["policy"], ("episodes", "budget", "batch", "seed", "env"), f"{where}: policy", "no round uses it")
-    noise = {"noise": tables["policy"].pop("noise")} if "noise" in tables["policy"] else {}
-    bare = parse_options(RoundsOptions, {**values, **noise, "encoder": {"name": ""}}, where)
+    bare = parse_options(RoundsOptions, {**values, "encoder": {"name": ""}}, where)
     with errors_at(f"{where}: cluster"):
         parse_cluster(bare.cluster)
-    shared = {"device": bare.device}
-    trained = parse_options(TrainOptions, {**shared, "seed": bare.seed, **tables["train"]}, f"{where}: train")
+    settings = {"device": bare.device, "seed": bare.seed, **tables["train"]}
+    trained = parse_options(TrainOptions, settings, f"{where}: train")
     with errors_at(f"{where}: train"):
         read_model_options(trained.model, trained.model_options)
         if MODELS.get(trained.model).stages:
@@ -104,8 +107,8 @@ def read_rounds(file: Path, flags: Mapping[str, Any] | None = None) -> RoundsOpt
         collect=parse_options(FirstRound, {**tables["collect"], "seed": bare.seed}, f"{where}: collect"),
         encoder=_encoder(tables["encoder"], bare.seed, f"{where}: encoder"),
         train=trained,
-        policy=replace(read_plan(tables["policy"], f"{where}: policy"), baselines="", **shared),
-        plan=replace(read_plan(tables["plan"], f"{where}: plan"), **shared),
+        policy=replace(read_plan(tables["policy"], f"{where}: policy"), device=bare.device),
+        plan=replace(read_plan(tables["plan"], f"{where}: plan"), device=bare.device),
     )
 
 
@@ -161,7 +164,7 @@ def _refuse_other_settings(options: RoundsOptions, out: Path) -> None:
     different = [
         f"{name} {before.get(name)} != {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name.rpartition(".")[2] not in MAY_CHANGE
+        if before.get(name) != now.get(name) and name not in MAY_CHANGE
     ]
     if different:
         raise UserError(f"{out} has rounds of other settings ({'; '.join(different)}); choose another --out")
@@ -210,7 +213,7 @@ class _Round:
         if self.number > 1:
             episodes = options.later_episodes or options.collect.episodes
             settings |= {"policy": str(self.before().path("runs")), "episodes": episodes}
-        collect(out=frames, plan=options.policy, noise=options.noise, cluster=options.cluster, **settings)
+        collect(out=frames, plan=options.policy, cluster=options.cluster, **settings)
 
     def extract(self) -> None:
         """Encode the round's frames."""
@@ -226,8 +229,8 @@ class _Round:
             fit(first, choice.name, weights, how, max_frames=choice.max_frames, device=options.device, measure=False)
         own = {name: getattr(choice, name) for name in ENCODER_OPTIONS}
         encoder = encoders.create(choice.name, weights=weights, device=options.device, **own)
-        how_stored = {"dtype": choice.store_dtype, "batch": options.batch, "cluster": options.cluster}
-        extract_together(frames, [(encoder, store)], **how_stored)
+        dtype, batch = choice.store_dtype, options.batch
+        extract_together(frames, [(encoder, store)], dtype=dtype, batch=batch, cluster=options.cluster)
 
     def train(self) -> None:
         """Go on with the run of the round before, on the stores of all rounds so far."""

@@ -81,7 +81,7 @@ def draw_rounds(rows: Sequence[Row]) -> bytes:
             values, intervals = [found["success_rate"] for found in mine], [found["ci95"] for found in mine]
             _draw_line(axes, frames, values, intervals, k, f"within {judged['threshold']}")
             for name, found in rows[0]["baselines"].items():
-                style = {
+                style: dict[str, Any] = {
                     "color": COLOURS[k % len(COLOURS)],
                     "linewidth": 0.9,
                     "linestyle": ":" if name == "zero" else "--",
@@ -99,7 +99,12 @@ def _draw_line(
     # An interval of a single episode's return is not known.
     ends = [found or (value, value) for value, found in zip(values, intervals, strict=True)]
     bars = [[abs(value - end[k]) for value, end in zip(values, ends, strict=True)] for k in (0, 1)]
-    style = {"color": COLOURS[number % len(COLOURS)], "marker": "o", "markersize": 4.5, "linewidth": 1.4}
+    style: dict[str, Any] = {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": "o",
+        "markersize": 4.5,
+        "linewidth": 1.4,
+    }
     # Shifted, so that intervals do not hide each other.
     shifted = [at + 0.006 * number * frames[-1] for at in frames]
     axes.errorbar(shifted, values, yerr=bars, elinewidth=0.9, capsize=2, label=label, **style)

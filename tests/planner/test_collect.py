@@ -45,22 +45,21 @@ def quick(tiny_plan: PlanOptions) -> PlanOptions:
 
 
 @pytest.fixture(scope="session")
-def frames(run_path: Path, quick: PlanOptions, tmp_path_factory: pytest.TempPathFactory) -> FrameDataset:
+def collected(run_path: Path, quick: PlanOptions, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the run collects; read only."""
     path = tmp_path_factory.mktemp("collected") / "frames"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collecting, "EPISODES_AT_ONCE", 2)
         collect_again(run_path, quick, path)
-    return FrameDataset.open(path)
+    return path
 
 
 def collect_again(run: Path, plan: PlanOptions, out: Path, **other: Any) -> DatasetCard:
     return collect(out=out, plan=plan, **{"env": ENV, "policy": str(run), **SIZES, **other})
 
 
-def test_a_run_acts_from_the_starts_of_the_seed_and_every_column_is_recorded(
-    frames: FrameDataset, run_path: Path
-) -> None:
+def test_a_run_acts_from_the_starts_of_the_seed_and_every_column_is_recorded(collected: Path, run_path: Path) -> None:
+    frames = FrameDataset.open(collected)
     env = open_environment(ENV, 1, 32)
     for episode in range(5):
         rows = range(23 * episode, 23 * (episode + 1))
@@ -76,12 +75,12 @@ def test_a_run_acts_from_the_starts_of_the_seed_and_every_column_is_recorded(
 
 
 def test_batches_of_a_plan_and_workers_change_no_byte(
-    frames: FrameDataset, run_path: Path, quick: PlanOptions, tmp_path: Path
+    collected: Path, run_path: Path, quick: PlanOptions, tmp_path: Path
 ) -> None:
     for batch, cluster in ((1, "local:1"), (50, "local:2")):
         path = tmp_path / f"{batch}" / "frames"
         collect_again(run_path, replace(quick, batch=batch), path, cluster=cluster)
-        assert contents(path) == contents(frames.path)
+        assert contents(path) == contents(collected)
 
 
 def test_a_kill_costs_one_batch(run_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,33 +114,29 @@ def test_a_kill_costs_one_batch(run_path: Path, tmp_path: Path, monkeypatch: pyt
     assert contents(path) == contents(tmp_path / "straight" / "frames")
 
 
-def test_goals_change_by_time_and_only_where_the_environment_has_them(
-    run_path: Path, quick: PlanOptions, tmp_path: Path
-) -> None:
+def test_goals_change_by_time(run_path: Path, quick: PlanOptions, tmp_path: Path) -> None:
     actions = []
-    for name, every, noise in (("a", 10, 0.0), ("b", 23, 0.0), ("c", 10, 0.3)):
-        collect_again(run_path, replace(quick, goal_steps=every), tmp_path / name, episodes=2, noise=noise)
+    for name, every in (("a", 10), ("b", 23)):
+        collect_again(run_path, replace(quick, goal_steps=every), tmp_path / name, episodes=2)
         actions.append(FrameDataset.open(tmp_path / name).steps.action.reshape(2, 23, 2))
     np.testing.assert_array_equal(actions[0][:, :10], actions[1][:, :10])
     assert not (actions[0][:, 10:] == actions[1][:, 10:]).all(2).any()
-    assert np.abs(actions[0] - actions[2]).mean() > 0.1
-    assert np.abs(actions[2]).max() <= 1
 
 
 def test_a_collection_of_other_weights_or_settings_is_refused(
-    frames: FrameDataset, run_path: Path, blind_run_path: Path, quick: PlanOptions
+    collected: Path, run_path: Path, blind_run_path: Path, quick: PlanOptions
 ) -> None:
-    before = contents(frames.path)
+    before = contents(collected)
     for run, plan, other in (
         (blind_run_path, quick, {}),
         (run_path, replace(quick, horizon=3), {}),
         (run_path, quick, {"length": 20}),
     ):
-        with pytest.raises(UserError, match=f"{frames.path} .*policy"):
-            collect_again(run, plan, frames.path, **other)
+        with pytest.raises(UserError, match=f"{collected} .*policy"):
+            collect_again(run, plan, collected, **other)
     with pytest.raises(UserError, match="episodes"):
-        collect_again(run_path, quick, frames.path, episodes=6)
-    assert contents(frames.path) == before
+        collect_again(run_path, quick, collected, episodes=6)
+    assert contents(collected) == before
 
 
 def test_a_model_of_rewards_collects_episodes_that_end(user_package: str, tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_without_goals_the_curve_is_of_returns(user_package: str, tmp_path: Path
         ('model = "dino-wm"', 'model = "ddp-wm"', "ddp-wm.*stages"),
         (DINO_WM, "{ widht = 16 }", "train.*widht.*width"),
         ("goal_steps = 10", "batch = 10", "policy has batch"),
-        ("goal_steps = 10", "noise = -1", "noise"),
+        ("goal_steps = 10", "goal_steps = 0", "policy: goal_steps"),
         ('name = "tcn"', 'name = "tnc"', "encoder.*tnc.*tcn"),
         ("budget = 10", "execute = 9", "plan.*--execute 9"),
         (TCN, 'name = "pca"', "pca.*adapter"),
