@@ -47,7 +47,7 @@ def compare_runs(
     picture: Path | None = None,
     *,
     weights: Path | None = None,
-    cache: AnyPath | None = None,
+    cache: AnyPath | Sequence[AnyPath] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure several runs, a row for each; `fewer_flop` and `faster` are ratios to the first.
 
@@ -57,10 +57,7 @@ def compare_runs(
         picture: PNG to write the landscapes to; None measures none.
         weights, cache: see `EvalContext`.
     """
-    alike = Counter(run.resolve().name for run in runs)
-    names = ["/".join(run.resolve().parts[-2 if alike[run.resolve().name] > 1 else -1 :]) for run in runs]
-    if len(set(names)) < len(names):
-        raise UserError(f"--model names a run twice: {', '.join(names)}; name each run once")
+    names = names_of(runs, "--model")
     usual = replace(options, search={})  # success and landscape are those of the protocol's own search
     contexts = {
         name: EvalContext(run, usual, weights=weights, cache=cache) for name, run in zip(names, runs, strict=True)
@@ -84,6 +81,15 @@ def compare_runs(
         with atomic_write(picture) as file:
             file.write(draw_landscapes(planes))
     return rows
+
+
+def names_of(runs: Sequence[Path], flag: str) -> list[str]:
+    """Name runs by their folders, with the parents' where two are alike; raises UserError where `flag` names one twice."""
+    alike = Counter(run.resolve().name for run in runs)
+    names = ["/".join(run.resolve().parts[-2 if alike[run.resolve().name] > 1 else -1 :]) for run in runs]
+    if len(set(names)) < len(names):
+        raise UserError(f"{flag} names a run twice: {', '.join(names)}; name each run once")
+    return names
 
 
 @torch.inference_mode()

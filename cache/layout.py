@@ -59,7 +59,7 @@ class StoreCard(HasColumns):
 
     Attributes:
         encoder: how to build the same encoder again: name, weights, options.
-        dataset: what the frames show: name, path, environment, maze, image size, fps.
+        dataset: what the frames show: name, path, environment, layout (as `maze`), image size, fps.
         token_grid: rows and columns of the patch tokens; (1, 1) for a single token.
         columns: of the step table; empty, and left out of the file, where they are the default (`default_columns`).
     """
@@ -72,6 +72,11 @@ class StoreCard(HasColumns):
     frames_per_shard: Count
     dtype: Annotated[str, Field(pattern="^(float16|int8)$")] = "float16"
     columns: dict[str, Column] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> tuple[str, ...]:
+        """Lines of text that describe the environment beyond its id, see `EnvSpec`."""
+        return tuple(self.dataset.get("maze") or ())
 
     @property
     def step_columns(self) -> tuple[str, ...]:

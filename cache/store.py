@@ -18,7 +18,7 @@ from wmcache.cache.layout import AGAIN, read_attributes, read_card, shard_file, 
 from wmcache.cache.mirror import MirroredReader
 from wmcache.cache.quantise import dequantise
 from wmcache.cache.reader import MappedReader, MemoryReader, Reader, Stored, ZarrReader
-from wmcache.cache.windows import Goals, Windows, split_episodes, window_starts
+from wmcache.cache.windows import Goals, Windows, episode_pieces, split_episodes, window_starts
 from wmcache.common.columns import Column, Role, action_bounds, default_columns, join_role
 from wmcache.common.errors import UserError, command
 from wmcache.common.paths import MISSING, AnyPath, as_path, is_local, readable, stamp, unreadable
@@ -232,20 +232,29 @@ class TokenStore:
         seed: int = 42,
         fraction: float = 1.0,
         goals: Goals | None = None,
+        whole: bool = False,
     ) -> Windows:
         """Return all training windows of a split (see `split_episodes`); raise UserError where no episode is long enough.
 
-        With `goals`, at least one goal follows each window.
+        With `goals`, at least one goal follows each window. With `whole`, windows are whole episodes from their first frames on, cut into
+        pieces of at most `history` + `predict` frames (see `episode_pieces`), and no longer than the longest piece.
         """
         episodes = self.split(split, seed, fraction)
+        if whole:
+            starts, lengths, dropped = episode_pieces(self.episode, episodes, history + predict, frameskip)
+            self._require_windows(starts, split, 2 * frameskip)
+            return Windows(self, starts, int(lengths.max()) - predict, predict, frameskip, dropped, lengths=lengths)
         span = (history + predict) * frameskip + (goals is not None)
         starts, dropped = window_starts(self.episode, episodes, span)
+        self._require_windows(starts, split, span)
+        return Windows(self, starts, history, predict, frameskip, dropped, goals=goals)
+
+    def _require_windows(self, starts: NDArray[np.int64], split: str, span: int) -> None:
         if not len(starts):
             raise UserError(
                 f"no episode of {self.path} ({split}) has the {span} frames of a window; "
                 "collect longer episodes, or lower --frameskip or the frames of a window: --history, or the model's own option"
             )
-        return Windows(self, starts, history, predict, frameskip, dropped, goals=goals)
 
     def longest_episode(self, split: str = "all", *, seed: int = 42) -> int:
         """Return the frames of the longest episode of a split, see `windows`."""

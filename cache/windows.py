@@ -55,6 +55,7 @@ class Windows:
         history, predict: context and target frames.
         frameskip: f, env steps between frames.
         dropped_episodes: how many episodes of the split are too short for one window.
+        lengths: int64 [windows], the frames that each has, where some have less than T; the others repeat their last frame. None: all T.
         extras: name in a batch -> store with a row for each frame of `source`.
         goals: how batches draw goal frames; None: they have none.
     """
@@ -67,6 +68,7 @@ class Windows:
     dropped_episodes: int
     extras: Mapping[str, TokenStore] = field(default_factory=dict)
     goals: Goals | None = None
+    lengths: Int | None = None
 
     def __len__(self) -> int:
         """Number of windows."""
@@ -88,7 +90,10 @@ class Windows:
 
     def frames(self, windows: Int) -> Int:
         """Return the frames of some windows, int64 [B, T]."""
-        return self.starts[windows][:, None] + self.frameskip * np.arange(self.length)
+        number = np.arange(self.length)
+        if self.lengths is not None:
+            number = np.minimum(number, self.lengths[windows][:, None] - 1)
+        return self.starts[windows][:, None] + self.frameskip * number
 
     def with_goals(self, frames: Int, draws: NDArray[np.float64] | None) -> tuple[Int, dict[str, Int]]:
         """Append the goal's frame, drawn by `draws` (see `goal_draws`), to frames [B, T], where batches have goals; see `batch`."""
@@ -130,11 +135,15 @@ class Windows:
         Returns:
             proprio float32 [B, T, P], P = 0 where the store has none; action float32 [B, T, f * A], the f env actions from each frame to
             the next; where the store has them, reward float32 [B, T], the sum over those env steps, and terminated bool [B, T], whether
-            one of them ends the episode; float16 [B, T, …] of each of `extras`.
+            one of them ends the episode; float16 [B, T, …] of each of `extras`; where windows differ in length, weight float32 [B, T]:
+            0 for repeated frames, equal for all others, and 1 on average over all windows.
         """
         source, following = self.source, frames[:, :, None] + np.arange(self.frameskip)
         found = {name: store.gather(frames.ravel()) for name, store in self.extras.items()}
         rows = {name: values.reshape(*frames.shape, *values.shape[1:]) for name, values in found.items()}
+        if self.lengths is not None:
+            own = np.diff(frames, axis=1, prepend=-1) > 0
+            rows["weight"] = (own * (self.length / self.lengths.mean())).astype(np.float32)
         if source.reward is not None:
             rows["reward"] = source.reward[following].sum(-1)
         if source.terminated is not None:
@@ -172,6 +181,31 @@ def window_starts(episode: NDArray[np.integer], episodes: Int, span: int) -> tup
     counts = np.where(long_enough, length - span + 1, 0)
     before = np.cumsum(counts) - counts
     return np.repeat(first - before, counts) + np.arange(counts.sum()), int((~long_enough).sum())
+
+
+def episode_pieces(
+    episode: NDArray[np.integer], episodes: Int, length: int, frameskip: int
+) -> tuple[Int, NDArray[np.int64], int]:
+    """Cut the given episodes into pieces of up to `length` frames, `frameskip` env steps apart, from each of their first frames on.
+
+    Each frame is in one piece at most: the last ones of an episode are in none where less than `frameskip` actions, or one frame, is left.
+
+    Returns:
+        The first frame of each piece, int64 [pieces], ascending; its frames, from 2 to `length`; and the number of episodes without pieces.
+    """
+    first = np.searchsorted(episode, episodes, side="left")
+    count = np.searchsorted(episode, episodes, side="right") - first
+    phase = np.arange(frameskip)
+    frames = ((count[:, None] - phase) // frameskip).ravel()  # of each phase of each episode
+    begins = (first[:, None] + phase).ravel()
+    pieces = np.maximum(0, -(-frames // length))
+    number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    starts = np.repeat(begins, pieces) + number * length * frameskip
+    lengths = np.minimum(length, np.repeat(frames, pieces) - number * length)
+    kept = np.flatnonzero(lengths > 1)
+    order = kept[np.argsort(starts[kept])]
+    dropped = len(episodes) - len(np.unique(episode[starts[kept]]))
+    return starts[order], lengths[order], dropped
 
 
 @functools.lru_cache(maxsize=2)  # the present epoch and the next one

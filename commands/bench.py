@@ -151,7 +151,7 @@ def bench_memory(episodes: int) -> None:
 @shared.count_option("--context", help="Frames that an imagined step of each --model sees.  [default: as wmplan's]")
 @shared.file_option("--landscape", help="PNG of the cost of each --model around its plan.")
 @shared.moved_weights_option
-@shared.moved_cache_option
+@shared.moved_caches_option
 @options_of(PlanOptions, only=("dtype", "device"), device={"group": "Options"}, dtype={"group": "Options"})
 @shared.json_option
 def bench_plan(
@@ -172,6 +172,45 @@ def bench_plan(
     else:
         options = PlanOptions(search=settings, **chosen)
         show_columns(compare_runs(runs, options, episodes, landscape, **moved))
+
+
+@bench.command("rollout")
+@shared.file_option(
+    "--run",
+    "runs",
+    multiple=True,
+    required=True,
+    help="Run of a world model; repeatable. Gains are those of the first.",
+)
+@shared.count_option("--steps", default=20, help="Model steps that are imagined.")
+@shared.count_option("--observed", default=1, help="Frames that are observed before them.")
+@shared.count_option("--windows", default=512, help="Held-out windows.")
+@click.option(
+    "--part",
+    type=click.Choice(["latents", "proprio"]),
+    default="latents",
+    help="What is compared: latents, or standardised proprio.",
+)
+@shared.moved_caches_option
+@options_of(PlanOptions, only=("dtype", "device"), device={"group": "Options"}, dtype={"group": "Options"})
+@shared.json_option
+def bench_rollout(runs: tuple[Path, ...], **settings: Any) -> None:
+    """Error of what world models imagine, by model step on the same held-out windows, as a share of that of copying a frame.
+
+    A gain is the share of another run's error that the first run saves, with its 95 % interval over held-out episodes.
+    """
+    from wmcache.bench.rollout import compare_rollouts
+
+    rows = compare_rollouts(runs, **settings)
+    shown = [
+        {
+            **{name: row[name] for name in ("step", "copying")},
+            **row["runs"],
+            **{f"gain on {name}": "{:.3f} ({:.3f} to {:.3f})".format(*gain) for name, gain in row["gains"].items()},
+        }
+        for row in rows
+    ]
+    show_rows(shown, rows)
 
 
 @click.command("plan-job", cls=Command)

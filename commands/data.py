@@ -168,7 +168,7 @@ def extract(
     dataset: AnyPath | None, out: AnyPath | None, frameskip: int | None, dry_run: bool, part: Any, **encoder: Any
 ) -> None:
     """Encode every frame of a dataset once, several encoders in one pass. Run again, or beside itself, it does what is missing."""
-    from wmcache.pipeline.extract import extract_together
+    from wmcache.pipeline.extract import extract_together, with_log_variances
     from wmcache.pipeline.fit import open_inputs
     from wmcache.pipeline.stores import default_store
 
@@ -178,14 +178,15 @@ def extract(
     paths: list[AnyPath] = [default_store(frames.card.name, network, settings["dtype"]) for network in networks]
     if out is not None:
         paths = [out] if len(networks) == 1 else [out / path.name for path in paths]
-    stores = list(zip(networks, paths, strict=True))
+    tokens = list(zip(networks, paths, strict=True))
+    stores = with_log_variances(tokens)
     if frameskip:
         from wmcache.cache.change_maps import change_maps_path
         from wmcache.pipeline.encoders.changes import changes_for
 
         stores += [
             (changes_for(network.token_grid, frameskip, device="cpu"), change_maps_path(path, frameskip))
-            for network, path in stores
+            for network, path in tokens
         ]
     if dry_run:
         _forecast(frames, stores, settings)

@@ -50,9 +50,12 @@ def show_figures(figures: dict[str, float]) -> None:
     show(figures, (f"{name:36} {value:12.3f}" for name, value in figures.items()))
 
 
-def show_rows(rows: list[dict[str, Any]]) -> None:
-    """Print a table with a header, or JSON."""
-    show(rows, _aligned([list(rows[0]), *([_cell(value, ".4f") for value in row.values()] for row in rows)]))
+def show_rows(rows: list[dict[str, Any]], value: Any = None) -> None:
+    """Print a table with a header, or JSON: that of `value`, by default the rows."""
+    show(
+        rows if value is None else value,
+        _aligned([list(rows[0]), *([_cell(value, ".4f") for value in row.values()] for row in rows)]),
+    )
 
 
 def show_columns(rows: list[dict[str, Any]]) -> None:

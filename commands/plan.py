@@ -32,7 +32,7 @@ _policies = partial(resolve_name, "wmcache.planner.policies:PLAN_POLICIES")
 @options_of(PlanOptions, solver={"names": _solvers}, policy={"names": _policies})
 @click.option("--untrained", is_flag=True, hidden=True)
 @shared.moved_weights_option
-@shared.moved_cache_option
+@shared.moved_caches_option
 @shared.file_option("--out", help="Folder of the results.  [default: RUN/plan-…, named by the settings]")
 @shared.cluster_option(also="  Batches are the tasks; results are the same wherever they are planned.")
 @shared.json_option
@@ -53,7 +53,7 @@ def wmplan(run: Path, protocol: str | None, out: Path | None, untrained: bool, c
     source = click.get_current_context().get_parameter_source("solver")
     if typed != chosen.solver and source is ParameterSource.COMMANDLINE:
         raise UserError(f"--solver {typed}: the actions of {run} are one-hot; plan with --solver {chosen.solver}")
-    out = out or default_out(run, protocol, chosen, next(iter(setting.env.spec.thresholds), None))
+    out = out or default_out(run, protocol, chosen, next(iter(setting.success.thresholds), None))
     refuse_other_results(out, chosen)
     episodes, results = evaluate(setting, chosen, out, cluster)
     if untrained:

@@ -21,9 +21,9 @@ LEGEND = {
     "xy MLP": "the same by a network with one hidden layer",
     "v lin": "R^2 of the velocity by ridge regression, mean of vx and vy; a single frame does not show it",
     "v MLP": "the same by a network with one hidden layer",
-    "Spearman": "rank correlation of token distance and distance along the maze: 1 is perfect",
+    "Spearman": "rank correlation of token distance and the length of the shortest path: 1 is perfect",
     "stuck": "share of frames from which descending the token distance does not reach the goal",
-    "nearest": "distance in the maze to the frame with the nearest tokens, median",
+    "nearest": "distance of the position to that of the frame with the nearest tokens, median",
     "90 %": "the same, 90 % quantile",
     "rank": "effective rank: how many dimensions the frames take up",
     "channels": "participation ratio: how many channels single tokens use",
@@ -34,14 +34,14 @@ LEGEND = {
 
 @click.command("probe", cls=Command)
 @click.argument("stores", metavar="STORE...", type=ANY_PATH, nargs=-1, required=True)
-@path_option("--dataset", help="The frames, to take the maze from if the store has none.")
+@path_option("--dataset", help="The frames, to take the environment's layout from if the store has none.")
 @count_option("--frames", default=2000, help="Most training frames for the probes.")
 @file_option("--out", help="Folder for the pictures.  [default: beside each STORE, with .probe.png for .zarr]")
 @json_option
 def probe(stores: tuple[AnyPath, ...], dataset: AnyPath | None, frames: int, out: Path | None) -> None:
     """Measure what a planner can read out of token stores, on held-out episodes, and draw a picture of each.
 
-    A row per store, and for states that are not of a maze the R^2 of each state column. The output ends with what each header means.
+    A row per store, and without a geometry the R^2 of each state column. The output ends with what each header means.
     """
     from wmcache.cache.store import TokenStore
     from wmcache.pipeline.pictures import draw_probe, picture_paths
@@ -60,11 +60,11 @@ def probe(stores: tuple[AnyPath, ...], dataset: AnyPath | None, frames: int, out
         lines.append(row(cells(result), "/".join(store.parts[-2:])))
     show(found, [*lines, *_explanations(found)])
     for values in found:
-        say(f"{values['store']}: drawn: {values['picture'] or 'nothing, no distances in a maze are known'}", err=True)
+        say(f"{values['store']}: drawn: {values['picture'] or 'nothing, no shortest paths are known'}", err=True)
 
 
 def _explanations(found: list[dict[str, Any]]) -> Iterator[str]:
-    """Format the R^2 of each state column of stores without a maze, a line each, and what the headers mean."""
+    """Format the R^2 of each state column of stores without a geometry, a line each, and what the headers mean."""
     for values in found:
         if "x" not in values["linear"] and values["linear"]:
             width = max(map(len, ("column", *values["linear"])))

@@ -84,6 +84,11 @@ def cluster_option(default: str | None = "local:1", also: str = "") -> Callable[
 dataset_option = path_option("--dataset", help="Frame dataset.  [default: $WMCACHE_HOME/pointmaze-umaze]")
 moved_dataset_option = path_option("--dataset", help="Location of the frames, if they have moved.")
 moved_cache_option = path_option("--cache", help="Location of the store, if it has moved.")
+moved_caches_option = path_option(
+    "--cache",
+    multiple=True,
+    help="Location of the store, if it has moved. Repeat it for each store of a run that has several, in order.",
+)
 moved_weights_option = file_option("--weights", help="Location of the encoder's weights, if they have moved.")
 device_option = click.option("--device", default="auto", help="Device: auto, cpu, cuda, cuda:1, mps.")
 json_option = click.option("--json", is_flag=True, expose_value=False, callback=print_as_json, help="Print JSON.")

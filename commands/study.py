@@ -26,7 +26,7 @@ DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
 )
 @file_option(
     "--dataset",
-    help="Existing frame dataset that replaces FILE's.  [default: FILE's, else $WMCACHE_HOME/pointmaze-<maze>]",
+    help="Existing frame dataset that replaces FILE's.  [default: FILE's, else $WMCACHE_HOME/<environment>]",
 )
 @click.option("--seeds", help="Seeds of fits and trainings, as in 0,1,2.  [default: FILE's]")
 @click.option("--fractions", help="Shares of the train episodes, as in 0.1,0.25,1.  [default: FILE's]")
@@ -53,8 +53,8 @@ def study(file: Path | None, out: Path | None, **flags: Any) -> None:
     file = file or DEFAULT
     options = read_study(file, {name: _as_toml(name, value) for name, value in flags.items()})
     out = out or home() / "studies" / file.stem
-    branches, work, failures = run_study(options, out)
-    rows = tabulate(branches, work, failures)
+    options, branches, work, failures = run_study(options, out)
+    rows = tabulate(branches, work, failures, options.thresholds)
     results = write_report(out, options, rows, work, branches, shell_command(sys.argv))
     lines = f"{headline(options, rows)}\n{summary(options, results)}".splitlines()
     show({"rows": rows, **results}, [*lines, f"report: {out / 'study.html'}"])

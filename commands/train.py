@@ -102,8 +102,8 @@ def _next_step(run: Path, cache: AnyPath, options: TrainOptions) -> str:
     if stage in following:
         words = {stage: following[stage], f"--stage={stage}": f"--stage={following[stage]}"}
         return f"stage {stage} is trained; go on with: {shell_command([words.get(word, word) for word in sys.argv])}"
-    frames = read_identity(run)[0].dataset
-    if frames.get("maze") or not str(frames.get("policy", "imported")).startswith("imported"):
+    card = read_identity(run)[0]
+    if card.layout or not str(card.dataset.get("policy", "imported")).startswith("imported"):
         return f"trained; plan with: {command('wmplan', '--run', run)}"
     return f"trained; its frames have no simulator (docs/import.md); draw with: {command('wmtrain', 'decoder', '--cache', cache)}"
 

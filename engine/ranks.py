@@ -153,6 +153,10 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
         yield SINGLE
         return
     import torch.distributed as dist
+
+    # Before there is a group: arguments of its functions default to the group of this moment, and would keep it and its threads past the
+    # end of the interpreter, which then aborts now and then.
+    import torch.distributed.nn.functional
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 

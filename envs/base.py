@@ -56,15 +56,32 @@ class EnvSpec:
 
 
 @dataclass(frozen=True)
+class Replay:
+    """A moment of a recorded episode, in a world whose frames are drawn by replay.
+
+    Attributes:
+        start: where the episode starts, as `sample_task` draws it.
+        actions: env actions [k, A] that lead from there to the moment.
+    """
+
+    start: States | int
+    actions: NDArray[np.floating]
+
+
+Start = States | int | Replay
+"""A state [S]; a seed, in a world that only starts from one; or a `Replay`, in a world that does not draw a given state."""
+
+
+@dataclass(frozen=True)
 class Task:
-    """Where an episode starts, and the goal it should reach: states [S], or seeds in a world that only starts from one.
+    """Where an episode starts, and the goal it should reach.
 
     Attributes:
         goal: None where success is a return.
     """
 
-    start: States | int
-    goal: States | int | None = None
+    start: Start
+    goal: Start | None = None
 
 
 class Observation:

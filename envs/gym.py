@@ -7,8 +7,9 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Any
 
 import gymnasium
@@ -17,9 +18,23 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from wmcache.common.columns import Column
+from wmcache.common.cpus import available_cpus
 from wmcache.common.errors import UserError, reason
-from wmcache.envs.base import ENVIRONMENTS, Array, Environment, EnvSpec, Frames, Observation, States, Steps, Task
+from wmcache.envs.base import (
+    ENVIRONMENTS,
+    Array,
+    Environment,
+    EnvSpec,
+    Frames,
+    Observation,
+    Replay,
+    Start,
+    States,
+    Steps,
+    Task,
+)
 from wmcache.envs.mujoco_gl import RendererError, mujoco
+from wmcache.envs.processes import Processes
 from wmcache.envs.spaces import action_column, observed_parts
 
 # Without a screen, pygame draws off screen; the user's own choice is kept.
@@ -29,6 +44,9 @@ if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get(
 PREFIX = "gym:"
 QUALIFIED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z][\w./-]*")
 """An id with the module that registers it, as gymnasium spells it: `my_package:MyEnv-v0`."""
+SLOW = 0.05
+"""Seconds of a step and a drawing of all copies, above which they run in several processes. These take about two seconds to start."""
+TRIES = 3
 NOT_ENDED = {"terminated": False, "truncated": False}
 
 
@@ -45,15 +63,17 @@ class GymEnvironment(Environment):
     def __init__(self, name: str, count: int = 1, image_size: int = 224, layout: Sequence[str] = ()) -> None:  # noqa: ARG002
         """Make an environment by its id, such as `gym:CartPole-v1` or `my_package:MyEnv-v0`."""
         self.count = count
-        self._worlds = [World(name) for _ in range(count)]
-        self._painter: World | None = None
-        columns = self._worlds[0].columns
+        here = Copies(name, count, image_size)
+        self._copies: Copies | Processes = here
+        self._workers = min(count, available_cpus())
+        self._starts: list[Start] = []  # of episodes that have not moved yet
+        self._seen: Steps = {}
         self.spec = EnvSpec(
             name,
-            float(self._worlds[0].env.metadata.get("render_fps") or 20),
-            columns,
+            float(here.worlds[0].env.metadata.get("render_fps") or 20),
+            here.worlds[0].columns,
             image_size,
-            renders_states=self._worlds[0].data is not None and draws_states(name),
+            renders_states=here.worlds[0].data is not None and draws_states(name),
             thresholds=(),
             dataset=re.split("[:/]", name)[-1].lower(),
         )
@@ -68,34 +88,29 @@ class GymEnvironment(Environment):
         return Task(int(rng.integers(2**31)))
 
     def reset(self, tasks: Sequence[Task]) -> Observation:
-        """Start at seeds, or at MuJoCo states."""
-        for world, task in zip(self._worlds, tasks, strict=True):
-            world.reset(task.start)
+        """Start at seeds, at moments of recorded episodes, or at MuJoCo states."""
+        self._starts = [task.start for task in tasks]
+        self._use_processes(drawing=False)
+        self._seen = self._copies.reset(self._starts)
         return self.observe()
 
     def step(self, actions: NDArray[np.floating]) -> Steps:
         """Execute actions; an episode that has ended stays as it is."""
-        rows = [
-            [world.step(action) for action in sequence] for world, sequence in zip(self._worlds, actions, strict=True)
-        ]
-        names = [name for name in self.spec.columns if name != "action"]
-        return {name: np.stack([np.stack([row[name] for row in sequence]) for sequence in rows]) for name in names}
+        self._starts = []
+        moved = self._copies.step(actions)
+        self._seen = {name: moved[name][:, -1] for name in self._seen}
+        return moved
 
     def observe(self) -> Observation:
         """Return the current observations."""
-        seen = [world.seen for world in self._worlds]
-        columns = {name: np.stack([row[name] for row in seen]) for name in seen[0]}
-        if self.spec.renders_states:
-            return Observation(columns, self.spec.columns, lambda: self.render(columns["state"]))
-        return Observation(columns, self.spec.columns, self._draw)
+        columns = dict(self._seen)
+        return Observation(columns, self.spec.columns, lambda: self._draw(columns))
 
     def render(self, states: States) -> Frames:
         """Draw MuJoCo states."""
         if not self.spec.renders_states:
             raise UserError(f"environment {self.spec.id} does not draw a given state; replay the episode")
-        if self._painter is None:
-            self._painter = World(self.spec.id)
-        return np.stack([resized(self._painter.draw_state(state), self.spec.image_size) for state in states])
+        return self._copies.paint(states)
 
     def distance(self, states: States, goal: States) -> States:
         """Compute the Euclidean distance of states."""
@@ -103,11 +118,72 @@ class GymEnvironment(Environment):
 
     def close(self) -> None:
         """Close the environments."""
-        for world in (*self._worlds, *([self._painter] if self._painter else [])):
-            world.env.close()
+        self._copies.close()
 
-    def _draw(self) -> Frames:
-        return np.stack([resized(world.draw(), self.spec.image_size) for world in self._worlds])
+    def _draw(self, columns: Steps) -> Frames:
+        self._use_processes(drawing=True)
+        return self._copies.paint(columns["state"]) if self.spec.renders_states else self._copies.draw()
+
+    def _use_processes(self, *, drawing: bool) -> None:
+        """Move episodes that have not begun to worker processes, where that is faster; they give the same numbers."""
+        if self._workers == 1 or not self._starts or isinstance(self._copies, Processes):
+            return
+        step, draw = seconds_of(self.spec.id)
+        if self.count * (step + draw * drawing) < SLOW:
+            return
+        try:
+            moved = Processes(self.spec.id, self.count, self.spec.image_size, self._workers)
+        except UserError:
+            self._workers = 1  # an environment that only this process knows
+            return
+        self._copies.close()
+        self._copies = moved
+        if drawing:
+            moved.reset(self._starts)
+
+
+class Copies:
+    """Copies of a world, stepped together in this process.
+
+    Attributes:
+        worlds: the copies; one before the first reset.
+    """
+
+    def __init__(self, name: str, count: int, image_size: int) -> None:
+        """Make one; raises UserError as `World` does."""
+        self.worlds = [World(name)]
+        self._count, self._size = count, image_size
+        self._painter: World | None = None
+
+    def reset(self, starts: Sequence[Start]) -> Steps:
+        """Start episodes; returns the columns of their first frames, [E, ...]."""
+        self.worlds += [World(self.worlds[0].name) for _ in range(self._count - len(self.worlds))]
+        for world, start in zip(self.worlds, starts, strict=True):
+            world.reset(start)
+        return {name: np.stack([world.seen[name] for world in self.worlds]) for name in self.worlds[0].seen}
+
+    def step(self, actions: NDArray[np.floating]) -> Steps:
+        """Execute actions [E, k, A]; returns all other columns, [E, k, ...]."""
+        rows = [
+            [world.step(action) for action in sequence] for world, sequence in zip(self.worlds, actions, strict=True)
+        ]
+        names = [name for name in self.worlds[0].columns if name != "action"]
+        return {name: np.stack([np.stack([row[name] for row in sequence]) for sequence in rows]) for name in names}
+
+    def draw(self) -> Frames:
+        """Draw the current frames, [E, S, S, 3]."""
+        return np.stack([resized(world.draw(), self._size) for world in self.worlds])
+
+    def paint(self, states: States) -> Frames:
+        """Draw MuJoCo states [n, S], in a world of its own."""
+        if self._painter is None:
+            self._painter = World(self.worlds[0].name)
+        return np.stack([resized(self._painter.draw_state(state), self._size) for state in states])
+
+    def close(self) -> None:
+        """Close all worlds."""
+        for world in (*self.worlds, *([self._painter] if self._painter else [])):
+            world.env.close()
 
 
 class World:
@@ -143,8 +219,13 @@ class World:
         self._aimed = False
         self._ended = dict(NOT_ENDED)
 
-    def reset(self, start: States | int) -> None:
-        """Start an episode at a seed, or at a MuJoCo state [S]."""
+    def reset(self, start: Start) -> None:
+        """Start an episode at a seed, at a moment of a recorded episode, or at a MuJoCo state [S]."""
+        if isinstance(start, Replay):
+            self.reset(start.start)
+            for action in start.actions:
+                self.step(action)
+            return
         self._ended = dict(NOT_ENDED)
         with self._running("failed in reset"):
             observation, _ = self.env.reset(seed=start if isinstance(start, int) else 0)
@@ -232,8 +313,30 @@ class World:
         except Exception as error:  # whatever the environment raises
             if drawing and self.data is not None:
                 raise RendererError.of(error) from error
-            kind = type(error).__name__
-            raise UserError(f"environment {self.name} {failed} ({kind}: {reason(error)}); fix or install it") from error
+            kind, hint = type(error).__name__, "fix or install it"
+            if isinstance(error, gymnasium.error.UnregisteredEnv):
+                hint = "install it, or name the module that registers it, as module:ID"
+            raise UserError(f"environment {self.name} {failed} ({kind}: {reason(error)}); {hint}") from error
+
+
+@functools.cache
+def seconds_of(name: str) -> tuple[float, float]:
+    """Measure an env step and a drawing of a world of its own; 0 in one that fails, which is reported when it is used."""
+    world = World(name)
+    try:
+        world.reset(0)
+        step = min(_time(lambda: world.step(np.asarray(world.columns["action"].low))) for _ in range(TRIES))
+        return step, min(_time(world.draw) for _ in range(TRIES))
+    except UserError:
+        return 0.0, 0.0
+    finally:
+        world.env.close()
+
+
+def _time(call: Callable[[], object]) -> float:
+    begun = perf_counter()
+    call()
+    return perf_counter() - begun
 
 
 @functools.cache

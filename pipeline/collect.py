@@ -42,7 +42,7 @@ def behaviour_policies(env: Environment) -> list[str]:
 def check_drawing(player: Player, options: CollectOptions, out: AnyPath) -> None:
     """Raise UserError without disk space or OpenGL, or where the environment does not replay, before anything is written."""
     most = options.episodes * options.length
-    # A frame of a maze is about 2 kB at 112 px as PNG; twice the pixels, twice the edges.
+    # A frame of few colours is about 2 kB at 112 px as PNG; twice the pixels, twice the edges.
     require_space(out, 30 * options.image_size * most, f"a dataset of {most} frames")
     if not player.open().spec.renders_states:
         check_replay(player)
@@ -102,7 +102,7 @@ class DrawShard(WorkerTask[int, Steps]):
     def run(self, state: Steps, item: int) -> int:
         """Draw a shard; returns its frames."""
         card, frames = self.card, self.card.shard_frames(item)
-        player = Player(card.env, tuple(card.maze), card.image_size, card.seed, card.policy, length=0)
+        player = Player(card.env, card.layout, card.image_size, card.seed, card.policy, length=0)
         env = player.open()
         images: Iterator[Frames] = _replayed(player, state, frames)
         if env.spec.renders_states:

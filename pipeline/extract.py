@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from wmcache.cache.log_variances import log_variances_path
 from wmcache.cache.writer import LackingError, StoreWriter
 from wmcache.cluster.tasks import WorkerTask, log, parse_cluster, report, run_tasks
 from wmcache.common.device import release_memory
 from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath, absolute, exists, free_space
 from wmcache.common.space import require_space
-from wmcache.pipeline.encoders import Encoder, encode_together
+from wmcache.pipeline.encoders import Encoder, create, encode_together
 from wmcache.pipeline.frames import FrameDataset, Frames
 from wmcache.pipeline.stores import StoreRecipe, create_store, has_work, store_card
 
@@ -82,6 +83,17 @@ def extract_together(
         label = f"extract {', '.join(encoder.spec.name for encoder, _ in stores)}"
         lacking = _extract_until_whole([writer for _, writer in unfinished], task, label, cluster, wanted)
     return [(writer.path in lacking, lacking.get(writer.path, [])) for writer in writers]
+
+
+def with_log_variances(stores: Sequence[tuple[Encoder, AnyPath]]) -> list[tuple[Encoder, AnyPath]]:
+    """Add the stores of log-variances, see `open_log_variances`, after those of encoders that have some: they share the pass."""
+    made = []
+    for encoder, out in stores:
+        made.append((encoder, out))
+        if name := encoder.spec.log_variance:
+            recipe = {**encoder.recipe(), "name": name, "device": str(encoder.device)}
+            made.append((create(**recipe), log_variances_path(out)))
+    return made
 
 
 def extraction_task(

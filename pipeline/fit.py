@@ -51,7 +51,7 @@ SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
 @dataclass(frozen=True)
 class Fitted:
-    """Where the weights of a fit are, its number of training frames, and the landscape of held-out frames, None where no maze is known."""
+    """Where the weights of a fit are, its training frames, and the landscape of held-out ones, None where no geometry is known."""
 
     weights: Path
     frames: int
@@ -167,7 +167,7 @@ def _header(name: str, fingerprint: str, frames: int, options: FitOptions) -> di
 
 def _measure_landscape(dataset: FrameDataset, name: str, weights: Path, device: str) -> Landscape | None:
     state = dataset.steps.state
-    if not dataset.card.maze or state is None or state.shape[1] < 2:
+    if not dataset.card.layout or state is None or state.shape[1] < 2:
         return None
     return probe_landscape(dataset, encoders.create(name, weights=weights, device=device))
 
@@ -216,7 +216,7 @@ def _train(
             checkpoint_seconds=SECONDS_BETWEEN_CHECKPOINTS,
         )
         run(task, how, folder, Progress(done.step))
-    weights = {name: value.detach().cpu().contiguous() for name, value in task.network.kept.state_dict().items()}
+    weights = {name: value.detach().cpu().contiguous() for name, value in task.network.weights().items()}
     require_finite(task, options.steps, weights.values())
     write_whole(out, save(weights, metadata=header))
     for unfinished in out.parent.glob(f".{glob.escape(out.name)}.*.fit"):

@@ -74,7 +74,7 @@ class DatasetCard(HasColumns):
     Attributes:
         name: of the folder when it was made.
         env: environment id, or origin of the frames.
-        maze: text grid of the layout, so that the environment can be built again anywhere.
+        maze: the `layout`, so that the environment can be built again anywhere.
         policy: behaviour policy that chose the actions.
         fps: env steps per simulated second.
         columns: of the step table; empty until the table is known. Left out of the file where it is the default (`default_columns`).
@@ -96,6 +96,11 @@ class DatasetCard(HasColumns):
     shards: list[ShardRecord] = field(default_factory=list)
     steps_sha256: str = ""
     fingerprint: str = ""
+
+    @property
+    def layout(self) -> tuple[str, ...]:
+        """Lines of text that describe the environment beyond its id, see `EnvSpec`; `maze` in files."""
+        return tuple(self.maze)
 
     @property
     def num_shards(self) -> int:

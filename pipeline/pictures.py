@@ -1,4 +1,4 @@
-"""Pictures of a store: frames above their tokens, and distances of tokens above those along the maze."""
+"""Pictures of a store: frames above their tokens, and distances of tokens above path lengths."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def principal_colours(store: TokenStore, chosen: NDArray[np.int64]) -> NDArray[n
 
 
 def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goals: int = DRAWN_GOALS) -> None:
-    """Draw held-out frames at their positions, coloured by their distance to some goals: of tokens above, along the maze below.
+    """Draw held-out frames at their positions, coloured by their distance to some goals: of tokens above, of paths below.
 
     Red points mark frames from which descent of the token distance does not end at the goal. Raises UserError as `probe` does, and for
     frames whose geometry is not known.
@@ -106,7 +106,7 @@ def draw_probe(path: AnyPath, out: Path, *, dataset: AnyPath | None = None, goal
         dpi=130,
     )
     panels = figure.subplots(2, len(chosen), squeeze=False)
-    rows = (("distance of tokens", np.sqrt(latent)), ("distance along the maze", true))
+    rows = (("distance of tokens", np.sqrt(latent)), ("length of the shortest path", true))
     for axes_row, (label, distances) in zip(panels, rows, strict=True):
         most = float(np.quantile(distances[np.isfinite(distances)], 0.995))
         for axes, goal, values in zip(axes_row, chosen, distances, strict=True):

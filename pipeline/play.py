@@ -33,15 +33,15 @@ TOLERANCE = 1e-6
 _thread = threading.local()
 
 
-def first_task(env: Environment, seed: int, episode: int) -> tuple[Task, np.random.Generator]:
-    """Return where an episode of a dataset with this seed starts, and the generator for all that follows."""
+def task_of_episode(env: Environment, seed: int, episode: int) -> tuple[Task, np.random.Generator]:
+    """Return the task of an episode of a dataset with this seed, and the generator for all that follows."""
     rng = np.random.default_rng((seed, episode))
     return env.sample_task(rng, goal=False), rng
 
 
 def begin_episode(env: Environment, seed: int, episode: int) -> tuple[Observation, np.random.Generator]:
     """Start an episode of a dataset with this seed; returns the first frame, and the generator that the policy draws from."""
-    task, rng = first_task(env, seed, episode)
+    task, rng = task_of_episode(env, seed, episode)
     return env.reset([task]), rng
 
 

@@ -31,7 +31,7 @@ PROBED_FRAMES = 1000
 PROBED_GOALS = 40
 STEP_DISTANCE = 0.5
 STUCK_DISTANCE = 0.5
-"""Distances in the maze, where a cell is 1 wide: of a step of the descent, and from the goal at its end."""
+"""Distances in units of the geometry: of a step of the descent, and from the goal at its end."""
 MLP_COMPONENTS = 512
 MLP_HIDDEN = 256
 MLP_EPOCHS = 200
@@ -67,7 +67,7 @@ def probe_landscape(dataset: FrameDataset, encoder: Encoder) -> Landscape:
     chosen = _sample(dataset.steps.episode, "val", PROBED_FRAMES)
     parts = np.array_split(read_for(encoder, dataset, chosen), max(1, len(chosen) // 64))
     tokens = torch.cat([encoder(part).float().cpu() for part in parts]).flatten(1).double().numpy()
-    geometry = _open_geometry(dataset.card.env, dataset.card.maze, dataset.path)
+    geometry = _open_geometry(dataset.card.env, dataset.card.layout, dataset.path)
     return measure_landscape(squared_distances(tokens, tokens), state[chosen], geometry)
 
 
@@ -109,11 +109,11 @@ def neighbours(geometry: Geometry, states: Float) -> NDArray[np.bool_]:
 
 def find_geometry(store: TokenStore, dataset: AnyPath | None = None) -> Geometry | None:
     """Find the geometry of a store's frames, by its card or else its dataset; None where it is not known, or no state is."""
-    name, layout = store.card.dataset.get("env", ""), store.card.dataset.get("maze")
+    name, layout = store.card.dataset.get("env", ""), store.card.layout
     if dataset is not None:
         frames = FrameDataset.open(dataset)
         require_frames(store, frames)
-        layout = layout or frames.card.maze
+        layout = layout or frames.card.layout
     has_xy = store.state is not None and store.state.shape[1] >= 2
     return _open_geometry(name, layout, store.path) if layout and has_xy else None
 
@@ -122,7 +122,7 @@ def _open_geometry(name: Any, layout: Any, where: AnyPath) -> Geometry:
     try:
         geometry = open_geometry(str(name), tuple(layout))
     except (UserError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: the maze in its card is invalid ({error}); extract or import it again") from error
+        raise UserError(f"{where}: the layout in its card is invalid ({error}); extract or import it again") from error
     if geometry is None:
         raise UserError(f"{where}: no geometry of environment {name} is known; extract or import it again")
     return geometry
@@ -137,7 +137,7 @@ class Probe:
         linear, mlp: R^2 of a ridge regression and of a network with one hidden layer, from all tokens of a frame to each column of its
             state: 1 is perfect, 0 no better than the mean; None for a constant column. Empty where the store has no state.
         spearman, stuck: see `Landscape`; None where no geometry is known, as are the next two.
-        nearest, nearest_90: median and 90 % quantile of the distance in the maze (Euclidean; a cell is 1 wide) to the frame of another
+        nearest, nearest_90: median and 90 % quantile of the Euclidean distance of positions to the frame of another
             episode whose tokens are nearest.
         effective_rank: exp of the entropy of the normalised singular values of the centred frames (Roy and Vetterli, EUSIPCO 2007);
             less than the number of frames.
@@ -171,11 +171,11 @@ def probe(path: AnyPath, *, dataset: AnyPath | None = None, frames: int = 2000) 
     """Probe a store deterministically, without loading a frame or an encoder.
 
     Args:
-        dataset: the store's dataset, for a maze that the store's card lacks.
+        dataset: the store's dataset, for a layout that the store's card lacks.
         frames: most frames of training episodes that train the probes.
 
     Raises:
-        UserError: an unusable store, another dataset, an invalid maze, too few frames, or constant tokens.
+        UserError: an unusable store, another dataset, an invalid layout, too few frames, or constant tokens.
     """
     store = TokenStore.open(path)
     geometry = find_geometry(store, dataset)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from wmcache.cluster.tasks import WorkerTask, run_tasks
 from wmcache.common.errors import UserError
 from wmcache.common.files import atomic_write, sha256_of
-from wmcache.common.jsonfiles import json_digest
+from wmcache.common.jsonfiles import json_digest, read_json
 from wmcache.common.paths import AnyPath, absolute, as_path, exists, names_in, open_to_read, remove_files
 from wmcache.common.reading import reading
 from wmcache.engine.checkpoint import FILES, last_checkpoint
@@ -24,15 +24,16 @@ from wmcache.envs import POLICIES, Environment, Task, find_environment
 from wmcache.pipeline import collect as behaviour
 from wmcache.pipeline.frames import DatasetCard, FrameDataset, is_started
 from wmcache.pipeline.options import CollectOptions
-from wmcache.pipeline.play import ENDS, first_task, join_episodes, join_rows
+from wmcache.pipeline.play import ENDS, join_episodes, join_rows, task_of_episode
 from wmcache.pipeline.steps import Steps
 from wmcache.planner.base import Observation, Policy
 from wmcache.planner.context import EvalContext
-from wmcache.planner.evaluate import Moved, act, shown, shown_goals
 from wmcache.planner.goals import Separation
 from wmcache.planner.judge import reported_thresholds
-from wmcache.planner.options import PlanOptions, Precision, recorded
+from wmcache.planner.live import Moved, act, shown, shown_goals
+from wmcache.planner.options import PlanOptions, Precision, is_policy_folder, policy_weights, recorded
 from wmcache.planner.policies import make_policy
+from wmcache.trainer.runs import NO_RUN
 
 EPISODES_AT_ONCE = 10
 """Episodes of a batch. It is no option, because the last bits of what a network computes depend on it."""
@@ -53,7 +54,7 @@ def collect(
     cluster: str = "local:1",
     **settings: Any,
 ) -> DatasetCard:
-    """Collect a dataset of `CollectOptions(env, **settings)`, whose policy may also be the folder of a run.
+    """Collect a dataset of `CollectOptions(env, **settings)`, whose policy may also be the folder of a run, or of a trained policy.
 
     Episodes start as with any other policy. Where the environment has goals, an episode gets a new one every `plan.goal_steps` env
     steps, by default two horizons, and the policy is reset: the rule depends on time alone. `plan.goals` is `random-state`, or `dataset`
@@ -67,17 +68,16 @@ def collect(
         plan: how the run acts; by default as `wmplan` does.
     """
     options = CollectOptions(env, **settings)
-    run = run_of(options)
-    if run is None:
+    if (folder := folder_of(options)) is None:
         return behaviour.collect(env, out, cluster=cluster, **settings)
-    context, plan = _load(run, options, plan or PlanOptions())
+    context, plan = _load(folder, options, plan or PlanOptions())
     options = replace(options, policy=_describe(context, plan, options))
     known = {name: value for name, value in asdict(options).items() if name != "length"}
     if is_started(out, known) and exists(out / "dataset.json"):
         steps = FrameDataset.open(out).steps
     else:
         behaviour.check_drawing(replace(behaviour.player_of(options), policy="random"), options, out)
-        task = PlayBatch(run.absolute(), plan, options, absolute(out), context.frameskip)
+        task = PlayBatch(context.run.absolute(), plan, options, absolute(out), context.frameskip)
         steps = _play_all(task.with_state(context), cluster)
     card = behaviour.draw_dataset(out, options, steps, cluster)
     if played := [out / name for name in names_in(out, PLAYED)]:
@@ -85,25 +85,30 @@ def collect(
     return card
 
 
-def run_of(options: CollectOptions) -> Path | None:
-    """Return the folder of a run where `policy` is its path; None for the name of a behaviour policy."""
+def folder_of(options: CollectOptions) -> Path | None:
+    """Return the folder of what acts where `policy` is a path; None for the name of a behaviour policy."""
     path = Path(options.policy)
     if not (os.sep in options.policy or path.is_dir()) or options.policy in POLICIES:
         return None
     return None if options.policy in find_environment(options.env).policies else path
 
 
-def _load(run: Path, options: CollectOptions, plan: PlanOptions) -> tuple[EvalContext, PlanOptions]:
-    """Load a run and settle how it acts; raises UserError where it cannot act in this environment."""
+def _load(folder: Path, options: CollectOptions, plan: PlanOptions) -> tuple[EvalContext, PlanOptions]:
+    """Load a run, or a trained policy's, and settle how it acts; raises UserError where it cannot act in this environment."""
+    run = folder
+    if is_policy_folder(str(folder)) and "policy" in (config := read_json(folder / "config.json", NO_RUN)):
+        run, plan = Path(str(config.get("run"))), replace(plan, policy=str(folder.absolute()))
     context = EvalContext(run, plan)
     plan = replace(context.settled(plan), dtype=cast(Precision, str(context.dtype).removeprefix("torch.")))
     wanted, own = behaviour.player_of(options).open().spec, context.env.spec
     if (wanted.layout or wanted.id) != (own.layout or own.id):
         name = context.card.dataset["env"]
-        raise UserError(f"--policy {run} is of environment {name}; collect with --env {name}")
+        raise UserError(f"--policy {folder} is of environment {name}; collect with --env {name}")
     if not context.by_return:
-        if plan.goals not in GOAL_SOURCES:
-            raise UserError(f"goals {plan.goals}: a collection takes {' or '.join(GOAL_SOURCES)}; choose one")
+        if plan.goals not in GOAL_SOURCES or plan.judge_columns:
+            raise UserError(
+                f"a collection takes goals {' or '.join(GOAL_SOURCES)}, states of the environment; choose one"
+            )
         plan = replace(plan, goal_steps=plan.goal_steps or 2 * plan.horizon * context.frameskip)
     make_policy(context, plan)
     return context, plan
@@ -112,7 +117,11 @@ def _load(run: Path, options: CollectOptions, plan: PlanOptions) -> tuple[EvalCo
 def _describe(context: EvalContext, plan: PlanOptions, options: CollectOptions) -> str:
     """Name what acts by content: its kind, its weights, and a digest of what else an action depends on."""
     known = {name: value for name, value in recorded(plan).items() if name not in UNUSED}
-    weights = sha256_of(last_checkpoint(context.run) / FILES[0])
+    files = [last_checkpoint(context.run) / FILES[0]]
+    if plan.policy and is_policy_folder(plan.policy):
+        files.append(policy_weights(Path(plan.policy)))
+        del known["policy"]
+    weights = " and ".join(map(sha256_of, files))
     machine = [context.device.type, str(context.dtype)]
     digest = json_digest([known, options.length, machine, context.store.identity.to_json()])[:16]
     return f"{context.policy(plan)} of {context.config['model']}, weights {weights}, settings {digest}"
@@ -167,7 +176,7 @@ def _play_all(task: PlayBatch, cluster: str) -> Steps:
 def play_batch(context: EvalContext, plan: PlanOptions, options: CollectOptions, numbers: Sequence[int]) -> Steps:
     """Play the episodes of these numbers, all at once; only frames that the policy sees are drawn."""
     env, policy = context.open_env(len(numbers)), make_policy(context, plan)
-    begun = [first_task(env, options.seed, number) for number in numbers]
+    begun = [task_of_episode(env, options.seed, number) for number in numbers]
     tasks, rngs = [task for task, _ in begun], [rng for _, rng in begun]
     legs = _draw_legs(context, plan, env, tasks, rngs, options.length)
     # Before the episodes start, because an environment shows a goal by a reset.

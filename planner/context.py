@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wmcache.cache.identity import Identity
 from wmcache.cache.store import TokenStore
 from wmcache.common.columns import of_role
 from wmcache.common.device import choose_device, choose_dtype
@@ -22,18 +22,27 @@ from wmcache.common.files import sha256_of
 from wmcache.common.jsonfiles import dump_json
 from wmcache.common.paths import AnyPath
 from wmcache.engine.checkpoint import last_checkpoint
-from wmcache.envs import Environment
-from wmcache.pipeline import encoders
+from wmcache.envs import Environment, find_environment
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
 from wmcache.pipeline.encoders.changes import LEAST_CHANGE, changes_for
 from wmcache.planner.base import Observation
+from wmcache.planner.decode import load_encoder
 from wmcache.planner.goals import start_and_goal
 from wmcache.planner.graph import LatentGraph
-from wmcache.planner.options import SOURCES, PlanOptions, check_options, recorded
+from wmcache.planner.options import (
+    SOURCES,
+    PlanOptions,
+    check_options,
+    is_policy_folder,
+    policy_name,
+    policy_weights,
+    recorded,
+)
 from wmcache.planner.solvers import make_solver, option_names
+from wmcache.planner.success import success_of
 from wmcache.planner.world import draw_again, draw_states, open_world, world_name
 from wmcache.trainer.models import WorldModel
-from wmcache.trainer.runs import load_trained, needs_world_model, open_store, read_config, read_identity
+from wmcache.trainer.runs import load_trained, moved_caches, needs_world_model, open_store, read_config, read_identity
 
 CHECKED_FRAMES = 16
 DISCRETE_SOLVER = "categorical-cem"
@@ -50,7 +59,7 @@ class EvalContext:
         observed: newest live frames of those between two plans that the model observes.
         graph: with `--distance graph`, else None.
         action_bounds: float32 [A] each, lowest and highest env actions. discrete: they are one-hot.
-        by_return: the environment has no goal, and success is its return.
+        success: what episodes are judged by.
         env: for its spec, geometry and distance; episodes run in others, see `open_env`.
     """
 
@@ -60,30 +69,32 @@ class EvalContext:
         options: PlanOptions,
         *,
         weights: Path | None = None,
-        cache: AnyPath | None = None,
+        cache: AnyPath | Sequence[AnyPath] | None = None,
         untrained: bool = False,
     ) -> None:
         """Load a run, and check that live encoding reproduces its store.
 
         Args:
-            weights, cache: the encoder's weights and the store, if they have moved.
+            weights, cache: the encoder's weights and the store, or its stores in order, if they have moved.
             untrained: use random weights in place of the run's, as a baseline.
         """
         check_options(options)
-        self.run, self.weights, self.cache, self.untrained = run, weights, cache, untrained
+        self.run, self.weights, self.caches, self.untrained = run, weights, moved_caches(cache), untrained
         self.config = read_config(run)
-        self.card, identity = read_identity(run)
+        self.card, _ = read_identity(run)
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(options.dtype, self.device)
         self.model = load_trained(run, self.device, untrained=untrained)
         if missing := self.model.stage_before_planning(self.model.stage_name):
             raise UserError(f"not ready for planning: {run}; train it with the same options and --stage {missing}")
         self.frameskip = int(self.config["frameskip"])
-        self.encoder = self._load_encoder(identity, options.device)
-        self.store = open_store(run, cache)
+        self.encoder = self._load_encoder(options.device)
+        self.store = open_store(run, self.caches)
         self._env_name = options.env
         self.env = self._open_checked()
-        self.by_return = not self.env.spec.thresholds
+        self.success = success_of(self.env, self.store, options.judge_columns)
+        if self.by_return and not of_role(self.env.spec.columns, "reward"):
+            raise UserError(f"environment {self.env.spec.id} has neither thresholds nor a reward; add --judge-columns")
         self.discrete = any(column.discrete for column in self.store.columns.values() if "action" in column.roles)
         options = self.settled(options)
         self.image_size = int(self.card.dataset["image_size"])
@@ -92,6 +103,7 @@ class EvalContext:
         self.context_frames, self.observed = self._count_frames(options)
         if isinstance(self.model, WorldModel):
             self.model.context, self.model.observed = self.context_frames, self.observed
+        self.temperature = self._set_temperature(options)
         own = {"frameskip": self.frameskip} if "frameskip" in option_names(options.solver) else {}
         self.solver = make_solver(options.solver, **{**own, **options.search})
         self.graph = self.cached_graph if options.distance == "graph" else None
@@ -100,6 +112,11 @@ class EvalContext:
             kind = "one-hot, so choose --solver categorical-cem" if self.discrete else "not discrete; choose another"
             raise UserError(f"--solver {options.solver}: the actions of {self.run} are {kind}")
         self._changes = changes_for(self.card.token_grid, self.frameskip, options.device) if options.mask else None
+
+    @property
+    def by_return(self) -> bool:
+        """Whether the environment has no goal, and success is its return."""
+        return self.success.by_return
 
     def proprio(self, observation: Observation) -> Tensor:
         """Return the proprio that the model sees, float32 [E, P]; P is 0 where its store had none."""
@@ -118,20 +135,27 @@ class EvalContext:
 
     def _open_checked(self) -> Environment:
         env = self.open_env()
+        if self._env_name and (different := self._kind_differs(env)):
+            raise UserError(
+                f"--env {self._env_name}: {different} of {self.store.path}; choose an environment of the same kind"
+            )
         if env.spec.action.width != self.store.action.shape[1]:
             wanted = f"{env.spec.action.width} action values, not the {self.store.action.shape[1]} of {self.store.path}"
             raise UserError(f"environment {env.spec.id} has {wanted}; choose another --env")
-        if not env.spec.thresholds and not of_role(env.spec.columns, "reward"):
-            raise UserError(f"environment {env.spec.id} has neither thresholds nor a reward, so nothing can be judged")
         return env
 
-    def _load_encoder(self, identity: Identity, device: str) -> Encoder:
-        kept = self.card.encoder.get("weights")
-        if self.weights is None and kept and not Path(kept).exists():
-            raise UserError(f"the encoder's weights are missing: {kept}, of {self.run}; pass their path with --weights")
-        encoder = encoders.create_again(self.card.encoder, weights=self.weights, device=device)
-        if different := identity.differences(encoder.identity(identity.dataset_fingerprint, identity.store_dtype)):
-            raise UserError(f"not the encoder of {self.run}: {'; '.join(different)}; pass the right --weights")
+    def _kind_differs(self, env: Environment) -> str:
+        """Describe how an environment differs from the kind of the store's; "" where it does not."""
+        recorded, layout = str(self.card.dataset.get("env")), self.card.layout
+        if not isinstance(env, find_environment(recorded, layout)):
+            return f"another kind than {recorded}, the environment"
+        for name, column in self.store.columns.items():
+            if name in env.spec.columns and env.spec.columns[name].shape != column.shape:
+                return f"its {name} has {env.spec.columns[name].width} numbers, not the {column.width}"
+        return ""
+
+    def _load_encoder(self, device: str) -> Encoder:
+        encoder = load_encoder(self.run, self.weights, device)
         if encoder.lag > self.frameskip:
             raise UserError(
                 f"the encoder's lag of {encoder.lag} env steps is more than the frameskip of {self.run}, {self.frameskip}; "
@@ -159,6 +183,16 @@ class EvalContext:
             raise UserError(f"--observed {options.observed} is more than the {context} frames of --context; raise it")
         return context, min(options.observed or usual, context)
 
+    def _set_temperature(self, options: PlanOptions) -> float | None:
+        """Set the model's temperature, and return it; None for a model that draws nothing."""
+        if not isinstance(self.model, WorldModel) or not self.model.draws:
+            if options.model_temperature is not None:
+                raise UserError(f"--model-temperature: the model of {self.run} draws nothing; leave it out")
+            return None
+        if options.model_temperature is not None:
+            self.model.temperature = options.model_temperature
+        return self.model.temperature
+
     @cached_property
     def cached_graph(self) -> LatentGraph:
         """Graph of the store's frames."""
@@ -172,8 +206,10 @@ class EvalContext:
         return self.model
 
     def policy(self, options: PlanOptions) -> str:
-        """Return the name of the policy that acts."""
-        return options.policy or ("mpc" if isinstance(self.model, WorldModel) else "actor")
+        """Return the registered name of the policy that acts."""
+        if options.policy:
+            return policy_name(options.policy)
+        return "mpc" if isinstance(self.model, WorldModel) else "actor"
 
     def encode(self, observation: Observation) -> Tensor:
         """Encode live frames, float [E, N, D]."""
@@ -196,8 +232,10 @@ class EvalContext:
             known = option_names(DISCRETE_SOLVER)
             search = {name: value for name, value in options.search.items() if name in known}
             options = replace(options, solver=DISCRETE_SOLVER, search=search)
+        if self.success.named:
+            return replace(options, goals="dataset")
         if not self.by_return:
-            return replace(options, threshold=options.threshold or self.env.spec.thresholds[0])
+            return replace(options, threshold=options.threshold or self.success.thresholds[0])
         usual = PlanOptions()
         for name in ("threshold", "goals", "goal_steps", "distance", "alpha", "mask"):
             if getattr(options, name) != getattr(usual, name):
@@ -216,6 +254,7 @@ class EvalContext:
             "policy": self.policy(options),
             "context": self.context_frames,
             "observed": self.observed,
+            "model_temperature": self.temperature,
             "search": asdict(self.solver),
             "env": world_name(self.env),
             "goal_steps": self.goal_steps(options),
@@ -223,7 +262,9 @@ class EvalContext:
             "dtype": str(self.dtype).removeprefix("torch."),
         }
         unused = set() if isinstance(self.model, WorldModel) and not self.model.recurrent else {"context", "observed"}
+        unused |= {"model_temperature"} if self.temperature is None else set()
         unused |= {"goal_steps"} if options.goals == "random-state" else set()
+        unused |= set() if options.judge_columns else {"judge_columns"}
         unused |= {"goals", "threshold", "strict", "distance", "alpha", "mask", "subgoals"} if self.by_return else set()
         if options.goals not in SOURCES:
             unused |= {"goal_steps", "strict"}
@@ -235,6 +276,8 @@ class EvalContext:
         goals = "" if options.goals in SOURCES else sha256_of(Path(options.goals))
         world = self.env.spec.layout or self.env.spec.id
         parts = [recorded(options), weights, goals, self.store.identity.to_json(), world]
+        if options.policy and is_policy_folder(options.policy):
+            parts.append(sha256_of(policy_weights(Path(options.policy))))
         known = dump_json([*parts, "untrained"] if self.untrained else parts)
         return hashlib.sha256(known.encode()).hexdigest()[:16]
 
@@ -264,7 +307,7 @@ def random_episode(context: EvalContext, number: int) -> tuple[NDArray[np.float6
     Raises:
         UserError: the environment has no goal.
     """
-    if context.by_return:
+    if not context.env.spec.thresholds:
         raise UserError(f"environment {context.env.spec.id} has no goal; choose a run of another environment")
     states = np.concatenate(start_and_goal("random-state", [number], context.env, context.store, 0))
     return states, context.draw(states)

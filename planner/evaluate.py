@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,20 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
-from wmcache.cluster.tasks import WorkerTask, report, run_tasks
+from wmcache.cluster.tasks import WorkerTask, run_tasks
 from wmcache.common.columns import of_role
 from wmcache.common.errors import UserError
 from wmcache.common.files import make_folder
 from wmcache.common.paths import absolute, as_path
-from wmcache.envs import Environment, Steps, Task
-from wmcache.envs import Observation as Seen
-from wmcache.planner.base import Observation, Policy
+from wmcache.envs import Steps, Task
 from wmcache.planner.context import EvalContext
 from wmcache.planner.episodes import Episodes
 from wmcache.planner.goals import Separation, start_and_goal
 from wmcache.planner.judge import count_at_goal, judge, judge_return, reported_thresholds, shortest_path_lengths
-from wmcache.planner.options import SOURCES, PlanOptions, Precision, absolute_file
+from wmcache.planner.live import act, shown, shown_goals
+from wmcache.planner.options import SOURCES, PlanOptions, Precision, absolute_file, is_policy_folder
 from wmcache.planner.policies import PLAN_POLICIES, make_policy
+from wmcache.planner.reach import FrameTask, frame_tasks
 from wmcache.planner.world import states_of, world_name
 
 
@@ -48,63 +48,16 @@ def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[i
         steps += part.columns
         executed.append(part.actions)
     env.close()
-    start = states_of(env.spec, seen.columns, (len(numbers),))
+    start = states_of(env.spec, seen.columns, (len(numbers),), context.success.columns)
     recorded = _recorded(context, tasks, start, steps, np.concatenate(executed, 1))
     return Episodes(
         chunk=options.execute * frameskip,
         encoder_frames=policy.encoder_frames,
         replans=policy.decisions,
         seconds=policy.seconds,
-        distance=context.env.distance,
+        distance=context.success.distance,
         **recorded,
     )
-
-
-@dataclass(frozen=True)
-class Moved:
-    """What a model step did in E episodes.
-
-    Attributes:
-        actions: [E, k, A], in env units.
-        columns: after each env step, [E, k', ...] in parts.
-        earlier: the frame the encoder's lag before the end, see `Observation`.
-    """
-
-    actions: NDArray[np.floating]
-    columns: list[Steps]
-    earlier: NDArray[np.uint8] | None
-
-
-def act(
-    context: EvalContext,
-    options: PlanOptions,
-    policy: Policy,
-    env: Environment,
-    env_steps: int,
-    adjust: Callable[[NDArray[np.floating]], NDArray[np.floating]] | None = None,
-) -> Iterator[Moved]:
-    """Let a policy act that has observed the current frame; yields each model step, the last one cut off at `env_steps`.
-
-    Args:
-        adjust: changes actions [E, k, A] in env units before they are executed.
-    """
-    frameskip, lag = context.frameskip, context.encoder.lag if policy.reads == "frames" else 0
-    done, chunk = 0, options.execute * frameskip
-    while done < env_steps:
-        actions = policy.act()
-        decides_again = done + chunk < env_steps
-        for step, action in enumerate(actions.unbind(1)):
-            raw = action.reshape(env.count, frameskip, -1).cpu().numpy()[:, : env_steps - done]
-            raw = raw if adjust is None else adjust(raw)
-            moved, earlier = _advance(env, raw, lag)
-            yield Moved(raw, moved, earlier)
-            done += raw.shape[1]
-            if done >= env_steps:
-                break
-            # Of the frames within a chunk only those are encoded that the next decision starts from.
-            if decides_again and options.execute - step <= context.observed:
-                policy.observe(shown(policy, env, env.observe(), earlier))
-        report(env.count)
 
 
 def _recorded(
@@ -115,10 +68,16 @@ def _recorded(
     actions: NDArray[np.floating],
 ) -> dict[str, NDArray[Any]]:
     """Return start, goal, states, rewards and actions, see `Episodes`."""
-    spec = context.env.spec
+    spec, success = context.env.spec, context.success
     lengths = [next(iter(part.values())).shape[1] for part in steps]
-    parts = [states_of(spec, part, (len(start), length)) for part, length in zip(steps, lengths, strict=True)]
-    states = np.concatenate(parts, 1)
+    parts = [
+        states_of(spec, part, (len(start), length), success.columns)
+        for part, length in zip(steps, lengths, strict=True)
+    ]
+    states, kept = np.concatenate(parts, 1), actions.astype(np.float32)
+    if success.named:
+        goal = np.stack([task.target for task in tasks if isinstance(task, FrameTask)])
+        return {"start": start, "goal": goal, "states": states, "rewards": states[:, :0, 0], "actions": kept}
     if not context.by_return:
         start, goal = (
             np.array(ends, np.float64) for ends in zip(*((task.start, task.goal) for task in tasks), strict=True)
@@ -130,48 +89,27 @@ def _recorded(
         return {"start": start, "goal": goal, "states": states, **nothing}
     (name,) = of_role(spec.columns, "reward")
     rewards = np.concatenate([part[name].reshape(part[name].shape[:2]) for part in steps], 1)
-    kept: dict[str, NDArray[Any]] = {"rewards": rewards.astype(np.float64), "actions": actions.astype(np.float32)}
-    return {"start": start, "goal": start[:, :0], "states": states, **kept}
+    rewards = rewards.astype(np.float64)
+    return {"start": start, "goal": start[:, :0], "states": states, "rewards": rewards, "actions": kept}
 
 
-def shown_goals(policy: Policy, env: Environment, tasks: Sequence[Task]) -> Observation:
-    """Show the goals; without one, no pixels."""
-    if tasks[0].goal is None:
-        return Observation(np.zeros((len(tasks), 0, 0, 3), np.uint8), np.zeros((len(tasks), 0), np.float32))
-    return shown(policy, env, env.reset([Task(task.goal) for task in tasks if task.goal is not None]))
-
-
-def shown(policy: Policy, env: Environment, seen: Seen, earlier: NDArray[np.uint8] | None = None) -> Observation:
-    """Keep what the policy reads; a frame that it does not read is not drawn."""
-    count = env.count
-    image = seen.image if policy.reads == "frames" else np.zeros((count, 1, 1, 3), np.uint8)
-    proprio = np.zeros((count, 0), np.float32) if seen.proprio is None else seen.proprio
-    state = states_of(env.spec, seen.columns, (count,)) if policy.reads == "state" else None
-    return Observation(image, proprio, earlier, state)
-
-
-def _advance(env: Environment, actions: NDArray[np.floating], lag: int) -> tuple[list[Steps], NDArray[np.uint8] | None]:
-    """Execute actions [E, k, A]; returns the columns in parts [E, k', ...], and the frame `lag` env steps before the end."""
-    if not lag:
-        return [env.step(actions)], None
-    before = actions.shape[1] - min(lag, actions.shape[1])
-    parts = [env.step(actions[:, :before])] if before else []
-    earlier = env.observe().image
-    return [*parts, env.step(actions[:, before:])], earlier
-
-
-def tasks_of(context: EvalContext, options: PlanOptions, numbers: Sequence[int]) -> list[Task]:
+def tasks_of(context: EvalContext, options: PlanOptions, numbers: Sequence[int]) -> Sequence[Task]:
     """Draw the tasks of episodes; that of episode n depends on n alone."""
     separation, env = None, context.open_env()
     if context.by_return:
         tasks = [env.sample_task(np.random.default_rng(99 * number + 1), goal=False) for number in numbers]
         env.close()
         return tasks
-    if options.strict:
-        largest = reported_thresholds(env.spec.thresholds, options.threshold)[0]
-        separation = Separation(largest, env.longest_move(context.frameskip))
     split_seed = int(context.config.get("split_seed", 42))
-    steps = context.goal_steps(options)
+    steps, success = context.goal_steps(options), context.success
+    if success.named:
+        apart = (options.threshold or 0.0) if options.strict else 0.0
+        reached = frame_tasks(env, context.store, success.columns, numbers, steps, split_seed, apart)
+        env.close()
+        return reached
+    if options.strict:
+        largest = reported_thresholds(success.thresholds, options.threshold)[0]
+        separation = Separation(largest, env.longest_move(context.frameskip))
     start, goal = start_and_goal(options.goals, numbers, env, context.store, steps, split_seed, separation)
     env.close()
     return [Task(one, other) for one, other in zip(start, goal, strict=True)]
@@ -184,15 +122,15 @@ class PlanBatch(WorkerTask[int, EvalContext]):
     run_path: Path
     options: PlanOptions
     weights: Path | None
-    cache: str | None
+    caches: tuple[str, ...]
     untrained: bool
     folder: Path
     fingerprint: str  # workers keep the loaded run by all fields, and files may change under the same path
 
     def setup(self) -> EvalContext:
         """Load the run."""
-        cache = None if self.cache is None else as_path(self.cache)
-        return EvalContext(self.run_path, self.options, weights=self.weights, cache=cache, untrained=self.untrained)
+        caches = [as_path(path) for path in self.caches]
+        return EvalContext(self.run_path, self.options, weights=self.weights, cache=caches, untrained=self.untrained)
 
     def run(self, state: EvalContext, item: int) -> int:
         """Plan the batch that begins with this episode; returns its replans."""
@@ -238,9 +176,12 @@ def evaluate(
             dtype=cast(Precision, str(context.dtype).removeprefix("torch.")),  # chosen here
             goals=options.goals if options.goals in SOURCES else absolute_file(options.goals),
             env=options.env and absolute_file(options.env),
+            policy=absolute_file(options.policy)
+            if options.policy and is_policy_folder(options.policy)
+            else options.policy,
         ),
         context.weights and context.weights.absolute(),
-        None if context.cache is None else absolute(context.cache),
+        tuple(map(absolute, context.caches)),
         context.untrained,
         folder.absolute(),
         fingerprint,
@@ -255,7 +196,7 @@ def evaluate(
         what="batches",
         more="a smaller --batch-size makes more of them",
     )
-    episodes = Episodes.load((_batch_file(folder, first) for first in firsts), context.env.distance)
+    episodes = Episodes.load((_batch_file(folder, first) for first in firsts), context.success.distance)
     return episodes, summarise(context, options, episodes)
 
 
@@ -290,8 +231,8 @@ def _judge_goals(
     context: EvalContext, options: PlanOptions, episodes: Episodes
 ) -> tuple[dict[str, Any], Callable[[Episodes], Any]]:
     assert options.threshold is not None
-    geometry = context.env.geometry
-    thresholds = reported_thresholds(context.env.spec.thresholds, options.threshold)
+    geometry = context.success.geometry
+    thresholds = reported_thresholds(context.success.thresholds, options.threshold)
     shortest = None if geometry is None else shortest_path_lengths(episodes, geometry)
 
     def judge_all(done: Episodes) -> list[dict[str, Any]]:
@@ -314,7 +255,8 @@ def baselines_of(context: EvalContext, options: PlanOptions) -> list[str]:
     names = [name for name in dict.fromkeys(options.baselines.split(",")) if name not in ("", "untrained")]
     for name in names:
         if name not in PLAN_POLICIES or make_policy(context, replace(options, policy=name)).reads == "frames":
-            known = ", ".join(["untrained", *(name for name in PLAN_POLICIES if name not in ("actor", "mpc"))])
+            blind = [known for known in PLAN_POLICIES if getattr(PLAN_POLICIES.get(known), "reads", "") != "frames"]
+            known = ", ".join(["untrained", *blind])
             raise UserError(f"--baselines {options.baselines}: {name} is no baseline; known are {known}")
     return [name for name in names if name != context.policy(options)]
 

@@ -84,13 +84,17 @@ def start_and_goal(
     return start, goal
 
 
+def held_out_starts(store: TokenStore, steps: int, split_seed: int) -> NDArray[np.int64]:
+    """List the frames of held-out episodes that a frame follows so many env steps later; raises UserError where there are none."""
+    starts, _ = window_starts(store.episode, store.split("val", split_seed), steps + 1)
+    if not len(starts):
+        raise UserError(f"no held-out episode of {store.path} has {steps + 1} frames; lower --goal-steps")
+    return starts
+
+
 def _draw_from(source: str, env: Environment, store: TokenStore, steps: int, split_seed: int) -> Draw:
     if source == "dataset":
-        candidates, _ = window_starts(store.episode, store.split("val", split_seed), steps + 1)
-        if not len(candidates):
-            raise UserError(f"no held-out episode of {store.path} has {steps + 1} frames; lower --goal-steps")
-
-        states = store.require_state()
+        candidates, states = held_out_starts(store, steps, split_seed), store.require_state()
 
         def draw_frames(rng: np.random.Generator) -> tuple[States, States]:
             first = int(rng.choice(candidates))

@@ -1,6 +1,6 @@
 """Distance to a goal along the paths of the cached episodes, for goals beyond the planning horizon.
 
-A latent distance across a maze may point into a wall. Some frames of the store are the nodes of a graph; two are neighbours where an
+A latent distance may point straight into an obstacle. Some frames of the store are the nodes of a graph; two are neighbours where an
 episode went from the surroundings of one to those of the other within one model step. The distance to a goal is the shortest path length
 (compare semi-parametric topological memory, arXiv 1803.00653, and search on the replay buffer, arXiv 1906.05253). It uses no state, no map.
 """

@@ -86,6 +86,10 @@ def imagine(
     device = choose_device(options.device)
     store, windows = _open(run, decoder, cache, options.steps)
     model, draw = load_model(run, device), load_decoder(decoder, device)
+    if not model.has_latents:
+        raise UserError(
+            f"{run} imagines proprio alone, which no decoder draws; see: wmcache bench rollout --part proprio"
+        )
     model.context = min(options.context or model.context, model.context)
     metrics = ImageMetrics(draw.shape.image_size, device, lpips=options.lpips)
     dtype = choose_dtype(options.dtype, device)

@@ -67,13 +67,17 @@ def _directness(
 
 
 def judge_return(episodes: Episodes) -> dict[str, Any]:
-    """Judge episodes by the sum of their rewards: `mean` with Student's interval `ci95` (None of one episode), `lowest`, `highest`."""
-    returns = episodes.rewards.sum(1)
-    mean, count, interval = float(returns.mean()), len(returns), None
+    """Judge episodes by the sum of their rewards, see `mean_of`."""
+    return mean_of(episodes.rewards.sum(1))
+
+
+def mean_of(values: NDArray[np.float64]) -> dict[str, Any]:
+    """Compute `mean` of values [n] with Student's 95 % interval `ci95` (None of one value), `lowest` and `highest`."""
+    mean, count, interval = float(values.mean()), len(values), None
     if count > 1:
-        half = float(student.ppf(0.975, count - 1)) * float(returns.std(ddof=1)) / math.sqrt(count)
+        half = float(student.ppf(0.975, count - 1)) * float(values.std(ddof=1)) / math.sqrt(count)
         interval = [mean - half, mean + half]
-    return {"mean": mean, "ci95": interval, "lowest": float(returns.min()), "highest": float(returns.max())}
+    return {"mean": mean, "ci95": interval, "lowest": float(values.min()), "highest": float(values.max())}
 
 
 def wilson(successes: int, count: int) -> list[float]:

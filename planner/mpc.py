@@ -110,6 +110,15 @@ def make_mpc(context: EvalContext, options: PlanOptions, goal: Tensor, goal_prop
     return _mpc_of(context, options, objective)
 
 
+def require_distance(context: EvalContext, options: PlanOptions) -> None:
+    """Raise UserError where the distance to the goal is that of latents, which the model does not imagine."""
+    if context.world_model.has_latents:
+        return
+    graph = "" if options.distance == "latent" else f"--distance {options.distance}"
+    if wrong := graph or ("--mask" if options.mask else "" if options.alpha else f"--alpha {options.alpha}"):
+        raise UserError(f"{wrong}: the model of {context.run} imagines proprio alone; reach the goal's with --alpha 1")
+
+
 def make_return_mpc(context: EvalContext, options: PlanOptions) -> Mpc:
     """Create a planner of the highest predicted return."""
     return _mpc_of(context, options, negative_return)

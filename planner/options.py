@@ -22,6 +22,10 @@ BASELINES = ("random", "zero")
 LONGEST_NAME = 120
 EARLIER_THRESHOLD = 0.5
 """What options without a threshold are recorded with, as before it depended on the environment."""
+NEWER = ("policy", "subgoals", "judge_columns", "model_temperature")
+"""Options that earlier versions had not; at their defaults they are not recorded."""
+PLAIN = str.maketrans({":": None, ",": "+"})
+"""Characters that no folder's name has, and what replaces them."""
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -43,13 +47,19 @@ class PlanOptions:
     goal_steps: Positive | None = option(
         None, "Env steps from start to goal (dataset, random-action).  [default: the horizon's]"
     )
+    judge_columns: str = option(
+        "",
+        "Success is a Euclidean distance on these columns, separated by commas, below --threshold; goals are frames of held-out "
+        "episodes, --goal-steps after the start.  [default: the environment's distance, or the return]",
+    )
     strict: bool = option(
         True,
         "Draw start and goal at least the largest reported threshold and one model step apart, or anywhere (DINO-WM).",
     )
     policy: str | None = option(
         None,
-        "Who acts: {names}; expert reads the simulator's state.  [default: mpc for a world model, actor for a trained policy]",
+        "Who acts: {names}, or the folder of a trained controller; expert reads the simulator's state.  [default: mpc for a world "
+        "model, actor for a trained policy]",
         group="Policy",
     )
     subgoals: Literal["graph", "none"] = option(
@@ -76,6 +86,9 @@ class PlanOptions:
     proprio: Literal["auto", "none"] = option("auto", "none: refuse a model that sees proprio.")
     context: Positive | None = option(None, "Frames that an imagined step sees.  [default: 1; without proprio all]")
     observed: Positive | None = option(None, "Live frames that a plan starts from.  [default: 1; without proprio all]")
+    model_temperature: Weight | None = option(
+        None, "Temperature of what the model draws; 0: nothing is drawn.  [default: the run's]"
+    )
     solver: str = option("cem", "Solver: {names}.", group="Solver")
     search: dict[str, Any] = field(default_factory=dict)
     batch: Positive = option(50, "Episodes planned at once.", flag="--batch-size", group="Run")
@@ -90,6 +103,14 @@ def check_options(options: PlanOptions) -> None:
     validate_options(options)
     if options.mask and options.distance != "latent":
         raise UserError(f"--mask weighs tokens, and --distance {options.distance} has none; leave one of them out")
+    if options.judge_columns and options.threshold is None:
+        raise UserError(
+            f"--judge-columns {options.judge_columns} needs a --threshold, in units of these columns; add it"
+        )
+    if options.judge_columns and options.goals not in (PlanOptions().goals, "dataset"):
+        raise UserError(
+            f"--judge-columns {options.judge_columns} takes goals from frames; leave out --goals {options.goals}"
+        )
     if options.execute > options.horizon:
         raise UserError(f"--execute {options.execute} is more than the --horizon of {options.horizon} model steps")
 
@@ -108,17 +129,54 @@ class ImagineOptions:
     lpips: bool = option(True, "Try to compute LPIPS; its network is fetched once, 244 MB.")
 
 
+@dataclass(frozen=True)
+class DreamOptions:
+    """All settings of imagined episodes; saved in `dream.json`."""
+
+    episodes: Positive = option(100, "Episodes to imagine.")
+    steps: Positive | None = option(
+        None, "Most model steps of an episode.  [default: those of the longest one in the store]"
+    )
+    policy: Literal["random", "zero"] = option("random", "Who acts, as in wmplan.")
+    temperature: Weight | None = option(None, "Temperature of what the model draws.  [default: the run's]")
+    split: Literal["train", "val", "all"] = option("val", "Episodes of the store whose first frames are the starts.")
+    pictured: Natural = option(4, "Episodes in the video and the picture; 0 draws none.")
+    seed: Natural = option(0, "Number of the first episode, which is its seed.")
+    device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.")
+
+
 def recorded(options: PlanOptions) -> dict[str, Any]:
     """Return the options by which an evaluation is known: not the baselines, nor those at their defaults that are newer than others."""
     known, usual = asdict(options), asdict(PlanOptions())
     del known["baselines"]
     known["threshold"] = known["threshold"] or EARLIER_THRESHOLD
-    for name in ("policy", "subgoals"):
+    for name in NEWER:
         if known[name] == usual[name]:
             del known[name]
     if not options.strict or options.goals not in SOURCES:  # evaluations from before it existed keep their fingerprint
         del known["strict"]
     return known
+
+
+def is_policy_folder(policy: str) -> bool:
+    """Return whether `--policy` is a folder, and no registered name."""
+    return (Path(policy) / "config.json").is_file()
+
+
+def policy_name(policy: str) -> str:
+    """Return the registered name of `--policy`, which the config.json of a folder has; raises UserError where it has none."""
+    if not is_policy_folder(policy):
+        return policy
+    hint = f"name a policy, or act with a run by: wmplan --run {policy}"
+    name = read_json(Path(policy) / "config.json", hint).get("policy")
+    if not isinstance(name, str):
+        raise UserError(f"--policy {policy}: the folder is not a policy's; {hint}")
+    return name
+
+
+def policy_weights(folder: Path) -> Path:
+    """Return the file of a policy's parameters in its folder."""
+    return folder / f"{policy_name(str(folder))}.safetensors"
 
 
 def absolute_file(name: str) -> str:
@@ -162,7 +220,7 @@ def _name_part(name: str, value: Any) -> str:
         return Path(value).name
     if name == "execute":
         return f"x{value}"
-    return f"{flag}-{value.replace(':', '')}" if isinstance(value, str) else f"{flag}{value}"
+    return f"{flag}-{value.translate(PLAIN)}" if isinstance(value, str) else f"{flag}{value}"
 
 
 def _digest(text: str) -> str:
@@ -173,7 +231,7 @@ def refuse_other_results(out: Path, options: PlanOptions) -> None:
     """Raise UserError where `out` has results of other options."""
     if not (out / "results.json").exists():
         return
-    usual = {"strict": False, "policy": None, "subgoals": PlanOptions().subgoals}
+    usual = {"strict": False, **{name: getattr(PlanOptions(), name) for name in NEWER}}
     kept = {**usual, **read_json(out / "results.json", "choose another --out").get("options", {})}
     kept["threshold"] = kept.get("threshold") or EARLIER_THRESHOLD
     wanted = {**usual, **recorded(options)}

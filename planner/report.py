@@ -35,21 +35,19 @@ from wmcache.common.cpus import available_cpus
 from wmcache.common.device import autocast
 from wmcache.common.errors import UserError, reason
 from wmcache.common.figures import png_bytes
-from wmcache.common.files import atomic_write, make_folder
+from wmcache.common.files import atomic_write
 from wmcache.common.jsonfiles import write_json
-from wmcache.common.video import write_mp4
 from wmcache.envs import Geometry
 from wmcache.pipeline.encoders.changes import changes_for
 from wmcache.planner.context import EvalContext
 from wmcache.planner.episodes import Episodes
 from wmcache.planner.graph import LatentGraph
-from wmcache.planner.judge import env_steps, shortest_path_lengths, wilson
-from wmcache.planner.options import SOURCES
+from wmcache.planner.judge import env_steps, wilson
+from wmcache.planner.options import SOURCES, PlanOptions
+from wmcache.planner.videos import SIDE, write_videos
 from wmcache.planner.world import draw_states, open_world
 from wmcache.trainer.models import Localizes
 
-VIDEOS = 4
-SIDE = 224
 PICTURED_STEPS = 8
 MOST_STEPS = 40
 MAPPED_FRAMES = 4000
@@ -74,21 +72,24 @@ def write_report(
     """Write all files of a plan, and return the content of results.json: `results`, and when and where they were made."""
     results = {**results, "made": describe_making(context.device)}
     options, actors, env = results["options"], actors_of(results), context.env
-    write_episodes(out / "episodes.parquet", episodes, env.spec.thresholds)
+    geometry, thresholds = context.success.geometry, context.success.thresholds
+    if context.success.named:
+        thresholds = (results["threshold"],)
+    write_episodes(out / "episodes.parquet", episodes, thresholds)
     pictures = {"training": draw_training(run)}
     if context.by_return:
         pictures["returns"] = draw_returns(episodes)
     else:
-        pictures["success"] = draw_success(episodes, env.spec.thresholds)
-    if env.geometry:
+        pictures["success"] = draw_success(episodes, thresholds)
+    if geometry:
         pictures["distance"] = draw_distance_map(context.store, context.graph)
-        pictures["paths"] = draw_paths(episodes, env.geometry, results["threshold"])
+        pictures["paths"] = draw_paths(episodes, geometry, results["threshold"])
     if isinstance(context.model, Localizes) and env.spec.renders_states:
         pictures["localization"] = draw_localization(context)
     for name, picture in pictures.items():
         with atomic_write(out / "figures" / f"{name}.png") as file:
             file.write(picture)
-    videos = write_videos(out / "videos", episodes, context, options["seed"])
+    videos = write_videos(out / "videos", episodes, context, PlanOptions(**options))
     write_page(
         out / "report.html",
         "wmcache.planner",
@@ -320,47 +321,6 @@ def locate(context: EvalContext) -> tuple[NDArray[np.uint8], dict[str, NDArray[n
         batch["changes"] = torch.cat([torch.zeros_like(changes[:1]), changes])[None].to(context.device)
     with torch.inference_mode(), autocast(context.device, context.dtype):
         return images, {name: mask[0].cpu().numpy() for name, mask in model.change_masks(batch).items()}
-
-
-def write_videos(folder: Path, episodes: Episodes, context: EvalContext, seed: int) -> list[tuple[str, Path]]:
-    """Write videos of the episodes with the longest shortest paths, the live frame beside the goal's; returns captions and files."""
-    make_folder(folder)
-    if context.by_return:
-        return _write_return_videos(folder, episodes, context, seed)
-    env = context.env
-    lengths = (
-        shortest_path_lengths(episodes, env.geometry)
-        if env.geometry
-        else episodes.distance(episodes.start, episodes.goal)
-    )
-    chosen = np.argsort(-np.where(np.isfinite(lengths), lengths, -1.0), kind="stable")[:VIDEOS]
-    gap = np.full((SIDE, 16, 3), 255, np.uint8)
-    threshold, written = env.spec.thresholds[0], []
-    for i in chosen.tolist():
-        states = np.concatenate([episodes.goal[i : i + 1], episodes.start[i : i + 1], episodes.states[i]])
-        goal, *frames = context.draw(states, SIDE)
-        path = folder / f"episode-{i:03d}.mp4"
-        write_mp4(path, [np.concatenate([frame, gap, goal], axis=1) for frame in frames], max(1, round(env.spec.fps)))
-        arrived = bool((episodes.distances()[i] < threshold).any())
-        steps = int(env_steps(episodes, threshold)[i])
-        outcome = f"within {threshold} after {steps} env steps" if arrived else "not reached"
-        written.append((f"episode {i}, {lengths[i]:.1f} from the goal: {outcome}", path))
-    return written
-
-
-def _write_return_videos(folder: Path, episodes: Episodes, context: EvalContext, seed: int) -> list[tuple[str, Path]]:
-    written, returns, env = [], episodes.rewards.sum(1), context.open_env(image_size=SIDE)
-    for i in np.argsort(-returns, kind="stable")[:VIDEOS].tolist():
-        seen = env.reset([env.sample_task(np.random.default_rng(99 * (seed + i) + 1), goal=False)])
-        frames = [seen.image[0]]
-        for action in episodes.actions[i]:
-            env.step(action[None, None])
-            frames.append(env.observe().image[0])
-        path = folder / f"episode-{i:03d}.mp4"
-        write_mp4(path, frames, max(1, round(env.spec.fps)))
-        written.append((f"episode {i}: return {returns[i]:.1f}", path))
-    env.close()
-    return written
 
 
 def _draw_walls(axes: Axes, geometry: Geometry) -> None:

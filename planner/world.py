@@ -12,8 +12,8 @@ from wmcache.cache.layout import StoreCard
 from wmcache.cache.store import TokenStore
 from wmcache.common.columns import of_role
 from wmcache.common.errors import UserError
-from wmcache.envs import Environment, EnvSpec, Steps, find_environment, open_environment
-from wmcache.pipeline.play import begin_episode
+from wmcache.envs import Environment, EnvSpec, Replay, Steps, Task, find_environment, open_environment
+from wmcache.pipeline.play import task_of_episode
 
 States = NDArray[np.float64]
 
@@ -29,7 +29,7 @@ def open_world(
     Raises:
         UserError: the frames are imported from elsewhere, or the environment cannot be opened.
     """
-    recorded, layout = str(card.dataset.get("env")), tuple(card.dataset.get("maze") or ())
+    recorded, layout = str(card.dataset.get("env")), card.layout
     size = image_size or int(card.dataset["image_size"])
     try:
         find_environment(recorded, layout)
@@ -45,10 +45,10 @@ def world_name(env: Environment) -> str:
     return env.geometry.name if env.geometry else env.spec.id
 
 
-def states_of(spec: EnvSpec, columns: Steps, leading: tuple[int, ...]) -> States:
-    """Join the columns of role `state`, [*leading, S] float64; S is 0 in an environment that shows none."""
+def states_of(spec: EnvSpec, columns: Steps, leading: tuple[int, ...], names: Sequence[str] | None = None) -> States:
+    """Join the columns of role `state`, or these, [*leading, S] float64; S is 0 in an environment that shows none."""
     parts = []
-    for name in of_role(spec.columns, "state"):
+    for name in of_role(spec.columns, "state") if names is None else names:
         values = np.asarray(columns[name], np.float64)
         parts.append(values.reshape(*values.shape[: values.ndim - len(spec.columns[name].shape)], -1))
     return np.concatenate([np.zeros((*leading, 0)), *parts], -1)
@@ -69,11 +69,29 @@ def draw_states(
     return frames
 
 
+def start_at(env: Environment, store: TokenStore, frame: int) -> States | Replay:
+    """Return where an episode starts that goes on from a cached frame.
+
+    Raises:
+        UserError: the store has no state, or was extracted before the seed of its episodes was recorded.
+    """
+    if isinstance(store, JoinedStore):
+        ((part, numbers, _),) = store.by_part(np.array([frame]))
+        return start_at(env, part, int(numbers[0]))
+    if env.spec.renders_states:
+        return np.asarray(store.require_state()[frame], np.float64)
+    if (seed := store.card.dataset.get("seed")) is None:
+        raise UserError(f"{store.path} does not record the seed of its episodes; extract it again")
+    task, _ = task_of_episode(env, int(seed), int(store.episode[frame]))
+    assert not isinstance(task.start, Replay)
+    return Replay(task.start, store.action[frame - int(store.step[frame]) : frame])
+
+
 def draw_again(store: TokenStore, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Draw cached frames as live ones are, [n, S, S, 3]: from their states, or by replaying their episodes up to them.
 
     Raises:
-        UserError: the store was extracted before the seed of its episodes was recorded.
+        UserError: see `start_at`.
     """
     if isinstance(store, JoinedStore):
         size = int(store.card.dataset["image_size"])
@@ -81,16 +99,10 @@ def draw_again(store: TokenStore, frames: NDArray[np.int64]) -> NDArray[np.uint8
         for part, numbers, places in store.by_part(frames):
             drawn[places] = draw_again(part, numbers)
         return drawn
-    env, images = open_world(store.card), []
+    env = open_world(store.card)
     if env.spec.renders_states:
-        images = list(env.render(store.require_state()[frames]))
+        images = env.render(store.require_state()[frames])
     else:
-        if (seed := store.card.dataset.get("seed")) is None:
-            raise UserError(f"{store.path} does not record the seed of its episodes; extract it again")
-        for frame in frames.tolist():
-            begin_episode(env, int(seed), int(store.episode[frame]))
-            if before := int(store.step[frame]):
-                env.step(store.action[None, frame - before : frame])
-            images.append(env.observe().image[0])
+        images = np.stack([env.reset([Task(start_at(env, store, frame))]).image[0] for frame in frames.tolist()])
     env.close()
-    return np.stack(images)
+    return images

@@ -30,7 +30,7 @@ from wmcache.pipeline import encoders
 from wmcache.pipeline.derive import derive
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.weights import require_weights, weights_file
-from wmcache.pipeline.extract import extract_together
+from wmcache.pipeline.extract import extract_together, with_log_variances
 from wmcache.pipeline.fit import fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.pipeline.options import EncoderOptions
@@ -40,7 +40,7 @@ from wmcache.planner.context import EvalContext
 from wmcache.planner.evaluate import evaluate
 from wmcache.planner.options import SOURCES, PlanOptions, absolute_file, recorded
 from wmcache.planner.report import write_episodes
-from wmcache.study.options import THRESHOLDS, EncoderChoice, StudyOptions
+from wmcache.study.options import EncoderChoice, StudyOptions
 from wmcache.trainer.models import rollout_errors, skills
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.runs import load_model
@@ -141,7 +141,7 @@ class Branch:
 
 
 def make_branches(options: StudyOptions, fingerprint: str) -> list[Branch]:
-    """Make the cells of a study of that dataset; raise UserError where weights, goals or a maze do not exist."""
+    """Make the cells of a study of that dataset; raise UserError where weights, goals or an environment do not exist."""
     return [_branch(choice, seed, options, fingerprint) for choice in options.encoders for seed in options.seeds]
 
 
@@ -258,7 +258,7 @@ def _extract(work: Workspace, cell: Cell) -> dict[str, Any]:
     if "base" in cell.inputs:
         derive(TokenStore.open(work.product(cell.inputs["base"])), encoder, out, dtype=dtype)
     else:
-        extract_together(dataset, [(encoder, out)], dtype=dtype, batch=work.batch)
+        extract_together(dataset, with_log_variances([(encoder, out)]), dtype=dtype, batch=work.batch)
     seconds = time.perf_counter() - start
     store = TokenStore.open(out)
     return {
@@ -318,11 +318,12 @@ def _plan(work: Workspace, cell: Cell) -> dict[str, Any]:
     weights, cache = _weights_of(work, extracted), work.product(extracted)
     setting = EvalContext(work.product(cell.inputs["train"]), options, weights=weights, cache=cache)
     episodes, results = evaluate(setting, options, out)
-    write_episodes(out / "episodes.parquet", episodes, THRESHOLDS)
+    thresholds = setting.success.thresholds or (results["threshold"],)
+    write_episodes(out / "episodes.parquet", episodes, thresholds)
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
     distances = episodes.distances()
-    reached = {str(at): (distances < at).any(1).astype(int).tolist() for at in (*THRESHOLDS, results["threshold"])}
+    reached = {str(at): (distances < at).any(1).astype(int).tolist() for at in (*thresholds, results["threshold"])}
     return {**results, "reached": reached}
 
 

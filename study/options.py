@@ -23,9 +23,6 @@ from wmcache.planner.solvers import SOLVERS
 from wmcache.trainer.models import read_options as read_model_options
 from wmcache.trainer.options import TrainOptions
 
-THRESHOLDS = (0.5, 0.25, 0.1)
-"""Distances of a study's tables."""
-
 
 @dataclass(frozen=True)
 class Collect(CollectOptions):
@@ -59,10 +56,16 @@ class EncoderChoice(EncoderOptions):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation; its name in tables is that of its protocol by default. All encoders have the same starts and goals."""
+    """An evaluation. All encoders have the same starts and goals.
+
+    Attributes:
+        name: in tables; that of its protocol by default.
+        thresholds: that tables report beside its own, the largest first; known once there are frames, see `run.settled`.
+    """
 
     name: str
     options: PlanOptions
+    thresholds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,11 @@ class StudyOptions:
     device: str = "auto"
     cluster: str = "local:1"
     others: tuple[EncoderChoice, ...] = ()
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Those of all evaluations, the largest first."""
+        return tuple(sorted({at for plan in self.plan for at in plan.thresholds}, reverse=True))
 
 
 def read_study(file: Path, flags: Mapping[str, Any] | None = None) -> StudyOptions:
@@ -171,16 +179,12 @@ def _evaluation(table: dict[str, Any], where: str) -> Evaluation:
     # Settings of `read_plan`, and a name.
     if not isinstance(name := table.pop("name", ""), str):
         raise UserError(f"{where}: name is {name!r}; it must be a string")
-    options = read_plan(table, where, threshold=THRESHOLDS[0])
+    options = read_plan(table, where)
     return Evaluation(name or table.get("protocol") or "plan", options)
 
 
-def read_plan(table: Mapping[str, Any], where: str, **defaults: Any) -> PlanOptions:
-    """Read a table of `protocol`, and settings that win over the protocol's: fields of `PlanOptions` and of the solver.
-
-    Args:
-        defaults: settings that the protocol's win over.
-    """
+def read_plan(table: Mapping[str, Any], where: str) -> PlanOptions:
+    """Read a table of `protocol`, and settings that win over the protocol's: fields of `PlanOptions` and of the solver."""
     table = dict(table)
     for key in ("protocol", "solver"):
         if not isinstance(table.get(key, ""), str):
@@ -189,7 +193,7 @@ def read_plan(table: Mapping[str, Any], where: str, **defaults: Any) -> PlanOpti
     own = {item.name for item in fields(PlanOptions)} - {"search", "device", "baselines"}
     with errors_at(where):
         usual: Mapping[str, Any] = {} if protocol is None else PROTOCOLS.get(protocol)
-        flat = {"solver": PlanOptions().solver, **defaults, **usual, **table}
+        flat = {"solver": PlanOptions().solver, **usual, **table}
         solver: Any = SOLVERS.get(flat["solver"])
     # A protocol's options of its own solver do not concern another one.
     known = {*table, *(item.name for item in fields(solver))}

@@ -22,13 +22,13 @@ from wmcache.common.files import atomic_write
 from wmcache.planner.options import BASELINES
 from wmcache.planner.report import COLOURS, RC, describe_making, write_page
 from wmcache.study.cells import Branch, Workspace
-from wmcache.study.options import THRESHOLDS, Evaluation, StudyOptions
+from wmcache.study.options import Evaluation, StudyOptions
 from wmcache.study.statistics import LEVEL, Row, compare, episodes_needed, pooled, rank, separated, smallest_p
 from wmcache.trainer.train import ROLLOUT_STEPS
 
 LIBRARIES = ("wmcache", "torch", "numpy", "timm", "transformers", "mujoco", "scikit-learn")
 STATE = {"x": "position", "y": "position", "vx": "velocity", "vy": "velocity"}
-"""Columns of a maze's state whose probes are averaged."""
+"""Numbers of a state whose probes are averaged."""
 MARKERS = "osD^vP*X<>"
 
 
@@ -60,7 +60,7 @@ def write_report(
         rows=rows,
         table=table,
         lines=lines,
-        began={plan.name: _began(rows, plan.name) for plan in options.plan},
+        began={plan.name: _began(rows, plan) for plan in options.plan},
         evaluations={
             name: {
                 **found,
@@ -72,7 +72,7 @@ def write_report(
         columns=list(dict.fromkeys(column for line in table for column in line["probes"])),
         pictures=pictures,
         drawn={name: path.read_bytes() for line in table if (path := probes[name := line["encoder"]]).exists()},
-        thresholds=THRESHOLDS,
+        thresholds=options.thresholds,
         level=LEVEL,
         command=command,
         versions={name: version(name) for name in LIBRARIES},
@@ -129,17 +129,18 @@ def summarise(options: StudyOptions, rows: Sequence[Row]) -> list[Row]:
             "derived": bool(first[0]["derived"]),
             "probes": _probes(known),
         }
-        table.append({**known, **own, **_counts(mine)})
+        table.append({**known, **own, **_counts(options, mine)})
     return sorted(table, key=lambda line: -rate(line["success"][options.plan[0].name]))
 
 
-def _counts(by_plan: Mapping[str, Sequence[Row]], actor: str = "") -> Row:
+def _counts(options: StudyOptions, by_plan: Mapping[str, Sequence[Row]], actor: str = "") -> Row:
     """Evaluation -> result of `pooled`: of `success`, of `held`, and `within` each threshold."""
     return {
         "success": {name: pooled(rows, what=f"{actor}successes") for name, rows in by_plan.items()},
         "held": {name: pooled(rows, what=f"{actor}held") for name, rows in by_plan.items()},
         "within": {
-            name: {at: pooled(rows, at, f"{actor}successes") for at in THRESHOLDS} for name, rows in by_plan.items()
+            name: {at: pooled(rows, at, f"{actor}successes") for at in options.thresholds}
+            for name, rows in by_plan.items()
         },
     }
 
@@ -156,7 +157,7 @@ def with_baselines(options: StudyOptions, rows: Sequence[Row], table: Sequence[R
         by_plan = {plan.name: [row for row in known if row["protocol"] == plan.name][:1] for plan in options.plan}
         if known:
             own: Row = {"encoder": f"{actions} actions", "actions": actions, "failed": None, "below_random": []}
-            lines.append({**own, **_counts(by_plan, f"{actions}_")})
+            lines.append({**own, **_counts(options, by_plan, f"{actions}_")})
     random: Row = next((line["success"] for line in lines if line["actions"] == "random"), {})
     for line in table:
         reached = line["success"].items()
@@ -167,10 +168,11 @@ def with_baselines(options: StudyOptions, rows: Sequence[Row], table: Sequence[R
     return sorted(lines, key=lambda line: (-rate(line["success"][main]), line["actions"] is None))
 
 
-def _began(rows: Sequence[Row], protocol: str) -> dict[float, int]:
+def _began(rows: Sequence[Row], plan: Evaluation) -> dict[float, int]:
     # Threshold -> episodes of an evaluation that began within it; empty if that is not known.
-    known = [row for row in rows if row["protocol"] == protocol and row[f"began_{THRESHOLDS[0]}"] is not None]
-    return {at: known[0][f"began_{at}"] for at in THRESHOLDS} if known else {}
+    mine = [row for row in rows if row["protocol"] == plan.name]
+    known = [row for row in mine if all(row[f"began_{at}"] is not None for at in plan.thresholds)]
+    return {at: known[0][f"began_{at}"] for at in plan.thresholds} if known else {}
 
 
 def _probes(known: Row) -> dict[str, float]:
@@ -238,7 +240,8 @@ def draw_success(options: StudyOptions, lines: Sequence[Row]) -> bytes:
     figure = Figure(figsize=(3.0 + 2.6 * count, 1.0 + 0.36 * len(names)), layout="constrained")
     panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
     for axes, plan in zip(panels, options.plan, strict=True):
-        for shift, at, colour in zip((-0.2, 0.0, 0.2), THRESHOLDS, COLOURS, strict=False):
+        for number, (at, colour) in enumerate(zip(plan.thresholds, COLOURS, strict=False)):
+            shift = 0.2 * (number - (len(plan.thresholds) - 1) / 2)
             for height, line in enumerate(lines):
                 if known := line["within"][plan.name][at]:
                     axes.plot(known[2], [height + shift] * 2, color=colour, linewidth=1.6, alpha=0.6)
@@ -247,7 +250,9 @@ def draw_success(options: StudyOptions, lines: Sequence[Row]) -> bytes:
         axes.set(xlim=(-0.02, 1.02), xlabel="episodes that reached the goal", title=plan.name)
         axes.set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(THRESHOLDS))
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=max(1, len(options.thresholds))
+    )
     return png_bytes(figure, dpi=150)
 
 

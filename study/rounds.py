@@ -17,11 +17,10 @@ from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.locks import exclusive
 from wmcache.common.options import Natural, Positive, option, parse_options
 from wmcache.pipeline import encoders
-from wmcache.pipeline.extract import extract_together
+from wmcache.pipeline.extract import extract_together, with_log_variances
 from wmcache.pipeline.fit import fit
 from wmcache.pipeline.frames import FrameDataset, is_complete
 from wmcache.pipeline.options import CollectOptions
-from wmcache.pipeline.stores import is_complete as is_whole
 from wmcache.planner.collect import collect
 from wmcache.planner.context import EvalContext
 from wmcache.planner.evaluate import evaluate
@@ -217,10 +216,8 @@ class _Round:
 
     def extract(self) -> None:
         """Encode the round's frames."""
-        options, store = self.options, self.path("stores", ".zarr")
-        if is_whole(store):
-            return
-        frames, choice = FrameDataset.open(self.path("frames")), options.encoder
+        options, choice, store = self.options, self.options.encoder, self.path("stores", ".zarr")
+        frames = FrameDataset.open(self.path("frames"))
         weights = choice.weights and Path(choice.weights)
         if weights is None and encoders.get_entry(choice.name).fit:
             weights = self.out / "encoder.safetensors"
@@ -230,7 +227,9 @@ class _Round:
         own = {name: getattr(choice, name) for name in ENCODER_OPTIONS}
         encoder = encoders.create(choice.name, weights=weights, device=options.device, **own)
         dtype, batch = choice.store_dtype, options.batch
-        extract_together(frames, [(encoder, store)], dtype=dtype, batch=batch, cluster=options.cluster)
+        extract_together(
+            frames, with_log_variances([(encoder, store)]), dtype=dtype, batch=batch, cluster=options.cluster
+        )
 
     def train(self) -> None:
         """Go on with the run of the round before, on the stores of all rounds so far."""

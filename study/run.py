@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,14 @@ from wmcache.common.jsonfiles import write_json
 from wmcache.common.locks import exclusive
 from wmcache.common.paths import absolute, as_path
 from wmcache.common.progress import seconds_between_updates
-from wmcache.envs import open_environment
+from wmcache.envs import find_environment, open_environment
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
-from wmcache.pipeline.extract import extract_together
-from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.extract import extract_together, with_log_variances
+from wmcache.pipeline.frames import DatasetCard, FrameDataset
 from wmcache.pipeline.options import CollectOptions
 from wmcache.study.cells import Branch, Cell, Workspace, create_encoder, do_cell, make_branches
-from wmcache.study.options import StudyOptions
+from wmcache.study.options import Evaluation, StudyOptions
 
 Task = tuple[Cell, ...]
 """Cells that are done together: one, or the extractions of a seed, for which frames are decoded once."""
@@ -51,7 +51,7 @@ def open_frames(options: StudyOptions) -> FrameDataset:
     if wanted is not None:
         there = {**asdict(dataset.card), "length": dataset.card.frames // dataset.card.episodes}
         settings = asdict(wanted)
-        if world.layout and list(world.layout) == dataset.card.maze:
+        if world.layout and world.layout == dataset.card.layout:
             del settings["env"]  # it has several names
         if dataset.steps.described.keys() & {"terminated", "truncated"}:
             del settings["length"]  # episodes may be shorter
@@ -62,7 +62,31 @@ def open_frames(options: StudyOptions) -> FrameDataset:
     return dataset
 
 
-def run_study(options: StudyOptions, out: Path) -> tuple[list[Branch], Workspace, dict[str, str]]:
+def settled(options: StudyOptions, card: DatasetCard) -> StudyOptions:
+    """Fill in the thresholds of evaluations; raises UserError where the environment has no goal."""
+    return replace(options, plan=tuple(_with_thresholds(plan, card) for plan in options.plan))
+
+
+def _with_thresholds(plan: Evaluation, card: DatasetCard) -> Evaluation:
+    chosen = plan.options
+    if chosen.judge_columns:
+        assert chosen.threshold is not None
+        return replace(plan, thresholds=(chosen.threshold,))
+    try:
+        find_environment(card.env, card.layout)
+    except UserError:  # imported frames: evaluations fail, and the rest of the study is done
+        return plan
+    name, layout = (chosen.env, ()) if chosen.env else (card.env, card.layout)
+    env = open_environment(name, layout=layout)
+    env.close()
+    if not (thresholds := env.spec.thresholds):
+        raise UserError(
+            f"plan {plan.name}: environment {env.spec.id} has no goal; add judge_columns and a threshold to [[plan]]"
+        )
+    return replace(plan, options=replace(chosen, threshold=chosen.threshold or thresholds[0]), thresholds=thresholds)
+
+
+def run_study(options: StudyOptions, out: Path) -> tuple[StudyOptions, list[Branch], Workspace, dict[str, str]]:
     """Run the cells of a study that are not done yet.
 
     Args:
@@ -70,18 +94,19 @@ def run_study(options: StudyOptions, out: Path) -> tuple[list[Branch], Workspace
             is the last one's.
 
     Returns:
-        The cells, where their results are, and key -> reason for those that failed.
+        The options with what depends on the frames, the cells, where their results are, and key -> reason for those that failed.
     """
     with exclusive(out / ".lock", out, wait=False) as alone:
         if not alone:
             raise UserError(f"another wmcache study is running in {out}; wait for it, or choose another --out")
         dataset = open_frames(options)
+        options = settled(options, dataset.card)
         # Workers have working directories of their own.
         work = Workspace(out.absolute(), as_path(absolute(dataset.path)), options.device, options.batch)
         branches = make_branches(options, dataset.card.fingerprint)
         write_json(out / "study.json", {"options": asdict(options), "dataset": asdict(dataset.card)})
         tasks = group(pending(work, [cell for branch in branches for cell in branch.cells()]))
-        return branches, work, _do(work, tasks, options.cluster) if tasks else {}
+        return options, branches, work, _do(work, tasks, options.cluster) if tasks else {}
 
 
 def _do(work: Workspace, tasks: Sequence[Task], cluster: str) -> dict[str, str]:
@@ -177,7 +202,9 @@ def _extract_at_once(work: Workspace, cells: Sequence[Cell]) -> dict[str, dict[s
             started, count = time.perf_counter(), len(encoders)
             stores = [(encoder, work.product(cell)) for cell, encoder in encoders.items()]
             try:
-                extract_together(FrameDataset.open(work.dataset), stores, dtype=dtype, batch=work.batch)
+                extract_together(
+                    FrameDataset.open(work.dataset), with_log_variances(stores), dtype=dtype, batch=work.batch
+                )
             except Exception:  # noqa: BLE001 (each store's own attempt reports it)
                 traceback.print_exc()
                 continue

@@ -20,7 +20,6 @@ from scipy.stats import norm
 
 from wmcache.planner.options import BASELINES
 from wmcache.study.cells import Branch, Workspace
-from wmcache.study.options import THRESHOLDS
 from wmcache.trainer.train import ROLLOUT_STEPS
 
 LEVEL = 0.05
@@ -149,7 +148,9 @@ PLAN = (
 Row = dict[str, Any]
 
 
-def tabulate(branches: Sequence[Branch], work: Workspace, failures: Mapping[str, str]) -> list[Row]:
+def tabulate(
+    branches: Sequence[Branch], work: Workspace, failures: Mapping[str, str], thresholds: Sequence[float]
+) -> list[Row]:
     """Make a row for each encoder, seed, fraction and evaluation.
 
     A figure of a cell that failed is None, and `failed` has the reason, unless an earlier run left its result.
@@ -169,7 +170,7 @@ def tabulate(branches: Sequence[Branch], work: Workspace, failures: Mapping[str,
                 "fraction": fraction,
                 "protocol": protocol,
                 "failed": next((failures[cell.key] for cell in cells.values() if cell.key in failures), None),
-                **_plan_figures(episodes),
+                **_plan_figures(episodes, thresholds),
                 **_model_figures(run, probed),
                 "tokens": (grid := store.get("token_grid")) and grid[0] * grid[1],
                 **{name: store.get(name) for name in STORE},
@@ -183,12 +184,12 @@ def tabulate(branches: Sequence[Branch], work: Workspace, failures: Mapping[str,
     return [{name: row.get(name) for name in names} for row in found]
 
 
-def _plan_figures(episodes: Mapping[str, Any]) -> Row:
+def _plan_figures(episodes: Mapping[str, Any], thresholds: Sequence[float]) -> Row:
     """Successes by threshold, of the planner and of the baselines; results of earlier versions have no baselines."""
     row: Row = {name: episodes.get(name) for name in PLAN}
     row |= dict(zip(("low", "high"), episodes.get("ci95", (None, None)), strict=True))
     judged = _by_threshold(episodes.get("by_threshold", []))
-    for at in THRESHOLDS:
+    for at in thresholds:
         row |= {f"{name}_{at}": judged[at].get(name) for name in ("successes", "held")}
         row[f"began_{at}"] = episodes.get("began_at_goal", {}).get(str(at))
         row[f"low_{at}"], row[f"high_{at}"] = judged[at].get("ci95", (None, None))
@@ -197,7 +198,7 @@ def _plan_figures(episodes: Mapping[str, Any]) -> Row:
         judged = _by_threshold(episodes.get("baselines", {}).get(actions, []))
         for name in ("successes", "held"):
             row[f"{actions}_{name}"] = judged[row["threshold"]].get(name)
-            row |= {f"{actions}_{name}_{at}": judged[at].get(name) for at in THRESHOLDS}
+            row |= {f"{actions}_{name}_{at}": judged[at].get(name) for at in thresholds}
     return row
 
 

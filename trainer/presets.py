@@ -26,6 +26,27 @@ REFERENCE: dict[str, Any] = {
     "clip": 0.0,
     "dtype": "float32",
 }
+# The M of World Models (arXiv 1803.10122), as its code has it (hardmaru/WorldModelsExperiments). Here each piece of an episode
+# begins with an empty memory, the optimiser has a constant rate, the norm of the gradient is clipped, and latents are standardised.
+WORLD_MODELS: dict[str, Any] = {
+    "model": "mdn-rnn",
+    "proprio": "none",
+    "predict": "frame",
+    "mixture": "dimension",
+    "mixtures": 5,
+    "sequences": "episodes",
+    "latents": "drawn",
+    "history": 1,
+    "frameskip": 1,
+    "batch-size": 100,
+    "lr": 1e-3,
+    "warmup": 0.0,
+    "decay": 0.0,
+    "beta2": 0.999,
+    "weight-decay": 0.0,
+    "clip": 1.0,
+    "dtype": "float32",
+}
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's table 12 has a learning rate of 5e-5 for the predictor.
     "dino-wm": {
@@ -67,5 +88,35 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch-size": 64,
         "epochs": 10,
         "lr": 7e-4,
+    },
+    # Sizes of the authors' code (rsl_rl_rwm): Adam, on sequences of env steps. Reduce --batch-size on a CPU.
+    "rwm": {
+        "model": "rwm",
+        "hidden": 256,
+        "layers": 2,
+        "head": 128,
+        "ensemble": 1,
+        "observed-steps": 32,
+        "forecast": 8,
+        "vary": False,
+        "step-weight": 1.0,
+        "frameskip": 1,
+        "batch-size": 5000,
+        "lr": 1e-3,
+        "warmup": 0.0,
+        "decay": 0.0,
+        "beta2": 0.999,
+        "weight-decay": 0.0,
+        "clip": 1.0,
+    },
+    "world-models-car": {**WORLD_MODELS, "hidden": 256, "sequence": 1000, "temperature": 1.0, "steps": 4000},
+    # Steps are not in the paper: its code trains 400 epochs, of 10 000 episodes.
+    "world-models-doom": {
+        **WORLD_MODELS,
+        "hidden": 512,
+        "sequence": 500,
+        "end-weight": 10.0,
+        "temperature": 1.15,
+        "epochs": 400,
     },
 }

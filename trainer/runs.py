@@ -41,6 +41,7 @@ from wmcache.engine.checkpoint import (
     read_progress,
 )
 from wmcache.trainer.models import DataShape, Trainable, WorldModel, build, read_options
+from wmcache.trainer.models.trainable import without_proprio
 from wmcache.trainer.options import TrainOptions
 
 N = TypeVar("N", bound=nn.Module)
@@ -96,6 +97,11 @@ def caches_of(config: Mapping[str, Any]) -> list[AnyPath]:
     return [as_path(path) for path in ([cache] if isinstance(cache, str) else cache)]
 
 
+def moved_caches(cache: AnyPath | Sequence[AnyPath] | None) -> list[AnyPath]:
+    """Return the present paths of a run's stores as a list; empty where they have not moved."""
+    return [] if cache is None else list(cache) if isinstance(cache, Sequence) else [cache]
+
+
 def write_settings(out: Path, config: Mapping[str, Any], store: TokenStore) -> None:
     """Write what a run is: config.json and identity.json."""
     write_json(out / "identity.json", {"identity": store.identity.to_json(), "card": store.card.to_json()})
@@ -134,13 +140,17 @@ def foreign_identity(run: Path, identity: Identity) -> list[str]:
     return [f"the store's identity, {item}" for item in read_identity(run)[1].differences(identity)]
 
 
-def open_store(run: Path, cache: AnyPath | None = None) -> TokenStore:
-    """Open the store that a run was trained on, at `cache` if it has moved; raises UserError where it is missing or another one."""
-    caches = caches_of(read_config(run))
-    if cache is not None and len(caches) > 1:
-        raise UserError(f"{run} has {len(caches)} stores, so --cache {cache} cannot replace them; move them back")
+def open_store(run: Path, cache: AnyPath | Sequence[AnyPath] | None = None) -> TokenStore:
+    """Open the store that a run was trained on, or its stores as one; raises UserError where one is missing or another one.
+
+    Args:
+        cache: their present paths, in order, if they have moved.
+    """
+    caches, moved = caches_of(read_config(run)), moved_caches(cache)
+    if moved and len(moved) != len(caches):
+        raise UserError(f"{run} has {len(caches)} stores, not {len(moved)}; pass --cache for each of them, in order")
     try:
-        store = open_stores([cache] if cache is not None else caches)
+        store = open_stores(moved or caches)
     except MissingError as error:
         raise UserError(f"{error}; if the store of {run} has moved, pass its path now with --cache") from error
     if different := foreign_identity(run, store.identity):
@@ -306,13 +316,12 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Colle
     """Describe the settings and the model's options among `names` that differ; for another model only that."""
     if before["model"] != now["model"]:
         return [f"model {before['model']} != {now['model']}"]
-    # Options and sizes that are newer than the run had their defaults.
-    old, new = (
-        {
-            **config,
-            "shape": asdict(DataShape(**config["shape"])),
-            **asdict(read_options(config["model"], config["model_options"])),
-        }
-        for config in (before, now)
-    )
+    old, new = ({**config, "shape": asdict(DataShape(**config["shape"])), **_full(config)} for config in (before, now))
     return differences(old, new, names)
+
+
+def _full(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options of a run's model: those that are newer than the run had their defaults."""
+    options = read_options(config["model"], config["model_options"])
+    # Some earlier runs record another choice for data that has none.
+    return asdict(options if config["shape"]["proprio_dim"] else without_proprio(options))

@@ -261,7 +261,8 @@ def training_windows(store: TokenStore, options: TrainOptions, kind: type[Traina
     """Return the windows of the train episodes, as a kind of model with options `chosen` needs them."""
     seen, goals = kind.window(chosen, options.history) - 1, kind.goals(chosen)
     settings: dict[str, Any] = {"seed": options.split_seed, "fraction": options.episodes_fraction, "goals": goals}
-    return store.windows(seen, 1, options.frameskip, "train", **settings)
+    whole = kind.whole_episodes(chosen)
+    return store.windows(seen, 1, options.frameskip, "train", whole=whole, **settings)
 
 
 def validation_windows(store: TokenStore, options: TrainOptions, goals: Goals | None = None) -> Windows:

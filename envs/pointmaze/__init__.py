@@ -6,6 +6,7 @@ from wmcache.envs.base import ENVIRONMENTS
 from wmcache.envs.pointmaze.environment import PointMaze
 from wmcache.envs.pointmaze.gym_envs import PointMazeEnv, PointMazeVectorEnv, sample_state
 from wmcache.envs.pointmaze.maze import ENV_PREFIX, Maze, MazeError, env_id, find_maze, maze_names
+from wmcache.envs.pointmaze.noisy import NoisyPointMaze
 from wmcache.envs.pointmaze.simulator import FPS, PointMazeSimulator, longest_move
 
 for _name in maze_names():
@@ -22,6 +23,7 @@ __all__ = [
     "FPS",
     "Maze",
     "MazeError",
+    "NoisyPointMaze",
     "PointMaze",
     "PointMazeEnv",
     "PointMazeSimulator",

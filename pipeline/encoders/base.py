@@ -31,6 +31,7 @@ NORMALISATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 """Name -> mean and standard deviation of the channels."""
+DECODED_AT_ONCE = 256
 EARLY, MIDDLE, LAST = "early", "middle", "last"
 """Names of a backbone's features. Every backbone has `LAST`; those with intermediate features have the others too."""
 SELECTIONS = {
@@ -53,6 +54,8 @@ class EncoderSpec:
         grid: of tokens at `image_size`, if it is not one token for each patch.
         via: sizes that the frame is resized to before `image_size`; resizing is antialiased.
         lag: env steps between the two frames of a token; 0 for one frame.
+        log_variance: encoder on the same backbone that gives the logarithm of the variance of these tokens, for encoders whose tokens
+            are the means of Gaussians; else empty.
     """
 
     name: str
@@ -72,6 +75,7 @@ class EncoderSpec:
     filter: str = "bilinear"
     dtype: str = "auto"
     lag: int = 0
+    log_variance: str = ""
 
     def patch_grid(self, image_size: int) -> tuple[int, int]:
         """Return rows and columns of patches; raises UserError if the size is not a multiple of the patch."""
@@ -186,11 +190,16 @@ class Select(Head):
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a family's loader returns: networks with their weights, and where these came from (hub id and revision, or `file`)."""
+    """What a family's loader returns: networks with their weights, and where these came from (hub id and revision, or `file`).
+
+    Attributes:
+        decoder: tokens [B, N, D] -> images float [B, 3, S, S] in [0, 1]; None where there is none. No part of the identity.
+    """
 
     backbone: Backbone
     head: Head
     source: str
+    decoder: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -242,6 +251,7 @@ class Encoder:
 
     Attributes:
         weights_sha256: hash of all parameters; equals `backbone_sha256` if the head has none.
+        decoder: see `Loaded`; `decode` runs it.
         max_batch: frames that fit the device's memory; `extract` lowers it.
     """
 
@@ -263,6 +273,9 @@ class Encoder:
         self.dtype = choose_dtype(dtype or spec.dtype, self.device)
         self.source = loaded.source
         networks = nn.ModuleDict({"backbone": loaded.backbone, "head": loaded.head})
+        self.decoder = loaded.decoder
+        if loaded.decoder is not None:
+            networks["decoder"] = loaded.decoder
         if any(not torch.isfinite(value).all() for value in networks.state_dict().values()):
             raise UserError(f"weights of {spec.name} are not finite: {weights or loaded.source}; get or fit them again")
         self.backbone_sha256 = self.weights_sha256 = loaded.backbone.sha256
@@ -313,6 +326,21 @@ class Encoder:
         tokens: Tensor = self.head(replace(features, layers=wide))
         assert tokens.shape[1:] == self.frame_shape, tokens.shape
         return tokens.to(torch.float16)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor) -> NDArray[np.uint8]:
+        """Draw frames of tokens [B, N, D] with the encoder's own decoder, uint8 [B, S, S, 3] at its image size.
+
+        Raises:
+            UserError: the encoder has no decoder.
+        """
+        if self.decoder is None:
+            hint = "fit it again, or train one on its store with: wmtrain decoder"
+            raise UserError(f"{self.spec.name} has no decoder: {self.weights or self.source}; {hint}")
+        drawn = [self.decoder(part.to(self.device).float()) for part in torch.split(tokens, DECODED_AT_ONCE)]
+        pixels = (torch.cat(drawn).clamp(0, 1) * 255).round().byte()
+        frames: NDArray[np.uint8] = pixels.permute(0, 2, 3, 1).cpu().numpy()
+        return frames
 
     def drift(self, frames: NDArray[np.uint8], cached: NDArray[np.float16]) -> dict[str, float]:
         """Return the smallest `cosine` of live and cached tokens [B, N, D], and the largest `relative_error` of a frame."""

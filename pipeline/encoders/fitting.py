@@ -121,6 +121,10 @@ class Fitting(nn.Module):
 
     kept: nn.Module
 
+    def weights(self) -> dict[str, Tensor]:
+        """Return the tensors of the weights file: those of `kept`, and what a subclass adds."""
+        return self.kept.state_dict()
+
     def rows(self, rng: np.random.Generator) -> NDArray[np.integer]:
         """Draw the frames of a batch; a pure function of the generator."""
         raise NotImplementedError

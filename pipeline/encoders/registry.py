@@ -27,6 +27,9 @@ Adapter = Callable[[Backbone, Any], Head]
 MakeFitting = Callable[[FitData, Any], Fitting]
 """(data, options) -> the network to train."""
 
+LOG_VARIANCE = "-logvar"
+"""After a family's name: the encoder of the log-variances of its tokens."""
+
 L = TypeVar("L", bound=Loader)
 A = TypeVar("A", bound=Adapter)
 M = TypeVar("M", bound=MakeFitting)
@@ -112,8 +115,8 @@ def fit_options(name: str, settings: Mapping[str, Any]) -> FitOptions:
 
 
 def family_of(name: str) -> str:
-    """Return the encoder whose fit provides the weights of `name`: the layers of a family share its weights."""
-    family = name.removesuffix("-layers")
+    """Return the encoder whose fit provides the weights of `name`: layers and log-variances of a family share its weights."""
+    family = name.removesuffix("-layers").removesuffix(LOG_VARIANCE)
     return family if family in ENCODERS else name
 
 

@@ -1,7 +1,8 @@
 """Variational autoencoders, fitted on the dataset's own frames: the V of World Models (arXiv 1803.10122) and DisWM's (arXiv 2503.08751).
 
-A frame is one token, the mean of its latents. Networks and losses are the papers'; of DisWM's, the part for single frames. Both papers
-use Adam at a constant rate (1e-4, 3e-4); here it is AdamW with one cycle, as for every fit.
+A frame is one token, the mean of its latents; `vae-logvar` and `beta-vae-logvar` give the logarithm of their variance. Networks and losses
+are the papers'; of DisWM's, the part for single frames. Both papers use Adam at a constant rate (1e-4, 3e-4); here it is AdamW with one
+cycle, as for every fit. World Models trains 10 epochs in batches of 100.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, Weight, option
 from wmcache.common.schema import Size, parse
-from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Loaded, Select
+from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Features, Head, Loaded, Select
 from wmcache.pipeline.encoders.fitting import FitData, FitOptions, Fitting
-from wmcache.pipeline.encoders.registry import register, register_fit
-from wmcache.pipeline.encoders.weights import REFIT, load_fitted, read_header, require_fitted
+from wmcache.pipeline.encoders.registry import LOG_VARIANCE, family_of, register, register_fit
+from wmcache.pipeline.encoders.weights import DECODER, REFIT, load_fitted, read_header, require_fitted
 
 SPEC = EncoderSpec(
     name="vae",
@@ -35,6 +36,7 @@ SPEC = EncoderSpec(
     source="wmcache fit --encoder vae",
     licence="yours",
     dtype="float32",
+    log_variance=f"vae{LOG_VARIANCE}",
 )
 BETA_SPEC = replace(
     SPEC,
@@ -42,7 +44,19 @@ BETA_SPEC = replace(
     summary="DisWM's beta-VAE, trained on the dataset's own frames (wmcache fit)",
     token_dim=20,
     source="wmcache fit --encoder beta-vae",
+    log_variance=f"beta-vae{LOG_VARIANCE}",
 )
+LOG_VARIANCES = [
+    replace(
+        spec,
+        name=spec.log_variance,
+        summary=f"log-variances of the latents of {spec.name}, from which a world model draws latents",
+        layer="logvar",
+        log_variance="",
+    )
+    for spec in (SPEC, BETA_SPEC)
+]
+LOGVAR = "logvar"
 
 SIDE = 64
 
@@ -111,8 +125,9 @@ class VaeEncoder(nn.Module):
         self.contrast.copy_((images / 2 + 0.5 - self.background).std())
 
 
-def make_decoder(name: str, latent: int) -> nn.Sequential:
-    """Make the decoder: latents [B, latent] -> images of `VaeEncoder.scale`, [B, 3, 64, 64], before any sigmoid."""
+def make_decoder(name: str, options: VaeOptions) -> nn.Sequential:
+    """Make the decoder: latents [B, latent] -> images of `VaeEncoder.scale`, [B, 3, 64, 64]."""
+    latent = options.latent
     if name == SPEC.name:
         layers: list[nn.Module] = [nn.Linear(latent, 1024), nn.Unflatten(1, (1024, 1, 1))]
         for before, after, kernel in ((1024, 128, 5), (128, 64, 5), (64, 32, 6), (32, 3, 6)):
@@ -127,33 +142,67 @@ def make_decoder(name: str, latent: int) -> nn.Sequential:
         ]
         for before, after in ((64, 64), (64, 32), (32, 32), (32, 3)):
             layers += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.ELU()]
-    return nn.Sequential(*layers[:-1])
+    decoder = nn.Sequential(*layers[:-1])
+    if name == SPEC.name and not options.foreground:
+        decoder.append(nn.Sigmoid())
+    return decoder
+
+
+class VaeDecoder(nn.Module):
+    """Draws latents: tokens [B, 1, latent] -> images [B, 3, 64, 64] in [0, 1]."""
+
+    def __init__(self, encoder: VaeEncoder, layers: nn.Sequential) -> None:
+        """Draw with the layers of the encoder's fit."""
+        super().__init__()
+        self.encoder, self.layers = encoder, layers
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """See the class; not clamped."""
+        drawn: Tensor = self.layers(tokens.flatten(1)) * self.encoder.contrast + self.encoder.background
+        return drawn
+
+
+class _LogVariance(Head):
+    layers, grid = (LOGVAR,), (1, 1)
+
+    def __init__(self, latent: int) -> None:
+        super().__init__()
+        self.dim = latent
+
+    def forward(self, features: Features) -> Tensor:
+        return features.patches(LOGVAR)
 
 
 class _Vae(Backbone):
     def __init__(self, encoder: VaeEncoder) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.dims, self.described, self.grid = {LAST: encoder.mean.out_features}, {LAST: "mean"}, (1, 1)
+        self.encoder, self.grid = encoder, (1, 1)
+        self.dims = dict.fromkeys((LOGVAR, LAST), encoder.mean.out_features)
+        self.described = {LOGVAR: "logvar", LAST: "mean"}
 
     def forward(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        mean, _ = self.encoder(self.encoder.scale(images))
-        return dict.fromkeys(layers, mean[:, None])
+        mean, logvar = self.encoder(self.encoder.scale(images))
+        found = {LAST: mean[:, None], LOGVAR: logvar[:, None]}
+        return {layer: found[layer] for layer in layers}
 
 
 @register(SPEC)
 @register(BETA_SPEC)
+@register(LOG_VARIANCES[0])
+@register(LOG_VARIANCES[1])
 def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
     """Load the fitted encoder."""
     if image_size != SIDE:
         raise UserError(f"--image-size {image_size} does not fit {spec.name}, which has {SIDE} px; leave it out")
-    weights = require_fitted(weights, spec.name, spec.name)
-    kind = VaeOptions if spec.name == SPEC.name else BetaVaeOptions
-    options = parse(kind, read_header(weights, spec.name).get("options"), f"--weights {weights}", REFIT)
-    encoder = VaeEncoder(spec.name, options.latent)
-    load_fitted(encoder, weights, spec.name)
-    backbone = _Vae(encoder)
-    return Loaded(backbone, Select(backbone, spec.token_selection), "file")
+    family = family_of(spec.name)
+    weights = require_fitted(weights, spec.name, family)
+    kind = VaeOptions if family == SPEC.name else BetaVaeOptions
+    options = parse(kind, read_header(weights, family).get("options"), f"--weights {weights}", REFIT)
+    encoder, layers = VaeEncoder(family, options.latent), make_decoder(family, options)
+    draws = load_fitted(encoder, weights, family, layers)
+    backbone, is_mean = _Vae(encoder), spec.name == family
+    head = Select(backbone, spec.token_selection) if is_mean else _LogVariance(options.latent)
+    return Loaded(backbone, head, "file", VaeDecoder(encoder, layers) if draws and is_mean else None)
 
 
 @register_fit(SPEC.name, VaeOptions)
@@ -170,11 +219,14 @@ class VaeFitting(Fitting):
         name = BETA_SPEC.name if self.is_beta else SPEC.name
         self.data, self.options = data, options
         self.kept = VaeEncoder(name, options.latent)
-        self.decoder = make_decoder(name, options.latent)
-        if not self.is_beta and not options.foreground:
-            self.decoder.append(nn.Sigmoid())
+        self.decoder = make_decoder(name, options)
         if options.foreground:
             self.kept.to(data.device).fit_statistics(data.sample_pixels(options.seed))
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return encoder and decoder; see `Fitting.weights`."""
+        drawing = {f"{DECODER}{name}": value for name, value in self.decoder.state_dict().items()}
+        return {**self.kept.state_dict(), **drawing}
 
     def rows(self, rng: np.random.Generator) -> NDArray[np.integer]:
         """Draw any frames."""

@@ -20,6 +20,8 @@ FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 """Maps tensors to files if `save_pretrained` has written several."""
 REFIT = "fit it again"
+DECODER = "decoder."
+"""Before the names of a decoder's tensors in a fitted file; files of earlier versions have none."""
 
 
 def require_weights(path: Path) -> Path:
@@ -80,10 +82,22 @@ def read_header(path: Path, encoder: str) -> dict[str, Any]:
     return header
 
 
-def load_fitted(network: nn.Module, path: Path, encoder: str) -> None:
-    """Load a fitted network's weights; raises UserError if the file cannot be read or does not fit."""
+def load_fitted(network: nn.Module, path: Path, encoder: str, decoder: nn.Module | None = None) -> bool:
+    """Load a fitted network's weights, and those of a decoder where the file has some (`DECODER`); returns whether it has.
+
+    Raises:
+        UserError: the file cannot be read, or does not fit.
+    """
     with reading(path, f"--weights {path} does not fit {encoder}", REFIT):
-        network.load_state_dict(load_tensors(weights_file(path)))
+        tensors = load_tensors(weights_file(path))
+        drawing: dict[str, Tensor] = {}
+        if decoder is not None:
+            names = [name for name in tensors if name.startswith(DECODER)]
+            drawing = {name.removeprefix(DECODER): tensors.pop(name) for name in names}
+            if drawing:
+                decoder.load_state_dict(drawing)
+        network.load_state_dict(tensors)
+    return bool(drawing)
 
 
 def require_fitted(weights: Path | None, encoder: str, fitted_as: str) -> Path:

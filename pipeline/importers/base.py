@@ -23,7 +23,7 @@ Read = Callable[[int, range], Iterable[Frames]]
 
 @dataclass(frozen=True)
 class Source:
-    """Data to import: all steps in memory, the frames on disk. `env`, `maze`, `policy` and `fps` are those of `DatasetCard`.
+    """Data to import: all steps in memory, the frames on disk. `env`, `layout`, `policy` and `fps` are those of `DatasetCard`.
 
     Attributes:
         origin: the files, for errors.
@@ -35,7 +35,7 @@ class Source:
     image_size: int
     read: Read
     env: str
-    maze: tuple[str, ...]
+    layout: tuple[str, ...]
     policy: str
     fps: int
 
@@ -76,7 +76,7 @@ def write_dataset(source: Source, out: AnyPath, *, frames_per_shard: int) -> Dat
     card = DatasetCard(
         name=out.absolute().name,
         env=source.env,
-        maze=list(source.maze),
+        maze=list(source.layout),
         image_size=source.image_size,
         policy=source.policy,
         seed=0,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wmcache.planner.base import Observation, Reads
 from wmcache.planner.context import EvalContext
-from wmcache.planner.mpc import make_mpc, make_return_mpc, require_reward
+from wmcache.planner.mpc import make_mpc, make_return_mpc, require_distance, require_reward
 from wmcache.planner.objective import GoalDistance
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.policies import PLAN_POLICIES
@@ -26,10 +26,12 @@ class MpcPolicy:
     reads: ClassVar[Reads] = "frames"
 
     def __init__(self, context: EvalContext, options: PlanOptions) -> None:
-        """Raise UserError for the run of a policy, or a model without the reward that the objective needs."""
+        """Raise UserError for the run of a policy, or a model without what the objective needs."""
         self.context, self.options, self.model = context, options, context.world_model
         if options.objective == "return":
             require_reward(context)
+        else:
+            require_distance(context, options)
         self.seconds, self.encoder_frames, self.decisions = 0.0, 0, 0
 
     def reset(self, goal: Observation, generators: Sequence[torch.Generator]) -> None:

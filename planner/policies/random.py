@@ -43,14 +43,20 @@ class RandomPolicy:
 
     def act(self) -> Tensor:
         """See `Policy`."""
-        actions = np.stack([self._draw(rng, self._steps * self._frameskip) for rng in self._rngs])
+        count = self._steps * self._frameskip
+        drawn = [draw_actions(rng, self._low, self._high, count, discrete=self._discrete) for rng in self._rngs]
+        actions = np.stack(drawn)
         self.decisions += len(actions)
         return torch.from_numpy(actions).view(len(actions), self._steps, -1)
 
-    def _draw(self, rng: np.random.Generator, steps: int) -> NDArray[np.float64]:
-        count = len(self._low)
-        if self._discrete:
-            return np.eye(count)[rng.integers(count, size=steps)]
-        middle, half = (self._low + self._high) / 2, (self._high - self._low) / 2
-        actions: NDArray[np.float64] = (middle + half * rng.normal(size=(steps, count))).clip(self._low, self._high)
-        return actions
+
+def draw_actions(
+    rng: np.random.Generator, low: NDArray[np.float64], high: NDArray[np.float64], steps: int, *, discrete: bool
+) -> NDArray[np.float64]:
+    """Draw actions [steps, A] between the bounds [A], or one-hot ones, see `RandomPolicy`."""
+    count = len(low)
+    if discrete:
+        return np.eye(count)[rng.integers(count, size=steps)]
+    middle, half = (low + high) / 2, (high - low) / 2
+    actions: NDArray[np.float64] = (middle + half * rng.normal(size=(steps, count))).clip(low, high)
+    return actions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -116,3 +117,10 @@ def test_a_run_trains_on_several_stores_resumes_with_more_and_plans(
     # Workers of a cluster open the run by themselves.
     found, _ = evaluate(context, replace(plan, batch=1), tmp_path / "plan", "local:2")
     np.testing.assert_array_equal(found.states, episodes.states)
+    # Stores that have moved are named in their order.
+    moved = [copytree(path, tmp_path / f"moved-{path.name}") for path in (store_path, second)]
+    found, _ = evaluate(EvalContext(grown, plan, cache=moved), replace(plan, batch=1), tmp_path / "again", "local:2")
+    np.testing.assert_array_equal(found.states, episodes.states)
+    for wrong in (moved[:1], moved[::-1]):
+        with pytest.raises(UserError, match="--cache"):
+            EvalContext(grown, plan, cache=wrong)

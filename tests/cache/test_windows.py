@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wmcache.cache import TokenStore
-from wmcache.cache.windows import Goals, batch_windows, epoch_order, goal_draws, split_episodes, window_starts
+from wmcache.cache.windows import (
+    Goals,
+    batch_windows,
+    episode_pieces,
+    epoch_order,
+    goal_draws,
+    split_episodes,
+    window_starts,
+)
 from wmcache.common.errors import UserError
 
 
@@ -176,3 +184,48 @@ class TestGoals:
         store = TokenStore.open(finished)  # the shorter episode has 20 frames
         assert len(store.windows(0, 1, 20, goals=Goals())) == 10
         assert len(store.windows(0, 1, 20)) == 1 + 11
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    length=st.integers(2, 12),
+    frameskip=st.integers(1, 5),
+)
+def test_pieces_of_episodes_have_each_frame_once(lengths: list[int], length: int, frameskip: int) -> None:
+    episode = np.repeat(np.arange(len(lengths)), lengths)
+    starts, counts, dropped = episode_pieces(episode, np.arange(len(lengths)), length, frameskip)
+    assert (np.diff(starts) > 0).all()
+    assert ((counts >= 2) & (counts <= length)).all()
+    found = [start + frameskip * np.arange(count) for start, count in zip(starts, counts, strict=True)]
+    frames = np.concatenate([*found, np.zeros(0, np.int64)]).astype(np.int64)
+    assert len(np.unique(frames)) == len(frames)
+    first = np.cumsum([0, *lengths])
+    without = 0
+    for number, count in enumerate(lengths):
+        # A frame needs the actions after it, and a piece two frames.
+        phases = [
+            np.arange(first[number] + phase, first[number + 1] - frameskip + 1, frameskip) for phase in range(frameskip)
+        ]
+        expected = [phase[: len(phase) - (len(phase) % length == 1)] for phase in phases]
+        inside = frames[(frames >= first[number]) & (frames < first[number + 1])]
+        np.testing.assert_array_equal(np.sort(inside), np.sort(np.concatenate(expected)))
+        without += not len(inside)
+        assert first[number] in starts or count < 2 * frameskip
+    assert dropped == without
+
+
+def test_windows_of_whole_episodes_repeat_their_last_frame_without_weight(store: TokenStore) -> None:
+    windows = store.windows(63, 1, 1, "train", whole=True)
+    assert windows.length == 60  # that of the episodes
+    assert windows.lengths is not None
+    assert windows.lengths.tolist() == [60] * 5
+    windows = store.windows(24, 1, 2, "train", whole=True)  # 30 or 29 frames of each phase
+    assert len(windows) == 5 * 2 * 2
+    assert windows.lengths is not None
+    assert set(windows.lengths.tolist()) == {25, 5, 4}
+    batch = windows.batch(np.arange(len(windows)))
+    short = int(np.flatnonzero(windows.lengths == 5)[0])
+    np.testing.assert_array_equal(batch["weight"][short] > 0, np.arange(25) < 5)
+    assert (batch["tokens"][short, 5:] == batch["tokens"][short, 4]).all()
+    assert batch["weight"].mean() == pytest.approx(1)
+    assert len(np.unique(batch["weight"])) == 2

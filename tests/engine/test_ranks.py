@@ -175,6 +175,25 @@ def test_gradients_accumulate_as_in_one_process_and_rank_0_alone_prints(planted_
     assert re.match(f"Error: {run} .*seed 0 != 3", line)
 
 
+def test_threads_of_the_ranks_end_with_them(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import os, torch
+from wmcache.engine.ranks import joined
+
+with joined("cpu") as ranks:
+    network = torch.nn.Linear(2, 2)
+    ranks.share(network, lambda batch, step: {"loss": network(batch).sum()})(torch.ones(1, 2), 0)["loss"].backward()
+print({open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")})
+"""
+    )
+    ended = work([*TORCHRUN, sys.executable, "-P", script])
+    assert ended.status == 0, ended.stderr
+    # A thread that is left when the interpreter ends may abort the process.
+    assert "gloo" not in ended.stdout
+
+
 @contextmanager
 def start(store: Path, run: Path) -> Iterator[psutil.Popen]:
     """A training of two ranks that takes longer than the test; what still runs at the end is killed."""

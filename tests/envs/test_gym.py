@@ -79,3 +79,8 @@ def test_a_fault_of_an_environment_is_one_line(user_package: str, name: str, cau
 def test_a_module_that_does_not_exist_is_one_line() -> None:
     with pytest.raises(UserError, match="no_such_module"):
         open_environment("no_such_module:Thing-v0")
+
+
+def test_an_unknown_id_asks_for_the_module_that_registers_it() -> None:
+    with pytest.raises(UserError, match="module:ID"):
+        open_environment("gym:NoSuchThing-v0")

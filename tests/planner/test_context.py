@@ -61,6 +61,12 @@ class TestEncoder:
 
 
 class TestFiles:
+    def test_the_environment_is_of_the_kind_of_the_runs(self, run_path: Path, tiny_plan: PlanOptions) -> None:
+        assert EvalContext(run_path, replace(tiny_plan, env="Medium")).env.spec.id == "wmcache/PointMaze-Medium-v0"
+        pytest.importorskip("gym_pusht")
+        with pytest.raises(UserError, match="--env PushT"):  # it has as many action values
+            EvalContext(run_path, replace(tiny_plan, env="PushT"))
+
     def test_weights_and_store_may_have_moved(
         self, run_path: Path, store_path: Path, tcn_weights: Path, tiny_plan: PlanOptions, tmp_path: Path
     ) -> None:
@@ -114,6 +120,8 @@ def test_a_run_of_a_store_without_proprio_plans_from_frames_alone(
     card = replace(store.card, columns=columns)
     tokens = store.gather(np.arange(len(store)))
     path = write_tokens(tmp_path / "blind.zarr", tokens, card, store.identity, store.step_columns())
-    context = EvalContext(train_run(path), tiny_plan)
+    run = train_run(path)
+    assert json.loads((run / "config.json").read_text())["model_options"]["proprio"] == "none"
+    context = EvalContext(run, tiny_plan)
     assert (context.blind, context.model.shape.proprio_dim) == (True, 0)
     assert run_episodes(context, tiny_plan, range(2)).states.shape == (2, tiny_plan.budget, 4)

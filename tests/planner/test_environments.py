@@ -1,4 +1,4 @@
-"""Other environments than mazes, from frames to a report: judged by return without a goal, and by their own distance with one."""
+"""Environments without a geometry, from frames to a report: judged by return, by their own distance, or by one on named columns."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from click.testing import CliRunner
 from wmcache.cache import TokenStore
 from wmcache.commands.plan import wmplan
 from wmcache.common.errors import UserError
-from wmcache.envs import open_environment
+from wmcache.envs import Task, open_environment
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.planner.context import EvalContext
-from wmcache.planner.evaluate import evaluate, run_baseline, run_episodes
+from wmcache.planner.evaluate import evaluate, run_baseline, run_episodes, tasks_of
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_report
 from wmcache.trainer.options import TrainOptions
@@ -141,3 +141,77 @@ def test_pusht_is_planned_to_frames_of_held_out_episodes(make_run: MakeRun, quic
     for start, goal in zip(episodes.start, episodes.goal, strict=True):
         frame = int(np.flatnonzero((state == start).all(1))[0])
         np.testing.assert_array_equal(state[frame + 25], goal)
+
+
+@pytest.mark.parametrize(
+    ("env", "columns", "threshold"),
+    [
+        ("gym:Pendulum-v1", "observation", 0.5),
+        ("{package}:Dots-v0", "robot_xy,lamp", 0.05),
+        ("gym:Reacher-v5", "observation", 0.5),
+        ("PushT", "proprio", 20.0),
+    ],
+)
+def test_success_is_a_distance_to_a_held_out_frame_on_named_columns(
+    make_run: MakeRun, quick: PlanOptions, tmp_path: Path, user_package: str, env: str, columns: str, threshold: float
+) -> None:
+    run = make_run(env.format(package=user_package), "dino-wm", 1)
+    options = replace(quick, judge_columns=columns, threshold=threshold, goal_steps=5, budget=6)
+    context = EvalContext(run, options)
+    episodes, results = evaluate(context, options, tmp_path)
+    write_report(tmp_path, run, context, episodes, results, "wmplan")
+    assert results["resolved"]["goals"] == "dataset"
+    assert [row["threshold"] for row in results["by_threshold"]] == [threshold]
+    assert list(results["baselines"]) == ["random", "zero"]
+    assert results["began_at_goal"] == {str(threshold): 0}  # strict
+    assert len(list((tmp_path / "videos").iterdir())) == 3
+    store, frames = context.store, FrameDataset.open(run.parent / "frames")
+    values = np.concatenate([store.column(name) for name in columns.split(",")], 1)
+    held_out = np.isin(store.episode, store.split("val"))
+    world = context.open_env()
+    for number, task in enumerate(tasks_of(context, context.settled(options), range(3))):
+        goals = np.flatnonzero((values == episodes.goal[number]).all(1) & held_out)
+        first = next(goal - 5 for goal in goals if np.allclose(values[goal - 5], episodes.start[number], atol=0.05))
+        assert store.episode[first] == store.episode[first + 5]
+        # The start is that frame: the recorded actions lead from there to the goal. The goal is shown as it was collected.
+        world.reset([task])
+        moved = world.step(store.action[None, first : first + 5])
+        reached = np.concatenate([moved[name][0, -1] for name in columns.split(",")])
+        assert np.linalg.norm(reached - episodes.goal[number]) < 0.1 * threshold
+        assert task.goal is not None
+        (collected,) = frames.read_frames([first + 5])
+        np.testing.assert_array_equal(world.reset([Task(task.goal)]).image[0], collected)
+    alone = run_episodes(context, options, [2])
+    np.testing.assert_allclose(alone.states, episodes.states[2:], rtol=1e-3, atol=1e-5)
+
+
+def test_a_distance_on_columns_that_do_not_exist_or_without_a_threshold_is_refused(
+    make_run: MakeRun, quick: PlanOptions
+) -> None:
+    run = make_run("gym:Pendulum-v1", "dino-wm", 1)
+    for changed, words in (
+        ({"judge_columns": "observation"}, "--threshold"),
+        ({"judge_columns": "obs", "threshold": 0.5}, "'obs'.*observation"),
+        ({"judge_columns": "reward", "threshold": 0.5}, "'reward'"),
+        ({"judge_columns": "observation", "threshold": 0.5, "goals": "random-action"}, "--goals random-action"),
+    ):
+        with pytest.raises(UserError, match=words):
+            EvalContext(run, replace(quick, **changed))
+    options = replace(quick, judge_columns="observation", threshold=50.0)
+    with pytest.raises(UserError, match="--no-strict"):
+        run_episodes(EvalContext(run, options), options, [0])
+    assert len(run_episodes(EvalContext(run, options), replace(options, strict=False), [0]).goal) == 1
+
+
+def test_pusher_is_planned_to_a_frame_by_the_command(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("gym:Pusher-v5", "dino-wm", 2)
+    words = "--judge-columns observation --threshold 0.2 --goal-steps 6 --episodes 2 --budget 4 --horizon 2 --samples 8"
+    more = ["--elites", "3", "--iterations", "1", "--baselines", "random,zero,untrained", "--device", "cpu", "--json"]
+    result = CliRunner().invoke(wmplan, ["--run", str(run), *words.split(), *more])
+    assert result.exit_code == 0, result.stderr
+    written = json.loads(result.stdout)
+    assert (written["env"], written["threshold"], written["episodes"]) == ("gym:Pusher-v5", 0.2, 2)
+    assert set(written["baselines"]) == {"random", "zero", "untrained"}
+    (folder,) = run.glob("plan-*")
+    assert "judge-columns-observation" in folder.name
+    assert (folder / "report.html").exists()

@@ -113,6 +113,7 @@ def test_a_perfect_world_model_reaches_the_floor(
 
     class Oracle:
         context = 1
+        has_latents = True
 
         def start(self, count: int) -> Belief:
             return {"number": torch.arange(count)}

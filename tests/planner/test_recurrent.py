@@ -92,3 +92,17 @@ def test_frames_that_a_model_sees_cannot_be_chosen(warm_run: Path, options: Plan
     with pytest.raises(UserError, match=f"--{name}"):
         EvalContext(warm_run, replace(options, **{name: 1}))
     assert not {"context", "observed"} & EvalContext(warm_run, options).resolved(options).keys()
+
+
+def test_a_planner_may_change_the_temperature(warm_run: Path, run_path: Path, options: PlanOptions) -> None:
+    def states(temperature: float | None) -> np.ndarray:
+        chosen = replace(options, model_temperature=temperature)
+        context = EvalContext(warm_run, chosen)
+        assert context.resolved(chosen)["model_temperature"] == (1 if temperature is None else temperature)
+        return run_episodes(context, chosen, range(3)).states
+
+    usual = states(None)
+    np.testing.assert_array_equal(states(1.0), usual)
+    assert not np.array_equal(states(0.0), usual)
+    with pytest.raises(UserError, match="--model-temperature"):
+        EvalContext(run_path, replace(options, model_temperature=1.0))

@@ -17,6 +17,8 @@ OTHER_VALUES: dict[str, list[Any]] = {
     "threshold": [0.3, 0.31],
     "goals": ["dataset", "random-action"],
     "goal_steps": [3, 30],
+    "judge_columns": ["state", "state,proprio"],
+    "model_temperature": [0.5, 1.0],
     "strict": [True, False],
     "policy": ["expert", "zero"],
     "subgoals": ["none"],

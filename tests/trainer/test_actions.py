@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from run_tools import Go, make_go, read_log, stopped_at, weights_of
 
+from wmcache.cache import TokenStore
 from wmcache.common.errors import UserError
 from wmcache.trainer.models import DataShape, build
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.runs import load_model, load_trained
+from wmcache.trainer.train import train
+
+from ..conftest import write_tokens
 
 KINDS = ("gcbc", "gc-idm")
 CPU = torch.device("cpu")
@@ -43,6 +49,24 @@ def test_a_stopped_run_resumes_exactly(go: Go, tmp_path: Path) -> None:
     assert go(tmp_path / "stopped") == result
     assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "straight")
     assert read_log(tmp_path / "stopped") == read_log(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_data_without_proprio_is_recorded_and_earlier_runs_of_it_resume(
+    name: str, lone_path: Path, tiny: TrainOptions, tmp_path: Path
+) -> None:
+    store = TokenStore.open(lone_path)
+    columns = {"action": store.columns["action"]}
+    card, tokens = replace(store.card, columns=columns), store.gather(np.arange(len(store)))
+    steps = {part: store.column(part) for part in ("action", "episode", "step")}
+    path = write_tokens(tmp_path / "store.zarr", tokens, card, store.identity, steps)
+    options = replace(tiny, model=name, model_options={"width": 16, "depth": 1}, steps=4)
+    train(path, tmp_path / "run", options)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["model_options"]["proprio"] == "none"
+    config["model_options"]["proprio"] = "raw"  # as before
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    assert train(path, tmp_path / "run", replace(options, steps=6), resume=True)
 
 
 def test_a_command_for_world_models_refuses_its_run(go: Go, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from wmcache.common.errors import UserError
-from wmcache.trainer.models import DataShape, build
+from wmcache.trainer.models import DataShape, Dreams, build
 from wmcache.trainer.options import TrainOptions
 
 VALUES = SHAPE.tokens * SHAPE.token_dim
@@ -114,6 +114,26 @@ def test_it_imagines_as_if_it_observed_what_it_imagined_step_by_step(mixture: st
                 one.proprio[:, 0, 0] * model.proprio_std + model.proprio_mean if proprio == "raw" else torch.zeros(2, 4)
             )
             own = model.observe(own, one.latents[:, 0, 0], known, futures[:, future, t])
+
+
+@each_mixture
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_steps_without_frames_are_what_it_imagines(mixture: str, temperature: float) -> None:
+    model, batch = make_model(FULL, mixture=mixture, temperature=temperature), make_batch(batch=2, frames=2 + IMAGINED)
+    assert isinstance(model, Dreams)
+    belief, actions = remember(model, batch, frames=2), batch["action"][:, 1:]
+    together = model.imagine(belief, actions[:, None], generators(1, 2))
+    noise = generators(1, 2)
+    for t in range(actions.shape[1]):
+        before = belief
+        belief, one = model.step(belief, actions[:, t], noise)
+        for name in ("latents", "proprio", "reward", "continues"):
+            assert torch.equal(getattr(one, name)[:, 0, 0], getattr(together, name)[:, 0, t])
+        features = model.features(belief)
+        newest = (one.latents[:, 0, 0] - model.tokens_mean) / model.tokens_std
+        torch.testing.assert_close(features["latent"], newest.flatten(1), rtol=1e-4, atol=1e-4)
+        assert features["hidden"].shape == features["cell"].shape == (2, HIDDEN)
+        assert not torch.equal(features["hidden"], model.features(before)["hidden"])
 
 
 def test_it_remembers_frames_before_the_newest() -> None:

@@ -52,10 +52,12 @@ class WorldModel(Trainable):
     Attributes:
         context: frames, observed or imagined, that an imagined step sees; the history, unless a planner lowers it.
         observed: newest frames that a belief keeps; the history, unless a planner lowers it.
+        temperature: of what `imagine` draws, where the model `draws`; the run's, unless a planner changes it. 0: nothing is drawn.
     """
 
     recurrent: ClassVar[bool] = False  # remembers every frame of an episode, so a planner must observe each model step
     draws: ClassVar[bool] = False  # whether `imagine` uses its generators
+    temperature: float = 0.0
 
     def __init__(self, shape: DataShape, options: Any, statistics: Mapping[str, Tensor]) -> None:
         """See `Trainable`."""
@@ -67,6 +69,11 @@ class WorldModel(Trainable):
         """See `Trainable.blind`."""
         no_proprio = torch.zeros(1, 1, self.shape.proprio_dim, device=next(self.parameters()).device)
         return not self.encode_proprio(no_proprio).numel()
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether imagined frames have latents; else they have proprio alone, and `cost` is 0."""
+        return True
 
     def validate(self, windows: Windows, device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
         """Measure the model on held-out windows of one observed frame and some that follow; they have the model's `extras`.
@@ -130,7 +137,10 @@ def rollout(model: WorldModel, tokens: Tensor, proprio: Tensor, actions: Tensor)
 def rollout_errors(
     model: WorldModel, windows: Windows, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Compute the MSE of rollouts from one observed frame, and of copying that frame, float64 [model steps] each, in the store's units."""
+    """Compute the MSE of rollouts from one observed frame, and of copying that frame, float64 [model steps] each.
+
+    It is that of latents in the store's units, of a model without latents that of proprio as `encode_proprio` gives it.
+    """
     model.eval()
     steps = windows.predict
     error, copying = torch.zeros(2, steps, dtype=torch.float64)
@@ -139,9 +149,13 @@ def rollout_errors(
         data = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(part).items()}
         tokens = data["tokens"].float()
         with autocast(device, dtype):
-            imagined = rollout(model, tokens[:, :1], data["proprio"][:, :1], data["action"][:, :steps]).latents[:, 0]
-        error += (imagined - tokens[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
-        copying += (tokens[:, :1] - tokens[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
+            found = rollout(model, tokens[:, :1], data["proprio"][:, :1], data["action"][:, :steps])
+        if model.has_latents:
+            imagined, real = found.latents[:, 0], tokens
+        else:
+            imagined, real = found.proprio[:, 0, ..., None], model.encode_proprio(data["proprio"])[..., None]
+        error += (imagined - real[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
+        copying += (real[:, :1] - real[:, 1:]).square().mean((0, 2, 3)).double().cpu() * len(part)
     return error / len(chosen), copying / len(chosen)
 
 
@@ -164,6 +178,28 @@ class Localizes(Protocol):
 
     def change_masks(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Mark patches for each step of a batch, bool [B, T - 1, N]: those that `changes`, are `computed` and are `likely to change`."""
+
+
+@runtime_checkable
+class Dreams(Protocol):
+    """A world model that can be stepped without frames."""
+
+    def step(
+        self, belief: Belief, action: Tensor, generators: Sequence[torch.Generator] | None = None
+    ) -> tuple[Belief, Imagined]:
+        """Imagine one model step.
+
+        Args:
+            belief: of E episodes, with at least one frame.
+            action: [E, f * A] in env units.
+            generators: one on the CPU for each episode; None: imagine without noise.
+
+        Returns:
+            The belief after the imagined frame, and that frame, with S = T = 1.
+        """
+
+    def features(self, belief: Belief) -> dict[str, Tensor]:
+        """Return what a policy may see of a belief, [E, …] each: `latent`, the newest frame, standardised; `hidden`; `cell` if any."""
 
 
 MODELS: Registry[type[Trainable]] = Registry("model", package=__name__, group="wmcache.models")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from wmcache.cache.store import TokenStore
-from wmcache.cache.windows import Windows
 from wmcache.common.errors import UserError
 from wmcache.common.options import ShareBelowOne, option
 from wmcache.common.schema import Size
@@ -75,11 +73,6 @@ class LatentModel(WorldModel):
         self.proprio_size = {"raw": shape.proprio_dim, "embedding": proprio, "none": 0}[options.proprio]
         self.embed_proprio = nn.Linear(shape.proprio_dim, proprio) if options.proprio != "none" else None
         self.embed_action = nn.Linear(shape.action_dim, action)
-
-    @classmethod
-    def configure(cls, store: TokenStore, windows: Windows, options: Any) -> Any:  # noqa: ARG003
-        """Use pixels alone where the store has no proprio; see `WorldModel.configure`."""
-        return replace(options, proprio="none") if store.proprio is None else options
 
     def standardise(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Convert from the store's units to the model's."""

@@ -1,44 +1,51 @@
 """The M of World Models (arXiv 1803.10122, section 2.2): an LSTM whose output is a mixture of Gaussians of the next latent.
 
 By default a mixture for each dimension, as the paper's code has it; `--mixture vector` has one for the whole latent. The means are those of
-the change from the present latent, unless `--predict frame`.
+the change from the present latent, unless `--predict frame`. World Models trains it on whole episodes, on latents drawn afresh for each
+batch: `--sequences episodes --latents drawn`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Le
-from einops import rearrange
 from torch import Tensor, nn
 
+from wmcache.cache.log_variances import open_log_variances
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows
-from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, Weight, option
-from wmcache.trainer.models import MODELS, Belief, DataShape, Imagined, WorldModel
+from wmcache.trainer.models import MODELS, Belief, DataShape
+from wmcache.trainer.models.recurrent import RecurrentModel, RecurrentOptions
 
-LARGEST_FRAME = 4096  # values, each of which has several Gaussians
+FORGET_BIAS = 1.0
 LEAST_LOG_SIGMA = math.log(0.01)  # of standardised values
 
 
 @dataclass(frozen=True)
-class MdnRnnOptions:
+class MdnRnnOptions(RecurrentOptions):
     """Sizes and variants."""
 
-    proprio: Literal["raw", "none"] = option("raw", "Predict raw proprio, or use pixels alone.", group="Model")
-    predict: Literal["change", "frame"] = option("change", "Predict the change, or the next frame.")
+    predict: Literal["change", "frame"] = option("change", "Predict the change, or the next frame.", group="Model")
     hidden: Positive = option(256, "Units of the LSTM.")
     mixtures: Positive = option(5, "Gaussians of a mixture.")
     mixture: Literal["dimension", "vector"] = option(
         "dimension", "A mixture for each dimension of the latent, or one for the whole latent."
     )
     sequence: Annotated[int, Ge(2), Le(1024)] = option(16, "Frames of a training sequence.")
+    sequences: Literal["windows", "episodes"] = option(
+        "windows", "Train on windows from any frame on, or on whole episodes, cut into pieces of --sequence frames."
+    )
+    latents: Literal["mean", "drawn"] = option(
+        "mean", "Train on cached tokens, or draw latents for each batch; the store then needs log-variances."
+    )
+    end_weight: Weight = option(1.0, "Weight of frames that end an episode in the loss of predicted ends.")
     temperature: Weight = option(
         0.0, "Temperature of what is drawn in plans; 0: the mean of the most probable Gaussian."
     )
@@ -60,24 +67,15 @@ class Mixture(NamedTuple):
 
 
 @MODELS.register("mdn-rnn")
-class MdnRnn(WorldModel):
+class MdnRnn(RecurrentModel):
     """MDN-RNN, see the module. A frame is a vector of V = N * D values; inside, tokens, proprio and actions are standardised."""
 
     Options = MdnRnnOptions
-    recurrent = True
-    draws = True
     options: MdnRnnOptions
 
     def __init__(self, shape: DataShape, options: MdnRnnOptions, statistics: Mapping[str, Tensor]) -> None:
         """Build the model, see `WorldModel`; raises UserError for a frame of too many values."""
-        self.values = shape.tokens * shape.token_dim
-        if self.values > LARGEST_FRAME:
-            raise UserError(
-                f"mdn-rnn takes frames of at most {LARGEST_FRAME} values, not {shape.tokens} x {shape.token_dim}; "
-                "make a store of fewer with wmcache derive"
-            )
         super().__init__(shape, options, statistics)
-        self.proprio_size = shape.proprio_dim if options.proprio == "raw" else 0
         self.inputs = nn.Linear(self.values + self.proprio_size + shape.action_dim, 4 * options.hidden)
         self.recurrence = nn.Linear(options.hidden, 4 * options.hidden, bias=False)
         logits = 1 if options.mixture == "vector" else self.values
@@ -89,39 +87,46 @@ class MdnRnn(WorldModel):
         self.heads = nn.ModuleDict({name: nn.Linear(options.hidden, size) for name, size in heads.items() if size})
 
     @classmethod
-    def configure(cls, store: TokenStore, windows: Windows, options: MdnRnnOptions) -> MdnRnnOptions:  # noqa: ARG003
-        """Use pixels alone where the store has no proprio; see `WorldModel.configure`."""
-        return replace(options, proprio="none") if store.proprio is None else options
-
-    @classmethod
     def window(cls, options: MdnRnnOptions, history: int) -> int:  # noqa: ARG003
         """See `WorldModel.window`: a sequence, whatever the history."""
         return options.sequence
 
-    def encode_proprio(self, proprio: Tensor) -> Tensor:
-        """See `WorldModel.encode_proprio`."""
-        return ((proprio - self.proprio_mean) / self.proprio_std)[..., : self.proprio_size]
+    @classmethod
+    def whole_episodes(cls, options: MdnRnnOptions) -> bool:
+        """See `WorldModel.whole_episodes`."""
+        return options.sequences == "episodes"
+
+    @classmethod
+    def extras(cls, store: TokenStore, windows: Windows, options: MdnRnnOptions) -> dict[str, TokenStore]:  # noqa: ARG003
+        """See `WorldModel.extras`: log-variances, to draw latents."""
+        return {"logvar": open_log_variances(store)} if options.latents == "drawn" else {}
 
     def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:  # noqa: ARG002 (see `pools`)
         """Compute the negative log-likelihood of the next latent per dimension, and add the losses of the heads.
 
         These are the MSE of proprio and reward, and the cross-entropy of `terminated`; see `WorldModel.loss`.
         """
-        tokens, proprio = self._flatten(batch["tokens"]), self.encode_proprio(batch["proprio"])
-        outputs = self._read(tokens, proprio, batch["action"])
+        tokens, proprio = self._flatten(self._latents(batch)), self.encode_proprio(batch["proprio"])
+        weight = batch.get("weight")
+        outputs = self._read(tokens, proprio, batch["action"], fused=weight is not None)
+        after = None if weight is None else weight[:, 1:]
         hidden = outputs[:, :-1]
         changes = self.options.predict == "change"
         target = tokens[:, 1:] - tokens[:, :-1] if changes else tokens[:, 1:]
-        losses = {"nll": negative_log_likelihood(self._mixture(hidden), target)}
+        each = log_likelihoods(self._mixture(hidden), target)
+        losses = {"nll": -(each if after is None else each * after[..., None]).sum() / target.numel()}
         found = {name: head(outputs).float() for name, head in self.heads.items()}
         if "proprio" in found:
             moved = proprio[:, 1:] - proprio[:, :-1] if changes else proprio[:, 1:]
-            losses["proprio"] = F.mse_loss(found["proprio"][:, :-1], moved)
+            losses["proprio"] = average(F.mse_loss, found["proprio"][:, :-1], moved, after)
         # An episode ends after the last frame of a window: no frame follows its end.
         if "reward" in found:
-            losses["reward"] = F.mse_loss(found["reward"][..., 0], batch["reward"].float())
+            losses["reward"] = average(F.mse_loss, found["reward"][..., 0], batch["reward"].float(), weight)
         if "end" in found:
-            losses["end"] = F.binary_cross_entropy_with_logits(found["end"][..., 0], batch["terminated"].float())
+            ends = batch["terminated"].float()
+            if (rare := self.options.end_weight) != 1:
+                weight = (1 if weight is None else weight) * (1 + (rare - 1) * ends)
+            losses["end"] = average(F.binary_cross_entropy_with_logits, found["end"][..., 0], ends, weight)
         return {"loss": torch.stack([*losses.values()]).sum(), **{name: one.detach() for name, one in losses.items()}}
 
     def start(self, count: int) -> Belief:
@@ -137,32 +142,24 @@ class MdnRnn(WorldModel):
             memory = self._remember(memory, self._inputs(belief["tokens"], belief["proprio"], previous_action))
         return {**memory._asdict(), "tokens": self._flatten(tokens), "proprio": self.encode_proprio(proprio)}
 
-    def imagine(self, belief: Belief, actions: Tensor, generators: Sequence[torch.Generator] | None = None) -> Imagined:
-        """See `WorldModel.imagine`. Latents are drawn where the temperature is above 0."""
-        samples, generators = actions.shape[1], generators if self.options.temperature else None
-        parts = (belief[name].repeat_interleave(samples, 0) for name in ("hidden", "cell", "tokens", "proprio"))
-        hidden, cell, tokens, proprio = parts
-        memory, keeps = Memory(hidden, cell), self.options.predict == "change"
-        frames: dict[str, list[Tensor]] = {name: [] for name in ("tokens", "proprio", "reward", "end")}
-        for action in actions.flatten(0, 1).unbind(1):
-            memory = self._remember(memory, self._inputs(tokens, proprio, action))
-            following = self._draw(memory.hidden, generators, samples)
-            found = {name: head(memory.hidden).float() for name, head in self.heads.items()}
-            moved = found.pop("proprio", proprio[:, :0])
-            tokens, proprio = (tokens + following, proprio + moved) if keeps else (following, moved)
-            for name, value in {"tokens": tokens, "proprio": proprio, **found}.items():
-                frames[name].append(value)
-        stacked = {name: torch.stack(parts, 1) for name, parts in frames.items() if parts}
-        every = {name: rearrange(value, "(e s) ... -> e s ...", s=samples) for name, value in stacked.items()}
-        latents = rearrange(every["tokens"], "e s t (n d) -> e s t n d", n=self.shape.tokens)
-        latents = latents * self.tokens_std + self.tokens_mean
-        reward = every["reward"][..., 0] if "reward" in every else None
-        continues = torch.sigmoid(-every["end"][..., 0]) if "end" in every else None
-        return Imagined(latents, every["proprio"], reward, continues)
+    def features(self, belief: Belief) -> dict[str, Tensor]:
+        """See `Dreams.features`; `hidden` and `cell` are those before the newest frame, which the paper's C sees beside it."""
+        return {"latent": belief["tokens"], "hidden": belief["hidden"], "cell": belief["cell"]}
 
-    def _flatten(self, tokens: Tensor) -> Tensor:
-        """Standardise tokens [..., N, D] of the store, [..., V]."""
-        return ((tokens.float() - self.tokens_mean) / self.tokens_std).flatten(-2)
+    def _advance(
+        self, belief: Belief, action: Tensor, generators: Sequence[torch.Generator] | None, samples: int
+    ) -> tuple[Belief, dict[str, Tensor]]:
+        """Imagine a frame of S futures of E episodes; returns the belief after it, and it with the outputs of the heads, [E * S, …]."""
+        tokens, proprio = belief["tokens"], belief["proprio"]
+        memory = Memory(belief["hidden"], belief["cell"])
+        memory = self._remember(memory, self._inputs(tokens, proprio, action))
+        following = self._draw(memory.hidden, generators if self.temperature else None, samples)
+        found = {name: head(memory.hidden).float() for name, head in self.heads.items()}
+        moved = found.pop("proprio", proprio[:, :0])
+        keeps = self.options.predict == "change"
+        tokens, proprio = (tokens + following, proprio + moved) if keeps else (following, moved)
+        frame = {"tokens": tokens, "proprio": proprio}
+        return {**memory._asdict(), **frame}, {**frame, **found}
 
     def _inputs(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> Tensor:
         """Compute what frames and the actions after them add to the gates of the LSTM; actions are in the store's units."""
@@ -170,8 +167,21 @@ class MdnRnn(WorldModel):
         found: Tensor = self.inputs(torch.cat([tokens, proprio, action], -1))
         return found
 
-    def _read(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> Tensor:
-        """Read sequences [B, T, …] from the first frame on; returns the output of the LSTM, [B, T, hidden]."""
+    def _latents(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the latents of a batch, drawn from their Gaussians while training where it has log-variances, [B, T, N, D]."""
+        tokens = batch["tokens"].float()
+        if not self.training or "logvar" not in batch:
+            return tokens
+        return tokens + (batch["logvar"].float() / 2).exp() * torch.randn_like(tokens)
+
+    def _read(self, tokens: Tensor, proprio: Tensor, action: Tensor, *, fused: bool) -> Tensor:
+        """Read sequences [B, T, …] from the first frame on; returns the output of the LSTM, [B, T, hidden].
+
+        Args:
+            fused: compute long sequences with PyTorch's LSTM, in float32; equal up to rounding.
+        """
+        if fused:
+            return self._read_fused(tokens, proprio, action)
         zeros = torch.zeros(len(tokens), self.options.hidden, device=tokens.device)
         memory, outputs = Memory(zeros, zeros), []
         for inputs in self._inputs(tokens, proprio, action).unbind(1):
@@ -179,10 +189,20 @@ class MdnRnn(WorldModel):
             outputs.append(memory.hidden)
         return torch.stack(outputs, 1)
 
+    def _read_fused(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> Tensor:
+        frames = torch.cat([tokens, proprio, (action - self.action_mean) / self.action_std], -1).float()
+        zeros = frames.new_zeros(1, len(frames), self.options.hidden)
+        forget = frames.new_zeros(4, self.options.hidden)
+        forget[1] = FORGET_BIAS
+        weights = [self.inputs.weight, self.recurrence.weight, self.inputs.bias, forget.flatten()]
+        with torch.autocast(frames.device.type, enabled=False):
+            outputs: Tensor = torch.lstm(frames, (zeros, zeros), weights, True, 1, 0.0, self.training, False, True)[0]
+        return outputs
+
     def _remember(self, memory: Memory, inputs: Tensor) -> Memory:
         gates = (inputs + self.recurrence(memory.hidden)).float()
         write, keep, value, read = gates.chunk(4, -1)
-        cell = torch.sigmoid(keep + 1) * memory.cell + torch.sigmoid(write) * torch.tanh(value)
+        cell = torch.sigmoid(keep + FORGET_BIAS) * memory.cell + torch.sigmoid(write) * torch.tanh(value)
         return Memory(torch.sigmoid(read) * torch.tanh(cell), cell)
 
     def _mixture(self, hidden: Tensor) -> Mixture:
@@ -196,7 +216,7 @@ class MdnRnn(WorldModel):
             shape = (-1, self.options.mixtures)
             logits, means = (self.mixture[name](hidden).float().unflatten(-1, shape) for name in ("logits", "means"))
             return chosen(means, logits.argmax(-1, keepdim=True))
-        mixture, temperature = self._mixture(hidden), self.options.temperature
+        mixture, temperature = self._mixture(hidden), self.temperature
         uniform = torch.stack([torch.rand(mixture.logits.shape[1], generator=one) for one in generators])
         normal = torch.stack([torch.randn(self.values, generator=one) for one in generators])
         uniform, normal = (noise.to(hidden.device).repeat_interleave(samples, 0) for noise in (uniform, normal))
@@ -211,12 +231,19 @@ def chosen(values: Tensor, component: Tensor) -> Tensor:
     return values.gather(-1, component.expand(*values.shape[:-1], 1))[..., 0]
 
 
-def negative_log_likelihood(mixture: Mixture, target: Tensor) -> Tensor:
-    """Compute the mean over targets [..., V] and their dimensions of -log p."""
+def average(loss: Callable[..., Tensor], found: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    """Average a loss of outputs [B, T, …] over all, with weights of their frames [B, T] where these differ; a scalar."""
+    if weight is None:
+        return loss(found, target)
+    errors = loss(found, target, reduction="none")
+    return (errors * weight.view(weight.shape + (1,) * (errors.ndim - 2))).mean()
+
+
+def log_likelihoods(mixture: Mixture, target: Tensor) -> Tensor:
+    """Compute log p of targets [..., V]: [..., V] by dimension, or [..., 1] of one mixture for the whole vector."""
     logits, means, log_sigmas = mixture
     errors = (target[..., None] - means) * torch.exp(-log_sigmas)
     likelihoods = -0.5 * (errors.square() + math.log(2 * math.pi)) - log_sigmas
     # Dimensions of one mixture for the whole vector are independent given the component.
     joint = likelihoods if logits.shape[-2] > 1 else likelihoods.sum(-2, keepdim=True)
-    each = torch.logsumexp(logits.log_softmax(-1) + joint, -1)
-    return -each.sum() / target.numel()
+    return torch.logsumexp(logits.log_softmax(-1) + joint, -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -37,6 +37,11 @@ class DataShape:
     has_end: bool = False
 
 
+def without_proprio(options: Any) -> Any:
+    """Return a model's options for data without proprio."""
+    return replace(options, proprio="none") if hasattr(options, "proprio") else options
+
+
 class Trainable(nn.Module, ABC):
     """A network that learns from windows of cached latents. Latents and actions are in the store's units."""
 
@@ -63,13 +68,21 @@ class Trainable(nn.Module, ABC):
 
     @classmethod
     def configure(cls, store: TokenStore, windows: Windows, options: Any) -> Any:  # noqa: ARG003
-        """Fill in what depends on the data; raises UserError where the model cannot be trained on this store."""
-        return options
+        """Fill in what depends on the data; raises UserError where the model cannot be trained on this store.
+
+        Default: an option `proprio` becomes `none` where the store has none.
+        """
+        return without_proprio(options) if store.proprio is None else options
 
     @classmethod
     def window(cls, options: Any, history: int) -> int:  # noqa: ARG003
         """Return the frames of a training window, T; default: the history and one that follows."""
         return history + 1
+
+    @classmethod
+    def whole_episodes(cls, options: Any) -> bool:  # noqa: ARG003
+        """Return whether windows are whole episodes of at most `window` frames, padded, and batches have `weight`; default: no."""
+        return False
 
     @classmethod
     def extras(cls, store: TokenStore, windows: Windows, options: Any) -> dict[str, TokenStore]:  # noqa: ARG003
@@ -119,6 +132,7 @@ class Trainable(nn.Module, ABC):
 
         Args:
             batch: tokens [B, T, N, D], proprio [B, T, P], action [B, T, f * A], and a row of each of `extras` [B, T, …]; T of `window`.
+                With `whole_episodes` also weight [B, T], 0 for padding, see `Windows.steps`.
                 Where the shape has them also reward [B, T] and terminated [B, T], of the env steps from each frame to the next. With
                 `goals` also goal_tokens [B, N, D] and goal_steps [B], see `Windows.batch`.
             pool: side of the squares of the token grid to average first; above 1 only where `check_pool` allows it.

@@ -1,20 +1,29 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
+from wmcache.cache import TokenStore
+from wmcache.cache.joined import JoinedStore
+from wmcache.cache.log_variances import open_log_variances
+from wmcache.cache.verify import verify
+from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders.base import Preprocess
 from wmcache.pipeline.encoders.fitting import FitData
-from wmcache.pipeline.encoders.vae import VaeEncoder, VaeFitting, make_decoder
-from wmcache.pipeline.fit import fit, load_images
+from wmcache.pipeline.encoders.vae import VaeEncoder, VaeFitting, VaeOptions, make_decoder
+from wmcache.pipeline.extract import extract, extract_together, with_log_variances
+from wmcache.pipeline.fit import fit, load_images, read_fit
 from wmcache.pipeline.frames import FrameDataset
+
+from ...conftest import shards_of
 
 NAMES = ("vae", "beta-vae")
 
@@ -36,6 +45,13 @@ def make_fitting(name: str, images: torch.Tensor, **settings: object) -> VaeFitt
 
 def noise_images(count: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def encoder_of(name: str, path: Path) -> VaeEncoder:
+    tensors = {key: value for key, value in load_file(path).items() if not key.startswith("decoder.")}
+    network = VaeEncoder(name, len(tensors["mean.bias"]))
+    network.load_state_dict(tensors)
+    return network
 
 
 def count(network: nn.Module) -> int:
@@ -60,7 +76,9 @@ def weights(dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> 
     ],
 )
 def test_networks_have_the_papers_parameters(name: str, latent: int, encoder: int, decoder: int) -> None:
-    assert (count(VaeEncoder(name, latent)), count(make_decoder(name, latent))) == (encoder, decoder)
+    options = encoders.fit_options(name, {})
+    assert isinstance(options, VaeOptions)
+    assert (count(VaeEncoder(name, latent)), count(make_decoder(name, options))) == (encoder, decoder)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -124,8 +142,7 @@ def test_the_encoder_of_a_file_gives_the_means(dataset: FrameDataset, weights: d
     tokens = encoder(frames)
     assert tokens.shape == (5, 1, encoder.spec.token_dim)
     assert encoder.token_grid == encoder.spec.token_grid == (1, 1)
-    network = VaeEncoder(name, encoder.token_dim)
-    network.load_state_dict(load_file(weights[name]))
+    network = encoder_of(name, weights[name])
     mean, _ = network(network.scale(encoder.preprocess(torch.from_numpy(frames))))
     torch.testing.assert_close(tokens[:, 0].float(), mean, rtol=2e-3, atol=2e-3)
 
@@ -136,5 +153,85 @@ def test_the_size_of_the_latent_is_read_from_the_file(dataset: FrameDataset, tmp
     assert encoder.frame_shape == (1, 3)
     tensors = load_file(path)
     assert tensors["contrast"] < 0.5
-    # Only the encoder is saved.
-    assert {key.split(".")[0] for key in tensors} == {"convolutions", "mean", "logvar", "background", "contrast"}
+    parts = {"convolutions", "mean", "logvar", "background", "contrast", "decoder"}
+    assert {key.split(".")[0] for key in tensors} == parts
+
+
+@pytest.mark.parametrize(("name", "foreground"), [("vae", False), ("vae", True), ("beta-vae", False)])
+def test_an_encoder_draws_what_its_fit_decodes(
+    dataset: FrameDataset, tmp_path: Path, name: str, foreground: bool
+) -> None:
+    path = fit_vae(dataset, name, tmp_path / "drawing.safetensors", foreground=foreground)
+    encoder, frames = encoders.create(name, weights=path, device="cpu"), dataset.read_shard(0)[:5]
+    images = load_images(dataset, np.arange(64), PREPROCESS)
+    fitting = make_fitting(name, images, foreground=foreground)
+    tensors = load_file(path)
+    fitting.kept = encoder_of(name, path)
+    drawing = {key.removeprefix("decoder."): value for key, value in tensors.items() if key.startswith("decoder.")}
+    fitting.decoder.load_state_dict(drawing)
+    tokens = encoder(frames)
+    drawn = encoder.decode(tokens)
+    assert (drawn.shape, drawn.dtype) == ((5, 64, 64, 3), np.uint8)
+    with torch.no_grad():
+        expected = fitting.decoder(tokens[:, 0].float())
+    # Compared in the units of the fit: `scale` turns frames into them.
+    found = fitting.kept.scale(encoder.preprocess(torch.from_numpy(drawn)))
+    inside = ((drawn > 0) & (drawn < 255)).transpose(0, 3, 1, 2)
+    assert inside.mean() > 0.5
+    contrast = fitting.kept.contrast.item()
+    assert ((found - expected).abs()[torch.from_numpy(inside)] < 0.6 / 255 / contrast).all()
+
+
+def test_a_file_without_a_decoder_gives_the_same_encoder_and_draws_nothing(
+    dataset: FrameDataset, weights: dict[str, Path], tmp_path: Path
+) -> None:
+    now, frames = encoders.create("vae", weights=weights["vae"], device="cpu"), dataset.read_shard(0)[:5]
+    tensors = {key: value for key, value in load_file(weights["vae"]).items() if not key.startswith("decoder.")}
+    save_file(tensors, tmp_path / "before.safetensors", read_fit(weights["vae"]))
+    before = encoders.create("vae", weights=tmp_path / "before.safetensors", device="cpu")
+    assert before.identity("frames") == now.identity("frames")
+    assert torch.equal(before(frames), now(frames))
+    with pytest.raises(UserError, match=r"before\.safetensors"):
+        before.decode(before(frames))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_log_variances_are_written_in_the_pass_of_the_means(
+    dataset: FrameDataset, weights: dict[str, Path], tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = encoders.create("vae", weights=weights["vae"], device="cpu")
+    extract(dataset, encoder, tmp_path / "alone.zarr", dtype=dtype)
+    passes, run = list[int](), VaeEncoder.forward
+
+    def counted(self: VaeEncoder, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        passes.append(len(images))
+        return run(self, images)
+
+    monkeypatch.setattr(VaeEncoder, "forward", counted)
+    extract_together(dataset, with_log_variances([(encoder, tmp_path / "both.zarr")]), dtype=dtype)
+    assert sum(passes) == dataset.card.frames
+    store, alone = TokenStore.open(tmp_path / "both.zarr"), TokenStore.open(tmp_path / "alone.zarr")
+    assert shards_of(store.path) == shards_of(alone.path)
+    with pytest.raises(UserError, match=r"alone\.logvar\.zarr.*extract"):
+        open_log_variances(alone)
+    found, frames = open_log_variances(store), np.arange(8)
+    network = encoder_of("vae", weights["vae"])
+    _, logvar = network(network.scale(encoder.preprocess(torch.from_numpy(dataset.read_shard(0)[:8]))))
+    close = {"rtol": 2e-3, "atol": 2e-3 if dtype == "float16" else 0.02 * logvar.std().item() + 0.02}
+    torch.testing.assert_close(torch.from_numpy(found.gather(frames)[:, 0]).float(), logvar, **close)
+    assert verify(found.path).sound
+    joined = JoinedStore([store])
+    np.testing.assert_array_equal(open_log_variances(joined).gather(frames), found.gather(frames))
+
+
+def test_log_variances_of_other_weights_are_refused(
+    dataset: FrameDataset, weights: dict[str, Path], tmp_path: Path
+) -> None:
+    other = fit_vae(dataset, "vae", tmp_path / "other.safetensors", seed=1)
+    for name, path in (("mine", weights["vae"]), ("other", other)):
+        encoder = encoders.create("vae", weights=path, device="cpu")
+        extract_together(dataset, with_log_variances([(encoder, tmp_path / f"{name}.zarr")]))
+    shutil.rmtree(tmp_path / "mine.logvar.zarr")
+    (tmp_path / "other.logvar.zarr").rename(tmp_path / "mine.logvar.zarr")
+    with pytest.raises(UserError, match=r"weights_sha256"):
+        open_log_variances(TokenStore.open(tmp_path / "mine.zarr"))

@@ -1,0 +1,1 @@
+"""Linear controllers on features of a world model's belief, and their training by CMA-ES."""

@@ -1,0 +1,98 @@
+"""The folder of a trained controller.
+
+config.json                 the run whose model it acts with, and all settings
+controller.safetensors      the parameters: the mean of the search
+state.safetensors           the search, to go on with
+generations.jsonl           one line a generation
+controller.png              the same as a picture
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save
+from torch import Tensor
+
+from wmcache.common.errors import UserError, reason
+from wmcache.common.files import sha256_of, write_whole
+from wmcache.common.jsonfiles import read_json
+from wmcache.common.schema import Size, parse
+from wmcache.common.tensors import load_tensors
+from wmcache.engine.checkpoint import FILES, last_checkpoint
+from wmcache.planner.context import EvalContext
+from wmcache.planner.controllers.linear import Choice, Linear, require_dreams
+from wmcache.planner.options import policy_weights
+
+HINT = "train a controller with: wmcache controller --run RUN"
+
+
+@dataclass(frozen=True)
+class ControllerConfig:
+    """What config.json has beside the options of the training.
+
+    Attributes:
+        run: path of the world model's run. model_sha256: of its weights.
+        size: numbers of the inputs.
+        choose: see `Linear`.
+    """
+
+    policy: Literal["controller"]
+    run: str
+    model_sha256: str
+    inputs: list[str]
+    size: Size
+    choose: Choice | None
+    options: dict[str, Any]
+
+
+def model_checksum(run: Path) -> str:
+    """Return the SHA-256 of a run's newest weights."""
+    return sha256_of(last_checkpoint(run) / FILES[0])
+
+
+def read_controller(folder: Path) -> ControllerConfig:
+    """Read config.json; raises UserError where the folder is not a controller's."""
+    file = folder / "config.json"
+    return parse(ControllerConfig, read_json(file, HINT), file, HINT, fault="is not a controller's")
+
+
+def write_solution(folder: Path, solution: Tensor) -> None:
+    """Write the parameters [n], atomically."""
+    write_whole(policy_weights(folder), save({"solution": solution.float().contiguous()}))
+
+
+def read_solution(folder: Path, parameters: int) -> Tensor:
+    """Read the parameters [n]; raises UserError where they are missing, damaged or not so many."""
+    file = policy_weights(folder)
+    try:
+        found = load_tensors(file)["solution"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"{file} cannot be read ({reason(error)}); {HINT}") from error
+    if found.shape != (parameters,) or found.dtype != torch.float32 or not found.isfinite().all():
+        raise UserError(f"{file} does not have {parameters} finite float32 parameters; {HINT}")
+    return found
+
+
+def linear_of(context: EvalContext, inputs: Sequence[str], choose: Choice | None) -> Linear:
+    """Make the controller that acts with a loaded run."""
+    low, high = (torch.from_numpy(bound).to(context.device) for bound in context.action_bounds)
+    return Linear.of(require_dreams(context), inputs, (low, high), context.frameskip, choose)
+
+
+def load_controller(folder: Path, context: EvalContext) -> tuple[Linear, Tensor]:
+    """Load the controller of a folder, and its parameters; raises UserError where it was trained with another model."""
+    config = read_controller(folder)
+    if config.model_sha256 != model_checksum(context.run):
+        raise UserError(
+            f"{folder} was trained with another model than that of {context.run}, or before that was trained further; "
+            f"name the run {os.path.relpath(config.run)}, or train a controller for this one"
+        )
+    linear = linear_of(context, config.inputs, config.choose)
+    return linear, read_solution(folder, linear.parameters)

@@ -1,0 +1,51 @@
+"""All settings of the training of a controller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt
+
+from wmcache.common.options import Natural, Positive, Weight, option
+
+DREAM_TEMPERATURE = 1.15
+"""Where the model draws (arXiv 1803.10122, table 2)."""
+
+
+@dataclass(frozen=True)
+class ControllerOptions:
+    """All settings of a training; saved in config.json. Defaults are those of arXiv 1803.10122, appendix A.4, except the generations."""
+
+    where: Literal["dream", "env"] = option(
+        "dream",
+        "Train on what the world model imagines, or in the real environment.",
+        flag="--in",
+        group="Training",
+    )
+    generations: Positive = option(100, "Generations of the search.")
+    population: Annotated[int, Ge(4)] = option(64, "Candidates of a generation.")
+    rollouts: Positive = option(16, "Episodes whose mean return is a candidate's fitness; the same for all candidates.")
+    length: Positive | None = option(
+        None, "Most model steps of these episodes.  [default: those of the longest episode of the data]"
+    )
+    sigma: Annotated[float, Gt(0)] = option(0.1, "First standard deviation of the parameters.")
+    temperature: Weight | None = option(
+        None, f"Temperature of the dream.  [default: {DREAM_TEMPERATURE} where the model draws what it imagines]"
+    )
+    seed: Natural = option(0, "Seed of the search and of the episodes.")
+    inputs: str | None = option(
+        None,
+        "What the controller sees, separated by commas: latent, hidden, cell, goal.  [default: latent,hidden; where no reward is known "
+        "also goal]",
+        group="Controller",
+    )
+    choose: Literal["argmax", "thresholds"] = option(
+        "argmax",
+        "A discrete action is the one of the largest output, or the part of [-1, 1] in which a single output is.",
+    )
+    check_every: Natural = option(
+        5, "Generations between checks of the mean parameters in the real environment; 0: never.", group="Run"
+    )
+    check_episodes: Positive = option(16, "Episodes of a check.")
+    device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.")

@@ -1,0 +1,95 @@
+"""What a search of a controller works with: its shape, and returns in the dream and in the real environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from wmcache.cluster.tasks import open_pool
+from wmcache.planner.context import EvalContext
+from wmcache.planner.controllers.fitness import DreamRollouts, Live, LiveBatch, LiveRollouts
+from wmcache.planner.controllers.folder import linear_of, model_checksum
+from wmcache.planner.controllers.linear import GOAL, Linear
+from wmcache.planner.controllers.options import DREAM_TEMPERATURE, ControllerOptions
+from wmcache.planner.dream import Dream
+from wmcache.planner.options import PlanOptions
+from wmcache.trainer.models import Dreams
+from wmcache.trainer.runs import load_model
+
+Array = NDArray[np.float64]
+Returns = Callable[[Array, Sequence[int], str], Array]
+"""(candidates [n, parameters], numbers of episodes, label of the tasks) -> the sums of rewards, [n, episodes]."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """See the module.
+
+    Attributes:
+        returns: what the search maximises. check: returns in the real environment; None where that is not checked.
+    """
+
+    linear: Linear
+    returns: Returns
+    check: Returns | None
+
+
+@contextmanager
+def open_trial(
+    run: Path, options: ControllerOptions, unfinished: Path, *, cluster: str, weights: Path | None
+) -> Iterator[Trial]:
+    """Load a run, and the environment where it is needed; `unfinished` is the folder of its tasks' results.
+
+    Raises:
+        UserError: the model, the inputs or the environment do not suit a controller.
+    """
+    with ExitStack() as stack:
+        dreamed = _dreamed(run, options) if options.where == "dream" else None
+        live = None
+        if dreamed is None or options.check_every:
+            context = EvalContext(run, PlanOptions(device=options.device), weights=weights)
+            inputs = dreamed.linear.inputs if dreamed else _inputs(options, needs_goal=not context.by_return)
+            linear = linear_of(context, inputs, options.choose if context.discrete else None)
+            task = LiveBatch(
+                run.absolute(),
+                PlanOptions(device=str(context.device)),
+                weights and weights.absolute(),
+                linear.inputs,
+                linear.choose,
+                options.length or max(1, (context.store.longest_episode() - 1) // context.frameskip),
+                unfinished.absolute(),
+                model_checksum(run),
+            )
+            pool = stack.enter_context(open_pool(cluster, label="wmcache controller"))
+            live = LiveRollouts(task, Live(context, linear), pool)
+            stack.callback(live.live.close)
+        if dreamed is not None:
+            check = live.returns if live else None
+            yield Trial(dreamed.linear, lambda candidates, numbers, _: dreamed.returns(candidates, numbers), check)
+        elif live is not None:
+            yield Trial(live.live.linear, live.returns, live.returns if options.check_every else None)
+
+
+def _dreamed(run: Path, options: ControllerOptions) -> DreamRollouts:
+    temperature = options.temperature
+    if temperature is None and load_model(run, torch.device("cpu")).draws:
+        temperature = DREAM_TEMPERATURE
+    dream = Dream(run, temperature=temperature, device=options.device)
+    inputs = _inputs(options, needs_goal=dream.aimless)
+    low, high = (torch.tensor(bound, device=dream.device) for bound in (dream.action.low, dream.action.high))
+    choose = options.choose if dream.action.discrete else None
+    assert isinstance(dream.model, Dreams)
+    linear = Linear.of(dream.model, inputs, (low, high), dream.frameskip, choose)
+    return DreamRollouts(dream, linear, options.length or dream.length, goals=GOAL in inputs or dream.aimless)
+
+
+def _inputs(options: ControllerOptions, *, needs_goal: bool) -> list[str]:
+    if options.inputs is not None:
+        return options.inputs.split(",")
+    return ["latent", "hidden", *([GOAL] if needs_goal else [])]

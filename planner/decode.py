@@ -1,0 +1,66 @@
+"""Latents of a run's store as frames, by its encoder's own decoder or by a trained one; for pictures alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wmcache.common.device import choose_device
+from wmcache.common.errors import UserError
+from wmcache.pipeline import encoders
+from wmcache.pipeline.encoders import Encoder
+from wmcache.trainer.decoder import load_decoder
+from wmcache.trainer.metrics import Images, to_pixels
+from wmcache.trainer.runs import read_identity
+
+Decode = Callable[[Tensor], Images]
+"""Latents [n, N, D] in the store's units -> frames, uint8 [n, S, S, 3]."""
+AT_ONCE = 64
+
+
+def open_decode(run: Path, decoder: Path | None = None, *, weights: Path | None = None, device: str = "cpu") -> Decode:
+    """Return what draws the latents of a run.
+
+    Args:
+        decoder: of a store of the same encoder, trained with `wmtrain decoder`; None: the encoder's own.
+        weights: the encoder's, if they have moved.
+
+    Raises:
+        UserError: the decoder is of another encoder, or the encoder has none.
+    """
+    if decoder is None:
+        encoder = load_encoder(run, weights, device)
+        if encoder.decoder is None:
+            raise UserError(
+                f"{encoder.spec.name}, the encoder of {run}, has no decoder; train one with: wmtrain decoder --cache STORE, and pass "
+                "it as --decoder"
+            )
+        return encoder.decode
+    identity, other = read_identity(run)[1], read_identity(decoder)[1]
+    if different := identity.differences(replace(other, dataset_fingerprint=identity.dataset_fingerprint)):
+        raise UserError(f"{decoder} is not of the encoder of {run}: {'; '.join(different)}; pass another --decoder")
+    network = load_decoder(decoder, choose_device(device))
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Images:
+        parts = torch.split(latents.to(network.tokens_mean.device), AT_ONCE)
+        return np.concatenate([to_pixels(network(part)) for part in parts])
+
+    return decode
+
+
+def load_encoder(run: Path, weights: Path | None, device: str) -> Encoder:
+    """Load the encoder of a run's store; raises UserError where its weights are missing or other ones."""
+    card, identity = read_identity(run)
+    kept = card.encoder.get("weights")
+    if weights is None and kept and not Path(kept).exists():
+        raise UserError(f"the encoder's weights are missing: {kept}, of {run}; pass their path with --weights")
+    encoder = encoders.create_again(card.encoder, weights=weights, device=device)
+    if different := identity.differences(encoder.identity(identity.dataset_fingerprint, identity.store_dtype)):
+        raise UserError(f"not the encoder of {run}: {'; '.join(different)}; pass the right --weights")
+    return encoder

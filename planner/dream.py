@@ -1,0 +1,217 @@
+"""Episodes that a trained world model imagines, for policies that learn without frames (arXiv 1803.10122, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wmcache.cache.store import TokenStore
+from wmcache.common.columns import Column
+from wmcache.common.device import choose_device
+from wmcache.common.errors import UserError
+from wmcache.trainer.models import Belief, Dreams, Imagined, WorldModel
+from wmcache.trainer.runs import load_model, open_store, read_config
+
+LEAST_CONTINUES = 0.5
+"""An imagined episode ends where the probability that it goes on is below this: the paper's logit of 0."""
+DEFAULT_FPS = 20
+"""Env steps per second, of stores that record none."""
+BLOCK = 64
+"""Episodes that the model steps at once, always: the last bits of a matrix product depend on the number of rows."""
+
+Frames = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Episodes:
+    """Of E episodes: one generator and one start frame each, which have ended [E], and goals with their features."""
+
+    generators: list[torch.Generator]
+    starts: Frames
+    ended: Tensor
+    goal_latents: Tensor | None
+    goal: Tensor | None
+
+
+class Dream:
+    """E episodes at once, each from the first frame of an episode of the run's store.
+
+    An episode with seed s depends on s alone: its start, its goal and its noise. Features are those of `Dreams.features`, and where
+    episodes have goals also `goal`, the goal's `latent`. Actions are env actions of `action`, one-hot where it is discrete.
+
+    Attributes:
+        model: of the run.
+        store: of its frames.
+        action: the env's action space.
+        frameskip: f, env actions of a model step.
+        length: most model steps of an episode, those of the longest one in the store.
+        aimless: the model imagines neither reward nor end, so only a goal gives a reward.
+        belief: of the newest imagined frames.
+        latents: [E, N, D] of the newest imagined frames, in the store's units.
+    """
+
+    belief: Belief
+    latents: Tensor
+
+    def __init__(
+        self, run: Path, *, temperature: float | None = None, device: str = "cpu", split: str = "train"
+    ) -> None:
+        """Load a run.
+
+        Args:
+            temperature: of what the model draws; None: the run's.
+            split: episodes of the store whose first frames are starts: `train`, `val` or `all`.
+
+        Raises:
+            UserError: the run is of a model that cannot be stepped without frames, or that draws nothing at a temperature.
+        """
+        self.run, self.device = run, choose_device(device)
+        self.model, self._stepped = _load(run, temperature, self.device)
+        self.store, config = open_store(run), read_config(run)
+        self.frameskip, seed = int(config["frameskip"]), int(config.get("split_seed", 42))
+        self.action = action_space(self.store)
+        self.length = max(1, (self.store.longest_episode() - 1) // self.frameskip)
+        self.aimless = not (self.model.shape.has_reward or self.model.shape.has_end)
+        self._each = constant_reward(self.store)
+        self._starts = np.searchsorted(self.store.episode, self.store.split(split, seed))
+        self._goals = ("val" if split == "train" else split, seed)
+
+    @property
+    def temperature(self) -> float:
+        """Of what the model draws."""
+        return self.model.temperature
+
+    @property
+    def fps(self) -> float:
+        """Model steps per second of the environment."""
+        return float(self.store.card.dataset.get("fps") or DEFAULT_FPS) / self.frameskip
+
+    @property
+    def goal_latents(self) -> Tensor:
+        """[E, N, D] in the store's units; only after `reset` with goals."""
+        assert self._now.goal_latents is not None
+        return self._now.goal_latents
+
+    @property
+    def starts(self) -> Frames:
+        """The frame of the store that each episode starts from, int64 [E]."""
+        return self._now.starts
+
+    @torch.no_grad()
+    def reset(self, seeds: Sequence[int], *, goals: bool = False) -> dict[str, Tensor]:
+        """Start an episode for each seed; returns features.
+
+        Args:
+            goals: draw a goal for each, a held-out frame of the store.
+        """
+        starts, goal_latents, goal = drawn(self._starts, seeds, 1), None, None
+        self.latents, self.belief = self._observe(starts)
+        if goals:
+            goal_latents, remembered = self._observe(drawn(self.store.frames_of(*self._goals), seeds, 2))
+            goal = self._stepped.features(remembered)["latent"]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        ended = torch.zeros(len(seeds), dtype=torch.bool, device=self.device)
+        self._now = _Episodes(generators, starts, ended, goal_latents, goal)
+        return self._features()
+
+    @torch.no_grad()
+    def step(self, actions: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Imagine one model step.
+
+        An episode that has ended stays as it is, with reward 0.
+
+        Args:
+            actions: [E, f * A] in env units.
+
+        Returns:
+            Features; rewards [E] of these env steps; ended, bool [E]. The reward is minus the distance to the goal where there is one,
+            and what the model imagines, unless all rewards of the store are equal, or it has none but ends: then it is that number, or
+            1, for each env step.
+        """
+        actions, ended = actions.to(self.device, torch.float32), self._now.ended.clone()
+        self.belief = {name: value.clone() for name, value in self.belief.items()}
+        self.latents, reward = self.latents.clone(), torch.zeros(len(ended), device=self.device)
+        for rows, block in _blocks(torch.nonzero(~self._now.ended)[:, 0]):
+            # Rows that fill a block must not draw from the generators of episodes.
+            generators = [self._now.generators[row] for row in rows.tolist()]
+            generators += [torch.Generator()] * (BLOCK - len(rows))
+            before = {name: value[block] for name, value in self.belief.items()}
+            after, imagined = self._stepped.step(before, actions[block], generators)
+            for name, value in after.items():
+                self.belief[name][rows] = value[: len(rows)]
+            self.latents[rows] = imagined.latents[: len(rows), 0, 0]
+            reward[rows] = self._reward(imagined, block)[: len(rows)]
+            if imagined.continues is not None:
+                ended[rows] = imagined.continues[: len(rows), 0, 0] < LEAST_CONTINUES
+        self._now = replace(self._now, ended=ended)
+        return self._features(), reward, ended
+
+    def _reward(self, imagined: Imagined, block: Tensor) -> Tensor:
+        if self._now.goal_latents is not None:
+            return -self.model.cost(imagined, self._now.goal_latents[block])[:, 0, 0]
+        if imagined.reward is not None and self._each is None:
+            return imagined.reward[:, 0, 0]
+        return torch.full((BLOCK,), self.frameskip * (self._each or 0.0), device=self.device)
+
+    def _features(self) -> dict[str, Tensor]:
+        found = self._stepped.features(self.belief)
+        return found if self._now.goal is None else {**found, "goal": self._now.goal}
+
+    def _observe(self, frames: Frames) -> tuple[Tensor, Belief]:
+        """Return the latents of frames [E], and what the model remembers of each."""
+        latents = torch.from_numpy(self.store.gather(frames)).to(self.device).float()
+        known, parts = self.store.proprio, []
+        proprio = torch.from_numpy(np.zeros((len(frames), 0), np.float32) if known is None else known[frames])
+        for rows, block in _blocks(torch.arange(len(frames), device=self.device)):
+            seen = self.model.observe(self.model.start(BLOCK), latents[block], proprio.to(self.device)[block], None)
+            parts.append({name: value[: len(rows)] for name, value in seen.items()})
+        return latents, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _blocks(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut rows into blocks; yields those of each block, and the same with repeated ones after them, [BLOCK]."""
+    for part in torch.split(rows, BLOCK) if len(rows) else ():
+        yield part, torch.cat([part, part[:1].expand(BLOCK - len(part))])
+
+
+def _load(run: Path, temperature: float | None, device: torch.device) -> tuple[WorldModel, Dreams]:
+    model = load_model(run, device)
+    if not isinstance(model, Dreams):
+        raise UserError(
+            f"{run} is of a model that cannot be stepped without frames, {read_config(run)['model']}; "
+            "train one that can: wmtrain --model mdn-rnn"
+        )
+    if missing := model.stage_before_planning(model.stage_name):
+        raise UserError(f"not ready to imagine: {run}; train it with the same options and --stage {missing}")
+    if temperature is not None:
+        if not model.draws:
+            raise UserError(f"--temperature {temperature}: the model of {run} draws nothing; leave it out")
+        model.temperature = temperature
+    return model, model
+
+
+def action_space(store: TokenStore) -> Column:
+    """Describe the actions of a store as one column with bounds."""
+    low, high = (tuple(bound.astype(float).tolist()) for bound in store.bounds)
+    discrete = any(column.discrete for column in store.columns.values() if "action" in column.roles)
+    return Column(("action",), "float32", (len(low),), low, high, discrete=discrete)
+
+
+def constant_reward(store: TokenStore) -> float | None:
+    """Return the reward of every env step of a store: 1 where it has none but ends; None where rewards differ, or nothing is known."""
+    if store.reward is None:
+        return None if store.terminated is None else 1.0
+    followed = store.reward[:-1][np.diff(store.episode) == 0]  # the last frame of an episode has no reward
+    return float(followed[0]) if len(followed) and (followed == followed[0]).all() else None
+
+
+def drawn(frames: Frames, seeds: Sequence[int], stream: int) -> Frames:
+    """Draw a frame for each seed; streams are independent of each other."""
+    chosen = [int(np.random.default_rng((seed, stream)).integers(len(frames))) for seed in seeds]
+    return np.asarray(frames[chosen], np.int64)
