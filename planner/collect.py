@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from wmcache.cluster.tasks import WorkerTask, run_tasks
 from wmcache.common.errors import UserError
 from wmcache.common.files import atomic_write, sha256_of
-from wmcache.common.jsonfiles import json_digest, read_json
+from wmcache.common.jsonfiles import json_digest
 from wmcache.common.paths import AnyPath, absolute, as_path, exists, names_in, open_to_read, remove_files
 from wmcache.common.reading import reading
 from wmcache.engine.checkpoint import FILES, last_checkpoint
