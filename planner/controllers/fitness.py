@@ -139,12 +139,12 @@ class LiveRollouts:
         """
         context = self.live.context
         tasks = list(tasks_of(context, context.settled(self.task.options), numbers))
-        episodes = [slice(first, first + LIVE) for first in range(0, len(numbers), LIVE)]
+        episodes = [slice(first, min(first + LIVE, len(numbers))) for first in range(0, len(numbers), LIVE)]
         most = max(1, LIVE // len(numbers))
         together = max(size for size in range(1, most + 1) if len(candidates) % size == 0)
         groups = [slice(first, first + together) for first in range(0, len(candidates), together)]
         batches = [
-            Batch(f"{label}-{group.start:05d}-{part.start:05d}", candidates[group], tasks[part])
+            Batch(f"{label}-{group.start:05d}-{part.start:05d}-{part.stop:05d}", candidates[group], tasks[part])
             for group in groups
             for part in episodes
         ]

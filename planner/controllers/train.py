@@ -93,6 +93,7 @@ def train_controller(
                 bar.update()
                 if "check" in line:
                     _draw(out)
+        shutil.rmtree(unfinished, ignore_errors=True)
         _draw(out)
         return {**read_generations(out)[-1], "parameters": linear.parameters, "stopped": search.stop()}
 
