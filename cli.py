@@ -12,6 +12,7 @@ from wmcache.commands import bench, data, decode, dream, probe, stores
 from wmcache.commands.command import Group
 from wmcache.commands.controller import controller
 from wmcache.commands.plan import wmplan
+from wmcache.commands.rounds import rounds
 from wmcache.commands.sbatch import sbatch
 from wmcache.commands.study import study
 from wmcache.commands.train import import_run, wmtrain
@@ -29,7 +30,18 @@ def main() -> None:
 for known in (
     *(data.collect, data.import_, data.fit, data.extract, data.derive, data.encoders, data.weights),
     *(stores.list_, stores.info, stores.verify, stores.finalize, stores.repair, stores.preview, stores.rm),
-    *(probe.probe, bench.bench, bench.plan_job, import_run, decode.imagine, dream.dream, controller, study, sbatch),
+    *(
+        probe.probe,
+        bench.bench,
+        bench.plan_job,
+        import_run,
+        decode.imagine,
+        dream.dream,
+        controller,
+        study,
+        rounds,
+        sbatch,
+    ),
 ):
     main.add_command(known)
 wmtrain.add_command(decode.decoder)

@@ -42,7 +42,11 @@ def _stages() -> list[str]:
 )
 @run_option("--out", type=PATH, help="Folder of the run.  [default: $WMCACHE_HOME/runs/<dataset>-<store>]")
 @run_option("--preset", cls=Preset, presets=PRESETS, expose_value=False, help="Known settings; options beside it win.")
-@run_option("--resume", is_flag=True, help="Continue the run in --out; --steps, --epochs and --lr may then differ.")
+@run_option(
+    "--resume",
+    is_flag=True,
+    help="Continue the run in --out; --steps, --epochs, --lr, --warmup and --decay may then differ.",
+)
 @run_option("--overwrite", is_flag=True, help="Delete the run in --out and start from scratch.")
 @options_of(TrainOptions, model={"names": _models}, stage={"names": _stages}, start={"type": PATH})
 @click.option(

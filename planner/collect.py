@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +31,7 @@ from wmcache.planner.context import EvalContext
 from wmcache.planner.goals import Separation
 from wmcache.planner.judge import reported_thresholds
 from wmcache.planner.live import Moved, act, shown, shown_goals
-from wmcache.planner.options import PlanOptions, Precision, recorded
+from wmcache.planner.options import PlanOptions, Precision, is_policy_folder, policy_run, policy_weights, recorded
 from wmcache.planner.policies import make_policy
 
 EPISODES_AT_ONCE = 10
@@ -51,11 +50,10 @@ def collect(
     out: AnyPath,
     *,
     plan: PlanOptions | None = None,
-    noise: float = 0.0,
     cluster: str = "local:1",
     **settings: Any,
 ) -> DatasetCard:
-    """Collect a dataset of `CollectOptions(env, **settings)`, whose policy may also be the folder of a run.
+    """Collect a dataset of `CollectOptions(env, **settings)`, whose policy may also be the folder of a run, or of a trained policy.
 
     Episodes start as with any other policy. Where the environment has goals, an episode gets a new one every `plan.goal_steps` env
     steps, by default two horizons, and the policy is reset: the rule depends on time alone. `plan.goals` is `random-state`, or `dataset`
@@ -67,69 +65,73 @@ def collect(
 
     Args:
         plan: how the run acts; by default as `wmplan` does.
-        noise: standard deviation of Gaussian noise on the run's actions, in units of half their range.
     """
     options = CollectOptions(env, **settings)
-    run = run_of(options)
-    if run is None:
+    if (folder := folder_of(options)) is None:
         return behaviour.collect(env, out, cluster=cluster, **settings)
-    context, plan = _load(run, options, plan or PlanOptions(), noise)
-    options = replace(options, policy=_describe(context, plan, options, noise))
+    context, plan = _load(folder, options, plan or PlanOptions())
+    options = replace(options, policy=_describe(context, plan, options))
     known = {name: value for name, value in asdict(options).items() if name != "length"}
     if is_started(out, known) and exists(out / "dataset.json"):
         steps = FrameDataset.open(out).steps
     else:
         behaviour.check_drawing(replace(behaviour.player_of(options), policy="random"), options, out)
-        task = PlayBatch(run.absolute(), plan, options, noise, absolute(out), context.frameskip)
+        task = PlayBatch(context.run.absolute(), plan, options, absolute(out), context.frameskip)
         steps = _play_all(task.with_state(context), cluster)
     card = behaviour.draw_dataset(out, options, steps, cluster)
-    remove_files([out / name for name in names_in(out, PLAYED)])
+    if played := [out / name for name in names_in(out, PLAYED)]:
+        remove_files(played)
     return card
 
 
-def run_of(options: CollectOptions) -> Path | None:
-    """Return the folder of a run where `policy` is its path; None for the name of a behaviour policy."""
+def folder_of(options: CollectOptions) -> Path | None:
+    """Return the folder of what acts where `policy` is a path; None for the name of a behaviour policy."""
     path = Path(options.policy)
     if not (os.sep in options.policy or path.is_dir()) or options.policy in POLICIES:
         return None
     return None if options.policy in find_environment(options.env).policies else path
 
 
-def _load(run: Path, options: CollectOptions, plan: PlanOptions, noise: float) -> tuple[EvalContext, PlanOptions]:
-    """Load a run and settle how it acts; raises UserError where it cannot act in this environment."""
-    context = EvalContext(run, plan)
+def _load(folder: Path, options: CollectOptions, plan: PlanOptions) -> tuple[EvalContext, PlanOptions]:
+    """Load a run, or a trained policy's, and settle how it acts; raises UserError where it cannot act in this environment."""
+    if (run := policy_run(folder)) is not None:
+        plan = replace(plan, policy=str(folder.absolute()))
+    context = EvalContext(run or folder, plan)
     plan = replace(context.settled(plan), dtype=cast(Precision, str(context.dtype).removeprefix("torch.")))
     wanted, own = behaviour.player_of(options).open().spec, context.env.spec
     if (wanted.layout or wanted.id) != (own.layout or own.id):
         name = context.card.dataset["env"]
-        raise UserError(f"--policy {run} is of environment {name}; collect with --env {name}")
-    if noise and context.discrete:
-        raise UserError(f"noise {noise}: the actions of {run} are one-hot; leave it out")
+        raise UserError(f"--policy {folder} is of environment {name}; collect with --env {name}")
     if not context.by_return:
-        if plan.goals not in GOAL_SOURCES:
-            raise UserError(f"goals {plan.goals}: a collection takes {' or '.join(GOAL_SOURCES)}; choose one")
+        if plan.goals not in GOAL_SOURCES or plan.judge_columns:
+            raise UserError(
+                f"a collection takes goals {' or '.join(GOAL_SOURCES)}, states of the environment; choose one"
+            )
         plan = replace(plan, goal_steps=plan.goal_steps or 2 * plan.horizon * context.frameskip)
     make_policy(context, plan)
     return context, plan
 
 
-def _describe(context: EvalContext, plan: PlanOptions, options: CollectOptions, noise: float) -> str:
+def _describe(context: EvalContext, plan: PlanOptions, options: CollectOptions) -> str:
     """Name what acts by content: its kind, its weights, and a digest of what else an action depends on."""
     known = {name: value for name, value in recorded(plan).items() if name not in UNUSED}
-    weights = sha256_of(last_checkpoint(context.run) / FILES[0])
+    files = [last_checkpoint(context.run) / FILES[0]]
+    if plan.policy and is_policy_folder(plan.policy):
+        files.append(policy_weights(Path(plan.policy)))
+        del known["policy"]
+    weights = " and ".join(map(sha256_of, files))
     machine = [context.device.type, str(context.dtype)]
-    digest = json_digest([known, options.length, noise, machine, context.store.identity.to_json()])[:16]
+    digest = json_digest([known, options.length, machine, context.store.identity.to_json()])[:16]
     return f"{context.policy(plan)} of {context.config['model']}, weights {weights}, settings {digest}"
 
 
 @dataclass(frozen=True)
-class PlayBatch(WorkerTask[int, EvalContext]):
+class PlayBatch(WorkerTask[range, EvalContext]):
     """Plays a batch of episodes on any worker, and saves their step table in a file of `out`."""
 
     run_path: Path
     plan: PlanOptions
     options: CollectOptions  # its policy names the weights: files may change under the same path
-    noise: float
     out: str
     frameskip: int
 
@@ -137,45 +139,39 @@ class PlayBatch(WorkerTask[int, EvalContext]):
         """Load the run."""
         return EvalContext(self.run_path, self.plan)
 
-    def run(self, state: EvalContext, item: int) -> int:
-        """Play the batch that begins with this episode; returns its decisions."""
-        steps = play_batch(state, self.plan, self.options, self.noise, self.episodes(item))
+    def run(self, state: EvalContext, item: range) -> int:
+        """Play episodes of these numbers; returns their decisions."""
+        steps = play_batch(state, self.plan, self.options, item)
         with atomic_write(self.file(item)) as file:
             pq.write_table(steps.to_table(), file)
         return self.decisions(item)
 
-    def episodes(self, first: int) -> range:
-        """Return the episodes of the batch that begins with this one."""
-        return range(first, min(first + EPISODES_AT_ONCE, self.options.episodes))
-
-    def decisions(self, first: int) -> int:
+    def decisions(self, episodes: range) -> int:
         """Count the decisions of a batch."""
         chunk = self.plan.execute * self.frameskip
-        each = sum(-(-steps // chunk) for steps in leg_lengths(self.plan, self.options.length))
-        return len(self.episodes(first)) * each
+        return len(episodes) * sum(-(-steps // chunk) for steps in leg_lengths(self.plan, self.options.length))
 
-    def file(self, first: int) -> AnyPath:
+    def file(self, episodes: range) -> AnyPath:
         """Return where a batch is saved."""
-        return as_path(self.out) / f"{PLAYED}{json_digest(asdict(self.options))[:16]}-{first:06d}.tmp"
+        return as_path(self.out) / f"{PLAYED}{json_digest(asdict(self.options))[:16]}-{episodes.start:06d}.tmp"
 
 
 def _play_all(task: PlayBatch, cluster: str) -> Steps:
     """Play the batches that are missing; returns the step table of all episodes."""
-    firsts = range(0, task.options.episodes, EPISODES_AT_ONCE)
-    pending = [first for first in firsts if not exists(task.file(first))]
-    total = sum(task.decisions(first) for first in pending)
+    episodes = range(task.options.episodes)
+    batches = [episodes[first : first + EPISODES_AT_ONCE] for first in episodes[::EPISODES_AT_ONCE]]
+    pending = [batch for batch in batches if not exists(task.file(batch))]
+    total = sum(map(task.decisions, pending))
     run_tasks(task, pending, cluster=cluster, total=total, label="play", unit="decisions", what="batches")
     described, parts = behaviour.player_of(task.options).open().spec.columns, []
-    for file in map(task.file, firsts):
+    for file in map(task.file, batches):
         fault, hint = f"{file} cannot be read", "delete it, and run the same command again"
         with reading(file, fault, hint), open_to_read(file) as stream:
             parts.append(Steps.from_table(pq.read_table(stream), described))
     return Steps.join(parts)
 
 
-def play_batch(
-    context: EvalContext, plan: PlanOptions, options: CollectOptions, noise: float, numbers: Sequence[int]
-) -> Steps:
+def play_batch(context: EvalContext, plan: PlanOptions, options: CollectOptions, numbers: Sequence[int]) -> Steps:
     """Play the episodes of these numbers, all at once; only frames that the policy sees are drawn."""
     env, policy = context.open_env(len(numbers)), make_policy(context, plan)
     begun = [task_of_episode(env, options.seed, number) for number in numbers]
@@ -184,8 +180,7 @@ def play_batch(
     # Before the episodes start, because an environment shows a goal by a reset.
     goals = [shown_goals(policy, env, leg.tasks) for leg in legs]
     first = env.reset(tasks).columns
-    adjust = partial(_to_record, bounds=context.action_bounds, noise=noise, rngs=rngs)
-    parts = list(_moves(context, plan, policy, env, list(zip(legs, goals, strict=True)), adjust))
+    parts = list(_moves(context, plan, policy, env, list(zip(legs, goals, strict=True))))
     env.close()
     actions = np.concatenate([part.actions for part in parts], 1).astype(np.float32)
     columns = [moved for part in parts for moved in part.columns]
@@ -262,32 +257,21 @@ def _moves(
     policy: Policy,
     env: Environment,
     legs: Sequence[tuple[Leg, Observation]],
-    adjust: Callable[[NDArray[np.floating]], NDArray[np.floating]],
 ) -> Iterator[Moved]:
     """Act towards one goal after another, until a model step after all episodes have ended."""
+    low, high = context.action_bounds
     earlier, ended = None, False
+
+    def as_recorded(actions: NDArray[np.floating]) -> NDArray[np.floating]:
+        return actions.astype(np.float32).clip(low, high)
+
     for leg, goal in legs:
         policy.reset(goal, leg.generators)
         policy.observe(shown(policy, env, env.observe(), earlier))
-        for part in act(context, plan, policy, env, leg.env_steps, adjust):
+        for part in act(context, plan, policy, env, leg.env_steps, as_recorded):
             yield part
             if ended:
                 return
             last = part.columns[-1]
             ended = bool(np.any([last[name][:, -1] for name in ENDS if name in last], 0).all())
             earlier = part.earlier
-
-
-def _to_record(
-    actions: NDArray[np.floating],
-    *,
-    bounds: tuple[NDArray[np.floating], NDArray[np.floating]],
-    noise: float,
-    rngs: Sequence[np.random.Generator],
-) -> NDArray[np.float32]:
-    """Return actions [E, k, A] as they are recorded, with noise and in the bounds."""
-    low, high = (np.asarray(bound, np.float32) for bound in bounds)
-    if noise:
-        drawn = np.stack([rng.normal(size=actions.shape[1:]) for rng in rngs])
-        actions = actions + noise * (high - low) / 2 * drawn
-    return actions.astype(np.float32).clip(low, high)

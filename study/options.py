@@ -108,11 +108,7 @@ def read_study(file: Path, flags: Mapping[str, Any] | None = None) -> StudyOptio
         flags: values that win over the file's: of its top level (a `dataset` also over `collect`); `encoder`, names or labels of the
             encoders to take, from the file or with their defaults; `steps` of training; `episodes` of each evaluation.
     """
-    where = str(file)
-    try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({reason(error)}); pass a TOML file") from error
+    where, values = str(file), read_toml(file)
     given = {name: value for name, value in (flags or {}).items() if value not in (None, ())}
     names, steps, episodes = (given.pop(name, None) for name in ("encoder", "steps", "episodes"))
     values |= given
@@ -124,7 +120,7 @@ def read_study(file: Path, flags: Mapping[str, Any] | None = None) -> StudyOptio
     _require_distinct([plan.name for plan in evaluations], f"{where}: two plans have the name", "give each a name")
     options = parse_options(StudyOptions, {**values, "encoders": [], "plan": []}, where, without=("others",))
     trained = _train(tables["train"] or {}, steps, options.device, f"{where}: train")
-    with _errors_at(f"{where}: cluster"):
+    with errors_at(f"{where}: cluster"):
         parse_cluster(options.cluster)
     collected = None if "dataset" in given else tables["collect"]
     return replace(
@@ -137,6 +133,14 @@ def read_study(file: Path, flags: Mapping[str, Any] | None = None) -> StudyOptio
         seeds=tuple(dict.fromkeys(options.seeds)),
         fractions=tuple(sorted(set(options.fractions))),
     )
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """Read a TOML file."""
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({reason(error)}); pass a TOML file") from error
 
 
 def _encoders(
@@ -156,7 +160,7 @@ def _encoders(
         _require_distinct(labels, f"{where}: two encoders have the label", "give each a label")
     others = [choice for choice in known if choice not in wanted]
     for choice in (*wanted, *others):
-        with _errors_at(f"{where}: {choice.label}"):
+        with errors_at(f"{where}: {choice.label}"):
             entry = encoders.get_entry(choice.name)
             if "seed" in choice.fit:
                 raise UserError("fit.seed is set by the study; set seeds instead")
@@ -172,13 +176,22 @@ def _encoders(
 
 
 def _evaluation(table: dict[str, Any], where: str) -> Evaluation:
-    # `protocol`, `name`, and settings that win over the protocol: fields of PlanOptions and of the solver.
-    for key in ("protocol", "name", "solver"):
+    # Settings of `read_plan`, and a name.
+    if not isinstance(name := table.pop("name", ""), str):
+        raise UserError(f"{where}: name is {name!r}; it must be a string")
+    options = read_plan(table, where)
+    return Evaluation(name or table.get("protocol") or "plan", options)
+
+
+def read_plan(table: Mapping[str, Any], where: str) -> PlanOptions:
+    """Read a table of `protocol`, and settings that win over the protocol's: fields of `PlanOptions` and of the solver."""
+    table = dict(table)
+    for key in ("protocol", "solver"):
         if not isinstance(table.get(key, ""), str):
             raise UserError(f"{where}: {key} is {table[key]!r}; it must be a string")
-    protocol, name = table.pop("protocol", None), table.pop("name", None)
+    protocol = table.pop("protocol", None)
     own = {item.name for item in fields(PlanOptions)} - {"search", "device", "baselines"}
-    with _errors_at(where):
+    with errors_at(where):
         usual: Mapping[str, Any] = {} if protocol is None else PROTOCOLS.get(protocol)
         flat = {"solver": PlanOptions().solver, **usual, **table}
         solver: Any = SOLVERS.get(flat["solver"])
@@ -187,9 +200,9 @@ def _evaluation(table: dict[str, Any], where: str) -> Evaluation:
     search = {key: value for key, value in flat.items() if key not in own and key in known}
     parse_options(solver, search, where)
     options = parse_options(PlanOptions, {**{key: flat[key] for key in own & set(flat)}, "search": search}, where)
-    with _errors_at(where):
+    with errors_at(where):
         check_options(options)
-    return Evaluation(name or protocol or "plan", options)
+    return options
 
 
 def _train(table: Any, steps: int | None, device: str, where: str) -> TrainOptions:
@@ -200,7 +213,7 @@ def _train(table: Any, steps: int | None, device: str, where: str) -> TrainOptio
                 raise UserError(f"{where}: {name} is set by the study; set {own} instead")
         table = {"device": device, **table, **changed}
     trained = parse_options(TrainOptions, table, where)
-    with _errors_at(where):
+    with errors_at(where):
         read_model_options(trained.model, trained.model_options)
     return trained
 
@@ -212,7 +225,8 @@ def _list(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _errors_at(where: str) -> Iterator[None]:
+def errors_at(where: str) -> Iterator[None]:
+    """Name what an error's settings are from."""
     try:
         yield
     except UserError as error:

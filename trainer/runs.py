@@ -50,9 +50,10 @@ MAY_CHANGE = {
     *("cache", "device", "residence", "compile", "log_every", "validate_every", "checkpoint_every"),
     *("stage", "start"),
 }
-MAY_CHANGE_ON_RESUME = MAY_CHANGE | {"steps", "epochs", "learning_rate"}
+SCHEDULE = ("steps", "epochs", "learning_rate", "warmup", "decay")
+MAY_CHANGE_ON_RESUME = MAY_CHANGE.union(SCHEDULE)
 MAY_CHANGE_WITH_THE_STAGE = MAY_CHANGE_ON_RESUME | {
-    *("batch", "accumulate", "warmup", "decay", "beta2", "weight_decay", "decay_all", "clip"),
+    *("batch", "accumulate", "beta2", "weight_decay", "decay_all", "clip"),
 }
 NO_RUN = "name the folder of a run, restore the file from a copy, or train a model with: wmtrain --cache STORE"
 
@@ -306,7 +307,7 @@ def prepare_run(
             raise UserError(f"{out} is a run with other settings ({found}); {hint}choose another --out")
         config = {**config, "start": config["start"] or before.get("start")}
         if finished:  # with the steps that it has had
-            config |= {name: before[name] for name in ("steps", "epochs", "learning_rate") if name in before}
+            config |= {name: before[name] for name in SCHEDULE if name in before}
     write_settings(out, config, store)
     return bool(checkpoints(out))
 

@@ -58,7 +58,7 @@ def train(
 
     Args:
         more: stores to read as one with `cache`.
-        resume: require a run to continue; allows other `steps` and another `learning_rate`.
+        resume: require a run to continue; allows other `steps` and another schedule of the learning rate.
         overwrite: start from scratch where a run exists.
 
     Returns:
