@@ -18,7 +18,7 @@ from wmcache.common.files import atomic_write
 from wmcache.planner.report import COLOURS, RC, describe_making, write_page
 from wmcache.study.rounds import RoundsOptions, Row
 
-BASELINE_STYLES = {"random": "--", "zero": ":"}
+BASELINE_STYLES: dict[str, Any] = {"random": "--", "zero": ":"}
 
 
 def write_rounds(out: Path, options: RoundsOptions, rows: Sequence[Row], command: str) -> None:
