@@ -16,10 +16,10 @@ unexport PYTHONDONTWRITEBYTECODE
 setup: $(VENV)/.linked
 	@$(BIN)/python -m wmcache.envs.check >/dev/null 2>&1 && $(BIN)/python -c 'import cv2' 2>/dev/null || scripts/install-gl.sh $(BIN)/python
 
-$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt excludes.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --constraint constraints.txt --excludes excludes.txt --editable '.[dev]'
 	@touch $@
 
 # A strict editable install links each file, so that mypy finds the package. A folder's time changes when a file is added.

@@ -11,7 +11,8 @@ import click
 from wmcache.commands.command import Command
 from wmcache.commands.options import options_of
 from wmcache.commands.output import show
-from wmcache.commands.shared import file_option, json_option, moved_weights_option
+from wmcache.commands.shared import file_option, json_option, moved_caches_option, moved_weights_option
+from wmcache.common.paths import AnyPath
 from wmcache.planner.options import DreamOptions
 
 
@@ -20,9 +21,12 @@ from wmcache.planner.options import DreamOptions
 @options_of(DreamOptions)
 @file_option("--decoder", help="Folder of a decoder, for an encoder that has none of its own.")
 @moved_weights_option
-@file_option("--out", help="Folder of the results.  [default: RUN/dream, or RUN/dream-TEMPERATURE]")
+@moved_caches_option
+@file_option("--out", help="Folder of the results.  [default: RUN/dream-…, named by policy and temperature]")
 @json_option
-def dream(run: Path, decoder: Path | None, weights: Path | None, out: Path | None, **settings: Any) -> None:
+def dream(
+    run: Path, decoder: Path | None, weights: Path | None, cache: tuple[AnyPath, ...], out: Path | None, **settings: Any
+) -> None:
     """Play episodes in the imagination of a world model: how long they last, what they return, a video and a picture.
 
     An episode starts from a real frame and ends where the model imagines its end. Where the model imagines neither reward nor end, the
@@ -30,10 +34,12 @@ def dream(run: Path, decoder: Path | None, weights: Path | None, out: Path | Non
     """
     from wmcache.planner.dream_play import play_dreams
 
-    options = DreamOptions(**settings)
+    options, usual = DreamOptions(**settings), DreamOptions()
     if out is None:
-        out = run / ("dream" if options.temperature is None else f"dream-{options.temperature:g}")
-    result = play_dreams(run, out, options, decoder=decoder, weights=weights)
+        temperature = "" if options.temperature is None else f"{options.temperature:g}"
+        policy = "" if options.policy == usual.policy else Path(options.policy).absolute().name
+        out = run / "-".join(filter(None, ("dream", policy, temperature)))
+    result = play_dreams(run, out, options, decoder=decoder, weights=weights, cache=cache)
     show(result, _lines(result, out))
 
 

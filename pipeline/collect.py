@@ -106,7 +106,9 @@ class DrawShard(WorkerTask[int, Steps]):
         env = player.open()
         images: Iterator[Frames] = _replayed(player, state, frames)
         if env.spec.renders_states:
-            images = (env.render(state.columns["state"][frame : frame + 1])[0] for frame in frames)
+            states = state.state
+            assert states is not None
+            images = (env.render(states[frame : frame + 1])[0] for frame in frames)
         samples = ((state.key(frame), image) for frame, image in zip(frames, images, strict=True))
         write_shard(as_path(self.out), item, samples)
         return len(frames)

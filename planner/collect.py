@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from wmcache.cluster.tasks import WorkerTask, run_tasks
 from wmcache.common.errors import UserError
 from wmcache.common.files import atomic_write, sha256_of
-from wmcache.common.jsonfiles import json_digest, read_json
+from wmcache.common.jsonfiles import json_digest
 from wmcache.common.paths import AnyPath, absolute, as_path, exists, names_in, open_to_read, remove_files
 from wmcache.common.reading import reading
 from wmcache.engine.checkpoint import FILES, last_checkpoint
@@ -31,9 +31,8 @@ from wmcache.planner.context import EvalContext
 from wmcache.planner.goals import Separation
 from wmcache.planner.judge import reported_thresholds
 from wmcache.planner.live import Moved, act, shown, shown_goals
-from wmcache.planner.options import PlanOptions, Precision, is_policy_folder, policy_weights, recorded
+from wmcache.planner.options import PlanOptions, Precision, is_policy_folder, policy_run, policy_weights, recorded
 from wmcache.planner.policies import make_policy
-from wmcache.trainer.runs import NO_RUN
 
 EPISODES_AT_ONCE = 10
 """Episodes of a batch. It is no option, because the last bits of what a network computes depend on it."""
@@ -95,10 +94,9 @@ def folder_of(options: CollectOptions) -> Path | None:
 
 def _load(folder: Path, options: CollectOptions, plan: PlanOptions) -> tuple[EvalContext, PlanOptions]:
     """Load a run, or a trained policy's, and settle how it acts; raises UserError where it cannot act in this environment."""
-    run = folder
-    if is_policy_folder(str(folder)) and "policy" in (config := read_json(folder / "config.json", NO_RUN)):
-        run, plan = Path(str(config.get("run"))), replace(plan, policy=str(folder.absolute()))
-    context = EvalContext(run, plan)
+    if (run := policy_run(folder)) is not None:
+        plan = replace(plan, policy=str(folder.absolute()))
+    context = EvalContext(run or folder, plan)
     plan = replace(context.settled(plan), dtype=cast(Precision, str(context.dtype).removeprefix("torch.")))
     wanted, own = behaviour.player_of(options).open().spec, context.env.spec
     if (wanted.layout or wanted.id) != (own.layout or own.id):

@@ -15,6 +15,7 @@ from wmcache.cache.store import TokenStore
 from wmcache.common.columns import Column
 from wmcache.common.device import choose_device
 from wmcache.common.errors import UserError
+from wmcache.common.paths import AnyPath
 from wmcache.trainer.models import Belief, Dreams, Imagined, WorldModel
 from wmcache.trainer.runs import load_model, open_store, read_config
 
@@ -46,34 +47,42 @@ class Dream:
     episodes have goals also `goal`, the goal's `latent`. Actions are env actions of `action`, one-hot where it is discrete.
 
     Attributes:
-        model: of the run.
+        model, dreams: of the run; the same object.
         store: of its frames.
         action: the env's action space.
         frameskip: f, env actions of a model step.
         length: most model steps of an episode, those of the longest one in the store.
         aimless: the model imagines neither reward nor end, so only a goal gives a reward.
         belief: of the newest imagined frames.
-        latents: [E, N, D] of the newest imagined frames, in the store's units.
+        latents: [E, N, D] of the newest imagined frames, in the store's units; D is 0 of a model that imagines proprio alone, whose
+            distances to goals are those of proprio.
     """
 
     belief: Belief
     latents: Tensor
 
     def __init__(
-        self, run: Path, *, temperature: float | None = None, device: str = "cpu", split: str = "train"
+        self,
+        run: Path,
+        *,
+        temperature: float | None = None,
+        device: str = "cpu",
+        split: str = "train",
+        cache: AnyPath | Sequence[AnyPath] | None = None,
     ) -> None:
         """Load a run.
 
         Args:
             temperature: of what the model draws; None: the run's.
             split: episodes of the store whose first frames are starts: `train`, `val` or `all`.
+            cache: the store, or the stores, if they have moved.
 
         Raises:
             UserError: the run is of a model that cannot be stepped without frames, or that draws nothing at a temperature.
         """
         self.run, self.device = run, choose_device(device)
-        self.model, self._stepped = _load(run, temperature, self.device)
-        self.store, config = open_store(run), read_config(run)
+        self.model, self.dreams = _load(run, temperature, self.device)
+        self.store, config = open_store(run, cache), read_config(run)
         self.frameskip, seed = int(config["frameskip"]), int(config.get("split_seed", 42))
         self.action = action_space(self.store)
         self.length = max(1, (self.store.longest_episode() - 1) // self.frameskip)
@@ -103,6 +112,13 @@ class Dream:
         """The frame of the store that each episode starts from, int64 [E]."""
         return self._now.starts
 
+    def require_latents(self) -> None:
+        """Raise UserError where the model imagines no latents to draw."""
+        if not self.model.has_latents:
+            raise UserError(
+                f"{self.run} imagines proprio alone, which no decoder draws; draw nothing with --pictured 0"
+            )
+
     @torch.no_grad()
     def reset(self, seeds: Sequence[int], *, goals: bool = False) -> dict[str, Tensor]:
         """Start an episode for each seed; returns features.
@@ -110,14 +126,26 @@ class Dream:
         Args:
             goals: draw a goal for each, a held-out frame of the store.
         """
-        starts, goal_latents, goal = drawn(self._starts, seeds, 1), None, None
-        self.latents, self.belief = self._observe(starts)
-        if goals:
-            goal_latents, remembered = self._observe(drawn(self.store.frames_of(*self._goals), seeds, 2))
-            goal = self._stepped.features(remembered)["latent"]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        ended = torch.zeros(len(seeds), dtype=torch.bool, device=self.device)
-        self._now = _Episodes(generators, starts, ended, goal_latents, goal)
+        self.latents, self.belief, self._now = self._begin(seeds, goals=goals)
+        return self._features()
+
+    @torch.no_grad()
+    def restart(self, rows: Sequence[int], seeds: Sequence[int]) -> dict[str, Tensor]:
+        """Start other episodes in some rows of E, with goals if the others have them; returns features of all."""
+        before, places = self._now, torch.tensor(rows, dtype=torch.int64, device=self.device)
+        latents, belief, begun = self._begin(seeds, goals=before.goal is not None)
+        self.latents = _with_rows(self.latents, places, latents)
+        self.belief = {name: _with_rows(value, places, belief[name]) for name, value in self.belief.items()}
+        generators, starts = list(before.generators), before.starts.copy()
+        for row, generator, start in zip(rows, begun.generators, begun.starts, strict=True):
+            generators[row], starts[row] = generator, start
+        ended = _with_rows(before.ended, places, begun.ended)
+        self._now = _Episodes(generators, starts, ended, before.goal_latents, before.goal)
+        if before.goal_latents is not None and before.goal is not None:
+            assert begun.goal_latents is not None
+            assert begun.goal is not None
+            aims = _with_rows(before.goal_latents, places, begun.goal_latents)
+            self._now = replace(self._now, goal_latents=aims, goal=_with_rows(before.goal, places, begun.goal))
         return self._features()
 
     @torch.no_grad()
@@ -142,7 +170,7 @@ class Dream:
             generators = [self._now.generators[row] for row in rows.tolist()]
             generators += [torch.Generator()] * (BLOCK - len(rows))
             before = {name: value[block] for name, value in self.belief.items()}
-            after, imagined = self._stepped.step(before, actions[block], generators)
+            after, imagined = self.dreams.step(before, actions[block], generators)
             for name, value in after.items():
                 self.belief[name][rows] = value[: len(rows)]
             self.latents[rows] = imagined.latents[: len(rows), 0, 0]
@@ -152,15 +180,27 @@ class Dream:
         self._now = replace(self._now, ended=ended)
         return self._features(), reward, ended
 
+    def _begin(self, seeds: Sequence[int], *, goals: bool) -> tuple[Tensor, Belief, _Episodes]:
+        starts, goal_latents, goal = drawn(self._starts, seeds, 1), None, None
+        latents, belief = self._observe(starts)
+        if goals:
+            goal_latents, remembered = self._observe(drawn(self.store.frames_of(*self._goals), seeds, 2))
+            goal = self.dreams.features(remembered)["latent"]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        ended = torch.zeros(len(seeds), dtype=torch.bool, device=self.device)
+        return latents, belief, _Episodes(generators, starts, ended, goal_latents, goal)
+
     def _reward(self, imagined: Imagined, block: Tensor) -> Tensor:
-        if self._now.goal_latents is not None:
-            return -self.model.cost(imagined, self._now.goal_latents[block])[:, 0, 0]
+        if self._now.goal_latents is not None and self._now.goal is not None:
+            if self.model.has_latents:
+                return -self.model.cost(imagined, self._now.goal_latents[block])[:, 0, 0]
+            return -(imagined.proprio[:, 0, 0] - self._now.goal[block]).square().mean(-1)
         if imagined.reward is not None and self._each is None:
             return imagined.reward[:, 0, 0]
         return torch.full((BLOCK,), self.frameskip * (self._each or 0.0), device=self.device)
 
     def _features(self) -> dict[str, Tensor]:
-        found = self._stepped.features(self.belief)
+        found = self.dreams.features(self.belief)
         return found if self._now.goal is None else {**found, "goal": self._now.goal}
 
     def _observe(self, frames: Frames) -> tuple[Tensor, Belief]:
@@ -171,7 +211,13 @@ class Dream:
         for rows, block in _blocks(torch.arange(len(frames), device=self.device)):
             seen = self.model.observe(self.model.start(BLOCK), latents[block], proprio.to(self.device)[block], None)
             parts.append({name: value[: len(rows)] for name, value in seen.items()})
+        latents = latents if self.model.has_latents else latents[..., :0]
         return latents, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _with_rows(values: Tensor, rows: Tensor, others: Tensor) -> Tensor:
+    """Return values [E, …] with others in some rows."""
+    return values.index_copy(0, rows, others)
 
 
 def _blocks(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

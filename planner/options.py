@@ -137,7 +137,7 @@ class DreamOptions:
     steps: Positive | None = option(
         None, "Most model steps of an episode.  [default: those of the longest one in the store]"
     )
-    policy: Literal["random", "zero"] = option("random", "Who acts, as in wmplan.")
+    policy: str = option("random", "Who acts: random or zero, as in wmplan, or the folder of a trained controller.")
     temperature: Weight | None = option(None, "Temperature of what the model draws.  [default: the run's]")
     split: Literal["train", "val", "all"] = option("val", "Episodes of the store whose first frames are the starts.")
     pictured: Natural = option(4, "Episodes in the video and the picture; 0 draws none.")
@@ -172,6 +172,14 @@ def policy_name(policy: str) -> str:
     if not isinstance(name, str):
         raise UserError(f"--policy {policy}: the folder is not a policy's; {hint}")
     return name
+
+
+def policy_run(folder: Path) -> Path | None:
+    """Return the run that the policy of a folder acts with; None for the folder of a run or any other."""
+    if not is_policy_folder(str(folder)):
+        return None
+    run = read_json(folder / "config.json", "restore it from a copy").get("run")
+    return Path(run) if isinstance(run, str) else None
 
 
 def policy_weights(folder: Path) -> Path:

@@ -66,12 +66,13 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
 
 def test_every_kind_has_a_short_module_in_its_own_group() -> None:
     groups = PROJECT["entry-points"]
-    kinds = {"encoders", "importers", "policies", "models", "decoders", "solvers", "protocols"}
+    planning = {"plan_policies", "solvers", "protocols"}
+    kinds = {"environments", "encoders", "importers", "policies", "models", "decoders", *planning}
     assert set(groups) == {f"wmcache.{kind}" for kind in kinds}
     assert {f"my_package.{name}" for name in MODULES} == {
         target for points in groups.values() for target in points.values()
     }
-    assert len(TEXT.splitlines()) <= 200
+    assert len(TEXT.splitlines()) <= 290
 
 
 def test_the_package_collects_extracts_trains_and_plans(shell: Shell) -> None:
@@ -95,6 +96,19 @@ def test_the_package_collects_extracts_trains_and_plans(shell: Shell) -> None:
     refused = Shell(shell.folder / "elsewhere")("wmplan", "--run run --cache ../tokens.zarr", status=1).stderr
     assert len(refused.splitlines()) == 1
     assert "'mover'" in refused
+
+
+def test_the_environment_and_the_policy_are_evaluated(shell: Shell) -> None:
+    shell("main", "collect --env Slide --policy held --episodes 6 --length 40 --image-size 32 --out slide")
+    shell("main", "extract --dataset slide --encoder pixels --device cpu --cluster local:1 --out slide.zarr")
+    shell("wmtrain", "--cache slide.zarr --model mover --hidden 8 --out slid --steps 2 --batch-size 4 --device cpu")
+    plan = "--run slid --policy reach --episodes 4 --budget 30 --device cpu --json"
+    for flags in ("", "--judge-columns position --threshold 0.1 --goal-steps 20 --env Slide"):
+        found = json.loads(shell("wmplan", f"{plan} {flags}").stdout)
+        assert (found["policy"], found["reads_state"], found["env"]) == ("reach", True, "Slide")
+        assert found["threshold"] == 0.1
+        assert found["successes"] == 4
+        assert found["baselines"]["zero"][0]["successes"] == 0
 
 
 def test_the_import_format_has_a_command_with_its_options(shell: Shell) -> None:

@@ -27,7 +27,7 @@ REFERENCE: dict[str, Any] = {
     "dtype": "float32",
 }
 # The M of World Models (arXiv 1803.10122), as its code has it (hardmaru/WorldModelsExperiments). Here each piece of an episode
-# begins with an empty memory, the optimiser has a constant rate, the norm of the gradient is clipped, and latents are standardised.
+# begins with an empty memory, the rate is constant, and the norm of the gradient is clipped.
 WORLD_MODELS: dict[str, Any] = {
     "model": "mdn-rnn",
     "proprio": "none",

@@ -335,7 +335,7 @@ class Encoder:
             UserError: the encoder has no decoder.
         """
         if self.decoder is None:
-            hint = "fit it again, or train one on its store with: wmtrain decoder"
+            hint = "train one on its store with: wmtrain decoder; or fit it again with --overwrite, if its fit has one"
             raise UserError(f"{self.spec.name} has no decoder: {self.weights or self.source}; {hint}")
         drawn = [self.decoder(part.to(self.device).float()) for part in torch.split(tokens, DECODED_AT_ONCE)]
         pixels = (torch.cat(drawn).clamp(0, 1) * 255).round().byte()

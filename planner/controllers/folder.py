@@ -29,6 +29,7 @@ from wmcache.engine.checkpoint import FILES, last_checkpoint
 from wmcache.planner.context import EvalContext
 from wmcache.planner.controllers.linear import Choice, Linear, require_dreams
 from wmcache.planner.options import policy_weights
+from wmcache.trainer.models import Dreams
 
 HINT = "train a controller with: wmcache controller --run RUN"
 
@@ -80,6 +81,17 @@ def read_solution(folder: Path, parameters: int) -> Tensor:
     return found
 
 
+def read_start(folder: Path, linear: Linear) -> Tensor:
+    """Read the parameters that a search for `linear` starts from; raises UserError where that is another controller."""
+    config = read_controller(folder)
+    if (tuple(config.inputs), config.size, config.choose) != (linear.inputs, linear.size, linear.choose):
+        found = f"{','.join(config.inputs)}, {config.size} numbers"
+        raise UserError(
+            f"--from {folder} has other inputs ({found}, {config.choose}); choose them with --inputs and --choose"
+        )
+    return read_solution(folder, linear.parameters)
+
+
 def linear_of(context: EvalContext, inputs: Sequence[str], choose: Choice | None) -> Linear:
     """Make the controller that acts with a loaded run."""
     low, high = (torch.from_numpy(bound).to(context.device) for bound in context.action_bounds)
@@ -87,12 +99,24 @@ def linear_of(context: EvalContext, inputs: Sequence[str], choose: Choice | None
 
 
 def load_controller(folder: Path, context: EvalContext) -> tuple[Linear, Tensor]:
-    """Load the controller of a folder, and its parameters; raises UserError where it was trained with another model."""
+    """Load the controller of a folder, see `load_linear`."""
+    low, high = (torch.from_numpy(bound).to(context.device) for bound in context.action_bounds)
+    return load_linear(folder, context.run, require_dreams(context), (low, high), context.frameskip)
+
+
+def load_linear(
+    folder: Path, run: Path, model: Dreams, bounds: tuple[Tensor, Tensor], frameskip: int
+) -> tuple[Linear, Tensor]:
+    """Load the controller of a folder, and its parameters [n]; raises UserError where it was trained with another model.
+
+    Args:
+        run, model: of the world model. bounds: of env actions, [A] each.
+    """
     config = read_controller(folder)
-    if config.model_sha256 != model_checksum(context.run):
+    if config.model_sha256 != model_checksum(run):
         raise UserError(
-            f"{folder} was trained with another model than that of {context.run}, or before that was trained further; "
+            f"{folder} was trained with another model than that of {run}, or before that was trained further; "
             f"name the run {os.path.relpath(config.run)}, or train a controller for this one"
         )
-    linear = linear_of(context, config.inputs, config.choose)
+    linear = Linear.of(model, config.inputs, bounds, frameskip, config.choose)
     return linear, read_solution(folder, linear.parameters)

@@ -33,6 +33,9 @@ class ControllerOptions:
     temperature: Weight | None = option(
         None, f"Temperature of the dream.  [default: {DREAM_TEMPERATURE} where the model draws what it imagines]"
     )
+    start: str | None = option(
+        None, "Folder of a controller whose parameters the search starts from.  [default: zeros]", flag="--from"
+    )
     seed: Natural = option(0, "Seed of the search and of the episodes.")
     inputs: str | None = option(
         None,
@@ -45,7 +48,9 @@ class ControllerOptions:
         "A discrete action is the one of the largest output, or the part of [-1, 1] in which a single output is.",
     )
     check_every: Natural = option(
-        5, "Generations between checks of the mean parameters in the real environment; 0: never.", group="Run"
+        5,
+        "Generations between checks of the mean parameters in the real environment; the last is checked too. 0: never.",
+        group="Run",
     )
     check_episodes: Positive = option(16, "Episodes of a check.")
     device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.")

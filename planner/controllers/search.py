@@ -23,20 +23,22 @@ Array = NDArray[np.float64]
 
 MOST_FULL = 1200
 """Parameters up to which the full covariance is adapted; above, its diagonal, in linear time and memory."""
+FLAT = 20
+"""Generations of equal fitness after which the search stops; `cma` has 1, but all candidates may fail at the same step for a while."""
 NUMBERS = (bool, int, float, np.number, np.bool_)
 PLAIN = frozenset({"bool", "int", "float", "list"})
 NOT_STATE = frozenset({"logger", "timer", "opts", "inopts", "inputargs"})
 
 
 class Search:
-    """Looks for parameters of high fitness, from zeros on.
+    """Looks for parameters of high fitness.
 
     Attributes:
-        generation: how many generations have been told.
+        generation: generations whose fitness is known.
     """
 
-    def __init__(self, size: int, *, population: int, sigma: float, seed: int) -> None:
-        """Begin; `size` is the number of parameters. Raise UserError where cma is not installed."""
+    def __init__(self, start: Array, *, population: int, sigma: float, seed: int) -> None:
+        """Begin at parameters [size]. Raise UserError where cma is not installed."""
         try:
             import cma
         except ImportError as error:
@@ -47,11 +49,12 @@ class Search:
             "randn": lambda *shape: self._rng.standard_normal(shape),
             "seed": float("nan"),  # otherwise cma seeds NumPy's global generator
             "verbose": -9,  # no output, no files
-            "CMA_diagonal": size > MOST_FULL,
+            "tolflatfitness": FLAT,
+            "CMA_diagonal": len(start) > MOST_FULL,
             "AdaptSigma": cma.sigma_adaptation.CMAAdaptSigmaCSA,
         }
         self._version = str(cma.__version__)
-        self._strategy: Any = cma.CMAEvolutionStrategy(np.zeros(size), sigma, options)
+        self._strategy: Any = cma.CMAEvolutionStrategy(start, sigma, options)
 
     @property
     def generation(self) -> int:
@@ -115,7 +118,7 @@ class Search:
                 setattr(owner, name, values[path])
             self._rng.bit_generator.state = about["rng"]
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            hint = "delete its folder, or choose another --out"
+            hint = "restore it from a copy, or choose another --out"
             raise UserError(f"{file} cannot be read ({reason(error)}); {hint}") from error
 
 

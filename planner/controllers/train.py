@@ -22,7 +22,13 @@ from wmcache.common.files import atomic_write, make_folder, write_whole
 from wmcache.common.jsonfiles import dump_json, write_json
 from wmcache.common.options import check_options
 from wmcache.common.progress import seconds_between_updates
-from wmcache.planner.controllers.folder import ControllerConfig, model_checksum, read_controller, write_solution
+from wmcache.planner.controllers.folder import (
+    ControllerConfig,
+    model_checksum,
+    read_controller,
+    read_start,
+    write_solution,
+)
 from wmcache.planner.controllers.options import ControllerOptions
 from wmcache.planner.controllers.search import Search
 from wmcache.planner.controllers.trial import Trial, open_trial
@@ -64,7 +70,8 @@ def train_controller(
             linear.choose,
             asdict(options),
         )
-        search = Search(linear.parameters, population=options.population, sigma=options.sigma, seed=options.seed)
+        start = torch.zeros(linear.parameters) if options.start is None else read_start(Path(options.start), linear)
+        search = Search(start.double().numpy(), population=options.population, sigma=options.sigma, seed=options.seed)
         _prepare(out, config, search)
         with tqdm(
             total=options.generations,
@@ -103,7 +110,8 @@ def _generation(options: ControllerOptions, trial: Trial, search: Search) -> dic
         "worst": float(fitness.min()),
         "sigma": search.sigma,
     }
-    if trial.check is not None and number % options.check_every == 0:
+    last = number == options.generations or search.stop()
+    if trial.check is not None and (last or number % options.check_every == 0):
         checked = range(first + CHECKS, first + CHECKS + options.check_episodes)
         line["check"] = mean_of(trial.check(search.mean[None], checked, f"check-{number:05d}")[0])
     return {**line, "seconds": time.perf_counter() - begun}

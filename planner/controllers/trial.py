@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from wmcache.cluster.tasks import open_pool
+from wmcache.common.errors import UserError
 from wmcache.planner.context import EvalContext
 from wmcache.planner.controllers.fitness import DreamRollouts, Live, LiveBatch, LiveRollouts
 from wmcache.planner.controllers.folder import linear_of, model_checksum
@@ -53,7 +54,7 @@ def open_trial(
         dreamed = _dreamed(run, options) if options.where == "dream" else None
         live = None
         if dreamed is None or options.check_every:
-            context = EvalContext(run, PlanOptions(device=options.device), weights=weights)
+            context = _open_context(run, options, weights)
             inputs = dreamed.linear.inputs if dreamed else _inputs(options, needs_goal=not context.by_return)
             linear = linear_of(context, inputs, options.choose if context.discrete else None)
             task = LiveBatch(
@@ -74,6 +75,15 @@ def open_trial(
             yield Trial(dreamed.linear, lambda candidates, numbers, _: dreamed.returns(candidates, numbers), check)
         elif live is not None:
             yield Trial(live.live.linear, live.returns, live.returns if options.check_every else None)
+
+
+def _open_context(run: Path, options: ControllerOptions, weights: Path | None) -> EvalContext:
+    try:
+        return EvalContext(run, PlanOptions(device=options.device), weights=weights)
+    except UserError as error:
+        if options.where == "env":
+            raise
+        raise UserError(f"{error}; to train without the real environment, pass --check-every 0") from error
 
 
 def _dreamed(run: Path, options: ControllerOptions) -> DreamRollouts:

@@ -50,6 +50,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "dino-wm": SMALL,
     "ddp-wm": {**SMALL, **LOCATOR},
     "mdn-rnn": {"hidden": 8, "sequence": 3},
+    "rwm": {"hidden": 8, "head": 8, "observed_steps": 1, "forecast": 2},
 }
 
 

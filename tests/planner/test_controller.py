@@ -23,6 +23,7 @@ from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
+from wmcache.planner.collect import collect as collect_with
 from wmcache.planner.context import EvalContext
 from wmcache.planner.controllers.linear import Linear
 from wmcache.planner.controllers.options import ControllerOptions
@@ -77,14 +78,14 @@ def test_the_search_approaches_an_optimum_and_continues_bit_by_bit(tmp_path: Pat
         return asked
 
     settings: dict[str, Any] = {"population": 16, "sigma": 0.3 if size < 100 else 0.05, "seed": 3}
-    whole = Search(size, **settings)
+    whole = Search(np.zeros(size), **settings)
     start = np.square(whole.mean - optimum).sum()
     search(whole, 30)
     whole.save(tmp_path / "state")
     following = search(whole, 60)
     assert np.square(whole.mean - optimum).sum() < start * (1e-3 if size < 100 else 1)
 
-    again = Search(size, **settings)
+    again = Search(np.zeros(size), **settings)
     again.load(tmp_path / "state")
     assert again.generation == 30
     np.testing.assert_array_equal(search(again, 60), following)
@@ -92,7 +93,7 @@ def test_the_search_approaches_an_optimum_and_continues_bit_by_bit(tmp_path: Pat
 
 
 def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
-    search = Search(5, population=6, sigma=0.1, seed=0)
+    search = Search(np.zeros(5), population=6, sigma=0.1, seed=0)
     search.tell(search.ask(), np.arange(6.0))
     file = tmp_path / "state.safetensors"
     search.save(file)
@@ -100,7 +101,7 @@ def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
     for damaged in (whole[:-9], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], b"", b"\x80\x04N."):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=str(file)):
-            Search(5, population=6, sigma=0.1, seed=0).load(file)
+            Search(np.zeros(5), population=6, sigma=0.1, seed=0).load(file)
 
 
 def test_actions_are_linear_and_within_the_bounds(run: Path) -> None:
@@ -168,6 +169,17 @@ def test_a_controller_learns_in_the_dream_and_acts_in_the_environment(run: Path,
     assert results["encoder_frames"] == 3 * 5  # the goal, and before each of 4 decisions
     assert results["operations_per_decision"] > 0
     assert not results["reads_state"]
+
+    frames = tmp_path / "frames"
+    card = collect_with(
+        str(read_json(run / "identity.json", "")["card"]["dataset"]["env"]),
+        frames,
+        policy=str(out),
+        episodes=2,
+        length=12,
+    )
+    assert card.policy.startswith("controller of mdn-rnn")
+    assert card.frames == 24
 
 
 def test_the_return_of_discrete_actions_is_that_of_an_evaluation(tmp_path: Path) -> None:
@@ -265,6 +277,10 @@ def test_what_does_not_suit_is_refused(run: Path, run_path: Path, tmp_path: Path
     with pytest.raises(UserError, match="rollouts 2 != 3"):
         train_controller(run, replace(quick, rollouts=3), out)
     assert train_controller(run, replace(quick, generations=2), out)["generation"] == 2
+    further = replace(quick, start=str(out))
+    train_controller(run, further, tmp_path / "further")
+    with pytest.raises(UserError, match="--from"):
+        train_controller(run, replace(further, inputs="latent"), tmp_path / "other")
     for policy, changed, named in (
         (out, {"execute": 2}, "--execute 2"),
         ("controller", {}, "--policy"),

@@ -22,6 +22,8 @@ from wmcache.pipeline.encoders.vae import VaeOptions
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.fit import fit
 from wmcache.pipeline.frames import FrameDataset
+from wmcache.planner.controllers.options import ControllerOptions
+from wmcache.planner.controllers.train import train_controller
 from wmcache.planner.dream import Dream
 from wmcache.planner.dream_env import ENV_ID
 from wmcache.trainer.decoder import train_decoder
@@ -72,13 +74,21 @@ def maze_run(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return train_tiny(store_path, tmp_path_factory.mktemp("maze") / "run", frameskip=5, steps=5)
 
 
+@pytest.fixture(scope="module")
+def proprio_run(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of an ensemble that imagines proprio alone."""
+    options = {"tokens": "none", "hidden": 16, "ensemble": 2, "forecast": 3, "temperature": 1.0}
+    out = tmp_path_factory.mktemp("proprio") / "run"
+    return train_tiny(store_path, out, model="rwm", model_options=options, frameskip=5, steps=5)
+
+
 @pytest.fixture
 def each_run(request: pytest.FixtureRequest) -> Path:
     run: Path = request.getfixturevalue(request.param)
     return run
 
 
-every_run = pytest.mark.parametrize("each_run", ["dots_run", "cart_run", "maze_run"], indirect=True)
+every_run = pytest.mark.parametrize("each_run", ["dots_run", "cart_run", "maze_run", "proprio_run"], indirect=True)
 
 
 def actions_of(dream: Dream, seed: int) -> Tensor:
@@ -110,11 +120,11 @@ def test_an_episode_depends_on_its_seed_alone(each_run: Path) -> None:
     for seed in (3, 69):
         for one, all_of_them in zip(watch(dream, [seed]), together, strict=True):
             assert torch.equal(one[:, 0], all_of_them[:, seed])
-    latents = together[0]
-    assert len({tuple(row.flatten().tolist()) for row in latents[-1]}) == len(seeds)
+    frames = together[3]
+    assert len({tuple(row.tolist()) for row in frames[-1]}) == len(seeds)
     still = watch(Dream(each_run, temperature=0.0), [3])
-    assert not torch.equal(still[0], latents[:, 3:4])
-    assert torch.isfinite(latents).all()
+    assert not torch.equal(still[3], frames[:, 3:4])
+    assert torch.isfinite(frames).all()
 
 
 def test_an_episode_ends_where_the_model_imagines_its_end_and_then_stays(dots_run: Path) -> None:
@@ -193,6 +203,36 @@ def test_it_is_a_gymnasium_environment(each_run: Path) -> None:
             break
 
 
+@every_run
+def test_many_episodes_at_once_start_again_by_themselves(each_run: Path) -> None:
+    envs = gym.make_vec(ENV_ID, num_envs=3, run=str(each_run))
+    dream = Dream(each_run)
+    seen, _ = envs.reset(seed=5)
+    expected = dream.reset([5, 6, 7], goals=dream.aimless)
+    alone = [dream.reset([seed], goals=dream.aimless) for seed in (5, 6, 7)]
+    for name, values in expected.items():
+        np.testing.assert_array_equal(seen[name], values)
+        np.testing.assert_array_equal(seen[name], torch.cat([one[name] for one in alone]))
+    begun = 0
+    over = np.zeros(3, bool)
+    rngs = [np.random.default_rng(seed) for seed in (5, 6, 7)]
+    envs.action_space.seed(0)
+    for _ in range(2 * dream.length + 2):
+        seen, reward, ended, truncated, _ = envs.step(envs.action_space.sample())
+        assert not reward[over].any()
+        assert not ended[over].any()
+        for row in np.flatnonzero(
+            over
+        ):  # the first frame of another episode, whose seed is the next of its own generator
+            first = dream.reset([int(rngs[row].integers(2**31))], goals=dream.aimless)
+            for name, values in first.items():
+                np.testing.assert_array_equal(seen[name][row], values[0])
+            begun += 1
+        over = ended | truncated
+    assert begun >= 3
+    envs.close()
+
+
 @CHECKED
 def test_frames_are_drawn_by_the_decoder_of_the_encoder(dots_run: Path, maze_run: Path) -> None:
     env = gym.make(ENV_ID, run=str(dots_run), render_mode="rgb_array")
@@ -206,6 +246,15 @@ def test_frames_are_drawn_by_the_decoder_of_the_encoder(dots_run: Path, maze_run
     assert not np.array_equal(frame, env.render())
     with pytest.raises(UserError, match="--decoder"):
         gym.make(ENV_ID, run=str(maze_run), render_mode="rgb_array")
+
+
+def test_a_model_of_proprio_alone_reaches_for_the_goals_proprio(proprio_run: Path) -> None:
+    dream = Dream(proprio_run)
+    goal = dream.reset(range(4), goals=True)["goal"]
+    features, reward, _ = dream.step(torch.zeros(4, 10))
+    torch.testing.assert_close(reward, -(features["latent"] - goal).square().mean(1))
+    with pytest.raises(UserError, match="--pictured 0"):
+        gym.make(ENV_ID, run=str(proprio_run), render_mode="rgb_array")
 
 
 def test_the_command_plays_draws_and_counts(dots_run: Path, tmp_path: Path) -> None:
@@ -224,11 +273,31 @@ def test_the_command_plays_draws_and_counts(dots_run: Path, tmp_path: Path) -> N
     assert json.loads(again.stdout)["return"] == found["return"]
 
 
+def test_a_controller_acts_in_dreams(dots_run: Path, maze_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "controller"
+    options = ControllerOptions(generations=6, population=12, rollouts=4, sigma=1.0, check_every=0, device="cpu")
+    train_controller(dots_run, options, folder)
+    found = {}
+    for policy in ("random", str(folder)):
+        words = f"dream --run {dots_run} --policy {policy} --episodes 20 --pictured 0 --device cpu --json --out"
+        done = CliRunner().invoke(main, [*words.split(), str(tmp_path / "out")])
+        assert done.exit_code == 0, done.output
+        found[policy] = json.loads(done.stdout)["return"]["mean"]
+    assert found[str(folder)] > found["random"]
+    for run, policy in ((maze_run, str(folder)), (dots_run, "mpc")):
+        refused = CliRunner().invoke(main, ["dream", "--run", str(run), "--policy", policy, "--pictured", "0"])
+        assert refused.exit_code == 1
+        assert policy in refused.output
+
+
 def test_a_decoder_that_is_trained_on_the_store_draws_too(
     maze_run: Path, store_path: Path, dataset: FrameDataset, tmp_path: Path
 ) -> None:
     decoder = tmp_path / "decoder"
-    options = DecoderOptions(steps=2, batch=4, max_frames=40, device="cpu", lpips=False)
+    sizes = {"channels": 8, "residual": 4, "blocks": 1}
+    options = DecoderOptions(
+        decoder="vqvae", decoder_options=sizes, steps=2, batch=4, max_frames=40, device="cpu", lpips=False
+    )
     train_decoder(store_path, dataset, decoder, options)
     words = f"dream --run {maze_run} --episodes 2 --steps 3 --device cpu --out {tmp_path / 'out'}"
     done = CliRunner().invoke(main, [*words.split(), "--decoder", str(decoder)])

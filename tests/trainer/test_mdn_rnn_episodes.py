@@ -21,6 +21,7 @@ from wmcache.pipeline.fit import fit
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.trainer.models import DataShape, build
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.runs import load_model
 
 FULL = replace(SHAPE, has_reward=True, has_end=True)
 LENGTHS = (5, 2, 4)
@@ -141,6 +142,8 @@ def test_a_stopped_run_draws_the_same_latents(drawn: Go, tmp_path: Path, sequenc
     assert read_log(tmp_path / "stopped") == read_log(tmp_path / "straight")
     drawn(tmp_path / "means", model_options={**options, "latents": "mean"})
     assert weights_of(tmp_path / "means") != weights_of(tmp_path / "straight")
+    models = [load_model(tmp_path / name, torch.device("cpu")) for name in ("straight", "means")]
+    assert [bool((model.tokens_std == 1).all()) for model in models] == [True, False]
 
 
 def test_a_store_without_log_variances_is_refused(drawn: Go, store_path: Path, run: Path) -> None:

@@ -199,7 +199,7 @@ class Dreams(Protocol):
         """
 
     def features(self, belief: Belief) -> dict[str, Tensor]:
-        """Return what a policy may see of a belief, [E, …] each: `latent`, the newest frame, standardised; `hidden`; `cell` if any."""
+        """Return what a policy may see of a belief, [E, …] each: `latent`, the newest frame in its units; `hidden`; `cell` if any."""
 
 
 MODELS: Registry[type[Trainable]] = Registry("model", package=__name__, group="wmcache.models")

@@ -68,7 +68,11 @@ class Mixture(NamedTuple):
 
 @MODELS.register("mdn-rnn")
 class MdnRnn(RecurrentModel):
-    """MDN-RNN, see the module. A frame is a vector of V = N * D values; inside, tokens, proprio and actions are standardised."""
+    """MDN-RNN, see the module.
+
+    A frame is a vector of V = N * D values. Inside, tokens, proprio and actions are standardised, but for latents that are drawn: a prior
+    keeps these near the standard normal.
+    """
 
     Options = MdnRnnOptions
     options: MdnRnnOptions
@@ -76,6 +80,9 @@ class MdnRnn(RecurrentModel):
     def __init__(self, shape: DataShape, options: MdnRnnOptions, statistics: Mapping[str, Tensor]) -> None:
         """Build the model, see `WorldModel`; raises UserError for a frame of too many values."""
         super().__init__(shape, options, statistics)
+        if options.latents == "drawn":
+            # The deviation of the means is near 0 for a channel that is mostly noise.
+            self.tokens_mean, self.tokens_std = torch.zeros_like(self.tokens_mean), torch.ones_like(self.tokens_std)
         self.inputs = nn.Linear(self.values + self.proprio_size + shape.action_dim, 4 * options.hidden)
         self.recurrence = nn.Linear(options.hidden, 4 * options.hidden, bias=False)
         logits = 1 if options.mixture == "vector" else self.values
@@ -196,7 +203,7 @@ class MdnRnn(RecurrentModel):
         forget[1] = FORGET_BIAS
         weights = [self.inputs.weight, self.recurrence.weight, self.inputs.bias, forget.flatten()]
         with torch.autocast(frames.device.type, enabled=False):
-            outputs: Tensor = torch.lstm(frames, (zeros, zeros), weights, True, 1, 0.0, self.training, False, True)[0]
+            outputs: Tensor = torch.lstm(frames, (zeros, zeros), weights, True, 1, 0.0, True, False, True)[0]
         return outputs
 
     def _remember(self, memory: Memory, inputs: Tensor) -> Memory:

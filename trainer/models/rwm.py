@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +101,12 @@ class RobotWorldModel(RecurrentModel):
             {name: nn.GRU(state + shape.action_dim, hidden, options.layers, batch_first=True) for name in memories}
         )
         self.members = nn.ModuleList([Head(hidden, options.head, state) for _ in range(options.ensemble)])
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; cuDNN has gradients of a GRU in training mode alone, which without dropout has no other effect."""
+        super().train(mode)
+        self.bases.train()
+        return self
 
     @classmethod
     def window(cls, options: RwmOptions, history: int) -> int:  # noqa: ARG003
