@@ -201,6 +201,9 @@ def test_it_is_a_gymnasium_environment(each_run: Path) -> None:
         assert (reward, ended, truncated) == (float(known[0]), bool(stops[0]), step == dream.length)
         if ended:
             break
+    short = gym.make(ENV_ID, run=str(each_run), length=2)
+    short.reset(seed=7)
+    assert [short.step(action)[3] for _ in range(2)] == [False, True]
 
 
 @every_run
