@@ -32,8 +32,8 @@ class DreamVectorEnv(VectorEnv[Features, Any, NDArray[Any]]):
 
     An observation has the features of the dream, a vector each. An action is one of the real environment's, and is repeated for the
     env steps of a model step. An episode terminates where the model imagines its end, and is truncated at the length of the longest
-    one in the data, unless another is given. With goals, which are held-out frames, the reward is minus the distance to the goal. The step after its end starts
-    the next episode.
+    one in the data, unless another is given; the step after that starts the next one. With goals, which are held-out frames, the
+    reward is minus the distance to the goal.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20, "autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012 (gymnasium's own attribute)

@@ -201,9 +201,6 @@ def test_it_is_a_gymnasium_environment(each_run: Path) -> None:
         assert (reward, ended, truncated) == (float(known[0]), bool(stops[0]), step == dream.length)
         if ended:
             break
-    short = gym.make(ENV_ID, run=str(each_run), length=2)
-    short.reset(seed=7)
-    assert [short.step(action)[3] for _ in range(2)] == [False, True]
 
 
 @every_run
@@ -234,6 +231,12 @@ def test_many_episodes_at_once_start_again_by_themselves(each_run: Path) -> None
         over = ended | truncated
     assert begun >= 3
     envs.close()
+
+
+def test_an_episode_is_truncated_at_another_length(maze_run: Path) -> None:
+    env = gym.make(ENV_ID, run=str(maze_run), length=2)
+    env.reset(seed=7)
+    assert [env.step(env.action_space.sample())[3] for _ in range(2)] == [False, True]
 
 
 @CHECKED
