@@ -23,8 +23,10 @@ LEAST_CONTINUES = 0.5
 """An imagined episode ends where the probability that it goes on is below this: the paper's logit of 0."""
 DEFAULT_FPS = 20
 """Env steps per second, of stores that record none."""
-BLOCK = 64
-"""Episodes that the model steps at once, always: the last bits of a matrix product depend on the number of rows."""
+BLOCKS = {"cpu": 64}
+"""By device, episodes that the model steps at once, always: the last bits of a matrix product depend on the number of rows."""
+LARGE_BLOCK = 512
+"""Of other devices."""
 
 Frames = NDArray[np.int64]
 
@@ -81,6 +83,7 @@ class Dream:
             UserError: the run is of a model that cannot be stepped without frames, or that draws nothing at a temperature.
         """
         self.run, self.device = run, choose_device(device)
+        self._block = BLOCKS.get(self.device.type, LARGE_BLOCK)
         self.model, self.dreams = _load(run, temperature, self.device)
         self.store, config = open_store(run, cache), read_config(run)
         self.frameskip, seed = int(config["frameskip"]), int(config.get("split_seed", 42))
@@ -165,10 +168,10 @@ class Dream:
         actions, ended = actions.to(self.device, torch.float32), self._now.ended.clone()
         self.belief = {name: value.clone() for name, value in self.belief.items()}
         self.latents, reward = self.latents.clone(), torch.zeros(len(ended), device=self.device)
-        for rows, block in _blocks(torch.nonzero(~self._now.ended)[:, 0]):
+        for rows, block in _blocks(torch.nonzero(~self._now.ended)[:, 0], self._block):
             # Rows that fill a block must not draw from the generators of episodes.
             generators = [self._now.generators[row] for row in rows.tolist()]
-            generators += [torch.Generator()] * (BLOCK - len(rows))
+            generators += [torch.Generator()] * (self._block - len(rows))
             before = {name: value[block] for name, value in self.belief.items()}
             after, imagined = self.dreams.step(before, actions[block], generators)
             for name, value in after.items():
@@ -197,7 +200,7 @@ class Dream:
             return -(imagined.proprio[:, 0, 0] - self._now.goal[block]).square().mean(-1)
         if imagined.reward is not None and self._each is None:
             return imagined.reward[:, 0, 0]
-        return torch.full((BLOCK,), self.frameskip * (self._each or 0.0), device=self.device)
+        return torch.full((len(block),), self.frameskip * (self._each or 0.0), device=self.device)
 
     def _features(self) -> dict[str, Tensor]:
         found = self.dreams.features(self.belief)
@@ -208,8 +211,10 @@ class Dream:
         latents = torch.from_numpy(self.store.gather(frames)).to(self.device).float()
         known, parts = self.store.proprio, []
         proprio = torch.from_numpy(np.zeros((len(frames), 0), np.float32) if known is None else known[frames])
-        for rows, block in _blocks(torch.arange(len(frames), device=self.device)):
-            seen = self.model.observe(self.model.start(BLOCK), latents[block], proprio.to(self.device)[block], None)
+        for rows, block in _blocks(torch.arange(len(frames), device=self.device), self._block):
+            seen = self.model.observe(
+                self.model.start(len(block)), latents[block], proprio.to(self.device)[block], None
+            )
             parts.append({name: value[: len(rows)] for name, value in seen.items()})
         latents = latents if self.model.has_latents else latents[..., :0]
         return latents, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -220,10 +225,10 @@ def _with_rows(values: Tensor, rows: Tensor, others: Tensor) -> Tensor:
     return values.index_copy(0, rows, others)
 
 
-def _blocks(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut rows into blocks; yields those of each block, and the same with repeated ones after them, [BLOCK]."""
-    for part in torch.split(rows, BLOCK) if len(rows) else ():
-        yield part, torch.cat([part, part[:1].expand(BLOCK - len(part))])
+def _blocks(rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut rows into blocks; yields those of each block, and the same with repeated ones after them, [size]."""
+    for part in torch.split(rows, size) if len(rows) else ():
+        yield part, torch.cat([part, part[:1].expand(size - len(part))])
 
 
 def _load(run: Path, temperature: float | None, device: torch.device) -> tuple[WorldModel, Dreams]:

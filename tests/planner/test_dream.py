@@ -233,6 +233,12 @@ def test_many_episodes_at_once_start_again_by_themselves(each_run: Path) -> None
     envs.close()
 
 
+def test_an_episode_is_truncated_at_another_length(maze_run: Path) -> None:
+    env = gym.make(ENV_ID, run=str(maze_run), length=2)
+    env.reset(seed=7)
+    assert [env.step(env.action_space.sample())[3] for _ in range(2)] == [False, True]
+
+
 @CHECKED
 def test_frames_are_drawn_by_the_decoder_of_the_encoder(dots_run: Path, maze_run: Path) -> None:
     env = gym.make(ENV_ID, run=str(dots_run), render_mode="rgb_array")
