@@ -120,7 +120,7 @@ def tabulate(errors: dict[str, Float], episodes: NDArray[np.integer]) -> list[di
         for name in others:
             with np.errstate(invalid="ignore", divide="ignore"):
                 resampled = 1 - (drawn @ sums[first]) / (drawn @ sums[name])
-            ends = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+                ends = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
             gains[name] = [1 - share(totals[first], totals[name]), *ends]
         row = {"step": label, COPYING: float(errors[COPYING][:, columns].mean()), "gains": gains}
         row["runs"] = {name: share(totals[name], totals[COPYING]) for name in (first, *others)}
