@@ -94,6 +94,23 @@ class TestPresets:
         assert imagined.latents.shape == (1, 1, 5, 4, 32)
         assert imagined.proprio.isfinite().all()
 
+    def test_world_models_is_trained_on_what_extract_makes_of_its_encoder(
+        self, dataset_path: Path, tmp_path: Path
+    ) -> None:
+        weights = "--dataset {frames} --device cpu --encoder vae"
+        succeed(f"wmcache fit {weights} --steps 1 --batch-size 8", tmp_path, frames=dataset_path)
+        succeed(
+            f"wmcache extract {weights} --store-dtype int8 --out {{out}}",
+            tmp_path,
+            frames=dataset_path,
+            out=tmp_path / "vae.zarr",
+        )
+        small = "--steps 2 --batch-size 4 --hidden 8 --device cpu"
+        line = f"wmtrain --preset world-models-car --cache {{store}} --out {{out}} {small}"
+        succeed(line, tmp_path, store=tmp_path / "vae.zarr", out=tmp_path / "run")
+        options = read_config(tmp_path / "run")["model_options"]
+        assert (options["latents"], options["sequences"], options["sequence"]) == ("drawn", "episodes", 1000)
+
     def test_options_of_another_model_in_it_are_left_out(self, parse: Parse) -> None:
         chosen = parse("--preset jepa-wm --model ddp-wm").model_options
         assert chosen["mlp"] == PRESETS["jepa-wm"]["mlp"]
