@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from annotated_types import Le
+from annotated_types import Ge, Le
 
 from wmcache.cluster.tasks import log, parse_cluster
 from wmcache.common.errors import UserError
@@ -53,7 +53,7 @@ class FirstRound(CollectOptions):
     """How the first round collects, and all rounds but for policy and number of episodes."""
 
     episodes: Positive = option(20)
-    image_size: Annotated[int, Le(2048)] = option(112)
+    image_size: Annotated[int, Ge(8), Le(2048)] = option(112)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class RoundsOptions:
         encoder: fitted once, on the first round's frames, or with weights.
         train: `steps` are those of each round. Warm-up is in the first round only; each round ends with the decay of its own steps, and
             the next one begins at the learning rate of the constant phase.
-        controller: trained on each round's model; then it collects and is evaluated (arXiv 1803.10122, section 5). None: the run itself.
+        controller: trained on each round's model, from the controller of the round before; it collects and is evaluated instead of the
+            run (arXiv 1803.10122, section 5).
         policy: how the run acts that collects, see `planner.collect.collect`.
         plan: the evaluation after each round.
         batch: frames in each call of the encoder.
@@ -119,7 +120,7 @@ def read_rounds(file: Path, flags: Mapping[str, Any] | None = None) -> RoundsOpt
 
 def _controller(table: Any, bare: RoundsOptions, where: str) -> ControllerOptions | None:
     if isinstance(table, dict):
-        _refuse(table, ("seed",), where, "set the seed of all at the top")
+        _refuse(table, ("seed", "start"), where, "it is set by the rounds")
         table = {"device": bare.device, **table, "seed": bare.seed}
     return None if table is None else parse_options(ControllerOptions, table, where)
 
@@ -213,8 +214,7 @@ class _Round:
             self.collect()
             self.extract()
             self.train()
-            if (options := self.options).controller:
-                train_controller(self.path("runs"), options.controller, self.actor(), cluster=options.cluster)
+            self.train_controller()
             self.evaluate(results)
         return self.figures(read_json(results, HINT))
 
@@ -264,6 +264,12 @@ class _Round:
         # Shares of all steps so far.
         whole = replace(own, steps=rounds * own.steps, warmup=own.warmup / rounds, decay=own.decay / rounds)
         train(first, run, whole, more=more, resume=rounds > 1)
+
+    def train_controller(self) -> None:
+        """Train the round's controller on its model, from the one of the round before, where the file asks for it."""
+        if (chosen := self.options.controller) is not None:
+            chosen = replace(chosen, start=str(self.before().actor()) if self.number > 1 else None)
+            train_controller(self.path("runs"), chosen, self.actor(), cluster=self.options.cluster)
 
     def evaluate(self, results: Path) -> None:
         """Act in the episodes of the evaluation; baselines are the same in all rounds, so the first one has them."""
