@@ -233,8 +233,6 @@ def _load(run: Path, temperature: float | None, device: torch.device) -> tuple[W
             f"{run} is of a model that cannot be stepped without frames, {read_config(run)['model']}; "
             "train one that can: wmtrain --model mdn-rnn"
         )
-    if not model.has_latents:
-        raise UserError(f"{run} imagines proprio alone, and a dream has latents; train with them: wmtrain --tokens all")
     if missing := model.stage_before_planning(model.stage_name):
         raise UserError(f"not ready to imagine: {run}; train it with the same options and --stage {missing}")
     if temperature is not None:

@@ -23,6 +23,8 @@ from wmcache.pipeline.frames import FrameDataset, is_complete
 from wmcache.pipeline.options import CollectOptions
 from wmcache.planner.collect import collect
 from wmcache.planner.context import EvalContext
+from wmcache.planner.controllers.options import ControllerOptions
+from wmcache.planner.controllers.train import train_controller
 from wmcache.planner.evaluate import evaluate
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_episodes
@@ -40,7 +42,7 @@ MAY_CHANGE = {
     "cluster",
     "batch",
     "plan.batch",
-    *(f"{part}device" for part in ("", "train.", "policy.", "plan.")),
+    *(f"{part}device" for part in ("", "train.", "controller.", "policy.", "plan.")),
 }
 HINT = "restore it, or choose another --out"
 Row = dict[str, Any]
@@ -63,6 +65,7 @@ class RoundsOptions:
         encoder: fitted once, on the first round's frames, or with weights.
         train: `steps` are those of each round. Warm-up is in the first round only; each round ends with the decay of its own steps, and
             the next one begins at the learning rate of the constant phase.
+        controller: trained on each round's model; then it collects and is evaluated (arXiv 1803.10122, section 5). None: the run itself.
         policy: how the run acts that collects, see `planner.collect.collect`.
         plan: the evaluation after each round.
         batch: frames in each call of the encoder.
@@ -74,6 +77,7 @@ class RoundsOptions:
     collect: FirstRound = field(default_factory=FirstRound)
     later_episodes: Positive | None = None
     train: TrainOptions = field(default_factory=TrainOptions)
+    controller: ControllerOptions | None = None
     policy: PlanOptions = field(default_factory=PlanOptions)
     plan: PlanOptions = field(default_factory=PlanOptions)
     batch: Positive = 32
@@ -92,6 +96,7 @@ def read_rounds(file: Path, flags: Mapping[str, Any] | None = None) -> RoundsOpt
     _refuse(tables["collect"], ("seed",), f"{where}: collect", "set the seed of all at the top")
     _refuse(tables["train"], ("seed", "epochs", "stage", "start"), f"{where}: train", "it is set by the rounds")
     _refuse(tables["policy"], ("episodes", "budget", "batch", "seed", "env"), f"{where}: policy", "no round uses it")
+    controlled = values.pop("controller", None)
     bare = parse_options(RoundsOptions, {**values, "encoder": {"name": ""}}, where)
     with errors_at(f"{where}: cluster"):
         parse_cluster(bare.cluster)
@@ -106,9 +111,17 @@ def read_rounds(file: Path, flags: Mapping[str, Any] | None = None) -> RoundsOpt
         collect=parse_options(FirstRound, {**tables["collect"], "seed": bare.seed}, f"{where}: collect"),
         encoder=_encoder(tables["encoder"], bare.seed, f"{where}: encoder"),
         train=trained,
+        controller=_controller(controlled, bare, f"{where}: controller"),
         policy=replace(read_plan(tables["policy"], f"{where}: policy"), device=bare.device),
         plan=replace(read_plan(tables["plan"], f"{where}: plan"), device=bare.device),
     )
+
+
+def _controller(table: Any, bare: RoundsOptions, where: str) -> ControllerOptions | None:
+    if isinstance(table, dict):
+        _refuse(table, ("seed",), where, "set the seed of all at the top")
+        table = {"device": bare.device, **table, "seed": bare.seed}
+    return None if table is None else parse_options(ControllerOptions, table, where)
 
 
 def _refuse(table: Mapping[str, Any], names: tuple[str, ...], where: str, hint: str) -> None:
@@ -200,18 +213,24 @@ class _Round:
             self.collect()
             self.extract()
             self.train()
+            if (options := self.options).controller:
+                train_controller(self.path("runs"), options.controller, self.actor(), cluster=options.cluster)
             self.evaluate(results)
         return self.figures(read_json(results, HINT))
 
+    def actor(self) -> Path:
+        """Return the folder of what acts after the round: the run, or its controller."""
+        return self.path("controllers" if self.options.controller else "runs")
+
     def collect(self) -> None:
-        """Collect by the first round's policy, or by the run of the round before."""
+        """Collect by the first round's policy, or by what acts after the round before."""
         options, frames = self.options, self.path("frames")
         if is_complete(frames):
             return
         settings = {**asdict(options.collect), "seed": SEEDS * options.seed + self.number - 1}
         if self.number > 1:
             episodes = options.later_episodes or options.collect.episodes
-            settings |= {"policy": str(self.before().path("runs")), "episodes": episodes}
+            settings |= {"policy": str(self.before().actor()), "episodes": episodes}
         collect(out=frames, plan=options.policy, cluster=options.cluster, **settings)
 
     def extract(self) -> None:
@@ -247,10 +266,12 @@ class _Round:
         train(first, run, whole, more=more, resume=rounds > 1)
 
     def evaluate(self, results: Path) -> None:
-        """Plan with the run; baselines are the same in all rounds, so the first one has them."""
+        """Act in the episodes of the evaluation; baselines are the same in all rounds, so the first one has them."""
         plan, out = self.options.plan, results.parent
         if self.number > 1:
             plan = replace(plan, baselines="")
+        if self.options.controller:
+            plan = replace(plan, policy=str(self.actor()))
         context = EvalContext(self.path("runs"), plan)
         episodes, found = evaluate(context, plan, out, self.options.cluster)
         write_episodes(out / "episodes.parquet", episodes, context.env.spec.thresholds)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from wmcache.common.device import CPU
 from wmcache.common.figures import png_bytes
 from wmcache.common.files import atomic_write
 from wmcache.planner.report import COLOURS, RC, describe_making, write_page
 from wmcache.study.rounds import RoundsOptions, Row
+
+BASELINE_STYLES: dict[str, Any] = {"random": "--", "zero": ":"}
 
 
 def write_rounds(out: Path, options: RoundsOptions, rows: Sequence[Row], command: str) -> None:
@@ -65,46 +68,51 @@ def _cells(row: Row) -> list[str]:
 
 @matplotlib.rc_context(RC)
 def draw_rounds(rows: Sequence[Row]) -> bytes:
-    """Draw success within each threshold, or the mean return, over all collected frames, with 95 % intervals."""
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    axes, frames = figure.subplots(), [row["total_frames"] for row in rows]
-    if "return" in rows[0]:
-        _draw_line(
-            axes, frames, [row["return"]["mean"] for row in rows], [row["return"]["ci95"] for row in rows], 0, "run"
+    """Draw success within each threshold, or the mean return, over all collected frames, with 95 % intervals; dashed: baselines."""
+    figure, frames = Figure(figsize=(6.4, 3.4), layout="constrained"), [row["total_frames"] for row in rows]
+    axes = figure.subplots()
+    for number, line in enumerate(_lines(rows)):
+        colour = COLOURS[number % len(COLOURS)]
+        # An interval of a single episode's return is not known.
+        ends = [found or (value, value) for value, found in zip(line.values, line.intervals, strict=True)]
+        bars = [[abs(value - end[k]) for value, end in zip(line.values, ends, strict=True)] for k in (0, 1)]
+        # Shifted, so that intervals do not hide each other.
+        shifted = [at + 0.006 * number * frames[-1] for at in frames]
+        axes.errorbar(
+            shifted, line.values, yerr=bars, color=colour, marker="o", markersize=4.5, capsize=2, label=line.label
         )
-        for name, found in rows[0]["baselines"].items():
-            axes.axhline(found["mean"], color="#888", linestyle=":" if name == "zero" else "--", label=name)
-        axes.set(ylabel="mean return")
-    else:
-        for k, judged in enumerate(rows[0]["by_threshold"]):
-            mine = [row["by_threshold"][k] for row in rows]
-            values, intervals = [found["success_rate"] for found in mine], [found["ci95"] for found in mine]
-            _draw_line(axes, frames, values, intervals, k, f"within {judged['threshold']}")
-            for name, found in rows[0]["baselines"].items():
-                style: dict[str, Any] = {
-                    "color": COLOURS[k % len(COLOURS)],
-                    "linewidth": 0.9,
-                    "linestyle": ":" if name == "zero" else "--",
-                }
-                axes.axhline(found[k]["success_rate"], label=f"{name}, within {judged['threshold']}", **style)
-        axes.set(ylabel="episodes that reached the goal", ylim=(-0.02, 1.02))
-    axes.set(xlabel="collected frames, all rounds", xticks=frames)
-    figure.legend(loc="outside right upper", fontsize=7)
+        for name, value in line.baselines.items():
+            axes.axhline(value, color=colour, linewidth=0.9, linestyle=BASELINE_STYLES.get(name, "-."))
+    handles, _ = axes.get_legend_handles_labels()
+    for name in rows[0]["baselines"]:
+        style = BASELINE_STYLES.get(name, "-.")
+        handles.append(Line2D([], [], color="#666", linewidth=0.9, linestyle=style, label=f"{name} actions"))
+    by_return = "return" in rows[0]
+    axes.set(ylabel="mean return" if by_return else "episodes that reached the goal", xticks=frames)
+    axes.set(xlabel="collected frames, all rounds", ylim=None if by_return else (-0.02, 1.02))
+    figure.legend(handles=handles, loc="outside right upper")
     return png_bytes(figure, dpi=150)
 
 
-def _draw_line(
-    axes: Any, frames: Sequence[int], values: Sequence[float], intervals: Sequence[Any], number: int, label: str
-) -> None:
-    # An interval of a single episode's return is not known.
-    ends = [found or (value, value) for value, found in zip(values, intervals, strict=True)]
-    bars = [[abs(value - end[k]) for value, end in zip(values, ends, strict=True)] for k in (0, 1)]
-    style: dict[str, Any] = {
-        "color": COLOURS[number % len(COLOURS)],
-        "marker": "o",
-        "markersize": 4.5,
-        "linewidth": 1.4,
-    }
-    # Shifted, so that intervals do not hide each other.
-    shifted = [at + 0.006 * number * frames[-1] for at in frames]
-    axes.errorbar(shifted, values, yerr=bars, elinewidth=0.9, capsize=2, label=label, **style)
+@dataclass(frozen=True)
+class _Line:
+    """A line of the picture: its values and 95 % intervals by round, and the baselines' values."""
+
+    label: str
+    values: list[float]
+    intervals: list[Any]
+    baselines: dict[str, float]
+
+
+def _lines(rows: Sequence[Row]) -> Iterator[_Line]:
+    baselines = rows[0]["baselines"].items()
+    if "return" in rows[0]:
+        found = [row["return"] for row in rows]
+        means = {name: known["mean"] for name, known in baselines}
+        yield _Line("model", [one["mean"] for one in found], [one["ci95"] for one in found], means)
+        return
+    for k, judged in enumerate(rows[0]["by_threshold"]):
+        found = [row["by_threshold"][k] for row in rows]
+        rates = {name: known[k]["success_rate"] for name, known in baselines}
+        values, intervals = [one["success_rate"] for one in found], [one["ci95"] for one in found]
+        yield _Line(f"within {judged['threshold']}", values, intervals, rates)

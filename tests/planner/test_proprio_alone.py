@@ -16,7 +16,6 @@ from wmcache.commands.train import wmtrain
 from wmcache.common.errors import UserError
 from wmcache.common.jsonfiles import read_json
 from wmcache.planner.context import EvalContext
-from wmcache.planner.dream import Dream
 from wmcache.planner.mpc import make_mpc
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.policies import make_policy
@@ -66,8 +65,3 @@ def test_distances_of_latents_are_refused(
     options = replace(tiny_plan, **changes)
     with pytest.raises(UserError, match=f"{named}.*--alpha 1"):
         make_policy(EvalContext(blind_run, options), options)
-
-
-def test_it_does_not_dream(blind_run: Path) -> None:
-    with pytest.raises(UserError, match="--tokens all"):
-        Dream(blind_run)

@@ -67,6 +67,14 @@ iterations = 1
 TCN = 'name = "tcn"\nfit = { steps = 4, batch = 16 }'
 DINO_WM = "{ width = 16, depth = 1, heads = 2 }"
 MDN_RNN = "{ hidden = 16, mixtures = 2, sequence = 4 }"
+CONTROLLER = """
+[controller]
+generations = 1
+population = 4
+rollouts = 2
+length = 3
+check_every = 0
+"""
 Write = Callable[..., Path]
 
 
@@ -185,10 +193,12 @@ def test_other_settings_are_refused_by_name(done: Path, tmp_path: Path) -> None:
     assert str(tmp_path / "other") in run(write(tmp_path), tmp_path / "other", status=1).stderr
 
 
-def test_without_goals_the_curve_is_of_returns(user_package: str, tmp_path: Path) -> None:
+def test_without_goals_a_controller_collects_and_the_curve_is_of_returns(user_package: str, tmp_path: Path) -> None:
     file = write(tmp_path, f"{user_package}:Dots-v0", 'name = "pixels"', "mdn-rnn", MDN_RNN, policy="")
-    file.write_text(file.read_text().replace("[train]", "[train]\nframeskip = 2\nhistory = 1"))
+    file.write_text(file.read_text().replace("[train]", f"{CONTROLLER}\n[train]\nframeskip = 2\nhistory = 1"))
     result = run(file, tmp_path / "out")
+    card = FrameDataset.open(tmp_path / "out" / "frames" / "round-2").card
+    assert card.policy.startswith("controller of mdn-rnn, weights ")
     rows = json.loads((tmp_path / "out" / "rounds.json").read_text())["rounds"]
     assert [row["return"]["mean"] > 0 for row in rows] == [True, True]
     assert "mean return" in result.stdout
