@@ -54,7 +54,7 @@ class Dream:
         action: the env's action space.
         frameskip: f, env actions of a model step.
         length: most model steps of an episode, those of the longest one in the store.
-        aimless: the model imagines neither reward nor end, so only a goal gives a reward.
+        needs_goals: the model imagines neither reward nor end, so only a goal gives a reward.
         belief: of the newest imagined frames.
         latents: [E, N, D] of the newest imagined frames, in the store's units; D is 0 of a model that imagines proprio alone, whose
             distances to goals are those of proprio.
@@ -89,7 +89,7 @@ class Dream:
         self.frameskip, seed = int(config["frameskip"]), int(config.get("split_seed", 42))
         self.action = action_space(self.store)
         self.length = max(1, (self.store.longest_episode() - 1) // self.frameskip)
-        self.aimless = not (self.model.shape.has_reward or self.model.shape.has_end)
+        self.needs_goals = not (self.model.shape.has_reward or self.model.shape.has_end)
         self._each = constant_reward(self.store)
         self._starts = np.searchsorted(self.store.episode, self.store.split(split, seed))
         self._goals = ("val" if split == "train" else split, seed)
@@ -147,8 +147,8 @@ class Dream:
         if before.goal_latents is not None and before.goal is not None:
             assert begun.goal_latents is not None
             assert begun.goal is not None
-            aims = _with_rows(before.goal_latents, places, begun.goal_latents)
-            self._now = replace(self._now, goal_latents=aims, goal=_with_rows(before.goal, places, begun.goal))
+            latest = _with_rows(before.goal_latents, places, begun.goal_latents)
+            self._now = replace(self._now, goal_latents=latest, goal=_with_rows(before.goal, places, begun.goal))
         return self._features()
 
     @torch.no_grad()

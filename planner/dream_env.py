@@ -59,7 +59,7 @@ class DreamVectorEnv(VectorEnv[Features, Any, NDArray[Any]]):
         """
         self.num_envs, self.render_mode = num_envs, render_mode
         self._dream = Dream(Path(run), temperature=temperature, device=device, split=split)
-        self._goals = self._dream.aimless if goals is None else goals
+        self._goals = self._dream.needs_goals if goals is None else goals
         self._length = self._dream.length if length is None else length
         self._decode = None
         if render_mode is not None:
