@@ -118,13 +118,19 @@ def tabulate(errors: dict[str, Float], episodes: NDArray[np.integer]) -> list[di
         totals = {name: float(values.sum()) for name, values in sums.items()}
         gains = {}
         for name in others:
-            resampled = 1 - (drawn @ sums[first]) / (drawn @ sums[name])
-            ends = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
-            gains[name] = [1 - totals[first] / totals[name], *ends]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                resampled = 1 - (drawn @ sums[first]) / (drawn @ sums[name])
+                ends = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+            gains[name] = [1 - share(totals[first], totals[name]), *ends]
         row = {"step": label, COPYING: float(errors[COPYING][:, columns].mean()), "gains": gains}
-        row["runs"] = {name: totals[name] / totals[COPYING] for name in (first, *others)}
+        row["runs"] = {name: share(totals[name], totals[COPYING]) for name in (first, *others)}
         table.append(row)
     return table
+
+
+def share(part: float, whole: float) -> float:
+    """Divide; nan where frames do not change, or nothing is wrong."""
+    return part / whole if whole else math.nan
 
 
 def _open(

@@ -29,6 +29,12 @@ def available_cpus() -> int:
     return max(1, min(counts))
 
 
+def own_cpus() -> int:
+    """Return the CPUs that this process may keep busy: the available ones, or fewer where OMP_NUM_THREADS says so, as in workers."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return min(available_cpus(), max(1, int(threads))) if threads.isdecimal() else available_cpus()
+
+
 def limit_threads(processes: int = 1) -> None:
     """Set the number of threads of each of `processes` that share the CPUs, and how long waiting threads spin.
 

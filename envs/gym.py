@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from wmcache.common.columns import Column
-from wmcache.common.cpus import available_cpus
+from wmcache.common.cpus import own_cpus
 from wmcache.common.errors import UserError, reason
 from wmcache.envs.base import (
     ENVIRONMENTS,
@@ -65,7 +65,7 @@ class GymEnvironment(Environment):
         self.count = count
         here = Copies(name, count, image_size)
         self._copies: Copies | Processes = here
-        self._workers = min(count, available_cpus())
+        self._workers = min(count, own_cpus())
         self._starts: list[Start] = []  # of episodes that have not moved yet
         self._seen: Steps = {}
         self.spec = EnvSpec(
@@ -133,7 +133,7 @@ class GymEnvironment(Environment):
             return
         try:
             moved = Processes(self.spec.id, self.count, self.spec.image_size, self._workers)
-        except UserError:
+        except (OSError, UserError):
             self._workers = 1  # an environment that only this process knows
             return
         self._copies.close()

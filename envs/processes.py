@@ -29,14 +29,15 @@ class Processes:
     """Copies of a world, as `envs.gym.Copies`, in worker processes."""
 
     def __init__(self, name: str, count: int, image_size: int, workers: int) -> None:
-        """Start workers; raises UserError where the world cannot be opened there."""
+        """Start workers; raises UserError or OSError where the world cannot be opened there."""
         self.name = name
         self._sizes = [len(part) for part in np.array_split(np.arange(count), workers)]
-        self._workers = [Worker() for _ in self._sizes]
+        self._workers: list[Worker] = []
         self._end = weakref.finalize(self, end_all, self._workers)
         try:
+            self._workers += (Worker() for _ in self._sizes)
             self._call("open", [(name, size, image_size) for size in self._sizes])
-        except UserError:
+        except (OSError, UserError):
             self.close()
             raise
 
@@ -96,6 +97,7 @@ class Worker:
             [sys.executable, "-P", "-c", PROGRAM, str(number)],
             env={**os.environ, "PYTHONPATH": path},
             pass_fds=(number,),
+            process_group=0,  # Ctrl-C is for the process that started this one
             stdin=subprocess.DEVNULL,
             stdout=2,  # what a world prints must not be in a command's output
         )

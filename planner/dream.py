@@ -23,8 +23,10 @@ LEAST_CONTINUES = 0.5
 """An imagined episode ends where the probability that it goes on is below this: the paper's logit of 0."""
 DEFAULT_FPS = 20
 """Env steps per second, of stores that record none."""
-BLOCK = 64
-"""Episodes that the model steps at once, always: the last bits of a matrix product depend on the number of rows."""
+BLOCKS = {"cpu": 64}
+"""By device, episodes that the model steps at once, always: the last bits of a matrix product depend on the number of rows."""
+LARGE_BLOCK = 512
+"""Of other devices."""
 
 Frames = NDArray[np.int64]
 
@@ -52,7 +54,7 @@ class Dream:
         action: the env's action space.
         frameskip: f, env actions of a model step.
         length: most model steps of an episode, those of the longest one in the store.
-        aimless: the model imagines neither reward nor end, so only a goal gives a reward.
+        needs_goals: the model imagines neither reward nor end, so only a goal gives a reward.
         belief: of the newest imagined frames.
         latents: [E, N, D] of the newest imagined frames, in the store's units; D is 0 of a model that imagines proprio alone, whose
             distances to goals are those of proprio.
@@ -81,12 +83,13 @@ class Dream:
             UserError: the run is of a model that cannot be stepped without frames, or that draws nothing at a temperature.
         """
         self.run, self.device = run, choose_device(device)
+        self._block = BLOCKS.get(self.device.type, LARGE_BLOCK)
         self.model, self.dreams = _load(run, temperature, self.device)
         self.store, config = open_store(run, cache), read_config(run)
         self.frameskip, seed = int(config["frameskip"]), int(config.get("split_seed", 42))
         self.action = action_space(self.store)
         self.length = max(1, (self.store.longest_episode() - 1) // self.frameskip)
-        self.aimless = not (self.model.shape.has_reward or self.model.shape.has_end)
+        self.needs_goals = not (self.model.shape.has_reward or self.model.shape.has_end)
         self._each = constant_reward(self.store)
         self._starts = np.searchsorted(self.store.episode, self.store.split(split, seed))
         self._goals = ("val" if split == "train" else split, seed)
@@ -144,8 +147,8 @@ class Dream:
         if before.goal_latents is not None and before.goal is not None:
             assert begun.goal_latents is not None
             assert begun.goal is not None
-            aims = _with_rows(before.goal_latents, places, begun.goal_latents)
-            self._now = replace(self._now, goal_latents=aims, goal=_with_rows(before.goal, places, begun.goal))
+            latest = _with_rows(before.goal_latents, places, begun.goal_latents)
+            self._now = replace(self._now, goal_latents=latest, goal=_with_rows(before.goal, places, begun.goal))
         return self._features()
 
     @torch.no_grad()
@@ -165,10 +168,10 @@ class Dream:
         actions, ended = actions.to(self.device, torch.float32), self._now.ended.clone()
         self.belief = {name: value.clone() for name, value in self.belief.items()}
         self.latents, reward = self.latents.clone(), torch.zeros(len(ended), device=self.device)
-        for rows, block in _blocks(torch.nonzero(~self._now.ended)[:, 0]):
+        for rows, block in _blocks(torch.nonzero(~self._now.ended)[:, 0], self._block):
             # Rows that fill a block must not draw from the generators of episodes.
             generators = [self._now.generators[row] for row in rows.tolist()]
-            generators += [torch.Generator()] * (BLOCK - len(rows))
+            generators += [torch.Generator()] * (self._block - len(rows))
             before = {name: value[block] for name, value in self.belief.items()}
             after, imagined = self.dreams.step(before, actions[block], generators)
             for name, value in after.items():
@@ -197,7 +200,7 @@ class Dream:
             return -(imagined.proprio[:, 0, 0] - self._now.goal[block]).square().mean(-1)
         if imagined.reward is not None and self._each is None:
             return imagined.reward[:, 0, 0]
-        return torch.full((BLOCK,), self.frameskip * (self._each or 0.0), device=self.device)
+        return torch.full((len(block),), self.frameskip * (self._each or 0.0), device=self.device)
 
     def _features(self) -> dict[str, Tensor]:
         found = self.dreams.features(self.belief)
@@ -208,8 +211,10 @@ class Dream:
         latents = torch.from_numpy(self.store.gather(frames)).to(self.device).float()
         known, parts = self.store.proprio, []
         proprio = torch.from_numpy(np.zeros((len(frames), 0), np.float32) if known is None else known[frames])
-        for rows, block in _blocks(torch.arange(len(frames), device=self.device)):
-            seen = self.model.observe(self.model.start(BLOCK), latents[block], proprio.to(self.device)[block], None)
+        for rows, block in _blocks(torch.arange(len(frames), device=self.device), self._block):
+            seen = self.model.observe(
+                self.model.start(len(block)), latents[block], proprio.to(self.device)[block], None
+            )
             parts.append({name: value[: len(rows)] for name, value in seen.items()})
         latents = latents if self.model.has_latents else latents[..., :0]
         return latents, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -220,10 +225,10 @@ def _with_rows(values: Tensor, rows: Tensor, others: Tensor) -> Tensor:
     return values.index_copy(0, rows, others)
 
 
-def _blocks(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut rows into blocks; yields those of each block, and the same with repeated ones after them, [BLOCK]."""
-    for part in torch.split(rows, BLOCK) if len(rows) else ():
-        yield part, torch.cat([part, part[:1].expand(BLOCK - len(part))])
+def _blocks(rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut rows into blocks; yields those of each block, and the same with repeated ones after them, [size]."""
+    for part in torch.split(rows, size) if len(rows) else ():
+        yield part, torch.cat([part, part[:1].expand(size - len(part))])
 
 
 def _load(run: Path, temperature: float | None, device: torch.device) -> tuple[WorldModel, Dreams]:

@@ -32,8 +32,8 @@ class DreamVectorEnv(VectorEnv[Features, Any, NDArray[Any]]):
 
     An observation has the features of the dream, a vector each. An action is one of the real environment's, and is repeated for the
     env steps of a model step. An episode terminates where the model imagines its end, and is truncated at the length of the longest
-    one in the data. With goals, which are held-out frames, the reward is minus the distance to the goal. The step after its end starts
-    the next episode.
+    one in the data, unless another is given; the step after that starts the next one. With goals, which are held-out frames, the
+    reward is minus the distance to the goal.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20, "autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012 (gymnasium's own attribute)
@@ -47,6 +47,7 @@ class DreamVectorEnv(VectorEnv[Features, Any, NDArray[Any]]):
         decoder: str | Path | None = None,
         split: str = "train",
         goals: bool | None = None,
+        length: int | None = None,
         device: str = "cpu",
         render_mode: str | None = None,
     ) -> None:
@@ -54,10 +55,12 @@ class DreamVectorEnv(VectorEnv[Features, Any, NDArray[Any]]):
 
         Args:
             goals: give each episode a goal, from which the reward is; None: where the model imagines neither reward nor end.
+            length: model steps after which an episode is truncated; None: those of the longest one in the data.
         """
         self.num_envs, self.render_mode = num_envs, render_mode
         self._dream = Dream(Path(run), temperature=temperature, device=device, split=split)
-        self._goals = self._dream.aimless if goals is None else goals
+        self._goals = self._dream.needs_goals if goals is None else goals
+        self._length = self._dream.length if length is None else length
         self._decode = None
         if render_mode is not None:
             self._dream.require_latents()
@@ -95,7 +98,7 @@ class DreamVectorEnv(VectorEnv[Features, Any, NDArray[Any]]):
         if over := np.flatnonzero(self._over).tolist():
             found = self._dream.restart(over, [draw_seed(self.rngs[row]) for row in over])
             self._steps[over], rewards[over], ended[over] = 0, 0.0, False
-        truncated = self._steps >= self._dream.length
+        truncated = self._steps >= self._length
         self._over = ended | truncated
         return _arrays(found), rewards, ended, truncated, {}
 

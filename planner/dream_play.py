@@ -141,12 +141,14 @@ def actor_of(dream: Dream, policy: str, seeds: range, steps: int) -> tuple[Act, 
     """
     if policy in BLIND:
         actions = planned(dream, policy, seeds, steps)
-        return lambda step, _: actions[:, step], dream.aimless
+        return lambda step, _: actions[:, step], dream.needs_goals
     if not is_policy_folder(policy):
         raise UserError(f"--policy {policy} does not act in dreams; {suggest(policy, BLIND)}, or a controller's folder")
     low, high = (torch.tensor(bound, device=dream.device) for bound in (dream.action.low, dream.action.high))
     linear, solution = load_linear(Path(policy), dream.run, dream.dreams, (low, high), dream.frameskip)
-    return lambda _, features: linear(solution[None].to(dream.device), features), dream.aimless or GOAL in linear.inputs
+    return lambda _, features: linear(
+        solution[None].to(dream.device), features
+    ), dream.needs_goals or GOAL in linear.inputs
 
 
 def planned(dream: Dream, policy: str, seeds: range, steps: int) -> Tensor:

@@ -104,7 +104,7 @@ def tasks_of(context: EvalContext, options: PlanOptions, numbers: Sequence[int])
     steps, success = context.goal_steps(options), context.success
     if success.named:
         apart = (options.threshold or 0.0) if options.strict else 0.0
-        reached = frame_tasks(env, context.store, success.columns, numbers, steps, split_seed, apart)
+        reached = frame_tasks(env, context.store, success, numbers, steps, split_seed, apart)
         env.close()
         return reached
     if options.strict:

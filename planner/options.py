@@ -49,8 +49,8 @@ class PlanOptions:
     )
     judge_columns: str = option(
         "",
-        "Success is a Euclidean distance on these columns, separated by commas, below --threshold; goals are frames of held-out "
-        "episodes, --goal-steps after the start.  [default: the environment's distance, or the return]",
+        "Success is a Euclidean distance below --threshold on these columns: position,angle, or observation:8-9 for some numbers of "
+        "one. Goals are frames of held-out episodes, --goal-steps after the start.  [default: the environment's distance, or the return]",
     )
     strict: bool = option(
         True,

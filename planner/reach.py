@@ -12,7 +12,7 @@ from wmcache.cache.store import TokenStore
 from wmcache.common.errors import UserError
 from wmcache.envs import Environment, Task
 from wmcache.planner.goals import held_out_starts
-from wmcache.planner.success import euclidean
+from wmcache.planner.success import Success
 from wmcache.planner.world import start_at
 
 
@@ -30,7 +30,7 @@ class FrameTask(Task):
 def frame_tasks(
     env: Environment,
     store: TokenStore,
-    columns: Sequence[str],
+    success: Success,
     numbers: Sequence[int],
     steps: int,
     split_seed: int = 42,
@@ -39,16 +39,18 @@ def frame_tasks(
     """Draw tasks of episodes. Episode n depends on n alone, by a generator of seed 99 n + 1.
 
     Args:
-        columns: that are judged.
+        success: with the columns that are judged.
         steps: env steps from start to goal.
-        apart: least distance of start and goal in these columns.
+        apart: least distance of start and goal.
     """
     starts = held_out_starts(store, steps, split_seed)
-    values = np.concatenate([store.column(name).reshape(len(store), -1) for name in columns], 1).astype(np.float64)
-    starts = starts[euclidean(values[starts], values[starts + steps]) >= apart]
+    values = np.concatenate([store.column(name).reshape(len(store), -1) for name in success.columns], 1).astype(
+        np.float64
+    )
+    starts = starts[success.distance(values[starts], values[starts + steps]) >= apart]
     if not len(starts):
         raise UserError(
-            f"no frames of {store.path} {steps} env steps apart are {apart:g} apart in {', '.join(columns)}; lower --threshold, "
+            f"no frames of {store.path} {steps} env steps apart are {apart:g} apart in {', '.join(success.columns)}; lower --threshold, "
             "raise --goal-steps, or draw pairs at any distance with --no-strict"
         )
     tasks = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,21 @@ from wmcache.planner.episodes import Distance
 
 OF_A_FRAME = frozenset({"proprio", "state", "extra"})
 """Roles of columns that describe a frame."""
+
+
+PART = re.compile(r"(?P<name>\w+)(:(?P<first>\d{1,4})(-(?P<last>\d{1,4}))?)?")
+"""A column of `--judge-columns`, or some of its numbers: `observation`, `observation:8-9`, `observation:3`."""
+
+
+@dataclass(frozen=True)
+class Euclidean:
+    """A `Distance` of some of the numbers of recorded columns."""
+
+    numbers: tuple[int, ...]
+
+    def __call__(self, values: NDArray[np.float64], goal: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Compute the distance of values [..., C] from a goal [..., C]."""
+        return np.asarray(np.linalg.norm((values - goal)[..., list(self.numbers)], axis=-1))
 
 
 @dataclass(frozen=True)
@@ -48,19 +64,25 @@ def success_of(env: Environment, store: TokenStore, judge_columns: str) -> Succe
     known = [
         name for name, column in env.spec.columns.items() if OF_A_FRAME & {*column.roles} and name in store.columns
     ]
-    names = tuple(dict.fromkeys(name.strip() for name in judge_columns.split(",")))
-    for name in names:
-        if name not in known:
+    names: list[str] = []
+    numbers: list[int] = []
+    width = 0
+    for text in judge_columns.split(","):
+        part = PART.fullmatch(text.strip())
+        name = part["name"] if part else text.strip()
+        if part is None or name not in known or name in names:
             raise UserError(
                 f"--judge-columns: no column {name!r} describes frames of {store.path}; {suggest(name, known)}"
             )
-        if store.columns[name].shape != env.spec.columns[name].shape:
+        column = env.spec.columns[name]
+        if store.columns[name].shape != column.shape:
             raise UserError(
                 f"--judge-columns: {name} has other sizes in {env.spec.id} and {store.path}; choose another --env"
             )
-    return Success(names, euclidean, named=True)
-
-
-def euclidean(values: NDArray[np.float64], goal: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Compute the distance of values [..., C] from a goal [..., C]."""
-    return np.asarray(np.linalg.norm(values - goal, axis=-1))
+        first, last = int(part["first"] or 0), int(part["last"] or part["first"] or column.width - 1)
+        if not first <= last < column.width:
+            raise UserError(f"--judge-columns {text.strip()}: the numbers of {name} are 0 to {column.width - 1}")
+        names.append(name)
+        numbers += range(width + first, width + last + 1)
+        width += column.width
+    return Success(tuple(names), Euclidean(tuple(numbers)), named=True)

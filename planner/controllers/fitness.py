@@ -139,12 +139,12 @@ class LiveRollouts:
         """
         context = self.live.context
         tasks = list(tasks_of(context, context.settled(self.task.options), numbers))
-        episodes = [slice(first, first + LIVE) for first in range(0, len(numbers), LIVE)]
+        episodes = [slice(first, min(first + LIVE, len(numbers))) for first in range(0, len(numbers), LIVE)]
         most = max(1, LIVE // len(numbers))
         together = max(size for size in range(1, most + 1) if len(candidates) % size == 0)
         groups = [slice(first, first + together) for first in range(0, len(candidates), together)]
         batches = [
-            Batch(f"{label}-{group.start:05d}-{part.start:05d}", candidates[group], tasks[part])
+            Batch(f"{label}-{group.start:05d}-{part.start:05d}-{part.stop:05d}", candidates[group], tasks[part])
             for group in groups
             for part in episodes
         ]
@@ -183,7 +183,7 @@ def live_returns(live: Live, batch: Batch, steps: int) -> Array:
         if context.by_return and all_ended(env, moved[-1]):
             break
         policy.observe(shown(policy, env, env.observe(), earlier))
-        if policy.goal is not None:
+        if not context.by_return:
             total -= goal_distance(policy)
     return total.reshape(len(batch.candidates), -1)
 
@@ -205,6 +205,10 @@ def all_ended(env: Environment, steps: Steps) -> bool:
 def goal_distance(policy: LinearPolicy) -> Array:
     """Compute the distance of the newest frames to the goal, as the dream does, [E]."""
     model = policy.context.world_model
-    assert policy.goal is not None
-    seen = Imagined(policy.tokens[:, None, None], model.encode_proprio(policy.proprio[:, None])[:, None])
-    return model.cost(seen, policy.goal)[:, 0, 0].double().cpu().numpy()
+    proprio = model.encode_proprio(policy.proprio[:, None])
+    if model.has_latents:
+        seen = Imagined(policy.tokens[:, None, None], proprio[:, None])
+        distance = model.cost(seen, policy.goal_tokens)[:, 0, 0]
+    else:
+        distance = (proprio[:, 0] - policy.goal_feature).square().mean(-1)
+    return distance.double().cpu().numpy()

@@ -119,7 +119,8 @@ class LinearPolicy:
     """A `Policy` that acts with C solutions in C * R episodes, R of the first solution first.
 
     Attributes:
-        tokens: newest live frames, [C * R, N, D]. goal: of the goals, None without.
+        tokens, proprio: of the newest live frames, [C * R, N, D] and [C * R, P].
+        goal_tokens, goal_feature: of the goals, [C * R, N, D] and [C * R, latent]; only where there are goals.
     """
 
     reads: ClassVar[Reads] = "frames"
@@ -130,7 +131,7 @@ class LinearPolicy:
         self.context, self.linear, self.solutions = context, linear, solutions.to(context.device)
         self.needs_goal = GOAL in linear.inputs
         self._model, self._dreams = context.world_model, require_dreams(context)
-        self.goal: Tensor | None = None
+        self.goal_tokens = self.goal_feature = torch.empty(0)
 
     @torch.no_grad()
     def reset(self, goal: Observation, generators: Sequence[torch.Generator]) -> None:
@@ -139,9 +140,9 @@ class LinearPolicy:
         self._belief = self._model.start(len(generators))
         self._action: Tensor | None = None
         if goal.image.size:
-            self.goal = self._encode(goal)
-            seen = self._model.observe(self._belief, self.goal, self.context.proprio(goal), None)
-            self._goal_feature = self._dreams.features(seen)["latent"]
+            self.goal_tokens = self._encode(goal)
+            seen = self._model.observe(self._belief, self.goal_tokens, self.context.proprio(goal), None)
+            self.goal_feature = self._dreams.features(seen)["latent"]
         self.seconds += time.perf_counter() - begun
 
     @torch.no_grad()
@@ -158,7 +159,7 @@ class LinearPolicy:
         begun = time.perf_counter()
         features = self._dreams.features(self._belief)
         if self.needs_goal:
-            features = {**features, GOAL: self._goal_feature}
+            features = {**features, GOAL: self.goal_feature}
         actions = self.linear(self.solutions, features)
         self._action = actions
         self.decisions += len(actions)

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from wmcache.common.errors import UserError
 from wmcache.common.figures import png_bytes
-from wmcache.common.files import atomic_write, make_folder, write_whole
+from wmcache.common.files import make_folder, write_whole
 from wmcache.common.jsonfiles import dump_json, write_json
 from wmcache.common.options import check_options
 from wmcache.common.progress import seconds_between_updates
@@ -89,10 +91,11 @@ def train_controller(
                 shutil.rmtree(unfinished, ignore_errors=True)
                 bar.set_postfix_str(f"best {line['best']:.2f}, mean {line['mean']:.2f}", refresh=False)
                 bar.update()
-        lines = read_generations(out)
-        with atomic_write(out / "controller.png") as picture:
-            picture.write(draw_generations(lines))
-        return {**lines[-1], "parameters": linear.parameters, "stopped": search.stop()}
+                if "check" in line:
+                    _draw(out)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        _draw(out)
+        return {**read_generations(out)[-1], "parameters": linear.parameters, "stopped": search.stop()}
 
 
 def _generation(options: ControllerOptions, trial: Trial, search: Search) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def _generation(options: ControllerOptions, trial: Trial, search: Search) -> dic
     first = FIRST_EPISODE * (options.seed + 1)
     episodes = range(first + search.generation * options.rollouts, first + number * options.rollouts)
     candidates = search.ask()
-    fitness = trial.returns(candidates, episodes, f"generation-{number:05d}").mean(1)
+    fitness = _finite(trial.returns(candidates, episodes, f"generation-{number:05d}").mean(1))
     search.tell(candidates, fitness)
     line: dict[str, Any] = {
         "generation": number,
@@ -115,6 +118,16 @@ def _generation(options: ControllerOptions, trial: Trial, search: Search) -> dic
         checked = range(first + CHECKS, first + CHECKS + options.check_episodes)
         line["check"] = mean_of(trial.check(search.mean[None], checked, f"check-{number:05d}")[0])
     return {**line, "seconds": time.perf_counter() - begun}
+
+
+def _finite(fitness: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Give candidates whose dreams diverge the worst fitness; raises UserError where all do."""
+    finite = np.isfinite(fitness)
+    if not finite.any():
+        raise UserError(
+            "no candidate has a finite return: the model's predictions diverge; train it further, or lower --length"
+        )
+    return np.where(finite, fitness, fitness[finite].min())
 
 
 def _prepare(out: Path, config: ControllerConfig, search: Search) -> None:
@@ -133,6 +146,10 @@ def _prepare(out: Path, config: ControllerConfig, search: Search) -> None:
     kept = [line for line in read_generations(out) if line["generation"] <= search.generation]
     write_whole(out / "generations.jsonl", "".join(dump_json(line) + "\n" for line in kept).encode())
     write_json(out / "config.json", asdict(config))
+
+
+def _draw(out: Path) -> None:
+    write_whole(out / "controller.png", draw_generations(read_generations(out)))
 
 
 def read_generations(folder: Path) -> list[dict[str, Any]]:

@@ -91,12 +91,12 @@ def _dreamed(run: Path, options: ControllerOptions) -> DreamRollouts:
     if temperature is None and load_model(run, torch.device("cpu")).draws:
         temperature = DREAM_TEMPERATURE
     dream = Dream(run, temperature=temperature, device=options.device)
-    inputs = _inputs(options, needs_goal=dream.aimless)
+    inputs = _inputs(options, needs_goal=dream.needs_goals)
     low, high = (torch.tensor(bound, device=dream.device) for bound in (dream.action.low, dream.action.high))
     choose = options.choose if dream.action.discrete else None
     assert isinstance(dream.model, Dreams)
     linear = Linear.of(dream.model, inputs, (low, high), dream.frameskip, choose)
-    return DreamRollouts(dream, linear, options.length or dream.length, goals=GOAL in inputs or dream.aimless)
+    return DreamRollouts(dream, linear, options.length or dream.length, goals=GOAL in inputs or dream.needs_goals)
 
 
 def _inputs(options: ControllerOptions, *, needs_goal: bool) -> list[str]:

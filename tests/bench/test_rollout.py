@@ -70,6 +70,12 @@ def test_intervals_cover_the_gain_over_episodes() -> None:
     assert 175 <= covered <= 199
 
 
+def test_frames_that_do_not_change_have_no_shares() -> None:
+    still = np.zeros((6, 2))
+    for row in tabulate({"copying": still, "one": still + 1, "two": still}, np.arange(6)):
+        assert np.isnan([row["runs"]["one"], row["runs"]["two"], row["gains"]["two"][0]]).all()
+
+
 def test_a_table_and_json(runs: list[Path]) -> None:
     words = ["bench", "rollout", "--run", str(runs[0]), "--run", str(runs[2]), "--steps", "2", "--device", "cpu"]
     done = CliRunner().invoke(main, [*words, "--part", "proprio"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from wmcache.common.options import declared
 from wmcache.trainer.models import MODELS, read_options, rollout
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
@@ -17,6 +18,13 @@ from wmcache.trainer.runs import load_model, read_config
 from .conftest import flat, parser, run, succeed
 
 TINY = "--depth 1 --heads 2 --head-dim 4 --mlp 8"
+SMALL = {
+    "dino-wm": TINY,
+    "ddp-wm": TINY,
+    "mdn-rnn": "--hidden 8 --latents mean --frameskip 5",  # the store has no log-variances
+    "rwm": "--hidden 8 --observed-steps 3 --forecast 2 --frameskip 5",
+}
+"""Options that fit a store of four tokens, and episodes of 60 frames."""
 Parse = Callable[[str], TrainOptions]
 
 
@@ -69,11 +77,10 @@ class TestPresets:
     def test_a_model_is_trained_with_it_and_found_again(
         self, ddp_store_path: Path, tmp_path: Path, preset: str
     ) -> None:
-        line = f"wmtrain --preset {preset} --cache {{store}} --out {{out}} --batch-size 8 --device cpu --steps 2"
-        if PRESETS[preset]["model"] == "mdn-rnn":  # the store has no log-variances
-            line += " --hidden 8 --latents mean --frameskip 5"
-        else:
-            line += f" {TINY}"
+        small = SMALL[PRESETS[preset]["model"]]
+        line = (
+            f"wmtrain --preset {preset} --cache {{store}} --out {{out}} --batch-size 8 --device cpu --steps 2 {small}"
+        )
         if "foreground" in PRESETS[preset]:  # 32 tokens are too many for a store of four
             line += " --foreground 2"
         for _ in range(2):
@@ -86,6 +93,23 @@ class TestPresets:
         imagined = rollout(model, torch.rand(1, 1, 4, 32), torch.rand(1, 1, 4), torch.rand(1, 5, 10))
         assert imagined.latents.shape == (1, 1, 5, 4, 32)
         assert imagined.proprio.isfinite().all()
+
+    def test_world_models_is_trained_on_what_extract_makes_of_its_encoder(
+        self, dataset_path: Path, tmp_path: Path
+    ) -> None:
+        weights = "--dataset {frames} --device cpu --encoder vae"
+        succeed(f"wmcache fit {weights} --steps 1 --batch-size 8", tmp_path, frames=dataset_path)
+        succeed(
+            f"wmcache extract {weights} --store-dtype int8 --out {{out}}",
+            tmp_path,
+            frames=dataset_path,
+            out=tmp_path / "vae.zarr",
+        )
+        small = "--steps 2 --batch-size 4 --hidden 8 --device cpu"
+        line = f"wmtrain --preset world-models-car --cache {{store}} --out {{out}} {small}"
+        succeed(line, tmp_path, store=tmp_path / "vae.zarr", out=tmp_path / "run")
+        options = read_config(tmp_path / "run")["model_options"]
+        assert (options["latents"], options["sequences"], options["sequence"]) == ("drawn", "episodes", 1000)
 
     def test_options_of_another_model_in_it_are_left_out(self, parse: Parse) -> None:
         chosen = parse("--preset jepa-wm --model ddp-wm").model_options
@@ -105,7 +129,7 @@ class TestModels:
     def test_help_has_its_options_and_no_others(self, model: str) -> None:
         text = run(f"wmtrain --model {model} --help").stdout
         flags = {
-            name: {f"--{field.name.replace('_', '-')} " for field in fields(MODELS.get(name).Options)}
+            name: {f"{known.flag.partition('/')[0]} " for known in declared(MODELS.get(name).Options)}
             for name in MODELS
         }
         assert {flag for flag in set().union(*flags.values()) if flag in text} == flags[model]

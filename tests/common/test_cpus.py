@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from wmcache.cli import main
 from wmcache.common import cgroups, cpus
-from wmcache.common.cpus import available_cpus, limit_threads
+from wmcache.common.cpus import available_cpus, limit_threads, own_cpus
 
 SetLimits = Callable[[Path, str], None]
 
@@ -113,3 +113,14 @@ def test_variables_of_the_user_stay(environment: dict[str, str], variables: dict
     limit_threads(4)
     limit_threads(2)
     assert {name: value for name, value in environment.items() if name.startswith(("OMP", "GOMP"))} == variables
+
+
+@pytest.mark.usefixtures("many")
+@pytest.mark.parametrize(("threads", "count"), [(None, 64), ("4", 4), ("100", 64), ("0", 1), ("4,2", 64)])
+def test_a_process_keeps_as_many_cpus_busy_as_it_has_threads(
+    monkeypatch: pytest.MonkeyPatch, threads: str | None, count: int
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert own_cpus() == count

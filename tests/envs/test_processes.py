@@ -23,7 +23,7 @@ OWNER = """
 import sys, time
 import numpy as np
 from wmcache.envs import Task, gym, open_environment
-gym.SLOW, gym.available_cpus = 0.0, lambda: 2
+gym.SLOW, gym.own_cpus = 0.0, lambda: 2
 env = open_environment(sys.argv[1], 3, 16)
 env.reset([Task(1), Task(2), Task(3)]).image
 print("ready", flush=True)
@@ -36,7 +36,7 @@ if sys.argv[2] == "wait":
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every environment is slow, and there are two CPUs."""
     monkeypatch.setattr(gym, "SLOW", 0.0)
-    monkeypatch.setattr(gym, "available_cpus", lambda: 2)
+    monkeypatch.setattr(gym, "own_cpus", lambda: 2)
 
 
 def children() -> list[psutil.Process]:
@@ -48,7 +48,7 @@ def children() -> list[psutil.Process]:
 def test_processes_give_the_same_numbers_and_end(user_package: str, name: str) -> None:
     name, before = name.format(package=user_package), len(children())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gym, "available_cpus", lambda: 1)
+        patch.setattr(gym, "own_cpus", lambda: 1)
         here = open_environment(name, COUNT, 16)
     there = open_environment(name, COUNT, 16)
     lead = np.full((3, here.spec.action.width), 0.5, np.float32)

@@ -104,7 +104,7 @@ def actions_of(dream: Dream, seed: int) -> Tensor:
 def watch(dream: Dream, seeds: list[int]) -> list[Tensor]:
     """Return latents, rewards, ends and each of the features of episodes, [steps, E, ...]."""
     actions = torch.stack([actions_of(dream, seed) for seed in seeds], 1)
-    dream.reset(seeds, goals=dream.aimless)
+    dream.reset(seeds, goals=dream.needs_goals)
     found = []
     for action in actions:
         features, reward, ended = dream.step(action)
@@ -162,7 +162,7 @@ def test_a_reward_that_never_changes_is_not_imagined(cart_run: Path) -> None:
 
 def test_without_rewards_and_ends_a_dream_has_goals(maze_run: Path) -> None:
     dream = Dream(maze_run)
-    assert dream.aimless
+    assert dream.needs_goals
     features = dream.reset(range(4), goals=True)
     train_starts = np.searchsorted(dream.store.episode, dream.store.split("train"))
     assert set(dream.starts) <= set(train_starts)
@@ -186,7 +186,7 @@ def test_it_is_a_gymnasium_environment(each_run: Path) -> None:
     env = gym.make(ENV_ID, run=str(each_run))
     check_env(env.unwrapped, skip_render_check=True)
     dream = Dream(each_run)
-    expected = dream.reset([7], goals=dream.aimless)
+    expected = dream.reset([7], goals=dream.needs_goals)
     seen, _ = env.reset(seed=7)
     action = env.action_space.sample()
     truncated = False
@@ -208,8 +208,8 @@ def test_many_episodes_at_once_start_again_by_themselves(each_run: Path) -> None
     envs = gym.make_vec(ENV_ID, num_envs=3, run=str(each_run))
     dream = Dream(each_run)
     seen, _ = envs.reset(seed=5)
-    expected = dream.reset([5, 6, 7], goals=dream.aimless)
-    alone = [dream.reset([seed], goals=dream.aimless) for seed in (5, 6, 7)]
+    expected = dream.reset([5, 6, 7], goals=dream.needs_goals)
+    alone = [dream.reset([seed], goals=dream.needs_goals) for seed in (5, 6, 7)]
     for name, values in expected.items():
         np.testing.assert_array_equal(seen[name], values)
         np.testing.assert_array_equal(seen[name], torch.cat([one[name] for one in alone]))
@@ -224,13 +224,19 @@ def test_many_episodes_at_once_start_again_by_themselves(each_run: Path) -> None
         for row in np.flatnonzero(
             over
         ):  # the first frame of another episode, whose seed is the next of its own generator
-            first = dream.reset([int(rngs[row].integers(2**31))], goals=dream.aimless)
+            first = dream.reset([int(rngs[row].integers(2**31))], goals=dream.needs_goals)
             for name, values in first.items():
                 np.testing.assert_array_equal(seen[name][row], values[0])
             begun += 1
         over = ended | truncated
     assert begun >= 3
     envs.close()
+
+
+def test_an_episode_is_truncated_at_another_length(maze_run: Path) -> None:
+    env = gym.make(ENV_ID, run=str(maze_run), length=2)
+    env.reset(seed=7)
+    assert [env.step(env.action_space.sample())[3] for _ in range(2)] == [False, True]
 
 
 @CHECKED

@@ -148,8 +148,8 @@ def test_pusht_is_planned_to_frames_of_held_out_episodes(make_run: MakeRun, quic
     [
         ("gym:Pendulum-v1", "observation", 0.5),
         ("{package}:Dots-v0", "robot_xy,lamp", 0.05),
-        ("gym:Reacher-v5", "observation", 0.5),
-        ("PushT", "proprio", 20.0),
+        ("gym:Reacher-v5", "observation:8-9", 0.01),
+        ("PushT", "proprio:0-1", 20.0),
     ],
 )
 def test_success_is_a_distance_to_a_held_out_frame_on_named_columns(
@@ -166,7 +166,11 @@ def test_success_is_a_distance_to_a_held_out_frame_on_named_columns(
     assert results["began_at_goal"] == {str(threshold): 0}  # strict
     assert len(list((tmp_path / "videos").iterdir())) == 3
     store, frames = context.store, FrameDataset.open(run.parent / "frames")
-    values = np.concatenate([store.column(name) for name in columns.split(",")], 1)
+    names = [name.split(":")[0] for name in columns.split(",")]
+    values = np.concatenate([store.column(name) for name in names], 1)
+    one, other = episodes.states[0, 0], episodes.goal[0]
+    chosen = {"observation:8-9": slice(8, 10), "proprio:0-1": slice(0, 2)}.get(columns, slice(None))
+    assert context.success.distance(one, other) == pytest.approx(np.linalg.norm((one - other)[chosen]))
     held_out = np.isin(store.episode, store.split("val"))
     world = context.open_env()
     for number, task in enumerate(tasks_of(context, context.settled(options), range(3))):
@@ -176,8 +180,8 @@ def test_success_is_a_distance_to_a_held_out_frame_on_named_columns(
         # The start is that frame: the recorded actions lead from there to the goal. The goal is shown as it was collected.
         world.reset([task])
         moved = world.step(store.action[None, first : first + 5])
-        reached = np.concatenate([moved[name][0, -1] for name in columns.split(",")])
-        assert np.linalg.norm(reached - episodes.goal[number]) < 0.1 * threshold
+        reached = np.concatenate([moved[name][0, -1] for name in names])
+        assert context.success.distance(reached, episodes.goal[number]) < 0.1 * threshold
         assert task.goal is not None
         (collected,) = frames.read_frames([first + 5])
         np.testing.assert_array_equal(world.reset([Task(task.goal)]).image[0], collected)
@@ -193,6 +197,9 @@ def test_a_distance_on_columns_that_do_not_exist_or_without_a_threshold_is_refus
         ({"judge_columns": "observation"}, "--threshold"),
         ({"judge_columns": "obs", "threshold": 0.5}, "'obs'.*observation"),
         ({"judge_columns": "reward", "threshold": 0.5}, "'reward'"),
+        ({"judge_columns": "observation:1-3", "threshold": 0.5}, "observation:1-3.*0 to 2"),
+        ({"judge_columns": "observation:2-1", "threshold": 0.5}, "observation:2-1"),
+        ({"judge_columns": "observation:", "threshold": 0.5}, "'observation:'"),
         ({"judge_columns": "observation", "threshold": 0.5, "goals": "random-action"}, "--goals random-action"),
     ):
         with pytest.raises(UserError, match=words):

@@ -17,7 +17,7 @@ OTHER_VALUES: dict[str, list[Any]] = {
     "threshold": [0.3, 0.31],
     "goals": ["dataset", "random-action"],
     "goal_steps": [3, 30],
-    "judge_columns": ["state", "state,proprio"],
+    "judge_columns": ["state", "state,proprio", "state:0-1", "state:1"],
     "model_temperature": [0.5, 1.0],
     "strict": [True, False],
     "policy": ["expert", "zero"],

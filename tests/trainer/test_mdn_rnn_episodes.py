@@ -37,7 +37,9 @@ def make_model(shape: DataShape = FULL, **options: Any) -> Any:
 def make_episodes() -> dict[str, Tensor]:
     """Episodes of `LENGTHS` frames, padded to the longest."""
     batch = make_batch(batch=3, frames=5)
-    batch |= {"reward": torch.rand(3, 5), "terminated": torch.rand(3, 5) > 0.5}
+    ended = torch.zeros(3, 5, dtype=torch.bool)
+    ended[0, 4] = ended[1, 0] = True  # at the last frame, before it, and not at all
+    batch |= {"reward": torch.rand(3, 5), "terminated": ended}
     weight = (torch.arange(5) < torch.tensor(LENGTHS)[:, None]).float()
     return batch | {"weight": weight / weight.mean()}
 
@@ -65,11 +67,12 @@ def test_the_loss_of_padded_episodes_is_that_of_each_alone(mixture: str) -> None
     scale, losses = batch["weight"].max(), model.loss(batch)
     expected = {name: torch.zeros(()) for name in ("nll", "proprio", "reward", "end")}
     for row, length in enumerate(LENGTHS):
-        alone = {name: value[row : row + 1, :length] for name, value in batch.items() if name != "weight"}
-        for name, value in model.loss(alone).items():
-            if name != "loss":  # frames, and pairs of frames
-                count, slots = (length - 1, 12) if name in ("nll", "proprio") else (length, 15)
-                expected[name] += scale * value * count / slots
+        for name, slots in {"nll": 12, "proprio": 12, "reward": 15, "end": 15}.items():
+            # Nothing is known of the step after the last frame of an episode that has not ended.
+            steps = length - (name in ("reward", "end") and not batch["terminated"][row, length - 1])
+            alone = {key: value[row : row + 1, :steps] for key, value in batch.items() if key != "weight"}
+            count = length - 1 if slots == 12 else steps
+            expected[name] += scale * model.loss(alone)[name] * count / slots
     total = losses.pop("loss")
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(total, torch.stack([*expected.values()]).sum(), rtol=1e-4, atol=1e-4)
@@ -89,10 +92,11 @@ def test_padding_changes_nothing_and_slices_of_a_batch_average_to_it() -> None:
 
 def test_gradients_of_whole_episodes_are_those_of_windows() -> None:
     model, batch = make_model(), make_episodes()
+    batch["terminated"][:, 4] = True
     found = []
-    for weight in (torch.ones(3, 5), None):
+    for same in (_without(batch, "weight"), {**batch, "weight": torch.ones(3, 5)}):
         model.zero_grad()
-        model.loss({**batch, "weight": weight} if weight is not None else _without(batch, "weight"))["loss"].backward()
+        model.loss(same)["loss"].backward()
         found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 

@@ -126,14 +126,14 @@ class MdnRnn(RecurrentModel):
         if "proprio" in found:
             moved = proprio[:, 1:] - proprio[:, :-1] if changes else proprio[:, 1:]
             losses["proprio"] = average(F.mse_loss, found["proprio"][:, :-1], moved, after)
-        # An episode ends after the last frame of a window: no frame follows its end.
+        known = weight_of_steps(batch)
         if "reward" in found:
-            losses["reward"] = average(F.mse_loss, found["reward"][..., 0], batch["reward"].float(), weight)
+            losses["reward"] = average(F.mse_loss, found["reward"][..., 0], batch["reward"].float(), known)
         if "end" in found:
             ends = batch["terminated"].float()
             if (rare := self.options.end_weight) != 1:
-                weight = (1 if weight is None else weight) * (1 + (rare - 1) * ends)
-            losses["end"] = average(F.binary_cross_entropy_with_logits, found["end"][..., 0], ends, weight)
+                known = (1 if known is None else known) * (1 + (rare - 1) * ends)
+            losses["end"] = average(F.binary_cross_entropy_with_logits, found["end"][..., 0], ends, known)
         return {"loss": torch.stack([*losses.values()]).sum(), **{name: one.detach() for name, one in losses.items()}}
 
     def start(self, count: int) -> Belief:
@@ -236,6 +236,17 @@ class MdnRnn(RecurrentModel):
 def chosen(values: Tensor, component: Tensor) -> Tensor:
     """Select from [..., V, K] by components [..., V or 1, 1], [..., V]."""
     return values.gather(-1, component.expand(*values.shape[:-1], 1))[..., 0]
+
+
+def weight_of_steps(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the weights of the steps after frames [B, T]: 0 where nothing follows in the window and no end is known; None: all 1.
+
+    The last frame of an episode may have no step: what its row has as reward and end is no measurement.
+    """
+    if (weight := batch.get("weight")) is None:
+        return None
+    follows = F.pad(weight[:, 1:], (0, 1)) > 0
+    return weight * (follows | batch["terminated"] if "terminated" in batch else follows)
 
 
 def average(loss: Callable[..., Tensor], found: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
