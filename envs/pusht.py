@@ -31,6 +31,8 @@ TIPS = np.array([[-60.0, 0.0], [60.0, 0.0], [60.0, 30.0], [-60.0, 30.0], [-15.0,
 
 NOISE = 0.05
 """Standard deviation of the expert's noise, in units of actions."""
+WIDE_NOISE, CORRELATION = 0.15, 0.8
+"""Those of the noisy expert: its noise alone moves the agent about 60 units in 5 env steps, as far as the expert does."""
 NEXT_TARGET = 60
 """Env steps after which the expert chooses another target."""
 PROPRIO = [0, 1, 5, 6]
@@ -43,9 +45,11 @@ class Expert:
     It walks around the T until it is behind it, as seen from the target, then pushes; beside the centre where the T has to turn.
     """
 
+    noise, correlation = NOISE, 0.0
+
     def __init__(self, rng: np.random.Generator, space: Column) -> None:  # noqa: ARG002 (a policy's signature)
         """Draw targets and noise from `rng`."""
-        self._rng, self._left = rng, 0
+        self._rng, self._left, self._drift = rng, 0, np.zeros(2)
         self._target: States = np.zeros(7)
 
     def __call__(self, seen: Steps) -> NDArray[np.float32]:
@@ -55,7 +59,18 @@ class Expert:
             self._target, self._left = sample_state(self._rng), NEXT_TARGET
         self._left -= 1
         move = push_towards(state, self._target) / SCALE
-        return (move + self._rng.normal(scale=NOISE, size=2)).clip(-1.0, 1.0).astype(np.float32)
+        fresh = self._rng.normal(scale=self.noise * np.sqrt(1 - self.correlation**2), size=2)
+        self._drift = self.correlation * self._drift + fresh
+        return (move + self._drift).clip(-1.0, 1.0).astype(np.float32)
+
+
+class NoisyExpert(Expert):
+    """The expert with noise as large as its moves and correlated over env steps.
+
+    The expert's own actions are nearly a function of the state; a planner also tries others, which a world model has to have seen.
+    """
+
+    noise, correlation = WIDE_NOISE, CORRELATION
 
 
 def push_towards(state: States, target: States) -> States:
@@ -137,7 +152,7 @@ class PushT(Environment):
     together within 20 and the angle within pi / 9.
     """
 
-    policies: ClassVar = {"expert": Expert}
+    policies: ClassVar = {"expert": Expert, "noisy-expert": NoisyExpert}
 
     def __init__(self, name: str, count: int = 1, image_size: int = 224, layout: Sequence[str] = ()) -> None:  # noqa: ARG002
         """Open it; raises UserError where gym-pusht is not installed."""

@@ -67,9 +67,9 @@ def test_a_state_is_set_exactly_and_no_goal_is_drawn(env: Environment) -> None:
     assert ((blue > red + 60) & (blue > 150)).any()  # the agent
 
 
-def test_the_expert_pushes_the_block(tmp_path: Path) -> None:
+def test_the_expert_pushes_the_block_also_with_noise(tmp_path: Path) -> None:
     moves = {}
-    for policy in ("expert", "random"):
+    for policy in ("expert", "noisy-expert", "random"):
         settings = {"episodes": 3, "length": 120, "image_size": 32, "policy": policy}
         collect("PushT", tmp_path / policy, **settings)
         steps = FrameDataset.open(tmp_path / policy).steps
@@ -77,5 +77,6 @@ def test_the_expert_pushes_the_block(tmp_path: Path) -> None:
         block = steps.state[:, 2:4].reshape(3, 120, 2)
         moves[policy] = np.linalg.norm(np.diff(block, axis=1), axis=2).sum(1)
         assert np.abs(steps.action).max() <= 1.0
-    assert moves["expert"].mean() > 2 * moves["random"].mean()
+    for policy in ("expert", "noisy-expert"):
+        assert moves[policy].mean() > 2 * moves["random"].mean()
     assert (moves["expert"] > 50).all()
