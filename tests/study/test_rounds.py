@@ -194,7 +194,8 @@ def test_other_settings_are_refused_by_name(done: Path, tmp_path: Path) -> None:
 
 
 def test_without_goals_a_controller_collects_and_the_curve_is_of_returns(user_package: str, tmp_path: Path) -> None:
-    file = write(tmp_path, f"{user_package}:Dots-v0", model="mdn-rnn", sizes=MDN_RNN, policy="")
+    few = TCN.replace("batch = 16", "batch = 8")
+    file = write(tmp_path, f"{user_package}:Dots-v0", few, "mdn-rnn", MDN_RNN, policy="")
     file.write_text(file.read_text().replace("[train]", f"{CONTROLLER}\n[train]\nframeskip = 2\nhistory = 1"))
     result = run(file, tmp_path / "out")
     card = FrameDataset.open(tmp_path / "out" / "frames" / "round-2").card
