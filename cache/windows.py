@@ -134,18 +134,23 @@ class Windows:
 
         Returns:
             proprio float32 [B, T, P], P = 0 where the store has none; action float32 [B, T, f * A], the f env actions from each frame to
-            the next; where the store has them, reward float32 [B, T], the sum over those env steps, and terminated bool [B, T], whether
-            one of them ends the episode; float16 [B, T, …] of each of `extras`; where windows differ in length, weight float32 [B, T]:
-            0 for repeated frames, equal for all others, and 1 on average over all windows.
+            the next, the last one repeated where the episode has fewer; where the store has them, reward float32 [B, T], the sum over
+            those env steps, and terminated bool [B, T], whether one of them ends the episode; float16 [B, T, …] of each of `extras`;
+            where windows differ in length, weight float32 [B, T]: 0 for repeated frames, equal for all others, and 1 on average over all
+            windows.
         """
         source, following = self.source, frames[:, :, None] + np.arange(self.frameskip)
+        beyond = None
         found = {name: store.gather(frames.ravel()) for name, store in self.extras.items()}
         rows = {name: values.reshape(*frames.shape, *values.shape[1:]) for name, values in found.items()}
         if self.lengths is not None:
             own = np.diff(frames, axis=1, prepend=-1) > 0
             rows["weight"] = (own * (self.length / self.lengths.mean())).astype(np.float32)
+            last = np.searchsorted(source.episode, source.episode[frames], side="right")[:, :, None] - 1
+            beyond, following = following > last, np.minimum(following, last)
         if source.reward is not None:
-            rows["reward"] = source.reward[following].sum(-1)
+            rewards = source.reward[following]
+            rows["reward"] = (rewards if beyond is None else np.where(beyond, 0, rewards)).sum(-1)
         if source.terminated is not None:
             rows["terminated"] = source.terminated[following].any(-1)
         proprio = np.zeros((*frames.shape, 0), np.float32) if source.proprio is None else source.proprio[frames]
@@ -188,7 +193,8 @@ def episode_pieces(
 ) -> tuple[Int, NDArray[np.int64], int]:
     """Cut the given episodes into pieces of up to `length` frames, `frameskip` env steps apart, from each of their first frames on.
 
-    Each frame is in one piece at most: the last ones of an episode are in none where less than `frameskip` actions, or one frame, is left.
+    Each frame is in one piece, but for single frames that are left at the end. Less than `frameskip` actions may follow the last frame of
+    a piece, so that ends of episodes are in the pieces of all phases.
 
     Returns:
         The first frame of each piece, int64 [pieces], ascending; its frames, from 2 to `length`; and the number of episodes without pieces.
@@ -196,7 +202,7 @@ def episode_pieces(
     first = np.searchsorted(episode, episodes, side="left")
     count = np.searchsorted(episode, episodes, side="right") - first
     phase = np.arange(frameskip)
-    frames = ((count[:, None] - phase) // frameskip).ravel()  # of each phase of each episode
+    frames = np.maximum(0, -((phase - count[:, None]) // frameskip)).ravel()  # of each phase of each episode
     begins = (first[:, None] + phase).ravel()
     pieces = np.maximum(0, -(-frames // length))
     number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)

@@ -22,7 +22,7 @@ from wmcache.planner.context import EvalContext
 from wmcache.planner.episodes import Episodes
 from wmcache.planner.goals import Separation, start_and_goal
 from wmcache.planner.judge import count_at_goal, judge, judge_return, reported_thresholds, shortest_path_lengths
-from wmcache.planner.live import act, shown, shown_goals
+from wmcache.planner.live import act, all_ended, shown, shown_goals
 from wmcache.planner.options import SOURCES, PlanOptions, Precision, absolute_file, is_policy_folder
 from wmcache.planner.policies import PLAN_POLICIES, make_policy
 from wmcache.planner.reach import FrameTask, frame_tasks
@@ -47,9 +47,13 @@ def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[i
     for part in act(context, options, policy, env, options.budget):
         steps += part.columns
         executed.append(part.actions)
+        if context.by_return and all_ended(env, part.columns[-1]):
+            break
     env.close()
     start = states_of(env.spec, seen.columns, (len(numbers),), context.success.columns)
     recorded = _recorded(context, tasks, start, steps, np.concatenate(executed, 1))
+    if context.by_return:
+        recorded |= _padded(recorded, options.budget)
     return Episodes(
         chunk=options.execute * frameskip,
         encoder_frames=policy.encoder_frames,
@@ -91,6 +95,16 @@ def _recorded(
     rewards = np.concatenate([part[name].reshape(part[name].shape[:2]) for part in steps], 1)
     rewards = rewards.astype(np.float64)
     return {"start": start, "goal": start[:, :0], "states": states, "rewards": rewards, "actions": kept}
+
+
+def _padded(recorded: dict[str, NDArray[Any]], budget: int) -> dict[str, NDArray[Any]]:
+    """Return states, rewards and actions of `budget` env steps: after the end the last state and action, and rewards of 0."""
+    missing = budget - recorded["rewards"].shape[1]
+    return {
+        "states": np.pad(recorded["states"], ((0, 0), (0, missing), (0, 0)), mode="edge"),
+        "rewards": np.pad(recorded["rewards"], ((0, 0), (0, missing))),
+        "actions": np.pad(recorded["actions"], ((0, 0), (0, missing), (0, 0)), mode="edge"),
+    }
 
 
 def tasks_of(context: EvalContext, options: PlanOptions, numbers: Sequence[int]) -> Sequence[Task]:

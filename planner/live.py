@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmcache.cluster.tasks import report
+from wmcache.common.columns import of_role
 from wmcache.envs import Environment, Steps, Task
 from wmcache.envs import Observation as Seen
 from wmcache.planner.base import Observation, Policy
@@ -41,6 +42,13 @@ def advance(env: Environment, actions: NDArray[np.floating], lag: int) -> tuple[
     parts = [env.step(actions[:, :before])] if before else []
     earlier = env.observe().image
     return [*parts, env.step(actions[:, before:])], earlier
+
+
+def all_ended(env: Environment, steps: Steps) -> bool:
+    """Return whether all episodes have ended with these env steps."""
+    ends = [*of_role(env.spec.columns, "terminated"), *of_role(env.spec.columns, "truncated")]
+    last = [steps[name].reshape(env.count, -1)[:, -1] for name in ends]
+    return bool(last) and bool(np.logical_or.reduce(last).all())
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from wmcache.planner.controllers.folder import linear_of
 from wmcache.planner.controllers.linear import Choice, Linear, LinearPolicy
 from wmcache.planner.dream import Dream
 from wmcache.planner.evaluate import tasks_of
-from wmcache.planner.live import advance, shown, shown_goals
+from wmcache.planner.live import advance, all_ended, shown, shown_goals
 from wmcache.planner.options import PlanOptions
 from wmcache.trainer.models import Imagined
 
@@ -193,13 +193,6 @@ def rewards(env: Environment, steps: Steps) -> Array:
     (name,) = of_role(env.spec.columns, "reward")
     found: Array = steps[name].reshape(env.count, -1).sum(1, dtype=np.float64)
     return found
-
-
-def all_ended(env: Environment, steps: Steps) -> bool:
-    """Return whether all episodes have ended with these env steps."""
-    ends = [*of_role(env.spec.columns, "terminated"), *of_role(env.spec.columns, "truncated")]
-    last = [steps[name].reshape(env.count, -1)[:, -1] for name in ends]
-    return bool(last) and bool(np.logical_or.reduce(last).all())
 
 
 def goal_distance(policy: LinearPolicy) -> Array:

@@ -202,15 +202,13 @@ def test_pieces_of_episodes_have_each_frame_once(lengths: list[int], length: int
     first = np.cumsum([0, *lengths])
     without = 0
     for number, count in enumerate(lengths):
-        # A frame needs the actions after it, and a piece two frames.
-        phases = [
-            np.arange(first[number] + phase, first[number + 1] - frameskip + 1, frameskip) for phase in range(frameskip)
-        ]
+        # A piece needs two frames.
+        phases = [np.arange(first[number] + phase, first[number + 1], frameskip) for phase in range(frameskip)]
         expected = [phase[: len(phase) - (len(phase) % length == 1)] for phase in phases]
         inside = frames[(frames >= first[number]) & (frames < first[number + 1])]
         np.testing.assert_array_equal(np.sort(inside), np.sort(np.concatenate(expected)))
         without += not len(inside)
-        assert first[number] in starts or count < 2 * frameskip
+        assert first[number] in starts or count <= frameskip
     assert dropped == without
 
 
@@ -219,10 +217,10 @@ def test_windows_of_whole_episodes_repeat_their_last_frame_without_weight(store:
     assert windows.length == 60  # that of the episodes
     assert windows.lengths is not None
     assert windows.lengths.tolist() == [60] * 5
-    windows = store.windows(24, 1, 2, "train", whole=True)  # 30 or 29 frames of each phase
+    windows = store.windows(24, 1, 2, "train", whole=True)  # 30 frames of each phase
     assert len(windows) == 5 * 2 * 2
     assert windows.lengths is not None
-    assert set(windows.lengths.tolist()) == {25, 5, 4}
+    assert set(windows.lengths.tolist()) == {25, 5}
     batch = windows.batch(np.arange(len(windows)))
     short = int(np.flatnonzero(windows.lengths == 5)[0])
     np.testing.assert_array_equal(batch["weight"][short] > 0, np.arange(25) < 5)

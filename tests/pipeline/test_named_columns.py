@@ -169,6 +169,23 @@ def test_batches_have_the_reward_and_the_end_of_the_env_steps_between_frames(ric
     assert every["reward"].dtype == np.float32
 
 
+def test_whole_episodes_have_their_end_at_each_phase_of_the_frameskip(rich: Path) -> None:
+    store = TokenStore.open(rich)
+    windows = store.windows(history=31, predict=1, frameskip=3, whole=True)
+    batch = windows.batch(np.arange(len(windows)))
+    assert windows.lengths is not None
+    # The episode of 3 frames is too short for two frames.
+    assert len(windows) == 3 * (len(LENGTHS) - 1) == batch["terminated"].any(1).sum()
+    for number, (start, length) in enumerate(zip(windows.starts, windows.lengths, strict=True)):
+        end = np.cumsum(LENGTHS)[store.episode[start]]
+        assert start + 3 * (length - 1) < end <= start + 3 * length
+        assert batch["terminated"][number, length - 1]
+        last = np.arange(start + 3 * (length - 1), end)
+        assert batch["reward"][number, length - 1] == store.reward[last].sum()
+        repeated = np.concatenate([last, np.full(3 - len(last), end - 1)])
+        np.testing.assert_array_equal(batch["action"][number, length - 1], store.action[repeated].ravel())
+
+
 @pytest.mark.parametrize("model", SIZES)
 @pytest.mark.parametrize("columns", ["rich", "bare"])
 def test_a_model_trains_on_any_columns_and_resumes(

@@ -95,6 +95,19 @@ def test_without_a_goal_the_predicted_return_is_maximised(
     np.testing.assert_allclose(alone.rewards, episodes.rewards[2:], rtol=1e-3)
 
 
+def test_nothing_acts_after_all_episodes_have_ended(make_run: MakeRun, quick: PlanOptions) -> None:
+    context = EvalContext(make_run("gym:CartPole-v1", "mdn-rnn", 1), quick)
+    short, long = (run_baseline(context, replace(quick, budget=budget), "random") for budget in (200, 450))
+    most = int(short.rewards.sum(1).max())
+    assert most < 200
+    assert short.replans == long.replans == 3 * most
+    assert (short.states.shape[1], long.states.shape[1]) == (200, 450)
+    np.testing.assert_array_equal(long.rewards[:, :200], short.rewards)
+    np.testing.assert_array_equal(long.states[:, most:], np.repeat(long.states[:, most - 1 : most], 450 - most, 1))
+    assert long.actions.shape == (3, 450, 2)
+    assert not long.rewards[:, 200:].any()
+
+
 def test_without_a_goal_or_a_reward_what_needs_one_is_refused(
     make_run: MakeRun, quick: PlanOptions, tmp_path: Path
 ) -> None:
