@@ -168,3 +168,17 @@ def model_inputs(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tenso
 def predict(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     predicted: tuple[Tensor, Tensor] = model.predict(*model_inputs(model, batch))
     return predicted
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    """One for each seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def remember(model: Any, batch: dict[str, Tensor], frames: int) -> Any:
+    """Return a model's belief after the first frames of a batch."""
+    belief = model.start(len(batch["tokens"]))
+    for t in range(frames):
+        action = batch["action"][:, t - 1] if t else None
+        belief = model.observe(belief, batch["tokens"][:, t], batch["proprio"][:, t], action)
+    return belief

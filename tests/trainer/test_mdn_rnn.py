@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from model_tools import IMAGINED, SHAPE, make_batch, make_futures, make_statistics, randomise, roll_out
+from model_tools import (
+    IMAGINED,
+    SHAPE,
+    generators,
+    make_batch,
+    make_futures,
+    make_statistics,
+    randomise,
+    remember,
+    roll_out,
+)
 from run_tools import Go, make_go, read_log, stopped_at, weights_of
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
@@ -28,18 +38,6 @@ def make_model(shape: DataShape = SHAPE, **options: Any) -> Any:
     torch.manual_seed(0)
     sizes = {"hidden": HIDDEN, "mixtures": MIXTURES, "sequence": 4}
     return randomise(build("mdn-rnn", shape, sizes | options, make_statistics())).eval()
-
-
-def generators(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def remember(model: Any, batch: dict[str, Tensor], frames: int) -> Any:
-    belief = model.start(len(batch["tokens"]))
-    for t in range(frames):
-        action = batch["action"][:, t - 1] if t else None
-        belief = model.observe(belief, batch["tokens"][:, t], batch["proprio"][:, t], action)
-    return belief
 
 
 def slow_outputs(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
