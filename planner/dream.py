@@ -16,7 +16,7 @@ from wmcache.common.columns import Column
 from wmcache.common.device import choose_device
 from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath
-from wmcache.trainer.models import Belief, Dreams, Imagined, WorldModel
+from wmcache.trainer.models import Belief, Dreams, Imagined, WorldModel, dreaming_models
 from wmcache.trainer.runs import load_model, open_store, read_config
 
 LEAST_CONTINUES = 0.5
@@ -236,7 +236,7 @@ def _load(run: Path, temperature: float | None, device: torch.device) -> tuple[W
     if not isinstance(model, Dreams):
         raise UserError(
             f"{run} is of a model that cannot be stepped without frames, {read_config(run)['model']}; "
-            "train one that can: wmtrain --model mdn-rnn"
+            f"train {dreaming_models()} instead"
         )
     if missing := model.stage_before_planning(model.stage_name):
         raise UserError(f"not ready to imagine: {run}; train it with the same options and --stage {missing}")

@@ -18,7 +18,7 @@ from wmcache.planner.base import Cost, Solver
 from wmcache.planner.context import EvalContext
 from wmcache.planner.objective import GoalDistance, Objective, negative_return
 from wmcache.planner.options import PlanOptions
-from wmcache.trainer.models import Belief, WorldModel
+from wmcache.trainer.models import Belief, WorldModel, dreaming_models
 
 TOKENS_IN_FLIGHT = 2**17
 """Tokens of all candidates in one call of the model; bounds the memory of a plan for any number of samples and episodes."""
@@ -135,8 +135,8 @@ def require_reward(context: EvalContext) -> None:
         imagined = model.imagine(belief, torch.zeros(1, 1, 1, shape.action_dim, device=context.device))
     if imagined.reward is None:
         raise UserError(
-            f"the model of {context.run} predicts no reward, which a plan without a goal needs; train one that does on a store with "
-            "rewards: wmtrain --model mdn-rnn, or compare with --policy random"
+            f"the model of {context.run} predicts no reward, which a plan without a goal needs; train {dreaming_models()} on a "
+            "store with rewards, or compare with --policy random"
         )
 
 

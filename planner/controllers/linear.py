@@ -14,7 +14,7 @@ from torch import Tensor
 from wmcache.common.errors import UserError, suggest
 from wmcache.planner.base import Observation, Reads
 from wmcache.planner.context import EvalContext
-from wmcache.trainer.models import Belief, Dreams, WorldModel
+from wmcache.trainer.models import Belief, Dreams, WorldModel, dreaming_models
 
 Choice = Literal["argmax", "thresholds"]
 GOAL = "goal"
@@ -110,7 +110,7 @@ def require_dreams(context: EvalContext) -> Dreams:
     if not isinstance(model, Dreams):
         name = context.config["model"]
         raise UserError(
-            f"{context.run} is of a {name}, which has no features for a controller; train with: wmtrain --model mdn-rnn"
+            f"{context.run} is of a {name}, which has no features for a controller; train {dreaming_models()} instead"
         )
     return model
 

@@ -205,6 +205,11 @@ class Dreams(Protocol):
 MODELS: Registry[type[Trainable]] = Registry("model", package=__name__, group="wmcache.models")
 
 
+def dreaming_models() -> str:
+    """List the names of models that can be stepped without frames, as errors show them."""
+    return " or ".join(name for name in MODELS if issubclass(MODELS.get(name), Dreams))
+
+
 def read_options(name: str, options: Mapping[str, Any]) -> Any:
     """Make a model's options from some of their values; raises UserError for an unknown model or option, or values that do not fit."""
     return parse_options(MODELS.get(name).Options, dict(options), f"model {name}")
