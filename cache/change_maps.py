@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from wmcache.cache.joined import JoinedStore
+from wmcache.cache.joined import JoinedStore, open_beside
 from wmcache.cache.store import TokenStore
-from wmcache.common.errors import UnreadableError, UserError, command
+from wmcache.common.errors import UserError, command
 from wmcache.common.paths import AnyPath
 
 
@@ -19,12 +19,7 @@ def open_change_maps(store: TokenStore, frameskip: int) -> TokenStore:
         return JoinedStore([open_change_maps(part, frameskip) for part in store.parts])
     path = change_maps_path(store.path, frameskip)
     make = command("wmcache", "derive", "change-maps", store.path, "--frameskip", frameskip)
-    try:
-        maps = TokenStore.open(path, mirrored=True)
-    except UnreadableError:
-        raise
-    except UserError as error:
-        raise UserError(f"the change maps of {store.path} cannot be used ({error}); make them with: {make}") from error
+    maps = open_beside(store, path, "change maps", f"make them with: {make}")
     wanted = (store.identity.dataset_fingerprint, store.card.token_grid, "changes", frameskip)
     card, identity = maps.card, maps.identity
     if wanted != (identity.dataset_fingerprint, card.token_grid, identity.encoder, card.encoder.get("lag")):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from wmcache.cache.identity import Identity
 from wmcache.cache.reader import Reader, Stored
 from wmcache.cache.store import TokenStore
-from wmcache.common.errors import UserError
+from wmcache.common.errors import UnreadableError, UserError
 from wmcache.common.paths import AnyPath, as_path
 
 Int = NDArray[np.int64]
@@ -112,6 +112,16 @@ def grows(before: Identity, now: Identity) -> bool:
     """Return whether a store is another one with more stores joined after it."""
     longer = now.dataset_fingerprint.startswith(before.dataset_fingerprint + SEPARATOR)
     return longer and replace(now, dataset_fingerprint=before.dataset_fingerprint) == before
+
+
+def open_beside(store: TokenStore, path: AnyPath, what: str, hint: str) -> TokenStore:
+    """Open a store beside another one; raise UserError with what it is and a hint where it cannot be used."""
+    try:
+        return TokenStore.open(path, mirrored=True)
+    except UnreadableError:
+        raise
+    except UserError as error:
+        raise UserError(f"the {what} of {store.path} cannot be used ({error}); {hint}") from error
 
 
 def open_stores(paths: Sequence[str | AnyPath], *, mirrored: bool = False) -> TokenStore:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from wmcache.cache.joined import JoinedStore
+from wmcache.cache.joined import JoinedStore, open_beside
 from wmcache.cache.store import TokenStore
-from wmcache.common.errors import UnreadableError, UserError
+from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath
 
 MAKE = "make them with its wmcache extract, of an encoder that has log-variances (vae, beta-vae)"
@@ -22,12 +22,7 @@ def open_log_variances(store: TokenStore) -> TokenStore:
     if isinstance(store, JoinedStore):
         return JoinedStore([open_log_variances(part) for part in store.parts])
     path = log_variances_path(store.path)
-    try:
-        found = TokenStore.open(path, mirrored=True)
-    except UnreadableError:
-        raise
-    except UserError as error:
-        raise UserError(f"the log-variances of {store.path} cannot be used ({error}); {MAKE}") from error
+    found = open_beside(store, path, "log-variances", MAKE)
     same = replace(found.identity, encoder=store.identity.encoder, layer=store.identity.layer)
     if different := store.identity.differences(same):
         raise UserError(

@@ -116,6 +116,11 @@ class TokenStore:
         """Lowest and highest actions, float32 [A] each; those in the store where the bounds are unknown."""
         return action_bounds({name: self.column(name) for name in self.columns}, self.columns)
 
+    @property
+    def discrete(self) -> bool:
+        """Whether actions are one-hot."""
+        return any(column.discrete for column in self.columns.values() if "action" in column.roles)
+
     @cached_property
     def proprio(self) -> NDArray[Any] | None:
         """float32 [frames, P]: what models and policies see of that frame beside its image; None where the store has none."""

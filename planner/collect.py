@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,20 +19,20 @@ from wmcache.common.files import atomic_write, sha256_of
 from wmcache.common.jsonfiles import json_digest
 from wmcache.common.paths import AnyPath, absolute, as_path, exists, names_in, open_to_read, remove_files
 from wmcache.common.reading import reading
-from wmcache.engine.checkpoint import FILES, last_checkpoint
 from wmcache.envs import POLICIES, Environment, Task, find_environment
 from wmcache.pipeline import collect as behaviour
 from wmcache.pipeline.frames import DatasetCard, FrameDataset, is_started
 from wmcache.pipeline.options import CollectOptions
-from wmcache.pipeline.play import ENDS, join_episodes, join_rows, task_of_episode
+from wmcache.pipeline.play import join_episodes, join_rows, task_of_episode
 from wmcache.pipeline.steps import Steps
 from wmcache.planner.base import Observation, Policy
 from wmcache.planner.context import EvalContext
 from wmcache.planner.goals import Separation
 from wmcache.planner.judge import reported_thresholds
-from wmcache.planner.live import Moved, act, shown, shown_goals
-from wmcache.planner.options import PlanOptions, Precision, is_policy_folder, policy_run, policy_weights, recorded
+from wmcache.planner.live import Moved, act, all_ended, shown, shown_goals
+from wmcache.planner.options import PlanOptions, is_policy_folder, policy_run, policy_weights, recorded
 from wmcache.planner.policies import make_policy
+from wmcache.trainer.runs import weights_checksum
 
 EPISODES_AT_ONCE = 10
 """Episodes of a batch. It is no option, because the last bits of what a network computes depend on it."""
@@ -97,7 +97,7 @@ def _load(folder: Path, options: CollectOptions, plan: PlanOptions) -> tuple[Eva
     if (run := policy_run(folder)) is not None:
         plan = replace(plan, policy=str(folder.absolute()))
     context = EvalContext(run or folder, plan)
-    plan = replace(context.settled(plan), dtype=cast(Precision, str(context.dtype).removeprefix("torch.")))
+    plan = replace(context.settled(plan), dtype=context.precision)
     wanted, own = behaviour.player_of(options).open().spec, context.env.spec
     if (wanted.layout or wanted.id) != (own.layout or own.id):
         name = context.card.dataset["env"]
@@ -115,11 +115,10 @@ def _load(folder: Path, options: CollectOptions, plan: PlanOptions) -> tuple[Eva
 def _describe(context: EvalContext, plan: PlanOptions, options: CollectOptions) -> str:
     """Name what acts by content: its kind, its weights, and a digest of what else an action depends on."""
     known = {name: value for name, value in recorded(plan).items() if name not in UNUSED}
-    files = [last_checkpoint(context.run) / FILES[0]]
+    weights = weights_checksum(context.run)
     if plan.policy and is_policy_folder(plan.policy):
-        files.append(policy_weights(Path(plan.policy)))
+        weights += f" and {sha256_of(policy_weights(Path(plan.policy)))}"
         del known["policy"]
-    weights = " and ".join(map(sha256_of, files))
     machine = [context.device.type, str(context.dtype)]
     digest = json_digest([known, options.length, machine, context.store.identity.to_json()])[:16]
     return f"{context.policy(plan)} of {context.config['model']}, weights {weights}, settings {digest}"
@@ -272,6 +271,5 @@ def _moves(
             yield part
             if ended:
                 return
-            last = part.columns[-1]
-            ended = bool(np.any([last[name][:, -1] for name in ENDS if name in last], 0).all())
+            ended = all_ended(env, part.columns[-1])
             earlier = part.earlier

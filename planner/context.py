@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from wmcache.common.errors import UserError
 from wmcache.common.files import sha256_of
 from wmcache.common.jsonfiles import dump_json
 from wmcache.common.paths import AnyPath
-from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.envs import Environment, find_environment
 from wmcache.pipeline.encoders import COSINE_TOLERANCE, Encoder
 from wmcache.pipeline.encoders.changes import LEAST_CHANGE, changes_for
@@ -32,6 +31,7 @@ from wmcache.planner.graph import LatentGraph
 from wmcache.planner.options import (
     SOURCES,
     PlanOptions,
+    Precision,
     check_options,
     is_policy_folder,
     policy_name,
@@ -42,7 +42,15 @@ from wmcache.planner.solvers import make_solver, option_names
 from wmcache.planner.success import success_of
 from wmcache.planner.world import draw_again, draw_states, open_world, world_name
 from wmcache.trainer.models import WorldModel
-from wmcache.trainer.runs import load_trained, moved_caches, needs_world_model, open_store, read_config, read_identity
+from wmcache.trainer.runs import (
+    load_trained,
+    moved_caches,
+    needs_world_model,
+    open_store,
+    read_config,
+    read_identity,
+    weights_checksum,
+)
 
 CHECKED_FRAMES = 16
 DISCRETE_SOLVER = "categorical-cem"
@@ -95,7 +103,7 @@ class EvalContext:
         self.success = success_of(self.env, self.store, options.judge_columns)
         if self.by_return and not of_role(self.env.spec.columns, "reward"):
             raise UserError(f"environment {self.env.spec.id} has neither thresholds nor a reward; add --judge-columns")
-        self.discrete = any(column.discrete for column in self.store.columns.values() if "action" in column.roles)
+        self.discrete = self.store.discrete
         options = self.settled(options)
         self.image_size = int(self.card.dataset["image_size"])
         self.drift = live_drift(self.store, self.encoder)
@@ -112,6 +120,11 @@ class EvalContext:
             kind = "one-hot, so choose --solver categorical-cem" if self.discrete else "not discrete; choose another"
             raise UserError(f"--solver {options.solver}: the actions of {self.run} are {kind}")
         self._changes = changes_for(self.card.token_grid, self.frameskip, options.device) if options.mask else None
+
+    @property
+    def precision(self) -> Precision:
+        """The compute precision, as an option's value."""
+        return cast(Precision, str(self.dtype).removeprefix("torch."))
 
     @property
     def by_return(self) -> bool:
@@ -259,7 +272,7 @@ class EvalContext:
             "env": world_name(self.env),
             "goal_steps": self.goal_steps(options),
             "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": self.precision,
         }
         unused = set() if isinstance(self.model, WorldModel) and not self.model.recurrent else {"context", "observed"}
         unused |= {"model_temperature"} if self.temperature is None else set()
@@ -272,7 +285,7 @@ class EvalContext:
 
     def fingerprint(self, options: PlanOptions) -> str:
         """Hash all that the episodes depend on: options, the model's weights, goals, environment and the store's identity."""
-        weights = sha256_of(last_checkpoint(self.run) / "model.safetensors")
+        weights = weights_checksum(self.run)
         goals = "" if options.goals in SOURCES else sha256_of(Path(options.goals))
         world = self.env.spec.layout or self.env.spec.id
         parts = [recorded(options), weights, goals, self.store.identity.to_json(), world]

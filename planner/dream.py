@@ -100,6 +100,12 @@ class Dream:
         return self.model.temperature
 
     @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest env actions, [A] each."""
+        low, high = (torch.tensor(bound, device=self.device) for bound in (self.action.low, self.action.high))
+        return low, high
+
+    @property
     def fps(self) -> float:
         """Model steps per second of the environment."""
         return float(self.store.card.dataset.get("fps") or DEFAULT_FPS) / self.frameskip
@@ -195,9 +201,7 @@ class Dream:
 
     def _reward(self, imagined: Imagined, block: Tensor) -> Tensor:
         if self._now.goal_latents is not None and self._now.goal is not None:
-            if self.model.has_latents:
-                return -self.model.cost(imagined, self._now.goal_latents[block])[:, 0, 0]
-            return -(imagined.proprio[:, 0, 0] - self._now.goal[block]).square().mean(-1)
+            return -goal_distance(self.model, imagined, self._now.goal_latents[block], self._now.goal[block])
         if imagined.reward is not None and self._each is None:
             return imagined.reward[:, 0, 0]
         return torch.full((len(block),), self.frameskip * (self._each or 0.0), device=self.device)
@@ -247,11 +251,21 @@ def _load(run: Path, temperature: float | None, device: torch.device) -> tuple[W
     return model, model
 
 
+def goal_distance(model: WorldModel, imagined: Imagined, goal_latents: Tensor, goal: Tensor) -> Tensor:
+    """Compute the distance of frames, S = T = 1, to goals, [E]: of a model that imagines proprio alone that of proprio.
+
+    Args:
+        goal_latents: [E, N, D]. goal: `latent` of `Dreams.features`, [E, …].
+    """
+    if model.has_latents:
+        return model.cost(imagined, goal_latents)[:, 0, 0]
+    return (imagined.proprio[:, 0, 0] - goal).square().mean(-1)
+
+
 def action_space(store: TokenStore) -> Column:
     """Describe the actions of a store as one column with bounds."""
     low, high = (tuple(bound.astype(float).tolist()) for bound in store.bounds)
-    discrete = any(column.discrete for column in store.columns.values() if "action" in column.roles)
-    return Column(("action",), "float32", (len(low),), low, high, discrete=discrete)
+    return Column(("action",), "float32", (len(low),), low, high, discrete=store.discrete)
 
 
 def constant_reward(store: TokenStore) -> float | None:

@@ -144,8 +144,7 @@ def actor_of(dream: Dream, policy: str, seeds: range, steps: int) -> tuple[Act, 
         return lambda step, _: actions[:, step], dream.needs_goals
     if not is_policy_folder(policy):
         raise UserError(f"--policy {policy} does not act in dreams; {suggest(policy, BLIND)}, or a controller's folder")
-    low, high = (torch.tensor(bound, device=dream.device) for bound in (dream.action.low, dream.action.high))
-    linear, solution = load_linear(Path(policy), dream.run, dream.dreams, (low, high), dream.frameskip)
+    linear, solution = load_linear(Path(policy), dream.run, dream.dreams, dream.bounds, dream.frameskip)
     return lambda _, features: linear(
         solution[None].to(dream.device), features
     ), dream.needs_goals or GOAL in linear.inputs

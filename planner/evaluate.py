@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from wmcache.planner.episodes import Episodes
 from wmcache.planner.goals import Separation, start_and_goal
 from wmcache.planner.judge import count_at_goal, judge, judge_return, reported_thresholds, shortest_path_lengths
 from wmcache.planner.live import act, all_ended, shown, shown_goals
-from wmcache.planner.options import SOURCES, PlanOptions, Precision, absolute_file, is_policy_folder
+from wmcache.planner.options import SOURCES, PlanOptions, absolute_file, is_policy_folder
 from wmcache.planner.policies import PLAN_POLICIES, make_policy
 from wmcache.planner.reach import FrameTask, frame_tasks
 from wmcache.planner.world import states_of, world_name
@@ -187,7 +187,7 @@ def evaluate(
         context.run.absolute(),
         replace(
             options,
-            dtype=cast(Precision, str(context.dtype).removeprefix("torch.")),  # chosen here
+            dtype=context.precision,  # chosen here
             goals=options.goals if options.goals in SOURCES else absolute_file(options.goals),
             env=options.env and absolute_file(options.env),
             policy=absolute_file(options.policy)

@@ -13,7 +13,7 @@ from wmcache.common.errors import UserError
 from wmcache.envs import Environment, Task
 from wmcache.planner.goals import held_out_starts
 from wmcache.planner.success import Success
-from wmcache.planner.world import start_at
+from wmcache.planner.world import start_at, states_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,7 @@ def frame_tasks(
         apart: least distance of start and goal.
     """
     starts = held_out_starts(store, steps, split_seed)
-    values = np.concatenate([store.column(name).reshape(len(store), -1) for name in success.columns], 1).astype(
-        np.float64
-    )
+    values = states_of(env.spec, {name: store.column(name) for name in success.columns}, (len(store),), success.columns)
     starts = starts[success.distance(values[starts], values[starts + steps]) >= apart]
     if not len(starts):
         raise UserError(

@@ -24,7 +24,7 @@ from wmcache.cache.joined import grows, open_stores
 from wmcache.cache.layout import StoreCard, read_card
 from wmcache.cache.store import TokenStore
 from wmcache.common.errors import MissingError, UserError
-from wmcache.common.files import is_temporary
+from wmcache.common.files import is_temporary, sha256_of
 from wmcache.common.folders import did_you_mean
 from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.locks import exclusive
@@ -208,6 +208,11 @@ def load_network(run: Path, make: Callable[[dict[str, Tensor]], N], device: torc
     except (UserError, KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise misfit(folder, error) from error
     return network.to(device).eval().requires_grad_(False)
+
+
+def weights_checksum(run: Path) -> str:
+    """Return the SHA-256 of a run's newest weights."""
+    return sha256_of(last_checkpoint(run) / FILES[0])
 
 
 def _statistics(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from wmcache.envs import Environment, Steps, Task
 from wmcache.planner.context import EvalContext
 from wmcache.planner.controllers.folder import linear_of
 from wmcache.planner.controllers.linear import Choice, Linear, LinearPolicy
-from wmcache.planner.dream import Dream
+from wmcache.planner.dream import Dream, goal_distance
 from wmcache.planner.evaluate import tasks_of
 from wmcache.planner.live import advance, all_ended, shown, shown_goals
 from wmcache.planner.options import PlanOptions
@@ -184,7 +184,7 @@ def live_returns(live: Live, batch: Batch, steps: int) -> Array:
             break
         policy.observe(shown(policy, env, env.observe(), earlier))
         if not context.by_return:
-            total -= goal_distance(policy)
+            total -= distance_of(policy)
     return total.reshape(len(batch.candidates), -1)
 
 
@@ -195,13 +195,9 @@ def rewards(env: Environment, steps: Steps) -> Array:
     return found
 
 
-def goal_distance(policy: LinearPolicy) -> Array:
-    """Compute the distance of the newest frames to the goal, as the dream does, [E]."""
+def distance_of(policy: LinearPolicy) -> Array:
+    """Compute the distance of the newest live frames to the goal, as the dream does, [E]."""
     model = policy.context.world_model
-    proprio = model.encode_proprio(policy.proprio[:, None])
-    if model.has_latents:
-        seen = Imagined(policy.tokens[:, None, None], proprio[:, None])
-        distance = model.cost(seen, policy.goal_tokens)[:, 0, 0]
-    else:
-        distance = (proprio[:, 0] - policy.goal_feature).square().mean(-1)
+    seen = Imagined(policy.tokens[:, None, None], model.encode_proprio(policy.proprio[:, None])[:, None])
+    distance = goal_distance(model, seen, policy.goal_tokens, policy.goal_feature)
     return distance.double().cpu().numpy()

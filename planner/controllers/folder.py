@@ -21,15 +21,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from wmcache.common.errors import UserError, reason
-from wmcache.common.files import sha256_of, write_whole
+from wmcache.common.files import write_whole
 from wmcache.common.jsonfiles import read_json
 from wmcache.common.schema import Size, parse
 from wmcache.common.tensors import load_tensors
-from wmcache.engine.checkpoint import FILES, last_checkpoint
 from wmcache.planner.context import EvalContext
 from wmcache.planner.controllers.linear import Choice, Linear, require_dreams
 from wmcache.planner.options import policy_weights
 from wmcache.trainer.models import Dreams
+from wmcache.trainer.runs import weights_checksum
 
 HINT = "train a controller with: wmcache controller --run RUN"
 
@@ -51,11 +51,6 @@ class ControllerConfig:
     size: Size
     choose: Choice | None
     options: dict[str, Any]
-
-
-def model_checksum(run: Path) -> str:
-    """Return the SHA-256 of a run's newest weights."""
-    return sha256_of(last_checkpoint(run) / FILES[0])
 
 
 def read_controller(folder: Path) -> ControllerConfig:
@@ -94,14 +89,17 @@ def read_start(folder: Path, linear: Linear) -> Tensor:
 
 def linear_of(context: EvalContext, inputs: Sequence[str], choose: Choice | None) -> Linear:
     """Make the controller that acts with a loaded run."""
-    low, high = (torch.from_numpy(bound).to(context.device) for bound in context.action_bounds)
-    return Linear.of(require_dreams(context), inputs, (low, high), context.frameskip, choose)
+    return Linear.of(require_dreams(context), inputs, _bounds(context), context.frameskip, choose)
 
 
 def load_controller(folder: Path, context: EvalContext) -> tuple[Linear, Tensor]:
     """Load the controller of a folder, see `load_linear`."""
+    return load_linear(folder, context.run, require_dreams(context), _bounds(context), context.frameskip)
+
+
+def _bounds(context: EvalContext) -> tuple[Tensor, Tensor]:
     low, high = (torch.from_numpy(bound).to(context.device) for bound in context.action_bounds)
-    return load_linear(folder, context.run, require_dreams(context), (low, high), context.frameskip)
+    return low, high
 
 
 def load_linear(
@@ -113,7 +111,7 @@ def load_linear(
         run, model: of the world model. bounds: of env actions, [A] each.
     """
     config = read_controller(folder)
-    if config.model_sha256 != model_checksum(run):
+    if config.model_sha256 != weights_checksum(run):
         raise UserError(
             f"{folder} was trained with another model than that of {run}, or before that was trained further; "
             f"name the run {os.path.relpath(config.run)}, or train a controller for this one"

@@ -26,7 +26,6 @@ from wmcache.common.options import check_options
 from wmcache.common.progress import seconds_between_updates
 from wmcache.planner.controllers.folder import (
     ControllerConfig,
-    model_checksum,
     read_controller,
     read_start,
     write_solution,
@@ -36,7 +35,7 @@ from wmcache.planner.controllers.search import Search
 from wmcache.planner.controllers.trial import Trial, open_trial
 from wmcache.planner.judge import mean_of
 from wmcache.planner.report import COLOURS, RC
-from wmcache.trainer.runs import differences, lock_run
+from wmcache.trainer.runs import differences, lock_run, weights_checksum
 
 MAY_CHANGE = frozenset({"generations", "check_every", "check_episodes", "device"})
 FIRST_EPISODE, CHECKS = 1_000_000, 500_000
@@ -66,7 +65,7 @@ def train_controller(
         config = ControllerConfig(
             "controller",
             str(run.absolute()),
-            model_checksum(run),
+            weights_checksum(run),
             list(linear.inputs),
             linear.size,
             linear.choose,

@@ -15,13 +15,12 @@ from wmcache.cluster.tasks import open_pool
 from wmcache.common.errors import UserError
 from wmcache.planner.context import EvalContext
 from wmcache.planner.controllers.fitness import DreamRollouts, Live, LiveBatch, LiveRollouts
-from wmcache.planner.controllers.folder import linear_of, model_checksum
+from wmcache.planner.controllers.folder import linear_of
 from wmcache.planner.controllers.linear import GOAL, Linear
 from wmcache.planner.controllers.options import DREAM_TEMPERATURE, ControllerOptions
 from wmcache.planner.dream import Dream
 from wmcache.planner.options import PlanOptions
-from wmcache.trainer.models import Dreams
-from wmcache.trainer.runs import load_model
+from wmcache.trainer.runs import load_model, weights_checksum
 
 Array = NDArray[np.float64]
 Returns = Callable[[Array, Sequence[int], str], Array]
@@ -65,7 +64,7 @@ def open_trial(
                 linear.choose,
                 options.length or max(1, (context.store.longest_episode() - 1) // context.frameskip),
                 unfinished.absolute(),
-                model_checksum(run),
+                weights_checksum(run),
             )
             pool = stack.enter_context(open_pool(cluster, label="wmcache controller"))
             live = LiveRollouts(task, Live(context, linear), pool)
@@ -92,10 +91,8 @@ def _dreamed(run: Path, options: ControllerOptions) -> DreamRollouts:
         temperature = DREAM_TEMPERATURE
     dream = Dream(run, temperature=temperature, device=options.device)
     inputs = _inputs(options, needs_goal=dream.needs_goals)
-    low, high = (torch.tensor(bound, device=dream.device) for bound in (dream.action.low, dream.action.high))
     choose = options.choose if dream.action.discrete else None
-    assert isinstance(dream.model, Dreams)
-    linear = Linear.of(dream.model, inputs, (low, high), dream.frameskip, choose)
+    linear = Linear.of(dream.dreams, inputs, dream.bounds, dream.frameskip, choose)
     return DreamRollouts(dream, linear, options.length or dream.length, goals=GOAL in inputs or dream.needs_goals)
 
 

@@ -170,8 +170,7 @@ class MdnRnn(RecurrentModel):
 
     def _inputs(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> Tensor:
         """Compute what frames and the actions after them add to the gates of the LSTM; actions are in the store's units."""
-        action = (action - self.action_mean) / self.action_std
-        found: Tensor = self.inputs(torch.cat([tokens, proprio, action], -1))
+        found: Tensor = self.inputs(torch.cat([tokens, proprio, self._standardise(action)], -1))
         return found
 
     def _latents(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -197,7 +196,7 @@ class MdnRnn(RecurrentModel):
         return torch.stack(outputs, 1)
 
     def _read_fused(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> Tensor:
-        frames = torch.cat([tokens, proprio, (action - self.action_mean) / self.action_std], -1).float()
+        frames = torch.cat([tokens, proprio, self._standardise(action)], -1).float()
         zeros = frames.new_zeros(1, len(frames), self.options.hidden)
         forget = frames.new_zeros(4, self.options.hidden)
         forget[1] = FORGET_BIAS

@@ -97,6 +97,9 @@ class RecurrentModel(WorldModel):
         continues = torch.sigmoid(-every["end"][..., 0]) if "end" in every else None
         return Imagined(latents, every["proprio"], reward, continues)
 
+    def _standardise(self, action: Tensor) -> Tensor:
+        return (action - self.action_mean) / self.action_std
+
     def _flatten(self, tokens: Tensor) -> Tensor:
         """Standardise tokens [..., N, D] of the store, [..., V]."""
         return ((tokens.float() - self.tokens_mean) / self.tokens_std).flatten(-2)[..., : self.values]

@@ -217,9 +217,6 @@ class RobotWorldModel(RecurrentModel):
             memory[name] = after.transpose(0, 1)
         return memory
 
-    def _standardise(self, action: Tensor) -> Tensor:
-        return (action - self.action_mean) / self.action_std
-
 
 def make_mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Return a perceptron with one hidden layer."""
