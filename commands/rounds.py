@@ -23,7 +23,8 @@ from wmcache.common.folders import home
 @json_option
 def rounds(file: Path, out: Path | None, **flags: Any) -> None:
     """Repeat with the settings of FILE (TOML): collect, extract the new frames, go on training, evaluate. Run again, it goes on."""
-    from wmcache.study.rounds import read_rounds, run_rounds
+    from wmcache.study.rounds import run_rounds
+    from wmcache.study.rounds_options import read_rounds
     from wmcache.study.rounds_page import lines_of, write_rounds
 
     options = read_rounds(file, flags)

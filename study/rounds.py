@@ -4,153 +4,63 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from annotated_types import Ge, Le
+import torch
 
-from wmcache.cluster.tasks import log, parse_cluster
+from wmcache.cluster.tasks import log
 from wmcache.common.errors import UserError
 from wmcache.common.files import sync, temporary_for
 from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.locks import exclusive
-from wmcache.common.options import Natural, Positive, option, parse_options
 from wmcache.pipeline import encoders
 from wmcache.pipeline.extract import extract_together, with_log_variances
 from wmcache.pipeline.fit import fit
 from wmcache.pipeline.frames import FrameDataset, is_complete
-from wmcache.pipeline.options import CollectOptions
 from wmcache.planner.collect import collect
 from wmcache.planner.context import EvalContext
 from wmcache.planner.controllers.options import ControllerOptions
 from wmcache.planner.controllers.train import train_controller
+from wmcache.planner.decode import load_encoder
+from wmcache.planner.dream_play import play_dreams
 from wmcache.planner.evaluate import evaluate
-from wmcache.planner.options import PlanOptions
+from wmcache.planner.options import DreamOptions
 from wmcache.planner.report import write_episodes
 from wmcache.study.cells import ENCODER_OPTIONS
-from wmcache.study.options import EncoderChoice, errors_at, read_plan, read_toml
-from wmcache.trainer.models import MODELS
-from wmcache.trainer.models import read_options as read_model_options
-from wmcache.trainer.options import TrainOptions
+from wmcache.study.rounds_options import SEEDS, RoundsOptions
+from wmcache.trainer.runs import load_model
 from wmcache.trainer.train import train
 
-SEEDS = 1000
-"""Datasets of one seed; the last of `rounds` is below it."""
-MAY_CHANGE = {
-    "rounds",
-    "cluster",
-    "batch",
-    "plan.batch",
-    *(f"{part}device" for part in ("", "train.", "controller.", "policy.", "plan.")),
-}
+MAY_CHANGE = {"rounds", "cluster", "batch", "plan.batch"}
+"""Also each part's device."""
 HINT = "restore it, or choose another --out"
+DREAMED = 100
+"""Imagined episodes of the score of a controller in its dream."""
+FIGURES = (
+    "episodes",
+    "successes",
+    "success_rate",
+    "ci95",
+    "held",
+    "held_ci95",
+    "mean_env_steps",
+    "threshold",
+    "return",
+    "by_threshold",
+)
+"""Of an evaluation's results, those that rows have."""
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class FirstRound(CollectOptions):
-    """How the first round collects, and all rounds but for policy and number of episodes."""
-
-    episodes: Positive = option(20)
-    image_size: Annotated[int, Ge(8), Le(2048)] = option(112)
-
-
-@dataclass(frozen=True)
-class RoundsOptions:
-    """All settings of rounds.
-
-    Attributes:
-        later_episodes: of each round after the first; None: as many.
-        encoder: fitted once, on the first round's frames, or with weights.
-        train: `steps` are those of each round. Warm-up is in the first round only; each round ends with the decay of its own steps, and
-            the next one begins at the learning rate of the constant phase.
-        controller: trained on each round's model, from the controller of the round before; it collects and is evaluated instead of the
-            run (arXiv 1803.10122, section 5).
-        policy: how the run acts that collects, see `planner.collect.collect`.
-        plan: the evaluation after each round.
-        batch: frames in each call of the encoder.
-    """
-
-    encoder: EncoderChoice
-    rounds: Annotated[Positive, Le(SEEDS)] = 3
-    seed: Natural = 0
-    collect: FirstRound = field(default_factory=FirstRound)
-    later_episodes: Positive | None = None
-    train: TrainOptions = field(default_factory=TrainOptions)
-    controller: ControllerOptions | None = None
-    policy: PlanOptions = field(default_factory=PlanOptions)
-    plan: PlanOptions = field(default_factory=PlanOptions)
-    batch: Positive = 32
-    device: str = "auto"
-    cluster: str = "local:1"
-
-
-def read_rounds(file: Path, flags: Mapping[str, Any] | None = None) -> RoundsOptions:
-    """Read a TOML file of rounds; `flags` are values of its top level that win."""
-    where = str(file)
-    values = read_toml(file) | {name: value for name, value in (flags or {}).items() if value is not None}
-    tables = {name: values.pop(name, {}) for name in ("collect", "encoder", "train", "policy", "plan")}
-    for name, table in tables.items():
-        if not isinstance(table, dict):
-            raise UserError(f"{where}: {name} is not a table; write [{name}]")
-    _refuse(tables["collect"], ("seed",), f"{where}: collect", "set the seed of all at the top")
-    _refuse(tables["train"], ("seed", "epochs", "stage", "start"), f"{where}: train", "it is set by the rounds")
-    _refuse(tables["policy"], ("episodes", "budget", "batch", "seed", "env"), f"{where}: policy", "no round uses it")
-    controlled = values.pop("controller", None)
-    bare = parse_options(RoundsOptions, {**values, "encoder": {"name": ""}}, where)
-    with errors_at(f"{where}: cluster"):
-        parse_cluster(bare.cluster)
-    settings = {"device": bare.device, "seed": bare.seed, **tables["train"]}
-    trained = parse_options(TrainOptions, settings, f"{where}: train")
-    with errors_at(f"{where}: train"):
-        read_model_options(trained.model, trained.model_options)
-        if MODELS.get(trained.model).stages:
-            raise UserError(f"model {trained.model} is trained in stages, which no round goes on with; choose another")
-    return replace(
-        bare,
-        collect=parse_options(FirstRound, {**tables["collect"], "seed": bare.seed}, f"{where}: collect"),
-        encoder=_encoder(tables["encoder"], bare.seed, f"{where}: encoder"),
-        train=trained,
-        controller=_controller(controlled, bare, f"{where}: controller"),
-        policy=replace(read_plan(tables["policy"], f"{where}: policy"), device=bare.device),
-        plan=replace(read_plan(tables["plan"], f"{where}: plan"), device=bare.device),
-    )
-
-
-def _controller(table: Any, bare: RoundsOptions, where: str) -> ControllerOptions | None:
-    if isinstance(table, dict):
-        _refuse(table, ("seed", "start"), where, "it is set by the rounds")
-        table = {"device": bare.device, **table, "seed": bare.seed}
-    return None if table is None else parse_options(ControllerOptions, table, where)
-
-
-def _refuse(table: Mapping[str, Any], names: tuple[str, ...], where: str, hint: str) -> None:
-    if given := [name for name in names if name in table]:
-        raise UserError(f"{where} has {given[0]}; {hint}")
-
-
-def _encoder(table: Mapping[str, Any], seed: int, where: str) -> EncoderChoice:
-    choice = parse_options(EncoderChoice, dict(table), where)
-    with errors_at(where):
-        entry = encoders.get_entry(choice.name)
-        if entry.load is None or choice.base or choice.base_weights:
-            raise UserError(f"{choice.name} on a base is an adapter; choose an encoder of frames")
-        if choice.weights and choice.fit:
-            raise UserError("weights and fit exclude each other; leave out one")
-        if choice.fit:
-            encoders.fit_options(choice.name, choice.fit)
-    if choice.weights:
-        return replace(choice, weights=str(Path(choice.weights).absolute()))
-    return replace(choice, fit={"seed": seed, **choice.fit}) if entry.fit else choice
 
 
 def run_rounds(options: RoundsOptions, out: Path) -> list[Row]:
     """Do the rounds that are not done yet; returns a row of figures for each.
 
     Args:
-        out: folder, for one process at a time: `frames/`, `stores/`, `runs/` and `plans/` with a part for each round, the encoder's
-            weights, and `rounds.json` with settings and figures. A round is done when it has its evaluation's results.json.
+        out: folder, for one process at a time: `frames/`, `stores/`, `runs/`, `controllers/`, `dreams/` and `plans/` with a part for
+            each round, the encoder's weights, and `rounds.json` with settings and figures. A round is done when it has the results.json
+            of its evaluations.
 
     Raises:
         UserError: the folder was started with other settings, apart from the number of rounds, device, cluster and batch.
@@ -177,7 +87,7 @@ def _refuse_other_settings(options: RoundsOptions, out: Path) -> None:
     different = [
         f"{name} {before.get(name)} != {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name not in MAY_CHANGE
+        if before.get(name) != now.get(name) and name not in MAY_CHANGE and name.split(".")[-1] != "device"
     ]
     if different:
         raise UserError(f"{out} has rounds of other settings ({'; '.join(different)}); choose another --out")
@@ -208,14 +118,16 @@ class _Round:
 
     def do(self) -> Row:
         """Do what is not done; returns the round's figures."""
+        suffixes = ("", *(f"-{name}" for name in self.options.variants))
         results = self.path("plans") / "results.json"
-        if not results.exists():
+        if not all((self.path("plans", suffix) / "results.json").exists() for suffix in suffixes):
             log(f"round {self.number} of {self.options.rounds}")
             self.collect()
             self.extract()
             self.train()
-            self.train_controller()
-            self.evaluate(results)
+            self.act(self.options.controller, "")
+            for name, chosen in self.options.variants.items():
+                self.act(chosen, f"-{name}")
         return self.figures(read_json(results, HINT))
 
     def actor(self) -> Path:
@@ -265,19 +177,41 @@ class _Round:
         whole = replace(own, steps=rounds * own.steps, warmup=own.warmup / rounds, decay=own.decay / rounds)
         train(first, run, whole, more=more, resume=rounds > 1)
 
-    def train_controller(self) -> None:
-        """Train the round's controller on its model, from the one of the round before, where the file asks for it."""
-        if (chosen := self.options.controller) is not None:
-            chosen = replace(chosen, start=str(self.before().actor()) if self.number > 1 else None)
-            train_controller(self.path("runs"), chosen, self.actor(), cluster=self.options.cluster)
+    def act(self, chosen: ControllerOptions | None, suffix: str) -> None:
+        """Train a controller from that of the round before, and play it in its dream; evaluate it, or else the run."""
+        actor = self.path("runs")
+        if chosen is not None:
+            actor = self.path("controllers", suffix)
+            start = str(self.before().path("controllers", suffix)) if self.number > 1 else None
+            train_controller(self.path("runs"), replace(chosen, start=start), actor, cluster=self.options.cluster)
+            self.dream(chosen, actor, self.path("dreams", suffix))
+        self.evaluate(actor, self.path("plans", suffix) / "results.json", baselines=self.number == 1 and not suffix)
 
-    def evaluate(self, results: Path) -> None:
-        """Act in the episodes of the evaluation; baselines are the same in all rounds, so the first one has them."""
+    def dream(self, chosen: ControllerOptions, actor: Path, out: Path) -> None:
+        """Play a controller where it was trained, if that is a dream."""
+        if chosen.where == "dream" and not (out / "dream.json").exists():
+            run, device = self.path("runs"), chosen.device
+            model = load_model(run, torch.device("cpu"))
+            drawn = model.has_latents and load_encoder(run, None, device).decoder is not None
+            options = DreamOptions(
+                episodes=DREAMED,
+                steps=chosen.length,
+                policy=str(actor),
+                temperature=chosen.dream_temperature(draws=model.draws),
+                pictured=DreamOptions.pictured if drawn else 0,
+                device=device,
+            )
+            play_dreams(run, out, options)
+
+    def evaluate(self, actor: Path, results: Path, *, baselines: bool) -> None:
+        """Act in the episodes of the evaluation, which are the same in all rounds; baselines too, once."""
+        if results.exists():
+            return
         plan, out = self.options.plan, results.parent
-        if self.number > 1:
+        if not baselines:
             plan = replace(plan, baselines="")
-        if self.options.controller:
-            plan = replace(plan, policy=str(self.actor()))
+        if actor != self.path("runs"):
+            plan = replace(plan, policy=str(actor))
         context = EvalContext(self.path("runs"), plan)
         episodes, found = evaluate(context, plan, out, self.options.cluster)
         write_episodes(out / "episodes.parquet", episodes, context.env.spec.thresholds)
@@ -288,17 +222,6 @@ class _Round:
     def figures(self, results: Row) -> Row:
         """Return the row of a round that is done."""
         cards = [FrameDataset.open(replace(self, number=n).path("frames")).card for n in range(1, self.number + 1)]
-        names = (
-            "episodes",
-            "successes",
-            "success_rate",
-            "ci95",
-            "held",
-            "held_ci95",
-            "mean_env_steps",
-            "threshold",
-            "return",
-        )
         return {
             "round": self.number,
             "policy": cards[-1].policy,
@@ -306,6 +229,16 @@ class _Round:
             "frames": cards[-1].frames,
             "total_frames": sum(card.frames for card in cards),
             "steps": self.number * self.options.train.steps,
-            **{name: results[name] for name in (*names, "by_threshold") if name in results},
+            **self.scores(results, ""),
+            "variants": {
+                name: self.scores(read_json(self.path("plans", f"-{name}") / "results.json", HINT), f"-{name}")
+                for name in self.options.variants
+            },
             "baselines": results["baselines"],
         }
+
+    def scores(self, results: Row, suffix: str) -> Row:
+        """Return the figures of what has acted: real episodes, and `dream`, the return in its dream, where it was trained there."""
+        dreamed = self.path("dreams", suffix) / "dream.json"
+        dream = {"dream": read_json(dreamed, HINT)["return"]} if dreamed.exists() else {}
+        return {name: results[name] for name in FIGURES if name in results} | dream

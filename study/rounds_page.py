@@ -16,7 +16,8 @@ from wmcache.common.device import CPU
 from wmcache.common.figures import png_bytes
 from wmcache.common.files import atomic_write
 from wmcache.planner.report import COLOURS, RC, describe_making, write_page
-from wmcache.study.rounds import RoundsOptions, Row
+from wmcache.study.rounds import Row
+from wmcache.study.rounds_options import RoundsOptions
 
 BASELINE_STYLES: dict[str, Any] = {"random": "--", "zero": ":"}
 
@@ -34,10 +35,35 @@ def write_rounds(out: Path, options: RoundsOptions, rows: Sequence[Row], command
         rows=rows,
         by_return="return" in rows[0],
         picture=picture,
+        controllers=controllers_of(rows) if options.controller else [],
+        pictures=_pictures(out, options),
         command=command,
         settings=json.dumps(asdict(options), indent=2),
         made=describe_making(CPU),
     )
+
+
+def controllers_of(rows: Sequence[Row]) -> list[tuple[int, str, Row]]:
+    """List round, name and figures of each controller."""
+    return [
+        (row["round"], name, found) for row in rows for name, found in [("controller", row), *row["variants"].items()]
+    ]
+
+
+def _pictures(out: Path, options: RoundsOptions) -> list[tuple[str, bytes]]:
+    """Read the training curve of each controller of the last round, and the pictures of its dreams, with captions."""
+    if not options.controller:
+        return []
+    found = []
+    for name, suffix in [("controller", ""), *((name, f"-{name}") for name in options.variants)]:
+        last = f"round-{options.rounds}{suffix}"
+        curve, dream = out / "controllers" / last / "controller.png", out / "dreams" / last / "dream.png"
+        found += [
+            (f"{name}: {what}", file.read_bytes())
+            for what, file in (("training", curve), ("dreams", dream))
+            if file.exists()
+        ]
+    return found
 
 
 def lines_of(rows: Sequence[Row]) -> list[str]:
@@ -46,6 +72,12 @@ def lines_of(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         counts = f"{row['round']:>5} {row['collected_episodes']:>9} {row['total_frames']:>9} {row['steps']:>8}"
         found.append(f"{counts}  {'  '.join(_cells(row))}")
+    if any(row["variants"] or "dream" in row for row in rows):
+        dreams = f"{'return in the dream':>20}  {'95 % interval':>20}"
+        found.append(f"{'round':>5} {'controller':>18}  {dreams}  {_heading(rows[0])}")
+        for number, name, figures in controllers_of(rows):
+            dreamed = _cells({"return": figures["dream"]}) if "dream" in figures else ["", ""]
+            found.append(f"{number:>5} {name:>18}  {dreamed[0]:>20}  {dreamed[1]:>20}  {'  '.join(_cells(figures))}")
     return found
 
 

@@ -27,3 +27,17 @@ def held(rng: np.random.Generator, length: int, space: Column) -> NDArray[np.flo
         action = random(rng, 1, space)[0]
         actions += [action] * int(rng.integers(1, 11))
     return np.stack(actions[:length])
+
+
+@POLICIES.register("sticky")
+def sticky(rng: np.random.Generator, length: int, space: Column) -> NDArray[np.float32]:
+    """Draw uniform actions, each repeated for 1 to n env steps; n is drawn for each episode, log-uniformly from 1 to 100.
+
+    Some episodes tremble, others cross the whole room: the data covers more than actions of one duration do.
+    """
+    longest = int(100 ** rng.uniform())
+    actions: list[NDArray[np.float32]] = []
+    while len(actions) < length:
+        action = random(rng, 1, space)[0]
+        actions += [action] * int(rng.integers(1, longest + 1))
+    return np.stack(actions[:length])

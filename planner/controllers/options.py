@@ -54,3 +54,7 @@ class ControllerOptions:
     )
     check_episodes: Positive = option(16, "Episodes of a check.")
     device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.")
+
+    def dream_temperature(self, *, draws: bool) -> float | None:
+        """Return the temperature of the dream of a model that draws what it imagines, or does not."""
+        return DREAM_TEMPERATURE if self.temperature is None and draws else self.temperature

@@ -17,7 +17,7 @@ from wmcache.planner.context import EvalContext
 from wmcache.planner.controllers.fitness import DreamRollouts, Live, LiveBatch, LiveRollouts
 from wmcache.planner.controllers.folder import linear_of
 from wmcache.planner.controllers.linear import GOAL, Linear
-from wmcache.planner.controllers.options import DREAM_TEMPERATURE, ControllerOptions
+from wmcache.planner.controllers.options import ControllerOptions
 from wmcache.planner.dream import Dream
 from wmcache.planner.options import PlanOptions
 from wmcache.trainer.runs import load_model, weights_checksum
@@ -86,9 +86,7 @@ def _open_context(run: Path, options: ControllerOptions, weights: Path | None) -
 
 
 def _dreamed(run: Path, options: ControllerOptions) -> DreamRollouts:
-    temperature = options.temperature
-    if temperature is None and load_model(run, torch.device("cpu")).draws:
-        temperature = DREAM_TEMPERATURE
+    temperature = options.dream_temperature(draws=load_model(run, torch.device("cpu")).draws)
     dream = Dream(run, temperature=temperature, device=options.device)
     inputs = _inputs(options, needs_goal=dream.needs_goals)
     choose = options.choose if dream.action.discrete else None

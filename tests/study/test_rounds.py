@@ -21,7 +21,7 @@ from wmcache.cli import main
 from wmcache.common.errors import UserError
 from wmcache.engine.checkpoint import last_checkpoint, read_progress
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.study.rounds import read_rounds
+from wmcache.study.rounds_options import read_rounds
 from wmcache.trainer.runs import caches_of, read_config
 
 from ..conftest import times
@@ -196,14 +196,23 @@ def test_other_settings_are_refused_by_name(done: Path, tmp_path: Path) -> None:
 def test_without_goals_a_controller_collects_and_the_curve_is_of_returns(user_package: str, tmp_path: Path) -> None:
     few = TCN.replace("batch = 16", "batch = 8")
     file = write(tmp_path, f"{user_package}:Dots-v0", few, "mdn-rnn", MDN_RNN, policy="")
-    file.write_text(file.read_text().replace("[train]", f"{CONTROLLER}\n[train]\nframeskip = 2\nhistory = 1"))
+    several = f'{CONTROLLER}\n[variants."blind.0"]\ninputs = "hidden"\n[variants.real]\nwhere = "env"\n'
+    file.write_text(file.read_text().replace("[train]", f"{several}\n[train]\nframeskip = 2\nhistory = 1"))
     result = run(file, tmp_path / "out")
     card = FrameDataset.open(tmp_path / "out" / "frames" / "round-2").card
     assert card.policy.startswith("controller of mdn-rnn, weights ")
     rows = json.loads((tmp_path / "out" / "rounds.json").read_text())["rounds"]
     assert [row["return"]["mean"] > 0 for row in rows] == [True, True]
     assert "mean return" in result.stdout
-    assert (tmp_path / "out" / "rounds.html").exists()
+    page = (tmp_path / "out" / "rounds.html").read_text()
+    assert page.count("data:image/png") == 4  # returns, and the training of each controller
+    for row in rows:
+        assert [sorted(row["variants"]), "dream" in row] == [["blind.0", "real"], True]
+        assert ["dream" in row["variants"][name] for name in ("blind.0", "real")] == [True, False]
+        assert all(found["return"]["ci95"] for found in row["variants"].values())
+    before = times(tmp_path / "out" / "controllers")
+    run(file, tmp_path / "out")
+    assert times(tmp_path / "out" / "controllers") == before
 
 
 @pytest.mark.parametrize(
@@ -222,6 +231,9 @@ def test_without_goals_a_controller_collects_and_the_curve_is_of_returns(user_pa
         ('name = "tcn"', 'name = "tnc"', "encoder.*tnc.*tcn"),
         ("budget = 10", "execute = 9", "plan.*--execute 9"),
         (TCN, 'name = "pca"', "pca.*adapter"),
+        ("[train]", "[variants.cold]\n[train]", "variants.*cold.*controller"),
+        ("[train]", f'{CONTROLLER}[variants."../x"]\n[train]', "variants"),
+        ("[train]", f"{CONTROLLER}[variants.cold]\ntemprature = 0.1\n[train]", "variants.cold.*temprature"),
     ],
 )
 def test_a_bad_setting_is_one_line_that_names_it(tmp_path: Path, old: str, new: str, named: str) -> None:
