@@ -11,7 +11,7 @@ PLAN := $(DEMO)/runs/pointmaze-umaze-tcn-64/plan-all-x1-50x100
 # Keep compiled modules: without them each of the hundreds of processes that the tests start takes seven seconds instead of three.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup test test-long lint demo study mazes pictures clean
+.PHONY: setup test test-long lint demo study world-models rwm mazes pictures clean
 
 setup: $(VENV)/.linked
 	@$(BIN)/python -m wmcache.envs.check >/dev/null 2>&1 && $(BIN)/python -c 'import cv2' 2>/dev/null || scripts/install-gl.sh $(BIN)/python
@@ -60,6 +60,35 @@ study: export WMCACHE_HOME := $(DEMO)
 study: export PATH := $(CURDIR)/$(BIN):$(PATH)
 study: setup
 	wmcache study study/default.toml
+
+# World Models' two tasks (docs/world-models.md): an hour for take cover, two for CarRacing.
+world-models: export WMCACHE_HOME := $(DEMO)
+world-models: export PATH := $(CURDIR)/$(BIN):$(PATH)
+world-models: setup
+	wmcache rounds study/take-cover.toml
+	wmcache rounds study/car-racing.toml
+
+# The tables of the U-maze in docs/world-models.md: MPC on rwm, a controller trained in the dream, and RWM against teacher forcing.
+UMAZE := $(DEMO)/stores/pointmaze-umaze/tcn-64.zarr
+NOISY := $(DEMO)/stores/noisy-umaze/tcn-64.zarr
+RUNS := $(DEMO)/runs
+FORCED := --model rwm --frameskip 2 --observed-steps 6 --all-observed --lr 1e-3
+rwm: export WMCACHE_HOME := $(DEMO)
+rwm: export PATH := $(CURDIR)/$(BIN):$(PATH)
+rwm: demo
+	wmtrain --cache $(UMAZE) --model rwm --steps 6000 --lr 1e-3 --out $(RUNS)/rwm
+	wmplan --run $(RUNS)/rwm --episodes 200
+	wmtrain --cache $(UMAZE) --model mdn-rnn --steps 2400 --lr 2e-3 --out $(RUNS)/mdn-rnn
+	wmcache controller --run $(RUNS)/mdn-rnn --generations 600 --check-every 20
+	wmplan --run $(RUNS)/mdn-rnn --policy $(RUNS)/mdn-rnn/controller --episodes 200
+	wmtrain --cache $(UMAZE) $(FORCED) --forecast 8 --steps 2000 --out $(RUNS)/forecast-8
+	wmtrain --cache $(UMAZE) $(FORCED) --forecast 1 --steps 5800 --out $(RUNS)/forecast-1
+	wmcache bench rollout --run $(RUNS)/forecast-8 --run $(RUNS)/forecast-1 --steps 20 --observed 6 --windows 1000
+	wmcache collect --env NoisyUMaze --episodes 200 --image-size 112 --out $(DEMO)/noisy-umaze
+	wmcache extract --dataset $(DEMO)/noisy-umaze --encoder tcn --weights $(DEMO)/encoders/pointmaze-umaze-tcn.safetensors --out $(NOISY)
+	wmtrain --cache $(NOISY) $(FORCED) --forecast 8 --steps 2000 --out $(RUNS)/noisy-forecast-8
+	wmtrain --cache $(NOISY) $(FORCED) --forecast 1 --steps 5800 --out $(RUNS)/noisy-forecast-1
+	wmcache bench rollout --run $(RUNS)/noisy-forecast-8 --run $(RUNS)/noisy-forecast-1 --steps 20 --observed 6 --windows 1000
 
 # Goals beyond the planning horizon: the medium and the large maze, scored by path length along the cached frames.
 mazes: export WMCACHE_HOME := $(DEMO)
