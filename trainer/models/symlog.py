@@ -28,7 +28,9 @@ class TwoHot(nn.Module):
     def __init__(self, bins: int = 255, low: float = -20.0, high: float = 20.0) -> None:
         """Take the number of bins, and the range of `symlog` of the values."""
         super().__init__()
-        self.register_buffer("values", symexp(torch.linspace(low, high, bins)), persistent=False)
+        steps = torch.linspace(low, high, bins)
+        steps = (steps - steps.flip(0) + low + high) / 2  # opposite to the last bit, where the range is
+        self.register_buffer("values", symexp(steps), persistent=False)
 
     def encode(self, target: Tensor) -> Tensor:
         """Return the probabilities [..., bins] of targets [...]."""
