@@ -28,9 +28,10 @@ class TwoHot(nn.Module):
     def __init__(self, bins: int = 255, low: float = -20.0, high: float = 20.0) -> None:
         """Take the number of bins, and the range of `symlog` of the values."""
         super().__init__()
-        steps = torch.linspace(low, high, bins)
-        steps = (steps - steps.flip(0) + low + high) / 2  # opposite to the last bit, where the range is
-        self.register_buffer("values", symexp(steps), persistent=False)
+        values = symexp(torch.linspace(low, high, bins))
+        if low == -high:
+            values = (values - values.flip(0)) / 2  # vector and scalar instructions round differently
+        self.register_buffer("values", values, persistent=False)
 
     def encode(self, target: Tensor) -> Tensor:
         """Return the probabilities [..., bins] of targets [...]."""
@@ -47,6 +48,6 @@ class TwoHot(nn.Module):
         return -(self.encode(target.detach()) * F.log_softmax(logits.float(), -1)).sum(-1)
 
     def mean(self, logits: Tensor) -> Tensor:
-        """Compute the mean [...]. Opposite bins are added first, so that equal probabilities give exactly 0."""
+        """Compute the mean [...]; opposite bins are added first, so that equal probabilities of a range around 0 give exactly 0."""
         weighted = F.softmax(logits.float(), -1) * self.values
         return (weighted + weighted.flip(-1)).sum(-1) / 2
