@@ -59,6 +59,7 @@ class WorldModel(Trainable):
 
     recurrent: ClassVar[bool] = False  # remembers every frame of an episode, so a planner must observe each model step
     draws: ClassVar[bool] = False  # whether `imagine` uses its generators
+    takes_actions: bool = True  # else it predicts videos, and cannot plan
     temperature: float = 0.0
 
     def __init__(self, shape: DataShape, options: Any, statistics: Mapping[str, Tensor]) -> None:
