@@ -1,4 +1,4 @@
-"""The recurrent state-space model: that of DreamerV3 (arXiv 2301.04104), and with `--latent gaussian` that of DisWM (arXiv 2503.08751).
+"""The recurrent state-space model of DreamerV3 (arXiv 2301.04104), and with Gaussian values of DisWM (arXiv 2503.08751).
 
 A state is a memory, which no frame is needed for, and a stochastic value. The prior predicts the value from the memory alone; the
 posterior sees the frame too. All of a frame, and reward and end of the steps to it, are decoded from the state.
@@ -30,8 +30,10 @@ class RssmOptions(SequenceOptions):
     actions: Literal["seen", "none"] = option(
         "seen", "See actions, or predict videos without them; such a model cannot plan.", group="Model"
     )
-    latent: Literal["categorical", "gaussian"] = option("categorical", "Distribution of the stochastic values.")
-    deter: Positive = option(512, "Units of the memory, a GRU.")
+    latent: Literal["gaussian", "categorical"] = option(
+        "gaussian", "Distribution of the stochastic values: Gaussians, or categorical variables (DreamerV3)."
+    )
+    deter: Positive = option(256, "Units of the memory, a GRU.")
     blocks: Positive = option(1, "Blocks of the GRU, each with weights of its own.")
     stoch: Positive = option(32, "Stochastic variables.")
     classes: Annotated[int, Ge(2), Le(1024)] = option(16, "Classes of each categorical variable.")
