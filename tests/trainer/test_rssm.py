@@ -157,7 +157,7 @@ def test_each_divergence_trains_its_own_side(latent: str) -> None:
     batch = make_batch(batch=3, frames=1)  # no memory leads from one frame to the other
 
     def gradients(**options: Any) -> dict[str, list[Tensor]]:
-        model = make_model(latent=latent, free_nats=options.pop("free_nats", 0.0), **options)
+        model = make_model(latent=latent, **{"free_nats": 0.0, "dynamics_weight": 1.0, **options})
         model.loss(batch)["loss"].backward()
         parts = {"prior": model.prior, "posterior": model.posterior}
         zero = torch.zeros(())

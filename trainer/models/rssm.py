@@ -33,15 +33,15 @@ class RssmOptions(SequenceOptions):
     latent: Literal["gaussian", "categorical"] = option(
         "gaussian", "Distribution of the stochastic values: Gaussians, or categorical variables (DreamerV3)."
     )
-    deter: Positive = option(256, "Units of the memory, a GRU.")
+    deter: Positive = option(200, "Units of the memory, a GRU.")
     blocks: Positive = option(1, "Blocks of the GRU, each with weights of its own.")
-    stoch: Positive = option(32, "Stochastic variables.")
+    stoch: Positive = option(50, "Stochastic variables.")
     classes: Annotated[int, Ge(2), Le(1024)] = option(16, "Classes of each categorical variable.")
-    hidden: Positive = option(256, "Units of each hidden layer.")
+    hidden: Positive = option(200, "Units of each hidden layer.")
     layers: Positive = option(2, "Hidden layers of the encoder and of the decoder.")
     free_nats: Weight = option(1.0, "KL divergence of a frame, in nats, below which it is not reduced.")
-    dynamics_weight: Weight = option(1.0, "Weight of the KL divergence that trains the prior.")
-    representation_weight: Weight = option(0.1, "Weight of the KL divergence that trains the posterior.")
+    dynamics_weight: Weight = option(0.8, "Weight of the KL divergence that trains the prior.")
+    representation_weight: Weight = option(0.2, "Weight of the KL divergence that trains the posterior.")
     reward_weight: Weight = option(1.0, "Weight of the loss of predicted rewards.")
 
     def __post_init__(self) -> None:
