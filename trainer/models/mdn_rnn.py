@@ -8,7 +8,7 @@ batch: `--sequences episodes --latents drawn`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -21,8 +21,8 @@ from wmcache.cache.log_variances import open_log_variances
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows
 from wmcache.common.options import Positive, Weight, option
-from wmcache.trainer.models import MODELS, Belief, DataShape
-from wmcache.trainer.models.recurrent import RecurrentModel, RecurrentOptions
+from wmcache.trainer.models import MODELS, Belief, DataShape, Generators
+from wmcache.trainer.models.recurrent import RecurrentModel, RecurrentOptions, draw_noise
 
 FORGET_BIAS = 1.0
 LEAST_LOG_SIGMA = math.log(0.01)  # of standardised values
@@ -154,7 +154,7 @@ class MdnRnn(RecurrentModel):
         return {"latent": belief["tokens"], "hidden": belief["hidden"], "cell": belief["cell"]}
 
     def _advance(
-        self, belief: Belief, action: Tensor, generators: Sequence[torch.Generator] | None, samples: int
+        self, belief: Belief, action: Tensor, generators: Generators | None, samples: int
     ) -> tuple[Belief, dict[str, Tensor]]:
         """Imagine a frame of S futures of E episodes; returns the belief after it, and it with the outputs of the heads, [E * S, …]."""
         tokens, proprio = belief["tokens"], belief["proprio"]
@@ -216,16 +216,15 @@ class MdnRnn(RecurrentModel):
         logits, means, log_sigmas = (layer(hidden).float().unflatten(-1, shape) for layer in self.mixture.values())
         return Mixture(logits, means, log_sigmas.clamp_min(LEAST_LOG_SIGMA))
 
-    def _draw(self, hidden: Tensor, generators: Sequence[torch.Generator] | None, samples: int) -> Tensor:
+    def _draw(self, hidden: Tensor, generators: Generators | None, samples: int) -> Tensor:
         """Return values [E * S, V] of the mixtures after `hidden` [E * S, hidden]; all S of an episode see the same noise."""
         if generators is None:
             shape = (-1, self.options.mixtures)
             logits, means = (self.mixture[name](hidden).float().unflatten(-1, shape) for name in ("logits", "means"))
             return chosen(means, logits.argmax(-1, keepdim=True))
         mixture, temperature = self._mixture(hidden), self.temperature
-        uniform = torch.stack([torch.rand(mixture.logits.shape[1], generator=one) for one in generators])
-        normal = torch.stack([torch.randn(self.values, generator=one) for one in generators])
-        uniform, normal = (noise.to(hidden.device).repeat_interleave(samples, 0) for noise in (uniform, normal))
+        uniform = draw_noise(torch.rand, mixture.logits.shape[1:2], generators, hidden, samples)
+        normal = draw_noise(torch.randn, (self.values,), generators, hidden, samples)
         shares = (mixture.logits / temperature).softmax(-1).cumsum(-1)
         component = (shares[..., :-1] < uniform[..., None]).sum(-1, keepdim=True)
         sigma = chosen(mixture.log_sigmas, component).exp() * math.sqrt(temperature)

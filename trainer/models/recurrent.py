@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wmcache.common.errors import UserError
 from wmcache.common.options import Weight, option
-from wmcache.trainer.models import Belief, DataShape, Imagined, WorldModel
+from wmcache.trainer.models import Belief, DataShape, Generators, Imagined, WorldModel
 
 LARGEST_FRAME = 4096
 """Values of a frame: a network on vectors has weights for each."""
@@ -64,9 +64,7 @@ class RecurrentModel(WorldModel):
             frames.append(frame)
         return self._describe(frames, samples)
 
-    def step(
-        self, belief: Belief, action: Tensor, generators: Sequence[torch.Generator] | None = None
-    ) -> tuple[Belief, Imagined]:
+    def step(self, belief: Belief, action: Tensor, generators: Generators | None = None) -> tuple[Belief, Imagined]:
         """See `Dreams.step`."""
         belief, frame = self._advance(belief, action, generators, 1)
         return belief, self._describe([frame], 1)
@@ -77,7 +75,7 @@ class RecurrentModel(WorldModel):
 
     @abstractmethod
     def _advance(
-        self, belief: Belief, action: Tensor, generators: Sequence[torch.Generator] | None, samples: int
+        self, belief: Belief, action: Tensor, generators: Generators | None, samples: int
     ) -> tuple[Belief, dict[str, Tensor]]:
         """Imagine a frame of S futures of E episodes.
 
@@ -103,3 +101,19 @@ class RecurrentModel(WorldModel):
     def _flatten(self, tokens: Tensor) -> Tensor:
         """Standardise tokens [..., N, D] of the store, [..., V]."""
         return ((tokens.float() - self.tokens_mean) / self.tokens_std).flatten(-2)[..., : self.values]
+
+
+def draw_noise(
+    draw: Callable[..., Tensor], size: tuple[int, ...], generators: Generators, like: Tensor, samples: int
+) -> Tensor:
+    """Draw noise of a size for S futures of each episode, [E * S, *size]; those of one episode see the same noise.
+
+    Args:
+        draw: such as `torch.randn`.
+        like: [E * S, …], on the device of the result.
+    """
+    if isinstance(generators, torch.Generator):
+        noise = draw((len(like) // samples, *size), generator=generators, device=generators.device)
+    else:
+        noise = torch.stack([draw(size, generator=one) for one in generators])
+    return noise.to(like.device).repeat_interleave(samples, 0)
