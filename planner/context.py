@@ -49,6 +49,7 @@ from wmcache.trainer.runs import (
     open_store,
     read_config,
     read_identity,
+    require_actions,
     weights_checksum,
 )
 
@@ -93,6 +94,7 @@ class EvalContext:
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(options.dtype, self.device)
         self.model = load_trained(run, self.device, untrained=untrained)
+        require_actions(self.model, run)
         if missing := self.model.stage_before_planning(self.model.stage_name):
             raise UserError(f"not ready for planning: {run}; train it with the same options and --stage {missing}")
         self.frameskip = int(self.config["frameskip"])
