@@ -49,11 +49,11 @@ class RendererError(UserError):
         )
 
 
-def open_renderer(model: mujoco.MjModel, size: int) -> mujoco.Renderer:
-    """Open a renderer of square frames; raises RendererError without OpenGL."""
+def open_renderer(model: mujoco.MjModel, height: int, width: int | None = None) -> mujoco.Renderer:
+    """Open a renderer, of square frames without a width; raises RendererError without OpenGL."""
     try:
         if gl_failure is not None:
             raise gl_failure  # noqa: TRY301 (it ends as the same RendererError)
-        return mujoco.Renderer(model, size, size)
+        return mujoco.Renderer(model, height, width or height)
     except Exception as error:  # from ImportError to AttributeError, depending on the backend
         raise RendererError.of(error) from error
