@@ -195,7 +195,7 @@ class Environment(Protocol):
         """Draw states [n, S], uint8 [n, S, S, 3], the same as live frames; only where `spec.renders_states`."""
 
     def draw_looks(self, looks: Sequence[Look], states: States | None = None) -> Frames:  # noqa: ARG002 (for those with a scene)
-        """Draw the current frames, or states [n, S], each with a look; only where `scene`."""
+        """Draw states [n, S], or without them, where states are not drawn, the current frames; each with a look. Only where `scene`."""
         raise UserError(f"environment {self.spec.id} has no MuJoCo scene, so it does not draw looks")
 
     def distance(self, states: States, goal: States) -> States:

@@ -39,9 +39,8 @@ class ControlSuite(GymEnvironment):
         known = {f"{domain}-{task}": (domain, task) for domain, task in suite.ALL_TASKS}
         if (task := name.removeprefix(PREFIX)) not in known:
             raise UserError(f"dm-control has no task {task!r}; {suggest(task, list(known))}")
-        with installed_for(name, "dm-control", "dmc"):
-            with quiet_compiler():
-                return Suite(compatibility(suite.load(*known[task]), render_mode="rgb_array"))
+        with installed_for(name, "dm-control", "dmc"), quiet_compiler():
+            return Suite(compatibility(suite.load(*known[task]), render_mode="rgb_array"))
 
 
 @contextmanager

@@ -118,9 +118,7 @@ class GymEnvironment(Environment):
 
     def draw_looks(self, looks: Sequence[Look], states: States | None = None) -> Frames:
         """Draw MuJoCo states, or the current frames."""
-        if states is None:
-            self._use_processes(drawing=True)
-            states = self._seen["state"] if self.spec.renders_states else None
+        self._use_processes(drawing=True)
         return self._copies.draw(looks) if states is None else self._copies.paint(states, looks)
 
     def distance(self, states: States, goal: States) -> States:

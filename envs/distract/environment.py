@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from wmcache.common.columns import Column, of_role
+from wmcache.common.columns import Column, join_role, of_role
 from wmcache.common.errors import UserError
 from wmcache.envs.base import Environment, Expert, Frames, Observation, Replay, Start, States, Steps, Task
 from wmcache.envs.distract import pixels
@@ -46,9 +46,9 @@ class Distracted(Environment):
             dataset=f"{inner.spec.dataset}-{'-'.join(distraction.kinds)}-{distraction.seed}",
             distraction=str(distraction),
         )
-        widths = {name: inner.spec.columns[name].width for name in of_role(inner.spec.columns, "state")}
-        self._first = sum(width for name, width in widths.items() if name < VIEW)
-        self._size = sum(widths.values())
+        self._states = {name: inner.spec.columns[name] for name in of_role(inner.spec.columns, "state")}
+        self._first = sum(column.width for name, column in self._states.items() if name < VIEW)
+        self._size = sum(column.width for column in self._states.values())
         self._views = np.zeros((inner.count, 2))
         self._ended = np.zeros(inner.count, bool)
 
@@ -104,8 +104,9 @@ class Distracted(Environment):
 
     def _observe(self, seen: Observation) -> Observation:
         views = self._views.copy()
+        states = join_role(seen.columns, self._states, "state") if self.spec.renders_states else None
         columns = {**seen.columns, VIEW: views}
-        return Observation(columns, self.spec.columns, lambda: self._draw(views, lambda: seen.image, None))
+        return Observation(columns, self.spec.columns, lambda: self._draw(views, lambda: seen.image, states))
 
     def _draw(self, views: NDArray[np.floating], usual: Callable[[], Frames], states: States | None) -> Frames:
         looks = looks_of(self._distraction, views)

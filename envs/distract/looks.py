@@ -62,6 +62,12 @@ def split_name(name: str) -> tuple[str, Distraction | None]:
     return found["plain"], Distraction.of(found["kinds"], int(found["seed"]))
 
 
+def distraction_of(name: str) -> str:
+    """Return the distraction in the name of an environment, as `EnvSpec` has it; empty without."""
+    found = split_name(name)[1]
+    return "" if found is None else str(found)
+
+
 Colour = tuple[float, float, float]
 """Red, green and blue in [0, 1]."""
 

@@ -75,7 +75,7 @@ class PointMaze(Environment):
         return np.stack([self._simulator.render(state) for state in states])
 
     def draw_looks(self, looks: Sequence[Look], states: States | None = None) -> Frames:
-        """Draw states, or the current ones, from above."""
+        """Draw the maze from above."""
         drawn = zip(self._states if states is None else states, looks, strict=True)
         return np.stack([self._simulator.render_look(state, look) for state, look in drawn])
 
