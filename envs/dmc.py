@@ -9,14 +9,15 @@ from importlib import import_module
 from typing import Any, ClassVar
 
 import gymnasium
-import numpy as np
 
 from wmcache.common.errors import UserError, suggest
 from wmcache.envs.base import ENVIRONMENTS, Array
 from wmcache.envs.gym import GymEnvironment
+from wmcache.envs.mujoco_gl import open_renderer
 from wmcache.envs.packages import installed_for
 
 PREFIX = "dmc:"
+SIZE = 240
 
 
 @ENVIRONMENTS.register(f"{PREFIX}DOMAIN-TASK")
@@ -66,6 +67,8 @@ class Suite(gymnasium.Env[dict[str, Array], Array]):
         self.observation_space, self.action_space = converted.observation_space, converted.action_space
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": 1 / converted.dt}
         self.render_mode = "rgb_array"
+        self._size = SIZE
+        self._renderer: Any = None
 
     @property
     def model(self) -> Any:
@@ -79,9 +82,7 @@ class Suite(gymnasium.Env[dict[str, Array], Array]):
 
     def set_frame_size(self, size: int) -> None:
         """Choose the side of the frames in pixels, before the first is drawn."""
-        buffer = self.model.vis.global_
-        buffer.offwidth, buffer.offheight = max(buffer.offwidth, size), max(buffer.offheight, size)
-        self._converted.render_kwargs = {"width": size, "height": size, "camera_id": self.fixed_camera}
+        self._size = size
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start an episode."""
@@ -94,11 +95,17 @@ class Suite(gymnasium.Env[dict[str, Array], Array]):
         return observation, float(reward), *ends
 
     def render(self) -> Any:
-        """Draw the first camera's frame."""
-        return np.asarray(self._converted.render())
+        """Draw the first camera's frame; dm-control's own renderer reports errors at exit."""
+        if self._renderer is None:
+            self._renderer = open_renderer(self.model, self._size)
+        self._renderer.update_scene(self.data, self.fixed_camera)
+        return self._renderer.render()
 
     def close(self) -> None:
-        """Free the physics."""
+        """Free the renderer and the physics."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
         self._converted.close()
 
     def _get_obs(self) -> Any:

@@ -17,7 +17,7 @@ from wmcache.common.errors import UserError, reason
 from wmcache.envs.base import Array, Frames, Replay, Start, States, Steps, find_environment
 from wmcache.envs.distract.looks import Look
 from wmcache.envs.distract.scene import Scene
-from wmcache.envs.mujoco_gl import RendererError, mujoco
+from wmcache.envs.mujoco_gl import RendererError, close_at_exit, mujoco
 from wmcache.envs.spaces import action_column, observed_parts
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ class World:
             if look is not None and self._scene is not None:
                 return self._scene.draw(self.data, self._camera(), look)
             frame: Any = self.env.render()
+            if self.data is not None:
+                close_at_exit(self)
         if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
             kind = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
             raise UserError(f"frames of environment {self.name} are {kind}; rgb_array must be uint8 [height, width, 3]")

@@ -26,8 +26,6 @@ class Scene:
     def __init__(self, model: Any, height: int, width: int) -> None:
         """Open a renderer; raises RendererError without OpenGL."""
         self._model = model
-        size = model.vis.global_
-        size.offheight, size.offwidth = max(size.offheight, height), max(size.offwidth, width)
         self._renderer = open_renderer(model, height, width)
         self._textures: tuple[Any, int] | None = None  # distraction and episode of those that the renderer has
 
