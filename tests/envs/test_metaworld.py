@@ -63,7 +63,9 @@ def test_the_scripted_policy_of_metaworld_opens_the_drawer() -> None:
         action = np.clip(policy.get_action(observed[0]), -1, 1).astype(np.float32)
         moved = env.step(action[None, None])
         observed = moved["observation"][:, 0]
-    assert moved["reward"][0, 0] > 9.5
+    assert (
+        np.linalg.norm(observed[0, 4:7] - observed[0, 36:39]) < 0.03
+    )  # success, as Meta-World defines it for this task
     env.close()
 
 
