@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from run_tools import read_log, stopped_at, weights_of
 from torch import Tensor
 from torch.distributions import Categorical, Normal
 
+from wmcache.cli import main, wmplan, wmtrain
+from wmcache.common.errors import UserError
+from wmcache.common.jsonfiles import read_json
+from wmcache.engine.checkpoint import last_checkpoint
+from wmcache.pipeline import encoders
+from wmcache.pipeline.collect import collect
+from wmcache.pipeline.extract import extract
+from wmcache.pipeline.frames import FrameDataset
+from wmcache.planner.context import EvalContext
+from wmcache.planner.evaluate import run_episodes
+from wmcache.planner.options import PlanOptions
 from wmcache.trainer.actor import train_actor
 from wmcache.trainer.actor_critic import ActorCritic, ActorShape, ReturnRange, Trajectory, lambda_returns
 from wmcache.trainer.models.symlog import TwoHot
@@ -48,6 +63,14 @@ def runs(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         )
         train(store_path, folder / name, settings)
     return {name: folder / name for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def actor(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An actor in the mdn-rnn; read only."""
+    out = tmp_path_factory.mktemp("actors") / "actor"
+    train_actor(runs["mdn-rnn"], out, TINY)
+    return out
 
 
 def make_network(*, discrete: bool, seed: int = 0, frameskip: int = 2, **changed: Any) -> ActorCritic:
@@ -193,3 +216,98 @@ def test_an_actor_gets_nearer_to_goals_than_random_actions(runs: dict[str, Path]
     found = train_actor(runs[name], tmp_path / "actor", options)
     assert found["reward"] == "goal"
     assert 0 > found["return"] > found["random_return"]
+
+
+@GRADIENTS
+def test_a_stopped_actor_resumes_exactly(runs: dict[str, Path], tmp_path: Path, gradient: Any) -> None:
+    options = replace(TINY, gradient=gradient)
+    straight = train_actor(runs["mdn-rnn"], tmp_path / "straight", options)
+    with stopped_at(5):
+        train_actor(runs["mdn-rnn"], tmp_path / "stopped", options)
+    assert last_checkpoint(tmp_path / "stopped").name == "step-00000003"
+    assert train_actor(runs["mdn-rnn"], tmp_path / "stopped", options) == straight
+    assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "straight")
+    assert read_log(tmp_path / "stopped") == read_log(tmp_path / "straight")
+    train_actor(runs["mdn-rnn"], tmp_path / "short", replace(options, steps=3))
+    assert train_actor(runs["mdn-rnn"], tmp_path / "short", options) == straight
+    assert weights_of(tmp_path / "short") == weights_of(tmp_path / "straight")
+
+
+def test_an_actor_is_a_policy_of_every_command(runs: dict[str, Path], tmp_path: Path) -> None:
+    run, out = runs["mdn-rnn"], tmp_path / "actor"
+
+    def call(program: Any, line: str) -> Any:
+        done = CliRunner().invoke(program, [*line.split(), "--device", "cpu"] if program is not main else line.split())
+        assert done.exit_code == 0, done.output
+        return done
+
+    small = "--steps 2 --batch-size 4 --observed 2 --horizon 2 --units 8 --layers 1 --inputs hidden,cell,goal"
+    call(wmtrain, f"actor --run {run} --out {out} {small}")
+    call(wmplan, f"--run {run} --policy {out} --episodes 3 --budget 20 --batch-size 2 --out {tmp_path / 'plan'}")
+    results = read_json(tmp_path / "plan/results.json", "")
+    assert results["policy"] == "dream-actor"
+    assert results["encoder_frames"] == 3 * 5  # the goal, and before each of 4 decisions
+    env = read_json(run / "identity.json", "")["card"]["dataset"]["env"]
+    call(main, f"collect --env {env} --policy {out} --episodes 2 --length 12 --image-size 32 --out {tmp_path / 'new'}")
+    card = FrameDataset.open(tmp_path / "new").card
+    assert card.policy.startswith("dream-actor of mdn-rnn")
+    call(main, f"dream --run {run} --policy {out} --episodes 3 --pictured 0 --out {tmp_path / 'dream'}")
+    assert read_json(tmp_path / "dream/dream.json", "")["return"]["mean"] < 0
+
+
+def test_actions_do_not_depend_on_the_batch(runs: dict[str, Path], actor: Path) -> None:
+    options = PlanOptions(policy=str(actor), budget=20, device="cpu", dtype="float32")
+    context = EvalContext(runs["mdn-rnn"], options)
+    together, alone = (
+        [run_episodes(context, options, numbers).states for numbers in parts] for parts in ([range(3)], [[0], [1], [2]])
+    )
+    np.testing.assert_allclose(together[0], np.concatenate(alone), rtol=1e-3, atol=1e-4)
+
+
+def test_discrete_actions_and_rewards_of_the_data(tmp_path: Path) -> None:
+    collect("gym:CartPole-v1", tmp_path / "frames", episodes=6, length=40, image_size=32)
+    extract(FrameDataset.open(tmp_path / "frames"), encoders.create("pixels", device="cpu"), tmp_path / "pixels.zarr")
+    sizes = {"hidden": 8, "mixtures": 2, "sequence": 4}
+    settings = TrainOptions(model="mdn-rnn", model_options=sizes, frameskip=2, steps=3, batch=8, device="cpu")
+    train(tmp_path / "pixels.zarr", tmp_path / "run", settings)
+    found = train_actor(tmp_path / "run", tmp_path / "actor", TINY)
+    assert found["reward"] == "model"
+    assert 0 < found["return"] <= 2 * TINY.horizon  # one for each env step, while the episode goes on
+    plan = PlanOptions(policy=str(tmp_path / "actor"), budget=12, device="cpu", dtype="float32")
+    actions = run_episodes(EvalContext(tmp_path / "run", plan), plan, range(3)).actions
+    assert (np.sort(actions, -1) == [0, 1]).all()
+
+
+def test_mistakes_are_refused(runs: dict[str, Path], run_path: Path, actor: Path, tmp_path: Path) -> None:
+    run, out = runs["mdn-rnn"], tmp_path / "actor"
+    for where, changed, named in (
+        (run_path, {}, "mdn-rnn"),
+        (run, {"inputs": "latent,pixels,goal"}, "--inputs"),
+        (run, {"inputs": "latent"}, "--inputs"),
+        (run, {"observed": 500}, "frames"),
+        (run, {"discount_steps": 1.0}, "--discount-steps"),
+        (runs["rwm"], {"inputs": "cell,goal"}, "--inputs"),
+        (tmp_path, {}, "config.json"),
+    ):
+        with pytest.raises(UserError, match=named):
+            train_actor(where, out, replace(TINY, **changed))
+        assert not out.exists()
+    copytree(actor, out, symlinks=True)
+    with pytest.raises(UserError, match=f"{out} .*horizon 3 != 4.*--out"):
+        train_actor(run, out, replace(TINY, horizon=4))
+    with pytest.raises(UserError, match="model_sha256"):
+        train_actor(runs["rwm"], out, TINY)
+    assert train_actor(run, out, replace(TINY, seed=1, steps=1), overwrite=True)["step"] == 1
+    for policy, changed, named in (
+        (out, {"execute": 2}, "--execute 2"),
+        ("dream-actor", {}, "--policy"),
+    ):
+        options = PlanOptions(policy=str(policy), device="cpu", **changed)
+        with pytest.raises(UserError, match=named):
+            run_episodes(EvalContext(run, options), options, [0])
+    settings = read_json(out / "config.json", "")
+    for fault in ({"model_sha256": "0" * 64}, {"shape": {**settings["shape"], "size": 7}}, {"inputs": []}):
+        (out / "config.json").write_text(json.dumps({**settings, **fault}))
+        options = PlanOptions(policy=str(out), device="cpu")
+        with pytest.raises(UserError, match=str(out)):
+            run_episodes(EvalContext(run, options), options, [0])
