@@ -118,16 +118,14 @@ class _Round:
 
     def do(self) -> Row:
         """Do what is not done; returns the round's figures."""
-        suffixes = ("", *(f"-{name}" for name in self.options.variants))
         results = self.path("plans") / "results.json"
-        if not all((self.path("plans", suffix) / "results.json").exists() for suffix in suffixes):
+        if not all((self.path("plans", suffix) / "results.json").exists() for suffix in self.options.actors):
             log(f"round {self.number} of {self.options.rounds}")
             self.collect()
             self.extract()
             self.train()
-            self.act(self.options.controller, "")
-            for name, chosen in self.options.variants.items():
-                self.act(chosen, f"-{name}")
+            for suffix, chosen in self.options.actors.items():
+                self.act(chosen, suffix)
         return self.figures(read_json(results, HINT))
 
     def actor(self) -> Path:

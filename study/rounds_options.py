@@ -66,6 +66,11 @@ class RoundsOptions:
     device: str = "auto"
     cluster: str = "local:1"
 
+    @property
+    def actors(self) -> dict[str, ControllerOptions | None]:
+        """What is trained and evaluated in each round, by the end of its folders' names; None: the run itself."""
+        return {"": self.controller, **{f"-{name}": varied for name, varied in self.variants.items()}}
+
 
 def read_rounds(file: Path, flags: Mapping[str, Any] | None = None) -> RoundsOptions:
     """Read a TOML file of rounds; `flags` are values of its top level that win."""

@@ -55,7 +55,8 @@ def _pictures(out: Path, options: RoundsOptions) -> list[tuple[str, bytes]]:
     if not options.controller:
         return []
     found = []
-    for name, suffix in [("controller", ""), *((name, f"-{name}") for name in options.variants)]:
+    for suffix in options.actors:
+        name = suffix.removeprefix("-") or "controller"
         last = f"round-{options.rounds}{suffix}"
         curve, dream = out / "controllers" / last / "controller.png", out / "dreams" / last / "dream.png"
         found += [

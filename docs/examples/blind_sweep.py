@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import sys
-
+import click
 import gymnasium
 import numpy as np
 import vizdoom.gymnasium_wrapper  # noqa: F401 (registers the game)
@@ -28,6 +27,12 @@ def survival(period: int, seed: int) -> int:
     return steps
 
 
+@click.command()
+@click.argument("period", type=click.IntRange(1))
+def main(period: int) -> None:
+    """Play with a turn after every PERIOD env steps."""
+    click.echo(mean_of(np.array([survival(period, seed) for seed in range(EPISODES)], np.float64)))
+
+
 if __name__ == "__main__":
-    period = int(sys.argv[1])
-    sys.stdout.write(f"{mean_of(np.array([survival(period, seed) for seed in range(EPISODES)], np.float64))}\n")
+    main()

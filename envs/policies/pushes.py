@@ -22,11 +22,7 @@ def random(rng: np.random.Generator, length: int, space: Column) -> NDArray[np.f
 @POLICIES.register("held")
 def held(rng: np.random.Generator, length: int, space: Column) -> NDArray[np.float32]:
     """Draw uniform actions, each repeated for 1 to 10 env steps: pushes as long as a planner's, so that the data contains its actions."""
-    actions: list[NDArray[np.float32]] = []
-    while len(actions) < length:
-        action = random(rng, 1, space)[0]
-        actions += [action] * int(rng.integers(1, 11))
-    return np.stack(actions[:length])
+    return _repeated(rng, length, space, 10)
 
 
 @POLICIES.register("sticky")
@@ -35,7 +31,11 @@ def sticky(rng: np.random.Generator, length: int, space: Column) -> NDArray[np.f
 
     Some episodes tremble, others cross the whole room: the data covers more than actions of one duration do.
     """
-    longest = int(100 ** rng.uniform())
+    return _repeated(rng, length, space, int(100 ** rng.uniform()))
+
+
+def _repeated(rng: np.random.Generator, length: int, space: Column, longest: int) -> NDArray[np.float32]:
+    """Draw uniform actions, each repeated for 1 to `longest` env steps."""
     actions: list[NDArray[np.float32]] = []
     while len(actions) < length:
         action = random(rng, 1, space)[0]

@@ -1,4 +1,4 @@
-"""CarRacing without the frames that nobody reads: gymnasium's episodes, frame by frame."""
+"""CarRacing that draws only frames that are asked for has gymnasium's episodes, frame by frame."""
 
 from __future__ import annotations
 
