@@ -9,6 +9,7 @@ import click
 
 from wmcache import __version__
 from wmcache.commands import bench, data, decode, dream, probe, stores
+from wmcache.commands.actor import actor
 from wmcache.commands.command import Group
 from wmcache.commands.controller import controller
 from wmcache.commands.plan import wmplan
@@ -45,5 +46,6 @@ for known in (
 ):
     main.add_command(known)
 wmtrain.add_command(decode.decoder)
+wmtrain.add_command(actor)
 
 __all__ = ["main", "wmplan", "wmtrain"]

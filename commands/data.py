@@ -20,7 +20,7 @@ from wmcache.common.errors import UserError, command
 from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath
 from wmcache.common.space import human_bytes
-from wmcache.pipeline.options import CollectOptions
+from wmcache.pipeline.options import CollectOptions, DistractOptions
 
 if TYPE_CHECKING:
     from wmcache.pipeline.encoders import Encoder
@@ -39,13 +39,20 @@ def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> t
 
 @click.command(cls=Command)
 @options_of(CollectOptions)
+@options_of(DistractOptions)
 @shared.cluster_option("local")
 @shared.path_option("--out", help="Folder of the dataset.  [default: $WMCACHE_HOME/<environment>]")
-def collect(env: str, out: AnyPath | None, **settings: Any) -> None:
+def collect(env: str, out: AnyPath | None, distract: str | None, distract_seed: int, **settings: Any) -> None:
     """Collect a dataset of frames. Run again, it goes on where it stopped."""
-    from wmcache.envs import open_environment
+    from wmcache.envs import Distraction, distraction_of, open_environment
     from wmcache.planner.collect import collect as run
 
+    if distract is not None:
+        if distraction_of(env):
+            raise UserError(f"--env {env} is distracted already; leave out --distract")
+        env = Distraction.of(distract, distract_seed).name(env)
+    elif distract_seed:
+        raise UserError("--distract-seed needs --distract; add it")
     try:
         opened = open_environment(env)
     except UserError as error:

@@ -13,6 +13,8 @@ from wmcache.envs.base import (
     open_environment,
     open_geometry,
 )
+from wmcache.envs.distract import Distraction, distraction_of
+from wmcache.envs.distract.environment import VIEW
 from wmcache.envs.mujoco_gl import RendererError
 from wmcache.envs.pointmaze import (
     ENV_PREFIX,
@@ -35,6 +37,8 @@ __all__ = [
     "ENV_PREFIX",
     "FPS",
     "POLICIES",
+    "VIEW",
+    "Distraction",
     "EnvSpec",
     "Environment",
     "Geometry",
@@ -49,6 +53,7 @@ __all__ = [
     "Replay",
     "Steps",
     "Task",
+    "distraction_of",
     "env_id",
     "find_environment",
     "find_maze",

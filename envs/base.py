@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from wmcache.common.columns import Column, join_role
 from wmcache.common.errors import UserError, suggest
 from wmcache.common.registry import Registry
+from wmcache.envs.distract.looks import Look, split_name
 
 Array = NDArray[Any]
 Frames = NDArray[np.uint8]
@@ -38,6 +39,7 @@ class EnvSpec:
         thresholds: of `distance`, the largest first; () where success is a return.
         dataset: default name of a dataset's folder.
         layout: lines of text that describe this world beyond its id.
+        distraction: as the id ends with it, `colors,camera@3`; empty without.
     """
 
     id: str
@@ -48,6 +50,14 @@ class EnvSpec:
     thresholds: tuple[float, ...]
     dataset: str
     layout: tuple[str, ...] = ()
+    distraction: str = ""
+
+    @property
+    def world(self) -> str | tuple[str, ...]:
+        """What tells this world from others: its layout, which may have several names, or else its id."""
+        if not self.layout:
+            return self.id
+        return (*self.layout, self.distraction) if self.distraction else self.layout
 
     @property
     def action(self) -> Column:
@@ -143,6 +153,7 @@ class Environment(Protocol):
 
     Attributes:
         geometry: shortest paths, where they are known.
+        scene: frames are drawn by MuJoCo, so that `draw_looks` works.
         policies: behaviour policies of this environment alone: name -> function of a generator and the action space.
         forms: other names that a family accepts, as errors list them.
     """
@@ -150,6 +161,7 @@ class Environment(Protocol):
     spec: EnvSpec
     count: int
     geometry: Geometry | None = None
+    scene: bool = False
     policies: ClassVar[Mapping[str, Callable[[np.random.Generator, Column], Act]]] = {}
     forms: ClassVar[tuple[str, ...]] = ()
 
@@ -182,6 +194,10 @@ class Environment(Protocol):
     def render(self, states: States) -> Frames:
         """Draw states [n, S], uint8 [n, S, S, 3], the same as live frames; only where `spec.renders_states`."""
 
+    def draw_looks(self, looks: Sequence[Look], states: States | None = None) -> Frames:  # noqa: ARG002 (for those with a scene)
+        """Draw states [n, S], or without them, where states are not drawn, the current frames; each with a look. Only where `scene`."""
+        raise UserError(f"environment {self.spec.id} has no MuJoCo scene, so it does not draw looks")
+
     def distance(self, states: States, goal: States) -> States:
         """Compute the distance of states [..., S] to a goal [..., S], as the judge compares it with `spec.thresholds`."""
 
@@ -203,8 +219,8 @@ ENVIRONMENTS: Registry[type[Environment]] = Registry(
 
 
 def find_environment(name: str, layout: Sequence[str] = ()) -> type[Environment]:
-    """Find the class that opens a name; raises UserError that lists what exists."""
-    known = list(ENVIRONMENTS)
+    """Find the class that opens a name, with or without distraction; raises UserError that lists what exists."""
+    name, known = split_name(name)[0], list(ENVIRONMENTS)
     if name in known:
         return ENVIRONMENTS.get(name)
     for kind in dict.fromkeys(ENVIRONMENTS.get(other) for other in known):
@@ -219,13 +235,17 @@ def open_environment(name: str, count: int = 1, image_size: int = 224, layout: S
 
     Args:
         name: such as `UMaze`, `wmcache/PointMaze-UMaze-v0`, a path of a .txt grid, `PushT`, `gym:CartPole-v1` or
-            `my_package:MyEnv-v0`, as gymnasium spells it.
+            `my_package:MyEnv-v0`, as gymnasium spells it; followed by `+colors,camera@3` it is distracted, see `distract`.
         layout: of the environment's spec, or of a dataset's card.
 
     Raises:
         UserError: no environment has that name, or it cannot be opened.
     """
-    return find_environment(name, layout)(name, count, image_size, layout)
+    from wmcache.envs.distract.environment import Distracted  # here, because it derives from Environment
+
+    plain, distraction = split_name(name)
+    env = find_environment(plain, layout)(plain, count, image_size, layout)
+    return env if distraction is None else Distracted(env, distraction)
 
 
 def open_geometry(name: str, layout: Sequence[str]) -> Geometry | None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import importlib
 import os
 import sys
+import weakref
+from typing import Protocol
 
 from wmcache.common.errors import UserError
 
@@ -33,7 +37,7 @@ except Exception as error:  # noqa: BLE001 (from ImportError to AttributeError, 
     else:
         os.environ["MUJOCO_GL"] = _chosen
 
-__all__ = ["RendererError", "gl_failure", "mujoco", "open_renderer"]
+__all__ = ["RendererError", "close_at_exit", "gl_failure", "mujoco", "open_renderer"]
 
 
 class RendererError(UserError):
@@ -49,11 +53,42 @@ class RendererError(UserError):
         )
 
 
-def open_renderer(model: mujoco.MjModel, size: int) -> mujoco.Renderer:
-    """Open a renderer of square frames; raises RendererError without OpenGL."""
+def open_renderer(model: mujoco.MjModel, height: int, width: int | None = None) -> mujoco.Renderer:
+    """Open a renderer, of square frames without a width; raises RendererError without OpenGL."""
+    width, buffer = width or height, model.vis.global_
+    buffer.offheight, buffer.offwidth = max(buffer.offheight, height), max(buffer.offwidth, width)
     try:
         if gl_failure is not None:
             raise gl_failure  # noqa: TRY301 (it ends as the same RendererError)
-        return mujoco.Renderer(model, size, size)
+        renderer = mujoco.Renderer(model, height, width)
     except Exception as error:  # from ImportError to AttributeError, depending on the backend
         raise RendererError.of(error) from error
+    close_at_exit(renderer)
+    return renderer
+
+
+class Closable(Protocol):
+    """What has a GL context."""
+
+    def close(self) -> None:
+        """Free it; may be called again."""
+
+
+_opened: weakref.WeakSet[Closable] = weakref.WeakSet()
+
+
+def close_at_exit(opened: Closable) -> None:
+    """Close what has a GL context and is still open at exit: MuJoCo 3 reports an error for each context that is freed later."""
+    _register()  # after the first context, because MuJoCo ends EGL by a function that is registered with it
+    _opened.add(opened)
+
+
+@functools.cache
+def _register() -> None:
+    atexit.register(_close_opened)
+
+
+def _close_opened() -> None:
+    for opened in list(_opened):
+        with contextlib.suppress(Exception):  # of a context that another thread has used
+            opened.close()

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from wmcache.common.errors import UserError
 from wmcache.envs.base import Frames, Start, States, Steps
+from wmcache.envs.distract.looks import Look
 
 PROGRAM = "import sys; from wmcache.envs.processes import serve; serve(int(sys.argv[1]))"
 PATIENCE = 5.0
@@ -49,14 +50,16 @@ class Processes:
         """See `Copies`."""
         return joined(self._call("step", [(part,) for part in self._split(actions)]))
 
-    def draw(self) -> Frames:
+    def draw(self, looks: Sequence[Look] | None = None) -> Frames:
         """See `Copies`."""
-        return np.concatenate(self._call("draw", [() for _ in self._workers]))
+        parts = [None] * len(self._workers) if looks is None else self._split(looks)
+        return np.concatenate(self._call("draw", [(part,) for part in parts]))
 
-    def paint(self, states: States) -> Frames:
+    def paint(self, states: States, looks: Sequence[Look] | None = None) -> Frames:
         """See `Copies`."""
-        parts = np.array_split(states, min(len(states), len(self._workers)))
-        return np.concatenate(self._call("paint", [(part,) for part in parts]))
+        numbers = np.array_split(np.arange(len(states)), min(len(states), len(self._workers)))
+        parts = [slice(part[0], part[-1] + 1) for part in numbers]
+        return np.concatenate(self._call("paint", [(states[part], looks and looks[part]) for part in parts]))
 
     def close(self) -> None:
         """End the workers."""

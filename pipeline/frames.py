@@ -121,7 +121,9 @@ class FrameDatasetWriter:
         require_name(path)
         self._unfinished = path / "unfinished.json"
         with cannot_write(path):
-            if not is_started(path, {"columns": None, **self.card.to_json()}):
+            known = self.card.to_json()
+            known.setdefault("columns", None)  # last, because other differences are easier to read
+            if not is_started(path, known):
                 write_json(self._unfinished, self.card.to_json())
             if is_local(path):
                 sweep(path)

@@ -15,7 +15,8 @@ class CollectOptions:
     """Settings of `pipeline.collect.collect`; the same settings give the same bytes."""
 
     env: str = option(
-        "wmcache/PointMaze-UMaze-v0", "Environment: UMaze, a .txt grid, PushT, gym:CartPole-v1, package:MyEnv-v0."
+        "wmcache/PointMaze-UMaze-v0",
+        "Environment: UMaze, a .txt grid, PushT, gym:CartPole-v1, package:MyEnv-v0, dmc:reacher-easy, metaworld:drawer-open-v3.",
     )
     episodes: Positive = option(2000, "Episodes to collect; DINO-WM has 2000.")
     length: Positive = option(100, "Frames in each episode; fewer where the environment ends it.")
@@ -26,6 +27,20 @@ class CollectOptions:
     seed: Natural = option(0, "Seed of the dataset; the same seed gives the same bytes.")
     image_size: Annotated[int, Ge(8), Le(2048)] = option(224, "Side of the frames in pixels.")
     frames_per_shard: Positive = option(512, "Frames in each tar, and in each Zarr shard made from it.")
+
+
+@dataclass(frozen=True)
+class DistractOptions:
+    """Distraction of the environment; it becomes a part of the environment's name, and so of the dataset."""
+
+    distract: str | None = option(
+        None,
+        "Distract by kinds, separated by commas: colors, camera, background; each episode looks different. A part of the environment's "
+        "name afterwards: UMaze+colors,camera@3.",
+    )
+    distract_seed: Natural = option(
+        0, "Seed of the distraction. Colours of an even seed and of an odd seed are disjoint: source and target."
+    )
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from wmcache.planner.judge import reported_thresholds
 from wmcache.planner.live import Moved, act, all_ended, shown, shown_goals
 from wmcache.planner.options import PlanOptions, is_policy_folder, policy_run, policy_weights, recorded
 from wmcache.planner.policies import make_policy
+from wmcache.planner.world import cached_states, same_view
 from wmcache.trainer.runs import weights_checksum
 
 EPISODES_AT_ONCE = 10
@@ -99,7 +100,7 @@ def _load(folder: Path, options: CollectOptions, plan: PlanOptions) -> tuple[Eva
     context = EvalContext(run or folder, plan)
     plan = replace(context.settled(plan), dtype=context.precision)
     wanted, own = behaviour.player_of(options).open().spec, context.env.spec
-    if (wanted.layout or wanted.id) != (own.layout or own.id):
+    if wanted.world != own.world:
         name = context.card.dataset["env"]
         raise UserError(f"--policy {folder} is of environment {name}; collect with --env {name}")
     if not context.by_return:
@@ -242,12 +243,12 @@ def _draw_goal(
     start = np.asarray(before.start if before.goal is None else before.goal, np.float64)
     largest = reported_thresholds(env.spec.thresholds, plan.threshold)[0]
     apart = Separation(largest, env.longest_move(context.frameskip)) if plan.strict else Separation()
-    states = context.store.require_state() if plan.goals == "dataset" else None
+    states = cached_states(env.spec, context.store) if plan.goals == "dataset" else None
     for _ in range(MOST_DRAWS):
         goal = env.sample_task(rng).goal if states is None else states[rng.integers(len(states))]
         if apart.allows(env, start, np.asarray(goal, np.float64)):
             break
-    return Task(start, np.asarray(goal, np.float64))
+    return Task(start, same_view(env.spec, np.asarray(goal, np.float64), start))
 
 
 def _moves(

@@ -49,6 +49,7 @@ from wmcache.trainer.runs import (
     open_store,
     read_config,
     read_identity,
+    require_actions,
     weights_checksum,
 )
 
@@ -93,6 +94,7 @@ class EvalContext:
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(options.dtype, self.device)
         self.model = load_trained(run, self.device, untrained=untrained)
+        require_actions(self.model, run)
         if missing := self.model.stage_before_planning(self.model.stage_name):
             raise UserError(f"not ready for planning: {run}; train it with the same options and --stage {missing}")
         self.frameskip = int(self.config["frameskip"])
@@ -160,7 +162,8 @@ class EvalContext:
     def _kind_differs(self, env: Environment) -> str:
         """Describe how an environment differs from the kind of the store's; "" where it does not."""
         recorded, layout = str(self.card.dataset.get("env")), self.card.layout
-        if not isinstance(env, find_environment(recorded, layout)):
+        assert self._env_name is not None
+        if not issubclass(find_environment(self._env_name), find_environment(recorded, layout)):
             return f"another kind than {recorded}, the environment"
         for name, column in self.store.columns.items():
             if name in env.spec.columns and env.spec.columns[name].shape != column.shape:
@@ -287,8 +290,7 @@ class EvalContext:
         """Hash all that the episodes depend on: options, the model's weights, goals, environment and the store's identity."""
         weights = weights_checksum(self.run)
         goals = "" if options.goals in SOURCES else sha256_of(Path(options.goals))
-        world = self.env.spec.layout or self.env.spec.id
-        parts = [recorded(options), weights, goals, self.store.identity.to_json(), world]
+        parts = [recorded(options), weights, goals, self.store.identity.to_json(), self.env.spec.world]
         if options.policy and is_policy_folder(options.policy):
             parts.append(sha256_of(policy_weights(Path(options.policy))))
         known = dump_json([*parts, "untrained"] if self.untrained else parts)

@@ -16,8 +16,9 @@ from wmcache.common.columns import Column
 from wmcache.common.device import choose_device
 from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath
-from wmcache.trainer.models import Belief, Dreams, Imagined, WorldModel, dreaming_models
-from wmcache.trainer.runs import load_model, open_store, read_config
+from wmcache.trainer.dreaming import constant_reward, goal_distance, imagined_reward, load_dreams
+from wmcache.trainer.models import Belief, Imagined
+from wmcache.trainer.runs import open_store, read_config
 
 LEAST_CONTINUES = 0.5
 """An imagined episode ends where the probability that it goes on is below this: the paper's logit of 0."""
@@ -84,7 +85,7 @@ class Dream:
         """
         self.run, self.device = run, choose_device(device)
         self._block = BLOCKS.get(self.device.type, LARGE_BLOCK)
-        self.model, self.dreams = _load(run, temperature, self.device)
+        self.model, self.dreams = load_dreams(run, self.device, temperature)
         self.store, config = open_store(run, cache), read_config(run)
         self.frameskip, seed = int(config["frameskip"]), int(config.get("split_seed", 42))
         self.action = action_space(self.store)
@@ -202,9 +203,7 @@ class Dream:
     def _reward(self, imagined: Imagined, block: Tensor) -> Tensor:
         if self._now.goal_latents is not None and self._now.goal is not None:
             return -goal_distance(self.model, imagined, self._now.goal_latents[block], self._now.goal[block])
-        if imagined.reward is not None and self._each is None:
-            return imagined.reward[:, 0, 0]
-        return torch.full((len(block),), self.frameskip * (self._each or 0.0), device=self.device)
+        return imagined_reward(imagined, self._each, self.frameskip)
 
     def _features(self) -> dict[str, Tensor]:
         found = self.dreams.features(self.belief)
@@ -235,45 +234,10 @@ def _blocks(rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield part, torch.cat([part, part[:1].expand(size - len(part))])
 
 
-def _load(run: Path, temperature: float | None, device: torch.device) -> tuple[WorldModel, Dreams]:
-    model = load_model(run, device)
-    if not isinstance(model, Dreams):
-        raise UserError(
-            f"{run} is of a model that cannot be stepped without frames, {read_config(run)['model']}; "
-            f"train {dreaming_models()} instead"
-        )
-    if missing := model.stage_before_planning(model.stage_name):
-        raise UserError(f"not ready to imagine: {run}; train it with the same options and --stage {missing}")
-    if temperature is not None:
-        if not model.draws:
-            raise UserError(f"--temperature {temperature}: the model of {run} draws nothing; leave it out")
-        model.temperature = temperature
-    return model, model
-
-
-def goal_distance(model: WorldModel, imagined: Imagined, goal_latents: Tensor, goal: Tensor) -> Tensor:
-    """Compute the distance of frames, S = T = 1, to goals, [E]: of a model that imagines proprio alone that of proprio.
-
-    Args:
-        goal_latents: [E, N, D]. goal: `latent` of `Dreams.features`, [E, …].
-    """
-    if model.has_latents:
-        return model.cost(imagined, goal_latents)[:, 0, 0]
-    return (imagined.proprio[:, 0, 0] - goal).square().mean(-1)
-
-
 def action_space(store: TokenStore) -> Column:
     """Describe the actions of a store as one column with bounds."""
     low, high = (tuple(bound.astype(float).tolist()) for bound in store.bounds)
     return Column(("action",), "float32", (len(low),), low, high, discrete=store.discrete)
-
-
-def constant_reward(store: TokenStore) -> float | None:
-    """Return the reward of every env step of a store: 1 where it has none but ends; None where rewards differ, or nothing is known."""
-    if store.reward is None:
-        return None if store.terminated is None else 1.0
-    followed = store.reward[:-1][np.diff(store.episode) == 0]  # the last frame of an episode has no reward
-    return float(followed[0]) if len(followed) and (followed == followed[0]).all() else None
 
 
 def drawn(frames: Frames, seeds: Sequence[int], stream: int) -> Frames:

@@ -24,15 +24,16 @@ from wmcache.common.paths import AnyPath
 from wmcache.common.progress import seconds_between_updates
 from wmcache.common.video import ffmpeg, write_mp4
 from wmcache.pipeline.stores import frames_of
-from wmcache.planner.controllers.folder import load_linear
-from wmcache.planner.controllers.linear import GOAL
+from wmcache.planner.belief import FolderPolicy
 from wmcache.planner.decode import open_decode
 from wmcache.planner.dream import Dream
 from wmcache.planner.judge import mean_of, wilson
-from wmcache.planner.options import DreamOptions, is_policy_folder
+from wmcache.planner.options import DreamOptions, is_policy_folder, policy_name
+from wmcache.planner.policies import PLAN_POLICIES
 from wmcache.planner.policies.random import draw_actions
 from wmcache.planner.policies.zero import zero_action
 from wmcache.planner.world import draw_again
+from wmcache.trainer.dreaming import GOAL
 from wmcache.trainer.metrics import Images
 
 Act = Callable[[int, dict[str, Tensor]], Tensor]
@@ -142,12 +143,13 @@ def actor_of(dream: Dream, policy: str, seeds: range, steps: int) -> tuple[Act, 
     if policy in BLIND:
         actions = planned(dream, policy, seeds, steps)
         return lambda step, _: actions[:, step], dream.needs_goals
-    if not is_policy_folder(policy):
-        raise UserError(f"--policy {policy} does not act in dreams; {suggest(policy, BLIND)}, or a controller's folder")
-    linear, solution = load_linear(Path(policy), dream.run, dream.dreams, dream.bounds, dream.frameskip)
-    return lambda _, features: linear(
-        solution[None].to(dream.device), features
-    ), dream.needs_goals or GOAL in linear.inputs
+    kind = PLAN_POLICIES.get(policy_name(policy)) if is_policy_folder(policy) else None
+    if not (isinstance(kind, type) and issubclass(kind, FolderPolicy)):
+        raise UserError(
+            f"--policy {policy} does not act in dreams; {suggest(policy, BLIND)}, or a trained policy's folder"
+        )
+    decide = kind.load(Path(policy), dream.run, dream.dreams, dream.bounds, dream.frameskip)
+    return lambda _, features: decide.actions(features), dream.needs_goals or GOAL in decide.inputs
 
 
 def planned(dream: Dream, policy: str, seeds: range, steps: int) -> Tensor:

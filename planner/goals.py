@@ -16,7 +16,7 @@ from wmcache.cache.windows import window_starts
 from wmcache.common.errors import UserError, reason
 from wmcache.envs import Environment, Task
 from wmcache.planner.options import SOURCES
-from wmcache.planner.world import state_size, states_of, world_name
+from wmcache.planner.world import cached_states, state_size, states_of, world_name
 
 MAX_DRAWS = 2000
 """Pairs that are drawn for an episode before it is refused."""
@@ -94,11 +94,11 @@ def held_out_starts(store: TokenStore, steps: int, split_seed: int) -> NDArray[n
 
 def _draw_from(source: str, env: Environment, store: TokenStore, steps: int, split_seed: int) -> Draw:
     if source == "dataset":
-        candidates, states = held_out_starts(store, steps, split_seed), store.require_state()
+        candidates, states = held_out_starts(store, steps, split_seed), cached_states(env.spec, store)
 
         def draw_frames(rng: np.random.Generator) -> tuple[States, States]:
             first = int(rng.choice(candidates))
-            return np.asarray(states[first], np.float64), np.asarray(states[first + steps], np.float64)
+            return states[first], states[first + steps]
 
         return draw_frames
 

@@ -58,7 +58,7 @@ class PlanOptions:
     )
     policy: str | None = option(
         None,
-        "Who acts: {names}, or the folder of a trained controller; expert reads the simulator's state.  [default: mpc for a world "
+        "Who acts: {names}, or the folder of a trained controller or actor; expert reads the simulator's state.  [default: mpc for a world "
         "model, actor for a trained policy]",
         group="Policy",
     )
@@ -137,7 +137,9 @@ class DreamOptions:
     steps: Positive | None = option(
         None, "Most model steps of an episode.  [default: those of the longest one in the store]"
     )
-    policy: str = option("random", "Who acts: random or zero, as in wmplan, or the folder of a trained controller.")
+    policy: str = option(
+        "random", "Who acts: random or zero, as in wmplan, or the folder of a trained controller or actor."
+    )
     temperature: Weight | None = option(None, "Temperature of what the model draws.  [default: the run's]")
     split: Literal["train", "val", "all"] = option("val", "Episodes of the store whose first frames are the starts.")
     pictured: Natural = option(4, "Episodes in the video and the picture; 0 draws none.")
@@ -183,7 +185,11 @@ def policy_run(folder: Path) -> Path | None:
 
 
 def policy_weights(folder: Path) -> Path:
-    """Return the file of a policy's parameters in its folder."""
+    """Return the file of a policy's parameters in its folder; raises UserError where it has no checkpoint yet."""
+    from wmcache.engine.checkpoint import FILES, last_checkpoint  # here, because every command imports this module
+
+    if (folder / "checkpoints").is_dir():
+        return last_checkpoint(folder) / FILES[0]
     return folder / f"{policy_name(str(folder))}.safetensors"
 
 

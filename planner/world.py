@@ -12,7 +12,7 @@ from wmcache.cache.layout import StoreCard
 from wmcache.cache.store import TokenStore
 from wmcache.common.columns import of_role
 from wmcache.common.errors import UserError
-from wmcache.envs import Environment, EnvSpec, Replay, Steps, Task, find_environment, open_environment
+from wmcache.envs import VIEW, Environment, EnvSpec, Replay, Steps, Task, find_environment, open_environment
 from wmcache.pipeline.play import task_of_episode
 
 States = NDArray[np.float64]
@@ -42,7 +42,9 @@ def open_world(
 
 def world_name(env: Environment) -> str:
     """Return the name of an environment in results."""
-    return env.geometry.name if env.geometry else env.spec.id
+    if env.geometry is None:
+        return env.spec.id
+    return f"{env.geometry.name}+{env.spec.distraction}" if env.spec.distraction else env.geometry.name
 
 
 def states_of(spec: EnvSpec, columns: Steps, leading: tuple[int, ...], names: Sequence[str] | None = None) -> States:
@@ -69,6 +71,35 @@ def draw_states(
     return frames
 
 
+def cached_states(spec: EnvSpec, store: TokenStore, frames: slice | NDArray[np.int64] = slice(None)) -> States:
+    """Return the states of cached frames, [n, S] float64, as an environment has them, which may be distracted otherwise.
+
+    Raises:
+        UserError: the store has no state, or not this environment's.
+    """
+    store.require_state()
+    names = of_role(spec.columns, "state")
+    columns = {name: store.column(name)[frames] for name in names if name in store.columns}
+    if VIEW in names:  # of a plain store: an episode's number is as good as any
+        columns.setdefault(VIEW, np.stack([store.episode[frames], store.step[frames]], 1))
+    if missing := [name for name in names if name not in columns]:
+        raise UserError(
+            f"{store.path} has no column {missing[0]}, a state of environment {spec.id}; choose another --env"
+        )
+    return states_of(spec, columns, (len(columns[names[0]]),))
+
+
+def same_view(spec: EnvSpec, goal: States, start: States) -> States:
+    """Return a goal [S] that looks as the start does, where the environment is distracted."""
+    first, goal = 0, goal.copy()
+    for name in of_role(spec.columns, "state"):
+        end = first + spec.columns[name].width
+        if name == VIEW:
+            goal[first:end] = start[first:end]
+        first = end
+    return goal
+
+
 def start_at(env: Environment, store: TokenStore, frame: int) -> States | Replay:
     """Return where an episode starts that goes on from a cached frame.
 
@@ -79,7 +110,8 @@ def start_at(env: Environment, store: TokenStore, frame: int) -> States | Replay
         ((part, numbers, _),) = store.by_part(np.array([frame]))
         return start_at(env, part, int(numbers[0]))
     if env.spec.renders_states:
-        return np.asarray(store.require_state()[frame], np.float64)
+        state: States = cached_states(env.spec, store, np.array([frame]))[0]
+        return state
     if (seed := store.card.dataset.get("seed")) is None:
         raise UserError(f"{store.path} does not record the seed of its episodes; extract it again")
     task, _ = task_of_episode(env, int(seed), int(store.episode[frame]))
@@ -101,7 +133,7 @@ def draw_again(store: TokenStore, frames: NDArray[np.int64]) -> NDArray[np.uint8
         return drawn
     env = open_world(store.card)
     if env.spec.renders_states:
-        images = env.render(store.require_state()[frames])
+        images = env.render(cached_states(env.spec, store, frames))
     else:
         images = np.stack([env.reset([Task(start_at(env, store, frame))]).image[0] for frame in frames.tolist()])
     env.close()

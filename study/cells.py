@@ -187,7 +187,8 @@ def _plan_settings(options: PlanOptions) -> tuple[dict[str, Any], dict[str, str]
     settings, files = recorded(options), {}
     if options.env:
         files["env"] = absolute_file(options.env)
-        settings["env"] = list(open_environment(options.env).spec.layout) or options.env
+        spec = open_environment(options.env).spec
+        settings["env"] = list(spec.world) if spec.layout else options.env
     if options.goals not in SOURCES:
         files["goals"] = absolute_file(options.goals)
         if not Path(options.goals).is_file():

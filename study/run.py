@@ -26,7 +26,7 @@ from wmcache.common.jsonfiles import write_json
 from wmcache.common.locks import exclusive
 from wmcache.common.paths import absolute, as_path
 from wmcache.common.progress import seconds_between_updates
-from wmcache.envs import find_environment, open_environment
+from wmcache.envs import distraction_of, find_environment, open_environment
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract_together, with_log_variances
@@ -51,7 +51,8 @@ def open_frames(options: StudyOptions) -> FrameDataset:
     if wanted is not None:
         there = {**asdict(dataset.card), "length": dataset.card.frames // dataset.card.episodes}
         settings = asdict(wanted)
-        if world.layout and world.layout == dataset.card.layout:
+        same = (world.layout, world.distraction) == (dataset.card.layout, distraction_of(dataset.card.env))
+        if world.layout and same:
             del settings["env"]  # it has several names
         if dataset.steps.described.keys() & {"terminated", "truncated"}:
             del settings["length"]  # episodes may be shorter

@@ -1,4 +1,4 @@
-"""All settings of a training run, and of the training of a decoder."""
+"""All settings of a training run, and of the training of a decoder or an actor."""
 
 from __future__ import annotations
 
@@ -77,3 +77,50 @@ class DecoderOptions:
     log_every: Positive = option(20, "Steps between two lines of the log.")
     checkpoint_every: Positive = option(500, "Steps between two checkpoints.")
     lpips: bool = option(True, "Try to compute LPIPS; its network is fetched once, 244 MB.")
+
+
+@dataclass(frozen=True)
+class ActorOptions:
+    """All settings of an actor; saved in `config.json`. Defaults are DreamerV3's (arXiv 2301.04104), except sizes and the learning rate."""
+
+    steps: Positive = option(3000, "Optimiser steps; a higher number continues a finished actor.", group="Training")
+    batch: Positive = option(
+        64, "Windows in each step; imagination starts from each of their frames.", flag="--batch-size"
+    )
+    observed: Positive = option(4, "Frames of a window.")
+    horizon: Positive = option(15, "Imagined model steps.")
+    discount_steps: Annotated[float, Gt(1)] = option(
+        333.0, "Model steps over which rewards count: the discount is 1 - 1 / this."
+    )
+    trace: Share = option(0.95, "Lambda of the returns.", flag="--lambda")
+    gradient: Literal["reinforce", "dynamics"] = option(
+        "reinforce", "Gradients of the actor: REINFORCE, or through the world model (DreamerV2, DisWM)."
+    )
+    entropy: Weight | None = option(
+        None, "Weight of the actor's entropy.  [default: 3e-4, with --gradient dynamics 1e-4]"
+    )
+    temperature: Weight | None = option(None, "Temperature of what the world model draws.  [default: 1 where it draws]")
+    hindsight: Share = option(
+        0.5, "Share of the goals that are later frames of the same episode; the others are any frames."
+    )
+    learning_rate: Rate = option(3e-4, "Learning rate.", flag="--lr")
+    clip: Weight = option(100.0, "Largest norm of the gradient; 0: no clipping.")
+    inputs: str | None = option(
+        None,
+        "What the actor sees, separated by commas: latent, hidden, cell, goal.  [default: latent,hidden; where no reward is known also "
+        "goal]",
+        group="Actor",
+    )
+    units: Positive = option(256, "Units of each hidden layer.")
+    layers: Positive = option(3, "Hidden layers.")
+    device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.", group="Run")
+    seed: Natural = option(0, "Seed of weights, order and what is drawn.")
+    log_every: Positive = option(20, "Steps between two lines of the log.")
+    validate_every: Positive = option(500, "Steps between two validations.")
+    checkpoint_every: Positive = option(500, "Steps between two checkpoints.")
+
+    @property
+    def entropy_weight(self) -> float:
+        """Weight of the entropy, that of the gradient's source where none is given."""
+        usual = 1e-4 if self.gradient == "dynamics" else 3e-4
+        return usual if self.entropy is None else self.entropy

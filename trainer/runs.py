@@ -167,6 +167,14 @@ def load_model(run: Path, device: torch.device) -> WorldModel:
     return model
 
 
+def require_actions(model: Trainable, run: Path) -> None:
+    """Raise UserError for a world model that predicts videos without actions."""
+    if isinstance(model, WorldModel) and not model.takes_actions:
+        raise UserError(
+            f"{run} predicts videos without actions, so nothing can act on it; train without --actions none"
+        )
+
+
 def needs_world_model(run: Path) -> UserError:
     """Return the error for a run of a policy where a world model is needed."""
     kind = read_config(run)["model"]

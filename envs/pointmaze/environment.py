@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from wmcache.common.columns import default_columns
 from wmcache.envs.base import Environment, EnvSpec, Expert, Frames, Observation, States, Steps, Task
+from wmcache.envs.distract.looks import Look
 from wmcache.envs.pointmaze.expert import PathFollower
 from wmcache.envs.pointmaze.gym_envs import check_state, sample_state
 from wmcache.envs.pointmaze.maze import ENV_PREFIX, Maze, env_id, find_maze
@@ -22,6 +23,7 @@ class PointMaze(Environment):
     """Balls in a maze. A state is (x, y, vx, vy), which is also the proprio; distance is that of (x, y)."""
 
     forms = ("a .txt grid",)
+    scene = True
 
     def __init__(self, name: str, count: int = 1, image_size: int = 224, layout: Sequence[str] = ()) -> None:
         """Open a layout by its name (`UMaze`), its id or its .txt file; `layout` is a grid."""
@@ -71,6 +73,11 @@ class PointMaze(Environment):
     def render(self, states: States) -> Frames:
         """Draw the maze from above; raises RendererError without OpenGL."""
         return np.stack([self._simulator.render(state) for state in states])
+
+    def draw_looks(self, looks: Sequence[Look], states: States | None = None) -> Frames:
+        """Draw the maze from above."""
+        drawn = zip(self._states if states is None else states, looks, strict=True)
+        return np.stack([self._simulator.render_look(state, look) for state, look in drawn])
 
     def distance(self, states: States, goal: States) -> States:
         """Compute the distance in (x, y); velocity does not matter (DINO-WM, pointmaze eval)."""

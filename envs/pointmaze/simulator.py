@@ -11,6 +11,8 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
+from wmcache.envs.distract.looks import Look
+from wmcache.envs.distract.scene import Scene
 from wmcache.envs.mujoco_gl import mujoco, open_renderer
 from wmcache.envs.pointmaze.maze import BALL_RADIUS, Maze
 
@@ -83,6 +85,7 @@ class PointMazeSimulator:
         self._model = mujoco.MjModel.from_xml_string(_mjcf(maze, image_size))
         self._data = mujoco.MjData(self._model)
         self._renderer: mujoco.Renderer | None = None
+        self._scene: Scene | None = None
 
     def __reduce__(self) -> tuple[type[PointMazeSimulator], tuple[Maze, int]]:
         """Pickle the arguments: a GL context belongs to its process, and a copy opens its own when it draws."""
@@ -111,11 +114,20 @@ class PointMazeSimulator:
         frame: Frame = self._renderer.render()
         return frame
 
+    def render_look(self, state: Float, look: Look) -> Frame:
+        """Draw the frame of `render` with a look."""
+        if self._scene is None:
+            self._scene = Scene(self._model, self.image_size, self.image_size)
+        self._data.qpos[:] = state[:2]
+        mujoco.mj_forward(self._model, self._data)
+        return self._scene.draw(self._data, "top", look)
+
     def close(self) -> None:
-        """Free the GL context."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        """Free the GL contexts."""
+        for opened in (self._renderer, self._scene):
+            if opened is not None:
+                opened.close()
+        self._renderer = self._scene = None
 
 
 @functools.cache

@@ -18,10 +18,11 @@ from wmcache.envs import Environment, Steps, Task
 from wmcache.planner.context import EvalContext
 from wmcache.planner.controllers.folder import linear_of
 from wmcache.planner.controllers.linear import Choice, Linear, LinearPolicy
-from wmcache.planner.dream import Dream, goal_distance
+from wmcache.planner.dream import Dream
 from wmcache.planner.evaluate import tasks_of
 from wmcache.planner.live import advance, all_ended, shown, shown_goals
 from wmcache.planner.options import PlanOptions
+from wmcache.trainer.dreaming import goal_distance
 from wmcache.trainer.models import Imagined
 
 Array = NDArray[np.float64]

@@ -9,7 +9,6 @@ controller.png              the same as a picture
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,12 @@ from wmcache.common.files import write_whole
 from wmcache.common.jsonfiles import read_json
 from wmcache.common.schema import Size, parse
 from wmcache.common.tensors import load_tensors
+from wmcache.planner.belief import require_dreams
 from wmcache.planner.context import EvalContext
-from wmcache.planner.controllers.linear import Choice, Linear, require_dreams
+from wmcache.planner.controllers.linear import Choice, Linear
 from wmcache.planner.options import policy_weights
+from wmcache.trainer.dreaming import require_model_of
 from wmcache.trainer.models import Dreams
-from wmcache.trainer.runs import weights_checksum
 
 HINT = "train a controller with: wmcache controller --run RUN"
 
@@ -89,17 +89,8 @@ def read_start(folder: Path, linear: Linear) -> Tensor:
 
 def linear_of(context: EvalContext, inputs: Sequence[str], choose: Choice | None) -> Linear:
     """Make the controller that acts with a loaded run."""
-    return Linear.of(require_dreams(context), inputs, _bounds(context), context.frameskip, choose)
-
-
-def load_controller(folder: Path, context: EvalContext) -> tuple[Linear, Tensor]:
-    """Load the controller of a folder, see `load_linear`."""
-    return load_linear(folder, context.run, require_dreams(context), _bounds(context), context.frameskip)
-
-
-def _bounds(context: EvalContext) -> tuple[Tensor, Tensor]:
     low, high = (torch.from_numpy(bound).to(context.device) for bound in context.action_bounds)
-    return low, high
+    return Linear.of(require_dreams(context), inputs, (low, high), context.frameskip, choose)
 
 
 def load_linear(
@@ -111,10 +102,6 @@ def load_linear(
         run, model: of the world model. bounds: of env actions, [A] each.
     """
     config = read_controller(folder)
-    if config.model_sha256 != weights_checksum(run):
-        raise UserError(
-            f"{folder} was trained with another model than that of {run}, or before that was trained further; "
-            f"name the run {os.path.relpath(config.run)}, or train a controller for this one"
-        )
+    require_model_of(folder, config.run, config.model_sha256, run)
     linear = Linear.of(model, config.inputs, bounds, frameskip, config.choose)
     return linear, read_solution(folder, linear.parameters)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from functools import partial
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wmcache.common.errors import UserError, suggest
-from wmcache.planner.base import Observation, Reads
+from wmcache.planner.belief import BeliefPolicy, Decide
 from wmcache.planner.context import EvalContext
-from wmcache.trainer.models import Belief, Dreams, WorldModel, dreaming_models
+from wmcache.trainer.dreaming import input_sizes
+from wmcache.trainer.models import Dreams
 
 Choice = Literal["argmax", "thresholds"]
-GOAL = "goal"
-"""The input that is no feature of a belief: `latent` of the goal's frame."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,8 @@ class Linear:
         choose: Choice | None,
     ) -> Self:
         """Make it for a model; raises UserError for an unknown input."""
-        sizes = {name: value.shape[1] for name, value in model.features(blank_belief(model)).items()}
-        sizes[GOAL] = sizes["latent"]
-        for number, name in enumerate(inputs):
-            if name not in sizes or name in inputs[:number]:
-                raise UserError(f"--inputs {','.join(inputs)}: {name!r} cannot be used; {suggest(name, list(sizes))}")
-        return cls(tuple(inputs), sum(sizes[name] for name in inputs), *bounds, frameskip, choose)
+        sizes = input_sizes(model, inputs)
+        return cls(tuple(inputs), sum(sizes.values()), *bounds, frameskip, choose)
 
     @property
     def outputs(self) -> int:
@@ -83,6 +77,10 @@ class Linear:
         outputs = (seen @ weights[..., :-1].mT + weights[:, None, :, -1]).flatten(0, 1)
         return self._actions(outputs).repeat(1, self.frameskip)
 
+    def decide(self, solutions: Tensor) -> Decide:
+        """Return what acts with solutions, see `__call__`."""
+        return Decide(self.inputs, partial(self, solutions))
+
     def _actions(self, outputs: Tensor) -> Tensor:
         count = len(self.low)
         if self.choose == "argmax":
@@ -95,77 +93,9 @@ class Linear:
         return self.low + (self.high - self.low) * (torch.tanh(outputs) + 1) / 2
 
 
-def blank_belief(model: Dreams) -> Belief:
-    """Return the belief of one episode after a frame of zeros, for the sizes of features."""
-    assert isinstance(model, WorldModel)
-    shape, device = model.shape, next(model.parameters()).device
-    tokens = torch.zeros(1, shape.tokens, shape.token_dim, device=device)
-    with torch.no_grad():
-        return model.observe(model.start(1), tokens, torch.zeros(1, shape.proprio_dim, device=device), None)
-
-
-def require_dreams(context: EvalContext) -> Dreams:
-    """Return the model of a run; raises UserError where it has no features for a controller."""
-    model = context.model
-    if not isinstance(model, Dreams):
-        name = context.config["model"]
-        raise UserError(
-            f"{context.run} is of a {name}, which has no features for a controller; train {dreaming_models()} instead"
-        )
-    return model
-
-
-class LinearPolicy:
-    """A `Policy` that acts with C solutions in C * R episodes, R of the first solution first.
-
-    Attributes:
-        tokens, proprio: of the newest live frames, [C * R, N, D] and [C * R, P].
-        goal_tokens, goal_feature: of the goals, [C * R, N, D] and [C * R, latent]; only where there are goals.
-    """
-
-    reads: ClassVar[Reads] = "frames"
+class LinearPolicy(BeliefPolicy):
+    """Acts with C solutions in C * R episodes, R of the first solution first."""
 
     def __init__(self, context: EvalContext, linear: Linear, solutions: Tensor) -> None:
         """See the class; `solutions` are [C, parameters]."""
-        self.seconds, self.encoder_frames, self.decisions = 0.0, 0, 0
-        self.context, self.linear, self.solutions = context, linear, solutions.to(context.device)
-        self.needs_goal = GOAL in linear.inputs
-        self._model, self._dreams = context.world_model, require_dreams(context)
-        self.goal_tokens = self.goal_feature = torch.empty(0)
-
-    @torch.no_grad()
-    def reset(self, goal: Observation, generators: Sequence[torch.Generator]) -> None:
-        """See `Policy`."""
-        begun = time.perf_counter()
-        self._belief = self._model.start(len(generators))
-        self._action: Tensor | None = None
-        if goal.image.size:
-            self.goal_tokens = self._encode(goal)
-            seen = self._model.observe(self._belief, self.goal_tokens, self.context.proprio(goal), None)
-            self.goal_feature = self._dreams.features(seen)["latent"]
-        self.seconds += time.perf_counter() - begun
-
-    @torch.no_grad()
-    def observe(self, observation: Observation) -> None:
-        """See `Policy`."""
-        begun = time.perf_counter()
-        self.tokens, self.proprio = self._encode(observation), self.context.proprio(observation)
-        self._belief = self._model.observe(self._belief, self.tokens, self.proprio, self._action)
-        self.seconds += time.perf_counter() - begun
-
-    @torch.no_grad()
-    def act(self) -> Tensor:
-        """See `Policy`."""
-        begun = time.perf_counter()
-        features = self._dreams.features(self._belief)
-        if self.needs_goal:
-            features = {**features, GOAL: self.goal_feature}
-        actions = self.linear(self.solutions, features)
-        self._action = actions
-        self.decisions += len(actions)
-        self.seconds += time.perf_counter() - begun
-        return actions[:, None]
-
-    def _encode(self, observation: Observation) -> Tensor:
-        self.encoder_frames += len(observation.image)
-        return self.context.encode(observation).float()
+        super().__init__(context, linear.decide(solutions))

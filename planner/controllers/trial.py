@@ -16,10 +16,11 @@ from wmcache.common.errors import UserError
 from wmcache.planner.context import EvalContext
 from wmcache.planner.controllers.fitness import DreamRollouts, Live, LiveBatch, LiveRollouts
 from wmcache.planner.controllers.folder import linear_of
-from wmcache.planner.controllers.linear import GOAL, Linear
+from wmcache.planner.controllers.linear import Linear
 from wmcache.planner.controllers.options import ControllerOptions
 from wmcache.planner.dream import Dream
 from wmcache.planner.options import PlanOptions
+from wmcache.trainer.dreaming import GOAL
 from wmcache.trainer.runs import load_model, weights_checksum
 
 Array = NDArray[np.float64]

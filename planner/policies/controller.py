@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wmcache.common.errors import UserError
-from wmcache.planner.context import EvalContext
-from wmcache.planner.controllers.linear import LinearPolicy
-from wmcache.planner.options import PlanOptions
+from torch import Tensor
+
+from wmcache.planner.belief import Decide, FolderPolicy
 from wmcache.planner.policies import PLAN_POLICIES
+from wmcache.trainer.models import Dreams
 
 
 @PLAN_POLICIES.register("controller")
-class ControllerPolicy(LinearPolicy):
+class ControllerPolicy(FolderPolicy):
     """A `Policy`, of the folder that `--policy` names."""
 
-    def __init__(self, context: EvalContext, options: PlanOptions) -> None:
-        """Raise UserError for a folder of another model, or a decision of several model steps."""
-        from wmcache.planner.controllers.folder import load_controller
+    noun = "a controller"
+    program = "wmcache controller"
 
-        if options.policy is None or options.policy == "controller":
-            raise UserError(
-                "--policy controller needs its folder; write --policy FOLDER, as wmcache controller names it"
-            )
-        if options.execute > 1:
-            raise UserError(f"--execute {options.execute}: a controller decides after each model step; leave it out")
-        linear, solution = load_controller(Path(options.policy), context)
-        super().__init__(context, linear, solution[None])
+    @classmethod
+    def load(cls, folder: Path, run: Path, model: Dreams, bounds: tuple[Tensor, Tensor], frameskip: int) -> Decide:
+        """See `FolderPolicy.load`."""
+        from wmcache.planner.controllers.folder import load_linear
+
+        linear, solution = load_linear(folder, run, model, bounds, frameskip)
+        return linear.decide(solution[None].to(bounds[0].device))

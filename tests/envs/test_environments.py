@@ -12,16 +12,35 @@ import pytest
 from wmcache.common.errors import UserError
 from wmcache.envs import ENVIRONMENTS, Environment, open_environment
 
+
+def works(name: str) -> bool:
+    """Return whether the packages of an environment are installed, and work with each other."""
+    try:
+        open_environment(name).close()
+    except UserError:
+        return False
+    return True
+
+
 SIZE = 32
 COUNT = 2
 PYGAME = pytest.mark.skipif(find_spec("pygame") is None, reason="pygame is not installed")
 NAMES = [
-    *(name for name in ENVIRONMENTS if name not in ("gym:ID", "PushT")),
+    *(name for name in ENVIRONMENTS if ":" not in name and name != "PushT"),
     pytest.param(
         "PushT", marks=pytest.mark.skipif(find_spec("gym_pusht") is None, reason="gym-pusht is not installed")
     ),
     *(pytest.param(f"gym:{name}", marks=PYGAME) for name in ("CartPole-v1", "Pendulum-v1", "FrozenLake-v1")),
     *("gym:InvertedPendulum-v5", "gym:Reacher-v5"),
+    *("UMaze+colors,camera,background@3", "NoisyUMaze+background@0", "gym:Reacher-v5+colors,camera,background@1"),
+    pytest.param("gym:CartPole-v1+colors,background@2", marks=PYGAME),
+    *(
+        pytest.param(name, marks=pytest.mark.skipif(not works(name.split("+")[0]), reason=f"{name} does not work here"))
+        for name in (
+            *("dmc:reacher-easy", "dmc:cheetah-run", "dmc:reacher-easy+colors,camera,background@0"),
+            *("metaworld:drawer-open-v3", "metaworld:drawer-open-v3+colors,camera,background@1"),
+        )
+    ),
 ]
 
 
@@ -86,8 +105,9 @@ def test_a_state_is_drawn_as_the_live_frame(env: Environment) -> None:
     env.reset(tasks(env))
     env.step(random_actions(env, 4))
     seen = env.observe()
+    states = np.concatenate(_states(env), 1)
     env.reset(tasks(env, seed=3))
-    np.testing.assert_array_equal(env.render(seen.columns["state"]), seen.image)
+    np.testing.assert_array_equal(env.render(states), seen.image)
 
 
 def test_mujoco_environments_draw_a_given_state() -> None:

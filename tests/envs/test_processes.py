@@ -44,7 +44,7 @@ def children() -> list[psutil.Process]:
 
 
 @pytest.mark.usefixtures("slow")
-@pytest.mark.parametrize("name", ["{package}:Dots-v0", "gym:Reacher-v5"])
+@pytest.mark.parametrize("name", ["{package}:Dots-v0", "gym:Reacher-v5", "gym:Reacher-v5+colors@1"])
 def test_processes_give_the_same_numbers_and_end(user_package: str, name: str) -> None:
     name, before = name.format(package=user_package), len(children())
     with pytest.MonkeyPatch.context() as patch:
@@ -67,7 +67,9 @@ def test_processes_give_the_same_numbers_and_end(user_package: str, name: str) -
         for column, values in first.columns.items():
             np.testing.assert_array_equal(values, second.columns[column])
     if there.spec.renders_states:
-        np.testing.assert_array_equal(there.render(first.columns["state"][:1]), first.image[:1])
+        columns = there.spec.columns
+        parts = [first.columns[name][:1] for name in sorted(first.columns) if "state" in columns[name].roles]
+        np.testing.assert_array_equal(there.render(np.concatenate(parts, 1)), first.image[:1])
     for env in (here, there):
         env.close()
         env.close()

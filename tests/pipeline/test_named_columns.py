@@ -50,6 +50,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "dino-wm": SMALL,
     "ddp-wm": {**SMALL, **LOCATOR},
     "mdn-rnn": {"hidden": 8, "sequence": 3},
+    "rssm": {"deter": 8, "hidden": 8, "sequence": 3},
     "rwm": {"hidden": 8, "head": 8, "observed_steps": 1, "forecast": 2},
 }
 
@@ -204,8 +205,9 @@ def test_a_model_trains_on_any_columns_and_resumes(
     assert max(line["step"] for line in lines) == {"ddp-wm": 14}.get(model, 6)
 
 
-def test_a_model_imagines_reward_and_whether_the_episode_goes_on(rich: Path, tmp_path: Path) -> None:
-    train(rich, tmp_path / "run", options("mdn-rnn"))
+@pytest.mark.parametrize("name", ["mdn-rnn", "rssm"])
+def test_a_model_imagines_reward_and_whether_the_episode_goes_on(rich: Path, tmp_path: Path, name: str) -> None:
+    train(rich, tmp_path / "run", options(name))
     windows = TokenStore.open(rich).windows(history=1, predict=2, frameskip=2)
     batch = {name: torch.from_numpy(value) for name, value in windows.batch(np.arange(4)).items()}
     model = load_model(tmp_path / "run", CPU)

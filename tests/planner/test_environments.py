@@ -95,6 +95,27 @@ def test_without_a_goal_the_predicted_return_is_maximised(
     np.testing.assert_allclose(alone.rewards, episodes.rewards[2:], rtol=1e-3)
 
 
+def test_a_distracted_store_is_planned_in_its_own_environment_or_another(
+    make_run: MakeRun, quick: PlanOptions, tmp_path: Path
+) -> None:
+    run, named = make_run("UMaze+colors,background@1", "dino-wm", 2), []
+    for env in (None, "UMaze+colors,background@0", "UMaze"):
+        for goals in ("random-state", "dataset"):
+            options = replace(quick, env=env, goals=goals, strict=False)
+            context = EvalContext(run, options)
+            assert context.drift["cosine"] > 0.999  # of the store's own frames
+            episodes, _ = evaluate(context, options, tmp_path)
+            assert episodes.states.shape[-1] == (4 if env == "UMaze" else 6)
+            if env != "UMaze":
+                np.testing.assert_array_equal(episodes.start[:, 4], episodes.goal[:, 4])
+            named.append(context.fingerprint(options))
+    assert len(set(named)) == 6
+    plain = replace(quick, env="UMaze+camera@0", goals="dataset", strict=False)
+    context = EvalContext(make_run("UMaze", "dino-wm", 2), plain)
+    episodes, _ = evaluate(context, plain, tmp_path)
+    np.testing.assert_array_equal(episodes.start[:, 4], episodes.goal[:, 4])
+
+
 def test_nothing_acts_after_all_episodes_have_ended(make_run: MakeRun, quick: PlanOptions) -> None:
     context = EvalContext(make_run("gym:CartPole-v1", "mdn-rnn", 1), quick)
     short, long = (run_baseline(context, replace(quick, budget=budget), "random") for budget in (200, 450))

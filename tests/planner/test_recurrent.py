@@ -16,16 +16,19 @@ from wmcache.common.errors import UserError
 from wmcache.common.jsonfiles import read_json
 from wmcache.planner import mpc as mpc_module
 from wmcache.planner.context import EvalContext
+from wmcache.planner.dream import Dream
 from wmcache.planner.evaluate import run_episodes
 from wmcache.planner.mpc import make_mpc
 from wmcache.planner.options import PlanOptions
+from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.train import train
 
 
-@pytest.fixture(scope="module")
-def warm_run(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MDN-RNN with temperature 1; read only."""
-    out = tmp_path_factory.mktemp("runs") / "mdn-rnn"
-    words = f"--model mdn-rnn --temperature 1 --hidden 16 --sequence 5 --steps 30 --batch-size 8 --cache {store_path}"
+@pytest.fixture(scope="module", params=["mdn-rnn --hidden 16", "rssm --hidden 16 --deter 16 --stoch 8"])
+def warm_run(request: pytest.FixtureRequest, store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that draws with temperature 1; read only."""
+    out = tmp_path_factory.mktemp("runs") / request.param.split()[0]
+    words = f"--model {request.param} --temperature 1 --sequence 5 --steps 30 --batch-size 8 --cache {store_path}"
     done = CliRunner().invoke(wmtrain, [*words.split(), "--out", str(out)])
     assert done.exit_code == 0, done.output
     return out
@@ -85,6 +88,17 @@ def test_every_model_step_before_the_last_plan_is_observed(
     context = EvalContext(warm_run, options)
     episodes = run_episodes(context, options, range(2))
     assert episodes.encoder_frames == 2 * (2 + steps)  # goal, start, and a frame after each model step
+
+
+def test_a_model_of_videos_without_actions_cannot_act(
+    store_path: Path, tiny: TrainOptions, options: PlanOptions, tmp_path: Path
+) -> None:
+    run, videos = tmp_path / "run", {"actions": "none", "sequence": 3, "deter": 8}
+    train(store_path, run, replace(tiny, model="rssm", model_options=videos, steps=2))
+    with pytest.raises(UserError, match="--actions none"):
+        EvalContext(run, options)
+    with pytest.raises(UserError, match="--actions none"):
+        Dream(run)
 
 
 @pytest.mark.parametrize("name", ["context", "observed"])

@@ -22,6 +22,8 @@ from wmcache.trainer.models.trainable import Trainable as Trainable
 VALIDATION_WINDOWS, BATCH = 256, 64
 Belief = Mapping[str, Tensor]
 """What a model remembers of E episodes. Each tensor is [E, …], so a belief is cut and repeated along its episodes."""
+Generators = Sequence[torch.Generator] | torch.Generator
+"""Of noise: one on the CPU for each episode, whose noise is then the same in any batch; or one for all, on any device."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class WorldModel(Trainable):
 
     recurrent: ClassVar[bool] = False  # remembers every frame of an episode, so a planner must observe each model step
     draws: ClassVar[bool] = False  # whether `imagine` uses its generators
+    takes_actions: bool = True  # else it predicts videos, and cannot plan
     temperature: float = 0.0
 
     def __init__(self, shape: DataShape, options: Any, statistics: Mapping[str, Tensor]) -> None:
@@ -184,15 +187,13 @@ class Localizes(Protocol):
 class Dreams(Protocol):
     """A world model that can be stepped without frames."""
 
-    def step(
-        self, belief: Belief, action: Tensor, generators: Sequence[torch.Generator] | None = None
-    ) -> tuple[Belief, Imagined]:
+    def step(self, belief: Belief, action: Tensor, generators: Generators | None = None) -> tuple[Belief, Imagined]:
         """Imagine one model step.
 
         Args:
             belief: of E episodes, with at least one frame.
             action: [E, f * A] in env units.
-            generators: one on the CPU for each episode; None: imagine without noise.
+            generators: of each episode, or of all; None: imagine without noise.
 
         Returns:
             The belief after the imagined frame, and that frame, with S = T = 1.

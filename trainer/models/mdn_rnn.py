@@ -8,28 +8,24 @@ batch: `--sequences episodes --latents drawn`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Le
 from torch import Tensor, nn
 
-from wmcache.cache.log_variances import open_log_variances
-from wmcache.cache.store import TokenStore
-from wmcache.cache.windows import Windows
 from wmcache.common.options import Positive, Weight, option
-from wmcache.trainer.models import MODELS, Belief, DataShape
-from wmcache.trainer.models.recurrent import RecurrentModel, RecurrentOptions
+from wmcache.trainer.models import MODELS, Belief, DataShape, Generators
+from wmcache.trainer.models.recurrent import SequenceModel, SequenceOptions, draw_noise, weight_of_steps
 
 FORGET_BIAS = 1.0
 LEAST_LOG_SIGMA = math.log(0.01)  # of standardised values
 
 
 @dataclass(frozen=True)
-class MdnRnnOptions(RecurrentOptions):
+class MdnRnnOptions(SequenceOptions):
     """Sizes and variants."""
 
     predict: Literal["change", "frame"] = option("change", "Predict the change, or the next frame.", group="Model")
@@ -37,13 +33,6 @@ class MdnRnnOptions(RecurrentOptions):
     mixtures: Positive = option(5, "Gaussians of a mixture.")
     mixture: Literal["dimension", "vector"] = option(
         "dimension", "A mixture for each dimension of the latent, or one for the whole latent."
-    )
-    sequence: Annotated[int, Ge(2), Le(1024)] = option(16, "Frames of a training sequence.")
-    sequences: Literal["windows", "episodes"] = option(
-        "windows", "Train on windows from any frame on, or on whole episodes, cut into pieces of --sequence frames."
-    )
-    latents: Literal["mean", "drawn"] = option(
-        "mean", "Train on cached tokens, or draw latents for each batch; the store then needs log-variances."
     )
     end_weight: Weight = option(1.0, "Weight of frames that end an episode in the loss of predicted ends.")
     temperature: Weight = option(
@@ -67,11 +56,10 @@ class Mixture(NamedTuple):
 
 
 @MODELS.register("mdn-rnn")
-class MdnRnn(RecurrentModel):
+class MdnRnn(SequenceModel):
     """MDN-RNN, see the module.
 
-    A frame is a vector of V = N * D values. Inside, tokens, proprio and actions are standardised, but for latents that are drawn: a prior
-    keeps these near the standard normal.
+    A frame is a vector of V = N * D values.
     """
 
     Options = MdnRnnOptions
@@ -80,9 +68,6 @@ class MdnRnn(RecurrentModel):
     def __init__(self, shape: DataShape, options: MdnRnnOptions, statistics: Mapping[str, Tensor]) -> None:
         """Build the model, see `WorldModel`; raises UserError for a frame of too many values."""
         super().__init__(shape, options, statistics)
-        if options.latents == "drawn":
-            # The deviation of the means is near 0 for a channel that is mostly noise.
-            self.tokens_mean, self.tokens_std = torch.zeros_like(self.tokens_mean), torch.ones_like(self.tokens_std)
         self.inputs = nn.Linear(self.values + self.proprio_size + shape.action_dim, 4 * options.hidden)
         self.recurrence = nn.Linear(options.hidden, 4 * options.hidden, bias=False)
         logits = 1 if options.mixture == "vector" else self.values
@@ -92,21 +77,6 @@ class MdnRnn(RecurrentModel):
         )
         heads = {"proprio": self.proprio_size, "reward": int(shape.has_reward), "end": int(shape.has_end)}
         self.heads = nn.ModuleDict({name: nn.Linear(options.hidden, size) for name, size in heads.items() if size})
-
-    @classmethod
-    def window(cls, options: MdnRnnOptions, history: int) -> int:  # noqa: ARG003
-        """See `WorldModel.window`: a sequence, whatever the history."""
-        return options.sequence
-
-    @classmethod
-    def whole_episodes(cls, options: MdnRnnOptions) -> bool:
-        """See `WorldModel.whole_episodes`."""
-        return options.sequences == "episodes"
-
-    @classmethod
-    def extras(cls, store: TokenStore, windows: Windows, options: MdnRnnOptions) -> dict[str, TokenStore]:  # noqa: ARG003
-        """See `WorldModel.extras`: log-variances, to draw latents."""
-        return {"logvar": open_log_variances(store)} if options.latents == "drawn" else {}
 
     def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:  # noqa: ARG002 (see `pools`)
         """Compute the negative log-likelihood of the next latent per dimension, and add the losses of the heads.
@@ -154,7 +124,7 @@ class MdnRnn(RecurrentModel):
         return {"latent": belief["tokens"], "hidden": belief["hidden"], "cell": belief["cell"]}
 
     def _advance(
-        self, belief: Belief, action: Tensor, generators: Sequence[torch.Generator] | None, samples: int
+        self, belief: Belief, action: Tensor, generators: Generators | None, samples: int
     ) -> tuple[Belief, dict[str, Tensor]]:
         """Imagine a frame of S futures of E episodes; returns the belief after it, and it with the outputs of the heads, [E * S, …]."""
         tokens, proprio = belief["tokens"], belief["proprio"]
@@ -172,13 +142,6 @@ class MdnRnn(RecurrentModel):
         """Compute what frames and the actions after them add to the gates of the LSTM; actions are in the store's units."""
         found: Tensor = self.inputs(torch.cat([tokens, proprio, self._standardise(action)], -1))
         return found
-
-    def _latents(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the latents of a batch, drawn from their Gaussians while training where it has log-variances, [B, T, N, D]."""
-        tokens = batch["tokens"].float()
-        if not self.training or "logvar" not in batch:
-            return tokens
-        return tokens + (batch["logvar"].float() / 2).exp() * torch.randn_like(tokens)
 
     def _read(self, tokens: Tensor, proprio: Tensor, action: Tensor, *, fused: bool) -> Tensor:
         """Read sequences [B, T, …] from the first frame on; returns the output of the LSTM, [B, T, hidden].
@@ -216,16 +179,15 @@ class MdnRnn(RecurrentModel):
         logits, means, log_sigmas = (layer(hidden).float().unflatten(-1, shape) for layer in self.mixture.values())
         return Mixture(logits, means, log_sigmas.clamp_min(LEAST_LOG_SIGMA))
 
-    def _draw(self, hidden: Tensor, generators: Sequence[torch.Generator] | None, samples: int) -> Tensor:
+    def _draw(self, hidden: Tensor, generators: Generators | None, samples: int) -> Tensor:
         """Return values [E * S, V] of the mixtures after `hidden` [E * S, hidden]; all S of an episode see the same noise."""
         if generators is None:
             shape = (-1, self.options.mixtures)
             logits, means = (self.mixture[name](hidden).float().unflatten(-1, shape) for name in ("logits", "means"))
             return chosen(means, logits.argmax(-1, keepdim=True))
         mixture, temperature = self._mixture(hidden), self.temperature
-        uniform = torch.stack([torch.rand(mixture.logits.shape[1], generator=one) for one in generators])
-        normal = torch.stack([torch.randn(self.values, generator=one) for one in generators])
-        uniform, normal = (noise.to(hidden.device).repeat_interleave(samples, 0) for noise in (uniform, normal))
+        uniform = draw_noise(torch.rand, mixture.logits.shape[1:2], generators, hidden, samples)
+        normal = draw_noise(torch.randn, (self.values,), generators, hidden, samples)
         shares = (mixture.logits / temperature).softmax(-1).cumsum(-1)
         component = (shares[..., :-1] < uniform[..., None]).sum(-1, keepdim=True)
         sigma = chosen(mixture.log_sigmas, component).exp() * math.sqrt(temperature)
@@ -235,17 +197,6 @@ class MdnRnn(RecurrentModel):
 def chosen(values: Tensor, component: Tensor) -> Tensor:
     """Select from [..., V, K] by components [..., V or 1, 1], [..., V]."""
     return values.gather(-1, component.expand(*values.shape[:-1], 1))[..., 0]
-
-
-def weight_of_steps(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the weights of the steps after frames [B, T]: 0 where nothing follows in the window and no end is known; None: all 1.
-
-    The last frame of an episode may have no step: what its row has as reward and end is no measurement.
-    """
-    if (weight := batch.get("weight")) is None:
-        return None
-    follows = F.pad(weight[:, 1:], (0, 1)) > 0
-    return weight * (follows | batch["terminated"] if "terminated" in batch else follows)
 
 
 def average(loss: Callable[..., Tensor], found: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:

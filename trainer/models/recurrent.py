@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Le
 from einops import rearrange
 from torch import Tensor
 
+from wmcache.cache.log_variances import open_log_variances
+from wmcache.cache.store import TokenStore
+from wmcache.cache.windows import Windows
 from wmcache.common.errors import UserError
 from wmcache.common.options import Weight, option
-from wmcache.trainer.models import Belief, DataShape, Imagined, WorldModel
+from wmcache.trainer.models import Belief, DataShape, Generators, Imagined, WorldModel
 
 LARGEST_FRAME = 4096
 """Values of a frame: a network on vectors has weights for each."""
@@ -25,6 +30,19 @@ class RecurrentOptions:
 
     proprio: Literal["raw", "none"] = option("raw", "Predict raw proprio, or use pixels alone.", group="Model")
     temperature: Weight = option(0.0, "Temperature of what is drawn in plans; 0: nothing is drawn.")
+
+
+@dataclass(frozen=True)
+class SequenceOptions(RecurrentOptions):
+    """Options of those that are trained on sequences."""
+
+    sequence: Annotated[int, Ge(2), Le(1024)] = option(16, "Frames of a training sequence.")
+    sequences: Literal["windows", "episodes"] = option(
+        "windows", "Train on windows from any frame on, or on whole episodes, cut into pieces of --sequence frames."
+    )
+    latents: Literal["mean", "drawn"] = option(
+        "mean", "Train on cached tokens, or draw latents for each batch; the store then needs log-variances."
+    )
 
 
 class RecurrentModel(WorldModel):
@@ -64,9 +82,7 @@ class RecurrentModel(WorldModel):
             frames.append(frame)
         return self._describe(frames, samples)
 
-    def step(
-        self, belief: Belief, action: Tensor, generators: Sequence[torch.Generator] | None = None
-    ) -> tuple[Belief, Imagined]:
+    def step(self, belief: Belief, action: Tensor, generators: Generators | None = None) -> tuple[Belief, Imagined]:
         """See `Dreams.step`."""
         belief, frame = self._advance(belief, action, generators, 1)
         return belief, self._describe([frame], 1)
@@ -77,7 +93,7 @@ class RecurrentModel(WorldModel):
 
     @abstractmethod
     def _advance(
-        self, belief: Belief, action: Tensor, generators: Sequence[torch.Generator] | None, samples: int
+        self, belief: Belief, action: Tensor, generators: Generators | None, samples: int
     ) -> tuple[Belief, dict[str, Tensor]]:
         """Imagine a frame of S futures of E episodes.
 
@@ -103,3 +119,68 @@ class RecurrentModel(WorldModel):
     def _flatten(self, tokens: Tensor) -> Tensor:
         """Standardise tokens [..., N, D] of the store, [..., V]."""
         return ((tokens.float() - self.tokens_mean) / self.tokens_std).flatten(-2)[..., : self.values]
+
+
+class SequenceModel(RecurrentModel):
+    """A recurrent model that is trained on sequences, of cached tokens or of latents that are drawn for each batch.
+
+    Latents that are drawn are not standardised: a prior keeps these near the standard normal.
+    """
+
+    options: SequenceOptions
+
+    def __init__(self, shape: DataShape, options: SequenceOptions, statistics: Mapping[str, Tensor]) -> None:
+        """Build the model, see `WorldModel`; raises UserError for a frame of too many values."""
+        super().__init__(shape, options, statistics)
+        if options.latents == "drawn":
+            # The deviation of the means is near 0 for a channel that is mostly noise.
+            self.tokens_mean, self.tokens_std = torch.zeros_like(self.tokens_mean), torch.ones_like(self.tokens_std)
+
+    @classmethod
+    def window(cls, options: SequenceOptions, history: int) -> int:  # noqa: ARG003
+        """See `WorldModel.window`: a sequence, whatever the history."""
+        return options.sequence
+
+    @classmethod
+    def whole_episodes(cls, options: SequenceOptions) -> bool:
+        """See `WorldModel.whole_episodes`."""
+        return options.sequences == "episodes"
+
+    @classmethod
+    def extras(cls, store: TokenStore, windows: Windows, options: SequenceOptions) -> dict[str, TokenStore]:  # noqa: ARG003
+        """See `WorldModel.extras`: log-variances, to draw latents."""
+        return {"logvar": open_log_variances(store)} if options.latents == "drawn" else {}
+
+    def _latents(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the latents of a batch, drawn from their Gaussians while training where it has log-variances, [B, T, N, D]."""
+        tokens = batch["tokens"].float()
+        if not self.training or "logvar" not in batch:
+            return tokens
+        return tokens + (batch["logvar"].float() / 2).exp() * torch.randn_like(tokens)
+
+
+def weight_of_steps(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the weights of the steps after frames [B, T]: 0 where nothing follows in the window and no end is known; None: all 1.
+
+    The last frame of an episode may have no step: what its row has as reward and end is no measurement.
+    """
+    if (weight := batch.get("weight")) is None:
+        return None
+    follows = F.pad(weight[:, 1:], (0, 1)) > 0
+    return weight * (follows | batch["terminated"] if "terminated" in batch else follows)
+
+
+def draw_noise(
+    draw: Callable[..., Tensor], size: tuple[int, ...], generators: Generators, like: Tensor, samples: int
+) -> Tensor:
+    """Draw noise of a size for S futures of each episode, [E * S, *size]; those of one episode see the same noise.
+
+    Args:
+        draw: such as `torch.randn`.
+        like: [E * S, …], on the device of the result.
+    """
+    if isinstance(generators, torch.Generator):
+        noise = draw((len(like) // samples, *size), generator=generators, device=generators.device)
+    else:
+        noise = torch.stack([draw(size, generator=one) for one in generators])
+    return noise.to(like.device).repeat_interleave(samples, 0)

@@ -7,8 +7,9 @@ ensemble is several heads on one GRU, and reward and end are predicted by a GRU 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, option
-from wmcache.trainer.models import MODELS, Belief, DataShape, Imagined
-from wmcache.trainer.models.recurrent import RecurrentModel, RecurrentOptions
+from wmcache.trainer.models import MODELS, Belief, DataShape, Generators, Imagined
+from wmcache.trainer.models.recurrent import RecurrentModel, RecurrentOptions, draw_noise
 
 LEAST_LOG_STD = -5.0
 """At first; it is learned."""
@@ -188,7 +189,7 @@ class RobotWorldModel(RecurrentModel):
         return super().cost(imagined, goal) if self.has_latents else torch.zeros_like(imagined.proprio[..., 0])
 
     def _advance(
-        self, belief: Belief, action: Tensor, generators: Sequence[torch.Generator] | None, samples: int
+        self, belief: Belief, action: Tensor, generators: Generators | None, samples: int
     ) -> tuple[Belief, dict[str, Tensor]]:
         memory = self._remember(belief, action)
         state = torch.cat([belief["tokens"], belief["proprio"]], -1)
@@ -200,11 +201,11 @@ class RobotWorldModel(RecurrentModel):
         outputs = {name: head(memory["auxiliary"][:, -1]).float() for name, head in self.heads.items()}
         return {**memory, **frame}, {**frame, **outputs}
 
-    def _draw(self, means: Tensor, stds: Tensor, generators: Sequence[torch.Generator], samples: int) -> Tensor:
+    def _draw(self, means: Tensor, stds: Tensor, generators: Generators, samples: int) -> Tensor:
         """Draw from the Gaussians of all members [members, E * S, S]; all futures of an episode see the same noise."""
-        chosen = torch.stack([torch.randint(len(means), (), generator=one) for one in generators])
-        normal = torch.stack([torch.randn(means.shape[-1], generator=one) for one in generators])
-        chosen, normal = (noise.to(means.device).repeat_interleave(samples, 0) for noise in (chosen, normal))
+        member = functools.partial(torch.randint, len(means))
+        chosen = draw_noise(member, (), generators, means[0], samples)
+        normal = draw_noise(torch.randn, means.shape[-1:], generators, means[0], samples)
         rows = torch.arange(len(chosen), device=means.device)
         return means[chosen, rows] + stds[chosen, rows] * math.sqrt(self.temperature) * normal
 
