@@ -71,13 +71,7 @@ Rollouts = dict[str, Images]
 
 
 def imagine(
-    run: Path,
-    decoder: Path | None,
-    source: Frames,
-    out: Path,
-    options: ImagineOptions,
-    *,
-    cache: AnyPath | None = None,
+    run: Path, decoder: Path | None, source: Frames, out: Path, options: ImagineOptions, *, cache: AnyPath | None = None
 ) -> dict[str, Any]:
     """Compare imagined frames with real ones, and write `metrics.json`, `errors.png`, `rollout-*.mp4` and `rollouts.png`.
 
@@ -94,14 +88,9 @@ def imagine(
         ffmpeg()  # a missing program is reported before any work
     device = choose_device(options.device)
     store, windows = _open(run, decoder, cache, options.steps)
-    model = load_model(run, device)
     size = source.read_frames(windows.frames(np.arange(1))[0, :1]).shape[1]
     draw = load_decoder(decoder, device) if decoder else OwnDecoder(open_encoder(run, device=str(device)), size)
-    if not model.has_latents:
-        raise UserError(
-            f"{run} imagines proprio alone, which no decoder draws; see: wmcache bench rollout --part proprio"
-        )
-    model.context = min(options.context or model.context, model.context)
+    model = _load(run, device, options.context)
     metrics = ImageMetrics(draw.image_size, device, lpips=options.lpips)
     dtype = choose_dtype(options.dtype, device)
     chosen = np.random.default_rng(options.seed).permutation(len(windows))[: options.windows]
@@ -137,6 +126,17 @@ def imagine(
     fps = float(store.card.dataset.get("fps") or DEFAULT_FPS) / windows.frameskip
     _write(out, shown, fps, options.videos, result)
     return result
+
+
+def _load(run: Path, device: torch.device, context: int | None) -> WorldModel:
+    """Load a model that imagines latents, which sees at most `context` frames."""
+    model = load_model(run, device)
+    if not model.has_latents:
+        raise UserError(
+            f"{run} imagines proprio alone, which no decoder draws; see: wmcache bench rollout --part proprio"
+        )
+    model.context = min(context or model.context, model.context)
+    return model
 
 
 def _open(run: Path, decoder: Path | None, cache: AnyPath | None, steps: int) -> tuple[TokenStore, Windows]:
