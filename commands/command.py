@@ -94,7 +94,8 @@ class Command(click.Command):
         preset = next((param for param in self.params if isinstance(param, Preset)), None)
         known = {} if preset is None else preset.values(args)
         name = ""
-        if self.by is not None:
+        # A subcommand has options of its own, and its help need not wait for PyTorch.
+        if self.by is not None and not (isinstance(self, click.Group) and args and args[0] in self.commands):
             name = self.by.name(self, args, known)
             ctx.meta[CHOSEN] = self.by.params(name, {flag for param in self.params for flag in param.opts})
         params = [param for param in self.get_params(ctx) if isinstance(param, Option)]

@@ -54,14 +54,14 @@ def decoder(cache: AnyPath, dataset: AnyPath | None, out: Path | None, overwrite
 
 @click.command(cls=Command)
 @file_option("--run", required=True, help="Folder of the world model's run.")
-@file_option("--decoder", required=True, help="Folder of a decoder of the same store.")
+@file_option("--decoder", help="Folder of a decoder of the same store.  [default: the encoder's own, of a vae]")
 @frames_option
 @moved_cache_option
 @options_of(ImagineOptions)
 @file_option("--out", help="Folder of the pictures.  [default: RUN/imagine]")
 @json_option
 def imagine(
-    run: Path, decoder: Path, dataset: AnyPath | None, cache: AnyPath | None, out: Path | None, **settings: Any
+    run: Path, decoder: Path | None, dataset: AnyPath | None, cache: AnyPath | None, out: Path | None, **settings: Any
 ) -> None:
     """Draw what a world model imagines beside what then happened: videos, a picture, and figures for each step."""
     from wmcache.planner.imagine import imagine as draw

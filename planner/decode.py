@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wmcache.common.device import choose_device
@@ -15,7 +16,8 @@ from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.trainer.decoder import load_decoder
-from wmcache.trainer.metrics import Images, to_pixels
+from wmcache.trainer.decoders import Decoder
+from wmcache.trainer.metrics import Images, to_pixels, to_unit
 from wmcache.trainer.runs import read_identity
 
 Decode = Callable[[Tensor], Images]
@@ -34,13 +36,7 @@ def open_decode(run: Path, decoder: Path | None = None, *, weights: Path | None 
         UserError: the decoder is of another encoder, or the encoder has none.
     """
     if decoder is None:
-        encoder = load_encoder(run, weights, device)
-        if encoder.decoder is None:
-            raise UserError(
-                f"{encoder.spec.name}, the encoder of {run}, has no decoder; train one with: wmtrain decoder --cache STORE, and pass "
-                "it as --decoder"
-            )
-        return encoder.decode
+        return open_encoder(run, weights=weights, device=device).decode
     identity, other = read_identity(run)[1], read_identity(decoder)[1]
     if different := identity.differences(replace(other, dataset_fingerprint=identity.dataset_fingerprint)):
         raise UserError(f"{decoder} is not of the encoder of {run}: {'; '.join(different)}; pass another --decoder")
@@ -52,6 +48,33 @@ def open_decode(run: Path, decoder: Path | None = None, *, weights: Path | None 
         return np.concatenate([to_pixels(network(part)) for part in parts])
 
     return decode
+
+
+def open_encoder(run: Path, *, weights: Path | None = None, device: str = "cpu") -> Encoder:
+    """Load the encoder of a run's store; raises UserError as `load_encoder` does, or where it has no decoder."""
+    encoder = load_encoder(run, weights, device)
+    if encoder.decoder is None:
+        raise UserError(
+            f"{encoder.spec.name}, the encoder of {run}, has no decoder; train one with: wmtrain decoder --cache STORE, and pass "
+            "it as --decoder"
+        )
+    return encoder
+
+
+@dataclass(frozen=True)
+class OwnDecoder:
+    """An encoder's own decoder as a function of latents [B, N, D], to images [B, 3, S, S] in [-1, 1] of S = `image_size`."""
+
+    encoder: Encoder
+    image_size: int
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Draw."""
+        drawn = to_unit(self.encoder.decode(latents)).to(latents.device)
+        return F.interpolate(drawn, (self.image_size,) * 2, mode="bilinear", antialias=True, align_corners=False)
+
+
+Draw = Decoder | OwnDecoder
 
 
 def load_encoder(run: Path, weights: Path | None, device: str) -> Encoder:

@@ -29,6 +29,7 @@ from wmcache.common.jsonfiles import write_json
 from wmcache.common.paths import AnyPath
 from wmcache.common.progress import seconds_between_updates
 from wmcache.common.video import ffmpeg, write_mp4
+from wmcache.planner.decode import Draw, OwnDecoder, open_encoder
 from wmcache.planner.options import ImagineOptions
 from wmcache.trainer.decoder import load_decoder, read_decoder_config
 from wmcache.trainer.decoders import Decoder
@@ -55,7 +56,8 @@ PICTURES = {
 }
 """Key in metrics.json of what is compared with the real frame -> its label.
 
-Decoded from the imagined latent, and from the real one; the observed frame; and the mean of the decoder's training frames.
+Decoded from the imagined latent, and from the real one; the observed frame; and the mean of the decoder's training frames, with an
+encoder's own decoder that of the real frames.
 """
 PANEL = 224
 GAP = 8
@@ -69,12 +71,13 @@ Rollouts = dict[str, Images]
 
 
 def imagine(
-    run: Path, decoder: Path, source: Frames, out: Path, options: ImagineOptions, *, cache: AnyPath | None = None
+    run: Path, decoder: Path | None, source: Frames, out: Path, options: ImagineOptions, *, cache: AnyPath | None = None
 ) -> dict[str, Any]:
     """Compare imagined frames with real ones, and write `metrics.json`, `errors.png`, `rollout-*.mp4` and `rollouts.png`.
 
     Args:
-        run, decoder: folders of a world model, and of a decoder of the same store.
+        run: folder of a world model.
+        decoder: folder of a decoder of the same store; None: the encoder's own.
         source: the frames that the store's tokens were made of.
         cache: the store, if it has moved.
 
@@ -85,34 +88,32 @@ def imagine(
         ffmpeg()  # a missing program is reported before any work
     device = choose_device(options.device)
     store, windows = _open(run, decoder, cache, options.steps)
-    model, draw = load_model(run, device), load_decoder(decoder, device)
-    if not model.has_latents:
-        raise UserError(
-            f"{run} imagines proprio alone, which no decoder draws; see: wmcache bench rollout --part proprio"
-        )
-    model.context = min(options.context or model.context, model.context)
-    metrics = ImageMetrics(draw.shape.image_size, device, lpips=options.lpips)
+    size = source.read_frames(windows.frames(np.arange(1))[0, :1]).shape[1]
+    draw = load_decoder(decoder, device) if decoder else OwnDecoder(open_encoder(run, device=str(device)), size)
+    model = _load(run, device, options.context)
+    metrics = ImageMetrics(draw.image_size, device, lpips=options.lpips)
     dtype = choose_dtype(options.dtype, device)
     chosen = np.random.default_rng(options.seed).permutation(len(windows))[: options.windows]
     frames = np.unique(windows.frames(chosen))
-    images = load_frames(source, frames, store.card.frames_per_shard, draw.shape.image_size, "lower --windows")
+    images = load_frames(source, frames, store.card.frames_per_shard, draw.image_size, "lower --windows")
+    mean = draw.images_mean if isinstance(draw, Decoder) else to_unit(images.mean(0, keepdims=True))[0].to(device)
     shown: list[Rollouts] = []
     compared: list[dict[str, list[dict[str, NDArray[np.float64]]]]] = [defaultdict(list) for _ in range(options.steps)]
     with tqdm(total=len(chosen), desc="imagine", unit=" windows", mininterval=seconds_between_updates()) as bar:
         for batch in np.array_split(chosen, math.ceil(len(chosen) / BATCH)):
             real = images[np.searchsorted(frames, windows.frames(batch))]
             data = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(batch).items()}
-            rollouts, drawn = _roll_out(model, draw, data, real, dtype)
+            rollouts, drawn = _roll_out(model, draw, mean, data, real, dtype)
             for step, found in enumerate(compared):
                 for name, part in drawn.items():
-                    found[name].append(metrics(part[:, step], to_unit(real[:, step + 1]), draw.images_mean))
+                    found[name].append(metrics(part[:, step], to_unit(real[:, step + 1]), mean))
             if sum(len(part["real"]) for part in shown) < max(PICTURED, SIDE_BY_SIDE * options.videos):
                 shown.append(rollouts)
             bar.update(len(batch))
     result: dict[str, Any] = {
         "options": asdict(options),
         "run": str(run),
-        "decoder": str(decoder),
+        "decoder": decoder and str(decoder),
         "frameskip": windows.frameskip,
         "windows": len(chosen),
         "steps": [
@@ -127,12 +128,23 @@ def imagine(
     return result
 
 
-def _open(run: Path, decoder: Path, cache: AnyPath | None, steps: int) -> tuple[TokenStore, Windows]:
+def _load(run: Path, device: torch.device, context: int | None) -> WorldModel:
+    """Load a model that imagines latents, which sees at most `context` frames."""
+    model = load_model(run, device)
+    if not model.has_latents:
+        raise UserError(
+            f"{run} imagines proprio alone, which no decoder draws; see: wmcache bench rollout --part proprio"
+        )
+    model.context = min(context or model.context, model.context)
+    return model
+
+
+def _open(run: Path, decoder: Path | None, cache: AnyPath | None, steps: int) -> tuple[TokenStore, Windows]:
     """Open the store of a run and a decoder that belong together, and its held-out windows."""
     config, identity = read_config(run), read_identity(run)[1]
     frameskip, split = int(config["frameskip"]), int(config.get("split_seed", 42))
-    different = [*identity.differences(read_identity(decoder)[1])]
-    if split != (other := read_decoder_config(decoder)["split_seed"]):
+    different = [] if decoder is None else [*identity.differences(read_identity(decoder)[1])]
+    if decoder is not None and split != (other := read_decoder_config(decoder)["split_seed"]):
         different.append(f"held-out episodes, --split-seed {other} != {split}")
     if different:
         raise UserError(
@@ -149,7 +161,7 @@ def _open(run: Path, decoder: Path, cache: AnyPath | None, steps: int) -> tuple[
 
 @torch.inference_mode()
 def _roll_out(
-    model: WorldModel, draw: Decoder, data: dict[str, Tensor], real: Images, dtype: torch.dtype
+    model: WorldModel, draw: Draw, mean: Tensor, data: dict[str, Tensor], real: Images, dtype: torch.dtype
 ) -> tuple[Rollouts, dict[str, Tensor]]:
     """Imagine and decode windows; returns frames to show, and by PICTURES, images [B, steps, 3, S, S] in [-1, 1] to compare."""
     tokens, steps = data["tokens"].float(), real.shape[1] - 1
@@ -158,13 +170,13 @@ def _roll_out(
     reconstructed, imagined = _decode(draw, tokens), _decode(draw, latents)
     seen = torch.cat([reconstructed[:, :1], imagined], 1)
     copying = to_unit(real[:, 0]).to(tokens.device)[:, None].expand_as(imagined)
-    drawn = (imagined, reconstructed[:, 1:], copying, draw.images_mean.expand_as(imagined))
+    drawn = (imagined, reconstructed[:, 1:], copying, mean.expand_as(imagined))
     decoded = {"reconstructed": reconstructed, "imagined": seen}
     pictures = {name: to_pixels(part.flatten(0, 1)).reshape(real.shape) for name, part in decoded.items()}
     return {"real": real, **pictures}, dict(zip(PICTURES, drawn, strict=True))
 
 
-def _decode(draw: Decoder, latents: Tensor) -> Tensor:
+def _decode(draw: Draw, latents: Tensor) -> Tensor:
     """[B, T, N, D] -> [B, T, 3, S, S], a step at a time to bound memory."""
     return torch.stack([draw(latents[:, step].float()) for step in range(latents.shape[1])], 1)
 

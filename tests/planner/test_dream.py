@@ -12,8 +12,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from gymnasium.utils.env_checker import check_env
+from numpy.typing import NDArray
 from torch import Tensor
 
+from wmcache.cache.store import TokenStore
 from wmcache.cli import main
 from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
@@ -253,6 +255,35 @@ def test_frames_are_drawn_by_the_decoder_of_the_encoder(dots_run: Path, maze_run
     assert not np.array_equal(frame, env.render())
     with pytest.raises(UserError, match="--decoder"):
         gym.make(ENV_ID, run=str(maze_run), render_mode="rgb_array")
+
+
+def test_imagination_is_drawn_by_it_too(dots_run: Path, maze_run: Path, tmp_path: Path) -> None:
+    flags = ("--steps", "1", "--device", "cpu", "--no-lpips")
+    run = ("imagine", "--run", str(dots_run), "--windows", "10000", "--out", str(tmp_path), "--json")
+    result = CliRunner().invoke(main, [*run, *flags])
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["steps"]
+    store, frames = TokenStore.open(dots_run.parent / "vae.zarr"), FrameDataset.open(dots_run.parent / "frames")
+    windows = store.windows(1, 1, 1, "val")
+    rows = windows.frames(np.arange(len(windows)))
+    encoder = encoders.create("vae", weights=dots_run.parent / "vae.safetensors", device="cpu")
+    real = frames.read_frames(rows[:, 1]).astype(float)
+    drawn = resize(encoder.decode(torch.from_numpy(store.gather(rows[:, 1]).astype(np.float32))), real.shape[1])
+    mean = frames.read_frames(np.unique(rows)).astype(float).mean(0)
+    assert found["floor"]["mse"] / found["mean_frame"]["mse"] == pytest.approx(
+        np.square(drawn - real).mean() / np.square(mean - real).mean(), rel=1e-2
+    )
+    assert (tmp_path / "rollouts.png").exists()
+    refused = CliRunner().invoke(main, ["imagine", "--run", str(maze_run), *flags])
+    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+    assert "wmtrain decoder" in refused.stderr
+
+
+def resize(images: NDArray[np.uint8], size: int) -> NDArray[np.float64]:
+    """[B, H, W, 3] -> [B, size, size, 3]."""
+    drawn = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    found = torch.nn.functional.interpolate(drawn, (size, size), mode="bilinear", antialias=True)
+    return found.permute(0, 2, 3, 1).double().numpy()
 
 
 def test_a_model_of_proprio_alone_reaches_for_the_goals_proprio(proprio_run: Path) -> None:

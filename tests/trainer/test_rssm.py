@@ -28,6 +28,7 @@ from wmcache.trainer.models import DataShape, Dreams, build
 from wmcache.trainer.models.rssm import RssmOptions
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
+from wmcache.trainer.runs import load_trained
 
 STOCH, CLASSES, DETER = 4, 3, 6
 FULL = replace(SHAPE, has_reward=True, has_end=True)
@@ -331,3 +332,10 @@ def test_it_learns_a_planted_linear_system(planted_path: Path, tiny: TrainOption
     skills = make_go(planted_path, base)(run, steps=300, batch=32, frameskip=5, learning_rate=3e-3)
     assert list(skills) == [f"skill_{k}" for k in range(1, 6)]
     assert min(skills[f"skill_{k}"] or 0.0 for k in range(2, 6)) > 0.1
+    trained, untrained = (load_trained(run, torch.device("cpu"), untrained=random) for random in (False, True))
+    assert torch.equal(trained.tokens_mean, untrained.tokens_mean)
+    assert not any(
+        torch.equal(one, other)
+        for one, other in zip(trained.parameters(), untrained.parameters(), strict=True)
+        if one.ndim > 1
+    )

@@ -46,6 +46,11 @@ class Decoder(nn.Module, ABC):
         self.register_buffer("tokens_mean", statistics["tokens_mean"].float())
         self.register_buffer("tokens_std", statistics["tokens_std"].float().clamp_min(1e-6))
 
+    @property
+    def image_size(self) -> int:
+        """S."""
+        return self.shape.image_size
+
     @abstractmethod
     def draw(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Draw the difference from the mean frame, standardised [B, N, D] -> [B, 3, h, w] of any size, and a scalar to add to the loss."""
