@@ -22,7 +22,7 @@ def measure_information(store: TokenStore) -> Float | None:
         [D, S], as shares of the columns' entropies, see `information_shares`; None where frames have several tokens or no state.
     """
     tokens, _ = store.card.frame_shape
-    if tokens > 1 or store.state is None:
+    if tokens > 1 or store.state is None or not store.state.shape[1]:
         return None
     frames = np.unique(np.linspace(0, len(store) - 1, MEASURED_FRAMES).astype(np.int64))
     return information_shares(store.gather(frames)[:, 0].astype(np.float64), store.state[frames])
