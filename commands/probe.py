@@ -30,10 +30,7 @@ LEGEND = {
     "moves": "what changes in 5 env steps, as a share of the variance of the frames",
 }
 """Header -> what it means; docs/encoders.md has the same list."""
-MIG = (
-    "mutual information gap: how much more the most informative channel knows of a column than the next, as a share of the column's "
-    "entropy: 1 is disentangled"
-)
+MIG = "mutual information gap: share of a column's entropy that one channel knows beyond every other; 1 is best"
 
 
 @click.command("probe", cls=Command)

@@ -36,7 +36,7 @@ def traverse(
 ) -> None:
     """Draw a frame while one latent of it is moved, a row for each latent; what was drawn is in a JSON file beside the picture.
 
-    The most informative latents come first: those that know most of the state, or where there is no state those of the largest variance.
+    Latents of the largest variance over the store come first. A store with a state also shows how much each latent knows of it.
     """
     from wmcache.planner.traverse import traverse as run
 
@@ -53,6 +53,6 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     for latent in result["latents"]:
         about = most_informed(latent)
         shown = "-" if about is None else f"{about[0]} {about[1]:.3f}"
-        yield f"{latent['latent']:>6} {latent['std']:>8.3f} {latent['change']:>8.4f}  {shown}"
+        yield f"{latent['latent']:>6} {latent['std']:>8.3f} {latent['change']:>8.5f}  {shown}"
     yield "change: mean absolute difference of the moved images from the one not moved, of values from 0 to 1"
     yield f"picture: {result['picture']}"

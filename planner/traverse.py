@@ -43,7 +43,7 @@ def traverse(
 ) -> dict[str, Any]:
     """Draw the traversals of a store's latents, a PNG at `out`, and write the figures beside it with the suffix `.json`.
 
-    Latents are ordered by their information about the state, see `measure_information`, or where there is no state by their variance.
+    Latents of the largest variance come first: channels of a VAE that its decoder ignores have a small one, but may know much of the state.
 
     Args:
         dataset, weights: the store's frames and its encoder's weights, if they have moved.
@@ -69,8 +69,7 @@ def traverse(
         raise UserError(f"--frame {options.frame} does not exist: {path} has frames 0 to {len(store) - 1}")
     frames, decode = _open(store, dataset, weights, decoder, device)
     information = measure_information(store)
-    score = store.std if information is None else np.nansum(information, axis=1)
-    chosen = np.argsort(-score, kind="stable")[: options.latents]
+    chosen = np.argsort(-store.std, kind="stable")[: options.latents]
     deviations = np.linspace(-options.width, options.width, STEPS)
     latent = store.gather(np.array([options.frame]))[0, 0].astype(np.float32)
     moved = np.tile(latent, (len(chosen), STEPS, 1))

@@ -77,12 +77,12 @@ def slow_changes(images: np.ndarray[Any, np.dtype[np.uint8]]) -> list[float]:
     return found
 
 
-def test_the_most_informative_latents_move_by_standard_deviations(folder: Path, tmp_path: Path) -> None:
+def test_the_latents_of_the_largest_variance_move_by_standard_deviations(folder: Path, tmp_path: Path) -> None:
     found = drawn(folder / "vae.zarr", out=tmp_path / "new folder" / "picture.png")
     store = TokenStore.open(folder / "vae.zarr")
     latents, state = store.gather(np.arange(len(store)))[:, 0].astype(float), store.require_state()
     shares = information_shares(latents, state)
-    order = sorted(range(6), key=lambda channel: -sum(shares[channel]))[:LATENTS]
+    order = sorted(range(6), key=lambda channel: -latents[:, channel].std())[:LATENTS]
     assert [row["latent"] for row in found["latents"]] == order
     assert found["deviations"] == pytest.approx([WIDTH * step / 3 for step in range(-3, 4)])
     for row, channel in zip(found["latents"], order, strict=True):
@@ -96,14 +96,13 @@ def test_the_most_informative_latents_move_by_standard_deviations(folder: Path, 
     assert (found["episode"], found["step"], found["decoder"]) == (1, 10, None)
 
 
-def test_latents_of_a_store_without_a_state_are_in_the_order_of_their_variance(folder: Path, tmp_path: Path) -> None:
+def test_a_store_without_a_state_is_drawn_without_information(folder: Path, tmp_path: Path) -> None:
     like = TokenStore.open(folder / "vae.zarr")
     columns = columns_of(like)
     columns["state"] = columns["state"][:, :0]
     tokens = like.gather(np.arange(len(like)))
     path = write_tokens(tmp_path / "bare.zarr", tokens, like.card, like.identity, columns)
     found = drawn(path, out=tmp_path / "bare.png")
-    assert [row["latent"] for row in found["latents"]] == np.argsort(-like.std)[:LATENTS].tolist()
     assert all(row["information"] is None for row in found["latents"])
     assert len(run(path, out=tmp_path / "all.png").stdout.splitlines()) == 1 + 6 + 2
 
