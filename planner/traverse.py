@@ -61,20 +61,15 @@ def traverse(
     check_options(options)
     if out.suffix != ".png":
         raise UserError(f"--out {out}: the picture is a PNG; end its name with .png")
-    store = TokenStore.open(path)
-    tokens, channels = store.card.frame_shape
-    if tokens > 1:
-        raise UserError(f"{path} has {tokens} tokens a frame; traversals are of stores with one token a frame")
-    if options.frame >= len(store):
-        raise UserError(f"--frame {options.frame} does not exist: {path} has frames 0 to {len(store) - 1}")
-    frames, decode = _open(store, dataset, weights, decoder, device)
+    store = _open_store(path, options.frame)
+    frames, decode = _open_source(store, dataset, weights, decoder, device)
     information = measure_information(store)
     chosen = np.argsort(-store.std, kind="stable")[: options.latents]
     deviations = np.linspace(-options.width, options.width, STEPS)
     latent = store.gather(np.array([options.frame]))[0, 0].astype(np.float32)
     moved = np.tile(latent, (len(chosen), STEPS, 1))
     moved[np.arange(len(chosen)), :, chosen] += store.std[chosen, None] * deviations.astype(np.float32)
-    images = decode(torch.from_numpy(moved.reshape(-1, 1, channels)))
+    images = decode(torch.from_numpy(moved.reshape(-1, 1, len(latent))))
     images = images.reshape(len(chosen), STEPS, *images.shape[1:])
     result = {
         "options": asdict(options),
@@ -121,7 +116,17 @@ def draw_traversals(frame: NDArray[np.uint8], images: Images, result: dict[str, 
     return png_bytes(figure)
 
 
-def _open(
+def _open_store(path: AnyPath, frame: int) -> TokenStore:
+    store = TokenStore.open(path)
+    tokens, _ = store.card.frame_shape
+    if tokens > 1:
+        raise UserError(f"{path} has {tokens} tokens a frame; traversals are of stores with one token a frame")
+    if frame >= len(store):
+        raise UserError(f"--frame {frame} does not exist: {path} has frames 0 to {len(store) - 1}")
+    return store
+
+
+def _open_source(
     store: TokenStore, dataset: AnyPath | None, weights: Path | None, decoder: Path | None, device: str
 ) -> tuple[FrameDataset, Decode]:
     if decoder is not None:
