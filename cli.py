@@ -17,6 +17,7 @@ from wmcache.commands.rounds import rounds
 from wmcache.commands.sbatch import sbatch
 from wmcache.commands.study import study
 from wmcache.commands.train import import_run, wmtrain
+from wmcache.commands.traverse import traverse
 
 
 @click.group(cls=Group)
@@ -33,6 +34,7 @@ for known in (
     *(stores.list_, stores.info, stores.verify, stores.finalize, stores.repair, stores.preview, stores.rm),
     *(
         probe.probe,
+        traverse,
         bench.bench,
         bench.plan_job,
         import_run,

@@ -130,6 +130,17 @@ class ImagineOptions:
 
 
 @dataclass(frozen=True)
+class TraverseOptions:
+    """All settings of a picture of latent traversals; saved beside it."""
+
+    latents: Positive = option(10, "Latents to draw, those of the largest variance first.")
+    frame: Natural = option(0, "Frame of the store whose latents are moved.")
+    width: Annotated[float, Gt(0)] = option(
+        2.0, "How far a latent is moved to each side, in standard deviations over the store."
+    )
+
+
+@dataclass(frozen=True)
 class DreamOptions:
     """All settings of imagined episodes; saved in `dream.json`."""
 
