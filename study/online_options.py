@@ -94,10 +94,10 @@ def _read_tables(tables: Mapping[str, dict[str, Any]], bare: OnlineOptions, wher
     collect = parse_options(OnlineCollect, {**tables["collect"], "seed": bare.seed}, f"{where}: collect")
     trained = parse_options(OnlineTrain, {**shared, **tables["train"]}, f"{where}: train")
     with errors_at(f"{where}: train"):
-        read_model_options(trained.model, trained.model_options)
         kind = MODELS.get(trained.model)
         if kind.stages or not issubclass(kind, Dreams):
             raise UserError(f"no actor learns in the imagination of model {trained.model}; choose {dreaming_models()}")
+        read_model_options(trained.model, trained.model_options)
     policy = read_plan(tables["policy"], f"{where}: policy")
     plan = {"episodes": EPISODES, "budget": collect.length - 1, **tables["plan"]}
     return {
