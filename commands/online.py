@@ -18,7 +18,7 @@ from wmcache.commands.output import shell_command, show
 from wmcache.commands.shared import PATH, cluster_option, count_option, file_option, json_option
 from wmcache.commands.train import MODEL
 from wmcache.common.folders import home
-from wmcache.study.online_flags import EPISODES, OnlineCollect, OnlineFlags, OnlineTrain
+from wmcache.study.online_flags import ENCODER, EPISODES, OnlineCollect, OnlineFlags, OnlineTrain
 
 TABLES = {
     **dict.fromkeys(("env", "length", "image_size"), "collect"),
@@ -38,7 +38,7 @@ _models = partial(resolve_name, "wmcache.trainer.models:MODELS")
 @options_of(OnlineCollect, only=("env", "length", "image_size"))
 @options_of(OnlineFlags)
 @options_of(OnlineTrain, only=("model", "frameskip", "batch"), model={"names": _models}, batch={"group": "Training"})
-@click.option("--encoder", default="vae", help="Encoder of all frames, which stays as it is; see: wmcache encoders.")
+@click.option("--encoder", default=ENCODER, help="Encoder of all frames, which stays as it is; see: wmcache encoders.")
 @file_option(
     "--encoder-weights", help="Weights of the encoder.  [default: fitted on the prefill, or the encoder's own]"
 )

@@ -11,6 +11,7 @@ from wmcache.common.options import Natural, Positive, Share, Weight, option
 from wmcache.pipeline.options import CollectOptions
 from wmcache.trainer.options import Rate, TrainOptions
 
+ENCODER = "vae"
 EPISODES = 10
 """Of each evaluation."""
 

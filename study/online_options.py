@@ -11,7 +11,7 @@ from wmcache.cluster.tasks import parse_cluster
 from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, parse_options
 from wmcache.planner.options import PlanOptions
-from wmcache.study.online_flags import EPISODES, OnlineCollect, OnlineFlags, OnlineTrain
+from wmcache.study.online_flags import ENCODER, EPISODES, OnlineCollect, OnlineFlags, OnlineTrain
 from wmcache.study.options import EncoderChoice, errors_at, read_encoder, read_plan, read_toml, refuse_names
 from wmcache.trainer.models import MODELS, Dreams, dreaming_models
 from wmcache.trainer.models import read_options as read_model_options
@@ -31,7 +31,7 @@ class OnlineOptions(OnlineFlags):
         batch: frames in each call of the encoder.
     """
 
-    encoder: EncoderChoice = field(default_factory=lambda: EncoderChoice(name="vae"))
+    encoder: EncoderChoice = field(default_factory=lambda: EncoderChoice(name=ENCODER))
     collect: OnlineCollect = field(default_factory=OnlineCollect)
     train: OnlineTrain = field(default_factory=OnlineTrain)
     actor: ActorOptions = field(default_factory=ActorOptions)
@@ -80,9 +80,9 @@ def _set(table: dict[str, Any], key: str, value: Any) -> None:
     """Set an option. Those of a model are added to the table's; another model, or another encoder, does not have these."""
     if isinstance(value, dict):
         value = {**table.get(key, {}), **value}
-    elif key == "model" and table.get(key, value) != value:
+    elif key == "model" and table.get(key, OnlineTrain.model) != value:
         table.pop("model_options", None)
-    elif key == "name" and table.get(key, value) != value:
+    elif key == "name" and table.get(key, ENCODER) != value:
         table.clear()
     table[key] = value
 
@@ -102,7 +102,7 @@ def _read_tables(tables: Mapping[str, dict[str, Any]], bare: OnlineOptions, wher
     plan = {"episodes": EPISODES, "budget": collect.length - 1, **tables["plan"]}
     return {
         "collect": collect,
-        "encoder": read_encoder({"name": "vae", **tables["encoder"]}, bare.seed, f"{where}: encoder"),
+        "encoder": read_encoder({"name": ENCODER, **tables["encoder"]}, bare.seed, f"{where}: encoder"),
         "train": trained,
         "actor": parse_options(ActorOptions, {**shared, **tables["actor"]}, f"{where}: actor"),
         "policy": replace(policy, device=bare.device, draw=bool(tables["policy"].get("draw", True))),
