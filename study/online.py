@@ -60,7 +60,9 @@ def run_online(options: OnlineOptions, out: Path) -> list[Row]:
             write_json(file, {"options": asdict(options), "parts": []})
         done = known[-1]["env_steps"] if known else 0
         truncate_metrics(out, done)
-        with Log(out, "online", "env steps", 1, steps=max(done, options.steps), initial=done) as progress:
+        # Lowering `steps` does not undo what is done.
+        options = replace(options, steps=max(options.steps, done))
+        with Log(out, "online (env steps)", "env steps", 1, steps=options.steps, initial=done) as progress:
             for part in _parts(options, out.absolute()):
                 rows.append(part.do())
                 if len(rows) > len(known):
