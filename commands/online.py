@@ -22,7 +22,7 @@ from wmcache.study.online_flags import ENCODER, EPISODES, OnlineCollect, OnlineF
 
 TABLES = {
     **dict.fromkeys(("env", "length", "image_size"), "collect"),
-    **dict.fromkeys(("model", "frameskip", "batch"), "train"),
+    **dict.fromkeys(("model", "frameskip"), "train"),
     "episodes": "plan",
     "encoder": "encoder",
     "encoder_weights": "encoder",
@@ -37,7 +37,7 @@ _models = partial(resolve_name, "wmcache.trainer.models:MODELS")
 @click.argument("file", type=PATH, required=False)
 @options_of(OnlineCollect, only=("env", "length", "image_size"))
 @options_of(OnlineFlags)
-@options_of(OnlineTrain, only=("model", "frameskip", "batch"), model={"names": _models}, batch={"group": "Training"})
+@options_of(OnlineTrain, only=("model", "frameskip"), model={"names": _models})
 @click.option("--encoder", default=ENCODER, help="Encoder of all frames, which stays as it is; see: wmcache encoders.")
 @file_option(
     "--encoder-weights", help="Weights of the encoder.  [default: fitted on the prefill, or the encoder's own]"

@@ -7,9 +7,9 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Le
 
-from wmcache.common.options import Natural, Positive, Share, Weight, option
+from wmcache.common.options import Natural, Positive, Share, option
 from wmcache.pipeline.options import CollectOptions
-from wmcache.trainer.options import Rate, TrainOptions
+from wmcache.trainer.options import TrainOptions
 
 ENCODER = "vae"
 EPISODES = 10
@@ -30,13 +30,9 @@ class OnlineTrain(TrainOptions):
     """How the world model is trained, at a constant learning rate; the ratio sets the steps."""
 
     model: str = option("rssm", "World model: {names}.", group="Training")
-    history: Positive = option(1)
     frameskip: Positive = option(2, group="Training")
-    batch: Positive = option(16)
-    learning_rate: Rate = option(1e-3)
     warmup: Share = option(0.0)
     decay: Share = option(0.0)
-    weight_decay: Weight = option(0.0)
 
 
 @dataclass(frozen=True)
