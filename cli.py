@@ -12,6 +12,7 @@ from wmcache.commands import bench, data, decode, dream, probe, stores
 from wmcache.commands.actor import actor
 from wmcache.commands.command import Group
 from wmcache.commands.controller import controller
+from wmcache.commands.online import online
 from wmcache.commands.plan import wmplan
 from wmcache.commands.rounds import rounds
 from wmcache.commands.sbatch import sbatch
@@ -43,6 +44,7 @@ for known in (
         controller,
         study,
         rounds,
+        online,
         sbatch,
     ),
 ):

@@ -42,6 +42,7 @@ class Policy(Protocol):
 
     Attributes:
         needs_goal: it cannot act where success is a return; policies without the attribute do.
+        draws: it can draw its actions; policies without the attribute do not.
         reads: `frames`, `nothing`, or `state`. A policy that reads the simulator's state is a reference, and is marked so in results.
         seconds: spent on encoding and deciding. encoder_frames, decisions: counts over all episodes.
     """
