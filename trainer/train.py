@@ -86,6 +86,10 @@ def _train(
     overwrite: bool,
 ) -> loop.Figures:
     kind, chosen = MODELS.get(options.model), read_options(options.model, options.model_options)
+    if not store.action.shape[1] and kind.needs_actions(chosen):
+        raise UserError(
+            f"{store.path} has no actions, which {options.model} needs; choose another store, or a model with the option --actions none"
+        )
     windows = training_windows(store, options, kind, chosen)
     chosen = kind.configure(store, windows, chosen)
     extras = kind.extras(store, windows, chosen)

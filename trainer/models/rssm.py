@@ -82,6 +82,11 @@ class Rssm(SequenceModel):
             {name: make_mlp(state, hidden, 1, size, zero=name == "reward") for name, size in heads.items() if size}
         )
 
+    @classmethod
+    def needs_actions(cls, options: RssmOptions) -> bool:
+        """See `Trainable.needs_actions`."""
+        return options.actions == "seen"
+
     def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:  # noqa: ARG002 (see `pools`)
         """Compute the squared error of decoded frames, summed over tokens and proprio, and add the KL divergences and the heads' losses.
 

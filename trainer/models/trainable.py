@@ -30,7 +30,7 @@ class DataShape:
     tokens: Size
     token_dim: Size
     proprio_dim: Annotated[int, Field(ge=0, le=2**16)]
-    action_dim: Size
+    action_dim: Annotated[int, Field(ge=0, le=2**16)]
     history: Annotated[int, Field(gt=0, le=1024)]
     columns: Size = 1
     has_reward: bool = False
@@ -73,6 +73,11 @@ class Trainable(nn.Module, ABC):
         Default: an option `proprio` becomes `none` where the store has none.
         """
         return without_proprio(options) if store.proprio is None else options
+
+    @classmethod
+    def needs_actions(cls, options: Any) -> bool:  # noqa: ARG003
+        """Return whether the model can be trained on stores with actions alone; default: yes."""
+        return True
 
     @classmethod
     def window(cls, options: Any, history: int) -> int:  # noqa: ARG003
