@@ -135,9 +135,9 @@ class Windows:
         Returns:
             proprio float32 [B, T, P], P = 0 where the store has none; action float32 [B, T, f * A], the f env actions from each frame to
             the next, the last one repeated where the episode has fewer, A = 0 where the store has none; where the store has them, reward
-            float32 [B, T], the sum over those env steps, and terminated bool [B, T], whether one of them ends the episode; float16 [B, T, …] of each of `extras`;
-            where windows differ in length, weight float32 [B, T]: 0 for repeated frames, equal for all others, and 1 on average over all
-            windows.
+            float32 [B, T], the sum over those env steps, and terminated bool [B, T], whether one of them ends the episode; float16
+            [B, T, …] of each of `extras`; where windows differ in length, weight float32 [B, T]: 0 for repeated frames, equal for all
+            others, and 1 on average over all windows.
         """
         source, following = self.source, frames[:, :, None] + np.arange(self.frameskip)
         beyond = None

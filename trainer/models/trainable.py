@@ -121,6 +121,13 @@ class Trainable(nn.Module, ABC):
         number = int(self.stage) if self.stages else 0
         return self.stages[number - 1] if number else ""
 
+    def initialise(self, given: Any) -> None:
+        """Load what a new run takes from other runs; `given` are the options before `configure`. Default: nothing."""
+
+    def trained_encoder(self, store: TokenStore) -> tuple[dict[str, Tensor], dict[str, str]] | None:  # noqa: ARG002
+        """Return tensors and header of the weights file of an encoder on the store's that the model has trained; default: none."""
+        return None
+
     def begin(self, stage: str) -> None:
         """Prepare to train a stage. A model with stages also freezes here what the stage does not train."""
         self.stage.fill_(self.stage_number(stage))
