@@ -47,6 +47,34 @@ WORLD_MODELS: dict[str, Any] = {
     "clip": 1.0,
     "dtype": "float32",
 }
+# DisWM's code (arXiv 2503.08751), whose tokens are decoded from states alone. Each frame has its free nats, not their average.
+DISWM: dict[str, Any] = {
+    "model": "diswm",
+    "latent": "gaussian",
+    "deter": 200,
+    "blocks": 1,
+    "stoch": 50,
+    "hidden": 200,
+    "layers": 2,
+    "free-nats": 1.0,
+    "dynamics-weight": 0.8,
+    "representation-weight": 0.2,
+    "temperature": 1.0,
+    "z-dim": 20,
+    "beta": 0.015,
+    "redraw-weight": 0.0,
+    "distill-steps": 50_000,
+    "sequence": 50,
+    "history": 1,
+    "frameskip": 2,
+    "batch-size": 50,
+    "lr": 3e-4,
+    "warmup": 0.0,
+    "decay": 0.0,
+    "beta2": 0.999,
+    "weight-decay": 0.0,
+    "clip": 100.0,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's table 12 has a learning rate of 5e-5 for the predictor.
     "dino-wm": {
@@ -134,31 +162,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weight-decay": 0.0,
         "clip": 1000.0,
     },
-    # The world model of its code, with the weight of its student's rewards. Each frame has its free nats, not their average.
-    "diswm": {
-        "model": "rssm",
-        "latent": "gaussian",
-        "deter": 200,
-        "blocks": 1,
-        "stoch": 50,
-        "hidden": 200,
-        "layers": 2,
-        "free-nats": 1.0,
-        "dynamics-weight": 0.8,
-        "representation-weight": 0.2,
-        "reward-weight": 2.0,
-        "temperature": 1.0,
-        "sequence": 50,
-        "history": 1,
-        "frameskip": 2,
-        "batch-size": 50,
-        "lr": 3e-4,
-        "warmup": 0.0,
-        "decay": 0.0,
-        "beta2": 0.999,
-        "weight-decay": 0.0,
-        "clip": 100.0,
-    },
+    # Its teacher, on videos; its code trains 20 000 steps.
+    "diswm-pretrain": {**DISWM, "actions": "none"},
+    # Its student; add --teacher. Its code sums the distillation over the 50 frames of a sequence.
+    "diswm": {**DISWM, "reward-weight": 2.0, "distill-weight": 5.0},
     "world-models-car": {**WORLD_MODELS, "hidden": 256, "sequence": 1000, "temperature": 1.0, "steps": 4000},
     # Steps are not in the paper: its code trains 400 epochs, of 10 000 episodes.
     "world-models-doom": {

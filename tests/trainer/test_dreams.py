@@ -13,6 +13,7 @@ from wmcache.trainer.models import build
 SIZES: dict[str, dict[str, Any]] = {
     "mdn-rnn": {"hidden": 6, "mixtures": 3},
     "rssm": {"deter": 8, "hidden": 6, "stoch": 4, "classes": 8},
+    "diswm": {"deter": 8, "hidden": 6, "stoch": 4, "z_dim": 3},
     "rwm": {"hidden": 6, "head": 5, "ensemble": 2},
 }
 each_model = pytest.mark.parametrize("name", SIZES)
