@@ -140,23 +140,20 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
 
 def rotate(x: Tensor, first: int, frames: int) -> Tensor:
     """Rotate [B, heads, T * tokens, head_dim] by angles that grow with the number of the frame (arXiv 2104.09864); T: `frames`."""
-    angle = angles(torch.arange(first, first + frames, device=x.device), x.shape[-1])
+    angle = angles(torch.arange(first, first + frames, device=x.device), x.shape[-1] // 2)
     return turn(x, angle.repeat_interleave(x.shape[2] // frames, 0))
 
 
 def rotate_axes(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotate [B, heads, L, head_dim] by positions [L, axes]: equal, even shares of head_dim, the rest not at all."""
-    axes = positions.shape[1]
-    size = x.shape[-1] // axes // 2 * 2
-    *parts, rest = torch.split(x, [*[size] * axes, x.shape[-1] - size * axes], -1)
-    turned = [turn(part, angles(own, size)) for part, own in zip(parts, positions.unbind(1), strict=True)]
-    return torch.cat([*turned, rest], -1)
+    """Rotate [B, heads, L, head_dim] by positions [L, axes]. Each axis has an equal share of the pairs of head_dim; the rest stays."""
+    pairs = x.shape[-1] // 2
+    angle = torch.cat([angles(axis, pairs // positions.shape[1]) for axis in positions.unbind(1)], 1)
+    return turn(x, F.pad(angle, (0, pairs - angle.shape[1])))
 
 
-def angles(positions: Tensor, size: int) -> Tensor:
-    """Return the angles [L, size / 2] of positions [L]."""
-    half = size // 2
-    frequency = ROTARY_BASE ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+def angles(positions: Tensor, pairs: int) -> Tensor:
+    """Return the angles [L, pairs] of positions [L]."""
+    frequency = ROTARY_BASE ** (-torch.arange(pairs, device=positions.device, dtype=torch.float32) / pairs)
     return positions[:, None] * frequency
 
 

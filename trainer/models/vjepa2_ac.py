@@ -50,9 +50,10 @@ class VJepa2AcOptions:
 
     def __post_init__(self) -> None:
         """Refuse options that do not go together."""
-        if self.width % self.heads or self.width // self.heads < 2 * AXES:
+        size, rest = divmod(self.width, self.heads)
+        if rest or size % 2 or size < 2 * AXES:
             raise UserError(
-                f"--width {self.width} must be a multiple of --heads {self.heads}, and at least {2 * AXES} times as large"
+                f"--width {self.width} / --heads {self.heads} is the size of a head, which must be even and at least {2 * AXES}"
             )
 
     @property
