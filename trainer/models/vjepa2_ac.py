@@ -114,8 +114,8 @@ class VJepa2Ac(FrameTransformer):
     def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:
         """Compute the L1 losses of the next frames from true ones (equation 2), and of a rollout (equation 3).
 
-        The rollout begins at the first frame, and the gradient goes through its steps. Tokens and proprio are weighted by their dimensions,
-        see `LatentModel.weigh`; see `Trainable.loss`.
+        The rollout begins at the first frame of the window. As in the authors' code each of its steps counts, and gradients go through
+        all of them. Tokens and proprio are weighted by their dimensions, see `LatentModel.weigh`; see `Trainable.loss`.
         """
         pooled = pool_grid(batch["tokens"].float(), self.shape.columns, pool)
         tokens, proprio, action = self.standardise(pooled, batch["proprio"], batch["action"])
