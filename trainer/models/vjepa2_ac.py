@@ -1,9 +1,9 @@
 """The action-conditioned predictor of V-JEPA 2-AC (arXiv 2506.09985, section 3; src/models/ac_predictor.py), on cached latents.
 
 With the options of the preset `vjepa2-ac` it has the reference's sizes and loss; the defaults differ where that planned better. Most
-environments cannot compute the next proprio from an action, so a linear head predicts it from the proprio token, and rollouts feed it back in
-place of the true one. Rotary positions turn both numbers of a pair by one angle; in the reference these angles differ, a known bug that its
-weights depend on.
+environments cannot compute the next proprio from an action, so a linear head predicts it from the proprio token, and rollouts feed it back
+in place of the true one. Rotary positions turn both numbers of a pair by one angle; in the reference these angles differ, a known bug that
+its weights depend on.
 """
 
 from __future__ import annotations
