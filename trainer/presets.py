@@ -101,6 +101,31 @@ PRESETS: dict[str, dict[str, Any]] = {
         "head-dim": 64,
         "mlp": 2048,
     },
+    # configs/train/vitg16/droid-256px-8f.yaml of V-JEPA 2: 8 frames, 4 per second where the data has 20; 315 epochs of 300 steps. The rate
+    # warms up for 15 epochs, there from 7.5e-5, and decays for 15. Reduce --batch-size, or add --accumulate, where memory is short.
+    "vjepa2-ac": {
+        "model": "vjepa2-ac",
+        "proprio": "raw",
+        "predict": "frame",
+        "normalize": "layer",
+        "width": 1024,
+        "depth": 24,
+        "heads": 16,
+        "mlp": 4096,
+        "dropout": 0.0,
+        "rollout-loss": 1.0,
+        "auto-steps": 2,
+        "history": 7,
+        "frameskip": 5,
+        "batch-size": 256,
+        "steps": 94_500,
+        "lr": 4.25e-4,
+        "warmup": 15 / 315,
+        "decay": 15 / 315,
+        "beta2": 0.999,
+        "weight-decay": 0.04,
+        "clip": 0.0,
+    },
     # Sizes of conf/predictor/ddp_predictor.yaml; K is its least.
     "ddp-wm": {
         **REFERENCE,

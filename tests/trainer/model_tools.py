@@ -87,12 +87,12 @@ def make_model(statistics: dict[str, Tensor] | None = None, shape: DataShape = S
     return build("dino-wm", shape, SIZES | options, statistics or make_statistics()).eval()
 
 
-def build_preset(name: str) -> tuple[Any, set[str]]:
+def build_preset(name: str, history: int = 3) -> tuple[Any, set[str]]:
     """The model of a preset at the reference's sizes, without memory; and which of its options the preset leaves out."""
     known = {field.name for field in fields(MODELS.get(name).Options)}
     values = {key.replace("-", "_"): value for key, value in PRESETS[name].items()}
     options = {key: value for key, value in values.items() if key in known}
-    shape = DataShape(tokens=196, token_dim=384, proprio_dim=4, action_dim=10, history=3, columns=14)
+    shape = DataShape(tokens=196, token_dim=384, proprio_dim=4, action_dim=10, history=history, columns=14)
     sizes = {"tokens": 384, "proprio": 4, "action": 10}
     with torch.device("meta"):
         statistics = {f"{name}_{of}": torch.ones(size) for name, size in sizes.items() for of in ("mean", "std")}
