@@ -108,8 +108,12 @@ class FrameCodes(nn.Module):
 
     def entries_of(self, group: int) -> Tensor:
         """Return the entries of a codebook, [vocabulary, dim]."""
-        entries: Tensor = self.books[group].entries  # type: ignore[assignment]
-        return entries
+        return self._book(group).entries
+
+    def _book(self, group: int) -> Codebook:
+        book = self.books[group]
+        assert isinstance(book, Codebook)
+        return book
 
     def _read(self, tokens: Tensor) -> Tensor:
         x = F.gelu(self.read(tokens) + self.read_position)
@@ -117,11 +121,11 @@ class FrameCodes(nn.Module):
             x = self.pool @ x
         x = F.gelu(x + convolve(self.mix_read, x, self.cells))
         outputs: Tensor = self.to_codes(x)
-        return outputs.unflatten(2, (self.groups, -1)).flatten(1, 2)
+        return outputs.reshape(len(x), -1, self.code_dim)
 
     def _choose(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         cells = rearrange(outputs, "b (p g) c -> g b p c", g=self.groups)
-        found = [book.choose(own) for own, book in zip(cells, self.books, strict=True)]  # type: ignore[operator]
+        found = [self._book(group).choose(own) for group, own in enumerate(cells)]
         numbers, entries = (torch.stack(part, 2).flatten(1, 2) for part in zip(*found, strict=True))
         return numbers, entries
 
