@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from model_tools import (
     IMAGINED,
     SHAPE,
@@ -20,17 +18,19 @@ from model_tools import (
     randomise,
     remember,
 )
+from naive_iris import roll_out_iris, slow_losses
 from run_tools import Go, make_go, read_log, stopped_at, weights_of
 from torch import Tensor
 
 from wmcache.common.device import autocast
 from wmcache.common.errors import UserError
+from wmcache.trainer.actor import train_actor
 from wmcache.trainer.models import DataShape, Dreams, build
 from wmcache.trainer.models.iris import IrisOptions
-from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.options import ActorOptions, TrainOptions
 from wmcache.trainer.presets import PRESETS
 
-VOCABULARY, DIM, HEADS = 7, 3, 2
+VOCABULARY, DIM = 7, 3
 FULL = replace(SHAPE, has_reward=True, has_end=True)
 WHOLE, POOLED, SPLIT = ({"cells": cells, "cell_codes": each} for cells, each in ((8, 1), (4, 0), (4, 2)))
 each_grid = pytest.mark.parametrize("grid", [WHOLE, POOLED, SPLIT], ids=str)
@@ -39,7 +39,7 @@ each_choice = pytest.mark.parametrize("choice", ["greedy", "expected"])
 
 def make_model(shape: DataShape = FULL, **options: Any) -> Any:
     torch.manual_seed(0)
-    sizes = {"vocabulary": VOCABULARY, "code_dim": DIM, "channels": 6, "width": 8, "depth": 2, "heads": HEADS}
+    sizes = {"vocabulary": VOCABULARY, "code_dim": DIM, "channels": 6, "width": 8, "depth": 2, "heads": 2}
     return randomise(build("iris", shape, sizes | options, make_statistics())).eval()
 
 
@@ -48,110 +48,6 @@ def make_windows(frames: int = 4) -> dict[str, Tensor]:
     batch |= {"reward": 9 * torch.rand(3, frames) - 4, "terminated": torch.zeros(3, frames, dtype=torch.bool)}
     batch["terminated"][0, -1] = batch["terminated"][1, 0] = True
     return batch
-
-
-def standardised(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = {"tokens": "tokens", "proprio": "proprio", "action": "action"}
-    return {
-        name: (batch[name] - getattr(model, f"{of}_mean")) / getattr(model, f"{of}_std") for name, of in names.items()
-    }
-
-
-def slow_codes(tokenizer: Any, frame: Tensor) -> tuple[list[int], Tensor, Tensor]:
-    """Numbers, outputs and entries [K, dim] of the codes of a frame [N, D], with PyTorch's own pooling."""
-    x = F.gelu(frame @ tokenizer.read.weight.T + tokenizer.read.bias + tokenizer.read_position)
-    x = F.adaptive_avg_pool2d(x.T.unflatten(1, (2, 4)), tokenizer.cells)
-    x = F.gelu(x + tokenizer.mix_read(x[None])[0])
-    outputs = tokenizer.to_codes(x.flatten(1).T).reshape(-1, DIM)
-    numbers = []
-    for k, output in enumerate(outputs):
-        entries = tokenizer.books[k % tokenizer.groups].entries
-        numbers.append(int((entries - output).square().sum(1).argmin()))
-    return (
-        numbers,
-        outputs,
-        torch.stack([tokenizer.books[k % tokenizer.groups].entries[i] for k, i in enumerate(numbers)]),
-    )
-
-
-def slow_decoded(tokenizer: Any, entries: Tensor) -> Tensor:
-    """[K, dim] -> [N, D], with PyTorch's own interpolation."""
-    x = tokenizer.from_codes(entries.reshape(-1, tokenizer.groups * DIM)).T.unflatten(1, tokenizer.cells)
-    x = F.gelu(x + tokenizer.mix_cells(F.gelu(x)[None])[0])
-    x = F.interpolate(x[None], (2, 4), mode="bilinear")[0].flatten(1).T + tokenizer.write_position
-    mixed = tokenizer.mix_written(F.gelu(x).T.unflatten(1, (2, 4))[None])[0].flatten(1).T
-    return tokenizer.write(F.gelu(x + mixed))  # type: ignore[no-any-return]
-
-
-def turn(values: Tensor, time: float) -> Tensor:
-    """Rotate [heads, 2 * half] as complex numbers."""
-    half = values.shape[1] // 2
-    angle = torch.tensor([time * 10_000 ** (-i / half) for i in range(half)])
-    rotated = torch.complex(values[:, :half], values[:, half:]) * torch.polar(torch.ones(half), angle)
-    return torch.cat([rotated.real, rotated.imag], 1)
-
-
-def slow_outputs(model: Any, x: list[Tensor], times: list[int], sees: Callable[[int, int], bool]) -> list[Tensor]:
-    """Outputs of the transformer for tokens [width], each from all that `sees(token, other)` allows, without anything kept."""
-    for block in model.transformer.blocks:
-        joined = [block.qkv(block.norm_attention(one)).view(3, HEADS, -1) for one in x]
-        turned = [(turn(q, time), turn(k, time), v) for (q, k, v), time in zip(joined, times, strict=True)]
-        after = []
-        for i, (query, _, _) in enumerate(turned):
-            seen = [turned[j] for j in range(i + 1) if sees(i, j)]
-            scores = torch.stack([(query * key).sum(1) for _, key, _ in seen]) / query.shape[1] ** 0.5
-            attended = sum(w[:, None] * value for w, (_, _, value) in zip(scores.softmax(0), seen, strict=True))
-            y = x[i] + block.out(attended.flatten())  # type: ignore[union-attr]
-            after.append(y + block.mlp(block.norm_mlp(y)))
-        x = after
-    return [model.transformer.norm(one) for one in x]
-
-
-def embed(model: Any, entries: Tensor, proprio: Tensor, action: Tensor | None) -> list[Tensor]:
-    """The transformer's tokens of a frame: its codes, and where it is given the action after it."""
-    layer, found = model.embed_code, []
-    for k, entry in enumerate(entries):
-        group = k % model.tokenizer.groups
-        found.append(entry @ layer.weight[group] + layer.bias[group] + model.position[k])
-    if action is not None:
-        found.append(model.embed_action(torch.cat([action, proprio])) + model.position[-1])
-    return found
-
-
-def logits_of(model: Any, output: Tensor, k: int) -> Tensor:
-    group = k % model.tokenizer.groups
-    return output @ model.next_code.weight[group] + model.next_code.bias[group]  # type: ignore[no-any-return]
-
-
-def slow_losses(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Averages over the frames, codes and steps of all windows, one after the other."""
-    inputs, steps = standardised(model, batch), batch["tokens"].shape[1]
-    found: dict[str, list[Tensor]] = {
-        name: [] for name in ("tokens", "commitment", "codes", "proprio", "reward", "end")
-    }
-    for b in range(len(batch["tokens"])):
-        coded = [slow_codes(model.tokenizer, frame) for frame in inputs["tokens"][b]]
-        for (_, outputs, entries), frame in zip(coded, inputs["tokens"][b], strict=True):
-            found["tokens"].append((slow_decoded(model.tokenizer, entries) - frame).square().mean())
-            found["commitment"].append(0.3 * (outputs - entries).square().mean())
-        x, times = [], []
-        for t, (_, _, entries) in enumerate(coded):
-            own = embed(model, entries, inputs["proprio"][b, t], inputs["action"][b, t])
-            x, times = x + own, times + [t] * len(own)
-        outputs, size = slow_outputs(model, x, times, lambda *_: True), model.codes + 1
-        for t in range(steps):
-            after = outputs[t * size + model.codes]
-            found["reward"].append(model.two_hot.loss(model.heads["reward"](after), batch["reward"][b, t]))
-            logit = model.heads["end"](after)[0]
-            found["end"].append(-F.logsigmoid(logit if batch["terminated"][b, t] else -logit))
-            if t + 1 == steps:
-                continue
-            change = inputs["proprio"][b, t + 1] - inputs["proprio"][b, t]
-            found["proprio"].append((model.heads["proprio"](after) - change).square().mean())
-            for k, number in enumerate(coded[t + 1][0]):
-                before = after if k == 0 else outputs[(t + 1) * size + k - 1]
-                found["codes"].append(-logits_of(model, before, k).log_softmax(0)[number])
-    return {name: torch.stack(values).mean() for name, values in found.items()}
 
 
 @each_grid
@@ -165,48 +61,6 @@ def test_the_loss_is_that_of_one_code_after_the_other(grid: dict[str, int]) -> N
     assert 1 <= used <= VOCABULARY
 
 
-def slow_rollout(
-    model: Any, batch: dict[str, Tensor], observed: int, context: int, actions: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Latents and proprio of a future [T, f * A] of the first episode; all tokens of the episode are computed again for each one.
-
-    Frames are numbered from the first that the belief has. Observed ones see others of the belief, imagined ones `context` frames.
-    """
-    inputs, choice = standardised(model, batch), model.options.plan_codes
-    frames = [slow_codes(model.tokenizer, frame)[2] for frame in inputs["tokens"][0, :observed]]
-    proprios = list(inputs["proprio"][0, :observed])
-    standard = (actions - model.action_mean) / model.action_std
-    latents = []
-
-    def run(newest: Tensor) -> list[Tensor]:
-        x: list[Tensor] = []
-        times: list[int] = []
-        for t, entries in enumerate([*frames, newest]):
-            action = standard[t] if t < len(frames) else None
-            own = embed(model, entries, proprios[min(t, len(proprios) - 1)], action)
-            x, times = x + own, times + [t] * len(own)
-
-        def sees(i: int, j: int) -> bool:
-            is_action = i % (model.codes + 1) == model.codes
-            window = context - 1 if is_action or times[i] < observed else context
-            return times[i] - times[j] <= window
-
-        return slow_outputs(model, x, times, sees)
-
-    for _ in range(len(actions) - observed + 1):
-        known = torch.zeros(0, DIM)
-        for k in range(model.codes):
-            logits = logits_of(model, run(known)[-1], k)
-            entries = model.tokenizer.books[k % model.tokenizer.groups].entries
-            entry = entries[logits.argmax()] if choice == "greedy" else logits.softmax(0) @ entries
-            known = torch.cat([known, entry[None]])
-        moved = model.heads["proprio"](run(torch.zeros(0, DIM))[-1])
-        frames.append(known)
-        proprios.append(proprios[-1] + moved)
-        latents.append(slow_decoded(model.tokenizer, known) * model.tokens_std + model.tokens_mean)
-    return torch.stack(latents), torch.stack(proprios[observed:])
-
-
 @each_choice
 @pytest.mark.parametrize(("observed", "context"), [(1, 1), (1, 2), (2, 3), (3, 3)])
 def test_kept_keys_give_what_is_computed_again(choice: str, observed: int, context: int) -> None:
@@ -214,7 +68,7 @@ def test_kept_keys_give_what_is_computed_again(choice: str, observed: int, conte
     model.observed, model.context = observed, context
     actions = batch["action"][:, : observed - 1 + IMAGINED]
     found = model.imagine(remember(model, batch, observed), actions[:, None, observed - 1 :])
-    latents, proprio = slow_rollout(model, batch, observed, context, actions[0])
+    latents, proprio = roll_out_iris(model, batch, observed, context, actions[0])
     torch.testing.assert_close(found.latents[0, 0], latents, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.proprio[0, 0], proprio, rtol=1e-3, atol=1e-3)
 
@@ -412,6 +266,17 @@ def test_a_stopped_run_resumes_exactly(go: Go, tmp_path: Path, by_signal: bool) 
     go(tmp_path / "stopped")
     assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "straight")
     assert read_log(tmp_path / "stopped") == read_log(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("gradient", ["reinforce", "dynamics"])
+def test_an_actor_trains_in_its_imagination(go: Go, tmp_path: Path, store_path: Path, gradient: Any) -> None:
+    go(tmp_path / "run", steps=2)
+    sizes: dict[str, Any] = {"steps": 3, "batch": 4, "observed": 2, "horizon": 2, "units": 8, "device": "cpu"}
+    found = train_actor(
+        tmp_path / "run", tmp_path / "actor", ActorOptions(**sizes, gradient=gradient), cache=store_path
+    )
+    assert found["return"] < 0
+    assert found["step"] == 3
 
 
 def test_it_learns_a_planted_linear_system(planted_path: Path, tiny: TrainOptions, run: Path) -> None:
