@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wmcache.engine.codebook import Codebook
 
-DECAY = 0.95
+DECAY = 0.95  # short, because the transformer has to learn what each restart of entries changes
 POSITION_STD = 0.02
 FEWEST_CODES = 4
 """Of a frame, where that is not chosen."""
@@ -38,7 +38,7 @@ class FrameCodes(nn.Module):
 
     A grid of more tokens than `cells` is averaged to at most sqrt(cells) x sqrt(cells) cells. Each cell has `cell_codes` codes, each of a
     codebook of its own that all cells share (product quantisation, Jégou et al. 2011); 0: as many as make a frame of 4. Codes are in
-    the order of the cells.
+    the order of the cells. Entries are moving means, and unused ones restart; with gradients, as in IRIS, few were ever used.
     """
 
     pool: Tensor
@@ -106,9 +106,10 @@ class FrameCodes(nn.Module):
             decoded: Tensor = self.write(x)
         return decoded
 
-    def entries_of(self, group: int) -> Tensor:
-        """Return the entries of a codebook, [vocabulary, dim]."""
-        return self._book(group).entries
+    def mean_entry(self, shares: Tensor, k: int) -> Tensor:
+        """Return the mean [B, dim] of what code k can be, by the share of each entry [B, vocabulary]."""
+        with torch.autocast(shares.device.type, enabled=False):
+            return shares.float() @ self._book(k % self.groups).entries
 
     def _book(self, group: int) -> Codebook:
         book = self.books[group]

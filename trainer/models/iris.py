@@ -38,7 +38,7 @@ class IrisOptions:
 
     proprio: Literal["raw", "none"] = option("raw", "See and predict raw proprio, or use pixels alone.", group="Model")
     cells: Annotated[int, Ge(1), Le(256)] = option(
-        16, "Most cells of a frame; a grid of more tokens is averaged to the square root of it a side."
+        16, "Most cells of a frame; a grid of more tokens is averaged to at most the square root in each direction."
     )
     cell_codes: Annotated[int, Ge(0), Le(64)] = option(0, "Codes of each cell; 0: as many as make a frame of 4.")
     vocabulary: Annotated[int, Ge(2), Le(2**16)] = option(512, "Entries of a codebook.")
@@ -202,14 +202,11 @@ class Iris(WorldModel):
             noise = draw_noise(torch.rand, (self.codes,), generators, output, samples)
         entries: list[Tensor] = []
         for k in range(self.codes):
-            group = k % self.tokenizer.groups
-            entry = self._choose(
-                self._logits(output, group), None if noise is None else noise[:, k]
-            ) @ self.tokenizer.entries_of(group)
-            x = entry @ self.embed_code.weight[group] + self.embed_code.bias[group] + self.position[k]
-            outputs, kept = self.transformer(x[:, None], time[:, None], kept)
+            logits = self._logits(output, k)
+            shares = self._choose(logits, None if noise is None else noise[:, k])
+            entries.append(self.tokenizer.mean_entry(shares, k))
+            outputs, kept = self.transformer(self._embed_code(entries[-1], k)[:, None], time[:, None], kept)
             output = outputs[:, 0]
-            entries.append(entry)
         proprio = belief["proprio"]
         if "proprio" in found:
             proprio = found["proprio"] = proprio + found["proprio"]
@@ -234,8 +231,15 @@ class Iris(WorldModel):
             return shares
         return F.one_hot(chosen, shares.shape[-1]) + (shares - shares.detach())
 
-    def _logits(self, output: Tensor, group: int) -> Tensor:
+    def _logits(self, output: Tensor, k: int) -> Tensor:
+        """Return the logits of code k [B, vocabulary] for the output before it [B, width]."""
+        group = k % self.tokenizer.groups
         return (output @ self.next_code.weight[group] + self.next_code.bias[group]).float()
+
+    def _embed_code(self, entry: Tensor, k: int) -> Tensor:
+        """Embed the entry of code k, [B, dim] -> [B, width]."""
+        group = k % self.tokenizer.groups
+        return entry @ self.embed_code.weight[group] + self.embed_code.bias[group] + self.position[k]
 
     def _predict(self, outputs: Tensor) -> dict[str, Tensor]:
         """Return the outputs of the heads [..., size] for the actions' outputs [..., width]."""
