@@ -191,6 +191,30 @@ PRESETS: dict[str, dict[str, Any]] = {
     "diswm-pretrain": {**DISWM, "actions": "none"},
     # Its student; add --teacher. Its code sums the distillation over the 50 frames of a sequence.
     "diswm": {**DISWM, "reward-weight": 2.0, "distill-weight": 5.0},
+    # Sizes of its code, on sequences of 20 frames. Its tokenizer sees pixels, has no weight decay, and trains alone at first.
+    "iris": {
+        "model": "iris",
+        "cells": 16,
+        "cell-codes": 1,
+        "vocabulary": 512,
+        "code-dim": 512,
+        "channels": 64,
+        "commitment": 1.0,
+        "width": 256,
+        "depth": 10,
+        "heads": 4,
+        "dropout": 0.1,
+        "temperature": 1.0,
+        "history": 19,
+        "frameskip": 1,
+        "batch-size": 64,
+        "lr": 1e-4,
+        "warmup": 0.0,
+        "decay": 0.0,
+        "beta2": 0.999,
+        "weight-decay": 0.01,
+        "clip": 10.0,
+    },
     "world-models-car": {**WORLD_MODELS, "hidden": 256, "sequence": 1000, "temperature": 1.0, "steps": 4000},
     # Steps are not in the paper: its code trains 400 epochs, of 10 000 episodes.
     "world-models-doom": {

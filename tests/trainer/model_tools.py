@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wmcache.engine.codebook import Codebook
 from wmcache.trainer.models import MODELS, DataShape, build, rollout
 from wmcache.trainer.presets import PRESETS
 
@@ -119,6 +120,9 @@ def make_trained(name: str, **options: Any) -> Any:
 def randomise(model: Any) -> Any:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
+    for module in model.modules():
+        if isinstance(module, Codebook):
+            nn.init.normal_(module.entries)
     return model
 
 

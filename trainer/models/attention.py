@@ -124,17 +124,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tokens: int, window: int, dropout: f
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def attend_all(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Attend from all queries to all keys, by whichever kernel is faster."""
+def attend_all(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None) -> Tensor:
+    """Attend from all queries to all keys, or to those that a mask [B or 1, 1, queries, keys] allows, by whichever kernel is faster."""
     if not attends_plainly(q):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout)
     # A few sequences at a time, so that the weights stay in the processor's cache.
     some = max(1, CACHED_WEIGHTS // (q.shape[1] * q.shape[2] * k.shape[2]))
     with torch.autocast(q.device.type, enabled=False):
         parts = []
-        for own, keys, values in zip(*(torch.split(part, some) for part in (q, k, v)), strict=True):
-            weights = torch.matmul(own * own.shape[-1] ** -0.5, keys.transpose(-1, -2)).softmax(-1)
-            parts.append(torch.matmul(F.dropout(weights, dropout, training=dropout > 0), values))
+        for first in range(0, len(q), some):
+            own, keys, values = (part[first : first + some] for part in (q, k, v))
+            scores = torch.matmul(own * own.shape[-1] ** -0.5, keys.transpose(-1, -2))
+            if mask is not None:
+                scores = scores.masked_fill(~(mask if len(mask) == 1 else mask[first : first + some]), -torch.inf)
+            parts.append(torch.matmul(F.dropout(scores.softmax(-1), dropout, training=dropout > 0), values))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
