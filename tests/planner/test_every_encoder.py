@@ -151,7 +151,9 @@ def test_the_batch_size_changes_at_most_the_last_bit(
         assert name != "pixels" or torch.equal(parts, whole[:count])
 
 
-@pytest.mark.parametrize("name", ["dinov2-cls", "vjepa2", "vjepa2-pair", "resnet18", "vae", "dino-tok", "diswm", "pixels"])
+@pytest.mark.parametrize(
+    "name", ["dinov2-cls", "vjepa2", "vjepa2-pair", "resnet18", "vae", "dino-tok", "diswm", "pixels"]
+)
 def test_a_model_trained_on_them_plans(stores: dict[str, Path], tmp_path: Path, name: str) -> None:
     sizes = {"width": 16, "depth": 1, "heads": 2, "dropout": 0.0}
     options = TrainOptions(model_options=sizes, history=2, steps=2, batch=8, dtype="float32", device="cpu")
