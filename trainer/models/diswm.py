@@ -1,10 +1,13 @@
-"""DisWM (arXiv 2503.08751): an RSSM that sees frames through a beta-VAE, and a frozen teacher whose latents its student's approach.
+"""DisWM (arXiv 2503.08751): an RSSM that sees frames through a beta-VAE, whose latents are distilled from a frozen teacher.
 
-The frozen encoder's tokens are cached, so the beta-VAE is one on tokens. A teacher is trained on videos without actions, under other
-colours; the student has actions and rewards. In the released code (qiwang067/DisWM) the distillation compares samples, so that both sides
-are noise, and sums over the frames of a sequence (`batchmean` of three dimensions), so that its weight depends on their number. Here it
-compares means, and averages over frames. As in the code, latents are compared by their softmax, which no offset of a frame changes. Its
-step counts env steps; here it counts optimiser steps.
+The teacher is trained on videos without actions, the student on data with actions. Here the beta-VAE sees cached tokens, so no frame is
+encoded again. Differences from the released code (qiwang067/DisWM):
+
+- It distils samples, so both sides are noisy; here the means are distilled.
+- It sums the distillation over the frames of a sequence (`batchmean` of three dimensions); here it is the mean over frames.
+- Its schedule counts env steps; here it counts optimiser steps.
+
+As there, latents are compared by their softmax: only their differences within a frame are distilled, and an offset is not.
 """
 
 from __future__ import annotations
@@ -58,8 +61,7 @@ class DiswmOptions(RssmOptions):
     )
     teacher: str = option(
         "",
-        "Run of this model whose latents are distilled; to resume without it, the digits that config.json has in its place.  [default: "
-        "none]",
+        "Run of this model whose latents are distilled; to resume without its folder, the checksum in config.json.  [default: none]",
     )
     init: Literal["random", "teacher"] = option(
         "random", "Begin with random weights, or those of the teacher that fit."
