@@ -12,11 +12,13 @@ from wmcache.commands import bench, data, decode, dream, probe, stores
 from wmcache.commands.actor import actor
 from wmcache.commands.command import Group
 from wmcache.commands.controller import controller
+from wmcache.commands.online import online
 from wmcache.commands.plan import wmplan
 from wmcache.commands.rounds import rounds
 from wmcache.commands.sbatch import sbatch
 from wmcache.commands.study import study
 from wmcache.commands.train import import_run, wmtrain
+from wmcache.commands.traverse import traverse
 
 
 @click.group(cls=Group)
@@ -33,6 +35,7 @@ for known in (
     *(stores.list_, stores.info, stores.verify, stores.finalize, stores.repair, stores.preview, stores.rm),
     *(
         probe.probe,
+        traverse,
         bench.bench,
         bench.plan_job,
         import_run,
@@ -41,6 +44,7 @@ for known in (
         controller,
         study,
         rounds,
+        online,
         sbatch,
     ),
 ):

@@ -172,7 +172,7 @@ def _column(group: zarr.Group, card: StoreCard, name: str) -> zarr.Array[Any]:
     # Before anything is allocated: the metadata may be wrong.
     _require(array.shape[0] == rows, f"it has {array.shape[0]} rows for {rows}")
     _require(width <= MAX_COLUMN_WIDTH or name == "scale", f"it has {width} values in a row")
-    if described := card.columns.get(name):
+    if described := (card.columns or {}).get(name):
         fits = array.dtype == np.dtype(described.dtype) and array.shape[1:] == described.shape
         _require(fits, f"it is {array.dtype} {array.shape}, and not as the card describes it")
     _require(array.nchunks == array.nchunks_initialized, "a chunk is missing")  # zarr would read zeros

@@ -16,7 +16,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
@@ -61,7 +61,7 @@ class StoreCard(HasColumns):
         encoder: how to build the same encoder again: name, weights, options.
         dataset: what the frames show: name, path, environment, layout (as `maze`), image size, fps.
         token_grid: rows and columns of the patch tokens; (1, 1) for a single token.
-        columns: of the step table; empty, and left out of the file, where they are the default (`default_columns`).
+        columns: of the step table; None, and left out of the file, where they are the default (`default_columns`).
     """
 
     encoder: dict[str, Any]
@@ -71,7 +71,7 @@ class StoreCard(HasColumns):
     frames: Count
     frames_per_shard: Count
     dtype: Annotated[str, Field(pattern="^(float16|int8)$")] = "float16"
-    columns: dict[str, Column] = field(default_factory=dict)
+    columns: dict[str, Column] | None = None
 
     @property
     def layout(self) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ class StoreCard(HasColumns):
     @property
     def step_columns(self) -> tuple[str, ...]:
         """Names of the arrays with a row for each frame, beside the tokens."""
-        return (*sorted(self.columns), "episode", "step") if self.columns else STEP_COLUMNS
+        return STEP_COLUMNS if self.columns is None else (*sorted(self.columns), "episode", "step")
 
     @property
     def tokens_per_frame(self) -> int:

@@ -84,7 +84,7 @@ class TokenStore:
     @cached_property
     def columns(self) -> dict[str, Column]:
         """What the columns are, by name."""
-        if self.card.columns:
+        if self.card.columns is not None:
             return self.card.columns
         return default_columns(self.column("action").shape[1], self.column("state").shape[1])
 
@@ -106,10 +106,9 @@ class TokenStore:
 
     @cached_property
     def action(self) -> NDArray[Any]:
-        """float32 [frames, A]: taken at that frame."""
+        """float32 [frames, A]: taken at that frame; A = 0 where the store has none."""
         joined = self.role("action", "float32")
-        assert joined is not None
-        return joined
+        return np.zeros((len(self), 0), np.float32) if joined is None else joined
 
     @cached_property
     def bounds(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -134,10 +134,10 @@ class Windows:
 
         Returns:
             proprio float32 [B, T, P], P = 0 where the store has none; action float32 [B, T, f * A], the f env actions from each frame to
-            the next, the last one repeated where the episode has fewer; where the store has them, reward float32 [B, T], the sum over
-            those env steps, and terminated bool [B, T], whether one of them ends the episode; float16 [B, T, …] of each of `extras`;
-            where windows differ in length, weight float32 [B, T]: 0 for repeated frames, equal for all others, and 1 on average over all
-            windows.
+            the next, the last one repeated where the episode has fewer, A = 0 where the store has none; where the store has them, reward
+            float32 [B, T], the sum over those env steps, and terminated bool [B, T], whether one of them ends the episode; float16
+            [B, T, …] of each of `extras`; where windows differ in length, weight float32 [B, T]: 0 for repeated frames, equal for all
+            others, and 1 on average over all windows.
         """
         source, following = self.source, frames[:, :, None] + np.arange(self.frameskip)
         beyond = None
@@ -154,7 +154,8 @@ class Windows:
         if source.terminated is not None:
             rows["terminated"] = source.terminated[following].any(-1)
         proprio = np.zeros((*frames.shape, 0), np.float32) if source.proprio is None else source.proprio[frames]
-        return {"proprio": proprio, "action": source.action[following].reshape(*frames.shape, -1), **rows}
+        action = source.action[following].reshape(*frames.shape, self.frameskip * source.action.shape[1])
+        return {"proprio": proprio, "action": action, **rows}
 
 
 def split_episodes(episodes: int, split: str, seed: int, fraction: float = 1.0) -> Int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import click
 from wmcache.commands.command import Command
 from wmcache.commands.output import say, show
 from wmcache.commands.shared import ANY_PATH, count_option, file_option, json_option, path_option
-from wmcache.common.paths import AnyPath
+from wmcache.common.paths import AnyPath, as_path
 
 if TYPE_CHECKING:
     from wmcache.pipeline.probe import Probe
@@ -30,6 +30,7 @@ LEGEND = {
     "moves": "what changes in 5 env steps, as a share of the variance of the frames",
 }
 """Header -> what it means; docs/encoders.md has the same list."""
+MIG = "mutual information gap: share of a column's entropy that one channel knows beyond every other; 1 is best"
 
 
 @click.command("probe", cls=Command)
@@ -41,7 +42,8 @@ LEGEND = {
 def probe(stores: tuple[AnyPath, ...], dataset: AnyPath | None, frames: int, out: Path | None) -> None:
     """Measure what a planner can read out of token stores, on held-out episodes, and draw a picture of each.
 
-    A row per store, and without a geometry the R^2 of each state column. The output ends with what each header means.
+    A row per store. The figures of each state column follow: the R^2 without a geometry, and the mutual information gap where a frame is
+    one token. The output ends with what each header means.
     """
     from wmcache.cache.store import TokenStore
     from wmcache.pipeline.pictures import draw_probe, picture_paths
@@ -64,14 +66,33 @@ def probe(stores: tuple[AnyPath, ...], dataset: AnyPath | None, frames: int, out
 
 
 def _explanations(found: list[dict[str, Any]]) -> Iterator[str]:
-    """Format the R^2 of each state column of stores without a geometry, a line each, and what the headers mean."""
+    """Format what the headers do not show of each store: the columns of its state, and what the headers mean."""
     for values in found:
-        if "x" not in values["linear"] and values["linear"]:
-            width = max(map(len, ("column", *values["linear"])))
-            yield from ("", f"R^2 of each state column: {values['store']}", f"{'column':{width}} {'lin':>8} {'MLP':>8}")
-            for name, linear in values["linear"].items():
-                yield f"{name:{width}} {rounded(linear):>8} {rounded(values['mlp'][name]):>8}"
+        if values["linear"] and (values["gaps"] or "x" not in values["linear"]):
+            yield from _columns(values)
     yield from ("", *(f"{name:8}  {meaning}" for name, meaning in LEGEND.items()), "-         not known")
+    yield f"MIG       {MIG}"
+    if without := ["/".join(as_path(values["store"]).parts[-2:]) for values in found if values["mig"] is None]:
+        yield f"no MIG    {', '.join(without)}: it needs a state, and one token a frame, of several channels"
+
+
+def _columns(values: dict[str, Any]) -> Iterator[str]:
+    """Format the figures of each state column of a store, a line each, and their means where gaps are known."""
+    figures = {"lin": values["linear"], "MLP": values["mlp"]} | ({"MIG": values["gaps"]} if values["gaps"] else {})
+    lines = {name: [figure[name] for figure in figures.values()] for name in values["linear"]}
+    if values["gaps"]:
+        lines["mean"] = [mean_known(figure.values()) for figure in figures.values()]
+    width = max(map(len, ("column", *lines)))
+    yield from ("", f"R^2{' and MIG' * bool(values['gaps'])} of each state column: {values['store']}")
+    yield f"{'column':{width}}" + "".join(f" {title:>8}" for title in figures)
+    for name, line in lines.items():
+        yield f"{name:{width}}" + "".join(f" {rounded(value):>8}" for value in line)
+
+
+def mean_known(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def row(values: list[str], store: str) -> str:
@@ -88,8 +109,6 @@ def cells(found: Probe) -> list[str]:
     """Format the cells of a row, `-` for what is not known; each R^2 is a mean over two columns of the state."""
     values: list[float | None] = []
     for names in (("x", "y"), ("vx", "vy")):
-        for scores in (found.linear, found.mlp):
-            known = [value for name in names if (value := scores.get(name)) is not None]
-            values.append(sum(known) / len(known) if known else None)
+        values += [mean_known(scores.get(name) for name in names) for scores in (found.linear, found.mlp)]
     values += [found.spearman, found.stuck, found.nearest, found.nearest_90]
     return [*map(rounded, values), f"{found.effective_rank:.1f}", f"{found.channels:.1f}", rounded(found.moves)]

@@ -95,17 +95,21 @@ def wmtrain(
 
 
 def _next_step(run: Path, cache: AnyPath, options: TrainOptions) -> str:
-    from wmcache.trainer.models import MODELS
+    from wmcache.trainer.models import MODELS, read_options
     from wmcache.trainer.runs import read_identity
 
-    stage, following = options.stage, dict(itertools.pairwise(MODELS.get(options.model).stages))
+    kind = MODELS.get(options.model)
+    stage, following = options.stage, dict(itertools.pairwise(kind.stages))
     if stage in following:
         words = {stage: following[stage], f"--stage={stage}": f"--stage={following[stage]}"}
         return f"stage {stage} is trained; go on with: {shell_command([words.get(word, word) for word in sys.argv])}"
+    decoder = f"draw with: {command('wmtrain', 'decoder', '--cache', cache)}"
+    if not kind.needs_actions(read_options(options.model, options.model_options)):
+        return f"trained; it predicts videos, and cannot plan; {decoder}"
     card = read_identity(run)[0]
     if card.layout or not str(card.dataset.get("policy", "imported")).startswith("imported"):
         return f"trained; plan with: {command('wmplan', '--run', run)}"
-    return f"trained; its frames have no simulator (docs/import.md); draw with: {command('wmtrain', 'decoder', '--cache', cache)}"
+    return f"trained; its frames have no simulator (docs/import.md); {decoder}"
 
 
 @click.group("import-run", cls=Group)

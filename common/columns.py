@@ -78,13 +78,13 @@ def default_columns(action_dim: int, state_dim: int) -> dict[str, Column]:
 
 
 class HasColumns:
-    """A card, that is a dataclass, with a field `columns` of the step table: empty where they are the default (`default_columns`)."""
+    """A card, that is a dataclass, with a field `columns` of the step table: None where they are the default (`default_columns`)."""
 
-    columns: dict[str, Column]
+    columns: dict[str, Column] | None
 
     def __post_init__(self) -> None:
         """Raise ValueError for columns that cannot be."""
-        if self.columns:
+        if self.columns is not None:
             require_columns(self.columns)
 
     def to_json(self) -> dict[str, Any]:
@@ -94,16 +94,18 @@ class HasColumns:
         return values | described_in_json(self.columns)
 
 
-def is_default(columns: Columns) -> bool:
-    """Return whether a description is that of `default_columns`, and is left out of files."""
+def is_default(columns: Columns | None) -> bool:
+    """Return whether a description is that of `default_columns`, or is missing, and is left out of files."""
+    if columns is None:
+        return True
     if set(columns) != {"action", "state"}:
         return False
     return dict(columns) == default_columns(columns["action"].width, columns["state"].width)
 
 
-def described_in_json(columns: Columns) -> dict[str, Any]:
+def described_in_json(columns: Columns | None) -> dict[str, Any]:
     """Return the entry `columns` of a JSON file: none where the description is the default, or is missing."""
-    if not columns or is_default(columns):
+    if columns is None or is_default(columns):
         return {}
     return {"columns": {name: _plain(asdict(column)) for name, column in sorted(columns.items())}}
 
@@ -115,13 +117,11 @@ def _plain(value: Any) -> Any:
 
 
 def require_columns(columns: Columns) -> None:
-    """Raise ValueError unless these can be the columns of a dataset."""
+    """Raise ValueError unless these can be the columns of a dataset; videos without actions may have none."""
     require_names(columns)
     for role in SCALARS:
         if len(found := of_role(columns, role)) > 1:
             raise ValueError(f"columns {', '.join(found)} have the role {role}; one may have it")
-    if not of_role(columns, "action"):
-        raise ValueError("no column has the role action")
 
 
 def require_names(names: Iterable[str]) -> None:

@@ -45,9 +45,9 @@ class Log(AbstractContextManager["Log"]):
             self._waited += time.perf_counter() - asked
             yield batch
 
-    def step_done(self) -> None:
+    def step_done(self, steps: int = 1) -> None:
         """Advance the progress bar."""
-        self._bar.update()
+        self._bar.update(steps)
 
     def losses(self, step: int, losses: Mapping[str, Tensor], learning_rate: float) -> None:
         """Show and log the losses of a step."""

@@ -112,7 +112,8 @@ class DeriveShard(WorkerTask[int, tuple[TokenStore, Encoder, StoreWriter]]):
                 tokens = np.empty((len(frames), *encoder.frame_shape), np.float16)
                 for start in range(0, len(frames), self.batch):
                     part = source.gather(np.asarray(frames[start : start + self.batch]))
-                    features = select.restore(torch.from_numpy(part).to(encoder.device))
+                    same = encoder.head.base_selection == select.selection
+                    features = select.restore(torch.from_numpy(part).to(encoder.device), same=same)
                     tokens[start : start + len(part)] = encoder.tokens(features).cpu().numpy()
                     report(len(part))
                 writer.write_shard(item, tokens)
@@ -134,6 +135,8 @@ def require_features(source: TokenStore, encoder: Encoder) -> Select:
             f"{mine} cannot be derived from {source.path} ({'; '.join(differing)}); extract it from the frames"
         )
     select = Select(encoder.backbone, encoders.get_spec(str(source.card.encoder.get("name"))).token_selection)
+    if encoder.head.base_selection == select.selection:
+        return select
     missing = [encoder.backbone.described[layer] for layer in encoder.head.layers if layer not in select.layers]
     if encoder.head.prefix and not select.prefix:
         missing.append("the class token")

@@ -77,7 +77,7 @@ class DatasetCard(HasColumns):
         maze: the `layout`, so that the environment can be built again anywhere.
         policy: behaviour policy that chose the actions.
         fps: env steps per simulated second.
-        columns: of the step table; empty until the table is known. Left out of the file where it is the default (`default_columns`).
+        columns: of the step table; None until the table is known. Left out of the file where it is the default (`default_columns`).
         fingerprint: over shards and steps; equal fingerprints mean equal frames.
     """
 
@@ -91,7 +91,7 @@ class DatasetCard(HasColumns):
     frames: Count
     frames_per_shard: Count
     fps: Count
-    columns: dict[str, Column] = field(default_factory=dict)
+    columns: dict[str, Column] | None = None
     format_version: int = FORMAT_VERSION
     shards: list[ShardRecord] = field(default_factory=list)
     steps_sha256: str = ""

@@ -21,6 +21,7 @@ from wmcache.common.paths import AnyPath
 from wmcache.common.progress import seconds_between_updates
 from wmcache.common.sampling import descend
 from wmcache.envs import Geometry, open_geometry
+from wmcache.pipeline.disentanglement import information_gaps, measure_information
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import read_for
 from wmcache.pipeline.frames import FrameDataset
@@ -130,7 +131,7 @@ def _open_geometry(name: Any, layout: Any, where: AnyPath) -> Geometry:
 
 @dataclass(frozen=True)
 class Probe:
-    """Figures of held-out episodes, except effective_rank and channels.
+    """Figures of held-out episodes, except effective_rank, channels, gaps and mig.
 
     Attributes:
         frames, held_out: frames that train the probes, and that score them.
@@ -145,6 +146,8 @@ class Probe:
             of their patch: 1 to D.
         moves: mean squared change over FRAMESKIP env steps (the error of copying the last frame) as a share of the variance of the
             frames: 0 if nothing moves, 2 for unrelated frames; None if all episodes are shorter.
+        gaps, mig: the mutual information gap of each column of the state, see `information_gaps`, and their mean; from frames of all
+            episodes. Empty and None unless frames have one token, of several channels, and a state.
     """
 
     store: str
@@ -161,6 +164,8 @@ class Probe:
     effective_rank: float
     channels: float
     moves: float | None
+    gaps: dict[str, float | None]
+    mig: float | None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields for JSON."""
@@ -189,7 +194,8 @@ def probe(path: AnyPath, *, dataset: AnyPath | None = None, frames: int = 2000) 
     channels = participation(tokens[:: max(1, len(chosen) // CHANNEL_FRAMES)])
     del tokens
     state = np.zeros((len(chosen), 0)) if store.state is None else store.state[chosen]
-    names = STATE if geometry and state.shape[1] == len(STATE) else tuple(f"state_{i}" for i in range(state.shape[1]))
+    names, gaps = state_names(state.shape[1], geometry), measure_gaps(store)
+    known = [gap for gap in gaps if gap is not None]
     cut = len(train)
     distances: dict[str, float | None] = dict.fromkeys(("spearman", "stuck", "nearest", "nearest_90"))
     if geometry:
@@ -215,7 +221,20 @@ def probe(path: AnyPath, *, dataset: AnyPath | None = None, frames: int = 2000) 
         effective_rank=effective_rank(plain),
         channels=channels,
         moves=measure_moves(store, val, float(np.square(plain).sum(1).mean())),
+        gaps=dict(zip(names, gaps, strict=False)),
+        mig=float(np.mean(known)) if known else None,
     )
+
+
+def state_names(columns: int, geometry: Geometry | None) -> tuple[str, ...]:
+    """Name the columns of a state."""
+    return STATE if geometry and columns == len(STATE) else tuple(f"state_{number}" for number in range(columns))
+
+
+def measure_gaps(store: TokenStore) -> list[float | None]:
+    """Compute the mutual information gap of each column of the state; none where `Probe.gaps` is empty."""
+    shares = measure_information(store) if store.card.token_dim > 1 else None
+    return [] if shares is None else information_gaps(shares)
 
 
 def choose_frames(store: TokenStore, frames: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -74,10 +74,9 @@ class Steps:
 
     @property
     def action(self) -> NDArray[np.float32]:
-        """float32 [frames, A], taken at that frame."""
+        """float32 [frames, A], taken at that frame; A = 0 where no column is an action."""
         joined = join_role(self.columns, self.described, "action", "float32")
-        assert joined is not None
-        return joined
+        return np.zeros((len(self), 0), np.float32) if joined is None else joined
 
     @property
     def state(self) -> NDArray[Any] | None:
@@ -124,14 +123,14 @@ class Steps:
         return pa.table(columns)
 
     @classmethod
-    def from_table(cls, table: pa.Table, described: Columns) -> Steps:
-        """Read the Parquet table; `described` is empty for the default columns. Raises KeyError for a missing column."""
+    def from_table(cls, table: pa.Table, described: Columns | None) -> Steps:
+        """Read the Parquet table; `described` is None for the default columns. Raises KeyError for a missing column."""
 
         def values(name: str, dtype: str, *, nested: bool = True) -> NDArray[Any]:
             column = table[name].combine_chunks()
             return np.asarray(column.flatten() if nested else column, dtype=dtype)
 
-        if described:
+        if described is not None:
             known = dict(described)
             columns = {
                 name: values(name, column.dtype, nested=bool(column.shape)).reshape(len(table), *column.shape)
@@ -158,4 +157,4 @@ def read_steps(path: AnyPath, frames: int | None = None, described: Columns | No
         table = pq.ParquetFile(stream)
         if frames not in (None, rows := table.metadata.num_rows):
             raise UserError(f"{file} has {rows} rows for {frames} frames; {hint}")
-        return Steps.from_table(table.read(), described or {})
+        return Steps.from_table(table.read(), described)

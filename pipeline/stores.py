@@ -87,7 +87,7 @@ def store_card(dataset: FrameDataset, encoder: Encoder, dtype: str) -> StoreCard
         frames=card.frames,
         frames_per_shard=card.frames_per_shard,
         dtype=dtype,
-        columns={} if is_default(card.columns) else card.columns,
+        columns=None if is_default(card.columns) else card.columns,
     )
 
 

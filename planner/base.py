@@ -42,6 +42,7 @@ class Policy(Protocol):
 
     Attributes:
         needs_goal: it cannot act where success is a return; policies without the attribute do.
+        draws: it can draw its actions; policies without the attribute do not.
         reads: `frames`, `nothing`, or `state`. A policy that reads the simulator's state is a reference, and is marked so in results.
         seconds: spent on encoding and deciding. encoder_frames, decisions: counts over all episodes.
     """
@@ -95,11 +96,13 @@ def normal(generators: Sequence[torch.Generator], samples: int, start: Tensor) -
     return torch.stack(drawn).to(start.device)
 
 
-def around(mean: Tensor, deviation: Tensor, samples: int, generators: Sequence[torch.Generator]) -> Tensor:
-    """Draw candidates [E, samples, T, A] around `mean` [E, T, A], clipped to the env's bounds; the first is the mean."""
+def around(
+    mean: Tensor, deviation: Tensor, samples: int, generators: Sequence[torch.Generator], largest: float = 1.0
+) -> Tensor:
+    """Draw candidates [E, samples, T, A] around `mean` [E, T, A], clipped to [-`largest`, `largest`]; the first is the mean."""
     actions = mean[:, None] + deviation[:, None] * normal(generators, samples, mean)
     actions[:, 0] = mean
-    return actions.clamp(-1.0, 1.0)
+    return actions.clamp(-largest, largest)
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,12 @@ class Decide:
     Attributes:
         inputs: names of the features that it sees: those of `Dreams.features`, and `goal`.
         actions: features [E, …] each -> actions [E, f * A] in env units.
+        drawn: the same with a generator for each episode, from which it draws actions; None: it draws none.
     """
 
     inputs: tuple[str, ...]
     actions: Callable[[Mapping[str, Tensor]], Tensor]
+    drawn: Callable[[Mapping[str, Tensor], Sequence[torch.Generator]], Tensor] | None = None
 
 
 class BeliefPolicy:
@@ -43,11 +45,12 @@ class BeliefPolicy:
 
     reads: ClassVar[Reads] = "frames"
 
-    def __init__(self, context: EvalContext, decide: Decide) -> None:
-        """Raise UserError where the model of the run has no features."""
+    def __init__(self, context: EvalContext, decide: Decide, *, draw: bool = False) -> None:
+        """Raise UserError where the model of the run has no features; `draw` its actions, if it can."""
         self.seconds, self.encoder_frames, self.decisions = 0.0, 0, 0
-        self.context, self._decide = context, decide
+        self.context, self._decide, self._draw = context, decide, draw
         self.needs_goal = GOAL in decide.inputs
+        self.draws = decide.drawn is not None
         self._model, self._dreams = context.world_model, require_dreams(context)
         self.goal_tokens = self.goal_feature = torch.empty(0)
 
@@ -55,7 +58,7 @@ class BeliefPolicy:
     def reset(self, goal: Observation, generators: Sequence[torch.Generator]) -> None:
         """See `Policy`."""
         begun = time.perf_counter()
-        self._belief = self._model.start(len(generators))
+        self._belief, self._generators = self._model.start(len(generators)), generators
         self._action: Tensor | None = None
         if goal.image.size:
             self.goal_tokens = self._encode(goal)
@@ -78,7 +81,8 @@ class BeliefPolicy:
         features = self._dreams.features(self._belief)
         if self.needs_goal:
             features = {**features, GOAL: self.goal_feature}
-        actions = self._decide.actions(features)
+        drawn = self._decide.drawn if self._draw else None
+        actions = self._decide.actions(features) if drawn is None else drawn(features, self._generators)
         self._action = actions
         self.decisions += len(actions)
         self.seconds += time.perf_counter() - begun
@@ -105,7 +109,8 @@ class FolderPolicy(BeliefPolicy):
             raise UserError(f"--execute {options.execute}: {self.noun} decides after each model step; leave it out")
         low, high = (torch.from_numpy(bound).to(context.device) for bound in context.action_bounds)
         model = require_dreams(context)
-        super().__init__(context, self.load(Path(options.policy), context.run, model, (low, high), context.frameskip))
+        decide = self.load(Path(options.policy), context.run, model, (low, high), context.frameskip)
+        super().__init__(context, decide, draw=options.draw)
 
     @classmethod
     @abstractmethod

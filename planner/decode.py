@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wmcache.cache.identity import Identity
 from wmcache.common.device import choose_device
 from wmcache.common.errors import UserError
+from wmcache.common.paths import AnyPath
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
 from wmcache.trainer.decoder import load_decoder
@@ -37,9 +39,18 @@ def open_decode(run: Path, decoder: Path | None = None, *, weights: Path | None 
     """
     if decoder is None:
         return open_encoder(run, weights=weights, device=device).decode
-    identity, other = read_identity(run)[1], read_identity(decoder)[1]
+    return open_trained(decoder, read_identity(run)[1], run, device)
+
+
+def open_trained(decoder: Path, identity: Identity, owner: AnyPath, device: str) -> Decode:
+    """Return what draws the latents of a run or a store, `owner`, by a decoder that `wmtrain decoder` trained.
+
+    Raises:
+        UserError: the decoder is of another encoder than that of `identity`.
+    """
+    other = read_identity(decoder)[1]
     if different := identity.differences(replace(other, dataset_fingerprint=identity.dataset_fingerprint)):
-        raise UserError(f"{decoder} is not of the encoder of {run}: {'; '.join(different)}; pass another --decoder")
+        raise UserError(f"{decoder} is not of the encoder of {owner}: {'; '.join(different)}; pass another --decoder")
     network = load_decoder(decoder, choose_device(device))
 
     @torch.no_grad()

@@ -268,16 +268,21 @@ def baselines_of(context: EvalContext, options: PlanOptions) -> list[str]:
     """List the policies of `options.baselines` that no model is needed for; raises UserError for one that sees frames."""
     names = [name for name in dict.fromkeys(options.baselines.split(",")) if name not in ("", "untrained")]
     for name in names:
-        if name not in PLAN_POLICIES or make_policy(context, replace(options, policy=name)).reads == "frames":
+        if name not in PLAN_POLICIES or make_policy(context, baseline_of(options, name)).reads == "frames":
             blind = [known for known in PLAN_POLICIES if getattr(PLAN_POLICIES.get(known), "reads", "") != "frames"]
             known = ", ".join(["untrained", *blind])
             raise UserError(f"--baselines {options.baselines}: {name} is no baseline; known are {known}")
     return [name for name in names if name != context.policy(options)]
 
 
+def baseline_of(options: PlanOptions, name: str) -> PlanOptions:
+    """Return the options of a baseline in the same episodes."""
+    return replace(options, policy=name, draw=False)
+
+
 def run_baseline(context: EvalContext, options: PlanOptions, name: str) -> Episodes:
     """Let a policy that sees no frame act in the same episodes; physics alone, no frame is rendered."""
-    options = replace(options, policy=name)
+    options = baseline_of(options, name)
     firsts = range(options.seed, options.seed + options.episodes, options.batch)
     return Episodes.join([run_episodes(context, options, batch_of(options, first)) for first in firsts])
 

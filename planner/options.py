@@ -22,7 +22,7 @@ BASELINES = ("random", "zero")
 LONGEST_NAME = 120
 EARLIER_THRESHOLD = 0.5
 """What options without a threshold are recorded with, as before it depended on the environment."""
-NEWER = ("policy", "subgoals", "judge_columns", "model_temperature")
+NEWER = ("policy", "subgoals", "judge_columns", "model_temperature", "draw")
 """Options that earlier versions had not; at their defaults they are not recorded."""
 PLAIN = str.maketrans({":": None, ",": "+"})
 """Characters that no folder's name has, and what replaces them."""
@@ -62,6 +62,7 @@ class PlanOptions:
         "model, actor for a trained policy]",
         group="Policy",
     )
+    draw: bool = option(False, "Draw an actor's actions, to explore, instead of the most probable ones.", flag="--draw")
     subgoals: Literal["graph", "none"] = option(
         "graph", "What an actor steers to: frames along the cached ones, for goals beyond its reach, or the goal alone."
     )
@@ -127,6 +128,17 @@ class ImagineOptions:
     device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.")
     dtype: Precision = option("auto", "Compute precision.")
     lpips: bool = option(True, "Try to compute LPIPS; its network is fetched once, 244 MB.")
+
+
+@dataclass(frozen=True)
+class TraverseOptions:
+    """All settings of a picture of latent traversals; saved beside it."""
+
+    latents: Positive = option(10, "Latents to draw, those of the largest variance first.")
+    frame: Natural = option(0, "Frame of the store whose latents are moved.")
+    width: Annotated[float, Gt(0)] = option(
+        2.0, "How far a latent is moved to each side, in standard deviations over the store."
+    )
 
 
 @dataclass(frozen=True)

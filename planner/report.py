@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
@@ -124,9 +123,10 @@ def actors_of(results: dict[str, Any]) -> dict[str, Any]:
 
 def write_page(path: Path, package: str, template: str, **values: Any) -> None:
     """Render a template of a package. It has the filters `base64`, of bytes, and `figure`, of a number or None to 2 digits or others."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    loader = jinja2.PackageLoader(package, "")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader)
     environment.filters |= {"base64": lambda content: base64.b64encode(content).decode(), "figure": _figure}
-    html = environment.from_string(files(package).joinpath(template).read_text()).render(**values)
+    html = environment.get_template(template).render(**values)
     with atomic_write(path) as file:
         file.write(html.encode())
 

@@ -23,9 +23,9 @@ Frames = list[NDArray[np.uint8]]
 
 
 def write_videos(
-    folder: Path, episodes: Episodes, context: EvalContext, options: PlanOptions
+    folder: Path, episodes: Episodes, context: EvalContext, options: PlanOptions, count: int = VIDEOS
 ) -> list[tuple[str, Path]]:
-    """Write videos of the episodes with the longest ways to the goal, or the highest returns; returns captions and files."""
+    """Write `count` videos of the episodes with the longest ways to the goal, or the highest returns; returns captions and files."""
     make_folder(folder)
     success = context.success
     if success.by_return:
@@ -35,7 +35,7 @@ def write_videos(
     else:
         measure = episodes.distance(episodes.start, episodes.goal)
     written = []
-    for i in np.argsort(-np.where(np.isfinite(measure), measure, -1.0), kind="stable")[:VIDEOS].tolist():
+    for i in np.argsort(-np.where(np.isfinite(measure), measure, -1.0), kind="stable")[:count].tolist():
         path = folder / f"episode-{i:03d}.mp4"
         write_mp4(path, _frames(episodes, context, options, i), max(1, round(context.env.spec.fps)))
         found = f"return {measure[i]:.1f}"

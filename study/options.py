@@ -205,6 +205,28 @@ def read_plan(table: Mapping[str, Any], where: str) -> PlanOptions:
     return options
 
 
+def refuse_names(table: Mapping[str, Any], names: Sequence[str], where: str, hint: str) -> None:
+    """Raise UserError for a name that a table may not have."""
+    if given := [name for name in names if name in table]:
+        raise UserError(f"{where} has {given[0]}; {hint}")
+
+
+def read_encoder(table: Mapping[str, Any], seed: int, where: str) -> EncoderChoice:
+    """Read a table of an encoder of frames; `seed` is that of its fit."""
+    choice = parse_options(EncoderChoice, dict(table), where)
+    with errors_at(where):
+        entry = encoders.get_entry(choice.name)
+        if entry.load is None or choice.base or choice.base_weights:
+            raise UserError(f"{choice.name} on a base is an adapter; choose an encoder of frames")
+        if choice.weights and choice.fit:
+            raise UserError("weights and fit exclude each other; leave out one")
+        if choice.fit:
+            encoders.fit_options(choice.name, choice.fit)
+    if choice.weights:
+        return replace(choice, weights=str(Path(choice.weights).absolute()))
+    return replace(choice, fit={"seed": seed, **choice.fit}) if entry.fit else choice
+
+
 def _train(table: Any, steps: int | None, device: str, where: str) -> TrainOptions:
     changed = {"steps": steps, "epochs": None} if steps else {}
     if isinstance(table, dict):

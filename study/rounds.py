@@ -3,55 +3,28 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from wmcache.cluster.tasks import log
-from wmcache.common.errors import UserError
 from wmcache.common.files import sync, temporary_for
 from wmcache.common.jsonfiles import read_json, write_json
-from wmcache.common.locks import exclusive
-from wmcache.pipeline import encoders
-from wmcache.pipeline.extract import extract_together, with_log_variances
-from wmcache.pipeline.fit import fit
 from wmcache.pipeline.frames import FrameDataset, is_complete
 from wmcache.planner.collect import collect
-from wmcache.planner.context import EvalContext
 from wmcache.planner.controllers.options import ControllerOptions
 from wmcache.planner.controllers.train import train_controller
 from wmcache.planner.decode import load_encoder
 from wmcache.planner.dream_play import play_dreams
-from wmcache.planner.evaluate import evaluate
 from wmcache.planner.options import DreamOptions
-from wmcache.planner.report import write_episodes
-from wmcache.study.cells import ENCODER_OPTIONS
+from wmcache.study.parts import HINT, Row, alone, encode, evaluate_part, figures_of, refuse_other_settings
 from wmcache.study.rounds_options import SEEDS, RoundsOptions
 from wmcache.trainer.runs import load_model
 from wmcache.trainer.train import train
 
-MAY_CHANGE = {"rounds", "cluster", "batch", "plan.batch"}
-"""Also each part's device."""
-HINT = "restore it, or choose another --out"
 DREAMED = 100
 """Imagined episodes of the score of a controller in its dream."""
-FIGURES = (
-    "episodes",
-    "successes",
-    "success_rate",
-    "ci95",
-    "held",
-    "held_ci95",
-    "mean_env_steps",
-    "threshold",
-    "return",
-    "by_threshold",
-)
-"""Of an evaluation's results, those that rows have."""
-Row = dict[str, Any]
 
 
 def run_rounds(options: RoundsOptions, out: Path) -> list[Row]:
@@ -65,39 +38,14 @@ def run_rounds(options: RoundsOptions, out: Path) -> list[Row]:
     Raises:
         UserError: the folder was started with other settings, apart from the number of rounds, device, cluster and batch.
     """
-    with exclusive(out / ".lock", out, wait=False) as alone:
-        if not alone:
-            raise UserError(f"another wmcache rounds is running in {out}; wait for it, or choose another --out")
-        _refuse_other_settings(options, out)
+    with alone(out, "wmcache rounds"):
+        refuse_other_settings(options, out / "rounds.json", ["rounds"])
         rows: list[Row] = []
         for number in range(1, options.rounds + 1):
             write_json(out / "rounds.json", {"options": asdict(options), "rounds": rows})
             rows.append(_Round(options, out.absolute(), number).do())
         write_json(out / "rounds.json", {"options": asdict(options), "rounds": rows})
         return rows
-
-
-def _refuse_other_settings(options: RoundsOptions, out: Path) -> None:
-    file = out / "rounds.json"
-    if not file.exists():
-        if out.exists() and any(path.name != ".lock" for path in out.iterdir()):
-            raise UserError(f"{out} exists and has no rounds.json; choose another --out")
-        return
-    before, now = _flat(read_json(file, HINT).get("options", {})), _flat(asdict(options))
-    different = [
-        f"{name} {before.get(name)} != {now.get(name)}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name not in MAY_CHANGE and name.split(".")[-1] != "device"
-    ]
-    if different:
-        raise UserError(f"{out} has rounds of other settings ({'; '.join(different)}); choose another --out")
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in table.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
 
 
 @dataclass(frozen=True)
@@ -145,19 +93,16 @@ class _Round:
 
     def extract(self) -> None:
         """Encode the round's frames."""
-        options, choice, store = self.options, self.options.encoder, self.path("stores", ".zarr")
-        frames = FrameDataset.open(self.path("frames"))
-        weights = choice.weights and Path(choice.weights)
-        if weights is None and encoders.get_entry(choice.name).fit:
-            weights = self.out / "encoder.safetensors"
-            first = FrameDataset.open(replace(self, number=1).path("frames"))
-            how = encoders.fit_options(choice.name, choice.fit)
-            fit(first, choice.name, weights, how, max_frames=choice.max_frames, device=options.device, measure=False)
-        own = {name: getattr(choice, name) for name in ENCODER_OPTIONS}
-        encoder = encoders.create(choice.name, weights=weights, device=options.device, **own)
-        dtype, batch = choice.store_dtype, options.batch
-        extract_together(
-            frames, with_log_variances([(encoder, store)]), dtype=dtype, batch=batch, cluster=options.cluster
+        options, first = self.options, replace(self, number=1).path("frames")
+        encode(
+            self.path("frames"),
+            self.path("stores", ".zarr"),
+            options.encoder,
+            first,
+            self.out / "encoder.safetensors",
+            device=options.device,
+            batch=options.batch,
+            cluster=options.cluster,
         )
 
     def train(self) -> None:
@@ -183,7 +128,7 @@ class _Round:
             start = str(self.before().path("controllers", suffix)) if self.number > 1 else None
             train_controller(self.path("runs"), replace(chosen, start=start), actor, cluster=self.options.cluster)
             self.dream(chosen, actor, self.path("dreams", suffix))
-        self.evaluate(actor, self.path("plans", suffix) / "results.json", baselines=self.number == 1 and not suffix)
+        self.evaluate(actor, self.path("plans", suffix), baselines=self.number == 1 and not suffix)
 
     def dream(self, chosen: ControllerOptions, actor: Path, out: Path) -> None:
         """Play a controller where it was trained, if that is a dream."""
@@ -201,21 +146,12 @@ class _Round:
             )
             play_dreams(run, out, options)
 
-    def evaluate(self, actor: Path, results: Path, *, baselines: bool) -> None:
+    def evaluate(self, actor: Path, out: Path, *, baselines: bool) -> None:
         """Act in the episodes of the evaluation, which are the same in all rounds; baselines too, once."""
-        if results.exists():
-            return
-        plan, out = self.options.plan, results.parent
-        if not baselines:
-            plan = replace(plan, baselines="")
+        plan = self.options.plan
         if actor != self.path("runs"):
             plan = replace(plan, policy=str(actor))
-        context = EvalContext(self.path("runs"), plan)
-        episodes, found = evaluate(context, plan, out, self.options.cluster)
-        write_episodes(out / "episodes.parquet", episodes, context.env.spec.thresholds)
-        for unfinished in out.glob("unfinished-*"):
-            shutil.rmtree(unfinished)
-        write_json(results, found)
+        evaluate_part(self.path("runs"), plan, out, self.options.cluster, baselines=baselines)
 
     def figures(self, results: Row) -> Row:
         """Return the row of a round that is done."""
@@ -239,4 +175,4 @@ class _Round:
         """Return the figures of what has acted: real episodes, and `dream`, the return in its dream, where it was trained there."""
         dreamed = self.path("dreams", suffix) / "dream.json"
         dream = {"dream": read_json(dreamed, HINT)["return"]} if dreamed.exists() else {}
-        return {name: results[name] for name in FIGURES if name in results} | dream
+        return figures_of(results) | dream

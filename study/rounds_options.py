@@ -13,11 +13,10 @@ from annotated_types import Ge, Le
 from wmcache.cluster.tasks import parse_cluster
 from wmcache.common.errors import UserError
 from wmcache.common.options import Natural, Positive, option, parse_options
-from wmcache.pipeline import encoders
 from wmcache.pipeline.options import CollectOptions
 from wmcache.planner.controllers.options import ControllerOptions
 from wmcache.planner.options import PlanOptions
-from wmcache.study.options import EncoderChoice, errors_at, read_plan, read_toml
+from wmcache.study.options import EncoderChoice, errors_at, read_encoder, read_plan, read_toml, refuse_names
 from wmcache.trainer.models import MODELS
 from wmcache.trainer.models import read_options as read_model_options
 from wmcache.trainer.options import TrainOptions
@@ -80,9 +79,11 @@ def read_rounds(file: Path, flags: Mapping[str, Any] | None = None) -> RoundsOpt
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise UserError(f"{where}: {name} is not a table; write [{name}]")
-    _refuse(tables["collect"], ("seed",), f"{where}: collect", "set the seed of all at the top")
-    _refuse(tables["train"], ("seed", "epochs", "stage", "start"), f"{where}: train", "it is set by the rounds")
-    _refuse(tables["policy"], ("episodes", "budget", "batch", "seed", "env"), f"{where}: policy", "no round uses it")
+    refuse_names(tables["collect"], ("seed",), f"{where}: collect", "set the seed of all at the top")
+    refuse_names(tables["train"], ("seed", "epochs", "stage", "start"), f"{where}: train", "it is set by the rounds")
+    refuse_names(
+        tables["policy"], ("episodes", "budget", "batch", "seed", "env"), f"{where}: policy", "no round uses it"
+    )
     controlled, varied = values.pop("controller", None), values.pop("variants", {})
     bare = parse_options(RoundsOptions, {**values, "encoder": {"name": ""}}, where)
     with errors_at(f"{where}: cluster"):
@@ -96,7 +97,7 @@ def read_rounds(file: Path, flags: Mapping[str, Any] | None = None) -> RoundsOpt
     return replace(
         bare,
         collect=parse_options(FirstRound, {**tables["collect"], "seed": bare.seed}, f"{where}: collect"),
-        encoder=_encoder(tables["encoder"], bare.seed, f"{where}: encoder"),
+        encoder=read_encoder(tables["encoder"], bare.seed, f"{where}: encoder"),
         train=trained,
         controller=_controller(controlled, bare, f"{where}: controller"),
         variants=_variants(varied, controlled, bare, f"{where}: variants"),
@@ -107,7 +108,7 @@ def read_rounds(file: Path, flags: Mapping[str, Any] | None = None) -> RoundsOpt
 
 def _controller(table: Any, bare: RoundsOptions, where: str) -> ControllerOptions | None:
     if isinstance(table, dict):
-        _refuse(table, ("seed", "start"), where, "it is set by the rounds")
+        refuse_names(table, ("seed", "start"), where, "it is set by the rounds")
         table = {"device": bare.device, **table, "seed": bare.seed}
     return None if table is None else parse_options(ControllerOptions, table, where)
 
@@ -123,23 +124,3 @@ def _variants(tables: Any, base: Any, bare: RoundsOptions, where: str) -> dict[s
             raise UserError(f"{where} has {name} and there is no [controller]; add it")
         found[name] = _controller({**base, **table}, bare, f"{where}.{name}")
     return {name: options for name, options in found.items() if options is not None}
-
-
-def _refuse(table: Mapping[str, Any], names: tuple[str, ...], where: str, hint: str) -> None:
-    if given := [name for name in names if name in table]:
-        raise UserError(f"{where} has {given[0]}; {hint}")
-
-
-def _encoder(table: Mapping[str, Any], seed: int, where: str) -> EncoderChoice:
-    choice = parse_options(EncoderChoice, dict(table), where)
-    with errors_at(where):
-        entry = encoders.get_entry(choice.name)
-        if entry.load is None or choice.base or choice.base_weights:
-            raise UserError(f"{choice.name} on a base is an adapter; choose an encoder of frames")
-        if choice.weights and choice.fit:
-            raise UserError("weights and fit exclude each other; leave out one")
-        if choice.fit:
-            encoders.fit_options(choice.name, choice.fit)
-    if choice.weights:
-        return replace(choice, weights=str(Path(choice.weights).absolute()))
-    return replace(choice, fit={"seed": seed, **choice.fit}) if entry.fit else choice

@@ -140,7 +140,10 @@ STORE = (
     *("token_dim", "bytes_per_frame", "frames", "extract_seconds", "extracted_together", "derived", "source"),
     *("encode_frames_per_second", "encoder_parameters", "weights_sha256", "identity"),
 )
-PROBE = ("spearman", "stuck", "nearest", "nearest_90", "effective_rank", "channels", "moves", "frames", "held_out")
+PROBE = (
+    *("spearman", "stuck", "nearest", "nearest_90", "effective_rank", "channels", "moves", "mig"),
+    *("frames", "held_out"),
+)
 PLAN = (
     *("episodes", "successes", "success_rate", "threshold", "mean_env_steps", "budget_env_steps"),
     *("seconds_per_replan", "encoder_frames"),

@@ -22,6 +22,8 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
+from wmcache.cache.joined import grows
+from wmcache.cache.store import TokenStore
 from wmcache.common.errors import UserError
 from wmcache.common.files import not_written
 from wmcache.common.jsonfiles import read_json, write_json
@@ -43,6 +45,7 @@ from wmcache.trainer.runs import (
     lock_run,
     open_store,
     read_config,
+    read_identity,
     weights_checksum,
     write_settings,
 )
@@ -79,12 +82,14 @@ def train_actor(
     *,
     cache: AnyPath | Sequence[AnyPath] | None = None,
     overwrite: bool = False,
+    follow: bool = False,
 ) -> dict[str, Any]:
     """Train an actor in a world model's imagination; the same call again continues where it was stopped.
 
     Args:
         cache: the store of the run, or its stores in order, if they have moved.
         overwrite: start from scratch where an actor exists.
+        follow: go on where the run was trained further since, perhaps on more stores after those that it had.
 
     Returns:
         The content of `validation.json`: `step`, `return` and `random_return`, see `ActorTask.validate`, and `reward`.
@@ -92,13 +97,19 @@ def train_actor(
     check_options(options)
     with lock_run(out, "wmtrain actor"):
         try:
-            return _train(run, out, options, cache, overwrite=overwrite)
+            return _train(run, out, options, cache, overwrite=overwrite, follow=follow)
         except OSError as error:
             raise not_written(out, error) from error
 
 
 def _train(
-    run: Path, out: Path, options: ActorOptions, cache: AnyPath | Sequence[AnyPath] | None, *, overwrite: bool
+    run: Path,
+    out: Path,
+    options: ActorOptions,
+    cache: AnyPath | Sequence[AnyPath] | None,
+    *,
+    overwrite: bool,
+    follow: bool,
 ) -> dict[str, Any]:
     store = open_store(run, cache)
     dream = open_imagination(run, store, options)
@@ -109,13 +120,9 @@ def _train(
     config = asdict(ActorConfig(POLICY, run_path, checksum, list(dream.inputs), shape, reward, options))
     exists = is_run(out)
     if exists and not overwrite:
-        before = asdict(read_actor_config(out))
-        old, new = ({**one, **one["options"]} for one in (before, config))
-        if different := differences(old, new, new.keys() - MAY_CHANGE - {"options"}) + foreign_identity(
-            out, store.identity
-        ):
-            raise UserError(f"{out} is an actor with other settings ({'; '.join(different)}); choose another --out")
-        if checkpoints(out) and (out / "validation.json").exists():
+        _refuse_other_settings(out, config, store, follow=follow)
+        same_model = read_actor_config(out).model_sha256 == checksum
+        if same_model and checkpoints(out) and (out / "validation.json").exists():
             done = read_json(out / "validation.json", "move it away, then run the same command again")
             if done.get("step") == read_progress(last_checkpoint(out)).step >= options.steps:
                 return done
@@ -149,6 +156,17 @@ def _train(
     result = {"step": last, "reward": reward, **task.validate()}
     write_json(out / "validation.json", result)
     return result
+
+
+def _refuse_other_settings(out: Path, config: Mapping[str, Any], store: TokenStore, *, follow: bool) -> None:
+    before = asdict(read_actor_config(out))
+    old, new = ({**one, **one["options"]} for one in (before, config))
+    free = MAY_CHANGE | {"options", *(["model_sha256"] if follow else [])}
+    different = differences(old, new, new.keys() - free)
+    if not (follow and grows(read_identity(out)[1], store.identity)):
+        different += foreign_identity(out, store.identity)
+    if different:
+        raise UserError(f"{out} is an actor with other settings ({'; '.join(different)}); choose another --out")
 
 
 @dataclass

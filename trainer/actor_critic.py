@@ -129,9 +129,18 @@ class Actor(nn.Module):
         return OneHots(((1 - UNIMIX) * logits.softmax(-1) + UNIMIX / logits.shape[-1]).log())
 
     @torch.no_grad()
-    def act(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Return the most probable actions [E, f * A] in env units; inputs are [E, …] each."""
-        return self.to_env(self(torch.cat([*inputs], -1)).mode)
+    def act(self, inputs: Sequence[Tensor], generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Return the most probable actions [E, f * A] in env units, or draw them; inputs are [E, …] each.
+
+        Args:
+            generators: of each episode, so that its actions do not depend on the batch.
+        """
+        actions: Actions = self(torch.cat([*inputs], -1))
+        if generators is None:
+            return self.to_env(actions.mode)
+        kind = type(actions)
+        drawn = [kind(*(part[k : k + 1] for part in actions)).sample(one) for k, one in enumerate(generators)]
+        return self.to_env(torch.cat(drawn))
 
     def random(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw actions [count, f * A] that depend on nothing, as `sample` gives them."""

@@ -171,7 +171,7 @@ def require_actions(model: Trainable, run: Path) -> None:
     """Raise UserError for a world model that predicts videos without actions."""
     if isinstance(model, WorldModel) and not model.takes_actions:
         raise UserError(
-            f"{run} predicts videos without actions, so nothing can act on it; train without --actions none"
+            f"{run} predicts videos without actions, so nothing can act on it; train on a store with actions, without --actions none"
         )
 
 

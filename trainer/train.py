@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from wmcache.cache.joined import open_stores
@@ -19,12 +20,12 @@ from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Goals, Windows, batch_windows
 from wmcache.common.device import choose_dtype
 from wmcache.common.errors import UserError, reason
-from wmcache.common.files import not_written
+from wmcache.common.files import not_written, write_whole
 from wmcache.common.jsonfiles import write_json
 from wmcache.common.options import check_options
 from wmcache.common.paths import AnyPath
 from wmcache.engine import loop
-from wmcache.engine.checkpoint import Progress, last_checkpoint, load_training_state, load_weights
+from wmcache.engine.checkpoint import Progress, last_checkpoint, load_training_state, load_weights, read_progress
 from wmcache.engine.optimisers import decay_groups, warmup_constant_decay
 from wmcache.engine.ranks import SINGLE, Ranks
 from wmcache.trainer.feed import Feed, choose_residence
@@ -85,9 +86,13 @@ def _train(
     resume: bool,
     overwrite: bool,
 ) -> loop.Figures:
-    kind, chosen = MODELS.get(options.model), read_options(options.model, options.model_options)
-    windows = training_windows(store, options, kind, chosen)
-    chosen = kind.configure(store, windows, chosen)
+    kind, given = MODELS.get(options.model), read_options(options.model, options.model_options)
+    if not store.action.shape[1] and kind.needs_actions(given):
+        raise UserError(
+            f"{store.path} has no actions, which {options.model} needs; choose another store, or a model with the option --actions none"
+        )
+    windows = training_windows(store, options, kind, given)
+    chosen = kind.configure(store, windows, given)
     extras = kind.extras(store, windows, chosen)
     options = replace(options, model_options=asdict(chosen))
     if options.epochs:
@@ -104,8 +109,11 @@ def _train(
     )
     if ranks.broadcast(resumes):
         load_weights(last_checkpoint(out), model)
+    else:
+        model.initialise(given)
     if not left:
         load_training_state(out, model, make_optimiser(model, options))  # reports damage
+        _write_encoder(out, model, store, ranks)
         ranks.log(f"{out}: all steps are done")
         return {}
     held_out = validation_windows(store, options, kind.goals(chosen)).with_extras(extras)
@@ -119,7 +127,17 @@ def _train(
         task = _WorldModelTask(model, store, windows.with_extras(extras), held_out, out, options, how, ranks, begin)
         with _compile_errors() if options.compile else nullcontext():
             result = task.train()
+    _write_encoder(out, model, store, ranks)
     return result
+
+
+def _write_encoder(out: Path, model: Trainable, store: TokenStore, ranks: Ranks) -> None:
+    """Write the encoder of a run's newest checkpoint, under a name of its own, as stores of its tokens refer to the file."""
+    if ranks.is_main and (found := model.trained_encoder(store)):
+        tensors, header = found
+        kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        step = read_progress(last_checkpoint(out)).step
+        write_whole(out / f"encoder-{step:08d}.safetensors", save(kept, metadata=header))
 
 
 @dataclass

@@ -144,6 +144,7 @@ class Head(nn.Module):
     prefix: bool = False
     grid: tuple[int, int]
     dim: int
+    base_selection: str = ""  # of a head that reads what `Select` gives, a key of SELECTIONS
 
     def forward(self, features: Features) -> Tensor:
         """Float32 features -> [B, rows * columns, dim]."""
@@ -179,8 +180,14 @@ class Select(Head):
             case _:
                 return torch.cat([features.layers[layer] for layer in self.layers], -1)
 
-    def restore(self, tokens: Tensor) -> Features:
-        """Return the features that tokens [B, N, D] contain; raises UserError if these are neither patch tokens nor layers."""
+    def restore(self, tokens: Tensor, *, same: bool = False) -> Features:
+        """Return the features that tokens [B, N, D] contain; with `same`, for a head that reads this selection alone.
+
+        Raises:
+            UserError: tokens that are neither patch tokens nor layers, for another head.
+        """
+        if same and self.selection in ("cls", "pooled"):
+            return Features({LAST: tokens}, int(self.selection == "cls"))
         if self.selection not in ("patch", "layers"):
             raise UserError(f"{SELECTIONS[self.selection]} alone: nothing can be derived; use patch tokens or layers")
         parts = torch.split(tokens, list(self.dims.values()), -1)

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import nn
+
 from wmcache.common.errors import UserError
 from wmcache.common.options import check_options, parse_options
 from wmcache.common.registry import Registry
@@ -24,6 +26,8 @@ Loader = Callable[[EncoderSpec, int, Path | None], Loaded]
 """(spec, image size, weights file or folder, None for the spec's source) -> networks."""
 Adapter = Callable[[Backbone, Any], Head]
 """(backbone of the base, options of the fit) -> head without its weights."""
+Redraw = Callable[[Any], nn.Module]
+"""(options of the fit) -> what turns an adapter's tokens back into those of its base, without its weights."""
 MakeFitting = Callable[[FitData, Any], Fitting]
 """(data, options) -> the network to train."""
 
@@ -37,12 +41,19 @@ M = TypeVar("M", bound=MakeFitting)
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered encoder: `load` loads it, or `adapt` makes an adapter's head; `base` is an adapter's usual base encoder."""
+    """A registered encoder: `load` loads it, or `adapt` makes an adapter's head; `base` is an adapter's usual base encoder.
+
+    Attributes:
+        options: of an adapter that is not fitted by `wmcache fit`, a dataclass; None for those of its fit.
+        redraw: of an adapter whose base's decoder can draw its tokens.
+    """
 
     spec: EncoderSpec
     load: Loader | None = None
     adapt: Adapter | None = None
     base: str = ""
+    options: type[Any] | None = None
+    redraw: Redraw | None = None
 
     @property
     def fit(self) -> MakeFitting | None:
@@ -66,11 +77,13 @@ def register(spec: EncoderSpec) -> Callable[[L], L]:
     return add
 
 
-def register_adapter(spec: EncoderSpec, base: str) -> Callable[[A], A]:
-    """Register an adapter with its usual base encoder: decorates the head. The preprocessing in the spec is the base's."""
+def register_adapter(
+    spec: EncoderSpec, base: str, *, options: type[Any] | None = None, redraw: Redraw | None = None
+) -> Callable[[A], A]:
+    """Register an adapter with its usual base encoder: decorates the head. The preprocessing in the spec is the base's; see `Entry`."""
 
     def add(adapt: A) -> A:
-        ENCODERS.register(spec.name)(Entry(spec, adapt=adapt, base=base))
+        ENCODERS.register(spec.name)(Entry(spec, adapt=adapt, base=base, options=options, redraw=redraw))
         return adapt
 
     return add
@@ -193,10 +206,14 @@ def _create_adapter(
 ) -> Encoder:
     """Make an adapter on the base that its file names; `asked` preprocessing must equal the base's."""
     name = entry.spec.name
+    if weights is None and entry.fit is None:
+        raise UserError(
+            f"encoder {name} has no weights; pass --weights, a file that was made with: {entry.spec.source}"
+        )
     weights = require_fitted(weights, name, name)
     header, where = read_header(weights, name), f"--weights {weights}"
     recipe = parse(Recipe, header.get("base"), where, REFIT)
-    options = parse(get_fit(name)[0], header.get("options"), where, REFIT)
+    options = parse(entry.options or get_fit(name)[0], header.get("options"), where, REFIT)
     there = None if base_weights is None else Path(base_weights)
     if there is None and recipe.weights is not None:
         recorded = Path(recipe.weights)
@@ -213,11 +230,12 @@ def _create_adapter(
         if value != (usual := getattr(base.preprocess, setting)):
             raise UserError(f"{weights} was fitted with {setting} {usual}, not {value}; leave the option out")
     assert entry.adapt is not None
-    head = entry.adapt(base.backbone, options)
-    load_fitted(head, weights, name)
+    head, redraw = entry.adapt(base.backbone, options), None if entry.redraw is None else entry.redraw(options)
+    draws = load_fitted(head, weights, name, redraw)
+    decoder = nn.Sequential(redraw, base.decoder) if draws and redraw and base.decoder else None
     return Encoder(
         entry.spec,
-        Loaded(base.backbone, head, f"file, on {base.spec.name} from {base.source}"),
+        Loaded(base.backbone, head, f"file, on {base.spec.name} from {base.source}", decoder),
         base.preprocess,
         weights=weights,
         base_weights=base.weights,

@@ -1,12 +1,14 @@
-"""Images or videos beside a table of actions and other columns -> frame dataset; docs/import.md describes the table's columns."""
+"""Images or videos, beside a table of actions and other columns or alone -> frame dataset; docs/import.md describes the table's columns."""
 
 from __future__ import annotations
 
 import io
+import itertools
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,12 +17,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from wmcache.common.errors import UserError, reason
+from wmcache.common.options import option
 from wmcache.common.reading import reading
 from wmcache.common.video import ffmpeg, require_ffmpeg
 from wmcache.pipeline.frames import Frames
 from wmcache.pipeline.importers.base import IMPORTERS, Read, Source
-from wmcache.pipeline.importers.conversions import ImageImporter, note
+from wmcache.pipeline.importers.conversions import ImageImporter, note, number_steps
 from wmcache.pipeline.importers.table import StepTable, read_table
+from wmcache.pipeline.steps import Steps
 
 IMAGES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 """Suffix -> Pillow's name of the format."""
@@ -36,19 +40,20 @@ MOST_BYTES = 4 * MOST_PIXELS
 @IMPORTERS.register("frames")
 @dataclass(frozen=True, kw_only=True)
 class FramesImporter(ImageImporter):
-    """Import the images or videos in FOLDER beside a table of actions and states."""
+    """Import the images or videos in FOLDER, beside a table of actions and states or alone."""
 
     local: ClassVar[frozenset[str]] = frozenset({"source", "actions"})
-    actions: str = field(
-        metadata={
-            "help": "CSV or Parquet, a row a frame: episode, step, file or video, action_0 ..., and other numbers."
-        }
+    actions: str | None = option(
+        None,
+        "CSV or Parquet, a row a frame: episode, step, file or video, action_0 ..., and other numbers.  [default: no actions; each video "
+        "in FOLDER, or each folder of images, is an episode]",
     )
 
     def open(self) -> Source:
         """See `Importer.open`; values keep their precision, but actions are rounded to float32."""
-        folder, path = Path(self.source), Path(self.actions)
-        table = read_table(path)
+        folder = Path(self.source)
+        path = Path(self.actions or self.source)
+        table = read_table(path) if self.actions else _all_frames(folder)
         is_video = table.kind == "video"
         paths = _paths(folder, table.names, VIDEOS if is_video else tuple(IMAGES), path)
         size, read = self._videos(table, path, paths) if is_video else self._images(table, paths)
@@ -97,6 +102,39 @@ class FramesImporter(ImageImporter):
                 note(f"{video} has one frame more than {path} has rows; last frames without an action are not imported")
 
         return size, read
+
+
+def _all_frames(folder: Path) -> StepTable:
+    """List the frames of all videos under a folder, an episode each, or else of all folders of images, in the order of numbers in names."""
+    with reading(folder, f"{folder} cannot be listed", "pass a folder of images or videos"):
+        files = sorted((file for file in folder.rglob("*") if file.is_file()), key=_by_numbers)
+    videos = [file for file in files if file.suffix.lower() in VIDEOS]
+    images = [file for file in files if file.suffix.lower() in IMAGES]
+    if bool(videos) == bool(images):
+        found = "both images and videos" if videos else "neither images nor videos"
+        raise UserError(
+            f"{folder} contains {found}; pass a folder of either, or name its files in a table with --actions"
+        )
+    if videos:
+        require_ffmpeg()
+        lengths = [sum(1 for _ in _decode_video(video)) for video in videos]
+        if not all(lengths):
+            raise UserError(f"{videos[lengths.index(0)]} contains no frames; remove it")
+        named = np.repeat([str(video.relative_to(folder)) for video in videos], lengths)
+    else:
+        lengths = [len([*group]) for _, group in itertools.groupby(images, lambda image: image.parent)]
+        named = np.array([str(image.relative_to(folder)) for image in images])
+    episode, step = number_steps(lengths, folder)
+    kind = "video" if videos else "file"
+    return StepTable(kind, named, Steps(episode, step, {}, {}), np.zeros(len(lengths), np.bool_))
+
+
+def _by_numbers(path: Path) -> tuple[Any, ...]:
+    """Return the sort key of a path: by folder, then by name, with the numbers in both as numbers."""
+    *folders, name = (
+        [(text, int(digits or -1)) for text, digits in re.findall(r"(\D*)(\d*)", part)] for part in path.parts
+    )
+    return folders, name, path
 
 
 def _paths(folder: Path, names: NDArray[Any], suffixes: tuple[str, ...], table: Path) -> list[Path]:

@@ -53,9 +53,10 @@ def read_table(path: Path) -> StepTable:
     rows = _read_rows(path)
     episode, step, order = _in_order(rows, path)
     new = step == 0
-    action = _matrix(rows, "action", path)[order]
+    acts = any(re.fullmatch(r"action(_\d+)?", name) for name in rows.column_names)
+    action = _matrix(rows, "action", path)[order] if acts else np.zeros((len(rows), 0))
     last = np.append(new[1:], True)
-    missing = last & is_action_missing(action)
+    missing = last & is_action_missing(action) if acts else np.zeros_like(last)
     if len(alone := np.flatnonzero(missing & new)):
         where = f"{path}, {_row(path, int(order[alone[0]]))}"
         raise UserError(
@@ -67,7 +68,9 @@ def read_table(path: Path) -> StepTable:
         )
     kept = ~missing
     order = order[kept]
-    values, described = {"action": action[kept]}, {"action": describe_action(action[kept], path)}
+    values, described = (
+        ({"action": action[kept]}, {"action": describe_action(action[kept], path)}) if acts else ({}, {})
+    )
     for name, column, roles, dtype in _other_columns(rows, order, path):
         values[name], described[name] = column, describe(name, column, roles, dtype, path)
     numbers = episode[kept].astype(np.int32), step[kept].astype(np.int32)

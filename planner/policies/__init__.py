@@ -23,6 +23,8 @@ def make_policy(context: EvalContext, options: PlanOptions) -> Policy:
         raise UserError(
             f"--policy {context.policy(options)} needs a goal, and {context.env.spec.id} has none; choose another"
         )
+    if options.draw and not getattr(policy, "draws", False):
+        raise UserError(f"--draw: policy {context.policy(options)} draws no actions; leave it out")
     return policy
 
 

@@ -1,4 +1,4 @@
-"""An actor that was trained in a world model's imagination acts: its most probable actions."""
+"""An actor that was trained in a world model's imagination acts: its most probable actions, or actions that it draws."""
 
 from __future__ import annotations
 
@@ -32,4 +32,8 @@ class DreamActorPolicy(FolderPolicy):
 
         inputs, network = load_actor(folder, run, bounds[0].device)
         actor = network.actor
-        return Decide(inputs, lambda seen: actor.act([seen[name] for name in inputs]))
+        return Decide(
+            inputs,
+            lambda seen: actor.act([seen[name] for name in inputs]),
+            lambda seen, generators: actor.act([seen[name] for name in inputs], generators),
+        )

@@ -69,7 +69,7 @@ class TestOptions:
             ("--solver gd --gd-steps 3 --gd-lr 0.5", "gd", {"steps": 3, "lr": 0.5}),
             ("--beta 1 --solver=icem", "icem", {"beta": 1.0}),
             ("--solver mppi --temperature 2", "mppi", {"temperature": 2.0}),
-            ("--momentum 0.15", "cem", {"momentum": 0.15}),
+            ("--momentum 0.15 --maxnorm 0.5", "cem", {"momentum": 0.15, "maxnorm": 0.5}),
             ("--samples 64", "cem", {"samples": 64}),
         ],
     )

@@ -84,3 +84,37 @@ def test_json_has_all_figures_and_the_table_every_other_state_column(
 @pytest.mark.parametrize("words", ["none.zarr", "{maze} --frames 5", "{maze} {maze}"])
 def test_bad_arguments_are_one_line_before_any_output(stores: Stores, words: str) -> None:
     error_of(run(f"wmcache probe {words}", **stores))
+
+
+def test_stores_of_one_token_have_a_mutual_information_gap(
+    store_path: Path, stores: Stores, lines: list[str], tmp_path: Path
+) -> None:
+    like = TokenStore.open(store_path)
+    rng, frames = np.random.default_rng(0), 2000
+    state = rng.uniform(-1, 1, (frames, 2))
+    columns = {
+        "action": np.zeros((frames, 2), np.float32),
+        "state": state,
+        "episode": np.repeat(np.arange(40, dtype=np.int32), 50),
+        "step": np.tile(np.arange(50, dtype=np.int32), 40),
+    }
+    card = dataclasses.replace(like.card, dataset={"name": "other"}, token_grid=(1, 1), frames_per_shard=500)
+    mixed = state @ np.array([[1, 1], [-1, 1]])
+    for name, latents in (("state", state), ("mixed", mixed)):
+        write_tokens(tmp_path / f"{name}.zarr", latents[:, None], card, like.identity, columns)
+    line = "wmcache probe {tmp}/state.zarr {tmp}/mixed.zarr {maze} --frames 100"
+    own, rotated, none = json.loads(succeed(f"{line} --json", tmp=tmp_path, **stores).stdout)
+    assert list(own["gaps"]) == ["state_0", "state_1"] == list(own["linear"])
+    assert own["mig"] == pytest.approx(sum(own["gaps"].values()) / 2)
+    assert own["mig"] > 0.9
+    assert 0 <= rotated["mig"] < 0.1
+    assert min(rotated["linear"].values()) > 0.99
+    assert (none["gaps"], none["mig"]) == ({}, None)
+    printed = succeed(line, tmp=tmp_path, **stores).stdout.splitlines()
+    start = printed.index(f"R^2 and MIG of each state column: {tmp_path / 'state.zarr'}")
+    titles, *rows = (text.split() for text in printed[start + 1 : start + 5])
+    assert titles == ["column", "lin", "MLP", "MIG"]
+    assert [row[0] for row in rows] == ["state_0", "state_1", "mean"]
+    assert [row[3] for row in rows] == [f"{value:.3f}" for value in (*own["gaps"].values(), own["mig"])]
+    assert printed[-1].startswith("no MIG    pointmaze-umaze/tcn-64.zarr: ")
+    assert lines[-1].startswith("no MIG    pointmaze-umaze/tcn-64.zarr, pointmaze-umaze/bare.zarr: ")

@@ -23,7 +23,10 @@ SMALL = {
     "ddp-wm": TINY,
     "mdn-rnn": "--hidden 8 --latents mean --frameskip 5",  # the store has no log-variances
     "rssm": "--deter 16 --hidden 8 --sequence 4 --frameskip 5",
+    "diswm": "--deter 16 --hidden 8 --sequence 4 --frameskip 5",
     "rwm": "--hidden 8 --observed-steps 3 --forecast 2 --frameskip 5",
+    "vjepa2-ac": "--width 16 --depth 1 --heads 2 --mlp 8",
+    "iris": "--width 16 --depth 1 --heads 2 --vocabulary 8 --code-dim 4 --channels 8 --history 3 --frameskip 5",
 }
 """Options that fit a store of four tokens, and episodes of 60 frames."""
 Parse = Callable[[str], TrainOptions]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 
 from wmcache.engine.codebook import Codebook
@@ -40,3 +44,34 @@ def test_an_entry_without_near_tokens_restarts() -> None:
     for _ in range(20):
         codebook(torch.randn(4, 2, 2))
     assert codebook.entries.abs().max() < 10
+
+
+RANK = """
+import sys, torch, torch.distributed as dist
+from wmcache.engine.codebook import Codebook
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+torch.manual_seed(rank)
+codebook, tokens = Codebook(6, 3, 0.9), torch.load(f"{folder}/tokens.pt")[:, 4 * rank : 4 * rank + 4]
+codebook(tokens[0])
+torch.save(codebook.state_dict(), f"{folder}/first-{rank}.pt")
+codebook(tokens[1])
+torch.save(codebook.state_dict(), f"{folder}/second-{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_have_the_entries_of_one_process(tmp_path: Path) -> None:
+    tokens = torch.randn(2, 8, 5, 3, generator=torch.Generator().manual_seed(0))
+    torch.save(tokens, tmp_path / "tokens.pt")
+    ranks = [subprocess.Popen([sys.executable, "-P", "-c", RANK, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    first, second = ([torch.load(tmp_path / f"{step}-{rank}.pt") for rank in range(2)] for step in ("first", "second"))
+    # The first entries are tokens of rank 0; from there on nothing is drawn.
+    codebook = Codebook(6, 3, 0.9)
+    codebook.load_state_dict(first[0])
+    codebook(tokens[1])
+    for rank in range(2):
+        torch.testing.assert_close(first[rank], first[0], rtol=0, atol=0)
+        torch.testing.assert_close(second[rank], dict(codebook.state_dict()))
+    assert first[0]["entries"].any(1).all()

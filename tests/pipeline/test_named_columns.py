@@ -52,6 +52,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "mdn-rnn": {"hidden": 8, "sequence": 3},
     "rssm": {"deter": 8, "hidden": 8, "sequence": 3},
     "rwm": {"hidden": 8, "head": 8, "observed_steps": 1, "forecast": 2},
+    "vjepa2-ac": {**SMALL, "width": 16},
 }
 
 

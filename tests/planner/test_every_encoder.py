@@ -82,7 +82,16 @@ def weights(frames: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> d
         made[name] = fit_adapter(
             store, name, folder / f"{name}.safetensors", options, max_frames=80, device="cpu"
         ).weights
+    made["diswm"] = train_diswm(frames, encoders.create("vae", weights=made["vae"], device="cpu"), folder)
     return made
+
+
+def train_diswm(frames: FrameDataset, base: Encoder, folder: Path) -> Path:
+    """Train the encoder that a world model trains, on the tokens of another one."""
+    extract(frames, base, folder / "base.zarr")
+    sizes = {"deter": 8, "stoch": 4, "hidden": 8, "sequence": 4}
+    train(folder / "base.zarr", folder / "run", TrainOptions(model="diswm", model_options=sizes, steps=1, device="cpu"))
+    return folder / "run" / "encoder-00000001.safetensors"
 
 
 def family(name: str, known: dict[str, Path | None]) -> str:
@@ -129,7 +138,7 @@ def test_the_batch_size_changes_at_most_the_last_bit(
     assert torch.equal(encoder(seen), whole)
     # Sums in another order differ by float32's rounding, so that float16 takes the next value at most: a step, which is no more than this
     # share of the largest value. An adapter multiplies what its base's features, kept in float16, differ by.
-    steps = 4 if family(name, weights) in ADAPTERS else 1
+    steps = 4 if family(name, weights) in {*ADAPTERS, "diswm"} else 1
     largest = whole.float().abs().amax((1, 2), keepdim=True)
     for size, count in ((1, 6), (2, 8), (7, 21)):
         parts = torch.cat([encoder(seen[start : start + size]) for start in range(0, count, size)])
@@ -142,7 +151,9 @@ def test_the_batch_size_changes_at_most_the_last_bit(
         assert name != "pixels" or torch.equal(parts, whole[:count])
 
 
-@pytest.mark.parametrize("name", ["dinov2-cls", "vjepa2", "vjepa2-pair", "resnet18", "vae", "dino-tok", "pixels"])
+@pytest.mark.parametrize(
+    "name", ["dinov2-cls", "vjepa2", "vjepa2-pair", "resnet18", "vae", "dino-tok", "diswm", "pixels"]
+)
 def test_a_model_trained_on_them_plans(stores: dict[str, Path], tmp_path: Path, name: str) -> None:
     sizes = {"width": 16, "depth": 1, "heads": 2, "dropout": 0.0}
     options = TrainOptions(model_options=sizes, history=2, steps=2, batch=8, dtype="float32", device="cpu")

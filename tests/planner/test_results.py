@@ -19,6 +19,7 @@ OTHER_VALUES: dict[str, list[Any]] = {
     "goal_steps": [3, 30],
     "judge_columns": ["state", "state,proprio", "state:0-1", "state:1"],
     "model_temperature": [0.5, 1.0],
+    "draw": [True],
     "strict": [True, False],
     "policy": ["expert", "zero"],
     "subgoals": ["none"],

@@ -156,6 +156,14 @@ def test_cems_momentum_keeps_a_share_of_the_last_mean(cost: Any) -> None:
     torch.testing.assert_close(found, 0.15 * start + 0.85 * fitted)
 
 
+@pytest.mark.parametrize("maxnorm", [0.05, 1.0])
+def test_cems_candidates_stay_in_the_ball_of_its_maxnorm(cost: Any, maxnorm: float) -> None:
+    found = Cem(samples=16, elites=4, iterations=3, sigma=3.0, maxnorm=maxnorm)(cost, zeros(), generators())
+    assert {float(actions.abs().max()) for actions in cost.actions} == {torch.tensor(maxnorm).item()}
+    assert found.abs().max() <= maxnorm
+    assert all((actions[:, 0].abs() <= maxnorm).all() for actions in cost.actions)
+
+
 class TestMppi:
     @pytest.mark.parametrize("temperature", [0.0, 2.0])
     def test_the_mean_weights_the_elites_by_their_cost(self, cost: Any, temperature: float) -> None:

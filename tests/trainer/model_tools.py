@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wmcache.engine.codebook import Codebook
 from wmcache.trainer.models import MODELS, DataShape, build, rollout
 from wmcache.trainer.presets import PRESETS
 
@@ -87,12 +88,12 @@ def make_model(statistics: dict[str, Tensor] | None = None, shape: DataShape = S
     return build("dino-wm", shape, SIZES | options, statistics or make_statistics()).eval()
 
 
-def build_preset(name: str) -> tuple[Any, set[str]]:
+def build_preset(name: str, history: int = 3) -> tuple[Any, set[str]]:
     """The model of a preset at the reference's sizes, without memory; and which of its options the preset leaves out."""
     known = {field.name for field in fields(MODELS.get(name).Options)}
     values = {key.replace("-", "_"): value for key, value in PRESETS[name].items()}
     options = {key: value for key, value in values.items() if key in known}
-    shape = DataShape(tokens=196, token_dim=384, proprio_dim=4, action_dim=10, history=3, columns=14)
+    shape = DataShape(tokens=196, token_dim=384, proprio_dim=4, action_dim=10, history=history, columns=14)
     sizes = {"tokens": 384, "proprio": 4, "action": 10}
     with torch.device("meta"):
         statistics = {f"{name}_{of}": torch.ones(size) for name, size in sizes.items() for of in ("mean", "std")}
@@ -119,6 +120,9 @@ def make_trained(name: str, **options: Any) -> Any:
 def randomise(model: Any) -> Any:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
+    for module in model.modules():
+        if isinstance(module, Codebook):
+            nn.init.normal_(module.entries)
     return model
 
 

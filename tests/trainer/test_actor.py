@@ -22,10 +22,11 @@ from wmcache.common.jsonfiles import read_json
 from wmcache.engine.checkpoint import last_checkpoint
 from wmcache.pipeline import encoders
 from wmcache.pipeline.collect import collect
+from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.planner.context import EvalContext
-from wmcache.planner.evaluate import run_episodes
+from wmcache.planner.evaluate import run_episodes, summarise
 from wmcache.planner.options import PlanOptions
 from wmcache.trainer.actor import train_actor
 from wmcache.trainer.actor_critic import ActorCritic, ActorShape, ReturnRange, Trajectory, lambda_returns
@@ -262,6 +263,42 @@ def test_actions_do_not_depend_on_the_batch(runs: dict[str, Path], actor: Path) 
         [run_episodes(context, options, numbers).states for numbers in parts] for parts in ([range(3)], [[0], [1], [2]])
     )
     np.testing.assert_allclose(together[0], np.concatenate(alone), rtol=1e-3, atol=1e-4)
+
+
+def test_drawn_actions_depend_on_the_episode_alone(runs: dict[str, Path], actor: Path) -> None:
+    usual = PlanOptions(policy=str(actor), budget=20, device="cpu", dtype="float32")
+    options = replace(usual, draw=True)
+    context = EvalContext(runs["mdn-rnn"], options)
+    together, alone = (
+        [run_episodes(context, options, numbers).states for numbers in parts] for parts in ([range(3)], [[0], [1], [2]])
+    )
+    np.testing.assert_allclose(together[0], np.concatenate(alone), rtol=1e-3, atol=1e-4)
+    assert np.abs(together[0] - run_episodes(context, usual, range(3)).states).max() > 0.01
+    found = summarise(context, replace(options, episodes=2), run_episodes(context, options, range(2)))
+    assert (found["resolved"]["draw"], sorted(found["baselines"])) == (True, ["random", "zero"])
+    with pytest.raises(UserError, match="--draw: policy mpc"):
+        run_episodes(context, replace(options, policy="mpc"), [0])
+
+
+def test_an_actor_follows_a_run_that_is_trained_further(
+    runs: dict[str, Path], store_path: Path, encoder: Encoder, tmp_path: Path
+) -> None:
+    collect("UMaze", tmp_path / "frames", episodes=2, length=40, image_size=32, seed=1)
+    extract(FrameDataset.open(tmp_path / "frames"), encoder, tmp_path / "new.zarr")
+    run, out = copytree(runs["mdn-rnn"], tmp_path / "run", symlinks=True), tmp_path / "actor"
+    train_actor(run, out, TINY)
+    known = {"model": "mdn-rnn", "model_options": MODELS["mdn-rnn"], "batch": 16, "dtype": "float32", "device": "cpu"}
+    train(store_path, run, TrainOptions(**known, steps=82), more=[tmp_path / "new.zarr"], resume=True)
+    longer = replace(TINY, steps=9)
+    with pytest.raises(UserError, match="model_sha256"):
+        train_actor(run, out, longer)
+    with stopped_at(8):
+        train_actor(run, out, longer, follow=True)
+    found = train_actor(run, out, longer, follow=True)
+    assert found["step"] == 9
+    assert train_actor(run, out, longer) == found
+    plan = PlanOptions(policy=str(out), budget=5, device="cpu")
+    assert run_episodes(EvalContext(run, plan), plan, [0]).replans == 1
 
 
 def test_discrete_actions_and_rewards_of_the_data(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ from model_tools import SHAPE, generators, make_batch, make_statistics, randomis
 from wmcache.trainer.models import build
 
 SIZES: dict[str, dict[str, Any]] = {
+    "iris": {"vocabulary": 8, "code_dim": 3, "channels": 6, "width": 8, "depth": 1, "heads": 2},
     "mdn-rnn": {"hidden": 6, "mixtures": 3},
     "rssm": {"deter": 8, "hidden": 6, "stoch": 4, "classes": 8},
+    "diswm": {"deter": 8, "hidden": 6, "stoch": 4, "z_dim": 3},
     "rwm": {"hidden": 6, "head": 5, "ensemble": 2},
 }
 each_model = pytest.mark.parametrize("name", SIZES)

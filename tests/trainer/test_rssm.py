@@ -277,7 +277,12 @@ def test_sizes_of_the_presets() -> None:
     found = {}
     for name in ("dreamer-v3", "diswm"):
         options = {flag.replace("-", "_"): value for flag, value in PRESETS[name].items()}
-        model = build("rssm", SHAPE, {key: options[key] for key in known & options.keys()}, make_statistics())
+        model = build(
+            PRESETS[name]["model"],
+            SHAPE,
+            {key: options[key] for key in known & options.keys()},
+            make_statistics(),
+        )
         assert {"latent", "deter", "hidden", "free_nats", "sequence"} <= known & options.keys()
         found[name] = model.features(model.start(1))["hidden"].shape[1]
     assert found == {"dreamer-v3": 2048 + 32 * 16, "diswm": 200 + 50}

@@ -39,17 +39,19 @@ class Block(nn.Module):
         *,
         conditioned: bool = False,
         rotary: bool = False,
+        bias: bool = False,
     ) -> None:
         """Build the block; `heads` times `head_dim` need not be the width of the residual stream.
 
         Args:
             conditioned: whether an adaptive layer norm (DiT, arXiv 2212.09748, adaLN-zero) takes a vector for each frame.
             rotary: whether queries and keys are rotated by the number of their frame (arXiv 2104.09864).
+            bias: whether queries, keys and values have one.
         """
         super().__init__()
         self.heads, self.head_dim, self.dropout, self.rotary = heads, head_dim, dropout, rotary
         self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * heads * head_dim, bias=False), nn.Linear(heads * head_dim, width)
+        self.qkv, self.out = nn.Linear(width, 3 * heads * head_dim, bias=bias), nn.Linear(heads * head_dim, width)
         self.mlp = nn.Sequential(
             nn.Linear(width, mlp), nn.GELU(), nn.Dropout(dropout), nn.Linear(mlp, width), nn.Dropout(dropout)
         )
@@ -64,6 +66,7 @@ class Block(nn.Module):
         past: KeysValues | None = None,
         condition: Tensor | None = None,
         first: int = 0,
+        positions: Tensor | None = None,
         only_keys: bool = False,
     ) -> tuple[Tensor, KeysValues]:
         """Run the block on frames that follow those of `past`.
@@ -71,6 +74,7 @@ class Block(nn.Module):
         Args:
             x: [B, T, tokens, width]; a frame attends to itself and to the `window` - 1 frames before it. condition: [B, T, width].
             first: number of the first frame of `x`, for rotary positions.
+            positions: [T * tokens, axes], for rotary positions of several axes, see `rotate_axes`.
             only_keys: compute keys and values only, and return `x` unchanged.
 
         Returns:
@@ -83,6 +87,8 @@ class Block(nn.Module):
         q, k, v = rearrange(joined, "b t n (three h c) -> three b h (t n) c", three=3, h=self.heads).contiguous()
         if self.rotary:
             q, k = rotate(q, first, frames), rotate(k, first, frames)
+        if positions is not None:
+            q, k = rotate_axes(q, positions), rotate_axes(k, positions)
         if past is not None:
             k, v = torch.cat([past.keys, k], 2), torch.cat([past.values, v], 2)
         oldest = max(0, k.shape[2] - (window - 1) * tokens)
@@ -118,26 +124,45 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tokens: int, window: int, dropout: f
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def attend_all(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Attend from all queries to all keys, by whichever kernel is faster."""
+def attend_all(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None) -> Tensor:
+    """Attend from all queries to all keys, or to those that a mask [B or 1, 1, queries, keys] allows, by whichever kernel is faster."""
     if not attends_plainly(q):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout)
     # A few sequences at a time, so that the weights stay in the processor's cache.
     some = max(1, CACHED_WEIGHTS // (q.shape[1] * q.shape[2] * k.shape[2]))
     with torch.autocast(q.device.type, enabled=False):
         parts = []
-        for own, keys, values in zip(*(torch.split(part, some) for part in (q, k, v)), strict=True):
-            weights = torch.matmul(own * own.shape[-1] ** -0.5, keys.transpose(-1, -2)).softmax(-1)
-            parts.append(torch.matmul(F.dropout(weights, dropout, training=dropout > 0), values))
+        for first in range(0, len(q), some):
+            own, keys, values = (part[first : first + some] for part in (q, k, v))
+            scores = torch.matmul(own * own.shape[-1] ** -0.5, keys.transpose(-1, -2))
+            if mask is not None:
+                scores = scores.masked_fill(~(mask if len(mask) == 1 else mask[first : first + some]), -torch.inf)
+            parts.append(torch.matmul(F.dropout(scores.softmax(-1), dropout, training=dropout > 0), values))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def rotate(x: Tensor, first: int, frames: int) -> Tensor:
     """Rotate [B, heads, T * tokens, head_dim] by angles that grow with the number of the frame (arXiv 2104.09864); T: `frames`."""
-    half = x.shape[-1] // 2
-    frequency = ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = torch.arange(first, first + frames, device=x.device)[:, None] * frequency
-    angle = angle.repeat_interleave(x.shape[2] // frames, 0)[:, None]
+    angle = angles(torch.arange(first, first + frames, device=x.device), x.shape[-1] // 2)
+    return turn(x, angle.repeat_interleave(x.shape[2] // frames, 0))
+
+
+def rotate_axes(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotate [B, heads, L, head_dim] by positions [L, axes]. Each axis has an equal share of the pairs of head_dim; the rest stays."""
+    pairs = x.shape[-1] // 2
+    angle = torch.cat([angles(axis, pairs // positions.shape[1]) for axis in positions.unbind(1)], 1)
+    return turn(x, F.pad(angle, (0, pairs - angle.shape[1])))
+
+
+def angles(positions: Tensor, pairs: int) -> Tensor:
+    """Return the angles [L, pairs] of positions [L]."""
+    frequency = ROTARY_BASE ** (-torch.arange(pairs, device=positions.device, dtype=torch.float32) / pairs)
+    return positions[:, None] * frequency
+
+
+def turn(x: Tensor, angle: Tensor) -> Tensor:
+    """Rotate the pairs of [B, heads, L, c] by angles [L, c / 2]."""
+    angle = angle[:, None]
     cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     pairs = rearrange(x, "b h l (two c) -> b h l two c", two=2)
     rotated = pairs * cosine + pairs.flip(-2) * torch.cat([-sine, sine], 1)

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from wmcache.common.errors import UserError
 from wmcache.common.options import Weight, option
 from wmcache.trainer.models import MODELS, DataShape
-from wmcache.trainer.models.attention import Block, KeysValues, zero_init
-from wmcache.trainer.models.latent import Frames, LatentModel, LatentOptions, append, pool_grid
-
-Kept = list[KeysValues | None]
-"""Of each block."""
+from wmcache.trainer.models.attention import Block, zero_init
+from wmcache.trainer.models.frame_transformer import FrameTransformer
+from wmcache.trainer.models.latent import Frames, LatentOptions, append, pool_grid
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class DinoWmOptions(LatentOptions):
 
 
 @MODELS.register("dino-wm")
-class DinoWm(LatentModel):
+class DinoWm(FrameTransformer):
     """DINO-WM and its variants, see the module."""
 
     Options = DinoWmOptions
@@ -108,51 +106,17 @@ class DinoWm(LatentModel):
         own_token = self.options.combine == "tokens" and self.options.proprio == "embedding"
         return self.weigh(token_loss, proprio_loss, predicted[0].shape[2] if own_token else 1)
 
-    def predict(self, tokens: Tensor, embedding: Tensor, action: Tensor, pool: int = 1) -> Frames:
-        """Take one step from each of T <= history frames, everything standardised and pooled already."""
+    @property
+    def relative(self) -> bool:
+        """See `FrameTransformer.relative`."""
+        return self.options.position == "rope"
+
+    def enter(
+        self, tokens: Tensor, embedding: Tensor, action: Tensor, slots: range, pool: int = 1
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """See `FrameTransformer.enter`."""
         x, condition = self.join(tokens, embedding, action)
-        x = x + self.position_of(range(tokens.shape[1]), pool)
-        for block in self.blocks:
-            x, _ = block(x, condition=condition, window=self.shape.history)
-        return self.split(x, tokens, embedding)
-
-    def roll_out(self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int) -> list[Frames]:
-        """See `LatentModel.roll_out`."""
-        # Keys and values of a frame are kept while its position in the window stays: until it is full, with rotary positions always.
-        past = futures[::samples]
-        observed = tokens.shape[1]
-        rotary = self.options.position == "rope"
-        frames = [(tokens[:, t : t + 1], embedding[:, t : t + 1]) for t in range(observed)]
-        kept: Kept = [None] * len(self.blocks)
-        known, copies = 0, 1  # frames whose keys and values are kept; for how many futures of each sequence
-        for end in range(observed, futures.shape[1] + 1):
-            start = max(0, end - context)
-            if start and not rotary:
-                kept, known, copies = [None] * len(self.blocks), 0, 1
-            for t in range(max(start, known), end):
-                if t >= observed - 1 and copies != samples:  # up to here all futures are equal
-                    kept = [None if one is None else one.repeat(samples) for one in kept]
-                    copies = samples
-                frame = [part.repeat_interleave(copies // (len(part) // len(tokens)), 0) for part in frames[t]]
-                action = (past if copies == 1 else futures)[:, t : t + 1]
-                slot = t if rotary else t - start
-                following = self._advance(frame, action, slot, kept, context, wanted=t == end - 1)
-            known = end if rotary or not start else 0
-            assert following is not None
-            frames.append(following)
-        return frames[observed:]
-
-    def _advance(
-        self, frame: list[Tensor], action: Tensor, slot: int, kept: Kept, context: int, *, wanted: bool
-    ) -> Frames | None:
-        """Add a frame to the keys and values that are kept; return its successor where it is `wanted`."""
-        x, condition = self.join(frame[0], frame[1], action)
-        x = x + self.position_of(range(slot, slot + 1))
-        shared = {"condition": condition, "window": context, "first": slot}
-        for number, block in enumerate(self.blocks):
-            only_keys = not wanted and number == len(self.blocks) - 1
-            x, kept[number] = block(x, past=kept[number], only_keys=only_keys, **shared)
-        return self.split(x, *frame) if wanted else None
+        return x + self.position_of(slots, pool), {"condition": condition}
 
     def join(self, tokens: Tensor, embedding: Tensor, action: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the transformer's input [B, T, tokens, width], and what conditions its blocks [B, T, width]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import torch
 from einops import rearrange
@@ -52,6 +52,18 @@ class LatentOptions:
             raise UserError("--width 0 needs a --head-dim (DINO-WM has 64), and --proprio embedding or none")
 
 
+class UnitOptions(Protocol):
+    """What `LatentModel` reads of a model's options; see `LatentOptions`."""
+
+    @property
+    def proprio(self) -> Literal["raw", "embedding", "none"]:
+        """What is predicted of proprio."""
+
+    @property
+    def standardise(self) -> bool:
+        """Whether channels of the tokens are standardised."""
+
+
 class LatentModel(WorldModel):
     """A world model on patch tokens.
 
@@ -61,10 +73,10 @@ class LatentModel(WorldModel):
 
     pools = True
 
-    options: LatentOptions
+    options: UnitOptions
 
     def __init__(
-        self, shape: DataShape, options: LatentOptions, statistics: Mapping[str, Tensor], proprio: int, action: int
+        self, shape: DataShape, options: UnitOptions, statistics: Mapping[str, Tensor], proprio: int, action: int
     ) -> None:
         """Build embeddings of proprio and action with so many dimensions; see `WorldModel` for the other arguments."""
         super().__init__(shape, options, statistics)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, Weight, option
+from wmcache.engine.mlp import make_mlp
 from wmcache.trainer.models import MODELS, Belief, DataShape, Generators
 from wmcache.trainer.models.recurrent import SequenceModel, SequenceOptions, draw_noise, weight_of_steps
-from wmcache.trainer.models.state_space import BlockGru, Categoricals, Gaussians, Latent, make_mlp
+from wmcache.trainer.models.state_space import BlockGru, Categoricals, Gaussians, Latent
 from wmcache.trainer.models.symlog import TwoHot
 
 
@@ -68,19 +69,41 @@ class Rssm(SequenceModel):
         """Build the model, see `WorldModel`; raises UserError for a frame of too many values."""
         super().__init__(shape, options, statistics)
         self.latent = options.make_latent()
-        deter, hidden, layers = options.deter, options.hidden, options.layers
-        frame, state = self.values + self.proprio_size, deter + self.latent.size
+        deter, hidden = options.deter, options.hidden
+        self.frame_size, state = self.values + self.proprio_size, deter + self.latent.size
         self.takes_actions = options.actions == "seen" and shape.action_dim > 0
         self.memory = BlockGru(deter, (self.latent.size, max(1, shape.action_dim)), hidden, options.blocks)
-        self.encoder = make_mlp(frame, hidden, layers)
+        self.encoder, seen = self.make_encoder()
         self.prior = make_mlp(deter, hidden, 2, self.latent.parameters)
-        self.posterior = make_mlp(deter + hidden, hidden, 1, self.latent.parameters)
-        self.decoder = make_mlp(state, hidden, layers, frame)
+        self.posterior = make_mlp(deter + seen, hidden, 1, self.latent.parameters)
+        self.decoder = self.make_decoder(state)
         self.two_hot = TwoHot()
         heads = {"reward": len(self.two_hot.values) * shape.has_reward, "end": int(shape.has_end)}
         self.heads = nn.ModuleDict(
             {name: make_mlp(state, hidden, 1, size, zero=name == "reward") for name, size in heads.items() if size}
         )
+
+    def make_encoder(self) -> tuple[nn.Module, int]:
+        """Return the network that `embed` runs, and how many numbers that gives."""
+        return make_mlp(self.frame_size, self.options.hidden, self.options.layers), self.options.hidden
+
+    def make_decoder(self, state: int) -> nn.Module:
+        """Return the network from states [..., state] to frames [..., V + Q]."""
+        return make_mlp(state, self.options.hidden, self.options.layers, self.frame_size)
+
+    def embed(self, tokens: Tensor, proprio: Tensor) -> Tensor:
+        """Return what the posterior sees of standardised frames [..., V] and [..., Q], without noise."""
+        embedded: Tensor = self.encoder(torch.cat([tokens, proprio], -1))
+        return embedded
+
+    def encode(self, tokens: Tensor, proprio: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Embed frames [B, T, …] for the loss, and return losses of each frame that come on top, [B, T] each, weighted."""
+        return self.embed(tokens, proprio), {}
+
+    @classmethod
+    def needs_actions(cls, options: RssmOptions) -> bool:
+        """See `Trainable.needs_actions`."""
+        return options.actions == "seen"
 
     def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:  # noqa: ARG002 (see `pools`)
         """Compute the squared error of decoded frames, summed over tokens and proprio, and add the KL divergences and the heads' losses.
@@ -88,7 +111,8 @@ class Rssm(SequenceModel):
         These are the cross-entropies of the two-hot reward and of `terminated`; see `WorldModel.loss`.
         """
         tokens, proprio = self._flatten(self._latents(batch)), self.encode_proprio(batch["proprio"])
-        memories, posteriors, values = self._read(torch.cat([tokens, proprio], -1), batch["action"])
+        seen, own = self.encode(tokens, proprio)
+        memories, posteriors, values = self._read(seen, batch["action"])
         priors, weight = self.prior(memories), batch.get("weight")
         decoded = self._decode(memories[:, :-1], values)
         before, free, divergence = priors[:, :-1], self.options.free_nats, self.latent.divergence
@@ -99,6 +123,7 @@ class Rssm(SequenceModel):
             "proprio": average((decoded["proprio"] - proprio).square().sum(-1), weight),
             "dynamics": self.options.dynamics_weight * average(kl.clamp_min(free), weight),
             "representation": self.options.representation_weight * average(representation.clamp_min(free), weight),
+            **{name: average(each, weight) for name, each in own.items()},
         }
         if self.heads:
             # A step that no frame of the window follows leads to an imagined state.
@@ -127,7 +152,7 @@ class Rssm(SequenceModel):
         action = flat.new_zeros(len(flat), self.shape.action_dim)
         action = action if previous_action is None else self._standardise(previous_action)
         memory = self._remember(belief["memory"], belief["value"], action)
-        seen = self.encoder(torch.cat([flat, self.encode_proprio(proprio)], -1))
+        seen = self.embed(flat, self.encode_proprio(proprio))
         value = self.latent.mode(self.posterior(torch.cat([memory, seen], -1)))
         return {"memory": memory, "value": value, "tokens": flat}
 
@@ -146,7 +171,7 @@ class Rssm(SequenceModel):
         return {"memory": memory, "value": value, "tokens": frame["tokens"]}, {**frame, **found}
 
     def _read(self, frames: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Read sequences of standardised frames [B, T, V + Q] from the first on.
+        """Read sequences of embedded frames [B, T, …] from the first on.
 
         Returns:
             Memories, also the one that follows the last frame, [B, T + 1, deter]; parameters of the posteriors, and values, [B, T, …] each.
@@ -154,7 +179,7 @@ class Rssm(SequenceModel):
         memory, value = (frames.new_zeros(len(frames), size) for size in (self.options.deter, self.latent.size))
         action = actions.new_zeros(len(actions), self.shape.action_dim)
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for seen, following in zip(self.encoder(frames).unbind(1), self._standardise(actions).unbind(1), strict=True):
+        for seen, following in zip(frames.unbind(1), self._standardise(actions).unbind(1), strict=True):
             memory = self._remember(memory, value, action)
             posterior = self.posterior(torch.cat([memory, seen], -1))
             value, action = self._choose(posterior), following

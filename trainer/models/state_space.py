@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wmcache.engine.mlp import RmsNorm, make_mlp
+
 UNIMIX = 0.01
 LEAST_STD = 0.1
 
@@ -103,14 +105,6 @@ class Categoricals:
         return (value + (shares - shares.detach())).flatten(-2)
 
 
-class RmsNorm(nn.RMSNorm):
-    """In float32: PyTorch's kernel takes values and weights of one type."""
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Normalise [..., units]."""
-        return super().forward(values.float())
-
-
 class BlockLinear(nn.Module):
     """A linear layer of its own for each block, [..., blocks, inputs] -> [..., blocks, outputs]."""
 
@@ -152,17 +146,3 @@ class BlockGru(nn.Module):
 
     def _cut(self, values: Tensor) -> Tensor:
         return values.reshape(*values.shape[:-1], self.blocks, -1)
-
-
-def make_mlp(inputs: int, hidden: int, layers: int, outputs: int | None = None, *, zero: bool = False) -> nn.Sequential:
-    """Return hidden layers with RMSNorm and SiLU, and a linear one to the outputs, if any; `zero`: it is 0 at first."""
-    found: list[nn.Module] = []
-    for _ in range(layers):
-        found += [nn.Linear(inputs, hidden), RmsNorm(hidden), nn.SiLU()]
-        inputs = hidden
-    if outputs is not None:
-        found.append(last := nn.Linear(inputs, outputs))
-        if zero:
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-    return nn.Sequential(*found)

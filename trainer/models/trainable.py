@@ -30,7 +30,7 @@ class DataShape:
     tokens: Size
     token_dim: Size
     proprio_dim: Annotated[int, Field(ge=0, le=2**16)]
-    action_dim: Size
+    action_dim: Annotated[int, Field(ge=0, le=2**16)]
     history: Annotated[int, Field(gt=0, le=1024)]
     columns: Size = 1
     has_reward: bool = False
@@ -75,6 +75,11 @@ class Trainable(nn.Module, ABC):
         return without_proprio(options) if store.proprio is None else options
 
     @classmethod
+    def needs_actions(cls, options: Any) -> bool:  # noqa: ARG003
+        """Return whether the model can be trained on stores with actions alone; default: yes."""
+        return True
+
+    @classmethod
     def window(cls, options: Any, history: int) -> int:  # noqa: ARG003
         """Return the frames of a training window, T; default: the history and one that follows."""
         return history + 1
@@ -115,6 +120,13 @@ class Trainable(nn.Module, ABC):
         """Name of the stage that is or was trained last; "" for none."""
         number = int(self.stage) if self.stages else 0
         return self.stages[number - 1] if number else ""
+
+    def initialise(self, given: Any) -> None:
+        """Load what a new run takes from other runs; `given` are the options before `configure`. Default: nothing."""
+
+    def trained_encoder(self, store: TokenStore) -> tuple[dict[str, Tensor], dict[str, str]] | None:  # noqa: ARG002
+        """Return tensors and header of the weights file of an encoder on the store's that the model has trained; default: none."""
+        return None
 
     def begin(self, stage: str) -> None:
         """Prepare to train a stage. A model with stages also freezes here what the stage does not train."""
