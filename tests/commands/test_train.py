@@ -24,6 +24,7 @@ SMALL = {
     "mdn-rnn": "--hidden 8 --latents mean --frameskip 5",  # the store has no log-variances
     "rssm": "--deter 16 --hidden 8 --sequence 4 --frameskip 5",
     "rwm": "--hidden 8 --observed-steps 3 --forecast 2 --frameskip 5",
+    "td-mpc2": "--latent 16 --hidden 8",
 }
 """Options that fit a store of four tokens, and episodes of 60 frames."""
 Parse = Callable[[str], TrainOptions]
