@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from wmcache.trainer.actor_critic import ReturnRange
-from wmcache.trainer.models.symlog import TwoHot
+from wmcache.trainer.models.symlog import TwoHot, symexp, symlog
 
 BINS, LOWEST, HIGHEST = 101, -10.0, 10.0
 LOG_STDS = (-10.0, 2.0)
@@ -71,6 +71,23 @@ def make_mlp(
     return nn.Sequential(*layers, *([] if norm is None else [nn.LayerNorm(outputs), norm]))
 
 
+class SymlogTwoHot(TwoHot):
+    """A two-hot distribution over `symlog` of values, whose mean is taken there too (tdmpc2/common/math.py)."""
+
+    def __init__(self) -> None:
+        """Take TD-MPC2's bins."""
+        super().__init__(BINS, LOWEST, HIGHEST)
+        self.values = torch.linspace(LOWEST, HIGHEST, BINS)
+
+    def encode(self, target: Tensor) -> Tensor:
+        """See `TwoHot.encode`."""
+        return super().encode(symlog(target))
+
+    def mean(self, logits: Tensor) -> Tensor:
+        """See `TwoHot.mean`."""
+        return symexp(super().mean(logits))
+
+
 class Policy(nn.Module):
     """A Gaussian squashed by tanh, of standardised actions [..., f * A]."""
 
@@ -122,7 +139,7 @@ class Agent(nn.Module):
         """Take sizes; `has_end`: predict whether a step ends the episode."""
         super().__init__()
         self.discount = discount
-        self.two_hot = TwoHot(BINS, LOWEST, HIGHEST)
+        self.two_hot = SymlogTwoHot()
         self.reward = make_mlp(states + actions, hidden, BINS, zero=True)
         self.end = make_mlp(states + actions, hidden, 1) if has_end else None
         self.policy = Policy(states, hidden, actions)
@@ -175,7 +192,8 @@ class Agent(nn.Module):
         logits = functional_call(self.critics, frozen, (torch.cat([states, actions], -1), pair))
         values = self.two_hot.mean(logits).mean(0)
         # Its code multiplies the entropy by the number of action values.
-        return -(values / self.range(values[:, 0]) + ENTROPY_WEIGHT * self.policy.actions * surprise)
+        gain: Tensor = values / self.range(values[:, 0]) + ENTROPY_WEIGHT * self.policy.actions * surprise
+        return -gain
 
     def values(self, states: Tensor, critics: Critics, chosen: Sequence[int] | None = None) -> Tensor:
         """Return the values of states, whose actions are the policy's, [critics, ...]: while training drawn ones."""
@@ -186,8 +204,7 @@ class Agent(nn.Module):
     def value(self, states: Tensor, pessimism: float = 0.0) -> Tensor:
         """Return the mean value [...] over all critics, less so many of their standard deviations."""
         found = self.values(states, self.critics)
-        mean: Tensor = found.mean(0)
-        return mean - pessimism * found.std(0) if pessimism else mean
+        return torch.mean(found, 0) - (pessimism * torch.std(found, 0) if pessimism else 0)
 
     def rewards(self, states: Tensor, actions: Tensor) -> Tensor:
         """Return predicted rewards [...]."""
