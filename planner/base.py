@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -88,6 +88,18 @@ class Solver(Protocol):
 
         Each episode has a generator on the CPU, so that its result does not depend on the other episodes of the batch.
         """
+
+
+@runtime_checkable
+class TakesProposals(Protocol):
+    """A solver some of whose candidates a model's policy proposes, see `Proposes`."""
+
+    @property
+    def proposals(self) -> int:
+        """Count them; 0 for none."""
+
+    def search(self, cost: Cost, start: Tensor, generators: Sequence[torch.Generator], proposals: Tensor) -> Tensor:
+        """Act as `Solver`, with the candidates [E, proposals, T, A]; they may be beyond the bounds."""
 
 
 def normal(generators: Sequence[torch.Generator], samples: int, start: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +14,18 @@ from torch.utils.checkpoint import checkpoint
 
 from wmcache.common.device import autocast
 from wmcache.common.errors import UserError
-from wmcache.planner.base import Cost, Solver
+from wmcache.planner.base import Cost, Solver, TakesProposals
 from wmcache.planner.context import EvalContext
 from wmcache.planner.objective import GoalDistance, Objective, negative_return
 from wmcache.planner.options import PlanOptions
-from wmcache.trainer.models import Belief, WorldModel, dreaming_models
+from wmcache.trainer.models import Belief, Proposes, WorldModel, dreaming_models
 
 TOKENS_IN_FLIGHT = 2**17
 """Tokens of all candidates in one call of the model; bounds the memory of a plan for any number of samples and episodes."""
+
+
+Propose = Callable[[Belief, Sequence[torch.Generator]], Tensor]
+"""Draws candidates [E, K, T, f * A] in env units, see `Proposes`."""
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Mpc:
         horizon: model steps of a plan.
         frameskip: env steps of a model step.
         bounds: lowest and highest actions of a model step in env units, [f * A] each; None: -1 and 1.
+        propose: draws the candidates of a solver that takes proposals.
     """
 
     model: WorldModel
@@ -42,6 +47,7 @@ class Mpc:
     device: torch.device
     dtype: torch.dtype
     bounds: tuple[Tensor, Tensor] | None = None
+    propose: Propose | None = None
 
     def plan(self, belief: Belief, previous: Tensor | None, generators: Sequence[torch.Generator]) -> Tensor:
         """Find actions [E, T, f * A] of low cost in env units, T = horizon.
@@ -55,11 +61,25 @@ class Mpc:
             previous = torch.zeros(len(generators), self.horizon, self.model.shape.action_dim, device=self.device)
         cost = self.cost_of(belief, generators)
         with torch.enable_grad() if self.solver.differentiates else torch.inference_mode():
+            proposals = None
+            if self.propose is not None:
+                with autocast(self.device, self.dtype):
+                    proposals = self.propose(belief, generators).float()
             if self.bounds is None:
-                return self.solver(cost, previous, generators)
+                return self._solve(cost, previous, generators, proposals)
             middle, half = (self.bounds[0] + self.bounds[1]) / 2, (self.bounds[1] - self.bounds[0]) / 2
-            found = self.solver(lambda actions: cost(middle + half * actions), (previous - middle) / half, generators)
+            proposals = None if proposals is None else (proposals - middle) / half
+            start = (previous - middle) / half
+            found = self._solve(lambda actions: cost(middle + half * actions), start, generators, proposals)
             return middle + half * found
+
+    def _solve(
+        self, cost: Cost, start: Tensor, generators: Sequence[torch.Generator], proposals: Tensor | None
+    ) -> Tensor:
+        if proposals is None:
+            return self.solver(cost, start, generators)
+        assert isinstance(self.solver, TakesProposals)
+        return self.solver.search(cost, start, generators, proposals)
 
     def cost_of(self, belief: Belief, generators: Sequence[torch.Generator]) -> Cost:
         """Return the function that the solver minimises: the objective of imagined futures; arguments as for `plan`."""
@@ -107,7 +127,7 @@ def make_mpc(context: EvalContext, options: PlanOptions, goal: Tensor, goal_prop
     to_goal = None if graph is None else graph.to_goal(goal)
     cost = context.world_model.cost
     objective = GoalDistance(goal, options.objective, options.alpha, proprio, graph, to_goal, cost=cost)
-    return _mpc_of(context, options, objective)
+    return _mpc_of(context, options, objective, goal)
 
 
 def require_distance(context: EvalContext, options: PlanOptions) -> None:
@@ -140,10 +160,21 @@ def require_reward(context: EvalContext) -> None:
         )
 
 
-def _mpc_of(context: EvalContext, options: PlanOptions, objective: Objective) -> Mpc:
+def _mpc_of(context: EvalContext, options: PlanOptions, objective: Objective, goal: Tensor | None = None) -> Mpc:
     sizes = (options.horizon, context.frameskip)
     low, high = (
         torch.from_numpy(np.tile(bound, context.frameskip)).to(context.device) for bound in context.action_bounds
     )
     bounds = None if (low == -1).all() and (high == 1).all() else (low, high)
-    return Mpc(context.world_model, context.solver, objective, *sizes, context.device, context.dtype, bounds)
+    propose = _proposals_of(context, options.horizon, goal)
+    return Mpc(context.world_model, context.solver, objective, *sizes, context.device, context.dtype, bounds, propose)
+
+
+def _proposals_of(context: EvalContext, horizon: int, goal: Tensor | None) -> Propose | None:
+    """Return what draws the solver's proposals, if it takes any; raises UserError where the model has no policy."""
+    solver, model = context.solver, context.world_model
+    if not isinstance(solver, TakesProposals) or not solver.proposals:
+        return None
+    if not isinstance(model, Proposes) or not model.has_policy:
+        raise UserError(f"--proposals {solver.proposals}: the model of {context.run} has no policy; leave it out")
+    return functools.partial(model.propose, goal=goal, horizon=horizon, count=solver.proposals)

@@ -17,12 +17,12 @@ Objective = Callable[[Imagined, slice], Tensor]
 
 
 def negative_return(imagined: Imagined, episodes: slice) -> Tensor:  # noqa: ARG001 (an objective's signature)
-    """Sum the predicted rewards, each weighted by the chance that the episode still goes on; an `Objective`."""
+    """Sum the predicted rewards, and the value if any, each weighted by the chance that the episode still goes on; an `Objective`."""
     assert imagined.reward is not None
-    rewards = imagined.reward
+    rewards = imagined.reward if imagined.value is None else torch.cat([imagined.reward, imagined.value], 2)
     if imagined.continues is not None:
-        going = imagined.continues.cumprod(2)
-        rewards = torch.cat([rewards[:, :, :1], rewards[:, :, 1:] * going[:, :, :-1]], 2)
+        going = imagined.continues.cumprod(2)[:, :, : rewards.shape[2] - 1]
+        rewards = torch.cat([rewards[:, :, :1], rewards[:, :, 1:] * going], 2)
     return -rewards.sum(2)
 
 

@@ -191,6 +191,26 @@ PRESETS: dict[str, dict[str, Any]] = {
     "diswm-pretrain": {**DISWM, "actions": "none"},
     # Its student; add --teacher. Its code sums the distillation over the 50 frames of a sequence.
     "diswm": {**DISWM, "reward-weight": 2.0, "distill-weight": 5.0},
+    # The 5M model of its code. Here one AdamW trains all, and one norm is clipped; there the policy has its own.
+    "td-mpc2": {
+        "model": "td-mpc2",
+        "latent": 512,
+        "simplex": 8,
+        "encoder-width": 256,
+        "hidden": 512,
+        "critics": 5,
+        "dropout": 0.01,
+        "forecast": 3,
+        "step-weight": 0.5,
+        "history": 1,
+        "batch-size": 256,
+        "lr": 3e-4,
+        "warmup": 0.0,
+        "decay": 0.0,
+        "beta2": 0.999,
+        "weight-decay": 0.0,
+        "clip": 20.0,
+    },
     # Sizes of its code, on sequences of 20 frames. Its tokenizer sees pixels, has no weight decay, and trains alone at first.
     "iris": {
         "model": "iris",

@@ -29,7 +29,7 @@ from wmcache.engine.checkpoint import Progress, last_checkpoint, load_training_s
 from wmcache.engine.optimisers import decay_groups, warmup_constant_decay
 from wmcache.engine.ranks import SINGLE, Ranks
 from wmcache.trainer.feed import Feed, choose_residence
-from wmcache.trainer.models import MODELS, DataShape, Trainable, build, read_options
+from wmcache.trainer.models import MODELS, DataShape, Trainable, WorldModel, build, read_options
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.runs import describe_caches, find_stages, lock_run, prepare_run
 
@@ -116,7 +116,8 @@ def _train(
         _write_encoder(out, model, store, ranks)
         ranks.log(f"{out}: all steps are done")
         return {}
-    held_out = validation_windows(store, options, kind.goals(chosen)).with_extras(extras)
+    goals = None if issubclass(kind, WorldModel) else kind.goals(chosen)  # rollouts need several frames, and no goal
+    held_out = validation_windows(store, options, goals).with_extras(extras)
     same = ("steps", "batch", "accumulate", "log_every", "validate_every", "checkpoint_every")
     shared = {name: getattr(options, name) for name in same}
     how = loop.LoopOptions(

@@ -27,5 +27,11 @@ PROTOCOLS.register("open-loop")(
     {"horizon": 6, "execute": 6, "objective": "last", "budget": 30, "strict": True}
     | {**DINO_WM_SEARCH, "iterations": 20}
 )
+# TD-MPC2 (tdmpc2/config.yaml), but that the temperature is relative to the costs of the elites, and the mean acts.
+PROTOCOLS.register("td-mpc2")(
+    {"horizon": 3, "execute": 1, "objective": "all", "budget": 100, "strict": True}
+    | {"solver": "mppi", "samples": 512, "elites": 64, "iterations": 6, "proposals": 24}
+    | {"sigma": 2.0, "min_sigma": 0.05, "temperature": 0.5}
+)
 # Replans after every model step, within 100 env steps.
 PROTOCOLS.register("mpc-100")({"horizon": 5, "execute": 1, "objective": "all", "budget": 100, "strict": True})

@@ -14,7 +14,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from wmcache.common.options import Positive, Weight, option
+from wmcache.common.options import Natural, Positive, Weight, option
 from wmcache.planner.base import Cost, Sampling, around
 from wmcache.planner.solvers import SOLVERS
 
@@ -37,17 +37,26 @@ class Mppi(Sampling):
     )
     temperature: Weight = option(4.0, "Inverse temperature of the candidates' weights; 0 weights all elites alike.")
     min_sigma: Weight = option(0.05, "Smallest standard deviation of the candidates, in env units.")
+    proposals: Natural = option(
+        0, "Candidates of each iteration that the model's own policy proposes, of a model with one; TD-MPC2 has 24."
+    )
 
     def __post_init__(self) -> None:
         """Raise UserError for more elites than samples, or deviations out of order."""
         self.require_at_most("elites", "samples", self.samples)
         self.require_at_most("min_sigma", "sigma", self.sigma)
+        self.require_at_most("proposals", "samples - 1", self.samples - 1)
 
     def __call__(self, cost: Cost, start: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """See `Solver`."""
-        mean, deviation = start, torch.full_like(start, self.sigma)
+        return self.search(cost, start, generators, start[:, None][:, :0])
+
+    def search(self, cost: Cost, start: Tensor, generators: Sequence[torch.Generator], proposals: Tensor) -> Tensor:
+        """See `TakesProposals`."""
+        mean, deviation, proposals = start, torch.full_like(start, self.sigma), proposals.clamp(-1.0, 1.0)
         for _ in range(self.iterations):
-            actions = around(mean, deviation, self.samples, generators)
+            drawn = around(mean, deviation, self.samples - proposals.shape[1], generators)
+            actions = torch.cat([drawn, proposals], 1)
             costs, best = cost(actions).topk(self.elites, dim=1, largest=False)
             elites = torch.take_along_dim(actions, best[:, :, None, None], dim=1)
             excess = costs - costs[:, :1]

@@ -27,6 +27,7 @@ SMALL = {
     "rwm": "--hidden 8 --observed-steps 3 --forecast 2 --frameskip 5",
     "vjepa2-ac": "--width 16 --depth 1 --heads 2 --mlp 8",
     "iris": "--width 16 --depth 1 --heads 2 --vocabulary 8 --code-dim 4 --channels 8 --history 3 --frameskip 5",
+    "td-mpc2": "--latent 16 --hidden 8",
 }
 """Options that fit a store of four tokens, and episodes of 60 frames."""
 Parse = Callable[[str], TrainOptions]

@@ -31,6 +31,7 @@ MakeRun = Callable[..., Path]
 SIZES: dict[str, dict[str, Any]] = {
     "mdn-rnn": {"hidden": 16, "mixtures": 2, "sequence": 6},
     "dino-wm": {"width": 16, "depth": 1, "heads": 2},
+    "td-mpc2": {"latent": 8, "hidden": 8, "encoder_width": 8},
 }
 
 
@@ -93,6 +94,17 @@ def test_without_a_goal_the_predicted_return_is_maximised(
     np.testing.assert_allclose(again.step(episodes.actions[2:])["reward"], episodes.rewards[2:])
     alone = run_episodes(context, quick, [2])
     np.testing.assert_allclose(alone.rewards, episodes.rewards[2:], rtol=1e-3)
+
+
+def test_a_learned_policy_and_value_plan_for_a_return(make_run: MakeRun, quick: PlanOptions) -> None:
+    run = make_run("gym:Pendulum-v1", "td-mpc2", 2)
+    options = replace(quick, solver="mppi", search={**quick.search, "proposals": 3})
+    episodes = run_episodes(EvalContext(run, options), options, range(2))
+    assert episodes.rewards.shape == (2, 12)
+    assert (np.abs(episodes.actions) <= 2).all()
+    np.testing.assert_array_equal(run_episodes(EvalContext(run, options), options, range(2)).actions, episodes.actions)
+    with pytest.raises(UserError, match="--model rssm"):
+        make_run("gym:CartPole-v1", "td-mpc2", 1)
 
 
 def test_a_distracted_store_is_planned_in_its_own_environment_or_another(

@@ -34,13 +34,18 @@ class Imagined:
         latents: [E, S, T, N, D].
         proprio: [E, S, T, Q], embedded as `WorldModel.encode_proprio` does.
         reward: [E, S, T], of a model that predicts it.
-        continues: [E, S, T], the probability that the episode goes on, of a model that predicts it.
+        continues: [E, S, T], the probability that the episode goes on, of a model that predicts it; times the discount, where rewards have
+            one.
+        value: [E, S, 1], the return after the last step, of a model that predicts it.
+        state: [E, S, T, …], what `WorldModel.cost` reads, of a model that scores steps in a space of its own.
     """
 
     latents: Tensor
     proprio: Tensor
     reward: Tensor | None = None
     continues: Tensor | None = None
+    value: Tensor | None = None
+    state: Tensor | None = None
 
     def last(self) -> Imagined:
         """Return the last model step alone."""
@@ -201,6 +206,26 @@ class Dreams(Protocol):
 
     def features(self, belief: Belief) -> dict[str, Tensor]:
         """Return what a policy may see of a belief, [E, …] each: `latent`, the newest frame in its units; `hidden`; `cell` if any."""
+
+
+@runtime_checkable
+class Proposes(Protocol):
+    """A world model that may have a policy, whose actions a solver can try."""
+
+    @property
+    def has_policy(self) -> bool:
+        """Whether it has one."""
+
+    def propose(
+        self, belief: Belief, generators: Sequence[torch.Generator], *, goal: Tensor | None, horizon: int, count: int
+    ) -> Tensor:
+        """Draw sequences of the policy's actions, [E, count, horizon, f * A] in env units; they may be beyond the bounds.
+
+        Args:
+            belief: of E episodes, with at least one frame.
+            generators: one on the CPU for each episode.
+            goal: [E, N, D]; None where plans maximise rewards of the data.
+        """
 
 
 MODELS: Registry[type[Trainable]] = Registry("model", package=__name__, group="wmcache.models")
