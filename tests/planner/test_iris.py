@@ -58,7 +58,8 @@ def test_candidates_of_a_plan_see_the_same_noise_however_they_are_cut(
 
     expected = cost(0)
     torch.testing.assert_close(expected, expected[:, :1].expand(-1, 6))
-    assert not torch.isclose(expected, cost(5)).any()
+    others = torch.stack([cost(seed) for seed in (5, 10, 15)])  # one of them may draw the same codes
+    assert not torch.isclose(others, expected).all(0).any()
     for room in (1, 40):
         monkeypatch.setattr(mpc_module, "TOKENS_IN_FLIGHT", room)
         torch.testing.assert_close(cost(0), expected)
