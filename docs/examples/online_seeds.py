@@ -28,7 +28,9 @@ def main(picture: Path, folders: list[Path]) -> None:
     line = curve.Line(f"{len(rows)} seeds", at, [one["mean"] for one in over], [one["ci95"] for one in over], baselines)
     picture.write_bytes(curve.draw([line], "env steps", None, by_return=True))
     for step, one in zip(at, over, strict=True):
-        click.echo(f"{step:>9} env steps: {one['mean']:.1f}, 95 % interval {one['ci95'][0]:.1f} to {one['ci95'][1]:.1f}")
+        click.echo(
+            f"{step:>9} env steps: {one['mean']:.1f}, 95 % interval {one['ci95'][0]:.1f} to {one['ci95'][1]:.1f}"
+        )
     click.echo(", ".join(f"{name} actions {value:.1f}" for name, value in baselines.items()))
 
 
