@@ -99,10 +99,12 @@ class StoreWriter:
         # None where there is none, or where its metadata has to be written again.
         with _writing(path):
             if not exists(path if is_local(path) else path / "zarr.json"):
+                names = set(names_in(path))
                 # Objects appear one by one: a creator that died may have left some.
-                if other := set(names_in(path)) - {"tokens", *card.step_columns, *SHARD_COLUMNS}:
+                if other := names - {"zarr.json", "tokens", *card.step_columns, *SHARD_COLUMNS}:
                     raise UserError(f"{path} is not a token store, it contains {min(other)!r}; choose another --out")
-                return None
+                if "zarr.json" not in names:  # else another process has just written it
+                    return None
         try:
             found = cls.resume(path, identity)
         except DamagedError:
