@@ -111,6 +111,9 @@ class World:
                 self._aim()
             if look is not None and self._scene is not None:
                 return self._scene.draw(self.data, self._camera(), look)
+            viewer = getattr(getattr(self._core, "mujoco_renderer", None), "viewer", None)
+            if viewer is not None:  # gymnasium draws in the context that is current, which may be another copy's
+                viewer.make_context_current()
             frame: Any = self.env.render()
             if self.data is not None:
                 close_at_exit(self)

@@ -58,15 +58,15 @@ class Sawyer(gymnasium.Env[Array, Array]):
         inner.seeded_rand_vec = True
         self.observation_space, self.action_space = inner.sawyer_observation_space, inner.action_space
         self.metadata, self.render_mode = inner.metadata, "rgb_array"
-        self.model, self.data = inner.model, inner.data
-        self.fixed_camera = int(inner.mujoco_renderer.camera_id)
+        self.model, self.data, self.mujoco_renderer = inner.model, inner.data, inner.mujoco_renderer
+        self.fixed_camera = int(self.mujoco_renderer.camera_id)
         self.model.cam_pos[self.fixed_camera] = POSITION
         usual = self.model.cam_quat[self.fixed_camera].copy()
         mujoco.mju_mulQuat(self.model.cam_quat[self.fixed_camera], usual, UPRIGHT)
 
     def set_frame_size(self, size: int) -> None:
         """Choose the side of the frames in pixels, before the first is drawn."""
-        buffer, renderer = self.model.vis.global_, self._inner.mujoco_renderer
+        buffer, renderer = self.model.vis.global_, self.mujoco_renderer
         buffer.offwidth, buffer.offheight = max(buffer.offwidth, size), max(buffer.offheight, size)
         renderer.width = renderer.height = size
 
