@@ -84,3 +84,14 @@ def test_a_module_that_does_not_exist_is_one_line() -> None:
 def test_an_unknown_id_asks_for_the_module_that_registers_it() -> None:
     with pytest.raises(UserError, match="module:ID"):
         open_environment("gym:NoSuchThing-v0")
+
+
+def test_an_environment_draws_in_its_own_opengl_context_while_another_one_opens_and_closes() -> None:
+    first, other = (open_environment("gym:Pusher-v5", 2, 32) for _ in range(2))
+    tasks = [Task(3), Task(4)]
+    drawn = first.reset(tasks).image
+    assert drawn.any(axis=(1, 2, 3)).all()
+    other.reset(tasks[::-1]).image  # noqa: B018 (frames are drawn when they are read)
+    np.testing.assert_array_equal(first.reset(tasks).image, drawn)
+    other.close()
+    np.testing.assert_array_equal(first.reset(tasks).image, drawn)
