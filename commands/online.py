@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import click
@@ -15,7 +13,7 @@ from click.core import ParameterSource
 from wmcache.commands.command import Command, take_chosen
 from wmcache.commands.options import options_of
 from wmcache.commands.output import shell_command, show
-from wmcache.commands.shared import PATH, cluster_option, count_option, file_option, json_option
+from wmcache.commands.shared import PATH, cluster_option, count_option, device_option, file_option, json_option
 from wmcache.commands.train import MODEL
 from wmcache.common.folders import home
 from wmcache.study.online_flags import ENCODER, EPISODES, OnlineCollect, OnlineFlags, OnlineTrain
@@ -30,20 +28,19 @@ TABLES = {
 """Flags that set an option of one of FILE's tables."""
 KEYS = {"encoder": "name", "encoder_weights": "weights"}
 """Options that have another name than their flag."""
-_models = partial(resolve_name, "wmcache.trainer.models:MODELS")
 
 
 @click.command(cls=Command, by=MODEL)
 @click.argument("file", type=PATH, required=False)
 @options_of(OnlineCollect, only=("env", "length", "image_size"))
 @options_of(OnlineFlags)
-@options_of(OnlineTrain, only=("model", "frameskip"), model={"names": _models})
+@options_of(OnlineTrain, only=("model", "frameskip"), model={"names": MODEL.names})
 @click.option("--encoder", default=ENCODER, help="Encoder of all frames, which stays as it is; see: wmcache encoders.")
 @file_option(
     "--encoder-weights", help="Weights of the encoder.  [default: fitted on the prefill, or the encoder's own]"
 )
 @count_option("--episodes", default=EPISODES, help="Episodes of each evaluation.")
-@click.option("--device", default="auto", help="Device: auto, cpu, cuda, cuda:1, mps.")
+@device_option
 @cluster_option()
 @file_option(
     "--out", help="Folder of all results.  [default: $WMCACHE_HOME/online/<name of FILE, or of the environment>]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -13,15 +14,22 @@ class RmsNorm(nn.RMSNorm):
         return super().forward(values.float())
 
 
-def make_mlp(inputs: int, hidden: int, layers: int, outputs: int | None = None, *, zero: bool = False) -> nn.Sequential:
-    """Return hidden layers with RMSNorm and SiLU, and a linear one to the outputs, if any; `zero`: it is 0 at first."""
+def make_mlp(
+    inputs: int, hidden: int, layers: int, outputs: int | None = None, *, scale: float | None = None
+) -> nn.Sequential:
+    """Return hidden layers with RMSNorm and SiLU, and a linear one to the outputs, if any.
+
+    Args:
+        scale: of the first weights of that one, whose biases are 0 then; None: both are drawn as usual.
+    """
     found: list[nn.Module] = []
     for _ in range(layers):
         found += [nn.Linear(inputs, hidden), RmsNorm(hidden), nn.SiLU()]
         inputs = hidden
     if outputs is not None:
         found.append(last := nn.Linear(inputs, outputs))
-        if zero:
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        if scale is not None:
+            with torch.no_grad():
+                last.weight *= scale
+                last.bias.zero_()
     return nn.Sequential(*found)

@@ -88,7 +88,7 @@ def imagine(
         ffmpeg()  # a missing program is reported before any work
     device = choose_device(options.device)
     store, windows = _open(run, decoder, cache, options.steps)
-    size = source.read_frames(windows.frames(np.arange(1))[0, :1]).shape[1]
+    size = int(store.card.dataset["image_size"])
     draw = load_decoder(decoder, device) if decoder else OwnDecoder(open_encoder(run, device=str(device)), size)
     model = _load(run, device, options.context)
     metrics = ImageMetrics(draw.image_size, device, lpips=options.lpips)

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from wmcache.common.schema import Size
+from wmcache.engine.mlp import make_mlp
 from wmcache.trainer.models.symlog import TwoHot
 from wmcache.trainer.options import ActorOptions
 
@@ -260,18 +261,6 @@ def lambda_returns(rewards: Tensor, values: Tensor, discounts: Tensor, trace: fl
         following = reward + discount * ((1 - trace) * value + trace * following)
         found.append(following)
     return torch.stack(found[::-1])
-
-
-def make_mlp(inputs: int, units: int, layers: int, outputs: int, *, scale: float) -> nn.Sequential:
-    """Return a perceptron with normalised hidden layers; `scale` is that of the last layer's first weights."""
-    parts: list[nn.Module] = []
-    for size in (inputs, *[units] * (layers - 1)):
-        parts += [nn.Linear(size, units), nn.RMSNorm(units), nn.SiLU()]
-    last = nn.Linear(units, outputs)
-    with torch.no_grad():
-        last.weight *= scale
-        last.bias.zero_()
-    return nn.Sequential(*parts, last)
 
 
 def _one_hot(scores: Tensor) -> Tensor:

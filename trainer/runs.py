@@ -192,7 +192,8 @@ def load_trained(run: Path, device: torch.device, *, untrained: bool = False) ->
 
     model = load_network(run, make, device)
     if untrained:
-        buffers = {name: value for name, value in model.named_buffers() if name in model.state_dict()}
+        saved = model.state_dict().keys()
+        buffers = {name: value for name, value in model.named_buffers() if name in saved}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(config.get("seed", 0)))
             model = make({name: value.cpu() for name, value in _statistics(buffers).items()})

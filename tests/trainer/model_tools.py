@@ -186,3 +186,18 @@ def remember(model: Any, batch: dict[str, Tensor], frames: int) -> Any:
         action = batch["action"][:, t - 1] if t else None
         belief = model.observe(belief, batch["tokens"][:, t], batch["proprio"][:, t], action)
     return belief
+
+
+def require_noise_of_each_episode(model: Any, batch: dict[str, Tensor]) -> None:
+    """Assert that what an episode draws depends on its generator alone, and that nothing is drawn at temperature 0."""
+    belief, futures = remember(model, batch, 2), make_futures(batch["action"], past=0)
+    together = model.imagine(belief, futures, generators(1, 2)).latents
+    alone = {name: value[1:] for name, value in belief.items()}
+    for part in (slice(0, 2), slice(1, 3)):  # candidates see the same noise, however they are cut
+        found = model.imagine(alone, futures[1:, part], generators(2)).latents
+        torch.testing.assert_close(found, together[1:, part], rtol=1e-4, atol=1e-4)
+    assert not torch.isclose(model.imagine(belief, futures, generators(1, 3)).latents[1], together[1]).all()
+    certain = model.imagine(belief, futures).latents
+    model.temperature = 0.0
+    assert torch.equal(model.imagine(belief, futures, generators(1, 2)).latents, certain)
+    assert not torch.isclose(certain, together).all()

@@ -17,6 +17,7 @@ from model_tools import (
     make_statistics,
     randomise,
     remember,
+    require_noise_of_each_episode,
 )
 from naive_iris import roll_out_iris, slow_losses
 from run_tools import Go, make_go, read_log, stopped_at, weights_of
@@ -198,18 +199,7 @@ def test_a_belief_depends_on_the_frames_that_are_observed() -> None:
 
 
 def test_what_an_episode_draws_depends_on_its_generator_alone() -> None:
-    model, batch = make_model(**SPLIT, temperature=1.5), make_batch(batch=2, frames=3)
-    belief, futures = remember(model, batch, 2), make_futures(batch["action"], past=0)
-    together = model.imagine(belief, futures, generators(1, 2)).latents
-    alone = {name: value[1:] for name, value in belief.items()}
-    for part in (slice(0, 2), slice(1, 3)):  # candidates see the same noise, however they are cut
-        found = model.imagine(alone, futures[1:, part], generators(2)).latents
-        torch.testing.assert_close(found, together[1:, part], rtol=1e-4, atol=1e-4)
-    assert not torch.isclose(model.imagine(belief, futures, generators(1, 3)).latents[1], together[1]).all()
-    certain = model.imagine(belief, futures).latents
-    model.temperature = 0.0
-    assert torch.equal(model.imagine(belief, futures, generators(1, 2)).latents, certain)
-    assert not torch.isclose(certain, together).all()
+    require_noise_of_each_episode(make_model(**SPLIT, temperature=1.5), make_batch(batch=2, frames=3))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

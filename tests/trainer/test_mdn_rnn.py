@@ -18,6 +18,7 @@ from model_tools import (
     make_statistics,
     randomise,
     remember,
+    require_noise_of_each_episode,
     roll_out,
 )
 from run_tools import Go, make_go, read_log, stopped_at, weights_of
@@ -157,14 +158,7 @@ def test_without_temperature_it_draws_nothing(mixture: str) -> None:
 
 @each_mixture
 def test_what_an_episode_draws_depends_on_its_generator_alone(mixture: str) -> None:
-    model, batch = make_model(mixture=mixture, temperature=0.7), make_batch(batch=2, frames=3)
-    belief, futures = remember(model, batch, frames=2), make_futures(batch["action"], past=0)
-    together = model.imagine(belief, futures, generators(1, 2)).latents
-    alone = {name: value[1:] for name, value in belief.items()}
-    for part in (slice(0, 2), slice(1, 3)):  # candidates see the same noise, however they are cut
-        found = model.imagine(alone, futures[1:, part], generators(2)).latents
-        torch.testing.assert_close(found, together[1:, part], rtol=1e-4, atol=1e-4)
-    assert not torch.isclose(model.imagine(belief, futures, generators(1, 3)).latents[1], together[1]).all()
+    require_noise_of_each_episode(make_model(mixture=mixture, temperature=0.7), make_batch(batch=2, frames=3))
 
 
 @each_mixture

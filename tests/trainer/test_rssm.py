@@ -18,6 +18,7 @@ from model_tools import (
     make_statistics,
     randomise,
     remember,
+    require_noise_of_each_episode,
 )
 from run_tools import Go, make_go, read_log, stopped_at, weights_of
 from torch import Tensor
@@ -227,18 +228,7 @@ def test_it_remembers_frames_before_the_newest(latent: str) -> None:
 
 @each_latent
 def test_what_an_episode_draws_depends_on_its_generator_alone(latent: str) -> None:
-    model, batch = make_model(latent=latent, temperature=0.7), make_batch(batch=2, frames=3)
-    belief, futures = remember(model, batch, 2), make_futures(batch["action"], past=0)
-    together = model.imagine(belief, futures, generators(1, 2)).latents
-    alone = {name: value[1:] for name, value in belief.items()}
-    for part in (slice(0, 2), slice(1, 3)):  # candidates see the same noise, however they are cut
-        found = model.imagine(alone, futures[1:, part], generators(2)).latents
-        torch.testing.assert_close(found, together[1:, part], rtol=1e-4, atol=1e-4)
-    assert not torch.isclose(model.imagine(belief, futures, generators(1, 3)).latents[1], together[1]).all()
-    certain = model.imagine(belief, futures).latents
-    model.temperature = 0.0
-    assert torch.equal(model.imagine(belief, futures, generators(1, 2)).latents, certain)
-    assert not torch.isclose(certain, together).all()
+    require_noise_of_each_episode(make_model(latent=latent, temperature=0.7), make_batch(batch=2, frames=3))
 
 
 @each_latent

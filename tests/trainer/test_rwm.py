@@ -19,6 +19,7 @@ from model_tools import (
     make_statistics,
     randomise,
     remember,
+    require_noise_of_each_episode,
     roll_out,
 )
 from run_tools import Go, make_go, read_log, stopped_at, weights_of
@@ -182,18 +183,7 @@ def test_a_step_is_one_of_those_that_it_imagines(inputs: dict[str, Any], ensembl
 
 @pytest.mark.parametrize("ensemble", [1, 3])
 def test_what_an_episode_draws_depends_on_its_generator_alone(ensemble: int) -> None:
-    model, batch = make_model(temperature=0.7, ensemble=ensemble), make_batch(batch=2, frames=3)
-    belief, futures = remember(model, batch, 2), make_futures(batch["action"], past=0)
-    together = model.imagine(belief, futures, generators(1, 2)).latents
-    alone = {name: value[1:] for name, value in belief.items()}
-    for part in (slice(0, 2), slice(1, 3)):  # candidates see the same noise, however they are cut
-        found = model.imagine(alone, futures[1:, part], generators(2)).latents
-        torch.testing.assert_close(found, together[1:, part], rtol=1e-4, atol=1e-4)
-    assert not torch.isclose(model.imagine(belief, futures, generators(1, 3)).latents[1], together[1]).all()
-    model.temperature = 0.0
-    certain = model.imagine(belief, futures, generators(1, 2)).latents
-    assert torch.equal(certain, model.imagine(belief, futures).latents)
-    assert not torch.isclose(certain, together).all()
+    require_noise_of_each_episode(make_model(temperature=0.7, ensemble=ensemble), make_batch(batch=2, frames=3))
 
 
 def test_an_ensemble_predicts_the_mean_and_draws_one_of_its_heads() -> None:

@@ -64,6 +64,7 @@ class WorldModel(Trainable):
 
     recurrent: ClassVar[bool] = False  # remembers every frame of an episode, so a planner must observe each model step
     draws: ClassVar[bool] = False  # whether `imagine` uses its generators
+    proprio_size: int = 0  # Q of `encode_proprio`: P, or 0 for a model that sees no proprio
     takes_actions: bool = True  # else it predicts videos, and cannot plan
     temperature: float = 0.0
 
@@ -92,8 +93,10 @@ class WorldModel(Trainable):
         return {f"skill_{k}": value for k, value in enumerate(found, start=1)}
 
     def encode_proprio(self, proprio: Tensor) -> Tensor:
-        """Embed proprio as `imagine` predicts it, [B, T, P] -> [B, T, Q]. Q is 0 for a model that sees no proprio, the default."""
-        return proprio[..., :0]
+        """Embed proprio as `imagine` predicts it, [B, T, P] -> [B, T, Q]; default: standardised, of `proprio_size` values."""
+        if not self.proprio_size:
+            return proprio[..., :0]
+        return ((proprio - self.proprio_mean) / self.proprio_std)[..., : self.proprio_size]
 
     def start(self, count: int) -> Belief:  # noqa: ARG002
         """Return the belief of so many episodes before their first frame; default: nothing."""

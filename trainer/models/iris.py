@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from wmcache.common.errors import UserError
 from wmcache.common.options import ShareBelowOne, Weight, option
 from wmcache.common.schema import Size
-from wmcache.trainer.models import MODELS, Belief, DataShape, Generators, Imagined, WorldModel
+from wmcache.trainer.models import MODELS, Belief, DataShape, Generators, Imagined
 from wmcache.trainer.models.attention import KeysValues, zero_init
 from wmcache.trainer.models.frame_codes import FrameCodes
-from wmcache.trainer.models.recurrent import draw_noise
 from wmcache.trainer.models.state_space import BlockLinear
+from wmcache.trainer.models.stepwise import StepwiseModel, draw_noise
 from wmcache.trainer.models.symlog import TwoHot
 from wmcache.trainer.models.token_causal import CausalTransformer, Kept
 
@@ -61,7 +61,7 @@ class IrisOptions:
 
 
 @MODELS.register("iris")
-class Iris(WorldModel):
+class Iris(StepwiseModel):
     """IRIS, see the module. Inside, tokens, proprio and actions are standardised.
 
     A belief has the newest frame and the keys and values of the `context` newest ones, with the actions between them. As in any
@@ -70,7 +70,6 @@ class Iris(WorldModel):
 
     Options = IrisOptions
     options: IrisOptions
-    draws = True
 
     def __init__(self, shape: DataShape, options: IrisOptions, statistics: Mapping[str, Tensor]) -> None:
         """Build the model, see `WorldModel`."""
@@ -136,10 +135,6 @@ class Iris(WorldModel):
         cells = rearrange(before, "b t (p g) w -> b t p g w", g=self.tokenizer.groups)
         return self.next_code(cells).flatten(2, 3), self._predict(outputs[:, :, -1])
 
-    def encode_proprio(self, proprio: Tensor) -> Tensor:
-        """See `WorldModel.encode_proprio`."""
-        return ((proprio - self.proprio_mean) / self.proprio_std)[..., : self.proprio_size]
-
     def start(self, count: int) -> Belief:
         """See `WorldModel.start`."""
         options, device = self.options, self.tokens_mean.device
@@ -170,18 +165,9 @@ class Iris(WorldModel):
         return {**seen, **pack(kept, self._length)}
 
     def imagine(self, belief: Belief, actions: Tensor, generators: Sequence[torch.Generator] | None = None) -> Imagined:
-        """See `WorldModel.imagine`. Codes are drawn where the temperature is above 0."""
-        samples, frames = actions.shape[1], []
-        belief = {name: value.repeat_interleave(samples, 0) for name, value in belief.items() if name != "tokens"}
-        for action in actions.flatten(0, 1).unbind(1):
-            belief, frame = self._advance(belief, action, generators, samples)
-            frames.append(frame)
-        return self._describe(frames, samples)
-
-    def step(self, belief: Belief, action: Tensor, generators: Generators | None = None) -> tuple[Belief, Imagined]:
-        """See `Dreams.step`."""
-        belief, frame = self._advance(belief, action, generators, 1)
-        return belief, self._describe([frame], 1)
+        """See `StepwiseModel.imagine`. No step sees the tokens, so they are not repeated for each future."""
+        seen = {name: value for name, value in belief.items() if name != "tokens"}
+        return super().imagine(seen, actions, generators)
 
     def features(self, belief: Belief) -> dict[str, Tensor]:
         """See `Dreams.features`; `hidden` is the output at the last code of the newest frame, and its proprio."""
@@ -195,7 +181,7 @@ class Iris(WorldModel):
     def _advance(
         self, belief: Belief, action: Tensor, generators: Generators | None, samples: int
     ) -> tuple[Belief, dict[str, Tensor]]:
-        """Imagine a frame of S futures of E episodes; returns the belief after it, and it with the outputs of the heads, [E * S, …]."""
+        """See `StepwiseModel`."""
         output, kept = self._act(unpack(belief), belief, action)
         found, time, noise = self._predict(output), belief["time"] + 1, None
         if generators is not None and self.temperature:
@@ -207,6 +193,8 @@ class Iris(WorldModel):
             entries.append(self.tokenizer.mean_entry(shares, k))
             outputs, kept = self.transformer(self._embed_code(entries[-1], k)[:, None], time[:, None], kept)
             output = outputs[:, 0]
+        if "reward" in found:
+            found["reward"] = self.two_hot.mean(found["reward"])[..., None]
         proprio = belief["proprio"]
         if "proprio" in found:
             proprio = found["proprio"] = proprio + found["proprio"]
@@ -259,15 +247,6 @@ class Iris(WorldModel):
 
     def _standardise(self, tokens: Tensor) -> Tensor:
         return (tokens.float() - self.tokens_mean) / self.tokens_std
-
-    def _describe(self, frames: Sequence[Mapping[str, Tensor]], samples: int) -> Imagined:
-        """Convert T frames of `_advance` to the store's units."""
-        stacked = {name: torch.stack([frame[name] for frame in frames], 1) for name in frames[0]}
-        every = {name: rearrange(value, "(e s) ... -> e s ...", s=samples) for name, value in stacked.items()}
-        latents = rearrange(every["tokens"], "e s t (n d) -> e s t n d", n=self.shape.tokens)
-        reward = self.two_hot.mean(every["reward"]) if "reward" in every else None
-        continues = torch.sigmoid(-every["end"][..., 0]) if "end" in every else None
-        return Imagined(latents * self.tokens_std + self.tokens_mean, every["proprio"], reward, continues)
 
     @torch.no_grad()
     def _used(self, numbers: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from wmcache.common.options import Positive, Weight, option
 from wmcache.trainer.models import MODELS, Belief, DataShape, Generators
-from wmcache.trainer.models.recurrent import SequenceModel, SequenceOptions, draw_noise, weight_of_steps
+from wmcache.trainer.models.recurrent import SequenceModel, SequenceOptions, weight_of_steps
+from wmcache.trainer.models.stepwise import draw_noise
 
 FORGET_BIAS = 1.0
 LEAST_LOG_SIGMA = math.log(0.01)  # of standardised values

@@ -19,8 +19,9 @@ from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, Weight, option
 from wmcache.engine.mlp import make_mlp
 from wmcache.trainer.models import MODELS, Belief, DataShape, Generators
-from wmcache.trainer.models.recurrent import SequenceModel, SequenceOptions, draw_noise, weight_of_steps
+from wmcache.trainer.models.recurrent import SequenceModel, SequenceOptions, weight_of_steps
 from wmcache.trainer.models.state_space import BlockGru, Categoricals, Gaussians, Latent
+from wmcache.trainer.models.stepwise import draw_noise
 from wmcache.trainer.models.symlog import TwoHot
 
 
@@ -80,7 +81,11 @@ class Rssm(SequenceModel):
         self.two_hot = TwoHot()
         heads = {"reward": len(self.two_hot.values) * shape.has_reward, "end": int(shape.has_end)}
         self.heads = nn.ModuleDict(
-            {name: make_mlp(state, hidden, 1, size, zero=name == "reward") for name, size in heads.items() if size}
+            {
+                name: make_mlp(state, hidden, 1, size, scale=0.0 if name == "reward" else None)
+                for name, size in heads.items()
+                if size
+            }
         )
 
     def make_encoder(self) -> tuple[nn.Module, int]:

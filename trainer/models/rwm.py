@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, option
 from wmcache.trainer.models import MODELS, Belief, DataShape, Generators, Imagined
-from wmcache.trainer.models.recurrent import RecurrentModel, RecurrentOptions, draw_noise
+from wmcache.trainer.models.recurrent import RecurrentModel, RecurrentOptions
+from wmcache.trainer.models.stepwise import draw_noise
 
 LEAST_LOG_STD = -5.0
 """At first; it is learned."""

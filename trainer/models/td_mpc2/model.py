@@ -22,7 +22,7 @@ from wmcache.cache.windows import Goals, Windows
 from wmcache.common.errors import UserError
 from wmcache.common.options import Positive, ShareBelowOne, Weight, option
 from wmcache.trainer.models import MODELS, Belief, DataShape, Imagined, WorldModel
-from wmcache.trainer.models.recurrent import LARGEST_FRAME
+from wmcache.trainer.models.recurrent import count_values
 from wmcache.trainer.models.td_mpc2.parts import Agent, SimNorm, make_mlp
 
 CONSISTENCY_WEIGHT = 20.0
@@ -78,12 +78,7 @@ class TdMpc2(WorldModel):
 
     def __init__(self, shape: DataShape, options: TdMpc2Options, statistics: Mapping[str, Tensor]) -> None:
         """Build the model, see `WorldModel`; raises UserError for a frame of too many values, or a reward that the data has not."""
-        self.values = shape.tokens * shape.token_dim
-        if self.values > LARGEST_FRAME:
-            raise UserError(
-                f"this model takes frames of at most {LARGEST_FRAME} values, not {shape.tokens} x {shape.token_dim}; "
-                "make a store of fewer with wmcache derive"
-            )
+        self.values = count_values(shape)
         super().__init__(shape, options, statistics)
         if options.reward == "data" and not shape.has_reward:
             raise UserError("--reward data: the store has no reward; choose goal or none")
@@ -136,10 +131,6 @@ class TdMpc2(WorldModel):
         """See `Trainable.after_step`."""
         if self.agent is not None:
             self.agent.follow()
-
-    def encode_proprio(self, proprio: Tensor) -> Tensor:
-        """See `WorldModel.encode_proprio`."""
-        return ((proprio - self.proprio_mean) / self.proprio_std)[..., : self.proprio_size]
 
     def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:  # noqa: ARG002 (see `pools`)
         """Compute the consistency (equation 3), and add the losses of `Agent`, the decoder and the goal's encoder.
