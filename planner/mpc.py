@@ -171,10 +171,17 @@ def _mpc_of(context: EvalContext, options: PlanOptions, objective: Objective, go
 
 
 def _proposals_of(context: EvalContext, horizon: int, goal: Tensor | None) -> Propose | None:
-    """Return what draws the solver's proposals, if it takes any; raises UserError where the model has no policy."""
-    solver, model = context.solver, context.world_model
-    if not isinstance(solver, TakesProposals) or not solver.proposals:
+    """Return what draws the solver's proposals, if it takes any."""
+    if not (count := require_proposals(context)):
         return None
-    if not isinstance(model, Proposes) or not model.has_policy:
-        raise UserError(f"--proposals {solver.proposals}: the model of {context.run} has no policy; leave it out")
-    return functools.partial(model.propose, goal=goal, horizon=horizon, count=solver.proposals)
+    assert isinstance(context.world_model, Proposes)
+    return functools.partial(context.world_model.propose, goal=goal, horizon=horizon, count=count)
+
+
+def require_proposals(context: EvalContext) -> int:
+    """Return how many proposals the solver takes; raises UserError where it takes some, and the model has no policy."""
+    solver, model = context.solver, context.world_model
+    count = solver.proposals if isinstance(solver, TakesProposals) else 0
+    if count and not (isinstance(model, Proposes) and model.has_policy):
+        raise UserError(f"--proposals {count}: the model of {context.run} has no policy; write --proposals 0")
+    return count

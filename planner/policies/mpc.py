@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wmcache.planner.base import Observation, Reads
 from wmcache.planner.context import EvalContext
-from wmcache.planner.mpc import make_mpc, make_return_mpc, require_distance, require_reward
+from wmcache.planner.mpc import make_mpc, make_return_mpc, require_distance, require_proposals, require_reward
 from wmcache.planner.objective import GoalDistance
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.policies import PLAN_POLICIES
@@ -32,6 +32,7 @@ class MpcPolicy:
             require_reward(context)
         else:
             require_distance(context, options)
+        require_proposals(context)
         self.seconds, self.encoder_frames, self.decisions = 0.0, 0, 0
 
     def reset(self, goal: Observation, generators: Sequence[torch.Generator]) -> None:
