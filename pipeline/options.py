@@ -50,7 +50,7 @@ class EncoderOptions:
     image_size: Positive | None = option(
         None, "Side of the image that the network sees.  [default: the encoder's]", group="Encoder"
     )
-    normalisation: Literal["half", "imagenet"] | None = option(
+    normalisation: Literal["half", "imagenet", "tensorflow"] | None = option(
         None, "Normalisation of pixels; half is DINO-WM's.  [default: the encoder's]"
     )
     filter: Literal["bilinear", "bicubic"] | None = option(

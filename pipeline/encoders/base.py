@@ -29,6 +29,7 @@ COSINE_TOLERANCE = 0.999
 NORMALISATIONS = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # DINO-WM's, to [-1, 1]
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "tensorflow": ((127 / 255,) * 3, (128 / 255,) * 3),
 }
 """Name -> mean and standard deviation of the channels."""
 DECODED_AT_ONCE = 256

@@ -113,6 +113,28 @@ def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
     return Loaded(backbone, Select(backbone, spec.token_selection), "file")
 
 
+class Pairs:
+    """Pairs of frames of one episode, at most `max_lag` env steps apart."""
+
+    def __init__(self, episode: NDArray[np.integer], max_lag: int, encoder: str) -> None:
+        """Find the first frames of pairs; raises UserError if every episode [frames], ascending, has one frame."""
+        self.max_lag = max_lag
+        self.last = np.searchsorted(episode, episode, side="right") - 1
+        self.candidates = np.flatnonzero(self.last > np.arange(len(episode)))
+        if not len(self.candidates):
+            raise UserError(f"no episode has two frames, which the fit of {encoder} needs; collect longer episodes")
+
+    def draw(self, count: int, rng: np.random.Generator) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+        """Draw the first and the second frames [count] of pairs."""
+        first = rng.choice(self.candidates, count)
+        return first, self.after(first, rng.integers(1, self.max_lag + 1, count))
+
+    def after(self, rows: NDArray[np.integer], steps: int | NDArray[np.integer]) -> NDArray[np.integer]:
+        """Return the frames some env steps later, at most the last ones of their episodes."""
+        later: NDArray[np.integer] = np.minimum(rows + steps, self.last[rows])
+        return later
+
+
 @register_fit(SPEC.name, TcnOptions)
 class TcnFitting(Fitting):
     """Pairs of frames a few env steps apart against all others."""
@@ -123,19 +145,14 @@ class TcnFitting(Fitting):
         """Find the pairs; raises UserError if every episode has one frame."""
         super().__init__()
         self.data, self.options = data, options
-        self._last = np.searchsorted(data.episode, data.episode, side="right") - 1
-        self._candidates = np.flatnonzero(self._last > np.arange(len(data)))
-        if not len(self._candidates):
-            raise UserError(f"no episode has two frames, which the fit of {SPEC.name} needs; collect longer episodes")
+        self.pairs = Pairs(data.episode, options.max_lag, SPEC.name)
         grid, _ = SPEC.patch_grid(data.preprocess.image_size)
         self.kept = TcnNetwork(grid)
         self.kept.to(data.device).fit_statistics(data.sample_pixels(options.seed))
 
     def rows(self, rng: np.random.Generator) -> NDArray[np.integer]:
         """Draw pairs: the first frames of all pairs, then the second ones."""
-        first = rng.choice(self._candidates, self.options.batch)
-        lag = rng.integers(1, self.options.max_lag + 1, self.options.batch)
-        return np.concatenate([first, np.minimum(first + lag, self._last[first])])
+        return np.concatenate(self.pairs.draw(self.options.batch, rng))
 
     def loss(self, rows: NDArray[np.integer]) -> dict[str, Tensor]:
         """Compute `time_contrastive_loss`."""
