@@ -7,7 +7,7 @@ A representation can contain the position linearly and be hard to plan in: desce
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ SPEC = adapter_spec(
     grid=(2, 2),
     token_selection="straightened patch tokens",
 )
+ROWS_OF_EPISODE = 32
+"""Pairs of each episode in a batch, where negatives are of one."""
 EPSILON = 1e-6
 """Steps that are not longer have no direction."""
 
@@ -47,6 +49,10 @@ class StraightenOptions(FitOptions):
     side: Natural = option(2, "Rows and columns of tokens, at most the base's; 0 keeps the base's.")
     max_lag: Positive = option(4, "Largest distance of a pair of frames that are positives, in env steps.")
     spread: Weight = option(0.2, "Weight of the term that drives all frames apart.")
+    negatives: Literal["all", "episode"] = option(
+        "all",
+        "What a frame is told apart from: frames of all episodes, or of its own, for episodes that look different.",
+    )
     curvature: Weight = option(0.0, "Weight of the curvature of three frames in a row, 1 - cosine of their steps.")
     stride: Positive = option(5, "Env steps between the three frames of --curvature.")
 
@@ -100,14 +106,20 @@ class StraightenFitting(Fitting):
 
     def rows(self, rng: np.random.Generator) -> NDArray[np.integer]:
         """Draw pairs, and after them the two frames that follow the first of each pair, where they are needed."""
-        first, second = self.pairs.draw(self.options.batch, rng)
+        batch = self.options.batch
+        few = max(1, batch // ROWS_OF_EPISODE) if self.options.negatives == "episode" else 0
+        first, second = self.pairs.draw(batch, rng, few)
         later = [self.pairs.after(first, k * self.options.stride) for k in (1, 2)] if self.options.curvature else []
         return np.concatenate([first, second, *later])
 
     def loss(self, rows: NDArray[np.integer]) -> dict[str, Tensor]:
         """Compute `time_contrastive_loss`, and `curvature`."""
         first, second, *later = self.kept(self.data.features(rows)).flatten(1).float().split(self.options.batch)
-        loss = time_contrastive_loss(first, second, self.options.spread)
+        same = None
+        if self.options.negatives == "episode":
+            episode = torch.from_numpy(self.data.episode[rows[: self.options.batch]]).to(first.device)
+            same = episode[:, None] == episode
+        loss = time_contrastive_loss(first, second, self.options.spread, same)
         if not later:
             return {"loss": loss}
         bent = curvature(torch.stack([first, *later], 1))

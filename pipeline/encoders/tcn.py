@@ -124,9 +124,16 @@ class Pairs:
         if not len(self.candidates):
             raise UserError(f"no episode has two frames, which the fit of {encoder} needs; collect longer episodes")
 
-    def draw(self, count: int, rng: np.random.Generator) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-        """Draw the first and the second frames [count] of pairs."""
-        first = rng.choice(self.candidates, count)
+    def draw(
+        self, count: int, rng: np.random.Generator, episodes: int = 0
+    ) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+        """Draw the first and the second frames [count] of pairs: of all episodes, or of as many as are given, each alike."""
+        if episodes:
+            last = self.last[rng.choice(self.candidates, episodes)]
+            known = [self.candidates[self.last[self.candidates] == one] for one in last]
+            first = np.concatenate([rng.choice(rows, count // episodes + 1) for rows in known])[:count]
+        else:
+            first = rng.choice(self.candidates, count)
         return first, self.after(first, rng.integers(1, self.max_lag + 1, count))
 
     def after(self, rows: NDArray[np.integer], steps: int | NDArray[np.integer]) -> NDArray[np.integer]:
@@ -161,7 +168,7 @@ class TcnFitting(Fitting):
         return {"loss": time_contrastive_loss(first, second, self.options.spread)}
 
 
-def time_contrastive_loss(first: Tensor, second: Tensor, spread: float = 0.0) -> Tensor:
+def time_contrastive_loss(first: Tensor, second: Tensor, spread: float = 0.0, same: Tensor | None = None) -> Tensor:
     """Compute symmetric InfoNCE (arXiv 1807.03748) with logits of minus the squared distance, minus a reward for distance between all.
 
     InfoNCE alone saturates once far frames are far enough: descent from 20 % of the U-maze's held-out frames got stuck. The second term
@@ -169,9 +176,12 @@ def time_contrastive_loss(first: Tensor, second: Tensor, spread: float = 0.0) ->
 
     Args:
         first, second: [B, N * D]; row i of both is a positive pair, all other rows are negatives.
+        same: bool [B, B], which pairs are compared at all, the positive ones among them; None: all.
     """
     # Not torch.cdist(…)²: the gradient of its square root is infinite where two rows are equal.
     squared = (first.square().sum(1)[:, None] + second.square().sum(1) - 2 * first @ second.T).clamp_min(0)
     target = torch.arange(len(first), device=first.device)
-    contrast = (F.cross_entropy(-squared, target) + F.cross_entropy(-squared.T, target)) / 2
-    return contrast - spread * (squared + 1e-2).sqrt().mean()
+    logits = -squared if same is None else (-squared).masked_fill(~same, -torch.inf)
+    contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    apart = (squared + 1e-2).sqrt()
+    return contrast - spread * (apart.mean() if same is None else apart[same].mean())

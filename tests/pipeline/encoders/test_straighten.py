@@ -84,12 +84,35 @@ def test_frames_in_a_row_are_of_one_episode(vit_layers: TokenStore, fit_data: Ca
     fitting = StraightenFitting(data, StraightenOptions(batch=64, width=16, curvature=1.0, stride=3))
     first, second, third, fourth = np.split(fitting.rows(np.random.default_rng(0)), 4)
     assert all((data.episode[rows] == data.episode[first]).all() for rows in (second, third, fourth))
-    inside = data.episode[np.minimum(first + 6, len(data) - 1)] == data.episode[first]
+    inside = first + 6 < np.searchsorted(data.episode, data.episode[first], side="right")
     assert inside.any()
-    assert (third - first)[inside].tolist() == [3] * inside.sum()
-    assert (fourth - first)[inside].tolist() == [6] * inside.sum()
+    assert ((third - first)[inside] == 3).all()
+    assert ((fourth - first)[inside] == 6).all()
     assert ((second - first) >= 1).all()
     assert ((second - first) <= 4).all()
+
+
+def test_negatives_of_one_episode_are_the_frames_of_it(
+    vit_layers: TokenStore, fit_data: Callable[[TokenStore], FitData]
+) -> None:
+    options = StraightenOptions(batch=64, width=16, dim=8, negatives="episode", spread=0.3)
+    fitting = StraightenFitting(fit_data(vit_layers), options)
+    rows = fitting.rows(np.random.default_rng(0))
+    first = rows[:64]
+    episodes = fitting.data.episode[first]
+    assert len(np.unique(episodes)) == 2
+    with torch.no_grad():
+        tokens = fitting.kept(fitting.data.features(rows)).flatten(1)
+        squared = torch.cdist(tokens[:64].double(), tokens[64:].double()).square()
+        rows_of = [np.flatnonzero(episodes == episodes[i]) for i in range(64)]
+        likelihoods = [
+            [(-square[i, i]).exp() / (-square[i, rows_of[i]]).exp().sum() for i in range(64)]
+            for square in (squared, squared.T)
+        ]
+        contrast = -torch.tensor(likelihoods).log().mean()
+        apart = torch.cat([(squared[i, rows_of[i]] + 1e-2).sqrt() for i in range(64)]).mean()
+        loss = fitting.loss(rows)["loss"].double()
+    torch.testing.assert_close(loss, contrast - 0.3 * apart, atol=1e-3, rtol=1e-3)
 
 
 def test_a_width_that_heads_cannot_share_is_refused(vit_layers: TokenStore, fitted: Fit) -> None:
