@@ -347,8 +347,7 @@ class Encoder:
             raise UserError(f"{self.spec.name} has no decoder: {self.weights or self.source}; {hint}")
         drawn = [self.decoder(part.to(self.device).float()) for part in torch.split(tokens, DECODED_AT_ONCE)]
         pixels = (torch.cat(drawn).clamp(0, 1) * 255).round().byte()
-        frames: NDArray[np.uint8] = pixels.permute(0, 2, 3, 1).cpu().numpy()
-        return frames
+        return np.asarray(pixels.permute(0, 2, 3, 1).cpu().numpy())
 
     def drift(self, frames: NDArray[np.uint8], cached: NDArray[np.float16]) -> dict[str, float]:
         """Return the smallest `cosine` of live and cached tokens [B, N, D], and the largest `relative_error` of a frame."""
