@@ -262,6 +262,27 @@ def test_a_part_of_the_models_can_be_studied_and_others_by_their_defaults(file: 
     assert "width" not in options.models[2].train.model_options
 
 
+@pytest.mark.parametrize(
+    ("encoders", "models", "what", "labels"),
+    [
+        (("pixels",), (), "model", list(SYSTEMS)),
+        (("pixels", "tcn"), ("gcbc",), "representation", ["small frames", "tcn"]),
+        (("tcn",), ("gcbc",), "model", ["gcbc"]),
+        (
+            ("pixels", "tcn"),
+            ("gcbc", "rssm"),
+            "system",
+            ["gcbc on small frames", "rssm on small frames", "gcbc on tcn", "rssm on tcn"],
+        ),
+    ],
+)
+def test_systems_are_named_by_what_differs(
+    file: Path, encoders: tuple[str, ...], models: tuple[str, ...], what: str, labels: list[str]
+) -> None:
+    options = read_study(file, {"encoder": encoders, "models": models})
+    assert (options.what, [label for label, _, _ in options.systems]) == (what, labels)
+
+
 def test_a_models_own_plan_wins_and_leaves_the_episodes(file: Path, tmp_path: Path) -> None:
     text = (
         file.read_text()
