@@ -87,7 +87,10 @@ def _add_baselines(branch: Branch, options: StudyOptions, known: Collection[tupl
         for name in plan.baselines:
             if name in BASELINES or (name not in own and (name == UNTRAINED or (plan.name, name) in known)):
                 continue
-            changed = {"baselines": "", **({UNTRAINED: True} if name == UNTRAINED else {"policy": name})}
+            changed: dict[str, Any] = {"baselines": "", "policy": name}
+            if name == UNTRAINED:
+                fewer = min(plan.options.episodes, plan.untrained_episodes or plan.options.episodes)
+                changed = {"baselines": "", UNTRAINED: True, "episodes": fewer}
             branch.baselines[plan.name, name] = replace(
                 evaluated,
                 label=f"{name} {plan.name} {branch.label}, seed {branch.seed}",

@@ -29,11 +29,13 @@ class Evaluation:
     Attributes:
         name: in tables; that of its protocol by default.
         thresholds: that tables report beside its own, the largest first; known once there are frames, see `run.settled`.
+        untrained_episodes: of the baseline `untrained`, the first ones; None: all.
     """
 
     name: str
     options: PlanOptions
     thresholds: tuple[float, ...] = ()
+    untrained_episodes: int | None = None
 
     @property
     def baselines(self) -> list[str]:

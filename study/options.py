@@ -196,15 +196,23 @@ def _encoders(
     return wanted, others
 
 
+@dataclass(frozen=True)
+class _PlanTable:
+    """What a table of `[[plan]]` has beside the settings of `read_plan`, see `Evaluation`."""
+
+    name: str = ""
+    baselines: str = ",".join(BASELINES)
+    untrained_episodes: Positive | None = None
+
+
+PLAN_TABLE = tuple(item.name for item in fields(_PlanTable))
+
+
 def _evaluation(table: dict[str, Any], where: str) -> Evaluation:
-    # Settings of `read_plan`, a name and baselines.
-    words = {"name": "", "baselines": ",".join(BASELINES)}
-    for key in words:
-        if not isinstance(value := table.pop(key, words[key]), str):
-            raise UserError(f"{where}: {key} is {value!r}; it must be a string")
-        words[key] = value
-    options = replace(read_plan(table, where), baselines=words["baselines"])
-    found = Evaluation(words["name"] or table.get("protocol") or "plan", options)
+    own = parse_options(_PlanTable, {name: table.pop(name) for name in PLAN_TABLE if name in table}, where)
+    options = replace(read_plan(table, where), baselines=own.baselines)
+    name = own.name or table.get("protocol") or "plan"
+    found = Evaluation(name, options, untrained_episodes=own.untrained_episodes)
     for baseline in found.baselines:
         with errors_at(f"{where}: baselines"):
             if baseline != UNTRAINED and not sees_no_frame(baseline):
@@ -326,7 +334,10 @@ class _ModelReader:
 
     def _plans(self, own: ModelTable, choice: ModelChoice, where: str) -> dict[str, PlanOptions]:
         refuse_names(
-            own.plan, (*SHARED, "name"), f"{where}: plan", "set it in [[plan]], as all models act in the same episodes"
+            own.plan,
+            (*SHARED, *PLAN_TABLE),
+            f"{where}: plan",
+            "set it in [[plan]], as all models act in the same episodes",
         )
         names = list(self.plans)[: None if choice.plans else 1] if own.evaluations is None else own.evaluations
         found = {}
@@ -334,7 +345,7 @@ class _ModelReader:
             if name not in self.plans:
                 raise UserError(f"{where}: no evaluation is {name!r}; {suggest(name, list(self.plans))}")
             table = own.plan if "protocol" in own.plan else {**self.plans[name], **own.plan}
-            settings = {key: value for key, value in table.items() if key not in ("name", "baselines")}
+            settings = {key: value for key, value in table.items() if key not in PLAN_TABLE}
             found[name] = read_plan(settings, f"{where}: plan")
             if found[name].execute > 1 and not choice.plans:
                 hint = "leave it out of evaluations, or set execute = 1 in plan"

@@ -156,11 +156,13 @@ def _means(rows: Sequence[Row]) -> Row:
 
 def _counts(options: StudyOptions, by_plan: Mapping[str, Sequence[Row]], actor: str = "") -> Row:
     """Evaluation -> result of `pooled`: of `success`, of `held`, and `within` each threshold."""
+    own = f"{actor}episodes"  # of a baseline that was evaluated by itself
+    of = own if any(own in row for rows in by_plan.values() for row in rows) else "episodes"
     return {
-        "success": {name: pooled(rows, what=f"{actor}successes") for name, rows in by_plan.items()},
-        "held": {name: pooled(rows, what=f"{actor}held") for name, rows in by_plan.items()},
+        "success": {name: pooled(rows, None, f"{actor}successes", of) for name, rows in by_plan.items()},
+        "held": {name: pooled(rows, None, f"{actor}held", of) for name, rows in by_plan.items()},
         "within": {
-            name: {at: pooled(rows, at, f"{actor}successes") for at in options.thresholds}
+            name: {at: pooled(rows, at, f"{actor}successes", of) for at in options.thresholds}
             for name, rows in by_plan.items()
         },
     }

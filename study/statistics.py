@@ -182,7 +182,8 @@ def _row(
     extra = {name: cell for (plan, name), cell in branch.baselines.items() if last and plan == protocol}
     done = {stage: work.read(cell) or {} for stage, cell in cells.items()}
     results = {stage: cell.get("result", {}) for stage, cell in done.items()}
-    judged = {name: (work.read(cell) or {}).get("result", {}).get("by_threshold", []) for name, cell in extra.items()}
+    others = {name: (work.read(cell) or {}).get("result", {}) for name, cell in extra.items()}
+    judged = {name: result.get("by_threshold", []) for name, result in others.items()}
     baselines = {**dict.fromkeys(options.baselines, ()), **results["plan"].get("baselines", {}), **judged}
     store, run = results["extract"], results["train"]
     used = [*cells.values(), *extra.values()]
@@ -196,6 +197,7 @@ def _row(
         "protocol": protocol,
         "failed": next((failures[cell.key] for cell in used if cell.key in failures), None),
         **_plan_figures(results["plan"], options.thresholds, baselines),
+        **{f"{name}_episodes": result.get("episodes") for name, result in others.items()},
         **_model_figures(run, results["probe"]),
         "tokens": (grid := store.get("token_grid")) and grid[0] * grid[1],
         **{name: store.get(name) for name in STORE},
@@ -241,16 +243,16 @@ def _model_figures(run: Mapping[str, Any], probed: Mapping[str, Any]) -> Row:
 
 
 def pooled(
-    rows: Sequence[Row], at: float | None = None, what: str = "successes"
+    rows: Sequence[Row], at: float | None = None, what: str = "successes", of: str = "episodes"
 ) -> tuple[int, int, list[float]] | None:
     """Successes and trials over the rows of a system's seeds, and the 95 % interval of the rate.
 
     All seeds are tried on the same episodes, so the interval is that of this number of episodes, not of trials. `at` is a threshold, None
-    for the evaluation's own; `what` is `successes` or another count of episodes, such as `held`.
+    for the evaluation's own; `what` is `successes` or another count of episodes, such as `held`, and `of` the column of their number.
     """
     name = what if at is None else f"{what}_{at}"
     known = [row for row in rows if row[name] is not None]
     if not known:
         return None
-    successes, trials = sum(row[name] for row in known), sum(row["episodes"] for row in known)
-    return successes, trials, interval(successes / trials, known[0]["episodes"])
+    successes, trials = sum(row[name] for row in known), sum(row[of] for row in known)
+    return successes, trials, interval(successes / trials, known[0][of])

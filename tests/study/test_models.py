@@ -44,6 +44,7 @@ samples = 8
 elites = 2
 iterations = 1
 baselines = "random,zero,untrained,expert"
+untrained_episodes = 4
 
 [[plan]]
 name = "gradients"
@@ -159,6 +160,7 @@ def test_a_study_of_models_is_done_from_start_to_report(out: Path) -> None:
         assert row["operations_per_decision"] > 0
         assert all(0 <= row[f"successes_{at}"] <= 7 for at in (0.5, 0.25, 0.1))
         assert (row["skill_1"] is None) is (name == "gcbc")
+        assert row["untrained_episodes"] == (None if name == "rssm (actor)" else 4)
         assert (row["actor_seconds"] is None) is (row["untrained_held"] is not None) is (name != "rssm (actor)")
     assert [row["expert_successes"] for row in by_name.values()].count(None) == len(SYSTEMS) - 1
     assert by_name["rssm"]["train_seconds"] == by_name["rssm (actor)"]["train_seconds"]
@@ -168,7 +170,7 @@ def test_all_models_are_tried_on_the_same_starts_and_goals(out: Path) -> None:
     tables = [pq.read_table(path) for path in (out / "plans").glob("*/episodes.parquet")]
     for column in ("start", "goal"):
         values = [np.array(table[column].to_pylist()) for table in tables]
-        assert {len(value) for value in values} == {2, 7}
+        assert {len(value) for value in values} == {2, 4, 7}
         longest = max(values, key=len)
         assert all(np.array_equal(longest[: len(value)], value) for value in values)
 
@@ -246,6 +248,15 @@ def test_a_model_that_fails_leaves_the_others(file: Path, copy: Path, tmp_path: 
     assert {row["system"] for row in rows if row["failed"]} == {"broken"}
     assert any(line.startswith("broken") and "- " in line for line in result.stdout.splitlines())
     assert "<td>broken</td>" in (copy / "study.html").read_text()
+
+
+def test_the_page_of_one_model_has_only_what_there_is(file: Path, copy: Path) -> None:
+    before = results_of(copy)
+    run_command(file, copy, "--models", "gcbc")  # no actor, no rollouts
+    page = (copy / "study.html").read_text()
+    assert "<td>gcbc</td>" in page
+    assert "<td>transformer</td>" not in page
+    assert before.items() <= results_of(copy).items()
 
 
 def test_a_part_of_the_models_can_be_studied_and_others_by_their_defaults(file: Path) -> None:
