@@ -11,7 +11,7 @@ PLAN := $(DEMO)/runs/pointmaze-umaze-tcn-64/plan-all-x1-50x100
 # Keep compiled modules: without them each of the hundreds of processes that the tests start takes seven seconds instead of three.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup test test-long lint demo study world-models rwm mazes pictures clean
+.PHONY: setup test test-long lint demo study systems world-models rwm mazes pictures clean
 
 setup: $(VENV)/.linked
 	@$(BIN)/python -m wmcache.envs.check >/dev/null 2>&1 && $(BIN)/python -c 'import cv2' 2>/dev/null || scripts/install-gl.sh $(BIN)/python
@@ -60,6 +60,12 @@ study: export WMCACHE_HOME := $(DEMO)
 study: export PATH := $(CURDIR)/$(BIN):$(PATH)
 study: setup
 	wmcache study study/default.toml
+
+# Which system reaches most goals: world models, an actor and policies on the demo's frames and encoder.
+systems: export WMCACHE_HOME := $(DEMO)
+systems: export PATH := $(CURDIR)/$(BIN):$(PATH)
+systems: setup
+	wmcache study study/systems.toml
 
 # World Models' two tasks (docs/world-models.md): an hour for take cover, two for CarRacing.
 world-models: export WMCACHE_HOME := $(DEMO)

@@ -1,4 +1,4 @@
-"""wmcache study: compare representations by what the same world model plans with them."""
+"""wmcache study: compare representations and models by what is planned with them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,18 @@ DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
     multiple=True,
     help="Encoder to study: one of FILE by label or name, or another with its defaults; repeatable.",
 )
+@click.option(
+    "--models",
+    multiple=True,
+    help="Model to study: one of FILE by label or name, or another with its defaults; repeatable.",
+)
 @file_option(
     "--dataset",
     help="Existing frame dataset that replaces FILE's.  [default: FILE's, else $WMCACHE_HOME/<environment>]",
 )
 @click.option("--seeds", help="Seeds of fits and trainings, as in 0,1,2.  [default: FILE's]")
 @click.option("--fractions", help="Shares of the train episodes, as in 0.1,0.25,1.  [default: FILE's]")
-@count_option("--steps", help="Training steps.  [default: FILE's]")
+@count_option("--steps", help="Training steps of models and actors.  [default: FILE's]")
 @count_option("--episodes", help="Episodes of each evaluation.  [default: FILE's]")
 @click.option("--device", help="Device: auto, cpu, cuda, cuda:1, mps.  [default: FILE's, else auto]")
 @cluster_option(default=None, also="  [default: FILE's, else local:1]")
@@ -41,9 +46,9 @@ DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
 )
 @json_option
 def study(file: Path | None, out: Path | None, **flags: Any) -> None:
-    """Compare encoders by what the same world model plans with them, with the settings of FILE (TOML). Run again, it goes on.
+    """Compare encoders and models by what is planned with them, with the settings of FILE (TOML). Run again, it goes on.
 
-    Without FILE, compare the encoders that need no download.
+    Without FILE, compare the encoders that need no download, with the same world model.
     """
     from wmcache.study.options import read_study
     from wmcache.study.report import headline, summary, write_report
@@ -54,7 +59,7 @@ def study(file: Path | None, out: Path | None, **flags: Any) -> None:
     options = read_study(file, {name: _as_toml(name, value) for name, value in flags.items()})
     out = out or home() / "studies" / file.stem
     options, branches, work, failures = run_study(options, out)
-    rows = tabulate(branches, work, failures, options.thresholds)
+    rows = tabulate(options, branches, work, failures)
     results = write_report(out, options, rows, work, branches, shell_command(sys.argv))
     lines = f"{headline(options, rows)}\n{summary(options, results)}".splitlines()
     show({"rows": rows, **results}, [*lines, f"report: {out / 'study.html'}"])

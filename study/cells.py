@@ -1,7 +1,7 @@
 """Cells: the parts of a study. A cell's key is the SHA-256 of its settings and its inputs' keys, down to the dataset's fingerprint.
 
-Its result appears in `cells/<stage>-<key>.json` when it is done. Its product is in `encoders/`, `stores/`, `runs/`, `plans/` or `probes/`
-under the same key, so a cell that was killed resumes where its own work can.
+Its result appears in `cells/<stage>-<key>.json` when it is done. Its product is in `encoders/`, `stores/`, `runs/`, `actors/`, `plans/` or
+`probes/` under the same key, so a cell that was killed resumes where its own work can.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,12 @@ from torch import nn
 
 from wmcache.cache.store import TokenStore
 from wmcache.common.device import choose_device, choose_dtype
-from wmcache.common.errors import UserError
-from wmcache.common.files import make_folder, sha256_of
+from wmcache.common.files import make_folder
 from wmcache.common.jsonfiles import nulls, read_json, write_json
 from wmcache.common.paths import AnyPath
-from wmcache.envs import open_environment
 from wmcache.pipeline import encoders
 from wmcache.pipeline.derive import derive
 from wmcache.pipeline.encoders import Encoder
-from wmcache.pipeline.encoders.weights import require_weights, weights_file
 from wmcache.pipeline.extract import extract_together, with_log_variances
 from wmcache.pipeline.fit import fit, fit_adapter
 from wmcache.pipeline.frames import FrameDataset
@@ -38,12 +35,13 @@ from wmcache.pipeline.pictures import draw_probe
 from wmcache.pipeline.probe import probe
 from wmcache.planner.context import EvalContext
 from wmcache.planner.evaluate import evaluate
-from wmcache.planner.options import SOURCES, PlanOptions, absolute_file, recorded
+from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_episodes
-from wmcache.study.options import EncoderChoice, StudyOptions
-from wmcache.trainer.models import rollout_errors, skills
-from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.runs import load_model
+from wmcache.study.models import UNTRAINED
+from wmcache.trainer.actor import load_actor, train_actor
+from wmcache.trainer.models import WorldModel, rollout_errors, skills
+from wmcache.trainer.options import ActorOptions, TrainOptions
+from wmcache.trainer.runs import load_trained
 from wmcache.trainer.train import train, validation_windows
 
 FORMAT = 1
@@ -54,6 +52,7 @@ PRODUCTS = {
     "extract": ("stores", ".zarr"),
     "probe": ("probes", ".png"),
     "train": ("runs", ""),
+    "actor": ("actors", ""),
     "plan": ("plans", ""),
 }
 """Stage -> folder and suffix of its product."""
@@ -122,95 +121,6 @@ class Workspace:
         """A cell's result; None if it is not done."""
         file = self.file(cell)
         return read_json(file, "move it away, and run the study again") if file.exists() else None
-
-
-@dataclass(frozen=True)
-class Branch:
-    """The cells of an encoder and a seed; `train` by fraction, `plan` by fraction and the evaluation's name."""
-
-    choice: EncoderChoice
-    seed: int
-    extract: Cell
-    probe: Cell
-    train: dict[float, Cell]
-    plan: dict[tuple[float, str], Cell]
-
-    def cells(self) -> list[Cell]:
-        """All of them, each after its inputs."""
-        return [*self.extract.ancestors(), self.probe, *self.train.values(), *self.plan.values()]
-
-
-def make_branches(options: StudyOptions, fingerprint: str) -> list[Branch]:
-    """Make the cells of a study of that dataset; raise UserError where weights, goals or an environment do not exist."""
-    return [_branch(choice, seed, options, fingerprint) for choice in options.encoders for seed in options.seeds]
-
-
-def _branch(choice: EncoderChoice, seed: int, options: StudyOptions, fingerprint: str) -> Branch:
-    what = f"{choice.label}, seed {seed}"
-    extract = _extract_cell(choice, seed, options, fingerprint)
-    probe = Cell("probe", choice.name, f"probe {what}", {"frames": options.probe_frames}, {"extract": extract})
-    trains, plans = {}, {}
-    for fraction in reversed(options.fractions):
-        settings = {**asdict(options.train), "seed": seed, "episodes_fraction": fraction}
-        label = f"{what}, {fraction:.0%} of the episodes"
-        trains[fraction] = Cell("train", choice.name, f"train {label}", settings, {"extract": extract})
-        for plan in options.plan:
-            settings, files = _plan_settings(plan.options)
-            inputs = {"train": trains[fraction], "extract": extract}
-            plans[fraction, plan.name] = Cell("plan", choice.name, f"{plan.name} {label}", settings, inputs, files)
-    return Branch(choice, seed, extract, probe, trains, plans)
-
-
-def _extract_cell(choice: EncoderChoice, seed: int, options: StudyOptions, fingerprint: str) -> Cell:
-    entry = encoders.get_entry(choice.name)
-    inputs: dict[str, Cell] = {}
-    if choice.weights is None and entry.load is None:
-        inputs["base"] = _extract_cell(_base_of(choice, entry.base, options), seed, options, fingerprint)
-    family = encoders.family_of(choice.name)
-    if choice.weights is None and encoders.get_entry(family).fit:
-        fit = asdict(encoders.fit_options(family, {**choice.fit, "seed": seed}))
-        fitting = {"name": family, "options": fit, "max_frames": choice.max_frames, "dataset": fingerprint}
-        inputs["fit"] = Cell("fit", family, f"fit {choice.label}, seed {seed}", fitting, dict(inputs))
-    files = {"weights": choice.weights, "base_weights": choice.base_weights}
-    settings = {
-        "name": choice.name,
-        **{name: path and _weights_digest(path) for name, path in files.items()},
-        **{name: getattr(choice, name) for name in ENCODER_OPTIONS},
-        "store_dtype": choice.store_dtype,
-        "dataset": fingerprint,
-    }
-    known = {name: absolute_file(path) for name, path in files.items() if path}
-    return Cell("extract", choice.name, f"extract {choice.label}", settings, inputs, known)
-
-
-def _plan_settings(options: PlanOptions) -> tuple[dict[str, Any], dict[str, str]]:
-    settings, files = recorded(options), {}
-    if options.env:
-        files["env"] = absolute_file(options.env)
-        spec = open_environment(options.env).spec
-        settings["env"] = list(spec.world) if spec.layout else options.env
-    if options.goals not in SOURCES:
-        files["goals"] = absolute_file(options.goals)
-        if not Path(options.goals).is_file():
-            raise UserError(f"goals {options.goals} are neither {', '.join(SOURCES)} nor a file; fix the study's file")
-        settings["goals"] = sha256_of(Path(options.goals))
-    return settings, files
-
-
-def _base_of(choice: EncoderChoice, default: str, options: StudyOptions) -> EncoderChoice:
-    """The base that an adapter is fitted on, with the settings of the study's own encoder of that family if there is one."""
-    name = choice.base or default
-    family = encoders.family_of(name)
-    of_study = (other for other in (*options.encoders, *options.others) if other.name == family)
-    known = next(of_study, EncoderChoice(name=family))
-    shared = {part: getattr(choice, part) for part in ENCODER_OPTIONS}
-    own = {"weights": choice.base_weights} if choice.base_weights else {"weights": known.weights, "fit": known.fit}
-    return EncoderChoice(name=name, label=f"{name} for {choice.label}", max_frames=known.max_frames, **own, **shared)
-
-
-@functools.lru_cache
-def _weights_digest(path: str) -> str:
-    return sha256_of(weights_file(require_weights(Path(path))))
 
 
 def do_cell(work: Workspace, cell: Cell, *, resumed: bool, shared: Mapping[str, Any]) -> None:
@@ -300,7 +210,9 @@ def _train(work: Workspace, cell: Cell) -> dict[str, Any]:
     path = work.product(cell.inputs["extract"])
     train(path, run, options)
     store, device = TokenStore.open(path), choose_device(options.device)
-    model = load_model(run, device)
+    model = load_trained(run, device)
+    if not isinstance(model, WorldModel):
+        return {"parameters": _count(model)}
     dtype = choose_dtype(options.dtype, device)
     error, copying = rollout_errors(model, validation_windows(store, options), device, dtype)
     variance = token_variance(store)
@@ -312,12 +224,21 @@ def _train(work: Workspace, cell: Cell) -> dict[str, Any]:
     }
 
 
+def _actor(work: Workspace, cell: Cell) -> dict[str, Any]:
+    run, out, options = work.product(cell.inputs["train"]), work.product(cell), ActorOptions(**cell.settings)
+    found = train_actor(run, out, options, cache=work.product(cell.inputs["extract"]))
+    return {**found, "parameters": _count(load_actor(out, run, choose_device(options.device))[1].actor)}
+
+
 def _plan(work: Workspace, cell: Cell) -> dict[str, Any]:
-    out, options = work.product(cell), PlanOptions(**{"strict": False, **cell.settings, **cell.files})
-    extracted = cell.inputs["extract"]
+    out, settings, extracted = work.product(cell), {**cell.settings, **cell.files}, cell.inputs["extract"]
+    untrained = settings.pop(UNTRAINED, False)
+    if actor := cell.inputs.get("actor"):
+        settings["policy"] = str(work.product(actor))
+    options = PlanOptions(**{"strict": False, **settings})
     # The run records where both were when it was trained; the study may have moved since.
-    weights, cache = _weights_of(work, extracted), work.product(extracted)
-    setting = EvalContext(work.product(cell.inputs["train"]), options, weights=weights, cache=cache)
+    where = {"weights": _weights_of(work, extracted), "cache": work.product(extracted)}
+    setting = EvalContext(work.product(cell.inputs["train"]), options, **where, untrained=untrained)
     episodes, results = evaluate(setting, options, out)
     thresholds = setting.success.thresholds or (results["threshold"],)
     write_episodes(out / "episodes.parquet", episodes, thresholds)
@@ -328,7 +249,7 @@ def _plan(work: Workspace, cell: Cell) -> dict[str, Any]:
     return {**results, "reached": reached}
 
 
-STAGES = {"fit": _fit, "extract": _extract, "probe": _probe, "train": _train, "plan": _plan}
+STAGES = {"fit": _fit, "extract": _extract, "probe": _probe, "train": _train, "actor": _actor, "plan": _plan}
 
 
 def _weights_of(work: Workspace, cell: Cell) -> Path | None:

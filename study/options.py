@@ -13,15 +13,17 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, MinLen
 
 from wmcache.cluster.tasks import parse_cluster
-from wmcache.common.errors import UserError, reason
+from wmcache.common.errors import UserError, reason, suggest
 from wmcache.common.options import Natural, Positive, option, parse_options
 from wmcache.pipeline import encoders
 from wmcache.pipeline.options import CollectOptions, EncoderOptions
-from wmcache.planner.options import PlanOptions, check_options
+from wmcache.planner.options import BASELINES, PlanOptions, check_options
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import SOLVERS
+from wmcache.study.models import SHARED, UNTRAINED, Evaluation, ModelChoice, ModelTable, sees_no_frame
+from wmcache.trainer.models import MODELS, Dreams, dreaming_models
 from wmcache.trainer.models import read_options as read_model_options
-from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.options import ActorOptions, TrainOptions
 
 
 @dataclass(frozen=True)
@@ -55,26 +57,13 @@ class EncoderChoice(EncoderOptions):
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """An evaluation. All encoders have the same starts and goals.
-
-    Attributes:
-        name: in tables; that of its protocol by default.
-        thresholds: that tables report beside its own, the largest first; known once there are frames, see `run.settled`.
-    """
-
-    name: str
-    options: PlanOptions
-    thresholds: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
 class StudyOptions:
     """All settings of a study.
 
     Attributes:
         plan: evaluations; the first one gives the headline.
-        train: settings of all world models, except for seed and fraction.
+        train: settings of all world models, except for seed and fraction; those of `models` win over it.
+        models: what is compared beside encoders; empty: the model of `train` alone.
         dataset: folder of the frames, which are collected by `collect` if they are missing.
         seeds: each is fitted, trained and planned with from scratch.
         fractions: shares of the train episodes for the world models; the largest gives the headline.
@@ -85,6 +74,7 @@ class StudyOptions:
     encoders: tuple[EncoderChoice, ...]
     plan: tuple[Evaluation, ...]
     train: TrainOptions = field(default_factory=TrainOptions)
+    models: tuple[ModelChoice, ...] = ()
     dataset: str | None = None
     collect: Collect | None = None
     seeds: Annotated[tuple[Natural, ...], MinLen(1)] = (0,)
@@ -100,26 +90,56 @@ class StudyOptions:
         """Those of all evaluations, the largest first."""
         return tuple(sorted({at for plan in self.plan for at in plan.thresholds}, reverse=True))
 
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """Those of all evaluations."""
+        return tuple(dict.fromkeys([*BASELINES, *(name for plan in self.plan for name in plan.baselines)]))
+
+    @property
+    def systems(self) -> list[tuple[str, EncoderChoice, ModelChoice]]:
+        """What is compared: every model on every encoder, each with its label in tables."""
+        models = self.models or (ModelChoice(self.train.model, self.train),)
+        return [(self._label(encoder, model), encoder, model) for encoder in self.encoders for model in models]
+
+    @property
+    def what(self) -> str:
+        """What a line of a table is."""
+        if len(self.models) > 1 and len(self.encoders) > 1:
+            return "system"
+        return "model" if self.models and len(self.encoders) == 1 else "representation"
+
+    def _label(self, encoder: EncoderChoice, model: ModelChoice) -> str:
+        known = {"representation": encoder.label, "model": model.label}
+        return known.get(self.what, f"{model.label} on {encoder.label}")
+
 
 def read_study(file: Path, flags: Mapping[str, Any] | None = None) -> StudyOptions:
     """Read a study's TOML file.
 
     Args:
         flags: values that win over the file's: of its top level (a `dataset` also over `collect`); `encoder`, names or labels of the
-            encoders to take, from the file or with their defaults; `steps` of training; `episodes` of each evaluation.
+            encoders to take, from the file or with their defaults; `models`, the same of models; `steps` of training; `episodes` of each
+            evaluation.
     """
     where, values = str(file), read_toml(file)
     given = {name: value for name, value in (flags or {}).items() if value not in (None, ())}
-    names, steps, episodes = (given.pop(name, None) for name in ("encoder", "steps", "episodes"))
+    names, wanted, steps, episodes = (given.pop(name, None) for name in ("encoder", "models", "steps", "episodes"))
     values |= given
-    tables = {name: values.pop(name, None) for name in ("encoders", "plan", "train", "collect")}
+    tables = {name: values.pop(name, None) for name in ("encoders", "plan", "train", "models", "collect")}
     chosen, others = _encoders(_list(tables["encoders"], f"{where}: encoders"), names, where)
     plans = _list(tables["plan"] or [{"protocol": "mpc-100"}], f"{where}: plan")
     changed = {"episodes": episodes} if episodes else {}
     evaluations = [_evaluation(table | changed, f"{where}: plan {n}") for n, table in enumerate(plans, start=1)]
     _require_distinct([plan.name for plan in evaluations], f"{where}: two plans have the name", "give each a name")
-    options = parse_options(StudyOptions, {**values, "encoders": [], "plan": []}, where, without=("others",))
+    options = parse_options(StudyOptions, {**values, "encoders": [], "plan": []}, where, without=("others", "models"))
     trained = _train(tables["train"] or {}, steps, options.device, f"{where}: train")
+    reader = _ModelReader(
+        tables["train"] or {},
+        {plan.name: table for plan, table in zip(evaluations, plans, strict=True)},
+        options.device,
+        steps,
+    )
+    models = reader.choose(_list(tables["models"], f"{where}: models"), wanted, where)
     with errors_at(f"{where}: cluster"):
         parse_cluster(options.cluster)
     collected = None if "dataset" in given else tables["collect"]
@@ -129,6 +149,7 @@ def read_study(file: Path, flags: Mapping[str, Any] | None = None) -> StudyOptio
         others=tuple(others),
         plan=tuple(replace(plan, options=replace(plan.options, device=options.device)) for plan in evaluations),
         train=trained,
+        models=tuple(models),
         collect=None if collected is None else parse_options(Collect, collected, f"{where}: collect"),
         seeds=tuple(dict.fromkeys(options.seeds)),
         fractions=tuple(sorted(set(options.fractions))),
@@ -175,12 +196,28 @@ def _encoders(
     return wanted, others
 
 
+@dataclass(frozen=True)
+class _PlanTable:
+    """What a table of `[[plan]]` has beside the settings of `read_plan`, see `Evaluation`."""
+
+    name: str = ""
+    baselines: str = ",".join(BASELINES)
+    untrained_episodes: Positive | None = None
+
+
+PLAN_TABLE = tuple(item.name for item in fields(_PlanTable))
+
+
 def _evaluation(table: dict[str, Any], where: str) -> Evaluation:
-    # Settings of `read_plan`, and a name.
-    if not isinstance(name := table.pop("name", ""), str):
-        raise UserError(f"{where}: name is {name!r}; it must be a string")
-    options = read_plan(table, where)
-    return Evaluation(name or table.get("protocol") or "plan", options)
+    own = parse_options(_PlanTable, {name: table.pop(name) for name in PLAN_TABLE if name in table}, where)
+    options = replace(read_plan(table, where), baselines=own.baselines)
+    name = own.name or table.get("protocol") or "plan"
+    found = Evaluation(name, options, untrained_episodes=own.untrained_episodes)
+    for baseline in found.baselines:
+        with errors_at(f"{where}: baselines"):
+            if baseline != UNTRAINED and not sees_no_frame(baseline):
+                raise UserError(f"{baseline} sees frames, and is no baseline; leave it out")
+    return found
 
 
 def read_plan(table: Mapping[str, Any], where: str) -> PlanOptions:
@@ -238,6 +275,82 @@ def _train(table: Any, steps: int | None, device: str, where: str) -> TrainOptio
     with errors_at(where):
         read_model_options(trained.model, trained.model_options)
     return trained
+
+
+@dataclass(frozen=True)
+class _ModelReader:
+    """Reads tables of `[[models]]`.
+
+    Attributes:
+        train: table of `[train]`. plans: tables of evaluations by name.
+        steps: of every training, instead of those of the file.
+    """
+
+    train: dict[str, Any]
+    plans: Mapping[str, dict[str, Any]]
+    device: str
+    steps: int | None
+
+    def choose(self, tables: list[dict[str, Any]], names: Sequence[str] | None, where: str) -> list[ModelChoice]:
+        """Return the models of these labels or names, from the file or with their defaults; all of the file without `names`."""
+        known = [self.read(table, f"{where}: model {n}") for n, table in enumerate(tables, start=1)]
+        wanted = [] if names else known
+        for name in names or ():
+            labelled = [choice for choice in known if name == choice.label]
+            named = [choice for choice in known if name == choice.train.model]
+            wanted += labelled or named or [self.read({"model": name}, f"{where}: model {name}")]
+        for choices in (known, wanted):
+            labels = [choice.label for choice in choices]
+            _require_distinct(labels, f"{where}: two models have the label", "give each a label")
+        return wanted
+
+    def read(self, table: dict[str, Any], where: str) -> ModelChoice:
+        """Read a table; what it does not set is that of `[train]`."""
+        mine = {item.name for item in fields(ModelTable)}
+        own = parse_options(ModelTable, {name: table[name] for name in mine & set(table)}, where)
+        settings = {name: value for name, value in table.items() if name not in mine}
+        refuse_names(
+            settings, ("frameskip", "split_seed"), where, "set it in [train], as all models act in the same episodes"
+        )
+        usual = {"model": TrainOptions.model, **self.train}
+        if settings.get("model", usual["model"]) != usual["model"]:
+            usual.pop("model_options", None)
+        elif isinstance(more := settings.get("model_options", {}), dict):
+            settings["model_options"] = {**usual.get("model_options", {}), **more}
+        if "steps" in settings:
+            usual.pop("epochs", None)
+        trained = _train({**usual, **settings}, self.steps, self.device, where)
+        choice = ModelChoice(own.label or trained.model, trained, self._actor(own, trained.model, where))
+        return replace(choice, plan=self._plans(own, choice, where))
+
+    def _actor(self, own: ModelTable, model: str, where: str) -> ActorOptions | None:
+        if own.actor is None:
+            return None
+        if not issubclass(MODELS.get(model), Dreams):
+            raise UserError(f"{where} has an actor, which {model} cannot train; choose {dreaming_models()}")
+        refuse_names(own.actor, ("seed",), f"{where}: actor", "set seeds of the study instead")
+        changed = {"steps": self.steps} if self.steps else {}
+        return parse_options(ActorOptions, {"device": self.device, **own.actor, **changed}, f"{where}: actor")
+
+    def _plans(self, own: ModelTable, choice: ModelChoice, where: str) -> dict[str, PlanOptions]:
+        refuse_names(
+            own.plan,
+            (*SHARED, *PLAN_TABLE),
+            f"{where}: plan",
+            "set it in [[plan]], as all models act in the same episodes",
+        )
+        names = list(self.plans)[: None if choice.plans else 1] if own.evaluations is None else own.evaluations
+        found = {}
+        for name in names:
+            if name not in self.plans:
+                raise UserError(f"{where}: no evaluation is {name!r}; {suggest(name, list(self.plans))}")
+            table = own.plan if "protocol" in own.plan else {**self.plans[name], **own.plan}
+            settings = {key: value for key, value in table.items() if key not in PLAN_TABLE}
+            found[name] = read_plan(settings, f"{where}: plan")
+            if found[name].execute > 1 and not choice.plans:
+                hint = "leave it out of evaluations, or set execute = 1 in plan"
+                raise UserError(f"{where}: an actor or policy decides after each model step, unlike {name}; {hint}")
+        return found
 
 
 def _list(value: Any, where: str) -> list[dict[str, Any]]:

@@ -19,10 +19,11 @@ from matplotlib.figure import Figure
 from wmcache.common.device import CPU
 from wmcache.common.figures import png_bytes
 from wmcache.common.files import atomic_write
-from wmcache.planner.options import BASELINES
 from wmcache.planner.report import COLOURS, RC, describe_making, write_page
-from wmcache.study.cells import Branch, Workspace
-from wmcache.study.options import Evaluation, StudyOptions
+from wmcache.study.branches import Branch
+from wmcache.study.cells import Workspace
+from wmcache.study.models import UNTRAINED, Evaluation
+from wmcache.study.options import StudyOptions
 from wmcache.study.statistics import LEVEL, Row, compare, episodes_needed, pooled, rank, separated, smallest_p
 from wmcache.trainer.train import ROLLOUT_STEPS
 
@@ -38,7 +39,7 @@ def write_report(
     """Write study.parquet and study.html.
 
     Returns:
-        For each evaluation at its threshold and the largest fraction: `pairs`, the tests; `ranking`, the groups; `best`, the encoder
+        For each evaluation at its threshold and the largest fraction: `pairs`, the tests; `ranking`, the groups; `best`, the system
         that differs from every other; `below`, those that differ from the one of the highest success; `smallest_p`, of any possible data;
         and `episodes_needed` for a difference to show.
     """
@@ -51,6 +52,10 @@ def write_report(
     if len(options.fractions) > 1:
         pictures["fractions"] = draw_fractions(options, rows, table)
     probes = {branch.choice.label: work.product(branch.probe) for branch in reversed(branches)}
+    best: dict[str, Row] = {}
+    for line in table:
+        best.setdefault(line["encoder"], line)
+    encoders = list(best.values())
     write_page(
         out / "study.html",
         "wmcache.study",
@@ -60,18 +65,20 @@ def write_report(
         rows=rows,
         table=table,
         lines=lines,
+        encoders=encoders,
+        stores={(row["encoder"], row["seed"]): row for row in rows if row["identity"]}.values(),
         began={plan.name: _began(rows, plan) for plan in options.plan},
         evaluations={
             name: {
                 **found,
                 "matrix": _matrix(found["pairs"]),
-                "names": [x["encoder"] for x in table if x["success"][name]],
+                "names": [line["system"] for line in table if line["success"][name]],
             }
             for name, found in results.items()
         },
-        columns=list(dict.fromkeys(column for line in table for column in line["probes"])),
+        columns=list(dict.fromkeys(column for line in encoders for column in line["probes"])),
         pictures=pictures,
-        drawn={name: path.read_bytes() for line in table if (path := probes[name := line["encoder"]]).exists()},
+        drawn={name: path.read_bytes() for line in encoders if (path := probes[name := line["encoder"]]).exists()},
         thresholds=options.thresholds,
         level=LEVEL,
         command=command,
@@ -84,9 +91,10 @@ def write_report(
 def _tests(plan: Evaluation, fraction: float, work: Workspace, branches: Sequence[Branch]) -> dict[str, Any]:
     reached: dict[str, dict[int, Any]] = {}
     for branch in branches:
-        if (known := work.read(branch.plan[fraction, plan.name])) is not None:
+        cell = branch.plan.get((fraction, plan.name))
+        if cell is not None and (known := work.read(cell)) is not None:
             episodes = np.array(known["result"]["reached"][str(plan.options.threshold)], bool)
-            reached.setdefault(branch.choice.label, {})[branch.seed] = episodes
+            reached.setdefault(branch.label, {})[branch.seed] = episodes
     pairs = compare(reached)
     best, below = separated(reached, pairs)
     return {
@@ -109,61 +117,84 @@ def _matrix(pairs: list[Row]) -> dict[tuple[str, str], Row]:
 
 
 def summarise(options: StudyOptions, rows: Sequence[Row]) -> list[Row]:
-    """Make a line for each encoder at the largest fraction, sorted by success in the first evaluation.
+    """Make a line for each system at the largest fraction, sorted by success in the first evaluation.
 
-    Counts of episodes are those of all seeds, see `_counts`; other figures are means over the seeds.
+    Counts of episodes are those of all seeds, see `_counts`; other figures are means over the seeds, those of an evaluation of the first
+    one that the system takes part in. `untrained` is None without such a baseline.
     """
     table = []
-    for choice in options.encoders:
-        mine = {plan.name: _select(rows, choice.label, options.fractions[-1], plan.name) for plan in options.plan}
-        first, known = mine[options.plan[0].name], {}
-        for name, value in first[0].items():
-            found = [row[name] for row in first if isinstance(row[name], int | float)]
-            if found or value is None:
-                known[name] = float(np.mean(found)) if found else None
+    for label, encoder, model in options.systems:
+        mine = {plan.name: _select(rows, label, options.fractions[-1], plan.name) for plan in options.plan}
+        first = next(found for found in mine.values() if found)
         own = {
-            "encoder": choice.label,
-            "name": choice.name,
+            "system": label,
+            "encoder": encoder.label,
+            "name": encoder.name,
+            "model": model.label,
+            "trained": model.train,
+            "acts": model.acts_by(options.plan),
             "source": first[0]["source"],
             "failed": next((row["failed"] for found in mine.values() for row in found if row["failed"]), None),
             "derived": bool(first[0]["derived"]),
-            "probes": _probes(known),
+            "costs": {name: _means(found) for name, found in mine.items()},
+            "untrained": _counts(options, mine, "untrained_") if UNTRAINED in options.baselines else None,
         }
-        table.append({**known, **own, **_counts(options, mine)})
+        known = _means(first)
+        table.append({**known, **own, "probes": _probes(known), **_counts(options, mine)})
     return sorted(table, key=lambda line: -rate(line["success"][options.plan[0].name]))
+
+
+def _means(rows: Sequence[Row]) -> Row:
+    """Numbers of rows, means over those that have them; None where none has."""
+    known: Row = {}
+    for name, value in rows[0].items() if rows else ():
+        found = [row[name] for row in rows if isinstance(row[name], int | float)]
+        if found or value is None:
+            known[name] = float(np.mean(found)) if found else None
+    return known
 
 
 def _counts(options: StudyOptions, by_plan: Mapping[str, Sequence[Row]], actor: str = "") -> Row:
     """Evaluation -> result of `pooled`: of `success`, of `held`, and `within` each threshold."""
+    own = f"{actor}episodes"  # of a baseline that was evaluated by itself
+    of = own if any(own in row for rows in by_plan.values() for row in rows) else "episodes"
     return {
-        "success": {name: pooled(rows, what=f"{actor}successes") for name, rows in by_plan.items()},
-        "held": {name: pooled(rows, what=f"{actor}held") for name, rows in by_plan.items()},
+        "success": {name: pooled(rows, None, f"{actor}successes", of) for name, rows in by_plan.items()},
+        "held": {name: pooled(rows, None, f"{actor}held", of) for name, rows in by_plan.items()},
         "within": {
-            name: {at: pooled(rows, at, f"{actor}successes") for at in options.thresholds}
+            name: {at: pooled(rows, at, f"{actor}successes", of) for at in options.thresholds}
             for name, rows in by_plan.items()
         },
     }
 
 
 def with_baselines(options: StudyOptions, rows: Sequence[Row], table: Sequence[Row]) -> list[Row]:
-    """Add the baselines, which are the same for all encoders, to the lines of `summarise`; sorted by success.
+    """Add the baselines that are the same for all systems to the lines of `summarise`; sorted by success.
 
-    `actions` is in BASELINES, or None for an encoder. `below_random`: the evaluations in which it reached no more than random actions.
+    `actions` is the baseline, or None for a system. `below_random`: the evaluations in which it reached no more than random actions.
     """
     lines: list[Row] = []
-    for actions in BASELINES:
+    for actions in options.baselines:
+        if actions == UNTRAINED:
+            continue
         known = [row for row in rows if row[f"{actions}_successes"] is not None]
         # All rows of an evaluation have the same episodes, and so the same baselines.
         by_plan = {plan.name: [row for row in known if row["protocol"] == plan.name][:1] for plan in options.plan}
         if known:
-            own: Row = {"encoder": f"{actions} actions", "actions": actions, "failed": None, "below_random": []}
+            own: Row = {
+                "system": f"{actions} actions",
+                "actions": actions,
+                "failed": None,
+                "below_random": [],
+                "untrained": None,
+            }
             lines.append({**own, **_counts(options, by_plan, f"{actions}_")})
     random: Row = next((line["success"] for line in lines if line["actions"] == "random"), {})
     for line in table:
         reached = line["success"].items()
         below = [name for name, success in reached if success and rate(random.get(name)) >= rate(success)]
         lines.append({**line, "actions": None, "below_random": below})
-    # A baseline precedes encoders of equal success, which so are seen below it.
+    # A baseline precedes systems of equal success, which so are seen below it.
     main = options.plan[0].name
     return sorted(lines, key=lambda line: (-rate(line["success"][main]), line["actions"] is None))
 
@@ -186,25 +217,57 @@ def _probes(known: Row) -> dict[str, float]:
 
 
 def headline(options: StudyOptions, rows: Sequence[Row]) -> str:
-    """Format the table for a terminal of 120 columns: goals reached and held, open-loop skill and a probe."""
-    main, others = options.plan[0].name, options.plan[1:2]  # there is no room for more
-    layout = "{:32.32} {:>7} {:>10} {:>9} {:>10} {:>9}" + " {:>14.14}" * len(others) + " {:>7} {:>7} {:>6}"
-    head = ("encoder", "tokens", main[:10], "95 %", "held", "95 %", *(plan.name for plan in others))
-    lines = [layout.format(*head, "skill 1", "skill 5", "xy R2")]
-    for line in with_baselines(options, rows, summarise(options, rows)):
+    """Format the table for a terminal of 120 columns: goals reached and held, open-loop skill and a probe; of models also `_costs`."""
+    main, models = options.plan[0].name, bool(options.models)
+    others = options.plan[1:3] if models else options.plan[1:2]  # there is no room for more
+    layout = "{:28.28}" if models else "{:32.32} {:>7}"
+    layout += " {:>10} {:>9} {:>10} {:>9}" + " {:>14.14}" * len(others)
+    layout += " {:>10}" if models else " {:>7} {:>7} {:>6}"
+    first, last = (
+        ((options.what,), ("untrained",)) if models else (("encoder", "tokens"), ("skill 1", "skill 5", "xy R2"))
+    )
+    lines = [layout.format(*first, main[:10], "95 %", "held", "95 %", *(plan.name for plan in others), *last)]
+    table = summarise(options, rows)
+    for line in with_baselines(options, rows, table):
         size = "-" if line.get("tokens") is None else f"{line['tokens']:.0f}x{line['token_dim']:.0f}"
         counts = (line["success"][main], line["held"][main])
-        if counts[0] is None:
-            lines.append(f"{line['encoder']:32.32} {size:>7} {'-':>10}  {line['failed']}"[:120])
+        if counts[0] is None and line["failed"]:
+            lines.append(f"{line['system']:32.32} {size:>7} {'-':>10}  {line['failed']}"[:120])
             continue
-        cells = [line["encoder"], size]
+        cells = [line["system"]] if models else [line["system"], size]
         for counted in counts:
             cells += [_of(counted), "-" if counted is None else "{:.2f}-{:.2f}".format(*counted[2])]
         cells += [_of(line["success"][plan.name]) for plan in others]
         figures = (line.get("skill_1"), line.get("skill_5"), line.get("probes", {}).get("linear position"))
-        cells += ["-" if value is None else f"{value:.2f}" for value in figures]
+        untrained = (line.get("untrained") or {}).get("success", {})
+        cells += [_of(untrained.get(main))] if models else [_number(value, 2) for value in figures]
         lines.append(layout.format(*cells))
-    return "\n".join(lines)
+    return "\n".join(lines + (_costs(options, table) if models else []))
+
+
+def _costs(options: StudyOptions, table: Sequence[Row]) -> list[str]:
+    """Lines of other thresholds, rollouts and costs, of the first evaluation of each system."""
+    main = options.plan[0]
+    others = [at for at in main.thresholds if at != main.options.threshold][:2]
+    layout = "{:28.28}" + " {:>10}" * len(others) + " {:>7} {:>7} {:>7} {:>8} {:>11} {:>10}"
+    names = [f"within {at}" for at in others]
+    head = (options.what, *names, "skill 1", "skill 5", "M param", "train s", "ms/decision", "MFLOP")
+    lines = ["", layout.format(*head)]
+    for line in table:
+        spent, known = [line.get("train_seconds"), line.get("actor_seconds")], line["within"][main.name]
+        figures = (
+            *(_number(line.get(name), 2) for name in ("skill_1", "skill_5")),
+            _number(line.get("model_parameters"), 2, 1e-6),
+            "-" if spent[0] is None else f"{sum(filter(None, spent)):.0f}",
+            _number(line.get("seconds_per_replan"), 1, 1e3),
+            _number(line.get("operations_per_decision"), 1, 1e-6),
+        )
+        lines.append(layout.format(line["system"], *(_of(known[at]) for at in others), *figures))
+    return lines
+
+
+def _number(value: float | None, digits: int, scale: float = 1.0) -> str:
+    return "-" if value is None else f"{value * scale:.{digits}f}"
 
 
 def _of(success: tuple[int, int, list[float]] | None) -> str:
@@ -235,8 +298,8 @@ def summary(options: StudyOptions, results: dict[str, Any]) -> str:
 
 @matplotlib.rc_context(RC)
 def draw_success(options: StudyOptions, lines: Sequence[Row]) -> bytes:
-    """Draw success by threshold at the largest fraction: a line for each encoder or baseline, a panel for each evaluation."""
-    names, count = [line["encoder"] for line in lines], len(options.plan)
+    """Draw success by threshold at the largest fraction: a line for each system or baseline, a panel for each evaluation."""
+    names, count = [line["system"] for line in lines], len(options.plan)
     figure = Figure(figsize=(3.0 + 2.6 * count, 1.0 + 0.36 * len(names)), layout="constrained")
     panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
     for axes, plan in zip(panels, options.plan, strict=True):
@@ -265,7 +328,7 @@ def draw_skill(table: Sequence[Row]) -> bytes:
     for axes, (kind, label) in zip(panels, kinds.items(), strict=True):
         for number, line in enumerate(table):
             if known := {k: value for k in steps if (value := line.get(f"{kind}_{k}")) is not None}:
-                axes.plot(*zip(*known.items(), strict=True), **_style(number), label=line["encoder"])
+                axes.plot(*zip(*known.items(), strict=True), **_style(number), label=line["system"])
         axes.set(xlabel="model steps ahead", ylabel=label, xticks=steps)
     panels[1].set_ylim(bottom=0)
     if panels[0].get_ylim()[0] < -1:
@@ -281,14 +344,14 @@ def draw_fractions(options: StudyOptions, rows: Sequence[Row], table: Sequence[R
     panels = figure.subplots(1, len(options.plan), squeeze=False)
     for axes, plan in zip(panels[0], options.plan, strict=True):
         for number, line in enumerate(table):
-            points = {at: pooled(_select(rows, line["encoder"], at, plan.name)) for at in options.fractions}
+            points = {at: pooled(_select(rows, line["system"], at, plan.name)) for at in options.fractions}
             known = {at: success for at, success in points.items() if success is not None}
             rates = [rate(success) for success in known.values()]
             # Shifted, so that intervals at the same share do not hide each other.
             shares = [at * 1.012 ** (number - len(table) / 2) for at in known]
             if known:
                 bars = np.abs(np.array([success[2] for success in known.values()]).T - rates)
-                axes.errorbar(shares, rates, yerr=bars, elinewidth=0.8, **_style(number), label=line["encoder"])
+                axes.errorbar(shares, rates, yerr=bars, elinewidth=0.8, **_style(number), label=line["system"])
         axes.set(xscale="log", ylim=(-0.02, 1.02), title=plan.name, xlabel="share of the train episodes")
         axes.set_xticks(options.fractions, [f"{at:.0%}" for at in options.fractions])
         axes.minorticks_off()
@@ -297,14 +360,19 @@ def draw_fractions(options: StudyOptions, rows: Sequence[Row], table: Sequence[R
     return png_bytes(figure, dpi=150)
 
 
-def _select(rows: Sequence[Row], encoder: str, fraction: float, protocol: str) -> list[Row]:
-    wanted = (encoder, fraction, protocol)
-    return [row for row in rows if (row["encoder"], row["fraction"], row["protocol"]) == wanted]
+def _select(rows: Sequence[Row], system: str, fraction: float, protocol: str) -> list[Row]:
+    wanted = (system, fraction, protocol)
+    return [row for row in rows if (row["system"], row["fraction"], row["protocol"]) == wanted]
 
 
 def _style(number: int) -> dict[str, Any]:
     colour = matplotlib.colormaps["tab10"](number % 10)
-    return {"color": colour, "marker": MARKERS[number % len(MARKERS)], "markersize": 4.5, "linewidth": 1.3}
+    return {
+        "color": colour,
+        "marker": MARKERS[(number + number // 10) % len(MARKERS)],
+        "markersize": 4.5,
+        "linewidth": 1.3,
+    }
 
 
 def rate(success: tuple[int, int, list[float]] | None) -> float:

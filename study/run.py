@@ -32,8 +32,10 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract_together, with_log_variances
 from wmcache.pipeline.frames import DatasetCard, FrameDataset
 from wmcache.pipeline.options import CollectOptions
-from wmcache.study.cells import Branch, Cell, Workspace, create_encoder, do_cell, make_branches
-from wmcache.study.options import Evaluation, StudyOptions
+from wmcache.study.branches import Branch, make_branches
+from wmcache.study.cells import Cell, Workspace, create_encoder, do_cell
+from wmcache.study.models import Evaluation
+from wmcache.study.options import StudyOptions
 
 Task = tuple[Cell, ...]
 """Cells that are done together: one, or the extractions of a seed, for which frames are decoded once."""

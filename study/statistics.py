@@ -1,7 +1,7 @@
-"""Which differences between encoders are real: paired tests over the same planning episodes.
+"""Which differences between systems (a model on an encoder) are real: paired tests over the same planning episodes.
 
-The unit is the episode. Episode n has the same start, goal and search noise for every encoder and seed, so the results of the seeds on one
-episode are not independent: they count as one. Two encoders are compared by the difference of their successes on each episode, summed over
+The unit is the episode. Episode n has the same start, goal and search noise for every system and seed, so the results of the seeds on one
+episode are not independent: they count as one. Two systems are compared by the difference of their successes on each episode, summed over
 the seeds, with an exact sign-flip test; with one seed this is the exact McNemar test (McNemar 1947). The tests hold for the world models
 that were trained; they do not generalise to other seeds.
 """
@@ -18,19 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from wmcache.planner.options import BASELINES
-from wmcache.study.cells import Branch, Workspace
+from wmcache.study.branches import Branch
+from wmcache.study.cells import Workspace
+from wmcache.study.options import StudyOptions
 from wmcache.trainer.train import ROLLOUT_STEPS
 
 LEVEL = 0.05
 
 Reached = Mapping[str, Mapping[int, NDArray[np.bool_]]]
-"""Encoder -> seed -> which episodes were solved, [episodes]."""
+"""System -> seed -> which episodes were solved, [episodes]."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two encoders over the same episodes.
+    """Two systems over the same episodes.
 
     Attributes:
         first_ahead, second_ahead: episodes on which one has more successes over the seeds than the other.
@@ -71,7 +72,7 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def compare(reached: Reached) -> list[Pair]:
-    """Every pair of encoders, over the seeds that both have."""
+    """Every pair of systems, over the seeds that both have."""
     found = []
     for first, second in itertools.combinations(reached, 2):
         if seeds := [seed for seed in reached[first] if seed in reached[second]]:
@@ -83,13 +84,13 @@ def compare(reached: Reached) -> list[Pair]:
 
 
 def smallest_p(pairs: Sequence[Pair]) -> float:
-    """The smallest adjusted p that any data could give: one encoder ahead on every episode, and all signs alike."""
+    """The smallest adjusted p that any data could give: one system ahead on every episode, and all signs alike."""
     episodes = max((pair.episodes for pair in pairs), default=0)
     return min(1.0, len(pairs) * 2.0 ** (1 - episodes))
 
 
 def episodes_needed(pairs: Sequence[Pair]) -> int:
-    """Episodes on which one encoder has to be ahead, and the other on none, for one of the pairs to differ."""
+    """Episodes on which one system has to be ahead, and the other on none, for one of the pairs to differ."""
     return next(count for count in itertools.count(1) if max(1, len(pairs)) * 2.0 ** (1 - count) < LEVEL)
 
 
@@ -101,9 +102,9 @@ def _differ_and_rates(reached: Reached, pairs: Sequence[Pair]) -> tuple[set[froz
 
 
 def rank(reached: Reached, pairs: Sequence[Pair]) -> list[list[str]]:
-    """Groups, the best first: the encoder of the highest success among those left, and all that the tests do not separate from it.
+    """Groups, the best first: the system of the highest success among those left, and all that the tests do not separate from it.
 
-    Encoders without any success are a group of their own. There are no groups where no data could separate two encoders.
+    Systems without any success are a group of their own. There are no groups where no data could separate two systems.
     """
     differ, rates = _differ_and_rates(reached, pairs)
     if len(rates) > 1 and smallest_p(pairs) >= LEVEL:
@@ -118,7 +119,7 @@ def rank(reached: Reached, pairs: Sequence[Pair]) -> list[list[str]]:
 
 
 def separated(reached: Reached, pairs: Sequence[Pair]) -> tuple[str | None, list[str]]:
-    """The encoder of the highest success, where it differs from every other; and the encoders that differ from it."""
+    """The system of the highest success, where it differs from every other; and the systems that differ from it."""
     differ, rates = _differ_and_rates(reached, pairs)
     best = next(iter(rates), None)
     below = [name for name in reached if frozenset((best, name)) in differ]
@@ -146,48 +147,69 @@ PROBE = (
 )
 PLAN = (
     *("episodes", "successes", "success_rate", "threshold", "mean_env_steps", "budget_env_steps"),
-    *("seconds_per_replan", "encoder_frames"),
+    *("seconds_per_replan", "operations_per_decision", "encoder_frames"),
 )
 Row = dict[str, Any]
 
 
 def tabulate(
-    branches: Sequence[Branch], work: Workspace, failures: Mapping[str, str], thresholds: Sequence[float]
+    options: StudyOptions, branches: Sequence[Branch], work: Workspace, failures: Mapping[str, str]
 ) -> list[Row]:
-    """Make a row for each encoder, seed, fraction and evaluation.
+    """Make a row for each system, seed, fraction and evaluation.
 
     A figure of a cell that failed is None, and `failed` has the reason, unless an earlier run left its result.
     """
-    found = []
-    for branch in branches:
-        fit = branch.extract.inputs.get("fit")
-        fitted = (fit and work.read(fit)) or {}
-        for (fraction, protocol), plan in branch.plan.items():
-            cells = {"extract": branch.extract, "probe": branch.probe, "train": branch.train[fraction], "plan": plan}
-            done = {stage: work.read(cell) or {} for stage, cell in cells.items()}
-            store, probed, run, episodes = (cell.get("result", {}) for cell in done.values())
-            row = {
-                "encoder": branch.choice.label,
-                "name": branch.choice.name,
-                "seed": branch.seed,
-                "fraction": fraction,
-                "protocol": protocol,
-                "failed": next((failures[cell.key] for cell in cells.values() if cell.key in failures), None),
-                **_plan_figures(episodes, thresholds),
-                **_model_figures(run, probed),
-                "tokens": (grid := store.get("token_grid")) and grid[0] * grid[1],
-                **{name: store.get(name) for name in STORE},
-                "fit_seconds": fitted.get("seconds"),
-                **{f"{stage}_seconds": done[stage].get("seconds") for stage in ("probe", "train", "plan")},
-                "model_parameters": run.get("parameters"),
-                "resumed": any(cell.get("resumed") for cell in done.values()),
-            }
-            found.append(row)
+    found = [_row(options, branch, *place, work, failures) for branch in branches for place in branch.plan]
     names = dict.fromkeys(name for row in found for name in row)
     return [{name: row.get(name) for name in names} for row in found]
 
 
-def _plan_figures(episodes: Mapping[str, Any], thresholds: Sequence[float]) -> Row:
+def _row(
+    options: StudyOptions,
+    branch: Branch,
+    fraction: float,
+    protocol: str,
+    work: Workspace,
+    failures: Mapping[str, str],
+) -> Row:
+    fit = branch.extract.inputs.get("fit")
+    fitted = (fit and work.read(fit)) or {}
+    cells = {"extract": branch.extract, "probe": branch.probe, "train": branch.train[fraction]}
+    if fraction in branch.actor:
+        cells["actor"] = branch.actor[fraction]
+    cells["plan"] = branch.plan[fraction, protocol]
+    last = fraction == options.fractions[-1]
+    extra = {name: cell for (plan, name), cell in branch.baselines.items() if last and plan == protocol}
+    done = {stage: work.read(cell) or {} for stage, cell in cells.items()}
+    results = {stage: cell.get("result", {}) for stage, cell in done.items()}
+    others = {name: (work.read(cell) or {}).get("result", {}) for name, cell in extra.items()}
+    judged = {name: result.get("by_threshold", []) for name, result in others.items()}
+    baselines = {**dict.fromkeys(options.baselines, ()), **results["plan"].get("baselines", {}), **judged}
+    store, run = results["extract"], results["train"]
+    used = [*cells.values(), *extra.values()]
+    row: Row = {
+        "system": branch.label,
+        "encoder": branch.choice.label,
+        "name": branch.choice.name,
+        "model": branch.model.label,
+        "seed": branch.seed,
+        "fraction": fraction,
+        "protocol": protocol,
+        "failed": next((failures[cell.key] for cell in used if cell.key in failures), None),
+        **_plan_figures(results["plan"], options.thresholds, baselines),
+        **{f"{name}_episodes": result.get("episodes") for name, result in others.items()},
+        **_model_figures(run, results["probe"]),
+        "tokens": (grid := store.get("token_grid")) and grid[0] * grid[1],
+        **{name: store.get(name) for name in STORE},
+        "fit_seconds": fitted.get("seconds"),
+        **{f"{stage}_seconds": cell.get("seconds") for stage, cell in done.items() if stage != "extract"},
+        "model_parameters": run.get("parameters"),
+        "resumed": any(cell.get("resumed") for cell in done.values()),
+    }
+    return row | ({"actor_parameters": results["actor"].get("parameters")} if "actor" in results else {})
+
+
+def _plan_figures(episodes: Mapping[str, Any], thresholds: Sequence[float], baselines: Mapping[str, Any]) -> Row:
     """Successes by threshold, of the planner and of the baselines; results of earlier versions have no baselines."""
     row: Row = {name: episodes.get(name) for name in PLAN}
     row |= dict(zip(("low", "high"), episodes.get("ci95", (None, None)), strict=True))
@@ -197,8 +219,8 @@ def _plan_figures(episodes: Mapping[str, Any], thresholds: Sequence[float]) -> R
         row[f"began_{at}"] = episodes.get("began_at_goal", {}).get(str(at))
         row[f"low_{at}"], row[f"high_{at}"] = judged[at].get("ci95", (None, None))
     row["held"] = judged[row["threshold"]].get("held")
-    for actions in BASELINES:
-        judged = _by_threshold(episodes.get("baselines", {}).get(actions, []))
+    for actions, judgements in baselines.items():
+        judged = _by_threshold(judgements)
         for name in ("successes", "held"):
             row[f"{actions}_{name}"] = judged[row["threshold"]].get(name)
             row |= {f"{actions}_{name}_{at}": judged[at].get(name) for at in thresholds}
@@ -221,16 +243,16 @@ def _model_figures(run: Mapping[str, Any], probed: Mapping[str, Any]) -> Row:
 
 
 def pooled(
-    rows: Sequence[Row], at: float | None = None, what: str = "successes"
+    rows: Sequence[Row], at: float | None = None, what: str = "successes", of: str = "episodes"
 ) -> tuple[int, int, list[float]] | None:
-    """Successes and trials over the rows of an encoder's seeds, and the 95 % interval of the rate.
+    """Successes and trials over the rows of a system's seeds, and the 95 % interval of the rate.
 
     All seeds are tried on the same episodes, so the interval is that of this number of episodes, not of trials. `at` is a threshold, None
-    for the evaluation's own; `what` is `successes` or another count of episodes, such as `held`.
+    for the evaluation's own; `what` is `successes` or another count of episodes, such as `held`, and `of` the column of their number.
     """
     name = what if at is None else f"{what}_{at}"
     known = [row for row in rows if row[name] is not None]
     if not known:
         return None
-    successes, trials = sum(row[name] for row in known), sum(row["episodes"] for row in known)
-    return successes, trials, interval(successes / trials, known[0]["episodes"])
+    successes, trials = sum(row[name] for row in known), sum(row[of] for row in known)
+    return successes, trials, interval(successes / trials, known[0][of])

@@ -19,7 +19,7 @@ from wmcache.common.locks import exclusive
 from wmcache.envs import find_maze
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.study import cells, run
-from wmcache.study.cells import Branch, make_branches
+from wmcache.study.branches import Branch, make_branches
 from wmcache.study.options import Collect, StudyOptions, read_study
 
 from .conftest import ADAPTER, FAILING
