@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 def reached(folders: str, threshold: str) -> NDArray[np.float64]:
     """Return whether each episode reached its goal, [seeds, episodes]."""
     tables = [pq.read_table(Path(folder) / "episodes.parquet") for folder in folders.split(",")]
-    return np.array([table[f"env_steps_{threshold}"].is_valid().to_numpy() for table in tables], float)
+    return np.array([table[f"env_steps_{threshold}"].to_numpy() >= 0 for table in tables], float)
 
 
 def main(threshold: str, first: str, second: str) -> None:
