@@ -43,6 +43,7 @@ from wmcache.planner.report import write_episodes
 from wmcache.study.options import EncoderChoice, StudyOptions
 from wmcache.trainer.models import rollout_errors, skills
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.options import recorded as recorded_training
 from wmcache.trainer.runs import load_model
 from wmcache.trainer.train import train, validation_windows
 
@@ -151,7 +152,7 @@ def _branch(choice: EncoderChoice, seed: int, options: StudyOptions, fingerprint
     probe = Cell("probe", choice.name, f"probe {what}", {"frames": options.probe_frames}, {"extract": extract})
     trains, plans = {}, {}
     for fraction in reversed(options.fractions):
-        settings = {**asdict(options.train), "seed": seed, "episodes_fraction": fraction}
+        settings = {**recorded_training(options.train), "seed": seed, "episodes_fraction": fraction}
         label = f"{what}, {fraction:.0%} of the episodes"
         trains[fraction] = Cell("train", choice.name, f"train {label}", settings, {"extract": extract})
         for plan in options.plan:

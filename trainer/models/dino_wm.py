@@ -82,10 +82,8 @@ class DinoWm(FrameTransformer):
 
     def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:
         """Compute the MSE of the next frame's tokens and proprio, weighted by their dimensions as in DINO-WM; see `WorldModel.loss`."""
-        tokens, proprio, action = self.standardise(batch["tokens"], batch["proprio"], batch["action"])
-        tokens = pool_grid(tokens, self.shape.columns, pool)
-        embedding = self.embed(proprio)
-        target = tokens[:, 1:].detach(), embedding[:, 1:].detach()
+        (tokens, embedding), real, action = self.read(batch, pool)
+        target = real[0][:, 1:].detach(), real[1][:, 1:].detach()
         seen = tokens[:, :-1]
         if self.training and self.options.noise:
             seen = seen + self.options.noise * torch.randn_like(seen)

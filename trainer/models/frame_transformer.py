@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from wmcache.trainer.models.attention import KeysValues
-from wmcache.trainer.models.latent import Frames, LatentModel
+from wmcache.trainer.models.latent import Frames, LatentModel, pool_grid
+from wmcache.trainer.models.trainable import SHIFT, shifted
 
 Kept = list[KeysValues | None]
 """Of each block."""
@@ -16,7 +18,22 @@ Kept = list[KeysValues | None]
 class FrameTransformer(LatentModel):
     """A world model of `Block`s: a frame's tokens attend to those of the frame itself, and of the frames before it."""
 
+    shifts = True
     blocks: nn.ModuleList
+
+    def read(self, batch: Mapping[str, Tensor], pool: int) -> tuple[Frames, Frames, Tensor]:
+        """Standardise and pool a batch; returns frames as the model sees them, frames as they are, and the actions that it sees."""
+        shown = {name: shifted(batch, name) for name in ("tokens", "proprio", "action")}
+        tokens, embedding, action = self.prepare(shown, pool)
+        seen = real = tokens, embedding
+        if any(SHIFT + name in batch for name in shown):
+            real = self.prepare(batch, pool)[:2]
+        return seen, real, action
+
+    def prepare(self, batch: Mapping[str, Tensor], pool: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens, standardised and pooled, an embedding of proprio, and standardised actions."""
+        tokens, proprio, action = self.standardise(batch["tokens"], batch["proprio"], batch["action"])
+        return pool_grid(tokens, self.shape.columns, pool), self.embed(proprio), action
 
     @property
     @abstractmethod
