@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wmcache.trainer.models.attention import KeysValues
@@ -34,6 +36,20 @@ class FrameTransformer(LatentModel):
         """Return tokens, standardised and pooled, an embedding of proprio, and standardised actions."""
         tokens, proprio, action = self.standardise(batch["tokens"], batch["proprio"], batch["action"])
         return pool_grid(tokens, self.shape.columns, pool), self.embed(proprio), action
+
+    def grid_positions(self, slots: range, pool: int = 1, beside: int = 0) -> Tensor:
+        """Return time, row and column of the tokens of frames at these slots, [T * tokens, 3].
+
+        Args:
+            beside: tokens before the patches of each frame, which are only rotated in time.
+        """
+        device, columns = self.action_mean.device, self.shape.columns
+        number = torch.arange(self.shape.tokens, device=device)
+        grid = torch.stack([number // columns, number % columns], -1).float()
+        grid = F.pad(pool_grid(grid[None, None], columns, pool)[0, 0], (0, 0, beside, 0))
+        time = torch.arange(slots.start, slots.stop, device=device, dtype=grid.dtype)
+        times = time[:, None, None].expand(-1, len(grid), 1)
+        return torch.cat([times, grid.expand(len(time), -1, -1)], 2).flatten(0, 1)
 
     @property
     @abstractmethod

@@ -151,17 +151,7 @@ class VJepa2Ac(FrameTransformer):
         """See `FrameTransformer.enter`."""
         beside = [self.embed_action(action)[:, :, None], *self.proprio_inputs(embedding)]
         x = torch.cat([*beside, self.project_in(tokens)], 2)
-        return x, {"positions": self._positions(slots, len(beside), pool)}
-
-    def _positions(self, slots: range, beside: int, pool: int) -> Tensor:
-        """Return time, row and column of each token, [T * tokens, 3]; the tokens beside the patches are only rotated in time."""
-        device, columns = self.action_mean.device, self.shape.columns
-        number = torch.arange(self.shape.tokens, device=device)
-        grid = torch.stack([number // columns, number % columns], -1).float()
-        grid = F.pad(pool_grid(grid[None, None], columns, pool)[0, 0], (0, 0, beside, 0))
-        time = torch.arange(slots.start, slots.stop, device=device, dtype=grid.dtype)
-        times = time[:, None, None].expand(-1, len(grid), 1)
-        return torch.cat([times, grid.expand(len(time), -1, -1)], 2).flatten(0, 1)
+        return x, {"positions": self.grid_positions(slots, pool, len(beside))}
 
     def split(self, x: Tensor, tokens: Tensor, embedding: Tensor) -> Frames:
         """See `FrameTransformer.split`."""
