@@ -22,6 +22,7 @@ from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import SOLVERS
 from wmcache.trainer.models import read_options as read_model_options
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.perturb import check_shifts
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,7 @@ def _train(table: Any, steps: int | None, device: str, where: str) -> TrainOptio
     trained = parse_options(TrainOptions, table, where)
     with errors_at(where):
         read_model_options(trained.model, trained.model_options)
+        check_shifts(trained)
     return trained
 
 

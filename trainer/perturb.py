@@ -12,11 +12,22 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from wmcache.common.errors import UserError
+from wmcache.trainer.models import MODELS
 from wmcache.trainer.models.trainable import SHIFT
+from wmcache.trainer.options import TrainOptions
 
 STEP = 1.25
 """Length of the signed step, in radii; the result is clamped to the radius."""
 Batch = Mapping[str, Tensor]
+
+
+def check_shifts(options: TrainOptions) -> None:
+    """Raise UserError where options perturb what a model sees whose loss cannot do that."""
+    if options.perturbed and not MODELS.get(options.model).shifts:
+        able = ", ".join(name for name in MODELS if MODELS.get(name).shifts)
+        flags = "--perturb-tokens, --perturb-proprio and --perturb-actions"
+        raise UserError(f"{flags} need a model whose loss knows them, which {options.model} is not; choose {able}")
 
 
 def radii_of(shares: Mapping[str, float], statistics: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

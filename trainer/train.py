@@ -31,7 +31,7 @@ from wmcache.engine.ranks import SINGLE, Ranks
 from wmcache.trainer.feed import Feed, choose_residence
 from wmcache.trainer.models import MODELS, DataShape, Trainable, WorldModel, build, read_options
 from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.perturb import perturb, radii_of
+from wmcache.trainer.perturb import check_shifts, perturb, radii_of
 from wmcache.trainer.runs import describe_caches, find_stages, lock_run, prepare_run, recorded_start
 
 ROLLOUT_STEPS = 5
@@ -104,7 +104,7 @@ def _train(
     statistics = statistics_of(store, options.frameskip)
     model = build(options.model, shape, options.model_options, statistics).to(device)
     model.check_pool(options.pool)
-    check_shifts(kind, options)
+    check_shifts(options)
     config = {**asdict(options), "cache": describe_caches(caches), "shape": asdict(shape)}
     left, begins = find_stages(out, model, config, store.identity, overwrite=overwrite)
     # Written only now: an option that is refused must not cost a run.
@@ -247,15 +247,6 @@ def check_slices(batch: int, world: int) -> None:
     """Raise UserError for a batch that cannot be cut into equal slices for the ranks."""
     if batch % world:
         raise UserError(f"--batch-size {batch} is not divisible by {world} devices; choose a multiple of {world}")
-
-
-def check_shifts(kind: type[Trainable], options: TrainOptions) -> None:
-    """Raise UserError where options perturb what a model sees whose loss cannot do that."""
-    if options.perturbed and not kind.shifts:
-        able = ", ".join(name for name in MODELS if MODELS.get(name).shifts)
-        raise UserError(
-            f"--perturb-… needs a model that trains on perturbed frames, not {options.model}; choose {able}"
-        )
 
 
 def make_optimiser(model: Trainable, options: TrainOptions) -> torch.optim.AdamW:
