@@ -131,3 +131,23 @@ def import_run_dino_wm(folder: Path, cache: AnyPath, out: Path, **settings: Any)
     scale = "standardised" if imported.standardised else "as they are"
     say(f"{out}: epoch {imported.epoch}, {imported.parameters / 1e6:.2f} M parameters, actions and proprio {scale}")
     say(f"plan with: {command('wmplan', '--run', out)}")
+
+
+@import_run.command("jepa-wm")
+@click.argument("file", type=PATH)
+@file_option(
+    "--config",
+    "settings",
+    required=True,
+    help="Settings of its training or evaluation, from the configs/ of its repository.",
+)
+@path_option("--cache", required=True, help="A store of PointMaze's frames, of the encoder in the settings.")
+@file_option("--out", required=True, help="Folder of the run.")
+@click.option("--overwrite", is_flag=True, help="Replace another run.")
+def import_run_jepa_wm(file: Path, settings: Path, cache: AnyPath, out: Path, overwrite: bool) -> None:
+    """Import JEPA-WM's checkpoint FILE of PointMaze, jepa_wm_pointmaze or dino_wm_pointmaze. Nothing in it is run."""
+    from wmcache.trainer.import_jepa_wm import import_jepa_wm as run
+
+    imported = run(file, settings, cache, out, overwrite=overwrite)
+    say(f"{out}: epoch {imported.epoch}, {imported.predictor}, {imported.parameters / 1e6:.2f} M parameters")
+    say(f"plan with: {command('wmplan', '--run', out, '--protocol', 'open-loop', '--context', 2)}")

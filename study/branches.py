@@ -17,6 +17,7 @@ from wmcache.planner.options import BASELINES, SOURCES, PlanOptions, absolute_fi
 from wmcache.study.cells import ENCODER_OPTIONS, Cell
 from wmcache.study.models import UNTRAINED, ModelChoice
 from wmcache.study.options import EncoderChoice, StudyOptions
+from wmcache.trainer.options import recorded as recorded_training
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def make_branches(options: StudyOptions, fingerprint: str) -> list[Branch]:
 def _add_models(branch: Branch, options: StudyOptions) -> None:
     name, model, extract = branch.choice.name, branch.model, branch.extract
     for fraction in reversed(options.fractions):
-        settings = {**asdict(model.train), "seed": branch.seed, "episodes_fraction": fraction}
+        settings = {**recorded_training(model.train), "seed": branch.seed, "episodes_fraction": fraction}
         label = f"{branch.label}, seed {branch.seed}, {fraction:.0%} of the episodes"
         branch.train[fraction] = Cell("train", name, f"train {label}", settings, {"extract": extract})
         inputs = {"train": branch.train[fraction], "extract": extract}

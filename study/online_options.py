@@ -16,6 +16,7 @@ from wmcache.study.options import EncoderChoice, errors_at, read_encoder, read_p
 from wmcache.trainer.models import MODELS, Dreams, dreaming_models
 from wmcache.trainer.models import read_options as read_model_options
 from wmcache.trainer.options import ActorOptions
+from wmcache.trainer.perturb import check_shifts
 
 TABLES = ("collect", "encoder", "train", "actor", "policy", "plan")
 
@@ -98,6 +99,7 @@ def _read_tables(tables: Mapping[str, dict[str, Any]], bare: OnlineOptions, wher
         if kind.stages or not issubclass(kind, Dreams):
             raise UserError(f"no actor learns in the imagination of model {trained.model}; choose {dreaming_models()}")
         read_model_options(trained.model, trained.model_options)
+        check_shifts(trained)
     policy = read_plan(tables["policy"], f"{where}: policy")
     plan = {"episodes": EPISODES, "budget": collect.length - 1, **tables["plan"]}
     return {

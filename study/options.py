@@ -24,6 +24,7 @@ from wmcache.study.models import SHARED, UNTRAINED, Evaluation, ModelChoice, Mod
 from wmcache.trainer.models import MODELS, Dreams, dreaming_models
 from wmcache.trainer.models import read_options as read_model_options
 from wmcache.trainer.options import ActorOptions, TrainOptions
+from wmcache.trainer.perturb import check_shifts
 
 
 @dataclass(frozen=True)
@@ -274,6 +275,7 @@ def _train(table: Any, steps: int | None, device: str, where: str) -> TrainOptio
     trained = parse_options(TrainOptions, table, where)
     with errors_at(where):
         read_model_options(trained.model, trained.model_options)
+        check_shifts(trained)
     return trained
 
 

@@ -23,6 +23,7 @@ from wmcache.planner.report import write_episodes
 from wmcache.planner.videos import write_videos
 from wmcache.study.cells import ENCODER_OPTIONS
 from wmcache.study.options import EncoderChoice
+from wmcache.trainer.options import NEWER, TrainOptions
 
 HINT = "restore it, or choose another --out"
 MAY_CHANGE = {"cluster", "batch", "plan.batch"}
@@ -64,7 +65,8 @@ def refuse_other_settings(options: Any, file: Path, may_change: Collection[str] 
             raise UserError(f"{out} exists and has no {file.name}; choose another --out")
         return
     # Options that are newer than the folder had their defaults.
-    usual = {name: {"draw": PlanOptions.draw} for name in ("policy", "plan")}
+    usual: dict[str, Any] = {name: {"draw": PlanOptions.draw} for name in ("policy", "plan")}
+    usual["train"] = {name: getattr(TrainOptions(), name) for name in NEWER}
     before = _flat(usual) | _flat(read_json(file, HINT).get("options", {}))
     now, free = _flat(asdict(options)), MAY_CHANGE.union(may_change)
     different = [

@@ -20,6 +20,7 @@ from wmcache.study.options import EncoderChoice, errors_at, read_encoder, read_p
 from wmcache.trainer.models import MODELS
 from wmcache.trainer.models import read_options as read_model_options
 from wmcache.trainer.options import TrainOptions
+from wmcache.trainer.perturb import check_shifts
 
 SEEDS = 1000
 """Datasets of one seed; the last of `rounds` is below it."""
@@ -92,6 +93,7 @@ def read_rounds(file: Path, flags: Mapping[str, Any] | None = None) -> RoundsOpt
     trained = parse_options(TrainOptions, settings, f"{where}: train")
     with errors_at(f"{where}: train"):
         read_model_options(trained.model, trained.model_options)
+        check_shifts(trained)
         if MODELS.get(trained.model).stages:
             raise UserError(f"model {trained.model} is trained in stages, which no round goes on with; choose another")
     return replace(

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,39 +105,52 @@ def import_dino_wm(
             if not name.startswith("tokens"):
                 value.fill_(float(name.endswith("std")))
     model = build("dino-wm", shape, asdict(options), statistics).eval()
-    _load_weights(model, weights, file, cache)
+    load_imported(model, weights, file, cache)
     source = {"format": "dino-wm", "file": str(file.absolute()), "sha256": sha256_of(file), "epoch": epoch}
     config = {**asdict(training), "cache": absolute(cache), "shape": asdict(shape), "imported": source}
-    _write(out, config, store, model, training, overwrite=overwrite)
+    write_run(out, config, store, model, training, overwrite=overwrite)
     return Imported(epoch, sum(value.numel() for value in model.parameters()), settings.standardised)
 
 
-def _read_settings(file: Path) -> _Settings:
-    hint = "it is what train.py of DINO-WM writes beside checkpoints/"
+def read_yaml(file: Path, hint: str) -> Any:
+    """Read a file of settings, without making objects of it; raise UserError, which ends with `hint`, where that is not possible."""
     try:
         if file.stat().st_size > MAX_YAML_BYTES:
             raise UserError(f"{file} is too large for settings; {hint}")
-        config = yaml.safe_load(file.read_bytes())
+        return yaml.safe_load(file.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{file} does not exist; {hint}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({reason(error)}); {hint}") from error
 
-    def get(name: str) -> Any:
-        value = config
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return value
 
-    def number(name: str, least: int, most: int) -> int:
-        value = get(name)
-        if type(value) is not int or not least <= value <= most:
-            raise UserError(f"{file}: {name} is {shown(value)}, not a whole number from {least} to {most}; {hint}")
-        return value
+def entry(config: Any, name: str) -> Any:
+    """Return an entry of nested dicts, by its path with dots; None where there is none."""
+    for part in name.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config
 
-    for name, needed in REQUIRED.items():
-        if (value := get(name)) != needed or type(value) is not type(needed):
+
+def whole_number(config: Any, name: str, least: int, most: int, file: Path, hint: str) -> int:
+    """Return an entry that is a whole number; raise UserError for any other one."""
+    value = entry(config, name)
+    if type(value) is not int or not least <= value <= most:
+        raise UserError(f"{file}: {name} is {shown(value)}, not a whole number from {least} to {most}; {hint}")
+    return value
+
+
+def require_settings(config: Any, required: Mapping[str, Any], file: Path) -> None:
+    """Raise UserError for the first entry that is not as required."""
+    for name, needed in required.items():
+        if (value := entry(config, name)) != needed or type(value) is not type(needed):
             raise UserError(f"{file}: {name} is {shown(value)}; only checkpoints with {needed!r} can be imported")
+
+
+def _read_settings(file: Path) -> _Settings:
+    hint = "it is what train.py of DINO-WM writes beside checkpoints/"
+    config = read_yaml(file, hint)
+    get, number = partial(entry, config), partial(whole_number, config, file=file, hint=hint)
+    require_settings(config, REQUIRED, file)
     standardised = get("env.dataset.normalize_action")
     standardised = get("normalize_action") if standardised is None else standardised
     if type(standardised) is not bool:
@@ -167,17 +181,18 @@ def _check_store(store: TokenStore, cache: AnyPath, settings: _Settings, file: P
         raise UserError(f"{why}; extract a dataset of just those episodes")
 
 
-def _load_weights(model: Trainable, weights: Mapping[str, Tensor], file: Path, cache: AnyPath) -> None:
+def load_imported(model: Trainable, weights: Mapping[str, Tensor], file: Path, cache: AnyPath) -> None:
+    """Load the weights of a checkpoint; raise UserError where they do not fit the store or the settings."""
     sizes = {name: tuple(value.shape) for name, value in model.named_parameters()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if different := sorted(name for name in {*sizes, *found} if sizes.get(name) != found.get(name)):
         name = different[0]
-        why = f"{name} is {found.get(name)}, where the store and hydra.yaml make it {sizes.get(name)}"
+        why = f"{name} is {found.get(name)}, where the store and the settings make it {sizes.get(name)}"
         raise UserError(f"{file} does not fit {cache}: {why}; use a store of the frames that the model was trained on")
     model.load_state_dict(weights, strict=False)  # the statistics are there already
 
 
-def _write(
+def write_run(
     out: Path, config: dict[str, Any], store: TokenStore, model: Trainable, training: TrainOptions, *, overwrite: bool
 ) -> None:
     """Write the run beside its path, then move it there."""

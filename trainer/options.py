@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
@@ -11,6 +11,8 @@ from wmcache.common.options import Natural, Positive, Share, ShareBelowOne, Weig
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Rate = Annotated[float, Ge(1e-12)]
+NEWER = ("perturb_tokens", "perturb_proprio", "perturb_actions")
+"""Options that earlier versions had not; at their defaults they are not part of what a study's run is known by."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,11 @@ class TrainOptions:
     model: str = option("dino-wm", "World model or policy: {names}.", group="Run")
     model_options: dict[str, Any] = field(default_factory=dict)
     stage: str = option("all", "Stage to train, of a model that has several; each has --steps: all, {names}.")
-    start: str | None = option(None, "Run whose last finished stage is continued.  [default: --out]", flag="--from")
+    start: str | None = option(
+        None,
+        "Run to begin from: its weights, or for a model with stages its last finished stage.  [default: --out]",
+        flag="--from",
+    )
     history: Positive = option(3, "Context frames.", group="Data")
     frameskip: Positive = option(5, "Env steps between frames of a window.")
     steps: Positive = option(10_000, "Optimiser steps.", group="Training")
@@ -40,6 +46,11 @@ class TrainOptions:
     clip: Weight = option(1.0, "Largest norm of the gradient; 0: no clipping.")
     pool: Positive = option(1, "Side of the squares of the token grid that are averaged at first; 1: none.")
     pool_until: Share = option(0.5, "Share of the steps on that coarser grid.")
+    perturb_tokens: Weight = option(
+        0.0, "Adversarial training: largest change of the tokens that the model sees, in their deviations; 0: none."
+    )
+    perturb_proprio: Weight = option(0.0, "Largest change of the proprio that it sees, in its deviations.")
+    perturb_actions: Weight = option(0.0, "Largest change of the actions that it sees, in their deviations.")
     dtype: Precision = option("auto", "Compute precision.", group="Devices")
     device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.")
     residence: Literal["auto", "device", "ram", "disk"] = option(
@@ -54,6 +65,20 @@ class TrainOptions:
     log_every: Positive = option(20, "Steps between two lines of the log.", group="Logging")
     validate_every: Positive = option(500, "Steps between two validations.")
     checkpoint_every: Positive = option(500, "Steps between two checkpoints.")
+
+    @property
+    def perturbed(self) -> dict[str, float]:
+        """Radii above 0, by the name of what is perturbed in a batch."""
+        radii = {"tokens": self.perturb_tokens, "proprio": self.perturb_proprio, "action": self.perturb_actions}
+        return {name: radius for name, radius in radii.items() if radius}
+
+
+def recorded(options: TrainOptions) -> dict[str, Any]:
+    """Return the options that a study's run is known by: not those at their defaults that are newer than others."""
+    usual = TrainOptions()
+    return {
+        name: value for name, value in asdict(options).items() if name not in NEWER or value != getattr(usual, name)
+    }
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Reads files in which torch.save has pickled whole modules, without importing or calling anything that they name.
+"""Reads files in which torch.save has pickled state dicts or whole modules, without importing or calling anything that they name.
 
 Python's own unpickler is limited to the instructions that torch.save writes; a call makes a `Record` of what would have been called.
 """
@@ -51,7 +51,7 @@ def load_modules(path: Path, known: Callable[[str], bool]) -> Any:
         with zipfile.ZipFile(path) as archive:
             return _Unpickler(path, archive, known).load()
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; name the folder with hydra.yaml and checkpoints/") from None
+        raise UserError(f"{path} does not exist; name a checkpoint that does") from None
     except DAMAGE as error:
         if outside := cause_outside(error):
             raise unreadable(path, outside) from error
@@ -73,7 +73,7 @@ class _Unpickler(pickle._Unpickler):
         if compressed or size > path.stat().st_size:
             raise UserError(f"{path} is a compressed zip, which torch.save never writes; {AGAIN}")
         if members[programs[0]].file_size > MAX_PROGRAM_BYTES:
-            raise UserError(f"{path} has a larger pickle than any checkpoint of DINO-WM; {AGAIN}")
+            raise UserError(f"{path} has a larger pickle than any such checkpoint; {AGAIN}")
         self._folder = programs[0].removesuffix("data.pkl")
         order = f"{self._folder}byteorder"
         if order in members and archive.read(order) != b"little":
@@ -87,7 +87,7 @@ class _Unpickler(pickle._Unpickler):
         if text in REBUILT:
             return REBUILT[text]
         if not self._known(text):
-            raise UserError(f"{self._path} names {text[:200]}, which no checkpoint of DINO-WM needs; {AGAIN}")
+            raise UserError(f"{self._path} names {text[:200]}, which no such checkpoint needs; {AGAIN}")
         return functools.partial(Record, text)
 
     def persistent_load(self, pid: Any) -> Tensor:
@@ -109,6 +109,8 @@ class _Unpickler(pickle._Unpickler):
 
     def load_build(self) -> None:
         state, record = self.stack.pop(), self.stack[-1]
+        if type(record) is dict:  # attributes of an OrderedDict, such as versions of a state dict
+            return
         if type(record) is not Record or record.state is not None:
             raise ValueError("it sets the state of no object, or twice")
         record.state = state

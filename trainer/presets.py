@@ -83,6 +83,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "combine": "features",
         "condition": "concat",
         "position": "learned",
+        "proprio-embedding": 0,
         "rollout-loss": 0.0,
         "noise": 0.0,
         "batch-size": 32,

@@ -261,17 +261,20 @@ def _find_progress(
 ) -> Progress:
     before = max(0, model.stage_number(stage) - 1)
     previous = model.stages[before - 1] if before else ""
-    start, progress = config["start"], Progress()
-    if not overwrite and checkpoints(out):
+    start, progress, begun = config["start"], Progress(), not overwrite and bool(checkpoints(out))
+    if begun:
         progress = read_progress(last_checkpoint(out))
-        refused = model.stage_number(progress.stage) <= before or read_config(out).get("start") != start
+        late = bool(model.stages) and model.stage_number(progress.stage) <= before
+        refused = late or read_config(out).get("start") != start
     else:
         refused = start and Path(start).resolve() == out.resolve()
-    if start and (refused or not before):
+    if start and not model.stages and refused:
+        raise UserError(f"{out} does not begin from {start}; leave out --from, or choose another --out")
+    if start and model.stages and (refused or not before):
         raise UserError(f"--stage {stage or 'all'} of {out} cannot start from {start}; leave out --from")
-    if start and not progress.stage:
+    if start and not (progress.stage or begun):
         _load_start(Path(start), model, previous, identity, config)
-        progress = Progress(stage=previous, finished=True)
+        progress = Progress(stage=previous, finished=bool(previous))
     reached = model.stage_number(progress.stage)
     if reached < before or (before and reached == before and not progress.finished):
         why = f"stage {stage} needs a finished stage {previous}, which {out} does not have"
@@ -280,12 +283,25 @@ def _find_progress(
 
 
 def _load_start(start: Path, model: Trainable, stage: str, identity: Identity, config: Mapping[str, Any]) -> None:
-    folder = finished_stage(start, stage)
+    folder = finished_stage(start, stage) if stage else newest_checkpoint(start)
     names = {"history", "frameskip", "split_seed", "episodes_fraction", *config["model_options"]}
     different = _differences(read_config(start), config, names - model.may_change_after(stage))
-    if different := different + foreign_identity(start, identity):
+    grown = not stage and grows(read_identity(start)[1], identity)
+    if different := different + ([] if grown else foreign_identity(start, identity)):
         raise UserError(f"{start} is of another model or store ({'; '.join(different)}); name another --from")
     load_weights(folder, model)
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """Return the newest checkpoint; raises UserError where the folder is not a run, or has none."""
+    read_config(run)
+    return last_checkpoint(run)
+
+
+def recorded_start(out: Path) -> str | None:
+    """Return the run that a run began from, if any."""
+    start = read_config(out).get("start") if is_run(out) else None
+    return str(start) if start else None
 
 
 def finished_stage(run: Path, stage: str) -> Path:

@@ -31,7 +31,8 @@ from wmcache.engine.ranks import SINGLE, Ranks
 from wmcache.trainer.feed import Feed, choose_residence
 from wmcache.trainer.models import MODELS, DataShape, Trainable, WorldModel, build, read_options
 from wmcache.trainer.options import TrainOptions
-from wmcache.trainer.runs import describe_caches, find_stages, lock_run, prepare_run
+from wmcache.trainer.perturb import check_shifts, perturb, radii_of
+from wmcache.trainer.runs import describe_caches, find_stages, lock_run, prepare_run, recorded_start
 
 ROLLOUT_STEPS = 5
 UNDEFINED = "no skill (null in metrics.jsonl): held-out tokens do not change, or the rollout is not finite"
@@ -94,13 +95,16 @@ def _train(
     windows = training_windows(store, options, kind, given)
     chosen = kind.configure(store, windows, given)
     extras = kind.extras(store, windows, chosen)
-    options = replace(options, model_options=asdict(chosen))
+    start = options.start if kind.stages or overwrite else options.start or recorded_start(out)
+    options = replace(options, model_options=asdict(chosen), start=start)
     if options.epochs:
         options = replace(options, steps=max(1, options.epochs * len(windows) // (options.batch * options.accumulate)))
     device, shape = ranks.device(options.device), data_shape(store, options)
     torch.manual_seed(options.seed)
-    model = build(options.model, shape, options.model_options, statistics_of(store, options.frameskip)).to(device)
+    statistics = statistics_of(store, options.frameskip)
+    model = build(options.model, shape, options.model_options, statistics).to(device)
     model.check_pool(options.pool)
+    check_shifts(options)
     config = {**asdict(options), "cache": describe_caches(caches), "shape": asdict(shape)}
     left, begins = find_stages(out, model, config, store.identity, overwrite=overwrite)
     # Written only now: an option that is refused must not cost a run.
@@ -109,7 +113,7 @@ def _train(
     )
     if ranks.broadcast(resumes):
         load_weights(last_checkpoint(out), model)
-    else:
+    elif not start:
         model.initialise(given)
     if not left:
         load_training_state(out, model, make_optimiser(model, options))  # reports damage
@@ -124,8 +128,9 @@ def _train(
         **shared, device=device, dtype=choose_dtype(options.dtype, device), clip=options.clip or math.inf
     )
     result: loop.Figures = {}
+    windows, radii = windows.with_extras(extras), radii_of(options.perturbed, statistics, device)
     for begin in left:
-        task = _WorldModelTask(model, store, windows.with_extras(extras), held_out, out, options, how, ranks, begin)
+        task = _WorldModelTask(model, store, windows, held_out, out, options, how, ranks, begin, radii)
         with _compile_errors() if options.compile else nullcontext():
             result = task.train()
     _write_encoder(out, model, store, ranks)
@@ -154,6 +159,7 @@ class _WorldModelTask(loop.Task[Batch]):
     how: loop.LoopOptions
     ranks: Ranks
     begin: Progress
+    radii: Mapping[str, Tensor]
     unit: str = "windows"
     hint: str = "the last checkpoint, if any, is good: continue from it with --resume and a lower --lr"
     residence: str = "disk"
@@ -198,7 +204,10 @@ class _WorldModelTask(loop.Task[Batch]):
 
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         coarse = step - self.begin.begun < self.options.pool_until * self.options.steps
-        losses: dict[str, Tensor] = self._loss(batch, self.options.pool if coarse else 1)
+        pool = self.options.pool if coarse else 1
+        if self.radii:
+            batch = perturb(lambda shifted: self._loss(shifted, pool), batch, self.radii)
+        losses: dict[str, Tensor] = self._loss(batch, pool)
         return losses
 
     def after_step(self) -> None:

@@ -244,6 +244,10 @@ def test_a_bad_setting_is_one_line_that_names_it(tmp_path: Path, old: str, new: 
     assert "\n" not in str(caught.value)
 
 
-def test_the_file_of_the_docs_is_valid() -> None:
-    options = read_rounds(Path(__file__).parents[2] / "study" / "rounds-umaze.toml")
+def test_the_files_of_the_docs_are_valid() -> None:
+    folder = Path(__file__).parents[2] / "study"
+    options = read_rounds(folder / "rounds-umaze.toml")
     assert (options.rounds, options.collect.episodes) == (3, 20)
+    options = read_rounds(folder / "robust-umaze.toml")
+    assert (options.rounds, options.policy.solver, options.plan.budget) == (2, "gd", 30)
+    assert options.policy.search | {"steps": 100} == options.plan.search

@@ -40,6 +40,8 @@ class Block(nn.Module):
         conditioned: bool = False,
         rotary: bool = False,
         bias: bool = False,
+        neighbours: bool = False,
+        eps: float = 1e-5,
     ) -> None:
         """Build the block; `heads` times `head_dim` need not be the width of the residual stream.
 
@@ -47,10 +49,13 @@ class Block(nn.Module):
             conditioned: whether an adaptive layer norm (DiT, arXiv 2212.09748, adaLN-zero) takes a vector for each frame.
             rotary: whether queries and keys are rotated by the number of their frame (arXiv 2104.09864).
             bias: whether queries, keys and values have one.
+            neighbours: whether positions of several axes are applied by `rotate_neighbours`, not by `rotate_axes`.
+            eps: of the layer norms.
         """
         super().__init__()
         self.heads, self.head_dim, self.dropout, self.rotary = heads, head_dim, dropout, rotary
-        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.rotate_axes = rotate_neighbours if neighbours else rotate_axes
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
         self.qkv, self.out = nn.Linear(width, 3 * heads * head_dim, bias=bias), nn.Linear(heads * head_dim, width)
         self.mlp = nn.Sequential(
             nn.Linear(width, mlp), nn.GELU(), nn.Dropout(dropout), nn.Linear(mlp, width), nn.Dropout(dropout)
@@ -88,7 +93,7 @@ class Block(nn.Module):
         if self.rotary:
             q, k = rotate(q, first, frames), rotate(k, first, frames)
         if positions is not None:
-            q, k = rotate_axes(q, positions), rotate_axes(k, positions)
+            q, k = self.rotate_axes(q, positions), self.rotate_axes(k, positions)
         if past is not None:
             k, v = torch.cat([past.keys, k], 2), torch.cat([past.values, v], 2)
         oldest = max(0, k.shape[2] - (window - 1) * tokens)
@@ -152,6 +157,21 @@ def rotate_axes(x: Tensor, positions: Tensor) -> Tensor:
     pairs = x.shape[-1] // 2
     angle = torch.cat([angles(axis, pairs // positions.shape[1]) for axis in positions.unbind(1)], 1)
     return turn(x, F.pad(angle, (0, pairs - angle.shape[1])))
+
+
+def rotate_neighbours(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotate [B, heads, L, head_dim] by positions [L, axes] as V-JEPA 2's code (src/models/utils/modules.py, rotate_queries_or_keys).
+
+    A pair is two neighbours, but its members have the angles of two frequencies, so that scores depend on positions and not only on
+    their differences.
+    """
+    axes = positions.shape[1]
+    pairs = x.shape[-1] // axes // 2
+    angle = torch.cat([angles(axis, pairs).repeat(1, 2) for axis in positions.unbind(1)], 1)
+    cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    turned, rest = x[..., : angle.shape[1]], x[..., angle.shape[1] :]
+    across = torch.stack([-turned[..., 1::2], turned[..., ::2]], -1).flatten(-2)
+    return torch.cat([turned * cosine + across * sine, rest], -1)
 
 
 def angles(positions: Tensor, pairs: int) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,9 @@ from wmcache.common.options import Weight, option
 from wmcache.trainer.models import MODELS, DataShape
 from wmcache.trainer.models.attention import Block, zero_init
 from wmcache.trainer.models.frame_transformer import FrameTransformer
-from wmcache.trainer.models.latent import Frames, LatentOptions, append, pool_grid
+from wmcache.trainer.models.latent import Frames, LatentOptions, SizeOrNone, append, pool_grid
+
+SPATIAL_EPS = 1e-6  # of the layer norms in V-JEPA 2's code
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,25 @@ class DinoWmOptions(LatentOptions):
     condition: Literal["concat", "adaln"] = option(
         "concat", "Combine the action with the tokens, or let it scale the blocks."
     )
-    position: Literal["learned", "rope"] = option(
-        "learned", "Position embedding of a frame in the window: learned, or rotary in time."
+    position: Literal["learned", "rope", "rope-3d"] = option(
+        "learned",
+        "Position embedding of a frame in the window: learned, rotary in time, or rotary in time, row and column, in the blocks of "
+        "V-JEPA 2's code, which have biases (JEPA-WM).",
     )
+    proprio_embedding: SizeOrNone = option(0, "Dimensions of the proprio embedding; 0: those of --embedding.")
     rollout_loss: Weight = option(0.0, "Weight of the loss of a second step, predicted from the first one's output.")
     noise: Weight = option(0.0, "Standard deviation of the noise that is added to the latents.")
 
     def __post_init__(self) -> None:
         """Refuse options that do not go together."""
         super().__post_init__()
-        if self.head_dim % 2 or (self.width and not self.head_dim and self.width // self.heads % 2):
+        size = self.head_dim or self.width // self.heads
+        if self.position != "rope-3d" and size % 2:
             raise UserError("the size of a head must be even; change --width, --heads or --head-dim")
+        if self.position == "rope-3d" and (size < 6 or self.combine == "tokens"):
+            raise UserError("--position rope-3d needs --combine features, and a --head-dim of at least 6")
+        if self.proprio_embedding and self.combine == "tokens":
+            raise UserError("--proprio-embedding needs --combine features; leave it out")
 
 
 @MODELS.register("dino-wm")
@@ -56,22 +66,24 @@ class DinoWm(FrameTransformer):
         if options.rollout_loss and shape.history < 2:
             raise UserError("--rollout-loss needs a --history of at least 2: one step to take after the other")
         features, has_proprio = options.combine == "features", options.proprio != "none"
-        adaln, rope = options.condition == "adaln", options.position == "rope"
+        adaln, spatial = options.condition == "adaln", options.position == "rope-3d"
+        proprio = options.proprio_embedding or options.embedding
         slots = has_proprio + (not adaln)
-        joined = shape.token_dim + options.embedding * slots * features
+        joined = shape.token_dim + (proprio * has_proprio + options.embedding * (not adaln)) * features
         width = options.width or joined
-        embedding = options.embedding if features else width
-        super().__init__(shape, options, statistics, embedding, width if adaln else embedding)
+        action = width if adaln or not features else options.embedding
+        super().__init__(shape, options, statistics, proprio if features else width, action)
         self.project_in = nn.Linear(joined, width) if options.width else nn.Identity()
         tokens = shape.tokens + slots * (not features)
-        position = (tokens, width) if rope else (shape.history, tokens, width)
+        position = (shape.history, tokens, width) if options.position == "learned" else (tokens, width)
         self.position = nn.Parameter(torch.randn(position) * (0.02 if options.width else 1.0))
         head_dim, mlp = options.head_dim or width // options.heads, options.mlp or 4 * width
+        kind: dict[str, Any] = {"bias": True, "neighbours": True, "eps": SPATIAL_EPS} if spatial else {}
         self.blocks = nn.ModuleList(
-            Block(width, options.heads, head_dim, mlp, options.dropout, conditioned=adaln, rotary=rope)
+            Block(width, options.heads, head_dim, mlp, options.dropout, conditioned=adaln, rotary=self.relative, **kind)
             for _ in range(options.depth)
         )
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, SPATIAL_EPS if spatial else 1e-5)
         out = shape.token_dim + self.proprio_size * features
         self.project_out = nn.Linear(width, out) if options.width else None
         # Checkpoints have this name.
@@ -82,10 +94,8 @@ class DinoWm(FrameTransformer):
 
     def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:
         """Compute the MSE of the next frame's tokens and proprio, weighted by their dimensions as in DINO-WM; see `WorldModel.loss`."""
-        tokens, proprio, action = self.standardise(batch["tokens"], batch["proprio"], batch["action"])
-        tokens = pool_grid(tokens, self.shape.columns, pool)
-        embedding = self.embed(proprio)
-        target = tokens[:, 1:].detach(), embedding[:, 1:].detach()
+        (tokens, embedding), real, action = self.read(batch, pool)
+        target = real[0][:, 1:].detach(), real[1][:, 1:].detach()
         seen = tokens[:, :-1]
         if self.training and self.options.noise:
             seen = seen + self.options.noise * torch.randn_like(seen)
@@ -116,7 +126,8 @@ class DinoWm(FrameTransformer):
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """See `FrameTransformer.enter`."""
         x, condition = self.join(tokens, embedding, action)
-        return x + self.position_of(slots, pool), {"condition": condition}
+        positions = self.grid_positions(slots, pool) if self.options.position == "rope-3d" else None
+        return x + self.position_of(slots, pool), {"condition": condition, "positions": positions}
 
     def join(self, tokens: Tensor, embedding: Tensor, action: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the transformer's input [B, T, tokens, width], and what conditions its blocks [B, T, width]."""

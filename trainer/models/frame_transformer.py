@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wmcache.trainer.models.attention import KeysValues
-from wmcache.trainer.models.latent import Frames, LatentModel
+from wmcache.trainer.models.latent import Frames, LatentModel, pool_grid
+from wmcache.trainer.models.trainable import SHIFT, shifted
 
 Kept = list[KeysValues | None]
 """Of each block."""
@@ -16,7 +20,36 @@ Kept = list[KeysValues | None]
 class FrameTransformer(LatentModel):
     """A world model of `Block`s: a frame's tokens attend to those of the frame itself, and of the frames before it."""
 
+    shifts = True
     blocks: nn.ModuleList
+
+    def read(self, batch: Mapping[str, Tensor], pool: int) -> tuple[Frames, Frames, Tensor]:
+        """Standardise and pool a batch; returns frames as the model sees them, frames as they are, and the actions that it sees."""
+        shown = {name: shifted(batch, name) for name in ("tokens", "proprio", "action")}
+        tokens, embedding, action = self.prepare(shown, pool)
+        seen = real = tokens, embedding
+        if any(SHIFT + name in batch for name in shown):
+            real = self.prepare(batch, pool)[:2]
+        return seen, real, action
+
+    def prepare(self, batch: Mapping[str, Tensor], pool: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens, standardised and pooled, an embedding of proprio, and standardised actions."""
+        tokens, proprio, action = self.standardise(batch["tokens"], batch["proprio"], batch["action"])
+        return pool_grid(tokens, self.shape.columns, pool), self.embed(proprio), action
+
+    def grid_positions(self, slots: range, pool: int = 1, beside: int = 0) -> Tensor:
+        """Return time, row and column of the tokens of frames at these slots, [T * tokens, 3].
+
+        Args:
+            beside: tokens before the patches of each frame, which are only rotated in time.
+        """
+        device, columns = self.action_mean.device, self.shape.columns
+        number = torch.arange(self.shape.tokens, device=device)
+        grid = torch.stack([number // columns, number % columns], -1).float()
+        grid = F.pad(pool_grid(grid[None, None], columns, pool)[0, 0], (0, 0, beside, 0))
+        time = torch.arange(slots.start, slots.stop, device=device, dtype=grid.dtype)
+        times = time[:, None, None].expand(-1, len(grid), 1)
+        return torch.cat([times, grid.expand(len(time), -1, -1)], 2).flatten(0, 1)
 
     @property
     @abstractmethod

@@ -20,6 +20,7 @@ from wmcache.common.options import Positive, Weight, option
 from wmcache.trainer.models import MODELS, Belief, DataShape, Generators
 from wmcache.trainer.models.recurrent import SequenceModel, SequenceOptions, weight_of_steps
 from wmcache.trainer.models.stepwise import draw_noise
+from wmcache.trainer.models.trainable import shifted
 
 FORGET_BIAS = 1.0
 LEAST_LOG_SIGMA = math.log(0.01)  # of standardised values
@@ -63,6 +64,7 @@ class MdnRnn(SequenceModel):
     A frame is a vector of V = N * D values.
     """
 
+    shifts = True
     Options = MdnRnnOptions
     options: MdnRnnOptions
 
@@ -84,27 +86,28 @@ class MdnRnn(SequenceModel):
 
         These are the MSE of proprio and reward, and the cross-entropy of `terminated`; see `WorldModel.loss`.
         """
-        tokens, proprio = self._flatten(self._latents(batch)), self.encode_proprio(batch["proprio"])
-        weight = batch.get("weight")
-        outputs = self._read(tokens, proprio, batch["action"], fused=weight is not None)
+        latents, weight = self._latents(batch), batch.get("weight")
+        tokens, proprio = self._flatten(latents), self.encode_proprio(batch["proprio"])
+        seen, known = self._flatten(shifted(batch, "tokens", latents)), self.encode_proprio(shifted(batch, "proprio"))
+        outputs = self._read(seen, known, shifted(batch, "action"), fused=weight is not None)
         after = None if weight is None else weight[:, 1:]
         hidden = outputs[:, :-1]
         changes = self.options.predict == "change"
-        target = tokens[:, 1:] - tokens[:, :-1] if changes else tokens[:, 1:]
+        target = tokens[:, 1:] - seen[:, :-1] if changes else tokens[:, 1:]
         each = log_likelihoods(self._mixture(hidden), target)
         losses = {"nll": -(each if after is None else each * after[..., None]).sum() / target.numel()}
         found = {name: head(outputs).float() for name, head in self.heads.items()}
         if "proprio" in found:
-            moved = proprio[:, 1:] - proprio[:, :-1] if changes else proprio[:, 1:]
+            moved = proprio[:, 1:] - known[:, :-1] if changes else proprio[:, 1:]
             losses["proprio"] = average(F.mse_loss, found["proprio"][:, :-1], moved, after)
-        known = weight_of_steps(batch)
+        steps = weight_of_steps(batch)
         if "reward" in found:
-            losses["reward"] = average(F.mse_loss, found["reward"][..., 0], batch["reward"].float(), known)
+            losses["reward"] = average(F.mse_loss, found["reward"][..., 0], batch["reward"].float(), steps)
         if "end" in found:
             ends = batch["terminated"].float()
             if (rare := self.options.end_weight) != 1:
-                known = (1 if known is None else known) * (1 + (rare - 1) * ends)
-            losses["end"] = average(F.binary_cross_entropy_with_logits, found["end"][..., 0], ends, known)
+                steps = (1 if steps is None else steps) * (1 + (rare - 1) * ends)
+            losses["end"] = average(F.binary_cross_entropy_with_logits, found["end"][..., 0], ends, steps)
         return {"loss": torch.stack([*losses.values()]).sum(), **{name: one.detach() for name, one in losses.items()}}
 
     def start(self, count: int) -> Belief:

@@ -23,6 +23,7 @@ from wmcache.common.options import Positive, option
 from wmcache.trainer.models import MODELS, Belief, DataShape, Generators, Imagined
 from wmcache.trainer.models.recurrent import RecurrentModel, RecurrentOptions
 from wmcache.trainer.models.stepwise import draw_noise
+from wmcache.trainer.models.trainable import shifted
 
 LEAST_LOG_STD = -5.0
 """At first; it is learned."""
@@ -89,6 +90,7 @@ class RobotWorldModel(RecurrentModel):
     (TS1 of arXiv 1805.12114), and from its Gaussian.
     """
 
+    shifts = True
     Options = RwmOptions
     options: RwmOptions
 
@@ -126,7 +128,8 @@ class RobotWorldModel(RecurrentModel):
         These are the MSE of the reward, and the cross-entropy of `terminated`; see `Trainable.loss`.
         """
         states = torch.cat([self._flatten(batch["tokens"]), self.encode_proprio(batch["proprio"])], -1)
-        inputs = torch.cat([states, self._standardise(batch["action"])], -1)
+        tokens, proprio, action = (shifted(batch, name) for name in ("tokens", "proprio", "action"))
+        inputs = torch.cat([self._flatten(tokens), self.encode_proprio(proprio), self._standardise(action)], -1)
         observed = self.options.observed_steps
         if self.options.vary:
             observed = int(torch.randint(1, observed + 1, ()))
@@ -149,11 +152,16 @@ class RobotWorldModel(RecurrentModel):
         return {"loss": torch.stack([*losses.values()]).sum(), **{name: one.detach() for name, one in losses.items()}}
 
     def _errors(self, member: Head, states: Tensor, inputs: Tensor) -> Tensor:
-        """Feed a head's samples back, and return their mean weighted error; inputs [B, M + N, S + f * A] are states and actions."""
+        """Feed a head's samples back, and return their mean weighted error.
+
+        Args:
+            states: [B, M + N, S], to predict.
+            inputs: [B, M + N, S + f * A], states and actions as the model sees them.
+        """
         ahead = self.options.forecast
         observed = states.shape[1] - ahead
         outputs, memory = self.bases["hidden"](inputs[:, :observed])
-        state, errors = states[:, observed - 1], []
+        state, errors = inputs[:, observed - 1, : states.shape[2]], []
         for target, action in zip(
             states[:, observed:].unbind(1), inputs[:, observed:, states.shape[2] :].unbind(1), strict=True
         ):

@@ -17,6 +17,8 @@ from wmcache.common.errors import UserError
 from wmcache.common.schema import Size
 
 MIN_STD = 1e-6  # standard deviation of a channel that never changes
+SHIFT = "shift_"
+"""Before the name of what it is added to, in batches of adversarial training."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,16 @@ def without_proprio(options: Any) -> Any:
     return replace(options, proprio="none") if hasattr(options, "proprio") else options
 
 
+def shifted(batch: Mapping[str, Tensor], name: str, value: Tensor | None = None) -> Tensor:
+    """Return `tokens`, `proprio` or `action` of a batch, or a `value` in its place, as the model sees it: with the shift, if any.
+
+    What the model has to predict has no shift.
+    """
+    value = batch[name] if value is None else value
+    shift = batch.get(SHIFT + name)
+    return value if shift is None else value + shift
+
+
 class Trainable(nn.Module, ABC):
     """A network that learns from windows of cached latents. Latents and actions are in the store's units."""
 
@@ -49,6 +61,9 @@ class Trainable(nn.Module, ABC):
     stages: ClassVar[tuple[str, ...]] = ()  # empty for a model that is trained in one go
     plannable_after: ClassVar[str] = ""  # the first stage after which a planner can use the model
     pools: ClassVar[bool] = False  # whether `loss` can average the token grid (`--pool`)
+    shifts: ClassVar[bool] = (
+        False  # whether `loss` adds the shifts of a batch to what the model sees (`--perturb-tokens`)
+    )
     tokens_mean: Tensor
     tokens_std: Tensor
     proprio_mean: Tensor
@@ -146,7 +161,8 @@ class Trainable(nn.Module, ABC):
             batch: tokens [B, T, N, D], proprio [B, T, P], action [B, T, f * A], and a row of each of `extras` [B, T, …]; T of `window`.
                 With `whole_episodes` also weight [B, T], 0 for padding, see `Windows.steps`.
                 Where the shape has them also reward [B, T] and terminated [B, T], of the env steps from each frame to the next. With
-                `goals` also goal_tokens [B, N, D] and goal_steps [B], see `Windows.batch`.
+                `goals` also goal_tokens [B, N, D] and goal_steps [B], see `Windows.batch`. Where the model `shifts` also shift_tokens,
+                shift_proprio or shift_action, float32: see `shifted`.
             pool: side of the squares of the token grid to average first; above 1 only where `check_pool` allows it.
 
         Returns:

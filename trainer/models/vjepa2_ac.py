@@ -108,6 +108,12 @@ class VJepa2Ac(FrameTransformer):
         tokens, proprio, action = super().standardise(tokens, proprio, action)
         return self._norm(tokens), proprio, action
 
+    def prepare(self, batch: Mapping[str, Tensor], pool: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See `FrameTransformer.prepare`; tokens are pooled first, because a layer norm of means is no mean of layer norms."""
+        pooled = pool_grid(batch["tokens"].float(), self.shape.columns, pool)
+        tokens, proprio, action = self.standardise(pooled, batch["proprio"], batch["action"])
+        return tokens, self.embed(proprio), action
+
     def _norm(self, tokens: Tensor) -> Tensor:
         """Apply the layer norm of inputs, targets and outputs (`normalize_reps`), where the options have it."""
         return tokens if self.options.standardise else F.layer_norm(tokens, tokens.shape[-1:], eps=EPS)
@@ -118,11 +124,9 @@ class VJepa2Ac(FrameTransformer):
         The rollout begins at the first frame of the window. As in the authors' code each of its steps counts, and gradients go through
         all of them. Tokens and proprio are weighted by their dimensions, see `LatentModel.weigh`; see `Trainable.loss`.
         """
-        pooled = pool_grid(batch["tokens"].float(), self.shape.columns, pool)
-        tokens, proprio, action = self.standardise(pooled, batch["proprio"], batch["action"])
-        embedding = self.embed(proprio)
+        (tokens, embedding), real, action = self.read(batch, pool)
         forced = self.predict(tokens[:, :-1], embedding[:, :-1], action[:, :-1], pool)
-        losses = self._errors(forced, (tokens[:, 1:], embedding[:, 1:]))
+        losses = self._errors(forced, (real[0][:, 1:], real[1][:, 1:]))
         if not self.options.rollout_loss:
             return losses
         seen = [
@@ -132,7 +136,7 @@ class VJepa2Ac(FrameTransformer):
         for known in range(2, steps + 1):
             following = self.predict(seen[0], seen[1], action[:, :known], pool)
             seen = [torch.cat([before, step[:, -1:]], 1) for before, step in zip(seen, following, strict=True)]
-        target = tokens[:, 1 : steps + 1], embedding[:, 1 : steps + 1]
+        target = real[0][:, 1 : steps + 1], real[1][:, 1 : steps + 1]
         rollout = self._errors((seen[0][:, 1:], seen[1][:, 1:]), target)["loss"]
         loss = losses["loss"] + self.options.rollout_loss * rollout
         return {**losses, "rollout": rollout.detach(), "loss": loss}
@@ -147,17 +151,7 @@ class VJepa2Ac(FrameTransformer):
         """See `FrameTransformer.enter`."""
         beside = [self.embed_action(action)[:, :, None], *self.proprio_inputs(embedding)]
         x = torch.cat([*beside, self.project_in(tokens)], 2)
-        return x, {"positions": self._positions(slots, len(beside), pool)}
-
-    def _positions(self, slots: range, beside: int, pool: int) -> Tensor:
-        """Return time, row and column of each token, [T * tokens, 3]; the tokens beside the patches are only rotated in time."""
-        device, columns = self.action_mean.device, self.shape.columns
-        number = torch.arange(self.shape.tokens, device=device)
-        grid = torch.stack([number // columns, number % columns], -1).float()
-        grid = F.pad(pool_grid(grid[None, None], columns, pool)[0, 0], (0, 0, beside, 0))
-        time = torch.arange(slots.start, slots.stop, device=device, dtype=grid.dtype)
-        times = time[:, None, None].expand(-1, len(grid), 1)
-        return torch.cat([times, grid.expand(len(time), -1, -1)], 2).flatten(0, 1)
+        return x, {"positions": self.grid_positions(slots, pool, len(beside))}
 
     def split(self, x: Tensor, tokens: Tensor, embedding: Tensor) -> Frames:
         """See `FrameTransformer.split`."""
