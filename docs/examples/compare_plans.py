@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ def main(threshold: str, first: str, second: str) -> None:
         difference[rng.integers(0, seeds, seeds)][:, rng.integers(0, episodes, episodes)].mean() for _ in range(10_000)
     ]
     low, high = np.quantile(drawn, [0.025, 0.975])
-    print(f"{before.mean():.2f} {after.mean():.2f} difference {difference.mean():.2f} ({low:.2f} to {high:.2f})")
+    click.echo(f"{before.mean():.2f} {after.mean():.2f} difference {difference.mean():.2f} ({low:.2f} to {high:.2f})")
 
 
 if __name__ == "__main__":
