@@ -272,7 +272,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "video-width": 768,
         "video-depth": 12,
         "video-heads": 12,
-        "goal-horizon": 8,
         "reach": 8,
         "history": 1,
         "frameskip": 5,

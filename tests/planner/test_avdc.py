@@ -23,7 +23,7 @@ pytest.importorskip("diffusers")
 
 SIZES = {
     "avdc": "--width 16 --depth 1 --heads 2 --sampling-steps 2 --history 2",
-    "avdc-plan": "--width 16 --depth 1 --video-width 16 --video-depth 1 --video-heads 2 --goal-horizon 3 --reach 3",
+    "avdc-plan": "--width 16 --depth 1 --video-width 16 --video-depth 1 --video-heads 2 --reach 3",
 }
 
 
@@ -71,7 +71,7 @@ def test_all_candidates_and_episodes_start_from_the_same_noise(runs: dict[str, P
 @pytest.mark.parametrize(("name", "policy"), [("avdc", "mpc"), ("avdc-plan", "actor")])
 def test_the_command_plans_with_it(runs: dict[str, Path], tmp_path: Path, name: str, policy: str) -> None:
     words = f"--run {runs[name]} --episodes 2 --budget 10 --horizon 2 --device cpu --dtype float32 --out {tmp_path}"
-    search = "--samples 4 --elites 2 --iterations 1".split() if policy == "mpc" else []
+    search = ["--samples", "4", "--elites", "2", "--iterations", "1"] if policy == "mpc" else []
     done = CliRunner().invoke(wmplan, [*words.split(), *search])
     assert done.exit_code == 0, done.output
     assert read_json(tmp_path / "results.json", "")["policy"] == policy

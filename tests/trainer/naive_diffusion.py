@@ -29,7 +29,9 @@ def naive_dit(network: Any, parts: Sequence[Tensor], condition: Tensor, step: in
     width, heads = x.shape[1], network.blocks[0].heads
     angles = [step * 10_000 ** (-k / (width // 2)) for k in range(width // 2)]
     waves = torch.tensor([math.cos(angle) for angle in angles] + [math.sin(angle) for angle in angles])
-    known = network.embed_step(waves) + network.embed_condition(condition)
+    known = network.embed_step(waves)
+    if len(condition):
+        known = known + network.embed_condition(condition)
     silu = known * torch.sigmoid(known)
     for block in network.blocks:
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block.modulate(silu).chunk(6)

@@ -1,8 +1,8 @@
 """AVDC's plans (arXiv 2310.08576): a video from the present frame to a goal, and the actions between its frames.
 
-A transformer denoises the frames between two frames of an episode some model steps apart, and inverse dynamics give the action from each
-frame to the next; in the paper optical flow does. Both are trained on the same windows. The policy makes a new video for each decision,
-and takes its first action. All videos start from the same noise.
+A transformer denoises the frames between two frames of an episode, which are always as many model steps apart, and inverse dynamics give
+the action from each frame to the next; in the paper optical flow does. Both are trained on the same windows. The policy makes a new video
+for each decision, and takes its first action. All videos start from the same noise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows
 from wmcache.common.device import autocast
-from wmcache.common.errors import UserError
 from wmcache.common.options import option
 from wmcache.common.schema import Size
 from wmcache.trainer.models import MODELS
@@ -45,10 +44,9 @@ from wmcache.trainer.models.trainable import DataShape
 class AvdcPlanOptions(ActionOptions):
     """Sizes and variants; width, depth and dropout are those of the inverse dynamics."""
 
-    goal_horizon: Annotated[int, Ge(2), Le(256)] = option(
-        5, "Most model steps between a frame and its goal in training."
+    reach: Annotated[int, Ge(2), Le(256)] = option(
+        2, "Model steps from a frame to the goal of its video, in training and when the policy acts."
     )
-    reach: Annotated[int, Ge(2)] = option(2, "Model steps in which a goal is to be reached when the policy acts.")
     predict: Predict = option(
         "change", "Generate the difference from frames in equal steps between start and goal, or frames (AVDC)."
     )
@@ -62,8 +60,6 @@ class AvdcPlanOptions(ActionOptions):
 
     def __post_init__(self) -> None:
         """Refuse options that do not go together."""
-        if self.reach > self.goal_horizon:
-            raise UserError(f"--reach {self.reach} is more than --goal-horizon {self.goal_horizon}; lower it")
         self.sizes.require_even_heads("video-")
         require_sampling_steps(self.sampling_steps)
 
@@ -84,11 +80,12 @@ class AvdcPlan(GoalReacher):
     def __init__(self, shape: DataShape, options: AvdcPlanOptions, statistics: Mapping[str, Tensor]) -> None:
         """See `Trainable`."""
         super().__init__(shape, options, statistics, more=0)
-        most, (tokens, channels) = options.goal_horizon - 1, (shape.tokens, shape.token_dim)
-        kinds = [(most * tokens, 3 * channels, channels)]
-        network = Dit(kinds, most + (0 if self.blind else shape.proprio_dim), options.sizes)
+        self.ahead = options.reach
+        between, tokens, channels = options.reach - 1, shape.tokens, shape.token_dim
+        kinds = [(between * tokens, 3 * channels, channels)]
+        network = Dit(kinds, 0 if self.blind else shape.proprio_dim, options.sizes)
         self.diffusion = Diffusion(network, options.sampling_steps)
-        self.register_buffer("noise", fixed_noise(most, tokens, channels))
+        self.register_buffer("noise", fixed_noise(between, tokens, channels))
 
     @classmethod
     def configure(cls, store: TokenStore, windows: Windows, options: Any) -> Any:
@@ -98,25 +95,19 @@ class AvdcPlan(GoalReacher):
 
     @classmethod
     def window(cls, options: AvdcPlanOptions, history: int) -> int:  # noqa: ARG003
-        """See `Trainable.window`: two frames as far apart as they may be, and those between them."""
-        return options.goal_horizon + 1
+        """See `Trainable.window`: a frame, its goal, and those between them."""
+        return options.reach + 1
 
     def after_step(self) -> None:
         """See `Trainable.after_step`."""
         self.diffusion.follow()
 
     def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:  # noqa: ARG002
-        """Compute the errors of the video's velocities (`Diffusion.errors`), and add the MSE of standardised actions.
-
-        While training, the steps to the goal are drawn for each batch, else they are `reach`; see `Trainable.loss`.
-        """
-        steps = self.options.reach
-        if self.training:
-            steps = int(torch.randint(2, self.options.goal_horizon + 1, ()))
+        """Compute the errors of the video's velocities (`Diffusion.errors`), and add the MSE of standardised actions."""
         frames, proprio = self._standardise(batch["tokens"]), batch["proprio"]
-        ends = frames[:, 0], frames[:, steps]
-        clean = (frames[:, 1:steps] - self._base(*ends, steps)) / self.options.scale
-        video = self.diffusion.errors(clean, self._denoiser(*ends, proprio[:, 0], steps)).mean()
+        ends = frames[:, 0], frames[:, -1]
+        clean = (frames[:, 1:-1] - self._base(*ends)) / self.options.scale
+        video = self.diffusion.errors(clean, self._denoiser(*ends, proprio[:, 0])).mean()
         tokens = batch["tokens"]
         pairs = tokens[:, :-1], proprio[:, :-1], tokens[:, 1:]
         found = self(*(part.flatten(0, 1) for part in pairs)).float()
@@ -126,35 +117,26 @@ class AvdcPlan(GoalReacher):
 
     def act(self, tokens: Tensor, proprio: Tensor, goal: Tensor) -> Tensor:
         """See `ActionModel.act`."""
-        video = self.generate(tokens, proprio, goal, self.options.reach)
-        return self.decide(tokens, proprio, video[:, 0], 1)
+        return self.decide(tokens, proprio, self.generate(tokens, proprio, goal)[:, 0], 1)
 
-    def generate(self, tokens: Tensor, proprio: Tensor, goal: Tensor, steps: int) -> Tensor:
-        """Generate the frames on the way to a goal so many model steps away.
-
-        Args:
-            tokens: [E, N, D], of the newest frame. proprio: [E, P]. goal: [E, N, D].
-            steps: 2 to `goal_horizon`.
-
-        Returns:
-            [E, steps - 1, N, D], in the store's units.
-        """
+    def generate(self, tokens: Tensor, proprio: Tensor, goal: Tensor) -> Tensor:
+        """Generate the frames between the newest one and a goal, [E, reach - 1, N, D]; arguments as for `act`."""
         ends = self._standardise(tokens), self._standardise(goal)
-        noise = self.noise[: steps - 1].expand(len(tokens), -1, -1, -1)
-        found = self.diffusion.sample(noise, self._denoiser(*ends, proprio, steps))
-        video: Tensor = self._base(*ends, steps) + self.options.scale * found
+        noise = self.noise.expand(len(tokens), -1, -1, -1)
+        found = self.diffusion.sample(noise, self._denoiser(*ends, proprio))
+        video: Tensor = self._base(*ends) + self.options.scale * found
         return video * self.tokens_std + self.tokens_mean
 
     @torch.inference_mode()
     def validate(self, windows: Windows, device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
-        """Return figures of videos to the frame `reach` model steps ahead, or to the window's last, which is nearer.
+        """Return figures of videos to the frame `reach` model steps ahead; none where windows are shorter.
 
         `explained`: 1 - MSE / variance of the first action. `skill`: 1 - MSE of the frames / that of equal steps between start and goal.
         """
         self.eval()
-        steps = min(self.options.reach, windows.predict)
-        if steps < 2:
-            return {"explained": None, "skill": None}
+        steps = self.options.reach
+        if steps > windows.predict:
+            return {}
         errors = torch.zeros(3, dtype=torch.float64)
         chosen = np.random.default_rng(0).permutation(len(windows))[:VALIDATION_WINDOWS]
         for first in range(0, len(chosen), BATCH):
@@ -162,7 +144,7 @@ class AvdcPlan(GoalReacher):
             data = {name: torch.from_numpy(value).to(device) for name, value in part.items()}
             tokens, proprio = data["tokens"].float(), data["proprio"][:, 0]
             with autocast(device, dtype):
-                video = self.generate(tokens[:, 0], proprio, tokens[:, steps], steps)
+                video = self.generate(tokens[:, 0], proprio, tokens[:, steps])
                 action = self.decide(tokens[:, 0], proprio, video[:, 0], 1)
             missed = (action - data["action"][:, 0]) / self.action_std
             real, straight = tokens[:, 1:steps], linear(tokens[:, 0], tokens[:, steps], steps)
@@ -171,24 +153,21 @@ class AvdcPlan(GoalReacher):
         action_error, error, straight_error = (errors / len(chosen)).tolist()
         return {"explained": 1 - action_error, "skill": 1 - error / straight_error if straight_error else None}
 
-    def _base(self, start: Tensor, goal: Tensor, steps: int) -> Tensor:
-        """Return what is added to generated frames, for standardised frames [B, N, D]: [B, steps - 1, N, D]."""
-        found = linear(start, goal, steps)
+    def _base(self, start: Tensor, goal: Tensor) -> Tensor:
+        """Return what is added to generated frames, for standardised frames [B, N, D]: [B, reach - 1, N, D]."""
+        found = linear(start, goal, self.options.reach)
         return found if self.options.predict == "change" else torch.zeros_like(found)
 
-    def _denoiser(self, start: Tensor, goal: Tensor, proprio: Tensor, steps: int) -> Denoise:
+    def _denoiser(self, start: Tensor, goal: Tensor, proprio: Tensor) -> Denoise:
         """Return what denoises the frames between standardised ones [B, N, D], after a start with proprio [B, P]."""
-        ends = torch.cat([start, goal], -1)[:, None].expand(-1, steps - 1, -1, -1)
-        number = torch.tensor(steps - 2, device=start.device)
-        known = [F.one_hot(number, self.options.goal_horizon - 1).float().expand(len(start), -1)]
-        if not self.blind:
-            known.append((proprio - self.proprio_mean) / self.proprio_std)
-        condition = torch.cat(known, -1)
+        between = self.options.reach - 1
+        ends = torch.cat([start, goal], -1)[:, None].expand(-1, between, -1, -1)
+        condition = ((proprio - self.proprio_mean) / self.proprio_std)[:, : 0 if self.blind else None]
 
         def denoise(network: nn.Module, noisy: Tensor, at: Tensor) -> Tensor:
             inputs = torch.cat([noisy, ends], -1).flatten(1, 2)
             found: Tensor = network([inputs], condition, at)[0]
-            return rearrange(found, "b (t n) d -> b t n d", t=steps - 1)
+            return rearrange(found, "b (t n) d -> b t n d", t=between)
 
         return denoise
 

@@ -63,7 +63,7 @@ class Dit(nn.Module):
         self.project_in = nn.ModuleList(nn.Linear(inputs, width) for _, inputs, _ in kinds)
         self.position = nn.Parameter(0.02 * torch.randn(sum(count for count, _, _ in kinds), width))
         self.embed_step = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.embed_condition = nn.Linear(condition, width)
+        self.embed_condition = nn.Linear(condition, width) if condition else None
         self.blocks = nn.ModuleList(
             Block(width, sizes.heads, width // sizes.heads, 4 * width, 0.0, conditioned=True, bias=True)
             for _ in range(sizes.depth)
@@ -77,13 +77,15 @@ class Dit(nn.Module):
         """Return outputs [B, n, channels] of each kind.
 
         Args:
-            parts: inputs [B, n, channels] of each kind. Of the last one there may be fewer tokens than it has: the first ones.
+            parts: inputs [B, n, channels] of each kind.
             condition: [B, numbers]. steps: int64 [B], the noise step of each sample.
         """
         x = torch.cat([layer(part) for layer, part in zip(self.project_in, parts, strict=True)], 1)
-        x = (x + self.position[: x.shape[1]])[:, None]
+        x = (x + self.position)[:, None]
         angle = angles(steps.float(), x.shape[-1] // 2)
-        known = self.embed_step(torch.cat([angle.cos(), angle.sin()], -1)) + self.embed_condition(condition)
+        known = self.embed_step(torch.cat([angle.cos(), angle.sin()], -1))
+        if self.embed_condition is not None:
+            known = known + self.embed_condition(condition)
         for block in self.blocks:
             x, _ = block(x, window=1, condition=known[:, None])
         shift, scale = self.modulate(F.silu(known))[:, None].chunk(2, -1)
