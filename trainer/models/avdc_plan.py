@@ -7,6 +7,7 @@ for each decision, and takes its first action. All videos start from the same no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -146,12 +147,13 @@ class AvdcPlan(GoalReacher):
             with autocast(device, dtype):
                 video = self.generate(tokens[:, 0], proprio, tokens[:, steps])
                 action = self.decide(tokens[:, 0], proprio, video[:, 0], 1)
-            missed = (action - data["action"][:, 0]) / self.action_std
-            real, straight = tokens[:, 1:steps], linear(tokens[:, 0], tokens[:, steps], steps)
-            found = (missed, video - real, straight - real)
-            errors += torch.stack([one.float().square().mean().double().cpu() for one in found]) * len(tokens)
-        action_error, error, straight_error = (errors / len(chosen)).tolist()
-        return {"explained": 1 - action_error, "skill": 1 - error / straight_error if straight_error else None}
+            wrong = (action - data["action"][:, 0]) / self.action_std
+            real, equal = tokens[:, 1:steps], linear(tokens[:, 0], tokens[:, steps], steps)
+            missed = (wrong, video - real, equal - real)
+            errors += torch.stack([one.float().square().mean().double().cpu() for one in missed]) * len(tokens)
+        missing, error, straight = errors / len(chosen)
+        found = {"explained": float(1 - missing), "skill": float(1 - error / straight)}
+        return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
     def _base(self, start: Tensor, goal: Tensor) -> Tensor:
         """Return what is added to generated frames, for standardised frames [B, N, D]: [B, reach - 1, N, D]."""
