@@ -57,7 +57,7 @@ class AvdcPlanOptions(ActionOptions):
     video_width: Size = option(128, "Width of the transformer that generates frames.")
     video_depth: Size = option(4, "Blocks of the transformer that generates frames.")
     video_heads: Size = option(4, "Attention heads of the transformer that generates frames.")
-    sampling_steps: SamplingSteps = option(10, "DDIM steps of a video; a divisor of 100.")
+    sampling_steps: SamplingSteps = option(2, "DDIM steps of a video; a divisor of 100.")
 
     def __post_init__(self) -> None:
         """Refuse options that do not go together."""
