@@ -273,6 +273,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "video-depth": 12,
         "video-heads": 12,
         "reach": 8,
+        "ahead": 8,
         "history": 1,
         "frameskip": 5,
     },

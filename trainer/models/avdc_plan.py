@@ -48,6 +48,9 @@ class AvdcPlanOptions(ActionOptions):
     reach: Annotated[int, Ge(2), Le(256)] = option(
         2, "Model steps from a frame to the goal of its video, in training and when the policy acts."
     )
+    ahead: Annotated[int, Ge(1), Le(256)] = option(
+        4, "Subgoals ahead that the policy steers to; more than --reach makes it act as fast as it can."
+    )
     predict: Predict = option(
         "change", "Generate the difference from frames in equal steps between start and goal, or frames (AVDC)."
     )
@@ -81,7 +84,7 @@ class AvdcPlan(GoalReacher):
     def __init__(self, shape: DataShape, options: AvdcPlanOptions, statistics: Mapping[str, Tensor]) -> None:
         """See `Trainable`."""
         super().__init__(shape, options, statistics, more=0)
-        self.ahead = options.reach
+        self.ahead = options.ahead
         between, tokens, channels = options.reach - 1, shape.tokens, shape.token_dim
         kinds = [(between * tokens, 3 * channels, channels)]
         network = Dit(kinds, 0 if self.blind else shape.proprio_dim, options.sizes)
