@@ -75,6 +75,20 @@ DISWM: dict[str, Any] = {
     "weight-decay": 0.0,
     "clip": 100.0,
 }
+# AVDC's training (flow-diffusion/AVDC, train_mw.py): Adam, 8 frames. In place of its U-Net the transformer is DiT-B (arXiv 2212.09748).
+AVDC: dict[str, Any] = {
+    "predict": "frame",
+    "scale": 1.0,
+    "sampling-steps": 100,
+    "batch-size": 16,
+    "steps": 60_000,
+    "lr": 1e-4,
+    "warmup": 0.0,
+    "decay": 0.0,
+    "beta2": 0.99,
+    "weight-decay": 0.0,
+    "clip": 1.0,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's table 12 has a learning rate of 5e-5 for the predictor.
     "dino-wm": {
@@ -235,6 +249,34 @@ PRESETS: dict[str, dict[str, Any]] = {
         "beta2": 0.999,
         "weight-decay": 0.01,
         "clip": 10.0,
+    },
+    # The variant that DINO-WM compares with sees one frame. Plans have no time for 100 sampling steps.
+    "avdc": {
+        **AVDC,
+        "model": "avdc",
+        "sampling-steps": 4,
+        "proprio": "raw",
+        "width": 768,
+        "depth": 12,
+        "heads": 12,
+        "history": 1,
+        "frameskip": 5,
+    },
+    # Inverse dynamics are not in the paper, which has optical flow in their place.
+    "avdc-plan": {
+        **AVDC,
+        "model": "avdc-plan",
+        "proprio": "raw",
+        "width": 512,
+        "depth": 3,
+        "dropout": 0.0,
+        "video-width": 768,
+        "video-depth": 12,
+        "video-heads": 12,
+        "reach": 8,
+        "ahead": 8,
+        "history": 1,
+        "frameskip": 5,
     },
     "world-models-car": {**WORLD_MODELS, "hidden": 256, "sequence": 1000, "temperature": 1.0, "steps": 4000},
     # Steps are not in the paper: its code trains 400 epochs, of 10 000 episodes.

@@ -61,7 +61,10 @@ class ActorPolicy:
         begun = time.perf_counter()
         goal = self._goal
         if self._graph is not None and self._to_goal is not None:
-            goal = self._graph.next_frames(self._tokens, goal, self._to_goal)
+            frames = self._tokens
+            for _ in range(self._model.ahead):
+                frames = self._graph.next_frames(frames, goal, self._to_goal)
+            goal = frames
         with autocast(self._context.device, self._context.dtype):
             actions = self._model.act(self._tokens, self._proprio, goal)
         self.decisions += len(actions)

@@ -23,7 +23,13 @@ INPUTS = 2048
 
 
 class ActionModel(Trainable):
-    """A policy: one forward pass gives the env actions of a model step."""
+    """A policy: one forward pass gives the env actions of a model step.
+
+    Attributes:
+        ahead: how many subgoals ahead, each about one model step after the one before, the frame is that it steers to.
+    """
+
+    ahead: int = 1
 
     @classmethod
     def window(cls, options: Any, history: int) -> int:  # noqa: ARG003

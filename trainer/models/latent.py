@@ -74,17 +74,22 @@ class LatentModel(WorldModel):
     pools = True
 
     options: UnitOptions
+    embed_action: nn.Linear
 
     def __init__(
         self, shape: DataShape, options: UnitOptions, statistics: Mapping[str, Tensor], proprio: int, action: int
     ) -> None:
-        """Build embeddings of proprio and action with so many dimensions; see `WorldModel` for the other arguments."""
+        """Build embeddings of proprio and action with so many dimensions; see `WorldModel` for the other arguments.
+
+        A model with 0 dimensions of both has embeddings of its own.
+        """
         super().__init__(shape, options, statistics)
         if not options.standardise:
             self.tokens_mean, self.tokens_std = torch.zeros_like(self.tokens_mean), torch.ones_like(self.tokens_std)
         self.proprio_size = {"raw": shape.proprio_dim, "embedding": proprio, "none": 0}[options.proprio]
-        self.embed_proprio = nn.Linear(shape.proprio_dim, proprio) if options.proprio != "none" else None
-        self.embed_action = nn.Linear(shape.action_dim, action)
+        self.embed_proprio = nn.Linear(shape.proprio_dim, proprio) if proprio and options.proprio != "none" else None
+        if action:
+            self.embed_action = nn.Linear(shape.action_dim, action)
 
     def standardise(self, tokens: Tensor, proprio: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Convert from the store's units to the model's."""
@@ -96,9 +101,9 @@ class LatentModel(WorldModel):
 
     def embed(self, proprio: Tensor) -> Tensor:
         """Embed standardised proprio, [B, T, P] -> [B, T, 1, Q]."""
-        if self.embed_proprio is None:
-            return proprio[:, :, None, :0]
-        return (self.embed_proprio(proprio) if self.options.proprio == "embedding" else proprio)[:, :, None]
+        if self.embed_proprio is not None and self.options.proprio == "embedding":
+            proprio = self.embed_proprio(proprio)
+        return proprio[:, :, None, : self.proprio_size]
 
     def encode_proprio(self, proprio: Tensor) -> Tensor:
         """See `WorldModel.encode_proprio`."""
