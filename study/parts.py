@@ -17,6 +17,7 @@ from wmcache.pipeline.extract import extract_together, with_log_variances
 from wmcache.pipeline.fit import fit
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.planner.context import EvalContext
+from wmcache.planner.controllers.options import ControllerOptions
 from wmcache.planner.evaluate import evaluate
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_episodes
@@ -65,14 +66,19 @@ def refuse_other_settings(options: Any, file: Path, may_change: Collection[str] 
             raise UserError(f"{out} exists and has no {file.name}; choose another --out")
         return
     # Options that are newer than the folder had their defaults.
-    usual: dict[str, Any] = {name: {"draw": PlanOptions.draw} for name in ("policy", "plan")}
-    usual["train"] = {name: getattr(TrainOptions(), name) for name in NEWER}
-    before = _flat(usual) | _flat(read_json(file, HINT).get("options", {}))
+    newer = {
+        "draw": PlanOptions.draw,
+        "squash": ControllerOptions.squash,
+        **{name: getattr(TrainOptions(), name) for name in NEWER},
+    }
+    before = _flat(read_json(file, HINT).get("options", {}))
     now, free = _flat(asdict(options)), MAY_CHANGE.union(may_change)
     different = [
         f"{name} {before.get(name)} != {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name not in free and name.split(".")[-1] != "device"
+        if before.get(name, newer.get(name.split(".")[-1])) != now.get(name)
+        and name not in free
+        and name.split(".")[-1] != "device"
     ]
     if different:
         raise UserError(f"{out} was started with other settings ({'; '.join(different)}); choose another --out")

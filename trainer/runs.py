@@ -283,6 +283,8 @@ def _find_progress(
 
 
 def _load_start(start: Path, model: Trainable, stage: str, identity: Identity, config: Mapping[str, Any]) -> None:
+    if not (start / "config.json").exists():
+        raise UserError(f"--from {start} is not a run; name the folder of one, or leave it out")
     folder = finished_stage(start, stage) if stage else newest_checkpoint(start)
     names = {"history", "frameskip", "split_seed", "episodes_fraction", *config["model_options"]}
     different = _differences(read_config(start), config, names - model.may_change_after(stage))

@@ -111,8 +111,10 @@ def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
         weights or Path(FILE), f"{weights or FILE} does not fit {spec.name}", f"pass weights of {ARCHITECTURE}"
     ):
         network.load_state_dict(kept)
-    stages = list(STAGES) if spec.token_selection == "layers" else [MIDDLE if spec.patch == STAGES[MIDDLE][1] else LAST]
-    backbone = _EfficientNet(network, spec.patch_grid(image_size), stages)
+    # One of stride 16 stops there: its features are no layer of the others, on whose coarser grid they would be averaged.
+    backbone = _EfficientNet(network, spec.patch_grid(image_size), [MIDDLE] if spec == SPEC else list(STAGES))
+    if spec == SPEC:
+        backbone.config = '{"last": "blocks.4"}'
     return Loaded(backbone, Select(backbone, spec.token_selection), source)
 
 

@@ -51,7 +51,7 @@ class StraightenOptions(FitOptions):
     spread: Weight = option(0.2, "Weight of the term that drives all frames apart.")
     negatives: Literal["all", "episode"] = option(
         "all",
-        "What a frame is told apart from: frames of all episodes, or of its own, for episodes that look different.",
+        "What a frame is compared with: frames of all episodes, or of its own, for episodes that look different.",
     )
     curvature: Weight = option(0.0, "Weight of the curvature of three frames in a row, 1 - cosine of their steps.")
     stride: Positive = option(5, "Env steps between the three frames of --curvature.")

@@ -17,7 +17,8 @@ from wmcache.common.files import atomic_write, make_folder
 from wmcache.envs import Environment, Steps, Task
 from wmcache.planner.context import EvalContext
 from wmcache.planner.controllers.folder import linear_of
-from wmcache.planner.controllers.linear import Choice, Linear, LinearPolicy
+from wmcache.planner.controllers.linear import Linear, LinearPolicy
+from wmcache.planner.controllers.options import Choice
 from wmcache.planner.dream import Dream
 from wmcache.planner.evaluate import tasks_of
 from wmcache.planner.live import advance, all_ended, shown, shown_goals

@@ -26,7 +26,8 @@ from wmcache.common.schema import Size, parse
 from wmcache.common.tensors import load_tensors
 from wmcache.planner.belief import require_dreams
 from wmcache.planner.context import EvalContext
-from wmcache.planner.controllers.linear import Choice, Linear
+from wmcache.planner.controllers.linear import Linear
+from wmcache.planner.controllers.options import Choice
 from wmcache.planner.options import policy_weights
 from wmcache.trainer.dreaming import require_model_of
 from wmcache.trainer.models import Dreams
@@ -82,7 +83,7 @@ def read_start(folder: Path, linear: Linear) -> Tensor:
     if (tuple(config.inputs), config.size, config.choose) != (linear.inputs, linear.size, linear.choose):
         found = f"{','.join(config.inputs)}, {config.size} numbers"
         raise UserError(
-            f"--from {folder} has other inputs ({found}, {config.choose}); choose them with --inputs and --choose"
+            f"--from {folder} has other inputs ({found}, {config.choose}); choose them with --inputs, --choose and --squash"
         )
     return read_solution(folder, linear.parameters)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -13,24 +13,24 @@ from torch import Tensor
 
 from wmcache.planner.belief import BeliefPolicy, Decide
 from wmcache.planner.context import EvalContext
+from wmcache.planner.controllers.options import Choice
 from wmcache.trainer.dreaming import input_sizes
 from wmcache.trainer.models import Dreams
-
-Choice = Literal["argmax", "thresholds"]
 
 
 @dataclass(frozen=True)
 class Linear:
     """Actions of solutions, each the parameters of one controller: weights and bias of each output.
 
-    A continuous action is the tanh of A outputs, scaled to the bounds. It is repeated for all f env steps of a model step.
+    A continuous action is the tanh of A outputs, scaled to the bounds or clipped. It is repeated for all f env steps of a model step.
 
     Attributes:
         inputs: names of features, in the order of the weights. size: how many numbers they are.
         low, high: bounds of env actions, [A] each.
         frameskip: f.
-        choose: of a discrete action; None where actions are continuous. `argmax` of A outputs; or `thresholds` of the tanh of a single
-            one, which cut [-1, 1] into A equal intervals, of which the middle one is that of action 0.
+        choose: of a discrete action, `argmax` of A outputs, or `thresholds` of the tanh of a single one, which cut [-1, 1] into A equal
+            intervals, of which the middle one is that of action 0. Of a continuous one, None: the middle of the bounds at an output of
+            0; or `clip`: an action of 0 there, as in the paper's code for the brake.
     """
 
     inputs: tuple[str, ...]
@@ -90,7 +90,10 @@ class Linear:
             nearest_middle = sorted(range(count), key=lambda place: abs(2 * place - count + 1))
             action_of = torch.tensor([nearest_middle.index(place) for place in range(count)], device=outputs.device)
             return F.one_hot(action_of[interval], count).float()
-        return self.low + (self.high - self.low) * (torch.tanh(outputs) + 1) / 2
+        squashed = torch.tanh(outputs)
+        if self.choose == "clip":
+            return torch.minimum(torch.maximum(squashed * torch.maximum(-self.low, self.high), self.low), self.high)
+        return self.low + (self.high - self.low) * (squashed + 1) / 2
 
 
 class LinearPolicy(BeliefPolicy):

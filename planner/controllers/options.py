@@ -9,6 +9,8 @@ from annotated_types import Ge, Gt
 
 from wmcache.common.options import Natural, Positive, Weight, option
 
+Choice = Literal["argmax", "thresholds", "clip"]
+"""How outputs become actions, where they are not scaled: see `Linear`."""
 DREAM_TEMPERATURE = 1.15
 """Where the model draws (arXiv 1803.10122, table 2)."""
 
@@ -47,6 +49,10 @@ class ControllerOptions:
         "argmax",
         "A discrete action is the one of the largest output, or the part of [-1, 1] in which a single output is.",
     )
+    squash: Literal["scale", "clip"] = option(
+        "scale",
+        "A continuous action is the tanh of an output, scaled to the bounds; or clipped to them, so that an output of 0 is an action of 0.",
+    )
     check_every: Natural = option(
         5,
         "Generations between checks of the mean parameters in the real environment; the last is checked too. 0: never.",
@@ -58,3 +64,7 @@ class ControllerOptions:
     def dream_temperature(self, *, draws: bool) -> float | None:
         """Return the temperature of the dream of a model that draws what it imagines, or does not."""
         return DREAM_TEMPERATURE if self.temperature is None and draws else self.temperature
+
+    def choice(self, *, discrete: bool) -> Choice | None:
+        """Return `Linear.choose` for discrete or continuous actions."""
+        return self.choose if discrete else "clip" if self.squash == "clip" else None

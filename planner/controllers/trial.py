@@ -56,7 +56,7 @@ def open_trial(
         if dreamed is None or options.check_every:
             context = _open_context(run, options, weights)
             inputs = dreamed.linear.inputs if dreamed else _inputs(options, needs_goal=not context.by_return)
-            linear = linear_of(context, inputs, options.choose if context.discrete else None)
+            linear = linear_of(context, inputs, options.choice(discrete=context.discrete))
             task = LiveBatch(
                 run.absolute(),
                 PlanOptions(device=str(context.device)),
@@ -90,7 +90,7 @@ def _dreamed(run: Path, options: ControllerOptions) -> DreamRollouts:
     temperature = options.dream_temperature(draws=load_model(run, torch.device("cpu")).draws)
     dream = Dream(run, temperature=temperature, device=options.device)
     inputs = _inputs(options, needs_goal=dream.needs_goals)
-    choose = options.choose if dream.action.discrete else None
+    choose = options.choice(discrete=dream.action.discrete)
     linear = Linear.of(dream.dreams, inputs, dream.bounds, dream.frameskip, choose)
     return DreamRollouts(dream, linear, options.length or dream.length, goals=GOAL in inputs or dream.needs_goals)
 

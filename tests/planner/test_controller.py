@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -125,6 +126,17 @@ def test_actions_are_linear_and_within_the_bounds(run: Path) -> None:
     for wrong in (["pixels"], ["latent", "latent"]):
         with pytest.raises(UserError, match="--inputs"):
             Linear.of(model, wrong, bounds, 5, None)
+
+
+def test_clipped_actions_are_0_at_an_output_of_0(run: Path) -> None:
+    model = load_model(run, torch.device("cpu"))
+    bounds = torch.tensor([-2.0, 0.0, -3.0]), torch.tensor([2.0, 1.0, 1.0])
+    clipped = Linear.of(model, ["hidden"], bounds, 1, "clip")
+    biases = torch.zeros(3, 3, 17)
+    biases[:, :, -1] = torch.tensor([0.0, 0.3, -0.3])[:, None]
+    actions = clipped(biases.flatten(1), {"hidden": torch.zeros(3, 16)})
+    up = math.tanh(0.3)
+    torch.testing.assert_close(actions, torch.tensor([[0.0, 0, 0], [2 * up, up, 3 * up], [-2 * up, 0, -3 * up]]))
 
 
 def test_discrete_actions_are_one_hot(run: Path) -> None:

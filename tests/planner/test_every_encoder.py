@@ -40,8 +40,8 @@ VJEPA2 = {
     **{"mlp_ratio": 2.0, "crop_size": 32, "frames_per_clip": 4},
     **{"pred_hidden_size": 24, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1},
 }
-SIZES = {"dinov2": 28, "dinov3": 32, "siglip2": 32, "vjepa2": 32, "resnet18": 64, "r3m": 64}
-ADAPTERS = {"dino-tok-vq": {"codes": 8}, "dino-tok": {}, "vfm-vae": {}, "pca": {"dim": 4}}
+SIZES = {"efficientnet-lite0": 64, "dinov2": 28, "dinov3": 32, "siglip2": 32, "vjepa2": 32, "resnet18": 64, "r3m": 64}
+ADAPTERS = {"straighten": {"width": 16}, "dino-tok-vq": {"codes": 8}, "dino-tok": {}, "vfm-vae": {}, "pca": {"dim": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def weights(frames: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> d
         "siglip2": SiglipVisionModel(SiglipVisionConfig(**TRANSFORMER, intermediate_size=64, image_size=32)),
         "vjepa2": VJEPA2Model(VJEPA2Config(**TRANSFORMER, **VJEPA2)),
     }
-    made: dict[str, Path | None] = {"pixels": None, "random-vit": None}
+    made: dict[str, Path | None] = dict.fromkeys(("pixels", "random-vit", "efficientnet-lite0"))
     for name, model in models.items():
         model.save_pretrained(folder / name)
         made[name] = folder / name
