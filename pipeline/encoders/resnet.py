@@ -19,7 +19,7 @@ from wmcache.pipeline.encoders.base import LAST, Backbone, EncoderSpec, Loaded, 
 from wmcache.pipeline.encoders.hub import find_weights
 from wmcache.pipeline.encoders.registry import register
 from wmcache.pipeline.encoders.vit import CONFIG, RESAVE, timm_settings
-from wmcache.pipeline.encoders.weights import read_tensors
+from wmcache.pipeline.encoders.weights import read_tensors, without_batch_counts
 
 ARCHITECTURE = "resnet18"
 R3M_HEADS = ("module.lang_enc.", "module.lang_rew.", "lang_enc.", "lang_rew.")
@@ -102,10 +102,8 @@ def _load(spec: EncoderSpec, image_size: int, path: Path, tensors: Mapping[str, 
         resnet = timm.create_model(name, num_classes=0)
     if not isinstance(resnet, ResNet):
         raise UserError(f"{path} contains a timm {type(resnet).__name__}, not a ResNet; pass weights of {spec.source}")
-    # The number of batches behind a statistic changes no token and not every file contains it: it is no part of the identity.
-    kept = {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
     with reading(path, f"{path} does not fit {spec.name}", f"pass weights of {spec.source}"):
-        resnet.load_state_dict(kept)
+        resnet.load_state_dict(without_batch_counts(tensors))
     backbone = _ResNet(resnet, image_size)
     backbone.config = timm_settings(path, ARCHITECTURE)
     return Loaded(backbone, Select(backbone, spec.token_selection), source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,11 @@ def read_tensors(path: Path, encoder: str, without: tuple[str, ...] = ()) -> dic
         with reading(file, fault, "get it again"), open_tensors(file) as tensors:
             found |= {name: tensors.get_tensor(name) for name in tensors.keys() if not name.startswith(without)}  # noqa: SIM118 (no mapping)
     return found
+
+
+def without_batch_counts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the numbers of batches behind statistics: they change no token, and not every file has them, so no identity does."""
+    return {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
 
 
 @dataclass(frozen=True)

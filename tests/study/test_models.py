@@ -147,7 +147,7 @@ def test_a_model_with_the_settings_of_the_only_one_has_its_cells(write_study: Wr
 
 def test_a_study_of_models_is_done_from_start_to_report(out: Path) -> None:
     stages = [path.name.split("-")[0] for path in (out / "cells").iterdir()]
-    # The two systems of rssm share a training; untrained is each model's own, and the expert nobody's.
+    # The two systems of rssm share a training; untrained is each model's own, and the expert is of no model.
     wanted = {"extract": 1, "probe": 1, "train": 3, "actor": 1, "plan": 5 + 3 + 1}
     assert {stage: stages.count(stage) for stage in wanted} == wanted
     rows = pq.read_table(out / "study.parquet").to_pylist()
