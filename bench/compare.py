@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from scipy.ndimage import minimum_filter
 from tqdm import tqdm
 
-from wmcache.bench.reference import count_flops
-from wmcache.bench.timing import seconds
+from wmcache.bench.limit import MatmulLimit, count_flops
+from wmcache.bench.timing import median_ratio, seconds
 from wmcache.common.errors import UserError
 from wmcache.common.figures import png_bytes
 from wmcache.common.files import atomic_write
@@ -94,24 +94,34 @@ def names_of(runs: Sequence[Path], flag: str) -> list[str]:
 
 @torch.inference_mode()
 def compare_speed(contexts: Mapping[str, EvalContext], options: PlanOptions) -> dict[str, dict[str, float]]:
-    """Measure the cost of imagining with several runs, in turns; rollouts are candidates of a whole horizon."""
+    """Measure the cost of imagining with several runs, in turns; rollouts are candidates of a whole horizon.
+
+    `share_of_limit` is that of the rate of a large matrix product (`limit_gflops`), measured in turn, which a replan reaches.
+    """
     costs = {name: _first_cost(context, options, 0) for name, context in contexts.items()}
     rollouts: dict[str, list[float]] = {name: [] for name in contexts}
     replans: dict[str, list[float]] = {name: [] for name in contexts}
-    solver = make_solver(options.solver, **options.search)
+    operations: dict[str, float] = {}
+    solver, first = make_solver(options.solver, **options.search), next(iter(contexts.values()))
+    limit, limits = MatmulLimit(first.device, first.dtype), []
     for turn in tqdm(range(ROUNDS + 1), desc="bench plan", unit=" turns"):
+        limits.append(limit.gflops())
         for name, context in contexts.items():
-            cost, random = costs[name], [torch.Generator().manual_seed(turn)]
             actions = torch.rand_like(_zeros(context, options, CANDIDATES)) * 2 - 1
-            rollouts[name].append(seconds(cost, actions, device=context.device))
-            start = _zeros(context, options, 1)[0]
-            replans[name].append(seconds(solver, cost, start, random, device=context.device))
+            rollouts[name].append(seconds(costs[name], actions, device=context.device))
+            replan = solver, costs[name], _zeros(context, options, 1)[0], [torch.Generator().manual_seed(turn)]
+            if turn:
+                replans[name].append(seconds(*replan, device=context.device))
+            else:  # the first includes set-up
+                operations[name] = count_flops(*replan) / 1e9
     return {
         name: {
             "parameters_m": sum(value.numel() for value in context.world_model.parameters()) / 1e6,
             "gflop_per_step": count_flops(costs[name], _zeros(context, options, 2)) / (2 * options.horizon) / 1e9,
-            "rollouts_per_second": CANDIDATES / statistics.median(rollouts[name][1:]),  # the first includes set-up
-            "seconds_per_replan": statistics.median(replans[name][1:]),
+            "rollouts_per_second": CANDIDATES / statistics.median(rollouts[name][1:]),
+            "seconds_per_replan": statistics.median(replans[name]),
+            "limit_gflops": statistics.median(limits[1:]),
+            "share_of_limit": median_ratio([operations[name] / spent for spent in replans[name]], limits[1:]),
         }
         for name, context in contexts.items()
     }

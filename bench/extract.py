@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from wmcache.bench.limit import MatmulLimit, count_flops
 from wmcache.bench.timing import seconds
 from wmcache.cache.layout import StoreCard
 from wmcache.cluster.tasks import open_pool, parse_cluster, run_tasks
-from wmcache.common.device import CPU, autocast
+from wmcache.common.device import CPU, autocast, compile_errors
 from wmcache.common.errors import UserError
 from wmcache.pipeline.encoders import Encoder, tcn
 from wmcache.pipeline.extract import ExtractShard, extract, extract_together, extraction_task, slice_of
@@ -39,33 +41,40 @@ EXTRACT = f"extract --encoder tcn --image-size 224 --device {CPU}".split()
 TRAIN = f"--width 64 --depth 1 --heads 1 --steps 60 --batch-size 16 --residence disk --device {CPU}".split()
 
 
-def bench_extract(dataset: FrameDataset, encoder: Encoder, *, batch: int, cluster: str = "local:1") -> dict[str, float]:
+def bench_extract(
+    dataset: FrameDataset, encoder: Encoder, *, batch: int, cluster: str = "local:1", compiled: bool = False
+) -> dict[str, float]:
     """Compare the rate of extraction, into a temporary store, with those of the bare model.
 
     `network` runs on images that are decoded, resized and normalised, before and after the extraction, so that a drift of the machine
-    shows; `encoder` on decoded frames. Ratios are the extraction's share of each.
+    shows; `encoder` on decoded frames. Ratios are the extraction's share of each; `share_of_limit` is its share of the rate of a large
+    matrix product in the encoder's precision (`limit_gflops`).
+
+    Args:
+        compiled: also measure the network with torch.compile, on whole batches; `compiled_gain` is its ratio to `network`.
     """
     frames, layers = dataset.read_shard(0), encoder.head.layers
     parts = [frames[start : start + batch] for start in range(0, len(frames), batch)]
     with torch.inference_mode():
         images = [encoder.preprocess(torch.from_numpy(part).to(encoder.device)) for part in parts]
 
-    def network(image: Tensor) -> Tensor:
+    def network(image: Tensor, backbone: Callable[..., Any] = encoder.backbone) -> Tensor:
         with torch.inference_mode(), autocast(encoder.device, encoder.dtype):
-            tokens: Tensor = encoder.backbone(image, layers)[layers[-1]].to(torch.float16)
+            tokens: Tensor = backbone(image, layers)[layers[-1]].to(torch.float16)
         return tokens
 
     def rate(encode: Callable[[Any], Tensor], inputs: Sequence[Any]) -> float:
-        return len(frames) / seconds(lambda: [encode(part).cpu() for part in inputs])
+        return sum(map(len, inputs)) / seconds(lambda: [encode(part).cpu() for part in inputs])
 
-    encoder(parts[0])  # the first call includes set-up
-    before, whole = rate(network, images), rate(encoder, parts)
+    gflop = count_flops(encoder, parts[0]) / len(parts[0]) / 1e9  # the first call includes set-up
+    limit = MatmulLimit(encoder.device, encoder.dtype)
+    before, whole, limit_before = rate(network, images), rate(encoder, parts), limit.gflops()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bench.zarr"
         spent = seconds(lambda: extract(dataset, encoder, out, batch=batch, cluster=cluster))
-    after = rate(network, images)
+    after, limit_gflops = rate(network, images), (limit_before + limit.gflops()) / 2
     mean, extraction = (before + after) / 2, dataset.card.frames / spent
-    return {
+    figures = {
         "frames": dataset.card.frames,
         "network_frames_per_second": mean,
         "network_before": before,
@@ -74,7 +83,18 @@ def bench_extract(dataset: FrameDataset, encoder: Encoder, *, batch: int, cluste
         "extract_frames_per_second": extraction,
         "ratio_to_network": extraction / mean,
         "ratio_to_encoder": extraction / whole,
+        "gflop_per_frame": gflop,
+        "limit_gflops": limit_gflops,
+        "share_of_limit": gflop * extraction / limit_gflops,
     }
+    if compiled:
+        same = [image for image in images if len(image) == len(images[0])]  # each other size is compiled again
+        fast = partial(network, backbone=torch.compile(encoder.backbone))
+        with compile_errors():
+            fast(same[0])
+        rates = [rate(fast, same), rate(network, same)]
+        figures |= {"compiled_frames_per_second": rates[0], "compiled_gain": rates[0] / rates[1]}
+    return figures
 
 
 def bench_together(

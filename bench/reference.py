@@ -16,9 +16,9 @@ import torch
 from einops import rearrange
 from scipy.stats import spearmanr
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from wmcache.bench.limit import MatmulLimit, count_flops
 from wmcache.bench.timing import median_ratio, seconds
 from wmcache.cache.store import TokenStore
 from wmcache.common.device import autocast, choose_device, choose_dtype, synchronise
@@ -38,7 +38,6 @@ from wmcache.trainer.train import data_shape, make_optimiser, statistics_of
 
 REFERENCE_CHUNK = 30
 """Candidates that the reference imagines at once; its attention weights take 22 MB each. The number does not change its speed."""
-LIMIT_SIZE = 4096
 ROUNDS = 5
 Batch = Mapping[str, Tensor]
 
@@ -118,12 +117,13 @@ def bench_run(
 
     Returns:
         Seconds of each and their ratio; frames that each encodes; GFLOP of a candidate, the GFLOP/s that were reached and those of a large
-        matrix product on this machine; and how far costs and plans are from the reference's.
+        matrix product on this machine, measured before and after the plan; this implementation's `share_of_limit`; and how far costs and
+        plans are from the reference's.
     """
     race = PlanRace(context, Cem(samples, elites, iterations, sigma=0.577), horizon)
     precision, candidates = choose_dtype(dtype, context.device), samples * iterations
     with tqdm(total=candidates * 3, desc="bench plan", unit=" candidates") as bar:
-        fast, exact = (race.time(partial(race.cost_in, kind), bar) for kind in (precision, torch.float32))
+        (fast, limit), (exact, limit_float32) = (_limited(race, kind, bar) for kind in (precision, torch.float32))
         slow = race.time(lambda: race.reference, bar)
     two = torch.zeros(1, 2, horizon, race.model.shape.action_dim, device=context.device)
     with torch.inference_mode():
@@ -145,14 +145,22 @@ def bench_run(
         "ours_gflop_per_candidate": gflop,
         "reference_gflops": reference_gflop * candidates / slow.seconds,
         "ours_gflops": gflop * candidates / fast.seconds,
-        "limit_gflops_float32": matmul_limit(context.device, torch.float32),
-        "limit_gflops": matmul_limit(context.device, precision),
+        "limit_gflops_float32": limit_float32,
+        "limit_gflops": limit,
+        "share_of_limit": gflop * candidates / fast.seconds / limit,
         "cost_difference_float32": difference(exact),
         "cost_difference": difference(fast),
         "cost_rank_correlation": float(spearmanr(fast.costs, slow.costs).statistic),
         "plan_difference_float32": float((exact.plan - slow.plan).abs().max()),
         "plan_difference": float((fast.plan - slow.plan).abs().max()),
     }
+
+
+def _limited(race: PlanRace, dtype: torch.dtype, bar: tqdm[Any]) -> tuple[Timed, float]:
+    """Time this implementation's plan; returns also the limit, the mean of before and after it."""
+    limit = MatmulLimit(race.context.device, dtype)
+    before = limit.gflops()
+    return race.time(partial(race.cost_in, dtype), bar), (before + limit.gflops()) / 2
 
 
 def reference_rollout(model: DinoWm, tokens: Tensor, proprio: Tensor, actions: Tensor) -> Tensor:
@@ -201,19 +209,6 @@ def explicit_block(block: Block, x: Tensor, mask: Tensor, condition: Tensor | No
     return x + gated(block.mlp(modulated(block.norm_mlp(x), shift_mlp, scale_mlp)), gate_mlp)
 
 
-def count_flops(cost: Cost, actions: Tensor) -> float:
-    """Count the floating point operations of a call, those of an encoder included."""
-    with FlopCounterMode(display=False) as counter:
-        cost(actions)
-    return float(counter.get_total_flops())
-
-
-def matmul_limit(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the GFLOP/s of a large square matrix product: the limit of this machine."""
-    a = torch.randn(LIMIT_SIZE, LIMIT_SIZE, device=device, dtype=dtype)
-    return 2 * LIMIT_SIZE**3 / min(seconds(torch.matmul, a, a, device=device) for _ in range(3)) / 1e9
-
-
 def bench_train(
     cache: AnyPath,
     model_options: dict[str, Any],
@@ -227,7 +222,8 @@ def bench_train(
     """Time the same training steps of DINO-WM from three sources of batches, and as its code computes them, in turns.
 
     Batches come from `memory`, from the `store`, or with every frame encoded (`encoding`). The `reference` encodes too, in float32, with
-    explicit attention under a mask. Ratios are of the store to the others, medians over the rounds.
+    explicit attention under a mask. Ratios are of the store to the others, medians over the rounds. `share_of_limit` is that of the rate of
+    a large matrix product in the same precision (`limit_gflops`), measured in turn, which the store's steps reach.
 
     Args:
         encode: n -> tokens [n, N, D]; encodes n frames, as DINO-WM does for every batch.
@@ -254,18 +250,25 @@ def bench_train(
             "encoding": (_encoded(held, encode), model, dtype, optimiser, few),
             "reference": (_encoded(held, encode), reference, torch.float32, optimiser, few),
         }
-        for batches, network, precision, *_ in variants.values():
-            _train(batches, network, precision, optimiser, 1)
+        # The first steps include set-up.
+        gflop = {name: count_flops(_train, *variant[:-1], 1) / 1e9 for name, variant in variants.items()}
+        limit, limits = MatmulLimit(where, dtype), []
         waited = feed.waited
         rates: dict[str, list[float]] = {name: [] for name in variants}
         for _ in tqdm(range(ROUNDS), desc="bench train", unit=" rounds"):
+            limits.append(limit.gflops())
             for name, variant in variants.items():
                 rates[name].append(variant[-1] / seconds(_train, *variant, device=where))
         waiting = (feed.waited - waited) / sum(steps / rate for rate in rates["store"])
     peers = ("memory", "encoding", "reference")
     ratios = {f"ratio_to_{name}": median_ratio(rates["store"], rates[name]) for name in peers}
     medians = {f"{name}_steps_per_second": statistics.median(values) for name, values in rates.items()}
-    return {"windows_per_step": batch, **medians, **ratios, "waiting_share": waiting}
+    share = {
+        "gflop_per_step": gflop["store"],
+        "limit_gflops": statistics.median(limits),
+        "share_of_limit": gflop["store"] * median_ratio(rates["store"], limits),
+    }
+    return {"windows_per_step": batch, **medians, **ratios, "waiting_share": waiting, **share}
 
 
 def _train(

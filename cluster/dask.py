@@ -17,6 +17,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from typing import Any
 
 from wmcache.cluster.tasks import AHEAD, Calls, Cluster, catch_user_error, log
+from wmcache.common.allocator import MALLOC
 from wmcache.common.cpus import SPINS, limit_threads
 from wmcache.common.errors import UserError, command, reason
 
@@ -38,9 +39,7 @@ def dask_setup(worker):
     gpus = {gpus}
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker.name) % len(gpus)]
 """
-MALLOC = "MALLOC_TRIM_THRESHOLD_=268435456 MALLOC_MMAP_THRESHOLD_=33554432"
-"""The thresholds that glibc reaches by itself. Dask's nanny sets lower ones, which halves the speed of an encoder."""
-WORKER_VARIABLES = " ".join([MALLOC, *(f"{name}={value}" for name, value in SPINS.items())])
+WORKER_VARIABLES = " ".join(f"{name}={value}" for name, value in {**MALLOC, **SPINS}.items())
 """Environment variables of workers that this process does not start itself."""
 SECONDS_TO_CONNECT = 10
 SECONDS_BETWEEN_COUNTS = 5.0
@@ -168,7 +167,7 @@ def _start_workers(workers: int, threads: int) -> Iterator[Any]:
 
     limit_threads(workers)
     settings: dict[str, Any] = {
-        "distributed.nanny.pre-spawn-environ": {},  # without Dask's MALLOC_TRIM_THRESHOLD_, see MALLOC
+        "distributed.nanny.pre-spawn-environ": MALLOC,  # Dask's own threshold halves the speed of an encoder
         "distributed.worker.multiprocessing-method": "spawn",
         "distributed.worker.preload": [LOCAL_WORKER, *_own_gpus()],
         # With a user's settings for other clusters, workers of this machine would not start, or would stop.

@@ -34,8 +34,9 @@ def bench() -> None:
 @bench.command("extract")
 @shared.dataset_option
 @shared.encoder_options
+@click.option("--compile", "compiled", is_flag=True, help="Also measure the bare encoder with torch.compile.")
 @shared.json_option
-def bench_extract(dataset: AnyPath | None, batch: int, cluster: str, **encoder: Any) -> None:
+def bench_extract(dataset: AnyPath | None, batch: int, cluster: str, compiled: bool, **encoder: Any) -> None:
     """Extraction against the bare encoder, on every frame of a dataset; of several encoders, one pass against one each."""
     from wmcache.bench.extract import bench_extract as run
     from wmcache.bench.extract import bench_together
@@ -43,9 +44,11 @@ def bench_extract(dataset: AnyPath | None, batch: int, cluster: str, **encoder: 
 
     frames, networks = open_inputs(dataset, encoder)
     if len(networks) > 1:
+        if compiled:
+            raise UserError("--compile measures one encoder; name one with --encoder")
         figures = bench_together(frames, networks, batch=batch, cluster=cluster)
     else:
-        figures = run(frames, networks[0], batch=batch, cluster=cluster)
+        figures = run(frames, networks[0], batch=batch, cluster=cluster, compiled=compiled)
     show_figures(figures)
 
 

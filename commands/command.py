@@ -16,6 +16,7 @@ import click
 
 from wmcache.commands.options import ByName, Option, Preset
 from wmcache.commands.output import ended_by_reader, prepare_streams, say, shell_command
+from wmcache.common.allocator import keep_freed_memory
 from wmcache.common.cpus import limit_threads
 from wmcache.common.errors import INTERRUPTED, STOPPED, Stopped, UserError, one_line, reason
 from wmcache.common.paths import CHECK, CHECK_REMOTE
@@ -72,6 +73,7 @@ class Command(click.Command):
         """Run the program."""
         prepare_streams()
         limit_threads()
+        keep_freed_memory()
         with ended_by_reader():
             return super().main(*args, **settings)
 

@@ -336,14 +336,16 @@ def _weight_lines(sources: list[dict[str, Any]], fitted: list[dict[str, Any]]) -
 def _sources() -> list[dict[str, Any]]:
     from wmcache.pipeline.encoders import get_entry, specs
     from wmcache.pipeline.encoders.hub import REPOSITORY, look_up
+    from wmcache.pipeline.encoders.packaged import PACKAGED
 
     groups: dict[tuple[str, str], list[str]] = {}
     for spec in specs():
-        if get_entry(spec.name).load and REPOSITORY.fullmatch(spec.source):
+        known_source = spec.source in PACKAGED or REPOSITORY.fullmatch(spec.source)
+        if get_entry(spec.name).load and known_source:
             groups.setdefault((spec.source, spec.revision), []).append(spec.name)
     rows = []
     for (source, revision), names in sorted(groups.items()):
-        found = look_up(source, revision)
+        found = PACKAGED[source].look_up() if source in PACKAGED else look_up(source, revision)
         state = "absent" if found is None else "damaged" if found.fault else "present"
         known: dict[str, Any] = {"path": "", "revision": revision, "bytes": 0, "fault": ""}
         if found:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from wmcache.common.errors import UserError
+from wmcache.common.errors import UserError, reason
 
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -114,6 +114,18 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
+
+
+@contextlib.contextmanager
+def compile_errors() -> Iterator[None]:
+    """Turn errors of torch.compile, which compiles in the first call, into one line."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except (TorchDynamoException, OSError) as error:
+        why = f"--compile does not work on this machine ({reason(error, 240)})"
+        raise UserError(f"{why}; install a C++ compiler (g++, or the variable CXX), or leave it out") from error
 
 
 def attends_plainly(x: Tensor) -> bool:

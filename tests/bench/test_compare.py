@@ -78,6 +78,7 @@ def test_runs_are_compared_with_the_first(
     assert rows[1]["gflop_per_step"] < rows[2]["gflop_per_step"]
     assert all(row["episodes"] == 2 and 0 <= row["within_0.5"] <= 2 for row in rows)
     assert all(np.isfinite([row["seconds_per_replan"], row["curvature"]]).all() for row in rows)
+    assert all(row["share_of_limit"] > 0 and row["limit_gflops"] == rows[0]["limit_gflops"] for row in rows)
     with Image.open(tmp_path / "landscape.png") as picture:
         assert picture.width > 600
 

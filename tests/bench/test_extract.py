@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
 
+from wmcache.bench import limit
 from wmcache.bench.extract import bench_cluster, bench_extract, peak_memory, save_tcn
+from wmcache.bench.limit import count_flops
 from wmcache.common.errors import UserError
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
@@ -17,6 +21,7 @@ KEYS = [
     "frames",
     *("network_frames_per_second", "network_before", "network_after"),
     *("encoder_frames_per_second", "extract_frames_per_second", "ratio_to_network", "ratio_to_encoder"),
+    *("gflop_per_frame", "limit_gflops", "share_of_limit"),
 ]
 MB = 10**6
 
@@ -39,11 +44,27 @@ def test_rates_count_the_frames_of_each_part_and_ratios_follow_from_them(
     dataset: FrameDataset, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(limit, "CPU_SIZE", 64)
     # Network and encoder do a shard, the extraction all shards.
     found = bench_extract(dataset, encoder, batch=50, cluster="local:1")
     assert list(found) == KEYS
-    assert list(found.values()) == [360, 64, 64, 64, 64, 360, 360 / 64, 360 / 64]
+    assert list(found.values())[:8] == [360, 64, 64, 64, 64, 360, 360 / 64, 360 / 64]
+    product = 2 * 64**3 / 1e9
+    assert found["gflop_per_frame"] == pytest.approx(count_flops(encoder, dataset.read_shard(0)[:4]) / 4e9)
+    assert found["share_of_limit"] == pytest.approx(360 * found["gflop_per_frame"] / product)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.sweep  # half a minute of compilation
+@pytest.mark.usefixtures("ticking")
+def test_the_compiled_network_is_measured_on_whole_batches(
+    dataset: FrameDataset, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("a C++ compiler is not installed")
+    monkeypatch.setattr(limit, "CPU_SIZE", 64)
+    found = bench_extract(dataset, encoder, batch=50, compiled=True)
+    assert (found["compiled_frames_per_second"], found["compiled_gain"]) == (50, 1)
 
 
 def test_the_peak_includes_memory_that_was_freed() -> None:

