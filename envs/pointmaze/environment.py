@@ -24,6 +24,7 @@ class PointMaze(Environment):
 
     forms = ("a .txt grid",)
     scene = True
+    distractions = ("ball",)
 
     def __init__(self, name: str, count: int = 1, image_size: int = 224, layout: Sequence[str] = ()) -> None:
         """Open a layout by its name (`UMaze`), its id or its .txt file; `layout` is a grid."""
