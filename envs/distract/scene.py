@@ -49,7 +49,7 @@ class Scene:
                 if "camera" in look.kinds:
                     move(eye, look.camera, model)
                 if "jitter" in look.kinds:
-                    shift(eye, *look.shift)
+                    shift(eye, *look.shift, renderer.width / renderer.height)
             frame: Frame = renderer.render()
         if "background" in look.kinds:
             behind = self._behind()
@@ -131,10 +131,10 @@ def move(eye: Any, by: CameraMove, model: Any) -> None:
     eye.up[:] = rotation(forward, by.roll) @ turn @ up
 
 
-def shift(eye: Any, right: float, down: float) -> None:
-    """Shift what a camera of a scene (mjvGLCamera) of square frames shows, by shares of the frame."""
+def shift(eye: Any, right: float, down: float, aspect: float) -> None:
+    """Shift what a camera of a scene (mjvGLCamera) shows, by shares of the frame; `aspect` is its width over its height."""
     height = eye.frustum_top - eye.frustum_bottom
-    eye.frustum_center -= right * height
+    eye.frustum_center -= right * height * aspect
     eye.frustum_top += down * height
     eye.frustum_bottom += down * height
 
