@@ -90,7 +90,9 @@ def fit(
     def start() -> Fitting:
         images = [load_images(part, rows, preprocess) for part, rows in zip(datasets, chosen, strict=True)]
         before = np.cumsum([0, *(part.card.episodes for part in datasets)])
-        episode = [part.steps.episode[rows] + first for part, rows, first in zip(datasets, chosen, before, strict=False)]
+        episode = [
+            part.steps.episode[rows] + first for part, rows, first in zip(datasets, chosen, before, strict=False)
+        ]
         pixels = torch.cat(images) if more else images[0]
         return make(FitData(np.concatenate(episode), preprocess, where, pixels), options)
 

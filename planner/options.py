@@ -57,7 +57,8 @@ class PlanOptions:
         "Draw start and goal at least the largest reported threshold and one model step apart, or anywhere (DINO-WM).",
     )
     min_distance: Weight = option(
-        0.0, "Draw start and goal at least so far apart, in the units of --threshold; strict pairs may be farther apart."
+        0.0,
+        "Draw start and goal at least so far apart, in the units of --threshold; strict pairs may be farther apart.",
     )
     policy: str | None = option(
         None,

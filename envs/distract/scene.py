@@ -148,7 +148,17 @@ def draw_copy(scene: Any, model: Any, body: int, offset: Array) -> None:
             continue
         copy = scene.geoms[scene.ngeom]
         mujoco.mjv_initGeom(copy, part.type, part.size, part.pos + offset, part.mat.ravel(), part.rgba)
-        for name in ("category", "camdist", "objtype", "objid", "matid", "emission", "specular", "shininess", "reflectance"):
+        for name in (
+            "category",
+            "camdist",
+            "objtype",
+            "objid",
+            "matid",
+            "emission",
+            "specular",
+            "shininess",
+            "reflectance",
+        ):
             setattr(copy, name, getattr(part, name))
         copy.segid = scene.ngeom
         scene.ngeom += 1

@@ -74,7 +74,9 @@ class Maze:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             known = ", ".join(maze_names())
-            raise MazeError(f"no maze {str(name)!r} ({reason(error)}): known are {known}, Maze7x7-SEED, or a .txt grid") from error
+            raise MazeError(
+                f"no maze {str(name)!r} ({reason(error)}): known are {known}, Maze7x7-SEED, or a .txt grid"
+            ) from error
         return cls(path.stem, tuple(line.strip() for line in text.splitlines() if line.strip()))
 
     @classmethod

@@ -123,7 +123,9 @@ class PointMazeSimulator:
         mujoco.mj_forward(self._model, self._data)
         copies = {}
         if "ball" in look.kinds:
-            copies[self._model.body("ball").id] = np.append(wander(self.maze, look.rng("ball"), look.step) - state[:2], 0.0)
+            copies[self._model.body("ball").id] = np.append(
+                wander(self.maze, look.rng("ball"), look.step) - state[:2], 0.0
+            )
         return self._scene.draw(self._data, "top", look, copies)
 
     def close(self) -> None:

@@ -24,7 +24,11 @@ def wander(maze: Maze, rng: np.random.Generator, step: int) -> NDArray[np.float6
     here = before = sorted(free)[rng.integers(len(free))]
     for _ in range(int(rolled) + 1):
         row, column = here
-        around = [cell for cell in ((row - 1, column), (row, column - 1), (row, column + 1), (row + 1, column)) if cell in free]
+        around = [
+            cell
+            for cell in ((row - 1, column), (row, column - 1), (row, column + 1), (row + 1, column))
+            if cell in free
+        ]
         onward = [cell for cell in around if cell != before] or around or [here]
         before, here = here, onward[rng.integers(len(onward))]
     start, end = np.array(before, np.float64), np.array(here, np.float64)

@@ -149,7 +149,7 @@ def test_a_second_ball_rolls_through_free_cells_whatever_the_first_does() -> Non
     assert len(np.unique(np.round(path), axis=0)) > 5
     # The second ball looks as the first one does at its position, and nothing else of the frame has changed.
     states = np.concatenate([path[100:101], np.zeros((1, 2))], 1)
-    alone = plain.render(np.concatenate([states, states + [[0.0, 0.0, 1.0, 0.0]]]))
+    alone = plain.render(np.repeat(states, 2, 0) + [[0.0] * 4, [0.0, 0.0, 1.0, 0.0]])
     np.testing.assert_array_equal(alone[0], alone[1])
     both = env.render(np.concatenate([states, [[look.episode, 100.0]]], 1))
     np.testing.assert_array_equal(both[0], alone[0])
@@ -207,7 +207,13 @@ def run(*words: str, fails: bool = False) -> str:
 def test_a_distracted_dataset_has_its_own_identity(tmp_path: Path) -> None:
     run("--env=UMaze", f"--out={tmp_path / 'plain'}")
     run("--env=UMaze", f"--out={tmp_path / 'a' / 'x'}", f"--distract={ALL},ball", "--distract-seed=2")
-    run("--env=UMaze", f"--out={tmp_path / 'b' / 'x'}", f"--distract={ALL},ball", "--distract-seed=2", "--cluster=local:2")
+    run(
+        "--env=UMaze",
+        f"--out={tmp_path / 'b' / 'x'}",
+        f"--distract={ALL},ball",
+        "--distract-seed=2",
+        "--cluster=local:2",
+    )
     run("--env=UMaze+camera,colors@2", f"--out={tmp_path / 'c'}")
     run("--env=UMaze", f"--out={tmp_path / 'd'}", "--distract=colors,camera", "--distract-seed=4")
     assert contents(tmp_path / "a" / "x") == contents(tmp_path / "b" / "x")

@@ -100,7 +100,11 @@ class TestSeparation:
     @pytest.mark.parametrize("strict", [False, True])
     @pytest.mark.parametrize("name", ["UMaze", "UMaze+ball@0"])
     def test_pairs_that_are_far_enough_apart_stay_as_they_are(self, store: TokenStore, name: str, strict: bool) -> None:
-        env, usual, apart = open_environment(name), PlanOptions(strict=strict), PlanOptions(strict=strict, min_distance=1.5)
+        env, usual, apart = (
+            open_environment(name),
+            PlanOptions(strict=strict),
+            PlanOptions(strict=strict, min_distance=1.5),
+        )
         before, after = (
             np.stack(start_and_goal("random-state", range(40), env, store, 0, separation=separation))
             for separation in (Separation.of(options, env, 5, env.spec.thresholds) for options in (usual, apart))
@@ -111,7 +115,7 @@ class TestSeparation:
         env.close()
 
     def test_a_distance_that_no_pair_has_is_refused(self, store: TokenStore) -> None:
-        with pytest.raises(UserError, match="9.00.*--min-distance"):
+        with pytest.raises(UserError, match=r"9\.00.*--min-distance"):
             start_and_goal("random-state", [0], WORLD, store, 0, separation=Separation(least=9.0))
 
     def test_the_longest_move_is_never_exceeded(self) -> None:
@@ -162,7 +166,7 @@ class TestFiles:
             start_and_goal(file, numbers, WORLD, store, 10)
 
     def test_a_distance_is_refused_beside_a_file(self) -> None:
-        with pytest.raises(UserError, match="--min-distance.*--goals"):
+        with pytest.raises(UserError, match=r"--min-distance.*--goals"):
             check_options(PlanOptions(goals="some.parquet", min_distance=1.5))
 
     def test_what_is_not_a_parquet_file_is_refused_with_the_sources(self, store: TokenStore, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_an_environment_that_is_named_is_collected_by_the_files_settings(tmp_pat
     options = read(tmp_path, TCN + "[collect]\nenv = 'UMaze'\nepisodes = 3\n", env="UMaze+ball@0")
     assert options.collect is not None
     assert (options.collect.env, options.collect.episodes) == ("UMaze+ball@0", 3)
-    with pytest.raises(UserError, match="--env .*dataset"):
+    with pytest.raises(UserError, match=r"--env .*dataset"):
         read(tmp_path, TCN, env="UMaze+ball@0", dataset="there")
 
 
