@@ -149,7 +149,7 @@ def test_a_second_ball_rolls_through_free_cells_whatever_the_first_does() -> Non
     assert len(np.unique(np.round(path), axis=0)) > 5
     # The second ball looks as the first one does at its position, and nothing else of the frame has changed.
     states = np.concatenate([path[100:101], np.zeros((1, 2))], 1)
-    alone = plain.render(np.repeat(states, 2, 0) + [[0.0] * 4, [0.0, 0.0, 1.0, 0.0]])
+    alone = plain.render(np.concatenate([states, states + np.array([0.0, 0.0, 1.0, 0.0])]))
     np.testing.assert_array_equal(alone[0], alone[1])
     both = env.render(np.concatenate([states, [[look.episode, 100.0]]], 1))
     np.testing.assert_array_equal(both[0], alone[0])
