@@ -11,7 +11,7 @@ PLAN := $(DEMO)/runs/pointmaze-umaze-tcn-64/plan-all-x1-50x100
 # Keep compiled modules: without them each of the hundreds of processes that the tests start takes seven seconds instead of three.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup test test-long lint demo study systems world-models rwm mazes pictures clean
+.PHONY: setup test test-long lint demo study systems ladder unseen world-models rwm mazes pictures clean
 
 setup: $(VENV)/.linked
 	@$(BIN)/python -m wmcache.envs.check >/dev/null 2>&1 && $(BIN)/python -c 'import cv2' 2>/dev/null || scripts/install-gl.sh $(BIN)/python
@@ -66,6 +66,31 @@ systems: export WMCACHE_HOME := $(DEMO)
 systems: export PATH := $(CURDIR)/$(BIN):$(PATH)
 systems: setup
 	wmcache study study/systems.toml
+
+# Tasks on which systems and representations separate: budgets, episodes and pixels alone; encoders; distractions (docs/results.md).
+LADDER := wmcache study study/ladder.toml
+ladder: export WMCACHE_HOME := $(DEMO)
+ladder: export PATH := $(CURDIR)/$(BIN):$(PATH)
+ladder: setup
+	$(LADDER) --encoder tcn
+	$(LADDER) --models dino-wm --fractions 1 --out $(DEMO)/studies/ladder-encoders
+	for kind in ball colors jitter; do $(LADDER) --env UMaze+$$kind@0 --encoder tcn --encoder 'pixels (16 x 16)' --encoder random-vit \
+	  --models dino-wm --models gcbc --fractions 1 || exit 1; done
+
+# A model of all layouts but the giant one, planned in random mazes that it has not seen.
+SEEN := UMaze Open Medium Large
+FRAMES := $(DEMO)/unseen/frames
+STORES := $(DEMO)/unseen/stores
+unseen: export WMCACHE_HOME := $(DEMO)
+unseen: export PATH := $(CURDIR)/$(BIN):$(PATH)
+unseen: setup
+	for maze in $(SEEN); do wmcache collect --env $$maze --episodes 100 --image-size 112 --out $(FRAMES)/$$maze || exit 1; done
+	wmcache fit --encoder tcn $(SEEN:%=--dataset $(FRAMES)/%) --out $(DEMO)/encoders/unseen-tcn.safetensors
+	for maze in $(SEEN); do wmcache extract --encoder tcn --weights $(DEMO)/encoders/unseen-tcn.safetensors --dataset $(FRAMES)/$$maze \
+	  --out $(STORES)/$$maze.zarr || exit 1; done
+	wmtrain $(SEEN:%=--cache $(STORES)/%.zarr) $(SMALL) --steps 2400 --out $(DEMO)/runs/unseen
+	for seed in 100 101 102 103 104; do wmplan --run $(DEMO)/runs/unseen --env Maze7x7-$$seed --protocol mpc-100 --min-distance 1.5 \
+	  --episodes 20 --baselines random,zero,untrained,expert || exit 1; done
 
 # World Models' two tasks (docs/world-models.md): an hour for take cover, two for CarRacing.
 world-models: export WMCACHE_HOME := $(DEMO)

@@ -116,7 +116,12 @@ FIT = ByName("encoder", "encoder", _fits, lambda name: resolve_name("wmcache.pip
 
 
 @click.command(cls=Command, by=FIT)
-@shared.dataset_option
+@shared.path_option(
+    "--dataset",
+    "datasets",
+    multiple=True,
+    help="Frame dataset; repeat it to fit on several, of which the first is measured.  [default: $WMCACHE_HOME/pointmaze-umaze]",
+)
 @click.option("--encoder", cls=Option, names=_fits, default="tcn", help="Encoder to fit: {names}.")
 @shared.path_option("--cache", help="For an adapter: the store of its base's layers.  [default: made if it is missing]")
 @click.option("--base", help="For an adapter: the encoder of that store.  [default: the adapter's own]")
@@ -126,12 +131,15 @@ FIT = ByName("encoder", "encoder", _fits, lambda name: resolve_name("wmcache.pip
 @shared.device_option
 @shared.cluster_option()
 @shared.file_option("--out", help="File to write.  [default: $WMCACHE_HOME/encoders/<dataset>-<encoder>.safetensors]")
-def fit(encoder: str, cluster: str, max_frames: int, overwrite: bool, **settings: Any) -> None:
+def fit(
+    encoder: str, datasets: tuple[AnyPath, ...], cluster: str, max_frames: int, overwrite: bool, **settings: Any
+) -> None:
     """Fit an encoder on the dataset's own frames, or an adapter on a store, and measure its latent landscape."""
     from wmcache.pipeline.fit import prepare_fit
 
     given = take_chosen(settings, given=True)
-    job = prepare_fit(encoder, given, cluster=cluster, **settings)
+    dataset = datasets[0] if datasets else None
+    job = prepare_fit(encoder, given, dataset=dataset, more=datasets[1:], cluster=cluster, **settings)
     already = job.out.exists() and not overwrite
     device, base = settings["device"], settings["base_weights"]
     adapter = {} if job.store is None else {"base_weights": base and base.absolute()}

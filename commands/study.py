@@ -29,6 +29,7 @@ DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
     multiple=True,
     help="Model to study: one of FILE by label or name, or another with its defaults; repeatable.",
 )
+@click.option("--env", help="Environment to collect frames of, instead of FILE's, such as UMaze+ball@0.")
 @file_option(
     "--dataset",
     help="Existing frame dataset that replaces FILE's.  [default: FILE's, else $WMCACHE_HOME/<environment>]",
@@ -42,7 +43,7 @@ DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
 @file_option(
     "--out",
     help="Folder; studies may share one, and with it their common cells.  "
-    "[default: $WMCACHE_HOME/studies/<name of FILE>]",
+    "[default: $WMCACHE_HOME/studies/<name of FILE>, with --env followed by the environment]",
 )
 @json_option
 def study(file: Path | None, out: Path | None, **flags: Any) -> None:
@@ -57,7 +58,7 @@ def study(file: Path | None, out: Path | None, **flags: Any) -> None:
 
     file = file or DEFAULT
     options = read_study(file, {name: _as_toml(name, value) for name, value in flags.items()})
-    out = out or home() / "studies" / file.stem
+    out = out or home() / "studies" / _name(file, flags["env"])
     options, branches, work, failures = run_study(options, out)
     rows = tabulate(options, branches, work, failures)
     results = write_report(out, options, rows, work, branches, shell_command(sys.argv))
@@ -66,6 +67,16 @@ def study(file: Path | None, out: Path | None, **flags: Any) -> None:
     if failures:
         failed = sorted({str(row["failed"]) for row in rows if row["failed"]})
         raise click.ClickException(f"{len(failures)} cells failed, the others are done; the first: {failed[0]}")
+
+
+def _name(file: Path, env: str | None) -> str:
+    from wmcache.envs import open_environment
+
+    if env is None:
+        return file.stem
+    opened = open_environment(env)
+    opened.close()
+    return f"{file.stem}-{opened.spec.dataset}"
 
 
 def _as_toml(name: str, value: Any) -> Any:

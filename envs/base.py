@@ -154,6 +154,7 @@ class Environment(Protocol):
     Attributes:
         geometry: shortest paths, where they are known.
         scene: frames are drawn by MuJoCo, so that `draw_looks` works.
+        distractions: kinds of distraction that this environment draws itself.
         policies: behaviour policies of this environment alone: name -> function of a generator and the action space.
         forms: other names that a family accepts, as errors list them.
     """
@@ -162,6 +163,7 @@ class Environment(Protocol):
     count: int
     geometry: Geometry | None = None
     scene: bool = False
+    distractions: ClassVar[tuple[str, ...]] = ()
     policies: ClassVar[Mapping[str, Callable[[np.random.Generator, Column], Act]]] = {}
     forms: ClassVar[tuple[str, ...]] = ()
 

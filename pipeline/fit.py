@@ -6,7 +6,7 @@ import glob
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from wmcache.cache.joined import SEPARATOR
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import split_frames
 from wmcache.cluster.tasks import run_alone
@@ -68,28 +69,37 @@ def fit(
     device: str = "auto",
     overwrite: bool = False,
     measure: bool = True,
+    more: Sequence[FrameDataset] = (),
 ) -> Fitted:
     """Fit an encoder to frames and save its weights; where they exist already, only measure them.
 
     Args:
         options: of the encoder's own kind (`encoders.fit_options`).
-        max_frames: held in memory; the first episodes where there are more.
+        max_frames: held in memory; the first episodes where there are more, and of each dataset an equal share.
         overwrite: replace the weights of another fit.
+        more: datasets whose frames are fitted on too; held-out frames of the first one are measured.
 
     Raises:
         UserError: the encoder cannot be fitted, other weights are at `out`, the dataset is too small, or the loss is not finite.
     """
     _, make = encoders.get_fit(name)  # refuses before anything is read
     preprocess, where = encoders.get_spec(name).preprocess, choose_device(device)
-    chosen = _training_frames(dataset.steps.episode, options, max_frames, dataset.path)
+    datasets, share = (dataset, *more), max_frames // (1 + len(more))
+    chosen = [_training_frames(part.steps.episode, options, share, part.path) for part in datasets]
 
     def start() -> Fitting:
-        images = load_images(dataset, chosen, preprocess)
-        return make(FitData(dataset.steps.episode[chosen], preprocess, where, images), options)
+        images = [load_images(part, rows, preprocess) for part, rows in zip(datasets, chosen, strict=True)]
+        before = np.cumsum([0, *(part.card.episodes for part in datasets)])
+        episode = [
+            part.steps.episode[rows] + first for part, rows, first in zip(datasets, chosen, before, strict=False)
+        ]
+        pixels = torch.cat(images) if more else images[0]
+        return make(FitData(np.concatenate(episode), preprocess, where, pixels), options)
 
-    header = _header(name, dataset.card.fingerprint, len(chosen), options)
+    frames, fingerprints = sum(map(len, chosen)), [part.card.fingerprint for part in datasets]
+    header = _header(name, SEPARATOR.join(fingerprints), frames, options)
     _train(start, options, header, out, where, overwrite=overwrite)
-    return Fitted(out, len(chosen), _measure_landscape(dataset, name, out, device) if measure else None)
+    return Fitted(out, frames, _measure_landscape(dataset, name, out, device) if measure else None)
 
 
 def fit_adapter(
@@ -286,6 +296,7 @@ class FitJob:
     Attributes:
         frames: path of those to fit on, or to measure on; None where a store's frames are not available.
         store: path of the store of an adapter's base; None for other encoders.
+        more: paths of other frames to fit on.
     """
 
     name: str
@@ -293,6 +304,7 @@ class FitJob:
     frames: str | None
     store: str | None
     out: Path
+    more: tuple[str, ...] = ()
 
     @property
     def unmeasured(self) -> str:
@@ -310,7 +322,8 @@ class FitJob:
         frames = None if self.frames is None else FrameDataset.open(as_path(self.frames))
         if self.store is None:
             assert frames is not None
-            return fit(frames, self.name, out, self.options, **settings)
+            more = [FrameDataset.open(as_path(path)) for path in self.more]
+            return fit(frames, self.name, out, self.options, more=more, **settings)
         store = TokenStore.open(as_path(self.store))
         return fit_adapter(store, self.name, out, self.options, dataset=frames, **settings)
 
@@ -326,6 +339,7 @@ def prepare_fit(
     out: Path | None,
     device: str,
     cluster: str,
+    more: Sequence[AnyPath] = (),
 ) -> FitJob:
     """Find what a fit needs, and extract the store of an adapter's base if it is missing.
 
@@ -334,6 +348,7 @@ def prepare_fit(
         cache: for an adapter, the store of its base; None takes the default one.
         base, base_weights: for an adapter, the encoder of that store, and its weights.
         device, cluster: for the extraction.
+        more: other frames to fit on.
 
     Raises:
         UserError: unknown encoder or option, settings that do not go together, or no dataset or store.
@@ -343,7 +358,13 @@ def prepare_fit(
         if cache or base or base_weights:
             raise UserError(f"encoder {name} is fitted on frames, not on a store; leave out --cache and --base")
         frames = open_dataset(dataset)
-        return FitJob(name, chosen, absolute(frames.path), None, out or default_weights(frames.card.name, name))
+        fingerprints = [frames.card.fingerprint, *(FrameDataset.open(path).card.fingerprint for path in more)]
+        if len(set(fingerprints)) < len(fingerprints):
+            raise UserError(f"--dataset {more[-1]}: a dataset is given twice; name each once")
+        out = out or default_weights(frames.card.name, name)
+        return FitJob(name, chosen, absolute(frames.path), None, out, tuple(map(absolute, more)))
+    if more:
+        raise UserError(f"encoder {name} is fitted on one dataset; leave out --dataset {more[0]}")
     if cache and base:
         raise UserError("--cache has the store that the adapter is fitted on; leave out --base")
     known = None if cache and dataset is None and not chosen.needs_images else open_dataset(dataset)

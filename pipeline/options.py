@@ -35,8 +35,8 @@ class DistractOptions:
 
     distract: str | None = option(
         None,
-        "Distract by kinds, separated by commas: colors, camera, background; each episode looks different. A part of the environment's "
-        "name afterwards: UMaze+colors,camera@3.",
+        "Distract by kinds, separated by commas: colors, camera, background, jitter, ball; each episode looks different. A part of the "
+        "environment's name afterwards: UMaze+colors,camera@3.",
     )
     distract_seed: Natural = option(
         0, "Seed of the distraction. Colours of an even seed and of an odd seed are disjoint: source and target."

@@ -28,7 +28,6 @@ from wmcache.pipeline.steps import Steps
 from wmcache.planner.base import Observation, Policy
 from wmcache.planner.context import EvalContext
 from wmcache.planner.goals import Separation
-from wmcache.planner.judge import reported_thresholds
 from wmcache.planner.live import Moved, act, all_ended, shown, shown_goals
 from wmcache.planner.options import PlanOptions, is_policy_folder, policy_run, policy_weights, recorded
 from wmcache.planner.policies import make_policy
@@ -241,8 +240,7 @@ def _draw_goal(
 ) -> Task:
     """Draw a goal apart from the goal before, or from the start."""
     start = np.asarray(before.start if before.goal is None else before.goal, np.float64)
-    largest = reported_thresholds(env.spec.thresholds, plan.threshold)[0]
-    apart = Separation(largest, env.longest_move(context.frameskip)) if plan.strict else Separation()
+    apart = Separation.of(plan, env, context.frameskip, env.spec.thresholds)
     states = cached_states(env.spec, context.store) if plan.goals == "dataset" else None
     for _ in range(MOST_DRAWS):
         goal = env.sample_task(rng).goal if states is None else states[rng.integers(len(states))]

@@ -253,7 +253,7 @@ class EvalContext:
         if not self.by_return:
             return replace(options, threshold=options.threshold or self.success.thresholds[0])
         usual = PlanOptions()
-        for name in ("threshold", "goals", "goal_steps", "distance", "alpha", "mask"):
+        for name in ("threshold", "goals", "goal_steps", "min_distance", "distance", "alpha", "mask"):
             if getattr(options, name) != getattr(usual, name):
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} needs a goal, and environment {self.env.spec.id} has none; leave it out")
@@ -282,6 +282,7 @@ class EvalContext:
         unused |= {"goal_steps"} if options.goals == "random-state" else set()
         unused |= set() if options.judge_columns else {"judge_columns"}
         unused |= set() if options.draw else {"draw"}
+        unused |= set() if options.min_distance else {"min_distance"}
         unused |= {"goals", "threshold", "strict", "distance", "alpha", "mask", "subgoals"} if self.by_return else set()
         if options.goals not in SOURCES:
             unused |= {"goal_steps", "strict"}

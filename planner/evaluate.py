@@ -109,7 +109,7 @@ def _padded(recorded: dict[str, NDArray[Any]], budget: int) -> dict[str, NDArray
 
 def tasks_of(context: EvalContext, options: PlanOptions, numbers: Sequence[int]) -> Sequence[Task]:
     """Draw the tasks of episodes; that of episode n depends on n alone."""
-    separation, env = None, context.open_env()
+    env = context.open_env()
     if context.by_return:
         tasks = [env.sample_task(np.random.default_rng(99 * number + 1), goal=False) for number in numbers]
         env.close()
@@ -117,13 +117,11 @@ def tasks_of(context: EvalContext, options: PlanOptions, numbers: Sequence[int])
     split_seed = int(context.config.get("split_seed", 42))
     steps, success = context.goal_steps(options), context.success
     if success.named:
-        apart = (options.threshold or 0.0) if options.strict else 0.0
+        apart = max((options.threshold or 0.0) if options.strict else 0.0, options.min_distance)
         reached = frame_tasks(env, context.store, success, numbers, steps, split_seed, apart)
         env.close()
         return reached
-    if options.strict:
-        largest = reported_thresholds(success.thresholds, options.threshold)[0]
-        separation = Separation(largest, env.longest_move(context.frameskip))
+    separation = Separation.of(options, env, context.frameskip, success.thresholds)
     start, goal = start_and_goal(options.goals, numbers, env, context.store, steps, split_seed, separation)
     env.close()
     return [Task(one, other) for one, other in zip(start, goal, strict=True)]

@@ -15,7 +15,8 @@ from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import window_starts
 from wmcache.common.errors import UserError, reason
 from wmcache.envs import Environment, Task
-from wmcache.planner.options import SOURCES
+from wmcache.planner.judge import reported_thresholds
+from wmcache.planner.options import SOURCES, PlanOptions
 from wmcache.planner.world import cached_states, state_size, states_of, world_name
 
 MAX_DRAWS = 2000
@@ -30,11 +31,21 @@ class Separation:
     """How far apart start and goal are at least, so that no episode begins at its goal or arrives with its first model step.
 
     The environment's distance, which the judge compares with thresholds, is at least `threshold`, the largest one that is reported. Where
-    the geometry is known, the shortest path is at least `threshold` + `step`, the longest move of a model step.
+    the geometry is known, the shortest path is at least `threshold` + `step`, the longest move of a model step. `least` is a distance
+    that a user asks for.
     """
 
     threshold: float = 0.0
     step: float = 0.0
+    least: float = 0.0
+
+    @classmethod
+    def of(cls, options: PlanOptions, env: Environment, frameskip: int, thresholds: Sequence[float]) -> Separation:
+        """Return that of an evaluation; `thresholds` are those of `env`, or what else it is judged by."""
+        if not options.strict:
+            return cls(least=options.min_distance)
+        largest = reported_thresholds(thresholds, options.threshold)[0]
+        return cls(largest, env.longest_move(frameskip), options.min_distance)
 
     @property
     def path(self) -> float:
@@ -44,9 +55,11 @@ class Separation:
     def allows(self, env: Environment, start: States, goal: States) -> bool:
         """Return whether states [S] are that far apart."""
         straight = float(env.distance(start, goal))
+        if straight < max(self.threshold, self.least):
+            return False
         if straight >= self.path:  # no path is shorter
             return True
-        if straight < self.threshold or env.geometry is None:
+        if env.geometry is None:
             return False
         return float(env.geometry.distance(start, goal[None])[0]) >= self.path
 
@@ -121,6 +134,11 @@ def _draw_pair(draw: Draw, source: str, number: int, env: Environment, separatio
         if separation.allows(env, start, goal):
             return start, goal
     hint = "" if source == "random-state" else "raise --goal-steps, or "
+    if separation.least > separation.path:
+        raise UserError(
+            f"--goals {source}: episode {number}: none of {MAX_DRAWS} pairs in {world_name(env)} is {separation.least:.2f} apart; "
+            f"{hint}lower --min-distance"
+        )
     raise UserError(
         f"--goals {source}: episode {number}: none of {MAX_DRAWS} pairs in {world_name(env)} is {separation.path:.2f} apart, the largest "
         f"threshold and one model step; {hint}draw pairs at any distance with --no-strict"

@@ -22,7 +22,7 @@ BASELINES = ("random", "zero")
 LONGEST_NAME = 120
 EARLIER_THRESHOLD = 0.5
 """What options without a threshold are recorded with, as before it depended on the environment."""
-NEWER = ("policy", "subgoals", "judge_columns", "model_temperature", "draw")
+NEWER = ("policy", "subgoals", "judge_columns", "model_temperature", "draw", "min_distance")
 """Options that earlier versions had not; at their defaults they are not recorded."""
 PLAIN = str.maketrans({":": None, ",": "+"})
 """Characters that no folder's name has, and what replaces them."""
@@ -55,6 +55,10 @@ class PlanOptions:
     strict: bool = option(
         True,
         "Draw start and goal at least the largest reported threshold and one model step apart, or anywhere (DINO-WM).",
+    )
+    min_distance: Weight = option(
+        0.0,
+        "Draw start and goal at least so far apart, in the units of --threshold; strict pairs may be farther apart.",
     )
     policy: str | None = option(
         None,
@@ -111,6 +115,10 @@ def check_options(options: PlanOptions) -> None:
     if options.judge_columns and options.goals not in (PlanOptions().goals, "dataset"):
         raise UserError(
             f"--judge-columns {options.judge_columns} takes goals from frames; leave out --goals {options.goals}"
+        )
+    if options.min_distance and options.goals not in SOURCES:
+        raise UserError(
+            f"--min-distance {options.min_distance:g}: the pairs of --goals {options.goals} are taken as they are; leave one of them out"
         )
     if options.execute > options.horizon:
         raise UserError(f"--execute {options.execute} is more than the --horizon of {options.horizon} model steps")

@@ -48,8 +48,8 @@ def frame_tasks(
     starts = starts[success.distance(values[starts], values[starts + steps]) >= apart]
     if not len(starts):
         raise UserError(
-            f"no frames of {store.path} {steps} env steps apart are {apart:g} apart in {', '.join(success.columns)}; lower --threshold, "
-            "raise --goal-steps, or draw pairs at any distance with --no-strict"
+            f"no frames of {store.path} {steps} env steps apart are {apart:g} apart in {', '.join(success.columns)}; lower --threshold "
+            "or --min-distance, raise --goal-steps, or draw pairs at any distance with --no-strict"
         )
     tasks = []
     for number in numbers:

@@ -14,8 +14,8 @@ from wmcache.trainer.models import MODELS, WorldModel
 from wmcache.trainer.options import ActorOptions, TrainOptions
 
 SHARED = (
-    *("episodes", "budget", "threshold", "goals", "goal_steps", "judge_columns", "strict", "baselines", "batch"),
-    *("seed", "env", "device", "dtype"),
+    *("episodes", "budget", "threshold", "goals", "goal_steps", "judge_columns", "strict", "min_distance"),
+    *("baselines", "batch", "seed", "env", "device", "dtype"),
 )
 """Settings of an evaluation that are the same for all models; the others are how a model acts."""
 UNTRAINED = "untrained"

@@ -120,12 +120,16 @@ def read_study(file: Path, flags: Mapping[str, Any] | None = None) -> StudyOptio
     Args:
         flags: values that win over the file's: of its top level (a `dataset` also over `collect`); `encoder`, names or labels of the
             encoders to take, from the file or with their defaults; `models`, the same of models; `steps` of training; `episodes` of each
-            evaluation.
+            evaluation; `env`, of `collect`.
     """
     where, values = str(file), read_toml(file)
     given = {name: value for name, value in (flags or {}).items() if value not in (None, ())}
-    names, wanted, steps, episodes = (given.pop(name, None) for name in ("encoder", "models", "steps", "episodes"))
+    names, wanted, steps, episodes, env = (
+        given.pop(name, None) for name in ("encoder", "models", "steps", "episodes", "env")
+    )
     values |= given
+    if env and "dataset" in values:
+        raise UserError(f"--env {env} asks for new frames, and dataset is {values['dataset']}; leave out one of them")
     tables = {name: values.pop(name, None) for name in ("encoders", "plan", "train", "models", "collect")}
     chosen, others = _encoders(_list(tables["encoders"], f"{where}: encoders"), names, where)
     plans = _list(tables["plan"] or [{"protocol": "mpc-100"}], f"{where}: plan")
@@ -144,6 +148,8 @@ def read_study(file: Path, flags: Mapping[str, Any] | None = None) -> StudyOptio
     with errors_at(f"{where}: cluster"):
         parse_cluster(options.cluster)
     collected = None if "dataset" in given else tables["collect"]
+    if env:
+        collected = {**(collected or {}), "env": env}
     return replace(
         options,
         encoders=tuple(chosen),

@@ -68,6 +68,7 @@ def refuse_other_settings(options: Any, file: Path, may_change: Collection[str] 
     # Options that are newer than the folder had their defaults.
     newer = {
         "draw": PlanOptions.draw,
+        "min_distance": PlanOptions.min_distance,
         "squash": ControllerOptions.squash,
         **{name: getattr(TrainOptions(), name) for name in NEWER},
     }

@@ -155,15 +155,18 @@ def _means(rows: Sequence[Row]) -> Row:
 
 
 def _counts(options: StudyOptions, by_plan: Mapping[str, Sequence[Row]], actor: str = "") -> Row:
-    """Evaluation -> result of `pooled`: of `success`, of `held`, and `within` each threshold."""
+    """Evaluation -> result of `pooled`: of `success`, of `held`, and `within` each threshold and `held_within` it."""
     own = f"{actor}episodes"  # of a baseline that was evaluated by itself
     of = own if any(own in row for rows in by_plan.values() for row in rows) else "episodes"
     return {
         "success": {name: pooled(rows, None, f"{actor}successes", of) for name, rows in by_plan.items()},
         "held": {name: pooled(rows, None, f"{actor}held", of) for name, rows in by_plan.items()},
-        "within": {
-            name: {at: pooled(rows, at, f"{actor}successes", of) for at in options.thresholds}
-            for name, rows in by_plan.items()
+        **{
+            part: {
+                name: {at: pooled(rows, at, f"{actor}{what}", of) for at in options.thresholds}
+                for name, rows in by_plan.items()
+            }
+            for part, what in (("within", "successes"), ("held_within", "held"))
         },
     }
 
@@ -249,12 +252,13 @@ def _costs(options: StudyOptions, table: Sequence[Row]) -> list[str]:
     """Lines of other thresholds, rollouts and costs, of the first evaluation of each system."""
     main = options.plan[0]
     others = [at for at in main.thresholds if at != main.options.threshold][:2]
-    layout = "{:28.28}" + " {:>10}" * len(others) + " {:>7} {:>7} {:>7} {:>8} {:>11} {:>10}"
+    layout = "{:28.28}" + " {:>13}" * len(others) + " {:>7} {:>7} {:>7} {:>8} {:>11} {:>10}"
     names = [f"within {at}" for at in others]
     head = (options.what, *names, "skill 1", "skill 5", "M param", "train s", "ms/decision", "MFLOP")
     lines = ["", layout.format(*head)]
     for line in table:
-        spent, known = [line.get("train_seconds"), line.get("actor_seconds")], line["within"][main.name]
+        spent = [line.get("train_seconds"), line.get("actor_seconds")]
+        within, held = line["within"][main.name], line["held_within"][main.name]
         figures = (
             *(_number(line.get(name), 2) for name in ("skill_1", "skill_5")),
             _number(line.get("model_parameters"), 2, 1e-6),
@@ -262,7 +266,8 @@ def _costs(options: StudyOptions, table: Sequence[Row]) -> list[str]:
             _number(line.get("seconds_per_replan"), 1, 1e3),
             _number(line.get("operations_per_decision"), 1, 1e-6),
         )
-        lines.append(layout.format(line["system"], *(_of(known[at]) for at in others), *figures))
+        reached = ("-" if within[at] is None else f"{within[at][0]}, {held[at][0]} held" for at in others)
+        lines.append(layout.format(line["system"], *reached, *figures))
     return lines
 
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from wmcache.common.columns import Column, join_role, of_role
 from wmcache.common.errors import UserError
 from wmcache.envs.base import Environment, Expert, Frames, Observation, Replay, Start, States, Steps, Task
-from wmcache.envs.distract import pixels
-from wmcache.envs.distract.looks import KINDS, Distraction, looks_of
+from wmcache.envs.distract import pixels, scene
+from wmcache.envs.distract.looks import Distraction, looks_of
 
 VIEW = "view"
 """Column of a distracted environment, float64 [2]: the number that the episode's look is drawn from, and its env steps."""
@@ -28,11 +28,10 @@ class Distracted(Environment):
 
     def __init__(self, inner: Environment, distraction: Distraction) -> None:
         """Wrap an environment; raises UserError for a kind that it cannot be distracted by."""
-        possible = KINDS if inner.scene else pixels.KINDS
+        possible = (*(scene.KINDS if inner.scene else pixels.KINDS), *inner.distractions)
         if missing := [kind for kind in distraction.kinds if kind not in possible]:
             raise UserError(
-                f"environment {inner.spec.id} has no MuJoCo scene, so --distract {missing[0]} is not possible; "
-                f"choose from {', '.join(possible)}"
+                f"environment {inner.spec.id} cannot be distracted by {missing[0]}; choose --distract from {', '.join(possible)}"
             )
         if VIEW in inner.spec.columns:
             raise UserError(f"environment {inner.spec.id} has a column {VIEW} of its own, so it cannot be distracted")

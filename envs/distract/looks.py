@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from wmcache.common.errors import UserError, suggest
 
-KINDS = ("colors", "camera", "background")
+KINDS = ("colors", "camera", "background", "jitter", "ball")
+"""A new kind comes last: an episode's generators are numbered by them."""
 NAMED = re.compile(r"(?P<plain>.+)\+(?P<kinds>[a-z]+(?:,[a-z]+)*)@(?P<seed>[0-9]{1,9})", re.DOTALL)
 """Name of a distracted environment: `UMaze+colors,camera@3`."""
 
@@ -25,6 +26,8 @@ SATURATION, VALUE = (0.55, 1.0), (0.45, 1.0)
 
 TURN, ROLL, ZOOM = 0.2, 0.15, (0.95, 1.15)
 """Largest turn of the camera around what it looks at and around its axis, in radians, and its distance relative to the usual one."""
+SHIFT = 0.04
+"""Largest shift of a jittered frame to each side, as a share of its side."""
 WAVES, BANDS = 4, 3
 SPEED = (0.05, 0.25)
 """Radians per env step that a wave of the background moves by."""
@@ -88,7 +91,7 @@ class Look:
 
     Attributes:
         episode: number that the look of an episode is drawn from.
-        step: env steps since the episode started, which move the background.
+        step: env steps since the episode started, which move the background, the camera and the second ball.
     """
 
     distraction: Distraction
@@ -114,6 +117,13 @@ class Look:
         rng = self.rng("camera")
         yaw, pitch = rng.uniform(-TURN, TURN, 2)
         return CameraMove(yaw, pitch, rng.uniform(-ROLL, ROLL), rng.uniform(*ZOOM))
+
+    @cached_property
+    def shift(self) -> tuple[float, float]:
+        """The frame's shift to the right and down, as shares of its side; another one in each env step."""
+        rng = np.random.default_rng((self.distraction.seed, self.episode, KINDS.index("jitter"), self.step))
+        right, down = rng.uniform(-SHIFT, SHIFT, 2)
+        return right, down
 
     def background(self, height: int, width: int) -> NDArray[np.uint8]:
         """Draw the moving background, [height, width, 3]: bands of three colours along waves."""

@@ -11,7 +11,7 @@ from PIL import Image
 from wmcache.envs.distract.looks import Look
 
 Frame = NDArray[np.uint8]
-KINDS = ("colors", "background")
+KINDS = ("colors", "background", "jitter")
 HUES = 6
 """Groups of hues that get a colour each; another one is of greys."""
 GREY = 40
@@ -25,6 +25,8 @@ def distort(frame: Frame, look: Look) -> Frame:
     changed = _recolour(frame, look) if "colors" in look.kinds else frame
     if "background" in look.kinds:
         changed = np.where(_background(frame)[..., None], look.background(*frame.shape[:2]), changed)
+    if "jitter" in look.kinds:
+        changed = _shift(changed, *look.shift)
     return np.ascontiguousarray(changed)
 
 
@@ -35,6 +37,15 @@ def _recolour(frame: Frame, look: Look) -> Frame:
     hues = np.array([round(255 * colorsys.rgb_to_hsv(*colour)[0]) for colour in look.colours(HUES + 1)])
     raised = (hues[group], PALEST + hsv[..., 1] * (255 - PALEST) // 255, DARKEST + hsv[..., 2] * (255 - DARKEST) // 255)
     return np.asarray(Image.fromarray(np.stack(raised, -1).astype(np.uint8), "HSV").convert("RGB"))
+
+
+def _shift(frame: Frame, right: float, down: float) -> Frame:
+    """Move a frame by shares of its sides, in whole pixels; its edge is repeated."""
+    rows, columns = (
+        np.clip(np.arange(side) - round(share * side), 0, side - 1)
+        for side, share in zip(frame.shape[:2], (down, right), strict=True)
+    )
+    return np.asarray(frame[np.ix_(rows, columns)])
 
 
 def _background(frame: Frame) -> NDArray[np.bool_]:

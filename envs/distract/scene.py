@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from wmcache.envs.distract.looks import CameraMove, Look, waves
 from wmcache.envs.mujoco_gl import mujoco, open_renderer
 
 Frame = NDArray[np.uint8]
+KINDS = ("colors", "camera", "background", "jitter")
 Array = NDArray[Any]
 OBJECTS = ("geom", "site", "tendon", "skin")
 DEFAULT_COLOUR = np.array([0.5, 0.5, 0.5, 1.0], np.float32)
@@ -29,17 +30,26 @@ class Scene:
         self._renderer = open_renderer(model, height, width)
         self._textures: tuple[Any, int] | None = None  # distraction and episode of those that the renderer has
 
-    def draw(self, data: Any, camera: Any, look: Look) -> Frame:
-        """Draw a frame [height, width, 3] through a camera: a number, a name or an MjvCamera."""
+    def draw(self, data: Any, camera: Any, look: Look, copies: Mapping[int, Array] | None = None) -> Frame:
+        """Draw a frame [height, width, 3].
+
+        Args:
+            camera: a number, a name or an MjvCamera.
+            copies: bodies that are drawn a second time -> how far from the first, [3].
+        """
         renderer, model = self._renderer, self._model
         with recoloured(model, look):
             if "colors" in look.kinds and self._textures != (worn := (look.distraction, look.episode)):
                 self._upload_textures(look)
                 self._textures = worn
             renderer.update_scene(data, camera)
-            if "camera" in look.kinds:
-                for eye in renderer.scene.camera:
+            for body, offset in (copies or {}).items():
+                draw_copy(renderer.scene, model, body, offset)
+            for eye in renderer.scene.camera:
+                if "camera" in look.kinds:
                     move(eye, look.camera, model)
+                if "jitter" in look.kinds:
+                    shift(eye, *look.shift, renderer.width / renderer.height)
             frame: Frame = renderer.render()
         if "background" in look.kinds:
             behind = self._behind()
@@ -119,6 +129,39 @@ def move(eye: Any, by: CameraMove, model: Any) -> None:
     eye.pos[:] = pivot + by.zoom * turn @ (position - pivot)
     eye.forward[:] = forward
     eye.up[:] = rotation(forward, by.roll) @ turn @ up
+
+
+def shift(eye: Any, right: float, down: float, aspect: float) -> None:
+    """Shift what a camera of a scene (mjvGLCamera) shows, by shares of the frame; `aspect` is its width over its height."""
+    height = eye.frustum_top - eye.frustum_bottom
+    eye.frustum_center -= right * height * aspect
+    eye.frustum_top += down * height
+    eye.frustum_bottom += down * height
+
+
+def draw_copy(scene: Any, model: Any, body: int, offset: Array) -> None:
+    """Add what is visible of a body to a scene a second time, at an offset [3]; physics knows nothing of it."""
+    bodies = {mujoco.mjtObj.mjOBJ_GEOM: model.geom_bodyid, mujoco.mjtObj.mjOBJ_SITE: model.site_bodyid}
+    numbers = {int(kind): number for kind, number in bodies.items()}
+    for part in list(scene.geoms[: scene.ngeom]):
+        if part.objtype not in numbers or numbers[part.objtype][part.objid] != body:
+            continue
+        copy = scene.geoms[scene.ngeom]
+        mujoco.mjv_initGeom(copy, part.type, part.size, part.pos + offset, part.mat.ravel(), part.rgba)
+        for name in (
+            "category",
+            "camdist",
+            "objtype",
+            "objid",
+            "matid",
+            "emission",
+            "specular",
+            "shininess",
+            "reflectance",
+        ):
+            setattr(copy, name, getattr(part, name))
+        copy.segid = scene.ngeom
+        scene.ngeom += 1
 
 
 def rotation(axis: Array, angle: float) -> Array:

@@ -13,7 +13,7 @@ from wmcache.envs.base import Environment, EnvSpec, Expert, Frames, Observation,
 from wmcache.envs.distract.looks import Look
 from wmcache.envs.pointmaze.expert import PathFollower
 from wmcache.envs.pointmaze.gym_envs import check_state, sample_state
-from wmcache.envs.pointmaze.maze import ENV_PREFIX, Maze, env_id, find_maze
+from wmcache.envs.pointmaze.maze import ENV_PREFIX, GENERATED, Maze, env_id, find_maze
 from wmcache.envs.pointmaze.simulator import FPS, PointMazeSimulator, longest_move
 
 THRESHOLDS = (0.5, 0.25, 0.1)
@@ -22,11 +22,12 @@ THRESHOLDS = (0.5, 0.25, 0.1)
 class PointMaze(Environment):
     """Balls in a maze. A state is (x, y, vx, vy), which is also the proprio; distance is that of (x, y)."""
 
-    forms = ("a .txt grid",)
+    forms = ("Maze7x7-SEED", "a .txt grid")
     scene = True
+    distractions = ("ball",)
 
     def __init__(self, name: str, count: int = 1, image_size: int = 224, layout: Sequence[str] = ()) -> None:
-        """Open a layout by its name (`UMaze`), its id or its .txt file; `layout` is a grid."""
+        """Open a layout by its name (`UMaze`, `Maze7x7-3`), its id or its .txt file; `layout` is a grid."""
         self.maze = self.geometry = Maze(Path(name).stem, tuple(layout)) if layout else find_maze(name)
         self.count = count
         self.spec = EnvSpec(
@@ -44,8 +45,9 @@ class PointMaze(Environment):
 
     @classmethod
     def accepts(cls, name: str, layout: Sequence[str] = ()) -> bool:
-        """Accept ids, text files and grids."""
-        return bool(layout) or name.startswith(ENV_PREFIX) or Path(name).suffix == ".txt"
+        """Accept ids, random mazes, text files and grids."""
+        known = name.startswith(ENV_PREFIX) or GENERATED.fullmatch(name) or Path(name).suffix == ".txt"
+        return bool(layout or known)
 
     def sample_task(self, rng: np.random.Generator, *, goal: bool = True) -> Task:
         """Draw states, see `sample_state`."""

@@ -2,11 +2,12 @@
 
 A layout is a text file of `#` (wall) and `O` or `G` (free). Row r, column c of the text covers the square
 [r - 0.7, r + 0.3] x [c - 0.7, c + 0.3] of the ball's coordinates, as in D4RL: the row runs along x, the column along y.
-Every file in `mazes/` is an environment of its name.
+Every file in `mazes/` is an environment of its name. `Maze7x9-3` is a random maze of 7 lines of 9 characters, drawn from seed 3.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +19,11 @@ from scipy.sparse.csgraph import dijkstra
 from scipy.spatial import KDTree
 
 from wmcache.common.errors import UserError, reason
+from wmcache.envs.pointmaze.generate import LEAST, MOST, random_rows
 
 ENV_PREFIX = "wmcache/PointMaze-"
 MAZES_DIR = Path(__file__).parent / "mazes"
+GENERATED = re.compile(r"Maze(?P<rows>[0-9]{1,3})x(?P<columns>[0-9]{1,3})-(?P<seed>[0-9]{1,9})")
 
 BALL_RADIUS = 0.1
 START_MARGIN = 0.2
@@ -61,16 +64,26 @@ class Maze:
 
     @classmethod
     def load(cls, name: str | Path) -> Maze:
-        """Read a layout by its name (`UMaze`) or from a text file; raises MazeError."""
+        """Read a layout by its name (`UMaze`) or from a text file, or draw one (`Maze7x9-3`); raises MazeError."""
         path = Path(name)
+        if drawn := GENERATED.fullmatch(str(name)):
+            return cls._draw(str(name), *map(int, drawn.groups()))
         if path.suffix != ".txt":
             path = MAZES_DIR / f"{name}.txt"
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             known = ", ".join(maze_names())
-            raise MazeError(f"no maze {str(name)!r} ({reason(error)}): known are {known}, or a .txt grid") from error
+            raise MazeError(
+                f"no maze {str(name)!r} ({reason(error)}): known are {known}, Maze7x7-SEED, or a .txt grid"
+            ) from error
         return cls(path.stem, tuple(line.strip() for line in text.splitlines() if line.strip()))
+
+    @classmethod
+    def _draw(cls, name: str, rows: int, columns: int, seed: int) -> Maze:
+        if not all(LEAST <= side <= MOST and side % 2 for side in (rows, columns)):
+            raise MazeError(f"maze {name}: lines and columns must be odd numbers from {LEAST} to {MOST}")
+        return cls(name, random_rows(rows, columns, seed))
 
     @cached_property
     def free(self) -> NDArray[np.bool_]:

@@ -15,6 +15,7 @@ from wmcache.envs.distract.looks import Look
 from wmcache.envs.distract.scene import Scene
 from wmcache.envs.mujoco_gl import mujoco, open_renderer
 from wmcache.envs.pointmaze.maze import BALL_RADIUS, Maze
+from wmcache.envs.pointmaze.wander import wander
 
 PHYSICS_STEPS = 5
 MAX_SPEED = 5.0
@@ -120,7 +121,12 @@ class PointMazeSimulator:
             self._scene = Scene(self._model, self.image_size, self.image_size)
         self._data.qpos[:] = state[:2]
         mujoco.mj_forward(self._model, self._data)
-        return self._scene.draw(self._data, "top", look)
+        copies = {}
+        if "ball" in look.kinds:
+            copies[self._model.body("ball").id] = np.append(
+                wander(self.maze, look.rng("ball"), look.step) - state[:2], 0.0
+            )
+        return self._scene.draw(self._data, "top", look, copies)
 
     def close(self) -> None:
         """Free the GL contexts."""

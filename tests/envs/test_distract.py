@@ -13,15 +13,18 @@ from click.testing import CliRunner
 from PIL import Image
 
 from wmcache.commands.data import collect
-from wmcache.envs import Distraction, Environment, Replay, Task, open_environment
+from wmcache.common.columns import of_role
+from wmcache.envs import Distraction, Environment, Maze, Replay, Task, open_environment
 from wmcache.envs.distract import Look
+from wmcache.envs.pointmaze.maze import START_MARGIN
+from wmcache.envs.pointmaze.wander import wander
 from wmcache.pipeline.frames import FrameDataset
 
 from ..conftest import contents
 
 SIZE = 48
 PYGAME = pytest.mark.skipif(find_spec("pygame") is None, reason="pygame is not installed")
-ALL = "colors,camera,background"
+ALL = "colors,camera,background,jitter"
 PLAIN = ["UMaze", "gym:Reacher-v5", pytest.param("gym:CartPole-v1", marks=PYGAME)]
 
 
@@ -68,10 +71,10 @@ def test_colours_of_even_and_odd_seeds_are_disjoint(name: str, seed: int) -> Non
 
 
 @pytest.mark.parametrize("name", PLAIN)
-@pytest.mark.parametrize("kinds", ["colors", "camera", "background"])
+@pytest.mark.parametrize("kinds", ["colors", "camera", "background", "jitter", "ball"])
 def test_what_happens_is_as_without_distraction(name: str, kinds: str) -> None:
-    if name == "gym:CartPole-v1" and kinds == "camera":
-        pytest.skip("it has no camera")
+    if (name == "gym:CartPole-v1" and kinds == "camera") or (name != "UMaze" and kinds == "ball"):
+        pytest.skip("it has no camera, or no ball")
     plain, distracted = (open_environment(full, 2, SIZE) for full in (name, f"{name}+{kinds}@3"))
     before = begin(plain)
     assert (begin(distracted) != before).any((1, 2, 3)).all()
@@ -129,6 +132,55 @@ def test_a_background_is_behind_objects_and_moves() -> None:
         env.close()
 
 
+def test_a_second_ball_rolls_through_free_cells_whatever_the_first_does() -> None:
+    env, plain = (open_environment(name, 2, SIZE) for name in ("Medium+ball@1", "Medium"))
+    maze = Maze.load("Medium")
+    tasks = [env.sample_task(np.random.default_rng(seed)) for seed in (0, 0)]
+    env.reset(tasks)
+    pushed = np.stack([np.ones((120, 2)), -np.ones((120, 2))])
+    for t in range(120):
+        moved = env.step(pushed[:, t : t + 1])["view"]
+        np.testing.assert_array_equal(moved[0], moved[1])
+        assert "view" not in of_role(env.spec.columns, "proprio")
+    look = Look(Distraction(("ball",), 1), int(moved[0, 0, 0]), 0)
+    path = np.stack([wander(maze, look.rng("ball"), step) for step in range(400)])
+    assert maze.is_clear(path, START_MARGIN).all()
+    assert np.linalg.norm(np.diff(path, axis=0), axis=1).max() <= 0.15 + 1e-9
+    assert len(np.unique(np.round(path), axis=0)) > 5
+    # The second ball looks as the first one does at its position, and nothing else of the frame has changed.
+    states = np.concatenate([path[100:101], np.zeros((1, 2))], 1)
+    alone = plain.render(np.concatenate([states, states + np.array([0.0, 0.0, 1.0, 0.0])]))
+    np.testing.assert_array_equal(alone[0], alone[1])
+    both = env.render(np.concatenate([states, [[look.episode, 100.0]]], 1))
+    np.testing.assert_array_equal(both[0], alone[0])
+    far = env.render(np.concatenate([states, [[look.episode, 0.0]]], 1))[0]
+    changed = (far != alone[0]).any(-1)
+    assert 0 < changed.mean() < 0.02
+    for one in (env, plain):
+        one.close()
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_jittered_frame_is_shifted_a_little_in_each_env_step(name: str) -> None:
+    plain, jittered = open_environment(name, 1, SIZE), open_environment(f"{name}+jitter@0", 1, SIZE)
+    usual = begin(plain)[0].astype(int)
+    frames = [begin(jittered)[0].astype(int)]
+    view = jittered.observe().columns["view"][0]
+    reach = round(0.04 * SIZE) + 1
+    for step in range(3):
+        look = Look(Distraction(("jitter",), 0), int(view[0]), step)
+        assert max(map(abs, look.shift)) <= 0.04
+        if step == 0:
+            right, down = (round(share * SIZE) for share in look.shift)
+            inside = np.roll(usual, (down, right), (0, 1))[reach:-reach, reach:-reach]
+            differs = np.abs(inside - frames[0][reach:-reach, reach:-reach]).max(-1) > 30
+            assert differs.mean() < 0.1  # edges, which a shift by a part of a pixel blurs
+            assert differs.mean() <= (np.abs(usual - frames[0])[reach:-reach, reach:-reach].max(-1) > 30).mean()
+    assert len({Look(Distraction(("jitter",), 0), 1, step).shift for step in range(50)}) == 50
+    for env in (plain, jittered):
+        env.close()
+
+
 def test_a_goal_looks_as_the_start_and_counts_as_without_distraction() -> None:
     plain, distracted = open_environment("UMaze"), open_environment("UMaze+camera@0")
     (task, usual) = (env.sample_task(np.random.default_rng(3)) for env in (distracted, plain))
@@ -146,17 +198,22 @@ def test_a_goal_looks_as_the_start_and_counts_as_without_distraction() -> None:
 
 
 def run(*words: str, fails: bool = False) -> str:
-    done = CliRunner().invoke(
-        collect, [*words, "--episodes=3", "--length=8", "--image-size=32", "--frames-per-shard=5"]
-    )
+    small = ["--episodes=3", "--length=8", "--image-size=32", "--frames-per-shard=5"]
+    done = CliRunner().invoke(collect, ["--cluster=local:1", *words, *small])
     assert done.exit_code == int(fails), done.output
     return done.output
 
 
 def test_a_distracted_dataset_has_its_own_identity(tmp_path: Path) -> None:
     run("--env=UMaze", f"--out={tmp_path / 'plain'}")
-    run("--env=UMaze", f"--out={tmp_path / 'a' / 'x'}", f"--distract={ALL}", "--distract-seed=2", "--cluster=local:1")
-    run("--env=UMaze", f"--out={tmp_path / 'b' / 'x'}", f"--distract={ALL}", "--distract-seed=2", "--cluster=local:2")
+    run("--env=UMaze", f"--out={tmp_path / 'a' / 'x'}", f"--distract={ALL},ball", "--distract-seed=2")
+    run(
+        "--env=UMaze",
+        f"--out={tmp_path / 'b' / 'x'}",
+        f"--distract={ALL},ball",
+        "--distract-seed=2",
+        "--cluster=local:2",
+    )
     run("--env=UMaze+camera,colors@2", f"--out={tmp_path / 'c'}")
     run("--env=UMaze", f"--out={tmp_path / 'd'}", "--distract=colors,camera", "--distract-seed=4")
     assert contents(tmp_path / "a" / "x") == contents(tmp_path / "b" / "x")
@@ -164,7 +221,7 @@ def test_a_distracted_dataset_has_its_own_identity(tmp_path: Path) -> None:
     assert len({dataset.card.fingerprint for dataset in found}) == 4
     assert [dataset.card.env for dataset in found] == [
         "UMaze",
-        f"UMaze+{ALL}@2",
+        f"UMaze+{ALL},ball@2",
         "UMaze+camera,colors@2",
         "UMaze+colors,camera@4",
     ]
@@ -184,6 +241,7 @@ def test_a_distracted_dataset_has_its_own_identity(tmp_path: Path) -> None:
         (["--distract-seed=1"], "--distract"),
         (["--env=UMaze+colors@1", "--distract=camera"], "--distract"),
         pytest.param(["--env=gym:CartPole-v1", "--distract=camera"], "camera", marks=PYGAME),
+        (["--env=gym:Reacher-v5", "--distract=ball"], "ball"),
     ],
 )
 def test_a_distraction_that_is_not_possible_is_refused(tmp_path: Path, words: list[str], named: str) -> None:

@@ -16,7 +16,7 @@ from wmcache.cache.windows import split_episodes
 from wmcache.common.errors import UserError
 from wmcache.envs import Maze, PointMazeSimulator, longest_move, open_environment, sample_state
 from wmcache.planner.goals import Separation, start_and_goal
-from wmcache.planner.options import SOURCES
+from wmcache.planner.options import SOURCES, PlanOptions, check_options
 
 MakeStore = Callable[..., TokenStore]
 UMAZE = Maze.load("UMaze")
@@ -97,6 +97,27 @@ class TestSeparation:
         assert same.tolist() == [SEPARATION.allows(WORLD, *pair) for pair in zip(*loose, strict=True)]
         assert 5 < same.sum() < 55
 
+    @pytest.mark.parametrize("strict", [False, True])
+    @pytest.mark.parametrize("name", ["UMaze", "UMaze+ball@0"])
+    def test_pairs_that_are_far_enough_apart_stay_as_they_are(self, store: TokenStore, name: str, strict: bool) -> None:
+        env, usual, apart = (
+            open_environment(name),
+            PlanOptions(strict=strict),
+            PlanOptions(strict=strict, min_distance=1.5),
+        )
+        before, after = (
+            np.stack(start_and_goal("random-state", range(40), env, store, 0, separation=separation))
+            for separation in (Separation.of(options, env, 5, env.spec.thresholds) for options in (usual, apart))
+        )
+        straight = [np.linalg.norm(start[:, :2] - goal[:, :2], axis=1) for start, goal in (before, after)]
+        assert straight[0].min() < 1.5 <= straight[1].min()
+        np.testing.assert_array_equal((before == after).all((0, 2)), straight[0] >= 1.5)
+        env.close()
+
+    def test_a_distance_that_no_pair_has_is_refused(self, store: TokenStore) -> None:
+        with pytest.raises(UserError, match=r"9\.00.*--min-distance"):
+            start_and_goal("random-state", [0], WORLD, store, 0, separation=Separation(least=9.0))
+
     def test_the_longest_move_is_never_exceeded(self) -> None:
         simulator, rng, steps = PointMazeSimulator(Maze.load("Open")), np.random.default_rng(0), 5
         longest = 0.0
@@ -143,6 +164,10 @@ class TestFiles:
         file = write(tmp_path / "some.parquet", columns)
         with pytest.raises(UserError, match=f"{file}.*{named}|{named}.*{file}"):
             start_and_goal(file, numbers, WORLD, store, 10)
+
+    def test_a_distance_is_refused_beside_a_file(self) -> None:
+        with pytest.raises(UserError, match=r"--min-distance.*--goals"):
+            check_options(PlanOptions(goals="some.parquet", min_distance=1.5))
 
     def test_what_is_not_a_parquet_file_is_refused_with_the_sources(self, store: TokenStore, tmp_path: Path) -> None:
         (tmp_path / "text").write_text("start,goal\n")

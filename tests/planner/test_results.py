@@ -21,6 +21,7 @@ OTHER_VALUES: dict[str, list[Any]] = {
     "model_temperature": [0.5, 1.0],
     "draw": [True],
     "strict": [True, False],
+    "min_distance": [1.5, 2.0],
     "policy": ["expert", "zero"],
     "subgoals": ["none"],
     "horizon": [7, 70],

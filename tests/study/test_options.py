@@ -44,6 +44,14 @@ def test_a_dataset_that_is_named_is_not_collected(tmp_path: Path) -> None:
     assert (options.dataset, options.collect) == ("there", None)
 
 
+def test_an_environment_that_is_named_is_collected_by_the_files_settings(tmp_path: Path) -> None:
+    options = read(tmp_path, TCN + "[collect]\nenv = 'UMaze'\nepisodes = 3\n", env="UMaze+ball@0")
+    assert options.collect is not None
+    assert (options.collect.env, options.collect.episodes) == ("UMaze+ball@0", 3)
+    with pytest.raises(UserError, match=r"--env .*dataset"):
+        read(tmp_path, TCN, env="UMaze+ball@0", dataset="there")
+
+
 def test_encoders_of_the_file_that_are_not_studied_are_still_known(tmp_path: Path) -> None:
     options = read(tmp_path, TCN + "fit = {steps = 7}\n", encoder=("pca",))
     assert [choice.name for choice in options.encoders] == ["pca"]
