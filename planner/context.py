@@ -282,6 +282,7 @@ class EvalContext:
         unused |= {"goal_steps"} if options.goals == "random-state" else set()
         unused |= set() if options.judge_columns else {"judge_columns"}
         unused |= set() if options.draw else {"draw"}
+        unused |= set() if options.keep_tokens < 1 else {"keep_tokens"}
         unused |= {"goals", "threshold", "strict", "distance", "alpha", "mask", "subgoals"} if self.by_return else set()
         if options.goals not in SOURCES:
             unused |= {"goal_steps", "strict"}

@@ -122,12 +122,28 @@ class DinoWm(FrameTransformer):
         return self.options.position == "rope"
 
     def enter(
-        self, tokens: Tensor, embedding: Tensor, action: Tensor, slots: range, pool: int = 1
+        self,
+        tokens: Tensor,
+        embedding: Tensor,
+        action: Tensor,
+        slots: range,
+        pool: int = 1,
+        patches: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """See `FrameTransformer.enter`."""
         x, condition = self.join(tokens, embedding, action)
-        positions = self.grid_positions(slots, pool) if self.options.position == "rope-3d" else None
-        return x + self.position_of(slots, pool), {"condition": condition, "positions": positions}
+        spatial = self.options.position == "rope-3d"
+        positions = self.grid_positions(slots, pool, patches=patches) if spatial else None
+        return self._add_position(x, slots, pool, patches), {"condition": condition, "positions": positions}
+
+    def _add_position(self, x: Tensor, slots: range, pool: int, patches: Tensor | None) -> Tensor:
+        position = self.position_of(slots, pool)
+        if patches is None:
+            return x + position
+        tokens, beside = position.shape[1], x.shape[2] - patches.shape[1]
+        others = torch.arange(tokens - beside, tokens, device=x.device).expand(len(patches), -1)
+        own = position[:, torch.cat([patches, others], 1)].transpose(0, 1)
+        return (x.reshape(len(own), -1, *x.shape[1:]) + own[:, None]).reshape(x.shape)
 
     def join(self, tokens: Tensor, embedding: Tensor, action: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the transformer's input [B, T, tokens, width], and what conditions its blocks [B, T, width]."""
