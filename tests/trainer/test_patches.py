@@ -1,16 +1,20 @@
-"""Models that imagine some patches of a frame: the numbers of a model that has no others, copied from it."""
+"""Models that imagine some patches of a frame, and learn to: the numbers of a model that has no others, copied from it."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from model_tools import DDP_SIZES, SHAPE, SIZES, VARIANTS, make_batch, make_futures, name_of, randomise, remember
+from run_tools import make_go, stopped_at, weights_of
 from torch import Tensor
 
 from wmcache.trainer.models import MODELS, Imagined, KeepsPatches, build
+from wmcache.trainer.models.masking import Masking, draw_patches
+from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
 
 PATCHES = torch.tensor([[0, 1, 4, 5], [0, 1, 4, 5]])  # 2 x 2 of 2 x 4, so that a model of these alone has a grid
@@ -92,3 +96,59 @@ def test_models_of_whole_frames_do_not_claim_to() -> None:
     assert able >= {"dino-wm", "ddp-wm", "vjepa2-ac"}
     assert not able & {"avdc", "mdn-rnn", "rssm", "iris", "rwm", "td-mpc2"}
     assert {preset["model"] for name, preset in PRESETS.items() if name in ("dino-wm", "jepa-wm")} <= able
+
+
+class TestTrainingWithout:
+    @pytest.mark.parametrize("masking", ["random", "block", "foreground"])
+    def test_what_is_left_out(self, masking: Masking) -> None:
+        torch.manual_seed(0)
+        tokens, columns, counts = torch.randn(6, 4, 12, 5), 4, set()
+        for _ in range(40):
+            kept = draw_patches(masking, 0.5, tokens, columns)
+            if kept is None:
+                counts.add(12)
+                continue
+            counts.add(kept.shape[1])
+            assert (kept.diff(dim=1) > 0).all()
+            for window, rows in zip(tokens, kept.tolist(), strict=True):
+                out = [patch for patch in range(12) if patch not in rows]
+                changes = [
+                    sum(float((window[t + 1, p] - window[t, p]).square().sum()) for t in range(3)) for p in range(12)
+                ]
+                distances = [
+                    [max(abs(p // columns - c // columns), abs(p % columns - c % columns)) for p in range(12)]
+                    for c in range(12)
+                ]
+                if masking == "foreground":
+                    assert min(changes[p] for p in out) >= max(changes[p] for p in rows)
+                if masking == "block":  # of some centre
+                    assert any(max(near[p] for p in out) <= min(near[p] for p in rows) for near in distances)
+        assert counts == set(range(6, 13))
+
+    @pytest.mark.parametrize("options", [{}, {"rollout_loss": 0.5, "combine": "tokens"}], ids=name_of)
+    def test_the_loss_is_that_of_models_that_have_no_others(self, options: dict[str, Any]) -> None:
+        model = make("dino-wm", SIZES | {"token_masking": "random", "masked": 0.7, **options}).train()
+        batch = make_batch(frames=4)
+        torch.manual_seed(1)
+        loss = model.loss(batch)["loss"]
+        torch.manual_seed(1)
+        kept = draw_patches("random", 0.7, batch["tokens"], SHAPE.columns)
+        assert kept is not None
+        expected = []
+        for number, rows in enumerate(kept):
+            own = {key: value[number : number + 1] for key, value in batch.items()}
+            alone = make("dino-wm", asdict(model.options), model, rows)
+            expected.append(alone.loss({**own, "tokens": own["tokens"][:, :, rows]})["loss"])
+        torch.testing.assert_close(loss, torch.stack(expected).mean())
+        assert torch.equal(model.eval().loss(batch)["loss"], make("dino-wm", SIZES | options).loss(batch)["loss"])
+
+    def test_a_run_resumes_to_the_bit(self, store_path: Path, tiny: TrainOptions, tmp_path: Path) -> None:
+        sizes = {"width": 16, "depth": 1, "heads": 2, "token_masking": "random"}
+        go = make_go(store_path, replace(tiny, model_options=sizes))
+        go(tmp_path / "straight")
+        with stopped_at(6):
+            go(tmp_path / "stopped")
+        go(tmp_path / "stopped")
+        assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "straight")
+        go(tmp_path / "whole", model_options={"token_masking": "none"})
+        assert weights_of(tmp_path / "whole") != weights_of(tmp_path / "straight")
