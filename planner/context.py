@@ -283,6 +283,7 @@ class EvalContext:
         unused |= set() if options.judge_columns else {"judge_columns"}
         unused |= set() if options.draw else {"draw"}
         unused |= set() if options.min_distance else {"min_distance"}
+        unused |= set() if options.keep_tokens < 1 else {"keep_tokens"}
         unused |= {"goals", "threshold", "strict", "distance", "alpha", "mask", "subgoals"} if self.by_return else set()
         if options.goals not in SOURCES:
             unused |= {"goal_steps", "strict"}

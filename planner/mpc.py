@@ -18,7 +18,7 @@ from wmcache.planner.base import Cost, Solver, TakesProposals
 from wmcache.planner.context import EvalContext
 from wmcache.planner.objective import GoalDistance, Objective, negative_return
 from wmcache.planner.options import PlanOptions
-from wmcache.trainer.models import Belief, Proposes, WorldModel, dreaming_models
+from wmcache.trainer.models import MODELS, Belief, KeepsPatches, Proposes, WorldModel, dreaming_models
 
 TOKENS_IN_FLIGHT = 2**17
 """Tokens of all candidates in one call of the model; bounds the memory of a plan for any number of samples and episodes."""
@@ -37,6 +37,7 @@ class Mpc:
         frameskip: env steps of a model step.
         bounds: lowest and highest actions of a model step in env units, [f * A] each; None: -1 and 1.
         propose: draws the candidates of a solver that takes proposals.
+        keep: share of a frame's tokens that are imagined; below 1 the model `KeepsPatches`.
     """
 
     model: WorldModel
@@ -48,6 +49,7 @@ class Mpc:
     dtype: torch.dtype
     bounds: tuple[Tensor, Tensor] | None = None
     propose: Propose | None = None
+    keep: float = 1.0
 
     def plan(self, belief: Belief, previous: Tensor | None, generators: Sequence[torch.Generator]) -> Tensor:
         """Find actions [E, T, f * A] of low cost in env units, T = horizon.
@@ -83,10 +85,15 @@ class Mpc:
 
     def cost_of(self, belief: Belief, generators: Sequence[torch.Generator]) -> Cost:
         """Return the function that the solver minimises: the objective of imagined futures; arguments as for `plan`."""
-        episodes, shape = len(generators), self.model.shape
-        frame_tokens = shape.tokens * (self.horizon + self.model.observed - 1)
+        episodes, tokens = len(generators), kept_tokens(self.model, self.keep)
+        frame_tokens = tokens * (self.horizon + self.model.observed - 1)
         # Every call begins with the same seeds, so that all candidates of a plan see the same noise.
         seeds = [int(torch.randint(2**62, (), generator=one)) for one in generators] if self.model.draws else None
+        if self.keep < 1:
+            assert isinstance(self.model, KeepsPatches)
+            # One draw for all candidates and iterations of a plan, as in Sparse Imagination's code; another one for each episode.
+            drawn = [torch.randperm(self.model.shape.tokens, generator=one)[:tokens] for one in generators]
+            belief = self.model.keep(belief, torch.stack(drawn).sort(1).values.to(self.device))
 
         def score(actions: Tensor, part: slice) -> Tensor:
             fresh = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds[part]]
@@ -116,6 +123,11 @@ class Mpc:
     def shift(self, plan: Tensor, executed: int) -> Tensor:
         """Drop the executed model steps of a plan and append as many zeros: the first guess of the next plan."""
         return torch.cat([plan[:, executed:], torch.zeros_like(plan[:, :executed])], 1)
+
+
+def kept_tokens(model: WorldModel, share: float) -> int:
+    """Count the tokens of a frame that are imagined."""
+    return max(1, round(share * model.shape.tokens))
 
 
 def make_mpc(context: EvalContext, options: PlanOptions, goal: Tensor, goal_proprio: NDArray[np.float32]) -> Mpc:
@@ -167,7 +179,17 @@ def _mpc_of(context: EvalContext, options: PlanOptions, objective: Objective, go
     )
     bounds = None if (low == -1).all() and (high == 1).all() else (low, high)
     propose = _proposals_of(context, options.horizon, goal)
-    return Mpc(context.world_model, context.solver, objective, *sizes, context.device, context.dtype, bounds, propose)
+    model, keep = context.world_model, options.keep_tokens
+    return Mpc(model, context.solver, objective, *sizes, context.device, context.dtype, bounds, propose, keep)
+
+
+def require_keep(context: EvalContext, options: PlanOptions) -> None:
+    """Raise UserError where the model cannot imagine a part of its tokens."""
+    if options.keep_tokens < 1 and not isinstance(context.world_model, KeepsPatches):
+        able = ", ".join(name for name in MODELS if issubclass(MODELS.get(name), KeepsPatches))
+        raise UserError(
+            f"--keep {options.keep_tokens}: the model of {context.run} imagines whole frames; leave it out, or train {able}"
+        )
 
 
 def _proposals_of(context: EvalContext, horizon: int, goal: Tensor | None) -> Propose | None:

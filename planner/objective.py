@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wmcache.planner.graph import LatentGraph
-from wmcache.trainer.models import Imagined, latent_distance
+from wmcache.trainer.models import Imagined, latent_distance, take_patches
 
 MODES = ("last", "all")
 Objective = Callable[[Imagined, slice], Tensor]
@@ -56,8 +56,13 @@ class GoalDistance:
         if self.mode == "last":
             imagined = imagined.last()
         latents, goal = imagined.latents, self.goal[episodes]
-        if self.mask is not None:
-            counts = self.mask[episodes, None, None].to(latents.dtype)
+        mask = None if self.mask is None else self.mask[episodes]
+        if imagined.patches is not None:
+            goal = take_patches(goal, imagined.patches)
+            mask = None if mask is None else mask.gather(1, imagined.patches)
+        if mask is not None:
+            mask = mask | ~mask.any(1, keepdim=True)  # where none of those that count is imagined, all of them do
+            counts = mask[:, None, None].to(latents.dtype)
             distance = ((latents - goal[:, None, None]).square().mean(4) * counts).sum(3) / counts.sum(3)
         elif self.graph is None or self.to_goal is None:
             distance = self.cost(imagined, goal)

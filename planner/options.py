@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Gt
+from annotated_types import Gt, Le
 
 from wmcache.common.errors import UserError
 from wmcache.common.jsonfiles import read_json
@@ -22,7 +22,7 @@ BASELINES = ("random", "zero")
 LONGEST_NAME = 120
 EARLIER_THRESHOLD = 0.5
 """What options without a threshold are recorded with, as before it depended on the environment."""
-NEWER = ("policy", "subgoals", "judge_columns", "model_temperature", "draw", "min_distance")
+NEWER = ("policy", "subgoals", "judge_columns", "model_temperature", "draw", "min_distance", "keep_tokens")
 """Options that earlier versions had not; at their defaults they are not recorded."""
 PLAIN = str.maketrans({":": None, ",": "+"})
 """Characters that no folder's name has, and what replaces them."""
@@ -88,6 +88,11 @@ class PlanOptions:
     mask: bool = option(
         False, "Score only tokens in which the present frame and the goal's differ (DDP-WM).", flag="--mask"
     )
+    keep_tokens: Annotated[float, Gt(0), Le(1)] = option(
+        1.0,
+        "Share of the tokens that are imagined, drawn at random for each plan (Sparse Imagination, arXiv 2506.01392).",
+        flag="--keep",
+    )
     proprio: Literal["auto", "none"] = option("auto", "none: refuse a model that sees proprio.")
     context: Positive | None = option(None, "Frames that an imagined step sees.  [default: 1; without proprio all]")
     observed: Positive | None = option(None, "Live frames that a plan starts from.  [default: 1; without proprio all]")
@@ -108,6 +113,10 @@ def check_options(options: PlanOptions) -> None:
     validate_options(options)
     if options.mask and options.distance != "latent":
         raise UserError(f"--mask weighs tokens, and --distance {options.distance} has none; leave one of them out")
+    if options.keep_tokens < 1 and options.distance != "latent":
+        raise UserError(
+            f"--keep {options.keep_tokens} leaves out tokens that --distance {options.distance} needs; leave one of them out"
+        )
     if options.judge_columns and options.threshold is None:
         raise UserError(
             f"--judge-columns {options.judge_columns} needs a --threshold, in units of these columns; add it"

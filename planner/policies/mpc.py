@@ -12,7 +12,14 @@ from torch import Tensor
 
 from wmcache.planner.base import Observation, Reads
 from wmcache.planner.context import EvalContext
-from wmcache.planner.mpc import make_mpc, make_return_mpc, require_distance, require_proposals, require_reward
+from wmcache.planner.mpc import (
+    make_mpc,
+    make_return_mpc,
+    require_distance,
+    require_keep,
+    require_proposals,
+    require_reward,
+)
 from wmcache.planner.objective import GoalDistance
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.policies import PLAN_POLICIES
@@ -33,6 +40,7 @@ class MpcPolicy:
         else:
             require_distance(context, options)
         require_proposals(context)
+        require_keep(context, options)
         self.seconds, self.encoder_frames, self.decisions = 0.0, 0, 0
 
     def reset(self, goal: Observation, generators: Sequence[torch.Generator]) -> None:

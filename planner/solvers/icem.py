@@ -35,7 +35,7 @@ class Icem(Sampling):
     beta: Weight = option(2.0, "Colour of the noise over time: 0 is white, 1 pink, 2 brown; the paper has 0.25 to 4.")
     frameskip: Positive = option(1, flag="")
     decay: Annotated[float, Ge(1)] = option(1.25, "Factor by which each iteration has fewer candidates.")
-    keep: Share = option(0.3, "Share of the elites that stay candidates of the next iteration.")
+    keep: Share = option(0.3, "Share of the elites that stay candidates of the next iteration.", flag="--keep-elites")
 
     def __post_init__(self) -> None:
         """Raise UserError for more elites than half of the samples."""

@@ -151,6 +151,7 @@ def test_options_of_a_training_that_do_not_fit(refused: Refused, flags: str, nam
         ("--elites 9", ["9", "8"]),
         ("--execute 3", ["--execute 3", "--horizon"]),
         ("--mask --distance graph", ["--mask", "--distance graph"]),
+        ("--keep 0.5 --distance graph", ["--keep 0.5", "--distance graph"]),
     ],
 )
 def test_options_of_a_plan_that_do_not_fit(refused: Refused, flags: str, named: list[str]) -> None:

@@ -38,6 +38,7 @@ class Imagined:
             one.
         value: [E, S, 1], the return after the last step, of a model that predicts it.
         state: [E, S, T, …], what `WorldModel.cost` reads, of a model that scores steps in a space of its own.
+        patches: [E, K], those of a frame that the N = K latents are, see `KeepsPatches`; None: all.
     """
 
     latents: Tensor
@@ -46,11 +47,12 @@ class Imagined:
     continues: Tensor | None = None
     value: Tensor | None = None
     state: Tensor | None = None
+    patches: Tensor | None = None
 
     def last(self) -> Imagined:
         """Return the last model step alone."""
-        values = {name: value[:, :, -1:] for name, value in vars(self).items() if value is not None}
-        return replace(self, **values)
+        known = {name: value for name, value in vars(self).items() if value is not None and name != "patches"}
+        return replace(self, **{name: value[:, :, -1:] for name, value in known.items()})
 
 
 class WorldModel(Trainable):
@@ -122,13 +124,19 @@ class WorldModel(Trainable):
         """
 
     def cost(self, imagined: Imagined, goal: Tensor) -> Tensor:
-        """Score imagined frames against goals [E, N, D], [E, S, T]; default: `latent_distance`."""
+        """Score imagined frames against goals [E, N, D] of the same patches, [E, S, T]; default: `latent_distance`."""
         return latent_distance(imagined, goal)
 
 
 def latent_distance(imagined: Imagined, goal: Tensor) -> Tensor:
     """Compute the mean squared difference of imagined latents from goals [E, N, D], [E, S, T]."""
     return (imagined.latents - goal[:, None, None]).square().mean((3, 4))
+
+
+def take_patches(frames: Tensor, patches: Tensor) -> Tensor:
+    """Select patches [E, K] of frames [E, …, N, D], [E, …, K, D]."""
+    index = patches.view(len(patches), *[1] * (frames.ndim - 3), -1, 1)
+    return frames.take_along_dim(index, -2)
 
 
 def rollout(model: WorldModel, tokens: Tensor, proprio: Tensor, actions: Tensor) -> Imagined:
@@ -209,6 +217,17 @@ class Dreams(Protocol):
 
     def features(self, belief: Belief) -> dict[str, Tensor]:
         """Return what a policy may see of a belief, [E, …] each: `latent`, the newest frame in its units; `hidden`; `cell` if any."""
+
+
+@runtime_checkable
+class KeepsPatches(Protocol):
+    """A world model that can imagine some patches of a frame without the others (Sparse Imagination, arXiv 2506.01392)."""
+
+    def keep(self, belief: Belief, patches: Tensor) -> Belief:
+        """Return the belief from which `imagine` imagines only these patches of each episode, int64 [E, K], in this order.
+
+        The model sees none of the others, in observed frames neither.
+        """
 
 
 @runtime_checkable

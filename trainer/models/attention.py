@@ -79,7 +79,7 @@ class Block(nn.Module):
         Args:
             x: [B, T, tokens, width]; a frame attends to itself and to the `window` - 1 frames before it. condition: [B, T, width].
             first: number of the first frame of `x`, for rotary positions.
-            positions: [T * tokens, axes], for rotary positions of several axes, see `rotate_axes`.
+            positions: [T * tokens, axes], or [b, T * tokens, axes], for rotary positions of several axes, see `rotate_axes`.
             only_keys: compute keys and values only, and return `x` unchanged.
 
         Returns:
@@ -153,40 +153,47 @@ def rotate(x: Tensor, first: int, frames: int) -> Tensor:
 
 
 def rotate_axes(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotate [B, heads, L, head_dim] by positions [L, axes]. Each axis has an equal share of the pairs of head_dim; the rest stays."""
+    """Rotate [B, heads, L, head_dim] by positions [L, axes], or [b, L, axes] where B / b sequences in a row have the same.
+
+    Each axis has an equal share of the pairs of head_dim; the rest stays.
+    """
     pairs = x.shape[-1] // 2
-    angle = torch.cat([angles(axis, pairs // positions.shape[1]) for axis in positions.unbind(1)], 1)
-    return turn(x, F.pad(angle, (0, pairs - angle.shape[1])))
+    angle = torch.cat([angles(axis, pairs // positions.shape[-1]) for axis in positions.unbind(-1)], -1)
+    return turn(x, F.pad(angle, (0, pairs - angle.shape[-1])))
 
 
 def rotate_neighbours(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotate [B, heads, L, head_dim] by positions [L, axes] as V-JEPA 2's code (src/models/utils/modules.py, rotate_queries_or_keys).
+    """Rotate as `rotate_axes`, but as V-JEPA 2's code (src/models/utils/modules.py, rotate_queries_or_keys).
 
     A pair is two neighbours, but its members have the angles of two frequencies, so that scores depend on positions and not only on
     their differences.
     """
-    axes = positions.shape[1]
-    pairs = x.shape[-1] // axes // 2
-    angle = torch.cat([angles(axis, pairs).repeat(1, 2) for axis in positions.unbind(1)], 1)
-    cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    turned, rest = x[..., : angle.shape[1]], x[..., angle.shape[1] :]
+    pairs = x.shape[-1] // positions.shape[-1] // 2
+    each = [angles(axis, pairs) for axis in positions.unbind(-1)]
+    angle = torch.cat([part for axis in each for part in (axis, axis)], -1)
+    cosine, sine = for_heads(angle.cos().to(x.dtype), len(x)), for_heads(angle.sin().to(x.dtype), len(x))
+    turned, rest = x[..., : angle.shape[-1]], x[..., angle.shape[-1] :]
     across = torch.stack([-turned[..., 1::2], turned[..., ::2]], -1).flatten(-2)
     return torch.cat([turned * cosine + across * sine, rest], -1)
 
 
 def angles(positions: Tensor, pairs: int) -> Tensor:
-    """Return the angles [L, pairs] of positions [L]."""
+    """Return the angles [..., pairs] of positions [...]."""
     frequency = ROTARY_BASE ** (-torch.arange(pairs, device=positions.device, dtype=torch.float32) / pairs)
-    return positions[:, None] * frequency
+    return positions[..., None] * frequency
 
 
 def turn(x: Tensor, angle: Tensor) -> Tensor:
-    """Rotate the pairs of [B, heads, L, c] by angles [L, c / 2]."""
-    angle = angle[:, None]
-    cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    """Rotate the pairs of [B, heads, L, c] by angles [L, c / 2] or [b, L, c / 2], see `rotate_axes`."""
+    cosine, sine = (for_heads(part.to(x.dtype), len(x)).unsqueeze(-2) for part in (angle.cos(), angle.sin()))
     pairs = rearrange(x, "b h l (two c) -> b h l two c", two=2)
-    rotated = pairs * cosine + pairs.flip(-2) * torch.cat([-sine, sine], 1)
+    rotated = pairs * cosine + pairs.flip(-2) * torch.cat([-sine, sine], -2)
     return rearrange(rotated, "b h l two c -> b h l (two c)")
+
+
+def for_heads(x: Tensor, count: int) -> Tensor:
+    """Return what broadcasts over heads and `count` sequences: [L, c] as it is, [b, L, c] as [count, 1, L, c]."""
+    return x if x.ndim == 2 else x.repeat_interleave(count // len(x), 0)[:, None]
 
 
 def modulated(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:

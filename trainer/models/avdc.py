@@ -114,7 +114,15 @@ class Avdc(LatentModel):
         of_proprio, of_tokens = errors[:, : self.proprio_size], errors[:, self.proprio_size :]
         return self.weigh(of_tokens.mean(), of_proprio.mean() if self.proprio_size else None)
 
-    def roll_out(self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int) -> list[Frames]:
+    def roll_out(
+        self,
+        tokens: Tensor,
+        embedding: Tensor,
+        futures: Tensor,
+        samples: int,
+        context: int,
+        patches: Tensor | None = None,  # noqa: ARG002
+    ) -> list[Frames]:
         """See `LatentModel.roll_out`."""
         observed = tokens.shape[1]
         frames = self._join(tokens, embedding).repeat_interleave(samples, 0)

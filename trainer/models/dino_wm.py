@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wmcache.common.errors import UserError
-from wmcache.common.options import Weight, option
-from wmcache.trainer.models import MODELS, DataShape
+from wmcache.common.options import ShareBelowOne, Weight, option
+from wmcache.trainer.models import MODELS, DataShape, take_patches
 from wmcache.trainer.models.attention import Block, zero_init
 from wmcache.trainer.models.frame_transformer import FrameTransformer
 from wmcache.trainer.models.latent import Frames, LatentOptions, SizeOrNone, append, pool_grid
+from wmcache.trainer.models.masking import Masking, draw_patches
 
 SPATIAL_EPS = 1e-6  # of the layer norms in V-JEPA 2's code
 
@@ -41,6 +42,13 @@ class DinoWmOptions(LatentOptions):
     proprio_embedding: SizeOrNone = option(0, "Dimensions of the proprio embedding; 0: those of --embedding.")
     rollout_loss: Weight = option(0.0, "Weight of the loss of a second step, predicted from the first one's output.")
     noise: Weight = option(0.0, "Standard deviation of the noise that is added to the latents.")
+    token_masking: Masking = option(
+        "none",
+        "Tokens that training leaves out of a window: random ones, a block, or those that change most (foreground).",
+    )
+    masked: ShareBelowOne = option(
+        0.5, "Largest share of a frame's tokens that --token-masking leaves out; how many is drawn for each batch."
+    )
 
     def __post_init__(self) -> None:
         """Refuse options that do not go together."""
@@ -95,14 +103,19 @@ class DinoWm(FrameTransformer):
     def loss(self, batch: Mapping[str, Tensor], pool: int = 1) -> dict[str, Tensor]:
         """Compute the MSE of the next frame's tokens and proprio, weighted by their dimensions as in DINO-WM; see `WorldModel.loss`."""
         (tokens, embedding), real, action = self.read(batch, pool)
+        masking = self.options.token_masking if self.training else "none"
+        patches = draw_patches(masking, self.options.masked, real[0], self.shape.columns // pool)
+        if patches is not None:
+            tokens, real = take_patches(tokens, patches), (take_patches(real[0], patches), real[1])
         target = real[0][:, 1:].detach(), real[1][:, 1:].detach()
         seen = tokens[:, :-1]
         if self.training and self.options.noise:
             seen = seen + self.options.noise * torch.randn_like(seen)
-        predicted = self.predict(seen, embedding[:, :-1], action[:, :-1], pool)
+        predicted = self.predict(seen, embedding[:, :-1], action[:, :-1], pool, patches)
         losses = self._errors(predicted, target)
         if self.options.rollout_loss and target[0].shape[1] > 1:
-            again = self.predict(predicted[0][:, :-1].detach(), predicted[1][:, :-1].detach(), action[:, 1:-1], pool)
+            first = [part[:, :-1].detach() for part in predicted]
+            again = self.predict(first[0], first[1], action[:, 1:-1], pool, patches)
             second = self._errors(again, (target[0][:, 1:], target[1][:, 1:]))
             losses["rollout"] = second["loss"]
             losses["loss"] = losses["loss"] + self.options.rollout_loss * second["loss"]
@@ -122,12 +135,28 @@ class DinoWm(FrameTransformer):
         return self.options.position == "rope"
 
     def enter(
-        self, tokens: Tensor, embedding: Tensor, action: Tensor, slots: range, pool: int = 1
+        self,
+        tokens: Tensor,
+        embedding: Tensor,
+        action: Tensor,
+        slots: range,
+        pool: int = 1,
+        patches: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """See `FrameTransformer.enter`."""
         x, condition = self.join(tokens, embedding, action)
-        positions = self.grid_positions(slots, pool) if self.options.position == "rope-3d" else None
-        return x + self.position_of(slots, pool), {"condition": condition, "positions": positions}
+        spatial = self.options.position == "rope-3d"
+        positions = self.grid_positions(slots, pool, patches=patches) if spatial else None
+        return self._add_position(x, slots, pool, patches), {"condition": condition, "positions": positions}
+
+    def _add_position(self, x: Tensor, slots: range, pool: int, patches: Tensor | None) -> Tensor:
+        position = self.position_of(slots, pool)
+        if patches is None:
+            return x + position
+        tokens, beside = position.shape[1], x.shape[2] - patches.shape[1]
+        others = torch.arange(tokens - beside, tokens, device=x.device).expand(len(patches), -1)
+        own = position[:, torch.cat([patches, others], 1)].transpose(0, 1)
+        return (x.reshape(len(own), -1, *x.shape[1:]) + own[:, None]).reshape(x.shape)
 
     def join(self, tokens: Tensor, embedding: Tensor, action: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the transformer's input [B, T, tokens, width], and what conditions its blocks [B, T, width]."""

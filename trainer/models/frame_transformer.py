@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wmcache.trainer.models import Belief
 from wmcache.trainer.models.attention import KeysValues
 from wmcache.trainer.models.latent import Frames, LatentModel, pool_grid
 from wmcache.trainer.models.trainable import SHIFT, shifted
@@ -37,8 +38,12 @@ class FrameTransformer(LatentModel):
         tokens, proprio, action = self.standardise(batch["tokens"], batch["proprio"], batch["action"])
         return pool_grid(tokens, self.shape.columns, pool), self.embed(proprio), action
 
-    def grid_positions(self, slots: range, pool: int = 1, beside: int = 0) -> Tensor:
-        """Return time, row and column of the tokens of frames at these slots, [T * tokens, 3].
+    def keep(self, belief: Belief, patches: Tensor) -> Belief:
+        """See `KeepsPatches.keep`."""
+        return {**belief, "patches": patches}
+
+    def grid_positions(self, slots: range, pool: int = 1, beside: int = 0, patches: Tensor | None = None) -> Tensor:
+        """Return time, row and column of the tokens of frames at these slots, [T * tokens, 3], or of `patches` [B, K], [B, T * tokens, 3].
 
         Args:
             beside: tokens before the patches of each frame, which are only rotated in time.
@@ -46,10 +51,12 @@ class FrameTransformer(LatentModel):
         device, columns = self.action_mean.device, self.shape.columns
         number = torch.arange(self.shape.tokens, device=device)
         grid = torch.stack([number // columns, number % columns], -1).float()
-        grid = F.pad(pool_grid(grid[None, None], columns, pool)[0, 0], (0, 0, beside, 0))
+        grid = pool_grid(grid[None, None], columns, pool)[0, 0]
+        grid = F.pad(grid if patches is None else grid[patches], (0, 0, beside, 0))
         time = torch.arange(slots.start, slots.stop, device=device, dtype=grid.dtype)
-        times = time[:, None, None].expand(-1, len(grid), 1)
-        return torch.cat([times, grid.expand(len(time), -1, -1)], 2).flatten(0, 1)
+        grid = grid.unsqueeze(-3).expand(*grid.shape[:-2], len(time), -1, -1)
+        times = time[:, None, None].expand(*grid.shape[:-1], 1)
+        return torch.cat([times, grid], -1).flatten(-3, -2)
 
     @property
     @abstractmethod
@@ -58,22 +65,42 @@ class FrameTransformer(LatentModel):
 
     @abstractmethod
     def enter(
-        self, tokens: Tensor, embedding: Tensor, action: Tensor, slots: range, pool: int = 1
+        self,
+        tokens: Tensor,
+        embedding: Tensor,
+        action: Tensor,
+        slots: range,
+        pool: int = 1,
+        patches: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
-        """Return the first block's input [B, T, tokens, width] for frames at these slots of the window, and arguments of all blocks."""
+        """Return the first block's input [B, T, tokens, width] for frames at these slots of the window, and arguments of all blocks.
+
+        Args:
+            patches: [b, N], those of a frame that the tokens are, of which B / b sequences in a row have the same; None: all.
+        """
 
     @abstractmethod
     def split(self, x: Tensor, tokens: Tensor, embedding: Tensor) -> Frames:
         """Return tokens and embedding of the next frames from the last block's output [B, T, tokens, width] at these."""
 
-    def predict(self, tokens: Tensor, embedding: Tensor, action: Tensor, pool: int = 1) -> Frames:
-        """Take one step from each of T <= history frames, everything standardised and pooled already."""
-        x, arguments = self.enter(tokens, embedding, action, range(tokens.shape[1]), pool)
+    def predict(
+        self, tokens: Tensor, embedding: Tensor, action: Tensor, pool: int = 1, patches: Tensor | None = None
+    ) -> Frames:
+        """Take one step from each of T <= history frames, everything standardised and pooled already; `patches` as for `enter`."""
+        x, arguments = self.enter(tokens, embedding, action, range(tokens.shape[1]), pool, patches)
         for block in self.blocks:
             x, _ = block(x, window=self.shape.history, **arguments)
         return self.split(x, tokens, embedding)
 
-    def roll_out(self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int) -> list[Frames]:
+    def roll_out(
+        self,
+        tokens: Tensor,
+        embedding: Tensor,
+        futures: Tensor,
+        samples: int,
+        context: int,
+        patches: Tensor | None = None,
+    ) -> list[Frames]:
         """See `LatentModel.roll_out`."""
         # Keys and values of a frame are kept while its position in the window stays: until it is full, with relative positions always.
         past = futures[::samples]
@@ -92,17 +119,25 @@ class FrameTransformer(LatentModel):
                 frame = [part.repeat_interleave(copies // (len(part) // len(tokens)), 0) for part in frames[t]]
                 action = (past if copies == 1 else futures)[:, t : t + 1]
                 slot = t if self.relative else t - start
-                following = self._advance(frame, action, slot, kept, context, wanted=t == end - 1)
+                following = self._advance(frame, action, slot, kept, context, patches, wanted=t == end - 1)
             known = end if self.relative or not start else 0
             assert following is not None
             frames.append(following)
         return frames[observed:]
 
     def _advance(
-        self, frame: list[Tensor], action: Tensor, slot: int, kept: Kept, context: int, *, wanted: bool
+        self,
+        frame: list[Tensor],
+        action: Tensor,
+        slot: int,
+        kept: Kept,
+        context: int,
+        patches: Tensor | None,
+        *,
+        wanted: bool,
     ) -> Frames | None:
         """Add a frame to the keys and values that are kept; return its successor where it is `wanted`."""
-        x, arguments = self.enter(frame[0], frame[1], action, range(slot, slot + 1))
+        x, arguments = self.enter(frame[0], frame[1], action, range(slot, slot + 1), patches=patches)
         for number, block in enumerate(self.blocks):
             only_keys = not wanted and number == len(self.blocks) - 1
             x, kept[number] = block(x, past=kept[number], only_keys=only_keys, window=context, first=slot, **arguments)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wmcache.common.errors import UserError
 from wmcache.common.options import ShareBelowOne, option
 from wmcache.common.schema import Size
-from wmcache.trainer.models import Belief, DataShape, Imagined, WorldModel
+from wmcache.trainer.models import Belief, DataShape, Imagined, WorldModel, take_patches
 
 SizeOrNone = Annotated[int, Field(ge=0, le=2**16)]
 
@@ -151,24 +151,41 @@ class LatentModel(WorldModel):
         lead = actions.shape[:2]
         past = belief["actions"][:, None].expand(-1, lead[1], -1, -1)
         futures = torch.cat([past, actions], 2).flatten(0, 1)
-        tokens, proprio, futures = self.standardise(belief["tokens"], belief["proprio"], futures)
-        imagined = self.roll_out(tokens, self.embed(proprio), futures, lead[1], self.context)
+        patches = belief.get("patches")
+        tokens, proprio, futures = self.standardise(seen_tokens(belief), belief["proprio"], futures)
+        imagined = self.roll_out(tokens, self.embed(proprio), futures, lead[1], self.context, patches)
         latents, embeddings = (torch.cat(frames, 1) for frames in zip(*imagined, strict=True))
         latents, embeddings = latents * self.tokens_std + self.tokens_mean, embeddings[:, :, 0]
-        return Imagined(latents.reshape(lead + latents.shape[1:]), embeddings.reshape(lead + embeddings.shape[1:]))
+        latents, embeddings = (part.reshape(lead + part.shape[1:]) for part in (latents, embeddings))
+        return Imagined(latents, embeddings, patches=patches)
 
     @abstractmethod
-    def roll_out(self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int) -> list[Frames]:
+    def roll_out(
+        self,
+        tokens: Tensor,
+        embedding: Tensor,
+        futures: Tensor,
+        samples: int,
+        context: int,
+        patches: Tensor | None = None,
+    ) -> list[Frames]:
         """Imagine with everything standardised.
 
         Args:
             tokens: [B, n, N, D] observed. embedding: [B, n, 1, Q] of their proprio.
             futures: [B * samples, n - 1 + t, f * A], sorted by observed sequence.
             samples: futures of each observed sequence. context: frames that a step sees.
+            patches: [B, N], those of a frame that the tokens are, of a model that `KeepsPatches`; None: all.
 
         Returns:
             Tokens [B * samples, 1, N, D] and embedding [B * samples, 1, M, Q] of each of the t frames after the observed ones.
         """
+
+
+def seen_tokens(belief: Belief) -> Tensor:
+    """Return the observed tokens [E, n, N, D] that a rollout starts from: all, or those of the patches that are kept."""
+    patches = belief.get("patches")
+    return belief["tokens"] if patches is None else take_patches(belief["tokens"], patches)
 
 
 def append(tokens: Tensor, parts: list[Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ from wmcache.common.schema import Size
 from wmcache.trainer.models import MODELS, Belief, DataShape, Imagined
 from wmcache.trainer.models.attention import Block, zero_init
 from wmcache.trainer.models.frame_transformer import FrameTransformer
-from wmcache.trainer.models.latent import Frames, SizeOrNone, pool_grid
+from wmcache.trainer.models.latent import Frames, SizeOrNone, pool_grid, seen_tokens
 
 AXES = 3
 """Of rotary positions: time, row and column."""
@@ -146,12 +146,18 @@ class VJepa2Ac(FrameTransformer):
         return self.weigh(F.l1_loss(predicted[0], target[0]), proprio)
 
     def enter(
-        self, tokens: Tensor, embedding: Tensor, action: Tensor, slots: range, pool: int = 1
+        self,
+        tokens: Tensor,
+        embedding: Tensor,
+        action: Tensor,
+        slots: range,
+        pool: int = 1,
+        patches: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """See `FrameTransformer.enter`."""
         beside = [self.embed_action(action)[:, :, None], *self.proprio_inputs(embedding)]
         x = torch.cat([*beside, self.project_in(tokens)], 2)
-        return x, {"positions": self.grid_positions(slots, pool, len(beside))}
+        return x, {"positions": self.grid_positions(slots, pool, len(beside), patches)}
 
     def split(self, x: Tensor, tokens: Tensor, embedding: Tensor) -> Frames:
         """See `FrameTransformer.split`."""
@@ -168,7 +174,7 @@ class VJepa2Ac(FrameTransformer):
         imagined = super().imagine(belief, actions, generators)
         if self.options.standardise:
             return imagined
-        newest = belief["tokens"][:, None, -1:]
+        newest = seen_tokens(belief)[:, None, -1:]
         deviation = (newest.var(-1, correction=0, keepdim=True) + EPS).sqrt()
         return replace(imagined, latents=imagined.latents * deviation + newest.mean(-1, keepdim=True))
 

@@ -30,7 +30,7 @@ from wmcache.common.device import autocast
 from wmcache.common.errors import UserError
 from wmcache.common.options import Weight, option
 from wmcache.common.schema import Size
-from wmcache.trainer.models import MODELS, DataShape
+from wmcache.trainer.models import MODELS, Belief, DataShape
 from wmcache.trainer.models.attention import KeysValues, zero_init
 from wmcache.trainer.models.ddp_wm.parts import CELLS, Correction, Fusion, Localizer, Vit, put, take
 from wmcache.trainer.models.latent import Frames, LatentModel, LatentOptions, SizeOrNone, append
@@ -267,8 +267,13 @@ class DdpWm(LatentModel):
         return logits.reshape(len(tokens), -1, *logits.shape[1:])
 
     def select(self, logits: Tensor) -> Tensor:
-        """Return the K patches [..., K] with the largest logits [..., N, 4], in the order of the frame."""
-        return logits.amax(-1).topk(self.foreground, -1).indices.sort(-1).values
+        """Return the K patches [..., K] with the largest logits [..., N, 4], in the order of the frame; of fewer patches their share."""
+        count = -(-self.foreground * logits.shape[-2] // self.shape.tokens)
+        return logits.amax(-1).topk(count, -1).indices.sort(-1).values
+
+    def keep(self, belief: Belief, patches: Tensor) -> Belief:
+        """See `KeepsPatches.keep`."""
+        return {**belief, "patches": patches}
 
     def _fuse_all(self, tokens: Tensor, embedding: Tensor, action: Tensor) -> Tensor:
         """Fuse each frame but the last with those before it: [B * (T - 1), N, width of the combined frame]."""
@@ -284,10 +289,14 @@ class DdpWm(LatentModel):
         return append(tokens[:, None], beside)[:, 0]
 
     def _predict_foreground(
-        self, fused: Tensor, tokens: Tensor, embedding: Tensor, indices: Tensor
+        self, fused: Tensor, tokens: Tensor, embedding: Tensor, indices: Tensor, chosen: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Predict K patches: next tokens [B, K, D], embedding [B, 1 or K, Q], and what the correction attends to, [B, K, width]."""
-        hidden = self.primary(self.project_in(take(fused, indices)), indices)
+        """Predict K patches: next tokens [B, K, D], embedding [B, 1 or K, Q], and what the correction attends to, [B, K, width].
+
+        Args:
+            indices: [B, K], which of the tokens they are. chosen: [B, K], which patches; None: the same.
+        """
+        hidden = self.primary(self.project_in(take(fused, indices)), indices if chosen is None else chosen)
         out = (hidden if self.primary_out is None else self.primary_out(hidden)).float()
         dim = self.shape.token_dim
         new_tokens, new_embedding = out[..., :dim], out[..., dim : dim + self.proprio_size]
@@ -300,10 +309,16 @@ class DdpWm(LatentModel):
         return new_tokens, new_embedding, hidden
 
     def _correct(
-        self, fused: Tensor, tokens: Tensor, embedding: Tensor, hidden: Tensor, indices: Tensor
+        self,
+        fused: Tensor,
+        tokens: Tensor,
+        embedding: Tensor,
+        hidden: Tensor,
+        chosen: Tensor,
+        patches: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Predict all patches as if they stayed: next tokens [B, N, D], and embedding [B, N, Q] where each patch has its own."""
-        out = self.correction(fused, hidden, indices)
+        out = self.correction(fused, hidden, chosen, patches)
         out = (out if self.correction_out is None else self.correction_out(out)).float()
         dim = self.shape.token_dim
         new_tokens = out[..., :dim]
@@ -313,30 +328,45 @@ class DdpWm(LatentModel):
             new_embedding = None if new_embedding is None else embedding + new_embedding
         return new_tokens, new_embedding
 
-    def roll_out(self, tokens: Tensor, embedding: Tensor, futures: Tensor, samples: int, context: int) -> list[Frames]:
+    def roll_out(
+        self,
+        tokens: Tensor,
+        embedding: Tensor,
+        futures: Tensor,
+        samples: int,
+        context: int,
+        patches: Tensor | None = None,
+    ) -> list[Frames]:
         """See `LatentModel.roll_out`. Before the last stage the tokens that are not chosen are copied."""
         observed, shared = tokens.shape[1], futures[::samples]
         corrects = self.stage_name == self.stages[-1]
         past = [
-            self.fusion.remember(self._join(tokens[:, t], embedding[:, t], shared[:, t])).repeat(samples)
+            self.fusion.remember(self._join(tokens[:, t], embedding[:, t], shared[:, t]), patches).repeat(samples)
             for t in range(max(0, observed - context), observed - 1)
         ]
         frame, known = (part[:, -1].repeat_interleave(samples, 0) for part in (tokens, embedding))
         imagined: list[Frames] = []
         for t in range(observed - 1, futures.shape[1]):
             joined = self._join(frame, known, futures[:, t])
-            fused = self.fusion(joined, past)
+            fused = self.fusion(joined, past, patches)
             if context > 1 and t + 1 < futures.shape[1]:
-                past = [*past, self.fusion.remember(joined)][1 - context :]
-            frame, known = self._advance(fused, frame, known, corrects=corrects)
+                past = [*past, self.fusion.remember(joined, patches)][1 - context :]
+            frame, known = self._advance(fused, frame, known, patches, corrects=corrects)
             imagined.append((frame[:, None], known[:, None]))
         return imagined
 
-    def _advance(self, fused: Tensor, tokens: Tensor, embedding: Tensor, *, corrects: bool) -> Frames:
+    def _advance(
+        self, fused: Tensor, tokens: Tensor, embedding: Tensor, patches: Tensor | None, *, corrects: bool
+    ) -> Frames:
         """Return the next frame's tokens [B, N, D] and embedding [B, M, Q]."""
-        indices = self.select(self.localiser(fused))
-        changed, new_embedding, hidden = self._predict_foreground(fused, tokens, embedding, indices)
-        stays, its_embedding = self._correct(fused, tokens, embedding, hidden, indices) if corrects else (tokens, None)
+        indices = self.select(self.localiser(fused, patches))
+        chosen = indices
+        if patches is not None:
+            chosen = patches.repeat_interleave(len(indices) // len(patches), 0).gather(1, indices)
+        changed, new_embedding, hidden = self._predict_foreground(fused, tokens, embedding, indices, chosen)
+        stays, its_embedding = tokens, None
+        if corrects:
+            stays, its_embedding = self._correct(fused, tokens, embedding, hidden, chosen, patches)
         if self.options.proprio == "embedding":
             if its_embedding is None:  # proprio belongs to the whole frame, even where tokens are copied
                 its_embedding = new_embedding.mean(1, keepdim=True).expand(-1, tokens.shape[1], -1)

@@ -26,9 +26,9 @@ class Vit(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, head_dim, mlp, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, indices: Tensor | None = None) -> Tensor:
-        """[B, n, width] at patches `indices` [B, n] of a frame, or at all -> [B, n, width]."""
-        x = (x + (self.position if indices is None else self.position[indices]))[:, None]
+    def forward(self, x: Tensor, patches: Tensor | None = None) -> Tensor:
+        """[B, n, width] -> [B, n, width]; `patches` as for `placed`."""
+        x = placed(x, self.position, patches)[:, None]
         for block in self.blocks:
             x, _ = block(x, window=1)
         normed: Tensor = self.norm(x[:, 0])
@@ -48,11 +48,11 @@ class Fusion(nn.Module):
             self.position = nn.Parameter(torch.randn(tokens, width) * std)
             self.age = nn.Parameter(torch.zeros(history - 1, width))
 
-    def remember(self, frame: Tensor) -> KeysValues:
-        """Return the keys and values of a frame [B, N, width]; they do not depend on its age."""
-        return self.attention.keys_values(frame + self.position, frame)
+    def remember(self, frame: Tensor, patches: Tensor | None = None) -> KeysValues:
+        """Return the keys and values of a frame [B, N, width]; they do not depend on its age. `patches` as for `placed`."""
+        return self.attention.keys_values(placed(frame, self.position, patches), frame)
 
-    def forward(self, frame: Tensor, past: Sequence[KeysValues]) -> Tensor:
+    def forward(self, frame: Tensor, past: Sequence[KeysValues], patches: Tensor | None = None) -> Tensor:
         """[B, N, width], and what was remembered of the frames before it, the oldest first -> [B, N, width]."""
         if not past:
             alone: Tensor = self.norm(frame)
@@ -61,7 +61,7 @@ class Fusion(nn.Module):
         aged = self.attention.apart(F.linear(self.age, self.attention.k.weight)[:, None])
         keys = [one.keys + aged[age] for age, one in zip(reversed(range(len(past))), past, strict=True)]
         seen = KeysValues(torch.cat(keys, 2), torch.cat([one.values for one in past], 2))
-        fused: Tensor = self.norm(frame + self.attention(frame + self.query_position, seen))
+        fused: Tensor = self.norm(frame + self.attention(placed(frame, self.query_position, patches), seen))
         return fused
 
 
@@ -78,11 +78,11 @@ class Localizer(nn.Module):
         layers = [nn.Linear(width, out) for out in (width, width, CELLS)]
         self.head = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
-    def forward(self, fused: Tensor) -> Tensor:
-        """[B, N, width of the combined frame] -> logits [B, N, 4]."""
+    def forward(self, fused: Tensor, patches: Tensor | None = None) -> Tensor:
+        """[B, N, width of the combined frame] -> logits [B, N, 4]; `patches` as for `placed`."""
         reduced = self.reduce(fused[..., : self.token_dim])
         x = torch.cat([reduced, fused[..., self.token_dim :].to(reduced.dtype)], -1)
-        x = self.head[:-1](self.vit(x))
+        x = self.head[:-1](self.vit(x, patches))
         # In bfloat16 many logits are equal, and the order of the largest would depend on the device.
         with torch.autocast(x.device.type, enabled=False):
             logits: Tensor = self.head[-1](x.float())
@@ -99,12 +99,23 @@ class Correction(nn.Module):
         self.attention, self.norm = CrossAttention(width, heads, 0.0), nn.LayerNorm(width)
         self.position = nn.Parameter(torch.randn(tokens, width) * std)
 
-    def forward(self, fused: Tensor, predicted: Tensor, indices: Tensor) -> Tensor:
-        """A fused frame [B, N, width], and the primary's output [B, K, primary_width] at `indices` [B, K] -> [B, N, width]."""
+    def forward(self, fused: Tensor, predicted: Tensor, chosen: Tensor, patches: Tensor | None = None) -> Tensor:
+        """A fused frame [B, N, width], and the primary's output [B, K, primary_width] -> [B, N, width].
+
+        Args:
+            chosen: [B, K], patches of the primary's output. patches: of the frame, as for `placed`.
+        """
         predicted = self.project(predicted)
-        seen = self.attention.keys_values(predicted + self.position[indices], predicted)
-        corrected: Tensor = self.norm(fused + self.attention(fused + self.position, seen))
+        seen = self.attention.keys_values(placed(predicted, self.position, chosen), predicted)
+        corrected: Tensor = self.norm(fused + self.attention(placed(fused, self.position, patches), seen))
         return corrected
+
+
+def placed(x: Tensor, position: Tensor, patches: Tensor | None) -> Tensor:
+    """Add positions [N, width] to [B, n, width] at patches [b, n], of which B / b rows in a row have the same; None: all N."""
+    if patches is None:
+        return x + position
+    return (x.reshape(len(patches), -1, *x.shape[1:]) + position[patches][:, None]).reshape(x.shape)
 
 
 def take(x: Tensor, indices: Tensor) -> Tensor:
