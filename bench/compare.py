@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from scipy.ndimage import minimum_filter
 from tqdm import tqdm
 
 from wmcache.bench.limit import MatmulLimit, count_flops
+from wmcache.bench.reference import PlanRace
 from wmcache.bench.timing import median_ratio, seconds
 from wmcache.common.errors import UserError
 from wmcache.common.figures import png_bytes
@@ -28,16 +29,50 @@ from wmcache.common.sampling import descend
 from wmcache.planner.base import Cost
 from wmcache.planner.context import EvalContext, random_episode
 from wmcache.planner.evaluate import evaluate
-from wmcache.planner.mpc import make_mpc
+from wmcache.planner.mpc import make_mpc, require_keep
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.protocols import PROTOCOLS
 from wmcache.planner.solvers import make_solver
+from wmcache.planner.solvers.cem import Cem
 
 ROUNDS = 3
 CANDIDATES = 32
 GRID = 31
 REACH = 0.5
 """Half the side of a landscape: root mean square of the change of the plan's actions, in env units."""
+REFERENCE = "DINO-WM's code"
+REFERENCE_CANDIDATES = 4
+"""Of the reference's code at once; they are slow, and its speed does not depend on their number."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A column of the comparison; `options` are those of its plans.
+
+    Attributes:
+        reference: candidates are imagined by the reference's code, see `PlanRace.reference`.
+    """
+
+    name: str
+    context: EvalContext
+    options: PlanOptions
+    reference: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of its matrix products."""
+        return torch.float32 if self.reference else self.context.dtype
+
+    @property
+    def candidates(self) -> int:
+        """Rollouts that are timed at once."""
+        return REFERENCE_CANDIDATES if self.reference else CANDIDATES
+
+    def cost(self) -> Cost:
+        """Return the cost of its first plan."""
+        if not self.reference:
+            return _first_cost(self.context, self.options, 0)
+        return PlanRace(self.context, Cem(), self.options.horizon).reference
 
 
 def compare_runs(
@@ -46,6 +81,8 @@ def compare_runs(
     episodes: int = 200,
     picture: Path | None = None,
     *,
+    keep: Sequence[float] = (),
+    reference: bool = False,
     weights: Path | None = None,
     cache: AnyPath | Sequence[AnyPath] | None = None,
 ) -> list[dict[str, Any]]:
@@ -55,6 +92,9 @@ def compare_runs(
         options: of the plans whose speed is measured. Success is that of the protocol `mpc-100`, in the same precision and context.
         episodes: of that protocol; 0 leaves it out. Finished batches are kept in the run's folder.
         picture: PNG to write the landscapes to; None measures none.
+        keep: shares of the tokens; each run has another row for each of them, see `PlanOptions.keep_tokens`.
+        reference: whether the first row is that of DINO-WM's code on the first run. It encodes a frame for every candidate, and has no
+            success of its own: on the same weights, with --context of its window, its plans are this implementation's.
         weights, cache: see `EvalContext`.
     """
     names = names_of(runs, "--model")
@@ -62,25 +102,33 @@ def compare_runs(
     contexts = {
         name: EvalContext(run, usual, weights=weights, cache=cache) for name, run in zip(names, runs, strict=True)
     }
-    speed = compare_speed(contexts, options)
-    first = speed[names[0]]
+    contenders = [Contender(REFERENCE, contexts[names[0]], options, reference=True)] if reference else []
+    contenders += [
+        Contender(f"{name}, keep {share:g}" if share < 1 else name, context, replace(options, keep_tokens=share))
+        for name, context in contexts.items()
+        for share in (1.0, *keep)
+    ]
+    speed = compare_speed(contenders)
     rows: list[dict[str, Any]] = []
     planes: dict[str, NDArray[np.float64]] = {}
-    for name, context in contexts.items():
-        model = ", ".join(filter(None, [context.config["model"], context.world_model.stage_name]))
-        row: dict[str, Any] = {"run": name, "model": model, "context": context.context_frames, **speed[name]}
-        row["fewer_flop"] = first["gflop_per_step"] / row["gflop_per_step"]
-        row["faster"] = row["rollouts_per_second"] / first["rollouts_per_second"]
-        if picture is not None:
-            planes[name] = landscape(context, usual)
-            row |= roughness(planes[name])
-        if episodes:
-            row |= _success(context, replace(usual, episodes=episodes))
+    for one in contenders:
+        context, model = one.context, one.context.world_model
+        kind = ", ".join(filter(None, [context.config["model"], model.stage_name]))
+        frames = model.shape.history if one.reference else context.context_frames
+        row: dict[str, Any] = {"run": one.name, "model": kind, "context": frames, **speed[one.name]}
+        row["fewer_flop"] = speed[contenders[0].name]["gflop_per_step"] / row["gflop_per_step"]
+        row["faster"] = row["rollouts_per_second"] / speed[contenders[0].name]["rollouts_per_second"]
+        own = replace(one.options, search={})
+        if picture is not None and not one.reference:
+            planes[one.name] = landscape(context, own)
+            row |= roughness(planes[one.name])
+        if episodes and not one.reference:
+            row |= _success(context, replace(own, episodes=episodes))
         rows.append(row)
     if picture is not None:
         with atomic_write(picture) as file:
             file.write(draw_landscapes(planes))
-    return rows
+    return [{name: row.get(name) for name in rows[-1]} for row in rows]
 
 
 def names_of(runs: Sequence[Path], flag: str) -> list[str]:
@@ -93,38 +141,47 @@ def names_of(runs: Sequence[Path], flag: str) -> list[str]:
 
 
 @torch.inference_mode()
-def compare_speed(contexts: Mapping[str, EvalContext], options: PlanOptions) -> dict[str, dict[str, float]]:
-    """Measure the cost of imagining with several runs, in turns; rollouts are candidates of a whole horizon.
+def compare_speed(contenders: Sequence[Contender]) -> dict[str, dict[str, float]]:
+    """Measure the cost of imagining, in turns; rollouts are candidates of a whole horizon, and give the reference's time of a replan.
 
     `share_of_limit` is that of the rate of a large matrix product (`limit_gflops`), measured in turn, which a replan reaches.
     """
-    costs = {name: _first_cost(context, options, 0) for name, context in contexts.items()}
-    rollouts: dict[str, list[float]] = {name: [] for name in contexts}
-    replans: dict[str, list[float]] = {name: [] for name in contexts}
+    costs = {one.name: one.cost() for one in contenders}
+    rollouts: dict[str, list[float]] = {one.name: [] for one in contenders}
+    replans: dict[str, list[float]] = {one.name: [] for one in contenders}
     operations: dict[str, float] = {}
-    solver, first = make_solver(options.solver, **options.search), next(iter(contexts.values()))
-    limit, limits = MatmulLimit(first.device, first.dtype), []
+    limits = {dtype: MatmulLimit(contenders[0].context.device, dtype) for dtype in {one.dtype for one in contenders}}
+    limit: dict[torch.dtype, list[float]] = {dtype: [] for dtype in limits}
     for turn in tqdm(range(ROUNDS + 1), desc="bench plan", unit=" turns"):
-        limits.append(limit.gflops())
-        for name, context in contexts.items():
-            actions = torch.rand_like(_zeros(context, options, CANDIDATES)) * 2 - 1
-            rollouts[name].append(seconds(costs[name], actions, device=context.device))
-            replan = solver, costs[name], _zeros(context, options, 1)[0], [torch.Generator().manual_seed(turn)]
-            if turn:
-                replans[name].append(seconds(*replan, device=context.device))
+        for dtype, measured in limit.items():
+            measured.append(limits[dtype].gflops())
+        for one in contenders:
+            device, solver, cost = one.context.device, make_solver(one.options.solver, **one.options.search), costs[one.name]
+            actions = torch.rand_like(_zeros(one.context, one.options, one.candidates)) * 2 - 1
+            took = seconds(cost, actions, device=device)
+            rollouts[one.name].append(took / one.candidates)
+            replan = solver, cost, _zeros(one.context, one.options, 1)[0], [torch.Generator().manual_seed(turn)]
+            if one.reference:
+                replans[one.name].append(took / one.candidates * solver.evaluations)
+            elif turn:
+                replans[one.name].append(seconds(*replan, device=device))
             else:  # the first includes set-up
-                operations[name] = count_flops(*replan) / 1e9
-    return {
-        name: {
-            "parameters_m": sum(value.numel() for value in context.world_model.parameters()) / 1e6,
-            "gflop_per_step": count_flops(costs[name], _zeros(context, options, 2)) / (2 * options.horizon) / 1e9,
-            "rollouts_per_second": CANDIDATES / statistics.median(rollouts[name][1:]),
-            "seconds_per_replan": statistics.median(replans[name]),
-            "limit_gflops": statistics.median(limits[1:]),
-            "share_of_limit": median_ratio([operations[name] / spent for spent in replans[name]], limits[1:]),
+                replans[one.name].append(math.nan)
+                operations[one.name] = count_flops(*replan) / 1e9
+    found = {}
+    for one in contenders:
+        gflop = count_flops(costs[one.name], _zeros(one.context, one.options, 2)) / 2e9
+        whole = operations.get(one.name, gflop * make_solver(one.options.solver, **one.options.search).evaluations)
+        spent = replans[one.name][1:]
+        found[one.name] = {
+            "parameters_m": sum(value.numel() for value in one.context.world_model.parameters()) / 1e6,
+            "gflop_per_step": gflop / one.options.horizon,
+            "rollouts_per_second": 1 / statistics.median(rollouts[one.name][1:]),
+            "seconds_per_replan": statistics.median(spent),
+            "limit_gflops": statistics.median(limit[one.dtype][1:]),
+            "share_of_limit": median_ratio([whole / each for each in spent], limit[one.dtype][1:]),
         }
-        for name, context in contexts.items()
-    }
+    return found
 
 
 def _zeros(context: EvalContext, options: PlanOptions, samples: int) -> torch.Tensor:
@@ -132,6 +189,7 @@ def _zeros(context: EvalContext, options: PlanOptions, samples: int) -> torch.Te
 
 
 def _first_cost(context: EvalContext, options: PlanOptions, number: int) -> Cost:
+    require_keep(context, options)
     (start, goal), frames = random_episode(context, number)
     tokens, goal_tokens = (context.encoder(frame[None]) for frame in frames)
     mpc = make_mpc(context, options, goal_tokens, goal[None].astype(np.float32))
@@ -200,7 +258,8 @@ def draw_landscapes(planes: Mapping[str, NDArray[np.float64]]) -> bytes:
 def _success(context: EvalContext, options: PlanOptions) -> dict[str, Any]:
     """Evaluate under the protocol `mpc-100`; returns counts for each threshold, and 95 % intervals and baselines for the headline's."""
     options = replace(options, **PROTOCOLS.get("mpc-100"))
-    _, results = evaluate(context, options, context.run / f"bench-mpc-100-{options.episodes}")
+    kept = f"-keep{options.keep_tokens:g}" if options.keep_tokens < 1 else ""
+    _, results = evaluate(context, options, context.run / f"bench-mpc-100-{options.episodes}{kept}")
     threshold, words = results["threshold"], {"within": "successes", "held": "held"}
     counts = {
         f"{word}_{row['threshold']}": row[name] for word, name in words.items() for row in results["by_threshold"]

@@ -58,7 +58,6 @@ class PlanRace:
         if not isinstance(context.model, DinoWm):
             raise UserError(f"not a DINO-WM model: {context.run}; compare runs with --model")
         self.context, self.solver, self.horizon, self.model = context, solver, horizon, context.model
-        self.model.context = self.model.shape.history  # as the reference
         (start, _), frames = random_episode(context, 0)
         self.frame, goal = map(torch.from_numpy, frames)
         self.proprio = torch.from_numpy(start.astype(np.float32)).to(context.device)
@@ -77,6 +76,7 @@ class PlanRace:
     def cost_in(self, dtype: torch.dtype) -> Cost:
         """Encode the present frame once; returns the cost of this implementation."""
         context, model = self.context, self.model
+        model.context = model.shape.history  # as the reference
         mpc = Mpc(model, self.solver, self.objective, self.horizon, context.frameskip, context.device, dtype)
         belief = model.observe(model.start(1), context.encoder(self.frame[None]), self.proprio[None], None)
         return mpc.cost_of(belief, [torch.Generator()])

@@ -152,13 +152,26 @@ def bench_memory(episodes: int) -> None:
 )
 @shared.count_option("--episodes", default=200, least=0, help="Episodes of mpc-100 for each --model.")
 @shared.count_option("--context", help="Frames that an imagined step of each --model sees.  [default: as wmplan's]")
+@click.option(
+    "--keep",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    multiple=True,
+    help="Share of the tokens: a further column of each --model, see: wmplan --keep; repeatable.",
+)
+@click.option("--reference", is_flag=True, help="Compare with DINO-WM's code on the first --model.")
 @shared.file_option("--landscape", help="PNG of the cost of each --model around its plan.")
 @shared.moved_weights_option
 @shared.moved_caches_option
 @options_of(PlanOptions, only=("dtype", "device"), device={"group": "Options"}, dtype={"group": "Options"})
 @shared.json_option
 def bench_plan(
-    run: Path | None, runs: tuple[Path, ...], episodes: int, landscape: Path | None, **settings: Any
+    run: Path | None,
+    runs: tuple[Path, ...],
+    episodes: int,
+    landscape: Path | None,
+    keep: tuple[float, ...],
+    reference: bool,
+    **settings: Any,
 ) -> None:
     """One plan of DINO-WM's code against this implementation, or several --model against each other: speed, success, landscape."""
     from wmcache.bench.compare import compare_runs
@@ -167,6 +180,8 @@ def bench_plan(
 
     if (run is None) == (not runs):
         raise click.UsageError("give one --run, to measure it against DINO-WM's own code, or one --model or more")
+    if run is not None and (keep or reference):
+        raise click.UsageError("--keep and --reference are columns beside a --model; give that instead of --run")
     moved = {name: settings.pop(name) for name in ("weights", "cache")}
     chosen = {name: settings.pop(name) for name in ("context", "dtype", "device")}
     if run is not None:
@@ -174,7 +189,7 @@ def bench_plan(
         show_figures(bench_run(setting, dtype=chosen["dtype"], **settings))
     else:
         options = PlanOptions(search=settings, **chosen)
-        show_columns(compare_runs(runs, options, episodes, landscape, **moved))
+        show_columns(compare_runs(runs, options, episodes, landscape, keep=keep, reference=reference, **moved))
 
 
 @bench.command("rollout")

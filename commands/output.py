@@ -65,7 +65,7 @@ def show_columns(rows: list[dict[str, Any]]) -> None:
 
 
 def _cell(value: Any, digits: str) -> str:
-    return format(value, digits) if isinstance(value, float) else str(value)
+    return "-" if value is None else format(value, digits) if isinstance(value, float) else str(value)
 
 
 def _aligned(lines: list[list[str]]) -> list[str]:

@@ -128,6 +128,11 @@ def compile_errors() -> Iterator[None]:
         raise UserError(f"{why}; install a C++ compiler (g++, or the variable CXX), or leave it out") from error
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the precision of matrix products of a tensor, see `autocast`."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
 def attends_plainly(x: Tensor) -> bool:
     """Return whether attention over these queries is faster as plain products than in PyTorch's kernel."""
     # The kernel's forward pass in bfloat16 on the CPU uses float32, and its backward pass is several times slower.

@@ -94,6 +94,28 @@ def test_the_command_prints_a_table_or_json(run_path: Path, ddp_run: Path, monke
     assert rows[0]["fewer_flop"] == rows[0]["faster"] == 1
 
 
+def test_the_same_run_with_fewer_tokens_and_as_the_reference_imagines(
+    run_path: Path, ddp_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "ROUNDS", 1)
+    words = ["bench", "plan", "--model", str(run_path), "--model", str(ddp_run), "--keep", "0.5", "--reference"]
+    words += ["--episodes", "0", "--device", "cpu", "--samples", "8", "--elites", "3", "--context", "3", "--json"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert [row["context"] for row in rows] == [3] * 5
+    assert rows[0]["faster"] == rows[0]["fewer_flop"] == 1
+    encoding, whole, kept, ddp, kept_ddp = (row["gflop_per_step"] for row in rows)
+    assert encoding > whole > 1.7 * kept
+    assert ddp > 1.5 * kept_ddp
+    assert [row["parameters_m"] for row in rows[:3]] == [rows[0]["parameters_m"]] * 3
+
+
+def test_columns_beside_a_model_need_one(run_path: Path) -> None:
+    for flags in (["--keep", "0.5"], ["--reference"]):
+        assert CliRunner().invoke(main, ["bench", "plan", "--run", str(run_path), *flags]).exit_code == 2
+
+
 def test_a_model_without_a_reference_is_refused(ddp_run: Path) -> None:
     result = CliRunner().invoke(main, ["bench", "plan", "--run", str(ddp_run)])
     assert result.exit_code == 1

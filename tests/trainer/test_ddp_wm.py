@@ -37,7 +37,7 @@ from wmcache.cache.windows import Windows
 from wmcache.common.device import autocast
 from wmcache.trainer.models import build, read_options
 from wmcache.trainer.models.ddp_wm import DdpWm
-from wmcache.trainer.models.ddp_wm.model import foreground_size, localization
+from wmcache.trainer.models.ddp_wm.measure import foreground_size, localization
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.train import data_shape, make_optimiser, statistics_of
 

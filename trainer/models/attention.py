@@ -230,9 +230,23 @@ class CrossAttention(nn.Module):
 
     def forward(self, queries: Tensor, seen: KeysValues) -> Tensor:
         """[B, n, width] -> [B, n, width]."""
+        if self.heads * seen.keys.shape[2] < queries.shape[2]:
+            return self._attend_few(queries, seen)
         found = attend_all(self.apart(self.q(queries)), *seen, self.dropout if self.training else 0.0)
         joined: Tensor = self.out(rearrange(found, "b h n c -> b n (h c)"))
         return joined
+
+    def _attend_few(self, queries: Tensor, seen: KeysValues) -> Tensor:
+        """Project keys and values in place of queries and results: there are fewer, and no head is copied apart."""
+        size = seen.keys.shape[3]
+        q = rearrange(self.q.weight, "(h c) w -> h c w", c=size) * size**-0.5
+        offset = rearrange(self.q.bias, "(h c) -> h c 1", c=size) * size**-0.5
+        keys = torch.matmul(seen.keys, q).flatten(1, 2)  # [B, heads * K, width]
+        scores = torch.matmul(queries, keys.mT) + torch.matmul(seen.keys, offset).flatten(1).unsqueeze(1)
+        weights = rearrange(scores, "b n (h k) -> b n h k", h=self.heads).softmax(-1).flatten(2)
+        weights = F.dropout(weights, self.dropout, self.training)
+        values = torch.matmul(seen.values, rearrange(self.out.weight, "w (h c) -> h c w", c=size)).flatten(1, 2)
+        return torch.matmul(weights.to(values.dtype), values) + self.out.bias.to(values.dtype)
 
     def apart(self, x: Tensor) -> Tensor:
         """[B, n, heads * c] -> [B, heads, n, c]."""

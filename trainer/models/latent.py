@@ -155,7 +155,8 @@ class LatentModel(WorldModel):
         tokens, proprio, futures = self.standardise(seen_tokens(belief), belief["proprio"], futures)
         imagined = self.roll_out(tokens, self.embed(proprio), futures, lead[1], self.context, patches)
         latents, embeddings = (torch.cat(frames, 1) for frames in zip(*imagined, strict=True))
-        latents, embeddings = latents * self.tokens_std + self.tokens_mean, embeddings[:, :, 0]
+        # In place: memory as large as all imagined frames is slow to get.
+        latents, embeddings = latents.mul_(self.tokens_std).add_(self.tokens_mean), embeddings[:, :, 0]
         latents, embeddings = (part.reshape(lead + part.shape[1:]) for part in (latents, embeddings))
         return Imagined(latents, embeddings, patches=patches)
 

@@ -11,7 +11,7 @@ from the paper, this follows the paper. K is a constant of the model, so that th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -20,25 +20,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wmcache.cache.change_maps import open_change_maps
 from wmcache.cache.store import TokenStore
 from wmcache.cache.windows import Windows
-from wmcache.common.device import autocast
+from wmcache.common.device import product_dtype
 from wmcache.common.errors import UserError
 from wmcache.common.options import Weight, option
 from wmcache.common.schema import Size
 from wmcache.trainer.models import MODELS, Belief, DataShape
 from wmcache.trainer.models.attention import KeysValues, zero_init
+from wmcache.trainer.models.ddp_wm.measure import foreground_size, localization, sample_windows
 from wmcache.trainer.models.ddp_wm.parts import CELLS, Correction, Fusion, Localizer, Vit, put, take
 from wmcache.trainer.models.latent import Frames, LatentModel, LatentOptions, SizeOrNone, append
 from wmcache.trainer.models.trainable import MIN_STD
 
-SAMPLED_WINDOWS, BATCH = 2048, 64
-COVERED, SPARE = 0.99, 1.5
-"""K patches are enough for those that change in this share of the steps, this many times over, because localization errs."""
 POSITIVE_WEIGHT = 10.0  # of cells that change in the loss of the localiser; few do
 
 STEP_MAJOR = "b t ... -> (t b) ..."
@@ -296,7 +293,8 @@ class DdpWm(LatentModel):
         Args:
             indices: [B, K], which of the tokens they are. chosen: [B, K], which patches; None: the same.
         """
-        hidden = self.primary(self.project_in(take(fused, indices)), indices if chosen is None else chosen)
+        x = self.project_in(take(fused, indices)).float()  # each block adds to it, so float32 matters here
+        hidden = self.primary(x, indices if chosen is None else chosen)
         out = (hidden if self.primary_out is None else self.primary_out(hidden)).float()
         dim = self.shape.token_dim
         new_tokens, new_embedding = out[..., :dim], out[..., dim : dim + self.proprio_size]
@@ -319,14 +317,14 @@ class DdpWm(LatentModel):
     ) -> tuple[Tensor, Tensor | None]:
         """Predict all patches as if they stayed: next tokens [B, N, D], and embedding [B, N, Q] where each patch has its own."""
         out = self.correction(fused, hidden, chosen, patches)
-        out = (out if self.correction_out is None else self.correction_out(out)).float()
+        out = out if self.correction_out is None else self.correction_out(out)
         dim = self.shape.token_dim
         new_tokens = out[..., :dim]
         new_embedding = out[..., dim : dim + self.proprio_size] if self.options.proprio == "embedding" else None
-        if self.options.predict == "change":
+        if self.options.predict == "change":  # sums with float32 are float32, without a copy before
             new_tokens = tokens + new_tokens
             new_embedding = None if new_embedding is None else embedding + new_embedding
-        return new_tokens, new_embedding
+        return new_tokens.float(), None if new_embedding is None else new_embedding.float()
 
     def roll_out(
         self,
@@ -339,16 +337,20 @@ class DdpWm(LatentModel):
     ) -> list[Frames]:
         """See `LatentModel.roll_out`. Before the last stage the tokens that are not chosen are copied."""
         observed, shared = tokens.shape[1], futures[::samples]
+        # Frames that are imagined are float32; what layers see of them needs not more than products have.
+        seen = product_dtype(tokens)
         corrects = self.stage_name == self.stages[-1]
         past = [
-            self.fusion.remember(self._join(tokens[:, t], embedding[:, t], shared[:, t]), patches).repeat(samples)
+            self.fusion.remember(self._join(tokens[:, t].to(seen), embedding[:, t], shared[:, t]), patches).repeat(
+                samples
+            )
             for t in range(max(0, observed - context), observed - 1)
         ]
         frame, known = (part[:, -1].repeat_interleave(samples, 0) for part in (tokens, embedding))
         imagined: list[Frames] = []
         for t in range(observed - 1, futures.shape[1]):
-            joined = self._join(frame, known, futures[:, t])
-            fused = self.fusion(joined, past, patches)
+            joined = self._join(frame.to(seen), known.to(seen), futures[:, t])
+            fused = self.fusion(joined, past, patches).to(seen)
             if context > 1 and t + 1 < futures.shape[1]:
                 past = [*past, self.fusion.remember(joined, patches)][1 - context :]
             frame, known = self._advance(fused, frame, known, patches, corrects=corrects)
@@ -364,51 +366,12 @@ class DdpWm(LatentModel):
         if patches is not None:
             chosen = patches.repeat_interleave(len(indices) // len(patches), 0).gather(1, indices)
         changed, new_embedding, hidden = self._predict_foreground(fused, tokens, embedding, indices, chosen)
-        stays, its_embedding = tokens, None
         if corrects:
-            stays, its_embedding = self._correct(fused, tokens, embedding, hidden, chosen, patches)
+            following, its_embedding = self._correct(fused, tokens, embedding, hidden, chosen, patches)
+        else:
+            following, its_embedding = tokens.clone(), None
         if self.options.proprio == "embedding":
             if its_embedding is None:  # proprio belongs to the whole frame, even where tokens are copied
                 its_embedding = new_embedding.mean(1, keepdim=True).expand(-1, tokens.shape[1], -1)
             new_embedding = put(its_embedding, indices, new_embedding)
-        return put(stays, indices, changed), new_embedding
-
-
-def sample_windows(windows: Windows) -> Iterator[NDArray[np.int64]]:
-    """Yield the numbers of some windows, always the same, in batches."""
-    chosen = np.random.default_rng(0).permutation(len(windows))[:SAMPLED_WINDOWS]
-    yield from np.array_split(chosen, max(1, len(chosen) // BATCH))
-
-
-def foreground_size(changed: NDArray[np.bool_]) -> int:
-    """Choose K from the patches [steps, N] that change: the least power of two that covers them; at most half of a frame."""
-    wanted = float(np.quantile(changed.sum(1), COVERED, method="higher")) if len(changed) else 0.0
-    bucket = 2 ** int(np.ceil(np.log2(max(1.0, SPARE * wanted))))
-    return int(max(1, min(bucket, changed.shape[1] // 2)))
-
-
-@torch.inference_mode()
-def localization(model: DdpWm, windows: Windows, device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
-    """Measure how well a model predicts which patches of held-out windows change.
-
-    Returns:
-        `recall` and `precision` of the K patches that the model computes, `recall_likely` and `precision_likely` of those whose probability
-        of change is above a half; `changed`: mean share of a frame that changes.
-    """
-    model.eval()
-    counts = torch.zeros(6, dtype=torch.int64)
-    for part in sample_windows(windows):
-        batch = {name: torch.from_numpy(value).to(device) for name, value in windows.batch(part).items()}
-        with autocast(device, dtype):
-            masks = model.change_masks(batch)
-        changes, computed, likely = masks.values()
-        found = (changes, torch.ones_like(changes), computed, computed & changes, likely, likely & changes)
-        counts += torch.stack([mask.sum() for mask in found]).cpu()
-    changing, patches, chosen, chosen_hits, expected, expected_hits = counts.tolist()
-    return {
-        "recall": chosen_hits / max(1, changing),
-        "precision": chosen_hits / max(1, chosen),
-        "recall_likely": expected_hits / max(1, changing),
-        "precision_likely": expected_hits / max(1, expected),
-        "changed": changing / max(1, patches),
-    }
+        return following.scatter_(1, indices[..., None].expand_as(changed), changed), new_embedding

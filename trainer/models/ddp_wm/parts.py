@@ -82,7 +82,7 @@ class Localizer(nn.Module):
         """[B, N, width of the combined frame] -> logits [B, N, 4]; `patches` as for `placed`."""
         reduced = self.reduce(fused[..., : self.token_dim])
         x = torch.cat([reduced, fused[..., self.token_dim :].to(reduced.dtype)], -1)
-        x = self.head[:-1](self.vit(x, patches))
+        x = self.head[:-1](self.vit(x.float() if self.training else x, patches))
         # In bfloat16 many logits are equal, and the order of the largest would depend on the device.
         with torch.autocast(x.device.type, enabled=False):
             logits: Tensor = self.head[-1](x.float())
@@ -113,6 +113,7 @@ class Correction(nn.Module):
 
 def placed(x: Tensor, position: Tensor, patches: Tensor | None) -> Tensor:
     """Add positions [N, width] to [B, n, width] at patches [b, n], of which B / b rows in a row have the same; None: all N."""
+    position = position.to(x.dtype)
     if patches is None:
         return x + position
     return (x.reshape(len(patches), -1, *x.shape[1:]) + position[patches][:, None]).reshape(x.shape)
