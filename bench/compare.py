@@ -156,7 +156,11 @@ def compare_speed(contenders: Sequence[Contender]) -> dict[str, dict[str, float]
         for dtype, measured in limit.items():
             measured.append(limits[dtype].gflops())
         for one in contenders:
-            device, solver, cost = one.context.device, make_solver(one.options.solver, **one.options.search), costs[one.name]
+            device, solver, cost = (
+                one.context.device,
+                make_solver(one.options.solver, **one.options.search),
+                costs[one.name],
+            )
             actions = torch.rand_like(_zeros(one.context, one.options, one.candidates)) * 2 - 1
             took = seconds(cost, actions, device=device)
             rollouts[one.name].append(took / one.candidates)
