@@ -130,7 +130,7 @@ class WorldModel(Trainable):
 
 def latent_distance(imagined: Imagined, goal: Tensor) -> Tensor:
     """Compute the mean squared difference of imagined latents from goals [E, N, D], [E, S, T]."""
-    return (imagined.latents - goal[:, None, None]).square().mean((3, 4))
+    return (imagined.latents - goal[:, None, None]).square_().mean((3, 4))
 
 
 def take_patches(frames: Tensor, patches: Tensor) -> Tensor:

@@ -238,14 +238,17 @@ class CrossAttention(nn.Module):
 
     def _attend_few(self, queries: Tensor, seen: KeysValues) -> Tensor:
         """Project keys and values in place of queries and results: there are fewer, and no head is copied apart."""
-        size = seen.keys.shape[3]
+        batch, _, _, size = seen.keys.shape
+        # One product for each head, because a product for each sequence would copy the weights for each of them.
+        each = [rearrange(part, "b h k c -> h (b k) c") for part in seen]
         q = rearrange(self.q.weight, "(h c) w -> h c w", c=size) * size**-0.5
         offset = rearrange(self.q.bias, "(h c) -> h c 1", c=size) * size**-0.5
-        keys = torch.matmul(seen.keys, q).flatten(1, 2)  # [B, heads * K, width]
-        scores = torch.matmul(queries, keys.mT) + torch.matmul(seen.keys, offset).flatten(1).unsqueeze(1)
+        out = rearrange(self.out.weight, "w (h c) -> h c w", c=size)
+        products = torch.matmul(each[0], q), torch.matmul(each[0], offset), torch.matmul(each[1], out)
+        keys, offsets, values = (rearrange(part, "h (b k) w -> b (h k) w", b=batch) for part in products)
+        scores = torch.matmul(queries, keys.mT) + offsets.mT
         weights = rearrange(scores, "b n (h k) -> b n h k", h=self.heads).softmax(-1).flatten(2)
         weights = F.dropout(weights, self.dropout, self.training)
-        values = torch.matmul(seen.values, rearrange(self.out.weight, "w (h c) -> h c w", c=size)).flatten(1, 2)
         return torch.matmul(weights.to(values.dtype), values) + self.out.bias.to(values.dtype)
 
     def apart(self, x: Tensor) -> Tensor:
