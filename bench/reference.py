@@ -181,17 +181,16 @@ def reference_rollout(model: DinoWm, tokens: Tensor, proprio: Tensor, actions: T
 
 
 def explicit_predict(
-    model: DinoWm, tokens: Tensor, embedding: Tensor, action: Tensor, pool: int = 1
+    model: DinoWm, tokens: Tensor, embedding: Tensor, action: Tensor, pool: int = 1, patches: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compute `DinoWm.predict` as DINO-WM's code does: all queries meet all keys under a mask (models/vit.py)."""
-    x, condition = model.join(tokens, embedding, action)
-    x = x + model.position_of(range(tokens.shape[1]), pool)
+    x, arguments = model.enter(tokens, embedding, action, range(tokens.shape[1]), pool, patches)
     frame = torch.arange(x.shape[1], device=x.device).repeat_interleave(x.shape[2])
     age = frame[:, None] - frame[None, :]
     mask = (age >= 0) & (age < model.shape.history)
     for block in model.blocks:
         assert isinstance(block, Block)
-        x = explicit_block(block, x, mask, condition)
+        x = explicit_block(block, x, mask, arguments["condition"])
     return model.split(x, tokens, embedding)
 
 
