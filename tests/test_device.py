@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from wmcache.bench.compare import compare_speed
+from wmcache.bench.compare import Contender, compare_speed
 from wmcache.cache import TokenStore
 from wmcache.common.device import CPU, autocast, choose_device
 from wmcache.engine.checkpoint import last_checkpoint
@@ -154,7 +154,7 @@ def test_graph_distance_and_a_sparse_model_plan_on_the_device(
     options = replace(tiny_plan, device=NAME, episodes=1)
     for run, chosen in ((run_path, replace(options, distance="graph")), (ddp_run, options)):
         assert np.isfinite(run_episodes(EvalContext(run, chosen), chosen, [0]).states).all()
-    found = compare_speed({"ddp": EvalContext(ddp_run, options)}, options)["ddp"]
+    found = compare_speed([Contender("ddp", EvalContext(ddp_run, options), options)])["ddp"]
     assert found["share_of_limit"] > 0
 
 
