@@ -100,6 +100,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "proprio-embedding": 0,
         "rollout-loss": 0.0,
         "noise": 0.0,
+        "token-masking": "none",
+        "masked": 0.5,
         "batch-size": 32,
         "epochs": 100,
         "lr": 5e-4,

@@ -30,6 +30,7 @@ OTHER_VALUES: dict[str, list[Any]] = {
     "distance": ["graph"],
     "alpha": [0.1, 1.0],
     "mask": [True],
+    "keep_tokens": [0.25, 0.5],
     "proprio": ["none"],
     "context": [2, 4],
     "observed": [2, 3],
