@@ -29,10 +29,10 @@ from wmcache.common.device import product_dtype
 from wmcache.common.errors import UserError
 from wmcache.common.options import Weight, option
 from wmcache.common.schema import Size
-from wmcache.trainer.models import MODELS, Belief, DataShape
+from wmcache.trainer.models import MODELS, Belief, DataShape, take_patches
 from wmcache.trainer.models.attention import KeysValues, zero_init
 from wmcache.trainer.models.ddp_wm.measure import foreground_size, localization, sample_windows
-from wmcache.trainer.models.ddp_wm.parts import CELLS, Correction, Fusion, Localizer, Vit, put, take
+from wmcache.trainer.models.ddp_wm.parts import CELLS, Correction, Fusion, Localizer, Vit, put
 from wmcache.trainer.models.latent import Frames, LatentModel, LatentOptions, SizeOrNone, append
 from wmcache.trainer.models.trainable import MIN_STD
 
@@ -212,12 +212,12 @@ class DdpWm(LatentModel):
                 if step + 2 < tokens.shape[1]:
                     past.append(self.fusion.remember(joined))
                 chosen.append(self.select(self.localiser(fused[-1])))
-                seen.append(put(seen[-1], chosen[-1], take(tokens[:, step + 1], chosen[-1])))
+                seen.append(put(seen[-1], chosen[-1], take_patches(tokens[:, step + 1], chosen[-1])))
         # Batches of all steps one after another.
         before, following = (rearrange(part, STEP_MAJOR) for part in (embedding[:, :-1], tokens[:, 1:]))
         indices = torch.cat(chosen)
         predicted, new_embedding, _ = self._predict_foreground(torch.cat(fused), torch.cat(seen[:-1]), before, indices)
-        token_loss = F.mse_loss(predicted, take(following, indices))
+        token_loss = F.mse_loss(predicted, take_patches(following, indices))
         if not self.proprio_size:
             return self.weigh(token_loss, None)
         target = rearrange(embedding[:, 1:], STEP_MAJOR).detach()
@@ -293,7 +293,7 @@ class DdpWm(LatentModel):
         Args:
             indices: [B, K], which of the tokens they are. chosen: [B, K], which patches; None: the same.
         """
-        x = self.project_in(take(fused, indices)).float()  # each block adds to it, so float32 matters here
+        x = self.project_in(take_patches(fused, indices)).float()  # each block adds to it, so float32 matters here
         hidden = self.primary(x, indices if chosen is None else chosen)
         out = (hidden if self.primary_out is None else self.primary_out(hidden)).float()
         dim = self.shape.token_dim
@@ -301,9 +301,9 @@ class DdpWm(LatentModel):
         if self.options.proprio == "raw":
             new_embedding = new_embedding.mean(1, keepdim=True)
         elif self.proprio_size:
-            embedding = take(embedding.expand(-1, tokens.shape[1], -1), indices)
+            embedding = take_patches(embedding.expand(-1, tokens.shape[1], -1), indices)
         if self.options.predict == "change":
-            new_tokens, new_embedding = take(tokens, indices) + new_tokens, embedding + new_embedding
+            new_tokens, new_embedding = take_patches(tokens, indices) + new_tokens, embedding + new_embedding
         return new_tokens, new_embedding, hidden
 
     def _correct(

@@ -119,11 +119,6 @@ def placed(x: Tensor, position: Tensor, patches: Tensor | None) -> Tensor:
     return (x.reshape(len(patches), -1, *x.shape[1:]) + position[patches][:, None]).reshape(x.shape)
 
 
-def take(x: Tensor, indices: Tensor) -> Tensor:
-    """Select from [B, N, d] by indices [B, K], [B, K, d]."""
-    return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
-
-
 def put(x: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     """Return [B, N, d] with `values` [B, K, d] at indices [B, K]."""
     return x.scatter(1, indices[..., None].expand(-1, -1, x.shape[-1]), values.to(x.dtype))
