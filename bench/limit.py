@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from wmcache.bench.timing import seconds
 from wmcache.common.device import is_cpu
 
-CPU_SIZE, DEVICE_SIZE = 2048, 8192
-"""Rows of the matrices; an accelerator multiplies smaller ones in less time than a call takes."""
+CPU_SIZE, DEVICE_SIZE = 1024, 8192
+"""Rows of the matrices, enough for the highest rate; an accelerator multiplies smaller ones in less time than a call takes."""
 LEAST_SECONDS = 0.1
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from wmcache.bench import limit
 from wmcache.bench.extract import bench_cluster, bench_extract, peak_memory, save_tcn
 from wmcache.bench.limit import count_flops
 from wmcache.common.errors import UserError
@@ -44,7 +43,6 @@ def test_rates_count_the_frames_of_each_part_and_ratios_follow_from_them(
     dataset: FrameDataset, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(limit, "CPU_SIZE", 64)
     # Network and encoder do a shard, the extraction all shards.
     found = bench_extract(dataset, encoder, batch=50, cluster="local:1")
     assert list(found) == KEYS
@@ -62,7 +60,6 @@ def test_the_compiled_network_is_measured_on_whole_batches(
 ) -> None:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("a C++ compiler is not installed")
-    monkeypatch.setattr(limit, "CPU_SIZE", 64)
     found = bench_extract(dataset, encoder, batch=50, compiled=True)
     assert (found["compiled_frames_per_second"], found["compiled_gain"]) == (50, 1)
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from model_tools import each_variant, make_batch, make_trained_model, model_inputs
 
-from wmcache.bench import limit
 from wmcache.bench import reference as bench
 from wmcache.bench.reference import explicit_predict
 from wmcache.planner.context import EvalContext
@@ -33,7 +32,6 @@ def test_both_have_the_same_costs_and_plans(
     monkeypatch: pytest.MonkeyPatch,
     variant: str,
 ) -> None:
-    monkeypatch.setattr(limit, "CPU_SIZE", 64)
     context = EvalContext(train_run(store_path, **VARIANTS[variant]), tiny_plan)
     encoder, sizes = context.encoder, []
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from wmcache.bench import limit
 from wmcache.bench.limit import count_flops
 from wmcache.bench.reference import ROUNDS, bench_train
 
@@ -25,13 +24,6 @@ class Encoder:
     def __call__(self, count: int) -> Tensor:
         self.calls.append(count)
         return torch.zeros(count, 2, 3, dtype=torch.float16)
-
-
-@pytest.fixture
-def small_limit(monkeypatch: pytest.MonkeyPatch) -> float:
-    """GFLOP of the product that measures the limit."""
-    monkeypatch.setattr(limit, "CPU_SIZE", 64)
-    return 2 * 64**3 / 1e9
 
 
 @pytest.mark.usefixtures("ticking")

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from wmcache.cache import StoreCard, TokenStore
 from wmcache.planner.base import Cost
+from wmcache.trainer.models import DataShape, build
 
 from ..conftest import IDENTITY, episodes_of, write_tokens
 
@@ -72,5 +73,22 @@ def make_store(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
         }
         path = tmp_path_factory.mktemp("stores") / "made-up.zarr"
         return TokenStore.open(write_tokens(path, tokens, card, IDENTITY, steps))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Callable[[DataShape], Any]:
+    """Makes DINO-WM's model with large random weights, so that every input matters; in float64, so that rounding does not."""
+
+    def make(shape: DataShape) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        sizes = {"tokens": shape.token_dim, "proprio": shape.proprio_dim, "action": shape.action_dim}
+        statistics = {f"{name}_mean": torch.randn(size, generator=generator) for name, size in sizes.items()}
+        statistics |= {f"{name}_std": torch.rand(size, generator=generator) + 0.5 for name, size in sizes.items()}
+        model = build("dino-wm", shape, {"width": 16, "depth": 1, "heads": 2, "dropout": 0.0}, statistics).eval()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3, generator=generator)
+        return model.double()
 
     return make

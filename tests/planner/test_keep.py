@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wmcache.common.errors import UserError
 from wmcache.planner import mpc as mpc_module
@@ -19,7 +20,7 @@ from wmcache.planner.objective import GoalDistance
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.policies.mpc import MpcPolicy
 from wmcache.planner.solvers.cem import Cem
-from wmcache.trainer.models import Belief, DataShape, build, take_patches
+from wmcache.trainer.models import Belief, DataShape, take_patches
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.train import train
 
@@ -28,16 +29,8 @@ EPISODES = 4
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    """DINO-WM's model with large random weights, in float64: rounding does not change which candidates are best."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = {"tokens": SHAPE.token_dim, "proprio": SHAPE.proprio_dim, "action": SHAPE.action_dim}
-    statistics = {f"{name}_mean": torch.randn(size, generator=generator) for name, size in sizes.items()}
-    statistics |= {f"{name}_std": torch.rand(size, generator=generator) + 0.5 for name, size in sizes.items()}
-    model = build("dino-wm", SHAPE, {"width": 16, "depth": 1, "heads": 2, "dropout": 0.0}, statistics).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3, generator=generator)
-    return model.double()
+def model(random_model: Callable[[DataShape], Any]) -> Any:
+    return random_model(SHAPE)
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wmcache.planner import mpc as mpc_module
 from wmcache.planner.base import Cost
@@ -17,7 +17,7 @@ from wmcache.planner.mpc import Mpc
 from wmcache.planner.objective import MODES, GoalDistance
 from wmcache.planner.solvers import SOLVERS, make_solver
 from wmcache.planner.solvers.cem import Cem
-from wmcache.trainer.models import Belief, DataShape, Imagined, WorldModel, build, rollout
+from wmcache.trainer.models import Belief, DataShape, Imagined, WorldModel, rollout
 
 
 class DoubleIntegrator(WorldModel):
@@ -132,16 +132,8 @@ SHAPE = DataShape(tokens=3, token_dim=5, proprio_dim=4, action_dim=10, history=3
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    """DINO-WM's model with large random weights, so that every input matters."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = {"tokens": SHAPE.token_dim, "proprio": SHAPE.proprio_dim, "action": SHAPE.action_dim}
-    statistics = {f"{name}_mean": torch.randn(size, generator=generator) for name, size in sizes.items()}
-    statistics |= {f"{name}_std": torch.rand(size, generator=generator) + 0.5 for name, size in sizes.items()}
-    model = build("dino-wm", SHAPE, {"width": 16, "depth": 1, "heads": 2, "dropout": 0.0}, statistics).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3, generator=generator)
-    return model.double()
+def model(random_model: Callable[[DataShape], Any]) -> Any:
+    return random_model(SHAPE)
 
 
 def imagined(model: Any, solver: str, episodes: slice = slice(None)) -> tuple[Mpc, dict[str, Any]]:
