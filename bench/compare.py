@@ -106,7 +106,7 @@ def compare_runs(
     contenders += [
         Contender(f"{name}, keep {share:g}" if share < 1 else name, context, replace(options, keep_tokens=share))
         for name, context in contexts.items()
-        for share in (1.0, *keep)
+        for share in dict.fromkeys((1.0, *keep))
     ]
     speed = compare_speed(contenders)
     rows: list[dict[str, Any]] = []
@@ -147,43 +147,39 @@ def compare_speed(contenders: Sequence[Contender]) -> dict[str, dict[str, float]
     `share_of_limit` is that of the rate of a large matrix product (`limit_gflops`), measured in turn, which a replan reaches.
     """
     costs = {one.name: one.cost() for one in contenders}
+    solvers = {one.name: make_solver(one.options.solver, **one.options.search) for one in contenders}
+    products = {dtype: MatmulLimit(contenders[0].context.device, dtype) for dtype in {one.dtype for one in contenders}}
     rollouts: dict[str, list[float]] = {one.name: [] for one in contenders}
     replans: dict[str, list[float]] = {one.name: [] for one in contenders}
-    operations: dict[str, float] = {}
-    limits = {dtype: MatmulLimit(contenders[0].context.device, dtype) for dtype in {one.dtype for one in contenders}}
-    limit: dict[torch.dtype, list[float]] = {dtype: [] for dtype in limits}
+    limits: dict[torch.dtype, list[float]] = {dtype: [] for dtype in products}
+    gflop: dict[str, float] = {}
     for turn in tqdm(range(ROUNDS + 1), desc="bench plan", unit=" turns"):
-        for dtype, measured in limit.items():
-            measured.append(limits[dtype].gflops())
+        if turn:  # the first includes set-up, and counts
+            for dtype, product in products.items():
+                limits[dtype].append(product.gflops())
         for one in contenders:
-            device, solver, cost = (
-                one.context.device,
-                make_solver(one.options.solver, **one.options.search),
-                costs[one.name],
-            )
+            device, solver, cost = one.context.device, solvers[one.name], costs[one.name]
             actions = torch.rand_like(_zeros(one.context, one.options, one.candidates)) * 2 - 1
-            took = seconds(cost, actions, device=device)
-            rollouts[one.name].append(took / one.candidates)
+            rollout = seconds(cost, actions, device=device) / one.candidates
             replan = solver, cost, _zeros(one.context, one.options, 1)[0], [torch.Generator().manual_seed(turn)]
-            if one.reference:
-                replans[one.name].append(took / one.candidates * solver.evaluations)
-            elif turn:
-                replans[one.name].append(seconds(*replan, device=device))
-            else:  # the first includes set-up
-                replans[one.name].append(math.nan)
-                operations[one.name] = count_flops(*replan) / 1e9
+            if turn:
+                rollouts[one.name].append(rollout)
+                whole = rollout * solver.evaluations if one.reference else seconds(*replan, device=device)
+                replans[one.name].append(whole)
+            elif one.reference:
+                gflop[one.name] = count_flops(cost, actions) / one.candidates * solver.evaluations / 1e9
+            else:
+                gflop[one.name] = count_flops(*replan) / 1e9
     found = {}
     for one in contenders:
-        gflop = count_flops(costs[one.name], _zeros(one.context, one.options, 2)) / 2e9
-        whole = operations.get(one.name, gflop * make_solver(one.options.solver, **one.options.search).evaluations)
-        spent = replans[one.name][1:]
+        two, rates = _zeros(one.context, one.options, 2), [gflop[one.name] / spent for spent in replans[one.name]]
         found[one.name] = {
             "parameters_m": sum(value.numel() for value in one.context.world_model.parameters()) / 1e6,
-            "gflop_per_step": gflop / one.options.horizon,
-            "rollouts_per_second": 1 / statistics.median(rollouts[one.name][1:]),
-            "seconds_per_replan": statistics.median(spent),
-            "limit_gflops": statistics.median(limit[one.dtype][1:]),
-            "share_of_limit": median_ratio([whole / each for each in spent], limit[one.dtype][1:]),
+            "gflop_per_step": count_flops(costs[one.name], two) / (2 * one.options.horizon) / 1e9,
+            "rollouts_per_second": 1 / statistics.median(rollouts[one.name]),
+            "seconds_per_replan": statistics.median(replans[one.name]),
+            "limit_gflops": statistics.median(limits[one.dtype]),
+            "share_of_limit": median_ratio(rates, limits[one.dtype]),
         }
     return found
 
