@@ -358,9 +358,11 @@ def prepare_fit(
         if cache or base or base_weights:
             raise UserError(f"encoder {name} is fitted on frames, not on a store; leave out --cache and --base")
         frames = open_dataset(dataset)
-        fingerprints = [frames.card.fingerprint, *(FrameDataset.open(path).card.fingerprint for path in more)]
-        if len(set(fingerprints)) < len(fingerprints):
-            raise UserError(f"--dataset {more[-1]}: a dataset is given twice; name each once")
+        seen = {frames.card.fingerprint}
+        for path in more:
+            if (fingerprint := FrameDataset.open(path).card.fingerprint) in seen:
+                raise UserError(f"--dataset {path} is given twice; name each dataset once")
+            seen.add(fingerprint)
         out = out or default_weights(frames.card.name, name)
         return FitJob(name, chosen, absolute(frames.path), None, out, tuple(map(absolute, more)))
     if more:
