@@ -94,6 +94,9 @@ class Task:
     goal: Start | None = None
 
 
+DrawTask = Callable[[np.random.Generator], Task]
+
+
 class Observation:
     """What `count` episodes look like now.
 
@@ -147,6 +150,9 @@ class Geometry(Protocol):
     def distance(self, start: States, ends: States) -> States:
         """Compute shortest path lengths from a state [S] to states [n, S]; inf if unreachable."""
 
+    def path_length(self, path: States) -> float:
+        """Measure a path [n, 2] of successive positions; jumps of the world, which no shortest path counts, have no length."""
+
 
 class Environment(Protocol):
     """`count` copies of one world, stepped together. An implementation derives from this class.
@@ -155,7 +161,7 @@ class Environment(Protocol):
         geometry: shortest paths, where they are known.
         scene: frames are drawn by MuJoCo, so that `draw_looks` works.
         distractions: kinds of distraction that this environment draws itself.
-        policies: behaviour policies of this environment alone: name -> function of a generator and the action space.
+        policies: behaviour policies of this environment alone: name -> function of a generator and the environment.
         forms: other names that a family accepts, as errors list them.
     """
 
@@ -164,7 +170,7 @@ class Environment(Protocol):
     geometry: Geometry | None = None
     scene: bool = False
     distractions: ClassVar[tuple[str, ...]] = ()
-    policies: ClassVar[Mapping[str, Callable[[np.random.Generator, Column], Act]]] = {}
+    policies: ClassVar[Mapping[str, Callable[[np.random.Generator, Environment], Act]]] = {}
     forms: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, name: str, count: int = 1, image_size: int = 224, layout: Sequence[str] = ()) -> None:
@@ -177,6 +183,10 @@ class Environment(Protocol):
 
     def sample_task(self, rng: np.random.Generator, *, goal: bool = True) -> Task:
         """Draw a start, then a goal unless `goal` is false."""
+
+    def fixed_tasks(self) -> Mapping[str, DrawTask]:
+        """Return the tasks that evaluations share, by name, each drawn with its noise; {} where there are none."""
+        return {}
 
     def reset(self, tasks: Sequence[Task]) -> Observation:
         """Start `count` episodes."""

@@ -47,7 +47,7 @@ class Expert:
 
     noise, correlation = NOISE, 0.0
 
-    def __init__(self, rng: np.random.Generator, space: Column) -> None:  # noqa: ARG002 (a policy's signature)
+    def __init__(self, rng: np.random.Generator, env: Environment) -> None:  # noqa: ARG002 (a policy's signature)
         """Draw targets and noise from `rng`."""
         self._rng, self._left, self._drift = rng, 0, np.zeros(2)
         self._target: States = np.zeros(7)

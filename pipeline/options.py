@@ -22,7 +22,8 @@ class CollectOptions:
     length: Positive = option(100, "Frames in each episode; fewer where the environment ends it.")
     policy: str = option(
         "random",
-        "Behaviour policy: random (DINO-WM), held, sticky, the environment's expert, or the folder of a run, which acts as wmplan does.",
+        "Behaviour policy: random (DINO-WM), held, sticky, one of the environment's own (expert, navigate, stitch), or the folder of a "
+        "run, which acts as wmplan does.",
     )
     seed: Natural = option(0, "Seed of the dataset; the same seed gives the same bytes.")
     image_size: Annotated[int, Ge(8), Le(2048)] = option(224, "Side of the frames in pixels.")

@@ -96,7 +96,7 @@ class Player:
         return actions
 
     def _react(self, env: Environment, rng: np.random.Generator, first: Rows) -> tuple[NDArray[np.float32], Rows]:
-        act = env.policies[self.policy](rng, env.spec.action)
+        act = env.policies[self.policy](rng, env)
         seen = {name: values[0] for name, values in first.items()}
         actions, moved = [act(seen)], []
         while len(actions) < self.length:

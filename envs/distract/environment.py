@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wmcache.common.columns import Column, join_role, of_role
 from wmcache.common.errors import UserError
-from wmcache.envs.base import Environment, Expert, Frames, Observation, Replay, Start, States, Steps, Task
+from wmcache.envs.base import DrawTask, Environment, Expert, Frames, Observation, Replay, Start, States, Steps, Task
 from wmcache.envs.distract import pixels, scene
 from wmcache.envs.distract.looks import Distraction, looks_of
 
@@ -53,9 +54,11 @@ class Distracted(Environment):
 
     def sample_task(self, rng: np.random.Generator, *, goal: bool = True) -> Task:
         """Draw the task that the environment draws; start and goal look the same."""
-        task = self._inner.sample_task(rng, goal=goal)
-        view = _view_of(task.start)
-        return Task(self._join(task.start, view), None if task.goal is None else self._join(task.goal, view))
+        return self._viewed(self._inner.sample_task(rng, goal=goal))
+
+    def fixed_tasks(self) -> dict[str, DrawTask]:
+        """Return the environment's; start and goal look the same."""
+        return {name: partial(self._draw_viewed, draw) for name, draw in self._inner.fixed_tasks().items()}
 
     def reset(self, tasks: Sequence[Task]) -> Observation:
         """Start at states with a view, or at any start of the environment's own."""
@@ -118,6 +121,14 @@ class Distracted(Environment):
         if states.shape[-1] == self._size:
             return states
         return np.delete(states, (self._first, self._first + 1), -1)
+
+    def _draw_viewed(self, draw: DrawTask, rng: np.random.Generator) -> Task:
+        return self._viewed(draw(rng))
+
+    def _viewed(self, task: Task) -> Task:
+        """Add the view of its start to a task of the environment's own."""
+        view = _view_of(task.start)
+        return Task(self._join(task.start, view), None if task.goal is None else self._join(task.goal, view))
 
     def _join(self, start: Start, view: NDArray[np.floating]) -> Start:
         if not isinstance(start, np.ndarray):

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wmcache.common.columns import default_columns
-from wmcache.envs.base import Environment, EnvSpec, Expert, Frames, Observation, States, Steps, Task
+from wmcache.envs.base import DrawTask, Environment, EnvSpec, Expert, Frames, Observation, States, Steps, Task
 from wmcache.envs.distract.looks import Look
 from wmcache.envs.pointmaze.expert import PathFollower
 from wmcache.envs.pointmaze.gym_envs import check_state, sample_state
 from wmcache.envs.pointmaze.maze import ENV_PREFIX, GENERATED, Maze, env_id, find_maze
 from wmcache.envs.pointmaze.simulator import FPS, PointMazeSimulator, longest_move
+from wmcache.envs.pointmaze.tasks import draw_task, fixed_cells
+from wmcache.envs.pointmaze.walks import Navigate, Stitch
 
 THRESHOLDS = (0.5, 0.25, 0.1)
 
 
 class PointMaze(Environment):
-    """Balls in a maze. A state is (x, y, vx, vy), which is also the proprio; distance is that of (x, y)."""
+    """Balls in a maze. A state is (x, y, vx, vy), which is also the proprio; distance is that of (x, y).
+
+    The exits that teleporters draw are a function of the start and of the jumps so far.
+    """
 
     forms = ("Maze7x7-SEED", "a .txt grid")
     scene = True
     distractions = ("ball",)
+    policies: ClassVar = {"navigate": Navigate, "stitch": Stitch}
 
     def __init__(self, name: str, count: int = 1, image_size: int = 224, layout: Sequence[str] = ()) -> None:
         """Open a layout by its name (`UMaze`, `Maze7x7-3`), its id or its .txt file; `layout` is a grid."""
@@ -42,6 +50,7 @@ class PointMaze(Environment):
         )
         self._simulator = PointMazeSimulator(self.maze, image_size)
         self._states: States = np.zeros((count, 4))
+        self._jumps: list[np.random.Generator] = []
 
     @classmethod
     def accepts(cls, name: str, layout: Sequence[str] = ()) -> bool:
@@ -50,13 +59,27 @@ class PointMaze(Environment):
         return bool(layout or known)
 
     def sample_task(self, rng: np.random.Generator, *, goal: bool = True) -> Task:
-        """Draw states, see `sample_state`."""
+        """Draw states, see `sample_state`; with teleporters until a path may lead from the start to the goal."""
         start = sample_state(self.maze, rng)
-        return Task(start, sample_state(self.maze, rng) if goal else None)
+        if not goal:
+            return Task(start)
+        end = sample_state(self.maze, rng)
+        while len(self.maze.exits) and not np.isfinite(self.maze.distance(start, end[None])).all():
+            start, end = sample_state(self.maze, rng), sample_state(self.maze, rng)
+        return Task(start, end)
+
+    def fixed_tasks(self) -> dict[str, DrawTask]:
+        """Return five tasks of this layout, see `tasks.py`."""
+        cells = fixed_cells(self.maze)
+        return {
+            f"{number}: {start} to {goal}": partial(draw_task, start, goal)
+            for number, (start, goal) in enumerate(cells, start=1)
+        }
 
     def reset(self, tasks: Sequence[Task]) -> Observation:
         """Start at states; raises MazeError for one in a wall."""
         self._states = np.stack([check_state(self.maze, task.start) for task in tasks])
+        self._jumps = [generator_of(state) for state in self._states]
         return self.observe()
 
     def step(self, actions: NDArray[np.floating]) -> Steps:
@@ -64,7 +87,8 @@ class PointMaze(Environment):
         states = np.empty((*actions.shape[:2], 4))
         for i, sequence in enumerate(actions):
             for t, action in enumerate(sequence):
-                self._states[i] = states[i, t] = self._simulator.step(self._states[i], action)
+                moved = self._simulator.step(self._states[i], action)
+                self._states[i] = states[i, t] = self.maze.teleport(moved, self._jumps[i])
         return {"state": states}
 
     def observe(self) -> Observation:
@@ -96,3 +120,8 @@ class PointMaze(Environment):
     def close(self) -> None:
         """Free the GL context."""
         self._simulator.close()
+
+
+def generator_of(state: States) -> np.random.Generator:
+    """Return the generator of what is random in an episode, a function of its start [4]."""
+    return np.random.default_rng(np.frombuffer(state.tobytes(), np.uint32))

@@ -28,7 +28,11 @@ class PathFollower:
         actions = np.empty((steps, 2))
         for i in range(steps):
             target = self._maze.toward(state[:2], goal[:2], LOOK_AHEAD)
-            wanted = SPEED_GAIN * (target - state[:2])
-            actions[i] = np.clip(FORCE_GAIN * (wanted - state[2:]), -1.0, 1.0)
+            actions[i] = np.clip(steer(state, target), -1.0, 1.0)
             state = self._simulator.step(state, actions[i])
         return actions
+
+
+def steer(state: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the force [2], not clipped, that leads from a state [4] to a target [2] in open space."""
+    return np.asarray(FORCE_GAIN * (SPEED_GAIN * (target - state[:2]) - state[2:]))

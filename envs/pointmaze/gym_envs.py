@@ -32,12 +32,13 @@ def sample_state(maze: Maze, rng: np.random.Generator) -> Float:
 
 
 def check_state(maze: Maze, state: object) -> Float:
-    """Return the state as float64 [4]; raises MazeError if it has another shape, is not finite, or is inside a wall."""
+    """Return the state as float64 [4]; raises MazeError if it has another shape, is not finite, or is not free."""
     array = np.asarray(state, dtype=np.float64)
     if array.shape != (4,) or not np.isfinite(array).all():
         raise MazeError(f"a state is 4 finite numbers (x, y, vx, vy), not {state!r}")
-    if not maze.is_clear(array[:2], 0.0):
-        raise MazeError(f"the state {array.round(3).tolist()} is inside a wall of maze {maze.name}")
+    if not maze.is_free(array):
+        where = "an entrance" if maze.in_entrance(array[:2]) else "a wall"
+        raise MazeError(f"the state {array.round(3).tolist()} is inside {where} of maze {maze.name}")
     return array
 
 
@@ -112,7 +113,8 @@ class PointMazeVectorEnv(VectorEnv[Observation, NDArray[np.floating], NDArray[An
         states = np.empty((*actions.shape[:2], 4))
         for i, sequence in enumerate(actions):
             for t, action in enumerate(sequence):
-                self._states[i] = states[i, t] = self._simulator.step(self._states[i], action)
+                moved = self._simulator.step(self._states[i], action)
+                self._states[i] = states[i, t] = self.maze.teleport(moved, self.rngs[i])
         return states
 
     def observe(self) -> Observation:

@@ -3,6 +3,9 @@
 A layout is a text file of `#` (wall) and `O` or `G` (free). Row r, column c of the text covers the square
 [r - 0.7, r + 0.3] x [c - 0.7, c + 0.3] of the ball's coordinates, as in D4RL: the row runs along x, the column along y.
 Every file in `mazes/` is an environment of its name. `Maze7x9-3` is a random maze of 7 lines of 9 characters, drawn from seed 3.
+
+`I` is an entrance of a teleporter and `E` an exit: a ball whose centre is in an entrance after an env step is at rest in the centre of a
+random exit instead (OGBench, locomaze: pointmaze-teleport). Every entrance leads to every exit.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array, csr_array
+from scipy.sparse import coo_array, csr_array, diags_array
 from scipy.sparse.csgraph import dijkstra
 from scipy.spatial import KDTree
 
@@ -29,6 +32,11 @@ BALL_RADIUS = 0.1
 START_MARGIN = 0.2
 """Distance of starts and goals from every wall (DINO-WM, env/pointmaze: [0.5, 1.1] in a corridor [0.3, 1.3])."""
 LATTICE_STEP = 0.05
+CENTRE = 0.2
+"""A cell's row and column less its centre's coordinates."""
+ENTRANCE, EXIT = "I", "E"
+JUMP = 1e-9
+"""Length of the way through a teleporter; not 0, which sparse graphs may drop."""
 
 Float = NDArray[np.float64]
 
@@ -54,13 +62,17 @@ class Maze:
         rows = self.rows
         if not rows or len({len(row) for row in rows}) != 1:
             raise MazeError(f"maze {self.name}: the lines of the grid must have equal length")
-        if unknown := set("".join(rows)) - set("#OG"):
-            raise MazeError(f"maze {self.name}: unknown characters {sorted(unknown)}; use # for walls, O or G for free")
+        if unknown := set("".join(rows)) - {*"#OG", ENTRANCE, EXIT}:
+            raise MazeError(
+                f"maze {self.name}: unknown characters {sorted(unknown)}; use # for walls, O or G for free, I and E for teleporters"
+            )
         border = rows[0] + rows[-1] + "".join(row[0] + row[-1] for row in rows)
         if set(border) != {"#"}:
             raise MazeError(f"maze {self.name}: the outermost cells must all be walls (#)")
-        if not self.free.any():
+        if not (self.free & ~self.entrances).any():
             raise MazeError(f"maze {self.name}: no cell is free (O)")
+        if self.entrances.any() != bool(len(self.exits)):
+            raise MazeError(f"maze {self.name}: a teleporter needs an entrance (I) and an exit (E); add the other")
 
     @classmethod
     def load(cls, name: str | Path) -> Maze:
@@ -90,6 +102,27 @@ class Maze:
         """[rows, columns]; True where the ball may be."""
         return np.array([[cell != "#" for cell in row] for row in self.rows])
 
+    @cached_property
+    def entrances(self) -> NDArray[np.bool_]:
+        """[rows, columns]; True for entrances of teleporters."""
+        return np.array([[cell == ENTRANCE for cell in row] for row in self.rows])
+
+    @cached_property
+    def exits(self) -> Float:
+        """Centres [n, 2] of the exits of teleporters."""
+        return np.argwhere([[cell == EXIT for cell in row] for row in self.rows]) - CENTRE
+
+    def in_entrance(self, xy: Float) -> NDArray[np.bool_]:
+        """Whether each position [..., 2] is in an entrance of a teleporter."""
+        row, column = np.moveaxis(np.clip(np.floor(xy + 0.7).astype(int), 0, np.array(self.free.shape) - 1), -1, 0)
+        return np.asarray(self.entrances[row, column])
+
+    def teleport(self, state: Float, rng: np.random.Generator) -> Float:
+        """Return a state [4]; of a ball in an entrance that of a ball at rest in an exit, which is all that draws from `rng`."""
+        if not len(self.exits) or not self.in_entrance(state[:2]):
+            return state
+        return np.append(self.exits[rng.integers(len(self.exits))], (0.0, 0.0))
+
     @property
     def extent(self) -> tuple[float, float, float, float]:
         """x_min, x_max, y_min, y_max of the whole grid, walls included, in the ball's coordinates."""
@@ -107,11 +140,11 @@ class Maze:
         return clear
 
     def sample_xy(self, rng: np.random.Generator) -> Float:
-        """Draw a position [2] uniformly from the free region, START_MARGIN away from the walls."""
+        """Draw a position [2] uniformly from the free region outside entrances, START_MARGIN away from the walls."""
         x_min, x_max, y_min, y_max = self.extent
         while True:
             xy = rng.uniform((x_min, y_min), (x_max, y_max))
-            if self.is_clear(xy, START_MARGIN):
+            if self.is_clear(xy, START_MARGIN) and not self.in_entrance(xy):
                 return xy
 
     @property
@@ -124,15 +157,20 @@ class Maze:
         return states[..., :2]
 
     def is_free(self, states: Float) -> NDArray[np.bool_]:
-        """Return whether states [..., 4] are outside the walls."""
-        return self.is_clear(states[..., :2], 0.0)
+        """Return whether states [..., 4] are outside the walls and entrances, where a ball never is after an env step."""
+        return self.is_clear(states[..., :2], 0.0) & ~self.in_entrance(states[..., :2])
 
     def distance(self, start: Float, ends: Float) -> Float:
         """Compute `geodesic` of states [4] and [n, 4]."""
         return self.geodesic(start[:2], ends[:, :2])
 
+    def path_length(self, path: Float) -> float:
+        """Measure a path [n, 2] of successive positions; a jump, which ends exactly in an exit's centre, has no length."""
+        jumps = (path[1:, None] == self.exits).all(-1).any(-1)
+        return float(np.linalg.norm(np.diff(path, axis=0), axis=1)[~jumps].sum())
+
     @cached_property
-    def _lattice(self) -> tuple[KDTree, csr_array]:
+    def _lattice(self) -> tuple[Float, csr_array]:
         """Free lattice points [n, 2], and the symmetric graph of straight moves between them (16 directions, at most 2.7 % too long)."""
         x_min, x_max, y_min, y_max = self.extent
         xs, ys = np.arange(x_min, x_max, LATTICE_STEP), np.arange(y_min, y_max, LATTICE_STEP)
@@ -149,46 +187,80 @@ class Maze:
         lengths, sources, targets = (np.concatenate(parts) for parts in zip(*edges, strict=True))
         size = int(free.sum())
         graph = coo_array((lengths, (sources, targets)), shape=(size, size)).tocsr()
-        return KDTree(points[free]), (graph + graph.T).tocsr()
+        return points[free], (graph + graph.T).tocsr()
+
+    @cached_property
+    def _outside(self) -> tuple[KDTree, NDArray[np.int64]]:
+        """Lattice points outside entrances, and their numbers."""
+        numbers = np.flatnonzero(~self.in_entrance(self._lattice[0]))
+        return KDTree(self._lattice[0][numbers]), numbers
+
+    def _nearest(self, xy: Float) -> NDArray[np.int64]:
+        """Return the numbers [n] of the lattice points next to positions [n, 2]."""
+        tree, numbers = self._outside
+        return np.asarray(numbers[tree.query(xy)[1]])
+
+    @cached_property
+    def _routes(self) -> list[csr_array]:
+        """Graphs of the lattice: around the teleporters; also, where there are any, through them, from an entrance to each exit."""
+        graph = self._lattice[1]
+        if not len(self.exits):
+            return [graph]
+        entered = self.in_entrance(self._lattice[0])
+        around = (diags_array((~entered).astype(float)) @ graph).tocsr()
+        around.eliminate_zeros()
+        sources, targets = np.meshgrid(np.flatnonzero(entered), self._nearest(self.exits))
+        jumps = coo_array((np.full(sources.size, JUMP), (sources.ravel(), targets.ravel())), shape=graph.shape)
+        return [around, (around + jumps.tocsr()).tocsr()]
 
     def geodesic(self, start: Float, ends: Float) -> Float:
-        """Compute shortest path lengths of the ball's centre from start [2] to ends [n, 2], in maze units; inf if unreachable."""
-        points, graph = self._lattice
-        nearest = points.query(np.concatenate([start[None], ends]))[1]
-        length: Float = dijkstra(graph, indices=nearest[0])[nearest[1:]]
+        """Compute shortest path lengths of the ball's centre from start [2] to ends [n, 2], in maze units; inf if unreachable.
+
+        A path may use teleporters, always with the luckiest exit, and a jump has no length: no recorded path is shorter.
+        """
+        length: Float = dijkstra(self._routes[-1], indices=self._nearest(start[None])[0])[self._nearest(ends)]
         straight = np.linalg.norm(ends - start, axis=-1)
+        if not len(self.exits):
+            length = np.maximum(length, straight)
         # Within a few lattice steps the lattice's own error dominates, and the path is straight.
-        result: Float = np.where(straight < 2 * LATTICE_STEP, straight, np.maximum(length, straight))
+        result: Float = np.where(straight < 2 * LATTICE_STEP, straight, length)
         return result
 
     def toward(self, start: Float, end: Float, ahead: float) -> Float:
         """Return the point [2] that is `ahead` along the shortest path from start [2] to end [2]; `end` where that is nearer.
 
+        The path leads through a teleporter only where no other one exists. Where a teleporter has led to a room without a path to the end,
+        it is `start`.
+
         Raises:
-            MazeError: no path leads to the end.
+            MazeError: no path leads to the end in a maze without teleporters.
         """
         if np.linalg.norm(end - start) <= ahead:
             return end
-        points, _ = self._lattice
-        here, there = points.query(np.stack([start, end]))[1]
-        next_points = self._next_points(int(there))
-        length, point = 0.0, int(here)
-        while length < ahead and point != there:
-            if (following := int(next_points[point])) < 0:
-                raise MazeError(f"maze {self.name}: no path leads from {start.round(2)} to {end.round(2)}")
-            length += float(np.linalg.norm(points.data[following] - points.data[point]))
+        points = self._lattice[0]
+        here, there = self._nearest(np.stack([start, end])).tolist()
+        found = (self._next_points(there, route) for route in range(len(self._routes)))
+        if (next_points := next((known for known in found if here == there or known[here] >= 0), None)) is None:
+            if len(self.exits):
+                return start
+            raise MazeError(f"maze {self.name}: no path leads from {start.round(2)} to {end.round(2)}")
+        length, point = 0.0, here
+        while length < ahead and point != there and not self.in_entrance(points[point]):
+            following = int(next_points[point])
+            length += float(np.linalg.norm(points[following] - points[point]))
             point = following
-        return end if point == there else np.asarray(points.data[point])
+        return end if point == there else np.asarray(points[point])
 
-    def _next_points(self, end: int) -> NDArray[np.int32]:
+    def _next_points(self, end: int, route: int) -> NDArray[np.int32]:
         """Return for each lattice point the next one on its shortest path to the lattice point `end`; negative for none."""
-        if end not in self._paths:
-            _, previous = dijkstra(self._lattice[1], indices=end, return_predecessors=True)
-            self._paths[end] = previous
-        return self._paths[end]
+        if (end, route) not in self._paths:
+            graph = self._routes[route]
+            backwards = graph.T.tocsr() if len(self.exits) else graph
+            self._paths[end, route] = dijkstra(backwards, indices=end, return_predecessors=True)[1]
+        return self._paths[end, route]
 
     @cached_property
-    def _paths(self) -> dict[int, NDArray[np.int32]]:
+    def _paths(self) -> dict[tuple[int, int], NDArray[np.int32]]:
         return {}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmcache.envs.base import ENVIRONMENTS, Observation, Steps, Task
-from wmcache.envs.pointmaze.environment import PointMaze
+from wmcache.envs.pointmaze.environment import PointMaze, generator_of
 
 NAME = "NoisyUMaze"
 SIGMA = 0.3
@@ -34,7 +34,7 @@ class NoisyPointMaze(PointMaze):
     def reset(self, tasks: Sequence[Task]) -> Observation:
         """See `PointMaze`."""
         seen = super().reset(tasks)
-        self._noise = [np.random.default_rng(np.frombuffer(state.tobytes(), np.uint32)) for state in self._states]
+        self._noise = [generator_of(state) for state in self._states]
         return seen
 
     def step(self, actions: NDArray[np.floating]) -> Steps:

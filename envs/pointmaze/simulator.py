@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from wmcache.envs.distract.looks import Look
 from wmcache.envs.distract.scene import Scene
 from wmcache.envs.mujoco_gl import mujoco, open_renderer
-from wmcache.envs.pointmaze.maze import BALL_RADIUS, Maze
+from wmcache.envs.pointmaze.maze import BALL_RADIUS, CENTRE, Maze
 from wmcache.envs.pointmaze.wander import wander
 
 PHYSICS_STEPS = 5
@@ -27,6 +27,8 @@ Frame = NDArray[np.uint8]
 
 _MARKER_RADIUS = 0.2
 _FIELD_OF_VIEW = 45.0
+_ENTRANCE, _EXIT = "0.6 0.2 0.6 1", "0.8 0.7 0.2 1"
+"""Colours of cells of teleporters: purple and yellow."""
 _OFFSET = 1.2
 """D4RL's ball starts at world (1.2, 1.2), the origin of the ball's coordinates."""
 
@@ -35,6 +37,11 @@ def _mjcf(maze: Maze, image_size: int) -> str:
     walls = "\n".join(
         f'<geom type="box" pos="{row + 1} {column + 1} 0" size="0.5 0.5 0.2" rgba="0.55 0.35 0.25 1"/>'
         for row, column in zip(*np.nonzero(~maze.free), strict=True)
+    )
+    walls += "".join(
+        f'\n<geom type="box" pos="{x + _OFFSET} {y + _OFFSET} -0.1" size="0.5 0.5 0.01" contype="0" conaffinity="0" rgba="{colour}"/>'
+        for colour, centres in ((_ENTRANCE, np.argwhere(maze.entrances) - CENTRE), (_EXIT, maze.exits))
+        for x, y in centres
     )
     x_min, x_max, y_min, y_max = (bound + _OFFSET for bound in maze.extent)
     half = max(x_max - x_min, y_max - y_min) / 2

@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from wmcache.envs.pointmaze.maze import Maze
+from wmcache.envs.pointmaze.maze import CENTRE, Maze
 
 SPEED = (0.05, 0.15)
 """Cells that it rolls in an env step; random actions move the other ball about as fast."""
-CENTRE = 0.2
-"""A cell's row and column less its centre's coordinates."""
 
 
 def wander(maze: Maze, rng: np.random.Generator, step: int) -> NDArray[np.float64]:

@@ -136,7 +136,8 @@ def test_the_geometry_knows_free_states(env: Environment) -> None:
     states = np.stack([env.sample_task(rng).start for _ in range(20)])
     assert geometry.is_free(states).all()
     lengths = geometry.distance(states[0], states)
-    assert (lengths >= env.distance(states, states[0]) - 1e-9).all()
+    if not env.spec.id.startswith("wmcache/PointMaze-Teleport"):  # a teleporter is shorter than the straight line
+        assert (lengths >= env.distance(states, states[0]) - 1e-9).all()
     x_min, x_max, y_min, y_max = geometry.extent
     assert geometry.walls.shape == (round(x_max - x_min), round(y_max - y_min))
     assert ((geometry.position(states) > (x_min, y_min)) & (geometry.position(states) < (x_max, y_max))).all()

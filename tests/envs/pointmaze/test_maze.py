@@ -18,6 +18,8 @@ from wmcache.envs import Maze, MazeError, env_id, find_maze, maze_names, sample_
         ("###", "#X#", "###"),
         ("#O#", "#O#", "###"),
         ("###", "###", "###"),
+        ("####", "#OI#", "####"),
+        ("####", "#OE#", "####"),
     ],
 )
 def test_an_unusable_grid_is_refused(rows: tuple[str, ...]) -> None:
@@ -70,7 +72,7 @@ def test_geodesic_goes_around_the_inner_wall(
 
 
 @settings(max_examples=15)
-@given(name=st.sampled_from(maze_names()), seed=st.integers(0, 2**32 - 1))
+@given(name=st.sampled_from([name for name in maze_names() if name != "Teleport"]), seed=st.integers(0, 2**32 - 1))
 def test_geodesic_is_a_distance(name: str, seed: int) -> None:
     maze, rng = Maze.load(name), np.random.default_rng(seed)
     a, b = maze.sample_xy(rng), maze.sample_xy(rng)
