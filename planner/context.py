@@ -29,6 +29,7 @@ from wmcache.planner.decode import load_encoder
 from wmcache.planner.goals import start_and_goal
 from wmcache.planner.graph import LatentGraph
 from wmcache.planner.options import (
+    DRAWN,
     SOURCES,
     PlanOptions,
     Precision,
@@ -285,7 +286,7 @@ class EvalContext:
         unused |= set() if options.min_distance else {"min_distance"}
         unused |= set() if options.keep_tokens < 1 else {"keep_tokens"}
         unused |= {"goals", "threshold", "strict", "distance", "alpha", "mask", "subgoals"} if self.by_return else set()
-        if options.goals not in SOURCES:
+        if options.goals not in DRAWN:
             unused |= {"goal_steps", "strict"}
         return {name: value for name, value in used.items() if name not in unused}
 

@@ -20,10 +20,17 @@ from wmcache.common.paths import absolute, as_path
 from wmcache.envs import Steps, Task
 from wmcache.planner.context import EvalContext
 from wmcache.planner.episodes import Episodes
-from wmcache.planner.goals import Separation, start_and_goal
-from wmcache.planner.judge import count_at_goal, judge, judge_return, reported_thresholds, shortest_path_lengths
+from wmcache.planner.goals import Separation, start_and_goal, task_names
+from wmcache.planner.judge import (
+    count_at_goal,
+    judge,
+    judge_by_task,
+    judge_return,
+    reported_thresholds,
+    shortest_path_lengths,
+)
 from wmcache.planner.live import act, all_ended, shown, shown_goals
-from wmcache.planner.options import SOURCES, PlanOptions, absolute_file, is_policy_folder
+from wmcache.planner.options import SOURCES, TASKS, PlanOptions, absolute_file, is_policy_folder
 from wmcache.planner.policies import PLAN_POLICIES, make_policy
 from wmcache.planner.reach import FrameTask, frame_tasks
 from wmcache.planner.world import states_of, world_name
@@ -247,8 +254,16 @@ def _judge_goals(
     thresholds = reported_thresholds(context.success.thresholds, options.threshold)
     shortest = None if geometry is None else shortest_path_lengths(episodes, geometry)
 
+    numbers = range(options.seed, options.seed + options.episodes)
+    names = task_names(context.env) if options.goals == TASKS else []
+    tasks = [names[number % len(names)] for number in numbers] if names else []
+
     def judge_all(done: Episodes) -> list[dict[str, Any]]:
-        return [judge(done, threshold, geometry, shortest) for threshold in thresholds]
+        judged = [judge(done, threshold, geometry, shortest) for threshold in thresholds]
+        if tasks:
+            for row in judged:
+                row["by_task"] = judge_by_task(done, row["threshold"], tasks)
+        return judged
 
     by_threshold = judge_all(episodes)
     headline = by_threshold[thresholds.index(options.threshold)]

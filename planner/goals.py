@@ -16,7 +16,7 @@ from wmcache.cache.windows import window_starts
 from wmcache.common.errors import UserError, reason
 from wmcache.envs import Environment, Task
 from wmcache.planner.judge import reported_thresholds
-from wmcache.planner.options import SOURCES, PlanOptions
+from wmcache.planner.options import SOURCES, TASKS, PlanOptions
 from wmcache.planner.world import cached_states, state_size, states_of, world_name
 
 MAX_DRAWS = 2000
@@ -57,10 +57,8 @@ class Separation:
         straight = float(env.distance(start, goal))
         if straight < max(self.threshold, self.least):
             return False
-        if straight >= self.path:  # no path is shorter
-            return True
         if env.geometry is None:
-            return False
+            return straight >= self.path
         return float(env.geometry.distance(start, goal[None])[0]) >= self.path
 
 
@@ -78,15 +76,18 @@ def start_and_goal(
     Args:
         source: `random-state`: two tasks of the environment. `dataset`: frames of a held-out episode, `steps` env steps apart.
             `random-action`: a random state, and where Gaussian actions lead from it in `steps` env steps. Else a Parquet file with
-            columns `start` and `goal`, states; episode n takes row n. An evaluation's episodes.parquet is such a file.
+            columns `start` and `goal`, states; episode n takes row n. An evaluation's episodes.parquet is such a file. `tasks`: the
+            environment's fixed tasks; of k, episode n has the one of index n modulo k.
         steps: env steps from start to goal, for `dataset` and `random-action`.
-        separation: closer pairs are drawn again from the same generator. A file's pairs are taken as they are.
+        separation: closer pairs are drawn again from the same generator. Those of a file and of fixed tasks are taken as they are.
 
     Returns:
         float64 [E, S] each.
     """
     if source not in SOURCES:
         return _read_states(Path(source), numbers, env)
+    if source == TASKS:
+        return _fixed_states(numbers, env)
     draw = _draw_from(source, env, store, steps, split_seed)
     separation = separation or Separation()
     start, goal = np.stack([_draw_pair(draw, source, number, env, separation) for number in numbers], 1)
@@ -94,6 +95,23 @@ def start_and_goal(
         raise UserError(
             f"--goals {source}: frames of {store.path} are in walls of {env.geometry.name}; choose another --goals or --env"
         )
+    return start, goal
+
+
+def task_names(env: Environment) -> list[str]:
+    """List the environment's fixed tasks; raises UserError where there are none."""
+    if not (names := list(env.fixed_tasks())):
+        known = ", ".join(name for name in SOURCES if name != TASKS)
+        raise UserError(f"--goals {TASKS}: environment {env.spec.id} has no fixed tasks; choose {known} or a file")
+    return names
+
+
+def _fixed_states(numbers: Sequence[int], env: Environment) -> tuple[States, States]:
+    names, draws = task_names(env), env.fixed_tasks()
+    drawn = [draws[names[number % len(names)]](np.random.default_rng(99 * number + 1)) for number in numbers]
+    start, goal = (
+        np.array(states, np.float64) for states in zip(*((task.start, task.goal) for task in drawn), strict=True)
+    )
     return start, goal
 
 

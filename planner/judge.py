@@ -66,6 +66,22 @@ def _directness(
     return {"path_ratio": ratio, "spl": float(inverse.sum()) / len(reached)}
 
 
+def judge_by_task(episodes: Episodes, threshold: float, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Count successes as `judge` does, and `episodes`, by the name of each episode's task [E]."""
+    close, found = episodes.distances() < threshold, {}
+    for name in dict.fromkeys(tasks):
+        own = close[[task == name for task in tasks]]
+        count, successes, held = len(own), int(own.any(1).sum()), int(own[:, -1].sum())
+        found[name] = {
+            "episodes": count,
+            "successes": successes,
+            "ci95": wilson(successes, count),
+            "held": held,
+            "held_ci95": wilson(held, count),
+        }
+    return found
+
+
 def judge_return(episodes: Episodes) -> dict[str, Any]:
     """Judge episodes by the sum of their rewards, see `mean_of`."""
     return mean_of(episodes.rewards.sum(1))
@@ -103,7 +119,7 @@ def path_lengths(episodes: Episodes, threshold: float, geometry: Geometry) -> ND
     lengths = np.empty(len(episodes.start))
     for i, steps in enumerate(env_steps(episodes, threshold)):
         path = geometry.position(np.concatenate([episodes.start[i : i + 1], episodes.states[i, :steps]]))
-        lengths[i] = np.linalg.norm(np.diff(path, axis=0), axis=1).sum()
+        lengths[i] = geometry.path_length(path)
     return lengths
 
 

@@ -15,7 +15,10 @@ from wmcache.common.options import Natural, Positive, Weight, option
 from wmcache.common.options import check_options as validate_options
 from wmcache.planner.protocols import PROTOCOLS
 
-SOURCES = ("random-state", "dataset", "random-action")
+DRAWN = ("random-state", "dataset", "random-action")
+"""Sources of starts and goals that are drawn again where they are too close."""
+TASKS = "tasks"
+SOURCES = (*DRAWN, TASKS)
 """Of starts and goals, beside files."""
 BASELINES = ("random", "zero")
 """Of every evaluation that names no others."""
@@ -43,7 +46,10 @@ class PlanOptions:
         None,
         "Distance below which a goal is reached; the environment's are always reported.  [default: the environment's largest]",
     )
-    goals: str = option("random-state", "Starts and goals: random-state, dataset, random-action, or a Parquet file.")
+    goals: str = option(
+        "random-state",
+        "Starts and goals: random-state, dataset, random-action, tasks (the environment's fixed ones in turn), or a Parquet file.",
+    )
     goal_steps: Positive | None = option(
         None, "Env steps from start to goal (dataset, random-action).  [default: the horizon's]"
     )
@@ -125,7 +131,7 @@ def check_options(options: PlanOptions) -> None:
         raise UserError(
             f"--judge-columns {options.judge_columns} takes goals from frames; leave out --goals {options.goals}"
         )
-    if options.min_distance and options.goals not in SOURCES:
+    if options.min_distance and options.goals not in DRAWN:
         raise UserError(
             f"--min-distance {options.min_distance:g}: the pairs of --goals {options.goals} are taken as they are; leave one of them out"
         )
@@ -184,7 +190,7 @@ def recorded(options: PlanOptions) -> dict[str, Any]:
     for name in NEWER:
         if known[name] == usual[name]:
             del known[name]
-    if not options.strict or options.goals not in SOURCES:  # evaluations from before it existed keep their fingerprint
+    if not options.strict or options.goals not in DRAWN:  # evaluations from before it existed keep their fingerprint
         del known["strict"]
     return known
 
@@ -278,7 +284,7 @@ def refuse_other_results(out: Path, options: PlanOptions) -> None:
     kept = {**usual, **read_json(out / "results.json", "choose another --out").get("options", {})}
     kept["threshold"] = kept.get("threshold") or EARLIER_THRESHOLD
     wanted = {**usual, **recorded(options)}
-    if options.goals not in SOURCES:
+    if options.goals not in DRAWN:
         kept["strict"] = False
     different = [f"{name} {kept.get(name)} != {wanted[name]}" for name in wanted if kept.get(name) != wanted[name]]
     if different:

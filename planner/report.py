@@ -42,7 +42,7 @@ from wmcache.planner.context import EvalContext
 from wmcache.planner.episodes import Episodes
 from wmcache.planner.graph import LatentGraph
 from wmcache.planner.judge import env_steps, wilson
-from wmcache.planner.options import SOURCES, PlanOptions
+from wmcache.planner.options import DRAWN, TASKS, PlanOptions
 from wmcache.planner.videos import SIDE, write_videos
 from wmcache.planner.world import draw_states, open_world
 from wmcache.trainer.models import Localizes
@@ -99,7 +99,8 @@ def write_report(
         if context.by_return
         else [dict(zip(actors, rows, strict=True)) for rows in zip(*actors.values(), strict=True)],
         actors=actors,
-        pairs=("strict" if options["strict"] else "any") if options["goals"] in SOURCES else "file",
+        pairs=_pairs_of(options),
+        by_task=tasks_of(results),
         pictures=pictures,
         videos=[(caption, path.read_bytes()) for caption, path in videos],
         encoder=context.encoder.spec.name,
@@ -114,11 +115,30 @@ def write_report(
     return results
 
 
+def _pairs_of(options: dict[str, Any]) -> str:
+    """Name how starts and goals were chosen."""
+    if options["goals"] in DRAWN:
+        return "strict" if options["strict"] else "any"
+    return TASKS if options["goals"] == TASKS else "file"
+
+
 def actors_of(results: dict[str, Any]) -> dict[str, Any]:
     """Return the judgements of the policy, first, and of the baselines, by name: a list by threshold, or a return's."""
     policy = results["policy"]
     own = results["return"] if "return" in results else results["by_threshold"]
     return {"planner" if policy == "mpc" else policy: own, **results["baselines"]}
+
+
+def tasks_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the judgements at the threshold of an evaluation by fixed task and who acts; {} where goals are others."""
+    found: dict[str, dict[str, Any]] = {}
+    if "return" in results:
+        return found
+    for actor, rows in actors_of(results).items():
+        (row,) = (row for row in rows if row["threshold"] == results["threshold"])
+        for task, judged in row.get("by_task", {}).items():
+            found.setdefault(task, {})[actor] = judged
+    return found
 
 
 def write_page(path: Path, package: str, template: str, **values: Any) -> None:

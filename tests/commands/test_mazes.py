@@ -37,9 +37,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_model_of_several_mazes_plans_in_another_one(home: Path) -> None:
-    succeed(f"wmplan --run {{home}}/run --env Maze7x7-3 --out {{home}}/plan {PLAN} --baselines expert", home)
+    plan = f"wmplan --run {{home}}/run --env Maze7x7-3 --out {{home}}/plan {PLAN} --goals tasks --baselines expert"
+    printed = succeed(plan, home).stdout
     results = json.loads((home / "plan" / "results.json").read_text())
     assert (results["maze"], results["episodes"]) == ("Maze7x7-3", 2)
+    tasks = list(open_environment("Maze7x7-3").fixed_tasks())[:2]
+    page = (home / "plan" / "report.html").read_text()
+    for name in tasks:
+        assert f"task {name}: planner " in printed
+        assert name in page
+    for row in [*results["by_threshold"], *results["baselines"]["expert"]]:
+        judged = row["by_task"]
+        assert list(judged) == tasks
+        for part in ("successes", "held"):
+            assert sum(found[part] for found in judged.values()) == row[part]
+        assert [found["episodes"] for found in judged.values()] == [1, 1]
 
 
 def test_an_encoder_that_is_fitted_on_several_datasets_records_all_of_them(home: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from wmcache.cache.windows import split_episodes
 from wmcache.common.errors import UserError
 from wmcache.envs import Maze, PointMazeSimulator, longest_move, open_environment, sample_state
 from wmcache.planner.goals import Separation, start_and_goal
-from wmcache.planner.options import SOURCES, PlanOptions, check_options
+from wmcache.planner.options import DRAWN, SOURCES, PlanOptions, check_options
 
 MakeStore = Callable[..., TokenStore]
 UMAZE = Maze.load("UMaze")
@@ -25,7 +25,7 @@ SEPARATION = Separation(0.5, longest_move(5))
 IN, IN_TOO, WALL = [1.0, 1.0, 0.0, 0.0], [1.0, 3.0, 0.5, -0.5], [2.0, 1.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", DRAWN)
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_episode_is_a_function_of_its_number(store: TokenStore, source: str, strict: bool) -> None:
     # The one held-out episode does not go far.
@@ -85,6 +85,23 @@ def test_random_actions_lead_from_the_start_to_the_goal(store: TokenStore) -> No
         for action in rng.normal(size=(25, 2)):
             state = simulator.step(state, action)
         np.testing.assert_array_equal(goal[number], state)
+
+
+class TestTasks:
+    def test_episodes_take_the_environments_tasks_in_turn(self, store: TokenStore) -> None:
+        start, goal = start_and_goal("tasks", range(12), WORLD, store, 10, separation=SEPARATION)
+        draws = list(WORLD.fixed_tasks().values())
+        for number in range(12):
+            task = draws[number % 5](np.random.default_rng(99 * number + 1))
+            np.testing.assert_array_equal((start[number], goal[number]), (task.start, task.goal))
+        others = start_and_goal("tasks", [7, 3], WORLD, store, 10)
+        np.testing.assert_array_equal(others, (start[[7, 3]], goal[[7, 3]]))
+
+    def test_an_environment_without_them_and_a_distance_are_refused(self, store: TokenStore) -> None:
+        with pytest.raises(UserError, match=r"--goals tasks.*InvertedPendulum"):
+            start_and_goal("tasks", [0], open_environment("gym:InvertedPendulum-v5"), store, 10)
+        with pytest.raises(UserError, match=r"--min-distance.*--goals"):
+            check_options(PlanOptions(goals="tasks", min_distance=1.5))
 
 
 class TestSeparation:
