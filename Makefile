@@ -11,7 +11,7 @@ PLAN := $(DEMO)/runs/pointmaze-umaze-tcn-64/plan-all-x1-50x100
 # Keep compiled modules: without them each of the hundreds of processes that the tests start takes seven seconds instead of three.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup test test-long lint demo study systems ladder unseen world-models rwm mazes pictures clean
+.PHONY: setup test test-long lint demo study systems ladder unseen transfer world-models rwm mazes pictures clean
 
 setup: $(VENV)/.linked
 	@$(BIN)/python -m wmcache.envs.check >/dev/null 2>&1 && $(BIN)/python -c 'import cv2' 2>/dev/null || scripts/install-gl.sh $(BIN)/python
@@ -91,6 +91,12 @@ unseen: setup
 	wmtrain $(SEEN:%=--cache $(STORES)/%.zarr) $(SMALL) --steps 2400 --out $(DEMO)/runs/unseen
 	for seed in 100 101 102 103 104; do wmplan --run $(DEMO)/runs/unseen --env Maze7x7-$$seed --protocol mpc-100 --min-distance 1.5 \
 	  --episodes 20 --baselines random,zero,untrained,expert || exit 1; done
+
+# The U-maze's encoders and world model, frozen, in other tasks, layouts and colours.
+transfer: export WMCACHE_HOME := $(DEMO)
+transfer: export PATH := $(CURDIR)/$(BIN):$(PATH)
+transfer: setup
+	wmcache study study/transfer.toml
 
 # World Models' two tasks (docs/world-models.md): an hour for take cover, two for CarRacing.
 world-models: export WMCACHE_HOME := $(DEMO)

@@ -22,6 +22,7 @@ from wmcache.common.files import atomic_write
 from wmcache.planner.report import COLOURS, RC, describe_making, write_page
 from wmcache.study.branches import Branch
 from wmcache.study.cells import Workspace
+from wmcache.study.evaluations import by_evaluation
 from wmcache.study.models import UNTRAINED, Evaluation
 from wmcache.study.options import StudyOptions
 from wmcache.study.statistics import LEVEL, Row, compare, episodes_needed, pooled, rank, separated, smallest_p
@@ -231,7 +232,8 @@ def headline(options: StudyOptions, rows: Sequence[Row]) -> str:
     )
     lines = [layout.format(*first, main[:10], "95 %", "held", "95 %", *(plan.name for plan in others), *last)]
     table = summarise(options, rows)
-    for line in with_baselines(options, rows, table):
+    everyone = with_baselines(options, rows, table)
+    for line in everyone:
         size = "-" if line.get("tokens") is None else f"{line['tokens']:.0f}x{line['token_dim']:.0f}"
         counts = (line["success"][main], line["held"][main])
         if counts[0] is None and line["failed"]:
@@ -245,7 +247,8 @@ def headline(options: StudyOptions, rows: Sequence[Row]) -> str:
         untrained = (line.get("untrained") or {}).get("success", {})
         cells += [_of(untrained.get(main))] if models else [_number(value, 2) for value in figures]
         lines.append(layout.format(*cells))
-    return "\n".join(lines + (_costs(options, table) if models else []))
+    lines += _costs(options, table) if models else []
+    return "\n".join(lines + (by_evaluation(options, everyone) if len(options.plan) > 1 + len(others) else []))
 
 
 def _costs(options: StudyOptions, table: Sequence[Row]) -> list[str]:

@@ -9,7 +9,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from wmcache.envs import open_environment
 from wmcache.pipeline.collect import collect
+from wmcache.study.options import read_study
 
 from .conftest import run
 
@@ -73,3 +75,54 @@ def test_an_environment_without_a_goal_is_refused_before_any_work(tmp_path: Path
     assert "gym:Pendulum-v1" in line
     assert "judge_columns" in line
     assert not (tmp_path / "out/cells").exists()
+
+
+WORLDS = """
+name = "seen"
+
+[[plan]]
+name = "tasks"
+protocol = "mpc-100"
+goals = "tasks"
+{small}
+
+[[plan]]
+name = "turned"
+protocol = "mpc-100"
+env = "Maze5x5-0"
+{small}
+
+[[plan]]
+name = "coloured"
+protocol = "mpc-100"
+env = "UMaze+colors@0"
+{small}
+"""
+SMALL = "episodes = 2\nbudget = 4\nhorizon = 2\nsamples = 8\nelites = 2\niterations = 1"
+
+
+def test_a_frozen_model_plans_in_other_worlds_with_a_row_for_each(tmp_path: Path) -> None:
+    result = run(write(tmp_path, "UMaze", WORLDS.format(small=SMALL)), tmp_path / "out")
+    table = result.stdout.partition("reached, held")[2].splitlines()
+    assert max(map(len, result.stdout.splitlines()[:-1])) <= 120
+    assert "pixels" in table[0]
+    for line, name in zip(table[1:5], ("seen", "tasks", "turned", "coloured"), strict=True):
+        assert line.split()[0] == name
+        assert line.count(" of 2") == 3  # pixels, random, zero
+    page = (tmp_path / "out/study.html").read_text().partition("<th>evaluation</th>")[2].partition("</table>")[0]
+    for word in ("of the frames", "Maze5x5-0", "UMaze+colors@0", "tasks"):
+        assert word in page
+    cells = [json.loads(file.read_text()) for file in (tmp_path / "out/cells").glob("*.json")]
+    assert [cell["stage"] for cell in cells].count("train") == 1
+    assert [cell["stage"] for cell in cells].count("plan") == 4
+
+
+def test_the_study_of_transfer_plans_in_worlds_that_exist() -> None:
+    options = read_study(Path(__file__).parents[2] / "study/transfer.toml")
+    assert options.collect is not None
+    seen = open_environment(options.collect.env)
+    names = [plan.options.env for plan in options.plan]
+    assert names[0] is None
+    worlds = [seen if name is None else open_environment(name) for name in names]
+    assert len({env.spec.world for env in worlds}) == len(names) - 1  # the fixed tasks are the seen world's
+    assert {env.spec.action.shape for env in worlds} == {(2,)}
