@@ -50,7 +50,7 @@ class PointMaze(Environment):
         )
         self._simulator = PointMazeSimulator(self.maze, image_size)
         self._states: States = np.zeros((count, 4))
-        self._jumps: list[np.random.Generator] = []
+        self._jumps = [generator_of(state) for state in self._states]
 
     @classmethod
     def accepts(cls, name: str, layout: Sequence[str] = ()) -> bool:
