@@ -93,8 +93,8 @@ def _reached(results: dict[str, Any], actors: dict[str, Any]) -> Iterator[str]:
             path = "-" if row["path_ratio"] is None else f"{row['path_ratio']:.2f}"
             line = f"{row['threshold']:>6} {name:9} {reached:>12} {interval:>15} {held:>15} {held_interval:>15}"
             yield f"{line} {row['mean_env_steps']:>9.1f} {path:>5}"
-    for task, judged in tasks_of(results).items():
-        counts = (f"{name} {row['successes']} of {row['episodes']}" for name, row in judged.items())
+    for task, by_actor in tasks_of(results).items():
+        counts = (f"{name} {row['successes']} of {row['episodes']}" for name, row in by_actor.items())
         yield f"task {task}: {', '.join(counts)}"
     began = ", ".join(f"{count} within {threshold}" for threshold, count in results["began_at_goal"].items())
     yield f"began at the goal: {began}, of {results['episodes']} episodes"

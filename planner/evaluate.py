@@ -255,8 +255,8 @@ def _judge_goals(
     shortest = None if geometry is None else shortest_path_lengths(episodes, geometry)
 
     numbers = range(options.seed, options.seed + options.episodes)
-    names = task_names(context.env) if options.goals == TASKS else []
-    tasks = [names[number % len(names)] for number in numbers] if names else []
+    known = task_names(context.env) if options.goals == TASKS else []
+    tasks = [known[number % len(known)] for number in numbers] if known else []
 
     def judge_all(done: Episodes) -> list[dict[str, Any]]:
         judged = [judge(done, threshold, geometry, shortest) for threshold in thresholds]

@@ -37,7 +37,7 @@ class Cells:
     @cached_property
     def centres(self) -> NDArray[np.float64]:
         """Position of each cell's centre, [n, 2]."""
-        return self.places - CENTRE
+        return self.places.astype(np.float64) - CENTRE
 
     @cached_property
     def _numbers(self) -> NDArray[np.int64]:

@@ -110,7 +110,7 @@ class Maze:
     @cached_property
     def exits(self) -> Float:
         """Centres [n, 2] of the exits of teleporters."""
-        return np.argwhere([[cell == EXIT for cell in row] for row in self.rows]) - CENTRE
+        return np.argwhere([[cell == EXIT for cell in row] for row in self.rows]).astype(np.float64) - CENTRE
 
     def in_entrance(self, xy: Float) -> NDArray[np.bool_]:
         """Whether each position [..., 2] is in an entrance of a teleporter."""
