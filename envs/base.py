@@ -188,6 +188,10 @@ class Environment(Protocol):
         """Return the tasks that evaluations share, by name, each drawn with its noise; {} where there are none."""
         return {}
 
+    def sample_goal(self, rng: np.random.Generator, start: States) -> Start | None:  # noqa: ARG002 (for worlds that differ)
+        """Draw a goal for an episode that is at a state; by default that of another task."""
+        return self.sample_task(rng).goal
+
     def reset(self, tasks: Sequence[Task]) -> Observation:
         """Start `count` episodes."""
 
@@ -211,7 +215,10 @@ class Environment(Protocol):
         raise UserError(f"environment {self.spec.id} has no MuJoCo scene, so it does not draw looks")
 
     def distance(self, states: States, goal: States) -> States:
-        """Compute the distance of states [..., S] to a goal [..., S], as the judge compares it with `spec.thresholds`."""
+        """Compute the distance of states [..., S] to a goal [..., S], as the judge compares it with `spec.thresholds`.
+
+        It is inf where the goal belongs to another world, such as one with other walls.
+        """
 
     def longest_move(self, env_steps: int) -> float:  # noqa: ARG002 (for worlds with a geometry)
         """Return the longest path, in units of `geometry`, that some env steps can cover; 0 where it is not known."""

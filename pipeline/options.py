@@ -16,7 +16,7 @@ class CollectOptions:
 
     env: str = option(
         "wmcache/PointMaze-UMaze-v0",
-        "Environment: UMaze, a .txt grid, PushT, gym:CartPole-v1, package:MyEnv-v0, dmc:reacher-easy, metaworld:drawer-open-v3.",
+        "Environment: UMaze, a .txt grid, PushT, Wall, gym:CartPole-v1, package:MyEnv-v0, dmc:reacher-easy, metaworld:drawer-open-v3.",
     )
     episodes: Positive = option(2000, "Episodes to collect; DINO-WM has 2000.")
     length: Positive = option(100, "Frames in each episode; fewer where the environment ends it.")

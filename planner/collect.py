@@ -243,10 +243,15 @@ def _draw_goal(
     apart = Separation.of(plan, env, context.frameskip, env.spec.thresholds)
     states = cached_states(env.spec, context.store) if plan.goals == "dataset" else None
     for _ in range(MOST_DRAWS):
-        goal = env.sample_task(rng).goal if states is None else states[rng.integers(len(states))]
+        goal = env.sample_goal(rng, start) if states is None else states[rng.integers(len(states))]
         if apart.allows(env, start, np.asarray(goal, np.float64)):
             break
-    return Task(start, same_view(env.spec, np.asarray(goal, np.float64), start))
+    goal = same_view(env.spec, np.asarray(goal, np.float64), start)
+    if not np.isfinite(env.distance(start, goal)):
+        raise UserError(
+            f"--goals {plan.goals}: none of {MOST_DRAWS} frames is of the same world; use --goals random-state"
+        )
+    return Task(start, goal)
 
 
 def _moves(

@@ -55,7 +55,7 @@ class Separation:
     def allows(self, env: Environment, start: States, goal: States) -> bool:
         """Return whether states [S] are that far apart."""
         straight = float(env.distance(start, goal))
-        if straight < max(self.threshold, self.least):
+        if not max(self.threshold, self.least) <= straight < np.inf:
             return False
         if env.geometry is None:
             return straight >= self.path
@@ -177,6 +177,11 @@ def _read_states(file: Path, numbers: Sequence[int], env: Environment) -> tuple[
     if max(numbers) >= len(table):
         raise UserError(f"--goals {file} has {len(table)} rows, none for episode {max(numbers)}; lower --episodes")
     start, goal = (states[list(numbers)] for states in both)
+    if (elsewhere := ~np.isfinite(env.distance(start, goal))).any():
+        row = numbers[int(elsewhere.argmax())]
+        raise UserError(
+            f"--goals {file}: the goal of row {row} is in another world than its start; write pairs of {env.spec.id}"
+        )
     space = env.geometry
     if space and (walled := ~(space.is_free(start) & space.is_free(goal))).any():
         row = numbers[int(walled.argmax())]

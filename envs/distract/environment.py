@@ -60,6 +60,13 @@ class Distracted(Environment):
         """Return the environment's; start and goal look the same."""
         return {name: partial(self._draw_viewed, draw) for name, draw in self._inner.fixed_tasks().items()}
 
+    def sample_goal(self, rng: np.random.Generator, start: States) -> Start | None:
+        """Draw a goal of the environment, which looks as the start does."""
+        plain, view = self._split(start)
+        assert isinstance(plain, np.ndarray)
+        goal = self._inner.sample_goal(rng, plain)
+        return None if goal is None else self._join(goal, view)
+
     def reset(self, tasks: Sequence[Task]) -> Observation:
         """Start at states with a view, or at any start of the environment's own."""
         starts, views = zip(*(self._split(task.start) for task in tasks), strict=True)

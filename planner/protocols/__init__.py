@@ -17,11 +17,18 @@ DINO_WM_SEARCH: dict[str, Any] = {"solver": "cem", "samples": 300, "elites": 30,
 
 # DINO-WM (conf/plan_point_maze.yaml, plan.py): each replan starts from one frame and executes its whole plan. The reference replans until
 # all episodes succeed; here the budget is fixed. Starts and goals are any two random states: 15 % of them in the U-maze begin within 0.5.
-PROTOCOLS.register("dino-wm")(
+DINO_WM: dict[str, Any] = (
     {"horizon": 5, "execute": 5, "objective": "last", "distance": "latent", "context": 3, "observed": 1}
     | {"budget": 100, "episodes": 50, "strict": False}
     | {**DINO_WM_SEARCH, "iterations": 10}
 )
+PROTOCOLS.register("dino-wm")(DINO_WM)
+# PushT (conf/plan_pusht.yaml; the deviation of its actions is that of datasets/pusht_dset.py) and Wall (conf/plan_wall.yaml; its model has
+# a history of 1, arXiv 2411.04983, table 11). Both weight proprio.
+PROTOCOLS.register("dino-wm-pusht")(
+    DINO_WM | {"goals": "dataset", "goal_steps": 25, "alpha": 1.0, "sigma": 0.2, "iterations": 30}
+)
+PROTOCOLS.register("dino-wm-wall")(DINO_WM | {"alpha": 1.0, "context": 1, "sigma": 0.42})
 # A single plan: DINO-WM's "CEM" row (arXiv 2411.04983, table 8) and JEPA-WM's table 1, whose plan has 6 model steps.
 PROTOCOLS.register("open-loop")(
     {"horizon": 6, "execute": 6, "objective": "last", "budget": 30, "strict": True}
