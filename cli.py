@@ -31,7 +31,7 @@ def main() -> None:
 
 
 for known in (
-    *(data.collect, data.import_, data.fit, data.extract, data.derive, data.encoders, data.weights),
+    *(data.collect, data.import_, data.export, data.fit, data.extract, data.derive, data.encoders, data.weights),
     *(stores.list_, stores.info, stores.verify, stores.finalize, stores.repair, stores.preview, stores.rm),
     *(
         probe.probe,

@@ -1,4 +1,4 @@
-"""wmcache collect, import, fit, extract, derive, encoders, weights: from the world, or from others, to tokens."""
+"""wmcache collect, import, export, fit, extract, derive, encoders, weights: from the world, or from others, to tokens."""
 
 from __future__ import annotations
 
@@ -109,6 +109,24 @@ def _import(kind: Any, source: str | Path, out: AnyPath, frames_per_shard: int, 
 @click.group("import", cls=_Imports)
 def import_() -> None:
     """Make a dataset of other people's frames. Run again, it continues where it stopped."""
+
+
+@click.group("export", cls=Group)
+def export() -> None:
+    """Write a dataset in another project's format. Run again, it continues where it stopped."""
+
+
+@export.command("lerobot", cls=Command)
+@shared.dataset_option
+@shared.file_option("--out", required=True, help="Folder of the LeRobot dataset.")
+def export_lerobot(dataset: AnyPath | None, out: Path) -> None:
+    """Write a LeRobot dataset of format v3: tables in Parquet, exact; frames as MP4, which is lossy."""
+    from wmcache.pipeline.export_lerobot import export_lerobot as run
+    from wmcache.pipeline.frames import FrameDataset
+
+    frames = FrameDataset.open(dataset or home() / "pointmaze-umaze")
+    videos = run(frames, out)
+    say(f"{out}: {frames.card.episodes} episodes, {frames.card.frames} frames, {videos} videos")
 
 
 _fits = partial(resolve_name, "wmcache.pipeline.encoders.registry:FITS")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,16 @@ def _version(program: str) -> str:  # noqa: ARG001 (the key of the cache)
     return str(imageio_ffmpeg.get_ffmpeg_version())
 
 
-def write_mp4(path: Path, frames: Sequence[NDArray[np.uint8]], fps: float) -> None:
-    """Write frames, uint8 [H, W, 3] with even sides, as H.264; the file is complete or absent."""
+def write_mp4(path: Path, frames: Iterable[NDArray[np.uint8]], fps: float, **settings: Any) -> None:
+    """Write frames, uint8 [H, W, 3] with even sides, as H.264; the file is complete or absent. `settings` are those of imageio's FFMPEG."""
     program, temporary = ffmpeg(), path.with_name(f".{path.name}")
     # By default imageio stretches frames to multiples of 16.
-    settings: dict[str, Any] = {"codec": "libx264", "quality": 8, "macro_block_size": 2}
+    settings = settings or {"codec": "libx264", "quality": 8, "macro_block_size": 2}
     try:
-        imageio.mimwrite(temporary, [*frames], format="FFMPEG", fps=fps, **settings)
+        writer: Any
+        with imageio.get_writer(temporary, format="FFMPEG", mode="I", fps=fps, **settings) as writer:
+            for frame in frames:
+                writer.append_data(frame)
         temporary.replace(path)
     except OSError as error:
         if error.errno is not None:

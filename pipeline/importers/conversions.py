@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from wmcache.common.columns import MAX_COLUMN_WIDTH, Column, DType, Role
-from wmcache.common.errors import UserError
+from wmcache.common.columns import MAX_COLUMN_WIDTH, Column, DType, Role, require_names
+from wmcache.common.errors import UserError, suggest
 from wmcache.common.options import Positive, option
 from wmcache.common.paths import AnyPath
 from wmcache.pipeline.frames import Frames
@@ -62,9 +62,86 @@ class ImageImporter(Importer):
         return np.asarray(image)
 
 
+@dataclass(frozen=True)
+class ColumnImporter(ImageImporter):
+    """A format with any number of named columns, of which some may not fit a frame dataset."""
+
+    drop: str | None = option(None, "Columns to leave out, separated by commas.  [default: none]")
+
+    def kept(self, names: Iterable[str], where: AnyPath | str) -> list[str]:
+        """Return the names without those of `drop`; raises UserError for one that the source does not have."""
+        dropped = [name for name in (self.drop or "").split(",") if name]
+        if unknown := set(dropped) - {*(known := list(names))}:
+            raise UserError(
+                f"--drop {sorted(unknown)[0]} is no column of {where}; {suggest(sorted(unknown)[0], known)}"
+            )
+        return [name for name in known if name not in dropped]
+
+
+def channel_axis(shape: tuple[int, ...]) -> int | None:
+    """Return the axis of an image's 1 or 3 channels, preferably the last; None if no axis fits."""
+    if len(shape) != 3:
+        return None
+    return next((axis for axis in (2, 0) if shape[axis] in (1, 3)), None)
+
+
+def to_rgb(image: NDArray[np.uint8]) -> Frames:
+    """Return an image, grey or with its channels first or last, as uint8 [H, W, 3]."""
+    if image.ndim == 2:
+        image = image[:, :, None]
+    elif channel_axis(image.shape) == 0:
+        image = image.transpose(1, 2, 0)
+    return np.broadcast_to(image, (*image.shape[:2], 3))
+
+
 ACTION: tuple[Role, ...] = ("action",)
 STATE: tuple[Role, ...] = ("state", "proprio")
 """Of a state where the source has no proprio of its own."""
+
+
+PROPRIO: tuple[Role, ...] = ("proprio",)
+EXTRA: tuple[Role, ...] = ("extra",)
+ROLES: dict[str, tuple[Role, ...]] = {"reward": ("reward",), "terminated": ("terminated",), "truncated": ("truncated",)}
+KEPT: tuple[DType, ...] = ("bool", "uint8", "int32", "int64", "float32", "float64")
+"""The first one that has all values of a source's type is kept."""
+
+
+def describe_columns(
+    values: Mapping[str, NDArray[Any]], roles: Mapping[str, tuple[Role, ...]], where: AnyPath | str
+) -> dict[str, Column]:
+    """Describe columns [frames, …]: actions as float32, states and proprio as float64, columns without a role as they are.
+
+    Raises:
+        UserError: a name, a type or a shape does not fit, with the column.
+    """
+    try:
+        require_names(values)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; leave one out with --drop") from error
+    described = {}
+    for name, array in values.items():
+        role, hint = roles.get(name, EXTRA), f"leave it out with --drop {name}"
+        dtype = next((known for known in KEPT if np.can_cast(array.dtype, known)), None)
+        if array.dtype.kind not in "biuf" or dtype is None or array.dtype == np.uint64:
+            raise UserError(f"{where}: {name} has type {array.dtype}, not numbers that can be kept; {hint}")
+        if not 0 < math.prod(array.shape[1:]) <= MAX_COLUMN_WIDTH:
+            raise UserError(
+                f"{where}: {name} has shape {array.shape[1:]}, over {MAX_COLUMN_WIDTH} numbers or none; {hint}"
+            )
+        if role == ACTION:
+            if array.ndim != 2 or array.dtype.kind != "f":
+                found = f"{array.dtype} {array.shape[1:]}"
+                raise UserError(f"{where}: actions are {found}, not vectors of floats; convert them, or {hint}")
+            described[name] = describe_action(array, where)
+            continue
+        if role[0] in ("terminated", "truncated"):
+            if not np.isin(array, (0, 1)).all():
+                raise UserError(f"{where}: {name} has other values than 0 and 1; {hint}")
+            dtype = "bool"
+        if {"state", "proprio"} & {*role}:
+            dtype = "float64"
+        described[name] = describe(name, array, role, dtype, where)
+    return described
 
 
 def describe(

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,27 +11,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from wmcache.common.errors import UserError, reason
 from wmcache.common.options import option
 from wmcache.common.reading import reading
-from wmcache.common.video import ffmpeg, require_ffmpeg
+from wmcache.common.video import require_ffmpeg
 from wmcache.pipeline.frames import Frames
 from wmcache.pipeline.importers.base import IMPORTERS, Read, Source
 from wmcache.pipeline.importers.conversions import ImageImporter, note, number_steps
+from wmcache.pipeline.importers.media import IMAGES, VIDEOS, VideoReader, decode_video, open_image
 from wmcache.pipeline.importers.table import StepTable, read_table
 from wmcache.pipeline.steps import Steps
-
-IMAGES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
-"""Suffix -> Pillow's name of the format."""
-VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
-CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
-"""FFmpeg's names of these videos: playlists, which lead to other files, are not opened whatever their suffix."""
-MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
-MOST_PIXELS = 8192 * 8192
-"""Of an image before it is cropped and resized; a larger one is refused as a decompression bomb."""
-MOST_BYTES = 4 * MOST_PIXELS
 
 
 @IMPORTERS.register("frames")
@@ -63,12 +50,12 @@ class FramesImporter(ImageImporter):
     def _images(self, table: StepTable, paths: list[Path]) -> tuple[int, Read]:
         """Return the size of frames, and what reads them from one image each."""
         starts = np.flatnonzero(table.steps.step == 0)
-        size = self.side(*_open_image(paths[0]).size, paths[0])
+        size = self.side(*open_image(paths[0]).size, paths[0])
 
         def read(episode: int, wanted: range) -> Iterator[Frames]:
             start = starts[episode]
             for path in paths[start + wanted.start : start + wanted.stop]:
-                yield self.frame(_open_image(path), size, path)
+                yield self.frame(open_image(path), size, path)
 
         return size, read
 
@@ -80,7 +67,7 @@ class FramesImporter(ImageImporter):
         for episode, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             if len(set(table.names[start : start + length])) > 1:
                 raise UserError(f"{path} names several videos for episode {episode}; an episode is one video")
-        videos, noted = _VideoReader(), False
+        videos, noted = VideoReader(), False
         if (first := next(videos.frames(paths[0], 0), None)) is None:
             raise UserError(f"{paths[0]} contains no frames")
         size = self.side(*first.size, paths[0])
@@ -117,7 +104,7 @@ def _all_frames(folder: Path) -> StepTable:
         )
     if videos:
         require_ffmpeg()
-        lengths = [sum(1 for _ in _decode_video(video)) for video in videos]
+        lengths = [sum(1 for _ in decode_video(video)) for video in videos]
         if not all(lengths):
             raise UserError(f"{videos[lengths.index(0)]} contains no frames; remove it")
         named = np.repeat([str(video.relative_to(folder)) for video in videos], lengths)
@@ -154,77 +141,3 @@ def _paths(folder: Path, names: NDArray[Any], suffixes: tuple[str, ...], table: 
     except (OSError, ValueError) as error:
         raise UserError(f"{table} names files of {folder} that cannot be opened ({reason(error)})") from error
     return [known[name] for name in names]
-
-
-def _open_image(path: Path) -> Image.Image:
-    """Open an image file as RGB, rotated as its EXIF orientation requires; size and kind are checked before it is decoded."""
-    with reading(path, f"{path} is no readable image", "replace the file"):
-        if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{path} is larger than any image of {MOST_PIXELS} pixels")
-        data = path.read_bytes()
-        image = Image.open(io.BytesIO(data), formats=[IMAGES[path.suffix.lower()]])
-        if image.width * image.height > MOST_PIXELS:
-            raise UserError(f"{path} has {image.width} x {image.height} pixels, too many for a frame")
-        if image.mode not in MODES or (image.format == "PNG" and data[24] > 8):
-            raise UserError(f"{path} is {image.mode} of more than 8 bits or of other colours; save it as 8-bit RGB")
-        # An MPO file of a phone or a 3D camera is a JPEG followed by other views; Pillow opens the first one.
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-            raise UserError(f"{path} contains several images; save a single one")
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode == "RGB" and "transparency" not in upright.info:
-            return upright
-        coloured = upright.convert("RGBA")
-        if coloured.getchannel("A").getextrema() != (255, 255):
-            raise UserError(f"{path} is transparent; save it as RGB")
-        return coloured.convert("RGB")
-
-
-class _VideoReader:
-    """Reads one video at a time: reading on costs one frame, going back starts the video again."""
-
-    def __init__(self) -> None:
-        self._path, self._next = Path(), 0
-        self._stream: Iterator[Image.Image] = iter(())
-
-    def frames(self, path: Path, start: int) -> Iterator[Image.Image]:
-        """Yield the video's frames from number `start` on."""
-        if path != self._path or start < self._next:
-            self._path, self._next, self._stream = path, 0, _decode_video(path)
-        for image in self._stream:
-            self._next += 1
-            if self._next > start:
-                yield image
-
-
-def _decode_video(path: Path) -> Iterator[Image.Image]:
-    """Yield all stored frames of a video, without dropping or repeating any for its frame rate."""
-    words = [
-        *(ffmpeg(), "-v", "error", "-xerror", "-nostdin"),
-        *("-protocol_whitelist", "file,pipe", "-format_whitelist", CONTAINERS, "-max_pixels", str(MOST_PIXELS)),
-        *("-i", f"file:{path.absolute()}", "-map", "0:v:0"),
-        # Time stamps by frame number, far apart: rounded, a video's own may coincide, and a frame would be lost.
-        *("-vf", "setpts=1000*N/TB", "-fps_mode", "passthrough"),
-        # The same bytes on every processor.
-        *("-sws_flags", "bicubic+accurate_rnd+full_chroma_int+bitexact", "-pix_fmt", "rgb24"),
-        *("-c:v", "ppm", "-f", "image2pipe", "-"),
-    ]
-    with (
-        tempfile.TemporaryFile() as log,
-        subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log) as process,
-    ):
-        assert process.stdout is not None
-        try:
-            while process.stdout.readline():  # P6
-                width, height = map(int, process.stdout.readline().split())
-                process.stdout.readline()  # 255
-                pixels = process.stdout.read(width * height * 3)
-                if len(pixels) < width * height * 3:
-                    break
-                yield Image.frombytes("RGB", (width, height), pixels)
-            process.wait()
-        finally:
-            process.kill()
-        log.seek(0)
-        errors = " ".join(log.read(2000).decode(errors="replace").split())
-        if process.returncode or errors:
-            raise UserError(f"{path} is no readable video ({errors[-200:]}); replace the file")

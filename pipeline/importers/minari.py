@@ -29,10 +29,12 @@ from wmcache.pipeline.importers.conversions import (
     STATE,
     ImageImporter,
     build_steps,
+    channel_axis,
     describe,
     is_action_missing,
     note,
     number_steps,
+    to_rgb,
 )
 from wmcache.pipeline.steps import Steps
 
@@ -58,7 +60,7 @@ class MinariImporter(ImageImporter):
     def open(self) -> Source:
         """See `Importer.open`; actions are rounded to float32."""
         data = _Dataset(self.source, self.image_key, self.state_key)
-        height, width, _ = _to_rgb(np.broadcast_to(np.uint8(0), data.image_shape)).shape
+        height, width, _ = to_rgb(np.broadcast_to(np.uint8(0), data.image_shape)).shape
         size = self.side(width, height, f"the image {data.image_key or 'observation'} of {self.source}")
         # Minari reads whole episodes with their images; shards end inside them.
         load = functools.lru_cache(maxsize=1)(data.load)
@@ -66,7 +68,7 @@ class MinariImporter(ImageImporter):
         def read(episode: int, wanted: range) -> Iterator[Frames]:
             images, *_ = load(episode)
             for step in wanted:
-                image = Image.fromarray(_to_rgb(images[step]))
+                image = Image.fromarray(to_rgb(images[step]))
                 yield self.frame(image, size, f"episode {episode}, step {step} of {self.source}")
 
         every = seconds_between_updates()
@@ -185,23 +187,7 @@ def _leaves(space: Any, key: str = "") -> dict[str, Any]:
 def _is_image(space: Any) -> bool:
     if not isinstance(space, spaces.Box) or space.dtype != np.uint8:
         return False
-    return len(space.shape) == 2 or _channel_axis(space.shape) is not None
-
-
-def _channel_axis(shape: tuple[int, ...]) -> int | None:
-    """Return the axis of an image's 1 or 3 channels, preferably the last; None if no axis fits."""
-    if len(shape) != 3:
-        return None
-    return next((axis for axis in (2, 0) if shape[axis] in (1, 3)), None)
-
-
-def _to_rgb(image: NDArray[np.uint8]) -> Frames:
-    """An image as uint8 [H, W, 3]."""
-    if image.ndim == 2:
-        image = image[:, :, None]
-    elif _channel_axis(image.shape) == 0:
-        image = image.transpose(1, 2, 0)
-    return np.broadcast_to(image, (*image.shape[:2], 3))
+    return len(space.shape) == 2 or channel_axis(space.shape) is not None
 
 
 def _is_vector(space: Any) -> bool:
