@@ -92,4 +92,5 @@ def _reached(results: dict[str, Any], actors: dict[str, Any]) -> Iterator[str]:
             line = f"{row['threshold']:>6} {name:9} {reached:>12} {interval:>15} {held:>15} {held_interval:>15}"
             yield f"{line} {row['mean_env_steps']:>9.1f} {path:>5}"
     began = ", ".join(f"{count} within {threshold}" for threshold, count in results["began_at_goal"].items())
-    yield f"began at the goal: {began}, of {results['episodes']} episodes"
+    left = ", ".join(f"{name} {rows[0]['mean_distance']:.3f}" for name, rows in actors.items())
+    yield f"began at the goal: {began}, of {results['episodes']} episodes; mean distance at the end: {left}"
