@@ -24,7 +24,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt excludes.txt
 
 # A strict editable install links each file, so that mypy finds the package. A folder's time changes when a file is added.
 # (`study/.` is the folder; `study` is the target below.)
-$(VENV)/.linked: $(VENV)/.installed bench cache cluster commands common engine envs envs/distract envs/pointmaze envs/pointmaze/mazes envs/policies pipeline pipeline/encoders pipeline/importers planner planner/controllers planner/policies planner/protocols planner/solvers study/. trainer trainer/decoders trainer/models trainer/models/ddp_wm trainer/models/td_mpc2
+$(VENV)/.linked: $(VENV)/.installed bench cache cluster commands common engine envs envs/deformable envs/distract envs/pointmaze envs/pointmaze/mazes envs/policies pipeline pipeline/encoders pipeline/importers planner planner/controllers planner/policies planner/protocols planner/solvers study/. trainer trainer/decoders trainer/models trainer/models/ddp_wm trainer/models/td_mpc2
 	$(INSTALL) --no-deps --reinstall-package wmcache --editable .
 	@touch $@
 

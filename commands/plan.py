@@ -97,4 +97,5 @@ def _reached(results: dict[str, Any], actors: dict[str, Any]) -> Iterator[str]:
         counts = (f"{name} {row['successes']} of {row['episodes']}" for name, row in by_actor.items())
         yield f"task {task}: {', '.join(counts)}"
     began = ", ".join(f"{count} within {threshold}" for threshold, count in results["began_at_goal"].items())
-    yield f"began at the goal: {began}, of {results['episodes']} episodes"
+    left = ", ".join(f"{name} {rows[0]['mean_distance']:.3f}" for name, rows in actors.items())
+    yield f"began at the goal: {began}, of {results['episodes']} episodes; mean distance at the end: {left}"

@@ -267,7 +267,7 @@ def _judge_goals(
 
     by_threshold = judge_all(episodes)
     headline = by_threshold[thresholds.index(options.threshold)]
-    names = ("successes", "success_rate", "ci95", "held", "held_rate", "held_ci95", "mean_env_steps")
+    names = ("successes", "success_rate", "ci95", "held", "held_rate", "held_ci95", "mean_env_steps", "mean_distance")
     found = {
         **{name: headline[name] for name in names},
         "began_at_goal": {str(threshold): count_at_goal(episodes, threshold) for threshold in thresholds},

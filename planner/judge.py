@@ -34,9 +34,10 @@ def judge(
         `mean_env_steps`: env steps until then; the whole budget for an episode that never arrives. `held`, `held_rate`, `held_ci95`:
         episodes within the threshold at the end of the budget. `path_ratio`: path length of the successes over their shortest path
         length, None without a success. `spl`: success weighted by the inverse of that ratio, per episode (arXiv 1807.06757). Both are
-        None without a geometry.
+        None without a geometry. `mean_distance`: to the goal at the end of the budget, whatever the threshold.
     """
-    close = episodes.distances() < threshold
+    distances = episodes.distances()
+    close = distances < threshold
     reached = close.any(1)
     count, successes, held = len(close), int(reached.sum()), int(close[:, -1].sum())
     return {
@@ -48,6 +49,7 @@ def judge(
         "held": held,
         "held_rate": held / count,
         "held_ci95": wilson(held, count),
+        "mean_distance": float(distances[:, -1].mean()),
         **_directness(episodes, threshold, geometry, shortest),
     }
 
