@@ -88,6 +88,7 @@ def store_card(dataset: FrameDataset, encoder: Encoder, dtype: str) -> StoreCard
         frames_per_shard=card.frames_per_shard,
         dtype=dtype,
         columns=None if is_default(card.columns) else card.columns,
+        licence=encoder.spec.licence.strip("-"),
     )
 
 
