@@ -260,7 +260,9 @@ def train(arguments: _Train, typed: Typed) -> Run:
     settings["model_options"] = options_in(preset, kind.Options) | dict(arguments.model_options)
     if start := settings.get("start"):
         settings["start"] = str(Path(start).absolute())
-    stores, options = _locations(arguments.store), TrainOptions(**settings)
+    if not (stores := _locations(arguments.store)):
+        raise UserError("no store is given; pass one, or its path")
+    options = TrainOptions(**settings)
     out = _file(arguments.out) or default_run(stores[0])
     with joined(options.device) as ranks:
         run(
@@ -350,13 +352,13 @@ def _checked(cluster: str) -> str:
 
 
 def _locations(value: Any) -> list[AnyPath]:
-    """Return the paths of a dataset, a store or its parts, or of several of them; none of None."""
+    """Return the paths of a dataset, a run, a store or its parts, or of several of them; none of None."""
     if value is None:
         return []
-    several = value if isinstance(value, list | tuple) else getattr(value, "parts", None)
-    if several is not None and not hasattr(value, "joinpath"):  # paths have parts too
-        return [path for item in several for path in _locations(item)]
-    return [as_path(getattr(value, "path", value) if not hasattr(value, "joinpath") else value)]
+    if isinstance(value, str) or hasattr(value, "joinpath"):  # a path, or a URL's
+        return [as_path(value)]
+    several = value if isinstance(value, list | tuple) else getattr(value, "parts", [value.path])
+    return [path for item in several for path in _locations(item)]
 
 
 def _location(value: Any) -> AnyPath | None:

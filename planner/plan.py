@@ -47,7 +47,7 @@ class PlanResult:
     def success_interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of `success_rate`; raises as that does."""
         low, high = self._judged("ci95")
-        return low, high
+        return float(low), float(high)
 
     @property
     def mean_return(self) -> float:

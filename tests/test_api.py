@@ -99,7 +99,7 @@ def test_the_calls_write_what_the_commands_write(commands: Path, calls: tuple[An
     assert fitted.weights == home / "encoders/pointmaze-umaze-tcn.safetensors"
     one, other = (safe_open(file, "np") for file in (fitted.weights, commands / fitted.weights.relative_to(home)))
     assert one.metadata() == other.metadata()
-    assert all(np.array_equal(one.get_tensor(name), other.get_tensor(name)) for name in one.keys() | other.keys())
+    assert all(np.array_equal(one.get_tensor(name), other.get_tensor(name)) for name in one.keys())
     assert len(store) == data.card.frames == 240
 
 

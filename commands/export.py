@@ -1,0 +1,35 @@
+"""wmcache export: what is cached, in formats of others."""
+
+from __future__ import annotations
+
+import click
+
+from wmcache.commands.command import Command, Group
+from wmcache.commands.output import say
+from wmcache.commands.shared import path_option, store_argument
+from wmcache.common.paths import AnyPath
+
+
+@click.group("export", cls=Group)
+def export() -> None:
+    """Write what is cached in formats of others. Run again, it continues where it stopped."""
+
+
+@export.command("tokens", cls=Command)
+@store_argument
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["safetensors", "parquet"]),
+    default="safetensors",
+    help="A file for each shard: arrays under the store's names, or rows with LeRobot's names, as observation.tokens.",
+)
+@path_option("--out", required=True, help="Folder of the files.")
+def tokens(store: AnyPath, file_format: str, out: AnyPath) -> None:
+    """Write the tokens and the step table of STORE, equal to the bit."""
+    from wmcache.cache.store import TokenStore
+    from wmcache.pipeline.export_tokens import export_tokens
+
+    source = TokenStore.open(store, mirrored=True)
+    already = "" if export_tokens(source, out, file_format) else " (already complete)"
+    say(f"{out}: {len(source)} frames in {source.card.num_shards} files{already}")
