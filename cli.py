@@ -12,6 +12,7 @@ from wmcache.commands import bench, data, decode, dream, probe, stores
 from wmcache.commands.actor import actor
 from wmcache.commands.command import Group
 from wmcache.commands.controller import controller
+from wmcache.commands.export import export
 from wmcache.commands.online import online
 from wmcache.commands.plan import wmplan
 from wmcache.commands.rounds import rounds
@@ -31,8 +32,8 @@ def main() -> None:
 
 
 for known in (
-    *(data.collect, data.import_, data.export, data.fit, data.extract, data.derive, data.encoders, data.weights),
-    *(stores.list_, stores.info, stores.verify, stores.finalize, stores.repair, stores.preview, stores.rm),
+    *(data.collect, data.import_, data.fit, data.extract, data.derive, data.encoders, data.weights),
+    *(stores.list_, stores.info, stores.verify, stores.finalize, stores.repair, stores.preview, stores.rm, export),
     *(
         probe.probe,
         traverse,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmcache.cache.identity import Identity
-from wmcache.cache.reader import Reader, Stored
+from wmcache.cache.reader import MemoryReader, Reader, Stored
 from wmcache.cache.store import TokenStore
 from wmcache.common.errors import UnreadableError, UserError
 from wmcache.common.paths import AnyPath, as_path
@@ -59,6 +59,15 @@ class JoinedStore(TokenStore):
         square = (share * [np.square(part.std, dtype=np.float64) + np.square(part.mean) for part in parts]).sum(0)
         self.mean = mean.astype(np.float32)
         self.std = np.sqrt(np.maximum(square - np.square(mean), 0)).astype(np.float32)
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        """See `TokenStore.__reduce__`."""
+        return JoinedStore, (self.parts,)
+
+    def open_again(self) -> TokenStore:
+        """See `TokenStore.open_again`."""
+        in_memory = isinstance(self._reader, MemoryReader)
+        return self if in_memory else JoinedStore([part.open_again() for part in self.parts])
 
     def _column(self, name: str) -> NDArray[Any]:
         values = [part.column(name) for part in self.parts]

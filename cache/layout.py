@@ -5,6 +5,7 @@
     tokens/c.S.0.0                  shard S: the tokens of the frames of tar S, one frame in an inner chunk, crc32c on each
     tokens/commits/                 which shards are done: frames, bytes, sha256, sums; see records.py
     episode step action state …     the step table again, so that a store is all that training needs; the card describes its columns
+    README.md                       complete stores: a card of these facts, for readers and hubs; never read
     sha256                          complete stores: of each shard's file
     scale                           int8 stores: scale and middle of each channel in each shard
 
@@ -62,6 +63,7 @@ class StoreCard(HasColumns):
         dataset: what the frames show: name, path, environment, layout (as `maze`), image size, fps.
         token_grid: rows and columns of the patch tokens; (1, 1) for a single token.
         columns: of the step table; None, and left out of the file, where they are the default (`default_columns`).
+        licence: of the encoder's weights; empty where it is unknown.
     """
 
     encoder: dict[str, Any]
@@ -72,6 +74,12 @@ class StoreCard(HasColumns):
     frames_per_shard: Count
     dtype: Annotated[str, Field(pattern="^(float16|int8)$")] = "float16"
     columns: dict[str, Column] | None = None
+    licence: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """See `HasColumns.to_json`; an unknown licence is left out."""
+        values = super().to_json()
+        return values if self.licence else {name: value for name, value in values.items() if name != "licence"}
 
     @property
     def layout(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
@@ -21,8 +21,11 @@ from wmcache.cache.reader import MappedReader, MemoryReader, Reader, Stored, Zar
 from wmcache.cache.windows import Goals, Windows, episode_pieces, split_episodes, window_starts
 from wmcache.common.columns import Column, Role, action_bounds, default_columns, join_role
 from wmcache.common.errors import UserError, command
-from wmcache.common.paths import MISSING, AnyPath, as_path, is_local, readable, stamp, unreadable
+from wmcache.common.paths import MISSING, AnyPath, absolute, as_path, is_local, readable, stamp, unreadable
 from wmcache.common.progress import seconds_between_updates
+
+if TYPE_CHECKING:
+    from wmcache.cache.torch_dataset import WindowDataset
 
 Tokens = NDArray[np.float16]
 
@@ -260,6 +263,41 @@ class TokenStore:
                 "collect longer episodes, or lower --frameskip or the frames of a window: --history, or the model's own option"
             )
 
+    def torch_dataset(
+        self,
+        history: int = 3,
+        predict: int = 1,
+        frameskip: int = 5,
+        split: str = "all",
+        *,
+        seed: int = 42,
+        fraction: float = 1.0,
+        whole: bool = False,
+    ) -> WindowDataset:
+        """Return windows as a `torch.utils.data.Dataset`; arguments and errors as of `windows`."""
+        from wmcache.cache.torch_dataset import WindowDataset  # imports torch
+
+        return WindowDataset(
+            self.windows(history, predict, frameskip, split, seed=seed, fraction=fraction, whole=whole)
+        )
+
+    def open_again(self) -> TokenStore:
+        """Return the store for another process; tokens in memory are shared with a fork.
+
+        Raises:
+            UserError: another store is at its path now.
+        """
+        if isinstance(self._reader, MemoryReader):
+            return self
+        again, arguments = self.__reduce__()
+        found: TokenStore = again(*arguments)
+        return found
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        """Let `pickle` store the path: another process opens the store again, see `open_again`."""
+        mirrored = isinstance(self._reader, MirroredReader)
+        return _open_same, (absolute(self.path), self.identity, self.complete, mirrored)
+
     def longest_episode(self, split: str = "all", *, seed: int = 42) -> int:
         """Return the frames of the longest episode of a split, see `windows`."""
         lengths = np.bincount(self.episode)
@@ -294,6 +332,13 @@ class TokenStore:
             first, repair = shard_file(self.path, int(bad[0])), command("wmcache", "repair", self.path)
             count = f"{len(bad)} of {self.card.num_shards}"
             raise UserError(f"{count} shards are missing or cut short, such as {first}; repair it with: {repair}")
+
+
+def _open_same(path: str, identity: Identity, complete: bool, mirrored: bool) -> TokenStore:
+    found = TokenStore.open(path, allow_incomplete=not complete, mirrored=mirrored)
+    if different := "; ".join(identity.differences(found.identity)):
+        raise UserError(f"{path} was replaced by another store ({different}); run the command again")
+    return found
 
 
 def _stamp(path: AnyPath) -> object:

@@ -31,7 +31,9 @@ from wmcache.cache.layout import (
     write_attributes,
 )
 from wmcache.cache.quantise import quantise
+from wmcache.cache.readme import store_readme
 from wmcache.cache.records import Record, Records, commits, lock_file
+from wmcache.common.columns import default_columns
 from wmcache.common.errors import MissingError, UnreadableError, UserError
 from wmcache.common.files import not_written, sha256_of, sweep, sync, temporary_for, write_whole
 from wmcache.common.locks import exclusive
@@ -48,6 +50,8 @@ from wmcache.common.paths import (
     unreadable,
     upload,
 )
+from wmcache.common.readme import NAME as README
+from wmcache.common.readme import write_readme
 
 BLOCK = 16
 """Frames converted at once, so that no shard is copied to a wider type as a whole."""
@@ -101,7 +105,7 @@ class StoreWriter:
             if not exists(path if is_local(path) else path / "zarr.json"):
                 names = set(names_in(path))
                 # Objects appear one by one: a creator that died may have left some.
-                if other := names - {"zarr.json", "tokens", *card.step_columns, *SHARD_COLUMNS}:
+                if other := names - {"zarr.json", "tokens", README, *card.step_columns, *SHARD_COLUMNS}:
                     raise UserError(f"{path} is not a token store, it contains {min(other)!r}; choose another --out")
                 if "zarr.json" not in names:  # else another process has just written it
                     return None
@@ -223,11 +227,22 @@ class StoreWriter:
             columns, statistics = self._summarise(tags)
             checksums = {name: write_column(self.path, name, values) for name, values in columns.items()}
             known = {"columns": {**attributes["columns"], **checksums}, **statistics, "complete": True}
+            self._write_readme()
             try:
                 write_attributes(self.path, {**attributes, **known})
             except MissingError as error:  # without locks, another process that finishes it replaces a column
                 raise LackingError(str(error)) from error
         return []
+
+    def _write_readme(self) -> None:
+        columns = self.card.columns
+        if columns is None:
+            group = open_group(self.path)
+            action, state = (group[name] for name in ("action", "state"))
+            assert isinstance(action, zarr.Array)
+            assert isinstance(state, zarr.Array)
+            columns = default_columns(action.shape[1], state.shape[1])
+        write_readme(self.path, store_readme(self.path.name, self.card, self.identity, columns))
 
     def _summarise(self, tags: Mapping[int, str]) -> tuple[dict[str, NDArray[Any]], dict[str, list[float]]]:
         total, squares = np.zeros(self.card.token_dim), np.zeros(self.card.token_dim)

@@ -18,8 +18,8 @@ from wmcache.commands.options import ByName, Option, Preset
 from wmcache.commands.output import ended_by_reader, prepare_streams, say, shell_command
 from wmcache.common.allocator import keep_freed_memory
 from wmcache.common.cpus import limit_threads
-from wmcache.common.errors import INTERRUPTED, STOPPED, Stopped, UserError, one_line, reason
-from wmcache.common.paths import CHECK, CHECK_REMOTE
+from wmcache.common.errors import INTERRUPTED, STOPPED, Stopped, UserError
+from wmcache.common.reading import system_errors
 from wmcache.engine.signals import delay_signals
 
 CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"]}
@@ -32,16 +32,10 @@ STOPS = (signal.SIGTERM, signal.SIGUSR1)
 def failures_as_lines() -> Iterator[None]:
     """Turn what a user can act on into an error of click's: one line, exit status 1."""
     try:
-        with ended_by_reader():
+        with system_errors(), ended_by_reader():
             yield
     except UserError as error:
         raise click.ClickException(str(error)) from error
-    except MemoryError as error:
-        raise click.ClickException("not enough memory; lower --batch-size, or the N of --cluster local:N") from error
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        hint = CHECK_REMOTE if "://" in where else CHECK
-        raise click.ClickException(one_line(f"{where}{reason(error)}; {hint}")) from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""wmcache collect, import, export, fit, extract, derive, encoders, weights: from the world, or from others, to tokens."""
+"""wmcache collect, import, fit, extract, derive, encoders, weights: from the world, or from others, to tokens."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import click
 
 from wmcache.commands import shared
 from wmcache.commands.command import Command, Group, take_chosen
-from wmcache.commands.options import ByName, Option, make_options, options_of
+from wmcache.commands.options import ByName, make_options, options_of
 from wmcache.commands.output import say, show
 from wmcache.common.errors import UserError, command
 from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath
 from wmcache.common.space import human_bytes
-from wmcache.pipeline.options import CollectOptions, DistractOptions
+from wmcache.pipeline.options import CollectOptions, DistractOptions, FitJobOptions
 
 if TYPE_CHECKING:
     from wmcache.pipeline.encoders import Encoder
@@ -44,21 +44,11 @@ def _read_slice(ctx: click.Context, parameter: click.Parameter, value: str) -> t
 @shared.path_option("--out", help="Folder of the dataset.  [default: $WMCACHE_HOME/<environment>]")
 def collect(env: str, out: AnyPath | None, distract: str | None, distract_seed: int, **settings: Any) -> None:
     """Collect a dataset of frames. Run again, it goes on where it stopped."""
-    from wmcache.envs import Distraction, distraction_of, open_environment
+    from wmcache.planner.collect import choose_env
     from wmcache.planner.collect import collect as run
 
-    if distract is not None:
-        if distraction_of(env):
-            raise UserError(f"--env {env} is distracted already; leave out --distract")
-        env = Distraction.of(distract, distract_seed).name(env)
-    elif distract_seed:
-        raise UserError("--distract-seed needs --distract; add it")
-    try:
-        opened = open_environment(env)
-    except UserError as error:
-        raise UserError(f"--env: {error}; for frames that exist already: wmcache import frames") from error
-    opened.close()
-    out = out or home() / opened.spec.dataset
+    env, name = choose_env(env, distract, distract_seed)
+    out = out or home() / name
     _make_dataset(out, partial(run, env, out, **settings))
 
 
@@ -111,24 +101,6 @@ def import_() -> None:
     """Make a dataset of other people's frames. Run again, it continues where it stopped."""
 
 
-@click.group("export", cls=Group)
-def export() -> None:
-    """Write a dataset in another project's format. Run again, it continues where it stopped."""
-
-
-@export.command("lerobot", cls=Command)
-@shared.dataset_option
-@shared.file_option("--out", required=True, help="Folder of the LeRobot dataset.")
-def export_lerobot(dataset: AnyPath | None, out: Path) -> None:
-    """Write a LeRobot dataset of format v3: tables in Parquet, exact; frames as MP4, which is lossy."""
-    from wmcache.pipeline.export_lerobot import export_lerobot as run
-    from wmcache.pipeline.frames import FrameDataset
-
-    frames = FrameDataset.open(dataset or home() / "pointmaze-umaze")
-    videos = run(frames, out)
-    say(f"{out}: {frames.card.episodes} episodes, {frames.card.frames} frames, {videos} videos")
-
-
 _fits = partial(resolve_name, "wmcache.pipeline.encoders.registry:FITS")
 FIT = ByName("encoder", "encoder", _fits, lambda name: resolve_name("wmcache.pipeline.encoders:get_fit")(name)[0])
 
@@ -140,13 +112,9 @@ FIT = ByName("encoder", "encoder", _fits, lambda name: resolve_name("wmcache.pip
     multiple=True,
     help="Frame dataset; repeat it to fit on several, of which the first is measured.  [default: $WMCACHE_HOME/pointmaze-umaze]",
 )
-@click.option("--encoder", cls=Option, names=_fits, default="tcn", help="Encoder to fit: {names}.")
+@options_of(FitJobOptions, encoder={"names": _fits})
 @shared.path_option("--cache", help="For an adapter: the store of its base's layers.  [default: made if it is missing]")
-@click.option("--base", help="For an adapter: the encoder of that store.  [default: the adapter's own]")
 @shared.file_option("--base-weights", help="For an adapter: the base's weights.  [default: as extract finds them]")
-@shared.count_option("--max-frames", default=50_000, help="Frames to train on.")
-@click.option("--overwrite", is_flag=True, help="Replace the weights of another fit.")
-@shared.device_option
 @shared.cluster_option()
 @shared.file_option("--out", help="File to write.  [default: $WMCACHE_HOME/encoders/<dataset>-<encoder>.safetensors]")
 def fit(
@@ -159,9 +127,8 @@ def fit(
     dataset = datasets[0] if datasets else None
     job = prepare_fit(encoder, given, dataset=dataset, more=datasets[1:], cluster=cluster, **settings)
     already = job.out.exists() and not overwrite
-    device, base = settings["device"], settings["base_weights"]
-    adapter = {} if job.store is None else {"base_weights": base and base.absolute()}
-    result = job.run(cluster, max_frames=max_frames, device=device, overwrite=overwrite, **adapter)
+    where = {name: settings[name] for name in ("device", "base_weights")}
+    result = job.run(cluster, max_frames=max_frames, overwrite=overwrite, **where)
     say(f"{job.out}: fitted on {result.frames} frames{ALREADY if already else ''}")
     if (landscape := result.landscape) is None:
         click.echo(f"the landscape is not measured: {job.unmeasured}")
@@ -201,26 +168,13 @@ def extract(
     dataset: AnyPath | None, out: AnyPath | None, frameskip: int | None, dry_run: bool, part: Any, **encoder: Any
 ) -> None:
     """Encode every frame of a dataset once, several encoders in one pass. Run again, or beside itself, it does what is missing."""
-    from wmcache.pipeline.extract import extract_together, with_log_variances
+    from wmcache.pipeline.extract import choose_stores, extract_together
     from wmcache.pipeline.fit import open_inputs
-    from wmcache.pipeline.stores import default_store
 
     settings: dict[str, Any] = {name: encoder.pop(name) for name in ("batch", "cluster")}
     settings |= {"dtype": encoder.pop("store_dtype"), "part": part}
     frames, networks = open_inputs(dataset, encoder)
-    paths: list[AnyPath] = [default_store(frames.card.name, network, settings["dtype"]) for network in networks]
-    if out is not None:
-        paths = [out] if len(networks) == 1 else [out / path.name for path in paths]
-    tokens = list(zip(networks, paths, strict=True))
-    stores = with_log_variances(tokens)
-    if frameskip:
-        from wmcache.cache.change_maps import change_maps_path
-        from wmcache.pipeline.encoders.changes import changes_for
-
-        stores += [
-            (changes_for(network.token_grid, frameskip, device="cpu"), change_maps_path(path, frameskip))
-            for network, path in tokens
-        ]
+    stores = choose_stores(frames, networks, out, dtype=settings["dtype"], change_maps=frameskip)
     if dry_run:
         _forecast(frames, stores, settings)
         return

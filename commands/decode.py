@@ -13,9 +13,9 @@ import click
 from wmcache.commands.command import Command, take_chosen
 from wmcache.commands.options import ByName, options_of
 from wmcache.commands.output import show
-from wmcache.commands.shared import file_option, json_option, moved_cache_option, name_of, path_option
+from wmcache.commands.shared import file_option, json_option, moved_cache_option, path_option
 from wmcache.common.errors import UserError, command
-from wmcache.common.folders import home
+from wmcache.common.folders import home, name_of
 from wmcache.common.paths import AnyPath
 from wmcache.planner.options import ImagineOptions
 from wmcache.trainer.options import DecoderOptions

@@ -17,10 +17,11 @@ from wmcache.commands import shared
 from wmcache.commands.command import Command, take_chosen
 from wmcache.commands.options import ByName, Preset, options_of
 from wmcache.commands.output import shell_command, show
-from wmcache.common.errors import UserError
+from wmcache.common.options import declared
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.protocols import PROTOCOLS
 
+OPTIONS = tuple(known.name for known in declared(PlanOptions))
 _solvers = partial(resolve_name, "wmcache.planner.solvers:SOLVERS")
 _policies = partial(resolve_name, "wmcache.planner.policies:PLAN_POLICIES")
 
@@ -36,32 +37,16 @@ _policies = partial(resolve_name, "wmcache.planner.policies:PLAN_POLICIES")
 @shared.file_option("--out", help="Folder of the results.  [default: RUN/plan-…, named by the settings]")
 @shared.cluster_option(also="  Batches are the tasks; results are the same wherever they are planned.")
 @shared.json_option
-def wmplan(run: Path, protocol: str | None, out: Path | None, untrained: bool, cluster: str, **settings: Any) -> None:
+def wmplan(run: Path, **settings: Any) -> None:
     """Act with a trained world model or policy, judge it, and write a report."""
-    from wmcache.common.video import ffmpeg
-    from wmcache.planner.context import EvalContext
-    from wmcache.planner.evaluate import evaluate
-    from wmcache.planner.options import default_out, refuse_other_results
-    from wmcache.planner.report import write_report
+    from wmcache.planner.plan import plan_run
 
-    ffmpeg()  # the report has videos; a missing program is reported before any work
-    moved = {name: settings.pop(name) for name in ("weights", "cache")}
-    chosen = PlanOptions(search=take_chosen(settings, given=True), **settings)
-    untrained = untrained or "untrained" in chosen.baselines.split(",")
-    setting = EvalContext(run, chosen, **moved)
-    typed, chosen = chosen.solver, setting.settled(chosen)
+    chosen = PlanOptions(search=take_chosen(settings, given=True), **{name: settings.pop(name) for name in OPTIONS})
     source = click.get_current_context().get_parameter_source("solver")
-    if typed != chosen.solver and source is ParameterSource.COMMANDLINE:
-        raise UserError(f"--solver {typed}: the actions of {run} are one-hot; plan with --solver {chosen.solver}")
-    out = out or default_out(run, protocol, chosen, next(iter(setting.success.thresholds), None))
-    refuse_other_results(out, chosen)
-    episodes, results = evaluate(setting, chosen, out, cluster)
-    if untrained:
-        random_model = EvalContext(run, chosen, **moved, untrained=True)
-        found = evaluate(random_model, chosen, out, cluster)[1]
-        results["baselines"]["untrained"] = found["return" if "return" in found else "by_threshold"]
-    results = write_report(out, run, setting, episodes, {"protocol": protocol, **results}, shell_command(sys.argv))
-    show(results, _lines(results, out))
+    found = plan_run(
+        run, chosen, command=shell_command(sys.argv), solver_given=source is ParameterSource.COMMANDLINE, **settings
+    )
+    show(found.values, _lines(found.values, found.path))
 
 
 def _lines(results: dict[str, Any], out: Path) -> Iterator[str]:

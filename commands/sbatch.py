@@ -69,7 +69,7 @@ def _checked_extract(words: list[str]) -> list[str]:
         refused.append(f"--cluster {cluster}")
     if refused:
         raise UserError(f"{', '.join(refused)}: the script gives each job of the array its slice; leave it out")
-    for name in context.params["names"].split(","):
+    for name in context.params["encoder"].split(","):
         get_entry(name.strip())
     dataset = context.params["dataset"] or home() / "pointmaze-umaze"
     try:

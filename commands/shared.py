@@ -17,7 +17,7 @@ from wmcache.commands.options import Option, options_of
 from wmcache.commands.output import print_as_json
 from wmcache.common.errors import UserError, command
 from wmcache.common.paths import AnyPath, as_path
-from wmcache.pipeline.options import EncoderOptions
+from wmcache.pipeline.options import EncodeOptions, ExtractOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -93,18 +93,11 @@ moved_weights_option = file_option("--weights", help="Location of the encoder's 
 device_option = click.option("--device", default="auto", help="Device: auto, cpu, cuda, cuda:1, mps.")
 json_option = click.option("--json", is_flag=True, expose_value=False, callback=print_as_json, help="Print JSON.")
 store_argument = click.argument("store", type=ANY_PATH)
-store_dtype_option = click.option(
-    "--store-dtype",
-    type=click.Choice(["float16", "int8"]),
-    default="float16",
-    help="Type of the stored tokens; int8 takes half the space, with one scale for each channel of each shard.",
-)
+store_dtype_option = options_of(ExtractOptions, only=("store_dtype",))
 base_weights_option = file_option("--base-weights", help="Weights of an adapter's base encoder, if they have moved.")
 source_options = options(moved_dataset_option, moved_weights_option, device_option)
 encoder_options = options(
-    click.option(
-        "--encoder", "names", default="tcn", help="Encoder, or several separated by commas; see: wmcache encoders."
-    ),
+    options_of(EncodeOptions),
     click.option(
         "--weights",
         multiple=True,
@@ -113,9 +106,6 @@ encoder_options = options(
         "[default: each encoder's own source]",
     ),
     base_weights_option,
-    options_of(EncoderOptions),
-    device_option,
-    count_option("--batch-size", "batch", default=32, help="Frames in each call of the encoder."),
     cluster_option(),
 )
 
@@ -126,8 +116,3 @@ def program_path(name: str) -> str:
     if found is None:
         raise UserError(f"{name} is not on the PATH; install wmcache there with: {command('pip', 'install', '.')}")
     return str(Path(found).absolute())
-
-
-def name_of(store: AnyPath) -> str:
-    """Return the default name of what is made of a store: the store's and its folder's, usually the dataset's."""
-    return f"{store.absolute().parent.name}-{store.stem}".lstrip("-")

@@ -16,9 +16,9 @@ from wmcache import __version__
 from wmcache.commands.command import Group, take_chosen
 from wmcache.commands.options import ByName, Option, Preset, options_of
 from wmcache.commands.output import say, shell_command
-from wmcache.commands.shared import ANY_PATH, PATH, file_option, name_of, path_option, program_path, run_option
+from wmcache.commands.shared import ANY_PATH, PATH, file_option, path_option, program_path, run_option
 from wmcache.common.errors import INTERRUPTED, STOPPED, Stopped, UserError, command
-from wmcache.common.folders import home
+from wmcache.common.folders import default_run
 from wmcache.common.paths import AnyPath
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.presets import PRESETS
@@ -74,7 +74,7 @@ def wmtrain(
     from wmcache.engine.ranks import ReportedError, is_distributed, joined
     from wmcache.trainer.train import check_slices, train
 
-    out = out or home() / "runs" / name_of(caches[0])
+    out = out or default_run(caches[0])
     settings["start"] = settings["start"] and str(settings["start"].absolute())
     chosen = TrainOptions(model_options=take_chosen(settings), **settings)
     if devices and devices > 1 and not is_distributed():

@@ -46,6 +46,16 @@ def home() -> Path:
     return Path(folder)
 
 
+def name_of(store: AnyPath) -> str:
+    """Return the default name of what is made of a store: the store's and its folder's, usually the dataset's."""
+    return f"{store.absolute().parent.name}-{store.stem}".lstrip("-")
+
+
+def default_run(store: AnyPath) -> Path:
+    """Return the default folder of a run on a store."""
+    return home() / "runs" / name_of(store)
+
+
 def did_you_mean(missing: AnyPath, kind: str, otherwise: str) -> str:
     """Return a hint for the error about a missing folder: an existing one of the same path under `home`, or of a similar name.
 

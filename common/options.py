@@ -78,6 +78,15 @@ def declared(kind: type) -> tuple[Declared, ...]:
     return tuple(found)
 
 
+def options_in(values: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """Return the entries of a preset that are options of a dataclass, by field; keys are flags without dashes, or fields."""
+    fields_of: dict[str, str] = {}
+    for known in declared(kind):
+        fields_of |= {known.name: known.name, known.flag.partition("/")[0].lstrip("-").replace("-", "_"): known.name}
+    named = {name.replace("-", "_"): value for name, value in values.items()}
+    return {fields_of[name]: value for name, value in named.items() if name in fields_of}
+
+
 def parse_options(kind: type[T], values: object, where: str, *, without: Collection[str] = ()) -> T:
     """Make an options dataclass of a table of TOML or JSON, without conversions; fields of `without` may not be given.
 

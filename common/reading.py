@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from wmcache.common.errors import UserError, reason
-from wmcache.common.paths import AnyPath, cause_outside, unreadable
+from wmcache.common.paths import CHECK, CHECK_REMOTE, AnyPath, cause_outside, unreadable
 
 
 @contextmanager
@@ -20,3 +20,15 @@ def reading(path: AnyPath, fault: str, hint: str) -> Iterator[None]:
         if outside := cause_outside(error):
             raise unreadable(path, outside) from error
         raise UserError(f"{fault} ({reason(error)}); {hint}") from error
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Turn a lack of memory, and errors of the system that nothing else has explained, into a UserError."""
+    try:
+        yield
+    except MemoryError as error:
+        raise UserError("not enough memory; lower --batch-size, or the N of --cluster local:N") from error
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"{where}{reason(error)}; {CHECK_REMOTE if '://' in where else CHECK}") from error

@@ -65,7 +65,8 @@ def derive(
     """
     require_features(source, encoder)
     grid, dim = encoder.token_grid, encoder.token_dim
-    card = replace(source.card, encoder=encoder.recipe(), token_grid=grid, token_dim=dim, dtype=dtype)
+    made = {"token_grid": grid, "token_dim": dim, "dtype": dtype, "licence": encoder.spec.licence.strip("-")}
+    card = replace(source.card, encoder=encoder.recipe(), **made)
     if not exists(out):
         require_space(out, card.token_bytes, f"the store of {card.frames} frames")
     identity = encoder.identity(source.identity.dataset_fingerprint, dtype)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from wmcache.cache.change_maps import change_maps_path
 from wmcache.cache.log_variances import log_variances_path
 from wmcache.cache.writer import LackingError, StoreWriter
 from wmcache.cluster.tasks import WorkerTask, log, parse_cluster, report, run_tasks
@@ -24,8 +25,9 @@ from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath, absolute, exists, free_space
 from wmcache.common.space import require_space
 from wmcache.pipeline.encoders import Encoder, create, encode_together
+from wmcache.pipeline.encoders.changes import changes_for
 from wmcache.pipeline.frames import FrameDataset, Frames
-from wmcache.pipeline.stores import StoreRecipe, create_store, has_work, store_card
+from wmcache.pipeline.stores import StoreRecipe, create_store, default_store, has_work, store_card
 
 TASKS_IN_FLIGHT = 2
 """One encodes while the other reads frames or writes tokens."""
@@ -94,6 +96,33 @@ def with_log_variances(stores: Sequence[tuple[Encoder, AnyPath]]) -> list[tuple[
             recipe = {**encoder.recipe(), "name": name, "device": str(encoder.device)}
             made.append((create(**recipe), log_variances_path(out)))
     return made
+
+
+def choose_stores(
+    frames: FrameDataset,
+    networks: Sequence[Encoder],
+    out: AnyPath | None = None,
+    *,
+    dtype: str = "float16",
+    change_maps: int | None = None,
+) -> list[tuple[Encoder, AnyPath]]:
+    """Return the encoders and paths of all stores of an extraction: first those of `networks`, then log-variances and change maps.
+
+    Args:
+        out: the store, or the folder of several stores; None takes the default paths.
+        change_maps: env steps between the compared frames; None: none are made.
+    """
+    paths: list[AnyPath] = [default_store(frames.card.name, network, dtype) for network in networks]
+    if out is not None:
+        paths = [out] if len(networks) == 1 else [out / path.name for path in paths]
+    tokens = list(zip(networks, paths, strict=True))
+    stores = with_log_variances(tokens)
+    if change_maps:
+        stores += [
+            (changes_for(network.token_grid, change_maps, device="cpu"), change_maps_path(path, change_maps))
+            for network, path in tokens
+        ]
+    return stores
 
 
 def extraction_task(

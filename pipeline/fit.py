@@ -315,17 +315,18 @@ class FitJob:
         return f"the frames of {self.store} are not at {where}; pass their location with --dataset"
 
     def run(self, cluster: str, **settings: Any) -> Fitted:
-        """Fit in a process of the cluster; `settings` are those of `fit`, or of `fit_adapter`."""
+        """Fit in a process of the cluster; `settings` are those of `fit_adapter`, whose `base_weights` are for an adapter only."""
         return run_alone(partial(self._fit, self.out.absolute(), **settings), cluster=cluster, label=f"fit {self.name}")
 
-    def _fit(self, out: Path, **settings: Any) -> Fitted:
+    def _fit(self, out: Path, *, base_weights: Path | None = None, **settings: Any) -> Fitted:
         frames = None if self.frames is None else FrameDataset.open(as_path(self.frames))
         if self.store is None:
             assert frames is not None
             more = [FrameDataset.open(as_path(path)) for path in self.more]
             return fit(frames, self.name, out, self.options, more=more, **settings)
         store = TokenStore.open(as_path(self.store))
-        return fit_adapter(store, self.name, out, self.options, dataset=frames, **settings)
+        where = base_weights and base_weights.absolute()
+        return fit_adapter(store, self.name, out, self.options, dataset=frames, base_weights=where, **settings)
 
 
 def prepare_fit(
@@ -373,7 +374,7 @@ def prepare_fit(
     if cache is None:
         assert known is not None
         weights = [str(base_weights)] if base_weights else []
-        (encoder,) = create_encoders(known.card.name, names=base or entry.base, weights=weights, device=device)
+        (encoder,) = create_encoders(known.card.name, encoder=base or entry.base, weights=weights, device=device)
         cache = default_store(known.card.name, encoder)
         extract_together(known, [(encoder, cache)], cluster=cluster, device=device)
     store = TokenStore.open(cache)

@@ -2,6 +2,7 @@
 
     dataset.json         description with a fingerprint; written last, so its presence means that the dataset is whole
     steps.parquet        one row per frame: episode, step, and the columns that dataset.json describes (default: action, state)
+    README.md            a card of these facts, for readers and hubs; not part of the fingerprint
     frames-000000.tar    exactly `frames_per_shard` frames in global order (the last shard has the rest), key EEEEEE-SSSSS
 
 Tar i has the frames of Zarr shard i of a token store: an extraction task reads one file and writes one file.
@@ -46,8 +47,10 @@ from wmcache.common.paths import (
     size_of,
     unreadable,
 )
+from wmcache.common.readme import write_readme
 from wmcache.common.schema import Count, Name, Size, parse
 from wmcache.common.space import human_bytes
+from wmcache.pipeline.readme import dataset_readme
 from wmcache.pipeline.steps import Steps, read_steps
 
 FORMAT_VERSION = 1
@@ -162,6 +165,7 @@ class FrameDatasetWriter:
         steps_sha256 = self.steps.sha256()
         known = fingerprint(steps_sha256, shards)
         card = replace(self.card, shards=shards, steps_sha256=steps_sha256, fingerprint=known)
+        write_readme(self.path, dataset_readme(card))
         write_json(self.path / "dataset.json", card.to_json())
         return card
 

@@ -1,4 +1,4 @@
-"""Settings of collections, and of encoders as they are created."""
+"""Settings of collections, fits and extractions, and of encoders as they are created."""
 
 from __future__ import annotations
 
@@ -59,3 +59,33 @@ class EncoderOptions:
     )
     lag: Positive | None = option(None, "Env steps between the frames of a pair, for encoders of pairs.")
     dtype: Literal["auto", "float32", "bfloat16"] | None = option(None, "Compute precision.  [default: the encoder's]")
+
+
+@dataclass(frozen=True)
+class EncodeOptions(EncoderOptions):
+    """Which encoder, and how it is run."""
+
+    encoder: str = option("tcn", "Encoder, or several separated by commas; see: wmcache encoders.", group="Options")
+    device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.")
+    batch: Positive = option(32, "Frames in each call of the encoder.", flag="--batch-size")
+
+
+@dataclass(frozen=True)
+class ExtractOptions(EncodeOptions):
+    """Settings of an extraction."""
+
+    store_dtype: Literal["float16", "int8"] = option(
+        "float16",
+        "Type of the stored tokens; int8 takes half the space, with one scale for each channel of each shard.",
+    )
+
+
+@dataclass(frozen=True)
+class FitJobOptions:
+    """Settings of a fit, beside those of its encoder."""
+
+    encoder: str = option("tcn", "Encoder to fit: {names}.")
+    base: str | None = option(None, "For an adapter: the encoder of that store.  [default: the adapter's own]")
+    max_frames: Positive = option(50_000, "Frames to train on.")
+    overwrite: bool = option(False, "Replace the weights of another fit.", flag="--overwrite")
+    device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.")

@@ -34,7 +34,7 @@ def default_store(dataset: str, encoder: Encoder, dtype: str = "float16") -> Pat
 def create_encoders(
     dataset: str,
     *,
-    names: str,
+    encoder: str,
     weights: Sequence[str] = (),
     device: str = "auto",
     base_weights: Path | None = None,
@@ -43,12 +43,12 @@ def create_encoders(
     """Create encoders, with weights fitted on the dataset where there are such; other arguments and errors as of `encoders.create`.
 
     Args:
-        names: of encoders, separated by commas.
+        encoder: names of encoders, separated by commas.
         weights: `PATH` for all encoders that are not fitted, `NAME=PATH` for one.
     """
-    wanted = [name.strip() for name in names.split(",")]
+    wanted = [name.strip() for name in encoder.split(",")]
     if len(set(wanted)) < len(wanted):
-        raise UserError(f"--encoder {names} has a name twice; name each once")
+        raise UserError(f"--encoder {encoder} has a name twice; name each once")
     files: dict[str, Path] = {}  # by name; the path for all encoders has none
     for word in weights:
         name, _, path = word.partition("=")
@@ -88,6 +88,7 @@ def store_card(dataset: FrameDataset, encoder: Encoder, dtype: str) -> StoreCard
         frames_per_shard=card.frames_per_shard,
         dtype=dtype,
         columns=None if is_default(card.columns) else card.columns,
+        licence=encoder.spec.licence.strip("-"),
     )
 
 

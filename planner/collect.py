@@ -19,7 +19,15 @@ from wmcache.common.files import atomic_write, sha256_of
 from wmcache.common.jsonfiles import json_digest
 from wmcache.common.paths import AnyPath, absolute, as_path, exists, names_in, open_to_read, remove_files
 from wmcache.common.reading import reading
-from wmcache.envs import POLICIES, Environment, Task, find_environment
+from wmcache.envs import (
+    POLICIES,
+    Distraction,
+    Environment,
+    Task,
+    distraction_of,
+    find_environment,
+    open_environment,
+)
 from wmcache.pipeline import collect as behaviour
 from wmcache.pipeline.frames import DatasetCard, FrameDataset, is_started
 from wmcache.pipeline.options import CollectOptions
@@ -82,6 +90,26 @@ def collect(
     if played := [out / name for name in names_in(out, PLAYED)]:
         remove_files(played)
     return card
+
+
+def choose_env(env: str, distract: str | None = None, distract_seed: int = 0) -> tuple[str, str]:
+    """Return the name of an environment with its distraction, and the default name of its dataset's folder.
+
+    Raises:
+        UserError: the environment is unknown, or options of its distraction do not go together.
+    """
+    if distract is not None:
+        if distraction_of(env):
+            raise UserError(f"--env {env} is distracted already; leave out --distract")
+        env = Distraction.of(distract, distract_seed).name(env)
+    elif distract_seed:
+        raise UserError("--distract-seed needs --distract; add it")
+    try:
+        opened = open_environment(env)
+    except UserError as error:
+        raise UserError(f"--env: {error}; for frames that exist already: wmcache import frames") from error
+    opened.close()
+    return env, opened.spec.dataset
 
 
 def folder_of(options: CollectOptions) -> Path | None:

@@ -21,12 +21,14 @@ from wmcache.cache.store import TokenStore
 from wmcache.common.errors import UserError, command, reason
 from wmcache.common.files import cannot_write, sha256_of, temporary_for
 from wmcache.common.paths import AnyPath, absolute
+from wmcache.common.readme import write_readme
 from wmcache.engine.checkpoint import Progress, checkpoints, save_checkpoint
 from wmcache.trainer.dino_wm_modules import EMBEDDING, PREDICTOR, ModuleReader
 from wmcache.trainer.models import Trainable, build
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.pickled_modules import load_modules, shown
 from wmcache.trainer.presets import PRESETS
+from wmcache.trainer.readme import run_readme
 from wmcache.trainer.runs import is_run, lock_run, read_config, write_settings
 from wmcache.trainer.train import data_shape, make_optimiser, statistics_of
 
@@ -207,6 +209,7 @@ def write_run(
                 save_checkpoint(temporary, Progress(), model, make_optimiser(model, training))
                 write_settings(temporary, config, store)
                 (temporary / "metrics.jsonl").touch()
+                write_readme(temporary, run_readme(out.name, config, temporary))
                 if out.exists():
                     shutil.rmtree(out)
                 temporary.rename(out)

@@ -32,6 +32,7 @@ from wmcache.trainer.feed import Feed, choose_residence
 from wmcache.trainer.models import MODELS, DataShape, Trainable, WorldModel, build, read_options
 from wmcache.trainer.options import TrainOptions
 from wmcache.trainer.perturb import check_shifts, perturb, radii_of
+from wmcache.trainer.readme import write_run_readme
 from wmcache.trainer.runs import describe_caches, find_stages, lock_run, prepare_run, recorded_start
 
 ROLLOUT_STEPS = 5
@@ -117,7 +118,7 @@ def _train(
         model.initialise(given)
     if not left:
         load_training_state(out, model, make_optimiser(model, options))  # reports damage
-        _write_encoder(out, model, store, ranks)
+        _write_products(out, model, store, ranks)
         ranks.log(f"{out}: all steps are done")
         return {}
     goals = None if issubclass(kind, WorldModel) else kind.goals(chosen)  # rollouts need several frames, and no goal
@@ -133,13 +134,16 @@ def _train(
         task = _WorldModelTask(model, store, windows, held_out, out, options, how, ranks, begin, radii)
         with compile_errors() if options.compile else nullcontext():
             result = task.train()
-    _write_encoder(out, model, store, ranks)
+    _write_products(out, model, store, ranks)
     return result
 
 
-def _write_encoder(out: Path, model: Trainable, store: TokenStore, ranks: Ranks) -> None:
-    """Write the encoder of a run's newest checkpoint, under a name of its own, as stores of its tokens refer to the file."""
-    if ranks.is_main and (found := model.trained_encoder(store)):
+def _write_products(out: Path, model: Trainable, store: TokenStore, ranks: Ranks) -> None:
+    """Write the run's card, and the encoder of its newest checkpoint under a name of its own, as stores of its tokens refer to the file."""
+    if not ranks.is_main:
+        return
+    write_run_readme(out)
+    if found := model.trained_encoder(store):
         tensors, header = found
         kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         step = read_progress(last_checkpoint(out)).step

@@ -24,7 +24,7 @@ QUICK = "wmplan --run {run} --episodes 2 --budget 10 --horizon 2 --samples 6 --e
 
 @pytest.fixture
 def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
-    return parser(monkeypatch, "wmcache.planner.context.EvalContext", PlanOptions, "wmplan --run nowhere")
+    return parser(monkeypatch, "wmcache.planner.plan.EvalContext", PlanOptions, "wmplan --run nowhere")
 
 
 class TestProtocols:
