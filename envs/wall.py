@@ -50,7 +50,7 @@ MOUTH = 1.0
 class Walk:
     """A random walk, the policy of DINO-WM's data: each action turns a little from the last one, and has a length of its own."""
 
-    def __init__(self, rng: np.random.Generator, space: Column) -> None:  # noqa: ARG002 (a policy's signature)
+    def __init__(self, rng: np.random.Generator, env: Environment) -> None:  # noqa: ARG002 (a policy's signature)
         """Draw the first direction from `rng`."""
         self._rng, self._angle = rng, rng.uniform(0, 2 * np.pi)
 
@@ -70,7 +70,7 @@ class Visitor:
     Every second target is in the other room on average, so its data has the door, which few episodes of `Walk` pass.
     """
 
-    def __init__(self, rng: np.random.Generator, space: Column) -> None:  # noqa: ARG002 (a policy's signature)
+    def __init__(self, rng: np.random.Generator, env: Environment) -> None:  # noqa: ARG002 (a policy's signature)
         """Draw targets and noise from `rng`."""
         self._rng, self._target = rng, np.full(2, np.nan)
 

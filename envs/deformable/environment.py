@@ -50,7 +50,7 @@ class Deformable(Environment):
         start = particles = self._table.settle(self._table.pushed.sample(rng))
         if not goal:
             return Task(start.ravel())
-        act = Pushes(rng, self.spec.action)
+        act = Pushes(rng, self)
         for _ in range(GOAL_PUSHES):
             particles = self._table.push(particles, act({"particles": particles}))
         return Task(start.ravel(), particles.ravel())

@@ -6,8 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
 
-from wmcache.common.columns import Column
-from wmcache.envs.base import States, Steps
+from wmcache.envs.base import Environment, States, Steps
 from wmcache.envs.deformable.objects import Particles
 from wmcache.envs.deformable.table import REACH, Table
 
@@ -32,7 +31,7 @@ BACK = 0.4
 class Pushes:
     """A policy that pushes through a random particle (DINO-WM, flex_env.py: sample_deform_actions), and sometimes anywhere."""
 
-    def __init__(self, rng: np.random.Generator, space: Column) -> None:  # noqa: ARG002 (a policy's signature)
+    def __init__(self, rng: np.random.Generator, env: Environment) -> None:  # noqa: ARG002 (a policy's signature)
         """Draw pushes from `rng`."""
         self._rng = rng
 
