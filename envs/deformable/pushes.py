@@ -24,6 +24,8 @@ MISSES = 0.2
 """Share of uniform pushes, most of which miss: a planner tries such pushes too."""
 TRIES = 1000
 
+RANKS = (0.0, 0.2)
+"""Of particles and of places in the goal, from the farthest, that the expert considers."""
 BACK = 0.4
 """Distance from the expert's start to the particle that it pushes."""
 
@@ -58,9 +60,9 @@ def chamfer(particles: States, goal: States) -> float:
 
 
 class Greedy:
-    """Pushes the particle that is farthest from the goal's to the nearest of these, or the nearest particle to where most is missing.
+    """Pushes a particle that is far from the goal's to the nearest of these, or the nearest particle to where one is missing.
 
-    It executes what the simulator finds best of the two and of a push that touches nothing.
+    It executes what the simulator finds best of some such pushes and of one that touches nothing.
     """
 
     def __init__(self, table: Table) -> None:
@@ -78,8 +80,11 @@ class Greedy:
 
     def _candidates(self, particles: Particles, goal: Particles) -> list[Action]:
         apart = cdist(particles, goal)
-        far, missing = int(apart.min(1).argmax()), int(apart.min(0).argmax())
-        pairs = ((far, int(apart[far].argmin())), (int(apart[:, missing].argmin()), missing))
+        far, missing = (apart.min(axis).argsort()[::-1] for axis in (1, 0))
+        ranked = [(far[int(rank * len(far))], missing[int(rank * len(missing))]) for rank in RANKS]
+        pairs = [
+            pair for one, place in ranked for pair in ((one, apart[one].argmin()), (apart[:, place].argmin(), place))
+        ]
         pushed = self._table.pushed
         ahead = pushed.tool_radius + pushed.radius
         actions = []

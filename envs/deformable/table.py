@@ -6,8 +6,6 @@ rest. It is pressed down by a limited force, so that it may land on the object. 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -97,18 +95,20 @@ class Table:
             UserError: the simulation became unstable.
         """
         start, end = REACH * np.clip(np.asarray(action, np.float64), -1.0, 1.0).reshape(2, 2)
-        travel = float(np.linalg.norm(end - start))
-        along = (end - start) / travel if travel > 0 else np.array([1.0, 0.0])
-        self._place(particles, [*start, LIFT, np.arctan2(along[1], along[0])])
-        self._move(np.zeros(2), -PRESS, LIFT)
-        self._move(SPEED * along, -PRESS, travel)
-        self._move(np.zeros(2), PRESS, LIFT)
-        return self._rest(action)
+        for timestep in (TIMESTEP, TIMESTEP / 4):  # the shorter one, where something is squeezed too hard
+            self._model.opt.timestep = timestep
+            pushed = self._push(particles, start, end)
+            self._model.opt.timestep = TIMESTEP
+            if pushed is not None:
+                return pushed
+        raise UserError(f"the simulation of push {np.asarray(action).tolist()} became unstable; choose another one")
 
     def settle(self, particles: Particles) -> Particles:
         """Let particles come to rest without a push."""
         self._place(particles, [0.0, 0.0, 100.0, 0.0])
-        return self._rest(None)
+        rested = self._rest()
+        assert rested is not None  # no tool is near
+        return rested
 
     def draw(self, particles: Particles) -> NDArray[np.uint8]:
         """Draw the frame [image_size, image_size, 3] from above, without the tool; raises RendererError without OpenGL."""
@@ -141,15 +141,25 @@ class Table:
         self._place(particles, [0.0, 0.0, 100.0, 0.0])
         mujoco.mj_forward(self._model, self._data)
 
+    def _push(self, particles: Particles, start: NDArray[np.float64], end: NDArray[np.float64]) -> Particles | None:
+        travel = float(np.linalg.norm(end - start))
+        along = (end - start) / travel if travel > 0 else np.array([1.0, 0.0])
+        self._place(particles, [*start, LIFT, np.arctan2(along[1], along[0])])
+        self._move(np.zeros(2), -PRESS, LIFT)
+        self._move(SPEED * along, -PRESS, travel)
+        self._move(np.zeros(2), PRESS, LIFT)
+        return self._rest()
+
     def _move(self, velocity: NDArray[np.float64], force: float, distance: float) -> None:
         self._data.qvel[-4:-2] = velocity
         self._data.qfrc_applied[-2] = force
-        mujoco.mj_step(self._model, self._data, round(distance / SPEED / TIMESTEP))
+        mujoco.mj_step(self._model, self._data, round(distance / SPEED / self._model.opt.timestep))
 
-    def _rest(self, action: Any) -> Particles:
+    def _rest(self) -> Particles | None:
+        """Let the object come to rest; returns its particles, None where the simulation became unstable."""
         self._data.qvel[-4:-2] = 0.0
-        mujoco.mj_step(self._model, self._data, round(REST / TIMESTEP))
+        mujoco.mj_step(self._model, self._data, round(REST / self._model.opt.timestep))
         if any(warning.number for warning in self._data.warning):
-            raise UserError(f"the simulation of a push became unstable: {action}; choose another one")
+            return None
         mujoco.mj_kinematics(self._model, self._data)
         return self.pushed.to_particles(self._data)
