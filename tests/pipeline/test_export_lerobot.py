@@ -81,6 +81,16 @@ def test_an_import_of_the_export_has_the_same_columns_and_close_frames(rich: Fra
     assert np.abs(found.read_frames(frames).astype(int) - rich.read_frames(frames)).mean((1, 2, 3)).max() < 3
 
 
+def test_a_feature_that_was_changed_after_the_export_is_refused(rich: FrameDataset, tmp_path: Path) -> None:
+    export_lerobot(rich, tmp_path / "lerobot")
+    data = tmp_path / "lerobot" / "data" / "chunk-000" / "file-000.parquet"
+    table = pq.read_table(data)
+    at, reward = table.column_names.index("next.reward"), table["next.reward"].cast(pa.float32(), safe=False)
+    pq.write_table(table.set_column(at, "next.reward", reward), data)
+    with pytest.raises(UserError, match=r"next\.reward is float32"):
+        imported(tmp_path / "lerobot", tmp_path / "again")
+
+
 @pytest.mark.usefixtures("small")
 def test_a_repeated_export_writes_what_is_missing_with_the_same_bytes(rich: FrameDataset, tmp_path: Path) -> None:
     out = tmp_path / "lerobot"
