@@ -51,16 +51,14 @@ def export_lerobot(dataset: FrameDataset, out: Path) -> int:
     require_ffmpeg()
     names = feature_names(dataset.card.columns or {})
     _start(out, dataset.card.fingerprint)
-    groups = _groups(np.bincount(dataset.steps.episode))
+    lengths = np.bincount(dataset.steps.episode)
+    groups = _groups(lengths)
     pending = [number for number in range(len(groups)) if not _path(out, "meta/episodes", number, "parquet").exists()]
 
     def write(number: int) -> int:
         return _write_group(dataset, names, groups[number], number, out)
 
-    ends = np.cumsum(np.bincount(dataset.steps.episode))
-    total = sum(
-        int(ends[groups[number][-1]] - (ends[groups[number][0] - 1] if groups[number][0] else 0)) for number in pending
-    )
+    total = sum(int(lengths[[*groups[number]]].sum()) for number in pending)
     run_tasks(write, pending, total=total, label="export", what="videos")
     _write_stats(out, len(groups))
     _write_tasks(out / "meta" / "tasks.parquet", dataset.card.env)

@@ -155,20 +155,20 @@ class _Dataset:
         marked: dict[str, Column] = {}
         has_both = {"observation.state", "observation.environment_state"} <= {*names}
         for name in names:
-            array, mark = (
-                _numbers(table[name], features[name].shape, f"{where}: {name}")[self.order],
-                features[name].wmcache,
-            )
+            shape, mark = features[name].shape, features[name].wmcache
+            array = _numbers(table[name], shape, f"{where}: {name}")[self.order]
+            if name == "task_index":
+                if not array.any():
+                    continue  # one task
+                note(f"task_index of {where} is kept; the texts of its tasks, in meta/tasks.parquet, are not")
             plain = mark.name if mark else _column_name(name, has_both=has_both)
             if plain in values:
                 raise UserError(f"{where}: {name} gives the column {plain}, as another does; leave one out with --drop")
             if mark:
+                if (array.dtype.name, math.prod(shape)) != (mark.column.dtype, mark.column.width):
+                    raise UserError(f"{where}: {name} is {array.dtype} {shape}, not as wmcache exported it; {OTHERS}")
                 array, marked[plain] = array.reshape(-1, *mark.column.shape), mark.column
-            elif name == "task_index":
-                if not array.any():
-                    continue  # one task
-                note(f"task_index of {where} is kept; the texts of its tasks, in meta/tasks.parquet, are not")
-            is_vector = mark or features[name].shape != (1,) or plain in ("action", "state", "proprio")
+            is_vector = mark or shape != (1,) or plain in ("action", "state", "proprio")
             values[plain] = array if is_vector else array[:, 0]
         roles = {**ROLES, "action": ACTION, "proprio": PROPRIO, "state": STATE[:1] if has_both else STATE}
         others = {name: array for name, array in values.items() if name not in marked}
