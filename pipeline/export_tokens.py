@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from wmcache.cache.readme import dataset_facts, encoder_facts
+from wmcache.cache.readme import dataset_facts, encoder_facts, title_of
 from wmcache.cache.store import TokenStore
 from wmcache.common.columns import Columns, of_role
 from wmcache.common.errors import UserError
@@ -153,18 +153,23 @@ def _finish(store: TokenStore, out: AnyPath, known: dict[str, Any], files: list[
         for shard, name in enumerate(files)
     ]
     statistics = {"mean": store.mean.tolist(), "std": store.std.tolist()}
-    write_readme(out, _readme(store, out.absolute().name, known["format"], features))
+    write_readme(out, _readme(store, known["format"], features))
     card = {"card": store.card.to_json(), **statistics}
     write_json(out / DONE, {**known, **card, "features": features, "files": records})
     remove(out / UNFINISHED)
 
 
-def _readme(store: TokenStore, name: str, file_format: str, features: dict[str, dict[str, Any]]) -> Readme:
+def _readme(store: TokenStore, file_format: str, features: dict[str, dict[str, Any]]) -> Readme:
     front: dict[str, object] = {"task_categories": ["robotics"], "size_categories": [size_category(len(store))]}
     if file_format == "parquet":
         front["configs"] = [{"config_name": "default", "data_files": "tokens-*.parquet"}]
     summary = "Patch tokens of every frame of a dataset, with the step table."
-    found = Readme(name, summary, ["world-model", file_format, store.identity.encoder], front)
+    found = Readme(
+        title_of(f"{store.identity.encoder} tokens", store.card),
+        summary,
+        ["world-model", file_format, store.identity.encoder],
+        front,
+    )
     found.facts(dataset_facts(store.card, store.identity) | encoder_facts(store.card, store.identity))
     shown = [(key, value["dtype"], " x ".join(map(str, value["shape"])) or "1") for key, value in features.items()]
     found.table("Features", ("name", "type", "size of a frame"), shown)

@@ -92,8 +92,7 @@ def test_an_edited_card_stays_and_another_one_is_written_again(
 def test_a_store_at_a_url_has_one_and_is_deleted_with_it(far: UPath, bucket: UPath, finished: Path) -> None:
     writer = make_writer(bucket / "b.zarr", IDENTITY)
     write(writer)
-    own, local = (path.read_text().splitlines()[:-1] for path in (bucket / "b.zarr/README.md", finished / "README.md"))
-    assert own == [line.replace("made-up.zarr", "b.zarr") for line in local]
+    assert (bucket / "b.zarr/README.md").read_bytes() == (finished / "README.md").read_bytes()
     remove(bucket / "b.zarr")
     assert not (bucket / "b.zarr/README.md").exists()
     assert verify(far).sound
