@@ -139,7 +139,7 @@ def feature_names(columns: Columns) -> dict[str, str]:
 
 
 def _finish(store: TokenStore, out: AnyPath, known: dict[str, Any], files: list[str]) -> None:
-    kinds = {"tokens": ("float16", store.card.frame_shape)}
+    kinds: dict[str, tuple[str, tuple[int, ...]]] = {"tokens": ("float16", store.card.frame_shape)}
     kinds |= {name: (str(values.dtype), values.shape[1:]) for name, values in store.step_columns().items()}
     if known["format"] == "parquet":
         renamed = {"tokens": TOKENS, **feature_names(store.columns)}
