@@ -5,7 +5,6 @@ from __future__ import annotations
 from wmcache.cache.identity import Identity
 from wmcache.cache.layout import StoreCard
 from wmcache.common.columns import Columns
-from wmcache.common.errors import command
 from wmcache.common.readme import Readme, size_category
 
 
@@ -35,15 +34,21 @@ def dataset_facts(card: StoreCard, identity: Identity) -> dict[str, object]:
     }
 
 
-def store_readme(name: str, card: StoreCard, identity: Identity, columns: Columns) -> Readme:
-    """Describe a finished store by the facts in its attributes; `name` is its folder's."""
+def title_of(what: str, card: StoreCard) -> str:
+    """Return the title of a card, which does not depend on the name of a folder: a copy is equal to the byte."""
+    return f"{what} of {card.dataset.get('name', 'frames')}"
+
+
+def store_readme(card: StoreCard, identity: Identity, columns: Columns) -> Readme:
+    """Describe a finished store by the facts in its attributes."""
     front = {"task_categories": ["robotics"], "size_categories": [size_category(card.frames)]}
     summary = "Patch tokens of every frame of a dataset, with the step table: a Zarr v3 group."
-    found = Readme(name, summary, ["world-model", "zarr", identity.encoder], front)
+    found = Readme(
+        title_of(f"{identity.encoder} tokens", card), summary, ["world-model", "zarr", identity.encoder], front
+    )
     found.facts(dataset_facts(card, identity) | encoder_facts(card, identity))
     found.columns(columns)
-    lines = [command("wmtrain", "--cache", name), command("wmcache", "verify", name)]
-    found.block("Use", lines)
-    opened = [f"store = wmcache.TokenStore.open({name!r})", "tokens = store.gather([7, 3, 3])  # float16 [3, N, D]"]
+    found.block("Use", ["wmtrain --cache STORE", "wmcache verify STORE"])
+    opened = ['store = wmcache.TokenStore.open("STORE")', "tokens = store.gather([7, 3, 3])  # float16 [3, N, D]"]
     found.block("Read", ["import wmcache", "", *opened], "python")
     return found

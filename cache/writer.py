@@ -242,7 +242,7 @@ class StoreWriter:
             assert isinstance(action, zarr.Array)
             assert isinstance(state, zarr.Array)
             columns = default_columns(action.shape[1], state.shape[1])
-        write_readme(self.path, store_readme(self.path.name, self.card, self.identity, columns))
+        write_readme(self.path, store_readme(self.card, self.identity, columns))
 
     def _summarise(self, tags: Mapping[int, str]) -> tuple[dict[str, NDArray[Any]], dict[str, list[float]]]:
         total, squares = np.zeros(self.card.token_dim), np.zeros(self.card.token_dim)

@@ -13,10 +13,10 @@ from wmcache.common.paths import AnyPath, exists, read_bytes
 
 NAME = "README.md"
 LICENSE = "unknown"
-"""As the Hub spells what nobody has stated."""
+"""The Hub's name of a license that is not stated."""
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 """Examples below a number -> the Hub's name."""
-MARK = "<!-- wmcache replaces this file while the text above has this SHA-256; an edited one stays: "
+MARK = "<!-- wmcache replaces this file as long as this is the SHA-256 of the text above, so edits stay: "
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,12 @@ def derive(
     """
     require_features(source, encoder)
     grid, dim = encoder.token_grid, encoder.token_dim
-    made = {"token_grid": grid, "token_dim": dim, "dtype": dtype, "licence": encoder.spec.licence.strip("-")}
+    made: dict[str, Any] = {
+        "token_grid": grid,
+        "token_dim": dim,
+        "dtype": dtype,
+        "licence": encoder.spec.licence.strip("-"),
+    }
     card = replace(source.card, encoder=encoder.recipe(), **made)
     if not exists(out):
         require_space(out, card.token_bytes, f"the store of {card.frames} frames")

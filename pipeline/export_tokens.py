@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from wmcache.cache.readme import dataset_facts, encoder_facts
+from wmcache.cache.readme import dataset_facts, encoder_facts, title_of
 from wmcache.cache.store import TokenStore
 from wmcache.common.columns import Columns, of_role
 from wmcache.common.errors import UserError
@@ -36,6 +36,11 @@ DONE, UNFINISHED = "export.json", "unfinished.json"
 TOKENS = "observation.tokens"
 SCALARS = {"reward": "next.reward", "terminated": "next.done", "truncated": "next.truncated"}
 """Role of a column of one number -> LeRobot's name."""
+LEROBOT: dict[str, tuple[str, tuple[int, ...]]] = {
+    **dict.fromkeys(("index", "episode_index", "frame_index"), ("int64", ())),
+    "timestamp": ("float32", ()),
+}
+"""Columns of each LeRobot dataset: type and shape."""
 HINT = "choose another --out"
 
 Rows = dict[str, NDArray[Any]]
@@ -96,13 +101,10 @@ def _safetensors(store: TokenStore, rows: Rows) -> bytes:  # noqa: ARG001
 
 def _parquet(store: TokenStore, rows: Rows) -> bytes:
     memory, first = io.BytesIO(), np.searchsorted(store.episode, rows["episode"]) + rows["step"]
-    columns = {
-        "index": pa.array(first.astype(np.int64)),
-        "episode_index": pa.array(rows["episode"].astype(np.int64)),
-        "frame_index": pa.array(rows["step"].astype(np.int64)),
-        "timestamp": pa.array((rows["step"] / int(store.card.dataset.get("fps", 1))).astype(np.float32)),
-        TOKENS: _lists(rows["tokens"]),
-    }
+    seconds = rows["step"] / int(store.card.dataset.get("fps", 1))
+    values = {"index": first, "episode_index": rows["episode"], "frame_index": rows["step"], "timestamp": seconds}
+    columns = {name: pa.array(values[name].astype(dtype)) for name, (dtype, _) in LEROBOT.items()}
+    columns[TOKENS] = _lists(rows["tokens"])
     columns |= {feature: _lists(rows[name]) for name, feature in feature_names(store.columns).items()}
     pq.write_table(pa.table(columns), memory, compression="zstd", use_dictionary=False)
     return memory.getvalue()
@@ -137,12 +139,12 @@ def feature_names(columns: Columns) -> dict[str, str]:
 
 
 def _finish(store: TokenStore, out: AnyPath, known: dict[str, Any], files: list[str]) -> None:
-    features = {"tokens": {"dtype": "float16", "shape": list(store.card.frame_shape)}}
-    for name, values in store.step_columns().items():
-        features[name] = {"dtype": str(values.dtype), "shape": list(values.shape[1:])}
+    kinds: dict[str, tuple[str, tuple[int, ...]]] = {"tokens": ("float16", store.card.frame_shape)}
+    kinds |= {name: (str(values.dtype), values.shape[1:]) for name, values in store.step_columns().items()}
     if known["format"] == "parquet":
-        renamed = {"tokens": TOKENS, "episode": "episode_index", "step": "frame_index", **feature_names(store.columns)}
-        features = {renamed[name]: feature for name, feature in features.items()}
+        renamed = {"tokens": TOKENS, **feature_names(store.columns)}
+        kinds = {renamed[name]: kinds[name] for name in renamed} | LEROBOT
+    features = {name: {"dtype": dtype, "shape": list(shape)} for name, (dtype, shape) in kinds.items()}
     records = [
         {
             "name": name,
@@ -153,18 +155,23 @@ def _finish(store: TokenStore, out: AnyPath, known: dict[str, Any], files: list[
         for shard, name in enumerate(files)
     ]
     statistics = {"mean": store.mean.tolist(), "std": store.std.tolist()}
-    write_readme(out, _readme(store, out.absolute().name, known["format"], features))
+    write_readme(out, _readme(store, known["format"], features))
     card = {"card": store.card.to_json(), **statistics}
     write_json(out / DONE, {**known, **card, "features": features, "files": records})
     remove(out / UNFINISHED)
 
 
-def _readme(store: TokenStore, name: str, file_format: str, features: dict[str, dict[str, Any]]) -> Readme:
+def _readme(store: TokenStore, file_format: str, features: dict[str, dict[str, Any]]) -> Readme:
     front: dict[str, object] = {"task_categories": ["robotics"], "size_categories": [size_category(len(store))]}
     if file_format == "parquet":
         front["configs"] = [{"config_name": "default", "data_files": "tokens-*.parquet"}]
     summary = "Patch tokens of every frame of a dataset, with the step table."
-    found = Readme(name, summary, ["world-model", file_format, store.identity.encoder], front)
+    found = Readme(
+        title_of(f"{store.identity.encoder} tokens", store.card),
+        summary,
+        ["world-model", file_format, store.identity.encoder],
+        front,
+    )
     found.facts(dataset_facts(store.card, store.identity) | encoder_facts(store.card, store.identity))
     shown = [(key, value["dtype"], " x ".join(map(str, value["shape"])) or "1") for key, value in features.items()]
     found.table("Features", ("name", "type", "size of a frame"), shown)

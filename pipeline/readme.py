@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from wmcache.common.errors import command
 from wmcache.common.readme import Readme, size_category
 
 if TYPE_CHECKING:
@@ -40,5 +39,5 @@ def dataset_readme(card: DatasetCard) -> Readme:
             ("frames-*.tar", "WebDataset shards; the key of a frame is EEEEEE-SSSSS"),
         ],
     )
-    found.block("Use", [command("wmcache", "extract", "--dataset", card.name, "--encoder", "dinov2")])
+    found.block("Use", ["wmcache extract --dataset DATASET --encoder dinov2"])
     return found

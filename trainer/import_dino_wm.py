@@ -209,7 +209,7 @@ def write_run(
                 save_checkpoint(temporary, Progress(), model, make_optimiser(model, training))
                 write_settings(temporary, config, store)
                 (temporary / "metrics.jsonl").touch()
-                write_readme(temporary, run_readme(out.name, config, temporary))
+                write_readme(temporary, run_readme(config, temporary))
                 if out.exists():
                     shutil.rmtree(out)
                 temporary.rename(out)

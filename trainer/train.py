@@ -24,6 +24,7 @@ from wmcache.common.files import not_written, write_whole
 from wmcache.common.jsonfiles import write_json
 from wmcache.common.options import check_options
 from wmcache.common.paths import AnyPath
+from wmcache.common.readme import NAME as README
 from wmcache.engine import loop
 from wmcache.engine.checkpoint import Progress, last_checkpoint, load_training_state, load_weights, read_progress
 from wmcache.engine.optimisers import decay_groups, warmup_constant_decay
@@ -118,7 +119,7 @@ def _train(
         model.initialise(given)
     if not left:
         load_training_state(out, model, make_optimiser(model, options))  # reports damage
-        _write_products(out, model, store, ranks)
+        _write_products(out, model, store, ranks, again=True)
         ranks.log(f"{out}: all steps are done")
         return {}
     goals = None if issubclass(kind, WorldModel) else kind.goals(chosen)  # rollouts need several frames, and no goal
@@ -138,11 +139,15 @@ def _train(
     return result
 
 
-def _write_products(out: Path, model: Trainable, store: TokenStore, ranks: Ranks) -> None:
-    """Write the run's card, and the encoder of its newest checkpoint under a name of its own, as stores of its tokens refer to the file."""
+def _write_products(out: Path, model: Trainable, store: TokenStore, ranks: Ranks, *, again: bool = False) -> None:
+    """Write the run's card, and the encoder of its newest checkpoint under a name of its own, as stores of its tokens refer to the file.
+
+    With `again`, the card is written where it is missing: earlier versions wrote none.
+    """
     if not ranks.is_main:
         return
-    write_run_readme(out)
+    if not (again and (out / README).exists()):
+        write_run_readme(out)
     if found := model.trained_encoder(store):
         tensors, header = found
         kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}

@@ -39,9 +39,9 @@ def last_validation(run: Path) -> Figures:
     """Read the figures of a run's last validation from metrics.jsonl; empty where there was none."""
     file = run / "metrics.jsonl"
     try:
-        lines = file.read_text().splitlines() if file.exists() else []
+        lines = map(json.loads, file.read_text().splitlines() if file.exists() else ())
         # A line of the training has its loss.
-        found = next((line for text in reversed(lines) if "loss" not in (line := json.loads(text))), {})
+        found: dict[str, Any] = next((line for line in reversed(list(lines)) if "loss" not in line), {})
     except (OSError, ValueError) as error:
         raise UserError(
             f"{file} cannot be read ({reason(error)}); restore it, or replace it by an empty file"
