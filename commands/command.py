@@ -18,6 +18,7 @@ from wmcache.commands.options import ByName, Option, Preset
 from wmcache.commands.output import ended_by_reader, prepare_streams, say, shell_command
 from wmcache.common.allocator import keep_freed_memory
 from wmcache.common.cpus import limit_threads
+from wmcache.common.distributions import missing_requirement
 from wmcache.common.errors import INTERRUPTED, STOPPED, Stopped, UserError, one_line, reason
 from wmcache.common.paths import CHECK, CHECK_REMOTE
 from wmcache.engine.signals import delay_signals
@@ -36,6 +37,13 @@ def failures_as_lines() -> Iterator[None]:
             yield
     except UserError as error:
         raise click.ClickException(str(error)) from error
+    except ModuleNotFoundError as error:
+        package = missing_requirement(error.name or "")
+        if package is None:  # a mistake in the code
+            raise
+        raise click.ClickException(
+            f"{package} is not installed, which this command needs; install all that wmcache needs: pip install wmcache"
+        ) from error
     except MemoryError as error:
         raise click.ClickException("not enough memory; lower --batch-size, or the N of --cluster local:N") from error
     except OSError as error:
