@@ -40,7 +40,7 @@ test: lint
 	$(BIN)/pytest -n 2 --dist loadfile -m "not cluster and not sweep"
 
 # Tests that take too long for CI: real servers, schedulers and ranks that are killed; sweeps over more moments to be killed at than
-# `make test` tries; and property tests on new random examples.
+# `make test` tries; property tests on new random examples; the built wheel and the documentation's site.
 test-long: export OMP_NUM_THREADS := 1
 test-long: setup
 	$(BIN)/pytest --hypothesis-profile search -m "cluster or sweep or hypothesis"
