@@ -10,12 +10,13 @@ DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "upath": "universal
 
 
 def missing_requirement(module: str) -> str | None:
-    """Return the package of a module that was not found; None where wmcache does not require one of that name."""
+    """Return the package of a module that was not found; None where wmcache, without extras, does not require it."""
     top = module.partition(".")[0]
     package = DISTRIBUTIONS.get(top, top).replace("_", "-").lower()
     try:
         required = requires("wmcache") or []
     except PackageNotFoundError:
         return None
-    names = {re.split(r"[^\w.-]", line, maxsplit=1)[0].replace("_", "-").lower() for line in required}
+    lines = (line for line in required if "extra ==" not in line)
+    names = {re.split(r"[^\w.-]", line, maxsplit=1)[0].replace("_", "-").lower() for line in lines}
     return package if package in names else None
