@@ -11,7 +11,7 @@ PLAN := $(DEMO)/runs/pointmaze-umaze-tcn-64/plan-all-x1-50x100
 # Keep compiled modules: without them each of the hundreds of processes that the tests start takes seven seconds instead of three.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup test test-long lint demo study systems ladder unseen transfer world-models rwm mazes pictures clean
+.PHONY: setup test test-long lint docs demo study systems ladder unseen transfer world-models rwm mazes pictures clean
 
 setup: $(VENV)/.linked
 	@$(BIN)/python -m wmcache.envs.check >/dev/null 2>&1 && $(BIN)/python -c 'import cv2' 2>/dev/null || scripts/install-gl.sh $(BIN)/python
@@ -40,10 +40,14 @@ test: lint
 	$(BIN)/pytest -n 2 --dist loadfile -m "not cluster and not sweep"
 
 # Tests that take too long for CI: real servers, schedulers and ranks that are killed; sweeps over more moments to be killed at than
-# `make test` tries; and property tests on new random examples.
+# `make test` tries; property tests on new random examples; the built wheel and the documentation's site.
 test-long: export OMP_NUM_THREADS := 1
 test-long: setup
 	$(BIN)/pytest --hypothesis-profile search -m "cluster or sweep or hypothesis"
+
+# The documentation as a site, build/docs/docs/index.html. A broken link or reference is an error.
+docs: setup
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --jobs auto -c docs . build/docs
 
 # The tutorial: make prints each command before it runs it. Run again, it resumes.
 demo: export WMCACHE_HOME := $(DEMO)
