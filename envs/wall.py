@@ -192,6 +192,10 @@ class TwoRooms:
             lengths.append((to_corner + between[i]).min() + _seen_distances(corner, ends, layout))
         return np.asarray(np.min(lengths, axis=0))
 
+    def path_length(self, path: States) -> float:
+        """Measure a path [n, 2]."""
+        return float(np.linalg.norm(np.diff(path, axis=0), axis=1).sum())
+
 
 def _seen_distances(start: States, ends: States, layout: States) -> States:
     """Return straight distances from a position [2] to positions [n, 2]; inf behind a wall."""
