@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,27 +12,34 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+from tqdm import tqdm
 
 from wmcache.common.errors import UserError, reason
 from wmcache.common.options import option
+from wmcache.common.progress import seconds_between_updates
 from wmcache.common.reading import reading
-from wmcache.common.video import ffmpeg, require_ffmpeg
+from wmcache.common.video import require_ffmpeg
 from wmcache.pipeline.frames import Frames
 from wmcache.pipeline.importers.base import IMPORTERS, Read, Source
 from wmcache.pipeline.importers.conversions import ImageImporter, note, number_steps
 from wmcache.pipeline.importers.table import StepTable, read_table
+from wmcache.pipeline.importers.videos import (
+    MOST_PIXELS,
+    VIDEOS,
+    VideoReader,
+    decode_png,
+    decode_video,
+    frame_times,
+    frames_at,
+)
 from wmcache.pipeline.steps import Steps
 
 IMAGES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 """Suffix -> Pillow's name of the format."""
-VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
-CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
-"""FFmpeg's names of these videos: playlists, which lead to other files, are not opened whatever their suffix."""
-MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
-MOST_PIXELS = 8192 * 8192
-"""Of an image before it is cropped and resized; a larger one is refused as a decompression bomb."""
-MOST_BYTES = 4 * MOST_PIXELS
+MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
+MOST_BYTES = 8 * MOST_PIXELS
+BY_TIME = "correct either, or add a column timestamp"
 
 
 @IMPORTERS.register("frames")
@@ -63,14 +68,35 @@ class FramesImporter(ImageImporter):
     def _images(self, table: StepTable, paths: list[Path]) -> tuple[int, Read]:
         """Return the size of frames, and what reads them from one image each."""
         starts = np.flatnonzero(table.steps.step == 0)
-        size = self.side(*_open_image(paths[0]).size, paths[0])
+        size = self.side(*self._open_image(paths[0]).size, paths[0])
 
         def read(episode: int, wanted: range) -> Iterator[Frames]:
             start = starts[episode]
             for path in paths[start + wanted.start : start + wanted.stop]:
-                yield self.frame(_open_image(path), size, path)
+                yield self.frame(self._open_image(path), size, path)
 
         return size, read
+
+    def _open_image(self, path: Path) -> Image.Image:
+        """Open an image file with 8 bits, rotated as its EXIF orientation requires; size and kind are checked before it is decoded."""
+        with reading(path, f"{path} is no readable image", "replace the file"):
+            if path.stat().st_size > MOST_BYTES:
+                raise UserError(f"{path} is larger than any image of {MOST_PIXELS} pixels")
+            data = path.read_bytes()
+            image: Image.Image = Image.open(io.BytesIO(data), formats=[IMAGES[path.suffix.lower()]])
+            if image.width * image.height > MOST_PIXELS:
+                raise UserError(f"{path} has {image.width} x {image.height} pixels, too many for a frame")
+            if image.mode not in MODES:
+                raise UserError(f"{path} has other colours ({image.mode}) than RGB or grey; save it as RGB")
+            # An MPO file of a phone or a 3D camera is a JPEG followed by other views; Pillow opens the first one.
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                raise UserError(f"{path} contains several images; save a single one")
+            if image.format == "PNG" and data[24] > 8:
+                grey = image.mode == "I;16" and "transparency" not in image.info
+                # Of colours Pillow reads 8 bits.
+                deep, image = image, self.to_image(np.asarray(image) if grey else decode_png(path), path)
+                image.getexif()[ExifTags.Base.Orientation] = deep.getexif().get(ExifTags.Base.Orientation, 1)
+            return ImageOps.exif_transpose(image)
 
     def _videos(self, table: StepTable, path: Path, paths: list[Path]) -> tuple[int, Read]:
         """Return the size of frames, and what reads them from one video an episode."""
@@ -80,28 +106,69 @@ class FramesImporter(ImageImporter):
         for episode, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             if len(set(table.names[start : start + length])) > 1:
                 raise UserError(f"{path} names several videos for episode {episode}; an episode is one video")
-        videos, noted = _VideoReader(), False
-        if (first := next(videos.frames(paths[0], 0), None)) is None:
+        videos = VideoReader()
+        if (first := videos.frame(paths[0], 0)) is None:
             raise UserError(f"{paths[0]} contains no frames")
-        size = self.side(*first.size, paths[0])
+        size = self.side(first.shape[1], first.shape[0], paths[0])
+        timed = _match_times(table.steps, path, paths)
+        numbers = table.steps.step if timed is None else timed
 
         def read(episode: int, wanted: range) -> Iterator[Frames]:
-            nonlocal noted
-            video, length = paths[starts[episode]], int(lengths[episode])
-            stream = videos.frames(video, wanted.start)
+            start, length = starts[episode], int(lengths[episode])
+            video = paths[start]
             for step in wanted:
-                if (image := next(stream, None)) is None:
-                    raise UserError(f"{video} ends after {step} frames, {path} has {length} rows; correct either")
-                yield self.frame(image, size, f"{video}, frame {step},")
-            if wanted.stop < length or next(stream, None) is None:
+                number = int(numbers[start + step])
+                if (pixels := videos.frame(video, number)) is None:
+                    raise UserError(f"{video} ends after {number} frames, {path} has {length} rows; {BY_TIME}")
+                where = f"{video}, frame {number},"
+                yield self.frame(self.to_image(pixels, where), size, where)
+            if timed is not None or wanted.stop < length or videos.frame(video, length) is None:
                 return
-            if next(stream, None) is not None:
-                raise UserError(f"{video} has over one frame more than the {length} rows of {path}; correct either")
-            if not (table.dropped[episode] or noted):
-                noted = True
-                note(f"{video} has one frame more than {path} has rows; last frames without an action are not imported")
+            if videos.frame(video, length + 1) is not None:
+                raise UserError(f"{video} has over one frame more than the {length} rows of {path}; {BY_TIME}")
+            if not table.dropped[episode]:
+                text = (
+                    f"{video} has one frame more than {path} has rows; last frames without an action are not imported"
+                )
+                self.note_once("last frame", text)
 
         return size, read
+
+
+def _match_times(steps: Steps, table: Path, paths: list[Path]) -> NDArray[np.int64] | None:
+    """Return the number in its video of each row's frame by the column timestamp, int64 [frames]; None without that column."""
+    if (stamps := steps.columns.get("timestamp")) is None:
+        return None
+    by_order = "or rename the column to match frames by order"
+    if stamps.ndim > 1:
+        raise UserError(f"{table}: timestamp has several numbers in a row; give one, in seconds, {by_order}")
+    if len(wrong := np.flatnonzero((np.diff(stamps) < 0) & (steps.step[1:] > 0))):
+        where = f"episode {steps.episode[wrong[0]]}, step {steps.step[wrong[0]] + 1}"
+        raise UserError(f"{table}: timestamp decreases at {where}; sort the steps by time, {by_order}")
+    numbers, rows_of, total, used = np.zeros(len(steps), np.int64), _rows_by_path(paths), 0, 0
+    with tqdm(rows_of.items(), desc="check", unit=" videos", mininterval=seconds_between_updates()) as bar:
+        for video, rows in bar:
+            times = frame_times(video)
+            if not len(times):
+                raise UserError(f"{video} contains no frames")
+            numbers[rows] = found = frames_at(times, stamps[rows])
+            if len(missing := np.flatnonzero(found < 0)):
+                row = rows[missing[0]]
+                raise UserError(
+                    f"{table}: timestamp {stamps[row]:.9g} of episode {steps.episode[row]}, step {steps.step[row]} is outside {video}, "
+                    f"whose frames are at {times[0]:g} to {times[-1]:g} s; give seconds in the video, {by_order}"
+                )
+            total, used = total + len(times), used + len(np.unique(found))
+    if not len(steps) == total == used:
+        note(f"the {len(steps)} rows of {table} show {used} of the {total} frames of its videos, by timestamp")
+    return numbers
+
+
+def _rows_by_path(paths: list[Path]) -> dict[Path, NDArray[np.int64]]:
+    rows: dict[Path, list[int]] = {}
+    for row, path in enumerate(paths):
+        rows.setdefault(path, []).append(row)
+    return {path: np.array(found) for path, found in rows.items()}
 
 
 def _all_frames(folder: Path) -> StepTable:
@@ -117,7 +184,7 @@ def _all_frames(folder: Path) -> StepTable:
         )
     if videos:
         require_ffmpeg()
-        lengths = [sum(1 for _ in _decode_video(video)) for video in videos]
+        lengths = [sum(1 for _ in decode_video(video)) for video in videos]
         if not all(lengths):
             raise UserError(f"{videos[lengths.index(0)]} contains no frames; remove it")
         named = np.repeat([str(video.relative_to(folder)) for video in videos], lengths)
@@ -154,77 +221,3 @@ def _paths(folder: Path, names: NDArray[Any], suffixes: tuple[str, ...], table: 
     except (OSError, ValueError) as error:
         raise UserError(f"{table} names files of {folder} that cannot be opened ({reason(error)})") from error
     return [known[name] for name in names]
-
-
-def _open_image(path: Path) -> Image.Image:
-    """Open an image file as RGB, rotated as its EXIF orientation requires; size and kind are checked before it is decoded."""
-    with reading(path, f"{path} is no readable image", "replace the file"):
-        if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{path} is larger than any image of {MOST_PIXELS} pixels")
-        data = path.read_bytes()
-        image = Image.open(io.BytesIO(data), formats=[IMAGES[path.suffix.lower()]])
-        if image.width * image.height > MOST_PIXELS:
-            raise UserError(f"{path} has {image.width} x {image.height} pixels, too many for a frame")
-        if image.mode not in MODES or (image.format == "PNG" and data[24] > 8):
-            raise UserError(f"{path} is {image.mode} of more than 8 bits or of other colours; save it as 8-bit RGB")
-        # An MPO file of a phone or a 3D camera is a JPEG followed by other views; Pillow opens the first one.
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-            raise UserError(f"{path} contains several images; save a single one")
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode == "RGB" and "transparency" not in upright.info:
-            return upright
-        coloured = upright.convert("RGBA")
-        if coloured.getchannel("A").getextrema() != (255, 255):
-            raise UserError(f"{path} is transparent; save it as RGB")
-        return coloured.convert("RGB")
-
-
-class _VideoReader:
-    """Reads one video at a time: reading on costs one frame, going back starts the video again."""
-
-    def __init__(self) -> None:
-        self._path, self._next = Path(), 0
-        self._stream: Iterator[Image.Image] = iter(())
-
-    def frames(self, path: Path, start: int) -> Iterator[Image.Image]:
-        """Yield the video's frames from number `start` on."""
-        if path != self._path or start < self._next:
-            self._path, self._next, self._stream = path, 0, _decode_video(path)
-        for image in self._stream:
-            self._next += 1
-            if self._next > start:
-                yield image
-
-
-def _decode_video(path: Path) -> Iterator[Image.Image]:
-    """Yield all stored frames of a video, without dropping or repeating any for its frame rate."""
-    words = [
-        *(ffmpeg(), "-v", "error", "-xerror", "-nostdin"),
-        *("-protocol_whitelist", "file,pipe", "-format_whitelist", CONTAINERS, "-max_pixels", str(MOST_PIXELS)),
-        *("-i", f"file:{path.absolute()}", "-map", "0:v:0"),
-        # Time stamps by frame number, far apart: rounded, a video's own may coincide, and a frame would be lost.
-        *("-vf", "setpts=1000*N/TB", "-fps_mode", "passthrough"),
-        # The same bytes on every processor.
-        *("-sws_flags", "bicubic+accurate_rnd+full_chroma_int+bitexact", "-pix_fmt", "rgb24"),
-        *("-c:v", "ppm", "-f", "image2pipe", "-"),
-    ]
-    with (
-        tempfile.TemporaryFile() as log,
-        subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log) as process,
-    ):
-        assert process.stdout is not None
-        try:
-            while process.stdout.readline():  # P6
-                width, height = map(int, process.stdout.readline().split())
-                process.stdout.readline()  # 255
-                pixels = process.stdout.read(width * height * 3)
-                if len(pixels) < width * height * 3:
-                    break
-                yield Image.frombytes("RGB", (width, height), pixels)
-            process.wait()
-        finally:
-            process.kill()
-        log.seek(0)
-        errors = " ".join(log.read(2000).decode(errors="replace").split())
-        if process.returncode or errors:
-            raise UserError(f"{path} is no readable video ({errors[-200:]}); replace the file")

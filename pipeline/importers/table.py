@@ -31,6 +31,8 @@ from wmcache.pipeline.importers.conversions import (
 from wmcache.pipeline.steps import Steps
 
 COLUMNS = r"episode|step|file|video|(action|state|proprio)(_\d+)?|reward|terminated|truncated"
+NO_INDEX = rf"{COLUMNS}|timestamp"
+"""Columns that are never an index."""
 PANDAS_INDEX = r"Unnamed: \d+(\.\d+)*|__index_level_\d+__|index|level_\d+"
 """Names that pandas gives to an index without a name."""
 
@@ -161,7 +163,7 @@ def _without_index(rows: pa.Table, path: Path, named: list[Any]) -> pa.Table:
         unnamed = not name and number == first
         first += unnamed  # a MultiIndex has several columns
         is_index = unnamed or name in named or re.fullmatch(PANDAS_INDEX, name) or _counts_rows(rows[number])
-        (ignored if is_index and not re.fullmatch(COLUMNS, name) else kept).append(number)
+        (ignored if is_index and not re.fullmatch(NO_INDEX, name) else kept).append(number)
     if ignored:
         listed = ", ".join(rows.column_names[number] or "without a name" for number in ignored)
         note(f"ignored the index column of {path}: {listed}")
