@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from wmcache.common.errors import UserError, reason
@@ -83,7 +83,7 @@ class FramesImporter(ImageImporter):
             if path.stat().st_size > MOST_BYTES:
                 raise UserError(f"{path} is larger than any image of {MOST_PIXELS} pixels")
             data = path.read_bytes()
-            image: Image.Image = Image.open(io.BytesIO(data), formats=[IMAGES[path.suffix.lower()]])
+            image = _identify(path, data)
             if image.width * image.height > MOST_PIXELS:
                 raise UserError(f"{path} has {image.width} x {image.height} pixels, too many for a frame")
             if image.mode not in MODES:
@@ -91,6 +91,8 @@ class FramesImporter(ImageImporter):
             # An MPO file of a phone or a 3D camera is a JPEG followed by other views; Pillow opens the first one.
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise UserError(f"{path} contains several images; save a single one")
+            if image.format == "PNG":
+                Image.open(io.BytesIO(data), formats=["PNG"]).verify()  # decoding skips the checksums of pixels
             if image.format == "PNG" and data[24] > 8:
                 grey = image.mode == "I;16" and "transparency" not in image.info
                 # Of colours Pillow reads 8 bits.
@@ -135,6 +137,15 @@ class FramesImporter(ImageImporter):
         return size, read
 
 
+def _identify(path: Path, data: bytes) -> Image.Image:
+    """Open an image of the format that its suffix names, not decoded yet."""
+    kind = IMAGES[path.suffix.lower()]
+    try:
+        return Image.open(io.BytesIO(data), formats=[kind])
+    except UnidentifiedImageError:  # its text is an address in memory
+        raise UserError(f"{path} is no {kind} image; replace the file, or correct its suffix") from None
+
+
 def _match_times(steps: Steps, table: Path, paths: list[Path]) -> NDArray[np.int64] | None:
     """Return the number in its video of each row's frame by the column timestamp, int64 [frames]; None without that column."""
     if (stamps := steps.columns.get("timestamp")) is None:
@@ -173,14 +184,21 @@ def _rows_by_path(paths: list[Path]) -> dict[Path, NDArray[np.int64]]:
 
 def _all_frames(folder: Path) -> StepTable:
     """List the frames of all videos under a folder, an episode each, or else of all folders of images, in the order of numbers in names."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; pass one of images or videos")
     with reading(folder, f"{folder} cannot be listed", "pass a folder of images or videos"):
-        files = sorted((file for file in folder.rglob("*") if file.is_file()), key=_by_numbers)
+        found = sorted((file for file in folder.rglob("*") if not file.is_dir()), key=_by_numbers)
+    found = [file for file in found if file.suffix.lower() in (*VIDEOS, *IMAGES)]
+    files = [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    if len(files) < len(found):
+        hidden = next(file for file in found if file not in files)
+        note(f"ignored {len(found) - len(files)} hidden files of {folder}, such as {hidden}")
     videos = [file for file in files if file.suffix.lower() in VIDEOS]
     images = [file for file in files if file.suffix.lower() in IMAGES]
     if bool(videos) == bool(images):
-        found = "both images and videos" if videos else "neither images nor videos"
+        either = "both images and videos" if videos else "neither images nor videos"
         raise UserError(
-            f"{folder} contains {found}; pass a folder of either, or name its files in a table with --actions"
+            f"{folder} contains {either}; pass a folder of either, or name its files in a table with --actions"
         )
     if videos:
         require_ffmpeg()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -140,7 +141,10 @@ def _run(path: Path, source: tuple[str, ...], output: tuple[str, ...]) -> Iterat
         finally:
             process.kill()
         log.seek(0)
-        errors = " ".join(log.read(2000).decode(errors="replace").split())
+        errors = log.read(2000).decode(errors="replace").strip()
         if process.returncode or errors:
             kind = "image" if "png_pipe" in source else "video"
-            raise UserError(f"{path} is no readable {kind} ({errors[-200:]}); replace the file")
+            cause = re.sub(r"^(\[[^]]* @ 0x[0-9a-f]+\] )+", "", errors.partition("\n")[0])[:200]
+            raise UserError(
+                f"{path} is no readable {kind} ({cause or f'FFmpeg exited with {process.returncode}'}); replace the file"
+            )
