@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Ge, Le
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageColor
 from tqdm import tqdm
 
 from wmcache.common.columns import MAX_COLUMN_WIDTH, Column, DType, Role, require_names
@@ -22,44 +22,120 @@ from wmcache.pipeline.frames import Frames
 from wmcache.pipeline.importers.base import Importer
 from wmcache.pipeline.steps import Steps
 
+Pixels = NDArray[np.uint8] | NDArray[np.uint16]
+"""[H, W] or [H, W, C]: C is 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha)."""
+
 
 @dataclass(frozen=True)
 class ImageImporter(Importer):
-    """A format whose images may have to be cropped and resized (bicubic with antialiasing) to square frames of one size."""
+    """A format whose images may have to be changed to square RGB frames of one size; docs/import.md has the rules."""
 
     crop: Literal["none", "center"] = option("none", "center: take the central square of images that are not square.")
+    pad: bool = option(
+        False, "Pad images that are not square, to squares with --background on both sides.", flag="--pad"
+    )
+    background: str | None = option(
+        None,
+        "Colour behind transparent images and beside padded ones, as in white or #202020.  [default: transparent images are refused, "
+        "padding is black]",
+    )
+    white_level: Annotated[int, Ge(1), Le(65535)] = option(
+        65535, "Value of 16-bit images that becomes 255, as larger ones do."
+    )
     image_size: Annotated[int, Ge(8), Le(8192)] | None = option(
-        None, "Resize squares to this side.  [default: as they are]"
+        None, "Resize squares to this side (bicubic with antialiasing).  [default: as they are]"
     )
     fps: Positive = option(20, "Env steps per second, for videos that are made later.")
+    _noted: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Raise UserError for options that do not fit together."""
+        if self.pad and self.crop != "none":
+            raise UserError("--pad and --crop center exclude each other; leave one out")
+        try:
+            is_opaque = len(ImageColor.getrgb(self.background or "black")) == 3
+        except ValueError:
+            is_opaque = False
+        if not is_opaque:
+            raise UserError(f"--background {self.background!r} is no opaque colour; write a name or #RRGGBB")
 
     @property
     def changes(self) -> str:
         """The changes to images, for the card; empty if there are none."""
-        resized = f", resized to {self.image_size} px (bicubic)" if self.image_size else ""
-        return (", cropped to the central square" if self.crop == "center" else "") + resized
+        done = {
+            "cropped to the central square": self.crop == "center",
+            "padded to a square": self.pad,
+            f"on {self.background}": self.background,
+            f"{self.white_level} is white": self.white_level != 65535,
+            f"resized to {self.image_size} px (bicubic)": self.image_size,
+        }
+        return "".join(f", {change}" for change, is_done in done.items() if is_done)
+
+    def note_once(self, kind: str, text: str) -> None:
+        """Print `text` on stderr, once for each kind."""
+        if kind not in self._noted:
+            self._noted.add(kind)
+            note(text)
 
     def side(self, width: int, height: int, where: AnyPath | str) -> int:
         """Return the side of the frame of an image; raises UserError for one that is not square or too large."""
-        if width != height and self.crop == "none":
-            raise UserError(f"{where} is {width} x {height} pixels, not square; pass --crop center")
-        side = self.image_size or min(width, height)
+        if width != height and self.crop == "none" and not self.pad:
+            raise UserError(f"{where} is {width} x {height} pixels, not square; pass --crop center or --pad")
+        side = self.image_size or (max(width, height) if self.pad else min(width, height))
         if not 0 < side <= 8192:
             raise UserError(f"{where} gives a frame of {side} pixels, more than 8192; pass --image-size")
         return side
 
     def frame(self, image: Image.Image, size: int, where: AnyPath | str) -> Frames:
-        """Turn an RGB image into a frame, uint8 [size, size, 3]; raises UserError if it does not have that size."""
-        width, height = image.size
-        if (found := self.side(width, height, where)) != size:
+        """Turn an image of 8 bits into a frame, uint8 [size, size, 3].
+
+        Raises UserError if it does not have that size, or is transparent without --background.
+        """
+        if (found := self.side(*image.size, where)) != size:
             raise UserError(f"{where} gives a frame of {found} pixels, the first has {size}; pass --image-size")
-        square = min(width, height)
-        left, top = (width - square) // 2, (height - square) // 2
-        if width != height:
-            image = image.crop((left, top, left + square, top + square))
-        if square != size:
+        image = self._squared(self._opaque(image, where))
+        if image.width != size:
             image = image.resize((size, size), Image.Resampling.BICUBIC)
         return np.asarray(image)
+
+    def to_image(self, pixels: Pixels, where: AnyPath | str) -> Image.Image:
+        """Return pixels as an image of 8 bits; those of uint16 are scaled by --white-level, with a note."""
+        if pixels.dtype == np.uint16:
+            self.note_once(
+                "16 bits",
+                f"{where} has 16 bits per channel, and values up to {pixels.max()}: "
+                f"0 to {self.white_level} becomes 0 to 255 in all such images (--white-level)",
+            )
+            levels = np.full(pixels.shape[2:], self.white_level, np.uint32)
+            if pixels.shape[2:] in ((2,), (4,)):
+                levels[-1] = 65535  # alpha
+            pixels = ((np.minimum(pixels, levels) * np.uint32(255) + levels // 2) // levels).astype(np.uint8)
+        return Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
+
+    def _opaque(self, image: Image.Image, where: AnyPath | str) -> Image.Image:
+        """Return an image as RGB, on the background where it is transparent."""
+        if image.mode == "RGB" and "transparency" not in image.info:
+            return image
+        coloured = image.convert("RGBA")
+        if coloured.getchannel("A").getextrema() == (255, 255):
+            return coloured.convert("RGB")
+        if self.background is None:
+            raise UserError(f"{where} is transparent; pass --background, such as --background white")
+        return Image.alpha_composite(Image.new("RGBA", image.size, self.background), coloured).convert("RGB")
+
+    def _squared(self, image: Image.Image) -> Image.Image:
+        """Crop or pad an RGB image to a square; with odd differences, the right or the lower edge is one pixel larger."""
+        width, height = image.size
+        if width == height:
+            return image
+        if not self.pad:
+            side = min(width, height)
+            left, top = (width - side) // 2, (height - side) // 2
+            return image.crop((left, top, left + side, top + side))
+        side = max(width, height)
+        padded = Image.new("RGB", (side, side), self.background or "black")
+        padded.paste(image, ((side - width) // 2, (side - height) // 2))
+        return padded
 
 
 @dataclass(frozen=True)

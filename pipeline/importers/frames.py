@@ -11,17 +11,32 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps
+from tqdm import tqdm
 
 from wmcache.common.errors import UserError, reason
 from wmcache.common.options import option
+from wmcache.common.progress import seconds_between_updates
 from wmcache.common.reading import reading
 from wmcache.common.video import require_ffmpeg
 from wmcache.pipeline.frames import Frames
 from wmcache.pipeline.importers.base import IMPORTERS, Read, Source
 from wmcache.pipeline.importers.conversions import ImageImporter, note, number_steps
-from wmcache.pipeline.importers.media import IMAGES, VIDEOS, VideoReader, decode_video, open_image
+from wmcache.pipeline.importers.images import IMAGES, has_16_bits, identify
 from wmcache.pipeline.importers.table import StepTable, read_table
+from wmcache.pipeline.importers.videos import (
+    MOST_PIXELS,
+    VIDEOS,
+    VideoReader,
+    decode_png,
+    decode_video,
+    frame_times,
+    frames_at,
+)
 from wmcache.pipeline.steps import Steps
+
+MOST_BYTES = 8 * MOST_PIXELS
+BY_TIME = "correct either, or add a column timestamp"
 
 
 @IMPORTERS.register("frames")
@@ -50,14 +65,28 @@ class FramesImporter(ImageImporter):
     def _images(self, table: StepTable, paths: list[Path]) -> tuple[int, Read]:
         """Return the size of frames, and what reads them from one image each."""
         starts = np.flatnonzero(table.steps.step == 0)
-        size = self.side(*open_image(paths[0]).size, paths[0])
+        size = self.side(*self._open_image(paths[0]).size, paths[0])
 
         def read(episode: int, wanted: range) -> Iterator[Frames]:
             start = starts[episode]
             for path in paths[start + wanted.start : start + wanted.stop]:
-                yield self.frame(open_image(path), size, path)
+                yield self.frame(self._open_image(path), size, path)
 
         return size, read
+
+    def _open_image(self, path: Path) -> Image.Image:
+        """Open an image file with 8 bits, rotated as its EXIF orientation requires; size and kind are checked before it is decoded."""
+        with reading(path, f"{path} is no readable image", "replace the file"):
+            if path.stat().st_size > MOST_BYTES:
+                raise UserError(f"{path} is larger than any image of {MOST_PIXELS} pixels")
+            data = path.read_bytes()
+            image = identify(data, [IMAGES[path.suffix.lower()]], path)
+            if has_16_bits(image, data):
+                grey = image.mode == "I;16" and "transparency" not in image.info
+                # Of colours Pillow reads 8 bits.
+                deep, image = image, self.to_image(np.asarray(image) if grey else decode_png(path), path)
+                image.getexif()[ExifTags.Base.Orientation] = deep.getexif().get(ExifTags.Base.Orientation, 1)
+            return ImageOps.exif_transpose(image)
 
     def _videos(self, table: StepTable, path: Path, paths: list[Path]) -> tuple[int, Read]:
         """Return the size of frames, and what reads them from one video an episode."""
@@ -67,40 +96,88 @@ class FramesImporter(ImageImporter):
         for episode, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             if len(set(table.names[start : start + length])) > 1:
                 raise UserError(f"{path} names several videos for episode {episode}; an episode is one video")
-        videos, noted = VideoReader(), False
-        if (first := next(videos.frames(paths[0], 0), None)) is None:
+        videos = VideoReader()
+        if (first := videos.frame(paths[0], 0)) is None:
             raise UserError(f"{paths[0]} contains no frames")
-        size = self.side(*first.size, paths[0])
+        size = self.side(first.shape[1], first.shape[0], paths[0])
+        timed = _match_times(table.steps, path, paths)
+        numbers = table.steps.step if timed is None else timed
 
         def read(episode: int, wanted: range) -> Iterator[Frames]:
-            nonlocal noted
-            video, length = paths[starts[episode]], int(lengths[episode])
-            stream = videos.frames(video, wanted.start)
+            start, length = starts[episode], int(lengths[episode])
+            video = paths[start]
             for step in wanted:
-                if (image := next(stream, None)) is None:
-                    raise UserError(f"{video} ends after {step} frames, {path} has {length} rows; correct either")
-                yield self.frame(image, size, f"{video}, frame {step},")
-            if wanted.stop < length or next(stream, None) is None:
+                number = int(numbers[start + step])
+                if (pixels := videos.frame(video, number)) is None:
+                    raise UserError(f"{video} ends after {number} frames, {path} has {length} rows; {BY_TIME}")
+                where = f"{video}, frame {number},"
+                yield self.frame(self.to_image(pixels, where), size, where)
+            if timed is not None or wanted.stop < length or videos.frame(video, length) is None:
                 return
-            if next(stream, None) is not None:
-                raise UserError(f"{video} has over one frame more than the {length} rows of {path}; correct either")
-            if not (table.dropped[episode] or noted):
-                noted = True
-                note(f"{video} has one frame more than {path} has rows; last frames without an action are not imported")
+            if videos.frame(video, length + 1) is not None:
+                raise UserError(f"{video} has over one frame more than the {length} rows of {path}; {BY_TIME}")
+            if not table.dropped[episode]:
+                text = (
+                    f"{video} has one frame more than {path} has rows; last frames without an action are not imported"
+                )
+                self.note_once("last frame", text)
 
         return size, read
 
 
+def _match_times(steps: Steps, table: Path, paths: list[Path]) -> NDArray[np.int64] | None:
+    """Return the number in its video of each row's frame by the column timestamp, int64 [frames]; None without that column."""
+    if (stamps := steps.columns.get("timestamp")) is None:
+        return None
+    by_order = "or rename the column to match frames by order"
+    if stamps.ndim > 1:
+        raise UserError(f"{table}: timestamp has several numbers in a row; give one, in seconds, {by_order}")
+    if len(wrong := np.flatnonzero((np.diff(stamps) < 0) & (steps.step[1:] > 0))):
+        where = f"episode {steps.episode[wrong[0]]}, step {steps.step[wrong[0]] + 1}"
+        raise UserError(f"{table}: timestamp decreases at {where}; sort the steps by time, {by_order}")
+    numbers, rows_of, total, used = np.zeros(len(steps), np.int64), _rows_by_path(paths), 0, 0
+    with tqdm(rows_of.items(), desc="check", unit=" videos", mininterval=seconds_between_updates()) as bar:
+        for video, rows in bar:
+            times = frame_times(video)
+            if not len(times):
+                raise UserError(f"{video} contains no frames")
+            numbers[rows] = found = frames_at(times, stamps[rows])
+            if len(missing := np.flatnonzero(found < 0)):
+                row = rows[missing[0]]
+                raise UserError(
+                    f"{table}: timestamp {stamps[row]:.9g} of episode {steps.episode[row]}, step {steps.step[row]} is outside {video}, "
+                    f"whose frames are at {times[0]:g} to {times[-1]:g} s; give seconds in the video, {by_order}"
+                )
+            total, used = total + len(times), used + len(np.unique(found))
+    if not len(steps) == total == used:
+        note(f"the {len(steps)} rows of {table} show {used} of the {total} frames of its videos, by timestamp")
+    return numbers
+
+
+def _rows_by_path(paths: list[Path]) -> dict[Path, NDArray[np.int64]]:
+    rows: dict[Path, list[int]] = {}
+    for row, path in enumerate(paths):
+        rows.setdefault(path, []).append(row)
+    return {path: np.array(found) for path, found in rows.items()}
+
+
 def _all_frames(folder: Path) -> StepTable:
     """List the frames of all videos under a folder, an episode each, or else of all folders of images, in the order of numbers in names."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; pass one of images or videos")
     with reading(folder, f"{folder} cannot be listed", "pass a folder of images or videos"):
-        files = sorted((file for file in folder.rglob("*") if file.is_file()), key=_by_numbers)
+        found = sorted((file for file in folder.rglob("*") if not file.is_dir()), key=_by_numbers)
+    found = [file for file in found if file.suffix.lower() in (*VIDEOS, *IMAGES)]
+    files = [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    if len(files) < len(found):
+        hidden = next(file for file in found if file not in files)
+        note(f"ignored {len(found) - len(files)} hidden files of {folder}, such as {hidden}")
     videos = [file for file in files if file.suffix.lower() in VIDEOS]
     images = [file for file in files if file.suffix.lower() in IMAGES]
     if bool(videos) == bool(images):
-        found = "both images and videos" if videos else "neither images nor videos"
+        either = "both images and videos" if videos else "neither images nor videos"
         raise UserError(
-            f"{folder} contains {found}; pass a folder of either, or name its files in a table with --actions"
+            f"{folder} contains {either}; pass a folder of either, or name its files in a table with --actions"
         )
     if videos:
         require_ffmpeg()

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from annotated_types import Ge
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from wmcache.common.columns import Column
 from wmcache.common.errors import UserError
@@ -38,12 +38,14 @@ from wmcache.pipeline.importers.conversions import (
     ROLES,
     STATE,
     ColumnImporter,
+    Pixels,
     build_steps,
     describe_columns,
     note,
     number_steps,
 )
-from wmcache.pipeline.importers.media import VideoReader, decode_image, video_times
+from wmcache.pipeline.importers.images import has_16_bits, identify
+from wmcache.pipeline.importers.videos import VideoReader, frame_times
 from wmcache.pipeline.steps import Steps
 
 INDICES = ("episode_index", "frame_index", "index")
@@ -103,7 +105,7 @@ class LeRobotImporter(ColumnImporter):
             (name for name, feature in data.info.features.items() if feature.dtype != "video"), self.source
         )
         steps = data.steps([name for name in kept if data.info.features[name].dtype != "image"])
-        images = data.video_images() if data.is_video else data.stored_images()
+        images = data.video_images(self.to_image) if data.is_video else data.stored_images()
         first = next(iter(images(0, range(1))))
         size = self.side(*first.size, f"{data.camera} of {self.source}")
 
@@ -174,10 +176,10 @@ class _Dataset:
         others = {name: array for name, array in values.items() if name not in marked}
         return build_steps(self.episode, self.step, values, {**describe_columns(others, roles, where), **marked}, where)
 
-    def video_images(self) -> Images:
+    def video_images(self, to_image: Callable[[Pixels, str], Image.Image]) -> Images:
         """Return what reads the images of steps of an episode from the camera's videos."""
         require_ffmpeg()
-        videos, known = VideoReader(), self.episodes
+        videos, known, times_of = VideoReader(), self.episodes, functools.lru_cache(maxsize=2)(frame_times)
 
         def images(episode: int, wanted: range) -> Iterator[Image.Image]:
             chunk, file = (int(known[name][episode]) for name in ("chunk_index", "file_index"))
@@ -186,14 +188,10 @@ class _Dataset:
                 raise UserError(f"{path} does not exist; {OTHERS}")
             rows = slice(self.first[episode] + wanted.start, self.first[episode] + wanted.stop)
             times = known["from_timestamp"][episode] + self.timestamp[rows]
-            numbers = _nearest(video_times(path), times, 1 / self.info.fps, path)
-            stream, at = videos.frames(path, int(numbers[0])), int(numbers[0])
-            for number in numbers:
-                while at <= number:
-                    image, at = next(stream, None), at + 1
-                if image is None:
+            for number in _nearest(times_of(path), times, 1 / self.info.fps, path):
+                if (pixels := videos.frame(path, int(number))) is None:
                     raise UserError(f"{path} ends before frame {number}; {OTHERS}")
-                yield image
+                yield to_image(pixels, f"{path}, frame {number},")
 
         return images
 
@@ -214,7 +212,9 @@ class _Dataset:
                     data = column(file)[int(row - starts[file])].as_py()["bytes"]
                     if data is None:
                         raise UserError(f"{where} is a path, not an image; {OTHERS}")
-                    yield decode_image(data, ["PNG", "JPEG"], where)
+                    if has_16_bits(image := identify(data, ["PNG", "JPEG"], where), data):
+                        raise UserError(f"{where} has 16 bits per channel; save it with 8")
+                    yield ImageOps.exif_transpose(image)
 
         return images
 

@@ -31,6 +31,8 @@ from wmcache.pipeline.importers.conversions import (
 from wmcache.pipeline.steps import Steps
 
 COLUMNS = r"episode|step|file|video|(action|state|proprio)(_\d+)?|reward|terminated|truncated"
+NO_INDEX = rf"{COLUMNS}|timestamp"
+"""Columns that are never an index."""
 PANDAS_INDEX = r"Unnamed: \d+(\.\d+)*|__index_level_\d+__|index|level_\d+"
 """Names that pandas gives to an index without a name."""
 
@@ -122,6 +124,10 @@ def _numbers_of(column: pa.Array, name: str, table: Path) -> tuple[NDArray[Any],
     if dtype is None:
         raise UserError(f"{table}: the column {name} has type {column.type}, not numbers; remove it from a copy")
     zero = pa.scalar(0, pa.int8()).cast(column.type)
+    if pa.types.is_uint64(column.type) and (pc.max(column).as_py() or 0) >= 2**63:
+        raise UserError(
+            f"{table}: the column {name} has {pc.max(column)}, more than int64 keeps; remove it from a copy"
+        )
     return pc.fill_null(column, zero).to_numpy(zero_copy_only=False).astype(dtype), dtype
 
 
@@ -139,6 +145,8 @@ def _read_rows(path: Path) -> pa.Table:
         raise UserError(f"{path} has no rows")
     rows = _without_index(rows, path, named)
     names = rows.column_names
+    if len(names) == 1 and (mark := next((mark for mark in ";\t" if mark in names[0]), None)):
+        raise UserError(f"{path} is separated by {mark!r}, not by commas; save it with commas")
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{path} has several columns {sorted(twice)[0]!r}")
     try:
@@ -161,7 +169,7 @@ def _without_index(rows: pa.Table, path: Path, named: list[Any]) -> pa.Table:
         unnamed = not name and number == first
         first += unnamed  # a MultiIndex has several columns
         is_index = unnamed or name in named or re.fullmatch(PANDAS_INDEX, name) or _counts_rows(rows[number])
-        (ignored if is_index and not re.fullmatch(COLUMNS, name) else kept).append(number)
+        (ignored if is_index and not re.fullmatch(NO_INDEX, name) else kept).append(number)
     if ignored:
         listed = ", ".join(rows.column_names[number] or "without a name" for number in ignored)
         note(f"ignored the index column of {path}: {listed}")
@@ -190,7 +198,10 @@ def _kind(rows: pa.Table, table: Path) -> str:
     found = [name for name in ("file", "video") if name in rows.column_names]
     if len(found) != 1:
         raise UserError(f"{table} has {len(found)} of the columns file (images) and video; it needs one of them")
-    if not pa.types.is_string(rows[found[0]].type) and not pa.types.is_large_string(rows[found[0]].type):
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    kind = rows[found[0]].type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind  # pandas writes categories as dictionaries
+    if not any(is_kind(kind) for is_kind in kinds):
         raise UserError(f"{table}: the column {found[0]} has type {rows[found[0]].type}, not text")
     return found[0]
 
@@ -199,8 +210,10 @@ def _in_order(rows: pa.Table, table: Path) -> tuple[NDArray[np.int64], NDArray[n
     """Sort rows: episode, step and row of each frame; raise UserError if they do not count up from 0 without gaps."""
     numbers = {}
     for name in ("episode", "step"):
-        if name not in rows.column_names or not pa.types.is_integer(rows[name].type):
-            raise UserError(f"{table} has no column {name} of whole numbers")
+        if name not in rows.column_names:
+            raise UserError(f"{table} has no column {name}; write one that counts up from 0")
+        if not pa.types.is_integer(rows[name].type):
+            raise UserError(f"{table}: the column {name} has type {rows[name].type}, not integers; convert it")
         numbers[name] = rows[name].to_numpy().astype(np.int64)
     order = np.lexsort((numbers["step"], numbers["episode"]))
     episode, step = numbers["episode"][order], numbers["step"][order]
@@ -234,7 +247,9 @@ def _lists(lists: pa.Array, name: str, table: Path) -> NDArray[np.float64]:
         raise UserError(f"{table}: the column {name} has type {lists.type}, not lists; call numbers {name}_0, ...")
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
     filled = np.flatnonzero(lengths)
-    width = int(lengths[filled[0]]) if len(filled) else 0
+    if not len(filled):
+        return np.empty((len(lists), 0))
+    width = int(lengths[filled[0]])
     if len(wrong := filled[lengths[filled] != width]):
         where = f"{table}, {_row(table, int(wrong[0]))}"
         raise UserError(f"the list in {name} has {lengths[wrong[0]]} numbers, not {width} as the first one: {where}")
