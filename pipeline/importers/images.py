@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 
 from PIL import Image, UnidentifiedImageError
 
@@ -16,7 +15,7 @@ IMAGES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp
 MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
 
 
-def identify(data: bytes, formats: Sequence[str], where: AnyPath | str) -> Image.Image:
+def identify(data: bytes, formats: list[str], where: AnyPath | str) -> Image.Image:
     """Open an image of one of these formats (Pillow's names), not decoded yet.
 
     Raises UserError for another format, size or kind; any error of Pillow's for a damaged file.
