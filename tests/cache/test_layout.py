@@ -61,11 +61,11 @@ def test_a_lost_value_is_detected(lost: str) -> None:
         require_seal(sealed, WHERE, "HINT")
 
 
-def test_a_card_needs_all_fields_but_the_dtype_and_the_columns() -> None:
+def test_a_card_needs_all_fields_but_dtype_columns_and_licence() -> None:
     values = dataclasses.asdict(CARD)
     for name in values:
         rest = {"card": {field: value for field, value in values.items() if field != name}}
-        if name in ("dtype", "columns"):
+        if name in ("dtype", "columns", "licence"):
             assert read_card(rest) == CARD
         else:
             with pytest.raises(UserError, match=name):
