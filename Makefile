@@ -102,7 +102,7 @@ transfer: export PATH := $(CURDIR)/$(BIN):$(PATH)
 transfer: setup
 	wmcache study study/transfer.toml
 
-# World Models' two tasks (docs/world-models.md): an hour for take cover, two for CarRacing.
+# World Models' two tasks (docs/world-models.md): an hour for take cover, three for CarRacing.
 world-models: export WMCACHE_HOME := $(DEMO)
 world-models: export PATH := $(CURDIR)/$(BIN):$(PATH)
 world-models: setup
