@@ -243,7 +243,7 @@ def test_the_grid_is_coarse_in_the_first_share_of_the_steps(
 
 def test_a_run_has_its_stores_identity_and_no_file_that_could_be_code(go: Go, store_path: Path, run: Path) -> None:
     go(run, steps=1, clip=0.0)
-    assert {Path(name).suffix for name in files_of(run)} == {".json", ".jsonl", ".safetensors"}
+    assert {Path(name).suffix for name in files_of(run)} == {".json", ".jsonl", ".md", ".safetensors"}
     identity = json.loads((run / "identity.json").read_text())["identity"]
     assert identity == json.loads(json.dumps(TokenStore.open(store_path).identity.to_json()))
 
