@@ -239,7 +239,7 @@ def _matrix(rows: pa.Table, name: str, table: Path) -> NDArray[np.float64]:
             f"{table} needs either a column {name} of lists or {name}_0, {name}_1, ... without gaps; "
             f"it has {', '.join(column for column in rows.column_names if column.startswith(name)) or 'neither'}"
         )
-    return np.stack([_numbers(rows[column].combine_chunks(), name, table) for column in expected], 1)
+    return np.stack([_numbers(rows[column].combine_chunks(), column, table) for column in expected], 1)
 
 
 def _lists(lists: pa.Array, name: str, table: Path) -> NDArray[np.float64]:

@@ -67,8 +67,8 @@ def test_damage_gives_one_line(tmp_path: Path, run_import: Import, name: str) ->
     whole = path.read_bytes()
     words = ("--actions", path) if path.suffix == ".parquet" else ()
     for kind, change in DAMAGE.items():
-        if (kind, path.suffix) == ("zeros", ".jpg"):
-            continue  # JPEG has no checksums
+        if kind == "zeros" and path.suffix in (".jpg", ".mp4"):
+            continue  # JPEG and H.264 have no checksums
         path.write_bytes(change(whole))
         result = run_import("frames", folder, *words, "--out", tmp_path / "out")
         assert result.exit_code == 1, kind
