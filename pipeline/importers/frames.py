@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -96,33 +97,43 @@ class FramesImporter(ImageImporter):
         for episode, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             if len(set(table.names[start : start + length])) > 1:
                 raise UserError(f"{path} names several videos for episode {episode}; an episode is one video")
-        videos = VideoReader()
-        if (first := videos.frame(paths[0], 0)) is None:
-            raise UserError(f"{paths[0]} contains no frames")
+        with closing(decode_video(paths[0])) as stream:
+            if (first := next(stream, None)) is None:
+                raise UserError(f"{paths[0]} contains no frames")
         size = self.side(first.shape[1], first.shape[0], paths[0])
         timed = _match_times(table.steps, path, paths)
         numbers = table.steps.step if timed is None else timed
 
+        videos = VideoReader()
+
         def read(episode: int, wanted: range) -> Iterator[Frames]:
             start, length = starts[episode], int(lengths[episode])
             video = paths[start]
-            for step in wanted:
-                number = int(numbers[start + step])
-                if (pixels := videos.frame(video, number)) is None:
-                    raise UserError(f"{video} ends after {number} frames, {path} has {length} rows; {BY_TIME}")
-                where = f"{video}, frame {number},"
-                yield self.frame(self.to_image(pixels, where), size, where)
-            if timed is not None or wanted.stop < length or videos.frame(video, length) is None:
-                return
-            if videos.frame(video, length + 1) is not None:
-                raise UserError(f"{video} has over one frame more than the {length} rows of {path}; {BY_TIME}")
-            if not table.dropped[episode]:
-                text = (
-                    f"{video} has one frame more than {path} has rows; last frames without an action are not imported"
-                )
-                self.note_once("last frame", text)
+            with ExitStack() as on_error:
+                on_error.callback(videos.close)
+                for step in wanted:
+                    number = int(numbers[start + step])
+                    if (pixels := videos.frame(video, number)) is None:
+                        raise UserError(f"{video} ends after {number} frames, {path} has {length} rows; {BY_TIME}")
+                    where = f"{video}, frame {number},"
+                    yield self.frame(self.to_image(pixels, where), size, where)
+                on_error.pop_all()
+            if timed is None and wanted.stop == length:
+                self._require_end(videos, video, table.dropped[episode], length, path)
 
         return size, read
+
+    def _require_end(self, videos: VideoReader, video: Path, is_dropped: bool, rows: int, table: Path) -> None:
+        """Raise UserError for a video of more frames than its rows; one more is noted, unless its row was dropped."""
+        further = 0
+        while further < 2 and videos.frame(video, rows + further) is not None:
+            further += 1
+        videos.close()
+        if further > 1:
+            raise UserError(f"{video} has over one frame more than the {rows} rows of {table}; {BY_TIME}")
+        if further and not is_dropped:
+            text = f"{video} has one frame more than {table} has rows; last frames without an action are not imported"
+            self.note_once("last frame", text)
 
 
 def _match_times(steps: Steps, table: Path, paths: list[Path]) -> NDArray[np.int64] | None:

@@ -7,7 +7,7 @@ import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -36,11 +36,18 @@ class VideoReader:
         """Open nothing yet."""
         self._path, self._number = Path(), -1
         self._pixels: Pixels | None = None
-        self._stream: Iterator[Pixels] = iter(())
+        self._stream: Generator[Pixels, None, None] | None = None
+
+    def close(self) -> None:
+        """Stop FFmpeg; the next frame starts it again."""
+        if self._stream is not None:
+            self._stream.close()
+        self._path, self._stream = Path(), None
 
     def frame(self, path: Path, number: int) -> Pixels | None:
         """Return a frame of a video by its number, or None beyond the last one."""
-        if path != self._path or number < self._number:
+        if self._stream is None or path != self._path or number < self._number:
+            self.close()
             self._path, self._number, self._stream = path, -1, decode_video(path)
         while self._number < number:
             if (pixels := next(self._stream, None)) is None:
@@ -49,7 +56,7 @@ class VideoReader:
         return self._pixels
 
 
-def decode_video(path: Path) -> Iterator[Pixels]:
+def decode_video(path: Path) -> Generator[Pixels, None, None]:
     """Yield the frames that a video shows, without dropping or repeating any for its frame rate, rotated as it requires.
 
     Raises UserError for a file that is no readable video.
