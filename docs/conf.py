@@ -13,7 +13,7 @@ release = version = __version__
 root_doc = "docs/index"
 include_patterns = ["docs/**", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 exclude_patterns = [".*", "build", "data", "tests", "docs/examples", "**/__pycache__"]
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_theme_options = {"light_css_variables": {"code-font-size": "0.72rem"}}  # lines of 140 characters
 html_copy_source = False
