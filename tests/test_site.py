@@ -82,5 +82,6 @@ def test_the_code_of_the_formats_runs(
         exec(block, found)
     assert found["steps"].num_rows == found["store"]["tokens"].shape[0] == 360
     assert found["card"]["encoder"]["name"] == "tcn"
+    assert len(found["frames"]) == 64
     assert found["weights"]
     assert found["metrics"]
