@@ -49,7 +49,7 @@ def export_lerobot(dataset: FrameDataset, out: Path) -> int:
         UserError: the folder has something else, or is the export of another dataset.
     """
     require_ffmpeg()
-    names = feature_names(dataset.card.columns or {})
+    names = feature_names(dataset.card.columns or {}, CAMERA)
     _start(out, dataset.card.fingerprint)
     lengths = np.bincount(dataset.steps.episode)
     groups = _groups(lengths)
@@ -66,8 +66,8 @@ def export_lerobot(dataset: FrameDataset, out: Path) -> int:
     return len(groups)
 
 
-def feature_names(columns: Columns) -> dict[str, str]:
-    """Return LeRobot's name of each column; raises UserError where two have the same."""
+def feature_names(columns: Columns, images: str) -> dict[str, str]:
+    """Return LeRobot's name of each column; raises UserError where two have the same, or that of the images or tokens."""
     proprio, actions = of_role(columns, "proprio"), of_role(columns, "action")
     names = {}
     for name, column in columns.items():
@@ -79,7 +79,7 @@ def feature_names(columns: Columns) -> dict[str, str]:
             names[name] = "observation.state"  # what policies see
         else:
             names[name] = "observation." + ("environment_state" if name == "state" and proprio else name)
-    if len({*names.values(), CAMERA}) <= len(names):
+    if len({*names.values(), images}) <= len(names):
         raise UserError(f"columns {', '.join(names)} do not have different names in LeRobot; rename one")
     return names
 

@@ -23,19 +23,17 @@ from tqdm import tqdm
 
 from wmcache.cache.readme import dataset_facts, encoder_facts, title_of
 from wmcache.cache.store import TokenStore
-from wmcache.common.columns import Columns, of_role
 from wmcache.common.errors import UserError
 from wmcache.common.files import cannot_write, is_temporary, sha256_of, write_whole
 from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.common.paths import AnyPath, names_in, remove, require_name, size_of
 from wmcache.common.progress import seconds_between_updates
 from wmcache.common.readme import Readme, size_category, write_readme
+from wmcache.pipeline.export_lerobot import feature_names
 
 FORMAT_VERSION = 1
 DONE, UNFINISHED = "export.json", "unfinished.json"
 TOKENS = "observation.tokens"
-SCALARS = {"reward": "next.reward", "terminated": "next.done", "truncated": "next.truncated"}
-"""Role of a column of one number -> LeRobot's name."""
 LEROBOT: dict[str, tuple[str, tuple[int, ...]]] = {
     **dict.fromkeys(("index", "episode_index", "frame_index"), ("int64", ())),
     "timestamp": ("float32", ()),
@@ -105,7 +103,7 @@ def _parquet(store: TokenStore, rows: Rows) -> bytes:
     values = {"index": first, "episode_index": rows["episode"], "frame_index": rows["step"], "timestamp": seconds}
     columns = {name: pa.array(values[name].astype(dtype)) for name, (dtype, _) in LEROBOT.items()}
     columns[TOKENS] = _lists(rows["tokens"])
-    columns |= {feature: _lists(rows[name]) for name, feature in feature_names(store.columns).items()}
+    columns |= {feature: _lists(rows[name]) for name, feature in feature_names(store.columns, TOKENS).items()}
     pq.write_table(pa.table(columns), memory, compression="zstd", use_dictionary=False)
     return memory.getvalue()
 
@@ -120,29 +118,11 @@ def _lists(values: NDArray[Any]) -> pa.Array:
     return flat if width == 1 else pa.FixedSizeListArray.from_arrays(flat, width)
 
 
-def feature_names(columns: Columns) -> dict[str, str]:
-    """Return LeRobot's name of each column; raises UserError where two have the same."""
-    proprio, actions = of_role(columns, "proprio"), of_role(columns, "action")
-    names = {}
-    for name, column in columns.items():
-        if "action" in column.roles:
-            names[name] = "action" if len(actions) == 1 else f"action.{name}"
-        elif column.roles[0] in SCALARS:
-            names[name] = SCALARS[column.roles[0]]
-        elif proprio == [name]:
-            names[name] = "observation.state"  # what policies see
-        else:
-            names[name] = "observation." + ("environment_state" if name == "state" and proprio else name)
-    if len({*names.values(), TOKENS}) <= len(names):
-        raise UserError(f"columns {', '.join(names)} do not have different names in LeRobot; rename one")
-    return names
-
-
 def _finish(store: TokenStore, out: AnyPath, known: dict[str, Any], files: list[str]) -> None:
     kinds: dict[str, tuple[str, tuple[int, ...]]] = {"tokens": ("float16", store.card.frame_shape)}
     kinds |= {name: (str(values.dtype), values.shape[1:]) for name, values in store.step_columns().items()}
     if known["format"] == "parquet":
-        renamed = {"tokens": TOKENS, **feature_names(store.columns)}
+        renamed = {"tokens": TOKENS, **feature_names(store.columns, TOKENS)}
         kinds = {renamed[name]: kinds[name] for name in renamed} | LEROBOT
     features = {name: {"dtype": dtype, "shape": list(shape)} for name, (dtype, shape) in kinds.items()}
     records = [
