@@ -49,7 +49,7 @@ def export_lerobot(dataset: FrameDataset, out: Path) -> int:
         UserError: the folder has something else, or is the export of another dataset.
     """
     require_ffmpeg()
-    names = feature_names(dataset.card.columns or {}, CAMERA)
+    names = feature_names(dataset.card.columns or {})
     _start(out, dataset.card.fingerprint)
     lengths = np.bincount(dataset.steps.episode)
     groups = _groups(lengths)
@@ -66,7 +66,7 @@ def export_lerobot(dataset: FrameDataset, out: Path) -> int:
     return len(groups)
 
 
-def feature_names(columns: Columns, images: str) -> dict[str, str]:
+def feature_names(columns: Columns, images: str = CAMERA) -> dict[str, str]:
     """Return LeRobot's name of each column; raises UserError where two have the same, or that of the images or tokens."""
     proprio, actions = of_role(columns, "proprio"), of_role(columns, "action")
     names = {}

@@ -18,7 +18,8 @@ from wmcache.cli import main
 from wmcache.common.columns import Column
 from wmcache.common.errors import UserError
 from wmcache.pipeline import export_tokens as module
-from wmcache.pipeline.export_tokens import FORMATS, export_tokens, feature_names
+from wmcache.pipeline.export_lerobot import feature_names
+from wmcache.pipeline.export_tokens import FORMATS, export_tokens
 
 from ..conftest import CARD, STEPS, contents, make_writer, write
 
