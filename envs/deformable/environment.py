@@ -118,4 +118,4 @@ class Rope(Deformable):
 class Granular(Deformable):
     """100 grains, and a board."""
 
-    kind, thresholds = GrainsOnTable, (0.5, 0.25)
+    kind, thresholds = GrainsOnTable, (0.3, 0.15)

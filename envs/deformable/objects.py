@@ -26,11 +26,13 @@ class Pushable(Protocol):
         radius: of a particle, which is a sphere.
         tool: MJCF of what pushes it. A push is along x, and z = 0 is the table.
         tool_radius: half the extent of the tool along a push.
+        room: distance from the tool's middle at which no particle is under it.
     """
 
     radius: ClassVar[float]
     tool: ClassVar[str]
     tool_radius: ClassVar[float]
+    room: ClassVar[float]
 
     def mjcf(self) -> tuple[str, str]:
         """Return the bodies, and the pairs of them that do not touch each other."""
@@ -52,7 +54,7 @@ class RopeOnTable(Pushable):
     """A chain of 20 links with ball joints, which bend back weakly; a sphere at each end of a link. A stick pushes it."""
 
     links, length, radius = 20, 0.15, 0.1
-    tool_radius = 0.12
+    tool_radius, room = 0.12, 0.25
     tool = '<geom class="tool" type="capsule" size="0.12" fromto="0 0 0.14 0 0 1"/>'
 
     def mjcf(self) -> tuple[str, str]:
@@ -114,7 +116,7 @@ class GrainsOnTable(Pushable):
 
     rows, radius = 10, 0.1
     spacing = 0.23
-    tool_radius = 0.1
+    tool_radius, room = 0.1, 0.6
     tool = (
         '<geom class="tool" type="capsule" size="0.1" fromto="0 -0.6 0.12 0 0.6 0.12"/>'
         '<geom class="tool" type="box" size="0.1 0.6 0.5" pos="0 0 0.62"/>'

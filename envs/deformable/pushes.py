@@ -26,8 +26,8 @@ TRIES = 1000
 
 RANKS = (0.0, 0.2)
 """Of particles and of places in the goal, from the farthest, that the expert considers."""
-BACK = 0.4
-"""Distance from the expert's start to the particle that it pushes."""
+BACK = np.arange(0.4, 2 * REACH, 0.2)
+"""Distances from the particle that the expert pushes to its start, of which it takes the first with room for the tool."""
 
 
 class Pushes:
@@ -91,7 +91,9 @@ class Greedy:
         for particle, place in pairs:
             here, there = particles[particle, :2], goal[place, :2]
             along = (there - here) / max(1e-9, float(np.linalg.norm(there - here)))
-            start, end = here - BACK * along, there - ahead * along
+            starts = here - BACK[:, None] * along
+            free = cdist(starts, particles[:, :2]).min(1) > pushed.room
+            start, end = starts[free.argmax()], there - ahead * along
             actions.append(np.clip(np.concatenate([start, end]) / REACH, -1.0, 1.0))
         corners = np.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
         free = corners[cdist(REACH * corners, particles[:, :2]).min(1).argmax()]
