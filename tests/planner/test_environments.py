@@ -256,6 +256,7 @@ def test_a_distance_on_columns_that_do_not_exist_or_without_a_threshold_is_refus
     assert len(run_episodes(EvalContext(run, options), replace(options, strict=False), [0]).goal) == 1
 
 
+@pytest.mark.sweep  # half a minute
 def test_pusher_is_planned_to_a_frame_by_the_command(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("gym:Pusher-v5", "dino-wm", 2)
     words = "--judge-columns observation --threshold 0.2 --goal-steps 6 --episodes 2 --budget 4 --horizon 2 --samples 8"
