@@ -98,6 +98,7 @@ def test_the_package_collects_extracts_trains_and_plans(shell: Shell) -> None:
     assert "'mover'" in refused
 
 
+@pytest.mark.sweep  # half a minute
 def test_the_environment_and_the_policy_are_evaluated(shell: Shell) -> None:
     shell("main", "collect --env Slide --policy held --episodes 6 --length 40 --image-size 32 --out slide")
     shell("main", "extract --dataset slide --encoder pixels --device cpu --cluster local:1 --out slide.zarr")

@@ -64,7 +64,13 @@ def quick() -> PlanOptions:
     return PlanOptions(episodes=3, budget=12, horizon=2, search=search, device="cpu", dtype="float32")
 
 
-@pytest.mark.parametrize("env", ["gym:Pendulum-v1", "gym:CartPole-v1", "{package}:Dots-v0", "gym:CarRacing-v3"])
+@pytest.mark.parametrize(
+    "env",
+    [
+        *("gym:Pendulum-v1", "gym:CartPole-v1", "{package}:Dots-v0"),
+        pytest.param("gym:CarRacing-v3", marks=pytest.mark.sweep),
+    ],
+)
 def test_without_a_goal_the_predicted_return_is_maximised(
     make_run: MakeRun, quick: PlanOptions, tmp_path: Path, user_package: str, env: str
 ) -> None:
