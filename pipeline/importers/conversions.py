@@ -98,6 +98,15 @@ class ImageImporter(Importer):
             image = image.resize((size, size), Image.Resampling.BICUBIC)
         return np.asarray(image)
 
+    def side_of(self, shape: tuple[int, ...], where: AnyPath | str) -> int:
+        """Return the side of the frame of an image that is an array, see `to_rgb`; raises as `side`."""
+        height, width, _ = to_rgb(np.broadcast_to(np.uint8(0), shape)).shape
+        return self.side(width, height, where)
+
+    def frame_of(self, array: NDArray[np.uint8], size: int, where: AnyPath | str) -> Frames:
+        """Turn an image that is an array into a frame, see `to_rgb` and `frame`."""
+        return self.frame(Image.fromarray(to_rgb(array)), size, where)
+
     def to_image(self, pixels: Pixels, where: AnyPath | str) -> Image.Image:
         """Return pixels as an image of 8 bits; those of uint16 are scaled by --white-level, with a note."""
         if pixels.dtype == np.uint16:

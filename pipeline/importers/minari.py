@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
 from wmcache.common.columns import Column
@@ -34,7 +33,6 @@ from wmcache.pipeline.importers.conversions import (
     is_action_missing,
     note,
     number_steps,
-    to_rgb,
 )
 from wmcache.pipeline.steps import Steps
 
@@ -60,16 +58,14 @@ class MinariImporter(ImageImporter):
     def open(self) -> Source:
         """See `Importer.open`; actions are rounded to float32."""
         data = _Dataset(self.source, self.image_key, self.state_key)
-        height, width, _ = to_rgb(np.broadcast_to(np.uint8(0), data.image_shape)).shape
-        size = self.side(width, height, f"the image {data.image_key or 'observation'} of {self.source}")
+        size = self.side_of(data.image_shape, f"the image {data.image_key or 'observation'} of {self.source}")
         # Minari reads whole episodes with their images; shards end inside them.
         load = functools.lru_cache(maxsize=1)(data.load)
 
         def read(episode: int, wanted: range) -> Iterator[Frames]:
             images, *_ = load(episode)
             for step in wanted:
-                image = Image.fromarray(to_rgb(images[step]))
-                yield self.frame(image, size, f"episode {episode}, step {step} of {self.source}")
+                yield self.frame_of(images[step], size, f"episode {episode}, step {step} of {self.source}")
 
         every = seconds_between_updates()
         with tqdm(range(data.storage.total_episodes), desc="read", unit=" episodes", mininterval=every) as bar:

@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from wmcache.common.errors import UserError
 from wmcache.common.options import option
@@ -34,7 +33,6 @@ from wmcache.pipeline.importers.conversions import (
     describe_columns,
     note,
     number_steps,
-    to_rgb,
 )
 
 NAMES = {"actions": "action", "rewards": "reward", "timeouts": "truncated"}
@@ -72,14 +70,13 @@ class OgbenchImporter(ColumnImporter):
         columns, roles = _columns(values)
         steps = build_steps(*number_steps(lengths, path), columns, describe_columns(columns, roles, path), path)
         starts = np.cumsum([0, *lengths])
-        height, width, _ = to_rgb(np.zeros(arrays[key].shape[1:], np.uint8)).shape
-        size = self.side(width, height, f"{key} of {path}")
+        size = self.side_of(arrays[key].shape[1:], f"{key} of {path}")
 
         def read(episode: int, wanted: range) -> Iterator[Frames]:
             start = int(starts[episode])
             rows = arrays[key].rows(start + wanted.start, start + wanted.stop)
             for step, row in zip(wanted, rows, strict=True):
-                yield self.frame(Image.fromarray(to_rgb(row)), size, f"{key} of {path}, row {start + step}")
+                yield self.frame_of(row, size, f"{key} of {path}, row {start + step}")
 
         return Source(
             path, steps, size, read, f"ogbench {path.stem}{self.changes}", (), "imported from ogbench", self.fps

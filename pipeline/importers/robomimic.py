@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
 
 from wmcache.common.errors import UserError, suggest
 from wmcache.common.options import option
@@ -33,7 +32,6 @@ from wmcache.pipeline.importers.conversions import (
     describe_columns,
     note,
     number_steps,
-    to_rgb,
 )
 
 NAMES = {"actions": "action", "states": "state", "rewards": "reward", "dones": "terminated"}
@@ -71,14 +69,13 @@ class RobomimicImporter(ColumnImporter):
         sensors = {plain[name]: PROPRIO for name in kept if name.startswith("obs/robot")}
         roles: dict[str, Any] = {**ROLES, "action": ACTION, "state": ("state",), **sensors}
         steps = build_steps(*number_steps(lengths, path), values, describe_columns(values, roles, path), path)
-        height, width, _ = to_rgb(np.zeros(images[key].shape[1:], np.uint8)).shape
-        size, names = self.side(width, height, f"{key} of {path}"), list(demos)
+        size, names = self.side_of(images[key].shape[1:], f"{key} of {path}"), list(demos)
 
         def read(episode: int, wanted: range) -> Iterator[Frames]:
             rows = demos[names[episode]][f"obs/{key}"].rows(wanted.start, wanted.stop)
             for step, row in zip(wanted, rows, strict=True):
                 where = f"{key} of {names[episode]} in {path}, step {step}"
-                yield self.frame(Image.fromarray(to_rgb(row)), size, where)
+                yield self.frame_of(row, size, where)
 
         env = f"robomimic {path.stem}{self.changes}"
         return Source(path, steps, size, read, env, (), "imported from robomimic", self.fps)

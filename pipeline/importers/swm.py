@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from wmcache.common.errors import UserError
 from wmcache.common.options import option
@@ -36,7 +35,6 @@ from wmcache.pipeline.importers.conversions import (
     is_action_missing,
     note,
     number_steps,
-    to_rgb,
 )
 from wmcache.pipeline.steps import Steps
 
@@ -66,15 +64,14 @@ class SwmImporter(ColumnImporter):
             note(f"not imported from {path}: {', '.join(others)}")
         steps = _steps({name: columns[name].read() for name in kept}, lengths, offsets, path)
         images = columns[key]
-        height, width, _ = to_rgb(np.zeros(images.shape[1:], np.uint8)).shape
-        size = self.side(width, height, f"{key} of {path}")
+        size = self.side_of(images.shape[1:], f"{key} of {path}")
 
         def read(episode: int, wanted: range) -> Iterator[Frames]:
             start = int(offsets[episode])
             rows = images.rows(start + wanted.start, start + wanted.stop)
             for step, row in zip(wanted, rows, strict=True):
                 where = f"{key} of {path}, episode {episode}, step {step}"
-                yield self.frame(Image.fromarray(to_rgb(row)), size, where)
+                yield self.frame_of(row, size, where)
 
         return Source(path, steps, size, read, f"swm {path.stem}{self.changes}", (), "imported from swm", self.fps)
 
