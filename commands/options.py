@@ -144,6 +144,8 @@ def to_option(known: Declared, *, prefix: str = "", **changes: Any) -> Option:
         settings |= {"is_flag": True, "type": None}
     if known.default is not None:
         settings |= {"required": True} if known.default is MISSING else {"default": known.default}
+    if known.default == "":
+        settings["show_default"] = False  # the help says what none means
     return Option([known.flag, prefix + known.name], **(settings | changes))
 
 

@@ -156,6 +156,7 @@ def test_torchrun_starts_ranks_and_a_signal_to_one_ends_all(planted_path: Path, 
     assert losses == pytest.approx(curve(straight)[: len(losses)], abs=1e-4)
 
 
+@pytest.mark.sweep  # half a minute
 def test_gradients_accumulate_as_in_one_process_and_rank_0_alone_prints(planted_path: Path, tmp_path: Path) -> None:
     more = "--steps", "30", "--accumulate", "3"
     run, single = tmp_path / "run", tmp_path / "single"
@@ -175,6 +176,7 @@ def test_gradients_accumulate_as_in_one_process_and_rank_0_alone_prints(planted_
     assert re.match(f"Error: {run} .*seed 0 != 3", line)
 
 
+@pytest.mark.sweep
 def test_threads_of_the_ranks_end_with_them(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 AnotherUser = Callable[[], AbstractContextManager[None]]
 
 
+@pytest.mark.sweep
 def test_system_calls_that_fail_are_not_reported_as_damage(tmp_path: Path) -> None:
     # The tests of refused_calls.py, in a process with refuse.c preloaded.
     if (compiler := shutil.which("cc") or shutil.which("gcc")) is None:

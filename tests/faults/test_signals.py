@@ -71,7 +71,7 @@ def open_for_writing(fifo: Path) -> int | None:
 
 @pytest.mark.parametrize(
     ("sent", "workers", "to_all"),
-    [(signal.SIGUSR1, 1, False), (signal.SIGINT, 2, True)],
+    [(signal.SIGUSR1, 1, False), pytest.param(signal.SIGINT, 2, True, marks=pytest.mark.sweep)],
     ids=["SIGUSR1", "Ctrl-C to all of 3 processes"],
 )
 def test_a_stopped_extraction_continues(
