@@ -1,11 +1,11 @@
-"""An HDF5 dataset of stable-worldmodel -> frame dataset (github.com/galilai-group/stable-worldmodel, data/formats/hdf5.py).
+"""A dataset of stable-worldmodel -> frame dataset: HDF5 (github.com/galilai-group/stable-worldmodel, data/formats/hdf5.py) or Lance.
 
     ep_len, ep_offset       [episodes]: rows of each episode
     pixels                  uint8 [rows, H, W, C]
     action, …               [rows, …]: any named columns
 
 `World.collect` writes a row for each observation. The action of an episode's last row is NaN. Reward, terminated and truncated are in the
-row of the observation that they led to; in a frame dataset they are in the row of the action.
+row of the observation that they led to; in a frame dataset they are in the row of the action. A Lance table is read as the same arrays.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from wmcache.pipeline.importers.conversions import (
     note,
     number_steps,
 )
+from wmcache.pipeline.importers.lance import open_lance
 from wmcache.pipeline.steps import Steps
 
 INDEX = ("ep_len", "ep_offset")
@@ -44,15 +45,15 @@ INDEX = ("ep_len", "ep_offset")
 @IMPORTERS.register("swm")
 @dataclass(frozen=True, kw_only=True)
 class SwmImporter(ColumnImporter):
-    """Import an HDF5 FILE of stable-worldmodel."""
+    """Import stable-worldmodel's SOURCE, an HDF5 file or the folder of a Lance table."""
 
-    metavar: ClassVar[str] = "FILE"
+    metavar: ClassVar[str] = "SOURCE"
     image_key: str | None = option(None, "Column of images.  [default: pixels, or the only one]")
 
     def open(self) -> Source:
         """See `Importer.open`; actions are rounded to float32."""
         path = Path(self.source)
-        arrays = open_arrays(path)
+        arrays = open_lance(path) if path.suffix.lower() == ".lance" else open_arrays(path)
         if missing := [name for name in INDEX if name not in arrays]:
             raise UserError(f"{path} has no {missing[0]}; it is no dataset of stable-worldmodel")
         lengths, offsets = (arrays[name].read().astype(np.int64) for name in INDEX)
