@@ -285,7 +285,11 @@ def draw_paths(episodes: Episodes, geometry: Geometry, threshold: float) -> byte
     palette = matplotlib.colormaps["tab20"]
     for i in range(min(DRAWN_PATHS, len(episodes.start))):
         path = geometry.position(np.concatenate([episodes.start[i : i + 1], episodes.states[i]]))
-        axes.plot(path[:, 0], path[:, 1], color=palette(i), linewidth=0.9)
+        steps = np.linalg.norm(np.diff(path, axis=0), axis=1)
+        jumps = [
+            step for step, moved in enumerate(steps, 1) if geometry.path_length(path[step - 1 : step + 1]) < moved / 2
+        ]
+        axes.plot(*np.insert(path, jumps, np.nan, axis=0).T, color=palette(i), linewidth=0.9)
         axes.plot(*path[0], ".", color=palette(i))
         x, y = geometry.position(episodes.goal[i]).tolist()
         axes.plot(x, y, "*", color=palette(i), markersize=9)
