@@ -1,7 +1,7 @@
-"""Compare success of two groups of plans over the same episodes: python compare_plans.py THRESHOLD FOLDER,FOLDER,... FOLDER,FOLDER,...
+"""Compare two groups of plans over the same episodes: python compare_plans.py THRESHOLD|return FOLDER,FOLDER,... FOLDER,FOLDER,...
 
-Each folder is of `wmplan`; the n-th ones of both groups are of one seed. Prints the rates, their difference, and its 95 % interval by a
-bootstrap over seeds and episodes.
+Each folder is of `wmplan`; the n-th ones of both groups are of one seed. Prints the success rates within a threshold, or the mean returns,
+their difference, and its 95 % interval by a bootstrap over seeds and episodes.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 
-def reached(folders: str, threshold: str) -> NDArray[np.float64]:
-    """Return whether each episode reached its goal, [seeds, episodes]."""
+def outcomes(folders: str, measure: str) -> NDArray[np.float64]:
+    """Return whether each episode reached its goal, or its return, [seeds, episodes]."""
     tables = [pq.read_table(Path(folder) / "episodes.parquet") for folder in folders.split(",")]
-    return np.array([table[f"env_steps_{threshold}"].to_numpy() >= 0 for table in tables], float)
+    if measure == "return":
+        return np.array([table["return"].to_numpy() for table in tables], float)
+    return np.array([table[f"env_steps_{measure}"].to_numpy() >= 0 for table in tables], float)
 
 
-def main(threshold: str, first: str, second: str) -> None:
+def main(measure: str, first: str, second: str) -> None:
     """Print the comparison."""
-    before, after = reached(first, threshold), reached(second, threshold)
+    before, after = outcomes(first, measure), outcomes(second, measure)
     rng, (seeds, episodes) = np.random.default_rng(0), before.shape
     difference = after - before
     drawn = [
