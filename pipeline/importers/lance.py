@@ -43,19 +43,26 @@ def open_lance(path: Path) -> dict[str, Array]:
             raise UserError(f"{path} refers to {outside[0]} in another folder; write it again as one table")
     if missing := [name for name in INDEX if name not in table.schema.names]:
         raise UserError(f"{path} has no column {missing[0]}; it is no dataset of stable-worldmodel")
+    if not table.count_rows():
+        raise UserError(f"{path} has no rows; collect it again")
     columns = {name: _column(path, table, name) for name in table.schema.names}
-    episode, step = (columns.pop(name).read() for name in INDEX)
+    index = [columns.pop(name) for name in INDEX]
+    for name, array in zip(INDEX, index, strict=True):
+        if array.shape[1:] or array.dtype.kind not in "iu":
+            raise UserError(f"{path}: {name} is {array}, not one integer; it is no dataset of stable-worldmodel")
+    episode, step = (array.read() for array in index)
     lengths, offsets = _episodes(episode, step, path)
     return columns | {"ep_len": _constant(lengths), "ep_offset": _constant(offsets)}
 
 
 def _episodes(episode: NDArray[Any], step: NDArray[Any], path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the rows of each episode and its first row; raises UserError where rows are not in order."""
-    offsets = np.flatnonzero(np.diff(episode, prepend=-1)) if len(episode) else np.zeros(0, np.int64)
+    offsets = np.flatnonzero(np.append(True, episode[1:] != episode[:-1]))
     lengths = np.diff(offsets, append=len(episode))
-    wrong = np.flatnonzero(step != np.arange(len(step)) - np.repeat(offsets, lengths))
-    if len(wrong) or len(np.unique(episode[offsets])) < len(offsets):
-        row = int(wrong[0]) if len(wrong) else 0
+    disordered = np.flatnonzero(step != np.arange(len(step)) - np.repeat(offsets, lengths))
+    again = np.delete(offsets, np.unique(episode[offsets], return_index=True)[1])
+    if len(wrong := np.union1d(disordered, again)):
+        row = wrong[0]
         raise UserError(
             f"{path}: the rows of an episode are not one after another (row {row} is episode {episode[row]}, step {step[row]}); "
             "write the table again with stable-worldmodel"
@@ -63,16 +70,20 @@ def _episodes(episode: NDArray[Any], step: NDArray[Any], path: Path) -> tuple[ND
     return lengths, offsets
 
 
-def _constant(values: NDArray[np.int64]) -> Array:
+def _constant(values: NDArray[Any]) -> Array:
     return Array(values.shape, values.dtype, lambda: values, lambda start, stop: iter(values[start:stop]))
 
 
 def _column(path: Path, table: lance.LanceDataset, name: str) -> Array:
     kind, rows = table.schema.field(name).type, table.count_rows()
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    if (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)) and _holds_jpeg(path, table, name):
         return _images(path, table, name, rows)
     of_vectors = pa.types.is_fixed_size_list(kind)
-    dtype = np.dtype((kind.value_type if of_vectors else kind).to_pandas_dtype())
+    number = kind.value_type if of_vectors else kind
+    if not (pa.types.is_integer(number) or pa.types.is_floating(number) or pa.types.is_boolean(number)):
+        # Such a column is refused by its type, unless it is left out.
+        return _constant(np.full(rows, None))
+    dtype = np.dtype(number.to_pandas_dtype())
     shape: tuple[int, ...] = (rows, kind.list_size) if of_vectors else (rows,)
     if name in ROLES and shape[1:] == (1,):
         shape = (rows,)
@@ -90,18 +101,25 @@ def _column(path: Path, table: lance.LanceDataset, name: str) -> Array:
     return Array(shape, dtype, read, lambda start, stop: iter(read(start, stop)))
 
 
+def _files(path: Path, table: lance.LanceDataset, name: str, rows: range) -> list[bytes | None]:
+    with reading(path, f"{name} of {path} cannot be read", AGAIN):
+        return list(table.take(list(rows), columns=[name])[name].to_pylist())
+
+
+def _holds_jpeg(path: Path, table: lance.LanceDataset, name: str) -> bool:
+    return (_files(path, table, name, range(1))[0] or b"").startswith(b"\xff\xd8")
+
+
 def _images(path: Path, table: lance.LanceDataset, name: str, count: int) -> Array:
     """Return a column of images in colour, which all have the size of the first one."""
 
     def decode(start: int, stop: int) -> Iterator[NDArray[np.uint8]]:
         for at in range(start, stop, ROWS):
             wanted = range(at, min(at + ROWS, stop))
-            with reading(path, f"{name} of {path} cannot be read", AGAIN):
-                files = table.take(list(wanted), columns=[name])[name].to_pylist()
-            for row, file in zip(wanted, files, strict=True):
+            for row, file in zip(wanted, _files(path, table, name, wanted), strict=True):
                 where = f"{name} of {path}, row {row}"
                 with reading(path, f"{where} cannot be decoded", AGAIN):
-                    yield np.asarray(identify(file, ["JPEG"], where).convert("RGB"))
+                    yield np.asarray(identify(file or b"", ["JPEG"], where).convert("RGB"))
 
     def rows(start: int, stop: int) -> Iterator[NDArray[np.uint8]]:
         for row, image in enumerate(decode(start, stop), start):
@@ -112,5 +130,5 @@ def _images(path: Path, table: lance.LanceDataset, name: str, count: int) -> Arr
                 )
             yield image
 
-    first = next(decode(0, min(1, count)), np.zeros((0, 0, 3), np.uint8)).shape
+    first = next(decode(0, 1)).shape
     return Array((count, *first), np.dtype(np.uint8), lambda: np.stack([*rows(0, count)]), rows)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +53,21 @@ def run_import() -> Iterator[Import]:
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def run_import_without() -> Callable[..., str]:
+    """Runs `wmcache import` where a module is not installed; returns the one line with which it fails."""
+
+    def run(module: str, *words: object) -> str:
+        script = f"import sys; sys.modules['{module}'] = None; from wmcache.cli import main; main(sys.argv[1:])"
+        program = [sys.executable, "-c", script, "import", *map(str, words)]
+        failed = subprocess.run(program, capture_output=True, text=True, check=False)
+        assert failed.returncode == 1
+        assert failed.stderr.count("\n") == 1
+        return failed.stderr
+
+    return run
 
 
 @dataclass
