@@ -92,9 +92,8 @@ def _column(path: Path, table: lance.LanceDataset, name: str) -> Array:
         with reading(path, f"{name} of {path} cannot be read", AGAIN):
             column = table.to_table(columns=[name], offset=start, limit=stop - start)[name].combine_chunks()
             if column.null_count:
-                raise UserError(
-                    f"{path}: {name} has rows without a value; write them, or leave it out with --drop {name}"
-                )
+                hint = "" if name in INDEX else f", or leave it out with --drop {name}"
+                raise UserError(f"{path}: {name} has rows without a value; write them{hint}")
             values = column.flatten() if of_vectors else column
             return np.asarray(values.to_numpy(zero_copy_only=False)).reshape(stop - start, *shape[1:])
 

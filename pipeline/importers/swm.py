@@ -53,7 +53,11 @@ class SwmImporter(ColumnImporter):
     def open(self) -> Source:
         """See `Importer.open`; actions are rounded to float32."""
         path = Path(self.source)
-        arrays = open_lance(path) if path.suffix.lower() == ".lance" else open_arrays(path)
+        is_table = path.suffix.lower() == ".lance"
+        if path.is_dir() and not is_table:
+            tables = sorted(found.name for found in path.glob("*.lance"))
+            raise UserError(f"{path} is a folder; name a table in it ({', '.join(tables) or 'there is no NAME.lance'})")
+        arrays = open_lance(path) if is_table else open_arrays(path)
         if missing := [name for name in INDEX if name not in arrays]:
             raise UserError(f"{path} has no {missing[0]}; it is no dataset of stable-worldmodel")
         lengths, offsets = (arrays[name].read().astype(np.int64) for name in INDEX)

@@ -108,6 +108,9 @@ def test_tables_that_do_not_fit_are_refused(columns: Columns, everything: Frames
             import_table(path, tmp_path / "out", **options)
         assert str(path) in str(refusal.value)
 
+    write(columns, tmp_path / "tables" / "one.lance")
+    with pytest.raises(UserError, match=r"one\.lance"):
+        import_table(tmp_path / "tables", tmp_path / "out")
     every = list(range(sum(ROWS)))
     refused("row 1 is episode 0, step 2", {}, [0, 2, 1, *every[3:]])
     refused("one after another", {}, [*every[:3], *every[6:], *every[3:6]])
