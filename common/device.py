@@ -104,7 +104,8 @@ def has_bfloat16(device: torch.device) -> bool:
     """Return whether the hardware multiplies bfloat16 natively, so that it is faster than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if is_cpu(device):
+    # Kernels are those of ATEN_CPU_CAPABILITY, which may be less than the processor has.
+    if is_cpu(device) and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False
 
