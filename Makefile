@@ -11,7 +11,7 @@ PLAN := $(DEMO)/runs/pointmaze-umaze-tcn-64/plan-all-x1-50x100
 # Keep compiled modules: without them each of the hundreds of processes that the tests start takes seven seconds instead of three.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup test test-long lint docs demo study systems ladder unseen transfer world-models rwm mazes pictures clean
+.PHONY: setup test test-long lint docs pictures clean
 
 setup: $(VENV)/.linked
 	@$(BIN)/python -m wmcache.envs.check >/dev/null 2>&1 && $(BIN)/python -c 'import cv2' 2>/dev/null || scripts/install-gl.sh $(BIN)/python
@@ -49,32 +49,31 @@ test-long: setup
 docs: setup
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --jobs auto -c docs . build/docs
 
+STUDIES := systems transfer factorial ablations
+EXPERIMENTS := demo study $(STUDIES) ladder unseen world-models rwm mazes
+.PHONY: $(EXPERIMENTS)
+$(EXPERIMENTS): export WMCACHE_HOME := $(DEMO)
+$(EXPERIMENTS): export PATH := $(CURDIR)/$(BIN):$(PATH)
+
 # The tutorial: make prints each command before it runs it. Run again, it resumes.
-demo: export WMCACHE_HOME := $(DEMO)
-demo: export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: setup
 	wmcache collect --env wmcache/PointMaze-UMaze-v0 --episodes 200 --image-size 112
 	wmcache fit --encoder tcn
 	wmcache extract --encoder tcn
-	wmtrain --cache $(DEMO)/stores/pointmaze-umaze/tcn-64.zarr $(SMALL) --steps 2400
+	wmtrain --cache $(DEMO)/stores/pointmaze-umaze/tcn-64.zarr --width 96 --depth 3 --heads 3 --dropout 0 --lr 1e-3 --steps 1200
 	wmplan --run $(DEMO)/runs/pointmaze-umaze-tcn-64
 
 # Which representation makes the same world model plan best, of those that need no download.
-study: export WMCACHE_HOME := $(DEMO)
-study: export PATH := $(CURDIR)/$(BIN):$(PATH)
 study: setup
 	wmcache study study/default.toml
 
-# Which system reaches most goals: world models, an actor and policies on the demo's frames and encoder.
-systems: export WMCACHE_HOME := $(DEMO)
-systems: export PATH := $(CURDIR)/$(BIN):$(PATH)
-systems: setup
-	wmcache study study/systems.toml
+# One study each, on the demo's frames: which system reaches most goals; a world model in worlds that it has not seen; amounts of data over
+# seeds; choices in training.
+$(STUDIES): setup
+	wmcache study study/$@.toml
 
 # Tasks on which systems and representations separate: budgets, episodes and pixels alone; encoders; distractions (docs/results.md).
 LADDER := wmcache study study/ladder.toml
-ladder: export WMCACHE_HOME := $(DEMO)
-ladder: export PATH := $(CURDIR)/$(BIN):$(PATH)
 ladder: setup
 	$(LADDER) --encoder tcn
 	$(LADDER) --models dino-wm --fractions 1 --out $(DEMO)/studies/ladder-encoders
@@ -85,8 +84,6 @@ ladder: setup
 SEEN := UMaze Open Medium Large
 FRAMES := $(DEMO)/unseen/frames
 STORES := $(DEMO)/unseen/stores
-unseen: export WMCACHE_HOME := $(DEMO)
-unseen: export PATH := $(CURDIR)/$(BIN):$(PATH)
 unseen: setup
 	for maze in $(SEEN); do wmcache collect --env $$maze --episodes 100 --image-size 112 --out $(FRAMES)/$$maze || exit 1; done
 	wmcache fit --encoder tcn $(SEEN:%=--dataset $(FRAMES)/%) --out $(DEMO)/encoders/unseen-tcn.safetensors
@@ -96,15 +93,7 @@ unseen: setup
 	for seed in 100 101 102 103 104; do wmplan --run $(DEMO)/runs/unseen --env Maze7x7-$$seed --protocol mpc-100 --min-distance 1.5 \
 	  --episodes 20 --baselines random,zero,untrained,expert || exit 1; done
 
-# The U-maze's encoders and world model, frozen, in other tasks, layouts and colours.
-transfer: export WMCACHE_HOME := $(DEMO)
-transfer: export PATH := $(CURDIR)/$(BIN):$(PATH)
-transfer: setup
-	wmcache study study/transfer.toml
-
 # World Models' two tasks (docs/world-models.md): an hour for take cover, three for CarRacing.
-world-models: export WMCACHE_HOME := $(DEMO)
-world-models: export PATH := $(CURDIR)/$(BIN):$(PATH)
 world-models: setup
 	wmcache rounds study/take-cover.toml
 	wmcache rounds study/car-racing.toml
@@ -114,8 +103,6 @@ UMAZE := $(DEMO)/stores/pointmaze-umaze/tcn-64.zarr
 NOISY := $(DEMO)/stores/noisy-umaze/tcn-64.zarr
 RUNS := $(DEMO)/runs
 FORCED := --model rwm --frameskip 2 --observed-steps 6 --all-observed --lr 1e-3
-rwm: export WMCACHE_HOME := $(DEMO)
-rwm: export PATH := $(CURDIR)/$(BIN):$(PATH)
 rwm: demo
 	wmtrain --cache $(UMAZE) --model rwm --steps 6000 --lr 1e-3 --out $(RUNS)/rwm
 	wmplan --run $(RUNS)/rwm --episodes 200
@@ -132,8 +119,6 @@ rwm: demo
 	wmcache bench rollout --run $(RUNS)/noisy-forecast-8 --run $(RUNS)/noisy-forecast-1 --steps 20 --observed 6 --windows 1000
 
 # Goals beyond the planning horizon: the medium and the large maze, scored by path length along the cached frames.
-mazes: export WMCACHE_HOME := $(DEMO)
-mazes: export PATH := $(CURDIR)/$(BIN):$(PATH)
 mazes: setup
 	wmcache collect --env Medium --episodes 400 --image-size 112
 	wmcache fit --dataset $(DEMO)/pointmaze-medium --encoder tcn --steps 500
