@@ -24,7 +24,7 @@ def test_the_default_study_needs_no_download() -> None:
     options = read_study(DEFAULT)
     for choice in options.encoders:
         entry = encoders.get_entry(choice.name)
-        assert entry.fit or entry.spec.source.startswith(("no weights", "random")), choice.name
+        assert entry.fit or entry.spec.source.startswith(("no weights", "random", "pypi:")), choice.name
     assert [plan.name for plan in options.plan] == ["mpc-100", "open-loop-lite"]
 
 
