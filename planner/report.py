@@ -238,7 +238,7 @@ def draw_training(run: Path) -> bytes:
             right.plot(*zip(*points, strict=True), ".-", color=colour, label=f"{k} step{'s' * (k > 1)}")
     right.set(xlabel="step", ylabel="skill against copying\n(1: perfect, 0: useless)", ylim=(None, 1))
     if defined:
-        right.legend(loc="lower right", fontsize=7)
+        right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
     no_skill = "no skill: the frames do not change" if skills else "no metrics"  # imported runs have none
     for axes, drawn, text in ((left, losses, "no metrics"), (right, defined, no_skill)):
         if not drawn:
