@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
+from scipy.stats import t as student
 
 from wmcache.study.branches import Branch
 from wmcache.study.cells import Workspace
@@ -126,14 +127,20 @@ def separated(reached: Reached, pairs: Sequence[Pair]) -> tuple[str | None, list
     return (best if below and len(below) == len(rates) - 1 else None), below
 
 
-def interval(rate: float, episodes: int) -> list[float]:
-    """Wilson's 95 % interval of a rate over independent episodes; the rate may be a mean over seeds on the same episodes.
+def interval(rates: Sequence[float], episodes: int) -> list[float]:
+    """95 % interval of the mean success rate of seeds that were tried on the same episodes, over episodes and over seeds.
 
-    Further seeds do not make it narrower, which is safe whatever the seeds have in common.
+    It is Wilson's of an effective number of episodes (Korn and Graubard 1998): `episodes`, not trials, less where the seeds differ. The
+    variances of episodes and seeds add up, with the degrees of freedom of Satterthwaite (1946). With one seed it is Wilson's.
     """
-    z = float(norm.ppf(0.975))
-    centre = (rate + z**2 / (2 * episodes)) / (1 + z**2 / episodes)
-    half = z / (1 + z**2 / episodes) * float(np.sqrt(rate * (1 - rate) / episodes + (z / (2 * episodes)) ** 2))
+    rate, z, size = float(np.mean(rates)), float(norm.ppf(0.975)), float(episodes)
+    between = float(np.var(rates, ddof=1)) / len(rates) if len(rates) > 1 else 0.0
+    if between:
+        total = between + rate * (1 - rate) / episodes
+        freedom = (len(rates) - 1) * (total / between) ** 2
+        size = rate * (1 - rate) / total * (z / float(student.ppf(0.975, freedom))) ** 2
+    centre = (rate + z**2 / (2 * size)) / (1 + z**2 / size)
+    half = z / (1 + z**2 / size) * float(np.sqrt(rate * (1 - rate) / size + (z / (2 * size)) ** 2))
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
@@ -245,14 +252,14 @@ def _model_figures(run: Mapping[str, Any], probed: Mapping[str, Any]) -> Row:
 def pooled(
     rows: Sequence[Row], at: float | None = None, what: str = "successes", of: str = "episodes"
 ) -> tuple[int, int, list[float]] | None:
-    """Successes and trials over the rows of a system's seeds, and the 95 % interval of the rate.
+    """Successes and trials over the rows of a system's seeds, and the 95 % `interval` of the rate.
 
-    All seeds are tried on the same episodes, so the interval is that of this number of episodes, not of trials. `at` is a threshold, None
-    for the evaluation's own; `what` is `successes` or another count of episodes, such as `held`, and `of` the column of their number.
+    `at` is a threshold, None for the evaluation's own; `what` is `successes` or another count of episodes, such as `held`, and `of` the
+    column of their number.
     """
     name = what if at is None else f"{what}_{at}"
     known = [row for row in rows if row[name] is not None]
     if not known:
         return None
-    successes, trials = sum(row[name] for row in known), sum(row[of] for row in known)
-    return successes, trials, interval(successes / trials, known[0][of])
+    rates = [row[name] / row[of] for row in known]
+    return sum(row[name] for row in known), sum(row[of] for row in known), interval(rates, known[0][of])

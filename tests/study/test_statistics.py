@@ -96,5 +96,26 @@ def test_too_few_episodes_separate_nothing_whatever_they_show(encoders: int, epi
 
 
 @pytest.mark.parametrize(("successes", "episodes"), [(0, 8), (19, 50)])
-def test_an_interval_over_seeds_is_that_of_so_many_episodes(successes: int, episodes: int) -> None:
-    assert interval(successes / episodes, episodes) == pytest.approx(wilson(successes, episodes), abs=1e-12)
+def test_the_interval_of_seeds_that_agree_is_that_of_so_many_episodes(successes: int, episodes: int) -> None:
+    rate = successes / episodes
+    for seeds in (1, 3):
+        assert interval([rate] * seeds, episodes) == pytest.approx(wilson(successes, episodes), abs=1e-12)
+
+
+def test_seeds_that_differ_make_the_interval_wider() -> None:
+    widths = [high - low for low, high in (interval([0.5 - d, 0.5, 0.5 + d], 50) for d in (0, 0.1, 0.2, 0.4))]
+    assert widths == sorted(widths)
+    assert widths[0] < 0.3 < 0.8 < widths[-1]
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 2.0])
+def test_the_interval_covers_the_mean_over_all_seeds_and_episodes(spread: float) -> None:
+    # Success of a seed on an episode has log odds that are a sum of both.
+    rng = np.random.default_rng(0)
+    everywhere = rng.normal(0.5, 1, 10**6) + rng.normal(0, spread, 10**6)
+    true, covered = (1 / (1 + np.exp(-everywhere))).mean(), 0
+    for _ in range(500):
+        odds = rng.normal(0.5, 1, 50) + rng.normal(0, spread, (3, 1))
+        low, high = interval((rng.random((3, 50)) < 1 / (1 + np.exp(-odds))).mean(1).tolist(), 50)
+        covered += low <= true <= high
+    assert covered >= 0.9 * 500
