@@ -10,23 +10,50 @@ import numpy as np
 
 from wmcache.cluster.tasks import WorkerTask, log, run_tasks
 from wmcache.common.errors import UserError, suggest
-from wmcache.common.paths import AnyPath, absolute, as_path
+from wmcache.common.paths import AnyPath, absolute, as_path, exists
 from wmcache.common.space import require_space
 from wmcache.envs import POLICIES, Environment
-from wmcache.pipeline.frames import DatasetCard, FrameDatasetWriter, Frames, write_shard
+from wmcache.pipeline.frames import DatasetCard, FrameDataset, FrameDatasetWriter, Frames, is_started, write_shard
 from wmcache.pipeline.options import CollectOptions
-from wmcache.pipeline.play import Player, Rows, play_all
+from wmcache.pipeline.play import ENDS, Player, play_all
+from wmcache.pipeline.played import PlayedEpisodes, Rows
 from wmcache.pipeline.steps import Steps, read_steps
 
 
 def collect(env: str, out: AnyPath, *, cluster: str = "local:1", **settings: Any) -> DatasetCard:
-    """Collect a dataset of `CollectOptions(env, **settings)`; run again, it draws only missing shards."""
+    """Collect a dataset of `CollectOptions(env, **settings)`; run again, it plays and draws only what is missing."""
     options = CollectOptions(env, **settings)
     player = player_of(options)
     if options.policy not in (known := behaviour_policies(player.open())):
         raise UserError(f"environment {env} has no policy {options.policy!r}; {suggest(options.policy, known)}")
-    check_drawing(player, options, out)
-    return draw_dataset(out, options, play_all(player, options.episodes, cluster), cluster)
+    saved = PlayedEpisodes(out, options, player.open().spec.columns)
+    if (steps := finished_steps(out, options)) is None:
+        check_drawing(player, options, out)
+        steps = play_all(player, options.episodes, cluster, saved)
+    card = draw_dataset(out, options, steps, cluster)
+    saved.remove()
+    return card
+
+
+def finished_steps(out: AnyPath, options: CollectOptions) -> Steps | None:
+    """Return the step table of the finished dataset of these settings, or None; raises UserError for a dataset with others."""
+    if not (is_started(out, _card_fields(options)) and exists(out / "dataset.json")):
+        return None
+    steps = FrameDataset.open(out).steps
+    lengths = np.bincount(steps.episode)
+    ended = np.zeros(len(steps), bool)
+    for name in ENDS:
+        ended |= steps.columns.get(name, False)
+    # Ends belong to the frame before the last one.
+    shorter = (lengths < options.length) & ended[np.cumsum(lengths) - 2]
+    if not (shorter | (lengths == options.length)).all():
+        differs = f"{lengths.max()} frames in an episode, not {options.length}"
+        raise UserError(f"{out} is a dataset with {differs}; use its settings, or another --out")
+    return steps
+
+
+def _card_fields(options: CollectOptions) -> dict[str, Any]:
+    return {name: value for name, value in asdict(options).items() if name != "length"}
 
 
 def player_of(options: CollectOptions) -> Player:
@@ -52,9 +79,8 @@ def check_drawing(player: Player, options: CollectOptions, out: AnyPath) -> None
 def draw_dataset(out: AnyPath, options: CollectOptions, steps: Steps, cluster: str = "local:1") -> DatasetCard:
     """Draw the frames of played episodes, and finish their dataset; run again, it draws only missing shards."""
     spec = player_of(options).open().spec
-    shared = {name: value for name, value in asdict(options).items() if name != "length"}
     fps = max(1, round(spec.fps))
-    card = DatasetCard(name=out.name, maze=list(spec.layout), frames=len(steps), fps=fps, **shared)
+    card = DatasetCard(name=out.name, maze=list(spec.layout), frames=len(steps), fps=fps, **_card_fields(options))
     writer = FrameDatasetWriter(out, card, steps)
     pending = writer.pending()
     total = sum(len(card.shard_frames(shard)) for shard in pending)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from time import monotonic
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +19,14 @@ from wmcache.common.columns import Column
 from wmcache.common.errors import UserError
 from wmcache.common.progress import seconds_between_updates
 from wmcache.envs import POLICIES, Environment, Observation, Task, open_environment
+from wmcache.pipeline.played import PlayedEpisodes, Rows, join_episodes
 from wmcache.pipeline.steps import Steps
-
-Rows = dict[str, NDArray[Any]]
-"""Column -> values, [frames, ...]."""
 
 ENDS = ("terminated", "truncated")
 PATIENCE = 10.0
 """Seconds for which this process plays episodes alone, before workers help."""
+SAVE_EVERY = 60.0
+"""Seconds of playing that a killed collection loses at most."""
 TOLERANCE = 1e-6
 """Largest difference of a replayed value, relative to the value, or to 1 where it is smaller."""
 
@@ -145,33 +145,42 @@ class Player:
         return difference
 
 
-def play_all(player: Player, episodes: int, cluster: str = "local:1") -> Steps:
-    """Play all episodes of a dataset; after `PATIENCE` the cluster's workers play the others."""
+def play_all(player: Player, episodes: int, cluster: str = "local:1", saved: PlayedEpisodes | None = None) -> Steps:
+    """Play all episodes of a dataset but those that are saved; after `PATIENCE` the cluster's workers play the others."""
+    played = saved.load() if saved else {}
+    missing = [episode for episode in range(episodes) if episode not in played]
+    fresh: dict[int, Rows] = {}
+    last = monotonic()
+    with tqdm(
+        total=episodes,
+        initial=len(played),
+        desc="play",
+        unit=" episodes",
+        mininterval=seconds_between_updates(),
+        delay=5,
+    ) as bar:
+        for episode, rows in _play(player, missing, cluster):
+            fresh[episode] = rows
+            bar.update()
+            if saved and monotonic() - last > SAVE_EVERY:
+                saved.save(fresh)
+                played, fresh, last = played | fresh, {}, monotonic()
+    if saved and played and fresh:
+        saved.save(fresh)
+    return join_episodes(played | fresh, player.open().spec.columns)
+
+
+def _play(player: Player, episodes: Sequence[int], cluster: str) -> Iterator[tuple[int, Rows]]:
+    """Yield episodes as they are finished: this process plays alone at first, then workers."""
     where, begun = parse_cluster(cluster), monotonic()
-    alone = not where.elsewhere and where.workers == 1
-    played: dict[int, Rows] = {}
-    with tqdm(total=episodes, desc="play", unit=" episodes", mininterval=seconds_between_updates(), delay=5) as bar:
-        while len(played) < episodes and (alone or monotonic() - begun < PATIENCE):
-            played[len(played)] = player.play([len(played)])[0]
-            bar.update()
-        for episode, rows in _play_on_workers(player, range(len(played), episodes), cluster):
-            played[episode] = rows
-            bar.update()
-    return join_episodes([played[episode] for episode in range(episodes)], player.open().spec.columns)
+    alone, waiting = not where.elsewhere and where.workers == 1, deque(episodes)
+    while waiting and (alone or monotonic() - begun < PATIENCE):
+        episode = waiting.popleft()
+        yield episode, player.play([episode])[0]
+    yield from _play_on_workers(player, tuple(waiting), cluster)
 
 
-def join_episodes(played: Sequence[Rows], described: dict[str, Column], first: int = 0) -> Steps:
-    """Make the step table of episodes, numbered from `first`."""
-    lengths = [len(rows["action"]) for rows in played]
-    return Steps(
-        np.repeat(np.arange(first, first + len(played), dtype=np.int32), lengths),
-        np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
-        {name: np.concatenate([rows[name] for rows in played]) for name in described},
-        described,
-    )
-
-
-def _play_on_workers(player: Player, episodes: range, cluster: str) -> Iterator[tuple[int, Rows]]:
+def _play_on_workers(player: Player, episodes: Sequence[int], cluster: str) -> Iterator[tuple[int, Rows]]:
     """Play episodes in tasks of a few; yields them as they finish."""
     if not episodes:
         return

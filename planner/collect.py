@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from wmcache.cluster.tasks import WorkerTask, run_tasks
 from wmcache.common.errors import UserError
-from wmcache.common.files import atomic_write, sha256_of
+from wmcache.common.files import sha256_of
 from wmcache.common.jsonfiles import json_digest
-from wmcache.common.paths import AnyPath, absolute, as_path, exists, names_in, open_to_read, remove_files
-from wmcache.common.reading import reading
+from wmcache.common.paths import AnyPath, absolute, as_path, exists
 from wmcache.envs import (
     POLICIES,
     Distraction,
@@ -29,9 +27,10 @@ from wmcache.envs import (
     open_environment,
 )
 from wmcache.pipeline import collect as behaviour
-from wmcache.pipeline.frames import DatasetCard, FrameDataset, is_started
+from wmcache.pipeline.frames import DatasetCard
 from wmcache.pipeline.options import CollectOptions
-from wmcache.pipeline.play import join_episodes, join_rows, task_of_episode
+from wmcache.pipeline.play import join_rows, task_of_episode
+from wmcache.pipeline.played import PlayedEpisodes, Rows, join_episodes
 from wmcache.pipeline.steps import Steps
 from wmcache.planner.base import Observation, Policy
 from wmcache.planner.context import EvalContext
@@ -49,8 +48,6 @@ MOST_DRAWS = 200
 GOAL_SOURCES = ("random-state", "dataset")
 UNUSED = ("episodes", "budget", "batch", "seed", "env", "baselines", "device", "dtype")
 """Fields of `PlanOptions` that a collection does not use, or that do not name what acts."""
-PLAYED = ".played-"
-"""Files of played batches in an unfinished dataset begin with it."""
 
 
 def collect(
@@ -79,16 +76,12 @@ def collect(
         return behaviour.collect(env, out, cluster=cluster, **settings)
     context, plan = _load(folder, options, plan or PlanOptions())
     options = replace(options, policy=_describe(context, plan, options))
-    known = {name: value for name, value in asdict(options).items() if name != "length"}
-    if is_started(out, known) and exists(out / "dataset.json"):
-        steps = FrameDataset.open(out).steps
-    else:
+    task = PlayBatch(context.run.absolute(), plan, options, absolute(out), context.frameskip)
+    if (steps := behaviour.finished_steps(out, options)) is None:
         behaviour.check_drawing(replace(behaviour.player_of(options), policy="random"), options, out)
-        task = PlayBatch(context.run.absolute(), plan, options, absolute(out), context.frameskip)
         steps = _play_all(task.with_state(context), cluster)
     card = behaviour.draw_dataset(out, options, steps, cluster)
-    if played := [out / name for name in names_in(out, PLAYED)]:
-        remove_files(played)
+    task.saved.remove()
     return card
 
 
@@ -168,9 +161,7 @@ class PlayBatch(WorkerTask[range, EvalContext]):
 
     def run(self, state: EvalContext, item: range) -> int:
         """Play episodes of these numbers; returns their decisions."""
-        steps = play_batch(state, self.plan, self.options, item)
-        with atomic_write(self.file(item)) as file:
-            pq.write_table(steps.to_table(), file)
+        self.saved.save(play_batch(state, self.plan, self.options, item))
         return self.decisions(item)
 
     def decisions(self, episodes: range) -> int:
@@ -178,27 +169,26 @@ class PlayBatch(WorkerTask[range, EvalContext]):
         chunk = self.plan.execute * self.frameskip
         return len(episodes) * sum(-(-steps // chunk) for steps in leg_lengths(self.plan, self.options.length))
 
-    def file(self, episodes: range) -> AnyPath:
-        """Return where a batch is saved."""
-        return as_path(self.out) / f"{PLAYED}{json_digest(asdict(self.options))[:16]}-{episodes.start:06d}.tmp"
+    @property
+    def saved(self) -> PlayedEpisodes:
+        """The batches that were played."""
+        described = behaviour.player_of(self.options).open().spec.columns
+        return PlayedEpisodes(as_path(self.out), self.options, described)
 
 
 def _play_all(task: PlayBatch, cluster: str) -> Steps:
     """Play the batches that are missing; returns the step table of all episodes."""
-    episodes = range(task.options.episodes)
+    episodes, saved = range(task.options.episodes), task.saved
     batches = [episodes[first : first + EPISODES_AT_ONCE] for first in episodes[::EPISODES_AT_ONCE]]
-    pending = [batch for batch in batches if not exists(task.file(batch))]
+    pending = [batch for batch in batches if not exists(saved.file(batch.start))]
     total = sum(map(task.decisions, pending))
     run_tasks(task, pending, cluster=cluster, total=total, label="play", unit="decisions", what="batches")
-    described, parts = behaviour.player_of(task.options).open().spec.columns, []
-    for file in map(task.file, batches):
-        fault, hint = f"{file} cannot be read", "delete it, and run the same command again"
-        with reading(file, fault, hint), open_to_read(file) as stream:
-            parts.append(Steps.from_table(pq.read_table(stream), described))
-    return Steps.join(parts)
+    return join_episodes(saved.load(), saved.described)
 
 
-def play_batch(context: EvalContext, plan: PlanOptions, options: CollectOptions, numbers: Sequence[int]) -> Steps:
+def play_batch(
+    context: EvalContext, plan: PlanOptions, options: CollectOptions, numbers: Sequence[int]
+) -> dict[int, Rows]:
     """Play the episodes of these numbers, all at once; only frames that the policy sees are drawn."""
     env, policy = context.open_env(len(numbers)), make_policy(context, plan)
     begun = [task_of_episode(env, options.seed, number) for number in numbers]
@@ -213,16 +203,15 @@ def play_batch(context: EvalContext, plan: PlanOptions, options: CollectOptions,
     columns = [moved for part in parts for moved in part.columns]
     # The last action of an episode is recorded and leads nowhere.
     moved = {name: np.concatenate([part[name] for part in columns], 1)[:, :-1] for name in columns[0]}
-    played = [
-        join_rows(
+    return {
+        number: join_rows(
             env.spec.columns,
             actions[row],
             {name: values[row : row + 1] for name, values in first.items()},
             {name: values[row : row + 1] for name, values in moved.items()} if options.length > 1 else {},
         )
-        for row in range(len(numbers))
-    ]
-    return join_episodes(played, env.spec.columns, numbers[0])
+        for row, number in enumerate(numbers)
+    }
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from wmcache.common.errors import UserError
 from wmcache.envs import PointMazeEnv
 from wmcache.pipeline.collect import collect
 from wmcache.pipeline.frames import DatasetCard, FrameDataset
+from wmcache.pipeline.play import Player
 
 from ..conftest import contents
 
@@ -39,6 +44,37 @@ def test_processes_size_of_shards_and_number_of_episodes_change_no_frame(
     assert len(other.card.shards) == 3
     np.testing.assert_array_equal(other.steps.action, dataset.steps.action[:300])
     np.testing.assert_array_equal(other.read_frames(range(300)), dataset.read_frames(range(300)))
+
+
+def test_a_collection_that_is_killed_while_it_plays_keeps_what_it_has_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, settings = tmp_path / "killed" / "frames", {"env": ENV, "episodes": 40, "length": 10, "image_size": 16}
+    program = (
+        f"from wmcache.pipeline import collect, play; from pathlib import Path; play.SAVE_EVERY = 0; {settings = }; "
+    )
+    program += f"collect.collect(out=Path({str(path)!r}), **settings)"
+    process = subprocess.Popen([sys.executable, "-P", "-c", program], stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while len(list(path.glob(".played-*[0-9].tmp"))) < 3 and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    kept = {int(file.stem.rpartition("-")[2]) for file in path.glob(".played-*[0-9].tmp")}
+    assert kept
+    play, played = Player.play, set()
+
+    def play_and_note(player: Player, episodes: Sequence[int]) -> Any:
+        played.update(episodes)
+        return play(player, episodes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Player, "play", play_and_note)
+        for _ in range(2):
+            collect(out=path, **settings)
+    assert played == set(range(40)) - kept
+    collect(out=tmp_path / "frames", **settings)
+    assert contents(path) == contents(tmp_path / "frames")
 
 
 def test_episodes_and_seeds_differ(dataset: FrameDataset, tmp_path: Path) -> None:
