@@ -362,7 +362,10 @@ def _locations(value: Any) -> list[AnyPath]:
 
 
 def _location(value: Any) -> AnyPath | None:
-    return next(iter(_locations(value)), None)
+    """Return the path of one thing, or None; raises UserError for several."""
+    if len(found := _locations(value)) > 1:
+        raise UserError(f"{len(found)} paths are given where one is taken ({found[0]}, {found[1]}, …); pass one")
+    return next(iter(found), None)
 
 
 def _file(value: Any) -> Path | None:

@@ -85,7 +85,8 @@ class JoinedStore(TokenStore):
     def shard_of(self, frames: Int) -> Int:
         """See `TokenStore.shard_of`; shards are numbered through all stores."""
         part = self._part_of(frames)
-        shards: Int = self._shard_starts[part] + (frames - self._starts[part]) // self.card.frames_per_shard
+        sizes = np.array([part.card.frames_per_shard for part in self.parts])
+        shards: Int = self._shard_starts[part] + (frames - self._starts[part]) // sizes[part]
         return shards
 
     def by_part(self, frames: Int) -> Iterator[tuple[TokenStore, Int, Int]]:

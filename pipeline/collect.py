@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from wmcache.cluster.tasks import WorkerTask, log, run_tasks
+from wmcache.common.columns import Column
 from wmcache.common.errors import UserError, suggest
-from wmcache.common.paths import AnyPath, absolute, as_path, exists
+from wmcache.common.paths import AnyPath, absolute, as_path, exists, remove
 from wmcache.common.space import require_space
 from wmcache.envs import POLICIES, Environment
 from wmcache.pipeline.frames import DatasetCard, FrameDataset, FrameDatasetWriter, Frames, is_started, write_shard
@@ -27,7 +28,7 @@ def collect(env: str, out: AnyPath, *, cluster: str = "local:1", **settings: Any
     if options.policy not in (known := behaviour_policies(player.open())):
         raise UserError(f"environment {env} has no policy {options.policy!r}; {suggest(options.policy, known)}")
     saved = PlayedEpisodes(out, options, player.open().spec.columns)
-    if (steps := finished_steps(out, options)) is None:
+    if (steps := played_steps(out, options, saved.described)) is None:
         check_drawing(player, options, out)
         steps = play_all(player, options.episodes, cluster, saved)
     card = draw_dataset(out, options, steps, cluster)
@@ -35,11 +36,16 @@ def collect(env: str, out: AnyPath, *, cluster: str = "local:1", **settings: Any
     return card
 
 
-def finished_steps(out: AnyPath, options: CollectOptions) -> Steps | None:
-    """Return the step table of the finished dataset of these settings, or None; raises UserError for a dataset with others."""
-    if not (is_started(out, _card_fields(options)) and exists(out / "dataset.json")):
+def played_steps(out: AnyPath, options: CollectOptions, described: dict[str, Column]) -> Steps | None:
+    """Return the step table of the dataset of these settings, finished or not, or None; raises UserError for a dataset with others."""
+    if not (is_started(out, _card_fields(options)) and exists(out / "steps.parquet")):
         return None
-    steps = FrameDataset.open(out).steps
+    if exists(out / "dataset.json"):
+        # A process may have died between the two.
+        remove(out / "unfinished.json")
+        steps = FrameDataset.open(out).steps
+    else:
+        steps = read_steps(out, described=described)
     lengths = np.bincount(steps.episode)
     ended = np.zeros(len(steps), bool)
     for name in ENDS:

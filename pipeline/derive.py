@@ -23,7 +23,7 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.encoders.base import Select
 from wmcache.pipeline.encoders.changes import changes_for
 from wmcache.pipeline.extract import extract
-from wmcache.pipeline.stores import StoreRecipe, default_weights, frames_of, has_work
+from wmcache.pipeline.stores import StoreRecipe, fitted_weights, frames_of, has_work
 
 PREPROCESSING = ("image_size", "resize", "normalisation", "compute_dtype", "store_dtype")
 
@@ -41,10 +41,9 @@ def create_for(
     if entry.load not in (None, base.load):
         raise UserError(f"{name} is not on {base.spec.name}, the backbone of {source.path}; extract it from the frames")
     if entry.load is None:
-        fitted = default_weights(str(source.card.dataset["name"]), name)
-        return encoders.create(
-            name, weights=weights or (fitted if fitted.exists() else None), base_weights=base_weights, device=device
-        )
+        dataset = str(source.card.dataset["name"])
+        weights = weights or fitted_weights(dataset, source.identity.dataset_fingerprint, name)
+        return encoders.create(name, weights=weights, base_weights=base_weights, device=device)
     recipe = {**source.card.encoder, "name": name}
     return encoders.create_again(recipe, weights=weights, base_weights=base_weights, device=device)
 

@@ -44,7 +44,7 @@ from wmcache.pipeline.encoders.fitting import FitData, Fitting
 from wmcache.pipeline.encoders.weights import read_metadata
 from wmcache.pipeline.extract import extract_together
 from wmcache.pipeline.frames import FrameDataset
-from wmcache.pipeline.probe import Landscape, probe_landscape
+from wmcache.pipeline.probe import Landscape, open_known_geometry, probe_landscape
 from wmcache.pipeline.stores import create_encoders, default_store, default_weights, frames_of, require_frames
 
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
@@ -176,8 +176,8 @@ def _header(name: str, fingerprint: str, frames: int, options: FitOptions) -> di
 
 
 def _measure_landscape(dataset: FrameDataset, name: str, weights: Path, device: str) -> Landscape | None:
-    state = dataset.steps.state
-    if not dataset.card.layout or state is None or state.shape[1] < 2:
+    state, card = dataset.steps.state, dataset.card
+    if state is None or state.shape[1] < 2 or open_known_geometry(card.env, card.layout, dataset.path) is None:
         return None
     return probe_landscape(dataset, encoders.create(name, weights=weights, device=device))
 
@@ -374,7 +374,7 @@ def prepare_fit(
     if cache is None:
         assert known is not None
         weights = [str(base_weights)] if base_weights else []
-        (encoder,) = create_encoders(known.card.name, encoder=base or entry.base, weights=weights, device=device)
+        (encoder,) = create_encoders(known.card, encoder=base or entry.base, weights=weights, device=device)
         cache = default_store(known.card.name, encoder)
         extract_together(known, [(encoder, cache)], cluster=cluster, device=device)
     store = TokenStore.open(cache)
@@ -392,4 +392,4 @@ def open_dataset(path: AnyPath | None) -> FrameDataset:
 def open_inputs(dataset: AnyPath | None, encoder: dict[str, Any]) -> tuple[FrameDataset, list[Encoder]]:
     """Open a dataset, and create encoders with its fitted weights; `encoder` has arguments of `create_encoders`."""
     frames = open_dataset(dataset)
-    return frames, create_encoders(frames.card.name, **encoder)
+    return frames, create_encoders(frames.card, **encoder)

@@ -127,12 +127,15 @@ class FrameDatasetWriter:
             known = self.card.to_json()
             known.setdefault("columns", None)  # last, because other differences are easier to read
             if not is_started(path, known):
+                parse(DatasetCard, self.card.to_json(), path, "choose another --out", fault="cannot be written")
                 write_json(self._unfinished, self.card.to_json())
             if is_local(path):
                 sweep(path)
             if not exists(path / "steps.parquet"):
                 with atomic_write(path / "steps.parquet") as file:
                     pq.write_table(steps.to_table(), file)
+            elif read_steps(path, len(steps), steps.described).sha256() != steps.sha256():
+                raise UserError(f"{path} was started with other steps; choose another --out")
 
     def pending(self) -> list[int]:
         """List the shards that are not written yet."""

@@ -20,7 +20,8 @@ from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath
 from wmcache.common.progress import seconds_between_updates
 from wmcache.common.sampling import descend
-from wmcache.envs import Geometry, open_geometry
+from wmcache.envs import ENVIRONMENTS, Geometry, open_environment, open_geometry
+from wmcache.envs.distract import split_name
 from wmcache.pipeline.disentanglement import information_gaps, measure_information
 from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import read_for
@@ -68,7 +69,9 @@ def probe_landscape(dataset: FrameDataset, encoder: Encoder) -> Landscape:
     chosen = _sample(dataset.steps.episode, "val", PROBED_FRAMES)
     parts = np.array_split(read_for(encoder, dataset, chosen), max(1, len(chosen) // 64))
     tokens = torch.cat([encoder(part).float().cpu() for part in parts]).flatten(1).double().numpy()
-    geometry = _open_geometry(dataset.card.env, dataset.card.layout, dataset.path)
+    geometry = open_known_geometry(dataset.card.env, dataset.card.layout, dataset.path)
+    if geometry is None:
+        raise UserError(f"{dataset.path}: no geometry of environment {dataset.card.env} is known")
     return measure_landscape(squared_distances(tokens, tokens), state[chosen], geometry)
 
 
@@ -116,10 +119,25 @@ def find_geometry(store: TokenStore, dataset: AnyPath | None = None) -> Geometry
         require_frames(store, frames)
         layout = layout or frames.card.layout
     has_xy = store.state is not None and store.state.shape[1] >= 2
-    return _open_geometry(name, layout, store.path) if layout and has_xy else None
+    return open_known_geometry(name, layout, store.path) if has_xy else None
 
 
-def _open_geometry(name: Any, layout: Any, where: AnyPath) -> Geometry:
+def open_known_geometry(name: Any, layout: Any, where: AnyPath) -> Geometry | None:
+    """Open the geometry of frames by the environment and the layout in their card; None where none is known.
+
+    Raises:
+        UserError: the layout is invalid.
+    """
+    if not layout:
+        # The names of imported frames are anything, and some would import a package.
+        if split_name(str(name))[0] not in ENVIRONMENTS:
+            return None
+        try:
+            opened = open_environment(str(name))
+        except UserError:  # not installed
+            return None
+        opened.close()
+        return None if opened.spec.layout else opened.geometry
     try:
         geometry = open_geometry(str(name), tuple(layout))
     except (UserError, TypeError, AttributeError) as error:

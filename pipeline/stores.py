@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wmcache.cache.identity import Identity
+from wmcache.cache.joined import SEPARATOR
 from wmcache.cache.layout import StoreCard, read_attributes, read_card
 from wmcache.cache.store import TokenStore
 from wmcache.cache.writer import StoreWriter
@@ -15,9 +16,11 @@ from wmcache.common.columns import is_default
 from wmcache.common.errors import UserError, command
 from wmcache.common.folders import home
 from wmcache.common.paths import AnyPath, absolute, as_path
+from wmcache.common.reading import reading
 from wmcache.pipeline import encoders
 from wmcache.pipeline.encoders import Encoder
-from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.encoders.weights import read_metadata
+from wmcache.pipeline.frames import DatasetCard, FrameDataset
 
 
 def default_weights(dataset: str, encoder: str) -> Path:
@@ -31,8 +34,22 @@ def default_store(dataset: str, encoder: Encoder, dtype: str = "float16") -> Pat
     return home() / "stores" / dataset / f"{encoder.spec.name}-{encoder.image_size}{suffix}.zarr"
 
 
+def fitted_weights(dataset: str, fingerprint: str, encoder: str) -> Path | None:
+    """Return the default weights of an encoder if they exist; raises UserError if they were fitted on other frames."""
+    if not (path := default_weights(dataset, encoder)).exists():
+        return None
+    with reading(path, f"{path} cannot be read", "fit again with --overwrite"):
+        fitted_on = read_metadata(path).get("dataset")
+    if fitted_on and fingerprint not in fitted_on.split(SEPARATOR):
+        raise UserError(
+            f"{path} was fitted on other frames than those of dataset {dataset}; fit again with --overwrite, or pass --weights {path} "
+            "to use it all the same"
+        )
+    return path
+
+
 def create_encoders(
-    dataset: str,
+    card: DatasetCard,
     *,
     encoder: str,
     weights: Sequence[str] = (),
@@ -59,9 +76,8 @@ def create_encoders(
     paths: dict[str, Path | None] = {}
     for name in wanted:
         own = encoders.get_entry(encoders.family_of(name))  # a fitted family's layers have its weights
-        fitted = default_weights(dataset, own.spec.name)
         of_all = files.get("") if len(wanted) == 1 or own.fit is None else None
-        paths[name] = files.get(name) or of_all or (fitted if fitted.exists() else None)
+        paths[name] = files.get(name) or of_all or fitted_weights(card.name, card.fingerprint, own.spec.name)
     if "" in files and files[""] not in paths.values():
         raise UserError(f"--weights {files['']} fits none of {', '.join(wanted)}; write --weights NAME={files['']}")
     bases = {name: base_weights for name in wanted if encoders.get_entry(name).load is None}  # of adapters

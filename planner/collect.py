@@ -77,7 +77,7 @@ def collect(
     context, plan = _load(folder, options, plan or PlanOptions())
     options = replace(options, policy=_describe(context, plan, options))
     task = PlayBatch(context.run.absolute(), plan, options, absolute(out), context.frameskip)
-    if (steps := behaviour.finished_steps(out, options)) is None:
+    if (steps := behaviour.played_steps(out, options, task.saved.described)) is None:
         behaviour.check_drawing(replace(behaviour.player_of(options), policy="random"), options, out)
         steps = _play_all(task.with_state(context), cluster)
     card = behaviour.draw_dataset(out, options, steps, cluster)

@@ -114,7 +114,8 @@ def _hdf5_array(path: Path, name: str, item: h5py.Dataset) -> Array:
 def _npz_arrays(path: Path) -> dict[str, Array]:
     with zipfile.ZipFile(path) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-    return {name: _npz_array(path, name) for name in names}
+    arrays = {name: _npz_array(path, name) for name in names}
+    return {name: array for name, array in arrays.items() if array.shape}
 
 
 def _npz_array(path: Path, name: str) -> Array:

@@ -192,9 +192,15 @@ KEPT: tuple[DType, ...] = ("bool", "uint8", "int32", "int64", "float32", "float6
 
 
 def describe_columns(
-    values: Mapping[str, NDArray[Any]], roles: Mapping[str, tuple[Role, ...]], where: AnyPath | str
+    values: Mapping[str, NDArray[Any]],
+    roles: Mapping[str, tuple[Role, ...]],
+    where: AnyPath | str,
+    sources: Mapping[str, str] | None = None,
 ) -> dict[str, Column]:
     """Describe columns [frames, …]: actions as float32, states and proprio as float64, columns without a role as they are.
+
+    Args:
+        sources: names in the source, as `--drop` takes them, of columns that have another name now.
 
     Raises:
         UserError: a name, a type or a shape does not fit, with the column.
@@ -205,7 +211,7 @@ def describe_columns(
         raise UserError(f"{where}: {error}; leave one out with --drop") from error
     described = {}
     for name, array in values.items():
-        role, hint = roles.get(name, EXTRA), f"leave it out with --drop {name}"
+        role, hint = roles.get(name, EXTRA), f"leave it out with --drop {(sources or {}).get(name, name)}"
         dtype = next((known for known in KEPT if np.can_cast(array.dtype, known)), None)
         if array.dtype.kind not in "biuf" or dtype is None or array.dtype == np.uint64:
             raise UserError(f"{where}: {name} has type {array.dtype}, not numbers that can be kept; {hint}")
@@ -236,7 +242,10 @@ def describe(
     width = math.prod(values.shape[1:])
     if not 0 < width <= MAX_COLUMN_WIDTH:
         raise UserError(f"{where} has {width} numbers in each {name}; use 1 to {MAX_COLUMN_WIDTH}")
-    return Column(roles, dtype, values.shape[1:], **more)
+    try:
+        return Column(roles, dtype, values.shape[1:], **more)
+    except ValueError as error:
+        raise UserError(f"{where}: {name} does not fit ({error}); convert it, or leave it out") from error
 
 
 def describe_action(values: NDArray[Any], where: AnyPath | str) -> Column:

@@ -209,7 +209,7 @@ def _by_numbers(path: Path) -> tuple[Any, ...]:
     *folders, name = (
         [(text, int(digits or -1)) for text, digits in re.findall(r"(\D*)(\d*)", part)] for part in path.parts
     )
-    return folders, name, path
+    return folders, path.parent, name, path
 
 
 def _paths(folder: Path, names: NDArray[Any], suffixes: tuple[str, ...], table: Path) -> list[Path]:

@@ -155,6 +155,7 @@ class _Dataset:
         table = _read_tables(self.files, names)
         values: dict[str, NDArray[Any]] = {}
         marked: dict[str, Column] = {}
+        sources: dict[str, str] = {}
         has_both = {"observation.state", "observation.environment_state"} <= {*names}
         for name in names:
             shape, mark = features[name].shape, features[name].wmcache
@@ -170,11 +171,13 @@ class _Dataset:
                 if (array.dtype.name, math.prod(shape)) != (mark.column.dtype, mark.column.width):
                     raise UserError(f"{where}: {name} is {array.dtype} {shape}, not as wmcache exported it; {OTHERS}")
                 array, marked[plain] = array.reshape(-1, *mark.column.shape), mark.column
+            sources[plain] = name
             is_vector = mark or shape != (1,) or plain in ("action", "state", "proprio")
             values[plain] = array if is_vector else array[:, 0]
         roles = {**ROLES, "action": ACTION, "proprio": PROPRIO, "state": STATE[:1] if has_both else STATE}
         others = {name: array for name, array in values.items() if name not in marked}
-        return build_steps(self.episode, self.step, values, {**describe_columns(others, roles, where), **marked}, where)
+        described = describe_columns(others, roles, where, sources) | marked
+        return build_steps(self.episode, self.step, values, described, where)
 
     def video_images(self, to_image: Callable[[Pixels, str], Image.Image]) -> Images:
         """Return what reads the images of steps of an episode from the camera's videos."""

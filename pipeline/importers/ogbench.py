@@ -67,8 +67,9 @@ class OgbenchImporter(ColumnImporter):
             raise UserError(f"--drop terminals: they end the episodes of {path}; leave it out")
         values = {name: arrays[name].read() for name in kept}
         lengths = _lengths(values, path)
-        columns, roles = _columns(values)
-        steps = build_steps(*number_steps(lengths, path), columns, describe_columns(columns, roles, path), path)
+        columns, roles, sources = _columns(values, path)
+        described = describe_columns(columns, roles, path, sources)
+        steps = build_steps(*number_steps(lengths, path), columns, described, path)
         starts = np.cumsum([0, *lengths])
         size = self.side_of(arrays[key].shape[1:], f"{key} of {path}")
 
@@ -94,15 +95,21 @@ def _lengths(values: dict[str, NDArray[Any]], path: Path) -> list[int]:
     return [int(length) for length in np.diff(bounds)]
 
 
-def _columns(values: dict[str, NDArray[Any]]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Return columns and their roles by name."""
+def _columns(
+    values: dict[str, NDArray[Any]], path: Path
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any], dict[str, str]]:
+    """Return columns, their roles and their names in the file, by name."""
     # OGBench marks with terminals where it stopped to record, not where a task has ended.
     names = {**NAMES, "terminals": "terminated" if "timeouts" in values else "truncated"}
     roles: dict[str, Any] = {**ROLES, "action": ACTION}
-    columns = {}
+    columns: dict[str, NDArray[Any]] = {}
+    sources: dict[str, str] = {}
     for name, array in values.items():
         plain = names.get(name) or re.sub(r"\W", "_", name.removeprefix("infos/"))
+        if plain in columns:
+            raise UserError(f"{path}: {sources[plain]} and {name} are both {plain}; leave one out with --drop {name}")
+        sources[plain] = name
         if STATE.fullmatch(name):
             roles[plain] = ("state",)
         columns[plain] = array
-    return columns, roles
+    return columns, roles, sources

@@ -68,7 +68,8 @@ class RobomimicImporter(ColumnImporter):
         # What robots measure is what policies see; `object` is the simulator's.
         sensors = {plain[name]: PROPRIO for name in kept if name.startswith("obs/robot")}
         roles: dict[str, Any] = {**ROLES, "action": ACTION, "state": ("state",), **sensors}
-        steps = build_steps(*number_steps(lengths, path), values, describe_columns(values, roles, path), path)
+        described = describe_columns(values, roles, path, {plain[name]: name for name in kept})
+        steps = build_steps(*number_steps(lengths, path), values, described, path)
         size, names = self.side_of(images[key].shape[1:], f"{key} of {path}"), list(demos)
 
         def read(episode: int, wanted: range) -> Iterator[Frames]:

@@ -102,7 +102,8 @@ def _steps(
 ) -> Steps:
     """Make the step table; without the last row of each episode where it has no action."""
     rows = np.concatenate([np.arange(start, start + length) for start, length in zip(offsets, lengths, strict=True)])
-    values = {re.sub(r"\W", "_", name): array[rows] for name, array in columns.items()}
+    sources = {re.sub(r"\W", "_", name): name for name in columns}
+    values = {plain: columns[name][rows] for plain, name in sources.items()}
     if len(values) < len(columns):
         raise UserError(f"{path}: two of the columns {', '.join(columns)} have the same name without dots; pass --drop")
     ends = np.cumsum(lengths) - 1
@@ -115,13 +116,16 @@ def _steps(
                 raise UserError(
                     f"{path}: episode {episode} has an action in its last row, other episodes have not; split the file"
                 )
+            if (lengths == 1).any():
+                alone = int(np.flatnonzero(lengths == 1)[0])
+                raise UserError(f"{path}: episode {alone} has one row, without an action; leave it out of the file")
             values = _of_actions(values, ends)
             lengths = lengths - 1
             note(f"episodes of {path} end in a row without an action, which is not imported")
     roles = {**ROLES, "action": ACTION, "proprio": PROPRIO, "observation": PROPRIO}
     roles["state"] = STATE if "proprio" not in values else STATE[:1]
     numbers = number_steps(lengths.tolist(), path)
-    return build_steps(*numbers, values, describe_columns(values, roles, path), path)
+    return build_steps(*numbers, values, describe_columns(values, roles, path, sources), path)
 
 
 def _of_actions(values: dict[str, NDArray[Any]], ends: NDArray[np.int64]) -> dict[str, NDArray[Any]]:

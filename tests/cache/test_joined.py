@@ -32,7 +32,7 @@ TINY: dict[str, Any] = {"batch": 8, "log_every": 1, "validate_every": 4, "checkp
 def second(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of other episodes, with the same encoder."""
     folder = tmp_path_factory.mktemp("second")
-    collect("UMaze", folder / "round-1", episodes=4, length=50, image_size=32, frames_per_shard=64, seed=7)
+    collect("UMaze", folder / "round-1", episodes=4, length=50, image_size=32, frames_per_shard=48, seed=7)
     extract(FrameDataset.open(folder / "round-1"), encoder, folder / "round-1.zarr")
     return folder / "round-1.zarr"
 

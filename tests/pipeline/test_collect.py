@@ -77,6 +77,20 @@ def test_a_collection_that_is_killed_while_it_plays_keeps_what_it_has_saved(
     assert contents(path) == contents(tmp_path / "frames")
 
 
+def test_a_collection_that_died_before_its_last_change_ends(copied: Path, dataset_path: Path) -> None:
+    card = json.loads((copied / "dataset.json").read_bytes())
+    unfinished = card | {"shards": [], "steps_sha256": "", "fingerprint": ""}
+    (copied / "unfinished.json").write_text(json.dumps(unfinished))
+    collect_again(copied)
+    assert contents(copied) == contents(dataset_path)
+
+
+def test_a_name_that_a_dataset_cannot_have_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="name"):
+        collect_again(tmp_path / ("n" * 201), episodes=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_episodes_and_seeds_differ(dataset: FrameDataset, tmp_path: Path) -> None:
     collect_again(tmp_path / "other", episodes=1, seed=1)
     episodes = [

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from wmcache.pipeline.encoders.fitting import FitData
 from wmcache.pipeline.encoders.tcn import TcnOptions
 from wmcache.pipeline.fit import FitTask, Fitted, fit, load_images, read_fit
 from wmcache.pipeline.frames import FrameDataset
+from wmcache.pipeline.stores import create_encoders, default_weights
 
 
 def fit_on_cpu(
@@ -36,6 +38,21 @@ def test_the_same_fit_again_only_measures(dataset: FrameDataset, tcn_weights: Pa
     assert 0.3 < again.landscape.spearman <= 1.0
     assert 0.0 <= again.landscape.stuck < 0.6
     assert again.frames == 5 * 60
+
+
+def test_weights_of_other_frames_are_no_default(
+    dataset: FrameDataset, tcn_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WMCACHE_HOME", str(tmp_path))
+    mine = default_weights(dataset.card.name, "tcn")
+    mine.parent.mkdir()
+    mine.write_bytes(tcn_weights.read_bytes())
+    (encoder,) = create_encoders(dataset.card, encoder="tcn", device="cpu")
+    other = replace(dataset.card, fingerprint="0" * 64)
+    with pytest.raises(UserError, match=f"{mine} .*--weights"):
+        create_encoders(other, encoder="tcn", device="cpu")
+    (same,) = create_encoders(other, encoder="tcn", weights=[str(mine)], device="cpu")
+    assert same.weights_sha256 == encoder.weights_sha256
 
 
 def test_other_files_are_kept(dataset: FrameDataset, tcn_weights: Path, tmp_path: Path) -> None:

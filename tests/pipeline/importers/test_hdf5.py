@@ -165,6 +165,13 @@ def test_files_without_images_or_with_programs_are_refused(columns: Arrays, ever
         file.create_dataset("secret", (20,), np.uint8, external=[("/etc/passwd", 0, 20)])
     with pytest.raises(UserError, match="secret is stored in other files"):
         import_file("ogbench", tmp_path / "outside.hdf5", tmp_path / "out")
+    twice = {**states, "observations": everything[:20], "infos/goal": columns["state"], "goal": columns["state"]}
+    np.savez(tmp_path / "twice.npz", **twice, seed=3)
+    with pytest.raises(UserError, match=r"infos/goal and goal are both goal; .*--drop"):
+        import_file("ogbench", tmp_path / "twice.npz", tmp_path / "out")
+    np.savez(tmp_path / "rewards.npz", **states | {"observations": everything[:20], "rewards": np.zeros((20, 2))})
+    with pytest.raises(UserError, match=r"rewards\.npz: reward"):
+        import_file("ogbench", tmp_path / "rewards.npz", tmp_path / "out")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "states.npz").read_bytes()[:200])
     with pytest.raises(UserError, match=r"cut\.npz cannot be opened"):
         import_file("ogbench", tmp_path / "cut.npz", tmp_path / "out")

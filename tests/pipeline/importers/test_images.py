@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,15 @@ def test_16_bits_are_scaled_and_noted_once(tmp_path: Path, white: int, capsys: p
     assert f"{tmp_path / 'deep/0.png'}" in notes[0]
     assert "--white-level" in notes[0]
     assert (f"{white} is white" in found.card.env) == (white != 65535)
+
+
+def test_folders_whose_names_differ_in_zeros_alone_are_episodes(tmp_path: Path) -> None:
+    for value, (name, step) in enumerate(itertools.product(("ep1", "ep01", "ep2"), range(3))):
+        (tmp_path / "eps" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (SIDE, SIDE), (value,) * 3).save(tmp_path / "eps" / name / f"{step}.png")
+    found = import_images(tmp_path / "eps")
+    assert found.steps.episode.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert found.read_frames(range(9))[:, 0, 0, 0].tolist() == [3, 4, 5, 0, 1, 2, 6, 7, 8]
 
 
 def transparent(kind: str, path: Path) -> np.ndarray:
