@@ -63,7 +63,7 @@ demo: setup
 	wmtrain --cache $(DEMO)/stores/pointmaze-umaze/tcn-64.zarr --width 96 --depth 3 --heads 3 --dropout 0 --lr 1e-3 --steps 1200
 	wmplan --run $(DEMO)/runs/pointmaze-umaze-tcn-64
 
-# Which representation makes the same world model plan best, of those that need no download.
+# Which representation makes the same world model plan best, of those that need no hub.
 study: setup
 	wmcache study study/default.toml
 

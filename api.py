@@ -1,4 +1,4 @@
-"""The road in five calls, each of which does what its command does: the same defaults, paths, files, resume and errors.
+"""From frames to a plan in five calls, each of which does what its command does: the same defaults, paths, files, resume and errors.
 
     data = wmcache.collect("wmcache/PointMaze-UMaze-v0", episodes=200, image_size=112)
     fitted = wmcache.fit(data, encoder="tcn")

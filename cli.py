@@ -27,7 +27,7 @@ from wmcache.commands.traverse import traverse
 def main() -> None:
     """Encode every frame once, train world models on cached latents, re-encode only live observations.
 
-    The road: collect, fit (for an encoder without a download), extract, then wmtrain and wmplan.
+    Typical order: collect, fit (an encoder that is trained on your frames), extract, wmtrain, wmplan.
     """
 
 

@@ -98,7 +98,7 @@ def _import(kind: Any, source: str | Path, out: AnyPath, frames_per_shard: int, 
 
 @click.group("import", cls=_Imports)
 def import_() -> None:
-    """Make a dataset of other people's frames. Run again, it continues where it stopped."""
+    """Import frames from files, or from a dataset of another project. Run again, it continues where it stopped."""
 
 
 _fits = partial(resolve_name, "wmcache.pipeline.encoders.registry:FITS")
@@ -113,14 +113,16 @@ FIT = ByName("encoder", "encoder", _fits, lambda name: resolve_name("wmcache.pip
     help="Frame dataset; repeat it to fit on several, of which the first is measured.  [default: $WMCACHE_HOME/pointmaze-umaze]",
 )
 @options_of(FitJobOptions, encoder={"names": _fits})
-@shared.path_option("--cache", help="For an adapter: the store of its base's layers.  [default: made if it is missing]")
+@shared.path_option(
+    "--cache", help="For an adapter: a store of its base, see: wmcache encoders.  [default: made if it is missing]"
+)
 @shared.file_option("--base-weights", help="For an adapter: the base's weights.  [default: as extract finds them]")
 @shared.cluster_option()
 @shared.file_option("--out", help="File to write.  [default: $WMCACHE_HOME/encoders/<dataset>-<encoder>.safetensors]")
 def fit(
     encoder: str, datasets: tuple[AnyPath, ...], cluster: str, max_frames: int, overwrite: bool, **settings: Any
 ) -> None:
-    """Fit an encoder on the dataset's own frames, or an adapter on a store, and measure its latent landscape."""
+    """Fit an encoder on frames, or an adapter on a store, and measure whether descending the latent distance reaches goals."""
     from wmcache.pipeline.fit import prepare_fit
 
     given = take_chosen(settings, given=True)

@@ -63,7 +63,7 @@ def decoder(cache: AnyPath, dataset: AnyPath | None, out: Path | None, overwrite
 def imagine(
     run: Path, decoder: Path | None, dataset: AnyPath | None, cache: AnyPath | None, out: Path | None, **settings: Any
 ) -> None:
-    """Draw what a world model imagines beside what then happened: videos, a picture, and figures for each step."""
+    """Draw imagined frames beside the real ones: videos, a picture, and figures for each step."""
     from wmcache.planner.imagine import imagine as draw
     from wmcache.trainer.runs import caches_of, read_config
 

@@ -30,11 +30,17 @@ KEYS = {"encoder": "name", "encoder_weights": "weights"}
 """Options that have another name than their flag."""
 
 
+def _models() -> list[str]:
+    from wmcache.trainer.models import models_that_dream
+
+    return models_that_dream()
+
+
 @click.command(cls=Command, by=MODEL)
 @click.argument("file", type=PATH, required=False)
 @options_of(OnlineCollect, only=("env", "length", "image_size"))
 @options_of(OnlineFlags)
-@options_of(OnlineTrain, only=("model", "frameskip"), model={"names": MODEL.names})
+@options_of(OnlineTrain, only=("model", "frameskip"), model={"names": _models})
 @click.option("--encoder", default=ENCODER, help="Encoder of all frames, which stays as it is; see: wmcache encoders.")
 @file_option(
     "--encoder-weights", help="Weights of the encoder.  [default: fitted on the prefill, or the encoder's own]"

@@ -23,7 +23,15 @@ from wmcache.planner.protocols import PROTOCOLS
 
 OPTIONS = tuple(known.name for known in declared(PlanOptions))
 _solvers = partial(resolve_name, "wmcache.planner.solvers:SOLVERS")
-_policies = partial(resolve_name, "wmcache.planner.policies:PLAN_POLICIES")
+
+
+def _policies() -> list[str]:
+    """List the policies that are named alone; those of a folder are named by it."""
+    from wmcache.planner.belief import FolderPolicy
+    from wmcache.planner.policies import PLAN_POLICIES
+
+    known = {name: PLAN_POLICIES.get(name) for name in PLAN_POLICIES}
+    return [name for name, kind in known.items() if not (isinstance(kind, type) and issubclass(kind, FolderPolicy))]
 
 
 @click.command(cls=Command, by=ByName("solver", "solver", _solvers, lambda name: _solvers().get(name)))

@@ -36,7 +36,7 @@ MIG = "mutual information gap: share of a column's entropy that one channel know
 @click.command("probe", cls=Command)
 @click.argument("stores", metavar="STORE...", type=ANY_PATH, nargs=-1, required=True)
 @path_option("--dataset", help="The frames, to take the environment's layout from if the store has none.")
-@count_option("--frames", default=2000, help="Most training frames for the probes.")
+@count_option("--frames", default=2000, help="Training frames for the probes, at most.")
 @file_option("--out", help="Folder for the pictures.  [default: beside each STORE, with .probe.png for .zarr]")
 @json_option
 def probe(stores: tuple[AnyPath, ...], dataset: AnyPath | None, frames: int, out: Path | None) -> None:

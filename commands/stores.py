@@ -98,7 +98,7 @@ def finalize(store: AnyPath) -> None:
 @store_argument
 @source_options
 def repair(store: AnyPath, **source: Any) -> None:
-    """Make again the shards of a token store that are not as they were written."""
+    """Rebuild the missing and damaged shards of a token store."""
     from wmcache.pipeline.repair import repair as run
 
     found = run(store, **source)

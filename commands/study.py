@@ -49,7 +49,7 @@ DEFAULT = Path(__file__).parent.parent / "study" / "default.toml"
 def study(file: Path | None, out: Path | None, **flags: Any) -> None:
     """Compare encoders and models by what is planned with them, with the settings of FILE (TOML). Run again, it goes on.
 
-    Without FILE, compare the encoders that need no download, with the same world model.
+    Without FILE, compare the encoders of study/default.toml with the same world model; EfficientNet-Lite0 needs wmcache[pretrained].
     """
     from wmcache.study.options import read_study
     from wmcache.study.report import headline, summary, write_report

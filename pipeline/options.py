@@ -85,7 +85,10 @@ class FitJobOptions:
     """Settings of a fit, beside those of its encoder."""
 
     encoder: str = option("tcn", "Encoder to fit: {names}.")
-    base: str | None = option(None, "For an adapter: the encoder of that store.  [default: the adapter's own]")
+    base: str | None = option(
+        None,
+        "For an adapter, in place of --cache: its base encoder.  [default: the adapter's own]",
+    )
     max_frames: Positive = option(50_000, "Frames to train on.")
     overwrite: bool = option(False, "Replace the weights of another fit.", flag="--overwrite")
     device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.")

@@ -38,12 +38,12 @@ def fitted_weights(dataset: str, fingerprint: str, encoder: str) -> Path | None:
     """Return the default weights of an encoder if they exist; raises UserError if they were fitted on other frames."""
     if not (path := default_weights(dataset, encoder)).exists():
         return None
-    with reading(path, f"{path} cannot be read", "fit again with --overwrite"):
+    with reading(path, f"{path} cannot be read", "restore it, or pass --weights"):
         fitted_on = read_metadata(path).get("dataset")
     if fitted_on and fingerprint not in fitted_on.split(SEPARATOR):
         raise UserError(
-            f"{path} was fitted on other frames than those of dataset {dataset}; fit again with --overwrite, or pass --weights {path} "
-            "to use it all the same"
+            f"{path} was fitted on other frames than those of dataset {dataset}; pass --weights {path} to use it, or "
+            "fit to another --out and pass that"
         )
     return path
 

@@ -170,7 +170,7 @@ class DreamOptions:
 
     episodes: Positive = option(100, "Episodes to imagine.")
     steps: Positive | None = option(
-        None, "Most model steps of an episode.  [default: those of the longest one in the store]"
+        None, "Model steps of an episode, at most.  [default: those of the longest one in the store]"
     )
     policy: str = option(
         "random", "Who acts: random or zero, as in wmplan, or the folder of a trained controller or actor."

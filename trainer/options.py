@@ -47,10 +47,11 @@ class TrainOptions:
     pool: Positive = option(1, "Side of the squares of the token grid that are averaged at first; 1: none.")
     pool_until: Share = option(0.5, "Share of the steps on that coarser grid.")
     perturb_tokens: Weight = option(
-        0.0, "Adversarial training: largest change of the tokens that the model sees, in their deviations; 0: none."
+        0.0,
+        "Adversarial training: largest change of the tokens that the model sees, in standard deviations of each channel; 0: none.",
     )
     perturb_proprio: Weight = option(0.0, "Largest change of the proprio that it sees, in its deviations.")
-    perturb_actions: Weight = option(0.0, "Largest change of the actions that it sees, in their deviations.")
+    perturb_actions: Weight = option(0.0, "Largest change of the actions that it sees, in standard deviations.")
     dtype: Precision = option("auto", "Compute precision.", group="Devices")
     device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, mps.")
     residence: Literal["auto", "device", "ram", "disk"] = option(

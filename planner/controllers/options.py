@@ -29,7 +29,7 @@ class ControllerOptions:
     population: Annotated[int, Ge(4)] = option(64, "Candidates of a generation.")
     rollouts: Positive = option(16, "Episodes whose mean return is a candidate's fitness; the same for all candidates.")
     length: Positive | None = option(
-        None, "Most model steps of these episodes.  [default: those of the longest episode of the data]"
+        None, "Model steps of these episodes, at most.  [default: those of the longest episode of the data]"
     )
     sigma: Annotated[float, Gt(0)] = option(0.1, "First standard deviation of the parameters.")
     temperature: Weight | None = option(

@@ -34,7 +34,7 @@ class Gd:
     differentiates: ClassVar[bool] = True
 
     # The order is that of the parts of a results folder's name.
-    sigma: Weight = option(0.6, "Standard deviation of the first guesses, in env units.")
+    sigma: Weight = option(0.6, "Standard deviation of the first guesses, where env actions are in [-1, 1].")
     optimiser: Literal["sgd", "adam"] = option("adam", "Optimiser of gradient descent; DINO-WM has sgd.")
     steps: Positive = option(15, "Steps of gradient descent; DINO-WM has 1000.", flag="--gd-steps", group="Solver")
     lr: Annotated[float, Gt(0)] | None = option(

@@ -33,10 +33,10 @@ class Mppi(Sampling):
     elites: Annotated[int, Ge(2)] = option(64)
     iterations: Positive = option(6)
     sigma: Annotated[float, Gt(0)] = option(
-        0.6, "First and largest standard deviation of the candidates, in env units."
+        0.6, "First and largest standard deviation of the candidates, where env actions are in [-1, 1]."
     )
     temperature: Weight = option(4.0, "Inverse temperature of the candidates' weights; 0 weights all elites alike.")
-    min_sigma: Weight = option(0.05, "Smallest standard deviation of the candidates, in env units.")
+    min_sigma: Weight = option(0.05, "Smallest standard deviation of the candidates, where env actions are in [-1, 1].")
     proposals: Natural = option(
         0, "Candidates of each iteration that the model's own policy proposes, of a model with one; TD-MPC2 has 24."
     )

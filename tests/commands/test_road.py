@@ -1,4 +1,4 @@
-"""The road from frames to a plan: what each command leaves for the next one, int8 stores, residences and interruptions."""
+"""From frames to a plan: what each command leaves for the next one, int8 stores, residences and interruptions."""
 
 from __future__ import annotations
 

@@ -253,9 +253,14 @@ class Proposes(Protocol):
 MODELS: Registry[type[Trainable]] = Registry("model", package=__name__, group="wmcache.models")
 
 
+def models_that_dream() -> list[str]:
+    """List the names of models that can be stepped without frames."""
+    return [name for name in MODELS if issubclass(MODELS.get(name), Dreams)]
+
+
 def dreaming_models() -> str:
     """List the names of models that can be stepped without frames, as errors show them."""
-    return " or ".join(name for name in MODELS if issubclass(MODELS.get(name), Dreams))
+    return " or ".join(models_that_dream())
 
 
 def read_options(name: str, options: Mapping[str, Any]) -> Any:

@@ -25,7 +25,7 @@ from wmcache.trainer.models.trainable import DataShape
 class GcIdmOptions(ActionOptions):
     """Options of GC-IDM."""
 
-    goal_horizon: Size = option(5, "Most model steps between a frame and its goal in training.")
+    goal_horizon: Size = option(5, "Model steps between a frame and its goal in training, at most.")
     reach: Positive = option(1, "Model steps in which a goal is to be reached when the policy acts.")
 
     def __post_init__(self) -> None:

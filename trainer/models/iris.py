@@ -38,7 +38,7 @@ class IrisOptions:
 
     proprio: Literal["raw", "none"] = option("raw", "See and predict raw proprio, or use pixels alone.", group="Model")
     cells: Annotated[int, Ge(1), Le(256)] = option(
-        16, "Most cells of a frame; a grid of more tokens is averaged to at most the square root in each direction."
+        16, "Cells of a frame, at most; a grid of more tokens is averaged to the square root of it in each direction."
     )
     cell_codes: Annotated[int, Ge(0), Le(64)] = option(0, "Codes of each cell; 0: as many as make a frame of 4.")
     vocabulary: Annotated[int, Ge(2), Le(2**16)] = option(512, "Entries of a codebook.")
